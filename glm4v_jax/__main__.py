@@ -1,0 +1,5 @@
+"""`python -m glm4v_jax`: the command line."""
+
+from glm4v_jax.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,29 @@
+"""The named errors of this package.
+
+Every one of them is a `ValueError`, so that code written against the reference (which raises plain `ValueError`) keeps
+working, and every message names the file or field, what was found, and what was expected.
+"""
+
+
+class Glm4vError(ValueError):
+    """Base of all errors that a user's input can cause; the command line prints them as one line."""
+
+
+class ConfigError(Glm4vError):
+    """A configuration is contradictory, incomplete or not that of a GLM-4.1V model."""
+
+
+class CheckpointError(Glm4vError):
+    """A directory is no checkpoint, or its tensors are missing, unexpected, misshapen, truncated or corrupt."""
+
+
+class MediaError(Glm4vError):
+    """A picture or video cannot be fetched, decoded or prepared."""
+
+
+class MessageError(Glm4vError):
+    """A conversation has an unknown role or content type, or its placeholders and media do not match."""
+
+
+class GenerationError(Glm4vError):
+    """Generation was asked for something impossible: a prompt too long, a negative temperature, ..."""

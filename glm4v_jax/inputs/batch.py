@@ -1,0 +1,42 @@
+"""The static-shape arrays a model takes: what every request, whatever its pictures, is turned into on the host.
+
+Named tuples of NumPy arrays, so that they are JAX pytrees without this package importing JAX.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class VisionRows(NamedTuple):
+    """Patches of pictures and video frames packed into R rows of L patches; a frame never spans two rows.
+
+    Patches keep the processor's order (blocks of merge_size x merge_size), and every frame starts at a multiple of
+    merge_size^2, so that merged tokens are runs of merge_size^2 patches.
+    """
+
+    patches: np.ndarray
+    """float32 [R, L, C * temporal_patch_size * patch_size^2]; zeros are padding"""
+    segment_ids: np.ndarray
+    """int32 [R, L]: 0 padding, otherwise the number of the frame in its row; attention stays inside a frame"""
+    coords: np.ndarray
+    """int32 [R, L, 2]: row and column of the patch in its frame, for the 2-D rope"""
+    weights_h: np.ndarray
+    """float32 [R, L, S]: bicubic weights of the rows of the S x S position table"""
+    weights_w: np.ndarray
+    """float32 [R, L, S]: bicubic weights of its columns"""
+
+
+class Batch(NamedTuple):
+    """One batch of prompts: right- or left-padded tokens, M-RoPE positions, and the vision rows they refer to."""
+
+    input_ids: np.ndarray
+    """int32 [B, T]"""
+    segment_ids: np.ndarray
+    """int32 [B, T]: 0 padding, 1 (or, in packed rows, 1, 2, ...) the prompt that a token belongs to"""
+    position_ids: np.ndarray
+    """int32 [3, B, T]: temporal, height and width position"""
+    vision_index: np.ndarray | None = None
+    """int32 [B, T]: -1 for text, otherwise the merged vision token (row * L / merge_size^2 + offset) that goes there"""
+    vision: VisionRows | None = None
+    """None in a batch of text alone"""

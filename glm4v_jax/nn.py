@@ -1,0 +1,163 @@
+"""The building blocks: the only place where a parameter is created.
+
+One declaration gives a parameter its shape, its logical axes, its initialiser and its dtype; `jax.eval_shape` of a
+constructor therefore yields the abstract, sharded tree that checkpoints are read into.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax import mesh
+from glm4v_jax.errors import ConfigError
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "selu": jax.nn.selu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activation(name: str, x: Array) -> Array:
+    """Apply the activation that `hidden_act` names ("gelu" is the exact one, with erf)."""
+    if name == "gelu":
+        return jax.nn.gelu(x, approximate=False)
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act is {name!r}, expected one of: gelu, {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name](x)
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """Float32 means float32 on every platform: GPU and TPU would otherwise multiply with 10 or 8 bits of mantissa."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+@dataclasses.dataclass
+class Init:
+    """What a constructor hands down: where random numbers come from, the standard deviation, and the dtype."""
+
+    rngs: nnx.Rngs
+    stddev: float = 0.02
+    dtype: DTypeLike = jnp.float32
+
+    def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        """A normally distributed parameter, kept in the partition of its logical axes."""
+        value = self.stddev * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        return nnx.Param(mesh.reshard(value.astype(self.dtype), *axes))
+
+    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        """A constant parameter."""
+        return nnx.Param(mesh.reshard(jnp.full(shape, value, self.dtype), *axes))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over the last dimensions, with named input and output axes.
+
+    `inputs` and `outputs` map a logical axis to its size: `{"embed": 4096}` -> `{"kv_heads": 2, "q_groups": 16,
+    "head_dim": 128}`. The kernel has one dimension for each, so that heads are never reshaped across devices.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        init: Init,
+        *,
+        bias: bool = False,
+    ):
+        self.in_axes, self.out_axes = tuple(inputs), tuple(outputs)
+        self.kernel = init.normal((*inputs.values(), *outputs.values()), (*inputs, *outputs))
+        self.bias = init.constant(0.0, tuple(outputs.values()), self.out_axes) if bias else None
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """[B, T, *inputs] -> [B, T, *outputs]; the result's embedding axis is replicated, as activations are."""
+        kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.in_axes, *self.out_axes))
+        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
+        y = jnp.einsum(
+            f"bt{ins},{ins}{outs}->bt{outs}",
+            x,
+            kernel,
+            precision=precision(x.dtype),
+            out_sharding=mesh.gathered("batch", "length", *self.out_axes),
+        )
+        if self.bias is not None:
+            y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm: statistics in float32, cast back, then the scale (Glm4vRMSNorm; trap T4)."""
+
+    def __init__(self, dim: int, eps: float, init: Init):
+        self.eps = eps
+        self.scale = init.constant(1.0, (dim,), (None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """[..., D] -> [..., D], same dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, init: Init):
+        self.eps = eps
+        self.scale = init.constant(1.0, (dim,), (None,))
+        self.bias = init.constant(0.0, (dim,), (None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """[..., D] -> [..., D], same dtype."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding; `attend` uses the same table as an output head."""
+
+    def __init__(self, vocab: int, dim: int, init: Init):
+        self.embedding = init.normal((vocab, dim), ("vocab", "embed"))
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """[B, T] -> [B, T, D]."""
+        table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
+        return table.at[mesh.reshard(ids, "batch", "length")].get(out_sharding=mesh.spec("batch", "length", None))
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """[B, T, D] -> [B, T, V]: the tied head."""
+        table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
+        out = mesh.spec("batch", "length", "vocab")
+        return jnp.einsum("btd,vd->btv", x, table, precision=precision(x.dtype), out_sharding=out)
+
+
+class GatedMlp(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, gate and up as one kernel [D, 2, F]."""
+
+    def __init__(self, dim: int, hidden: int, act: str, init: Init):
+        self.act = act
+        self.gate_up = Linear({"embed": dim}, {None: 2, "mlp": hidden}, init)  # type: ignore[dict-item]
+        self.down = Linear({"mlp": hidden}, {"embed": dim}, init)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """[B, T, D] -> [B, T, D]."""
+        gate_up = self.gate_up(x)
+        return self.down(activation(self.act, gate_up[:, :, 0]) * gate_up[:, :, 1])
+
+
+def num_params(tree: object) -> int:
+    """Parameters in a module (or any tree of arrays, abstract ones too)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,148 @@
+"""The ViT and its merger, on packed rows of static shape.
+
+`Glm4vVisionModel` of the reference. Attention stays inside a picture or frame through segment ids; the learned position
+table is sampled with host-made bicubic weights (`inputs.packing.bicubic_weights`); convolutions with stride = kernel are
+matrix products.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax import mesh, rope
+from glm4v_jax.attention import Dropout, Mask, attend
+from glm4v_jax.config import Glm4vVisionConfig
+from glm4v_jax.layers import Layers
+from glm4v_jax.nn import GatedMlp, Init, LayerNorm, Linear, RMSNorm, activation, precision
+
+MERGER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference's merger uses
+
+
+class VisionInputs(NamedTuple):
+    """`inputs.batch.VisionRows` on the device: fields and shapes are the same."""
+
+    patches: Float[Array, "R L P"]
+    segment_ids: Int[Array, "R L"]
+    coords: Int[Array, "R L 2"]
+    weights_h: Float[Array, "R L S"]
+    weights_w: Float[Array, "R L S"]
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head attention with 2-D rope, inside segments."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        self.dropout_rate = config.attention_dropout
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        self.qkv = Linear({"embed": config.hidden_size}, {None: 3, **heads}, init, bias=config.attention_bias)
+        self.proj = Linear(heads, {"embed": config.hidden_size}, init)
+
+    def __call__(
+        self,
+        x: Float[Array, "R L D"],
+        cos_sin: tuple[Float[Array, "R L F"], Float[Array, "R L F"]],
+        mask: Mask,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "R L D"]:
+        """[R, L, D] -> [R, L, D]."""
+        qkv = self.qkv(x)
+        q, k = rope.apply_half(qkv[:, :, 0], *cos_sin), rope.apply_half(qkv[:, :, 1], *cos_sin)
+        dropout = Dropout(dropout_key, self.dropout_rate) if dropout_key is not None else None
+        out = attend(q[:, :, :, None], k, qkv[:, :, 2], mask, causal=False, dropout=dropout)
+        return self.proj(out[:, :, :, 0])
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        self.attn = VisionAttention(config, init)
+        self.mlp = GatedMlp(config.hidden_size, config.out_hidden_size, config.hidden_act, init)
+
+    def __call__(
+        self,
+        x: Float[Array, "R L D"],
+        cos_sin: tuple[Float[Array, "R L F"], Float[Array, "R L F"]],
+        mask: Mask,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "R L D"]:
+        """[R, L, D] -> [R, L, D]."""
+        x = x + self.attn(self.norm1(x), cos_sin, mask, dropout_key)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nnx.Module):
+    """Projection, LayerNorm, exact GELU and a gated MLP into the decoder's embedding space."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        dim = config.out_hidden_size
+        self.proj = Linear({"embed": dim}, {None: dim}, init)
+        self.post_projection_norm = LayerNorm(dim, MERGER_NORM_EPS, init)
+        self.mlp = GatedMlp(dim, config.intermediate_size, config.hidden_act, init)
+
+    def __call__(self, x: Float[Array, "R M D"]) -> Float[Array, "R M D"]:
+        """[R, M, D] -> [R, M, D]."""
+        return self.mlp(activation("gelu", self.post_projection_norm(self.proj(x))))
+
+
+class VisionEncoder(nnx.Module):
+    """Patches -> merged tokens in the decoder's embedding space."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        self.config = config
+        d, m = config.hidden_size, config.spatial_merge_size
+        self.patch_embed = Linear({None: config.patch_dim}, {"embed": d}, init, bias=True)
+        self.position_embedding = init.normal((config.position_grid**2, d), (None, "embed"))
+        self.post_conv_layernorm = RMSNorm(d, config.rms_norm_eps, init)
+        self.blocks = Layers.init(lambda init: VisionBlock(config, init), config.depth, init)
+        self.post_layernorm = RMSNorm(d, config.rms_norm_eps, init)
+        self.downsample = Linear({None: m * m * d}, {"embed": config.out_hidden_size}, init, bias=True)
+        self.merger = PatchMerger(config, init)
+
+    def __call__(
+        self, rows: VisionInputs, *, dropout_key: Array | None = None, remat: bool = False
+    ) -> Float[Array, "R M O"]:
+        """Encode packed rows.
+
+        Args:
+          rows: R rows of L patches.
+          dropout_key: turns attention dropout on, for training.
+          remat: keep only the blocks' inputs for the backward pass.
+
+        Returns:
+          [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning.
+        """
+        config = self.config
+        rows = VisionInputs(*(mesh.reshard(x, "rows", "length", *(None,) * (x.ndim - 2)) for x in rows))
+        dtype = self.patch_embed.kernel[...].dtype
+        x = self.post_conv_layernorm(self.patch_embed(rows.patches.astype(dtype)))
+        x = x + self._positions(rows).astype(dtype)
+        cos_sin = rope.vision_cos_sin(rows.coords, config.head_dim)
+        start = jnp.zeros_like(rows.segment_ids[:, 0])
+        mask = Mask(rows.segment_ids, rows.segment_ids, start)
+
+        def step(block: VisionBlock, index: Array | int, x: Array) -> tuple[Array, None]:
+            key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
+            return block(x, cos_sin, mask, key), None
+
+        x, _ = self.blocks.run(step, x, remat=remat)
+        x = self.post_layernorm(x)
+        r, length, d = x.shape
+        patches = config.spatial_merge_size**2
+        blocks = x.reshape(r, length // patches, patches * d, out_sharding=mesh.spec("rows", "length", None))
+        return self.merger(self.downsample(blocks))
+
+    def _positions(self, rows: VisionInputs) -> Float[Array, "R L D"]:
+        """The position table at each patch, float32.
+
+        The outer product of the weights comes first: contracting one of them with the table would make L x S x D.
+        """
+        weights = rows.weights_h[..., :, None] * rows.weights_w[..., None, :]
+        weights = weights.reshape(*weights.shape[:2], -1)
+        table = jax.sharding.reshard(self.position_embedding[...], mesh.gathered(None, "embed")).astype(jnp.float32)
+        return jnp.einsum("rls,sd->rld", weights, table, precision=precision(jnp.float32))
