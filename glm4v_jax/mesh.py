@@ -74,3 +74,9 @@ def gathered(*axes: str | None) -> PartitionSpec:
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Move `x` to the partition of these logical names."""
     return jax.sharding.reshard(x, spec(*axes))
+
+
+def data_shards() -> int:
+    """In how many shards batches and vision rows are split in the current mesh."""
+    shape = jax.sharding.get_mesh().shape
+    return shape["data"] * shape["fsdp"]

@@ -3,7 +3,7 @@
 The reference-shaped classes in `modeling` prepare these arrays from a person's inputs.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,59 @@ from glm4v_jax.nn import Init, Linear
 from glm4v_jax.vision import VisionEncoder, VisionInputs
 
 
+def embed_with_vision(
+    text: TextDecoder,
+    input_ids: Int[Array, "B T"],
+    features: Float[Array, "*N D"] | None = None,
+    vision_index: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Token embeddings, with vision tokens put in their places.
+
+    Args:
+      text: the decoder, for its embedding table.
+      input_ids: tokens; what stands in a vision token's place does not matter, but must be in the vocabulary.
+      features: merged vision tokens, [R, M, D] or flattened, or None.
+      vision_index: -1 for text, otherwise an index into the flattened `features`.
+    """
+    embeds = text.embed_tokens(input_ids)
+    if features is None:
+        return embeds
+    flat = mesh.reshard(features, *(None,) * features.ndim).reshape(-1, features.shape[-1]).astype(embeds.dtype)
+    vision_index = mesh.reshard(vision_index, "batch", "length")
+    placed = flat.at[jnp.maximum(vision_index, 0)].get(out_sharding=mesh.spec("batch", "length", None))
+    return jnp.where((vision_index >= 0)[..., None], placed, embeds)
+
+
 class Glm4v(nnx.Module):
     """ViT, decoder and head. A pytree: `jax.jit`, `jax.grad`, `jax.eval_shape` take it as it is.
 
-    Construct it inside a mesh (`mesh.use_mesh`); `jax.eval_shape(lambda: Glm4v(config))` gives the abstract, sharded tree.
+    `lm_head` is None where it is tied to the embedding.
     """
 
-    def __init__(self, config: Glm4vConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32):
-        text = config.text_config
-        rngs = rngs if rngs is not None else nnx.Rngs(params=0)
+    def __init__(
+        self, config: Glm4vConfig, visual: VisionEncoder, language_model: TextDecoder, lm_head: Linear | None = None
+    ):
         self.config = config
-        self.visual = VisionEncoder(config.vision_config, Init(rngs, config.vision_config.initializer_range, dtype))
+        self.visual = visual
+        self.language_model = language_model
+        self.lm_head = lm_head
+
+    @classmethod
+    def init(cls, config: Glm4vConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32) -> Self:
+        """A randomly initialised model, layers stacked, in the current mesh (`mesh.use_mesh`).
+
+        `jax.eval_shape(lambda: Glm4v.init(config))` gives the abstract, sharded tree.
+        """
+        text, vision = config.text_config, config.vision_config
+        rngs = rngs if rngs is not None else nnx.Rngs(params=0)
         init = Init(rngs, text.initializer_range, dtype)
-        self.language_model = TextDecoder(text, init)
         tied = text.tie_word_embeddings
-        self.lm_head = None if tied else Linear({"embed": text.hidden_size}, {"vocab": text.vocab_size}, init)
+        return cls(
+            config,
+            VisionEncoder(vision, Init(rngs, vision.initializer_range, dtype)),
+            TextDecoder(text, init),
+            None if tied else Linear({"embed": text.hidden_size}, {"vocab": text.vocab_size}, init),
+        )
 
     def encode(self, vision: VisionInputs | Any, **kwargs: Any) -> Float[Array, "R M D"]:
         """Packed patches -> merged vision tokens; see `VisionEncoder.__call__`."""
@@ -43,23 +81,11 @@ class Glm4v(nnx.Module):
     def embed(
         self,
         input_ids: Int[Array, "B T"],
-        features: Float[Array, "R M D"] | None = None,
+        features: Float[Array, "*N D"] | None = None,
         vision_index: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Token embeddings, with vision tokens put in their places.
-
-        Args:
-          input_ids: tokens; what stands in a vision token's place does not matter, but must be in the vocabulary.
-          features: merged vision tokens, or None.
-          vision_index: -1 for text, otherwise an index into `features` flattened to [R * M, D].
-        """
-        embeds = self.language_model.embed_tokens(input_ids)
-        if features is None:
-            return embeds
-        flat = mesh.reshard(features, None, None, None).reshape(-1, features.shape[-1]).astype(embeds.dtype)
-        vision_index = mesh.reshard(vision_index, "batch", "length")
-        placed = flat.at[jnp.maximum(vision_index, 0)].get(out_sharding=mesh.spec("batch", "length", None))
-        return jnp.where((vision_index >= 0)[..., None], placed, embeds)
+        """Token embeddings, with vision tokens put in their places; see `embed_with_vision`."""
+        return embed_with_vision(self.language_model, input_ids, features, vision_index)
 
     def decode(
         self,
@@ -109,7 +135,7 @@ class Glm4v(nnx.Module):
         return self._with_layers(stack)
 
     def _with_layers(self, change: Any) -> "Glm4v":
-        model = jax.tree.map(lambda x: x, self)
+        model = jax.tree.map(lambda x: x, self)  # new modules around the same arrays
         model.visual.blocks = change(model.visual.blocks)
         model.language_model.layers = change(model.language_model.layers)
         return model

@@ -68,14 +68,20 @@ class ArraySource(Protocol):
     """Something to write: a NumPy array, a JAX array, or anything that becomes a NumPy array when its turn comes."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the dimensions."""
+        ...
+
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[Any]:
+        """One of the dtypes that NumPy or ml_dtypes has and the format can store."""
+        ...
+
     def __array__(self) -> np.ndarray: ...
 
 
-class SafetensorsFile:
-    """One safetensors file, checked and mapped on construction; its tensors are read when asked for.
+class SafetensorsFile(Mapping[str, TensorInfo]):
+    """The tensors of one safetensors file, by name in the order of their bytes, checked and mapped on construction.
 
     The file must not be changed in place while it or an array of it lives (replacing it by renaming is safe).
 
@@ -111,13 +117,14 @@ class SafetensorsFile:
             self._offsets[name] = offset
             offset += info.nbytes
 
-    def keys(self) -> list[str]:
-        """Returns the names of the tensors, in the order of their bytes."""
-        return list(self._infos)
-
-    def info(self, name: str) -> TensorInfo:
-        """Returns shape, dtype and size of a tensor without touching its data; KeyError if there is none."""
+    def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
 
     def read(self, name: str, index: Index = ...) -> np.ndarray:
         """Returns a tensor or a basic slice of it as a read-only view of the mapped file; KeyError if there is none.
@@ -135,10 +142,10 @@ class CheckpointFiles(Mapping[str, TensorInfo]):
     def __init__(self, directory: Path, files: list[SafetensorsFile]):
         self.directory = directory
         self.files = tuple(files)
-        self._file_of = {name: file for file in files for name in file.keys()}
+        self._file_of = {name: file for file in files for name in file}
 
     def __getitem__(self, name: str) -> TensorInfo:
-        return self._file_of[name].info(name)
+        return self._file_of[name][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -172,8 +179,8 @@ def open_checkpoint(directory: str | Path) -> CheckpointFiles:
         raise CheckpointError(f"{directory}: found {_listed(shards, 5)} without an index; {expected}")
     if pickled := sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern)):
         raise CheckpointError(
-            f"{directory}: found pickled weights only ({_listed(pickled, 5)}), which are never loaded because unpickling "
-            f"runs code from the file; {expected}"
+            f"{directory}: found pickled weights only ({_listed(pickled, 5)}), which are never loaded because "
+            f"unpickling runs code from the file; {expected}"
         )
     raise CheckpointError(f"{directory}: found no weights; {expected}")
 
@@ -183,14 +190,14 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found no readable JSON ({error}); expected the index of a checkpoint") from error
+        raise CheckpointError(f"{path}: found no readable JSON ({error}); expected a checkpoint's index") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: found no 'weight_map'; expected an object from tensor names to file names")
     for name, shard in weight_map.items():
         # A path would let an index reach out of its directory.
         if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
-            raise CheckpointError(f"{path}: {name}: found shard {shard!r}; expected the name of a file beside the index")
+            raise CheckpointError(f"{path}: {name}: found shard {shard!r}; expected the name of a file beside it")
     return weight_map
 
 
@@ -209,7 +216,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
 
     found = defaultdict(list)
     for shard, file in files.items():
-        for name in file.keys():
+        for name in file:
             found[name].append(shard)
     for name, shards in found.items():
         if len(shards) > 1:
@@ -230,9 +237,9 @@ def write_safetensors(
 ) -> None:
     """Writes a file equal to the library's byte for byte, one tensor at a time.
 
-    Shapes and dtypes are asked for first and values one after the other, so that arrays on a device need host memory for
-    the largest of them only (the library wants the addresses of all at once). The file appears under its name when it
-    is complete.
+    Shapes and dtypes are asked for first and values one after the other, so that arrays on a device need host memory
+    for the largest of them only (the library wants the addresses of all at once). The file appears under its name when
+    it is complete.
 
     Raises:
         CheckpointError: a dtype, a name or the metadata cannot be stored; what was at `path` is then untouched.
@@ -288,7 +295,7 @@ def _data(path: Path, name: str, tensor: ArraySource, entry: dict[str, Any]) -> 
     if list(array.shape) != entry["shape"] or array.dtype.newbyteorder("<") != dtype:
         expected = f"{dtype} {entry['shape']} as announced"
         raise CheckpointError(f"{path}: {name}: found {array.dtype} {list(array.shape)}; expected {expected}")
-    return memoryview(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
 
 
 def _damage(path: Path) -> str:
@@ -297,7 +304,8 @@ def _damage(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
         length = int.from_bytes(start[:8], "little")
-        text = os.pread(file.fileno(), length, 8) if 8 + length <= size else b""
+        file.seek(8)
+        text = file.read(length) if 8 + length <= size else b""
     if start == _LFS_POINTER:
         return "found a Git LFS pointer; expected the file that it stands for (git lfs pull)"
     if size < 8:

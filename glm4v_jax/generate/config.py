@@ -1,0 +1,307 @@
+"""What a generation is asked for: names, defaults and precedence of `transformers.GenerationConfig` 4.57.1.
+
+Only the options that change greedy and sampled decoding of one sequence exist here. Those of the reference that would
+change the output in another way (beams, n-gram bans, watermarks, ...) are refused by name instead of being ignored.
+"""
+
+import dataclasses
+import json
+import math
+import numbers
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from glm4v_jax.errors import CheckpointError, GenerationError
+
+# `max_length` of the reference when nobody sets it; it then counts *new* tokens (`_prepare_generated_length`).
+_DEFAULT_NEW_TOKENS = 20
+
+# Below this, dividing a float32 logit can overflow to infinity, and two infinities have no softmax.
+_SMALLEST_DIVISOR = 1e-30
+
+# Options of the reference that are not built, with the values at which they have no effect (None always has none).
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (),
+    "assistant_model": (),
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "constraints": (),
+    "diversity_penalty": (0.0,),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "logits_processor": ([],),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "negative_prompt_ids": (),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "output_logits": (False,),
+    "output_scores": (False,),
+    "penalty_alpha": (0.0,),
+    "prefix_allowed_tokens_fn": (),
+    "prompt_lookup_num_tokens": (),
+    "remove_invalid_values": (False,),
+    "return_dict_in_generate": (False,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "stopping_criteria": ([],),
+    "suppress_tokens": (),
+    "synced_gpus": (False,),
+    "token_healing": (False,),
+    "typical_p": (1.0,),
+    "watermarking_config": (),
+}
+
+
+class SamplingParams(NamedTuple):
+    """The options that the choice of a next token reads: scalars, or arrays `[B]` with one value a row.
+
+    They are data of a compiled program and not part of it, so that changing one never compiles anew.
+    """
+
+    do_sample: npt.ArrayLike
+    """bool; False takes the most likely token after the repetition penalty and ignores the other options."""
+    temperature: npt.ArrayLike
+    """float32 > 0; 1 is off."""
+    top_k: npt.ArrayLike
+    """int32 >= 0; 0 is off."""
+    top_p: npt.ArrayLike
+    """float32 in (0, 1]; 1 is off."""
+    min_p: npt.ArrayLike
+    """float32 in [0, 1]; 0 is off."""
+    repetition_penalty: npt.ArrayLike
+    """float32 > 0; 1 is off."""
+
+    @classmethod
+    def of(cls, config: "GenerationConfig", batch: int) -> "SamplingParams":
+        """Returns host arrays `[batch]` that hold `config`'s options in every row."""
+        dtypes = (np.bool_, np.float32, np.int32, np.float32, np.float32, np.float32)
+        return cls(*(np.full(batch, value, dtype) for value, dtype in zip(config.sampling, dtypes, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """Options of one generation, checked on construction.
+
+    Fields keep the reference's names and defaults, `top_k` 50 among them. `max_length` None stands for the
+    reference's untouched default of 20, which counts new tokens; a number counts prompt and new tokens together.
+    `eos_token_id` takes one id, several, or -1 (or nothing) to never stop; it is stored as a tuple. `seed` is this
+    package's: equal seeds give equal draws.
+
+    Raises:
+        GenerationError: an option is out of its range; the message names it, its value and what was expected.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    seed: int = 0
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_length", "pad_token_id"):
+            if getattr(self, name) is not None:
+                self._set(name, _integer(name, getattr(self, name), least=0 if name == "pad_token_id" else 1))
+        for name in ("do_sample", "use_cache"):
+            self._set(name, _boolean(name, getattr(self, name)))
+        self._set("top_k", _integer("top_k", self.top_k, least=0, note=" (0 switches it off)"))
+        self._set("num_return_sequences", _integer("num_return_sequences", self.num_return_sequences, least=1))
+        self._set("seed", _integer("seed", self.seed, least=0))
+        self._set("eos_token_id", _token_ids("eos_token_id", self.eos_token_id))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self._set(name, _number(name, getattr(self, name)))
+
+        _require(self.seed < 2**32, "seed", self.seed, "an integer below 2**32")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1 (1 switches it off)")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1 (0 switches it off)")
+        positive = f"a finite number of at least {_SMALLEST_DIVISOR}"
+        penalty = self.repetition_penalty
+        _require(penalty >= _SMALLEST_DIVISOR, "repetition_penalty", penalty, f"{positive} (1 switches it off)")
+        _require(self.temperature >= 0, "temperature", self.temperature, positive)
+        if self.do_sample:
+            hint = "; for greedy decoding set do_sample=False"
+            _require(self.temperature >= _SMALLEST_DIVISOR, "temperature", self.temperature, positive + hint)
+        else:
+            count = self.num_return_sequences
+            _require(count == 1, "num_return_sequences", count, "1 without do_sample=True: greedy sequences are equal")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Reads `generation_config.json` of a checkpoint directory.
+
+        Where that file is absent the reference takes the token ids (and whatever other option is there) from
+        `config.json`, text part included, and its defaults for the rest; so does this.
+
+        Raises:
+            CheckpointError: not a directory, or a file in it is malformed or asks for something impossible.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: found no directory; expected that of a checkpoint")
+        path = directory / "generation_config.json"
+        if path.is_file():
+            options = _read_object(path)
+        else:
+            path = directory / "config.json"
+            model = _read_object(path) if path.is_file() else {}
+            text = model.get("text_config")
+            options = (_given(text) if isinstance(text, dict) else {}) | _given(model)
+        try:
+            return cls.from_dict(options)
+        except GenerationError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        """Makes a configuration from the reference's JSON object; keys that mean nothing here are passed over.
+
+        A null switches an option off, as in the reference, which for `top_k` differs from leaving it out.
+
+        Raises:
+            GenerationError: an option is out of its range, or one that is not supported is in use.
+        """
+        _refuse_unsupported(options)
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name in options and field.name != "seed":
+                value = options[field.name]
+                off = 0 if field.name == "top_k" else field.default
+                fields[field.name] = off if value is None else value
+        if fields.get("max_length") == _DEFAULT_NEW_TOKENS:
+            del fields["max_length"]  # the reference cannot tell a 20 in the file from its default, nor may this
+        return cls(**fields)
+
+    def replace(self, **overrides: Any) -> Self:
+        """Returns a copy with the given options changed; None means "not given".
+
+        Raises:
+            GenerationError: an option is unknown, not supported, or out of its range.
+        """
+        _refuse_unsupported(overrides)
+        known = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(overrides.keys() - known - _UNSUPPORTED.keys()):
+            found = ", ".join(map(repr, unknown))
+            expected = ", ".join(sorted(known))
+            raise GenerationError(f"generation options: found unknown {found}; expected some of {expected}")
+        return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None and k in known})
+
+    def new_tokens(self, prompt_length: int, max_position_embeddings: int | None = None) -> int:
+        """Returns how many tokens to generate at most after a (padded) prompt of `prompt_length` tokens.
+
+        `max_new_tokens` wins over `max_length`. The default of 20 shrinks to what `max_position_embeddings` leaves.
+
+        Raises:
+            GenerationError: nothing can be generated within `max_length`, or not everything within
+                `max_position_embeddings`.
+        """
+        if self.max_new_tokens is not None:
+            count, field, value = self.max_new_tokens, "max_new_tokens", self.max_new_tokens
+        elif self.max_length is not None:
+            count, field, value = self.max_length - prompt_length, "max_length", self.max_length
+            _require(count >= 1, field, value, f"more than the {prompt_length:,} tokens of the prompt")
+        else:
+            room = _DEFAULT_NEW_TOKENS if max_position_embeddings is None else max_position_embeddings - prompt_length
+            count, field, value = max(1, min(_DEFAULT_NEW_TOKENS, room)), "max_new_tokens", None
+        if max_position_embeddings is not None and prompt_length + count > max_position_embeddings:
+            raise GenerationError(
+                f"{field}: found {value!r} with a prompt of {prompt_length:,} tokens; expected the prompt and at least "
+                f"{count:,} new tokens to fit max_position_embeddings={max_position_embeddings:,}"
+            )
+        return count
+
+    @property
+    def padding_id(self) -> int:
+        """The id that fills finished rows: `pad_token_id`, else the first end id as in the reference, else 0."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        return self.eos_token_id[0] if self.eos_token_id else 0
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The options that choosing a token reads, as scalars."""
+        return SamplingParams(
+            do_sample=self.do_sample,
+            temperature=self.temperature,
+            top_k=min(self.top_k, np.iinfo(np.int32).max),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+def _require(condition: bool, field: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise GenerationError(f"{field}: found {value!r}; expected {expected}")
+
+
+def _integer(field: str, value: Any, least: int, note: str = "") -> int:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    _require(is_integer and value >= least, field, value, f"an integer of at least {least}{note}")
+    return int(value)
+
+
+def _number(field: str, value: Any) -> float:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    _require(is_number and math.isfinite(value), field, value, "a finite number")
+    return float(value)
+
+
+def _boolean(field: str, value: Any) -> bool:
+    _require(isinstance(value, bool | np.bool_), field, value, "true or false")
+    return bool(value)
+
+
+def _token_ids(field: str, value: Any) -> tuple[int, ...]:
+    """Returns the ids as a tuple without -1, which no token has and which therefore never stops a row."""
+    if value is None:
+        return ()
+    values = value if isinstance(value, list | tuple | np.ndarray) else [value]
+    return tuple(token for token in (_integer(field, item, least=-1) for item in values) if token != -1)
+
+
+def _refuse_unsupported(options: dict[str, Any]) -> None:
+    for name in sorted(options.keys() & _UNSUPPORTED.keys()):
+        value, neutral = options[name], _UNSUPPORTED[name]
+        if value is not None and value not in neutral:
+            expected = " or ".join(repr(choice) for choice in neutral) or "nothing"
+            raise GenerationError(f"{name}: found {value!r}; expected {expected}, because this option is not supported")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: found no readable JSON ({error}); expected a JSON object") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: found a JSON {type(content).__name__}; expected a JSON object")
+    return content

@@ -1,0 +1,124 @@
+"""From the logits of one position to the next token, as transformers 4.57.1 does it.
+
+Order and thresholds are those of `GenerationMixin._get_logits_processor` and `generation/logits_process.py`:
+repetition penalty, then, in rows that sample, temperature, top-k, top-p, min-p. Options are traced arrays with one
+value a row, so that rows may differ and a change of an option compiles nothing.
+
+B: rows, V: vocabulary, W: candidates looked at, T: prompt length. Logits must not be sharded over V.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, Num
+
+from glm4v_jax.generate.config import SamplingParams
+
+# top-k up to this (the reference's default is 50) needs the largest scores only: `lax.top_k` of 64 takes 0.2 ms where
+# sorting a row of V = 151,552 takes 34 ms on a CPU core.
+_WINDOW = 64
+
+
+def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """Returns float32 scores: penalised logits, and -inf at every token that the options rule out.
+
+    Args:
+        logits: of any float dtype; the arithmetic is float32.
+        params: arrays `[B]`.
+        seen: the tokens of each row's prompt and of what was generated so far.
+    """
+    logits = logits.astype(jnp.float32)
+    do_sample, temperature, _, _, min_p, penalty = (jnp.asarray(param)[:, None] for param in params)
+    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    scores = logits / jnp.where(do_sample, temperature, 1.0)
+    cut_score, cut_id = _cuts(scores, params)
+    ids = jnp.arange(scores.shape[-1])[None]
+    kept = (scores > cut_score[:, None]) | ((scores == cut_score[:, None]) & (ids >= cut_id[:, None]))
+    scores = jnp.where(kept, scores, -jnp.inf)
+
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    floor = min_p * jnp.max(probabilities, axis=-1, keepdims=True)
+    scores = jnp.where(probabilities < floor, -jnp.inf, scores)
+    return jnp.where(do_sample, scores, logits)
+
+
+def sample(
+    logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"], keys: Key[Array, "B"]
+) -> Int[Array, "B"]:
+    """Returns the next token of each row, int32: a draw with that row's key, or the first maximum if it is greedy."""
+    scores = process_logits(logits, params, seen)
+    drawn = jax.vmap(jax.random.categorical)(keys, scores)
+    return jnp.where(jnp.asarray(params.do_sample), drawn, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
+
+
+def row_keys(seed: Int[Array, ""] | int, batch: int) -> Key[Array, "B"]:
+    """Returns one key a row, which depends on the seed and the row's number and not on `batch`."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
+
+
+def step_keys(keys: Key[Array, "B"], step: Int[Array, "*B"] | int) -> Key[Array, "B"]:
+    """Returns the keys of generation step `step`, a scalar or one number a row, counted in new tokens."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, 0 if jnp.ndim(step) else None))(keys, step)
+
+
+def seen_from_prompt(
+    input_ids: Int[Array, "B T"], attention_mask: Num[Array, "B T"], vocab_size: int
+) -> Bool[Array, "B V"]:
+    """Returns which tokens each prompt holds, picture placeholders included.
+
+    The reference looks at padding too, so that its penalty on `<|endoftext|>` (the padding of GLM-4.1V) depends on the
+    other prompts of the batch. Here padding does not count: every row gets what the reference gives it alone.
+    """
+
+    def of_row(ids: Int[Array, "T"], mask: Bool[Array, "T"]) -> Bool[Array, "V"]:
+        return jnp.zeros(vocab_size, bool).at[ids].max(mask)
+
+    return jax.vmap(of_row)(input_ids, attention_mask != 0)
+
+
+def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, "B"]) -> Bool[Array, "B V"]:
+    """Returns `seen` with one more token in each row."""
+    # A comparison where a scatter would do: it is a fraction of the softmax's cost, and any sharding suits it.
+    return seen | (jnp.arange(seen.shape[-1])[None] == tokens[:, None])
+
+
+def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Array, "B"], Int[Array, "B"]]:
+    """Returns the least (score, id) of each row that top-k and top-p keep, in the order of scores, then ids.
+
+    Where the cut of top-p falls among equal scores, torch's unstable sort keeps any of them, and this the higher ids.
+    """
+    vocab_size = scores.shape[-1]
+    top_k, top_p = jnp.asarray(params.top_k), jnp.asarray(params.top_p)
+    from_sorted = jax.vmap(_cut)
+
+    def from_all() -> tuple[Float[Array, "B"], Int[Array, "B"]]:
+        ids = jnp.zeros_like(scores, jnp.int32) + jnp.arange(vocab_size)[None]  # sharded like the scores
+        return from_sorted(*lax.sort((scores, ids), num_keys=2), top_k, top_p)[:2]
+
+    if vocab_size <= _WINDOW:
+        return from_all()
+
+    largest, largest_ids = lax.top_k(scores, _WINDOW)
+    ascending = lax.sort((largest, largest_ids), num_keys=2)
+    cut_score, cut_id, threshold = from_sorted(*ascending, top_k, top_p)
+    idle = ~jnp.asarray(params.do_sample) | ((top_k == 0) & (top_p == 1))
+    # Above the smallest candidate the window is complete; at it, ties may lie outside.
+    complete = (top_k > 0) & (threshold > largest[:, -1])
+    return lax.cond(jnp.all(idle | complete), lambda: (cut_score, cut_id), from_all)
+
+
+def _cut(
+    scores: Float[Array, "W"], ids: Int[Array, "W"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> tuple[Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
+    """Returns score and id of the first survivor among ascending candidates, and the threshold of top-k (-inf: off)."""
+    width = scores.shape[0]
+    threshold = jnp.where(top_k > 0, scores[width - jnp.clip(top_k, 1, width)], -jnp.inf)
+    below = jnp.sum(scores < threshold)
+
+    probabilities = jax.nn.softmax(jnp.where(scores < threshold, -jnp.inf, scores))
+    improbable = jnp.minimum(jnp.sum(jnp.cumsum(probabilities) <= 1 - top_p), width - 1)
+    first = jnp.where(top_p < 1, jnp.maximum(below, improbable), below)
+    # With both options off this is position 0, the least of all, or of the window: keep what lies below it as well.
+    off = (top_k == 0) & (top_p == 1)
+    return jnp.where(off, -jnp.inf, scores[first]), jnp.where(off, 0, ids[first]), threshold
