@@ -11,8 +11,8 @@ _EXPORTS = {
     "Glm4vTextConfig": "config",
     "Glm4vVisionConfig": "config",
     "Glm4vError": "errors",
-    "Batch": "inputs.batch",
-    "VisionRows": "inputs.batch",
+    "Batch": "batch",
+    "VisionRows": "batch",
     "Glm4vImageProcessor": "inputs.image",
     "Glm4vImageProcessorFast": "inputs.image",
     "make_batch": "inputs.prepare",
@@ -23,14 +23,14 @@ _EXPORTS = {
     "make_mesh": "mesh",
     "use_mesh": "mesh",
     "Glm4v": "model",
-    "Glm4vVisionModel": "modeling",
-    "Glm4vTextModel": "modeling",
+    "Glm4vVisionModel": "modeling_parts",
+    "Glm4vTextModel": "modeling_parts",
     "Glm4vModel": "modeling",
     "Glm4vForConditionalGeneration": "modeling",
     "pipeline": "pipelines",
 }
 
-__all__ = list(_EXPORTS)  # noqa: PLE0605
+__all__ = list(_EXPORTS)
 __version__ = "0.1.0"
 
 

@@ -1,11 +1,12 @@
 """Attention: one function, `attend`, for the ViT, prefill, decoding and training.
 
-A query sees a key if both are in the same segment (0 is padding and sees nothing) and, where it is causal, the key's slot
-is not after the query's. That covers packed rows, left and right padding, and a cache that is only partly filled.
+A query sees a key if both are in the same segment (0 is padding and sees nothing) and, where it is causal, the key's
+slot is not after the query's. That covers packed rows, left and right padding, and a cache that is only partly
+filled.
 
-Nothing here materialises a T x S score matrix, except `attend_with_weights`, for callers who ask for the weights: scores
-live one block at a time (an online softmax, forward and backward), and blocks that no query can see are skipped.
-Source of the algorithm: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+Nothing here materialises a T x S score matrix, except `attend_with_weights`, for callers who ask for the weights:
+scores live one block at a time (an online softmax, forward and backward), and blocks that no query can see are
+skipped. Source of the algorithm: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 """
 
 import functools
@@ -185,7 +186,10 @@ def _flash_forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
         carry = (empty, empty[..., 0] + MASKED, empty[..., 0])
         out, top, total = jax.lax.fori_loop(*_span(reachable[i]), key_block, carry)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        return None, (jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype), jnp.moveaxis(top + jnp.log(total), 3, 1))
+        return None, (
+            jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype),
+            jnp.moveaxis(top + jnp.log(total), 3, 1),
+        )
 
     _, (out, log_total) = jax.lax.scan(query_block, None, jnp.arange(q.shape[1] // blocks[0]))
     out, log_total = _merge_blocks(out, q), _merge_blocks(log_total, q[..., 0])

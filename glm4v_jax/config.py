@@ -1,8 +1,9 @@
 """Configurations of the three parts, from and to `config.json`.
 
-The names and defaults are those of `Glm4vConfig`, `Glm4vTextConfig` and `Glm4vVisionConfig` in transformers 4.57.1; files
-written by 4.57 (`rope_theta`, `partial_rotary_factor`, `rope_scaling`) and by 5.x (`rope_parameters`) are both read. All
-three are frozen and hashable: they are static metadata of the modules and part of the key of every compiled program.
+The names and defaults are those of `Glm4vConfig`, `Glm4vTextConfig` and `Glm4vVisionConfig` in transformers 4.57.1;
+files written by 4.57 (`rope_theta`, `partial_rotary_factor`, `rope_scaling`) and by 5.x (`rope_parameters`) are both
+read. All three are frozen and hashable: they are static metadata of the modules and part of the key of every compiled
+program.
 """
 
 import dataclasses
@@ -82,7 +83,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Glm4vVisionConfig:
-    """The ViT and its merger. `intermediate_size` is the merger's; the ViT's MLPs are `out_hidden_size` wide (trap T5)."""
+    """The ViT and its merger.
+
+    `intermediate_size` is the merger's; the ViT's own MLPs are `out_hidden_size` wide (trap T5).
+    """
 
     depth: int = 24
     hidden_size: int = 1536
@@ -138,8 +142,8 @@ class Glm4vTextConfig:
     """The GLM-4 decoder.
 
     `rope_scaling` may be given as a dict or a `RopeScaling`. With neither it nor `partial_rotary_factor`, the released
-    checkpoint's values hold (4.57.1's own default configuration cannot run forward); with `rope_scaling` alone the whole
-    head rotates, as in the reference.
+    checkpoint's values hold (4.57.1's own default configuration cannot run forward); with `rope_scaling` alone the
+    whole head rotates, as in the reference.
     """
 
     vocab_size: int = 151552
@@ -281,7 +285,9 @@ class Glm4vConfig:
         """
         model_type = data.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ConfigError(f"config.json: model_type is {model_type!r}, expected {cls.model_type!r} (dense GLM-4.1V)")
+            raise ConfigError(
+                f"config.json: model_type is {model_type!r}, expected {cls.model_type!r} (dense GLM-4.1V)"
+            )
         fields = _known_fields(cls, data)
         fields["text_config"] = Glm4vTextConfig.from_dict(data.get("text_config") or data)
         fields["vision_config"] = Glm4vVisionConfig.from_dict(data.get("vision_config") or {})
@@ -346,15 +352,16 @@ class Glm4vConfig:
     @classmethod
     def tiny(cls, **text_overrides: Any) -> Self:
         """A model of some 300,000 parameters with every part of the real one, for tests and examples."""
-        text = dict(
-            vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, partial_rotary_factor=0.5, rope_scaling={"mrope_section": (1, 1, 2)},
-        )  # fmt: skip
+        text = {
+            "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "partial_rotary_factor": 0.5,
+            "rope_scaling": {"mrope_section": (1, 1, 2)},
+        }  # fmt: skip
         vision = Glm4vVisionConfig(
             depth=2, hidden_size=32, num_heads=4, image_size=70, out_hidden_size=64, intermediate_size=96
         )
         return cls(
-            text_config=Glm4vTextConfig(**{**text, **text_overrides}), vision_config=vision,
+            text_config=Glm4vTextConfig.from_dict(text | text_overrides), vision_config=vision,
             image_token_id=314, video_token_id=315, image_start_token_id=310, image_end_token_id=311,
             video_start_token_id=312, video_end_token_id=313,
         )  # fmt: skip

@@ -25,6 +25,9 @@ class Record:
     attentions: bool = False
 
 
+NOTHING = Record()
+
+
 class Recorded(NamedTuple):
     """hidden_states: [N, B, T, D], the input of every layer; attentions: [N, B, K, G, T, S]. None if not asked for."""
 
@@ -38,10 +41,14 @@ class TextAttention(nnx.Module):
     def __init__(self, config: Glm4vTextConfig, init: Init):
         assert config.num_key_value_heads is not None
         self.dropout_rate = config.attention_dropout
-        embed = {"embed": config.hidden_size}
-        kv = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-        heads = {"kv_heads": config.num_key_value_heads, "q_groups": config.num_key_value_groups}
-        heads["head_dim"] = config.head_dim
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        embed: dict[str | None, int] = {"embed": config.hidden_size}
+        kv: dict[str | None, int] = {"kv_heads": kv_heads, "head_dim": head_dim}
+        heads: dict[str | None, int] = {
+            "kv_heads": kv_heads,
+            "q_groups": config.num_key_value_groups,
+            "head_dim": head_dim,
+        }
         self.q_proj = Linear(embed, heads, init, bias=True)
         self.k_proj = Linear(embed, kv, init, bias=True)
         self.v_proj = Linear(embed, kv, init, bias=True)
@@ -121,7 +128,7 @@ class TextDecoder(nnx.Module):
         segment_ids: Int[Array, "B T"],
         cache: KVCache | None = None,
         *,
-        record: Record = Record(),
+        record: Record = NOTHING,
         dropout_key: Array | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:

@@ -1,9 +1,9 @@
 """A stack of equal layers in either of two layouts, and the way between them.
 
-*Stacked*: every leaf has a leading dimension of `num_layers`, and the stack runs as `lax.scan`. It compiles in the time of
-one layer, is how checkpoints and training keep the model, and on TPU the slice of a layer's weight fuses into its matmul.
-*Per layer*: one module a layer, run as a Python loop. On a CPU scanning copies every weight before it is used, which
-decoding, bound by memory, feels most.
+*Stacked*: every leaf has a leading dimension of `num_layers`, and the stack runs as `lax.scan`. It compiles in the
+time of one layer, is how checkpoints and training keep the model, and on TPU the slice of a layer's weight fuses into
+its matmul. *Per layer*: one module a layer, run as a Python loop. On a CPU scanning copies every weight before it is
+used, which decoding, bound by memory, feels most.
 """
 
 from collections.abc import Callable
@@ -78,4 +78,3 @@ def stack(layers: Layers) -> Layers:
     each = [getattr(layers, str(i)) for i in range(layers.num_layers)]
     result.stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
     return result
-

@@ -22,7 +22,7 @@ _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def default_dtype() -> DTypeLike:
-    """What to compute in on this machine: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
+    """What to compute in here: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 

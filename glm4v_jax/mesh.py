@@ -1,8 +1,9 @@
 """The device mesh, and the one table from logical axis names to mesh axes.
 
 Every array of the model carries logical axis names ("embed", "kv_heads", ...). `RULES` maps them to the mesh axes
-`data, fsdp, kv, q`, and nothing else in the package names a mesh axis. The tensor axis is split in two because the 9B has
-only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every step.
+`data, fsdp, kv, q`, and nothing else in the package names a mesh axis. The tensor axis is split in two because the 9B
+has only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every
+step.
 
 A mesh of one device is the default, so there is a single code path: more devices add a mesh, not a branch.
 """

@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glm4v_jax import mesh
+from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.cache import KVCache
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.decoder import Record, Recorded, TextDecoder
+from glm4v_jax.decoder import NOTHING, Record, Recorded, TextDecoder
 from glm4v_jax.layers import stack, unstack
 from glm4v_jax.nn import Init, Linear
-from glm4v_jax.vision import VisionEncoder, VisionInputs
+from glm4v_jax.vision import VisionEncoder
 
 
 def embed_with_vision(
@@ -74,7 +75,7 @@ class Glm4v(nnx.Module):
             None if tied else Linear({"embed": text.hidden_size}, {"vocab": text.vocab_size}, init),
         )
 
-    def encode(self, vision: VisionInputs | Any, **kwargs: Any) -> Float[Array, "R M D"]:
+    def encode(self, vision: VisionRows, **kwargs: Any) -> Float[Array, "R M D"]:
         """Packed patches -> merged vision tokens; see `VisionEncoder.__call__`."""
         return self.visual(vision, **kwargs)
 
@@ -106,9 +107,9 @@ class Glm4v(nnx.Module):
 
     def __call__(
         self,
-        batch: Any,
+        batch: Batch,
         *,
-        record: Record = Record(),
+        record: Record = NOTHING,
         dropout_key: Array | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T D"]:

@@ -1,7 +1,8 @@
 """The models in the reference's shapes and names: NumPy arrays in, static-shape programs behind.
 
-These classes prepare a `Batch` on the host, run the programs inside their mesh, and cut the results back to the caller's
-shapes. For `jax.grad`, custom loops and training take the functional module, `model.module`, and `make_batch`.
+These classes prepare a `Batch` on the host, run the programs inside their mesh, and cut the results back to the
+caller's shapes. For `jax.grad`, custom loops and training take the functional module, `model.module`, and
+`make_batch`.
 """
 
 import dataclasses
@@ -17,202 +18,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from glm4v_jax import programs
-from glm4v_jax.cache import KVCache, grow, init_cache
-from glm4v_jax.config import Glm4vConfig, Glm4vTextConfig, Glm4vVisionConfig
-from glm4v_jax.decoder import Record, Recorded, TextDecoder
+from glm4v_jax.batch import Batch
+from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.inputs.batch import Batch, VisionRows
-from glm4v_jax.inputs.packing import bucket, frames_of, pack
+from glm4v_jax.generate.engine import generate
 from glm4v_jax.inputs.positions import rope_index
-from glm4v_jax.inputs.prepare import MIN_LENGTH, make_batch, token_ids
+from glm4v_jax.inputs.prepare import make_batch, token_ids
 from glm4v_jax.loading import load_model, resolve_dtype
 from glm4v_jax.mesh import data_shards, use_mesh
 from glm4v_jax.model import Glm4v
-from glm4v_jax.nn import Init, Linear, num_params
-from glm4v_jax.outputs import (
-    BaseModelOutputWithPast,
-    Glm4vCausalLMOutputWithPast,
-    Glm4vModelOutputWithPast,
-    PastKeyValues,
-)
+from glm4v_jax.modeling_parts import Glm4vTextModel, Glm4vVisionModel
+from glm4v_jax.nn import Linear, num_params
+from glm4v_jax.outputs import Glm4vCausalLMOutputWithPast, Glm4vModelOutputWithPast, PastKeyValues
 from glm4v_jax.programs import Flat
-from glm4v_jax.vision import VisionEncoder
-
-MIN_FEATURES = 64
-
-
-class Glm4vVisionModel:
-    """The ViT and merger."""
-
-    def __init__(
-        self, config: Glm4vVisionConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        flat: Flat[VisionEncoder] | None = None,
-    ):  # fmt: skip
-        self.config = config
-        with use_mesh(mesh) as self.mesh:
-            self.flat = flat or Flat.of(
-                VisionEncoder(config, Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype)))
-            )
-
-    @property
-    def module(self) -> VisionEncoder:
-        """The functional module."""
-        return self.flat.module
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The compute dtype."""
-        return self.flat.leaves[0].dtype
-
-    def __call__(self, hidden_states: np.ndarray, grid_thw: np.ndarray) -> Array:
-        """Encode pictures or frames.
-
-        Args:
-          hidden_states: float [patches, P], flattened patches in the processor's order.
-          grid_thw: int [N, 3].
-
-        Returns:
-          [patches / merge_size^2, out_hidden_size], in the order of the patches.
-        """
-        config = self.config
-        with use_mesh(self.mesh):
-            rows, merged_index = pack(
-                np.asarray(hidden_states),
-                frames_of(grid_thw),
-                merge_size=config.spatial_merge_size,
-                position_grid=config.position_grid,
-                row_multiple=data_shards(),
-            )
-            return self.encode(rows)[merged_index]
-
-    def encode(self, rows: VisionRows) -> Array:
-        """Packed rows -> [N, D] merged tokens, N the power of two that holds the flattened [R * L / merge_size^2]."""
-        cells = rows.segment_ids.size // self.config.spatial_merge_size**2
-        num_tokens = max(MIN_FEATURES, 1 << (cells - 1).bit_length())
-        return programs.encode(self.flat, rows, num_tokens)
-
-
-class Glm4vTextModel:
-    """The decoder without a head."""
-
-    def __init__(
-        self, config: Glm4vTextConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        flat: Flat[TextDecoder] | None = None,
-    ):  # fmt: skip
-        self.config = config
-        self.training = False
-        with use_mesh(mesh) as self.mesh:
-            self.flat = flat or Flat.of(
-                TextDecoder(config, Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype)))
-            )
-
-    @property
-    def module(self) -> TextDecoder:
-        """The functional module."""
-        return self.flat.module
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The compute dtype."""
-        return self.flat.leaves[0].dtype
-
-    def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache in the layout of this model's layers."""
-        return init_cache(self.config, batch, capacity, self.dtype, stacked=self.module.layers.is_stacked)
-
-    def __call__(
-        self,
-        input_ids: np.ndarray | None = None,
-        attention_mask: np.ndarray | None = None,
-        position_ids: np.ndarray | None = None,
-        past_key_values: PastKeyValues | None = None,
-        inputs_embeds: Array | None = None,
-        use_cache: bool | None = None,
-        cache_position: np.ndarray | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        rope_deltas: np.ndarray | None = None,
-        dropout_key: Array | None = None,
-    ) -> BaseModelOutputWithPast:
-        """Run the decoder.
-
-        Args:
-          input_ids: int [B, T]; or
-          inputs_embeds: [B, T, D].
-          attention_mask: int [B, T], or [B, past + T] with a cache; 0 for padding.
-          position_ids: int [B, T] or [3, B, T]; the column's number by default, as in the reference.
-          past_key_values: the output of an earlier call; `inputs` are then what follows.
-          use_cache: return one; by default as the configuration says.
-          cache_position: int [T], columns of the inputs; must be those that follow the cache's.
-          output_hidden_states, output_attentions: return these too; attentions take memory that grows with T x S.
-          rope_deltas: int [B, 1], handed on in `past_key_values`.
-          dropout_key: turns attention dropout on.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise MessageError("input_ids and inputs_embeds: found both or neither; expected exactly one")
-        with use_mesh(self.mesh):
-            if inputs_embeds is None:
-                inputs_embeds = programs.embed(self.flat, np.asarray(input_ids, np.int32), None, None)
-            batch, t, _ = inputs_embeds.shape
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            if cache_position is not None and not np.array_equal(cache_position, past + np.arange(t)):
-                raise MessageError(f"cache_position: found {cache_position}; expected {past} to {past + t - 1}")
-            if position_ids is None:
-                position_ids = np.broadcast_to(past + np.arange(t), (batch, t))
-            position_ids = np.broadcast_to(np.asarray(position_ids, np.int32), (3, batch, t))
-            segments = np.ones((batch, t), np.int32)
-            if attention_mask is not None:
-                segments = (np.asarray(attention_mask) != 0)[:, -t:].astype(np.int32)
-            use_cache = self.config.use_cache if use_cache is None else use_cache
-            cache = None
-            if past_key_values is not None or use_cache:
-                cache = self._cache_for(past_key_values, batch, past, t)
-            hidden, cache, recorded = self._forward(
-                inputs_embeds, position_ids, segments, cache, Record(output_hidden_states, output_attentions), dropout_key
-            )
-            hidden, hidden_states, attentions = _cut(hidden, recorded, batch, t, past + t)
-        kept = None
-        if cache is not None and use_cache:
-            deltas = np.zeros((batch, 1), np.int32) if rope_deltas is None else np.asarray(rope_deltas)
-            kept = PastKeyValues(cache._replace(length=cache.length * 0 + (past + t)), deltas)
-        return BaseModelOutputWithPast(hidden, kept, hidden_states, attentions)
-
-    def _cache_for(self, past_key_values: PastKeyValues | None, batch: int, past: int, t: int) -> KVCache:
-        capacity = bucket(past + bucket(t, MIN_LENGTH), 2 * MIN_LENGTH)
-        if past_key_values is None:
-            return self.init_cache(batch + -batch % data_shards(), capacity)
-        cache = past_key_values.cache
-        return grow(cache, capacity) if cache.capacity < past + bucket(t, MIN_LENGTH) else cache
-
-    def _forward(
-        self, embeds: Array, positions: np.ndarray, segments: np.ndarray, cache: KVCache | None, record: Record,
-        dropout_key: Array | None,
-    ) -> tuple[Array, KVCache | None, Recorded]:  # fmt: skip
-        """Pad to the bucket of T and the shards of B, and run. A decoding step (T = 1) stays as it is."""
-        batch, t = segments.shape
-        columns = 0 if t == 1 else bucket(t, MIN_LENGTH) - t
-        rows = -batch % data_shards()
-        if rows or columns:
-            embeds = jnp.pad(embeds, ((0, rows), (0, columns), (0, 0)))
-        positions = np.pad(positions, ((0, 0), (0, rows), (0, columns)), constant_values=1)
-        segments = np.pad(segments, ((0, rows), (0, columns)))
-        return programs.forward(self.flat, embeds, positions, segments, cache, record, dropout_key)
-
-
-def _cut(
-    hidden: Array, recorded: Recorded, batch: int, t: int, s: int
-) -> tuple[Array, tuple[Array, ...] | None, tuple[Array, ...] | None]:
-    """Take the padding off: hidden states [B, T, D], all layers' states, weights [B, heads, T, S]."""
-    hidden = hidden if hidden.shape[:2] == (batch, t) else hidden[:batch, :t]
-    states = attentions = None
-    if recorded.hidden_states is not None:
-        states = (*(x[:batch, :t] for x in recorded.hidden_states), hidden)
-    if recorded.attentions is not None:
-        n, b, k, g, tt, ss = recorded.attentions.shape
-        weights = jax.sharding.reshard(recorded.attentions, jax.P()).reshape(n, b, k * g, tt, ss)
-        attentions = tuple(x[:batch, :, :t, :s] for x in weights)
-    return hidden, states, attentions
 
 
 class Glm4vModel:
@@ -227,7 +46,9 @@ class Glm4vModel:
             if module is None:
                 module = Glm4v.init(config, rngs=nnx.Rngs(params=seed), dtype=resolve_dtype(dtype))
             self.visual = Glm4vVisionModel(config.vision_config, mesh=self.mesh, flat=Flat.of(module.visual))
-            self.language_model = Glm4vTextModel(config.text_config, mesh=self.mesh, flat=Flat.of(module.language_model))
+            self.language_model = Glm4vTextModel(
+                config.text_config, mesh=self.mesh, flat=Flat.of(module.language_model)
+            )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Self:
@@ -297,58 +118,69 @@ class Glm4vModel:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise MessageError("input_ids and inputs_embeds: found both or neither; expected exactly one")
-        media = dict(
-            pixel_values=pixel_values, image_grid_thw=image_grid_thw,
-            pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw,
-        )  # fmt: skip
         has_vision = pixel_values is not None or pixel_values_videos is not None
-        ids = np.asarray(input_ids) if input_ids is not None else None
-        if ids is None:
-            if has_vision and position_ids is None:
-                # The reference falls back to one-dimensional positions, and to wrong logits (trap T13).
-                raise MessageError("position_ids: found nothing; expected them beside inputs_embeds with pictures or videos")
-            ids = self._ids_of(inputs_embeds, media) if has_vision else np.zeros(inputs_embeds.shape[:2], np.int32)
+        if input_ids is not None:
+            ids = np.asarray(input_ids)
+        elif has_vision:
+            ids = self._ids_of(inputs_embeds, position_ids, pixel_values, pixel_values_videos)
+        else:
+            assert inputs_embeds is not None
+            ids = np.zeros(inputs_embeds.shape[:2], np.int32)
         t = ids.shape[1]
-        mask = None if attention_mask is None else np.asarray(attention_mask)[:, -t:]
         with use_mesh(self.mesh):
             batch, next_position = make_batch(
-                ids, self.config, attention_mask=mask, position_ids=position_ids, **media,
-                left_align=False, length=t, batch_multiple=data_shards(),
+                ids, self.config, attention_mask=None if attention_mask is None else np.asarray(attention_mask)[:, -t:],
+                pixel_values=pixel_values, image_grid_thw=image_grid_thw, pixel_values_videos=pixel_values_videos,
+                video_grid_thw=video_grid_thw, position_ids=position_ids, left_align=False, length=t,
+                batch_multiple=data_shards(),
             )  # fmt: skip
             positions, past = batch.position_ids[:, : len(ids)], 0
             if past_key_values is not None:
                 past = past_key_values.get_seq_length()
-                known = past_key_values.rope_deltas if rope_deltas is None else np.asarray(rope_deltas).reshape(-1, 1)
                 if position_ids is None:
-                    positions = positions + (past + known)[None]
-                    next_position = next_position + past + known[:, 0]
-            deltas = (next_position - past - t)[:, None]
-            if inputs_embeds is None:
-                embeds = self.embed(batch)[: len(ids)]
-            elif has_vision:
-                features = self.visual.encode(batch.vision)
-                placed = programs.embed(self.language_model.flat, batch.input_ids, features, batch.vision_index)
-                embeds = jnp.where((batch.vision_index >= 0)[..., None], placed, inputs_embeds)
-            else:
-                embeds = jnp.asarray(inputs_embeds, self.dtype)
+                    known = past_key_values.rope_deltas if rope_deltas is None else np.asarray(rope_deltas)
+                    start = past + known.reshape(-1, 1)
+                    positions, next_position = positions + start[None], next_position + start[:, 0]
+            embeds = self._embeds(batch, len(ids), inputs_embeds)
+        deltas = (next_position - past - t)[:, None]
         out = self.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions, past_key_values=past_key_values,
-            cache_position=cache_position, rope_deltas=deltas, **kwargs,
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions,
+            past_key_values=past_key_values, cache_position=cache_position, rope_deltas=deltas, **kwargs,
         )  # fmt: skip
         return Glm4vModelOutputWithPast(
             out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, deltas
         )
 
-    def _ids_of(self, inputs_embeds: Array, media: dict[str, np.ndarray | None]) -> np.ndarray:
-        """Tokens [B, T] that mark where `inputs_embeds` holds the image token's embedding, which is all that is needed."""
-        if media["pixel_values"] is not None and media["pixel_values_videos"] is not None:
-            raise MessageError("inputs_embeds: found pictures and videos beside it; expected input_ids, to tell them apart")
+    def _embeds(self, batch: Batch, rows: int, inputs_embeds: Array | None) -> Array:
+        """[rows, T, D]: the batch's tokens, or the caller's embeddings in their place, with vision put in."""
+        if inputs_embeds is None:
+            return self.embed(batch)[:rows]
+        inputs_embeds = jnp.asarray(inputs_embeds, self.dtype)
+        if batch.vision_index is None:
+            return inputs_embeds
+        return jnp.where((batch.vision_index >= 0)[:rows, :, None], self.embed(batch)[:rows], inputs_embeds)
+
+    def _ids_of(
+        self,
+        inputs_embeds: Array,
+        position_ids: np.ndarray | None,
+        pixel_values: np.ndarray | None,
+        pixel_values_videos: np.ndarray | None,
+    ) -> np.ndarray:
+        """Tokens [B, T] that say where `inputs_embeds` holds the image token's embedding; no more of them is needed."""
+        if position_ids is None:
+            # The reference falls back to one-dimensional positions, and to wrong logits (trap T13).
+            raise MessageError(
+                "position_ids: found nothing; expected them beside inputs_embeds with pictures or videos"
+            )
+        if pixel_values is not None and pixel_values_videos is not None:
+            raise MessageError(
+                "inputs_embeds: found pictures and videos beside it; expected input_ids, to tell them apart"
+            )
         marker = self.get_input_embeddings(np.full((1, 1), self.config.image_token_id))
         is_image = np.asarray(jnp.all(inputs_embeds == marker, axis=-1))
-        ids = np.where(is_image, self.config.image_token_id, self.config.image_start_token_id)
-        if media["pixel_values_videos"] is not None:
-            ids[:, 0] = np.where(is_image[:, 0], ids[:, 0], self.config.video_start_token_id)
-        return ids
+        other = self.config.image_start_token_id if pixel_values is not None else self.config.video_start_token_id
+        return np.where(is_image, self.config.image_token_id, other)
 
 
 class Glm4vForConditionalGeneration:
@@ -483,6 +315,4 @@ class Glm4vForConditionalGeneration:
 
     def generate(self, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
         """Generate tokens; see `generate.engine.generate`."""
-        from glm4v_jax.generate.engine import generate
-
         return generate(self, input_ids, **kwargs)

@@ -6,6 +6,7 @@ constructor therefore yields the abstract, sharded tree that checkpoints are rea
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
+        inputs: Mapping[str | None, int],
+        outputs: Mapping[str | None, int],
         init: Init,
         *,
         bias: bool = False,
@@ -149,7 +150,7 @@ class GatedMlp(nnx.Module):
 
     def __init__(self, dim: int, hidden: int, act: str, init: Init):
         self.act = act
-        self.gate_up = Linear({"embed": dim}, {None: 2, "mlp": hidden}, init)  # type: ignore[dict-item]
+        self.gate_up = Linear({"embed": dim}, {None: 2, "mlp": hidden}, init)
         self.down = Linear({"mlp": hidden}, {"embed": dim}, init)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -37,7 +37,8 @@ class ImageTextToTextPipeline:
           **generate_kwargs: for `Glm4vForConditionalGeneration.generate`.
 
         Returns:
-          For each conversation `[{"input_text": its messages, "generated_text": ...}]`; for a single one just that list.
+          For each conversation `[{"input_text": its messages, "generated_text": ...}]`; for a single one just that
+          list.
         """
         single = bool(text) and isinstance(text[0], Mapping)
         conversations: list[Any] = [list(text)] if single else [list(conversation) for conversation in text]

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from glm4v_jax import mesh
+from glm4v_jax.batch import VisionRows
 from glm4v_jax.cache import KVCache
 from glm4v_jax.decoder import Record, Recorded, TextDecoder
 from glm4v_jax.generate.config import SamplingParams
 from glm4v_jax.generate.sampling import mark_seen, sample, seen_from_prompt, step_keys
-from glm4v_jax.inputs.batch import VisionRows
 from glm4v_jax.model import embed_with_vision
 from glm4v_jax.nn import Linear
 from glm4v_jax.vision import VisionEncoder
@@ -25,17 +25,15 @@ M = TypeVar("M")
 
 
 class Structure:
-    """A tree structure that hashes in no time: equal ones are the same object."""
-
-    _known: dict[Any, "Structure"] = {}
+    """A tree structure that hashes in no time: `_structure` makes equal ones the same object."""
 
     def __init__(self, treedef: Any):
         self.treedef = treedef
 
-    @classmethod
-    def of(cls, treedef: Any) -> "Structure":
-        """The one object for this structure."""
-        return cls._known.setdefault(treedef, cls(treedef))
+
+@functools.cache
+def _structure(treedef: Any) -> Structure:
+    return Structure(treedef)
 
 
 class Flat(NamedTuple, Generic[M]):
@@ -48,7 +46,7 @@ class Flat(NamedTuple, Generic[M]):
     def of(cls, module: M) -> "Flat[M]":
         """Flatten a module."""
         leaves, treedef = jax.tree.flatten(module)
-        return cls(Structure.of(treedef), leaves)
+        return cls(_structure(treedef), leaves)
 
     @property
     def module(self) -> M:
@@ -177,15 +175,14 @@ def prefill(
     sampling: Sampling,
 ) -> State:
     """Left-aligned prompts -> a filled cache and the first new token. Rows of padding are done from the start."""
-    hidden, cache, _ = text(embeds, position_ids, segment_ids, cache)
+    hidden, written, _ = text(embeds, position_ids, segment_ids, cache)
+    assert written is not None
     segment_ids = mesh.reshard(segment_ids, "batch", "length")
     lengths = jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32)
-    cache = cache._replace(length=lengths)  # type: ignore[union-attr]
+    cache = written._replace(length=lengths)
     hidden = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(hidden, jnp.maximum(lengths - 1, 0))
     seen = seen_from_prompt(mesh.reshard(input_ids, "batch", "length"), segment_ids, text.config.vocab_size)
-    state = State(
-        lengths, cache, mesh.reshard(deltas, "batch"), seen, lengths == 0, jnp.zeros((), jnp.int32)
-    )
+    state = State(lengths, cache, mesh.reshard(deltas, "batch"), seen, lengths == 0, jnp.zeros((), jnp.int32))
     return _choose(text, head, hidden, state, sampling)
 
 
@@ -213,6 +210,7 @@ def decode(
         token = state.tokens[:, None]
         position = jnp.broadcast_to((state.cache.length + state.deltas)[None, :, None], (3, *token.shape))
         hidden, cache, _ = text(text.embed_tokens(token), position, jnp.ones_like(token), state.cache)
+        assert cache is not None
         state = _choose(text, head, hidden, state._replace(cache=cache), sampling)
         return i + 1, jax.lax.dynamic_update_index_in_dim(out, state.tokens, i, 1), state
 

@@ -1,7 +1,7 @@
 """Rotary position embeddings: 2-D for the ViT, multimodal (M-RoPE), partial and interleaved for the decoder.
 
-Angles, cosines and sines are float32 whatever the compute dtype is. Frequencies are made on the host in NumPy float32, in
-the reference's order of operations.
+Angles, cosines and sines are float32 whatever the compute dtype is. Frequencies are made on the host in NumPy
+float32, in the reference's order of operations.
 """
 
 import math
@@ -38,9 +38,7 @@ def apply_half(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def vision_cos_sin(
-    coords: Int[Array, "R L 2"], head_dim: int
-) -> tuple[Float[Array, "R L F"], Float[Array, "R L F"]]:
+def vision_cos_sin(coords: Int[Array, "R L 2"], head_dim: int) -> tuple[Float[Array, "R L F"], Float[Array, "R L F"]]:
     """Cosines and sines of patch coordinates (row, column): half of the F = head_dim / 2 angles each."""
     dim = head_dim // 2
     angles = coords.astype(jnp.float32)[..., None] * _powers(VISION_ROPE_THETA, dim)
@@ -71,8 +69,8 @@ def _powers(base: float, dim: int) -> np.ndarray:
 def _text_frequencies(config: Glm4vTextConfig, seq_len: Int[Array, ""]) -> tuple[Array | np.ndarray, float]:
     """Inverse frequencies [F] and the factor on cosines and sines (`modeling_rope_utils`, one branch a rope type).
 
-    `dynamic` and `longrope` depend on the largest position of this call, as in the reference. There a longer earlier call
-    lingers in the module's buffers; here the result is a function of the arguments alone.
+    `dynamic` and `longrope` depend on the largest position of this call, as in the reference. There a longer earlier
+    call lingers in the module's buffers; here the result is a function of the arguments alone.
     """
     rope, base, dim = config.rope, config.rope_theta, config.rotary_dim
     default = _powers(base, dim)

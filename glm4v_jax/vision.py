@@ -1,19 +1,18 @@
 """The ViT and its merger, on packed rows of static shape.
 
 `Glm4vVisionModel` of the reference. Attention stays inside a picture or frame through segment ids; the learned position
-table is sampled with host-made bicubic weights (`inputs.packing.bicubic_weights`); convolutions with stride = kernel are
-matrix products.
+table is sampled with host-made bicubic weights (`inputs.packing.bicubic_weights`); convolutions with stride = kernel
+are matrix products.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from glm4v_jax import mesh, rope
 from glm4v_jax.attention import Dropout, Mask, attend
+from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vVisionConfig
 from glm4v_jax.layers import Layers
 from glm4v_jax.nn import GatedMlp, Init, LayerNorm, Linear, RMSNorm, activation, precision
@@ -21,22 +20,12 @@ from glm4v_jax.nn import GatedMlp, Init, LayerNorm, Linear, RMSNorm, activation,
 MERGER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference's merger uses
 
 
-class VisionInputs(NamedTuple):
-    """`inputs.batch.VisionRows` on the device: fields and shapes are the same."""
-
-    patches: Float[Array, "R L P"]
-    segment_ids: Int[Array, "R L"]
-    coords: Int[Array, "R L 2"]
-    weights_h: Float[Array, "R L S"]
-    weights_w: Float[Array, "R L S"]
-
-
 class VisionAttention(nnx.Module):
     """Multi-head attention with 2-D rope, inside segments."""
 
     def __init__(self, config: Glm4vVisionConfig, init: Init):
         self.dropout_rate = config.attention_dropout
-        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        heads: dict[str | None, int] = {"heads": config.num_heads, "head_dim": config.head_dim}
         self.qkv = Linear({"embed": config.hidden_size}, {None: 3, **heads}, init, bias=config.attention_bias)
         self.proj = Linear(heads, {"embed": config.hidden_size}, init)
 
@@ -105,7 +94,7 @@ class VisionEncoder(nnx.Module):
         self.merger = PatchMerger(config, init)
 
     def __call__(
-        self, rows: VisionInputs, *, dropout_key: Array | None = None, remat: bool = False
+        self, rows: VisionRows, *, dropout_key: Array | None = None, remat: bool = False
     ) -> Float[Array, "R M O"]:
         """Encode packed rows.
 
@@ -118,7 +107,7 @@ class VisionEncoder(nnx.Module):
           [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning.
         """
         config = self.config
-        rows = VisionInputs(*(mesh.reshard(x, "rows", "length", *(None,) * (x.ndim - 2)) for x in rows))
+        rows = VisionRows(*(mesh.reshard(x, "rows", "length", *(None,) * (x.ndim - 2)) for x in rows))
         dtype = self.patch_embed.kernel[...].dtype
         x = self.post_conv_layernorm(self.patch_embed(rows.patches.astype(dtype)))
         x = x + self._positions(rows).astype(dtype)
@@ -137,7 +126,7 @@ class VisionEncoder(nnx.Module):
         blocks = x.reshape(r, length // patches, patches * d, out_sharding=mesh.spec("rows", "length", None))
         return self.merger(self.downsample(blocks))
 
-    def _positions(self, rows: VisionInputs) -> Float[Array, "R L D"]:
+    def _positions(self, rows: VisionRows) -> Float[Array, "R L D"]:
         """The position table at each patch, float32.
 
         The outer product of the weights comes first: contracting one of them with the table would make L x S x D.

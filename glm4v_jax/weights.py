@@ -1,8 +1,9 @@
 """The one table between tensor names of a Hugging Face checkpoint and leaves of the model.
 
-A rule names a tensor, a leaf, and the rearrangement between them in einops notation: the left side is the tensor's shape
-in PyTorch's layout, the right side the leaf's. Read left to right it loads a checkpoint, right to left it exports one.
-Every tensor matches one rule, and every leaf is filled exactly once; what does not fit is reported all together.
+A rule names a tensor, a leaf, and the rearrangement between them in einops notation: the left side is the tensor's
+shape in PyTorch's layout, the right side the leaf's. Read left to right it loads a checkpoint, right to left it
+exports one. Every tensor matches one rule, and every leaf is filled exactly once; what does not fit is reported all
+together.
 """
 
 import dataclasses
@@ -189,7 +190,9 @@ def match(config: Glm4vConfig, shapes: Mapping[str, tuple[int, ...]], where: str
         elif (expected := wanted[key][0].tensor_shape(sizes)) != tuple(shape):
             problems.append(f"misshapen: {name} has shape {list(shape)}, expected {list(expected)}")
         found.setdefault(key, name)
-    problems += [f"missing: {key} {list(rule.tensor_shape(sizes))}" for key, (rule, _) in wanted.items() if key not in found]
+    problems += [
+        f"missing: {key} {list(rule.tensor_shape(sizes))}" for key, (rule, _) in wanted.items() if key not in found
+    ]
     if problems:
         raise CheckpointError(_report(where, problems))
     return [Source(found[key], rule, layer) for key, (rule, layer) in wanted.items()]

@@ -1,13 +1,12 @@
 """Generation for a batch of prompts: encode, prefill, decode.
 
-Prompts are left-aligned, so that row b's tokens fill slots 0 to len(b) - 1 whichever side its padding was on. All shapes
-come from bucket sets: prompts, cache slots, rows, vision rows. A warm bucket compiles nothing.
+Prompts are left-aligned, so that row b's tokens fill slots 0 to len(b) - 1 whichever side its padding was on. All
+shapes come from bucket sets: prompts, cache slots, rows, vision rows. A warm bucket compiles nothing.
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from glm4v_jax import programs
@@ -122,5 +121,4 @@ def _sampling(config: GenerationConfig, rows: int) -> programs.Sampling:
     eos = np.full(MAX_EOS, -1, np.int32)
     eos[: len(config.eos_token_id)] = config.eos_token_id
     params = SamplingParams.of(config, rows)
-    keys = jax.random.key_data(row_keys(config.seed, rows))
-    return programs.Sampling(params, jax.random.wrap_key_data(keys), eos, np.int32(config.padding_id))
+    return programs.Sampling(params, row_keys(config.seed, rows), eos, np.int32(config.padding_id))

@@ -1,14 +1,14 @@
 """Pictures and video frames -> static-shape rows (`VisionRows`), with little padding and few distinct shapes.
 
-The shape (R, L) comes from a small set: L in {2^k, 3 * 2^(k-1)}, R in the same set scaled by `row_multiple` (the number of
-shards of the data axes). Padding to the next member wastes 16% on average and a third at worst.
+The shape (R, L) comes from a small set: L in {2^k, 3 * 2^(k-1)}, R in the same set scaled by `row_multiple` (the
+number of shards of the data axes). Padding to the next member wastes 16% on average and a third at worst.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from glm4v_jax.inputs.batch import VisionRows
+from glm4v_jax.batch import VisionRows
 
 MIN_ROW_LENGTH = 128
 MAX_ROW_LENGTH = 8192

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,7 +41,7 @@ def vision_runs(tokens: np.ndarray, ids: TokenIds) -> list[VisionRun]:
     kind = np.where(is_image, np.where(in_video, 2, 1), 0)
     edges = np.flatnonzero(np.diff(kind)) + 1
     bounds = [0, *edges.tolist(), len(tokens)]
-    return [VisionRun(a, b, kind[a] == 2) for a, b in zip(bounds, bounds[1:], strict=False) if b > a and kind[a]]
+    return [VisionRun(a, b, kind[a] == 2) for a, b in itertools.pairwise(bounds) if b > a and kind[a]]
 
 
 def rope_index(
@@ -84,7 +85,9 @@ def rope_index(
     for kind, queue in queues.items():
         if left := sum(1 for _ in queue):
             name = "video frames" if kind else "pictures"
-            raise MessageError(f"{len(grids[kind])} {name} given, the prompts have places for {len(grids[kind]) - left}")
+            raise MessageError(
+                f"{len(grids[kind])} {name} given, the prompts have places for {len(grids[kind]) - left}"
+            )
     return position_ids, rope_deltas
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
-from glm4v_jax.inputs.batch import Batch, VisionRows
 from glm4v_jax.inputs.packing import bucket, frames_of, pack
 from glm4v_jax.inputs.positions import TokenIds, rope_index, vision_runs
 
@@ -76,7 +76,9 @@ def make_batch(
     # Where each column of the result comes from; a stable sort moves padding to the right and keeps the order.
     order = np.argsort(~mask, axis=1, kind="stable") if left_align else np.broadcast_to(np.arange(t), (batch, t))
     if new_t < (int(mask.sum(1).max()) if left_align else t):
-        raise MessageError(f"length: found {new_t}; expected at least the longest prompt, {int(mask.sum(1).max())} tokens")
+        raise MessageError(
+            f"length: found {new_t}; expected at least the longest prompt, {int(mask.sum(1).max())} tokens"
+        )
 
     def arrange(x: np.ndarray, fill: int) -> np.ndarray:
         x = np.take_along_axis(x, order, axis=1)[:, :new_t]

@@ -1,6 +1,7 @@
 """The static-shape arrays a model takes: what every request, whatever its pictures, is turned into on the host.
 
-Named tuples of NumPy arrays, so that they are JAX pytrees without this package importing JAX.
+Named tuples, so that they are JAX pytrees without this module importing JAX: NumPy arrays on the host, where `inputs`
+makes them, JAX arrays inside a program.
 """
 
 from typing import NamedTuple
