@@ -58,8 +58,13 @@ def mrope_cos_sin(
 
 
 def _periods(base: float, dim: int) -> np.ndarray:
-    """Position steps per radian, base ** (2i / dim): float32 [dim / 2]."""
-    return np.power(np.float32(base), np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    """Position steps per radian, base ** (2i / dim): float32 [dim / 2].
+
+    Float32 exponents, but the power is rounded only once, as torch's is: NumPy's float32 power is a unit in the last
+    place off, which positions of tens of thousands turn into angles off by 5e-4.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.power(np.float64(base), exponents.astype(np.float64)).astype(np.float32)
 
 
 def _powers(base: float, dim: int) -> np.ndarray:

@@ -1,0 +1,301 @@
+"""Decode a video with decord, PyAV or Pillow: one function in front, the same frames from each."""
+
+import dataclasses
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import PIL.ImageSequence
+
+from glm4v_jax.errors import MediaError
+
+logger = logging.getLogger(__name__)
+
+# A frame rate above this is a container's time base mistaken for one, as in raw H.264 streams (90,000).
+MAX_FPS = 1000.0
+# Frames of one video held in memory; an unsampled hour of 1080p would be 500 GB.
+MAX_DECODED_BYTES = 16 * 2**30
+# What browsers show a GIF frame for when its file gives no time.
+_DEFAULT_GIF_SECONDS = 0.1
+_PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
+
+
+@dataclasses.dataclass
+class VideoMetadata(Mapping[str, Any]):
+    """What is known of a video, as in `transformers.video_utils`: attributes, and a mapping, so `dict(metadata)` works.
+
+    Attributes:
+        total_num_frames: frames of the whole video, before sampling.
+        fps: frames per second of the whole video.
+        width: columns, in pixels.
+        height: rows, in pixels.
+        duration: seconds.
+        video_backend: which decoder read it: "decord", "pyav" or "pillow".
+        frames_indices: indices of the frames that were taken, in the numbering of the whole video.
+    """
+
+    total_num_frames: int
+    fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    duration: float | None = None
+    video_backend: str | None = None
+    frames_indices: Sequence[int] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields."""
+        return (field.name for field in dataclasses.fields(self))
+
+    def __len__(self) -> int:
+        """The number of fields."""
+        return len(dataclasses.fields(self))
+
+    def __getitem__(self, name: str) -> Any:
+        """The field `name`."""
+        if name not in tuple(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set the field `name`."""
+        if name not in tuple(self):
+            raise KeyError(name)
+        setattr(self, name, value)
+
+    @property
+    def timestamps(self) -> list[float]:
+        """Seconds of the frames that were taken.
+
+        Raises:
+            MediaError: `fps` or `frames_indices` is unknown.
+        """
+        if self.fps is None or self.frames_indices is None:
+            raise MediaError("Cannot infer video `timestamps` when `fps` or `frames_indices` is None.")
+        return [index / self.fps for index in self.frames_indices]
+
+
+SampleIndices = Callable[[VideoMetadata], Any]
+
+
+class _Reader(Protocol):
+    """An open video: its numbers, and frames by index."""
+
+    backend: str
+    total: int
+    fps: float | None
+    height: int
+    width: int
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """Decode frames [T, H, W, 3] uint8, in the order of the indices, which may repeat."""
+        ...
+
+
+class _DecordReader:
+    backend = "decord"
+
+    def __init__(self, source: Path | bytes) -> None:
+        import decord
+
+        self._reader = decord.VideoReader(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+        self.total = len(self._reader)
+        self.fps: float | None = float(self._reader.get_avg_fps())
+        # The container's size is not exposed; the first frame has it, with the rotation applied.
+        shape: tuple[int, ...] = self._reader[0].shape if self.total else (0, 0)
+        self.height, self.width = shape[0], shape[1]
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        return self._reader.get_batch(list(indices)).asnumpy()
+
+
+class _PyavReader:
+    backend = "pyav"
+
+    def __init__(self, source: Path | bytes) -> None:
+        import av
+
+        self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), mode="r")
+        if not self._container.streams.video:
+            raise MediaError("has no video stream")
+        stream = self._container.streams.video[0]
+        stream.thread_type = "AUTO"
+        self.fps = float(stream.average_rate) if stream.average_rate else None
+        # Matroska and WebM do not store the number of frames: count packets, which decodes nothing.
+        self.total = stream.frames or sum(packet.size > 0 for packet in self._container.demux(stream))
+        self._container.seek(0)
+        first = next(self._container.decode(video=0), None)
+        shape: tuple[int, ...] = (0, 0) if first is None else self._to_rgb(first).shape
+        self.height, self.width = shape[0], shape[1]
+
+    @staticmethod
+    def _to_rgb(frame: Any) -> np.ndarray:
+        """RGB [H, W, 3], turned the way the container says, as decord and players do."""
+        return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        wanted = set(indices)
+        found: dict[int, np.ndarray] = {}
+        self._container.seek(0)
+        for index, frame in enumerate(self._container.decode(video=0)):
+            if index in wanted:
+                found[index] = self._to_rgb(frame)
+                if len(found) == len(wanted):
+                    break
+        missing = sorted(wanted - found.keys())
+        if missing:
+            raise MediaError(f"ends before frame {missing[0]}; its container promises {self.total} frames")
+        return np.stack([found[index] for index in indices])
+
+
+class _PillowReader:
+    """Animated GIF, WebP and PNG, which Pillow composes frame by frame."""
+
+    backend = "pillow"
+
+    def __init__(self, source: Path | bytes) -> None:
+        self._image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        self.width, self.height = self._image.size
+        self.total = getattr(self._image, "n_frames", 1)
+        seconds = 0.0
+        for frame in PIL.ImageSequence.Iterator(self._image):
+            frame.load()  # Some formats tell a frame's time only now.
+            seconds += frame.info.get("duration", 0) / 1000 or _DEFAULT_GIF_SECONDS
+        self.fps: float | None = self.total / seconds
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        found = {}
+        for index in sorted(set(indices)):
+            self._image.seek(index)
+            found[index] = np.asarray(self._image.convert("RGB"))
+        return np.stack([found[index] for index in indices])
+
+
+_READERS: dict[str, Callable[[Path | bytes], _Reader]] = {
+    "decord": _DecordReader,
+    "pyav": _PyavReader,
+    "pillow": _PillowReader,
+}
+
+
+def _is_animated_picture(source: Path | bytes) -> bool:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            head = file.read(12)
+    else:
+        head = source[:12]
+    return head.startswith(_PILLOW_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def _plan(
+    reader: _Reader, sample_indices_fn: SampleIndices | None, max_pixels: int, max_decoded_bytes: int
+) -> VideoMetadata:
+    """The metadata of an open video, with the frames to take, within the limits."""
+    if reader.total <= 0 or reader.height <= 0 or reader.width <= 0:
+        raise MediaError(f"has {reader.total} frames of {reader.height} x {reader.width} pixels; expected at least one")
+    if reader.height * reader.width > max_pixels:
+        raise MediaError(f"has frames of {reader.height} x {reader.width} pixels; expected at most {max_pixels} pixels")
+    fps = reader.fps
+    if fps is not None and not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
+        fps = None
+    metadata = VideoMetadata(
+        total_num_frames=reader.total,
+        fps=fps,
+        width=reader.width,
+        height=reader.height,
+        duration=None if fps is None else reader.total / fps,
+        video_backend=reader.backend,
+    )
+    if sample_indices_fn is None:
+        indices = list(range(reader.total))
+    elif fps is None:
+        raise MediaError(
+            f"its container gives no usable frame rate ({reader.fps}); decode it yourself and pass the frames with "
+            "`video_metadata`, or set `do_sample_frames=False`"
+        )
+    else:
+        indices = [int(index) for index in sample_indices_fn(metadata)]
+    outside = [index for index in indices if not 0 <= index < reader.total]
+    if not indices or outside:
+        raise MediaError(f"cannot take frames {outside or indices} of {reader.total}")
+    size = len(set(indices)) * reader.height * reader.width * 3
+    if size > max_decoded_bytes:
+        raise MediaError(
+            f"{len(indices)} frames of {reader.height} x {reader.width} pixels take {size} bytes; expected at most "
+            f"{max_decoded_bytes}; sample fewer frames"
+        )
+    metadata.frames_indices = indices
+    return metadata
+
+
+def decode_video(
+    source: Path | bytes,
+    name: str,
+    sample_indices_fn: SampleIndices | None = None,
+    *,
+    backend: str | None = None,
+    max_pixels: int,
+    max_decoded_bytes: int = MAX_DECODED_BYTES,
+) -> tuple[np.ndarray, VideoMetadata]:
+    """Decode the frames that `sample_indices_fn` asks for, and no others into memory.
+
+    Animated GIF, WebP and PNG go to Pillow, everything else to decord, or to PyAV where decord is not installed or
+    cannot read the file (AV1, for one).
+
+    Args:
+        source: a file, or its content.
+        name: what to call the source in errors.
+        sample_indices_fn: metadata of the whole video -> indices of the frames to take; None takes all.
+        backend: "decord", "pyav" or "pillow" to force one.
+        max_pixels: largest frame.
+        max_decoded_bytes: largest array of frames.
+
+    Returns:
+        frames [T, H, W, 3] uint8 RGB, and the metadata with `frames_indices` set.
+
+    Raises:
+        MediaError: the video cannot be decoded, is truncated, has no frames, or passes a limit.
+        ImportError: neither decord nor PyAV is installed.
+    """
+    if backend is not None and backend not in _READERS:
+        raise MediaError(f"{name}: no decoder {backend!r}; expected one of {sorted(_READERS)}")
+    try:
+        backends = ("pillow",) if _is_animated_picture(source) else ("decord", "pyav")
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be read ({error})") from error
+    problems: list[str] = []
+    cause: Exception | None = None
+    for candidate in backends if backend is None else (backend,):
+        try:
+            reader = _READERS[candidate](source)
+        except ImportError:
+            logger.debug("%s is not installed", candidate)
+            continue
+        except Exception as error:  # Decoders raise what they like on broken files: RuntimeError, EOFError, their own.
+            problems.append(f"{candidate}: {_first_line(error)}")
+            cause = error
+            continue
+        try:
+            metadata = _plan(reader, sample_indices_fn, max_pixels, max_decoded_bytes)
+        except MediaError as error:
+            raise MediaError(f"{name}: {error}") from error
+        try:
+            return reader.read(metadata.frames_indices or ()), metadata
+        except Exception as error:  # As above.
+            problems.append(f"{candidate}: {_first_line(error)}")
+            cause = error
+    if cause is None:
+        raise ImportError(f"{name}: decoding a video needs decord or PyAV; install one: pip install decord (or av)")
+    raise MediaError(
+        f"{name}: is not a readable video; it may be truncated or corrupt ({'; '.join(problems)})"
+    ) from cause
+
+
+def _first_line(error: Exception) -> str:
+    """The start of a decoder's message; decord's go on with a stack trace."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

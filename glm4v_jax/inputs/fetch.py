@@ -1,0 +1,177 @@
+"""Bytes of a picture or video from wherever they are: a path, a file or http(s) URL, or base64 text."""
+
+import base64
+import binascii
+import http.client
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from glm4v_jax.errors import MediaError
+
+MAX_DOWNLOAD_BYTES = 2**30
+DOWNLOAD_SECONDS = 60.0
+_CHUNK_BYTES = 2**16
+_USER_AGENT = "glm4v_jax"
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+\Z")
+
+
+class _HttpRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects to http and https only; the standard handler follows ftp as well, and names no source."""
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        target = headers.get("location") or headers.get("uri") or ""
+        scheme = urllib.parse.urlsplit(target).scheme.lower()
+        if scheme not in ("", "http", "https"):
+            raise MediaError(f"{req.full_url}: redirects to {target!r}; expected an http or https address")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """An opener that knows http and https, and neither files nor ftp."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        _HttpRedirects,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def read_url(url: str, *, max_bytes: int = MAX_DOWNLOAD_BYTES, timeout: float = DOWNLOAD_SECONDS) -> bytes:
+    """Download an http or https address.
+
+    Args:
+        url: the address.
+        max_bytes: largest body accepted, announced or received.
+        timeout: seconds for connecting, for each wait, and for the body as a whole.
+
+    Raises:
+        MediaError: the server is unreachable, answers with an error, redirects elsewhere than to http(s), or passes a
+            limit.
+    """
+    deadline = time.monotonic() + timeout
+    request = urllib.request.Request(url, headers={"User-Agent": _USER_AGENT})
+    try:
+        with _opener().open(request, timeout=timeout) as response:
+            announced = response.headers.get("Content-Length")
+            if announced is not None and announced.isdigit() and int(announced) > max_bytes:
+                raise MediaError(f"{url}: has {announced} bytes; expected at most {max_bytes}")
+            body = bytearray()
+            # read1() returns after one receive, so that a server which drips bytes meets the deadline.
+            while chunk := response.read1(_CHUNK_BYTES):
+                body += chunk
+                if len(body) > max_bytes:
+                    raise MediaError(f"{url}: sent more than {max_bytes} bytes")
+                if time.monotonic() > deadline:
+                    raise MediaError(f"{url}: not received within {timeout:g} seconds ({len(body)} bytes so far)")
+            if announced is not None and announced.isdigit() and len(body) < int(announced):
+                raise MediaError(f"{url}: ended after {len(body)} of {announced} bytes")
+            return bytes(body)
+    except urllib.error.HTTPError as error:
+        raise MediaError(f"{url}: the server answered {error.code} {error.reason}") from error
+    except TimeoutError as error:
+        raise MediaError(f"{url}: not received within {timeout:g} seconds") from error
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise MediaError(f"{url}: not received within {timeout:g} seconds") from error
+        raise MediaError(f"{url}: cannot be fetched ({reason})") from error
+
+
+def is_url(source: Any) -> bool:
+    """Whether `source` is text that begins like an http or https address."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 text or a base64 data URL, as leniently as the reference (line breaks, missing padding at the end).
+
+    Raises:
+        MediaError: the text is no base64.
+    """
+    name = describe(text)
+    if text.startswith("data:"):
+        header, comma, payload = text.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise MediaError(f"{name}: expected a data URL of the form data:<type>;base64,<data>")
+    else:
+        payload = text
+    if not _BASE64.match(payload):
+        raise MediaError(f"{name}: no such file, and not an http(s) address, a data URL or base64 text")
+    payload = payload.rstrip("= \t\r\n")
+    try:
+        return base64.b64decode(payload + "=" * (-len("".join(payload.split())) % 4))
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"{name}: is not valid base64 ({error})") from error
+
+
+def file_url_path(url: str) -> Path:
+    """The local path of a `file://` address.
+
+    Raises:
+        MediaError: the address names another machine.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise MediaError(f"{url}: names the machine {parts.netloc!r}; expected a local file, file:///path")
+    return Path(urllib.request.url2pathname(parts.path))
+
+
+def open_source(
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview,
+    *,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    timeout: float = DOWNLOAD_SECONDS,
+) -> Path | bytes:
+    """Resolve a source to a local path or to bytes in memory.
+
+    Args:
+        source: path, `file://` or http(s) address, data URL, base64 text, or bytes.
+        max_bytes: limit for a download.
+        timeout: limit for a download, in seconds.
+
+    Raises:
+        MediaError: the source cannot be found, fetched or decoded; the message names it.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, os.PathLike):
+        path = Path(source)
+        if not path.exists():
+            raise MediaError(f"{path}: no such file")
+        return path
+    if is_url(source):
+        return read_url(source, max_bytes=max_bytes, timeout=timeout)
+    if source.lower().startswith("file://"):
+        return open_source(file_url_path(source))
+    try:
+        if os.path.exists(source):
+            return Path(source)
+    except ValueError:  # A path cannot hold a null character; base64 text neither, so the check below names it.
+        pass
+    return decode_base64(source)
+
+
+def describe(source: Any) -> str:
+    """A short name of a source for error messages: long text is cut, bytes and objects are named by kind."""
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, str):
+        return source if len(source) <= 200 else f"{source[:40]}... ({len(source)} characters)"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source)} bytes"
+    return f"{type(source).__name__} object"

@@ -1,0 +1,402 @@
+"""`Glm4vProcessor`: messages, pictures and videos to what the model takes.
+
+The names, arguments and results are those of `Glm4vProcessor` in transformers 4.57.1, with NumPy arrays in the place of
+torch tensors and the error handling of 5.x; pictures and videos may stand in one prompt in any order.
+"""
+
+import dataclasses
+import pathlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from glm4v_jax.errors import CheckpointError, MessageError
+from glm4v_jax.inputs.chat import choose_template, load_chat_template, render_conversation, template_variables
+from glm4v_jax.inputs.expand import Expander, Expansion, Row, count_token, expand_image, expand_video
+from glm4v_jax.inputs.features import BatchFeature
+from glm4v_jax.inputs.files import read_json_object
+from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
+from glm4v_jax.inputs.messages import Message, extract_media
+from glm4v_jax.inputs.options import OPTIONS, TEXT_OPTIONS, VIDEO_OPTIONS, sort_options
+from glm4v_jax.inputs.settings import MediaProcessor
+from glm4v_jax.inputs.tokenizer import Glm4vTokenizer, stack_rows
+from glm4v_jax.inputs.video import Glm4vVideoProcessor
+
+ImageProcessor = Glm4vImageProcessor | Glm4vImageProcessorFast
+
+# The last is what 5.x calls the processor that Pillow does; its numbers are those of 4.57.1's default.
+_IMAGE_PROCESSORS: Mapping[str, type[ImageProcessor]] = {
+    "Glm4vImageProcessor": Glm4vImageProcessor,
+    "Glm4vImageProcessorFast": Glm4vImageProcessorFast,
+    "Glm4vImageProcessorPil": Glm4vImageProcessor,
+}
+_VIDEO_PROCESSORS = {"Glm4vVideoProcessor": Glm4vVideoProcessor}
+
+_TOKENIZER_SETTINGS = frozenset(
+    {"padding_side", "truncation_side", "model_max_length", "pad_token", "clean_up_tokenization_spaces"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiModalData:
+    """What pictures and videos of given sizes will cost; None where no sizes were given.
+
+    Attributes:
+      num_image_tokens: of each picture, in the prompt.
+      num_image_patches: of each picture, in the vision encoder.
+      num_video_tokens: of each video, in the prompt; timestamps and the tags around frames are not counted.
+    """
+
+    num_image_tokens: list[int] | None = None
+    num_image_patches: list[int] | None = None
+    num_video_tokens: list[int] | None = None
+
+
+class Glm4vProcessor:
+    """A picture processor, a tokenizer and a video processor, put together.
+
+    Attributes:
+      image_processor, tokenizer, video_processor: the parts.
+      chat_template: template source, {name: source}, or None.
+      image_token, image_token_id, video_token, video_token_id: the placeholders.
+    """
+
+    def __init__(
+        self,
+        image_processor: ImageProcessor,
+        tokenizer: Glm4vTokenizer,
+        video_processor: Glm4vVideoProcessor,
+        chat_template: str | dict[str, str] | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Raises:
+          CheckpointError: the tokenizer lacks a placeholder.
+        """
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.video_processor = video_processor
+        self.chat_template = chat_template
+        self.image_token = str(tokenizer.special_tokens_map.get("image_token", "<|image|>"))
+        self.video_token = str(tokenizer.special_tokens_map.get("video_token", "<|video|>"))
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        for token, index in ((self.image_token, self.image_token_id), (self.video_token, self.video_token_id)):
+            if index is None or index == tokenizer.unk_token_id:
+                raise CheckpointError(f"the tokenizer lacks {token}, expected the tokenizer of a GLM-4.1V model")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | pathlib.Path,
+        *,
+        use_fast: bool | None = None,
+        chat_template: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Read the processor of a checkpoint directory.
+
+        Args:
+          directory: has `tokenizer.json`, `tokenizer_config.json`, `preprocessor_config.json`, and if need be
+            `video_preprocessor_config.json` and `chat_template.jinja`; or `processor_config.json` of 5.x.
+          use_fast: choose between `Glm4vImageProcessorFast` and `Glm4vImageProcessor`; None is what the files say.
+          chat_template: wins over that of the files.
+          **overrides: settings of the parts, such as `size` or `padding_side`.
+
+        Raises:
+          CheckpointError: a file is missing or corrupt, or is that of another kind of model.
+        """
+        directory = pathlib.Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory, expected a checkpoint in Hugging Face layout")
+        settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
+        media = {name: value for name, value in overrides.items() if name in VIDEO_OPTIONS | {"max_duration"}}
+        unknown = sorted(set(overrides) - set(settings) - set(media))
+        if unknown:
+            warnings.warn(f"unknown settings of the processor are ignored: {', '.join(unknown)}", stacklevel=2)
+        image_class = _processor_class(directory, Glm4vImageProcessor, _IMAGE_PROCESSORS)
+        if use_fast is not None:
+            image_class = Glm4vImageProcessorFast if use_fast else Glm4vImageProcessor
+        video_class = _processor_class(directory, Glm4vVideoProcessor, _VIDEO_PROCESSORS)
+        return cls(
+            image_class.from_pretrained(directory, **media),
+            Glm4vTokenizer.from_pretrained(directory, **settings),
+            video_class.from_pretrained(directory, **media),
+            chat_template=load_chat_template(directory) if chat_template is None else chat_template,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call may return for the model."""
+        return [
+            *self.image_processor.model_input_names,
+            *self.tokenizer.model_input_names,
+            *self.video_processor.model_input_names,
+        ]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        videos: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare prompts with their pictures and videos.
+
+        Args:
+          images: a picture or lists of pictures, in the order of the placeholders; see `Glm4vImageProcessor`. With one
+            list for each prompt, each prompt gets its own.
+          text: one prompt or B prompts, with `<|image|>` and `<|video|>` where the media go; with
+            `is_split_into_words`, B lists of words.
+          videos: a video or lists of videos, in the order of the placeholders; see `Glm4vVideoProcessor`.
+          **kwargs: options of the tokenizer (`padding`, `max_length`, ...), of the picture and the video processor
+            (`size`, `fps`, `video_metadata`, ...), by themselves or in `text_kwargs`, `images_kwargs`, `videos_kwargs`
+            and `common_kwargs`; `return_metadata` to get `video_metadata` back; `return_mm_token_type_ids`;
+            `return_tensors`, None or "np".
+
+        Returns:
+          `input_ids` and `attention_mask` [B, T] int64, arrays if all rows have the same length and lists of lists
+          otherwise; with `return_mm_token_type_ids`, `mm_token_type_ids` alike: 0 text, 1 picture, 2 video, as in 5.x.
+          `pixel_values` [P, C * temporal_patch_size * patch_size**2] float32 and `image_grid_thw` [N, 3] int64 where
+          there are pictures; `pixel_values_videos` and `video_grid_thw` where there are videos.
+
+        Raises:
+          MessageError: more or fewer pictures or videos than placeholders; rows of unequal length with
+            `return_tensors="np"`; truncation that cuts off image tokens.
+          MediaError: a picture or video cannot be loaded or prepared.
+          ValueError: an option has an impossible value.
+        """
+        images_per_row = None
+        if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
+            images_per_row = [len(row) for row in images]
+        return self._prepare(images, text, videos, kwargs, images_per_row, None)
+
+    def _prepare(
+        self,
+        images: Any,
+        text: Any,
+        videos: Any,
+        kwargs: Mapping[str, Any],
+        images_per_row: list[int] | None,
+        videos_per_row: list[int] | None,
+    ) -> BatchFeature:
+        options, return_tensors = sort_options(kwargs)
+        text_options, video_options = options["text_kwargs"], options["videos_kwargs"]
+        if text is None:
+            raise MessageError("text is missing, expected a prompt or a list of prompts")
+        rows: list[Row] = [text] if isinstance(text, str) else list(text)
+        for index, row in enumerate(rows):
+            words = row if text_options.get("is_split_into_words") and not isinstance(row, str) else [row]
+            if not all(isinstance(word, str) for word in words):
+                raise MessageError(f"text[{index}] is {type(row).__name__}, expected str")
+
+        features = BatchFeature()
+        image_expansions: list[Expansion] = []
+        if not _is_empty(images):
+            features |= self.image_processor(images=images, **options["images_kwargs"])
+            merge_size = options["images_kwargs"].get("merge_size") or self.image_processor.merge_size
+            image_expansions = [expand_image(g, merge_size, self.image_token) for g in features["image_grid_thw"]]
+        video_expansions: list[Expansion] = []
+        return_metadata = video_options.pop("return_metadata", False)
+        if not _is_empty(videos):
+            features |= self.video_processor(videos=videos, return_metadata=True, **video_options)
+            merge_size = video_options.get("merge_size") or self.video_processor.merge_size
+            video_metadata = features["video_metadata"] if return_metadata else features.pop("video_metadata")
+            video_expansions = [
+                expand_video(grid, metadata, merge_size, self.image_token)
+                for grid, metadata in zip(features["video_grid_thw"], video_metadata, strict=True)
+            ]
+
+        expand = Expander(
+            self.image_token, self.video_token, image_expansions, video_expansions, images_per_row, videos_per_row
+        )
+        rows, types = expand(rows)
+        return BatchFeature(self._tokenize(rows, types, text_options, return_tensors) | features)
+
+    def _tokenize(
+        self,
+        rows: list[Row],
+        types: list[np.ndarray],
+        options: Mapping[str, Any],
+        return_tensors: str | None,
+    ) -> dict[str, Any]:
+        """Token ids of expanded prompts, arrays where they can be; `types` are those of their image tokens."""
+        stored = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in TEXT_OPTIONS}
+        # The tokenizer's own attribute counts, which may have been changed since.
+        stored.pop("padding_side", None)
+        options = {"return_token_type_ids": False, **stored, **options}
+        with_types = options.pop("return_mm_token_type_ids", False)
+        fields = dict(self.tokenizer(rows, **options))
+        is_image = [np.asarray(ids, np.int64) == self.image_token_id for ids in fields["input_ids"]]
+        for index, row in enumerate(rows):
+            expected, found = count_token(row, self.image_token), int(is_image[index].sum())
+            if expected != found:
+                raise MessageError(
+                    f"text[{index}]: found {found} {self.image_token} tokens after tokenization, expected {expected}: "
+                    "truncation cuts a picture or video; leave it out or raise max_length"
+                )
+        if with_types:
+            fields["mm_token_type_ids"] = [_spread(row, mask) for row, mask in zip(types, is_image, strict=True)]
+        ragged = len({len(ids) for ids in fields["input_ids"]}) > 1
+        if ragged and return_tensors is None:
+            return fields
+        return {
+            name: np.asarray(value, np.int64) if name == "length" else stack_rows(value, name)
+            for name, value in fields.items()
+        }
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[Sequence[Message]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """From messages to prompts, and with `tokenize` to what the model takes, pictures and videos included.
+
+        Args:
+          conversation: messages with `role` and `content`, or B such conversations. Contents are text or lists of
+            `{"type": "text", "text": ...}`, `{"type": "image", KEY: ...}` with KEY one of image, url, path, base64, and
+            `{"type": "video", KEY: ...}` with KEY one of video, url, path; OpenAI's `image_url` items are understood.
+          chat_template: the name of a template of the checkpoint, or a template.
+          add_generation_prompt: end the prompt where the assistant begins to speak.
+          continue_final_message: end it inside the last message, for the model to continue.
+          tokenize: prepare the inputs, not only the text.
+          return_dict: with `tokenize`, return everything, not only `input_ids`.
+          tools, documents: for templates that know them.
+          return_assistant_tokens_mask: not there; GLM-4.1V's template does not mark what the assistant says.
+          **kwargs: with `tokenize`, options of a call (`padding`, `fps`, `do_sample_frames`, ...; `fps` or `num_frames`
+            turns sampling on); everything else goes to the template.
+
+        Returns:
+          A prompt, or a list of B prompts; with `tokenize` the `input_ids` of a call, with `return_dict` all of it.
+
+        Raises:
+          MessageError: a conversation is malformed, has a role or type that the template would drop, or pictures and
+            videos that do not match the prompt.
+          MediaError: a picture or video cannot be loaded or prepared.
+          CheckpointError: there is no template, or it does not parse.
+        """
+        if return_assistant_tokens_mask:
+            raise MessageError("return_assistant_tokens_mask is not supported: the chat template has no such marks")
+        source = choose_template(self.chat_template, chat_template)
+        options = {name: value for name, value in kwargs.items() if name in OPTIONS}
+        variables = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+        unknown = sorted(set(variables) - template_variables(source))
+        if unknown:
+            warnings.warn(
+                f"unknown to the processor and to the chat template, and ignored: {', '.join(unknown)}", stacklevel=2
+            )
+        batched = isinstance(conversation, (list, tuple)) and any(isinstance(c, (list, tuple)) for c in conversation)
+        conversations: list[Any] = list(conversation) if batched else [conversation]
+        wheres = [f"conversation {index}, " if batched else "" for index in range(len(conversations))]
+        prompts = [
+            render_conversation(
+                messages,
+                source,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                where=where,
+                **{"tools": tools, "documents": documents, **self.tokenizer.special_tokens_map, **variables},
+            )
+            for messages, where in zip(conversations, wheres, strict=True)
+        ]
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        media = [extract_media(m, source, where) for m, where in zip(conversations, wheres, strict=True)]
+        images, videos = [row[0] for row in media], [row[1] for row in media]
+        bos = self.tokenizer.bos_token
+        if bos is not None and prompts[0].startswith(bos):
+            options["add_special_tokens"] = False
+        if options.get("fps") is not None or options.get("num_frames") is not None:
+            options.setdefault("do_sample_frames", True)
+        inputs = self._prepare(
+            images, prompts, videos, options, [len(row) for row in images], [len(row) for row in videos]
+        )
+        return inputs if return_dict else inputs["input_ids"]
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
+        """`Glm4vTokenizer.decode`."""
+        return self.tokenizer.decode(token_ids, **kwargs)
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """`Glm4vTokenizer.batch_decode`."""
+        return self.tokenizer.batch_decode(sequences, **kwargs)
+
+    def post_process_image_text_to_text(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> list[str]:
+        """The texts of generated ids [B, T] or [T]; one text for every entry of the first axis, as in the reference."""
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
+        """How many tokens and patches pictures and videos will have, from their sizes alone.
+
+        Args:
+          image_sizes: (height, width) in pixels of each picture.
+          video_sizes: (frames taken, height, width) of each video.
+          **kwargs: settings of the processors, such as `size`.
+
+        Raises:
+          MediaError: a size that cannot be prepared.
+        """
+        options, _ = sort_options(kwargs)
+        patches = tokens = video_tokens = None
+        if image_sizes is not None:
+            chosen = options["images_kwargs"]
+            merge_size = chosen.get("merge_size") or self.image_processor.merge_size
+            patches = [
+                self.image_processor.get_number_of_image_patches(height, width, chosen) for height, width in image_sizes
+            ]
+            tokens = [count // merge_size**2 for count in patches]
+        if video_sizes is not None:
+            chosen = options["videos_kwargs"]
+            merge_size = chosen.get("merge_size") or self.video_processor.merge_size
+            video_tokens = [
+                self.video_processor.get_num_of_video_patches(frames, height, width, chosen) // merge_size**2
+                for frames, height, width in video_sizes
+            ]
+        return MultiModalData(tokens, patches, video_tokens)
+
+
+def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], known: Mapping[str, Any]) -> Any:
+    """The class that a checkpoint names; `default` where it names none."""
+    for name in default.config_files:
+        path = directory / name
+        if not path.is_file():
+            continue
+        content = read_json_object(path)
+        found = content.get(default.nested_key, content).get(default.type_key)
+        if found is not None and found not in known:
+            raise CheckpointError(f"{path}: {default.type_key} is {found!r}, expected one of {', '.join(known)}")
+        return default if found is None else known[found]
+    raise CheckpointError(f"{directory}: has no {' or '.join(default.config_files)}")
+
+
+def _is_empty(media: Any) -> bool:
+    """Whether there is nothing: None, or lists of nothing."""
+    return media is None or (isinstance(media, (list, tuple)) and all(_is_empty(item) for item in media))
+
+
+def _spread(types: np.ndarray, mask: np.ndarray) -> list[int]:
+    """[T] numbers: `types` [n] where `mask` [T] has its n true entries, and 0 elsewhere."""
+    row = np.zeros(mask.shape, np.int64)
+    row[mask] = types
+    return [int(value) for value in row]

@@ -1,0 +1,100 @@
+"""Small tokenizers and processor directories in the layout of the released checkpoint, written for tests."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+)
+PLAIN_ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# The released tokenizer.json ends with <|end_of_video|>; the rest is in tokenizer_config.json alone.
+IN_TOKENIZER_JSON = 14
+
+# How GLM-4 cuts text before BPE.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_small_tokenizer(directory: pathlib.Path, merges: Sequence[tuple[str, str]] = ()) -> pathlib.Path:
+    """Write `tokenizer.json` and `tokenizer_config.json` of a byte-level GLM-like tokenizer.
+
+    Ids: the 256 bytes in the order of the byte alphabet, then one id for each of `merges`, then `SPECIAL_TOKENS` and
+    `PLAIN_ADDED_TOKENS`. Without merges `<|endoftext|>` is 256, `<|image|>` 270, `<|video|>` 271, `</answer>` 275, and
+    the tokenizer is the one of `golden/facts/processor_expansion_4.57.1.json`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, *(left + right for left, right in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS[:IN_TOKENIZER_JSON]]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    first = len(vocab)
+    added = {
+        str(first + index): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": token in SPECIAL_TOKENS,
+        }
+        for index, token in enumerate(SPECIAL_TOKENS + PLAIN_ADDED_TOKENS)
+    }
+    config = {
+        "added_tokens_decoder": added,
+        "additional_special_tokens": list(SPECIAL_TOKENS),
+        "clean_up_tokenization_spaces": False,
+        "do_lower_case": False,
+        "eos_token": "<|endoftext|>",
+        "extra_special_tokens": {},
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 65536,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "processor_class": "Glm4vProcessor",
+        "remove_space": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+def write_small_processor(directory: pathlib.Path) -> pathlib.Path:
+    """Write the small tokenizer and the released checkpoint's processor files: all that `Glm4vProcessor` reads."""
+    write_small_tokenizer(directory)
+    for path in (GOLDEN / "checkpoint").iterdir():
+        shutil.copy(path, directory)
+    return directory
