@@ -126,7 +126,7 @@ class Glm4vModel:
         else:
             assert inputs_embeds is not None
             ids = np.zeros(inputs_embeds.shape[:2], np.int32)
-        t = ids.shape[1]
+        t = ids.shape[-1]
         with use_mesh(self.mesh):
             batch, next_position = make_batch(
                 ids, self.config, attention_mask=None if attention_mask is None else np.asarray(attention_mask)[:, -t:],

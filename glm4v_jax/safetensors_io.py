@@ -49,7 +49,6 @@ _RANK = {code: rank for rank, code in enumerate(_DTYPES)}
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-_MOST_FAULTS = 20
 _LFS_POINTER = b"version https://git-lfs"
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
@@ -164,7 +163,7 @@ def open_checkpoint(directory: str | Path) -> CheckpointFiles:
 
     Raises:
         CheckpointError: there is no such directory or no such file in it, or the files are damaged or contradict the
-            index; one error tells all faults (the first 20, then how many more).
+            index; one error tells all faults.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -228,7 +227,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
             where = f"; it is in {', '.join(found[name])}" if found[name] else ""
             faults.append(f"tensor {name} is not in shard {shard}, where the index puts it{where}")
     if faults:
-        raise CheckpointError(f"{directory}: found {_listed(faults, _MOST_FAULTS)}; expected shards as in {_INDEX}")
+        raise CheckpointError(f"{directory}: found {'; '.join(faults)}; expected shards as in {_INDEX}")
     return CheckpointFiles(directory, list(files.values()))
 
 

@@ -16,8 +16,6 @@ import numpy as np
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
 
-MAX_LISTED = 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -200,7 +198,4 @@ def match(config: Glm4vConfig, shapes: Mapping[str, tuple[int, ...]], where: str
 
 def _report(where: str, problems: Iterable[str]) -> str:
     problems = sorted(problems)
-    listed = problems[:MAX_LISTED]
-    if len(problems) > MAX_LISTED:
-        listed.append(f"and {len(problems) - MAX_LISTED} more")
-    return f"{where}: {len(problems)} tensors do not fit the configuration:\n  " + "\n  ".join(listed)
+    return f"{where}: {len(problems)} tensors do not fit the configuration: " + "; ".join(problems)

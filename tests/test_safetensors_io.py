@@ -378,12 +378,12 @@ class TestCheckpoint:
         assert str(error.value).startswith(f"{tmp_path}: found ")
         assert "right" not in str(error.value) and "\n" not in str(error.value)
 
-    def test_many_faults_are_counted(self, tmp_path):
+    def test_many_faults_are_all_named(self, tmp_path):
         weight_map = {f"w{i}": "model-1.safetensors" for i in range(57)} | {"a": "model-1.safetensors"}
         _shards(tmp_path, {"model-1.safetensors": {"a": np.zeros(1)}}, weight_map)
-        with pytest.raises(CheckpointError, match="and 37 more; expected") as error:
+        with pytest.raises(CheckpointError, match="expected shards as in") as error:
             open_checkpoint(tmp_path)
-        assert str(error.value).count("is not in shard") == 20
+        assert all(f"tensor w{i} is not in shard" in str(error.value) for i in range(57))
 
 
 class TestWriting:

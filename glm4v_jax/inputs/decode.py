@@ -22,6 +22,8 @@ MAX_FPS = 1000.0
 MAX_DECODED_BYTES = 16 * 2**30
 # What browsers show a GIF frame for when its file gives no time.
 _DEFAULT_GIF_SECONDS = 0.1
+# What of a file is looked at to tell its kind; no video container has this many bytes without a control character.
+_HEAD_BYTES = 1024
 _PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
 
 
@@ -182,13 +184,20 @@ _READERS: dict[str, Callable[[Path | bytes], _Reader]] = {
 }
 
 
-def _is_animated_picture(source: Path | bytes) -> bool:
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            head = file.read(12)
-    else:
-        head = source[:12]
+def _head(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:_HEAD_BYTES]
+    with source.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _is_animated_picture(head: bytes) -> bool:
     return head.startswith(_PILLOW_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file begins as prose does. FFmpeg would show it as a film of a terminal."""
+    return bool(head) and not any(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
 
 
 def _plan(
@@ -264,9 +273,12 @@ def decode_video(
     if backend is not None and backend not in _READERS:
         raise MediaError(f"{name}: no decoder {backend!r}; expected one of {sorted(_READERS)}")
     try:
-        backends = ("pillow",) if _is_animated_picture(source) else ("decord", "pyav")
+        head = _head(source)
     except OSError as error:
         raise MediaError(f"{name}: cannot be read ({error})") from error
+    if _is_text(head):
+        raise MediaError(f"{name}: found text; expected a video")
+    backends = ("pillow",) if _is_animated_picture(head) else ("decord", "pyav")
     problems: list[str] = []
     cause: Exception | None = None
     for candidate in backends if backend is None else (backend,):

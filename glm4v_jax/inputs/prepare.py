@@ -57,15 +57,15 @@ def make_batch(
     batch, t = input_ids.shape
     ids = token_ids(config)
     merge = config.vision_config.spatial_merge_size
+    vision, merged_index = _pack_all(
+        config, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, batch_multiple, vision_shape
+    )
     positions, deltas = rope_index(input_ids, ids, image_grid_thw, video_grid_thw, mask, merge)
     next_position = deltas[:, 0].astype(np.int64) + t
     if position_ids is not None:
         positions = _checked_positions(position_ids, batch, t)
         next_position = np.where(mask, positions.max(axis=0), -1).max(axis=1).astype(np.int64) + 1
 
-    vision, merged_index = _pack_all(
-        config, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, batch_multiple, vision_shape
-    )
     vision_index = None
     if vision is not None:
         num_image_tokens = _num_tokens(image_grid_thw, merge)

@@ -522,3 +522,11 @@ def test_metadata_that_promises_too_many_frames(clip):
 def test_an_unknown_decoder(clip):
     with pytest.raises(MediaError, match="no decoder 'vlc'"):
         decode_video(b"x", "video", backend="vlc", max_pixels=10)
+
+
+def test_prose_is_no_video(tmp_path):
+    # FFmpeg's terminal demuxer makes a film of it.
+    path = tmp_path / "notes.txt"
+    path.write_text("This is not a film, it is a shopping list: milk, bread, äpfel.\n" * 40, encoding="utf-8")
+    with pytest.raises(MediaError, match=r"notes\.txt: found text; expected a video"):
+        load_video(path)

@@ -1,0 +1,69 @@
+# Everything a checkout needs, done once in .venv: uv does it where there is one, venv and pip where not.
+#
+#   make demo    a real photograph and a real video to text, by the tiny model in the package
+#   make test    the tests, against the reference implementation
+#   make lint types
+#
+# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, PYTEST_ARGS=... to pytest. PIP_FIND_LINKS,
+# PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as well as by pip.
+
+MODERN := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(MODERN)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+ENV_PYTHON := $(VENV)/bin/python
+UV := $(shell command -v uv 2>/dev/null)
+
+ifdef UV
+CREATE = $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV)
+# uv does not read pip's variables. Without the links a torch for GPUs, gigabytes of it, takes the place of a CPU one.
+INSTALL = $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") $(UV) pip install --python $(ENV_PYTHON) \
+	$(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)") \
+	$(if $(PIP_INDEX_URL),--default-index "$(PIP_INDEX_URL)") \
+	$(foreach url,$(PIP_EXTRA_INDEX_URL),--index "$(url)")
+else
+CREATE = $(PYTHON) -m venv $(VENV)
+INSTALL = $(ENV_PYTHON) -m pip install --disable-pip-version-check
+endif
+
+.NOTPARALLEL:
+.PHONY: help setup demo test lint types tiny clean
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+$(ENV_PYTHON):
+	@test -n "$(PYTHON)" || { echo "glm4v_jax needs Python 3.11 or newer; name one with make PYTHON=..." >&2; exit 1; }
+	$(CREATE)
+
+$(VENV)/demo.stamp: pyproject.toml | $(ENV_PYTHON)
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+# torchvision asks for a torch of its own kind, and the reference wants only parts of it that need no torch extension.
+$(VENV)/test.stamp: pyproject.toml | $(ENV_PYTHON)
+	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps torchvision==0.28.0
+	@touch $@ $(VENV)/demo.stamp
+
+setup: $(VENV)/test.stamp
+
+demo: $(VENV)/demo.stamp
+	$(ENV_PYTHON) -m examples.demo $(ARGS)
+
+test: $(VENV)/test.stamp
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(ENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/test.stamp
+	$(ENV_PYTHON) -m ruff check .
+	$(ENV_PYTHON) -m ruff format --check .
+
+types: $(VENV)/test.stamp
+	$(ENV_PYTHON) -m mypy
+
+# Writes the packaged checkpoint anew; the same bytes every time.
+tiny: $(VENV)/test.stamp
+	$(ENV_PYTHON) -m tools.make_tiny
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

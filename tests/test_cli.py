@@ -1,0 +1,283 @@
+"""The command line: what it prints, what it refuses and how, and that it does not load weights for nothing."""
+
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import glm4v_jax
+from glm4v_jax import cli
+from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.errors import CheckpointError, MediaError
+
+ROOT = TINY_CHECKPOINT.parents[2]
+
+
+def picture_bytes(kind="PNG", height=56, width=84):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(picture_bytes())
+    return path
+
+
+@pytest.fixture
+def film(tmp_path):
+    """Two seconds at two frames a second, as an animated picture."""
+    frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
+    path = tmp_path / "film.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+    return path
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if weights are asked for."""
+
+    class Refusing:
+        @classmethod
+        def from_pretrained(cls, *arguments, **options):
+            pytest.fail("the weights were loaded")
+
+    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
+
+
+def refused(capfd, *arguments):
+    """Runs `glm4v generate`, expects one line of complaint, status 1 and nothing else; returns the line."""
+    assert cli.main(["generate", *map(str, arguments)]) == 1
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("glm4v: error: ")
+    return lines[0]
+
+
+def answered(capfd, *arguments):
+    """Runs `glm4v generate --json`; returns the object."""
+    assert cli.main(["generate", "--json", *map(str, arguments)]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+# What is refused before weights are loaded.
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("option", ["--image", "--video"])
+def test_a_missing_file_is_named(capfd, tmp_path, option):
+    line = refused(capfd, option, tmp_path / "nowhere.bin", "Hello")
+    assert f"{option} {tmp_path / 'nowhere.bin'}" in line
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_truncated_picture_is_named(capfd, tmp_path, kind):
+    content = picture_bytes(kind)
+    path = tmp_path / "cut.bin"
+    path.write_bytes(content[: len(content) // 2])
+    assert "cut.bin" in refused(capfd, "--image", path, "Hello")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("option", ["--image", "--video"])
+@pytest.mark.parametrize("name", ["notes.bin", "notes.mp4"])
+def test_a_file_that_is_no_media_is_named(capfd, tmp_path, option, name):
+    path = tmp_path / name
+    path.write_text("neither a picture nor a video\n" * 100)
+    assert name in refused(capfd, option, path, "Hello")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_sliver_is_refused(capfd, tmp_path):
+    path = tmp_path / "sliver.png"
+    path.write_bytes(picture_bytes(height=30, width=30 * 201))
+    assert "200" in refused(capfd, "--image", path, "Hello")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("--temperature", "-0.5", "temperature"),
+        ("--temperature", "nan", "temperature"),
+        ("--top-p", "1.5", "top_p"),
+        ("--top-k", "-1", "top_k"),
+        ("--min-p", "nan", "min_p"),
+        ("--repetition-penalty", "0", "repetition_penalty"),
+        ("--max-new-tokens", "0", "max_new_tokens"),
+        ("--max-new-tokens", "65536", "max_position_embeddings"),
+        ("--seed", "-3", "seed"),
+    ],
+)
+def test_an_impossible_option_is_named(capfd, option, value, field):
+    line = refused(capfd, option, value, "Hello")
+    assert field in line
+    assert value.lstrip("-") in line.replace(",", "")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_greedy_and_sampling_exclude_each_other(capfd):
+    line = refused(capfd, "--greedy", "--do-sample", "Hello")
+    assert "--greedy" in line
+    assert "--do-sample" in line
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_is_no_checkpoint_is_named(capfd, tmp_path):
+    assert str(tmp_path / "nowhere") in refused(capfd, "--model", tmp_path / "nowhere", "Hello")
+    assert str(tmp_path) in refused(capfd, "--model", tmp_path, "Hello")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert str(tmp_path) in refused(capfd, "--model", tmp_path, "Hello")
+
+
+def test_debug_shows_where_it_happened(tmp_path):
+    with pytest.raises(MediaError):
+        cli.main(["generate", "--debug", "--image", str(tmp_path / "nowhere.png"), "Hello"])
+
+
+def test_an_unknown_option_exits_with_status_2(capfd):
+    with pytest.raises(SystemExit) as exit_of_process:
+        cli.main(["generate", "Hello", "--picture", "x.png"])
+    assert exit_of_process.value.code == 2
+    assert "--picture" in capfd.readouterr().err
+
+
+def test_a_process_ends_with_one_line_and_status_1(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "glm4v_jax", "generate", "--image", "nowhere.png", "Hello"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "glm4v: error: --image nowhere.png: there is no such file or directory\n"
+
+
+def test_help_does_not_wait_for_jax(tmp_path):
+    program = (
+        "import sys\n"
+        "from glm4v_jax import cli\n"
+        "try:\n    cli.main(['generate', '--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'jax', 'flax', 'orbax', 'torch'} & sys.modules.keys()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--max-new-tokens" in result.stdout
+
+
+# What is wrong with weights.
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the tiny checkpoint, to be spoiled."""
+    return shutil.copytree(TINY_CHECKPOINT, tmp_path / "checkpoint")
+
+
+def test_a_truncated_shard_is_named(capfd, checkpoint):
+    shard = checkpoint / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert shard.name in refused(capfd, "--model", checkpoint, "Hello")
+
+
+def test_missing_tensors_are_all_named(capfd, checkpoint):
+    index = checkpoint / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    (checkpoint / "model-00001-of-00002.safetensors").unlink()
+    kept = {name: shard for name, shard in content["weight_map"].items() if shard.startswith("model-00002")}
+    index.write_text(json.dumps({**content, "weight_map": kept}))
+    line = refused(capfd, "--model", checkpoint, "Hello")
+    for name in content["weight_map"].keys() - kept.keys():
+        assert name.removeprefix("model.") in line
+
+
+def test_debug_shows_where_a_checkpoint_is_wrong(checkpoint):
+    (checkpoint / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        cli.main(["generate", "--debug", "--model", str(checkpoint), "Hello"])
+
+
+# What is answered.
+
+
+def test_a_picture_and_a_video_are_answered_in_one_prompt(capfd, picture, film):
+    options = ("--max-new-tokens", 4, "--greedy", "--image", picture, "--video", film, "Compare them.")
+    answer = answered(capfd, *options)
+    assert answer.keys() == {
+        "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second", "finish_reason", "model",
+    }  # fmt: skip
+    assert answer["new_tokens"] == 4
+    assert answer["finish_reason"] == "length"
+    assert answer["model"] == str(TINY_CHECKPOINT)
+    assert answer["text"] != ""
+    assert math.isclose(answer["tokens_per_second"], 4 / answer["seconds"], rel_tol=0.05, abs_tol=0.01)
+    assert answered(capfd, *options)["text"] == answer["text"]
+
+
+def test_the_answer_is_that_of_the_python_interface(capfd, picture):
+    answer = answered(capfd, "--max-new-tokens", 4, "--greedy", "--image", picture, "What is this?")
+    processor = glm4v_jax.Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    model = glm4v_jax.Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
+    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "What is this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    length = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert answer["prompt_tokens"] == length
+    assert answer["text"] == processor.decode(ids[0, length:], skip_special_tokens=True)
+
+
+def test_text_goes_to_standard_output_and_figures_to_standard_error(capfd):
+    options = ("--max-new-tokens", 4, "--greedy", "Hello")
+    answer = answered(capfd, *options)
+    assert cli.main(["generate", *map(str, options)]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == answer["text"] + "\n"
+    assert f"{answer['prompt_tokens']} prompt tokens, 4 new" in captured.err
+    assert "finish reason: length" in captured.err
+
+
+def test_the_seed_decides_what_is_drawn(capfd):
+    options = ("--max-new-tokens", 8, "--do-sample", "--top-k", 0, "--top-p", 1, "--temperature", 1.5, "Hello")
+    first, again, other = (answered(capfd, "--seed", seed, *options)["text"] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_an_end_token_is_a_reason_to_finish(capfd, checkpoint):
+    processor = glm4v_jax.Glm4vProcessor.from_pretrained(checkpoint)
+    model = glm4v_jax.Glm4vForConditionalGeneration.from_pretrained(checkpoint)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    likeliest = int(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1])
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": likeliest}))
+    answer = answered(capfd, "--model", checkpoint, "--greedy", "--max-new-tokens", 4, "Hello")
+    assert answer["new_tokens"] == 1
+    assert answer["finish_reason"] == "stop"
+    assert answer["model"] == str(checkpoint)
