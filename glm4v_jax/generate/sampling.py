@@ -94,17 +94,18 @@ def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Ar
 
     def from_all() -> tuple[Float[Array, "B"], Int[Array, "B"]]:
         ids = jnp.zeros_like(scores, jnp.int32) + jnp.arange(vocab_size)[None]  # sharded like the scores
-        return from_sorted(*lax.sort((scores, ids), num_keys=2), top_k, top_p)[:2]
+        return from_sorted(*lax.sort((scores, ids), num_keys=1), top_k, top_p)[:2]
 
     if vocab_size <= _WINDOW:
         return from_all()
 
-    largest, largest_ids = lax.top_k(scores, _WINDOW)
-    ascending = lax.sort((largest, largest_ids), num_keys=2)
-    cut_score, cut_id, threshold = from_sorted(*ascending, top_k, top_p)
+    # Stable, so that equal scores stay in the order of ids. Nothing else may slice the result of `top_k`: XLA would
+    # then sort the whole row to get it.
+    ascending, ids = lax.sort(tuple(lax.top_k(scores, _WINDOW)), num_keys=1)
+    cut_score, cut_id, threshold = from_sorted(ascending, ids, top_k, top_p)
     idle = ~jnp.asarray(params.do_sample) | ((top_k == 0) & (top_p == 1))
     # Above the smallest candidate the window is complete; at it, ties may lie outside.
-    complete = (top_k > 0) & (threshold > largest[:, -1])
+    complete = (top_k > 0) & (threshold > ascending[:, 0])
     return lax.cond(jnp.all(idle | complete), lambda: (cut_score, cut_id), from_all)
 
 

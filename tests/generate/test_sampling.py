@@ -49,7 +49,9 @@ def _far_from_thresholds(config, prompt, logits):
     if config.top_p < 1 and np.abs(cumulative - (1 - config.top_p)).min() < 1e-6:
         return False
     probabilities = _softmax(_reference(config.replace(min_p=0.0), prompt, logits))
-    return config.min_p == 0 or np.abs(probabilities / probabilities.max() - config.min_p).min() > 1e-6
+    ratios = probabilities / probabilities.max()
+    # The most likely tokens are at a ratio of 1 exactly, however one rounds.
+    return config.min_p == 0 or np.abs(ratios[ratios < 1] - config.min_p).min(initial=1) > 1e-6
 
 
 @st.composite
@@ -66,7 +68,7 @@ def _configs(draw):
 
 @pytest.mark.parametrize("vocab_size", [11, 97, 1000])
 @pytest.mark.parametrize("tied", [False, True])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(configs=st.tuples(*[_configs()] * ROWS), seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.5, 3.0]))
 def test_scores_equal_the_reference(vocab_size, tied, configs, seed, spread):
     rng = np.random.default_rng(seed)
@@ -94,9 +96,17 @@ def test_scores_equal_the_reference(vocab_size, tied, configs, seed, spread):
 def test_top_p_among_equal_logits_keeps_as_many_as_the_reference(vocab_size, top_p):
     config = GenerationConfig(do_sample=True, top_k=0, top_p=top_p)
     logits = np.zeros((1, vocab_size), np.float32)
-    ours = sampling.process_logits(logits, SamplingParams.of(config, 1), np.zeros(logits.shape, bool))[0]
+    ours = _process(logits, SamplingParams.of(config, 1), np.zeros(logits.shape, bool))[0]
     # torch's sort is not stable, so that only the number of survivors is defined.
     np.testing.assert_array_equal(np.sort(ours), np.sort(_reference(config, np.array([0]), logits[0])))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_k": 0}, {"top_p": 1e-12, "top_k": 0}, {"top_p": 1e-12}])
+def test_probabilities_that_underflow_and_a_top_p_that_rounds_to_nothing(options):
+    logits = np.linspace(-20000, 0, 200, dtype=np.float32)[None]
+    config = GenerationConfig(do_sample=True, **options)
+    ours = _process(logits, SamplingParams.of(config, 1), np.zeros(logits.shape, bool))[0]
+    np.testing.assert_array_equal(ours, _reference(config, np.array([0]), logits[0]))
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1, 40])
@@ -124,7 +134,7 @@ def test_greedy_rows_only_get_the_penalty():
     logits = np.array([[2.0, -2.0, 1.5, 0.0]], np.float32)
     config = GenerationConfig(temperature=0.0, top_k=1, top_p=0.1, min_p=1.0, repetition_penalty=2.0)
     seen = np.array([[True, True, False, True]])
-    scores = sampling.process_logits(logits, SamplingParams.of(config, 1), seen)
+    scores = _process(logits, SamplingParams.of(config, 1), seen)
     np.testing.assert_array_equal(scores, [[1.0, -4.0, 1.5, 0.0]])
 
 
@@ -132,7 +142,7 @@ def test_half_precision_logits_are_processed_in_float32():
     logits = jnp.asarray([[3.0, 1.0, -1.0]], jnp.bfloat16)
     params = SamplingParams.of(GenerationConfig(do_sample=True, temperature=0.7), 1)
     seen = np.zeros(logits.shape, bool)
-    scores = sampling.process_logits(logits, params, seen)
+    scores = _process(logits, params, seen)
     assert scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, np.array([[3.0, 1.0, -1.0]]) / 0.7, rtol=1e-6)
 
@@ -223,6 +233,14 @@ def test_a_change_of_options_compiles_nothing():
         config = GenerationConfig(do_sample=do_sample, temperature=temperature, top_k=top_k)
         counted(logits, SamplingParams.of(config, 2), np.zeros(logits.shape, bool))
     assert len(traced) == 1
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a program that XLA made for the CPU")
+def test_the_whole_row_is_sorted_only_where_the_candidates_do_not_do():
+    logits, params = np.zeros((1, 5000), np.float32), SamplingParams.of(GenerationConfig(do_sample=True), 1)
+    program = _process.lower(logits, params, np.zeros(logits.shape, bool)).compile().as_text()
+    whole_rows = [line for line in program.splitlines() if " sort(" in line and "f32[1,5000]" in line]
+    assert len(whole_rows) == 1, "one is the branch that is skipped; a second is XLA's way to get the candidates"
 
 
 def test_seen_leaves_out_padding_and_grows_by_token():
