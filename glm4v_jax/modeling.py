@@ -51,9 +51,9 @@ class Glm4vModel:
             )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """See `Glm4vForConditionalGeneration.from_pretrained`; the head is read and dropped."""
-        whole = Glm4vForConditionalGeneration.from_pretrained(directory, **kwargs)
+        whole = Glm4vForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(whole.config, mesh=whole.mesh, module=whole.module)
 
     @property
@@ -201,7 +201,7 @@ class Glm4vForConditionalGeneration:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         dtype: Any = None,
         mesh: Mesh | None = None,
@@ -213,7 +213,8 @@ class Glm4vForConditionalGeneration:
         """Load a checkpoint in Hugging Face layout.
 
         Args:
-          directory: config.json, safetensors with their index if there are several, generation_config.json.
+          pretrained_model_name_or_path: a directory (nothing is downloaded) with config.json, safetensors and their
+            index if there are several, generation_config.json.
           dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
           mesh: where it lives (`mesh.make_mesh`); one device by default.
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
@@ -225,6 +226,7 @@ class Glm4vForConditionalGeneration:
           CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
           ConfigError: its configuration is not a GLM-4.1V's.
         """
+        directory = Path(pretrained_model_name_or_path)
         config = Glm4vConfig.from_pretrained(directory)
         _ = config.text_config.mrope_section  # a contradiction here must not wait until the weights are loaded
         generation_config = GenerationConfig.from_pretrained(directory)

@@ -75,6 +75,7 @@ def generate(
         batch, next_position = make_batch(
             input_ids, model.config, attention_mask=attention_mask, pixel_values=pixel_values,
             image_grid_thw=image_grid_thw, pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw,
+            batch_multiple=shards,
         )  # fmt: skip
         # Copies of a prompt refer to the same vision tokens, which are encoded once.
         take = np.minimum(np.arange(padded_rows), rows - 1) // copies

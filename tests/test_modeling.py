@@ -1,0 +1,354 @@
+"""The whole model against the reference, through the front door: what goes in, what comes out, how a cache goes on."""
+
+import numpy as np
+import pytest
+from reference import CONFIGS, TOLERANCE, Prompts, assert_close, their_inputs, to_torch
+
+from glm4v_jax import Glm4vModel, Glm4vTextModel, Glm4vVisionModel
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import MessageError
+from glm4v_jax.mesh import use_mesh
+
+CASES = {
+    "text": [[21]],
+    "wide picture": [[5, ("image", (4, 12)), 4]],
+    "tall picture": [[5, ("image", (12, 4)), 4]],
+    "three pictures": [[2, ("image", (6, 4)), 3, ("image", (2, 10)), ("image", (4, 4)), 5]],
+    "video": [[3, ("video", (3, 4, 6)), 4]],
+    "two videos": [[3, ("video", (2, 4, 4)), 4, ("video", (3, 2, 6)), 2]],
+    "rows of text and pictures": [[9], [2, ("image", (4, 6)), 7], [30], [("image", (6, 2)), 3, ("image", (4, 4)), 1]],
+    "rows of videos": [[3, ("video", (2, 2, 6)), 4], [3, ("video", (3, 4, 2)), 4, ("video", (1, 2, 2)), 9]],
+    "pictures and videos": [[2, ("image", (4, 6)), 3, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 2]],
+    "rows of everything": [
+        [11], [("video", (2, 4, 2)), 3], [2, ("image", (4, 6)), 3, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 2],
+        [4, ("image", (2, 8)), 1], [("video", (1, 2, 2)), ("image", (4, 4)), 5],
+    ],
+}  # fmt: skip
+
+
+def run(model, **inputs):
+    """The reference, without gradients, and without the rope deltas of an earlier call."""
+    import torch
+
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def config_of(name):
+    return Glm4vConfig.from_dict(CONFIGS[name])
+
+
+PADDED = [(case, padding) for case, rows in CASES.items() for padding in ["left", "right"][: len(rows)]]
+
+
+@pytest.mark.parametrize(("case", "padding"), PADDED)
+def test_logits_equal(ours, theirs, case, padding):
+    reference = theirs("base")
+    prompts = Prompts(config_of("base"), CASES[case], padding=padding, seed=len(case))
+    expected = run(reference, **their_inputs(reference, prompts))
+    assert_close(ours("base")(**prompts.inputs).logits, expected.logits, prompts.real)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
+def test_configurations_equal(ours, theirs, name, seed):
+    rows = [[11 + seed], [2, ("image", (4, 6)), 3, ("video", (1, 4, 2)), ("image", (2 * seed, 2)), 2]]
+    reference = theirs(name)
+    prompts = Prompts(config_of(name), rows, seed=seed, padding="left" if seed == 1 else "right")
+    expected = run(reference, **their_inputs(reference, prompts))
+    assert_close(ours(name)(**prompts.inputs).logits, expected.logits, prompts.real)
+
+
+@pytest.mark.parametrize("name", ["base", "odd", "wide"])
+def test_long_prompts_equal(ours, theirs, name):
+    """Mistakes of a partial rope show in positions by the hundred, of a blockwise softmax past a block."""
+    rows = [[300, ("image", (8, 12)), 280], [530]]
+    reference = theirs(name)
+    prompts = Prompts(config_of(name), rows, seed=7)
+    assert prompts.input_ids.shape[1] > 600
+    expected = run(reference, **their_inputs(reference, prompts))
+    assert_close(ours(name)(**prompts.inputs).logits, expected.logits, prompts.real)
+
+
+def test_long_text_of_a_thousand_tokens_equals(ours, theirs):
+    prompts = Prompts(config_of("base"), [[1030]], seed=3)
+    expected = run(theirs("base"), **to_torch(prompts.inputs))
+    assert_close(ours("base")(**prompts.inputs).logits, expected.logits)
+
+
+def test_hidden_states_and_attentions_equal(ours, theirs):
+    prompts = Prompts(config_of("base"), CASES["rows of text and pictures"], seed=5)
+    asked = dict(output_hidden_states=True, output_attentions=True)
+    expected = run(theirs("base"), **to_torch(prompts.inputs), **asked)
+    found = ours("base")(**prompts.inputs, **asked)
+    assert len(found.hidden_states) == len(expected.hidden_states)
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert_close(one, other, prompts.real)
+    for one, other in zip(found.attentions, expected.attentions, strict=True):
+        assert_close(np.swapaxes(one, 1, 2), other.transpose(1, 2), prompts.real)
+    assert_close(found.logits, expected.logits, prompts.real)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_labels_give_the_loss(ours, theirs, padding):
+    prompts = Prompts(config_of("base"), CASES["rows of text and pictures"], padding=padding, seed=6)
+    labels = np.where(prompts.real, prompts.input_ids, -100)
+    labels[prompts.input_ids == prompts.config.image_token_id] = -100
+    # A row's first token would be scored from the padding before it, where the reference computes what nobody means.
+    labels[np.arange(len(labels)), prompts.real.argmax(axis=1)] = -100
+    expected = run(theirs("base"), **to_torch(prompts.inputs), labels=to_torch({"x": labels})["x"])
+    found = ours("base")(**prompts.inputs, labels=labels)
+    np.testing.assert_allclose(found.loss, expected.loss.numpy(), rtol=TOLERANCE)
+    assert found.loss.dtype == np.float32
+    assert ours("base")(**prompts.inputs).loss is None
+
+
+def test_logits_to_keep(ours, theirs):
+    import torch
+
+    prompts = Prompts(config_of("base"), [[14], [9]], seed=7)
+    inputs = to_torch(prompts.inputs)
+    assert_close(
+        ours("base")(**prompts.inputs, logits_to_keep=3).logits, run(theirs("base"), **inputs, logits_to_keep=3).logits
+    )
+    chosen = np.array([13, 11])
+    expected = run(theirs("base"), **inputs, logits_to_keep=torch.tensor(chosen))
+    assert_close(ours("base")(**prompts.inputs, logits_to_keep=chosen).logits, expected.logits)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_inputs_embeds_with_pixels(ours, theirs, kind):
+    """Embeddings in place of tokens, placeholders too; positions must be given (4.57.1 falls back silently)."""
+    import torch
+
+    rows = [[5], [3, ("image", (4, 6)), 4]] if kind == "image" else [[5], [3, ("video", (2, 4, 2)), 4]]
+    model, reference = ours("base"), theirs("base")
+    prompts = Prompts(config_of("base"), rows, seed=8)
+    expected = run(reference, **to_torch(prompts.inputs))
+    inputs = prompts.inputs
+    ids = inputs.pop("input_ids")
+    embeds = model.model.get_input_embeddings(ids)
+    with torch.no_grad():
+        assert np.array_equal(embeds, reference.model.get_input_embeddings()(torch.tensor(ids)).numpy())
+    positions, deltas = model.model.get_rope_index(
+        ids, inputs.get("image_grid_thw"), inputs.get("video_grid_thw"), inputs["attention_mask"]
+    )
+    found = model(inputs_embeds=embeds, position_ids=positions, **inputs)
+    assert_close(found.logits, expected.logits, prompts.real)
+    assert np.array_equal(found.rope_deltas, deltas)
+    with pytest.raises(MessageError, match="position_ids"):
+        model(inputs_embeds=embeds, **inputs)
+
+
+def test_inputs_embeds_of_text(ours):
+    prompts = Prompts(config_of("base"), [[14], [9]], seed=9)
+    model = ours("base")
+    embeds = model.model.get_input_embeddings(prompts.input_ids)
+    found = model(inputs_embeds=embeds, attention_mask=prompts.attention_mask)
+    expected = model(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask)
+    assert np.array_equal(np.asarray(found.logits)[prompts.real], np.asarray(expected.logits)[prompts.real])
+
+
+def test_exactly_one_of_ids_and_embeddings(ours):
+    with pytest.raises(MessageError, match="exactly one"):
+        ours("base")()
+    with pytest.raises(MessageError, match="exactly one"):
+        ours("base")(input_ids=np.ones((1, 4), int), inputs_embeds=np.ones((1, 4, 64), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(14,), (1, 14), (3, 1, 14)])
+def test_position_ids_are_taken(ours, theirs, shape):
+    prompts = Prompts(config_of("base"), [[14]], seed=10)
+    positions = np.sort(np.random.RandomState(0).randint(0, 90, (3, 1, 14)), axis=-1)
+    positions = positions if len(shape) == 3 else positions[0]
+    expected = run(theirs("base"), **to_torch(prompts.inputs | {"position_ids": positions}))
+    if len(shape) == 1:
+        with pytest.raises(MessageError, match="position_ids"):
+            ours("base")(**prompts.inputs, position_ids=positions[0])
+        return
+    assert_close(ours("base")(**prompts.inputs, position_ids=positions).logits, expected.logits)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_rope_deltas_equal(ours, theirs, padding):
+    prompts = Prompts(config_of("base"), CASES["rows of text and pictures"], padding=padding, seed=11)
+    expected = run(theirs("base"), **to_torch(prompts.inputs))
+    found = ours("base")(**prompts.inputs)
+    assert np.array_equal(found.rope_deltas, expected.rope_deltas.numpy())
+    assert np.array_equal(found.past_key_values.rope_deltas, found.rope_deltas)
+
+
+@pytest.mark.parametrize("case", ["rows of text and pictures", "rows of videos", "text"])
+def test_cached_steps_equal(ours, theirs, case):
+    """Token by token after a prompt: the same as the reference's cached steps, and as one pass over everything."""
+    import torch
+
+    model, reference = ours("base"), theirs("base")
+    prompts = Prompts(config_of("base"), CASES[case], seed=12)
+    new = np.array([prompts.text(4) for _ in prompts.input_ids])
+    out, expected = model(**prompts.inputs), run(reference, **to_torch(prompts.inputs), use_cache=True)
+    steps, mask, past = [], prompts.attention_mask, prompts.input_ids.shape[1]
+    for i in range(new.shape[1]):
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+        token = new[:, i : i + 1]
+        out = model(
+            input_ids=token,
+            attention_mask=mask,
+            past_key_values=out.past_key_values,
+            cache_position=np.array([past + i]),
+        )
+        with torch.no_grad():
+            expected = reference(
+                input_ids=torch.tensor(token), attention_mask=torch.tensor(mask),
+                cache_position=torch.tensor([past + i]), past_key_values=expected.past_key_values,
+            )  # fmt: skip
+        assert_close(out.logits, expected.logits)
+        assert out.past_key_values.get_seq_length() == past + i + 1
+        steps.append(out.logits)
+    whole = prompts.inputs | {"input_ids": np.concatenate([prompts.input_ids, new], axis=1), "attention_mask": mask}
+    assert_close(np.concatenate(steps, axis=1), np.asarray(model(**whole).logits)[:, -4:])
+
+
+def test_cached_chunk_equals(ours, theirs):
+    """More than one token at a time after a prompt, in a cache that has to grow for them."""
+    model = ours("base")
+    prompts = Prompts(config_of("base"), [[9], [2, ("image", (4, 6)), 40]], seed=13)
+    first = model(**prompts.inputs)
+    new = np.array([prompts.text(30) for _ in range(2)])
+    mask = np.concatenate([prompts.attention_mask, np.ones_like(new)], axis=1)
+    assert first.past_key_values.cache.capacity < mask.shape[1]
+    found = model(input_ids=new, attention_mask=mask, past_key_values=first.past_key_values).logits
+    whole = prompts.inputs | {"input_ids": np.concatenate([prompts.input_ids, new], axis=1), "attention_mask": mask}
+    expected = run(theirs("base"), **to_torch(whole)).logits[:, -30:]
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "both"])
+def test_a_later_turn_may_bring_its_own_media(ours, theirs, kind):
+    """5.x is right here, and equal to one long prompt; 4.57.1 drops the later picture."""
+    model, reference = ours("base"), theirs("base")
+    later = {
+        "image": [2, ("image", (4, 4)), 5], "video": [2, ("video", (2, 2, 4)), 3],
+        "both": [1, ("image", (4, 4)), 2, ("video", (2, 2, 2)), 3],
+    }[kind]  # fmt: skip
+    first = [2, ("image", (4, 6)), 3]
+    whole = Prompts(config_of("base"), [first + later], seed=14)
+    cut = Prompts(config_of("base"), [first], seed=14).input_ids.shape[1]
+    patches = 24
+    turn1 = dict(
+        input_ids=whole.input_ids[:, :cut], pixel_values=whole.pixel_values[:patches],
+        image_grid_thw=whole.image_grid_thw[:1],
+    )  # fmt: skip
+    turn2 = dict(input_ids=whole.input_ids[:, cut:])
+    if len(whole.image_grid_thw) > 1:
+        turn2 |= dict(pixel_values=whole.pixel_values[patches:], image_grid_thw=whole.image_grid_thw[1:])
+    if whole.video_grid_thw is not None:
+        turn2 |= dict(pixel_values_videos=whole.pixel_values_videos, video_grid_thw=whole.video_grid_thw)
+    past = model(**turn1).past_key_values
+    found = model(**turn2, past_key_values=past)
+    expected = run(reference, **their_inputs(reference, whole))
+    assert_close(found.logits, expected.logits[:, cut:])
+    # Where the next token goes is where it would go after the long prompt.
+    token = np.array([whole.text(1)])
+    step = model(input_ids=token, past_key_values=found.past_key_values).logits
+    longer = np.concatenate([whole.input_ids, token], axis=1)
+    whole.input_ids, whole.attention_mask = longer, np.ones_like(longer)
+    expected = run(reference, **their_inputs(reference, whole))
+    assert_close(step, expected.logits[:, -1:])
+
+
+def test_a_cache_can_be_continued_twice(ours):
+    """It is not consumed: two answers to one prompt start from the same cache."""
+    model = ours("base")
+    past = model(input_ids=np.arange(1, 15)[None]).past_key_values
+    first = model(input_ids=np.array([[5]]), past_key_values=past).logits
+    model(input_ids=np.array([[9]]), past_key_values=past)
+    assert np.array_equal(first, model(input_ids=np.array([[5]]), past_key_values=past).logits)
+
+
+def test_cache_position_must_follow_the_cache(ours):
+    model = ours("base")
+    past = model(input_ids=np.arange(1, 15)[None]).past_key_values
+    with pytest.raises(MessageError, match="cache_position"):
+        model(input_ids=np.array([[5]]), past_key_values=past, cache_position=np.array([3]))
+
+
+def test_use_cache_false_gives_none(ours):
+    out = ours("base")(input_ids=np.arange(1, 15)[None], use_cache=False)
+    assert out.past_key_values is None
+    assert out.keys() == ["logits", "rope_deltas"]
+    assert np.array_equal(out[0], out["logits"]) and list(out) == out.keys()
+
+
+def test_vision_features_equal(ours, theirs):
+    import torch
+
+    for name in CONFIGS:
+        rows = [[("image", (4, 6)), ("image", (8, 2)), ("video", (2, 6, 4)), ("video", (1, 2, 2))]]
+        prompts = Prompts(config_of(name), rows, seed=15)
+        inputs = to_torch(prompts.inputs)
+        with torch.no_grad():
+            pictures = theirs(name).get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+            videos = theirs(name).get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        model = ours(name)
+        found = model.get_image_features(prompts.pixel_values, prompts.image_grid_thw)
+        found += model.get_video_features(prompts.pixel_values_videos, prompts.video_grid_thw)
+        for one, other in zip(found, (*pictures, *videos), strict=True):
+            assert_close(one, other)
+
+
+def test_parts_of_the_model_stand_alone(ours, theirs):
+    """`Glm4vModel`, `Glm4vTextModel` and `Glm4vVisionModel`, as the reference offers them."""
+    import torch
+
+    model, reference = ours("base"), theirs("base")
+    prompts = Prompts(config_of("base"), [[5], [3, ("image", (4, 6)), 4]], seed=16)
+    inputs = to_torch(prompts.inputs)
+    expected = run(reference, **inputs, output_hidden_states=True).hidden_states[-1]
+    assert isinstance(model.model, Glm4vModel)
+    assert_close(model.model(**prompts.inputs).last_hidden_state, expected, prompts.real)
+
+    assert isinstance(model.visual, Glm4vVisionModel)
+    with torch.no_grad():
+        features = reference.model.visual(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert_close(model.visual(prompts.pixel_values, prompts.image_grid_thw), features)
+
+    assert isinstance(model.language_model, Glm4vTextModel)
+    ids = np.array([prompts.text(9)])
+    with torch.no_grad():
+        hidden = reference.model.language_model(input_ids=torch.tensor(ids)).last_hidden_state
+    assert_close(model.language_model(input_ids=ids).last_hidden_state, hidden)
+
+
+def test_fresh_models_are_made_from_a_seed(mesh):
+    config = config_of("tester")
+    from glm4v_jax import Glm4vForConditionalGeneration
+
+    with use_mesh():
+        ids = np.arange(10, 24)[None]
+        one, two, other = (Glm4vForConditionalGeneration(config, seed=seed)(input_ids=ids).logits for seed in (3, 3, 4))
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "message"),
+    [
+        ([[3, ("image", (4, 6)), 4]], {"image_grid_thw": None}, "image_grid_thw"),
+        ([[3, ("image", (4, 6)), 4]], {"pixel_values": None}, "pixel_values"),
+        ([[3, ("image", (4, 6)), 4]], {"pixel_values": np.zeros((23, 1176), np.float32)}, "pixel_values"),
+        ([[3, ("image", (4, 6)), 4]], {"image_grid_thw": np.array([[1, 4, 8]])}, "pixel_values"),
+        ([[3, ("image", (4, 6)), 4]], {"pixel_values": None, "image_grid_thw": None}, "more pictures than were given"),
+        ([[14]], {"pixel_values": np.zeros((4, 1176)), "image_grid_thw": np.array([[1, 2, 2]])}, "1 pictures given"),
+        ([[14]], {"input_ids": np.array([[1, 2, 320]])}, "token 320"),
+        ([[14]], {"input_ids": np.array([[1, 2, -1]])}, "token -1"),
+        ([[14]], {"attention_mask": np.zeros((1, 14), int)}, "padding alone"),
+        ([[14]], {"input_ids": np.arange(3)}, r"expected integers \[B, T\]"),
+    ],
+)
+def test_contradictory_inputs_are_named(ours, rows, change, message):
+    inputs = Prompts(config_of("base"), rows).inputs | change
+    if "input_ids" in change:
+        del inputs["attention_mask"]
+    with pytest.raises(MessageError, match=message):
+        ours("base")(**inputs)
