@@ -34,6 +34,11 @@ from glm4v_jax.outputs import Glm4vCausalLMOutputWithPast, Glm4vModelOutputWithP
 from glm4v_jax.programs import Flat
 
 
+def _random_module(config: Glm4vConfig, seed: int, dtype: np.dtype) -> Glm4v:
+    """One program; run eagerly, every initialiser would be compiled by itself."""
+    return jax.jit(lambda key: Glm4v.init(config, rngs=nnx.Rngs(params=key), dtype=dtype))(jax.random.key(seed))
+
+
 class Glm4vModel:
     """ViT and decoder, without a head."""
 
@@ -44,7 +49,7 @@ class Glm4vModel:
         self.config = config
         with use_mesh(mesh) as self.mesh:
             if module is None:
-                module = Glm4v.init(config, rngs=nnx.Rngs(params=seed), dtype=resolve_dtype(dtype))
+                module = _random_module(config, seed, resolve_dtype(dtype))
             self.visual = Glm4vVisionModel(config.vision_config, mesh=self.mesh, flat=Flat.of(module.visual))
             self.language_model = Glm4vTextModel(
                 config.text_config, mesh=self.mesh, flat=Flat.of(module.language_model)
@@ -194,7 +199,7 @@ class Glm4vForConditionalGeneration:
         self.generation_config = generation_config or GenerationConfig()
         with use_mesh(mesh) as self.mesh:
             if module is None:
-                module = Glm4v.init(config, rngs=nnx.Rngs(params=seed), dtype=resolve_dtype(dtype))
+                module = _random_module(config, seed, resolve_dtype(dtype))
             self.model = Glm4vModel(config, mesh=self.mesh, module=module)
             self.lm_head: Flat[Linear] | None = None if module.lm_head is None else Flat.of(module.lm_head)
 

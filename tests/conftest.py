@@ -62,7 +62,9 @@ def ours(checkpoints, mesh):
 def theirs(checkpoints):
     """name -> the reference with the weights of `checkpoints(name)`: float32, eager attention. Skips without it."""
     import reference
+    from helpers_transformers import import_transformers
 
+    import_transformers()
     models = {}
 
     def get(name):

@@ -111,13 +111,9 @@ def test_a_cache_changes_nothing(ours, stacked):
 
 def test_dropout_is_a_fresh_draw_in_every_layer(ours):
     """Two equal layers drop different probabilities."""
-    config = dict(CONFIGS["base"]["text_config"], attention_dropout=0.5, hidden_size=64)
-    from glm4v_jax.config import Glm4vTextConfig
-    from glm4v_jax.decoder import TextDecoder
-    from glm4v_jax.nn import Init, nnx
-
-    text = jax.jit(lambda: TextDecoder(Glm4vTextConfig.from_dict(config), Init(nnx.Rngs(params=0), 0.3)))()
+    text = ours("base").module.stacked().language_model
     text.layers = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), text.layers)
+    text.layers.stacked.self_attn.dropout_rate = 0.5
     x, positions, segments = example("base", seed=3)
     run = jax.jit(
         lambda text, key: text(x, positions, segments, record=Record(attentions=True), dropout_key=key)[2].attentions

@@ -80,19 +80,19 @@ def main(directory):
     def compute(sizes):
         with jax.set_mesh(mesh.make_mesh(**sizes)) as _:
             model = Glm4vForConditionalGeneration.from_pretrained(directory, stacked=True)
-            logits = model(**prompts.inputs).logits
             tokens = model.generate(**prompts.inputs, max_new_tokens=12, eos_token_id=-1, pad_token_id=0)
             batch, _ = make_batch(config=config, **prompts.inputs, batch_multiple=4)
             labels = np.where(batch.segment_ids * (batch.input_ids < 300) > 0, batch.input_ids, -100)
 
             def loss(module):
-                return causal_lm_loss(module.logits(module(batch)), labels)
+                logits = module.logits(module(batch))
+                return causal_lm_loss(logits, labels), logits
 
-            value, gradient = jax.jit(jax.value_and_grad(loss))(model.module)
+            (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.module)
             leaves = jax.tree.leaves(model.module)
             whole = sum(leaf.size for leaf in leaves)
             split = sum(leaf.size for leaf in leaves if leaf.addressable_shards[0].data.size < leaf.size) / whole
-            return np.asarray(logits)[prompts.real], tokens, float(value), export(gradient, config), split
+            return np.asarray(logits)[batch.segment_ids > 0], tokens, float(value), export(gradient, config), split
 
     logits, tokens, loss, gradient, _ = compute(MESHES[0])
     report = []

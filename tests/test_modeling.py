@@ -1,13 +1,13 @@
 """The whole model against the reference, through the front door: what goes in, what comes out, how a cache goes on."""
 
+import jax
 import numpy as np
 import pytest
 from reference import CONFIGS, TOLERANCE, Prompts, assert_close, their_inputs, to_torch
 
-from glm4v_jax import Glm4vModel, Glm4vTextModel, Glm4vVisionModel
+from glm4v_jax import Glm4v, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextModel, Glm4vVisionModel
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
-from glm4v_jax.mesh import use_mesh
 
 CASES = {
     "text": [[21]],
@@ -322,13 +322,15 @@ def test_parts_of_the_model_stand_alone(ours, theirs):
 
 
 def test_fresh_models_are_made_from_a_seed(mesh):
-    config = config_of("tester")
-    from glm4v_jax import Glm4vForConditionalGeneration
-
-    with use_mesh():
-        ids = np.arange(10, 24)[None]
-        one, two, other = (Glm4vForConditionalGeneration(config, seed=seed)(input_ids=ids).logits for seed in (3, 3, 4))
+    config, ids = config_of("tester"), np.arange(10, 24)[None]
+    models = [Glm4vForConditionalGeneration(config, seed=seed) for seed in (3, 3, 4)]
+    one, two, other = (model(input_ids=ids).logits for model in models)
     assert np.array_equal(one, two) and not np.array_equal(one, other)
+    # What checkpoints are read into without making any of it first: the same tree, abstract, with its shardings.
+    abstract, real = jax.eval_shape(lambda: Glm4v.init(config)), models[0].module
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    for leaf, made in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding.spec) == (made.shape, made.dtype, made.sharding.spec)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def generate(
         capacity = bucket(max(t, int(lengths.max()) + num_new), MIN_CAPACITY)
 
         text, head = model.language_model.flat, model.lm_head
-        sampling = _sampling(config, padded_rows)
+        sampling = sampling_of(config, padded_rows)
         state = programs.prefill(
             text, head, model.model.embed(batch), batch.input_ids, batch.position_ids, batch.segment_ids,
             model.language_model.init_cache(padded_rows, capacity), deltas, sampling,
@@ -118,7 +118,8 @@ def _resolve(config: GenerationConfig, options: Mapping[str, Any]) -> Generation
     return config
 
 
-def _sampling(config: GenerationConfig, rows: int) -> programs.Sampling:
+def sampling_of(config: GenerationConfig, rows: int) -> programs.Sampling:
+    """How `rows` rows choose their tokens, as the programs take it."""
     eos = np.full(MAX_EOS, -1, np.int32)
     eos[: len(config.eos_token_id)] = config.eos_token_id
     params = SamplingParams.of(config, rows)

@@ -18,7 +18,7 @@ from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.engine import MIN_CAPACITY, STEPS_PER_DISPATCH, _sampling
+from glm4v_jax.generate.engine import MIN_CAPACITY, STEPS_PER_DISPATCH, sampling_of
 from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.inputs.prepare import MIN_LENGTH
 from glm4v_jax.mesh import data_shards, use_mesh
@@ -146,7 +146,7 @@ def _warm_text(
             yield Warmed("embed", f"B {rows}, T {length}, vision tokens {num_tokens}", time.perf_counter() - start)
         for capacity in cache_capacities(length, shortest, min(length, prompt_lengths[1]), max_new_tokens):
             start = time.perf_counter()
-            sampling = _sampling(GenerationConfig(eos_token_id=()), rows)
+            sampling = sampling_of(GenerationConfig(eos_token_id=()), rows)
             state = programs.prefill(
                 text, head, embeds, ids, np.ones((3, rows, length), np.int32), np.ones_like(ids),
                 model.language_model.init_cache(rows, capacity), np.zeros(rows, np.int32), sampling,
