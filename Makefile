@@ -16,13 +16,13 @@ UV := $(shell command -v uv 2>/dev/null)
 ifdef UV
 CREATE = $(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV)
 # uv does not read pip's variables. Without the links a torch for GPUs, gigabytes of it, takes the place of a CPU one.
-INSTALL = $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") $(UV) pip install --python $(ENV_PYTHON) \
+INSTALL = $(if $(PIP_CERT),SSL_CERT_FILE="$(PIP_CERT)") $(UV) pip install --quiet --python $(ENV_PYTHON) \
 	$(foreach place,$(PIP_FIND_LINKS),--find-links "$(place)") \
 	$(if $(PIP_INDEX_URL),--default-index "$(PIP_INDEX_URL)") \
 	$(foreach url,$(PIP_EXTRA_INDEX_URL),--index "$(url)")
 else
 CREATE = $(PYTHON) -m venv $(VENV)
-INSTALL = $(ENV_PYTHON) -m pip install --disable-pip-version-check
+INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
@@ -36,11 +36,13 @@ $(ENV_PYTHON):
 	$(CREATE)
 
 $(VENV)/demo.stamp: pyproject.toml | $(ENV_PYTHON)
+	@echo "installing into $(VENV), once: a few minutes"
 	$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 # torchvision asks for a torch of its own kind, and the reference wants only parts of it that need no torch extension.
 $(VENV)/test.stamp: pyproject.toml | $(ENV_PYTHON)
+	@echo "installing into $(VENV), once: a few minutes"
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL) --no-deps torchvision==0.28.0
 	@touch $@ $(VENV)/demo.stamp

@@ -55,9 +55,10 @@ class Compilations:
         """How many so far."""
         return sum(map(len, self.seconds.values()))
 
-    def table(self) -> rich.table.Table:
-        """The long ones by name, the short ones together."""
-        table = rich.table.Table(title="compiled by XLA")
+    def table(self, loading: int) -> rich.table.Table:
+        """The long ones by name, the short ones together; `loading` of them all were compiled before the first run."""
+        caption = f"{loading} while loading, {self.count() - loading} in the runs above"
+        table = rich.table.Table(title="compiled by XLA", caption=caption)
         table.add_column("program")
         table.add_column("times", justify="right")
         table.add_column("seconds", justify="right")
@@ -94,6 +95,14 @@ def describe_inputs(inputs: Any, image_token_id: int) -> str:
     return f"{', '.join(parts)}; {ids.shape[1]} tokens, {int((ids == image_token_id).sum())} of them visual"
 
 
+def labelled_lines() -> rich.table.Table:
+    """An empty table of labels and of texts that wrap beside their label, not below it."""
+    table = rich.table.Table.grid(padding=(0, 1, 0, 0), pad_edge=True)
+    table.add_column(width=7, no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
 def main() -> None:
     """Asks about the photograph, about the video, and about both in one prompt."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description="photograph and video to text")
@@ -113,7 +122,7 @@ def main() -> None:
     compilations = Compilations()
     processor = Glm4vProcessor.from_pretrained(arguments.model)
     model = Glm4vForConditionalGeneration.from_pretrained(arguments.model)
-    seconds = time.perf_counter() - start
+    seconds, loading = time.perf_counter() - start, compilations.count()
     console.print(f"\nJAX {jax.__version__} on {jax.devices()[0].device_kind}; imported and loaded in {seconds:.1f} s")
     if arguments.model == TINY_CHECKPOINT:
         console.print("[bold]The weights are random: the text below is noise, the way to it is the real one.[/bold]")
@@ -131,7 +140,8 @@ def main() -> None:
         inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         preparing = time.perf_counter() - start
         console.print(f"\n[bold]{question}[/bold]")
-        console.print(f"  in    {describe_inputs(inputs, model.config.image_token_id)}; prepared in {preparing:.2f} s")
+        lines = labelled_lines()
+        lines.add_row("  in", f"{describe_inputs(inputs, model.config.image_token_id)}; prepared in {preparing:.2f} s")
 
         prompt_length, runs = inputs["input_ids"].shape[1], []
         for _ in range(2):
@@ -140,14 +150,14 @@ def main() -> None:
             runs.append((time.perf_counter() - start, compilations.count() - before))
         new_ids = ids[0, prompt_length:]
         text = processor.decode(new_ids, skip_special_tokens=True)
-        console.print(f"  out   {rich.markup.escape(text)}", style="green")
+        lines.add_row("  out", rich.markup.escape(text), style="green")
         for label, (seconds, compiled) in zip(("first", "again"), runs, strict=True):
             rate = len(new_ids) / seconds
-            console.print(
-                f"  {label} {len(new_ids)} tokens in {seconds:.2f} s: {rate:.1f} tokens/s, {compiled} compiled"
-            )
+            figures = f"{len(new_ids)} tokens in {seconds:.2f} s: {rate:.1f} tokens/s"
+            lines.add_row(f"  {label}", f"{figures}, {compiled} programs compiled")
+        console.print(lines)
     console.print()
-    console.print(compilations.table())
+    console.print(compilations.table(loading))
 
 
 if __name__ == "__main__":

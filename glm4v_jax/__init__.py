@@ -20,6 +20,8 @@ _EXPORTS = {
     "Glm4vVideoProcessor": "inputs.video",
     "Glm4vTokenizer": "inputs.tokenizer",
     "GenerationConfig": "generate.config",
+    "VideoMetadata": "inputs.decode",
+    "warmup": "generate.warmup",
     "make_mesh": "mesh",
     "use_mesh": "mesh",
     "Glm4v": "model",

@@ -19,7 +19,7 @@ class VisionRows(NamedTuple):
     patches: np.ndarray
     """float32 [R, L, C * temporal_patch_size * patch_size^2]; zeros are padding"""
     segment_ids: np.ndarray
-    """int32 [R, L]: 0 padding, otherwise the number of the frame in its row; attention stays inside a frame"""
+    """int32 [R, L]: 0 padding, otherwise the number of the frame in the batch; attention stays inside a frame"""
     coords: np.ndarray
     """int32 [R, L, 2]: row and column of the patch in its frame, for the 2-D rope"""
     weights_h: np.ndarray

@@ -1,6 +1,6 @@
 """The key/value cache: a pytree of static shape, written in place when it is donated."""
 
-import math
+import functools
 from typing import NamedTuple
 
 import jax
@@ -36,11 +36,8 @@ class KVCache(NamedTuple):
         """Whether all layers share one array."""
         return not isinstance(self.k, tuple)
 
-    def get_seq_length(self) -> int:
-        """Slots written so far (the reference's name); waits for the device."""
-        return int(jnp.max(self.length))
 
-
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="stacked")
 def init_cache(
     config: Glm4vTextConfig, batch: int, capacity: int, dtype: DTypeLike, *, stacked: bool = True
 ) -> KVCache:
@@ -61,13 +58,6 @@ def init_cache(
         jnp.zeros((batch, capacity), jnp.int32, out_sharding=mesh.spec("batch", None)),
         jnp.zeros((batch,), jnp.int32, out_sharding=mesh.spec("batch")),
     )
-
-
-def cache_bytes(config: Glm4vTextConfig, batch: int, capacity: int, dtype: DTypeLike) -> int:
-    """Bytes of keys and values: 40 KiB a token for the 9B in bfloat16."""
-    assert config.num_key_value_heads is not None
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return math.prod((batch, capacity, slot)) * jnp.dtype(dtype).itemsize
 
 
 def write_slots(buffer: Float[Array, "B S ..."], new: Float[Array, "B T ..."], start: Int[Array, " B"]) -> Array:

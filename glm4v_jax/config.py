@@ -8,14 +8,21 @@ program.
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import read_json_object
 
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
+
+ACTIVATION_NAMES = (
+    "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
+)  # fmt: skip
+"""What `hidden_act` may be; `nn.activation` has them."""
 
 _REQUIRED_ROPE_KEYS = {
     "default": (),
@@ -107,8 +114,14 @@ class Glm4vVisionConfig:
     model_type = "glm4v_vision"
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("depth", "hidden_size", "num_heads", "patch_size", "spatial_merge_size", "image_size"))
+        sizes = ("depth", "hidden_size", "num_heads", "in_channels", "image_size", "patch_size", "spatial_merge_size")
+        _check_positive(self, (*sizes, "temporal_patch_size", "out_hidden_size", "intermediate_size"))
+        _check_layer_settings(self)
         _check_divides(self, "num_heads", "hidden_size")
+        if self.image_size < self.patch_size:
+            raise ConfigError(
+                f"vision image_size is {self.image_size}, expected at least patch_size, {self.patch_size}"
+            )
         if self.head_dim % 4:
             raise ConfigError(f"vision head dimension is {self.head_dim}, expected a multiple of 4 (2-D rope pairs)")
 
@@ -184,9 +197,21 @@ class Glm4vTextConfig:
         if not isinstance(scaling, RopeScaling):
             scaling = RopeScaling.from_dict(scaling)
         freeze(self, "rope_scaling", scaling)
-        _check_positive(self, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _check_positive(self, (*sizes, "num_key_value_heads", "max_position_embeddings"))
+        _check_layer_settings(self)
+        _check_number(self, "rope_theta", above=0)
+        _check_number(self, "partial_rotary_factor", above=0, most=1)
         _check_divides(self, "num_attention_heads", "hidden_size")
         _check_divides(self, "num_key_value_heads", "num_attention_heads")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(scaling, name)
+            if factors is not None and len(factors) != len(range(0, self.rotary_dim, 2)):
+                raise ConfigError(
+                    f"rope_scaling.{name} has {len(factors)} numbers, expected {self.rotary_dim // 2}: one for each "
+                    f"pair of the {self.rotary_dim} rotated dimensions"
+                )
+        _ = self.mrope_section
 
     @property
     def head_dim(self) -> int:
@@ -269,6 +294,14 @@ class Glm4vConfig:
             object.__setattr__(self, "text_config", Glm4vTextConfig.from_dict(self.text_config))
         if isinstance(self.vision_config, Mapping):
             object.__setattr__(self, "vision_config", Glm4vVisionConfig.from_dict(self.vision_config))
+        for part, kind in ((self.text_config, Glm4vTextConfig), (self.vision_config, Glm4vVisionConfig)):
+            if not isinstance(part, kind):
+                raise ConfigError(f"{kind.__name__}: found {part!r}, expected an object")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("token_id"):
+                value, vocabulary = getattr(self, field.name), self.text_config.vocab_size
+                if not isinstance(value, int) or not 0 <= value < vocabulary:
+                    raise ConfigError(f"{field.name} is {value!r}, expected a token below vocab_size, {vocabulary}")
         text, vision = self.text_config.hidden_size, self.vision_config.out_hidden_size
         if text != vision:
             raise ConfigError(f"vision_config.out_hidden_size is {vision}, expected text_config.hidden_size, {text}")
@@ -289,8 +322,12 @@ class Glm4vConfig:
                 f"config.json: model_type is {model_type!r}, expected {cls.model_type!r} (dense GLM-4.1V)"
             )
         fields = _known_fields(cls, data)
-        fields["text_config"] = Glm4vTextConfig.from_dict(data.get("text_config") or data)
-        fields["vision_config"] = Glm4vVisionConfig.from_dict(data.get("vision_config") or {})
+        if data.get("quantization_config") is not None:
+            raise ConfigError("quantization_config: found a quantised checkpoint, expected plain weights")
+        if "text_config" not in data and "hidden_size" not in data:
+            raise ConfigError("text_config is missing")
+        fields["text_config"] = Glm4vTextConfig.from_dict(_object(data, "text_config") or data)
+        fields["vision_config"] = Glm4vVisionConfig.from_dict(_object(data, "vision_config"))
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -315,17 +352,14 @@ class Glm4vConfig:
         """
         path = pathlib.Path(directory) / "config.json"
         if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent}: no such directory, expected a checkpoint in Hugging Face layout")
+            found = "a file" if path.parent.is_file() else "no such directory"
+            raise CheckpointError(
+                f"{path.parent}: {found}, expected the directory of a checkpoint (nothing is downloaded)"
+            )
         if not path.is_file():
             raise CheckpointError(f"{path.parent}: not a checkpoint directory, it has no config.json")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-        try:
-            return cls.from_dict(data)
+            return cls.from_dict(read_json_object(path))
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -372,10 +406,37 @@ def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in data.items() if k in names}
 
 
+def _object(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = data.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {value!r}, expected an object")
+    return value
+
+
 def _check_positive(config: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if not isinstance(value := getattr(config, name), int) or value <= 0:
             raise ConfigError(f"{type(config).__name__}.{name} is {value!r}, expected a whole number > 0")
+
+
+def _check_number(
+    config: Any, name: str, *, above: float | None = None, least: float = 0, most: float = math.inf
+) -> None:
+    value = getattr(config, name)
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    if not is_number or value < least or value > most or (above is not None and value <= above):
+        low = f"above {above:g}" if above is not None else f"from {least:g}"
+        high = "" if math.isinf(most) else f" to {most:g}"
+        raise ConfigError(f"{type(config).__name__}.{name} is {value!r}, expected a number {low}{high}")
+
+
+def _check_layer_settings(config: Any) -> None:
+    """What both parts' layers have in common."""
+    _check_number(config, "rms_norm_eps", above=0)
+    _check_number(config, "attention_dropout", most=1)
+    if config.hidden_act not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise ConfigError(f"{type(config).__name__}.hidden_act is {config.hidden_act!r}, expected one of: {known}")
 
 
 def _check_divides(config: Any, divisor: str, dividend: str) -> None:

@@ -9,6 +9,7 @@ A mesh of one device is the default, so there is a single code path: more device
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -31,7 +32,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "vocab": TENSOR,
     "kv_heads": "kv",
     "q_groups": "q",
-    "heads": TENSOR,
+    # The ViT's heads, 12 in the 9B, divide by no more than kv; its MLPs, most of its work, take the whole tensor axis.
+    "heads": "kv",
     "head_dim": None,
     "mlp": TENSOR,
 }
@@ -70,6 +72,21 @@ def spec(*axes: str | None) -> PartitionSpec:
 def gathered(*axes: str | None) -> PartitionSpec:
     """As `spec`, with the `fsdp` shards of a parameter put together: how it is used, as opposed to how it is kept."""
     return PartitionSpec(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in axes))
+
+
+def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
+    """Check that a parameter of this shape can be kept in the partition of its logical axes.
+
+    Raises:
+      ConfigError: a dimension does not divide by the devices along its mesh axes.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for size, axis in zip(shape, axes, strict=True):
+        rule = RULES[axis]
+        names = rule if isinstance(rule, tuple) else () if rule is None else (rule,)
+        shards = math.prod(sizes[name] for name in names)
+        if size % shards:
+            raise ConfigError(f"{axis} of {size} does not divide by mesh axes {' x '.join(names)} of {shards} devices")
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:

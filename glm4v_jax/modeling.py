@@ -5,7 +5,7 @@ caller's shapes. For `jax.grad`, custom loops and training take the functional m
 `make_batch`.
 """
 
-import dataclasses
+import operator
 import warnings
 from pathlib import Path
 from typing import Any, Self
@@ -24,14 +24,14 @@ from glm4v_jax.errors import MessageError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.engine import generate
 from glm4v_jax.inputs.positions import rope_index
-from glm4v_jax.inputs.prepare import make_batch, token_ids
+from glm4v_jax.inputs.prepare import make_batch, token_array, token_ids
 from glm4v_jax.loading import load_model, resolve_dtype
-from glm4v_jax.mesh import data_shards, use_mesh
+from glm4v_jax.mesh import data_shards, reshard, use_mesh
 from glm4v_jax.model import Glm4v
-from glm4v_jax.modeling_parts import Glm4vTextModel, Glm4vVisionModel
+from glm4v_jax.modeling_parts import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
 from glm4v_jax.nn import Linear, num_params
 from glm4v_jax.outputs import Glm4vCausalLMOutputWithPast, Glm4vModelOutputWithPast, PastKeyValues
-from glm4v_jax.programs import Flat
+from glm4v_jax.programs import IGNORED_LABEL, Flat
 
 
 def _random_module(config: Glm4vConfig, seed: int, dtype: np.dtype) -> Glm4v:
@@ -69,7 +69,9 @@ class Glm4vModel:
     def get_input_embeddings(self, input_ids: np.ndarray) -> Array:
         """[B, T] tokens -> [B, T, D] embeddings."""
         with use_mesh(self.mesh):
-            return programs.embed(self.language_model.flat, np.asarray(input_ids, np.int32), None, None)
+            input_ids = token_array(input_ids)
+            extent = Extent.of(input_ids.shape)
+            return extent.cut(programs.embed(self.language_model.flat, extent.pad(input_ids), None, None))
 
     def get_rope_index(
         self,
@@ -91,12 +93,25 @@ class Glm4vModel:
         """Merged tokens of each video, [tokens, D]."""
         return self.get_image_features(pixel_values_videos, video_grid_thw)
 
-    def embed(self, batch: Batch) -> Array:
+    def embed(self, batch: Batch, dropout_key: Array | None = None) -> Array:
         """[B, T, D] embeddings of a batch, its pictures and videos in place."""
-        features = None if batch.vision is None else self.visual.encode(batch.vision)
+        features = None if batch.vision is None else self.visual.encode(batch.vision, dropout_key)
         return programs.embed(self.language_model.flat, batch.input_ids, features, batch.vision_index)
 
-    def __call__(
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Glm4vModelOutputWithPast | tuple:
+        """The reference's forward pass; see `run` for its arguments.
+
+        Returns:
+          The output, or with return_dict=False the tuple of its fields that are not None.
+        """
+        with use_mesh(self.mesh):
+            run, deltas = self.run(*args, **kwargs)
+            out = Glm4vModelOutputWithPast(
+                run.extent.cut(run.hidden), run.past_key_values, run.hidden_states(), run.attentions(), deltas
+            )
+        return out if return_dict else out.to_tuple()
+
+    def run(
         self,
         input_ids: np.ndarray | None = None,
         attention_mask: np.ndarray | None = None,
@@ -109,14 +124,36 @@ class Glm4vModel:
         video_grid_thw: np.ndarray | None = None,
         rope_deltas: np.ndarray | None = None,
         cache_position: np.ndarray | None = None,
+        *,
         mm_token_type_ids: np.ndarray | None = None,
-        **kwargs: Any,
-    ) -> Glm4vModelOutputWithPast:
-        """The reference's forward pass; pictures and videos may be mixed, and may come with a cache in a later turn.
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_key: Array | None = None,
+    ) -> tuple[Run, np.ndarray]:
+        """Run the model in the current mesh.
 
+        Pictures and videos may be mixed in one prompt and one batch, and may come with a cache in a later turn.
         Positions follow from the tokens and grids, and with a cache from where it stands (`rope_deltas`, by default the
-        cache's own). `mm_token_type_ids` is accepted, as processors make it, and not needed. The other arguments are
-        those of `Glm4vTextModel.__call__`.
+        cache's own).
+
+        Args:
+          input_ids: int [B, T]; or
+          inputs_embeds: [B, T, D], with pictures or videos only beside `position_ids`.
+          attention_mask: int [B, T], or [B, past + T] with a cache; 0 for padding.
+          position_ids: int [3, B, T] or [B, T].
+          past_key_values: the output of an earlier call; the inputs are then what follows.
+          pixel_values, pixel_values_videos: float [patches, P].
+          image_grid_thw, video_grid_thw: int [N, 3].
+          rope_deltas: int [B, 1].
+          cache_position: int [T], columns of the inputs; must be those that follow the cache's.
+          mm_token_type_ids: accepted, as processors make it, and not needed.
+          use_cache: return a cache; by default as the configuration says.
+          output_hidden_states, output_attentions: return these too; attentions take memory that grows with T x S.
+          dropout_key: turns attention dropout on, in both parts.
+
+        Returns:
+          What came of it, still padded, and rope deltas [B, 1].
 
         Raises:
           MessageError: the inputs contradict each other.
@@ -125,45 +162,44 @@ class Glm4vModel:
             raise MessageError("input_ids and inputs_embeds: found both or neither; expected exactly one")
         has_vision = pixel_values is not None or pixel_values_videos is not None
         if input_ids is not None:
-            ids = np.asarray(input_ids)
+            ids = token_array(input_ids)
         elif has_vision:
             ids = self._ids_of(inputs_embeds, position_ids, pixel_values, pixel_values_videos)
         else:
             assert inputs_embeds is not None
-            ids = np.zeros(inputs_embeds.shape[:2], np.int32)
-        t = ids.shape[-1]
-        with use_mesh(self.mesh):
-            batch, next_position = make_batch(
-                ids, self.config, attention_mask=None if attention_mask is None else np.asarray(attention_mask)[:, -t:],
-                pixel_values=pixel_values, image_grid_thw=image_grid_thw, pixel_values_videos=pixel_values_videos,
-                video_grid_thw=video_grid_thw, position_ids=position_ids, left_align=False, length=t,
-                batch_multiple=data_shards(),
-            )  # fmt: skip
-            positions, past = batch.position_ids[:, : len(ids)], 0
-            if past_key_values is not None:
-                past = past_key_values.get_seq_length()
-                if position_ids is None:
-                    known = past_key_values.rope_deltas if rope_deltas is None else np.asarray(rope_deltas)
-                    start = past + known.reshape(-1, 1)
-                    positions, next_position = positions + start[None], next_position + start[:, 0]
-            embeds = self._embeds(batch, len(ids), inputs_embeds)
-        deltas = (next_position - past - t)[:, None]
-        out = self.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=positions,
-            past_key_values=past_key_values, cache_position=cache_position, rope_deltas=deltas, **kwargs,
+            ids = np.zeros(Extent.of(np.shape(inputs_embeds))[:2], np.int32)
+        extent = Extent.of(ids.shape)
+        past = 0 if past_key_values is None else past_key_values.length
+        mask = check_mask(attention_mask, extent, past)
+        batch, next_position = make_batch(
+            ids, self.config, attention_mask=None if mask is None else mask[:, -extent.t :], pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw, pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw,
+            position_ids=position_ids, left_align=False, length=extent.columns, batch_multiple=data_shards(),
         )  # fmt: skip
-        return Glm4vModelOutputWithPast(
-            out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, deltas
-        )
+        positions = batch.position_ids
+        if past_key_values is not None and position_ids is None:
+            known = past_key_values.rope_deltas if rope_deltas is None else np.asarray(rope_deltas).reshape(-1, 1)
+            start = past + known
+            next_position = next_position + start[:, 0]
+            positions = positions + np.pad(start, ((0, extent.rows - extent.batch), (0, 0))).astype(np.int32)
+        deltas = (next_position - past - extent.t)[:, None]
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        run = self.language_model.run(
+            extent, self._embeds(batch, extent, inputs_embeds, keys[0]), positions, mask, past_key_values,
+            use_cache=use_cache, cache_position=cache_position, output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions, rope_deltas=deltas, dropout_key=keys[1],
+        )  # fmt: skip
+        return run, deltas
 
-    def _embeds(self, batch: Batch, rows: int, inputs_embeds: Array | None) -> Array:
-        """[rows, T, D]: the batch's tokens, or the caller's embeddings in their place, with vision put in."""
+    def _embeds(self, batch: Batch, extent: Extent, inputs_embeds: Array | None, dropout_key: Array | None) -> Array:
+        """[rows, columns, D]: the batch's tokens, or the caller's embeddings in their place, with vision put in."""
         if inputs_embeds is None:
-            return self.embed(batch)[:rows]
-        inputs_embeds = jnp.asarray(inputs_embeds, self.dtype)
+            return self.embed(batch, dropout_key)
+        embeds = self.language_model.pad_embeds(extent, inputs_embeds)
         if batch.vision_index is None:
-            return inputs_embeds
-        return jnp.where((batch.vision_index >= 0)[:rows, :, None], self.embed(batch)[:rows], inputs_embeds)
+            return embeds
+        is_vision = reshard(jnp.asarray(batch.vision_index >= 0), "batch", "length")
+        return jnp.where(is_vision[..., None], self.embed(batch, dropout_key), embeds)
 
     def _ids_of(
         self,
@@ -182,7 +218,7 @@ class Glm4vModel:
             raise MessageError(
                 "inputs_embeds: found pictures and videos beside it; expected input_ids, to tell them apart"
             )
-        marker = self.get_input_embeddings(np.full((1, 1), self.config.image_token_id))
+        marker = self.get_input_embeddings(np.full((1, 1), self.config.image_token_id))[0, 0]
         is_image = np.asarray(jnp.all(inputs_embeds == marker, axis=-1))
         other = self.config.image_start_token_id if pixel_values is not None else self.config.video_start_token_id
         return np.where(is_image, self.config.image_token_id, other)
@@ -225,7 +261,7 @@ class Glm4vForConditionalGeneration:
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
           progress: called with bytes read and bytes in all, after each tensor.
           torch_dtype: the old name of `dtype`.
-          attn_implementation: accepted for the reference's sake; attention is chosen by platform.
+          attn_implementation: accepted for the reference's sake; there is one attention here.
 
         Raises:
           CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
@@ -233,7 +269,6 @@ class Glm4vForConditionalGeneration:
         """
         directory = Path(pretrained_model_name_or_path)
         config = Glm4vConfig.from_pretrained(directory)
-        _ = config.text_config.mrope_section  # a contradiction here must not wait until the weights are loaded
         generation_config = GenerationConfig.from_pretrained(directory)
         with use_mesh(mesh) as mesh:
             dtype = dtype if dtype is not None else torch_dtype
@@ -287,39 +322,61 @@ class Glm4vForConditionalGeneration:
         past_key_values: PastKeyValues | None = None,
         inputs_embeds: Array | None = None,
         labels: np.ndarray | None = None,
-        pixel_values: np.ndarray | None = None,
-        pixel_values_videos: np.ndarray | None = None,
-        image_grid_thw: np.ndarray | None = None,
-        video_grid_thw: np.ndarray | None = None,
-        rope_deltas: np.ndarray | None = None,
-        cache_position: np.ndarray | None = None,
+        *args: Any,
         logits_to_keep: int | np.ndarray = 0,
+        return_dict: bool = True,
         **kwargs: Any,
-    ) -> Glm4vCausalLMOutputWithPast:
+    ) -> Glm4vCausalLMOutputWithPast | tuple:
         """The reference's forward pass.
 
         Args:
           labels: int [B, T], -100 where there is none; gives `loss`.
-          logits_to_keep: the number of last positions to score, 0 for all, or their indices.
-          The others are those of `Glm4vModel.__call__`.
+          logits_to_keep: the number of last positions to score, 0 for all, or their indices; 0 beside labels.
+          return_dict: False for the tuple of the fields that are not None.
+          input_ids, ..., *args, **kwargs: see `Glm4vModel.run`.
+
+        Raises:
+          MessageError: the inputs contradict each other.
         """
-        out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos, image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
-            rope_deltas=rope_deltas, cache_position=cache_position, **kwargs,
-        )  # fmt: skip
-        hidden = out.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
-            hidden = hidden[:, np.asarray(logits_to_keep)]
         with use_mesh(self.mesh):
-            scores = programs.logits(self.language_model.flat, self.lm_head, hidden)
-            loss = None if labels is None else programs.causal_lm_loss(scores, np.asarray(labels, np.int32))
-        fields = {f.name: getattr(out, f.name) for f in dataclasses.fields(out) if f.name != "last_hidden_state"}
-        return Glm4vCausalLMOutputWithPast(loss=loss, logits=scores, **fields)
+            run, deltas = self.model.run(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs
+            )
+            scores = programs.logits(self.language_model.flat, self.lm_head, _kept(run, logits_to_keep))
+            every = np.ndim(logits_to_keep) == 0 and not logits_to_keep
+            loss = None
+            if labels is not None:
+                labels = _checked_labels(labels, run.extent, every, self.config.text_config.vocab_size)
+                loss = programs.causal_lm_loss(scores, run.extent.pad(labels, IGNORED_LABEL))
+            # Positions picked by the caller have no padding, only rows do.
+            extent = run.extent if every else run.extent._replace(t=scores.shape[1])
+            out = Glm4vCausalLMOutputWithPast(
+                loss, extent.cut(scores), run.past_key_values, run.hidden_states(), run.attentions(), deltas
+            )
+        return out if return_dict else out.to_tuple()
 
     def generate(self, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
         """Generate tokens; see `generate.engine.generate`."""
         return generate(self, input_ids, **kwargs)
+
+
+def _checked_labels(labels: np.ndarray, extent: Extent, every: bool, vocab_size: int) -> np.ndarray:
+    labels = token_array(labels, "labels")
+    if not every or labels.shape != (extent.batch, extent.t):
+        kept = "" if every else " and some logits left out"
+        expected = [extent.batch, extent.t]
+        raise MessageError(f"labels: found shape {list(labels.shape)}{kept}; expected {expected} and logits_to_keep=0")
+    wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab_size))
+    if wrong.any():
+        raise MessageError(f"labels: found {labels[wrong][0]}; expected {IGNORED_LABEL} or tokens below {vocab_size}")
+    return labels
+
+
+def _kept(run: Run, logits_to_keep: int | np.ndarray) -> Array:
+    """[rows, K, D]: the padded hidden states of the positions to score."""
+    if np.ndim(logits_to_keep):
+        indices = np.asarray(logits_to_keep)
+        return programs.positions_at(run.hidden, np.where(indices < 0, indices + run.extent.t, indices))
+    if count := operator.index(logits_to_keep):
+        return programs.last_positions(run.hidden, np.int32(run.extent.t), min(count, run.extent.t))
+    return run.hidden

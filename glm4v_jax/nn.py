@@ -53,11 +53,13 @@ class Init:
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A normally distributed parameter, kept in the partition of its logical axes."""
+        mesh.check_divides(shape, axes)
         value = self.stddev * jax.random.normal(self.rngs.params(), shape, jnp.float32)
         return nnx.Param(mesh.reshard(value.astype(self.dtype), *axes))
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A constant parameter."""
+        mesh.check_divides(shape, axes)
         return nnx.Param(mesh.reshard(jnp.full(shape, value, self.dtype), *axes))
 
 

@@ -16,14 +16,16 @@ class PastKeyValues:
 
     cache: keys and values, one slot for each column of the tokens given so far, padding included.
     rope_deltas: int [B, 1]; a token at slot s that is not vision has position s + delta.
+    length: columns held so far.
     """
 
     cache: KVCache
     rope_deltas: np.ndarray
+    length: int
 
     def get_seq_length(self) -> int:
-        """Columns held so far."""
-        return self.cache.get_seq_length()
+        """`length`, by the reference's name."""
+        return self.length
 
 
 class ModelOutput:

@@ -1,11 +1,12 @@
 """The cache: what is written where, and how large it is."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import CONFIGS
 
-from glm4v_jax.cache import cache_bytes, grow, init_cache, place, write_slots
+from glm4v_jax.cache import grow, init_cache, place, write_slots
 from glm4v_jax.config import Glm4vConfig
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -18,15 +19,14 @@ def test_an_empty_cache(stacked):
     cache = init_cache(TEXT, 2, 7, jnp.bfloat16, stacked=stacked)
     sides = [np.stack(side) if isinstance(side, tuple) else np.asarray(side) for side in (cache.k, cache.v)]
     assert all(side.shape == (3, 2, 7, 4, 16) and side.dtype == jnp.bfloat16 and not side.any() for side in sides)
-    assert cache.is_stacked == stacked and cache.capacity == 7 and cache.get_seq_length() == 0
+    assert cache.is_stacked == stacked and cache.capacity == 7
     assert cache.segments.shape == (2, 7) and cache.length.tolist() == [0, 0]
-    assert sum(side.nbytes for side in sides) == cache_bytes(TEXT, 2, 7, jnp.bfloat16)
 
 
 def test_size_of_the_released_models_cache():
     text = Glm4vConfig.glm4_1v_9b().text_config
-    assert cache_bytes(text, 1, 1, jnp.bfloat16) == 40 * 1024
-    assert cache_bytes(text, 8, 4096, jnp.float32) == 8 * 4096 * 80 * 1024
+    cache = jax.eval_shape(lambda: init_cache(text, 8, 4096, jnp.bfloat16))
+    assert sum(side.size * side.dtype.itemsize for side in (cache.k, cache.v)) == 8 * 4096 * 40 * 1024
 
 
 def test_rows_are_written_at_their_own_slots():
@@ -47,7 +47,7 @@ def test_growing_keeps_the_content(stacked):
     cache = cache._replace(k=ones, segments=cache.segments + 1, length=cache.length + 4)
     larger = grow(cache, 9)
     k = np.stack(larger.k) if not stacked else np.asarray(larger.k)
-    assert larger.capacity == 9 and larger.is_stacked == stacked and larger.get_seq_length() == 4
+    assert larger.capacity == 9 and larger.is_stacked == stacked and larger.length.max() == 4
     assert k.shape == (3, 2, 9, 4, 16) and (k[:, :, :4] == 1).all() and not k[:, :, 4:].any()
     assert np.array_equal(larger.segments, np.repeat([[1] * 4 + [0] * 5], 2, axis=0))
 

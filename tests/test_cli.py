@@ -113,6 +113,8 @@ def test_a_sliver_is_refused(capfd, tmp_path):
     [
         ("--temperature", "-0.5", "temperature"),
         ("--temperature", "nan", "temperature"),
+        ("--temperature", "0", "--greedy"),
+        ("--dtype", "int8", "auto, float32"),
         ("--top-p", "1.5", "top_p"),
         ("--top-k", "-1", "top_k"),
         ("--min-p", "nan", "min_p"),
@@ -136,6 +138,27 @@ def test_greedy_and_sampling_exclude_each_other(capfd):
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("option", ["--temperature", "--top-k", "--top-p", "--min-p"])
+def test_greedy_and_what_shapes_a_draw_exclude_each_other(capfd, option):
+    line = refused(capfd, "--greedy", option, "1", "Hello")
+    assert "--greedy" in line
+    assert option in line
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["", "THUDM/GLM-4.1V-9B-Thinking", __file__])
+def test_what_is_no_directory_is_not_downloaded(capfd, name):
+    line = refused(capfd, "--model", name, "Hello")
+    assert f"--model {name or repr(name)}: not a directory" in line
+    assert "nothing is downloaded" in line
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_prompt_that_is_no_utf_8_is_refused(capfd):
+    refused(capfd, os.fsdecode(b"caf\xe9"))
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_what_is_no_checkpoint_is_named(capfd, tmp_path):
     assert str(tmp_path / "nowhere") in refused(capfd, "--model", tmp_path / "nowhere", "Hello")
     assert str(tmp_path) in refused(capfd, "--model", tmp_path, "Hello")
@@ -153,6 +176,35 @@ def test_an_unknown_option_exits_with_status_2(capfd):
         cli.main(["generate", "Hello", "--picture", "x.png"])
     assert exit_of_process.value.code == 2
     assert "--picture" in capfd.readouterr().err
+
+
+def test_a_complaint_about_usage_names_the_help_of_the_subcommand(capfd):
+    with pytest.raises(SystemExit) as exit_of_process:
+        cli.main(["generate", "--max-new-tokens", "abc", "Hello"])
+    assert exit_of_process.value.code == 2
+    assert "glm4v generate --help" in capfd.readouterr().err
+
+
+def test_the_version(capfd):
+    assert cli.main(["--version"]) == 0
+    assert capfd.readouterr().out == f"glm4v {glm4v_jax.__version__}\n"
+
+
+def test_a_reader_that_went_away_is_no_error(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        result = subprocess.run(
+            [sys.executable, "-m", "glm4v_jax", "generate", "--max-new-tokens", "2", "Hello"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == cli.READER_GONE
+    assert result.stderr == ""
 
 
 def test_a_process_ends_with_one_line_and_status_1(tmp_path):
@@ -186,6 +238,9 @@ def test_help_does_not_wait_for_jax(tmp_path):
         check=True,
     )
     assert "--max-new-tokens" in result.stdout
+    assert "JAX_COMPILATION_CACHE_DIR" in result.stdout
+    assert "{auto,float32,bfloat16,float16}" in result.stdout
+    assert "None" not in result.stdout
 
 
 # What is wrong with weights.
@@ -227,7 +282,8 @@ def test_a_picture_and_a_video_are_answered_in_one_prompt(capfd, picture, film):
     options = ("--max-new-tokens", 4, "--greedy", "--image", picture, "--video", film, "Compare them.")
     answer = answered(capfd, *options)
     assert answer.keys() == {
-        "text", "prompt_tokens", "new_tokens", "seconds", "tokens_per_second", "finish_reason", "model",
+        "text", "prompt_tokens", "new_tokens", "seconds", "compile_seconds", "tokens_per_second", "finish_reason",
+        "model",
     }  # fmt: skip
     assert answer["new_tokens"] == 4
     assert answer["finish_reason"] == "length"
@@ -281,3 +337,61 @@ def test_an_end_token_is_a_reason_to_finish(capfd, checkpoint):
     assert answer["new_tokens"] == 1
     assert answer["finish_reason"] == "stop"
     assert answer["model"] == str(checkpoint)
+
+
+# What is compiled once.
+
+
+def in_a_process(directory, *arguments, **variables):
+    """Runs Python with a home of its own and without a cache, unless `variables` name one; returns what it prints."""
+    cached = ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in cached}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(directory), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_a_second_process_compiles_less(tmp_path):
+    cache = tmp_path / ".cache" / "glm4v_jax" / "xla"
+    command = ("-m", "glm4v_jax", "generate", "--json", "--greedy", "--max-new-tokens", "2", "Hello")
+    first = json.loads(in_a_process(tmp_path, *command))
+    programs = sorted(path.name for path in cache.glob("*-cache"))
+    assert programs
+    again = json.loads(in_a_process(tmp_path, *command))
+    assert sorted(path.name for path in cache.glob("*-cache")) == programs
+    assert again["text"] == first["text"]
+    assert again["compile_seconds"] < first["compile_seconds"] < first["seconds"]
+
+
+COMPILING = (
+    "from glm4v_jax.compilation_cache import compile_times, use_compilation_cache\n"
+    "use_compilation_cache()\n"
+    "import jax\n"
+    "with compile_times() as times:\n    jax.jit(jax.numpy.sin)(1.0)\n"
+    "before = len(times)\n"
+    "jax.jit(jax.numpy.cos)(1.0)\n"
+    "print(0 < before == len(times))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("variable", "place"), [("JAX_COMPILATION_CACHE_DIR", "."), ("XDG_CACHE_HOME", "glm4v_jax/xla")]
+)
+def test_the_cache_is_where_the_environment_says(tmp_path, variable, place):
+    assert in_a_process(tmp_path, "-c", COMPILING, **{variable: str(tmp_path / "elsewhere")}) == "True\n"
+    assert list((tmp_path / "elsewhere" / place).glob("*-cache"))
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.write_text("")
+    assert in_a_process(tmp_path, "-c", COMPILING, XDG_CACHE_HOME=str(occupied)) == "True\n"
+    assert list(tmp_path.iterdir()) == [occupied]

@@ -105,7 +105,7 @@ def test_a_cache_changes_nothing(ours, stacked):
         parts.append(out)
         start += n
     assert_close(np.concatenate(parts, axis=1), whole)
-    assert cache.get_seq_length() == T and cache.length.tolist() == [T, T]
+    assert cache.length.tolist() == [T, T]
     assert np.array_equal(cache.segments, np.arange(24) < np.full((B, 1), T))
 
 

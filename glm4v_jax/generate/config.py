@@ -5,7 +5,6 @@ change the output in another way (beams, n-gram bans, watermarks, ...) are refus
 """
 
 import dataclasses
-import json
 import math
 import numbers
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4v_jax.errors import CheckpointError, GenerationError
+from glm4v_jax.files import read_json_object
 
 # `max_length` of the reference when nobody sets it; it then counts *new* tokens (`_prepare_generated_length`).
 _DEFAULT_NEW_TOKENS = 20
@@ -166,10 +166,10 @@ class GenerationConfig:
             raise CheckpointError(f"{directory}: found no directory; expected that of a checkpoint")
         path = directory / "generation_config.json"
         if path.is_file():
-            options = _read_object(path)
+            options = read_json_object(path)
         else:
             path = directory / "config.json"
-            model = _read_object(path) if path.is_file() else {}
+            model = read_json_object(path) if path.is_file() else {}
             text = model.get("text_config")
             options = (_given(text) if isinstance(text, dict) else {}) | _given(model)
         try:
@@ -295,13 +295,3 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found no readable JSON ({error}); expected a JSON object") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(content).__name__}; expected a JSON object")
-    return content

@@ -4,17 +4,15 @@ Prompts are left-aligned, so that row b's tokens fill slots 0 to len(b) - 1 whic
 shapes come from bucket sets: prompts, cache slots, rows, vision rows. A warm bucket compiles nothing.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glm4v_jax import programs
-from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig, SamplingParams
 from glm4v_jax.generate.sampling import row_keys
 from glm4v_jax.inputs.packing import bucket
-from glm4v_jax.inputs.prepare import make_batch
+from glm4v_jax.inputs.prepare import make_batch, token_array
 from glm4v_jax.mesh import data_shards, use_mesh
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 STEPS_PER_DISPATCH = 16
 MIN_CAPACITY = 64
-MAX_EOS = 8
+MIN_EOS = 8
 
 # What processors make for other models' sake and generation does not need.
 _NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
@@ -62,8 +60,8 @@ def generate(
     """
     for name in _NOT_NEEDED:
         options.pop(name, None)
-    config = _resolve(generation_config or model.generation_config, options)
-    input_ids = np.asarray(input_ids)
+    config = (generation_config or model.generation_config).replace(**options)
+    input_ids = token_array(input_ids)
     text_config = model.config.text_config
     num_new = config.new_tokens(input_ids.shape[-1], text_config.max_position_embeddings)
 
@@ -111,16 +109,9 @@ def generate(
     return np.concatenate([np.repeat(input_ids, copies, axis=0), new], axis=1).astype(np.int64)
 
 
-def _resolve(config: GenerationConfig, options: Mapping[str, Any]) -> GenerationConfig:
-    config = config.replace(**options)
-    if len(config.eos_token_id) > MAX_EOS:
-        raise GenerationError(f"eos_token_id: found {len(config.eos_token_id)} tokens; expected at most {MAX_EOS}")
-    return config
-
-
 def sampling_of(config: GenerationConfig, rows: int) -> programs.Sampling:
     """How `rows` rows choose their tokens, as the programs take it."""
-    eos = np.full(MAX_EOS, -1, np.int32)
+    eos = np.full(bucket(len(config.eos_token_id), MIN_EOS), -1, np.int32)
     eos[: len(config.eos_token_id)] = config.eos_token_id
     params = SamplingParams.of(config, rows)
     return programs.Sampling(params, row_keys(config.seed, rows), eos, np.int32(config.padding_id))

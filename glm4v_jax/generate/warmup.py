@@ -17,6 +17,7 @@ from glm4v_jax import programs
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate import programs as generation
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.engine import MIN_CAPACITY, STEPS_PER_DISPATCH, sampling_of
 from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
@@ -147,7 +148,7 @@ def _warm_text(
         for capacity in cache_capacities(length, shortest, min(length, prompt_lengths[1]), max_new_tokens):
             start = time.perf_counter()
             sampling = sampling_of(GenerationConfig(eos_token_id=()), rows)
-            state = programs.prefill(
+            state = generation.prefill(
                 text, head, embeds, ids, np.ones((3, rows, length), np.int32), np.ones_like(ids),
                 model.language_model.init_cache(rows, capacity), np.zeros(rows, np.int32), sampling,
             )  # fmt: skip
@@ -159,7 +160,7 @@ def _warm_text(
             start = time.perf_counter()
             # Twice: the state that decoding returns may be laid out otherwise than the one that prefill returns.
             for _ in range(2):
-                _, _, state = programs.decode(text, head, state, sampling, STEPS_PER_DISPATCH, np.int32(1))
+                _, _, state = generation.decode(text, head, state, sampling, STEPS_PER_DISPATCH, np.int32(1))
             jax.block_until_ready(state)
             yield Warmed("decode", f"B {rows}, cache {capacity}", time.perf_counter() - start)
         shortest = length + 1

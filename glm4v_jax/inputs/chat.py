@@ -18,8 +18,9 @@ import jinja2.meta
 import jinja2.sandbox
 
 from glm4v_jax.errors import CheckpointError, MessageError
-from glm4v_jax.inputs.files import read_json_object
+from glm4v_jax.files import read_json_object
 from glm4v_jax.inputs.messages import Message, mentions, normalise_messages
+from glm4v_jax.inputs.text_files import read_text
 
 _COMMON_ROLES = ("system", "user", "assistant")
 
@@ -45,13 +46,10 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
         if not isinstance(template, str):
             raise CheckpointError(f"{legacy}: chat_template is {type(template).__name__}, expected a string")
         return template
-    named = {
-        path.stem: path.read_text(encoding="utf-8")
-        for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))
-    }
+    named = {path.stem: read_text(path) for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     path = directory / "chat_template.jinja"
     if path.is_file():
-        named["default"] = path.read_text(encoding="utf-8")
+        named["default"] = read_text(path)
     if named:
         return named["default"] if list(named) == ["default"] else named
     for path in (directory / "processor_config.json", directory / "tokenizer_config.json"):
@@ -177,7 +175,7 @@ def render_conversation(
 
     Raises:
       MessageError: the template would drop or garble a part of the conversation.
-      CheckpointError: the template does not parse.
+      CheckpointError: the template does not parse, or prints nothing at all.
     """
     if continue_final_message and add_generation_prompt:
         raise MessageError(f"{where}continue_final_message and add_generation_prompt exclude each other, pass one")
@@ -187,13 +185,21 @@ def render_conversation(
         messages, final_text = _tag_final_message(messages, where)
     variables = variables | {"add_generation_prompt": add_generation_prompt}
     prompt = render_template(source, messages, **variables)
+    if not prompt.strip() and any(message["role"] == "user" and message.get("content") for message in messages):
+        raise CheckpointError(
+            f"{where}the chat template prints nothing of a user's message: it is empty or broken, expected that of a "
+            "GLM-4.1V checkpoint (chat_template.jinja, or the field 'chat_template' of tokenizer_config.json)"
+        )
+    known_roles = [role for role in _COMMON_ROLES if mentions(source, role)]
     for index, message in enumerate(messages):
         role, content = message["role"], message.get("content")
         if role not in _COMMON_ROLES or not mentions(source, role):
             others = [*messages[:index], *messages[index + 1 :]]
             if _render_or_none(source, others, **variables) == prompt:
+                expected = f"; expected one of {', '.join(map(repr, known_roles))}" if known_roles else ""
                 raise MessageError(
                     f"{where}message {index}: field 'role' is {role!r}, which the chat template drops silently"
+                    f"{expected}"
                 )
         # `{{ message.content }}` of a list is its Python repr.
         if isinstance(content, list) and "[{" in prompt and str(content) in prompt:

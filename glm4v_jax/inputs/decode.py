@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,10 @@ MAX_DECODED_BYTES = 16 * 2**30
 _DEFAULT_GIF_SECONDS = 0.1
 # What of a file is looked at to tell its kind; no video container has this many bytes without a control character.
 _HEAD_BYTES = 1024
+# As much of a JPEG as is looked at to tell a photo from a stream of them (Motion JPEG).
+_MOTION_JPEG_BYTES = 2**26
+# Of a decoder's own words, what an error repeats.
+_PROBLEM_CHARACTERS = 120
 _PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
 
 
@@ -195,6 +200,46 @@ def _is_animated_picture(head: bytes) -> bool:
     return head.startswith(_PILLOW_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
+def _is_still_picture(head: bytes, source: Path | bytes) -> bool:
+    """Whether a file is one picture, which FFmpeg would take for a film without size or of one frame."""
+    if head.startswith(b"\xff\xd8\xff"):
+        if isinstance(source, bytes):
+            data = source[:_MOTION_JPEG_BYTES]
+        else:
+            with source.open("rb") as file:
+                data = file.read(_MOTION_JPEG_BYTES)
+        # Photos of several views (MPO) hold several pictures too, and say so.
+        return b"\xff\xd9\xff\xd8\xff" not in data or b"MPF\0" in data
+    if head.startswith((b"II*\0", b"MM\0*")):
+        return True
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return True
+    if head[4:8] == b"ftyp":
+        return head[8:12] in (b"avif", b"heic", b"heix", b"mif1")
+    if not _is_animated_picture(head):
+        return False
+    try:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except Exception:  # Broken: the reader will say how.
+        return False
+
+
+def _check_kind(source: Path | bytes) -> bytes:
+    """Refuse files that are plainly no video, before a decoder prints its complaints; return the first bytes."""
+    head = _head(source)
+    found = None
+    if head.startswith(b"%PDF-"):
+        found = "a PDF"
+    elif _is_text(head):
+        found = "text"
+    elif _is_still_picture(head, source):
+        found = "a picture"
+    if found is not None:
+        raise MediaError(f"found {found}; expected a video")
+    return head
+
+
 def _is_text(head: bytes) -> bool:
     """Whether a file begins as prose does. FFmpeg would show it as a film of a terminal."""
     return bool(head) and not any(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
@@ -273,12 +318,13 @@ def decode_video(
     if backend is not None and backend not in _READERS:
         raise MediaError(f"{name}: no decoder {backend!r}; expected one of {sorted(_READERS)}")
     try:
-        head = _head(source)
+        head = _check_kind(source)
     except OSError as error:
         raise MediaError(f"{name}: cannot be read ({error})") from error
-    if _is_text(head):
-        raise MediaError(f"{name}: found text; expected a video")
+    except MediaError as error:
+        raise MediaError(f"{name}: {error}") from error
     backends = ("pillow",) if _is_animated_picture(head) else ("decord", "pyav")
+    verdict = "is not a readable video; it may be truncated or corrupt"
     problems: list[str] = []
     cause: Exception | None = None
     for candidate in backends if backend is None else (backend,):
@@ -288,7 +334,10 @@ def decode_video(
             logger.debug("%s is not installed", candidate)
             continue
         except Exception as error:  # Decoders raise what they like on broken files: RuntimeError, EOFError, their own.
-            problems.append(f"{candidate}: {_first_line(error)}")
+            if isinstance(error, MediaError):
+                verdict = str(error)
+            else:
+                problems.append(f"{candidate}: {_shortened(error)}")
             cause = error
             continue
         try:
@@ -298,16 +347,19 @@ def decode_video(
         try:
             return reader.read(metadata.frames_indices or ()), metadata
         except Exception as error:  # As above.
-            problems.append(f"{candidate}: {_first_line(error)}")
+            if isinstance(error, MediaError):
+                verdict = str(error)
+            else:
+                problems.append(f"{candidate}: {_shortened(error)}")
             cause = error
     if cause is None:
         raise ImportError(f"{name}: decoding a video needs decord or PyAV; install one: pip install decord (or av)")
-    raise MediaError(
-        f"{name}: is not a readable video; it may be truncated or corrupt ({'; '.join(problems)})"
-    ) from cause
+    details = f" ({'; '.join(problems)})" if problems else ""
+    raise MediaError(f"{name}: {verdict}{details}") from cause
 
 
-def _first_line(error: Exception) -> str:
-    """The start of a decoder's message; decord's go on with a stack trace."""
+def _shortened(error: Exception) -> str:
+    """The start of a decoder's message, without error numbers and places in C++; decord's go on with a stack trace."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    line = re.sub(r"^(\[\d\d:\d\d:\d\d\] \S+:\d+: |\[Errno -?\d+\] )", "", lines[0]) if lines else repr(error)
+    return line if len(line) <= _PROBLEM_CHARACTERS else line[: _PROBLEM_CHARACTERS - 3] + "..."

@@ -15,9 +15,14 @@ from typing import Any
 from glm4v_jax.errors import MediaError
 
 MAX_DOWNLOAD_BYTES = 2**30
+# A picture of more bytes than this would pass the limit of pixels as well, unless it is a bomb.
+MAX_PICTURE_BYTES = 2**28
 DOWNLOAD_SECONDS = 60.0
 _CHUNK_BYTES = 2**16
 _USER_AGENT = "glm4v_jax"
+# No system takes a longer path, so longer text was not meant as one.
+_LONGEST_PATH = 4096
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+\Z")
 
 
@@ -62,8 +67,8 @@ def read_url(url: str, *, max_bytes: int = MAX_DOWNLOAD_BYTES, timeout: float = 
             limit.
     """
     deadline = time.monotonic() + timeout
-    request = urllib.request.Request(url, headers={"User-Agent": _USER_AGENT})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": _USER_AGENT})
         with _opener().open(request, timeout=timeout) as response:
             announced = response.headers.get("Content-Length")
             if announced is not None and announced.isdigit() and int(announced) > max_bytes:
@@ -97,6 +102,17 @@ def is_url(source: Any) -> bool:
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
+def is_missing_path(source: Any) -> bool:
+    """Whether `source` is text that `open_source` took for base64 and that may have been meant as a path."""
+    return (
+        isinstance(source, str)
+        and len(source) <= _LONGEST_PATH
+        and not source.startswith("data:")
+        and not _SCHEME.match(source)
+        and not os.path.exists(source)
+    )
+
+
 def decode_base64(text: str) -> bytes:
     """Decode base64 text or a base64 data URL, as leniently as the reference (line breaks, missing padding at the end).
 
@@ -116,16 +132,20 @@ def decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(payload + "=" * (-len("".join(payload.split())) % 4))
     except (binascii.Error, ValueError) as error:
-        raise MediaError(f"{name}: is not valid base64 ({error})") from error
+        problem = "no such file, and not valid base64 either" if is_missing_path(text) else "is not valid base64"
+        raise MediaError(f"{name}: {problem} ({error})") from error
 
 
 def file_url_path(url: str) -> Path:
     """The local path of a `file://` address.
 
     Raises:
-        MediaError: the address names another machine.
+        MediaError: the address is malformed or names another machine.
     """
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise MediaError(f"{url}: is not a valid address ({error})") from error
     if parts.netloc not in ("", "localhost"):
         raise MediaError(f"{url}: names the machine {parts.netloc!r}; expected a local file, file:///path")
     return Path(urllib.request.url2pathname(parts.path))
@@ -163,6 +183,8 @@ def open_source(
             return Path(source)
     except ValueError:  # A path cannot hold a null character; base64 text neither, so the check below names it.
         pass
+    if _SCHEME.match(source):
+        raise MediaError(f"{describe(source)}: only http, https, file and data addresses are read")
     return decode_base64(source)
 
 

@@ -13,7 +13,7 @@ import PIL.Image
 from glm4v_jax.errors import ConfigError, MediaError
 from glm4v_jax.inputs import pixels
 from glm4v_jax.inputs.features import BatchFeature, check_device, check_return_tensors
-from glm4v_jax.inputs.media import decode_pillow, is_array, is_path_like, load_image
+from glm4v_jax.inputs.media import decode_pillow, is_array, is_path_like, load_image, name_media, warn_if_clipped
 from glm4v_jax.inputs.resize import smart_resize
 from glm4v_jax.inputs.settings import MediaProcessor, check_unused_geometry, normalization_of
 from glm4v_jax.inputs.threads import map_threads
@@ -66,16 +66,24 @@ class _ImageProcessor(MediaProcessor):
             try:
                 return self._resized(source, settings, input_data_format)
             except MediaError as error:
-                raise MediaError(f"image {index}: {error}") from error
+                raise name_media("image", index, source, error) from error
 
         sources = flatten_images(images)
-        for source in sources:
+        for index, source in enumerate(sources):
             # Pillow decodes lazily and not thread-safely, and one image may stand twice in the batch.
             if isinstance(source, PIL.Image.Image):
-                decode_pillow(source)
+                try:
+                    decode_pillow(source)
+                except MediaError as error:
+                    raise name_media("image", index, source, error) from error
         frames = map_threads(resized, enumerate(sources))
 
-        channels = [normalization.out_channels(frame.shape[2]) for frame in frames] or [3]
+        channels = [3] if not frames else []
+        for index, (source, frame) in enumerate(zip(sources, frames, strict=True)):
+            try:
+                channels.append(normalization.out_channels(frame.shape[2]))
+            except MediaError as error:
+                raise name_media("image", index, source, error) from error
         if len(set(channels)) > 1:
             raise MediaError(f"the pictures have {sorted(set(channels))} channels; expected one number for all")
         grids = np.array(
@@ -101,6 +109,7 @@ class _ImageProcessor(MediaProcessor):
             source = load_image(source)
         if isinstance(source, PIL.Image.Image):
             if settings["do_convert_rgb"] and source.mode != "RGB":
+                warn_if_clipped(source)
                 source = source.convert("RGB")
             # Pillow's arrays have their channels last, whatever the arrays of the same batch have.
             image = pixels.to_channels_last(np.asarray(source), pixels.LAST)

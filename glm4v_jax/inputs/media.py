@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ import PIL.ImageOps
 
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.decode import MAX_DECODED_BYTES, SampleIndices, VideoMetadata, decode_video
-from glm4v_jax.inputs.fetch import DOWNLOAD_SECONDS, MAX_DOWNLOAD_BYTES, describe, open_source
+from glm4v_jax.inputs.fetch import (
+    DOWNLOAD_SECONDS,
+    MAX_DOWNLOAD_BYTES,
+    MAX_PICTURE_BYTES,
+    describe,
+    is_missing_path,
+    open_source,
+)
 from glm4v_jax.inputs.pixels import FIRST, infer_channel_format
 from glm4v_jax.inputs.threads import map_threads
 
@@ -21,6 +29,8 @@ __all__ = ["MAX_PIXELS", "VideoMetadata", "is_array", "is_path_like", "load_imag
 # The size at which Pillow, and so the reference, takes a picture for a decompression bomb: 178,956,970 pixels. To go
 # beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 MAX_PIXELS = 2 * (2**30 // 4 // 3)
+# Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
+_DEEP_MODES = ("I", "F")
 
 
 def is_array(value: Any) -> bool:
@@ -35,17 +45,42 @@ def is_path_like(value: Any) -> bool:
     return isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike))
 
 
+def name_media(kind: str, index: int, source: Any, error: MediaError) -> MediaError:
+    """`error` with the position of the picture or video before it, and its file name where the error lacks it."""
+    name = getattr(source, "filename", "") if isinstance(source, PIL.Image.Image) else ""
+    if isinstance(source, (str, os.PathLike)):
+        name = describe(source)
+    named = f" ({name})" if name and not str(error).startswith(f"{name}: ") else ""
+    return MediaError(f"{kind} {index}{named}: {error}")
+
+
+def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
+    """Warn where `image.convert("RGB")` clips a picture of more than 8 bits, as it does in the reference.
+
+    Args:
+        image: a decoded picture.
+        name: what to call it; "" is its file name or its size.
+    """
+    if image.mode.startswith(_DEEP_MODES) and np.asarray(image).max() > 255:
+        name = name or getattr(image, "filename", "") or f"Pillow image of {image.width} x {image.height} pixels"
+        warnings.warn(
+            f"{name}: has values above 255 (mode {image.mode}), which are clipped to 255 as in the reference; scale "
+            "the picture to 8 bits first",
+            stacklevel=2,
+        )
+
+
 def load_image(
     source: Any,
     *,
-    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    max_bytes: int = MAX_PICTURE_BYTES,
     timeout: float = DOWNLOAD_SECONDS,
     max_pixels: int = MAX_PIXELS,
 ) -> PIL.Image.Image:
     """Load a picture the way `transformers.image_utils.load_image` does.
 
     The picture is turned as its EXIF data says and converted to RGB by Pillow: alpha is dropped without compositing,
-    palettes are looked up, 16-bit grey is clipped, and of an animation the first frame is taken.
+    palettes are looked up, 16-bit grey is clipped with a warning, and of an animation the first frame is taken.
 
     Args:
         source: path, `file://` or http(s) address, base64 data URL, base64 text, the bytes of an encoded file, a Pillow
@@ -74,6 +109,8 @@ def load_image(
         except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
             is_directory = isinstance(opened, Path) and opened.is_dir()
             problem = "is a directory; expected a picture" if is_directory else "is not a readable picture"
+            if isinstance(opened, bytes) and is_missing_path(source):
+                problem = "no such file, and not base64 of a picture either"
             raise MediaError(f"{name}: {problem}") from error
     else:
         raise MediaError(f"{name}: expected a path, an address, bytes, base64 text, a Pillow image or an array")
@@ -81,9 +118,12 @@ def load_image(
     if width * height > max_pixels:
         raise MediaError(f"{name}: has {width} x {height} pixels; expected at most {max_pixels} pixels")
     try:
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        image = PIL.ImageOps.exif_transpose(image)
+        converted = image.convert("RGB")
     except Exception as error:  # As above; a truncated file shows only here, where Pillow decodes.
         raise MediaError(f"{name}: is truncated or corrupt ({error})") from error
+    warn_if_clipped(image, name)
+    return converted
 
 
 def decode_pillow(image: PIL.Image.Image) -> None:
@@ -152,14 +192,20 @@ def load_video(
     if is_path_like(source):
         opened = open_source(source, max_bytes=max_bytes, timeout=timeout)
         if not (isinstance(opened, Path) and opened.is_dir()):
-            return decode_video(
-                opened,
-                name,
-                sample_indices_fn,
-                backend=backend,
-                max_pixels=max_pixels,
-                max_decoded_bytes=max_decoded_bytes,
-            )
+            try:
+                return decode_video(
+                    opened,
+                    name,
+                    sample_indices_fn,
+                    backend=backend,
+                    max_pixels=max_pixels,
+                    max_decoded_bytes=max_decoded_bytes,
+                )
+            except MediaError as error:
+                if not isinstance(opened, bytes) or not is_missing_path(source):
+                    raise
+                problem = str(error).removeprefix(f"{name}: ")
+                raise MediaError(f"{name}: no such file, and not base64 of a video either ({problem})") from error
         source = sorted(path for path in opened.iterdir() if path.is_file() and not path.name.startswith("."))
     if isinstance(source, PIL.Image.Image) or (is_array(source) and source.ndim == 3):
         source = [source]
@@ -194,7 +240,10 @@ def _stack_frames(
 
     def frame(source: Any) -> np.ndarray:
         if isinstance(source, PIL.Image.Image):
-            return np.asarray(source.convert("RGB") if do_convert_rgb and source.mode != "RGB" else source)
+            if not do_convert_rgb or source.mode == "RGB":
+                return np.asarray(source)
+            warn_if_clipped(source)
+            return np.asarray(source.convert("RGB"))
         if is_array(source):
             return np.asarray(source)
         return np.asarray(load_image(source, max_bytes=max_bytes, timeout=timeout, max_pixels=max_pixels))
@@ -215,7 +264,10 @@ def _stack_frames(
 def _metadata_of_frames(frames: np.ndarray, metadata: VideoMetadata | Mapping[str, Any] | None) -> VideoMetadata:
     """A copy of the caller's metadata; without one, what the frames themselves tell."""
     if metadata is not None:
-        return VideoMetadata(**metadata)
+        known = VideoMetadata(**{"total_num_frames": None, **metadata})
+        if known.total_num_frames is None:
+            known.total_num_frames = len(frames)
+        return known
     height, width = frames.shape[2:4] if infer_channel_format(frames.shape, (1, 3, 4)) == FIRST else frames.shape[1:3]
     return VideoMetadata(
         total_num_frames=len(frames), height=height, width=width, frames_indices=list(range(len(frames)))

@@ -95,7 +95,10 @@ def _fits_in_bytes(array: np.ndarray) -> bool:
         raise MediaError(f"The picture contains values outside the range [0, 255], got [{low}, {high}]")
     if low >= 0 and high <= 1:
         return False
-    raise MediaError(f"The picture contains values outside the range [0, 1], got [{low}, {high}]")
+    raise MediaError(
+        f"The picture contains values outside the range [0, 1], got [{low}, {high}]; expected "
+        "fractions in [0, 1], or whole numbers in [0, 255] (uint8)"
+    )
 
 
 def resize_as_picture(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
@@ -179,7 +182,12 @@ class Normalization:
             if not isinstance(value, tuple) or len(value) == channels:
                 continue
             if not (self.fused and 1 in (channels, len(value))):
-                raise MediaError(f"{name} must have {channels} elements if it is an iterable, got {len(value)}")
+                raise MediaError(
+                    f"image_{name} must have {channels} elements if it is an iterable, got {len(value)}: it is "
+                    f"{list(value)}, and the picture has {channels} channel{'s' if channels > 1 else ''}; set "
+                    f"image_{name} to one value or to {channels}"
+                    + (", or convert the picture to RGB" if channels != 3 and len(value) == 3 else "")
+                )
         lengths = [len(value) for value in (self.mean, self.std) if isinstance(value, tuple)]
         return max([channels, *lengths])
 

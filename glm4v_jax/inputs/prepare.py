@@ -1,5 +1,7 @@
 """A processor's output -> a `Batch`: rows aligned and padded to a bucket, positions, packed vision, merge indices."""
 
+from typing import Any
+
 import numpy as np
 
 from glm4v_jax.batch import Batch, VisionRows
@@ -15,6 +17,21 @@ MIN_LENGTH = 32
 def token_ids(config: Glm4vConfig) -> TokenIds:
     """The ids of `config` that mark vision in a prompt."""
     return TokenIds(config.image_token_id, config.video_start_token_id, config.video_end_token_id)
+
+
+def token_array(input_ids: Any, name: str = "input_ids") -> np.ndarray:
+    """Tokens as an array of integers [B, T].
+
+    Raises:
+      MessageError: they are something else, such as prompts of unequal length without padding.
+    """
+    try:
+        array = np.asarray(input_ids)
+    except ValueError as error:
+        raise MessageError(f"{name}: found rows of unequal length; expected [B, T]: pass padding=True") from error
+    if array.ndim != 2 or array.dtype.kind not in "iu" or 0 in array.shape:
+        raise MessageError(f"{name}: found {array.dtype} {list(array.shape)}; expected integers [B, T]")
+    return array
 
 
 def make_batch(
@@ -99,9 +116,7 @@ def make_batch(
 def _checked_ids(
     input_ids: np.ndarray, attention_mask: np.ndarray | None, config: Glm4vConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    input_ids = np.asarray(input_ids)
-    if input_ids.ndim != 2 or input_ids.dtype.kind not in "iu" or 0 in input_ids.shape:
-        raise MessageError(f"input_ids: found {input_ids.dtype} {list(input_ids.shape)}; expected integers [B, T]")
+    input_ids = token_array(input_ids)
     mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     if mask.shape != input_ids.shape:
         raise MessageError(f"attention_mask: found shape {list(mask.shape)}; expected {list(input_ids.shape)}")

@@ -13,10 +13,10 @@ from typing import Any, Self
 import numpy as np
 
 from glm4v_jax.errors import CheckpointError, MessageError
+from glm4v_jax.files import read_json_object
 from glm4v_jax.inputs.chat import choose_template, load_chat_template, render_conversation, template_variables
 from glm4v_jax.inputs.expand import Expander, Expansion, Row, count_token, expand_image, expand_video
 from glm4v_jax.inputs.features import BatchFeature
-from glm4v_jax.inputs.files import read_json_object
 from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from glm4v_jax.inputs.messages import Message, extract_media
 from glm4v_jax.inputs.options import OPTIONS, TEXT_OPTIONS, VIDEO_OPTIONS, sort_options

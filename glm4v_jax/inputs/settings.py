@@ -1,7 +1,6 @@
 """What the picture and the video processors share: their settings, and reading them from a checkpoint."""
 
 import copy
-import json
 import logging
 import math
 import operator
@@ -14,6 +13,7 @@ import numpy as np
 import PIL.Image
 
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import read_json_object
 from glm4v_jax.inputs.pixels import Normalization
 
 logger = logging.getLogger(__name__)
@@ -130,14 +130,12 @@ class MediaProcessor:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise CheckpointError(f"{path}: has no {' or '.join(cls.config_files)}")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: is not valid JSON ({error})") from error
-        if isinstance(content, dict):
-            content = content.get(cls.nested_key, content)
+        content = read_json_object(file)
+        content = content.get(cls.nested_key, content)
         if not isinstance(content, dict):
-            raise CheckpointError(f"{file}: holds a {type(content).__name__}; expected an object of settings")
+            raise CheckpointError(
+                f"{file}: field {cls.nested_key!r} is a {type(content).__name__}; expected an object of settings"
+            )
         try:
             return cls.from_dict(content, **overrides)
         except ConfigError as error:

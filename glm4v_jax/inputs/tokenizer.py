@@ -15,9 +15,10 @@ import numpy as np
 import tokenizers
 
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
+from glm4v_jax.files import read_json_object
 from glm4v_jax.inputs.features import BatchFeature, check_return_tensors
-from glm4v_jax.inputs.files import read_json_object
 from glm4v_jax.inputs.special_tokens import SpecialTokens, added_token, special_tokens_of
+from glm4v_jax.inputs.text_files import read_text
 
 # Configurations write "no limit" as a huge number; the reference calls anything above this one no limit.
 _NO_LIMIT = 10**20
@@ -135,7 +136,7 @@ class Glm4vTokenizer(SpecialTokens):
             config["additional_special_tokens"] = listed + [token for token in more if token not in listed]
         template_path = directory / "chat_template.jinja"
         if template_path.is_file():
-            config["chat_template"] = template_path.read_text(encoding="utf-8")
+            config["chat_template"] = read_text(template_path)
         try:
             return cls(backend, config | overrides)
         except CheckpointError as error:
@@ -205,7 +206,8 @@ class Glm4vTokenizer(SpecialTokens):
           `input_ids` and what else was asked for: lists of T numbers for one text, of B such lists for a batch.
 
         Raises:
-          MessageError: `text` is no text, an option has an unknown value, or unequal rows should become arrays.
+          MessageError: `text` is no text or not valid Unicode, an option has an unknown value, or unequal rows should
+            become arrays.
         """
         check_return_tensors(return_tensors)
         batched = isinstance(text, (list, tuple)) and not (
@@ -399,6 +401,13 @@ def _check_text(rows: Sequence[Any], is_split_into_words: bool) -> None:
         for word in words:
             if not isinstance(word, str):
                 raise MessageError(f"text[{index}] contains {type(word).__name__}, expected str")
+            try:
+                word.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise MessageError(
+                    f"text[{index}] is not valid Unicode (UTF-8): found the lone surrogate {word[error.start]!a} at "
+                    f"character {error.start}"
+                ) from error
 
 
 def _to_lists(value: Any) -> Any:

@@ -16,7 +16,7 @@ import PIL.Image
 from glm4v_jax.errors import ConfigError, MediaError
 from glm4v_jax.inputs import pixels
 from glm4v_jax.inputs.features import BatchFeature, check_device, check_return_tensors
-from glm4v_jax.inputs.media import VideoMetadata, is_array, is_path_like, load_video
+from glm4v_jax.inputs.media import VideoMetadata, is_array, is_path_like, load_video, name_media
 from glm4v_jax.inputs.resize import smart_resize
 from glm4v_jax.inputs.settings import MediaProcessor, check_unused_geometry, normalization_of
 from glm4v_jax.inputs.threads import map_threads
@@ -64,8 +64,10 @@ def _flatten_videos(videos: Any, depth: int) -> list[Any]:
 def flatten_metadata(video_metadata: Any, num_videos: int) -> list[VideoMetadata | None]:
     """One metadata object a video, from one object, a list or nested lists of `VideoMetadata`, dictionaries and None.
 
+    A dictionary need not have `total_num_frames`: it is None in the result then, and the number of frames given counts.
+
     Raises:
-        MediaError: unknown or missing fields, or not one object a video.
+        MediaError: unknown fields, or not one object a video.
     """
     if video_metadata is None:
         return [None] * num_videos
@@ -79,7 +81,7 @@ def flatten_metadata(video_metadata: Any, num_videos: int) -> list[VideoMetadata
             flat.append(None)
         else:
             try:
-                flat.append(VideoMetadata(**item))
+                flat.append(VideoMetadata(**{"total_num_frames": None, **item}))
             except TypeError as error:
                 raise MediaError(f"video_metadata {len(flat)}: {error}; see VideoMetadata") from error
 
@@ -186,7 +188,9 @@ class Glm4vVideoProcessor(MediaProcessor):
         if metadata is None or metadata.fps is None:
             raise MediaError(
                 "Asked to sample frames per second but no video metadata was provided which is required when sampling "
-                "in GLM4V. Please pass in `VideoMetadata` object or set `do_sample_frames=False`"
+                "in GLM4V. Please pass in `VideoMetadata` object or set `do_sample_frames=False`: for frames in a list "
+                "or an array, video_metadata=VideoMetadata(total_num_frames=..., fps=...), with VideoMetadata from "
+                "glm4v_jax, says how fast they were taken"
             )
         requested = _check_positive("fps", self.fps if fps is None else fps)
         total, rate = metadata.total_num_frames, metadata.fps
@@ -246,7 +250,7 @@ class Glm4vVideoProcessor(MediaProcessor):
             try:
                 loaded.append(self._load(source, known, settings))
             except MediaError as error:
-                raise MediaError(f"video {index}: {error}") from error
+                raise name_media("video", index, source, error) from error
         features = self._patches([frames for frames, _ in loaded], settings)
         if settings["return_metadata"]:
             features["video_metadata"] = [taken for _, taken in loaded]

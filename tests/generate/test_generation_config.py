@@ -115,10 +115,10 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("{", "no readable JSON"),
-            ("", "no readable JSON"),
-            ("[" * 100_000, "no readable JSON"),
-            ("[1]", "found a JSON list; expected a JSON object"),
+            ("{", "not valid JSON"),
+            ("", "not valid JSON"),
+            ("[" * 100_000, "not valid JSON"),
+            ("[1]", "expected a JSON object, found list"),
             ('{"do_sample": true, "temperature": NaN}', "temperature: found nan; expected"),
             ('{"top_p": "most"}', "top_p: found 'most'; expected"),
             ('{"eos_token_id": [1, "</s>"]}', "eos_token_id: found '</s>'; expected"),
@@ -132,7 +132,7 @@ class TestFiles:
 
     def test_bytes_that_are_no_text(self, tmp_path):
         (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe{")
-        with pytest.raises(CheckpointError, match="no readable JSON"):
+        with pytest.raises(CheckpointError, match="not valid JSON"):
             GenerationConfig.from_pretrained(tmp_path)
 
     def test_no_directory(self, tmp_path):

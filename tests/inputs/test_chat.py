@@ -69,7 +69,8 @@ BETTER = {
     "multi_turn_asst_list": "[gMASK]<sop><|user|>\nA<|assistant|>\nB<|user|>\nC",
     "image_url_type": f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}t",
     "video_and_image_keys": "message 0, item 0: field 'type' is missing and the item has image and video",
-    "observation_role": "message 1: field 'role' is 'observation', which the chat template drops silently",
+    "observation_role": "message 1: field 'role' is 'observation', which the chat template drops silently; "
+    "expected one of 'system', 'user', 'assistant'",
 }
 
 
@@ -320,3 +321,20 @@ def test_choice_among_templates():
         choose_template(None)
     with pytest.raises(CheckpointError, match="chat templates rag, none is 'default'"):
         choose_template({"rag": "r"})
+
+
+@pytest.mark.parametrize(
+    "template", ["", " \n", "{# 'user' #}", "{% for m in messages if m.role == 'USER' %}x{% endfor %}"]
+)
+def test_a_template_that_prints_nothing_is_refused(template):
+    with pytest.raises(CheckpointError, match="prints nothing of a user's message: it is empty or broken"):
+        render_conversation([HI], template)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tools.jinja"])
+def test_a_template_that_is_not_utf8_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=rf"{path.name}: not valid UTF-8"):
+        load_chat_template(tmp_path)

@@ -198,7 +198,10 @@ def test_fast_pictures_of_one_channel_spread_over_the_means():
 def test_slow_pictures_of_one_channel_need_one_mean():
     grey = photo(channels=1)
     check_equal(Glm4vImageProcessor, grey, None, image_mean=0.5, image_std=0.5)
-    with pytest.raises(MediaError, match="mean must have 1 elements"):
+    message = (
+        r"image 0: image_mean must have 1 elements .* got 3.* picture has 1 channel; .* convert the picture to RGB"
+    )
+    with pytest.raises(MediaError, match=message):
         Glm4vImageProcessor()(grey)
     result = Glm4vImageProcessor()(grey[:, :, 0], input_data_format="none", image_mean=0.5, image_std=0.5)
     assert result.pixel_values.shape == (result.image_grid_thw.prod(), 1 * 2 * 14 * 14)
@@ -341,7 +344,7 @@ def test_impossible_pictures(cls, images, message):
 def test_values_out_of_range_in_the_slow_processor():
     with pytest.raises(MediaError, match=r"outside the range \[0, 255\]"):
         Glm4vImageProcessor()(photo().astype(np.int32) + 300)
-    with pytest.raises(MediaError, match=r"outside the range \[0, 1\]"):
+    with pytest.raises(MediaError, match=r"outside the range \[0, 1\].* whole numbers in \[0, 255\] \(uint8\)"):
         Glm4vImageProcessor()(photo(kind=np.float32) * 3.3)
 
 
@@ -387,7 +390,13 @@ def test_settings_inside_a_processor_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[]", "expected an object"), ('{"patch_size": 0}', "patch_size=0"), (None, "has no")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"image_processor": 3}', "expected an object"),
+        ('{"patch_size": 0}', "patch_size=0"),
+        (None, "has no"),
+    ],
 )
 def test_broken_checkpoints_are_named(tmp_path, text, message):
     if text is not None:
@@ -442,3 +451,30 @@ def test_map_threads_keeps_order_and_raises_the_first_error(monkeypatch):
     assert map_threads(str, range(50)) == [str(i) for i in range(50)]
     with pytest.raises(ZeroDivisionError):
         map_threads(lambda n: 1 // n, [1, 2, 0, 3])
+
+
+def test_errors_carry_the_position_and_the_file_name(tmp_path):
+    path = tmp_path / "wide.png"
+    PIL.Image.new("RGB", (6000, 20)).save(path)
+    for source in (path, str(path), PIL.Image.open(path)):
+        with pytest.raises(MediaError, match=r"^image 1 \(.*wide\.png\): absolute aspect ratio"):
+            Glm4vImageProcessor()([photo(), source])
+    with pytest.raises(MediaError, match=r"^image 0: /no/such\.png: no such file"):
+        Glm4vImageProcessor()("/no/such.png")
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(MediaError, match=r"^image 1: .*wide\.png: is truncated"):
+        Glm4vImageProcessor()([photo(), PIL.Image.open(path)])
+
+
+def test_clipped_pillow_pictures_warn():
+    deep = PIL.Image.fromarray(photo(channels=1)[:, :, 0].astype(np.uint16) * 200)
+    with pytest.warns(UserWarning, match=r"Pillow image of 130 x 90 pixels: has values above 255 \(mode I;16\)"):
+        Glm4vImageProcessor()(deep)
+
+
+def test_a_checkpoint_with_a_wrong_number_of_means(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5]}))
+    with pytest.raises(
+        MediaError, match=r"image_mean must have 3 .* it is \[0\.5, 0\.5\], and the picture has 3 channels"
+    ):
+        Glm4vImageProcessor.from_pretrained(tmp_path)(photo())

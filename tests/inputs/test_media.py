@@ -388,7 +388,7 @@ def test_audio_alone_is_no_video(tmp_path):
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(MediaError, match=r"sound\.mp4"):
+    with pytest.raises(MediaError, match=r"sound\.mp4: has no video stream"):
         load_video(path)
 
 
@@ -530,3 +530,77 @@ def test_prose_is_no_video(tmp_path):
     path.write_text("This is not a film, it is a shopping list: milk, bread, äpfel.\n" * 40, encoding="utf-8")
     with pytest.raises(MediaError, match=r"notes\.txt: found text; expected a video"):
         load_video(path)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_clipped_pictures_warn_and_keep_the_numbers_of_the_reference(tmp_path, mode):
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    path = tmp_path / "deep.tiff"
+    PIL.Image.fromarray(PHOTO[:, :, 0].astype(kind) * 200).save(path)
+    with pytest.warns(UserWarning, match=r"deep\.tiff: has values above 255 .* clipped .* scale the picture to 8 bits"):
+        image = load_image(path)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(PIL.Image.open(path).convert("RGB")))
+
+
+def test_deep_pictures_of_small_values_do_not_warn(tmp_path, recwarn):
+    PIL.Image.fromarray(PHOTO[:, :, 0].astype(np.uint16)).save(tmp_path / "shallow.png")
+    assert np.asarray(load_image(tmp_path / "shallow.png")).max() > 200 and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("http://[::1", r"http://\[::1: cannot be fetched"),
+        ("file://[::1", r"file://\[::1: is not a valid address"),
+        ("ftp://host/cat.png", "ftp://host/cat.png: only http, https, file and data addresses are read"),
+        ("photos/cats", "photos/cats: no such file, and not base64 of a .* either"),
+        ("photos/catss", "photos/catss: no such file, and not base64 of a .* either"),
+        ("photos/cat", "photos/cat: no such file, and not base64 of a .* either"),
+        ("photo", "photo: no such file, and not valid base64 either"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_image, load_video])
+def test_sources_that_cannot_be_found_are_named(load, source, message):
+    with pytest.raises(MediaError, match=message):
+        load(source)
+
+
+def test_pictures_have_a_lower_limit_than_videos(server):
+    assert fetch.MAX_PICTURE_BYTES < 10**9 < fetch.MAX_DOWNLOAD_BYTES
+    with pytest.raises(MediaError, match=f"1000000000 bytes; expected at most {fetch.MAX_PICTURE_BYTES}"):
+        load_image(server + "/huge")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
+def test_a_still_picture_is_no_video(tmp_path, form, capfd):
+    path = tmp_path / "photo"
+    path.write_bytes(png(PIL.Image.fromarray(PHOTO), format=form))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(MediaError, match="found a picture; expected a video"):
+            load_video(source)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pdf_is_no_video(tmp_path, capfd):
+    path = tmp_path / "paper.pdf"
+    PIL.Image.fromarray(PHOTO).save(path)
+    with pytest.raises(MediaError, match=r"paper\.pdf: found a PDF; expected a video"):
+        load_video(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_motion_jpeg_is_a_video(tmp_path):
+    pytest.importorskip("av")
+    path = tmp_path / "film.mjpeg"
+    path.write_bytes(b"".join(png(PIL.Image.fromarray(np.roll(PHOTO, i)), format="JPEG") for i in range(3)))
+    assert load_video(path)[0].shape == (3, 48, 64, 3)
+
+
+def test_decoders_words_are_shortened():
+    from glm4v_jax.inputs.decode import _shortened
+
+    words = "[16:43:45] /github/workspace/src/video/video_reader.cc:151: Check failed: no stream\nStack trace"
+    assert _shortened(RuntimeError(words)) == "Check failed: no stream"
+    assert _shortened(OSError(22, "Invalid data")) == "Invalid data"
+    assert len(_shortened(RuntimeError("x" * 1000))) == 120
+    assert _shortened(EOFError()) == "EOFError()"

@@ -447,3 +447,17 @@ def test_stack_rows():
     assert stack_rows([[1, 2], [3, 4]], "input_ids").dtype == np.int64
     with pytest.raises(MessageError, match="input_ids: rows of 1 to 2 tokens"):
         stack_rows([[1, 2], [3]], "input_ids")
+
+
+@pytest.mark.parametrize(("text", "where"), [("a\ud800", "text[0]"), (["fine", "a\ud800"], "text[1]")])
+def test_lone_surrogates_are_refused(ours, text, where):
+    with pytest.raises(MessageError) as caught:
+        ours(text)
+    assert str(caught.value).startswith(f"{where} is not valid Unicode (UTF-8): found the lone surrogate '\\ud800'")
+
+
+def test_a_template_that_is_not_utf8_is_named(tmp_path):
+    write_small_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: not valid UTF-8"):
+        Glm4vTokenizer.from_pretrained(tmp_path)

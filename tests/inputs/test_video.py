@@ -306,9 +306,9 @@ def test_nesting_of_videos():
     ("videos", "kwargs", "message"),
     [
         (clip(), {}, "Asked to sample frames per second but no video metadata"),
+        (list(clip()), {}, r"video_metadata=VideoMetadata\(total_num_frames=\.\.\., fps=\.\.\.\)"),
         ([clip(), clip()], {"video_metadata": [metadata(8)]}, "1 entries for 2 videos"),
         (clip(), {"video_metadata": [metadata(8), metadata(8)]}, "2 entries for 1 videos"),
-        (clip(), {"video_metadata": {"fps": 2.0}}, "video_metadata 0: .*total_num_frames"),
         (clip(), {"video_metadata": metadata(8, colour="red")}, "video_metadata 0: .*colour"),
         (clip(), {"video_metadata": metadata(30)}, "promises 30 frames, but the video has 8"),
         (clip(), {"video_metadata": metadata(8), "do_sample_frames": False}, "lacks `frames_indices`"),
@@ -388,3 +388,21 @@ def test_number_of_patches_is_that_of_the_video():
     kwargs = {"patch_size": 8, "size": None}
     expected = len(processor(clip(4), do_sample_frames=False, patch_size=8).pixel_values_videos)
     assert processor.get_num_of_video_patches(4, 70, 90, kwargs) == expected
+
+
+def test_metadata_without_a_number_of_frames_takes_that_of_the_frames():
+    frames = clip(8)
+    expected = Glm4vVideoProcessor()(frames, video_metadata={"total_num_frames": 8, "fps": 4.0}, return_metadata=True)
+    for video in (frames, list(frames)):
+        result = Glm4vVideoProcessor()(video, video_metadata={"fps": 4.0}, return_metadata=True)
+        assert result.video_metadata[0].total_num_frames == 8
+        assert result.video_metadata[0].frames_indices == expected.video_metadata[0].frames_indices
+        np.testing.assert_array_equal(result.pixel_values_videos, expected.pixel_values_videos)
+
+
+def test_errors_of_videos_carry_the_file_name(tmp_path):
+    path = tmp_path / "thin.gif"
+    images = [PIL.Image.new("L", (6000, 20), value) for value in (0, 90, 200)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=500)
+    with pytest.raises(MediaError, match=r"^video 0 \(.*thin\.gif\): absolute aspect ratio"):
+        Glm4vVideoProcessor()(path)

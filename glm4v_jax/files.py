@@ -17,7 +17,7 @@ def read_json_object(path: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file, expected a checkpoint in Hugging Face layout")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
