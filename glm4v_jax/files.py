@@ -22,3 +22,17 @@ def read_json_object(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text in a file, which is UTF-8.
+
+    Raises:
+      CheckpointError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not valid UTF-8 ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error

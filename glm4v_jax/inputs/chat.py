@@ -18,9 +18,8 @@ import jinja2.meta
 import jinja2.sandbox
 
 from glm4v_jax.errors import CheckpointError, MessageError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import read_json_object, read_text
 from glm4v_jax.inputs.messages import Message, mentions, normalise_messages
-from glm4v_jax.inputs.text_files import read_text
 
 _COMMON_ROLES = ("system", "user", "assistant")
 

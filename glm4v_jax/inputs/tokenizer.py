@@ -15,10 +15,9 @@ import numpy as np
 import tokenizers
 
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import read_json_object, read_text
 from glm4v_jax.inputs.features import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.special_tokens import SpecialTokens, added_token, special_tokens_of
-from glm4v_jax.inputs.text_files import read_text
 
 # Configurations write "no limit" as a huge number; the reference calls anything above this one no limit.
 _NO_LIMIT = 10**20
