@@ -77,7 +77,7 @@ class Environment:
             "HOME": str(home),
             "XDG_CACHE_HOME": str(home / "cache"),
             "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",  # the command line keeps compiled programs otherwise
         }
 
     def run(self, *arguments: str | pathlib.Path) -> str:

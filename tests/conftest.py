@@ -4,6 +4,7 @@ Environment variables, and not `jax.config`, because tests that start other proc
 tests of the host side must not import JAX.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -73,3 +74,28 @@ def theirs(checkpoints):
         return models[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def lowerings():
+    """A context manager: the names of the programs that JAX lowers in its body.
+
+    A persistent cache spares XLA's work, and not this.
+    """
+    import jax
+
+    @contextlib.contextmanager
+    def listen():
+        names = []
+
+        def hear(event, duration, **details):
+            if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+                names.append(details["fun_name"])
+
+        jax.monitoring.register_event_duration_secs_listener(hear)
+        try:
+            yield names
+        finally:
+            jax.monitoring.unregister_event_duration_listener(hear)
+
+    return listen

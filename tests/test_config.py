@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import re
 
+import numpy as np
 import pytest
 from reference import CONFIGS
 
-from glm4v_jax.config import Glm4vConfig, Glm4vTextConfig, Glm4vVisionConfig, RopeScaling
+from glm4v_jax import nn
+from glm4v_jax.config import ACTIVATION_NAMES, Glm4vConfig, Glm4vTextConfig, Glm4vVisionConfig, RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError
 
 
@@ -140,6 +143,61 @@ def test_files_that_are_no_configuration(tmp_path):
     (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 3}}', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config\.json: Glm4vTextConfig\.hidden_size"):
         Glm4vConfig.from_pretrained(tmp_path)
+
+
+LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("text_config", "num_key_value_heads", 0, "num_key_value_heads is 0"),
+        ("text_config", "hidden_act", "mish", "hidden_act is 'mish', expected one of: gelu, "),
+        ("vision_config", "hidden_act", "quick_gelu", "hidden_act is 'quick_gelu'"),
+        ("text_config", "rope_theta", "a", "rope_theta is 'a', expected a number above 0"),
+        ("text_config", "rope_theta", -1, "rope_theta is -1"),
+        ("text_config", "rope_theta", float("nan"), "rope_theta is nan"),
+        ("text_config", "rms_norm_eps", None, "rms_norm_eps is None"),
+        ("vision_config", "rms_norm_eps", 0, "rms_norm_eps is 0"),
+        ("text_config", "max_position_embeddings", None, "max_position_embeddings is None"),
+        ("text_config", "intermediate_size", -1, "intermediate_size is -1"),
+        ("vision_config", "intermediate_size", -1, "intermediate_size is -1"),
+        ("vision_config", "temporal_patch_size", 0, "temporal_patch_size is 0"),
+        ("vision_config", "image_size", 13, "image_size is 13, expected at least patch_size, 14"),
+        ("text_config", "attention_dropout", 2.0, "attention_dropout is 2.0, expected a number from 0 to 1"),
+        ("text_config", "partial_rotary_factor", 1.5, "partial_rotary_factor is 1.5"),
+        (
+            "text_config", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 3, "long_factor": [1.0] * 4},
+            "short_factor has 3 numbers, expected 4",
+        ),
+        (
+            "text_config", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 4, "long_factor": [1.0] * 5},
+            "long_factor has 5 numbers, expected 4",
+        ),
+        (None, "image_token_id", 320, "image_token_id is 320, expected a token below vocab_size, 320"),
+        (None, "video_end_token_id", "x", "video_end_token_id is 'x'"),
+        (None, "text_config", "x", "text_config is 'x', expected an object"),
+        (None, "text_config", ..., "text_config is missing"),
+        (None, "vision_config", [1], r"vision_config is \[1\], expected an object"),
+        (None, "quantization_config", {"bits": 4}, "quantization_config: found a quantised checkpoint"),
+    ],
+)  # fmt: skip
+def test_files_with_a_wrong_field_are_named_and_so_is_the_field(tmp_path, part, field, value, message):
+    data = json.loads(json.dumps(CONFIGS["base"]))
+    (data if part is None else data[part])[field] = value
+    if value is ...:
+        del data[field]
+    (tmp_path / "config.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(tmp_path))}/config\.json: .*{message}"):
+        Glm4vConfig.from_pretrained(tmp_path)
+
+
+def test_activations_are_known_to_both():
+    assert sorted(ACTIVATION_NAMES) == sorted(["gelu", *nn.ACTIVATIONS])
+    for name in ACTIVATION_NAMES:
+        assert nn.activation(name, np.float32(1.0)) > 0.6  # as each of them is at 1
+    with pytest.raises(ConfigError, match="hidden_act is 'mish'"):
+        nn.activation("mish", np.float32(1.0))
 
 
 def test_keys_without_meaning_are_ignored():

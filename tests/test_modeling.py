@@ -1,11 +1,16 @@
 """The whole model against the reference, through the front door: what goes in, what comes out, how a cache goes on."""
 
+import json
+import shutil
+
 import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import CONFIGS, TOLERANCE, Prompts, assert_close, their_inputs, to_torch
 
-from glm4v_jax import Glm4v, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextModel, Glm4vVisionModel
+from glm4v_jax import Glm4v, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextModel, Glm4vVisionModel, make_batch
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
 
@@ -110,7 +115,8 @@ def test_logits_to_keep(ours, theirs):
     prompts = Prompts(config_of("base"), [[14], [9]], seed=7)
     inputs = to_torch(prompts.inputs)
     assert_close(
-        ours("base")(**prompts.inputs, logits_to_keep=3).logits, run(theirs("base"), **inputs, logits_to_keep=3).logits
+        ours("base")(**prompts.inputs, logits_to_keep=np.int64(3)).logits,
+        run(theirs("base"), **inputs, logits_to_keep=3).logits,
     )
     chosen = np.array([13, 11])
     expected = run(theirs("base"), **inputs, logits_to_keep=torch.tensor(chosen))
@@ -224,6 +230,27 @@ def test_cached_chunk_equals(ours, theirs):
     assert_close(found, expected)
 
 
+def test_a_step_heeds_a_mask_that_hides_past_columns(ours, theirs):
+    import torch
+
+    prompts = Prompts(config_of("base"), [[14], [9]], seed=17)
+    out, expected = ours("base")(**prompts.inputs), run(theirs("base"), **to_torch(prompts.inputs), use_cache=True)
+    mask = np.pad(prompts.attention_mask, ((0, 0), (0, 1)), constant_values=1)
+    hidden = mask.copy()
+    hidden[:, 6:9] = 0
+    token = np.array([[5], [9]])
+    found, seeing = (
+        ours("base")(token, attention_mask=m, past_key_values=out.past_key_values).logits for m in (hidden, mask)
+    )
+    with torch.no_grad():
+        expected = theirs("base")(
+            torch.tensor(token), attention_mask=torch.tensor(hidden), past_key_values=expected.past_key_values,
+            cache_position=torch.tensor([14]),
+        )  # fmt: skip
+    assert_close(found, expected.logits)
+    assert np.abs(np.asarray(found) - seeing).max() > 1e-2
+
+
 @pytest.mark.parametrize("kind", ["image", "video", "both"])
 def test_a_later_turn_may_bring_its_own_media(ours, theirs, kind):
     """5.x is right here, and equal to one long prompt; 4.57.1 drops the later picture."""
@@ -279,6 +306,84 @@ def test_use_cache_false_gives_none(ours):
     assert out.past_key_values is None
     assert out.keys() == ["logits", "rope_deltas"]
     assert np.array_equal(out[0], out["logits"]) and list(out) == out.keys()
+
+
+def test_return_dict_false_gives_a_tuple(ours):
+    ids = np.arange(1, 15)[None]
+    out, found = ours("base")(ids), ours("base")(ids, return_dict=False)
+    assert type(found) is tuple and len(found) == len(out.keys()) == 3
+    assert np.array_equal(found[0], out.logits) and np.array_equal(found[2], out.rope_deltas)
+    hidden = ours("base").model(ids, return_dict=False)
+    assert type(hidden) is tuple and hidden[0].shape == (1, 14, 64)
+
+
+def test_another_length_of_a_bucket_compiles_nothing_but_cuts(ours, lowerings):
+    """The programs run on padded arrays; only what cuts results to the caller's shape knows that shape."""
+    model = ours("base")
+    call = dict(output_hidden_states=True, output_attentions=True)
+
+    def ask(rows, number):
+        prompts = Prompts(config_of("base"), rows, seed=number)
+        return model(**prompts.inputs, labels=np.where(prompts.input_ids < 300, prompts.input_ids, -100), **call)
+
+    ask([[20, ("image", (6, 8)), 4]], 0)
+    with lowerings() as lowered:
+        out = ask([[7, ("image", (4, 6)), ("image", (4, 4)), 22]], 1)
+    assert out.logits.shape[1] == 43
+    assert set(lowered) <= {"jit(dynamic_slice)"}
+    with lowerings() as lowered:
+        ask([[300]], 2)
+    assert "jit(forward)" in lowered  # or the names above would tell nothing
+
+
+def test_dropout_key_reaches_the_vision_part(ours, checkpoints, tmp_path):
+    shutil.copytree(checkpoints("base"), tmp_path, dirs_exist_ok=True)
+    config = json.loads(json.dumps(CONFIGS["base"]))
+    config["vision_config"]["attention_dropout"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model, key = Glm4vForConditionalGeneration.from_pretrained(tmp_path), jax.random.key(0)
+    picture = Prompts(config_of("base"), [[3, ("image", (4, 6)), 4]], seed=18).inputs
+    text = Prompts(config_of("base"), [[14]], seed=18).inputs
+    plain = ours("base")(**picture).logits
+    assert_close(model(**picture).logits, plain)
+    dropped = model(**picture, dropout_key=key).logits
+    assert np.abs(np.asarray(dropped)[:, 4:] - np.asarray(plain)[:, 4:]).max() > 1e-2
+    assert_close(dropped[:, :4], plain[:, :4])  # before the picture
+    assert_close(model(**text, dropout_key=key).logits, ours("base")(**text).logits)
+
+
+def products(jaxpr):
+    """Operands (shape, dtype) of every dot_general and convolution, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+            yield tuple((x.aval.shape, x.aval.dtype) for x in equation.invars[:2])
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+def test_bfloat16_is_multiplied_as_bfloat16(mesh):
+    """A float32 array that slips into the forward pass would promote all that follows, and cost most of the speed."""
+    config = config_of("base")
+    prompts = Prompts(config, [[200, ("image", (16, 20)), ("video", (2, 4, 4))]], seed=19)
+    batch, _ = make_batch(config=config, **prompts.inputs)
+    short, _ = make_batch(np.arange(14)[None], config)
+    text = Glm4vTextModel(config.text_config, dtype=jnp.bfloat16)
+
+    def forward(module, batch, one, cache):
+        step = module.language_model(module.language_model.embed_tokens(one), one[None].repeat(3, 0), one, cache)
+        return module.logits(module(batch)), module.logits(step[0]), module(short)
+
+    module = jax.eval_shape(lambda: Glm4v.init(config, dtype=jnp.bfloat16))
+    one = np.ones((1, 1), np.int32)
+    jaxpr = jax.make_jaxpr(forward)(module, batch, one, text.init_cache(1, 64))
+    assert all(x.dtype == jnp.bfloat16 for x in jaxpr.out_avals)
+    found = list(products(jaxpr.jaxpr))
+    assert len(found) > 20
+    cells, dim = config.vision_config.position_grid**2, config.vision_config.hidden_size
+    table = [pair for pair in found if pair[0][0][-1] == cells and pair[1][0] == (cells, dim)]
+    assert len(table) == 1 and all(dtype == np.float32 for _, dtype in table[0])
+    others = [pair for pair in found if pair not in table]
+    assert [pair for pair in others if any(dtype != jnp.bfloat16 for _, dtype in pair)] == []
 
 
 def test_vision_features_equal(ours, theirs):
@@ -354,3 +459,36 @@ def test_contradictory_inputs_are_named(ours, rows, change, message):
         del inputs["attention_mask"]
     with pytest.raises(MessageError, match=message):
         ours("base")(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(attention_mask=np.ones((1, 13), int)), r"attention_mask: found shape \[1, 13\]; expected \[1, 14\]$"),
+        (dict(attention_mask=np.ones((1, 1, 14, 14), int)), r"attention_mask: found shape \[1, 1, 14, 14\]"),
+        (dict(labels=np.full((1, 14), 320)), "labels: found 320; expected -100 or tokens below 320"),
+        (dict(labels=np.full((1, 14), -1)), "labels: found -1;"),
+        (dict(labels=np.ones((1, 14), np.float32)), "labels: found float32"),
+        (dict(labels=np.ones((1, 13), int)), r"labels: found shape \[1, 13\]; expected \[1, 14\]"),
+        (dict(labels=np.ones((1, 14), int), logits_to_keep=1), "labels: .* expected .* logits_to_keep=0"),
+        (dict(input_ids=[[1, 2], [3]]), "input_ids: found rows of unequal length; .* padding=True"),
+        (dict(input_ids=None, inputs_embeds=np.zeros((1, 14, 32))), r"inputs_embeds: .* expected \['B', 'T', 64\]"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(ours, change, message):
+    with pytest.raises(MessageError, match=message):
+        ours("base")(**{"input_ids": np.arange(1, 15)[None]} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(attention_mask=np.ones((1, 14), int)), r"attention_mask: .* expected \[1, 1\] or \[1, 15\]"),
+        (dict(attention_mask=np.ones((1, 1, 1, 15), int)), r"attention_mask: found shape \[1, 1, 1, 15\]"),
+        (dict(input_ids=np.array([[5], [6]])), "past_key_values: found 1 rows; expected 2"),
+    ],
+)
+def test_steps_that_do_not_fit_their_cache_are_named(ours, change, message):
+    past = ours("base")(input_ids=np.arange(1, 15)[None]).past_key_values
+    with pytest.raises(MessageError, match=message):
+        ours("base")(**{"input_ids": np.array([[5]]), "past_key_values": past} | change)

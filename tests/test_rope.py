@@ -1,13 +1,15 @@
 """Rotary embeddings against the reference's modules, below and above the limits of every rope type."""
 
+import copy
 import itertools
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import CONFIGS, assert_close, their_modeling
+from reference import CONFIGS, assert_close, load_theirs, their_modeling, write_checkpoint
 
-from glm4v_jax import rope
+from glm4v_jax import Glm4vForConditionalGeneration, rope
 from glm4v_jax.config import Glm4vConfig, Glm4vTextConfig
 
 FACTORS = [1.0, 1.1, 1.3, 2.0]
@@ -108,6 +110,33 @@ def test_dynamic_rope_forgets_longer_calls():
     found = rope.mrope_cos_sin(jnp.asarray(short), Glm4vTextConfig.from_dict(arguments))
     for one, other in zip(found, expected, strict=True):
         assert_close(one, select(other, [1, 1, 2]), tolerance=2e-6)
+
+
+@pytest.mark.usefixtures("mesh")
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_steps_across_the_limit_equal(tmp_path, name):
+    """A prompt below the limit, and tokens one by one beyond it: what the cache holds is not rotated again."""
+    torch = pytest.importorskip("torch")
+    their_modeling()
+    config = copy.deepcopy(CONFIGS["base"])
+    config["text_config"] |= {"max_position_embeddings": 16, "rope_scaling": TYPES[name] | {"mrope_section": [1, 1, 2]}}
+    write_checkpoint("base", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model, reference = Glm4vForConditionalGeneration.from_pretrained(tmp_path), load_theirs(tmp_path)
+    ids = np.random.RandomState(4).randint(0, 300, (1, 18))
+    past = theirs = None
+    for start, end in ((0, 14), (14, 15), (15, 16), (16, 17), (17, 18)):
+        found = model(ids[:, start:end], past_key_values=past)
+        with torch.no_grad():
+            expected = reference(
+                torch.tensor(ids[:, start:end]), past_key_values=theirs, use_cache=True,
+                attention_mask=torch.ones((1, end), dtype=torch.int64), cache_position=torch.arange(start, end),
+            )  # fmt: skip
+        assert_close(found.logits, expected.logits)
+        past, theirs = found.past_key_values, expected.past_key_values
+    # The limit was felt: in one piece every key is rotated beyond it.
+    whole = np.asarray(model(ids, logits_to_keep=1).logits)
+    assert np.abs(whole - found.logits).max() > 1e-3 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize("section", [[1, 1, 2], [2, 1, 1], [0, 2, 2], [4, 0, 0]])

@@ -1,8 +1,5 @@
 """Generation against the reference: the same tokens, whatever else is in the batch; and no compilation when warm."""
 
-import contextlib
-
-import jax
 import numpy as np
 import pytest
 from reference import CONFIGS, Prompts, their_inputs, to_torch
@@ -194,23 +191,7 @@ def test_draws_follow_the_models_probabilities(ours):
     assert chi2 < len(often) + 5 * np.sqrt(2 * len(often))
 
 
-@contextlib.contextmanager
-def lowerings():
-    """Counts the programs that JAX lowers in the body: a persistent cache spares XLA's work, and not this."""
-    counts = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-            counts.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield counts
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_a_warm_bucket_compiles_nothing(ours):
+def test_a_warm_bucket_compiles_nothing(ours, lowerings):
     """New sizes, numbers and kinds of media, other texts and other options: the same programs."""
     model = ours("base")
 
@@ -219,16 +200,25 @@ def test_a_warm_bucket_compiles_nothing(ours):
         model.generate(**prompts.inputs, max_new_tokens=20, **NEVER, **options)
 
     ask([[20, ("image", (6, 8)), 4]], 0)
-    with lowerings() as counts:
-        ask([[3, ("image", (4, 10)), 10]], 1)
-        ask([[9, ("image", (2, 4)), ("image", (4, 4)), 6]], 2)
+    with lowerings() as lowered:
+        ask([[3, ("image", (4, 10)), 27]], 1)
+        ask([[9, ("image", (2, 4)), ("image", (4, 4)), 20]], 2)
         ask([[9, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 6]], 3)
         ask([[20, ("image", (8, 8)), 1]], 4, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=9)
-    assert counts == []
+    assert lowered == []
     # The listener does hear: a prompt of a bucket that no other test uses has to be compiled.
-    with lowerings() as counts:
+    with lowerings() as lowered:
         ask([[3000]], 5)
-    assert counts
+    assert lowered
+
+
+def test_many_tokens_may_end_a_row(ours):
+    prompts = Prompts(CONFIG, [[13]], seed=14)
+    free = ours("base").generate(**prompts.inputs, max_new_tokens=12, **NEVER)[0, 13:].tolist()
+    last = next(i for i, token in enumerate(free) if i >= 2 and token not in free[:i])
+    ends = [*[token for token in range(300) if token not in free][:12], free[last]]
+    found = ours("base").generate(**prompts.inputs, max_new_tokens=12, eos_token_id=ends, pad_token_id=0)
+    assert found[0, 13:].tolist() == free[: last + 1]
 
 
 @pytest.mark.parametrize(
