@@ -356,7 +356,21 @@ class Glm4vForConditionalGeneration:
         return out if return_dict else out.to_tuple()
 
     def generate(self, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
-        """Generate tokens; see `generate.engine.generate`."""
+        """Continue prompts; `generate.engine.generate` has the details.
+
+        Args:
+          input_ids: int [B, T], padded on either side where `attention_mask` is 0.
+          **kwargs: the processor's other outputs (attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
+            video_grid_thw), and options that win over the checkpoint's generation_config.json: max_new_tokens,
+            max_length, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, num_return_sequences,
+            eos_token_id (-1 never stops), pad_token_id, seed.
+
+        Returns:
+          int64 [B * num_return_sequences, T + new]: the prompts as given, and what follows.
+
+        Raises:
+          GenerationError, MessageError: before anything is computed.
+        """
         return generate(self, input_ids, **kwargs)
 
 
