@@ -4,12 +4,14 @@
 #   make test    the tests, against the reference implementation
 #   make lint types
 #
-# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, PYTEST_ARGS=... to pytest. PIP_FIND_LINKS,
+# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, PYTEST_ARGS=... to pytest (two processes by default:
+# compiling, most of the time, uses one core each). PIP_FIND_LINKS,
 # PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as well as by pip.
 
 MODERN := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(MODERN)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
+PYTEST_ARGS ?= -n 2
 ENV_PYTHON := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
 
