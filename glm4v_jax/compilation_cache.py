@@ -1,33 +1,67 @@
-"""Compiled programs kept from one process to the next, for the command line; and how long compiling took.
+"""Compiled programs kept from one process to the next; what is kept, and how long compiling took.
 
-A library leaves this choice to its caller, so nothing here happens by import.
+Nothing here happens by import: the command line and the engine's warm-up ask for it.
 """
 
 import contextlib
+import dataclasses
+import importlib.util
 import os
 import pathlib
+import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from glm4v_jax.errors import ConfigError
+
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own environment variable: a directory or an address; empty for no cache."""
+MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
+"""JAX's own environment variable: bytes; -1 for no bound."""
+MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+"""JAX's own environment variable: programs that compile faster are not kept."""
+MAX_BYTES = 4 * 2**30
+"""What the cache in the user's cache directory may grow to, unless `MAX_SIZE` says otherwise."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
+
+# JAX's names: the program's, a SHA-256, and what the file is. The second file has the time of the last use.
+_PROGRAM = re.compile(r"(?P<name>.+)-[0-9a-f]{64}-cache")
+_LAST_USE = re.compile(r".+-[0-9a-f]{64}-atime")
+_LOCK = ".lockfile"
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedProgram:
+    """A compiled program on disk.
+
+    Attributes:
+      path: its file.
+      name: of the function that was compiled, such as "jit_decode".
+      size: in bytes.
+      used: when it was last used, in seconds since 1970; when it was written, where the cache has no bound.
+    """
+
+    path: pathlib.Path
+    name: str
+    size: int
+    used: float
 
 
 def use_compilation_cache() -> None:
     """Switches on JAX's persistent compilation cache; call it before the first compilation.
 
-    The directory is $JAX_COMPILATION_CACHE_DIR, else glm4v_jax/xla in the user's cache directory ($XDG_CACHE_HOME or
-    ~/.cache). One that cannot be made or written means no cache, without a word. Other variables of JAX's are obeyed.
+    A directory that the program has set in `jax.config` stays, with everything else that is set there. Otherwise the
+    directory is $JAX_COMPILATION_CACHE_DIR, else glm4v_jax/xla in the user's cache directory ($XDG_CACHE_HOME or
+    ~/.cache), which grows to `MAX_BYTES` at most: what was not used for longest goes. One that cannot be made or
+    written means no cache, without a word. Other variables of JAX's are obeyed.
     """
     import jax
 
     if DIRECTORY not in os.environ:
-        # Not pathlib's home(), which raises where there is none; a relative $XDG_CACHE_HOME is to be ignored.
-        user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-        if not user_cache.is_absolute():
-            user_cache = pathlib.Path(os.path.expanduser("~")) / ".cache"
-        directory = user_cache / "glm4v_jax" / "xla"
+        if jax.config.jax_compilation_cache_dir is not None:
+            return
+        directory = user_directory()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError:
@@ -35,8 +69,104 @@ def use_compilation_cache() -> None:
         if not os.access(directory, os.W_OK | os.X_OK):
             return
         jax.config.update("jax_compilation_cache_dir", str(directory))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        if MAX_SIZE not in os.environ and (bound := size_bound()) is not None:
+            _note_last_uses(directory)
+            jax.config.update("jax_compilation_cache_max_size", bound)
+    if MIN_SECONDS not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def user_directory() -> pathlib.Path:
+    """The directory of the cache where the environment names none."""
+    # Not pathlib's home(), which raises where there is none; a relative $XDG_CACHE_HOME is to be ignored.
+    user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not user_cache.is_absolute():
+        user_cache = pathlib.Path(os.path.expanduser("~")) / ".cache"
+    return user_cache / "glm4v_jax" / "xla"
+
+
+def size_bound() -> int | None:
+    """Bytes that the directory may grow to; None for any number.
+
+    Raises:
+      ConfigError: $JAX_COMPILATION_CACHE_MAX_SIZE is no number.
+    """
+    named = os.environ.get(MAX_SIZE)
+    if named is not None:
+        try:
+            return None if int(named) == -1 else int(named)
+        except ValueError as error:
+            raise ConfigError(f"${MAX_SIZE} is {named!r}; expected a number of bytes, or -1 for no bound") from error
+    # In a directory of somebody's choice, a bound would delete what others have put there. JAX needs filelock for it.
+    if DIRECTORY in os.environ or importlib.util.find_spec("filelock") is None:
+        return None
+    return MAX_BYTES
+
+
+def cached_programs(directory: pathlib.Path) -> list[CachedProgram]:
+    """The compiled programs in a directory, the one not used for longest first; none where there is no directory.
+
+    Raises:
+      OSError: the directory cannot be read.
+    """
+    programs = []
+    for path in directory.iterdir() if directory.exists() else ():
+        match = _PROGRAM.fullmatch(path.name)
+        # A running process may delete it meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if match and path.is_file():
+                stat = path.stat()
+                programs.append(CachedProgram(path, match["name"], stat.st_size, _last_use(path, stat.st_mtime)))
+    return sorted(programs, key=lambda program: (program.used, program.path))
+
+
+def clear(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Deletes the files that JAX writes for compiled programs, and nothing else.
+
+    A process that is compiling meanwhile goes on, and may put new ones there.
+
+    Returns:
+      What else is in the directory, sorted; JAX's lock is not listed.
+
+    Raises:
+      OSError: the directory cannot be read, or a file cannot be deleted.
+    """
+    left = []
+    # Programs first: JAX 0.10 stops keeping programs where it finds one without its time.
+    for path in sorted(directory.iterdir(), key=_is_last_use) if directory.exists() else ():
+        if (_PROGRAM.fullmatch(path.name) or _is_last_use(path)) and path.is_file():
+            path.unlink(missing_ok=True)
+        elif path.name != _LOCK:
+            left.append(path)
+    return sorted(left)
+
+
+def _is_last_use(path: pathlib.Path) -> bool:
+    return _LAST_USE.fullmatch(path.name) is not None
+
+
+def _last_use_path(program: pathlib.Path) -> pathlib.Path:
+    return program.with_name(program.name.removesuffix("-cache") + "-atime")
+
+
+def _last_use(program: pathlib.Path, otherwise: float) -> float:
+    """Seconds since 1970, as JAX notes them where the cache has a bound."""
+    try:
+        return int.from_bytes(_last_use_path(program).read_bytes(), "little") / 1e9 or otherwise
+    except OSError:
+        return otherwise
+
+
+def _note_last_uses(directory: pathlib.Path) -> None:
+    """Gives a time to programs that lack one: without it JAX 0.10 cannot make room, and keeps no more programs.
+
+    They lack one if they were written without a bound, or if the process ended between writing the two.
+    """
+    with contextlib.suppress(OSError):
+        for program in cached_programs(directory):
+            noted = _last_use_path(program.path)
+            if not noted.exists():
+                noted.write_bytes(int(min(program.used, time.time()) * 1e9).to_bytes(8, "little"))
 
 
 @contextlib.contextmanager

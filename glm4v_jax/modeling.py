@@ -22,7 +22,7 @@ from glm4v_jax.batch import Batch
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.engine import generate
+from glm4v_jax.generate.arrays import generate
 from glm4v_jax.inputs.positions import rope_index
 from glm4v_jax.inputs.prepare import make_batch, token_array, token_ids
 from glm4v_jax.loading import load_model, resolve_dtype
@@ -356,7 +356,7 @@ class Glm4vForConditionalGeneration:
         return out if return_dict else out.to_tuple()
 
     def generate(self, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
-        """Continue prompts; `generate.engine.generate` has the details.
+        """Continue prompts; `generate.arrays.generate` has the details.
 
         Args:
           input_ids: int [B, T], padded on either side where `attention_mask` is 0.

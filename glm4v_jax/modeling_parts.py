@@ -132,9 +132,12 @@ class Glm4vVisionModel:
 
     def encode(self, rows: VisionRows, dropout_key: Array | None = None) -> Array:
         """Packed rows -> [N, D] merged tokens, N the power of two that holds the flattened [R * L / merge_size^2]."""
-        cells = rows.segment_ids.size // self.config.spatial_merge_size**2
-        num_tokens = max(MIN_FEATURES, 1 << (cells - 1).bit_length())
-        return programs.encode(self.flat, rows, num_tokens, dropout_key)
+        return programs.encode(self.flat, rows, self.tokens_of(rows.segment_ids.size), dropout_key)
+
+    def tokens_of(self, patches: int) -> int:
+        """The N of `encode` for rows of so many patches in all, padding included."""
+        cells = patches // self.config.spatial_merge_size**2
+        return max(MIN_FEATURES, 1 << (cells - 1).bit_length())
 
 
 class Glm4vTextModel:

@@ -19,6 +19,8 @@ from glm4v_jax.files import read_json_object
 # `max_length` of the reference when nobody sets it; it then counts *new* tokens (`_prepare_generated_length`).
 _DEFAULT_NEW_TOKENS = 20
 
+MAX_LOGPROBS = 64
+
 # Below this, dividing a float32 logit can overflow to infinity, and two infinities have no softmax.
 _SMALLEST_DIVISOR = 1e-30
 
@@ -58,7 +60,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,),
     "return_dict_in_generate": (False,),
     "sequence_bias": (),
-    "stop_strings": (),
     "stopping_criteria": ([],),
     "suppress_tokens": (),
     "synced_gpus": (False,),
@@ -90,8 +91,12 @@ class SamplingParams(NamedTuple):
     @classmethod
     def of(cls, config: "GenerationConfig", batch: int) -> "SamplingParams":
         """Returns host arrays `[batch]` that hold `config`'s options in every row."""
-        dtypes = (np.bool_, np.float32, np.int32, np.float32, np.float32, np.float32)
-        return cls(*(np.full(batch, value, dtype) for value, dtype in zip(config.sampling, dtypes, strict=True)))
+        values = zip(config.sampling, SAMPLING_DTYPES, strict=True)
+        return cls(*(np.full(batch, value, dtype) for value, dtype in values))
+
+
+SAMPLING_DTYPES = (np.bool_, np.float32, np.int32, np.float32, np.float32, np.float32)
+"""Of the fields of `SamplingParams`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,11 @@ class GenerationConfig:
     reference's untouched default of 20, which counts new tokens; a number counts prompt and new tokens together.
     `eos_token_id` takes one id, several, or -1 (or nothing) to never stop; it is stored as a tuple. `seed` is this
     package's: equal seeds give equal draws.
+
+    The last five need text, or give more than tokens, and are `Engine`'s. `stop_strings` end an answer. After
+    `think_budget` tokens a thought that is still open is closed for the model, and up to `answer_budget` more tokens
+    follow (`max_new_tokens` by default, which then limits nothing else). `stop_repetition` ends a text that goes in
+    circles. `logprobs` asks for log probabilities of the chosen tokens and of the n likeliest.
 
     Raises:
         GenerationError: an option is out of its range; the message names it, its value and what was expected.
@@ -120,17 +130,28 @@ class GenerationConfig:
     pad_token_id: int | None = None
     seed: int = 0
     use_cache: bool = True
+    stop_strings: tuple[str, ...] = ()
+    think_budget: int | None = None
+    answer_budget: int | None = None
+    stop_repetition: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_length", "pad_token_id"):
+        for name in ("max_new_tokens", "max_length", "pad_token_id", "think_budget", "answer_budget", "logprobs"):
             if getattr(self, name) is not None:
-                self._set(name, _integer(name, getattr(self, name), least=0 if name == "pad_token_id" else 1))
-        for name in ("do_sample", "use_cache"):
+                least = 0 if name in ("pad_token_id", "logprobs") else 1
+                self._set(name, _integer(name, getattr(self, name), least=least))
+        for name in ("do_sample", "use_cache", "stop_repetition"):
             self._set(name, _boolean(name, getattr(self, name)))
         self._set("top_k", _integer("top_k", self.top_k, least=0, note=" (0 switches it off)"))
         self._set("num_return_sequences", _integer("num_return_sequences", self.num_return_sequences, least=1))
         self._set("seed", _integer("seed", self.seed, least=0))
         self._set("eos_token_id", _token_ids("eos_token_id", self.eos_token_id))
+        self._set("stop_strings", _strings("stop_strings", self.stop_strings))
+        budgeted = self.answer_budget is None or self.think_budget is not None
+        _require(budgeted, "answer_budget", self.answer_budget, "think_budget beside it")
+        few = self.logprobs is None or self.logprobs <= MAX_LOGPROBS
+        _require(few, "logprobs", self.logprobs, f"at most {MAX_LOGPROBS}")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             self._set(name, _number(name, getattr(self, name)))
 
@@ -295,3 +316,10 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _strings(field: str, value: Any) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else value
+    valid = isinstance(found, list | tuple) and all(isinstance(string, str) and string for string in found)
+    _require(valid, field, value, "a string or several, none of them empty")
+    return tuple(found)

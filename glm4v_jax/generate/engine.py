@@ -1,117 +1,312 @@
-"""Generation for a batch of prompts: encode, prefill, decode.
+"""`Engine`: conversations in, answers out. One at a time as a stream, or thousands through a batch that stays full."""
 
-Prompts are left-aligned, so that row b's tokens fill slots 0 to len(b) - 1 whichever side its padding was on. All
-shapes come from bucket sets: prompts, cache slots, rows, vision rows. A warm bucket compiles nothing.
-"""
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from glm4v_jax.generate import programs
-from glm4v_jax.generate.config import GenerationConfig, SamplingParams
-from glm4v_jax.generate.sampling import row_keys
+from glm4v_jax.compilation_cache import use_compilation_cache
+from glm4v_jax.errors import GenerationError, MessageError
+from glm4v_jax.generate.answer import Answer
+from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.generate.features import FeaturePool
+from glm4v_jax.generate.presets import preset as preset_options
+from glm4v_jax.generate.prompt import Prompt, prompts_of
+from glm4v_jax.generate.queue import AnswerQueue
+from glm4v_jax.generate.running import run
+from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
+from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
+from glm4v_jax.inputs.chat import choose_template
+from glm4v_jax.inputs.messages import extract_media
 from glm4v_jax.inputs.packing import bucket
-from glm4v_jax.inputs.prepare import make_batch, token_array
-from glm4v_jax.mesh import data_shards, use_mesh
+from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.mesh import use_mesh
 
 if TYPE_CHECKING:
+    from glm4v_jax.generate.conversation import Conversation
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
 
-STEPS_PER_DISPATCH = 16
-MIN_CAPACITY = 64
-MIN_EOS = 8
+Messages = Sequence[Mapping[str, Any]]
 
-# What processors make for other models' sake and generation does not need.
-_NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
+# Programs are compiled for these numbers of likeliest tokens.
+_TOPS = (0, 5, 20, 64)
 
 
-def generate(
-    model: "Glm4vForConditionalGeneration",
-    input_ids: np.ndarray,
-    *,
-    attention_mask: np.ndarray | None = None,
-    pixel_values: np.ndarray | None = None,
-    image_grid_thw: np.ndarray | None = None,
-    pixel_values_videos: np.ndarray | None = None,
-    video_grid_thw: np.ndarray | None = None,
-    generation_config: GenerationConfig | None = None,
-    **options: Any,
-) -> np.ndarray:
-    """Continue prompts.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt among many, with options of its own.
 
-    Args:
-      model: whose.
-      input_ids: int [B, T], padded on either side where `attention_mask` is 0.
-      attention_mask: int [B, T].
-      pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: as the processor makes them.
-      generation_config: in place of the checkpoint's generation_config.json.
-      **options: fields of `GenerationConfig`, which win over it: max_new_tokens, do_sample, temperature, top_p, top_k,
-        min_p, repetition_penalty, num_return_sequences, eos_token_id (-1 never stops), pad_token_id, seed.
-
-    Returns:
-      int64 [B * num_return_sequences, T + new]: the prompts as given, and what follows; rows that ended early go on
-      with the padding token.
-
-    Raises:
-      GenerationError: an option is unknown or out of its range, or prompt and new tokens exceed
-        `max_position_embeddings`.
-      MessageError: prompts and media do not match.
+    prompt: as `Engine.stream` takes it.
+    options: fields of `GenerationConfig` that differ from those of all; not `logprobs`.
     """
-    for name in _NOT_NEEDED:
-        options.pop(name, None)
-    config = (generation_config or model.generation_config).replace(**options)
-    input_ids = token_array(input_ids)
-    text_config = model.config.text_config
-    num_new = config.new_tokens(input_ids.shape[-1], text_config.max_position_embeddings)
 
-    with use_mesh(model.mesh):
-        copies = config.num_return_sequences
-        shards = data_shards()
-        rows = len(input_ids) * copies
-        padded_rows = shards * bucket(-(-rows // shards))
-        batch, next_position = make_batch(
-            input_ids, model.config, attention_mask=attention_mask, pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw, pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw,
-            batch_multiple=shards,
-        )  # fmt: skip
-        # Copies of a prompt refer to the same vision tokens, which are encoded once.
-        take = np.minimum(np.arange(padded_rows), rows - 1) // copies
-        real = np.arange(padded_rows) < rows
-        batch = batch._replace(
-            input_ids=batch.input_ids[take],
-            segment_ids=batch.segment_ids[take] * real[:, None].astype(np.int32),
-            position_ids=batch.position_ids[:, take],
-            vision_index=None if batch.vision_index is None else batch.vision_index[take],
-        )
-        lengths = batch.segment_ids.sum(axis=1)
-        deltas = (next_position[take] - lengths).astype(np.int32)
-        t = batch.input_ids.shape[1]
-        capacity = bucket(max(t, int(lengths.max()) + num_new), MIN_CAPACITY)
-
-        text, head = model.language_model.flat, model.lm_head
-        sampling = sampling_of(config, padded_rows)
-        state = programs.prefill(
-            text, head, model.model.embed(batch), batch.input_ids, batch.position_ids, batch.segment_ids,
-            model.language_model.init_cache(padded_rows, capacity), deltas, sampling,
-        )  # fmt: skip
-        columns = [np.asarray(state.tokens)[:, None]]
-        made = 1
-        while made < num_new:
-            tokens, count, state = programs.decode(
-                text, head, state, sampling, STEPS_PER_DISPATCH, np.int32(num_new - made)
-            )
-            if not (count := int(count)):
-                break
-            columns.append(np.asarray(tokens)[:, :count])
-            made += count
-    new = np.concatenate(columns, axis=1)[:rows]
-    return np.concatenate([np.repeat(input_ids, copies, axis=0), new], axis=1).astype(np.int64)
+    prompt: Any
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def sampling_of(config: GenerationConfig, rows: int) -> programs.Sampling:
-    """How `rows` rows choose their tokens, as the programs take it."""
-    eos = np.full(bucket(len(config.eos_token_id), MIN_EOS), -1, np.int32)
-    eos[: len(config.eos_token_id)] = config.eos_token_id
-    params = SamplingParams.of(config, rows)
-    return programs.Sampling(params, row_keys(config.seed, rows), eos, np.int32(config.padding_id))
+class Engine:
+    """A model and its processor, ready to answer.
+
+    Attributes:
+      model, processor: these.
+      num_slots: how many prompts `generate_many` works on at a time.
+      steps_per_dispatch: as the constructor takes it.
+      pool: the pictures and videos encoded so far.
+      stats: what has been done so far.
+    """
+
+    def __init__(
+        self,
+        model: "Glm4vForConditionalGeneration",
+        processor: Glm4vProcessor,
+        *,
+        num_slots: int = 8,
+        capacity: int = MIN_CAPACITY,
+        steps_per_dispatch: int | None = None,
+    ):
+        """Put an engine together.
+
+        Args:
+          model, processor: of one checkpoint.
+          num_slots: how many prompts `generate_many` works on at a time.
+          capacity: tokens of prompt and answer that a slot has room for at first. It grows with the prompts, and with
+            every growth programs are compiled anew.
+          steps_per_dispatch: tokens made between two looks at them, at most 32; by default as many as that for
+            `generate_many`, and as many as make a steady stream for `stream`. The answers do not depend on it.
+        """
+        if num_slots < 1:
+            raise GenerationError(f"num_slots: found {num_slots}; expected at least 1")
+        if steps_per_dispatch is not None and not 1 <= steps_per_dispatch <= MAX_STEPS:
+            raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
+        self.model, self.processor = model, processor
+        self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
+        with use_mesh(model.mesh):
+            self.pool = FeaturePool(model.visual)
+        self.stats = Stats()
+        self._free: dict[tuple[int, int | None], list[Slots]] = {}
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, num_slots: int = 8, **kwargs: Any) -> Self:
+        """Load model and processor of a checkpoint directory; see `Glm4vForConditionalGeneration.from_pretrained`.
+
+        Compiled programs are kept from one process to the next, see `use_compilation_cache`.
+        """
+        from glm4v_jax.modeling import Glm4vForConditionalGeneration
+
+        use_compilation_cache()
+        processor = Glm4vProcessor.from_pretrained(directory)
+        return cls(Glm4vForConditionalGeneration.from_pretrained(directory, **kwargs), processor, num_slots=num_slots)
+
+    def config(self, preset: str | None = None, **options: Any) -> GenerationConfig:
+        """The checkpoint's options, changed by a preset's, changed by `options`; None means "not given".
+
+        Raises:
+          GenerationError: an option or preset is unknown, or out of its range.
+        """
+        config = self.model.generation_config
+        if preset is not None:
+            config = config.replace(**preset_options(preset))
+        config = config.replace(**options)
+        if config.num_return_sequences != 1:
+            raise GenerationError(f"num_return_sequences: found {config.num_return_sequences}; expected 1")
+        return config
+
+    def prompt(self, prompt: Any) -> Prompt:
+        """Make a prompt ready.
+
+        Args:
+          prompt: the user's text; or messages with `role` and `content`; or a processor's output for one prompt.
+
+        Raises:
+          MessageError, MediaError: what is wrong with it.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        sizes: tuple[tuple[int, int], ...] = ()
+        if not isinstance(prompt, Mapping):
+            source = choose_template(self.processor.chat_template)
+            text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
+            if not isinstance(text, str):
+                raise MessageError(f"found {len(text)} conversations; expected one")
+            media = self.processor.prepare_media(*extract_media(prompt, source))
+            prompt, sizes = self.processor.assemble([text], media), media.image_sizes
+        prompts = prompts_of(prompt, self.model.config)
+        if len(prompts) != 1:
+            raise MessageError(f"input_ids: found {len(prompts)} prompts; expected one")
+        return prompts[0].with_image_sizes(sizes)
+
+    def stream(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Iterator[Delta]:
+        """Answer a prompt, piece by piece; closing the iterator stops the answer.
+
+        Args:
+          prompt: see `prompt`.
+          preset: name of published sampling options (`presets.PRESETS`), which go over the checkpoint's.
+          **options: fields of `GenerationConfig`, which go over both.
+
+        Yields:
+          Pieces; the last holds the completion.
+
+        Raises:
+          Glm4vError: what is wrong with prompt or options, before anything is computed.
+        """
+        answer = self.answer(self.prompt(prompt), self.config(preset, **options))
+        return self._stream(answer)
+
+    def generate(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Completion:
+        """Answer a prompt; see `stream`."""
+        answer = self.answer(self.prompt(prompt), self.config(preset, **options))
+        return last(self._stream(answer, self.steps_per_dispatch or MAX_STEPS))
+
+    def generate_many(
+        self, prompts: Iterable[Any], *, preset: str | None = None, skip_errors: bool = False, **options: Any
+    ) -> Iterator[Completion]:
+        """Answer many prompts through `num_slots` slots: where one ends the next begins.
+
+        Args:
+          prompts: as many as there are, read as they are needed; each as `prompt` takes it, or a `Request`. Prompt
+            number i draws from (seed, i), whatever slot it is in and whoever is beside it.
+          preset, **options: see `stream`; for all.
+          skip_errors: give a completion with `error` for a prompt that cannot be prepared, and go on; raise otherwise.
+
+        Yields:
+          Completions, as they end; `index` is the number of their prompt.
+
+        Raises:
+          Glm4vError: what is wrong with an option or prompt.
+        """
+        shared = self.config(preset, **options)
+        failed: list[Completion] = []
+
+        def prepare(index: int, item: Any) -> Answer:
+            request = item if isinstance(item, Request) else Request(item)
+            if "logprobs" in request.options:
+                raise GenerationError("logprobs: found an option of one prompt; expected one for all")
+            config = shared.replace(**request.options)
+            number = 0 if "seed" in request.options else index
+            prompt = self.prompt(request.prompt)
+            for medium in prompt.media:
+                _ = medium.key  # hashed here, in the thread
+            return self.answer(prompt, config, index=index, number=number)
+
+        def fail(index: int, error: Exception) -> None:
+            failed.append(Completion(index, "", (), 0, "error", error=str(error)))
+
+        def answers() -> Iterator[Completion]:
+            queue = AnswerQueue(prompts, prepare, ahead=self.num_slots, on_error=fail if skip_errors else None)
+            try:
+                with self._slots(self.num_slots, shared) as slots:
+                    for update in run(slots, queue, steps=self.steps_per_dispatch or MAX_STEPS):
+                        yield from _drained(failed)
+                        if update.delta.completion is not None:
+                            yield update.delta.completion
+                yield from _drained(failed)
+            finally:
+                queue.close()
+
+        return answers()
+
+    def conversation(self, system: str | None = None, *, preset: str | None = None, **options: Any) -> "Conversation":
+        """Begin a conversation whose turns keep their cache.
+
+        Args:
+          system: what the system says first.
+          preset, **options: see `stream`; for all turns.
+        """
+        from glm4v_jax.generate.conversation import Conversation
+
+        return Conversation(self, system, self.config(preset, **options))
+
+    def warmup(
+        self,
+        *,
+        prompt_lengths: tuple[int, int],
+        vision_patches: tuple[int, int] | None = None,
+        max_new_tokens: int = 128,
+        one: bool = True,
+        many: bool = True,
+        logprobs: int | None = None,
+        progress: Callable[[Warmed], None] = show,
+    ) -> list[Warmed]:
+        """Compile what requests in these ranges need, so that none of them compiles anything.
+
+        Caches and the pool of pictures get the size of the largest such request at once.
+
+        Args:
+          prompt_lengths: tokens of the shortest and of the longest prompt, or whole conversation.
+          vision_patches: patches (before merging) of the smallest and of the largest request's pictures and frames that
+            are encoded together; None for text alone.
+          max_new_tokens: as requests will ask for it; with a think budget, that and the answer's together.
+          one: for `generate`, `stream` and conversations.
+          many: for `generate_many`.
+          logprobs: as requests will ask for it.
+          progress: called with each program and its seconds; by default they are printed on standard error.
+
+        Returns:
+          What was run, in order.
+
+        Raises:
+          GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
+        """
+        shortest, longest = prompt_lengths
+        check_ranges(self.model.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
+        self._capacity = max(self._capacity, bucket(longest + max_new_tokens, MIN_CAPACITY))
+        self._free.clear()
+        # Turns and what a budget cuts off append as little as a token.
+        lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
+        config = GenerationConfig(logprobs=logprobs)
+
+        def all_programs() -> Iterator[Warmed]:
+            if vision_patches is not None:
+                self.pool.reserve(largest_pool(self.model.visual, vision_patches))
+                yield from warm_vision(self.pool, vision_patches)
+            for num_rows in [1] * one + [self.num_slots] * many:
+                with self._slots(num_rows, config) as slots:
+                    yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens)
+
+        done = []
+        for warmed in all_programs():
+            done.append(warmed)
+            progress(warmed)
+        return done
+
+    def answer(self, prompt: Prompt, config: GenerationConfig, **kwargs: Any) -> Answer:
+        """An answer that has not begun; see `Answer`."""
+        limit = self.model.config.text_config.max_position_embeddings
+        return Answer(prompt, config, self.processor.tokenizer, limit, **kwargs)
+
+    def _stream(self, answer: Answer, steps: int | None = None) -> Iterator[Delta]:
+        with self._slots(1, answer.config) as slots:
+            for update in run(slots, answer.alone(), steps=steps or self.steps_per_dispatch):
+                yield update.delta
+
+    def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
+        """Slots of this engine's model, which take pictures from its pool."""
+        top = None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)
+        return Slots(self.model, num_rows, self._capacity, pool=self.pool, top=top, stats=self.stats)
+
+    @contextlib.contextmanager
+    def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
+        """Free slots, which the engine keeps for the next who needs such; they keep their caches' sizes."""
+        free = self._free.setdefault((num_rows, config.logprobs), [])
+        slots = free.pop() if free else self.new_slots(num_rows, config)
+        yield slots
+        free.append(slots)
+
+
+def last(deltas: Iterable[Delta]) -> Completion:
+    """The completion at the end of a stream."""
+    completion = None
+    for delta in deltas:
+        completion = delta.completion
+    if completion is None:
+        raise GenerationError("found a stream without an end; expected one that nobody closed")
+    return completion
+
+
+def _drained(failed: list[Completion]) -> Iterator[Completion]:
+    while failed:
+        yield failed.pop(0)

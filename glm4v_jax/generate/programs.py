@@ -1,114 +1,308 @@
-"""The jitted programs of generation: prefill, and a decoding loop that stays on the device."""
+"""The jitted programs of generation. Rows are slots: prompts come, end and make room for others in a running batch.
+
+`append` writes tokens behind what a row's cache holds: a prompt, a piece of a long one, a conversation's next turn.
+`begin` chooses the first token after them, and `decode` many more, in a loop that stays on the device.
+"""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax import mesh
-from glm4v_jax.cache import KVCache
+from glm4v_jax.cache import KVCache, init_cache
 from glm4v_jax.decoder import TextDecoder
-from glm4v_jax.generate.config import SamplingParams
-from glm4v_jax.generate.sampling import mark_seen, sample, seen_from_prompt, step_keys
+from glm4v_jax.generate.config import SAMPLING_DTYPES, SamplingParams
+from glm4v_jax.generate.sampling import mark_seen, row_keys, sample, step_keys
+from glm4v_jax.model import embed_with_vision
 from glm4v_jax.nn import Linear
 from glm4v_jax.programs import Flat, score
 
 
-class Sampling(NamedTuple):
-    """How next tokens are chosen; constant while a batch is generated."""
+class Row(NamedTuple):
+    """What generation knows of each row besides its cache; every field is [B, ...]."""
 
+    token: Int[Array, " B"]
+    """the newest token: chosen, but not yet in the cache"""
+    delta: Int[Array, " B"]
+    """position minus cache slot of new tokens"""
+    seen: Bool[Array, "B V"]
+    """tokens of the prompt and of the answer so far, for the repetition penalty"""
+    done: Bool[Array, " B"]
+    step: Int[Array, " B"]
+    """new tokens so far"""
+    limit: Int[Array, " B"]
+    """new tokens at most"""
+    eos: Int[Array, "B E"]
+    """tokens that end the row; -1 ends none"""
+    seed: Int[Array, " B"]
+    number: Int[Array, " B"]
+    """which row of a request this is: rows of one seed draw differently"""
     params: SamplingParams
-    keys: Key[Array, " B"]
-    eos: Int[Array, " E"]
-    """ids that end a row; -1 ends none"""
-    pad: Int[Array, ""]
-    """what finished rows go on with"""
 
 
 class State(NamedTuple):
-    """Where the generation of a batch stands."""
+    """Where the generation of B rows stands."""
 
-    tokens: Int[Array, " B"]
-    """the newest token of each row: chosen, but not yet in the cache"""
     cache: KVCache
-    deltas: Int[Array, " B"]
-    """position minus slot of each row's new tokens"""
-    seen: Bool[Array, "B V"]
+    row: Row
+
+
+class Piece(NamedTuple):
+    """Tokens to append to n rows, padded on the right to T.
+
+    keep: how many slots of each row's cache stand before them; what was behind is forgotten.
+    vision_index: -1 for text, otherwise the merged token of the pool that goes there.
+    """
+
+    input_ids: Int[Array, "n T"]
+    position_ids: Int[Array, "3 n T"]
+    segment_ids: Int[Array, "n T"]
+    vision_index: Int[Array, "n T"]
+    keep: Int[Array, " n"]
+
+
+class Chosen(NamedTuple):
+    """Tokens, and their log probabilities under the model where asked for: before penalty, temperature and cuts."""
+
+    tokens: Int[Array, "*B"]
+    logprobs: Float[Array, "*B"] | None
+    top_tokens: Int[Array, "*B N"] | None
+    top_logprobs: Float[Array, "*B N"] | None
+
+
+class Decoded(NamedTuple):
+    """What a call of `decode` made.
+
+    chosen: [B, K], of row b the first so many columns as its `step` grew by.
+    step, done: [B], the rows' after the call.
+    """
+
+    chosen: Chosen
+    step: Int[Array, " B"]
     done: Bool[Array, " B"]
-    step: Int[Array, ""]
-    """new tokens so far"""
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
+def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> State:
+    """`batch` empty rows of `capacity` cache slots, all done."""
+    config = text.module.config
+    rows = jax.tree.map(
+        lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (x.ndim - 1)),
+        Row(
+            token=np.zeros(batch, np.int32),
+            delta=np.zeros(batch, np.int32),
+            seen=np.zeros((batch, config.vocab_size), np.bool_),
+            done=np.ones(batch, np.bool_),
+            step=np.zeros(batch, np.int32),
+            limit=np.zeros(batch, np.int32),
+            eos=np.full((batch, num_eos), -1, np.int32),
+            seed=np.zeros(batch, np.uint32),
+            number=np.zeros(batch, np.uint32),
+            params=SamplingParams(*(np.zeros(batch, dtype) for dtype in SAMPLING_DTYPES)),
+        ),
+    )
+    return State(init_cache(config, batch, capacity, text.leaves[0].dtype, stacked=stacked), rows)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def prefill(
+def append(
+    text: Flat[TextDecoder],
+    cache: KVCache,
+    slots: Int[Array, " n"] | None,
+    piece: Piece,
+    pool: Float[Array, "P D"],
+) -> tuple[KVCache, Float[Array, "n 1 D"]]:
+    """Run tokens through the decoder behind what the cache of their rows holds.
+
+    The caller sees to it that `keep[i] + T` slots exist.
+
+    Args:
+      text: the decoder.
+      cache: of all B rows.
+      slots: one row of each of the n shards of the batch, counted within its shard; -1 leaves the shard alone. None:
+        the piece is for all B rows.
+      piece: what to append.
+      pool: merged vision tokens that `piece.vision_index` counts.
+
+    Returns:
+      The cache as written, and the hidden state of each row's last token.
+    """
+    decoder = text.module
+    axis = 1 if cache.is_stacked else 0
+    segment_ids = mesh.reshard(piece.segment_ids, "batch", "length")
+    keep = mesh.reshard(piece.keep, "batch")
+    old = cache if slots is None else _take_cache(cache, slots, axis)
+    kept = mesh.reshard(jnp.arange(cache.capacity)[None], None, None) < keep[:, None]
+    rewound = old._replace(segments=jnp.where(kept, old.segments, 0), length=keep)
+    embeds = embed_with_vision(decoder, piece.input_ids, pool, piece.vision_index)
+    hidden, written, _ = decoder(embeds, piece.position_ids, segment_ids, rewound)
+    assert written is not None
+    count = jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32)
+    written = written._replace(length=keep + count)
+    last = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(hidden, jnp.maximum(count - 1, 0))
+    return written if slots is None else _put_cache(cache, slots, written, axis), last
+
+
+@functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
+def begin(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
-    embeds: Float[Array, "B T D"],
-    input_ids: Int[Array, "B T"],
-    position_ids: Int[Array, "3 B T"],
-    segment_ids: Int[Array, "B T"],
-    cache: KVCache,
-    deltas: Int[Array, " B"],
-    sampling: Sampling,
-) -> State:
-    """Left-aligned prompts -> a filled cache and the first new token. Rows of padding are done from the start."""
-    decoder = text.module
-    hidden, written, _ = decoder(embeds, position_ids, segment_ids, cache)
-    assert written is not None
-    segment_ids = mesh.reshard(segment_ids, "batch", "length")
-    lengths = jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32)
-    cache = written._replace(length=lengths)
-    hidden = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(hidden, jnp.maximum(lengths - 1, 0))
-    seen = seen_from_prompt(mesh.reshard(input_ids, "batch", "length"), segment_ids, decoder.config.vocab_size)
-    state = State(lengths, cache, mesh.reshard(deltas, "batch"), seen, lengths == 0, jnp.zeros((), jnp.int32))
-    return _choose(decoder, head, hidden, state, sampling)
+    state: State,
+    slots: Int[Array, " n"] | None,
+    hidden: Float[Array, "n 1 D"],
+    row: Row,
+    *,
+    top: int | None = None,
+) -> tuple[State, Chosen]:
+    """Choose the first token of rows whose prompts are in the cache, and set them going.
+
+    Args:
+      text, head: the model.
+      state: of all rows; its cache is `append`'s.
+      slots: as `append` takes them.
+      hidden: as `append` returns them.
+      row: of the n rows; `token` counts for nothing, and nothing is chosen for a row that is done.
+      top: how many likeliest tokens to return with their log probabilities; None for no log probabilities at all.
+
+    Returns:
+      The state, and what was chosen, [n].
+    """
+    row = jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
+    row, chosen = _choose(text.module, head, hidden, row, top)
+    if slots is not None:
+        row = jax.tree.map(lambda x, new: _put(x, slots, new, 0), state.row, row)
+    return state._replace(row=row), chosen
 
 
-@functools.partial(jax.jit, static_argnames="num_steps", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("num_steps", "top"), donate_argnames="state")
 def decode(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
     state: State,
-    sampling: Sampling,
-    num_steps: int,
     limit: Int[Array, ""],
-) -> tuple[Int[Array, "B K"], Int[Array, ""], State]:
-    """Up to min(num_steps, limit) more tokens of every row; stops early when all rows are done.
-
-    Returns:
-      The tokens, of which only the first so many columns were made; how many; the new state.
-    """
+    idle: Int[Array, ""],
+    *,
+    num_steps: int,
+    top: int | None = None,
+) -> tuple[Decoded, State]:
+    """Up to min(num_steps, limit) more tokens of every row that is not done; stops early when `idle` rows are done."""
     decoder = text.module
 
-    def go_on(carry: tuple[Array, Array, State]) -> Array:
+    def go_on(carry: tuple[Array, Chosen, State]) -> Array:
         i, _, state = carry
-        return (i < jnp.minimum(num_steps, limit)) & ~jnp.all(state.done)
+        return (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
 
-    def step(carry: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
-        i, out, state = carry
-        token = state.tokens[:, None]
-        position = jnp.broadcast_to((state.cache.length + state.deltas)[None, :, None], (3, *token.shape))
-        hidden, cache, _ = decoder(decoder.embed_tokens(token), position, jnp.ones_like(token), state.cache)
-        assert cache is not None
-        state = _choose(decoder, head, hidden, state._replace(cache=cache), sampling)
-        return i + 1, jax.lax.dynamic_update_index_in_dim(out, state.tokens, i, 1), state
+    def step(carry: tuple[Array, Chosen, State]) -> tuple[Array, Chosen, State]:
+        i, out, (cache, row) = carry
+        token = row.token[:, None]
+        position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
+        # A row that is done writes into the slot behind its last one, over and over, and sees nothing of it.
+        segment_ids = jnp.where(row.done, 0, 1)[:, None]
+        hidden, written, _ = decoder(decoder.embed_tokens(token), position, segment_ids, cache)
+        assert written is not None
+        written = written._replace(length=jnp.where(row.done, cache.length, written.length))
+        row, chosen = _choose(decoder, head, hidden, row, top)
+        out = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
+        return i + 1, out, State(written, row)
 
-    out = jnp.zeros_like(state.tokens)[:, None] + jnp.zeros((1, num_steps), jnp.int32)
-    count, out, state = jax.lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32), out, state))
-    return out, count, state
+    zero = (state.row.token * 0)[:, None]
+    out = Chosen(zero + jnp.zeros((1, num_steps), jnp.int32), None, None, None)
+    if top is not None:
+        many = out.tokens[..., None] + jnp.zeros((1, 1, top), jnp.int32)
+        out = Chosen(out.tokens, out.tokens.astype(jnp.float32), many, many.astype(jnp.float32))
+    _, out, state = jax.lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32), out, state))
+    # Of their own: the state will be given away in the next call, perhaps before anybody has read these.
+    return Decoded(out, jnp.copy(state.row.step), jnp.copy(state.row.done)), state
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def stop(state: State, rows: Bool[Array, " B"]) -> State:
+    """End these rows."""
+    done = state.row.done | mesh.reshard(rows, "batch")
+    return state._replace(row=state.row._replace(done=done))
+
+
+@functools.partial(jax.jit, static_argnames="num_eos")
+def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
+    """Room for more end tokens."""
+    return jnp.pad(eos, ((0, 0), (0, num_eos - eos.shape[1])), constant_values=-1)
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def store(pool: Float[Array, "P D"], features: Float[Array, "N D"], start: Int[Array, ""]) -> Float[Array, "P D"]:
+    """Write merged vision tokens into the pool; the caller sees to it that they fit."""
+    return jax.lax.dynamic_update_slice_in_dim(pool, features.astype(pool.dtype), start, axis=0)
 
 
 def _choose(
-    decoder: TextDecoder, head: Flat[Linear] | None, hidden: Float[Array, "B 1 D"], state: State, sampling: Sampling
-) -> State:
-    """Choose the next token of each row from its last hidden state."""
+    decoder: TextDecoder, head: Flat[Linear] | None, hidden: Float[Array, "B 1 D"], row: Row, top: int | None
+) -> tuple[Row, Chosen]:
+    """Choose the next token of each row from its last hidden state; rows that are done stand still."""
     scores = score(decoder, None if head is None else head.module, hidden)
     scores = mesh.reshard(scores[:, 0], "batch", None)
-    params = SamplingParams(*(mesh.reshard(jnp.asarray(p), "batch") for p in sampling.params))
-    keys = step_keys(mesh.reshard(sampling.keys, "batch"), state.step)
-    tokens = sample(scores, params, state.seen, keys)
-    tokens = jnp.where(state.done, sampling.pad, tokens)
-    done = state.done | jnp.any(tokens[:, None] == sampling.eos[None], axis=1)
-    return state._replace(tokens=tokens, seen=mark_seen(state.seen, tokens), done=done, step=state.step + 1)
+    tokens = sample(scores, row.params, row.seen, step_keys(row_keys(row.seed, row.number), row.step))
+    tokens = jnp.where(row.done, row.token, tokens)
+    step = jnp.where(row.done, row.step, row.step + 1)
+    done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
+    chosen = Chosen(tokens, None, None, None)
+    if top is not None:
+        logprobs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+        # A comparison in place of a gather, which an explicit partition would have to be told how to make.
+        of_token = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
+        best, ids = (
+            jax.lax.top_k(logprobs, top) if top else (logprobs[:, :0], jnp.zeros_like(logprobs, jnp.int32)[:, :0])
+        )
+        chosen = Chosen(tokens, of_token, ids, best)
+    return row._replace(token=tokens, seen=mark_seen(row.seen, tokens), done=done, step=step), chosen
+
+
+def _blocks(x: Array, n: int, axis: int) -> Array:
+    """[..., B, ...] -> [..., n, B / n, ...]: the rows of each shard."""
+    shape = (*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
+    sharding = jax.typeof(x).sharding
+    names = list(sharding.spec) + [None] * (x.ndim - len(sharding.spec))
+    return x.reshape(shape, out_sharding=jax.P(*names[: axis + 1], None, *names[axis + 1 :]))
+
+
+def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
+    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
+
+    def of_shard(block: Array, slot: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(block, jnp.maximum(slot, 0), axis, keepdims=False)
+
+    slots = mesh.reshard(slots, "batch")
+    return jax.vmap(of_shard, in_axes=(axis, 0), out_axes=axis)(_blocks(x, len(slots), axis), slots)
+
+
+def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
+    """The reverse of `_take`; a slot of -1 changes nothing."""
+
+    def of_shard(block: Array, slot: Array, new: Array) -> Array:
+        i = jnp.maximum(slot, 0)
+        new = jnp.where(slot < 0, jax.lax.dynamic_index_in_dim(block, i, axis, keepdims=False), new)
+        return jax.lax.dynamic_update_index_in_dim(block, new, i, axis)
+
+    slots = mesh.reshard(slots, "batch")
+    blocks = jax.vmap(of_shard, in_axes=(axis, 0, axis), out_axes=axis)(_blocks(x, len(slots), axis), slots, new)
+    return blocks.reshape(x.shape, out_sharding=jax.typeof(x).sharding)
+
+
+def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
+    sides = [
+        jax.tree.map(lambda *xs: function(*xs, axis), cache.k, *(other.k for other in others)),
+        jax.tree.map(lambda *xs: function(*xs, axis), cache.v, *(other.v for other in others)),
+    ]
+    rest = [function(*xs, 0) for xs in zip(cache[2:], *(other[2:] for other in others), strict=True)]
+    return KVCache(*sides, *rest)
+
+
+def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
+    return _map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
+
+
+def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
+    return _map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)

@@ -52,9 +52,10 @@ def sample(
     return jnp.where(jnp.asarray(params.do_sample), drawn, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
 
 
-def row_keys(seed: Int[Array, ""] | int, batch: int) -> Key[Array, "B"]:
-    """Returns one key a row, which depends on the seed and the row's number and not on `batch`."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
+def row_keys(seeds: Int[Array, "*B"] | int, numbers: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Returns one key a row, which depends on its request's seed and its number in the request alone."""
+    seeds = jnp.broadcast_to(jnp.asarray(seeds), jnp.shape(numbers))
+    return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
 
 
 def step_keys(keys: Key[Array, "B"], step: Int[Array, "*B"] | int) -> Key[Array, "B"]:

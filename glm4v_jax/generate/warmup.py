@@ -1,31 +1,34 @@
 """Compile ahead of the first request: every program that requests of given lengths and picture sizes will run.
 
-Prompts, caches and vision rows have the shapes of small bucket sets (`inputs.packing`, `inputs.prepare`,
-`generate.engine`). These functions list the buckets that a range of requests can reach, and `warmup` runs each once, on
-zeros.
+Pieces of prompts, caches, vision rows and pools have the shapes of small bucket sets (`inputs.packing`,
+`generate.slots`, `generate.features`). These functions list the buckets that a range of requests can reach, and run
+each program once, on zeros.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+import rich.console
 
-from glm4v_jax import programs
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate import programs as generation
+from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.engine import MIN_CAPACITY, STEPS_PER_DISPATCH, sampling_of
+from glm4v_jax.generate.features import GROWTH, FeaturePool, pool_capacity
+from glm4v_jax.generate.prompt import Prompt
+from glm4v_jax.generate.slots import MAX_PIECE, MIN_CAPACITY, Slots, Start
 from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.inputs.prepare import MIN_LENGTH
 from glm4v_jax.mesh import data_shards, use_mesh
 
 if TYPE_CHECKING:
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
+    from glm4v_jax.modeling_parts import Glm4vVisionModel
 
 
 class Warmed(NamedTuple):
@@ -66,9 +69,24 @@ def row_shapes(low: int, high: int, row_multiple: int = 1) -> list[tuple[int, in
     return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def cache_capacities(length: int, shortest: int, longest: int, max_new_tokens: int) -> list[int]:
-    """The capacities of caches for prompts of `shortest` to `longest` tokens in the bucket `length`."""
-    return buckets(max(length, shortest + max_new_tokens), max(length, longest + max_new_tokens), MIN_CAPACITY)
+def piece_lengths(length: int) -> int:
+    """The length of the pieces that a prompt of `length` tokens is cut into."""
+    return bucket(-(-length // -(-length // MAX_PIECE)), MIN_LENGTH)
+
+
+def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tuple[int, int, int]]:
+    """Each (length of pieces, capacity of the cache) that prompts of such lengths need, and the length of one of them.
+
+    Both only change where one of their buckets does.
+    """
+    edges = {shortest}
+    for count in range(1, -(-longest // MAX_PIECE) + 1):
+        edges |= {count * b + 1 for b in buckets(MIN_LENGTH, MAX_PIECE, MIN_LENGTH)}
+    edges |= {b - max_new_tokens + 1 for b in buckets(MIN_CAPACITY, longest + max_new_tokens, MIN_CAPACITY)}
+    shapes: dict[tuple[int, int], int] = {}
+    for length in sorted(edge for edge in edges if shortest <= edge <= longest):
+        shapes.setdefault((piece_lengths(length), bucket(length + max_new_tokens, MIN_CAPACITY)), length)
+    return [(*shape, length) for shape, length in shapes.items()]
 
 
 def warmup(
@@ -78,6 +96,7 @@ def warmup(
     vision_patches: tuple[int, int] | None = None,
     max_new_tokens: int = 128,
     batch_sizes: Sequence[int] = (1,),
+    progress: Callable[[Warmed], None] | None = None,
 ) -> list[Warmed]:
     """Compile and run once what `model.generate` will need, so that no request in these ranges compiles anything.
 
@@ -88,6 +107,7 @@ def warmup(
         together; None for text alone.
       max_new_tokens: as requests will ask for it; it decides the size of the caches.
       batch_sizes: numbers of prompts in a request.
+      progress: called with each program as it has run.
 
     Returns:
       What was run, in order.
@@ -95,28 +115,107 @@ def warmup(
     Raises:
       GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
     """
-    _check(model.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
-    done = []
+    check_ranges(model.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
     with use_mesh(model.mesh):
         shards = data_shards()
-        features: dict[int, Array] = {}
-        for shape in row_shapes(*vision_patches, shards) if vision_patches is not None else ():
-            start = time.perf_counter()
-            encoded = jax.block_until_ready(model.visual.encode(_empty_rows(model.config, *shape)))
-            features[encoded.shape[0]] = encoded
-            done.append(Warmed("encode", f"rows {list(shape)}", time.perf_counter() - start))
-        for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
-            done += _warm_text(model, rows, prompt_lengths, max_new_tokens, features)
+    pools = [pool_capacity(1)]
+    while vision_patches is not None and pools[-1] < largest_pool(model.visual, vision_patches):
+        pools.append(pools[-1] * GROWTH)
+
+    def all_programs() -> Iterator[Warmed]:
+        for capacity in pools:
+            with use_mesh(model.mesh):
+                pool = FeaturePool(model.visual, capacity)
+            if vision_patches is not None:
+                yield from warm_vision(pool, vision_patches)
+            for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
+                for _, cache, length in prompt_shapes(*prompt_lengths, max_new_tokens):
+                    slots = Slots(model, rows, cache, pool=pool)
+                    yield from warm_slots(slots, [length], max_new_tokens, together=True)
+
+    return _run(all_programs(), progress)
+
+
+def show(warmed: Warmed) -> None:
+    """Print a line on standard error."""
+    rich.console.Console(stderr=True).print(
+        f"{warmed.seconds:7.2f} s  {warmed.program:8} {warmed.shape}", highlight=False, markup=False
+    )
+
+
+def largest_pool(visual: "Glm4vVisionModel", vision_patches: tuple[int, int]) -> int:
+    """The capacity of the pool for requests of so many patches."""
+    with use_mesh(visual.mesh):
+        shapes = row_shapes(*vision_patches, data_shards())
+    return pool_capacity(max(visual.tokens_of(rows * length) for rows, length in shapes))
+
+
+def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
+    """The vision encoder, for requests of so many patches that the pool can hold."""
+    visual = pool.visual
+    with use_mesh(visual.mesh):
+        shapes = row_shapes(*vision_patches, data_shards())
+    for rows, length in shapes:
+        if pool_capacity(visual.tokens_of(rows * length)) > pool.capacity:
+            continue
+        start = time.perf_counter()
+        with use_mesh(visual.mesh):
+            features = visual.encode(_empty_rows(visual, rows, length))
+            jax.block_until_ready(programs.store(jnp.copy(pool.array), features, np.int32(0)))
+        yield Warmed("encode", f"rows {[rows, length]}, pool {pool.capacity}", time.perf_counter() - start)
+
+
+def warm_slots(
+    slots: Slots, lengths: Sequence[int], max_new_tokens: int, *, together: bool = False
+) -> Iterator[Warmed]:
+    """Prefill for prompts of each length, and decoding, in the slots as they are."""
+    config = GenerationConfig(eos_token_id=(), logprobs=slots.top)
+    rows = range(slots.num_rows if together else 1)
+    for length in lengths:
+        start = time.perf_counter()
+        started = slots.start(dict.fromkeys(rows, Start(_empty_prompt(length), config, 1)), together=together)
+        jax.block_until_ready(started[-1].chosen)
+        shape = f"B {slots.num_rows}, T {piece_lengths(length)}, cache {slots.capacity}"
+        yield Warmed("prefill", shape, time.perf_counter() - start)
+    if max_new_tokens == 1:
+        return
+    start = time.perf_counter()
+    # Twice: the state that decoding returns may be laid out otherwise than the one that prefill returns.
+    for _ in range(2):
+        slots.start({0: Start(_empty_prompt(lengths[-1]), config, min(3, max_new_tokens))}, together=together)
+        for _ in range(min(2, max_new_tokens - 1)):
+            slots.read(slots.decode(1))
+    slots.stop(list(rows))
+    yield Warmed("decode", f"B {slots.num_rows}, cache {slots.capacity}", time.perf_counter() - start)
+
+
+def _run(programs_: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:
+    done = []
+    for warmed in programs_:
+        done.append(warmed)
+        if progress is not None:
+            progress(warmed)
     return done
 
 
-def _check(
+def _empty_prompt(length: int) -> Prompt:
+    none = np.full(length, -1, np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (3, length))
+    return Prompt(np.zeros(length, np.int32), positions, 0, (), none, none)
+
+
+def check_ranges(
     config: Glm4vConfig,
     prompt_lengths: tuple[int, int],
     vision_patches: tuple[int, int] | None,
     max_new_tokens: int,
     batch_sizes: Sequence[int],
 ) -> None:
+    """Complain of ranges that no request is in.
+
+    Raises:
+      GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
+    """
     for name, (low, high) in (("prompt_lengths", prompt_lengths), ("vision_patches", vision_patches or (1, 1))):
         if not 1 <= low <= high:
             raise GenerationError(f"{name}: found {(low, high)}; expected (low, high) with 1 <= low <= high")
@@ -128,47 +227,9 @@ def _check(
         raise GenerationError(f"prompt_lengths and max_new_tokens: found {found} in all; expected at most {limit}")
 
 
-def _warm_text(
-    model: "Glm4vForConditionalGeneration",
-    rows: int,
-    prompt_lengths: tuple[int, int],
-    max_new_tokens: int,
-    features: dict[int, Array],
-) -> Iterator[Warmed]:
-    """Embedding for every (B, T) alone and with every number of vision tokens, prefill and decoding for every cache."""
-    text, head = model.language_model.flat, model.lm_head
-    shortest, decoded = prompt_lengths[0], set()
-    for length in buckets(*prompt_lengths, MIN_LENGTH):
-        ids = np.zeros((rows, length), np.int32)
-        for num_tokens, encoded in [(0, None), *sorted(features.items())]:
-            start = time.perf_counter()
-            index = None if encoded is None else np.full_like(ids, -1)
-            embeds = jax.block_until_ready(programs.embed(text, ids, encoded, index))
-            yield Warmed("embed", f"B {rows}, T {length}, vision tokens {num_tokens}", time.perf_counter() - start)
-        for capacity in cache_capacities(length, shortest, min(length, prompt_lengths[1]), max_new_tokens):
-            start = time.perf_counter()
-            sampling = sampling_of(GenerationConfig(eos_token_id=()), rows)
-            state = generation.prefill(
-                text, head, embeds, ids, np.ones((3, rows, length), np.int32), np.ones_like(ids),
-                model.language_model.init_cache(rows, capacity), np.zeros(rows, np.int32), sampling,
-            )  # fmt: skip
-            jax.block_until_ready(state)
-            yield Warmed("prefill", f"B {rows}, T {length}, cache {capacity}", time.perf_counter() - start)
-            if max_new_tokens == 1 or capacity in decoded:
-                continue
-            decoded.add(capacity)
-            start = time.perf_counter()
-            # Twice: the state that decoding returns may be laid out otherwise than the one that prefill returns.
-            for _ in range(2):
-                _, _, state = generation.decode(text, head, state, sampling, STEPS_PER_DISPATCH, np.int32(1))
-            jax.block_until_ready(state)
-            yield Warmed("decode", f"B {rows}, cache {capacity}", time.perf_counter() - start)
-        shortest = length + 1
-
-
-def _empty_rows(config: Glm4vConfig, rows: int, length: int) -> VisionRows:
+def _empty_rows(visual: "Glm4vVisionModel", rows: int, length: int) -> VisionRows:
     """Vision rows of this shape with nothing in them."""
-    vision, shape = config.vision_config, (rows, length)
+    vision, shape = visual.config, (rows, length)
     return VisionRows(
         np.zeros((*shape, vision.patch_dim), np.float32),
         np.zeros(shape, np.int32),

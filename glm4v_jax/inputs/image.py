@@ -55,13 +55,27 @@ class _ImageProcessor(MediaProcessor):
     _fused: ClassVar[bool]
 
     def _prepare(self, images: Any, overrides: Mapping[str, Any]) -> BatchFeature:
+        return self.prepare_with_sizes(images, overrides)[0]
+
+    def prepare_with_sizes(
+        self, images: Any, overrides: Mapping[str, Any]
+    ) -> tuple[BatchFeature, list[tuple[int, int]]]:
+        """What a call returns, and (width, height) of each picture as it was given, in pixels.
+
+        Args:
+            images: a picture or lists of pictures.
+            overrides: settings for this call.
+
+        Raises:
+            MediaError: a picture cannot be loaded or prepared; the message says which.
+        """
         settings = self.resolve(overrides)
         input_data_format = pixels.channel_format(settings.get("input_data_format"), "input_data_format")
         normalization = normalization_of(settings, fused=self._fused)
         patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
         merge_size = settings["merge_size"]
 
-        def resized(item: tuple[int, Any]) -> np.ndarray:
+        def resized(item: tuple[int, Any]) -> tuple[np.ndarray, tuple[int, int]]:
             index, source = item
             try:
                 return self._resized(source, settings, input_data_format)
@@ -76,7 +90,8 @@ class _ImageProcessor(MediaProcessor):
                     decode_pillow(source)
                 except MediaError as error:
                     raise name_media("image", index, source, error) from error
-        frames = map_threads(resized, enumerate(sources))
+        loaded = map_threads(resized, enumerate(sources))
+        frames = [frame for frame, _ in loaded]
 
         channels = [3] if not frames else []
         for index, (source, frame) in enumerate(zip(sources, frames, strict=True)):
@@ -101,10 +116,12 @@ class _ImageProcessor(MediaProcessor):
             pixels.write_frame(target[0], frames[index], normalization, range(temporal))
 
         map_threads(write, range(len(frames)))
-        return BatchFeature(pixel_values=patches, image_grid_thw=grids)
+        return BatchFeature(pixel_values=patches, image_grid_thw=grids), [size for _, size in loaded]
 
-    def _resized(self, source: Any, settings: Mapping[str, Any], input_data_format: str | None) -> np.ndarray:
-        """A picture [H, W, C] of the size it is cut in."""
+    def _resized(
+        self, source: Any, settings: Mapping[str, Any], input_data_format: str | None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """A picture [H, W, C] of the size it is cut in, and the width and height it came in."""
         if is_path_like(source):
             source = load_image(source)
         if isinstance(source, PIL.Image.Image):
@@ -122,6 +139,7 @@ class _ImageProcessor(MediaProcessor):
             )
         factor = settings["patch_size"] * settings["merge_size"]
         height, width = image.shape[:2]
+        size = (width, height)
         if settings["do_resize"]:
             height, width = smart_resize(
                 num_frames=settings["temporal_patch_size"],
@@ -133,10 +151,10 @@ class _ImageProcessor(MediaProcessor):
                 max_pixels=settings["size"]["longest_edge"],
             )
             resize = pixels.resize_planes if self._fused else pixels.resize_as_picture
-            return resize(image, height, width, settings["resample"])
+            return resize(image, height, width, settings["resample"]), size
         if height % factor or width % factor:
             raise MediaError(f"has {height} x {width} pixels; without do_resize, expected multiples of {factor}")
-        return image
+        return image, size
 
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None

@@ -70,7 +70,7 @@ def make_batch(
       MessageError: a shape is wrong, pixel values and grids do not match, or the prompts have places for more or fewer
         pictures or video frames than were given.
     """
-    input_ids, mask = _checked_ids(input_ids, attention_mask, config)
+    input_ids, mask = checked_ids(input_ids, attention_mask, config)
     batch, t = input_ids.shape
     ids = token_ids(config)
     merge = config.vision_config.spatial_merge_size
@@ -113,9 +113,14 @@ def make_batch(
     )
 
 
-def _checked_ids(
+def checked_ids(
     input_ids: np.ndarray, attention_mask: np.ndarray | None, config: Glm4vConfig
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int [B, T] and bool [B, T], where they are not padding.
+
+    Raises:
+      MessageError: a shape is wrong, a row is all padding, or a token is not in the vocabulary.
+    """
     input_ids = token_array(input_ids)
     mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     if mask.shape != input_ids.shape:

@@ -54,6 +54,31 @@ class MultiModalData:
     num_video_tokens: list[int] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedMedia:
+    """Pictures and videos on their way into prompts.
+
+    Attributes:
+      features: what a call returns for them: pixel values and grids.
+      images, videos: what stands for each in a prompt.
+      image_sizes: (width, height) of the pictures as they were given, in pixels; empty where nobody asked.
+    """
+
+    features: BatchFeature
+    images: list[Expansion]
+    videos: list[Expansion]
+    image_sizes: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence["PreparedMedia"]) -> "PreparedMedia":
+        """All pictures and all videos of several, in their order."""
+        names = dict.fromkeys(name for part in parts for name in part.features)
+        features = {name: np.concatenate([p.features[name] for p in parts if name in p.features]) for name in names}
+        images = [expansion for part in parts for expansion in part.images]
+        videos = [expansion for part in parts for expansion in part.videos]
+        return cls(BatchFeature(features), images, videos, tuple(size for part in parts for size in part.image_sizes))
+
+
 class Glm4vProcessor:
     """A picture processor, a tokenizer and a video processor, put together.
 
@@ -184,21 +209,54 @@ class Glm4vProcessor:
         videos_per_row: list[int] | None,
     ) -> BatchFeature:
         options, return_tensors = sort_options(kwargs)
-        text_options, video_options = options["text_kwargs"], options["videos_kwargs"]
-        if text is None:
-            raise MessageError("text is missing, expected a prompt or a list of prompts")
-        rows: list[Row] = [text] if isinstance(text, str) else list(text)
-        for index, row in enumerate(rows):
-            words = row if text_options.get("is_split_into_words") and not isinstance(row, str) else [row]
-            if not all(isinstance(word, str) for word in words):
-                raise MessageError(f"text[{index}] is {type(row).__name__}, expected str")
+        rows = _checked_text(text, options["text_kwargs"])
+        media = self._prepare_media(images, videos, options)
+        return self._join(rows, media, options["text_kwargs"], return_tensors, images_per_row, videos_per_row)
 
+    def prepare_media(self, images: Any = None, videos: Any = None, **kwargs: Any) -> PreparedMedia:
+        """Prepare pictures and videos by themselves, for prompts that will show them more than once; see `assemble`.
+
+        Args:
+          images: a picture or lists of pictures; see `Glm4vImageProcessor`.
+          videos: a video or lists of videos; see `Glm4vVideoProcessor`.
+          **kwargs: options of a call, such as `size` or `fps`.
+
+        Raises:
+          MediaError: a picture or video cannot be loaded or prepared.
+        """
+        options = sort_options(kwargs)[0]
+        media = self._prepare_media(None, videos, options)
+        if _is_empty(images):
+            return media
+        settings = {n: v for n, v in options["images_kwargs"].items() if n in self.image_processor.defaults}
+        features, sizes = self.image_processor.prepare_with_sizes(images, settings)
+        expansions = self._expand_images(features, settings)
+        return dataclasses.replace(
+            media, features=BatchFeature(features | media.features), images=expansions, image_sizes=tuple(sizes)
+        )
+
+    def assemble(self, text: str | Sequence[str], media: PreparedMedia, **kwargs: Any) -> BatchFeature:
+        """A call with pictures and videos that are prepared already.
+
+        Args:
+          text: one prompt or B prompts, with `<|image|>` and `<|video|>` where the media go.
+          media: all of them, in the order of their placeholders (`PreparedMedia.joined`).
+          **kwargs: options of the tokenizer.
+
+        Raises:
+          MessageError: more or fewer pictures or videos than placeholders.
+        """
+        options, return_tensors = sort_options(kwargs)
+        rows = _checked_text(text, options["text_kwargs"])
+        return self._join(rows, media, options["text_kwargs"], return_tensors, None, None)
+
+    def _prepare_media(self, images: Any, videos: Any, options: Mapping[str, dict[str, Any]]) -> PreparedMedia:
         features = BatchFeature()
         image_expansions: list[Expansion] = []
         if not _is_empty(images):
             features |= self.image_processor(images=images, **options["images_kwargs"])
-            merge_size = options["images_kwargs"].get("merge_size") or self.image_processor.merge_size
-            image_expansions = [expand_image(g, merge_size, self.image_token) for g in features["image_grid_thw"]]
+            image_expansions = self._expand_images(features, options["images_kwargs"])
+        video_options = options["videos_kwargs"]
         video_expansions: list[Expansion] = []
         return_metadata = video_options.pop("return_metadata", False)
         if not _is_empty(videos):
@@ -209,12 +267,26 @@ class Glm4vProcessor:
                 expand_video(grid, metadata, merge_size, self.image_token)
                 for grid, metadata in zip(features["video_grid_thw"], video_metadata, strict=True)
             ]
+        return PreparedMedia(features, image_expansions, video_expansions)
 
+    def _expand_images(self, features: Mapping[str, Any], options: Mapping[str, Any]) -> list[Expansion]:
+        merge_size = options.get("merge_size") or self.image_processor.merge_size
+        return [expand_image(grid, merge_size, self.image_token) for grid in features["image_grid_thw"]]
+
+    def _join(
+        self,
+        rows: list[Row],
+        media: PreparedMedia,
+        text_options: Mapping[str, Any],
+        return_tensors: str | None,
+        images_per_row: list[int] | None,
+        videos_per_row: list[int] | None,
+    ) -> BatchFeature:
         expand = Expander(
-            self.image_token, self.video_token, image_expansions, video_expansions, images_per_row, videos_per_row
+            self.image_token, self.video_token, media.images, media.videos, images_per_row, videos_per_row
         )
         rows, types = expand(rows)
-        return BatchFeature(self._tokenize(rows, types, text_options, return_tensors) | features)
+        return BatchFeature(self._tokenize(rows, types, text_options, return_tensors) | media.features)
 
     def _tokenize(
         self,
@@ -389,6 +461,17 @@ def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], kno
             raise CheckpointError(f"{path}: {default.type_key} is {found!r}, expected one of {', '.join(known)}")
         return default if found is None else known[found]
     raise CheckpointError(f"{directory}: has no {' or '.join(default.config_files)}")
+
+
+def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
+    if text is None:
+        raise MessageError("text is missing, expected a prompt or a list of prompts")
+    rows: list[Row] = [text] if isinstance(text, str) else list(text)
+    for index, row in enumerate(rows):
+        words = row if options.get("is_split_into_words") and not isinstance(row, str) else [row]
+        if not all(isinstance(word, str) for word in words):
+            raise MessageError(f"text[{index}] is {type(row).__name__}, expected str")
+    return rows
 
 
 def _is_empty(media: Any) -> bool:

@@ -1,246 +1,332 @@
-"""Generation against the reference: the same tokens, whatever else is in the batch; and no compilation when warm."""
+"""The engine against itself and the reference: how tokens are made and batched must not show in them."""
 
 import numpy as np
 import pytest
-from reference import CONFIGS, Prompts, their_inputs, to_torch
+from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.errors import GenerationError, MessageError
-
-CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
-NEVER = dict(eos_token_id=-1, pad_token_id=0)
-
-ROWS = {
-    "text": [[13]],
-    "texts": [[13], [5], [28]],
-    "pictures": [[3, ("image", (4, 6)), 4], [2, ("image", (2, 10)), ("image", (4, 4)), 5]],
-    "videos": [[3, ("video", (2, 4, 4)), 4], [3, ("video", (1, 2, 6)), 2]],
-    "rows of text, pictures and videos": [
-        [11], [2, ("image", (4, 6)), 3], [("video", (2, 4, 2)), 3], [2, ("image", (4, 2)), 1, ("video", (1, 4, 4)), 2],
-    ],
-}  # fmt: skip
-
-
-def greedy(model, inputs, new, **options):
-    """The reference's own greedy generation."""
-    import torch
-
-    model.model.rope_deltas = None
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
-    return out.numpy()
-
-
-def greedy_by_hand(model, prompts, new):
-    """What the reference generates from pictures and videos together: token by token, every time from the start."""
-    import torch
-
-    row = prompts.input_ids[prompts.real].tolist()
-    made = []
-    for _ in range(new):
-        prompts.input_ids = np.array([row + made])
-        prompts.attention_mask = np.ones_like(prompts.input_ids)
-        with torch.no_grad():
-            made.append(int(model(**their_inputs(model, prompts)).logits[0, -1].argmax()))
-    return made
-
-
-PADDED = [(case, padding) for case, rows in ROWS.items() for padding in ["left", "right"][: len(rows)]]
-
-
-@pytest.mark.parametrize(("case", "padding"), [(case, padding) for case, padding in PADDED if "and" not in case])
-def test_greedy_tokens_equal_over_64(ours, theirs, case, padding):
-    rows = ROWS[case]
-    prompts = Prompts(CONFIG, rows, padding=padding, seed=len(case))
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=64, **NEVER)
-    assert np.array_equal(found[:, : prompts.input_ids.shape[1]], prompts.input_ids)
-    # 4.57.1 goes on from a right-padded row's padding: it is given the same prompts padded on the left.
-    left = Prompts(CONFIG, rows, padding="left", seed=len(case))
-    expected = greedy(theirs("base"), to_torch(left.inputs), 64, eos_token_id=None)
-    assert np.array_equal(found[:, -64:], expected[:, -64:])
-    assert found.dtype == np.int64 and found.shape == expected.shape
+from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.generate.completion import Completion
+from glm4v_jax.generate.engine import Engine, Request
+from glm4v_jax.generate.slots import MAX_STEPS
 
 
 @pytest.fixture(scope="module")
-def mixed(theirs):
-    """Prompts of one row each, of all modalities, and what the reference generates from each."""
-    prompts = [Prompts(CONFIG, [row], seed=20 + i) for i, row in enumerate(ROWS["rows of text, pictures and videos"])]
-    expected = []
-    for i, one in enumerate(prompts):
-        if one.pixel_values is not None and one.pixel_values_videos is not None:
-            again = Prompts(CONFIG, [ROWS["rows of text, pictures and videos"][i]], seed=20 + i)
-            expected.append(greedy_by_hand(theirs("base"), again, 24))
-        else:
-            expected.append(greedy(theirs("base"), to_torch(one.inputs), 64, eos_token_id=None)[0, -64:].tolist())
-    return prompts, expected
+def picture():
+    return np.random.default_rng(3).integers(0, 256, (70, 100, 3), np.uint8)
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_mixed_modalities_equal_each_row_alone(ours, mixed, padding):
-    prompts, expected = mixed
-    found = ours("base").generate(**join(prompts, padding), max_new_tokens=64, **NEVER)[:, -64:]
-    assert sorted(map(len, expected)) == [24, 64, 64, 64]
-    for row, other in zip(found.tolist(), expected, strict=True):
-        assert row[: len(other)] == other
+def test_greedy_tokens_are_the_references(engine, their_tiny, picture):
+    for prompt in (ask(picture, "What is this?"), [{"role": "user", "content": "Hello"}]):
+        inputs = engine.processor.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        found = engine.generate(prompt, max_new_tokens=48, **GREEDY)
+        assert list(found.tokens) == their_tokens(their_tiny, inputs, 48)
+        assert found.prompt_tokens == inputs["input_ids"].shape[1]
+        assert found.finish_reason == "length"
 
 
-def join(prompts, padding):
-    """The inputs of prompts of one row each as one batch."""
-    length = max(one.input_ids.shape[1] for one in prompts)
-    inputs = {}
-    for name in ("input_ids", "attention_mask"):
-        rows = [getattr(one, name)[0] for one in prompts]
-        pads = [(length - len(row), 0) if padding == "left" else (0, length - len(row)) for row in rows]
-        inputs[name] = np.stack([np.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
-    for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
-        if parts := [getattr(one, name) for one in prompts if getattr(one, name) is not None]:
-            inputs[name] = np.concatenate(parts)
-    return inputs
+def test_streams_equal_one_call_for_every_number_of_steps(engine, picture):
+    prompt = engine.prompt(ask(picture, "Describe it."))
+    whole = engine.generate(prompt, max_new_tokens=45, temperature=3.0, top_k=0, top_p=1.0, do_sample=True, seed=5)
+    assert len(whole.tokens) > 20 and "\ufffd" in whole.text  # broken characters, as random models write them
+    for steps in range(1, MAX_STEPS + 1):
+        small = Engine(engine.model, engine.processor, capacity=256, steps_per_dispatch=steps)
+        deltas = list(
+            small.stream(prompt, max_new_tokens=45, temperature=3.0, top_k=0, top_p=1.0, do_sample=True, seed=5)
+        )
+        assert "".join(delta.text for delta in deltas) == whole.text
+        assert [token for delta in deltas for token in delta.tokens] == list(whole.tokens)
+        assert deltas[-1].completion == whole
+        assert all(delta.completion is None for delta in deltas[:-1])
+        assert len(deltas[0].tokens) <= steps + 1
+    # By default a stream finds its own pace.
+    assert "".join(
+        delta.text
+        for delta in engine.stream(
+            prompt, max_new_tokens=45, temperature=3.0, top_k=0, top_p=1.0, do_sample=True, seed=5
+        )
+    ) == whole.text  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
-def test_greedy_tokens_equal_in_other_configurations(ours, theirs, name):
-    prompts = Prompts(Glm4vConfig.from_dict(CONFIGS[name]), [[3, ("image", (4, 2)), 4], [9]], seed=4)
-    found = ours(name).generate(**prompts.inputs, max_new_tokens=24, **NEVER)
-    assert np.array_equal(found, greedy(theirs(name), to_torch(prompts.inputs), 24, eos_token_id=None))
+def test_text_is_what_the_tokenizer_decodes(engine):
+    found = engine.generate("Once", max_new_tokens=60, **GREEDY)
+    kept = [token for token in found.tokens if token < 768 or token >= 784]
+    assert found.text == engine.processor.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def test_greedy_after_a_long_prompt(ours, theirs):
-    prompts = Prompts(CONFIG, [[280, ("image", (4, 6)), 250]], seed=5)
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=20, **NEVER)
-    assert np.array_equal(found, greedy(theirs("base"), to_torch(prompts.inputs), 20, eos_token_id=None))
+def test_200_prompts_through_8_slots_give_what_each_gives_alone(engine):
+    rng = np.random.default_rng(11)
+    requests = random_requests(engine.model, 200, seed=10)
+    ends = rng.integers(0, 768, 8).tolist()
+    options = [dict(max_new_tokens=int(rng.integers(1, 50))) for _ in requests]
+    many = {
+        found.index: found
+        for found in engine.generate_many(
+            [Request(*pair) for pair in zip(requests, options, strict=True)], do_sample=False, eos_token_id=ends
+        )
+    }
+    assert sorted(many) == list(range(200))
+    reasons = set()
+    for index, (inputs, option) in enumerate(zip(requests, options, strict=True)):
+        alone = engine.generate(inputs, do_sample=False, eos_token_id=ends, **option)
+        assert many[index].tokens == alone.tokens, f"prompt {index}"
+        assert many[index].text == alone.text and many[index].prompt_tokens == inputs["input_ids"].shape[1]
+        reasons.add(alone.finish_reason)
+    assert reasons == {"stop", "length"}
 
 
-def test_repetition_penalty_equals(ours, theirs):
-    prompts = Prompts(CONFIG, [[13]], seed=6)
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=24, repetition_penalty=1.3, **NEVER)
-    expected = greedy(theirs("base"), to_torch(prompts.inputs), 24, eos_token_id=None, repetition_penalty=1.3)
-    assert np.array_equal(found, expected)
+def test_draws_do_not_depend_on_slots(engine):
+    requests = random_requests(engine.model, 20, seed=12)
+    options = dict(max_new_tokens=12, do_sample=True, temperature=2.0, top_k=0, top_p=0.95, eos_token_id=-1)
+    first = {found.index: found.tokens for found in engine.generate_many(requests, seed=4, **options)}
+    narrow = Engine(engine.model, engine.processor, num_slots=3, capacity=256, steps_per_dispatch=5)
+    assert first == {found.index: found.tokens for found in narrow.generate_many(requests, seed=4, **options)}
+    assert first != {found.index: found.tokens for found in engine.generate_many(requests, seed=5, **options)}
+    # A request's own seed makes it what it is alone.
+    seeded = [Request(inputs, dict(seed=30 + i)) for i, inputs in enumerate(requests)]
+    for found in engine.generate_many(seeded, **options):
+        assert found.tokens == engine.generate(requests[found.index], seed=30 + found.index, **options).tokens
+    # Equal prompts of one seed draw differently.
+    same = [found.tokens for found in engine.generate_many([requests[0]] * 6, seed=4, **options)]
+    assert len(set(same)) == 6
 
 
-def test_rows_end_on_their_own(ours, theirs):
-    """A row that meets an end token goes on with padding; the batch ends with its last row."""
-    prompts = Prompts(CONFIG, ROWS["texts"], seed=7)
-    inputs = to_torch(prompts.inputs)
-    free = greedy(theirs("base"), inputs, 30, eos_token_id=None)[:, -30:]
-    # Tokens that end the rows at different times: one of the first row's, one of the second's.
-    eos = [int(free[0, 7]), int(free[1, 15])]
-    expected = greedy(theirs("base"), inputs, 30, eos_token_id=eos)
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=30, eos_token_id=eos, pad_token_id=0)
-    assert np.array_equal(found[:, : expected.shape[1]], expected)
-    assert (expected[:, -1] == 0).any()  # or the test shows nothing
-    assert found.shape == expected.shape
+def test_a_long_prompt_in_pieces(engine, monkeypatch, their_tiny):
+    """Of many pieces, the last of which would reach beyond the cache; pictures are cut in two."""
+    rng = np.random.default_rng(13)
+    inputs = random_request(engine.model, rng, 150, [(8, 8), (4, 10)])
+    whole = engine.generate(inputs, max_new_tokens=24, **GREEDY)
+    assert list(whole.tokens) == their_tokens(their_tiny, inputs, 24)
+    for size in (32, 64):
+        monkeypatch.setattr("glm4v_jax.generate.slots.MAX_PIECE", size)
+        assert engine.generate(inputs, max_new_tokens=24, **GREEDY).tokens == whole.tokens
+        (found,) = engine.generate_many([inputs], max_new_tokens=24, **GREEDY)
+        assert found.tokens == whole.tokens
 
 
-def test_all_rows_end_early(ours, theirs):
-    prompts = Prompts(CONFIG, [[13]], seed=8)
-    inputs = to_torch(prompts.inputs)
-    eos = int(greedy(theirs("base"), inputs, 12, eos_token_id=None)[0, -1])
-    expected = greedy(theirs("base"), inputs, 40, eos_token_id=eos)
-    assert expected.shape[1] <= 13 + 12
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=40, eos_token_id=eos, pad_token_id=0)
-    assert np.array_equal(found, expected)
+def test_1500_tokens_equal_the_references(engine, their_tiny):
+    inputs = random_request(engine.model, np.random.default_rng(14), 1450, [(8, 8)])
+    found = engine.generate(inputs, max_new_tokens=8, **GREEDY)
+    assert list(found.tokens) == their_tokens(their_tiny, inputs, 8)
 
 
-def test_one_new_token(ours, theirs):
-    prompts = Prompts(CONFIG, ROWS["texts"], seed=9)
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=1, **NEVER)
-    assert np.array_equal(found, greedy(theirs("base"), to_torch(prompts.inputs), 1, eos_token_id=None))
+def test_logprobs_are_the_models(engine, picture):
+    prompt = engine.processor.apply_chat_template(
+        ask(picture, "Why?"), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    found = engine.generate(
+        prompt, max_new_tokens=9, logprobs=3, do_sample=True, temperature=1.7, repetition_penalty=1.2
+    )
+    assert found.tokens == engine.generate(
+        prompt, max_new_tokens=9, do_sample=True, temperature=1.7, repetition_penalty=1.2
+    ).tokens  # fmt: skip
+    ids = np.concatenate([prompt["input_ids"], [found.tokens]], axis=1)
+    logits = np.asarray(engine.model(**{**prompt, "input_ids": ids, "attention_mask": np.ones_like(ids)}).logits)[0]
+    logits = logits[prompt["input_ids"].shape[1] - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    expected -= logits.max(-1, keepdims=True)
+    assert found.logprobs is not None and len(found.logprobs) == len(found.tokens)
+    for token, entry, row in zip(found.tokens, found.logprobs, expected, strict=True):
+        assert entry.token == token and entry.logprob == pytest.approx(row[token], rel=1e-5)
+        assert [other for other, _ in entry.top] == np.argsort(-row, kind="stable")[:3].tolist()
+        assert [value for _, value in entry.top] == pytest.approx(np.sort(row)[::-1][:3].tolist(), rel=1e-5)
+    assert engine.generate(prompt, max_new_tokens=2).logprobs is None
 
 
-def test_several_sequences_of_a_prompt(ours):
-    prompts = Prompts(CONFIG, ROWS["pictures"], seed=10)
-    model = ours("base")
-    several = dict(max_new_tokens=12, num_return_sequences=3, do_sample=True, top_k=0, **NEVER)
-    one = model.generate(**prompts.inputs, max_new_tokens=12, **NEVER)
-    # So cold that the likeliest token is drawn: the greedy answer, three times for each prompt, in the prompts' order.
-    assert np.array_equal(model.generate(**prompts.inputs, temperature=1e-6, **several), np.repeat(one, 3, axis=0))
-    drawn = model.generate(**prompts.inputs, temperature=3.0, **several)
-    assert len({tuple(row) for row in drawn[:, -12:].tolist()}) == 6
+def test_stop_strings_across_tokens(engine):
+    whole = engine.generate("Tell me", max_new_tokens=40, **GREEDY)
+    pieces = [engine.processor.decode([token]) for token in whole.tokens]
+    # Two characters of a token and two of the next.
+    at, stop = next(
+        (i, stop)
+        for i in range(8, 30)
+        if min(len(pieces[i]), len(pieces[i + 1])) > 2
+        and whole.text.count(stop := pieces[i][-2:] + pieces[i + 1][:2]) == 1
+    )
+    for steps in (1, 2, 5, MAX_STEPS):
+        small = Engine(engine.model, engine.processor, capacity=256, steps_per_dispatch=steps)
+        deltas = list(small.stream("Tell me", max_new_tokens=40, stop_strings=["never", stop], **GREEDY))
+        found = deltas[-1].completion
+        assert found.text == "".join(delta.text for delta in deltas) == whole.text[: whole.text.index(stop)]
+        assert (found.finish_reason, found.stop_string) == ("stop", stop)
+        assert found.tokens == whole.tokens[: at + 2]
+    # Slots that stopped for a string go on with the next prompt.
+    prompts = ["Tell me", "Hello", "Tell me"] * 5
+    for other in engine.generate_many(prompts, max_new_tokens=40, stop_strings=stop, **GREEDY):
+        alone = engine.generate(prompts[other.index], max_new_tokens=40, stop_strings=stop, **GREEDY)
+        assert (other.text, other.tokens, other.finish_reason) == (alone.text, alone.tokens, alone.finish_reason)
 
 
-def test_draws_depend_on_the_seed_and_the_row_alone(ours):
-    model = ours("base")
-    alone = [Prompts(CONFIG, [row], seed=30 + i) for i, row in enumerate(ROWS["pictures"])]
-    options = dict(max_new_tokens=20, do_sample=True, temperature=2.0, top_p=0.95, **NEVER)
-    joint = join(alone, "left")
-    first = model.generate(**joint, seed=5, **options)[:, -20:]
-    assert np.array_equal(first, model.generate(**joint, seed=5, **options)[:, -20:])
-    assert not np.array_equal(first, model.generate(**joint, seed=6, **options)[:, -20:])
-    # Row 0 draws the same whether or not there is a row 1, and whichever side it is padded on.
-    assert np.array_equal(first[0], model.generate(**alone[0].inputs, seed=5, **options)[0, -20:])
-    assert np.array_equal(first, model.generate(**join(alone, "right"), seed=5, **options)[:, -20:])
+def test_think_budget_closes_the_thought_and_goes_on_in_the_cache(engine, picture):
+    prompt = engine.prompt(ask(picture, "How many?"))
+    free = engine.generate(prompt, max_new_tokens=20, **GREEDY)
+    deltas = list(engine.stream(prompt, think_budget=20, answer_budget=9, **GREEDY))
+    found = deltas[-1].completion
+    close = engine.processor.tokenizer.encode("</think><answer>")
+    assert found.tokens[:20] == free.tokens and list(found.tokens[20:22]) == close and len(found.tokens) == 31
+    # What follows is what follows that text as a prompt.
+    after = engine.generate(prompt.extended(list(found.tokens[:22])), max_new_tokens=9, **GREEDY)
+    assert found.tokens[22:] == after.tokens
+    assert found.parsed.thought == free.text.strip() and found.answer == after.text.strip()
+    assert found.text == f"{free.text}</think><answer>{after.text}" == "".join(delta.text for delta in deltas)
+    assert "".join(part.text for delta in deltas for part in delta.parts if part.kind == "answer") == after.text
+    # In a batch, with others that need none: the same.
+    mixed = [Request(prompt, dict(think_budget=20, answer_budget=9)), Request(prompt, dict(max_new_tokens=20))] * 6
+    for other in engine.generate_many(mixed, **GREEDY):
+        assert other.tokens == (free if other.index % 2 else found).tokens
 
 
-def test_draws_follow_the_models_probabilities(ours):
-    """The first token of 512 draws from one prompt, against its softmax: chi-square over the likeliest tokens."""
-    model = ours("base")
-    prompts = Prompts(CONFIG, [[13]], seed=11)
-    logits = np.asarray(model(**prompts.inputs).logits)[0, -1].astype(np.float64) / 0.7
-    chances = np.exp(logits - logits.max())
-    chances /= chances.sum()
-    drawn = model.generate(
-        **prompts.inputs, max_new_tokens=1, num_return_sequences=512, do_sample=True, top_k=0, temperature=0.7, **NEVER
-    )[:, -1]
-    counts = np.bincount(drawn, minlength=len(chances))
-    often = np.flatnonzero(512 * chances >= 5)
-    assert len(often) >= 5
-    observed = np.append(counts[often], 512 - counts[often].sum())
-    expected = 512 * np.append(chances[often], 1 - chances[often].sum())
-    chi2 = ((observed - expected) ** 2 / expected).sum()
-    assert chi2 < len(often) + 5 * np.sqrt(2 * len(often))
+def test_an_end_within_a_thought_is_not_the_end(engine):
+    free = engine.generate("Think", max_new_tokens=20, **GREEDY)
+    last = next(i for i, token in enumerate(free.tokens) if i >= 4 and token not in free.tokens[:i])
+    options = dict(do_sample=False, eos_token_id=free.tokens[last], think_budget=20, answer_budget=6)
+    found = engine.generate("Think", **options)
+    close = engine.processor.tokenizer.encode("</think><answer>")
+    assert list(found.tokens[: last + 2]) == [*free.tokens[:last], *close]
+    after = engine.generate(
+        engine.prompt("Think").extended([*free.tokens[:last], *close]), max_new_tokens=6, do_sample=False,
+        eos_token_id=free.tokens[last],
+    )  # fmt: skip
+    assert found.tokens[last + 2 :] == after.tokens
 
 
-def test_a_warm_bucket_compiles_nothing(ours, lowerings):
-    """New sizes, numbers and kinds of media, other texts and other options: the same programs."""
-    model = ours("base")
-
-    def ask(rows, number, **options):
-        prompts = Prompts(CONFIG, rows, seed=number)
-        model.generate(**prompts.inputs, max_new_tokens=20, **NEVER, **options)
-
-    ask([[20, ("image", (6, 8)), 4]], 0)
-    with lowerings() as lowered:
-        ask([[3, ("image", (4, 10)), 27]], 1)
-        ask([[9, ("image", (2, 4)), ("image", (4, 4)), 20]], 2)
-        ask([[9, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 6]], 3)
-        ask([[20, ("image", (8, 8)), 1]], 4, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=9)
-    assert lowered == []
-    # The listener does hear: a prompt of a bucket that no other test uses has to be compiled.
-    with lowerings() as lowered:
-        ask([[3000]], 5)
-    assert lowered
+def test_a_loop_is_stopped(engine, monkeypatch):
+    """A penalty below 1 makes the random model repeat itself."""
+    options = dict(max_new_tokens=400, repetition_penalty=0.01, **GREEDY)
+    whole = engine.generate("Again", **options)
+    assert whole.finish_reason == "length" and len(set(whole.tokens[-50:])) < 4
+    found = engine.generate("Again", stop_repetition=True, **options)
+    assert found.finish_reason == "repetition" and 10 < len(found.tokens) < 400
+    assert whole.text.startswith(found.text)
+    # A thought that loops is closed, and the answer has its chance.
+    found = engine.generate(
+        "Again", stop_repetition=True, think_budget=300, answer_budget=4, repetition_penalty=0.01, **GREEDY
+    )
+    assert found.parsed.is_thought_closed and found.finish_reason == "length" and len(found.tokens) < 250
 
 
-def test_many_tokens_may_end_a_row(ours):
-    prompts = Prompts(CONFIG, [[13]], seed=14)
-    free = ours("base").generate(**prompts.inputs, max_new_tokens=12, **NEVER)[0, 13:].tolist()
-    last = next(i for i, token in enumerate(free) if i >= 2 and token not in free[:i])
-    ends = [*[token for token in range(300) if token not in free][:12], free[last]]
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=12, eos_token_id=ends, pad_token_id=0)
-    assert found[0, 13:].tolist() == free[: last + 1]
+def test_closing_a_stream_stops_it(engine):
+    before = engine.generate("Hello", max_new_tokens=30, **GREEDY)
+    stream = engine.stream("Hello", max_new_tokens=30, **GREEDY)
+    next(stream)
+    stream.close()
+    assert engine.generate("Hello", max_new_tokens=30, **GREEDY) == before
+    many = engine.generate_many(["Hello"] * 20, max_new_tokens=30, **GREEDY)
+    next(many)
+    many.close()
+    assert [found.tokens for found in engine.generate_many(["Hello"] * 9, max_new_tokens=30, **GREEDY)] == [
+        before.tokens
+    ] * 9
+    # Two at a time have slots of their own.
+    pair = [engine.stream(text, max_new_tokens=30, **GREEDY) for text in ("Hello", "Again")]
+    texts = ["", ""]
+    while any(pair):
+        for i, stream in enumerate(pair):
+            delta = next(stream, None) if stream else None
+            texts[i] += delta.text if delta else ""
+            pair[i] = stream if delta else None
+    assert texts == [before.text, engine.generate("Again", max_new_tokens=30, **GREEDY).text]
+
+
+def test_pictures_are_encoded_once(engine, picture):
+    own = Engine(engine.model, engine.processor, capacity=256)
+    prompts = [ask(picture, f"Question {i}") for i in range(12)]
+    found = {one.index: one.tokens for one in own.generate_many(prompts, max_new_tokens=6, **GREEDY)}
+    assert (own.pool.encoded, own.pool.reused) == (1, 11)
+    for index, prompt in enumerate(prompts):
+        fresh = Engine(engine.model, engine.processor, capacity=256)
+        assert found[index] == fresh.generate(prompt, max_new_tokens=6, **GREEDY).tokens
+    other = picture.copy()
+    other[0, 0, 0] ^= 255
+    own.generate(ask(other, "Question 1"), max_new_tokens=2, **GREEDY)
+    assert own.pool.encoded == 2
+
+
+def test_a_full_pool_forgets_and_grows(engine):
+    from glm4v_jax.generate.features import FeaturePool
+    from glm4v_jax.mesh import use_mesh
+
+    own = Engine(engine.model, engine.processor, capacity=256)
+    with use_mesh(own.model.mesh):
+        own.pool = FeaturePool(own.model.visual, 128)
+    requests = [
+        random_request(own.model, np.random.default_rng(i), 6, [(8, 8), (4, 4)] * (1 + 11 * (i == 5))) for i in range(8)
+    ]
+    for inputs in requests:
+        found = own.generate(inputs, max_new_tokens=5, **GREEDY)
+        assert found.tokens == engine.generate(inputs, max_new_tokens=5, **GREEDY).tokens
+    assert own.pool.capacity > 128
+
+
+def test_slots_are_kept_busy(engine):
+    rng = np.random.default_rng(15)
+    own = Engine(engine.model, engine.processor, capacity=256)
+    lengths = rng.integers(8, 64, 64).tolist()
+    list(own.generate_many([Request("Hi", dict(max_new_tokens=n)) for n in lengths], **GREEDY))
+    stats = own.stats
+    assert stats.busy_steps == sum(lengths) - 64  # the first token of each is prefill's
+    assert stats.busy_steps / stats.slot_steps > 0.7  # the bench has the figure for many prompts
+
+
+def test_prompts_that_cannot_be_prepared(engine, tmp_path):
+    prompts = ["Hello", ask(str(tmp_path / "none.png"), "What?"), "Again", [{"role": "user", "content": 3}]]
+    with pytest.raises(MediaError, match=r"none\.png"):
+        list(engine.generate_many(prompts, max_new_tokens=3, **GREEDY))
+    found = {one.index: one for one in engine.generate_many(prompts, skip_errors=True, max_new_tokens=3, **GREEDY)}
+    assert [found[i].finish_reason for i in range(4)] == ["length", "error", "length", "error"]
+    assert "none.png" in found[1].error and found[1].tokens == ()
+    assert found[2].tokens == engine.generate("Again", max_new_tokens=3, **GREEDY).tokens
+    assert list(engine.generate_many([])) == []
 
 
 @pytest.mark.parametrize(
-    "option", [dict(top_kk=3), dict(temperature=-1.0), dict(num_beams=4), dict(max_new_tokens=5000)]
+    ("options", "message"),
+    [
+        (dict(preset="fast"), "preset: found 'fast'; expected one of cli"),
+        (dict(temprature=1.0), "unknown 'temprature'"),
+        (dict(num_return_sequences=2, do_sample=True), "num_return_sequences: found 2"),
+        (dict(max_new_tokens=70_000), "max_new_tokens: found 70000"),
+        (dict(think_budget=60_000, answer_budget=10_000), "think_budget: found 60,000"),
+        (dict(answer_budget=5), "answer_budget: found 5; expected think_budget beside it"),
+        (dict(stop_strings=[""]), "stop_strings"),
+        (dict(logprobs=65), "logprobs: found 65"),
+    ],
 )
-def test_impossible_options_are_refused(ours, option):
-    with pytest.raises(GenerationError):
-        ours("base").generate(input_ids=np.arange(1, 9)[None], **{"max_new_tokens": 4, **option})
+def test_impossible_options_are_refused_before_anything_is_computed(engine, options, message):
+    with pytest.raises(GenerationError, match=message):
+        engine.stream("Hello", **options)
 
 
-def test_missing_media_are_refused(ours):
-    prompts = Prompts(CONFIG, [[3, ("image", (4, 6)), 4]], seed=12)
-    with pytest.raises(MessageError, match="pictures"):
-        ours("base").generate(input_ids=prompts.input_ids, max_new_tokens=4)
+def test_impossible_prompts_are_refused(engine, picture):
+    with pytest.raises(MessageError, match="found 2 prompts"):
+        engine.generate({"input_ids": np.ones((2, 3), np.int64)})
+    with pytest.raises(MessageError, match="token 5000"):
+        engine.generate({"input_ids": np.array([[5000]])})
+    with pytest.raises(GenerationError, match="num_slots: found 0"):
+        Engine(engine.model, engine.processor, num_slots=0)
+    with pytest.raises(GenerationError, match=r"stop_strings: .* use glm4v_jax\.Engine"):
+        engine.model.generate(input_ids=np.array([[1, 2]]), stop_strings=["a"])
 
 
-def test_stacked_layers_generate_the_same(ours, checkpoints):
-    from glm4v_jax import Glm4vForConditionalGeneration
+def test_boxes_are_pixels_of_the_original_picture(engine, picture):
+    found = engine.generate(ask(picture, "Where?"), max_new_tokens=2, **GREEDY)
+    assert found.image_sizes == ((100, 70),)
+    made = Completion(
+        0, "<answer><|begin_of_box|>[[100, 200, 500, 1000]]<|end_of_box|>", (), 0, "stop", image_sizes=((100, 70),)
+    )
+    assert made.boxes == [(100, 200, 500, 1000)] and made.pixel_boxes() == [(10, 14, 50, 70)]
 
-    prompts = Prompts(CONFIG, ROWS["pictures"], seed=10)
-    stacked = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), stacked=True)
-    assert stacked.module.language_model.layers.is_stacked
-    assert not ours("base").module.language_model.layers.is_stacked
-    found = stacked.generate(**prompts.inputs, max_new_tokens=24, **NEVER)
-    assert np.array_equal(found, ours("base").generate(**prompts.inputs, max_new_tokens=24, **NEVER))
+
+def test_warm_engines_compile_nothing(engine, lowerings, picture):
+    own = Engine(engine.model, engine.processor, num_slots=8)
+    told = []
+    done = own.warmup(prompt_lengths=(1, 128), vision_patches=(4, 256), max_new_tokens=40, progress=told.append)
+    assert told == done and {line.program for line in done} == {"encode", "prefill", "decode"}
+    with lowerings() as lowered:
+        list(own.generate_many([*random_requests(own.model, 12, seed=16), "Hello"], max_new_tokens=40, **GREEDY))
+        own.generate(ask(picture, "What?"), max_new_tokens=9, do_sample=True, seed=3)
+        talk = own.conversation(max_new_tokens=4, do_sample=True)
+        talk.send("Look", images=[picture])
+        talk.send("And?")
+    assert lowered == []

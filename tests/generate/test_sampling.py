@@ -152,7 +152,7 @@ def test_greedy_takes_the_first_maximum_as_torch_does():
     logits = np.round(np.random.default_rng(2).standard_normal((16, 97)) * 2).astype(np.float32)
     assert (np.sum(logits == logits.max(axis=1, keepdims=True), axis=1) > 1).any()
     params = SamplingParams.of(GenerationConfig(), 16)
-    tokens = _sample(logits, params, np.zeros(logits.shape, bool), sampling.row_keys(0, 16))
+    tokens = _sample(logits, params, np.zeros(logits.shape, bool), sampling.row_keys(0, jnp.arange(16)))
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, torch.argmax(torch.tensor(logits), dim=-1))
 
@@ -166,7 +166,7 @@ def test_draws_follow_the_processed_distribution():
     assert 3 <= np.count_nonzero(expected) < 13
 
     batch = SamplingParams.of(config, draws)
-    keys = sampling.row_keys(11, draws)
+    keys = sampling.row_keys(11, jnp.arange(draws))
     tokens = _sample(np.tile(logits, (draws, 1)), batch, np.tile(seen, (draws, 1)), keys)
 
     counts = np.bincount(tokens, minlength=13)
@@ -179,7 +179,7 @@ def test_successive_steps_of_one_row_follow_the_distribution():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     params = SamplingParams.of(GenerationConfig(do_sample=True), 1)
     seen = np.zeros((1, 4), bool)
-    keys = sampling.row_keys(5, 1)
+    keys = sampling.row_keys(5, jnp.arange(1))
 
     def draw(step):
         return sampling.sample(logits[None], params, seen, sampling.step_keys(keys, step))[0]
@@ -194,7 +194,7 @@ def test_a_row_draws_the_same_in_every_batch():
     config = GenerationConfig(do_sample=True, temperature=2.0, top_k=0)
 
     def tokens(rows, seed, step):
-        keys = sampling.step_keys(sampling.row_keys(seed, 6)[rows], step)
+        keys = sampling.step_keys(sampling.row_keys(seed, jnp.arange(6))[rows], step)
         params = SamplingParams.of(config, len(rows))
         return np.asarray(_sample(logits[rows], params, np.zeros((len(rows), 200), bool), keys))
 
@@ -205,18 +205,19 @@ def test_a_row_draws_the_same_in_every_batch():
     some = np.array([4, 1])
     np.testing.assert_array_equal(full[:, some], np.stack([tokens(some, 9, step) for step in range(20)]))
     np.testing.assert_array_equal(
-        jax.random.key_data(sampling.row_keys(9, 2)), jax.random.key_data(sampling.row_keys(9, 6)[:2])
+        jax.random.key_data(sampling.row_keys(9, jnp.arange(2))),
+        jax.random.key_data(sampling.row_keys(9, jnp.arange(6))[:2]),
     )
-    per_row = sampling.step_keys(sampling.row_keys(9, 2), jnp.array([3, 5]))
+    per_row = sampling.step_keys(sampling.row_keys(9, jnp.arange(2)), jnp.array([3, 5]))
     for row, step in enumerate([3, 5]):
-        same = sampling.step_keys(sampling.row_keys(9, 2), step)[row]
+        same = sampling.step_keys(sampling.row_keys(9, jnp.arange(2)), step)[row]
         np.testing.assert_array_equal(jax.random.key_data(per_row[row]), jax.random.key_data(same))
 
 
 def test_equal_rows_of_one_batch_draw_differently():
     logits = np.zeros((64, 100), np.float32)
     params = SamplingParams.of(GenerationConfig(do_sample=True, top_k=0), 64)
-    tokens = _sample(logits, params, np.zeros(logits.shape, bool), sampling.row_keys(0, 64))
+    tokens = _sample(logits, params, np.zeros(logits.shape, bool), sampling.row_keys(0, jnp.arange(64)))
     assert len(set(np.asarray(tokens).tolist())) > 30
 
 
@@ -267,7 +268,7 @@ def test_it_runs_in_an_explicit_mesh():
     rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
     logits = np.random.default_rng(6).standard_normal((2, 300)).astype(np.float32)
     params = SamplingParams.of(GenerationConfig(do_sample=True, top_k=0, top_p=0.8, min_p=0.01), 2)
-    prompt, keys = np.array([[1, 2], [3, 4]]), sampling.row_keys(0, 2)
+    prompt, keys = np.array([[1, 2], [3, 4]]), sampling.row_keys(0, jnp.arange(2))
 
     def step(logits, params, prompt, keys):
         seen = sampling.seen_from_prompt(prompt, jnp.ones_like(prompt), 300)

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.engine import MIN_CAPACITY
-from glm4v_jax.generate.warmup import buckets, cache_capacities, row_shapes, warmup
+from glm4v_jax.generate.slots import MIN_CAPACITY
+from glm4v_jax.generate.warmup import buckets, piece_lengths, prompt_shapes, row_shapes, warmup
 from glm4v_jax.inputs.packing import bucket, choose_shape
-from glm4v_jax.inputs.prepare import MIN_LENGTH
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -36,19 +35,13 @@ def test_row_shapes_are_few_where_one_row_fits():
     assert len(row_shapes(4, 8192)) < 2 * len(buckets(128, 8192))
 
 
-@given(st.integers(1, 900), st.integers(0, 900), st.integers(1, 600))
-def test_capacities_are_those_of_the_engine(shortest, extra, new_tokens):
-    found, start = set(), shortest
-    for length in buckets(shortest, shortest + extra, MIN_LENGTH):
-        stop = min(length, shortest + extra)
-        for capacity in cache_capacities(length, start, stop, new_tokens):
-            found.add((length, capacity))
-        start = length + 1
-    expected = set()
-    for n in range(shortest, shortest + extra + 1):
-        length = bucket(n, MIN_LENGTH)
-        expected.add((length, bucket(max(length, n + new_tokens), MIN_CAPACITY)))
-    assert expected == found
+@given(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 600))
+def test_prompt_shapes_are_those_of_all_lengths(shortest, extra, new_tokens):
+    found = prompt_shapes(shortest, shortest + extra, new_tokens)
+    expected = {(piece_lengths(n), bucket(n + new_tokens, MIN_CAPACITY)) for n in range(shortest, shortest + extra + 1)}
+    assert {shape[:2] for shape in found} == expected and len(found) == len(expected)
+    for piece, capacity, length in found:
+        assert (piece, capacity) == (piece_lengths(length), bucket(length + new_tokens, MIN_CAPACITY))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +70,7 @@ def test_requests_after_warmup_compile_nothing(model):
             compiled.append(details.get("fun_name"))
 
     done = warmup(model, prompt_lengths=(1, 32), vision_patches=(4, 128), max_new_tokens=20)
-    assert [line.program for line in done] == ["encode", "embed", "embed", "prefill", "decode"]
+    assert [line.program for line in done] == ["encode", "prefill", "decode"]
     assert all(line.seconds > 0 for line in done)
     jax.monitoring.register_event_duration_secs_listener(hear)
     try:

@@ -1,0 +1,1 @@
+"""The subcommands of `glm4v`, one module each."""

@@ -1,0 +1,93 @@
+"""What generation gives back: pieces of an answer while it is written, and the whole of it at the end."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from glm4v_jax.generate.boxes import find_boxes, to_pixels
+from glm4v_jax.generate.thinking import Parsed, Part, parse
+
+FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
+
+
+class TokenLogprob(NamedTuple):
+    """Log probability of a token under the model, before repetition penalty, temperature and cuts.
+
+    logprob: None for a token that was not the model's choice but the engine's (the end of a thought out of budget).
+    top: the likeliest tokens and theirs, best first.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+      index: number of the prompt among those given.
+      text: as the model wrote it, tags of thought, answer and boxes included, other special tokens left out; ends
+        before a stop string.
+      tokens: new tokens, the one that ended it included.
+      prompt_tokens: tokens of the prompt, those of pictures and videos included.
+      finish_reason: "stop" for an end token or stop string, "length" for too many tokens, "repetition" for a text that
+        goes in circles, "cancelled" for a stream that was closed, "error" for a prompt that could not be prepared.
+      stop_string: the one that was met.
+      logprobs: one a token, where asked for.
+      image_sizes: (width, height) of the prompt's pictures as given, in pixels.
+      error: what was wrong with the prompt, where errors are not raised.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    stop_string: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    error: str | None = None
+
+    @property
+    def parsed(self) -> Parsed:
+        """Thought, answer and boxed answer."""
+        return parse(self.text)
+
+    @property
+    def answer(self) -> str:
+        """The answer without thought and tags."""
+        return self.parsed.answer
+
+    @property
+    def thought(self) -> str | None:
+        """The thought; None where the model did not think."""
+        return self.parsed.thought
+
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """Boxes (x1, y1, x2, y2) that the answer names, 0 to 1000 of width and height."""
+        return find_boxes(self.text)
+
+    def pixel_boxes(self, image: int = 0) -> list[tuple[int, ...]]:
+        """`boxes` in pixels of the prompt's picture number `image`, as it was before any resize.
+
+        Raises:
+          IndexError: there is no such picture.
+        """
+        return to_pixels(self.boxes, *self.image_sizes[image])
+
+
+class Delta(NamedTuple):
+    """The next piece of an answer.
+
+    text: what is new of `Completion.text`.
+    parts: the same by kind, without tags.
+    tokens: new tokens.
+    completion: the whole, with the last piece.
+    """
+
+    text: str
+    parts: tuple[Part, ...]
+    tokens: tuple[int, ...]
+    completion: Completion | None = None

@@ -1,0 +1,129 @@
+"""A conversation that keeps its cache: a turn runs only what is new through the model.
+
+Every turn renders the whole conversation and compares it, token by token and picture by picture, with what the cache
+holds. What is the same stays, the rest is run. So the result is that of one long prompt, whatever the chat template
+does: thoughts are dropped from the history by running the answer again without them, and positions are those of the
+whole, also behind pictures that came late.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from glm4v_jax.errors import GenerationError, MessageError
+from glm4v_jax.generate.answer import Answer
+from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.generate.presets import preset as preset_options
+from glm4v_jax.generate.prompt import Prompt, prompts_of
+from glm4v_jax.generate.running import run
+from glm4v_jax.generate.slots import Slots
+from glm4v_jax.generate.thinking import without_thoughts
+from glm4v_jax.inputs.processor import PreparedMedia
+
+if TYPE_CHECKING:
+    from glm4v_jax.generate.engine import Engine
+
+
+class Conversation:
+    """Turns between a user and the model.
+
+    Attributes:
+      messages: what has been said, as chat templates take it; the model's turns without their thoughts.
+      completions: the model's turns as it wrote them.
+      in_cache: the tokens that need not be run again if the next turn begins with them.
+    """
+
+    def __init__(self, engine: "Engine", system: str | None = None, config: GenerationConfig | None = None):
+        """Begin; see `Engine.conversation`."""
+        self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self.completions: list[Completion] = []
+        self._engine = engine
+        self._config = config or engine.config()
+        self._media: list[PreparedMedia] = []  # of each of the user's turns
+        self.in_cache: Prompt | None = None
+        self._slots: Slots | None = None
+
+    def ask(
+        self,
+        text: str,
+        *,
+        images: Iterable[Any] = (),
+        videos: Iterable[Any] = (),
+        preset: str | None = None,
+        **options: Any,
+    ) -> Iterator[Delta]:
+        """Say something and stream the answer.
+
+        Closing the iterator stops the answer, and what there is of it stays in the conversation. A turn that fails
+        before its first token leaves the conversation as it was.
+
+        Args:
+          text: what the user says.
+          images, videos: what comes before it: paths, addresses, bytes, Pillow images, arrays.
+          preset, **options: see `Engine.stream`; for this turn, over the conversation's.
+
+        Yields:
+          Pieces; the last holds the completion.
+
+        Raises:
+          Glm4vError: what is wrong with media or options, before anything is computed.
+        """
+        given = preset_options(preset) | options if preset is not None else options
+        config = self._config.replace(**given)
+        if config.logprobs != self._config.logprobs:
+            raise GenerationError(
+                f"logprobs: found {config.logprobs}; expected the conversation's, {self._config.logprobs}"
+            )
+        images, videos = list(images), list(videos)
+        media = self._engine.processor.prepare_media(images or None, videos or None)
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        content += [{"type": "video", "video": video} for video in videos]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": text}] if content else text}
+        prompt = self._prompt([*self.messages, message], [*self._media, media])
+        answer = self._engine.answer(prompt, config, keep=self._tokens_in_cache(prompt))
+        return self._turn(message, media, answer)
+
+    def send(self, text: str, **kwargs: Any) -> Completion:
+        """Say something and wait for the answer; see `ask`."""
+        from glm4v_jax.generate.engine import last
+
+        return last(self.ask(text, **kwargs))
+
+    def undo(self) -> None:
+        """Forget the last turn of the user and the model's answer.
+
+        Raises:
+          MessageError: there is none.
+        """
+        if not self.completions:
+            raise MessageError("undo: found a conversation without turns; expected at least one")
+        del self.messages[-2:]
+        self.completions.pop()
+        self._media.pop()
+
+    def _prompt(self, messages: list[Mapping[str, Any]], media: list[PreparedMedia]) -> Prompt:
+        text = self._engine.processor.apply_chat_template(messages, add_generation_prompt=True)
+        joined = PreparedMedia.joined(media)
+        (prompt,) = prompts_of(self._engine.processor.assemble([text], joined), self._engine.model.config)
+        return prompt.with_image_sizes(joined.image_sizes)
+
+    def _tokens_in_cache(self, prompt: Prompt) -> int:
+        """How many of the prompt's tokens need not be run; the last always is, for what comes after it."""
+        return 0 if self.in_cache is None else min(self.in_cache.common_prefix(prompt), len(prompt) - 1)
+
+    def _turn(self, message: dict[str, Any], media: PreparedMedia, answer: Answer) -> Iterator[Delta]:
+        if self._slots is None:
+            self._slots = self._engine.new_slots(1, answer.config)
+        # If running the prompt fails, this is what can be relied on.
+        self.in_cache = answer.prompt.truncated(answer.start().keep)
+        try:
+            for update in run(self._slots, answer.alone(), steps=self._engine.steps_per_dispatch):
+                yield update.delta
+        finally:
+            if answer.tokens:
+                # The newest token is chosen, but has not been run.
+                self.in_cache = answer.prompt.extended(answer.tokens[:-1])
+                completion = answer.completion()
+                self.messages += [message, {"role": "assistant", "content": without_thoughts(completion.text)}]
+                self._media.append(media)
+                self.completions.append(completion)

@@ -1,0 +1,126 @@
+"""Answers through slots: as one ends the next begins in its place, until there are no more."""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from glm4v_jax.generate.answer import Answer
+from glm4v_jax.generate.completion import Delta, TokenLogprob
+from glm4v_jax.generate.programs import Chosen
+from glm4v_jax.generate.slots import MAX_STEPS, Slots, Start
+
+# A stream makes as many tokens at a time as take about this long, in seconds: seen as writing, not as bursts.
+_STREAM_PERIOD = 0.05
+
+
+class Waiting(Protocol):
+    """Answers that have not begun."""
+
+    def take(self, *, wait: bool) -> Answer | None:
+        """The next one; None if there are no more, or with `wait` False, if it is not ready yet."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no more will come."""
+
+
+class Update(NamedTuple):
+    """What an answer has grown by."""
+
+    answer: Answer
+    delta: Delta
+
+
+class Pace:
+    """How many tokens to make at a time."""
+
+    def __init__(self, steps: int | None):
+        self.steps = steps or 1
+        self._fixed = steps is not None
+        self._began = 0.0
+
+    def begin(self) -> int:
+        """The number for the next call."""
+        self._began = time.perf_counter()
+        return self.steps
+
+    def end(self) -> None:
+        """That call has returned."""
+        if self._fixed:
+            return
+        seconds = time.perf_counter() - self._began
+        if seconds < _STREAM_PERIOD / 2:
+            self.steps = min(2 * self.steps, MAX_STEPS)
+        elif seconds > 2 * _STREAM_PERIOD:
+            self.steps = max(self.steps // 2, 1)
+
+
+def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Iterator[Update]:
+    """Generate answers; closing the iterator stops those that are still going.
+
+    Args:
+      slots: where; all of them are free.
+      waiting: what.
+      steps: tokens a call of the decoding program; None finds a number that makes a steady stream.
+
+    Yields:
+      What each answer has grown by, in the order of slots; the last of each with its completion.
+    """
+    active: dict[int, Answer] = {}
+    again: dict[int, Start] = {}
+    pace = Pace(steps)
+    try:
+        while True:
+            starts = again
+            for row in range(slots.num_rows):
+                if row not in active and (answer := waiting.take(wait=not active)) is not None:
+                    active[row], starts[row] = answer, answer.start()
+            again = {}
+            if not active:
+                return
+            started = slots.start(starts) if starts else []
+            # Come back for the first row that ends, if there is something to do in its place.
+            busy = bool(not waiting.is_empty or any(answer.may_go_on for answer in active.values()))
+            decoded = slots.decode(pace.begin(), idle=slots.num_rows - len(active) + 1 if busy else None)
+            fresh = {
+                row: _take(part.chosen, place, 1, active[row].config.logprobs)
+                for part in started
+                for row, place in part.places()
+            }
+            chosen, counts, done = slots.read(decoded)
+            pace.end()
+            surplus = []
+            for row, answer in list(active.items()):
+                tokens, logprobs = _take(chosen, row, int(counts[row]), answer.config.logprobs)
+                if row in fresh:
+                    tokens, logprobs = fresh[row][0] + tokens, fresh[row][1] + logprobs
+                if not tokens:
+                    continue
+                delta, start = answer.take(tokens, bool(done[row]), logprobs)
+                if start is not None:
+                    again[row] = start
+                elif answer.finish_reason is not None:
+                    del active[row]
+                    if not done[row]:
+                        surplus.append(row)
+                yield Update(answer, delta)
+            if surplus:
+                slots.stop(surplus)
+    finally:
+        if active:
+            slots.stop(list(active))
+
+
+def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], list[TokenLogprob]]:
+    """The first `count` tokens of a row of `chosen`, [B, K], or the only one of [B]; with the `top` likeliest."""
+    tokens = np.asarray(chosen.tokens)[row].reshape(-1)[:count].tolist()
+    if chosen.logprobs is None or top is None:
+        return tokens, []
+    values, ids, tops = (np.asarray(x)[row] for x in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
+    values, ids, tops = values.reshape(-1), ids.reshape(-1, ids.shape[-1]), tops.reshape(-1, tops.shape[-1])
+    return tokens, [
+        TokenLogprob(token, float(values[i]), tuple(zip(ids[i, :top].tolist(), tops[i, :top].tolist(), strict=True)))
+        for i, token in enumerate(tokens)
+    ]

@@ -1,0 +1,304 @@
+"""The running batch: B rows on the device, each of which is free or works on one prompt.
+
+Tokens in, tokens out; nothing here knows of text. Shapes come from small sets (pieces of prompts, cache capacities), so
+that a warm engine compiles nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from glm4v_jax import cache
+from glm4v_jax.generate import programs
+from glm4v_jax.generate.config import GenerationConfig, SamplingParams
+from glm4v_jax.generate.features import FeaturePool
+from glm4v_jax.generate.programs import Chosen, Decoded, Piece, Row
+from glm4v_jax.generate.prompt import Prompt
+from glm4v_jax.inputs.packing import bucket
+from glm4v_jax.inputs.prepare import MIN_LENGTH
+from glm4v_jax.mesh import data_shards, use_mesh
+
+if TYPE_CHECKING:
+    from glm4v_jax.modeling import Glm4vForConditionalGeneration
+
+MIN_CAPACITY = 64
+MIN_EOS = 8
+MAX_STEPS = 32
+"""Tokens of a row that one call of the decoding program can make."""
+MAX_PIECE = 1024
+"""Tokens of a prompt that go through the decoder at a time: what bounds the memory of a long prompt's activations."""
+
+
+class Start(NamedTuple):
+    """What sets a row going.
+
+    prompt: all its tokens, those included that the row's cache already holds.
+    config: of the choice of tokens.
+    limit: new tokens at most, `step` included.
+    keep: how many of the prompt's tokens the row's cache holds.
+    number: which row of its request this is.
+    step: new tokens before this, where an answer is continued.
+    room: how many tokens may follow the prompt in all, where that is more than the limit.
+    """
+
+    prompt: Prompt
+    config: GenerationConfig
+    limit: int
+    keep: int = 0
+    number: int = 0
+    step: int = 0
+    room: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """How many cache slots this needs."""
+        return len(self.prompt) + max(self.limit - self.step, self.room)
+
+
+@dataclasses.dataclass
+class Stats:
+    """What the slots have done. Shares of busy slots are busy_steps / slot_steps."""
+
+    prompt_tokens: int = 0
+    prefill_tokens: int = 0
+    """as far as they were not in the cache"""
+    dispatches: int = 0
+    slot_steps: int = 0
+    """steps of decoding times rows"""
+    busy_steps: int = 0
+    """of these, those that made a token"""
+
+
+class Started(NamedTuple):
+    """First tokens of rows that were set going, perhaps still being computed; `chosen` has row `rows[i]` at `at[i]`."""
+
+    rows: list[int]
+    at: list[int]
+    chosen: Chosen
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Each row, and where in `chosen` it is."""
+        return zip(self.rows, self.at, strict=True)
+
+
+class Slots:
+    """B rows of a model."""
+
+    def __init__(
+        self,
+        model: "Glm4vForConditionalGeneration",
+        num_rows: int = 1,
+        capacity: int = MIN_CAPACITY,
+        *,
+        pool: FeaturePool | None = None,
+        top: int | None = None,
+        stats: Stats | None = None,
+    ):
+        """Make empty rows.
+
+        Args:
+          model: whose.
+          num_rows: B; rounded up to the shards of a batch.
+          capacity: cache slots of a row at first; grows with what prompts need.
+          pool: where vision tokens are kept; one of its own by default.
+          top: how many likeliest tokens to report with log probabilities; None for no log probabilities.
+          stats: what to count in.
+        """
+        with use_mesh(model.mesh):
+            self._shards = data_shards()
+            self.pool = pool if pool is not None else FeaturePool(model.visual)
+        self.model = model
+        self.num_rows = self._shards * -(-num_rows // self._shards)
+        self.top = top
+        self.stats = stats if stats is not None else Stats()
+        self._num_eos = MIN_EOS
+        self._capacity = bucket(capacity, MIN_CAPACITY)
+        self._state: programs.State | None = None
+        self._steps = np.zeros(self.num_rows, np.int32)
+        """of each row, as last read"""
+
+    @property
+    def capacity(self) -> int:
+        """Cache slots of a row."""
+        return self._capacity
+
+    def start(self, starts: Mapping[int, Start], *, together: bool = False) -> list[Started]:
+        """Set rows going, each with its prompt, and return their first tokens in as many parts as it took.
+
+        Args:
+          starts: row -> its prompt.
+          together: all rows at once, which ends those that are not among `starts`; otherwise one of each shard at a
+            time, so that programs have the same shapes however many there are.
+        """
+        with use_mesh(self.model.mesh):
+            self._make_room(starts)
+            if together or self.num_rows == 1:
+                started = [self._start(starts, None)]
+                self._count(starts, started)
+                return started
+            per_shard = self.num_rows // self._shards
+            queues = [[row for row in starts if row // per_shard == i] for i in range(self._shards)]
+            started = []
+            while any(queues):
+                wave = [queue.pop(0) if queue else None for queue in queues]
+                slots = np.array([-1 if row is None else row % per_shard for row in wave], np.int32)
+                part = self._start({i: starts[row] for i, row in enumerate(wave) if row is not None}, slots)
+                rows = [row for row in wave if row is not None]
+                started.append(Started(rows, part.at, part.chosen))
+        self._count(starts, started)
+        return started
+
+    def _count(self, starts: Mapping[int, Start], started: list[Started]) -> None:
+        for part in started:
+            self._steps[part.rows] = [starts[row].step + 1 for row in part.rows]
+        self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
+        self.stats.prefill_tokens += sum(len(start.prompt) - start.keep for start in starts.values())
+
+    def decode(self, limit: int = MAX_STEPS, *, idle: int | None = None) -> Decoded:
+        """Up to `limit` more tokens of every row; returns early when `idle` rows are done, all by default."""
+        text, head = self.model.language_model.flat, self.model.lm_head
+        assert self._state is not None
+        limit, idle = min(limit, MAX_STEPS), min(idle or self.num_rows, self.num_rows)
+        with use_mesh(self.model.mesh):
+            decoded, self._state = programs.decode(
+                text, head, self._state, np.int32(limit), np.int32(idle), num_steps=MAX_STEPS, top=self.top
+            )
+        self.stats.dispatches += 1
+        return decoded
+
+    def read(self, decoded: Decoded) -> tuple[Chosen, np.ndarray, np.ndarray]:
+        """Wait for a decoding call: what was chosen, [B, K] in NumPy; how much of each row is new; and who is done."""
+        step, done = np.asarray(decoded.step), np.asarray(decoded.done)
+        counts = step - self._steps
+        self._steps = step.copy()
+        self.stats.slot_steps += int(counts.max()) * self.num_rows
+        self.stats.busy_steps += int(counts.sum())
+        return jax.tree.map(np.asarray, decoded.chosen), counts, done
+
+    def stop(self, rows: list[int]) -> None:
+        """End rows that are not done."""
+        assert self._state is not None
+        with use_mesh(self.model.mesh):
+            self._state = programs.stop(self._state, np.isin(np.arange(self.num_rows), rows))
+
+    def _start(self, starts: Mapping[int, Start], slots: np.ndarray | None) -> Started:
+        """Set rows going at once: all of B by their number (`slots` None), or one of each shard by the shard's."""
+        text, head, state = self.model.language_model.flat, self.model.lm_head, self._state
+        assert state is not None
+        n = self.num_rows if slots is None else len(slots)
+        cuts = stretches(starts, self._capacity)
+        vision = self._vision_index(starts, {i: min(cut.bounds[i][0] for cut in cuts) for i in starts})
+        key_values, hidden = state.cache, None
+        for cut in cuts:
+            piece = piece_of(cut, starts, vision, n)
+            key_values, hidden = programs.append(text, key_values, slots, piece, self.pool.array)
+        self._state, chosen = programs.begin(
+            text, head, state._replace(cache=key_values), slots, hidden, self._row_of(starts, n), top=self.top
+        )
+        return Started(list(starts), list(starts), chosen)
+
+    def _vision_index(self, starts: Mapping[int, Start], first: Mapping[int, int]) -> dict[int, np.ndarray]:
+        """int32 [T] of each row, right from token `first` on: -1 for text, otherwise where the pool has the token."""
+        needed = {i: sorted(set(start.prompt.medium_of[first[i] :].tolist()) - {-1}) for i, start in starts.items()}
+        places = iter(self.pool([starts[i].prompt.media[m] for i, numbers in needed.items() for m in numbers]))
+        index = {}
+        for i, numbers in needed.items():
+            prompt = starts[i].prompt
+            index[i] = np.full(len(prompt), -1, np.int32)
+            for number in numbers:
+                here = prompt.medium_of == number
+                index[i][here] = next(places)[prompt.offset_of[here]]
+        return index
+
+    def _row_of(self, starts: Mapping[int, Start], n: int) -> Row:
+        vocab_size = self.model.config.text_config.vocab_size
+        row = Row(
+            token=np.zeros(n, np.int32),
+            delta=np.zeros(n, np.int32),
+            seen=np.zeros((n, vocab_size), np.bool_),
+            done=np.ones(n, np.bool_),
+            step=np.zeros(n, np.int32),
+            limit=np.zeros(n, np.int32),
+            eos=np.full((n, self._num_eos), -1, np.int32),
+            seed=np.zeros(n, np.uint32),
+            number=np.zeros(n, np.uint32),
+            params=SamplingParams.of(GenerationConfig(), n),
+        )
+        for i, start in starts.items():
+            config = start.config
+            row.delta[i], row.done[i], row.step[i], row.limit[i] = start.prompt.delta, False, start.step, start.limit
+            row.seen[i, start.prompt.input_ids] = True
+            row.eos[i, : len(config.eos_token_id)] = config.eos_token_id
+            row.seed[i], row.number[i] = config.seed, start.number
+            for values, value in zip(row.params, config.sampling, strict=True):
+                np.asarray(values)[i] = value
+        return row
+
+    def _make_room(self, starts: Mapping[int, Start]) -> None:
+        """Grow the state to what these prompts need; a first prompt finds none yet."""
+        need = max(start.capacity for start in starts.values())
+        num_eos = bucket(max(len(start.config.eos_token_id) for start in starts.values()), self._num_eos)
+        capacity = max(self._capacity, bucket(need, MIN_CAPACITY))
+        state = self._state
+        if state is None:
+            self._num_eos, self._capacity = num_eos, capacity
+            stacked = self.model.language_model.module.layers.is_stacked
+            self._state = programs.init_state(
+                self.model.language_model.flat, self.num_rows, capacity, num_eos, stacked=stacked
+            )
+            return
+        if capacity > self._capacity:
+            self._capacity = capacity
+            state = state._replace(cache=cache.grow(state.cache, capacity))
+        if num_eos > self._num_eos:
+            self._num_eos = num_eos
+            state = state._replace(row=state.row._replace(eos=programs.grow_eos(state.row.eos, num_eos)))
+        self._state = state
+
+
+class Stretch(NamedTuple):
+    """Where a piece of T tokens begins and ends in each row's prompt."""
+
+    t: int
+    bounds: dict[int, tuple[int, int]]
+
+
+def stretches(starts: Mapping[int, Start], capacity: int) -> list[Stretch]:
+    """How prompts are cut into pieces for a cache of this capacity.
+
+    All rows of a piece are T long. A row with less than that left to append is padded; where its padding would reach
+    beyond the cache, or nothing is left at all, it takes its piece from further back and writes the same values again.
+    """
+    done = {i: start.keep for i, start in starts.items()}
+    ends = {i: len(start.prompt) for i, start in starts.items()}
+    left = max(ends[i] - done[i] for i in starts)
+    # Equal pieces: a long prompt meets few lengths, and little padding.
+    t = bucket(-(-left // -(-left // MAX_PIECE)), MIN_LENGTH)
+    result = []
+    while any(done[i] < ends[i] for i in starts):
+        bounds = {}
+        for i, begin in done.items():
+            if begin == ends[i] or begin + t > capacity:
+                begin = max(0, min(begin, ends[i] - t))
+            bounds[i] = begin, min(begin + t, ends[i])
+        done = {i: end for i, (_, end) in bounds.items()}
+        result.append(Stretch(t, bounds))
+    return result
+
+
+def piece_of(stretch: Stretch, starts: Mapping[int, Start], vision: Mapping[int, np.ndarray], n: int) -> Piece:
+    """The arrays of a piece for n rows."""
+    ids, segments, index = (np.zeros((n, stretch.t), np.int32) for _ in range(3))
+    positions, keep = np.ones((3, n, stretch.t), np.int32), np.zeros(n, np.int32)
+    index -= 1
+    for i, (begin, end) in stretch.bounds.items():
+        prompt, here = starts[i].prompt, slice(0, end - begin)
+        ids[i, here] = prompt.input_ids[begin:end]
+        positions[:, i, here] = prompt.position_ids[:, begin:end]
+        segments[i, here] = 1
+        index[i, here] = vision[i][begin:end]
+        keep[i] = begin
+    return Piece(ids, positions, segments, index, keep)

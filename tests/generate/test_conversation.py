@@ -1,0 +1,114 @@
+"""Turns that keep their cache give what one long prompt gives, and what the reference gives for it."""
+
+import numpy as np
+import pytest
+from helpers_generation import GREEDY, their_tokens
+
+from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.generate.thinking import without_thoughts
+
+TEXTS = ["What is this?", "Why?", "And this one?", "Which is larger?"]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((60, 140), (110, 80))]
+
+
+def their_inputs_of(engine, messages):
+    return engine.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+
+
+def test_four_turns_with_pictures_in_the_first_and_third(engine, their_tiny, pictures):
+    import torch
+
+    talk = engine.conversation("Be brief.", max_new_tokens=14, **GREEDY)
+    encoded, cached = engine.pool.encoded, []
+    for turn, text in enumerate(TEXTS):
+        before = engine.stats.prefill_tokens
+        found = talk.send(text, images=[pictures[turn // 2]] if turn in (0, 2) else [])
+        inputs = their_inputs_of(engine, talk.messages[:-1])
+        assert list(found.tokens) == their_tokens(their_tiny, inputs, 14), f"turn {turn}"
+        alone = engine.generate(talk.messages[:-1], max_new_tokens=14, **GREEDY)
+        assert found == alone and found.prompt_tokens == inputs["input_ids"].shape[1]
+        run = engine.stats.prefill_tokens - before - alone.prompt_tokens
+        cached.append(found.prompt_tokens - run)
+        # The positions of the whole conversation, which 4.57.1 computes right where it sees it whole, as 5.x does.
+        positions, deltas = their_tiny.model.get_rope_index(
+            torch.tensor(inputs["input_ids"]), torch.tensor(inputs["image_grid_thw"]), None
+        )
+        length = found.prompt_tokens
+        assert np.array_equal(talk.in_cache.position_ids[:, :length], positions[:, 0].numpy())
+        assert talk.in_cache.delta == int(deltas[0, 0])
+    assert engine.pool.encoded - encoded == 2
+    # All that a turn shares with the one before it stayed: its prompt, and most of its answer.
+    lengths = [0, *[one.prompt_tokens for one in talk.completions]]
+    assert cached[0] == 0
+    assert all(stayed >= length for stayed, length in zip(cached[1:], lengths[1:-1], strict=True))
+
+
+def test_a_picture_seen_before_is_not_encoded_again(engine, pictures):
+    talk = engine.conversation(max_new_tokens=4, **GREEDY)
+    talk.send("Look", images=[pictures[0]])
+    encoded = engine.pool.encoded
+    talk.send("The same?", images=[pictures[0].copy()])
+    assert engine.pool.encoded == encoded
+
+
+def test_thoughts_are_not_kept(engine, pictures):
+    talk = engine.conversation(think_budget=9, answer_budget=6, **GREEDY)
+    first = talk.send("Think", images=[pictures[1]])
+    assert first.parsed.thought and "</think>" in first.text
+    assert talk.messages[-1] == {"role": "assistant", "content": without_thoughts(first.text)}
+    assert "think" not in talk.messages[-1]["content"]
+    second = talk.send("Again")
+    assert second == engine.generate(talk.messages[:-1], think_budget=9, answer_budget=6, **GREEDY)
+    assert second.prompt_tokens == their_inputs_of(engine, talk.messages[:-1])["input_ids"].shape[1]
+
+
+def test_an_answer_that_was_stopped_stays_as_far_as_it_came(engine):
+    talk = engine.conversation(max_new_tokens=60, **GREEDY)
+    stream = talk.ask("Tell me everything")
+    shown = "".join(next(stream).text for _ in range(3))
+    stream.close()
+    assert talk.completions[-1].finish_reason == "cancelled" and talk.completions[-1].text == shown
+    assert talk.messages[-1]["content"] == shown
+    found = talk.send("Go on", max_new_tokens=12)
+    assert found == engine.generate(talk.messages[:-1], max_new_tokens=12, **GREEDY)
+
+
+def test_undo(engine, pictures):
+    talk = engine.conversation(max_new_tokens=6, **GREEDY)
+    first = talk.send("One")
+    talk.send("Two", images=[pictures[0]])
+    talk.undo()
+    assert len(talk.messages) == 2 and talk.completions == [first]
+    third = talk.send("Three", images=[pictures[1]])
+    assert third == engine.generate(talk.messages[:-1], max_new_tokens=6, **GREEDY)
+    talk.undo()
+    talk.undo()
+    with pytest.raises(MessageError, match="undo"):
+        talk.undo()
+
+
+def test_what_fails_leaves_the_conversation_as_it_was(engine, tmp_path):
+    talk = engine.conversation(max_new_tokens=5, **GREEDY)
+    talk.send("One")
+    before = list(talk.messages)
+    with pytest.raises(MediaError, match=r"none\.png"):
+        talk.ask("Look", images=[str(tmp_path / "none.png")])
+    with pytest.raises(GenerationError, match="max_new_tokens"):
+        talk.ask("Long", max_new_tokens=65_536)
+    with pytest.raises(GenerationError, match="logprobs"):
+        talk.ask("Why", logprobs=2)
+    assert talk.messages == before
+    assert talk.send("Two") == engine.generate(talk.messages[:-1], max_new_tokens=5, **GREEDY)
+
+
+def test_a_conversation_outgrows_its_cache(engine):
+    talk = engine.conversation(max_new_tokens=90, **GREEDY)
+    for text in ("One", "Two", "Three"):
+        found = talk.send(text)
+    assert found.prompt_tokens > 128
+    assert found == engine.generate(talk.messages[:-1], max_new_tokens=90, **GREEDY)
