@@ -21,8 +21,8 @@ from glm4v_jax import programs
 from glm4v_jax.batch import Batch
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
-from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.arrays import generate
+from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.inputs.positions import rope_index
 from glm4v_jax.inputs.prepare import make_batch, token_array, token_ids
 from glm4v_jax.loading import load_model, resolve_dtype

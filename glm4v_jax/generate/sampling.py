@@ -4,7 +4,7 @@ Order and thresholds are those of `GenerationMixin._get_logits_processor` and `g
 repetition penalty, then, in rows that sample, temperature, top-k, top-p, min-p. Options are traced arrays with one
 value a row, so that rows may differ and a change of an option compiles nothing.
 
-B: rows, V: vocabulary, W: candidates looked at, T: prompt length. Logits must not be sharded over V.
+B: rows, V: vocabulary, W: candidates looked at. Logits must not be sharded over V.
 """
 
 import jax
@@ -25,7 +25,8 @@ def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool
     Args:
         logits: of any float dtype; the arithmetic is float32.
         params: arrays `[B]`.
-        seen: the tokens of each row's prompt and of what was generated so far.
+        seen: the tokens of each row's prompt, those of pictures included, and of what was generated so far. The
+            reference counts padding too, so that its penalty depends on the other prompts of a batch; this must not.
     """
     logits = logits.astype(jnp.float32)
     do_sample, temperature, _, _, min_p, penalty = (jnp.asarray(param)[:, None] for param in params)
@@ -61,21 +62,6 @@ def row_keys(seeds: Int[Array, "*B"] | int, numbers: Int[Array, "B"]) -> Key[Arr
 def step_keys(keys: Key[Array, "B"], step: Int[Array, "*B"] | int) -> Key[Array, "B"]:
     """Returns the keys of generation step `step`, a scalar or one number a row, counted in new tokens."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, 0 if jnp.ndim(step) else None))(keys, step)
-
-
-def seen_from_prompt(
-    input_ids: Int[Array, "B T"], attention_mask: Num[Array, "B T"], vocab_size: int
-) -> Bool[Array, "B V"]:
-    """Returns which tokens each prompt holds, picture placeholders included.
-
-    The reference looks at padding too, so that its penalty on `<|endoftext|>` (the padding of GLM-4.1V) depends on the
-    other prompts of the batch. Here padding does not count: every row gets what the reference gives it alone.
-    """
-
-    def of_row(ids: Int[Array, "T"], mask: Bool[Array, "T"]) -> Bool[Array, "V"]:
-        return jnp.zeros(vocab_size, bool).at[ids].max(mask)
-
-    return jax.vmap(of_row)(input_ids, attention_mask != 0)
 
 
 def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, "B"]) -> Bool[Array, "B V"]:

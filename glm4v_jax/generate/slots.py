@@ -259,6 +259,11 @@ class Slots:
         self._state = state
 
 
+def piece_length(left: int) -> int:
+    """The length of the pieces that `left` tokens are cut into: equal, for few lengths and little padding."""
+    return bucket(-(-left // -(-left // MAX_PIECE)), MIN_LENGTH)
+
+
 class Stretch(NamedTuple):
     """Where a piece of T tokens begins and ends in each row's prompt."""
 
@@ -275,8 +280,7 @@ def stretches(starts: Mapping[int, Start], capacity: int) -> list[Stretch]:
     done = {i: start.keep for i, start in starts.items()}
     ends = {i: len(start.prompt) for i, start in starts.items()}
     left = max(ends[i] - done[i] for i in starts)
-    # Equal pieces: a long prompt meets few lengths, and little padding.
-    t = bucket(-(-left // -(-left // MAX_PIECE)), MIN_LENGTH)
+    t = piece_length(left)
     result = []
     while any(done[i] < ends[i] for i in starts):
         bounds = {}

@@ -21,7 +21,7 @@ from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.features import GROWTH, FeaturePool, pool_capacity
 from glm4v_jax.generate.prompt import Prompt
-from glm4v_jax.generate.slots import MAX_PIECE, MIN_CAPACITY, Slots, Start
+from glm4v_jax.generate.slots import MAX_PIECE, MIN_CAPACITY, Slots, Start, piece_length
 from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.inputs.prepare import MIN_LENGTH
 from glm4v_jax.mesh import data_shards, use_mesh
@@ -69,11 +69,6 @@ def row_shapes(low: int, high: int, row_multiple: int = 1) -> list[tuple[int, in
     return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def piece_lengths(length: int) -> int:
-    """The length of the pieces that a prompt of `length` tokens is cut into."""
-    return bucket(-(-length // -(-length // MAX_PIECE)), MIN_LENGTH)
-
-
 def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tuple[int, int, int]]:
     """Each (length of pieces, capacity of the cache) that prompts of such lengths need, and the length of one of them.
 
@@ -85,7 +80,7 @@ def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tupl
     edges |= {b - max_new_tokens + 1 for b in buckets(MIN_CAPACITY, longest + max_new_tokens, MIN_CAPACITY)}
     shapes: dict[tuple[int, int], int] = {}
     for length in sorted(edge for edge in edges if shortest <= edge <= longest):
-        shapes.setdefault((piece_lengths(length), bucket(length + max_new_tokens, MIN_CAPACITY)), length)
+        shapes.setdefault((piece_length(length), bucket(length + max_new_tokens, MIN_CAPACITY)), length)
     return [(*shape, length) for shape, length in shapes.items()]
 
 
@@ -175,7 +170,7 @@ def warm_slots(
         start = time.perf_counter()
         started = slots.start(dict.fromkeys(rows, Start(_empty_prompt(length), config, 1)), together=together)
         jax.block_until_ready(started[-1].chosen)
-        shape = f"B {slots.num_rows}, T {piece_lengths(length)}, cache {slots.capacity}"
+        shape = f"B {slots.num_rows}, T {piece_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
     if max_new_tokens == 1:
         return

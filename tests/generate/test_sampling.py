@@ -17,6 +17,11 @@ _process = jax.jit(sampling.process_logits)
 _sample = jax.jit(sampling.sample)
 
 
+def _seen(prompts, vocab_size):
+    """bool [B, V]: the tokens of each prompt."""
+    return (np.asarray(prompts)[:, :, None] == np.arange(vocab_size)).any(axis=1)
+
+
 def _stack(configs):
     rows = [SamplingParams.of(config, 1) for config in configs]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
@@ -79,7 +84,7 @@ def test_scores_equal_the_reference(vocab_size, tied, configs, seed, spread):
     for row in zip(configs, prompts, logits, strict=True):
         assume(not row[0].do_sample or _far_from_thresholds(*row))
 
-    seen = sampling.seen_from_prompt(jnp.asarray(prompts), jnp.ones((ROWS, PROMPT)), vocab_size)
+    seen = _seen(prompts, vocab_size)
     ours = np.asarray(_process(logits, _stack(configs), seen))
 
     assert ours.dtype == np.float32
@@ -244,23 +249,10 @@ def test_the_whole_row_is_sorted_only_where_the_candidates_do_not_do():
     assert len(whole_rows) == 1, "one is the branch that is skipped; a second is XLA's way to get the candidates"
 
 
-def test_seen_leaves_out_padding_and_grows_by_token():
-    prompt = np.array([[9, 9, 3, 4, 3], [5, 6, 7, 9, 9]])
-    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
-    seen = sampling.seen_from_prompt(jnp.asarray(prompt), jnp.asarray(mask), 10)
-    assert [np.flatnonzero(row).tolist() for row in seen] == [[3, 4], [5, 6, 7]]
-    grown = sampling.mark_seen(seen, jnp.array([0, 5]))
+def test_seen_grows_by_token():
+    seen = _seen([[3, 4, 3], [5, 6, 7]], 10)
+    grown = sampling.mark_seen(jnp.asarray(seen), jnp.array([0, 5]))
     assert [np.flatnonzero(row).tolist() for row in grown] == [[0, 3, 4], [5, 6, 7]]
-
-
-def test_padded_and_unpadded_prompts_are_penalised_alike():
-    config = GenerationConfig(do_sample=True, repetition_penalty=1.7, top_k=0)
-    logits = np.random.default_rng(5).standard_normal((1, 50)).astype(np.float32)
-    prompt = np.array([[4, 8, 8, 2]])
-    padded = np.array([[49, 49, 49, 4, 8, 8, 2]])
-    seen = sampling.seen_from_prompt(jnp.asarray(padded), jnp.asarray(padded != 49), 50)
-    ours = _process(logits, SamplingParams.of(config, 1), seen)[0]
-    np.testing.assert_allclose(ours, _reference(config, prompt[0], logits[0]), rtol=1e-6)
 
 
 def test_it_runs_in_an_explicit_mesh():
@@ -268,10 +260,9 @@ def test_it_runs_in_an_explicit_mesh():
     rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
     logits = np.random.default_rng(6).standard_normal((2, 300)).astype(np.float32)
     params = SamplingParams.of(GenerationConfig(do_sample=True, top_k=0, top_p=0.8, min_p=0.01), 2)
-    prompt, keys = np.array([[1, 2], [3, 4]]), sampling.row_keys(0, jnp.arange(2))
+    prompt, keys = _seen([[1, 2], [3, 4]], 300), sampling.row_keys(0, jnp.arange(2))
 
-    def step(logits, params, prompt, keys):
-        seen = sampling.seen_from_prompt(prompt, jnp.ones_like(prompt), 300)
+    def step(logits, params, seen, keys):
         tokens = sampling.sample(logits, params, seen, sampling.step_keys(keys, 0))
         return tokens, sampling.mark_seen(seen, tokens)
 
