@@ -114,15 +114,21 @@ class Conversation:
     def _turn(self, message: dict[str, Any], media: PreparedMedia, answer: Answer) -> Iterator[Delta]:
         if self._slots is None:
             self._slots = self._engine.new_slots(1, answer.config)
-        # If running the prompt fails, this is what can be relied on.
+        # If the turn ends before its first token, this is what can be relied on.
         self.in_cache = answer.prompt.truncated(answer.start().keep)
         try:
             for update in run(self._slots, answer.alone(), steps=self._engine.steps_per_dispatch):
                 yield update.delta
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._slots = self.in_cache = None
+            raise
         finally:
             if answer.tokens:
                 # The newest token is chosen, but has not been run.
-                self.in_cache = answer.prompt.extended(answer.tokens[:-1])
+                if self._slots is not None:
+                    self.in_cache = answer.prompt.extended(answer.tokens[:-1])
                 completion = answer.completion()
                 self.messages += [message, {"role": "assistant", "content": without_thoughts(completion.text)}]
                 self._media.append(media)

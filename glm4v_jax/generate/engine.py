@@ -293,7 +293,11 @@ class Engine:
         """Free slots, which the engine keeps for the next who needs such; they keep their caches' sizes."""
         free = self._free.setdefault((num_rows, config.logprobs), [])
         slots = free.pop() if free else self.new_slots(num_rows, config)
-        yield slots
+        try:
+            yield slots
+        except GeneratorExit:
+            free.append(slots)  # nothing went wrong: a stream was closed
+            raise
         free.append(slots)
 
 

@@ -16,7 +16,7 @@ from glm4v_jax import mesh
 from glm4v_jax.cache import KVCache, init_cache
 from glm4v_jax.decoder import TextDecoder
 from glm4v_jax.generate.config import SAMPLING_DTYPES, SamplingParams
-from glm4v_jax.generate.sampling import mark_seen, row_keys, sample, step_keys
+from glm4v_jax.generate.sampling import largest, mark_seen, row_keys, sample, step_keys
 from glm4v_jax.model import embed_with_vision
 from glm4v_jax.nn import Linear
 from glm4v_jax.programs import Flat, score
@@ -90,8 +90,7 @@ class Decoded(NamedTuple):
 def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> State:
     """`batch` empty rows of `capacity` cache slots, all done."""
     config = text.module.config
-    rows = jax.tree.map(
-        lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (x.ndim - 1)),
+    rows = _place_row(
         Row(
             token=np.zeros(batch, np.int32),
             delta=np.zeros(batch, np.int32),
@@ -171,8 +170,7 @@ def begin(
     Returns:
       The state, and what was chosen, [n].
     """
-    row = jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
-    row, chosen = _choose(text.module, head, hidden, row, top)
+    row, chosen = _choose(text.module, head, hidden, _place_row(row), top)
     if slots is not None:
         row = jax.tree.map(lambda x, new: _put(x, slots, new, 0), state.row, row)
     return state._replace(row=row), chosen
@@ -243,7 +241,7 @@ def _choose(
 ) -> tuple[Row, Chosen]:
     """Choose the next token of each row from its last hidden state; rows that are done stand still."""
     scores = score(decoder, None if head is None else head.module, hidden)
-    scores = mesh.reshard(scores[:, 0], "batch", None)
+    scores = mesh.reshard(scores[:, 0], "batch", "vocab")
     tokens = sample(scores, row.params, row.seen, step_keys(row_keys(row.seed, row.number), row.step))
     tokens = jnp.where(row.done, row.token, tokens)
     step = jnp.where(row.done, row.step, row.step + 1)
@@ -253,11 +251,17 @@ def _choose(
         logprobs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
         # A comparison in place of a gather, which an explicit partition would have to be told how to make.
         of_token = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
-        best, ids = (
-            jax.lax.top_k(logprobs, top) if top else (logprobs[:, :0], jnp.zeros_like(logprobs, jnp.int32)[:, :0])
-        )
+        ids, best = jnp.zeros((len(tokens), 0), jnp.int32), jnp.zeros((len(tokens), 0))
+        if top:
+            best, ids = (jnp.flip(x, axis=-1) for x in largest(logprobs, top))
         chosen = Chosen(tokens, of_token, ids, best)
     return row._replace(token=tokens, seen=mark_seen(row.seen, tokens), done=done, step=step), chosen
+
+
+def _place_row(row: Row) -> Row:
+    """In its partition: rows over the shards of the batch, the vocabulary over those of the head."""
+    placed = jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
+    return placed._replace(seen=mesh.reshard(jnp.asarray(row.seen), "batch", "vocab"))
 
 
 def _blocks(x: Array, n: int, axis: int) -> Array:

@@ -58,7 +58,7 @@ class Pace:
 
 
 def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Iterator[Update]:
-    """Generate answers; closing the iterator stops those that are still going.
+    """Generate answers; closing the iterator stops those that are still going. After an error the slots are of no use.
 
     Args:
       slots: where; all of them are free.
@@ -108,9 +108,10 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Ite
                 yield Update(answer, delta)
             if surplus:
                 slots.stop(surplus)
-    finally:
+    except GeneratorExit:
         if active:
             slots.stop(list(active))
+        raise
 
 
 def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], list[TokenLogprob]]:

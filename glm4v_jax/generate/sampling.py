@@ -4,8 +4,11 @@ Order and thresholds are those of `GenerationMixin._get_logits_processor` and `g
 repetition penalty, then, in rows that sample, temperature, top-k, top-p, min-p. Options are traced arrays with one
 value a row, so that rows may differ and a change of an option compiles nothing.
 
-B: rows, V: vocabulary, W: candidates looked at. Logits must not be sharded over V.
+B: rows, V: vocabulary, W: candidates looked at. Logits may be sharded over V: each shard gives its candidates, and only
+where those do not decide (a large or no top-k beside top-p) whole rows are gathered.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,25 +78,63 @@ def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Ar
 
     Where the cut of top-p falls among equal scores, torch's unstable sort keeps any of them, and this the higher ids.
     """
-    vocab_size = scores.shape[-1]
     top_k, top_p = jnp.asarray(params.top_k), jnp.asarray(params.top_p)
     from_sorted = jax.vmap(_cut)
 
     def from_all() -> tuple[Float[Array, "B"], Int[Array, "B"]]:
-        ids = jnp.zeros_like(scores, jnp.int32) + jnp.arange(vocab_size)[None]  # sharded like the scores
-        return from_sorted(*lax.sort((scores, ids), num_keys=1), top_k, top_p)[:2]
+        whole = _gathered(scores)
+        ids = jnp.zeros_like(whole, jnp.int32) + jnp.arange(whole.shape[-1])[None]  # sharded like the scores
+        return from_sorted(*lax.sort((whole, ids), num_keys=1), top_k, top_p)[:2]
 
-    if vocab_size <= _WINDOW:
+    if scores.shape[-1] <= _WINDOW:
         return from_all()
 
-    # Stable, so that equal scores stay in the order of ids. Nothing else may slice the result of `top_k`: XLA would
-    # then sort the whole row to get it.
-    ascending, ids = lax.sort(tuple(lax.top_k(scores, _WINDOW)), num_keys=1)
+    ascending, ids = largest(scores, _WINDOW)
     cut_score, cut_id, threshold = from_sorted(ascending, ids, top_k, top_p)
     idle = ~jnp.asarray(params.do_sample) | ((top_k == 0) & (top_p == 1))
     # Above the smallest candidate the window is complete; at it, ties may lie outside.
     complete = (top_k > 0) & (threshold > ascending[:, 0])
     return lax.cond(jnp.all(idle | complete), lambda: (cut_score, cut_id), from_all)
+
+
+def largest(scores: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """Returns the `n` largest scores of each row and their ids, ascending; of equal ones the least ids, ascending."""
+    batch, vocab_size = scores.shape
+    shards = _vocab_shards(scores)
+    if shards == 1:
+        # Stable, so that equal scores stay in the order of ids. Nothing else may slice the result of `top_k`: XLA would
+        # then sort the whole row to get it.
+        return lax.sort(tuple(lax.top_k(_gathered(scores), n)), num_keys=1)
+    rows, names = _spec(scores)
+    width = vocab_size // shards
+    parts = scores.reshape(batch, shards, width, out_sharding=jax.P(rows, names, None))
+    best, ids = lax.top_k(parts, min(n, width))
+    ids = ids + (jnp.arange(shards) * width)[None, :, None]
+    best, ids = (
+        jax.sharding.reshard(x, jax.P(rows, None, None)).reshape(batch, -1, out_sharding=jax.P(rows, None))
+        for x in (best, ids)
+    )
+    # Two keys would put the higher of equal scores' ids last, which are those to drop: it is the negative that counts.
+    ascending, descending_ids = lax.sort((best, -ids), num_keys=2)
+    ascending, ids = ascending[:, -n:], -descending_ids[:, -n:]
+    return lax.sort((ascending, ids), num_keys=2)
+
+
+def _spec(scores: Array) -> tuple:
+    spec = jax.typeof(scores).sharding.spec
+    return (*spec, *(None,) * (2 - len(spec)))
+
+
+def _vocab_shards(scores: Array) -> int:
+    names = _spec(scores)[1]
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in (names if isinstance(names, tuple) else (names,)) if name is not None)
+
+
+def _gathered(scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Whole rows, on every device that has a part of them."""
+    rows, names = _spec(scores)
+    return scores if names is None else jax.sharding.reshard(scores, jax.P(rows, None))
 
 
 def _cut(
