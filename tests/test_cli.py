@@ -225,9 +225,11 @@ def test_help_does_not_wait_for_jax(tmp_path):
     program = (
         "import sys\n"
         "from glm4v_jax import cli\n"
-        "try:\n    cli.main(['generate', '--help'])\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "assert not {'jax', 'flax', 'orbax', 'torch'} & sys.modules.keys()\n"
+        "for arguments in ([], *([name] for name in cli.COMMANDS)):\n"
+        "    try:\n        cli.main([*arguments, '--help'])\n"
+        "    except SystemExit as end:\n        assert end.code == 0\n"
+        "slow = {'jax', 'flax', 'orbax', 'torch', 'numpy', 'PIL', 'tokenizers', 'decord', 'av'}\n"
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys()\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -237,6 +239,8 @@ def test_help_does_not_wait_for_jax(tmp_path):
         text=True,
         check=True,
     )
+    for name in ("generate", "chat", "describe", "inspect", "cache"):
+        assert f"usage: glm4v {name}" in result.stdout
     assert "--max-new-tokens" in result.stdout
     assert "JAX_COMPILATION_CACHE_DIR" in result.stdout
     assert "{auto,float32,bfloat16,float16}" in result.stdout
@@ -282,8 +286,9 @@ def test_a_picture_and_a_video_are_answered_in_one_prompt(capfd, picture, film):
     options = ("--max-new-tokens", 4, "--greedy", "--image", picture, "--video", film, "Compare them.")
     answer = answered(capfd, *options)
     assert answer.keys() == {
-        "text", "prompt_tokens", "new_tokens", "seconds", "compile_seconds", "tokens_per_second", "finish_reason",
-        "model",
+        "text", "thought", "answer", "boxed", "boxes", "pixel_boxes", "prompt_tokens", "new_tokens", "thought_tokens",
+        "answer_tokens", "seconds", "compile_seconds", "first_token_seconds", "tokens_per_second", "finish_reason",
+        "stop_string", "model",
     }  # fmt: skip
     assert answer["new_tokens"] == 4
     assert answer["finish_reason"] == "length"

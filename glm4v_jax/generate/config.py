@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glm4v_jax.errors import CheckpointError, GenerationError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import assets_directory, read_json_object
 
 # `max_length` of the reference when nobody sets it; it then counts *new* tokens (`_prepare_generated_length`).
 _DEFAULT_NEW_TOKENS = 20
@@ -185,6 +185,7 @@ class GenerationConfig:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: found no directory; expected that of a checkpoint")
+        directory = assets_directory(directory)
         path = directory / "generation_config.json"
         if path.is_file():
             options = read_json_object(path)

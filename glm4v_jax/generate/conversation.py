@@ -80,7 +80,9 @@ class Conversation:
         content += [{"type": "video", "video": video} for video in videos]
         message = {"role": "user", "content": [*content, {"type": "text", "text": text}] if content else text}
         prompt = self._prompt([*self.messages, message], [*self._media, media])
-        answer = self._engine.answer(prompt, config, keep=self._tokens_in_cache(prompt))
+        # Turn number i draws from (seed, i), or all would draw alike.
+        number = len(self.completions)
+        answer = self._engine.answer(prompt, config, number=number, keep=self._tokens_in_cache(prompt))
         return self._turn(message, media, answer)
 
     def send(self, text: str, **kwargs: Any) -> Completion:

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from glm4v_jax.compilation_cache import use_compilation_cache
-from glm4v_jax.errors import GenerationError, MessageError
+from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Completion, Delta
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.features import FeaturePool
 from glm4v_jax.generate.presets import preset as preset_options
-from glm4v_jax.generate.prompt import Prompt, prompts_of
+from glm4v_jax.generate.prompt import Prompt, prompt_of
 from glm4v_jax.generate.queue import AnswerQueue
 from glm4v_jax.generate.running import run
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
 from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
-from glm4v_jax.inputs.chat import choose_template
-from glm4v_jax.inputs.messages import extract_media
 from glm4v_jax.inputs.packing import bucket
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.mesh import use_mesh
@@ -114,30 +112,8 @@ class Engine:
         return config
 
     def prompt(self, prompt: Any) -> Prompt:
-        """Make a prompt ready.
-
-        Args:
-          prompt: the user's text; or messages with `role` and `content`; or a processor's output for one prompt.
-
-        Raises:
-          MessageError, MediaError: what is wrong with it.
-        """
-        if isinstance(prompt, Prompt):
-            return prompt
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        sizes: tuple[tuple[int, int], ...] = ()
-        if not isinstance(prompt, Mapping):
-            source = choose_template(self.processor.chat_template)
-            text = self.processor.apply_chat_template(prompt, add_generation_prompt=True)
-            if not isinstance(text, str):
-                raise MessageError(f"found {len(text)} conversations; expected one")
-            media = self.processor.prepare_media(*extract_media(prompt, source))
-            prompt, sizes = self.processor.assemble([text], media), media.image_sizes
-        prompts = prompts_of(prompt, self.model.config)
-        if len(prompts) != 1:
-            raise MessageError(f"input_ids: found {len(prompts)} prompts; expected one")
-        return prompts[0].with_image_sizes(sizes)
+        """Make a prompt ready, which every method that takes one does by itself; see `prompt_of`."""
+        return prompt_of(prompt, self.processor, self.model.config)
 
     def stream(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Iterator[Delta]:
         """Answer a prompt, piece by piece; closing the iterator stops the answer.

@@ -13,9 +13,12 @@ import numpy as np
 
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
+from glm4v_jax.inputs.chat import choose_template
+from glm4v_jax.inputs.messages import extract_media
 from glm4v_jax.inputs.packing import frames_of
 from glm4v_jax.inputs.positions import TokenIds, rope_index, vision_runs
 from glm4v_jax.inputs.prepare import checked_ids, token_ids
+from glm4v_jax.inputs.processor import Glm4vProcessor
 
 _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
@@ -101,6 +104,34 @@ class Prompt:
         equal &= self.offset_of[:n] == other.offset_of[:n]
         equal &= (self.position_ids[:, :n] == other.position_ids[:, :n]).all(axis=0)
         return n if equal.all() else int(np.argmin(equal))
+
+
+def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Prompt:
+    """Make one prompt ready.
+
+    Args:
+      prompt: the user's text; or messages with `role` and `content`; or a processor's output for one prompt; or what
+        this returns.
+      processor, config: of the model.
+
+    Raises:
+      MessageError, MediaError: what is wrong with it.
+    """
+    if isinstance(prompt, Prompt):
+        return prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    sizes: tuple[tuple[int, int], ...] = ()
+    if not isinstance(prompt, Mapping):
+        text = processor.apply_chat_template(prompt, add_generation_prompt=True)
+        if not isinstance(text, str):
+            raise MessageError(f"found {len(text)} conversations; expected one")
+        media = processor.prepare_media(*extract_media(prompt, choose_template(processor.chat_template)))
+        prompt, sizes = processor.assemble([text], media), media.image_sizes
+    prompts = prompts_of(prompt, config)
+    if len(prompts) != 1:
+        raise MessageError(f"input_ids: found {len(prompts)} prompts; expected one")
+    return prompts[0].with_image_sizes(sizes)
 
 
 def prompts_of(inputs: Mapping[str, Any], config: Glm4vConfig) -> list[Prompt]:

@@ -1,0 +1,164 @@
+"""The file that the answers of a batch are appended to, and that a later run goes on with.
+
+One JSON object a line, in the order of completion. Every line has a `key`, which says what it is the answer to. A line
+is written at once, so what a killed process leaves is whole lines and perhaps the beginning of one.
+"""
+
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from glm4v_jax.errors import GenerationError
+
+try:
+    import fcntl
+except ImportError:  # not on this system: two processes are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+
+class AnswerFile:
+    """Finished lines of earlier runs, and place for more."""
+
+    def __init__(
+        self, path: str, field: str, keys: Mapping[int | str, str], *, restart: bool, keep_others: bool = False
+    ):
+        """Open.
+
+        Args:
+          path: of the file, which need not be there.
+          field: what its lines call what tells a prompt from the others, "index" or "file".
+          keys: that -> what says what is asked, for all prompts.
+          restart: empty the file instead of going on.
+          keep_others: leave finished lines of what is not in `keys`; refuse them otherwise.
+
+        Raises:
+          OSError: the file cannot be read or written, or another process is writing it.
+          GenerationError: it is not of this program, or of other prompts or options.
+        """
+        self._path, self._field, self._keys, self._keep_others = pathlib.Path(path), field, keys, keep_others
+        self._descriptor = -1
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "there is no such directory for the answers", str(self._path.parent))
+        self.done: set[int | str] = set()
+        """what has been answered"""
+        if self._path.exists() and not restart:
+            lines, is_clean = self._read()
+            self._open()
+            if not is_clean:
+                self._replace(lines)
+        else:
+            if self._path.exists():
+                self._check_own()
+            self._open()
+            os.truncate(self._descriptor, 0)
+
+    def append(self, name: int | str, line: Mapping[str, Any]) -> None:
+        """Writes the answer to a prompt, as a line."""
+        encoded = _encoded({self._field: name, "key": self._keys[name], **line})
+        while encoded:
+            encoded = encoded[os.write(self._descriptor, encoded) :]
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _read(self) -> tuple[list[bytes], bool]:
+        """The finished lines, and whether that is all there is."""
+        lines, is_clean = [], True
+        for number, line in enumerate(self._path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n") and self._is_beginning(line):
+                is_clean = False
+                continue
+            name, is_finished = self._check(line, number)
+            if not is_finished or name in self.done:
+                is_clean = False
+                continue
+            if name in self._keys:
+                self.done.add(name)
+            lines.append(line)
+        return lines, is_clean
+
+    def _check_own(self) -> None:
+        """Keeps `restart` from emptying what is no file of answers.
+
+        Raises:
+          GenerationError: it is not.
+        """
+        with self._path.open("rb") as file:
+            line = file.readline()
+        if line and not self._is_beginning(line):
+            raise GenerationError(
+                f"{self._path}: found no file of answers to replace, expected one; --out names another"
+            )
+
+    def _is_beginning(self, line: bytes) -> bool:
+        """Whether a line can be what is left of one of `append`."""
+        start = _encoded({self._field: 0})[: -len("0}\n")]
+        return line.startswith(start) or start.startswith(line)
+
+    def _check(self, line: bytes, number: int) -> tuple[int | str, bool]:
+        """What a line answers, and whether it does.
+
+        Raises:
+          GenerationError: it is not one of `append`, or answers something else than is asked now.
+        """
+        where = f"{self._path}:{number}"
+        hint = "--restart replaces the file, --out names another"
+        try:
+            found = json.loads(line)
+            name, key, failed = found[self._field], found["key"], "error" in found
+            if not isinstance(name, int | str) or not isinstance(key, str):
+                raise TypeError("name and key")
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise GenerationError(f"{where}: found no answer of this command, expected one a line; {hint}") from error
+        if name not in self._keys:
+            if self._keep_others:
+                return name, not failed
+            raise GenerationError(f"{where}: found {self._field} {name!r}, expected one of the prompts given; {hint}")
+        if not failed and key != self._keys[name]:
+            raise GenerationError(
+                f"{where}: found the answer to another prompt or with other options for {self._field} {name!r}, "
+                f"expected one to go on with; {hint}"
+            )
+        return name, not failed
+
+    def _open(self) -> None:
+        self.close()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        self._descriptor = os.open(self._path, flags, 0o666)
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BlockingIOError(error.errno, "another process is writing it", str(self._path)) from error
+            except OSError:  # a file system without locks
+                return
+
+    def _replace(self, lines: list[bytes]) -> None:
+        """Leaves these lines only; until they are all written, what was there stays."""
+        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            aside.write_bytes(b"".join(lines))
+            os.replace(aside, self._path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        self._open()
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    try:
+        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # a file name that is no UTF-8
+        return f"{json.dumps(line)}\n".encode()
