@@ -1,5 +1,5 @@
 """`python -m glm4v_jax`: the command line."""
 
-from glm4v_jax.cli import main
+from glm4v_jax.cli import program
 
-raise SystemExit(main())
+program()

@@ -21,8 +21,11 @@ from glm4v_jax.nn import precision
 BLOCKS = (512, 384, 256)
 # Below this many queries the scores are linear in the number of keys anyway: decoding takes the direct path.
 FEW_QUERIES = 8
-# Masked scores are finite: a row that sees nothing must give zeros, not NaN.
+SCORES = "bkgth,bksh->bkgts"
+# Masked scores are finite: a row that sees nothing must give zeros, not NaN. The running maximum starts so far above
+# them that their exponentials are zero against it too.
 MASKED = -1e30
+FLOOR = -1e29
 
 
 class Mask(NamedTuple):
@@ -61,11 +64,12 @@ def attend(
         return attend_with_weights(q, k, v, mask, causal=causal, dropout=dropout)[0]
     t, s = q.shape[1], k.shape[1]
     block_q, block_k = _block_size(t), _block_size(s)
-    q = _pad_length(q, block_q)
-    k, v = _pad_length(k, block_k), _pad_length(v, block_k)
-    mask = Mask(_pad_length(mask.q_segments, block_q), _pad_length(mask.kv_segments, block_k), mask.q_start)
+    # Heads first, once: a block is then a batch of matrices as it lies in memory, and no product copies it.
+    q = _pad(jnp.moveaxis(q, 1, 3), -2, block_q)
+    k, v = (_pad(jnp.moveaxis(x, 1, 2), -2, block_k) for x in (k, v))
+    mask = Mask(_pad(mask.q_segments, 1, block_q), _pad(mask.kv_segments, 1, block_k), mask.q_start)
     key, rate = (dropout.key, dropout.rate) if dropout is not None and dropout.rate > 0 else (None, 0.0)
-    return _flash(q, k, v, mask, key, (block_q, block_k), causal, rate)[:, :t]
+    return jnp.moveaxis(_flash(q, k, v, mask, key, (block_q, block_k), causal, rate), 3, 1)[:, :t]
 
 
 def attend_with_weights(
@@ -78,13 +82,47 @@ def attend_with_weights(
     dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T S"]]:
     """`attend`, and the attention weights in q's dtype: memory grows with T x S."""
-    visible = _visible(mask, jnp.arange(q.shape[1]), jnp.arange(k.shape[1]), causal)[:, None, None]
-    scores = jnp.where(visible, _scores(q, k), MASKED)
-    p = jnp.where(visible, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0.0)
+    q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    visible = _visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
+    # The keys are the matrix and the few queries the vectors: the other way round keys would be transposed first.
+    scores = jnp.where(visible, jnp.moveaxis(_scores("bksh,bkgth->bksgt", k, q), 2, -1), MASKED)
+    p = jnp.exp(scores - jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), FLOOR))
     p = p / jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     if dropout is not None and dropout.rate > 0:
         p = p * _keep(dropout.key, 0, 0, p.shape, dropout.rate)
-    return _einsum("bkgts,bskh->btkgh", p.astype(q.dtype), v).astype(q.dtype), p.astype(q.dtype)
+    p = p.astype(q.dtype)
+    return jnp.moveaxis(_einsum("bkgts,bksh->bkgth", p, v).astype(q.dtype), 3, 1), p
+
+
+def attend_cached(
+    q: Float[Array, "B T K G H"],
+    cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+    new: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]],
+    mask: Mask,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of a few new tokens to a cache that does not hold them yet, and to themselves.
+
+    A cache that layers only read is neither sliced nor put back by any of them. `mask.kv_segments` are the cache's, of
+    which slots from `q_start` on do not count.
+    """
+    q = jnp.moveaxis(q, 1, 3)
+    slots, t = jnp.arange(cached[0].shape[-2]), jnp.arange(q.shape[-2])
+    held = jnp.where(slots < mask.q_start[:, None], mask.kv_segments, 0)
+    visible = [
+        _visible(Mask(mask.q_segments, held, mask.q_start), t, slots, causal=False),
+        _visible(Mask(mask.q_segments, mask.q_segments, mask.q_start * 0), t, t, causal=True),
+    ]
+    scores = [
+        jnp.where(seen[:, None, None], jnp.moveaxis(_scores("bksh,bkgth->bksgt", k, q), 2, -1), MASKED)
+        for seen, (k, _) in zip(visible, (cached, new), strict=True)
+    ]
+    top = jnp.maximum(functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores)), FLOOR)
+    p = [jnp.exp(x - top) for x in scores]
+    total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in p), jnp.finfo(jnp.float32).tiny)
+    out = sum(
+        _einsum("bkgts,bksh->bkgth", (x / total).astype(q.dtype), v) for x, (_, v) in zip(p, (cached, new), strict=True)
+    )
+    return jnp.moveaxis(out.astype(q.dtype), 3, 1)
 
 
 def _einsum(equation: str, a: Array, b: Array, like: Array | None = None) -> Array:
@@ -95,8 +133,8 @@ def _einsum(equation: str, a: Array, b: Array, like: Array | None = None) -> Arr
     )
 
 
-def _scores(q: Array, k: Array) -> Array:
-    return _einsum("btkgh,bskh->bkgts", q, k) * (q.shape[-1] ** -0.5)
+def _scores(equation: str, a: Array, b: Array) -> Array:
+    return _einsum(equation, a, b) * (a.shape[-1] ** -0.5)
 
 
 def _visible(mask: Mask, t: Int[Array, " t"], s: Int[Array, " s"], causal: bool) -> Array:
@@ -118,8 +156,10 @@ def _block_size(n: int) -> int:
     return n if n <= BLOCKS[0] else min(BLOCKS, key=lambda block: (-n % block, -block))
 
 
-def _pad_length(x: Array, block: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+def _pad(x: Array, axis: int, block: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths)
 
 
 def _reachable(mask: Mask, blocks: tuple[int, int], causal: bool) -> Array:
@@ -143,21 +183,22 @@ def _span(row: Array) -> tuple[Array, Array]:
     return jnp.where(some, jnp.argmax(row), 0), jnp.where(some, n - jnp.argmax(row[::-1]), 0)
 
 
-def _block(x: Array, i: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+def _block(x: Array, i: Array, size: int, axis: int = -2) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
 
 def _mask_block(mask: Mask, i: Array, j: Array, blocks: tuple[int, int], causal: bool) -> Array:
-    block = Mask(_block(mask.q_segments, i, blocks[0]), _block(mask.kv_segments, j, blocks[1]), mask.q_start)
+    block = Mask(_block(mask.q_segments, i, blocks[0], 1), _block(mask.kv_segments, j, blocks[1], 1), mask.q_start)
     t, s = i * blocks[0] + jnp.arange(blocks[0]), j * blocks[1] + jnp.arange(blocks[1])
     return _visible(block, t, s, causal)[:, None, None]
 
 
-def _merge_blocks(x: Array, like: Array) -> Array:
-    """[N, B, block, ...], as a scan stacks it -> [B, N * block, ...], which is `like`'s shape and partition."""
-    return jnp.moveaxis(x, 0, 1).reshape(like.shape, out_sharding=jax.typeof(like).sharding)
+def _merge_blocks(x: Array, like: Array, axis: int = -2) -> Array:
+    """Blocks along `axis` as a scan stacks them, [N, ..., block, ...] -> `like`'s shape and partition."""
+    return jnp.moveaxis(x, 0, axis - 1).reshape(like.shape, out_sharding=jax.typeof(like).sharding)
 
 
+# Within, queries are [B, K, G, T, H], keys and values [B, K, S, H].
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _flash(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
     return _flash_forward(q, k, v, mask, key, blocks, causal, rate)[0]
@@ -168,31 +209,28 @@ def _flash_forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
 
     def query_block(_, i):  # type: ignore[no-untyped-def]
         q_i = _block(q, i, blocks[0])
-        empty = jnp.zeros_like(jnp.moveaxis(q_i, 1, 3), jnp.float32)  # [B, K, G, t, H], in q's partition
+        empty = jnp.zeros_like(q_i, jnp.float32)
 
         def key_block(j, carry):  # type: ignore[no-untyped-def]
             out, top, total = carry
             visible = _mask_block(mask, i, j, blocks, causal)
-            scores = jnp.where(visible, _scores(q_i, _block(k, j, blocks[1])), MASKED)
+            scores = jnp.where(visible, _scores(SCORES, q_i, _block(k, j, blocks[1])), MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            p = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
+            p = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             total = total * shrink + jnp.sum(p, axis=-1)
             if rate > 0:
                 p = p * _keep(key, i, j, p.shape, rate)
-            out = out * shrink[..., None] + _einsum("bkgts,bskh->bkgth", p.astype(v.dtype), _block(v, j, blocks[1]))
+            out = out * shrink[..., None] + _einsum("bkgts,bksh->bkgth", p.astype(v.dtype), _block(v, j, blocks[1]))
             return out, new_top, total
 
-        carry = (empty, empty[..., 0] + MASKED, empty[..., 0])
+        carry = (empty, empty[..., 0] + FLOOR, empty[..., 0])
         out, top, total = jax.lax.fori_loop(*_span(reachable[i]), key_block, carry)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        return None, (
-            jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype),
-            jnp.moveaxis(top + jnp.log(total), 3, 1),
-        )
+        return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
 
-    _, (out, log_total) = jax.lax.scan(query_block, None, jnp.arange(q.shape[1] // blocks[0]))
-    out, log_total = _merge_blocks(out, q), _merge_blocks(log_total, q[..., 0])
+    _, (out, log_total) = jax.lax.scan(query_block, None, jnp.arange(q.shape[-2] // blocks[0]))
+    out, log_total = _merge_blocks(out, q), _merge_blocks(log_total, q[..., 0], -1)
     return out, (q, k, v, mask, key, out, log_total)
 
 
@@ -206,16 +244,16 @@ def _flash_backward(blocks, causal, rate, saved, d_out):  # type: ignore[no-unty
     def probabilities(i, j):  # type: ignore[no-untyped-def]
         """Block (i, j): p as the softmax made it, p as it met the values, and the gradient of the scores."""
         visible = _mask_block(mask, i, j, blocks, causal)
-        row = [jnp.moveaxis(_block(x, i, blocks[0]), 1, 3)[..., None] for x in (log_total, delta)]
-        scores = _scores(_block(q, i, blocks[0]), _block(k, j, blocks[1]))
-        p = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - row[0]), 0.0)
+        row = [_block(x, i, blocks[0], -1)[..., None] for x in (log_total, delta)]
+        scores = _scores(SCORES, _block(q, i, blocks[0]), _block(k, j, blocks[1]))
+        p = jnp.exp(jnp.where(visible, scores, MASKED) - row[0])
         keep = _keep(key, i, j, p.shape, rate) if rate > 0 else 1.0
-        dp = keep * _einsum("btkgh,bskh->bkgts", _block(d_out, i, blocks[0]), _block(v, j, blocks[1]))
+        dp = keep * _einsum(SCORES, _block(d_out, i, blocks[0]), _block(v, j, blocks[1]))
         return p * keep, (p * (dp - row[1]) * scale).astype(q.dtype)
 
     def query_block(_, i):  # type: ignore[no-untyped-def]
         def add(j, dq):  # type: ignore[no-untyped-def]
-            return dq + _einsum("bkgts,bskh->btkgh", probabilities(i, j)[1], _block(k, j, blocks[1]))
+            return dq + _einsum("bkgts,bksh->bkgth", probabilities(i, j)[1], _block(k, j, blocks[1]))
 
         zero = jnp.zeros_like(_block(q, i, blocks[0]), jnp.float32)
         return None, jax.lax.fori_loop(*_span(reachable[i]), add, zero)
@@ -224,14 +262,14 @@ def _flash_backward(blocks, causal, rate, saved, d_out):  # type: ignore[no-unty
         def add(i, carry):  # type: ignore[no-untyped-def]
             dk, dv = carry
             p, ds = probabilities(i, j)
-            dk = dk + _einsum("bkgts,btkgh->bskh", ds, _block(q, i, blocks[0]), like=zero)
-            return dk, dv + _einsum("bkgts,btkgh->bskh", p.astype(v.dtype), _block(d_out, i, blocks[0]), like=zero)
+            dk = dk + _einsum("bkgts,bkgth->bksh", ds, _block(q, i, blocks[0]), like=zero)
+            return dk, dv + _einsum("bkgts,bkgth->bksh", p.astype(v.dtype), _block(d_out, i, blocks[0]), like=zero)
 
         zero = jnp.zeros_like(_block(k, j, blocks[1]), jnp.float32)
         return None, jax.lax.fori_loop(*_span(reachable[:, j]), add, (zero, zero))
 
-    _, dq = jax.lax.scan(query_block, None, jnp.arange(q.shape[1] // blocks[0]))
-    _, (dk, dv) = jax.lax.scan(key_block, None, jnp.arange(k.shape[1] // blocks[1]))
+    _, dq = jax.lax.scan(query_block, None, jnp.arange(q.shape[-2] // blocks[0]))
+    _, (dk, dv) = jax.lax.scan(key_block, None, jnp.arange(k.shape[-2] // blocks[1]))
     dq, dk, dv = (_merge_blocks(d, x).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, None, None
 

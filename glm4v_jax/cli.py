@@ -4,10 +4,11 @@ Thin on purpose: a subcommand turns options into calls of the public Python inte
 imported only once the inputs are known to be good, so that help and complaints are immediate.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import tyro
 
@@ -64,7 +65,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def program() -> NoReturn:
+    """`main` as a program of its own: exits with its status.
+
+    After Ctrl-C at once, with what has been written flushed: a computation may still be running on XLA's threads, which
+    do not survive the end of the interpreter that they call back into.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] == "convert":
+        # It stands on this package and not the other way round: loaded where it is asked for.
+        from convert.commands import main as convert
+
+        return convert(arguments[1:], prog="glm4v convert")
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0
@@ -92,7 +116,10 @@ def _parse(arguments: Sequence[str]) -> Command:
     return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="glm4v",
-        description="GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v --version` prints the version.",
+        description=(
+            "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, and "
+            "`glm4v --version` prints the version."
+        ),
         args=arguments,
         config=config,
     )

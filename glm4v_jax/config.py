@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import assets_directory, read_json_object
 
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
@@ -350,7 +350,7 @@ class Glm4vConfig:
           CheckpointError: there is no such directory or file, or it is not JSON.
           ConfigError: its content is not that of a GLM-4.1V model.
         """
-        path = pathlib.Path(directory) / "config.json"
+        path = assets_directory(directory) / "config.json"
         if not path.parent.is_dir():
             found = "a file" if path.parent.is_file() else "no such directory"
             raise CheckpointError(

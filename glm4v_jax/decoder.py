@@ -4,12 +4,13 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm4v_jax import mesh, rope
-from glm4v_jax.attention import Dropout, Mask, attend, attend_with_weights
-from glm4v_jax.cache import KVCache, place, write_slots
+from glm4v_jax.attention import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
+from glm4v_jax.cache import KVCache, place, write_layers, write_slots
 from glm4v_jax.config import Glm4vTextConfig
 from glm4v_jax.layers import Layers
 from glm4v_jax.nn import Embed, GatedMlp, Init, Linear, RMSNorm
@@ -49,7 +50,11 @@ class TextAttention(nnx.Module):
             "q_groups": config.num_key_value_groups,
             "head_dim": head_dim,
         }
-        self.q_proj = Linear(embed, heads, init, bias=True)
+        # A head's numbers beside those of its group, or a TPU would move the kernel to another layout in every call.
+        mesh.check_divides((config.num_key_value_groups,), ("q_groups",))
+        self.num_groups = config.num_key_value_groups
+        groups: dict[str | None, int] = {"kv_heads": kv_heads, "q_groups": self.num_groups * head_dim}
+        self.q_proj = Linear(embed, groups, init, bias=True)
         self.k_proj = Linear(embed, kv, init, bias=True)
         self.v_proj = Linear(embed, kv, init, bias=True)
         self.o_proj = Linear(heads, embed, init)
@@ -59,6 +64,8 @@ class TextAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries and keys, rotated, and values."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        heads = mesh.spec("batch", "length", "kv_heads", "q_groups", None)
+        q = q.reshape(*q.shape[:3], self.num_groups, -1, out_sharding=heads)
         return rope.apply_interleaved(q, *cos_sin), rope.apply_interleaved(k, *cos_sin), v
 
 
@@ -81,7 +88,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         cos_sin: CosSin,
         mask: Mask,
-        kv: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None = None,
+        kv: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None,
         dropout_key: Array | None = None,
         keep_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Float[Array, "B K G T S"] | None]:
@@ -100,16 +107,37 @@ class DecoderLayer(nnx.Module):
         """
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos_sin)
         if kv is not None:
-            k, v = kv = write_slots(kv[0], k, mask.q_start), write_slots(kv[1], v, mask.q_start)
+            new_k, new_v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+            kv = write_slots(kv[0], new_k, mask.q_start, axis=2), write_slots(kv[1], new_v, mask.q_start, axis=2)
+            k, v = (jnp.moveaxis(side, 1, 2) for side in kv)
         dropout = Dropout(dropout_key, self.self_attn.dropout_rate) if dropout_key is not None else None
         weights = None
         if keep_weights:
             out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
         else:
             out = attend(q, k, v, mask, causal=True, dropout=dropout)
+        return self._rest(x, out), kv, weights
+
+    def look(
+        self,
+        x: Float[Array, "B T D"],
+        cos_sin: CosSin,
+        mask: Mask,
+        cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]]:
+        """The layer for a few tokens that are not in the cache yet, which is only read.
+
+        Returns:
+          The residual stream, and the keys and values to write.
+        """
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos_sin)
+        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        return self._rest(x, attend_cached(q, cached, new, mask)), new
+
+    def _rest(self, x: Float[Array, "B T D"], out: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
+        """What comes after attention."""
         x = x + self.post_self_attn_layernorm(self.self_attn.o_proj(out))
-        x = x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
-        return x, kv, weights
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
 
 
 class TextDecoder(nnx.Module):
@@ -155,6 +183,9 @@ class TextDecoder(nnx.Module):
             segments = write_slots(cache.segments, segment_ids, cache.length)
             mask = Mask(segment_ids, segments, cache.length)
 
+        if cache is not None and inputs_embeds.shape[1] <= FEW_QUERIES and record == NOTHING and dropout_key is None:
+            return self._look(inputs_embeds, cos_sin, mask, cache)
+
         def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, Recorded]:
             x, k, v = carry
             key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
@@ -169,3 +200,16 @@ class TextDecoder(nnx.Module):
         if cache is not None:
             cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
         return self.norm(x), cache, recorded
+
+    def _look(
+        self, x: Float[Array, "B T D"], cos_sin: CosSin, mask: Mask, cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache, Recorded]:
+        """The stack for a few tokens: all layers read the cache, and it is written once after the last of them."""
+
+        def step(layer: DecoderLayer, index: Array | int, x: Array) -> tuple[Array, tuple[Array, Array]]:
+            return layer.look(x, cos_sin, mask, (cache.k[index], cache.v[index]))
+
+        x, new = self.layers.run(step, x)
+        # In this order, or XLA keeps the cache as it was for whoever reads it last.
+        x, new = jax.lax.optimization_barrier((x, new))
+        return self.norm(x), write_layers(cache, new, mask.kv_segments), Recorded(None, None)

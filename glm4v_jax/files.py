@@ -1,10 +1,57 @@
-"""Reading the small files of a checkpoint directory."""
+"""The small files of a checkpoint directory: where they lie, and how they are read."""
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 from glm4v_jax.errors import CheckpointError
+
+ASSETS = "assets"
+"""Where an Orbax checkpoint keeps the files that lie beside the weights in Hugging Face's layout."""
+
+_SUFFIXES = (".json", ".jinja", ".md", ".model", ".tiktoken", ".txt")
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
+_NOT_ASSETS = (".index.json",)
+
+
+def is_orbax(directory: str | pathlib.Path) -> bool:
+    """Whether a directory holds a checkpoint in Orbax format, complete or not."""
+    directory = pathlib.Path(directory)
+    return (directory / "_CHECKPOINT_METADATA").is_file() or (directory / "orbax.checkpoint").is_file()
+
+
+def assets_directory(directory: str | pathlib.Path) -> pathlib.Path:
+    """Where a checkpoint's configuration, tokenizer and processor files are: beside its weights or in `assets`."""
+    directory = pathlib.Path(directory)
+    return directory / ASSETS if is_orbax(directory) and (directory / ASSETS).is_dir() else directory
+
+
+def asset_files(directory: str | pathlib.Path) -> list[pathlib.Path]:
+    """The files of a checkpoint that travel with its weights, relative to `assets_directory(directory)`, sorted.
+
+    Configurations, tokenizer, templates, model card and licence; not weights, their index, hidden files, or folders
+    other than that of named templates.
+    """
+    root = assets_directory(directory)
+    found = [path for path in root.iterdir() if path.is_file() and _travels(path.name)]
+    found += (root / "additional_chat_templates").glob("*.jinja")
+    return sorted(path.relative_to(root) for path in found)
+
+
+def copy_assets(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
+    """Copy `asset_files` of one checkpoint into a directory, which is made if need be."""
+    root, target = assets_directory(source), pathlib.Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in asset_files(source):
+        (target / path.parent).mkdir(exist_ok=True)
+        shutil.copyfile(root / path, target / path)
+
+
+def _travels(name: str) -> bool:
+    if name.startswith(".") or name.endswith(_NOT_ASSETS):
+        return False
+    return name.endswith(_SUFFIXES) or name.startswith(_NAMES)
 
 
 def read_json_object(path: pathlib.Path) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from jaxtyping import Array
 
 from glm4v_jax import programs
 from glm4v_jax.batch import Batch
+from glm4v_jax.checkpoint_write import save_model
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
+from glm4v_jax.export import save_pretrained
 from glm4v_jax.generate.arrays import generate
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.inputs.positions import rope_index
@@ -251,15 +253,15 @@ class Glm4vForConditionalGeneration:
         torch_dtype: Any = None,
         attn_implementation: str | None = None,
     ) -> Self:
-        """Load a checkpoint in Hugging Face layout.
+        """Load a checkpoint, in Hugging Face layout or in Orbax format, the latter from whatever mesh it was saved on.
 
         Args:
           pretrained_model_name_or_path: a directory (nothing is downloaded) with config.json, safetensors and their
-            index if there are several, generation_config.json.
+            index if there are several, generation_config.json; or what `convert to-orbax` and `save_orbax` make.
           dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
           mesh: where it lives (`mesh.make_mesh`); one device by default.
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
-          progress: called with bytes read and bytes in all, after each tensor.
+          progress: called with bytes read and bytes in all, after each leaf.
           torch_dtype: the old name of `dtype`.
           attn_implementation: accepted for the reference's sake; there is one attention here.
 
@@ -279,6 +281,44 @@ class Glm4vForConditionalGeneration:
         if model.dtype == jnp.float16:
             warnings.warn("float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32", stacklevel=2)
         return model
+
+    def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint in Hugging Face layout, which `from_pretrained` here and in transformers loads.
+
+        Weights in safetensors of this model's dtype, streamed tensor by tensor, config.json and generation_config.json;
+        what else is in the directory, such as a processor's files, stays. Weights of an earlier call are replaced once
+        the new ones are complete.
+
+        Args:
+          save_directory: made if need be.
+          max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
+
+        Raises:
+          CheckpointError: the model is spread over several processes, or the place is a file.
+          ConfigError: max_shard_size is no size.
+          OSError: the disk refuses; the old weights are then untouched.
+        """
+        with use_mesh(self.mesh):
+            save_pretrained(self.module, self.generation_config, save_directory, max_shard_size=max_shard_size)
+
+    def save_orbax(
+        self, save_directory: str | Path, *, assets: str | Path | None = None, overwrite: bool = False
+    ) -> None:
+        """Write an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
+
+        All processes that share the mesh call it, and each writes its own part.
+
+        Args:
+          save_directory: the directory to make; it appears under its name when it is complete.
+          assets: a checkpoint whose tokenizer and processor files travel along.
+          overwrite: replace what is there, once the new checkpoint is complete.
+
+        Raises:
+          CheckpointError: the directory is taken, or the disk cannot hold the model.
+        """
+        save_model(
+            self.module, save_directory, assets=assets, generation_config=self.generation_config, overwrite=overwrite
+        )
 
     @property
     def module(self) -> Glm4v:

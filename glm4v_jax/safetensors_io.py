@@ -8,19 +8,22 @@ found and expected, and the checks between an index and its shards. Pickled weig
 
 import contextlib
 import json
+import math
 import mmap
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.ordering import in_order
 
 # In the library's order, which also sorts the tensors of a file that it writes. Sub-byte types have no NumPy layout.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,6 +54,9 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LFS_POINTER = b"version https://git-lfs"
 
+PIECE_BYTES = 8 << 20
+"""How much of a tensor is put in order, converted or compared at a time."""
+
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
@@ -77,6 +83,15 @@ class ArraySource(Protocol):
         ...
 
     def __array__(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class PiecewiseSource(Protocol):
+    """An `ArraySource` that need not exist as a whole: its pieces, in order, hold its elements in C order."""
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Arrays of the announced dtype; together as many elements as the announced shape has."""
+        ...
 
 
 class SafetensorsFile(Mapping[str, TensorInfo]):
@@ -134,6 +149,15 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         view: np.ndarray = np.ndarray(info.shape, info.dtype, buffer=self._bytes, offset=self._offsets[name])
         return np.asarray(view[index])
 
+    def release(self) -> None:
+        """Gives the pages that views have touched back to the system; later views read them again.
+
+        Mapped pages count as this process's memory for as long as nothing else wants it, so that reading a file from
+        one end to the other looks like holding all of it.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED)
+
 
 class CheckpointFiles(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint, by name, wherever they lie. Made by `open_checkpoint`."""
@@ -155,6 +179,11 @@ class CheckpointFiles(Mapping[str, TensorInfo]):
     def read(self, name: str, index: Index = ...) -> np.ndarray:
         """Returns a tensor or a basic slice of it as a read-only view; see `SafetensorsFile.read`."""
         return self._file_of[name].read(name, index)
+
+    def release(self) -> None:
+        """Gives the pages that views have touched back to the system; see `SafetensorsFile.release`."""
+        for file in self.files:
+            file.release()
 
 
 def open_checkpoint(directory: str | Path) -> CheckpointFiles:
@@ -231,14 +260,35 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
     return CheckpointFiles(directory, list(files.values()))
 
 
+def in_pieces(array: np.ndarray, dtype: np.dtype[Any] | None = None) -> Iterator[np.ndarray]:
+    """Contiguous pieces of an array, along its first dimension, as `dtype`: what is not in order is copied by pieces.
+
+    A piece has `PIECE_BYTES` or a single row.
+    """
+    dtype = array.dtype if dtype is None else dtype
+    array = np.atleast_1d(array)
+    rows = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), rows):
+        yield in_order(array[start : start + rows], dtype)
+
+
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, ArraySource], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, ArraySource],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a file equal to the library's byte for byte, one tensor at a time.
 
     Shapes and dtypes are asked for first and values one after the other, so that arrays on a device need host memory
-    for the largest of them only (the library wants the addresses of all at once). The file appears under its name when
-    it is complete.
+    for the largest of them only (the library wants the addresses of all at once), and a `PiecewiseSource` for a piece.
+    The file appears under its name when it is complete.
+
+    Args:
+        path: of the file.
+        tensors: what to write, by name.
+        metadata: text by text, for the header.
+        progress: called with the number of bytes just written.
 
     Raises:
         CheckpointError: a dtype, a name or the metadata cannot be stored; what was at `path` is then untouched.
@@ -260,11 +310,12 @@ def write_safetensors(
 
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with aside.open("wb") as file:
+        with aside.open("wb") as file, ThreadPoolExecutor(1) as writer:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, entry in header.items():
                 if name != "__metadata__":
-                    file.write(_data(path, name, tensors[name], entry))
+                    # A function of its own, so that a tensor is gone before the next one is asked for.
+                    _write_tensor(writer, file, path, name, tensors[name], entry, progress)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -288,13 +339,45 @@ def _library_order(item: tuple[str, str]) -> tuple[int, str]:
     return -_RANK[code], name
 
 
-def _data(path: Path, name: str, tensor: ArraySource, entry: dict[str, Any]) -> memoryview:
-    dtype = _DTYPES[entry["dtype"]]
-    array = np.asarray(tensor)
-    if list(array.shape) != entry["shape"] or array.dtype.newbyteorder("<") != dtype:
-        expected = f"{dtype} {entry['shape']} as announced"
-        raise CheckpointError(f"{path}: {name}: found {array.dtype} {list(array.shape)}; expected {expected}")
-    return np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data
+def _write_tensor(
+    writer: Executor,
+    file: BinaryIO,
+    path: Path,
+    name: str,
+    tensor: ArraySource,
+    entry: dict[str, Any],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Writes a tensor, each piece while the next is made."""
+    writing: Future[int] | None = None
+    for piece in _data(path, name, tensor, entry):
+        if writing is not None:
+            writing.result()
+        writing = writer.submit(file.write, piece)
+        if progress is not None:
+            progress(len(piece))
+    if writing is not None:
+        writing.result()
+
+
+def _data(path: Path, name: str, tensor: ArraySource, entry: dict[str, Any]) -> Iterator[memoryview]:
+    """A tensor's bytes; fails where they are others than the header has announced."""
+    dtype, count, size = _DTYPES[entry["dtype"]], 0, math.prod(entry["shape"])
+    if isinstance(tensor, PiecewiseSource):
+        pieces = tensor.pieces()
+    else:
+        array = np.asarray(tensor)
+        if list(array.shape) != entry["shape"] or array.dtype.newbyteorder("<") != dtype:
+            expected = f"{dtype} {entry['shape']} as announced"
+            raise CheckpointError(f"{path}: {name}: found {array.dtype} {list(array.shape)}; expected {expected}")
+        pieces = in_pieces(array, dtype)
+    for piece in pieces:
+        count += piece.size
+        if piece.dtype != dtype or count > size:
+            raise CheckpointError(f"{path}: {name}: found {count:,} of {piece.dtype}; expected {size:,} of {dtype}")
+        yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+    if count != size:
+        raise CheckpointError(f"{path}: {name}: found {count:,} numbers; expected {size:,} as announced")
 
 
 def _damage(path: Path) -> str:

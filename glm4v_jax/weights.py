@@ -6,6 +6,7 @@ exports one. Every tensor matches one rule, and every leaf is filled exactly onc
 together.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ import numpy as np
 
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
+
+_HALVES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,11 @@ class Rule:
 
     def tensor_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape that the tensor has in a checkpoint."""
-        axes = re.findall(r"\([^)]*\)|\S+", self.layout.split("->")[0])
-        return tuple(int(np.prod([sizes[name] for name in axis.strip("()").split()])) for axis in axes)
+        return self._shape(0, sizes)
+
+    def leaf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that the tensor has in its leaf, which without a `part` is the shape of the leaf of one layer."""
+        return self._shape(1, sizes)
 
     def to_leaf(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The tensor in the leaf's layout (a view where the layout allows it)."""
@@ -51,9 +57,34 @@ class Rule:
         tensor, leaf_layout = self.layout.split("->")
         return einops.rearrange(leaf, f"{leaf_layout} -> {tensor}", **self._sizes_used(sizes))
 
+    def _shape(self, side: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(int(np.prod([sizes[name] for name in axis])) for axis in self.axes()[side])
+
+    def axes(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The letters of each axis of the tensor, and of the leaf."""
+        tensor, leaf = self.layout.split("->")
+        return _axes(tensor), _axes(leaf)
+
+    def path(self, layer: int | None) -> str:
+        """Path of the leaf in a model that keeps its layers one by one."""
+        if layer is None:
+            return self.leaf
+        group = next(group for group in LAYER_GROUPS if self.leaf.startswith(group))
+        return f"{group}{layer}.{self.leaf.removeprefix(group)}"
+
     def _sizes_used(self, sizes: Mapping[str, int]) -> dict[str, int]:
         return {name: sizes[name] for name in set(re.findall(r"[A-Z]\w*", self.layout))}
 
+
+def _axes(side: str) -> list[list[str]]:
+    return [axis.strip("()").split() for axis in re.findall(r"\([^)]*\)|\S+", side)]
+
+
+LAYER_GROUPS = ("language_model.layers.", "visual.blocks.")
+"""What the paths of leaves begin with that exist once for each layer."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What a checkpoint's tensors may be."""
 
 _TEXT = "language_model.layers.{i}."
 _VIT = "visual.blocks.{i}."
@@ -80,8 +111,8 @@ TABLE: tuple[Rule, ...] = (
     _norm(_TEXT + "post_self_attn_layernorm", "language_model.layers.post_self_attn_layernorm", "D"),
     _norm(_TEXT + "post_attention_layernorm", "language_model.layers.post_attention_layernorm", "D"),
     _norm(_TEXT + "post_mlp_layernorm", "language_model.layers.post_mlp_layernorm", "D"),
-    Rule(_TEXT + "self_attn.q_proj.weight", "language_model.layers.self_attn.q_proj.kernel", "(K G H) D -> D K G H"),
-    Rule(_TEXT + "self_attn.q_proj.bias", "language_model.layers.self_attn.q_proj.bias", "(K G H) -> K G H"),
+    Rule(_TEXT + "self_attn.q_proj.weight", "language_model.layers.self_attn.q_proj.kernel", "(K G H) D -> D K (G H)"),
+    Rule(_TEXT + "self_attn.q_proj.bias", "language_model.layers.self_attn.q_proj.bias", "(K G H) -> K (G H)"),
     Rule(_TEXT + "self_attn.k_proj.weight", "language_model.layers.self_attn.k_proj.kernel", "(K H) D -> D K H"),
     Rule(_TEXT + "self_attn.k_proj.bias", "language_model.layers.self_attn.k_proj.bias", "(K H) -> K H"),
     Rule(_TEXT + "self_attn.v_proj.weight", "language_model.layers.self_attn.v_proj.kernel", "(K H) D -> D K H"),
@@ -151,49 +182,80 @@ def canonical(name: str) -> str:
     return f"language_model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
-def match(config: Glm4vConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> list[Source]:
+def wanted(config: Glm4vConfig) -> dict[str, tuple[Rule, int | None]]:
+    """Name, without prefix, -> rule and layer of every tensor that a model of this configuration needs."""
+    found: dict[str, tuple[Rule, int | None]] = {}
+    for rule in rules(config):
+        if rule.layered:
+            text = rule.leaf.startswith("language_model")
+            layers = config.text_config.num_hidden_layers if text else config.vision_config.depth
+            found |= {rule.tensor.format(i=i): (rule, i) for i in range(layers)}
+        else:
+            found[rule.tensor] = (rule, None)
+    return found
+
+
+def match(
+    config: Glm4vConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    dtypes: Mapping[str, np.dtype] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> list[Source]:
     """Match a checkpoint's tensors against the table.
 
     Args:
       config: of the model.
       shapes: name -> shape of every tensor in the checkpoint.
       where: names the checkpoint in errors.
+      dtypes: name -> dtype; checked where given.
+      files: name -> file; named in errors where given.
 
     Returns:
       One source for every tensor the model needs.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected, doubled or misshapen; all of them are listed.
+      CheckpointError: tensors are missing, unexpected, doubled, misshapen, no floats, or of two kinds of half
+        precision; all of them are listed.
     """
-    sizes = dimensions(config)
-    wanted: dict[str, tuple[Rule, int | None]] = {}
-    for rule in rules(config):
-        if rule.layered:
-            text = rule.leaf.startswith("language_model")
-            layers = config.text_config.num_hidden_layers if text else config.vision_config.depth
-            wanted |= {rule.tensor.format(i=i): (rule, i) for i in range(layers)}
-        else:
-            wanted[rule.tensor] = (rule, None)
+    sizes, expected = dimensions(config), wanted(config)
     tied_head = config.text_config.tie_word_embeddings
+    places = {name: f" in {files[name]}" if files else "" for name in shapes}
     found: dict[str, str] = {}
     problems = []
     for name, shape in shapes.items():
-        key = canonical(name)
+        key, place = canonical(name), places[name]
         if tied_head and key == "lm_head.weight":
             continue  # a copy of the embedding, which the reference ignores too
-        if key not in wanted:
-            problems.append(f"unexpected: {name} {list(shape)}")
+        if key not in expected:
+            problems.append(f"unexpected: {name} {list(shape)}{place}")
         elif key in found:
-            problems.append(f"doubled: {name} and {found[key]}")
-        elif (expected := wanted[key][0].tensor_shape(sizes)) != tuple(shape):
-            problems.append(f"misshapen: {name} has shape {list(shape)}, expected {list(expected)}")
+            problems.append(f"doubled: {name}{place} and {found[key]}{places[found[key]]}")
+        elif (fitting := expected[key][0].tensor_shape(sizes)) != tuple(shape):
+            problems.append(f"misshapen: {name}{place} has shape {list(shape)}, expected {list(fitting)}")
+        elif dtypes is not None and dtypes[name].name not in DTYPES:
+            problems.append(
+                f"of a wrong dtype: {name}{place} is {dtypes[name].name}, expected one of {', '.join(DTYPES)}"
+            )
         found.setdefault(key, name)
+    if dtypes is not None:
+        problems += _stray_halves({name: dtypes[name].name for name in found.values()}, places)
     problems += [
-        f"missing: {key} {list(rule.tensor_shape(sizes))}" for key, (rule, _) in wanted.items() if key not in found
+        f"missing: {key} {list(rule.tensor_shape(sizes))}" for key, (rule, _) in expected.items() if key not in found
     ]
     if problems:
         raise CheckpointError(_report(where, problems))
-    return [Source(found[key], rule, layer) for key, (rule, layer) in wanted.items()]
+    return [Source(found[key], rule, layer) for key, (rule, layer) in expected.items()]
+
+
+def _stray_halves(dtypes: Mapping[str, str], places: Mapping[str, str]) -> Iterable[str]:
+    """Tensors of the rarer kind of half precision: no checkpoint has both, and the one's bits pass for the other's."""
+    count = collections.Counter(dtype for dtype in dtypes.values() if dtype in _HALVES)
+    if len(count) == 2:
+        usual, rare = (dtype for dtype, _ in count.most_common())
+        for name, dtype in dtypes.items():
+            if dtype == rare:
+                yield f"of a wrong dtype: {name}{places[name]} is {dtype}, expected {usual} like {count[usual]} others"
 
 
 def _report(where: str, problems: Iterable[str]) -> str:

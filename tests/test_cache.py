@@ -18,7 +18,7 @@ TEXT = Glm4vConfig.from_dict(CONFIGS["mha"]).text_config  # three layers, four k
 def test_an_empty_cache(stacked):
     cache = init_cache(TEXT, 2, 7, jnp.bfloat16, stacked=stacked)
     sides = [np.stack(side) if isinstance(side, tuple) else np.asarray(side) for side in (cache.k, cache.v)]
-    assert all(side.shape == (3, 2, 7, 4, 16) and side.dtype == jnp.bfloat16 and not side.any() for side in sides)
+    assert all(side.shape == (3, 2, 4, 7, 16) and side.dtype == jnp.bfloat16 and not side.any() for side in sides)
     assert cache.is_stacked == stacked and cache.capacity == 7
     assert cache.segments.shape == (2, 7) and cache.length.tolist() == [0, 0]
 
@@ -36,6 +36,8 @@ def test_rows_are_written_at_their_own_slots():
     expected = np.zeros((2, 6, 3))
     expected[0, 1:3], expected[1, 4:6] = new
     assert np.array_equal(found, expected) and found.dtype == buffer.dtype
+    heads = write_slots(jnp.zeros((2, 3, 6)), jnp.moveaxis(jnp.asarray(new), 1, 2), jnp.array([1, 4]), axis=2)
+    assert np.array_equal(heads, np.moveaxis(expected, 1, 2))
     segments = write_slots(jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 2), jnp.int32), jnp.array([0, 3]))
     assert segments.tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]
 
@@ -48,7 +50,7 @@ def test_growing_keeps_the_content(stacked):
     larger = grow(cache, 9)
     k = np.stack(larger.k) if not stacked else np.asarray(larger.k)
     assert larger.capacity == 9 and larger.is_stacked == stacked and larger.length.max() == 4
-    assert k.shape == (3, 2, 9, 4, 16) and (k[:, :, :4] == 1).all() and not k[:, :, 4:].any()
+    assert k.shape == (3, 2, 4, 9, 16) and (k[..., :4, :] == 1).all() and not k[..., 4:, :].any()
     assert np.array_equal(larger.segments, np.repeat([[1] * 4 + [0] * 5], 2, axis=0))
 
 

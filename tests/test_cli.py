@@ -8,22 +8,18 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
-import PIL.Image
 import pytest
+from helpers_cli import ROOT, answered, refuse_weights, refused, save_film, save_noise
 
 import glm4v_jax
 from glm4v_jax import cli
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError, MediaError
 
-ROOT = TINY_CHECKPOINT.parents[2]
-
 
 def picture_bytes(kind="PNG", height=56, width=84):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(buffer, kind)
+    save_noise(buffer, height, width, kind)
     return buffer.getvalue()
 
 
@@ -37,39 +33,15 @@ def picture(tmp_path):
 @pytest.fixture
 def film(tmp_path):
     """Two seconds at two frames a second, as an animated picture."""
-    frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
     path = tmp_path / "film.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+    save_film(path)
     return path
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if weights are asked for."""
-
-    class Refusing:
-        @classmethod
-        def from_pretrained(cls, *arguments, **options):
-            pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
-
-
-def refused(capfd, *arguments):
-    """Runs `glm4v generate`, expects one line of complaint, status 1 and nothing else; returns the line."""
-    assert cli.main(["generate", *map(str, arguments)]) == 1
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("glm4v: error: ")
-    return lines[0]
-
-
-def answered(capfd, *arguments):
-    """Runs `glm4v generate --json`; returns the object."""
-    assert cli.main(["generate", "--json", *map(str, arguments)]) == 0
-    return json.loads(capfd.readouterr().out)
+    refuse_weights(monkeypatch)
 
 
 # What is refused before weights are loaded.

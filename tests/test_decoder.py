@@ -120,3 +120,15 @@ def test_dropout_is_a_fresh_draw_in_every_layer(ours):
     )
     dropped = np.asarray(run(text, jax.random.key(1)))[:, 0, :, :, -1] == 0
     assert dropped.any(axis=(1, 2, 3)).all() and (dropped[0] != dropped[1]).any()
+
+
+def test_dropout_is_applied_to_a_few_tokens_behind_a_cache(ours):
+    text = ours("base").module.language_model
+    for index in range(text.layers.num_layers):
+        getattr(text.layers, str(index)).self_attn.dropout_rate = 0.5
+    x, positions, segments = example("base", seed=4)
+    cache = init_cache(text_of("base"), B, 24, jnp.float32, stacked=False)
+    few = slice(0, 4)
+    run = jax.jit(lambda text, key: text(x[:, few], positions[:, :, few], segments[:, few], cache, dropout_key=key)[0])
+    one, other = (run(text, jax.random.key(seed)) for seed in (1, 2))
+    assert np.abs(one - other)[0].max() > 1e-3

@@ -1,13 +1,15 @@
 """The file that the answers of a batch are appended to, and that a later run goes on with.
 
 One JSON object a line, in the order of completion. Every line has a `key`, which says what it is the answer to. A line
-is written at once, so what a killed process leaves is whole lines and perhaps the beginning of one.
+is written at once, so what a killed process leaves is whole lines and perhaps the beginning of one. The file is locked
+before it is read, so that no other process adds lines in between, and as long as it is open.
 """
 
 import errno
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -39,21 +41,22 @@ class AnswerFile:
           GenerationError: it is not of this program, or of other prompts or options.
         """
         self._path, self._field, self._keys, self._keep_others = pathlib.Path(path), field, keys, keep_others
-        self._descriptor = -1
         if not self._path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "there is no such directory for the answers", str(self._path.parent))
         self.done: set[int | str] = set()
         """what has been answered"""
-        if self._path.exists() and not restart:
-            lines, is_clean = self._read()
-            self._open()
-            if not is_clean:
-                self._replace(lines)
-        else:
-            if self._path.exists():
+        self._descriptor = _open_locked(self._path)
+        try:
+            if restart:
                 self._check_own()
-            self._open()
-            os.truncate(self._descriptor, 0)
+                os.truncate(self._descriptor, 0)
+            else:
+                lines, is_clean = self._read()
+                if not is_clean:
+                    self._replace(lines)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, name: int | str, line: Mapping[str, Any]) -> None:
         """Writes the answer to a prompt, as a line."""
@@ -133,28 +136,70 @@ class AnswerFile:
             )
         return name, not failed
 
-    def _open(self) -> None:
-        self.close()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        self._descriptor = os.open(self._path, flags, 0o666)
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(error.errno, "another process is writing it", str(self._path)) from error
-            except OSError:  # a file system without locks
-                return
-
     def _replace(self, lines: list[bytes]) -> None:
         """Leaves these lines only; until they are all written, what was there stays."""
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        path = self._path.resolve()  # of a link, what it leads to
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             aside.write_bytes(b"".join(lines))
-            os.replace(aside, self._path)
+            shutil.copymode(path, aside)
+            # Locked before it is in place, so that nobody else gets hold of it.
+            descriptor = _open_locked(aside)
+            try:
+                os.replace(aside, path)
+            except BaseException:
+                os.close(descriptor)
+                raise
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        self._open()
+        self.close()
+        self._descriptor = descriptor
+
+
+def _open_locked(path: pathlib.Path) -> int:
+    """Opens a file for appending, which is made if it is not there.
+
+    Raises:
+      BlockingIOError: another process is writing it.
+      OSError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    while True:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            # Another process may have put a new file in the place of the one that was opened.
+            if not _lock(descriptor, path) or _is_at(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: pathlib.Path) -> bool:
+    """Locks a file, and says whether that is possible here.
+
+    Raises:
+      BlockingIOError: another process is writing it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another process is writing it", str(path)) from error
+    except OSError:  # a file system without locks
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: pathlib.Path) -> bool:
+    """Whether this is the open file's place, still."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

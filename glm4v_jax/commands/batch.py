@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.commands.answers import AnswerFile
-from glm4v_jax.commands.console import silent_decoders
+from glm4v_jax.commands.console import quiet_ffmpeg
 from glm4v_jax.commands.progress import Progress
 from glm4v_jax.commands.rows import Row
 from glm4v_jax.commands.screen import completion_fields
@@ -159,7 +159,7 @@ class Batch:
         before = dataclasses.replace(engine.stats)
         started = time.perf_counter()
         progress = Progress(total, earlier)
-        quiet = contextlib.nullcontext() if self._options.debug else silent_decoders()
+        quiet = contextlib.nullcontext() if self._options.debug else quiet_ffmpeg()
         shared = {field.name: getattr(self._config, field.name) for field in dataclasses.fields(self._config)}
         try:
             with quiet, progress.shown(), compile_times() as compiled:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from glm4v_jax.commands.console import one_line, status
+from glm4v_jax.commands.console import one_line, silent_decoders, status
 from glm4v_jax.commands.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.errors import Glm4vError, MessageError
 
@@ -38,17 +38,13 @@ class Chat(LongSamplingOptions, MediaOptions, ModelOptions):
         from glm4v_jax.commands.attachments import attach
         from glm4v_jax.commands.session import Session
 
-        with status("preparing"):
+        with silent_decoders() if not self.debug else contextlib.nullcontext(), status("preparing"):
             processor = Glm4vProcessor.from_pretrained(self.model)
-            for place in self.image:
-                attach("image", place, processor)
-            for place in self.video:
-                attach("video", place, processor)
+            attached = [attach("image", place, processor) for place in self.image]
+            attached += [attach("video", place, processor) for place in self.video]
         session = Session(self.load(processor), self.model, self.system, self.preset, given, default)
-        for place in self.image:
-            session.attach("image", place)
-        for place in self.video:
-            session.attach("video", place)
+        for item in attached:
+            session.add(item)
         if sys.stdin.isatty():
             self._talk(session)
         else:
@@ -73,7 +69,11 @@ class Chat(LongSamplingOptions, MediaOptions, ModelOptions):
                 session.say("Ctrl-C once more, or Ctrl-D, leaves")
                 continue
             was_interrupted = False
-            self._take(session, line)
+            try:
+                self._take(session, line)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                session.say("stopped; the conversation goes on")
 
     def _read(self, session: "Session") -> None:
         """With a file or a pipe: the same, and an exit status at the end.

@@ -72,6 +72,24 @@ def silent_decoders() -> Iterator[None]:
             os.dup2(screen, 2)
 
 
+@contextlib.contextmanager
+def quiet_ffmpeg() -> Iterator[None]:
+    """Keeps FFmpeg inside decord from logging, and nothing else: what a library says before it aborts is still heard.
+
+    For long work, where `silent_decoders` would hide too much.
+    """
+    try:
+        import decord
+    except (ImportError, OSError):  # not installed, or without a library it needs: then it does not log either
+        yield
+        return
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        yield
+    finally:
+        decord.logging.set_level(decord.logging.ERROR)  # as decord itself sets it
+
+
 def one_line(error: Exception) -> str:
     """What an error says, in a line."""
     if isinstance(error, OSError) and error.filename is not None:

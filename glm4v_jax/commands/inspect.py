@@ -18,7 +18,7 @@ from glm4v_jax.errors import MediaError
 if TYPE_CHECKING:
     import PIL.Image
 
-    from glm4v_jax.inputs.placement import Prompt
+    from glm4v_jax.inputs.placement import PlacedPrompt
 
 MAX_FILES = 100
 SOFTWARE = "glm4v inspect"
@@ -90,7 +90,9 @@ class Inspect:
         else:
             self._print(told, prompt, sheet)
 
-    def _as_object(self, told: Sequence[dict[str, Any]], prompt: "Prompt", sheet: "PIL.Image.Image") -> dict[str, Any]:
+    def _as_object(
+        self, told: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image"
+    ) -> dict[str, Any]:
         return {
             "files": list(told),
             "prompt": {
@@ -103,7 +105,7 @@ class Inspect:
             "model": self.model,
         }
 
-    def _print(self, told: Sequence[dict[str, Any]], prompt: "Prompt", sheet: "PIL.Image.Image") -> None:
+    def _print(self, told: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image") -> None:
         for fact in told:
             print(f"{fact['file']} ({fact['kind']})")
             for name, value in rows(fact):

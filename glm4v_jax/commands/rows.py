@@ -111,6 +111,8 @@ def _read(
 def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> None:
     if "logprobs" in options:
         raise GenerationError("field 'logprobs': found in a row, expected as --logprobs for all")
+    if options.get("num_return_sequences", 1) != 1:
+        raise GenerationError(f"field 'num_return_sequences': found {options['num_return_sequences']!r}, expected 1")
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := [name for name in options if name not in known]:
         expected = ", ".join([*_FIELDS, *sorted(known - {"logprobs", "num_return_sequences", "use_cache"})])

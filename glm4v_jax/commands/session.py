@@ -83,7 +83,6 @@ class Session:
         self._engine, self._model, self._preset = engine, model, preset_name
         self._options, self._default_new_tokens = dict(options), default_new_tokens
         self._conversation = engine.conversation(system)
-        self._system = system
         self._attached: list[Attachment] = []
         self._failed: Message | None = None
         self._retries = 0
@@ -139,50 +138,67 @@ class Session:
         """
         with silent_decoders(), status(f"reading {place}"):
             attached = attach(kind, place, self._engine.processor)
+        self.add(attached)
+
+    def add(self, attached: Attachment) -> None:
+        """Shows what is loaded already with the next message."""
         self._attached.append(attached)
-        self.say(f"{place}: {attached.about}; goes with the next message")
+        self.say(f"{attached.place}: {attached.about}; goes with the next message")
 
     def ask(self, message: Message) -> None:
         """Says something and shows the answer, until it ends or Ctrl-C stops it.
 
         Raises:
           Glm4vError: what is wrong with it; `/retry` tries it again.
-          KeyboardInterrupt: a second Ctrl-C came before the answer had stopped.
+          KeyboardInterrupt: Ctrl-C came while pictures and videos were read, or a second one before the answer had
+            stopped; what there is of an answer is kept, and `/retry` tries again what has none.
         """
         self._failed = message
         stats, writer = self._engine.stats, AnswerWriter()
         before, reused, first, burst = dataclasses.replace(stats), 0, 0.0, 0
+        number = len(self._conversation.completions)
         started = time.perf_counter()
-        deltas = self._conversation.ask(
-            message.text,
-            images=[item.source for item in message.attachments if item.kind == "image"],
-            videos=[item.source for item in message.attachments if item.kind == "video"],
-            preset=self._preset,
-            **self._all_options(),
-        )
+        with silent_decoders(), status("reading"):
+            deltas = self._conversation.ask(
+                message.text,
+                images=[item.source for item in message.attachments if item.kind == "image"],
+                videos=[item.source for item in message.attachments if item.kind == "video"],
+                preset=self._preset,
+                **self._all_options(),
+            )
         with Interrupt() as interrupt:
             shown = after_status(deltas, "reading")
-            for delta in shown:
-                if not first:
-                    first, burst = time.perf_counter() - started, len(delta.tokens)
-                    # Not later: a thought that has to be closed runs a prompt too.
-                    reused = (stats.prompt_tokens - before.prompt_tokens) - (
-                        stats.prefill_tokens - before.prefill_tokens
-                    )
-                writer.show(delta)
-                if interrupt.is_set:
-                    break
-            # Stops the answer; what there is of it is in the conversation afterwards.
-            shown.close()  # type: ignore[attr-defined]
-            deltas.close()  # type: ignore[attr-defined]
-        self._failed, self._attached = None, []
-        completion = self._conversation.completions[-1]
-        seconds = time.perf_counter() - started
-        # Not of answers that came at once: there is nothing to measure between two bursts.
-        is_slow = len(completion.tokens) > burst and seconds - first > _LEAST_SECONDS
-        rate = (len(completion.tokens) - burst) / (seconds - first) if is_slow else None
-        turn = Turn(message.text, message.attachments, completion, reused, seconds, first, rate)
+            try:
+                for delta in shown:
+                    if not first:
+                        first, burst = time.perf_counter() - started, len(delta.tokens)
+                        # Not later: a thought that has to be closed runs a prompt too.
+                        reused = (stats.prompt_tokens - before.prompt_tokens) - (
+                            stats.prefill_tokens - before.prefill_tokens
+                        )
+                    writer.show(delta)
+                    if interrupt.is_set:
+                        break
+            finally:
+                # Stops the answer; what there is of it is in the conversation afterwards, whatever stopped it.
+                shown.close()  # type: ignore[attr-defined]
+                deltas.close()  # type: ignore[attr-defined]
+                if len(self._conversation.completions) > number:
+                    completion = self._conversation.completions[-1]
+                    seconds = time.perf_counter() - started
+                    # Not of answers that came at once: there is nothing to measure between two bursts.
+                    is_slow = len(completion.tokens) > burst and seconds - first > _LEAST_SECONDS
+                    rate = (len(completion.tokens) - burst) / (seconds - first) if is_slow else None
+                    self._end(Turn(message.text, message.attachments, completion, reused, seconds, first, rate), writer)
+
+    def _end(self, turn: Turn, writer: AnswerWriter) -> None:
+        """Keeps a turn, and says what there is to say about its answer."""
         self.turns.append(turn)
+        self._failed = None
+        # Not by comparing: the same file may be shown twice.
+        carried = {id(item) for item in turn.attachments}
+        self._attached = [item for item in self._attached if id(item) not in carried]
+        completion = turn.completion
         writer.end(completion)
         self.say(self._figures(turn))
         if completion.boxes and len(self._pictures()) == 1:
@@ -246,13 +262,8 @@ class Session:
         self.ask(message)
 
     def _set_system(self, text: str) -> None:
-        messages = self._conversation.messages
-        if messages and messages[0]["role"] == "system":
-            del messages[0]
-        self._system = text or None
-        if self._system is not None:
-            messages.insert(0, {"role": "system", "content": self._system})
-        self.say(f"system: {self._system or 'nothing'}")
+        self._conversation.system = text or None
+        self.say(f"system: {self._conversation.system or 'nothing'}")
 
     def _set_preset(self, name: str) -> None:
         if not name:
@@ -295,7 +306,7 @@ class Session:
         # What this conversation has written already is an earlier state of the same.
         overwrite = overwrite or path.absolute() in self._saved
         tokenizer = self._engine.processor.tokenizer
-        save(path, self._model, self._system, self.turns, tokenizer, overwrite=overwrite)
+        save(path, self._model, self._conversation.system, self.turns, tokenizer, overwrite=overwrite)
         self._saved.add(path.absolute())
         self.say(f"{path}: {len(self.turns)} turn{'s' * (len(self.turns) != 1)}")
 

@@ -53,6 +53,7 @@ class Answer:
         self._stop_string: str | None = None
         self._shown: list[str] = []
         self._is_forced = False
+        self._next: Start | None = None  # what goes on with this answer, until its tokens come
         self._sampled = 0
         self._close = tokenizer.encode(END_THINK + ANSWER) if config.think_budget is not None else []
         self._first = config.new_tokens(len(prompt), max_position_embeddings)
@@ -81,6 +82,12 @@ class Answer:
     def text(self) -> str:
         """What has been shown so far."""
         return "".join(self._shown)
+
+    @property
+    def in_cache(self) -> Prompt:
+        """What the row's cache holds for certain: not the newest token, which has been chosen but not been run."""
+        whole = self.prompt.extended(self.tokens)
+        return whole.truncated(len(whole) - 1 if self._next is None else self._next.keep)
 
     def start(self) -> Start:
         """What sets the row going."""
@@ -112,6 +119,8 @@ class Answer:
         more, others = "", list[int]()
         if self.may_go_on and stop != "stop" and (done or stop is not None):
             start, more, others = self._go_on(stop, ended=bool(held))
+            stop = "stop" if self._stop_string is not None else stop
+        self._next = start
         if start is None and stop is None and held:
             others, more, stop = self._read(tokens[-1:], logprobs[-1:])
         text, taken, parts = text + more, [*taken, *others], parts + self._parser.push(more)
@@ -163,7 +172,9 @@ class Answer:
         in_cache = len(self.prompt) + len(self.tokens) - (0 if ended else 1)
         text = ""
         if forced:
-            text = self._stops.push(self._stream.push(forced))[0] + self._stops.finish()
+            text, self._stop_string = self._stops.push(self._stream.push(forced))
+            if self._stop_string is not None:
+                return None, text, []
             self._guard = RepetitionGuard()  # what made the thought stop must not stop the answer
         self.tokens += forced
         self._logprobs += [TokenLogprob(token, None, ()) for token in forced]

@@ -1,8 +1,10 @@
 """What generation gives back: pieces of an answer while it is written, and the whole of it at the end."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.boxes import find_boxes, to_pixels
 from glm4v_jax.generate.thinking import Parsed, Part, parse
 
@@ -91,3 +93,17 @@ class Delta(NamedTuple):
     parts: tuple[Part, ...]
     tokens: tuple[int, ...]
     completion: Completion | None = None
+
+
+def last(deltas: Iterable[Delta]) -> Completion:
+    """The completion at the end of a stream.
+
+    Raises:
+      GenerationError: the stream was closed before its end.
+    """
+    completion = None
+    for delta in deltas:
+        completion = delta.completion
+    if completion is None:
+        raise GenerationError("found a stream without an end; expected one that nobody closed")
+    return completion

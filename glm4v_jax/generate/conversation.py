@@ -6,22 +6,33 @@ does: thoughts are dropped from the history by running the answer again without 
 whole, also behind pictures that came late.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+import dataclasses
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glm4v_jax.errors import GenerationError, MessageError
 from glm4v_jax.generate.answer import Answer
-from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.presets import preset as preset_options
-from glm4v_jax.generate.prompt import Prompt, prompts_of
-from glm4v_jax.generate.running import run
+from glm4v_jax.generate.presets import configured
+from glm4v_jax.generate.prompt import Medium, Prompt, media_of, prompts_of
+from glm4v_jax.generate.running import Update, run
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.thinking import without_thoughts
+from glm4v_jax.inputs.features import BatchFeature
 from glm4v_jax.inputs.processor import PreparedMedia
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine
+
+
+class _Media(NamedTuple):
+    """Pictures and videos of a turn: what stands for them in the prompt, and what the model sees."""
+
+    prepared: PreparedMedia
+    images: list[Medium]
+    videos: list[Medium]
 
 
 class Conversation:
@@ -39,7 +50,8 @@ class Conversation:
         self.completions: list[Completion] = []
         self._engine = engine
         self._config = config or engine.config()
-        self._media: list[PreparedMedia] = []  # of each of the user's turns
+        self._media: list[_Media] = []  # of each of the user's turns
+        self._open: Generator[Delta, None, None] | None = None
         self.in_cache: Prompt | None = None
         self._slots: Slots | None = None
 
@@ -54,8 +66,8 @@ class Conversation:
     ) -> Iterator[Delta]:
         """Say something and stream the answer.
 
-        Closing the iterator stops the answer, and what there is of it stays in the conversation. A turn that fails
-        before its first token leaves the conversation as it was.
+        Closing the iterator stops the answer, and what there is of it stays in the conversation; so does asking again
+        before it has ended. A turn that fails before its first token leaves the conversation as it was.
 
         Args:
           text: what the user says.
@@ -68,14 +80,19 @@ class Conversation:
         Raises:
           Glm4vError: what is wrong with media or options, before anything is computed.
         """
-        given = preset_options(preset) | options if preset is not None else options
-        config = self._config.replace(**given)
+        if self._open is not None:
+            self._open.close()
+        config = configured(self._config, preset, options)
         if config.logprobs != self._config.logprobs:
             raise GenerationError(
                 f"logprobs: found {config.logprobs}; expected the conversation's, {self._config.logprobs}"
             )
         images, videos = list(images), list(videos)
-        media = self._engine.processor.prepare_media(images or None, videos or None)
+        prepared = self._engine.processor.prepare_media(images or None, videos or None)
+        media = _Media(
+            dataclasses.replace(prepared, features=BatchFeature()),
+            *media_of(prepared.features, self._engine.model.config),
+        )
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         content += [{"type": "video", "video": video} for video in videos]
         message = {"role": "user", "content": [*content, {"type": "text", "text": text}] if content else text}
@@ -83,13 +100,24 @@ class Conversation:
         # Turn number i draws from (seed, i), or all would draw alike.
         number = len(self.completions)
         answer = self._engine.answer(prompt, config, number=number, keep=self._tokens_in_cache(prompt))
-        return self._turn(message, media, answer)
+        self._open = self._turn(message, media, answer)
+        return self._open
 
     def send(self, text: str, **kwargs: Any) -> Completion:
         """Say something and wait for the answer; see `ask`."""
-        from glm4v_jax.generate.engine import last
-
         return last(self.ask(text, **kwargs))
+
+    @property
+    def system(self) -> str | None:
+        """What the system says first; may be set between turns."""
+        first = self.messages[0] if self.messages else {}
+        return first["content"] if first.get("role") == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        del self.messages[: 0 if self.system is None else 1]
+        if text is not None:
+            self.messages.insert(0, {"role": "system", "content": text})
 
     def undo(self) -> None:
         """Forget the last turn of the user and the model's answer.
@@ -103,24 +131,30 @@ class Conversation:
         self.completions.pop()
         self._media.pop()
 
-    def _prompt(self, messages: list[Mapping[str, Any]], media: list[PreparedMedia]) -> Prompt:
-        text = self._engine.processor.apply_chat_template(messages, add_generation_prompt=True)
-        joined = PreparedMedia.joined(media)
-        (prompt,) = prompts_of(self._engine.processor.assemble([text], joined), self._engine.model.config)
+    def _prompt(self, messages: list[Mapping[str, Any]], media: list[_Media]) -> Prompt:
+        processor = self._engine.processor
+        joined = PreparedMedia.joined([turn.prepared for turn in media])
+        inputs = processor.assemble([processor.apply_chat_template(messages, add_generation_prompt=True)], joined)
+        images = [medium for turn in media for medium in turn.images]
+        videos = [medium for turn in media for medium in turn.videos]
+        (prompt,) = prompts_of(inputs, self._engine.model.config, (images, videos))
         return prompt.with_image_sizes(joined.image_sizes)
 
     def _tokens_in_cache(self, prompt: Prompt) -> int:
         """How many of the prompt's tokens need not be run; the last always is, for what comes after it."""
         return 0 if self.in_cache is None else min(self.in_cache.common_prefix(prompt), len(prompt) - 1)
 
-    def _turn(self, message: dict[str, Any], media: PreparedMedia, answer: Answer) -> Iterator[Delta]:
+    def _turn(self, message: dict[str, Any], media: _Media, answer: Answer) -> Generator[Delta, None, None]:
         if self._slots is None:
             self._slots = self._engine.new_slots(1, answer.config)
         # If the turn ends before its first token, this is what can be relied on.
         self.in_cache = answer.prompt.truncated(answer.start().keep)
         try:
-            for update in run(self._slots, answer.alone(), steps=self._engine.steps_per_dispatch):
-                yield update.delta
+            updates = run(self._slots, answer.alone(), steps=self._engine.steps_per_dispatch)
+            with contextlib.closing(updates):
+                for update in updates:
+                    if isinstance(update, Update):
+                        yield update.delta
         except GeneratorExit:
             raise
         except BaseException:
@@ -128,9 +162,8 @@ class Conversation:
             raise
         finally:
             if answer.tokens:
-                # The newest token is chosen, but has not been run.
                 if self._slots is not None:
-                    self.in_cache = answer.prompt.extended(answer.tokens[:-1])
+                    self.in_cache = answer.in_cache
                 completion = answer.completion()
                 self.messages += [message, {"role": "assistant", "content": without_thoughts(completion.text)}]
                 self._media.append(media)

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any, Self
 from glm4v_jax.compilation_cache import use_compilation_cache
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.answer import Answer
-from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.features import FeaturePool
-from glm4v_jax.generate.presets import preset as preset_options
+from glm4v_jax.generate.features import KEPT, FeaturePool
+from glm4v_jax.generate.presets import configured
 from glm4v_jax.generate.prompt import Prompt, prompt_of
 from glm4v_jax.generate.queue import AnswerQueue
-from glm4v_jax.generate.running import run
+from glm4v_jax.generate.running import Failure, Update, run
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
 from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
 from glm4v_jax.inputs.packing import bucket
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from glm4v_jax.mesh import use_mesh
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.conversation import Conversation
@@ -45,7 +44,7 @@ class Request:
 
 
 class Engine:
-    """A model and its processor, ready to answer.
+    """A model and its processor, ready to answer; also from several threads, each with slots of its own.
 
     Attributes:
       model, processor: these.
@@ -80,8 +79,7 @@ class Engine:
             raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
         self.model, self.processor = model, processor
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
-        with use_mesh(model.mesh):
-            self.pool = FeaturePool(model.visual)
+        self.pool = FeaturePool(model.visual, KEPT)
         self.stats = Stats()
         self._free: dict[tuple[int, int | None], list[Slots]] = {}
 
@@ -103,13 +101,7 @@ class Engine:
         Raises:
           GenerationError: an option or preset is unknown, or out of its range.
         """
-        config = self.model.generation_config
-        if preset is not None:
-            config = config.replace(**preset_options(preset))
-        config = config.replace(**options)
-        if config.num_return_sequences != 1:
-            raise GenerationError(f"num_return_sequences: found {config.num_return_sequences}; expected 1")
-        return config
+        return configured(self.model.generation_config, preset, options)
 
     def prompt(self, prompt: Any) -> Prompt:
         """Make a prompt ready, which every method that takes one does by itself; see `prompt_of`."""
@@ -155,33 +147,31 @@ class Engine:
           Glm4vError: what is wrong with an option or prompt.
         """
         shared = self.config(preset, **options)
-        failed: list[Completion] = []
 
         def prepare(index: int, item: Any) -> Answer:
             request = item if isinstance(item, Request) else Request(item)
             if "logprobs" in request.options:
                 raise GenerationError("logprobs: found an option of one prompt; expected one for all")
-            config = shared.replace(**request.options)
+            config = configured(shared, None, request.options)
             number = 0 if "seed" in request.options else index
             prompt = self.prompt(request.prompt)
             for medium in prompt.media:
                 _ = medium.key  # hashed here, in the thread
             return self.answer(prompt, config, index=index, number=number)
 
-        def fail(index: int, error: Exception) -> None:
-            failed.append(Completion(index, "", (), 0, "error", error=str(error)))
-
         def answers() -> Iterator[Completion]:
-            queue = AnswerQueue(prompts, prepare, ahead=self.num_slots, on_error=fail if skip_errors else None)
-            try:
-                with self._slots(self.num_slots, shared) as slots:
-                    for update in run(slots, queue, steps=self.steps_per_dispatch or MAX_STEPS):
-                        yield from _drained(failed)
-                        if update.delta.completion is not None:
-                            yield update.delta.completion
-                yield from _drained(failed)
-            finally:
-                queue.close()
+            queue = AnswerQueue(prompts, prepare, ahead=self.num_slots, skip_errors=skip_errors)
+            steps = self.steps_per_dispatch or MAX_STEPS
+            with (
+                contextlib.closing(queue),
+                self._slots(self.num_slots, shared) as slots,
+                contextlib.closing(run(slots, queue, steps=steps)) as updates,
+            ):
+                for update in updates:
+                    if isinstance(update, Failure):
+                        yield Completion(update.number, "", (), 0, "error", error=str(update.error))
+                    elif update.delta.completion is not None:
+                        yield update.delta.completion
 
         return answers()
 
@@ -254,39 +244,45 @@ class Engine:
         limit = self.model.config.text_config.max_position_embeddings
         return Answer(prompt, config, self.processor.tokenizer, limit, **kwargs)
 
+    def release(self) -> None:
+        """Give back the device's memory that is kept for the next prompts: caches, and pictures encoded so far."""
+        with self.pool.lock:
+            self._free.clear()
+            self.pool.forget()
+
     def _stream(self, answer: Answer, steps: int | None = None) -> Iterator[Delta]:
-        with self._slots(1, answer.config) as slots:
-            for update in run(slots, answer.alone(), steps=steps or self.steps_per_dispatch):
-                yield update.delta
+        steps = steps or self.steps_per_dispatch
+        with (
+            self._slots(1, answer.config) as slots,
+            contextlib.closing(run(slots, answer.alone(), steps=steps)) as updates,
+        ):
+            for update in updates:
+                if isinstance(update, Update):
+                    yield update.delta
 
     def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
         """Slots of this engine's model, which take pictures from its pool."""
-        top = None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)
-        return Slots(self.model, num_rows, self._capacity, pool=self.pool, top=top, stats=self.stats)
+        return Slots(self.model, num_rows, self._capacity, pool=self.pool, top=_top(config), stats=self.stats)
 
     @contextlib.contextmanager
     def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
-        """Free slots, which the engine keeps for the next who needs such; they keep their caches' sizes."""
-        free = self._free.setdefault((num_rows, config.logprobs), [])
-        slots = free.pop() if free else self.new_slots(num_rows, config)
+        """Free slots, which the engine keeps for the next who needs such, unless a long prompt has made them large."""
+        with self.pool.lock:
+            free = self._free.setdefault((num_rows, _top(config)), [])
+            slots = free.pop() if free else self.new_slots(num_rows, config)
+
+        def give_back() -> None:
+            if slots.capacity <= bucket(self._capacity, MIN_CAPACITY):
+                free.append(slots)
+
         try:
             yield slots
         except GeneratorExit:
-            free.append(slots)  # nothing went wrong: a stream was closed
+            give_back()  # nothing went wrong: a stream was closed
             raise
-        free.append(slots)
+        give_back()
 
 
-def last(deltas: Iterable[Delta]) -> Completion:
-    """The completion at the end of a stream."""
-    completion = None
-    for delta in deltas:
-        completion = delta.completion
-    if completion is None:
-        raise GenerationError("found a stream without an end; expected one that nobody closed")
-    return completion
-
-
-def _drained(failed: list[Completion]) -> Iterator[Completion]:
-    while failed:
-        yield failed.pop(0)
+def _top(config: GenerationConfig) -> int | None:
+    """How many likeliest tokens the programs report: few numbers, as each is a set of programs."""
+    return None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.config import GenerationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +92,17 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise GenerationError(f"preset: found {name!r}; expected one of {', '.join(PRESETS)}")
     return dict(PRESETS[name].options)
+
+
+def configured(config: GenerationConfig, preset_name: str | None, options: Mapping[str, Any]) -> GenerationConfig:
+    """`config`, changed by a preset's options, changed by `options`; None means "not given" throughout.
+
+    Raises:
+        GenerationError: an option or preset is unknown or out of its range, or asks for several sequences of a prompt.
+    """
+    if preset_name is not None:
+        config = config.replace(**preset(preset_name))
+    config = config.replace(**options)
+    if config.num_return_sequences != 1:
+        raise GenerationError(f"num_return_sequences: found {config.num_return_sequences}; expected 1")
+    return config

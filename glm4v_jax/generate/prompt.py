@@ -134,14 +134,23 @@ def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Pr
     return prompts[0].with_image_sizes(sizes)
 
 
-def prompts_of(inputs: Mapping[str, Any], config: Glm4vConfig) -> list[Prompt]:
-    """The rows of a processor's output: `input_ids` int [B, T], and if need be mask, pixel values and grids.
+def prompts_of(
+    inputs: Mapping[str, Any], config: Glm4vConfig, media: tuple[list[Medium], list[Medium]] | None = None
+) -> list[Prompt]:
+    """The rows of a processor's output.
+
+    Args:
+      inputs: `input_ids` int [B, T], and if need be mask, pixel values and grids.
+      config: of the model.
+      media: all pictures and all videos, in place of those of `inputs`.
 
     Raises:
       MessageError: a shape is wrong, tokens are outside the vocabulary, or media do not match the tokens.
     """
+    if "input_ids" not in inputs:
+        raise MessageError(f"input_ids: found nothing, only {', '.join(map(str, inputs)) or 'an empty mapping'}")
     input_ids, mask = checked_ids(inputs["input_ids"], inputs.get("attention_mask"), config)
-    media = media_of(inputs, config)
+    media = media_of(inputs, config) if media is None else media
     ids, merge = token_ids(config), config.vision_config.spatial_merge_size
     grids = [np.array([medium.grid for medium in kind]).reshape(-1, 3) for kind in media]
     positions, deltas = rope_index(input_ids, ids, grids[0], grids[1], mask, merge)

@@ -2,11 +2,13 @@
 
 import collections
 import concurrent.futures
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.answer import Answer
+from glm4v_jax.generate.running import Failure
 
 T = TypeVar("T")
 
@@ -22,7 +24,7 @@ class AnswerQueue(Generic[T]):
         prepare: Callable[[int, T], Answer],
         *,
         ahead: int,
-        on_error: Callable[[int, Exception], None] | None = None,
+        skip_errors: bool = False,
     ):
         """Begin to prepare.
 
@@ -30,10 +32,10 @@ class AnswerQueue(Generic[T]):
           prompts: read as they are needed, in the caller's thread.
           prepare: (number, prompt) -> answer; called in other threads.
           ahead: how many prompts to keep ready, pixels and all.
-          on_error: what to do with a prompt that cannot be prepared, instead of raising what was wrong.
+          skip_errors: hand out what was wrong with a prompt in its place, instead of raising it.
         """
         self._prompts: Iterator[tuple[int, T]] = enumerate(prompts)
-        self._prepare, self._ahead, self._on_error = prepare, ahead, on_error
+        self._prepare, self._ahead, self._skip_errors = prepare, ahead, skip_errors
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "prompts")
         self._ready: collections.deque[tuple[int, concurrent.futures.Future[Answer]]] = collections.deque()
         self._is_exhausted = False
@@ -44,25 +46,30 @@ class AnswerQueue(Generic[T]):
         """Whether there are no more."""
         return self._is_exhausted and not self._ready
 
-    def take(self, *, wait: bool) -> Answer | None:
-        """The next answer; None if there are no more, or with `wait` False, if it is not ready yet.
+    def take(self, *, wait: bool) -> Answer | Failure | None:
+        """The next answer, or what was wrong with its prompt; None if there are no more, or it is not ready yet.
+
+        Args:
+          wait: until it is ready.
 
         Raises:
           Glm4vError, OSError: what was wrong with its prompt.
         """
-        while self._ready and (wait or self._ready[0][1].done()):
-            index, future = self._ready.popleft()
-            self._fill()
-            try:
-                return future.result()
-            except (Glm4vError, OSError) as error:
-                if self._on_error is None:
-                    raise
-                self._on_error(index, error)
-        return None
+        if not self._ready or not (wait or self._ready[0][1].done()):
+            return None
+        index, future = self._ready.popleft()
+        self._fill()
+        try:
+            return future.result()
+        except (Glm4vError, OSError) as error:
+            if not self._skip_errors:
+                raise
+            return Failure(index, error)
 
     def close(self) -> None:
         """Forget what is left."""
+        if sys.is_finalizing():
+            return  # of an iterator that nobody closed; the threads' module may be gone already
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self) -> None:

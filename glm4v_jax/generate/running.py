@@ -1,11 +1,12 @@
 """Answers through slots: as one ends the next begins in its place, until there are no more."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Delta, TokenLogprob
 from glm4v_jax.generate.programs import Chosen
@@ -18,12 +19,19 @@ _STREAM_PERIOD = 0.05
 class Waiting(Protocol):
     """Answers that have not begun."""
 
-    def take(self, *, wait: bool) -> Answer | None:
-        """The next one; None if there are no more, or with `wait` False, if it is not ready yet."""
+    def take(self, *, wait: bool) -> "Answer | Failure | None":
+        """The next one, or what is wrong with it; None if there are no more, or with `wait` False none is ready yet."""
 
     @property
     def is_empty(self) -> bool:
         """Whether no more will come."""
+
+
+class Failure(NamedTuple):
+    """A prompt that cannot be answered: its number among others, and why."""
+
+    number: int
+    error: Exception
 
 
 class Update(NamedTuple):
@@ -57,7 +65,7 @@ class Pace:
             self.steps = max(self.steps // 2, 1)
 
 
-def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Iterator[Update]:
+def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Generator[Update | Failure, None, None]:
     """Generate answers; closing the iterator stops those that are still going. After an error the slots are of no use.
 
     Args:
@@ -66,7 +74,8 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Ite
       steps: tokens a call of the decoding program; None finds a number that makes a steady stream.
 
     Yields:
-      What each answer has grown by, in the order of slots; the last of each with its completion.
+      What each answer has grown by, in the order of slots; the last of each with its completion. And what was wrong
+      with prompts in the queue.
     """
     active: dict[int, Answer] = {}
     again: dict[int, Start] = {}
@@ -74,9 +83,13 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Ite
     try:
         while True:
             starts = again
-            for row in range(slots.num_rows):
-                if row not in active and (answer := waiting.take(wait=not active)) is not None:
-                    active[row], starts[row] = answer, answer.start()
+            free = [row for row in range(slots.num_rows) if row not in active]
+            while free and (answer := waiting.take(wait=not active)) is not None:
+                if isinstance(answer, Failure):
+                    yield answer
+                    continue
+                row = free.pop(0)
+                active[row], starts[row] = answer, answer.start()
             again = {}
             if not active:
                 return
@@ -91,12 +104,14 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Ite
             }
             chosen, counts, done = slots.read(decoded)
             pace.end()
-            surplus = []
+            surplus, updates = [], []
             for row, answer in list(active.items()):
                 tokens, logprobs = _take(chosen, row, int(counts[row]), answer.config.logprobs)
                 if row in fresh:
                     tokens, logprobs = fresh[row][0] + tokens, fresh[row][1] + logprobs
                 if not tokens:
+                    if done[row]:
+                        raise GenerationError("found slots that somebody else uses; expected one user at a time")
                     continue
                 delta, start = answer.take(tokens, bool(done[row]), logprobs)
                 if start is not None:
@@ -105,9 +120,10 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Ite
                     del active[row]
                     if not done[row]:
                         surplus.append(row)
-                yield Update(answer, delta)
+                updates.append(Update(answer, delta))
             if surplus:
                 slots.stop(surplus)
+            yield from updates
     except GeneratorExit:
         if active:
             slots.stop(list(active))

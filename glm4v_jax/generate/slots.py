@@ -133,7 +133,8 @@ class Slots:
           together: all rows at once, which ends those that are not among `starts`; otherwise one of each shard at a
             time, so that programs have the same shapes however many there are.
         """
-        with use_mesh(self.model.mesh):
+        # Until the prompts' programs have been handed the pool, nobody else may write it.
+        with use_mesh(self.model.mesh), self.pool.lock:
             self._make_room(starts)
             if together or self.num_rows == 1:
                 started = [self._start(starts, None)]

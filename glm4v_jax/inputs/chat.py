@@ -18,7 +18,7 @@ import jinja2.meta
 import jinja2.sandbox
 
 from glm4v_jax.errors import CheckpointError, MessageError
-from glm4v_jax.files import read_json_object, read_text
+from glm4v_jax.files import assets_directory, read_json_object, read_text
 from glm4v_jax.inputs.messages import Message, mentions, normalise_messages
 
 _COMMON_ROLES = ("system", "user", "assistant")
@@ -38,7 +38,7 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
     Raises:
       CheckpointError: one of the files is corrupt.
     """
-    directory = pathlib.Path(directory)
+    directory = assets_directory(directory)
     legacy = directory / "chat_template.json"
     if legacy.is_file():
         template = read_json_object(legacy).get("chat_template")

@@ -44,6 +44,20 @@ def flatten_images(images: Any) -> list[Any]:
     raise MediaError(f"Could not make a flat list of images from {images!r}")
 
 
+def _target_size(height: int, width: int, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """The size that a picture is resized to."""
+    temporal = settings["temporal_patch_size"]
+    return smart_resize(
+        num_frames=temporal,
+        height=height,
+        width=width,
+        temporal_factor=temporal,
+        factor=settings["patch_size"] * settings["merge_size"],
+        min_pixels=settings["size"]["shortest_edge"],
+        max_pixels=settings["size"]["longest_edge"],
+    )
+
+
 class _ImageProcessor(MediaProcessor):
     """What both processors do; they differ in how they resize and round."""
 
@@ -128,6 +142,9 @@ class _ImageProcessor(MediaProcessor):
             if settings["do_convert_rgb"] and source.mode != "RGB":
                 warn_if_clipped(source)
                 source = source.convert("RGB")
+            if source.mode == "RGB" and settings["do_resize"] and not self._fused:
+                height, width = _target_size(source.height, source.width, settings)
+                return pixels.resize_as_picture(source, height, width, settings["resample"]), source.size
             # Pillow's arrays have their channels last, whatever the arrays of the same batch have.
             image = pixels.to_channels_last(np.asarray(source), pixels.LAST)
         else:
@@ -141,15 +158,7 @@ class _ImageProcessor(MediaProcessor):
         height, width = image.shape[:2]
         size = (width, height)
         if settings["do_resize"]:
-            height, width = smart_resize(
-                num_frames=settings["temporal_patch_size"],
-                height=height,
-                width=width,
-                temporal_factor=settings["temporal_patch_size"],
-                factor=factor,
-                min_pixels=settings["size"]["shortest_edge"],
-                max_pixels=settings["size"]["longest_edge"],
-            )
+            height, width = _target_size(height, width, settings)
             resize = pixels.resize_planes if self._fused else pixels.resize_as_picture
             return resize(image, height, width, settings["resample"]), size
         if height % factor or width % factor:
@@ -170,16 +179,8 @@ class _ImageProcessor(MediaProcessor):
             MediaError: a size that cannot be prepared.
         """
         settings = self.resolve({k: v for k, v in (images_kwargs or {}).items() if k in self.defaults})
-        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
-        height, width = smart_resize(
-            num_frames=temporal,
-            height=height,
-            width=width,
-            temporal_factor=temporal,
-            factor=patch_size * settings["merge_size"],
-            min_pixels=settings["size"]["shortest_edge"],
-            max_pixels=settings["size"]["longest_edge"],
-        )
+        patch_size = settings["patch_size"]
+        height, width = _target_size(height, width, settings)
         return (height // patch_size) * (width // patch_size)
 
 

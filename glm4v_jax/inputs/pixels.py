@@ -101,13 +101,14 @@ def _fits_in_bytes(array: np.ndarray) -> bool:
     )
 
 
-def resize_as_picture(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+def resize_as_picture(image: np.ndarray | PIL.Image.Image, height: int, width: int, resample: int) -> np.ndarray:
     """Resize the way the reference's slow processor does: as one 8-bit Pillow image, whatever the type.
 
     Pictures in [0, 1] go through 8 bits too, and Pillow weighs the colours of a fourth channel by it as alpha.
 
     Args:
-        image: [H, W, C], 1 to 4 channels, uint8, or another type with values in [0, 255] or [0, 1].
+        image: [H, W, C], 1 to 4 channels, uint8, or another type with values in [0, 255] or [0, 1]; or the Pillow image
+            itself, which saves two copies.
         height: new rows.
         width: new columns.
         resample: one of `PIL.Image.Resampling`.
@@ -118,6 +119,8 @@ def resize_as_picture(image: np.ndarray, height: int, width: int, resample: int)
     Raises:
         MediaError: values outside these ranges, or more than 4 channels.
     """
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(image.resize((width, height), resample=resample)).reshape(height, width, -1)
     unit_range = image.dtype != np.uint8 and not _fits_in_bytes(image)
     if unit_range:
         image = (image.astype(np.float64) * 255).astype(np.float32)

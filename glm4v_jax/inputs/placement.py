@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_jax.inputs.expand import Expander, Expansion, expand_image, expand_video
 from glm4v_jax.inputs.positions import TokenIds, rope_index
 from glm4v_jax.inputs.preview import Seen, warning, why_scaled
-from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 
 _STARTS = {"picture": "<|begin_of_image|>", "video": "<|begin_of_video|>"}
 _ENDS = {"picture": "<|end_of_image|>", "video": "<|end_of_video|>"}
@@ -36,7 +35,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PlacedPrompt:
     """A prompt of one turn: pictures and videos in their order, then text.
 
     Attributes:
@@ -55,7 +54,7 @@ class Prompt:
         return int(self.position_ids.max()) + 1
 
 
-def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str | None = None) -> Prompt:
+def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str | None = None) -> PlacedPrompt:
     """The prompt that asks about pictures and videos, as `Glm4vProcessor.apply_chat_template` makes it.
 
     Args:
@@ -75,35 +74,28 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
     if text is not None:
         content.append({"type": "text", "text": text})
     rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    expansions = [_expand(item, processor.image_token) for item in seen]
-    expander = Expander(
-        processor.image_token,
-        processor.video_token,
-        [expansion for item, expansion in zip(seen, expansions, strict=True) if item.kind == "picture"],
-        [expansion for item, expansion in zip(seen, expansions, strict=True) if item.kind == "video"],
-    )
-    (row,), _ = expander([rendered])
-    tokenizer = processor.tokenizer
-    bos = tokenizer.bos_token
+    media = PreparedMedia.joined([item.media for item in seen])
+    bos = processor.tokenizer.bos_token
     begun = bos is not None and rendered.startswith(bos)
-    input_ids = np.asarray(tokenizer([row], add_special_tokens=not begun)["input_ids"][0], np.int64)
+    inputs = processor.assemble(rendered, media, add_special_tokens=not begun)
+    input_ids = inputs["input_ids"][0]
 
-    tags = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in (*_STARTS.values(), *_ENDS.values())}
-    grids = {kind: [item.grid_thw for item in seen if item.kind == kind] for kind in _STARTS}
+    tags = {tag: processor.tokenizer.convert_tokens_to_ids(tag) for tag in (*_STARTS.values(), *_ENDS.values())}
     position_ids, _ = rope_index(
         input_ids[None],
         TokenIds(processor.image_token_id, tags[_STARTS["video"]], tags[_ENDS["video"]]),
-        np.array(grids["picture"]).reshape(-1, 3),
-        np.array(grids["video"]).reshape(-1, 3),
+        inputs.get("image_grid_thw"),
+        inputs.get("video_grid_thw"),
         merge_size=processor.image_processor.merge_size,
     )
     position_ids = position_ids[:, 0]
 
     columns = np.flatnonzero(input_ids == processor.image_token_id)
     places, done = [], 0
-    for item, expansion in zip(seen, expansions, strict=True):
-        own = columns[done : done + expansion.num_tokens]
-        done += expansion.num_tokens
+    for item in seen:
+        own = columns[done : done + item.tokens]
+        done += item.tokens
+        (expansion,) = (*item.media.images, *item.media.videos)
         first, last = _with_tags(input_ids, own, tags[_STARTS[item.kind]], tags[_ENDS[item.kind]])
         lows, highs = position_ids[:, own].min(axis=1), position_ids[:, own].max(axis=1)
         places.append(
@@ -113,14 +105,7 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
                 timestamps=tuple(int(time) for time in _TIME_OF_A_FRAME.findall(expansion.text)),
             )
         )
-    return Prompt(input_ids, position_ids, tuple(places))
-
-
-def _expand(seen: Seen, image_token: str) -> Expansion:
-    grid, merge_size = np.array(seen.grid_thw), seen.settings["merge_size"]
-    if seen.metadata is None:
-        return expand_image(grid, merge_size, image_token)
-    return expand_video(grid, seen.metadata, merge_size, image_token)
+    return PlacedPrompt(input_ids, position_ids, tuple(places))
 
 
 def _with_tags(input_ids: np.ndarray, own: np.ndarray, start: int | None, end: int | None) -> tuple[int, int]:

@@ -17,9 +17,10 @@ import PIL.Image
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs import pixels
 from glm4v_jax.inputs.decode import VideoMetadata
+from glm4v_jax.inputs.features import BatchFeature
 from glm4v_jax.inputs.fetch import describe, is_missing_path, open_source
 from glm4v_jax.inputs.media import load_image
-from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.resize import smart_resize
 from glm4v_jax.inputs.settings import normalization_of
 
@@ -28,6 +29,10 @@ Kind = Literal["picture", "video"]
 # What Pillow opens and the video processor takes when it moves; MPEG it recognises without being able to decode it.
 _MOVING_PICTURES = ("GIF", "PNG", "WEBP")
 _FILMS = ("MPEG",)
+_FEATURES: Mapping[Kind, tuple[str, str]] = {
+    "picture": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 # A side scaled below this loses details; above, a side was only rounded.
 _LOSSLESS = 0.9
 # Sides scaled this much alike are told as one, which rounding to whole tokens keeps from being equal.
@@ -45,6 +50,7 @@ class Seen:
       frames: [t, F, H, W, 3] uint8, read back from the patches; a picture is one temporal patch of equal frames.
       grid_thw: temporal patches, rows and columns of patches.
       settings: of the processor that prepared it.
+      media: the same on its way into a prompt, without pixels.
       metadata: of a video.
     """
 
@@ -55,6 +61,7 @@ class Seen:
     frames: np.ndarray
     grid_thw: tuple[int, int, int]
     settings: Mapping[str, Any]
+    media: PreparedMedia
     metadata: VideoMetadata | None = None
 
     @property
@@ -157,31 +164,35 @@ def _kind_of(opened: Path | bytes) -> Kind | None:
 def _look_at_picture(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
     image = load_image(opened)
     settings = processor.image_processor.resolve({})
-    features = processor.image_processor(images=image)
-    (grid,) = features["image_grid_thw"].tolist()
-    return Seen(
-        name=name,
-        kind="picture",
-        height=image.height,
-        width=image.width,
-        frames=read_back(features["pixel_values"], grid, settings),
-        grid_thw=tuple(grid),
-        settings=settings,
-    )
+    return _seen(name, "picture", (image.height, image.width), processor.prepare_media(images=image), settings)
 
 
 def _look_at_video(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
     settings = processor.video_processor.resolve({})
-    features = processor.video_processor(videos=opened, return_metadata=True)
-    (grid,), (metadata,) = features["video_grid_thw"].tolist(), features["video_metadata"]
+    media = processor.prepare_media(videos=opened, return_metadata=True)
+    (metadata,) = media.features["video_metadata"]
+    return _seen(name, "video", (metadata.height, metadata.width), media, settings, metadata)
+
+
+def _seen(
+    name: str,
+    kind: Kind,
+    size: tuple[int, int],
+    media: PreparedMedia,
+    settings: Mapping[str, Any],
+    metadata: VideoMetadata | None = None,
+) -> Seen:
+    patches, grids = _FEATURES[kind]
+    (grid,) = media.features[grids].tolist()
     return Seen(
         name=name,
-        kind="video",
-        height=metadata.height,
-        width=metadata.width,
-        frames=read_back(features["pixel_values_videos"], grid, settings),
+        kind=kind,
+        height=size[0],
+        width=size[1],
+        frames=read_back(media.features[patches], grid, settings),
         grid_thw=tuple(grid),
         settings=settings,
+        media=dataclasses.replace(media, features=BatchFeature({grids: media.features[grids]})),
         metadata=metadata,
     )
 

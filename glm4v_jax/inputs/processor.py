@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from glm4v_jax.errors import CheckpointError, MessageError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.chat import choose_template, load_chat_template, render_conversation, template_variables
 from glm4v_jax.inputs.expand import Expander, Expansion, Row, count_token, expand_image, expand_video
 from glm4v_jax.inputs.features import BatchFeature
@@ -137,6 +137,7 @@ class Glm4vProcessor:
         directory = pathlib.Path(pretrained_model_name_or_path)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory, expected a checkpoint in Hugging Face layout")
+        directory = assets_directory(directory)
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         media = {name: value for name, value in overrides.items() if name in VIDEO_OPTIONS | {"max_duration"}}
         unknown = sorted(set(overrides) - set(settings) - set(media))

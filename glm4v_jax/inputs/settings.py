@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.pixels import Normalization
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class MediaProcessor:
         Raises:
             CheckpointError: there is no such file, or it holds no settings; the message names it.
         """
-        path = Path(path)
+        path = assets_directory(Path(os.fspath(path)))
         candidates = [path] if path.is_file() else [path / name for name in cls.config_files]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:

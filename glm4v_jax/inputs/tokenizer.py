@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
-from glm4v_jax.files import read_json_object, read_text
+from glm4v_jax.files import assets_directory, read_json_object, read_text
 from glm4v_jax.inputs.features import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.special_tokens import SpecialTokens, added_token, special_tokens_of
 
@@ -118,6 +118,7 @@ class Glm4vTokenizer(SpecialTokens):
         directory = pathlib.Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory, expected a checkpoint in Hugging Face layout")
+        directory = assets_directory(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file, expected the tokenizer of the checkpoint")

@@ -1,5 +1,6 @@
 """`glm4v generate --jsonl`: what is refused, what is written, and that a run that ends early goes on losing nothing."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -8,45 +9,22 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import PIL.Image
 import pytest
+from helpers_cli import ROOT, keyed, save_noise
 from helpers_terminal import Terminal
 
-import glm4v_jax
 from glm4v_jax import cli
 from glm4v_jax.commands import batch
 from glm4v_jax.commands.answers import AnswerFile
 from glm4v_jax.commands.batch import Summary
 from glm4v_jax.commands.progress import Progress
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import GenerationError
-
-ROOT = TINY_CHECKPOINT.parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _in_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails the test if weights are asked for."""
-
-    class Refusing:
-        @classmethod
-        def from_pretrained(cls, *arguments, **options):
-            pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
 
 
 @pytest.fixture
 def picture():
     pathlib.Path("media").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save("media/picture.png")
+    save_noise("media/picture.png")
     return "media/picture.png"
 
 
@@ -63,10 +41,7 @@ def lines(path="prompts.answers.jsonl"):
 
 
 def by_index(path="prompts.answers.jsonl"):
-    found = lines(path)
-    told = {line["index"]: line for line in found}
-    assert len(told) == len(found)
-    return told
+    return keyed(pathlib.Path(path), "index")
 
 
 # What is refused before weights are loaded.
@@ -104,6 +79,7 @@ USER = {"role": "user", "content": "Hello"}
         ({"prompt": "x", "seed": -1}, ["seed", "-1"]),
         ({"prompt": "x", "logprobs": 2}, ["logprobs", "--logprobs"]),
         ({"prompt": "x", "num_beams": 4}, ["num_beams"]),
+        ({"prompt": "x", "num_return_sequences": 2}, ["num_return_sequences", "found 2, expected 1"]),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(capfd, row, words):
@@ -215,6 +191,25 @@ def test_a_seed_of_zero_is_a_seed():
     assert batch.row_seed(batch.Row(3, [], {}), 7) != batch.row_seed(batch.Row(3, [], {}), 8)
 
 
+def test_decoders_are_quiet_and_what_a_library_says_is_heard(capfd, monkeypatch):
+    pytest.importorskip("decord")
+    # The box of a film's index without its content, of which FFmpeg has much to say.
+    pathlib.Path("film.mp4").write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isommp41" + bytes(range(256)) * 40)
+    write({"prompt": "What?", "video": "film.mp4"}, {"prompt": "Hello"})
+    add = Progress.add
+
+    def saying(progress, tokens):
+        os.write(2, b"a library speaks\n")
+        add(progress, tokens)
+
+    monkeypatch.setattr(Progress, "add", saying)
+    assert run("--max-new-tokens", 2) == 1
+    captured = capfd.readouterr()
+    assert captured.err.count("a library speaks\n") == 2
+    assert "moov atom not found" not in captured.err
+    assert "film.mp4: is not a readable video" in by_index()[0]["error"]
+
+
 # What is gone on with.
 
 
@@ -305,8 +300,15 @@ def wait_for_lines(number, path="prompts.answers.jsonl", seconds=90):
     raise AssertionError(f"{path} has no {number} lines")
 
 
-MANY = 40
-LONG = ("--slots", 2, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 400)
+MANY = 24
+LAST = 4
+DRAWN = ("--slots", 2, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 100)
+
+
+def many():
+    """Short answers, and then some that take so long that whoever looks at the file is in time to interrupt them."""
+    short = [{"prompt": f"Tell me about {i}."} for i in range(MANY - LAST)]
+    return [*short, *({"prompt": f"Count to {i}.", "do_sample": False, "max_new_tokens": 2500} for i in range(LAST))]
 
 
 @pytest.fixture(scope="module")
@@ -314,15 +316,15 @@ def uninterrupted(tmp_path_factory):
     """The answers of a run that nothing happened to: index -> line."""
     directory = tmp_path_factory.mktemp("uninterrupted")
     path = str(directory / "prompts.jsonl")
-    write(*({"prompt": f"Tell me about {i}."} for i in range(MANY)), path=path)
-    assert run(*LONG, path=path) == 0
+    write(*many(), path=path)
+    assert run(*DRAWN, path=path) == 0
     return by_index(directory / "prompts.answers.jsonl")
 
 
 def test_what_a_killed_process_leaves_is_gone_on_with(capfd, uninterrupted):
-    write(*({"prompt": f"Tell me about {i}."} for i in range(MANY)))
+    write(*many())
     for number in (3, 12):
-        running = process(*LONG)
+        running = process(*DRAWN)
         wait_for_lines(number)
         running.kill()
         running.communicate()
@@ -330,7 +332,7 @@ def test_what_a_killed_process_leaves_is_gone_on_with(capfd, uninterrupted):
         left = pathlib.Path("prompts.answers.jsonl").read_bytes()
         assert number <= left.count(b"\n") < MANY
     whole = left[: left.rindex(b"\n") + 1]
-    assert run(*LONG) == 0
+    assert run(*DRAWN) == 0
     newline = b"\n"
     assert f"goes on behind {whole.count(newline)} of {MANY} answers" in capfd.readouterr().err
     assert pathlib.Path("prompts.answers.jsonl").read_bytes().startswith(whole)
@@ -338,8 +340,8 @@ def test_what_a_killed_process_leaves_is_gone_on_with(capfd, uninterrupted):
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(capfd, uninterrupted):
-    write(*({"prompt": f"Tell me about {i}."} for i in range(MANY)))
-    running = process(*LONG)
+    write(*many())
+    running = process(*DRAWN)
     wait_for_lines(5)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
@@ -350,7 +352,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(capfd, uninterrupted):
     assert err.splitlines() == [
         f"interrupted: {done} of {MANY} answers are in prompts.answers.jsonl; the same command goes on behind them"
     ]
-    assert run(*LONG) == 0
+    assert run(*DRAWN) == 0
     assert by_index() == uninterrupted
 
 
@@ -368,6 +370,67 @@ def test_two_processes_do_not_write_one_file():
             AnswerFile("out.jsonl", "index", KEYS, restart=True)
     with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
         assert file.done == {2}
+
+
+def test_the_file_is_locked_before_it_is_read(monkeypatch):
+    """Or what another process adds in between would be lost when the file is cleaned up."""
+    answer, torn = '{"index": 1, "key": "key 1", "text": "a"}\n', '{"index": 2, "key'
+    pathlib.Path("out.jsonl").write_text(answer + torn)
+    read, replace = AnswerFile._read, os.replace
+    tried = []
+
+    def is_locked():
+        with pytest.raises(BlockingIOError):
+            AnswerFile("out.jsonl", "index", KEYS, restart=True)
+        tried.append(len(tried))
+
+    def reading(file):
+        monkeypatch.setattr(AnswerFile, "_read", read)
+        is_locked()
+        return read(file)
+
+    def replacing(*paths):
+        is_locked()
+        replace(*paths)
+        is_locked()
+
+    monkeypatch.setattr(AnswerFile, "_read", reading)
+    monkeypatch.setattr(os, "replace", replacing)
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        assert file.done == {1}
+        assert tried == [0, 1, 2]
+        is_locked()
+        file.append(2, {"text": "b"})
+    assert pathlib.Path("out.jsonl").read_text() == answer + '{"index": 2, "key": "key 2", "text": "b"}\n'
+    assert os.listdir() == ["out.jsonl"]
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(monkeypatch):
+    pathlib.Path("out.jsonl").write_text('{"index": 1, "key": "key 1", "text": "a"}\n')
+    both = pathlib.Path("out.jsonl").read_text() + '{"index": 2, "key": "key 2", "text": "b"}\n'
+    flock = fcntl.flock
+
+    def replaced(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        pathlib.Path("new").write_text(both)
+        os.replace("new", "out.jsonl")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        assert file.done == {1, 2}
+        file.append(3, {})
+    assert pathlib.Path("out.jsonl").read_text() == both + '{"index": 3, "key": "key 3"}\n'
+
+
+def test_a_link_stays_one_and_a_mode_stays():
+    pathlib.Path("real.jsonl").write_text('{"index": 1, "key')
+    os.chmod("real.jsonl", 0o600)
+    os.symlink("real.jsonl", "out.jsonl")
+    AnswerFile("out.jsonl", "index", KEYS, restart=False).close()
+    assert pathlib.Path("out.jsonl").is_symlink()
+    assert pathlib.Path("real.jsonl").read_text() == ""
+    assert pathlib.Path("real.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_line_twice_is_left_once():
@@ -412,7 +475,7 @@ def test_a_line_every_so_often_without_a_terminal(capfd, monkeypatch):
 
 
 def test_a_bar_on_a_terminal(tmp_path):
-    write(*({"prompt": f"Tell me about {i}."} for i in range(MANY)))
+    write(*({"prompt": f"Tell me about {i}."} for i in range(40)))
     terminal = Terminal("generate", "--jsonl", "prompts.jsonl", "--max-new-tokens", 100, directory=tmp_path, width=120)
     assert terminal.end(90) == 0
     assert "0/40" in terminal.output and "40/40" in terminal.output

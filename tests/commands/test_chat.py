@@ -10,39 +10,29 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_cli import refuse_weights, save_noise
 from helpers_terminal import Terminal
 
-import glm4v_jax
 from glm4v_jax import cli
-from glm4v_jax.commands.attachments import places
+from glm4v_jax.commands import attachments
+from glm4v_jax.commands.attachments import attach, places
+from glm4v_jax.commands.chat import Chat
 from glm4v_jax.commands.interrupt import Interrupt
 from glm4v_jax.commands.screen import AnswerWriter
 from glm4v_jax.commands.session import HELP, Session
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError
 from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.slots import Slots
+from glm4v_jax.inputs.image import Glm4vImageProcessor
 
 GREEDY = {"do_sample": False}
 
 
-@pytest.fixture(autouse=True)
-def _in_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def picture():
-    pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save("picture.png")
+    save_noise("picture.png")
     return "picture.png"
-
-
-@pytest.fixture
-def film():
-    """Two seconds at two frames a second, as an animated picture."""
-    frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
-    frames[0].save("film.gif", save_all=True, append_images=frames[1:], duration=500)
-    return "film.gif"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +86,37 @@ def test_the_tiny_model_says_little_by_default(monkeypatch, capfd):
     assert "; 64 new" in chat(monkeypatch, capfd, "Hello", "--greedy")[2]
 
 
+def test_the_length_of_a_preset_counts(engine, monkeypatch):
+    """That of `cli` is 8,192; stopped here as soon as it is more than what a checkpoint without a length gives."""
+    session, shown = Session(engine, "tiny", None, "cli", {}, 64), []
+    show = AnswerWriter.show
+
+    def interrupted(writer, delta):
+        show(writer, delta)
+        shown.extend(delta.tokens)
+        if len(shown) > 40:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(AnswerWriter, "show", interrupted)
+    session.take("Hello")
+    (turn,) = session.turns
+    assert turn.completion.finish_reason == "cancelled"
+    assert len(turn.completion.tokens) > 40
+
+
+def test_a_picture_of_an_option_is_read_once(monkeypatch, capfd, picture):
+    read = []
+
+    def reading(kind, place, processor):
+        read.append(place)
+        return attach(kind, place, processor)
+
+    monkeypatch.setattr(attachments, "attach", reading)
+    status, _, err = chat(monkeypatch, capfd, "What?", "--image", picture, "--greedy", "--max-new-tokens", 2)
+    assert (status, read) == (0, [picture])
+    assert f"{picture}: 84 × 56 pixels, 12 tokens; goes with the next message" in err
+
+
 def test_what_fails_is_a_line_and_the_rest_goes_on(monkeypatch, capfd):
     pathlib.Path("notes.png").write_text("no picture")
     text = "/nope\n/image nowhere.png\n/image notes.png\n/set temperature cold\n/save\n/boxes x.png\n/undo\nHello\n"
@@ -128,12 +149,7 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(monkeypatch, capfd):
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_loaded(monkeypatch, capfd, arguments, words):
-    class Refusing:
-        @classmethod
-        def from_pretrained(cls, *given, **options):
-            pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
+    refuse_weights(monkeypatch)
     pathlib.Path("notes.png").write_text("no picture")
     status, out, err = chat(monkeypatch, capfd, "Hello", *arguments)
     assert (status, out) == (1, "")
@@ -180,6 +196,18 @@ def test_undo_takes_back_and_retry_draws_anew(engine, capfd, picture):
     session.take("/undo")
     assert f"not shown with the next message: {picture}" in capfd.readouterr().err
     session.take("Hello")
+    assert session.turns[-1].attachments == ()
+
+
+def test_what_is_attached_before_a_retry_goes_with_the_next_message(session, picture):
+    session.take("/image picture.png")
+    session.take("What?")
+    session.take("/image picture.png")
+    session.take("/retry")
+    assert [len(turn.attachments) for turn in session.turns] == [1]
+    session.take("And this?")
+    assert [len(turn.attachments) for turn in session.turns] == [1, 1]
+    session.take("And?")
     assert session.turns[-1].attachments == ()
 
 
@@ -436,8 +464,9 @@ def test_an_interrupted_answer_stays_and_the_session_goes_on(session, engine, mo
     assert session.turns[-1].completion.text == engine.generate(messages, do_sample=False, max_new_tokens=8).text
 
 
-def test_a_second_interrupt_leaves(session, monkeypatch):
+def test_a_second_interrupt_does_not_wait_and_what_there_is_stays(session, engine, monkeypatch):
     session.take("/set max_new_tokens 500")
+    show = AnswerWriter.show
 
     def interrupted(writer, delta):
         signal.raise_signal(signal.SIGINT)
@@ -447,6 +476,69 @@ def test_a_second_interrupt_leaves(session, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         session.take("What is this?")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    (turn,) = session.turns
+    assert turn.completion.finish_reason == "cancelled"
+    monkeypatch.setattr(AnswerWriter, "show", show)
+    session.take("/undo")
+    session.take("/set max_new_tokens 8")
+    session.take("And?")
+    assert texts(session) == [engine.generate("And?", do_sample=False, max_new_tokens=8).text]
+
+
+def test_a_second_interrupt_before_the_first_token_leaves_the_conversation_as_it_was(
+    session, engine, monkeypatch, picture
+):
+    session.take("Hello")
+    start = Slots.start
+
+    def interrupted(slots, starts):
+        started = start(slots, starts)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return started
+
+    monkeypatch.setattr(Slots, "start", interrupted)
+    session.take("/image picture.png")
+    with pytest.raises(KeyboardInterrupt):
+        session.take("What is this?")
+    assert [turn.text for turn in session.turns] == ["Hello"]
+    monkeypatch.setattr(Slots, "start", start)
+    session.take("/retry")
+    assert [len(turn.attachments) for turn in session.turns] == [0, 1]
+    session.take("And?")
+    messages = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": texts(session)[0]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "path": picture}, {"type": "text", "text": "What is this?"}],
+        },
+        {"role": "assistant", "content": texts(session)[1]},
+        {"role": "user", "content": "And?"},
+    ]
+    assert texts(session)[2] == engine.generate(messages, do_sample=False, max_new_tokens=8).text
+
+
+@pytest.mark.parametrize("when", ["attached", "asked"])
+def test_an_interrupt_while_something_is_read_keeps_the_session(session, monkeypatch, capfd, picture, when):
+    """At the prompt of a person, who goes on and leaves."""
+    lines = iter(["Hello", "/image picture.png", *{"attached": ["What?"], "asked": ["What?", "/retry"]}[when], "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("glm4v_jax.commands.chat._use_readline", lambda commands: None)
+    read, interrupts = Glm4vImageProcessor.prepare_with_sizes, iter([when == "attached", True, False])
+
+    def interrupted(*arguments):
+        if next(interrupts):
+            signal.raise_signal(signal.SIGINT)
+        return read(*arguments)
+
+    monkeypatch.setattr(Glm4vImageProcessor, "prepare_with_sizes", interrupted)
+    Chat()._talk(session)
+    assert capfd.readouterr().err.count("stopped; the conversation goes on") == 1
+    assert [(turn.text, len(turn.attachments)) for turn in session.turns] == [
+        ("Hello", 0),
+        ("What?", 0 if when == "attached" else 1),
+    ]
 
 
 def test_a_terminal(tmp_path, picture):

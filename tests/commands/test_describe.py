@@ -4,11 +4,9 @@ import json
 import os
 import pathlib
 
-import numpy as np
-import PIL.Image
 import pytest
+from helpers_cli import keyed, save_noise
 
-import glm4v_jax
 from glm4v_jax import cli
 from glm4v_jax.commands.describe import PROMPT, is_picture
 from glm4v_jax.commands.options import long_answer
@@ -16,9 +14,8 @@ from glm4v_jax.data import TINY_CHECKPOINT
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """Two pictures of different sizes, one cut off, one in a folder inside, and files that are no pictures."""
-    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"
     (folder / "inside").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -30,9 +27,8 @@ def folder(tmp_path, monkeypatch):
         ".e.png": (60, 60),
         "no extension": (56, 56),
     }.items():
-        pixels = np.random.default_rng(len(name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         kind = {".jpg": "JPEG", ".webp": "WEBP"}.get(pathlib.Path(name).suffix, "PNG")
-        PIL.Image.fromarray(pixels).save(folder / name, kind)
+        save_noise(folder / name, size[1], size[0], kind, seed=len(name))
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:3000])
     (folder / "notes.txt").write_text("no picture")
     (folder / "clip.mp4").write_bytes(b"no picture either")
@@ -40,27 +36,12 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails the test if weights are asked for."""
-
-    class Refusing:
-        @classmethod
-        def from_pretrained(cls, *arguments, **options):
-            pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
-
-
 def describe(*arguments):
     return cli.main(["describe", "--max-new-tokens", "6", "--slots", "2", *map(str, arguments)])
 
 
 def captions(path="photos/captions.jsonl"):
-    found = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-    told = {line["file"]: line for line in found}
-    assert len(told) == len(found)
-    return told
+    return keyed(pathlib.Path(path), "file")
 
 
 def test_every_picture_gets_a_caption(folder, capfd):

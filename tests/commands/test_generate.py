@@ -1,12 +1,12 @@
 """`glm4v generate`: streaming, thoughts, stops, and what excludes each other. More is in tests/test_cli.py."""
 
-import json
 import os
 import pathlib
 
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_cli import answered, refused
 from helpers_terminal import Terminal
 
 import glm4v_jax
@@ -21,39 +21,9 @@ from glm4v_jax.generate.thinking import Kind, Part, ThinkingParser
 DIM, BOLD, PLAIN = "\x1b[2;3m", "\x1b[1m", "\x1b[0m"
 
 
-@pytest.fixture(autouse=True)
-def _in_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails the test if weights are asked for."""
-
-    class Refusing:
-        @classmethod
-        def from_pretrained(cls, *arguments, **options):
-            pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return glm4v_jax.Glm4vProcessor.from_pretrained(TINY_CHECKPOINT).tokenizer
-
-
-def refused(capfd, *arguments):
-    assert cli.main(["generate", *map(str, arguments)]) == 1
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    return line
-
-
-def answered(capfd, *arguments):
-    assert cli.main(["generate", "--json", *map(str, arguments)]) == 0
-    return json.loads(capfd.readouterr().out)
 
 
 # What is refused.

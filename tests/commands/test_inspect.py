@@ -8,10 +8,10 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import PIL.Image
 import pytest
 import tyro
+from helpers_cli import save_noise
 
 from glm4v_jax.commands.inspect import MAX_FILES, Inspect
 from glm4v_jax.data import TINY_CHECKPOINT
@@ -27,25 +27,10 @@ def inspect(*arguments):
     parse(*arguments).run()
 
 
-@pytest.fixture(autouse=True)
-def _in_a_directory(tmp_path, monkeypatch):
-    """Where a sheet goes by default."""
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def picture():
-    pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save("picture.png")
+    save_noise("picture.png", 100, 150)
     return "picture.png"
-
-
-@pytest.fixture
-def film():
-    """Two seconds at two frames a second, as an animated picture."""
-    frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
-    frames[0].save("film.gif", save_all=True, append_images=frames[1:], duration=500)
-    return "film.gif"
 
 
 def written():

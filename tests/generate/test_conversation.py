@@ -5,6 +5,7 @@ import pytest
 from helpers_generation import GREEDY, their_tokens
 
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.generate.completion import last
 from glm4v_jax.generate.thinking import without_thoughts
 
 TEXTS = ["What is this?", "Why?", "And this one?", "Which is larger?"]
@@ -112,3 +113,54 @@ def test_a_conversation_outgrows_its_cache(engine):
         found = talk.send(text)
     assert found.prompt_tokens > 128
     assert found == engine.generate(talk.messages[:-1], max_new_tokens=90, **GREEDY)
+
+
+def test_asking_again_ends_the_answer_before(engine):
+    talk = engine.conversation(max_new_tokens=40, **GREEDY)
+    first = talk.ask("One")
+    next(first)
+    second = talk.send("Two", max_new_tokens=6)
+    assert [one.finish_reason for one in talk.completions] == ["cancelled", "length"]
+    assert list(first) == []
+    assert second == engine.generate(talk.messages[:-1], max_new_tokens=6, **GREEDY)
+    talk.undo()
+    talk.undo()
+    never_read, third = talk.ask("Three"), talk.ask("Four", max_new_tokens=6)
+    assert last(third) == engine.generate([{"role": "user", "content": "Four"}], max_new_tokens=6, **GREEDY)
+    assert list(never_read) == [] and len(talk.completions) == 1
+
+
+def test_closing_while_a_thought_is_closed(engine):
+    """What was put in has not been run yet: the next turn must not take it for granted."""
+    talk = engine.conversation(think_budget=6, answer_budget=8, **GREEDY)
+    stream = talk.ask("Think")
+    while "</think>" not in next(stream).text:
+        pass
+    stream.close()
+    assert len(talk.in_cache) == talk.completions[0].prompt_tokens + 5
+    assert talk.send("Again") == engine.generate(talk.messages[:-1], think_budget=6, answer_budget=8, **GREEDY)
+
+
+def test_a_preset_and_options_that_are_not_given(engine):
+    talk = engine.conversation()
+    stream = talk.ask("Hello", preset="cli", max_new_tokens=None, temperature=None, eos_token_id=-1)
+    assert sum(len(next(stream).tokens) for _ in range(8)) > 20
+    stream.close()
+    with pytest.raises(GenerationError, match="num_return_sequences"):
+        talk.ask("Hello", num_return_sequences=2, do_sample=True)
+
+
+def test_the_system_may_change(engine):
+    talk = engine.conversation(max_new_tokens=5, **GREEDY)
+    assert talk.system is None
+    talk.send("One")
+    talk.system = "Be kind."
+    assert talk.messages[0] == {"role": "system", "content": "Be kind."} and talk.system == "Be kind."
+    assert talk.send("Two") == engine.generate(talk.messages[:-1], max_new_tokens=5, **GREEDY)
+    talk.system = None
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_turns_draw_differently(engine):
+    talk = engine.conversation(max_new_tokens=8, do_sample=True, temperature=50.0, top_k=0, eos_token_id=-1)
+    assert talk.send("Hello").tokens != talk.send("Hello").tokens

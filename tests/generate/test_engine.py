@@ -1,12 +1,17 @@
 """The engine against itself and the reference: how tokens are made and batched must not show in them."""
 
+import concurrent.futures
+import heapq
+
 import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.generate import programs
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
+from glm4v_jax.generate.running import run
 from glm4v_jax.generate.slots import MAX_STEPS
 
 
@@ -177,6 +182,14 @@ def test_think_budget_closes_the_thought_and_goes_on_in_the_cache(engine, pictur
         assert other.tokens == (free if other.index % 2 else found).tokens
 
 
+@pytest.mark.parametrize("stop", ["</think>", "<answer>"])
+def test_a_stop_string_in_what_is_put_in(engine, stop):
+    free = engine.generate("Think", max_new_tokens=9, **GREEDY)
+    found = engine.generate("Think", think_budget=9, answer_budget=6, stop_strings=stop, **GREEDY)
+    assert (found.finish_reason, found.stop_string, found.tokens) == ("stop", stop, free.tokens)
+    assert found.text == free.text + ("" if stop == "</think>" else "</think>")
+
+
 def test_an_end_within_a_thought_is_not_the_end(engine):
     free = engine.generate("Think", max_new_tokens=20, **GREEDY)
     last = next(i for i, token in enumerate(free.tokens) if i >= 4 and token not in free.tokens[:i])
@@ -259,14 +272,90 @@ def test_a_full_pool_forgets_and_grows(engine):
     assert own.pool.capacity > 128
 
 
+class Ready:
+    """A queue of answers that never have to be waited for."""
+
+    def __init__(self, answers):
+        self.answers = list(answers)
+
+    @property
+    def is_empty(self):
+        return not self.answers
+
+    def take(self, *, wait):
+        return self.answers.pop(0) if self.answers else None
+
+
 def test_slots_are_kept_busy(engine):
-    rng = np.random.default_rng(15)
+    """As busy as they can be: each answer begins at the step at which the first slot is free."""
+    lengths = np.random.default_rng(15).integers(8, 64, 64).tolist()
     own = Engine(engine.model, engine.processor, capacity=256)
-    lengths = rng.integers(8, 64, 64).tolist()
-    list(own.generate_many([Request("Hi", dict(max_new_tokens=n)) for n in lengths], **GREEDY))
-    stats = own.stats
-    assert stats.busy_steps == sum(lengths) - 64  # the first token of each is prefill's
-    assert stats.busy_steps / stats.slot_steps > 0.7  # the bench has the figure for many prompts
+    prompt = own.prompt("Hi")
+    slots = own.new_slots(8, own.config())
+    list(run(slots, Ready(own.answer(prompt, own.config(max_new_tokens=n, **GREEDY)) for n in lengths)))
+    free = [0] * 8
+    for n in lengths:  # the first token of each is prefill's
+        heapq.heapreplace(free, free[0] + n - 1)
+    assert own.stats.busy_steps == sum(lengths) - 64
+    assert own.stats.slot_steps == 8 * max(free)
+
+
+def test_pictures_in_turn_are_kept(engine):
+    own = Engine(engine.model, engine.processor, capacity=256)
+    rng = np.random.default_rng(17)
+    pictures = [rng.integers(0, 256, (504, 504, 3), np.uint8) for _ in range(5)]
+    list(own.generate_many([ask(pictures[i % 5], "What?") for i in range(30)], max_new_tokens=2, **GREEDY))
+    assert (own.pool.encoded, own.pool.reused) == (5, 25)
+    own.release()
+    own.generate(ask(pictures[0], "What?"), max_new_tokens=2, **GREEDY)
+    assert own.pool.encoded == 6
+
+
+def test_an_interrupted_encoder_leaves_the_engine_whole(engine, monkeypatch, picture):
+    own = Engine(engine.model, engine.processor, capacity=256)
+    expected = own.generate(ask(picture, "What?"), max_new_tokens=4, **GREEDY).tokens
+    other = picture[::-1].copy()
+    store = programs.store
+
+    def interrupted(*args):
+        store(*args)  # gives the pool away
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(programs, "store", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        own.generate(ask(other, "What?"), max_new_tokens=4, **GREEDY)
+    monkeypatch.undo()
+    assert own.generate(ask(picture, "What?"), max_new_tokens=4, **GREEDY).tokens == expected
+    assert own.generate("Hello", max_new_tokens=4, **GREEDY).tokens
+
+
+def test_threads_may_share_an_engine(engine):
+    own = Engine(engine.model, engine.processor, capacity=256)
+    rng = np.random.default_rng(18)
+    prompts = [ask(rng.integers(0, 256, (56, 84, 3), np.uint8), f"Question {i}") for i in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda prompt: own.generate(prompt, max_new_tokens=8, **GREEDY).tokens, prompts))
+    assert found == [engine.generate(prompt, max_new_tokens=8, **GREEDY).tokens for prompt in prompts]
+
+
+def test_a_long_prompt_does_not_burden_the_next(engine):
+    own = Engine(engine.model, engine.processor, capacity=256)
+    own.generate(random_request(own.model, np.random.default_rng(19), 400), max_new_tokens=3, **GREEDY)
+    assert not own._free[1, None]
+    for n in (1, 3, 5):
+        own.generate("Hello", max_new_tokens=3, logprobs=n, **GREEDY)
+    assert {key: len(free) for key, free in own._free.items()} == {(1, None): 0, (1, 5): 1}
+
+
+def test_closing_right_after_an_answer_that_stopped_early(engine):
+    """The row of an answer that met its stop string is stopped although nobody asked for the next update."""
+    whole = engine.generate("Tell me", max_new_tokens=40, **GREEDY)
+    own = Engine(engine.model, engine.processor, num_slots=4, capacity=256)
+    many = own.generate_many(["Tell me"] * 4, max_new_tokens=40, stop_strings=whole.text[9:12], **GREEDY)
+    next(many)
+    many.close()
+    (slots,) = own._free[4, None]
+    assert np.asarray(slots._state.row.done).all()
 
 
 def test_prompts_that_cannot_be_prepared(engine, tmp_path):
@@ -278,6 +367,15 @@ def test_prompts_that_cannot_be_prepared(engine, tmp_path):
     assert "none.png" in found[1].error and found[1].tokens == ()
     assert found[2].tokens == engine.generate("Again", max_new_tokens=3, **GREEDY).tokens
     assert list(engine.generate_many([])) == []
+
+    # What is wrong is told as soon as it is known, not when an answer happens to end.
+    def endless():
+        yield {"a": 1}
+        while True:
+            yield "Hello"
+
+    first = next(engine.generate_many(endless(), skip_errors=True, max_new_tokens=3, **GREEDY))
+    assert (first.index, first.finish_reason) == (0, "error") and "input_ids" in first.error
 
 
 @pytest.mark.parametrize(

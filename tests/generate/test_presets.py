@@ -44,7 +44,7 @@ def test_every_preset_is_valid_and_keeps_the_rest(released, name):
     [
         ("cli", (True, 1.0, 1e-5, 1, 1.1, 8192)),
         ("gradio", (True, 1.0, 1e-5, 2, 1.1, 8192)),
-        ("bench", (True, 0.1, 0.6, 2, 1.0, 16386)),
+        ("bench", (True, 0.1, 0.6, 2, 1.0, 8192)),
         ("api", (True, 1.0, 0.6, 2, 1.0, 25_000)),
         ("agent", (True, 0.001, 0.6, 2, 1.0, 8192)),
         ("hf", (True, 0.8, 0.6, 2, 1.0, None)),

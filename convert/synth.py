@@ -1,0 +1,190 @@
+"""Checkpoints of random weights in Hugging Face layout, of any size: to rehearse with, without a download."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.summary import Summary
+from glm4v_jax import shards
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.export import tensor_rules, tensor_shapes
+from glm4v_jax.files import asset_files, read_json_object
+from glm4v_jax.loading import resolve_dtype
+from glm4v_jax.safetensors_io import PIECE_BYTES
+from glm4v_jax.target import check_space, check_target, new_directory
+
+RELEASED_SHARDS = 4
+_RELEASED_SAMPLING = {"_from_model_config": True, "do_sample": True, "temperature": 0.8, "top_k": 2, "top_p": 0.6}
+_OWN = ("config.json", "generation_config.json")
+_LEVELS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTensor:
+    """Normally distributed numbers that depend on the seed, the name and the dtype only, made by pieces.
+
+    Weights have the configuration's deviation, biases a tenth of it, and norms' weights are near one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    deviation: float
+    seed: int
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The numbers, in C order."""
+        bits = np.random.SFC64([self.seed, zlib.crc32(self.name.encode())])
+        table = self._table()
+        left = math.prod(self.shape)
+        while left:
+            count = min(left, PIECE_BYTES // 8)
+            raw = bits.random_raw(math.ceil(count / 4)).astype("<u8", copy=False).view("<u2")
+            yield table[raw[:count]]
+            left -= count
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.concatenate([np.zeros(0, self.dtype), *self.pieces()]).reshape(self.shape)
+
+    def _table(self) -> np.ndarray:
+        """What each of 65,536 equally likely draws of 16 bits stands for."""
+        if self.name.endswith(".bias"):
+            values = 0.1 * self.deviation * _quantiles()
+        else:
+            values = self.deviation * _quantiles() + ("norm" in self.name)
+        return values.astype(np.float32).astype(self.dtype)
+
+
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """The middles of 65,536 equally likely slices of the normal distribution."""
+    normal = statistics.NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / _LEVELS) for i in range(_LEVELS)])
+
+
+def plan_like_released(config: Glm4vConfig, count: int) -> dict[str, list[str]]:
+    """Shards as GLM-4.1V-9B-Thinking has them: decoder layers evenly in all but the last, which has all else.
+
+    Raises:
+      ConfigError: there are too few layers for as many shards.
+    """
+    layers = config.text_config.num_hidden_layers
+    if not 1 <= count <= layers + 1:
+        raise ConfigError(f"shards: found {count}, expected 1 to {layers + 1} for a decoder of {layers} layers")
+    each = layers // max(1, count - 1)
+    plan: dict[str, list[str]] = {shards.shard_name(i, count): [] for i in range(count)}
+    for name, (rule, layer) in tensor_rules(config).items():
+        in_decoder = layer is not None and rule.leaf.startswith("language_model.")
+        number = min(layer // each, count - 1) if in_decoder and layer is not None else count - 1
+        plan[shards.shard_name(number, count)].append(name)
+    return plan
+
+
+def synth(
+    config: Glm4vConfig,
+    target: str | Path,
+    *,
+    dtype: Any = "bfloat16",
+    seed: int = 0,
+    count: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Write a checkpoint of a configuration, tensor by tensor; the same bytes for the same seed.
+
+    config.json and generation_config.json go with it, and the tiny tokenizer and processor files of this package where
+    the configuration has its vocabulary.
+
+    Args:
+      config: of the model.
+      target: the directory to make.
+      dtype: float32, bfloat16 or float16.
+      seed: of the numbers.
+      count: of shards; by default 4 as in the release, or as many as the layers allow.
+      overwrite: replace what is at `target`.
+      dry_run: check everything and write nothing.
+      progress: called with bytes written and bytes in all.
+
+    Raises:
+      CheckpointError: the target is taken, or the disk is full.
+      ConfigError: `count` is too large.
+    """
+    started = time.perf_counter()
+    target, dtype = Path(target), resolve_dtype(dtype)
+    deviation = config.text_config.initializer_range
+    tensors = {name: RandomTensor(name, shape, dtype, deviation, seed) for name, shape in tensor_shapes(config).items()}
+    layers = config.text_config.num_hidden_layers
+    plan = plan_like_released(config, min(RELEASED_SHARDS, layers + 1) if count is None else count)
+    total, done = shards.nbytes(tensors), 0
+    check_target(None, target, overwrite=overwrite)
+    check_space(target, total)
+
+    def advance(written: int) -> None:
+        nonlocal done
+        done += written
+        if progress is not None:
+            progress(done, total)
+
+    if not dry_run:
+        with new_directory(target, overwrite=overwrite) as directory:
+            shards.write_shards(directory, tensors, plan, progress=advance)
+            _write_assets(directory, config, dtype)
+    notes = () if _has_tiny_vocabulary(config) else ("no tokenizer: this package has none of that vocabulary",)
+    seconds = time.perf_counter() - started
+    return Summary(target, target, len(tensors), total, 0, len(plan), seconds, dry_run, notes)
+
+
+def load_config(name: str) -> Glm4vConfig:
+    """The configuration that "full", "tiny", a config.json or the directory of one means.
+
+    Raises:
+      CheckpointError: there is no such file.
+      ConfigError: it is not a GLM-4.1V's.
+    """
+    if name == "full":
+        return Glm4vConfig.glm4_1v_9b()
+    if name == "tiny":
+        return Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
+    path = Path(name)
+    if path.is_dir():
+        return Glm4vConfig.from_pretrained(path)
+    try:
+        return Glm4vConfig.from_dict(read_json_object(path))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _write_assets(directory: Path, config: Glm4vConfig, dtype: np.dtype) -> None:
+    """Configurations, the released processor's and template, and the tiny tokenizer where it fits."""
+    for path in asset_files(TINY_CHECKPOINT):
+        if path.name not in _OWN and (not path.name.startswith("tokenizer") or _has_tiny_vocabulary(config)):
+            shutil.copyfile(TINY_CHECKPOINT / path, directory / path)
+    content = config.to_dict()
+    content["text_config"]["dtype"] = dtype.name
+    ends = {name: content["text_config"].get(name) for name in ("eos_token_id", "pad_token_id")}
+    generation = _RELEASED_SAMPLING | {name: ids for name, ids in ends.items() if ids is not None}
+    for name, data in (("config.json", content), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _has_tiny_vocabulary(config: Glm4vConfig) -> bool:
+    return _vocabulary(config) == _vocabulary(Glm4vConfig.from_pretrained(TINY_CHECKPOINT))
+
+
+def _vocabulary(config: Glm4vConfig) -> tuple[int, ...]:
+    """What a tokenizer must agree with."""
+    ids = (getattr(config, field.name) for field in dataclasses.fields(config) if field.name.endswith("token_id"))
+    return config.text_config.vocab_size, *ids

@@ -1,0 +1,208 @@
+"""Checkpoints in Orbax format: what is in them, read as leaves of the model or as Hugging Face's tensors.
+
+On disk the model is a tree with one leaf for each parameter of each layer (OCDBT, zarr3), whatever layout the layers
+had in memory, so that it can be written and read group by group, and onto any mesh. Files beside the weights are in
+`assets/`; `custom_metadata` tells where the weights came from, and how their tensors were called (see
+`checkpoint_write`).
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+from orbax.checkpoint import v1 as ocp
+
+from glm4v_jax import weights
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import CheckpointError
+from glm4v_jax.files import is_orbax
+from glm4v_jax.leaves import LeafInfo, Leaves, Slices, TensorLeaves
+from glm4v_jax.safetensors_io import CheckpointFiles, Index, TensorInfo, open_checkpoint
+
+__all__ = ["OrbaxCheckpoint", "full_name", "is_orbax", "leaves_of", "open_weights"]
+
+METADATA_KEY = "glm4v_jax"
+FORMAT = 1
+
+
+def open_weights(directory: str | Path) -> "CheckpointFiles | OrbaxCheckpoint":
+    """The tensors of a checkpoint in either format, by the names that Hugging Face's layout gives them.
+
+    Raises:
+      CheckpointError: it is in neither format, or damaged.
+    """
+    return OrbaxCheckpoint(directory) if is_orbax(directory) else open_checkpoint(directory)
+
+
+def leaves_of(files: "CheckpointFiles | OrbaxCheckpoint", config: Glm4vConfig) -> Leaves:
+    """The same as leaves of a model of this configuration.
+
+    Raises:
+      CheckpointError: it is not a checkpoint of such a model; all tensors that do not fit are listed.
+    """
+    if isinstance(files, OrbaxCheckpoint):
+        return files.leaves if config == files.config else OrbaxLeaves(files.directory, config)
+    return TensorLeaves(files, config)
+
+
+def full_name(tensor: str) -> str:
+    """A tensor's name as transformers 4.57 and 5.x write it; the table leaves a prefix out."""
+    return tensor if tensor.startswith("lm_head.") else f"model.{tensor}"
+
+
+class OrbaxLeaves:
+    """The leaves of an Orbax checkpoint.
+
+    Raises:
+      CheckpointError: it cannot be read, or its leaves are not those of a model of this configuration; all that do not
+        fit are listed.
+    """
+
+    def __init__(self, directory: Path, config: Glm4vConfig):
+        self._directory = directory
+        self._context = tensorstore.Context()
+        self._stores: dict[str, Any] = {}
+        try:
+            described = ocp.metadata(directory)
+        except Exception as error:  # Orbax raises what its parts do: JSON, TensorStore and file errors
+            raise CheckpointError(f"{directory}: not a readable Orbax checkpoint ({error})") from error
+        if not isinstance(described.metadata, Mapping):  # Orbax has logged why
+            raise CheckpointError(f"{directory}: not a readable Orbax checkpoint: its metadata are damaged")
+        self.custom_metadata: Mapping[str, Any] = described.custom_metadata or {}
+        found = dict(_flat(described.metadata))
+        expected = _expected(config)
+        problems = [f"unexpected: {path} {list(leaf.shape)}" for path, leaf in found.items() if path not in expected]
+        infos: dict[str, LeafInfo] = {}
+        for path, (shape, tensors) in expected.items():
+            if path not in found:
+                problems.append(f"missing: {path} {list(shape)}")
+                continue
+            leaf = found[path]
+            dtype = np.dtype(leaf.dtype)
+            if tuple(leaf.shape) != shape:
+                problems.append(f"misshapen: {path} has shape {list(leaf.shape)}, expected {list(shape)}")
+            elif dtype.name not in weights.DTYPES:
+                wanted = ", ".join(weights.DTYPES)
+                problems.append(f"of a wrong dtype: {path} is {dtype.name}, expected one of {wanted}")
+            infos[path] = LeafInfo(shape, dtype, int(np.prod(shape)) * dtype.itemsize, tensors)
+        self.infos: Mapping[str, LeafInfo] = infos
+        if problems:
+            listed = "; ".join(sorted(problems))
+            raise CheckpointError(f"{directory}: {len(problems)} leaves do not fit the configuration: {listed}")
+
+    def read(self, path: str, index: Slices) -> np.ndarray:
+        """A slice of a leaf, without steps, with an array of its own; only the chunks that it needs are read."""
+        try:
+            if path not in self._stores:
+                base = (self._directory / "state").absolute().as_uri()
+                kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": path}
+                spec = {"driver": "zarr3", "kvstore": kvstore}
+                self._stores[path] = tensorstore.open(spec, open=True, read=True, context=self._context).result()
+            # TensorStore wants bounds that are within the array, where NumPy counts from its end or cuts them off.
+            bounds = [entry.indices(length) for entry, length in zip(index, self.infos[path].shape, strict=True)]
+            within = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
+            return self._stores[path][within].read().result()
+        except ValueError as error:
+            raise CheckpointError(f"{self._directory}: {path}: cannot be read ({error})") from error
+
+    def release(self) -> None:
+        """Nothing is kept between reads."""
+
+
+class OrbaxCheckpoint(Mapping[str, TensorInfo]):
+    """An Orbax checkpoint in Hugging Face's terms: tensors by name, in their layout, dtype and order there.
+
+    Names, dtypes and order are those of the checkpoint that was converted; where there was none, those that
+    transformers writes. No data are read before `read`.
+
+    Raises:
+      CheckpointError: it is unfinished, cannot be read, or is not that of a model of its configuration.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        if ".partial_save" in self.directory.name or not (self.directory / "state").is_dir():
+            raise CheckpointError(f"{directory}: found an unfinished Orbax checkpoint; expected a complete one")
+        self.config = Glm4vConfig.from_pretrained(self.directory)
+        self.leaves = OrbaxLeaves(self.directory, self.config)
+        self.provenance: Mapping[str, Any] = self.leaves.custom_metadata.get(METADATA_KEY, {})
+        if (version := self.provenance.get("format", FORMAT)) != FORMAT:
+            raise CheckpointError(f"{directory}: found format {version}; expected {FORMAT}, or a newer glm4v_jax")
+        self._sizes = weights.dimensions(self.config)
+        rules = weights.wanted(self.config)
+        if self.config.text_config.tie_word_embeddings:
+            # Some checkpoints have the tied head a second time.
+            rules["lm_head.weight"] = rules["language_model.embed_tokens.weight"]
+        listed = self.provenance.get("tensors") or [[full_name(key), None, None] for key in weights.wanted(self.config)]
+        self._places = {name: rules[weights.canonical(name)] for name, *_ in listed}
+        self._infos = {name: self._info(name, dtype) for name, dtype, *_ in listed}
+
+    def _info(self, name: str, dtype: str | None) -> TensorInfo:
+        rule, layer = self._places[name]
+        kept = np.dtype(dtype) if dtype is not None else self.leaves.infos[rule.path(layer)].dtype
+        shape = rule.tensor_shape(self._sizes)
+        return TensorInfo(shape, kept, int(np.prod(shape)) * kept.itemsize, self.directory)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def read(self, name: str, index: Index = ...) -> np.ndarray:
+        """Returns a tensor or a basic slice of it, often as a view in no order; KeyError if there is none.
+
+        Of the two largest, embedding and head, a slice along the first dimension reads no more than itself.
+
+        Raises:
+          CheckpointError: the data are damaged.
+        """
+        rule, layer = self._places[name]
+        path = rule.path(layer)
+        wanted = [slice(None)] * len(rule.axes()[1])
+        tensor_axes, leaf_axes = rule.axes()
+        first = index[0] if isinstance(index, tuple) and index else index
+        if isinstance(first, slice) and first.step in (None, 1) and tensor_axes[0] in leaf_axes:
+            wanted[leaf_axes.index(tensor_axes[0])] = first
+            index = (slice(None), *index[1:]) if isinstance(index, tuple) else ...
+            sizes = self._sizes | {tensor_axes[0][0]: len(range(*first.indices(self._infos[name].shape[0])))}
+        else:
+            sizes = self._sizes
+        if rule.part is not None:
+            axis, number = rule.part
+            wanted.insert(axis, slice(number, number + 1))
+        leaf = self.leaves.read(path, tuple(wanted))
+        if rule.part is not None:
+            leaf = leaf.squeeze(rule.part[0])
+        return rule.to_tensor(leaf, sizes)[index].astype(self._infos[name].dtype, copy=False)
+
+    def release(self) -> None:
+        """Nothing is kept between reads."""
+
+
+def _expected(config: Glm4vConfig) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Path -> shape, and number of tensors, of every leaf."""
+    sizes = weights.dimensions(config)
+    parts: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule, layer in weights.wanted(config).values():
+        path = rule.path(layer)
+        parts[path] = parts.get(path, 0) + 1
+        shapes[path] = rule.leaf_shape(sizes)
+        if rule.part is not None:
+            axis, _ = rule.part
+            shapes[path] = (*shapes[path][:axis], parts[path], *shapes[path][axis:])
+    return {path: (shapes[path], parts[path]) for path in shapes}
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for name, value in tree.items():
+        yield from _flat(value, f"{path}.{name}" if path else str(name))

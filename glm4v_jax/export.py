@@ -1,0 +1,145 @@
+"""A live model -> a checkpoint in Hugging Face layout, which transformers 4.57 and 5.x load."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from glm4v_jax import shards, weights
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import CheckpointError
+from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.loading import leaf_paths
+from glm4v_jax.model import Glm4v
+from glm4v_jax.safetensors_io import in_pieces
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_UNFINISHED = ".weights.partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSource:
+    """A tensor of the checkpoint that is a leaf, a layer of a stacked leaf, or a part of a fused one.
+
+    It comes from its devices when it is written, and then is the only one in host memory.
+    """
+
+    leaf: Array
+    layer: int | None
+    rule: weights.Rule
+    sizes: dict[str, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As PyTorch has it."""
+        return self.rule.tensor_shape(self.sizes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The leaf's."""
+        return self.leaf.dtype
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        leaf = self.leaf if self.layer is None else self.leaf[self.layer]
+        if self.rule.part is not None:
+            axis, number = self.rule.part
+            leaf = leaf[(*(slice(None),) * axis, number)]
+        return self.rule.to_tensor(np.asarray(leaf), self.sizes)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The tensor, put in order by pieces."""
+        yield from in_pieces(self.__array__())
+
+
+def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
+    """Name, as transformers 4.57 and 5.x write it, -> shape of every tensor that a model's checkpoint has."""
+    sizes = weights.dimensions(config)
+    return {name: rule.tensor_shape(sizes) for name, (rule, _) in tensor_rules(config).items()}
+
+
+def tensor_rules(config: Glm4vConfig) -> dict[str, tuple[weights.Rule, int | None]]:
+    """Name, as transformers 4.57 and 5.x write it, -> rule and layer of every tensor; layer by layer, as it does."""
+    # The reference registers its parts in this order.
+    parts = ("visual.", "language_model.", "lm_head.")
+
+    def place(item: tuple[str, tuple[weights.Rule, int | None]]) -> tuple[int, int]:
+        name, (_, layer) = item
+        return next(i for i, part in enumerate(parts) if name.startswith(part)), -1 if layer is None else layer
+
+    return {_full_name(name): what for name, what in sorted(weights.wanted(config).items(), key=place)}
+
+
+def tensors_of(module: Glm4v) -> dict[str, LeafSource]:
+    """Tensor name -> source, for a model with its layers in either layout."""
+    leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
+    sizes, tensors = weights.dimensions(module.config), {}
+    for name, (rule, layer) in tensor_rules(module.config).items():
+        path, index = rule.path(layer), None
+        if path not in leaves:
+            path, index = path.replace(f".{layer}.", ".stacked.", 1), layer
+        tensors[name] = LeafSource(leaves[path], index, rule, sizes)
+    return tensors
+
+
+def save_pretrained(
+    module: Glm4v,
+    generation_config: GenerationConfig,
+    directory: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write weights, config.json and generation_config.json; see `Glm4vForConditionalGeneration.save_pretrained`."""
+    directory = Path(directory)
+    tensors = tensors_of(module)
+    elsewhere = [name for name, source in tensors.items() if not source.leaf.is_fully_addressable]
+    if elsewhere:
+        raise CheckpointError(
+            f"{directory}: {elsewhere[0]} is spread over several processes; save such a model in Orbax format, and "
+            "convert that"
+        )
+    sizes = {name: source.dtype.itemsize * int(np.prod(source.shape)) for name, source in tensors.items()}
+    plan = shards.plan_shards(sizes, max_shard_size)
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: found a file, expected a directory or nothing")
+    aside = directory / _UNFINISHED
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        shards.write_shards(aside, tensors, plan)
+        # An old index beside new shards would pass for a checkpoint: no weights at all do not.
+        for old in directory.iterdir():
+            if _WEIGHTS.fullmatch(old.name):
+                old.unlink()
+        for new in sorted(aside.iterdir(), key=lambda path: path.name == shards.INDEX):
+            new.replace(directory / new.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    module.config.save_pretrained(directory)
+    save_generation_config(generation_config, directory)
+
+
+def save_generation_config(config: GenerationConfig, directory: Path) -> None:
+    """Write generation_config.json."""
+    text = json.dumps(generation_options(config), indent=2, sort_keys=True) + "\n"
+    (directory / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def generation_options(config: GenerationConfig) -> dict[str, Any]:
+    """The options that are not at their defaults, as generation_config.json has them."""
+    options = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name != "seed" and value != field.default:
+            options[field.name] = list(value) if isinstance(value, tuple) else value
+    return options
+
+
+def _full_name(tensor: str) -> str:
+    return tensor if tensor.startswith("lm_head.") else f"model.{tensor}"

@@ -1,0 +1,278 @@
+"""Damaged checkpoints: whatever is wrong, one clear error names it, and no checkpoint comes of it."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from helpers_convert import join_file, read_all, split_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convert.inspect import inspect
+from convert.to_hf import to_hf
+from convert.to_orbax import to_orbax
+from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+OTHER_DTYPES = {"BF16": ("F16", "I16", "U16"), "F32": ("I32", "U32"), "F16": ("BF16", "I16", "U16")}
+
+mutated = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+numbers = st.integers(0, 10**9)
+
+
+class Damaged:
+    """A copy of a checkpoint of two shards, to be damaged."""
+
+    def __init__(self, source, directory):
+        self.directory = directory / "damaged"
+        self.target = directory / "target"
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(source, self.directory)
+        self.weight_map = json.loads((self.directory / INDEX).read_text())["weight_map"]
+
+    def pick(self, number):
+        """A tensor and its file."""
+        name = sorted(self.weight_map)[number % len(self.weight_map)]
+        return name, self.weight_map[name]
+
+    def write_index(self):
+        (self.directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": self.weight_map}))
+
+    def header(self, file, change):
+        """Change the header of a file, its data stay."""
+        text, data = split_file(self.directory / file)
+        header = json.loads(text)
+        join_file(self.directory / file, change(header) or header, data)
+
+    def assert_refused(self, *names):
+        """Nothing takes it; each says the names."""
+        attempts = (
+            lambda: to_hf(self.directory, self.target),
+            lambda: to_orbax(self.directory, self.target),
+            lambda: Glm4vForConditionalGeneration.from_pretrained(self.directory),
+            lambda: inspect(self.directory),
+        )
+        for attempt in attempts:
+            with pytest.raises(CheckpointError) as caught:
+                attempt()
+            assert not [name for name in names if name not in str(caught.value)], str(caught.value)
+            assert os.listdir(self.target.parent) == [self.directory.name]
+
+
+@pytest.fixture
+def damaged(synthetic, tmp_path):
+    """dtype -> a fresh copy."""
+    return lambda dtype="bfloat16": Damaged(synthetic(dtype, 2), tmp_path / "here")
+
+
+def short(name):
+    """As the table has it."""
+    return name.removeprefix("model.")
+
+
+@mutated
+@given(number=numbers, index_too=st.booleans())
+def test_a_tensor_is_dropped(damaged, number, index_too):
+    it = damaged()
+    name, file = it.pick(number)
+    tensors = read_all(it.directory)
+    kept = {other: tensors[other] for other, place in it.weight_map.items() if place == file and other != name}
+    from glm4v_jax.safetensors_io import write_safetensors
+
+    write_safetensors(it.directory / file, kept)
+    if index_too:
+        del it.weight_map[name]
+        it.write_index()
+    # Once gone from the index too, nobody knows where it was.
+    it.assert_refused(short(name), *() if index_too else (file,))
+
+
+@mutated
+@given(number=numbers, index_too=st.booleans())
+def test_a_tensor_is_renamed(damaged, number, index_too):
+    it = damaged()
+    name, file = it.pick(number)
+    other = name.replace("weight", "weights").replace("bias", "biases")
+    it.header(file, lambda header: {other if key == name else key: value for key, value in header.items()})
+    if index_too:
+        it.weight_map = {other if key == name else key: value for key, value in it.weight_map.items()}
+        it.write_index()
+    it.assert_refused(short(name), other, file)
+
+
+@mutated
+@given(number=numbers, flat=st.booleans())
+def test_a_tensor_is_reshaped(damaged, number, flat):
+    it = damaged()
+    matrices = sorted(name for name, tensor in read_all(it.directory).items() if len(set(tensor.shape)) > 1)
+    name = matrices[number % len(matrices)]
+    file = it.weight_map[name]
+
+    def change(header):
+        shape = header[name]["shape"]
+        header[name]["shape"] = [int(np.prod(shape))] if flat else shape[::-1]
+
+    text, _ = split_file(it.directory / file)
+    if not flat and json.loads(text)[name]["shape"] == json.loads(text)[name]["shape"][::-1]:
+        flat = True
+    it.header(file, change)
+    it.assert_refused(name, file, "shape")
+
+
+@mutated
+@given(number=numbers, shard=st.sampled_from(SHARDS))
+def test_a_file_is_truncated(damaged, number, shard):
+    it = damaged()
+    path = it.directory / shard
+    with path.open("r+b") as file:
+        file.truncate(number % path.stat().st_size)
+    it.assert_refused(shard)
+
+
+@settings(mutated, max_examples=60)
+@given(
+    number=numbers,
+    flip=st.integers(1, 255),
+    shard=st.sampled_from(SHARDS),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+)
+def test_a_byte_of_a_header_is_flipped(damaged, synthetic, number, flip, shard, dtype):
+    """It is found, or it says nothing about the tensors and nothing is lost."""
+    it = damaged(dtype)
+    path = it.directory / shard
+    content = bytearray(path.read_bytes())
+    before = json.loads(split_file(path)[0])
+    place = number % (8 + int.from_bytes(content[:8], "little"))
+    content[place] ^= flip
+    path.write_bytes(content)
+    try:
+        after = json.loads(split_file(path)[0])
+    except ValueError:
+        after = None
+    if isinstance(after, dict) and {**after, "__metadata__": {}} == {**before, "__metadata__": {}}:
+        to_hf(it.directory, it.target)
+        found, expected = read_all(it.target), read_all(synthetic(dtype, 2))
+        assert all(found[name].tobytes() == tensor.tobytes() for name, tensor in expected.items())
+    else:
+        it.assert_refused(shard)
+
+
+@mutated
+@given(number=numbers, which=numbers, dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
+def test_a_dtype_is_swapped(damaged, number, which, dtype):
+    it = damaged(dtype)
+    name, file = it.pick(number)
+
+    def change(header):
+        others = OTHER_DTYPES[header[name]["dtype"]]
+        header[name]["dtype"] = others[which % len(others)]
+
+    it.header(file, change)
+    it.assert_refused(name, file, "dtype")
+
+
+@mutated
+@given(number=numbers, spelling=st.sampled_from(["same", "without prefix"]))
+def test_a_tensor_is_there_twice(damaged, number, spelling):
+    from glm4v_jax.safetensors_io import write_safetensors
+
+    it = damaged()
+    layers = [name for name in sorted(it.weight_map) if it.weight_map[name] == SHARDS[0]]
+    name = layers[number % len(layers)]
+    tensors = read_all(it.directory)
+    again = name if spelling == "same" else short(name)
+    second = {other: tensors[other] for other, place in it.weight_map.items() if place == SHARDS[1]}
+    write_safetensors(it.directory / SHARDS[1], second | {again: tensors[name] * 2})
+    if again != name:
+        it.weight_map[again] = SHARDS[1]
+        it.write_index()
+    it.assert_refused(name, again, *SHARDS)
+
+
+@mutated
+@given(number=numbers)
+def test_a_header_names_a_tensor_twice(damaged, number):
+    """JSON lets a key come twice, and most readers take the last."""
+    it = damaged()
+    name, file = it.pick(number)
+    text, data = split_file(it.directory / file)
+    entry = json.loads(text)[name]
+    start, end = entry["data_offsets"]
+    entry["data_offsets"] = [start + len(data), end + len(data)]
+    join_file(it.directory / file, text.rstrip()[:-1] + f",{json.dumps(name)}:{json.dumps(entry)}}}", data * 2)
+    it.assert_refused(file)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../elsewhere/" + SHARDS[0],
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "sub/" + SHARDS[0],
+        "..\\" + SHARDS[0],
+        "a\0b",
+        None,
+        7,
+    ],
+)
+def test_an_index_points_elsewhere(damaged, place):
+    it = damaged()
+    name, file = it.pick(3)
+    elsewhere = it.directory.parent.parent / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copyfile(it.directory / file, elsewhere / SHARDS[0])
+    it.weight_map[name] = place
+    it.write_index()
+    it.assert_refused(name, INDEX, repr(place))
+
+
+@mutated
+@given(number=numbers, how=st.sampled_from(["other shard", "no shard", "left out", "made up"]))
+def test_an_index_is_wrong(damaged, number, how):
+    it = damaged()
+    name, file = it.pick(number)
+    named = (name, file)
+    if how == "other shard":
+        it.weight_map[name] = SHARDS[file == SHARDS[0]]
+    elif how == "no shard":
+        it.weight_map[name] = "model-00003-of-00003.safetensors"
+        named = (it.weight_map[name],)
+    elif how == "left out":
+        del it.weight_map[name]
+    else:
+        it.weight_map["model.made.up"] = file
+        named = ("model.made.up", file)
+    it.write_index()
+    it.assert_refused(*named)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "\xff"])
+def test_an_index_is_none(damaged, text):
+    it = damaged()
+    (it.directory / INDEX).write_bytes(text.encode("latin-1"))
+    it.assert_refused(INDEX)
+
+
+def test_everything_wrong_is_told_at_once(damaged):
+    it = damaged()
+
+    def change(header):
+        names = [name for name in header if name != "__metadata__"]
+        header[names[0]]["dtype"] = "I16"
+        header["stranger"] = header.pop(names[1])
+        header[names[2]]["shape"] = [1, *header[names[2]]["shape"]]
+        change.names = names[:3]
+
+    it.header(SHARDS[0], change)
+    it.weight_map["stranger"] = it.weight_map.pop(change.names[1])
+    it.write_index()
+    it.assert_refused("stranger", change.names[0], short(change.names[1]), change.names[2], "4 tensors do not fit")

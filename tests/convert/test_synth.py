@@ -1,0 +1,122 @@
+"""Random checkpoints: sharded like the released one, the same everywhere, and sane."""
+
+import hashlib
+import json
+import os
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers_convert import files_of, read_all
+from reference import CONFIGS
+
+from convert.synth import RandomTensor, load_config, plan_like_released, synth
+from convert.verify import verify
+from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.export import tensor_shapes
+from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.safetensors_io import PIECE_BYTES
+
+# SHA-256 of the lines "tensor file\n", sorted, of model.safetensors.index.json of zai-org/GLM-4.1V-9B-Thinking.
+RELEASED_WEIGHT_MAP = "5f06202ee1d87776f89f979ae99e917cfcc0728c6c9ed1e431f4b856dee3c0d5"
+# Of the tiny model in bfloat16 with seed 0, as `verify` computes it.
+TINY = "3d3c3171b4407ad2b3fad235a5c9c76930be5baca898d30892864a349c16c180"
+
+
+def test_the_full_one_is_sharded_like_the_released():
+    config = load_config("full")
+    plan, shapes = plan_like_released(config, 4), tensor_shapes(config)
+    lines = sorted(f"{name} {file}\n" for file, names in plan.items() for name in names)
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == RELEASED_WEIGHT_MAP
+    assert len(lines) == len(shapes) == 704
+    assert sum(2 * int(np.prod(shape)) for shape in shapes.values()) == 20_585_554_944
+
+
+def test_the_numbers_are_the_same_everywhere(synthetic):
+    assert verify(synthetic(), synthetic()).left_checksum == TINY
+    assert not verify(synthetic(count=1), synthetic(count=3)).different()
+
+
+def test_a_seed_gives_the_same_files_and_another_gives_others(tmp_path):
+    config = load_config("tiny")
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        synth(config, tmp_path / name, seed=seed)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    first, other = read_all(tmp_path / "a"), read_all(tmp_path / "c")
+    assert all(tensor.tobytes() != other[name].tobytes() for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_numbers_are_normal(dtype):
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    weight = np.asarray(RandomTensor("a.weight", (1000, 300), dtype, 0.02, 0)).astype(np.float64) / 0.02
+    assert np.asarray(RandomTensor("a.weight", (1000, 300), dtype, 0.02, 0)).dtype == dtype
+    assert abs(weight.mean()) < 0.01 and abs(weight.std() - 1) < 0.01
+    assert abs((weight**4).mean() - 3) < 0.1  # a normal distribution's, and not a uniform one's
+    assert abs((np.abs(weight) < 1).mean() - 0.6827) < 0.01
+    norm = np.asarray(RandomTensor("norm.weight", (2000,), dtype, 0.02, 0)).astype(np.float64)
+    assert abs(norm.mean() - 1) < 0.01 and 0.01 < norm.std() < 0.03
+    bias = np.asarray(RandomTensor("a.bias", (2000,), dtype, 0.02, 0)).astype(np.float64)
+    assert 0.001 < bias.std() < 0.003
+
+
+def test_a_large_tensor_is_made_by_pieces():
+    tensor = RandomTensor("a.weight", (PIECE_BYTES // 4, 3), np.dtype(np.float16), 0.02, 0)
+    sizes = [piece.nbytes for piece in tensor.pieces()]
+    assert sum(sizes) == 6 * (PIECE_BYTES // 4) and max(sizes) <= PIECE_BYTES
+
+
+def test_the_tiny_one_is_a_whole_checkpoint(synthetic):
+    Glm4vProcessor.from_pretrained(synthetic())
+    assert GenerationConfig.from_pretrained(synthetic()).top_k == 2
+    assert Glm4vConfig.from_pretrained(synthetic()) == load_config("tiny")
+    model = Glm4vForConditionalGeneration.from_pretrained(synthetic())
+    logits = model(np.arange(3, 19)[None]).logits
+    assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 10
+
+
+def test_another_vocabulary_has_no_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["base"]))
+    summary = synth(load_config(str(tmp_path / "config.json")), tmp_path / "out", dtype="float32")
+    assert summary.notes and not list((tmp_path / "out").glob("tokenizer*"))
+    assert Glm4vConfig.from_pretrained(tmp_path / "out") == Glm4vConfig.from_dict(CONFIGS["base"])
+    assert summary.files == 3 and summary.tensors == len(read_all(tmp_path / "out"))
+    assert load_config(str(tmp_path / "out")) == load_config(str(tmp_path / "config.json"))
+
+
+def test_transformers_loads_it(synthetic):
+    from reference import load_theirs
+
+    pytest.importorskip("transformers")
+    assert load_theirs(synthetic()).num_parameters() == 325_072
+
+
+@pytest.mark.parametrize("count", [0, -1, 4])
+def test_too_many_shards(tmp_path, count):
+    with pytest.raises(ConfigError, match=f"shards: found {count}, expected 1 to 3"):
+        synth(load_config("tiny"), tmp_path / "out", count=count)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 40, 41])
+def test_every_tensor_is_in_one_shard(count):
+    config = load_config("full")
+    plan = plan_like_released(config, count)
+    assert len(plan) == count and all(plan.values())
+    assert sorted(name for names in plan.values() for name in names) == sorted(tensor_shapes(config))
+
+
+def test_places(tmp_path):
+    assert synth(load_config("tiny"), tmp_path / "out", dry_run=True).dry_run and os.listdir(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(CheckpointError, match="not empty"):
+        synth(load_config("tiny"), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_config(str(tmp_path / "nowhere.json"))
+    (tmp_path / "bad.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"bad.json: .*llama"):
+        load_config(str(tmp_path / "bad.json"))

@@ -1,0 +1,383 @@
+"""To Orbax: every bit arrives, whatever the dtypes, shards and names; and what is not finished does not look so.
+
+Run as a program, `python test_to_orbax.py PORT PROCESSES INDEX SOURCE TARGET`, this file converts as one of several
+processes; `python test_to_orbax.py serve SOURCE TARGET` converts once for every line that it reads, in a child.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers_orbax import assert_same_weights, contents, environment, run_together, start_distributed
+from orbax.checkpoint import v1 as ocp
+from reference import CONFIGS, random_tensors
+
+from convert.to_orbax import to_orbax
+from glm4v_jax import Glm4vForConditionalGeneration, checkpoint_write
+from glm4v_jax.checkpoint import open_weights
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.safetensors_io import CheckpointFiles, write_safetensors
+
+CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
+KILLS = 10
+FILES = 130  # of a whole conversion, and a few more: some runs come to their end
+
+
+def write(directory, tensors, *, config="base", shards=1, metadata=None):
+    """A checkpoint in Hugging Face layout."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIGS[config] | {"dtype": "float32"}))
+    (directory / "tokenizer_config.json").write_text("{}")
+    names, weight_map = list(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        write_safetensors(directory / file, {name: tensors[name] for name in names[i::shards]}, metadata)
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    if shards > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "source", random_tensors(CONFIG))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_every_bit_arrives(dtype, shards, tmp_path):
+    tensors = {name: tensor.astype(dtype) for name, tensor in random_tensors(CONFIG, seed=shards).items()}
+    source = write(tmp_path / "source", tensors, shards=shards, metadata={"format": "pt", "by": "a test"})
+    progress = []
+    summary = to_orbax(source, tmp_path / "target", progress=lambda *now: progress.append(now))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert (summary.tensors, summary.nbytes, summary.bytes_read) == (len(tensors), nbytes, nbytes)
+    assert progress[-1] == (nbytes, nbytes) and not summary.notes
+    assert_same_weights(tmp_path / "target", source)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["source", "target"]
+
+
+@pytest.mark.parametrize("name", ["tester", "odd", "wide", "mha"])
+def test_other_models(name, checkpoints, tmp_path):
+    to_orbax(checkpoints(name), tmp_path / "target")
+    assert_same_weights(tmp_path / "target", checkpoints(name))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace("model.language_model.", "model."),
+        lambda name: f"model.{name}" if name.startswith("lm_head") else name,
+    ],
+)
+def test_spellings_of_names_are_kept(rename, tmp_path):
+    source = write(tmp_path / "source", {rename(name): tensor for name, tensor in random_tensors(CONFIG).items()})
+    to_orbax(source, tmp_path / "target")
+    assert_same_weights(tmp_path / "target", source)
+
+
+def test_tensors_of_several_dtypes(tmp_path):
+    """The parts of a fused leaf may differ too: each is given back as it was."""
+    tensors = random_tensors(CONFIG)
+    narrow = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items() if "norm" not in name}
+    del narrow["model.visual.merger.up_proj.weight"]
+    source = write(tmp_path / "source", tensors | narrow)
+    to_orbax(source, tmp_path / "target")
+    assert_same_weights(tmp_path / "target", source)
+
+
+def test_a_tied_head_that_is_there_twice(tmp_path):
+    tensors = random_tensors(Glm4vConfig.from_dict(CONFIGS["tester"]))
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    source = write(tmp_path / "source", tensors | {"lm_head.weight": embedding}, config="tester")
+    assert not to_orbax(source, tmp_path / "target").notes
+    assert_same_weights(tmp_path / "target", source)
+
+    source = write(tmp_path / "other", tensors | {"lm_head.weight": embedding + 1}, config="tester")
+    (note,) = to_orbax(source, tmp_path / "without").notes
+    assert note.startswith("lm_head.weight is left out")
+    assert "lm_head.weight" not in open_weights(tmp_path / "without")
+
+
+def test_provenance(tmp_path):
+    source = write(tmp_path / "source", random_tensors(CONFIG), shards=3, metadata={"format": "pt", "by": "a test"})
+    to_orbax(source, tmp_path / "target")
+    found = ocp.metadata(tmp_path / "target").custom_metadata["glm4v_jax"]
+    assert found["source"]["directory"] == "source" and found["metadata"] == {"format": "pt", "by": "a test"}
+    assert found["source"]["files"] == [
+        {
+            "name": path.name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+        }
+        for path in sorted(source.glob("*.safetensors"))
+    ]  # fmt: skip
+    assert found["tensors"] == [[name, "float32", info.file.name] for name, info in open_weights(source).items()]
+    assert contents(tmp_path / "target" / "assets").keys() == {"config.json", "tokenizer_config.json"}
+    to_orbax(source, tmp_path / "quick", hash_files=False)
+    found = ocp.metadata(tmp_path / "quick").custom_metadata["glm4v_jax"]
+    assert {file["sha256"] for file in found["source"]["files"]} == {None}
+
+
+def test_orbax_to_orbax_keeps_all(source, tmp_path):
+    to_orbax(source, tmp_path / "one")
+    to_orbax(tmp_path / "one", tmp_path / "two")
+    assert_same_weights(tmp_path / "two", source)
+    one, two = (open_weights(tmp_path / name).provenance for name in ("one", "two"))
+    assert one["tensors"] == two["tensors"] and one["source"]["files"] == two["source"]["files"]
+
+
+def test_cast(source, tmp_path):
+    summary = to_orbax(source, tmp_path / "target", dtype="bf16")
+    tensors, files = random_tensors(CONFIG), open_weights(tmp_path / "target")
+    assert summary.nbytes * 2 == sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        assert files.read(name).tobytes() == tensor.astype(ml_dtypes.bfloat16).tobytes()
+    assert json.loads((tmp_path / "target" / "assets" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert files.provenance["cast"] == "bfloat16"
+
+
+def test_large_leaves_go_by_pieces(source, tmp_path, monkeypatch):
+    """What is above a limit takes other ways; here all is."""
+    monkeypatch.setattr("glm4v_jax.leaves._LARGE_BYTES", 1000)
+    monkeypatch.setattr("glm4v_jax.leaves._PIECE_BYTES", 3000)
+    monkeypatch.setattr(checkpoint_write, "GROUP_BYTES", 20_000)
+    to_orbax(source, tmp_path / "target")
+    assert_same_weights(tmp_path / "target", source)
+
+
+def test_a_dry_run_checks_and_writes_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointFiles, "read", lambda *_: pytest.fail("read a tensor"))
+    summary = to_orbax(source, tmp_path / "target", dry_run=True)
+    assert summary.dry_run and summary.tensors == len(random_tensors(CONFIG)) and summary.bytes_read == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nothing_is_written_before_everything_fits(tmp_path):
+    tensors = random_tensors(CONFIG)
+    tensors["model.language_model.norm.weight"] = np.ones(63, np.float32)
+    tensors["model.more"] = np.ones(3, np.float32)
+    tensors["model.visual.post_layernorm.weight"] = np.ones(32, np.int32)
+    del tensors["lm_head.weight"]
+    source = write(tmp_path / "source", tensors)
+    with pytest.raises(CheckpointError) as caught:
+        to_orbax(source, tmp_path / "target")
+    for part in (
+        r"language_model.norm.weight .*has shape \[63\], expected \[64\]",
+        r"unexpected: model.more \[3\]",
+        r"model.visual.post_layernorm.weight .*is int32",
+        r"missing: lm_head.weight \[320, 64\]",
+    ):
+        assert re.search(part, str(caught.value))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_place_that_is_taken(source, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "letter.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        to_orbax(source, target)
+    assert contents(target) == {"letter.txt": b"keep me"}
+    for place in (source, source / "inside", tmp_path):
+        with pytest.raises(CheckpointError, match="found the source"):
+            to_orbax(source, place, overwrite=True)
+    to_orbax(source, target, overwrite=True)
+    assert_same_weights(target, source)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["source", "target"]
+
+
+def test_a_mesh_that_does_not_fit(source, tmp_path):
+    with pytest.raises(ConfigError, match="needs 64 devices"):
+        from glm4v_jax.mesh import make_mesh
+
+        to_orbax(source, tmp_path / "target", mesh=make_mesh(fsdp=64))
+
+
+class TestDiskFull:
+    def test_is_seen_before(self, source, tmp_path, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 999, 999))
+        with pytest.raises(CheckpointError, match=r"target: needs [\d,]+ bytes, found 999 free"):
+            to_orbax(source, tmp_path / "target")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_comes_while_writing(self, source, tmp_path):
+        """A limit of the process on the size of files: the system refuses the data as a full disk does."""
+        before = contents(source)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                to_orbax(source, tmp_path / "target")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert contents(source) == before and [path.name for path in tmp_path.iterdir()] == ["source"]
+        to_orbax(source, tmp_path / "target")
+        assert_same_weights(tmp_path / "target", source)
+
+    def test_is_told(self, source, tmp_path, monkeypatch):
+        """As TensorStore words it."""
+
+        def full(path):
+            raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
+
+        monkeypatch.setattr(ocp.partial, "finalize", full)
+        with pytest.raises(CheckpointError, match="target: the disk is full"):
+            to_orbax(source, tmp_path / "target")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_write, "GROUP_BYTES", 20_000)
+
+    def interrupt(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_orbax(source, tmp_path / "target", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_killed_at_any_moment(source, tmp_path):
+    """kill -9, by what is there of the output: nothing passes for complete, and the next run does it."""
+    target, before, moments = tmp_path / "target", contents(source), random.Random(0)
+    seen = []
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, "serve", str(source), str(target)], env=environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            for _ in range(KILLS):
+                number, start = moments.randrange(1, FILES), newest(tmp_path)
+                pid = convert(server)
+                most = 0
+                while most < number and not target.exists() and running(pid):
+                    most = max(most, made_since(start, target))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                finished(server)
+                seen.append(most)
+                assert contents(source) == before
+                for directory in tmp_path.iterdir():
+                    if directory in (source, target):
+                        continue
+                    for path in (directory, *directory.glob("orbax*")):
+                        with pytest.raises(CheckpointError):
+                            Glm4vForConditionalGeneration.from_pretrained(path)
+                if target.exists():
+                    assert_same_weights(target, source)
+                    shutil.rmtree(target)
+            assert len({count // 10 for count in seen}) >= 4, seen  # the moments were not all the same one
+            pid = convert(server)
+            finished(server)
+        finally:
+            server.kill()
+    assert_same_weights(target, source)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["source", "target"]
+
+
+def convert(server):
+    """Start a conversion; returns the process."""
+    server.stdin.write("go\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def finished(server):
+    assert server.stdout.readline() == "done\n"
+
+
+def newest(directory):
+    """The latest change of any file, by the file system's own clock."""
+    return max(path.stat().st_ctime_ns for path in directory.rglob("*"))
+
+
+def running(pid):
+    """Whether the conversion has not ended by itself."""
+    state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return state not in "ZX"
+
+
+def made_since(start, target):
+    """How many files of the output are newer than that; what an earlier run has left does not count."""
+    count = 0
+    for root, _, names in os.walk(target.with_name(f".{target.name}.unfinished")):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # it has got its last name meanwhile
+                count += os.stat(os.path.join(root, name)).st_ctime_ns > start
+    return count
+
+
+def serve(source, target):
+    """A process that has imported everything, and has begun nothing, splits off another for each conversion."""
+    checkpoint_write.GROUP_BYTES = 50_000
+    for _ in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            to_orbax(source, target, hash_files=False)
+            os._exit(0)
+        print(pid, flush=True)  # noqa: T201
+        # Not reaped before its parent has been told, so that its number stays its own.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        os.waitpid(pid, 0)
+        print("done", flush=True)  # noqa: T201
+
+
+def test_two_processes_together(tmp_path):
+    """Each reads about half, both together write what one does."""
+    source = write(tmp_path / "source", random_tensors(CONFIG), shards=2)
+    reports = [json.loads(out.splitlines()[-1]) for out in run_together(__file__, source, tmp_path / "together")]
+    to_orbax(source, tmp_path / "alone")
+    assert_same_weights(tmp_path / "together", source)
+    assert_same_weights(tmp_path / "together", tmp_path / "alone")
+    one, two = (open_weights(tmp_path / name).provenance for name in ("alone", "together"))
+    assert one["source"] == two["source"] and one["tensors"] == two["tensors"]
+    total = reports[0]["nbytes"]
+    for report in reports:
+        assert 0.45 * total < report["read"] < 0.55 * total
+        assert report["bytes_of_views"] == report["read"]
+        assert report["shard"] == [32, 320]
+    assert_same_weights(tmp_path / "saved", source, ordered=False)  # it has the names of transformers, in its order
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def convert_together(port, processes, index, source, target):
+    start_distributed(port, processes, index)
+    from glm4v_jax import leaves
+    from glm4v_jax.mesh import make_mesh
+
+    asked = []
+    whole = leaves.TensorLeaves.read
+
+    def read(self, path, index):
+        asked.append(whole(self, path, index))
+        return asked[-1]
+
+    leaves.TensorLeaves.read = read
+    summary = to_orbax(source, target)
+    model = Glm4vForConditionalGeneration.from_pretrained(target, mesh=make_mesh(fsdp=int(processes)))
+    shard = model.module.lm_head.kernel[...].addressable_shards[0].data.shape
+    model.save_orbax(Path(target).parent / "saved")
+    views = sum(x.nbytes for x in asked)
+    report = dict(read=summary.bytes_read, nbytes=summary.nbytes, bytes_of_views=views, shard=shard)
+    print(json.dumps(report))  # noqa: T201
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(*sys.argv[2:])
+    else:
+        convert_together(*sys.argv[1:])

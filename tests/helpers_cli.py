@@ -1,0 +1,61 @@
+"""What the tests of commands share."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import glm4v_jax
+from glm4v_jax import cli
+from glm4v_jax.data import TINY_CHECKPOINT
+
+ROOT = TINY_CHECKPOINT.parents[2]
+
+
+def refuse_weights(monkeypatch):
+    """From here on the test fails if weights are asked for."""
+
+    class Refusing:
+        @classmethod
+        def from_pretrained(cls, *arguments, **options):
+            pytest.fail("the weights were loaded")
+
+    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
+
+
+def save_noise(path, height=56, width=84, kind=None, seed=0):
+    """Writes a picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(path, kind)
+
+
+def save_film(path):
+    """Writes two seconds at two frames a second, as an animated picture."""
+    frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
+
+
+def refused(capfd, *arguments):
+    """Runs `glm4v generate`, expects one line of complaint, status 1 and nothing else; returns the line."""
+    assert cli.main(["generate", *map(str, arguments)]) == 1
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("glm4v: error: ")
+    return lines[0]
+
+
+def answered(capfd, *arguments):
+    """Runs `glm4v generate --json`; returns the object."""
+    assert cli.main(["generate", "--json", *map(str, arguments)]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def keyed(path, field):
+    """The lines of a file of answers, by what they answer, which is in one of them only."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    told = {line[field]: line for line in found}
+    assert len(told) == len(found)
+    return told

@@ -1,0 +1,75 @@
+"""Comparing checkpoints, and models on simulated devices and in several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from glm4v_jax.checkpoint import open_weights
+
+TESTS = Path(__file__).parent
+
+
+def assert_same_weights(one, other, *, ordered=True):
+    """Two checkpoints of either format: names, shapes, dtypes and bits."""
+    one, other = open_weights(one), open_weights(other)
+    assert list(one) == list(other) if ordered else one.keys() == other.keys()
+    for name in one:
+        assert one[name][:3] == other[name][:3], name
+        found, expected = one.read(name), other.read(name)
+        assert found.shape == expected.shape and found.dtype == expected.dtype, name
+        assert found.tobytes() == expected.tobytes(), name
+
+
+def contents(directory):
+    """Relative path -> bytes of every file."""
+    directory = Path(directory)
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def environment(devices=1):
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }
+
+
+def run_program(file, *arguments, devices=1):
+    """Run a test file as a program on simulated devices; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(file), *map(str, arguments)],
+        env=environment(devices), capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def run_together(file, *arguments, processes=2):
+    """Run a test file as a program in several processes of one `jax.distributed`; returns what each prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(file), str(port), str(processes), str(i), *map(str, arguments)],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [output for output, _ in outputs]
+
+
+def start_distributed(port, processes, index):
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(index))

@@ -1,0 +1,45 @@
+"""bench.convert: sizes, and a whole run on a small checkpoint."""
+
+import sys
+
+import pytest
+
+from bench import convert, report
+from convert.synth import load_config
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.export import tensor_shapes
+
+
+def nbytes(config: Glm4vConfig) -> int:
+    total = 0
+    for shape in tensor_shapes(config).values():
+        count = 2
+        for length in shape:
+            count *= length
+        total += count
+    return total
+
+
+@pytest.mark.parametrize("gigabytes", [1, 4, 4.7, 10, 20.585554944, 100])
+def test_the_checkpoint_is_as_large_as_asked_for(gigabytes):
+    size = nbytes(convert.model_config(gigabytes))
+    assert size >= min(gigabytes * 1e9, 20_585_554_944)
+    assert size < gigabytes * 1e9 + convert.LAYER_BYTES or gigabytes < 5
+
+
+def test_memory_of_a_process_is_its_own(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "target").mkdir()
+    command = [sys.executable, "-c", "x = b'1' * (300 << 20)"]
+    found = convert.measure(command, tmp_path / "source", tmp_path / "target")
+    assert 300 << 20 < found["peak_bytes"] < 350 << 20
+    assert convert.measure([sys.executable, "-c", ""], tmp_path, tmp_path)["peak_bytes"] < 50 << 20
+
+
+def test_a_whole_run(tmp_path):
+    figures = convert.run(load_config("tiny"), tmp_path)
+    assert figures["tensor_bytes"] == 650_144 and figures["parameters"] == 325_072
+    assert [each["direction"] for each in figures["directions"]] == ["to-orbax", "to-hf"]
+    assert all(each["ratio"] > 0 and each["peak_bytes"] > 0 for each in figures["directions"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "config.json", "orbax"]
+    assert report.table("", range(7), convert.rows(figures)).row_count == 3
