@@ -1,5 +1,6 @@
 """Either format -> an Orbax checkpoint, group by group, straight to the sharding of a mesh."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,15 +101,20 @@ def to_orbax(
             done, total = 0, sum(info.nbytes for info in leaves.infos.values())
             groups = list(in_groups(infos, checkpoint_write.GROUP_BYTES))
             for group in groups:
-                if sum(infos[path].nbytes for path in group) > checkpoint_write.GROUP_BYTES:
+                large = sum(infos[path].nbytes for path in group) > checkpoint_write.GROUP_BYTES
+                if large:
                     writer.wait()  # not this large leaf, and another group besides
                 with use_mesh(mesh):
                     arrays = _read(leaves, infos, abstract, group, count)
                 last = group is groups[-1]
                 writer.write(arrays, _provenance(files, names, cast, hashes) if last else None)
-                if sum(array.nbytes for array in arrays.values()) > checkpoint_write.GROUP_BYTES:
+                if large:
                     writer.wait()
                 del arrays
+                if large:
+                    # JAX lets go of memory that it has taken over from NumPy when Python collects garbage, or when it
+                    # makes its next array: on a CPU that is after the next leaf has been read.
+                    gc.collect(0)
                 done += sum(leaves.infos[path].nbytes for path in group)
                 if progress is not None:
                     progress(done, total)

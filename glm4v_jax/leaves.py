@@ -170,9 +170,18 @@ def _own(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]) 
 
 def in_groups(infos: Mapping[str, LeafInfo], nbytes: int) -> Iterator[list[str]]:
     """Paths in groups of `nbytes`, in order, after single larger leaves: those come while little else is in memory."""
+
+    def turn(item: tuple[str, LeafInfo]) -> int:
+        info = item[1]
+        if info.nbytes <= nbytes:
+            return 2
+        # Orbax cuts a leaf along its longest axis. Only if that is the first are the chunks written from where they
+        # are; else they are copied in small blocks, which the allocator then keeps: a whole leaf's worth of memory.
+        return int(np.argmax(info.shape) != 0)
+
     group: list[str] = []
     filled = 0
-    for path, info in sorted(infos.items(), key=lambda item: item[1].nbytes <= nbytes):
+    for path, info in sorted(infos.items(), key=turn):
         if group and filled + info.nbytes > nbytes:
             yield group
             group, filled = [], 0

@@ -7,10 +7,12 @@ from the checkpoint's `generation_config.json`; what a script did not set is the
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.config import GenerationConfig
+
+if TYPE_CHECKING:  # it needs NumPy, and the names of presets are wanted in the command line's help
+    from glm4v_jax.generate.config import GenerationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ def preset(name: str) -> dict[str, Any]:
     return dict(PRESETS[name].options)
 
 
-def configured(config: GenerationConfig, preset_name: str | None, options: Mapping[str, Any]) -> GenerationConfig:
+def configured(config: "GenerationConfig", preset_name: str | None, options: Mapping[str, Any]) -> "GenerationConfig":
     """`config`, changed by a preset's options, changed by `options`; None means "not given" throughout.
 
     Raises:

@@ -14,8 +14,7 @@ from helpers_cli import refuse_weights, save_noise
 from helpers_terminal import Terminal
 
 from glm4v_jax import cli
-from glm4v_jax.commands import attachments
-from glm4v_jax.commands.attachments import attach, places
+from glm4v_jax.commands.attachments import places
 from glm4v_jax.commands.chat import Chat
 from glm4v_jax.commands.interrupt import Interrupt
 from glm4v_jax.commands.screen import AnswerWriter
@@ -24,7 +23,9 @@ from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError
 from glm4v_jax.generate.completion import Completion, Delta
 from glm4v_jax.generate.slots import Slots
+from glm4v_jax.inputs import media
 from glm4v_jax.inputs.image import Glm4vImageProcessor
+from glm4v_jax.inputs.media import load_image
 
 GREEDY = {"do_sample": False}
 
@@ -107,11 +108,11 @@ def test_the_length_of_a_preset_counts(engine, monkeypatch):
 def test_a_picture_of_an_option_is_read_once(monkeypatch, capfd, picture):
     read = []
 
-    def reading(kind, place, processor):
+    def reading(place):
         read.append(place)
-        return attach(kind, place, processor)
+        return load_image(place)
 
-    monkeypatch.setattr(attachments, "attach", reading)
+    monkeypatch.setattr(media, "load_image", reading)
     status, _, err = chat(monkeypatch, capfd, "What?", "--image", picture, "--greedy", "--max-new-tokens", 2)
     assert (status, read) == (0, [picture])
     assert f"{picture}: 84 × 56 pixels, 12 tokens; goes with the next message" in err
