@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import glm4v_jax
 from glm4v_jax import cli
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError, MediaError
+
+RANDOM = "answering: a tiny model with random weights from the package; --model DIR for a real one\n"
 
 
 def picture_bytes(kind="PNG", height=56, width=84):
@@ -176,7 +177,7 @@ def test_a_reader_that_went_away_is_no_error(tmp_path):
             check=False,
         )
     assert result.returncode == cli.READER_GONE
-    assert result.stderr == ""
+    assert result.stderr == RANDOM
 
 
 def test_a_process_ends_with_one_line_and_status_1(tmp_path):
@@ -266,7 +267,7 @@ def test_a_picture_and_a_video_are_answered_in_one_prompt(capfd, picture, film):
     assert answer["finish_reason"] == "length"
     assert answer["model"] == str(TINY_CHECKPOINT)
     assert answer["text"] != ""
-    assert math.isclose(answer["tokens_per_second"], 4 / answer["seconds"], rel_tol=0.05, abs_tol=0.01)
+    assert answer["tokens_per_second"] is None  # all in one burst: there is no time between the first and the last
     assert answered(capfd, *options)["text"] == answer["text"]
 
 
@@ -331,7 +332,7 @@ def in_a_process(directory, *arguments, **variables):
         text=True,
         check=True,
     )
-    assert result.stderr == ""
+    assert result.stderr == (RANDOM if "generate" in arguments else "")
     return result.stdout
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, Self
 
+from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.errors import GenerationError
 
 try:
@@ -139,19 +140,16 @@ class AnswerFile:
     def _replace(self, lines: list[bytes]) -> None:
         """Leaves these lines only; until they are all written, what was there stays."""
         path = self._path.resolve()  # of a link, what it leads to
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = -1
         try:
-            aside.write_bytes(b"".join(lines))
-            shutil.copymode(path, aside)
-            # Locked before it is in place, so that nobody else gets hold of it.
-            descriptor = _open_locked(aside)
-            try:
-                os.replace(aside, path)
-            except BaseException:
-                os.close(descriptor)
-                raise
+            with replacing(path) as aside:
+                aside.write_bytes(b"".join(lines))
+                shutil.copymode(path, aside)
+                # Locked before it is in place, so that nobody else gets hold of it.
+                descriptor = _open_locked(aside)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            if descriptor >= 0:
+                os.close(descriptor)
             raise
         self.close()
         self._descriptor = descriptor
@@ -204,6 +202,6 @@ def _is_at(descriptor: int, path: pathlib.Path) -> bool:
 
 def _encoded(line: Mapping[str, Any]) -> bytes:
     try:
-        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+        return f"{to_json(line, ensure_ascii=False)}\n".encode()
     except UnicodeEncodeError:  # a file name that is no UTF-8
-        return f"{json.dumps(line)}\n".encode()
+        return f"{to_json(line)}\n".encode()

@@ -5,6 +5,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Any, Literal
 
+from glm4v_jax.commands.console import named
 from glm4v_jax.commands.options import is_address
 from glm4v_jax.errors import MediaError
 
@@ -38,7 +39,7 @@ def attach(kind: Literal["image", "video"], place: str, processor: "Glm4vProcess
     if not is_address(place):
         place = os.path.expanduser(place)
         if not os.path.exists(place):
-            raise MediaError(f"{place}: there is no such file or directory")
+            raise MediaError(f"{named(place)}: there is no such file or directory")
     return _picture(place, processor) if kind == "image" else _video(place, processor)
 
 

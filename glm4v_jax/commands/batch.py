@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.commands.answers import AnswerFile
-from glm4v_jax.commands.console import quiet_ffmpeg
+from glm4v_jax.commands.console import is_same_file, quiet_ffmpeg, unsuspected_pictures
 from glm4v_jax.commands.progress import Progress
-from glm4v_jax.commands.rows import Row
+from glm4v_jax.commands.rows import Row, is_remote
 from glm4v_jax.commands.screen import completion_fields
 from glm4v_jax.errors import GenerationError
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _NOTED = 20
 """So many failures are told at once; of more the file tells."""
+
+_FOR_A_PERSON = ("may_pass", "things")
+"""Fields of `Summary` that are no figures."""
 
 Line = Callable[["Completion", "Glm4vProcessor"], dict[str, Any]]
 
@@ -42,6 +45,8 @@ class Summary:
       seconds: of the run, without loading the weights.
       compile_seconds: of these.
       slots_busy: mean number of slots that made tokens while any did.
+      may_pass: whether what could not be answered asked for something in the net, which may answer the next time.
+      things: what a person calls the prompts.
     """
 
     out: str
@@ -54,12 +59,15 @@ class Summary:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     slots_busy: float = 0.0
+    may_pass: bool = False
+    things: str = "prompts"
 
     def fields(self) -> dict[str, Any]:
         """The same as JSON has it."""
         seconds = max(self.seconds, 1e-9)
+        figures = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FOR_A_PERSON}
         return {
-            **dataclasses.asdict(self),
+            **figures,
             "seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
             "tokens_per_second": round(self.new_tokens / seconds, 2),
@@ -71,7 +79,7 @@ class Summary:
         counts = f"{self.earlier + self.done} of {self.total} answered{earlier}, {self.failed} failed"
         if not self.done:
             return f"{counts}; answers in {self.out}"
-        per_second = f"{self.done / self.seconds:.2f} prompts/s, {self.new_tokens / self.seconds:.1f} tokens/s"
+        per_second = f"{self.done / self.seconds:.2f} {self.things}/s, {self.new_tokens / self.seconds:.1f} tokens/s"
         return (
             f"{counts}, in {self.seconds:.1f} s, {self.compile_seconds:.1f} s of them compiling: {per_second}, "
             f"{self.slots_busy:.2f} slots busy on average; answers in {self.out}"
@@ -84,9 +92,10 @@ class Summary:
           GenerationError: there were some.
         """
         if self.failed:
+            # A file is as broken the next time, unless somebody mends it.
+            again = "; the same command tries them again" if self.may_pass else ""
             raise GenerationError(
-                f"{self.failed} of {self.total} failed; {self.out} has the reasons, and the same command tries them "
-                "again"
+                f"{self.failed} of {self.total} {self.things} failed; see 'error' in {self.out}{again}"
             )
 
 
@@ -105,6 +114,7 @@ class Batch:
         line: Line | None = None,
         sources: Sequence[str] = (),
         keep_others: bool = False,
+        things: str = "prompts",
     ):
         """Put a batch together.
 
@@ -118,9 +128,11 @@ class Batch:
           line: what to write of a completion; `completion_fields` by default.
           sources: files that `out` must not be.
           keep_others: see `AnswerFile`.
+          things: what a person calls the rows.
         """
         self._rows, self._out, self._config, self._options, self._num_slots = rows, out, config, options, num_slots
         self._field, self._line, self._sources, self._keep_others = field, line or _line, sources, keep_others
+        self._things = things
         self._seeds = {row.name: row_seed(row, config.seed) for row in rows}
 
     def run(self, processor: "Glm4vProcessor", *, restart: bool = False) -> Summary:
@@ -133,14 +145,14 @@ class Batch:
           Glm4vError: what is wrong with the weights. What is wrong with a prompt is in its line.
         """
         for source in self._sources:
-            if os.path.exists(self._out) and os.path.samefile(self._out, source):
+            if is_same_file(self._out, source):
                 raise GenerationError(f"--out {self._out}: is among what is asked about; expected another")
         keys = {row.name: self._key(row) for row in self._rows}
         with AnswerFile(self._out, self._field, keys, restart=restart, keep_others=self._keep_others) as file:
             pending = [row for row in self._rows if row.name not in file.done]
             earlier = len(self._rows) - len(pending)
             if not pending:
-                summary = Summary(self._out, len(self._rows), earlier)
+                summary = Summary(self._out, len(self._rows), earlier, things=self._things)
             else:
                 if earlier:
                     print(f"{self._out}: goes on behind {earlier} of {len(self._rows)} answers", file=sys.stderr)
@@ -156,20 +168,22 @@ class Batch:
         total, earlier = len(self._rows), len(self._rows) - len(pending)
         requests = (Request(row.messages, {**row.options, "seed": self._seeds[row.name]}) for row in pending)
         done = failed = prompt_tokens = new_tokens = 0
+        may_pass = False
         before = dataclasses.replace(engine.stats)
         started = time.perf_counter()
-        progress = Progress(total, earlier)
+        progress = Progress(total, earlier, self._things)
         quiet = contextlib.nullcontext() if self._options.debug else quiet_ffmpeg()
         shared = {field.name: getattr(self._config, field.name) for field in dataclasses.fields(self._config)}
         try:
-            with quiet, progress.shown(), compile_times() as compiled:
+            with quiet, unsuspected_pictures(), progress.shown(), compile_times() as compiled:
                 for completion in engine.generate_many(requests, skip_errors=True, **shared):
                     row = pending[completion.index]
                     if completion.error is not None:
                         failed += 1
+                        may_pass |= is_remote(row)
                         file.append(row.name, {**row.fields, "error": completion.error})
                         if failed <= _NOTED:
-                            progress.note(f"{self._field} {row.name}: {' '.join(completion.error.split())}")
+                            progress.note(f"{self._called(row)}: {' '.join(completion.error.split())}")
                     else:
                         done += 1
                         prompt_tokens += completion.prompt_tokens
@@ -178,9 +192,11 @@ class Batch:
                         file.append(row.name, {**row.fields, **line, "seed": self._seeds[row.name]})
                     progress.add(len(completion.tokens))
         except KeyboardInterrupt:
+            answers = _counted(earlier + done, "answer")
+            errors = f" and {_counted(failed, 'error')}" if failed else ""
             print(
-                f"interrupted: {earlier + done} of {total} answers are in {self._out}; the same command goes on behind "
-                "them",
+                f"interrupted: {answers}{errors} of {total} {self._things} are in {self._out}; the same command goes "
+                "on behind them",
                 file=sys.stderr,
             )
             raise
@@ -189,8 +205,14 @@ class Batch:
         busy = (engine.stats.busy_steps - before.busy_steps) / steps * self._num_slots if steps else 0.0
         return Summary(
             self._out, total, earlier, done, failed, prompt_tokens, new_tokens,
-            seconds=seconds, compile_seconds=sum(compiled), slots_busy=busy,
+            seconds=seconds, compile_seconds=sum(compiled), slots_busy=busy, may_pass=may_pass,
+            things=self._things,
         )  # fmt: skip
+
+    def _called(self, row: Row) -> str:
+        """How a person finds a row."""
+        name = f"{self._field} {row.name}" if row.place is None else row.place
+        return f"{name} (id {row.fields['id']!r})" if "id" in row.fields else name
 
     def _key(self, row: Row) -> str:
         """What is asked and how, in short: equal for equal answers. What is in the files is not part of it."""
@@ -208,6 +230,10 @@ def row_seed(row: Row, seed: int) -> int:
     if row.options.get("seed") is not None:
         return row.options["seed"]
     return int.from_bytes(_digest({"seed": seed, "row": row.name})[:4], "little")
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _digest(value: Mapping[str, Any]) -> bytes:

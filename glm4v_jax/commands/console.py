@@ -1,17 +1,38 @@
 """What the subcommands share: checks of options, and what they say while they work."""
 
 import contextlib
+import json
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import rich.console
 
-from glm4v_jax.errors import CheckpointError, MediaError
+from glm4v_jax.errors import CheckpointError, MediaError, MessageError
 
 ADDRESSES = ("http://", "https://", "file://", "data:")
 """How what is no path begins."""
+
+
+class ListedError(MessageError):
+    """Several things that are wrong, for a person a line each.
+
+    Attributes:
+      lines: what is wrong at all, and then with what.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
+def named(place: str) -> str:
+    """A place as a message names it, which shows an empty one too."""
+    return place if place.strip() else repr(place)
 
 
 def check_model(directory: str) -> None:
@@ -23,7 +44,7 @@ def check_model(directory: str) -> None:
     # Not pathlib: it takes an empty name for the current directory.
     if not os.path.isdir(directory):
         raise CheckpointError(
-            f"--model {directory or repr(directory)}: not a directory; nothing is downloaded: give the directory of a "
+            f"--model {named(directory)}: not a directory; nothing is downloaded: give the directory of a "
             "downloaded checkpoint"
         )
 
@@ -40,7 +61,7 @@ def check_files(places: Iterable[str]) -> None:
             continue
         path = pathlib.Path(place)
         if not place or not path.exists():
-            problems.append(f"{place or repr(place)}: there is no such file")
+            problems.append(f"{named(place)}: there is no such file")
         elif path.is_dir():
             problems.append(f"{place}: is a directory; expected a picture or a video")
     if problems:
@@ -66,7 +87,7 @@ def silent_decoders() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(nowhere.fileno(), 2)
         try:
-            with contextlib.redirect_stderr(python_stderr):
+            with contextlib.redirect_stderr(python_stderr), unsuspected_pictures():
                 yield
         finally:
             os.dup2(screen, 2)
@@ -90,8 +111,62 @@ def quiet_ffmpeg() -> Iterator[None]:
         decord.logging.set_level(decord.logging.ERROR)  # as decord itself sets it
 
 
+@contextlib.contextmanager
+def unsuspected_pictures() -> Iterator[None]:
+    """Keeps Pillow from warning of pictures that are large, but not too large for this package."""
+    with warnings.catch_warnings():
+        # Not by its class: Pillow is slow to import, and not every run shows a picture.
+        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit of \d+ pixels, could be")
+        yield
+
+
 def one_line(error: Exception) -> str:
-    """What an error says, in a line."""
+    """What an error says, in a line; that of a `ListedError` in several."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{named(str(error.filename))}: {error.strerror}"
+    if isinstance(error, ListedError):
+        return "\n  ".join(" ".join(line.split()) for line in error.lines)
     return " ".join(str(error).split())
+
+
+def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file; not if one of them leads nowhere."""
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives the name of a file beside `path`, which takes its place at the end of the block, or goes if that fails.
+
+    Raises:
+      OSError: what was raised inside, or by taking the place; it names `path`, whatever it was raised for.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException as error:
+        # Of a file system that cannot be written, the first error says more.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and str(error.filename) == str(aside):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`json.dumps`, with null for what JSON has no number for: the logarithm of zero, and what is no number."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

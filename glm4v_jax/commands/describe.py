@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import pathlib
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import status
+from glm4v_jax.commands.console import is_same_file, status, to_json, unsuspected_pictures
 from glm4v_jax.commands.options import (
     LongSamplingOptions,
     ModelOptions,
@@ -73,7 +72,7 @@ class Describe(LongSamplingOptions, ModelOptions):
             raise GenerationError(f"--slots: found {self.slots}, expected at least 1")
         config = generation_config(self.model, self.preset, self.options(long_answer(self.model)))
         out = self.out if self.out is not None else os.path.join(self.directory, CAPTIONS)
-        with status("looking for pictures"):
+        with status("looking for pictures"), unsuspected_pictures():
             names, skipped = self._find(out)
         if not names:
             raise MediaError(
@@ -89,12 +88,12 @@ class Describe(LongSamplingOptions, ModelOptions):
         processor = Glm4vProcessor.from_pretrained(self.model)
         batch = Batch(
             [self._row(name) for name in names], out, config, self, self.slots,
-            field="file", line=_line, keep_others=True,
+            field="file", line=_line, keep_others=True, things="pictures",
             sources=[os.path.join(self.directory, name) for name in names],
         )  # fmt: skip
         summary = batch.run(processor, restart=self.restart)
         if self.as_json:
-            print(json.dumps({**summary.fields(), "skipped": skipped}))
+            print(to_json({**summary.fields(), "skipped": skipped}))
         summary.raise_if_failed()
 
     def _find(self, out: str) -> tuple[list[str], int]:
@@ -104,7 +103,7 @@ class Describe(LongSamplingOptions, ModelOptions):
             name = path.relative_to(self.directory).as_posix()
             if is_picture(path):
                 names.append(name)
-            elif not os.path.exists(out) or not path.samefile(out):
+            elif not is_same_file(path, out):
                 skipped += 1
         return sorted(names), skipped
 

@@ -2,16 +2,23 @@
 
 import contextlib
 import dataclasses
-import json
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import silent_decoders, status
+from glm4v_jax.commands.console import silent_decoders, status, to_json
 from glm4v_jax.commands.options import MediaOptions, ModelOptions, SamplingOptions, generation_config, user_messages
-from glm4v_jax.commands.screen import AnswerWriter, Counts, after_status, completion_fields
+from glm4v_jax.commands.screen import (
+    COMPILING,
+    AnswerWriter,
+    Counts,
+    after_status,
+    completion_fields,
+    rate_after_first,
+)
 from glm4v_jax.errors import GenerationError
 
 if TYPE_CHECKING:
@@ -27,7 +34,10 @@ class Generate(SamplingOptions, MediaOptions, ModelOptions):
     kept in $JAX_COMPILATION_CACHE_DIR, or ~/.cache/glm4v_jax/xla.
     """
 
-    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")] = None
+    # Several words are taken, and refused with better words than a parser's.
+    prompt: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
+    ] = ()
     """What to ask."""
 
     logprobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: none)")] = None
@@ -35,7 +45,7 @@ class Generate(SamplingOptions, MediaOptions, ModelOptions):
 
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object instead of text and figures. Its seconds include compile_seconds: the first call of a shape
-    compiles."""
+    compiles. Its tokens_per_second begin behind the first piece, or are null where there is too little to measure."""
 
     jsonl: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Answer many prompts, one JSON object a line: "prompt" with "image" or "images", "video" or "videos" (paths from
@@ -58,7 +68,7 @@ class Generate(SamplingOptions, MediaOptions, ModelOptions):
         if self.jsonl is not None:
             self._run_many(self.jsonl)
         else:
-            self._run_one(self.prompt or "")
+            self._run_one(*self.prompt)
 
     def _check_combination(self) -> None:
         """What goes with --jsonl, and what only without.
@@ -67,15 +77,22 @@ class Generate(SamplingOptions, MediaOptions, ModelOptions):
           GenerationError: found what excludes each other.
         """
         if self.jsonl is None:
-            if self.prompt is None:
+            if not self.prompt:
                 raise GenerationError("PROMPT: found none, expected one, or --jsonl FILE")
+            if len(self.prompt) > 1:
+                raise GenerationError(
+                    f"PROMPT: found {len(self.prompt)}, expected one; in quotes where it has spaces: "
+                    f"{shlex.quote(' '.join(self.prompt))}"
+                )
+            if not self.prompt[0].strip():
+                raise GenerationError(f"PROMPT: found {self.prompt[0]!r}, expected some text")
             given = {"--out": self.out is not None, "--slots": self.slots != 8, "--restart": self.restart}
             if found := [option for option, is_given in given.items() if is_given]:
                 raise GenerationError(f"{', '.join(found)}: found without --jsonl, expected with it only")
             if self.logprobs is not None and not self.as_json:
                 raise GenerationError("--logprobs: found without --json, expected with it or --jsonl only")
             return
-        given = {"PROMPT": self.prompt is not None, "--image": bool(self.image), "--video": bool(self.video)}
+        given = {"PROMPT": bool(self.prompt), "--image": bool(self.image), "--video": bool(self.video)}
         if found := [option for option, is_given in given.items() if is_given]:
             raise GenerationError(f"--jsonl and {', '.join(found)}: found both, expected the file to say it")
         if self.slots < 1:
@@ -97,7 +114,7 @@ class Generate(SamplingOptions, MediaOptions, ModelOptions):
         batch = Batch(rows, out, config, self, self.slots, sources=[jsonl])
         summary = batch.run(processor, restart=self.restart)
         if self.as_json:
-            print(json.dumps(summary.fields()))
+            print(to_json(summary.fields()))
         summary.raise_if_failed()
 
     def _run_one(self, text: str) -> None:
@@ -125,28 +142,31 @@ class Generate(SamplingOptions, MediaOptions, ModelOptions):
         from glm4v_jax.compilation_cache import compile_times
 
         writer = None if self.as_json else AnswerWriter()
-        completion, first = None, 0.0
+        completion, first, burst = None, 0.0, 0
         started = time.perf_counter()
         with compile_times() as compiled:
-            for delta in after_status(engine.stream(prompt, preset=self.preset, **options), "generating"):
-                first = first or time.perf_counter() - started
+            deltas = engine.stream(prompt, preset=self.preset, **options)
+            for delta in after_status(deltas, f"generating ({COMPILING})"):
+                if not first:
+                    first, burst = time.perf_counter() - started, len(delta.tokens)
                 if writer is not None:
                     writer.show(delta)
                 completion = delta.completion
         seconds = time.perf_counter() - started
         assert completion is not None
+        rate = rate_after_first(len(completion.tokens), burst, seconds, first)
+        rate = None if rate is None else round(rate, 2)
         times = {
             "seconds": round(seconds, 3),
             "compile_seconds": round(sum(compiled), 3),
             "first_token_seconds": round(first, 3),
-            "tokens_per_second": round(len(completion.tokens) / seconds, 2),
         }
         if writer is None:
             fields = completion_fields(completion, processor.tokenizer)
-            print(json.dumps({**fields, **times, "model": self.model}))
+            print(to_json({**fields, **times, "tokens_per_second": rate, "model": self.model}))
             return
         writer.end(completion)
-        _print_figures(completion, Counts.of(completion, processor.tokenizer), times)
+        _print_figures(completion, Counts.of(completion, processor.tokenizer), times, rate)
 
 
 def _processor(directory: str) -> "Glm4vProcessor":
@@ -155,12 +175,13 @@ def _processor(directory: str) -> "Glm4vProcessor":
     return Glm4vProcessor.from_pretrained(directory)
 
 
-def _print_figures(completion: "Completion", counts: Counts, times: dict[str, float]) -> None:
+def _print_figures(completion: "Completion", counts: Counts, times: dict[str, float], rate: float | None) -> None:
     stop = f" ({completion.stop_string!r})" if completion.stop_string is not None else ""
     kinds = f" ({counts})" if counts.thought else ""
+    then = "" if rate is None else f", then {rate:.1f} tokens/s"
     print(
         f"{completion.prompt_tokens} prompt tokens, {len(completion.tokens)} new{kinds} in {times['seconds']:.2f} s, "
-        f"{times['compile_seconds']:.2f} s of them compiling ({times['tokens_per_second']} tokens/s), first after "
-        f"{times['first_token_seconds']:.2f} s, finish reason: {completion.finish_reason}{stop}",
+        f"{times['compile_seconds']:.2f} s of them compiling, first after {times['first_token_seconds']:.2f} s{then}, "
+        f"finish reason: {completion.finish_reason}{stop}",
         file=sys.stderr,
     )

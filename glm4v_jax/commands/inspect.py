@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import check_files, check_model, silent_decoders, status
+from glm4v_jax.commands.console import (
+    check_files,
+    check_model,
+    is_same_file,
+    named,
+    replacing,
+    silent_decoders,
+    status,
+    to_json,
+)
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import MediaError
 
@@ -86,7 +94,7 @@ class Inspect:
             sheet = draw_sheet(cards)
             _write(sheet, self.out)
         if self.as_json:
-            print(json.dumps(self._as_object(told, prompt, sheet)))
+            print(to_json(self._as_object(told, prompt, sheet)))
         else:
             self._print(told, prompt, sheet)
 
@@ -188,12 +196,12 @@ def _check_out(out: str, files: Sequence[str], overwrite: bool) -> None:
     """
     path = pathlib.Path(out)
     if path.suffix.lower() != ".png":
-        raise MediaError(f"--out {out or repr(out)}: expected a name that ends in .png")
+        raise MediaError(f"--out {named(out)}: expected a name that ends in .png")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory for the sheet", str(path.parent))
     if not path.exists():
         return
-    if any(os.path.exists(file) and path.samefile(file) for file in files):
+    if any(is_same_file(path, file) for file in files):
         raise MediaError(f"--out {out}: is one of the files to look at; expected another name")
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a directory, expected the name of a PNG", out)
@@ -217,11 +225,5 @@ def _write(sheet: "PIL.Image.Image", out: str) -> None:
 
     info = PIL.PngImagePlugin.PngInfo()
     info.add_text("Software", SOFTWARE)
-    path = pathlib.Path(out)
-    unfinished = path.with_name(f".{path.stem}-{os.getpid()}.png")
-    try:
-        sheet.save(unfinished, "PNG", optimize=True, pnginfo=info)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replacing(pathlib.Path(out)) as aside:
+        sheet.save(aside, "PNG", optimize=True, pnginfo=info)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import ADDRESSES, check_model, status
+from glm4v_jax.commands.console import ADDRESSES, check_model, named, status
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError, GenerationError, MediaError
 from glm4v_jax.generate.presets import PRESETS, preset
@@ -72,6 +73,12 @@ class ModelOptions:
         from glm4v_jax.compilation_cache import use_compilation_cache
 
         use_compilation_cache()
+        if _is_tiny(self.model):
+            print(
+                "answering: a tiny model with random weights from the package; --model DIR for a real one",
+                file=sys.stderr,
+                flush=True,
+            )
         from glm4v_jax import Glm4vForConditionalGeneration
         from glm4v_jax.generate.engine import Engine
 
@@ -100,7 +107,7 @@ class MediaOptions:
             for place in places:
                 # A directory may be the frames of a video.
                 if not is_address(place) and not os.path.exists(place):
-                    raise MediaError(f"{option} {place}: there is no such file or directory")
+                    raise MediaError(f"{option} {named(place)}: there is no such file or directory")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -214,7 +221,11 @@ class LongSamplingOptions(SamplingOptions):
 
 def long_answer(model: str) -> int:
     """`max_new_tokens` where nothing else says it and an answer may think as long as it needs."""
-    return TINY_NEW_TOKENS if os.path.realpath(model) == os.path.realpath(TINY_CHECKPOINT) else NEW_TOKENS
+    return TINY_NEW_TOKENS if _is_tiny(model) else NEW_TOKENS
+
+
+def _is_tiny(model: str) -> bool:
+    return os.path.realpath(model) == os.path.realpath(TINY_CHECKPOINT)
 
 
 def with_default(given: int | None, from_preset: Mapping[str, Any], default: int | None) -> int | None:

@@ -11,7 +11,7 @@ import rich.console
 import rich.progress
 import rich.text
 
-from glm4v_jax.commands.screen import printable
+from glm4v_jax.commands.screen import COMPILING, printable
 
 _PERIOD = 10.0
 """Seconds between two plain lines."""
@@ -20,14 +20,15 @@ _PERIOD = 10.0
 class Progress:
     """Counts prompts and tokens and shows them on standard error."""
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, total: int, done: int, things: str = "prompts"):
         """Begin.
 
         Args:
           total: prompts in all.
           done: of these, how many an earlier run has answered.
+          things: what a person calls them.
         """
-        self._total, self._done = total, done
+        self._total, self._done, self._things = total, done, things
         self._timed = 0
         self._tokens = 0
         self._told = time.perf_counter()
@@ -52,7 +53,7 @@ class Progress:
         )
         with rich.progress.Progress(*columns, console=console) as bar:
             self._bar = bar
-            self._task = bar.add_task("prompts", total=self._total, completed=self._done, rates="")
+            self._task = bar.add_task(self._things, total=self._total, completed=self._done, rates=COMPILING)
             try:
                 yield
             finally:
@@ -72,7 +73,7 @@ class Progress:
             self._bar.update(self._task, completed=self._done, rates=rates)
         elif now - self._told >= _PERIOD:
             self._told = now
-            print(f"{self._done}/{self._total} prompts{', ' * bool(rates)}{rates}", file=sys.stderr, flush=True)
+            print(f"{self._done}/{self._total} {self._things}{', ' * bool(rates)}{rates}", file=sys.stderr, flush=True)
 
     def note(self, line: str) -> None:
         """Says something beside the figures."""
@@ -85,4 +86,4 @@ class Progress:
         if not self._timed or not seconds:
             return ""
         left = datetime.timedelta(seconds=round(seconds / self._timed * (self._total - self._done)))
-        return f"{self._timed / seconds:.2f} prompts/s, {self._tokens / seconds:.1f} tokens/s, {left} left"
+        return f"{self._timed / seconds:.2f} {self._things}/s, {self._tokens / seconds:.1f} tokens/s, {left} left"

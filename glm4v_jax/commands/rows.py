@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from glm4v_jax.commands.console import ListedError
 from glm4v_jax.commands.options import is_address, user_messages
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _PROMPT_FIELDS = ("prompt", *_MEDIA)
 _FIELDS = ("messages", "id", *_PROMPT_FIELDS)
+
+_LISTED = 20
+"""So many wrong lines are told at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Row:
       asked: the same as it was written: wherever the files are now, it is the same prompt if this is equal.
       options: fields of `GenerationConfig` of this row's own.
       fields: what its answer has besides, such as "id".
+      place: file and line where it stands.
     """
 
     name: int | str
@@ -35,6 +40,7 @@ class Row:
     asked: Mapping[str, Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    place: str | None = None
 
 
 def read_rows(
@@ -50,21 +56,31 @@ def read_rows(
 
     Raises:
       OSError: the file cannot be read.
-      Glm4vError: what is wrong with a line; names file, line and field, what was found, and what was expected.
+      Glm4vError: what is wrong with a line; names file, line and field, what was found, and what was expected. A
+        `ListedError` where several are wrong.
     """
     from glm4v_jax.inputs.chat import choose_template
 
     template = choose_template(processor.chat_template)
     directory = os.path.dirname(path)
     rows: list[Row] = []
+    problems: list[Glm4vError] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(_read(line, len(rows), directory, config, template, system))
+                row = _read(line, len(rows), directory, config, template, system)
+                rows.append(dataclasses.replace(row, place=f"{path}:{number}"))
             except Glm4vError as error:
-                raise type(error)(f"{path}:{number}: {error}") from error
+                problems.append(type(error)(f"{path}:{number}: {error}"))
+                problems[-1].__cause__ = error
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        found = f"{path}: found {len(problems)} wrong lines, expected none:"
+        raise ListedError([found, *map(str, problems[:_LISTED]), *more])
     if not rows:
         raise MessageError(f"{path}: found no prompt, expected one JSON object a line")
     return rows
@@ -121,6 +137,13 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
         config.replace(**options)
     except GenerationError as error:
         raise GenerationError(f"field {error}") from error
+
+
+def is_remote(row: Row) -> bool:
+    """Whether a prompt asks for something in the net."""
+    contents = [message["content"] for message in row.messages if isinstance(message.get("content"), list)]
+    values = [value for content in contents for item in content for value in item.values()]
+    return any(isinstance(value, str) and value.startswith(("http://", "https://")) for value in values)
 
 
 def _strings(field: str, value: Any) -> list[str]:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 STYLES = {Kind.TEXT: "", Kind.THOUGHT: "dim italic", Kind.ANSWER: "", Kind.BOX: "bold"}
 
+COMPILING = "a new shape compiles first"
+"""What is said until the first piece of an answer comes."""
+
+# Seconds; of answers that came at once there is nothing to measure between two bursts.
+_LEAST_SECONDS = 0.1
+
 # What a terminal would obey: a model's text must not move the cursor or ring the bell.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -93,6 +99,22 @@ def after_status(deltas: "Iterator[Delta]", text: str) -> "Iterator[Delta]":
         with contextlib.closing(deltas):  # type: ignore[type-var]
             yield first
             yield from deltas
+
+
+def rate_after_first(tokens: int, burst: int, seconds: float, first: float) -> float | None:
+    """Tokens a second behind the first piece of an answer, before which its prompt is run and programs are compiled.
+
+    Args:
+      tokens: of the answer.
+      burst: of its first piece.
+      seconds: of the whole.
+      first: seconds until the first piece came.
+
+    Returns:
+      None where the first piece was all, or the rest came too soon behind it to be measured.
+    """
+    is_slow = tokens > burst and seconds - first > _LEAST_SECONDS
+    return (tokens - burst) / (seconds - first) if is_slow else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from glm4v_jax.commands.attachments import Attachment, attach, places
 from glm4v_jax.commands.console import silent_decoders, status
 from glm4v_jax.commands.interrupt import Interrupt
 from glm4v_jax.commands.options import with_default
-from glm4v_jax.commands.screen import AnswerWriter, Counts, after_status, printable
+from glm4v_jax.commands.screen import COMPILING, AnswerWriter, Counts, after_status, printable, rate_after_first
 from glm4v_jax.commands.transcript import Turn, save
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate.presets import PRESETS, preset
@@ -33,14 +33,17 @@ HELP = """\
 /system TEXT      what the system says first; without TEXT nothing
 /preset NAME      published sampling options; without NAME those there are
 /set NAME VALUE   an option of the generation, such as temperature 0.5; without VALUE back to the default
-/save FILE        write the conversation: Markdown, or JSON where FILE ends in .json; /save! replaces a file
+/save FILE        write the conversation: Markdown, or JSON where FILE ends in .json; /save! replaces an earlier one
 /boxes FILE       save the picture with the boxes of the last answer drawn on it
 /stats            tokens and times
 /quit             leave; so does Ctrl-D
 Ctrl-C stops an answer and keeps what there is of it. A line that ends in \\ goes on in the next one."""
 
+_LEAST_COMPILED = 0.5
+"""Seconds of compiling that a person is told of."""
 
-_LEAST_SECONDS = 0.1
+_NOT_OF_A_CHAT = ("logprobs", "max_length", "num_return_sequences", "pad_token_id", "use_cache")
+"""Fields of `GenerationConfig` that change nothing of a conversation, or nothing that it shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Session:
           KeyboardInterrupt: Ctrl-C came while pictures and videos were read, or a second one before the answer had
             stopped; what there is of an answer is kept, and `/retry` tries again what has none.
         """
+        from glm4v_jax.compilation_cache import compile_times
+
         self._failed = message
         stats, writer = self._engine.stats, AnswerWriter()
         before, reused, first, burst = dataclasses.replace(stats), 0, 0.0, 0
@@ -166,8 +171,8 @@ class Session:
                 preset=self._preset,
                 **self._all_options(),
             )
-        with Interrupt() as interrupt:
-            shown = after_status(deltas, "reading")
+        with Interrupt() as interrupt, compile_times() as compiled:
+            shown = after_status(deltas, f"answering ({COMPILING})")
             try:
                 for delta in shown:
                     if not first:
@@ -186,10 +191,9 @@ class Session:
                 if len(self._conversation.completions) > number:
                     completion = self._conversation.completions[-1]
                     seconds = time.perf_counter() - started
-                    # Not of answers that came at once: there is nothing to measure between two bursts.
-                    is_slow = len(completion.tokens) > burst and seconds - first > _LEAST_SECONDS
-                    rate = (len(completion.tokens) - burst) / (seconds - first) if is_slow else None
-                    self._end(Turn(message.text, message.attachments, completion, reused, seconds, first, rate), writer)
+                    rate = rate_after_first(len(completion.tokens), burst, seconds, first)
+                    figures = (reused, seconds, sum(compiled), first, rate)
+                    self._end(Turn(message.text, message.attachments, completion, *figures), writer)
 
     def _end(self, turn: Turn, writer: AnswerWriter) -> None:
         """Keeps a turn, and says what there is to say about its answer."""
@@ -222,10 +226,11 @@ class Session:
         counts = Counts.of(completion, self._engine.processor.tokenizer)
         kinds = f" ({counts})" if counts.thought else ""
         reused = f", {turn.reused} of them from the cache" if turn.reused else ""
+        compiled = f", {turn.compiled:.1f} s of them compiling" if turn.compiled > _LEAST_COMPILED else ""
         reason = "stopped by you" if completion.finish_reason == "cancelled" else completion.finish_reason
         return (
             f"[{completion.prompt_tokens} prompt tokens{reused}; {len(completion.tokens)} new{kinds} in "
-            f"{turn.seconds:.2f} s, first after {turn.first:.2f} s{_then(turn)}; {reason}]"
+            f"{turn.seconds:.2f} s{compiled}, first after {turn.first:.2f} s{_then(turn)}; {reason}]"
         )
 
     def _pictures(self) -> list["PIL.Image.Image"]:
@@ -277,19 +282,17 @@ class Session:
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         name = name.replace("-", "_")
+        config = dataclasses.asdict(self._engine.config(self._preset, **self._all_options()))
+        useful = [known for known in config if known not in _NOT_OF_A_CHAT]
         if not name:
-            config = dataclasses.asdict(self._engine.config(self._preset, **self._all_options()))
-            shown = {name: value for name, value in config.items() if value not in (None, ())}
+            shown = {known: config[known] for known in useful if config[known] not in (None, ())}
             self.say(", ".join(f"{name} {value}" for name, value in shown.items()))
             return
-        if name == "logprobs":
-            raise GenerationError("/set logprobs: found an option of `glm4v generate --json`, expected one of a chat")
+        if name not in useful:
+            raise GenerationError(f"/set {name}: found no option of a chat, expected one of {', '.join(useful)}")
         options = {known: old for known, old in self._options.items() if known != name}
         if value:
             options[name] = _value(value.strip())
-        elif name not in self._options:
-            # Says so if there is no such option.
-            self._engine.config(self._preset, **{name: None})
         self._engine.config(self._preset, **options)
         self._options = options
         now = getattr(self._engine.config(self._preset, **self._all_options()), name)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,6 +96,17 @@ def test_a_wrong_line_is_named_with_its_number(capfd, row, words):
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("wrong", "listed", "more"), [(3, 3, []), (25, 20, ["  and 5 more"])])
+def test_several_wrong_lines_are_listed(capfd, wrong, listed, more):
+    write({"prompt": "good"}, *({"prompt": number} for number in range(wrong)))
+    assert run() == 1
+    head, *rest = capfd.readouterr().err.splitlines()
+    assert head == f"glm4v: error: prompts.jsonl: found {wrong} wrong lines, expected none:"
+    field = "field 'prompt': found a number, expected a string, or 'messages' in its place"
+    assert rest == [*(f"  prompts.jsonl:{line}: {field}" for line in range(2, 2 + listed)), *more]
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_file_without_prompts_is_refused(capfd):
     write("", "")
     assert run() == 1
@@ -133,7 +145,7 @@ def test_every_prompt_gets_a_line(capfd, picture):
         {"prompt": "Hello", "id": "first"},
         {"prompt": "What?", "image": "picture.png", "id": {"any": 1}},
         {"prompt": "Both?", "images": ["picture.png"], "image": "picture.png", "max_new_tokens": 3},
-        {"prompt": "And this?", "image": "cut.png"},
+        {"prompt": "And this?", "image": "cut.png", "id": "cut"},
         {"messages": [{"role": "user", "content": [{"type": "image", "url": "picture.png"}]}, USER]},
         {"messages": [{"role": "system", "content": "\u732b"}, USER], "seed": 5},
         path="media/prompts.jsonl",
@@ -150,7 +162,7 @@ def test_every_prompt_gets_a_line(capfd, picture):
     assert (told[0]["id"], told[1]["id"]) == ("first", {"any": 1})
     assert "id" not in told[2]
     assert [told[index]["new_tokens"] for index in (0, 1, 2, 4, 5)] == [6, 6, 3, 6, 6]
-    assert told[3].keys() == {"index", "key", "error"}
+    assert told[3].keys() == {"index", "key", "id", "error"}
     assert "cut.png: is truncated or corrupt" in told[3]["error"]
     assert "pixel_boxes" in told[1] and "pixel_boxes" not in told[2]
     assert told[5]["seed"] == 5
@@ -159,9 +171,12 @@ def test_every_prompt_gets_a_line(capfd, picture):
     assert summary["new_tokens"] == sum(line.get("new_tokens", 0) for line in told.values())
     assert summary["prompt_tokens"] == sum(line.get("prompt_tokens", 0) for line in told.values())
     assert 0 < summary["slots_busy"] <= 2
-    assert "cut.png: is truncated" in captured.err.splitlines()[0]
+    random, note, *_ = captured.err.splitlines()
+    assert "random weights" in random
+    assert note.startswith("media/prompts.jsonl:4 (id 'cut'): ") and "cut.png: is truncated" in note
     assert "5 of 6 answered, 1 failed" in captured.err
-    assert "1 of 6 failed; media/prompts.answers.jsonl has the reasons" in captured.err.splitlines()[-1]
+    # Trying again would not help.
+    assert captured.err.endswith("error: 1 of 6 prompts failed; see 'error' in media/prompts.answers.jsonl\n")
 
     # Row 1 alone says the same.
     assert cli.main(["generate", "--json", "--greedy", "--max-new-tokens", "6", "--image", picture, "What?"]) == 0
@@ -349,11 +364,35 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(capfd, uninterrupted):
     done = len(lines())
     assert 5 <= done < MANY
     assert out == ""
-    assert err.splitlines() == [
-        f"interrupted: {done} of {MANY} answers are in prompts.answers.jsonl; the same command goes on behind them"
+    assert err.splitlines()[1:] == [
+        f"interrupted: {done} answers of {MANY} prompts are in prompts.answers.jsonl; the same command goes on behind "
+        "them"
     ]
     assert run(*DRAWN) == 0
     assert by_index() == uninterrupted
+
+
+def test_errors_are_no_answers_where_a_run_is_interrupted(capfd, monkeypatch):
+    pathlib.Path("text.png").write_text("no picture")
+    write({"prompt": "What?", "image": "text.png"}, *({"prompt": f"{number}?"} for number in range(4)))
+    told = []
+
+    def interrupted(progress, tokens):
+        told.append(tokens)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "add", interrupted)
+    assert run("--max-new-tokens", 2, "--slots", 1) == cli.INTERRUPTED
+    assert "interrupted: 2 answers and 1 error of 5 prompts are in" in capfd.readouterr().err
+
+
+def test_what_the_net_did_not_give_is_worth_another_try(capfd):
+    with socket.socket() as nobody:  # bound, but not listening
+        nobody.bind(("127.0.0.1", 0))
+        write({"prompt": "What?", "image": f"http://127.0.0.1:{nobody.getsockname()[1]}/a.png"})
+        assert run() == 1
+    assert capfd.readouterr().err.endswith("prompts.answers.jsonl; the same command tries them again\n")
 
 
 # The file, the bar and the summary by themselves.
@@ -478,6 +517,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     write(*({"prompt": f"Tell me about {i}."} for i in range(40)))
     terminal = Terminal("generate", "--jsonl", "prompts.jsonl", "--max-new-tokens", 100, directory=tmp_path, width=120)
     assert terminal.end(90) == 0
+    assert "a new shape compiles first" in terminal.output
     assert "0/40" in terminal.output and "40/40" in terminal.output
     assert "tokens/s" in terminal.output and "left" in terminal.output
     assert "40 of 40 answered, 0 failed" in terminal.output

@@ -1,5 +1,6 @@
 """`glm4v chat`: turns, commands and files; Ctrl-C and what it looks like in a terminal."""
 
+import dataclasses
 import io
 import json
 import os
@@ -124,7 +125,8 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(monkeypatch, capfd):
     status, out, err = chat(monkeypatch, capfd, text, "--greedy", "--max-new-tokens", 4)
     assert status == 1
     assert len(out.splitlines()) == 1
-    lines = err.splitlines()
+    random, *lines = err.splitlines()
+    assert "random weights" in random
     for line, words in zip(lines, [
         "error: /nope: found no such command, expected one of /image",
         "error: nowhere.png: there is no such file",
@@ -266,9 +268,14 @@ def test_options_can_change(session, capfd):
     assert "do_sample False" in told and "max_new_tokens 8192" in told and "think_budget 2" in told
     session.take("/preset")
     assert "* bench" in capfd.readouterr().err
-    for line in ("/set colour red", "/set colour", "/set top_p 2", "/set logprobs 3", "/preset best"):
+    for line in ("/set top_p 2", "/preset best"):
         with pytest.raises(GenerationError):
             session.take(line)
+    for name in ("colour", "logprobs", "max_length", "num_return_sequences", "pad_token_id", "use_cache"):
+        assert f"{name} " not in told
+        for line in (f"/set {name} 3", f"/set {name}"):
+            with pytest.raises(GenerationError, match=f"{name}: found no option of a chat, .*, think_budget, "):
+                session.take(line)
     session.take("/set")
     assert capfd.readouterr().err == told.splitlines()[-1] + "\n"
 
@@ -289,6 +296,14 @@ def test_stats_are_about_the_conversation(session, capfd, picture):
     assert f"tokens in the conversation: {second.completion.prompt_tokens + 8} of 65536" in told
     assert f"tokens of prompts: {prompt}, {second.reused} of them from the cache" in told
     assert "new tokens: 16" in told
+
+
+def test_compiling_is_told_of_where_it_took_long(session):
+    session.take("Hello")
+    (turn,) = session.turns
+    told = session._figures(dataclasses.replace(turn, seconds=9.6, compiled=9.1))
+    assert "new in 9.60 s, 9.1 s of them compiling, first after" in told
+    assert "compiling" not in session._figures(dataclasses.replace(turn, compiled=0.4))
 
 
 def test_a_closed_thought_is_no_reuse_of_the_cache(session):
@@ -404,12 +419,14 @@ def test_a_transcript_in_json_is_a_prompt_to_go_on_with(session, engine, picture
     assert told["completions"][0]["finish_reason"] == "length"
 
 
-def test_a_file_is_not_replaced_without_saying(session, engine):
-    pathlib.Path("mine.md").write_text("mine")
+def test_a_file_is_not_replaced_without_saying(engine):
+    Session(engine, "another", None, None, GREEDY, 8).take("/save mine.md")
+    before = pathlib.Path("mine.md").read_text()
+    session = Session(engine, "tiny", None, None, GREEDY, 8)
     session.take("Hello")
     with pytest.raises(FileExistsError, match="/save! replaces it"):
         session.take("/save mine.md")
-    assert pathlib.Path("mine.md").read_text() == "mine"
+    assert pathlib.Path("mine.md").read_text() == before
     session.take("/save! mine.md")
     assert "Hello" in pathlib.Path("mine.md").read_text()
     session.take("You?")
@@ -421,6 +438,34 @@ def test_a_file_is_not_replaced_without_saying(session, engine):
     with pytest.raises(MessageError):
         session.take("/save")
     assert os.listdir() == ["mine.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("photo.jpg", None, "expected one of .md"),
+        ("photo.md", None, "no conversation of glm4v chat"),
+        ("notes.md", b"# Conversation\n\nof mine\n", "no conversation of glm4v chat"),
+        ("data.json", b'{"messages": []}', "no conversation of glm4v chat"),
+        ("list.json", b"[]", "no conversation of glm4v chat"),
+    ],
+)
+def test_what_is_no_conversation_is_never_replaced(session, picture, name, content, words):
+    pathlib.Path(name).write_bytes(pathlib.Path(picture).read_bytes() if content is None else content)
+    before = {path: path.read_bytes() for path in pathlib.Path().iterdir()}
+    session.take("Hello")
+    for command in ("/save", "/save!"):
+        with pytest.raises((OSError, MessageError), match=words):
+            session.take(f"{command} {name}")
+    assert {path: path.read_bytes() for path in pathlib.Path().iterdir()} == before
+
+
+def test_a_conversation_in_json_can_be_replaced(engine):
+    for _ in range(2):
+        session = Session(engine, "tiny", None, None, GREEDY, 8)
+        session.take("Hello")
+        session.take("/save! talk.json")
+    assert len(json.loads(pathlib.Path("talk.json").read_text())["completions"]) == 1
 
 
 # Ctrl-C.

@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import warnings
 
+import PIL.Image
 import pytest
 from helpers_cli import keyed, save_noise
 
@@ -56,6 +58,8 @@ def test_every_picture_gets_a_caption(folder, capfd):
     assert told["cut.png"].keys() == {"file", "key", "error"}
     assert "truncated" in told["cut.png"]["error"]
     assert captured.err.splitlines()[0] == "3 files skipped: no pictures"
+    assert "pictures/s" in captured.err
+    assert captured.err.endswith("error: 1 of 4 pictures failed; see 'error' in photos/captions.jsonl\n")
     assert "file cut.png: image 0: photos/cut.png: is truncated" in captured.err
     summary = json.loads(captured.out)
     assert (summary["total"], summary["done"], summary["failed"], summary["skipped"]) == (4, 3, 1, 3)
@@ -102,6 +106,25 @@ def test_it_goes_on_with_new_pictures_and_those_that_failed_from_wherever_it_is_
         name: first[name] for name in ("a.png", "b.jpg", "no extension")
     }
     assert "4 of 4 answered (2 of them by an earlier run), 0 failed" in capfd.readouterr().err
+
+
+def test_a_link_that_leads_nowhere_does_not_keep_the_rest_from_going_on(folder, capfd):
+    (folder / "cut.png").unlink()
+    os.symlink(folder / "gone.png", folder / "link.png")
+    os.symlink(folder / "gone.txt", folder / "link.txt")
+    for _ in range(2):
+        assert describe("photos") == 1
+        assert "1 of 4 pictures failed" in capfd.readouterr().err
+    assert "no such file" in captions()["link.png"]["error"]
+
+
+def test_a_large_picture_is_no_suspect(folder, monkeypatch):
+    # Half of the size that is refused; as an error, a warning would be in the captions.
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100 * 120 // 2)
+    warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+    (folder / "cut.png").unlink()
+    assert describe("photos") == 0
+    assert cli.main(["generate", "--max-new-tokens", "1", "--image", "photos/b.jpg", "What?"]) == 0
 
 
 def test_a_finished_folder_needs_no_weights_and_another_prompt_is_refused(folder, capfd, request):

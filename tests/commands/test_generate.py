@@ -1,7 +1,10 @@
 """`glm4v generate`: streaming, thoughts, stops, and what excludes each other. More is in tests/test_cli.py."""
 
+import json
+import math
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -12,9 +15,10 @@ from helpers_terminal import Terminal
 import glm4v_jax
 from glm4v_jax import cli
 from glm4v_jax.commands import screen
-from glm4v_jax.commands.screen import AnswerWriter, Counts, completion_fields, printable
+from glm4v_jax.commands.console import to_json
+from glm4v_jax.commands.screen import AnswerWriter, Counts, completion_fields, printable, rate_after_first
 from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.completion import Completion, Delta, TokenLogprob
 from glm4v_jax.generate.presets import PRESETS
 from glm4v_jax.generate.thinking import Kind, Part, ThinkingParser
 
@@ -34,6 +38,9 @@ def tokenizer():
     ("arguments", "words"),
     [
         ([], ["PROMPT", "--jsonl"]),
+        ([""], ["PROMPT", "''", "text"]),
+        (["hi", "there"], ["PROMPT", "found 2", "quotes", "'hi there'"]),
+        (["Hello", "--image", ""], ["--image ''", "no such file"]),
         (["Hello", "--jsonl", "x.jsonl"], ["PROMPT", "--jsonl"]),
         (["--image", "x.png", "--jsonl", "x.jsonl"], ["--image", "--jsonl"]),
         (["Hello", "--out", "x.jsonl"], ["--out", "--jsonl"]),
@@ -120,6 +127,31 @@ def test_times_are_in_order(capfd):
     told = answered(capfd, "--greedy", "--max-new-tokens", 40, "Hello")
     assert 0 < told["first_token_seconds"] <= told["seconds"]
     assert told["compile_seconds"] <= told["seconds"]
+
+
+def test_the_rate_is_that_behind_the_first_piece(capfd):
+    assert rate_after_first(21, 1, 12.0, 10.0) == 10
+    assert rate_after_first(8, 8, 12.0, 10.0) is None
+    assert rate_after_first(9, 8, 10.01, 10.0) is None
+    assert answered(capfd, "--greedy", "--max-new-tokens", 1, "Hello")["tokens_per_second"] is None
+
+
+def test_what_is_no_number_is_null_in_json(tokenizer):
+    tops = ((3, math.nan), (4, -math.inf), (5, -0.5))
+    completion = Completion(0, "a", (3,), 9, "stop", logprobs=(TokenLogprob(3, math.nan, tops),))
+    told = json.loads(to_json(completion_fields(completion, tokenizer)), parse_constant=pytest.fail)
+    (token,) = told["logprobs"]
+    assert (token["logprob"], [item["logprob"] for item in token["top"]]) == (None, [None, None, -0.5])
+
+
+def test_who_answers_is_said_of_the_tiny_model_only(capfd):
+    random = "answering: a tiny model with random weights from the package; --model DIR for a real one"
+    shutil.copytree(TINY_CHECKPOINT, "model")
+    for options in ([], ["--json"]):
+        assert cli.main(["generate", *options, "--max-new-tokens", "1", "Hello"]) == 0
+        assert capfd.readouterr().err.splitlines()[0] == random
+    assert cli.main(["generate", "--model", "model", "--max-new-tokens", "1", "Hello"]) == 0
+    assert "random" not in capfd.readouterr().err
 
 
 def test_boxes_in_pixels_come_with_exactly_one_picture(tokenizer):
@@ -217,7 +249,7 @@ def test_a_terminal_is_written_to_and_told_what_goes_on(tmp_path):
         "generate", "--greedy", "--max-new-tokens", 40, "--think-budget", 9, "Hello", directory=tmp_path, width=200
     )
     assert terminal.end() == 0
-    for status in ("preparing the inputs", "loading the weights", "generating"):
+    for status in ("preparing the inputs", "loading the weights", "generating (a new shape compiles first)"):
         assert status in terminal.output
     assert "</think><answer>" not in terminal.output
     assert "new (10 of thought and" in terminal.output
