@@ -3,6 +3,7 @@
 #   make demo    a real photograph and a real video to text, by the tiny model in the package
 #   make test    the tests, against the reference implementation
 #   make lint types
+#   make aot     the 9B compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, PYTEST_ARGS=... to pytest (two processes by default:
 # compiling, most of the time, uses one core each). PIP_FIND_LINKS,
@@ -28,7 +29,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types tiny clean
+.PHONY: help setup demo test lint types tiny aot clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -68,6 +69,15 @@ types: $(VENV)/test.stamp
 tiny: $(VENV)/test.stamp
 	$(ENV_PYTHON) -m tools.make_tiny
 
+# libtpu must not sit where other JAX programs run on a CPU.
+.venv-aot/aot.stamp: pyproject.toml
+	"$$(command -v $(PYTHON))" -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	@touch $@
+
+aot: .venv-aot/aot.stamp
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m bench.aot $(ARGS)
+
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-aot .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

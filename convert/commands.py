@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -69,6 +70,11 @@ class _Writing(_Options):
     dry_run: bool = False
     """Check everything and say what would be written."""
 
+    @property
+    def place(self) -> Path:
+        """The directory to make."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(kw_only=True)
 class ToOrbax(_Writing):
@@ -91,6 +97,11 @@ class ToOrbax(_Writing):
 
     no_hash: bool = False
     """Do not note the SHA-256 of the source's files in the checkpoint."""
+
+    @property
+    def place(self) -> Path:
+        """The directory to make."""
+        return Path(self.target)
 
     def run(self) -> int:
         """Converts and prints a summary."""
@@ -125,6 +136,11 @@ class ToHf(_Writing):
 
     dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: as they are)")] = None
     """Cast the weights."""
+
+    @property
+    def place(self) -> Path:
+        """The directory to make."""
+        return Path(self.target)
 
     def run(self) -> int:
         """Converts and prints a summary."""
@@ -217,6 +233,11 @@ class Synth(_Writing):
     )
     """How many files."""
 
+    @property
+    def place(self) -> Path:
+        """The directory to make."""
+        return Path(self.out)
+
     def run(self) -> int:
         """Writes and prints a summary."""
         from convert.synth import load_config, synth
@@ -267,8 +288,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert"
         return command.trouble
     except KeyboardInterrupt:
         if isinstance(command, _Writing):
-            print("convert: interrupted; what was written has been removed, the source is as it was", file=sys.stderr)
+            print(_interrupted(command.place), file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        if command.debug:
+            raise
+        # Python's own status would be 1, which of `verify` means that the checkpoints differ.
+        traceback.print_exc()
+        return command.trouble
     return status
 
 
@@ -285,6 +312,16 @@ def _parse(arguments: Sequence[str], prog: str) -> Command:
         args=arguments,
         config=config,
     )
+
+
+def _interrupted(target: Path) -> str:
+    """What is told after Ctrl-C; a second one may have ended the cleaning up too."""
+    from glm4v_jax.target import left_of
+
+    left = left_of(target)
+    if left is None:
+        return "convert: interrupted; what was written has been removed, the source is as it was"
+    return f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was"
 
 
 def _mesh(sizes: dict[str, int]) -> Any:

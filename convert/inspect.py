@@ -1,6 +1,7 @@
 """What is in a checkpoint: tensors, shapes, dtypes, shardings, bytes for a device of a mesh. No data are read."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import re
@@ -18,6 +19,9 @@ from glm4v_jax.errors import ConfigError
 from glm4v_jax.loading import leaf_paths
 from glm4v_jax.mesh import AXES
 from glm4v_jax.model import Glm4v
+
+MOST_DEVICES = 1 << 20
+"""More than any machine has; what is beyond does not fit the arithmetic of shardings either."""
 
 _MODULE = re.compile(r"^(lm_head|(?:language_model|visual)\.[a-z_]+)")
 
@@ -95,18 +99,20 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Axis -> devices of "data=1,fsdp=4,kv=2,q=1"; axes left out have one.
 
     Raises:
-      ConfigError: an axis is unknown or named twice, or its number is none.
+      ConfigError: an axis is unknown or named twice, its number is none, or there are too many devices.
     """
     sizes = dict.fromkeys(AXES, 1)
     seen = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         axis, _, number = (piece.strip() for piece in part.partition("="))
-        if axis not in AXES or axis in seen or not re.fullmatch(r"[1-9]\d*", number):
+        if axis not in AXES or axis in seen or not re.fullmatch(r"[1-9]\d{0,18}", number):
             raise ConfigError(
                 f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, as in fsdp=4,kv=2"
             )
         seen.add(axis)
         sizes[axis] = int(number)
+    if (count := math.prod(sizes.values())) > MOST_DEVICES:
+        raise ConfigError(f"mesh: found {count:,} devices in {text!r}; expected at most {MOST_DEVICES:,}")
     return sizes
 
 
@@ -154,8 +160,14 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None) -> Inspec
 def _abstract_leaves(config: Glm4vConfig, mesh: dict[str, int]) -> dict[str, tuple[tuple[str, ...], int]]:
     """Leaf, as the table has it, -> mesh axes of its dimensions, and into how many pieces it is cut."""
     axes = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(axes):
-        model = jax.eval_shape(lambda: Glm4v.init(config))
+
+    def make() -> Glm4v:
+        with jax.sharding.use_abstract_mesh(axes):
+            return jax.eval_shape(lambda: Glm4v.init(config))
+
+    # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would be in the way.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        model = thread.submit(make).result()
     found = {}
     for path, leaf in zip(leaf_paths(model), jax.tree.leaves(model), strict=True):
         spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))

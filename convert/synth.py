@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from convert.summary import Summary
-from glm4v_jax import shards
+from glm4v_jax import shards, weights
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.export import tensor_rules, tensor_shapes
+from glm4v_jax.export import tensor_shapes
 from glm4v_jax.files import asset_files, read_json_object
 from glm4v_jax.loading import resolve_dtype
 from glm4v_jax.safetensors_io import PIECE_BYTES
@@ -85,7 +85,7 @@ def plan_like_released(config: Glm4vConfig, count: int) -> dict[str, list[str]]:
         raise ConfigError(f"shards: found {count}, expected 1 to {layers + 1} for a decoder of {layers} layers")
     each = layers // max(1, count - 1)
     plan: dict[str, list[str]] = {shards.shard_name(i, count): [] for i in range(count)}
-    for name, (rule, layer) in tensor_rules(config).items():
+    for name, (rule, layer) in weights.tensor_rules(config).items():
         in_decoder = layer is not None and rule.leaf.startswith("language_model.")
         number = min(layer // each, count - 1) if in_decoder and layer is not None else count - 1
         plan[shards.shard_name(number, count)].append(name)
@@ -129,7 +129,7 @@ def synth(
     layers = config.text_config.num_hidden_layers
     plan = plan_like_released(config, min(RELEASED_SHARDS, layers + 1) if count is None else count)
     total, done = shards.nbytes(tensors), 0
-    check_target(None, target, overwrite=overwrite)
+    check_target(None, target, overwrite=overwrite, dry_run=dry_run)
     check_space(target, total)
 
     def advance(written: int) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from convert.casts import cast_pieces
 from convert.reading import Reader, check_tensors, metadata_of, open_weights, shards_of
 from convert.summary import Summary
 from glm4v_jax import shards
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.files import asset_files, assets_directory, copy_assets, read_json_object
 from glm4v_jax.loading import resolve_dtype
-from glm4v_jax.safetensors_io import in_pieces
 from glm4v_jax.target import check_space, check_target, new_directory
 
 AS_BEFORE = "original"
@@ -33,8 +33,8 @@ class Tensor:
     dtype: np.dtype
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """The tensor, cast (round to nearest even) and put in order by pieces."""
-        yield from in_pieces(self.files.read(self.name), self.dtype)
+        """The tensor, cast (round to nearest even) and put in order by pieces; see `cast_pieces`."""
+        yield from cast_pieces(self.files.read(self.name), self.dtype, self.name)
         self.files.release()
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
@@ -67,7 +67,8 @@ def to_hf(
       progress: called with bytes written and bytes in all.
 
     Raises:
-      CheckpointError: the source is damaged or incomplete, the target is taken, or the disk is full.
+      CheckpointError: the source is damaged or incomplete, `dtype` cannot hold its numbers, the target is taken, or
+        the disk is full.
       ConfigError: the configuration is not a GLM-4.1V's, or max_shard_size is no size.
     """
     started = time.perf_counter()
@@ -75,7 +76,7 @@ def to_hf(
     config = Glm4vConfig.from_pretrained(source)
     files = open_weights(source)
     check_tensors(files, config)
-    check_target(source, target, overwrite=overwrite)
+    check_target(source, target, overwrite=overwrite, dry_run=dry_run)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {name: Tensor(files, name, info.shape, cast or info.dtype) for name, info in files.items()}
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}

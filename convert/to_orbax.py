@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from convert.casts import check_cast
 from convert.hashes import Hashes, hashing
 from convert.reading import Reader, metadata_of
 from convert.summary import Summary
@@ -61,8 +63,8 @@ def to_orbax(
       progress: called with bytes of the source converted so far and in all, after each group.
 
     Raises:
-      CheckpointError: the source is damaged or does not fit its configuration, the target is taken, or the disk is
-        full.
+      CheckpointError: the source is damaged or does not fit its configuration, `dtype` cannot hold its numbers, the
+        target is taken, or the disk is full.
       ConfigError: the configuration is not a GLM-4.1V's, or does not divide by the mesh.
     """
     started = time.perf_counter()
@@ -80,7 +82,7 @@ def to_orbax(
     beside = assets_directory(source)
     needed = nbytes + sum((beside / path).stat().st_size for path in asset_files(source))
     needed += _BYTES_BESIDE_A_LEAF * len(infos)
-    checkpoint_write.by_first(lambda: _check(source, target, needed, overwrite))
+    checkpoint_write.by_first(lambda: _check(source, target, needed, overwrite, dry_run))
     names, notes = _names(files, config)
     read = 0
 
@@ -106,6 +108,8 @@ def to_orbax(
                     writer.wait()  # not this large leaf, and another group besides
                 with use_mesh(mesh):
                     arrays = _read(leaves, infos, abstract, group, count)
+                    if cast is not None:
+                        _check_casts(files, config, leaves, arrays)
                 last = group is groups[-1]
                 writer.write(arrays, _provenance(files, names, cast, hashes) if last else None)
                 if large:
@@ -127,8 +131,8 @@ def _as(info: LeafInfo, cast: np.dtype | None) -> LeafInfo:
     return info._replace(dtype=dtype, nbytes=int(np.prod(info.shape)) * dtype.itemsize)
 
 
-def _check(source: Path, target: Path, needed: int, overwrite: bool) -> str:
-    check_target(source, target, overwrite=overwrite)
+def _check(source: Path, target: Path, needed: int, overwrite: bool, dry_run: bool) -> str:
+    check_target(source, target, overwrite=overwrite, dry_run=dry_run)
     check_space(target, needed)
     return ""
 
@@ -143,10 +147,34 @@ def _read(
     """A group of leaves on their devices; what reading them took of the host's memory is given back."""
     arrays = {}
     for path in group:
-        arrays[path] = array_of(leaves, path, abstract[path].sharding.spec, infos[path].dtype, count=count)
+        with np.errstate(over="ignore"):  # `_check_casts` has more to say
+            arrays[path] = array_of(leaves, path, abstract[path].sharding.spec, infos[path].dtype, count=count)
         jax.block_until_ready(arrays[path])
     leaves.release()
     return arrays
+
+
+def _check_casts(files: Reader, config: Glm4vConfig, leaves: Leaves, arrays: Mapping[str, Array]) -> None:
+    """Refuse leaves with numbers that were finite before they were cast; tensors are read again only on suspicion.
+
+    Raises:
+      CheckpointError: in all processes; the message names the tensor.
+    """
+    suspects = {
+        path for path, array in arrays.items() if array.dtype != leaves.infos[path].dtype and not _is_finite(array)
+    }
+    if not suspects:
+        return
+    wanted = weights.wanted(config)
+    for name in files:
+        rule, layer = wanted.get(weights.canonical(name), (None, None))
+        if rule is not None and (path := rule.path(layer)) in suspects:
+            check_cast(files.read(name), arrays[path].dtype, name)
+
+
+@jax.jit
+def _is_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
 
 
 def _names(files: Reader, config: Glm4vConfig) -> tuple[list[str], list[str]]:

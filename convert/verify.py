@@ -11,6 +11,7 @@ import numpy as np
 from convert.reading import Reader, open_weights
 from glm4v_jax import weights
 from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import CheckpointError
 from glm4v_jax.safetensors_io import TensorInfo
 
 _PIECE = 1 << 22
@@ -80,7 +81,7 @@ def verify(left: str | Path, right: str | Path, *, progress: Callable[[int, int]
       progress: called with bytes compared and bytes in all, of both sides.
 
     Raises:
-      CheckpointError: one of them cannot be read.
+      CheckpointError: one of them cannot be read, or has a tensor under two names.
     """
     left, right = Path(left), Path(right)
     ours, theirs = open_weights(left), open_weights(right)
@@ -106,7 +107,14 @@ def _overall(checksums: Iterable[tuple[str, str | None]]) -> str:
 def _canonical(directory: Path, files: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Name without prefix -> name in the checkpoint."""
     tied = Glm4vConfig.from_pretrained(directory).text_config.tie_word_embeddings
-    names = {weights.canonical(name): name for name in files}
+    names: dict[str, str] = {}
+    doubled = []
+    for name in files:
+        first = names.setdefault(weights.canonical(name), name)
+        if first != name:
+            doubled.append(f"{first} and {name}")
+    if doubled:
+        raise CheckpointError(f"{directory}: found {'; '.join(doubled)}, which name one tensor; expected one of them")
     if tied:
         names.pop("lm_head.weight", None)
     return names

@@ -20,8 +20,9 @@ from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import is_orbax
 from glm4v_jax.leaves import LeafInfo, Leaves, Slices, TensorLeaves
 from glm4v_jax.safetensors_io import CheckpointFiles, Index, TensorInfo, open_checkpoint
+from glm4v_jax.target import is_unfinished
 
-__all__ = ["OrbaxCheckpoint", "full_name", "is_orbax", "leaves_of", "open_weights"]
+__all__ = ["OrbaxCheckpoint", "is_orbax", "leaves_of", "open_weights"]
 
 METADATA_KEY = "glm4v_jax"
 FORMAT = 1
@@ -31,8 +32,10 @@ def open_weights(directory: str | Path) -> "CheckpointFiles | OrbaxCheckpoint":
     """The tensors of a checkpoint in either format, by the names that Hugging Face's layout gives them.
 
     Raises:
-      CheckpointError: it is in neither format, or damaged.
+      CheckpointError: it is in neither format, damaged, or what an interrupted conversion has left.
     """
+    if is_unfinished(directory):
+        raise CheckpointError(f"{directory}: found what an unfinished conversion left; expected a complete checkpoint")
     return OrbaxCheckpoint(directory) if is_orbax(directory) else open_checkpoint(directory)
 
 
@@ -45,11 +48,6 @@ def leaves_of(files: "CheckpointFiles | OrbaxCheckpoint", config: Glm4vConfig) -
     if isinstance(files, OrbaxCheckpoint):
         return files.leaves if config == files.config else OrbaxLeaves(files.directory, config)
     return TensorLeaves(files, config)
-
-
-def full_name(tensor: str) -> str:
-    """A tensor's name as transformers 4.57 and 5.x write it; the table leaves a prefix out."""
-    return tensor if tensor.startswith("lm_head.") else f"model.{tensor}"
 
 
 class OrbaxLeaves:
@@ -118,7 +116,8 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
     transformers writes. No data are read before `read`.
 
     Raises:
-      CheckpointError: it is unfinished, cannot be read, or is not that of a model of its configuration.
+      CheckpointError: it is unfinished, cannot be read, is not that of a model of its configuration, or its notes
+        about names and dtypes do not fit it.
     """
 
     def __init__(self, directory: str | Path):
@@ -128,16 +127,20 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
         self.config = Glm4vConfig.from_pretrained(self.directory)
         self.leaves = OrbaxLeaves(self.directory, self.config)
         self.provenance: Mapping[str, Any] = self.leaves.custom_metadata.get(METADATA_KEY, {})
+        if not isinstance(self.provenance, Mapping):
+            raise CheckpointError(f"{directory}: {METADATA_KEY}: found {self.provenance!r}; expected a JSON object")
         if (version := self.provenance.get("format", FORMAT)) != FORMAT:
             raise CheckpointError(f"{directory}: found format {version}; expected {FORMAT}, or a newer glm4v_jax")
         self._sizes = weights.dimensions(self.config)
-        rules = weights.wanted(self.config)
-        if self.config.text_config.tie_word_embeddings:
-            # Some checkpoints have the tied head a second time.
-            rules["lm_head.weight"] = rules["language_model.embed_tokens.weight"]
-        listed = self.provenance.get("tensors") or [[full_name(key), None, None] for key in weights.wanted(self.config)]
-        self._places = {name: rules[weights.canonical(name)] for name, *_ in listed}
-        self._infos = {name: self._info(name, dtype) for name, dtype, *_ in listed}
+        if self.provenance.get("tensors"):
+            _check_notes(self.directory, self.provenance, self.config)
+            rules = _known(self.config)
+            listed = self.provenance["tensors"]
+            self._places = {name: rules[weights.canonical(name)] for name, *_ in listed}
+            self._infos = {name: self._info(name, dtype) for name, dtype, _ in listed}
+        else:
+            self._places = weights.tensor_rules(self.config)
+            self._infos = {name: self._info(name, None) for name in self._places}
 
     def _info(self, name: str, dtype: str | None) -> TensorInfo:
         rule, layer = self._places[name]
@@ -183,6 +186,46 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
 
     def release(self) -> None:
         """Nothing is kept between reads."""
+
+
+def _known(config: Glm4vConfig) -> dict[str, tuple[weights.Rule, int | None]]:
+    """Name, without prefix, -> rule and layer of every tensor that a checkpoint may have."""
+    rules = weights.wanted(config)
+    if config.text_config.tie_word_embeddings:
+        # Some checkpoints have the tied head a second time.
+        rules["lm_head.weight"] = rules["language_model.embed_tokens.weight"]
+    return rules
+
+
+def _check_notes(directory: Path, provenance: Mapping[str, Any], config: Glm4vConfig) -> None:
+    """Refuse notes about the source that name other tensors than a model of this configuration has.
+
+    Raises:
+      CheckpointError: all that is wrong with them.
+    """
+    known, listed = _known(config), provenance["tensors"]
+    problems = [
+        f"{key} is {provenance[key]!r}, expected a JSON object"
+        for key in ("metadata", "source")
+        if not isinstance(provenance.get(key, {}), Mapping)
+    ]
+    named: dict[str, str] = {}
+    for entry in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(entry, list) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+            problems.append(f"an entry is {entry!r}, expected name, dtype and file of a tensor")
+            continue
+        name, dtype, _ = entry
+        key = weights.canonical(name)
+        if key not in known:
+            problems.append(f"unexpected: {name}")
+        if dtype not in weights.DTYPES:
+            problems.append(f"of a wrong dtype: {name} is {dtype}, expected one of {', '.join(weights.DTYPES)}")
+        if key in named:
+            problems.append(f"doubled: {named[key]} and {name}")
+        named[key] = name
+    problems += [f"missing: {key}" for key in weights.wanted(config) if key not in named]
+    if problems:
+        raise CheckpointError(f"{directory}: its list of tensors does not fit it: {'; '.join(problems)}")
 
 
 def _expected(config: Glm4vConfig) -> dict[str, tuple[tuple[int, ...], int]]:

@@ -32,7 +32,7 @@ from glm4v_jax.leaves import LeafInfo, in_groups
 from glm4v_jax.loading import leaf_paths
 from glm4v_jax.mesh import use_mesh
 from glm4v_jax.model import Glm4v
-from glm4v_jax.target import check_space, check_target, new_directory
+from glm4v_jax.target import check_space, check_target, new_directory, place_of
 
 GROUP_BYTES = 256 << 20
 """How much is written at a time; while it is, the next group is read."""
@@ -98,15 +98,19 @@ class GroupWriter:
         """Make a checkpoint of the groups.
 
         Raises:
+          CheckpointError: in other processes than the first, which could not do its part.
           OSError: the disk refuses it.
         """
         self.wait()
         with self._context, _os_errors(self._directory):
             ocp.partial.finalize(self._directory / _ORBAX)
-        if jax.process_index() == 0:
-            for entry in (self._directory / _ORBAX).iterdir():
-                entry.rename(self._directory / entry.name)
-            (self._directory / _ORBAX).rmdir()
+        by_first(self._move_up)
+
+    def _move_up(self) -> str:
+        for entry in (self._directory / _ORBAX).iterdir():
+            entry.rename(self._directory / entry.name)
+        (self._directory / _ORBAX).rmdir()
+        return ""
 
     def abandon(self) -> None:
         """Wait for what has been begun, without minding how it ends, and remove it."""
@@ -131,11 +135,11 @@ def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWrit
     The first process has the files in hand; the others go by what it says.
 
     Raises:
-      CheckpointError: another process is writing it, or the disk is full.
+      CheckpointError: another process is writing it, the disk is full, or the first process could not do its part.
     """
     with _errors_told_once(), contextlib.ExitStack() as stack:
         name = by_first(lambda: stack.enter_context(new_directory(target, overwrite=overwrite)).name)
-        directory = target.absolute().parent / name
+        directory = place_of(target).parent / name
         writer = GroupWriter(directory)
         try:
             yield writer, directory / files.ASSETS
@@ -144,7 +148,12 @@ def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWrit
             # Before the directory is removed, or what is still being written would make it anew.
             writer.abandon()
             raise
-    by_first(lambda: "")
+        by_first(lambda: _close(stack))
+
+
+def _close(stack: contextlib.ExitStack) -> str:
+    stack.close()
+    return ""
 
 
 def by_first(action: Callable[[], str]) -> str:
@@ -155,15 +164,16 @@ def by_first(action: Callable[[], str]) -> str:
     """
     if jax.process_count() == 1:
         return action()
-    answer, failure = "", None
+    answer = ""
+    failure: BaseException | None = None
     if jax.process_index() == 0:
         try:
             answer = action()
-        except Exception as error:
+        except BaseException as error:  # an interrupt too: the others are waiting
             failure = error
     content = np.zeros(1 + 4096, np.uint8)
     content[0] = failure is not None
-    encoded = (str(failure) if failure is not None else answer).encode()[: content.size - 1]
+    encoded = (str(failure) or type(failure).__name__ if failure is not None else answer).encode()[: content.size - 1]
     content[1 : 1 + len(encoded)] = np.frombuffer(encoded, np.uint8)
     content = multihost_utils.broadcast_one_to_all(content)
     if failure is not None:

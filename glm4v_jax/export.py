@@ -61,26 +61,14 @@ class LeafSource:
 def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
     """Name, as transformers 4.57 and 5.x write it, -> shape of every tensor that a model's checkpoint has."""
     sizes = weights.dimensions(config)
-    return {name: rule.tensor_shape(sizes) for name, (rule, _) in tensor_rules(config).items()}
-
-
-def tensor_rules(config: Glm4vConfig) -> dict[str, tuple[weights.Rule, int | None]]:
-    """Name, as transformers 4.57 and 5.x write it, -> rule and layer of every tensor; layer by layer, as it does."""
-    # The reference registers its parts in this order.
-    parts = ("visual.", "language_model.", "lm_head.")
-
-    def place(item: tuple[str, tuple[weights.Rule, int | None]]) -> tuple[int, int]:
-        name, (_, layer) = item
-        return next(i for i, part in enumerate(parts) if name.startswith(part)), -1 if layer is None else layer
-
-    return {_full_name(name): what for name, what in sorted(weights.wanted(config).items(), key=place)}
+    return {name: rule.tensor_shape(sizes) for name, (rule, _) in weights.tensor_rules(config).items()}
 
 
 def tensors_of(module: Glm4v) -> dict[str, LeafSource]:
     """Tensor name -> source, for a model with its layers in either layout."""
     leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
     sizes, tensors = weights.dimensions(module.config), {}
-    for name, (rule, layer) in tensor_rules(module.config).items():
+    for name, (rule, layer) in weights.tensor_rules(module.config).items():
         path, index = rule.path(layer), None
         if path not in leaves:
             path, index = path.replace(f".{layer}.", ".stacked.", 1), layer
@@ -139,7 +127,3 @@ def generation_options(config: GenerationConfig) -> dict[str, Any]:
         if field.name != "seed" and value != field.default:
             options[field.name] = list(value) if isinstance(value, tuple) else value
     return options
-
-
-def _full_name(tensor: str) -> str:
-    return tensor if tensor.startswith("lm_head.") else f"model.{tensor}"

@@ -195,6 +195,22 @@ def wanted(config: Glm4vConfig) -> dict[str, tuple[Rule, int | None]]:
     return found
 
 
+def tensor_rules(config: Glm4vConfig) -> dict[str, tuple[Rule, int | None]]:
+    """Name, as transformers 4.57 and 5.x write it, -> rule and layer of every tensor; layer by layer, as it does."""
+    # The reference registers its parts in this order.
+    parts = ("visual.", "language_model.", "lm_head.")
+
+    def place(item: tuple[str, tuple[Rule, int | None]]) -> tuple[int, int]:
+        name, (_, layer) = item
+        return next(i for i, part in enumerate(parts) if name.startswith(part)), -1 if layer is None else layer
+
+    return {_full_name(name): what for name, what in sorted(wanted(config).items(), key=place)}
+
+
+def _full_name(tensor: str) -> str:
+    return tensor if tensor.startswith("lm_head.") else f"model.{tensor}"
+
+
 def match(
     config: Glm4vConfig,
     shapes: Mapping[str, tuple[int, ...]],

@@ -122,7 +122,7 @@ def test_requests_are_counted_with_their_compilations_and_padding(monkeypatch):
     assert 0 < first.prompt_tokens <= first.prompt_bucket
     assert 0 <= first.patches <= first.row_patches
     assert recompile.padded_share(first.prompt_tokens, first.prompt_bucket) < 1
-    assert recompile.warmed_rows(warmup(model, prompt_lengths=(1, 2), max_new_tokens=2))[0][:2] == ("embed", 1)
+    assert recompile.warmed_rows(warmup(model, prompt_lengths=(1, 2), max_new_tokens=2))[0][:2] == ("prefill", 1)
 
 
 def test_requests_are_mixed():

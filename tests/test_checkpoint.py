@@ -21,6 +21,7 @@ from glm4v_jax.checkpoint_write import save_model
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.export import tensor_shapes
 from glm4v_jax.files import asset_files, assets_directory, is_orbax
 from glm4v_jax.leaves import LeafInfo, copy_in_squares, in_groups
 from glm4v_jax.loading import leaf_paths, load_model
@@ -150,7 +151,67 @@ def test_a_newer_format_is_refused(copy):
         open_weights(copy)
 
 
+@pytest.fixture
+def noted(checkpoints, tmp_path):
+    """A function: change what a converted checkpoint tells of its source, and open it."""
+    from convert.to_orbax import to_orbax
+
+    to_orbax(checkpoints("base"), tmp_path / "noted")
+    path = tmp_path / "noted" / "_CHECKPOINT_METADATA"
+
+    def open_changed(change):
+        content = json.loads(path.read_text())
+        change(content["custom_metadata"]["glm4v_jax"])
+        path.write_text(json.dumps(content))
+        return open_weights(tmp_path / "noted")
+
+    return open_changed
+
+
+NAMED = "model.language_model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("entry", "problems"),
+    [
+        (["model.language_model.morn.weight", "float32", ""], ["unexpected: model.language_model.morn.weight",
+                                                               "missing: language_model.norm.weight"]),
+        ([NAMED, "float33", ""], [f"of a wrong dtype: {NAMED} is float33, expected one of float32"]),
+        ([NAMED, None, ""], ["expected name, dtype and file"]),
+        ([NAMED], ["expected name, dtype and file"]),
+        (["lm_head.weight", "float32", ""], ["doubled: lm_head.weight and lm_head.weight", "missing: language"]),
+    ],
+)  # fmt: skip
+def test_notes_that_do_not_fit_are_refused(noted, entry, problems):
+    def change(notes):
+        (place,) = (i for i, (name, *_) in enumerate(notes["tensors"]) if name == NAMED)
+        notes["tensors"][place] = entry
+        notes["tensors"].sort(key=lambda entry: entry[0] != "lm_head.weight")
+
+    with pytest.raises(CheckpointError, match="noted: its list of tensors does not fit it") as caught:
+        noted(change)
+    assert all(problem in str(caught.value) for problem in problems), caught.value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("metadata", "pt"), ("source", []), ("tensors", "all"), ("tensors", {"a": 1})]
+)
+def test_notes_of_another_kind_are_refused(noted, key, value):
+    with pytest.raises(CheckpointError, match="expected"):
+        noted(lambda notes: notes.update({key: value}))
+
+
+def test_tensors_come_in_the_order_that_exporting_has(saved):
+    """Where they never were in safetensors."""
+    assert list(open_weights(saved)) == list(tensor_shapes(CONFIG))
+
+
 def test_an_unfinished_checkpoint_is_refused(copy, saved):
+    for name in (".x.unfinished", "x.unfinished"):
+        shutil.copytree(saved, copy.parent / name)
+    with pytest.raises(CheckpointError, match=r"\.x\.unfinished: found what an unfinished conversion left"):
+        Glm4vForConditionalGeneration.from_pretrained(copy.parent / ".x.unfinished")
+    assert len(open_weights(copy.parent / "x.unfinished")) == len(open_weights(saved))  # anybody's name
     shutil.rmtree(copy / "state")
     with pytest.raises(CheckpointError, match="unfinished"):
         Glm4vForConditionalGeneration.from_pretrained(copy)

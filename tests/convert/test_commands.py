@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers_convert import files_of
 
 import convert.progress
 import convert.to_hf
+import convert.verify
 from convert.commands import COMMANDS, main
 from glm4v_jax.safetensors_io import SafetensorsFile, write_safetensors
 
@@ -80,6 +82,21 @@ def test_verify_says_what_differs(run, synthetic, tmp_path):
     assert status == 2 and out == "" and err.startswith("convert: error: ") and err.count("\n") == 1
 
 
+def test_verify_has_two_for_any_trouble(run, synthetic, tmp_path, monkeypatch):
+    run("to-orbax", synthetic(), tmp_path / "orbax")
+    path = tmp_path / "orbax" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("model.visual.downsample.bias", "model.visual.downsample.bios"))
+    status, out, err = run("verify", synthetic(), tmp_path / "orbax")
+    assert (status, out) == (2, "") and "unexpected: model.visual.downsample.bios" in err and err.count("\n") == 1
+
+    def defect(*arguments, **options):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(convert.verify, "_compare", defect)
+    status, out, err = run("verify", synthetic(), synthetic())
+    assert (status, out) == (2, "") and err.startswith("Traceback") and "a defect" in err
+
+
 def test_inspect(run, synthetic):
     status, out, _ = run("inspect", synthetic(), "--mesh", "fsdp=2,kv=2")
     assert status == 0
@@ -130,6 +147,21 @@ def test_ctrl_c(run, synthetic, tmp_path, monkeypatch):
     assert (status, out) == (130, "")
     assert err == "convert: interrupted; what was written has been removed, the source is as it was\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_twice(run, synthetic, tmp_path, monkeypatch):
+    """The second comes while what was written is being removed: it is not said to be gone."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert.to_hf.shards, "write_shards", interrupted)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    status, out, err = run("to-hf", synthetic(), tmp_path / "out")
+    left = tmp_path / ".out.unfinished"
+    assert (status, out) == (130, "") and left.is_dir()
+    told = f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was\n"
+    assert err == told
 
 
 def test_plain_lines_now_and_then(capsys, monkeypatch):

@@ -102,7 +102,16 @@ def test_meshes(text, sizes):
     assert tuple(parse_mesh(text).values()) == sizes
 
 
-@pytest.mark.parametrize("text", ["tp=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=two", "kv=2,kv=2", "kv=2;q=2"])
+@pytest.mark.parametrize("text", ["kv=99999999999999", "data=1024,fsdp=1025", "q=1048577"])
+def test_meshes_of_more_devices_than_there_are(text):
+    with pytest.raises(ConfigError, match=r"mesh: found [\d,]+ devices in .* expected at most 1,048,576"):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tp=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=two", "kv=2,kv=2", "kv=2;q=2", "q=" + "9" * 5000],
+)
 def test_no_meshes(text):
     with pytest.raises(ConfigError, match=r"mesh: found .* expected some of data, fsdp, kv, q"):
         parse_mesh(text)

@@ -17,9 +17,12 @@ from reference import CONFIGS, load_theirs, random_tensors, their_inputs
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from glm4v_jax import shards
+from glm4v_jax.checkpoint import open_weights
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import is_orbax
 from glm4v_jax.safetensors_io import CheckpointFiles, open_checkpoint, write_safetensors
+from glm4v_jax.target import new_directory
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 
@@ -141,11 +144,34 @@ class TestPlaces:
     def test_what_is_there_stays(self, synthetic, tmp_path):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "precious").write_text("kept")
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match=r"mine: exists .* is no checkpoint: found precious; expected"):
+                to_hf(synthetic(), tmp_path / "mine", overwrite=overwrite)
+            assert files_of(tmp_path / "mine") == {"precious": b"kept"} and os.listdir(tmp_path) == ["mine"]
+
+    @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00009.safetensors", "_CHECKPOINT_METADATA"])
+    def test_a_checkpoint_is_replaced(self, synthetic, tmp_path, name):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / name).write_text("{}")
+        (tmp_path / "mine" / "precious").write_text("gone")
         with pytest.raises(CheckpointError, match="mine: exists and is not empty; --overwrite replaces it"):
             to_hf(synthetic(), tmp_path / "mine")
-        assert (tmp_path / "mine" / "precious").read_text() == "kept"
         to_hf(synthetic(), tmp_path / "mine", overwrite=True)
-        assert sorted(os.listdir(tmp_path)) == ["mine"] and not (tmp_path / "mine" / "precious").exists()
+        assert os.listdir(tmp_path) == ["mine"] and not (tmp_path / "mine" / "precious").exists()
+
+    def test_the_root_of_a_file_system_is_no_target(self, synthetic, tmp_path, monkeypatch):
+        with pytest.raises(CheckpointError, match="/: found a mount point"):
+            to_hf(synthetic(), "/", overwrite=True)
+        monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
+        with pytest.raises(CheckpointError, match="disk: found a mount point, which cannot be replaced; expected"):
+            to_hf(synthetic(), tmp_path / "disk")
+        assert os.listdir(tmp_path) == []
+
+    def test_a_path_that_goes_up_again(self, synthetic, tmp_path):
+        to_hf(synthetic(), tmp_path / "out" / "sub" / "..")
+        assert os.listdir(tmp_path) == ["out"] and read_all(tmp_path / "out").keys() == read_all(synthetic()).keys()
+        to_orbax(synthetic(), tmp_path / "orbax" / "sub" / "..")
+        assert sorted(os.listdir(tmp_path)) == ["orbax", "out"] and is_orbax(tmp_path / "orbax")
 
     def test_it_writes_into_an_empty_directory(self, synthetic, tmp_path):
         to_hf(synthetic(), tmp_path)
@@ -195,6 +221,29 @@ class TestPlaces:
             to_hf(synthetic(), tmp_path / "out")
         assert os.listdir(tmp_path) == ["out"] and files_of(tmp_path / "out") == before
 
+    def test_a_dry_run_leaves_that_as_it_is(self, synthetic, tmp_path):
+        to_hf(synthetic(), tmp_path / ".out.replaced")
+        for convert in (to_hf, to_orbax):
+            with pytest.raises(CheckpointError, match="out: exists and is not empty; --overwrite"):
+                convert(synthetic(), tmp_path / "out", dry_run=True)
+            convert(synthetic(), tmp_path / "out", dry_run=True, overwrite=True)
+            assert os.listdir(tmp_path) == [".out.replaced"]
+
+    def test_what_the_next_run_writes_is_let_be(self, tmp_path, monkeypatch):
+        """It may begin as soon as this one's directory has its name."""
+        rename = Path.rename
+
+        def and_the_next_begins(path, target):
+            rename(path, target)
+            path.mkdir()
+            (path / "next").write_text("written")
+
+        monkeypatch.setattr(Path, "rename", and_the_next_begins)
+        with new_directory(tmp_path / "out", overwrite=False) as directory:
+            (directory / "this").write_text("written")
+        assert files_of(tmp_path / "out") == {"this": b"written"}
+        assert files_of(tmp_path / ".out.unfinished") == {"next": b"written"}
+
     def test_two_runs_do_not_mix(self, synthetic, tmp_path):
         with pytest.raises(CheckpointError, match="out: another process is writing it"):
             _locked_elsewhere(tmp_path / "out", lambda: to_hf(synthetic(), tmp_path / "out"))
@@ -226,6 +275,29 @@ def _fail_at(monkeypatch, number, error):
         return read(self, name, index)
 
     monkeypatch.setattr(CheckpointFiles, "read", failing)
+
+
+@pytest.mark.parametrize("convert", [to_hf, to_orbax])
+@pytest.mark.parametrize("piece", [100, 1 << 20])
+def test_a_cast_that_loses_numbers_is_refused(tmp_path, convert, piece, monkeypatch):
+    """Those that were infinite or none before are no loss."""
+    monkeypatch.setattr("glm4v_jax.safetensors_io.PIECE_BYTES", piece)
+    tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in random_tensors(CONFIG).items()}
+    name = "model.language_model.layers.1.mlp.gate_up_proj.weight"
+    tensors[name][3, :2] = np.inf, np.nan
+    source = tmp_path / "source"
+    source.mkdir()
+    CONFIG.save_pretrained(source)
+    write_safetensors(source / "model.safetensors", tensors)
+    convert(source, tmp_path / "out", dtype="float16")
+    found = open_weights(tmp_path / "out").read(name)
+    assert np.isposinf(found[3, 0]) and np.isnan(found[3, 1]) and np.isfinite(found).sum() == found.size - 2
+    tensors[name][[5, -1], 7] = 1e6, -1e6
+    write_safetensors(source / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=f"{name}: found 2 numbers too large for float16; expected none"):
+        convert(source, tmp_path / "other", dtype="float16")
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+    convert(source, tmp_path / "other", dtype="float32")
 
 
 def test_progress_counts_every_byte(synthetic, tmp_path):

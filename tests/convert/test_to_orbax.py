@@ -1,10 +1,12 @@
 """To Orbax: every bit arrives, whatever the dtypes, shards and names; and what is not finished does not look so.
 
 Run as a program, `python test_to_orbax.py PORT PROCESSES INDEX SOURCE TARGET`, this file converts as one of several
-processes; `python test_to_orbax.py serve SOURCE TARGET` converts once for every line that it reads, in a child.
+processes, and with a STEP behind it fails there; `python test_to_orbax.py serve SOURCE TARGET` converts once for every
+line that it reads, in a child.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -194,6 +196,10 @@ def test_a_place_that_is_taken(source, tmp_path):
     for place in (source, source / "inside", tmp_path):
         with pytest.raises(CheckpointError, match="found the source"):
             to_orbax(source, place, overwrite=True)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: found letter\.txt"):
+        to_orbax(source, target, overwrite=True)
+    assert contents(target) == {"letter.txt": b"keep me"}
+    (target / "config.json").write_text("{}")
     to_orbax(source, target, overwrite=True)
     assert_same_weights(target, source)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["source", "target"]
@@ -354,6 +360,33 @@ def test_two_processes_together(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("step", ["orbax", "target"])
+def test_two_processes_fail_together(tmp_path, step):
+    """The last steps are the first one's; where the disk refuses them the other does not wait for ever."""
+    source = write(tmp_path / "source", random_tensors(CONFIG))
+    first, second = (out.splitlines()[-1] for out in run_together(__file__, source, tmp_path / "target", step))
+    assert "target: the disk is full" in first
+    told = "target: the disk is full" if step == "target" else "No space left on device"
+    assert second.startswith("in the first process: ") and told in second
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def fail_together(port, processes, index, source, target, step):
+    start_distributed(port, processes, index)
+    rename = Path.rename
+
+    def refused(path, other):
+        if (path.parent.name == step) or Path(other) == Path(target) == Path(target).with_name(step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(path, other)
+
+    Path.rename = refused
+    try:
+        to_orbax(source, target)
+    except (CheckpointError, OSError) as error:
+        print(error)  # noqa: T201
+
+
 def convert_together(port, processes, index, source, target):
     start_distributed(port, processes, index)
     from glm4v_jax import leaves
@@ -379,5 +412,7 @@ def convert_together(port, processes, index, source, target):
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:])
+    elif len(sys.argv) > 6:
+        fail_together(*sys.argv[1:])
     else:
         convert_together(*sys.argv[1:])

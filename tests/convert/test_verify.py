@@ -140,6 +140,21 @@ def test_a_copy_of_a_tied_head_does_not_count(checkpoints, tmp_path):
     assert not verify(checkpoints("tester"), write(tmp_path / "copy", tensors, config)).different()
 
 
+def test_a_tensor_under_two_names(tmp_path):
+    """Not even where one of them is equal to the other side's."""
+    tensors = random_tensors(CONFIG)
+    left = write(tmp_path / "left", tensors)
+    right = write(tmp_path / "right", tensors | {NAME.removeprefix("model."): tensors[NAME] + 1})
+    for pair in ((left, right), (right, left)):
+        with pytest.raises(CheckpointError) as caught:
+            verify(*pair)
+        short = NAME.removeprefix("model.")
+        assert any(
+            f"right: found {one} and {other}, which name one tensor" in str(caught.value)
+            for one, other in ((NAME, short), (short, NAME))
+        )
+
+
 def test_what_cannot_be_read(synthetic, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         verify(synthetic(), tmp_path / "nowhere")

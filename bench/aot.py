@@ -1,0 +1,134 @@
+"""The full 9B compiled for TPU slices that are not here: memory, collectives, copies and floors of every program.
+
+Run by `make aot`, in an environment of its own with libtpu. A line fails if the program does not fit its chips, or, for
+the line that has targets, if it moves more than it should.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from bench import report
+
+# (program, its numbers, slice, mesh). Pictures of 4K have 24,576 patches, small ones 256.
+LATENCY = {4: dict(kv=2, q=2), 8: dict(kv=2, q=4), 16: dict(kv=2, q=8)}
+CHIPS = {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v6e:2x2": 4, "v6e:2x4": 8, "v5p:2x2x2": 8}
+CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
+    *(("decode", (8, 4096), slice_, LATENCY[chips]) for slice_, chips in CHIPS.items()),
+    ("decode", (1, 4096), "v5e:2x2", LATENCY[4]),
+    ("decode", (1, 4096), "v5e:2x4", LATENCY[8]),
+    ("decode", (64, 4096), "v5e:2x4", LATENCY[8]),
+    ("decode", (64, 4096), "v5e:4x4", dict(data=2, kv=2, q=4)),
+    ("decode", (8, 65536), "v5e:2x2", LATENCY[4]),
+    ("decode", (8, 65536), "v6e:2x4", LATENCY[8]),
+    ("decode", (8, 4096), "v6e:1x1", {}),
+    ("prefill", (1, 8192, 8192), "v5e:2x2", LATENCY[4]),
+    ("prefill", (1, 8192, 8192), "v5e:2x4", LATENCY[8]),
+    ("prefill", (8, 2048, 4096, 8192), "v5e:2x4", LATENCY[8]),
+    ("prefill", (8, 2048, 4096, 8192), "v6e:2x4", LATENCY[8]),
+    ("prefill", (1, 1024, 65536), "v5e:2x2", LATENCY[4]),
+    ("prefill", (1, 65536, 65536), "v5e:2x2", LATENCY[4]),
+    ("prefill", (1, 65536, 65536), "v5e:2x4", LATENCY[8]),
+    ("encode", (1, 24576, 24576), "v5e:2x2", LATENCY[4]),
+    ("encode", (2, 8192, 256), "v5e:2x4", dict(data=2, kv=2, q=2)),
+    ("encode", (2, 8192, 256), "v6e:2x4", dict(data=2, kv=2, q=2)),
+]
+TARGET = ("decode", (8, 4096), "v5e:2x4")
+MAX_RATIO, MAX_ALL_REDUCES, MAX_SECONDS = 1.03, 2, 30
+
+
+def compile_case(number: int) -> dict[str, Any]:
+    """Compile one case in this process."""
+    from glm4v_jax import aot
+    from glm4v_jax.config import Glm4vConfig
+
+    config = Glm4vConfig.glm4_1v_9b()
+    kind, numbers, topology, sizes = CASES[number]
+    make = {"decode": aot.decode_program, "prefill": aot.prefill_program, "encode": aot.encode_program}[kind]
+    compiled = aot.compile_for(make(config, *numbers), config, topology, **sizes)
+    return dataclasses.asdict(compiled) | {"fits": compiled.fits}
+
+
+def meets_targets(found: dict[str, Any]) -> bool:
+    """Whether the line that has targets keeps them."""
+    inside = {kind: counts[0] for kind, counts in found["collectives"].items()}
+    ratio = (found["arguments"] + found["temporaries"]) / found["arguments"]
+    return (
+        ratio <= MAX_RATIO
+        and set(inside) - {"all-reduce"} <= {kind for kind, count in inside.items() if not count}
+        and inside.get("all-reduce", 0) <= MAX_ALL_REDUCES
+        and not found["copies"]
+        and found["seconds"] <= MAX_SECONDS
+    )
+
+
+def main() -> int:
+    """Compile every case in a process of its own, print, write; 1 if one does not fit or misses its targets."""
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("--case", type=int, help="compile this one alone and print it as JSON")
+    parser.add_argument("--only", default="", help="cases whose description has this in it")
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(json.dumps(compile_case(arguments.case)))
+        return 0
+    out, lines, failed = report.console(), [], []
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+    for number, (kind, numbers, topology, sizes) in enumerate(CASES):
+        title = f"{kind} {numbers} on {topology} {sizes}"
+        if arguments.only not in title:
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.aot", "--case", str(number)], env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            failed.append(title)
+            out.print(f"{title}: {done.stderr.strip().splitlines()[-1]}", style="red", markup=False)
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        has_target = (kind, numbers, topology) == TARGET
+        passed = found["fits"] and (not has_target or meets_targets(found))
+        lines.append(found | {"passed": passed})
+        failed += [] if passed else [title]
+        out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
+    columns = (
+        "program", "slice", "mesh", "compile s", "arguments", "temporaries", "outputs", "of HBM", "in the layer loop",
+        "elsewhere", "copies", "floor ms", "",
+    )  # fmt: skip
+    out.print(report.table("GiB a chip", columns, (_row(line) for line in lines)))
+    written = report.write_result("aot", {"machine": report.machine_facts("jax", "libtpu"), "programs": lines})
+    markdown = written.with_suffix(".md")
+    markdown.write_text(_markdown(columns, lines), encoding="utf-8")
+    out.print(f"written to {written.relative_to(report.ROOT)} and {markdown.name}")
+    return 1 if failed else 0
+
+
+def _row(line: dict[str, Any]) -> tuple[str, ...]:
+    def collectives(where: int) -> str:
+        return ", ".join(f"{counts[where]} {kind}" for kind, counts in line["collectives"].items() if counts[where])
+
+    bandwidth, flops = line["floor_ms"]
+    return (
+        line["program"], line["topology"], " ".join(f"{k}={v}" for k, v in line["mesh"].items()),
+        f"{line['seconds']:.0f}", f"{line['arguments']:.2f}", f"{line['temporaries']:.3f}", f"{line['outputs']:.2f}",
+        f"{line['hbm']:.0f}", collectives(0), collectives(1),
+        ", ".join(f"{shape}{' in the loop' if inside else ''}" for shape, inside in line["copies"]),
+        f"{max(bandwidth, flops):.2f} ({'bandwidth' if bandwidth > flops else 'FLOP/s'})",
+        report.verdict(line["passed"]),
+    )  # fmt: skip
+
+
+def _markdown(columns: tuple[str, ...], lines: list[dict[str, Any]]) -> str:
+    rows = [columns, ("---",) * len(columns), *(_row(line) for line in lines)]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    for style in ("[green]", "[/green]", "[red]", "[/red]"):
+        text = text.replace(style, "")
+    return text + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

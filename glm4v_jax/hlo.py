@@ -1,0 +1,107 @@
+"""What a compiler made of a program, read from the text of its optimised HLO: what it moves, and how often.
+
+Instructions are told apart by how many loops they stand in: a decoding program loops over tokens, and within over
+layers, so that an instruction in the inner loop runs once a layer and token.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+MOVES = ("copy", "transpose")
+"""Instructions that only move what is there; within a fusion they cost nothing of their own."""
+
+_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLEE = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_ON_CHIP = "S(1)"  # the memory space of a core's own fast memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """An instruction of a compiled program.
+
+    Attributes:
+      name, opcode: as HLO has them; the two halves of an asynchronous one count as one.
+      nbytes: of its result, on one device.
+      shape: of its (first) result, such as "bf16[8,4096]".
+      in_hbm: whether the result is in the large memory, and not in a core's own.
+      loops: how many loops it stands in.
+      is_conditional: whether it stands in a branch that may not be taken.
+    """
+
+    name: str
+    opcode: str
+    nbytes: int
+    shape: str
+    in_hbm: bool
+    loops: int
+    is_conditional: bool
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """All instructions outside fusions of a module's text, each as often as it is called from different places."""
+    computations = _computations(text)
+    entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
+    yield from _walk(computations, entry, 0, False)
+
+
+def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
+    found: dict[str, tuple[bool, list[str]]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = []
+            found[match[2]] = (match[1] is not None, lines)
+        elif line.startswith(" "):
+            lines.append(line)
+    return found
+
+
+def _walk(
+    computations: dict[str, tuple[bool, list[str]]], name: str, loops: int, is_conditional: bool
+) -> Iterator[Instruction]:
+    for line in computations[name][1]:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        opcode = match[3]
+        if opcode.endswith("-done"):
+            continue
+        result = match[2]
+        yield Instruction(
+            match[1], opcode.removesuffix("-start"), _nbytes(result), _first_shape(result), _ON_CHIP not in result,
+            loops, is_conditional,
+        )  # fmt: skip
+        if opcode == "fusion":
+            continue
+        callees = _CALLEE.findall(line)
+        for branches in _BRANCHES.findall(line):
+            callees += [branch.strip().removeprefix("%") for branch in branches.split(",")]
+        for callee in callees:
+            if opcode in ("while", "conditional", "call", "async-start") and callee in computations:
+                yield from _walk(
+                    computations, callee, loops + (opcode == "while"), is_conditional or opcode == "conditional"
+                )
+
+
+def _nbytes(result: str) -> int:
+    total = 0.0
+    for dtype, sizes in _SHAPE.findall(result):
+        number = _BYTES.get(dtype, 0)
+        for size in filter(None, sizes.split(",")):
+            number *= int(size)
+        total += number
+    return int(total)
+
+
+def _first_shape(result: str) -> str:
+    match = _SHAPE.search(result)
+    return match[0] if match else ""

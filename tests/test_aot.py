@@ -1,0 +1,78 @@
+"""What is read from a compiled program's text, and what the programs for other machines count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from glm4v_jax import aot, hlo
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import ConfigError
+
+TEXT = """
+HloModule jit_f, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (p: bf16[8,256]) -> bf16[8,256] {
+  ROOT %copy.9 = bf16[8,256]{0,1} copy(%p)
+}
+
+%inner_body (p: (s32[], bf16[1024,1024])) -> (s32[], bf16[1024,1024]) {
+  %all-reduce.1 = bf16[8,1,4096]{2,1,0} all-reduce(%x), channel_id=1, to_apply=%add
+  %copy.1 = bf16[1024,1024]{0,1} copy(%y)
+  %copy.2 = bf16[1024,1024]{0,1:T(8,128)S(1)} copy(%y)
+  %fusion.1 = bf16[8,256]{0,1} fusion(%z), kind=kLoop, calls=%fused
+}
+
+%inner_condition (p: (s32[], bf16[1024,1024])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%branch (p: f32[4]) -> f32[4] {
+  %all-gather-start.1 = (f32[4]{0}, f32[8,151552]{1,0}) all-gather-start(%p), channel_id=2
+  %all-gather-done.1 = f32[8,151552]{1,0} all-gather-done(%all-gather-start.1)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %while.1 = (s32[], bf16[1024,1024]) while(%t), condition=%inner_condition, body=%inner_body
+  %conditional.1 = f32[4]{0} conditional(%c, %p, %p), branch_computations={%branch, %branch}
+  ROOT %transpose.1 = f32[4,2]{1,0} transpose(%p), dimensions={0}
+}
+"""
+
+
+def test_instructions_of_a_text():
+    found = list(hlo.instructions(TEXT))
+    moves = [(one.name, one.loops, one.in_hbm, one.nbytes) for one in found if one.opcode in hlo.MOVES]
+    assert moves == [
+        ("copy.1", 1, True, 2 * 2**20), ("copy.2", 1, False, 2 * 2**20), ("transpose.1", 0, True, 32)
+    ]  # fmt: skip
+    collectives = [(one.opcode, one.loops, one.is_conditional) for one in found if one.opcode in hlo.COLLECTIVES]
+    assert collectives == [("all-reduce", 1, False), ("all-gather", 0, True), ("all-gather", 0, True)]
+
+
+def test_loops_of_a_real_program():
+    def outer(x):
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, x.shape[0], lambda _, y: jnp.sin(y @ y), x), x)
+
+    text = jax.jit(outer).lower(jnp.ones((4, 4))).compile().as_text()
+    assert max(one.loops for one in hlo.instructions(text)) == 2
+
+
+def test_floors_of_the_9b():
+    config = Glm4vConfig.glm4_1v_9b()
+    decode = aot.decode_program(config, 8, 4096)
+    assert decode.read == 8 * 4096 * 40 * 1024  # 40 KiB a token
+    assert 17.5e9 < decode.flops / 8 < 20.5e9  # twice the parameters, and attention to 4,096 tokens
+    prefill = aot.prefill_program(config, 1, 1, 1)
+    assert prefill.flops == pytest.approx(16.3e9, rel=0.01)
+    encode = aot.encode_program(config, 1, 24576, 24576)
+    assert encode.flops > 24576 * 2 * 24 * 28e6  # the weights of its blocks alone
+
+
+def test_unknown_slices():
+    with pytest.raises(ConfigError, match="topology: found 'v9:2x2'"):
+        aot.topology_mesh("v9:2x2")
