@@ -24,7 +24,8 @@ import numpy as np
 from bench import report
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.slots import MAX_STEPS, Slots, Start
+from glm4v_jax.generate.pieces import Start
+from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 SLOTS, PROMPTS, STEPS, ROUNDS = 8, 200, 256, 7
 CAPACITY = 512

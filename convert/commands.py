@@ -18,7 +18,7 @@ import rich.table
 import tyro
 
 from convert.progress import gigabytes, shown
-from glm4v_jax.commands.console import one_line
+from glm4v_jax.commands.console import one_line, parse
 from glm4v_jax.errors import Glm4vError
 
 if TYPE_CHECKING:
@@ -262,6 +262,9 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 }
 
 
+DESCRIPTION = "GLM-4.1V checkpoints: Hugging Face safetensors <-> Orbax, at any size, with nothing lost."
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
     """Runs one subcommand.
 
@@ -273,7 +276,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert"
         The exit status: 0; 1, or 2 of `verify`, after one line on standard error that says what is wrong; 130 after
         Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
     """
-    command = _parse(sys.argv[1:] if arguments is None else arguments, prog)
+    command = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, DESCRIPTION)
     try:
         status = command.run()
         sys.stdout.flush()
@@ -297,21 +300,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert"
         traceback.print_exc()
         return command.trouble
     return status
-
-
-def _parse(arguments: Sequence[str], prog: str) -> Command:
-    config = (tyro.conf.FlagCreatePairsOff,)
-    if arguments and arguments[0] in COMMANDS:
-        # By itself, so that complaints name the subcommand's help and not that of the program.
-        name, *options = arguments
-        return tyro.cli(COMMANDS[name], prog=f"{prog} {name}", args=options, config=config)
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog=prog,
-        description="GLM-4.1V checkpoints: Hugging Face safetensors <-> Orbax, at any size, with nothing lost.",
-        args=arguments,
-        config=config,
-    )
 
 
 def _interrupted(target: Path) -> str:

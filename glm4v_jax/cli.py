@@ -10,12 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
-import tyro
-
 from glm4v_jax import __version__
 from glm4v_jax.commands.cache import Cache
 from glm4v_jax.commands.chat import Chat
-from glm4v_jax.commands.console import one_line
+from glm4v_jax.commands.console import one_line, parse
 from glm4v_jax.commands.describe import Describe
 from glm4v_jax.commands.generate import Generate
 from glm4v_jax.commands.inspect import Inspect
@@ -43,6 +41,12 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "inspect": Inspect,
     "cache": Cache,
 }
+
+
+DESCRIPTION = (
+    "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, and "
+    "`glm4v --version` prints the version."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +96,7 @@ def _run(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0
-    command = _parse(arguments)
+    command = parse(COMMANDS, arguments, "glm4v", DESCRIPTION)
     try:
         command.run()
     except BrokenPipeError:
@@ -105,21 +109,3 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
-
-
-def _parse(arguments: Sequence[str]) -> Command:
-    config = (tyro.conf.FlagCreatePairsOff,)
-    if arguments and arguments[0] in COMMANDS:
-        # By itself, so that complaints name the subcommand's help and not that of the program.
-        name, *options = arguments
-        return tyro.cli(COMMANDS[name], prog=f"glm4v {name}", args=options, config=config)
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="glm4v",
-        description=(
-            "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, and "
-            "`glm4v --version` prints the version."
-        ),
-        args=arguments,
-        config=config,
-    )

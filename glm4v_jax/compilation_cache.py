@@ -1,6 +1,6 @@
 """Compiled programs kept from one process to the next; what is kept, and how long compiling took.
 
-Nothing here happens by import: the command line and the engine's warm-up ask for it.
+Nothing here happens by import: the command line and `Engine.from_pretrained` ask for it.
 """
 
 import contextlib

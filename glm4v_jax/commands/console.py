@@ -7,12 +7,15 @@ import os
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import rich.console
+import tyro
 
 from glm4v_jax.errors import CheckpointError, MediaError, MessageError
+
+C = TypeVar("C")
 
 ADDRESSES = ("http://", "https://", "file://", "data:")
 """How what is no path begins."""
@@ -170,3 +173,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def parse(commands: Mapping[str, Callable[..., C]], arguments: Sequence[str], prog: str, description: str) -> C:
+    """The subcommand that the arguments ask for; exits with status 0 for help, and 2 for options that it has not."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    if arguments and arguments[0] in commands:
+        # By itself, so that complaints name the subcommand's help and not that of the program.
+        name, *options = arguments
+        return tyro.cli(commands[name], prog=f"{prog} {name}", args=options, config=config)
+    return tyro.extras.subcommand_cli_from_dict(
+        dict(commands), prog=prog, description=description, args=arguments, config=config
+    )

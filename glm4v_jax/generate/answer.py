@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
 from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.generate.pieces import Start
 from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.repetition import RepetitionGuard
-from glm4v_jax.generate.slots import Start
 from glm4v_jax.generate.text import StopStrings, TextStream
 from glm4v_jax.generate.thinking import ANSWER, END_THINK, ThinkingParser
 from glm4v_jax.inputs.tokenizer import Glm4vTokenizer

@@ -6,8 +6,9 @@ import numpy as np
 
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.generate.pieces import Start
 from glm4v_jax.generate.prompt import prompts_of
-from glm4v_jax.generate.slots import Slots, Start
+from glm4v_jax.generate.slots import Slots
 from glm4v_jax.inputs.packing import bucket
 from glm4v_jax.inputs.prepare import token_array
 from glm4v_jax.mesh import data_shards, use_mesh

@@ -60,8 +60,8 @@ class FeaturePool:
     def __call__(self, media: Sequence[Medium]) -> list[np.ndarray]:
         """Where the merged tokens of each medium are in `array`, int32 [n]; encodes those that are not there yet."""
         distinct = {medium.key: medium for medium in media}
-        missing = {key: medium for key, medium in distinct.items() if key not in self._places}
         with self.lock:
+            missing = {key: medium for key, medium in distinct.items() if key not in self._places}
             try:
                 if missing and not self._encode(missing, keep=distinct):
                     self.forget()
@@ -71,9 +71,9 @@ class FeaturePool:
             except BaseException:
                 self.forget()  # the array may have been given away already
                 raise
-        self.encoded += len(missing)
-        self.reused += len(media) - len(missing)
-        return [self._places[medium.key] for medium in media]
+            self.encoded += len(missing)
+            self.reused += len(media) - len(missing)
+            return [self._places[medium.key] for medium in media]
 
     def reserve(self, capacity: int) -> None:
         """Have room for at least `capacity` merged tokens; what is there is forgotten if it takes a new array."""

@@ -9,8 +9,9 @@ import numpy as np
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Delta, TokenLogprob
+from glm4v_jax.generate.pieces import Start
 from glm4v_jax.generate.programs import Chosen
-from glm4v_jax.generate.slots import MAX_STEPS, Slots, Start
+from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 # A stream makes as many tokens at a time as take about this long, in seconds: seen as writing, not as bursts.
 _STREAM_PERIOD = 0.05

@@ -47,7 +47,6 @@ class TextStream:
         added = backend.get_added_tokens_decoder()
         self._hidden = {index for index, token in added.items() if token.special and token.content not in TAGS}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._pieces: list[str] = []
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes the next ids and returns the text that has become certain.
@@ -55,23 +54,11 @@ class TextStream:
         Raises:
             Glm4vError: one of `ids` is negative.
         """
-        return self._show(self._decoder.decode(b"".join(self._bytes_of(int(index)) for index in ids)))
+        return self._decoder.decode(b"".join(self._bytes_of(int(index)) for index in ids))
 
     def finish(self) -> str:
         """Returns what is left, the bytes of an unfinished character as U+FFFD; the text ends here."""
-        return self._show(self._decoder.decode(b"", final=True))
-
-    @property
-    def text(self) -> str:
-        """All that `push` and `finish` have returned so far."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        return self._pieces[0] if self._pieces else ""
-
-    def _show(self, text: str) -> str:
-        if text:
-            self._pieces.append(text)
-        return text
+        return self._decoder.decode(b"", final=True)
 
     def _bytes_of(self, index: int) -> bytes:
         if index < 0:

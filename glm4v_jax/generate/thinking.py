@@ -221,11 +221,6 @@ def without_thoughts(text: str) -> str:
     return parser.answer_with_boxes() if parser.has_tags else text
 
 
-def open_thought(text: str) -> bool:
-    """Whether `</think>` has to be appended to `text` before an answer can follow; see `is_thought_open`."""
-    return _read(text).is_thought_open
-
-
 def is_well_formed(text: str) -> bool:
     """Whether `text` keeps to the format for which training rewarded the model (`check_answer_format`).
 

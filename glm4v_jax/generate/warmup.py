@@ -1,8 +1,8 @@
 """Compile ahead of the first request: every program that requests of given lengths and picture sizes will run.
 
-Pieces of prompts, caches, vision rows and pools have the shapes of small bucket sets (`inputs.packing`,
-`generate.slots`, `generate.features`). These functions list the buckets that a range of requests can reach, and run
-each program once, on zeros.
+Pieces of prompts, caches, vision rows and pools have the shapes of small bucket sets (`inputs.packing`, and `pieces`,
+`slots` and `features` beside this). These functions list the buckets that a range of requests can reach, and run each
+program once, on zeros.
 """
 
 import time
@@ -20,8 +20,9 @@ from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.features import GROWTH, FeaturePool, pool_capacity
+from glm4v_jax.generate.pieces import MAX_PIECE, Start, piece_length
 from glm4v_jax.generate.prompt import Prompt
-from glm4v_jax.generate.slots import MAX_PIECE, MIN_CAPACITY, Slots, Start, piece_length
+from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
 from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.inputs.prepare import MIN_LENGTH
 from glm4v_jax.mesh import data_shards, use_mesh

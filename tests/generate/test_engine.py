@@ -104,7 +104,7 @@ def test_a_long_prompt_in_pieces(engine, monkeypatch, their_tiny):
     whole = engine.generate(inputs, max_new_tokens=24, **GREEDY)
     assert list(whole.tokens) == their_tokens(their_tiny, inputs, 24)
     for size in (32, 64):
-        monkeypatch.setattr("glm4v_jax.generate.slots.MAX_PIECE", size)
+        monkeypatch.setattr("glm4v_jax.generate.pieces.MAX_PIECE", size)
         assert engine.generate(inputs, max_new_tokens=24, **GREEDY).tokens == whole.tokens
         (found,) = engine.generate_many([inputs], max_new_tokens=24, **GREEDY)
         assert found.tokens == whole.tokens

@@ -9,23 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_released import GENERATION_CONFIG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4v_jax.errors import CheckpointError, GenerationError
 from glm4v_jax.generate.config import GenerationConfig, SamplingParams
-
-# generation_config.json of the released GLM-4.1V-9B-Thinking.
-RELEASED = {
-    "_from_model_config": True,
-    "do_sample": True,
-    "eos_token_id": [151329, 151336, 151338, 151348],
-    "pad_token_id": 151329,
-    "top_p": 0.6,
-    "temperature": 0.8,
-    "top_k": 2,
-    "transformers_version": "4.57.1",
-}
 
 
 def _directory(path: Path, **files) -> Path:
@@ -57,7 +46,7 @@ def _assert_equal_to_reference(ours, reference):
 
 class TestFiles:
     def test_released_checkpoint(self, tmp_path):
-        config = GenerationConfig.from_pretrained(_directory(tmp_path, generation_config=RELEASED))
+        config = GenerationConfig.from_pretrained(_directory(tmp_path, generation_config=GENERATION_CONFIG))
         assert config == GenerationConfig(
             do_sample=True,
             eos_token_id=(151329, 151336, 151338, 151348),
@@ -70,7 +59,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         "options",
         [
-            RELEASED,
+            GENERATION_CONFIG,
             {},
             {"do_sample": True},
             {"eos_token_id": 7, "max_length": 20},
@@ -243,18 +232,18 @@ class TestChecks:
 
 class TestReplace:
     def test_none_means_not_given(self):
-        config = GenerationConfig.from_dict(RELEASED)
+        config = GenerationConfig.from_dict(GENERATION_CONFIG)
         assert config.replace(temperature=None, max_new_tokens=None, eos_token_id=None) == config
         changed = config.replace(temperature=0.3, do_sample=None, max_new_tokens=9)
         assert (changed.temperature, changed.do_sample, changed.max_new_tokens) == (0.3, True, 9)
         assert config.temperature == 0.8
 
     def test_a_released_checkpoint_can_be_made_greedy(self):
-        assert not GenerationConfig.from_dict(RELEASED).replace(do_sample=False, temperature=0).do_sample
+        assert not GenerationConfig.from_dict(GENERATION_CONFIG).replace(do_sample=False, temperature=0).do_sample
 
     @pytest.mark.parametrize("nothing", [-1, [-1], [], ()])
     def test_an_end_id_of_minus_one_never_stops(self, nothing):
-        config = GenerationConfig.from_dict(RELEASED).replace(eos_token_id=nothing)
+        config = GenerationConfig.from_dict(GENERATION_CONFIG).replace(eos_token_id=nothing)
         assert config.eos_token_id == ()
         assert config.padding_id == 151329
 

@@ -4,28 +4,17 @@ import dataclasses
 import json
 
 import pytest
+from helpers_released import GENERATION_CONFIG
 from helpers_transformers import import_transformers
 
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.presets import PRESETS, preset
 
-# generation_config.json of the released GLM-4.1V-9B-Thinking.
-RELEASED = {
-    "_from_model_config": True,
-    "do_sample": True,
-    "eos_token_id": [151329, 151336, 151338, 151348],
-    "pad_token_id": 151329,
-    "top_p": 0.6,
-    "temperature": 0.8,
-    "top_k": 2,
-    "transformers_version": "4.57.1",
-}
-
 
 @pytest.fixture
 def released(tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps(RELEASED))
+    (tmp_path / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
     return GenerationConfig.from_pretrained(tmp_path)
 
 
@@ -73,7 +62,7 @@ def test_bench_forces_an_answer(released):
 def test_no_temperature_is_temperature_one_in_the_reference():
     """What the preset `gradio` says of the script's `temperature=None`."""
     generation = import_transformers().generation
-    theirs = generation.GenerationConfig(**RELEASED)
+    theirs = generation.GenerationConfig(**GENERATION_CONFIG)
     theirs.update(temperature=None)
     processors = generation.GenerationMixin()._get_logits_processor(theirs, input_ids_seq_length=1)
     names = [type(processor).__name__ for processor in processors]

@@ -1,7 +1,6 @@
 """Streams of text: whole characters, the same text for every split, and stop strings across any border."""
 
 import random
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,7 +63,7 @@ class TestTextStream:
         cuts = data.draw(st.lists(st.integers(0, 60), max_size=10))
         stream = TextStream(boxed_tokenizer)
         pieces = _pieces(stream, ids, cuts)
-        assert "".join(pieces) == stream.text == _shown(boxed_tokenizer, ids)
+        assert "".join(pieces) == _shown(boxed_tokenizer, ids)
 
     def test_many_random_ids(self, boxed_tokenizer):
         draw = random.Random(0)
@@ -95,20 +94,14 @@ class TestTextStream:
         assert stream.push(ids[-1:]) == "🐈"
         assert stream.push(ids[:-1]) == ""
         assert stream.finish() == "\ufffd"
-        assert stream.text == "🐈\ufffd"
 
-    def test_cost_is_linear(self, tokenizer):
+    def test_no_more_than_a_character_is_held_back(self, tokenizer):
         """A window method decodes a run of continuation bytes again and again."""
         broken = tokenizer.encode("🐈")[1]
-        times = []
-        for count in (5_000, 40_000):
-            stream = TextStream(tokenizer)
-            start = time.process_time()
-            for _ in range(count):
-                stream.push([broken])
-            times.append(time.process_time() - start)
-            assert stream.text + stream.finish() == "\ufffd" * count
-        assert times[1] < 8 * 4 * times[0]
+        stream = TextStream(tokenizer)
+        shown = "".join(stream.push([broken]) for _ in range(5_000))
+        held, _ = stream._decoder.getstate()
+        assert len(held) < 4 and shown + stream.finish() == "\ufffd" * 5_000
 
     def test_errors(self, tokenizer):
         with pytest.raises(Glm4vError, match="found -100; expected integers"):

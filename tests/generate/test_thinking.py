@@ -20,7 +20,6 @@ from glm4v_jax.generate.thinking import (
     Part,
     ThinkingParser,
     is_well_formed,
-    open_thought,
     parse,
     without_thoughts,
 )
@@ -156,7 +155,7 @@ class TestStream:
         for pieces, other in (_stream(text, cuts), _stream(text, range(len(text)))):
             assert _merged(pieces) == _merged(whole)
             assert other.parsed() == parser.parsed() == parse(text)
-            assert other.is_thought_open == parser.is_thought_open == open_thought(text)
+            assert other.is_thought_open == parser.is_thought_open
 
     @given(TEXTS)
     def test_parts_are_the_text_without_tags(self, text):
@@ -238,8 +237,10 @@ class TestHistory:
         ("<think>t</think><answer>a</answer><think>again", True),
     ],
 )
-def test_open_thought(text, expected):
-    assert open_thought(text) is expected
+def test_a_thought_is_open(text, expected):
+    parser = ThinkingParser()
+    parser.push(text)
+    assert parser.is_thought_open is expected
 
 
 @pytest.mark.parametrize(

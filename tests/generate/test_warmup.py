@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.slots import MIN_CAPACITY, piece_length
+from glm4v_jax.generate.pieces import piece_length
+from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.generate.warmup import buckets, prompt_shapes, row_shapes, warmup
 from glm4v_jax.inputs.packing import bucket, choose_shape
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_jax.generate.config import GenerationConfig
+from glm4v_jax.generate.pieces import MAX_PIECE, Start, piece_of, stretches
 from glm4v_jax.generate.prompt import Prompt
-from glm4v_jax.generate.slots import MAX_PIECE, MIN_CAPACITY, Start, piece_of, stretches
+from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.inputs.packing import bucket
 
 
