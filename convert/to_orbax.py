@@ -1,6 +1,5 @@
 """Either format -> an Orbax checkpoint, group by group, straight to the sharding of a mesh."""
 
-import gc
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from convert import memory
 from convert.casts import check_cast
 from convert.hashes import Hashes, hashing
 from convert.reading import Reader, metadata_of
@@ -115,10 +115,7 @@ def to_orbax(
                 if large:
                     writer.wait()
                 del arrays
-                if large:
-                    # JAX lets go of memory that it has taken over from NumPy when Python collects garbage, or when it
-                    # makes its next array: on a CPU that is after the next leaf has been read.
-                    gc.collect(0)
+                memory.release()
                 done += sum(leaves.infos[path].nbytes for path in group)
                 if progress is not None:
                     progress(done, total)
