@@ -16,6 +16,7 @@ from bench import report
 
 # (program, its numbers, slice, mesh). Pictures of 4K have 24,576 patches, small ones 256.
 LATENCY = {4: dict(kv=2, q=2), 8: dict(kv=2, q=4), 16: dict(kv=2, q=8)}
+LONG = {4: dict(kv=2, seq=2), 8: dict(kv=2, seq=4)}
 CHIPS = {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v6e:2x2": 4, "v6e:2x4": 8, "v5p:2x2x2": 8}
 CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
     *(("decode", (8, 4096), slice_, LATENCY[chips]) for slice_, chips in CHIPS.items()),
@@ -24,6 +25,8 @@ CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
     ("decode", (64, 4096), "v5e:2x4", LATENCY[8]),
     ("decode", (64, 4096), "v5e:4x4", dict(data=2, kv=2, q=4)),
     ("decode", (8, 65536), "v5e:2x2", LATENCY[4]),
+    ("decode", (8, 65536), "v5e:2x2", LONG[4]),
+    ("decode", (8, 65536), "v5e:2x4", LONG[8]),
     ("decode", (8, 65536), "v6e:2x4", LATENCY[8]),
     ("decode", (8, 4096), "v6e:1x1", {}),
     ("prefill", (1, 8192, 8192), "v5e:2x2", LATENCY[4]),
@@ -33,6 +36,7 @@ CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
     ("prefill", (1, 1024, 65536), "v5e:2x2", LATENCY[4]),
     ("prefill", (1, 65536, 65536), "v5e:2x2", LATENCY[4]),
     ("prefill", (1, 65536, 65536), "v5e:2x4", LATENCY[8]),
+    ("prefill", (1, 1024, 65536), "v5e:2x4", LONG[8]),
     ("encode", (1, 24576, 24576), "v5e:2x2", LATENCY[4]),
     ("encode", (2, 8192, 256), "v5e:2x4", dict(data=2, kv=2, q=2)),
     ("encode", (2, 8192, 256), "v6e:2x4", dict(data=2, kv=2, q=2)),

@@ -19,7 +19,10 @@ import tyro
 
 from convert.progress import gigabytes, shown
 from glm4v_jax.commands.console import one_line, parse
+from glm4v_jax.commands.distributed import DistributedOptions, joined
+from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import Glm4vError
+from glm4v_jax.mesh_presets import check_text, mesh_for, sizes_for
 
 if TYPE_CHECKING:
     from convert.inspect import Inspection
@@ -77,7 +80,7 @@ class _Writing(_Options):
 
 
 @dataclasses.dataclass(kw_only=True)
-class ToOrbax(_Writing):
+class ToOrbax(_Writing, DistributedOptions):
     """Convert safetensors to an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
 
     Streams: host memory holds a few tensors. Configuration, tokenizer and processor files travel along.
@@ -92,8 +95,9 @@ class ToOrbax(_Writing):
     dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: as they are)")] = None
     """Cast the weights."""
 
-    mesh: Annotated[str | None, tyro.conf.arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
-    """How the devices of this machine, or of all processes, share the work, as fsdp=4,kv=2."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="PRESET|AXES", help_behavior_hint="(default: one device)")] = None
+    """How the devices of this machine, or of all processes, share the work: axes as fsdp=4,kv=2, or a preset of
+    `glm4v mesh`."""
 
     no_hash: bool = False
     """Do not note the SHA-256 of the source's files in the checkpoint."""
@@ -105,10 +109,15 @@ class ToOrbax(_Writing):
 
     def run(self) -> int:
         """Converts and prints a summary."""
-        from convert.inspect import parse_mesh
         from convert.to_orbax import to_orbax
 
-        mesh = None if self.mesh is None else _mesh(parse_mesh(self.mesh))
+        mesh = None
+        if self.mesh is not None:
+            from glm4v_jax.distributed import check_devices
+
+            check_text(self.mesh)
+            mesh = mesh_for(self.mesh, Glm4vConfig.from_pretrained(self.source))
+            check_devices(mesh)
         with shown("to Orbax") as progress:
             summary = to_orbax(
                 self.source, self.target, dtype=self.dtype, mesh=mesh, overwrite=self.overwrite, dry_run=self.dry_run,
@@ -197,14 +206,15 @@ class Inspect(_Options):
     source: Source
     """A checkpoint."""
 
-    mesh: Annotated[str, tyro.conf.arg(metavar="AXES")] = "data=1,fsdp=1,kv=1,q=1"
-    """Devices along the axes, as data=1,fsdp=4,kv=2,q=1: what does one of them hold?"""
+    mesh: Annotated[str, tyro.conf.arg(metavar="PRESET|AXES")] = "data=1,fsdp=1,kv=1,q=1,seq=1"
+    """Devices along the axes, as fsdp=4,kv=2, or a preset for so many, as latency:8: what does one of them hold?"""
 
     def run(self) -> int:
         """Reads the headers and prints tables."""
-        from convert.inspect import inspect, parse_mesh
+        from convert.inspect import inspect
 
-        inspection = inspect(self.source, parse_mesh(self.mesh))
+        check_text(self.mesh)
+        inspection = inspect(self.source, sizes_for(self.mesh, Glm4vConfig.from_pretrained(self.source)))
         if self.as_json:
             print(json.dumps(inspection.to_dict()))
         else:
@@ -278,7 +288,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert"
     """
     command = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, DESCRIPTION)
     try:
-        status = command.run()
+        with joined(command, "convert", command.trouble):
+            status = command.run()
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
@@ -310,12 +321,6 @@ def _interrupted(target: Path) -> str:
     if left is None:
         return "convert: interrupted; what was written has been removed, the source is as it was"
     return f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was"
-
-
-def _mesh(sizes: dict[str, int]) -> Any:
-    from glm4v_jax.mesh import make_mesh
-
-    return make_mesh(sizes["data"], sizes["fsdp"], sizes["kv"], sizes["q"])
 
 
 def _tell(summary: "Summary", as_json: bool) -> None:

@@ -48,7 +48,7 @@ class Chip:
 CHIPS = {"v5e": Chip(16, 819, 197), "v6e": Chip(32, 1640, 918), "v5p": Chip(95, 2765, 459)}
 
 
-def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1) -> Mesh:
+def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
     """A mesh of the chips of a slice such as "v5e:2x4", none of which is here.
 
     Raises:
@@ -63,10 +63,11 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     if math.prod(int(side) for side in layout.split("x")) == 1:
         options = dict(chips_per_host_bounds=(1, 1, 1), num_slices=1)
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    if len(found) != data * fsdp * kv * q:
-        needed = f"data={data} fsdp={fsdp} kv={kv} q={q}"
+    sizes = (data, fsdp, kv, q, seq)
+    if len(found) != math.prod(sizes):
+        needed = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(f"topology: {topology} has {len(found)} chips; expected as many as a mesh of {needed} needs")
-    return Mesh(np.array(found).reshape(data, fsdp, kv, q), AXES, axis_types=(AxisType.Explicit,) * 4)
+    return Mesh(np.array(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def abstract_model(config: Glm4vConfig, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Glm4v:

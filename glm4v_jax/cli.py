@@ -15,8 +15,10 @@ from glm4v_jax.commands.cache import Cache
 from glm4v_jax.commands.chat import Chat
 from glm4v_jax.commands.console import one_line, parse
 from glm4v_jax.commands.describe import Describe
+from glm4v_jax.commands.distributed import joined
 from glm4v_jax.commands.generate import Generate
 from glm4v_jax.commands.inspect import Inspect
+from glm4v_jax.commands.mesh import Mesh
 from glm4v_jax.errors import Glm4vError
 
 INTERRUPTED = 130
@@ -39,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "chat": Chat,
     "describe": Describe,
     "inspect": Inspect,
+    "mesh": Mesh,
     "cache": Cache,
 }
 
@@ -98,7 +101,8 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     command = parse(COMMANDS, arguments, "glm4v", DESCRIPTION)
     try:
-        command.run()
+        with joined(command, "glm4v"):
+            command.run()
     except BrokenPipeError:
         raise
     except (Glm4vError, OSError) as error:

@@ -1,7 +1,7 @@
 """The GLM-4 decoder: four norms a layer, grouped-query attention with M-RoPE, and a gated MLP."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax import mesh, rope
 from glm4v_jax.attention import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
-from glm4v_jax.cache import KVCache, place, write_layers, write_slots
+from glm4v_jax.cache import KVCache, write_layer, write_layers, write_segments
 from glm4v_jax.config import Glm4vTextConfig
 from glm4v_jax.layers import Layers
-from glm4v_jax.nn import Embed, GatedMlp, Init, Linear, RMSNorm
+from glm4v_jax.nn import Embed, GatedMlp, Init, Linear, RMSNorm, whole
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+NewKeys = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
+"""Keys and values of the tokens of a call, rotated, heads first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,28 @@ class Recorded(NamedTuple):
 
     hidden_states: Float[Array, "N B T D"] | None
     attentions: Float[Array, "N B K G T S"] | None
+
+
+class Past(NamedTuple):
+    """A layer's cache.
+
+    k, v: [B, K, S, H].
+    held: int32 [B, S], 0 for slots that do not count.
+    length: int32 [B], the slot that each row's new tokens come to.
+    """
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+    held: Int[Array, "B S"]
+    length: Int[Array, " B"]
+
+    def written(self, new: NewKeys, segments: Int[Array, "B T"]) -> tuple[Array, Array, Mask]:
+        """Keys and values [B, S, K, H] with the new ones in their slots, whole on every device, and who sees whom."""
+        sides = []
+        for side, fresh in zip((self.k, self.v), new, strict=True):
+            layer = write_layers((side,), fresh[None], self.length)[0]
+            sides.append(jnp.moveaxis(mesh.reshard(layer, "batch", "kv_heads", None, None), 1, 2))
+        return sides[0], sides[1], Mask(segments, write_segments(self.held, segments, self.length), self.length)
 
 
 class TextAttention(nnx.Module):
@@ -87,57 +111,40 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cos_sin: CosSin,
-        mask: Mask,
-        kv: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]] | None = None,
+        segments: Int[Array, "B T"],
+        past: Past | None = None,
         dropout_key: Array | None = None,
         keep_weights: bool = False,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None, Float[Array, "B K G T S"] | None]:
+    ) -> tuple[Float[Array, "B T D"], NewKeys, Float[Array, "B K G T S"] | None]:
         """One layer.
 
         Args:
-          x: the residual stream.
+          x: the residual stream, whose tokens may be split.
           cos_sin: of the tokens' M-RoPE positions.
-          mask: who sees whom; its keys are the cache's slots, or the T tokens where there is no cache.
-          kv: this layer's cache, written from slot `mask.q_start` on.
+          segments: of the tokens.
+          past: what this layer's cache holds; it is only read.
           dropout_key: turns attention dropout on, for training.
-          keep_weights: return the attention weights.
+          keep_weights: return the attention weights, of the cache's slots as they will be, or of the T tokens.
 
         Returns:
-          The residual stream, the cache as written, the attention weights.
+          The residual stream, the tokens' keys and values, the attention weights.
         """
-        q, k, v = self.self_attn.project(self.input_layernorm(x), cos_sin)
-        if kv is not None:
-            new_k, new_v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-            kv = write_slots(kv[0], new_k, mask.q_start, axis=2), write_slots(kv[1], new_v, mask.q_start, axis=2)
-            k, v = (jnp.moveaxis(side, 1, 2) for side in kv)
+        length = mesh.spec_of(x)[1]
+        q, k, v = self.self_attn.project(whole(self.input_layernorm(x)), cos_sin)
+        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         dropout = Dropout(dropout_key, self.self_attn.dropout_rate) if dropout_key is not None else None
         weights = None
-        if keep_weights:
+        if past is not None and (keep_weights or dropout is not None):
+            k, v, mask = past.written(new, segments)
             out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
+        elif past is not None:
+            out = attend_cached(q, (past.k, past.v), new, segments, past.held)
+        elif keep_weights:
+            out, weights = attend_with_weights(q, k, v, Mask(segments, segments), causal=True, dropout=dropout)
         else:
-            out = attend(q, k, v, mask, causal=True, dropout=dropout)
-        return self._rest(x, out), kv, weights
-
-    def look(
-        self,
-        x: Float[Array, "B T D"],
-        cos_sin: CosSin,
-        mask: Mask,
-        cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]]:
-        """The layer for a few tokens that are not in the cache yet, which is only read.
-
-        Returns:
-          The residual stream, and the keys and values to write.
-        """
-        q, k, v = self.self_attn.project(self.input_layernorm(x), cos_sin)
-        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-        return self._rest(x, attend_cached(q, cached, new, mask)), new
-
-    def _rest(self, x: Float[Array, "B T D"], out: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
-        """What comes after attention."""
-        x = x + self.post_self_attn_layernorm(self.self_attn.o_proj(out))
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+            out = attend(q, k, v, Mask(segments, segments), causal=True, dropout=dropout)
+        x = x + self.post_self_attn_layernorm(self.self_attn.o_proj(out, length))
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))), new, weights
 
 
 class TextDecoder(nnx.Module):
@@ -172,44 +179,49 @@ class TextDecoder(nnx.Module):
           remat: keep only the layers' inputs for the backward pass.
 
         Returns:
-          Hidden states after the last norm, the cache as written, and what was recorded.
+          Hidden states after the last norm, the cache as written, and what was recorded. The tokens of hidden states
+          may be split over the tensor axis; `nn.whole` puts them together.
         """
         position_ids = mesh.reshard(position_ids, None, "batch", "length")
         segment_ids = mesh.reshard(segment_ids, "batch", "length")
         cos_sin = rope.mrope_cos_sin(position_ids, self.config)
-        if cache is None:
-            mask = Mask(segment_ids, segment_ids, segment_ids[:, 0] * 0)
-        else:
-            segments = write_slots(cache.segments, segment_ids, cache.length)
-            mask = Mask(segment_ids, segments, cache.length)
+        x = inputs_embeds
+        if x.shape[1] > FEW_QUERIES and x.shape[1] % mesh.shards("tokens") == 0:
+            x = mesh.reshard(x, "batch", "tokens", None)
+        # A few tokens are written after the last layer, in all layers at once: a loop that only reads a cache leaves it
+        # where it is.
+        late = segment_ids.shape[1] <= FEW_QUERIES
+        held = None if cache is None else jnp.where(_slots(cache) < cache.length[:, None], cache.segments, 0)
 
-        if cache is not None and inputs_embeds.shape[1] <= FEW_QUERIES and record == NOTHING and dropout_key is None:
-            return self._look(inputs_embeds, cos_sin, mask, cache)
+        def past(index: Array | int, sides: Any) -> Past | None:
+            if cache is None or held is None:
+                return None
+            k, v = (cache.k, cache.v) if late else sides
+            return Past(k[index], v[index], held, cache.length)
 
-        def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, Recorded]:
-            x, k, v = carry
+        def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, tuple]:
+            x, sides = carry
             key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
-            kv = None if k is None else (k[index], v[index])
-            y, kv, weights = layer(x, cos_sin, mask, kv, key, record.attentions)
-            if kv is not None:
-                k, v = place(kv[0], index, k), place(kv[1], index, v)
-            return (y, k, v), Recorded(x if record.hidden_states else None, weights)
+            y, new, weights = layer(x, cos_sin, segment_ids, past(index, sides), key, record.attentions)
+            if sides is not None and cache is not None:
+                sides = tuple(write_layer(side, index, one, cache.length) for side, one in zip(sides, new, strict=True))
+            recorded = Recorded(x if record.hidden_states else None, weights)
+            return (y, sides), (new if late and cache is not None else None, recorded)
 
-        sides = (None, None) if cache is None else (cache.k, cache.v)
-        (x, k, v), recorded = self.layers.run(step, (inputs_embeds, *sides), remat=remat)
+        sides: Any = None if cache is None or late else (cache.k, cache.v)
+        (x, sides), (new, recorded) = self.layers.run(step, (x, sides), remat=remat)
         if cache is not None:
+            if late:
+                # In this order, or XLA keeps the cache as it was for whoever reads it last.
+                x, new = jax.lax.optimization_barrier((x, new))
+                sides = tuple(
+                    write_layers(side, one, cache.length) for side, one in zip((cache.k, cache.v), new, strict=True)
+                )
+            segments = write_segments(cache.segments, segment_ids, cache.length)
+            k, v = sides
             cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
         return self.norm(x), cache, recorded
 
-    def _look(
-        self, x: Float[Array, "B T D"], cos_sin: CosSin, mask: Mask, cache: KVCache
-    ) -> tuple[Float[Array, "B T D"], KVCache, Recorded]:
-        """The stack for a few tokens: all layers read the cache, and it is written once after the last of them."""
 
-        def step(layer: DecoderLayer, index: Array | int, x: Array) -> tuple[Array, tuple[Array, Array]]:
-            return layer.look(x, cos_sin, mask, (cache.k[index], cache.v[index]))
-
-        x, new = self.layers.run(step, x)
-        # In this order, or XLA keeps the cache as it was for whoever reads it last.
-        x, new = jax.lax.optimization_barrier((x, new))
-        return self.norm(x), write_layers(cache, new, mask.kv_segments), Recorded(None, None)
+def _slots(cache: KVCache) -> Int[Array, "1 S"]:
+    return mesh.reshard(jnp.arange(cache.capacity)[None], None, None)

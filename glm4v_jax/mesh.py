@@ -1,9 +1,11 @@
 """The device mesh, and the one table from logical axis names to mesh axes.
 
 Every array of the model carries logical axis names ("embed", "kv_heads", ...). `RULES` maps them to the mesh axes
-`data, fsdp, kv, q`, and nothing else in the package names a mesh axis. The tensor axis is split in two because the 9B
-has only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every
-step.
+`data, fsdp, kv, q, seq`, and nothing else in the package names a mesh axis. The tensor axis is split because the 9B has
+only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every step.
+Weights and query heads are split alike over `q` and `seq`. Along `q` the devices hold the same keys and values; along
+`seq` each holds some of a cache's slots, which is for long contexts: less of the cache to hold and to read, for two
+more small collectives a layer.
 
 A mesh of one device is the default, so there is a single code path: more devices add a mesh, not a branch.
 """
@@ -17,21 +19,26 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from glm4v_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "kv", "q")
+AXES = ("data", "fsdp", "kv", "q", "seq")
 
-TENSOR = ("kv", "q")
+TENSOR = ("kv", "q", "seq")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
     # activations
     "batch": ("data", "fsdp"),
     "rows": ("data", "fsdp"),
     "length": None,
+    # Where work on tokens is the same on all devices of the tensor axis, they share it: the residual stream between
+    # the blocks, and in the ViT, whose heads take but a part of that axis, attention too.
+    "tokens": TENSOR,
+    "patches": ("q", "seq"),
+    "slots": "seq",
     # parameters, and the activations that follow them
     "layers": None,
     "embed": "fsdp",
     "vocab": TENSOR,
     "kv_heads": "kv",
-    "q_groups": "q",
+    "q_groups": ("q", "seq"),
     # The ViT's heads, 12 in the 9B, divide by no more than kv; its MLPs, most of its work, take the whole tensor axis.
     "heads": "kv",
     "head_dim": None,
@@ -40,18 +47,26 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, *, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    kv: int = 1,
+    q: int = 1,
+    seq: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of `data x fsdp x kv x q` devices with explicit axis types.
+    """A mesh of `data x fsdp x kv x q x seq` devices with explicit axis types.
 
     Raises:
       ConfigError: there are fewer devices than that.
     """
-    needed = data * fsdp * kv * q
+    sizes = (data, fsdp, kv, q, seq)
+    needed = math.prod(sizes)
     devices = list(devices) if devices is not None else jax.devices()
     if len(devices) < needed:
-        raise ConfigError(f"mesh data={data} fsdp={fsdp} kv={kv} q={q} needs {needed} devices, found {len(devices)}")
-    return jax.make_mesh((data, fsdp, kv, q), AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:needed])
+        named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
+        raise ConfigError(f"mesh {named} needs {needed} devices, found {len(devices)}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices[:needed])
 
 
 @contextlib.contextmanager
@@ -74,6 +89,23 @@ def gathered(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in axes))
 
 
+def shards(axis: str) -> int:
+    """In how many shards the current mesh splits a dimension of this logical name."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in names_of(RULES[axis]))
+
+
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a partition."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def spec_of(x: jax.Array) -> PartitionSpec:
+    """An array's partition, with an entry for every dimension."""
+    entries = tuple(jax.typeof(x).sharding.spec)
+    return PartitionSpec(*entries, *(None,) * (x.ndim - len(entries)))
+
+
 def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
     """Check that a parameter of this shape can be kept in the partition of its logical axes.
 
@@ -82,16 +114,21 @@ def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     for size, axis in zip(shape, axes, strict=True):
-        rule = RULES[axis]
-        names = rule if isinstance(rule, tuple) else () if rule is None else (rule,)
-        shards = math.prod(sizes[name] for name in names)
-        if size % shards:
-            raise ConfigError(f"{axis} of {size} does not divide by mesh axes {' x '.join(names)} of {shards} devices")
+        names = names_of(RULES[axis])
+        count = math.prod(sizes[name] for name in names)
+        if size % count:
+            raise ConfigError(f"{axis} of {size} does not divide by mesh axes {' x '.join(names)} of {count} devices")
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Move `x` to the partition of these logical names."""
     return jax.sharding.reshard(x, spec(*axes))
+
+
+def platform() -> str:
+    """What the devices of the current mesh are, as JAX names it: "cpu", "tpu", "gpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def data_shards() -> int:

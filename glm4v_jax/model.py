@@ -17,7 +17,7 @@ from glm4v_jax.cache import KVCache
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.decoder import NOTHING, Record, Recorded, TextDecoder
 from glm4v_jax.layers import stack, unstack
-from glm4v_jax.nn import Init, Linear
+from glm4v_jax.nn import Init, Linear, whole
 from glm4v_jax.vision import VisionEncoder
 
 
@@ -125,7 +125,7 @@ class Glm4v(nnx.Module):
         hidden, _, _ = self.decode(
             embeds, batch.position_ids, batch.segment_ids, record=record, dropout_key=keys[1], remat=remat
         )
-        return hidden
+        return whole(hidden)
 
     def unstacked(self) -> "Glm4v":
         """The same model with one module a layer, as decoding on a CPU wants it; arrays are not shared."""

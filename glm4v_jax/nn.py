@@ -7,6 +7,7 @@ constructor therefore yields the abstract, sharded tree that checkpoints are rea
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,16 @@ class Init:
         return nnx.Param(mesh.reshard(jnp.full(shape, value, self.dtype), *axes))
 
 
+Length = str | tuple[str, ...] | EllipsisType | None
+"""Mesh axes that tokens are split over; `...` for "as they are"."""
+
+
+def whole(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
+    """`x` with all tokens of a row on each of its devices."""
+    rows, _, *rest = mesh.spec_of(x)
+    return jax.sharding.reshard(x, jax.P(rows, None, *rest))
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` over the last dimensions, with named input and output axes.
 
@@ -82,8 +93,12 @@ class Linear(nnx.Module):
         self.kernel = init.normal((*inputs.values(), *outputs.values()), (*inputs, *outputs))
         self.bias = init.constant(0.0, tuple(outputs.values()), self.out_axes) if bias else None
 
-    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """[B, T, *inputs] -> [B, T, *outputs]; the result's embedding axis is replicated, as activations are."""
+    def __call__(self, x: Float[Array, "B T ..."], length: Length = ...) -> Float[Array, "B T ..."]:
+        """[B, T, *inputs] -> [B, T, *outputs]; the result's embedding axis is replicated, as activations are.
+
+        Rows and tokens stay split as they are in `x`; `length` is for another partition of the tokens.
+        """
+        rows, own, *_ = mesh.spec_of(x)
         kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.in_axes, *self.out_axes))
         ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
         y = jnp.einsum(
@@ -91,7 +106,7 @@ class Linear(nnx.Module):
             x,
             kernel,
             precision=precision(x.dtype),
-            out_sharding=mesh.gathered("batch", "length", *self.out_axes),
+            out_sharding=jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes)),
         )
         if self.bias is not None:
             y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
@@ -156,9 +171,10 @@ class GatedMlp(nnx.Module):
         self.down = Linear({"mlp": hidden}, {"embed": dim}, init)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """[B, T, D] -> [B, T, D]."""
-        gate_up = self.gate_up(x)
-        return self.down(activation(self.act, gate_up[:, :, 0]) * gate_up[:, :, 1])
+        """[B, T, D] -> [B, T, D], the tokens split as they are in `x`."""
+        length = mesh.spec_of(x)[1]
+        gate_up = self.gate_up(whole(x))
+        return self.down(activation(self.act, gate_up[:, :, 0]) * gate_up[:, :, 1], length)
 
 
 def num_params(tree: object) -> int:

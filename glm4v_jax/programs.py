@@ -17,7 +17,7 @@ from glm4v_jax.batch import VisionRows
 from glm4v_jax.cache import KVCache
 from glm4v_jax.decoder import Record, Recorded, TextDecoder
 from glm4v_jax.model import embed_with_vision
-from glm4v_jax.nn import Linear
+from glm4v_jax.nn import Linear, whole
 from glm4v_jax.vision import VisionEncoder
 
 IGNORED_LABEL = -100
@@ -93,7 +93,10 @@ def forward(
     dropout_key: Array | None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
     """See `TextDecoder.__call__`; the cache is not donated, the caller may go on from it twice."""
-    return text.module(embeds, position_ids, segment_ids, cache, record=record, dropout_key=dropout_key)
+    hidden, cache, recorded = text.module(
+        embeds, position_ids, segment_ids, cache, record=record, dropout_key=dropout_key
+    )
+    return whole(hidden), cache, recorded
 
 
 @functools.partial(jax.jit, static_argnames="count")

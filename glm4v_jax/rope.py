@@ -21,11 +21,12 @@ def apply_interleaved(
     """Rotate the pairs (2i, 2i+1) of the first 2F of H dimensions (`apply_multimodal_rotary_pos_emb`; trap T11)."""
     rotary = 2 * cos.shape[-1]
     head_axes = tuple(range(2, x.ndim - 1))
-    cos, sin = jnp.expand_dims(cos, head_axes), jnp.expand_dims(sin, head_axes)
-    pairs = x[..., :rotary].astype(jnp.float32).reshape(*x.shape[:-1], rotary // 2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    rotated = rotated.reshape(*x.shape[:-1], rotary).astype(x.dtype)
+    cos, sin = (jnp.expand_dims(jnp.repeat(y, 2, axis=-1), head_axes) for y in (cos, sin))
+    turned = x[..., :rotary].astype(jnp.float32)
+    # Neighbours change places by shifts: an axis of length 2, the other way, is one that a TPU lays out anew.
+    is_even = jnp.arange(rotary) % 2 == 0
+    partner = jnp.where(is_even, -jnp.roll(turned, -1, axis=-1), jnp.roll(turned, 1, axis=-1))
+    rotated = (turned * cos + partner * sin).astype(x.dtype)
     return jnp.concatenate([rotated, x[..., rotary:]], axis=-1)
 
 

@@ -104,16 +104,18 @@ class VisionEncoder(nnx.Module):
           remat: keep only the blocks' inputs for the backward pass.
 
         Returns:
-          [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning.
+          [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning. Tokens may be split over the
+          tensor axis, as patches were.
         """
         config = self.config
-        rows = VisionRows(*(mesh.reshard(x, "rows", "length", *(None,) * (x.ndim - 2)) for x in rows))
+        patches = config.spatial_merge_size**2
+        length = "length" if rows.patches.shape[1] % (patches * mesh.shards("patches")) else "patches"
+        rows = VisionRows(*(mesh.reshard(x, "rows", length, *(None,) * (x.ndim - 2)) for x in rows))
         dtype = self.patch_embed.kernel[...].dtype
         x = self.post_conv_layernorm(self.patch_embed(rows.patches.astype(dtype)))
         x = x + self._positions(rows).astype(dtype)
         cos_sin = rope.vision_cos_sin(rows.coords, config.head_dim)
-        start = jnp.zeros_like(rows.segment_ids[:, 0])
-        mask = Mask(rows.segment_ids, rows.segment_ids, start)
+        mask = Mask(rows.segment_ids, rows.segment_ids)
 
         def step(block: VisionBlock, index: Array | int, x: Array) -> tuple[Array, None]:
             key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
@@ -121,9 +123,8 @@ class VisionEncoder(nnx.Module):
 
         x, _ = self.blocks.run(step, x, remat=remat)
         x = self.post_layernorm(x)
-        r, length, d = x.shape
-        patches = config.spatial_merge_size**2
-        blocks = x.reshape(r, length // patches, patches * d, out_sharding=mesh.spec("rows", "length", None))
+        r, n, d = x.shape
+        blocks = x.reshape(r, n // patches, patches * d, out_sharding=mesh.spec("rows", length, None))
         return self.merger(self.downsample(blocks))
 
     def _positions(self, rows: VisionRows) -> Float[Array, "R L D"]:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import assert_close
 
-from glm4v_jax import attention
+from glm4v_jax import attention, attention_blocks
 from glm4v_jax.attention import Dropout, Mask, attend, attend_with_weights
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -23,7 +23,7 @@ BATCH, HEAD_DIM = 2, 8
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16, 12 or 8: several of them, and padding to their multiples, in sizes that compile fast."""
-    monkeypatch.setattr(attention, "BLOCKS", (16, 12, 8))
+    monkeypatch.setattr(attention_blocks, "BLOCKS", (16, 12, 8))
 
 
 def random_qkv(seed, t, s, kv_heads=2, groups=3, dtype=np.float32):
@@ -96,7 +96,7 @@ def test_any_mask(seed, q_start, packed):
 @jax.jit
 def _any_mask(q, k, v, mask):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCKS", (16, 12, 8))
+        patch.setattr(attention_blocks, "BLOCKS", (16, 12, 8))
         return attend(q, k, v, mask, causal=True)
 
 
@@ -118,7 +118,7 @@ def test_few_queries_of_a_long_cache(t):
 
 def test_released_block_sizes():
     """1,100 tokens in blocks of 512, 384 or 256, whichever pads the least."""
-    assert [attention._block_size(n) for n in (5, 512, 513, 768, 1024, 1100, 1536)] == [5, 512, 384, 384, 512, 384, 512]
+    assert [attention_blocks._block_size(n) for n in (5, 512, 513, 768, 1024, 1100, 1536)] == [5, 512, 384, 384, 512, 384, 512]
     qkv, mask = random_qkv(5, 1100, 1100, 1, 1), random_mask(6, 1100, 1100)
     assert_close(blockwise()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=4e-6)
 
@@ -169,7 +169,7 @@ def keep_mask(key, rate, shape, t, s, block_q, block_k):
     """The kept probabilities of all blocks put together: [B, K, G, T, S], scaled by 1 / (1 - rate)."""
     rows = [
         np.concatenate(
-            [attention._keep(key, i, j, (*shape, block_q, block_k), rate) for j in range(-(-s // block_k))], -1
+            [attention_blocks.keep(key, i, j, (*shape, block_q, block_k), rate) for j in range(-(-s // block_k))], -1
         )
         for i in range(-(-t // block_q))
     ]
@@ -181,7 +181,7 @@ def test_dropout_drops_the_same_forward_and_backward(small_blocks):
     t = s = 40
     rate, key = 0.3, jax.random.key(5)
     qkv, mask = random_qkv(13, t, s), random_mask(14, t, s, packed=False)
-    block = attention._block_size(t)
+    block = attention_blocks._block_size(t)
     assert 40 % block == 0 and block < 40
     keep = keep_mask(key, rate, (BATCH, 2, 3), t, s, block, block)
     np.testing.assert_allclose(np.unique(keep), [0, 1 / 0.7], rtol=1e-6)
@@ -232,11 +232,11 @@ def test_unreachable_blocks_are_skipped():
     """What makes long rows of many pictures linear: only blocks on the diagonal can see each other."""
     segments = np.repeat([[1, 2, 3, 4]], 8, axis=1).astype(np.int32)
     mask = Mask(segments, segments, np.zeros(1, np.int32))
-    assert np.array_equal(attention._reachable(mask, (8, 8), causal=False), np.eye(4, dtype=bool))
+    assert np.array_equal(attention_blocks._reachable(mask, (8, 8), causal=False), np.eye(4, dtype=bool))
     ones = Mask(np.ones_like(segments), np.ones_like(segments), np.zeros(1, np.int32))
-    assert np.array_equal(attention._reachable(ones, (8, 8), causal=True), np.tril(np.ones((4, 4), bool)))
+    assert np.array_equal(attention_blocks._reachable(ones, (8, 8), causal=True), np.tril(np.ones((4, 4), bool)))
     late = ones._replace(q_start=np.full(1, 8, np.int32))
-    assert np.array_equal(attention._reachable(late, (8, 8), causal=True), np.tril(np.ones((4, 4), bool), 1))
+    assert np.array_equal(attention_blocks._reachable(late, (8, 8), causal=True), np.tril(np.ones((4, 4), bool), 1))
 
 
 def test_no_array_of_all_scores_is_made(small_blocks):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference import CONFIGS
 
-from glm4v_jax.cache import grow, init_cache, place, write_slots
+from glm4v_jax.cache import grow, init_cache, write_layer, write_layers, write_segments
 from glm4v_jax.config import Glm4vConfig
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -29,17 +29,30 @@ def test_size_of_the_released_models_cache():
     assert sum(side.size * side.dtype.itemsize for side in (cache.k, cache.v)) == 8 * 4096 * 40 * 1024
 
 
-def test_rows_are_written_at_their_own_slots():
-    buffer = jnp.zeros((2, 6, 3))
-    new = np.arange(1, 13, dtype=np.float64).reshape(2, 2, 3)
-    found = write_slots(buffer, jnp.asarray(new), jnp.array([1, 4]))
-    expected = np.zeros((2, 6, 3))
-    expected[0, 1:3], expected[1, 4:6] = new
-    assert np.array_equal(found, expected) and found.dtype == buffer.dtype
-    heads = write_slots(jnp.zeros((2, 3, 6)), jnp.moveaxis(jnp.asarray(new), 1, 2), jnp.array([1, 4]), axis=2)
-    assert np.array_equal(heads, np.moveaxis(expected, 1, 2))
-    segments = write_slots(jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 2), jnp.int32), jnp.array([0, 3]))
+def test_segments_are_written_at_their_own_slots():
+    segments = write_segments(jnp.zeros((2, 6), jnp.int32), jnp.ones((2, 2), jnp.int32), jnp.array([0, 3]))
     assert segments.tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("index", [0, 2])
+def test_rows_of_a_layer_are_written_at_their_own_slots(stacked, index):
+    side = init_cache(TEXT, 2, 7, jnp.bfloat16, stacked=stacked).k
+    new = np.arange(2 * 4 * 2 * 16, dtype=np.float32).reshape(2, 4, 2, 16)
+    found = jax.jit(lambda side: write_layer(side, index, jnp.asarray(new), jnp.array([1, 5])))(side)
+    expected = np.zeros((3, 2, 4, 7, 16), jnp.bfloat16)
+    expected[index, 0, :, 1:3], expected[index, 1, :, 5:7] = new
+    assert np.array_equal(np.stack(found), expected) and found[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_rows_of_all_layers_are_written_at_once(stacked):
+    side = init_cache(TEXT, 2, 7, jnp.float32, stacked=stacked).k
+    new = np.arange(3 * 2 * 4 * 16, dtype=np.float32).reshape(3, 2, 4, 1, 16)
+    found = jax.jit(lambda side: write_layers(side, jnp.asarray(new), jnp.array([6, 2])))(side)
+    expected = np.zeros((3, 2, 4, 7, 16), np.float32)
+    expected[:, 0, :, 6], expected[:, 1, :, 2] = new[:, 0, :, 0], new[:, 1, :, 0]
+    assert np.array_equal(np.stack(found), expected)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -52,12 +65,3 @@ def test_growing_keeps_the_content(stacked):
     assert larger.capacity == 9 and larger.is_stacked == stacked and larger.length.max() == 4
     assert k.shape == (3, 2, 4, 9, 16) and (k[..., :4, :] == 1).all() and not k[..., 4:, :].any()
     assert np.array_equal(larger.segments, np.repeat([[1] * 4 + [0] * 5], 2, axis=0))
-
-
-@pytest.mark.parametrize("index", [0, 2])
-def test_placing_a_layer(index):
-    layer = jnp.ones((2, 4, 4, 16))
-    whole = place(layer, index, jnp.zeros((3, 2, 4, 4, 16)))
-    each = place(layer, index, tuple(jnp.zeros((3, 2, 4, 4, 16))))
-    assert np.array_equal(whole, np.stack(each))
-    assert [bool(x.any()) for x in whole] == [i == index for i in range(3)]

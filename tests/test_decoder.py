@@ -56,8 +56,11 @@ def test_attention_and_layer_equal(ours, theirs, name):
     assert_close(layer.self_attn.o_proj(out), attended, real)
     found_weights = np.asarray(found_weights).reshape(B, -1, T, T)
     assert_close(found_weights.swapaxes(1, 2), weights.transpose(1, 2), real)
-    found, kv, kept = jax.jit(lambda layer, x: layer(x, cos_sin, mask))(layer, x)
-    assert kv is None and kept is None
+    found, new, kept = jax.jit(lambda layer, x: layer(x, cos_sin, jnp.asarray(segments)))(layer, x)
+    assert kept is None
+    _, *keys = layer.self_attn.project(layer.input_layernorm(jnp.asarray(x)), cos_sin)
+    for one, other in zip(new, keys, strict=True):
+        assert_close(one, np.moveaxis(np.asarray(other), 1, 2))
     assert_close(found, expected, real)
 
 

@@ -79,7 +79,7 @@ def test_block_and_its_attention_equal(ours, theirs, name):
     segments = np.repeat(np.arange(1, 3), grid.prod(axis=1))[None].astype(np.int32)
     coords = np.concatenate([merge_order(h, w, vision.spatial_merge_size) for _, h, w in grid])[None]
     cos_sin = rope.vision_cos_sin(jnp.asarray(coords), vision.head_dim)
-    mask = Mask(segments, segments, np.zeros(1, np.int32))
+    mask = Mask(segments, segments)
     for i in range(vision.depth):
         block = getattr(ours(name).visual.module.blocks, str(i))
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.commands.answers import AnswerFile
 from glm4v_jax.commands.console import is_same_file, quiet_ffmpeg, unsuspected_pictures
+from glm4v_jax.commands.distributed import OthersAnswers, answers_of_all
 from glm4v_jax.commands.progress import Progress
 from glm4v_jax.commands.rows import Row, is_remote
 from glm4v_jax.commands.screen import completion_fields
@@ -148,7 +150,10 @@ class Batch:
             if is_same_file(self._out, source):
                 raise GenerationError(f"--out {self._out}: is among what is asked about; expected another")
         keys = {row.name: self._key(row) for row in self._rows}
-        with AnswerFile(self._out, self._field, keys, restart=restart, keep_others=self._keep_others) as file:
+        open_file = functools.partial(
+            AnswerFile, self._out, self._field, keys, restart=restart, keep_others=self._keep_others
+        )
+        with answers_of_all(self._options, open_file, list(keys)) as file:
             pending = [row for row in self._rows if row.name not in file.done]
             earlier = len(self._rows) - len(pending)
             if not pending:
@@ -160,7 +165,7 @@ class Batch:
         print(summary, file=sys.stderr, flush=True)
         return summary
 
-    def _answer(self, pending: Sequence[Row], file: AnswerFile, processor: "Glm4vProcessor") -> Summary:
+    def _answer(self, pending: Sequence[Row], file: AnswerFile | OthersAnswers, processor: "Glm4vProcessor") -> Summary:
         engine = self._options.load(processor, self._num_slots)
         from glm4v_jax.compilation_cache import compile_times
         from glm4v_jax.generate.engine import Request

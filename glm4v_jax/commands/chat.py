@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from glm4v_jax.commands.console import one_line, silent_decoders, status
+from glm4v_jax.commands.distributed import check_alone
 from glm4v_jax.commands.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.errors import Glm4vError, MessageError
 
@@ -28,6 +29,7 @@ class Chat(LongSamplingOptions, MediaOptions, ModelOptions):
 
     def run(self) -> None:
         """Checks the options, loads the weights, and talks until the user leaves."""
+        check_alone("chat")
         self.check()
         self.check_media()
         given = self.options(default_new_tokens=None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from glm4v_jax.commands.console import is_same_file, status, to_json, unsuspected_pictures
+from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.options import (
     LongSamplingOptions,
     ModelOptions,
@@ -34,7 +35,7 @@ PROMPT = (
 
 
 @dataclasses.dataclass(kw_only=True)
-class Describe(LongSamplingOptions, ModelOptions):
+class Describe(LongSamplingOptions, DistributedOptions, ModelOptions):
     """Write a caption for every picture of a folder, as JSON lines.
 
     Each line has "file", from the folder on, "caption", which is the answer without its thought, "width" and "height",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from glm4v_jax.commands.console import silent_decoders, status, to_json
+from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.options import MediaOptions, ModelOptions, SamplingOptions, generation_config, user_messages
 from glm4v_jax.commands.screen import (
     COMPILING,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Generate(SamplingOptions, MediaOptions, ModelOptions):
+class Generate(SamplingOptions, MediaOptions, DistributedOptions, ModelOptions):
     """Answer a prompt about pictures and videos, or the many prompts of a file.
 
     The answer goes to standard output while it is made, everything else to standard error. What a new shape compiles is

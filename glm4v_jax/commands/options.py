@@ -13,6 +13,8 @@ from glm4v_jax.commands.console import ADDRESSES, check_model, named, status
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError, GenerationError, MediaError
 from glm4v_jax.generate.presets import PRESETS, preset
+from glm4v_jax.mesh_presets import PRESETS as MESH_PRESETS
+from glm4v_jax.mesh_presets import check_text, mesh_for
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.config import GenerationConfig
@@ -30,6 +32,10 @@ FROM_CHECKPOINT = "(default: the preset's, or the checkpoint's)"
 
 _PRESETS = "Published sampling options, which go over the checkpoint's; options given here go over both.\n" + "\n".join(
     textwrap.fill(f"{name}: {known.description}", 200) for name, known in PRESETS.items()
+)
+
+_MESHES = "How devices share the model: axes as fsdp=4,kv=2, or a preset, which takes all devices.\n" + "\n".join(
+    textwrap.fill(f"{name}: {known.description}", 200) for name, known in MESH_PRESETS.items()
 )
 
 
@@ -51,6 +57,10 @@ class ModelOptions:
     ] = None
     """Of the weights and the arithmetic; auto is the checkpoint's."""
 
+    mesh: Annotated[
+        str | None, tyro.conf.arg(metavar="PRESET|AXES", help=_MESHES, help_behavior_hint="(default: one device)")
+    ] = None
+
     debug: bool = False
     """Show the whole traceback of an error."""
 
@@ -58,21 +68,31 @@ class ModelOptions:
         """Misses a checkpoint before anything slow begins.
 
         Raises:
-          CheckpointError, ConfigError: there is no such directory or dtype.
+          CheckpointError, ConfigError: there is no such directory, dtype, or preset or axis of a mesh.
         """
         check_model(self.model)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype: found {self.dtype}, expected one of {', '.join(DTYPES)}")
+        if self.mesh is not None:
+            check_text(self.mesh)
 
     def load(self, processor: "Glm4vProcessor", num_slots: int = 1) -> "Engine":
         """The engine; this is where weights are read.
 
         Raises:
           CheckpointError: what is wrong with the weights.
+          ConfigError: the mesh needs more devices than there are, or the model does not divide by it.
         """
         from glm4v_jax.compilation_cache import use_compilation_cache
+        from glm4v_jax.config import Glm4vConfig
 
         use_compilation_cache()
+        from glm4v_jax.distributed import check_devices, several
+
+        asked = self.mesh or ("latency" if several() else None)
+        mesh = None if asked is None else mesh_for(asked, Glm4vConfig.from_pretrained(self.model))
+        if mesh is not None:
+            check_devices(mesh)
         if _is_tiny(self.model):
             print(
                 "answering: a tiny model with random weights from the package; --model DIR for a real one",
@@ -83,7 +103,7 @@ class ModelOptions:
         from glm4v_jax.generate.engine import Engine
 
         with status("loading the weights"):
-            model = Glm4vForConditionalGeneration.from_pretrained(self.model, dtype=self.dtype)
+            model = Glm4vForConditionalGeneration.from_pretrained(self.model, dtype=self.dtype, mesh=mesh)
         return Engine(model, processor, num_slots=num_slots)
 
 

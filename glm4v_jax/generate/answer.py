@@ -3,7 +3,10 @@
 The host's side of one row; knows nothing of devices.
 """
 
+import hashlib
 from collections.abc import Sequence
+
+import numpy as np
 
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
@@ -88,6 +91,15 @@ class Answer:
         """What the row's cache holds for certain: not the newest token, which has been chosen but not been run."""
         whole = self.prompt.extended(self.tokens)
         return whole.truncated(len(whole) - 1 if self._next is None else self._next.keep)
+
+    def digest(self) -> bytes:
+        """Equal, 16 bytes, for what is answered in the same way: tokens, media, options and numbers."""
+        asked = (self.config, self.index, self._number, self._keep)
+        digest = hashlib.blake2b(repr(asked).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.prompt.input_ids, np.int32).data)
+        for medium in self.prompt.media:
+            digest.update(medium.key)
+        return digest.digest()
 
     def start(self) -> Start:
         """What sets the row going."""

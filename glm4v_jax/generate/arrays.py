@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glm4v_jax.distributed import to_host
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.pieces import Start
@@ -81,5 +82,5 @@ def generate(
         for row, count in enumerate(counts[: len(prompts)].tolist()):
             new[row, made[row] : made[row] + count] = chosen.tokens[row, :count]
             made[row] += count
-    new[:, 0] = np.asarray(started.chosen.tokens)[: len(prompts)]
+    new[:, 0] = to_host(started.chosen.tokens)[: len(prompts)]
     return np.concatenate([np.repeat(input_ids, copies, axis=0), new[:, : made.max()]], axis=1).astype(np.int64)

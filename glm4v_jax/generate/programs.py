@@ -142,7 +142,9 @@ def append(
     assert written is not None
     count = jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32)
     written = written._replace(length=keep + count)
-    last = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, 1))(hidden, jnp.maximum(count - 1, 0))
+    # A sum of one, in place of a slice, which would need all tokens of a row in one place.
+    is_last = jnp.arange(hidden.shape[1]) == jnp.maximum(count - 1, 0)[:, None]
+    last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, keepdims=True, dtype=hidden.dtype)
     return written if slots is None else _put_cache(cache, slots, written, axis), last
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from glm4v_jax.distributed import agree, several, to_host
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Delta, TokenLogprob
@@ -15,6 +16,8 @@ from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 # A stream makes as many tokens at a time as take about this long, in seconds: seen as writing, not as bursts.
 _STREAM_PERIOD = 0.05
+# Or so many where there are several processes: their clocks differ, and they must make equally many.
+_SHARED_STEPS = 8
 
 
 class Waiting(Protocol):
@@ -80,12 +83,15 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
     """
     active: dict[int, Answer] = {}
     again: dict[int, Start] = {}
-    pace = Pace(steps)
+    shared = several()
+    pace = Pace(_SHARED_STEPS if steps is None and shared else steps)
     try:
         while True:
             starts = again
             free = [row for row in range(slots.num_rows) if row not in active]
-            while free and (answer := waiting.take(wait=not active)) is not None:
+            # Threads of several processes are not ready at the same time: these wait.
+            while free and (answer := waiting.take(wait=shared or not active)) is not None:
+                answer = _agreed(answer) if shared else answer
                 if isinstance(answer, Failure):
                     yield answer
                     continue
@@ -99,8 +105,8 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
             busy = bool(not waiting.is_empty or any(answer.may_go_on for answer in active.values()))
             decoded = slots.decode(pace.begin(), idle=slots.num_rows - len(active) + 1 if busy else None)
             fresh = {
-                row: _take(part.chosen, place, 1, active[row].config.logprobs)
-                for part in started
+                row: _take(first, place, 1, active[row].config.logprobs)
+                for part, first in zip(started, to_host([part.chosen for part in started]), strict=True)
                 for row, place in part.places()
             }
             chosen, counts, done = slots.read(decoded)
@@ -131,9 +137,23 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
         raise
 
 
+def _agreed(answer: Answer | Failure) -> Answer | Failure:
+    """The same in all processes: what one of them cannot prepare, none answers.
+
+    Raises:
+      MessageError: they were given different prompts.
+    """
+    if isinstance(answer, Failure):
+        number, digest, error = answer.number, b"", str(answer.error)
+    else:
+        number, digest, error = answer.index, answer.digest(), None
+    told = agree(f"prompt {number}", digest, error)
+    return answer if told is None else Failure(number, GenerationError(told))
+
+
 def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], list[TokenLogprob]]:
-    """The first `count` tokens of a row of `chosen`, [B, K], or the only one of [B]; with the `top` likeliest."""
-    tokens = np.asarray(chosen.tokens)[row].reshape(-1)[:count].tolist()
+    """The first `count` tokens of a row of NumPy's `chosen`, [B, K], or the only one of [B]; the `top` likeliest."""
+    tokens = chosen.tokens[row].reshape(-1)[:count].tolist()
     if chosen.logprobs is None or top is None:
         return tokens, []
     values, ids, tops = (np.asarray(x)[row] for x in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))

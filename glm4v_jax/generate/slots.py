@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 
 from glm4v_jax import cache
+from glm4v_jax.distributed import to_host
 from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig, SamplingParams
 from glm4v_jax.generate.features import FeaturePool
@@ -143,12 +143,12 @@ class Slots:
 
     def read(self, decoded: Decoded) -> tuple[Chosen, np.ndarray, np.ndarray]:
         """Wait for a decoding call: what was chosen, [B, K] in NumPy; how much of each row is new; and who is done."""
-        step, done = np.asarray(decoded.step), np.asarray(decoded.done)
+        chosen, step, done = to_host(decoded)
         counts = step - self._steps
         self._steps = step.copy()
         self.stats.slot_steps += int(counts.max()) * self.num_rows
         self.stats.busy_steps += int(counts.sum())
-        return jax.tree.map(np.asarray, decoded.chosen), counts, done
+        return chosen, counts, done
 
     def stop(self, rows: list[int]) -> None:
         """End rows that are not done."""

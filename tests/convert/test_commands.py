@@ -53,6 +53,22 @@ def test_options_reach_the_converter(run, synthetic, tmp_path):
     assert status == 1 and err.startswith("convert: error: mesh: found 'tp=2'")
 
 
+def test_meshes_may_be_presets(run, synthetic, tmp_path):
+    status, out, err = run("to-orbax", synthetic(), tmp_path / "o", "--mesh", "train:1")
+    assert (status, err) == (0, "") and "56 tensors" in out
+    status, out, _ = run("inspect", synthetic(), "--mesh", "latency:4", "--json")
+    assert status == 0 and json.loads(out)["mesh"] == dict(data=1, fsdp=1, kv=2, q=2, seq=1)
+    for mesh, problem in [
+        ("latency", "mesh latency: expected a number of devices, as in latency:8"),
+        ("fast", "mesh: found 'fast'; expected one of the presets latency, throughput, train, long-context"),
+        ("kv=4", "mesh kv=4: kv_heads of 2 does not divide by mesh axes kv of 4 devices"),
+    ]:
+        status, out, err = run("inspect", synthetic(), "--mesh", mesh)
+        assert (status, out) == (1, "") and err.startswith(f"convert: error: {problem}")
+    status, _, err = run("to-orbax", synthetic(), tmp_path / "p", "--mesh", "train:64")
+    assert status == 1 and "needs 64 devices, found" in err and not (tmp_path / "p").exists()
+
+
 def test_dry_runs_and_json(run, synthetic, tmp_path):
     for command in ("to-orbax", "to-hf"):
         status, out, _ = run(command, synthetic(), tmp_path / "out", "--dry-run")
@@ -102,7 +118,7 @@ def test_inspect(run, synthetic):
     assert status == 0
     assert "language_model.layers.{i}.mlp.gate_up_proj.weight x 2" in out
     assert out.splitlines()[-1].endswith("56 tensors, 325,072 parameters, 650,144 bytes; 214,448 on a device of "
-                                         "data=1,fsdp=2,kv=2,q=1")  # fmt: skip
+                                         "data=1,fsdp=2,kv=2,q=1,seq=1")  # fmt: skip
     status, out, _ = run("inspect", synthetic(), "--json")
     assert status == 0 and json.loads(out)["parameters"] == 325_072
 

@@ -7,11 +7,12 @@ import jax
 import pytest
 from helpers_convert import write_hollow
 
-from convert.inspect import inspect, parse_mesh
+from convert.inspect import inspect
 from convert.synth import plan_like_released
 from convert.to_orbax import to_orbax
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.mesh_presets import parse_mesh
 from glm4v_jax.safetensors_io import CheckpointFiles, open_checkpoint
 
 
@@ -42,9 +43,9 @@ def test_the_released_model(full):
 def test_what_a_device_of_a_mesh_holds(full):
     found = {group.name.removeprefix("language_model.layers.{i}."): group for group in
              inspect(full, parse_mesh("data=3, fsdp=4,kv=2,q=2")).groups}  # fmt: skip
-    assert found["mlp.gate_up_proj.weight"].sharding == ("fsdp", "-", "kv+q")
+    assert found["mlp.gate_up_proj.weight"].sharding == ("fsdp", "-", "kv+q+seq")
     assert found["mlp.gate_up_proj.weight"].device_bytes * 16 == found["mlp.gate_up_proj.weight"].nbytes
-    assert set(found["self_attn.q_proj.weight"].sharding) >= {"fsdp", "kv", "q"}
+    assert set(found["self_attn.q_proj.weight"].sharding) >= {"fsdp", "kv", "q+seq"}
     assert found["self_attn.k_proj.weight"].device_bytes * 8 == found["self_attn.k_proj.weight"].nbytes
     assert found["input_layernorm.weight"].device_bytes == found["input_layernorm.weight"].nbytes
     assert found["visual.blocks.{i}.mlp.up_proj.weight"].leaf == "visual.blocks.mlp.gate_up.kernel[:, 1]"
@@ -57,7 +58,7 @@ def test_the_shardings_are_those_of_the_loaded_model(synthetic):
 
     module = Glm4vForConditionalGeneration.from_pretrained(synthetic(), stacked=True).module
     leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
-    names = {None: "-", "fsdp": "fsdp", "kv": "kv", "q": "q", ("kv", "q"): "kv+q"}
+    names = {None: "-", "fsdp": "fsdp", "kv": "kv", ("q", "seq"): "q+seq", ("kv", "q", "seq"): "kv+q+seq"}
     for group in inspect(synthetic()).groups:
         path = group.leaf.split("[")[0]
         stacked = path.replace(".layers.", ".layers.stacked.").replace(".blocks.", ".blocks.stacked.")
@@ -93,25 +94,3 @@ def test_a_truncated_file_is_found(full, tmp_path):
 def test_a_mesh_that_does_not_divide(full):
     with pytest.raises(ConfigError, match="kv_heads of 2 does not divide by mesh axes kv of 4"):
         inspect(full, {"kv": 4})
-
-
-@pytest.mark.parametrize(
-    ("text", "sizes"), [("", (1, 1, 1, 1)), ("q=2", (1, 1, 1, 2)), ("data=2,fsdp=4,kv=2,q=8", (2, 4, 2, 8))]
-)
-def test_meshes(text, sizes):
-    assert tuple(parse_mesh(text).values()) == sizes
-
-
-@pytest.mark.parametrize("text", ["kv=99999999999999", "data=1024,fsdp=1025", "q=1048577"])
-def test_meshes_of_more_devices_than_there_are(text):
-    with pytest.raises(ConfigError, match=r"mesh: found [\d,]+ devices in .* expected at most 1,048,576"):
-        parse_mesh(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["tp=2", "fsdp", "fsdp=0", "fsdp=-1", "fsdp=two", "kv=2,kv=2", "kv=2;q=2", "q=" + "9" * 5000],
-)
-def test_no_meshes(text):
-    with pytest.raises(ConfigError, match=r"mesh: found .* expected some of data, fsdp, kv, q"):
-        parse_mesh(text)

@@ -1,0 +1,100 @@
+"""What the tests of meshes share: simulated devices, and the comparison of a model on them with one device.
+
+JAX is imported in the functions: the devices of a process are fixed when it starts, so tests start other processes.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from reference import CONFIGS, Prompts, export, random_tensors
+
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.safetensors_io import write_safetensors
+
+TESTS = Path(__file__).parent
+DEVICES = 8
+
+ROWS = [[9], [2, ("image", (4, 6)), 3], [4, ("image", (2, 8)), 2, ("video", (2, 2, 4)), 1], [30]]
+"""Prompts with pictures and a video, for `Prompts`."""
+
+GROUPED = CONFIGS["base"] | {
+    # Four query heads to a key head, so that kv=2 leaves something for four devices along q or seq.
+    "text_config": CONFIGS["base"]["text_config"] | dict(num_attention_heads=8, partial_rotary_factor=1.0)
+}
+
+
+def run_on_devices(file: str, *arguments: str, count: int = DEVICES) -> list[Any]:
+    """Run a test file as a program that sees so many devices; its lines on standard output, which are JSON."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }
+    command = [sys.executable, file, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def write_grouped(directory: Path) -> None:
+    """Write a checkpoint of `GROUPED`."""
+    (directory / "config.json").write_text(json.dumps(GROUPED), encoding="utf-8")
+    tensors = random_tensors(Glm4vConfig.from_dict(GROUPED), seed=0)
+    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
+
+
+class Computed(NamedTuple):
+    """Of `compute`: logits [tokens, V], generated tokens, loss, gradients by tensor, share of parameters split."""
+
+    logits: np.ndarray
+    tokens: np.ndarray
+    loss: float
+    gradients: dict[str, np.ndarray]
+    split: float
+
+
+def compute(directory: str, mesh: Any) -> Computed:
+    """Load a checkpoint onto a mesh, generate greedily, and take a loss with its gradients."""
+    import jax
+
+    from glm4v_jax import Glm4vForConditionalGeneration, make_batch
+    from glm4v_jax.mesh import data_shards
+    from glm4v_jax.programs import causal_lm_loss
+
+    config = Glm4vConfig.from_pretrained(directory)
+    prompts = Prompts(config, ROWS, padding="right", seed=1)
+    with jax.set_mesh(mesh) as _:
+        model = Glm4vForConditionalGeneration.from_pretrained(directory, stacked=True)
+        tokens = model.generate(**prompts.inputs, max_new_tokens=12, eos_token_id=-1, pad_token_id=0)
+        batch, _ = make_batch(config=config, **prompts.inputs, batch_multiple=math.lcm(4, data_shards()))
+        labels = np.where(batch.segment_ids * (batch.input_ids < 300) > 0, batch.input_ids, -100)
+
+        def loss(module: Any) -> Any:
+            logits = module.logits(module(batch))
+            return causal_lm_loss(logits, labels), logits
+
+        (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model.module)
+        leaves = jax.tree.leaves(model.module)
+        whole = sum(leaf.size for leaf in leaves)
+        split = sum(leaf.size for leaf in leaves if leaf.addressable_shards[0].data.size < leaf.size) / whole
+        real = np.asarray(logits)[batch.segment_ids > 0]
+        return Computed(real, np.asarray(tokens), float(value), export(gradient, config), split)
+
+
+def compare(found: Computed, one: Computed) -> dict[str, Any]:
+    """How a mesh differs from one device: shares of the largest magnitude, for gradients tensor by tensor."""
+    worst = {k: float(np.abs(found.gradients[k] - g).max() / np.abs(g).max()) for k, g in one.gradients.items()}
+    return {
+        "logits": float(np.abs(found.logits - one.logits).max() / np.abs(one.logits).max()),
+        "tokens_equal": bool(np.array_equal(found.tokens, one.tokens)),
+        "loss": abs(found.loss - one.loss) / one.loss,
+        "gradients": max(worst.values()),
+        "worst_gradient": max(worst, key=worst.__getitem__),
+        "split": found.split,
+    }
