@@ -32,7 +32,7 @@ from glm4v_jax.programs import Flat
 GIB = 2**30
 NUM_EOS, STEPS = 8, 32
 LARGE = 2**20
-"""Copies below this many bytes are of no weight or cache."""
+"""Copies below this many bytes are of no weight or cache of the 9B."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +171,9 @@ class Compiled:
       seconds: compiling took.
       arguments, temporaries, outputs: GiB; outputs that take the place of arguments are not counted again.
       hbm: GiB that the chip has.
-      weights_and_cache: GiB of these arguments.
       collectives: kind -> (in the layer loop, elsewhere).
       copies: weights or caches that are copied: (shape, whether in the layer loop).
+      held: what a chip holds for the program, in shares of its part of weights and caches that lay nowhere twice.
       floor_ms: the least time of a run (decoding: of a step), by bandwidth and by FLOP/s.
     """
 
@@ -187,6 +187,7 @@ class Compiled:
     hbm: float
     collectives: dict[str, tuple[int, int]]
     copies: list[tuple[str, bool]]
+    held: float
     floor_ms: tuple[float, float]
 
     @property
@@ -195,8 +196,8 @@ class Compiled:
         return self.arguments + self.temporaries + self.outputs <= self.hbm
 
 
-def compile_for(program: Program, config: Glm4vConfig, topology: str, **sizes: int) -> Compiled:
-    """Compile a program for a slice; `sizes` are those of the mesh.
+def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: int = LARGE, **sizes: int) -> Compiled:
+    """Compile a program for a slice; `sizes` are those of the mesh, and copies below `large` bytes do not count.
 
     Raises:
       ConfigError: the slice is unknown, or a dimension of the model does not divide by the mesh.
@@ -218,13 +219,14 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, **sizes: i
         if found.opcode in hlo.COLLECTIVES:
             a, b = collectives.get(found.opcode, (0, 0))
             collectives[found.opcode] = (a + inside, b + (not inside))
-        elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= LARGE and not found.is_conditional:
+        elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= large and not found.is_conditional:
             copies.append((found.shape, inside))
     chips = mesh.size
     return Compiled(
         program.name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
         memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
         (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, chip.hbm, collectives, copies,
+        memory.argument_size_in_bytes * chips / (weights + program.read),
         (
             1e3 * (weights + program.read) / chips / (chip.bandwidth * 1e9),
             1e3 * program.flops / chips / (chip.tflops * 1e12),

@@ -21,6 +21,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLEE = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ON_CHIP = "S(1)"  # the memory space of a core's own fast memory
 
 
@@ -35,6 +36,7 @@ class Instruction:
       in_hbm: whether the result is in the large memory, and not in a core's own.
       loops: how many loops it stands in.
       is_conditional: whether it stands in a branch that may not be taken.
+      channel: of a collective within a fusion.
     """
 
     name: str
@@ -44,13 +46,22 @@ class Instruction:
     in_hbm: bool
     loops: int
     is_conditional: bool
+    channel: str = ""
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """All instructions outside fusions of a module's text, each as often as it is called from different places."""
+    """All instructions of a module's text, each as often as it is called from different places.
+
+    Of what is within a fusion only collectives count, and a sum that is cut down at once is a "reduce-scatter". One
+    that goes on beside several fusions, which all name its channel, counts once.
+    """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
-    yield from _walk(computations, entry, 0, False)
+    channels = set()
+    for one in _walk(computations, entry, 0, False):
+        if not one.channel or one.channel not in channels:
+            yield one
+        channels.add(one.channel)
 
 
 def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
@@ -80,9 +91,11 @@ def _walk(
             match[1], opcode.removesuffix("-start"), _nbytes(result), _first_shape(result), _ON_CHIP not in result,
             loops, is_conditional,
         )  # fmt: skip
-        if opcode == "fusion":
-            continue
         callees = _CALLEE.findall(line)
+        if opcode == "fusion":
+            for fused in _fused_collectives(computations, callees):
+                yield dataclasses.replace(fused, loops=loops, is_conditional=is_conditional)
+            continue
         for branches in _BRANCHES.findall(line):
             callees += [branch.strip().removeprefix("%") for branch in branches.split(",")]
         for callee in callees:
@@ -90,6 +103,21 @@ def _walk(
                 yield from _walk(
                     computations, callee, loops + (opcode == "while"), is_conditional or opcode == "conditional"
                 )
+
+
+def _fused_collectives(computations: dict[str, tuple[bool, list[str]]], callees: list[str]) -> Iterator[Instruction]:
+    for callee in callees:
+        _, lines = computations.get(callee, (False, []))
+        for line in lines:
+            match = _INSTRUCTION.match(line)
+            if match is not None and match[3] in COLLECTIVES:
+                # TPUs sum and scatter in a fusion of this name.
+                opcode = "reduce-scatter" if "all-reduce-scatter" in callee else match[3]
+                channel = _CHANNEL.search(line)
+                yield Instruction(
+                    match[1], opcode, _nbytes(match[2]), _first_shape(match[2]), _ON_CHIP not in match[2], 0, False,
+                    channel[1] if channel else "",
+                )  # fmt: skip
 
 
 def _nbytes(result: str) -> int:

@@ -1,9 +1,15 @@
 """What is read from a compiled program's text, and what the programs for other machines count."""
 
+import json
+import os
+import subprocess
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from bench.aot import aot_environment
 from glm4v_jax import aot, hlo
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import ConfigError
@@ -20,11 +26,18 @@ HloModule jit_f, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
   ROOT %copy.9 = bf16[8,256]{0,1} copy(%p)
 }
 
+%all-reduce-scatter.1 (p: bf16[8,256]) -> bf16[2,256] {
+  %all-reduce.9 = bf16[8,256]{1,0} all-reduce(%p), channel_id=3, to_apply=%add
+  ROOT %dynamic-slice.9 = bf16[2,256]{1,0} dynamic-slice(%all-reduce.9, %i, %zero), dynamic_slice_sizes={2,256}
+}
+
 %inner_body (p: (s32[], bf16[1024,1024])) -> (s32[], bf16[1024,1024]) {
   %all-reduce.1 = bf16[8,1,4096]{2,1,0} all-reduce(%x), channel_id=1, to_apply=%add
   %copy.1 = bf16[1024,1024]{0,1} copy(%y)
   %copy.2 = bf16[1024,1024]{0,1:T(8,128)S(1)} copy(%y)
   %fusion.1 = bf16[8,256]{0,1} fusion(%z), kind=kLoop, calls=%fused
+  %fusion.2 = bf16[2,256]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.3 = bf16[2,256]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
 }
 
 %inner_condition (p: (s32[], bf16[1024,1024])) -> pred[] {
@@ -51,7 +64,9 @@ def test_instructions_of_a_text():
         ("copy.1", 1, True, 2 * 2**20), ("copy.2", 1, False, 2 * 2**20), ("transpose.1", 0, True, 32)
     ]  # fmt: skip
     collectives = [(one.opcode, one.loops, one.is_conditional) for one in found if one.opcode in hlo.COLLECTIVES]
-    assert collectives == [("all-reduce", 1, False), ("all-gather", 0, True), ("all-gather", 0, True)]
+    assert collectives == [
+        ("all-reduce", 1, False), ("reduce-scatter", 1, False), ("all-gather", 0, True), ("all-gather", 0, True)
+    ]  # fmt: skip
 
 
 def test_loops_of_a_real_program():
@@ -76,3 +91,44 @@ def test_floors_of_the_9b():
 def test_unknown_slices():
     with pytest.raises(ConfigError, match="topology: found 'v9:2x2'"):
         aot.topology_mesh("v9:2x2")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What a narrow model's programs are on a v5e:2x2; skips where there is no environment with libtpu."""
+    root = Path(__file__).parent.parent
+    python = root / ".venv-aot" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with libtpu: make .venv-aot/aot.stamp")
+    environment = os.environ | aot_environment() | {"PYTHONPATH": str(root)}
+    command = [str(python), str(Path(__file__).with_name("aot_programs.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    names = ("decode", "prefill", "decode, slots split")
+    return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_decoding_moves_what_it_must(compiled):
+    """Two all-reduces a layer, of what attention and the MLP add; nothing is copied, and little is put down."""
+    found = compiled["decode"]
+    assert {kind: inside for kind, (inside, _) in found["collectives"].items() if inside} == {"all-reduce": 2}
+    assert found["copies"] == []
+    assert found["temporaries"] <= 0.03 * found["arguments"]
+
+
+def test_a_piece_of_a_prompt_moves_what_it_must(compiled):
+    """A gathering before, and a sum in shards after, each of attention and the MLP."""
+    found = compiled["prefill"]
+    inside = {kind: inside for kind, (inside, _) in found["collectives"].items() if inside}
+    assert inside == {"all-gather": 2, "reduce-scatter": 2}
+    assert found["copies"] == []
+    assert found["temporaries"] <= 0.03 * found["arguments"]
+
+
+def test_slots_in_shards_are_held_once(compiled):
+    """Three small sums more a layer, and a cache that lies on no two devices."""
+    whole, split = compiled["decode"], compiled["decode, slots split"]
+    inside = {kind: inside for kind, (inside, _) in split["collectives"].items() if inside}
+    assert inside == {"all-reduce": 4, "all-gather": 1, "reduce-scatter": 1}
+    assert split["copies"] == []
+    assert whole["held"] > 1.05 > 1.01 > split["held"]

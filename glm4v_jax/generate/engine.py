@@ -46,8 +46,8 @@ class Request:
 class Engine:
     """A model and its processor, ready to answer; also from several threads, each with slots of its own.
 
-    Where several processes share the model's mesh (`distributed.init_distributed`), all of them call the same methods with
-    the same arguments, from one thread, and all get the same answers.
+    Where several processes share the model's mesh (`distributed.init_distributed`), all of them call the same methods
+    with the same arguments, from one thread, and all get the same answers.
 
     Attributes:
       model, processor: these.
