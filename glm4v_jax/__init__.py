@@ -27,6 +27,7 @@ _EXPORTS = {
     "Completion": "generate.completion",
     "Delta": "generate.completion",
     "warmup": "generate.warmup",
+    "init_distributed": "distributed",
     "make_mesh": "mesh",
     "use_mesh": "mesh",
     "Glm4v": "model",

@@ -40,6 +40,7 @@ def attend(
     """
     spec = mesh.spec_of(q)
     rows, length, heads, *_ = spec
+    assert not causal or length is None, "the slots of queries in shards would have to be counted"
     if length is None and q.shape[1] <= FEW_QUERIES:
         return attend_with_weights(q, k, v, mask, causal=causal, dropout=dropout)[0]
     keys, key_rows = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)

@@ -48,11 +48,12 @@ def init_cache(
 
     Raises:
       GenerationError: the slots do not divide by the shards that the mesh splits them into.
+      ConfigError: the rows do not.
     """
     assert config.num_key_value_heads is not None
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    if capacity % (shards := mesh.shards("slots")):
-        raise GenerationError(f"capacity: found {capacity} slots; expected a multiple of mesh axis seq, {shards}")
+    _check_slots(capacity)
+    mesh.check_divides((batch,), ("batch",))
     axes = ("batch", "kv_heads", "slots", None)
     n = config.num_hidden_layers
 
@@ -69,10 +70,17 @@ def init_cache(
     )
 
 
+def _check_slots(capacity: int) -> None:
+    if capacity % (shards := mesh.shards("slots")):
+        raise GenerationError(f"capacity: found {capacity} slots; expected a multiple of mesh axis seq, {shards}")
+
+
 def write_segments(segments: Int[Array, "B S"], new: Int[Array, "B T"], start: Int[Array, " B"]) -> Int[Array, "B S"]:
     """Write the segments of T slots of each row, from `start[b]` on; the caller sees to it that they fit."""
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(segments, new, start)
 
+
+_UNROLLED_ROWS = 16
 
 Side = Float[Array, "N B K S H"] | tuple[Float[Array, "B K S H"], ...]
 
@@ -109,7 +117,9 @@ def _write(
                 return _write_overlap(buffer, row, (layer, b, 0, start[b], 0))
             return jax.lax.dynamic_update_slice(buffer, row, (layer, b, 0, start[b], 0))
 
-        return jax.lax.fori_loop(0, buffer.shape[1], write_row, buffer)
+        rows = buffer.shape[1]
+        # Written out, because XLA's TPU compiler mistakes one operand of such a loop for another (8 rows of 2,048).
+        return jax.lax.fori_loop(0, rows, write_row, buffer, unroll=rows <= _UNROLLED_ROWS)
 
     # Each device its own rows, one after the other: a vmap over them makes a TPU move the whole cache to another
     # layout, and a CPU copy it.
@@ -136,7 +146,12 @@ def _write_overlap(buffer: Array, new: Array, at: tuple[Array | int, ...]) -> Ar
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The same content in a cache of more slots."""
+    """The same content in a cache of more slots.
+
+    Raises:
+      GenerationError: they do not divide by the shards that the mesh splits them into.
+    """
+    _check_slots(capacity)
     extra = capacity - cache.capacity
 
     def pad(x: Array, axis: int) -> Array:

@@ -63,7 +63,7 @@ class OrbaxLeaves:
         self._context = tensorstore.Context()
         self._stores: dict[str, Any] = {}
         try:
-            described = ocp.metadata(directory)
+            described = ocp.metadata(directory.absolute())
         except Exception as error:  # Orbax raises what its parts do: JSON, TensorStore and file errors
             raise CheckpointError(f"{directory}: not a readable Orbax checkpoint ({error})") from error
         if not isinstance(described.metadata, Mapping):  # Orbax has logged why

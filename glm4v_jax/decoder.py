@@ -182,6 +182,7 @@ class TextDecoder(nnx.Module):
           Hidden states after the last norm, the cache as written, and what was recorded. The tokens of hidden states
           may be split over the tensor axis; `nn.whole` puts them together.
         """
+        mesh.check_divides(segment_ids.shape[:1], ("batch",))
         position_ids = mesh.reshard(position_ids, None, "batch", "length")
         segment_ids = mesh.reshard(segment_ids, "batch", "length")
         cos_sin = rope.mrope_cos_sin(position_ids, self.config)

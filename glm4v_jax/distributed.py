@@ -6,6 +6,7 @@ process writes text. What ends one of them ends all, with its message: `fail` le
 where a thread of every other process waits for it.
 """
 
+import atexit
 import contextlib
 import functools
 import os
@@ -34,7 +35,10 @@ HEARTBEAT_SECONDS = 25
 
 _SHUTDOWN_SECONDS = 60
 _FAILED, _HEARD, _COUNT = "glm4v_jax/failed", "glm4v_jax/heard/", "glm4v_jax/count/"
-_LISTEN_SECONDS = 3600
+# How long they do so without a word.
+_SILENT_SECONDS = 10
+# How much later a process may end for listening to the others.
+_LISTEN_SECONDS = 1
 # The first process holds what the others read: it must not end before they have read it, and have ended themselves.
 _FAREWELL_SECONDS = 5.0
 _LAST_SECONDS = 0.5
@@ -65,7 +69,8 @@ def init_distributed(
     Without arguments, Cloud TPU, Slurm, Open MPI and Kubernetes say how many processes there are and which this is; see
     `jax.distributed.initialize`. Where none of them is found, this is the only process.
 
-    From here on an exception that nobody catches ends all processes, and so does the death of one of them.
+    From here on an exception that nobody catches ends all processes, and so does the death of one of them. `sys.exit`
+    ends this one alone, as ever, while the others may wait for it: `fail` ends all.
 
     Args:
       coordinator: HOST:PORT of the first process, where its port is free.
@@ -99,25 +104,35 @@ def init_distributed(
         raise ConfigError("init_distributed: found processes that have joined already; expected one call")
     if xla_bridge.backends_are_initialized():
         raise ConfigError("init_distributed: found JAX in use already; expected the call before any other use of it")
-    if coordinator is not None and process_id is not None:
-        _check_coordinator(coordinator, process_id, timeout)
     # The service for preemptions would catch SIGTERM, and the process would go on.
     jax.config.update("jax_enable_preemption_service", False)
+    note = threading.Timer(_SILENT_SECONDS, _say_waiting, (timeout,))
+    note.daemon = True
+    note.start()
     try:
+        if coordinator is not None and process_id is not None:
+            _check_coordinator(coordinator, process_id, timeout)
         jax.distributed.initialize(
             coordinator, num_processes, process_id, initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )  # fmt: skip
+    except ConfigError:
+        raise
     except (ValueError, OSError) as error:
         if coordinator is None and num_processes is None and process_id is None:
             return False  # it looked like a launcher, but says nothing of processes
         raise ConfigError(f"processes of {known or coordinator}: {error}") from error
     except RuntimeError as error:
         raise ConfigError(f"processes of {known or coordinator}: {' '.join(str(error).split())}") from error
+    finally:
+        note.cancel()
     _told_by.append(tell)
     if _count() == 1:
         return False
-    threading.Thread(target=_listen, name="failures of other processes", daemon=True).start()
+    is_over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(is_over,), name="failures of other processes", daemon=True)
+    listener.start()
+    atexit.register(_stop, listener, is_over)
     sys.excepthook = functools.partial(_ended_by, sys.excepthook)
     _check_count(timeout)
     return True
@@ -136,6 +151,11 @@ def leave() -> None:
 def several() -> bool:
     """Whether there are other processes, so that what this one decides by itself they would not know of."""
     return jax.process_count() > 1
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether several processes hold devices of a mesh, so that all of them must run its programs."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def is_first() -> bool:
@@ -230,6 +250,11 @@ def shared(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(values)) if several() else values
 
 
+def _say_waiting(seconds: int) -> None:
+    sys.stderr.write(f"waiting for the other processes to start, for up to {seconds} s\n")
+    sys.stderr.flush()
+
+
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
@@ -277,10 +302,10 @@ def _check_count(timeout: int) -> None:
         raise ConfigError(f"num_processes: found {_count()}; expected {first}, as process 0 was told")
 
 
-def _listen() -> None:
+def _listen(is_over: threading.Event) -> None:
     """Waits for another process's failure, and ends this one."""
     client = _client()
-    while True:
+    while not is_over.is_set():
         try:
             message = client.blocking_key_value_get(_FAILED, _LISTEN_SECONDS * 1000)
         except jax.errors.JaxRuntimeError as error:
@@ -288,6 +313,8 @@ def _listen() -> None:
                 continue
             return  # this process comes to its end, or the first one has, which JAX sees to
         break
+    else:
+        return
     if message.startswith(f"process {_index()}: "):
         return
     _told_by[-1](message)
@@ -297,6 +324,12 @@ def _listen() -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.key_value_set(f"{_HEARD}{_index()}", "heard")
     _leave(1)
+
+
+def _stop(listener: threading.Thread, is_over: threading.Event) -> None:
+    """Lets it come to its end: if Python ended while it is in native code, that would abort the process."""
+    is_over.set()
+    listener.join(2 * _LISTEN_SECONDS)
 
 
 def _wait_for(listeners: int) -> None:

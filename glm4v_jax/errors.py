@@ -27,3 +27,7 @@ class MessageError(Glm4vError):
 
 class GenerationError(Glm4vError):
     """Generation was asked for something impossible: a prompt too long, a negative temperature, ..."""
+
+
+class DataError(Glm4vError):
+    """A row of training or evaluation data is not what it should be; the message says where it stands."""

@@ -17,6 +17,7 @@ from glm4v_jax import weights
 from glm4v_jax.checkpoint import leaves_of, open_weights
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.leaves import array_of
+from glm4v_jax.mesh import platform
 from glm4v_jax.model import Glm4v
 from glm4v_jax.safetensors_io import TensorInfo
 
@@ -31,7 +32,7 @@ _RELEASE_BYTES = 512 << 20
 
 def default_dtype() -> DTypeLike:
     """What to compute in here: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if platform() == "cpu" else jnp.bfloat16
 
 
 def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> np.dtype:

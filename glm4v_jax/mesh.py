@@ -58,9 +58,11 @@ def make_mesh(
     """A mesh of `data x fsdp x kv x q x seq` devices with explicit axis types.
 
     Raises:
-      ConfigError: there are fewer devices than that.
+      ConfigError: there are fewer devices than that, or a size is below 1.
     """
     sizes = (data, fsdp, kv, q, seq)
+    if min(sizes) < 1:
+        raise ConfigError(f"mesh: found {dict(zip(AXES, sizes, strict=True))}; expected at least 1 of every axis")
     needed = math.prod(sizes)
     devices = list(devices) if devices is not None else jax.devices()
     if len(devices) < needed:
@@ -71,10 +73,10 @@ def make_mesh(
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None = None) -> Iterator[Mesh]:
-    """Run the body inside `mesh`, or inside the mesh that is already set, or inside one device's."""
+    """Run the body inside `mesh`, or inside the mesh that is already set, or inside one of this process's devices."""
     if mesh is None:
         current = jax.sharding.get_mesh()
-        mesh = current if not current.empty else make_mesh()
+        mesh = current if not current.empty else make_mesh(devices=jax.local_devices())
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -93,6 +95,11 @@ def shards(axis: str) -> int:
     """In how many shards the current mesh splits a dimension of this logical name."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in names_of(RULES[axis]))
+
+
+def round_up(size: int, axis: str) -> int:
+    """The smallest number from `size` on that the current mesh can split a dimension of this name of."""
+    return size + -size % shards(axis)
 
 
 def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -133,5 +140,4 @@ def platform() -> str:
 
 def data_shards() -> int:
     """In how many shards batches and vision rows are split in the current mesh."""
-    shape = jax.sharding.get_mesh().shape
-    return shape["data"] * shape["fsdp"]
+    return shards("batch")

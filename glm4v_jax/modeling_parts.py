@@ -23,7 +23,7 @@ from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.packing import bucket, frames_of, pack
 from glm4v_jax.inputs.prepare import MIN_LENGTH, token_array
 from glm4v_jax.loading import resolve_dtype
-from glm4v_jax.mesh import data_shards, reshard, use_mesh
+from glm4v_jax.mesh import data_shards, reshard, round_up, use_mesh
 from glm4v_jax.nn import Init
 from glm4v_jax.outputs import BaseModelOutputWithPast, PastKeyValues
 from glm4v_jax.programs import Flat
@@ -276,7 +276,7 @@ class Glm4vTextModel:
 
     def _cache_for(self, extent: Extent, past_key_values: PastKeyValues | None) -> KVCache:
         past = 0 if past_key_values is None else past_key_values.length
-        capacity = bucket(past + extent.columns, 2 * MIN_LENGTH)
+        capacity = round_up(bucket(past + extent.columns, 2 * MIN_LENGTH), "slots")
         if past_key_values is None:
             return self.init_cache(extent.rows, capacity)
         cache = past_key_values.cache

@@ -108,6 +108,7 @@ class VisionEncoder(nnx.Module):
           tensor axis, as patches were.
         """
         config = self.config
+        mesh.check_divides(rows.patches.shape[:1], ("rows",))
         patches = config.spatial_merge_size**2
         length = "length" if rows.patches.shape[1] % (patches * mesh.shards("patches")) else "patches"
         rows = VisionRows(*(mesh.reshard(x, "rows", length, *(None,) * (x.ndim - 2)) for x in rows))

@@ -94,7 +94,7 @@ def compare(found: Computed, one: Computed) -> dict[str, Any]:
         "logits": float(np.abs(found.logits - one.logits).max() / np.abs(one.logits).max()),
         "tokens_equal": bool(np.array_equal(found.tokens, one.tokens)),
         "loss": abs(found.loss - one.loss) / one.loss,
-        "gradients": max(worst.values()),
+        "gradients": float(np.max(list(worst.values()))),  # which keeps NaN
         "worst_gradient": max(worst, key=worst.__getitem__),
         "split": found.split,
     }

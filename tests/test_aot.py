@@ -97,9 +97,9 @@ def test_unknown_slices():
 def compiled():
     """What a narrow model's programs are on a v5e:2x2; skips where there is no environment with libtpu."""
     root = Path(__file__).parent.parent
-    python = root / ".venv-aot" / "bin" / "python"
-    if not python.exists():
+    if not (root / ".venv-aot" / "aot.stamp").exists():
         pytest.skip("no environment with libtpu: make .venv-aot/aot.stamp")
+    python = root / ".venv-aot" / "bin" / "python"
     environment = os.environ | aot_environment() | {"PYTHONPATH": str(root)}
     command = [str(python), str(Path(__file__).with_name("aot_programs.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -118,7 +118,8 @@ def test_few_queries_of_a_long_cache(t):
 
 def test_released_block_sizes():
     """1,100 tokens in blocks of 512, 384 or 256, whichever pads the least."""
-    assert [attention_blocks._block_size(n) for n in (5, 512, 513, 768, 1024, 1100, 1536)] == [5, 512, 384, 384, 512, 384, 512]
+    lengths = (5, 512, 513, 768, 1024, 1100, 1536)
+    assert [attention_blocks._block_size(n) for n in lengths] == [5, 512, 384, 384, 512, 384, 512]
     qkv, mask = random_qkv(5, 1100, 1100, 1, 1), random_mask(6, 1100, 1100)
     assert_close(blockwise()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=4e-6)
 

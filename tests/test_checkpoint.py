@@ -97,6 +97,11 @@ def test_orbax_alone_reads_it(saved):
     assert versions.keys() == {"glm4v_jax", "jax", "orbax-checkpoint"}
 
 
+def test_a_relative_path_is_as_good(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    assert open_weights(copy.name).leaves.infos == open_weights(copy).leaves.infos
+
+
 def test_metadata_without_data(copy):
     for path in (copy / "state").rglob("d/*"):
         if path.stat().st_size > 100_000:

@@ -1,6 +1,7 @@
 """The options that subcommands share: which model, what it is shown, and how it draws."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import textwrap
@@ -87,12 +88,19 @@ class ModelOptions:
         from glm4v_jax.config import Glm4vConfig
 
         use_compilation_cache()
-        from glm4v_jax.distributed import check_devices, several
+        from glm4v_jax.distributed import agree, check_devices, several
 
         asked = self.mesh or ("latency" if several() else None)
-        mesh = None if asked is None else mesh_for(asked, Glm4vConfig.from_pretrained(self.model))
+        config = Glm4vConfig.from_pretrained(self.model)
+        mesh = None if asked is None else mesh_for(asked, config)
         if mesh is not None:
             check_devices(mesh)
+            told = repr((mesh.shape, self.dtype, num_slots, config)).encode()
+            agree("mesh, model, dtype and slots", hashlib.blake2b(told, digest_size=16).digest())
+            if mesh.size > 1:
+                from glm4v_jax.mesh_layout import mesh_text
+
+                print(f"mesh {mesh_text(mesh.shape)}", file=sys.stderr, flush=True)
         if _is_tiny(self.model):
             print(
                 "answering: a tiny model with random weights from the package; --model DIR for a real one",

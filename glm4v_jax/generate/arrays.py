@@ -1,10 +1,12 @@
 """Generation in the reference's shapes: a padded batch of prompts in, a padded batch of tokens out."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glm4v_jax.distributed import to_host
+from glm4v_jax.distributed import agree, spans_processes, to_host
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.pieces import Start
@@ -66,6 +68,8 @@ def generate(
         "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values,
         "image_grid_thw": image_grid_thw, "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
     }  # fmt: skip
+    if spans_processes(model.mesh):
+        agree("inputs", _digest(inputs, config))
     copies = config.num_return_sequences
     prompts = [prompt for prompt in prompts_of(inputs, model.config) for _ in range(copies)]
     starts = {row: Start(prompt, config, num_new, number=row) for row, prompt in enumerate(prompts)}
@@ -84,3 +88,14 @@ def generate(
             made[row] += count
     new[:, 0] = to_host(started.chosen.tokens)[: len(prompts)]
     return np.concatenate([np.repeat(input_ids, copies, axis=0), new[:, : made.max()]], axis=1).astype(np.int64)
+
+
+def _digest(inputs: Mapping[str, Any], config: GenerationConfig) -> bytes:
+    """Equal, 16 bytes, for what is answered in the same way."""
+    digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
+    for name, value in inputs.items():
+        if value is not None:
+            array = np.ascontiguousarray(value)
+            digest.update(f"{name} {array.shape}".encode())
+            digest.update(array.data)
+    return digest.digest()

@@ -275,7 +275,7 @@ class Engine:
             slots = free.pop() if free else self.new_slots(num_rows, config)
 
         def give_back() -> None:
-            if slots.capacity <= bucket(self._capacity, MIN_CAPACITY):
+            if slots.capacity <= slots.capacity_for(self._capacity):
                 free.append(slots)
 
         try:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from glm4v_jax.distributed import agree, several, to_host
+from glm4v_jax.distributed import agree, spans_processes, to_host
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Delta, TokenLogprob
@@ -83,15 +83,18 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
     """
     active: dict[int, Answer] = {}
     again: dict[int, Start] = {}
-    shared = several()
+    shared = spans_processes(slots.model.mesh)
     pace = Pace(_SHARED_STEPS if steps is None and shared else steps)
     try:
         while True:
             starts = again
             free = [row for row in range(slots.num_rows) if row not in active]
             # Threads of several processes are not ready at the same time: these wait.
-            while free and (answer := waiting.take(wait=shared or not active)) is not None:
+            while free:
+                answer = waiting.take(wait=shared or not active)
                 answer = _agreed(answer) if shared else answer
+                if answer is None:
+                    break
                 if isinstance(answer, Failure):
                     yield answer
                     continue
@@ -137,12 +140,15 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
         raise
 
 
-def _agreed(answer: Answer | Failure) -> Answer | Failure:
+def _agreed(answer: Answer | Failure | None) -> Answer | Failure | None:
     """The same in all processes: what one of them cannot prepare, none answers.
 
     Raises:
       MessageError: they were given different prompts.
     """
+    if answer is None:
+        agree("number of prompts", b"no more")
+        return None
     if isinstance(answer, Failure):
         number, digest, error = answer.number, b"", str(answer.error)
     else:

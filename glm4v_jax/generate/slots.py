@@ -18,7 +18,7 @@ from glm4v_jax.generate.features import FeaturePool
 from glm4v_jax.generate.pieces import Start, piece_of, stretches
 from glm4v_jax.generate.programs import Chosen, Decoded, Row
 from glm4v_jax.inputs.packing import bucket
-from glm4v_jax.mesh import data_shards, use_mesh
+from glm4v_jax.mesh import data_shards, round_up, use_mesh
 
 if TYPE_CHECKING:
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
@@ -86,10 +86,15 @@ class Slots:
         self.top = top
         self.stats = stats if stats is not None else Stats()
         self._num_eos = MIN_EOS
-        self._capacity = bucket(capacity, MIN_CAPACITY)
+        self._capacity = self.capacity_for(capacity)
         self._state: programs.State | None = None
         self._steps = np.zeros(self.num_rows, np.int32)
         """of each row, as last read"""
+
+    def capacity_for(self, need: int) -> int:
+        """How many cache slots a row has that needs so many: one of few numbers, which the mesh can split."""
+        with use_mesh(self.model.mesh):
+            return round_up(bucket(need, MIN_CAPACITY), "slots")
 
     @property
     def capacity(self) -> int:
@@ -213,7 +218,7 @@ class Slots:
         """Grow the state to what these prompts need; a first prompt finds none yet."""
         need = max(start.capacity for start in starts.values())
         num_eos = bucket(max(len(start.config.eos_token_id) for start in starts.values()), self._num_eos)
-        capacity = max(self._capacity, bucket(need, MIN_CAPACITY))
+        capacity = max(self._capacity, self.capacity_for(need))
         state = self._state
         if state is None:
             self._num_eos, self._capacity = num_eos, capacity

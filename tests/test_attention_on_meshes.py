@@ -1,4 +1,4 @@
-"""A cache whose slots lie in shards: what is written, seen and grown is what one device writes, sees and grows.
+"""Attention on meshes: a cache whose slots lie in shards is what one device writes, sees and grows; and dropout.
 
 Run as a program, this file does the work on simulated devices.
 """
@@ -12,7 +12,7 @@ import pytest
 from helpers_mesh import run_on_devices
 
 from glm4v_jax import cache, mesh
-from glm4v_jax.attention import Mask, attend_cached, attend_with_weights
+from glm4v_jax.attention import Dropout, Mask, attend, attend_cached, attend_with_weights
 from glm4v_jax.errors import GenerationError
 
 B, K, G, S, H = 2, 2, 4, 48, 8
@@ -38,6 +38,12 @@ def test_slots_that_do_not_divide(report):
     assert report["error", "{}"]["message"] == "capacity: found 47 slots; expected a multiple of mesh axis seq, 4"
 
 
+def test_shards_drop_what_is_their_own_and_replicas_the_same(report):
+    case = report["dropout", "{'kv': 2, 'q': 2}"]
+    assert case["equal_heads"] == 0  # all heads have the same queries, keys and values
+    assert case["worst_replica"] == 0
+
+
 def starts(t):
     """First slots of the rows: borders of shards, before and behind them."""
     last = S - t
@@ -61,7 +67,7 @@ def written(sizes):
                 for row, at in enumerate(start):
                     expected[:, row, :, at : at + t] = new[:, row]
                 found = write(placed, jnp.asarray(new), jnp.asarray(start))
-                worst = max(worst, float(np.abs(np.asarray(found) - expected).max()))
+                worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max())  # which keeps NaN
     return worst, split
 
 
@@ -93,7 +99,7 @@ def attended(sizes):
                 with mesh.use_mesh(mesh.make_mesh()):
                     expected, _ = attend_with_weights(*map(jnp.asarray, (q, *keys)), mask, causal=True)
                     expected = np.asarray(expected)
-                worst = max(worst, float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()))
+                worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
     return worst
 
 
@@ -110,9 +116,37 @@ def grown(sizes):
             larger = jax.jit(cache.grow, static_argnums=1)(whole, capacity)
             assert larger.k.sharding.spec == side.sharding.spec
             expected = np.pad(old, [(0, capacity - S if axis == 3 else 0) for axis in range(5)])
-            worst = max(worst, float(np.abs(np.asarray(larger.v) - expected).max()))
+            worst = np.maximum(worst, np.abs(np.asarray(larger.v) - expected).max())
             assert np.asarray(larger.segments).sum() == B * S
     return worst
+
+
+def dropped():
+    """How many pairs of equal heads drop alike; and the largest difference between devices that hold the same."""
+    random = np.random.RandomState(3)
+    t, heads = 16, K * G
+    with mesh.use_mesh(mesh.make_mesh(kv=2, q=2)):
+        q = np.repeat(random.standard_normal((1, t, 1, 1, H)), heads, axis=2).astype(np.float32)
+        k, v = (np.repeat(random.standard_normal((1, t, 1, H)), heads, axis=2).astype(np.float32) for _ in range(2))
+        mask = Mask(np.ones((1, t), np.int32), np.ones((1, t), np.int32))
+
+        @jax.jit
+        def run(q, k, v):
+            return attend(q, k, v, mask, causal=False, dropout=Dropout(jax.random.key(0), 0.5))
+
+        grouped = q.reshape(1, t, K, G, H), k[:, :, :K], v[:, :, :K]
+        places = [mesh.spec("batch", None, "kv_heads", "q_groups", None), mesh.spec("batch", None, "kv_heads", None)]
+        out = run(*(jax.device_put(x, places[min(i, 1)]) for i, x in enumerate(grouped)))
+        each = np.asarray(out).reshape(t, heads, H).swapaxes(0, 1)
+        equal = sum(np.array_equal(each[i], each[j]) for i in range(heads) for j in range(i))
+        # The ViT's heads, which are split over kv alone.
+        places = [mesh.spec("rows", None, "heads", None, None), mesh.spec("rows", None, "heads", None)]
+        out = run(*(jax.device_put(x, places[min(i, 1)]) for i, x in enumerate((q, k, v))))
+        shards = {}
+        for shard in out.addressable_shards:
+            shards.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+        worst = np.max([np.abs(same - held[0]).max() for held in shards.values() for same in held])
+    return {"equal_heads": int(equal), "worst_replica": float(worst)}
 
 
 def refusal():
@@ -133,7 +167,8 @@ def main():
     for sizes in MESHES:
         worst, split = written(sizes)
         for what, value in (("write", worst), ("attend", attended(sizes)), ("grow", grown(sizes))):
-            print(json.dumps({"what": what, "mesh": sizes, "worst": value, "split": split}))  # noqa: T201
+            print(json.dumps({"what": what, "mesh": sizes, "worst": float(value), "split": split}))  # noqa: T201
+    print(json.dumps({"what": "dropout", "mesh": dict(kv=2, q=2), **dropped()}))  # noqa: T201
     print(json.dumps({"what": "error", "mesh": {}, "message": refusal()}))  # noqa: T201
 
 
