@@ -5,6 +5,7 @@ imported only once the inputs are known to be good, so that help and complaints 
 """
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,9 +47,10 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 }
 
 
+_STANDING_ON_THIS = ("convert", "train")
 DESCRIPTION = (
-    "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, and "
-    "`glm4v --version` prints the version."
+    "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, `glm4v train` "
+    "looks through training data, and `glm4v --version` prints the version."
 )
 
 
@@ -91,11 +93,10 @@ def program() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] == "convert":
-        # It stands on this package and not the other way round: loaded where it is asked for.
-        from convert.commands import main as convert
-
-        return convert(arguments[1:], prog="glm4v convert")
+    if arguments and arguments[0] in _STANDING_ON_THIS:
+        # They stand on this package and not the other way round: loaded where they are asked for.
+        other = importlib.import_module(f"{arguments[0]}.commands")
+        return other.main(arguments[1:], prog=f"glm4v {arguments[0]}")
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0

@@ -17,6 +17,7 @@ from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.loading import leaf_paths
+from glm4v_jax.lora import is_lora
 from glm4v_jax.model import Glm4v
 from glm4v_jax.safetensors_io import in_pieces
 
@@ -65,8 +66,17 @@ def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensors_of(module: Glm4v) -> dict[str, LeafSource]:
-    """Tensor name -> source, for a model with its layers in either layout."""
+    """Tensor name -> source, for a model with its layers in either layout.
+
+    Raises:
+      CheckpointError: the model has an adapter, for which a checkpoint has no place.
+    """
     leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
+    if adapters := [path for path in leaves if is_lora(path)]:
+        raise CheckpointError(
+            f"{adapters[0]}: found {len(adapters)} leaves of an adapter; expected none: merge it first "
+            "(lora.merge_lora), or save it by itself (peft.save_adapter)"
+        )
     sizes, tensors = weights.dimensions(module.config), {}
     for name, (rule, layer) in weights.tensor_rules(module.config).items():
         path, index = rule.path(layer), None

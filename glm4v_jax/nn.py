@@ -79,6 +79,9 @@ class Linear(nnx.Module):
 
     `inputs` and `outputs` map a logical axis to its size: `{"embed": 4096}` -> `{"kv_heads": 2, "q_groups": 16,
     "head_dim": 128}`. The kernel has one dimension for each, so that heads are never reshaped across devices.
+
+    With an adapter (`lora.add_lora`), `lora_scale * (x @ lora_a) @ lora_b` is added: `lora_a` is [*inputs, R], `lora_b`
+    [R, *outputs], in the partitions of the kernel's dimensions.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class Linear(nnx.Module):
         self.in_axes, self.out_axes = tuple(inputs), tuple(outputs)
         self.kernel = init.normal((*inputs.values(), *outputs.values()), (*inputs, *outputs))
         self.bias = init.constant(0.0, tuple(outputs.values()), self.out_axes) if bias else None
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "B T ..."], length: Length = ...) -> Float[Array, "B T ..."]:
         """[B, T, *inputs] -> [B, T, *outputs]; the result's embedding axis is replicated, as activations are.
@@ -110,7 +116,17 @@ class Linear(nnx.Module):
         )
         if self.bias is not None:
             y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
-        return y
+        return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
+
+    def _lora(self, x: Float[Array, "B T ..."], out: jax.sharding.PartitionSpec) -> Float[Array, "B T ..."]:
+        """What the adapter adds, in the partition `out`; between its two products all devices have the whole rank."""
+        assert self.lora_a is not None and self.lora_b is not None
+        a = jax.sharding.reshard(self.lora_a[...], mesh.gathered(*self.in_axes, None)).astype(x.dtype)
+        b = jax.sharding.reshard(self.lora_b[...], mesh.gathered(None, *self.out_axes)).astype(x.dtype)
+        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
+        exact = precision(x.dtype)
+        low = jnp.einsum(f"bt{ins},{ins}r->btr", x, a, precision=exact, out_sharding=jax.P(*out[:2], None))
+        return self.lora_scale * jnp.einsum(f"btr,r{outs}->bt{outs}", low, b, precision=exact, out_sharding=out)
 
 
 class RMSNorm(nnx.Module):

@@ -41,7 +41,7 @@ def choose_shape(lengths: Sequence[int], row_multiple: int = 1) -> tuple[int, in
     shapes = []
     length = upper
     while length >= lower:
-        rows = max(_place(lengths, length)[0]) + 1
+        rows = max(place(lengths, length)[0]) + 1
         shapes.append((row_multiple * bucket(-(-rows // row_multiple)), length))
         length = length * 2 // 3 if length & (length - 1) else length * 3 // 4
     return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
@@ -80,7 +80,7 @@ def pack(
     if np.any(frames % merge_size):
         raise ValueError(f"grid sides {frames.tolist()} are not all multiples of merge_size, {merge_size}")
     num_rows, length = shape or choose_shape(lengths, row_multiple)
-    row_of, offset_of = _place(lengths, length)
+    row_of, offset_of = place(lengths, length)
     if max(row_of, default=0) >= num_rows or max(lengths, default=0) > length:
         raise ValueError(f"{len(lengths)} frames of up to {max(lengths)} patches do not fit {num_rows} x {length}")
 
@@ -152,8 +152,8 @@ def _frame_tables(h: int, w: int, merge_size: int, position_grid: int) -> tuple[
     return coords, weights_h[coords[:, 0]], weights_w[coords[:, 1]]
 
 
-def _place(lengths: Sequence[int], row_length: int) -> tuple[list[int], list[int]]:
-    """Row and offset of each frame: first fit, longest first; ties keep their order."""
+def place(lengths: Sequence[int], row_length: int) -> tuple[list[int], list[int]]:
+    """Row and offset of each frame, in rows of this length: first fit, longest first; ties keep their order."""
     free: list[int] = []
     row_of, offset_of = [0] * len(lengths), [0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

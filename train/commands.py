@@ -1,0 +1,232 @@
+"""`python -m train`, also `glm4v train`: a table of subcommands, each a typed dataclass that runs itself.
+
+JAX is imported only by the subcommands that need it, once they run, so that help and complaints are immediate.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+import tyro
+
+from glm4v_jax.commands.console import (
+    check_model,
+    one_line,
+    parse,
+    quiet_ffmpeg,
+    replacing,
+    to_json,
+    unsuspected_pictures,
+)
+from glm4v_jax.commands.screen import printable
+from glm4v_jax.errors import DataError, Glm4vError
+
+if TYPE_CHECKING:
+    from train.check import Report
+
+INTERRUPTED, READER_GONE = 130, 141
+BAD, TROUBLE = 1, 2
+"""Exit statuses of `check`: there are bad rows; it could not look."""
+_PERIOD = 10.0
+"""Seconds between two plain lines of progress."""
+
+FormatName = Literal["openai", "sharegpt", "alpaca", "swift", "hf", "llava"]
+
+
+class Command(Protocol):
+    """What the table of subcommands holds."""
+
+    debug: bool
+    trouble: int
+
+    def run(self) -> int:
+        """Does the work and returns the exit status; raises `Glm4vError` or `OSError` for what the user can mend."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Options:
+    """What every subcommand has."""
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object."""
+
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+    trouble = 1
+
+
+@dataclasses.dataclass(kw_only=True)
+class Check(_Options):
+    """Look through training data: what there is, how long it is, and which rows cannot be learned from, and why.
+
+    Exit status 0 where all rows are good, 1 where some are bad, 2 in case of trouble.
+    """
+
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...", help_behavior_hint="")]
+    """Files (.json, .jsonl, .parquet), directories of such, or DIR/dataset_info.json:NAME."""
+
+    model: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: count characters)")] = None
+    """Checkpoint whose tokenizer and processor count tokens; videos are decoded for it."""
+
+    format: Annotated[FormatName | None, tyro.conf.arg(help_behavior_hint="(default: by the fields of each row)")] = (
+        None
+    )
+    """Format of all rows."""
+
+    media_dir: Annotated[
+        str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: that of the data file)")
+    ] = None
+    """What paths of pictures and videos are relative to."""
+
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Look at the first N rows."""
+
+    decode: bool = False
+    """Decode every picture and video, those of the net too; else files are only seen to be there."""
+
+    histogram: Annotated[str | None, tyro.conf.arg(metavar="PNG", help_behavior_hint="(default: none)")] = None
+    """Draw the lengths into this file."""
+
+    trouble = TROUBLE
+
+    def run(self) -> int:
+        """Checks, and prints what was found."""
+        from train.check import check
+        from train.lengths import TokenCounter, count_characters
+        from train.records import read_records
+
+        if not self.data:
+            raise DataError("DATA: found no file, expected at least one")
+        measure, unit = count_characters, "characters"
+        if self.model is not None:
+            from glm4v_jax.inputs.processor import Glm4vProcessor
+
+            check_model(self.model)
+            measure, unit = TokenCounter(Glm4vProcessor.from_pretrained(self.model)), "tokens"
+        decoding = self.decode or self.model is not None
+        records = read_records(self.data, format=self.format, media_dir=self.media_dir)
+        with quiet_ffmpeg() if decoding else contextlib.nullcontext(), unsuspected_pictures(), _shown() as progress:
+            report = check(records, measure=measure, unit=unit, limit=self.limit, decode=self.decode, progress=progress)
+        if self.histogram is not None:
+            self._draw(report)
+        if self.as_json:
+            print(to_json(report.to_dict()))
+        else:
+            _print_report(report)
+        return BAD if report.bad else 0
+
+    def _draw(self, report: "Report") -> None:
+        from train.histogram import draw_histogram
+
+        path = pathlib.Path(self.histogram or "")
+        if not report.lengths:
+            print(f"train: {path}: not drawn, there is no good row", file=sys.stderr)
+            return
+        title = f"{', '.join(os.path.basename(os.path.normpath(data)) for data in self.data)}: {len(report.lengths):,}"
+        picture = draw_histogram(report.lengths, report.unit, f"{title} records")
+        with replacing(path) as aside:
+            picture.save(aside, "PNG")
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {"check": Check}
+
+DESCRIPTION = "Fine-tuning of GLM-4.1V on your own pictures, videos and conversations."
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m train") -> int:
+    """Runs one subcommand.
+
+    Args:
+        arguments: what follows the program's name; that of this process by default.
+        prog: the program's name in help and errors.
+
+    Returns:
+        The exit status: 0; what the subcommand says after one line on standard error that says what is wrong; 130
+        after Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
+    """
+    command = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, DESCRIPTION)
+    try:
+        status = command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except (Glm4vError, OSError) as error:
+        if command.debug:
+            raise
+        print(f"train: error: {one_line(error)}", file=sys.stderr)
+        return command.trouble
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[int, int], None]]:
+    """Inside, what is yielded takes rows done and rows in all: a bar on a terminal, a line now and then elsewhere."""
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        told = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told >= _PERIOD:
+                told = time.perf_counter()
+                print(f"{done:,} of {total:,} rows", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (
+        rich.progress.TextColumn("rows"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("rows", total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+def _print_report(report: "Report") -> None:
+    good = report.checked - report.bad
+    looked = f"{report.checked:,}" if report.checked == report.total else f"{report.checked:,} of {report.total:,}"
+    formats = ", ".join(f"{name} {count:,}" for name, count in report.formats.most_common())
+    remote = f", {report.remote:,} of both in the net and not looked at" if report.remote else ""
+    lengths = ", ".join(f"{name} {value:,}" for name, value in report.summary.items())
+    rows = {
+        "rows": f"{looked}: {good:,} good, {report.bad:,} bad",
+        "formats": formats or "none",
+        "messages": f"{report.messages:,}, of which {report.learned:,} are learned",
+        "shown": f"pictures {report.pictures:,}, videos {report.videos:,}{remote}; "
+        f"records without any {report.text_only:,}",
+        report.unit: f"{lengths}; longest at {report.longest}" if lengths else "none",
+    }
+    console = rich.console.Console(soft_wrap=True)
+    table = rich.table.Table(box=None, pad_edge=False, show_header=False)
+    if not console.is_terminal:
+        console = rich.console.Console(width=240)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, rich.text.Text(printable(value)))
+    console.print(table)
+    if report.problems:
+        more = f", {len(report.problems)} of them shown" if report.bad > len(report.problems) else ""
+        print(f"\nbad rows{more}:")
+        for problem in report.problems:
+            print(printable(f"  {problem.place}: {' '.join(problem.reason.split())}"))

@@ -1,0 +1,103 @@
+"""A training step as one program: forward, backward, the optimiser, and the decision whether to take it."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from glm4v_jax.model import Glm4v
+from train.loss import STRETCH, Sums, cross_entropy
+from train.packing import TrainBatch
+from train.state import Layout, Leaves, TrainState
+
+
+class Metrics(NamedTuple):
+    """Of a step, before its update.
+
+    loss: mean over the weights of all micro-batches.
+    accuracy: the share of the weights whose target is the likeliest token.
+    weight: their sum.
+    grad_norm: of all parameters together, before it is clipped.
+    is_skipped: whether the step changed nothing.
+    """
+
+    loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    weight: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    is_skipped: Bool[Array, ""]
+
+
+Step = Callable[[TrainState, Leaves, TrainBatch], tuple[TrainState, Metrics]]
+
+
+def loss_sums(model: Glm4v, batch: TrainBatch, *, remat: bool = False, stretch: int = STRETCH) -> Sums:
+    """The loss of a batch, not divided by its weight."""
+    hidden = model(batch.batch, remat=remat)
+    return cross_entropy(model, hidden, batch.targets, batch.weights, stretch=stretch)
+
+
+def make_step(
+    layout: Layout,
+    optimizer: optax.GradientTransformation,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    remat: bool = True,
+    stretch: int = STRETCH,
+    max_grad_norm: float = float("inf"),
+) -> Step:
+    """The jitted step.
+
+    Args:
+      layout: of the model.
+      optimizer: of `TrainState.params`.
+      dtype: that the model computes in; gradients and updates are float32.
+      remat: keep only the layers' inputs for the backward pass.
+      stretch: see `loss.cross_entropy`.
+      max_grad_norm: a step whose gradients have a larger norm, or one that is no number, is left out.
+
+    Returns:
+      (state, frozen leaves, batch) -> (state, metrics). The state is donated. Every array of the batch has a first
+      dimension of micro-batches, whose gradients are added up before they are divided by all their weights: what one
+      batch of them all would give.
+    """
+
+    def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch) -> tuple[Array, Sums]:
+        sums = loss_sums(layout.model(params, frozen, dtype), batch, remat=remat, stretch=stretch)
+        return sums.loss, sums
+
+    gradients_of = jax.grad(sums_of, has_aux=True)
+
+    def accumulate(
+        params: Leaves, frozen: Leaves, carry: tuple[Leaves, Sums], batch: TrainBatch
+    ) -> tuple[tuple[Leaves, Sums], None]:
+        gradients, sums = gradients_of(params, frozen, batch)
+        return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, frozen: Leaves, batches: TrainBatch) -> tuple[TrainState, Metrics]:
+        first, rest = (jax.tree.map(lambda x, part=part: x[part], batches) for part in (0, slice(1, None)))
+        total = gradients_of(state.params, frozen, first)
+        if rest.targets.shape[0]:
+            total, _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), total, rest)
+        gradients, sums = total
+        weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+        gradients = jax.tree.map(lambda x: x / weight, gradients)
+        norm = optax.tree.norm(gradients)
+        is_good = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (norm <= max_grad_norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        changed = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_good, new, old), changed, (state.params, state.opt_state)
+        )
+        skipped = 1 - is_good.astype(jnp.int32)
+        metrics = Metrics(sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good)
+        streak = (state.streak + skipped) * skipped
+        return TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak), metrics
+
+    return step
