@@ -50,7 +50,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 _STANDING_ON_THIS = ("convert", "train")
 DESCRIPTION = (
     "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, `glm4v train` "
-    "looks through training data, and `glm4v --version` prints the version."
+    "fine-tunes, and `glm4v --version` prints the version."
 )
 
 

@@ -138,9 +138,48 @@ class Check(_Options):
             picture.save(aside, "PNG")
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"check": Check}
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """Train: run the job that a TOML file describes, from its latest checkpoint if there is one.
 
-DESCRIPTION = "Fine-tuning of GLM-4.1V on your own pictures, videos and conversations."
+    SIGTERM makes it save and end with status 0; the same command goes on from there, as it does after a crash.
+    """
+
+    config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG", help_behavior_hint="")]
+    """The job: a .toml file; `train.config.TrainConfig` has its fields."""
+
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+    trouble = 1
+
+    def run(self) -> int:
+        """Trains, and says how it goes on standard error."""
+        from train.config import load_config
+
+        config = load_config(self.config)
+        check_model(config.model)
+        from glm4v_jax.compilation_cache import use_compilation_cache
+        from train.loop import train
+
+        use_compilation_cache()
+
+        def tell(line: str) -> None:
+            print(printable(line), file=sys.stderr, flush=True)
+
+        with quiet_ffmpeg(), unsuspected_pictures():
+            result = train(config, tell=tell)
+        told = "done" if result.is_done else "stopped; the same command goes on from there"
+        print(f"{config.out}: {result.step} of {config.steps} steps, {told}")
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {"run": Run, "check": Check}
+
+DESCRIPTION = (
+    "Fine-tuning of GLM-4.1V on your own pictures, videos and conversations. A file that ends in .toml in the place of "
+    "a subcommand is a job to run."
+)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m train") -> int:
@@ -154,7 +193,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m train") 
         The exit status: 0; what the subcommand says after one line on standard error that says what is wrong; 130
         after Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
     """
-    command = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, DESCRIPTION)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].endswith(".toml"):
+        given = ["run", *given]
+    command = parse(COMMANDS, given, prog, DESCRIPTION)
     try:
         status = command.run()
         sys.stdout.flush()

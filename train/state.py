@@ -53,6 +53,13 @@ class Layout:
         leaves = [(params[path] if path in params else frozen[path]).astype(dtype) for path in self.paths]
         return jax.tree.unflatten(self.structure.treedef, leaves)
 
+    def exported(
+        self, params: Mapping[str, Array], frozen: Mapping[str, Array], dtypes: Mapping[str, DTypeLike]
+    ) -> Glm4v:
+        """The model of these leaves, each in the dtype that it had; those of an adapter keep float32."""
+        leaves = [params[path].astype(dtypes[path]) if path in params else frozen[path] for path in self.paths]
+        return jax.tree.unflatten(self.structure.treedef, leaves)
+
 
 def split(model: Glm4v, is_trained: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
     """The leaves that are trained, in float32, and those that are not, as they are.

@@ -1,0 +1,204 @@
+"""A training job as a TOML file: typed dataclasses, and the way from a file to them."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.lora import LoraConfig
+from train.optimizers import GROUPS, OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is learned from.
+
+    Attributes:
+      files: see `records.read_records`; relative to the file of the job.
+      format: of their rows; each row is looked at by default.
+      media_dir: what paths in them are relative to; the data file's directory by default.
+      shuffle: the order changes with every pass; otherwise it is that of the files.
+      max_length: the most tokens of a sample; `batch.length` by default.
+      too_long: "drop" leaves longer ones out, "cut" cuts them behind, "error" ends the job.
+      keep_thoughts: "last", "all" or "none"; see `samples.EncodeOptions`.
+      bad_rows: "skip" counts rows that cannot be read, "error" ends the job.
+      image_max_pixels, video_max_pixels, video_fps: see `samples.EncodeOptions`.
+      threads: that make samples ready.
+    """
+
+    files: tuple[str, ...]
+    format: str | None = None
+    media_dir: str | None = None
+    shuffle: bool = True
+    max_length: int | None = None
+    too_long: Literal["error", "drop", "cut"] = "drop"
+    keep_thoughts: Literal["last", "all", "none"] = "last"
+    bad_rows: Literal["skip", "error"] = "skip"
+    image_max_pixels: int | None = None
+    video_max_pixels: int | None = None
+    video_fps: float | None = None
+    threads: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """What a step takes; all shapes are static.
+
+    Attributes:
+      rows: B of a micro-batch, over all devices.
+      length: T of a row, in tokens.
+      vision_rows, vision_length: R and L of its vision rows, in patches; 0 rows for text alone.
+      micro_batches: whose gradients make a step.
+      pack: several samples a row; otherwise one.
+      average: the loss is an average over all targets ("token"), or over samples.
+    """
+
+    rows: int = 1
+    length: int = 8192
+    vision_rows: int = 1
+    vision_length: int = 8192
+    micro_batches: int = 1
+    pack: bool = True
+    average: Literal["token", "sample"] = "token"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a job besides its result.
+
+    Attributes:
+      every: steps between two checkpoints.
+      keep: how many of the latest stay.
+    """
+
+    every: int = 100
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A job.
+
+    Attributes:
+      model: directory of the checkpoint to begin with, in either format.
+      out: directory of the job: checkpoints, metrics, and the trained model.
+      data, batch, optimizer, checkpoint: see there.
+      steps: of the whole training.
+      freeze: parts of the model that stay as they are: "vision", "merger", "llm".
+      lora: train an adapter instead, and leave the whole model as it is.
+      dtype: that the model computes in; float32 on a CPU and bfloat16 elsewhere by default. Weights are float32.
+      remat: make activations again in the backward pass, layer by layer.
+      max_grad_norm: steps with larger gradients are left out.
+      max_skipped: the job ends after so many of them one after another.
+      mesh: a preset or axes; see `glm4v mesh`.
+      seed: of everything that is drawn.
+      log_every: steps between two lines of metrics.
+    """
+
+    model: str
+    out: str
+    data: DataConfig
+    steps: int
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    freeze: tuple[str, ...] = ("vision",)
+    lora: LoraConfig | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    remat: bool = True
+    max_grad_norm: float = float("inf")
+    max_skipped: int = 10
+    mesh: str = "train"
+    seed: int = 0
+    log_every: int = 1
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a job; relative paths in it are relative to the file.
+
+    Raises:
+      ConfigError: it cannot be read, a field is unknown, missing or of another type, or a number is out of its range.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        config = _made(TrainConfig, content, "")
+        _check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    here = path.absolute().parent
+    data = dataclasses.replace(
+        config.data,
+        files=tuple(str(here / file) for file in config.data.files),
+        media_dir=None if config.data.media_dir is None else str(here / config.data.media_dir),
+    )
+    return dataclasses.replace(config, model=str(here / config.model), out=str(here / config.out), data=data)
+
+
+def _made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
+    """A dataclass of a table."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(content) - set(fields)):
+        raise ConfigError(f"{where}{unknown[0]}: found an unknown field; expected some of {', '.join(fields)}")
+    for name, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and name not in content:
+            raise ConfigError(f"{where}{name}: found nothing; expected a value")
+    return kind(**{name: _value(hints[name], value, f"{where}{name}") for name, value in content.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A value of a field's type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _value(next(kind for kind in arguments if kind is not types.NoneType), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: found {value!r}; expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: found {value!r}; expected a table")
+        return _made(hint, value, f"{where}.")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where}: found {value!r}; expected a list")
+        return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: found {value!r}; expected a table")
+        return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{where}: found {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _check(config: TrainConfig) -> None:
+    positive = {
+        "steps": config.steps, "log_every": config.log_every, "max_skipped": config.max_skipped,
+        "max_grad_norm": config.max_grad_norm, "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep, "data.threads": config.data.threads,
+        "batch.rows": config.batch.rows, "batch.length": config.batch.length,
+        "batch.vision_length": config.batch.vision_length, "batch.micro_batches": config.batch.micro_batches,
+    }  # fmt: skip
+    for name, number in positive.items():
+        if not number > 0:
+            raise ConfigError(f"{name}: found {number}; expected a number above 0")
+    if config.batch.vision_rows < 0:
+        raise ConfigError(f"batch.vision_rows: found {config.batch.vision_rows}; expected a number from 0 on")
+    if not config.data.files:
+        raise ConfigError("data.files: found none; expected at least one")
+    if unknown := set(config.freeze) - set(GROUPS):
+        raise ConfigError(f"freeze: found {unknown.pop()!r}; expected some of {', '.join(GROUPS)}")
