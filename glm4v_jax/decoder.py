@@ -186,9 +186,9 @@ class TextDecoder(nnx.Module):
         position_ids = mesh.reshard(position_ids, None, "batch", "length")
         segment_ids = mesh.reshard(segment_ids, "batch", "length")
         cos_sin = rope.mrope_cos_sin(position_ids, self.config)
-        x = inputs_embeds
-        if x.shape[1] > FEW_QUERIES and x.shape[1] % mesh.shards("tokens") == 0:
-            x = mesh.reshard(x, "batch", "tokens", None)
+        tokens = inputs_embeds.shape[1]
+        shared = tokens > FEW_QUERIES and tokens % mesh.shards("tokens") == 0
+        x = mesh.reshard(inputs_embeds, "batch", "tokens" if shared else "length", None)
         # A few tokens are written after the last layer, in all layers at once: a loop that only reads a cache leaves it
         # where it is.
         late = segment_ids.shape[1] <= FEW_QUERIES

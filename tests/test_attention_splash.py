@@ -17,8 +17,20 @@ HEAD_DIM = 16
 HALF = 2.0**-8
 """One rounding to bfloat16, at most, of the largest value; queries (scaled), sums and results are rounded."""
 
-splash = functools.partial(attention_splash.attention, interpret=True)
-splash_partial = functools.partial(attention_splash.partial, interpret=True)
+pytestmark = pytest.mark.usefixtures("mesh")
+
+
+def local(kernel):
+    """A kernel as it is called: on arrays of one device, in a `shard_map`."""
+
+    def run(q, k, v, mask, *, causal):
+        inside = functools.partial(kernel, causal=causal, interpret=True)
+        return jax.shard_map(inside, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)(q, k, v, mask)
+
+    return run
+
+
+splash, splash_partial = local(attention_splash.attention), local(attention_splash.partial)
 
 
 @pytest.fixture(autouse=True)
