@@ -41,6 +41,10 @@ CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
     ("encode", (2, 8192, 256), "v5e:2x4", dict(data=2, kv=2, q=2)),
     ("encode", (2, 8192, 256), "v6e:2x4", dict(data=2, kv=2, q=2)),
 ]
+COLUMNS = (
+    "program", "slice", "mesh", "compile s", "arguments", "temporaries", "outputs", "of HBM", "x its part",
+    "in the layer loop", "elsewhere", "copies", "floor ms", "",
+)  # fmt: skip
 TARGET = ("decode", (8, 4096), "v5e:2x4")
 MAX_RATIO, MAX_ALL_REDUCES, MAX_SECONDS = 1.03, 2, 30
 
@@ -107,16 +111,12 @@ def main() -> int:
         lines.append(found | {"passed": passed})
         failed += [] if passed else [title]
         out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
-    columns = (
-        "program", "slice", "mesh", "compile s", "arguments", "temporaries", "outputs", "of HBM", "x its part",
-        "in the layer loop", "elsewhere", "copies", "floor ms", "",
-    )  # fmt: skip
-    out.print(report.table("GiB a chip", columns, (_row(line) for line in lines)))
+    out.print(report.table("GiB a chip", COLUMNS, (_row(line) for line in lines)))
     if not arguments.only:  # some are no record of all
         facts = report.machine_facts("jax", "libtpu")
         written = report.write_result("aot", {"machine": facts, "programs": lines, "not_compiled": broken})
         markdown = written.with_suffix(".md")
-        markdown.write_text(_markdown(columns, lines), encoding="utf-8")
+        markdown.write_text(_markdown(lines), encoding="utf-8")
         out.print(f"written to {written.relative_to(report.ROOT)} and {markdown.name}")
     return 1 if failed else 0
 
@@ -136,8 +136,8 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _markdown(columns: tuple[str, ...], lines: list[dict[str, Any]]) -> str:
-    rows = [columns, ("---",) * len(columns), *(_row(line) for line in lines)]
+def _markdown(lines: list[dict[str, Any]]) -> str:
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(line) for line in lines)]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     for style in ("[green]", "[/green]", "[red]", "[/red]"):
         text = text.replace(style, "")
