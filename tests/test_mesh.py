@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from glm4v_jax import Glm4v, Glm4vConfig, mesh
 from glm4v_jax.errors import ConfigError
 
-MESHES = [dict(), dict(fsdp=2, kv=2, q=2), dict(fsdp=2, kv=2, seq=2)]
+MESHES = [dict(), dict(fsdp=2, kv=2, seq=2)]
 CALL_MESHES = [dict(), dict(data=2), dict(fsdp=2, kv=2, q=2), dict(kv=2, seq=2)]
 
 
