@@ -5,12 +5,9 @@ JAX and Orbax are imported once a subcommand runs, so that help and complaints a
 
 import dataclasses
 import json
-import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import rich.console
 import rich.markup
@@ -18,8 +15,8 @@ import rich.table
 import tyro
 
 from convert.progress import gigabytes, shown
-from glm4v_jax.commands.console import one_line, parse
-from glm4v_jax.commands.distributed import DistributedOptions, joined
+from glm4v_jax.commands.distributed import DistributedOptions
+from glm4v_jax.commands.program import Command, JsonOptions, run_program
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.mesh_presets import check_text, mesh_for, sizes_for
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     from convert.summary import Summary
     from convert.verify import Report
 
-INTERRUPTED, READER_GONE = 130, 141
 DIFFERENT, TROUBLE = 1, 2
 """Exit statuses of `verify`, those of `diff`."""
 LISTED = 20
@@ -40,31 +36,8 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC", help_
 Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST", help_behavior_hint="")]
 
 
-class Command(Protocol):
-    """What the table of subcommands holds."""
-
-    debug: bool
-    trouble: int
-
-    def run(self) -> int:
-        """Does the work and returns the exit status; raises `Glm4vError` or `OSError` for what the user can mend."""
-
-
 @dataclasses.dataclass(kw_only=True)
-class _Options:
-    """What every subcommand has."""
-
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object."""
-
-    debug: bool = False
-    """Show the whole traceback of an error."""
-
-    trouble = 1
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Writing(_Options):
+class _Writing(JsonOptions):
     """What the subcommands have that write a checkpoint."""
 
     overwrite: bool = False
@@ -77,6 +50,15 @@ class _Writing(_Options):
     def place(self) -> Path:
         """The directory to make."""
         raise NotImplementedError
+
+    def interrupted(self) -> str:
+        """What Ctrl-C has left; a second one may have ended the cleaning up too."""
+        from glm4v_jax.target import left_of
+
+        left = left_of(self.place)
+        if left is None:
+            return "convert: interrupted; what was written has been removed, the source is as it was"
+        return f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -165,7 +147,7 @@ class ToHf(_Writing):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Verify(_Options):
+class Verify(JsonOptions):
     """Compare two checkpoints of either format, tensor by tensor.
 
     Exit status 0 where they are equal, 1 where they differ, 2 in case of trouble.
@@ -197,7 +179,7 @@ class Verify(_Options):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Inspect(_Options):
+class Inspect(JsonOptions):
     """Show the tensors of a checkpoint of either format: shapes, dtypes, where they go, and how a mesh splits them.
 
     No data are read, and the devices of the mesh need not exist.
@@ -286,41 +268,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert"
         The exit status: 0; 1, or 2 of `verify`, after one line on standard error that says what is wrong; 130 after
         Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
     """
-    command = parse(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, DESCRIPTION)
-    try:
-        with joined(command, "convert", command.trouble):
-            status = command.run()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
-    except (Glm4vError, OSError) as error:
-        if command.debug:
-            raise
-        print(f"convert: error: {one_line(error)}", file=sys.stderr)
-        return command.trouble
-    except KeyboardInterrupt:
-        if isinstance(command, _Writing):
-            print(_interrupted(command.place), file=sys.stderr)
-        return INTERRUPTED
-    except Exception:
-        if command.debug:
-            raise
-        # Python's own status would be 1, which of `verify` means that the checkpoints differ.
-        traceback.print_exc()
-        return command.trouble
-    return status
-
-
-def _interrupted(target: Path) -> str:
-    """What is told after Ctrl-C; a second one may have ended the cleaning up too."""
-    from glm4v_jax.target import left_of
-
-    left = left_of(target)
-    if left is None:
-        return "convert: interrupted; what was written has been removed, the source is as it was"
-    return f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was"
+    return run_program(COMMANDS, arguments, name="convert", prog=prog, description=DESCRIPTION)
 
 
 def _tell(summary: "Summary", as_json: bool) -> None:

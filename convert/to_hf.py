@@ -1,7 +1,6 @@
 """Either format -> Hugging Face safetensors in shards, tensor by tensor."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from convert.reading import Reader, check_tensors, metadata_of, open_weights, sh
 from convert.summary import Summary
 from glm4v_jax import shards
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.files import asset_files, assets_directory, copy_assets, read_json_object
+from glm4v_jax.files import asset_files, assets_directory, copy_assets, say_dtype
 from glm4v_jax.loading import resolve_dtype
 from glm4v_jax.target import check_space, check_target, new_directory
 
@@ -100,19 +99,3 @@ def to_hf(
                 say_dtype(directory / "config.json", cast.name)
     read = 0 if dry_run else sum(info.nbytes for info in files.values())
     return Summary(source, target, len(tensors), total, read, len(plan), time.perf_counter() - started, dry_run)
-
-
-def say_dtype(path: Path, dtype: str) -> None:
-    """Make config.json, where it says a dtype, say this one."""
-    config = _with_dtype(read_json_object(path), dtype)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[key] = dtype
-        else:
-            changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else value
-    return changed

@@ -16,11 +16,10 @@ from convert.casts import check_cast
 from convert.hashes import Hashes, hashing
 from convert.reading import Reader, metadata_of
 from convert.summary import Summary
-from convert.to_hf import say_dtype
 from glm4v_jax import checkpoint_write, weights
 from glm4v_jax.checkpoint import OrbaxCheckpoint, leaves_of, open_weights
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.files import asset_files, assets_directory, copy_assets
+from glm4v_jax.files import asset_files, assets_directory, copy_assets, say_dtype
 from glm4v_jax.leaves import LeafInfo, Leaves, array_of, in_groups
 from glm4v_jax.loading import abstract_leaves, resolve_dtype
 from glm4v_jax.mesh import make_mesh, use_mesh

@@ -9,35 +9,20 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from glm4v_jax import __version__
 from glm4v_jax.commands.cache import Cache
 from glm4v_jax.commands.chat import Chat
-from glm4v_jax.commands.console import one_line, parse
+from glm4v_jax.commands.console import parse
 from glm4v_jax.commands.describe import Describe
-from glm4v_jax.commands.distributed import joined
+from glm4v_jax.commands.distributed import INTERRUPTED, READER_GONE
 from glm4v_jax.commands.generate import Generate
 from glm4v_jax.commands.inspect import Inspect
 from glm4v_jax.commands.mesh import Mesh
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.commands.program import Runnable, leave_output, run_command
 
-INTERRUPTED = 130
-"""Exit status of a shell command that Ctrl-C ended."""
-READER_GONE = 141
-"""Exit status of a shell command whose reader went away."""
-
-
-class Command(Protocol):
-    """What the table of subcommands holds."""
-
-    debug: bool
-
-    def run(self) -> None:
-        """Does the work; raises `Glm4vError` or `OSError` for what the user can mend."""
-
-
-COMMANDS: dict[str, Callable[..., Command]] = {
+COMMANDS: dict[str, Callable[..., Runnable]] = {
     "generate": Generate,
     "chat": Chat,
     "describe": Describe,
@@ -47,10 +32,10 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 }
 
 
-_STANDING_ON_THIS = ("convert", "train")
+_STANDING_ON_THIS = ("convert", "train", "eval")
 DESCRIPTION = (
     "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, `glm4v train` "
-    "fine-tunes, and `glm4v --version` prints the version."
+    "fine-tunes, `glm4v eval` scores, and `glm4v --version` prints the version."
 )
 
 
@@ -68,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_output()
         return READER_GONE
     return status
 
@@ -100,17 +84,4 @@ def _run(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0
-    command = parse(COMMANDS, arguments, "glm4v", DESCRIPTION)
-    try:
-        with joined(command, "glm4v"):
-            command.run()
-    except BrokenPipeError:
-        raise
-    except (Glm4vError, OSError) as error:
-        if command.debug:
-            raise
-        print(f"glm4v: error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+    return run_command(parse(COMMANDS, arguments, "glm4v", DESCRIPTION), "glm4v")

@@ -17,8 +17,11 @@ from glm4v_jax import weights
 from glm4v_jax.checkpoint import leaves_of, open_weights
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.leaves import array_of
+from glm4v_jax.lora import Axes, linears
 from glm4v_jax.mesh import platform
 from glm4v_jax.model import Glm4v
+from glm4v_jax.quant import QuantConfig, as_config, check_finite, is_scale, quantize_kernel, scale_path
+from glm4v_jax.quant import quantize as quantized
 from glm4v_jax.safetensors_io import TensorInfo
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
@@ -58,6 +61,7 @@ def load_model(
     *,
     dtype: Any = None,
     stacked: bool = True,
+    quantize: QuantConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Glm4v:
     """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
@@ -70,25 +74,36 @@ def load_model(
       config: of the model.
       dtype: see `resolve_dtype`.
       stacked: the layout of the layers (see `layers`).
+      quantize: the kernels to quantise, each as it comes: of those there is one layer's in floats at a time.
       progress: called with the bytes read so far and in all, after each leaf.
 
     Raises:
-      CheckpointError: files are missing, truncated or corrupt, or tensors do not fit the configuration.
+      CheckpointError: files are missing, truncated or corrupt, tensors do not fit the configuration, or numbers to
+        quantise are not finite.
+      ConfigError: `quantize` fits no linear layer, or does not divide by the mesh.
     """
+    quantize = as_config(quantize)
     files = open_weights(directory)
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
-    abstract, structure = abstract_leaves(config, dtype, stacked=stacked)
+    abstract, structure = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
+    axes = _axes(structure.unflatten(list(abstract.values()))) if quantize is not None else {}
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
     for path, info in leaves.infos.items():
         target, layer = _stacked_path(path) if stacked else (path, None)
         spec = abstract[target].sharding.spec
-        if layer is None:
-            arrays[target] = array_of(leaves, path, spec, dtype)
-        else:
-            array = array_of(leaves, path, PartitionSpec(*spec[1:]), dtype)
-            arrays[target] = _put_layer(arrays[target], array, layer)
+        spec = spec if layer is None else PartitionSpec(*spec[1:])
+        if quantize is None or scale_path(target) not in abstract:
+            made = {target: array_of(leaves, path, spec, dtype)}
+        else:  # from what the checkpoint has, not rounded to `dtype` before
+            kernel = array_of(leaves, path, spec, info.dtype)
+            pair = quantize_kernel(kernel, *axes[_LAYER.sub(r"\1", path)], quantize)
+            made = dict(zip((target, scale_path(target)), pair, strict=True))
+            del kernel
+        for name, array in made.items():
+            arrays[name] = array if layer is None else _put_layer(arrays[name], array, layer)
+        del made
         done += info.nbytes
         if done - released > _RELEASE_BYTES:
             jax.block_until_ready(arrays[target])
@@ -96,14 +111,20 @@ def load_model(
             released = done
         if progress is not None:
             progress(done, total)
+    if quantize is not None:
+        check_finite({path: array for path, array in arrays.items() if is_scale(path)}, str(directory))
     return jax.tree.unflatten(structure, [arrays[path] for path in abstract])
 
 
-def abstract_leaves(config: Glm4vConfig, dtype: DTypeLike, *, stacked: bool) -> tuple[dict[str, Any], Any]:
+def abstract_leaves(
+    config: Glm4vConfig, dtype: DTypeLike, *, stacked: bool, quantize: QuantConfig | None = None
+) -> tuple[dict[str, Any], Any]:
     """Path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the structure."""
 
     def make() -> Glm4v:
         model = Glm4v.init(config, dtype=dtype)
+        if quantize is not None:
+            model = quantized(model, quantize)
         return model if stacked else model.unstacked()
 
     abstract = jax.eval_shape(make)
@@ -115,6 +136,11 @@ def leaf_paths(model: Glm4v) -> Iterator[str]:
     """The leaves' paths, in the order of `jax.tree.leaves`: "language_model.layers.stacked.mlp.down.kernel"."""
     for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
         yield ".".join(str(key.name) for key in path if getattr(key, "name", "value") != "value")
+
+
+def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:
+    """Path of a kernel, without the layer's number, -> the logical axes of its inputs and outputs."""
+    return {f"{path}.kernel": (found[0].in_axes, found[0].out_axes) for path, found in linears(model).items()}
 
 
 def _stacked_path(path: str) -> tuple[str, int | None]:

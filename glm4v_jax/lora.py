@@ -134,16 +134,34 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     return result
 
 
+def drop_lora(model: Glm4v) -> Glm4v:
+    """The model without its adapter; new modules around the same arrays."""
+    result = jax.tree.map(lambda x: x, model)
+    for found in linears(result).values():
+        for linear in found:
+            linear.lora_a = linear.lora_b = None
+            linear.lora_scale = 0.0
+    return result
+
+
 def merge_lora(model: Glm4v) -> Glm4v:
     """The model with its adapter in its kernels, `W + scale A B` in float32, cast back; without one, a copy.
 
     New modules; the kernels without an adapter are the same arrays. Besides old and new kernels there is one layer's in
     float32 in memory.
+
+    Raises:
+      ConfigError: a kernel with an adapter is quantised, and would be rounded anew.
     """
     result = jax.tree.map(lambda x: x, model)
-    for found in linears(result).values():
+    for path, found in linears(result).items():
         for linear in found:
             if linear.lora_a is not None and linear.lora_b is not None:
+                if linear.kernel_scale is not None:
+                    raise ConfigError(
+                        f"{path}: found a quantised kernel; expected one in floats: merge into the model that was "
+                        "quantised"
+                    )
                 leaves = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
                 linear.kernel = nnx.Param(_merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes))
                 linear.lora_a = linear.lora_b = None

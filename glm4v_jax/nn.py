@@ -74,11 +74,32 @@ def whole(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
     return jax.sharding.reshard(x, jax.P(rows, None, *rest))
 
 
+def dequantized(kernel: Int[Array, "..."], scale: Float[Array, "..."], inputs: int, dtype: DTypeLike) -> Array:
+    """What a quantised kernel stands for, multiplied in float32 and rounded to `dtype` once.
+
+    Args:
+      kernel: int8 or int4 [*inputs, *outputs], of one layer.
+      scale: float32 [*outputs]; or [*inputs but the last, G, *outputs], of G groups of equal size along the last input.
+      inputs: how many dimensions are inputs.
+      dtype: of the result [*inputs, *outputs].
+    """
+    values = kernel.astype(jnp.float32)
+    if scale.ndim < kernel.ndim:
+        return (values * scale).astype(dtype)
+    last, spec = inputs - 1, mesh.spec_of(kernel)
+    groups = (*kernel.shape[:last], scale.shape[last], -1, *kernel.shape[inputs:])
+    values = values.reshape(groups, out_sharding=jax.P(*spec[:inputs], None, *spec[inputs:]))
+    values = values * jnp.expand_dims(scale, inputs)
+    return values.reshape(kernel.shape, out_sharding=spec).astype(dtype)
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` over the last dimensions, with named input and output axes.
 
     `inputs` and `outputs` map a logical axis to its size: `{"embed": 4096}` -> `{"kv_heads": 2, "q_groups": 16,
     "head_dim": 128}`. The kernel has one dimension for each, so that heads are never reshaped across devices.
+
+    A quantised kernel (`quant.quantize`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`.
 
     With an adapter (`lora.add_lora`), `lora_scale * (x @ lora_a) @ lora_b` is added: `lora_a` is [*inputs, R], `lora_b`
     [R, *outputs], in the partitions of the kernel's dimensions.
@@ -95,6 +116,7 @@ class Linear(nnx.Module):
         self.in_axes, self.out_axes = tuple(inputs), tuple(outputs)
         self.kernel = init.normal((*inputs.values(), *outputs.values()), (*inputs, *outputs))
         self.bias = init.constant(0.0, tuple(outputs.values()), self.out_axes) if bias else None
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
@@ -105,18 +127,28 @@ class Linear(nnx.Module):
         Rows and tokens stay split as they are in `x`; `length` is for another partition of the tokens.
         """
         rows, own, *_ = mesh.spec_of(x)
-        kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.in_axes, *self.out_axes))
-        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
-        y = jnp.einsum(
-            f"bt{ins},{ins}{outs}->bt{outs}",
-            x,
-            kernel,
-            precision=precision(x.dtype),
-            out_sharding=jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes)),
-        )
+        out = jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes))
+        if self.kernel_scale is None:
+            y = self._product(x, self.kernel[...], None, out)
+        else:
+            # Or the backward pass would keep the dequantised kernels of all layers: the whole model in floats.
+            product = jax.checkpoint(self._product, static_argnums=3)
+            y = product(x, self.kernel[...], self.kernel_scale[...], out)
         if self.bias is not None:
             y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
         return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
+
+    def _product(
+        self, x: Float[Array, "B T ..."], kernel: Array, scale: Array | None, out: jax.sharding.PartitionSpec
+    ) -> Float[Array, "B T ..."]:
+        """`x @ kernel`, in the partition `out`; what is quantised is sent between devices as it is kept."""
+        kernel = jax.sharding.reshard(kernel, mesh.gathered(*self.in_axes, *self.out_axes))
+        if scale is not None:
+            axes = self.out_axes if scale.ndim < kernel.ndim else (*self.in_axes, *self.out_axes)
+            scale = jax.sharding.reshard(scale, mesh.gathered(*axes))
+            kernel = dequantized(kernel, scale, len(self.in_axes), x.dtype)
+        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
+        return jnp.einsum(f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
 
     def _lora(self, x: Float[Array, "B T ..."], out: jax.sharding.PartitionSpec) -> Float[Array, "B T ..."]:
         """What the adapter adds, in the partition `out`; between its two products all devices have the whole rank."""

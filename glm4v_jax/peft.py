@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,9 +178,8 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
         something else than A and B beside kernels.
       ConfigError: the model has an adapter already.
     """
-    result, directory = lora.copy_without_lora(model), Path(directory)
-    scaling = _Scaling.read(directory / CONFIG)
-    pieces = _read(directory / WEIGHTS, model.config, scaling)
+    result = lora.copy_without_lora(model)
+    pieces = _pieces(read_adapter(directory, model.config).values(), model.config)
     for path, found in lora.linears(result).items():
         if path not in pieces:
             continue
@@ -249,12 +248,41 @@ class _Scaling:
         return rank, alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
-def _read(path: Path, config: Glm4vConfig, scaling: _Scaling) -> dict[str, dict[int, list[_Piece]]]:
-    """Path of a linear layer -> layer (0 where there is one only) -> its parts that the file has an adapter for."""
+class Pair(NamedTuple):
+    """One module's adapter as the file has it, float32: A [R, inputs], B [outputs, R], of a convolution with a window.
+
+    Beside the module's weight W it stands for W + scale B A.
+    """
+
+    place: Place
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    def added_to(self, weight: np.ndarray) -> np.ndarray:
+        """W + scale B A in float32, in the shape of the weight."""
+        product = self.b.reshape(len(self.b), -1) @ self.a.reshape(len(self.a), -1)
+        product *= np.float32(self.scale)
+        product = product.reshape(weight.shape)
+        product += weight
+        return product
+
+
+def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
+    """Name of a weight, without prefixes as `weights.canonical` has it, -> the adapter beside it.
+
+    Raises:
+      CheckpointError: as of `load_adapter`.
+    """
+    directory = Path(directory)
+    return _read(directory / WEIGHTS, config, _Scaling.read(directory / CONFIG))
+
+
+def _read(path: Path, config: Glm4vConfig, scaling: _Scaling) -> dict[str, Pair]:
     file = SafetensorsFile(path)
     names = {weights.canonical(name.removeprefix(_PREFIX)): name for name in file}
     known, problems = set(), []
-    found: dict[str, dict[int, list[_Piece]]] = {}
+    found: dict[str, Pair] = {}
     for place in places(config):
         module = weights.canonical(place.module)
         keys = [f"{module}.lora_{side}.weight" for side in "AB"]
@@ -267,21 +295,30 @@ def _read(path: Path, config: Glm4vConfig, scaling: _Scaling) -> dict[str, dict[
         if len(present) < 2:
             continue
         rank, scale = scaling.of(names[keys[0]].removeprefix(_PREFIX).removesuffix(".lora_A.weight"))
-        sizes, leaves = _sizes(config, rank), {}
+        sizes, tensors = _sizes(config, rank), []
         for rule, key in zip((place.a, place.b), keys, strict=True):
             name, expected = names[key], rule.tensor_shape(sizes)
             if file[name].shape == expected:
-                leaves[key] = rule.to_leaf(file.read(name).astype(lora.DTYPE), sizes)
+                tensors.append(file.read(name).astype(lora.DTYPE))
             else:
                 problems.append(f"misshapen: {name} has shape {list(file[name].shape)}, expected {list(expected)}")
-        if len(leaves) == 2:
-            piece = _Piece(leaves[keys[0]], leaves[keys[1]], place.b.part, scale)
-            found.setdefault(place.path, {}).setdefault(place.layer or 0, []).append(piece)
+        if len(tensors) == 2:
+            found[f"{module}.weight"] = Pair(place, tensors[0], tensors[1], scale)
     problems += [f"unexpected: {name} {list(file[name].shape)}" for key, name in names.items() if key not in known]
     if not names:
         problems.append("it is empty")
     if problems:
         raise CheckpointError(f"{path}: {len(problems)} tensors do not fit the model: " + "; ".join(sorted(problems)))
+    return found
+
+
+def _pieces(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_Piece]]]:
+    """Path of a linear layer -> layer (0 where there is one only) -> its parts that there is an adapter for."""
+    found: dict[str, dict[int, list[_Piece]]] = {}
+    for place, a, b, scale in pairs:
+        sizes = _sizes(config, len(a))
+        piece = _Piece(place.a.to_leaf(a, sizes), place.b.to_leaf(b, sizes), place.b.part, scale)
+        found.setdefault(place.path, {}).setdefault(place.layer or 0, []).append(piece)
     return found
 
 

@@ -19,7 +19,10 @@ from glm4v_jax.commands.console import one_line
 from glm4v_jax.errors import ConfigError, Glm4vError
 from glm4v_jax.launchers import launcher
 
-INTERRUPTED, READER_GONE = 130, 141
+INTERRUPTED = 130
+"""Exit status of a shell command that Ctrl-C ended."""
+READER_GONE = 141
+"""Exit status of a shell command whose reader went away."""
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from glm4v_jax.commands.console import (
     status,
     to_json,
 )
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.commands.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT
 from glm4v_jax.errors import MediaError
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ class Inspect:
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
     """Pictures and videos: paths or http(s) addresses."""
 
-    model: Annotated[
-        str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: a tiny random one in the package)")
-    ] = str(TINY_CHECKPOINT)
+    model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
     """Directory of a GLM-4.1V checkpoint in Hugging Face layout; its processor decides."""
 
     out: Annotated[str, tyro.conf.arg(metavar="PNG")] = "inspect.png"

@@ -12,11 +12,10 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 
-# Lines of the service's log, and of gloo's, which greets its peers on standard output.
-_SERVICE = re.compile(
-    r"[IWEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_\w+|client|service)\.(cc|h):\d+\]"
-    r"|\[Gloo\] Rank \d+ is"
-)
+# Lines of the service's log.
+_SERVICE = re.compile(r"[IWEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_\w+|client|service)\.(cc|h):\d+\]")
+# Gloo greets its peers on standard output, from several threads at a time, which mix their words.
+_GLOO = re.compile(r"(\[Gloo\]|Rank|is|connected|to|peer|ranks\.?|Expected|number|of|:|\d|\s)+", re.ASCII)
 _FATAL = re.compile(r"F\d{4} .*(JAX distributed service detected|[Tt]erminating process because)")
 _MORE = re.compile(
     r"Additional GRPC error|:UNKNOWN:|RPC: /|The tasks have crashed|=== Source Location|external/|\s*$|\d+$"
@@ -34,6 +33,8 @@ def translate(lines: Iterable[str], prefix: str) -> Iterator[str]:
     said: list[str] = []
     is_service = is_fatal = False
     for line in lines:
+        if ("Gloo" in line or "peer" in line) and _GLOO.fullmatch(line):
+            continue
         if _SERVICE.match(line):
             is_service, is_fatal = True, is_fatal or _FATAL.match(line) is not None
         elif not (is_service and _MORE.match(line)):

@@ -27,7 +27,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEW_TOKENS = 2048
 """Enough for a thought and an answer, where there is no other limit."""
 TINY_NEW_TOKENS = 64
-"""Enough of what the tiny random model has to say."""
+"""Twice as many as the tiny model's longest answer has."""
+
+DEFAULT_MODEL = os.environ.get("GLM4V_MODEL") or str(TINY_CHECKPOINT)
+"""Where no model is named."""
+DEFAULT_MODEL_HINT = "(default: $GLM4V_MODEL, or a tiny one in the package, which knows handwritten digits)"
 
 FROM_CHECKPOINT = "(default: the preset's, or the checkpoint's)"
 
@@ -44,9 +48,7 @@ _MESHES = "How devices share the model: axes as fsdp=4,kv=2, or a preset, which 
 class ModelOptions:
     """Which model answers."""
 
-    model: Annotated[
-        str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: a tiny random one in the package)")
-    ] = str(TINY_CHECKPOINT)
+    model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
     """Directory of a GLM-4.1V checkpoint in Hugging Face layout."""
 
     dtype: Annotated[
@@ -103,7 +105,7 @@ class ModelOptions:
                 print(f"mesh {mesh_text(mesh.shape)}", file=sys.stderr, flush=True)
         if _is_tiny(self.model):
             print(
-                "answering: a tiny model with random weights from the package; --model DIR for a real one",
+                "answering: the tiny model of the package, which knows handwritten digits; --model DIR for another",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,6 +1,8 @@
 """Pictures and videos from wherever a person has them, as Pillow images and numpy arrays."""
 
+import dataclasses
 import io
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,13 +26,42 @@ from glm4v_jax.inputs.fetch import (
 from glm4v_jax.inputs.pixels import FIRST, infer_channel_format
 from glm4v_jax.inputs.threads import map_threads
 
-__all__ = ["MAX_PIXELS", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
+__all__ = ["MAX_PIXELS", "SampledVideo", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
 
 # The size at which Pillow, and so the reference, takes a picture for a decompression bomb: 178,956,970 pixels. To go
 # beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 MAX_PIXELS = 2 * (2**30 // 4 // 3)
 # Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
 _DEEP_MODES = ("I", "F")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampledVideo:
+    """Frames in memory that have been sampled already: all of them are taken, whatever the options say.
+
+    frames: a list of pictures, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes them.
+    fps: at how many a second they were taken, for their timestamps.
+    """
+
+    frames: Any
+    fps: float
+
+    def __post_init__(self) -> None:
+        """Check the rate.
+
+        Raises:
+            MediaError: it is no positive number.
+        """
+        is_number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
+        if not (is_number and math.isfinite(self.fps) and self.fps > 0):
+            raise MediaError(f"fps of the frames: found {self.fps!r}, expected a positive number")
+
+    @property
+    def metadata(self) -> VideoMetadata:
+        """Of a video that has these frames and no others."""
+        is_one = isinstance(self.frames, PIL.Image.Image) or getattr(self.frames, "ndim", 4) < 4
+        count = 1 if is_one else len(self.frames)
+        return VideoMetadata(total_num_frames=count, fps=float(self.fps), frames_indices=range(count))
 
 
 def is_array(value: Any) -> bool:

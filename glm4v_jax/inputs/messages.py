@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import MediaError, MessageError
+from glm4v_jax.inputs.media import SampledVideo, is_path_like
 
 Message = Mapping[str, Any]
 
@@ -118,9 +119,11 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
 
     Returns:
       The pictures and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
+      Frames with a field `fps` have been sampled at that rate, and are a `SampledVideo`; videos in files bring their
+      own, and theirs is not looked at.
 
     Raises:
-      MessageError: the conversation is malformed, or a picture or video has no source.
+      MessageError: the conversation is malformed, a picture or video has no source, or the rate of frames is no number.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in SOURCE_KEYS}
     for index, message in enumerate(normalise_messages(messages, source, where)):
@@ -138,5 +141,10 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
             media = item[key]
             if key == "base64" and isinstance(media, str) and not media.startswith("data:"):
                 media = "data:image/unknown;base64," + media
+            if kind == "video" and "fps" in item and not is_path_like(media):
+                try:
+                    media = SampledVideo(media, item["fps"])
+                except MediaError as error:
+                    raise MessageError(f"{where}message {index}, item {position}: {error}") from error
             found[kind].append(media)
     return found["image"], found["video"]

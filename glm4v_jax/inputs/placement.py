@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from glm4v_jax.inputs.multimodal import PreparedMedia
 from glm4v_jax.inputs.positions import TokenIds, rope_index
 from glm4v_jax.inputs.preview import Seen, warning, why_scaled
-from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
+from glm4v_jax.inputs.processor import Glm4vProcessor
 
 _STARTS = {"picture": "<|begin_of_image|>", "video": "<|begin_of_video|>"}
 _ENDS = {"picture": "<|end_of_image|>", "video": "<|end_of_video|>"}

@@ -20,7 +20,8 @@ from glm4v_jax.inputs.decode import VideoMetadata
 from glm4v_jax.inputs.features import BatchFeature
 from glm4v_jax.inputs.fetch import describe, is_missing_path, open_source
 from glm4v_jax.inputs.media import load_image
-from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
+from glm4v_jax.inputs.multimodal import PreparedMedia
+from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.resize import smart_resize
 from glm4v_jax.inputs.settings import normalization_of
 

@@ -16,7 +16,7 @@ import PIL.Image
 from glm4v_jax.errors import ConfigError, MediaError
 from glm4v_jax.inputs import pixels
 from glm4v_jax.inputs.features import BatchFeature, check_device, check_return_tensors
-from glm4v_jax.inputs.media import VideoMetadata, is_array, is_path_like, load_video, name_media
+from glm4v_jax.inputs.media import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, name_media
 from glm4v_jax.inputs.resize import smart_resize
 from glm4v_jax.inputs.settings import MediaProcessor, check_unused_geometry, normalization_of
 from glm4v_jax.inputs.threads import map_threads
@@ -42,7 +42,7 @@ def flatten_videos(videos: Any) -> list[Any]:
 
 
 def _flatten_videos(videos: Any, depth: int) -> list[Any]:
-    if is_path_like(videos) or _is_frame(videos):
+    if isinstance(videos, SampledVideo) or is_path_like(videos) or _is_frame(videos):
         return [videos]
     if is_array(videos):
         if videos.ndim == 4:
@@ -265,6 +265,8 @@ class Glm4vVideoProcessor(MediaProcessor):
     ) -> tuple[list[np.ndarray], VideoMetadata]:
         """The taken frames of a video, resized: T arrays [H, W, C]."""
         sampling = settings["do_sample_frames"]
+        if isinstance(source, SampledVideo):
+            source, metadata, sampling = source.frames, source.metadata, False
         if not sampling and metadata is not None and metadata.frames_indices is None and not is_path_like(source):
             raise MediaError(
                 "video_metadata lacks `frames_indices`, which frames that are not sampled need for their timestamps; "

@@ -171,8 +171,7 @@ def test_every_prompt_gets_a_line(capfd, picture):
     assert summary["new_tokens"] == sum(line.get("new_tokens", 0) for line in told.values())
     assert summary["prompt_tokens"] == sum(line.get("prompt_tokens", 0) for line in told.values())
     assert 0 < summary["slots_busy"] <= 2
-    random, *notes = captured.err.splitlines()
-    assert "random weights" in random
+    notes = captured.err.splitlines()
     note = next(line for line in notes if "cut.png" in line)  # how far it is comes first on a slow machine
     assert note.startswith("media/prompts.jsonl:4 (id 'cut'): ") and "cut.png: is truncated" in note
     assert "5 of 6 answered, 1 failed" in captured.err

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import tyro
+from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax import compilation_cache
 from glm4v_jax.commands.cache import Cache
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError
 
 VARIABLES = (
@@ -190,7 +190,7 @@ def python(directory, program, **variables):
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(TINY_CHECKPOINT.parents[2]), "JAX_PLATFORMS": "cpu", **variables},
+        env={**os.environ, "PYTHONPATH": str(RANDOM_CHECKPOINT.parents[2]), "JAX_PLATFORMS": "cpu", **variables},
         capture_output=True,
         text=True,
         check=False,

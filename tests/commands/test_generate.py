@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import answered, refused
 from helpers_terminal import Terminal
 
@@ -17,7 +18,6 @@ from glm4v_jax import cli
 from glm4v_jax.commands import screen
 from glm4v_jax.commands.console import to_json
 from glm4v_jax.commands.screen import AnswerWriter, Counts, completion_fields, printable, rate_after_first
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.generate.completion import Completion, Delta, TokenLogprob
 from glm4v_jax.generate.presets import PRESETS
 from glm4v_jax.generate.thinking import Kind, Part, ThinkingParser
@@ -27,7 +27,7 @@ DIM, BOLD, PLAIN = "\x1b[2;3m", "\x1b[1m", "\x1b[0m"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return glm4v_jax.Glm4vProcessor.from_pretrained(TINY_CHECKPOINT).tokenizer
+    return glm4v_jax.Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT).tokenizer
 
 
 # What is refused.
@@ -144,14 +144,15 @@ def test_what_is_no_number_is_null_in_json(tokenizer):
     assert (token["logprob"], [item["logprob"] for item in token["top"]]) == (None, [None, None, -0.5])
 
 
-def test_who_answers_is_said_of_the_tiny_model_only(capfd):
-    random = "answering: a tiny model with random weights from the package; --model DIR for a real one"
-    shutil.copytree(TINY_CHECKPOINT, "model")
-    for options in ([], ["--json"]):
-        assert cli.main(["generate", *options, "--max-new-tokens", "1", "Hello"]) == 0
-        assert capfd.readouterr().err.splitlines()[0] == random
-    assert cli.main(["generate", "--model", "model", "--max-new-tokens", "1", "Hello"]) == 0
-    assert "random" not in capfd.readouterr().err
+def test_who_answers_is_said_of_the_packaged_model_only(capfd, monkeypatch):
+    packaged = "answering: the tiny model of the package, which knows handwritten digits; --model DIR for another"
+    shutil.copytree(RANDOM_CHECKPOINT, "model")
+    monkeypatch.setattr("glm4v_jax.commands.options.TINY_CHECKPOINT", pathlib.Path("model"))
+    for more in ([], ["--json"]):
+        assert cli.main(["generate", "--model", "model", *more, "--max-new-tokens", "1", "Hello"]) == 0
+        assert capfd.readouterr().err.splitlines()[0] == packaged
+    assert cli.main(["generate", "--max-new-tokens", "1", "Hello"]) == 0
+    assert "answering" not in capfd.readouterr().err
 
 
 def test_boxes_in_pixels_come_with_exactly_one_picture(tokenizer):

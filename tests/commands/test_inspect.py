@@ -11,10 +11,10 @@ import threading
 import PIL.Image
 import pytest
 import tyro
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import save_noise
 
 from glm4v_jax.commands.inspect import MAX_FILES, Inspect
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError, MediaError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -59,7 +59,7 @@ def test_json_has_the_facts_and_the_sheet_is_there(capfd, picture, film):
     assert told["sheet"]["file"] == "inspect.png"
     with PIL.Image.open("inspect.png") as sheet:
         assert sheet.size == (told["sheet"]["width"], told["sheet"]["height"])
-    inputs = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT).apply_chat_template(
+    inputs = Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT).apply_chat_template(
         [
             {
                 "role": "user",
@@ -118,7 +118,7 @@ def test_a_large_picture_is_warned_of(capfd):
 def test_the_checkpoint_decides(capfd, picture, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    for path in TINY_CHECKPOINT.iterdir():
+    for path in RANDOM_CHECKPOINT.iterdir():
         if path.suffix != ".safetensors":
             (checkpoint / path.name).write_bytes(path.read_bytes())
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
@@ -260,7 +260,7 @@ def test_neither_jax_nor_weights_are_loaded(picture):
     )
     subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(TINY_CHECKPOINT.parents[2])},
+        env={**os.environ, "PYTHONPATH": str(RANDOM_CHECKPOINT.parents[2])},
         check=True,
         capture_output=True,
     )

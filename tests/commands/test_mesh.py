@@ -9,11 +9,11 @@ import io
 import json
 
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import refused, save_noise
 from helpers_mesh import run_on_devices
 
 from glm4v_jax import cli
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.mesh_presets import PRESETS
 
 ONE = ["generate", "--greedy", "--max-new-tokens", "12", "--image", "noise.png", "What is this?"]
@@ -53,13 +53,13 @@ def test_a_preset_of_the_released_model(capfd):
 
 
 def test_axes_and_another_model(capfd):
-    out = told(capfd, "fsdp=2,kv=2", "--model", TINY_CHECKPOINT, "--dtype", "float32", "--capacity", 64, "--json")
+    out = told(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--dtype", "float32", "--capacity", 64, "--json")
     found = json.loads(out)
     assert found["mesh"] == dict(data=1, fsdp=2, kv=2, q=1, seq=1) and found["num_devices"] == 4
     assert (found["dtype"], found["rows"], found["capacity"]) == ("float32", 1, 64)
     assert found["device_bytes"] == found["weight_bytes"] + found["cache_bytes"]
     assert found["memory"] is None and found["share"] is None
-    half = json.loads(told(capfd, "fsdp=2,kv=2", "--model", TINY_CHECKPOINT, "--capacity", 64, "--json"))
+    half = json.loads(told(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--capacity", 64, "--json"))
     assert half["device_bytes"] * 2 == found["device_bytes"]
 
 

@@ -51,5 +51,7 @@ def test_other_lines_pass():
     other = "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n"
     stack = "    @     0x7fc872820634  somebody else's\n"
     gloo = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
-    lines = (stack + gloo + WARNING + other).splitlines(keepends=True)
+    mixed = "[Gloo] Rank [Gloo] Rank 3 is connected to 3 peer ranks. Expected number of connected\n peer ranks is : 3\n"
+    lines = (stack + gloo + WARNING + other + mixed).splitlines(keepends=True)
     assert "".join(translate(lines, "")) == stack + other
+    assert list(translate(["3 peers\n", "Rank of Gloo\n"], "")) == ["3 peers\n", "Rank of Gloo\n"]
