@@ -1,0 +1,210 @@
+"""`python -m eval`, also `glm4v eval`: scores of a checkpoint, task by task.
+
+JAX is imported only once items and options are known to be good, so that help and complaints are immediate.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import rich.console
+import rich.table
+import rich.text
+import tyro
+
+from eval.compare_command import Compare
+from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY, Outcome, answer, score
+from eval.items import Item
+from eval.report import write_report
+from eval.summary import write_summary
+from eval.tasks import TASKS, Task, find_task, read_items
+from glm4v_jax.commands.console import to_json
+from glm4v_jax.commands.distributed import DistributedOptions
+from glm4v_jax.commands.options import ModelOptions, SamplingOptions, generation_config
+from glm4v_jax.commands.program import Command, JsonOptions, run_program
+from glm4v_jax.commands.screen import printable
+from glm4v_jax.errors import ConfigError, GenerationError
+
+if TYPE_CHECKING:
+    from glm4v_jax.generate.engine import Engine
+    from glm4v_jax.inputs.processor import Glm4vProcessor
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run(SamplingOptions, DistributedOptions, ModelOptions):
+    """Answer the items of tasks and score the answers.
+
+    A run that ended early goes on when called again, without asking anything twice. Into --out go answers.jsonl (what
+    the model said), results.jsonl (what was understood, and its score), summary.json and report.html; with several
+    tasks, into a directory each.
+    """
+
+    task: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="NAME|TOML", help_behavior_hint="(default: those with data in the package)"),
+    ] = ()
+    """What to ask; may be given more than once. `glm4v eval tasks` lists them."""
+
+    data: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the task's own)"),
+    ] = ()
+    """Files of the task's items, as they were downloaded or in our own format; may be given more than once."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")] = "eval-out"
+    """Where answers, results, summary and report go."""
+
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Ask the first N items only."""
+
+    slots: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """How many items are answered at a time."""
+
+    restart: bool = False
+    """Do not go on, but ask all anew."""
+
+    report: bool = True
+    """Write report.html."""
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the summaries as JSON."""
+
+    trouble = 1
+    _engine = None
+
+    def interrupted(self) -> str | None:
+        """Nothing to say: the batch has said how to go on."""
+        return None
+
+    def run(self) -> int:
+        """Reads and checks all items, then loads the model, asks, and scores."""
+        self.check()
+        if self.slots < 1:
+            raise GenerationError(f"--slots: found {self.slots}, expected at least 1")
+        if self.limit is not None and self.limit < 1:
+            raise GenerationError(f"--limit: found {self.limit}, expected at least 1")
+        names = self.task or tuple(name for name, task in TASKS.items() if task.is_built_in)
+        tasks = [find_task(name) for name in names]
+        if self.data and len(tasks) != 1:
+            raise ConfigError(f"--data: found with {len(tasks)} tasks, expected it with one --task")
+        if len({task.name for task in tasks}) != len(tasks):
+            raise ConfigError(f"--task: found {', '.join(task.name for task in tasks)}, expected each once")
+        work = [(task, read_items(task, self.data, limit=self.limit)) for task in tasks]
+        configs = [generation_config(self.model, self.preset or task.preset, self._options_of(task)) for task in tasks]
+
+        from glm4v_jax.inputs.processor import Glm4vProcessor
+
+        processor = Glm4vProcessor.from_pretrained(self.model)
+        root = pathlib.Path(self.out)
+        outcomes: dict[str, Outcome] = {}
+        for (task, items), config in zip(work, configs, strict=True):
+            out = root if len(tasks) == 1 else root / task.name
+            out.mkdir(parents=True, exist_ok=True)
+            answer(items, out, config, self, processor, num_slots=self.slots, restart=self.restart)
+            outcome = self._score(task, items, out)
+            if outcome is not None:
+                outcomes[task.name] = outcome
+        if outcomes:
+            self._tell(outcomes, root)
+        return 0
+
+    def load(self, processor: "Glm4vProcessor", num_slots: int = 1) -> "Engine":
+        """The engine, which all tasks share."""
+        if self._engine is None:
+            self._engine = super().load(processor, num_slots)
+        return self._engine
+
+    def _options_of(self, task: Task) -> dict[str, Any]:
+        given = self.options(default_new_tokens=None)
+        return {**task.options, **{name: value for name, value in given.items() if name != "seed"}, "seed": self.seed}
+
+    def _score(self, task: Task, items: Sequence[Item], out: pathlib.Path) -> Outcome | None:
+        """Only in the first process, which has written the answers."""
+        from glm4v_jax.distributed import is_first
+
+        if not is_first():
+            return None
+        about = {
+            "model": str(pathlib.Path(self.model).resolve()),
+            "dtype": self.dtype,
+            "preset": self.preset or task.preset,
+            "options": self._options_of(task),
+        }
+        outcome = score(items, task, out, about, self.seed)
+        if self.report:
+            write_report(items, outcome.results, outcome.summary, out / REPORT)
+        return outcome
+
+    def _tell(self, outcomes: Mapping[str, Outcome], root: pathlib.Path) -> None:
+        summaries = {name: outcome.summary for name, outcome in outcomes.items()}
+        if len(outcomes) > 1:
+            scores = {name: summary["score"] for name, summary in summaries.items()}
+            write_summary({"score": sum(scores.values()) / len(scores), "scores": scores}, root / SUMMARY)
+        if self.as_json:
+            print(to_json(next(iter(summaries.values())) if len(summaries) == 1 else summaries))
+            return
+        _print_table(summaries)
+        files = f"{ANSWERS}, {RESULTS}, {SUMMARY}{f', {REPORT}' if self.report else ''}"
+        print(f"{root}: {files}{' in a directory for each task' if len(outcomes) > 1 else ''}", file=sys.stderr)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Tasks(JsonOptions):
+    """List the tasks that there are."""
+
+    def run(self) -> int:
+        """Prints them."""
+        if self.as_json:
+            told = {name: {**dataclasses.asdict(task), "options": dict(task.options)} for name, task in TASKS.items()}
+            print(to_json(told))
+            return 0
+        table = rich.table.Table("task", "metric", "what", box=None, pad_edge=False)
+        for name, task in TASKS.items():
+            table.add_row(name, task.metric, rich.text.Text(task.description))
+        rich.console.Console(width=None if sys.stdout.isatty() else 200).print(table)
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., Command]] = {"run": Run, "compare": Compare, "tasks": Tasks}
+
+DESCRIPTION = (
+    "Scores of GLM-4.1V, without a judge: your checkpoint, data sets as they are downloaded. Without a subcommand: run."
+)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m eval") -> int:
+    """Runs one subcommand.
+
+    Args:
+        arguments: what follows the program's name; that of this process by default.
+        prog: the program's name in help and errors.
+
+    Returns:
+        The exit status: 0; 1 after one line on standard error that says what is wrong; 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given = ["run", *given]
+    return run_program(COMMANDS, given, name="eval", prog=prog, description=DESCRIPTION)
+
+
+def _print_table(summaries: Mapping[str, Mapping[str, Any]]) -> None:
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+    table = rich.table.Table(
+        "task", "score", "95% interval of the mean", "n", "no answer", "not understood", "truncated", "errors",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for name, summary in summaries.items():
+        rates, (low, high) = summary["rates"], summary["interval"]
+        shares = (rates["no_answer"], rates["parse_failure"], summary["truncated"], rates["error"])
+        table.add_row(
+            printable(name), f"{summary['score']:.3f}", f"{low:.3f} to {high:.3f}", f"{summary['count']:,}",
+            *(f"{share:.1%}" for share in shares),
+        )  # fmt: skip
+        for group, of in summary["groups"].items():
+            table.add_row(f"  {printable(group)}", f"{of['mean']:.3f}", "", f"{of['count']:,}", *[""] * 4)
+        for part, value in summary["parts"].items():
+            table.add_row(f"  {printable(part)}", f"{value:.3f}", *[""] * 6)
+    console.print(table)

@@ -1,0 +1,219 @@
+"""Two runs of a task side by side: how much better one is, how sure that is, and on which items they differ."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.answers import final_answer
+from eval.results import Result, read_results
+from eval.statistics import Difference, paired_difference
+from eval.summary import CONFIDENCE, read_summary
+from glm4v_jax.errors import DataError
+
+RIGHT = 0.5
+"""An item is right from this score on. It is where an IoU becomes a hit, and the least similarity ANLS knows."""
+
+_NAMED = 5
+"""So many items are named in a message."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two runs.
+
+    Attributes:
+      directory: of the run.
+      model: that was asked.
+      score: of the whole run, as its summary has it.
+      mean: over the items that both runs have.
+      categories: how many of these were scored, not understood, ...; see `eval.results.Category`.
+      only: ids of the items that the other run lacks, in this run's order.
+    """
+
+    directory: str
+    model: str | None
+    score: float
+    mean: float
+    categories: Mapping[str, int]
+    only: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """An item that one run has right and the other wrong.
+
+    Attributes:
+      id, question, reference: of the item.
+      scores: of the first run and the second.
+      answers: what each said in the end; None where there is nothing behind the thought.
+      categories: of `eval.results.Category`.
+    """
+
+    id: str
+    question: str
+    reference: Mapping[str, Any]
+    scores: tuple[float, float]
+    answers: tuple[str | None, str | None]
+    categories: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Of two runs of a task; differences are the second less the first.
+
+    Attributes:
+      task, metric: of both.
+      count: of the items that both have; only these are compared.
+      first, second: the runs.
+      difference: of the means, with its interval.
+      confidence: of the interval.
+      groups: the same for each group of items.
+      gained: right in the second run only, in the data's order.
+      lost: right in the first run only.
+      higher, lower: on how many items the second has the higher, or the lower, score.
+      asked_differently: on how many items the prompts differ, though what is expected does not.
+    """
+
+    task: str
+    metric: str
+    count: int
+    first: Side
+    second: Side
+    difference: Difference
+    confidence: float
+    groups: Mapping[str, Difference]
+    gained: Sequence[Flip]
+    lost: Sequence[Flip]
+    higher: int
+    lower: int
+    asked_differently: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        groups = {name: difference._asdict() for name, difference in self.groups.items()}
+        return {**dataclasses.asdict(self), "difference": self.difference._asdict(), "groups": groups}
+
+
+def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -> Comparison:
+    """Compare two runs of a task, item by item.
+
+    Args:
+      first, second: directories of the runs, each with summary.json and results.jsonl.
+      right: from which score on an item is right.
+      seed: of the bootstrap.
+
+    Raises:
+      DataError: a directory holds no run, or the runs are of different tasks, metrics or data.
+      OSError: a file cannot be read.
+    """
+    summaries = read_summary(first), read_summary(second)
+    for field in ("task", "metric"):
+        a, b = (_field(summary, field, path) for summary, path in zip(summaries, (first, second), strict=True))
+        if a != b:
+            raise DataError(f"{field}: found {a!r} in {first} and {b!r} in {second}, expected the same")
+    runs = _by_id(first), _by_id(second)
+    pairs = [(result, runs[1][id_]) for id_, result in runs[0].items() if id_ in runs[1]]
+    if not pairs:
+        raise DataError(
+            f"{first} and {second}: found no item that both have ({_some(runs[0])}; {_some(runs[1])}); expected runs "
+            "over the same data"
+        )
+    _check_data(pairs, first, second)
+    groups: dict[str, list[tuple[Result, Result]]] = {}
+    for pair in pairs:
+        if pair[0].group is not None:
+            groups.setdefault(pair[0].group, []).append(pair)
+    return Comparison(
+        task=summaries[0]["task"],
+        metric=summaries[0]["metric"],
+        count=len(pairs),
+        first=_side(first, summaries[0], [pair[0] for pair in pairs], runs[0].keys() - runs[1].keys(), runs[0]),
+        second=_side(second, summaries[1], [pair[1] for pair in pairs], runs[1].keys() - runs[0].keys(), runs[1]),
+        difference=_difference(pairs, seed),
+        confidence=CONFIDENCE,
+        groups={name: _difference(of, seed) for name, of in sorted(groups.items())},
+        gained=[_flip(a, b) for a, b in pairs if a.score < right <= b.score],
+        lost=[_flip(a, b) for a, b in pairs if b.score < right <= a.score],
+        higher=sum(b.score > a.score for a, b in pairs),
+        lower=sum(b.score < a.score for a, b in pairs),
+        asked_differently=sum(a.question != b.question for a, b in pairs),
+    )
+
+
+def runs_in(directory: Path) -> dict[str, Path]:
+    """Task -> directory of its run, for the directory of one run, or of one with several tasks.
+
+    Raises:
+      DataError: it is neither.
+    """
+    summary = read_summary(directory)
+    if "scores" not in summary:
+        return {_field(summary, "task", directory): directory}
+    return {name: directory / name for name in _field(summary, "scores", directory)}
+
+
+def _field(summary: Mapping[str, Any], field: str, directory: Path) -> Any:
+    if not isinstance(summary, dict) or field not in summary:
+        raise DataError(f"{directory / 'summary.json'}: found no field {field!r}, expected the summary of a run")
+    return summary[field]
+
+
+def _by_id(directory: Path) -> dict[str, Result]:
+    results = read_results(directory / "results.jsonl")
+    if twice := [id_ for id_, count in Counter(result.id for result in results).items() if count > 1]:
+        raise DataError(f"{directory / 'results.jsonl'}: found {twice[0]!r} more than once, expected ids that differ")
+    return {result.id: result for result in results}
+
+
+def _check_data(pairs: Sequence[tuple[Result, Result]], first: Path, second: Path) -> None:
+    """Equal ids alone say little: row numbers are equal in all data.
+
+    Raises:
+      DataError: something else is expected of an item.
+    """
+    if differing := [a.id for a, b in pairs if _plain(a.reference) != _plain(b.reference)]:
+        a, b = next((a, b) for a, b in pairs if a.id == differing[0])
+        raise DataError(
+            f"{first} and {second}: found {len(differing)} of {len(pairs)} shared items with another reference, such "
+            f"as {a.id!r} ({_plain(a.reference)} and {_plain(b.reference)}); expected runs over the same data"
+        )
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _some(ids: Mapping[str, Any]) -> str:
+    names = list(ids)
+    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "") or "none at all"
+
+
+def _side(
+    directory: Path, summary: Mapping[str, Any], results: Sequence[Result], only: set[str], order: Mapping[str, Result]
+) -> Side:
+    return Side(
+        directory=str(directory),
+        model=summary.get("model"),
+        score=_field(summary, "score", directory),
+        mean=sum(result.score for result in results) / len(results),
+        categories=dict(Counter(result.category for result in results).most_common()),
+        only=[id_ for id_ in order if id_ in only],
+    )
+
+
+def _difference(pairs: Sequence[tuple[Result, Result]], seed: int) -> Difference:
+    return paired_difference([a.score for a, _ in pairs], [b.score for _, b in pairs], confidence=CONFIDENCE, seed=seed)
+
+
+def _flip(a: Result, b: Result) -> Flip:
+    return Flip(
+        id=a.id,
+        question=a.question,
+        reference=a.reference,
+        scores=(a.score, b.score),
+        answers=(final_answer(a.output), final_answer(b.output)),
+        categories=(a.category, b.category),
+    )

@@ -1,0 +1,151 @@
+"""`python -m eval compare`: two runs side by side, for a person or as JSON."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import rich.console
+import rich.table
+import rich.text
+import tyro
+
+from eval.compare import RIGHT, Comparison, Flip, Side, compare, runs_in
+from eval.statistics import Difference
+from glm4v_jax.commands.console import to_json
+from glm4v_jax.commands.program import JsonOptions
+from glm4v_jax.commands.screen import printable
+from glm4v_jax.errors import DataError
+
+_WIDTH = 160
+"""Of a table where standard output is no terminal."""
+_LONGEST = 120
+"""Of a prompt or an answer in a table, in characters."""
+_NAMED = 10
+"""So many items that one run lacks are named."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Compare(JsonOptions):
+    """Compare two runs item by item: the difference of their means with its interval, and the items that flipped.
+
+    Differences are the second run less the first. Both must be of the same task over the same data; items that only one
+    of them has are named and not compared.
+    """
+
+    first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIRST", help_behavior_hint="")]
+    """The run that is compared with: what --out was."""
+
+    second: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SECOND", help_behavior_hint="")]
+    """The run that is to be better."""
+
+    right: Annotated[float, tyro.conf.arg(metavar="SCORE")] = RIGHT
+    """From which score on an item counts as right."""
+
+    show: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+    """How many flipped items are printed, of each kind; --json has all."""
+
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of the bootstrap."""
+
+    def run(self) -> int:
+        """Compares, and prints what differs."""
+        if not 0 < self.right <= 1:
+            raise DataError(f"--right: found {self.right}, expected a score above 0 and up to 1")
+        if self.show < 0:
+            raise DataError(f"--show: found {self.show}, expected at least 0")
+        first, second = (runs_in(pathlib.Path(directory)) for directory in (self.first, self.second))
+        shared = [task for task in first if task in second]
+        if not shared:
+            found = f"{', '.join(first)} in {self.first} and {', '.join(second)} in {self.second}"
+            raise DataError(f"task: found {found}, expected the same")
+        comparisons = [compare(first[task], second[task], right=self.right, seed=self.seed) for task in shared]
+        if self.as_json:
+            told = {comparison.task: comparison.to_dict() for comparison in comparisons}
+            print(to_json(told if len(told) > 1 else next(iter(told.values())), ensure_ascii=False))
+        else:
+            self._print(comparisons)
+        if alone := sorted(first.keys() ^ second.keys()):
+            print(f"eval: in one of the two only, and not compared: {printable(', '.join(alone))}", file=sys.stderr)
+        return 0
+
+    def _print(self, comparisons: Sequence[Comparison]) -> None:
+        console = rich.console.Console(width=None if sys.stdout.isatty() else _WIDTH)
+        for index, comparison in enumerate(comparisons):
+            if index:
+                console.print()
+            _print_figures(console, comparison)
+            for title, flips in (("right -> wrong", comparison.lost), ("wrong -> right", comparison.gained)):
+                _print_flips(console, title, flips, self.show)
+
+
+def _print_figures(console: rich.console.Console, comparison: Comparison) -> None:
+    first, second, difference = comparison.first, comparison.second, comparison.difference
+    table = rich.table.Table(comparison.task, "first", "second", "difference", box=None, pad_edge=False)
+    table.add_row("run", _text(first.directory), _text(second.directory))
+    if first.model or second.model:
+        table.add_row("model", _text(first.model or "unknown"), _text(second.model or "unknown"))
+    table.add_row(f"score ({printable(comparison.metric)})", f"{first.score:.3f}", f"{second.score:.3f}")
+    interval = f"{_signed(difference)}, {comparison.confidence:.0%} interval"
+    means = f"{first.mean:.3f}", f"{second.mean:.3f}"
+    table.add_row(f"mean of the {comparison.count:,} items of both", *means, interval)
+    for name, of in comparison.groups.items():
+        table.add_row(rich.text.Text("  ").append(_text(name)), "", "", _signed(of))
+    for category in sorted({*first.categories, *second.categories} - {"scored"}):
+        counts = [side.categories.get(category, 0) for side in (first, second)]
+        table.add_row(
+            f"  {category.replace('_', ' ')}", *(f"{count:,}" for count in counts), f"{counts[1] - counts[0]:+,}"
+        )
+    console.print(table)
+    equal = comparison.count - comparison.higher - comparison.lower
+    console.print(
+        f"second higher on {comparison.higher:,} items, lower on {comparison.lower:,}, equal on {equal:,}; "
+        f"right -> wrong {len(comparison.lost):,}, wrong -> right {len(comparison.gained):,}",
+        highlight=False,
+    )
+    if comparison.asked_differently:
+        console.print(f"the prompts of {comparison.asked_differently:,} items differ", highlight=False)
+    for name, side in (("first", first), ("second", second)):
+        _print_only(console, name, side)
+
+
+def _print_only(console: rich.console.Console, name: str, side: Side) -> None:
+    if not side.only:
+        return
+    ids = ", ".join(side.only[:_NAMED]) + (", ..." if len(side.only) > _NAMED else "")
+    console.print(_text(f"only in the {name}, and not compared: {len(side.only):,} items: {ids}", longest=None))
+
+
+def _print_flips(console: rich.console.Console, title: str, flips: Sequence[Flip], show: int) -> None:
+    if not flips or not show:
+        return
+    more = f", {show} of them shown" if len(flips) > show else ""
+    table = rich.table.Table("item", "prompt", "reference", "first", "second", box=None, pad_edge=False)
+    for flip in flips[:show]:
+        answers = [
+            _text(answer if answer is not None else f"({category.replace('_', ' ')})")
+            for answer, category in zip(flip.answers, flip.categories, strict=True)
+        ]
+        table.add_row(_text(flip.id), _text(flip.question), _text(_short(flip.reference)), *answers)
+    console.print(f"\n{title}: {len(flips):,}{more}", highlight=False)
+    console.print(table)
+
+
+def _short(reference: Mapping[str, Any]) -> str:
+    """The part of a reference that is looked for, where it has one of the usual names."""
+    for name in ("answer", "answers", "boxes"):
+        if (value := reference.get(name)) is not None:
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return json.dumps(dict(reference), ensure_ascii=False)
+
+
+def _signed(difference: Difference) -> str:
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _text(value: str, longest: int | None = _LONGEST) -> rich.text.Text:
+    """In one line, shortened, and without what rich or a terminal would obey."""
+    line = printable(" ".join(value.split()))
+    return rich.text.Text(line if longest is None or len(line) <= longest else line[: longest - 3] + "...")

@@ -1,0 +1,199 @@
+"""Boxes: RefCOCO's accuracy and mean IoU, and precision, recall and F1 where a phrase means several objects.
+
+Fields: "boxes" [[x1, y1, x2, y2], ...] in pixels of the original picture, "width", "height"; "split" of RefCOCO.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from eval.answers import Box, Scale, boxes, final_answer, to_pixels
+from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, boxes_of, by_group, mean, mean_part, size_of
+from glm4v_jax.errors import DataError
+
+IOU = 0.5
+"""From here on, inclusive, a box counts as found."""
+
+FIELDS = ("boxes", "width", "height")
+
+_FLOAT = r"[-+]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
+_SEPARATOR = r"(?:\s*+,\s*+|\s++)"
+_FOUR = re.compile(rf"\[\s*+({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT})\s*+\]")
+
+
+def iou(box: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where either is empty or turned around."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    areas = [max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in (box, other)]
+    if min(width, height, *areas) <= 0:
+        return 0.0
+    return width * height / (sum(areas) - width * height)
+
+
+def refcoco(text: str, item: Item, scale: Scale = "thousand", is_only: bool = False) -> Score:
+    """1 where the first box of the answer has an IoU of at least 0.5 with the one box of the item; part "iou".
+
+    Args:
+        text: all that was generated.
+        item: with exactly one box.
+        scale: of the coordinates in the answer.
+        is_only: whether an answer of several boxes is wrong, with an IoU of 0.
+
+    Raises:
+        DataError: the item has not one box, or no size.
+    """
+    gold, (width, height) = _only(item), size_of(item)
+    found = boxes(text, scale)
+    if found is None:
+        return UNPARSED
+    pixels = to_pixels(found, width, height, scale)
+    overlap = iou(pixels[0], gold) if len(pixels) == 1 or not is_only else 0.0
+    parsed = [list(box) for box in pixels] if is_only else list(pixels[0])
+    return Score(float(overlap >= IOU), parsed, {"iou": overlap})
+
+
+def refcoco_vlmevalkit(text: str, item: Item) -> Score:
+    """As VLMEvalKit does it: the scale of the coordinates is guessed, and any four numbers are a box.
+
+    In the final answer it takes the first four numbers in square brackets, else the first four numbers of all. If none
+    is beyond 1.5 they are shares, beyond 1000 thousandths, else pixels.
+
+    Raises:
+        DataError: as `refcoco` does.
+    """
+    gold, size = _only(item), size_of(item)
+    answer = final_answer(text) or ""
+    match = _FOUR.search(answer)
+    values = [float(value) for value in (match.groups() if match else re.findall(_FLOAT, answer)[:4])]
+    if len(values) < 4:
+        return UNPARSED
+    largest = max(abs(value) for value in values)
+    factor = 1.0 if largest <= 1.5 else 1000.0 if largest <= 1000 else None
+    if factor is not None:
+        values = [value / factor * size[axis % 2] for axis, value in enumerate(values)]
+    box = to_pixels([values], *size, scale="pixel")[0]
+    overlap = iou(box, gold)
+    return Score(float(overlap >= IOU), list(box), {"iou": overlap})
+
+
+def aggregate_refcoco(scores: Scores) -> dict[str, float]:
+    """Acc@0.5 over all items as "score"; "mean_iou"; by split, with "macro", VLMEvalKit's "Average" over the splits."""
+    splits = by_group(scores, "split", "split")
+    macro = {"macro": sum(splits.values()) / len(splits)} if splits else {}
+    return {**mean(scores), "mean_iou": mean_part(scores, "iou"), **macro, **splits}
+
+
+def match_boxes(found: Sequence[Sequence[float]], gold: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
+    """Pairs boxes one to one, the pair of the highest IoU first, down to an IoU of 0.5.
+
+    Of equal pairs the one found first, then the one expected first, goes first.
+
+    Returns:
+        (index in `found`, index in `gold`, IoU) in the order of pairing.
+    """
+    pairs = [(iou(box, other), i, j) for i, box in enumerate(found) for j, other in enumerate(gold)]
+    pairs = sorted((-overlap, i, j) for overlap, i, j in pairs if overlap >= IOU)
+    matched: list[tuple[int, int, float]] = []
+    used, taken = set[int](), set[int]()
+    for negative, i, j in pairs:
+        if i not in used and j not in taken:
+            used.add(i)
+            taken.add(j)
+            matched.append((i, j, -negative))
+    return matched
+
+
+def multi_box(text: str, item: Item, scale: Scale = "thousand") -> Score:
+    """F1 of the boxes of the answer against those of the item, paired by `match_boxes`: our own definition.
+
+    A box that is named twice counts as found once. Where nothing is to be found, any answer without boxes is right.
+    Parts: "precision", "recall", "f1", and the counts "matched", "found", "expected".
+
+    Raises:
+        DataError: the item has no boxes field (an empty list is one) or no size.
+    """
+    gold, size = boxes_of(item), size_of(item)
+    named = boxes(text, scale)
+    if named is None:
+        if gold or final_answer(text) is None:
+            return Score(0.0, None, {"expected": float(len(gold))})
+        return Score(
+            1.0, [], {"precision": 1.0, "recall": 1.0, "f1": 1.0, "matched": 0.0, "found": 0.0, "expected": 0.0}
+        )
+    found = to_pixels(named, *size, scale=scale)
+    matched = len(match_boxes(found, gold))
+    parts = {**_rates(matched, len(found), len(gold)), "matched": matched, "found": len(found), "expected": len(gold)}
+    return Score(parts["f1"], [list(box) for box in found], {name: float(part) for name, part in parts.items()})
+
+
+def aggregate_multi_box(scores: Scores) -> dict[str, float]:
+    """F1 over all boxes of all items (micro) as "score", its "precision" and "recall"; "macro_f1": mean F1 of items."""
+    macro = mean(scores)
+    matched, found = (sum(score.parts.get(part, 0.0) for _, score in scores) for part in ("matched", "found"))
+    rates = _rates(matched, found, sum(len(boxes_of(item)) for item, _ in scores))
+    return {
+        "score": rates["f1"],
+        "unparsed": macro["unparsed"],
+        "precision": rates["precision"],
+        "recall": rates["recall"],
+        "macro_f1": macro["score"],
+    }
+
+
+def _rates(matched: float, found: float, expected: float) -> dict[str, float]:
+    """Precision, recall and F1; 1 where nothing was to be found and nothing was."""
+    if not found and not expected:
+        return {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    return {
+        "precision": matched / found if found else 0.0,
+        "recall": matched / expected if expected else 0.0,
+        "f1": 2 * matched / (found + expected),
+    }
+
+
+def _only(item: Item) -> Box:
+    gold = boxes_of(item)
+    if len(gold) != 1:
+        raise DataError(f"boxes: found {len(gold)}, expected the one that is asked for")
+    return gold[0]
+
+
+_REFCOCO = (
+    "Acc@0.5 of referring expressions; VLMEvalKit vlmeval/dataset/refcoco.py, lmms-eval tasks/refcoco/utils_rec.py"
+)
+
+METRICS = (
+    Metric("refcoco", refcoco, aggregate_refcoco, f"{_REFCOCO}; thousandths", FIELDS),
+    Metric(
+        "refcoco-unit",
+        functools.partial(refcoco, scale="unit"),
+        aggregate_refcoco,
+        f"{_REFCOCO}; shares from 0 to 1, for which lmms-eval's prompt asks",
+        FIELDS,
+    ),
+    Metric(
+        "refcoco-pixel", functools.partial(refcoco, scale="pixel"), aggregate_refcoco, f"{_REFCOCO}; pixels", FIELDS
+    ),
+    Metric(
+        "refcoco-vlmevalkit",
+        refcoco_vlmevalkit,
+        aggregate_refcoco,
+        "VLMEvalKit vlmeval/dataset/refcoco.py, which guesses the scale",
+        FIELDS,
+    ),
+    Metric(
+        "box_iou",
+        functools.partial(refcoco, is_only=True),
+        aggregate_refcoco,
+        "Acc@0.5 where an answer of several boxes is wrong",
+        FIELDS,
+    ),
+    Metric(
+        "multi_box",
+        multi_box,
+        aggregate_multi_box,
+        "ours: greedy one-to-one matching by IoU >= 0.5; precision, recall and F1 over all boxes",
+        FIELDS,
+    ),
+)

@@ -1,0 +1,122 @@
+"""MathVista: equality after normalisation to the kind of answer that is asked for.
+
+Fields: "answer", the text of the right option, or a number or list as text; "type" ("multi_choice" or "free_form"),
+"options" {letter: text} or list of texts; "answer_type" ("integer", "float", "list", "text"), "precision" (decimals of
+a float); "task", "skills" for the figures by them.
+
+The official pipeline has a language model extract the answer (evaluation/extract_answer.py); this model puts it in a
+box, so that `eval.answers` can.
+"""
+
+import functools
+import math
+import re
+
+from rapidfuzz.distance import Levenshtein
+
+from eval.answers import choice, final_answer, number
+from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, mean, options_of, required
+from eval.metrics.text import folded
+from glm4v_jax.errors import DataError
+
+_BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+_LONGEST = 10_000
+
+
+def mathvista(text: str, item: Item, is_official: bool = False) -> Score:
+    """1 where the normalised answer is the item's.
+
+    Multiple choice: the text of the option. Integers and floats: as texts, an integer cut off, a float rounded to the
+    item's precision, so that "3.0" is 3. Others: as texts but for case and whitespace.
+
+    Args:
+        text: all that was generated.
+        item: a row.
+        is_official: whether numbers have to stand alone, texts equal to the letter, and an answer that names no option
+            is taken for the one most similar to it by Levenshtein distance, as evaluation/calculate_score.py does. Else
+            a number may have its unit, and what names no option is unparsed.
+
+    Raises:
+        DataError: the item has no answer, or lacks options or precision where it needs them.
+    """
+    gold = str(required(item, "answer"))
+    kind = item.get("answer_type", "text")
+    is_choice = item["type"] == "multi_choice" if item.get("type") is not None else bool(item.get("options"))
+    if is_choice:
+        options = options_of(item)
+        chosen = _similar_option(text, options) if is_official else _option(text, options)
+        return UNPARSED if chosen is None else Score(float(chosen.strip() == gold.strip()), chosen)
+    decimals = _decimals(item) if kind == "float" else None
+    answer = final_answer(text)
+    if answer is None:
+        return UNPARSED
+    if kind not in ("integer", "float"):
+        is_equal = answer == gold.strip() if is_official else folded(answer) == folded(gold)
+        return Score(float(is_equal), answer)
+    value = _float(answer) if is_official else number(text)
+    if value is None:
+        return UNPARSED
+    said = _written(value, decimals)
+    expected = _float(gold)
+    return Score(float(said in (gold.strip(), None if expected is None else _written(expected, decimals))), said)
+
+
+def _option(text: str, options: dict[str, str]) -> str | None:
+    letter = choice(text, options)
+    return None if letter is None else options[letter]
+
+
+def _similar_option(text: str, options: dict[str, str]) -> str | None:
+    answer = final_answer(text)
+    if answer is None:
+        return None
+    match = _BRACKETED.search(answer)
+    letter = match[1].upper() if match else answer
+    if letter in options:
+        return options[letter]
+    return min(options.values(), key=functools.partial(Levenshtein.distance, letter[:_LONGEST]))
+
+
+def _float(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _decimals(item: Item) -> int:
+    found = required(item, "precision")
+    try:
+        return int(found)
+    except (TypeError, ValueError):
+        raise DataError(f"precision: found {found!r}, expected a number of decimals") from None
+
+
+def _written(value: float, decimals: int | None) -> str:
+    return str(int(value)) if decimals is None else str(round(value, decimals))
+
+
+def aggregate_mathvista(scores: Scores) -> dict[str, float]:
+    """Over all questions as "score"; then by "task" and by each of the "skills"."""
+    skills = sorted({str(skill) for item, _ in scores for skill in item.get("skills") or ()})
+    by_skill = {
+        f"skill/{skill}": mean([(item, score) for item, score in scores if skill in (item.get("skills") or ())])[
+            "score"
+        ]
+        for skill in skills
+    }
+    return {**mean(scores), **by_group(scores, "task", "task"), **by_skill}
+
+
+_SOURCE = "MathVista (arXiv 2310.02255), evaluation/calculate_score.py"
+
+METRICS = (
+    Metric("mathvista", mathvista, aggregate_mathvista, f"{_SOURCE}; the answer from the box, no nearest option"),
+    Metric(
+        "mathvista-official",
+        functools.partial(mathvista, is_official=True),
+        aggregate_mathvista,
+        f"{_SOURCE}; the nearest option where none is named",
+    ),
+)

@@ -1,0 +1,181 @@
+"""MMMU: multiple choice and open questions by the official rules, without their random guess.
+
+Fields: "answer", a letter where there are "options", else a text or number, or "answers"; "type" ("multiple-choice" or
+"open") if the options should not say so; "subject" ("Accounting", ...) or "id" ("validation_Accounting_1").
+
+The rules are those of eval/eval_utils.py of the MMMU repository, on the final answer. What lmms-eval does with open
+questions, to compare the letters of the first reading only, is not copied.
+"""
+
+import re
+from collections.abc import Mapping
+
+from eval.answers import final_answer
+from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean, options_of
+from glm4v_jax.errors import DataError
+
+DOMAINS: Mapping[str, tuple[str, ...]] = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Health and Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Tech and Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
+"""Domain -> its subjects, as MMMU groups them."""
+
+_DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
+_SUBJECT_IN_ID = re.compile(r"[^_]+_(.+)_[0-9]+")
+
+_EDGES = (",", ".", "!", "?", ";", ":", "'")
+_FEW_WORDS = 5
+
+_INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_TRIVIAL = {":", ",", ".", "!", "?", ";", "'"}
+_LONGEST_OPEN = 10_000
+"""Of an open answer so many characters are read, the last ones."""
+
+# The official ones, which begin at the first digit only, so that they take linear time.
+_WITH_COMMAS = re.compile(r"-?\b\d{1,3}(?:,\d{3}\b)++")
+_SCIENTIFIC = re.compile(r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d++")
+_SIMPLE = re.compile(r"-?(?:(?<!\d)\d++\.\d++|\.\d++|(?<!\d)\d++\b)(?![eE][+-]?\d)(?![,\d])")
+
+
+def chosen(answer: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option that an answer names by the official rules; None where those would guess.
+
+    "(A)", else "A ", else "A.", else, in an answer of more than five words, an option's text; of several options the
+    one that stands last.
+    """
+    for mark in _EDGES:
+        answer = answer.strip(mark)
+    answer = f" {answer} "
+    # What has to be there, and what is looked for to tell which of several stands last.
+    for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", "{}.")):
+        if found := [letter for letter in options if form.format(letter) in answer]:
+            return _last(answer, {letter: place.format(letter) for letter in found})
+    if len(answer.split()) <= _FEW_WORDS:
+        return None
+    plain = answer.lower()
+    return _last(plain, {letter: option.lower() for letter, option in options.items() if option.lower() in plain})
+
+
+def _last(text: str, places: Mapping[str, str]) -> str | None:
+    positions = {letter: text.rfind(place) for letter, place in places.items()}
+    return max(positions, key=positions.__getitem__, default=None)
+
+
+def open_readings(answer: str) -> set[str | float]:
+    """What an open answer may mean by the official rules: lower-case texts, and numbers rounded to two decimals.
+
+    Of every line the shortest text behind a word such as "is" or "answer", in the last line also behind "=", or the
+    whole answer where there is none; and all numbers in those, 234 in "1,234" among them.
+    """
+    answer = answer[-_LONGEST_OPEN:].strip().strip(".").lower()
+    lines = answer.split("\n")
+    keys: list[str] = []
+    for index, line in enumerate(lines):
+        indicators = (*_INDICATORS, "=") if index == len(lines) - 1 else _INDICATORS
+        tails = [line.split(indicator)[-1].strip() for indicator in indicators if indicator in line]
+        tail = _shortest(tails)
+        if tail and tail not in _TRIVIAL:
+            keys.append(tail)
+    keys = keys or [answer]
+    numbers = [
+        number for key in keys for pattern in (_WITH_COMMAS, _SCIENTIFIC, _SIMPLE) for number in pattern.findall(key)
+    ]
+    return {reading for text in (*keys, *numbers) for reading in _normalized(text)}
+
+
+def _shortest(tails: list[str]) -> str | None:
+    """The first of the shortest ones; an empty one gives way to what follows it, as in the original."""
+    shortest: str | None = None
+    for tail in tails:
+        if not shortest or len(tail) < len(shortest):
+            shortest = tail
+    return shortest
+
+
+def _normalized(text: str) -> list[str | float]:
+    text = text.strip()
+    try:
+        # Rounding an infinite number is fine; of NaN, which equals nothing, as well.
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        # One letter alone stands in nearly every word.
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def is_open_right(readings: set[str | float], answers: list[str]) -> bool:
+    """Whether an answer stands in a text that was read, or is a number that was."""
+    gold = [reading for answer in answers for reading in _normalized(answer)]
+    return any(
+        any(isinstance(expected, str) and expected in reading for expected in gold)
+        if isinstance(reading, str)
+        else reading in gold
+        for reading in readings
+    )
+
+
+def mmmu(text: str, item: Item) -> Score:
+    """1 where the letter is right, or the open answer is. What cannot be parsed is not guessed but counted.
+
+    Raises:
+        DataError: the item has no answer, or of multiple choice no options.
+    """
+    is_choice = item["type"] == "multiple-choice" if item.get("type") is not None else bool(item.get("options"))
+    answers = answers_of(item)
+    if is_choice:
+        options = options_of(item)
+        if wrong := [answer for answer in answers if answer not in options]:
+            raise DataError(f"answer: found {wrong[0]!r}, expected one of {', '.join(options)}")
+        answer = final_answer(text)
+        letter = None if answer is None else chosen(answer, options)
+        return UNPARSED if letter is None else Score(float(letter in answers), letter)
+    answer = final_answer(text)
+    if answer is None:
+        return UNPARSED
+    readings = open_readings(answer)
+    return Score(float(is_open_right(readings, answers)), sorted(map(str, readings)))
+
+
+def aggregate_mmmu(scores: Scores) -> dict[str, float]:
+    """Over all questions (micro) as "score", as published; then by domain and by subject."""
+    return {**mean(scores), **by_group(scores, _domain, "domain"), **by_group(scores, subject_of, "subject")}
+
+
+def subject_of(item: Item) -> str | None:
+    """What is in "subject", or "Accounting" of an "id" like "validation_Accounting_1"; None where there is neither."""
+    if item.get("subject") is not None:
+        return str(item["subject"]).replace(" ", "_")
+    match = _SUBJECT_IN_ID.fullmatch(str(item.get("id", "")))
+    return match[1] if match else None
+
+
+def _domain(item: Item) -> str | None:
+    return _DOMAIN_OF.get(subject_of(item) or "")
+
+
+METRICS = (
+    Metric(
+        "mmmu",
+        mmmu,
+        aggregate_mmmu,
+        "MMMU (arXiv 2311.16502), eval/eval_utils.py; where that guesses at random, the answer is unparsed",
+    ),
+)

@@ -1,0 +1,90 @@
+"""Points: whether a click lands on what it should (ScreenSpot).
+
+Fields: "boxes" [[x1, y1, x2, y2]], the element in pixels of the screenshot, "width", "height"; "data_type" ("text" or
+"icon") and "data_source" ("ios", "android", "macos", "windows", or a web page's) for the figures by platform.
+"""
+
+import functools
+import re
+
+from eval.answers import Point, Scale, answer_text, boxes, points, to_pixels
+from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, boxes_of, by_group, mean, size_of
+from glm4v_jax.errors import DataError
+
+FIELDS = ("boxes", "width", "height")
+
+_NUMBER = r"([0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
+_NAMED = re.compile(rf"\bx[\"']?\s*+[=:]\s*+{_NUMBER}\s*+[,;]\s*+[\"']?y[\"']?\s*+[=:]\s*+{_NUMBER}", re.IGNORECASE)
+_PLATFORMS = (("ios", "mobile"), ("android", "mobile"), ("macos", "desktop"), ("windows", "desktop"))
+
+
+def click(text: str, scale: Scale = "thousand") -> Point | None:
+    """Where an answer clicks, on its own scale: the centre of its first box, else its first point, else its "x=, y=".
+
+    None where it names none of them.
+    """
+    if (found := boxes(text, scale)) is not None:
+        x1, y1, x2, y2 = found[0]
+        return (x1 + x2) / 2, (y1 + y2) / 2
+    if (given := points(text, scale)) is not None:
+        return given[0]
+    match = _NAMED.search(answer_text(text) or "")
+    if match is None:
+        return None
+    x, y = float(match[1]), float(match[2])
+    limit = {"thousand": 1000.0, "unit": 1.0, "pixel": float("inf")}[scale]
+    return (x, y) if max(x, y) <= limit and max(x, y) < float("inf") else None
+
+
+def screenspot(text: str, item: Item, scale: Scale = "thousand") -> Score:
+    """1 where the click is within the element's box, its edges included.
+
+    VLMEvalKit, whose annotations are (x, y, width, height), takes x + width - 1 for the right edge; what an item's box
+    says is for the one who makes the items.
+
+    Raises:
+        DataError: the item has not one box, or no size.
+    """
+    gold, (width, height) = boxes_of(item), size_of(item)
+    if len(gold) != 1:
+        raise DataError(f"boxes: found {len(gold)}, expected the one that is asked for")
+    place = click(text, scale)
+    if place is None:
+        return UNPARSED
+    ((x, y),) = to_pixels([place], width, height, scale)
+    x1, y1, x2, y2 = gold[0]
+    return Score(float(x1 <= x <= x2 and y1 <= y <= y2), [x, y])
+
+
+def aggregate_screenspot(scores: Scores) -> dict[str, float]:
+    """Share of hits as "score"; then by platform and kind of element, as lmms-eval groups them."""
+    return {**mean(scores), **by_group(scores, _platform_and_kind, "group")}
+
+
+def _platform_and_kind(item: Item) -> str | None:
+    source, kind = item.get("data_source"), item.get("data_type")
+    if source is None or kind is None:
+        return None
+    platform = next((platform for name, platform in _PLATFORMS if name in str(source).lower()), "web")
+    return f"{platform}-{kind}"
+
+
+_SOURCE = "ScreenSpot (arXiv 2401.10935); VLMEvalKit vlmeval/dataset/GUI/screenspot.py, lmms-eval tasks/screenspot"
+
+METRICS = (
+    Metric("screenspot", screenspot, aggregate_screenspot, f"{_SOURCE}; thousandths", FIELDS),
+    Metric(
+        "screenspot-unit",
+        functools.partial(screenspot, scale="unit"),
+        aggregate_screenspot,
+        f"{_SOURCE}; shares from 0 to 1",
+        FIELDS,
+    ),
+    Metric(
+        "screenspot-pixel",
+        functools.partial(screenspot, scale="pixel"),
+        aggregate_screenspot,
+        f"{_SOURCE}; pixels, as VLMEvalKit takes numbers above 1",
+        FIELDS,
+    ),
+)

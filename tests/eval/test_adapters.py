@@ -1,0 +1,391 @@
+"""Public data sets in the layouts in which they are published: each to items, and these to the scores of answers.
+
+The rows are made up; the fields, their types and the places of files are those of the published data.
+"""
+
+import base64
+import csv
+import io
+import json
+
+import PIL.Image
+import pytest
+
+from eval.metrics import METRICS
+from eval.tasks import find_task, read_items
+from glm4v_jax.errors import DataError
+
+pa = pytest.importorskip("pyarrow")
+import pyarrow.parquet  # noqa: E402
+
+
+def png(width=200, height=100, colour="white"):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def embedded(**size):
+    """A picture as tables of Hugging Face hold it."""
+    return {"bytes": png(**size), "path": "picture.png"}
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def parquet(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def as_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def tsv(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def said(answer):
+    return f"<think>Hm, 7 or [[1,2,3,4]].</think><answer><|begin_of_box|>{answer}<|end_of_box|></answer>"
+
+
+def check(name, path, right, wrong="nothing of it", count=1, index=0):
+    """The item of a task at `index`, whose right answers score 1, whose wrong one 0; a run can write it down."""
+    task = find_task(name)
+    items = read_items(task, [path])
+    assert len(items) == count
+    item, metric = items[index], METRICS[task.metric]
+    for answer in right:
+        assert metric.score(said(answer), item.reference).value == 1.0, answer
+    assert metric.score(said(wrong), item.reference).value == 0.0
+    figures = metric.aggregate([(one.reference, metric.score(said(right[0]), one.reference)) for one in items])
+    assert 0 < figures["score"] <= 1
+    json.dumps([item.asked, dict(item.reference)])
+    return item
+
+
+def kinds(item):
+    return [part["type"] for part in item.messages[-1]["content"]]
+
+
+REFCOCO = {
+    "question_id": "1719310",
+    "image": embedded(),
+    "question": "Please carefully observe the area circled in the image",
+    "answer": ["guy in yellow", "left <man>"],
+    "segmentation": [1.0, 2.0],
+    "bbox": [20.0, 10.0, 60.0, 50.0],
+    "iscrowd": 0,
+    "file_name": "COCO_train2014_000000000072_0.jpg",
+}
+
+
+def test_refcoco(tmp_path):
+    path = parquet(tmp_path / "data" / "testA-00000-of-00001.parquet", REFCOCO)
+    item = check("refcoco", path, ["[[100,100,400,600]]", "(100, 100, 400, 600)"], "[[500,0,900,600]]", 2, 1)
+    assert item.reference == {"width": 200, "height": 100, "boxes": [[20, 10, 80, 60]], "split": "testA"}
+    assert (item.id, item.group, kinds(item)) == ("1719310:1", "testA", ["image", "text"])
+    assert item.question.endswith("as per the given description. left <man>")
+    check("refcoco@lmms-eval", path, ["[0.1, 0.1, 0.4, 0.6]"], "[0.5, 0, 0.9, 0.6]", 2)
+    check("refcoco@vlmevalkit", path, ["[0.1, 0.1, 0.4, 0.6]", "[100, 100, 400, 600]"], "[0.5, 0, 0.9, 0.6]", 2)
+    assert (
+        "locate guy in yellow in the image" in check("refcoco@locate", path, ["[[100,100,400,600]]"], count=2).question
+    )
+
+
+def test_chartqa_as_published(tmp_path):
+    put(tmp_path / "png" / "41699051005347.png", png())
+    row = {"imgname": "41699051005347.png", "query": "How many items?", "label": "14"}
+    path = as_json(tmp_path / "test_human.json", [row])
+    item = check("chartqa", path, ["14", "14.5"], "15")
+    assert item.pictures == [str(tmp_path / "png" / "41699051005347.png")]
+    assert (item.id, item.group, item.reference["type"]) == ("test_human:0", "human", "human")
+    assert item.question == "How many items?\nAnswer the question with a single word."
+    assert item.asked["content"][0] == {"type": "image", "path": "png/41699051005347.png"}
+    listed = as_json(tmp_path / "test_augmented.json", [{**row, "label": "[2014, 2015]"}])
+    assert check("chartqa@vlmevalkit", listed, ["[2014, 2015]"], "2014").group == "augmented"
+    assert len(read_items(find_task("chartqa"), [path, listed])) == 2
+
+
+def test_chartqa_in_tables(tmp_path):
+    image = embedded()
+    lmms = {"type": "augmented_test", "question": "Share?", "answer": "0.57", "image": image}
+    assert check("chartqa", parquet(tmp_path / "lmms.parquet", lmms), ["0.57", "57%"], "0.7").group == "augmented"
+    m4 = {"image": image, "query": "Who?", "label": ["Inspired"], "human_or_machine": 0}
+    assert check("chartqa", parquet(tmp_path / "m4.parquet", m4), ["inspired"]).group == "human"
+
+
+DOCVQA = {
+    "questionId": 49153,
+    "question": "What is the ‘actual’ value per 1000?",
+    "question_types": ["figure/diagram"],
+    "image": "documents/pybv0228_81.png",
+    "docId": 14465,
+    "ucsf_document_id": "pybv0228",
+    "ucsf_document_page_no": "81",
+    "answers": ["0.28", "0.280"],
+    "data_split": "val",
+}
+
+
+@pytest.mark.parametrize("folder", ["qas/documents", "spdocvqa_images", "qas"])
+def test_docvqa_as_published(tmp_path, folder):
+    put(tmp_path / folder / "pybv0228_81.png", png())
+    content = {"dataset_name": "SP-DocVQA", "dataset_version": "1.0", "dataset_split": "val", "data": [DOCVQA]}
+    path = as_json(tmp_path / "qas" / "val_v1.0_withQT.json", content)
+    item = check("docvqa", path, ["0.28", "0.280"], "1.75")
+    assert (item.id, item.place, kinds(item)) == ("49153", f"{path}: data[0]", ["image", "text"])
+    check("docvqa@harness", path, ["0.28"], "1.75")
+
+
+def test_docvqa_in_tables(tmp_path):
+    row = {**DOCVQA, "questionId": "49153", "image": embedded()}
+    check("docvqa", parquet(tmp_path / "validation-00000-of-00006.parquet", row), ["0.28"])
+    twice = parquet(tmp_path / "twice.parquet", row, {**row, "questionId": "49154"})
+    first, second = read_items(find_task("docvqa"), [twice])
+    assert first.pictures[0] is second.pictures[0]  # in memory once
+    check("infovqa", parquet(tmp_path / "infovqa.parquet", row), ["0.28"])
+    hidden = parquet(tmp_path / "test.parquet", {**row, "answers": None})
+    with pytest.raises(DataError, match=r"test\.parquet\[0\]: field 'answers': missing in the row"):
+        read_items(find_task("docvqa"), [hidden])
+
+
+TEXTVQA = {
+    "question_id": 34602,
+    "question": "what is the Brand of this camera?",
+    "image_id": "003a8ae2ef43b901",
+    "image_classes": ["Cassette deck"],
+    "set_name": "val",
+    "answers": ["nous les gosses", "dakota", "clos culombu", "dakota digital", *["dakota"] * 6],
+}
+
+
+def test_textvqa(tmp_path):
+    path = as_json(tmp_path / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [TEXTVQA]})
+    with pytest.raises(DataError, match=r"data\[0\]: field 'image_id': found '003a8ae2ef43b901\.jpg', but there is no"):
+        read_items(find_task("textvqa"), [path])
+    put(tmp_path / "train_images" / "003a8ae2ef43b901.jpg", png())
+    item = check("textvqa", path, ["Dakota.", "the dakota"], "nous")
+    assert (item.id, item.question.split("\n")[0]) == ("34602", "what is the Brand of this camera?")
+    table = parquet(tmp_path / "val.parquet", {**TEXTVQA, "image": embedded(), "ocr_tokens": ["DAKOTA"]})
+    assert check("textvqa@lmms-eval", table, ["dakota"]).question.startswith("What is the brand of this camera?\nAns")
+    check("textvqa@vlmevalkit", table, ["dakota"])
+
+
+def test_ocrbench_in_its_three_layouts(tmp_path):
+    regular, formula = "Regular Text Recognition", "Handwritten Mathematical Expression Recognition"
+    asked = "what is written in the image? "
+    rows = [
+        {"dataset": "IIIT5K", "question": asked, "question_type": regular, "answer": ["CENTRE"], "image": embedded()},
+        {"dataset": "HME100k", "question": "?", "question_type": formula, "answer": ["x ^ 2"], "image": embedded()},
+    ]
+    path = parquet(tmp_path / "test-00000-of-00001.parquet", *rows)
+    item = check("ocrbench", path, ["CENTRE", "The word is centre."], "center", 2)
+    assert (item.question, item.group, item.reference["dataset"]) == (asked.strip(), regular, "IIIT5K")
+    check("ocrbench", path, ["x^2"], "X^2", 2, 1)
+    check("ocrbench@lmms-eval", path, ["ＣＥＮＴＲＥ"], "center", 2)
+
+    put(tmp_path / "OCRBench_Images" / "IIIT5K" / "5.png", png())
+    row = {
+        "dataset_name": "IIIT5K",
+        "image_path": "IIIT5K/5.png",
+        "question": asked,
+        "answers": "CENTRE",
+        "type": regular,
+    }
+    assert check("ocrbench", as_json(tmp_path / "OCRBench.json", [{**row, "id": 0}]), ["centre"]).id == "OCRBench:0"
+
+    image = base64.b64encode(png()).decode()
+    row = {"index": 0, "image": image, "question": asked, "answer": "['CENTRE', '[1]']", "category": regular}
+    item = check("ocrbench", tsv(tmp_path / "OCRBench.tsv", row), ["centre", "[1]"], "center")
+    assert item.pictures == [f"data:image/unknown;base64,{image}"]
+
+
+MMMU = {
+    "id": "validation_Accounting_1",
+    "question": "<image 1> Baxter Company has <image 2>. Which?",
+    "options": "['$6', '$7 <image 1>', 'it\\'s $8']",
+    "explanation": "",
+    "image_1": embedded(),
+    "image_2": embedded(colour="red"),
+    "image_3": None,
+    "img_type": "['Tables']",
+    "answer": "B",
+    "topic_difficulty": "Medium",
+    "question_type": "multiple-choice",
+    "subfield": "Managerial Accounting",
+}
+MMMU_OPEN = {
+    **MMMU,
+    "id": "validation_Art_Theory_12",
+    "question": "How long?",
+    "options": "[]",
+    "answer": "['16', 'sixteen']",
+    "question_type": "open",
+}
+
+
+def test_mmmu(tmp_path):
+    path = parquet(tmp_path / "validation-00000-of-00001.parquet", MMMU, MMMU_OPEN)
+    item = check("mmmu", path, ["B", "(B)"], "A", 2)
+    assert kinds(item) == ["image", "text", "image", "text", "image", "text"]
+    first, second, again = item.pictures
+    assert first == again != second
+    assert item.group == "Business"
+    assert item.reference["options"] == {"A": "$6", "B": "$7 <image 1>", "C": "it's $8"}
+    assert item.question.endswith("\nC. it's $8\n\nAnswer with the option's letter from the given choices directly.")
+    item = check("mmmu", path, ["16", "the answer is sixteen"], "17", 2, 1)
+    assert (item.group, item.reference["subject"]) == ("Art and Design", "Art_Theory")
+    assert kinds(item) == ["image", "image", "text"]
+    assert item.question == "How long?\n\nAnswer the question using a single word or phrase."
+    assert "Options:\nA. $6" in check("mmmu@vlmevalkit", path, ["B"], "C", 2).question
+
+
+def test_screenspot_as_published(tmp_path):
+    row = {
+        "img_filename": "web_3b0a.png",
+        "bbox": [20, 10, 60, 50],
+        "instruction": "view the details of the item",
+        "data_type": "text",
+        "data_source": "shop",
+    }
+    put(tmp_path / "screenspot_imgs" / "web_3b0a.png", png())
+    path = as_json(tmp_path / "screenspot_web.json", [row])
+    item = check("screenspot", path, ["[[100,100,400,600]]", "[250, 350]", "(400, 600)"], "[401, 350]")
+    assert (item.id, item.group) == ("screenspot_web:0", "web text")
+    assert item.reference["boxes"] == [[20, 10, 80, 60]]
+    item = check("screenspot@vlmevalkit", path, ["pyautogui.click(x=20, y=35)"], "pyautogui.click(x=250, y=35)")
+    assert [message["role"] for message in item.messages] == ["system", "user"]
+    (tmp_path / "mobile.json").write_text(json.dumps([{**row, "data_source": "ios", "data_type": "icon"}]))
+    assert read_items(find_task("screenspot"), [tmp_path / "mobile.json"])[0].group == "mobile icon"
+
+
+def test_screenspot_in_tables(tmp_path):
+    row = {
+        "file_name": "pc_0a.png",
+        "bbox": [0.1, 0.1, 0.4, 0.6],
+        "instruction": "close",
+        "data_type": "icon",
+        "data_source": "windows",
+        "image": embedded(),
+    }
+    path = parquet(tmp_path / "test-00000-of-00002.parquet", row)
+    item = check("screenspot", path, ["[[100,100,400,600]]"], "[700, 350]")
+    assert item.reference["boxes"] == [pytest.approx([20, 10, 80, 60])]
+    assert item.group == "desktop icon"
+    check("screenspot@lmms-eval", path, ["(0.10, 0.10, 0.40, 0.60)"], "(0.7, 0.1, 0.8, 0.6)")
+    broken = parquet(tmp_path / "broken.parquet", {**row, "bbox": [20.0, 10.0, 80.0, 60.0]})
+    with pytest.raises(DataError, match=r"field 'bbox': found .* beside 'file_name', expected shares from 0 to 1"):
+        read_items(find_task("screenspot"), [broken])
+    image = base64.b64encode(png()).decode()
+    row = {"index": 0, "image": image, "question": "close", "bbox": "[20, 10, 60, 50]"}
+    check("screenspot", tsv(tmp_path / "s.tsv", {**row, "data_type": "text", "data_source": "shop"}), ["[250, 350]"])
+
+
+@pytest.mark.parametrize("place", ["data/fFjv93ACGo8.mp4", "videomme/videos/fFjv93ACGo8.MP4"])
+def test_videomme(tmp_path, place):
+    row = {
+        "video_id": "001",
+        "duration": "short",
+        "domain": "Knowledge",
+        "sub_category": "Humanity & History",
+        "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
+        "videoID": "fFjv93ACGo8",
+        "question_id": "001-1",
+        "task_type": "Counting Problem",
+        "question": "Which of the following features are not discussed?",
+        "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three are of the same number."],
+        "answer": "C",
+    }
+    path = parquet(tmp_path / "videomme" / "test-00000-of-00001.parquet", row)
+    with pytest.raises(DataError, match=r"parquet\[0\]: field 'videoID': found 'fFjv93ACGo8\.mp4', but there is no"):
+        read_items(find_task("videomme"), [path])
+    put(tmp_path / place, b"")
+    item = check("videomme", path, ["C", "Berries."], "B")
+    assert (item.id, item.group, kinds(item)) == ("001-1", "short", ["video", "text"])
+    assert item.reference["options"]["C"] == "Berries."
+    assert "\nC. Berries.\nD. The three" in item.question
+    check("videomme@vlmevalkit", path, ["C"], "B")
+    check("videomme@lmms-eval", path, ["C"], "B")
+
+
+MATHVISTA = {
+    "pid": "1",
+    "question": "Find the length.",
+    "image": "images/1.jpg",
+    "choices": None,
+    "unit": "cm",
+    "precision": 1.0,
+    "answer": "1.2",
+    "question_type": "free_form",
+    "answer_type": "float",
+    "metadata": {"category": "math-targeted-vqa", "task": "geometry problem solving", "skills": ["geometry reasoning"]},
+}
+MATHVISTA_CHOICE = {
+    **MATHVISTA,
+    "pid": "2",
+    "choices": ["145°", "35°"],
+    "unit": None,
+    "precision": None,
+    "answer": "145°",
+    "question_type": "multi_choice",
+    "answer_type": "text",
+}
+
+
+def test_mathvista(tmp_path):
+    extra = {"decoded_image": embedded(), "query": "Hint: Please answer.\nQuestion: Find the length."}
+    path = parquet(tmp_path / "testmini.parquet", {**MATHVISTA, **extra, "choices": []}, {**MATHVISTA_CHOICE, **extra})
+    item = check("mathvista", path, ["1.2", "1.23"], "1.3", 2)
+    assert (item.id, item.group, item.question) == ("1", "geometry problem solving", extra["query"])
+    check("mathvista", path, ["A", "145°"], "B", 2, 1)
+    check("mathvista@official", path, ["A", "(A)"], "B", 2, 1)
+
+    put(tmp_path / "images" / "1.jpg", png())
+    path = as_json(tmp_path / "testmini.json", {"1": MATHVISTA, "2": {**MATHVISTA_CHOICE, "choices": ["145°", "35°"]}})
+    item = check("mathvista@format", path, ["1.2"], "1.3", 2)
+    assert item.question == (
+        "Find the length. (Unit: cm)\nAnswer the question using a single floating-point number with one decimal place."
+    )
+    item = check("mathvista@format", path, ["A"], "B", 2, 1)
+    assert item.question.startswith("Find the length.\nA. 145°\nB. 35°\nAnswer with the option's letter")
+    with pytest.raises(ValueError, match=r"testmini\.json: '1': prompt: 'query' is undefined"):
+        read_items(find_task("mathvista"), [path])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "change", "says"),
+    [
+        ("refcoco", REFCOCO, {"bbox": [1.0, 2.0, 0.0, 3.0]}, r"field 'bbox': found width 0 and height 3"),
+        ("refcoco", REFCOCO, {"bbox": [1.0, 2.0, 3.0]}, r"field 'bbox': found \[1.0, 2.0, 3.0\], expected four"),
+        ("refcoco", REFCOCO, {"answer": []}, r"field 'answer': found an empty list"),
+        ("refcoco", REFCOCO, {"image": {"bytes": b"GIF89a", "path": ""}}, "is not a readable picture"),
+        ("mmmu", MMMU, {"answer": "D"}, r"field 'answer': found 'D', expected one of A, B, C"),
+        ("mmmu", MMMU, {"options": "['$6"}, r"field 'options': found \"\['\$6\", expected a list"),
+        ("mmmu", MMMU, {"question_type": "essay"}, r"field 'question_type': found 'essay', expected one of multiple"),
+        ("mmmu", MMMU, {"image_2": None}, r"prompt: found <image 2>, but the row has 1 of the kind"),
+        ("mathvista", MATHVISTA_CHOICE, {"choices": ["35°"]}, r"field 'answer': found '145°', expected one of the"),
+        ("mathvista", MATHVISTA_CHOICE, {"choices": None}, r"field 'choices': found none for multi_choice"),
+        ("mathvista", MATHVISTA, {"question_type": "essay"}, r"field 'question_type': found 'essay'"),
+        ("textvqa", TEXTVQA, {"answers": "dakota", "question": None}, r"field 'question': missing"),
+        ("chartqa", {"query": "?", "label": "1", "image": embedded()}, {}, r"field 'type': found none in the row"),
+        ("chartqa", {"query": "?", "label": "1"}, {}, r"field 'imgname' or 'image': missing"),
+        ("chartqa", {"image": embedded(), "human_or_machine": 2}, {"query": "?"}, r"'human_or_machine': found 2"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path, name, row, change, says):
+    extra = {"image": embedded()} if name == "textvqa" else {"decoded_image": embedded()} if name == "mathvista" else {}
+    path = parquet(tmp_path / "val.parquet", {**row, **extra, "query": "?", **change})
+    with pytest.raises(ValueError, match=rf"val\.parquet\[0\]: .*{says}"):
+        read_items(find_task(name), [path])

@@ -1,0 +1,158 @@
+"""Two runs side by side: figures worked out by hand, what is refused, and what a person sees."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.compare import compare, runs_in
+from eval.compare_command import Compare
+from glm4v_jax.commands.program import run_program
+from glm4v_jax.errors import DataError
+from tests.eval.helpers_runs import item, result, write_run
+
+
+def results(scores, names=None, **fields):
+    names = names or [f"item-{index}" for index in range(len(scores))]
+    return [
+        result(item(name, f"Question {name}?"), f"<think>Hm.</think><answer>says {score}</answer>", score, **fields)
+        for name, score in zip(names, scores, strict=True)
+    ]
+
+
+def run_command(*arguments):
+    return run_program(
+        {"compare": Compare}, ["compare", *map(str, arguments)], name="eval", prog="eval", description=""
+    )
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Of six items five in both; 0.25 below, twice the same, one lost, one gained."""
+    names = ["a", "b", "c", "d", "e", "old"]
+    first = write_run(tmp_path / "first", results([0.5, 1.0, 0.0, 1.0, 0.0, 1.0], names), model="models/a")
+    names = ["new", "e", "d", "c", "b", "a"]
+    second = write_run(tmp_path / "second", results([1.0, 1.0, 0.0, 0.0, 1.0, 0.75], names), model="models/b")
+    return first, second
+
+
+def test_items_are_matched_by_id_whatever_their_order(two):
+    found = compare(*two)
+    assert (found.task, found.metric, found.count) == ("digits-grounding", "box_iou", 5)
+    assert (found.first.mean, found.second.mean) == (0.5, 0.55)
+    assert found.difference.mean == pytest.approx(0.05)
+    assert (found.first.only, found.second.only) == (["old"], ["new"])
+    assert (found.higher, found.lower) == (2, 1)
+    assert [flip.id for flip in found.lost] == ["d"] and [flip.id for flip in found.gained] == ["e"]
+    flip = found.lost[0]
+    assert (flip.question, flip.scores, flip.answers) == ("Question d?", (1.0, 0.0), ("says 1.0", "says 0.0"))
+    assert found.first.categories == {"scored": 5}
+
+
+def test_the_interval_is_that_of_paired_items(tmp_path):
+    """Both runs vary from 0 to 1, and differ by 0.1 on half of the items: an unpaired interval would hold 0."""
+    scores = np.linspace(0, 0.9, 200)
+    better = scores + np.where(np.arange(200) % 2, 0.1, 0)
+    found = compare(
+        write_run(tmp_path / "a", results(scores.tolist())), write_run(tmp_path / "b", results(better.tolist()))
+    )
+    # The mean of N differences of deviation 0.05 has a standard error of 0.05 / sqrt(N); 1.96 of them each way.
+    half = 1.96 * 0.05 / 200**0.5
+    assert found.difference.mean == pytest.approx(0.05)
+    assert found.difference.low == pytest.approx(0.05 - half, abs=0.1 * half)
+    assert found.difference.high == pytest.approx(0.05 + half, abs=0.1 * half)
+
+
+def test_a_run_is_equal_to_itself(two):
+    found = compare(two[0], two[0])
+    assert found.difference == (0, 0, 0)
+    assert (found.lost, found.gained, found.first.only, found.higher, found.lower) == ([], [], [], 0, 0)
+
+
+def test_differences_are_told_by_group_and_category(tmp_path):
+    items = [item("a", group="one"), item("b", group="one"), item("c", group="two")]
+    first = [result(of) for of in items]
+    second = [result(items[0]), *(result(of, "", 0.0, None, "no_answer") for of in items[1:])]
+    found = compare(write_run(tmp_path / "first", first), write_run(tmp_path / "second", second))
+    assert {name: of.mean for name, of in found.groups.items()} == {"one": -0.5, "two": -1.0}
+    assert found.second.categories == {"no_answer": 2, "scored": 1}
+    assert found.lost[0].answers == ("7", None) and found.lost[0].categories == ("scored", "no_answer")
+
+
+def test_other_prompts_over_the_same_data_are_counted(tmp_path):
+    first = write_run(tmp_path / "first", [result(item("a", "What?")), result(item("b", "Who?"))])
+    second = write_run(tmp_path / "second", [result(item("a", "What is it?")), result(item("b", "Who?"))])
+    assert compare(first, second).asked_differently == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "reference", "message"),
+    [
+        ({"task": "chartqa"}, "ab", "7", "task: found 'digits-grounding' in .*first and 'chartqa' in .*second"),
+        ({"metric": "anls"}, "ab", "7", "metric: found 'box_iou' in .*first and 'anls' in .*second"),
+        ({}, "cd", "7", r"found no item that both have \('a', 'b'; 'c', 'd'\); expected runs over the same data"),
+        ({}, "ab", "8", r"found 2 of 2 shared items with another reference, such as 'a' \(\{\"answer\": \"7\"\} and"),
+        ({}, "aa", "7", r"second.results.jsonl: found 'a' more than once"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, fields, names, reference, message):
+    first = write_run(tmp_path / "first", [result(item(name)) for name in "ab"])
+    others = [result(item(name, reference={"answer": reference})) for name in names]
+    with pytest.raises(DataError, match=message):
+        compare(first, write_run(tmp_path / "second", others, **fields))
+
+
+def test_a_person_sees_figures_and_flips(two, capsys):
+    assert run_command(*two) == 0
+    shown, errors = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "model models/a models/b" in lines
+    assert any(line.startswith("mean of the 5 items of both 0.500 0.550 +0.050 (") for line in lines)
+    assert any(line.endswith("right -> wrong 1, wrong -> right 1") for line in lines)
+    assert "only in the first, and not compared: 1 items: old" in lines
+    assert "d Question d? 7 says 1.0 says 0.0" in lines and "e Question e? 7 says 0.0 says 1.0" in lines
+    assert errors == ""
+
+
+def test_what_a_model_wrote_does_not_reach_the_terminal_as_commands(tmp_path, capsys):
+    bad = "\x1b[31m[bold]red[/bold]\x07"
+    first = write_run(tmp_path / "first", [result(item("a", bad), f"<answer>{bad}</answer>")])
+    second = write_run(tmp_path / "second", [result(item("a", bad), f"<answer>{bad}</answer>", 0.0)])
+    assert run_command(first, second) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x07" not in shown and shown.count("[bold]red[/bold]") == 3
+
+
+def test_json_has_all(two, capsys):
+    assert run_command(*two, "--json", "--show", "0") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["count"] == 5 and told["difference"]["mean"] == pytest.approx(0.05)
+    assert set(told["difference"]) == {"mean", "low", "high"}
+    assert [flip["id"] for flip in told["gained"]] == ["e"] and told["second"]["only"] == ["new"]
+
+
+def test_runs_of_several_tasks_are_compared_task_by_task(tmp_path, capsys):
+    for run, tasks in {"first": ("reading", "motion"), "second": ("reading", "motion", "more")}.items():
+        for task in tasks:
+            write_run(tmp_path / run / task, results([1.0, 0.0]), task=task)
+        scores = json.dumps({"score": 0.5, "scores": dict.fromkeys(tasks, 0.5)})
+        (tmp_path / run / "summary.json").write_text(scores)
+    assert list(runs_in(tmp_path / "second")) == ["reading", "motion", "more"]
+    assert run_command(tmp_path / "first", tmp_path / "second", "--json") == 0
+    told, errors = capsys.readouterr()
+    assert list(json.loads(told)) == ["reading", "motion"]
+    assert errors == "eval: in one of the two only, and not compared: more\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("none",), "none/summary.json: there is no such file; expected the summary of a run"),
+        (("second", "--right", "0"), "--right: found 0.0, expected a score above 0 and up to 1"),
+        (("second", "--show", "-1"), "--show: found -1, expected at least 0"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(two, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(two[0].parent)
+    assert run_command("first", *arguments) == 1
+    assert capsys.readouterr().err == f"eval: error: {message}\n"

@@ -1,0 +1,158 @@
+"""Whole runs with random weights: interrupted ones and those of several processes come to the same figures."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_orbax import environment
+
+from eval.commands import main
+from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY
+from eval.results import read_results
+
+COUNT = 12
+TASK = """
+metric = "exact_match"
+prompt = "{{ question }} In a word."
+
+[options]
+max_new_tokens = 40
+do_sample = true
+temperature = 0.8
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Questions in two groups, some about a picture, and one whose picture is damaged behind its header."""
+    folder = tmp_path_factory.mktemp("data")
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(folder / "noise.png")
+    (folder / "broken.png").write_bytes((folder / "noise.png").read_bytes()[:2000])
+    rows = [
+        {"id": f"q{n}", "question": f"What is {n}?", "answer": "seven", "group": "odd" if n % 2 else "even"}
+        for n in range(COUNT)
+    ]
+    for number in (1, 4):
+        rows[number]["image"] = "noise.png"
+    rows[7]["image"] = "broken.png"
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "words.toml").write_text(TASK, encoding="utf-8")
+    return folder
+
+
+def arguments(folder, out, *more):
+    task, data = folder / "words.toml", folder / "data.jsonl"
+    given = ["--model", RANDOM_CHECKPOINT, "--task", task, "--data", data, "--out", folder / out, "--slots", 2, *more]
+    return [str(argument) for argument in given]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    assert main(arguments(folder, "whole")) == 0
+    return folder / "whole"
+
+
+def test_a_run_says_what_became_of_every_item(whole, folder):
+    summary = json.loads((whole / SUMMARY).read_text())
+    assert next(iter(summary)) == "score"
+    results = read_results(whole / RESULTS)
+    assert [result.id for result in results] == [f"q{n}" for n in range(COUNT)]
+    assert sorted(line["id"] for line in lines(whole / ANSWERS)) == sorted(result.id for result in results)
+    (failed,) = (result for result in results if result.category == "error")
+    assert failed.id == "q7" and "broken.png" in failed.error and failed.score == 0
+    assert all(result.new_tokens and result.prompt_tokens and result.output for result in results if not result.error)
+    assert summary["count"] == COUNT and summary["rates"]["error"] == pytest.approx(1 / COUNT)
+    assert summary["score"] == summary["mean"] == sum(result.score for result in results) / COUNT
+    assert summary["groups"]["odd"]["count"] == summary["groups"]["even"]["count"] == COUNT // 2
+    assert summary["truncated"] == sum(result.is_truncated for result in results) / COUNT > 0
+    assert summary["tokens"]["new"] == sum(result.new_tokens for result in results)
+    assert summary["options"]["max_new_tokens"] == 40 and summary["model"] == str(RANDOM_CHECKPOINT)
+    assert (whole / REPORT).read_text(encoding="utf-8").count("data:image/") >= 2
+
+
+def test_a_finished_run_asks_nothing(whole, folder, monkeypatch, capsys):
+    """But what failed, which may be mended by now; the scores are made anew."""
+    before = (whole / SUMMARY).read_bytes()
+    (whole / SUMMARY).unlink()
+    answers = {line["id"]: line for line in lines(whole / ANSWERS)}
+    assert main(arguments(folder, "whole", "--no-report", "--json")) == 0
+    assert (whole / SUMMARY).read_bytes() == before
+    assert json.loads(capsys.readouterr().out) == json.loads(before)
+    assert {line["id"]: line for line in lines(whole / ANSWERS)} == answers
+
+
+def test_a_killed_run_goes_on_to_the_same_summary(whole, folder):
+    command = [sys.executable, "-m", "eval", *arguments(folder, "killed", "--slots", "1")]
+    running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    answers, deadline = folder / "killed" / ANSWERS, time.monotonic() + 240
+    try:
+        while not answers.exists() or answers.read_bytes().count(b"\n") < 3:
+            assert running.poll() is None, running.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.kill(running.pid, signal.SIGKILL)
+        running.communicate()
+    early = answers.read_bytes().splitlines(keepends=True)
+    early = [line for line in early if line.endswith(b"\n") and b'"error"' not in line]
+    assert 2 <= len(early) < COUNT and not (folder / "killed" / SUMMARY).exists()
+    assert main(arguments(folder, "killed")) == 0
+    assert answers.read_bytes().splitlines(keepends=True)[: len(early)] == early  # nothing is asked twice
+    assert (folder / "killed" / SUMMARY).read_bytes() == (whole / SUMMARY).read_bytes()
+    assert (folder / "killed" / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
+
+
+def test_two_processes_give_the_summary_of_one(whole, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "eval", *arguments(folder, "two", *several, str(index), "--mesh", "data=2")],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in started] == [0, 0], told
+    assert told[1] == ("", "")
+    assert (folder / "two" / SUMMARY).read_bytes() == (whole / SUMMARY).read_bytes()
+    assert (folder / "two" / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--limit", "0"], "--limit: found 0, expected at least 1"),
+        (["--slots", "0"], "--slots: found 0, expected at least 1"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--task", "nothing"], "--task: found 'nothing', expected"),
+        (["--task", "digits-vqa"], "--data: found with 2 tasks, expected it with one --task"),
+        (["--preset", "nothing"], "nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(folder, monkeypatch, capsys, more, message):
+    monkeypatch.setattr("glm4v_jax.commands.options.ModelOptions.load", pytest.fail)
+    assert main(arguments(folder, "never", *more)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("eval: error: ") and message in line
+    assert not (folder / "never").exists()

@@ -1,0 +1,156 @@
+"""Tasks: those there are, a user's own, and those whose data comes with the package."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.metrics import METRICS
+from eval.tasks import TASKS, Task, find_task, read_items
+from glm4v_jax.data.digits import held_out
+from glm4v_jax.errors import ConfigError
+from train.digit_scores import score
+
+ROOT = Path(__file__).parents[2]
+BUILT_IN = ("digits-vqa", "digits-grounding", "digits-motion")
+
+
+def test_what_every_task_names_is_there():
+    for name, task in TASKS.items():
+        task.check(name)
+        assert task.name == name and task.description and task.data
+        json.dumps(dataclasses.asdict(task))
+    assert tuple(name for name, task in TASKS.items() if task.is_built_in) == BUILT_IN
+
+
+def test_tasks_are_found_with_their_variants():
+    assert find_task("refcoco") is TASKS["refcoco"]
+    variant = find_task("refcoco@lmms-eval")
+    assert (variant.name, variant.metric, variant.reader) == ("refcoco@lmms-eval", "refcoco-unit", "refcoco")
+    assert variant.prompt != TASKS["refcoco"].prompt
+    with pytest.raises(
+        ConfigError, match=r"--task: found 'refcoc', expected one of digits-vqa, .*did you mean refcoco"
+    ):
+        find_task("refcoc")
+    with pytest.raises(ConfigError, match=r"--task refcoco: found variant 'x', expected one of locate, lmms-eval, vlm"):
+        find_task("refcoco@x")
+    with pytest.raises(ConfigError, match=r"--task vqa: found variant '', expected none"):
+        find_task("vqa@")
+
+
+def test_data_is_asked_for_and_refused():
+    with pytest.raises(ConfigError, match=r"--data: found no file for chartqa, expected test_human\.json"):
+        read_items(TASKS["chartqa"])
+    with pytest.raises(ConfigError, match=r"--data: found 'a\.json', but digits-vqa has its own data; expected none"):
+        read_items(TASKS["digits-vqa"], ["a.json"])
+    with pytest.raises(FileNotFoundError):
+        read_items(TASKS["chartqa"], ["nowhere.parquet"])
+
+
+def test_a_task_of_a_file(tmp_path):
+    path = tmp_path / "invoices.toml"
+    path.write_text(
+        'metric = "anls"\nprompt = """{{ question }}\nBriefly."""\nsystem = "You read invoices."\npreset = "greedy"\n'
+        "[options]\nmax_new_tokens = 64\n[variants.harness]\nmetric = 'anls-harness'\n"
+    )
+    task = find_task(str(path))
+    assert task == Task(
+        "invoices", "anls", prompt="{{ question }}\nBriefly.", system="You read invoices.", preset="greedy",
+        options={"max_new_tokens": 64}, variants={"harness": {"metric": "anls-harness"}},
+    )  # fmt: skip
+    (tmp_path / "data.jsonl").write_text('{"question": "Total?", "answers": ["12 EUR", "12"]}\n')
+    (item,) = read_items(task, [tmp_path])
+    assert item.question == "You read invoices.\nTotal?\nBriefly."
+    assert METRICS[task.metric].score("<answer>12 eur</answer>", item.reference).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("metric = ", "found what is not TOML"),
+        ("", r"field 'metric': missing, expected one of refcoco"),
+        ("metric = 'none'", r"field 'metric': found 'none', expected one of refcoco"),
+        ("metric = 'anls'\nreader = 'coco'", r"field 'reader': found 'coco', expected one of rows"),
+        ("metric = 'anls'\npreset = 'hot'", r"field 'preset': found 'hot', expected one of cli"),
+        ("metric = 'anls'\nprompt = '{{ a'", r"prompt: found '{{ a', expected a jinja2 template"),
+        ("metric = 'anls'\nprompt = 3", r"field 'prompt': found the number 3, expected a text"),
+        ("metric = 'anls'\noptions = 3", r"field 'options': found the number 3, expected a table"),
+        ("metric = 'anls'\nname = '../x'", r"field 'name': found '\.\./x', expected the name of a directory"),
+        ("metric = 'anls'\npromt = 'x'", r"field 'promt': is not known, expected some of name, metric"),
+        ("metric = 'anls'\n[variants]\nx = 3", r"variants\.x: found the number 3, expected a table"),
+        ("metric = 'anls'\n[variants.x]\nname = 'y'", r"variants\.x: field 'name': is not known"),
+        ("metric = 'anls'\n[variants.x]\nmetric = 'y'", r"@x: field 'metric': found 'y'"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path, content, says):
+    path = tmp_path / "mine.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"mine\.toml.*{says}"):
+        find_task(str(path))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_data_of_the_package(name):
+    pytest.importorskip("sklearn")
+    task = TASKS[name]
+    items, metric = read_items(task), METRICS[task.metric]
+    assert len(items) == (720 if name == "digits-grounding" else 360)
+    assert len({item.id for item in items}) == len(items)
+    for item in items:
+        metric.check(item.reference)
+        answer = item.reference["answer"]
+        text = f"<think>3 or left.</think><answer><|begin_of_box|>{answer}<|end_of_box|></answer>"
+        assert metric.score(text, item.reference).value == 1.0
+        assert metric.score("<answer><|begin_of_box|>[[0,0,9,9]]<|end_of_box|></answer>", item.reference).value == 0.0
+    first = read_items(task, limit=5)
+    assert [(item.id, item.asked, item.reference) for item in first] == [
+        (item.id, item.asked, item.reference) for item in items[:5]
+    ]
+    json.dumps([(item.asked, dict(item.reference)) for item in items])
+
+
+def test_grounding_has_both_kinds_in_turn():
+    pytest.importorskip("sklearn")
+    items = read_items(TASKS["digits-grounding"], limit=4)
+    assert [item.id for item in items] == [
+        f"digits/grounding{kind}/held-out:{number}" for number in (0, 1) for kind in (1, 2)
+    ]
+    assert [item.group for item in items] == ["one digit", "two digits"] * 2
+    assert [len(item.reference["other_boxes"]) for item in items] == [0, 1, 0, 1]
+    assert all((item.reference["width"], item.reference["height"]) == (1000, 1000) for item in items)
+    both = f"<answer>[{items[1].reference['boxes'][0]}, {items[1].reference['other_boxes'][0]}]</answer>"
+    assert METRICS["box_iou"].score(both, items[1].reference).value == 0.0
+
+
+@pytest.mark.parametrize(("name", "kind"), [("digits-vqa", "reading"), ("digits-grounding", "grounding2")])
+def test_figures_are_those_of_training(name, kind):
+    pytest.importorskip("sklearn")
+    truth, draw = held_out(kind), np.random.default_rng(0)
+    answers = []
+    for number, example in enumerate(truth):
+        answer = example.answer if number % 3 else "4 "
+        if example.boxes:
+            corners = np.clip(np.reshape(example.boxes[0], (2, 2)) + draw.integers(-150, 150, (2, 2)), 0, 1000)
+            answer = f"[[{','.join(map(str, np.sort(corners, axis=0).ravel()))}]]" * (1 + (number % 9 == 0))
+        answers.append(f"<think>5</think><answer><|begin_of_box|>{answer}<|end_of_box|></answer>")
+    expected = score(answers, truth)
+    said = dict(zip((example.source for example in truth), answers, strict=True))
+    items, metric = read_items(TASKS[name]), METRICS[TASKS[name].metric]
+    scores = [(item.reference, metric.score(said[item.id], item.reference)) for item in items if item.id in said]
+    figures = metric.aggregate(scores)
+    assert 0.1 < figures["score"] < 0.9
+    assert figures["score"] == pytest.approx(expected.accuracy, abs=1e-9)
+    assert expected.mean_iou is None or figures["mean_iou"] == pytest.approx(expected.mean_iou, abs=1e-9)
+
+
+def test_tasks_need_no_jax():
+    program = (
+        "import sys; from eval.tasks import TASKS, read_items\n"
+        "loaded = {'jax', 'flax', 'torch', 'transformers', 'pyarrow', 'sklearn', 'train'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
