@@ -1,13 +1,15 @@
 # Everything a checkout needs, done once in .venv: uv does it where there is one, venv and pip where not.
 #
-#   make demo    a real photograph and a real video to text, by the tiny model in the package
+#   make demo    digits read, found and followed by the tiny model in the package; a photograph and a video shown to it
+#   make tiny    that model trained anew, from nothing, in about ten minutes on two cores
+#   make eval    scores of the tiny model on digits it has not seen; a report in eval-out
 #   make test    the tests, against the reference implementation
 #   make lint types
 #   make aot     the 9B compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
 #
-# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, PYTEST_ARGS=... to pytest (two processes by default:
-# compiling, most of the time, uses one core each). PIP_FIND_LINKS,
-# PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as well as by pip.
+# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny` and `aot`, PYTEST_ARGS=... to pytest (two
+# processes by default: compiling, most of the time, uses one core each). PIP_FIND_LINKS, PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as well as by pip.
 
 MODERN := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(MODERN)' 2>/dev/null && echo $$p && break; done)
@@ -29,7 +31,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types tiny aot clean
+.PHONY: help setup demo eval test lint types tiny aot clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -48,12 +50,19 @@ $(VENV)/test.stamp: pyproject.toml | $(ENV_PYTHON)
 	@echo "installing into $(VENV), once: a few minutes"
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL) --no-deps torchvision==0.28.0
-	@touch $@ $(VENV)/demo.stamp
+	@touch $@ $(VENV)/demo.stamp $(VENV)/eval.stamp
 
 setup: $(VENV)/test.stamp
 
+$(VENV)/eval.stamp: pyproject.toml | $(ENV_PYTHON)
+	$(INSTALL) --editable '.[eval]'
+	@touch $@
+
 demo: $(VENV)/demo.stamp
 	$(ENV_PYTHON) -m examples.demo $(ARGS)
+
+eval: $(VENV)/eval.stamp
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(ENV_PYTHON) -m eval $(ARGS)
 
 test: $(VENV)/test.stamp
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(ENV_PYTHON) -m pytest $(PYTEST_ARGS)
@@ -65,9 +74,9 @@ lint: $(VENV)/test.stamp
 types: $(VENV)/test.stamp
 	$(ENV_PYTHON) -m mypy
 
-# Writes the packaged checkpoint anew; the same bytes every time.
+# Trains the packaged checkpoint anew, prints what it can do, and packages it if that is what is aimed at.
 tiny: $(VENV)/test.stamp
-	$(ENV_PYTHON) -m tools.make_tiny
+	JAX_PLATFORMS=cpu $(ENV_PYTHON) -m tools.train_tiny $(ARGS)
 
 # libtpu must not sit where other JAX programs run on a CPU.
 .venv-aot/aot.stamp: pyproject.toml

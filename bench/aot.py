@@ -12,13 +12,13 @@ import subprocess
 import sys
 from typing import Any
 
-from bench import report
+from bench import aot_train, report
 
 # (program, its numbers, slice, mesh). Pictures of 4K have 24,576 patches, small ones 256.
 LATENCY = {4: dict(kv=2, q=2), 8: dict(kv=2, q=4), 16: dict(kv=2, q=8)}
 LONG = {4: dict(kv=2, seq=2), 8: dict(kv=2, seq=4)}
 CHIPS = {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v6e:2x2": 4, "v6e:2x4": 8, "v5p:2x2x2": 8}
-CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
+CASES: list[tuple[str, Any, str, dict[str, int]]] = [
     *(("decode", (8, 4096), slice_, LATENCY[chips]) for slice_, chips in CHIPS.items()),
     ("decode", (1, 4096), "v5e:2x2", LATENCY[4]),
     ("decode", (1, 4096), "v5e:2x4", LATENCY[8]),
@@ -40,6 +40,7 @@ CASES: list[tuple[str, tuple[int, ...], str, dict[str, int]]] = [
     ("encode", (1, 24576, 24576), "v5e:2x2", LATENCY[4]),
     ("encode", (2, 8192, 256), "v5e:2x4", dict(data=2, kv=2, q=2)),
     ("encode", (2, 8192, 256), "v6e:2x4", dict(data=2, kv=2, q=2)),
+    *aot_train.CASES,
 ]
 COLUMNS = (
     "program", "slice", "mesh", "compile s", "arguments", "temporaries", "outputs", "of HBM", "x its part",
@@ -61,6 +62,8 @@ def compile_case(number: int) -> dict[str, Any]:
 
     config = Glm4vConfig.glm4_1v_9b()
     kind, numbers, topology, sizes = CASES[number]
+    if kind == "train":
+        return aot_train.compile_step(numbers, topology, sizes)
     make = {"decode": aot.decode_program, "prefill": aot.prefill_program, "encode": aot.encode_program}[kind]
     compiled = aot.compile_for(make(config, *numbers), config, topology, **sizes)
     return dataclasses.asdict(compiled) | {"fits": compiled.fits}
@@ -111,7 +114,8 @@ def main() -> int:
         lines.append(found | {"passed": passed})
         failed += [] if passed else [title]
         out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
-    out.print(report.table("GiB a chip", COLUMNS, (_row(line) for line in lines)))
+    for columns, rows in _tables(lines):
+        out.print(report.table("GiB a chip", columns, rows))
     if not arguments.only:  # some are no record of all
         facts = report.machine_facts("jax", "libtpu")
         written = report.write_result("aot", {"machine": facts, "programs": lines, "not_compiled": broken})
@@ -119,6 +123,12 @@ def main() -> int:
         markdown.write_text(_markdown(lines), encoding="utf-8")
         out.print(f"written to {written.relative_to(report.ROOT)} and {markdown.name}")
     return 1 if failed else 0
+
+
+def _tables(lines: list[dict[str, Any]]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Columns and rows, of programs that answer and of those that train."""
+    steps = [aot_train.row(line) for line in lines if "train" in line]
+    return [(COLUMNS, [_row(line) for line in lines if "train" not in line]), (aot_train.COLUMNS, steps)]
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:
@@ -137,8 +147,8 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _markdown(lines: list[dict[str, Any]]) -> str:
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(line) for line in lines)]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    tables = [[columns, ("---",) * len(columns), *rows] for columns, rows in _tables(lines)]
+    text = f"\n\n{aot_train.CAPTION}\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables)
     for style in ("[green]", "[/green]", "[red]", "[/red]"):
         text = text.replace(style, "")
     return text + "\n"

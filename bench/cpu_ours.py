@@ -2,12 +2,10 @@
 
 import argparse
 import cProfile
+import operator
 import pathlib
 import pstats
-import tempfile
 import threading
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -75,36 +73,15 @@ class Ours:
 
     def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """What takes the most time while a task is done: functions on the host, or operations on XLA's threads."""
-        total, calls = Counter[str](), Counter[str]()
-        if work == "preprocess":
-            with cProfile.Profile() as profiler:  # it sees one thread: one picture a call
-                self.preprocess(together=False)
-            for (file, _, name), (_, count, seconds, *_) in pstats.Stats(profiler).stats.items():
-                total[f"{pathlib.Path(file).name}:{name}"] += 1e3 * seconds
-                calls[f"{pathlib.Path(file).name}:{name}"] += count
-        else:
-            for name, milliseconds in self._operations(work, arguments):
-                total[name] += milliseconds
-                calls[name] += 1
-        return [
-            {"name": name, "calls": calls[name], "milliseconds": milliseconds}
-            for name, milliseconds in total.most_common(turns.PROFILE_LENGTH)
+        if work != "preprocess":
+            return turns.slowest(turns.xla_operations(lambda: getattr(self, work)(**arguments)))
+        with cProfile.Profile() as profiler:  # it sees one thread: one picture a call
+            self.preprocess(together=False)
+        functions = [
+            {"name": f"{pathlib.Path(file).name}:{name}", "calls": calls, "milliseconds": 1e3 * seconds}
+            for (file, _, name), (_, calls, seconds, *_) in pstats.Stats(profiler).stats.items()
         ]
-
-    def _operations(self, work: str, arguments: dict[str, Any]) -> Iterator[tuple[str, float]]:
-        import jax
-
-        with tempfile.TemporaryDirectory() as directory:
-            with jax.profiler.trace(directory):
-                getattr(self, work)(**arguments)
-            file = next(pathlib.Path(directory).rglob("*.xplane.pb"))
-            data = jax.profiler.ProfileData.from_file(str(file))
-        for plane in data.planes:
-            for line in plane.lines:
-                for event in line.events if "XLA" in line.name else ():
-                    # These enclose others.
-                    if not event.name.startswith(("ThunkExecutor", "end: ", "while", "call")):
-                        yield event.name.rstrip(".0123456789"), event.duration_ns / 1e6
+        return sorted(functions, key=operator.itemgetter("milliseconds"), reverse=True)[: turns.PROFILE_LENGTH]
 
     def _generate(self, ids: np.ndarray, tokens: int) -> np.ndarray:
         return self.model.generate(input_ids=ids, max_new_tokens=tokens, **cpu_model.GREEDY)

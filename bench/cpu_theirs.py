@@ -101,15 +101,7 @@ class Theirs:
 
     def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """The operations that take the most time by themselves while a task is done."""
-        import torch
-
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            getattr(self, work)(**arguments)
-        slowest = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-        return [
-            {"name": event.key, "calls": event.count, "milliseconds": event.self_cpu_time_total / 1e3}
-            for event in slowest[: turns.PROFILE_LENGTH]
-        ]
+        return turns.torch_profile(lambda: getattr(self, work)(**arguments))
 
     def _prompt(self, tokens: int) -> Any:
         import torch

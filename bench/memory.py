@@ -82,7 +82,7 @@ def differentiate_picture(patches: int) -> None:
     rows, _ = pack(values, frames_of(grid), merge_size=config.spatial_merge_size, position_grid=config.position_grid)
 
     def loss(module: Any) -> Any:
-        return jnp.sum(module(rows, remat=True) ** 2)
+        return jnp.sum(module(rows, remat="full") ** 2)
 
     with use_mesh():
         jax.block_until_ready(jax.jit(jax.grad(loss))(Glm4vVisionModel(config).module))

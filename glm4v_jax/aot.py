@@ -37,15 +37,16 @@ LARGE = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip has, as published: HBM in GiB, its bandwidth in GB/s, bfloat16 TFLOP/s."""
+    """What a chip has, as published: HBM in GiB, its bandwidth in GB/s, bfloat16 TFLOP/s, GB/s of all its links."""
 
     hbm: float
     bandwidth: float
     tflops: float
+    links: float
 
 
 # cloud.google.com/tpu/docs/{v5e,v6e,v5p}
-CHIPS = {"v5e": Chip(16, 819, 197), "v6e": Chip(32, 1640, 918), "v5p": Chip(95, 2765, 459)}
+CHIPS = {"v5e": Chip(16, 819, 197, 200), "v6e": Chip(32, 1640, 918, 448), "v5p": Chip(95, 2765, 459, 600)}
 
 
 def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
@@ -72,7 +73,7 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
 
 def abstract_model(config: Glm4vConfig, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Glm4v:
     """The model with shapes and partitions in the place of arrays, layers stacked; to be called within `mesh`."""
-    return _placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=dtype)), mesh)
+    return placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=dtype)), mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, head = _text_and_head(model)
         make = lambda text: programs.init_state(text, batch, slots, NUM_EOS, stacked=True)  # noqa: E731
-        state = _placed(jax.eval_shape(make, text), mesh)
+        state = placed(jax.eval_shape(make, text), mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         return programs.decode.lower(text, head, state, number, number, num_steps=STEPS)
 
@@ -118,7 +119,7 @@ def prefill_program(config: Glm4vConfig, batch: int, tokens: int, slots: int, vi
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, _ = _text_and_head(model)
         make = lambda text: programs.init_state(text, batch, slots, NUM_EOS, stacked=True).cache  # noqa: E731
-        cache = _placed(jax.eval_shape(make, text), mesh)
+        cache = placed(jax.eval_shape(make, text), mesh)
         ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
         positions = jax.ShapeDtypeStruct((3, batch, tokens), jnp.int32)
         piece = programs.Piece(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
@@ -175,6 +176,9 @@ class Compiled:
       copies: weights or caches that are copied: (shape, whether in the layer loop).
       held: what a chip holds for the program, in shares of its part of weights and caches that lay nowhere twice.
       floor_ms: the least time of a run (decoding: of a step), by bandwidth and by FLOP/s.
+      received: GB that the chip gets from others in a run; of a program that ends when its tokens do, in a step.
+      peak: GiB in use at a time at most, arguments included, as the compiler has laid them out; less than all together
+        where temporaries come to where arguments were that a program gives away.
     """
 
     program: str
@@ -189,11 +193,13 @@ class Compiled:
     copies: list[tuple[str, bool]]
     held: float
     floor_ms: tuple[float, float]
+    received: float
+    peak: float
 
     @property
     def fits(self) -> bool:
         """Whether the chip has room for it."""
-        return self.arguments + self.temporaries + self.outputs <= self.hbm
+        return self.peak <= self.hbm
 
 
 def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: int = LARGE, **sizes: int) -> Compiled:
@@ -213,12 +219,13 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
     memory = compiled.memory_analysis()
     weights = sum(_bytes(getattr(model, part)) for part in program.parts)
     collectives: dict[str, tuple[int, int]] = {}
-    copies = []
+    copies, received = [], 0.0
     for found in hlo.instructions(compiled.as_text()):
         inside = found.loops >= program.loop
         if found.opcode in hlo.COLLECTIVES:
             a, b = collectives.get(found.opcode, (0, 0))
             collectives[found.opcode] = (a + inside, b + (not inside))
+            received += found.received * found.runs / 1e9
         elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= large and not found.is_conditional:
             copies.append((found.shape, inside))
     chips = mesh.size
@@ -231,6 +238,7 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
             1e3 * (weights + program.read) / chips / (chip.bandwidth * 1e9),
             1e3 * program.flops / chips / (chip.tflops * 1e12),
         ),
+        received, memory.peak_memory_in_bytes / GIB,
     )  # fmt: skip
 
 
@@ -238,11 +246,12 @@ def _text_and_head(model: Glm4v) -> tuple[Flat, Flat | None]:
     return Flat.of(model.language_model), None if model.lm_head is None else Flat.of(model.lm_head)
 
 
-def _placed(tree: Any, mesh: Mesh) -> Any:
-    """Abstract arrays on the devices of `mesh`."""
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays on the devices of `mesh`, those without a partition whole on each."""
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        spec = jax.P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
 

@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
-from glm4v_jax.attention_blocks import FLOOR, Mask
+from glm4v_jax.attention_blocks import FLOOR, SAVED, Mask
 
 # Scores of 512 x 1,024 fit the 16 MiB that a v5e kernel may use (float32 and backward too), and 512 queries a key are
 # enough work to hide reading it: 512 FLOPs a byte, where a v5e does 240.
@@ -152,7 +152,7 @@ def _call(
         save_residuals=residuals,
         mask_value=DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=SAVED,
         mask_function=_not_after if causal else None,
         interpret=interpret,
     )

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from glm4v_jax import files, weights
 from glm4v_jax.checkpoint import FORMAT, METADATA_KEY
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.export import save_generation_config
+from glm4v_jax.export import check_plain, save_generation_config
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.layers import Layers
 from glm4v_jax.leaves import LeafInfo, in_groups
@@ -215,10 +215,12 @@ def save_model(
       progress: called with the bytes written so far and in all.
 
     Raises:
-      CheckpointError: the directory is taken, or the disk cannot hold the model.
+      CheckpointError: the directory is taken, the disk cannot hold the model, or it has an adapter or quantised
+        kernels, for which a checkpoint has no place.
     """
     target = Path(directory)
     leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
+    check_plain(leaves)
     places = dict(_places(model, leaves))
     infos = {path: _info(leaves[stored], layer) for path, (stored, layer) in places.items()}
     total, done = sum(info.nbytes for info in infos.values()), 0

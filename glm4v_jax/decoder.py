@@ -12,7 +12,7 @@ from glm4v_jax import mesh, rope
 from glm4v_jax.attention import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
 from glm4v_jax.cache import KVCache, write_layer, write_layers, write_segments
 from glm4v_jax.config import Glm4vTextConfig
-from glm4v_jax.layers import Layers
+from glm4v_jax.layers import Layers, Remat
 from glm4v_jax.nn import Embed, GatedMlp, Init, Linear, RMSNorm, whole
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
@@ -165,7 +165,7 @@ class TextDecoder(nnx.Module):
         *,
         record: Record = NOTHING,
         dropout_key: Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
         """Run the decoder.
 
@@ -176,7 +176,7 @@ class TextDecoder(nnx.Module):
           cache: written from slot `cache.length[b]` on; `length` advances by T, padding included.
           record: what to keep besides.
           dropout_key: turns attention dropout on, for training.
-          remat: keep only the layers' inputs for the backward pass.
+          remat: what of the layers the backward pass makes again.
 
         Returns:
           Hidden states after the last norm, the cache as written, and what was recorded. The tokens of hidden states

@@ -9,6 +9,7 @@ where a thread of every other process waits for it.
 import atexit
 import contextlib
 import functools
+import json
 import os
 import socket
 import sys
@@ -248,6 +249,23 @@ def check_devices(mesh: Mesh) -> None:
 def shared(values: np.ndarray) -> np.ndarray:
     """The first process's values, in all of them; the shapes must be equal."""
     return np.asarray(multihost_utils.broadcast_one_to_all(values)) if several() else values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process; all of them call this."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+
+
+def gathered(value: Any) -> list[Any]:
+    """What JSON can say, from every process, in their order; all of them call this."""
+    if not several():
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(own.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: own.size] = own
+    everyone = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(text[:size])) for text, size in zip(everyone, sizes, strict=True)]
 
 
 def _say_waiting(seconds: int) -> None:

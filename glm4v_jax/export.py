@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from jaxtyping import Array
 
 from glm4v_jax import shards, weights
 from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.distributed import is_first, to_host
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.loading import leaf_paths
 from glm4v_jax.lora import is_lora
 from glm4v_jax.model import Glm4v
-from glm4v_jax.safetensors_io import in_pieces
+from glm4v_jax.quant import is_scale
+from glm4v_jax.safetensors_io import in_pieces, written_order
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _UNFINISHED = ".weights.partial"
@@ -52,7 +54,7 @@ class LeafSource:
         if self.rule.part is not None:
             axis, number = self.rule.part
             leaf = leaf[(*(slice(None),) * axis, number)]
-        return self.rule.to_tensor(np.asarray(leaf), self.sizes)
+        return self.rule.to_tensor(to_host(leaf), self.sizes)
 
     def pieces(self) -> Iterator[np.ndarray]:
         """The tensor, put in order by pieces."""
@@ -65,18 +67,32 @@ def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
     return {name: rule.tensor_shape(sizes) for name, (rule, _) in weights.tensor_rules(config).items()}
 
 
-def tensors_of(module: Glm4v) -> dict[str, LeafSource]:
-    """Tensor name -> source, for a model with its layers in either layout.
+def check_plain(paths: Iterable[str]) -> None:
+    """Check the leaves of a model that is to be saved.
 
     Raises:
-      CheckpointError: the model has an adapter, for which a checkpoint has no place.
+      CheckpointError: some are of an adapter or quantised, for which a checkpoint has no place.
     """
-    leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
-    if adapters := [path for path in leaves if is_lora(path)]:
+    paths = list(paths)
+    if adapters := [path for path in paths if is_lora(path)]:
         raise CheckpointError(
             f"{adapters[0]}: found {len(adapters)} leaves of an adapter; expected none: merge it first "
             "(lora.merge_lora), or save it by itself (peft.save_adapter)"
         )
+    if scales := [path for path in paths if is_scale(path)]:
+        raise CheckpointError(
+            f"{scales[0]}: found {len(scales)} quantised kernels; expected floats: save the model that was quantised"
+        )
+
+
+def tensors_of(module: Glm4v) -> dict[str, LeafSource]:
+    """Tensor name -> source, for a model with its layers in either layout.
+
+    Raises:
+      CheckpointError: see `check_plain`.
+    """
+    leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
+    check_plain(leaves)
     sizes, tensors = weights.dimensions(module.config), {}
     for name, (rule, layer) in weights.tensor_rules(module.config).items():
         path, index = rule.path(layer), None
@@ -93,17 +109,19 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write weights, config.json and generation_config.json; see `Glm4vForConditionalGeneration.save_pretrained`."""
+    """Write weights, config.json and generation_config.json; see `Glm4vForConditionalGeneration.save_pretrained`.
+
+    Where several processes hold the model, all of them call this; the first one writes, and has a tensor at a time.
+    """
     directory = Path(directory)
     tensors = tensors_of(module)
-    elsewhere = [name for name, source in tensors.items() if not source.leaf.is_fully_addressable]
-    if elsewhere:
-        raise CheckpointError(
-            f"{directory}: {elsewhere[0]} is spread over several processes; save such a model in Orbax format, and "
-            "convert that"
-        )
     sizes = {name: source.dtype.itemsize * int(np.prod(source.shape)) for name, source in tensors.items()}
     plan = shards.plan_shards(sizes, max_shard_size)
+    if not is_first():
+        for names in plan.values():
+            for name in written_order({name: tensors[name] for name in names}):
+                tensors[name].__array__()  # the first process waits for this one's part of it
+        return
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory}: found a file, expected a directory or nothing")
     aside = directory / _UNFINISHED

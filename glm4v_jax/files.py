@@ -71,6 +71,22 @@ def read_json_object(path: pathlib.Path) -> dict[str, Any]:
     return data
 
 
+def say_dtype(path: pathlib.Path, dtype: str) -> None:
+    """Make config.json, where it says a dtype, say this one."""
+    config = _with_dtype(read_json_object(path), dtype)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        else:
+            changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else value
+    return changed
+
+
 def read_text(path: pathlib.Path) -> str:
     """The text in a file, which is UTF-8.
 

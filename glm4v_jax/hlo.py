@@ -5,6 +5,7 @@ layers, so that an instruction in the inner loop runs once a layer and token.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -22,6 +23,11 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLEE = re.compile(r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# The devices of a group: [groups, devices]<=..., {{0, 1, ...}, ...}, or mesh[axes' sizes] {axes}.
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
+_AXIS = re.compile(r"'([^']*)'=(\d+)")
+_LIMIT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
 _ON_CHIP = "S(1)"  # the memory space of a core's own fast memory
 
 
@@ -35,6 +41,8 @@ class Instruction:
       shape: of its (first) result, such as "bf16[8,4096]".
       in_hbm: whether the result is in the large memory, and not in a core's own.
       loops: how many loops it stands in.
+      runs: how often it runs, loops whose number of turns is not written counted as one.
+      received: bytes that a device receives from others in a run, of a collective; by rings, as TPUs do it.
       is_conditional: whether it stands in a branch that may not be taken.
       channel: of a collective within a fusion.
     """
@@ -47,6 +55,8 @@ class Instruction:
     loops: int
     is_conditional: bool
     channel: str = ""
+    runs: int = 1
+    received: float = 0.0
 
 
 def instructions(text: str) -> Iterator[Instruction]:
@@ -58,7 +68,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
     channels = set()
-    for one in _walk(computations, entry, 0, False):
+    for one in _walk(computations, entry, 0, 1, False):
         if not one.channel or one.channel not in channels:
             yield one
         channels.add(one.channel)
@@ -77,7 +87,7 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
 
 
 def _walk(
-    computations: dict[str, tuple[bool, list[str]]], name: str, loops: int, is_conditional: bool
+    computations: dict[str, tuple[bool, list[str]]], name: str, loops: int, runs: int, is_conditional: bool
 ) -> Iterator[Instruction]:
     for line in computations[name][1]:
         match = _INSTRUCTION.match(line)
@@ -87,21 +97,24 @@ def _walk(
         if opcode.endswith("-done"):
             continue
         result = match[2]
+        plain = opcode.removesuffix("-start")
         yield Instruction(
-            match[1], opcode.removesuffix("-start"), _nbytes(result), _first_shape(result), _ON_CHIP not in result,
-            loops, is_conditional,
+            match[1], plain, _nbytes(result), _first_shape(result), _ON_CHIP not in result, loops, is_conditional,
+            runs=runs, received=_received(plain, line, _result_bytes(opcode, result)),
         )  # fmt: skip
         callees = _CALLEE.findall(line)
         if opcode == "fusion":
             for fused in _fused_collectives(computations, callees):
-                yield dataclasses.replace(fused, loops=loops, is_conditional=is_conditional)
+                yield dataclasses.replace(fused, loops=loops, runs=runs, is_conditional=is_conditional)
             continue
         for branches in _BRANCHES.findall(line):
             callees += [branch.strip().removeprefix("%") for branch in branches.split(",")]
         for callee in callees:
             if opcode in ("while", "conditional", "call", "async-start") and callee in computations:
+                is_loop = opcode == "while"
+                turns = _turns(computations, callees) if is_loop else 1
                 yield from _walk(
-                    computations, callee, loops + (opcode == "while"), is_conditional or opcode == "conditional"
+                    computations, callee, loops + is_loop, runs * turns, is_conditional or opcode == "conditional"
                 )
 
 
@@ -114,10 +127,51 @@ def _fused_collectives(computations: dict[str, tuple[bool, list[str]]], callees:
                 # TPUs sum and scatter in a fusion of this name.
                 opcode = "reduce-scatter" if "all-reduce-scatter" in callee else match[3]
                 channel = _CHANNEL.search(line)
+                nbytes = _nbytes(match[2])
+                received = _received(match[3], line, nbytes) / (2 if opcode != match[3] else 1)
                 yield Instruction(
-                    match[1], opcode, _nbytes(match[2]), _first_shape(match[2]), _ON_CHIP not in match[2], 0, False,
-                    channel[1] if channel else "",
+                    match[1], opcode, nbytes, _first_shape(match[2]), _ON_CHIP not in match[2], 0, False,
+                    channel[1] if channel else "", received=received,
                 )  # fmt: skip
+
+
+def _turns(computations: dict[str, tuple[bool, list[str]]], callees: list[str]) -> int:
+    """Of a loop that counts from 0 up to a number that its condition holds; 1 of another."""
+    for callee in callees:
+        limits = {found[1]: found[2] for line in computations[callee][1] if (found := _LIMIT.match(line))}
+        for line in computations[callee][1]:
+            if (less := _LESS.search(line)) and less[1] in limits:
+                return int(limits[less[1]])
+    return 1
+
+
+def _result_bytes(opcode: str, result: str) -> int:
+    """Of what comes out; the first half of an asynchronous instruction names what goes in, too."""
+    if opcode in ("collective-permute-start", "all-gather-start"):
+        return max(_nbytes(match[0]) for match in _SHAPE.finditer(result))
+    return _nbytes(result)
+
+
+def _received(opcode: str, line: str, nbytes: int) -> float:
+    if opcode == "collective-permute":
+        return nbytes
+    if opcode not in COLLECTIVES:
+        return 0.0
+    devices = _devices(line)
+    share = (devices - 1) / devices
+    return nbytes * {"all-reduce": 2 * share, "reduce-scatter": devices - 1}.get(opcode, share)
+
+
+def _devices(line: str) -> int:
+    """In the group of a collective."""
+    match = _GROUPS.search(line)
+    if match is None:
+        return 1
+    number, listed, sizes, axes = match.groups()
+    if number or listed:
+        return int(number) if number else listed.count(",") + 1
+    named = {name: int(size) for name, size in _AXIS.findall(sizes)}
+    return math.prod(named[name] for name in re.findall(r"'([^']*)'", axes))
 
 
 def _nbytes(result: str) -> int:

@@ -7,13 +7,19 @@ used, which decoding, bound by memory, feels most.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from glm4v_jax.attention_blocks import SAVED
+from glm4v_jax.errors import ConfigError
 from glm4v_jax.nn import Init
+
+Remat = Literal["none", "full", "attention", "dots"]
+"""What of a layer the backward pass makes again: nothing; everything, from the layer's input; all but attention, whose
+result is kept; or all but attention and the linear layers, whose results are kept."""
 
 # A layer is called as step(layer, index, carry) -> (carry, output).
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -38,18 +44,21 @@ class Layers(nnx.Module):
         """Which of the two layouts this is."""
         return hasattr(self, "stacked")
 
-    def run(self, step: Step, carry: Any, *, remat: bool = False) -> tuple[Any, Any]:
+    def run(self, step: Step, carry: Any, *, remat: Remat = "none") -> tuple[Any, Any]:
         """Run the layers in order.
 
         Args:
           step: step(layer, index, carry) -> (carry, output); the index is traced when stacked.
           carry: what goes from layer to layer.
-          remat: keep only each layer's input for the backward pass.
+          remat: what the backward pass makes again.
 
         Returns:
           The last carry, and the layers' outputs stacked along a new first dimension.
+
+        Raises:
+          ConfigError: `remat` is unknown.
         """
-        step = jax.checkpoint(step) if remat else step
+        step = _rematerialised(step, remat, self.is_stacked)
         if self.is_stacked:
             indices = jnp.arange(self.num_layers)
             return jax.lax.scan(lambda carry, x: step(x[1], x[0], carry), carry, (indices, self.stacked))
@@ -58,6 +67,22 @@ class Layers(nnx.Module):
             carry, output = step(getattr(self, str(i)), i, carry)
             outputs.append(output)
         return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
+
+
+def _rematerialised(step: Step, remat: Remat, is_stacked: bool) -> Step:
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(SAVED)
+    policy = {
+        "full": policies.nothing_saveable,
+        "attention": attention,
+        "dots": policies.save_from_both_policies(attention, policies.dots_with_no_batch_dims_saveable),
+    }
+    if remat == "none":
+        return step
+    if remat not in policy:
+        raise ConfigError(f"remat: found {remat!r}; expected one of {', '.join(get_args(Remat))}")
+    # In a loop nothing can be taken for what the forward pass has made, and barriers against that only cost.
+    return jax.checkpoint(step, policy=policy[remat], prevent_cse=not is_stacked)
 
 
 def unstack(layers: Layers) -> Layers:

@@ -113,6 +113,11 @@ def spec_of(x: jax.Array) -> PartitionSpec:
     return PartitionSpec(*entries, *(None,) * (x.ndim - len(entries)))
 
 
+def used(x: jax.Array) -> jax.Array:
+    """A parameter as it is used, in `gathered` partition, whatever its logical axes are."""
+    return jax.sharding.reshard(x, PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec_of(x))))
+
+
 def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
     """Check that a parameter of this shape can be kept in the partition of its logical axes.
 

@@ -16,7 +16,7 @@ from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.cache import KVCache
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.decoder import NOTHING, Record, Recorded, TextDecoder
-from glm4v_jax.layers import stack, unstack
+from glm4v_jax.layers import Remat, stack, unstack
 from glm4v_jax.nn import Init, Linear, whole
 from glm4v_jax.vision import VisionEncoder
 
@@ -111,7 +111,7 @@ class Glm4v(nnx.Module):
         *,
         record: Record = NOTHING,
         dropout_key: Array | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "B T D"]:
         """The whole forward pass of a `Batch`, without a cache: hidden states [B, T, D] after the last norm.
 

@@ -8,7 +8,7 @@ caller's shapes. For `jax.grad`, custom loops and training take the functional m
 import operator
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,14 @@ from glm4v_jax.generate.arrays import generate
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.inputs.positions import rope_index
 from glm4v_jax.inputs.prepare import make_batch, token_array, token_ids
-from glm4v_jax.loading import load_model, resolve_dtype
+from glm4v_jax.loading import leaf_paths, load_model, resolve_dtype
 from glm4v_jax.mesh import data_shards, reshard, use_mesh
 from glm4v_jax.model import Glm4v
 from glm4v_jax.modeling_parts import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
 from glm4v_jax.nn import Linear, num_params
 from glm4v_jax.outputs import Glm4vCausalLMOutputWithPast, Glm4vModelOutputWithPast, PastKeyValues
 from glm4v_jax.programs import IGNORED_LABEL, Flat
+from glm4v_jax.quant import QuantConfig, as_config, is_scale
 
 
 def _random_module(config: Glm4vConfig, seed: int, dtype: np.dtype) -> Glm4v:
@@ -249,6 +250,7 @@ class Glm4vForConditionalGeneration:
         dtype: Any = None,
         mesh: Mesh | None = None,
         stacked: bool | None = None,
+        quantize: QuantConfig | Literal["int8", "int4"] | None = None,
         progress: Any = None,
         torch_dtype: Any = None,
         attn_implementation: str | None = None,
@@ -261,13 +263,15 @@ class Glm4vForConditionalGeneration:
           dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
           mesh: where it lives (`mesh.make_mesh`); one device by default.
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
+          quantize: keep the decoder's kernels as "int8" or "int4"; a `quant.QuantConfig` says which, and how. Such a
+            model takes less memory and computes in `dtype`; it cannot be saved.
           progress: called with bytes read and bytes in all, after each leaf.
           torch_dtype: the old name of `dtype`.
           attn_implementation: accepted for the reference's sake; there is one attention here.
 
         Raises:
           CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
-          ConfigError: its configuration is not a GLM-4.1V's.
+          ConfigError: its configuration is not a GLM-4.1V's, or `quantize` cannot be done.
         """
         directory = Path(pretrained_model_name_or_path)
         config = Glm4vConfig.from_pretrained(directory)
@@ -276,7 +280,9 @@ class Glm4vForConditionalGeneration:
             dtype = dtype if dtype is not None else torch_dtype
             if stacked is None:
                 stacked = jax.default_backend() != "cpu"
-            module = load_model(directory, config, dtype=dtype, stacked=stacked, progress=progress)
+            module = load_model(
+                directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), progress=progress
+            )
             model = cls(config, mesh=mesh, module=module, generation_config=generation_config)
         if model.dtype == jnp.float16:
             warnings.warn("float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32", stacklevel=2)
@@ -294,7 +300,7 @@ class Glm4vForConditionalGeneration:
           max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
 
         Raises:
-          CheckpointError: the model is spread over several processes, or the place is a file.
+          CheckpointError: the place is a file, or the model has leaves that a checkpoint has no place for.
           ConfigError: max_shard_size is no size.
           OSError: the disk refuses; the old weights are then untouched.
         """
@@ -343,8 +349,9 @@ class Glm4vForConditionalGeneration:
         return self.model.dtype
 
     def num_parameters(self) -> int:
-        """How many there are; a tied head counts once."""
-        return num_params(self.module)
+        """How many there are; a tied head counts once, and the scales of quantised kernels do not."""
+        leaves = zip(leaf_paths(self.module), jax.tree.leaves(self.module), strict=True)
+        return num_params([leaf for path, leaf in leaves if not is_scale(path)])
 
     def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
         """Merged tokens of each picture, [tokens, D]."""

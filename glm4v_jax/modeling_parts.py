@@ -107,7 +107,7 @@ class Glm4vVisionModel:
     @property
     def dtype(self) -> np.dtype:
         """The compute dtype."""
-        return self.flat.leaves[0].dtype
+        return self.flat.leaves[-1].dtype  # of the last norm, which is never quantised
 
     def __call__(self, hidden_states: np.ndarray, grid_thw: np.ndarray) -> Array:
         """Encode pictures or frames.
@@ -162,7 +162,7 @@ class Glm4vTextModel:
     @property
     def dtype(self) -> np.dtype:
         """The compute dtype."""
-        return self.flat.leaves[0].dtype
+        return self.flat.leaves[-1].dtype  # of the last norm, which is never quantised
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache in the layout of this model's layers."""

@@ -300,7 +300,9 @@ def write_safetensors(
             raise CheckpointError(f"{path}: metadata: found {key!r}: {value!r}; expected text for both")
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    for name, code in sorted(_codes(path, tensors).items(), key=_library_order):
+    codes = _codes(path, tensors)
+    for name in written_order(tensors):
+        code = codes[name]
         shape = [int(length) for length in tensors[name].shape]
         end = offset + int(np.prod(shape, dtype=np.int64)) * _DTYPES[code].itemsize
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
@@ -321,6 +323,11 @@ def write_safetensors(
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def written_order(tensors: Mapping[str, ArraySource]) -> list[str]:
+    """The names of tensors in the order in which `write_safetensors` asks for them, once each."""
+    return [name for name, _ in sorted(_codes(Path(), tensors).items(), key=_library_order)]
 
 
 def _codes(path: Path, tensors: Mapping[str, ArraySource]) -> dict[str, str]:

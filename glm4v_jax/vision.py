@@ -14,7 +14,7 @@ from glm4v_jax import mesh, rope
 from glm4v_jax.attention import Dropout, Mask, attend
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vVisionConfig
-from glm4v_jax.layers import Layers
+from glm4v_jax.layers import Layers, Remat
 from glm4v_jax.nn import GatedMlp, Init, LayerNorm, Linear, RMSNorm, activation, precision
 
 MERGER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference's merger uses
@@ -94,14 +94,14 @@ class VisionEncoder(nnx.Module):
         self.merger = PatchMerger(config, init)
 
     def __call__(
-        self, rows: VisionRows, *, dropout_key: Array | None = None, remat: bool = False
+        self, rows: VisionRows, *, dropout_key: Array | None = None, remat: Remat = "none"
     ) -> Float[Array, "R M O"]:
         """Encode packed rows.
 
         Args:
           rows: R rows of L patches.
           dropout_key: turns attention dropout on, for training.
-          remat: keep only the blocks' inputs for the backward pass.
+          remat: what of the blocks the backward pass makes again.
 
         Returns:
           [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning. Tokens may be split over the
@@ -112,7 +112,7 @@ class VisionEncoder(nnx.Module):
         patches = config.spatial_merge_size**2
         length = "length" if rows.patches.shape[1] % (patches * mesh.shards("patches")) else "patches"
         rows = VisionRows(*(mesh.reshard(x, "rows", length, *(None,) * (x.ndim - 2)) for x in rows))
-        dtype = self.patch_embed.kernel[...].dtype
+        dtype = self.post_conv_layernorm.scale[...].dtype
         x = self.post_conv_layernorm(self.patch_embed(rows.patches.astype(dtype)))
         x = x + self._positions(rows).astype(dtype)
         cos_sin = rope.vision_cos_sin(rows.coords, config.head_dim)

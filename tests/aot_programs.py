@@ -8,25 +8,33 @@ import json
 
 from glm4v_jax import aot
 from glm4v_jax.config import Glm4vConfig
+from train.aot import Shapes, step_program
 
-LAYERS = 3
+LAYERS = 2
+VOCABULARY = 8192
 
 
-def narrow() -> Glm4vConfig:
-    """The 9B with few and narrow layers: heads of 128, two key heads with eight query heads each."""
+def narrow(hidden: int) -> Glm4vConfig:
+    """The 9B with few and narrow layers: heads of 128, two key heads; a small vocabulary, which is quick to sort."""
     config = Glm4vConfig.glm4_1v_9b()
     text = dataclasses.replace(
-        config.text_config, hidden_size=2048, intermediate_size=4096, num_hidden_layers=LAYERS, num_attention_heads=16,
+        config.text_config, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=LAYERS,
+        num_attention_heads=hidden // 128, vocab_size=VOCABULARY,
     )  # fmt: skip
-    vision = dataclasses.replace(config.vision_config, out_hidden_size=text.hidden_size)
-    return dataclasses.replace(config, text_config=text, vision_config=vision)
+    vision = dataclasses.replace(config.vision_config, out_hidden_size=hidden)
+    ids = {field.name: 1 for field in dataclasses.fields(config) if field.name.endswith("_token_id")}
+    return dataclasses.replace(config, text_config=text, vision_config=vision, **ids)
 
 
 def main() -> None:
-    """Decoding and a piece of a prompt on the mesh of latency, and decoding on that of long contexts."""
-    config = narrow()
-    decode, prefill = aot.decode_program(config, 8, 4096), aot.prefill_program(config, 1, 1024, 8192)
-    for program, sizes in ((decode, dict(kv=2, q=2)), (prefill, dict(kv=2, q=2)), (decode, dict(kv=2, seq=2))):
+    """Decoding and a piece of a prompt on the mesh of latency, decoding on that of long contexts, a training step."""
+    wide, narrower = narrow(2048), narrow(1024)
+    decode, prefill = aot.decode_program(wide, 8, 4096), aot.prefill_program(wide, 1, 1024, 8192)
+    step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))
+    for program, config, sizes in (
+        (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
+        (step, narrower, dict(fsdp=2, kv=2)),
+    ):  # fmt: skip
         compiled = aot.compile_for(program, config, "v5e:2x2", large=2**18, **sizes)
         print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201
 

@@ -5,19 +5,18 @@ JAX is imported in the functions: the devices of a process are fixed when it sta
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from helpers_orbax import environment
 from reference import CONFIGS, Prompts, export, random_tensors
 
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.safetensors_io import write_safetensors
 
-TESTS = Path(__file__).parent
 DEVICES = 8
 
 ROWS = [[9], [2, ("image", (4, 6)), 3], [4, ("image", (2, 8)), 2, ("video", (2, 2, 4)), 1], [30]]
@@ -31,13 +30,8 @@ GROUPED = CONFIGS["base"] | {
 
 def run_on_devices(file: str, *arguments: str, count: int = DEVICES) -> list[Any]:
     """Run a test file as a program that sees so many devices; its lines on standard output, which are JSON."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-    }
     command = [sys.executable, file, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(count), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -29,8 +29,9 @@ def contents(directory):
 
 
 def environment(devices=1):
+    """Of a process that sees so many devices; what else XLA is told, as in `conftest.py`, holds for it too."""
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }

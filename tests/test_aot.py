@@ -69,6 +69,42 @@ def test_instructions_of_a_text():
     ]  # fmt: skip
 
 
+LOOP = """
+%condition (p: (s32[], bf16[8,256])) -> pred[] {
+  %p = (s32[], bf16[8,256]) parameter(0)
+  %constant.1 = s32[]{:T(128)} constant(40)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%body (p: (s32[], bf16[8,256])) -> (s32[], bf16[8,256]) {
+  %all-gather.1 = bf16[8,256]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %collective-permute-start.1 = (bf16[4,256]{1,0}, bf16[4,256]{1,0}, u32[], u32[]) collective-permute-start(%y)
+  %fusion.all-reduce-scatter = bf16[2,256]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%all-reduce-scatter.1 (p: bf16[8,256]) -> bf16[2,256] {
+  %all-reduce.9 = bf16[8,256]{1,0} all-reduce(%p), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %slice = bf16[2,256]{1,0} dynamic-slice(%all-reduce.9, %i, %zero), dynamic_slice_sizes={2,256}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %while.1 = (s32[], bf16[8,256]) while(%t), condition=%condition, body=%body
+  %sum = f32[4]{0} all-reduce(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %part = bf16[2,256]{1,0} reduce-scatter(%w), channel_id=5, replica_groups=[1,8]<=[8], dimensions={0}
+}
+"""
+
+
+def test_what_is_received_and_how_often():
+    """Of 4 KiB in groups of four: three quarters for a gathering or a sum in shards, twice that for a sum."""
+    found = {one.opcode + one.channel: (one.runs, one.received) for one in hlo.instructions(LOOP) if one.received}
+    assert found == {
+        "all-gather": (40, 3072), "collective-permute": (40, 2048), "reduce-scatter3": (40, 3072),
+        "all-reduce": (1, 2 * 12), "reduce-scatter": (1, 7 * 1024),
+    }  # fmt: skip
+
+
 def test_loops_of_a_real_program():
     def outer(x):
         return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, x.shape[0], lambda _, y: jnp.sin(y @ y), x), x)
@@ -93,6 +129,10 @@ def test_unknown_slices():
         aot.topology_mesh("v9:2x2")
 
 
+FEW = 4
+"""MiB; a device's share of a layer's largest kernel is 8."""
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """What a narrow model's programs are on a v5e:2x2; skips where there is no environment with libtpu."""
@@ -100,11 +140,12 @@ def compiled():
     if not (root / ".venv-aot" / "aot.stamp").exists():
         pytest.skip("no environment with libtpu: make .venv-aot/aot.stamp")
     python = root / ".venv-aot" / "bin" / "python"
-    environment = os.environ | aot_environment() | {"PYTHONPATH": str(root)}
+    # Without what the tests tell XLA of a CPU: libtpu does not know it.
+    environment = os.environ | aot_environment() | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}
     command = [str(python), str(Path(__file__).with_name("aot_programs.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    names = ("decode", "prefill", "decode, slots split")
+    names = ("decode", "prefill", "decode, slots split", "training step")
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
@@ -113,7 +154,7 @@ def test_decoding_moves_what_it_must(compiled):
     found = compiled["decode"]
     assert {kind: inside for kind, (inside, _) in found["collectives"].items() if inside} == {"all-reduce": 2}
     assert found["copies"] == []
-    assert found["temporaries"] <= 0.03 * found["arguments"]
+    assert found["temporaries"] * 2**10 <= FEW
 
 
 def test_a_piece_of_a_prompt_moves_what_it_must(compiled):
@@ -122,7 +163,7 @@ def test_a_piece_of_a_prompt_moves_what_it_must(compiled):
     inside = {kind: inside for kind, (inside, _) in found["collectives"].items() if inside}
     assert inside == {"all-gather": 2, "reduce-scatter": 2}
     assert found["copies"] == []
-    assert found["temporaries"] <= 0.03 * found["arguments"]
+    assert found["temporaries"] * 2**10 <= FEW
 
 
 def test_slots_in_shards_are_held_once(compiled):
@@ -131,4 +172,18 @@ def test_slots_in_shards_are_held_once(compiled):
     inside = {kind: inside for kind, (inside, _) in split["collectives"].items() if inside}
     assert inside == {"all-reduce": 4, "all-gather": 1, "reduce-scatter": 1}
     assert split["copies"] == []
-    assert whole["held"] > 1.05 > 1.01 > split["held"]
+    assert whole["held"] > 1.2 > 1.03 > split["held"]
+
+
+def test_a_training_step_moves_what_it_must(compiled):
+    """A layer's weights are gathered in each loop over layers, gradients summed into shards, and logits stay split.
+
+    Two loops with seven kernels and biases that lie in shards of the hidden size, the states before and after both
+    blocks, and again backward.
+    """
+    found = compiled["training step"]
+    counts = {kind: inside for kind, (inside, _) in found["collectives"].items() if inside}
+    assert counts == {"all-gather": 18, "reduce-scatter": 8, "all-reduce": 2}
+    assert not any(inside for _, inside in found["copies"])
+    # Weights and gradients in bfloat16 are a third of the weights and two moments in float32.
+    assert found["temporaries"] <= 0.5 * found["arguments"]

@@ -23,7 +23,7 @@ BATCH, HEAD_DIM = 2, 8
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16, 12 or 8: several of them, and padding to their multiples, in sizes that compile fast."""
-    monkeypatch.setattr(attention_blocks, "BLOCKS", (16, 12, 8))
+    monkeypatch.setattr(attention_blocks, "CPU_BLOCKS", (16, 12, 8))
 
 
 def random_qkv(seed, t, s, kv_heads=2, groups=3, dtype=np.float32):
@@ -96,7 +96,7 @@ def test_any_mask(seed, q_start, packed):
 @jax.jit
 def _any_mask(q, k, v, mask):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_blocks, "BLOCKS", (16, 12, 8))
+        patch.setattr(attention_blocks, "CPU_BLOCKS", (16, 12, 8))
         return attend(q, k, v, mask, causal=True)
 
 
@@ -116,10 +116,13 @@ def test_few_queries_of_a_long_cache(t):
     assert_close(blockwise()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=2e-6)
 
 
-def test_released_block_sizes():
-    """1,100 tokens in blocks of 512, 384 or 256, whichever pads the least."""
+def test_released_block_sizes(monkeypatch):
+    """1,100 tokens in blocks of a size that pads the least."""
     lengths = (5, 512, 513, 768, 1024, 1100, 1536)
-    assert [attention_blocks._block_size(n) for n in lengths] == [5, 512, 384, 384, 512, 384, 512]
+    assert [attention_blocks._block_size(n) for n in lengths] == [5, 256, 128, 256, 256, 128, 256]
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_blocks.mesh, "platform", lambda: "gpu")
+        assert [attention_blocks._block_size(n) for n in lengths] == [5, 512, 384, 384, 512, 384, 512]
     qkv, mask = random_qkv(5, 1100, 1100, 1, 1), random_mask(6, 1100, 1100)
     assert_close(blockwise()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=4e-6)
 

@@ -38,7 +38,7 @@ def test_memory_of_a_process_is_its_own(tmp_path):
 
 def test_a_whole_run(tmp_path):
     figures = convert.run(load_config("tiny"), tmp_path)
-    assert figures["tensor_bytes"] == 650_144 and figures["parameters"] == 325_072
+    assert figures["tensor_bytes"] == 2_688_192 and figures["parameters"] == 1_344_096
     assert [each["direction"] for each in figures["directions"]] == ["to-orbax", "to-hf"]
     assert all(each["ratio"] > 0 and each["peak_bytes"] > 0 for each in figures["directions"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "config.json", "orbax"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_orbax import assert_same_weights, contents, run_program
 from orbax.checkpoint import v1 as ocp
 from reference import CONFIGS, Prompts, export, random_tensors, write_checkpoint
@@ -19,7 +20,6 @@ from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor, mes
 from glm4v_jax.checkpoint import open_weights
 from glm4v_jax.checkpoint_write import save_model
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.export import tensor_shapes
 from glm4v_jax.files import asset_files, assets_directory, is_orbax
@@ -236,16 +236,16 @@ def test_what_is_there_is_kept_unless_replaced(copy, ours):
 
 
 def test_everything_else_travels_along(tmp_path, mesh):
-    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
-    model.save_orbax(tmp_path / "saved", assets=TINY_CHECKPOINT)
-    assert is_orbax(tmp_path / "saved") and not is_orbax(TINY_CHECKPOINT)
-    assert assets_directory(TINY_CHECKPOINT) == Path(TINY_CHECKPOINT)
-    assert {path.name for path in asset_files(TINY_CHECKPOINT)} >= {"tokenizer.json", "chat_template.jinja"}
-    assert asset_files(tmp_path / "saved") == asset_files(TINY_CHECKPOINT)
+    model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
+    model.save_orbax(tmp_path / "saved", assets=RANDOM_CHECKPOINT)
+    assert is_orbax(tmp_path / "saved") and not is_orbax(RANDOM_CHECKPOINT)
+    assert assets_directory(RANDOM_CHECKPOINT) == Path(RANDOM_CHECKPOINT)
+    assert {path.name for path in asset_files(RANDOM_CHECKPOINT)} >= {"tokenizer.json", "chat_template.jinja"}
+    assert asset_files(tmp_path / "saved") == asset_files(RANDOM_CHECKPOINT)
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     expected, found = (
         Glm4vProcessor.from_pretrained(directory).apply_chat_template(messages, add_generation_prompt=True)
-        for directory in (TINY_CHECKPOINT, tmp_path / "saved")
+        for directory in (RANDOM_CHECKPOINT, tmp_path / "saved")
     )
     assert found == expected
     engine = Engine.from_pretrained(tmp_path / "saved")

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import save_noise
 from helpers_orbax import assert_same_weights, environment
 
 from glm4v_jax import cli, distributed, launchers
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError
 
 ASKED = ["--greedy", "--image", "noise.png", "--max-new-tokens", "12", "What is it?"]
@@ -198,11 +198,11 @@ def test_a_mesh_without_some_process_is_refused():
 
 
 def test_conversion_by_several_processes(tmp_path):
-    with running(*generate(2, TINY_CHECKPOINT, "together", module="convert", command="to-orbax")) as processes:
+    with running(*generate(2, RANDOM_CHECKPOINT, "together", module="convert", command="to-orbax")) as processes:
         (status, out, errors), other = ended(processes)
     assert status == 0, errors
     assert out.startswith("together: ") and other == (0, "", [])
-    assert_same_weights(tmp_path / "together", TINY_CHECKPOINT, ordered=False)
+    assert_same_weights(tmp_path / "together", RANDOM_CHECKPOINT, ordered=False)
 
 
 def test_uncaught_errors_end_all():
@@ -214,8 +214,8 @@ def test_uncaught_errors_end_all():
 
 
 def test_processes_read_their_share_and_see_the_whole(tmp_path):
-    assert cli.main(["convert", "to-orbax", str(TINY_CHECKPOINT), "orbax"]) == 0
-    with running(*parts("share", 2, TINY_CHECKPOINT, tmp_path / "orbax")) as processes:
+    assert cli.main(["convert", "to-orbax", str(RANDOM_CHECKPOINT), "orbax"]) == 0
+    with running(*parts("share", 2, RANDOM_CHECKPOINT, tmp_path / "orbax")) as processes:
         found = ended(processes)
     for status, out, errors in found:
         assert status == 0, errors

@@ -1,12 +1,17 @@
 """Stacks of layers in both layouts."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from glm4v_jax.layers import Layers, stack, unstack
+from glm4v_jax.attention_blocks import SAVED
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.layers import Layers, Remat, stack, unstack
 from glm4v_jax.mesh import reshard
 from glm4v_jax.nn import Init, Linear
 
@@ -36,10 +41,33 @@ def test_layouts_run_the_same(layers):
         expected = np.tanh(expected @ kernel) + i
         sums.append(expected.sum())
     for each in (layers, unstack(layers)):
-        for remat in (False, True):
+        for remat in ("none", "full"):
             out, outputs = jax.jit(lambda each, x, remat=remat: each.run(step, x, remat=remat))(each, x)
             np.testing.assert_allclose(out, expected, rtol=2e-6)
             np.testing.assert_allclose(outputs, sums, rtol=2e-6)
+
+
+def test_what_is_made_again(layers, mesh):
+    """Products and results of what stands for attention, forward and backward, under each policy."""
+
+    def attention(layer, index, x):
+        y = checkpoint_name(jnp.sin(layer(x)), SAVED)
+        return x + layer(jnp.cos(y)), None
+
+    def made(remat):
+        def loss(x):
+            return jnp.sum(layers.run(attention, x, remat=remat)[0])
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(reshard(jnp.ones((1, 2, 4)), "batch", "length", None)))
+        return text.count("dot_general["), text.count(" sin ")
+
+    # Forward two products and a sine, backward two products and the sine that is the cosine's derivative. Made again is
+    # the first product, for both derivatives, unless it was kept, and the first sine, for the second, likewise.
+    assert {remat: made(remat) for remat in get_args(Remat)} == {
+        "none": (4, 2), "full": (5, 3), "attention": (5, 2), "dots": (4, 2)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="remat: found 'all'; expected one of none, full, attention, dots"):
+        layers.run(attention, jnp.ones((1, 2, 4)), remat="all")
 
 
 def test_there_and_back(layers):

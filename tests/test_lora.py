@@ -153,6 +153,13 @@ def test_merged_is_the_same_model(model, batch):
         assert_close(lora.linears(merged)[path][0].kernel[...], expected, tolerance=5e-7)
 
 
+def test_without_its_adapter_it_is_the_base(model):
+    adapter = trained(model)
+    plain = lora.drop_lora(adapter)
+    assert lora.has_lora(adapter) and jax.tree.structure(plain) == jax.tree.structure(model)
+    assert all(a is b for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(model), strict=True))
+
+
 def test_merging_rounds_once():
     """A bfloat16 model's kernels are added to in float32: what comes out is the nearest to the sum."""
     config = Glm4vConfig.from_dict(CONFIGS["base"])
@@ -191,7 +198,9 @@ def test_an_adapter_is_not_exported_unseen(model, tmp_path):
     adapter = Glm4vForConditionalGeneration(model.config, module=lora.add_lora(model, lora.LoraConfig()))
     with pytest.raises(CheckpointError, match=r"down\.lora_a: found 12 leaves of an adapter; expected none: merge"):
         adapter.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"down\.lora_a: found 12 leaves of an adapter; expected none: merge"):
+        adapter.save_orbax(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_refused(model):

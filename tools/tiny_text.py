@@ -1,4 +1,4 @@
-"""The texts of the tiny checkpoint: the released chat template, and what its tokenizer learns from."""
+"""The texts of the tiny checkpoints: the released chat template, and what their tokenizers learn from."""
 
 CHAT_TEMPLATE = r"""[gMASK]<sop>
 {%- for msg in messages %}
@@ -75,3 +75,11 @@ has been standing against the same wall for years. Someone should repair it and 
 描述这张图片。图片里有什么？这是一只猫。描述这个视频。图中有两个人和一条狗。你好！
 """
 """What the tokenizer is learned from, written for this purpose."""
+
+_NUMBERS = " ".join(map(str, range(0, 1000, 10)))
+_DIGITS = """
+What digit is this? One digit. Two digits. Locate the 7. Which way does it move? It moves. left right up down. Only 7.
+3 left, 7 right: 7 right. 3 top, 7 bottom: 3 top. [[1]]
+"""
+DIGITS_TEXT = TRAINING_TEXT + 30 * f"{_NUMBERS}{_DIGITS}"
+"""The same with what is said about digits (`glm4v_jax.data.digits`), so often that words and coordinates are tokens."""

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from glm4v_jax.data.media import is_remote, picture_size, source_of
 from glm4v_jax.errors import DataError, Glm4vError, MediaError
 from glm4v_jax.inputs.media import load_image, load_video
 from train.histogram import percentile
 from train.lengths import count_characters
-from train.media import is_remote, picture_size, source_of
 from train.records import Record, Records
 
 LISTED = 20

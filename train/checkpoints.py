@@ -8,9 +8,10 @@ from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax.errors import CheckpointError
 from train.config import CheckpointConfig
+from train.evaluate import Evaluation
 from train.state import TrainState
 
-_STATE, _DATA = "state", "data"
+_STATE, _DATA, _BEST = "state", "data", "best"
 
 
 class Restored(NamedTuple):
@@ -21,7 +22,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a job; each is complete, or not there."""
+    """The checkpoints of a job; each is complete, or not there. Every process calls the same methods."""
 
     def __init__(self, directory: Path, config: CheckpointConfig):
         """Look at what is there.
@@ -30,14 +31,16 @@ class Checkpoints:
           directory: of the checkpoints, made if need be.
           config: how many to keep.
         """
-        policies = ocp.training.preservation_policies
-        decisions = ocp.training.save_decision_policies
-        self._directory = directory
+        decisions, policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
+        keep = [policies.LatestN(config.keep)]
+        if config.best is not None:
+            keep.append(policies.BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False))
+        self._directory, self._config = directory, config
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
             # It is asked to save when it is time.
             save_decision_policy=decisions.FixedIntervalPolicy(1),
-            preservation_policy=policies.LatestN(config.keep),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
 
@@ -47,12 +50,22 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, data: dict[str, Any]) -> None:
+    @property
+    def best(self) -> int | None:
+        """The step of the best one, of equally good ones the first; None where none has been looked at."""
+        self.wait()
+        found = [info for info in self._checkpointer.checkpoints if info.metrics]
+        return max(found, key=_goodness_and_age).step if found else None
+
+    def save(self, state: TrainState, data: dict[str, Any], evaluation: Evaluation | None = None) -> None:
         """Begin to write a state, which may be given away as soon as this returns; the one before is done first."""
         self.wait()
         content = {"params": state.params, "opt_state": state.opt_state, "counts": _counts(state)}
+        metrics = None
+        if self._config.best is not None and evaluation is not None:
+            metrics = {_BEST: evaluation.best_by(self._config.best)}
         self._response = self._checkpointer.save_checkpointables_async(
-            int(state.step), {_STATE: content}, force=True, custom_metadata={_DATA: data}
+            int(state.step), {_STATE: content}, force=True, metrics=metrics, custom_metadata={_DATA: data}
         )
 
     _response: Any = None
@@ -63,15 +76,15 @@ class Checkpoints:
         if response is not None:
             response.result()
 
-    def restore(self, like: TrainState) -> Restored:
-        """The latest one, on the mesh that `like` lies on.
+    def restore(self, like: TrainState, step: int | None = None) -> Restored:
+        """One of them, the latest by default, on the mesh that `like` lies on.
 
         Raises:
           CheckpointError: it does not fit the job, or is damaged.
         """
-        step = self.latest
+        step = self.latest if step is None else step
         content = {"params": like.params, "opt_state": like.opt_state, "counts": _counts(like)}
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), content)
+        abstract = jax.tree.map(_abstract, content)
         try:
             found = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
             metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
@@ -96,3 +109,15 @@ _COUNTS = ("step", "skipped", "streak")
 
 def _counts(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _COUNTS}
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _goodness(metrics: dict[str, float]) -> float:
+    return metrics[_BEST]
+
+
+def _goodness_and_age(info: Any) -> tuple[float, int]:
+    return _goodness(info.metrics), -info.step

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich.console
 import rich.progress
@@ -20,20 +20,20 @@ import tyro
 
 from glm4v_jax.commands.console import (
     check_model,
-    one_line,
-    parse,
     quiet_ffmpeg,
     replacing,
     to_json,
     unsuspected_pictures,
 )
+from glm4v_jax.commands.distributed import DistributedOptions
+from glm4v_jax.commands.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.commands.screen import printable
-from glm4v_jax.errors import DataError, Glm4vError
+from glm4v_jax.errors import DataError
+from train.export_command import Export
 
 if TYPE_CHECKING:
     from train.check import Report
 
-INTERRUPTED, READER_GONE = 130, 141
 BAD, TROUBLE = 1, 2
 """Exit statuses of `check`: there are bad rows; it could not look."""
 _PERIOD = 10.0
@@ -42,31 +42,8 @@ _PERIOD = 10.0
 FormatName = Literal["openai", "sharegpt", "alpaca", "swift", "hf", "llava"]
 
 
-class Command(Protocol):
-    """What the table of subcommands holds."""
-
-    debug: bool
-    trouble: int
-
-    def run(self) -> int:
-        """Does the work and returns the exit status; raises `Glm4vError` or `OSError` for what the user can mend."""
-
-
 @dataclasses.dataclass(kw_only=True)
-class _Options:
-    """What every subcommand has."""
-
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object."""
-
-    debug: bool = False
-    """Show the whole traceback of an error."""
-
-    trouble = 1
-
-
-@dataclasses.dataclass(kw_only=True)
-class Check(_Options):
+class Check(JsonOptions):
     """Look through training data: what there is, how long it is, and which rows cannot be learned from, and why.
 
     Exit status 0 where all rows are good, 1 where some are bad, 2 in case of trouble.
@@ -139,19 +116,18 @@ class Check(_Options):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Run:
+class Run(Options, DistributedOptions):
     """Train: run the job that a TOML file describes, from its latest checkpoint if there is one.
 
-    SIGTERM makes it save and end with status 0; the same command goes on from there, as it does after a crash.
+    On several hosts, run the same command on each; they share the job's directory. SIGTERM to any of them makes the job
+    save and end with status 0; the same command goes on from there, as it does after a crash.
     """
 
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG", help_behavior_hint="")]
     """The job: a .toml file; `train.config.TrainConfig` has its fields."""
 
-    debug: bool = False
-    """Show the whole traceback of an error."""
-
-    trouble = 1
+    profile: Annotated[int, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: none)")] = 0
+    """Write a profile of so many steps into the job's directory, for TensorBoard or Perfetto."""
 
     def run(self) -> int:
         """Trains, and says how it goes on standard error."""
@@ -168,13 +144,13 @@ class Run:
             print(printable(line), file=sys.stderr, flush=True)
 
         with quiet_ffmpeg(), unsuspected_pictures():
-            result = train(config, tell=tell)
+            result = train(config, profile=self.profile, tell=tell)
         told = "done" if result.is_done else "stopped; the same command goes on from there"
         print(f"{config.out}: {result.step} of {config.steps} steps, {told}")
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"run": Run, "check": Check}
+COMMANDS: dict[str, Callable[..., Command]] = {"run": Run, "check": Check, "export": Export}
 
 DESCRIPTION = (
     "Fine-tuning of GLM-4.1V on your own pictures, videos and conversations. A file that ends in .toml in the place of "
@@ -196,22 +172,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m train") 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0].endswith(".toml"):
         given = ["run", *given]
-    command = parse(COMMANDS, given, prog, DESCRIPTION)
-    try:
-        status = command.run()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
-    except (Glm4vError, OSError) as error:
-        if command.debug:
-            raise
-        print(f"train: error: {one_line(error)}", file=sys.stderr)
-        return command.trouble
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return status
+    return run_program(COMMANDS, given, name="train", prog=prog, description=DESCRIPTION)
 
 
 @contextlib.contextmanager

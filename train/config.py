@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.layers import Remat
 from glm4v_jax.lora import LoraConfig
 from train.optimizers import GROUPS, OptimizerConfig
 
@@ -54,6 +55,10 @@ class BatchConfig:
       vision_rows, vision_length: R and L of its vision rows, in patches; 0 rows for text alone.
       micro_batches: whose gradients make a step.
       pack: several samples a row; otherwise one.
+      open_batches: how many are filled at a time: more leave less padding, and let samples wait longer.
+      lanes: into how many parts of whole rows and vision rows a batch is divided, each with a reader of its own, so
+        that a process makes only the samples that its devices take; as many as both allow by default. The batches
+        depend on it, and on no mesh.
       average: the loss is an average over all targets ("token"), or over samples.
     """
 
@@ -63,6 +68,8 @@ class BatchConfig:
     vision_length: int = 8192
     micro_batches: int = 1
     pack: bool = True
+    open_batches: int = 4
+    lanes: int | None = None
     average: Literal["token", "sample"] = "token"
 
 
@@ -73,10 +80,42 @@ class CheckpointConfig:
     Attributes:
       every: steps between two checkpoints.
       keep: how many of the latest stay.
+      best: what to keep the best one by, besides those, and to make the result of: "loss" or "score" of the
+        evaluation; the result is that of the last step by default.
     """
 
     every: int = 100
     keep: int = 2
+    best: Literal["loss", "score"] | None = None
+
+
+MetricName = Literal["exact_match", "box_iou", "anls", "relaxed_accuracy", "cer"]
+"""Metrics that need no more than the right answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What is looked at during training.
+
+    Attributes:
+      files: other data than those learned from, of the same format.
+      share: in their place, the share of the data that is held back, drawn by the job's seed.
+      every: steps between two evaluations; there is one behind the last step, too.
+      max_samples: the first so many are looked at; they are kept in memory.
+      generate: how many of them are answered, too, greedily, and compared with what their last message says.
+      metric: of the answers, see `eval.metrics`; what they are compared with is what the last message says.
+      max_new_tokens: of an answer.
+      slots: how many are answered at a time.
+    """
+
+    files: tuple[str, ...] = ()
+    share: float = 0.0
+    every: int = 100
+    max_samples: int = 256
+    generate: int = 0
+    metric: MetricName = "exact_match"
+    max_new_tokens: int = 512
+    slots: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +125,20 @@ class TrainConfig:
     Attributes:
       model: directory of the checkpoint to begin with, in either format.
       out: directory of the job: checkpoints, metrics, and the trained model.
-      data, batch, optimizer, checkpoint: see there.
+      data, batch, optimizer, checkpoint, eval: see there.
       steps: of the whole training.
       freeze: parts of the model that stay as they are: "vision", "merger", "llm".
       lora: train an adapter instead, and leave the whole model as it is.
+      quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.quant`.
       dtype: that the model computes in; float32 on a CPU and bfloat16 elsewhere by default. Weights are float32.
-      remat: make activations again in the backward pass, layer by layer.
+      remat: what of a layer is made again in the backward pass: "full", all but its input; "attention" and "dots"
+        keep more, and "none" all.
       max_grad_norm: steps with larger gradients are left out.
       max_skipped: the job ends after so many of them one after another.
       mesh: a preset or axes; see `glm4v mesh`.
       seed: of everything that is drawn.
-      log_every: steps between two lines of metrics.
+      log_every: steps between two lines for a person; every step is a line of metrics.jsonl.
+      tensorboard: write the metrics for TensorBoard, too.
     """
 
     model: str
@@ -106,15 +148,18 @@ class TrainConfig:
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig | None = None
     freeze: tuple[str, ...] = ("vision",)
     lora: LoraConfig | None = None
+    quantize: Literal["int8", "int4"] | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
-    remat: bool = True
+    remat: Remat = "full"
     max_grad_norm: float = float("inf")
     max_skipped: int = 10
     mesh: str = "train"
     seed: int = 0
     log_every: int = 1
+    tensorboard: bool = False
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -141,7 +186,12 @@ def load_config(path: str | Path) -> TrainConfig:
         files=tuple(str(here / file) for file in config.data.files),
         media_dir=None if config.data.media_dir is None else str(here / config.data.media_dir),
     )
-    return dataclasses.replace(config, model=str(here / config.model), out=str(here / config.out), data=data)
+    evaluation = config.eval
+    if evaluation is not None:
+        evaluation = dataclasses.replace(evaluation, files=tuple(str(here / file) for file in evaluation.files))
+    return dataclasses.replace(
+        config, model=str(here / config.model), out=str(here / config.out), data=data, eval=evaluation
+    )
 
 
 def _made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
@@ -186,19 +236,53 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _check(config: TrainConfig) -> None:
+    batch = config.batch
     positive = {
         "steps": config.steps, "log_every": config.log_every, "max_skipped": config.max_skipped,
         "max_grad_norm": config.max_grad_norm, "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep, "data.threads": config.data.threads,
-        "batch.rows": config.batch.rows, "batch.length": config.batch.length,
-        "batch.vision_length": config.batch.vision_length, "batch.micro_batches": config.batch.micro_batches,
+        "batch.rows": batch.rows, "batch.length": batch.length, "batch.vision_length": batch.vision_length,
+        "batch.micro_batches": batch.micro_batches, "batch.open_batches": batch.open_batches,
     }  # fmt: skip
+    if config.eval is not None:
+        numbers = ("every", "max_samples", "max_new_tokens", "slots")
+        positive |= {f"eval.{name}": getattr(config.eval, name) for name in numbers}
+    if batch.lanes is not None:
+        positive["batch.lanes"] = batch.lanes
     for name, number in positive.items():
         if not number > 0:
             raise ConfigError(f"{name}: found {number}; expected a number above 0")
-    if config.batch.vision_rows < 0:
-        raise ConfigError(f"batch.vision_rows: found {config.batch.vision_rows}; expected a number from 0 on")
+    if batch.vision_rows < 0:
+        raise ConfigError(f"batch.vision_rows: found {batch.vision_rows}; expected a number from 0 on")
+    if batch.lanes is not None and (batch.rows % batch.lanes or batch.vision_rows % batch.lanes):
+        raise ConfigError(
+            f"batch.lanes: found {batch.lanes}; expected a divisor of rows, {batch.rows}, and of vision_rows, "
+            f"{batch.vision_rows}"
+        )
     if not config.data.files:
         raise ConfigError("data.files: found none; expected at least one")
     if unknown := set(config.freeze) - set(GROUPS):
         raise ConfigError(f"freeze: found {unknown.pop()!r}; expected some of {', '.join(GROUPS)}")
+    if config.quantize is not None and config.lora is None:
+        raise ConfigError(
+            f"quantize: found {config.quantize!r} without lora; expected both: integers cannot be trained"
+        )
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    found, best = config.eval, config.checkpoint.best
+    if found is None:
+        if best is not None:
+            raise ConfigError(f"checkpoint.best: found {best!r} without [eval]; expected both")
+        return
+    if bool(found.files) == bool(found.share):
+        raise ConfigError(
+            f"eval: found files of {len(found.files)} names and a share of {found.share}; expected one of them"
+        )
+    if not 0 <= found.share < 1:
+        raise ConfigError(f"eval.share: found {found.share}; expected a number from 0 to below 1")
+    if found.generate < 0:
+        raise ConfigError(f"eval.generate: found {found.generate}; expected a number from 0 on")
+    if best == "score" and not found.generate:
+        raise ConfigError("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")

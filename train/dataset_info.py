@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm4v_jax.data.media import kind_of
+from glm4v_jax.data.tables import INFO
 from glm4v_jax.errors import DataError
-from train.files import INFO
 from train.formats import Layout
-from train.media import kind_of
 
 FORMATTING = ("alpaca", "sharegpt")
 _COLUMNS = {"messages", "prompt", "query", "response", "history", "system", "tools", "images", "videos"}

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.metrics.boxes import IOU, iou
+from glm4v_jax.data.digits import DIRECTIONS, Example, Task, digits, examples
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.boxes import find_boxes
 from glm4v_jax.generate.thinking import (
@@ -21,10 +23,6 @@ from glm4v_jax.generate.thinking import (
     is_well_formed,
     parse,
 )
-from train.digits import DIRECTIONS, Example, Task, digits, examples_with_truth
-
-IOU = 0.5
-"""From here on a box counts as found, as for RefCOCO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +43,6 @@ class Scores:
     format: float
     wrong_object: float | None = None
     mean_iou: float | None = None
-
-
-def iou(box: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2), 0 where either is empty or turned around."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    areas = [max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in (box, other)]
-    if min(width, height, *areas) <= 0:
-        return 0.0
-    return width * height / (sum(areas) - width * height)
 
 
 def is_in_format(text: str) -> bool:
@@ -120,7 +108,7 @@ def constant_box(task: Task, truth: Sequence[Example], num_train: int = 1000, ca
 
     Not the mean box: with two digits in a picture that is between them and never right.
     """
-    known = [example.boxes[0] for example in examples_with_truth(task, "train", num_train)]
+    known = [example.boxes[0] for example in examples(task, "train", num_train)]
     hits = [sum(iou(box, other) >= IOU for other in known) for box in known[:candidates]]
     best = known[int(np.argmax(hits))]
     return score([_said(f"[[{','.join(map(str, best))}]]")] * len(truth), truth)
@@ -128,7 +116,7 @@ def constant_box(task: Task, truth: Sequence[Example], num_train: int = 1000, ca
 
 def majority_direction(truth: Sequence[Example], num_train: int = 2000) -> Scores:
     """Motion by the most frequent direction of training examples."""
-    known = [example.answer for example in examples_with_truth("motion", "train", num_train)]
+    known = [example.answer for example in examples("motion", "train", num_train)]
     return score([_said(max(DIRECTIONS, key=known.count))] * len(truth), truth)
 
 

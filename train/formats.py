@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from glm4v_jax.data.media import kind_of, picture_size
 from glm4v_jax.errors import DataError
 from train.grounding import SizeOf, place_objects
-from train.media import kind_of, picture_size
 from train.turns import (
     FILES,
     ROLES,

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from glm4v_jax.data.media import Item, kind_of
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.boxes import SCALE
-from train.media import Item, kind_of
 from train.turns import Message
 
 SizeOf = Callable[[Item], tuple[int, int]]

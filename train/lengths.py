@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from glm4v_jax.data.media import picture_size, source_of
 from glm4v_jax.errors import DataError, Glm4vError
 from glm4v_jax.generate.thinking import without_thoughts
 from glm4v_jax.inputs.expand import Expansion
 from glm4v_jax.inputs.features import BatchFeature
 from glm4v_jax.inputs.media import VideoMetadata, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
-from train.media import picture_size, source_of
 from train.records import Record
 from train.turns import Message, text_item
 

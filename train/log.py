@@ -1,60 +1,141 @@
-"""What every step of a job came to: a line of JSON each, and lines for a person."""
+"""What the steps and evaluations of a job came to: a line of JSON each, lines for a person, and TensorBoard."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 
+from glm4v_jax.distributed import is_first
+from glm4v_jax.errors import ConfigError
 from train.config import TrainConfig
+from train.evaluate import Evaluation
+from train.flops import Work
 from train.optimizers import learning_rate
 from train.step import Metrics
 
+METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "eval.jsonl", "tensorboard"
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What tokens a second are measured against.
+
+    tokens, patches: places of a step, padding included.
+    flops: of a step with so much work.
+    peak: FLOP/s of all devices together; None where it is unknown.
+    """
+
+    tokens: int
+    patches: int
+    flops: Callable[[Work], float]
+    peak: float | None
+
 
 class Log:
-    """Appends to a file of lines; what it has of steps behind the one that a job goes on from is taken out."""
+    """Appends to files of lines; what they have of steps behind the one that a job goes on from is taken out.
 
-    def __init__(self, path: Path, config: TrainConfig, step: int, tell: Callable[[str], None]):
+    A step's metrics are read when the next one is under way, so that devices do not wait for the host. Only the first
+    process writes.
+    """
+
+    def __init__(self, directory: Path, config: TrainConfig, step: int, speed: Speed, tell: Callable[[str], None]):
         """Go on behind a step.
 
         Args:
-          path: of the file.
+          directory: of the files.
           config: of the job.
           step: the last one that counts.
+          speed: of its steps.
           tell: called with a line for a person, every `config.log_every` steps.
-        """
-        self._path, self._every, self._steps, self._tell = path, config.log_every, config.steps, tell
-        self._rate: optax.Schedule = learning_rate(config.optimizer, config.steps)
-        self._since = time.perf_counter()
-        kept = [line for line in read_log(path) if line["step"] <= step]
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        aside.replace(path)
 
-    def add(self, step: int, metrics: Metrics, more: dict[str, Any]) -> None:
-        """Write a step down; waits until it is computed."""
-        seconds = time.perf_counter() - self._since
+        Raises:
+          ConfigError: TensorBoard is asked for, and its writer is not installed.
+        """
+        self._directory, self._config, self._speed, self._tell = directory, config, speed, tell
+        self._rate: optax.Schedule = learning_rate(config.optimizer, config.steps)
+        self._pending: tuple[int, Metrics] | None = None
+        self._board = None
+        if is_first():
+            self._board = _board(directory / TENSORBOARD, step) if config.tensorboard else None
+            for name in (METRICS, EVALUATIONS):
+                _keep(directory / name, step)
+        self.streak = 0
+        self.grad_norm = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Measure from here on, not from what came before."""
         self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Take what a step will come to, and write down the one before it, as soon as that is computed."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Wait for the last step, and write it down."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        found = jax.device_get(metrics)
+        seconds = time.perf_counter() - self._since
+        self.start()
+        self.streak, self.grad_norm = int(found.streak), float(found.grad_norm)
+        tokens, patches = int(found.work.tokens), int(found.work.patches)
+        flops = self._speed.flops(found.work)
         line = {
             "step": step,
-            "loss": float(metrics.loss),
-            "accuracy": float(metrics.accuracy),
-            "targets": float(metrics.weight),
-            "grad_norm": float(metrics.grad_norm),
+            "loss": float(found.loss),
+            "accuracy": float(found.accuracy),
+            "targets": float(found.weight),
+            "grad_norm": self.grad_norm,
             "learning_rate": float(self._rate(step - 1)),
-            "is_skipped": bool(metrics.is_skipped),
+            "is_skipped": bool(found.is_skipped),
+            "tokens": tokens,
+            "padding": 1 - tokens / self._speed.tokens,
+            "vision_padding": 1 - patches / self._speed.patches if self._speed.patches else None,
+            "flops": flops,
             "seconds": round(seconds, 4),
-            **more,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "mfu": None if self._speed.peak is None else round(flops / seconds / self._speed.peak, 4),
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if step % self._every == 0 or step == self._steps:
+        self._write(METRICS, line)
+        if step % self._config.log_every == 0 or step == self._config.steps:
+            mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
             self._tell(
-                f"step {step} of {self._steps}: loss {line['loss']:.4f}, accuracy {line['accuracy']:.1%}, "
-                f"gradients {line['grad_norm']:.3g}, {seconds:.2f} s{', skipped' if line['is_skipped'] else ''}"
+                f"step {step} of {self._config.steps}: loss {line['loss']:.4f}, accuracy {line['accuracy']:.1%}, "
+                f"gradients {self.grad_norm:.3g}, {seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, "
+                f"padding {line['padding']:.1%}{', skipped' if line['is_skipped'] else ''}"
             )
+
+    def evaluated(self, step: int, found: Evaluation, seconds: float) -> None:
+        """Write an evaluation down."""
+        self._write(EVALUATIONS, {"step": step, **dataclasses.asdict(found), "seconds": round(seconds, 3)})
+        score = "" if found.score is None else f", score {found.score:.1%}"
+        self._tell(f"evaluation behind step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
+        self.start()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        if not is_first():
+            return
+        with (self._directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            group = "train" if name == METRICS else "eval"
+            for key, value in line.items():
+                if key != "step" and value is not None:
+                    self._board.add_scalar(f"{group}/{key}", value, line["step"])
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -68,3 +149,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _keep(path: Path, step: int) -> None:
+    """Takes out of a file what is behind a step."""
+    kept = [line for line in read_log(path) if line["step"] <= step]
+    if not kept and not path.exists():
+        return
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _board(directory: Path, step: int) -> Any:
+    """A writer of TensorBoard's files, which hide what earlier ones have of steps behind this one."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard: found true, but not the package tensorboardX; expected it: pip install 'glm4v_jax[train]'"
+        ) from error
+    return SummaryWriter(str(directory), purge_step=step + 1)

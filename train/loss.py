@@ -1,5 +1,6 @@
 """Cross entropy of the next token, never with more than a stretch's logits in memory."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -44,7 +45,9 @@ def cross_entropy(
       weights: 0 where there is none.
       stretch: how many tokens of a row to take at a time; backward makes their logits again.
     """
-    stretches = _stretches(hidden.shape[1], stretch)
+    # More devices share a token's logits: as many more tokens at a time.
+    stretches = _stretches(hidden.shape[1], stretch * mesh.shards("vocab"))
+    head = _used(model)
 
     def cut(x: Array) -> Array:
         """[B, T, ...] -> [stretches, B, T / stretches, ...]."""
@@ -52,10 +55,10 @@ def cross_entropy(
         rows = mesh.spec_of(x)[0]
         return jnp.moveaxis(x.reshape(shape, out_sharding=jax.P(rows, *(None,) * (len(shape) - 1))), 1, 0)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def add(sums: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
         hidden, targets, weights = part
-        scores = model.logits(hidden).astype(jnp.float32)
+        scores = head.logits(hidden).astype(jnp.float32)
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
         log_z = top + jnp.log(jnp.sum(jnp.exp(scores - top[..., None]), axis=-1))
         # A comparison in place of a gather: it fuses into the sum, and suits a vocabulary in shards.
@@ -70,6 +73,18 @@ def cross_entropy(
     zero = jnp.zeros((), jnp.float32)
     sums, _ = jax.lax.scan(add, Sums(zero, zero, zero), (cut(whole(hidden)), cut(targets), cut(weights)))
     return sums
+
+
+def _used(model: Glm4v) -> Glm4v:
+    """The model with its head as it is used, so that it is not gathered for every stretch."""
+    model = jax.tree.map(lambda x: x, model)  # new modules around the same arrays
+    part = model.language_model.embed_tokens if model.lm_head is None else model.lm_head
+    part = jax.tree.map(mesh.used, part)
+    if model.lm_head is None:
+        model.language_model.embed_tokens = part
+    else:
+        model.lm_head = part
+    return model
 
 
 def _stretches(length: int, stretch: int) -> int:

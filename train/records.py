@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from glm4v_jax.data.media import Item, located, picture_size
+from glm4v_jax.data.tables import Rows, find_files, open_rows
 from glm4v_jax.errors import DataError, MediaError
 from train.dataset_info import read_entry, split_name
-from train.files import Rows, find_files, open_rows
 from train.formats import FORMATS, Layout, conversation, detect, instruction
-from train.media import Item, located, picture_size
 from train.turns import Turns
 
 

@@ -25,8 +25,7 @@ from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError
 from glm4v_jax.generate.thinking import without_thoughts
 from glm4v_jax.inputs.chat import choose_template, render_template
-from glm4v_jax.inputs.decode import VideoMetadata
-from glm4v_jax.inputs.media import is_path_like
+from glm4v_jax.inputs.media import SampledVideo, is_path_like
 from glm4v_jax.inputs.messages import extract_media, normalise_messages
 from glm4v_jax.inputs.packing import frames_of
 from glm4v_jax.inputs.positions import rope_index, vision_runs
@@ -280,21 +279,16 @@ def _media(
 ) -> PreparedMedia:
     """Pictures and videos of a conversation."""
     images, videos = extract_media(messages, source)
-    contents = [message["content"] for message in normalise_messages(messages, source)]
-    items = [item for content in contents if not isinstance(content, str) for item in content]
-    rates = [item.get("fps") for item in items if item["type"] == "video"]
     image_options, video_options = _caps(options, processor)
     parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
-    for video, rate in zip(videos, rates, strict=True):
+    for video in videos:
+        chosen = video_options
         if is_path_like(video):
             chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
-        else:
-            # Frames are as they were sampled, at the rate of sampling where they do not say which.
-            rate = rate or options.video_fps or processor.video_processor.fps
-            video = video if isinstance(video, list | tuple) or getattr(video, "ndim", 0) == 4 else [video]
-            taken = VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=range(len(video)))
-            chosen = video_options | {"video_metadata": [taken], "do_sample_frames": False}
-        parts.append(processor.prepare_media(videos=[[video]], videos_kwargs=chosen))
+        elif not isinstance(video, SampledVideo):
+            # Frames that do not say how fast they were taken are as sampling would have taken them.
+            video = SampledVideo(video, options.video_fps or processor.video_processor.fps)
+        parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
     # A large picture is 100 MB, which joining would copy.
     return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)
 

@@ -12,8 +12,10 @@ from jaxtyping import Array, Int
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.loading import leaf_paths
+from glm4v_jax.lora import is_lora
 from glm4v_jax.model import Glm4v
 from glm4v_jax.programs import Structure
+from glm4v_jax.quant import is_scale
 
 Leaves = dict[str, Array]
 """Path -> array: "language_model.layers.stacked.mlp.down.kernel"."""
@@ -49,8 +51,13 @@ class Layout:
         return cls(Structure(jax.tree.structure(model)), tuple(leaf_paths(model)))
 
     def model(self, params: Mapping[str, Array], frozen: Mapping[str, Array], dtype: DTypeLike) -> Glm4v:
-        """The model of these leaves, all of them in `dtype`."""
-        leaves = [(params[path] if path in params else frozen[path]).astype(dtype) for path in self.paths]
+        """The model of these leaves, those of them in `dtype` that it computes with.
+
+        An adapter's leaves stay float32, as PEFT keeps them beside a half-precision or quantised base
+        (`autocast_adapter_dtype`), and each layer casts its own where it multiplies, as autocast does. Quantised
+        kernels and their scales stay what they are.
+        """
+        leaves = [_cast(path, params[path] if path in params else frozen[path], dtype) for path in self.paths]
         return jax.tree.unflatten(self.structure.treedef, leaves)
 
     def exported(
@@ -59,6 +66,11 @@ class Layout:
         """The model of these leaves, each in the dtype that it had; those of an adapter keep float32."""
         leaves = [params[path].astype(dtypes[path]) if path in params else frozen[path] for path in self.paths]
         return jax.tree.unflatten(self.structure.treedef, leaves)
+
+
+def _cast(path: str, leaf: Array, dtype: DTypeLike) -> Array:
+    is_kept = is_lora(path) or is_scale(path) or jnp.issubdtype(leaf.dtype, jnp.integer)
+    return leaf if is_kept else leaf.astype(dtype)
 
 
 def split(model: Glm4v, is_trained: Callable[[str], bool]) -> tuple[Leaves, Leaves]:

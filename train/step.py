@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from glm4v_jax.layers import Remat
 from glm4v_jax.model import Glm4v
+from train.flops import Work, work_of
 from train.loss import STRETCH, Sums, cross_entropy
 from train.packing import TrainBatch
 from train.state import Layout, Leaves, TrainState
@@ -24,6 +26,8 @@ class Metrics(NamedTuple):
     weight: their sum.
     grad_norm: of all parameters together, before it is clipped.
     is_skipped: whether the step changed nothing.
+    streak: how many steps in a row have not, up to this one.
+    work: what was no padding.
     """
 
     loss: Float[Array, ""]
@@ -31,12 +35,14 @@ class Metrics(NamedTuple):
     weight: Float[Array, ""]
     grad_norm: Float[Array, ""]
     is_skipped: Bool[Array, ""]
+    streak: Int[Array, ""]
+    work: Work
 
 
 Step = Callable[[TrainState, Leaves, TrainBatch], tuple[TrainState, Metrics]]
 
 
-def loss_sums(model: Glm4v, batch: TrainBatch, *, remat: bool = False, stretch: int = STRETCH) -> Sums:
+def loss_sums(model: Glm4v, batch: TrainBatch, *, remat: Remat = "none", stretch: int = STRETCH) -> Sums:
     """The loss of a batch, not divided by its weight."""
     hidden = model(batch.batch, remat=remat)
     return cross_entropy(model, hidden, batch.targets, batch.weights, stretch=stretch)
@@ -47,7 +53,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     dtype: DTypeLike = jnp.bfloat16,
-    remat: bool = True,
+    remat: Remat = "full",
     stretch: int = STRETCH,
     max_grad_norm: float = float("inf"),
 ) -> Step:
@@ -56,8 +62,8 @@ def make_step(
     Args:
       layout: of the model.
       optimizer: of `TrainState.params`.
-      dtype: that the model computes in; gradients and updates are float32.
-      remat: keep only the layers' inputs for the backward pass.
+      dtype: that the model computes in, and each micro-batch's gradients with it; sums and updates are float32.
+      remat: what of the layers the backward pass makes again.
       stretch: see `loss.cross_entropy`.
       max_grad_norm: a step whose gradients have a larger norm, or one that is no number, is left out.
 
@@ -81,11 +87,12 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, frozen: Leaves, batches: TrainBatch) -> tuple[TrainState, Metrics]:
-        first, rest = (jax.tree.map(lambda x, part=part: x[part], batches) for part in (0, slice(1, None)))
-        total = gradients_of(state.params, frozen, first)
-        if rest.targets.shape[0]:
-            total, _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), total, rest)
-        gradients, sums = total
+        if batches.targets.shape[0] == 1:
+            gradients, sums = gradients_of(state.params, frozen, jax.tree.map(lambda x: x[0], batches))
+        else:
+            zero = jnp.zeros((), jnp.float32)
+            nothing = jax.tree.map(jnp.zeros_like, state.params), Sums(zero, zero, zero)
+            (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), nothing, batches)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
         norm = optax.tree.norm(gradients)
@@ -96,8 +103,10 @@ def make_step(
             lambda new, old: jnp.where(is_good, new, old), changed, (state.params, state.opt_state)
         )
         skipped = 1 - is_good.astype(jnp.int32)
-        metrics = Metrics(sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good)
         streak = (state.streak + skipped) * skipped
+        vision = batches.batch.vision
+        work = work_of(batches.batch.segment_ids, None if vision is None else vision.segment_ids)
+        metrics = Metrics(sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, streak, work)
         return TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak), metrics
 
     return step

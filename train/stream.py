@@ -1,50 +1,39 @@
-"""From records to the batches of training steps: in an order that the seed decides, and from any point on again."""
+"""From records to the batches of training steps: in an order that the seed decides, and from any point on again.
 
-import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from typing import Any
+A batch is divided into lanes, each with a reader and rows of its own, so that every process reads only what its devices
+take. What the lanes are is a matter of the job's file alone: another mesh, or other processes, get the same batches.
+"""
 
-import grain
-import jax
-import numpy as np
+import collections
+import concurrent.futures
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.errors import DataError, Glm4vError
+from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import BatchConfig, DataConfig
+from train.lane import Encoder, Lane
 from train.packing import Packer, TrainBatch, VisionShape, pack
+from train.placement import joined, lanes_here, num_lanes, stacked
 from train.records import Record
-from train.samples import EncodeOptions, Sample, encode
+from train.samples import EncodeOptions
+
+AHEAD = 2
+"""Steps whose batches are made while another is computed."""
 
 
-@dataclasses.dataclass
-class Counts:
-    """What became of the records that were read.
+class Prepared(NamedTuple):
+    """A step's micro-batches on the host, and the state of this process's lanes behind them: lane -> state."""
 
-    samples: were learned from. dropped: were too long. skipped: could not be read.
-    """
-
-    samples: int = 0
-    dropped: int = 0
-    skipped: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """A record's number, and what came of it: a sample, nothing because it is too long, or what is wrong with it."""
-
-    number: int
-    sample: Sample | None
-    error: str | None = None
+    batch: TrainBatch
+    state: dict[str, Any]
 
 
 class Stream:
-    """Batches without end: every pass over the records in another order, if that is asked for.
-
-    Attributes:
-      counts: of the records so far.
-    """
+    """Batches without end: every pass over the records in another order, if that is asked for."""
 
     def __init__(
         self,
@@ -53,9 +42,10 @@ class Stream:
         config: Glm4vConfig,
         data: DataConfig,
         batch: BatchConfig,
+        mesh: Mesh,
         *,
         seed: int = 0,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str], None],
     ):
         """Start at the beginning.
 
@@ -63,6 +53,7 @@ class Stream:
           records: by their number.
           processor, config: of the model.
           data, batch: see there.
+          mesh: whose devices take the batches.
           seed: of the order.
           tell: called with what is wrong with a record that is skipped.
 
@@ -71,103 +62,96 @@ class Stream:
         """
         if not len(records):
             raise DataError(f"{', '.join(data.files)}: found no rows; expected some to learn from")
-        self._records, self._processor, self._config, self._data = records, processor, config, data
-        self._batch, self._tell = batch, tell
-        self._options = EncodeOptions(
-            max_length=min(data.max_length or batch.length, batch.length), too_long=data.too_long,
-            keep_thoughts=data.keep_thoughts, image_max_pixels=data.image_max_pixels,
-            video_max_pixels=data.video_max_pixels, video_fps=data.video_fps,
-        )  # fmt: skip
-        self._packer = Packer(
-            rows=batch.rows, length=batch.length, vision_shape=self._vision_shape, per_row=None if batch.pack else 1,
-            open_batches=4 if batch.pack else 1,
-        )  # fmt: skip
-        self.counts = Counts()
-        self._told: set[int] = set()
-        numbers = grain.MapDataset.source(range(len(records))).seed(seed)
-        numbers = numbers.shuffle() if data.shuffle else numbers
-        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=4 * data.threads)
-        self._reader = iter(numbers.repeat().map(self._make).to_iter_dataset(options))
+        self._config, self._batch, self._count = config, batch, num_lanes(batch)
+        here = lanes_here(batch, mesh)
+        encoder = Encoder(records, processor, config, encode_options(data, batch))
+        threads = max(1, data.threads // len(here))
+        self._lanes = {
+            index: Lane(
+                encoder, self._packer(), data, index=index, count=self._count, threads=threads, seed=seed, tell=tell
+            )
+            for index in here
+        }
+        self._ahead: collections.deque[concurrent.futures.Future[Prepared]] = collections.deque()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "batches")
 
     @property
-    def _vision_shape(self) -> VisionShape | None:
-        batch = self._batch
-        return (batch.vision_rows, batch.vision_length) if batch.vision_rows else None
+    def samples(self) -> int:
+        """How many samples this process's lanes have taken."""
+        return sum(lane.counts.samples for lane in self._lanes.values())
 
-    def __next__(self) -> TrainBatch:
-        """The next step's micro-batches: every array has a first dimension of them.
+    def __next__(self) -> Prepared:
+        """The next step's micro-batches; those of the steps after it are begun.
 
         Raises:
           DataError: a record is bad and the job says that this ends it, or a whole pass has brought no sample.
         """
-        parts = [self._pack(self._next_samples()) for _ in range(self._batch.micro_batches)]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+        while len(self._ahead) <= AHEAD:
+            self._ahead.append(self._thread.submit(self._make))
+        return self._ahead.popleft().result()
 
-    def get_state(self) -> dict[str, Any]:
-        """Where it is, as JSON."""
-        counts = dataclasses.asdict(self.counts)
-        state = {"reader": self._reader.get_state(), "packer": self._packer.get_state(), "counts": counts}
-        return json.loads(json.dumps(state))
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where others were; before the first batch is taken.
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where another one was.
+        Args:
+          state: those of all lanes: `Prepared.state` of every process.
 
         Raises:
           DataError: the data or the options are not what they were.
         """
-        self._reader.set_state(state["reader"])
-        self._packer.set_state(state["packer"], self._again)
-        self.counts = Counts(**state["counts"])
+        if set(state) != {str(index) for index in range(self._count)}:
+            raise DataError(f"state of the data: found {len(state)} lanes; expected {self._count}, as the job has now")
+        for index, lane in self._lanes.items():
+            lane.set_state(state[str(index)])
 
-    def _next_samples(self) -> list[Sample]:
-        fruitless = 0
-        while True:
-            made = next(self._reader)
-            if made.sample is None:
-                self._leave_out(made)
-                fruitless += 1
-                if fruitless >= len(self._records):
-                    raise DataError(f"found no sample in {fruitless} rows, a whole pass; the last: {made.error}")
-                continue
-            fruitless = 0
-            try:
-                done = self._packer.push(made.sample, made.number)
-            except DataError as error:
-                self._leave_out(dataclasses.replace(made, error=str(error)))
-                continue
-            self.counts.samples += 1
-            if done is not None:
-                return done
+    def close(self) -> None:
+        """Make no more."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _leave_out(self, made: _Made) -> None:
-        if made.error is None:
-            self.counts.dropped += 1
-            return
-        if self._data.bad_rows == "error":
-            raise DataError(made.error)
-        self.counts.skipped += 1
-        if self._tell is not None and made.number not in self._told:
-            self._told.add(made.number)  # not again in every pass
-            self._tell(made.error)
+    @property
+    def _lane_vision_shape(self) -> VisionShape | None:
+        shape = vision_shape(self._batch)
+        return None if shape is None else (shape[0] // self._count, shape[1])
 
-    def _make(self, number: int) -> _Made:
-        """In a thread: nothing may be raised there that belongs to another record."""
-        number = int(number)
-        try:
-            sample = encode(self._records[number], self._processor, self._config, self._options)
-        except (Glm4vError, OSError) as error:
-            return _Made(number, None, str(error))
-        return _Made(number, sample)
-
-    def _again(self, number: int) -> Sample:
-        made = self._make(number)
-        if made.sample is None:
-            raise DataError(f"row {number}: found {made.error or 'a sample that is too long'}; expected what it was")
-        return made.sample
-
-    def _pack(self, samples: Sequence[Sample]) -> TrainBatch:
+    def _packer(self) -> Packer:
         batch = self._batch
-        return pack(
-            samples, rows=batch.rows, length=batch.length, vision_shape=self._vision_shape, config=self._config,
-            average=batch.average, per_row=None if batch.pack else 1,
+        return Packer(
+            rows=batch.rows // self._count, length=batch.length, vision_shape=self._lane_vision_shape,
+            per_row=None if batch.pack else 1, open_batches=batch.open_batches if batch.pack else 1,
         )  # fmt: skip
+
+    def _make(self) -> Prepared:
+        parts = [self._micro_batch() for _ in range(self._batch.micro_batches)]
+        return Prepared(
+            stacked([joined(lanes, self._count, self._merged_tokens) for lanes in parts]),
+            {str(index): lane.get_state() for index, lane in self._lanes.items()},
+        )
+
+    def _micro_batch(self) -> dict[int, TrainBatch]:
+        batch = self._batch
+        return {
+            index: pack(
+                next(lane), rows=batch.rows // self._count, length=batch.length, vision_shape=self._lane_vision_shape,
+                config=self._config, average=batch.average, per_row=None if batch.pack else 1,
+            )
+            for index, lane in self._lanes.items()
+        }  # fmt: skip
+
+    @property
+    def _merged_tokens(self) -> int:
+        rows, length = self._lane_vision_shape or (0, 0)
+        return rows * length // self._config.vision_config.spatial_merge_size**2
+
+
+def vision_shape(batch: BatchConfig) -> VisionShape | None:
+    """(R, L) of a batch's vision rows; None for text alone."""
+    return (batch.vision_rows, batch.vision_length) if batch.vision_rows else None
+
+
+def encode_options(data: DataConfig, batch: BatchConfig) -> EncodeOptions:
+    """How a job's records become samples."""
+    return EncodeOptions(
+        max_length=min(data.max_length or batch.length, batch.length), too_long=data.too_long,
+        keep_thoughts=data.keep_thoughts, image_max_pixels=data.image_max_pixels,
+        video_max_pixels=data.video_max_pixels, video_fps=data.video_fps,
+    )  # fmt: skip

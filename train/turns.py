@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from glm4v_jax.data.media import Item, kind_of, media_item
 from glm4v_jax.errors import DataError
-from train.media import Item, kind_of, media_item
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]

@@ -32,30 +32,34 @@ _COLOURS = ("#ffe119", "#42d4f4", "#f58231", "#bfef45", "#ff8fd8", "#ffffff")
 _RIM = "#000000"
 
 
-def find_boxes(text: str) -> list[tuple[float, float, float, float]]:
+def find_boxes(text: str, limit: float = SCALE) -> list[tuple[float, float, float, float]]:
     """Returns the boxes (x1, y1, x2, y2) that the answer in `text` names, from 0 to 1000, as and in the order written.
 
     A box is four numbers in brackets of any style, `[]`, `()`, `<>` or `{}`, inside other brackets or not, with commas,
     semicolons or whitespace between them. Four numbers of which one is not from 0 to 1000, such as years, are no box.
     Boxes inside box tokens win; without any, those of the whole answer count. Never raises.
+
+    Args:
+        text: all that was generated.
+        limit: the largest coordinate, for answers of another scale: 1 for shares, `math.inf` for pixels.
     """
-    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in _find(_BOX, text)]
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in _find(_BOX, text, limit)]
 
 
-def find_points(text: str) -> list[tuple[float, float]]:
+def find_points(text: str, limit: float = SCALE) -> list[tuple[float, float]]:
     """Returns the points (x, y) that the answer in `text` names, two numbers in brackets; else as `find_boxes`."""
-    return [(x, y) for x, y in _find(_POINT, text)]
+    return [(x, y) for x, y in _find(_POINT, text, limit)]
 
 
-def _find(pattern: re.Pattern[str], text: str) -> list[list[float]]:
+def _find(pattern: re.Pattern[str], text: str, limit: float) -> list[list[float]]:
     parsed = parse(text)
-    return _groups(pattern, "\n".join(parsed.boxed)) or _groups(pattern, parsed.answer)
+    return _groups(pattern, "\n".join(parsed.boxed), limit) or _groups(pattern, parsed.answer, limit)
 
 
-def _groups(pattern: re.Pattern[str], text: str) -> list[list[float]]:
+def _groups(pattern: re.Pattern[str], text: str, limit: float) -> list[list[float]]:
     matches = pattern.finditer(text.translate(_NARROW))
     groups = [[float(number) for number in re.findall(_NUMBER, match[1])] for match in matches]
-    return [group for group in groups if all(0 <= value <= SCALE for value in group)]
+    return [group for group in groups if all(math.isfinite(value) and 0 <= value <= limit for value in group)]
 
 
 def to_pixels(boxes: Iterable[Sequence[float]], width: int, height: int) -> list[tuple[int, ...]]:

@@ -21,7 +21,7 @@ from glm4v_jax.generate.running import Update, run
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.thinking import without_thoughts
 from glm4v_jax.inputs.features import BatchFeature
-from glm4v_jax.inputs.processor import PreparedMedia
+from glm4v_jax.inputs.multimodal import PreparedMedia
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine

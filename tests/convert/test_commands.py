@@ -34,17 +34,17 @@ def run(capsys):
 
 def test_there_and_back(run, synthetic, tmp_path):
     status, out, err = run("to-orbax", synthetic(), tmp_path / "orbax")
-    assert (status, err) == (0, "") and out.startswith(f"{tmp_path / 'orbax'}: 56 tensors, 650.14 kB, in ")
+    assert (status, err) == (0, "") and out.startswith(f"{tmp_path / 'orbax'}: 89 tensors, 2.69 MB, in ")
     status, out, _ = run("to-hf", tmp_path / "orbax", tmp_path / "back", "--max-shard-size", "original")
-    assert status == 0 and "56 tensors, 650.14 kB in 2 files, in " in out
+    assert status == 0 and "89 tensors, 2.69 MB in 2 files, in " in out
     assert files_of(tmp_path / "back") == files_of(synthetic())
     status, out, _ = run("verify", tmp_path / "orbax", tmp_path / "back")
-    assert status == 0 and out.splitlines()[0] == "equal: 56 tensors, 1.30 MB compared"
+    assert status == 0 and out.splitlines()[0] == "equal: 89 tensors, 5.38 MB compared"
 
 
 def test_options_reach_the_converter(run, synthetic, tmp_path):
     status, out, _ = run("to-orbax", synthetic(), tmp_path / "o", "--dtype", "float32", "--mesh", "fsdp=1", "--no-hash")
-    assert status == 0 and "1.30 MB" in out
+    assert status == 0 and "5.38 MB" in out
     run("to-hf", tmp_path / "o", tmp_path / "h", "--dtype", "float16", "--max-shard-size", "200KiB")
     names = sorted(path.name for path in (tmp_path / "h").glob("*.safetensors"))
     assert len(names) > 2
@@ -55,7 +55,7 @@ def test_options_reach_the_converter(run, synthetic, tmp_path):
 
 def test_meshes_may_be_presets(run, synthetic, tmp_path):
     status, out, err = run("to-orbax", synthetic(), tmp_path / "o", "--mesh", "train:1")
-    assert (status, err) == (0, "") and "56 tensors" in out
+    assert (status, err) == (0, "") and "89 tensors" in out
     status, out, _ = run("inspect", synthetic(), "--mesh", "latency:4", "--json")
     assert status == 0 and json.loads(out)["mesh"] == dict(data=1, fsdp=1, kv=2, q=2, seq=1)
     for mesh, problem in [
@@ -72,10 +72,10 @@ def test_meshes_may_be_presets(run, synthetic, tmp_path):
 def test_dry_runs_and_json(run, synthetic, tmp_path):
     for command in ("to-orbax", "to-hf"):
         status, out, _ = run(command, synthetic(), tmp_path / "out", "--dry-run")
-        assert status == 0 and "nothing written; would have 56 tensors" in out
+        assert status == 0 and "nothing written; would have 89 tensors" in out
         status, out, _ = run(command, synthetic(), tmp_path / "out", "--dry-run", "--json")
         fields = json.loads(out)
-        assert fields["tensors"] == 56 and fields["nbytes"] == 650144 and fields["dry_run"] is True
+        assert fields["tensors"] == 89 and fields["nbytes"] == 2688192 and fields["dry_run"] is True
     assert os.listdir(tmp_path) == []
 
 
@@ -89,7 +89,7 @@ def test_verify_says_what_differs(run, synthetic, tmp_path):
     status, out, err = run("verify", synthetic(), tmp_path / "other")
     lines = out.splitlines()
     assert status == 1 and err == "" and lines[1].split()[0] == "visual.downsample.bias"
-    assert "different: 1 of 56 tensors" in lines
+    assert "different: 1 of 89 tensors" in lines
     assert run("verify", synthetic(), tmp_path / "other", "--tolerance", "1.1")[0] == 0
     status, out, _ = run("verify", synthetic(), tmp_path / "other", "--json")
     (different,) = json.loads(out)["different"]
@@ -116,16 +116,16 @@ def test_verify_has_two_for_any_trouble(run, synthetic, tmp_path, monkeypatch):
 def test_inspect(run, synthetic):
     status, out, _ = run("inspect", synthetic(), "--mesh", "fsdp=2,kv=2")
     assert status == 0
-    assert "language_model.layers.{i}.mlp.gate_up_proj.weight x 2" in out
-    assert out.splitlines()[-1].endswith("56 tensors, 325,072 parameters, 650,144 bytes; 214,448 on a device of "
+    assert "language_model.layers.{i}.mlp.gate_up_proj.weight x 4" in out
+    assert out.splitlines()[-1].endswith("89 tensors, 1,344,096 parameters, 2,688,192 bytes; 769,760 on a device of "
                                          "data=1,fsdp=2,kv=2,q=1,seq=1")  # fmt: skip
     status, out, _ = run("inspect", synthetic(), "--json")
-    assert status == 0 and json.loads(out)["parameters"] == 325_072
+    assert status == 0 and json.loads(out)["parameters"] == 1_344_096
 
 
 def test_synth(run, tmp_path):
     status, out, _ = run("synth", "--out", tmp_path / "a", "--dtype", "float32", "--shards", "1", "--seed", "3")
-    assert status == 0 and "56 tensors, 1.30 MB in 1 file, in" in out
+    assert status == 0 and "89 tensors, 5.38 MB in 1 file, in" in out
     status, _, err = run("synth", "--out", tmp_path / "a")
     assert (
         status == 1 and err == f"convert: error: {tmp_path / 'a'}: exists and is not empty; --overwrite replaces it\n"
@@ -206,4 +206,4 @@ def test_as_a_program(synthetic, tmp_path):
     done = subprocess.run(
         [*command, "verify", synthetic(), synthetic(count=1)], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and done.stdout.startswith("equal: 56 tensors") and done.stderr == ""
+    assert done.returncode == 0 and done.stdout.startswith("equal: 89 tensors") and done.stderr == ""

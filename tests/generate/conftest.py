@@ -1,31 +1,32 @@
-"""The packaged model behind an engine, once a session."""
+"""The random checkpoint behind an engine, once a session."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def engine(mesh):
-    """An engine of eight slots over the packaged tiny model, float32."""
-    from glm4v_jax.data import TINY_CHECKPOINT
+    """An engine of eight slots over the random checkpoint, float32."""
+    from helpers_checkpoints import RANDOM_CHECKPOINT
+
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.inputs.processor import Glm4vProcessor
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
 
-    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
+    model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
     # Room for every prompt of these tests at once: each size is a set of programs to compile.
-    return Engine(model, Glm4vProcessor.from_pretrained(TINY_CHECKPOINT), num_slots=8, capacity=256)
+    return Engine(model, Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT), num_slots=8, capacity=256)
 
 
 @pytest.fixture(scope="session")
 def their_tiny():
-    """The reference with the packaged model's weights, float32. Skips without it."""
+    """The reference with the random checkpoint's weights, float32. Skips without it."""
     from helpers_transformers import import_transformers
     from reference import load_theirs
 
     import_transformers()
-    from glm4v_jax.data import TINY_CHECKPOINT
+    from helpers_checkpoints import RANDOM_CHECKPOINT
 
-    model = load_theirs(TINY_CHECKPOINT)
+    model = load_theirs(RANDOM_CHECKPOINT)
     model.generation_config.eos_token_id = None
     model.generation_config.do_sample = False
     for option in ("temperature", "top_p", "top_k"):

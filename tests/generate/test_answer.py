@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.prompt import Prompt
@@ -14,7 +14,7 @@ EOS = 775  # <|user|>
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Glm4vTokenizer.from_pretrained(TINY_CHECKPOINT)
+    return Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT)
 
 
 def begin(tokenizer, **options):

@@ -1,5 +1,6 @@
 """Boxes and points in answers, their pixels, and their drawing."""
 
+import math
 import random
 
 import numpy as np
@@ -82,6 +83,13 @@ class TestFind:
         assert find_points("left_click(start_box='[500,20]')") == [(500.0, 20.0)]
         assert find_points("[12, 34, 560, 789]") == []
         assert find_points("(1, 2) <|begin_of_box|>[3, 4]<|end_of_box|>") == [(3.0, 4.0)]
+
+    def test_other_scales(self):
+        assert find_boxes("[10, 20, 1500, 400]") == []
+        assert find_boxes("[10, 20, 1500, 400]", limit=math.inf) == [(10, 20, 1500, 400)]
+        assert find_boxes(f"[10, 20, {'9' * 400}, 400]", limit=math.inf) == []
+        assert find_boxes("[0.1, 0.2, 0.3, 1], [1, 2, 3, 4]", limit=1) == [(0.1, 0.2, 0.3, 1)]
+        assert find_points("(1500, 20)", limit=math.inf) == [(1500, 20)]
 
     def test_never_raises(self):
         draw = random.Random(0)

@@ -4,12 +4,10 @@ Run as a program, this file does the work; the devices of a process are fixed wh
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 from helpers_generation import GREEDY, random_requests
+from helpers_orbax import run_program
 
 MESH = dict(fsdp=2, kv=2, q=2)
 
@@ -28,23 +26,17 @@ def answers(engine):
 
 
 def test_a_mesh_gives_the_same_tokens(engine):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[depth]) for depth in (2, 1)),
-    }
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == answers(engine)
+    assert json.loads(run_program(__file__, devices=8).splitlines()[-1]) == answers(engine)
 
 
 def main():
     """Print the answers on a mesh."""
-    from glm4v_jax.data import TINY_CHECKPOINT
+    from helpers_checkpoints import RANDOM_CHECKPOINT
+
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.mesh import make_mesh
 
-    one = Engine.from_pretrained(TINY_CHECKPOINT, mesh=make_mesh(**MESH))
+    one = Engine.from_pretrained(RANDOM_CHECKPOINT, mesh=make_mesh(**MESH))
     engine = Engine(one.model, one.processor, num_slots=4, capacity=256)
     sys.stdout.write(json.dumps(answers(engine)))
 

@@ -2,32 +2,30 @@
 
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import tokenizers
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import glm4v_jax.data
 from glm4v_jax.errors import CheckpointError, GenerationError, Glm4vError
 from glm4v_jax.generate.text import StopStrings, TextStream
 from glm4v_jax.generate.thinking import TAGS
 from glm4v_jax.inputs.tokenizer import Glm4vTokenizer
 
-TINY = Path(glm4v_jax.data.__file__).parent / "tiny"
 TEXT = "<think>naïve 猫 🐈‍⬛</think>\n<answer>日本語: <|begin_of_box|>½<|end_of_box|> “ok” 👩‍👩‍👧"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Glm4vTokenizer.from_pretrained(TINY)
+    return Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
 def boxed_tokenizer():
     """One in which the box tags are special, as in later tokenizers, and an added token is not of the alphabet."""
-    tokenizer = Glm4vTokenizer.from_pretrained(TINY)
+    tokenizer = Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT)
     added = [tokenizers.AddedToken(tag, special=True) for tag in TAGS[-2:]]
     tokenizer.backend_tokenizer.add_tokens([*added, tokenizers.AddedToken("<a b é>", special=False)])
     return tokenizer

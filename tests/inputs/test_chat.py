@@ -283,6 +283,18 @@ def test_media_come_in_the_order_of_the_conversation():
         extract_media([HI, user(text("a"), {"type": "image"})], TEMPLATE)
 
 
+def test_frames_with_a_rate_have_been_sampled():
+    """A file has a rate of its own; frames have none, and what the item says of them counts."""
+    frames = [np.zeros((28, 28, 3), np.uint8)] * 4
+    items = [{"type": "video", "video": video} for video in (frames, frames, "1.mp4")]
+    _, videos = extract_media([user(items[0] | {"fps": 2}, items[1], items[2] | {"fps": 2})], TEMPLATE)
+    assert videos[0].frames is frames and videos[0].metadata.timestamps == [0, 0.5, 1, 1.5]
+    assert videos[1] is frames and videos[2] == "1.mp4"
+    for rate in ("fast", 0, True):
+        with pytest.raises(MessageError, match=f"message 0, item 0: fps of the frames: found {rate!r}, expected a pos"):
+            extract_media([user({"type": "video", "video": frames, "fps": rate})], TEMPLATE)
+
+
 def test_a_picture_without_a_source_can_be_rendered():
     assert render_conversation([user({"type": "image"}, text("t"))], TEMPLATE) == f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}t"
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import MediaError, MessageError
 from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from glm4v_jax.inputs.placement import facts, place_in_prompt
@@ -32,7 +32,7 @@ def resized(pixels, height, width):
 
 @pytest.fixture(scope="module")
 def processor():
-    return Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    return Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_what_is_read_back_from_the_reference_is_the_same(processor, save):
     transformers = import_transformers()
     pixels = noise(150, 230)
     seen = look(save(pixels), processor)
-    theirs = transformers.Glm4vImageProcessor.from_pretrained(TINY_CHECKPOINT)
+    theirs = transformers.Glm4vImageProcessor.from_pretrained(RANDOM_CHECKPOINT)
     features = theirs(images=PIL.Image.fromarray(pixels), return_tensors="np")
     (grid,) = features["image_grid_thw"].tolist()
     assert tuple(grid) == seen.grid_thw
@@ -159,7 +159,7 @@ def test_why_a_picture_is_scaled(processor, save, height, width, why, warns):
 
 def test_the_warning_has_the_size_of_what_is_lost(processor, save):
     tight = Glm4vProcessor.from_pretrained(
-        TINY_CHECKPOINT, size={"shortest_edge": 12544, "longest_edge": 2 * 224 * 224}
+        RANDOM_CHECKPOINT, size={"shortest_edge": 12544, "longest_edge": 2 * 224 * 224}
     )
     seen = look(save(noise(896, 896)), tight)
     assert seen.scale == (0.25, 0.25)
@@ -220,7 +220,7 @@ def test_positions_are_the_references(processor, save):
     prompt = place_in_prompt(seen, processor, "What is this?")
 
     class Model:
-        config = Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
+        config = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
 
     position_ids, _ = Glm4vModel.get_rope_index(
         Model(),
@@ -398,9 +398,8 @@ def test_drawing_needs_no_jax(save, tmp_path):
     path = save(noise(56, 84))
     program = (
         "import sys\n"
-        "from glm4v_jax.data import TINY_CHECKPOINT\n"
         "from glm4v_jax.inputs import placement, preview, processor, sheet\n"
-        "p = processor.Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)\n"
+        f"p = processor.Glm4vProcessor.from_pretrained({str(RANDOM_CHECKPOINT)!r})\n"
         f"seen = preview.look({path!r}, p)\n"
         "prompt = placement.place_in_prompt([seen], p)\n"
         "sheet.draw_sheet([sheet.draw_card('a', seen, (), [], None, 1)])\n"
@@ -408,7 +407,7 @@ def test_drawing_needs_no_jax(save, tmp_path):
     )
     subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(TINY_CHECKPOINT.parents[2])},
+        env={**os.environ, "PYTHONPATH": str(RANDOM_CHECKPOINT.parents[2])},
         cwd=tmp_path,
         check=True,
     )

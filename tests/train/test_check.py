@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import save_film, save_noise
 
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train import commands
@@ -18,7 +18,7 @@ from train.histogram import bins, draw_histogram, percentile
 from train.lengths import TokenCounter
 from train.records import read_records
 
-CONFIG = Glm4vConfig.from_dict(json.loads((TINY_CHECKPOINT / "config.json").read_text()))
+CONFIG = Glm4vConfig.from_dict(json.loads((RANDOM_CHECKPOINT / "config.json").read_text()))
 
 
 def row(question="?", answer="!", **fields):
@@ -154,7 +154,7 @@ def test_tokens_are_those_of_a_sample(data):
     add(data, {"messages": [{"role": "system", "content": "Be short."}, *messages], "images": ["cup.jpg"]})
     frames = [{"type": "video", "video": ["cup.jpg"] * 8, "fps": 0.01}, {"type": "text", "text": "?"}]
     add(data, {"messages": [{"role": "user", "content": frames}, {"role": "assistant", "content": "!"}]})
-    processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor = Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
     records = read_records(data)
     count = TokenCounter(processor)
     assert len(records) == 7
@@ -165,7 +165,7 @@ def test_tokens_are_those_of_a_sample(data):
 
 def test_pictures_are_not_decoded_for_their_tokens(data, monkeypatch):
     records = read_records(data)
-    count = TokenCounter(Glm4vProcessor.from_pretrained(TINY_CHECKPOINT))
+    count = TokenCounter(Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT))
     expected = [count(records[i]) for i in (0, 1, 4)]
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture was decoded"))
     assert [count(records[i]) for i in (0, 1, 4)] == expected
@@ -175,7 +175,7 @@ def test_a_film_that_cannot_be_decoded_is_a_bad_row_once_tokens_are_counted(data
     (data.parent / "bad.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
     add(data, row("<video>?", videos=["bad.mp4"]))
     assert check(read_records(data)).bad == 0
-    report = check(read_records(data), measure=TokenCounter(Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)))
+    report = check(read_records(data), measure=TokenCounter(Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)))
     assert [problem.place for problem in report.problems] == [f"{data}:6"]
     assert "bad.mp4" in report.problems[0].reason
     assert not report.problems[0].reason.startswith(str(data))
@@ -205,7 +205,7 @@ def test_command_lists_bad_rows_and_exits_with_1(capfd, data):
 
 
 def test_command_as_json(capfd, data):
-    status, out, err = run(capfd, data, "--json", "--model", TINY_CHECKPOINT, "--limit", 4)
+    status, out, err = run(capfd, data, "--json", "--model", RANDOM_CHECKPOINT, "--limit", 4)
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert (report["total"], report["checked"], report["good"], report["bad"]) == (5, 4, 4, 0)

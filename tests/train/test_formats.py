@@ -11,11 +11,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from glm4v_jax.data.media import located, media_item, picture_size
 from glm4v_jax.errors import DataError, MediaError
 from glm4v_jax.generate.boxes import find_boxes, to_pixels
 from train.formats import FORMATS, alpaca, detect, hf, llava, openai, sharegpt, swift
 from train.grounding import place_objects
-from train.media import located, media_item, picture_size
 
 
 def text(value):

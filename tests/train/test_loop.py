@@ -1,4 +1,4 @@
-"""Whole jobs with the packaged tiny model: they learn, and go on after a kill as if there had been none."""
+"""Whole jobs with the random checkpoint: they learn, and go on after a kill as if there had been none."""
 
 import dataclasses
 import json
@@ -13,29 +13,31 @@ import numpy as np
 import PIL.Image
 import pytest
 import skimage.data
+from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax import Engine, Glm4vConfig
 from glm4v_jax.checkpoint import open_weights
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError, ConfigError, DataError
 from glm4v_jax.loading import leaf_paths, load_model
 from glm4v_jax.lora import LoraConfig, is_lora
 from glm4v_jax.mesh import use_mesh
 from glm4v_jax.peft import load_adapter
 from train.commands import main
-from train.config import load_config
-from train.log import read_log
-from train.loop import ADAPTER, METRICS, MODEL, TrainError, train
+from train.config import CheckpointConfig, EvalConfig, load_config
+from train.job import ADAPTER, MODEL
+from train.log import EVALUATIONS, METRICS, TENSORBOARD, read_log
+from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
+from train.optimizers import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 9, 2
 JOB = f"""
-model = {json.dumps(str(TINY_CHECKPOINT))}
+model = {json.dumps(str(RANDOM_CHECKPOINT))}
 out = "out"
 steps = {STEPS}
 freeze = ["vision"]
 dtype = "float32"
-remat = false
+remat = "none"
 mesh = "data=1"
 
 [data]
@@ -79,7 +81,8 @@ def job(folder, out, **changes):
 
 def steps(folder, out):
     """What every step came to, without how long it took."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder / out / METRICS)]
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in timed} for line in read_log(folder / out / METRICS)]
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +105,15 @@ def test_a_job_learns(uninterrupted):
 def test_a_job_that_is_done_stays_as_it_is(folder, uninterrupted):
     told = []
     assert train(job(folder, "whole"), tell=told.append) == (STEPS, True)
-    assert told == [f"going on after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"]
+    assert told[0] == f"going on after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
+    assert told[1].startswith("the result is written: logits differ by ") and len(told) == 2
     assert steps(folder, "whole") == uninterrupted
 
 
 def test_the_result_is_a_checkpoint(folder, uninterrupted):
     """What was trained has changed, what was frozen has not, and the engine takes it as it is."""
     directory = folder / "whole" / MODEL
-    before, after = open_weights(TINY_CHECKPOINT), open_weights(directory)
+    before, after = open_weights(RANDOM_CHECKPOINT), open_weights(directory)
     assert set(before) == set(after)
     for name in before:
         is_equal = np.array_equal(before.read(name), after.read(name))
@@ -126,7 +130,7 @@ def test_an_adapter_is_trained_alone(folder):
     losses = [line["loss"] for line in steps(folder, "adapter")]
     assert losses[0] == pytest.approx(7.63, abs=0.05) and losses[2] < losses[0]
     with use_mesh():
-        model = load_model(TINY_CHECKPOINT, Glm4vConfig.from_pretrained(TINY_CHECKPOINT))
+        model = load_model(RANDOM_CHECKPOINT, Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT))
         adapted = load_adapter(model, folder / "adapter" / ADAPTER)
     assert {path for path in leaf_paths(adapted) if is_lora(path)}
     found = np.asarray(adapted.language_model.layers.stacked.self_attn.q_proj.lora_b[...])
@@ -135,11 +139,11 @@ def test_an_adapter_is_trained_alone(folder):
 
 def test_sigterm_saves_and_the_job_goes_on_bit_for_bit(folder, uninterrupted):
     def stop(line):
-        if line.startswith("step 3 "):
+        if line.startswith("step 3 "):  # which is said when the fourth is under way
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(job(folder, "stopped"), tell=stop) == (3, False)
-    assert steps(folder, "stopped") == uninterrupted[:3]
+    assert train(job(folder, "stopped"), tell=stop) == (4, False)
+    assert steps(folder, "stopped") == uninterrupted[:4]
     assert train(job(folder, "stopped")) == (STEPS, True)
     assert steps(folder, "stopped") == uninterrupted
 
@@ -164,6 +168,58 @@ def test_a_killed_job_goes_on_bit_for_bit(folder, uninterrupted):
     assert train(job(folder, "killed"), tell=told.append) == (STEPS, True)
     assert told[0].startswith("going on after step ")
     assert steps(folder, "killed") == uninterrupted
+
+
+def test_a_job_looks_at_what_it_does_not_learn_from(folder):
+    """Of the data held back: loss, answers and their score; and the best of the models is the result."""
+    looked = EvalConfig(share=0.3, every=2, generate=2, max_new_tokens=8)
+    config = job(
+        folder, "looked", eval=looked, steps=5, checkpoint=CheckpointConfig(every=100, keep=1, best="loss"),
+        optimizer=OptimizerConfig(learning_rate=0.3, warmup=1, schedule="constant", clip_norm=None), tensorboard=True,
+    )  # fmt: skip
+    told = []
+    assert train(config, profile=1, tell=told.append) == (5, True)
+    found = read_log(folder / "looked" / EVALUATIONS)
+    assert [line["step"] for line in found] == [2, 4, 5]
+    best = min(found, key=lambda line: line["loss"])["step"]
+    kept = {int(path.name) for path in (folder / "looked" / CHECKPOINTS).iterdir()}
+    assert kept == {best, 5}
+    assert best == 5 or f"the result is that of step {best}, the best by loss" in told
+    for step in (2, 4, 5):
+        lines = (folder / "looked" / ANSWERS / f"step-{step:08d}.jsonl").read_text().splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert [answer.keys() for answer in answers] == [{"source", "expected", "answer", "score"}] * 2
+        assert all(answer["expected"] in ("chelsea", "coffee", "rocket") for answer in answers)
+    assert all(line["score"] in (0.0, 0.5, 1.0) for line in found)
+    assert list((folder / "looked" / PROFILE).rglob("*.xplane.pb"))
+    assert list((folder / "looked" / TENSORBOARD).iterdir())
+    bad = [line for line in told if "data.jsonl:" in line]
+    assert bad and all("data.jsonl:5: field 'images'" in line for line in bad)
+
+    # The loss of the result is that which was found for it: the weights are float32, and written as bfloat16.
+    again = dataclasses.replace(config, model=str(folder / "looked" / MODEL), out=str(folder / "again"), steps=1)
+    still = OptimizerConfig(learning_rate=1e-12, warmup=0)
+    train(dataclasses.replace(again, optimizer=still, tensorboard=False))
+    (line,) = read_log(folder / "again" / EVALUATIONS)
+    assert line["loss"] == pytest.approx(min(line["loss"] for line in found), rel=2**-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[eval]", "eval: found files of 0 names and a share of 0.0; expected one of them"),
+        ('[eval]\nfiles = ["a.jsonl"]\nshare = 0.5', "eval: found files of 1 names and a share of 0.5"),
+        ("[eval]\nshare = 1.5", "eval.share: found 1.5"),
+        ("[eval]\nshare = 0.5\nevery = 0", "eval.every: found 0; expected a number above 0"),
+        ('[checkpoint]\nbest = "loss"', "checkpoint.best: found 'loss' without .eval.; expected both"),
+        ('[checkpoint]\nbest = "score"\n[eval]\nshare = 0.5', "checkpoint.best: found 'score' with eval.generate = 0"),
+    ],
+)
+def test_what_is_wrong_with_an_evaluation_is_named(tmp_path, text, message):
+    path = tmp_path / "job.toml"
+    path.write_text(JOB.replace("[checkpoint]\nevery = 2", "") + text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
 
 
 def test_another_job_does_not_go_on_from_here(folder, uninterrupted):

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4v_jax import make_batch
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.positions import rope_index
 from glm4v_jax.inputs.prepare import token_ids
@@ -20,7 +20,7 @@ from train.packing import Packer, pack, padding_share, place, smallest_length, s
 from train.records import Record
 from train.samples import IGNORED, Sample, encode
 
-CONFIG = Glm4vConfig.from_dict(json.loads((TINY_CHECKPOINT / "config.json").read_text()))
+CONFIG = Glm4vConfig.from_dict(json.loads((RANDOM_CHECKPOINT / "config.json").read_text()))
 IMAGE, BEGIN, END = CONFIG.image_token_id, CONFIG.image_start_token_id, CONFIG.image_end_token_id
 SHAPE = (3, 128)
 
@@ -125,11 +125,11 @@ def test_weights(average):
 
 @pytest.fixture(scope="module")
 def scores(mesh):
-    """Batch -> logits [B, T, V] and the loss of `train.loss`, by the packaged model in float32."""
+    """Batch -> logits [B, T, V] and the loss of `train.loss`, by the random checkpoint in float32."""
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
     from train.loss import cross_entropy
 
-    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
+    model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
     assert model.dtype == np.float32
 
     @jax.jit
@@ -146,7 +146,7 @@ def real_samples():
     rng = np.random.default_rng(5)
     picture = {"type": "image", "image": PIL.Image.fromarray(rng.integers(0, 256, (84, 140, 3), np.uint8))}
     video = {"type": "video", "video": rng.integers(0, 256, (4, 56, 84, 3), np.uint8)}
-    processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    processor = Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
     conversations = (
         [["Hi"], ["<think>a greeting</think><answer>Hello</answer>"]],
         [[picture, "What?"], ["A cat."], ["And this?"], ["<think>hm</think><answer>5</answer>"]],

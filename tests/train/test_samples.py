@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_tokenizer import GOLDEN, write_small_tokenizer
 from helpers_transformers import import_transformers
 
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError, DataError
 from glm4v_jax.generate.prompt import prompt_of
 from glm4v_jax.inputs.positions import rope_index
@@ -21,7 +21,7 @@ from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.records import Record
 from train.samples import IGNORED, EncodeOptions, Sample, encode
 
-CONFIG = Glm4vConfig.from_dict(json.loads((TINY_CHECKPOINT / "config.json").read_text()))
+CONFIG = Glm4vConfig.from_dict(json.loads((RANDOM_CHECKPOINT / "config.json").read_text()))
 THOUGHT = "<think>It is dark.</think><answer>A <|begin_of_box|>cat<|end_of_box|>.</answer>"
 BARE = "A <|begin_of_box|>cat<|end_of_box|>."
 STOP = "<|user|>"
@@ -29,7 +29,7 @@ STOP = "<|user|>"
 
 @pytest.fixture(scope="module")
 def processor():
-    return Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    return Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def theirs():
     from transformers.models.glm4v import image_processing_glm4v, processing_glm4v, video_processing_glm4v
 
     return processing_glm4v.Glm4vProcessor(
-        image_processing_glm4v.Glm4vImageProcessor.from_pretrained(TINY_CHECKPOINT),
-        AutoTokenizer.from_pretrained(TINY_CHECKPOINT),
-        video_processing_glm4v.Glm4vVideoProcessor.from_pretrained(TINY_CHECKPOINT),
-        chat_template=(TINY_CHECKPOINT / "chat_template.jinja").read_text(),
+        image_processing_glm4v.Glm4vImageProcessor.from_pretrained(RANDOM_CHECKPOINT),
+        AutoTokenizer.from_pretrained(RANDOM_CHECKPOINT),
+        video_processing_glm4v.Glm4vVideoProcessor.from_pretrained(RANDOM_CHECKPOINT),
+        chat_template=(RANDOM_CHECKPOINT / "chat_template.jinja").read_text(),
     )
 
 
@@ -269,7 +269,7 @@ def test_a_conversation_that_the_assistant_begins(processor):
 
 def test_the_stop_token_ends_a_generation(processor):
     sample = encode(record(user("Hi"), assistant(THOUGHT)), processor, CONFIG)
-    ends = json.loads((TINY_CHECKPOINT / "generation_config.json").read_text())["eos_token_id"]
+    ends = json.loads((RANDOM_CHECKPOINT / "generation_config.json").read_text())["eos_token_id"]
     assert sample.targets[-1] in ends and sample.input_ids[-1] in ends  # and so does `</answer>`
     other = dataclasses.replace(CONFIG.text_config, eos_token_id=processor.tokenizer.eos_token_id)
     sample = encode(record(user("Hi"), assistant("x")), processor, dataclasses.replace(CONFIG, text_config=other))
@@ -380,4 +380,4 @@ def test_options_are_checked(options):
 
 def test_the_host_side_imports_no_jax():
     program = "import sys, train.packing, train.samples; assert not {'jax', 'torch'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=TINY_CHECKPOINT.parents[2])
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=RANDOM_CHECKPOINT.parents[2])

@@ -50,7 +50,7 @@ def started(checkpoints, config=CONSTANT, is_trained=lambda path: True, **option
     model = load_model(checkpoints("base"), CONFIG)
     params, frozen = split(model, is_trained)
     optimizer = make_optimizer(config, 10, model)
-    step = make_step(Layout.of(model), optimizer, dtype=jnp.float32, remat=False, **options)
+    step = make_step(Layout.of(model), optimizer, dtype=jnp.float32, remat="none", **options)
     return step, init_state(params, optimizer), frozen, Layout.of(model)
 
 

@@ -1,4 +1,4 @@
-"""Digits: the split, the tasks' pictures and truths, and that the model's processor takes them as they are."""
+"""Digits: the split, the tasks' pictures and truths, and what is in them."""
 
 import itertools
 import re
@@ -6,49 +6,43 @@ import re
 import numpy as np
 import pytest
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.errors import DataError
-from glm4v_jax.files import read_json_object
-from glm4v_jax.generate.boxes import find_boxes
-from glm4v_jax.generate.thinking import is_well_formed, parse
-from glm4v_jax.inputs.processor import Glm4vProcessor
-from train.digits import (
+from glm4v_jax.data.digits import (
     DIRECTIONS,
     GROUNDING_SIZE,
     NUM_FRAMES,
     NUM_HELD_OUT,
     NUM_TRAIN,
+    NUM_VALIDATION,
     STEP,
     TASKS,
     digits,
     examples,
-    examples_with_truth,
     held_out,
+    make_example,
     shuffled_frames,
 )
-from train.samples import IGNORED, encode
+from glm4v_jax.errors import DataError
+from glm4v_jax.generate.boxes import find_boxes
+from glm4v_jax.generate.thinking import is_well_formed, parse
 
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 
 def picture(example):
     """uint8 [H, W] of the example's picture."""
-    (item,) = example.record.media("image")
-    array = np.asarray(item["image"])
+    array = np.asarray(example.media)
     assert array.shape[2] == 3 and (array == array[..., :1]).all()
     return array[..., 0]
 
 
 def frames(example):
     """uint8 [T, H, W] of the example's video."""
-    (item,) = example.record.media("video")
-    return np.stack(item["video"])[..., 0]
+    return np.stack(example.media)[..., 0]
 
 
 def said(example):
     """What the assistant says."""
-    return example.record.messages[-1]["content"][0]["text"]
+    return example.messages[-1]["content"][0]["text"]
 
 
 def middle(frame):
@@ -60,42 +54,42 @@ def middle(frame):
 
 def drawn(example):
     """All of what an example shows and says."""
-    shown = frames(example) if example.record.media("video") else picture(example)
-    return shown.tobytes(), example.record.messages[0]["content"][1]["text"], said(example)
+    shown = frames(example) if isinstance(example.media, list) else picture(example)
+    return shown.tobytes(), example.messages[0]["content"][1]["text"], said(example)
 
 
 def test_split_takes_every_digit_once():
-    train, held = digits("train"), digits("held-out")
-    assert (len(train.labels), len(held.labels)) == (NUM_TRAIN, NUM_HELD_OUT)
-    both = np.concatenate([train.pixels, held.pixels]).reshape(-1, 64)
+    splits = [digits(split) for split in ("train", "validation", "held-out")]
+    assert [len(split.labels) for split in splits] == [NUM_TRAIN, NUM_VALIDATION, NUM_HELD_OUT]
+    ours = np.concatenate([split.pixels for split in splits]).reshape(-1, 64)
     everything = load_digits().data
-    np.testing.assert_array_equal(both[np.lexsort(both.T)], everything[np.lexsort(everything.T)])
-    known = {image.tobytes() for image in train.pixels}
-    assert not any(image.tobytes() in known for image in held.pixels)
-    # No class is rare on either side.
-    assert min(np.bincount(held.labels)) >= 25 and len(np.bincount(held.labels)) == 10
+    np.testing.assert_array_equal(ours[np.lexsort(ours.T)], everything[np.lexsort(everything.T)])
+    assert len(np.unique(ours, axis=0)) == len(ours)  # so none is on two sides
+    # No class is rare on any side.
+    for split, least in zip(splits, (100, 7, 25), strict=True):
+        assert len(np.bincount(split.labels)) == 10 and min(np.bincount(split.labels)) >= least
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_same_seed_same_examples(task):
-    first, again, other = ([drawn(e) for e in examples_with_truth(task, "train", 12, seed=seed)] for seed in (3, 3, 4))
+    first, again, other = ([drawn(e) for e in examples(task, "train", 12, seed=seed)] for seed in (3, 3, 4))
     assert first == again and len(set(first)) == 12
     assert not set(first) & set(other)
     # A longer run begins as a shorter one.
-    assert [drawn(e) for e in examples_with_truth(task, "train", 5, seed=3)] == first[:5]
+    assert [drawn(e) for e in examples(task, "train", 5, seed=3)] == first[:5]
 
 
-def test_examples_are_the_records_of_those_with_truth():
-    found = [record.source for record in examples("reading", "train", 3)]
-    assert found == [e.record.source for e in examples_with_truth("reading", "train", 3)]
-    assert found == [f"digits/reading/train:{number}" for number in range(3)]
+def test_one_example_by_the_number_of_its_digit():
+    found = make_example("reading", "validation", 7, np.random.default_rng(0), "here")
+    assert (found.answer, found.source) == (str(digits("validation").labels[7]), "here")
+    assert found.prompt == [found.messages[0]] and found.messages[1]["role"] == "assistant"
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_are_in_the_format(task):
-    for example in examples_with_truth(task, "train", 20):
-        user, assistant = example.record.messages
-        assert (user["role"], assistant["role"]) == ("user", "assistant") and example.record.losses == (False, True)
+    for example in examples(task, "train", 20):
+        user, assistant = example.messages
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert is_well_formed(said(example)) and parse(said(example)).boxed == (example.answer,)
 
 
@@ -127,17 +121,17 @@ def test_two_digits_differ_and_do_not_overlap():
     for example in held_out("grounding2"):
         (x1, y1, x2, y2), (a1, b1, a2, b2) = example.boxes
         assert x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1
-    found = [int(re.search(r"\d", e.record.messages[0]["content"][1]["text"])[0]) for e in held_out("grounding2")]
+    found = [int(re.search(r"\d", e.messages[0]["content"][1]["text"])[0]) for e in held_out("grounding2")]
     assert sorted(found) == sorted(digits("held-out").labels)
     # The one that is asked for is on either side as often.
-    first = np.mean([boxes[0][0] < boxes[1][0] for _, _, boxes in held_out("grounding2")])
+    first = np.mean([boxes[0][0] < boxes[1][0] for _, _, boxes, _ in held_out("grounding2")])
     assert 0.42 < first < 0.58
 
 
 def test_thoughts_say_what_is_where():
     """Both digits, each at its side along the axis on which they are further apart, and the side that is asked for."""
     for example in held_out("grounding2"):
-        asked = re.search(r"\d", example.record.messages[0]["content"][1]["text"])[0]
+        asked = re.search(r"\d", example.messages[0]["content"][1]["text"])[0]
         pattern = r"(\d) (left|top), (\d) (right|bottom): (\d) (left|right|top|bottom)\."
         one, first, other, second, again, place = re.fullmatch(pattern, parse(said(example)).thought).groups()
         assert asked == again and asked in (one, other) and one != other
@@ -148,7 +142,7 @@ def test_thoughts_say_what_is_where():
         axis = ("left", "top").index(first)
         assert apart[axis] > 0 and apart[axis] >= abs(apart[1 - axis]) - 1  # the means were rounded
     for example in held_out("grounding1"):
-        asked = re.search(r"\d", example.record.messages[0]["content"][1]["text"])[0]
+        asked = re.search(r"\d", example.messages[0]["content"][1]["text"])[0]
         assert parse(said(example)).thought == f"Only {asked}."
 
 
@@ -173,7 +167,7 @@ def test_one_frame_does_not_tell_the_direction(number):
     def places(found):
         return [middle(frames(example)[number]) for example in found], [example.answer for example in found]
 
-    known = list(examples_with_truth("motion", "train", 1000))
+    known = list(examples("motion", "train", 1000))
     guess = KNeighborsClassifier(25).fit(*places(known))
     assert 0.25 < guess.score(*places(held_out("motion"))) < 0.6
 
@@ -186,32 +180,13 @@ def test_shuffled_frames_are_the_same_in_another_order():
         assert shuffled.answer == example.answer and said(shuffled) == said(example)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """Processor and configuration of the package's tiny checkpoint."""
-    config = Glm4vConfig.from_dict(read_json_object(TINY_CHECKPOINT / "config.json"))
-    return Glm4vProcessor.from_pretrained(TINY_CHECKPOINT), config
-
-
-def test_the_released_processor_does_not_resize(tiny):
-    """Patches of 14 pixels: as many as the pictures have."""
-    grids = {"reading": [[6, 6]], "grounding1": [[8, 8]], "grounding2": [[8, 8]], "motion": [[4, 4]] * 2}
-    for task, expected in grids.items():
-        (record,) = examples(task, "train", 1)
-        sample = encode(record, *tiny)
-        assert sample.frames.tolist() == expected
-        learned = sample.targets[sample.targets != IGNORED].tolist()
-        text = tiny[0].tokenizer.decode(learned, skip_special_tokens=False)
-        assert text == record.messages[-1]["content"][0]["text"] + "<|user|>"
-
-
 def test_errors():
     with pytest.raises(DataError, match="task: found 'writing', expected one of reading"):
         examples("writing", "train", 1)
-    with pytest.raises(DataError, match="split: found 'test', expected 'train' or 'held-out'"):
+    with pytest.raises(DataError, match="split: found 'test', expected one of train, validation, held-out"):
         examples("reading", "test", 1)
 
 
 def test_rounds_show_every_digit_before_any_again():
-    found = [e.answer for e in itertools.islice(examples_with_truth("reading", "held-out", 2 * NUM_HELD_OUT), 360)]
+    found = [e.answer for e in itertools.islice(examples("reading", "held-out", 2 * NUM_HELD_OUT), 360)]
     assert sorted(found) == sorted(map(str, digits("held-out").labels))

@@ -1,9 +1,9 @@
-"""Training data of our own tiny model: real handwritten digits, read, located, and seen moving.
+"""Questions about real handwritten digits, read, located, and seen moving: what the packaged tiny model is about.
 
 The digits are those of scikit-learn's `load_digits`: 1,797 pictures of 8 x 8 pixels by 13 writers (the test set of
-UCI's "Optical Recognition of Handwritten Digits"). 1,437 of them are for training, 360 are held out. The split is by
-picture and not by writer, which the data does not name: *every writer is on both sides*, so what is measured is new
-pictures of known hands.
+UCI's "Optical Recognition of Handwritten Digits"). 1,293 of them are for training, 144 for choosing between trainings,
+360 are held out. The split is by picture and not by writer, which the data does not name: *every writer is on all
+sides*, so what is measured is new pictures of known hands.
 
 Pictures are made of them at sizes that the released processor takes as they are, so that nothing is resized again:
 
@@ -12,12 +12,13 @@ Pictures are made of them at sizes that the released processor takes as they are
   is the box of the digit's ink.
 - motion, 4 frames of 56 x 56: a digit that moves; "Which way does it move?"
 
-Everything follows from the split, the task and the seed.
+Everything follows from the split, the task and the seed. The digits come with scikit-learn (the `demo` extra), which is
+imported when they are asked for.
 """
 
-import dataclasses
 import functools
 import itertools
+import typing
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -26,10 +27,9 @@ import PIL.Image
 
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.thinking import ANSWER, BOX, END_ANSWER, END_BOX, END_THINK, THINK
-from train.records import Record
 
 Task = Literal["reading", "grounding1", "grounding2", "motion"]
-Split = Literal["train", "held-out"]
+Split = Literal["train", "validation", "held-out"]
 
 TASKS: tuple[Task, ...] = ("reading", "grounding1", "grounding2", "motion")
 """`grounding1` and `grounding2` differ in how many digits a picture has."""
@@ -37,7 +37,7 @@ TASKS: tuple[Task, ...] = ("reading", "grounding1", "grounding2", "motion")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Name -> step along x and y, y pointing down as in pictures."""
 
-NUM_TRAIN, NUM_HELD_OUT = 1437, 360
+NUM_TRAIN, NUM_VALIDATION, NUM_HELD_OUT = 1293, 144, 360
 READING_SIZE, GROUNDING_SIZE, MOTION_SIZE = 84, 112, 56
 NUM_FRAMES, FRAMES_PER_SECOND = 4, 2.0
 STEP = 10
@@ -52,16 +52,29 @@ Box = tuple[int, int, int, int]
 
 
 class Example(NamedTuple):
-    """A record with the truth beside it.
+    """A question with its answer.
 
-    record: question and answer.
+    messages: the user's with a picture or a video, and the assistant's, as the chat template takes them.
     answer: what is to be in the answer's box: "7", "left", "[[120,340,560,780]]".
     boxes: of grounding, the box of the digit that is asked for, then those of the others; otherwise none.
+    source: which one it is: "digits/reading/held-out:0".
     """
 
-    record: Record
+    messages: tuple[dict[str, Any], ...]
     answer: str
     boxes: tuple[Box, ...]
+    source: str
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The question alone."""
+        return [dict(self.messages[0])]
+
+    @property
+    def media(self) -> Any:
+        """What is shown: a picture, or the list of a video's frames uint8 [H, W, 3]."""
+        item = self.messages[0]["content"][0]
+        return item[item["type"]]
 
 
 class Digits(NamedTuple):
@@ -78,36 +91,38 @@ def digits(split: Split) -> Digits:
     Raises:
         DataError: scikit-learn is not installed, or the split is unknown.
     """
-    if split not in ("train", "held-out"):
-        raise DataError(f"split: found {split!r}, expected 'train' or 'held-out'")
+    if split not in (known := typing.get_args(Split)):
+        raise DataError(f"split: found {split!r}, expected one of {', '.join(known)}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("digits: scikit-learn is not installed, expected it: pip install scikit-learn") from error
     data = load_digits()
-    order = np.random.default_rng(_SPLIT_SEED).permutation(NUM_TRAIN + NUM_HELD_OUT)
-    chosen = order[:NUM_TRAIN] if split == "train" else order[NUM_TRAIN:]
+    order = np.random.default_rng(_SPLIT_SEED).permutation(NUM_TRAIN + NUM_VALIDATION + NUM_HELD_OUT)
+    parts = np.split(order, [NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION])
+    chosen = parts[known.index(split)]
     return Digits(data.images[chosen].astype(np.uint8), data.target[chosen])
 
 
-def examples(task: Task, split: Split, count: int, seed: int = 0) -> Iterator[Record]:
-    """`count` records of a task; digits of the split are taken in a new random order again and again.
+def examples(task: Task, split: Split, count: int, seed: int = 0) -> Iterator[Example]:
+    """`count` questions of a task; digits of the split are taken in a new random order again and again.
 
     Raises:
         DataError: the task or the split is unknown, or scikit-learn is not installed.
     """
-    return (example.record for example in examples_with_truth(task, split, count, seed))
+    _check_task(task)
+    return _generated(task, split, len(digits(split).labels), count, seed)
 
 
-def examples_with_truth(task: Task, split: Split, count: int, seed: int = 0) -> Iterator[Example]:
-    """What `examples` gives, with the truth.
+def make_example(task: Task, split: Split, index: int, draw: np.random.Generator, source: str) -> Example:
+    """The question about one digit of a split; all else of it is drawn.
 
     Raises:
         DataError: the task or the split is unknown, or scikit-learn is not installed.
     """
-    if task not in TASKS:
-        raise DataError(f"task: found {task!r}, expected one of {', '.join(TASKS)}")
-    return _generated(task, split, digits(split), count, seed)
+    _check_task(task)
+    make = {"reading": _reading, "grounding1": _grounding_one, "grounding2": _grounding_two, "motion": _motion}[task]
+    return make(digits(split), index, draw, source)
 
 
 def held_out(task: Task) -> list[Example]:
@@ -116,27 +131,29 @@ def held_out(task: Task) -> list[Example]:
     Raises:
         DataError: the task is unknown, or scikit-learn is not installed.
     """
-    return list(examples_with_truth(task, "held-out", NUM_HELD_OUT, seed=0))
+    return list(examples(task, "held-out", NUM_HELD_OUT, seed=0))
 
 
 def shuffled_frames(example: Example, seed: int = 0) -> Example:
     """An example of motion with its frames in any other order: what is left of it without time."""
-    messages = [dict(message) for message in example.record.messages]
-    (item,) = example.record.media("video")
+    user, assistant = example.messages
+    item, question = user["content"]
     orders = [order for order in itertools.permutations(range(NUM_FRAMES)) if order != tuple(range(NUM_FRAMES))]
     order = orders[np.random.default_rng(seed).integers(len(orders))]
     changed = {**item, "video": [item["video"][index] for index in order]}
-    for message in messages:
-        message["content"] = [changed if part is item else part for part in message["content"]]
-    return example._replace(record=dataclasses.replace(example.record, messages=tuple(messages)))
+    return example._replace(messages=({**user, "content": [changed, question]}, assistant))
 
 
-def _generated(task: Task, split: Split, data: Digits, count: int, seed: int) -> Iterator[Example]:
+def _check_task(task: Task) -> None:
+    if task not in TASKS:
+        raise DataError(f"task: found {task!r}, expected one of {', '.join(TASKS)}")
+
+
+def _generated(task: Task, split: Split, num_digits: int, count: int, seed: int) -> Iterator[Example]:
     draw = np.random.default_rng([seed, TASKS.index(task), split == "train"])
-    rounds = (index for _ in itertools.count() for index in draw.permutation(len(data.labels)))
-    make = {"reading": _reading, "grounding1": _grounding_one, "grounding2": _grounding_two, "motion": _motion}[task]
+    rounds = (index for _ in itertools.count() for index in draw.permutation(num_digits))
     for number, index in enumerate(itertools.islice(rounds, count)):
-        yield make(data, int(index), draw, f"digits/{task}/{split}:{number}")
+        yield make_example(task, split, int(index), draw, f"digits/{task}/{split}:{number}")
 
 
 def _reading(data: Digits, index: int, draw: np.random.Generator, source: str) -> Example:
@@ -246,4 +263,4 @@ def _example(
         {"role": "user", "content": [item, {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": said}]},
     )
-    return Example(Record(messages, (False, True), source), answer, boxes)
+    return Example(messages, answer, boxes, source)

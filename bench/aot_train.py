@@ -1,0 +1,116 @@
+"""Training steps of the full 9B for TPU slices that are not here: what `bench.aot` compiles of them, and their table.
+
+AdamW with float32 weights and moments, bfloat16 in the model. Rows are one sample without padding, vision rows one
+frame: more packing is less attention.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from bench import report
+from glm4v_jax.layers import Remat
+
+COLUMNS = (
+    "step", "slice", "mesh", "compile s", "arguments", "temporaries", "peak", "of HBM", "in the layer loop",
+    "elsewhere", "GB received", "least", "TFLOP a chip", "least", "attention forward", "floor ms", "",
+)  # fmt: skip
+
+CAPTION = """\
+Training steps with AdamW: weights and moments float32, the model bfloat16. Memory is GiB a chip; the peak, arguments
+included, is as the compiler has laid it out, which refuses what a chip has no room for. Received is what a chip gets
+from others in a step, and the least of that: weights gathered, gradients and states summed. TFLOP are those of matrix
+products with what is made again in the backward pass, and the least without; attention forward is how often its forward
+kernel runs. The floor is the longest of: products, links, state read and written once.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step.
+
+    Attributes:
+      rows, length: of its batch, in tokens.
+      vision_rows, vision_length: in patches.
+      remat: see `glm4v_jax.layers.Remat`.
+      lora: rank of the adapter that is trained; all weights are trained without.
+      micro_batches: of `rows` each.
+    """
+
+    rows: int
+    length: int
+    vision_rows: int = 0
+    vision_length: int = 0
+    remat: Remat = "full"
+    lora: int | None = None
+    micro_batches: int = 1
+
+
+SPLIT = dict(fsdp=4, kv=2, q=2)
+CASES: list[tuple[str, Step, str, dict[str, int]]] = [
+    # 32k tokens a step, of all weights: slices that hold them, the smallest of each generation.
+    ("train", Step(8, 4096, 8, 4096), "v5e:4x4", SPLIT),
+    ("train", Step(4, 8192, 4, 8192), "v5e:4x4", SPLIT),
+    ("train", Step(16, 2048, 16, 2048), "v5e:4x4", dict(fsdp=16)),
+    ("train", Step(1, 32768), "v5e:4x4", dict(kv=2, q=8)),
+    ("train", Step(4, 8192, 4, 8192), "v6e:2x4", dict(fsdp=4, kv=2)),
+    ("train", Step(4, 8192, 4, 8192), "v5p:2x2x1", dict(fsdp=4)),
+    ("train", Step(4, 8192, 4, 8192, remat="attention"), "v5p:2x2x1", dict(fsdp=4)),
+    ("train", Step(4, 8192, 4, 8192, remat="dots"), "v5p:2x2x1", dict(fsdp=4)),
+    ("train", Step(8, 8192, 8, 8192, lora=8), "v5e:2x4", dict(fsdp=8)),
+    ("train", Step(8, 8192, 8, 8192, lora=8, remat="attention"), "v5e:2x4", dict(fsdp=8)),
+    ("train", Step(1, 32768, 1, 8192, lora=8), "v5e:2x4", dict(kv=2, q=4)),
+]
+
+
+def compile_step(step: Step, topology: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """Compile a step in this process."""
+    from glm4v_jax import aot
+    from glm4v_jax.config import Glm4vConfig
+    from glm4v_jax.lora import LoraConfig
+    from train.aot import Counts, Shapes, step_program
+
+    config, found = Glm4vConfig.glm4_1v_9b(), list[Counts]()
+    shapes = Shapes(step.rows, step.length, step.vision_rows, step.vision_length, step.micro_batches)
+    lora = None if step.lora is None else LoraConfig(rank=step.lora)
+    program = step_program(config, shapes, remat=step.remat, lora=lora, tell=found.append)
+    compiled = dataclasses.asdict(aot.compile_for(program, config, topology, **sizes))
+    del compiled["held"]  # of weights in bfloat16 alone
+    return finished(compiled, dataclasses.asdict(found[0]))
+
+
+def finished(compiled: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+    """What was compiled, with what the step does and the least time of each part of it, in milliseconds.
+
+    State is read and written once, products are those of the model alone, and all links of a chip are in use.
+    """
+    from glm4v_jax.aot import CHIPS, GIB
+
+    chip, chips = CHIPS[compiled["topology"].partition(":")[0]], math.prod(compiled["mesh"].values())
+    floors = {
+        "bandwidth": 2 * compiled["arguments"] * GIB / chip.bandwidth / 1e6,
+        "FLOP/s": counts["model_flops"] / chips / chip.tflops / 1e9,
+        "links": counts["least_sent"] / chip.links / 1e6,
+    }
+    fits = compiled["peak"] <= compiled["hbm"]
+    return compiled | {"floor_ms": floors, "fits": fits, "train": counts}
+
+
+def row(line: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+
+    def collectives(where: int) -> str:
+        return ", ".join(f"{counts[where]} {kind}" for kind, counts in line["collectives"].items() if counts[where])
+
+    counts, chips, floors = line["train"], math.prod(line["mesh"].values()), line["floor_ms"]
+    least = counts["model_flops"] / chips / 1e12
+    made = (counts["model_flops"] + counts["recomputed_flops"]) / chips / 1e12
+    bound = max(floors, key=lambda name: floors[name])
+    forward = sum(runs for name, runs in counts["kernels"].items() if "_fwd_" in name)
+    return (
+        line["program"], line["topology"], " ".join(f"{k}={v}" for k, v in line["mesh"].items()),
+        f"{line['seconds']:.0f}", f"{line['arguments']:.2f}", f"{line['temporaries']:.2f}", f"{line['peak']:.2f}",
+        f"{line['hbm']:.0f}", collectives(0), collectives(1), f"{line['received']:.1f}",
+        f"{counts['least_sent'] / 1e9:.1f}", f"{made:.1f}", f"{least:.1f}", f"{forward}",
+        f"{floors[bound]:.0f} ({bound})", report.verdict(line["passed"]),
+    )  # fmt: skip

@@ -1,0 +1,216 @@
+"""Results of jobs: written, verified by their logits, and the same to transformers and PEFT."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers_lora import batch_of, logits_of, trained
+from helpers_transformers import import_transformers
+from reference import assert_close, load_theirs, their_inputs
+
+from glm4v_jax import Glm4vConfig, lora, quant
+from glm4v_jax.commands.program import run_program
+from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import read_json_object
+from glm4v_jax.loading import load_model
+from glm4v_jax.merge import merged_tensors, write_merged
+from glm4v_jax.peft import load_adapter, save_adapter
+from glm4v_jax.safetensors_io import SafetensorsFile, open_checkpoint
+from train import export, verify
+from train.export_command import Export
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+PROMPT = [[4, ("image", (4, 6)), 3], [9]]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def base(config):
+    """The packaged model, whose weights are bfloat16, as float32 computes with it."""
+    return load_model(TINY_CHECKPOINT, config, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """An adapter of it that does something."""
+    directory = tmp_path_factory.mktemp("adapter")
+    save_adapter(trained(base, lora.LoraConfig(rank=2)), directory, str(TINY_CHECKPOINT))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def merged(adapter, tmp_path_factory):
+    """As float32, which rounds nothing, and what was said of it."""
+    directory = tmp_path_factory.mktemp("results") / "merged"
+    return directory, export.export_merged(TINY_CHECKPOINT, adapter, directory, written="float32")
+
+
+def test_a_merged_adapter_is_verified(merged, config):
+    directory, verified = merged
+    assert verified.difference <= verified.tolerance < 1.5e-5 < 0.05 < verified.effect
+    assert verified.tolerance == pytest.approx(1e-5 * 2**0.5, rel=1e-3)
+    found = {path.name for path in directory.iterdir()}
+    assert found >= {path.name for path in TINY_CHECKPOINT.iterdir() if not path.name.startswith("model")}
+    assert not [path for path in directory.parent.iterdir() if path != directory]
+    assert Glm4vConfig.from_pretrained(directory) == config
+    assert read_json_object(directory / "config.json")["text_config"]["dtype"] == "float32"
+    assert {info.dtype.name for info in open_checkpoint(directory).values()} == {"float32"}
+
+
+def test_weights_are_the_sums_rounded_once(adapter, config, merged):
+    before, pairs = open_checkpoint(TINY_CHECKPOINT), merged_tensors(TINY_CHECKPOINT, adapter)
+    assert list(pairs) == list(before)
+    file = SafetensorsFile(adapter / "adapter_model.safetensors")
+    changed = 0
+    for name, tensor in pairs.items():
+        weight, key = before.read(name), f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        expected = np.asarray(weight, np.float64)
+        if f"{key}A.weight" in file:
+            a, b = (np.asarray(file.read(f"{key}{side}.weight"), np.float64) for side in "AB")
+            expected = expected + 8.0 * b @ a
+            changed += 1
+        assert tensor.dtype == weight.dtype == jnp.bfloat16
+        assert np.mean(np.asarray(tensor) == expected.astype(jnp.bfloat16)) > 0.999
+        assert_close(open_checkpoint(merged[0]).read(name), expected, tolerance=5e-7)
+    assert changed == 6 * config.text_config.num_hidden_layers
+    assert len(file) == 2 * changed
+
+
+def test_bfloat16_differs_by_its_rounding(adapter, tmp_path):
+    verified = export.export_merged(TINY_CHECKPOINT, adapter, tmp_path / "out")
+    assert 1e-4 < verified.difference <= verified.tolerance
+    assert verified.tolerance == pytest.approx(2 * 2**-8 * 8**0.5, rel=1e-3)
+    assert verified.effect > 2 * verified.tolerance
+    assert {info.dtype.name for info in open_checkpoint(tmp_path / "out").values()} == {"bfloat16"}
+
+
+def test_a_wrong_result_is_not_kept(adapter, tmp_path, monkeypatch):
+    """Whatever is wrong with it: here the adapter is added with twice its weight, and then not at all."""
+    for scale in (2.0, 0.0, float("nan")):
+
+        def wrong(*args, scale=scale):
+            return {
+                name: tensor if tensor.pair is None else _with(tensor, scale)
+                for name, tensor in merged_tensors(*args).items()
+            }
+
+        monkeypatch.setattr(export, "merged_tensors", wrong)
+        with pytest.raises(CheckpointError, match=r"out: loaded again, its logits differ from the trained model's by"):
+            export.export_merged(TINY_CHECKPOINT, adapter, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+def _with(tensor, scale):
+    return dataclasses.replace(tensor, pair=tensor.pair._replace(scale=tensor.pair.scale * scale))
+
+
+def test_an_adapter_is_loaded_again(base, tmp_path, monkeypatch):
+    """That of a quantised base too, which is compared on that base."""
+    model = trained(quant.quantize(base, quant.QuantConfig("int4")), lora.LoraConfig(rank=2))
+    verified = export.export_adapter(model, TINY_CHECKPOINT, tmp_path / "adapter")
+    assert verified.difference <= 1e-6 and verified.effect > 0.05
+    again = load_adapter(lora.drop_lora(model), tmp_path / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+    monkeypatch.setattr(export, "load_adapter", lambda model, directory: model)
+    with pytest.raises(CheckpointError, match="adapter: loaded again, its logits differ"):
+        export.export_adapter(model, TINY_CHECKPOINT, tmp_path / "adapter")
+    assert jax.tree.structure(load_adapter(lora.drop_lora(model), tmp_path / "adapter"))  # the first is still there
+
+
+def test_a_model_is_loaded_again(base, tmp_path, monkeypatch):
+    """A whole model, as bfloat16 of what was trained in float32; not one that comes back with other weights."""
+    exported = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge_lora(trained(base, lora.LoraConfig(rank=2))))
+    verified = export.export_model(exported, jnp.float32, TINY_CHECKPOINT, tmp_path / "model")
+    assert verified.difference <= 1e-6 and verified.tolerance < 2e-5 and verified.effect is None
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    again = load_model(tmp_path / "model", base.config, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again, exported)
+    monkeypatch.setattr(export, "load_model", lambda *args, **kwargs: base)
+    with pytest.raises(CheckpointError, match="model: loaded again, its logits differ"):
+        export.export_model(exported, jnp.float32, TINY_CHECKPOINT, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_transformers_and_peft_compute_the_same(checkpoints, ours, tmp_path):
+    """A merged export of a model that transformers and PEFT both load, from safetensors and from Orbax."""
+    import_transformers()
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("peft")
+    directory = checkpoints("base")
+    model = trained(ours("base").module)
+    save_adapter(model, tmp_path / "adapter")
+    ours("base").save_orbax(tmp_path / "orbax")
+    for name, base in (("safetensors", directory), ("orbax", tmp_path / "orbax")):
+        result = tmp_path / f"from-{name}"
+        result.mkdir()
+        write_merged(base, merged_tensors(base, tmp_path / "adapter"), result, max_shard_size="100KB")
+        assert len(list(result.glob("*.safetensors"))) > 2
+    batch, prompts = batch_of(model.config, PROMPT)
+    wrapped = theirs.PeftModel.from_pretrained(load_theirs(directory), tmp_path / "adapter").eval()
+    adapted, merged = wrapped.base_model.model, load_theirs(tmp_path / "from-safetensors")
+    with torch.no_grad():
+        expected, found = (m(**their_inputs(m, prompts)).logits.numpy() for m in (adapted, merged))
+    assert_close(found, expected, prompts.real)
+    assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+    one, other = (open_checkpoint(tmp_path / f"from-{name}") for name in ("safetensors", "orbax"))
+    assert set(one) == set(other) and all(np.array_equal(one.read(name), other.read(name)) for name in one)
+
+
+def main(arguments):
+    return run_program({"export": Export}, arguments, name="train", prog="train", description="")
+
+
+def test_the_command(adapter, tmp_path, capsys):
+    assert main(["export", str(adapter), "--out", str(tmp_path / "out"), "--dtype", "float32", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["out"] == str(tmp_path / "out") and said["difference"] <= said["tolerance"] < said["effect"]
+    assert main(["export", str(adapter), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(f"train: error: {tmp_path / 'out'}: exists and is not empty; --overwrite")
+    job = tmp_path / "job.toml"
+    job.write_text(
+        f'model = "{TINY_CHECKPOINT}"\nout = "."\nsteps = 1\nlora = {{ rank = 2 }}\n[data]\nfiles = ["x.jsonl"]\n'
+    )
+    assert main(["export", str(job), "--no-verify"]) == 1
+    assert "has no adapter_config.json; expected a trained adapter" in capsys.readouterr().err
+    shutil.copytree(adapter, tmp_path / "adapter")
+    assert main(["export", str(job), "--no-verify"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'model'}: not verified\n"
+    files, expected = open_checkpoint(tmp_path / "model"), merged_tensors(TINY_CHECKPOINT, adapter)
+    assert all(np.array_equal(files.read(name), np.asarray(tensor)) for name, tensor in expected.items())
+
+
+def test_refused(adapter, checkpoints, tmp_path):
+    def places(source, **options):
+        return Export(source=str(source), **options)._places()
+
+    (tmp_path / "full.toml").write_text('model = "m"\nout = "o"\nsteps = 1\n[data]\nfiles = ["x.jsonl"]\n')
+    with pytest.raises(ConfigError, match=r"full\.toml: found a job without lora; its result is a checkpoint already"):
+        places(tmp_path / "full.toml")
+    with pytest.raises(ConfigError, match="--out: found nothing; expected the directory to make"):
+        places(adapter)
+    with pytest.raises(ConfigError, match="--out: found the adapter's own directory"):
+        places(adapter, out=str(adapter))
+    with pytest.raises(CheckpointError, match="tensors do not fit the model"):
+        export.export_merged(checkpoints("wide"), adapter, tmp_path / "out")
+    shutil.copytree(adapter, tmp_path / "nameless")
+    options = read_json_object(tmp_path / "nameless" / "adapter_config.json")
+    (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(options | {"base_model_name_or_path": "x"}))
+    with pytest.raises(ConfigError, match="--model: found nothing, and the adapter names 'x'"):
+        places(tmp_path / "nameless", out="out")
+    with pytest.raises(CheckpointError, match="another place"):
+        export.export_merged(TINY_CHECKPOINT, adapter, TINY_CHECKPOINT / "out")
+
+
+def test_the_line():
+    assert str(verify.Verified(1e-6, 1e-5)) == "logits differ by 1e-06 of their size (rounding: up to 1e-05)"
+    assert str(verify.Verified(1e-6, 1e-5, 0.2)).endswith("; training changed them by 0.2")
+    assert str(verify.Verified(1e-3, 1e-2, 0.015)).endswith("0.015, too little to be told from rounding")

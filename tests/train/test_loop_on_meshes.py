@@ -1,0 +1,206 @@
+"""A job is the same on every mesh and by any number of processes: the same batches, and losses within rounding.
+
+Run as a program, this file trains on eight simulated devices.
+"""
+
+import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import skimage.data
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_mesh import run_on_devices
+from helpers_orbax import environment
+
+from glm4v_jax.checkpoint import open_weights
+from glm4v_jax.errors import ConfigError, DataError
+from train.config import BatchConfig, load_config
+from train.job import MODEL
+from train.log import METRICS, read_log
+from train.loop import train
+from train.placement import check_batch
+
+STEPS = 5
+SHARDED = ("data=2,fsdp=4", "fsdp=2,kv=2,q=2")
+JOB = """
+model = {model}
+out = "out"
+steps = 5
+freeze = []
+dtype = "float32"
+remat = "none"
+mesh = "data=1"
+
+[data]
+files = ["data.jsonl"]
+
+[batch]
+rows = 8
+length = 48
+vision_rows = 8
+vision_length = 72
+
+[optimizer]
+learning_rate = 1e-3
+eps = 1e-3
+
+[checkpoint]
+every = 100
+"""
+# The large eps: where a gradient is nothing but rounding, Adam's steps would be as large as elsewhere, and of any sign.
+
+
+def job(folder, out, **changes):
+    return dataclasses.replace(load_config(folder / "job.toml"), out=str(folder / out), **changes)
+
+
+def losses(folder, out):
+    lines = read_log(folder / out / METRICS)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([[line["loss"], line["grad_norm"], line["tokens"], line["targets"]] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures to name in questions of different lengths, some without one, and a job."""
+    folder = tmp_path_factory.mktemp("job")
+    names = ("chelsea", "coffee", "rocket")
+    for name in names:
+        PIL.Image.fromarray(getattr(skimage.data, name)()).resize((56, 56)).save(folder / f"{name}.png")
+    rows = []
+    for number in range(60):
+        name, has_picture = names[number % 3], number % 4 > 0
+        asked = f"{'<image>' if has_picture else ''}{'?' * (number % 9 + 1)}"
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": name}]
+        rows.append({"messages": messages, "images": [f"{name}.png"] if has_picture else []})
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "job.toml").write_text(JOB.format(model=json.dumps(str(RANDOM_CHECKPOINT))), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+    assert train(job(folder, "one")) == (STEPS, True)
+    found = losses(folder, "one")
+    assert found[-1, 0] < 0.9 * found[0, 0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def sharded(folder):
+    """What a job on eight devices tells of itself that goes on where one was stopped, on another mesh."""
+    return run_on_devices(__file__, str(folder))
+
+
+def test_every_mesh_gives_the_losses_of_one_device(folder, one_device, sharded):
+    for number in range(len(SHARDED)):
+        np.testing.assert_allclose(losses(folder, f"mesh-{number}"), one_device, rtol=1e-5)
+
+
+def test_a_job_goes_on_on_another_mesh(folder, one_device, sharded):
+    assert sharded == [["going on after step 2, from checkpoints"]]
+    np.testing.assert_allclose(losses(folder, "moved"), one_device, rtol=1e-5)
+
+
+def test_the_result_of_a_sharded_job_is_that_of_one_device(folder, one_device, sharded):
+    one, other = (open_weights(folder / out / MODEL) for out in ("one", "mesh-0"))
+    assert set(one) == set(other)
+    for name in one:
+        a, b = (np.asarray(weights.read(name), np.float32) for weights in (one, other))
+        # bfloat16 has 8 bits: what rounding to it moves by one in the last.
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-8 * np.abs(a).max(), err_msg=name)
+
+
+def start(folder, out, count=2):
+    """Processes that train together, with two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = (folder / "job.toml").read_text().replace('"out"', json.dumps(out)).replace("data=1", "data=2,fsdp=2")
+    path = folder / f"{out}.toml"
+    path.write_text(text.replace("every = 100", "every = 2"), encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "-m", "train", str(path), "--coordinator", f"127.0.0.1:{port}"]
+    return [
+        subprocess.Popen(
+            [*command, "--num-processes", str(count), "--process-id", str(index)],
+            env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def end(processes):
+    """Exit status, standard output and standard error of each."""
+    try:
+        told = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+
+def test_two_processes_train_as_one_does(folder, one_device):
+    """A signal to the second stops both; they go on as two, and end with the result of one."""
+    processes = start(folder, "two")
+    deadline = time.monotonic() + 200
+    while len(read_log(folder / "two" / METRICS)) < 1:
+        assert all(process.poll() is None for process in processes), end(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    (status, out, errors), other = end(processes)
+    stopped = len(read_log(folder / "two" / METRICS))
+    assert (status, other) == (0, (0, "", "")), errors
+    assert out == f"{folder}/two: {stopped} of {STEPS} steps, stopped; the same command goes on from there\n"
+    assert 1 <= stopped < STEPS
+    (status, out, errors), other = end(start(folder, "two"))
+    assert (status, out, other) == (0, f"{folder}/two: {STEPS} of {STEPS} steps, done\n", (0, "", "")), errors
+    assert errors.startswith(f"going on after step {stopped}, ")
+    np.testing.assert_allclose(losses(folder, "two"), one_device, rtol=1e-5)
+    one, two = (open_weights(folder / name / MODEL) for name in ("one", "two"))
+    assert set(one) == set(two)
+
+
+def test_a_mesh_that_cannot_divide_the_batch_is_refused():
+    mesh = types.SimpleNamespace(shape=dict(data=3, fsdp=1, kv=1, q=1, seq=1))
+    with pytest.raises(ConfigError, match=r"batch\.rows: found 8; expected a multiple of 3, the data shards"):
+        check_batch(BatchConfig(rows=8, vision_rows=6), mesh)
+    with pytest.raises(ConfigError, match=r"batch\.vision_rows: found 1; expected a multiple of 3"):
+        check_batch(BatchConfig(rows=9, vision_rows=1), mesh)
+    check_batch(BatchConfig(rows=9, vision_rows=0), mesh)
+
+
+def test_other_lanes_are_other_batches(folder, one_device):
+    config = load_config(folder / "job.toml")
+    with pytest.raises(DataError, match="state of the data: found 8 lanes; expected 2, as the job has now"):
+        train(job(folder, "one", batch=dataclasses.replace(config.batch, lanes=2), steps=STEPS + 1))
+
+
+def _main(folder):
+    for number, mesh in enumerate(SHARDED):
+        train(job(folder, f"mesh-{number}", mesh=mesh))
+    told = []
+
+    def stop(line):
+        told.append(line)
+        if line.startswith("step 1 "):
+            signal.raise_signal(signal.SIGTERM)
+
+    train(job(folder, "moved", mesh=SHARDED[0]), tell=stop)
+    told.clear()
+    train(job(folder, "moved", mesh=SHARDED[1]), tell=told.append)
+    json.dump([line.replace(f"{folder}/moved/", "") for line in told if not line.startswith("step")], sys.stdout)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,153 @@
+"""Floating point operations of a training step, and what devices could do: together the model FLOPs utilisation.
+
+Counted are products of matrices alone, 2 operations for a multiplication and an addition: of every token with every
+kernel that it meets, and of queries with the keys that they see. Padding counts for nothing, and neither does what is
+made again in the backward pass (arXiv 2204.02311, appendix B, which has this as MFU).
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.layers import Remat
+from train.optimizers import group_of
+
+# How `device_kind` begins -> bfloat16 FLOP/s of a device, dense. The longest that fits counts.
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; NVIDIA's data sheets.
+_PEAKS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
+    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
+}  # fmt: skip
+# The parts of a model in the order of the forward pass; gradients come as far down as something is trained.
+_STAGES = {"vision": 0, "merger": 1, "llm": 2}
+_FIRST_OF_STAGE = {0: "visual.patch_embed.", 1: "visual.merger.proj."}
+_LAYERS = ("language_model.layers.", "visual.blocks.")
+_ONLY_ADDED = re.compile(r"visual\.blocks\..*mlp\.down\.")
+"""The result of these is only added to something: no gradient needs it."""
+
+
+class Work(NamedTuple):
+    """What of a batch is no padding; see `attended`.
+
+    tokens, patches: how many there are.
+    pairs: of a token and itself or an earlier one of its sample.
+    patch_pairs: of two patches of a frame, or a patch and itself, in either order.
+    """
+
+    tokens: float | Float[Array, ""]
+    pairs: float | Float[Array, ""]
+    patches: float | Float[Array, ""] = 0.0
+    patch_pairs: float | Float[Array, ""] = 0.0
+
+
+def attended(segment_ids: Int[Array, "*B T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Places that are no padding, and pairs of one and itself or an earlier one of its segment; float32.
+
+    A segment's places stand together. There are `2 * pairs - places` where they see one another whatever their order.
+    """
+    index = jnp.arange(segment_ids.shape[-1])
+    before = jnp.concatenate([segment_ids[..., :1], segment_ids[..., :-1]], axis=-1)
+    start = jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=segment_ids.ndim - 1)
+    is_real = segment_ids > 0
+    return jnp.sum(is_real, dtype=jnp.float32), jnp.sum(jnp.where(is_real, index - start + 1, 0), dtype=jnp.float32)
+
+
+def work_of(segment_ids: Int[Array, "*B T"], vision_segment_ids: Int[Array, "*R L"] | None = None) -> Work:
+    """Of a batch's segment ids, of one or several micro-batches; inside a program or not."""
+    tokens, pairs = attended(jnp.asarray(segment_ids))
+    if vision_segment_ids is None:
+        return Work(tokens, pairs, jnp.zeros(()), jnp.zeros(()))
+    patches, earlier = attended(jnp.asarray(vision_segment_ids))
+    return Work(tokens, pairs, patches, 2 * earlier - patches)
+
+
+def step_flops(config: Glm4vConfig, params: Mapping[str, Any], frozen: Mapping[str, Any], work: Work) -> float:
+    """Floating point operations that a step needs: forward, and backward as far as something is trained.
+
+    Args:
+      config: of the model.
+      params, frozen: path -> leaf with a shape, as `state.split` gives them; adapters are among the first.
+      work: of the batches of the step, all devices together.
+    """
+    first = _first_stage(params)
+    total = 0.0
+    for path, leaf in {**params, **frozen}.items():
+        passes = 1 + has_input_gradient(path, params) + (path in params)
+        total += passes * _product(config, path, leaf, work)
+    for stage, flops in _attention(config, work).items():
+        total += flops * (3 if stage >= first else 1)
+    return total
+
+
+def recomputed_flops(
+    config: Glm4vConfig, params: Mapping[str, Any], frozen: Mapping[str, Any], work: Work, remat: Remat
+) -> float:
+    """Operations of the forward pass that the backward pass makes again, besides those of `step_flops`.
+
+    Logits are always made again. What attention's kernels make again of their scores is not counted.
+    """
+    first, total = _first_stage(params), 0.0
+    for path, leaf in {**params, **frozen}.items():
+        if path.startswith(_LAYERS):
+            again = remat in ("full", "attention") and not _ONLY_ADDED.match(path)
+        else:
+            again = _is_head(config, path)
+        total += _product(config, path, leaf, work) if again and _stage(path) >= first else 0
+    if remat == "full":
+        total += sum(flops for stage, flops in _attention(config, work).items() if stage >= first)
+    return total
+
+
+def has_input_gradient(path: str, params: Iterable[str]) -> bool:
+    """Whether the gradient goes through a kernel, on its way to some of the parameters that are trained."""
+    first = _first_stage(params)
+    return _stage(path) >= first and not path.startswith(_FIRST_OF_STAGE.get(first, "\n"))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 operations a second that a device of this kind can do; None if that is not known, as of a CPU."""
+    kinds = [kind for kind in _PEAKS if device_kind.startswith(kind)]
+    return _PEAKS[max(kinds, key=len)] if kinds else None
+
+
+def _first_stage(params: Iterable[str]) -> int:
+    return min(map(_stage, params))
+
+
+def _stage(path: str) -> int:
+    return 3 if path.startswith("lm_head.") else _STAGES[group_of(path)]
+
+
+def _is_head(config: Glm4vConfig, path: str) -> bool:
+    if config.text_config.tie_word_embeddings:
+        return path.startswith("language_model.embed_tokens.")
+    return path.startswith("lm_head.")
+
+
+def _product(config: Glm4vConfig, path: str, leaf: Any, work: Work) -> float:
+    """Of everything that meets a kernel with it, once."""
+    if not path.endswith((".kernel", ".lora_a", ".lora_b")) and not _is_head(config, path):
+        return 0.0
+    count = work.tokens
+    if path.startswith(("visual.merger.", "visual.downsample.")):
+        count = work.patches / config.vision_config.spatial_merge_size**2
+    elif path.startswith("visual."):
+        count = work.patches
+    return 2.0 * math.prod(leaf.shape) * float(count)
+
+
+def _attention(config: Glm4vConfig, work: Work) -> dict[int, float]:
+    """Stage -> of its scores and of what they weigh, once."""
+    text, vision = config.text_config, config.vision_config
+    heads = text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    return {
+        _STAGES["vision"]: 4.0 * vision.depth * vision.hidden_size * float(work.patch_pairs),
+        _STAGES["llm"]: 4.0 * heads * float(work.pairs),
+    }

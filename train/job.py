@@ -1,0 +1,165 @@
+"""What a job begins with: its records, and the model, optimiser and step on their mesh."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.distributed import agree, check_devices, several
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.loading import default_dtype, load_model
+from glm4v_jax.lora import add_lora, is_lora
+from glm4v_jax.mesh_presets import mesh_for
+from glm4v_jax.quant import as_config
+from train.config import TrainConfig
+from train.evaluate import hold_back
+from train.export import export_adapter, export_model
+from train.flops import Work, step_flops
+from train.optimizers import group_of, make_optimizer
+from train.placement import check_batch
+from train.records import Record, read_records
+from train.state import Layout, Leaves, TrainState, init_state, split
+from train.step import Step, make_step
+from train.verify import Verified
+
+MODEL, ADAPTER = "model", "adapter"
+"""The result of a job, in its directory."""
+
+
+class Data(NamedTuple):
+    """Records to learn from, and those to look at, which may be none."""
+
+    learned: Sequence[Record]
+    held: Sequence[Record]
+
+
+def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
+    """A job's records; `records` take the place of those of its files.
+
+    Raises:
+      DataError: files cannot be read, or there are too few records.
+    """
+    options = config.data
+    if records is None:
+        records = read_records(list(options.files), format=options.format, media_dir=options.media_dir)
+    if config.eval is None:
+        return Data(records, ())
+    if not config.eval.files:
+        return Data(*hold_back(records, config.eval.share, config.seed))
+    held = read_records(list(config.eval.files), format=options.format, media_dir=options.media_dir)
+    return Data(records, held)
+
+
+def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
+    """A job's mesh.
+
+    Raises:
+      ConfigError: it does not fit the devices, the model or the batches.
+    """
+    mesh = mesh_for(config.mesh, model)
+    check_devices(mesh)
+    check_batch(config.batch, mesh)
+    return mesh
+
+
+def check_same(config: TrainConfig, data: Data) -> None:
+    """Check that all processes have the same job and as many records; where they lie may differ.
+
+    Raises:
+      MessageError: they have not.
+    """
+    if not several():
+        return
+    files = dataclasses.replace(config.data, files=(), media_dir=None)
+    evaluation = None if config.eval is None else dataclasses.replace(config.eval, files=())
+    same = dataclasses.replace(config, model="", out="", data=files, eval=evaluation)
+    text = repr((same, len(data.learned), len(data.held)))
+    agree("the job or its data", hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+
+@dataclasses.dataclass
+class Job:
+    """A model that is being trained, in the current mesh.
+
+    config, model: of the job and of its model.
+    layout, frozen, dtypes: of the model's leaves; `dtypes` are those that they had.
+    shapes: of the parameters that are trained.
+    state: before the first step.
+    step: see `make_step`.
+    dtype: that the model computes in.
+    """
+
+    config: TrainConfig
+    model: Glm4vConfig
+    layout: Layout
+    frozen: Leaves
+    dtypes: dict[str, np.dtype]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    state: TrainState
+    step: Step
+    dtype: DTypeLike
+
+    @classmethod
+    def begin(cls, config: TrainConfig, model_config: Glm4vConfig) -> "Job":
+        """Load the model and make the optimiser.
+
+        Raises:
+          Glm4vError: what is wrong with the model, or with how it is to be trained.
+        """
+        quantize = as_config(config.quantize)
+        model = load_model(Path(config.model), model_config, dtype="auto", stacked=True, quantize=quantize)
+        if config.lora is not None:
+            model = add_lora(model, config.lora, config.seed)
+        layout = Layout.of(model)
+        dtypes = dict(zip(layout.paths, (leaf.dtype for leaf in jax.tree.leaves(model)), strict=True))
+
+        def is_trained(path: str) -> bool:
+            return is_lora(path) if config.lora is not None else group_of(path) not in config.freeze
+
+        params, frozen = split(model, is_trained)
+        optimizer = make_optimizer(config.optimizer, config.steps, model)
+        dtype = default_dtype() if config.dtype is None else jnp.dtype(config.dtype)
+        step = make_step(layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm)
+        shapes = jax.eval_shape(_same, params)
+        return cls(config, model_config, layout, frozen, dtypes, shapes, init_state(params, optimizer), step, dtype)
+
+    def export(self, params: Leaves, out: Path) -> Verified:
+        """Write the result: an adapter for PEFT, or a checkpoint in Hugging Face layout with all that the first had.
+
+        All processes call this; the first one writes.
+
+        Raises:
+          CheckpointError: what was written does not compute the same.
+          OSError: the disk refuses.
+        """
+        if self.config.lora is not None:
+            trained = self.layout.model(params, self.frozen, self.dtype)
+            return export_adapter(trained, self.config.model, out / ADAPTER)
+        exported = self.layout.exported(params, self.frozen, self.dtypes)
+        return export_model(exported, self.dtype, self.config.model, out / MODEL)
+
+    def flops(self, work: Work) -> float:
+        """Operations that a step needs for so much work; see `flops.step_flops`."""
+        return step_flops(self.model, self.shapes, self.frozen, work)
+
+
+def check_step(step: int, config: TrainConfig) -> None:
+    """Check that a job does not go on behind its end.
+
+    Raises:
+      ConfigError: it has more steps behind it than it has now.
+    """
+    if step > config.steps:
+        raise ConfigError(f"steps: found {config.steps}; expected at least {step}, after which the last checkpoint is")
+
+
+def _same(tree: Leaves) -> Leaves:
+    return tree
