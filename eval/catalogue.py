@@ -1,7 +1,8 @@
 """The tasks, written down: name -> fields of `eval.tasks.Task`.
 
 Prompts are those of lmms-eval (lmms_eval/tasks/NAME) where nothing else is said; "vlmevalkit" are those of VLMEvalKit
-(vlmeval/dataset). With the preset "bench" the model thinks and answers as in the published benchmarks.
+(vlmeval/dataset). With the preset "bench" the model thinks and answers as in the published benchmarks; but of a video
+they showed 48,000 tokens (arXiv 2507.01006, 6.1), and the checkpoint's processor shows 30,000.
 """
 
 from collections.abc import Mapping
@@ -33,7 +34,6 @@ _MATHVISTA_FORMAT = (
 
 _DIGITS: Mapping[str, Any] = {
     "preset": "greedy",
-    "options": {"max_new_tokens": 48},
     "data": "none: its data comes with the package",
     "source": "held-out digits of scikit-learn's load_digits, glm4v_jax/data/digits.py",
 }

@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import rich.console
 import rich.table
@@ -15,21 +15,35 @@ import rich.text
 import tyro
 
 from eval.compare_command import Compare
-from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY, Outcome, answer, score
+from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY, Outcome, batch_of, forget_scores, score
 from eval.items import Item
 from eval.report import write_report
 from eval.summary import write_summary
 from eval.tasks import TASKS, Task, find_task, read_items
+from glm4v_jax.commands.batch import Batch
 from glm4v_jax.commands.console import to_json
 from glm4v_jax.commands.distributed import DistributedOptions
-from glm4v_jax.commands.options import ModelOptions, SamplingOptions, generation_config
+from glm4v_jax.commands.options import ModelOptions, SamplingOptions, generation_config, long_answer
 from glm4v_jax.commands.program import Command, JsonOptions, run_program
 from glm4v_jax.commands.screen import printable
 from glm4v_jax.errors import ConfigError, GenerationError
+from glm4v_jax.files import fingerprint
+from glm4v_jax.generate.presets import preset
 
 if TYPE_CHECKING:
+    from glm4v_jax.generate.config import GenerationConfig
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.inputs.processor import Glm4vProcessor
+
+
+class _Work(NamedTuple):
+    """A task with all that it takes."""
+
+    task: Task
+    items: list[Item]
+    out: pathlib.Path
+    config: "GenerationConfig"
+    batch: Batch
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,7 +86,8 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
     """Print the summaries as JSON."""
 
     trouble = 1
-    _engine = None
+    _engine: Any = dataclasses.field(default=None, init=False)  # tyro reads annotations, and must not import JAX
+    _out_now: pathlib.Path | None = dataclasses.field(default=None, init=False)
 
     def interrupted(self) -> str | None:
         """Nothing to say: the batch has said how to go on."""
@@ -86,55 +101,85 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
         if self.limit is not None and self.limit < 1:
             raise GenerationError(f"--limit: found {self.limit}, expected at least 1")
         names = self.task or tuple(name for name, task in TASKS.items() if task.is_built_in)
-        tasks = [find_task(name) for name in names]
+        tasks = [self._asked(find_task(name)) for name in names]
         if self.data and len(tasks) != 1:
             raise ConfigError(f"--data: found with {len(tasks)} tasks, expected it with one --task")
         if len({task.name for task in tasks}) != len(tasks):
             raise ConfigError(f"--task: found {', '.join(task.name for task in tasks)}, expected each once")
-        work = [(task, read_items(task, self.data, limit=self.limit)) for task in tasks]
-        configs = [generation_config(self.model, self.preset or task.preset, self._options_of(task)) for task in tasks]
+        root = pathlib.Path(self.out)
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"--out: found {self.out}, a file; expected a directory or nothing")
+        configs = [generation_config(self.model, task.preset, task.options) for task in tasks]
+        work = []
+        for task, config in zip(tasks, configs, strict=True):
+            items = read_items(task, self.data, limit=self.limit)
+            out = root if len(tasks) == 1 else root / task.name
+            work.append(_Work(task, items, out, config, batch_of(items, out, config, self, self.slots)))
+        if not self.restart and not self.is_one_of_several:
+            for part in work:
+                part.batch.check()  # not hours later, when the tasks before it are done
 
         from glm4v_jax.inputs.processor import Glm4vProcessor
 
         processor = Glm4vProcessor.from_pretrained(self.model)
-        root = pathlib.Path(self.out)
         outcomes: dict[str, Outcome] = {}
-        for (task, items), config in zip(work, configs, strict=True):
-            out = root if len(tasks) == 1 else root / task.name
-            out.mkdir(parents=True, exist_ok=True)
-            answer(items, out, config, self, processor, num_slots=self.slots, restart=self.restart)
-            outcome = self._score(task, items, out)
+        summaries = []
+        for part in work:
+            part.out.mkdir(parents=True, exist_ok=True)
+            self._out_now = part.out
+            summaries.append(part.batch.run(processor, restart=self.restart))
+            outcome = self._score(part)
             if outcome is not None:
-                outcomes[task.name] = outcome
+                outcomes[part.task.name] = outcome
         if outcomes:
             self._tell(outcomes, root)
+        for summary in summaries:
+            summary.raise_if_failed()
         return 0
 
     def load(self, processor: "Glm4vProcessor", num_slots: int = 1) -> "Engine":
-        """The engine, which all tasks share."""
+        """The engine, which all tasks share; asked for when there is something to answer."""
         if self._engine is None:
             self._engine = super().load(processor, num_slots)
+        from glm4v_jax.distributed import is_first
+
+        if is_first() and self._out_now is not None:
+            forget_scores(self._out_now)
         return self._engine
 
-    def _options_of(self, task: Task) -> dict[str, Any]:
+    def _asked(self, task: Task) -> Task:
+        """A task with the options of the command over its own."""
         given = self.options(default_new_tokens=None)
-        return {**task.options, **{name: value for name, value in given.items() if name != "seed"}, "seed": self.seed}
+        options = {**task.options, **given}
+        name = self.preset or task.preset
+        from_preset = {} if name is None else preset(name)
+        if self.max_new_tokens is not None and self.think_budget is None:
+            options |= {"think_budget": None, "answer_budget": None}  # or they would take its place
+        if "max_new_tokens" not in {**from_preset, **options}:
+            options["max_new_tokens"] = long_answer(self.model)
+        system = task.system if self.system is None else self.system
+        return dataclasses.replace(task, options=options, preset=name, system=system)
 
-    def _score(self, task: Task, items: Sequence[Item], out: pathlib.Path) -> Outcome | None:
+    def _score(self, part: "_Work") -> Outcome | None:
         """Only in the first process, which has written the answers."""
         from glm4v_jax.distributed import is_first
 
         if not is_first():
             return None
+        task, config = part.task, dataclasses.asdict(part.config)
+        default = dataclasses.asdict(type(part.config)())
         about = {
             "model": str(pathlib.Path(self.model).resolve()),
+            "model_fingerprint": fingerprint(self.model),
             "dtype": self.dtype,
-            "preset": self.preset or task.preset,
-            "options": self._options_of(task),
+            "prompt": task.prompt,
+            "system": task.system,
+            "preset": task.preset,
+            "options": {name: value for name, value in config.items() if value != default[name]},
         }
-        outcome = score(items, task, out, about, self.seed)
+        outcome = score(part.items, task, part.out, about, self.seed)
         if self.report:
-            write_report(items, outcome.results, outcome.summary, out / REPORT)
+            write_report(part.items, outcome.results, outcome.summary, part.out / REPORT)
         return outcome
 
     def _tell(self, outcomes: Mapping[str, Outcome], root: pathlib.Path) -> None:

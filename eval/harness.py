@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import glm4v_jax
 from eval.items import Item
 from eval.metrics import METRICS
 from eval.results import Result, read_answers, score_items, write_results
@@ -15,9 +16,11 @@ from eval.summary import summarize, write_summary
 from eval.tasks import Task
 from glm4v_jax.commands.batch import Batch
 from glm4v_jax.commands.rows import Row
+from glm4v_jax.commands.screen import completion_fields
 
 if TYPE_CHECKING:
     from glm4v_jax.commands.options import ModelOptions
+    from glm4v_jax.generate.completion import Completion
     from glm4v_jax.generate.config import GenerationConfig
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -32,34 +35,29 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def answer(
-    items: Sequence[Item],
-    out: Path,
-    config: "GenerationConfig",
-    options: "ModelOptions",
-    processor: "Glm4vProcessor",
-    *,
-    num_slots: int,
-    restart: bool = False,
-) -> None:
-    """Answer what is not answered yet, longest prompts not sorted: each answer is written as it is completed.
+def batch_of(
+    items: Sequence[Item], out: Path, config: "GenerationConfig", options: "ModelOptions", num_slots: int
+) -> Batch:
+    """The items as prompts, with the file of their answers.
 
     Args:
       items: of a task.
       out: directory of the run.
       config: how to answer; the seed of an item's draws is made of its id and the config's.
       options: which model, and where.
-      processor: of the model.
       num_slots: how many items are answered at a time.
-      restart: begin anew.
-
-    Raises:
-      Glm4vError, OSError: see `Batch.run`. What is wrong with an item is in its line.
     """
     rows = [Row(item.id, item.messages, item.asked, place=item.place) for item in items]
-    Batch(rows, str(out / ANSWERS), config, options, num_slots, field="id", things="items").run(
-        processor, restart=restart
+    # Answers to other items stay: a run over the first few does not undo one over all.
+    return Batch(
+        rows, str(out / ANSWERS), config, options, num_slots, field="id", line=_line, things="items", keep_others=True
     )
+
+
+def forget_scores(out: Path) -> None:
+    """Remove what was made of earlier answers, before there are others."""
+    for name in (RESULTS, SUMMARY, REPORT):
+        (out / name).unlink(missing_ok=True)
 
 
 def score(items: Sequence[Item], task: Task, out: Path, about: Mapping[str, Any], seed: int = 0) -> Outcome:
@@ -85,7 +83,7 @@ def score(items: Sequence[Item], task: Task, out: Path, about: Mapping[str, Any]
         **figures,
         "items": digest_of(items),
         **about,
-        "versions": {name: _version(name) for name in ("glm4v_jax", "jax")},
+        "versions": {"glm4v_jax": glm4v_jax.__version__, "jax": importlib.metadata.version("jax")},
     }
     write_results(results, out / RESULTS)
     write_summary(summary, out / SUMMARY)
@@ -98,8 +96,5 @@ def digest_of(items: Sequence[Item]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
+def _line(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:
+    return {**completion_fields(completion, processor.tokenizer), "seconds": round(completion.seconds, 3)}

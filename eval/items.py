@@ -30,6 +30,12 @@ class Item:
         """The text of the prompt."""
         return "\n".join(part["text"] for part in self._parts() if part.get("type") == "text")
 
+    @property
+    def pictures(self) -> list[Any]:
+        """The pictures of the prompt, as they were given."""
+        parts = (part for part in self._parts() if part.get("type") == "image")
+        return [part.get("url", part.get("path", part.get("image"))) for part in parts]
+
     def _parts(self) -> Iterator[Mapping[str, Any]]:
         for message in self.messages:
             content = message["content"]

@@ -4,6 +4,7 @@ lmms-eval (0.7) finds `manifest` by the entry point group `lmms_eval.models`; it
 torch and much else, and nothing here imports it before it imports this.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,23 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
+from eval.answers import final_answer
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
+from glm4v_jax.generate.presets import PRESETS
 
 _FORMS = ("boxed", "answer", "raw")
 # What lmms-eval's tasks say of generation, and what it is called here.
-_TAKEN = ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample", "min_p", "repetition_penalty")
-_MEANINGLESS = ("until", "num_beams", "image_aspect_ratio", "use_cache", "return_dict_in_generate")
+_TAKEN = ("temperature", "top_p", "top_k", "do_sample", "min_p", "repetition_penalty")
+_MEANINGLESS = (
+    "max_new_tokens", "max_gen_toks", "until", "stop_sequences", "num_beams", "image_aspect_ratio", "use_cache",
+    "return_dict_in_generate",
+)  # fmt: skip
+_BUDGETS = {name: PRESETS["bench"].options[name] for name in ("max_new_tokens", "think_budget", "answer_budget")}
+
+_LOG = logging.getLogger(__name__)
 
 
 def manifest() -> ModelManifest:
@@ -52,11 +61,13 @@ class Glm4vJax(lmms):  # type: ignore[misc]
 
         Args:
           pretrained: directory of a checkpoint; the package's tiny model by default.
-          dtype, mesh, slots, preset: as `glm4v eval` takes them.
+          dtype, mesh, slots: as `glm4v eval` takes them.
+          preset: takes the place of what tasks say of sampling.
           system: what the system says first.
-          max_new_tokens, think_budget, answer_budget: over those of the tasks, most of which leave no room to think.
+          max_new_tokens, think_budget, answer_budget: over those of the published benchmarks, 8192 tokens each; the
+            tasks' own leave no room to think, and are not taken.
           answer: what the tasks score: "boxed", what is in the answer's box, or the answer where there is no box;
-            "answer", the answer without the thought; "raw", the whole text.
+            "answer", the answer without the thought; "raw", the whole text, stop strings left alone.
           batch_size, device: lmms-eval gives them; `slots` and JAX decide.
 
         Raises:
@@ -73,18 +84,30 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         self._engine = Engine.from_pretrained(pretrained, num_slots=int(slots), dtype=dtype, mesh=on)
         self._form, self._preset, self._system = answer, preset, system
         given = {"max_new_tokens": max_new_tokens, "think_budget": think_budget, "answer_budget": answer_budget}
-        self._over = {name: value for name, value in given.items() if value is not None}
+        budgets = {} if preset is not None or (max_new_tokens is not None and think_budget is None) else _BUDGETS
+        self._over = {**budgets, **{name: value for name, value in given.items() if value is not None}}
         self._engine.config(preset, **self._over)  # complains now, not after the data are loaded
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answer all requests, in their order."""
-        found: list[GenerationResult | None] = [None] * len(requests)
-        prompts = (self._request(*request.args) for request in requests)
-        for completion in self._engine.generate_many(prompts, preset=self._preset):
-            _, _, options, *_ = requests[completion.index].args
+        """Answer all requests, in their order; what cannot be answered is empty, and logged."""
+        found: dict[int, GenerationResult] = {}
+        checked = [_options(request.args[2]) for request in requests]
+        prompts = (self._request(request.args, options) for request, options in zip(requests, checked, strict=True))
+        unfinished = 0
+        for completion in self._engine.generate_many(prompts, preset=self._preset, skip_errors=True):
+            context, _, options, *_ = requests[completion.index].args
+            if completion.error is not None:
+                _LOG.warning("request %d is not answered: %s", completion.index, completion.error)
+            unfinished += completion.finish_reason == "length" and not completion.answer
+            text = self._text(completion, options)
             counts = TokenCounts(input_tokens=completion.prompt_tokens, output_tokens=len(completion.tokens))
-            found[completion.index] = GenerationResult(self._text(completion, options), counts)
-        return [result for result in found if result is not None]
+            found[completion.index] = GenerationResult(text, counts)
+            self.cache_hook.add_partial("generate_until", (context, options), text)
+        if unfinished:
+            _LOG.warning(
+                "%d of %d answers ended within their thought: max_new_tokens is too low", unfinished, len(found)
+            )
+        return [found[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not there."""
@@ -94,20 +117,18 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         """Not there."""
         raise NotImplementedError("glm4v_jax: found a task scored by likelihood; expected one that generates")
 
-    def _request(
-        self, context: str, to_messages: Any, options: dict[str, Any], number: int, task: str, split: str
-    ) -> Request:
+    def _request(self, arguments: Sequence[Any], options: dict[str, Any]) -> Request:
+        _, to_messages, _, number, task, split = arguments
         messages = [_message(message) for message in to_messages(self.task_dict[task][split][number])]
         if self._system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._system}]})
-        return Request(messages, {**_options(options), **self._over})
+        return Request(messages, {**({} if self._preset else options), **self._over})
 
     def _text(self, completion: Completion, options: dict[str, Any]) -> str:
-        """What is scored; a task's stop strings end it, and not the thought before it."""
-        parsed = completion.parsed
-        text = completion.text if self._form == "raw" else parsed.answer
-        if self._form == "boxed" and len(parsed.boxed) == 1:
-            text = parsed.boxed[0]
+        """What is scored; a task's stop strings end an answer, and not the thought before it."""
+        if self._form == "raw":
+            return completion.text
+        text = completion.answer if self._form == "answer" else final_answer(completion.text) or ""
         until = options.get("until") or ()
         for stop in [until] if isinstance(until, str) else until:
             text = text.strip().split(stop)[0] if stop else text

@@ -17,6 +17,7 @@ from eval.fields import Media
 from eval.items import Item
 from glm4v_jax.data.media import is_remote, located, picture_size
 from glm4v_jax.errors import ConfigError, DataError
+from glm4v_jax.files import fingerprint
 
 _MARKER = re.compile(r"<(image|video)(?: ([0-9]{1,3}))?>")
 
@@ -110,8 +111,9 @@ def make_item(question: Question, prompt: str, system: str | None, directory: Pa
     media = [located(item, directory) for item in question.media]
     sizes = [_checked(item) for item in media]
     messages = [{"role": "user", "content": _content(text, media, question.is_marked)}]
-    # As it was written: wherever the files are now, it is the same prompt.
-    written = _content(text, question.media, question.is_marked)
+    # As it was written, and what is in the files: wherever they are now, it is the same prompt.
+    told = [_told(item, there) for item, there in zip(question.media, media, strict=True)]
+    written = _content(text, told, question.is_marked)
     asked: dict[str, Any] = {"content": [_as_json(part) for part in written]}
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
@@ -170,9 +172,16 @@ def _checked(item: Media) -> tuple[int, int] | None:
     return None
 
 
+def _told(item: Media, located: Media) -> Media:
+    """A picture or video as it was written, with what is in its file."""
+    path = located.get("path")
+    return {**item, "digest": fingerprint(path)} if isinstance(path, str) else item
+
+
 def _as_json(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return dict(part)
     key, source = next((key, part[key]) for key in ("path", "url", "image", "video") if key in part)
     is_short = isinstance(source, str) and not source.startswith("data:")
-    return {"type": part["type"], key: source if is_short else digest(source)}
+    told = {"type": part["type"], key: source if is_short else digest(source)}
+    return {**told, "digest": part["digest"]} if "digest" in part else told

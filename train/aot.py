@@ -115,19 +115,23 @@ def step_program(
 
 
 def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shapes) -> float:
-    """Bytes that a device of the current mesh has to receive in a step, in bfloat16.
+    """Bytes that a device of the leaves' mesh has to receive in a step, in bfloat16.
 
     Weights in shards are gathered for the forward pass, and again for the backward pass as far as it goes through them,
     save the head, which the two need one after the other, and the table; the gradients of what is trained are summed
     into their shards. Where devices share a layer, each of its two blocks
     gathers the tokens' states and sums its results, forward and backward. The ViT's blocks are left out of that.
     """
-    fsdp, data, tensor = (math.prod(_sizes(axis)) for axis in ("embed", "batch", "tokens"))
+    leaves = {**params, **frozen}
+    sizes = next(iter(leaves.values())).sharding.mesh.shape
+    fsdp, data, tensor = (
+        math.prod(sizes[name] for name in mesh.names_of(mesh.RULES[axis])) for axis in ("embed", "batch", "tokens")
+    )
     replicas = data // fsdp
     total = 0.0
-    for path, leaf in {**params, **frozen}.items():
+    for path, leaf in leaves.items():
         split_by = [name for entry in leaf.sharding.spec for name in mesh.names_of(entry)]
-        kept = math.prod(leaf.shape) / math.prod(_size(name) for name in split_by if name != "fsdp")
+        kept = math.prod(leaf.shape) / math.prod(sizes[name] for name in split_by if name != "fsdp")
         if "fsdp" in split_by:
             is_once = path.startswith(("lm_head.", "language_model.embed_tokens."))
             passes = 1 + (has_input_gradient(path, params) and not is_once) + (path in params)
@@ -170,14 +174,6 @@ def _equations(jaxpr: Any, runs: int) -> Iterator[tuple[Any, int]]:
 
 def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
-
-
-def _sizes(axis: str) -> list[int]:
-    return [_size(name) for name in mesh.names_of(mesh.RULES[axis])]
-
-
-def _size(name: str) -> int:
-    return jax.sharding.get_abstract_mesh().shape[name]
 
 
 def _batch(config: Glm4vConfig, shapes: Shapes) -> TrainBatch:

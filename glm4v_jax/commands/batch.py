@@ -18,6 +18,7 @@ from glm4v_jax.commands.progress import Progress
 from glm4v_jax.commands.rows import Row, is_remote
 from glm4v_jax.commands.screen import completion_fields
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.files import fingerprint
 
 if TYPE_CHECKING:
     from glm4v_jax.commands.options import ModelOptions
@@ -136,6 +137,7 @@ class Batch:
         self._field, self._line, self._sources, self._keep_others = field, line or _line, sources, keep_others
         self._things = things
         self._seeds = {row.name: row_seed(row, config.seed) for row in rows}
+        self._model = fingerprint(options.model)
 
     def run(self, processor: "Glm4vProcessor", *, restart: bool = False) -> Summary:
         """Answers what has not been answered, writing each answer as it is completed.
@@ -149,11 +151,8 @@ class Batch:
         for source in self._sources:
             if is_same_file(self._out, source):
                 raise GenerationError(f"--out {self._out}: is among what is asked about; expected another")
-        keys = {row.name: self._key(row) for row in self._rows}
-        open_file = functools.partial(
-            AnswerFile, self._out, self._field, keys, restart=restart, keep_others=self._keep_others
-        )
-        with answers_of_all(self._options, open_file, list(keys)) as file:
+        keys = self._keys()
+        with answers_of_all(self._options, functools.partial(self._open, keys, restart=restart), keys) as file:
             pending = [row for row in self._rows if row.name not in file.done]
             earlier = len(self._rows) - len(pending)
             if not pending:
@@ -164,6 +163,21 @@ class Batch:
                 summary = self._answer(pending, file, processor)
         print(summary, file=sys.stderr, flush=True)
         return summary
+
+    def check(self) -> None:
+        """Look whether `run` can go on with the file that is there, if one is.
+
+        Raises:
+          OSError, GenerationError: see `AnswerFile`.
+        """
+        if os.path.exists(self._out):
+            self._open(self._keys(), restart=False).close()
+
+    def _keys(self) -> dict[int | str, str]:
+        return {row.name: self._key(row) for row in self._rows}
+
+    def _open(self, keys: Mapping[int | str, str], *, restart: bool) -> AnswerFile:
+        return AnswerFile(self._out, self._field, keys, restart=restart, keep_others=self._keep_others)
 
     def _answer(self, pending: Sequence[Row], file: AnswerFile | OthersAnswers, processor: "Glm4vProcessor") -> Summary:
         engine = self._options.load(processor, self._num_slots)
@@ -220,9 +234,9 @@ class Batch:
         return f"{name} (id {row.fields['id']!r})" if "id" in row.fields else name
 
     def _key(self, row: Row) -> str:
-        """What is asked and how, in short: equal for equal answers. What is in the files is not part of it."""
+        """What is asked and how, in short: equal for equal answers. What is in pictures is not part of it."""
         asked = {
-            "model": os.path.realpath(self._options.model),
+            "model": self._model,
             "dtype": self._options.dtype,
             "config": dataclasses.asdict(self._config.replace(**row.options)) | {"seed": self._seeds[row.name]},
             "asked": row.asked,

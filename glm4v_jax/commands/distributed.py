@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn, Self
 
@@ -109,14 +109,14 @@ def joined(command: object, prog: str, status: int = 1) -> Iterator[None]:
 
 
 def answers_of_all(
-    options: object, open_file: Callable[[], AnswerFile], names: Sequence[int | str]
+    options: object, open_file: Callable[[], AnswerFile], keys: Mapping[int | str, str]
 ) -> "AnswerFile | OthersAnswers":
     """The file of answers, which the first process opens and writes; the others hear from it what is done.
 
     Args:
       options: of the subcommand.
       open_file: opens it.
-      names: of all that is to be answered.
+      keys: name -> what says what is asked, for all that is to be answered.
 
     Raises:
       OSError, GenerationError: what `open_file` raises.
@@ -128,7 +128,8 @@ def answers_of_all(
 
     from glm4v_jax.distributed import agree, is_first, shared
 
-    agree("names of the prompts", hashlib.blake2b(json.dumps(list(names)).encode(), digest_size=16).digest())
+    names, told = list(keys), json.dumps(list(keys.items())).encode()
+    agree("prompts, model and options", hashlib.blake2b(told, digest_size=16).digest())
     file = open_file() if is_first() else OthersAnswers()
     is_done = shared(np.array([name in file.done for name in names], np.bool_))
     file.done = {name for name, done in zip(names, is_done.tolist(), strict=True) if done}

@@ -162,6 +162,7 @@ def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> 
     fields |= {
         "finish_reason": completion.finish_reason,
         "stop_string": completion.stop_string,
+        "is_forced": completion.is_forced,
         "prompt_tokens": completion.prompt_tokens,
         "new_tokens": len(completion.tokens),
         "thought_tokens": counts.thought,

@@ -4,6 +4,7 @@ The host's side of one row; knows nothing of devices.
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,7 +56,8 @@ class Answer:
         self._stops, self._guard = StopStrings(config.stop_strings), RepetitionGuard()
         self._stop_string: str | None = None
         self._shown: list[str] = []
-        self._is_forced = False
+        self._is_forced = self._is_closed = False
+        self._since = time.perf_counter()
         self._next: Start | None = None  # what goes on with this answer, until its tokens come
         self._sampled = 0
         self._close = tokenizer.encode(END_THINK + ANSWER) if config.think_budget is not None else []
@@ -103,6 +105,7 @@ class Answer:
 
     def start(self) -> Start:
         """What sets the row going."""
+        self._since = time.perf_counter()
         return Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.most_tokens)
 
     def alone(self) -> "_One":
@@ -151,7 +154,7 @@ class Answer:
         return Completion(
             self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
             self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
-            self.prompt.image_sizes,
+            self.prompt.image_sizes, is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
         )  # fmt: skip
 
     def _read(
@@ -184,6 +187,7 @@ class Answer:
         in_cache = len(self.prompt) + len(self.tokens) - (0 if ended else 1)
         text = ""
         if forced:
+            self._is_closed = True
             text, self._stop_string = self._stops.push(self._stream.push(forced))
             if self._stop_string is not None:
                 return None, text, []

@@ -39,6 +39,8 @@ class Completion:
       logprobs: one a token, where asked for.
       image_sizes: (width, height) of the prompt's pictures as given, in pixels.
       error: what was wrong with the prompt, where errors are not raised.
+      is_forced: whether the thought was closed because its budget was used up.
+      seconds: from when it was its turn until it ended, others being answered beside it.
     """
 
     index: int
@@ -50,6 +52,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()
     error: str | None = None
+    is_forced: bool = False
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
     @property
     def parsed(self) -> Parsed:

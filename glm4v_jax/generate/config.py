@@ -290,7 +290,8 @@ def _integer(field: str, value: Any, least: int, note: str = "") -> int:
 
 def _number(field: str, value: Any) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    _require(is_number and math.isfinite(value), field, value, "a finite number")
+    is_finite = is_number and math.isfinite(value) and abs(value) <= np.finfo(np.float32).max
+    _require(is_finite, field, value, "a finite number, as float32 has them")
     return float(value)
 
 

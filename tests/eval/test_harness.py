@@ -1,7 +1,9 @@
 """Whole runs with random weights: interrupted ones and those of several processes come to the same figures."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +16,10 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_orbax import environment
 
-from eval.commands import main
+from eval.commands import Run, main
 from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY
 from eval.results import read_results
+from eval.tasks import find_task
 
 COUNT = 12
 TASK = """
@@ -61,7 +64,7 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    assert main(arguments(folder, "whole")) == 0
+    assert main(arguments(folder, "whole")) == 1  # one item has failed, which somebody should know
     return folder / "whole"
 
 
@@ -88,7 +91,7 @@ def test_a_finished_run_asks_nothing(whole, folder, monkeypatch, capsys):
     before = (whole / SUMMARY).read_bytes()
     (whole / SUMMARY).unlink()
     answers = {line["id"]: line for line in lines(whole / ANSWERS)}
-    assert main(arguments(folder, "whole", "--no-report", "--json")) == 0
+    assert main(arguments(folder, "whole", "--no-report", "--json")) == 1
     assert (whole / SUMMARY).read_bytes() == before
     assert json.loads(capsys.readouterr().out) == json.loads(before)
     assert {line["id"]: line for line in lines(whole / ANSWERS)} == answers
@@ -109,7 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_summary(whole, folder):
     early = answers.read_bytes().splitlines(keepends=True)
     early = [line for line in early if line.endswith(b"\n") and b'"error"' not in line]
     assert 2 <= len(early) < COUNT and not (folder / "killed" / SUMMARY).exists()
-    assert main(arguments(folder, "killed")) == 0
+    assert main(arguments(folder, "killed")) == 1
     assert answers.read_bytes().splitlines(keepends=True)[: len(early)] == early  # nothing is asked twice
     assert (folder / "killed" / SUMMARY).read_bytes() == (whole / SUMMARY).read_bytes()
     assert (folder / "killed" / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
@@ -133,10 +136,63 @@ def test_two_processes_give_the_summary_of_one(whole, folder):
         for process in started:
             process.kill()
             process.wait()
-    assert [process.returncode for process in started] == [0, 0], told
-    assert told[1] == ("", "")
+    assert [process.returncode for process in started] == [1, 1], told
+    assert "eval: error: 1 of 12 items failed" in told[0][1] and told[1][0] == ""
     assert (folder / "two" / SUMMARY).read_bytes() == (whole / SUMMARY).read_bytes()
     assert (folder / "two" / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
+
+
+def copied(folder, whole, name):
+    shutil.copytree(whole, folder / name)
+    return folder / name
+
+
+def test_a_part_of_a_run_is_scored_without_asking(whole, folder, monkeypatch):
+    out = copied(folder, whole, "part")
+    monkeypatch.setattr("eval.commands.Run.load", pytest.fail)
+    assert main(arguments(folder, "part", "--limit", "3", "--no-report")) == 0
+    assert json.loads((out / SUMMARY).read_text())["count"] == 3
+    assert len(lines(out / ANSWERS)) == COUNT - 1  # without the error, which would be tried again
+
+
+@pytest.mark.parametrize("changed", ["model", "picture", "prompt", "options", "system"])
+def test_answers_to_something_else_are_not_gone_on_with(whole, folder, tmp_path, capsys, monkeypatch, changed):
+    """Whatever has changed, under the same name; and what is there stays."""
+    out = copied(folder, whole, f"changed-{changed}")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("noise.png", "broken.png", "data.jsonl", "words.toml"):
+        shutil.copyfile(folder / name, data / name)
+    model, more = tmp_path / "model", []
+    shutil.copytree(RANDOM_CHECKPOINT, model)
+    if changed == "model":
+        path = next(model.glob("*.safetensors"))
+        content = bytearray(path.read_bytes())
+        content[-100:] = bytes(100)
+        path.write_bytes(content)
+    elif changed == "picture":
+        PIL.Image.new("RGB", (84, 56)).save(data / "noise.png")
+    elif changed == "prompt":
+        (data / "words.toml").write_text(TASK.replace("In a word", "In two words"), encoding="utf-8")
+    else:
+        more = ["--system", "Be brief."] if changed == "system" else ["--temperature", "0.7"]
+    monkeypatch.setattr("eval.commands.Run.load", pytest.fail)
+    given = ["--model", model, "--task", data / "words.toml", "--data", data / "data.jsonl", "--out", out, *more]
+    assert main([str(argument) for argument in given]) == 1
+    assert "found the answer to another prompt or with other options" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_limits_of_a_task_give_way_to_those_of_the_command(folder):
+    task = dataclasses.replace(find_task("chartqa"), options={})
+    assert task.preset == "bench"
+    run = Run(model=str(RANDOM_CHECKPOINT))
+    assert "max_new_tokens" not in run._asked(task).options
+    short = Run(model=str(RANDOM_CHECKPOINT), max_new_tokens=4)._asked(task).options
+    assert (short["max_new_tokens"], short["think_budget"], short["answer_budget"]) == (4, None, None)
+    assert Run(model=str(RANDOM_CHECKPOINT), preset="greedy")._asked(task).options["max_new_tokens"] == 2048
+    assert Run(model=str(RANDOM_CHECKPOINT), system="Be brief.")._asked(task).system == "Be brief."
 
 
 @pytest.mark.parametrize(

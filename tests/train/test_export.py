@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_lora import batch_of, logits_of, trained
 from helpers_transformers import import_transformers
 from reference import assert_close, load_theirs, their_inputs
 
 from glm4v_jax import Glm4vConfig, lora, quant
 from glm4v_jax.commands.program import run_program
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import read_json_object
 from glm4v_jax.loading import load_model
@@ -31,20 +31,20 @@ PROMPT = [[4, ("image", (4, 6)), 3], [9]]
 
 @pytest.fixture(scope="module")
 def config():
-    return Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
+    return Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
 def base(config):
     """The packaged model, whose weights are bfloat16, as float32 computes with it."""
-    return load_model(TINY_CHECKPOINT, config, dtype="float32")
+    return load_model(RANDOM_CHECKPOINT, config, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
     """An adapter of it that does something."""
     directory = tmp_path_factory.mktemp("adapter")
-    save_adapter(trained(base, lora.LoraConfig(rank=2)), directory, str(TINY_CHECKPOINT))
+    save_adapter(trained(base, lora.LoraConfig(rank=2)), directory, str(RANDOM_CHECKPOINT))
     return directory
 
 
@@ -52,7 +52,7 @@ def adapter(base, tmp_path_factory):
 def merged(adapter, tmp_path_factory):
     """As float32, which rounds nothing, and what was said of it."""
     directory = tmp_path_factory.mktemp("results") / "merged"
-    return directory, export.export_merged(TINY_CHECKPOINT, adapter, directory, written="float32")
+    return directory, export.export_merged(RANDOM_CHECKPOINT, adapter, directory, written="float32")
 
 
 def test_a_merged_adapter_is_verified(merged, config):
@@ -60,7 +60,7 @@ def test_a_merged_adapter_is_verified(merged, config):
     assert verified.difference <= verified.tolerance < 1.5e-5 < 0.05 < verified.effect
     assert verified.tolerance == pytest.approx(1e-5 * 2**0.5, rel=1e-3)
     found = {path.name for path in directory.iterdir()}
-    assert found >= {path.name for path in TINY_CHECKPOINT.iterdir() if not path.name.startswith("model")}
+    assert found >= {path.name for path in RANDOM_CHECKPOINT.iterdir() if not path.name.startswith("model")}
     assert not [path for path in directory.parent.iterdir() if path != directory]
     assert Glm4vConfig.from_pretrained(directory) == config
     assert read_json_object(directory / "config.json")["text_config"]["dtype"] == "float32"
@@ -68,7 +68,7 @@ def test_a_merged_adapter_is_verified(merged, config):
 
 
 def test_weights_are_the_sums_rounded_once(adapter, config, merged):
-    before, pairs = open_checkpoint(TINY_CHECKPOINT), merged_tensors(TINY_CHECKPOINT, adapter)
+    before, pairs = open_checkpoint(RANDOM_CHECKPOINT), merged_tensors(RANDOM_CHECKPOINT, adapter)
     assert list(pairs) == list(before)
     file = SafetensorsFile(adapter / "adapter_model.safetensors")
     changed = 0
@@ -87,7 +87,7 @@ def test_weights_are_the_sums_rounded_once(adapter, config, merged):
 
 
 def test_bfloat16_differs_by_its_rounding(adapter, tmp_path):
-    verified = export.export_merged(TINY_CHECKPOINT, adapter, tmp_path / "out")
+    verified = export.export_merged(RANDOM_CHECKPOINT, adapter, tmp_path / "out")
     assert 1e-4 < verified.difference <= verified.tolerance
     assert verified.tolerance == pytest.approx(2 * 2**-8 * 8**0.5, rel=1e-3)
     assert verified.effect > 2 * verified.tolerance
@@ -106,7 +106,7 @@ def test_a_wrong_result_is_not_kept(adapter, tmp_path, monkeypatch):
 
         monkeypatch.setattr(export, "merged_tensors", wrong)
         with pytest.raises(CheckpointError, match=r"out: loaded again, its logits differ from the trained model's by"):
-            export.export_merged(TINY_CHECKPOINT, adapter, tmp_path / "out")
+            export.export_merged(RANDOM_CHECKPOINT, adapter, tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
 
@@ -117,27 +117,27 @@ def _with(tensor, scale):
 def test_an_adapter_is_loaded_again(base, tmp_path, monkeypatch):
     """That of a quantised base too, which is compared on that base."""
     model = trained(quant.quantize(base, quant.QuantConfig("int4")), lora.LoraConfig(rank=2))
-    verified = export.export_adapter(model, TINY_CHECKPOINT, tmp_path / "adapter")
+    verified = export.export_adapter(model, RANDOM_CHECKPOINT, tmp_path / "adapter")
     assert verified.difference <= 1e-6 and verified.effect > 0.05
     again = load_adapter(lora.drop_lora(model), tmp_path / "adapter")
     jax.tree.map(np.testing.assert_array_equal, again, model)
     monkeypatch.setattr(export, "load_adapter", lambda model, directory: model)
     with pytest.raises(CheckpointError, match="adapter: loaded again, its logits differ"):
-        export.export_adapter(model, TINY_CHECKPOINT, tmp_path / "adapter")
+        export.export_adapter(model, RANDOM_CHECKPOINT, tmp_path / "adapter")
     assert jax.tree.structure(load_adapter(lora.drop_lora(model), tmp_path / "adapter"))  # the first is still there
 
 
 def test_a_model_is_loaded_again(base, tmp_path, monkeypatch):
     """A whole model, as bfloat16 of what was trained in float32; not one that comes back with other weights."""
     exported = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge_lora(trained(base, lora.LoraConfig(rank=2))))
-    verified = export.export_model(exported, jnp.float32, TINY_CHECKPOINT, tmp_path / "model")
+    verified = export.export_model(exported, jnp.float32, RANDOM_CHECKPOINT, tmp_path / "model")
     assert verified.difference <= 1e-6 and verified.tolerance < 2e-5 and verified.effect is None
     assert (tmp_path / "model" / "tokenizer.json").is_file()
     again = load_model(tmp_path / "model", base.config, dtype="bfloat16")
     jax.tree.map(np.testing.assert_array_equal, again, exported)
     monkeypatch.setattr(export, "load_model", lambda *args, **kwargs: base)
     with pytest.raises(CheckpointError, match="model: loaded again, its logits differ"):
-        export.export_model(exported, jnp.float32, TINY_CHECKPOINT, tmp_path / "model")
+        export.export_model(exported, jnp.float32, RANDOM_CHECKPOINT, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -177,14 +177,14 @@ def test_the_command(adapter, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"train: error: {tmp_path / 'out'}: exists and is not empty; --overwrite")
     job = tmp_path / "job.toml"
     job.write_text(
-        f'model = "{TINY_CHECKPOINT}"\nout = "."\nsteps = 1\nlora = {{ rank = 2 }}\n[data]\nfiles = ["x.jsonl"]\n'
+        f'model = "{RANDOM_CHECKPOINT}"\nout = "."\nsteps = 1\nlora = {{ rank = 2 }}\n[data]\nfiles = ["x.jsonl"]\n'
     )
     assert main(["export", str(job), "--no-verify"]) == 1
     assert "has no adapter_config.json; expected a trained adapter" in capsys.readouterr().err
     shutil.copytree(adapter, tmp_path / "adapter")
     assert main(["export", str(job), "--no-verify"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'model'}: not verified\n"
-    files, expected = open_checkpoint(tmp_path / "model"), merged_tensors(TINY_CHECKPOINT, adapter)
+    files, expected = open_checkpoint(tmp_path / "model"), merged_tensors(RANDOM_CHECKPOINT, adapter)
     assert all(np.array_equal(files.read(name), np.asarray(tensor)) for name, tensor in expected.items())
 
 
@@ -207,7 +207,7 @@ def test_refused(adapter, checkpoints, tmp_path):
     with pytest.raises(ConfigError, match="--model: found nothing, and the adapter names 'x'"):
         places(tmp_path / "nameless", out="out")
     with pytest.raises(CheckpointError, match="another place"):
-        export.export_merged(TINY_CHECKPOINT, adapter, TINY_CHECKPOINT / "out")
+        export.export_merged(RANDOM_CHECKPOINT, adapter, RANDOM_CHECKPOINT / "out")
 
 
 def test_the_line():
