@@ -27,9 +27,9 @@ class Ours:
 
         self.engine = Engine.from_pretrained(directory, num_slots=batch)
 
-    def answer(self, task: str, count: int, new_tokens: int) -> dict[str, Any]:
+    def answer(self, of: str, count: int, new_tokens: int) -> dict[str, Any]:
         """The answers to a task's items, and the seconds from its messages to the last of them."""
-        prompts = [item.messages for item in items_of(task, count)]
+        prompts = [item.messages for item in items_of(of, count)]
         self.engine.release()  # pictures that it remembers would not be encoded again
         start = time.perf_counter()
         found = {

@@ -27,11 +27,11 @@ class Theirs:
             directory, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
 
-    def answer(self, task: str, count: int, new_tokens: int) -> dict[str, Any]:
+    def answer(self, of: str, count: int, new_tokens: int) -> dict[str, Any]:
         """The answers to a task's items, and the seconds from its messages to the last of them."""
         import torch
 
-        messages = [item.messages for item in items_of(task, count)]
+        messages = [item.messages for item in items_of(of, count)]
         texts: list[str] = []
         tokens = 0
         start = time.perf_counter()

@@ -50,7 +50,7 @@ class Shape(NamedTuple):
     vision: VisionShape
 
 
-SHAPE = Shape(2, 1024, (1, 1088))
+SHAPE = Shape(2, 1024, (1, 1216))
 """Vision rows as large as the data asks for on average."""
 OPEN_BATCHES = 8
 OPTIONS = EncodeOptions(max_length=SHAPE.length, too_long="drop", video_max_pixels=112 * 112 * 8)

@@ -238,12 +238,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m eval") -
 def _print_table(summaries: Mapping[str, Mapping[str, Any]]) -> None:
     console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
     table = rich.table.Table(
-        "task", "score", "95% interval of the mean", "n", "no answer", "not understood", "truncated", "errors",
+        "task", "score", "95% interval", "n", "no answer", "not understood", "truncated", "errors",
         box=None, pad_edge=False,
     )  # fmt: skip
     for name, summary in summaries.items():
         rates, (low, high) = summary["rates"], summary["interval"]
-        shares = (rates["no_answer"], rates["parse_failure"], summary["truncated"], rates["error"])
+        shares = (rates["no_answer"], rates["parse_failure"], summary["truncated_share"], rates["error"])
         table.add_row(
             printable(name), f"{summary['score']:.3f}", f"{low:.3f} to {high:.3f}", f"{summary['count']:,}",
             *(f"{share:.1%}" for share in shares),

@@ -16,6 +16,9 @@ from glm4v_jax.errors import DataError
 RIGHT = 0.5
 """An item is right from this score on. It is where an IoU becomes a hit, and the least similarity ANLS knows."""
 
+_SETTINGS = ("preset", "dtype", "prompt", "system")
+"""Fields of a summary that say how a model was asked, besides "options"."""
+
 _NAMED = 5
 """So many items are named in a message."""
 
@@ -26,6 +29,7 @@ class Side:
 
     Attributes:
       directory: of the run.
+      task: what was run.
       model: that was asked.
       score: of the whole run, as its summary has it.
       mean: over the items that both runs have.
@@ -34,6 +38,7 @@ class Side:
     """
 
     directory: str
+    task: str
     model: str | None
     score: float
     mean: float
@@ -62,19 +67,23 @@ class Flip:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Of two runs of a task; differences are the second less the first.
+    """Of two runs over the same items; differences are the second less the first.
 
     Attributes:
-      task, metric: of both.
+      task: of both, or "FIRST, SECOND".
+      metric: of both.
       count: of the items that both have; only these are compared.
       first, second: the runs.
-      difference: of the means, with its interval.
+      difference: of the means, with its interval, for which items are drawn as for that of a score.
       confidence: of the interval.
       groups: the same for each group of items.
       gained: right in the second run only, in the data's order.
       lost: right in the first run only.
       higher, lower: on how many items the second has the higher, or the lower, score.
-      asked_differently: on how many items the prompts differ, though what is expected does not.
+      asked_differently: on how many items the prompts differ, their pictures and where these stand included, though
+        what is expected does not.
+      settings: what the runs did not have in common: "preset", "dtype", "prompt", "system", each generation option ->
+        that of the first and the second; None for what a run does not say.
     """
 
     task: str
@@ -90,6 +99,7 @@ class Comparison:
     higher: int
     lower: int
     asked_differently: int
+    settings: Mapping[str, tuple[Any, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -98,7 +108,7 @@ class Comparison:
 
 
 def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -> Comparison:
-    """Compare two runs of a task, item by item.
+    """Compare two runs of a task, or of its variants that are scored in one way, item by item.
 
     Args:
       first, second: directories of the runs, each with summary.json and results.jsonl.
@@ -106,14 +116,14 @@ def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -
       seed: of the bootstrap.
 
     Raises:
-      DataError: a directory holds no run, or the runs are of different tasks, metrics or data.
+      DataError: a directory holds no run, or the runs are of different metrics or data.
       OSError: a file cannot be read.
     """
     summaries = read_summary(first), read_summary(second)
-    for field in ("task", "metric"):
-        a, b = (_field(summary, field, path) for summary, path in zip(summaries, (first, second), strict=True))
-        if a != b:
-            raise DataError(f"{field}: found {a!r} in {first} and {b!r} in {second}, expected the same")
+    a, b = (_field(summary, "metric", path) for summary, path in zip(summaries, (first, second), strict=True))
+    if a != b:
+        raise DataError(f"metric: found {a!r} in {first} and {b!r} in {second}, expected the same")
+    tasks = [_field(summary, "task", path) for summary, path in zip(summaries, (first, second), strict=True)]
     runs = _by_id(first), _by_id(second)
     pairs = [(result, runs[1][id_]) for id_, result in runs[0].items() if id_ in runs[1]]
     if not pairs:
@@ -127,7 +137,7 @@ def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -
         if pair[0].group is not None:
             groups.setdefault(pair[0].group, []).append(pair)
     return Comparison(
-        task=summaries[0]["task"],
+        task=", ".join(dict.fromkeys(tasks)),
         metric=summaries[0]["metric"],
         count=len(pairs),
         first=_side(first, summaries[0], [pair[0] for pair in pairs], runs[0].keys() - runs[1].keys(), runs[0]),
@@ -139,7 +149,8 @@ def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -
         lost=[_flip(a, b) for a, b in pairs if b.score < right <= a.score],
         higher=sum(b.score > a.score for a, b in pairs),
         lower=sum(b.score < a.score for a, b in pairs),
-        asked_differently=sum(a.question != b.question for a, b in pairs),
+        asked_differently=sum(_is_asked_differently(a, b) for a, b in pairs),
+        settings=_settings(*summaries),
     )
 
 
@@ -186,6 +197,20 @@ def _plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
+def _is_asked_differently(a: Result, b: Result) -> bool:
+    return a.question != b.question or (None not in (a.prompt, b.prompt) and a.prompt != b.prompt)
+
+
+def _settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is said of how the model was asked, where it differs."""
+    sides = [
+        {name: summary.get(name) for name in _SETTINGS} | dict(summary.get("options") or {})
+        for summary in (first, second)
+    ]
+    pairs = {name: (sides[0].get(name), sides[1].get(name)) for name in sides[0] | sides[1]}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
 def _some(ids: Mapping[str, Any]) -> str:
     names = list(ids)
     return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "") or "none at all"
@@ -196,6 +221,7 @@ def _side(
 ) -> Side:
     return Side(
         directory=str(directory),
+        task=_field(summary, "task", directory),
         model=summary.get("model"),
         score=_field(summary, "score", directory),
         mean=sum(result.score for result in results) / len(results),
@@ -205,7 +231,13 @@ def _side(
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], seed: int) -> Difference:
-    return paired_difference([a.score for a, _ in pairs], [b.score for _, b in pairs], confidence=CONFIDENCE, seed=seed)
+    return paired_difference(
+        [a.score for a, _ in pairs],
+        [b.score for _, b in pairs],
+        [a.cluster for a, _ in pairs],
+        confidence=CONFIDENCE,
+        seed=seed,
+    )
 
 
 def _flip(a: Result, b: Result) -> Flip:

@@ -13,6 +13,7 @@ import rich.text
 import tyro
 
 from eval.compare import RIGHT, Comparison, Flip, Side, compare, runs_in
+from eval.results import encoded
 from eval.statistics import Difference
 from glm4v_jax.commands.console import to_json
 from glm4v_jax.commands.program import JsonOptions
@@ -31,8 +32,8 @@ _NAMED = 10
 class Compare(JsonOptions):
     """Compare two runs item by item: the difference of their means with its interval, and the items that flipped.
 
-    Differences are the second run less the first. Both must be of the same task over the same data; items that only one
-    of them has are named and not compared.
+    Differences are the second run less the first. Both must be over the same data and scored by the same metric; items
+    that only one of them has are named and not compared.
     """
 
     first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIRST", help_behavior_hint="")]
@@ -57,17 +58,19 @@ class Compare(JsonOptions):
         if self.show < 0:
             raise DataError(f"--show: found {self.show}, expected at least 0")
         first, second = (runs_in(pathlib.Path(directory)) for directory in (self.first, self.second))
-        shared = [task for task in first if task in second]
-        if not shared:
+        pairs = [(task, task) for task in first if task in second]
+        if len(first) == len(second) == 1:
+            pairs = list(zip(first, second, strict=True))  # variants too
+        if not pairs:
             found = f"{', '.join(first)} in {self.first} and {', '.join(second)} in {self.second}"
             raise DataError(f"task: found {found}, expected the same")
-        comparisons = [compare(first[task], second[task], right=self.right, seed=self.seed) for task in shared]
+        comparisons = [compare(first[a], second[b], right=self.right, seed=self.seed) for a, b in pairs]
         if self.as_json:
             told = {comparison.task: comparison.to_dict() for comparison in comparisons}
-            print(to_json(told if len(told) > 1 else next(iter(told.values())), ensure_ascii=False))
+            print(encoded(told if len(told) > 1 else next(iter(told.values()))).decode())
         else:
             self._print(comparisons)
-        if alone := sorted(first.keys() ^ second.keys()):
+        if alone := sorted((first.keys() ^ second.keys()) - {task for pair in pairs for task in pair}):
             print(f"eval: in one of the two only, and not compared: {printable(', '.join(alone))}", file=sys.stderr)
         return 0
 
@@ -83,8 +86,11 @@ class Compare(JsonOptions):
 
 def _print_figures(console: rich.console.Console, comparison: Comparison) -> None:
     first, second, difference = comparison.first, comparison.second, comparison.difference
-    table = rich.table.Table(comparison.task, "first", "second", "difference", box=None, pad_edge=False)
+    task = rich.table.Column(_text(comparison.task))
+    table = rich.table.Table(task, "first", "second", "difference", box=None, pad_edge=False)
     table.add_row("run", _text(first.directory), _text(second.directory))
+    if first.task != second.task:
+        table.add_row("task", _text(first.task), _text(second.task))
     if first.model or second.model:
         table.add_row("model", _text(first.model or "unknown"), _text(second.model or "unknown"))
     table.add_row(f"score ({printable(comparison.metric)})", f"{first.score:.3f}", f"{second.score:.3f}")
@@ -107,6 +113,16 @@ def _print_figures(console: rich.console.Console, comparison: Comparison) -> Non
     )
     if comparison.asked_differently:
         console.print(f"the prompts of {comparison.asked_differently:,} items differ", highlight=False)
+    if comparison.settings:
+        told = (f"{name} {_said(a)} and {_said(b)}" for name, (a, b) in comparison.settings.items())
+        console.print(_text(f"asked with different settings: {'; '.join(told)}", longest=None))
+    errors = [side.categories.get("error", 0) for side in (first, second)]
+    if any(errors):
+        console.print(
+            f"not asked, as the prompt could not be made: {errors[0]:,} items of the first, {errors[1]:,} of the "
+            "second; they score as if nothing was said",
+            highlight=False,
+        )
     for name, side in (("first", first), ("second", second)):
         _print_only(console, name, side)
 
@@ -141,11 +157,18 @@ def _short(reference: Mapping[str, Any]) -> str:
     return json.dumps(dict(reference), ensure_ascii=False)
 
 
+def _said(setting: Any) -> str:
+    """A setting in a few characters."""
+    text = "none" if setting is None else setting if isinstance(setting, str) else to_json(setting)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
 def _signed(difference: Difference) -> str:
     return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def _text(value: str, longest: int | None = _LONGEST) -> rich.text.Text:
     """In one line, shortened, and without what rich or a terminal would obey."""
-    line = printable(" ".join(value.split()))
+    # Half a pair of surrogates, which a tokenizer can put together, cannot be printed.
+    line = printable(" ".join(value.split())).encode(errors="backslashreplace").decode()
     return rich.text.Text(line if longest is None or len(line) <= longest else line[: longest - 3] + "...")

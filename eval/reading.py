@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.adapters import READERS
 from eval.digits import BUILT_IN
@@ -13,7 +13,7 @@ from eval.metrics import METRICS
 from eval.questions import Origin, make_item
 from eval.tables import SUFFIXES, open_table
 from glm4v_jax.commands.console import ListedError
-from glm4v_jax.data.tables import find_files
+from glm4v_jax.data.tables import Parquet, Rows, find_files
 from glm4v_jax.errors import ConfigError, DataError, Glm4vError, MediaError
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ _LISTED = 20
 def read_items(task: "Task", paths: Sequence[str | os.PathLike[str]] = (), *, limit: int | None = None) -> list[Item]:
     """The items of a task in the order of its data.
 
-    Pictures that are in the files themselves are kept in memory, encoded as they are, equal ones once.
+    Pictures that are in the files themselves are kept in memory, encoded as they are, equal ones once, until the run
+    ends: so much memory as the files with the pictures of the items asked have bytes. Files are read as far as `limit`
+    needs, and Parquet a few rows at a time, whatever the size of its row groups.
 
     Args:
       task: what is asked.
@@ -71,11 +73,13 @@ def _read(task: "Task", paths: Sequence[str | os.PathLike[str]]) -> Iterator[Ite
     known: dict[bytes | str, bytes | str] = {}
     for path in find_files(list(paths), SUFFIXES):
         rows = open_table(path)
-        for number in range(len(rows)):
+        for number, row in enumerate(_in_order(rows)):
             place = rows.place(number)
             try:
+                if isinstance(row, DataError):
+                    raise row
                 origin = Origin(Path(path), number, total)
-                for question in reader(rows[number], origin):
+                for question in reader(row, origin):
                     item = make_item(question, task.prompt, task.system, path.parent, place)
                     metric.check(item.reference)
                     _share(item, known)
@@ -85,6 +89,21 @@ def _read(task: "Task", paths: Sequence[str | os.PathLike[str]]) -> Iterator[Ite
                 problem.__cause__ = error
                 yield problem
             total += 1
+
+
+def _in_order(rows: Rows) -> Iterator[dict[str, Any] | DataError]:
+    """The rows, and in the places of broken ones what is wrong with them; behind what ends a table there is nothing."""
+    if isinstance(rows, Parquet):
+        try:
+            yield from rows.in_order()
+        except DataError as error:
+            yield error
+        return
+    for number in range(len(rows)):
+        try:
+            yield rows[number]
+        except DataError as error:
+            yield error
 
 
 def _share(item: Item, known: dict[bytes | str, bytes | str]) -> None:

@@ -31,7 +31,7 @@ LIMIT = 500
 CATEGORIES: Mapping[str, str] = {
     "parse_failure": "not understood",
     "no_answer": "no answer",
-    "truncated": "truncated",
+    "truncated": "cut off, not understood",
     "error": "error",
 }
 """Names of `eval.results.Category` for a person; "scored" needs none."""
@@ -40,7 +40,10 @@ _ARM = 25
 """Of a point's cross, of 1,000."""
 
 _HERE = Path(__file__).parent
-_ASIDE = ("score", "task", "metric", "mean", "interval", "confidence", "count", "parts", "groups", "rates", "truncated")
+_ASIDE = (
+    "score", "task", "metric", "mean", "interval", "confidence", "count", "clusters", "parts", "groups", "rates",
+    "truncated_share",
+)  # fmt: skip
 """What of a summary the page's head says in words; the rest is shown as it is."""
 
 
@@ -182,8 +185,8 @@ def _counts(results: Iterable[Result]) -> Counter[str]:
     for result in results:
         counts["all"] += 1
         counts["right" if result.score >= RIGHT else "wrong"] += 1
-        counts["truncated"] += result.is_truncated
-        if result.category not in ("scored", "truncated"):
+        counts["cut"] += result.is_truncated
+        if result.category != "scored":
             counts[result.category] += 1
     return counts
 

@@ -1,6 +1,7 @@
 """What became of every item: its answer, what was understood of it, and its score; a line of JSON each."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any, Literal
 
 from eval.items import Item
 from eval.metrics import Metric, Score
-from glm4v_jax.commands.console import replacing
+from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.thinking import parse
 
 Category = Literal["scored", "parse_failure", "no_answer", "truncated", "error"]
-"""Why an item has the score it has. "scored": something was understood. The others score 0 unless the metric says
-otherwise: "no_answer", there is nothing behind the thought; "truncated", the tokens were used up before anything was
-understood; "parse_failure", what is there is no answer of the kind asked for; "error", the prompt could not be made."""
+"""Why an item has the score it has, one for each item. "scored": something was understood. The others score 0:
+"no_answer", there is nothing behind the thought; "truncated", it was cut off before anything was understood;
+"parse_failure", what is there is no answer of the kind asked for; "error", the prompt could not be made."""
+
+_CUT = ("length", "repetition")
+"""Why an answer that had not ended did: `glm4v_jax.generate.completion.FinishReason`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +27,21 @@ class Result:
     """An item with its answer.
 
     Attributes:
-      id, question, group: of the item.
+      id, question, group: of the item; where its group says what its `cluster` is, it has none.
       reference: what it was compared with.
       output: the whole text of the model; empty where there is an error.
       parsed: what the metric understood of it; None where it understood nothing.
       score: from 0 to 1.
-      parts: further numbers of the metric.
+      parts: further numbers of the metric; where there is an error, those of saying nothing.
       category: see there.
-      is_truncated: whether the tokens were used up, whatever was understood.
+      is_truncated: whether it was cut off, as the tokens were used up or as it went in circles, whatever was
+        understood of it.
+      is_forced: whether its thought was closed because the budget was used up.
       prompt_tokens, new_tokens: how many there are.
       error: what was wrong with the prompt.
+      cluster: the same for items that an interval draws together, see `eval.metrics.metric.Cluster`; None where it is
+        drawn alone.
+      prompt: of what was asked, in short: equal for the same texts, with equal pictures and videos at equal places.
     """
 
     id: str
@@ -45,9 +54,12 @@ class Result:
     parts: Mapping[str, float]
     category: Category
     is_truncated: bool = False
+    is_forced: bool = False
     prompt_tokens: int = 0
     new_tokens: int = 0
     error: str | None = None
+    cluster: str | None = None
+    prompt: str | None = None
 
 
 def score_items(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]], metric: Metric) -> list[Result]:
@@ -76,9 +88,9 @@ def scores_of(items: Sequence[Item], results: Sequence[Result]) -> list[tuple[Ma
 
 def write_results(results: Iterable[Result], path: Path) -> None:
     """Write a file of them, complete or not at all."""
-    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with replacing(path) as aside, aside.open("wb") as file:
         for result in results:
-            file.write(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n")
+            file.write(encoded(dataclasses.asdict(result)) + b"\n")
 
 
 def read_results(path: Path) -> list[Result]:
@@ -89,15 +101,25 @@ def read_results(path: Path) -> list[Result]:
     """
     results = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # As bytes, which end lines at "\n" alone: texts may have other characters that end lines.
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    results.append(Result(**json.loads(line)))
+                except (ValueError, TypeError) as error:
+                    found = f"{path}:{number}: found no result of a run ({error})"
+                    raise DataError(f"{found}; expected one a line") from error
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file; expected the results of a run") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            results.append(Result(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path}:{number}: found no result of a run ({error}); expected one a line") from error
     return results
+
+
+def encoded(value: Any, **options: Any) -> bytes:
+    """As JSON in UTF-8, with escapes if there is text that UTF-8 cannot hold, such as half a pair of surrogates."""
+    try:
+        return to_json(value, ensure_ascii=False, **options).encode()
+    except UnicodeEncodeError:
+        return to_json(value, **options).encode()
 
 
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
@@ -111,16 +133,49 @@ def _reference(item: Item) -> Mapping[str, Any]:
 
 
 def _result(item: Item, answer: Mapping[str, Any], metric: Metric) -> Result:
-    if "error" in answer:
-        return Result(
-            item.id, item.question, item.group, item.reference, "", None, 0.0, {}, "error", error=answer["error"]
-        )
-    text, is_truncated = answer["text"], answer["finish_reason"] == "length"
+    error = answer.get("error")
+    text = "" if error is not None else answer["text"]
+    is_truncated = error is None and answer["finish_reason"] in _CUT
     score = metric.score(text, _reference(item))
     category: Category = "scored"
-    if score.parsed is None:
+    if error is not None:
+        category = "error"
+    elif score.parsed is None:
         category = "truncated" if is_truncated else "parse_failure" if parse(text).answer else "no_answer"
     return Result(
-        item.id, item.question, item.group, item.reference, text, score.parsed, float(score.value), dict(score.parts),
-        category, is_truncated, answer["prompt_tokens"], answer["new_tokens"],
-    )  # fmt: skip
+        id=item.id,
+        question=item.question,
+        group=None if metric.cluster == "group" else item.group,
+        reference=item.reference,
+        output=text,
+        parsed=score.parsed,
+        score=float(score.value),
+        parts=dict(score.parts),
+        category=category,
+        is_truncated=is_truncated,
+        is_forced=answer.get("is_forced", False),
+        prompt_tokens=0 if error is not None else answer["prompt_tokens"],
+        new_tokens=0 if error is not None else answer["new_tokens"],
+        error=error,
+        cluster=_cluster(item, metric),
+        prompt=_short({**item.asked, "content": _content(item)}),
+    )
+
+
+def _cluster(item: Item, metric: Metric) -> str | None:
+    if metric.cluster == "group":
+        return item.group
+    media = [part for part in _content(item) if part.get("type") in ("image", "video")]
+    return _short(media) if media and metric.cluster == "media" else None
+
+
+def _content(item: Item) -> list[dict[str, Any]]:
+    """The parts of what is asked; of files what is in them, wherever they are."""
+    return [
+        {name: value for name, value in part.items() if name != "path" or "digest" not in part}
+        for part in item.asked.get("content", ())
+    ]
+
+
+def _short(value: Any) -> str:
+    return hashlib.blake2b(to_json(value, sort_keys=True).encode(), digest_size=8).hexdigest()

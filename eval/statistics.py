@@ -1,17 +1,21 @@
-"""How sure a mean is: intervals by bootstrap for scores of any kind, and Wilson's for shares."""
+"""How sure a score is: intervals by bootstrap for scores of any kind, and Wilson's for shares."""
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from glm4v_jax.errors import DataError
 
+T = TypeVar("T")
+
 RESAMPLES = 10_000
 _CELLS = 1 << 22
 """Of an array of drawn indices, 32 MiB of them: what is drawn at a time, whatever the number of scores."""
+_SPREAD = 1e-12
+"""Ends of an interval that are not further apart than this differ by rounding only."""
 
 
 class Difference(NamedTuple):
@@ -27,15 +31,22 @@ class Difference(NamedTuple):
 
 
 def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    values: Sequence[float],
+    counts: Sequence[float] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean (Efron and Tibshirani 1993, chapter 13).
+    """Percentile bootstrap interval of a mean, or of a ratio of sums (Efron and Tibshirani 1993, chapter 13).
 
     The same for the same values, order included, and seed. Of one value, and of equal ones, both ends are that value:
-    a bootstrap knows nothing of what it has not seen. For shares near 0 or 1 `wilson_interval` does.
+    a bootstrap knows nothing of what it has not seen. For scores `score_interval` does.
 
     Args:
-        values: [N] scores; finite.
+        values: [N] scores, or sums over clusters of what belongs together, which are drawn as wholes; finite.
+        counts: [N] what `sum(values)` is divided by the sum of; not negative. None: ones, so that it is the mean. Where
+            a draw has nothing to divide by, it is 1, or 0 if its values are negative.
         confidence: share of intervals that hold the true mean, between 0 and 1.
         resamples: how often N values are drawn.
         seed: of the draws.
@@ -44,24 +55,60 @@ def bootstrap_interval(
         DataError: there are no values, one is not finite, or an argument is out of its range.
     """
     scores = _checked(values, confidence)
+    weights = np.ones_like(scores) if counts is None else _checked(counts, confidence)
+    if len(weights) != len(scores):
+        raise DataError(f"counts: found {len(weights)} for {len(scores)} values, expected as many")
+    if np.any(weights < 0):
+        raise DataError(f"counts: found {weights.min():g}, expected none below 0")
     if resamples < 1:
         raise DataError(f"resamples: found {resamples}, expected at least 1")
-    if np.all(scores == scores[0]):
-        return float(scores[0]), float(scores[0])
+    is_even = np.all(weights == weights[0])
+    if is_even and np.all(scores == scores[0]):
+        value = float(_ratio(scores[0], weights[0]))
+        return value, value
     rng = np.random.default_rng(seed)
     rows = max(1, _CELLS // len(scores))
-    means = [
-        scores[rng.integers(len(scores), size=(min(rows, resamples - start), len(scores)))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
+    ratios = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(len(scores), size=(min(rows, resamples - start), len(scores)))
+        totals = len(scores) * weights[0] if is_even else weights[drawn].sum(axis=1)
+        ratios.append(_ratio(scores[drawn].sum(axis=1), totals))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def score_interval(
+    values: Sequence[float],
+    counts: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of a score that is sum(values) / sum(counts), from 0 to 1: by bootstrap over clusters.
+
+    Where no draw differs, as of shares that are all 0 or all 1, Wilson's with as many trials as there are clusters: it
+    is wide enough for any score between 0 and 1, of which no variance is above that of a share.
+
+    Args:
+        values, counts: [N] sums over each cluster; a score below 0 counts as 0.
+        confidence, resamples, seed: as of `bootstrap_interval`.
+
+    Raises:
+        DataError: as `bootstrap_interval` does.
+    """
+    ends = bootstrap_interval(values, counts, confidence=confidence, resamples=resamples, seed=seed)
+    low, high = (min(max(end, 0.0), 1.0) for end in ends)
+    if high - low > _SPREAD:
+        return low, high
+    return wilson_interval(low * len(values), len(values), confidence=confidence)
 
 
 def paired_difference(
     first: Sequence[float],
     second: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
     *,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
@@ -73,6 +120,7 @@ def paired_difference(
 
     Args:
         first, second: [N] scores of the same items in the same order.
+        clusters: [N] what is drawn together has the same one, which is not None; None is drawn alone.
         confidence, resamples, seed: as of `bootstrap_interval`.
 
     Raises:
@@ -81,11 +129,26 @@ def paired_difference(
     if len(first) != len(second):
         raise DataError(f"scores: found {len(first)} and {len(second)}; expected those of the same items")
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
-    low, high = bootstrap_interval(differences, confidence=confidence, resamples=resamples, seed=seed)
+    drawn = list(clustered(differences, clusters or [None] * len(differences)).values())
+    low, high = bootstrap_interval(
+        [math.fsum(together) for together in drawn],
+        [len(together) for together in drawn],
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
     return Difference(math.fsum(differences) / len(differences), low, high)
 
 
-def wilson_interval(hits: int, count: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def clustered(things: Sequence[T], clusters: Sequence[Hashable]) -> dict[Hashable, list[T]]:
+    """The things [N] of each cluster [N], in the order of their first ones; of None each is one of its own."""
+    found: dict[Hashable, list[T]] = {}
+    for index, (thing, cluster) in enumerate(zip(things, clusters, strict=True)):
+        found.setdefault(("alone", index) if cluster is None else ("together", cluster), []).append(thing)
+    return found
+
+
+def wilson_interval(hits: float, count: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share (JASA 22, 1927), without continuity correction.
 
     Raises:
@@ -99,6 +162,11 @@ def wilson_interval(hits: int, count: int, *, confidence: float = 0.95) -> tuple
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _ratio(sums: Any, counts: Any) -> np.ndarray:
+    nothing = np.equal(counts, 0)
+    return np.where(nothing, np.greater_equal(sums, 0), sums / np.where(nothing, 1, counts))
 
 
 def _checked(values: Sequence[float], confidence: float) -> np.ndarray:

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from glm4v_jax.data.tables import JsonLines, JsonList, Parquet, find_files, open_rows
@@ -89,6 +90,46 @@ def test_a_row_group_is_read_once_for_neighbours(tmp_path, monkeypatch):
     )
     assert [rows[i]["n"] for i in range(10)] == list(range(10))
     assert read == [0, 1, 2]
+
+
+def test_in_order_no_row_group_is_read_as_a_whole(tmp_path):
+    """One group of 64 rows of 256 KiB: neither the first row nor all in turn need more than a few of them."""
+    import pyarrow.parquet
+
+    size, count = 256 << 10, 64
+    rng = np.random.default_rng(0)
+    table = pyarrow.table({"n": range(count), "image": [rng.bytes(size) for _ in range(count)]})
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(table, path, data_page_size=size, write_batch_size=1, use_dictionary=False)
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups == 1
+    expected = table.column("image").to_pylist()
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    try:
+        rows = Parquet(path).in_order()
+        assert next(rows) == {"n": 0, "image": expected[0]}
+        rows.close()
+        assert size < pool.max_memory() < 0.5 * count * size
+        assert [row["image"] for row in Parquet(path).in_order()] == expected
+        assert pool.max_memory() < 0.5 * count * size
+    finally:
+        pyarrow.set_memory_pool(before)
+
+
+def test_in_order_a_broken_table_ends_with_what_is_wrong(tmp_path):
+    path = write(tmp_path / "data.parquet", [{"n": i} for i in range(100)], row_group_size=20)
+    import pyarrow.parquet
+
+    place = pyarrow.parquet.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 16] = b"\xff" * 16
+    path.write_bytes(content)
+    rows, read = Parquet(path).in_order(), []
+    with pytest.raises(DataError, match="cannot be read from here on"):
+        while True:
+            read.append(next(rows)["n"])
+    assert read == list(range(56))  # the last whole handful before the broken group
 
 
 def test_json_lines_may_be_called_json(tmp_path):

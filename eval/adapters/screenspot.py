@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from eval import fields
 from eval.adapters.nearby import nearby
 from eval.fields import Media, Row
+from eval.metrics.points import platform_and_kind
 from eval.questions import Origin, Question
 from glm4v_jax.data.media import located, picture_size
 from glm4v_jax.errors import DataError
 
 _FOLDERS = ["screenspot_imgs", "screenspotv2_image", "images", "."]
-_MOBILE, _DESKTOP = ("ios", "android"), ("macos", "windows")
 
 
 def read(row: Row, origin: Origin) -> Iterator[Question]:
@@ -38,7 +38,7 @@ def read(row: Row, origin: Origin) -> Iterator[Question]:
     kind, source = fields.text(row, "data_type"), fields.text(row, "data_source")
     reference = {"boxes": [_box(row, picture, origin)], "data_type": kind, "data_source": source}
     question = {"question": fields.text(row, "instruction", "question")}
-    yield Question(origin.name, question, reference, [picture], f"{_platform(source)} {kind}")
+    yield Question(origin.name, question, reference, [picture], platform_and_kind(reference))
 
 
 def _box(row: Row, picture: Media, origin: Origin) -> list[float]:
@@ -50,11 +50,3 @@ def _box(row: Row, picture: Media, origin: Origin) -> list[float]:
         raise DataError(f"field 'bbox': found {list(values)} beside 'file_name', expected shares from 0 to 1")
     width, height = picture_size(located(picture, origin.path.parent))
     return [one * width, two * height, three * width, four * height]
-
-
-def _platform(source: str) -> str:
-    """As lmms-eval tells them from the source."""
-    lower = source.lower()
-    if any(name in lower for name in _MOBILE):
-        return "mobile"
-    return "desktop" if any(name in lower for name in _DESKTOP) else "web"

@@ -78,7 +78,7 @@ def refcoco_vlmevalkit(text: str, item: Item) -> Score:
 
 
 def aggregate_refcoco(scores: Scores) -> dict[str, float]:
-    """Acc@0.5 over all items as "score"; "mean_iou"; by split, with "macro", VLMEvalKit's "Average" over the splits."""
+    """Acc@0.5 over all items as "score"; "mean_iou"; of several splits each and "macro", VLMEvalKit's "Average"."""
     splits = by_group(scores, "split", "split")
     macro = {"macro": sum(splits.values()) / len(splits)} if splits else {}
     return {**mean(scores), "mean_iou": mean_part(scores, "iou"), **macro, **splits}
@@ -134,11 +134,16 @@ def aggregate_multi_box(scores: Scores) -> dict[str, float]:
     rates = _rates(matched, found, sum(len(boxes_of(item)) for item, _ in scores))
     return {
         "score": rates["f1"],
-        "unparsed": macro["unparsed"],
         "precision": rates["precision"],
         "recall": rates["recall"],
         "macro_f1": macro["score"],
     }
+
+
+def multi_box_terms(scores: Scores) -> tuple[float, float]:
+    """`Metric.terms` of the micro F1: twice the boxes matched, and all that were found or expected."""
+    matched, found = (sum(score.parts.get(part, 0.0) for _, score in scores) for part in ("matched", "found"))
+    return 2 * matched, found + sum(len(boxes_of(item)) for item, _ in scores)
 
 
 def _rates(matched: float, found: float, expected: float) -> dict[str, float]:
@@ -164,16 +169,22 @@ _REFCOCO = (
 )
 
 METRICS = (
-    Metric("refcoco", refcoco, aggregate_refcoco, f"{_REFCOCO}; thousandths", FIELDS),
+    Metric("refcoco", refcoco, aggregate_refcoco, f"{_REFCOCO}; thousandths", FIELDS, "media"),
     Metric(
         "refcoco-unit",
         functools.partial(refcoco, scale="unit"),
         aggregate_refcoco,
         f"{_REFCOCO}; shares from 0 to 1, for which lmms-eval's prompt asks",
         FIELDS,
+        "media",
     ),
     Metric(
-        "refcoco-pixel", functools.partial(refcoco, scale="pixel"), aggregate_refcoco, f"{_REFCOCO}; pixels", FIELDS
+        "refcoco-pixel",
+        functools.partial(refcoco, scale="pixel"),
+        aggregate_refcoco,
+        f"{_REFCOCO}; pixels",
+        FIELDS,
+        "media",
     ),
     Metric(
         "refcoco-vlmevalkit",
@@ -181,6 +192,7 @@ METRICS = (
         aggregate_refcoco,
         "VLMEvalKit vlmeval/dataset/refcoco.py, which guesses the scale",
         FIELDS,
+        "media",
     ),
     Metric(
         "box_iou",
@@ -188,6 +200,7 @@ METRICS = (
         aggregate_refcoco,
         "Acc@0.5 where an answer of several boxes is wrong",
         FIELDS,
+        "media",
     ),
     Metric(
         "multi_box",
@@ -195,5 +208,7 @@ METRICS = (
         aggregate_multi_box,
         "ours: greedy one-to-one matching by IoU >= 0.5; precision, recall and F1 over all boxes",
         FIELDS,
+        "media",
+        multi_box_terms,
     ),
 )

@@ -169,12 +169,20 @@ METRICS = (
         relaxed_accuracy,
         aggregate_relaxed_accuracy,
         "ChartQA (arXiv 2203.10244, 5.1); pix2struct/metrics.py; the same in lmms-eval and VLMEvalKit",
+        cluster="media",
     ),
-    Metric("chartqapro", chartqapro, aggregate_relaxed_accuracy, f"{_CHARTQAPRO}; exact where the paper says so"),
+    Metric(
+        "chartqapro",
+        chartqapro,
+        aggregate_relaxed_accuracy,
+        f"{_CHARTQAPRO}; exact where the paper says so",
+        cluster="media",
+    ),
     Metric(
         "chartqapro-vlmevalkit",
         functools.partial(chartqapro, is_exact=False, is_literal=True),
         aggregate_relaxed_accuracy,
         f"{_CHARTQAPRO} as it is called: never exact but for years",
+        cluster="media",
     ),
 )

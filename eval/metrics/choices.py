@@ -9,7 +9,18 @@ import statistics
 from collections.abc import Callable, Mapping
 
 from eval.answers import choice, final_answer
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, letter_of, mean, options_of
+from eval.metrics.metric import (
+    UNPARSED,
+    Item,
+    Metric,
+    Score,
+    Scores,
+    by_group,
+    letter_of,
+    mean,
+    options_of,
+    question_terms,
+)
 
 FIELDS = ("options", "answer")
 BUCKETS = ("duration", "domain", "sub_category", "task_type", "subtitles")
@@ -123,18 +134,18 @@ def aggregate_circular(scores: Scores) -> dict[str, float]:
     figures = mean(scores)
     return {
         "score": statistics.fmean(min(score.value for _, score in rows) for rows in questions.values()),
-        "unparsed": figures["unparsed"],
         "rotations": figures["score"],
         "incomplete": statistics.fmean(float(len(rows) < len(options_of(rows[0][0]))) for rows in questions.values()),
     }
 
 
 def aggregate_buckets(scores: Scores) -> dict[str, float]:
-    """Over all questions as "score"; then by every field of `BUCKETS`, and by duration with and without subtitles."""
+    """Over all questions as "score"; then by every field of `BUCKETS`, and by duration and subtitles if these vary."""
     figures = mean(scores)
     for field in BUCKETS:
         figures |= by_group(scores, field, field)
-    return {**figures, **by_group(scores, _duration_and_subtitles, "duration, subtitles")}
+    both = len({bool(item.get("subtitles")) for item, _ in scores}) > 1
+    return {**figures, **(by_group(scores, _duration_and_subtitles, "duration, subtitles") if both else {})}
 
 
 def _duration_and_subtitles(item: Item) -> str | None:
@@ -148,7 +159,13 @@ METRICS = (
     Metric("mcq", mcq, mean, "ours: the box first, then stricter forms of can_infer; nothing is guessed", FIELDS),
     Metric("mcq-vlmevalkit", mcq_vlmevalkit, mean, _VLMEVALKIT, FIELDS),
     Metric(
-        "mmbench", mcq, aggregate_circular, "MMBench (arXiv 2307.06281), circular evaluation; letters as mcq", FIELDS
+        "mmbench",
+        mcq,
+        aggregate_circular,
+        "MMBench (arXiv 2307.06281), circular evaluation; letters as mcq",
+        FIELDS,
+        "group",
+        question_terms,
     ),
     Metric(
         "mmbench-vlmevalkit",
@@ -156,13 +173,16 @@ METRICS = (
         aggregate_circular,
         f"MMBench (arXiv 2307.06281), circular evaluation; letters: {_VLMEVALKIT}",
         FIELDS,
+        "group",
+        question_terms,
     ),
-    Metric("videomme", mcq, aggregate_buckets, "Video-MME (arXiv 2405.21075); letters as mcq", FIELDS),
+    Metric("videomme", mcq, aggregate_buckets, "Video-MME (arXiv 2405.21075); letters as mcq", FIELDS, "media"),
     Metric(
         "videomme-vlmevalkit",
         videomme_vlmevalkit,
         aggregate_buckets,
         "Video-MME (arXiv 2405.21075); VLMEvalKit vlmeval/dataset/utils/videomme.py",
         FIELDS,
+        "media",
     ),
 )

@@ -5,7 +5,7 @@ import math
 import numbers
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.errors import DataError
 
@@ -18,7 +18,7 @@ class Score(NamedTuple):
 
     value: from 0 to 1, more is better.
     parsed: what was understood, as JSON can hold it; None where nothing was: a category of its own, of value 0.
-    parts: further numbers, such as an IoU; an `aggregate` does without them where there are none.
+    parts: further numbers, such as an IoU.
     """
 
     value: float
@@ -29,6 +29,20 @@ class Score(NamedTuple):
 UNPARSED = Score(0.0, None)
 
 Scores = Sequence[tuple[Item, Score]]
+
+Cluster = Literal["item", "media", "group"]
+"""What is independent of one another, and so drawn as a whole for an interval: each item; all items about the same
+pictures and videos; all of the same "group"."""
+
+
+def mean_terms(scores: Scores) -> tuple[float, float]:
+    """`Metric.terms` of a mean over items: the sum of the values, and how many there are."""
+    return math.fsum(score.value for _, score in scores), float(len(scores))
+
+
+def question_terms(scores: Scores) -> tuple[float, float]:
+    """`Metric.terms` where a cluster is one question, which is right if all its items are."""
+    return min(score.value for _, score in scores), 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +56,9 @@ class Metric:
             DataError where there are no items.
         source: where its definition stands.
         fields: that an item must have; "answer" may be "answers" instead.
+        cluster: what the score's interval draws.
+        terms: (items of one cluster) -> numerator and denominator, whose sums over all clusters make the score: their
+            ratio, down to 0; 1 where there is nothing to divide by. So an interval needs no `aggregate` for each draw.
     """
 
     name: str
@@ -49,6 +66,8 @@ class Metric:
     aggregate: Callable[[Scores], Mapping[str, float]]
     source: str
     fields: tuple[str, ...] = ("answer",)
+    cluster: Cluster = "item"
+    terms: Callable[[Scores], tuple[float, float]] = mean_terms
 
     def check(self, item: Item) -> None:
         """Look whether an item has what `score` needs, before a model is asked.
@@ -169,15 +188,12 @@ def mean_of(values: Sequence[float]) -> float:
 
 
 def mean(scores: Scores) -> dict[str, float]:
-    """The mean value as "score", and the share of answers in which nothing was understood as "unparsed".
+    """The mean value as "score".
 
     Raises:
         DataError: there are no scores.
     """
-    return {
-        "score": mean_of([score.value for _, score in scores]),
-        "unparsed": mean_of([float(score.parsed is None) for _, score in scores]),
-    }
+    return {"score": mean_of([score.value for _, score in scores])}
 
 
 def mean_part(scores: Scores, part: str) -> float:
@@ -188,11 +204,14 @@ def mean_part(scores: Scores, part: str) -> float:
 def by_group(scores: Scores, field: str | Callable[[Item], str | None], prefix: str) -> dict[str, float]:
     """Mean values by a field of the items, or by what a function says of them, as "prefix/group", in order of names.
 
-    Items without one are left out, so nothing is in the result where none has one.
+    Items without one are left out, so nothing is in the result where none has one; nor where all have the same one,
+    whose mean is that of all.
     """
     groups: dict[str, list[float]] = {}
     for item, score in scores:
         name = item.get(field) if isinstance(field, str) else field(item)
         if name is not None:
             groups.setdefault(str(name), []).append(score.value)
+    if len(groups) == 1 and len(next(iter(groups.values()))) == len(scores):
+        return {}
     return {f"{prefix}/{name}": statistics.fmean(groups[name]) for name in sorted(groups)}

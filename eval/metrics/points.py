@@ -58,10 +58,11 @@ def screenspot(text: str, item: Item, scale: Scale = "thousand") -> Score:
 
 def aggregate_screenspot(scores: Scores) -> dict[str, float]:
     """Share of hits as "score"; then by platform and kind of element, as lmms-eval groups them."""
-    return {**mean(scores), **by_group(scores, _platform_and_kind, "group")}
+    return {**mean(scores), **by_group(scores, platform_and_kind, "group")}
 
 
-def _platform_and_kind(item: Item) -> str | None:
+def platform_and_kind(item: Item) -> str | None:
+    """The group of an item ("mobile-text", "web-icon"), its platform told from the source as lmms-eval does it."""
     source, kind = item.get("data_source"), item.get("data_type")
     if source is None or kind is None:
         return None
@@ -72,13 +73,14 @@ def _platform_and_kind(item: Item) -> str | None:
 _SOURCE = "ScreenSpot (arXiv 2401.10935); VLMEvalKit vlmeval/dataset/GUI/screenspot.py, lmms-eval tasks/screenspot"
 
 METRICS = (
-    Metric("screenspot", screenspot, aggregate_screenspot, f"{_SOURCE}; thousandths", FIELDS),
+    Metric("screenspot", screenspot, aggregate_screenspot, f"{_SOURCE}; thousandths", FIELDS, "media"),
     Metric(
         "screenspot-unit",
         functools.partial(screenspot, scale="unit"),
         aggregate_screenspot,
         f"{_SOURCE}; shares from 0 to 1",
         FIELDS,
+        "media",
     ),
     Metric(
         "screenspot-pixel",
@@ -86,5 +88,6 @@ METRICS = (
         aggregate_screenspot,
         f"{_SOURCE}; pixels, as VLMEvalKit takes numbers above 1",
         FIELDS,
+        "media",
     ),
 )

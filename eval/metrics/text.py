@@ -78,16 +78,20 @@ def error_rate(text: str, item: Item, is_of_words: bool = False) -> Score:
 
 def aggregate_error_rate(scores: Scores) -> dict[str, float]:
     """1 less "error_rate", all edits by the length of all references, as "score", down to 0; the mean rate of items."""
-    figures = mean(scores)
     edits, length = (sum(score.parts.get(part, 0.0) for _, score in scores) for part in ("edits", "length"))
     rate = _rate((edits, length))
     by_item = mean_of([score.parts.get("error_rate", 1.0) for _, score in scores])
     return {
         "score": max(0.0, 1 - rate),
-        "unparsed": figures["unparsed"],
         "error_rate": rate,
         "mean_error_rate": by_item,
     }
+
+
+def error_rate_terms(scores: Scores) -> tuple[float, float]:
+    """`Metric.terms` of the rate over all: the length without the edits, which may be below 0, and the length."""
+    edits, length = (sum(score.parts.get(part, 0.0) for _, score in scores) for part in ("edits", "length"))
+    return length - edits, length
 
 
 def similarity(text: str, item: Item) -> Score:
@@ -118,25 +122,34 @@ _ANLS = "ANLS of ST-VQA (arXiv 1905.13648), DocVQA, InfoVQA"
 
 METRICS = (
     Metric("exact_match", exact_match, mean, "equality but for case and whitespace"),
-    Metric("anls", anls, mean, f"{_ANLS}; NL = 0.5 gives 0, as the formula and the package anls say"),
+    Metric("anls", anls, mean, f"{_ANLS}; NL = 0.5 gives 0, as the formula and the package anls say", cluster="media"),
     Metric(
         "anls-inclusive",
         functools.partial(anls, is_inclusive=True),
         mean,
         f"{_ANLS}; NL = 0.5 gives 0.5, as the package anls_star says",
+        cluster="media",
     ),
     Metric(
         "anls-harness",
         functools.partial(anls, is_inclusive=True, is_raw=True),
         mean,
         f"{_ANLS}; NL = 0.5 gives 0.5 and raw lengths: lmms-eval api/metrics.py, VLMEvalKit dataset/utils/vqa_eval.py",
+        cluster="media",
     ),
-    Metric("cer", error_rate, aggregate_error_rate, "character error rate, Levenshtein / len(reference)"),
+    Metric(
+        "cer",
+        error_rate,
+        aggregate_error_rate,
+        "character error rate, Levenshtein / len(reference)",
+        terms=error_rate_terms,
+    ),
     Metric(
         "wer",
         functools.partial(error_rate, is_of_words=True),
         aggregate_error_rate,
         "word error rate, Levenshtein over words / number of words of the reference",
+        terms=error_rate_terms,
     ),
     Metric("ocr_similarity", similarity, mean, "rule part of the OCR verifier of the model's reward system, no bounds"),
 )

@@ -113,17 +113,25 @@ def aggregate_vqa(scores: Scores) -> dict[str, float]:
 _SOURCE = "VQA accuracy, visualqa.org/evaluation.html"
 
 METRICS = (
-    Metric("vqa_accuracy", vqa_accuracy, aggregate_vqa, f"{_SOURCE}; vqaEval.py with its historic regular expressions"),
+    Metric(
+        "vqa_accuracy",
+        vqa_accuracy,
+        aggregate_vqa,
+        f"{_SOURCE}; vqaEval.py with its historic regular expressions",
+        cluster="media",
+    ),
     Metric(
         "vqa_accuracy-lmms",
         functools.partial(vqa_accuracy, is_eval_ai=True),
         aggregate_vqa,
         f"{_SOURCE}; the processor of EvalAI, lmms-eval tasks/_task_utils/vqa_eval_metric.py",
+        cluster="media",
     ),
     Metric(
         "vqa_accuracy-vlmevalkit",
         functools.partial(vqa_accuracy, is_repaired=True),
         aggregate_vqa,
         f"{_SOURCE}; VLMEvalKit vlmeval/dataset/utils/vqa_eval.py",
+        cluster="media",
     ),
 )

@@ -19,6 +19,11 @@ from glm4v_jax.errors import DataError
 SUFFIXES = (".json", ".jsonl", ".parquet")
 INFO = "dataset_info.json"
 
+_AT_A_TIME = 8
+"""Rows of a table that is read in order."""
+_BUFFER = 1 << 20
+"""Of a column of such a table, in bytes; without, pyarrow reads a row group's whole column."""
+
 
 class Rows(Protocol):
     """The rows of a file.
@@ -111,7 +116,10 @@ class JsonList:
 
 
 class Parquet:
-    """A table. Row groups are read as they are needed, and the latest is kept: small ones are better for shuffling."""
+    """A table. Row groups are read as they are needed, and the latest is kept: small ones are better for shuffling.
+
+    Who wants the rows in their order takes `in_order`, which keeps a few only.
+    """
 
     def __init__(self, path: str | Path):
         """Read how many rows there are.
@@ -129,7 +137,7 @@ class Parquet:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
 
-    def _open(self) -> Any:
+    def _open(self, **options: Any) -> Any:
         try:
             import pyarrow
             import pyarrow.parquet
@@ -140,7 +148,7 @@ class Parquet:
         if not self.path.is_file():
             raise FileNotFoundError(2, "No such file or directory", str(self.path))
         try:
-            return pyarrow.parquet.ParquetFile(self.path)
+            return pyarrow.parquet.ParquetFile(self.path, **options)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{self.path}: is no readable parquet file ({error})") from error
 
@@ -159,6 +167,24 @@ class Parquet:
                     raise DataError(f"row group {group} cannot be read ({error})") from error
         start = self._ends[group - 1] if group else 0
         return _object(kept[1].slice(index - start, 1).to_pylist()[0])
+
+    def in_order(self) -> Iterator[dict[str, Any]]:
+        """All rows, some at a time: what is in memory does not grow with the row groups, which may hold all pictures.
+
+        Raises:
+            DataError: the next row cannot be read. The message does not name the place.
+        """
+        import pyarrow
+
+        try:
+            with self._open(buffer_size=_BUFFER, pre_buffer=False) as file:
+                for batch in file.iter_batches(batch_size=_AT_A_TIME):
+                    for index in range(len(batch)):
+                        yield batch.slice(index, 1).to_pylist()[0]
+        except (OSError, ValueError) as error:  # of pyarrow, whose own errors are both
+            raise DataError(f"cannot be read from here on ({error})") from error
+        finally:
+            pyarrow.default_memory_pool().release_unused()
 
     def place(self, index: int) -> str:
         """The file and the row, from 0."""

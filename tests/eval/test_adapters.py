@@ -264,12 +264,12 @@ def test_screenspot_as_published(tmp_path):
     put(tmp_path / "screenspot_imgs" / "web_3b0a.png", png())
     path = as_json(tmp_path / "screenspot_web.json", [row])
     item = check("screenspot", path, ["[[100,100,400,600]]", "[250, 350]", "(400, 600)"], "[401, 350]")
-    assert (item.id, item.group) == ("screenspot_web:0", "web text")
+    assert (item.id, item.group) == ("screenspot_web:0", "web-text")
     assert item.reference["boxes"] == [[20, 10, 80, 60]]
     item = check("screenspot@vlmevalkit", path, ["pyautogui.click(x=20, y=35)"], "pyautogui.click(x=250, y=35)")
     assert [message["role"] for message in item.messages] == ["system", "user"]
     (tmp_path / "mobile.json").write_text(json.dumps([{**row, "data_source": "ios", "data_type": "icon"}]))
-    assert read_items(find_task("screenspot"), [tmp_path / "mobile.json"])[0].group == "mobile icon"
+    assert read_items(find_task("screenspot"), [tmp_path / "mobile.json"])[0].group == "mobile-icon"
 
 
 def test_screenspot_in_tables(tmp_path):
@@ -284,7 +284,7 @@ def test_screenspot_in_tables(tmp_path):
     path = parquet(tmp_path / "test-00000-of-00002.parquet", row)
     item = check("screenspot", path, ["[[100,100,400,600]]"], "[700, 350]")
     assert item.reference["boxes"] == [pytest.approx([20, 10, 80, 60])]
-    assert item.group == "desktop icon"
+    assert item.group == "desktop-icon"
     check("screenspot@lmms-eval", path, ["(0.10, 0.10, 0.40, 0.60)"], "(0.7, 0.1, 0.8, 0.6)")
     broken = parquet(tmp_path / "broken.parquet", {**row, "bbox": [20.0, 10.0, 80.0, 60.0]})
     with pytest.raises(DataError, match=r"field 'bbox': found .* beside 'file_name', expected shares from 0 to 1"):

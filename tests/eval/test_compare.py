@@ -1,5 +1,6 @@
 """Two runs side by side: figures worked out by hand, what is refused, and what a person sees."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from eval.compare import compare, runs_in
 from eval.compare_command import Compare
+from eval.results import read_results
 from glm4v_jax.commands.program import run_program
 from glm4v_jax.errors import DataError
 from tests.eval.helpers_runs import item, result, write_run
@@ -80,15 +82,74 @@ def test_differences_are_told_by_group_and_category(tmp_path):
 
 
 def test_other_prompts_over_the_same_data_are_counted(tmp_path):
-    first = write_run(tmp_path / "first", [result(item("a", "What?")), result(item("b", "Who?"))])
-    second = write_run(tmp_path / "second", [result(item("a", "What is it?")), result(item("b", "Who?"))])
-    assert compare(first, second).asked_differently == 1
+    """Of other words, or with the picture elsewhere: `prompt` says that it is; older runs have none."""
+    asked = [("What?", "1"), ("Who?", "1"), ("Why?", "1"), ("When?", None)]
+    others = [("What is it?", "2"), ("Who?", "1"), ("Why?", "2"), ("When?", "1")]
+    first, second = (
+        write_run(tmp_path / name, [result(item(str(n), text), prompt=prompt) for n, (text, prompt) in enumerate(of)])
+        for name, of in (("first", asked), ("second", others))
+    )
+    assert compare(first, second).asked_differently == 2
+
+
+def test_variants_of_a_task_are_compared_where_the_metric_is_the_same(tmp_path, capsys):
+    """And what else was different is told, with the items that were not asked at all."""
+    failed = result(item("b"), "", 0.0, None, "error", error="no such file")
+    first = write_run(tmp_path / "first", [result(item("a")), failed], task="chartqa", dtype="bfloat16")
+    options = {"max_new_tokens": 64, "think_budget": 9}
+    second = write_run(
+        tmp_path / "second", [result(item("a")), result(item("b"))], task="chartqa@vlmevalkit", preset="bench",
+        options=options,
+    )  # fmt: skip
+    found = compare(first, second)
+    assert found.task == "chartqa, chartqa@vlmevalkit"
+    assert found.settings == {
+        "preset": ("greedy", "bench"), "dtype": ("bfloat16", "float32"), "think_budget": (None, 9),
+    }  # fmt: skip
+    assert run_command(first, second) == 0
+    shown, errors = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "task chartqa chartqa@vlmevalkit" in lines
+    settings = "preset greedy and bench; dtype bfloat16 and float32; think_budget none and 9"
+    assert f"asked with different settings: {settings}" in lines
+    assert any("could not be made: 1 items of the first, 0 of the second" in line for line in lines)
+    assert errors == ""
+
+
+def test_items_of_one_cluster_are_drawn_together(tmp_path):
+    """Ten pictures with ten questions each, all better or all worse: ten things are known, not a hundred."""
+    scores = [float(index // 10 % 2) for index in range(100)]
+    alone = [result(item(str(n)), score=score) for n, score in enumerate(scores)]
+    together = [result(item(str(n)), score=score, cluster=str(n // 10)) for n, score in enumerate(scores)]
+    zeros = write_run(tmp_path / "zeros", [result(item(str(n)), score=0.0) for n in range(100)])
+    shifted = write_run(tmp_path / "base", [dataclasses.replace(of, score=0.0) for of in together])
+    narrow, wide = (
+        compare(base, write_run(tmp_path / "run", of)).difference for base, of in ((zeros, alone), (shifted, together))
+    )
+    assert narrow.mean == wide.mean == 0.5
+    # Of a share of a half: 1.96 / 2 / sqrt(N) each way, sqrt(10) times as much.
+    assert narrow.high - narrow.low == pytest.approx(2 * 1.96 / 2 / 10, abs=0.03)
+    assert 2.5 < (wide.high - wide.low) / (narrow.high - narrow.low) < 3.8
+
+
+def test_half_a_character_is_told_as_an_escape(tmp_path, capsys):
+    of = result(item("a", "What?\u2028Who?"), "<answer>\ud83d</answer>")
+    first, second = (
+        write_run(tmp_path / name, [dataclasses.replace(of, score=s)]) for name, s in (("a", 1.0), ("b", 0.0))
+    )
+    assert read_results(first / "results.jsonl") == [of]
+    assert "\\ud83d" in run_and_read(capsys, first, second, "--json")
+    assert run_command(first, second) == 0
+
+
+def run_and_read(capsys, *arguments):
+    assert run_command(*arguments) == 0
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("fields", "names", "reference", "message"),
     [
-        ({"task": "chartqa"}, "ab", "7", "task: found 'digits-grounding' in .*first and 'chartqa' in .*second"),
         ({"metric": "anls"}, "ab", "7", "metric: found 'box_iou' in .*first and 'anls' in .*second"),
         ({}, "cd", "7", r"found no item that both have \('a', 'b'; 'c', 'd'\); expected runs over the same data"),
         ({}, "ab", "8", r"found 2 of 2 shared items with another reference, such as 'a' \(\{\"answer\": \"7\"\} and"),

@@ -80,7 +80,7 @@ def test_a_run_says_what_became_of_every_item(whole, folder):
     assert summary["count"] == COUNT and summary["rates"]["error"] == pytest.approx(1 / COUNT)
     assert summary["score"] == summary["mean"] == sum(result.score for result in results) / COUNT
     assert summary["groups"]["odd"]["count"] == summary["groups"]["even"]["count"] == COUNT // 2
-    assert summary["truncated"] == sum(result.is_truncated for result in results) / COUNT > 0
+    assert summary["truncated_share"] == sum(result.is_truncated for result in results) / COUNT > 0
     assert summary["tokens"]["new"] == sum(result.new_tokens for result in results)
     assert summary["options"]["max_new_tokens"] == 40 and summary["model"] == str(RANDOM_CHECKPOINT)
     assert (whole / REPORT).read_text(encoding="utf-8").count("data:image/") >= 2

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from eval.metrics import METRICS
+from eval.statistics import clustered
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.thinking import TAGS
 
@@ -38,19 +39,38 @@ class TestEvery:
         assert score.value == 1 and score.parsed is not None
         assert metric.name == name and metric.source
         figures = metric.aggregate([(item, score)])
-        assert next(iter(figures)) == "score" and figures["score"] == 1 and figures["unparsed"] == 0
+        assert next(iter(figures)) == "score" and figures["score"] == 1
 
     @pytest.mark.parametrize("text", ["", "<think>blue B [100,100,600,600]", "<think>x</think><answer></answer>"])
     def test_no_answer_is_its_own_category(self, name, text):
         score = METRICS[name].score(text, item_of(name))
         assert score.value == 0 and score.parsed is None
         figures = METRICS[name].aggregate([(item_of(name), score)])
-        assert figures["score"] == 0 and figures["unparsed"] == 1
+        assert figures["score"] == 0
 
-    def test_scores_without_parts(self, name):
-        # As of an item whose prompt could not be made.
-        score = METRICS[name].score("", item_of(name))._replace(parts={})
-        assert METRICS[name].aggregate([(item_of(name), score)])["unparsed"] == 1
+    def test_who_says_nothing_gains_nothing(self, name):
+        scores = [(item_of(name), METRICS[name].score(text, item_of(name))) for text in (perfect(name), "")]
+        assert METRICS[name].aggregate(scores)["score"] == pytest.approx(2 / 3 if name == "multi_box" else 1 / 2)
+
+    def test_the_interval_is_that_of_the_score(self, name):
+        """The terms of all clusters together make the aggregate's score, whatever was answered."""
+        rng = random.Random(name)
+        for count in (1, 2, 40):
+            scores = []
+            for _ in range(count):
+                item = item_of(name)
+                if METRICS[name].cluster == "group":
+                    item = item | {"group": str(rng.randrange(5))}
+                elif name == "multi_box":
+                    item = item | {"boxes": rng.choice([[], item["boxes"], item["boxes"] * 2])}
+                text = rng.choice(
+                    [perfect(name), f"{perfect(name)} x", "A", "[1,2,3,4]", "a long answer of many words", ""]
+                )
+                scores.append((item, METRICS[name].score(text, item)))
+            clusters = clustered(scores, [item.get("group") for item, _ in scores]).values()
+            above, below = zip(*map(METRICS[name].terms, clusters), strict=True)
+            score = max(sum(above), 0) / sum(below) if sum(below) else 1
+            assert score == pytest.approx(METRICS[name].aggregate(scores)["score"], abs=1e-12)
 
     def test_nothing_to_aggregate(self, name):
         with pytest.raises(DataError, match="found none"):
@@ -82,6 +102,8 @@ class TestEvery:
             "٣",
             "\x00",
             "1_0",
+            "\ud83d",
+            "\u2028",
         ]
         for _ in range(300):
             text = "".join(rng.choice(pieces) for _ in range(rng.randrange(20)))

@@ -72,7 +72,7 @@ class TestAggregates:
         scores = [(ITEM | {"group": g}, Score(float(of), "B")) for g, values in rotations.items() for of in values]
         scores.append((ITEM, Score(0.0, None)))
         assert METRICS["mmbench"].aggregate(scores) == pytest.approx(
-            {"score": 0.5, "unparsed": 1 / 11, "rotations": 9 / 11, "incomplete": 0.5}
+            {"score": 0.5, "rotations": 9 / 11, "incomplete": 0.5}
         )
 
     def test_buckets(self):
@@ -83,7 +83,6 @@ class TestAggregates:
         ]
         assert METRICS["videomme"].aggregate(scores) == {
             "score": pytest.approx(2 / 3),
-            "unparsed": 0.0,
             "duration/long": 1.0,
             "duration/short": 0.5,
             "domain/Law": 1.0,
@@ -182,7 +181,6 @@ def test_mmmu_aggregate():
     ]
     assert METRICS["mmmu"].aggregate([(item, Score(of, "x")) for item, of in rows]) == {
         "score": 0.6,
-        "unparsed": 0.0,
         "domain/Art and Design": 1.0,
         "domain/Business": 0.5,
         "domain/Health and Medicine": 1.0,

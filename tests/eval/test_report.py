@@ -262,7 +262,8 @@ def test_filters_search_and_order(opened):
         "wrong": ["wrong", "cut", "silent", "unclear", "lost", INJECTION],
         "not understood": ["unclear"],
         "no answer": ["silent"],
-        "truncated": ["cut", "cut-but-understood"],
+        "cut off, not understood": ["cut"],
+        "cut off": ["cut", "cut-but-understood"],
         "error": ["lost"],
         "all": everything,
     }.items():

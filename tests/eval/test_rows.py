@@ -59,6 +59,38 @@ def test_pictures_stand_before_the_question_or_where_it_says(folder):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("broken", [None, 15])
+def test_of_a_table_no_more_is_read_than_is_asked_for(tmp_path, broken):
+    """40 pictures of 192 KiB in one row group; then a second group that cannot be read."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    PIL.Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(file, "PNG", compress_level=0)
+    rows = [{"question": str(n), "answer": "7", "image": file.getvalue() + rng.bytes(9)} for n in range(40)]
+    path = tmp_path / "data.parquet"
+    options = {"use_dictionary": False, "data_page_size": 1 << 16, "write_batch_size": 1, "compression": "none"}
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=broken or 40, **options)
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        (item,) = read_items(TASK, [path], limit=1)
+        assert item.pictures == [rows[0]["image"]]
+        assert pool.max_memory() < 0.5 * path.stat().st_size
+    finally:
+        pa.set_memory_pool(before)
+    if broken:
+        column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+        content = bytearray(path.read_bytes())
+        content[column.data_page_offset : column.data_page_offset + 16] = b"\xff" * 16
+        path.write_bytes(content)
+        assert len(read_items(TASK, [path], limit=8)) == 8
+        with pytest.raises(DataError, match=r"data\.parquet\[8\]: cannot be read from here on"):
+            read_items(TASK, [path])
+
+
 def test_what_is_asked_does_not_depend_on_where_the_files_are(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "a.png").write_bytes(png(80, 40))

@@ -1,10 +1,12 @@
 """Intervals against scipy's, and the cases that have no spread."""
 
+import time
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import bootstrap_interval, paired_difference, wilson_interval
+from eval.statistics import bootstrap_interval, paired_difference, score_interval, wilson_interval
 from glm4v_jax.errors import DataError
 
 
@@ -58,11 +60,56 @@ class TestBootstrap:
             (dict(values=[0.0, float("nan")]), "finite"),
             (dict(values=[1.0], confidence=1.0), "confidence"),
             (dict(values=[1.0], resamples=0), "resamples"),
+            (dict(values=[1.0], counts=[1.0, 2.0]), "found 2 for 1 values"),
+            (dict(values=[1.0, 2.0], counts=[1.0, -2.0]), "none below 0"),
         ],
     )
     def test_errors(self, arguments, message):
         with pytest.raises(DataError, match=message):
             bootstrap_interval(**arguments)
+
+
+class TestScoreInterval:
+    def test_a_ratio_as_scipy(self):
+        rng = np.random.default_rng(1)
+        counts = rng.integers(1, 9, 150)
+        values = rng.binomial(counts, 0.6)
+        theirs = stats.bootstrap(
+            (values, counts), _ratio_of, paired=True, method="percentile", n_resamples=10_000, rng=2, vectorized=True
+        ).confidence_interval
+        # The standard error of a percentile of 10,000 ratios is near 1/40 of their own, 0.02.
+        np.testing.assert_allclose(score_interval(values, counts), theirs, atol=5 * 0.02 / 40)
+
+    @pytest.mark.parametrize("score", [0.0, 1.0])
+    def test_shares_that_do_not_differ(self, score):
+        assert score_interval([3 * score] * 20, [3] * 20) == wilson_interval(20 * score, 20)
+        # Of clusters of different sizes too.
+        assert score_interval([3 * score, 4 * score], [3, 4]) == wilson_interval(2 * score, 2)
+
+    def test_one_cluster_says_little(self):
+        low, high = score_interval([30.0], [100])
+        assert low < 0.1 and high > 0.7
+
+    def test_below_nothing(self):
+        """Error rates above 1: the score is 0, not less."""
+        assert score_interval([-3.0, -4.0], [1, 1]) == wilson_interval(0, 2)
+
+    def test_nothing_to_divide_by(self):
+        low, high = score_interval([0.0, 0.0, 1.0], [0.0, 0.0, 4.0], resamples=1000)
+        # All but nothing was to be found in (2/3)^3 of the draws, which are right; the others have 1/4.
+        assert (low, high) == (0.25, 1.0)
+        assert score_interval([0.0], [0.0]) == wilson_interval(1, 1)
+
+    def test_many_in_seconds(self):
+        rng = np.random.default_rng(0)
+        counts = rng.integers(1, 4, 10_000)
+        start = time.process_time()
+        score_interval(rng.binomial(counts, 0.5), counts)
+        assert time.process_time() - start < 10
+
+
+def _ratio_of(values, counts, axis):
+    return values.sum(axis=axis) / counts.sum(axis=axis)
 
 
 class TestPairedDifference:

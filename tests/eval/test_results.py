@@ -1,0 +1,141 @@
+"""From answers to results and figures: what failed, what was cut off, what is drawn together, what a file can hold."""
+
+import pytest
+
+from eval.items import Item
+from eval.metrics import METRICS
+from eval.results import read_results, score_items, write_results
+from eval.summary import read_summary, summarize, write_summary
+from glm4v_jax.errors import DataError
+
+
+def item(name, reference, group=None, content=()):
+    parts = [*content, {"type": "text", "text": "What?"}]
+    return Item(name, [{"role": "user", "content": parts}], reference, {"content": parts}, group)
+
+
+def said(text, finish_reason="stop"):
+    return {"text": text, "finish_reason": finish_reason, "prompt_tokens": 5, "new_tokens": 3}
+
+
+def run(metric, items, answers):
+    results = score_items(
+        items, {item.id: answer for item, answer in zip(items, answers, strict=True)}, METRICS[metric]
+    )
+    return results, summarize(items, results, METRICS[metric])
+
+
+@pytest.mark.parametrize("metric", ["cer", "wer"])
+def test_what_failed_is_as_bad_as_saying_nothing(metric):
+    items = [item("a", {"answer": "one two"}), item("b", {"answer": "three four five six"})]
+    results, summary = run(metric, items, [said("one two"), {"error": "no such file"}])
+    _, silent = run(metric, items, [said("one two"), said("")])
+    assert results[1].category == "error" and results[1].error == "no such file"
+    assert results[1].parts["error_rate"] == 1 and results[1].parts["edits"] == results[1].parts["length"] > 0
+    length = {"cer": (7, 19), "wer": (2, 4)}[metric]
+    assert summary["score"] == pytest.approx(length[0] / sum(length)) == silent["score"]
+    assert summary["rates"]["error"] == 0.5 and summary["parts"]["mean_error_rate"] == 0.5
+
+
+def test_of_what_failed_the_boxes_are_missed():
+    box = {"boxes": [[0, 0, 50, 50]], "width": 100, "height": 100}
+    _, summary = run("multi_box", [item("a", box), item("b", box)], [said("[[0,0,500,500]]"), {"error": "no"}])
+    assert summary["parts"]["recall"] == 0.5 and summary["parts"]["precision"] == 1
+
+
+def test_categories_add_up_and_what_was_cut_is_counted_besides():
+    items = [item(str(number), {"answer": "3", "answer_type": "integer"}) for number in range(6)]
+    answers = [
+        said("3"), said("3 or", "length"), said("<think>1, 2,", "length"), said("<think>1, 1, 1,", "repetition"),
+        said("<think>Hm.</think>"), said("three"),
+    ]  # fmt: skip
+    results, summary = run("mathvista", items, answers)
+    assert [result.category for result in results] == [
+        "scored", "scored", "truncated", "truncated", "no_answer", "parse_failure",
+    ]  # fmt: skip
+    assert [result.is_truncated for result in results] == [False, True, True, True, False, False]
+    rates = {"parse_failure": 1 / 6, "no_answer": 1 / 6, "truncated": 2 / 6, "error": 0}
+    assert summary["rates"] == rates and summary["truncated_share"] == 0.5
+    assert "unparsed" not in summary["parts"] and "truncated" not in summary
+
+
+def test_rotations_of_a_question_are_one_cluster_and_no_group():
+    options = {"options": {"A": "x", "B": "y"}, "answer": "A"}
+    items = [item(f"{question}-{turn}", options, f"q{question}") for question in range(40) for turn in range(4)]
+    # Every other question is right, all its rotations; of the others one is wrong.
+    answers = [said("B" if question % 2 and not turn else "A") for question in range(40) for turn in range(4)]
+    results, summary = run("mmbench", items, answers)
+    assert (summary["score"], summary["mean"], summary["parts"]["rotations"]) == (0.5, 0.875, 0.875)
+    assert (summary["count"], summary["clusters"], summary["groups"]) == (160, 40, {})
+    assert {result.group for result in results} == {None}
+    low, high = summary["interval"]
+    # Of 40 shares of a half: 1.96 / 2 / sqrt(40) each way.
+    assert low == pytest.approx(0.5 - 0.155, abs=0.03) and high == pytest.approx(0.5 + 0.155, abs=0.03)
+
+
+def test_questions_about_one_picture_are_drawn_together():
+    box = {"boxes": [[0, 0, 50, 50]], "width": 100, "height": 100}
+    pictures = [{"type": "image", "path": f"{number // 10}.png", "digest": f"{number // 20}"} for number in range(200)]
+    items = [item(str(n), box, content=[picture]) for n, picture in enumerate(pictures)]
+    answers = [said("[[0,0,500,500]]" if n // 20 % 2 else "[[900,900,999,999]]") for n in range(200)]
+    results, summary = run("refcoco", items, answers)
+    # The same picture under two names is one.
+    assert summary["clusters"] == len({result.cluster for result in results}) == 10
+    low, high = summary["interval"]
+    assert high - low > 0.5 and low < summary["score"] < high
+    assert run("box_iou", [item(str(n), box) for n in range(200)], answers)[1]["clusters"] == 200
+
+
+@pytest.mark.parametrize(("metric", "lower", "upper"), [("exact_match", 0.65, 1), ("cer", 0.65, 1)])
+def test_all_right_is_not_certain(metric, lower, upper):
+    items = [item(str(n), {"answer": "one"}) for n in range(10)]
+    low, high = run(metric, items, [said("one")] * 10)[1]["interval"]
+    assert lower < low < 0.8 and high == pytest.approx(upper)  # Wilson: 0.722 of 10 of 10
+
+
+def test_no_figure_is_told_twice():
+    def groups(metric, references, names):
+        items = [item(str(n), of, name) for n, (of, name) in enumerate(zip(references, names, strict=True))]
+        summary = run(metric, items, [said("7"), *[said("8")] * (len(items) - 1)])[1]
+        return summary["parts"], list(summary["groups"])
+
+    human, machine = ({"answer": "7", "type": kind} for kind in ("human", "augmented"))
+    assert groups("relaxed_accuracy", [human, machine], ["human", "augmented"]) == (
+        {"type/augmented": 0.0, "type/human": 1.0}, [],
+    )  # fmt: skip
+    assert groups("relaxed_accuracy", [human, human], ["human", "human"]) == ({}, [])
+    assert groups("relaxed_accuracy", [human, machine], ["one", "two"])[1] == ["one", "two"]
+    assert groups("exact_match", [human, machine], ["human", "augmented"]) == ({}, ["augmented", "human"])
+
+
+def test_prompts_are_told_apart_by_what_is_in_them():
+    def prompt(*content, **more):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        of = Item("a", [{"role": "user", "content": "What?"}], {"answer": "7"}, {"content": parts, **more})
+        return run("exact_match", [of], [said("7")])[0][0].prompt
+
+    here, there = ({"type": "image", "path": f"{folder}/a.png", "digest": "1"} for folder in ("here", "there"))
+    assert prompt(here, "What?") == prompt(there, "What?")
+    others = [prompt("What?", here), prompt({**here, "digest": "2"}, "What?"), prompt(here, "What?", system="Hm.")]
+    assert len({prompt(here, "What?"), *others}) == 4
+
+
+@pytest.mark.parametrize("text", ["\u2028 \u2029 \x85 \x1c \r\n", "half a pair: \ud83d", "é"])
+def test_whatever_a_model_writes_can_be_read_again(tmp_path, text):
+    items = [item("a", {"answer": text}, text), item("b", {"answer": "7"})]
+    results, summary = run("exact_match", items, [said(f"<answer>{text}</answer>"), said("7")])
+    write_results(results, tmp_path / "results.jsonl")
+    assert read_results(tmp_path / "results.jsonl") == results
+    write_summary(summary, tmp_path / "summary.json")
+    assert read_summary(tmp_path) == summary
+    assert ("é" in (tmp_path / "results.jsonl").read_text(encoding="utf-8")) == (text == "é")
+
+
+@pytest.mark.parametrize("line", [b"{", b"5", b'{"id": "a"}', b'"\xff"', b""])
+def test_what_is_no_result_is_named(tmp_path, line):
+    results, _ = run("exact_match", [item("a", {"answer": "7"})], [said("7")])
+    write_results(results, tmp_path / "results.jsonl")
+    with (tmp_path / "results.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(DataError, match=r"results\.jsonl:2: found no result of a run"):
+        read_results(tmp_path / "results.jsonl")
