@@ -116,7 +116,7 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     Raises:
       ConfigError: the rank is below 1, the pattern is none or fits no linear layer, or there is an adapter already.
     """
-    _check(config)
+    check_config(config)
     result = copy_without_lora(model)
     every = linears(result)
     chosen = {path: found for path, found in every.items() if re.fullmatch(config.target, path)}
@@ -169,7 +169,12 @@ def merge_lora(model: Glm4v) -> Glm4v:
     return result
 
 
-def _check(config: LoraConfig) -> None:
+def check_config(config: LoraConfig) -> None:
+    """Check the numbers and the pattern of an adapter, without a model.
+
+    Raises:
+      ConfigError: one is out of its range.
+    """
     if config.rank < 1:
         raise ConfigError(f"rank: found {config.rank}; expected 1 or more")
     if not config.alpha > 0:

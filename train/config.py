@@ -4,14 +4,18 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.layers import Remat
 from glm4v_jax.lora import LoraConfig
-from train.optimizers import GROUPS, OptimizerConfig
+from glm4v_jax.lora import check_config as check_lora
+from train.optimizers import GROUPS, OptimizerConfig, check_optimizer
+
+MODEL, ADAPTER = "model", "adapter"
+"""The result of a job, in its directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,8 @@ class DataConfig:
       max_length: the most tokens of a sample; `batch.length` by default.
       too_long: "drop" leaves longer ones out, "cut" cuts them behind, "error" ends the job.
       keep_thoughts: "last", "all" or "none"; see `samples.EncodeOptions`.
-      bad_rows: "skip" counts rows that cannot be read, "error" ends the job.
+      bad_rows: "skip" leaves out rows that cannot be read or do not fit, tells of each once and counts them, "error"
+        ends the job.
       image_max_pixels, video_max_pixels, video_fps: see `samples.EncodeOptions`.
       threads: that make samples ready.
     """
@@ -55,10 +60,10 @@ class BatchConfig:
       vision_rows, vision_length: R and L of its vision rows, in patches; 0 rows for text alone.
       micro_batches: whose gradients make a step.
       pack: several samples a row; otherwise one.
-      open_batches: how many are filled at a time: more leave less padding, and let samples wait longer.
+      open_batches: how many a lane fills at a time: more leave less padding, and let samples wait longer.
       lanes: into how many parts of whole rows and vision rows a batch is divided, each with a reader of its own, so
         that a process makes only the samples that its devices take; as many as both allow by default. The batches
-        depend on it, and on no mesh.
+        depend on it, and on no mesh. Each keeps the patches of its `open_batches` in the memory of its host.
       average: the loss is an average over all targets ("token"), or over samples.
     """
 
@@ -101,8 +106,10 @@ class EvalConfig:
       files: other data than those learned from, of the same format.
       share: in their place, the share of the data that is held back, drawn by the job's seed.
       every: steps between two evaluations; there is one behind the last step, too.
-      max_samples: the first so many are looked at; they are kept in memory.
-      generate: how many of them are answered, too, greedily, and compared with what their last message says.
+      max_samples: the first so many are looked at; every process keeps the patches of them all in memory, 4.7 kB each
+        for the 9B (39 MB for a picture of 8,192).
+      generate: how many of them are answered, too, greedily, and compared with what their last message says. That
+        takes a copy of the weights, in the dtype that the model computes in, while it lasts.
       metric: of the answers, see `eval.metrics`; what they are compared with is what the last message says.
       max_new_tokens: of an answer.
       slots: how many are answered at a time.
@@ -111,7 +118,7 @@ class EvalConfig:
     files: tuple[str, ...] = ()
     share: float = 0.0
     every: int = 100
-    max_samples: int = 256
+    max_samples: int = 64
     generate: int = 0
     metric: MetricName = "exact_match"
     max_new_tokens: int = 512
@@ -127,7 +134,7 @@ class TrainConfig:
       out: directory of the job: checkpoints, metrics, and the trained model.
       data, batch, optimizer, checkpoint, eval: see there.
       steps: of the whole training.
-      freeze: parts of the model that stay as they are: "vision", "merger", "llm".
+      freeze: parts of the model that stay as they are: "vision", "merger", "llm"; not with `lora`.
       lora: train an adapter instead, and leave the whole model as it is.
       quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.quant`.
       dtype: that the model computes in; float32 on a CPU and bfloat16 elsewhere by default. Weights are float32.
@@ -177,6 +184,11 @@ def load_config(path: str | Path) -> TrainConfig:
         raise ConfigError(f"{path}: {error}") from error
     try:
         config = _made(TrainConfig, content, "")
+        if "freeze" in content and config.lora is not None:
+            raise ConfigError(
+                f"freeze: found {list(config.freeze)} beside lora; expected one of them: an adapter leaves the whole "
+                "model as it is, and lora.target chooses its layers"
+            )
         _check(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -249,6 +261,9 @@ def _check(config: TrainConfig) -> None:
         positive |= {f"eval.{name}": getattr(config.eval, name) for name in numbers}
     if batch.lanes is not None:
         positive["batch.lanes"] = batch.lanes
+    for name in ("max_length", "image_max_pixels", "video_max_pixels", "video_fps"):
+        if (given := getattr(config.data, name)) is not None:
+            positive[f"data.{name}"] = given
     for name, number in positive.items():
         if not number > 0:
             raise ConfigError(f"{name}: found {number}; expected a number above 0")
@@ -267,7 +282,18 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             f"quantize: found {config.quantize!r} without lora; expected both: integers cannot be trained"
         )
+    _check_part("optimizer", lambda: check_optimizer(config.optimizer, config.steps))
+    if (lora := config.lora) is not None:
+        _check_part("lora", lambda: check_lora(lora))
     _check_evaluation(config)
+
+
+def _check_part(name: str, check: Callable[[], None]) -> None:
+    """What is wrong with a table, under its name."""
+    try:
+        check()
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
 
 
 def _check_evaluation(config: TrainConfig) -> None:

@@ -1,9 +1,13 @@
 """What is looked at during training: the loss on records that are not learned from, and answers to some of them."""
 
+import contextlib
 import dataclasses
-import json
+import functools
+import hashlib
+import math
+import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +17,25 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.distributed import is_first
+from glm4v_jax.data.media import source_of
+from glm4v_jax.distributed import agree, is_first
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.engine import Engine
+from glm4v_jax.inputs.media import is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.mesh import platform
+from glm4v_jax.model import Glm4v
 from glm4v_jax.modeling import Glm4vForConditionalGeneration
 from train.config import EvalConfig, TrainConfig
-from train.lane import Encoder
+from train.lane import Encoder, Made
 from train.loss import Sums
 from train.packing import Packer, pack
 from train.placement import put, stacked
 from train.records import Record
-from train.samples import Sample
+from train.samples import Sample, limited
 from train.scoring import score
 from train.state import Layout, Leaves
 from train.step import loss_sums
@@ -46,9 +54,11 @@ class Evaluation:
     accuracy: float
     score: float | None
 
-    def best_by(self, name: str) -> float:
-        """A number that is higher for a better model: by "loss" or by "score"."""
-        return -self.loss if name == "loss" else float(self.score or 0.0)
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What models can be compared by, "loss" and "score", as far as they are numbers."""
+        found = {"loss": self.loss, "score": self.score}
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 class Evaluator:
@@ -78,16 +88,19 @@ class Evaluator:
           tell: called with what is wrong with a record that is left out.
 
         Raises:
-          DataError: there is nothing to look at, a record is bad and the job says that this ends it, or what one
-            expects is nothing for the metric.
+          DataError: there is nothing to look at, a record is bad or fits no batch and the job says that this ends it,
+            or what one expects is nothing for the metric.
+          MessageError: other processes have other records.
         """
         self.every = options.every
-        self._processor, self._config, self._job, self._options, self._mesh = processor, config, job, options, mesh
-        encode = Encoder(records, processor, config, encode_options(job.data, job.batch))
+        self._config, self._job, self._options, self._mesh = config, job, options, mesh
+        encoding = encode_options(job.data, job.batch)
+        encode, packer = Encoder(records, processor, config, encoding), self._packer()
+        self._processor = limited(processor, encoding)
         self._samples: list[Sample] = []
         self._questions: list[tuple[Record, list[Mapping[str, Any]], str]] = []
         for number in range(min(len(records), options.max_samples)):
-            made = encode(number)
+            made = _fitting(encode(number), packer)
             if made.sample is None:
                 if made.error is not None and job.data.bad_rows == "error":
                     raise DataError(made.error)
@@ -96,25 +109,33 @@ class Evaluator:
             self._samples.append(made.sample)
             if len(self._questions) < options.generate:
                 record = records[number]
-                messages, expected = _question(record)
+                messages, expected = question_of(record, self._processor.video_processor.fps)
                 score(options.metric, expected, expected)  # complains now, not during the training
                 self._questions.append((record, messages, expected))
         if not self._samples:
             raise DataError(f"eval: found no sample in {len(records)} records; expected at least one")
+        # They make batches of them together: one that could not read a picture would leave the others waiting.
+        agree("the records of eval", _digest(self._samples))
         self._programs: dict[tuple[Layout, np.dtype], Callable[..., Sums]] = {}
 
-    def loss(self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike) -> tuple[float, float]:
-        """Mean cross entropy and accuracy of the targets."""
+    def loss(
+        self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike, is_stopped: Callable[[], bool]
+    ) -> tuple[float, float] | None:
+        """Mean cross entropy and accuracy of the targets; None where it was stopped between two batches."""
         program = self._programs.setdefault((layout, jnp.dtype(dtype)), _sums_program(layout, dtype))
         sums = Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
         for batch in self._batches():
+            if is_stopped():
+                return None
             sums = program(sums, params, frozen, batch)
         weight = float(sums.weight)
         return float(sums.loss) / weight, float(sums.correct) / weight
 
-    def answers(self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike) -> Iterator[dict[str, Any]]:
-        """What the model answers, each with what was expected and its score, in the records' order."""
-        module = jax.jit(layout.model, static_argnums=2)(params, frozen, jnp.dtype(dtype))
+    def answers(
+        self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        """What the model answers, each with its number, what was expected and its score, as they end."""
+        module = _model(layout, params, frozen, jnp.dtype(dtype))
         if platform() == "cpu":
             module = module.unstacked()
         generation = GenerationConfig.from_pretrained(self._job.model)
@@ -124,32 +145,59 @@ class Evaluator:
         engine = Engine(model, self._processor, num_slots=self._options.slots)
         prompts = [messages for _, messages, _ in self._questions]
         completions = engine.generate_many(prompts, do_sample=False, max_new_tokens=self._options.max_new_tokens)
-        for completion in sorted(completions, key=_index):
+        for completion in completions:
             record, _, expected = self._questions[completion.index]
             value = score(self._options.metric, completion.text, expected)
-            yield {"source": record.source, "expected": expected, "answer": completion.text, "score": value}
+            line = {"source": record.source, "expected": expected, "answer": completion.text, "score": value}
+            yield completion.index, line
 
-    def __call__(self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike, answers: Path) -> Evaluation:
-        """Look at a model; its answers are written to a file, a line of JSON each."""
-        loss, accuracy = self.loss(layout, params, frozen, dtype)
-        if not self._questions:
-            return Evaluation(loss, accuracy, None)
-        lines = list(self.answers(layout, params, frozen, dtype))
+    def __call__(
+        self,
+        layout: Layout,
+        params: Leaves,
+        frozen: Leaves,
+        dtype: DTypeLike,
+        answers: Path,
+        is_stopped: Callable[[], bool],
+    ) -> Evaluation | None:
+        """Look at a model; its answers are written to a file, a line of JSON each, in the records' order.
+
+        Args:
+          layout, params, frozen, dtype: of the model.
+          answers: the file.
+          is_stopped: asked between batches and between answers, by all processes alike.
+
+        Returns:
+          What was found; None where it was stopped.
+        """
+        found = self.loss(layout, params, frozen, dtype, is_stopped)
+        if found is None or not self._questions:
+            return None if found is None else Evaluation(*found, None)
+        lines: dict[int, dict[str, Any]] = {}
+        with contextlib.closing(self.answers(layout, params, frozen, dtype)) as answered:
+            for number, line in answered:
+                lines[number] = line
+                if is_stopped():
+                    return None
         if is_first():
             answers.parent.mkdir(parents=True, exist_ok=True)
-            aside = answers.with_name(f".{answers.name}.partial")
-            aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-            aside.replace(answers)
-        return Evaluation(loss, accuracy, statistics.fmean(line["score"] for line in lines))
+            with replacing(answers) as aside:
+                text = "".join(to_json(lines[number], ensure_ascii=False) + "\n" for number in sorted(lines))
+                # Half of a character, which a model may say, is written as JSON can write it.
+                aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return Evaluation(*found, statistics.fmean(line["score"] for line in lines.values()))
+
+    def _packer(self) -> Packer:
+        batch = self._job.batch
+        per_row = None if batch.pack else 1
+        return Packer(rows=batch.rows, length=batch.length, vision_shape=vision_shape(batch), per_row=per_row)
 
     def _batches(self) -> Iterator[Any]:
         batch = self._job.batch
-        per_row = None if batch.pack else 1
-        packer = Packer(rows=batch.rows, length=batch.length, vision_shape=vision_shape(batch), per_row=per_row)
-        for samples in packer.batches(self._samples):
+        for samples in self._packer().batches(self._samples):
             packed = pack(
                 samples, rows=batch.rows, length=batch.length, vision_shape=vision_shape(batch), config=self._config,
-                average=batch.average, per_row=per_row,
+                average=batch.average, per_row=None if batch.pack else 1,
             )  # fmt: skip
             yield put(stacked([packed]), self._mesh)
 
@@ -164,6 +212,8 @@ class Held(Sequence[Record]):
         return len(self._numbers)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._records[int(number)] for number in self._numbers[index]]
         return self._records[int(self._numbers[index])]
 
 
@@ -180,8 +230,27 @@ def hold_back(records: Sequence[Record], share: float, seed: int) -> tuple[Held,
     return Held(records, np.sort(numbers[count:])), Held(records, np.sort(numbers[:count]))
 
 
-def _question(record: Record) -> tuple[list[Mapping[str, Any]], str]:
-    """The messages before the last one of the assistant, and what that says.
+def _fitting(made: Made, packer: Packer) -> Made:
+    """What came of a record, if it fits a batch; else what is wrong with it."""
+    if made.sample is None:
+        return made
+    try:
+        packer.check(made.sample)
+    except DataError as error:
+        return Made(made.number, None, str(error))
+    return made
+
+
+def _digest(samples: Sequence[Sample]) -> bytes:
+    """Of what processes must have alike; where their files lie may differ."""
+    found = [
+        (os.path.basename(sample.source), sample.input_ids.tobytes(), sample.frames.tobytes()) for sample in samples
+    ]
+    return hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
+
+
+def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], str]:
+    """The messages before the last one of the assistant, and what that says; `fps` is of frames that do not say it.
 
     Raises:
       DataError: there is none.
@@ -190,11 +259,20 @@ def _question(record: Record) -> tuple[list[Mapping[str, Any]], str]:
     if not last:
         raise DataError(f"{record.source}: found no answer behind a question; expected one, as eval.generate asks for")
     said = "".join(item.get("text", "") for item in record.messages[last]["content"])
-    return list(record.messages[:last]), said
+    messages: list[Mapping[str, Any]] = [
+        {**message, "content": [_timed(item, fps) for item in message["content"]]} for message in record.messages[:last]
+    ]
+    return messages, said
 
 
-def _index(completion: Any) -> int:
-    return completion.index
+def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:
+    is_frames = item["type"] == "video" and "fps" not in item and not is_path_like(source_of(item))
+    return {**item, "fps": fps} if is_frames else item
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _model(layout: Layout, params: Leaves, frozen: Leaves, dtype: np.dtype) -> Glm4v:
+    return layout.model(params, frozen, dtype)
 
 
 def _sums_program(layout: Layout, dtype: DTypeLike) -> Callable[..., Sums]:

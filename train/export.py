@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from glm4v_jax.checkpoint import open_weights
 from glm4v_jax.checkpoint_write import by_first
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.distributed import is_first
@@ -26,6 +27,23 @@ from glm4v_jax.target import check_space, check_target, new_directory, place_of
 from train.verify import Verified, compare, logits_of, prompt, tolerance_of
 
 _CONTENT = "content"
+
+
+def check_result(base: str | Path, target: Path, *, is_whole: bool) -> None:
+    """Check the place of a result; all processes call this.
+
+    Args:
+      base: the checkpoint that is trained.
+      target: directory of the result.
+      is_whole: whether that is a model as large as its base; an adapter is small.
+
+    Raises:
+      CheckpointError: it is taken by something else, or the disk is too full.
+    """
+    needed = 0
+    if is_whole:
+        needed = sum(info.nbytes for info in open_weights(base).values())
+    by_first(lambda: _check(Path(base), target, needed, overwrite=True))
 
 
 def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:

@@ -88,10 +88,10 @@ class Export(JsonOptions, DistributedOptions):
     def _places(self) -> tuple[pathlib.Path, str, pathlib.Path]:
         """Adapter, model, and where the result goes."""
         if self.source.endswith(".toml"):
-            from train.config import load_config
+            from train.config import ADAPTER, MODEL, load_config
 
             job = load_config(self.source)
-            adapter, model, out = pathlib.Path(job.out) / "adapter", job.model, pathlib.Path(job.out) / "model"
+            adapter, model, out = pathlib.Path(job.out) / ADAPTER, job.model, pathlib.Path(job.out) / MODEL
             if job.lora is None:
                 raise ConfigError(f"{self.source}: found a job without lora; its result is a checkpoint already")
             return adapter, self.model or model, pathlib.Path(self.out) if self.out else out

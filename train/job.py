@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,22 @@ from glm4v_jax.loading import default_dtype, load_model
 from glm4v_jax.lora import add_lora, is_lora
 from glm4v_jax.mesh_presets import mesh_for
 from glm4v_jax.quant import as_config
-from train.config import TrainConfig
+from train.config import ADAPTER, MODEL, TrainConfig
 from train.evaluate import hold_back
-from train.export import export_adapter, export_model
+from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
-from train.optimizers import group_of, make_optimizer
-from train.placement import check_batch
+from train.optimizers import group_of, learning_rate, make_optimizer
+from train.placement import check_batch, num_lanes
 from train.records import Record, read_records
 from train.state import Layout, Leaves, TrainState, init_state, split
 from train.step import Step, make_step
 from train.verify import Verified
 
-MODEL, ADAPTER = "model", "adapter"
-"""The result of a job, in its directory."""
+_FREE = {
+    "model", "out", "steps", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every", "tensorboard",
+    "checkpoint", "data.files", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes", "optimizer",
+}  # fmt: skip
+"""Fields that a job may have changed when it goes on; of [eval] all but the share."""
 
 
 class Data(NamedTuple):
@@ -85,6 +89,34 @@ def check_same(config: TrainConfig, data: Data) -> None:
     agree("the job or its data", hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
+def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, Any]:
+    """What a job must have kept to go on from its checkpoints, by name: what decides its model and its batches."""
+    fields: dict[str, Any] = {
+        "config.json of the model": hashlib.blake2b(repr(model).encode(), digest_size=8).hexdigest(),
+        "eval.share": config.eval.share if config.eval is not None else 0.0,
+        "records to learn from": len(data.learned),
+        "optimizer.name": config.optimizer.name,
+        "batch.lanes": num_lanes(config.batch),
+    }
+    for name, value in dataclasses.asdict(config).items():
+        of_table = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        if name not in _FREE | {"eval"}:
+            fields |= {key: item for key, item in of_table.items() if key not in _FREE}
+    if config.lora is not None:
+        del fields["freeze"]  # says nothing beside it
+    return fields
+
+
+def check_place(config: TrainConfig) -> None:
+    """Check that there is a place for the result, before anything slow begins; all processes call this.
+
+    Raises:
+      CheckpointError: it is taken by something else, or the disk is too full.
+    """
+    name = MODEL if config.lora is None else ADAPTER
+    check_result(config.model, Path(config.out) / name, is_whole=config.lora is None)
+
+
 @dataclasses.dataclass
 class Job:
     """A model that is being trained, in the current mesh.
@@ -92,7 +124,6 @@ class Job:
     config, model: of the job and of its model.
     layout, frozen, dtypes: of the model's leaves; `dtypes` are those that they had.
     shapes: of the parameters that are trained.
-    state: before the first step.
     step: see `make_step`.
     dtype: that the model computes in.
     """
@@ -103,13 +134,15 @@ class Job:
     frozen: Leaves
     dtypes: dict[str, np.dtype]
     shapes: dict[str, jax.ShapeDtypeStruct]
-    state: TrainState
     step: Step
     dtype: DTypeLike
 
     @classmethod
-    def begin(cls, config: TrainConfig, model_config: Glm4vConfig) -> "Job":
+    def begin(cls, config: TrainConfig, model_config: Glm4vConfig) -> tuple["Job", TrainState]:
         """Load the model and make the optimiser.
+
+        Returns:
+          The job, and its state before the first step, of which it keeps no array.
 
         Raises:
           Glm4vError: what is wrong with the model, or with how it is to be trained.
@@ -127,9 +160,25 @@ class Job:
         params, frozen = split(model, is_trained)
         optimizer = make_optimizer(config.optimizer, config.steps, model)
         dtype = default_dtype() if config.dtype is None else jnp.dtype(config.dtype)
-        step = make_step(layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm)
+        step = make_step(
+            layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
+            learning_rate=learning_rate(config.optimizer, config.steps),
+        )  # fmt: skip
         shapes = jax.eval_shape(_same, params)
-        return cls(config, model_config, layout, frozen, dtypes, shapes, init_state(params, optimizer), step, dtype)
+        job = cls(config, model_config, layout, frozen, dtypes, shapes, step, dtype)
+        return job, init_state(params, optimizer)
+
+    def describe(self, data: Data, mesh: Mesh) -> str:
+        """In a line for a person: what is trained, of what, and on what."""
+        trained, frozen = (sum(math.prod(leaf.shape) for leaf in part.values()) for part in (self.shapes, self.frozen))
+        looked_at = 0 if self.config.eval is None else min(len(data.held), self.config.eval.max_samples)
+        held = f" and {looked_at:,} to look at" if looked_at else ""
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        devices = f"{mesh.size} devices ({sizes})" if mesh.size > 1 else "one device"
+        return (
+            f"{trained:,} parameters are trained, {frozen:,} are not; {len(data.learned):,} records to learn from"
+            f"{held}; {devices}, {mesh.devices.flat[0].device_kind}"
+        )
 
     def export(self, params: Leaves, out: Path) -> Verified:
         """Write the result: an adapter for PEFT, or a checkpoint in Hugging Face layout with all that the first had.

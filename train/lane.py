@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,17 +16,30 @@ from train.packing import Packer
 from train.records import Record
 from train.samples import EncodeOptions, Sample, encode
 
+_PAUSES = (0.5, 2.0)
+"""Seconds before a record is read once more that a disk, or the net, has refused."""
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
 
 @dataclasses.dataclass
 class Counts:
     """What became of the records that were read.
 
-    samples: were learned from. dropped: were too long. skipped: could not be read.
+    samples: became samples. dropped: were too long. skipped: could not be read, or fit no batch.
     """
 
     samples: int = 0
     dropped: int = 0
     skipped: int = 0
+
+    @property
+    def rows(self) -> int:
+        """That were read, every pass counted."""
+        return self.samples + self.dropped + self.skipped
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Those of both."""
+        return Counts(self.samples + other.samples, self.dropped + other.dropped, self.skipped + other.skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +53,15 @@ class Encoder:
 
     def __call__(self, number: int) -> "Made":
         """Called in threads: nothing may be raised there that belongs to another record."""
-        number = int(number)
+        number, place = int(number), f"row {number}"
         try:
-            return Made(number, encode(self.records[number], self.processor, self.config, self.options))
+            record = _read(self.records, number)
+            place = record.source
+            return Made(number, encode(record, self.processor, self.config, self.options))
         except (Glm4vError, OSError) as error:
             return Made(number, None, str(error))
+        except Exception as error:  # of a decoder that fails in a way of its own, for one
+            return Made(number, None, f"{place}: {type(error).__name__}: {error}")
 
     def again(self, number: int) -> Sample:
         """The sample of a record that had one.
@@ -55,6 +73,18 @@ class Encoder:
         if made.sample is None:
             raise DataError(f"row {number}: found {made.error or 'a sample that is too long'}; expected what it was")
         return made.sample
+
+
+def _read(records: Sequence[Record], number: int) -> Record:
+    """A record, from a disk that may be slow to answer."""
+    for pause in _PAUSES:
+        try:
+            return records[number]
+        except _LASTING:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return records[number]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
+from glm4v_jax.commands.console import to_json
 from glm4v_jax.distributed import is_first
 from glm4v_jax.errors import ConfigError
 from train.config import TrainConfig
 from train.evaluate import Evaluation
 from train.flops import Work
-from train.optimizers import learning_rate
 from train.step import Metrics
+from train.stream import Prepared
 
 METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "eval.jsonl", "tensorboard"
 
@@ -41,6 +41,9 @@ class Log:
 
     A step's metrics are read when the next one is under way, so that devices do not wait for the host. Only the first
     process writes.
+
+    step, streak, grad_norm: of the last step that was read: its number, how many up to it changed nothing, one after
+      another, and its gradients' norm.
     """
 
     def __init__(self, directory: Path, config: TrainConfig, step: int, speed: Speed, tell: Callable[[str], None]):
@@ -57,36 +60,39 @@ class Log:
           ConfigError: TensorBoard is asked for, and its writer is not installed.
         """
         self._directory, self._config, self._speed, self._tell = directory, config, speed, tell
-        self._rate: optax.Schedule = learning_rate(config.optimizer, config.steps)
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
         self._board = None
         if is_first():
             self._board = _board(directory / TENSORBOARD, step) if config.tensorboard else None
             for name in (METRICS, EVALUATIONS):
                 _keep(directory / name, step)
-        self.streak = 0
-        self.grad_norm = 0.0
+        self.step, self.streak, self.grad_norm = step, 0, 0.0
         self.start()
 
     def start(self) -> None:
         """Measure from here on, not from what came before."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Take what a step will come to, and write down the one before it, as soon as that is computed."""
+    def add(self, step: int, metrics: Metrics, prepared: Prepared) -> None:
+        """Take what a step will come to, and write down the one before it, as soon as that is computed.
+
+        What is said of rows is that of this process's lanes.
+        """
         self.flush()
-        self._pending = step, metrics
+        counts = prepared.counts
+        rows = {"epoch": round(prepared.epoch, 4), "rows_dropped": counts.dropped, "rows_skipped": counts.skipped}
+        self._pending = step, metrics, rows
 
     def flush(self) -> None:
         """Wait for the last step, and write it down."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, rows = self._pending
         self._pending = None
         found = jax.device_get(metrics)
         seconds = time.perf_counter() - self._since
         self.start()
-        self.streak, self.grad_norm = int(found.streak), float(found.grad_norm)
+        self.step, self.streak, self.grad_norm = step, int(found.streak), float(found.grad_norm)
         tokens, patches = int(found.work.tokens), int(found.work.patches)
         flops = self._speed.flops(found.work)
         line = {
@@ -95,8 +101,10 @@ class Log:
             "accuracy": float(found.accuracy),
             "targets": float(found.weight),
             "grad_norm": self.grad_norm,
-            "learning_rate": float(self._rate(step - 1)),
+            "learning_rate": float(found.learning_rate),
             "is_skipped": bool(found.is_skipped),
+            "samples": int(found.samples),
+            **rows,
             "tokens": tokens,
             "padding": 1 - tokens / self._speed.tokens,
             "vision_padding": 1 - patches / self._speed.patches if self._speed.patches else None,
@@ -130,7 +138,7 @@ class Log:
         if not is_first():
             return
         with (self._directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
         if self._board is not None:
             group = "train" if name == METRICS else "eval"
             for key, value in line.items():
@@ -157,7 +165,7 @@ def _keep(path: Path, step: int) -> None:
     if not kept and not path.exists():
         return
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    aside.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)
 
 

@@ -2,38 +2,33 @@
 
 import contextlib
 import functools
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.distributed import any_of, gathered
+from glm4v_jax.distributed import gathered, several
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.mesh import use_mesh
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, abstract
 from train.config import TrainConfig
 from train.evaluate import Evaluation, Evaluator
 from train.flops import peak_flops
-from train.job import Job, check_same, check_step, make_mesh, read_data
+from train.job import Job, check_place, check_same, check_step, identity, make_mesh, read_data
 from train.log import Log, Speed
 from train.placement import put
+from train.profiler import Profiler
 from train.records import Record
 from train.state import TrainState
-from train.stream import Stream
+from train.stopping import Stopping
+from train.stream import Prepared, Stream, counts_of
 
 CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
 """What a job writes into its directory, besides its result and its metrics."""
-
-_BEFORE_PROFILE = 2
-"""Steps that are not looked at: the first compiles, the second still waits for its data."""
 
 
 class TrainError(Glm4vError):
@@ -60,15 +55,17 @@ def train(
 ) -> Result:
     """Run a job, from its latest checkpoint if there is one.
 
-    SIGTERM makes it save and return. What every step came to is a line of `metrics.jsonl` in `config.out`; the result
-    is beside it, a checkpoint `model` or an `adapter`. Where several processes share the devices
-    (`distributed.init_distributed`), all of them call this, with the same job; a signal to any of them is heard by all.
+    SIGTERM makes it save and return: of one process behind the step that is under way, or in the middle of an
+    evaluation, which is then not written down; of several some two steps later. What every step came to is a line of
+    `metrics.jsonl` in `config.out`; the result is beside it, a checkpoint `model` or an `adapter`. Where several
+    processes share the devices (`distributed.init_distributed`), all of them call this, with the same job; a signal to
+    any of them is heard by all.
 
     Args:
       config: of the job.
       records: to learn from, in the place of those of `config.data.files`; taken by their number, in threads.
       profile: of so many steps, early in this run, a profile is written into `config.out`.
-      tell: called with lines for a person: what is skipped, where it goes on from, how it goes.
+      tell: called with lines for a person: what is learned from, what is skipped, where it goes on from, how it goes.
 
     Raises:
       Glm4vError: what is wrong with the job, its model or its data.
@@ -79,11 +76,16 @@ def train(
     mesh = make_mesh(config, model_config)
     data = read_data(config, records)
     check_same(config, data)
+    check_place(config)
     processor = Glm4vProcessor.from_pretrained(config.model)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
+        kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, identity(config, model_config, data))
+        checkpoints = stack.enter_context(contextlib.closing(kept))
+        if checkpoints.latest is not None:
+            check_step(checkpoints.latest, config)
         stream = Stream(
             data.learned, processor, model_config, config.data, config.batch, mesh, seed=config.seed, tell=tell
         )
@@ -91,75 +93,128 @@ def train(
         evaluator = None
         if config.eval is not None:
             evaluator = Evaluator(data.held, processor, model_config, config, config.eval, mesh, tell)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(out / CHECKPOINTS, config.checkpoint)))
-        is_stopped = stack.enter_context(_stopping())
-        job = Job.begin(config, model_config)
-        state = job.state
-        del job.state  # the steps give its buffers away
+        stopping = stack.enter_context(Stopping(mesh))
+        job, state = Job.begin(config, model_config)
+        tell(job.describe(data, mesh))
         if checkpoints.latest is not None:
-            check_step(checkpoints.latest, config)
-            state, where = checkpoints.restore(state)
+            like = abstract(state)
+            del state  # a device may not hold two of them
+            state, where = checkpoints.restore(like)
             stream.set_state(where)
             tell(f"going on after step {int(state.step)}, from {out / CHECKPOINTS}")
+        log = stack.enter_context(contextlib.closing(Log(out, config, int(state.step), _speed(job, mesh), tell)))
+        profiler = stack.enter_context(Profiler(out / PROFILE, profile, tell))
+        run = _Run(job, stream, evaluator, checkpoints, log, stopping, profiler, mesh, out, tell)
+        state, is_complete = run.steps(state)
+        number = int(state.step)
+        if is_complete:
+            best = checkpoints.best if config.checkpoint.best is not None else None
+            params = state.params
+            del state  # moments that nobody needs any more
+            if best is not None and best != number:
+                tell(f"the result is that of step {best}, the best by {config.checkpoint.best}")
+                shapes = abstract(params)
+                del params
+                params = checkpoints.restore_params(shapes, best)
+            tell(f"the result is written: {job.export(params, out)}")
+    return Result(number, is_complete)
+
+
+class _Run(NamedTuple):
+    """What the steps of a run need."""
+
+    job: Job
+    stream: Stream
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    log: Log
+    stopping: Stopping
+    profiler: Profiler
+    mesh: Mesh
+    out: Path
+    tell: Callable[[str], None]
+
+    def steps(self, state: TrainState) -> tuple[TrainState, bool]:
+        """All that are left, or until it is asked to stop; the state is given away.
+
+        Returns:
+          The state behind the last step, which is saved; and whether everything is done that comes before the result.
+        """
+        config, job, log = self.job.config, self.job, self.log
         number = first = saved = int(state.step)
-        log = stack.enter_context(contextlib.closing(Log(out, config, number, _speed(job, mesh), tell)))
-        profiler = stack.enter_context(_Profiler(out / PROFILE, first + _BEFORE_PROFILE, profile))
-        while number < config.steps and not any_of(is_stopped()):
-            prepared = next(stream)
-            profiler.at(number)
-            state, metrics = job.step(state, job.frozen, put(prepared.batch, mesh))
+        prepared = None
+        is_stopped = False
+        while number < config.steps and not (is_stopped or self.stopping.is_heard()):
+            prepared = next(self.stream)
+            self.profiler.before_step()
+            state, metrics = job.step(state, job.frozen, put(prepared.batch, self.mesh))
+            self.stopping.ask()
             number += 1
-            log.add(number, metrics)
-            _check_streak(number - 1, log, config)
+            self.profiler.after_step(metrics)
+            log.add(number, metrics, prepared)
+            self._check_streak()
             evaluation = None
-            if evaluator is not None and (number % evaluator.every == 0 or number == config.steps):
-                evaluation = _evaluate(number, job, state, evaluator, log, out)
+            if self.evaluator is not None and (number % self.evaluator.every == 0 or number == config.steps):
+                evaluation = self._evaluate(self.evaluator, state, prepared)
+                is_stopped = evaluation is None
             is_looked_at = evaluation is not None and config.checkpoint.best is not None
             if number % config.checkpoint.every == 0 or number == config.steps or is_looked_at:
-                log.flush()
-                checkpoints.save(state, _state_of_all(prepared.state), evaluation)
+                self._flush()
+                self._save(state, prepared, evaluation)
                 saved = number
-        log.flush()
-        if number > saved:
-            checkpoints.save(state, _state_of_all(prepared.state))
-        if number >= config.steps:
-            params = _result(state, checkpoints, config, tell).params
-            del state  # moments that nobody needs any more
-            tell(f"the result is written: {job.export(params, out)}")
-    return Result(number, number >= config.steps)
+        self._flush()
+        self.profiler.end()
+        if prepared is not None:
+            if number > saved:
+                self._save(state, prepared)
+            self._tell_counts(state, prepared, number - first)
+        return state, number >= config.steps and not is_stopped
 
+    def _evaluate(self, evaluator: Evaluator, state: TrainState, prepared: Prepared) -> Evaluation | None:
+        """None where it was asked to stop meanwhile."""
+        self._flush()
+        number, job, since = self.log.step, self.job, time.perf_counter()
+        answers = self.out / ANSWERS / f"step-{number:08d}.jsonl"
+        try:
+            found = evaluator(job.layout, state.params, job.frozen, job.dtype, answers, self.stopping.is_asked_now)
+        except Exception:
+            # Several processes may not all have come here; who waits for the others then never ends.
+            if not several():
+                self._save(state, prepared)
+            raise
+        if found is None:
+            self.tell(f"the evaluation behind step {number} was stopped")
+        else:
+            self.log.evaluated(number, found, time.perf_counter() - since)
+        return found
 
-def _evaluate(number: int, job: Job, state: TrainState, evaluator: Evaluator, log: Log, out: Path) -> Evaluation:
-    log.flush()
-    since = time.perf_counter()
-    answers = out / ANSWERS / f"step-{number:08d}.jsonl"
-    found = evaluator(job.layout, state.params, job.frozen, job.dtype, answers)
-    log.evaluated(number, found, time.perf_counter() - since)
-    return found
+    def _save(self, state: TrainState, prepared: Prepared, evaluation: Evaluation | None = None) -> None:
+        self.checkpoints.save(state, _of_all(prepared), evaluation)
 
+    def _flush(self) -> None:
+        self.log.flush()
+        self._check_streak()
 
-def _result(
-    state: TrainState, checkpoints: Checkpoints, config: TrainConfig, tell: Callable[[str], None]
-) -> TrainState:
-    """The state that the result is made of."""
-    if config.checkpoint.best is None or (best := checkpoints.best) is None or best == int(state.step):
-        return state
-    tell(f"the result is that of step {best}, the best by {config.checkpoint.best}")
-    return checkpoints.restore(state, best).state
+    def _check_streak(self) -> None:
+        """Up to the last step that is computed."""
+        config, log = self.job.config, self.log
+        if log.streak >= config.max_skipped:
+            raise TrainError(
+                f"step {log.step}: found gradients of norm {log.grad_norm}, and {config.max_skipped} steps like that "
+                f"one after another; expected norms up to max_grad_norm, {config.max_grad_norm}"
+            )
 
-
-def _check_streak(number: int, log: Log, config: TrainConfig) -> None:
-    """Of the last step that is computed."""
-    if log.streak >= config.max_skipped:
-        raise TrainError(
-            f"step {number}: found gradients of norm {log.grad_norm}, and {config.max_skipped} steps like that one "
-            f"after another; expected norms up to max_grad_norm, {config.max_grad_norm}"
+    def _tell_counts(self, state: TrainState, prepared: Prepared, steps: int) -> None:
+        counts, skipped = counts_of(_of_all(prepared)), int(state.skipped)
+        self.tell(
+            f"{steps} steps in this run, {skipped} of all were left out; rows read: {counts.rows:,}, of which "
+            f"{counts.dropped:,} were too long and {counts.skipped:,} could not be read"
         )
 
 
-def _state_of_all(state: dict[str, object]) -> dict[str, object]:
-    """Of the lanes of all processes."""
-    return functools.reduce(dict.__or__, gathered(state))
+def _of_all(prepared: Prepared) -> dict[str, Any]:
+    """The state of the lanes of all processes."""
+    return functools.reduce(dict.__or__, gathered(prepared.state))
 
 
 def _speed(job: Job, mesh: Mesh) -> Speed:
@@ -168,50 +223,6 @@ def _speed(job: Job, mesh: Mesh) -> Speed:
     patches = batch.micro_batches * batch.vision_rows * batch.vision_length
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return Speed(tokens, patches, job.flops, None if peak is None else peak * mesh.size)
-
-
-class _Profiler:
-    """A profile of some steps, for TensorBoard or Perfetto."""
-
-    def __init__(self, directory: Path, first: int, count: int):
-        self._directory, self._first = directory, first if count else math.inf
-        self._last = first + count
-        self._is_on = False
-
-    def at(self, step: int) -> None:
-        """Called before every step."""
-        if step >= self._last:
-            self._stop()
-        elif step >= self._first and not self._is_on:
-            jax.profiler.start_trace(str(self._directory))
-            self._is_on = True
-
-    def _stop(self) -> None:
-        if self._is_on:
-            self._is_on = False
-            jax.profiler.stop_trace()
-
-    def __enter__(self) -> "_Profiler":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop()
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, with which a machine that is taken away announces it."""
-    asked: list[int] = []
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        del frame
-        asked.append(number)
-
-    before = signal.signal(signal.SIGTERM, hear)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _ignore(line: str) -> None:

@@ -87,7 +87,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> opt
     Raises:
       ConfigError: a name is unknown, or a number out of its range.
     """
-    _check(config)
+    check_optimizer(config, num_steps)
     rate = learning_rate(config, num_steps)
     chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     adam = dict(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -152,9 +152,15 @@ def _partitioned_by_xla(optimizer: optax.GradientTransformation) -> optax.Gradie
     return optax.GradientTransformation(optimizer.init, update)
 
 
-def _check(config: OptimizerConfig) -> None:
+def check_optimizer(config: OptimizerConfig, num_steps: int) -> None:
+    """Check names and numbers, without a model.
+
+    Raises:
+      ConfigError: one is unknown or out of its range.
+    """
+    learning_rate(config, num_steps)
     if config.name not in (names := ("adamw", "adafactor", "muon")):
-        raise ConfigError(f"optimizer: found {config.name!r}; expected one of {', '.join(names)}")
+        raise ConfigError(f"name: found {config.name!r}; expected one of {', '.join(names)}")
     if not config.learning_rate > 0:
         raise ConfigError(f"learning_rate: found {config.learning_rate}; expected a number above 0")
     for group, value in config.group_learning_rates.items():

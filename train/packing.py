@@ -277,7 +277,7 @@ class Packer:
         target = next((batch for batch in self._open if self._fits([*batch.samples, sample])), None)
         done = None
         if target is None:
-            self._check_alone(sample)
+            self.check(sample)
             if len(self._open) == self._limit:
                 # Of equally full ones the oldest.
                 done = max(self._open, key=_tokens_of)
@@ -335,7 +335,12 @@ class Packer:
             return False
         return vision_fits(np.concatenate([sample.frames for sample in samples]), self._vision_shape)
 
-    def _check_alone(self, sample: Sample) -> None:
+    def check(self, sample: Sample) -> None:
+        """Check that a sample fits a batch, if alone.
+
+        Raises:
+          DataError: it does not.
+        """
         if len(sample) > self._length:
             raise DataError(f"{sample.source}: found {len(sample)} tokens; expected at most {self._length}, a row")
         if not vision_fits(sample.frames, self._vision_shape):

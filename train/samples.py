@@ -14,6 +14,7 @@ last.) It is learned behind `</answer>` too, although our engine and transformer
 not, and it is one token. Behind the last turn it is a target only, so the tokens stay those of the template.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -306,6 +307,20 @@ def _caps(options: EncodeOptions, processor: Glm4vProcessor) -> tuple[dict[str, 
             largest = min(pixels * factor, part.size["longest_edge"])
             chosen["size"] = {"shortest_edge": min(part.size["shortest_edge"], largest), "longest_edge": largest}
     return caps
+
+
+def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor:
+    """A processor that sees pictures and videos by itself as `encode` sees them with these options."""
+    processor = copy.copy(processor)
+    image_options, video_options = _caps(options, processor)
+    if options.video_fps is not None:
+        video_options["fps"] = options.video_fps
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.video_processor = copy.copy(processor.video_processor)
+    for part, settings in ((processor.image_processor, image_options), (processor.video_processor, video_options)):
+        for name, value in settings.items():
+            setattr(part, name, value)
+    return processor
 
 
 def _sample(

@@ -26,7 +26,10 @@ class Metrics(NamedTuple):
     weight: their sum.
     grad_norm: of all parameters together, before it is clipped.
     is_skipped: whether the step changed nothing.
-    streak: how many steps in a row have not, up to this one.
+    skipped: how many steps of the training have changed nothing, with this one.
+    streak: how many of them one after another, up to this one.
+    learning_rate: of its update; NaN where `make_step` was not told.
+    samples: how many the batch has.
     work: what was no padding.
     """
 
@@ -35,7 +38,10 @@ class Metrics(NamedTuple):
     weight: Float[Array, ""]
     grad_norm: Float[Array, ""]
     is_skipped: Bool[Array, ""]
+    skipped: Int[Array, ""]
     streak: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+    samples: Int[Array, ""]
     work: Work
 
 
@@ -56,6 +62,7 @@ def make_step(
     remat: Remat = "full",
     stretch: int = STRETCH,
     max_grad_norm: float = float("inf"),
+    learning_rate: optax.Schedule | None = None,
 ) -> Step:
     """The jitted step.
 
@@ -66,6 +73,7 @@ def make_step(
       remat: what of the layers the backward pass makes again.
       stretch: see `loss.cross_entropy`.
       max_grad_norm: a step whose gradients have a larger norm, or one that is no number, is left out.
+      learning_rate: the optimiser's, by the number of updates before; for the metrics alone.
 
     Returns:
       (state, frozen leaves, batch) -> (state, metrics). The state is donated. Every array of the batch has a first
@@ -106,7 +114,13 @@ def make_step(
         streak = (state.streak + skipped) * skipped
         vision = batches.batch.vision
         work = work_of(batches.batch.segment_ids, None if vision is None else vision.segment_ids)
-        metrics = Metrics(sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, streak, work)
-        return TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak), metrics
+        updates_before = state.step - state.skipped  # as the optimiser counts them
+        rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))
+        samples = jnp.sum(jnp.max(batches.batch.segment_ids, axis=-1))  # a row's are numbered from 1 on
+        skipped = state.skipped + skipped
+        metrics = Metrics(
+            sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, skipped, streak, rate, samples, work
+        )
+        return TrainState(params, opt_state, state.step + 1, skipped, streak), metrics
 
     return step

@@ -15,7 +15,7 @@ from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import BatchConfig, DataConfig
-from train.lane import Encoder, Lane
+from train.lane import Counts, Encoder, Lane
 from train.packing import Packer, TrainBatch, VisionShape, pack
 from train.placement import joined, lanes_here, num_lanes, stacked
 from train.records import Record
@@ -26,10 +26,17 @@ AHEAD = 2
 
 
 class Prepared(NamedTuple):
-    """A step's micro-batches on the host, and the state of this process's lanes behind them: lane -> state."""
+    """A step's micro-batches on the host.
+
+    state: of this process's lanes behind them: lane -> state.
+    counts: what these lanes have read so far.
+    epoch: how many passes over their part of the records that is.
+    """
 
     batch: TrainBatch
     state: dict[str, Any]
+    counts: Counts
+    epoch: float
 
 
 class Stream:
@@ -62,7 +69,7 @@ class Stream:
         """
         if not len(records):
             raise DataError(f"{', '.join(data.files)}: found no rows; expected some to learn from")
-        self._config, self._batch, self._count = config, batch, num_lanes(batch)
+        self._config, self._batch, self._count, self._records = config, batch, num_lanes(batch), len(records)
         here = lanes_here(batch, mesh)
         encoder = Encoder(records, processor, config, encode_options(data, batch))
         threads = max(1, data.threads // len(here))
@@ -74,11 +81,6 @@ class Stream:
         }
         self._ahead: collections.deque[concurrent.futures.Future[Prepared]] = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "batches")
-
-    @property
-    def samples(self) -> int:
-        """How many samples this process's lanes have taken."""
-        return sum(lane.counts.samples for lane in self._lanes.values())
 
     def __next__(self) -> Prepared:
         """The next step's micro-batches; those of the steps after it are begun.
@@ -122,10 +124,12 @@ class Stream:
 
     def _make(self) -> Prepared:
         parts = [self._micro_batch() for _ in range(self._batch.micro_batches)]
+        state = {str(index): lane.get_state() for index, lane in self._lanes.items()}
+        counts = counts_of(state)
         return Prepared(
-            stacked([joined(lanes, self._count, self._merged_tokens) for lanes in parts]),
-            {str(index): lane.get_state() for index, lane in self._lanes.items()},
-        )
+            stacked([joined(lanes, self._count, self._merged_tokens) for lanes in parts]), state, counts,
+            counts.rows * self._count / (self._records * len(self._lanes)),
+        )  # fmt: skip
 
     def _micro_batch(self) -> dict[int, TrainBatch]:
         batch = self._batch
@@ -143,6 +147,11 @@ class Stream:
         return rows * length // self._config.vision_config.spatial_merge_size**2
 
 
+def counts_of(state: Mapping[str, Any]) -> Counts:
+    """What lanes have read, by their state."""
+    return sum((Counts(**lane["counts"]) for lane in state.values()), Counts())
+
+
 def vision_shape(batch: BatchConfig) -> VisionShape | None:
     """(R, L) of a batch's vision rows; None for text alone."""
     return (batch.vision_rows, batch.vision_length) if batch.vision_rows else None
@@ -151,7 +160,7 @@ def vision_shape(batch: BatchConfig) -> VisionShape | None:
 def encode_options(data: DataConfig, batch: BatchConfig) -> EncodeOptions:
     """How a job's records become samples."""
     return EncodeOptions(
-        max_length=min(data.max_length or batch.length, batch.length), too_long=data.too_long,
-        keep_thoughts=data.keep_thoughts, image_max_pixels=data.image_max_pixels,
+        max_length=batch.length if data.max_length is None else min(data.max_length, batch.length),
+        too_long=data.too_long, keep_thoughts=data.keep_thoughts, image_max_pixels=data.image_max_pixels,
         video_max_pixels=data.video_max_pixels, video_fps=data.video_fps,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 # Lines of the service's log.
 _SERVICE = re.compile(r"[IWEF]\d{4} [\d:.]+ +\d+ (coordination_service\w*|preemption_\w+|client|service)\.(cc|h):\d+\]")
-# Gloo greets its peers on standard output, from several threads at a time, which mix their words.
+# Gloo greets its peers on standard output, from several threads at a time, which mix their words and ends of lines.
 _GLOO = re.compile(r"(\[Gloo\]|Rank|is|connected|to|peer|ranks\.?|Expected|number|of|:|\d|\s)+", re.ASCII)
 _FATAL = re.compile(r"F\d{4} .*(JAX distributed service detected|[Tt]erminating process because)")
 _MORE = re.compile(
@@ -31,9 +31,12 @@ _LEADER = re.compile(r"Failed to send RPC to coordination service|leader task")
 def translate(lines: Iterable[str], prefix: str) -> Iterator[str]:
     """The lines to pass on; and in place of the service's last words what they mean, after `prefix`."""
     said: list[str] = []
-    is_service = is_fatal = False
+    is_service = is_fatal = is_greeting = False
     for line in lines:
-        if ("Gloo" in line or "peer" in line) and _GLOO.fullmatch(line):
+        is_greeting = (is_greeting and not line.strip()) or (
+            ("Gloo" in line or "peer" in line) and _GLOO.fullmatch(line) is not None
+        )
+        if is_greeting:
             continue
         if _SERVICE.match(line):
             is_service, is_fatal = True, is_fatal or _FATAL.match(line) is not None

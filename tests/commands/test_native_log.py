@@ -55,3 +55,5 @@ def test_other_lines_pass():
     lines = (stack + gloo + WARNING + other + mixed).splitlines(keepends=True)
     assert "".join(translate(lines, "")) == stack + other
     assert list(translate(["3 peers\n", "Rank of Gloo\n"], "")) == ["3 peers\n", "Rank of Gloo\n"]
+    ends = [f"{gloo[:-1]}{gloo}", "\n", "\n", "said\n", "\n"]
+    assert list(translate(ends, "")) == ["said\n", "\n"]

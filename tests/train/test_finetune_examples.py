@@ -13,8 +13,7 @@ from glm4v_jax import Glm4vConfig
 from glm4v_jax.checkpoint import open_weights
 from glm4v_jax.mesh_presets import sizes_for
 from train.commands import main
-from train.config import load_config
-from train.job import ADAPTER, MODEL
+from train.config import ADAPTER, MODEL, load_config
 from train.log import METRICS, read_log
 from train.loop import train
 from train.records import read_records

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ from glm4v_jax.lora import LoraConfig, is_lora
 from glm4v_jax.mesh import use_mesh
 from glm4v_jax.peft import load_adapter
 from train.commands import main
-from train.config import CheckpointConfig, EvalConfig, load_config
-from train.job import ADAPTER, MODEL
-from train.log import EVALUATIONS, METRICS, TENSORBOARD, read_log
+from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
+from train.evaluate import Evaluation
+from train.log import EVALUATIONS, METRICS, TENSORBOARD, Log, read_log
 from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
 from train.optimizers import OptimizerConfig
+from train.profiler import Profiler
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 9, 2
@@ -71,6 +73,9 @@ def folder(tmp_path_factory):
         rows.append({"messages": [asked, {"role": "assistant", "content": name}], "images": [f"{name}.png"]})
     rows.insert(4, {"messages": rows[0]["messages"], "images": []})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    PIL.Image.fromarray(skimage.data.chelsea()).resize((168, 168)).save(folder / "large.png")
+    large = rows[0] | {"images": ["large.png"]}
+    (folder / "held.jsonl").write_text("\n".join(map(json.dumps, [rows[1], large, *rows[2:4]])), encoding="utf-8")
     (folder / "job.toml").write_text(JOB, encoding="utf-8")
     return folder
 
@@ -91,6 +96,12 @@ def uninterrupted(folder):
     result = train(job(folder, "whole"), tell=told.append)
     assert result == (STEPS, True)
     assert sum("data.jsonl:5: field 'images': found 0 for 1 <image> markers" in line for line in told) == 1
+    assert any(line.endswith("12 records to learn from; one device, cpu") for line in told)
+    last = read_log(folder / "whole" / METRICS)[-1]
+    assert told[-2] == (
+        f"{STEPS} steps in this run, 0 of all were left out; rows read: {round(12 * last['epoch'])}, of which 0 were "
+        f"too long and {last['rows_skipped']} could not be read"
+    )
     return steps(folder, "whole")
 
 
@@ -100,13 +111,15 @@ def test_a_job_learns(uninterrupted):
     assert uninterrupted[0]["learning_rate"] == pytest.approx(5e-4)
     assert uninterrupted[-1]["learning_rate"] < 1e-4
     assert all(0 < line["padding"] < 1 and not line["is_skipped"] for line in uninterrupted)
+    assert all(2 <= line["samples"] <= 10 for line in uninterrupted)  # of 20 to 30 tokens, in two rows of 96
+    assert uninterrupted[-1]["epoch"] > 2 and uninterrupted[-1]["rows_skipped"] >= 2
 
 
 def test_a_job_that_is_done_stays_as_it_is(folder, uninterrupted):
     told = []
     assert train(job(folder, "whole"), tell=told.append) == (STEPS, True)
-    assert told[0] == f"going on after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
-    assert told[1].startswith("the result is written: logits differ by ") and len(told) == 2
+    assert told[1] == f"going on after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
+    assert told[2].startswith("the result is written: logits differ by ") and len(told) == 3
     assert steps(folder, "whole") == uninterrupted
 
 
@@ -124,9 +137,26 @@ def test_the_result_is_a_checkpoint(folder, uninterrupted):
     assert 0 < len(Engine.from_pretrained(directory).generate(prompt, max_new_tokens=3).tokens) <= 3
 
 
-def test_an_adapter_is_trained_alone(folder):
+def test_an_adapter_is_trained_alone(folder, monkeypatch):
+    """An evaluation that fails costs none of its steps."""
+
+    class Broken:
+        every = 3
+
+        def __init__(self, *args):
+            pass
+
+        def __call__(self, *args):
+            raise RuntimeError("no tokenizer")
+
     config = job(folder, "adapter", lora=LoraConfig(rank=2, alpha=4.0), steps=3)
-    assert train(config) == (3, True)
+    monkeypatch.setattr("train.loop.Evaluator", Broken)
+    with pytest.raises(RuntimeError, match="no tokenizer"):
+        train(dataclasses.replace(config, eval=EvalConfig(files=(str(folder / "held.jsonl"),))))
+    assert not (folder / "adapter" / ADAPTER).exists()
+    told = []
+    assert train(config, tell=told.append) == (3, True)
+    assert told[1].startswith("going on after step 3, ")
     losses = [line["loss"] for line in steps(folder, "adapter")]
     assert losses[0] == pytest.approx(7.63, abs=0.05) and losses[2] < losses[0]
     with use_mesh():
@@ -138,11 +168,17 @@ def test_an_adapter_is_trained_alone(folder):
 
 
 def test_sigterm_saves_and_the_job_goes_on_bit_for_bit(folder, uninterrupted):
+    """In the middle of an evaluation, too, which is given up."""
+    told = []
+
     def stop(line):
+        told.append(line)
         if line.startswith("step 3 "):  # which is said when the fourth is under way
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert train(job(folder, "stopped"), tell=stop) == (4, False)
+    looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=4)
+    assert train(job(folder, "stopped", eval=looked), tell=stop) == (4, False)
+    assert "the evaluation behind step 4 was stopped" in told and not read_log(folder / "stopped" / EVALUATIONS)
     assert steps(folder, "stopped") == uninterrupted[:4]
     assert train(job(folder, "stopped")) == (STEPS, True)
     assert steps(folder, "stopped") == uninterrupted
@@ -166,13 +202,13 @@ def test_a_killed_job_goes_on_bit_for_bit(folder, uninterrupted):
     assert 2 * EVERY + 1 <= len(steps(folder, "killed")) < STEPS
     told = []
     assert train(job(folder, "killed"), tell=told.append) == (STEPS, True)
-    assert told[0].startswith("going on after step ")
+    assert told[1].startswith("going on after step ")
     assert steps(folder, "killed") == uninterrupted
 
 
 def test_a_job_looks_at_what_it_does_not_learn_from(folder):
-    """Of the data held back: loss, answers and their score; and the best of the models is the result."""
-    looked = EvalConfig(share=0.3, every=2, generate=2, max_new_tokens=8)
+    """At loss, answers and their score, of what fits a batch; and the best of the models is the result."""
+    looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=2, generate=2, max_new_tokens=8)
     config = job(
         folder, "looked", eval=looked, steps=5, checkpoint=CheckpointConfig(every=100, keep=1, best="loss"),
         optimizer=OptimizerConfig(learning_rate=0.3, warmup=1, schedule="constant", clip_norm=None), tensorboard=True,
@@ -193,8 +229,8 @@ def test_a_job_looks_at_what_it_does_not_learn_from(folder):
     assert all(line["score"] in (0.0, 0.5, 1.0) for line in found)
     assert list((folder / "looked" / PROFILE).rglob("*.xplane.pb"))
     assert list((folder / "looked" / TENSORBOARD).iterdir())
-    bad = [line for line in told if "data.jsonl:" in line]
-    assert bad and all("data.jsonl:5: field 'images'" in line for line in bad)
+    (large,) = [line for line in told if "held.jsonl:" in line]
+    assert "held.jsonl:2: found 1 pictures and frames of up to 144 patches" in large and large.startswith("not looked")
 
     # The loss of the result is that which was found for it: the weights are float32, and written as bfloat16.
     again = dataclasses.replace(config, model=str(folder / "looked" / MODEL), out=str(folder / "again"), steps=1)
@@ -223,13 +259,56 @@ def test_what_is_wrong_with_an_evaluation_is_named(tmp_path, text, message):
 
 
 def test_another_job_does_not_go_on_from_here(folder, uninterrupted):
-    with pytest.raises(CheckpointError, match="cannot go on from this checkpoint"):
-        train(job(folder, "whole", freeze=("vision", "llm")))
+    config = load_config(folder / "job.toml")
+    others = {
+        r'freeze = \["vision"\]; found \["vision", "llm"\]': dict(freeze=("vision", "llm")),
+        "seed = 0; found 7": dict(seed=7),
+        "eval.share = 0.0; found 0.5": dict(eval=EvalConfig(share=0.5)),
+        "batch.length = 96; found 80": dict(batch=dataclasses.replace(config.batch, length=80)),
+        "records to learn from = 12; found 4": dict(
+            data=dataclasses.replace(config.data, files=(str(folder / "held.jsonl"),))
+        ),
+    }
+    for message, changes in others.items():
+        with pytest.raises(CheckpointError, match=f"cannot go on from this checkpoint: its job has {message}"):
+            train(job(folder, "whole", **changes))
+
+
+def test_processes_agree_on_what_they_look_at(folder, monkeypatch):
+    """By what came of the records, before a model is loaded."""
+    digests = []
+    monkeypatch.setattr("train.loop.Job", None)
+    monkeypatch.setattr("train.evaluate.agree", lambda name, digest: digests.append((name, digest)))
+    for count in (3, 3, 4):  # the second of them does not fit
+        looked = EvalConfig(files=(str(folder / "held.jsonl"),), max_samples=count)
+        with pytest.raises(AttributeError, match="begin"):
+            train(job(folder, "agreed", eval=looked))
+    first, second, third = digests
+    assert first == second != third and first[0] == "the records of eval"
+
+
+def test_what_cannot_be_done_in_the_end_is_not_begun(folder, monkeypatch):
+    monkeypatch.setattr("train.loop.Job", None)  # no model is loaded
+    (folder / "taken" / MODEL).mkdir(parents=True)
+    (folder / "taken" / MODEL / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: found thesis\.txt"):
+        train(job(folder, "taken"))
+    monkeypatch.setattr("glm4v_jax.target.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, found 1,000 free"):
+        train(job(folder, "full"))
+    looked = EvalConfig(files=(str(folder / "held.jsonl"),))
+    data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 pictures and frames of up to 144 patches"):
+        train(job(folder, "large", eval=looked, data=data))
 
 
 def test_a_job_ends_where_it_cannot_go_on(folder):
-    with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, and 2 steps like that"):
-        train(job(folder, "spikes", max_grad_norm=1e-6, max_skipped=2))
+    for steps_, out in ((STEPS, "spikes"), (2, "last")):  # the last step, too, is looked at
+        with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, and 2 steps like that"):
+            train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=steps_))
+    # What has been left out is not counted by the schedule.
+    assert [line["learning_rate"] for line in steps(folder, "spikes")] == [pytest.approx(5e-4)] * 2
     data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
     with pytest.raises(DataError, match=r"data\.jsonl:5: field 'images'"):
         train(job(folder, "strict", data=data))
@@ -253,6 +332,19 @@ def test_a_job_ends_where_it_cannot_go_on(folder):
             "group_learning_rates = 3",
             "optimizer.group_learning_rates: found 3; expected a table",
         ),
+        (
+            "learning_rate = 1e-3",
+            "learning_rate = -1.0",
+            "optimizer.learning_rate: found -1.0; expected a number above 0",
+        ),
+        ("warmup = 2", "warmup = 10", "optimizer.warmup: found 10.0; expected up to 9 steps"),
+        ('freeze = ["vision"]', "lora = { rank = 0 }", "lora.rank: found 0; expected 1 or more"),
+        ('freeze = ["vision"]', 'freeze = ["vision"]\nlora = {}', "freeze: found .'vision'. beside lora"),
+        (
+            'files = ["data.jsonl"]',
+            'files = ["d"]\nmax_length = 0',
+            "data.max_length: found 0; expected a number above",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_job_is_named(folder, tmp_path, capsys, old, new, message):
@@ -273,3 +365,31 @@ def test_paths_are_relative_to_the_job(folder, monkeypatch, tmp_path):
     assert config.optimizer.learning_rate == 1e-3 and config.batch.rows == 2 and config.freeze == ("vision",)
     with pytest.raises(ConfigError, match=r"nowhere\.toml: there is no such file"):
         load_config("nowhere.toml")
+
+
+def test_what_is_no_number_is_null_in_json(folder):
+    config = job(folder, "log")
+    (folder / "log").mkdir()
+    log = Log(folder / "log", config, 0, None, print)
+    log.evaluated(3, Evaluation(float("nan"), 0.5, None), 1.0)
+    (line,) = read_log(folder / "log" / EVALUATIONS)
+    assert line == {"step": 3, "loss": None, "accuracy": 0.5, "score": None, "seconds": 1.0}
+
+
+@pytest.mark.parametrize(("steps", "said"), [(2, "not written"), (4, "of 2 steps alone"), (5, None), (9, None)])
+def test_a_profile_is_of_steps_alone(tmp_path, monkeypatch, steps, said):
+    """Three of them behind the first two, and not of what follows the last one."""
+    seen, told = [], []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda directory: seen.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: seen.append("stop"))
+    with Profiler(tmp_path, 3, told.append) as profiler:
+        for step in range(steps):
+            profiler.before_step()
+            seen.append(step)
+            profiler.after_step(())
+        profiler.end()
+    expected = list(range(steps))
+    if steps > 2:
+        expected = [0, 1, "start", *range(2, min(steps, 5)), "stop", *range(5, steps)]
+    assert seen == expected
+    assert [line.split("profile is ")[1].split(":")[0] for line in told] == ([said] if said else [])

@@ -22,19 +22,18 @@ from helpers_mesh import run_on_devices
 from helpers_orbax import environment
 
 from glm4v_jax.checkpoint import open_weights
-from glm4v_jax.errors import ConfigError, DataError
-from train.config import BatchConfig, load_config
-from train.job import MODEL
-from train.log import METRICS, read_log
+from glm4v_jax.errors import CheckpointError, ConfigError
+from train.config import MODEL, BatchConfig, load_config
+from train.log import EVALUATIONS, METRICS, read_log
 from train.loop import train
 from train.placement import check_batch
 
-STEPS = 5
+STEPS = 8
 SHARDED = ("data=2,fsdp=4", "fsdp=2,kv=2,q=2")
 JOB = """
 model = {model}
 out = "out"
-steps = 5
+steps = 8
 freeze = []
 dtype = "float32"
 remat = "none"
@@ -107,7 +106,9 @@ def test_every_mesh_gives_the_losses_of_one_device(folder, one_device, sharded):
 
 
 def test_a_job_goes_on_on_another_mesh(folder, one_device, sharded):
-    assert sharded == [["going on after step 2, from checkpoints"]]
+    ((first, second, *_),) = sharded
+    assert first.endswith("60 records to learn from; 8 devices (fsdp=2,kv=2,q=2), cpu")
+    assert second == "going on after step 2, from checkpoints"
     np.testing.assert_allclose(losses(folder, "moved"), one_device, rtol=1e-5)
 
 
@@ -120,14 +121,14 @@ def test_the_result_of_a_sharded_job_is_that_of_one_device(folder, one_device, s
         np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-8 * np.abs(a).max(), err_msg=name)
 
 
-def start(folder, out, count=2):
-    """Processes that train together, with two devices each."""
+def start(folder, out, count=2, tables=""):
+    """Processes that train together, with two devices each; `tables` are added to the job's file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     text = (folder / "job.toml").read_text().replace('"out"', json.dumps(out)).replace("data=1", "data=2,fsdp=2")
     path = folder / f"{out}.toml"
-    path.write_text(text.replace("every = 100", "every = 2"), encoding="utf-8")
+    path.write_text(text.replace("every = 100", f"every = 2\n{tables}"), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "train", str(path), "--coordinator", f"127.0.0.1:{port}"]
     return [
         subprocess.Popen(
@@ -150,8 +151,12 @@ def end(processes):
 
 
 def test_two_processes_train_as_one_does(folder, one_device):
-    """A signal to the second stops both; they go on as two, and end with the result of one."""
-    processes = start(folder, "two")
+    """A signal to the second stops both; they go on as two, and end with the result of one.
+
+    They look at records on the way, and keep the best of their models.
+    """
+    tables = 'best = "loss"\n[eval]\nfiles = ["data.jsonl"]\nevery = 2\nmax_samples = 12\n'
+    processes = start(folder, "two", tables=tables)
     deadline = time.monotonic() + 200
     while len(read_log(folder / "two" / METRICS)) < 1:
         assert all(process.poll() is None for process in processes), end(processes)
@@ -163,9 +168,16 @@ def test_two_processes_train_as_one_does(folder, one_device):
     assert (status, other) == (0, (0, "", "")), errors
     assert out == f"{folder}/two: {stopped} of {STEPS} steps, stopped; the same command goes on from there\n"
     assert 1 <= stopped < STEPS
-    (status, out, errors), other = end(start(folder, "two"))
+    (status, out, errors), other = end(start(folder, "two", tables=tables))
     assert (status, out, other) == (0, f"{folder}/two: {STEPS} of {STEPS} steps, done\n", (0, "", "")), errors
-    assert errors.startswith(f"going on after step {stopped}, ")
+    first, second, *_ = errors.splitlines()
+    assert first.endswith("60 records to learn from and 12 to look at; 4 devices (data=2,fsdp=2), cpu")
+    assert second.startswith(f"going on after step {stopped}, ")
+    evaluated = read_log(folder / "two" / EVALUATIONS)
+    assert [line["step"] for line in evaluated][-1] == STEPS
+    assert evaluated[-1]["loss"] < evaluated[0]["loss"]
+    rows = max(read_log(folder / "one" / METRICS)[-1]["epoch"] * 60, 1)
+    assert f"rows read: {round(rows):,}, of which 0 were too long and 0 could not be read" in errors
     np.testing.assert_allclose(losses(folder, "two"), one_device, rtol=1e-5)
     one, two = (open_weights(folder / name / MODEL) for name in ("one", "two"))
     assert set(one) == set(two)
@@ -182,7 +194,7 @@ def test_a_mesh_that_cannot_divide_the_batch_is_refused():
 
 def test_other_lanes_are_other_batches(folder, one_device):
     config = load_config(folder / "job.toml")
-    with pytest.raises(DataError, match="state of the data: found 8 lanes; expected 2, as the job has now"):
+    with pytest.raises(CheckpointError, match=r"its job has batch\.lanes = 8; found 2, expected the same"):
         train(job(folder, "one", batch=dataclasses.replace(config.batch, lanes=2), steps=STEPS + 1))
 
 

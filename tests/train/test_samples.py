@@ -18,8 +18,9 @@ from glm4v_jax.generate.prompt import prompt_of
 from glm4v_jax.inputs.positions import rope_index
 from glm4v_jax.inputs.prepare import token_ids
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from train.evaluate import question_of
 from train.records import Record
-from train.samples import IGNORED, EncodeOptions, Sample, encode
+from train.samples import IGNORED, EncodeOptions, Sample, encode, limited
 
 CONFIG = Glm4vConfig.from_dict(json.loads((RANDOM_CHECKPOINT / "config.json").read_text()))
 THOUGHT = "<think>It is dark.</think><answer>A <|begin_of_box|>cat<|end_of_box|>.</answer>"
@@ -381,3 +382,20 @@ def test_options_are_checked(options):
 def test_the_host_side_imports_no_jax():
     program = "import sys, train.packing, train.samples; assert not {'jax', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=RANDOM_CHECKPOINT.parents[2])
+
+
+def test_a_question_is_what_was_trained(processor, tmp_path):
+    """Its pictures and videos have the sizes and the rate of the options, for the engine too."""
+    images = [PIL.Image.fromarray(frame) for frame in frames()]
+    images[0].save(tmp_path / "v.gif", save_all=True, append_images=images[1:], duration=250)
+    shown = (picture(280, 280), video(6), video(4, fps=2), {"type": "video", "path": str(tmp_path / "v.gif")})
+    asked = record(user(*shown, "x"), assistant("y"))
+    options = EncodeOptions(image_max_pixels=112 * 112, video_max_pixels=6272, video_fps=4.0)
+    seen, sample = limited(processor, options), encode(asked, processor, CONFIG, options)
+    messages, expected = question_of(asked, seen.video_processor.fps)
+    prompt = prompt_of(messages, seen, CONFIG)
+    np.testing.assert_array_equal(prompt.input_ids, sample.input_ids[: len(prompt)])
+    np.testing.assert_array_equal(prompt.position_ids, sample.position_ids[:, : len(prompt)])
+    assert expected == "y" and len(sample) == len(prompt) + 1
+    assert len(sample.input_ids) < len(encode(asked, processor, CONFIG).input_ids)
+    assert processor.video_processor.fps == 2 and processor.image_processor.size != seen.image_processor.size

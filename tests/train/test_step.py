@@ -256,7 +256,7 @@ def test_learning_rates_over_time():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(name="sgd"), "optimizer: found 'sgd'; expected one of adamw, adafactor, muon"),
+        (dict(name="sgd"), "name: found 'sgd'; expected one of adamw, adafactor, muon"),
         (dict(learning_rate=0.0), "learning_rate: found 0.0"),
         (dict(group_learning_rates={"vit": 1e-4}), "group_learning_rates: found vit: 0.0001"),
         (dict(schedule="step"), "schedule: found 'step'"),
