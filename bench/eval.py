@@ -40,8 +40,7 @@ def compare(workers: Workers, rounds: int, count: int = COUNT) -> list[dict[str,
         texts: dict[str, list[str]] = {}
         for number in range(rounds + 1):
             found = {
-                side: worker("answer", of=task, count=count, new_tokens=NEW_TOKENS)
-                for side, worker in workers.items()
+                side: worker("answer", of=task, count=count, new_tokens=NEW_TOKENS) for side, worker in workers.items()
             }
             texts = {side: [said(text) for text in one["texts"]] for side, one in found.items()}
             if number:
