@@ -259,7 +259,7 @@ def test_a_picture_and_a_video_are_answered_in_one_prompt(capfd, picture, film):
     assert answer.keys() == {
         "text", "thought", "answer", "boxed", "boxes", "pixel_boxes", "prompt_tokens", "new_tokens", "thought_tokens",
         "answer_tokens", "seconds", "compile_seconds", "first_token_seconds", "tokens_per_second", "finish_reason",
-        "stop_string", "model",
+        "stop_string", "is_forced", "model",
     }  # fmt: skip
     assert answer["new_tokens"] == 4
     assert answer["finish_reason"] == "length"

@@ -23,6 +23,7 @@ MAX_LOGPROBS = 64
 
 # Below this, dividing a float32 logit can overflow to infinity, and two infinities have no softmax.
 _SMALLEST_DIVISOR = 1e-30
+_LARGEST = float(np.finfo(np.float32).max)
 
 # Options of the reference that are not built, with the values at which they have no effect (None always has none).
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -290,7 +291,7 @@ def _integer(field: str, value: Any, least: int, note: str = "") -> int:
 
 def _number(field: str, value: Any) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_finite = is_number and math.isfinite(value) and abs(value) <= np.finfo(np.float32).max
+    is_finite = is_number and math.isfinite(value) and abs(value) <= _LARGEST
     _require(is_finite, field, value, "a finite number, as float32 has them")
     return float(value)
 

@@ -157,7 +157,7 @@ def test_every_prompt_gets_a_line(capfd, picture):
     assert sorted(told) == list(range(6))
     assert told[0].keys() == {
         "index", "key", "id", "text", "thought", "answer", "boxed", "boxes", "finish_reason", "stop_string",
-        "prompt_tokens", "new_tokens", "thought_tokens", "answer_tokens", "seed",
+        "is_forced", "prompt_tokens", "new_tokens", "thought_tokens", "answer_tokens", "seed",
     }  # fmt: skip
     assert (told[0]["id"], told[1]["id"]) == ("first", {"any": 1})
     assert "id" not in told[2]
