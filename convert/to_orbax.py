@@ -23,7 +23,7 @@ from glm4v_jax.files import asset_files, assets_directory, copy_assets, say_dtyp
 from glm4v_jax.leaves import LeafInfo, Leaves, array_of, in_groups
 from glm4v_jax.loading import abstract_leaves, resolve_dtype
 from glm4v_jax.mesh import make_mesh, use_mesh
-from glm4v_jax.target import check_space, check_target
+from glm4v_jax.target import check_room
 
 # What a checkpoint has besides numbers is small beside them, and never larger than this for each leaf.
 _BYTES_BESIDE_A_LEAF = 4096
@@ -81,7 +81,7 @@ def to_orbax(
     beside = assets_directory(source)
     needed = nbytes + sum((beside / path).stat().st_size for path in asset_files(source))
     needed += _BYTES_BESIDE_A_LEAF * len(infos)
-    checkpoint_write.by_first(lambda: _check(source, target, needed, overwrite, dry_run))
+    checkpoint_write.by_first(lambda: check_room(source, target, needed, overwrite=overwrite, dry_run=dry_run))
     names, notes = _names(files, config)
     read = 0
 
@@ -125,12 +125,6 @@ def to_orbax(
 def _as(info: LeafInfo, cast: np.dtype | None) -> LeafInfo:
     dtype = info.dtype if cast is None else cast
     return info._replace(dtype=dtype, nbytes=int(np.prod(info.shape)) * dtype.itemsize)
-
-
-def _check(source: Path, target: Path, needed: int, overwrite: bool, dry_run: bool) -> str:
-    check_target(source, target, overwrite=overwrite, dry_run=dry_run)
-    check_space(target, needed)
-    return ""
 
 
 def _read(

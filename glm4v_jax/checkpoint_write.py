@@ -32,7 +32,7 @@ from glm4v_jax.leaves import LeafInfo, in_groups
 from glm4v_jax.loading import leaf_paths
 from glm4v_jax.mesh import use_mesh
 from glm4v_jax.model import Glm4v
-from glm4v_jax.target import check_space, check_target, new_directory, place_of
+from glm4v_jax.target import check_room, move_up, new_directory, place_of
 
 GROUP_BYTES = 256 << 20
 """How much is written at a time; while it is, the next group is read."""
@@ -104,13 +104,7 @@ class GroupWriter:
         self.wait()
         with self._context, _os_errors(self._directory):
             ocp.partial.finalize(self._directory / _ORBAX)
-        by_first(self._move_up)
-
-    def _move_up(self) -> str:
-        for entry in (self._directory / _ORBAX).iterdir():
-            entry.rename(self._directory / entry.name)
-        (self._directory / _ORBAX).rmdir()
-        return ""
+        by_first(lambda: move_up(self._directory / _ORBAX))
 
     def abandon(self) -> None:
         """Wait for what has been begun, without minding how it ends, and remove it."""
@@ -148,27 +142,22 @@ def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWrit
             # Before the directory is removed, or what is still being written would make it anew.
             writer.abandon()
             raise
-        by_first(lambda: _close(stack))
+        by_first(stack.close)
 
 
-def _close(stack: contextlib.ExitStack) -> str:
-    stack.close()
-    return ""
-
-
-def by_first(action: Callable[[], str]) -> str:
-    """What the first process gets from doing something; where it fails, all fail.
+def by_first(action: Callable[[], str | None]) -> str:
+    """What the first process gets from doing something, "" for nothing; where it fails, all fail.
 
     Raises:
       CheckpointError: in the other processes; in the first, what `action` raises.
     """
     if jax.process_count() == 1:
-        return action()
+        return action() or ""
     answer = ""
     failure: BaseException | None = None
     if jax.process_index() == 0:
         try:
-            answer = action()
+            answer = action() or ""
         except BaseException as error:  # an interrupt too: the others are waiting
             failure = error
     content = np.zeros(1 + 4096, np.uint8)
@@ -224,7 +213,7 @@ def save_model(
     places = dict(_places(model, leaves))
     infos = {path: _info(leaves[stored], layer) for path, (stored, layer) in places.items()}
     total, done = sum(info.nbytes for info in infos.values()), 0
-    by_first(lambda: _check(Path(assets) if assets else None, target, total, overwrite))
+    by_first(lambda: check_room(Path(assets) if assets else None, target, total, overwrite=overwrite))
     with new_checkpoint(target, overwrite=overwrite) as (writer, folder):
         if jax.process_index() == 0:
             if assets is not None:
@@ -271,12 +260,6 @@ def _layer(leaf: Array, layer: int | None) -> Array:
 @jax.jit
 def _take(leaf: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
-
-
-def _check(source: Path | None, target: Path, needed: int, overwrite: bool) -> str:
-    check_target(source, target, overwrite=overwrite)
-    check_space(target, needed)
-    return ""
 
 
 def _version(name: str) -> str:

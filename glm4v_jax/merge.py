@@ -5,7 +5,7 @@ From file to file, tensor by tensor on the host: no device holds the model, and 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,6 @@ def write_merged(
     directory: Path,
     *,
     max_shard_size: int | str = "5GB",
-    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write a merged checkpoint, with all that the base has beside its weights.
 
@@ -90,14 +89,13 @@ def write_merged(
       tensors: see there.
       directory: exists, and is empty.
       max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
-      progress: called with the number of bytes just written.
 
     Raises:
       ConfigError: max_shard_size is no size.
       OSError: the disk refuses.
     """
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
-    shards.write_shards(directory, tensors, shards.plan_shards(sizes, max_shard_size), progress=progress)
+    shards.write_shards(directory, tensors, shards.plan_shards(sizes, max_shard_size))
     copy_assets(base, directory)
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     if len(dtypes) == 1 and dtypes != {tensor.files[name].dtype.name for name, tensor in tensors.items()}:

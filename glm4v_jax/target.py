@@ -89,6 +89,23 @@ def check_space(target: Path, needed: int) -> None:
         raise CheckpointError(f"{target}: needs {needed:,} bytes, found {free:,} free on the disk; nothing was written")
 
 
+def check_room(source: Path | None, target: Path, needed: int, *, overwrite: bool, dry_run: bool = False) -> None:
+    """`check_target` and `check_space`.
+
+    Raises:
+      CheckpointError: the place is taken, or the disk is too full.
+    """
+    check_target(source, target, overwrite=overwrite, dry_run=dry_run)
+    check_space(target, needed)
+
+
+def move_up(directory: Path) -> None:
+    """Move what is in a directory to where that is, and remove it."""
+    for entry in directory.iterdir():
+        entry.rename(directory.parent / entry.name)
+    directory.rmdir()
+
+
 @contextlib.contextmanager
 def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A directory to fill, which takes its name, and the place of what had it, when the body is done.

@@ -47,11 +47,16 @@ def run_program(file, *arguments, devices=1):
     return done.stdout
 
 
-def run_together(file, *arguments, processes=2):
-    """Run a test file as a program in several processes of one `jax.distributed`; returns what each prints."""
+def free_port():
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run_together(file, *arguments, processes=2):
+    """Run a test file as a program in several processes of one `jax.distributed`; returns what each prints."""
+    port = free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(file), str(port), str(processes), str(i), *map(str, arguments)],

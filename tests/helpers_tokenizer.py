@@ -7,27 +7,9 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+from tools.tiny_assets import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "<sop>",
-    "<eop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<|begin_of_image|>",
-    "<|end_of_image|>",
-    "<|begin_of_video|>",
-    "<|end_of_video|>",
-    "<|image|>",
-    "<|video|>",
-)
-PLAIN_ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # The released tokenizer.json ends with <|end_of_video|>; the rest is in tokenizer_config.json alone.
 IN_TOKENIZER_JSON = 14

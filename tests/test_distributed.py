@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import save_noise
-from helpers_orbax import assert_same_weights, environment
+from helpers_orbax import assert_same_weights, environment, free_port
 
 from glm4v_jax import cli, distributed, launchers
 from glm4v_jax.errors import ConfigError
@@ -35,12 +35,6 @@ def _in_a_directory(tmp_path, monkeypatch):
     save_noise("noise.png")
     for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextlib.contextmanager

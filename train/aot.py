@@ -111,7 +111,10 @@ def step_program(
     if shapes.vision_rows:
         name += f" + {shapes.vision_rows} x {shapes.vision_length:,}"
     name += f" x {shapes.micro_batches}" if shapes.micro_batches > 1 else ""
-    return aot.Program(f"{name}, remat {remat}", lower, 0, 0.0, ("visual", "language_model", "lm_head"), 1)
+    return aot.Program(
+        name=f"{name}, remat {remat}", lower=lower, read=0, flops=0.0, parts=("visual", "language_model", "lm_head"),
+        loop=1,
+    )  # fmt: skip
 
 
 def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shapes) -> float:

@@ -16,6 +16,8 @@ from train.optimizers import GROUPS, OptimizerConfig, check_optimizer
 
 MODEL, ADAPTER = "model", "adapter"
 """The result of a job, in its directory."""
+_LARGEST_SEED = 2**32 - 1
+"""An adapter is drawn by a JAX key, which has 32 bits of a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +79,33 @@ class BatchConfig:
     lanes: int | None = None
     average: Literal["token", "sample"] = "token"
 
+    @property
+    def per_row(self) -> int | None:
+        """The most samples of a row; None is no limit."""
+        return None if self.pack else 1
+
+    @property
+    def vision_shape(self) -> tuple[int, int] | None:
+        """(R, L) of the vision rows; None for text alone."""
+        return (self.vision_rows, self.vision_length) if self.vision_rows else None
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, padding included."""
+        return self.micro_batches * self.rows * self.length
+
+    @property
+    def patches(self) -> int:
+        """Of a step, padding included."""
+        return self.micro_batches * self.vision_rows * self.vision_length
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept of a job besides its result.
 
     Attributes:
-      every: steps between two checkpoints.
+      every: steps between two checkpoints; there is one behind the last step, too.
       keep: how many of the latest stay.
       best: what to keep the best one by, besides those, and to make the result of: "loss" or "score" of the
         evaluation; the result is that of the last step by default.
@@ -105,7 +127,8 @@ class EvalConfig:
     Attributes:
       files: other data than those learned from, of the same format.
       share: in their place, the share of the data that is held back, drawn by the job's seed.
-      every: steps between two evaluations; there is one behind the last step, too.
+      every: steps between two evaluations; there is one behind the last step, too. With `checkpoint.best`, each is
+        followed by a checkpoint.
       max_samples: the first so many are looked at; every process keeps the patches of them all in memory, 4.7 kB each
         for the 9B (39 MB for a picture of 8,192).
       generate: how many of them are answered, too, greedily, and compared with what their last message says. That
@@ -267,6 +290,8 @@ def _check(config: TrainConfig) -> None:
     for name, number in positive.items():
         if not number > 0:
             raise ConfigError(f"{name}: found {number}; expected a number above 0")
+    if not 0 <= config.seed <= _LARGEST_SEED:
+        raise ConfigError(f"seed: found {config.seed}; expected a number from 0 to {_LARGEST_SEED}")
     if batch.vision_rows < 0:
         raise ConfigError(f"batch.vision_rows: found {batch.vision_rows}; expected a number from 0 on")
     if batch.lanes is not None and (batch.rows % batch.lanes or batch.vision_rows % batch.lanes):

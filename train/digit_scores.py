@@ -47,7 +47,7 @@ class Scores:
 
 def is_in_format(text: str) -> bool:
     """Whether a generated text is a thought and an answer with one box; the end token `</answer>` may lack."""
-    closed = text if parse(text).is_answer_closed else f"{text}</answer>"
+    closed = text if parse(text).is_answer_closed else f"{text}{END_ANSWER}"
     return is_well_formed(closed) and len(parse(text).boxed) == 1
 
 

@@ -32,14 +32,14 @@ from glm4v_jax.modeling import Glm4vForConditionalGeneration
 from train.config import EvalConfig, TrainConfig
 from train.lane import Encoder, Made
 from train.loss import Sums
-from train.packing import Packer, pack
+from train.packing import Packer, TrainBatch
 from train.placement import put, stacked
 from train.records import Record
 from train.samples import Sample, limited
 from train.scoring import score
 from train.state import Layout, Leaves
 from train.step import loss_sums
-from train.stream import encode_options, vision_shape
+from train.stream import encode_options, packed, packer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Evaluator:
         self.every = options.every
         self._config, self._job, self._options, self._mesh = config, job, options, mesh
         encoding = encode_options(job.data, job.batch)
-        encode, packer = Encoder(records, processor, config, encoding), self._packer()
+        encode, packer = Encoder(records, processor, config, encoding), packer_of(job.batch)
         self._processor = limited(processor, encoding)
         self._samples: list[Sample] = []
         self._questions: list[tuple[Record, list[Mapping[str, Any]], str]] = []
@@ -116,18 +116,16 @@ class Evaluator:
             raise DataError(f"eval: found no sample in {len(records)} records; expected at least one")
         # They make batches of them together: one that could not read a picture would leave the others waiting.
         agree("the records of eval", _digest(self._samples))
-        self._programs: dict[tuple[Layout, np.dtype], Callable[..., Sums]] = {}
 
     def loss(
         self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike, is_stopped: Callable[[], bool]
     ) -> tuple[float, float] | None:
         """Mean cross entropy and accuracy of the targets; None where it was stopped between two batches."""
-        program = self._programs.setdefault((layout, jnp.dtype(dtype)), _sums_program(layout, dtype))
         sums = Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
         for batch in self._batches():
             if is_stopped():
                 return None
-            sums = program(sums, params, frozen, batch)
+            sums = _added(sums, layout, params, frozen, jnp.dtype(dtype), batch)
         weight = float(sums.weight)
         return float(sums.loss) / weight, float(sums.correct) / weight
 
@@ -187,19 +185,10 @@ class Evaluator:
                 aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         return Evaluation(*found, statistics.fmean(line["score"] for line in lines.values()))
 
-    def _packer(self) -> Packer:
-        batch = self._job.batch
-        per_row = None if batch.pack else 1
-        return Packer(rows=batch.rows, length=batch.length, vision_shape=vision_shape(batch), per_row=per_row)
-
     def _batches(self) -> Iterator[Any]:
         batch = self._job.batch
-        for samples in self._packer().batches(self._samples):
-            packed = pack(
-                samples, rows=batch.rows, length=batch.length, vision_shape=vision_shape(batch), config=self._config,
-                average=batch.average, per_row=None if batch.pack else 1,
-            )  # fmt: skip
-            yield put(stacked([packed]), self._mesh)
+        for samples in packer_of(batch).batches(self._samples):
+            yield put(stacked([packed(samples, batch, self._config)]), self._mesh)
 
 
 class Held(Sequence[Record]):
@@ -270,17 +259,16 @@ def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:
     return {**item, "fps": fps} if is_frames else item
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
 def _model(layout: Layout, params: Leaves, frozen: Leaves, dtype: np.dtype) -> Glm4v:
     return layout.model(params, frozen, dtype)
 
 
-def _sums_program(layout: Layout, dtype: DTypeLike) -> Callable[..., Sums]:
-    def add(sums: Sums, params: Leaves, frozen: Leaves, batches: Any) -> Sums:
-        batch = jax.tree.map(_first, batches)
-        return jax.tree.map(jnp.add, sums, loss_sums(layout.model(params, frozen, dtype), batch))
-
-    return jax.jit(add)
+@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
+def _added(sums: Sums, layout: Layout, params: Leaves, frozen: Leaves, dtype: np.dtype, batches: TrainBatch) -> Sums:
+    """The sums, and those of a step's one batch."""
+    batch = jax.tree.map(_first, batches)
+    return jax.tree.map(jnp.add, sums, loss_sums(layout.model(params, frozen, dtype), batch))
 
 
 def _first(array: Any) -> Any:

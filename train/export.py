@@ -4,7 +4,7 @@ What is written has another name until it has been loaded again and said what th
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from glm4v_jax.lora import drop_lora
 from glm4v_jax.merge import MergedTensor, merged_tensors, nbytes, write_merged
 from glm4v_jax.model import Glm4v
 from glm4v_jax.peft import load_adapter, save_adapter
-from glm4v_jax.target import check_space, check_target, new_directory, place_of
+from glm4v_jax.target import check_room, move_up, new_directory, place_of
 from train.verify import Verified, compare, logits_of, prompt, tolerance_of
 
 _CONTENT = "content"
@@ -43,7 +43,7 @@ def check_result(base: str | Path, target: Path, *, is_whole: bool) -> None:
     needed = 0
     if is_whole:
         needed = sum(info.nbytes for info in open_weights(base).values())
-    by_first(lambda: _check(Path(base), target, needed, overwrite=True))
+    by_first(lambda: check_room(Path(base), target, needed, overwrite=True))
 
 
 def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
@@ -60,7 +60,7 @@ def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
       CheckpointError: the adapter does not come back as it was, or the place is taken by something else.
       OSError: the disk refuses.
     """
-    by_first(lambda: _check(Path(base), target, 0, overwrite=True))
+    by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
     dtype = model.language_model.norm.scale[...].dtype
     batch, plain = prompt(base, model.config), drop_lora(model)
     trained, before = logits_of(model, batch), logits_of(plain, batch)
@@ -88,7 +88,7 @@ def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Pa
         is full.
       OSError: the disk refuses.
     """
-    by_first(lambda: _check(Path(base), target, 0, overwrite=True))
+    by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
     config = exported.config
     batch = prompt(base, config)
     expected = logits_of(jax.tree.map(lambda leaf: leaf.astype(dtype), exported), batch)
@@ -108,11 +108,9 @@ def export_merged(
     target: Path,
     *,
     written: Any = None,
-    dtype: DTypeLike | None = None,
     overwrite: bool = False,
     verify: bool = True,
     max_shard_size: int | str = "5GB",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Verified | None:
     """Merge an adapter into the weights of its base, in floats, and write a checkpoint in Hugging Face layout.
 
@@ -124,11 +122,9 @@ def export_merged(
       adapter: a directory of `peft.save_adapter`, or of PEFT.
       target: the directory to make; it appears when it is complete and verified.
       written: dtype of the result, as a name; by default every tensor has the base's.
-      dtype: that is computed in to verify; by default this machine's.
       overwrite: replace a checkpoint that is there.
       verify: load the result and compare its logits with those of the base with its adapter.
       max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
-      progress: called with the bytes written so far and in all.
 
     Raises:
       CheckpointError: base and adapter do not fit or are damaged, the result does not compute the same, the target is
@@ -136,25 +132,12 @@ def export_merged(
       OSError: the disk refuses.
     """
     tensors = merged_tensors(base, adapter, written)
-    total = nbytes(tensors)
-    by_first(lambda: _check(Path(base), target, total, overwrite=overwrite))
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    def write(directory: Path) -> str:
-        write_merged(base, tensors, directory, max_shard_size=max_shard_size, progress=advance)
-        return ""
-
+    by_first(lambda: check_room(Path(base), target, nbytes(tensors), overwrite=overwrite))
     with _new(target, overwrite=overwrite) as directory:
-        by_first(lambda: write(directory))
+        by_first(lambda: write_merged(base, tensors, directory, max_shard_size=max_shard_size))
         if not verify:
             return None
-        return _verified(base, adapter, directory, tensors, default_dtype() if dtype is None else dtype, target)
+        return _verified(base, adapter, directory, tensors, target)
 
 
 def _verified(
@@ -162,10 +145,9 @@ def _verified(
     adapter: str | Path,
     directory: Path,
     tensors: dict[str, MergedTensor],
-    dtype: DTypeLike,
     target: Path,
 ) -> Verified:
-    config = Glm4vConfig.from_pretrained(base)
+    config, dtype = Glm4vConfig.from_pretrained(base), default_dtype()
     batch = prompt(base, config)
     model = load_model(base, config, dtype=dtype)
     before = logits_of(model, batch)
@@ -186,8 +168,8 @@ def _new(target: Path, *, overwrite: bool) -> Iterator[Path]:
         name = by_first(lambda: _make(stack.enter_context(new_directory(target, overwrite=overwrite))))
         content = place_of(target).parent / name / _CONTENT
         yield content
-        by_first(lambda: _move_up(content))
-        by_first(lambda: _close(stack))
+        by_first(lambda: move_up(content))
+        by_first(stack.close)
 
 
 def _make(aside: Path) -> str:
@@ -196,24 +178,5 @@ def _make(aside: Path) -> str:
     return aside.name
 
 
-def _move_up(content: Path) -> str:
-    for entry in content.iterdir():
-        entry.rename(content.parent / entry.name)
-    content.rmdir()
-    return ""
-
-
-def _close(stack: contextlib.ExitStack) -> str:
-    stack.close()
-    return ""
-
-
-def _check(source: Path, target: Path, needed: int, *, overwrite: bool) -> str:
-    check_target(source, target, overwrite=overwrite)
-    check_space(target, needed)
-    return ""
-
-
-def _wait() -> str:
+def _wait() -> None:
     """For the first process to have written."""
-    return ""

@@ -20,6 +20,7 @@ from glm4v_jax.loading import default_dtype, load_model
 from glm4v_jax.lora import add_lora, is_lora
 from glm4v_jax.mesh_presets import mesh_for
 from glm4v_jax.quant import as_config
+from train.checkpoints import abstract
 from train.config import ADAPTER, MODEL, TrainConfig
 from train.evaluate import hold_back
 from train.export import check_result, export_adapter, export_model
@@ -164,7 +165,7 @@ class Job:
             layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
             learning_rate=learning_rate(config.optimizer, config.steps),
         )  # fmt: skip
-        shapes = jax.eval_shape(_same, params)
+        shapes = abstract(params)
         job = cls(config, model_config, layout, frozen, dtypes, shapes, step, dtype)
         return job, init_state(params, optimizer)
 
@@ -208,7 +209,3 @@ def check_step(step: int, config: TrainConfig) -> None:
     """
     if step > config.steps:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, after which the last checkpoint is")
-
-
-def _same(tree: Leaves) -> Leaves:
-    return tree

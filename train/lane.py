@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 
+from glm4v_jax.commands.console import one_line
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import DataError, Glm4vError
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -58,8 +59,10 @@ class Encoder:
             record = _read(self.records, number)
             place = record.source
             return Made(number, encode(record, self.processor, self.config, self.options))
-        except (Glm4vError, OSError) as error:
+        except Glm4vError as error:
             return Made(number, None, str(error))
+        except OSError as error:
+            return Made(number, None, f"{place}: {one_line(error)}")
         except Exception as error:  # of a decoder that fails in a way of its own, for one
             return Made(number, None, f"{place}: {type(error).__name__}: {error}")
 

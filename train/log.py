@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from glm4v_jax.commands.console import to_json
+from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.distributed import is_first
 from glm4v_jax.errors import ConfigError
 from train.config import TrainConfig
@@ -67,9 +67,9 @@ class Log:
             for name in (METRICS, EVALUATIONS):
                 _keep(directory / name, step)
         self.step, self.streak, self.grad_norm = step, 0, 0.0
-        self.start()
+        self._start()
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Measure from here on, not from what came before."""
         self._since = time.perf_counter()
 
@@ -91,7 +91,7 @@ class Log:
         self._pending = None
         found = jax.device_get(metrics)
         seconds = time.perf_counter() - self._since
-        self.start()
+        self._start()
         self.step, self.streak, self.grad_norm = step, int(found.streak), float(found.grad_norm)
         tokens, patches = int(found.work.tokens), int(found.work.patches)
         flops = self._speed.flops(found.work)
@@ -127,7 +127,7 @@ class Log:
         self._write(EVALUATIONS, {"step": step, **dataclasses.asdict(found), "seconds": round(seconds, 3)})
         score = "" if found.score is None else f", score {found.score:.1%}"
         self._tell(f"evaluation behind step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
-        self.start()
+        self._start()
 
     def close(self) -> None:
         """Let go of the files."""
@@ -164,9 +164,8 @@ def _keep(path: Path, step: int) -> None:
     kept = [line for line in read_log(path) if line["step"] <= step]
     if not kept and not path.exists():
         return
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def _board(directory: Path, step: int) -> Any:

@@ -219,10 +219,8 @@ def _of_all(prepared: Prepared) -> dict[str, Any]:
 
 def _speed(job: Job, mesh: Mesh) -> Speed:
     batch = job.config.batch
-    tokens = batch.micro_batches * batch.rows * batch.length
-    patches = batch.micro_batches * batch.vision_rows * batch.vision_length
     peak = peak_flops(mesh.devices.flat[0].device_kind)
-    return Speed(tokens, patches, job.flops, None if peak is None else peak * mesh.size)
+    return Speed(batch.tokens, batch.patches, job.flops, None if peak is None else peak * mesh.size)
 
 
 def _ignore(line: str) -> None:

@@ -60,15 +60,12 @@ def joined(parts: Mapping[int, TrainBatch], count: int, merged_tokens: int) -> T
       count: of all lanes.
       merged_tokens: of the vision rows of one lane, which those of later lanes are numbered behind.
     """
-    shifted = {lane: _shifted(part, lane * merged_tokens) for lane, part in parts.items()}
-    trees = [jax.tree.leaves(part) for part in shifted.values()]
-    structure = jax.tree.structure(next(iter(shifted.values())))
-    partitions = jax.tree.leaves(_partition(next(iter(shifted.values()))), is_leaf=_is_partition)
-    leaves = [
-        _placed(dict(zip(parts, arrays, strict=True)), count, _rows_axis(partition))
-        for partition, *arrays in zip(partitions, *trees, strict=True)
-    ]
-    return jax.tree.unflatten(structure, leaves)
+    shifted = [_shifted(part, lane * merged_tokens) for lane, part in parts.items()]
+
+    def join(partition: PartitionSpec, *arrays: np.ndarray) -> np.ndarray:
+        return _placed(dict(zip(parts, arrays, strict=True)), count, _rows_axis(partition))
+
+    return jax.tree.map(join, _partition(shifted[0]), *shifted, is_leaf=_is_partition)
 
 
 def stacked(batches: Sequence[TrainBatch]) -> TrainBatch:

@@ -47,7 +47,6 @@ class Profiler:
         if self._seen < self._count:
             found = f"of {self._seen} steps alone" if self._seen else "not written"
             self._tell(f"the profile is {found}: this run was over; it begins behind the first {_BEFORE} steps")
-        self._count = self._seen
 
     def _stop(self) -> None:
         if self._is_on:

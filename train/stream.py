@@ -16,10 +16,10 @@ from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import BatchConfig, DataConfig
 from train.lane import Counts, Encoder, Lane
-from train.packing import Packer, TrainBatch, VisionShape, pack
+from train.packing import Packer, TrainBatch, pack
 from train.placement import joined, lanes_here, num_lanes, stacked
 from train.records import Record
-from train.samples import EncodeOptions
+from train.samples import EncodeOptions, Sample
 
 AHEAD = 2
 """Steps whose batches are made while another is computed."""
@@ -75,10 +75,11 @@ class Stream:
         threads = max(1, data.threads // len(here))
         self._lanes = {
             index: Lane(
-                encoder, self._packer(), data, index=index, count=self._count, threads=threads, seed=seed, tell=tell
+                encoder, packer_of(batch, self._count), data, index=index, count=self._count, threads=threads,
+                seed=seed, tell=tell,
             )
             for index in here
-        }
+        }  # fmt: skip
         self._ahead: collections.deque[concurrent.futures.Future[Prepared]] = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "batches")
 
@@ -101,8 +102,6 @@ class Stream:
         Raises:
           DataError: the data or the options are not what they were.
         """
-        if set(state) != {str(index) for index in range(self._count)}:
-            raise DataError(f"state of the data: found {len(state)} lanes; expected {self._count}, as the job has now")
         for index, lane in self._lanes.items():
             lane.set_state(state[str(index)])
 
@@ -110,20 +109,8 @@ class Stream:
         """Make no more."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    @property
-    def _lane_vision_shape(self) -> VisionShape | None:
-        shape = vision_shape(self._batch)
-        return None if shape is None else (shape[0] // self._count, shape[1])
-
-    def _packer(self) -> Packer:
-        batch = self._batch
-        return Packer(
-            rows=batch.rows // self._count, length=batch.length, vision_shape=self._lane_vision_shape,
-            per_row=None if batch.pack else 1, open_batches=batch.open_batches if batch.pack else 1,
-        )  # fmt: skip
-
     def _make(self) -> Prepared:
-        parts = [self._micro_batch() for _ in range(self._batch.micro_batches)]
+        parts = [self._next_parts() for _ in range(self._batch.micro_batches)]
         state = {str(index): lane.get_state() for index, lane in self._lanes.items()}
         counts = counts_of(state)
         return Prepared(
@@ -131,19 +118,15 @@ class Stream:
             counts.rows * self._count / (self._records * len(self._lanes)),
         )  # fmt: skip
 
-    def _micro_batch(self) -> dict[int, TrainBatch]:
-        batch = self._batch
+    def _next_parts(self) -> dict[int, TrainBatch]:
+        """Of a micro-batch, by lane."""
         return {
-            index: pack(
-                next(lane), rows=batch.rows // self._count, length=batch.length, vision_shape=self._lane_vision_shape,
-                config=self._config, average=batch.average, per_row=None if batch.pack else 1,
-            )
-            for index, lane in self._lanes.items()
-        }  # fmt: skip
+            index: packed(next(lane), self._batch, self._config, self._count) for index, lane in self._lanes.items()
+        }
 
     @property
     def _merged_tokens(self) -> int:
-        rows, length = self._lane_vision_shape or (0, 0)
+        rows, length = _shape(self._batch, self._count)["vision_shape"] or (0, 0)
         return rows * length // self._config.vision_config.spatial_merge_size**2
 
 
@@ -152,9 +135,30 @@ def counts_of(state: Mapping[str, Any]) -> Counts:
     return sum((Counts(**lane["counts"]) for lane in state.values()), Counts())
 
 
-def vision_shape(batch: BatchConfig) -> VisionShape | None:
-    """(R, L) of a batch's vision rows; None for text alone."""
-    return (batch.vision_rows, batch.vision_length) if batch.vision_rows else None
+def packer_of(batch: BatchConfig, lanes: int = 1) -> Packer:
+    """The packer of one of so many lanes of a batch."""
+    # Without packing the first batch that is open takes every sample until it is full.
+    return Packer(**_shape(batch, lanes), open_batches=batch.open_batches if batch.pack else 1)
+
+
+def packed(samples: Sequence[Sample], batch: BatchConfig, config: Glm4vConfig, lanes: int = 1) -> TrainBatch:
+    """What `packer_of` has put together, as one lane's part of a batch.
+
+    Raises:
+      DataError: the samples do not fit.
+    """
+    return pack(samples, **_shape(batch, lanes), config=config, average=batch.average)
+
+
+def _shape(batch: BatchConfig, lanes: int) -> dict[str, Any]:
+    """Of one lane's part of a batch."""
+    vision = batch.vision_shape
+    return {
+        "rows": batch.rows // lanes,
+        "length": batch.length,
+        "vision_shape": None if vision is None else (vision[0] // lanes, vision[1]),
+        "per_row": batch.per_row,
+    }
 
 
 def encode_options(data: DataConfig, batch: BatchConfig) -> EncodeOptions:
