@@ -27,6 +27,7 @@ import pyarrow.parquet
 
 from bench import report
 from eval.commands import main as evaluate
+from eval.files import SUMMARY
 from eval.tasks import TASKS, read_items
 from glm4v_jax.data import TINY_CHECKPOINT
 
@@ -122,7 +123,7 @@ def ours(directory: pathlib.Path, model: str) -> dict[str, Any]:
     )
     if status:
         raise SystemExit(status)
-    return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
 
 
 def main() -> None:

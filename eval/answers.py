@@ -20,7 +20,8 @@ Scale = Literal["thousand", "unit", "pixel"]
 """What coordinates in an answer count: thousandths of width and height, as GLM-4.1V writes them; shares from 0 to 1,
 for which other harnesses' prompts ask; pixels of the original picture."""
 
-_LIMITS: Mapping[str, float] = {"thousand": SCALE, "unit": 1.0, "pixel": math.inf}
+LIMITS: Mapping[Scale, float] = {"thousand": SCALE, "unit": 1.0, "pixel": math.inf}
+"""The largest coordinate of each scale."""
 
 _LATEX_BOX = "\\boxed{"
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -196,12 +197,12 @@ def boxes(text: str, scale: Scale = "thousand") -> list[Box] | None:
 
     Four numbers in brackets of any style, of which none is beyond the scale; see `generate.boxes.find_boxes`.
     """
-    return find_boxes(text, _LIMITS[scale]) or None
+    return find_boxes(text, LIMITS[scale]) or None
 
 
 def points(text: str, scale: Scale = "thousand") -> list[Point] | None:
     """The points (x, y) that the answer names, on its own scale, two numbers in brackets; None where it names none."""
-    return find_points(text, _LIMITS[scale]) or None
+    return find_points(text, LIMITS[scale]) or None
 
 
 def to_pixels(
@@ -226,7 +227,7 @@ def to_pixels(
     pixels = []
     for coordinates in found:
         scaled = [
-            min(max(value if scale == "pixel" else value / _LIMITS[scale] * sizes[axis % 2], 0.0), sizes[axis % 2])
+            min(max(value if scale == "pixel" else value / LIMITS[scale] * sizes[axis % 2], 0.0), sizes[axis % 2])
             for axis, value in enumerate(coordinates)
         ]
         xs, ys = sorted(scaled[::2]), sorted(scaled[1::2])

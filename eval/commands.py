@@ -15,7 +15,8 @@ import rich.text
 import tyro
 
 from eval.compare_command import Compare
-from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY, Outcome, batch_of, forget_scores, score
+from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
+from eval.harness import Outcome, batch_of, forget_scores, score
 from eval.items import Item
 from eval.report import write_report
 from eval.summary import write_summary
@@ -145,6 +146,7 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
 
         if is_first() and self._out_now is not None:
             forget_scores(self._out_now)
+            (pathlib.Path(self.out) / SUMMARY).unlink(missing_ok=True)  # of several tasks: this one's score is in it
         return self._engine
 
     def _asked(self, task: Task) -> Task:
@@ -202,8 +204,7 @@ class Tasks(JsonOptions):
     def run(self) -> int:
         """Prints them."""
         if self.as_json:
-            told = {name: {**dataclasses.asdict(task), "options": dict(task.options)} for name, task in TASKS.items()}
-            print(to_json(told))
+            print(to_json({name: dataclasses.asdict(task) for name, task in TASKS.items()}))
             return 0
         table = rich.table.Table("task", "metric", "what", box=None, pad_edge=False)
         for name, task in TASKS.items():

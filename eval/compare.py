@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.answers import final_answer
+from eval.files import RESULTS, SUMMARY
 from eval.results import Result, read_results
 from eval.statistics import Difference, paired_difference
 from eval.summary import CONFIDENCE, read_summary
@@ -140,8 +142,8 @@ def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -
         task=", ".join(dict.fromkeys(tasks)),
         metric=summaries[0]["metric"],
         count=len(pairs),
-        first=_side(first, summaries[0], [pair[0] for pair in pairs], runs[0].keys() - runs[1].keys(), runs[0]),
-        second=_side(second, summaries[1], [pair[1] for pair in pairs], runs[1].keys() - runs[0].keys(), runs[1]),
+        first=_side(first, summaries[0], *runs),
+        second=_side(second, summaries[1], *reversed(runs)),
         difference=_difference(pairs, seed),
         confidence=CONFIDENCE,
         groups={name: _difference(of, seed) for name, of in sorted(groups.items())},
@@ -168,14 +170,14 @@ def runs_in(directory: Path) -> dict[str, Path]:
 
 def _field(summary: Mapping[str, Any], field: str, directory: Path) -> Any:
     if not isinstance(summary, dict) or field not in summary:
-        raise DataError(f"{directory / 'summary.json'}: found no field {field!r}, expected the summary of a run")
+        raise DataError(f"{directory / SUMMARY}: found no field {field!r}, expected the summary of a run")
     return summary[field]
 
 
 def _by_id(directory: Path) -> dict[str, Result]:
-    results = read_results(directory / "results.jsonl")
+    results = read_results(directory / RESULTS)
     if twice := [id_ for id_, count in Counter(result.id for result in results).items() if count > 1]:
-        raise DataError(f"{directory / 'results.jsonl'}: found {twice[0]!r} more than once, expected ids that differ")
+        raise DataError(f"{directory / RESULTS}: found {twice[0]!r} more than once, expected ids that differ")
     return {result.id: result for result in results}
 
 
@@ -185,8 +187,8 @@ def _check_data(pairs: Sequence[tuple[Result, Result]], first: Path, second: Pat
     Raises:
       DataError: something else is expected of an item.
     """
-    if differing := [a.id for a, b in pairs if _plain(a.reference) != _plain(b.reference)]:
-        a, b = next((a, b) for a, b in pairs if a.id == differing[0])
+    if differing := [pair for pair in pairs if _plain(pair[0].reference) != _plain(pair[1].reference)]:
+        a, b = differing[0]
         raise DataError(
             f"{first} and {second}: found {len(differing)} of {len(pairs)} shared items with another reference, such "
             f"as {a.id!r} ({_plain(a.reference)} and {_plain(b.reference)}); expected runs over the same data"
@@ -216,17 +218,16 @@ def _some(ids: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "") or "none at all"
 
 
-def _side(
-    directory: Path, summary: Mapping[str, Any], results: Sequence[Result], only: set[str], order: Mapping[str, Result]
-) -> Side:
+def _side(directory: Path, summary: Mapping[str, Any], run: Mapping[str, Result], other: Mapping[str, Result]) -> Side:
+    shared = [result for id_, result in run.items() if id_ in other]
     return Side(
         directory=str(directory),
         task=_field(summary, "task", directory),
         model=summary.get("model"),
         score=_field(summary, "score", directory),
-        mean=sum(result.score for result in results) / len(results),
-        categories=dict(Counter(result.category for result in results).most_common()),
-        only=[id_ for id_ in order if id_ in only],
+        mean=statistics.fmean(result.score for result in shared),
+        categories=dict(Counter(result.category for result in shared).most_common()),
+        only=[id_ for id_ in run if id_ not in other],
     )
 
 

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from eval.items import Item
 from eval.questions import digest
 from glm4v_jax.data.digits import Example, held_out
-
-SCALE = 1000
-"""Width and height in the units of the boxes, which are those in which the model writes them."""
+from glm4v_jax.generate.boxes import SCALE
 
 
 def _reading() -> Iterator[Item]:
@@ -44,6 +42,7 @@ def _item(example: Example, group: str | None) -> Item:
     reference: dict[str, object] = {"answer": example.answer}
     if example.boxes:
         asked, *others = (list(box) for box in example.boxes)
+        # In the units in which the model writes boxes, the picture has so many.
         reference |= {"boxes": [asked], "other_boxes": others, "width": SCALE, "height": SCALE}
     (message,) = example.prompt
     asked_for = {

@@ -127,11 +127,11 @@ def box(row: Row, name: str) -> tuple[float, float, float, float]:
     Raises:
         DataError: it is missing, or something else.
     """
-    found_name, value = first(row, name)
+    _, value = first(row, name)
     value = literal_list(value)
     is_list = isinstance(value, list | tuple) and len(value) == 4
     if not is_list or not all(_is_number(one) for one in value):
-        raise DataError(f"field {found_name!r}: found {_shown(value)}, expected four numbers")
+        raise DataError(f"field {name!r}: found {_shown(value)}, expected four numbers")
     one, two, three, four = (float(one) for one in value)
     return one, two, three, four
 

@@ -1,17 +1,16 @@
 """A task's items through the engine: answers into a file that a later run goes on with, then scores and summary."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import glm4v_jax
+from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
 from eval.items import Item
 from eval.metrics import METRICS
-from eval.results import Result, read_answers, score_items, write_results
+from eval.results import Result, digest_of, read_answers, score_items, write_results
 from eval.summary import summarize, write_summary
 from eval.tasks import Task
 from glm4v_jax.commands.batch import Batch
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion
     from glm4v_jax.generate.config import GenerationConfig
     from glm4v_jax.inputs.processor import Glm4vProcessor
-
-ANSWERS, RESULTS, SUMMARY, REPORT = "answers.jsonl", "results.jsonl", "summary.json", "report.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +78,14 @@ def score(items: Sequence[Item], task: Task, out: Path, about: Mapping[str, Any]
         "task": task.name,
         "metric": task.metric,
         **figures,
-        "items": digest_of(items),
+        # Equal for the same questions in the same order.
+        "items": digest_of([(item.id, item.asked, item.reference) for item in items]),
         **about,
         "versions": {"glm4v_jax": glm4v_jax.__version__, "jax": importlib.metadata.version("jax")},
     }
     write_results(results, out / RESULTS)
     write_summary(summary, out / SUMMARY)
     return Outcome(results, summary)
-
-
-def digest_of(items: Sequence[Item]) -> str:
-    """Of what is asked and expected, in short: equal for the same questions in the same order."""
-    text = json.dumps([(item.id, item.asked, item.reference) for item in items], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _line(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:

@@ -15,9 +15,11 @@ import PIL.Image
 
 from eval.fields import Media
 from eval.items import Item
-from glm4v_jax.data.media import is_remote, located, picture_size
+from glm4v_jax.commands.console import ADDRESSES
+from glm4v_jax.data.media import is_remote, located, picture_size, source_of
 from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.files import fingerprint
+from glm4v_jax.inputs.fetch import file_url_path
 
 _MARKER = re.compile(r"<(image|video)(?: ([0-9]{1,3}))?>")
 
@@ -161,21 +163,37 @@ def _content(text: str, media: Sequence[Media], is_marked: bool) -> list[dict[st
 
 def _checked(item: Media) -> tuple[int, int] | None:
     """Looks whether a picture or video is there; the size (width, height) of a picture in pixels."""
-    if is_remote(item):
-        return None
     if item["type"] == "image":
-        return picture_size(item)
-    paths = [item["path"]] if "path" in item else [one for one in item.get("video", ()) if isinstance(one, str)]
-    for path in paths:
-        if not Path(path).exists():
-            raise DataError(f"video: found {path!r}, but there is no such file; expected one")
+        return None if is_remote(item) else picture_size(item)
+    source = source_of(item)
+    for one in source if isinstance(source, list) else [source]:
+        file = _file(one)
+        if file is not None and not file.exists():
+            raise DataError(f"video: found {one!r}, but there is no such file; expected one")
     return None
 
 
 def _told(item: Media, located: Media) -> Media:
-    """A picture or video as it was written, with what is in its file."""
-    path = located.get("path")
-    return {**item, "digest": fingerprint(path)} if isinstance(path, str) else item
+    """A picture or video as it was written, with what is in its file; frames that are files as what is in them."""
+    source = source_of(located)
+    if isinstance(source, list):
+        return {**item, item["type"]: [one if (file := _file(one)) is None else fingerprint(file) for one in source]}
+    file = _file(source)
+    return item if file is None else {**item, "digest": fingerprint(file)}
+
+
+def _file(source: Any) -> Path | None:
+    """The file that a path or a file address names; None for what is in the net or in memory.
+
+    Raises:
+      MediaError: the address names no local file.
+    """
+    if not isinstance(source, str):
+        return None
+    address = source.lower()
+    if address.startswith("file://"):
+        return file_url_path(source)
+    return None if address.startswith(ADDRESSES) else Path(source)
 
 
 def _as_json(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,4 +202,4 @@ def _as_json(part: Mapping[str, Any]) -> dict[str, Any]:
     key, source = next((key, part[key]) for key in ("path", "url", "image", "video") if key in part)
     is_short = isinstance(source, str) and not source.startswith("data:")
     told = {"type": part["type"], key: source if is_short else digest(source)}
-    return {**told, "digest": part["digest"]} if "digest" in part else told
+    return told | {name: part[name] for name in ("fps", "digest") if name in part}

@@ -122,6 +122,11 @@ def encoded(value: Any, **options: Any) -> bytes:
         return to_json(value, **options).encode()
 
 
+def digest_of(value: Any) -> str:
+    """In short, what JSON holds of a value, whatever the order of its fields."""
+    return hashlib.blake2b(to_json(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
 def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """Id -> line of a file of answers."""
     with path.open(encoding="utf-8") as file:
@@ -158,7 +163,7 @@ def _result(item: Item, answer: Mapping[str, Any], metric: Metric) -> Result:
         new_tokens=0 if error is not None else answer["new_tokens"],
         error=error,
         cluster=_cluster(item, metric),
-        prompt=_short({**item.asked, "content": _content(item)}),
+        prompt=digest_of({**item.asked, "content": _content(item)}),
     )
 
 
@@ -166,16 +171,12 @@ def _cluster(item: Item, metric: Metric) -> str | None:
     if metric.cluster == "group":
         return item.group
     media = [part for part in _content(item) if part.get("type") in ("image", "video")]
-    return _short(media) if media and metric.cluster == "media" else None
+    return digest_of(media) if media and metric.cluster == "media" else None
 
 
 def _content(item: Item) -> list[dict[str, Any]]:
     """The parts of what is asked; of files what is in them, wherever they are."""
     return [
-        {name: value for name, value in part.items() if name != "path" or "digest" not in part}
+        {name: value for name, value in part.items() if name not in ("path", "url") or "digest" not in part}
         for part in item.asked.get("content", ())
     ]
-
-
-def _short(value: Any) -> str:
-    return hashlib.blake2b(to_json(value, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -5,7 +5,9 @@ A row is an object with these fields; null is as if a field were not there:
 - "question": the text; `<image>` and `<video>` in it say where pictures and videos go, in their order, else they stand
   before it. Needed.
 - "image", "images", "video", "videos": one or a list, each a path relative to the file, an http(s), file or data
-  address, base64 text, or `{"bytes": ..., "path": ...}` as in tables of Hugging Face.
+  address, base64 text, or `{"bytes": ..., "path": ...}` as in tables of Hugging Face; a video also a list of such
+  pictures, its frames, all of which are taken.
+- "fps": how many of these frames a second has; 2 by default, as the model's processor takes them of a film.
 - "id": text or whole number, different for each row; the number of the row in all files by default.
 - "answer": text or number; "answers": a list of them, of which one has to be met. Multiple choice: the letter.
 - "options": `{"A": "text", ...}`, or a list of texts for A, B, C, ...
@@ -17,17 +19,20 @@ A row is an object with these fields; null is as if a field were not there:
 At least one of "answer", "answers" and "boxes" is needed. Which of them, the metric says.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from eval import fields
 from eval.fields import Media, Row
 from eval.questions import Origin, Question
-from glm4v_jax.data.media import kind_of, media_item
+from glm4v_jax.data.media import kind_of, media_item, source_of
 from glm4v_jax.errors import DataError
 
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _EXPECTED = ("answer", "answers", "boxes")
+_FPS = 2
+"""Of frames whose row says nothing of it."""
 
 
 def read(row: Row, origin: Origin) -> Iterator[Question]:
@@ -65,8 +70,17 @@ def _media(row: Row) -> list[Media]:
             continue
         is_several = name.endswith("s")
         for index, value in enumerate(_list(row, name) if is_several else [row[name]]):
-            found.append(media_item(kind, value, f"{name}[{index}]" if is_several else name))
+            item = media_item(kind, value, f"{name}[{index}]" if is_several else name)
+            # Frames that do not say when they were are no video for the processor.
+            found.append({**item, "fps": _rate(row)} if isinstance(source_of(item), list) else item)
     return found
+
+
+def _rate(row: Row) -> float:
+    rate = _FPS if row.get("fps") is None else row["fps"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise DataError(f"field 'fps': found {kind_of(rate)}, expected a positive number")
+    return rate
 
 
 def _list(row: Row, name: str) -> list[Any]:

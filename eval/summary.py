@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from eval.files import SUMMARY
 from eval.items import Item
 from eval.metrics import Metric
 from eval.results import Category, Result, encoded, scores_of
@@ -27,7 +28,7 @@ def summarize(items: Sequence[Item], results: Sequence[Result], metric: Metric, 
       seed: of the bootstrap.
 
     Returns:
-      score: the metric's own, as it is published for the task; else the mean.
+      score: the metric's own, as it is published for the task.
       mean: of the items' scores.
       interval: of the score, by bootstrap over clusters of items; Wilson's where these do not differ.
       count, clusters: of items, and of what the interval draws, see `eval.metrics.metric.Cluster`.
@@ -50,7 +51,7 @@ def summarize(items: Sequence[Item], results: Sequence[Result], metric: Metric, 
     low, high = score_interval(values, weights, confidence=CONFIDENCE, seed=seed)
     counts = Counter(result.category for result in results)
     return {
-        "score": parts.pop("score", statistics.fmean(scores)),
+        "score": parts.pop("score"),
         "mean": statistics.fmean(scores),
         "interval": [low, high],
         "confidence": CONFIDENCE,
@@ -96,7 +97,7 @@ def read_summary(directory: Path) -> dict[str, Any]:
     Raises:
       DataError: there is none.
     """
-    path = directory / "summary.json"
+    path = directory / SUMMARY
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

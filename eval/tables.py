@@ -59,15 +59,17 @@ def open_table(path: str | Path) -> Rows:
         raise DataError(f"{path}: found a file of kind {suffix or 'no name'}, expected {', '.join(SUFFIXES)}")
     if suffix == ".tsv":
         return _read_tsv(path)
-    return (_read_object(path) if suffix == ".json" else None) or open_rows(path)
+    return (_read_json(path) if suffix == ".json" else None) or open_rows(path)
 
 
-def _read_object(path: Path) -> Rows | None:
-    """The rows of a json file that holds one object of rows; None where it holds something else."""
+def _read_json(path: Path) -> Rows | None:
+    """The rows of a json file that holds a list, or one object of rows; None where it holds no row in these ways."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None  # lines of JSON, or broken, which `open_rows` says
+    if isinstance(content, list) and content:
+        return Listed(path, content, [f"{path}[{index}]" for index in range(len(content))])
     if not isinstance(content, dict):
         return None
     rows = content.get("data")

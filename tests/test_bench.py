@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers_transformers import import_transformers
 
+from bench import eval as evaluation
 from bench import media, memory, recompile, report
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.data import TINY_CHECKPOINT
@@ -177,3 +178,57 @@ def test_a_plan_is_measured_and_judged(monkeypatch):
     peaks[410] = 2000
     assert not memory.run("picture", plan)["passed"]
     assert memory.run("picture", plan._replace(limited=False))["passed"]
+
+
+def workers_of(seconds, texts):
+    """Sides whose turns at each task take so many seconds, and which then say this."""
+    turns = {side: dict.fromkeys(evaluation.TASKS, ()) for side in seconds}
+
+    def worker_of(side):
+        def worker(task, *, of, count, **_):
+            assert (task, count) == ("answer", 4)
+            turns[side][of] += (seconds[side][len(turns[side][of])],)
+            return {"seconds": turns[side][of][-1], "texts": texts[side], "tokens": 9}
+
+        return worker
+
+    return {side: worker_of(side) for side in seconds}
+
+
+SAME = {"ours": ["<answer>1</answer>", "2", "3", "4"], "theirs": ["<answer>1", "2</answer><|endoftext|>", " 3\n", "4"]}
+
+
+def test_what_counts_of_an_answer_ends_with_it():
+    shown, hidden = "<think>Hm.</think><answer>\n3 </answer>\n<|user|>", "<think>Hm.</think><answer>\n3 "
+    assert evaluation.said(shown) == evaluation.said(hidden) == "<think>Hm.</think><answer>\n3"
+    assert evaluation.said("</answer>3") == "" != evaluation.said("<answer>3")
+
+
+def test_evaluations_are_compared_within_a_round():
+    """The first one does not count, whatever it took."""
+    workers = workers_of({"ours": (90, 1, 2, 4), "theirs": (1, 3, 2, 16)}, SAME)
+    lines = evaluation.compare(workers, rounds=3, count=4)
+    assert [line["task"] for line in lines] == list(evaluation.TASKS)
+    for line in lines:
+        assert line["ratio"] == {"median": 3, "min": 1, "max": 4}  # of the medians it would be 1.5
+        assert line["ours"] == {"median": 2, "min": 1, "max": 4}
+        assert line["theirs"] == {"median": 4 / 3, "min": 1 / 4, "max": 2}
+        assert (line["items"], line["same_answers"], line["passed"]) == (4, 4, True)
+    cells = ("2.0", "1.3", "3.00 [1.00, 4.00]", f"{evaluation.AIM:.1f}", "4 of 4", report.verdict(True))
+    assert evaluation.rows(lines) == [(task, *cells) for task in evaluation.TASKS]
+
+
+def test_evaluations_that_differ_or_are_slow_fail():
+    aim = evaluation.AIM
+    for seconds, texts, expected in (
+        (aim, SAME, (4, True)),
+        (aim * 0.99, SAME, (4, False)),
+        (aim, {**SAME, "ours": ["<answer>1</answer>", "2", "3", "5"]}, (3, False)),
+    ):
+        workers = workers_of({"ours": (1, 1), "theirs": (1, seconds)}, texts)
+        lines = evaluation.compare(workers, rounds=1, count=4)
+        assert [(line["same_answers"], line["passed"]) for line in lines] == [expected] * len(evaluation.TASKS)
+        same, passed = expected
+        assert {row[-2:] for row in evaluation.rows(lines)} == {(f"{same} of 4", report.verdict(passed))}
+    with pytest.raises(ValueError, match="zip"):  # an answer is lacking
+        evaluation.compare(workers_of({"ours": (1, 1), "theirs": (1, 9)}, {**SAME, "ours": ["1"]}), rounds=1, count=4)

@@ -15,7 +15,7 @@ import PIL.Image
 import playwright.sync_api
 
 from eval.commands import main as evaluate
-from eval.harness import REPORT, RESULTS
+from eval.files import REPORT, RESULTS
 from eval.report import write_report
 from eval.results import read_results
 from eval.summary import read_summary

@@ -11,7 +11,7 @@ from typing import Any
 
 from eval import fields
 from eval.fields import Media, Row
-from eval.metrics.mmmu import DOMAINS, subject_of
+from eval.metrics.mmmu import domain_of, subject_of
 from eval.questions import Origin, Question
 from glm4v_jax.errors import DataError
 
@@ -36,11 +36,9 @@ def read(row: Row, origin: Origin) -> Iterator[Question]:
     else:
         options = fields.options(row, "options")
         reference |= {"options": options, "answer": fields.answer_letter(row, "answer", options)}
-    subject = subject_of(reference)
-    reference["subject"] = subject
-    domain = next((domain for domain, subjects in DOMAINS.items() if subject in subjects), None)
+    reference["subject"] = subject_of(reference)
     question = {"question": fields.text(row, "question"), "options": options}
-    yield Question(name, question, reference, _pictures(row), domain, is_marked=True)
+    yield Question(name, question, reference, _pictures(row), domain_of(reference), is_marked=True)
 
 
 def _pictures(row: Row) -> list[Media]:

@@ -7,9 +7,20 @@ import functools
 import re
 from collections.abc import Sequence
 
-from eval.answers import Box, Scale, boxes, final_answer, to_pixels
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, boxes_of, by_group, mean, mean_part, size_of
-from glm4v_jax.errors import DataError
+from eval.answers import Scale, boxes, final_answer, to_pixels
+from eval.metrics.metric import (
+    UNPARSED,
+    Item,
+    Metric,
+    Score,
+    Scores,
+    boxes_of,
+    by_group,
+    mean,
+    mean_part,
+    only_box_of,
+    size_of,
+)
 
 IOU = 0.5
 """From here on, inclusive, a box counts as found."""
@@ -43,7 +54,7 @@ def refcoco(text: str, item: Item, scale: Scale = "thousand", is_only: bool = Fa
     Raises:
         DataError: the item has not one box, or no size.
     """
-    gold, (width, height) = _only(item), size_of(item)
+    gold, (width, height) = only_box_of(item), size_of(item)
     found = boxes(text, scale)
     if found is None:
         return UNPARSED
@@ -62,7 +73,7 @@ def refcoco_vlmevalkit(text: str, item: Item) -> Score:
     Raises:
         DataError: as `refcoco` does.
     """
-    gold, size = _only(item), size_of(item)
+    gold, size = only_box_of(item), size_of(item)
     answer = final_answer(text) or ""
     match = _FOUR.search(answer)
     values = [float(value) for value in (match.groups() if match else re.findall(_FLOAT, answer)[:4])]
@@ -155,13 +166,6 @@ def _rates(matched: float, found: float, expected: float) -> dict[str, float]:
         "recall": matched / expected if expected else 0.0,
         "f1": 2 * matched / (found + expected),
     }
-
-
-def _only(item: Item) -> Box:
-    gold = boxes_of(item)
-    if len(gold) != 1:
-        raise DataError(f"boxes: found {len(gold)}, expected the one that is asked for")
-    return gold[0]
 
 
 _REFCOCO = (

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from eval.answers import Box, by_letter
 from glm4v_jax.errors import DataError
 
 Item = Mapping[str, Any]
@@ -114,11 +115,9 @@ def options_of(item: Item, field: str = "options") -> dict[str, str]:
         DataError: there are none.
     """
     found = required(item, field)
-    if isinstance(found, Mapping) and found:
-        return {str(letter): str(text) for letter, text in found.items()}
-    if isinstance(found, Sequence) and not isinstance(found, str) and found:
-        return {chr(ord("A") + index): str(text) for index, text in enumerate(found)}
-    raise DataError(f"{field}: found {found!r}, expected letters with their texts, or a list of texts")
+    if isinstance(found, str) or not isinstance(found, Mapping | Sequence) or not found:
+        raise DataError(f"{field}: found {found!r}, expected letters with their texts, or a list of texts")
+    return by_letter(found)
 
 
 def letter_of(item: Item, options: Mapping[str, str]) -> str:
@@ -133,7 +132,7 @@ def letter_of(item: Item, options: Mapping[str, str]) -> str:
     return letter
 
 
-def boxes_of(item: Item, field: str = "boxes") -> list[tuple[float, float, float, float]]:
+def boxes_of(item: Item, field: str = "boxes") -> list[Box]:
     """The boxes (x1, y1, x2, y2) in pixels; there may be none.
 
     Raises:
@@ -149,6 +148,18 @@ def boxes_of(item: Item, field: str = "boxes") -> list[tuple[float, float, float
             raise DataError(f"{field}: found {box!r}, expected x1 <= x2 and y1 <= y2, finite")
         boxes.append((x1, y1, x2, y2))
     return boxes
+
+
+def only_box_of(item: Item) -> Box:
+    """The one box (x1, y1, x2, y2) in pixels.
+
+    Raises:
+        DataError: as `boxes_of` does, or there are none or several.
+    """
+    boxes = boxes_of(item)
+    if len(boxes) != 1:
+        raise DataError(f"boxes: found {len(boxes)}, expected the one that is asked for")
+    return boxes[0]
 
 
 def size_of(item: Item) -> tuple[float, float]:

@@ -156,7 +156,7 @@ def mmmu(text: str, item: Item) -> Score:
 
 def aggregate_mmmu(scores: Scores) -> dict[str, float]:
     """Over all questions (micro) as "score", as published; then by domain and by subject."""
-    return {**mean(scores), **by_group(scores, _domain, "domain"), **by_group(scores, subject_of, "subject")}
+    return {**mean(scores), **by_group(scores, domain_of, "domain"), **by_group(scores, subject_of, "subject")}
 
 
 def subject_of(item: Item) -> str | None:
@@ -167,7 +167,8 @@ def subject_of(item: Item) -> str | None:
     return match[1] if match else None
 
 
-def _domain(item: Item) -> str | None:
+def domain_of(item: Item) -> str | None:
+    """The domain of an item's subject; None where that is not known."""
     return _DOMAIN_OF.get(subject_of(item) or "")
 
 

@@ -5,11 +5,11 @@ Fields: "boxes" [[x1, y1, x2, y2]], the element in pixels of the screenshot, "wi
 """
 
 import functools
+import math
 import re
 
-from eval.answers import Point, Scale, answer_text, boxes, points, to_pixels
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, boxes_of, by_group, mean, size_of
-from glm4v_jax.errors import DataError
+from eval.answers import LIMITS, Point, Scale, answer_text, boxes, points, to_pixels
+from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, mean, only_box_of, size_of
 
 FIELDS = ("boxes", "width", "height")
 
@@ -32,8 +32,7 @@ def click(text: str, scale: Scale = "thousand") -> Point | None:
     if match is None:
         return None
     x, y = float(match[1]), float(match[2])
-    limit = {"thousand": 1000.0, "unit": 1.0, "pixel": float("inf")}[scale]
-    return (x, y) if max(x, y) <= limit and max(x, y) < float("inf") else None
+    return (x, y) if max(x, y) <= LIMITS[scale] and math.isfinite(max(x, y)) else None
 
 
 def screenspot(text: str, item: Item, scale: Scale = "thousand") -> Score:
@@ -45,14 +44,11 @@ def screenspot(text: str, item: Item, scale: Scale = "thousand") -> Score:
     Raises:
         DataError: the item has not one box, or no size.
     """
-    gold, (width, height) = boxes_of(item), size_of(item)
-    if len(gold) != 1:
-        raise DataError(f"boxes: found {len(gold)}, expected the one that is asked for")
+    (x1, y1, x2, y2), (width, height) = only_box_of(item), size_of(item)
     place = click(text, scale)
     if place is None:
         return UNPARSED
     ((x, y),) = to_pixels([place], width, height, scale)
-    x1, y1, x2, y2 = gold[0]
     return Score(float(x1 <= x <= x2 and y1 <= y <= y2), [x, y])
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+from eval.files import RESULTS, SUMMARY
 from eval.items import Item
 from eval.results import Result, write_results
 
@@ -61,6 +62,6 @@ def summary_of(results, **fields):
 
 def write_run(directory, results, **fields):
     directory.mkdir(parents=True, exist_ok=True)
-    write_results(results, directory / "results.jsonl")
-    (directory / "summary.json").write_text(json.dumps(summary_of(results, **fields)), encoding="utf-8")
+    write_results(results, directory / RESULTS)
+    (directory / SUMMARY).write_text(json.dumps(summary_of(results, **fields)), encoding="utf-8")
     return directory

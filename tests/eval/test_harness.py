@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,10 +13,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_orbax import environment
+from helpers_orbax import environment, free_port
 
 from eval.commands import Run, main
-from eval.harness import ANSWERS, REPORT, RESULTS, SUMMARY
+from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
 from eval.results import read_results
 from eval.tasks import find_task
 
@@ -119,9 +118,7 @@ def test_a_killed_run_goes_on_to_the_same_summary(whole, folder):
 
 
 def test_two_processes_give_the_summary_of_one(whole, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
     started = [
         subprocess.Popen(

@@ -12,6 +12,8 @@ import pytest
 from eval.tasks import TASKS, read_items
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError, GenerationError
+from glm4v_jax.generate.completion import Completion
+from glm4v_jax.generate.presets import PRESETS
 
 
 @dataclasses.dataclass
@@ -101,9 +103,7 @@ def test_a_request_that_fails_is_empty_and_the_others_are_answered(model, caplog
 
 
 def test_stop_strings_end_the_answer_and_not_the_thought(lmms, model):
-    completion = importlib.import_module("glm4v_jax.generate.completion").Completion(
-        0, "<think>One.\n\nTwo.</think><answer>seven\n\nor so", (1,), 1, "stop"
-    )
+    completion = Completion(0, "<think>One.\n\nTwo.</think><answer>seven\n\nor so", (1,), 1, "stop")
     assert model._text(completion, {"until": ["\n\n"]}) == "seven"
     assert model._text(completion, {}) == "seven\n\nor so"
 
@@ -131,3 +131,109 @@ def test_content_of_another_kind_is_refused(lmms):
     picture = PIL.Image.new("RGB", (8, 8))
     told = lmms._message({"role": "user", "content": [{"type": "image", "url": picture}]})
     assert told["content"] == [{"type": "image", "image": picture}]
+
+
+class StandIn:
+    """Keeps what it is asked, and says the same to all, the last one first."""
+
+    said, finish_reason = "<think>It is 3.</think><answer>So <|begin_of_box|>3<|end_of_box|></answer>", "stop"
+
+    def __init__(self):
+        self.requests, self.presets = [], []
+
+    def config(self, preset, **options):
+        self.presets.append((preset, options))
+
+    def generate_many(self, requests, *, preset, skip_errors):
+        assert skip_errors
+        self.requests = list(requests)
+        self.presets.append((preset, {}))
+        for index in reversed(range(len(self.requests))):
+            yield Completion(index, self.said, (1,) * (index + 1), 9, self.finish_reason)
+
+
+@pytest.fixture
+def engine(lmms, monkeypatch):
+    engine = StandIn()
+    monkeypatch.setattr(lmms.Engine, "from_pretrained", lambda *_, **__: engine)
+    return engine
+
+
+def asked(model, *messages, **options):
+    """The texts that lmms-eval gets for a request of these messages, each of a document of its own."""
+    model.task_dict = {"task": {"test": messages}}
+    found = model.generate_until([
+        Request((f"{i}", list, options, i, "task", "test")) for i in range(len(messages))
+    ])  # fmt: skip
+    assert [result.token_counts.output_tokens for result in found] == [1 + i for i in range(len(messages))]
+    return [result.text for result in found]
+
+
+def text(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize(("form", "said"), [("boxed", "3"), ("answer", "So 3"), ("raw", StandIn.said)])
+def test_what_tasks_score(lmms, engine, form, said):
+    assert asked(lmms.Glm4vJax(answer=form), [text("user", "How many?")]) == [said]
+
+
+def test_videos_and_several_turns_are_asked_as_they_are(lmms, engine):
+    """A question after one with its answer, as tasks of few shots have it."""
+    video = {"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "Which way?"}]}
+    asked(lmms.Glm4vJax(), [text("user", "Hm?"), text("assistant", "Left."), video], [text("user", "And?")])
+    first, second = (request.prompt for request in engine.requests)
+    shown = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Which way?"}]
+    assert first == [text("user", "Hm?"), text("assistant", "Left."), {"role": "user", "content": shown}]
+    assert second == [text("user", "And?")]
+
+
+def test_the_system_speaks_first_and_once(lmms, engine):
+    model = lmms.Glm4vJax(system="Be brief.")
+    asked(model, [text("user", "What?")], [text("system", "Be exact."), text("user", "Who?")])
+    assert [request.prompt for request in engine.requests] == [
+        [text("system", "Be brief."), text("user", "What?")],
+        [text("system", "Be exact."), text("user", "Who?")],
+    ]
+    asked(lmms.Glm4vJax(), [text("user", "What?")])
+    assert engine.requests[0].prompt == [text("user", "What?")]
+
+
+LIMITS = {"max_new_tokens": 9, "think_budget": 4}
+BUDGETS = {name: PRESETS["bench"].options[name] for name in ("max_new_tokens", "think_budget", "answer_budget")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ({}, {"temperature": 0.5, **BUDGETS}),
+        ({"answer_budget": 9}, {"temperature": 0.5, **BUDGETS, "answer_budget": 9}),
+        ({"max_new_tokens": 9}, {"temperature": 0.5, "max_new_tokens": 9}),
+        (LIMITS, {"temperature": 0.5, **BUDGETS, **LIMITS}),
+        ({"preset": "greedy"}, {}),
+        ({"preset": "greedy", "max_new_tokens": 9}, {"max_new_tokens": 9}),
+    ],
+)
+def test_limits_are_ours_and_sampling_is_the_tasks_unless_there_is_a_preset(lmms, engine, arguments, options):
+    asked(lmms.Glm4vJax(**arguments), [text("user", "What?")], temperature=0.5, max_new_tokens=16)
+    (request,) = engine.requests
+    assert request.options == options
+    preset = arguments.get("preset")
+    # Looked at when the model is made, and taken when it is asked.
+    over = {name: value for name, value in options.items() if name != "temperature"}
+    assert engine.presets == [(preset, over), (preset, {})]
+
+
+def test_thoughts_that_do_not_end_are_told(lmms, engine, caplog):
+    engine.said, engine.finish_reason = "<think>Hm, hm,", "length"
+    with caplog.at_level(logging.WARNING):
+        assert asked(lmms.Glm4vJax(), [text("user", "What?")], [text("user", "Who?")]) == ["", ""]
+    assert "2 of 2 answers ended within their thought: max_new_tokens is too low" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("generate_until_multi_round", "several rounds"), ("loglikelihood", "scored by likelihood")]
+)
+def test_tasks_of_other_kinds_are_refused(lmms, engine, name, message):
+    with pytest.raises(NotImplementedError, match=f"glm4v_jax: found a task .*{message}; expected one that generates"):
+        getattr(lmms.Glm4vJax(), name)([])

@@ -1,6 +1,9 @@
 """From answers to results and figures: what failed, what was cut off, what is drawn together, what a file can hold."""
 
+import statistics
+
 import pytest
+from scipy import stats
 
 from eval.items import Item
 from eval.metrics import METRICS
@@ -68,9 +71,8 @@ def test_rotations_of_a_question_are_one_cluster_and_no_group():
     assert (summary["score"], summary["mean"], summary["parts"]["rotations"]) == (0.5, 0.875, 0.875)
     assert (summary["count"], summary["clusters"], summary["groups"]) == (160, 40, {})
     assert {result.group for result in results} == {None}
-    low, high = summary["interval"]
-    # Of 40 shares of a half: 1.96 / 2 / sqrt(40) each way.
-    assert low == pytest.approx(0.5 - 0.155, abs=0.03) and high == pytest.approx(0.5 + 0.155, abs=0.03)
+    # Draws have Binomial(40, 1/2) right questions, whose quantiles are 4 standard errors of 10,000 draws from the next.
+    assert summary["interval"] == [0.35, 0.65] == (stats.binom.ppf([0.025, 0.975], 40, 0.5) / 40).tolist()
 
 
 def test_questions_about_one_picture_are_drawn_together():
@@ -81,16 +83,19 @@ def test_questions_about_one_picture_are_drawn_together():
     results, summary = run("refcoco", items, answers)
     # The same picture under two names is one.
     assert summary["clusters"] == len({result.cluster for result in results}) == 10
-    low, high = summary["interval"]
-    assert high - low > 0.5 and low < summary["score"] < high
+    # The middle 95% of Binomial(10, 1/2), of pictures; of 200 items drawn alone it would be 0.43 to 0.57.
+    assert summary["score"] == 0.5
+    assert summary["interval"] == [0.2, 0.8] == (stats.binom.ppf([0.025, 0.975], 10, 0.5) / 10).tolist()
     assert run("box_iou", [item(str(n), box) for n in range(200)], answers)[1]["clusters"] == 200
 
 
-@pytest.mark.parametrize(("metric", "lower", "upper"), [("exact_match", 0.65, 1), ("cer", 0.65, 1)])
-def test_all_right_is_not_certain(metric, lower, upper):
+@pytest.mark.parametrize("metric", ["exact_match", "cer"])
+def test_all_right_is_not_certain(metric):
     items = [item(str(n), {"answer": "one"}) for n in range(10)]
     low, high = run(metric, items, [said("one")] * 10)[1]["interval"]
-    assert lower < low < 0.8 and high == pytest.approx(upper)  # Wilson: 0.722 of 10 of 10
+    # Wilson's ends are the shares p with (1 - p)^2 = z^2 p (1 - p) / 10.
+    z = statistics.NormalDist().inv_cdf(0.975)
+    assert low == pytest.approx(10 / (10 + z * z), abs=1e-12) and high == pytest.approx(1, abs=1e-12)
 
 
 def test_no_figure_is_told_twice():
@@ -115,7 +120,8 @@ def test_prompts_are_told_apart_by_what_is_in_them():
         return run("exact_match", [of], [said("7")])[0][0].prompt
 
     here, there = ({"type": "image", "path": f"{folder}/a.png", "digest": "1"} for folder in ("here", "there"))
-    assert prompt(here, "What?") == prompt(there, "What?")
+    address = {"type": "image", "url": "file:///here/a.png", "digest": "1"}
+    assert prompt(here, "What?") == prompt(there, "What?") == prompt(address, "What?")
     others = [prompt("What?", here), prompt({**here, "digest": "2"}, "What?"), prompt(here, "What?", system="Hm.")]
     assert len({prompt(here, "What?"), *others}) == 4
 

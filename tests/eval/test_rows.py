@@ -15,7 +15,10 @@ from eval.questions import Origin, Question, digest, make_item
 from eval.tables import open_table
 from eval.tasks import Task, read_items
 from glm4v_jax.commands.console import ListedError
+from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import ConfigError, DataError
+from glm4v_jax.inputs.messages import extract_media
+from glm4v_jax.inputs.processor import Glm4vProcessor
 
 TASK = Task("test", "exact_match")
 MARKED = {"question": "Is <image> like <image>?", "images": ["a.png", "b.png"], "answer": "yes"}
@@ -106,6 +109,57 @@ def test_what_is_asked_does_not_depend_on_where_the_files_are(folder, tmp_path_f
     json.dumps(one(folder, inside).asked)
 
 
+def test_frames_of_a_video_may_be_anywhere(folder):
+    """In files, whatever names them, in the net, and in the row itself."""
+    text = base64.b64encode(png()).decode()
+    frames = ["a.png", "HTTP://host/1.png", (folder / "b.png").as_uri(), f"data:image/png;base64,{text}", text]
+    (video, _) = one(folder, {"question": "What?", "video": frames, "answer": "a"}).messages[0]["content"]
+    inside = f"base64,{text}"
+    assert video["video"] == [str(folder / "a.png"), *frames[1:4], f"data:image/unknown;{inside}"]
+
+
+def test_frames_of_a_video_are_a_video_to_the_processor(folder):
+    """All of them, at 2 a second or as many as the row says, which makes another prompt."""
+    (folder / "b.png").write_bytes(png(80, 40, "blue"))
+    text = base64.b64encode(png(80, 40)).decode()
+    row = {"question": "What?", "answer": "a", "video": ["a.png", (folder / "b.png").as_uri(), text, "b.png"]}
+    items = [one(folder, {**row, **more}) for more in ({}, {"fps": 2}, {"fps": 0.5})]
+    assert items[0].asked == items[1].asked != items[2].asked
+    processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    for item, rate in ((items[0], 2), (items[2], 0.5)):
+        _, (video,) = extract_media(item.messages, source="")
+        features = processor.video_processor(videos=[[video]], return_metadata=True)
+        (metadata,) = features["video_metadata"]
+        assert (len(metadata.frames_indices), metadata.fps) == (4, rate)
+        assert features["video_grid_thw"].tolist()[0][0] == 2  # of two frames each
+
+
+@pytest.mark.parametrize("scheme", ["path", "file"])
+def test_a_changed_file_makes_another_prompt(folder, tmp_path_factory, scheme):
+    """A picture, a video, and the frames of one."""
+
+    def asked(folder):
+        named = [name if scheme == "path" else (folder / name).as_uri() for name in ("a.png", "v.mp4", "b.png")]
+        rows = [{"image": named[0]}, {"video": named[1]}, {"video": [named[0], named[2]]}]
+        items = [one(folder, {"question": "What?", "answer": "a", **row}) for row in rows]
+        json.dumps([item.asked for item in items])
+        return [item.asked for item in items]
+
+    before = asked(folder)
+    assert asked(folder) == before
+    other = tmp_path_factory.mktemp("other")
+    for name in ("a.png", "b.png", "v.mp4"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    # An address has the folder in it; of frames only what they show is told.
+    assert [a == b for a, b in zip(asked(other), before, strict=True)] == [scheme == "path", scheme == "path", True]
+    (folder / "a.png").write_bytes(png(80, 40, "green"))
+    (folder / "v.mp4").write_bytes(b"another film")
+    first = asked(folder)
+    assert not any(a == b for a, b in zip(first, before, strict=True))
+    (folder / "b.png").write_bytes(png(20, 10, "green"))
+    assert [a == b for a, b in zip(asked(folder), first, strict=True)] == [True, True, False]
+
+
 def test_fields_reach_the_metric_and_the_template(folder):
     task = Task("test", "mcq", prompt="{{ hint }}: {{ question }} {{ options.B }}")
     row = {"question": "Which?", "hint": "Look", "options": ["red", "blue"], "answer": "B", "group": "art", "level": 2}
@@ -144,6 +198,12 @@ def test_boxes_are_of_the_first_picture(folder):
         ({"question": "What?", "answer": "a", "images": "a.png"}, r"field 'images': found a string, expected a list"),
         ({"question": "What?", "answer": "a", "image": "v.mp4"}, r"v\.mp4: is not a readable picture"),
         ({"question": "What?", "answer": "a", "video": "w.mp4"}, r"video: found .*w\.mp4', but there is no such file"),
+        ({"question": "What?", "answer": "a", "video": ["a.png", "c.png"]}, r"video: found .*c\.png', but there is no"),
+        ({"question": "What?", "answer": "a", "video": ["file:///c/c.png"]}, r"video: found 'file:///c/c\.png', but"),
+        ({"question": "What?", "answer": "a", "video": "file:///c/w.mp4"}, r"video: found 'file:///c/w\.mp4', but"),
+        ({"question": "What?", "answer": "a", "video": ["file://c/c.png"]}, r"names the machine 'c'"),
+        ({"question": "What?", "answer": "a", "video": ["a.png"], "fps": 0}, r"field 'fps': found the number 0, exp"),
+        ({"question": "What?", "answer": "a", "video": ["a.png"], "fps": "2"}, r"field 'fps': found a string, expect"),
         ({**MARKED, "images": ["a.png"]}, r"field 'question': found 2 <image> for 1 images, expected as many"),
         ([1], r"found a list, expected an object"),
     ],
@@ -234,6 +294,18 @@ def test_json_objects_of_rows(tmp_path):
             open_table(path)
     with pytest.raises(DataError, match=r"found a file of kind \.csv, expected \.json, \.jsonl, \.parquet, \.tsv"):
         open_table(tmp_path / "data.csv")
+
+
+def test_a_list_is_read_once(tmp_path, monkeypatch):
+    path = tmp_path / "data.json"
+    path.write_text('[{"n": 1}, [2]]')
+    read, parse = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(text) or parse(text))
+    rows = open_table(path)
+    assert (len(rows), rows[0], rows.place(1)) == (2, {"n": 1}, f"{path}[1]")
+    assert len(read) == 1
+    with pytest.raises(DataError, match="found a list, expected an object"):
+        rows[1]
 
 
 def test_tsv_with_shared_pictures(tmp_path):

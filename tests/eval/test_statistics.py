@@ -9,6 +9,8 @@ from scipy import stats
 from eval.statistics import bootstrap_interval, paired_difference, score_interval, wilson_interval
 from glm4v_jax.errors import DataError
 
+Z = stats.norm.ppf(0.975)
+
 
 class TestBootstrap:
     @pytest.mark.parametrize("confidence", [0.9, 0.95])
@@ -88,7 +90,10 @@ class TestScoreInterval:
 
     def test_one_cluster_says_little(self):
         low, high = score_interval([30.0], [100])
-        assert low < 0.1 and high > 0.7
+        assert low < 0.3 < high
+        # Wilson's ends for one trial are both shares p with (0.3 - p)^2 = z^2 p (1 - p).
+        for end in (low, high):
+            assert (0.3 - end) ** 2 == pytest.approx(Z * Z * end * (1 - end), abs=1e-12)
 
     def test_below_nothing(self):
         """Error rates above 1: the score is 0, not less."""
@@ -117,11 +122,14 @@ class TestPairedDifference:
         rng = np.random.default_rng(0)
         hardness = rng.random(300)
         first, second = hardness + rng.normal(0, 0.01, 300), hardness + 0.05 + rng.normal(0, 0.01, 300)
-        mean, low, high = paired_difference(first.tolist(), second.tolist())
+        mean, *paired = paired_difference(first.tolist(), second.tolist())
         assert mean == pytest.approx(np.mean(second - first), abs=1e-12)
-        assert 0.045 < low < mean < high < 0.055
-        low, high = bootstrap_interval(first.tolist())
-        assert high - low > 0.05
+        alone = bootstrap_interval(first.tolist())
+        # Means of 300 are nearly normal; the standard error of a percentile of 10,000 is near 1/40 of their own.
+        for ends, of in ((paired, second - first), (alone, first)):
+            error = np.std(of) / np.sqrt(300)
+            np.testing.assert_allclose(ends, np.mean(of) + np.array([-Z, Z]) * error, atol=5 * error / 40)
+        assert paired[1] - paired[0] < (alone[1] - alone[0]) / 15
 
     def test_equal_runs(self):
         assert paired_difference([0.0, 1.0], [0.0, 1.0]) == (0.0, 0.0, 0.0)

@@ -11,6 +11,7 @@ import pytest
 
 from eval.metrics import METRICS
 from eval.tasks import TASKS, Task, find_task, read_items
+from glm4v_jax.cli import main
 from glm4v_jax.data.digits import held_out
 from glm4v_jax.errors import ConfigError
 from train.digit_scores import score
@@ -40,6 +41,17 @@ def test_tasks_are_found_with_their_variants():
         find_task("refcoco@x")
     with pytest.raises(ConfigError, match=r"--task vqa: found variant '', expected none"):
         find_task("vqa@")
+
+
+def test_tasks_are_listed(capsys):
+    assert main(["eval", "tasks"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["task", "metric", "what"]
+    listed = [[name, task.metric, task.description] for name, task in TASKS.items()]
+    assert [line.rstrip().split(maxsplit=2) for line in lines] == listed
+    assert main(["eval", "tasks", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {name: Task(**fields) for name, fields in told.items()} == TASKS
 
 
 def test_data_is_asked_for_and_refused():

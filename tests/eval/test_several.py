@@ -1,0 +1,100 @@
+"""Several tasks in one run: their files, their joint summary, and what becomes of it; a stand-in for the engine."""
+
+import json
+import statistics
+
+import pytest
+
+from eval.commands import main
+from eval.compare import runs_in
+from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
+from eval.tasks import TASKS, read_items
+from glm4v_jax.generate.completion import Completion
+from glm4v_jax.generate.slots import Stats
+
+NAMES, COUNT = ("digits-motion", "digits-vqa"), 3
+
+
+class StandIn:
+    """Says what it was told to, to one prompt after the other; at None Ctrl-C is pressed."""
+
+    def __init__(self, said):
+        self.said, self.stats, self.asked = iter(said), Stats(), 0
+
+    def generate_many(self, requests, **_):
+        for index, _ in enumerate(requests):
+            text = next(self.said)
+            if text is None:
+                raise KeyboardInterrupt
+            self.asked += 1
+            yield Completion(index, f"<answer>{text}</answer>", (5, 6), 9, "stop")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def run(root, monkeypatch):
+    """(what is said, ...) -> status, the engine."""
+    pytest.importorskip("sklearn")
+
+    def run(said, *more):
+        engine, loaded = StandIn(said), []
+        monkeypatch.setattr("glm4v_jax.commands.options.ModelOptions.load", lambda *_: loaded.append(1) or engine)
+        tasks = [part for name in NAMES for part in ("--task", name)]
+        status = main([*tasks, "--limit", str(COUNT), "--out", str(root), *more])
+        assert len(loaded) <= 1  # the tasks share it
+        return status, engine
+
+    return run
+
+
+def right_answers():
+    return [item.reference["answer"] for name in NAMES for item in read_items(TASKS[name], limit=COUNT)]
+
+
+def files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_directory_for_each_task_and_their_scores_in_the_root(root, run, capsys):
+    said = right_answers()
+    said[COUNT] = said[-1] = "none of these"  # of the second task's three
+    status, engine = run(said)
+    assert (status, engine.asked) == (0, 2 * COUNT)
+    assert files(root) == sorted([*NAMES, SUMMARY])
+    summaries = [json.loads((root / name / SUMMARY).read_text()) for name in NAMES]
+    for name, summary in zip(NAMES, summaries, strict=True):
+        assert files(root / name) == sorted([ANSWERS, RESULTS, SUMMARY, REPORT])
+        assert (summary["task"], summary["count"]) == (name, COUNT)
+    assert [summary["score"] for summary in summaries] == [1, 1 / 3]
+    joint = json.loads((root / SUMMARY).read_text())
+    assert joint == {"score": statistics.fmean([1, 1 / 3]), "scores": {NAMES[0]: 1, NAMES[1]: 1 / 3}}
+    assert list(joint) == ["score", "scores"]
+    assert runs_in(root) == {name: root / name for name in NAMES}
+    told = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1] for line in told.out.splitlines() if line}
+    assert rows[NAMES[0]] == "1.000" and rows[NAMES[1]] == "0.333"
+    assert f"{root}: {ANSWERS}, {RESULTS}, {SUMMARY}, {REPORT} in a directory for each task" in told.err
+
+    before = (root / SUMMARY).read_bytes()
+    status, engine = run([], "--json", "--no-report")
+    assert (status, engine.asked, (root / SUMMARY).read_bytes()) == (0, 0, before)
+    assert json.loads(capsys.readouterr().out) == dict(zip(NAMES, summaries, strict=True))
+
+
+def test_scores_of_earlier_answers_do_not_outlive_them(root, run):
+    said = right_answers()
+    assert run(said, "--no-report")[0] == 0
+    before = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.json*") if path.name != ANSWERS}
+    assert len(before) == 5
+    status, _ = run([said[0], None], "--restart", "--no-report")
+    assert status == 130
+    # The second task has not been begun anew; of the first one there is one answer, and no score.
+    assert files(root) == sorted(NAMES)
+    assert (files(root / NAMES[0]), files(root / NAMES[1])) == ([ANSWERS], sorted([ANSWERS, RESULTS, SUMMARY]))
+    status, engine = run(said[1:COUNT], "--no-report")
+    assert (status, engine.asked) == (0, COUNT - 1)
+    assert {name: (root / name).read_bytes() for name in before} == before
