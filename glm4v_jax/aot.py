@@ -118,14 +118,15 @@ def prefill_program(config: Glm4vConfig, batch: int, tokens: int, slots: int, vi
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, _ = _text_and_head(model)
-        make = lambda text: programs.init_state(text, batch, slots, NUM_EOS, stacked=True).cache  # noqa: E731
-        cache = placed(jax.eval_shape(make, text), mesh)
+        make = lambda text: programs.init_state(text, batch, slots, NUM_EOS, stacked=True)  # noqa: E731
+        state = placed(jax.eval_shape(make, text), mesh)
+        seen = jax.ShapeDtypeStruct(state.seen.shape, jnp.bool_)
         ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
         positions = jax.ShapeDtypeStruct((3, batch, tokens), jnp.int32)
         piece = programs.Piece(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
         shape = (pool_capacity(vision_tokens), config.text_config.hidden_size)
         pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(None, None)))
-        return programs.append.lower(text, cache, None, piece, pool)
+        return programs.append.lower(text, state, None, piece, seen, pool)
 
     before = slots - tokens
     flops = batch * tokens * (2 * _matmul_params(config, head=False) + _attention_flops(config, before + tokens / 2))

@@ -216,6 +216,12 @@ class _One:
     def is_empty(self) -> bool:
         return self._answer is None
 
+    def fill(self) -> None:
+        pass
+
+    def ready(self) -> list[Answer]:
+        return [] if self._answer is None else [self._answer]
+
     def take(self, *, wait: bool) -> Answer | None:
         del wait
         answer, self._answer = self._answer, None

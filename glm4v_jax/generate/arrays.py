@@ -78,7 +78,7 @@ def generate(
     with use_mesh(model.mesh):
         shards = data_shards()
     slots = Slots(model, shards * bucket(-(-len(prompts) // shards)))
-    (started,) = slots.start(starts, together=True)
+    first = slots.start(starts, together=True)
     made = np.ones(len(prompts), np.int64)
     done = np.full(1, num_new == 1)
     while not done.all():
@@ -86,7 +86,7 @@ def generate(
         for row, count in enumerate(counts[: len(prompts)].tolist()):
             new[row, made[row] : made[row] + count] = chosen.tokens[row, :count]
             made[row] += count
-    new[:, 0] = to_host(started.chosen.tokens)[: len(prompts)]
+    new[:, 0] = to_host(first.tokens)[: len(prompts)]
     return np.concatenate([np.repeat(input_ids, copies, axis=0), new[:, : made.max()]], axis=1).astype(np.int64)
 
 

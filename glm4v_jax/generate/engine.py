@@ -206,8 +206,8 @@ class Engine:
 
         Args:
           prompt_lengths: tokens of the shortest and of the longest prompt, or whole conversation.
-          vision_patches: patches (before merging) of the smallest and of the largest request's pictures and frames that
-            are encoded together; None for text alone.
+          vision_patches: patches (before merging) of the smallest picture, and of the pictures and frames of the
+            largest request together; None for text alone.
           max_new_tokens: as requests will ask for it; with a think budget, that and the answer's together.
           one: for `generate`, `stream` and conversations.
           many: for `generate_many`.
@@ -230,7 +230,7 @@ class Engine:
 
         def all_programs() -> Iterator[Warmed]:
             if vision_patches is not None:
-                self.pool.reserve(largest_pool(self.model.visual, vision_patches))
+                self.pool.reserve(largest_pool(self.pool, vision_patches))
                 yield from warm_vision(self.pool, vision_patches)
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self._slots(num_rows, config) as slots:

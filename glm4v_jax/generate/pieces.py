@@ -15,6 +15,11 @@ MAX_PIECE = 1024
 """Tokens of a prompt that go through the decoder at a time: what bounds the memory of a long prompt's activations."""
 
 
+ENOUGH = 256
+"""Tokens or patches that are worth a call: with fewer, reading the weights takes longer than using them (a TPU v5e does
+240 multiplications in the time in which it reads a bfloat16 from memory)."""
+
+
 class Start(NamedTuple):
     """What sets a row going.
 
@@ -39,6 +44,11 @@ class Start(NamedTuple):
     def capacity(self) -> int:
         """How many cache slots this needs."""
         return len(self.prompt) + max(self.limit - self.step, self.room)
+
+    @property
+    def piece(self) -> int:
+        """The length of the pieces that it is appended in."""
+        return piece_length(len(self.prompt) - self.keep)
 
 
 def piece_length(left: int) -> int:

@@ -1,7 +1,7 @@
 """The jitted programs of generation. Rows are slots: prompts come, end and make room for others in a running batch.
 
 `append` writes tokens behind what a row's cache holds: a prompt, a piece of a long one, a conversation's next turn.
-`begin` chooses the first token after them, and `decode` many more, in a loop that stays on the device.
+`begin` chooses the first tokens after them, of all rows at once, and `decode` many more, in a loop on the device.
 """
 
 import functools
@@ -23,14 +23,12 @@ from glm4v_jax.programs import Flat, score
 
 
 class Row(NamedTuple):
-    """What generation knows of each row besides its cache; every field is [B, ...]."""
+    """What generation knows of each row besides its tokens; every field is [B, ...]."""
 
     token: Int[Array, " B"]
     """the newest token: chosen, but not yet in the cache"""
     delta: Int[Array, " B"]
     """position minus cache slot of new tokens"""
-    seen: Bool[Array, "B V"]
-    """tokens of the prompt and of the answer so far, for the repetition penalty"""
     done: Bool[Array, " B"]
     step: Int[Array, " B"]
     """new tokens so far"""
@@ -48,6 +46,10 @@ class State(NamedTuple):
     """Where the generation of B rows stands."""
 
     cache: KVCache
+    seen: Bool[Array, "B V"]
+    """tokens of the prompt and of the answer so far, for the repetition penalty"""
+    hidden: Float[Array, "B 1 D"]
+    """of the last token of each prompt, for `begin`"""
     row: Row
 
 
@@ -89,12 +91,11 @@ class Decoded(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
 def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> State:
     """`batch` empty rows of `capacity` cache slots, all done."""
-    config = text.module.config
-    rows = _place_row(
+    config, dtype = text.module.config, text.leaves[0].dtype
+    row = _place_row(
         Row(
             token=np.zeros(batch, np.int32),
             delta=np.zeros(batch, np.int32),
-            seen=np.zeros((batch, config.vocab_size), np.bool_),
             done=np.ones(batch, np.bool_),
             step=np.zeros(batch, np.int32),
             limit=np.zeros(batch, np.int32),
@@ -104,33 +105,37 @@ def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int,
             params=SamplingParams(*(np.zeros(batch, dtype) for dtype in SAMPLING_DTYPES)),
         ),
     )
-    return State(init_cache(config, batch, capacity, text.leaves[0].dtype, stacked=stacked), rows)
+    seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
+    hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
+    return State(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="state")
 def append(
     text: Flat[TextDecoder],
-    cache: KVCache,
-    slots: Int[Array, " n"] | None,
+    state: State,
+    slots: Int[Array, "shards m"] | None,
     piece: Piece,
+    seen: Bool[Array, "n V"],
     pool: Float[Array, "P D"],
-) -> tuple[KVCache, Float[Array, "n 1 D"]]:
+) -> State:
     """Run tokens through the decoder behind what the cache of their rows holds.
 
     The caller sees to it that `keep[i] + T` slots exist.
 
     Args:
       text: the decoder.
-      cache: of all B rows.
-      slots: one row of each of the n shards of the batch, counted within its shard; -1 leaves the shard alone. None:
-        the piece is for all B rows.
+      state: of all B rows.
+      slots: which rows the n = shards * m of the piece are: m of each shard of the batch, counted within the shard;
+        -1 is none. None: the piece is for all B rows.
       piece: what to append.
+      seen: all tokens of the prompts.
       pool: merged vision tokens that `piece.vision_index` counts.
 
     Returns:
-      The cache as written, and the hidden state of each row's last token.
+      The state, in which these rows are ready to begin.
     """
-    decoder = text.module
+    decoder, cache = text.module, state.cache
     axis = 1 if cache.is_stacked else 0
     segment_ids = mesh.reshard(piece.segment_ids, "batch", "length")
     keep = mesh.reshard(piece.keep, "batch")
@@ -145,7 +150,12 @@ def append(
     # A sum of one, in place of a slice, which would need all tokens of a row in one place.
     is_last = jnp.arange(hidden.shape[1]) == jnp.maximum(count - 1, 0)[:, None]
     last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, keepdims=True, dtype=hidden.dtype)
-    return written if slots is None else _put_cache(cache, slots, written, axis), last
+    seen = mesh.reshard(seen, "batch", "vocab")
+    last = mesh.reshard(last.astype(state.hidden.dtype), "batch", None, None)
+    if slots is not None:
+        written = _put_cache(cache, slots, written, axis)
+        seen, last = _put(state.seen, slots, seen, 0), _put(state.hidden, slots, last, 0)
+    return state._replace(cache=written, seen=seen, hidden=last)
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
@@ -153,8 +163,7 @@ def begin(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
     state: State,
-    slots: Int[Array, " n"] | None,
-    hidden: Float[Array, "n 1 D"],
+    rows: Bool[Array, " B"],
     row: Row,
     *,
     top: int | None = None,
@@ -163,19 +172,24 @@ def begin(
 
     Args:
       text, head: the model.
-      state: of all rows; its cache is `append`'s.
-      slots: as `append` takes them.
-      hidden: as `append` returns them.
-      row: of the n rows; `token` counts for nothing, and nothing is chosen for a row that is done.
+      state: of all rows, as `append` returns it.
+      rows: which of them this is about; the others stay as they are.
+      row: of all B; `token` counts for nothing, and nothing is chosen for a row that is done.
       top: how many likeliest tokens to return with their log probabilities; None for no log probabilities at all.
 
     Returns:
-      The state, and what was chosen, [n].
+      The state, and what was chosen, [B].
     """
-    row, chosen = _choose(text.module, head, hidden, _place_row(row), top)
-    if slots is not None:
-        row = jax.tree.map(lambda x, new: _put(x, slots, new, 0), state.row, row)
-    return state._replace(row=row), chosen
+    rows = mesh.reshard(rows, "batch")
+
+    def chosen_from(new: Array, old: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    row = jax.tree.map(chosen_from, _place_row(row), state.row)
+    only_these = row._replace(done=row.done | ~rows)
+    (begun, seen), chosen = _choose(text.module, head, state.hidden, only_these, state.seen, top)
+    row = begun._replace(done=chosen_from(begun.done, row.done))
+    return state._replace(row=row, seen=seen), chosen
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "top"), donate_argnames="state")
@@ -197,7 +211,8 @@ def decode(
         return (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
 
     def step(carry: tuple[Array, Chosen, State]) -> tuple[Array, Chosen, State]:
-        i, out, (cache, row) = carry
+        i, out, state = carry
+        cache, row = state.cache, state.row
         token = row.token[:, None]
         position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
         # A row that is done writes into the slot behind its last one, over and over, and sees nothing of it.
@@ -205,9 +220,9 @@ def decode(
         hidden, written, _ = decoder(decoder.embed_tokens(token), position, segment_ids, cache)
         assert written is not None
         written = written._replace(length=jnp.where(row.done, cache.length, written.length))
-        row, chosen = _choose(decoder, head, hidden, row, top)
+        (row, seen), chosen = _choose(decoder, head, hidden, row, state.seen, top)
         out = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
-        return i + 1, out, State(written, row)
+        return i + 1, out, state._replace(cache=written, seen=seen, row=row)
 
     zero = (state.row.token * 0)[:, None]
     out = Chosen(zero + jnp.zeros((1, num_steps), jnp.int32), None, None, None)
@@ -233,18 +248,38 @@ def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
-def store(pool: Float[Array, "P D"], features: Float[Array, "N D"], start: Int[Array, ""]) -> Float[Array, "P D"]:
-    """Write merged vision tokens into the pool; the caller sees to it that they fit."""
-    return jax.lax.dynamic_update_slice_in_dim(pool, features.astype(pool.dtype), start, axis=0)
+def store(
+    pool: Float[Array, "P D"], features: Float[Array, "N D"], order: Int[Array, "M U"], starts: Int[Array, " M"]
+) -> Float[Array, "P D"]:
+    """Write the merged tokens of M media into the pool.
+
+    Args:
+      pool: where.
+      features: as the encoder returns them.
+      order: which of them are those of each medium, in their order; what is behind its last is written as well, but
+        gives way to the medium after it.
+      starts: where each medium begins in the pool; the caller sees to it that there is room.
+    """
+
+    def write(i: Array, pool: Array) -> Array:
+        tokens = features.at[order[i]].get(out_sharding=mesh.spec(None, None))
+        return jax.lax.dynamic_update_slice_in_dim(pool, tokens.astype(pool.dtype), starts[i], axis=0)
+
+    return jax.lax.fori_loop(0, len(starts), write, pool)
 
 
 def _choose(
-    decoder: TextDecoder, head: Flat[Linear] | None, hidden: Float[Array, "B 1 D"], row: Row, top: int | None
-) -> tuple[Row, Chosen]:
+    decoder: TextDecoder,
+    head: Flat[Linear] | None,
+    hidden: Float[Array, "B 1 D"],
+    row: Row,
+    seen: Bool[Array, "B V"],
+    top: int | None,
+) -> tuple[tuple[Row, Bool[Array, "B V"]], Chosen]:
     """Choose the next token of each row from its last hidden state; rows that are done stand still."""
     scores = score(decoder, None if head is None else head.module, hidden)
     scores = mesh.reshard(scores[:, 0], "batch", "vocab")
-    tokens = sample(scores, row.params, row.seen, step_keys(row_keys(row.seed, row.number), row.step))
+    tokens = sample(scores, row.params, seen, step_keys(row_keys(row.seed, row.number), row.step))
     tokens = jnp.where(row.done, row.token, tokens)
     step = jnp.where(row.done, row.step, row.step + 1)
     done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
@@ -257,13 +292,12 @@ def _choose(
         if top:
             best, ids = (jnp.flip(x, axis=-1) for x in largest(logprobs, top))
         chosen = Chosen(tokens, of_token, ids, best)
-    return row._replace(token=tokens, seen=mark_seen(row.seen, tokens), done=done, step=step), chosen
+    return (row._replace(token=tokens, done=done, step=step), mark_seen(seen, tokens)), chosen
 
 
 def _place_row(row: Row) -> Row:
-    """In its partition: rows over the shards of the batch, the vocabulary over those of the head."""
-    placed = jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
-    return placed._replace(seen=mesh.reshard(jnp.asarray(row.seen), "batch", "vocab"))
+    """In its partition: over the shards of the batch."""
+    return jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
 
 
 def _blocks(x: Array, n: int, axis: int) -> Array:
@@ -274,27 +308,35 @@ def _blocks(x: Array, n: int, axis: int) -> Array:
     return x.reshape(shape, out_sharding=jax.P(*names[: axis + 1], None, *names[axis + 1 :]))
 
 
-def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
-    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
+def _take(x: Array, slots: Int[Array, "shards m"], axis: int) -> Array:
+    """Rows `slots[i]` of shard i, for each i: [..., B, ...] -> [..., shards * m, ...]."""
+    shards, m = slots.shape
 
-    def of_shard(block: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(block, jnp.maximum(slot, 0), axis, keepdims=False)
+    def of_shard(block: Array, own: Array) -> Array:
+        rows = [jax.lax.dynamic_index_in_dim(block, jnp.maximum(own[j], 0), axis, keepdims=False) for j in range(m)]
+        return jnp.stack(rows, axis)
 
-    slots = mesh.reshard(slots, "batch")
-    return jax.vmap(of_shard, in_axes=(axis, 0), out_axes=axis)(_blocks(x, len(slots), axis), slots)
+    slots = mesh.reshard(slots, "batch", None)
+    taken = jax.vmap(of_shard, in_axes=(axis, 0), out_axes=axis)(_blocks(x, shards, axis), slots)
+    shape = (*x.shape[:axis], shards * m, *x.shape[axis + 1 :])
+    return taken.reshape(shape, out_sharding=jax.typeof(x).sharding)
 
 
-def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
+def _put(x: Array, slots: Int[Array, "shards m"], new: Array, axis: int) -> Array:
     """The reverse of `_take`; a slot of -1 changes nothing."""
+    shards, m = slots.shape
 
-    def of_shard(block: Array, slot: Array, new: Array) -> Array:
-        i = jnp.maximum(slot, 0)
-        new = jnp.where(slot < 0, jax.lax.dynamic_index_in_dim(block, i, axis, keepdims=False), new)
-        return jax.lax.dynamic_update_index_in_dim(block, new, i, axis)
+    def of_shard(block: Array, own: Array, new: Array) -> Array:
+        for j in range(m):
+            i, one = jnp.maximum(own[j], 0), jax.lax.index_in_dim(new, j, axis, keepdims=False)
+            old = jax.lax.dynamic_index_in_dim(block, i, axis, keepdims=False)
+            block = jax.lax.dynamic_update_index_in_dim(block, jnp.where(own[j] < 0, old, one), i, axis)
+        return block
 
-    slots = mesh.reshard(slots, "batch")
-    blocks = jax.vmap(of_shard, in_axes=(axis, 0, axis), out_axes=axis)(_blocks(x, len(slots), axis), slots, new)
-    return blocks.reshape(x.shape, out_sharding=jax.typeof(x).sharding)
+    slots = mesh.reshard(slots, "batch", None)
+    blocks, parts = _blocks(x, shards, axis), _blocks(new, shards, axis)
+    put = jax.vmap(of_shard, in_axes=(axis, 0, axis), out_axes=axis)(blocks, slots, parts)
+    return put.reshape(x.shape, out_sharding=jax.typeof(x).sharding)
 
 
 def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
@@ -306,9 +348,9 @@ def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KV
     return KVCache(*sides, *rest)
 
 
-def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
+def _take_cache(cache: KVCache, slots: Int[Array, "shards m"], axis: int) -> KVCache:
     return _map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
 
 
-def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
+def _put_cache(cache: KVCache, slots: Int[Array, "shards m"], new: KVCache, axis: int) -> KVCache:
     return _map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)

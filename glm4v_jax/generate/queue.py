@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -39,12 +40,26 @@ class AnswerQueue(Generic[T]):
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "prompts")
         self._ready: collections.deque[tuple[int, concurrent.futures.Future[Answer]]] = collections.deque()
         self._is_exhausted = False
-        self._fill()
+        self.fill()
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no more."""
         return self._is_exhausted and not self._ready
+
+    def fill(self) -> None:
+        """Begin to prepare more, up to those to keep ready: best called when the caller has nothing else to do."""
+        while not self._is_exhausted and len(self._ready) < self._ahead:
+            item = next(self._prompts, None)
+            if item is None:
+                self._is_exhausted = True
+                return
+            self._ready.append((item[0], self._threads.submit(self._prepare, *item)))
+
+    def ready(self) -> list[Answer]:
+        """Those that can be taken without waiting, in their order."""
+        done = itertools.takewhile(concurrent.futures.Future.done, (future for _, future in self._ready))
+        return [future.result() for future in done if future.exception() is None]
 
     def take(self, *, wait: bool) -> Answer | Failure | None:
         """The next answer, or what was wrong with its prompt; None if there are no more, or it is not ready yet.
@@ -55,10 +70,11 @@ class AnswerQueue(Generic[T]):
         Raises:
           Glm4vError, OSError: what was wrong with its prompt.
         """
+        if not self._ready:
+            self.fill()
         if not self._ready or not (wait or self._ready[0][1].done()):
             return None
         index, future = self._ready.popleft()
-        self._fill()
         try:
             return future.result()
         except (Glm4vError, OSError) as error:
@@ -71,11 +87,3 @@ class AnswerQueue(Generic[T]):
         if sys.is_finalizing():
             return  # of an iterator that nobody closed; the threads' module may be gone already
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _fill(self) -> None:
-        while not self._is_exhausted and len(self._ready) < self._ahead:
-            item = next(self._prompts, None)
-            if item is None:
-                self._is_exhausted = True
-                return
-            self._ready.append((item[0], self._threads.submit(self._prepare, *item)))

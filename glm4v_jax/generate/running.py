@@ -1,7 +1,8 @@
 """Answers through slots: as one ends the next begins in its place, until there are no more."""
 
+import collections
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,12 +13,15 @@ from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Delta, TokenLogprob
 from glm4v_jax.generate.pieces import Start
 from glm4v_jax.generate.programs import Chosen
+from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 # A stream makes as many tokens at a time as take about this long, in seconds: seen as writing, not as bursts.
 _STREAM_PERIOD = 0.05
 # Or so many where there are several processes: their clocks differ, and they must make equally many.
 _SHARED_STEPS = 8
+# Steps to make while a slot is free and the prompt for it is being prepared.
+_SOON = 4
 
 
 class Waiting(Protocol):
@@ -25,6 +29,12 @@ class Waiting(Protocol):
 
     def take(self, *, wait: bool) -> "Answer | Failure | None":
         """The next one, or what is wrong with it; None if there are no more, or with `wait` False none is ready yet."""
+
+    def fill(self) -> None:
+        """The device is busy: time to prepare what comes next."""
+
+    def ready(self) -> Sequence["Answer"]:
+        """Those that could be taken at once, in their order."""
 
     @property
     def is_empty(self) -> bool:
@@ -84,15 +94,17 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
     active: dict[int, Answer] = {}
     again: dict[int, Start] = {}
     shared = spans_processes(slots.model.mesh)
+    if shared:
+        waiting = _Agreed(waiting, slots.shards)
     pace = Pace(_SHARED_STEPS if steps is None and shared else steps)
     try:
         while True:
             starts = again
             free = [row for row in range(slots.num_rows) if row not in active]
-            # Threads of several processes are not ready at the same time: these wait.
+            # With nothing to do, all of them: what begins together is encoded and decoded together.
+            is_idle = not active
             while free:
-                answer = waiting.take(wait=shared or not active)
-                answer = _agreed(answer) if shared else answer
+                answer = waiting.take(wait=is_idle)
                 if answer is None:
                     break
                 if isinstance(answer, Failure):
@@ -103,15 +115,16 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
             again = {}
             if not active:
                 return
-            started = slots.start(starts) if starts else []
-            # Come back for the first row that ends, if there is something to do in its place.
+            first = slots.start(starts, upcoming=_media(waiting)) if starts else None
+            # Come back for the first row that ends, if there is something to do in its place; and soon for a row that
+            # is free because the next prompt is not ready.
             busy = bool(not waiting.is_empty or any(answer.may_go_on for answer in active.values()))
-            decoded = slots.decode(pace.begin(), idle=slots.num_rows - len(active) + 1 if busy else None)
-            fresh = {
-                row: _take(first, place, 1, active[row].config.logprobs)
-                for part, first in zip(started, to_host([part.chosen for part in started]), strict=True)
-                for row, place in part.places()
-            }
+            limit = min(pace.begin(), _SOON if free and not waiting.is_empty else MAX_STEPS)
+            decoded = slots.decode(limit, idle=slots.num_rows - len(active) + 1 if busy else None)
+            waiting.fill()
+            slots.prefetch(_media(waiting))
+            first = to_host(first)
+            fresh = {row: _take(first, row, 1, active[row].config.logprobs) for row in starts}
             chosen, counts, done = slots.read(decoded)
             pace.end()
             surplus, updates = [], []
@@ -140,8 +153,42 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
         raise
 
 
+class _Agreed:
+    """Answers of a queue that all processes have; what one of them cannot prepare, none answers."""
+
+    def __init__(self, waiting: Waiting, ahead: int):
+        """`ahead`: how many that have not been taken the processes agree on."""
+        self._waiting, self._ahead = waiting, ahead
+        self._next: collections.deque[Answer | Failure] = collections.deque()
+        self._is_exhausted = False
+
+    @property
+    def is_empty(self) -> bool:
+        return self._is_exhausted and not self._next
+
+    def fill(self) -> None:
+        self._waiting.fill()
+        self._fill(self._ahead)
+
+    def ready(self) -> list[Answer]:
+        return [answer for answer in self._next if isinstance(answer, Answer)]
+
+    def take(self, *, wait: bool) -> Answer | Failure | None:
+        del wait  # threads of several processes are not ready at the same time: these always wait
+        self._fill(1)
+        return self._next.popleft() if self._next else None
+
+    def _fill(self, count: int) -> None:
+        while len(self._next) < count and not self._is_exhausted:
+            answer = _agreed(self._waiting.take(wait=True))
+            if answer is None:
+                self._is_exhausted = True
+            else:
+                self._next.append(answer)
+
+
 def _agreed(answer: Answer | Failure | None) -> Answer | Failure | None:
-    """The same in all processes: what one of them cannot prepare, none answers.
+    """The same in all processes.
 
     Raises:
       MessageError: they were given different prompts.
@@ -155,6 +202,11 @@ def _agreed(answer: Answer | Failure | None) -> Answer | Failure | None:
         number, digest, error = answer.index, answer.digest(), None
     told = agree(f"prompt {number}", digest, error)
     return answer if told is None else Failure(number, GenerationError(told))
+
+
+def _media(waiting: Waiting) -> list[Medium]:
+    """Pictures and videos of the prompts that will be next."""
+    return [medium for answer in waiting.ready() for medium in answer.prompt.media]
 
 
 def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], list[TokenLogprob]]:

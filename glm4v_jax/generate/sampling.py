@@ -31,10 +31,8 @@ def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool
         seen: the tokens of each row's prompt, those of pictures included, and of what was generated so far. The
             reference counts padding too, so that its penalty depends on the other prompts of a batch; this must not.
     """
-    logits = logits.astype(jnp.float32)
-    do_sample, temperature, _, _, min_p, penalty = (jnp.asarray(param)[:, None] for param in params)
-    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-
+    logits = penalised(logits, params, seen)
+    do_sample, temperature, _, _, min_p, _ = (jnp.asarray(param)[:, None] for param in params)
     scores = logits / jnp.where(do_sample, temperature, 1.0)
     cut_score, cut_id = _cuts(scores, params)
     ids = jnp.arange(scores.shape[-1])[None]
@@ -51,9 +49,22 @@ def sample(
     logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"], keys: Key[Array, "B"]
 ) -> Int[Array, "B"]:
     """Returns the next token of each row, int32: a draw with that row's key, or the first maximum if it is greedy."""
-    scores = process_logits(logits, params, seen)
-    drawn = jax.vmap(jax.random.categorical)(keys, scores)
-    return jnp.where(jnp.asarray(params.do_sample), drawn, jnp.argmax(scores, axis=-1)).astype(jnp.int32)
+    do_sample = jnp.asarray(params.do_sample)
+    greedy = jnp.argmax(penalised(logits, params, seen), axis=-1).astype(jnp.int32)
+
+    def drawn() -> Int[Array, "B"]:
+        scores = process_logits(logits, params, seen)
+        tokens = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+        return jnp.where(do_sample, tokens, greedy)
+
+    # Cuts and draws take longer than a small model's layers.
+    return lax.cond(jnp.any(do_sample), drawn, lambda: greedy)
+
+
+def penalised(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """Returns the logits in float32, those of `seen` tokens made smaller by the repetition penalty."""
+    logits, penalty = logits.astype(jnp.float32), jnp.asarray(params.repetition_penalty)[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def row_keys(seeds: Int[Array, "*B"] | int, numbers: Int[Array, "B"]) -> Key[Array, "B"]:

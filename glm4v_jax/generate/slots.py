@@ -5,8 +5,9 @@ that a warm engine compiles nothing.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +16,11 @@ from glm4v_jax.distributed import to_host
 from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig, SamplingParams
 from glm4v_jax.generate.features import FeaturePool
-from glm4v_jax.generate.pieces import Start, piece_of, stretches
+from glm4v_jax.generate.pieces import ENOUGH, Start, piece_of, stretches
 from glm4v_jax.generate.programs import Chosen, Decoded, Row
+from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.inputs.packing import bucket
-from glm4v_jax.mesh import data_shards, round_up, use_mesh
+from glm4v_jax.mesh import data_shards, platform, round_up, use_mesh
 
 if TYPE_CHECKING:
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
@@ -43,20 +45,13 @@ class Stats:
     """of these, those that made a token"""
 
 
-class Started(NamedTuple):
-    """First tokens of rows that were set going, perhaps still being computed; `chosen` has row `rows[i]` at `at[i]`."""
-
-    rows: list[int]
-    at: list[int]
-    chosen: Chosen
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        """Each row, and where in `chosen` it is."""
-        return zip(self.rows, self.at, strict=True)
-
-
 class Slots:
-    """B rows of a model."""
+    """B rows of a model.
+
+    Attributes:
+      num_rows: B.
+      shards: in how many shards they lie.
+    """
 
     def __init__(
         self,
@@ -79,10 +74,11 @@ class Slots:
           stats: what to count in.
         """
         with use_mesh(model.mesh):
-            self._shards = data_shards()
+            self.shards = data_shards()
+            self._pads = platform() != "cpu"
             self.pool = pool if pool is not None else FeaturePool(model.visual)
         self.model = model
-        self.num_rows = self._shards * -(-num_rows // self._shards)
+        self.num_rows = self.shards * -(-num_rows // self.shards)
         self.top = top
         self.stats = stats if stats is not None else Stats()
         self._num_eos = MIN_EOS
@@ -101,38 +97,42 @@ class Slots:
         """Cache slots of a row."""
         return self._capacity
 
-    def start(self, starts: Mapping[int, Start], *, together: bool = False) -> list[Started]:
-        """Set rows going, each with its prompt, and return their first tokens in as many parts as it took.
+    def start(self, starts: Mapping[int, Start], *, together: bool = False, upcoming: Sequence[Medium] = ()) -> Chosen:
+        """Set rows going, each with its prompt, and choose their first tokens.
 
         Args:
           starts: row -> its prompt.
-          together: all rows at once, which ends those that are not among `starts`; otherwise one of each shard at a
-            time, so that programs have the same shapes however many there are.
+          together: all rows at once, which ends those that are not among `starts`; otherwise some of each shard at a
+            time (`wave_rows`), so that programs have the same shapes however many there are.
+          upcoming: pictures and videos of prompts that wait: encoded with these where that costs nothing.
+
+        Returns:
+          What was chosen, [B], perhaps still being computed; it counts for rows of `starts`.
         """
+        rows = np.isin(np.arange(self.num_rows), list(starts))
         # Until the prompts' programs have been handed the pool, nobody else may write it.
         with use_mesh(self.model.mesh), self.pool.lock:
             self._make_room(starts)
             if together or self.num_rows == 1:
-                started = [self._start(starts, None)]
-                self._count(starts, started)
-                return started
-            per_shard = self.num_rows // self._shards
-            queues = [[row for row in starts if row // per_shard == i] for i in range(self._shards)]
-            started = []
-            while any(queues):
-                wave = [queue.pop(0) if queue else None for queue in queues]
-                slots = np.array([-1 if row is None else row % per_shard for row in wave], np.int32)
-                part = self._start({i: starts[row] for i, row in enumerate(wave) if row is not None}, slots)
-                rows = [row for row in wave if row is not None]
-                started.append(Started(rows, part.at, part.chosen))
-        self._count(starts, started)
-        return started
-
-    def _count(self, starts: Mapping[int, Start], started: list[Started]) -> None:
-        for part in started:
-            self._steps[part.rows] = [starts[row].step + 1 for row in part.rows]
+                self._append(starts, None, upcoming)
+            else:
+                waves = list(self._waves(starts))
+                for number, wave in enumerate(waves):
+                    later = (start.prompt.media for rest in waves[number + 1 :] for start in rest[0].values())
+                    self._append(*wave, [*itertools.chain.from_iterable(later), *upcoming])
+            assert self._state is not None
+            text, head = self.model.language_model.flat, self.model.lm_head
+            self._state, chosen = programs.begin(
+                text, head, self._state, rows | together, self._row_of(starts), top=self.top
+            )
+        self._steps[rows] = [starts[row].step + 1 for row in sorted(starts)]
         self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
         self.stats.prefill_tokens += sum(len(start.prompt) - start.keep for start in starts.values())
+        return chosen
+
+    def prefetch(self, upcoming: Sequence[Medium]) -> None:
+        """Encode pictures and videos of prompts that wait, beside what the device is doing."""
+        self.pool.prefetch(upcoming)
 
     def decode(self, limit: int = MAX_STEPS, *, idle: int | None = None) -> Decoded:
         """Up to `limit` more tokens of every row; returns early when `idle` rows are done, all by default."""
@@ -161,41 +161,68 @@ class Slots:
         with use_mesh(self.model.mesh):
             self._state = programs.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
-    def _start(self, starts: Mapping[int, Start], slots: np.ndarray | None) -> Started:
-        """Set rows going at once: all of B by their number (`slots` None), or one of each shard by the shard's."""
-        text, head, state = self.model.language_model.flat, self.model.lm_head, self._state
-        assert state is not None
-        n = self.num_rows if slots is None else len(slots)
-        cuts = stretches(starts, self._capacity)
-        vision = self._vision_index(starts, {i: min(cut.bounds[i][0] for cut in cuts) for i in starts})
-        key_values, hidden = state.cache, None
-        for cut in cuts:
-            piece = piece_of(cut, starts, vision, n)
-            key_values, hidden = programs.append(text, key_values, slots, piece, self.pool.array)
-        self._state, chosen = programs.begin(
-            text, head, state._replace(cache=key_values), slots, hidden, self._row_of(starts, n), top=self.top
-        )
-        return Started(list(starts), list(starts), chosen)
+    def wave_rows(self, piece: int) -> tuple[int, ...]:
+        """How many rows of a shard have pieces of this length appended together: so many, or else so many.
 
-    def _vision_index(self, starts: Mapping[int, Start], first: Mapping[int, int]) -> dict[int, np.ndarray]:
+        Prompts that are shorter than `pieces.ENOUGH` are cheaper together. On accelerators a call costs the same if
+        rows of it stay empty, and so that numbers of rows do not change what a prompt's tokens are, by rounding, it
+        always has as many. On CPUs an empty row costs as much as any other, and rounding is a row's own matter.
+        """
+        most = min(self.num_rows // self.shards, max(1, ENOUGH // piece))
+        return (most,) if self._pads or most == 1 else (most, 1)
+
+    def _waves(self, starts: Mapping[int, Start]) -> Iterator[tuple[dict[int, Start], np.ndarray]]:
+        """Rows of each shard at a time: int32 [shards, m], -1 for none; and the prompts, by their number in it."""
+        per_shard = self.num_rows // self.shards
+        queues: list[list[int]] = [[] for _ in range(self.shards)]
+        # Longest first: what goes together then has about the same length, and within a shard the same.
+        for row in sorted(starts, key=lambda row: -starts[row].piece):
+            queues[row // per_shard].append(row)
+        while any(queues):
+            alike = [[row for row in queue if starts[row].piece == starts[queue[0]].piece] for queue in queues]
+            sizes = self.wave_rows(max(starts[queue[0]].piece for queue in queues if queue))
+            m = next(size for size in sizes if size == sizes[-1] or any(len(rows) >= size for rows in alike))
+            slots, wave = np.full((self.shards, m), -1, np.int32), {}
+            for shard, rows in enumerate(alike):
+                for j, row in enumerate(rows[:m]):
+                    slots[shard, j], wave[shard * m + j] = row % per_shard, starts[row]
+                    queues[shard].remove(row)
+            yield wave, slots
+
+    def _append(self, starts: Mapping[int, Start], slots: np.ndarray | None, upcoming: Sequence[Medium]) -> None:
+        """Write prompts into rows: all of B by their number (`slots` None), or those of a wave by theirs."""
+        n = self.num_rows if slots is None else slots.size
+        cuts = stretches(starts, self._capacity)
+        vision = self._vision_index(starts, {i: min(cut.bounds[i][0] for cut in cuts) for i in starts}, upcoming)
+        seen, text = np.zeros((n, self.model.config.text_config.vocab_size), np.bool_), self.model.language_model.flat
+        for i, start in starts.items():
+            seen[i, start.prompt.input_ids] = True
+        for cut in cuts:
+            assert self._state is not None
+            piece = piece_of(cut, starts, vision, n)
+            self._state = programs.append(text, self._state, slots, piece, seen, self.pool.array)
+
+    def _vision_index(
+        self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]
+    ) -> dict[int, np.ndarray]:
         """int32 [T] of each row, right from token `first` on: -1 for text, otherwise where the pool has the token."""
         needed = {i: sorted(set(start.prompt.medium_of[first[i] :].tolist()) - {-1}) for i, start in starts.items()}
-        places = iter(self.pool([starts[i].prompt.media[m] for i, numbers in needed.items() for m in numbers]))
+        media = [starts[i].prompt.media[m] for i, numbers in needed.items() for m in numbers]
+        begins = iter(self.pool(media, upcoming) if media else ())
         index = {}
         for i, numbers in needed.items():
             prompt = starts[i].prompt
             index[i] = np.full(len(prompt), -1, np.int32)
             for number in numbers:
                 here = prompt.medium_of == number
-                index[i][here] = next(places)[prompt.offset_of[here]]
+                index[i][here] = next(begins) + prompt.offset_of[here]
         return index
 
-    def _row_of(self, starts: Mapping[int, Start], n: int) -> Row:
-        vocab_size = self.model.config.text_config.vocab_size
+    def _row_of(self, starts: Mapping[int, Start]) -> Row:
+        n = self.num_rows
         row = Row(
             token=np.zeros(n, np.int32),
             delta=np.zeros(n, np.int32),
-            seen=np.zeros((n, vocab_size), np.bool_),
             done=np.ones(n, np.bool_),
             step=np.zeros(n, np.int32),
             limit=np.zeros(n, np.int32),
@@ -207,7 +234,6 @@ class Slots:
         for i, start in starts.items():
             config = start.config
             row.delta[i], row.done[i], row.step[i], row.limit[i] = start.prompt.delta, False, start.step, start.limit
-            row.seen[i, start.prompt.input_ids] = True
             row.eos[i, : len(config.eos_token_id)] = config.eos_token_id
             row.seed[i], row.number[i] = config.seed, start.number
             for values, value in zip(row.params, config.sampling, strict=True):

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from glm4v_jax.batch import VisionRows
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.features import GROWTH, FeaturePool, pool_capacity
+from glm4v_jax.generate.features import GROWTH, MIN_PICTURE, FeaturePool, Shape, wave_size
 from glm4v_jax.generate.pieces import MAX_PIECE, Start, piece_length
 from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
@@ -29,7 +26,6 @@ from glm4v_jax.mesh import data_shards, use_mesh
 
 if TYPE_CHECKING:
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
-    from glm4v_jax.modeling_parts import Glm4vVisionModel
 
 
 class Warmed(NamedTuple):
@@ -48,8 +44,15 @@ def buckets(low: int, high: int, minimum: int = 1) -> list[int]:
     return found
 
 
-def row_shapes(low: int, high: int, row_multiple: int = 1) -> list[tuple[int, int]]:
-    """The (R, L) that `inputs.packing.choose_shape` gives frames of `low` to `high` patches in all, ascending by area.
+def row_shapes(low: int, high: int, shards: int = 1) -> list[Shape]:
+    """The (R, L) of pictures and videos of `low` to `high` patches (`features.medium_shape`), ascending by area."""
+    pictures = {(1, length) for length in buckets(low, high, MIN_PICTURE)}
+    shapes = pictures | _packed_shapes(low, high, 1) | _packed_shapes(low, high, shards)
+    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+
+
+def _packed_shapes(low: int, high: int, row_multiple: int) -> set[Shape]:
+    """What `inputs.packing.choose_shape` gives frames of so many patches in all.
 
     One row as long as the bucket of the total always fits, up to `MAX_ROW_LENGTH` patches, and more rows win only where
     they are smaller together. Beyond that, and with several shards, this is a superset: it depends on the frames.
@@ -67,7 +70,7 @@ def row_shapes(low: int, high: int, row_multiple: int = 1) -> list[tuple[int, in
             if row_multiple == 1 and rows > 1 and as_one_row <= MAX_ROW_LENGTH and area >= as_one_row:
                 continue
             shapes.add((rows * row_multiple, length))
-    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    return shapes
 
 
 def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tuple[int, int, int]]:
@@ -99,8 +102,8 @@ def warmup(
     Args:
       model: whose programs.
       prompt_lengths: tokens of the shortest and of the longest prompt, image tokens included.
-      vision_patches: patches (before merging) of the smallest and of the largest request, all its pictures and frames
-        together; None for text alone.
+      vision_patches: patches (before merging) of the smallest picture, and of the pictures and frames of the largest
+        request together; None for text alone.
       max_new_tokens: as requests will ask for it; it decides the size of the caches.
       batch_sizes: numbers of prompts in a request.
       progress: called with each program as it has run.
@@ -114,14 +117,12 @@ def warmup(
     check_ranges(model.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
     with use_mesh(model.mesh):
         shards = data_shards()
-    pools = [pool_capacity(1)]
-    while vision_patches is not None and pools[-1] < largest_pool(model.visual, vision_patches):
-        pools.append(pools[-1] * GROWTH)
+    pools = [FeaturePool(model.visual)]
+    while vision_patches is not None and pools[-1].capacity < largest_pool(pools[0], vision_patches):
+        pools.append(FeaturePool(model.visual, pools[-1].capacity * GROWTH))
 
     def all_programs() -> Iterator[Warmed]:
-        for capacity in pools:
-            with use_mesh(model.mesh):
-                pool = FeaturePool(model.visual, capacity)
+        for pool in pools:
             if vision_patches is not None:
                 yield from warm_vision(pool, vision_patches)
             for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
@@ -139,26 +140,20 @@ def show(warmed: Warmed) -> None:
     )
 
 
-def largest_pool(visual: "Glm4vVisionModel", vision_patches: tuple[int, int]) -> int:
-    """The capacity of the pool for requests of so many patches."""
-    with use_mesh(visual.mesh):
-        shapes = row_shapes(*vision_patches, data_shards())
-    return pool_capacity(max(visual.tokens_of(rows * length) for rows, length in shapes))
+def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int]) -> int:
+    """The capacity that requests of so many patches need."""
+    return pool.room_for(vision_patches[1], row_shapes(*vision_patches, pool.shards))
 
 
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
-    """The vision encoder, for requests of so many patches that the pool can hold."""
-    visual = pool.visual
-    with use_mesh(visual.mesh):
-        shapes = row_shapes(*vision_patches, data_shards())
-    for rows, length in shapes:
-        if pool_capacity(visual.tokens_of(rows * length)) > pool.capacity:
+    """The vision encoder, for pictures and videos of so many patches that the pool can hold."""
+    for shape in row_shapes(*vision_patches, pool.shards):
+        if pool.room_for(1, [shape]) > pool.capacity:
             continue
         start = time.perf_counter()
-        with use_mesh(visual.mesh):
-            features = visual.encode(_empty_rows(visual, rows, length))
-            jax.block_until_ready(programs.store(jnp.copy(pool.array), features, np.int32(0)))
-        yield Warmed("encode", f"rows {[rows, length]}, pool {pool.capacity}", time.perf_counter() - start)
+        pool.warm(shape)
+        count = wave_size(shape, pool.shards)
+        yield Warmed("encode", f"{count} x {list(shape)}, pool {pool.capacity}", time.perf_counter() - start)
 
 
 def warm_slots(
@@ -168,11 +163,14 @@ def warm_slots(
     config = GenerationConfig(eos_token_id=(), logprobs=slots.top)
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
-        start = time.perf_counter()
-        started = slots.start(dict.fromkeys(rows, Start(_empty_prompt(length), config, 1)), together=together)
-        jax.block_until_ready(started[-1].chosen)
-        shape = f"B {slots.num_rows}, T {piece_length(length)}, cache {slots.capacity}"
-        yield Warmed("prefill", shape, time.perf_counter() - start)
+        for count in (len(rows),) if together else slots.wave_rows(piece_length(length)):
+            start = time.perf_counter()
+            chosen = slots.start(
+                dict.fromkeys(range(count), Start(_empty_prompt(length), config, 1)), together=together
+            )
+            jax.block_until_ready(chosen)
+            shape = f"B {slots.num_rows}, {count} x {piece_length(length)}, cache {slots.capacity}"
+            yield Warmed("prefill", shape, time.perf_counter() - start)
     if max_new_tokens == 1:
         return
     start = time.perf_counter()
@@ -221,14 +219,3 @@ def check_ranges(
         )
     if (found := prompt_lengths[1] + max_new_tokens) > (limit := config.text_config.max_position_embeddings):
         raise GenerationError(f"prompt_lengths and max_new_tokens: found {found} in all; expected at most {limit}")
-
-
-def _empty_rows(visual: "Glm4vVisionModel", rows: int, length: int) -> VisionRows:
-    """Vision rows of this shape with nothing in them."""
-    vision, shape = visual.config, (rows, length)
-    return VisionRows(
-        np.zeros((*shape, vision.patch_dim), np.float32),
-        np.zeros(shape, np.int32),
-        np.zeros((*shape, 2), np.int32),
-        *(np.zeros((*shape, vision.position_grid), np.float32) for _ in range(2)),
-    )

@@ -4,6 +4,7 @@ The shape (R, L) comes from a small set: L in {2^k, 3 * 2^(k-1)}, R in the same 
 number of shards of the data axes). Padding to the next member wastes 16% on average and a third at worst.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,36 +75,48 @@ def pack(
       ValueError: patches and frames do not match, a side is no multiple of merge_size, or `shape` is too small.
     """
     frames = np.asarray(frames, np.int64).reshape(-1, 2)
-    lengths = (frames[:, 0] * frames[:, 1]).tolist()
+    lengths = frames.prod(axis=1).tolist()
     if sum(lengths) != len(pixel_values):
         raise ValueError(f"grids count {sum(lengths)} patches, pixel values have {len(pixel_values)}")
     if np.any(frames % merge_size):
         raise ValueError(f"grid sides {frames.tolist()} are not all multiples of merge_size, {merge_size}")
-    num_rows, length = shape or choose_shape(lengths, row_multiple)
+    rows = empty_rows(*(shape or choose_shape(lengths, row_multiple)), pixel_values.shape[1], position_grid)
+    return rows, fill(rows, pixel_values, frames, merge_size=merge_size)
+
+
+def empty_rows(num_rows: int, length: int, patch_dim: int, position_grid: int) -> VisionRows:
+    """Rows of padding alone."""
+    shape = num_rows, length
+    return VisionRows(
+        np.zeros((*shape, patch_dim), np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros((*shape, 2), np.int32),
+        *(np.zeros((*shape, position_grid), np.float32) for _ in range(2)),
+    )
+
+
+def fill(rows: VisionRows, pixel_values: np.ndarray, frames: np.ndarray, *, merge_size: int) -> np.ndarray:
+    """Write frames into empty rows; arguments and result as `pack` has them.
+
+    Raises:
+      ValueError: the rows are too few, or too short.
+    """
+    num_rows, length = rows.segment_ids.shape
+    lengths = frames.prod(axis=1).tolist()
     row_of, offset_of = place(lengths, length)
     if max(row_of, default=0) >= num_rows or max(lengths, default=0) > length:
         raise ValueError(f"{len(lengths)} frames of up to {max(lengths)} patches do not fit {num_rows} x {length}")
-
-    cells = num_rows * length
-    patches = np.zeros((cells, pixel_values.shape[1]), np.float32)
-    segments = np.zeros(cells, np.int32)
-    coords = np.zeros((cells, 2), np.int32)
-    weights_h, weights_w = (np.zeros((cells, position_grid), np.float32) for _ in range(2))
-    merged_index, tables, start = [], {}, 0
+    patches, segments, coords, weights_h, weights_w = (x.reshape(num_rows * length, *x.shape[2:]) for x in rows)
+    merged_index, start = [], 0
     for number, ((h, w), n) in enumerate(zip(frames.tolist(), lengths, strict=True), start=1):
         to = row_of[number - 1] * length + offset_of[number - 1]
         here = slice(to, to + n)
-        if (h, w) not in tables:
-            tables[h, w] = _frame_tables(h, w, merge_size, position_grid)
         patches[here] = pixel_values[start : start + n]
         segments[here] = number
-        coords[here], weights_h[here], weights_w[here] = tables[h, w]
+        coords[here], weights_h[here], weights_w[here] = _frame_tables(h, w, merge_size, weights_h.shape[1])
         merged_index.append(np.arange(to, to + n, merge_size**2, dtype=np.int32) // merge_size**2)
         start += n
-    rows = VisionRows(
-        *(x.reshape(num_rows, length, *x.shape[1:]) for x in (patches, segments, coords, weights_h, weights_w))
-    )
-    return rows, np.concatenate(merged_index)
+    return np.concatenate(merged_index)
 
 
 def padded_share(rows: VisionRows) -> float:
@@ -146,6 +159,7 @@ def _outer(x: np.ndarray) -> np.ndarray:
     return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
 
 
+@functools.lru_cache(maxsize=16)
 def _frame_tables(h: int, w: int, merge_size: int, position_grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     coords = merge_order(h, w, merge_size)
     weights_h, weights_w = bicubic_weights(h, position_grid), bicubic_weights(w, position_grid)

@@ -199,7 +199,7 @@ def test_a_warm_bucket_compiles_nothing(ours, lowerings):
         prompts = Prompts(CONFIG, rows, seed=number)
         model.generate(**prompts.inputs, max_new_tokens=20, **NEVER, **options)
 
-    ask([[20, ("image", (6, 8)), 4]], 0)
+    ask([[2, ("image", (6, 8)), 4, ("video", (2, 4, 6)), 1]], 0)
     with lowerings() as lowered:
         ask([[3, ("image", (4, 10)), 27]], 1)
         ask([[9, ("image", (2, 4)), ("image", (4, 4)), 20]], 2)

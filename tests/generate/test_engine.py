@@ -3,6 +3,7 @@
 import concurrent.futures
 import heapq
 
+import jax
 import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
@@ -282,6 +283,12 @@ class Ready:
     def is_empty(self):
         return not self.answers
 
+    def fill(self):
+        pass
+
+    def ready(self):
+        return self.answers
+
     def take(self, *, wait):
         return self.answers.pop(0) if self.answers else None
 
@@ -428,3 +435,32 @@ def test_warm_engines_compile_nothing(engine, lowerings, picture):
         talk.send("Look", images=[picture])
         talk.send("And?")
     assert lowered == []
+
+
+def test_what_joins_together_is_what_joins_alone(engine):
+    """To the last bit, on CPUs too, where the rows of a product are as many as the prompts."""
+    from glm4v_jax.generate.pieces import Start
+
+    own = Engine(engine.model, engine.processor, capacity=256)
+    inputs = [*random_requests(own.model, 12, seed=21), "Hello", "Hello there"]
+    prompts = sorted((own.prompt(one) for one in inputs), key=len)[:8]
+    config = own.config(max_new_tokens=12, **GREEDY)
+    starts = {row: Start(prompt, config, 12) for row, prompt in enumerate(prompts)}
+    assert any(own.new_slots(8, config).wave_rows(start.piece)[0] > 1 for start in starts.values())
+
+    def cached(rows):
+        slots = own.new_slots(8, config)
+        first = np.asarray(slots.start(rows).tokens)
+        state = slots._state
+        hidden, k = np.asarray(state.hidden), [np.asarray(x) for x in jax.tree.leaves(state.cache.k)]
+        lengths = {row: len(start.prompt) for row, start in rows.items()}
+        axis = 1 if state.cache.is_stacked else 0
+        return {
+            row: [first[row], hidden[row], *(np.moveaxis(x, axis, 0)[row][..., :n, :] for x in k)]
+            for row, n in lengths.items()
+        }
+
+    together = cached(starts)
+    for row, start in starts.items():
+        for a, b in zip(together[row], cached({row: start})[row], strict=True):
+            assert np.array_equal(a, b)
