@@ -44,11 +44,11 @@ def medium_shape(grid: np.ndarray, shards: int) -> Shape:
 
     A picture has a row; the frames of a video are packed, and spread over the shards if there are enough of them.
     """
-    return _shape(*map(int, grid), shards)
+    return _grid_shape(*map(int, grid), shards)
 
 
 @functools.lru_cache(maxsize=256)
-def _shape(t: int, h: int, w: int, shards: int) -> Shape:
+def _grid_shape(t: int, h: int, w: int, shards: int) -> Shape:
     if t == 1:
         return 1, bucket(h * w, MIN_PICTURE)
     return choose_shape([h * w] * t, shards if t >= shards else 1)

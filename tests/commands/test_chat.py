@@ -537,11 +537,11 @@ def test_a_second_interrupt_before_the_first_token_leaves_the_conversation_as_it
     session.take("Hello")
     start = Slots.start
 
-    def interrupted(slots, starts):
-        started = start(slots, starts)
+    def interrupted(*arguments, **options):
+        chosen = start(*arguments, **options)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        return started
+        return chosen
 
     monkeypatch.setattr(Slots, "start", interrupted)
     session.take("/image picture.png")

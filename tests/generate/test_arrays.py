@@ -199,12 +199,12 @@ def test_a_warm_bucket_compiles_nothing(ours, lowerings):
         prompts = Prompts(CONFIG, rows, seed=number)
         model.generate(**prompts.inputs, max_new_tokens=20, **NEVER, **options)
 
-    ask([[2, ("image", (6, 8)), 4, ("video", (2, 4, 6)), 1]], 0)
+    ask([[8, ("image", (6, 8)), 1, ("image", (2, 4)), 1, ("video", (2, 2, 4)), 4]], 0)
     with lowerings() as lowered:
         ask([[3, ("image", (4, 10)), 27]], 1)
         ask([[9, ("image", (2, 4)), ("image", (4, 4)), 20]], 2)
         ask([[9, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 6]], 3)
-        ask([[20, ("image", (8, 8)), 1]], 4, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=9)
+        ask([[20, ("image", (2, 18)), 1]], 4, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=9)
     assert lowered == []
     # The listener does hear: a prompt of a bucket that no other test uses has to be compiled.
     with lowerings() as lowered:

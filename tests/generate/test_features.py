@@ -1,4 +1,4 @@
-"""The pool of vision tokens: what a picture is encoded with changes nothing, and what will be needed is not in the way."""
+"""The pool of vision tokens: what a picture is encoded beside changes nothing, and what comes later has to wait."""
 
 import math
 
