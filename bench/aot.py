@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from bench import aot_train, report
@@ -33,6 +34,7 @@ CASES: list[tuple[str, Any, str, dict[str, int]]] = [
     ("prefill", (1, 8192, 8192), "v5e:2x4", LATENCY[8]),
     ("prefill", (8, 2048, 4096, 8192), "v5e:2x4", LATENCY[8]),
     ("prefill", (8, 2048, 4096, 8192), "v6e:2x4", LATENCY[8]),
+    ("prefill", (1, 1024, 4096, 2048, 8), "v5e:2x4", LATENCY[8]),
     ("prefill", (1, 1024, 65536), "v5e:2x2", LATENCY[4]),
     ("prefill", (1, 65536, 65536), "v5e:2x2", LATENCY[4]),
     ("prefill", (1, 65536, 65536), "v5e:2x4", LATENCY[8]),
@@ -64,8 +66,10 @@ def compile_case(number: int) -> dict[str, Any]:
     kind, numbers, topology, sizes = CASES[number]
     if kind == "train":
         return aot_train.compile_step(numbers, topology, sizes)
-    make = {"decode": aot.decode_program, "prefill": aot.prefill_program, "encode": aot.encode_program}[kind]
-    compiled = aot.compile_for(make(config, *numbers), config, topology, **sizes)
+    makers: dict[str, Callable[..., aot.Program]] = {
+        "decode": aot.decode_program, "prefill": aot.prefill_program, "encode": aot.encode_program,
+    }  # fmt: skip
+    compiled = aot.compile_for(makers[kind](config, *numbers), config, topology, **sizes)
     return dataclasses.asdict(compiled) | {"fits": compiled.fits}
 
 
@@ -132,14 +136,11 @@ def _tables(lines: list[dict[str, Any]]) -> list[tuple[tuple[str, ...], list[tup
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:
-    def collectives(where: int) -> str:
-        return ", ".join(f"{counts[where]} {kind}" for kind, counts in line["collectives"].items() if counts[where])
-
     bandwidth, flops = line["floor_ms"]
     return (
-        line["program"], line["topology"], " ".join(f"{k}={v}" for k, v in line["mesh"].items()),
+        line["program"], line["topology"], aot_train.mesh_cell(line),
         f"{line['seconds']:.0f}", f"{line['arguments']:.2f}", f"{line['temporaries']:.3f}", f"{line['outputs']:.2f}",
-        f"{line['hbm']:.0f}", f"{line['held']:.2f}", collectives(0), collectives(1),
+        f"{line['hbm']:.0f}", f"{line['held']:.2f}", aot_train.collectives(line, 0), aot_train.collectives(line, 1),
         ", ".join(f"{shape}{' in the loop' if inside else ''}" for shape, inside in line["copies"]),
         f"{max(bandwidth, flops):.2f} ({'bandwidth' if bandwidth > flops else 'FLOP/s'})",
         report.verdict(line["passed"]),

@@ -96,21 +96,27 @@ def finished(compiled: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]
     return compiled | {"floor_ms": floors, "fits": fits, "train": counts}
 
 
+def mesh_cell(line: dict[str, Any]) -> str:
+    """The axes that a program was compiled for."""
+    return " ".join(f"{axis}={size}" for axis, size in line["mesh"].items())
+
+
+def collectives(line: dict[str, Any], where: int) -> str:
+    """How many collectives of each kind are in the layer loop (`where` 0) or elsewhere (1)."""
+    return ", ".join(f"{counts[where]} {kind}" for kind, counts in line["collectives"].items() if counts[where])
+
+
 def row(line: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
-
-    def collectives(where: int) -> str:
-        return ", ".join(f"{counts[where]} {kind}" for kind, counts in line["collectives"].items() if counts[where])
-
     counts, chips, floors = line["train"], math.prod(line["mesh"].values()), line["floor_ms"]
     least = counts["model_flops"] / chips / 1e12
     made = (counts["model_flops"] + counts["recomputed_flops"]) / chips / 1e12
     bound = max(floors, key=lambda name: floors[name])
     forward = sum(runs for name, runs in counts["kernels"].items() if "_fwd_" in name)
     return (
-        line["program"], line["topology"], " ".join(f"{k}={v}" for k, v in line["mesh"].items()),
+        line["program"], line["topology"], mesh_cell(line),
         f"{line['seconds']:.0f}", f"{line['arguments']:.2f}", f"{line['temporaries']:.2f}", f"{line['peak']:.2f}",
-        f"{line['hbm']:.0f}", collectives(0), collectives(1), f"{line['received']:.1f}",
+        f"{line['hbm']:.0f}", collectives(line, 0), collectives(line, 1), f"{line['received']:.1f}",
         f"{counts['least_sent'] / 1e9:.1f}", f"{made:.1f}", f"{least:.1f}", f"{forward}",
         f"{floors[bound]:.0f} ({bound})", report.verdict(line["passed"]),
     )  # fmt: skip

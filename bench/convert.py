@@ -6,7 +6,8 @@ Writes a random checkpoint of the 9B's widths (all of it with --full), converts 
 results bit by bit. Every conversion is a process of its own, as a person would run it; its peak memory is the kernel's
 count, mapped files included. Every timing begins with the source's pages out of the cache and ends with the result on
 the disk, for `cp` as for the converter; `cp` runs before and after, and the mean counts. Needs twice the size on the
-disk, three times for the second `cp`. Writes `bench/results/convert.json`; exits with status 1 if a limit is not kept.
+disk, three times for the second `cp`. Writes `bench/results/convert.json`,
+or `convert_full.json` of all of it; exits with status 1 if a limit is not kept.
 """
 
 import argparse
@@ -149,6 +150,11 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def result_name(full: bool) -> str:
+    """What the result is called: that of the whole 9B has a file of its own."""
+    return "convert_full" if full else "convert"
+
+
 def main() -> int:
     """Measure, print, write; 1 if a limit is not kept."""
     parser = argparse.ArgumentParser(prog="python -m bench.convert", description="memory and time of conversions")
@@ -165,7 +171,7 @@ def main() -> int:
     out.print(report.table(title, columns, rows(figures)))
     out.print(f"limits: {MAX_RATIO} times as long as cp, {MAX_PEAK_BYTES / GIBIBYTE:.0f} GiB of memory")
     machine = report.machine_facts("jax", "numpy", "orbax-checkpoint")
-    written = report.write_result("convert", {"machine": machine, **figures})
+    written = report.write_result(result_name(arguments.full), {"machine": machine, **figures})
     out.print(f"written to {written.relative_to(report.ROOT)}")
     return 0 if figures["passed"] else 1
 

@@ -1,11 +1,12 @@
 """Our side of `bench.cpu_vs_torch`."""
 
-import argparse
 import cProfile
+import functools
 import operator
 import pathlib
-import pstats
 import threading
+from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Ours:
     def decode(self, context: int, short: int, long: int) -> dict[str, float]:
         """Seconds for each further token, from the times of a short and a long answer."""
         ids = cpu_model.prompt(context, self.vocab_size)
-        times = [turns.seconds(lambda n=n: self._generate(ids, n), 1) for n in (short, long)]
+        times = [turns.seconds(functools.partial(self._generate, ids, n), 1) for n in (short, long)]
         return {"generate": (times[1] - times[0]) / (long - short)}
 
     def answer(self, context: int, tokens: int) -> list[int]:
@@ -66,8 +67,13 @@ class Ours:
     def preprocess(self, together: bool) -> dict[str, float]:
         """Seconds a picture, given all photographs in one call or each in a call of its own."""
         batches = [self.pictures] if together else [[picture] for picture in self.pictures]
+
+        def process(processor: Callable[..., Any]) -> None:
+            for batch in batches:
+                processor(batch)
+
         return {
-            name: turns.seconds(lambda p=processor: [p(batch) for batch in batches], 3) / len(self.pictures)
+            name: turns.seconds(functools.partial(process, processor), 3) / len(self.pictures)
             for name, processor in self.processors.items()
         }
 
@@ -78,8 +84,8 @@ class Ours:
         with cProfile.Profile() as profiler:  # it sees one thread: one picture a call
             self.preprocess(together=False)
         functions = [
-            {"name": f"{pathlib.Path(file).name}:{name}", "calls": calls, "milliseconds": 1e3 * seconds}
-            for (file, _, name), (_, calls, seconds, *_) in pstats.Stats(profiler).stats.items()
+            {"name": _called(entry.code), "calls": entry.callcount, "milliseconds": 1e3 * entry.inlinetime}
+            for entry in profiler.getstats()
         ]
         return sorted(functions, key=operator.itemgetter("milliseconds"), reverse=True)[: turns.PROFILE_LENGTH]
 
@@ -87,14 +93,10 @@ class Ours:
         return self.model.generate(input_ids=ids, max_new_tokens=tokens, **cpu_model.GREEDY)
 
 
-def main() -> None:
-    """Answer requests."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, required=True)
-    turns.use_cores(parser.parse_args().threads)
-    ours = Ours()
-    turns.serve({name: getattr(ours, name) for name in dir(ours) if not name.startswith("_")})
+def _called(code: CodeType | str) -> str:
+    """A function as a profile names it; those of C have no code."""
+    return code if isinstance(code, str) else f"{pathlib.Path(code.co_filename).name}:{code.co_name}"
 
 
 if __name__ == "__main__":
-    main()
+    turns.main(Ours)

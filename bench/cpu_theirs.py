@@ -1,6 +1,7 @@
 """The reference's side of `bench.cpu_vs_torch`: transformers 4.57.1 in its fastest setting on a CPU."""
 
-import argparse
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from bench import cpu_model, reference, report, turns
@@ -78,8 +79,8 @@ class Theirs:
 
         with torch.inference_mode():
             times = {
-                name: [turns.seconds(lambda n=n, f=function: f(n)) for n in (short, long)]
-                for name, function in (("generate", lambda n: self._generate(ids, n)), ("loop", loop))
+                name: [turns.seconds(functools.partial(function, n)) for n in (short, long)]
+                for name, function in (("generate", functools.partial(self._generate, ids)), ("loop", loop))
             }
         return {name: (last - first) / (long - short) for name, (first, last) in times.items()}
 
@@ -93,9 +94,13 @@ class Theirs:
     def preprocess(self, together: bool) -> dict[str, float]:
         """Seconds a picture, given all photographs in one call or each in a call of its own."""
         batches = [self.pictures] if together else [[picture] for picture in self.pictures]
+
+        def process(processor: Callable[..., Any]) -> None:
+            for batch in batches:
+                processor(batch, return_tensors="pt")
+
         return {
-            name: turns.seconds(lambda p=processor: [p(batch, return_tensors="pt") for batch in batches], 3)
-            / len(self.pictures)
+            name: turns.seconds(functools.partial(process, processor), 3) / len(self.pictures)
             for name, processor in self.processors.items()
         }
 
@@ -112,18 +117,5 @@ class Theirs:
         return self.model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
-def main() -> None:
-    """Answer requests."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, required=True)
-    threads = parser.parse_args().threads
-    turns.use_cores(threads)
-    import torch
-
-    torch.set_num_threads(threads)
-    theirs = Theirs()
-    turns.serve({name: getattr(theirs, name) for name in dir(theirs) if not name.startswith("_")})
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(Theirs, with_torch=True)

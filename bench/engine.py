@@ -31,7 +31,7 @@ SLOTS, PROMPTS, STEPS, ROUNDS = 8, 200, 256, 7
 CAPACITY = 512
 MAX_HOST_MS = 0.2
 MIN_BUSY = 0.9
-GREEDY = dict(do_sample=False, eos_token_id=-1)
+GREEDY: dict[str, Any] = dict(do_sample=False, eos_token_id=-1)
 WORDS = "a small brown dog sits on the green grass and looks at us while it rains in the old town"
 
 COLD_START = """

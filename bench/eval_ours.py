@@ -1,6 +1,5 @@
 """Our side of `bench.eval`."""
 
-import argparse
 import time
 from typing import Any
 
@@ -42,14 +41,5 @@ class Ours:
         return {"seconds": seconds, "texts": [completion.text for completion in ordered], "tokens": tokens}
 
 
-def main() -> None:
-    """Answer requests."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, required=True)
-    turns.use_cores(parser.parse_args().threads)
-    ours = Ours()
-    turns.serve({name: getattr(ours, name) for name in ("facts", "load", "answer")})
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(Ours)

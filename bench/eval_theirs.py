@@ -1,6 +1,5 @@
 """The reference's side of `bench.eval`: transformers' processor and `generate`, in batches of items as they come."""
 
-import argparse
 import time
 from typing import Any
 
@@ -49,18 +48,5 @@ class Theirs:
         return {"seconds": time.perf_counter() - start, "texts": texts, "tokens": tokens}
 
 
-def main() -> None:
-    """Answer requests."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, required=True)
-    threads = parser.parse_args().threads
-    turns.use_cores(threads)
-    import torch
-
-    torch.set_num_threads(threads)
-    theirs = Theirs()
-    turns.serve({name: getattr(theirs, name) for name in ("facts", "load", "answer")})
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(Theirs, with_torch=True)

@@ -7,10 +7,10 @@ writes `bench/results/install.json`. Exits with status 1 if an aim is missed. On
 programs.
 """
 
+import argparse
 import json
 import os
 import pathlib
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,11 +20,8 @@ import time
 import venv
 from typing import Any
 
-import rich.console
-import rich.table
+from bench import report
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULT = ROOT / "bench" / "results" / "install.json"
 MEGABYTE = 1_000_000
 REPEATS = 3
 
@@ -133,17 +130,18 @@ def children_cpu_seconds() -> float:
 
 def measure(directory: pathlib.Path) -> dict[str, Any]:
     """Installs and measures in `directory`; returns the figures, seconds and bytes."""
-    load = os.getloadavg()[0]
+    facts, load = report.machine_facts(), os.getloadavg()[0]
     environment = Environment(directory)
     size_before, packages_before = environment.size(), environment.packages()
     start = time.perf_counter()
-    environment.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT)
+    environment.run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", report.ROOT)
     install_seconds = time.perf_counter() - start
     # Before anything is run: what is measured afterwards writes files of its own.
     size = environment.size() - size_before
     packages = {name: size for name, size in environment.packages().items() if name not in packages_before}
     first_token, first_token_cpu = environment.first_token_seconds()
     return {
+        "machine": facts,
         "bytes": size,
         "packages": len(packages),
         "largest_packages": dict(sorted(packages.items(), key=lambda item: -item[1])[:10]),
@@ -155,8 +153,6 @@ def measure(directory: pathlib.Path) -> dict[str, Any]:
         "first_token_cpu_seconds": statistics.median(first_token_cpu),
         "reference_packages_found": json.loads(environment.run("-c", FIND_REFERENCE)),
         "load_average_before": load,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
@@ -183,25 +179,20 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
 
 def main() -> int:
     """Measures, prints, writes the result; 1 if an aim is missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.install", description="what a clean installation costs")
+    parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_install_") as directory:
         figures = measure(pathlib.Path(directory) / "environment")
-    table = rich.table.Table(title=f"a clean installation, Python {figures['python']}, {figures['machine']}")
-    table.caption = f"medians of {REPEATS} processes; load average before: {figures['load_average_before']:.1f}"
-    for column in ("what", "measured", "aim", ""):
-        table.add_column(column)
-    lines = rows(figures)
-    for what, figure, aim, met in lines:
-        table.add_row(what, figure, aim, ("met" if met else "MISSED") if aim else "")
-    weights = rich.table.Table(title="the largest packages")
-    weights.add_column("package")
-    weights.add_column("MB", justify="right")
-    for name, size in figures["largest_packages"].items():
-        weights.add_row(name, f"{size / MEGABYTE:,.0f}")
-    console = rich.console.Console()
-    console.print(table, weights)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(figures, indent=2) + "\n")
-    console.print(f"written to {RESULT.relative_to(ROOT)}")
+    machine, lines = figures["machine"], rows(figures)
+    title = f"a clean installation, Python {machine['python']}, {machine['system']}, {machine['cores']} cores"
+    judged = [(what, figure, aim, report.verdict(met) if aim else "") for what, figure, aim, met in lines]
+    largest = [(name, f"{size / MEGABYTE:,.0f}") for name, size in figures["largest_packages"].items()]
+    out = report.console()
+    out.print(report.table(title, ("what", "measured", "aim", ""), judged))
+    out.print(f"medians of {REPEATS} processes; load average before: {figures['load_average_before']:.1f}")
+    out.print(report.table("the largest packages", ("package", "MB"), largest))
+    written = report.write_result("install", figures)
+    out.print(f"written to {written.relative_to(report.ROOT)}")
     return 0 if all(met for *_, met in lines) else 1
 
 

@@ -13,7 +13,7 @@ VIDEOS = ("carphone_pristine.mp4", "carphone_distorted.mp4", "bikes.mp4", "bigbu
 def _directory(package: str, path: str) -> pathlib.Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"{package} is missing: pip install 'glm4v_jax[demo]'")
+        raise SystemExit(f"{package} is missing: pip install '.[demo]'")
     return pathlib.Path(found.submodule_search_locations[0]) / path
 
 

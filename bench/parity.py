@@ -7,6 +7,7 @@ Inputs of the model are the reference's own, so that a line blames the processor
 `bench/results/parity.json`; exits with status 1 if a line fails.
 """
 
+import argparse
 import dataclasses
 import pathlib
 import sys
@@ -234,8 +235,8 @@ def random_inputs(config: Any, seed: int = 0) -> Arrays:
 
 def compare_picture(name: str, processors: tuple[Any, Any]) -> PixelLine:
     """A photograph through both picture processors; what is between the resize and the model is exact."""
-    with PIL.Image.open(media.photograph(name)) as picture:
-        picture = picture.convert("RGB")
+    with PIL.Image.open(media.photograph(name)) as file:
+        picture = file.convert("RGB")
 
     def process(processor: Any, **options: Any) -> Arrays:
         return reference.to_numpy(processor.image_processor(images=[picture], return_tensors="np", **options))
@@ -308,6 +309,8 @@ def _as_json(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 def main() -> int:
     """Compare, print, write; 1 if a line fails."""
+    parser = argparse.ArgumentParser(prog="python -m bench.parity", description="number for number like the reference?")
+    parser.parse_args()
     out = report.console()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_parity_") as name:
         directory = pathlib.Path(name)
@@ -348,7 +351,8 @@ def main() -> int:
             _pixel_rows(videos),
         ),
     )
-    passed = all(line.passed for line in [*lines, *pictures, *videos])
+    judged: list[ModelLine | PixelLine] = [*lines, *pictures, *videos]
+    passed = all(line.passed for line in judged)
     figures = {
         "machine": facts, "models": _as_json(lines), "pictures": _as_json(pictures), "videos": _as_json(videos),
         "passed": passed,

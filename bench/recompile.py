@@ -20,10 +20,10 @@ import numpy as np
 
 from bench import report
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor, make_batch
+from glm4v_jax.compilation_cache import COMPILED
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.generate.warmup import Warmed, warmup
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 REQUESTS = 40
 MAX_PADDED_SHARE = 0.25
 

@@ -21,7 +21,7 @@ PROCESSOR_FILES = (
     "chat_template.jinja",
 )  # fmt: skip
 
-_LIBRARIES = []
+_LIBRARIES: list[Any] = []
 
 
 def import_transformers() -> ModuleType:
@@ -33,7 +33,7 @@ def import_transformers() -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise SystemExit("this measurement needs the reference: pip install 'glm4v_jax[test]'") from None
+        raise SystemExit("this measurement needs the reference: pip install '.[test]'") from None
     # A torchvision wheel beside a CPU build of torch lacks two operators and wants them at import; the library that
     # declares them must stay alive.
     for operator in ("nms", "qnms"):

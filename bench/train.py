@@ -33,6 +33,7 @@ from bench.cpu_vs_torch import spread
 
 LEARNING_RATE = 1e-5
 MAX_PADDING = 0.1
+SAMPLES = 400
 MAX_LOSS_DIFFERENCE = 1e-4
 """Relative, over a pass of a few steps."""
 
@@ -221,7 +222,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.train", description="training here and with torch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     out = report.console()

@@ -152,7 +152,7 @@ def _records(count: int, seed: int) -> list[Record]:
 
 def _piece(random: np.random.Generator, words: Sequence[str], count: int) -> str:
     count = min(max(count, 1), 250)
-    start = random.integers(len(words) - count)
+    start = int(random.integers(len(words) - count))
     return " ".join(words[start : start + count])
 
 

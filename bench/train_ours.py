@@ -1,6 +1,5 @@
 """Our side of `bench.train`: the step of a training job."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,14 +86,5 @@ class Ours:
         return jax.tree.map(lambda x: np.asarray(x)[None], batch)
 
 
-def main() -> None:
-    """Answer requests."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, required=True)
-    turns.use_cores(parser.parse_args().threads)
-    ours = Ours()
-    turns.serve({name: getattr(ours, name) for name in ("facts", "load", "losses", "train", "profile")})
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(Ours)

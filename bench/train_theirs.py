@@ -1,6 +1,5 @@
 """The reference's side of `bench.train`: transformers 4.57.1 and torch's AdamW, in their fastest setting on a CPU."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,18 +86,5 @@ def _padded(samples: Sequence[Sample]) -> dict[str, Any]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def main() -> None:
-    """Answer requests."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, required=True)
-    threads = parser.parse_args().threads
-    turns.use_cores(threads)
-    import torch
-
-    torch.set_num_threads(threads)
-    theirs = Theirs()
-    turns.serve({name: getattr(theirs, name) for name in ("facts", "load", "losses", "train", "profile")})
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(Theirs, with_torch=True)

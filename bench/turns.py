@@ -4,7 +4,10 @@ Neither's thread pool disturbs the other's, and each may have an interpreter of 
 on the worker's input, `{"task": name, **arguments}`; the reply is one line of JSON.
 """
 
+import argparse
+import heapq
 import json
+import operator
 import os
 import pathlib
 import statistics
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -74,6 +77,25 @@ def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
             print(json.dumps(tasks[request.pop("task")](**request)), file=replies, flush=True)
 
 
+def main(make: Callable[[], object], *, with_torch: bool = False) -> None:
+    """The answering side as a program: its tasks are the public methods of what is made, called by their names.
+
+    Args:
+      make: called when the process has its cores.
+      with_torch: whether torch is to have as many threads.
+    """
+    parser = argparse.ArgumentParser(description="One side of a comparison: reads tasks, a line of JSON each.")
+    parser.add_argument("--threads", type=int, required=True)
+    threads = parser.parse_args().threads
+    use_cores(threads)
+    if with_torch:
+        import torch
+
+        torch.set_num_threads(threads)
+    side = make()
+    serve({name: getattr(side, name) for name in dir(side) if not name.startswith("_")})
+
+
 def xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, float]]:
     """Operations on XLA's threads during a call, and how many milliseconds each took."""
     import jax
@@ -93,14 +115,12 @@ def xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, float]]:
 
 def slowest(operations: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
     """The operations that take the most milliseconds together."""
-    total, calls = Counter[str](), Counter[str]()
+    total, calls = defaultdict[str, float](float), Counter[str]()
     for name, milliseconds in operations:
         total[name] += milliseconds
         calls[name] += 1
-    return [
-        {"name": name, "calls": calls[name], "milliseconds": milliseconds}
-        for name, milliseconds in total.most_common(PROFILE_LENGTH)
-    ]
+    longest = heapq.nlargest(PROFILE_LENGTH, total.items(), key=operator.itemgetter(1))
+    return [{"name": name, "calls": calls[name], "milliseconds": milliseconds} for name, milliseconds in longest]
 
 
 def torch_profile(function: Callable[[], Any]) -> list[dict[str, Any]]:

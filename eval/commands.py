@@ -22,13 +22,12 @@ from eval.report import write_report
 from eval.summary import write_summary
 from eval.tasks import TASKS, Task, find_task, read_items
 from glm4v_jax.commands.batch import Batch
-from glm4v_jax.commands.console import to_json
 from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.options import ModelOptions, SamplingOptions, generation_config, long_answer
 from glm4v_jax.commands.program import Command, JsonOptions, run_program
 from glm4v_jax.commands.screen import printable
 from glm4v_jax.errors import ConfigError, GenerationError
-from glm4v_jax.files import fingerprint
+from glm4v_jax.files import model_fingerprint, to_json
 from glm4v_jax.generate.presets import preset
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
         default = dataclasses.asdict(type(part.config)())
         about = {
             "model": str(pathlib.Path(self.model).resolve()),
-            "model_fingerprint": fingerprint(self.model),
+            "model_fingerprint": model_fingerprint(self.model),
             "dtype": self.dtype,
             "prompt": task.prompt,
             "system": task.system,

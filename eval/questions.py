@@ -15,11 +15,10 @@ import PIL.Image
 
 from eval.fields import Media
 from eval.items import Item
-from glm4v_jax.commands.console import ADDRESSES
 from glm4v_jax.data.media import is_remote, located, picture_size, source_of
 from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.files import fingerprint
-from glm4v_jax.inputs.fetch import file_url_path
+from glm4v_jax.inputs.fetch import file_url_path, is_address
 
 _MARKER = re.compile(r"<(image|video)(?: ([0-9]{1,3}))?>")
 
@@ -190,16 +189,15 @@ def _file(source: Any) -> Path | None:
     """
     if not isinstance(source, str):
         return None
-    address = source.lower()
-    if address.startswith("file://"):
+    if source.lower().startswith("file://"):
         return file_url_path(source)
-    return None if address.startswith(ADDRESSES) else Path(source)
+    return None if is_address(source) else Path(source)
 
 
 def _as_json(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return dict(part)
     key, source = next((key, part[key]) for key in ("path", "url", "image", "video") if key in part)
-    is_short = isinstance(source, str) and not source.startswith("data:")
+    is_short = isinstance(source, str) and not source.lower().startswith("data:")
     told = {"type": part["type"], key: source if is_short else digest(source)}
     return told | {name: part[name] for name in ("fps", "digest") if name in part}

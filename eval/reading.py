@@ -12,9 +12,8 @@ from eval.items import Item
 from eval.metrics import METRICS
 from eval.questions import Origin, make_item
 from eval.tables import SUFFIXES, open_table
-from glm4v_jax.commands.console import ListedError
 from glm4v_jax.data.tables import Parquet, Rows, find_files
-from glm4v_jax.errors import ConfigError, DataError, Glm4vError, MediaError
+from glm4v_jax.errors import ConfigError, DataError, Glm4vError, ListedError, MediaError
 
 if TYPE_CHECKING:
     from eval.tasks import Task

@@ -19,8 +19,9 @@ from eval.compare import RIGHT
 from eval.items import Item
 from eval.results import Result
 from eval.thumbnails import Shown, show
-from glm4v_jax.commands.console import replacing, to_json, unsuspected_pictures
+from glm4v_jax.commands.console import unsuspected_pictures
 from glm4v_jax.errors import DataError
+from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.boxes import SCALE
 from glm4v_jax.generate.thinking import ANSWER, END_THINK, parse
 from glm4v_jax.inputs.threads import map_threads

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from eval.items import Item
 from eval.metrics import Metric, Score
-from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.errors import DataError
+from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.thinking import parse
 
 Category = Literal["scored", "parse_failure", "no_answer", "truncated", "error"]

@@ -13,8 +13,8 @@ from eval.items import Item
 from eval.metrics import Metric
 from eval.results import Category, Result, encoded, scores_of
 from eval.statistics import clustered, score_interval
-from glm4v_jax.commands.console import replacing
 from glm4v_jax.errors import DataError
+from glm4v_jax.files import replacing
 
 CONFIDENCE = 0.95
 

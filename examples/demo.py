@@ -36,7 +36,7 @@ def file_of_package(package: str, path: str) -> str:
     """
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"the demo needs {package}: pip install 'glm4v_jax[demo]'")
+        raise SystemExit(f"the demo needs {package}: pip install '.[demo]'")
     return str(pathlib.Path(found.submodule_search_locations[0]) / path)
 
 

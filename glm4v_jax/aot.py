@@ -9,6 +9,7 @@ libtpu must not be in an environment in which other JAX programs run on a CPU; `
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,8 @@ class Chip:
 # cloud.google.com/tpu/docs/{v5e,v6e,v5p}
 CHIPS = {"v5e": Chip(16, 819, 197, 200), "v6e": Chip(32, 1640, 918, 448), "v5p": Chip(95, 2765, 459, 600)}
 
+_LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
+
 
 def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
     """A mesh of the chips of a slice such as "v5e:2x4", none of which is here.
@@ -58,12 +61,15 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     from jax.experimental import topologies
 
     generation, _, layout = topology.partition(":")
-    if generation not in CHIPS:
+    if generation not in CHIPS or not _LAYOUT.fullmatch(layout):
         raise ConfigError(f"topology: found {topology!r}; expected one of {', '.join(CHIPS)}, as in 'v5e:2x4'")
     options: dict[str, Any] = {}
     if math.prod(int(side) for side in layout.split("x")) == 1:
         options = dict(chips_per_host_bounds=(1, 1, 1), num_slices=1)
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"topology: found {topology!r}, which the compiler refuses ({error})") from error
     sizes = (data, fsdp, kv, q, seq)
     if len(found) != math.prod(sizes):
         needed = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -113,27 +119,31 @@ def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
     )  # fmt: skip
 
 
-def prefill_program(config: Glm4vConfig, batch: int, tokens: int, slots: int, vision_tokens: int = 0) -> Program:
-    """A piece of `tokens` of `batch` prompts each, behind what caches of `slots` hold."""
+def prefill_program(
+    config: Glm4vConfig, batch: int, tokens: int, slots: int, vision_tokens: int = 0, running: int = 0
+) -> Program:
+    """A piece of `tokens` of `batch` prompts each, behind what caches of `slots` hold.
+
+    They are the whole batch, or one row of each shard of `running` rows.
+    """
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, _ = _text_and_head(model)
-        make = lambda text: programs.init_state(text, batch, slots, NUM_EOS, stacked=True)  # noqa: E731
+        make = lambda text: programs.init_state(text, running or batch, slots, NUM_EOS, stacked=True)  # noqa: E731
         state = placed(jax.eval_shape(make, text), mesh)
-        seen = jax.ShapeDtypeStruct(state.seen.shape, jnp.bool_)
+        seen = jax.ShapeDtypeStruct((batch, state.seen.shape[1]), jnp.bool_)
+        rows = jax.ShapeDtypeStruct((batch,), jnp.int32) if running else None
         ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
         positions = jax.ShapeDtypeStruct((3, batch, tokens), jnp.int32)
         piece = programs.Piece(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
         shape = (pool_capacity(vision_tokens), config.text_config.hidden_size)
         pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(None, None)))
-        return programs.append.lower(text, state, None, piece, seen, pool)
+        return programs.append.lower(text, state, rows, piece, seen, pool)
 
     before = slots - tokens
     flops = batch * tokens * (2 * _matmul_params(config, head=False) + _attention_flops(config, before + tokens / 2))
-    return Program(
-        f"prefill {batch} x {tokens:,} of {slots:,}", lower, batch * slots * _cache_bytes(config), flops,
-        ("language_model",), 1,
-    )  # fmt: skip
+    name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {running}" if running else "")
+    return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
 
 
 def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> Program:

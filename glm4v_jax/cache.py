@@ -80,8 +80,6 @@ def write_segments(segments: Int[Array, "B S"], new: Int[Array, "B T"], start: I
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(segments, new, start)
 
 
-_MANY_TOKENS, _UNROLLED_ROWS = 128, 16
-
 Side = Float[Array, "N B K S H"] | tuple[Float[Array, "B K S H"], ...]
 
 
@@ -119,9 +117,8 @@ def _write(
 
         rows, tokens = buffer.shape[1], new.shape[3]
         # Prompts written out, because XLA's TPU compiler mistakes one operand of such a loop for another (8 rows of
-        # 2,048); single tokens not, because it would copy the cache.
-        is_unrolled = tokens >= _MANY_TOKENS and rows <= _UNROLLED_ROWS
-        return jax.lax.fori_loop(0, rows, write_row, buffer, unroll=is_unrolled)
+        # 2,048, 2 of 96); single tokens not, because it would copy the cache.
+        return jax.lax.fori_loop(0, rows, write_row, buffer, unroll=tokens > 1)
 
     # Each device its own rows, one after the other: a vmap over them makes a TPU move the whole cache to another
     # layout, and a CPU copy it.

@@ -5,7 +5,6 @@ imported only once the inputs are known to be good, so that help and complaints 
 """
 
 import contextlib
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from glm4v_jax.commands.generate import Generate
 from glm4v_jax.commands.inspect import Inspect
 from glm4v_jax.commands.mesh import Mesh
 from glm4v_jax.commands.program import Runnable, leave_output, run_command
+from glm4v_jax.commands.standing import STANDING_ON_THIS, TROUBLE, main_of
+from glm4v_jax.errors import ConfigError
 
 COMMANDS: dict[str, Callable[..., Runnable]] = {
     "generate": Generate,
@@ -32,7 +33,6 @@ COMMANDS: dict[str, Callable[..., Runnable]] = {
 }
 
 
-_STANDING_ON_THIS = ("convert", "train", "eval")
 DESCRIPTION = (
     "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, `glm4v train` "
     "fine-tunes, `glm4v eval` scores, and `glm4v --version` prints the version."
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; that of this process by default.
 
     Returns:
-        The exit status: 0, or 1 after one line on standard error that says what is wrong. An unknown option exits
-        with status 2 by `SystemExit`.
+        The exit status: 0, or 1 after one line on standard error that says what is wrong; 2 after one that says why a
+        program beside this package cannot be had. An unknown option exits with status 2 by `SystemExit`.
     """
     try:
         status = _run(sys.argv[1:] if arguments is None else arguments)
@@ -77,10 +77,14 @@ def program() -> NoReturn:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] in _STANDING_ON_THIS:
+    if arguments and arguments[0] in STANDING_ON_THIS:
         # They stand on this package and not the other way round: loaded where they are asked for.
-        other = importlib.import_module(f"{arguments[0]}.commands")
-        return other.main(arguments[1:], prog=f"glm4v {arguments[0]}")
+        try:
+            other = main_of(arguments[0])
+        except ConfigError as error:
+            print(f"glm4v: error: {error}", file=sys.stderr)
+            return TROUBLE
+        return other(arguments[1:], prog=f"glm4v {arguments[0]}")
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0

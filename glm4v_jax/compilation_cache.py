@@ -24,6 +24,7 @@ MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 MAX_BYTES = 4 * 2**30
 """What the cache in the user's cache directory may grow to, unless `MAX_SIZE` says otherwise."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's own name of the time that a program took to compile."""
 
 # JAX's names: the program's, a SHA-256, and what the file is. The second file has the time of the last use.
 _PROGRAM = re.compile(r"(?P<name>.+)-[0-9a-f]{64}-cache")

@@ -8,13 +8,24 @@ program.
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
+from glm4v_jax.config_checks import (
+    check_divides,
+    check_flags,
+    check_number,
+    check_sizes,
+    check_token,
+    check_tokens,
+    is_integer,
+    known_fields,
+    object_of,
+)
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import assets_directory, read_json_object
+from glm4v_jax.rope_scaling import RopeScaling
 
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
@@ -23,69 +34,6 @@ ACTIVATION_NAMES = (
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
 )  # fmt: skip
 """What `hidden_act` may be; `nn.activation` has them."""
-
-_REQUIRED_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """`rope_scaling` of `config.json`: the rope type, its parameters, and the M-RoPE sections.
-
-    `mrope_section` counts the rotated frequencies that follow the temporal, height and width position; None means the
-    released checkpoint's. The other fields are documented at `transformers.modeling_rope_utils`.
-    """
-
-    rope_type: str = "default"
-    mrope_section: tuple[int, int, int] | None = None
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("mrope_section", "short_factor", "long_factor"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(value))
-        if self.rope_type not in _REQUIRED_ROPE_KEYS:
-            known = ", ".join(_REQUIRED_ROPE_KEYS)
-            raise ConfigError(f"rope_scaling.rope_type is {self.rope_type!r}, expected one of: {known}")
-        missing = [key for key in _REQUIRED_ROPE_KEYS[self.rope_type] if getattr(self, key) is None]
-        if missing:
-            raise ConfigError(f"rope_scaling of rope_type {self.rope_type!r} lacks {', '.join(missing)}")
-        if self.factor is not None and self.factor < 1:
-            raise ConfigError(f"rope_scaling.factor is {self.factor}, expected a number >= 1")
-        if self.mrope_section is not None and (len(self.mrope_section) != 3 or min(self.mrope_section) < 0):
-            raise ConfigError(f"rope_scaling.mrope_section is {list(self.mrope_section)}, expected three counts >= 0")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """From the JSON object; `type` is the old spelling of `rope_type`. Keys of no meaning here are ignored."""
-        data = dict(data)
-        if "type" in data:
-            data["rope_type"] = data.pop("type")
-        return cls(**_known_fields(cls, data))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object, without the fields that are not set."""
-        data = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        if self.truncate:
-            del data["truncate"]
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +63,10 @@ class Glm4vVisionConfig:
 
     def __post_init__(self) -> None:
         sizes = ("depth", "hidden_size", "num_heads", "in_channels", "image_size", "patch_size", "spatial_merge_size")
-        _check_positive(self, (*sizes, "temporal_patch_size", "out_hidden_size", "intermediate_size"))
+        check_sizes(self, (*sizes, "temporal_patch_size", "out_hidden_size", "intermediate_size"))
+        check_flags(self, ("attention_bias",))
         _check_layer_settings(self)
-        _check_divides(self, "num_heads", "hidden_size")
+        check_divides(self, "num_heads", "hidden_size")
         if self.image_size < self.patch_size:
             raise ConfigError(
                 f"vision image_size is {self.image_size}, expected at least patch_size, {self.patch_size}"
@@ -143,7 +92,7 @@ class Glm4vVisionConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """From the `vision_config` object of `config.json`; keys of no meaning here are ignored."""
-        return cls(**_known_fields(cls, data))
+        return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
         """The `vision_config` object of `config.json`, in the spelling of 4.57."""
@@ -198,12 +147,18 @@ class Glm4vTextConfig:
             scaling = RopeScaling.from_dict(scaling)
         freeze(self, "rope_scaling", scaling)
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _check_positive(self, (*sizes, "num_key_value_heads", "max_position_embeddings"))
+        check_sizes(self, (*sizes, "num_key_value_heads", "max_position_embeddings"))
+        if self.original_max_position_embeddings is not None:
+            check_sizes(self, ("original_max_position_embeddings",))
+        check_flags(self, ("use_cache", "tie_word_embeddings"))
+        for name in ("image_token_id", "video_token_id", "pad_token_id", "bos_token_id"):
+            check_token(self, name)
+        check_tokens(self, "eos_token_id")
         _check_layer_settings(self)
-        _check_number(self, "rope_theta", above=0)
-        _check_number(self, "partial_rotary_factor", above=0, most=1)
-        _check_divides(self, "num_attention_heads", "hidden_size")
-        _check_divides(self, "num_key_value_heads", "num_attention_heads")
+        check_number(self, "rope_theta", above=0)
+        check_number(self, "partial_rotary_factor", above=0, most=1)
+        check_divides(self, "num_attention_heads", "hidden_size")
+        check_divides(self, "num_key_value_heads", "num_attention_heads")
         for name in ("short_factor", "long_factor"):
             factors = getattr(scaling, name)
             if factors is not None and len(factors) != len(range(0, self.rotary_dim, 2)):
@@ -256,13 +211,13 @@ class Glm4vTextConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """From the `text_config` object of `config.json`, spelled as 4.57 or as 5.x does."""
         data = dict(data)
-        if (parameters := data.pop("rope_parameters", None)) is not None:
-            parameters = dict(parameters)
+        if data.get("rope_parameters") is not None:
+            parameters = dict(object_of(data, "rope_parameters"))
             for name in ("rope_theta", "partial_rotary_factor"):
                 if name in parameters:
                     data[name] = parameters.pop(name)
             data["rope_scaling"] = parameters
-        return cls(**_known_fields(cls, data))
+        return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
         """The `text_config` object of `config.json`, in the spelling of 4.57 (5.x reads it too)."""
@@ -300,7 +255,7 @@ class Glm4vConfig:
         for field in dataclasses.fields(self):
             if field.name.endswith("token_id"):
                 value, vocabulary = getattr(self, field.name), self.text_config.vocab_size
-                if not isinstance(value, int) or not 0 <= value < vocabulary:
+                if not is_integer(value) or not 0 <= value < vocabulary:
                     raise ConfigError(f"{field.name} is {value!r}, expected a token below vocab_size, {vocabulary}")
         text, vision = self.text_config.hidden_size, self.vision_config.out_hidden_size
         if text != vision:
@@ -321,13 +276,13 @@ class Glm4vConfig:
             raise ConfigError(
                 f"config.json: model_type is {model_type!r}, expected {cls.model_type!r} (dense GLM-4.1V)"
             )
-        fields = _known_fields(cls, data)
-        if data.get("quantization_config") is not None:
+        fields = known_fields(cls, data)
+        if data.get("quantization_config"):
             raise ConfigError("quantization_config: found a quantised checkpoint, expected plain weights")
         if "text_config" not in data and "hidden_size" not in data:
             raise ConfigError("text_config is missing")
-        fields["text_config"] = Glm4vTextConfig.from_dict(_object(data, "text_config") or data)
-        fields["vision_config"] = Glm4vVisionConfig.from_dict(_object(data, "vision_config"))
+        fields["text_config"] = Glm4vTextConfig.from_dict(object_of(data, "text_config") or data)
+        fields["vision_config"] = Glm4vVisionConfig.from_dict(object_of(data, "vision_config"))
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -360,7 +315,7 @@ class Glm4vConfig:
             raise CheckpointError(f"{path.parent}: not a checkpoint directory, it has no config.json")
         try:
             return cls.from_dict(read_json_object(path))
-        except (ConfigError, TypeError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     def save_pretrained(self, directory: str | pathlib.Path) -> None:
@@ -401,47 +356,11 @@ class Glm4vConfig:
         )  # fmt: skip
 
 
-def _known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {k: v for k, v in data.items() if k in names}
-
-
-def _object(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = data.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {value!r}, expected an object")
-    return value
-
-
-def _check_positive(config: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        if not isinstance(value := getattr(config, name), int) or value <= 0:
-            raise ConfigError(f"{type(config).__name__}.{name} is {value!r}, expected a whole number > 0")
-
-
-def _check_number(
-    config: Any, name: str, *, above: float | None = None, least: float = 0, most: float = math.inf
-) -> None:
-    value = getattr(config, name)
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    if not is_number or value < least or value > most or (above is not None and value <= above):
-        low = f"above {above:g}" if above is not None else f"from {least:g}"
-        high = "" if math.isinf(most) else f" to {most:g}"
-        raise ConfigError(f"{type(config).__name__}.{name} is {value!r}, expected a number {low}{high}")
-
-
 def _check_layer_settings(config: Any) -> None:
     """What both parts' layers have in common."""
-    _check_number(config, "rms_norm_eps", above=0)
-    _check_number(config, "attention_dropout", most=1)
+    check_number(config, "rms_norm_eps", above=0)
+    check_number(config, "attention_dropout", most=1)
+    check_number(config, "initializer_range")
     if config.hidden_act not in ACTIVATION_NAMES:
         known = ", ".join(ACTIVATION_NAMES)
         raise ConfigError(f"{type(config).__name__}.hidden_act is {config.hidden_act!r}, expected one of: {known}")
-
-
-def _check_divides(config: Any, divisor: str, dividend: str) -> None:
-    if getattr(config, dividend) % getattr(config, divisor):
-        raise ConfigError(
-            f"{type(config).__name__}.{dividend} is {getattr(config, dividend)}, "
-            f"expected a multiple of {divisor}, {getattr(config, divisor)}"
-        )

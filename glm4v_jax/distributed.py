@@ -21,8 +21,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed
-from jax._src import xla_bridge
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -103,6 +101,8 @@ def init_distributed(
     _check(coordinator, num_processes, process_id)
     if has_joined():
         raise ConfigError("init_distributed: found processes that have joined already; expected one call")
+    from jax._src import xla_bridge  # there is no public way to ask
+
     if xla_bridge.backends_are_initialized():
         raise ConfigError("init_distributed: found JAX in use already; expected the call before any other use of it")
     # The service for preemptions would catch SIGTERM, and the process would go on.
@@ -141,7 +141,7 @@ def init_distributed(
 
 def has_joined() -> bool:
     """Whether `init_distributed` has found others, from its call until `leave`."""
-    return _client() is not None
+    return jax.distributed.is_initialized()
 
 
 def leave() -> None:
@@ -385,13 +385,20 @@ def _same(tree: Any) -> Any:
 
 
 def _client() -> Any:
-    """Of the coordination service; JAX has no public way to its key-value store."""
-    return jax_distributed.global_state.client
+    """Of the coordination service."""
+    return _joined_state().client
 
 
 def _index() -> int:
-    return jax_distributed.global_state.process_id
+    return _joined_state().process_id
 
 
 def _count() -> int:
-    return jax_distributed.global_state.num_processes
+    return _joined_state().num_processes
+
+
+def _joined_state() -> Any:
+    """What JAX keeps of the other processes; it has no public way to their key-value store."""
+    from jax._src import distributed
+
+    return distributed.global_state

@@ -4,6 +4,8 @@ Every one of them is a `ValueError`, so that code written against the reference 
 working, and every message names the file or field, what was found, and what was expected.
 """
 
+from collections.abc import Sequence
+
 
 class Glm4vError(ValueError):
     """Base of all errors that a user's input can cause; the command line prints them as one line."""
@@ -31,3 +33,29 @@ class GenerationError(Glm4vError):
 
 class DataError(Glm4vError):
     """A row of training or evaluation data is not what it should be; the message says where it stands."""
+
+
+class ListedError(MessageError):
+    """Several things that are wrong, for a person a line each.
+
+    Attributes:
+      lines: what is wrong at all, and then with what.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
+def named(place: str) -> str:
+    """A place as a message names it, which shows an empty one too."""
+    return place if place.strip() else repr(place)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in a line; that of a `ListedError` in several."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{named(str(error.filename))}: {error.strerror}"
+    if isinstance(error, ListedError):
+        return "\n  ".join(" ".join(line.split()) for line in error.lines)
+    return " ".join(str(error).split())

@@ -16,6 +16,7 @@ from glm4v_jax import shards, weights
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.distributed import is_first, to_host
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.files import replacing
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.loading import leaf_paths
 from glm4v_jax.lora import is_lora
@@ -144,7 +145,8 @@ def save_pretrained(
 def save_generation_config(config: GenerationConfig, directory: Path) -> None:
     """Write generation_config.json."""
     text = json.dumps(generation_options(config), indent=2, sort_keys=True) + "\n"
-    (directory / "generation_config.json").write_text(text, encoding="utf-8")
+    with replacing(directory / "generation_config.json") as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def generation_options(config: GenerationConfig) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""The small files of a checkpoint directory: where they lie, and how they are read."""
+"""Files: the small ones of a checkpoint directory, what is in large ones in short, and how any are read and written."""
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import pathlib
 import shutil
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from glm4v_jax.errors import CheckpointError
@@ -75,7 +79,8 @@ def read_json_object(path: pathlib.Path) -> dict[str, Any]:
 def say_dtype(path: pathlib.Path, dtype: str) -> None:
     """Make config.json, where it says a dtype, say this one."""
     config = _with_dtype(read_json_object(path), dtype)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -102,6 +107,12 @@ def read_text(path: pathlib.Path) -> str:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
+_MODEL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "*preprocessor_config.json", "processor_config.json", "chat_template.*", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_ORBAX = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "state")
+
 _WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 12
 
 
@@ -115,11 +126,35 @@ def fingerprint(path: str | pathlib.Path) -> str:
       OSError: something cannot be read.
     """
     path = pathlib.Path(path)
+    files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+    return _fingerprint(path, files)
+
+
+def model_fingerprint(directory: str | pathlib.Path) -> str:
+    """The `fingerprint` of a checkpoint: of the files that a model is made of, whatever else lies beside them.
+
+    These are weights and their index, or the state of an Orbax checkpoint, and the files of configuration, generation,
+    tokenizer, templates and processors that are read with them.
+
+    Raises:
+      OSError: something cannot be read.
+    """
+    directory = pathlib.Path(directory)
+    files = [path for pattern in _MODEL_FILES for path in assets_directory(directory).glob(pattern)]
+    if is_orbax(directory):
+        files += [path for name in _ORBAX for path in (directory / name, *(directory / name).rglob("*"))]
+    else:
+        # As `safetensors_io.open_checkpoint` looks for them.
+        single = directory / "model.safetensors"
+        files += [single] if single.is_file() else directory.glob("*.safetensors*")
+    return _fingerprint(directory, [path for path in files if path.is_file()])
+
+
+def _fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
     hashed = hashlib.blake2b(digest_size=8)
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
-    for file in files:
+    for file in sorted(files):
         size = file.stat().st_size
-        name = str(file.relative_to(path)) if path.is_dir() else ""
+        name = "" if file == root else str(file.relative_to(root))
         hashed.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
         with file.open("rb") as content:
             if size <= _WHOLE:
@@ -129,3 +164,47 @@ def fingerprint(path: str | pathlib.Path) -> str:
                 content.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
                 hashed.update(content.read(_SAMPLE))
     return hashed.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives the name of a file beside `path`, which takes its place at the end of the block, or goes if that fails.
+
+    Raises:
+      OSError: what was raised inside, or by taking the place; it names `path`, whatever it was raised for.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException as error:
+        # Of a file system that cannot be written, the first error says more.
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and str(error.filename) == str(aside):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`json.dumps`, with null for what JSON has no number for: the logarithm of zero, and what is no number."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def size_text(nbytes: int, digits: int = 2) -> str:
+    """Bytes in the largest binary unit that leaves a whole: "1.25 GiB"."""
+    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{nbytes} B" if units[0] == "B" else f"{value:.{digits}f} {units[0]}"

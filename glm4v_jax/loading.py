@@ -16,6 +16,7 @@ from jaxtyping import Array
 from glm4v_jax import weights
 from glm4v_jax.checkpoint import leaves_of, open_weights
 from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.errors import ConfigError
 from glm4v_jax.leaves import array_of
 from glm4v_jax.lora import Axes, linears
 from glm4v_jax.mesh import platform
@@ -42,7 +43,7 @@ def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> 
     """A dtype from None (this machine's default), "auto" (the checkpoint's), a name, or anything NumPy takes.
 
     Raises:
-      ValueError: it is none of float32, bfloat16 and float16.
+      ConfigError: it is none of float32, bfloat16 and float16, or "auto" where there is no checkpoint.
     """
     if dtype is None:
         dtype = default_dtype()
@@ -51,7 +52,8 @@ def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> 
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type | np.dtype) else jnp.dtype(dtype).name
     name = _ALIASES.get(name, name)
     if name not in _COMPUTE_DTYPES:
-        raise ValueError(f"dtype: found {dtype!r}; expected None, 'auto' or one of {', '.join(_COMPUTE_DTYPES)}")
+        auto = "" if files is None else ", 'auto'"
+        raise ConfigError(f"dtype: found {dtype!r}; expected None{auto} or one of {', '.join(_COMPUTE_DTYPES)}")
     return jnp.dtype(name)
 
 

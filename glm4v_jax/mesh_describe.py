@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.files import size_text
 from glm4v_jax.mesh import AXES, RULES, names_of
 from glm4v_jax.mesh_layout import check_mesh, devices_along, mesh_text, parameter_layout
 
@@ -181,15 +182,6 @@ def describe(
         weights.append(Held(part, name, leaf.count, leaf.shape, _axes_texts(leaf.axes, whole), nbytes, device_bytes))
     cache = _cache(config, whole, rows, capacity, itemsize)
     return Description(whole, str(dtype), rows, capacity, tuple(weights), cache, memory)
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in the largest binary unit that leaves a whole: "1.25 GiB"."""
-    value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{nbytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
 def _cache(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: int, itemsize: int) -> Held:

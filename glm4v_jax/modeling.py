@@ -26,9 +26,16 @@ from glm4v_jax.export import save_pretrained
 from glm4v_jax.generate.arrays import generate
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.inputs.positions import rope_index
-from glm4v_jax.inputs.prepare import make_batch, token_array, token_ids
+from glm4v_jax.inputs.prepare import (
+    checked_grids,
+    checked_patches,
+    in_vocabulary,
+    make_batch,
+    token_array,
+    token_ids,
+)
 from glm4v_jax.loading import leaf_paths, load_model, resolve_dtype
-from glm4v_jax.mesh import data_shards, reshard, use_mesh
+from glm4v_jax.mesh import data_shards, platform, reshard, use_mesh
 from glm4v_jax.model import Glm4v
 from glm4v_jax.modeling_parts import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
 from glm4v_jax.nn import Linear, num_params
@@ -70,9 +77,13 @@ class Glm4vModel:
         return self.language_model.dtype
 
     def get_input_embeddings(self, input_ids: np.ndarray) -> Array:
-        """[B, T] tokens -> [B, T, D] embeddings."""
+        """[B, T] tokens -> [B, T, D] embeddings.
+
+        Raises:
+          MessageError: the shape is another, or a token is not in the vocabulary.
+        """
         with use_mesh(self.mesh):
-            input_ids = token_array(input_ids)
+            input_ids = in_vocabulary(token_array(input_ids), self.config.text_config.vocab_size)
             extent = Extent.of(input_ids.shape)
             return extent.cut(programs.embed(self.language_model.flat, extent.pad(input_ids), None, None))
 
@@ -88,13 +99,27 @@ class Glm4vModel:
         return rope_index(input_ids, token_ids(self.config), image_grid_thw, video_grid_thw, attention_mask, merge)
 
     def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
-        """Merged tokens of each picture, [tokens, D]."""
-        sizes = np.prod(np.asarray(image_grid_thw), axis=1) // self.config.vision_config.spatial_merge_size**2
-        return tuple(jnp.split(self.visual(pixel_values, image_grid_thw), np.cumsum(sizes)[:-1].tolist()))
+        """Merged tokens of each picture, [tokens, D].
+
+        Raises:
+          MessageError: there are no grids, or they count other patches.
+        """
+        return self._features(pixel_values, image_grid_thw, "pixel_values", "image_grid_thw")
 
     def get_video_features(self, pixel_values_videos: np.ndarray, video_grid_thw: np.ndarray) -> tuple[Array, ...]:
-        """Merged tokens of each video, [tokens, D]."""
-        return self.get_image_features(pixel_values_videos, video_grid_thw)
+        """Merged tokens of each video, [tokens, D].
+
+        Raises:
+          MessageError: there are no grids, or they count other patches.
+        """
+        return self._features(pixel_values_videos, video_grid_thw, "pixel_values_videos", "video_grid_thw")
+
+    def _features(self, pixel_values: Any, grid_thw: Any, name: str, grid_name: str) -> tuple[Array, ...]:
+        config = self.config.vision_config
+        grids = checked_grids(grid_thw, config.spatial_merge_size, grid_name)
+        patches = checked_patches(pixel_values, grids, config.patch_dim, name, grid_name)
+        sizes = grids.prod(axis=1) // config.spatial_merge_size**2
+        return tuple(jnp.split(self.visual(patches, grids), np.cumsum(sizes)[:-1].tolist()))
 
     def embed(self, batch: Batch, dropout_key: Array | None = None) -> Array:
         """[B, T, D] embeddings of a batch, its pictures and videos in place."""
@@ -279,7 +304,7 @@ class Glm4vForConditionalGeneration:
         with use_mesh(mesh) as mesh:
             dtype = dtype if dtype is not None else torch_dtype
             if stacked is None:
-                stacked = jax.default_backend() != "cpu"
+                stacked = platform() != "cpu"
             module = load_model(
                 directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), progress=progress
             )
@@ -435,9 +460,23 @@ def _checked_labels(labels: np.ndarray, extent: Extent, every: bool, vocab_size:
 
 def _kept(run: Run, logits_to_keep: int | np.ndarray) -> Array:
     """[rows, K, D]: the padded hidden states of the positions to score."""
+    t = run.extent.t
     if np.ndim(logits_to_keep):
         indices = np.asarray(logits_to_keep)
-        return programs.positions_at(run.hidden, np.where(indices < 0, indices + run.extent.t, indices))
-    if count := operator.index(logits_to_keep):
-        return programs.last_positions(run.hidden, np.int32(run.extent.t), min(count, run.extent.t))
-    return run.hidden
+        if indices.ndim != 1 or indices.dtype.kind not in "iu":
+            raise MessageError(
+                f"logits_to_keep: found {indices.dtype} {list(indices.shape)}; expected a count or integers [K]"
+            )
+        wrong = (indices < -t) | (indices >= t)
+        if wrong.any():
+            raise MessageError(
+                f"logits_to_keep: found index {indices[wrong][0]}; expected indices from {-t} to {t - 1}"
+            )
+        return programs.positions_at(run.hidden, np.where(indices < 0, indices + t, indices))
+    try:
+        count = operator.index(logits_to_keep)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise MessageError(f"logits_to_keep: found {logits_to_keep!r}; expected a count >= 0, or indices")
+    return programs.last_positions(run.hidden, np.int32(t), min(count, t)) if count else run.hidden

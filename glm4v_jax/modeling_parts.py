@@ -21,7 +21,14 @@ from glm4v_jax.config import Glm4vTextConfig, Glm4vVisionConfig
 from glm4v_jax.decoder import Record, Recorded, TextDecoder
 from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.packing import bucket, frames_of, pack
-from glm4v_jax.inputs.prepare import MIN_LENGTH, token_array
+from glm4v_jax.inputs.prepare import (
+    MIN_LENGTH,
+    checked_grids,
+    checked_patches,
+    checked_positions,
+    in_vocabulary,
+    token_array,
+)
 from glm4v_jax.loading import resolve_dtype
 from glm4v_jax.mesh import data_shards, reshard, round_up, use_mesh
 from glm4v_jax.nn import Init
@@ -118,12 +125,19 @@ class Glm4vVisionModel:
 
         Returns:
           [patches / merge_size^2, out_hidden_size], in the order of the patches.
+
+        Raises:
+          MessageError: there are no grids, or they count other patches.
         """
         config = self.config
+        grids = checked_grids(grid_thw, config.spatial_merge_size)
+        if not len(grids):
+            raise MessageError("grid_thw: found no grids; expected at least one")
+        patches = checked_patches(hidden_states, grids, config.patch_dim, "hidden_states", "grid_thw")
         with use_mesh(self.mesh):
             rows, merged_index = pack(
-                np.asarray(hidden_states),
-                frames_of(grid_thw),
+                patches,
+                frames_of(grids),
                 merge_size=config.spatial_merge_size,
                 position_grid=config.position_grid,
                 row_multiple=data_shards(),
@@ -188,7 +202,7 @@ class Glm4vTextModel:
           **kwargs: see `run`.
 
         Raises:
-          MessageError: a shape is wrong.
+          MessageError: a shape is wrong, or a token is not in the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise MessageError("input_ids and inputs_embeds: found both or neither; expected exactly one")
@@ -197,13 +211,13 @@ class Glm4vTextModel:
                 extent = Extent.of(np.shape(inputs_embeds))
                 embeds = self.pad_embeds(extent, inputs_embeds)
             else:
-                input_ids = token_array(input_ids)
+                input_ids = in_vocabulary(token_array(input_ids), self.config.vocab_size)
                 extent = Extent.of(input_ids.shape)
                 embeds = programs.embed(self.flat, extent.pad(input_ids), None, None)
             past = 0 if past_key_values is None else past_key_values.length
             if position_ids is None:
-                position_ids = past + np.arange(extent.t)
-            positions = extent.pad(np.broadcast_to(np.asarray(position_ids), (3, extent.batch, extent.t)), 1)
+                position_ids = past + np.arange(extent.t)[None]
+            positions = extent.pad(checked_positions(position_ids, extent.batch, extent.t), 1)
             run = self.run(extent, embeds, positions, attention_mask, past_key_values, **kwargs)
             return BaseModelOutputWithPast(
                 extent.cut(run.hidden), run.past_key_values, run.hidden_states(), run.attentions()

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from glm4v_jax import lora, mesh, shards, weights
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import replacing
 from glm4v_jax.model import Glm4v
 from glm4v_jax.nn import Linear
 from glm4v_jax.safetensors_io import SafetensorsFile, write_safetensors
@@ -105,8 +106,12 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
     if jax.process_index() == 0:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_safetensors(directory / WEIGHTS, tensors, shards.PYTORCH)
-        (directory / CONFIG).write_text(json.dumps(options, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config, file = directory / CONFIG, directory / WEIGHTS
+        with replacing(config) as new_config, replacing(file) as new_file:
+            write_safetensors(new_file, tensors, shards.PYTORCH)
+            new_config.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            # Weights beside the rank and alpha of others would pass for an adapter: weights alone do not.
+            config.unlink(missing_ok=True)
 
 
 def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import ConfigError, MessageError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.modeling import Glm4vForConditionalGeneration
 
@@ -39,11 +39,22 @@ class ImageTextToTextPipeline:
         Returns:
           For each conversation `[{"input_text": its messages, "generated_text": ...}]`; for a single one just that
           list.
+
+        Raises:
+          MessageError: `text` holds no conversation.
+          GenerationError, MediaError: see `generate` and `Glm4vProcessor.apply_chat_template`.
         """
+        if not isinstance(text, list | tuple):
+            raise MessageError(
+                f"text: found {type(text).__name__}; expected a conversation, or a list of conversations"
+            )
         single = bool(text) and isinstance(text[0], Mapping)
-        conversations: list[Any] = [list(text)] if single else [list(conversation) for conversation in text]
+        conversations: list[Any] = [list(text)] if single else list(text)
         if not conversations or not all(conversations):
             raise MessageError("text: found no messages; expected a conversation, or a list of conversations")
+        for conversation in conversations:
+            if not isinstance(conversation, list | tuple):
+                raise MessageError(f"text: found a list of {type(conversation).__name__}; expected messages")
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True
         )
@@ -70,12 +81,16 @@ def pipeline(
       model: a checkpoint directory, or a loaded model together with `processor`.
       processor: in place of the checkpoint's.
       **model_kwargs: for `Glm4vForConditionalGeneration.from_pretrained`.
+
+    Raises:
+      ConfigError: the task is another, or there is no model, or no processor for it.
+      CheckpointError: see `from_pretrained`.
     """
     if task != TASK:
-        raise ValueError(f"task: found {task!r}; expected {TASK!r}")
+        raise ConfigError(f"task: found {task!r}; expected {TASK!r}")
     if isinstance(model, str | Path):
         processor = processor or Glm4vProcessor.from_pretrained(model)
         model = Glm4vForConditionalGeneration.from_pretrained(model, **model_kwargs)
     if model is None or processor is None:
-        raise ValueError("model: expected a checkpoint directory, or a loaded model and its processor")
+        raise ConfigError("model: expected a checkpoint directory, or a loaded model and its processor")
     return ImageTextToTextPipeline(model, processor)

@@ -27,13 +27,14 @@ def narrow(hidden: int) -> Glm4vConfig:
 
 
 def main() -> None:
-    """Decoding and a piece of a prompt on the mesh of latency, decoding on that of long contexts, a training step."""
+    """Decoding and pieces of prompts on the mesh of latency, decoding on that of long contexts, a training step."""
     wide, narrower = narrow(2048), narrow(1024)
     decode, prefill = aot.decode_program(wide, 8, 4096), aot.prefill_program(wide, 1, 1024, 8192)
+    join, short = aot.prefill_program(wide, 1, 96, 4096, running=8), aot.prefill_program(wide, 32, 16, 1024)
     step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))
     for program, config, sizes in (
         (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
-        (step, narrower, dict(fsdp=2, kv=2)),
+        (step, narrower, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, wide, dict(kv=2, q=2)),
     ):  # fmt: skip
         compiled = aot.compile_for(program, config, "v5e:2x2", large=2**18, **sizes)
         print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201

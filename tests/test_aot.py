@@ -129,6 +129,25 @@ def test_unknown_slices():
         aot.topology_mesh("v9:2x2")
 
 
+@pytest.mark.parametrize(
+    "topology", ["v5e", "v5e:", "v5e:axb", "v5e:8", "v5e:2x0", "v5e:2x-4", "v5e:2x2x2x2", "v5e:2x4:"]
+)
+def test_layouts_that_are_none(topology):
+    with pytest.raises(
+        ConfigError, match=f"topology: found '{topology}'; expected one of v5e, v6e, v5p, as in 'v5e:2x4'"
+    ):
+        aot.topology_mesh(topology)
+
+
+def test_layouts_that_the_compiler_refuses(monkeypatch):
+    def refuse(**kwargs):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(ConfigError, match=r"topology: found 'v5e:3x5', which the compiler refuses \(INVALID_ARG"):
+        aot.topology_mesh("v5e:3x5")
+
+
 FEW = 4
 """MiB; a device's share of a layer's largest kernel is 8."""
 
@@ -145,7 +164,7 @@ def compiled():
     command = [str(python), str(Path(__file__).with_name("aot_programs.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    names = ("decode", "prefill", "decode, slots split", "training step")
+    names = ("decode", "prefill", "decode, slots split", "training step", "a row beside others", "many short rows")
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
@@ -164,6 +183,13 @@ def test_a_piece_of_a_prompt_moves_what_it_must(compiled):
     assert inside == {"all-gather": 2, "reduce-scatter": 2}
     assert found["copies"] == []
     assert found["temporaries"] * 2**10 <= FEW
+
+
+@pytest.mark.parametrize("name", ["a row beside others", "many short rows"])
+def test_short_prompts_copy_no_cache(compiled, name):
+    """And compile at all: a loop over rows in the writing of the cache does not."""
+    assert compiled[name]["copies"] == []
+    assert compiled[name]["temporaries"] * 2**10 <= 2 * FEW
 
 
 def test_slots_in_shards_are_held_once(compiled):

@@ -10,7 +10,7 @@ import pytest
 from helpers_transformers import import_transformers
 
 from bench import eval as evaluation
-from bench import media, memory, recompile, report
+from bench import install, media, memory, recompile, report, turns
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.generate.warmup import warmup
@@ -100,6 +100,47 @@ def test_another_filter_is_noticed(parity, processors):
     line = parity.compare_picture("chelsea.png", (processors[0], bilinear))
     assert line.resize_steps > 1
     assert not line.passed
+
+
+def test_help_measures_nothing(parity, monkeypatch, capsys):
+    for module in (parity, install):
+        monkeypatch.setattr(sys, "argv", ["it", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == 0 and "usage: python -m bench." in capsys.readouterr().out
+
+
+def test_an_installation_is_told_and_judged(tmp_path, monkeypatch, capsys):
+    figures = {
+        "machine": report.machine_facts(), "bytes": 5e8, "packages": 40, "largest_packages": {"jax": 7e6},
+        "install_seconds": 60.0, "import_seconds": 0.1, "import_model_seconds": 2.0, "first_token_seconds": 9.0,
+        "first_token_seconds_all": [8.0, 9.0, 10.0], "first_token_cpu_seconds": 9.0, "reference_packages_found": [],
+        "load_average_before": 0.0,
+    }  # fmt: skip
+    write = report.write_result
+    monkeypatch.setattr(report, "write_result", lambda name, told: write(name, told, tmp_path))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["install"])
+    for found, status in (([], 0), (["torch"], 1)):
+        monkeypatch.setattr(install, "measure", lambda _, found=found: figures | {"reference_packages_found": found})
+        assert install.main() == status
+        out = capsys.readouterr().out
+        assert "500 MB" in out and ("FAIL" in out) == bool(found)
+        assert json.loads((tmp_path / "install.json").read_text())["reference_packages_found"] == found
+
+
+def test_a_side_of_a_comparison_has_its_public_methods_as_tasks(monkeypatch):
+    served = {}
+    monkeypatch.setattr(sys, "argv", ["side", "--threads", "1"])
+    monkeypatch.setattr(turns, "use_cores", lambda count: served.update(cores=count))
+    monkeypatch.setattr(turns, "serve", served.update)
+    from bench.eval_ours import Ours
+
+    turns.main(Ours)
+    assert served.keys() == {"cores", "facts", "load", "answer"} and served["cores"] == 1
+    assert turns.slowest([("a", 1.5), ("b", 2.0), ("a", 1.0)]) == [
+        {"name": "a", "calls": 2, "milliseconds": 2.5}, {"name": "b", "calls": 1, "milliseconds": 2.0},
+    ]  # fmt: skip
 
 
 def test_all_named_files_exist():

@@ -27,6 +27,19 @@ def test_the_checkpoint_is_as_large_as_asked_for(gigabytes):
     assert size < gigabytes * 1e9 + convert.LAYER_BYTES or gigabytes < 5
 
 
+def test_the_whole_9b_has_a_result_of_its_own(tmp_path, monkeypatch, capsys):
+    """It takes much of a disk, and a smaller run must not replace it."""
+    monkeypatch.setattr(convert, "run", lambda *_: {"parameters": 1, "tensor_bytes": 1, "passed": True})
+    monkeypatch.setattr(convert, "rows", lambda _: [])
+    write = report.write_result
+    monkeypatch.setattr(report, "write_result", lambda name, figures: write(name, figures, tmp_path))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for options, name in (([], "convert"), (["--full"], "convert_full")):
+        monkeypatch.setattr(sys, "argv", ["convert", *options])
+        assert convert.main() == 0
+        assert capsys.readouterr().out.endswith(f"written to {name}.json\n")
+
+
 def test_memory_of_a_process_is_its_own(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "target").mkdir()

@@ -125,6 +125,14 @@ def test_what_is_no_directory_is_not_downloaded(capfd, name):
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_variable_of_the_environment_is_named_as_one(capfd, monkeypatch):
+    """The default is read once, when the options are made."""
+    monkeypatch.setenv("GLM4V_MODEL", "/nowhere")
+    assert "glm4v: error: $GLM4V_MODEL /nowhere: not a directory" in refused(capfd, "--model", "/nowhere", "Hello")
+    assert "error: --model /elsewhere: not a directory" in refused(capfd, "--model", "/elsewhere", "Hello")
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_prompt_that_is_no_utf_8_is_refused(capfd):
     refused(capfd, os.fsdecode(b"caf\xe9"))
 

@@ -145,6 +145,7 @@ def test_files_that_are_no_configuration(tmp_path):
         Glm4vConfig.from_pretrained(tmp_path)
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0, "mrope_section": [1, 1, 2]}
 LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
 
 
@@ -180,6 +181,37 @@ LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
         (None, "text_config", ..., "text_config is missing"),
         (None, "vision_config", [1], r"vision_config is \[1\], expected an object"),
         (None, "quantization_config", {"bits": 4}, "quantization_config: found a quantised checkpoint"),
+        (None, "image_token_id", True, "image_token_id is True, expected a token below vocab_size"),
+        (None, "text_config", 0, "text_config is 0, expected an object"),
+        ("text_config", "rope_scaling", "x", "rope_scaling is 'x', expected an object"),
+        ("text_config", "rope_scaling", [1, 2], r"rope_scaling is \[1, 2\], expected an object"),
+        ("text_config", "rope_parameters", "x", "rope_parameters is 'x', expected an object"),
+        ("text_config", "rope_scaling", {"rope_type": []}, r"rope_scaling.rope_type is \[\], expected one of: default"),
+        ("text_config", "rope_scaling", LINEAR | {"factor": "2"}, "rope_scaling.factor is '2', expected a number"),
+        ("text_config", "rope_scaling", LINEAR | {"factor": True}, "rope_scaling.factor is True, expected a number"),
+        ("text_config", "rope_scaling", LINEAR | {"beta_fast": "a"}, "rope_scaling.beta_fast is 'a'"),
+        ("text_config", "rope_scaling", LINEAR | {"truncate": "no"}, "rope_scaling.truncate is 'no', expected true or"),
+        ("text_config", "rope_scaling", LINEAR | {"short_factor": ["a"]}, r"short_factor is \['a'\], expected a list"),
+        (
+            "text_config", "rope_scaling", LINEAR | {"original_max_position_embeddings": 0},
+            "original_max_position_embeddings is 0, expected a whole number > 0",
+        ),
+        ("text_config", "rope_scaling", {"mrope_section": [1.0, 1.0, 2.0]}, r"mrope_section is \[1.0, 1.0, 2.0\], exp"),
+        ("text_config", "rope_scaling", {"mrope_section": 3}, "mrope_section is 3, expected three counts >= 0"),
+        ("text_config", "original_max_position_embeddings", "a", "original_max_position_embeddings is 'a'"),
+        ("text_config", "tie_word_embeddings", "no", "tie_word_embeddings is 'no', expected true or false"),
+        ("text_config", "use_cache", 1, "use_cache is 1, expected true or false"),
+        ("vision_config", "attention_bias", "false", "attention_bias is 'false', expected true or false"),
+        ("text_config", "initializer_range", "a", "initializer_range is 'a', expected a number from 0"),
+        ("vision_config", "initializer_range", -1, "initializer_range is -1, expected a number from 0"),
+        ("text_config", "eos_token_id", "x", "eos_token_id is 'x', expected a token, a list of tokens or null"),
+        ("text_config", "eos_token_id", [1, True], r"eos_token_id is \(1, True\), expected a token, a list of"),
+        ("text_config", "pad_token_id", 1.0, "pad_token_id is 1.0, expected a token or null"),
+        ("text_config", "image_token_id", True, "image_token_id is True, expected a token or null"),
+        ("text_config", "num_hidden_layers", True, "num_hidden_layers is True, expected a whole number > 0"),
+        ("text_config", "hidden_size", 2**31, r"hidden_size is 2147483648, expected a whole number > 0 and < 2\*\*31"),
+        ("text_config", "rope_theta", 10**400, "rope_theta is 1000*, expected a number above 0"),
+        ("text_config", "rms_norm_eps", True, "rms_norm_eps is True"),
     ],
 )  # fmt: skip
 def test_files_with_a_wrong_field_are_named_and_so_is_the_field(tmp_path, part, field, value, message):
@@ -190,6 +222,12 @@ def test_files_with_a_wrong_field_are_named_and_so_is_the_field(tmp_path, part, 
     (tmp_path / "config.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"{re.escape(str(tmp_path))}/config\.json: .*{message}"):
         Glm4vConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("quantization_config", [{}, None])
+def test_an_empty_quantisation_is_none(quantization_config):
+    data = CONFIGS["base"] | {"quantization_config": quantization_config}
+    assert Glm4vConfig.from_dict(data) == Glm4vConfig.from_dict(CONFIGS["base"])
 
 
 def test_activations_are_known_to_both():

@@ -91,8 +91,20 @@ def test_spellings_of_a_dtype(asked, got):
 
 @pytest.mark.parametrize("asked", ["int8", "float64", np.int32, "auto"])
 def test_other_dtypes_are_refused(asked):
-    with pytest.raises(ValueError, match="expected None, 'auto' or one of float32, bfloat16, float16"):
-        resolve_dtype(asked)
+    with pytest.raises(ConfigError, match=r"found .*; expected None or one of float32, bfloat16, float16"):
+        resolve_dtype(asked)  # without a checkpoint, so "auto" means nothing
+
+
+def test_a_checkpoint_has_a_dtype_of_its_own_to_ask_for(checkpoints):
+    with pytest.raises(ConfigError, match="dtype: found 'int8'; expected None, 'auto' or one of float32, bfloat16, fl"):
+        load_model(checkpoints("tester"), Glm4vConfig.from_dict(CONFIGS["tester"]), dtype="int8")
+
+
+def test_layers_are_laid_out_for_the_devices_of_the_mesh(checkpoints, mesh, monkeypatch):
+    """On a CPU, also where that is not what JAX would take by itself."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("tester"), mesh=mesh)
+    assert not model.module.language_model.layers.is_stacked and model.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("stacked", [True, False])

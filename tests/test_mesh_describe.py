@@ -11,7 +11,8 @@ from helpers_mesh import GROUPED, run_on_devices, write_grouped
 
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.mesh_describe import COLUMNS, describe, size_text
+from glm4v_jax.files import size_text
+from glm4v_jax.mesh_describe import COLUMNS, describe
 from glm4v_jax.mesh_layout import mesh_text
 from glm4v_jax.mesh_presets import GIB, PRESETS, sizes_for
 
@@ -99,6 +100,7 @@ def test_as_text_and_for_json():
 def test_sizes_of_bytes():
     texts = [size_text(number) for number in (0, 1023, 1024, 1536, 2**20, 5 * 2**30, 2**41)]
     assert texts == ["0 B", "1023 B", "1.00 KiB", "1.50 KiB", "1.00 MiB", "5.00 GiB", "2048.00 GiB"]
+    assert size_text(350 << 10, 1) == "350.0 KiB" and size_text(7, 1) == "7 B"
 
 
 def test_it_is_what_lies_on_a_device(tmp_path):

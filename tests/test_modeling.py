@@ -123,6 +123,34 @@ def test_logits_to_keep(ours, theirs):
     assert_close(ours("base")(**prompts.inputs, logits_to_keep=chosen).logits, expected.logits)
 
 
+def test_the_last_and_the_first_place_can_be_kept(ours):
+    inputs = Prompts(config_of("base"), [[14], [9]], seed=7).inputs
+    every = np.asarray(ours("base")(**inputs).logits)
+    np.testing.assert_allclose(ours("base")(**inputs, logits_to_keep=99).logits, every, atol=TOLERANCE)
+    ends = ours("base")(**inputs, logits_to_keep=[-14, 13]).logits
+    np.testing.assert_allclose(ends, every[:, [0, 13]], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([14], "found index 14; expected indices from -14 to 13"),
+        (np.array([0, 4000]), "found index 4000"),
+        ([-15], "found index -15"),
+        ([True] * 14, r"found bool \[14\]; expected a count or integers \[K\]"),
+        ([0.5], r"found float64 \[1\]"),
+        ([[1]], r"found int64 \[1, 1\]"),
+        (-2, "found -2; expected a count >= 0, or indices"),
+        (1.5, "found 1.5; expected a count"),
+        ("all", "found 'all'; expected a count"),
+    ],
+)
+def test_places_that_the_prompt_does_not_have_are_not_kept(ours, kept, message):
+    """4.57.1 drops the first 2 for -2, and finds no index too large on every device."""
+    with pytest.raises(MessageError, match=f"logits_to_keep: {message}"):
+        ours("base")(input_ids=np.arange(1, 15)[None], logits_to_keep=kept)
+
+
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_inputs_embeds_with_pixels(ours, theirs, kind):
     """Embeddings in place of tokens, placeholders too; positions must be given (4.57.1 falls back silently)."""
@@ -424,6 +452,60 @@ def test_parts_of_the_model_stand_alone(ours, theirs):
     with torch.no_grad():
         hidden = reference.model.language_model(input_ids=torch.tensor(ids)).last_hidden_state
     assert_close(model.language_model(input_ids=ids).last_hidden_state, hidden)
+    for positions in (np.arange(9)[None], np.broadcast_to(np.arange(9), (3, 1, 9))):
+        given = model.language_model(input_ids=ids, position_ids=positions).last_hidden_state
+        assert_close(given, hidden)
+
+
+TWO_BY_TWO = np.array([[1, 2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.language_model(np.array([[1, 320]])), "input_ids: found token 320; expected tokens from 0 to 319"),
+        (lambda m: m.language_model(np.array([[-1, 1]])), "input_ids: found token -1"),
+        (lambda m: m.model.get_input_embeddings(np.array([[1, 320]])), "input_ids: found token 320"),
+        (
+            lambda m: m.language_model(np.ones((1, 14), int), position_ids=np.ones((1, 3), int)),
+            r"position_ids: found shape \[1, 3\]; expected \[3, 1, 14\]",
+        ),
+        (
+            lambda m: m.language_model(np.ones((1, 14), int), position_ids=np.ones((3,), int)),
+            r"position_ids: found shape \[3\]; expected \[3, 1, 14\]",
+        ),
+        (
+            lambda m: m.language_model(np.ones((1, 14), int), position_ids=np.full((1, 14), 0.5)),
+            "position_ids: found float64; expected integers",
+        ),
+        (lambda m: m.get_image_features(np.zeros((4, 1176)), None), "image_grid_thw: found nothing; expected integers"),
+        (lambda m: m.get_video_features(np.zeros((4, 1176)), None), "video_grid_thw: found nothing; expected integers"),
+        (
+            lambda m: m.get_image_features(np.zeros((5, 1176)), TWO_BY_TWO),
+            r"pixel_values: found shape \[5, 1176\]; expected \[4, 1176\], as image_grid_thw counts",
+        ),
+        (lambda m: m.get_video_features(np.zeros((5, 1176)), TWO_BY_TWO), "pixel_values_videos: found shape"),
+        (
+            lambda m: m.visual(np.zeros((4, 100)), TWO_BY_TWO),
+            r"hidden_states: found shape \[4, 100\]; expected \[4, 11",
+        ),
+        (lambda m: m.visual(None, TWO_BY_TWO), r"hidden_states: found shape \[\]"),
+        (
+            lambda m: m.visual(np.zeros((4, 1176)), [1, 2, 2]),
+            r"grid_thw: found int64 \[3\]; expected integers \[N, 3\]",
+        ),
+        (lambda m: m.visual(np.zeros((4, 1176)), [[1.0, 2, 2]]), r"grid_thw: found float64 \[1, 3\]"),
+        (
+            lambda m: m.visual(np.zeros((6, 1176)), [[1, 2, 3]]),
+            r"grid_thw: found the grid \[1, 2, 3\]; .* of 2 patches",
+        ),
+        (lambda m: m.visual(np.zeros((4, 1176)), [[-1, -2, 2]]), r"grid_thw: found the grid \[-1, -2, 2\]"),
+        (lambda m: m.visual(np.zeros((0, 1176)), np.zeros((0, 3), int)), "grid_thw: found no grids"),
+    ],
+)
+def test_parts_of_the_model_name_what_is_wrong(ours, call, message):
+    with pytest.raises(MessageError, match=message):
+        call(ours("base"))
 
 
 def test_fresh_models_are_made_from_a_seed(mesh):

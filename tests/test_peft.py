@@ -1,6 +1,8 @@
 """Adapters in PEFT's format: written, read, and what PEFT itself makes of them."""
 
+import contextlib
 import json
+import os
 import re
 
 import jax
@@ -216,6 +218,35 @@ def test_one_adapter_at_a_time(model, tmp_path):
     peft.save_adapter(adapter, tmp_path)
     with pytest.raises(ConfigError, match="found a model that has an adapter"):
         peft.load_adapter(adapter, tmp_path)
+
+
+@pytest.mark.parametrize("end", range(4))
+def test_an_end_in_between_leaves_no_weights_with_the_scale_of_others(model, tmp_path, monkeypatch, end):
+    """Each file that takes its place may be the last: the old adapter is there, or the new one, or none."""
+    old, new = (trained(model, lora.LoraConfig(rank=rank, alpha=alpha)) for rank, alpha in ((2, 4), (3, 24)))
+    peft.save_adapter(old, tmp_path / "here")
+    for name, adapter in (("old", old), ("new", new)):
+        peft.save_adapter(adapter, tmp_path / name)
+    replace, done = os.replace, []
+
+    def ending(*paths):
+        if len(done) == end:
+            raise KeyboardInterrupt
+        done.append(paths)
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", ending)
+        with contextlib.suppress(KeyboardInterrupt):
+            peft.save_adapter(new, tmp_path / "here")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert {path.name for path in (tmp_path / "here").iterdir()} <= set(names)
+    if end in (1, 2):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+            peft.load_adapter(model, tmp_path / "here")
+        return
+    same = tmp_path / ("new" if end == 3 else "old")
+    assert all((tmp_path / "here" / name).read_bytes() == (same / name).read_bytes() for name in names)
 
 
 def import_peft():

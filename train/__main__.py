@@ -2,7 +2,7 @@
 
 import sys
 
-from train.commands import main
+from glm4v_jax.commands.standing import run_module
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_module("train"))

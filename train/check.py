@@ -8,6 +8,7 @@ from typing import Any
 
 from glm4v_jax.data.media import is_remote, picture_size, source_of
 from glm4v_jax.errors import DataError, Glm4vError, MediaError
+from glm4v_jax.inputs.fetch import is_address
 from glm4v_jax.inputs.media import load_image, load_video
 from train.histogram import percentile
 from train.lengths import count_characters
@@ -150,6 +151,6 @@ def _look(item: Mapping[str, Any], decode: bool) -> bool:
     if decode:
         load_video(source)
     for frame in item["video"] if isinstance(item.get("video"), list) else []:
-        if isinstance(frame, str) and "://" not in frame and not frame.startswith("data:"):
+        if isinstance(frame, str) and not is_address(frame):
             picture_size({"type": "image", "path": frame})
     return True

@@ -18,17 +18,12 @@ import rich.table
 import rich.text
 import tyro
 
-from glm4v_jax.commands.console import (
-    check_model,
-    quiet_ffmpeg,
-    replacing,
-    to_json,
-    unsuspected_pictures,
-)
+from glm4v_jax.commands.console import check_model, quiet_ffmpeg, unsuspected_pictures
 from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.commands.screen import printable
 from glm4v_jax.errors import DataError
+from glm4v_jax.files import replacing, to_json
 from train.export_command import Export
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.data.media import source_of
 from glm4v_jax.distributed import agree, is_first
 from glm4v_jax.errors import DataError
+from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.media import is_path_like

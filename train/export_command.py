@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from glm4v_jax.commands.console import check_model, is_same_file, to_json
+from glm4v_jax.commands.console import check_model, is_same_file
 from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.program import JsonOptions
 from glm4v_jax.commands.screen import printable
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import to_json
 
 
 @dataclasses.dataclass(kw_only=True)

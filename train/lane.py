@@ -8,9 +8,8 @@ from typing import Any
 
 import grain
 
-from glm4v_jax.commands.console import one_line
 from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.errors import DataError, Glm4vError
+from glm4v_jax.errors import DataError, Glm4vError, one_line
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import DataConfig
 from train.packing import Packer

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.distributed import is_first
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.files import replacing, to_json
 from train.config import TrainConfig
 from train.evaluate import Evaluation
 from train.flops import Work
@@ -174,6 +174,6 @@ def _board(directory: Path, step: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "tensorboard: found true, but not the package tensorboardX; expected it: pip install 'glm4v_jax[train]'"
+            "tensorboard: found true, but not the package tensorboardX; expected it: pip install '.[train]'"
         ) from error
     return SummaryWriter(str(directory), purge_step=step + 1)

@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, Self
 
-from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.files import replacing, to_json
 
 try:
     import fcntl

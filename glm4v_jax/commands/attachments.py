@@ -5,9 +5,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Any, Literal
 
-from glm4v_jax.commands.console import named
-from glm4v_jax.commands.options import is_address
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, named
 
 if TYPE_CHECKING:
     from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -36,6 +34,8 @@ def attach(kind: Literal["image", "video"], place: str, processor: "Glm4vProcess
     Raises:
       MediaError: it is not there, or cannot be read or prepared; the message names it.
     """
+    from glm4v_jax.inputs.fetch import is_address
+
     if not is_address(place):
         place = os.path.expanduser(place)
         if not os.path.exists(place):
@@ -56,7 +56,7 @@ def _picture(place: str, processor: "Glm4vProcessor") -> Attachment:
 
 
 def _video(place: str, processor: "Glm4vProcessor") -> Attachment:
-    from glm4v_jax.inputs.fetch import open_source
+    from glm4v_jax.inputs.fetch import is_address, open_source
 
     # A remote one is not fetched a second time; a directory stays a path.
     source = open_source(place) if is_address(place) else place
@@ -83,6 +83,8 @@ def places(text: str) -> list[str]:
     Raises:
       MediaError: there is none, or a quote is not closed.
     """
+    from glm4v_jax.inputs.fetch import is_address
+
     text = text.strip()
     if text and (is_address(text) or os.path.exists(os.path.expanduser(text))):
         return [text]

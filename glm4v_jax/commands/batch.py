@@ -15,10 +15,10 @@ from glm4v_jax.commands.answers import AnswerFile
 from glm4v_jax.commands.console import is_same_file, quiet_ffmpeg, unsuspected_pictures
 from glm4v_jax.commands.distributed import OthersAnswers, answers_of_all
 from glm4v_jax.commands.progress import Progress
-from glm4v_jax.commands.rows import Row, is_remote
+from glm4v_jax.commands.rows import Row, asks_net
 from glm4v_jax.commands.screen import completion_fields
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.files import fingerprint
+from glm4v_jax.files import model_fingerprint
 
 if TYPE_CHECKING:
     from glm4v_jax.commands.options import ModelOptions
@@ -137,7 +137,7 @@ class Batch:
         self._field, self._line, self._sources, self._keep_others = field, line or _line, sources, keep_others
         self._things = things
         self._seeds = {row.name: row_seed(row, config.seed) for row in rows}
-        self._model = fingerprint(options.model)
+        self._model = model_fingerprint(options.model)
 
     def run(self, processor: "Glm4vProcessor", *, restart: bool = False) -> Summary:
         """Answers what has not been answered, writing each answer as it is completed.
@@ -198,17 +198,17 @@ class Batch:
                 for completion in engine.generate_many(requests, skip_errors=True, **shared):
                     row = pending[completion.index]
                     if completion.error is not None:
-                        failed += 1
-                        may_pass |= is_remote(row)
+                        may_pass |= asks_net(row)
                         file.append(row.name, {**row.fields, "error": completion.error})
+                        failed += 1
                         if failed <= _NOTED:
                             progress.note(f"{self._called(row)}: {' '.join(completion.error.split())}")
                     else:
-                        done += 1
                         prompt_tokens += completion.prompt_tokens
                         new_tokens += len(completion.tokens)
                         line = self._line(completion, processor)
                         file.append(row.name, {**row.fields, **line, "seed": self._seeds[row.name]})
+                        done += 1  # not before: Ctrl-C may come in between
                     progress.add(len(completion.tokens))
         except KeyboardInterrupt:
             answers = _counted(earlier + done, "answer")

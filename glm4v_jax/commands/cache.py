@@ -20,6 +20,7 @@ from glm4v_jax.compilation_cache import (
     user_directory,
 )
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.files import size_text
 
 _SHOWN = 12
 """Names of programs in the table; of what else is in the directory, half as many."""
@@ -98,7 +99,7 @@ def _as_object(
 def _print_programs(directory: pathlib.Path, programs: Sequence[CachedProgram]) -> None:
     bound = size_bound()
     print(directory)
-    print(f"{_summary(programs)}; {'no bound' if bound is None else f'at most {_size(bound)}'}")
+    print(f"{_summary(programs)}; {'no bound' if bound is None else f'at most {size_text(bound, 1)}'}")
     if not programs:
         return
     print(f"used from {_day(programs[0].used)} (the oldest) to {_day(programs[-1].used)} (the newest)")
@@ -109,26 +110,18 @@ def _print_programs(directory: pathlib.Path, programs: Sequence[CachedProgram]) 
         sizes[program.name] += program.size
     print()
     for name, size in sizes.most_common(_SHOWN):
-        print(f"  {counts[name]:>6} {name:<32} {_size(size):>10}")
+        print(f"  {counts[name]:>6} {name:<32} {size_text(size, 1):>10}")
     if len(sizes) > _SHOWN:
         rest = [name for name, _ in sizes.most_common()[_SHOWN:]]
         print(
             f"  {sum(counts[name] for name in rest):>6} {f'of {len(rest)} other names':<32} "
-            f"{_size(sum(sizes[name] for name in rest)):>10}"
+            f"{size_text(sum(sizes[name] for name in rest), 1):>10}"
         )
 
 
 def _summary(programs: Sequence[CachedProgram]) -> str:
-    return f"{len(programs)} program{'s' * (len(programs) != 1)}, {_size(sum(program.size for program in programs))}"
-
-
-def _size(number: int) -> str:
-    """Bytes in the largest binary unit that leaves a whole."""
-    value, units = float(number), ["B", "KiB", "MiB", "GiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{number} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    size = size_text(sum(program.size for program in programs), 1)
+    return f"{len(programs)} program{'s' * (len(programs) != 1)}, {size}"
 
 
 def _day(seconds: float) -> str:

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from glm4v_jax.commands.console import one_line, silent_decoders, status
+from glm4v_jax.commands.console import silent_decoders, status
 from glm4v_jax.commands.distributed import check_alone
 from glm4v_jax.commands.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
-from glm4v_jax.errors import Glm4vError, MessageError
+from glm4v_jax.errors import Glm4vError, MessageError, one_line
 
 if TYPE_CHECKING:
     from glm4v_jax.commands.session import Session

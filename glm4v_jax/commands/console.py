@@ -1,41 +1,22 @@
 """What the subcommands share: checks of options, and what they say while they work."""
 
 import contextlib
-import json
-import math
 import os
 import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import rich.console
 import tyro
 
-from glm4v_jax.errors import CheckpointError, MediaError, MessageError
+from glm4v_jax.errors import CheckpointError, MediaError, named
 
 C = TypeVar("C")
 
-ADDRESSES = ("http://", "https://", "file://", "data:")
-"""How what is no path begins."""
-
-
-class ListedError(MessageError):
-    """Several things that are wrong, for a person a line each.
-
-    Attributes:
-      lines: what is wrong at all, and then with what.
-    """
-
-    def __init__(self, lines: Sequence[str]):
-        super().__init__("\n".join(lines))
-        self.lines = tuple(lines)
-
-
-def named(place: str) -> str:
-    """A place as a message names it, which shows an empty one too."""
-    return place if place.strip() else repr(place)
+MODEL = "GLM4V_MODEL"
+"""The variable of the environment that names the model where no option does."""
 
 
 def check_model(directory: str) -> None:
@@ -46,8 +27,9 @@ def check_model(directory: str) -> None:
     """
     # Not pathlib: it takes an empty name for the current directory.
     if not os.path.isdir(directory):
+        option = f"${MODEL}" if directory and directory == os.environ.get(MODEL) else "--model"
         raise CheckpointError(
-            f"--model {named(directory)}: not a directory; nothing is downloaded: give the directory of a "
+            f"{option} {named(directory)}: not a directory; nothing is downloaded: give the directory of a "
             "downloaded checkpoint"
         )
 
@@ -58,9 +40,11 @@ def check_files(places: Iterable[str]) -> None:
     Raises:
       MediaError: some are not there, or are directories; the message names all of them.
     """
+    from glm4v_jax.inputs.fetch import is_address
+
     problems = []
     for place in places:
-        if place.startswith(ADDRESSES):
+        if is_address(place):
             continue
         path = pathlib.Path(place)
         if not place or not path.exists():
@@ -123,56 +107,12 @@ def unsuspected_pictures() -> Iterator[None]:
         yield
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, in a line; that of a `ListedError` in several."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{named(str(error.filename))}: {error.strerror}"
-    if isinstance(error, ListedError):
-        return "\n  ".join(" ".join(line.split()) for line in error.lines)
-    return " ".join(str(error).split())
-
-
 def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one file; not if one of them leads nowhere."""
     try:
         return os.path.samefile(first, second)
     except OSError:
         return False
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives the name of a file beside `path`, which takes its place at the end of the block, or goes if that fails.
-
-    Raises:
-      OSError: what was raised inside, or by taking the place; it names `path`, whatever it was raised for.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    except BaseException as error:
-        # Of a file system that cannot be written, the first error says more.
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and str(error.filename) == str(aside):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """`json.dumps`, with null for what JSON has no number for: the logarithm of zero, and what is no number."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def parse(commands: Mapping[str, Callable[..., C]], arguments: Sequence[str], prog: str, description: str) -> C:

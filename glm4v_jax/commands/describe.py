@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import is_same_file, status, to_json, unsuspected_pictures
+from glm4v_jax.commands.console import is_same_file, status, unsuspected_pictures
 from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.options import (
     LongSamplingOptions,
@@ -20,6 +20,7 @@ from glm4v_jax.commands.options import (
     user_messages,
 )
 from glm4v_jax.errors import GenerationError, MediaError
+from glm4v_jax.files import to_json
 
 if TYPE_CHECKING:
     from glm4v_jax.commands.rows import Row

@@ -15,8 +15,7 @@ from typing import IO, Annotated, Any, NoReturn, Self
 import tyro
 
 from glm4v_jax.commands.answers import AnswerFile
-from glm4v_jax.commands.console import one_line
-from glm4v_jax.errors import ConfigError, Glm4vError
+from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 from glm4v_jax.launchers import launcher
 
 INTERRUPTED = 130

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import silent_decoders, status, to_json
+from glm4v_jax.commands.console import silent_decoders, status
 from glm4v_jax.commands.distributed import DistributedOptions
 from glm4v_jax.commands.options import MediaOptions, ModelOptions, SamplingOptions, generation_config, user_messages
 from glm4v_jax.commands.screen import (
@@ -21,6 +21,7 @@ from glm4v_jax.commands.screen import (
     rate_after_first,
 )
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.files import to_json
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import (
-    check_files,
-    check_model,
-    is_same_file,
-    named,
-    replacing,
-    silent_decoders,
-    status,
-    to_json,
-)
+from glm4v_jax.commands.console import check_files, check_model, is_same_file, silent_decoders, status
 from glm4v_jax.commands.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, named
+from glm4v_jax.files import replacing, to_json
 
 if TYPE_CHECKING:
     import PIL.Image

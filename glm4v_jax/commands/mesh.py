@@ -140,7 +140,7 @@ def _print_description(found: "Description") -> None:
 
 
 def _print_presets(presets: dict[str, "Description"]) -> None:
-    from glm4v_jax.mesh_describe import size_text
+    from glm4v_jax.files import size_text
     from glm4v_jax.mesh_layout import mesh_text
 
     numeric = ("weights a device", "cache a device", "of its memory")

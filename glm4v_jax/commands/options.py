@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.commands.console import ADDRESSES, check_model, named, status
+from glm4v_jax.commands.console import MODEL, check_model, status
 from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.errors import ConfigError, GenerationError, MediaError
+from glm4v_jax.errors import ConfigError, GenerationError, MediaError, named
 from glm4v_jax.generate.presets import PRESETS, preset
 from glm4v_jax.mesh_presets import PRESETS as MESH_PRESETS
 from glm4v_jax.mesh_presets import check_text, mesh_for
@@ -29,7 +29,7 @@ NEW_TOKENS = 2048
 TINY_NEW_TOKENS = 64
 """Twice as many as the tiny model's longest answer has."""
 
-DEFAULT_MODEL = os.environ.get("GLM4V_MODEL") or str(TINY_CHECKPOINT)
+DEFAULT_MODEL = os.environ.get(MODEL) or str(TINY_CHECKPOINT)
 """Where no model is named."""
 DEFAULT_MODEL_HINT = "(default: $GLM4V_MODEL, or a tiny one in the package, which knows handwritten digits)"
 
@@ -133,6 +133,8 @@ class MediaOptions:
         Raises:
           MediaError: a file is not there.
         """
+        from glm4v_jax.inputs.fetch import is_address
+
         for option, places in (("--image", self.image), ("--video", self.video)):
             for place in places:
                 # A directory may be the frames of a video.
@@ -283,8 +285,3 @@ def user_messages(
     media += [{"type": "video", "url": place} for place in videos]
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     return [*messages, {"role": "user", "content": [*media, {"type": "text", "text": text}]}]
-
-
-def is_address(place: str) -> bool:
-    """Whether a place is an address, and no path."""
-    return place.startswith(ADDRESSES)

@@ -9,9 +9,10 @@ from typing import Annotated, Protocol
 
 import tyro
 
-from glm4v_jax.commands.console import one_line, parse
+from glm4v_jax.commands.console import parse
 from glm4v_jax.commands.distributed import INTERRUPTED, READER_GONE, joined
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.commands.standing import missing
+from glm4v_jax.errors import Glm4vError, one_line
 
 
 class Runnable(Protocol):
@@ -115,7 +116,10 @@ def run_command(
         if said is not None:
             print(said, file=sys.stderr)
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if not command.debug and isinstance(error, ModuleNotFoundError) and (line := missing(error, name)):
+            print(f"{name}: error: {line}", file=sys.stderr)
+            return trouble
         if command.debug or trouble == 1:
             raise
         # Python's own status would be 1, which of some subcommands is an answer.

@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm4v_jax.commands.console import ListedError
-from glm4v_jax.commands.options import is_address, user_messages
-from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError
+from glm4v_jax.commands.options import user_messages
+from glm4v_jax.errors import GenerationError, Glm4vError, ListedError, MediaError, MessageError
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.config import GenerationConfig
@@ -139,11 +138,13 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
         raise GenerationError(f"field {error}") from error
 
 
-def is_remote(row: Row) -> bool:
+def asks_net(row: Row) -> bool:
     """Whether a prompt asks for something in the net."""
+    from glm4v_jax.inputs.fetch import is_url
+
     contents = [message["content"] for message in row.messages if isinstance(message.get("content"), list)]
     values = [value for content in contents for item in content for value in item.values()]
-    return any(isinstance(value, str) and value.startswith(("http://", "https://")) for value in values)
+    return any(map(is_url, values))
 
 
 def _strings(field: str, value: Any) -> list[str]:
@@ -155,6 +156,8 @@ def _strings(field: str, value: Any) -> list[str]:
 
 def _place(place: str, field: str, directory: str) -> str:
     """A path from the directory of the file it stands in; an address as it is."""
+    from glm4v_jax.inputs.fetch import is_address
+
     if is_address(place):
         return place
     path = os.path.join(directory, place)

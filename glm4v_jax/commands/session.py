@@ -18,6 +18,7 @@ from glm4v_jax.commands.options import with_default
 from glm4v_jax.commands.screen import COMPILING, AnswerWriter, Counts, after_status, printable, rate_after_first
 from glm4v_jax.commands.transcript import Turn, save
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.files import replacing
 from glm4v_jax.generate.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -124,11 +125,12 @@ class Session:
           Glm4vError, OSError: what is wrong with it; the conversation is as it was.
         """
         name, _, rest = line.strip().partition(" ")
-        if not name.startswith("/") or os.path.exists(name):
+        command = self._commands.get(name[1:]) if name.startswith("/") else None
+        # A path may begin a message, but does not take a command's place.
+        if command is None and (not name.startswith("/") or os.path.exists(name)):
             if line.strip():
                 self.ask(Message(line, self._ordered()))
             return
-        command = self._commands.get(name.removeprefix("/"))
         if command is None:
             raise MessageError(f"{name}: found no such command, expected one of {', '.join(self.commands)}")
         command(rest.strip())
@@ -314,6 +316,8 @@ class Session:
         self.say(f"{path}: {len(self.turns)} turn{'s' * (len(self.turns) != 1)}")
 
     def _boxes(self, text: str) -> None:
+        import PIL.Image
+
         from glm4v_jax.generate.boxes import draw_boxes
 
         path = _path(text, "/boxes", ".png")
@@ -325,8 +329,13 @@ class Session:
             raise MediaError("/boxes: found no box in the last answer, expected at least one")
         if path.exists() and path.absolute() not in self._saved:
             raise MediaError(f"{path}: is there already, expected another name")
+        kind = PIL.Image.registered_extensions().get(path.suffix.lower())
+        if kind not in PIL.Image.SAVE:
+            raise MediaError(f"{path}: unknown format of pictures, expected a name that ends in .png or .jpg")
+        drawn = draw_boxes(pictures[0], boxes, [str(i) for i in range(1, len(boxes) + 1)])
         try:
-            draw_boxes(pictures[0], boxes, [str(i) for i in range(1, len(boxes) + 1)]).save(path)
+            with replacing(path) as aside:
+                drawn.save(aside, kind)
         except ValueError as error:
             raise MediaError(f"{path}: {error}") from error
         self._saved.add(path.absolute())

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.commands.attachments import Attachment
-from glm4v_jax.commands.console import replacing, to_json
 from glm4v_jax.commands.screen import completion_fields
 from glm4v_jax.errors import MessageError
+from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.thinking import without_thoughts
 
 if TYPE_CHECKING:

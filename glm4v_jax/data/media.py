@@ -14,12 +14,11 @@ from typing import Any
 import PIL.Image
 
 from glm4v_jax.errors import DataError, MediaError
-from glm4v_jax.inputs.fetch import describe, open_source
+from glm4v_jax.inputs.fetch import describe, is_address, is_url, open_source
 from glm4v_jax.inputs.media import is_array, load_image
 
 Item = dict[str, Any]
 
-_ADDRESS = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 # How the base64 text of JPEG, PNG, GIF, RIFF (WebP, AVI), MP4 and Matroska begins, which no sensible path does.
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "AAAAI", "AAAAH", "AAAAG", "GkXfo")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}=*\s*\Z")
@@ -47,7 +46,7 @@ def media_item(kind: str, value: Any, field: str) -> Item:
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"field {field!r}: found an empty string, expected a path or an address")
-        if _ADDRESS.match(value):
+        if is_address(value):
             return {"type": kind, "url": value}
         if value.startswith(_BASE64_HEADS) and _BASE64.match(value):
             return {"type": kind, "url": f"data:{kind}/unknown;base64,{value}"}
@@ -87,12 +86,12 @@ def located(item: Item, directory: str | Path) -> Item:
 
 
 def _located_frame(frame: Any, directory: str | Path) -> Any:
-    return os.path.join(directory, frame) if isinstance(frame, str) and not _ADDRESS.match(frame) else frame
+    return os.path.join(directory, frame) if isinstance(frame, str) and not is_address(frame) else frame
 
 
 def is_remote(item: Mapping[str, Any]) -> bool:
     """Whether an item must be fetched from the net."""
-    return str(item.get("url", "")).lower().startswith(("http://", "https://"))
+    return is_url(item.get("url"))
 
 
 def picture_size(item: Mapping[str, Any]) -> tuple[int, int]:

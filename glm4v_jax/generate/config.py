@@ -5,7 +5,6 @@ change the output in another way (beams, n-gram bans, watermarks, ...) are refus
 """
 
 import dataclasses
-import math
 import numbers
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -291,7 +290,7 @@ def _integer(field: str, value: Any, least: int, note: str = "") -> int:
 
 def _number(field: str, value: Any) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_finite = is_number and math.isfinite(value) and abs(value) <= _LARGEST
+    is_finite = is_number and abs(value) <= _LARGEST  # not NaN either
     _require(is_finite, field, value, "a finite number, as float32 has them")
     return float(value)
 

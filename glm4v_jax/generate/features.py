@@ -1,10 +1,11 @@
 """Vision tokens of pictures and videos, encoded once and kept on the device while there is room."""
 
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from jaxtyping import Array
 
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.generate import programs
-from glm4v_jax.generate.pieces import ENOUGH
 from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.inputs.packing import bucket, choose_shape, empty_rows, fill, frames_of
 from glm4v_jax.mesh import data_shards, reshard, use_mesh
@@ -28,7 +28,18 @@ KEPT = 8192
 GROWTH = 4
 MIN_PICTURE = 32
 """Patches of the smallest picture that the released processor makes."""
+ENOUGH = 256
+"""Patches that are worth a call: with fewer, reading the weights takes longer than using them (a TPU v5e does 240
+multiplications in the time in which it reads a bfloat16 from memory)."""
+
 Shape = tuple[int, int]
+
+
+class Wave(NamedTuple):
+    """Media of one shape that are encoded together."""
+
+    shape: Shape
+    media: list[Medium]
 
 
 def pool_capacity(num_tokens: int) -> int:
@@ -42,7 +53,7 @@ def pool_capacity(num_tokens: int) -> int:
 def medium_shape(grid: np.ndarray, shards: int) -> Shape:
     """(R, L) of the rows of a picture or video, of which `grid` is int [3]: its own, whatever it is encoded with.
 
-    A picture has a row; the frames of a video are packed, and spread over the shards if there are enough of them.
+    A picture has a row; the frames of a video are packed, and spread over the shards.
     """
     return _grid_shape(*map(int, grid), shards)
 
@@ -51,13 +62,13 @@ def medium_shape(grid: np.ndarray, shards: int) -> Shape:
 def _grid_shape(t: int, h: int, w: int, shards: int) -> Shape:
     if t == 1:
         return 1, bucket(h * w, MIN_PICTURE)
-    return choose_shape([h * w] * t, shards if t >= shards else 1)
+    return choose_shape([h * w] * t, shards)
 
 
 def wave_size(shape: Shape, shards: int) -> int:
     """How many media of this shape go through the encoder at a time.
 
-    As many as make rows for all shards; of small ones, a power of two times as many: up to `pieces.ENOUGH` patches a
+    As many as make rows for all shards; of small ones, a power of two times as many: up to `ENOUGH` patches a
     shard.
     """
     rows, length = shape
@@ -105,12 +116,12 @@ class FeaturePool:
           upcoming: what will be needed soon; it is encoded where a wave would be padded otherwise.
         """
         distinct = {medium.key: medium for medium in media}
+        needed = list(distinct.values())
         with self.lock:
             new = sum(key not in self._spans or key in self._unused for key in distinct)
-            if not self._encode_all(self._waves(distinct.values(), upcoming), keep=distinct):
-                self.forget()
-                while not self._encode_all(self._waves(distinct.values()), keep=distinct):
-                    self.forget(GROWTH * self.capacity)
+            tries = (self._waves(needed, upcoming), self._waves(needed))
+            if not any(self._encode(waves, distinct) for waves in tries):
+                self._encode_anew(needed)
             self._unused.difference_update(distinct)
             self.reused += len(media) - new
             return [self._spans[medium.key][0] for medium in media]
@@ -118,16 +129,19 @@ class FeaturePool:
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
         """Encode what will be needed soon, as far as it makes whole waves and leaves the rest of it in the pool."""
         with self.lock:
-            whole = (wave for wave in self._waves(upcoming) if len(wave) == self._wave_size(wave[0]))
-            self._encode_all(whole, keep={medium.key for medium in upcoming})
+            keys = {medium.key for medium in upcoming}
+            for wave in self._waves(upcoming):
+                if len(wave.media) == self._most(wave.shape) and not self._encode([wave], keys):
+                    return
 
     def warm(self, shape: Shape) -> None:
         """Run the programs that media of this shape need, and begin anew."""
-        rows, (order, starts) = self._empty_wave(shape), self._empty_order(shape)
-        with self.lock, use_mesh(self.visual.mesh):
-            features = self.visual.encode(rows)
-            jax.block_until_ready(programs.store(self.array, features, order, starts))
-            self.forget()
+        with self.lock:
+            try:
+                self._store(Wave(shape, []), [])
+                jax.block_until_ready(self.array)
+            finally:
+                self.forget()
 
     def room_for(self, patches: int, shapes: Iterable[Shape]) -> int:
         """The capacity that holds media of so many patches in all, in rows of these shapes."""
@@ -147,73 +161,94 @@ class FeaturePool:
     def _tokens(self, patches: int) -> int:
         return patches // self.visual.config.spatial_merge_size**2
 
-    def _shape(self, medium: Medium) -> Shape:
-        return medium_shape(medium.grid, self.shards)
+    def _most(self, shape: Shape) -> int:
+        """How many media of this shape a wave has at most: large ones leave half of the pool to others."""
+        size = wave_size(shape, self.shards)
+        return max(1, min(size, self.capacity // 2 // self._tokens(shape[0] * shape[1])))
 
-    def _wave_size(self, medium: Medium) -> int:
-        return wave_size(self._shape(medium), self.shards)
-
-    def _waves(self, media: Iterable[Medium], upcoming: Iterable[Medium] = ()) -> list[list[Medium]]:
-        """What is not there of `media`, shape by shape; the last wave of a shape is filled up from `upcoming`."""
+    def _waves(self, media: Iterable[Medium], upcoming: Iterable[Medium] = ()) -> list[Wave]:
+        """What is not there of `media`, what comes first first; the last wave of a shape is filled from `upcoming`."""
         by_shape: dict[Shape, dict[bytes, Medium]] = {}
+        order: dict[bytes, int] = {}
         for medium in media:
             if medium.key not in self._spans:
-                by_shape.setdefault(self._shape(medium), {})[medium.key] = medium
+                by_shape.setdefault(medium_shape(medium.grid, self.shards), {})[medium.key] = medium
+                order.setdefault(medium.key, len(order))
         for medium in upcoming:
-            same = by_shape.get(self._shape(medium), {})
-            if len(same) % self._wave_size(medium) and medium.key not in self._spans:
+            shape = medium_shape(medium.grid, self.shards)
+            same = by_shape.get(shape, {})
+            if len(same) % self._most(shape) and medium.key not in self._spans:
                 same[medium.key] = medium
         waves = []
         for shape, same in by_shape.items():
-            size, queue = wave_size(shape, self.shards), list(same.values())
-            waves += [queue[i : i + size] for i in range(0, len(queue), size)]
-        return waves
+            size, queue = self._most(shape), list(same.values())
+            waves += [Wave(shape, queue[i : i + size]) for i in range(0, len(queue), size)]
+        return sorted(waves, key=lambda wave: order[wave.media[0].key])
 
-    def _encode_all(self, waves: Iterable[Sequence[Medium]], keep: Collection[bytes]) -> bool:
+    def _encode(self, waves: Sequence[Wave], keep: Collection[bytes]) -> bool:
+        """Encode all of it and keep it, unless there is no room, or it is that of media in `keep`; then nothing."""
+        begins = self._plan(waves, self.capacity, self._next, [self._spans[key] for key in keep if key in self._spans])
+        if begins is None:
+            return False
         try:
-            return all(self._encode(wave, keep) for wave in waves)
+            for wave, own in zip(waves, begins, strict=True):
+                self._store(wave, own)
+                self.encoded += len(wave.media)
         except BaseException:
             self.forget()  # the array may have been given away already
             raise
-
-    def _encode(self, wave: Sequence[Medium], keep: Collection[bytes]) -> bool:
-        """Encode media of one shape and keep them, unless there is no room or it is that of media in `keep`."""
-        config, shape = self.visual.config, self._shape(wave[0])
-        sizes = [self._tokens(len(medium.patches)) for medium in wave]
-        room = self._tokens(shape[0] * shape[1])
-        start = self._next if self._next + sum(sizes) + room <= self.capacity else 0
-        end = start + sum(sizes)
-        replaced = [key for key, (low, high) in self._spans.items() if low < end + room and start < high]
-        if end + room > self.capacity or any(key in keep for key in replaced):
-            return False
-        for key in replaced:
-            del self._spans[key]
-            self._unused.discard(key)
-
-        rows, (order, starts) = self._empty_wave(shape), self._empty_order(shape)
-        starts[:] = end  # of the rows that stay empty
-        for i, (medium, size) in enumerate(zip(wave, sizes, strict=True)):
-            own = VisionRows(*(x[i * shape[0] : (i + 1) * shape[0]] for x in rows))
-            index = fill(own, medium.patches, frames_of(medium.grid), merge_size=config.spatial_merge_size)
-            order[i, :size], starts[i] = index + i * room, start
-            self._spans[medium.key] = start, start + size
-            start += size
-        with use_mesh(self.visual.mesh):
-            self.array = programs.store(self.array, self.visual.encode(rows), order, starts)
-        self._next = end
-        self._unused.update(medium.key for medium in wave)
-        self.encoded += len(wave)
         return True
 
-    def _empty_wave(self, shape: Shape) -> VisionRows:
-        rows, length = shape
-        count, config = wave_size(shape, self.shards), self.visual.config
-        return empty_rows(count * rows, length, config.patch_dim, config.position_grid)
+    def _plan(
+        self, waves: Iterable[Wave], capacity: int, begin: int, taken: list[tuple[int, int]]
+    ) -> list[list[int]] | None:
+        """Where each medium of each wave begins, one after the other from `begin` on; None if there is no room."""
+        plan, taken = [], list(taken)
+        for wave in waves:
+            *starts, end = itertools.accumulate((self._size(medium) for medium in wave.media), initial=0)
+            # The last is written with its row's padding.
+            room = starts[-1] + self._tokens(wave.shape[0] * wave.shape[1])
+            begin = begin if begin + room <= capacity else 0
+            if begin + room > capacity or any(low < begin + room and begin < high for low, high in taken):
+                return None
+            plan.append([begin + start for start in starts])
+            taken.append((begin, begin + end))
+            begin += end
+        return plan
 
-    def _empty_order(self, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-        """`order` and `starts` of `programs.store`."""
-        count = wave_size(shape, self.shards)
-        return np.zeros((count, self._tokens(shape[0] * shape[1])), np.int32), np.zeros(count, np.int32)
+    def _encode_anew(self, media: Sequence[Medium]) -> None:
+        """Forget everything else, in a larger array if it takes one."""
+        self.forget()
+        waves, capacity = self._waves(media), self.capacity
+        while self._plan(waves, capacity, 0, []) is None:
+            capacity *= GROWTH
+        self.reserve(capacity)
+        self._encode(waves, ())
+
+    def _store(self, wave: Wave, begins: Sequence[int]) -> None:
+        """Encode a wave into the places where its media begin."""
+        config, (num_rows, length) = self.visual.config, wave.shape
+        count, room = wave_size(wave.shape, self.shards), self._tokens(num_rows * length)
+        rows = empty_rows(count * num_rows, length, config.patch_dim, config.position_grid)
+        # Empty rows are written first, where the first medium will be.
+        order, starts = np.zeros((count, room), np.int32), np.full(count, begins[0] if begins else 0, np.int32)
+        for i, medium, begin in zip(range(count - len(begins), count), wave.media, begins, strict=True):
+            own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
+            index = fill(own, medium.patches, frames_of(medium.grid), merge_size=config.spatial_merge_size)
+            order[i, : len(index)], starts[i] = index + i * room, begin
+        with use_mesh(self.visual.mesh):
+            self.array = programs.store(self.array, self.visual.encode(rows), order, starts)
+        low, high = starts[0], (begins[-1] + room if begins else room)
+        for key in [key for key, span in self._spans.items() if span[0] < high and low < span[1]]:
+            del self._spans[key]
+            self._unused.discard(key)
+        for medium, begin in zip(wave.media, begins, strict=True):
+            self._next = begin + self._size(medium)
+            self._spans[medium.key] = begin, self._next
+            self._unused.add(medium.key)
+
+    def _size(self, medium: Medium) -> int:
+        return self._tokens(len(medium.patches))
 
     def _empty(self, capacity: int) -> Array:
         with use_mesh(self.visual.mesh):

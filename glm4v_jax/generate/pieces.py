@@ -7,17 +7,12 @@ import numpy as np
 
 from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.programs import Piece
-from glm4v_jax.generate.prompt import Prompt
+from glm4v_jax.generate.prompt import Medium, Prompt
 from glm4v_jax.inputs.packing import bucket
 from glm4v_jax.inputs.prepare import MIN_LENGTH
 
 MAX_PIECE = 1024
 """Tokens of a prompt that go through the decoder at a time: what bounds the memory of a long prompt's activations."""
-
-
-ENOUGH = 256
-"""Tokens or patches that are worth a call: with fewer, reading the weights takes longer than using them (a TPU v5e does
-240 multiplications in the time in which it reads a bfloat16 from memory)."""
 
 
 class Start(NamedTuple):
@@ -46,9 +41,15 @@ class Start(NamedTuple):
         return len(self.prompt) + max(self.limit - self.step, self.room)
 
     @property
-    def piece(self) -> int:
-        """The length of the pieces that it is appended in."""
-        return piece_length(len(self.prompt) - self.keep)
+    def new_tokens(self) -> int:
+        """How many of the prompt's tokens the cache does not hold yet."""
+        return len(self.prompt) - self.keep
+
+    @property
+    def media(self) -> list[Medium]:
+        """The pictures and videos that these tokens stand for."""
+        numbers = sorted(set(self.prompt.medium_of[self.keep :].tolist()) - {-1})
+        return [self.prompt.media[number] for number in numbers]
 
 
 def piece_length(left: int) -> int:

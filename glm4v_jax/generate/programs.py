@@ -114,7 +114,7 @@ def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int,
 def append(
     text: Flat[TextDecoder],
     state: State,
-    slots: Int[Array, "shards m"] | None,
+    slots: Int[Array, " n"] | None,
     piece: Piece,
     seen: Bool[Array, "n V"],
     pool: Float[Array, "P D"],
@@ -126,8 +126,8 @@ def append(
     Args:
       text: the decoder.
       state: of all B rows.
-      slots: which rows the n = shards * m of the piece are: m of each shard of the batch, counted within the shard;
-        -1 is none. None: the piece is for all B rows.
+      slots: one row of each of the n shards of the batch, counted within its shard; -1 leaves the shard alone. None:
+        the piece is for all B rows.
       piece: what to append.
       seen: all tokens of the prompts.
       pool: merged vision tokens that `piece.vision_index` counts.
@@ -279,7 +279,9 @@ def _choose(
     """Choose the next token of each row from its last hidden state; rows that are done stand still."""
     scores = score(decoder, None if head is None else head.module, hidden)
     scores = mesh.reshard(scores[:, 0], "batch", "vocab")
-    tokens = sample(scores, row.params, seen, step_keys(row_keys(row.seed, row.number), row.step))
+    # A row that is done draws nothing: its options stay behind, and what they cost.
+    params = row.params._replace(do_sample=row.params.do_sample & ~row.done)
+    tokens = sample(scores, params, seen, step_keys(row_keys(row.seed, row.number), row.step))
     tokens = jnp.where(row.done, row.token, tokens)
     step = jnp.where(row.done, row.step, row.step + 1)
     done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
@@ -300,43 +302,31 @@ def _place_row(row: Row) -> Row:
     return jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
 
 
-def _blocks(x: Array, n: int, axis: int) -> Array:
-    """[..., B, ...] -> [..., n, B / n, ...]: the rows of each shard."""
-    shape = (*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
-    sharding = jax.typeof(x).sharding
-    names = list(sharding.spec) + [None] * (x.ndim - len(sharding.spec))
-    return x.reshape(shape, out_sharding=jax.P(*names[: axis + 1], None, *names[axis + 1 :]))
+def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
+    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
+
+    def local(x: Array, slots: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(slots[0], 0), 1, axis)
+
+    # Each device on its own rows: over blocks of an array, XLA would copy the cache.
+    spec = mesh.spec_of(x)
+    return jax.shard_map(local, in_specs=(spec, mesh.spec("batch")), out_specs=spec, check_vma=False)(
+        x, mesh.reshard(slots, "batch")
+    )
 
 
-def _take(x: Array, slots: Int[Array, "shards m"], axis: int) -> Array:
-    """Rows `slots[i]` of shard i, for each i: [..., B, ...] -> [..., shards * m, ...]."""
-    shards, m = slots.shape
-
-    def of_shard(block: Array, own: Array) -> Array:
-        rows = [jax.lax.dynamic_index_in_dim(block, jnp.maximum(own[j], 0), axis, keepdims=False) for j in range(m)]
-        return jnp.stack(rows, axis)
-
-    slots = mesh.reshard(slots, "batch", None)
-    taken = jax.vmap(of_shard, in_axes=(axis, 0), out_axes=axis)(_blocks(x, shards, axis), slots)
-    shape = (*x.shape[:axis], shards * m, *x.shape[axis + 1 :])
-    return taken.reshape(shape, out_sharding=jax.typeof(x).sharding)
-
-
-def _put(x: Array, slots: Int[Array, "shards m"], new: Array, axis: int) -> Array:
+def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
     """The reverse of `_take`; a slot of -1 changes nothing."""
-    shards, m = slots.shape
 
-    def of_shard(block: Array, own: Array, new: Array) -> Array:
-        for j in range(m):
-            i, one = jnp.maximum(own[j], 0), jax.lax.index_in_dim(new, j, axis, keepdims=False)
-            old = jax.lax.dynamic_index_in_dim(block, i, axis, keepdims=False)
-            block = jax.lax.dynamic_update_index_in_dim(block, jnp.where(own[j] < 0, old, one), i, axis)
-        return block
+    def local(x: Array, slots: Array, new: Array) -> Array:
+        i = jnp.maximum(slots[0], 0)
+        old = jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(slots[0] < 0, old, new), i, axis)
 
-    slots = mesh.reshard(slots, "batch", None)
-    blocks, parts = _blocks(x, shards, axis), _blocks(new, shards, axis)
-    put = jax.vmap(of_shard, in_axes=(axis, 0, axis), out_axes=axis)(blocks, slots, parts)
-    return put.reshape(x.shape, out_sharding=jax.typeof(x).sharding)
+    spec = mesh.spec_of(x)
+    return jax.shard_map(local, in_specs=(spec, mesh.spec("batch"), spec), out_specs=spec, check_vma=False)(
+        x, mesh.reshard(slots, "batch"), jax.sharding.reshard(new, spec)
+    )
 
 
 def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
@@ -348,9 +338,9 @@ def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KV
     return KVCache(*sides, *rest)
 
 
-def _take_cache(cache: KVCache, slots: Int[Array, "shards m"], axis: int) -> KVCache:
+def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
     return _map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
 
 
-def _put_cache(cache: KVCache, slots: Int[Array, "shards m"], new: KVCache, axis: int) -> KVCache:
+def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
     return _map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)

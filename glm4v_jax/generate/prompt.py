@@ -15,7 +15,6 @@ from glm4v_jax.config import Glm4vConfig
 from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.chat import choose_template
 from glm4v_jax.inputs.messages import extract_media
-from glm4v_jax.inputs.packing import frames_of
 from glm4v_jax.inputs.positions import TokenIds, rope_index, vision_runs
 from glm4v_jax.inputs.prepare import checked_ids, token_ids
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -211,8 +210,3 @@ def media_of(inputs: Mapping[str, Any], config: Glm4vConfig) -> tuple[list[Mediu
         parts = np.split(values, np.cumsum(sizes)[:-1])
         found.append([Medium(part, grid) for part, grid in zip(parts, grids, strict=True)])
     return found[0], found[1]
-
-
-def frames(media: list[Medium]) -> np.ndarray:
-    """int [F, 2]: height and width in patches of every picture and frame."""
-    return frames_of(np.array([medium.grid for medium in media]))

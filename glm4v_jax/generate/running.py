@@ -20,6 +20,8 @@ from glm4v_jax.generate.slots import MAX_STEPS, Slots
 _STREAM_PERIOD = 0.05
 # Or so many where there are several processes: their clocks differ, and they must make equally many.
 _SHARED_STEPS = 8
+# Prompts to wait for where no row is going.
+_FEW = 8
 # Steps to make while a slot is free and the prompt for it is being prepared.
 _SOON = 4
 
@@ -93,18 +95,19 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
     """
     active: dict[int, Answer] = {}
     again: dict[int, Start] = {}
+    taken: list[int] = []  # rows of `active` that have not started
     shared = spans_processes(slots.model.mesh)
     if shared:
-        waiting = _Agreed(waiting, slots.shards)
+        waiting = Agreed(waiting, slots.shards)
     pace = Pace(_SHARED_STEPS if steps is None and shared else steps)
     try:
         while True:
             starts = again
             free = [row for row in range(slots.num_rows) if row not in active]
-            # With nothing to do, all of them: what begins together is encoded and decoded together.
-            is_idle = not active
+            # With nothing else to do, a few: what begins together is encoded and decoded together.
+            few = 0 if active else _FEW
             while free:
-                answer = waiting.take(wait=is_idle)
+                answer = waiting.take(wait=not active or len(starts) < few)
                 if answer is None:
                     break
                 if isinstance(answer, Failure):
@@ -112,10 +115,12 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
                     continue
                 row = free.pop(0)
                 active[row], starts[row] = answer, answer.start()
+                taken.append(row)
             again = {}
             if not active:
                 return
             first = slots.start(starts, upcoming=_media(waiting)) if starts else None
+            taken.clear()
             # Come back for the first row that ends, if there is something to do in its place; and soon for a row that
             # is free because the next prompt is not ready.
             busy = bool(not waiting.is_empty or any(answer.may_go_on for answer in active.values()))
@@ -148,12 +153,12 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
                 slots.stop(surplus)
             yield from updates
     except GeneratorExit:
-        if active:
-            slots.stop(list(active))
+        if going := [row for row in active if row not in taken]:
+            slots.stop(going)
         raise
 
 
-class _Agreed:
+class Agreed:
     """Answers of a queue that all processes have; what one of them cannot prepare, none answers."""
 
     def __init__(self, waiting: Waiting, ahead: int):
@@ -164,27 +169,28 @@ class _Agreed:
 
     @property
     def is_empty(self) -> bool:
+        """See `Waiting`, here and below."""
         return self._is_exhausted and not self._next
 
     def fill(self) -> None:
+        """Prepare more, here."""
         self._waiting.fill()
-        self._fill(self._ahead)
 
     def ready(self) -> list[Answer]:
+        """What is agreed on."""
         return [answer for answer in self._next if isinstance(answer, Answer)]
 
     def take(self, *, wait: bool) -> Answer | Failure | None:
-        del wait  # threads of several processes are not ready at the same time: these always wait
-        self._fill(1)
-        return self._next.popleft() if self._next else None
-
-    def _fill(self, count: int) -> None:
-        while len(self._next) < count and not self._is_exhausted:
+        """The next one, waiting for it whatever `wait` says: threads of several processes are ready at other times."""
+        del wait
+        # Ahead of time now and not later: processes cannot ask each other while their devices are busy.
+        while len(self._next) <= self._ahead and not self._is_exhausted:
             answer = _agreed(self._waiting.take(wait=True))
             if answer is None:
                 self._is_exhausted = True
             else:
                 self._next.append(answer)
+        return self._next.popleft() if self._next else None
 
 
 def _agreed(answer: Answer | Failure | None) -> Answer | Failure | None:

@@ -16,11 +16,11 @@ from glm4v_jax.distributed import to_host
 from glm4v_jax.generate import programs
 from glm4v_jax.generate.config import GenerationConfig, SamplingParams
 from glm4v_jax.generate.features import FeaturePool
-from glm4v_jax.generate.pieces import ENOUGH, Start, piece_of, stretches
+from glm4v_jax.generate.pieces import Start, piece_of, stretches
 from glm4v_jax.generate.programs import Chosen, Decoded, Row
 from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.inputs.packing import bucket
-from glm4v_jax.mesh import data_shards, platform, round_up, use_mesh
+from glm4v_jax.mesh import data_shards, round_up, use_mesh
 
 if TYPE_CHECKING:
     from glm4v_jax.modeling import Glm4vForConditionalGeneration
@@ -75,7 +75,6 @@ class Slots:
         """
         with use_mesh(model.mesh):
             self.shards = data_shards()
-            self._pads = platform() != "cpu"
             self.pool = pool if pool is not None else FeaturePool(model.visual)
         self.model = model
         self.num_rows = self.shards * -(-num_rows // self.shards)
@@ -102,8 +101,8 @@ class Slots:
 
         Args:
           starts: row -> its prompt.
-          together: all rows at once, which ends those that are not among `starts`; otherwise some of each shard at a
-            time (`wave_rows`), so that programs have the same shapes however many there are.
+          together: all rows at once, which ends those that are not among `starts`; otherwise one of each shard at a
+            time, so that programs have the same shapes however many there are.
           upcoming: pictures and videos of prompts that wait: encoded with these where that costs nothing.
 
         Returns:
@@ -118,7 +117,7 @@ class Slots:
             else:
                 waves = list(self._waves(starts))
                 for number, wave in enumerate(waves):
-                    later = (start.prompt.media for rest in waves[number + 1 :] for start in rest[0].values())
+                    later = (start.media for rest, _ in waves[number + 1 :] for start in rest.values())
                     self._append(*wave, [*itertools.chain.from_iterable(later), *upcoming])
             assert self._state is not None
             text, head = self.model.language_model.flat, self.model.lm_head
@@ -127,7 +126,7 @@ class Slots:
             )
         self._steps[rows] = [starts[row].step + 1 for row in sorted(starts)]
         self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
-        self.stats.prefill_tokens += sum(len(start.prompt) - start.keep for start in starts.values())
+        self.stats.prefill_tokens += sum(start.new_tokens for start in starts.values())
         return chosen
 
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
@@ -161,46 +160,34 @@ class Slots:
         with use_mesh(self.model.mesh):
             self._state = programs.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
-    def wave_rows(self, piece: int) -> tuple[int, ...]:
-        """How many rows of a shard have pieces of this length appended together: so many, or else so many.
-
-        Prompts that are shorter than `pieces.ENOUGH` are cheaper together. On accelerators a call costs the same if
-        rows of it stay empty, and so that numbers of rows do not change what a prompt's tokens are, by rounding, it
-        always has as many. On CPUs an empty row costs as much as any other, and rounding is a row's own matter.
-        """
-        most = min(self.num_rows // self.shards, max(1, ENOUGH // piece))
-        return (most,) if self._pads or most == 1 else (most, 1)
-
     def _waves(self, starts: Mapping[int, Start]) -> Iterator[tuple[dict[int, Start], np.ndarray]]:
-        """Rows of each shard at a time: int32 [shards, m], -1 for none; and the prompts, by their number in it."""
+        """One row of each shard at a time: shard -> its prompt, and the row of each shard, -1 for none."""
         per_shard = self.num_rows // self.shards
-        queues: list[list[int]] = [[] for _ in range(self.shards)]
-        # Longest first: what goes together then has about the same length, and within a shard the same.
-        for row in sorted(starts, key=lambda row: -starts[row].piece):
-            queues[row // per_shard].append(row)
+        # Longest first: what goes together is as long as its longest.
+        rows = sorted(starts, key=lambda row: -starts[row].new_tokens)
+        queues = [[row for row in rows if row // per_shard == i] for i in range(self.shards)]
         while any(queues):
-            alike = [[row for row in queue if starts[row].piece == starts[queue[0]].piece] for queue in queues]
-            sizes = self.wave_rows(max(starts[queue[0]].piece for queue in queues if queue))
-            m = next(size for size in sizes if size == sizes[-1] or any(len(rows) >= size for rows in alike))
-            slots, wave = np.full((self.shards, m), -1, np.int32), {}
-            for shard, rows in enumerate(alike):
-                for j, row in enumerate(rows[:m]):
-                    slots[shard, j], wave[shard * m + j] = row % per_shard, starts[row]
-                    queues[shard].remove(row)
-            yield wave, slots
+            wave = [queue.pop(0) if queue else None for queue in queues]
+            slots = np.array([-1 if row is None else row % per_shard for row in wave], np.int32)
+            yield {i: starts[row] for i, row in enumerate(wave) if row is not None}, slots
 
     def _append(self, starts: Mapping[int, Start], slots: np.ndarray | None, upcoming: Sequence[Medium]) -> None:
-        """Write prompts into rows: all of B by their number (`slots` None), or those of a wave by theirs."""
-        n = self.num_rows if slots is None else slots.size
+        """Write prompts into rows: all of B by their number (`slots` None), or one of each shard by the shard's."""
+        n = self.num_rows if slots is None else len(slots)
         cuts = stretches(starts, self._capacity)
         vision = self._vision_index(starts, {i: min(cut.bounds[i][0] for cut in cuts) for i in starts}, upcoming)
-        seen, text = np.zeros((n, self.model.config.text_config.vocab_size), np.bool_), self.model.language_model.flat
-        for i, start in starts.items():
-            seen[i, start.prompt.input_ids] = True
+        text, seen = self.model.language_model.flat, self._seen(starts, n)
         for cut in cuts:
             assert self._state is not None
             piece = piece_of(cut, starts, vision, n)
             self._state = programs.append(text, self._state, slots, piece, seen, self.pool.array)
+
+    def _seen(self, starts: Mapping[int, Start], n: int) -> np.ndarray:
+        """Bool [n, V]: the tokens of each row's prompt."""
+        seen = np.zeros((n, self.model.config.text_config.vocab_size), np.bool_)
+        for i, start in starts.items():
+            seen[i, start.prompt.input_ids] = True
+        return seen
 
     def _vision_index(
         self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]

@@ -163,14 +163,11 @@ def warm_slots(
     config = GenerationConfig(eos_token_id=(), logprobs=slots.top)
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
-        for count in (len(rows),) if together else slots.wave_rows(piece_length(length)):
-            start = time.perf_counter()
-            chosen = slots.start(
-                dict.fromkeys(range(count), Start(_empty_prompt(length), config, 1)), together=together
-            )
-            jax.block_until_ready(chosen)
-            shape = f"B {slots.num_rows}, {count} x {piece_length(length)}, cache {slots.capacity}"
-            yield Warmed("prefill", shape, time.perf_counter() - start)
+        start = time.perf_counter()
+        chosen = slots.start(dict.fromkeys(rows, Start(_empty_prompt(length), config, 1)), together=together)
+        jax.block_until_ready(chosen)
+        shape = f"B {slots.num_rows}, T {piece_length(length)}, cache {slots.capacity}"
+        yield Warmed("prefill", shape, time.perf_counter() - start)
     if max_new_tokens == 1:
         return
     start = time.perf_counter()

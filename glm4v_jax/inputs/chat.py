@@ -36,7 +36,7 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
       The source; {name: source} where there are several, the first one under "default"; None where there is none.
 
     Raises:
-      CheckpointError: one of the files is corrupt.
+      CheckpointError: one of the files is corrupt, or its template is none.
     """
     directory = assets_directory(directory)
     legacy = directory / "chat_template.json"
@@ -52,12 +52,34 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
     if named:
         return named["default"] if list(named) == ["default"] else named
     for path in (directory / "processor_config.json", directory / "tokenizer_config.json"):
-        template = read_json_object(path).get("chat_template") if path.is_file() else None
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
+        try:
+            template = template_in(read_json_object(path)) if path.is_file() else None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         if template is not None:
             return template
     return None
+
+
+def template_in(config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """What a configuration has under `chat_template`: source, {name: source} of a list of named ones, or None.
+
+    Raises:
+      CheckpointError: it is something else.
+    """
+    found = config.get("chat_template")
+    if found is None or isinstance(found, str):
+        return found
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(found, Mapping):
+        pairs = list(found.items())
+    elif isinstance(found, (list, tuple)):
+        pairs = [(one.get("name"), one.get("template")) if isinstance(one, Mapping) else (one, None) for one in found]
+    if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise CheckpointError(
+            f"chat_template is {found!r}, expected a string, or a list of objects with 'name' and 'template'"
+        )
+    return dict(pairs)
 
 
 def choose_template(template: str | Mapping[str, str] | None, wanted: str | None = None) -> str:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from glm4v_jax.errors import ConfigError
+
 
 class BatchFeature(dict[str, Any]):
     """A dictionary whose entries are also attributes: `inputs["input_ids"]` and `inputs.input_ids` are the same array.
@@ -25,11 +27,11 @@ def check_return_tensors(value: Any) -> None:
     """Accept `None` and `"np"`, which both mean numpy arrays.
 
     Raises:
-        ValueError: for `"pt"`, `"tf"`, `"jax"` and anything else.
+        ConfigError: for `"pt"`, `"tf"`, `"jax"` and anything else.
     """
     # The reference's TensorType is an enumeration with the same strings as values.
     if getattr(value, "value", value) not in (None, "np"):
-        raise ValueError(
+        raise ConfigError(
             f"return_tensors={value!r} is not supported: numpy arrays are always returned, and jax takes them "
             "directly. Leave return_tensors out, or pass 'np'."
         )
@@ -39,10 +41,10 @@ def check_device(value: Any) -> None:
     """Refuse the reference's `device` argument, which moves torch tensors.
 
     Raises:
-        ValueError: for anything but `None`.
+        ConfigError: for anything but `None`.
     """
     if value is not None:
-        raise ValueError(
+        raise ConfigError(
             f"device={value!r} is not supported: pictures and videos are prepared on the host as numpy arrays, and the "
             "model places them. Leave device out."
         )

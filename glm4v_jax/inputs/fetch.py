@@ -22,6 +22,7 @@ _CHUNK_BYTES = 2**16
 _USER_AGENT = "glm4v_jax"
 # No system takes a longer path, so longer text was not meant as one.
 _LONGEST_PATH = 4096
+_ADDRESS = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+\Z")
 
@@ -102,12 +103,17 @@ def is_url(source: Any) -> bool:
     return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
+def is_address(place: Any) -> bool:
+    """Whether `place` is text that begins like an http, https, file or data address, in capitals or not: no path."""
+    return isinstance(place, str) and _ADDRESS.match(place) is not None
+
+
 def is_missing_path(source: Any) -> bool:
     """Whether `source` is text that `open_source` took for base64 and that may have been meant as a path."""
     return (
         isinstance(source, str)
         and len(source) <= _LONGEST_PATH
-        and not source.startswith("data:")
+        and not is_address(source)
         and not _SCHEME.match(source)
         and not os.path.exists(source)
     )
@@ -120,9 +126,9 @@ def decode_base64(text: str) -> bytes:
         MediaError: the text is no base64.
     """
     name = describe(text)
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         header, comma, payload = text.partition(",")
-        if not comma or not header.endswith(";base64"):
+        if not comma or not header.lower().endswith(";base64"):
             raise MediaError(f"{name}: expected a data URL of the form data:<type>;base64,<data>")
     else:
         payload = text

@@ -241,7 +241,7 @@ class Glm4vImageProcessor(_ImageProcessor):
 
         Raises:
             MediaError: a picture cannot be loaded or prepared; the message says which.
-            ConfigError: a setting has an impossible value.
+            ConfigError: a setting has an impossible value, or `return_tensors` is not "np".
         """
         check_return_tensors(return_tensors)
         pixels.channel_format(data_format, "data_format")
@@ -312,8 +312,7 @@ class Glm4vImageProcessorFast(_ImageProcessor):
 
         Raises:
             MediaError: a picture cannot be loaded or prepared; the message says which.
-            ConfigError: a setting has an impossible value.
-            ValueError: `device`, or `return_tensors` other than "np".
+            ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
         check_return_tensors(kwargs.pop("return_tensors", None))
         check_device(kwargs.pop("device", None))

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.features import check_device, check_return_tensors
 
 TEXT_OPTIONS = frozenset(
@@ -67,7 +68,7 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
       {"text_kwargs": {...}, "images_kwargs": {...}, "videos_kwargs": {...}}, and `return_tensors`: None or "np".
 
     Raises:
-      ValueError: an option is given twice for one part, or is one that only torch has.
+      ConfigError: an option is given twice for one part, or is one that only torch has.
     """
     nested = {group: dict(options.get(group) or {}) for group in GROUPS}
     flat = {name: value for name, value in options.items() if name not in GROUPS} | nested.pop("common_kwargs")
@@ -85,6 +86,6 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
         check_device(chosen.pop("device", None))
         twice = sorted(set(chosen) & set(flat) & set(GROUPS[group]))
         if twice:
-            raise ValueError(f"{', '.join(twice)} passed two times: in {group} and as an argument, expected one")
+            raise ConfigError(f"{', '.join(twice)} passed two times: in {group} and as an argument, expected one")
         chosen |= {name: value for name, value in flat.items() if name in GROUPS[group]}
     return nested, getattr(return_tensors, "value", return_tensors)

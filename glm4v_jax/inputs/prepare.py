@@ -80,7 +80,7 @@ def make_batch(
     positions, deltas = rope_index(input_ids, ids, image_grid_thw, video_grid_thw, mask, merge)
     next_position = deltas[:, 0].astype(np.int64) + t
     if position_ids is not None:
-        positions = _checked_positions(position_ids, batch, t)
+        positions = checked_positions(position_ids, batch, t)
         next_position = np.where(mask, positions.max(axis=0), -1).max(axis=1).astype(np.int64) + 1
 
     vision_index = None
@@ -127,20 +127,68 @@ def checked_ids(
         raise MessageError(f"attention_mask: found shape {list(mask.shape)}; expected {list(input_ids.shape)}")
     if not mask.any(axis=1).all():
         raise MessageError("attention_mask: found a row of padding alone; expected at least one token in every prompt")
-    vocabulary = config.text_config.vocab_size
-    if (low := int(input_ids.min())) < 0 or (high := int(input_ids.max())) >= vocabulary:
+    return in_vocabulary(input_ids, config.text_config.vocab_size), mask
+
+
+def in_vocabulary(input_ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Tokens, all of them in the vocabulary.
+
+    Raises:
+      MessageError: one is not.
+    """
+    if (low := int(input_ids.min())) < 0 or (high := int(input_ids.max())) >= vocab_size:
         found = low if low < 0 else high
-        raise MessageError(f"input_ids: found token {found}; expected tokens from 0 to {vocabulary - 1}")
-    return input_ids, mask
+        raise MessageError(f"input_ids: found token {found}; expected tokens from 0 to {vocab_size - 1}")
+    return input_ids
 
 
-def _checked_positions(position_ids: np.ndarray, batch: int, t: int) -> np.ndarray:
-    position_ids = np.asarray(position_ids)
-    if position_ids.ndim == 2:
-        position_ids = np.broadcast_to(position_ids, (3, *position_ids.shape))
-    if position_ids.shape[0] != 3 or position_ids.shape[1] not in (1, batch) or position_ids.shape[2] != t:
-        raise MessageError(f"position_ids: found shape {list(position_ids.shape)}; expected [3, {batch}, {t}]")
-    return np.broadcast_to(position_ids, (3, batch, t)).astype(np.int32)
+def checked_positions(position_ids: np.ndarray, batch: int, t: int) -> np.ndarray:
+    """Positions [3, B, T] or [B, T], of every row or of one for all, as int32 [3, B, T].
+
+    Raises:
+      MessageError: they have another shape, or are no integers.
+    """
+    positions = np.asarray(position_ids)
+    if positions.ndim == 2:
+        positions = positions[None]
+    fits = positions.ndim == 3 and positions.shape[0] in (1, 3) and positions.shape[1] in (1, batch)
+    if not fits or positions.shape[2] != t or (np.ndim(position_ids) == 3 and len(positions) != 3):
+        raise MessageError(f"position_ids: found shape {list(np.shape(position_ids))}; expected [3, {batch}, {t}]")
+    if positions.dtype.kind not in "iu":
+        raise MessageError(f"position_ids: found {positions.dtype}; expected integers")
+    return np.broadcast_to(positions, (3, batch, t)).astype(np.int32)
+
+
+def checked_grids(grid_thw: Any, merge_size: int, name: str = "grid_thw") -> np.ndarray:
+    """Grids of pictures or videos, int64 [N, 3].
+
+    Raises:
+      MessageError: they have another shape, or sides that are no multiples of `merge_size`.
+    """
+    if grid_thw is None:
+        raise MessageError(f"{name}: found nothing; expected integers [N, 3]")
+    grids = np.asarray(grid_thw)
+    if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu":
+        raise MessageError(f"{name}: found {grids.dtype} {list(grids.shape)}; expected integers [N, 3]")
+    wrong = (grids < 1).any(axis=1) | (grids[:, 1:] % merge_size != 0).any(axis=1)
+    if wrong.any():
+        raise MessageError(
+            f"{name}: found the grid {grids[wrong][0].tolist()}; expected one or more frames, their height and width "
+            f"multiples of {merge_size} patches"
+        )
+    return grids.astype(np.int64)
+
+
+def checked_patches(pixel_values: Any, grids: np.ndarray, patch_dim: int, name: str, grid_name: str) -> np.ndarray:
+    """Flattened patches [patches, P], as many as checked grids count.
+
+    Raises:
+      MessageError: they have another shape.
+    """
+    values, expected = np.asarray(pixel_values), [int(grids.prod(axis=1).sum()), patch_dim]
+    if list(values.shape) != expected:
+        raise MessageError(f"{name}: found shape {list(values.shape)}; expected {expected}, as {grid_name} counts")
+    return values
 
 
 def _num_tokens(grid_thw: np.ndarray | None, merge: int) -> int:
@@ -167,13 +215,9 @@ def _pack_all(
             raise MessageError(f"{missing}: found nothing; expected it beside {given}")
         if values is None or grid is None or np.asarray(grid).size == 0:
             continue
-        values, of_frames = np.asarray(values), frames_of(grid)
-        patches = int(of_frames.prod(axis=1).sum())
-        if values.shape != (patches, config.vision_config.patch_dim):
-            expected = [patches, config.vision_config.patch_dim]
-            raise MessageError(f"{name}: found shape {list(values.shape)}; expected {expected}, as {grid_name} counts")
-        pixels.append(values)
-        frames.append(of_frames)
+        grids = checked_grids(grid, config.vision_config.spatial_merge_size, grid_name)
+        pixels.append(checked_patches(values, grids, config.vision_config.patch_dim, name, grid_name))
+        frames.append(frames_of(grids))
     if not pixels:
         return None, np.zeros(0, np.int32)
     return pack(

@@ -7,7 +7,7 @@ torch tensors and the error handling of 5.x; pictures and videos may stand in on
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +21,7 @@ from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from glm4v_jax.inputs.messages import Message, extract_media
 from glm4v_jax.inputs.multimodal import MultiModalData, PreparedMedia
 from glm4v_jax.inputs.options import OPTIONS, TEXT_OPTIONS, VIDEO_OPTIONS, sort_options
-from glm4v_jax.inputs.settings import MediaProcessor
+from glm4v_jax.inputs.settings import MediaProcessor, settings_in
 from glm4v_jax.inputs.tokenizer import Glm4vTokenizer, stack_rows
 from glm4v_jax.inputs.video import Glm4vVideoProcessor
 
@@ -154,7 +154,7 @@ class Glm4vProcessor:
           MessageError: more or fewer pictures or videos than placeholders; rows of unequal length with
             `return_tensors="np"`; truncation that cuts off image tokens.
           MediaError: a picture or video cannot be loaded or prepared.
-          ValueError: an option has an impossible value.
+          ConfigError: an option has an impossible value.
         """
         images_per_row = None
         if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
@@ -417,9 +417,8 @@ def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], kno
         path = directory / name
         if not path.is_file():
             continue
-        content = read_json_object(path)
-        found = content.get(default.nested_key, content).get(default.type_key)
-        if found is not None and found not in known:
+        found = settings_in(read_json_object(path), path, default.nested_key).get(default.type_key)
+        if found is not None and not (isinstance(found, str) and found in known):
             raise CheckpointError(f"{path}: {default.type_key} is {found!r}, expected one of {', '.join(known)}")
         return default if found is None else known[found]
     raise CheckpointError(f"{directory}: has no {' or '.join(default.config_files)}")
@@ -428,6 +427,8 @@ def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], kno
 def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
     if text is None:
         raise MessageError("text is missing, expected a prompt or a list of prompts")
+    if not isinstance(text, Iterable):
+        raise MessageError(f"text is {type(text).__name__}, expected a prompt or a list of prompts")
     rows: list[Row] = [text] if isinstance(text, str) else list(text)
     for index, row in enumerate(rows):
         words = row if options.get("is_split_into_words") and not isinstance(row, str) else [row]

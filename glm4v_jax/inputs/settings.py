@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import numbers
 import operator
 import os
 from collections.abc import Mapping
@@ -21,6 +22,11 @@ logger = logging.getLogger(__name__)
 # The mean and standard deviation of CLIP's training pictures, red, green, blue, of values in [0, 1].
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+LARGEST_PATCH = 4096
+"""Of the sides of a patch, in pixels, and of the numbers of frames and patches that are merged: arrays of more patches
+of that size than one would not fit any machine."""
 
 
 class MediaProcessor:
@@ -100,7 +106,7 @@ class MediaProcessor:
         settings["image_std"] = _channel_values("image_std", settings["image_std"])
         if settings["do_normalize"] and 0 in _as_tuple(settings["image_std"]):
             raise ConfigError(f"image_std={settings['image_std']}: expected no zeros")
-        if settings["do_rescale"] and not _is_number(settings["rescale_factor"], nonzero=True):
+        if settings["do_rescale"] and not is_number(settings["rescale_factor"], nonzero=True):
             raise ConfigError(f"rescale_factor={settings['rescale_factor']!r}: expected a number other than zero")
         try:
             settings["resample"] = PIL.Image.Resampling(settings["resample"])
@@ -130,12 +136,7 @@ class MediaProcessor:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise CheckpointError(f"{path}: has no {' or '.join(cls.config_files)}")
-        content = read_json_object(file)
-        content = content.get(cls.nested_key, content)
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{file}: field {cls.nested_key!r} is a {type(content).__name__}; expected an object of settings"
-            )
+        content = settings_in(read_json_object(file), file, cls.nested_key)
         try:
             return cls.from_dict(content, **overrides)
         except ConfigError as error:
@@ -151,6 +152,20 @@ class MediaProcessor:
         """The class name and its settings."""
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.defaults)
         return f"{type(self).__name__}({settings})"
+
+
+def settings_in(content: Mapping[str, Any], file: Path, nested_key: str) -> Mapping[str, Any]:
+    """The settings in a file: under a key of their own, or all of it.
+
+    Raises:
+        CheckpointError: what stands under the key are no settings.
+    """
+    settings = content.get(nested_key, content)
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(
+            f"{file}: field {nested_key!r} is a {type(settings).__name__}; expected an object of settings"
+        )
+    return settings
 
 
 def normalization_of(settings: Mapping[str, Any], *, fused: bool) -> Normalization:
@@ -179,27 +194,29 @@ def check_unused_geometry(settings: Mapping[str, Any]) -> None:
 
 def _positive_integer(name: str, value: Any) -> int:
     try:
-        number = operator.index(value)
+        number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
-    if number < 1:
-        raise ConfigError(f"{name}={value!r}: expected a positive integer")
+    if not 1 <= number <= LARGEST_PATCH:
+        raise ConfigError(f"{name}={value!r}: expected a positive integer up to {LARGEST_PATCH}")
     return number
 
 
-def _is_number(value: Any, *, nonzero: bool = False) -> bool:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
+def is_number(value: Any, *, nonzero: bool = False) -> bool:
+    """Whether this is a number that a float can hold: text that reads as one is none, and neither is a bool."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    return math.isfinite(number) and not (nonzero and number == 0)
+    try:
+        return math.isfinite(value) and not (nonzero and value == 0)
+    except OverflowError:
+        return False
 
 
 def _area_bounds(size: Any) -> dict[str, float]:
     if not isinstance(size, Mapping) or size.get("shortest_edge") is None or size.get("longest_edge") is None:
         raise ConfigError(f"size must contain 'shortest_edge' and 'longest_edge' keys. Found size={size!r}")
     shortest, longest = size["shortest_edge"], size["longest_edge"]
-    if not (_is_number(shortest) and _is_number(longest) and 0 < shortest <= longest):
+    if not (is_number(shortest) and is_number(longest) and 0 < shortest <= longest):
         raise ConfigError(f"size={dict(size)}: expected pixels, 0 < shortest_edge <= longest_edge")
     return {"shortest_edge": shortest, "longest_edge": longest}
 
@@ -212,6 +229,6 @@ def _channel_values(name: str, value: Any) -> float | tuple[float, ...]:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     values = value if isinstance(value, (list, tuple)) else (value,)
-    if not values or not all(_is_number(item) for item in values):
+    if not values or not all(is_number(item) for item in values):
         raise ConfigError(f"{name}={value!r}: expected a number, or a list of one a channel")
     return tuple(float(item) for item in values) if isinstance(value, (list, tuple)) else float(value)

@@ -16,22 +16,50 @@ def added_token(value: Any) -> tokenizers.AddedToken:
         return tokenizers.AddedToken(value, special=True)
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
         raise CheckpointError(f"found the token {value!r}, expected a string or an object with 'content'")
-    return tokenizers.AddedToken(**{key: flag for key, flag in value.items() if key != "__type"})
+    try:
+        return tokenizers.AddedToken(**{key: flag for key, flag in value.items() if key != "__type"})
+    except TypeError as error:
+        raise CheckpointError(f"found the token {value!r}, which has a flag that is none: {error}") from error
+
+
+def token_list(config: Mapping[str, Any], name: str) -> list[Any]:
+    """The tokens listed in a field of a configuration, none where it is absent or null.
+
+    Raises:
+      CheckpointError: the field is no list.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise CheckpointError(f"{name} is {value!r}, expected a list of tokens")
+    return list(value or [])
 
 
 def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str | list[str] | None]:
-    """The special tokens in the order in which the reference goes through them."""
+    """The special tokens in the order in which the reference goes through them.
+
+    Raises:
+      CheckpointError: a field is not what it should be; the message names it.
+    """
     special: dict[str, str | list[str] | None] = {}
     for name in NAMED_SPECIAL_TOKENS:
         value = config.get(name)
-        special[name] = None if value is None else added_token(value).content
-    extra = config.get("extra_special_tokens") or {}
+        special[name] = None if value is None else _content(value, name)
+    extra = config.get("extra_special_tokens")
+    named = extra if isinstance(extra, Mapping) else {}
     # 5.x saves under this name, as a list, what 4.57.1 calls additional_special_tokens.
-    more = [*(config.get("additional_special_tokens") or []), *(extra if isinstance(extra, list) else [])]
-    special["additional_special_tokens"] = [added_token(token).content for token in more]
-    if isinstance(extra, Mapping):
-        special |= {name: added_token(token).content for name, token in extra.items()}
-    return special
+    more = [] if isinstance(extra, Mapping) else token_list(config, "extra_special_tokens")
+    special["additional_special_tokens"] = [
+        *(_content(token, "additional_special_tokens") for token in token_list(config, "additional_special_tokens")),
+        *(_content(token, "extra_special_tokens") for token in more),
+    ]
+    return special | {name: _content(token, f"extra_special_tokens.{name}") for name, token in named.items()}
+
+
+def _content(token: Any, name: str) -> str:
+    try:
+        return added_token(token).content
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 class SpecialTokens:

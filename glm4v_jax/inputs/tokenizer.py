@@ -16,8 +16,10 @@ import tokenizers
 
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
 from glm4v_jax.files import assets_directory, read_json_object, read_text
+from glm4v_jax.inputs.chat import template_in
 from glm4v_jax.inputs.features import BatchFeature, check_return_tensors
-from glm4v_jax.inputs.special_tokens import SpecialTokens, added_token, special_tokens_of
+from glm4v_jax.inputs.special_tokens import SpecialTokens, added_token, special_tokens_of, token_list
+from glm4v_jax.inputs.tokenizer_options import check_count, check_text, checked_limit, checked_side, padding_strategy
 
 # Configurations write "no limit" as a huge number; the reference calls anything above this one no limit.
 _NO_LIMIT = 10**20
@@ -85,19 +87,16 @@ class Glm4vTokenizer(SpecialTokens):
             "truncation_side": (backend.truncation or {}).get("direction", "right"),
         }
         config = defaults | self.init_kwargs
-        self.padding_side = _checked_side("padding_side", config["padding_side"])
-        self.truncation_side = _checked_side("truncation_side", config["truncation_side"])
-        limit = config.get("model_max_length", config.get("max_len"))
-        self.model_max_length = int(limit) if limit is not None else int(1e30)
-        self.model_input_names = list(
-            config.get("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
-        )
+        self.padding_side = checked_side("padding_side", config["padding_side"])
+        self.truncation_side = checked_side("truncation_side", config["truncation_side"])
+        self.model_max_length = checked_limit(config.get("model_max_length", config.get("max_len")))
+        names = config.get("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"model_input_names is {names!r}, expected a list of names")
+        self.model_input_names = list(names)
         self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces", False))
         self.split_special_tokens = bool(config.get("split_special_tokens", False))
-        template = config.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
-        self.chat_template: str | dict[str, str] | None = template
+        self.chat_template: str | dict[str, str] | None = template_in(config)
         self._special_tokens = special_tokens_of(config)
         self._add_tokens(config.get("added_tokens_decoder", {}))
 
@@ -130,10 +129,17 @@ class Glm4vTokenizer(SpecialTokens):
         config = read_json_object(config_path) if config_path.is_file() else {}
         map_path = directory / "special_tokens_map.json"
         if "added_tokens_decoder" not in config and map_path.is_file():
-            listed = list(config.get("additional_special_tokens") or [])
-            config |= read_json_object(map_path)
-            more = config.get("additional_special_tokens") or []
-            config["additional_special_tokens"] = listed + [token for token in more if token not in listed]
+            more = read_json_object(map_path)
+            try:
+                special_tokens_of(more)
+            except CheckpointError as error:
+                raise CheckpointError(f"{map_path}: {error}") from error
+            try:
+                listed = token_list(config, "additional_special_tokens")
+            except CheckpointError as error:
+                raise CheckpointError(f"{config_path}: {error}") from error
+            tokens = token_list(more, "additional_special_tokens")
+            config |= more | {"additional_special_tokens": listed + [one for one in tokens if one not in listed]}
         template_path = directory / "chat_template.jinja"
         if template_path.is_file():
             config["chat_template"] = read_text(template_path)
@@ -142,8 +148,10 @@ class Glm4vTokenizer(SpecialTokens):
         except CheckpointError as error:
             raise CheckpointError(f"{config_path}: {error}") from error
 
-    def _add_tokens(self, added_tokens_decoder: Mapping[str, Any]) -> None:
+    def _add_tokens(self, added_tokens_decoder: Any) -> None:
         """Give the backend the added tokens that it lacks, in the order of their ids, and check every id."""
+        if not isinstance(added_tokens_decoder, Mapping):
+            raise CheckpointError(f"added_tokens_decoder is {added_tokens_decoder!r}, expected {{id: token}}")
         try:
             wanted = {int(index): added_token(token) for index, token in added_tokens_decoder.items()}
         except (TypeError, ValueError) as error:
@@ -214,7 +222,9 @@ class Glm4vTokenizer(SpecialTokens):
             is_split_into_words and all(isinstance(word, str) for word in text)
         )
         rows = list(text) if batched else [text]
-        _check_text(rows, is_split_into_words)
+        check_text(rows, is_split_into_words)
+        check_count("max_length", max_length, least=0)
+        check_count("pad_to_multiple_of", pad_to_multiple_of, least=1)
         pad_to, truncate, limit = self._strategies(padding, truncation, max_length)
         if truncate and pad_to is not None and pad_to_multiple_of is not None and limit % pad_to_multiple_of:
             raise MessageError(f"max_length is {limit}, expected a multiple of pad_to_multiple_of={pad_to_multiple_of}")
@@ -229,15 +239,15 @@ class Glm4vTokenizer(SpecialTokens):
             else:
                 self._backend.enable_padding(
                     length=limit if pad_to == "max_length" else None,
-                    direction=_checked_side("padding_side", padding_side or self.padding_side),
+                    direction=checked_side("padding_side", padding_side or self.padding_side),
                     pad_id=self.pad_token_id,
                     pad_token=self.pad_token,
                     pad_to_multiple_of=pad_to_multiple_of,
                 )
             split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-            self._backend.encode_special_tokens = split
+            self._backend.encode_special_tokens = bool(split)
             encodings = self._backend.encode_batch(
-                rows, is_pretokenized=is_split_into_words, add_special_tokens=add_special_tokens
+                rows, is_pretokenized=bool(is_split_into_words), add_special_tokens=bool(add_special_tokens)
             )
 
         by_default = self.model_input_names
@@ -263,7 +273,7 @@ class Glm4vTokenizer(SpecialTokens):
         self, padding: bool | str, truncation: bool | str | None, max_length: int | None
     ) -> tuple[str | None, bool, int]:
         """How to pad (None, "longest", "max_length"), whether to cut, and the length for both."""
-        pad_to = _padding_strategy(padding)
+        pad_to = padding_strategy(padding)
         if max_length is not None and padding is False and truncation is None:
             truncation = True
         if truncation not in (None, False, True, "do_not_truncate", "longest_first", "only_first"):
@@ -377,37 +387,6 @@ class Glm4vTokenizer(SpecialTokens):
     def vocab_size(self) -> int:
         """Number of tokens, added ones not counted."""
         return self._backend.get_vocab_size(with_added_tokens=False)
-
-
-def _checked_side(name: str, side: str) -> str:
-    if side not in ("left", "right"):
-        raise CheckpointError(f"{name} is {side!r}, expected 'left' or 'right'")
-    return side
-
-
-def _padding_strategy(padding: bool | str) -> str | None:
-    """None, "longest" or "max_length"."""
-    strategies = {False: None, "do_not_pad": None, True: "longest", "longest": "longest", "max_length": "max_length"}
-    if not isinstance(padding, (bool, str)) or padding not in strategies:
-        raise MessageError(f"padding is {padding!r}, expected a bool, 'longest', 'max_length' or 'do_not_pad'")
-    return strategies[padding]
-
-
-def _check_text(rows: Sequence[Any], is_split_into_words: bool) -> None:
-    if not rows:
-        raise MessageError("text is an empty list, expected at least one text")
-    for index, row in enumerate(rows):
-        words = row if is_split_into_words and isinstance(row, (list, tuple)) else [row]
-        for word in words:
-            if not isinstance(word, str):
-                raise MessageError(f"text[{index}] contains {type(word).__name__}, expected str")
-            try:
-                word.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise MessageError(
-                    f"text[{index}] is not valid Unicode (UTF-8): found the lone surrogate {word[error.start]!a} at "
-                    f"character {error.start}"
-                ) from error
 
 
 def _to_lists(value: Any) -> Any:

@@ -18,7 +18,7 @@ from glm4v_jax.inputs import pixels
 from glm4v_jax.inputs.features import BatchFeature, check_device, check_return_tensors
 from glm4v_jax.inputs.media import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, name_media
 from glm4v_jax.inputs.resize import smart_resize
-from glm4v_jax.inputs.settings import MediaProcessor, check_unused_geometry, normalization_of
+from glm4v_jax.inputs.settings import MediaProcessor, check_unused_geometry, is_number, normalization_of
 from glm4v_jax.inputs.threads import map_threads
 
 logger = logging.getLogger(__name__)
@@ -233,8 +233,7 @@ class Glm4vVideoProcessor(MediaProcessor):
 
         Raises:
             MediaError: a video cannot be loaded, sampled or prepared; the message says which.
-            ConfigError: a setting has an impossible value.
-            ValueError: `device`, or `return_tensors` other than "np".
+            ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
         check_return_tensors(kwargs.pop("return_tensors", None))
         check_device(kwargs.pop("device", None))
@@ -378,10 +377,6 @@ class Glm4vVideoProcessor(MediaProcessor):
 
 
 def _check_positive(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
+    if not (is_number(value) and value > 0):
         raise ConfigError(f"{name}={value!r}: expected a positive number")
     return value

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import time
 
 import pytest
-from helpers_cli import ROOT, keyed, save_noise
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_cli import ROOT, keyed, refuse_weights, save_noise
 from helpers_terminal import Terminal
 
 from glm4v_jax import cli
@@ -43,6 +45,22 @@ def lines(path="prompts.answers.jsonl"):
 
 def by_index(path="prompts.answers.jsonl"):
     return keyed(pathlib.Path(path), "index")
+
+
+def test_prompts_and_answers_may_lie_in_the_model(monkeypatch, tmp_path, capfd):
+    """They do not make it another model, whose answers would not be gone on with."""
+    model = shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "model")
+    prompts = model / "prompts.jsonl"
+    write({"prompt": "Hi"}, path=prompts)
+    arguments = ("--model", model, "--greedy", "--max-new-tokens", 2)
+    assert run(*arguments, path=str(prompts)) == 0
+    refuse_weights(monkeypatch)
+    assert run(*arguments, path=str(prompts)) == 0
+    assert "1 of 1 answered (1 of them by an earlier run)" in capfd.readouterr().err
+    config = model / "generation_config.json"
+    config.write_text(config.read_text() + " ")
+    assert run(*arguments, path=str(prompts)) == 1
+    assert "found the answer to another prompt" in capfd.readouterr().err
 
 
 # What is refused before weights are loaded.

@@ -161,6 +161,19 @@ def test_what_cannot_be_is_said_before_weights_are_loaded(monkeypatch, capfd, ar
         assert word in line
 
 
+def test_a_command_is_one_whatever_the_file_system_has(session, monkeypatch, picture, capfd):
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path in ("/image", "/x.png") or exists(path))
+    asked = []
+    monkeypatch.setattr(Session, "ask", lambda _, message: asked.append(message.text))
+    session.take(f"/image {picture}")
+    assert not asked and "goes with the next message" in capfd.readouterr().err
+    session.take("/x.png is what?")  # begins with a path
+    assert asked == ["/x.png is what?"]
+    with pytest.raises(MessageError, match="found no such command"):
+        session.take("/nowhere.png is what?")
+
+
 def test_too_long_a_conversation_is_a_line_and_the_session_goes_on(session):
     session.take("Hello")
     before = texts(session)
@@ -358,6 +371,12 @@ def scripted(session, monkeypatch, text, sizes):
     monkeypatch.setattr(session._conversation, "ask", ask)
 
 
+def broken_off(image, path, *_):
+    """Of a disk that is full."""
+    pathlib.Path(path).write_bytes(b"half")
+    raise OSError(28, "No space left on device", str(path))
+
+
 def test_boxes_are_told_in_pixels_and_drawn(session, monkeypatch, capfd, picture):
     with pytest.raises(MediaError, match="0 pictures"):
         session.take("/boxes out.png")
@@ -375,8 +394,14 @@ def test_boxes_are_told_in_pixels_and_drawn(session, monkeypatch, capfd, picture
     with pytest.raises(MediaError, match="is there already"):
         session.take(f"/boxes {picture}")
     assert np.array_equal(np.asarray(PIL.Image.open(picture)), before)
-    with pytest.raises(MediaError, match="unknown"):
+    with pytest.raises(MediaError, match="unknown format"):
         session.take("/boxes out.unknown")
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL.Image.Image, "save", broken_off)
+        with pytest.raises(OSError, match="No space"):
+            session.take("/boxes out.png")
+    with PIL.Image.open("out.png") as drawn:
+        drawn.load()
     session.take(f"/image {picture}")
     session.take("Where?")
     assert "boxes in pixels" not in capfd.readouterr().err

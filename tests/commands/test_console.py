@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from glm4v_jax.commands.console import one_line, replacing
+from glm4v_jax.errors import one_line
+from glm4v_jax.files import replacing
 
 
 def test_what_cannot_be_written_is_named_and_what_was_there_stays():

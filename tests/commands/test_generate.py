@@ -16,8 +16,8 @@ from helpers_terminal import Terminal
 import glm4v_jax
 from glm4v_jax import cli
 from glm4v_jax.commands import screen
-from glm4v_jax.commands.console import to_json
 from glm4v_jax.commands.screen import AnswerWriter, Counts, completion_fields, printable, rate_after_first
+from glm4v_jax.files import to_json
 from glm4v_jax.generate.completion import Completion, Delta, TokenLogprob
 from glm4v_jax.generate.presets import PRESETS
 from glm4v_jax.generate.thinking import Kind, Part, ThinkingParser

@@ -14,9 +14,8 @@ from eval import fields
 from eval.questions import Origin, Question, digest, make_item
 from eval.tables import open_table
 from eval.tasks import Task, read_items
-from glm4v_jax.commands.console import ListedError
 from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.errors import ConfigError, DataError
+from glm4v_jax.errors import ConfigError, DataError, ListedError
 from glm4v_jax.inputs.messages import extract_media
 from glm4v_jax.inputs.processor import Glm4vProcessor
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import heapq
 
-import jax
 import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
@@ -12,8 +11,8 @@ from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import programs
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.running import run
-from glm4v_jax.generate.slots import MAX_STEPS
+from glm4v_jax.generate.running import Agreed, Failure, run
+from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 
 @pytest.fixture(scope="module")
@@ -437,30 +436,49 @@ def test_warm_engines_compile_nothing(engine, lowerings, picture):
     assert lowered == []
 
 
-def test_what_joins_together_is_what_joins_alone(engine):
-    """To the last bit, on CPUs too, where the rows of a product are as many as the prompts."""
-    from glm4v_jax.generate.pieces import Start
+def test_closing_after_an_error_stops_what_is_going(engine):
+    found = engine.generate_many(["Hello", ask("nowhere.png", "What?"), "Again"], skip_errors=True, **GREEDY)
+    first = next(found)
+    found.close()
+    assert "nowhere.png" in first.error
+    (again,) = engine.generate_many(["Hello"], max_new_tokens=6, **GREEDY)
+    assert again.tokens == engine.generate("Hello", max_new_tokens=6, **GREEDY).tokens
 
+
+class Late(Ready):
+    """A queue whose prompts are never ready in time."""
+
+    def take(self, *, wait):
+        return super().take(wait=wait) if wait else None
+
+
+def test_a_free_slot_is_looked_after_while_its_prompt_is_prepared(engine, monkeypatch):
+    """Eight begin together, and the others wait for one another only while nothing else is to do."""
     own = Engine(engine.model, engine.processor, capacity=256)
-    inputs = [*random_requests(own.model, 12, seed=21), "Hello", "Hello there"]
-    prompts = sorted((own.prompt(one) for one in inputs), key=len)[:8]
-    config = own.config(max_new_tokens=12, **GREEDY)
-    starts = {row: Start(prompt, config, 12) for row, prompt in enumerate(prompts)}
-    assert any(own.new_slots(8, config).wave_rows(start.piece)[0] > 1 for start in starts.values())
+    limits, decode = [], Slots.decode
+    monkeypatch.setattr(
+        Slots, "decode", lambda slots, limit, **options: limits.append(limit) or decode(slots, limit, **options)
+    )
+    lengths = [4] + [30] * 8
+    prompt = own.prompt("Hi")
+    updates = run(
+        own.new_slots(8, own.config()),
+        Late(own.answer(prompt, own.config(max_new_tokens=n, **GREEDY)) for n in lengths),
+    )
+    assert sum(update.delta.completion is not None for update in updates) == 9
+    # The first is done after three steps; a slot is free from then on, and others are asked for soon and again.
+    assert limits[0] == MAX_STEPS and limits[1] == limits[2] == 4 and limits[-1] == MAX_STEPS
 
-    def cached(rows):
-        slots = own.new_slots(8, config)
-        first = np.asarray(slots.start(rows).tokens)
-        state = slots._state
-        hidden, k = np.asarray(state.hidden), [np.asarray(x) for x in jax.tree.leaves(state.cache.k)]
-        lengths = {row: len(start.prompt) for row, start in rows.items()}
-        axis = 1 if state.cache.is_stacked else 0
-        return {
-            row: [first[row], hidden[row], *(np.moveaxis(x, axis, 0)[row][..., :n, :] for x in k)]
-            for row, n in lengths.items()
-        }
 
-    together = cached(starts)
-    for row, start in starts.items():
-        for a, b in zip(together[row], cached({row: start})[row], strict=True):
-            assert np.array_equal(a, b)
+def test_processes_agree_on_prompts_ahead_of_their_turn(engine):
+    answers = [engine.answer(engine.prompt("Hi"), engine.config(), index=i) for i in range(5)]
+    failure = Failure(9, GenerationError("broken"))
+    agreed = Agreed(Ready([*answers[:3], failure, *answers[3:]]), 2)
+    assert agreed.ready() == [] and not agreed.is_empty
+    assert agreed.take(wait=False) is answers[0] and agreed.ready() == answers[1:3]
+    assert agreed.take(wait=False) is answers[1] and agreed.ready() == [answers[2]]
+    assert agreed.take(wait=False) is answers[2] and agreed.ready() == [answers[3]]
+    told = agreed.take(wait=False)
+    assert told.number == 9 and "broken" in str(told.error)
+    assert [agreed.take(wait=False) for _ in range(3)] == [*answers[3:], None]
+    assert agreed.is_empty

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4v_jax.generate.features import FeaturePool, medium_shape, wave_size
-from glm4v_jax.generate.pieces import ENOUGH
+from glm4v_jax.generate.features import ENOUGH, FeaturePool, medium_shape, wave_size
 from glm4v_jax.generate.prompt import Medium
 
 SIZES = [(6, 6), (4, 4), (6, 8), (2, 20), (6, 6), (8, 8), (6, 6)]
@@ -82,24 +81,55 @@ def test_whole_waves_are_encoded_ahead(pool, visual):
 
 def test_what_is_encoded_ahead_takes_no_room_from_what_comes_before_it(visual):
     small = FeaturePool(visual, 256)
-    pictures = media(visual, [(16, 16)] * 6)  # 64 tokens each, and as many for the last one's padding
+    pictures = media(visual, [(16, 16)] * 6)  # 64 tokens each
     small.prefetch(pictures)
-    assert small.encoded == 3
+    assert small.encoded == 4
     found = [tokens(small, medium) for medium in pictures]
     assert small.encoded == 6 and small.capacity == 256
     roomy = FeaturePool(visual)
     assert all(np.array_equal(tokens(roomy, medium), x) for medium, x in zip(pictures, found, strict=True))
 
 
-def test_a_pool_grows_until_it_holds_a_prompt(visual):
+def test_a_pool_grows_at_once_to_what_a_prompt_needs(visual):
     small = FeaturePool(visual, 64)
-    pictures = media(visual, [(16, 16), (4, 4), (20, 20)])
+    pictures = media(visual, [(16, 16), (4, 4), (20, 20)] * 3)
     begins = small(pictures)
-    assert small.capacity == 1024  # 168 tokens, and 128 for the padding of the last
+    assert small.encoded == 9 and small.capacity == 1024
     for begin, medium in zip(begins, pictures, strict=True):
-        assert np.array_equal(
-            np.asarray(small.array)[begin : begin + len(medium.patches) // 4], tokens(FeaturePool(visual), medium)
-        )
+        alone = tokens(FeaturePool(visual), medium)
+        assert np.array_equal(np.asarray(small.array)[begin : begin + len(alone)], alone)
+    full = FeaturePool(visual, 64)
+    full(pictures[:1])
+    assert full.capacity == 64  # to the last token
+
+
+def test_what_comes_does_not_drive_out_what_is_there(visual):
+    small = FeaturePool(visual, 64)
+    kept, needed, *rest = media(visual, [(8, 8)] * 6)  # 16 tokens each, and waves of two: half of the pool
+    small([kept])
+    small([needed], upcoming=rest)
+    assert small.encoded == 3
+    small([kept, needed, rest[0]])
+    assert small.encoded == 3
+    small([kept, needed, rest[0], rest[1]], upcoming=rest[2:])
+    assert small.encoded == 4 and small.capacity == 64
+
+
+def test_an_error_leaves_an_empty_pool(pool, visual, monkeypatch):
+    pictures = media(visual, SIZES)
+    pool(pictures[:2])
+
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("glm4v_jax.generate.programs.store", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool(pictures)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool.warm((1, 32))
+    pool(pictures)
+    assert pool.encoded == 2 + len(pictures)
 
 
 @given(st.integers(1, 40), *[st.integers(1, 60)] * 2, st.sampled_from([1, 2, 4, 6, 8, 32]))

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from glm4v_jax.errors import CheckpointError, MediaError, MessageError
+from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, MessageError
 from glm4v_jax.inputs.expand import Expander, Expansion, expand_video
 from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from glm4v_jax.inputs.media import VideoMetadata
@@ -386,6 +386,7 @@ def test_words(ours):
             r"found 0 <\|video\|> placeholders and 1 video,",
         ),
         ({}, "text is missing"),
+        ({"text": 5}, "text is int, expected a prompt or a list of prompts"),
         ({"text": []}, "text is an empty list"),
         ({"text": [None]}, r"text\[0\] is NoneType, expected str"),
         ({"text": [["Hi"]]}, r"text\[0\] is list, expected str"),
@@ -413,12 +414,12 @@ def test_wrong_calls_are_named(ours, options, message):
     ],
 )
 def test_torch_options_are_refused(ours, options):
-    with pytest.raises(ValueError, match="is not supported"):
+    with pytest.raises(ConfigError, match="is not supported"):
         ours(text="Hi", **options)
 
 
 def test_an_option_given_twice_is_refused(ours):
-    with pytest.raises(ValueError, match="padding passed two times: in text_kwargs"):
+    with pytest.raises(ConfigError, match="padding passed two times: in text_kwargs"):
         ours(text="Hi", padding=True, text_kwargs={"padding": True})
 
 

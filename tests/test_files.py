@@ -1,0 +1,84 @@
+"""Files of a checkpoint: what makes a model another one, and that none is written in place."""
+
+import pathlib
+import shutil
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax.export import save_generation_config
+from glm4v_jax.files import fingerprint, model_fingerprint, say_dtype
+from glm4v_jax.generate.config import GenerationConfig
+
+STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return pathlib.Path(shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "model"))
+
+
+@pytest.fixture
+def orbax(tmp_path):
+    """The files of one, as far as names go."""
+    directory = tmp_path / "orbax"
+    for name in ("_CHECKPOINT_METADATA", "orbax.checkpoint", "state/manifest.ocdbt", "state/d/0"):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    shutil.copytree(RANDOM_CHECKPOINT, directory / "assets", ignore=shutil.ignore_patterns("model*"))
+    return directory
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "orbax"])
+def test_what_lies_beside_a_model_does_not_make_it_another(request, layout):
+    directory = request.getfixturevalue(layout)
+    before = model_fingerprint(directory)
+    for name in STRAY:
+        # A model in shards may have any safetensors file.
+        if layout == "orbax" or name != "a.safetensors":
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text("stray")
+            assert model_fingerprint(directory) == before, name
+            assert fingerprint(directory) != before
+
+
+def test_weights_in_one_file_are_that_file(checkpoint):
+    for shard in checkpoint.glob("model-*"):
+        shard.rename(checkpoint / "model.safetensors")
+    before = model_fingerprint(checkpoint)
+    (checkpoint / "adapter_model.safetensors").write_text("stray")
+    assert model_fingerprint(checkpoint) == before
+
+
+@pytest.mark.parametrize("layout", ["checkpoint", "orbax"])
+def test_every_file_of_a_model_counts(request, layout):
+    directory = request.getfixturevalue(layout)
+    found = {model_fingerprint(directory)}
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    counted = [path for path in files if path.name not in ("README.md", "LICENSE")]
+    for path in counted:
+        path.write_bytes(path.read_bytes() + b" ")
+        found.add(model_fingerprint(directory))
+    assert len(counted) > 8 and len(found) == 1 + len(counted)
+    next(path for path in files if path.name == "generation_config.json").unlink()
+    assert model_fingerprint(directory) not in found
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_disk_that_is_full_leaves_what_was_there(checkpoint, monkeypatch, name):
+    path = checkpoint / name
+    before = path.read_text()
+
+    def full(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        if name == "config.json":
+            say_dtype(path, "bfloat16")
+        else:
+            save_generation_config(GenerationConfig(), checkpoint)
+    assert (caught.value.filename, path.read_text()) == (str(path), before)
+    assert not list(checkpoint.glob(".*"))
