@@ -11,6 +11,7 @@ a quarter of the vision tokens is padding.
 import argparse
 import collections
 import dataclasses
+import math
 import sys
 import time
 from typing import Any
@@ -22,6 +23,7 @@ from bench import report
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor, make_batch
 from glm4v_jax.compilation_cache import COMPILED
 from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.generate.features import medium_shape, wave_size
 from glm4v_jax.generate.warmup import Warmed, warmup
 
 REQUESTS = 40
@@ -59,8 +61,9 @@ class Request:
     prompt_bucket: int
     patches: int
     row_patches: int
-    """patches and padding of the vision rows"""
-    rows: tuple[int, int] | None
+    """patches and padding of the vision rows, rows that stay empty included"""
+    calls: int
+    """of the vision encoder"""
     seconds: float
     compiled: list[str]
 
@@ -104,15 +107,17 @@ def send(
         model.config,
         **{key: inputs[key] for key in inputs if key.startswith(("pixel", "image_", "video_"))},
     )
-    rows = None if batch.vision is None else batch.vision.segment_ids
+    grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, ())]
+    shapes = collections.Counter(medium_shape(grid, 1) for grid in grids)
+    calls = {shape: -(-count // wave_size(shape, 1)) for shape, count in shapes.items()}
     return Request(
         pictures=kinds["image"],
         videos=kinds["video"],
         prompt_tokens=int(batch.segment_ids.sum()),
         prompt_bucket=batch.input_ids.shape[1],
-        patches=0 if rows is None else int((rows > 0).sum()),
-        row_patches=0 if rows is None else rows.size,
-        rows=None if rows is None else rows.shape,
+        patches=sum(int(np.prod(grid)) for grid in grids),
+        row_patches=sum(count * wave_size(shape, 1) * math.prod(shape) for shape, count in calls.items()),
+        calls=sum(calls.values()),
         seconds=seconds,
         compiled=compiled,
     )
@@ -163,12 +168,12 @@ def main() -> int:
     out.print(
         report.table(
             f"{len(requests)} requests",
-            ("request", "pictures", "videos", "prompt", "bucket", "patches", "rows", "padding", "seconds", "compiled"),
+            ("request", "pictures", "videos", "prompt", "bucket", "patches", "calls", "padding", "seconds", "compiled"),
             (
                 (
                     number, r.pictures, r.videos, r.prompt_tokens, r.prompt_bucket, r.patches,
-                    "" if r.rows is None else f"{r.rows[0]} x {r.rows[1]}",
-                    f"{padded_share(r.patches, r.row_patches):.0%}" if r.rows else "", f"{r.seconds:.2f}",
+                    r.calls or "", f"{padded_share(r.patches, r.row_patches):.0%}" if r.calls else "",
+                    f"{r.seconds:.2f}",
                     len(r.compiled),
                 )
                 for number, r in enumerate(requests, start=1)

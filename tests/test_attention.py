@@ -23,7 +23,8 @@ BATCH, HEAD_DIM = 2, 8
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 16, 12 or 8: several of them, and padding to their multiples, in sizes that compile fast."""
-    monkeypatch.setattr(attention_blocks, "CPU_BLOCKS", (16, 12, 8))
+    for blocks in ("BLOCKS", "CAUSAL_CPU_BLOCKS"):
+        monkeypatch.setattr(attention_blocks, blocks, (16, 12, 8))
 
 
 def random_qkv(seed, t, s, kv_heads=2, groups=3, dtype=np.float32):
@@ -96,7 +97,7 @@ def test_any_mask(seed, q_start, packed):
 @jax.jit
 def _any_mask(q, k, v, mask):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_blocks, "CPU_BLOCKS", (16, 12, 8))
+        patch.setattr(attention_blocks, "CAUSAL_CPU_BLOCKS", (16, 12, 8))
         return attend(q, k, v, mask, causal=True)
 
 
@@ -119,10 +120,12 @@ def test_few_queries_of_a_long_cache(t):
 def test_released_block_sizes(monkeypatch):
     """1,100 tokens in blocks of a size that pads the least."""
     lengths = (5, 512, 513, 768, 1024, 1100, 1536)
-    assert [attention_blocks._block_size(n) for n in lengths] == [5, 256, 128, 256, 256, 128, 256]
+    large = [5, 512, 384, 384, 512, 384, 512]
+    assert [attention_blocks._block_size(n, True) for n in lengths] == [5, 256, 128, 256, 256, 128, 256]
+    assert [attention_blocks._block_size(n, False) for n in lengths] == large
     with monkeypatch.context() as patch:
         patch.setattr(attention_blocks.mesh, "platform", lambda: "gpu")
-        assert [attention_blocks._block_size(n) for n in lengths] == [5, 512, 384, 384, 512, 384, 512]
+        assert [attention_blocks._block_size(n, True) for n in lengths] == large
     qkv, mask = random_qkv(5, 1100, 1100, 1, 1), random_mask(6, 1100, 1100)
     assert_close(blockwise()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=4e-6)
 
@@ -185,7 +188,7 @@ def test_dropout_drops_the_same_forward_and_backward(small_blocks):
     t = s = 40
     rate, key = 0.3, jax.random.key(5)
     qkv, mask = random_qkv(13, t, s), random_mask(14, t, s, packed=False)
-    block = attention_blocks._block_size(t)
+    block = attention_blocks._block_size(t, True)
     assert 40 % block == 0 and block < 40
     keep = keep_mask(key, rate, (BATCH, 2, 3), t, s, block, block)
     np.testing.assert_allclose(np.unique(keep), [0, 1 / 0.7], rtol=1e-6)
