@@ -230,7 +230,7 @@ class Engine:
 
         def all_programs() -> Iterator[Warmed]:
             if vision_patches is not None:
-                self.pool.reserve(largest_pool(self.pool, vision_patches))
+                self.pool.reserve(largest_pool(self.pool, vision_patches, self.pool.shards if many else 1))
                 yield from warm_vision(self.pool, vision_patches)
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self._slots(num_rows, config) as slots:

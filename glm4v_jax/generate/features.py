@@ -127,10 +127,15 @@ class FeaturePool:
             return [self._spans[medium.key][0] for medium in media]
 
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
-        """Encode what will be needed soon, as far as it makes whole waves and leaves the rest of it in the pool."""
+        """Encode what will be needed soon, as far as it makes whole waves.
+
+        Half of the pool is for what is needed until then: if it drove this out, it would be encoded twice.
+        """
+        sizes = itertools.accumulate(map(self._size, upcoming))
+        early = [medium for medium, size in zip(upcoming, sizes, strict=True) if size <= self.capacity // 2]
         with self.lock:
-            keys = {medium.key for medium in upcoming}
-            for wave in self._waves(upcoming):
+            keys = {medium.key for medium in early}
+            for wave in self._waves(early):
                 if len(wave.media) == self._most(wave.shape) and not self._encode([wave], keys):
                     return
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from glm4v_jax.distributed import agree, spans_processes, to_host
@@ -131,6 +132,8 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
             first = to_host(first)
             fresh = {row: _take(first, row, 1, active[row].config.logprobs) for row in starts}
             chosen, counts, done = slots.read(decoded)
+            if shared:  # the processes may ask each other next, which nothing else must be on its way for
+                jax.block_until_ready(slots.pool.array)
             pace.end()
             surplus, updates = [], []
             for row, answer in list(active.items()):

@@ -124,6 +124,8 @@ class Slots:
             self._state, chosen = programs.begin(
                 text, head, self._state, rows | together, self._row_of(starts), top=self.top
             )
+        if together:
+            self._steps[:] = 0
         self._steps[rows] = [starts[row].step + 1 for row in sorted(starts)]
         self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
         self.stats.prefill_tokens += sum(start.new_tokens for start in starts.values())

@@ -140,9 +140,9 @@ def show(warmed: Warmed) -> None:
     )
 
 
-def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int]) -> int:
-    """The capacity that requests of so many patches need."""
-    return pool.room_for(vision_patches[1], row_shapes(*vision_patches, pool.shards))
+def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int], requests: int = 1) -> int:
+    """The capacity that requests of so many patches need, `requests` of them at a time."""
+    return pool.room_for(requests * vision_patches[1], row_shapes(*vision_patches, pool.shards))
 
 
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
