@@ -59,17 +59,19 @@ def aot_environment() -> dict[str, str]:
 
 def compile_case(number: int) -> dict[str, Any]:
     """Compile one case in this process."""
-    from glm4v_jax import aot
-    from glm4v_jax.config import Glm4vConfig
+    from glm4v_jax.config.model import Glm4vConfig
+    from glm4v_jax.planning import compile_for_topology
 
     config = Glm4vConfig.glm4_1v_9b()
     kind, numbers, topology, sizes = CASES[number]
     if kind == "train":
         return aot_train.compile_step(numbers, topology, sizes)
-    makers: dict[str, Callable[..., aot.Program]] = {
-        "decode": aot.decode_program, "prefill": aot.prefill_program, "encode": aot.encode_program,
-    }  # fmt: skip
-    compiled = aot.compile_for(makers[kind](config, *numbers), config, topology, **sizes)
+    makers: dict[str, Callable[..., compile_for_topology.Program]] = {
+        "decode": compile_for_topology.decode_program,
+        "prefill": compile_for_topology.prefill_program,
+        "encode": compile_for_topology.encode_program,
+    }
+    compiled = compile_for_topology.compile_for(makers[kind](config, *numbers), config, topology, **sizes)
     return dataclasses.asdict(compiled) | {"fits": compiled.fits}
 
 

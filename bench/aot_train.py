@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from bench import report
-from glm4v_jax.layers import Remat
+from glm4v_jax.model.layers import Remat
 
 COLUMNS = (
     "step", "slice", "mesh", "compile s", "arguments", "temporaries", "peak", "of HBM", "in the layer loop",
@@ -32,7 +32,7 @@ class Step:
     Attributes:
       rows, length: of its batch, in tokens.
       vision_rows, vision_length: in patches.
-      remat: see `glm4v_jax.layers.Remat`.
+      remat: see `glm4v_jax.model.layers.Remat`.
       lora: rank of the adapter that is trained; all weights are trained without.
       micro_batches: of `rows` each.
     """
@@ -65,16 +65,16 @@ CASES: list[tuple[str, Step, str, dict[str, int]]] = [
 
 def compile_step(step: Step, topology: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Compile a step in this process."""
-    from glm4v_jax import aot
-    from glm4v_jax.config import Glm4vConfig
-    from glm4v_jax.lora import LoraConfig
-    from train.aot import Counts, Shapes, step_program
+    from glm4v_jax.config.model import Glm4vConfig
+    from glm4v_jax.model.lora import LoraConfig
+    from glm4v_jax.planning import compile_for_topology
+    from train.compile_for_topology import Counts, Shapes, step_program
 
     config, found = Glm4vConfig.glm4_1v_9b(), list[Counts]()
     shapes = Shapes(step.rows, step.length, step.vision_rows, step.vision_length, step.micro_batches)
     lora = None if step.lora is None else LoraConfig(rank=step.lora)
     program = step_program(config, shapes, remat=step.remat, lora=lora, tell=found.append)
-    compiled = dataclasses.asdict(aot.compile_for(program, config, topology, **sizes))
+    compiled = dataclasses.asdict(compile_for_topology.compile_for(program, config, topology, **sizes))
     del compiled["held"]  # of weights in bfloat16 alone
     return finished(compiled, dataclasses.asdict(found[0]))
 
@@ -84,7 +84,7 @@ def finished(compiled: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]
 
     State is read and written once, products are those of the model alone, and all links of a chip are in use.
     """
-    from glm4v_jax.aot import CHIPS, GIB
+    from glm4v_jax.planning.compile_for_topology import CHIPS, GIB
 
     chip, chips = CHIPS[compiled["topology"].partition(":")[0]], math.prod(compiled["mesh"].values())
     floors = {

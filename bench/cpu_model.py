@@ -37,8 +37,8 @@ GREEDY = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
 
 def write_checkpoint(directory: pathlib.Path, config: dict[str, Any]) -> None:
     """Write random float32 weights in Hugging Face layout."""
-    from glm4v_jax.config import Glm4vConfig
-    from glm4v_jax.safetensors_io import write_safetensors
+    from glm4v_jax.checkpoints.safetensors import write_safetensors
+    from glm4v_jax.config.model import Glm4vConfig
     from tests.reference import random_tensors
 
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -48,7 +48,7 @@ def write_checkpoint(directory: pathlib.Path, config: dict[str, Any]) -> None:
 
 def num_parameters(config: dict[str, Any]) -> int:
     """Of the whole model."""
-    from glm4v_jax.config import Glm4vConfig
+    from glm4v_jax.config.model import Glm4vConfig
     from tests.reference import tensor_names
 
     return sum(math.prod(shape) for shape in tensor_names(Glm4vConfig.from_dict(config)).values())

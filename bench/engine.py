@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from bench import report
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.pieces import Start
+from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 SLOTS, PROMPTS, STEPS, ROUNDS = 8, 200, 256, 7
 CAPACITY = 512
@@ -39,7 +39,7 @@ import time; start = time.perf_counter()
 import json, sys
 import numpy as np
 from glm4v_jax.generate.engine import Engine
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.tiny import TINY_CHECKPOINT
 engine = Engine.from_pretrained(TINY_CHECKPOINT)
 loaded = time.perf_counter() - start
 picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import report, turns
 from bench.cpu_vs_torch import spread
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 TASKS = ("digits-vqa", "digits-grounding")
 COUNT, BATCH, NEW_TOKENS = 96, 8, 48

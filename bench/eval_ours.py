@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from bench import report, turns
-from eval.items import Item
+from eval.data.items import Item
 from eval.tasks import TASKS, read_items
 
 

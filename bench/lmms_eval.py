@@ -29,7 +29,7 @@ from bench import report
 from eval.commands import main as evaluate
 from eval.files import SUMMARY
 from eval.tasks import TASKS, read_items
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 COUNT, NAME = 20, "digits_local"
 

@@ -74,8 +74,8 @@ def differentiate_picture(patches: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from glm4v_jax.inputs.packing import frames_of, pack
-    from glm4v_jax.mesh import use_mesh
+    from glm4v_jax.devices.mesh import use_mesh
+    from glm4v_jax.inputs.vision_rows import frames_of, pack
 
     config = dataclasses.replace(vision_config(), depth=min(GRADIENT_DEPTH, vision_config().depth))
     values, grid = picture(patches)

@@ -21,10 +21,10 @@ import numpy as np
 
 from bench import report
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor, make_batch
-from glm4v_jax.compilation_cache import COMPILED
-from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.generate.features import medium_shape, wave_size
+from glm4v_jax.devices.compilation_cache import COMPILED
+from glm4v_jax.generate.feature_pool import medium_shape, wave_size
 from glm4v_jax.generate.warmup import Warmed, warmup
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 REQUESTS = 40
 MAX_PADDED_SHARE = 0.25

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.safetensors_io import write_safetensors
+from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.tiny import TINY_CHECKPOINT
 from tests.reference import CONFIGS, random_tensors
 
 VERSION = "4.57.1"

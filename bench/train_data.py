@@ -15,13 +15,13 @@ import numpy as np
 import PIL.Image
 
 from bench import media, reference, report
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.inputs.media import SampledVideo
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.inputs.media.load import SampledVideo
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from train.packing import Packer, VisionShape, pack, padding_share
-from train.records import Record
-from train.samples import EncodeOptions, Sample, encode
+from glm4v_jax.tiny import TINY_CHECKPOINT
+from train.data.packing import Packer, VisionShape, pack, padding_share
+from train.data.records import Record
+from train.data.samples import EncodeOptions, Sample, encode
 
 TEXT: dict[str, Any] = {
     "model_type": "glm4v_text", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1712,
@@ -158,7 +158,7 @@ def _piece(random: np.random.Generator, words: Sequence[str], count: int) -> str
 
 def _frames(path: pathlib.Path) -> np.ndarray:
     """uint8 [T, H, W, 3], a video's first 60 frames."""
-    from glm4v_jax.inputs.decode import decode_video
+    from glm4v_jax.inputs.media.decode import decode_video
 
     frames, _ = decode_video(path, path.name, lambda metadata, **_: np.arange(60), max_pixels=1 << 22)
     return frames

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from bench import report, train_data, turns
-from train.packing import TrainBatch, pack
-from train.samples import Sample
+from train.data.packing import TrainBatch, pack
+from train.data.samples import Sample
 
 
 class Ours:
@@ -23,9 +23,9 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from glm4v_jax.config import Glm4vConfig
-        from glm4v_jax.loading import load_model
-        from glm4v_jax.mesh import make_mesh
+        from glm4v_jax.checkpoints.load import load_model
+        from glm4v_jax.config.model import Glm4vConfig
+        from glm4v_jax.devices.mesh import make_mesh
         from train.optimizers import OptimizerConfig, make_optimizer
         from train.state import Layout, init_state, split
         from train.step import make_step

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench import reference, report, train_data, turns
-from train.samples import IGNORED, Sample
+from train.data.samples import IGNORED, Sample
 
 CLIP_NORM = 1.0
 

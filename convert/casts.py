@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from glm4v_jax.checkpoints.safetensors import in_pieces
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.safetensors_io import in_pieces
 
 
 def cast_pieces(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray]:

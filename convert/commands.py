@@ -15,11 +15,11 @@ import rich.table
 import tyro
 
 from convert.progress import gigabytes, shown
-from glm4v_jax.commands.distributed import DistributedOptions
-from glm4v_jax.commands.program import Command, JsonOptions, run_program
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.program import Command, JsonOptions, run_program
 from glm4v_jax.errors import Glm4vError
-from glm4v_jax.mesh_presets import check_text, mesh_for, sizes_for
+from glm4v_jax.planning.mesh_presets import check_text, mesh_for, sizes_for
 
 if TYPE_CHECKING:
     from convert.inspect import Inspection
@@ -53,7 +53,7 @@ class _Writing(JsonOptions):
 
     def interrupted(self) -> str:
         """What Ctrl-C has left; a second one may have ended the cleaning up too."""
-        from glm4v_jax.target import left_of
+        from glm4v_jax.checkpoints.atomic_directory import left_of
 
         left = left_of(self.place)
         if left is None:
@@ -95,7 +95,7 @@ class ToOrbax(_Writing, DistributedOptions):
 
         mesh = None
         if self.mesh is not None:
-            from glm4v_jax.distributed import check_devices
+            from glm4v_jax.devices.distributed import check_devices
 
             check_text(self.mesh)
             mesh = mesh_for(self.mesh, Glm4vConfig.from_pretrained(self.source))

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.reading import check_tensors, open_weights
-from glm4v_jax import weights
-from glm4v_jax.checkpoint import OrbaxCheckpoint
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.mesh import AXES
-from glm4v_jax.mesh_layout import check_mesh, parameter_layout
+from convert.source import check_tensors, open_weights
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import AXES
+from glm4v_jax.planning.parameter_layout import check_mesh, parameter_layout
 
 _MODULE = re.compile(r"^(lm_head|(?:language_model|visual)\.[a-z_]+)")
 
@@ -104,7 +104,7 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None) -> Inspec
     mesh = dict.fromkeys(AXES, 1) | (mesh or {})
     check_mesh(config, mesh)
     leaves = {leaf.path: leaf for leaf in parameter_layout(config)}
-    collected: dict[str, list[weights.Source]] = {}
+    collected: dict[str, list[hf_mapping.Source]] = {}
     for source in sources:
         collected.setdefault(source.rule.tensor, []).append(source)
     groups = []

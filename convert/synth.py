@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from convert.summary import Summary
-from glm4v_jax import shards, weights
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.checkpoints import hf_mapping, hf_shards
+from glm4v_jax.checkpoints.atomic_directory import check_space, check_target, new_directory
+from glm4v_jax.checkpoints.hf_write import tensor_shapes
+from glm4v_jax.checkpoints.load import resolve_dtype
+from glm4v_jax.checkpoints.safetensors import PIECE_BYTES
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.export import tensor_shapes
 from glm4v_jax.files import asset_files, read_json_object
-from glm4v_jax.loading import resolve_dtype
-from glm4v_jax.safetensors_io import PIECE_BYTES
-from glm4v_jax.target import check_space, check_target, new_directory
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 RELEASED_SHARDS = 4
 _RELEASED_SAMPLING = {"_from_model_config": True, "do_sample": True, "temperature": 0.8, "top_k": 2, "top_p": 0.6}
@@ -84,11 +84,11 @@ def plan_like_released(config: Glm4vConfig, count: int) -> dict[str, list[str]]:
     if not 1 <= count <= layers + 1:
         raise ConfigError(f"shards: found {count}, expected 1 to {layers + 1} for a decoder of {layers} layers")
     each = layers // max(1, count - 1)
-    plan: dict[str, list[str]] = {shards.shard_name(i, count): [] for i in range(count)}
-    for name, (rule, layer) in weights.tensor_rules(config).items():
+    plan: dict[str, list[str]] = {hf_shards.shard_name(i, count): [] for i in range(count)}
+    for name, (rule, layer) in hf_mapping.tensor_rules(config).items():
         in_decoder = layer is not None and rule.leaf.startswith("language_model.")
         number = min(layer // each, count - 1) if in_decoder and layer is not None else count - 1
-        plan[shards.shard_name(number, count)].append(name)
+        plan[hf_shards.shard_name(number, count)].append(name)
     return plan
 
 
@@ -128,7 +128,7 @@ def synth(
     tensors = {name: RandomTensor(name, shape, dtype, deviation, seed) for name, shape in tensor_shapes(config).items()}
     layers = config.text_config.num_hidden_layers
     plan = plan_like_released(config, min(RELEASED_SHARDS, layers + 1) if count is None else count)
-    total, done = shards.nbytes(tensors), 0
+    total, done = hf_shards.nbytes(tensors), 0
     check_target(None, target, overwrite=overwrite, dry_run=dry_run)
     check_space(target, total)
 
@@ -140,7 +140,7 @@ def synth(
 
     if not dry_run:
         with new_directory(target, overwrite=overwrite) as directory:
-            shards.write_shards(directory, tensors, plan, progress=advance)
+            hf_shards.write_shards(directory, tensors, plan, progress=advance)
             _write_assets(directory, config, dtype)
     notes = () if _has_tiny_vocabulary(config) else ("no tokenizer: this package has none of that vocabulary",)
     seconds = time.perf_counter() - started

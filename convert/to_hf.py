@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from convert.casts import cast_pieces
-from convert.reading import Reader, check_tensors, metadata_of, open_weights, shards_of
+from convert.source import Reader, check_tensors, metadata_of, open_weights, shards_of
 from convert.summary import Summary
-from glm4v_jax import shards
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints import hf_shards
+from glm4v_jax.checkpoints.atomic_directory import check_space, check_target, new_directory
+from glm4v_jax.checkpoints.load import resolve_dtype
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.files import asset_files, assets_directory, copy_assets, say_dtype
-from glm4v_jax.loading import resolve_dtype
-from glm4v_jax.target import check_space, check_target, new_directory
 
 AS_BEFORE = "original"
 """For `max_shard_size`: the shards that the tensors were in when they were safetensors."""
@@ -79,7 +79,7 @@ def to_hf(
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {name: Tensor(files, name, info.shape, cast or info.dtype) for name, info in files.items()}
     sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
-    plan = shards_of(files) if max_shard_size == AS_BEFORE else shards.plan_shards(sizes, max_shard_size)
+    plan = shards_of(files) if max_shard_size == AS_BEFORE else hf_shards.plan_shards(sizes, max_shard_size)
     total = sum(sizes.values())
     beside = assets_directory(source)
     check_space(target, total + sum((beside / path).stat().st_size for path in asset_files(source)))
@@ -93,7 +93,7 @@ def to_hf(
 
     if not dry_run:
         with new_directory(target, overwrite=overwrite) as directory:
-            shards.write_shards(directory, tensors, plan, metadata=metadata_of(files), progress=advance)
+            hf_shards.write_shards(directory, tensors, plan, metadata=metadata_of(files), progress=advance)
             copy_assets(source, directory)
             if cast is not None:
                 say_dtype(directory / "config.json", cast.name)

@@ -14,16 +14,16 @@ from jaxtyping import Array
 from convert import memory
 from convert.casts import check_cast
 from convert.hashes import Hashes, hashing
-from convert.reading import Reader, metadata_of
+from convert.source import Reader, metadata_of
 from convert.summary import Summary
-from glm4v_jax import checkpoint_write, weights
-from glm4v_jax.checkpoint import OrbaxCheckpoint, leaves_of, open_weights
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints import hf_mapping, orbax_write
+from glm4v_jax.checkpoints.atomic_directory import check_room
+from glm4v_jax.checkpoints.leaves import LeafInfo, Leaves, array_of, in_groups
+from glm4v_jax.checkpoints.load import abstract_leaves, resolve_dtype
+from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, leaves_of, open_weights
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import make_mesh, use_mesh
 from glm4v_jax.files import asset_files, assets_directory, copy_assets, say_dtype
-from glm4v_jax.leaves import LeafInfo, Leaves, array_of, in_groups
-from glm4v_jax.loading import abstract_leaves, resolve_dtype
-from glm4v_jax.mesh import make_mesh, use_mesh
-from glm4v_jax.target import check_room
 
 # What a checkpoint has besides numbers is small beside them, and never larger than this for each leaf.
 _BYTES_BESIDE_A_LEAF = 4096
@@ -81,7 +81,7 @@ def to_orbax(
     beside = assets_directory(source)
     needed = nbytes + sum((beside / path).stat().st_size for path in asset_files(source))
     needed += _BYTES_BESIDE_A_LEAF * len(infos)
-    checkpoint_write.by_first(lambda: check_room(source, target, needed, overwrite=overwrite, dry_run=dry_run))
+    orbax_write.by_first(lambda: check_room(source, target, needed, overwrite=overwrite, dry_run=dry_run))
     names, notes = _names(files, config)
     read = 0
 
@@ -93,16 +93,16 @@ def to_orbax(
         paths = [file.path for file in files.files] if hash_files and not isinstance(files, OrbaxCheckpoint) else []
         with (
             hashing(paths) as hashes,
-            checkpoint_write.new_checkpoint(target, overwrite=overwrite) as (writer, assets),
+            orbax_write.new_checkpoint(target, overwrite=overwrite) as (writer, assets),
         ):
             if jax.process_index() == 0:
                 copy_assets(source, assets)
                 if cast is not None:
                     say_dtype(assets / "config.json", cast.name)
             done, total = 0, sum(info.nbytes for info in leaves.infos.values())
-            groups = list(in_groups(infos, checkpoint_write.GROUP_BYTES))
+            groups = list(in_groups(infos, orbax_write.GROUP_BYTES))
             for group in groups:
-                large = sum(infos[path].nbytes for path in group) > checkpoint_write.GROUP_BYTES
+                large = sum(infos[path].nbytes for path in group) > orbax_write.GROUP_BYTES
                 if large:
                     writer.wait()  # not this large leaf, and another group besides
                 with use_mesh(mesh):
@@ -155,9 +155,9 @@ def _check_casts(files: Reader, config: Glm4vConfig, leaves: Leaves, arrays: Map
     }
     if not suspects:
         return
-    wanted = weights.wanted(config)
+    wanted = hf_mapping.wanted(config)
     for name in files:
-        rule, layer = wanted.get(weights.canonical(name), (None, None))
+        rule, layer = wanted.get(hf_mapping.canonical(name), (None, None))
         if rule is not None and (path := rule.path(layer)) in suspects:
             check_cast(files.read(name), arrays[path].dtype, name)
 
@@ -169,10 +169,10 @@ def _is_finite(array: Array) -> Array:
 
 def _names(files: Reader, config: Glm4vConfig) -> tuple[list[str], list[str]]:
     """The tensors that the checkpoint stands for, and notes about those that it leaves out."""
-    head = next((name for name in files if weights.canonical(name) == _TIED[0]), None)
+    head = next((name for name in files if hf_mapping.canonical(name) == _TIED[0]), None)
     if not config.text_config.tie_word_embeddings or head is None:
         return list(files), []
-    embedding = next(name for name in files if weights.canonical(name) == _TIED[1])
+    embedding = next(name for name in files if hf_mapping.canonical(name) == _TIED[1])
     if files[head][:2] == files[embedding][:2] and _equal(files, head, embedding):
         return list(files), []
     note = f"{head} is left out: it differs from {embedding}, to which the configuration ties it"
@@ -201,7 +201,7 @@ def _provenance(files: Reader, names: list[str], cast: np.dtype | None, hashes: 
             {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digests.get(file.path.name)}
             for file in files.files
         ]
-    return checkpoint_write.provenance(
+    return orbax_write.provenance(
         source={"directory": files.directory.absolute().name, "files": listed},
         metadata=metadata_of(files),
         cast=None if cast is None else cast.name,

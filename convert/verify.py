@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.reading import Reader, open_weights
-from glm4v_jax import weights
-from glm4v_jax.config import Glm4vConfig
+from convert.source import Reader, open_weights
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.safetensors_io import TensorInfo
 
 _PIECE = 1 << 22
 """Numbers compared at a time."""
@@ -110,7 +110,7 @@ def _canonical(directory: Path, files: Mapping[str, TensorInfo]) -> dict[str, st
     names: dict[str, str] = {}
     doubled = []
     for name in files:
-        first = names.setdefault(weights.canonical(name), name)
+        first = names.setdefault(hf_mapping.canonical(name), name)
         if first != name:
             doubled.append(f"{first} and {name}")
     if doubled:

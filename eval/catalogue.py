@@ -35,7 +35,7 @@ _MATHVISTA_FORMAT = (
 _DIGITS: Mapping[str, Any] = {
     "preset": "greedy",
     "data": "none: its data comes with the package",
-    "source": "held-out digits of scikit-learn's load_digits, glm4v_jax/data/digits.py",
+    "source": "held-out digits of scikit-learn's load_digits, glm4v_jax/tiny/digits.py",
 }
 
 ENTRIES: Mapping[str, Mapping[str, Any]] = {

@@ -15,23 +15,23 @@ import rich.text
 import tyro
 
 from eval.compare_command import Compare
+from eval.data.items import Item
 from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
 from eval.harness import Outcome, batch_of, forget_scores, score
-from eval.items import Item
-from eval.report import write_report
+from eval.report.report import write_report
 from eval.summary import write_summary
 from eval.tasks import TASKS, Task, find_task, read_items
-from glm4v_jax.commands.batch import Batch
-from glm4v_jax.commands.distributed import DistributedOptions
-from glm4v_jax.commands.options import ModelOptions, SamplingOptions, generation_config, long_answer
-from glm4v_jax.commands.program import Command, JsonOptions, run_program
-from glm4v_jax.commands.screen import printable
+from glm4v_jax.config.presets import preset
+from glm4v_jax.console.answer_writer import printable
+from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.options import ModelOptions, SamplingOptions, generation_config, long_answer
+from glm4v_jax.console.program import Command, JsonOptions, run_program
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.files import model_fingerprint, to_json
-from glm4v_jax.generate.presets import preset
+from glm4v_jax.generate.offline.batch import Batch
 
 if TYPE_CHECKING:
-    from glm4v_jax.generate.config import GenerationConfig
+    from glm4v_jax.config.generation import GenerationConfig
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -141,7 +141,7 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
         """The engine, which all tasks share; asked for when there is something to answer."""
         if self._engine is None:
             self._engine = super().load(processor, num_slots)
-        from glm4v_jax.distributed import is_first
+        from glm4v_jax.devices.distributed import is_first
 
         if is_first() and self._out_now is not None:
             forget_scores(self._out_now)
@@ -163,7 +163,7 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
 
     def _score(self, part: "_Work") -> Outcome | None:
         """Only in the first process, which has written the answers."""
-        from glm4v_jax.distributed import is_first
+        from glm4v_jax.devices.distributed import is_first
 
         if not is_first():
             return None

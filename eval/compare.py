@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answers import final_answer
 from eval.files import RESULTS, SUMMARY
+from eval.parse_answer import final_answer
 from eval.results import Result, read_results
 from eval.statistics import Difference, paired_difference
 from eval.summary import CONFIDENCE, read_summary

@@ -10,4 +10,4 @@ SUMMARY = "summary.json"
 """The figures; see `eval.summary`. Beside the directories of several tasks, their scores."""
 
 REPORT = "report.html"
-"""All this as a page; see `eval.report`."""
+"""All this as a page; see `eval.report.report`."""

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import glm4v_jax
+from eval.data.items import Item
 from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
-from eval.items import Item
 from eval.metrics import METRICS
 from eval.results import Result, digest_of, read_answers, score_items, write_results
 from eval.summary import summarize, write_summary
 from eval.tasks import Task
-from glm4v_jax.commands.batch import Batch
-from glm4v_jax.commands.rows import Row
-from glm4v_jax.commands.screen import completion_fields
+from glm4v_jax.console.answer_writer import completion_fields
+from glm4v_jax.generate.offline.batch import Batch
+from glm4v_jax.generate.offline.prompts import Row
 
 if TYPE_CHECKING:
-    from glm4v_jax.commands.options import ModelOptions
+    from glm4v_jax.config.generation import GenerationConfig
+    from glm4v_jax.console.options import ModelOptions
     from glm4v_jax.generate.completion import Completion
-    from glm4v_jax.generate.config import GenerationConfig
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
 

@@ -12,12 +12,12 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from eval.answers import final_answer
-from glm4v_jax.data import TINY_CHECKPOINT
+from eval.parse_answer import final_answer
+from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.presets import PRESETS
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 _FORMS = ("boxed", "answer", "raw")
 # What lmms-eval's tasks say of generation, and what it is called here.
@@ -77,8 +77,8 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         del batch_size, device
         if answer not in _FORMS:
             raise ConfigError(f"answer: found {answer!r}; expected one of {', '.join(_FORMS)}")
-        from glm4v_jax.config import Glm4vConfig
-        from glm4v_jax.mesh_presets import mesh_for
+        from glm4v_jax.config.model import Glm4vConfig
+        from glm4v_jax.planning.mesh_presets import mesh_for
 
         on = None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained))
         self._engine = Engine.from_pretrained(pretrained, num_slots=int(slots), dtype=dtype, mesh=on)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.items import Item
+from eval.data.items import Item
 from eval.metrics import Metric, Score
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
-from glm4v_jax.generate.thinking import parse
+from glm4v_jax.generate.text.thinking import parse
 
 Category = Literal["scored", "parse_failure", "no_answer", "truncated", "error"]
 """Why an item has the score it has, one for each item. "scored": something was understood. The others score 0:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from eval.data.items import Item
 from eval.files import SUMMARY
-from eval.items import Item
 from eval.metrics import Metric
 from eval.results import Category, Result, encoded, scores_of
 from eval.statistics import clustered, score_interval

@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.adapters import READERS
 from eval.catalogue import ENTRIES
-from eval.digits import BUILT_IN
+from eval.data.adapters import READERS
+from eval.data.digits import BUILT_IN
+from eval.data.questions import template
 from eval.metrics import METRICS
-from eval.questions import template
-from eval.reading import read_items
+from eval.read_items import read_items
+from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.data.media import kind_of
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.generate.presets import PRESETS
 
 __all__ = ["TASKS", "Task", "find_task", "read_items"]
 
@@ -35,10 +35,10 @@ class Task:
       name: in `TASKS`, and of a directory of results.
       metric: name in `eval.metrics.METRICS`.
       description: what it measures, in a line.
-      reader: of the rows: name in `eval.adapters.READERS`, or in `eval.digits.BUILT_IN` for data of the package.
+      reader: of the rows: name in `eval.data.adapters.READERS`, or in `eval.data.digits.BUILT_IN` for packaged data.
       prompt: jinja2 template of the question's text; what it can name, the reader says. Pictures stand before it.
       system: what the system says first.
-      preset: name in `glm4v_jax.generate.presets.PRESETS`; None for what the checkpoint says.
+      preset: name in `glm4v_jax.config.presets.PRESETS`; None for what the checkpoint says.
       options: of `GenerationConfig`, over the preset's: max_new_tokens, think_budget, answer_budget, do_sample, ...
       variants: name -> fields that are different in it: "prompt", "metric", "system", "preset", "options".
       data: which files to give.
@@ -54,7 +54,7 @@ class Task:
     preset: str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    data: str = "files of rows as eval/rows.py describes them: .json, .jsonl, .parquet, .tsv"
+    data: str = "files of rows as eval/data/rows.py describes them: .json, .jsonl, .parquet, .tsv"
     source: str = ""
 
     @property

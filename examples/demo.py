@@ -18,11 +18,11 @@ import PIL.Image
 import rich.console
 import rich.markup
 
-from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.data.digits import Example, Task, held_out
-from glm4v_jax.generate.boxes import draw_boxes
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine
+from glm4v_jax.generate.text.boxes import draw_boxes
+from glm4v_jax.tiny import TINY_CHECKPOINT
+from glm4v_jax.tiny.digits import Example, Task, held_out
 
 ENLARGED = 4
 """Times the size of a digit's picture in the file that shows its box."""

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import pathlib
 
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 
 def _file_of_package(package: str, path: str) -> str:

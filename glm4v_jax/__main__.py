@@ -1,5 +1,5 @@
 """`python -m glm4v_jax`: the command line."""
 
-from glm4v_jax.cli import program
+from glm4v_jax.cli.main import program
 
 program()

@@ -42,7 +42,7 @@ hypothesis.settings.load_profile("seeded")
 @pytest.fixture(scope="session")
 def mesh():
     """The mesh of one device, set for the rest of the session."""
-    from glm4v_jax.mesh import use_mesh
+    from glm4v_jax.devices.mesh import use_mesh
 
     with use_mesh() as mesh:
         yield mesh

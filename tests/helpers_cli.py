@@ -7,8 +7,8 @@ import PIL.Image
 import pytest
 
 import glm4v_jax
-from glm4v_jax import cli
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.cli import main
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 ROOT = TINY_CHECKPOINT.parents[2]
 
@@ -38,7 +38,7 @@ def save_film(path):
 
 def refused(capfd, *arguments):
     """Runs `glm4v generate`, expects one line of complaint, status 1 and nothing else; returns the line."""
-    assert cli.main(["generate", *map(str, arguments)]) == 1
+    assert main.main(["generate", *map(str, arguments)]) == 1
     captured = capfd.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
@@ -49,7 +49,7 @@ def refused(capfd, *arguments):
 
 def answered(capfd, *arguments):
     """Runs `glm4v generate --json`; returns the object."""
-    assert cli.main(["generate", "--json", *map(str, arguments)]) == 0
+    assert main.main(["generate", "--json", *map(str, arguments)]) == 0
     return json.loads(capfd.readouterr().out)
 
 

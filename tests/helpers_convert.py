@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.export import tensor_shapes
-from glm4v_jax.safetensors_io import SafetensorsFile, open_checkpoint
+from glm4v_jax.checkpoints.hf_write import tensor_shapes
+from glm4v_jax.checkpoints.safetensors import SafetensorsFile, open_checkpoint
+from glm4v_jax.config.model import Glm4vConfig
 
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from reference import Prompts
 
-from glm4v_jax import lora, make_batch, mesh
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.model import Glm4v
-from glm4v_jax.programs import causal_lm_loss
+from glm4v_jax import make_batch
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices import mesh
+from glm4v_jax.hf.forward import causal_lm_loss
+from glm4v_jax.model import lora
+from glm4v_jax.model.glm4v import Glm4v
 
 EVERY = lora.LoraConfig(rank=3, alpha=4.5, target=".*")
 """An adapter beside every kernel; of an odd rank, and a scale that is not 1."""

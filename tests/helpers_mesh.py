@@ -14,8 +14,8 @@ import numpy as np
 from helpers_orbax import environment
 from reference import CONFIGS, Prompts, export, random_tensors
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.safetensors_io import write_safetensors
+from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
 
 DEVICES = 8
 
@@ -58,8 +58,8 @@ def compute(directory: str, mesh: Any) -> Computed:
     import jax
 
     from glm4v_jax import Glm4vForConditionalGeneration, make_batch
-    from glm4v_jax.mesh import data_shards
-    from glm4v_jax.programs import causal_lm_loss
+    from glm4v_jax.devices.mesh import data_shards
+    from glm4v_jax.hf.forward import causal_lm_loss
 
     config = Glm4vConfig.from_pretrained(directory)
     prompts = Prompts(config, ROWS, padding="right", seed=1)

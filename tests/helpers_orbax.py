@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from glm4v_jax.checkpoint import open_weights
+from glm4v_jax.checkpoints.orbax_read import open_weights
 
 TESTS = Path(__file__).parent
 

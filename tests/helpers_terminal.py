@@ -10,7 +10,7 @@ import sys
 import termios
 import time
 
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 ROOT = TINY_CHECKPOINT.parents[2]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_jax import weights
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.safetensors_io import write_safetensors
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
 
 TOLERANCE = 1e-5
 """Of the largest magnitude: what two float32 programs that add in different orders may differ by.
@@ -86,8 +86,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def tensor_names(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
     """Names, as 4.57.1 writes them, and shapes of a checkpoint's tensors. `load_theirs` checks them."""
-    sizes, shapes = weights.dimensions(config), {}
-    for rule in weights.rules(config):
+    sizes, shapes = hf_mapping.dimensions(config), {}
+    for rule in hf_mapping.rules(config):
         depth = config.text_config.num_hidden_layers if "language_model" in rule.tensor else config.vision_config.depth
         for i in range(depth if rule.layered else 1):
             name = rule.tensor.format(i=i)
@@ -243,11 +243,11 @@ def export(module: Any, config: Glm4vConfig) -> dict[str, np.ndarray]:
     """A tree like our model (its weights, or their gradients) as tensors by the checkpoint's names."""
     import jax
 
-    from glm4v_jax.loading import leaf_paths
+    from glm4v_jax.checkpoints.load import leaf_paths
 
     leaves = dict(zip(leaf_paths(module), map(np.asarray, jax.tree.leaves(module)), strict=True))
-    sizes, tensors = weights.dimensions(config), {}
-    for source in weights.match(config, tensor_names(config), "this test"):
+    sizes, tensors = hf_mapping.dimensions(config), {}
+    for source in hf_mapping.match(config, tensor_names(config), "this test"):
         path, layer = source.rule.leaf, source.layer
         if layer is not None:
             group, rest = next((g, path.removeprefix(g)) for g in _GROUPS if path.startswith(g))

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
-from glm4v_jax.export import save_generation_config
+from glm4v_jax.checkpoints.hf_write import save_generation_config
+from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.files import fingerprint, model_fingerprint, say_dtype
-from glm4v_jax.generate.config import GenerationConfig
 
 STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
 

@@ -13,7 +13,7 @@ import tempfile
 import rich.console
 import rich.text
 
-from glm4v_jax.data.digits import held_out
+from glm4v_jax.tiny.digits import held_out
 from tests.helpers_terminal import Terminal
 
 OUT = pathlib.Path(__file__).parent.parent / "docs" / "chat.svg"

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tools import tiny_text
 from tools.tiny_assets import Vocabulary, asset_files, json_bytes, model_config, train_tokenizer
 
-DEFAULT_DIRECTORY = Path(__file__).resolve().parent.parent / "tests" / "data" / "random"
+DEFAULT_DIRECTORY = Path(__file__).resolve().parent.parent / "tests" / "random_checkpoint"
 
 VOCABULARY = Vocabulary(learned=768, rows=832, text=tiny_text.TRAINING_TEXT)
 

@@ -16,11 +16,11 @@ import playwright.sync_api
 
 from eval.commands import main as evaluate
 from eval.files import REPORT, RESULTS
-from eval.report import write_report
+from eval.report.report import write_report
 from eval.results import read_results
 from eval.summary import read_summary
 from eval.tasks import find_task, read_items
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 OUT = pathlib.Path(__file__).parent.parent / "docs" / "images" / "report.png"
 TASK, ITEMS = "digits-grounding", 120

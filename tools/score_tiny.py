@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import rich.console
 
-from glm4v_jax.data import TINY_CHECKPOINT
-from glm4v_jax.data.digits import NUM_HELD_OUT, TASKS, Example, Split, Task, examples, shuffled_frames
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.prompt import Prompt
-from train.digit_scores import Row, constant_box, majority_direction, nearest_neighbour, score, table
+from glm4v_jax.tiny import TINY_CHECKPOINT
+from glm4v_jax.tiny.digits import NUM_HELD_OUT, TASKS, Example, Split, Task, examples, shuffled_frames
+from tools.digit_scores import Row, constant_box, majority_direction, nearest_neighbour, score, table
 
 AIMS: dict[Task, float] = {"reading": 0.95, "grounding1": 0.85, "grounding2": 0.6, "motion": 0.95}
 NAMES: dict[Task, str] = {

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from glm4v_jax import Glm4vForConditionalGeneration
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.config.model import Glm4vConfig
 from tools import tiny_text
 from tools.tiny_assets import Vocabulary, asset_files, model_config, train_tokenizer
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from train.digit_scores import Row, table
+from tools.digit_scores import Row, table
 
 _TEXT = """\
 # The tiny model of the package

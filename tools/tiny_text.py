@@ -82,4 +82,4 @@ What digit is this? One digit. Two digits. Locate the 7. Which way does it move?
 3 left, 7 right: 7 right. 3 top, 7 bottom: 3 top. [[1]]
 """
 DIGITS_TEXT = TRAINING_TEXT + 30 * f"{_NUMBERS}{_DIGITS}"
-"""The same with what is said about digits (`glm4v_jax.data.digits`), so often that words and coordinates are tokens."""
+"""The same with what is said about digits (`glm4v_jax.tiny.digits`), so often that words and coordinates are tokens."""

@@ -16,15 +16,15 @@ from pathlib import Path
 import jax
 import rich.console
 
-from glm4v_jax.data import TINY_CHECKPOINT
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.engine import Engine
+from glm4v_jax.tiny import TINY_CHECKPOINT
+from tools.digit_curriculum import DigitRecords
+from tools.digit_scores import table
 from tools.score_tiny import SLOTS, measure, missed
 from tools.tiny_model import write_start
 from tools.tiny_report import Run, as_json, as_markdown
 from train.config import BatchConfig, CheckpointConfig, DataConfig, TrainConfig
-from train.digit_scores import table
-from train.digit_task import DigitRecords
 from train.job import MODEL
 from train.loop import train
 from train.optimizers import OptimizerConfig

@@ -2,7 +2,7 @@
 
 import sys
 
-from glm4v_jax.commands.standing import run_module
+from glm4v_jax.console.standing import run_module
 
 if __name__ == "__main__":
     sys.exit(run_module("train"))

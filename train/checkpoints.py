@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from glm4v_jax.distributed import gathered
+from glm4v_jax.devices.distributed import gathered
 from glm4v_jax.errors import CheckpointError
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation

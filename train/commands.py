@@ -18,16 +18,16 @@ import rich.table
 import rich.text
 import tyro
 
-from glm4v_jax.commands.console import check_model, quiet_ffmpeg, unsuspected_pictures
-from glm4v_jax.commands.distributed import DistributedOptions
-from glm4v_jax.commands.program import Command, JsonOptions, Options, run_program
-from glm4v_jax.commands.screen import printable
+from glm4v_jax.console.answer_writer import printable
+from glm4v_jax.console.console import check_model, quiet_ffmpeg, unsuspected_pictures
+from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
 from train.export_command import Export
 
 if TYPE_CHECKING:
-    from train.check import Report
+    from train.data.check import Report
 
 BAD, TROUBLE = 1, 2
 """Exit statuses of `check`: there are bad rows; it could not look."""
@@ -73,9 +73,9 @@ class Check(JsonOptions):
 
     def run(self) -> int:
         """Checks, and prints what was found."""
-        from train.check import check
-        from train.lengths import TokenCounter, count_characters
-        from train.records import read_records
+        from train.data.check import check
+        from train.data.lengths import TokenCounter, count_characters
+        from train.data.records import read_records
 
         if not self.data:
             raise DataError("DATA: found no file, expected at least one")
@@ -98,7 +98,7 @@ class Check(JsonOptions):
         return BAD if report.bad else 0
 
     def _draw(self, report: "Report") -> None:
-        from train.histogram import draw_histogram
+        from train.data.histogram import draw_histogram
 
         path = pathlib.Path(self.histogram or "")
         if not report.lengths:
@@ -130,7 +130,7 @@ class Run(Options, DistributedOptions):
 
         config = load_config(self.config)
         check_model(config.model)
-        from glm4v_jax.compilation_cache import use_compilation_cache
+        from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from train.loop import train
 
         use_compilation_cache()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.layers import Remat
-from glm4v_jax.lora import LoraConfig
-from glm4v_jax.lora import check_config as check_lora
+from glm4v_jax.model.layers import Remat
+from glm4v_jax.model.lora import LoraConfig
+from glm4v_jax.model.lora import check_config as check_lora
 from train.optimizers import GROUPS, OptimizerConfig, check_optimizer
 
 MODEL, ADAPTER = "model", "adapter"
@@ -159,7 +159,7 @@ class TrainConfig:
       steps: of the whole training.
       freeze: parts of the model that stay as they are: "vision", "merger", "llm"; not with `lora`.
       lora: train an adapter instead, and leave the whole model as it is.
-      quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.quant`.
+      quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.model.quantize`.
       dtype: that the model computes in; float32 on a CPU and bfloat16 elsewhere by default. Weights are float32.
       remat: what of a layer is made again in the backward pass: "full", all but its input; "attention" and "dots"
         keep more, and "none" all.

@@ -17,29 +17,29 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.data.media import source_of
-from glm4v_jax.distributed import agree, is_first
+from glm4v_jax.devices.distributed import agree, is_first
+from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
-from glm4v_jax.generate.config import GenerationConfig
 from glm4v_jax.generate.engine import Engine
-from glm4v_jax.inputs.media import is_path_like
+from glm4v_jax.hf.model import Glm4vForConditionalGeneration
+from glm4v_jax.inputs.media.load import is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from glm4v_jax.mesh import platform
-from glm4v_jax.model import Glm4v
-from glm4v_jax.modeling import Glm4vForConditionalGeneration
+from glm4v_jax.model.glm4v import Glm4v
 from train.config import EvalConfig, TrainConfig
-from train.lane import Encoder, Made
+from train.data.lane import Encoder, Made
+from train.data.packing import Packer, TrainBatch
+from train.data.placement import put, stacked
+from train.data.records import Record
+from train.data.samples import Sample, limited
+from train.data.stream import encode_options, packed, packer_of
 from train.loss import Sums
-from train.packing import Packer, TrainBatch
-from train.placement import put, stacked
-from train.records import Record
-from train.samples import Sample, limited
 from train.scoring import score
 from train.state import Layout, Leaves
 from train.step import loss_sums
-from train.stream import encode_options, packed, packer_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,20 +11,20 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from glm4v_jax.checkpoint import open_weights
-from glm4v_jax.checkpoint_write import by_first
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.distributed import is_first
-from glm4v_jax.export import save_pretrained
+from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
+from glm4v_jax.checkpoints.hf_write import save_pretrained
+from glm4v_jax.checkpoints.load import default_dtype, load_model
+from glm4v_jax.checkpoints.merge_adapter import MergedTensor, merged_tensors, nbytes, write_merged
+from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.orbax_write import by_first
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.files import copy_assets
-from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.loading import default_dtype, load_model
-from glm4v_jax.lora import drop_lora
-from glm4v_jax.merge import MergedTensor, merged_tensors, nbytes, write_merged
-from glm4v_jax.model import Glm4v
-from glm4v_jax.peft import load_adapter, save_adapter
-from glm4v_jax.target import check_room, move_up, new_directory, place_of
-from train.verify import Verified, compare, logits_of, prompt, tolerance_of
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.lora import drop_lora
+from train.verify_export import Verified, compare, logits_of, prompt, tolerance_of
 
 _CONTENT = "content"
 
@@ -119,7 +119,7 @@ def export_merged(
 
     Args:
       base: a checkpoint in either format; if the adapter was trained beside a quantised one, that which it was made of.
-      adapter: a directory of `peft.save_adapter`, or of PEFT.
+      adapter: a directory of `adapter.save_adapter`, or of PEFT.
       target: the directory to make; it appears when it is complete and verified.
       written: dtype of the result, as a name; by default every tensor has the base's.
       overwrite: replace a checkpoint that is there.

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from glm4v_jax.commands.console import check_model, is_same_file
-from glm4v_jax.commands.distributed import DistributedOptions
-from glm4v_jax.commands.program import JsonOptions
-from glm4v_jax.commands.screen import printable
+from glm4v_jax.console.answer_writer import printable
+from glm4v_jax.console.console import check_model, is_same_file
+from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import to_json
 
@@ -61,11 +61,11 @@ class Export(JsonOptions, DistributedOptions):
         check_model(model)
         if not (adapter / "adapter_config.json").is_file():
             raise CheckpointError(f"{adapter}: has no adapter_config.json; expected a trained adapter")
-        from glm4v_jax.compilation_cache import use_compilation_cache
-        from glm4v_jax.config import Glm4vConfig
-        from glm4v_jax.distributed import check_devices, is_first, several
-        from glm4v_jax.mesh import use_mesh
-        from glm4v_jax.mesh_presets import mesh_for
+        from glm4v_jax.config.model import Glm4vConfig
+        from glm4v_jax.devices.compilation_cache import use_compilation_cache
+        from glm4v_jax.devices.distributed import check_devices, is_first, several
+        from glm4v_jax.devices.mesh import use_mesh
+        from glm4v_jax.planning.mesh_presets import mesh_for
         from train.export import export_merged
 
         use_compilation_cache()

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.layers import Remat
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.model.layers import Remat
 from train.optimizers import group_of
 
 # How `device_kind` begins -> bfloat16 FLOP/s of a device, dense. The longest that fits counts.

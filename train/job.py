@@ -13,24 +13,24 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.distributed import agree, check_devices, several
+from glm4v_jax.checkpoints.load import default_dtype, load_model
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.loading import default_dtype, load_model
-from glm4v_jax.lora import add_lora, is_lora
-from glm4v_jax.mesh_presets import mesh_for
-from glm4v_jax.quant import as_config
+from glm4v_jax.model.lora import add_lora, is_lora
+from glm4v_jax.model.quantize import as_config
+from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import abstract
 from train.config import ADAPTER, MODEL, TrainConfig
+from train.data.placement import check_batch, num_lanes
+from train.data.records import Record, read_records
 from train.evaluate import hold_back
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
 from train.optimizers import group_of, learning_rate, make_optimizer
-from train.placement import check_batch, num_lanes
-from train.records import Record, read_records
 from train.state import Layout, Leaves, TrainState, init_state, split
 from train.step import Step, make_step
-from train.verify import Verified
+from train.verify_export import Verified
 
 _FREE = {
     "model", "out", "steps", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every", "tensorboard",

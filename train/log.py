@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from glm4v_jax.distributed import is_first
+from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import replacing, to_json
 from train.config import TrainConfig
+from train.data.stream import Prepared
 from train.evaluate import Evaluation
 from train.flops import Work
 from train.step import Metrics
-from train.stream import Prepared
 
 METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "eval.jsonl", "tensorboard"
 

@@ -9,23 +9,23 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.distributed import gathered, several
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.distributed import gathered, several
+from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from glm4v_jax.mesh import use_mesh
 from train.checkpoints import Checkpoints, abstract
 from train.config import TrainConfig
+from train.data.placement import put
+from train.data.records import Record
+from train.data.stream import Prepared, Stream, counts_of
 from train.evaluate import Evaluation, Evaluator
 from train.flops import peak_flops
 from train.job import Job, check_place, check_same, check_step, identity, make_mesh, read_data
 from train.log import Log, Speed
-from train.placement import put
+from train.preemption import Stopping
 from train.profiler import Profiler
-from train.records import Record
 from train.state import TrainState
-from train.stopping import Stopping
-from train.stream import Prepared, Stream, counts_of
 
 CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
 """What a job writes into its directory, besides its result and its metrics."""

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from glm4v_jax import mesh
-from glm4v_jax.model import Glm4v
-from glm4v_jax.nn import whole
+from glm4v_jax.devices import mesh
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.nn import whole
 
 STRETCH = 1024
 """Tokens of a row whose logits exist at a time: 151,552 numbers each."""

@@ -8,8 +8,8 @@ import jax
 import optax
 
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.model import Glm4v
-from glm4v_jax.nn import Linear
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.nn import Linear
 
 GROUPS = ("vision", "merger", "llm")
 """Parts of the model that are frozen, or have a learning rate, of their own. The ViT's position table, norms and

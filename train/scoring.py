@@ -1,9 +1,9 @@
 """How far answers are what they should be: metrics of `eval` for which a record's own answer is reference enough."""
 
-from eval.answers import final_answer
 from eval.metrics import METRICS
+from eval.parse_answer import final_answer
 from glm4v_jax.errors import DataError
-from glm4v_jax.generate.boxes import find_boxes
+from glm4v_jax.generate.text.boxes import find_boxes
 
 
 def score(metric: str, answer: str, expected: str) -> float:

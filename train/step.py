@@ -10,11 +10,11 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from glm4v_jax.layers import Remat
-from glm4v_jax.model import Glm4v
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.layers import Remat
+from train.data.packing import TrainBatch
 from train.flops import Work, work_of
 from train.loss import STRETCH, Sums, cross_entropy
-from train.packing import TrainBatch
 from train.state import Layout, Leaves, TrainState
 
 

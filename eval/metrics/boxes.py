@@ -7,7 +7,6 @@ import functools
 import re
 from collections.abc import Sequence
 
-from eval.answers import Scale, boxes, final_answer, to_pixels
 from eval.metrics.metric import (
     UNPARSED,
     Item,
@@ -21,6 +20,7 @@ from eval.metrics.metric import (
     only_box_of,
     size_of,
 )
+from eval.parse_answer import Scale, boxes, final_answer, to_pixels
 
 IOU = 0.5
 """From here on, inclusive, a box counts as found."""

@@ -11,9 +11,9 @@ import math
 import re
 import warnings
 
-from eval.answers import final_answer
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean
 from eval.metrics.text import anls_of
+from eval.parse_answer import final_answer
 
 TOLERANCE = 0.05
 

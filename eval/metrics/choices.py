@@ -8,7 +8,6 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 
-from eval.answers import choice, final_answer
 from eval.metrics.metric import (
     UNPARSED,
     Item,
@@ -21,6 +20,7 @@ from eval.metrics.metric import (
     options_of,
     question_terms,
 )
+from eval.parse_answer import choice, final_answer
 
 FIELDS = ("options", "answer")
 BUCKETS = ("duration", "domain", "sub_category", "task_type", "subtitles")
@@ -72,7 +72,7 @@ def infer(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def mcq(text: str, item: Item) -> Score:
-    """1 where `eval.answers.choice` finds the right letter.
+    """1 where `eval.parse_answer.choice` finds the right letter.
 
     Raises:
         DataError: the item has no options, or its answer is none of them.

@@ -5,7 +5,7 @@ Fields: "answer", the text of the right option, or a number or list as text; "ty
 a float); "task", "skills" for the figures by them.
 
 The official pipeline has a language model extract the answer (evaluation/extract_answer.py); this model puts it in a
-box, so that `eval.answers` can.
+box, so that `eval.parse_answer` can.
 """
 
 import functools
@@ -14,9 +14,9 @@ import re
 
 from rapidfuzz.distance import Levenshtein
 
-from eval.answers import choice, final_answer, number
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, mean, options_of, required
 from eval.metrics.text import folded
+from eval.parse_answer import choice, final_answer, number
 from glm4v_jax.errors import DataError
 
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from eval.answers import Box, by_letter
+from eval.parse_answer import Box, by_letter
 from glm4v_jax.errors import DataError
 
 Item = Mapping[str, Any]

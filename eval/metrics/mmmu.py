@@ -10,8 +10,8 @@ questions, to compare the letters of the first reading only, is not copied.
 import re
 from collections.abc import Mapping
 
-from eval.answers import final_answer
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean, options_of
+from eval.parse_answer import final_answer
 from glm4v_jax.errors import DataError
 
 DOMAINS: Mapping[str, tuple[str, ...]] = {

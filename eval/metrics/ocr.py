@@ -5,8 +5,8 @@ Fields: "answer", or "answers" of which one has to; "type", one of `TYPES`; "dat
 
 import functools
 
-from eval.answers import answer_text
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean
+from eval.parse_answer import answer_text
 
 FORMULAS = "Handwritten Mathematical Expression Recognition"
 _FORMULAS_DATASET = "HME100k"

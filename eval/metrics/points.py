@@ -8,8 +8,8 @@ import functools
 import math
 import re
 
-from eval.answers import LIMITS, Point, Scale, answer_text, boxes, points, to_pixels
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, mean, only_box_of, size_of
+from eval.parse_answer import LIMITS, Point, Scale, answer_text, boxes, points, to_pixels
 
 FIELDS = ("boxes", "width", "height")
 

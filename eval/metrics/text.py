@@ -7,8 +7,8 @@ import functools
 
 from rapidfuzz.distance import Levenshtein
 
-from eval.answers import final_answer
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, mean, mean_of
+from eval.parse_answer import final_answer
 
 THRESHOLD = 0.5
 

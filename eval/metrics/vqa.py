@@ -6,8 +6,8 @@ Fields: "answers", ten as the people wrote them; "type" (of question or answer) 
 import functools
 import re
 
-from eval.answers import final_answer
 from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean
+from eval.parse_answer import final_answer
 
 ENOUGH = 4
 """With fewer answers the formula cannot reach 1, so that equality with one of them counts instead."""

@@ -14,8 +14,8 @@ from typing import Any
 import PIL.Image
 
 from glm4v_jax.errors import DataError, MediaError
-from glm4v_jax.inputs.fetch import describe, is_address, is_url, open_source
-from glm4v_jax.inputs.media import is_array, load_image
+from glm4v_jax.inputs.media.fetch import describe, is_address, is_url, open_source
+from glm4v_jax.inputs.media.load import is_array, load_image
 
 Item = dict[str, Any]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.boxes import find_boxes, to_pixels
-from glm4v_jax.generate.thinking import Parsed, Part, parse
+from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
+from glm4v_jax.generate.text.thinking import Parsed, Part, parse
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
 

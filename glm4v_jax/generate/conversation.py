@@ -11,17 +11,17 @@ import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.presets import configured
 from glm4v_jax.errors import GenerationError, MessageError
-from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Completion, Delta, last
-from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.presets import configured
 from glm4v_jax.generate.prompt import Medium, Prompt, media_of, prompts_of
-from glm4v_jax.generate.running import Update, run
+from glm4v_jax.generate.scheduler import Update, run
+from glm4v_jax.generate.sequence import Answer
 from glm4v_jax.generate.slots import Slots
-from glm4v_jax.generate.thinking import without_thoughts
-from glm4v_jax.inputs.features import BatchFeature
-from glm4v_jax.inputs.multimodal import PreparedMedia
+from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.inputs.batch_feature import BatchFeature
+from glm4v_jax.inputs.prepared_media import PreparedMedia
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine

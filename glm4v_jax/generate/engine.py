@@ -6,24 +6,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from glm4v_jax.compilation_cache import use_compilation_cache
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.presets import configured
+from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.answer import Answer
 from glm4v_jax.generate.completion import Completion, Delta, last
-from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.features import KEPT, FeaturePool
-from glm4v_jax.generate.presets import configured
+from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
 from glm4v_jax.generate.prompt import Prompt, prompt_of
-from glm4v_jax.generate.queue import AnswerQueue
-from glm4v_jax.generate.running import Failure, Update, run
+from glm4v_jax.generate.prompt_queue import AnswerQueue
+from glm4v_jax.generate.scheduler import Failure, Update, run
+from glm4v_jax.generate.sequence import Answer
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
 from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
-from glm4v_jax.inputs.packing import bucket
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.vision_rows import bucket
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.conversation import Conversation
-    from glm4v_jax.modeling import Glm4vForConditionalGeneration
+    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -92,7 +92,7 @@ class Engine:
 
         Compiled programs are kept from one process to the next, see `use_compilation_cache`.
         """
-        from glm4v_jax.modeling import Glm4vForConditionalGeneration
+        from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 
         use_compilation_cache()
         processor = Glm4vProcessor.from_pretrained(directory)

@@ -11,13 +11,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import MessageError
-from glm4v_jax.inputs.chat import choose_template
-from glm4v_jax.inputs.messages import extract_media
-from glm4v_jax.inputs.positions import TokenIds, rope_index, vision_runs
-from glm4v_jax.inputs.prepare import checked_ids, token_ids
+from glm4v_jax.inputs.make_batch import checked_ids, token_ids
+from glm4v_jax.inputs.mrope import TokenIds, rope_index, vision_runs
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.text.chat_template import choose_template
+from glm4v_jax.inputs.text.messages import extract_media
 
 _MEDIA = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 

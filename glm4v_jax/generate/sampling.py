@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from glm4v_jax.generate.config import SamplingParams
+from glm4v_jax.config.generation import SamplingParams
 
 # top-k up to this (the reference's default is 50) needs the largest scores only: `lax.top_k` of 64 takes 0.2 ms where
 # sorting a row of V = 151,552 takes 34 ms on a CPU core.

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm4v_jax import cache
-from glm4v_jax.distributed import to_host
-from glm4v_jax.generate import programs
-from glm4v_jax.generate.config import GenerationConfig, SamplingParams
-from glm4v_jax.generate.features import FeaturePool
-from glm4v_jax.generate.pieces import Start, piece_of, stretches
-from glm4v_jax.generate.programs import Chosen, Decoded, Row
+from glm4v_jax.config.generation import GenerationConfig, SamplingParams
+from glm4v_jax.devices.distributed import to_host
+from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
+from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.device_steps import Chosen, Decoded, Row
+from glm4v_jax.generate.feature_pool import FeaturePool
+from glm4v_jax.generate.prefill_chunks import Start, piece_of, stretches
 from glm4v_jax.generate.prompt import Medium
-from glm4v_jax.inputs.packing import bucket
-from glm4v_jax.mesh import data_shards, round_up, use_mesh
+from glm4v_jax.inputs.vision_rows import bucket
+from glm4v_jax.model import kv_cache
 
 if TYPE_CHECKING:
-    from glm4v_jax.modeling import Glm4vForConditionalGeneration
+    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 
 MIN_CAPACITY = 64
 MIN_EOS = 8
@@ -82,7 +82,7 @@ class Slots:
         self.stats = stats if stats is not None else Stats()
         self._num_eos = MIN_EOS
         self._capacity = self.capacity_for(capacity)
-        self._state: programs.State | None = None
+        self._state: device_steps.State | None = None
         self._steps = np.zeros(self.num_rows, np.int32)
         """of each row, as last read"""
 
@@ -121,7 +121,7 @@ class Slots:
                     self._append(*wave, [*itertools.chain.from_iterable(later), *upcoming])
             assert self._state is not None
             text, head = self.model.language_model.flat, self.model.lm_head
-            self._state, chosen = programs.begin(
+            self._state, chosen = device_steps.begin(
                 text, head, self._state, rows | together, self._row_of(starts), top=self.top
             )
         if together:
@@ -141,7 +141,7 @@ class Slots:
         assert self._state is not None
         limit, idle = min(limit, MAX_STEPS), min(idle or self.num_rows, self.num_rows)
         with use_mesh(self.model.mesh):
-            decoded, self._state = programs.decode(
+            decoded, self._state = device_steps.decode(
                 text, head, self._state, np.int32(limit), np.int32(idle), num_steps=MAX_STEPS, top=self.top
             )
         self.stats.dispatches += 1
@@ -160,7 +160,7 @@ class Slots:
         """End rows that are not done."""
         assert self._state is not None
         with use_mesh(self.model.mesh):
-            self._state = programs.stop(self._state, np.isin(np.arange(self.num_rows), rows))
+            self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
     def _waves(self, starts: Mapping[int, Start]) -> Iterator[tuple[dict[int, Start], np.ndarray]]:
         """One row of each shard at a time: shard -> its prompt, and the row of each shard, -1 for none."""
@@ -182,7 +182,7 @@ class Slots:
         for cut in cuts:
             assert self._state is not None
             piece = piece_of(cut, starts, vision, n)
-            self._state = programs.append(text, self._state, slots, piece, seen, self.pool.array)
+            self._state = device_steps.append(text, self._state, slots, piece, seen, self.pool.array)
 
     def _seen(self, starts: Mapping[int, Start], n: int) -> np.ndarray:
         """Bool [n, V]: the tokens of each row's prompt."""
@@ -238,14 +238,14 @@ class Slots:
         if state is None:
             self._num_eos, self._capacity = num_eos, capacity
             stacked = self.model.language_model.module.layers.is_stacked
-            self._state = programs.init_state(
+            self._state = device_steps.init_state(
                 self.model.language_model.flat, self.num_rows, capacity, num_eos, stacked=stacked
             )
             return
         if capacity > self._capacity:
             self._capacity = capacity
-            state = state._replace(cache=cache.grow(state.cache, capacity))
+            state = state._replace(cache=kv_cache.grow(state.cache, capacity))
         if num_eos > self._num_eos:
             self._num_eos = num_eos
-            state = state._replace(row=state.row._replace(eos=programs.grow_eos(state.row.eos, num_eos)))
+            state = state._replace(row=state.row._replace(eos=device_steps.grow_eos(state.row.eos, num_eos)))
         self._state = state

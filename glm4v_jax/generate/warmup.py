@@ -13,19 +13,19 @@ import jax
 import numpy as np
 import rich.console
 
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.generate.features import GROWTH, MIN_PICTURE, FeaturePool, Shape, wave_size
-from glm4v_jax.generate.pieces import MAX_PIECE, Start, piece_length
+from glm4v_jax.generate.feature_pool import GROWTH, MIN_PICTURE, FeaturePool, Shape, wave_size
+from glm4v_jax.generate.prefill_chunks import MAX_PIECE, Start, piece_length
 from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
-from glm4v_jax.inputs.packing import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
-from glm4v_jax.inputs.prepare import MIN_LENGTH
-from glm4v_jax.mesh import data_shards, use_mesh
+from glm4v_jax.inputs.make_batch import MIN_LENGTH
+from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 
 if TYPE_CHECKING:
-    from glm4v_jax.modeling import Glm4vForConditionalGeneration
+    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 
 
 class Warmed(NamedTuple):

@@ -14,16 +14,21 @@ import numpy as np
 
 from glm4v_jax.errors import CheckpointError, MessageError
 from glm4v_jax.files import assets_directory, read_json_object
-from glm4v_jax.inputs.chat import choose_template, load_chat_template, render_conversation, template_variables
-from glm4v_jax.inputs.expand import Expander, Expansion, Row, count_token, expand_image, expand_video
-from glm4v_jax.inputs.features import BatchFeature
-from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
-from glm4v_jax.inputs.messages import Message, extract_media
-from glm4v_jax.inputs.multimodal import MultiModalData, PreparedMedia
-from glm4v_jax.inputs.options import OPTIONS, TEXT_OPTIONS, VIDEO_OPTIONS, sort_options
-from glm4v_jax.inputs.settings import MediaProcessor, settings_in
-from glm4v_jax.inputs.tokenizer import Glm4vTokenizer, stack_rows
-from glm4v_jax.inputs.video import Glm4vVideoProcessor
+from glm4v_jax.inputs.batch_feature import BatchFeature
+from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
+from glm4v_jax.inputs.processor_options import OPTIONS, TEXT_OPTIONS, VIDEO_OPTIONS, sort_options
+from glm4v_jax.inputs.text.chat_template import (
+    choose_template,
+    load_chat_template,
+    render_conversation,
+    template_variables,
+)
+from glm4v_jax.inputs.text.messages import Message, extract_media
+from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, count_token, expand_image, expand_video
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer, stack_rows
+from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
+from glm4v_jax.inputs.vision.settings import MediaProcessor, settings_in
+from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 
 ImageProcessor = Glm4vImageProcessor | Glm4vImageProcessorFast
 

@@ -5,19 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers_convert import files_of
+from helpers_paths import ROOT
 
 import convert.progress
 import convert.to_hf
 import convert.verify
 from convert.commands import COMMANDS, main
-from glm4v_jax.safetensors_io import SafetensorsFile, write_safetensors
-
-ROOT = Path(__file__).resolve().parents[2]
+from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from helpers_convert import write_hollow
 from convert.inspect import inspect
 from convert.synth import plan_like_released
 from convert.to_orbax import to_orbax
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.mesh_presets import parse_mesh
-from glm4v_jax.safetensors_io import CheckpointFiles, open_checkpoint
+from glm4v_jax.planning.mesh_presets import parse_mesh
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_what_a_device_of_a_mesh_holds(full):
 def test_the_shardings_are_those_of_the_loaded_model(synthetic):
     """On one device, where a sharding is a name and splits nothing."""
     from glm4v_jax import Glm4vForConditionalGeneration
-    from glm4v_jax.loading import leaf_paths
+    from glm4v_jax.checkpoints.load import leaf_paths
 
     module = Glm4vForConditionalGeneration.from_pretrained(synthetic(), stacked=True).module
     leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))

@@ -8,25 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from helpers_convert import files_of
 
-from convert.reading import check_tensors, open_weights
+from convert.source import check_tensors, open_weights
 from convert.synth import load_config, synth
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from glm4v_jax.config import Glm4vConfig, Glm4vTextConfig
+from glm4v_jax.config.model import Glm4vConfig, Glm4vTextConfig
 from glm4v_jax.errors import CheckpointError
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS = 10
 
 # Imports once; a child for each line on standard input, so that a run takes no longer than its work.
 SERVER = """
 import os, sys
 from convert.to_hf import to_hf
+from helpers_paths import ROOT
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()

@@ -5,18 +5,16 @@ import subprocess
 import sys
 import types
 import weakref
-from pathlib import Path
 
 import pytest
 
 from convert.memory import release
 
-ROOT = Path(__file__).parent.parent.parent
-
 # Freed blocks with one in use behind each hundred: the allocator keeps what lies between until it is told to let go.
 PROGRAM = """
 import sys
 from convert.memory import release
+from helpers_paths import ROOT
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -83,7 +83,7 @@ def test_a_tensor_is_dropped(damaged, number, index_too):
     name, file = it.pick(number)
     tensors = read_all(it.directory)
     kept = {other: tensors[other] for other, place in it.weight_map.items() if place == file and other != name}
-    from glm4v_jax.safetensors_io import write_safetensors
+    from glm4v_jax.checkpoints.safetensors import write_safetensors
 
     write_safetensors(it.directory / file, kept)
     if index_too:
@@ -180,7 +180,7 @@ def test_a_dtype_is_swapped(damaged, number, which, dtype):
 @mutated
 @given(number=numbers, spelling=st.sampled_from(["same", "without prefix"]))
 def test_a_tensor_is_there_twice(damaged, number, spelling):
-    from glm4v_jax.safetensors_io import write_safetensors
+    from glm4v_jax.checkpoints.safetensors import write_safetensors
 
     it = damaged()
     layers = [name for name in sorted(it.weight_map) if it.weight_map[name] == SHARDS[0]]

@@ -14,11 +14,11 @@ from reference import CONFIGS
 from convert.synth import RandomTensor, load_config, plan_like_released, synth
 from convert.verify import verify
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints.hf_write import tensor_shapes
+from glm4v_jax.checkpoints.safetensors import PIECE_BYTES
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.export import tensor_shapes
-from glm4v_jax.generate.config import GenerationConfig
-from glm4v_jax.safetensors_io import PIECE_BYTES
 
 # SHA-256 of the lines "tensor file\n", sorted, of model.safetensors.index.json of zai-org/GLM-4.1V-9B-Thinking.
 RELEASED_WEIGHT_MAP = "5f06202ee1d87776f89f979ae99e917cfcc0728c6c9ed1e431f4b856dee3c0d5"

@@ -16,13 +16,13 @@ from reference import CONFIGS, load_theirs, random_tensors, their_inputs
 
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from glm4v_jax import shards
-from glm4v_jax.checkpoint import open_weights
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints import hf_shards
+from glm4v_jax.checkpoints.atomic_directory import new_directory
+from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint, write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import is_orbax
-from glm4v_jax.safetensors_io import CheckpointFiles, open_checkpoint, write_safetensors
-from glm4v_jax.target import new_directory
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 
@@ -40,11 +40,11 @@ class TestRoundTrip:
     def test_four_shards(self, tmp_path):
         tensors = random_tensors(CONFIG)
         names = list(tensors)
-        plan = {shards.shard_name(i, 4): names[i::4] for i in range(4)}
+        plan = {hf_shards.shard_name(i, 4): names[i::4] for i in range(4)}
         source = tmp_path / "source"
         source.mkdir()
         CONFIG.save_pretrained(source)
-        shards.write_shards(source, tensors, plan)
+        hf_shards.write_shards(source, tensors, plan)
         to_orbax(source, tmp_path / "orbax")
         to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_size="original")
         assert files_of(tmp_path / "back") == files_of(source)
@@ -121,19 +121,19 @@ class TestPlan:
         theirs = hub.split_state_dict_into_shards_factory(
             named, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
         )
-        assert shards.plan_shards(named, limit) == theirs.filename_to_tensors
+        assert hf_shards.plan_shards(named, limit) == theirs.filename_to_tensors
 
     @pytest.mark.parametrize(
         ("text", "size"),
         [("5GB", 5 * 10**9), ("200MiB", 200 * 2**20), ("1.5kb", 1500), (" 3 TB ", 3 * 10**12), ("77", 77), (88, 88)],
     )
     def test_sizes(self, text, size):
-        assert shards.parse_size(text) == size
+        assert hf_shards.parse_size(text) == size
 
     @pytest.mark.parametrize("text", ["", "GB", "5XB", "-1GB", "0", "0.1", "5 G", "1e9", "nan"])
     def test_no_sizes(self, text):
         with pytest.raises(ConfigError, match=r"max_shard_size: found .* expected a size such as 5GB"):
-            shards.parse_size(text)
+            hf_shards.parse_size(text)
 
 
 class TestPlaces:
@@ -281,7 +281,7 @@ def _fail_at(monkeypatch, number, error):
 @pytest.mark.parametrize("piece", [100, 1 << 20])
 def test_a_cast_that_loses_numbers_is_refused(tmp_path, convert, piece, monkeypatch):
     """Those that were infinite or none before are no loss."""
-    monkeypatch.setattr("glm4v_jax.safetensors_io.PIECE_BYTES", piece)
+    monkeypatch.setattr("glm4v_jax.checkpoints.safetensors.PIECE_BYTES", piece)
     tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in random_tensors(CONFIG).items()}
     name = "model.language_model.layers.1.mlp.gate_up_proj.weight"
     tensors[name][3, :2] = np.inf, np.nan
@@ -309,12 +309,12 @@ def test_progress_counts_every_byte(synthetic, tmp_path):
 
 def test_a_tensor_is_written_by_pieces(tmp_path, monkeypatch):
     """Pieces that end within rows' worth of data come out in order."""
-    from glm4v_jax import safetensors_io
+    from glm4v_jax.checkpoints import safetensors
 
-    monkeypatch.setattr(safetensors_io, "PIECE_BYTES", 100)
+    monkeypatch.setattr(safetensors, "PIECE_BYTES", 100)
     rng = np.random.default_rng(0)
     tensors = {"t": rng.standard_normal((7, 3, 5)).T, "f": rng.standard_normal((9, 30)).astype(np.float32)}
     write_safetensors(tmp_path / "a", tensors)
-    file = safetensors_io.SafetensorsFile(tmp_path / "a")
+    file = safetensors.SafetensorsFile(tmp_path / "a")
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(file.read(name), tensor)

@@ -27,11 +27,12 @@ from orbax.checkpoint import v1 as ocp
 from reference import CONFIGS, random_tensors
 
 from convert.to_orbax import to_orbax
-from glm4v_jax import Glm4vForConditionalGeneration, checkpoint_write
-from glm4v_jax.checkpoint import open_weights
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints import orbax_write
+from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.safetensors_io import CheckpointFiles, write_safetensors
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 KILLS = 10
@@ -153,9 +154,9 @@ def test_cast(source, tmp_path):
 
 def test_large_leaves_go_by_pieces(source, tmp_path, monkeypatch):
     """What is above a limit takes other ways; here all is."""
-    monkeypatch.setattr("glm4v_jax.leaves._LARGE_BYTES", 1000)
-    monkeypatch.setattr("glm4v_jax.leaves._PIECE_BYTES", 3000)
-    monkeypatch.setattr(checkpoint_write, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr("glm4v_jax.checkpoints.leaves._LARGE_BYTES", 1000)
+    monkeypatch.setattr("glm4v_jax.checkpoints.leaves._PIECE_BYTES", 3000)
+    monkeypatch.setattr(orbax_write, "GROUP_BYTES", 20_000)
     to_orbax(source, tmp_path / "target")
     assert_same_weights(tmp_path / "target", source)
 
@@ -207,7 +208,7 @@ def test_a_place_that_is_taken(source, tmp_path):
 
 def test_a_mesh_that_does_not_fit(source, tmp_path):
     with pytest.raises(ConfigError, match="needs 64 devices"):
-        from glm4v_jax.mesh import make_mesh
+        from glm4v_jax.devices.mesh import make_mesh
 
         to_orbax(source, tmp_path / "target", mesh=make_mesh(fsdp=64))
 
@@ -246,7 +247,7 @@ class TestDiskFull:
 
 
 def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_write, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr(orbax_write, "GROUP_BYTES", 20_000)
 
     def interrupt(done, total):
         if done > total // 2:
@@ -329,7 +330,7 @@ def made_since(start, target):
 
 def serve(source, target):
     """A process that has imported everything, and has begun nothing, splits off another for each conversion."""
-    checkpoint_write.GROUP_BYTES = 50_000
+    orbax_write.GROUP_BYTES = 50_000
     for _ in sys.stdin:
         pid = os.fork()
         if not pid:
@@ -389,8 +390,8 @@ def fail_together(port, processes, index, source, target, step):
 
 def convert_together(port, processes, index, source, target):
     start_distributed(port, processes, index)
-    from glm4v_jax import leaves
-    from glm4v_jax.mesh import make_mesh
+    from glm4v_jax.checkpoints import leaves
+    from glm4v_jax.devices.mesh import make_mesh
 
     asked = []
     whole = leaves.TensorLeaves.read

@@ -12,9 +12,9 @@ from convert import verify as verify_module
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from convert.verify import verify
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.safetensors_io import write_safetensors
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 NAME = "model.language_model.layers.1.mlp.down_proj.weight"

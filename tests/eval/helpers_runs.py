@@ -3,8 +3,8 @@
 import json
 from collections import Counter
 
+from eval.data.items import Item
 from eval.files import RESULTS, SUMMARY
-from eval.items import Item
 from eval.results import Result, write_results
 
 INJECTION = '<script>window.broken = 1</script><img src=x onerror="window.broken = 2">\'"&{{ 7 * 7 }}</pre></article>'

@@ -9,7 +9,7 @@ import pytest
 from eval.compare import compare, runs_in
 from eval.compare_command import Compare
 from eval.results import read_results
-from glm4v_jax.commands.program import run_program
+from glm4v_jax.console.program import run_program
 from glm4v_jax.errors import DataError
 from tests.eval.helpers_runs import item, result, write_run
 

@@ -204,7 +204,7 @@ def test_limits_of_a_task_give_way_to_those_of_the_command(folder):
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(folder, monkeypatch, capsys, more, message):
-    monkeypatch.setattr("glm4v_jax.commands.options.ModelOptions.load", pytest.fail)
+    monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", pytest.fail)
     assert main(arguments(folder, "never", *more)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("eval: error: ") and message in line

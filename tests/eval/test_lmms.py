@@ -10,10 +10,10 @@ import PIL.Image
 import pytest
 
 from eval.tasks import TASKS, read_items
-from glm4v_jax.data import TINY_CHECKPOINT
+from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
-from glm4v_jax.generate.presets import PRESETS
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 
 @dataclasses.dataclass

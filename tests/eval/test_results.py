@@ -5,7 +5,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from eval.items import Item
+from eval.data.items import Item
 from eval.metrics import METRICS
 from eval.results import read_results, score_items, write_results
 from eval.summary import read_summary, summarize, write_summary

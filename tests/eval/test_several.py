@@ -42,7 +42,7 @@ def run(root, monkeypatch):
 
     def run(said, *more):
         engine, loaded = StandIn(said), []
-        monkeypatch.setattr("glm4v_jax.commands.options.ModelOptions.load", lambda *_: loaded.append(1) or engine)
+        monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", lambda *_: loaded.append(1) or engine)
         tasks = [part for name in NAMES for part in ("--task", name)]
         status = main([*tasks, "--limit", str(COUNT), "--out", str(root), *more])
         assert len(loaded) <= 1  # the tasks share it

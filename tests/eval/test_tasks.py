@@ -4,19 +4,18 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_paths import ROOT
 
 from eval.metrics import METRICS
 from eval.tasks import TASKS, Task, find_task, read_items
-from glm4v_jax.cli import main
-from glm4v_jax.data.digits import held_out
+from glm4v_jax.cli.main import main
 from glm4v_jax.errors import ConfigError
-from train.digit_scores import score
+from glm4v_jax.tiny.digits import held_out
+from tools.digit_scores import score
 
-ROOT = Path(__file__).parents[2]
 BUILT_IN = ("digits-vqa", "digits-grounding", "digits-motion")
 
 

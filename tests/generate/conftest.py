@@ -9,8 +9,8 @@ def engine(mesh):
     from helpers_checkpoints import RANDOM_CHECKPOINT
 
     from glm4v_jax.generate.engine import Engine
+    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
     from glm4v_jax.inputs.processor import Glm4vProcessor
-    from glm4v_jax.modeling import Glm4vForConditionalGeneration
 
     model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
     # Room for every prompt of these tests at once: each size is a set of programs to compile.

@@ -6,7 +6,7 @@ from helpers_generation import GREEDY, their_tokens
 
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate.completion import last
-from glm4v_jax.generate.thinking import without_thoughts
+from glm4v_jax.generate.text.thinking import without_thoughts
 
 TEXTS = ["What is this?", "Why?", "And this one?", "Which is larger?"]
 

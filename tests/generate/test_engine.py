@@ -8,10 +8,10 @@ import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
-from glm4v_jax.generate import programs
+from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.running import Agreed, Failure, run
+from glm4v_jax.generate.scheduler import Agreed, Failure, run
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 
@@ -104,7 +104,7 @@ def test_a_long_prompt_in_pieces(engine, monkeypatch, their_tiny):
     whole = engine.generate(inputs, max_new_tokens=24, **GREEDY)
     assert list(whole.tokens) == their_tokens(their_tiny, inputs, 24)
     for size in (32, 64):
-        monkeypatch.setattr("glm4v_jax.generate.pieces.MAX_PIECE", size)
+        monkeypatch.setattr("glm4v_jax.generate.prefill_chunks.MAX_PIECE", size)
         assert engine.generate(inputs, max_new_tokens=24, **GREEDY).tokens == whole.tokens
         (found,) = engine.generate_many([inputs], max_new_tokens=24, **GREEDY)
         assert found.tokens == whole.tokens
@@ -257,8 +257,8 @@ def test_pictures_are_encoded_once(engine, picture):
 
 
 def test_a_full_pool_forgets_and_grows(engine):
-    from glm4v_jax.generate.features import FeaturePool
-    from glm4v_jax.mesh import use_mesh
+    from glm4v_jax.devices.mesh import use_mesh
+    from glm4v_jax.generate.feature_pool import FeaturePool
 
     own = Engine(engine.model, engine.processor, capacity=256)
     with use_mesh(own.model.mesh):
@@ -321,13 +321,13 @@ def test_an_interrupted_encoder_leaves_the_engine_whole(engine, monkeypatch, pic
     own = Engine(engine.model, engine.processor, capacity=256)
     expected = own.generate(ask(picture, "What?"), max_new_tokens=4, **GREEDY).tokens
     other = picture[::-1].copy()
-    store = programs.store
+    store = device_steps.store
 
     def interrupted(*args):
         store(*args)  # gives the pool away
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(programs, "store", interrupted)
+    monkeypatch.setattr(device_steps, "store", interrupted)
     with pytest.raises(KeyboardInterrupt):
         own.generate(ask(other, "What?"), max_new_tokens=4, **GREEDY)
     monkeypatch.undo()

@@ -33,8 +33,8 @@ def main():
     """Print the answers on a mesh."""
     from helpers_checkpoints import RANDOM_CHECKPOINT
 
+    from glm4v_jax.devices.mesh import make_mesh
     from glm4v_jax.generate.engine import Engine
-    from glm4v_jax.mesh import make_mesh
 
     one = Engine.from_pretrained(RANDOM_CHECKPOINT, mesh=make_mesh(**MESH))
     engine = Engine(one.model, one.processor, num_slots=4, capacity=256)

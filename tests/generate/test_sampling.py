@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.generate import sampling
-from glm4v_jax.generate.config import GenerationConfig, SamplingParams
 
 ROWS, PROMPT = 3, 7
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.features import medium_shape
-from glm4v_jax.generate.pieces import piece_length
+from glm4v_jax.generate.feature_pool import medium_shape
+from glm4v_jax.generate.prefill_chunks import piece_length
 from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.generate.warmup import buckets, prompt_shapes, row_shapes, warmup
-from glm4v_jax.inputs.packing import bucket
+from glm4v_jax.inputs.vision_rows import bucket
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

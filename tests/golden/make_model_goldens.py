@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from reference import CONFIGS, Prompts, load_theirs, their_inputs, write_checkpoint
 
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.config.model import Glm4vConfig
 
 HERE = Path(__file__).parent / "model"
 CASES: dict[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ import PIL.Image
 import pytest
 
 from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, MessageError
-from glm4v_jax.inputs.expand import Expander, Expansion, expand_video
-from glm4v_jax.inputs.image import Glm4vImageProcessor, Glm4vImageProcessorFast
-from glm4v_jax.inputs.media import VideoMetadata
+from glm4v_jax.inputs.media.load import VideoMetadata
 from glm4v_jax.inputs.processor import Glm4vProcessor, MultiModalData
+from glm4v_jax.inputs.text.placeholders import Expander, Expansion, expand_video
+from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from tests.helpers_tokenizer import GOLDEN, write_small_processor, write_small_tokenizer
 
 GOLDEN_EXPANSIONS = json.loads((GOLDEN / "facts" / "processor_expansion_4.57.1.json").read_text())

@@ -13,15 +13,16 @@ from helpers_lora import batch_of, logits_of, trained
 from helpers_transformers import import_transformers
 from reference import assert_close, load_theirs, their_inputs
 
-from glm4v_jax import Glm4vConfig, lora, quant
-from glm4v_jax.commands.program import run_program
+from glm4v_jax import Glm4vConfig
+from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.load import load_model
+from glm4v_jax.checkpoints.merge_adapter import merged_tensors, write_merged
+from glm4v_jax.checkpoints.safetensors import SafetensorsFile, open_checkpoint
+from glm4v_jax.console.program import run_program
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import read_json_object
-from glm4v_jax.loading import load_model
-from glm4v_jax.merge import merged_tensors, write_merged
-from glm4v_jax.peft import load_adapter, save_adapter
-from glm4v_jax.safetensors_io import SafetensorsFile, open_checkpoint
-from train import export, verify
+from glm4v_jax.model import lora, quantize
+from train import export, verify_export
 from train.export_command import Export
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -116,7 +117,7 @@ def _with(tensor, scale):
 
 def test_an_adapter_is_loaded_again(base, tmp_path, monkeypatch):
     """That of a quantised base too, which is compared on that base."""
-    model = trained(quant.quantize(base, quant.QuantConfig("int4")), lora.LoraConfig(rank=2))
+    model = trained(quantize.quantize(base, quantize.QuantConfig("int4")), lora.LoraConfig(rank=2))
     verified = export.export_adapter(model, RANDOM_CHECKPOINT, tmp_path / "adapter")
     assert verified.difference <= 1e-6 and verified.effect > 0.05
     again = load_adapter(lora.drop_lora(model), tmp_path / "adapter")
@@ -211,6 +212,6 @@ def test_refused(adapter, checkpoints, tmp_path):
 
 
 def test_the_line():
-    assert str(verify.Verified(1e-6, 1e-5)) == "logits differ by 1e-06 of their size (rounding: up to 1e-05)"
-    assert str(verify.Verified(1e-6, 1e-5, 0.2)).endswith("; training changed them by 0.2")
-    assert str(verify.Verified(1e-3, 1e-2, 0.015)).endswith("0.015, too little to be told from rounding")
+    assert str(verify_export.Verified(1e-6, 1e-5)) == "logits differ by 1e-06 of their size (rounding: up to 1e-05)"
+    assert str(verify_export.Verified(1e-6, 1e-5, 0.2)).endswith("; training changed them by 0.2")
+    assert str(verify_export.Verified(1e-3, 1e-2, 0.015)).endswith("0.015, too little to be told from rounding")

@@ -2,24 +2,24 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_paths import ROOT
 
 from convert.verify import verify
 from glm4v_jax import Glm4vConfig
-from glm4v_jax.checkpoint import open_weights
-from glm4v_jax.mesh_presets import sizes_for
+from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.planning.mesh_presets import sizes_for
 from train.commands import main
 from train.config import ADAPTER, MODEL, load_config
+from train.data.records import read_records
+from train.data.stream import encode_options
 from train.log import METRICS, read_log
 from train.loop import train
-from train.records import read_records
-from train.stream import encode_options
 
-FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "finetune"
+FOLDER = ROOT / "examples" / "finetune"
 JOBS = {"lora_one_host": (1, 4, 8), "full_pod": (16, 32, 64)}
 """Name -> on how many devices it should run as it is."""
 SMALL = dict(rows=2, length=320, vision_rows=2, vision_length=512)

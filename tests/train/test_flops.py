@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from glm4v_jax.config import Glm4vConfig
-from glm4v_jax.lora import LoraConfig, add_lora, is_lora
-from glm4v_jax.mesh import AXES, spec, use_mesh
-from glm4v_jax.model import Glm4v
-from train.aot import Shapes, count_products, least_sent, step_program
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import AXES, spec, use_mesh
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
+from train.compile_for_topology import Shapes, count_products, least_sent, step_program
 from train.flops import Work, attended, peak_flops, recomputed_flops, step_flops, work_of
 from train.optimizers import group_of
 from train.state import split

@@ -8,21 +8,21 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import skimage.data
 from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_paths import ROOT
 
 from glm4v_jax import Engine, Glm4vConfig
-from glm4v_jax.checkpoint import open_weights
+from glm4v_jax.checkpoints.adapter import load_adapter
+from glm4v_jax.checkpoints.load import leaf_paths, load_model
+from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError, ConfigError, DataError
-from glm4v_jax.loading import leaf_paths, load_model
-from glm4v_jax.lora import LoraConfig, is_lora
-from glm4v_jax.mesh import use_mesh
-from glm4v_jax.peft import load_adapter
+from glm4v_jax.model.lora import LoraConfig, is_lora
 from train.commands import main
 from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
 from train.evaluate import Evaluation
@@ -31,7 +31,6 @@ from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
 from train.optimizers import OptimizerConfig
 from train.profiler import Profiler
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 9, 2
 JOB = f"""
 model = {json.dumps(str(RANDOM_CHECKPOINT))}
@@ -294,7 +293,9 @@ def test_what_cannot_be_done_in_the_end_is_not_begun(folder, monkeypatch):
     (folder / "taken" / MODEL / "thesis.txt").touch()
     with pytest.raises(CheckpointError, match=r"is no checkpoint: found thesis\.txt"):
         train(job(folder, "taken"))
-    monkeypatch.setattr("glm4v_jax.target.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(
+        "glm4v_jax.checkpoints.atomic_directory.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000)
+    )
     with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, found 1,000 free"):
         train(job(folder, "full"))
     looked = EvalConfig(files=(str(folder / "held.jsonl"),))

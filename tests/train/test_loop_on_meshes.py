@@ -21,12 +21,12 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_mesh import run_on_devices
 from helpers_orbax import environment, free_port
 
-from glm4v_jax.checkpoint import open_weights
+from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.errors import CheckpointError, ConfigError
 from train.config import MODEL, BatchConfig, load_config
+from train.data.placement import check_batch
 from train.log import EVALUATIONS, METRICS, read_log
 from train.loop import train
-from train.placement import check_batch
 
 STEPS = 8
 SHARDED = ("data=2,fsdp=4", "fsdp=2,kv=2,q=2")

@@ -12,12 +12,12 @@ import pytest
 from reference import CONFIGS, Prompts, assert_close, export, to_torch
 
 from glm4v_jax import make_batch
-from glm4v_jax.config import Glm4vConfig
+from glm4v_jax.checkpoints.load import load_model
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.loading import load_model
+from train.data.packing import TrainBatch
 from train.loss import cross_entropy
 from train.optimizers import OptimizerConfig, group_of, kernel_dimensions, learning_rate, make_optimizer
-from train.packing import TrainBatch
 from train.state import Layout, init_state, split
 from train.step import loss_sums, make_step
 

@@ -1,0 +1,1 @@
+"""Items of an evaluation and the files they are read from."""

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face safetensors and Orbax, read, written and mapped onto the model."""

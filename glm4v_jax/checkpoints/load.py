@@ -1,0 +1,164 @@
+"""A checkpoint, in either format -> the model's leaves on their devices, one at a time."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.leaves import array_of
+from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
+from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import platform
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.lora import Axes, linears
+from glm4v_jax.model.quantize import QuantConfig, as_config, check_finite, is_scale, quantize_kernel, scale_path
+from glm4v_jax.model.quantize import quantize as quantized
+
+_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+_COMPUTE_DTYPES = hf_mapping.DTYPES
+
+_LAYER = re.compile(rf"({'|'.join(map(re.escape, hf_mapping.LAYER_GROUPS))})(\d+)\.")
+
+# The system's memory for what has been read of a file is given back this often, so that it does not look like ours.
+_RELEASE_BYTES = 512 << 20
+
+
+def default_dtype() -> DTypeLike:
+    """What to compute in here: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
+    return jnp.float32 if platform() == "cpu" else jnp.bfloat16
+
+
+def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> np.dtype:
+    """A dtype from None (this machine's default), "auto" (the checkpoint's), a name, or anything NumPy takes.
+
+    Raises:
+      ConfigError: it is none of float32, bfloat16 and float16, or "auto" where there is no checkpoint.
+    """
+    if dtype is None:
+        dtype = default_dtype()
+    elif isinstance(dtype, str) and dtype == "auto" and files is not None:
+        dtype = next(iter(files.values())).dtype
+    name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type | np.dtype) else jnp.dtype(dtype).name
+    name = _ALIASES.get(name, name)
+    if name not in _COMPUTE_DTYPES:
+        auto = "" if files is None else ", 'auto'"
+        raise ConfigError(f"dtype: found {dtype!r}; expected None{auto} or one of {', '.join(_COMPUTE_DTYPES)}")
+    return jnp.dtype(name)
+
+
+def load_model(
+    directory: str | Path,
+    config: Glm4vConfig,
+    *,
+    dtype: Any = None,
+    stacked: bool = True,
+    quantize: QuantConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Glm4v:
+    """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
+
+    Every tensor is checked against the table before the first is read. Host memory holds one leaf of one layer at a
+    time, and of it what this process's devices hold; a device holds the model, stacked leaves being filled in place.
+
+    Args:
+      directory: a checkpoint, in Hugging Face layout or in Orbax format.
+      config: of the model.
+      dtype: see `resolve_dtype`.
+      stacked: the layout of the layers (see `layers`).
+      quantize: the kernels to quantise, each as it comes: of those there is one layer's in floats at a time.
+      progress: called with the bytes read so far and in all, after each leaf.
+
+    Raises:
+      CheckpointError: files are missing, truncated or corrupt, tensors do not fit the configuration, or numbers to
+        quantise are not finite.
+      ConfigError: `quantize` fits no linear layer, or does not divide by the mesh.
+    """
+    quantize = as_config(quantize)
+    files = open_weights(directory)
+    leaves = leaves_of(files, config)
+    dtype = resolve_dtype(dtype, files)
+    abstract, structure = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
+    axes = _axes(structure.unflatten(list(abstract.values()))) if quantize is not None else {}
+    arrays: dict[str, Any] = dict(abstract)
+    done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
+    for path, info in leaves.infos.items():
+        target, layer = _stacked_path(path) if stacked else (path, None)
+        spec = abstract[target].sharding.spec
+        spec = spec if layer is None else PartitionSpec(*spec[1:])
+        if quantize is None or scale_path(target) not in abstract:
+            made = {target: array_of(leaves, path, spec, dtype)}
+        else:  # from what the checkpoint has, not rounded to `dtype` before
+            kernel = array_of(leaves, path, spec, info.dtype)
+            pair = quantize_kernel(kernel, *axes[_LAYER.sub(r"\1", path)], quantize)
+            made = dict(zip((target, scale_path(target)), pair, strict=True))
+            del kernel
+        for name, array in made.items():
+            arrays[name] = array if layer is None else _put_layer(arrays[name], array, layer)
+        del made
+        done += info.nbytes
+        if done - released > _RELEASE_BYTES:
+            jax.block_until_ready(arrays[target])
+            leaves.release()
+            released = done
+        if progress is not None:
+            progress(done, total)
+    if quantize is not None:
+        check_finite({path: array for path, array in arrays.items() if is_scale(path)}, str(directory))
+    return jax.tree.unflatten(structure, [arrays[path] for path in abstract])
+
+
+def abstract_leaves(
+    config: Glm4vConfig, dtype: DTypeLike, *, stacked: bool, quantize: QuantConfig | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the structure."""
+
+    def make() -> Glm4v:
+        model = Glm4v.init(config, dtype=dtype)
+        if quantize is not None:
+            model = quantized(model, quantize)
+        return model if stacked else model.unstacked()
+
+    abstract = jax.eval_shape(make)
+    leaves, structure = jax.tree.flatten(abstract)
+    return dict(zip(leaf_paths(abstract), leaves, strict=True)), structure
+
+
+def leaf_paths(model: Glm4v) -> Iterator[str]:
+    """The leaves' paths, in the order of `jax.tree.leaves`: "language_model.layers.stacked.mlp.down.kernel"."""
+    for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
+        yield ".".join(str(key.name) for key in path if getattr(key, "name", "value") != "value")
+
+
+def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:
+    """Path of a kernel, without the layer's number, -> the logical axes of its inputs and outputs."""
+    return {f"{path}.kernel": (found[0].in_axes, found[0].out_axes) for path, found in linears(model).items()}
+
+
+def _stacked_path(path: str) -> tuple[str, int | None]:
+    """The path that a layer's leaf has where layers are stacked, and the layer."""
+    if (found := _LAYER.match(path)) is None:
+        return path, None
+    return f"{found[1]}stacked.{path[found.end() :]}", int(found[2])
+
+
+def _put_layer(stacked: Any, leaf: Array, layer: int) -> Array:
+    """Put a layer's leaf into its place of a stacked leaf, which is still abstract if this is the first to arrive."""
+    if isinstance(stacked, jax.ShapeDtypeStruct):
+        stacked = jnp.zeros(stacked.shape, stacked.dtype, out_sharding=stacked.sharding)
+    return _update(stacked, leaf, np.int32(layer))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(stacked: Array, leaf: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, leaf, layer, 0)

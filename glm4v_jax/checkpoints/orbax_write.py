@@ -1,0 +1,295 @@
+"""Checkpoints in Orbax format, written group by group, so that no more than a few groups are ever in memory.
+
+A checkpoint appears under its name when it is complete; `target.new_directory` has the rest of that promise. Where
+several processes share a mesh all of them call these functions, and each writes what its devices hold.
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+from orbax.checkpoint import v1 as ocp
+
+from glm4v_jax import files
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
+from glm4v_jax.checkpoints.hf_write import check_plain, save_generation_config
+from glm4v_jax.checkpoints.leaves import LeafInfo, in_groups
+from glm4v_jax.checkpoints.load import leaf_paths
+from glm4v_jax.checkpoints.orbax_read import FORMAT, METADATA_KEY
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.errors import CheckpointError
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.layers import Layers
+
+GROUP_BYTES = 256 << 20
+"""How much is written at a time; while it is, the next group is read."""
+
+# A process that wants a part of a leaf reads whole chunks.
+_CHUNK_BYTES = 32 << 20
+# Data wait in memory until there are enough of them for a file.
+_FILE_BYTES = 128 << 20
+_ORBAX = "orbax"
+# Seconds, and how often; nothing must come back for that many times in a row.
+_PAUSE, _ATTEMPTS, _QUIET = 0.05, 100, 4
+_ERRNO = re.compile(r"os_error_code='(\d+)'")
+
+
+class GroupWriter:
+    """Writes leaves into an empty directory, one group while the next is made.
+
+    Args:
+      directory: shared by all processes; a checkpoint when `finish` has returned.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._response: Any = None
+        self._context = ocp.Context()
+        # Weights do not shrink by much, and compressing them takes longer than the disk does.
+        self._context.array.saving.use_compression = False
+        self._context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+        self._context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
+        # The arrays are the writer's own, and nobody changes them.
+        self._context.memory.deepcopy_host_arrays = False
+
+    def write(self, leaves: Mapping[str, Array], metadata: Mapping[str, Any] | None = None) -> None:
+        """Begin to write leaves; `metadata` comes with one of the groups.
+
+        Raises:
+          OSError: the disk refuses this group or the one before.
+        """
+        self.wait()
+        tree: dict[str, Any] = {}
+        for path, leaf in leaves.items():
+            *parents, name = path.split(".")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = leaf
+        custom = None if metadata is None else {METADATA_KEY: metadata}
+        with self._context, _os_errors(self._directory):
+            self._response = ocp.partial.save_async(self._directory / _ORBAX, tree, custom_metadata=custom)
+
+    def wait(self) -> None:
+        """Wait until what has been begun is on disk.
+
+        Raises:
+          OSError: the disk refuses it.
+        """
+        response, self._response = self._response, None
+        if response is not None:
+            with _os_errors(self._directory):
+                response.result()
+
+    def finish(self) -> None:
+        """Make a checkpoint of the groups.
+
+        Raises:
+          CheckpointError: in other processes than the first, which could not do its part.
+          OSError: the disk refuses it.
+        """
+        self.wait()
+        with self._context, _os_errors(self._directory):
+            ocp.partial.finalize(self._directory / _ORBAX)
+        by_first(lambda: move_up(self._directory / _ORBAX))
+
+    def abandon(self) -> None:
+        """Wait for what has been begun, without minding how it ends, and remove it."""
+        with contextlib.suppress(Exception):
+            self.wait()
+        # The first of Orbax's threads to fail is heard of, while the others still make files.
+        quiet = 0
+        for _ in range(_ATTEMPTS):
+            left = list(self._directory.glob(f"{_ORBAX}*"))
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            quiet = 0 if left else quiet + 1
+            if quiet == _QUIET:
+                break
+            time.sleep(_PAUSE)
+
+
+@contextlib.contextmanager
+def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWriter, Path]]:
+    """A writer, and a folder for assets, of a checkpoint that is there when the body is done, and not before.
+
+    The first process has the files in hand; the others go by what it says.
+
+    Raises:
+      CheckpointError: another process is writing it, the disk is full, or the first process could not do its part.
+    """
+    with _errors_told_once(), contextlib.ExitStack() as stack:
+        name = by_first(lambda: stack.enter_context(new_directory(target, overwrite=overwrite)).name)
+        directory = place_of(target).parent / name
+        writer = GroupWriter(directory)
+        try:
+            yield writer, directory / files.ASSETS
+            writer.finish()
+        except BaseException:
+            # Before the directory is removed, or what is still being written would make it anew.
+            writer.abandon()
+            raise
+        by_first(stack.close)
+
+
+def by_first(action: Callable[[], str | None]) -> str:
+    """What the first process gets from doing something, "" for nothing; where it fails, all fail.
+
+    Raises:
+      CheckpointError: in the other processes; in the first, what `action` raises.
+    """
+    if jax.process_count() == 1:
+        return action() or ""
+    answer = ""
+    failure: BaseException | None = None
+    if jax.process_index() == 0:
+        try:
+            answer = action() or ""
+        except BaseException as error:  # an interrupt too: the others are waiting
+            failure = error
+    content = np.zeros(1 + 4096, np.uint8)
+    content[0] = failure is not None
+    encoded = (str(failure) or type(failure).__name__ if failure is not None else answer).encode()[: content.size - 1]
+    content[1 : 1 + len(encoded)] = np.frombuffer(encoded, np.uint8)
+    content = multihost_utils.broadcast_one_to_all(content)
+    if failure is not None:
+        raise failure
+    text = bytes(content[1:]).rstrip(b"\0").decode(errors="replace")
+    if content[0]:
+        raise CheckpointError(f"in the first process: {text}")
+    return text
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """What every checkpoint tells of itself: format, versions, date; and `more`."""
+    names = ("glm4v_jax", "jax", "orbax-checkpoint")
+    return {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in names},
+        **more,
+    }
+
+
+def save_model(
+    model: Glm4v,
+    directory: str | Path,
+    *,
+    assets: str | Path | None = None,
+    generation_config: GenerationConfig | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a live model, its layers in either layout and on any mesh, as an Orbax checkpoint.
+
+    Args:
+      model: on its mesh; `Glm4vForConditionalGeneration.module`, or one that is being trained.
+      directory: the checkpoint to make.
+      assets: a checkpoint whose tokenizer, processor and generation configuration travel along.
+      generation_config: to keep with it instead.
+      overwrite: replace what is there, once the new one is complete.
+      progress: called with the bytes written so far and in all.
+
+    Raises:
+      CheckpointError: the directory is taken, the disk cannot hold the model, or it has an adapter or quantised
+        kernels, for which a checkpoint has no place.
+    """
+    target = Path(directory)
+    leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
+    check_plain(leaves)
+    places = dict(_places(model, leaves))
+    infos = {path: _info(leaves[stored], layer) for path, (stored, layer) in places.items()}
+    total, done = sum(info.nbytes for info in infos.values()), 0
+    by_first(lambda: check_room(Path(assets) if assets else None, target, total, overwrite=overwrite))
+    with new_checkpoint(target, overwrite=overwrite) as (writer, folder):
+        if jax.process_index() == 0:
+            if assets is not None:
+                files.copy_assets(assets, folder)
+            model.config.save_pretrained(folder)
+            if generation_config is not None:
+                save_generation_config(generation_config, folder)
+        groups = list(in_groups(infos, GROUP_BYTES))
+        for group in groups:
+            arrays = {path: _layer(leaves[places[path][0]], places[path][1]) for path in group}
+            writer.write(arrays, provenance() if group is groups[-1] else None)
+            done += sum(infos[path].nbytes for path in group)
+            if progress is not None:
+                writer.wait()
+                progress(done, total)
+
+
+def _places(model: Glm4v, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """Path in a model kept layer by layer -> path in this one, and the layer if it is one of a stack."""
+    stacks: Mapping[str, Layers] = dict(
+        zip(hf_mapping.LAYER_GROUPS, (model.language_model.layers, model.visual.blocks), strict=True)
+    )
+    for path in leaves:
+        group = next((group for group in stacks if path.startswith(f"{group}stacked.")), None)
+        if group is None:
+            yield path, (path, None)
+            continue
+        for layer in range(stacks[group].num_layers):
+            yield f"{group}{layer}.{path.removeprefix(f'{group}stacked.')}", (path, layer)
+
+
+def _info(leaf: Array, layer: int | None) -> LeafInfo:
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    return LeafInfo(shape, leaf.dtype, int(np.prod(shape)) * leaf.dtype.itemsize, 1)
+
+
+def _layer(leaf: Array, layer: int | None) -> Array:
+    if layer is None:
+        return leaf
+    with use_mesh(leaf.sharding.mesh):
+        return _take(leaf, np.int32(layer))
+
+
+@jax.jit
+def _take(leaf: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _os_errors(directory: Path) -> Iterator[None]:
+    """TensorStore's account of what the system refused, as the error that Python has for it."""
+    try:
+        yield
+    except Exception as error:
+        found = _ERRNO.search(str(error))
+        if isinstance(error, OSError) or found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(directory)) from error
+
+
+@contextlib.contextmanager
+def _errors_told_once() -> Iterator[None]:
+    """Every thread of Orbax logs the error that ends it, traceback and all, besides raising it."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,1 @@
+"""`glm4v chat`: a conversation in the terminal."""

@@ -1,0 +1,97 @@
+"""Pictures and videos that are added to a conversation, loaded once and at once."""
+
+import dataclasses
+import os
+import shlex
+from typing import TYPE_CHECKING, Any, Literal
+
+from glm4v_jax.errors import MediaError, named
+
+if TYPE_CHECKING:
+    from glm4v_jax.inputs.processor import Glm4vProcessor
+
+
+@dataclasses.dataclass(frozen=True)
+class Attachment:
+    """A picture or video.
+
+    Attributes:
+      kind: which of the two.
+      place: its path or address, as it was given.
+      source: what a processor takes: a Pillow image, or a path or bytes of a video.
+      about: its size and tokens, for a person.
+    """
+
+    kind: Literal["image", "video"]
+    place: str
+    source: Any
+    about: str
+
+
+def attach(kind: Literal["image", "video"], place: str, processor: "Glm4vProcessor") -> Attachment:
+    """Load a picture, or look at a video.
+
+    Raises:
+      MediaError: it is not there, or cannot be read or prepared; the message names it.
+    """
+    from glm4v_jax.inputs.media.fetch import is_address
+
+    if not is_address(place):
+        place = os.path.expanduser(place)
+        if not os.path.exists(place):
+            raise MediaError(f"{named(place)}: there is no such file or directory")
+    return _picture(place, processor) if kind == "image" else _video(place, processor)
+
+
+def _picture(place: str, processor: "Glm4vProcessor") -> Attachment:
+    from glm4v_jax.inputs.media.load import load_image
+
+    image = load_image(place)
+    try:
+        features = processor.image_processor(images=image)
+    except MediaError as error:
+        raise MediaError(f"{place}: {str(error).removeprefix('image 0: ')}") from error
+    tokens = _tokens(features["image_grid_thw"], processor.image_processor.merge_size)
+    return Attachment("image", place, image, f"{image.width} × {image.height} pixels, {tokens} tokens")
+
+
+def _video(place: str, processor: "Glm4vProcessor") -> Attachment:
+    from glm4v_jax.inputs.media.fetch import is_address, open_source
+
+    # A remote one is not fetched a second time; a directory stays a path.
+    source = open_source(place) if is_address(place) else place
+    try:
+        features = processor.video_processor(videos=source, return_metadata=True)
+    except MediaError as error:
+        raise MediaError(f"{place}: {str(error).removeprefix('video 0: ').removeprefix(f'{place}: ')}") from error
+    (metadata,) = features["video_metadata"]
+    tokens = _tokens(features["video_grid_thw"], processor.video_processor.merge_size)
+    taken = len(metadata.frames_indices or ())
+    about = (
+        f"{metadata.width} × {metadata.height} pixels, {taken} of {metadata.total_num_frames} frames, {tokens} tokens"
+    )
+    return Attachment("video", place, source, about)
+
+
+def _tokens(grids: Any, merge_size: int) -> int:
+    return int(grids.prod(axis=-1).sum()) // merge_size**2
+
+
+def places(text: str) -> list[str]:
+    """The paths or addresses in a line: one with spaces in it, or several, quoted as in a shell where need be.
+
+    Raises:
+      MediaError: there is none, or a quote is not closed.
+    """
+    from glm4v_jax.inputs.media.fetch import is_address
+
+    text = text.strip()
+    if text and (is_address(text) or os.path.exists(os.path.expanduser(text))):
+        return [text]
+    try:
+        found = shlex.split(text)
+    except ValueError as error:
+        raise MediaError(f"{text}: there is no such file, and as several: {error}") from error
+    if not found:
+        raise MediaError("found no file, expected its path or address")
+    return found

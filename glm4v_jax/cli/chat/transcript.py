@@ -1,0 +1,140 @@
+"""Conversations as files: Markdown to be read, or JSON to go on with."""
+
+import dataclasses
+import errno
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from glm4v_jax.cli.chat.attachments import Attachment
+from glm4v_jax.console.answer_writer import completion_fields
+from glm4v_jax.errors import MessageError
+from glm4v_jax.files import replacing, to_json
+from glm4v_jax.generate.text.thinking import without_thoughts
+
+if TYPE_CHECKING:
+    from glm4v_jax.generate.completion import Completion
+    from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
+
+SUFFIXES = (".md", ".markdown", ".txt", ".json")
+"""Of the files that conversations are written to."""
+
+# How `save` begins, and what its object has.
+_MARKDOWN = [b"#", b"Conversation", b"Model:"]
+_FIELDS = {"model", "messages", "completions"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What the user said, and what came back.
+
+    Attributes:
+      text: of the message.
+      attachments: what came before the text, pictures before videos.
+      completion: the model's turn.
+      reused: how many tokens of the prompt were in the cache.
+      seconds: of the whole turn.
+      compiled: seconds of these in which programs were compiled.
+      first: seconds until the first piece of the answer.
+      rate: tokens a second behind that piece; None where it was all.
+    """
+
+    text: str
+    attachments: tuple[Attachment, ...]
+    completion: "Completion"
+    reused: int
+    seconds: float
+    compiled: float
+    first: float
+    rate: float | None
+
+
+def save(
+    path: pathlib.Path,
+    model: str,
+    system: str | None,
+    turns: Sequence[Turn],
+    tokenizer: "Glm4vTokenizer",
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a conversation, in one piece or not at all: JSON where the name ends in .json, Markdown otherwise.
+
+    Raises:
+      MessageError: the file's name is not that of a text.
+      OSError: the file cannot be written, or is there and is no conversation, or `overwrite` is not set.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory, expected the name of a file", str(path))
+    if path.suffix.lower() not in SUFFIXES:
+        raise MessageError(f"{path}: found a name that ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+    if path.exists() and not _is_transcript(path):
+        raise FileExistsError(
+            errno.EEXIST, "is there and is no conversation of glm4v chat: expected another", str(path)
+        )
+    if path.exists() and not overwrite:
+        raise FileExistsError(errno.EEXIST, "is there already: /save! replaces it", str(path))
+    if path.suffix.lower() == ".json":
+        told = _as_object(model, system, turns, tokenizer)
+        content = to_json(told, ensure_ascii=False, indent=2) + "\n"
+    else:
+        content = _as_markdown(model, system, turns)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
+    with replacing(path) as aside:
+        aside.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _is_transcript(path: pathlib.Path) -> bool:
+    """Whether a file is one of `save`.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    if path.suffix.lower() != ".json":
+        return content.split(maxsplit=3)[:3] == _MARKDOWN
+    try:
+        return json.loads(content).keys() >= _FIELDS
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _as_object(model: str, system: str | None, turns: Sequence[Turn], tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns:
+        items = [{"type": item.kind, "url": item.place} for item in turn.attachments]
+        messages.append({"role": "user", "content": [*items, {"type": "text", "text": turn.text}]})
+        messages.append({"role": "assistant", "content": without_thoughts(turn.completion.text)})
+    completions = [
+        {
+            **completion_fields(turn.completion, tokenizer),
+            "reused_tokens": turn.reused,
+            "seconds": round(turn.seconds, 3),
+            "compile_seconds": round(turn.compiled, 3),
+            "first_token_seconds": round(turn.first, 3),
+        }
+        for turn in turns
+    ]
+    return {"model": model, "messages": messages, "completions": completions}
+
+
+def _as_markdown(model: str, system: str | None, turns: Sequence[Turn]) -> str:
+    blocks = ["# Conversation", f"Model: `{model}`"]
+    if system is not None:
+        blocks += ["## System", system]
+    for turn in turns:
+        blocks.append("## User")
+        for item in turn.attachments:
+            mark = "!" if item.kind == "image" else ""
+            blocks.append(f"{mark}[{item.kind}](<{item.place}>) ({item.about})")
+        blocks += [turn.text, "## Model"]
+        parsed = turn.completion.parsed
+        if parsed.thought is not None:
+            # Blank lines around it: otherwise a reader of Markdown takes the thought for HTML.
+            blocks += ["<details>\n<summary>Thought</summary>", parsed.thought, "</details>"]
+        blocks += [parsed.answer, f"*{len(turn.completion.tokens)} tokens, {turn.completion.finish_reason}*"]
+    return "\n\n".join(block for block in blocks if block) + "\n"

@@ -1,0 +1,219 @@
+"""`glm4v inspect`: what the model will see of pictures and videos, as a sheet, and what they cost, as figures."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from glm4v_jax.console.console import check_files, check_model, is_same_file, silent_decoders, status
+from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT
+from glm4v_jax.errors import MediaError, named
+from glm4v_jax.files import replacing, to_json
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from glm4v_jax.inputs.preview.placement import PlacedPrompt
+
+MAX_FILES = 100
+SOFTWARE = "glm4v inspect"
+"""What a sheet says of its origin, so that a later one may take its place."""
+
+
+@dataclasses.dataclass
+class Inspect:
+    """Show what the model will see of pictures and videos: one PNG with the grids of their patches and tokens.
+
+    On the terminal: sizes, tokens, M-RoPE positions, and what was scaled down and by how much. No weights are loaded.
+    """
+
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
+    """Pictures and videos: paths or http(s) addresses."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
+    """Directory of a GLM-4.1V checkpoint in Hugging Face layout; its processor decides."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="PNG")] = "inspect.png"
+    """Where to write the sheet. A sheet of an earlier call is replaced; another file is not."""
+
+    overwrite: bool = False
+    """Replace whatever is there."""
+
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)")] = None
+    """What would be asked about the files: counts the tokens of the whole prompt."""
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object."""
+
+    debug: bool = False
+    """Show the whole traceback of an error."""
+
+    def run(self) -> None:
+        """Reads all files, and only then draws, writes the sheet and prints."""
+        if not self.files:
+            raise MediaError("FILE: found none, expected at least one picture or video")
+        if len(self.files) > MAX_FILES:
+            raise MediaError(f"FILE: found {len(self.files)}, expected at most {MAX_FILES} for one sheet")
+        check_model(self.model)
+        check_files(self.files)
+        _check_out(self.out, self.files, self.overwrite)
+
+        from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
+        from glm4v_jax.inputs.preview.preview import look
+        from glm4v_jax.inputs.preview.sheet import draw_card, draw_sheet
+        from glm4v_jax.inputs.processor import Glm4vProcessor
+
+        processor = Glm4vProcessor.from_pretrained(self.model)
+        seen = []
+        with silent_decoders() if not self.debug else contextlib.nullcontext():
+            for place in self.files:
+                with status(f"reading {place}"):
+                    seen.append(look(place, processor))
+        prompt = place_in_prompt(seen, processor, self.prompt)
+        told = [facts(item, place) for item, place in zip(seen, prompt.places, strict=True)]
+        with status("drawing"):
+            cards = [
+                draw_card(_title(item.name), item, place.timestamps, sheet_lines(fact), fact["warning"], len(seen))
+                for item, place, fact in zip(seen, prompt.places, told, strict=True)
+            ]
+            sheet = draw_sheet(cards)
+            _write(sheet, self.out)
+        if self.as_json:
+            print(to_json(self._as_object(told, prompt, sheet)))
+        else:
+            self._print(told, prompt, sheet)
+
+    def _as_object(
+        self, told: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image"
+    ) -> dict[str, Any]:
+        return {
+            "files": list(told),
+            "prompt": {
+                "text": self.prompt,
+                "tokens": len(prompt.input_ids),
+                "positions": [0, prompt.next_position - 1],
+                "next_position": prompt.next_position,
+            },
+            "sheet": {"file": self.out, "width": sheet.width, "height": sheet.height},
+            "model": self.model,
+        }
+
+    def _print(self, told: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image") -> None:
+        for fact in told:
+            print(f"{fact['file']} ({fact['kind']})")
+            for name, value in rows(fact):
+                print(f"  {name:<10}{value}")
+            print()
+        if self.prompt is not None:
+            largest = prompt.next_position - 1
+            tokens = _count(len(prompt.input_ids), "token")
+            print(f"prompt: {tokens}, M-RoPE 0 to {largest}; the answer goes on at {largest + 1}")
+        print(f"sheet: {self.out} ({sheet.width} × {sheet.height} pixels)")
+
+
+def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to say of a file, as (name, text), from `inputs.preview.placement.facts`; width before height."""
+    t, h, w = fact["grid_thw"]
+    scale = f"× {fact['scale_width']:.3f} wide, × {fact['scale_height']:.3f} high"
+    seen = f"{fact['seen_width']} × {fact['seen_height']} pixels"
+    told = [("original", f"{fact['width']} × {fact['height']} pixels")]
+    if fact["kind"] == "video":
+        fps, duration = fact["fps"], fact["duration"]
+        taken = fact["frames_indices"]
+        told[0] = ("original", f"{told[0][1]}, {_count(fact['frames'], 'frame')}, {fps:.4g} a second, {duration:.2f} s")
+        told.append(("sampled", f"{_count(len(taken), 'frame')}, {_times(taken, fps)}; {_count(t, 'temporal patch')}"))
+        told.append(("times", f"{', '.join(map(str, _shortened(fact['timestamps'])))} s in the prompt"))
+    told.append(("seen", seen if fact["why"] == "as it is" else f"{seen}: {scale}; {fact['why']}"))
+    told.append(("grid_thw", f"{t} × {h} × {w} = {_count(fact['patches'], 'patch')}"))
+    share = f"{fact['share_of_budget']:.1%} of the budget of {fact['budget_tokens']}"
+    told.append(
+        ("tokens", f"{_count(fact['image_tokens'], 'image token')}, {share}; {fact['prompt_tokens']} of the prompt")
+    )
+    positions = ", ".join(
+        f"{axis} {first} to {last}" if first != last else f"{axis} {first}"
+        for axis, (first, last) in fact["positions"].items()
+    )
+    told.append(("M-RoPE", positions))
+    if fact["warning"]:
+        told.append(("warning", fact["warning"]))
+    return told
+
+
+def sheet_lines(fact: dict[str, Any]) -> list[str]:
+    """The same for the sheet, whose font has few characters."""
+    told = {name: value.replace("×", "x") for name, value in rows(fact)}
+    sampled = [f"sampled: {told['sampled']}"] if "sampled" in told else []
+    return [
+        f"original: {told['original']}",
+        *sampled,
+        f"seen: {told['seen']}",
+        f"{told['tokens']};  grid_thw {told['grid_thw']}",
+        f"M-RoPE: {told['M-RoPE']}",
+    ]
+
+
+def _title(name: str) -> str:
+    """The last part of a path or address."""
+    return os.path.basename(name) or name
+
+
+def _times(taken: Sequence[int], fps: float | None) -> str:
+    """When the first and the last frame was."""
+    return f"from {taken[0] / fps:.2f} to {taken[-1] / fps:.2f} s" if fps else f"from #{taken[0]} to #{taken[-1]}"
+
+
+def _shortened(times: Sequence[int]) -> list[Any]:
+    """The first and last of many."""
+    return list(times) if len(times) <= 12 else [*times[:8], "...", *times[-3:]]
+
+
+def _count(number: int, name: str) -> str:
+    plural = "es" if name.endswith("ch") else "s"
+    return f"{number} {name}{plural if number != 1 else ''}"
+
+
+def _check_out(out: str, files: Sequence[str], overwrite: bool) -> None:
+    """Refuses a place for the sheet before anything slow begins.
+
+    Raises:
+      MediaError: it is no name of a PNG, or one of the files to look at.
+      OSError: its directory is not there, or something that is no sheet is in its place.
+    """
+    path = pathlib.Path(out)
+    if path.suffix.lower() != ".png":
+        raise MediaError(f"--out {named(out)}: expected a name that ends in .png")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory for the sheet", str(path.parent))
+    if not path.exists():
+        return
+    if any(is_same_file(path, file) for file in files):
+        raise MediaError(f"--out {out}: is one of the files to look at; expected another name")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory, expected the name of a PNG", out)
+    if not overwrite and not _is_sheet(path):
+        raise FileExistsError(errno.EEXIST, "is there and is no sheet of glm4v inspect: --overwrite replaces it", out)
+
+
+def _is_sheet(path: pathlib.Path) -> bool:
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
+    except Exception:  # Pillow's format readers raise many kinds of errors on what is no picture.
+        return False
+
+
+def _write(sheet: "PIL.Image.Image", out: str) -> None:
+    """Writes a sheet, in one piece or not at all."""
+    import PIL.PngImagePlugin
+
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_text("Software", SOFTWARE)
+    with replacing(pathlib.Path(out)) as aside:
+        sheet.save(aside, "PNG", optimize=True, pnginfo=info)

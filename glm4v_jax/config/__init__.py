@@ -1,0 +1,1 @@
+"""What a checkpoint says about the model and about generation, checked; imports no JAX."""

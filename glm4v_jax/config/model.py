@@ -1,0 +1,366 @@
+"""Configurations of the three parts, from and to `config.json`.
+
+The names and defaults are those of `Glm4vConfig`, `Glm4vTextConfig` and `Glm4vVisionConfig` in transformers 4.57.1;
+files written by 4.57 (`rope_theta`, `partial_rotary_factor`, `rope_scaling`) and by 5.x (`rope_parameters`) are both
+read. All three are frozen and hashable: they are static metadata of the modules and part of the key of every compiled
+program.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from glm4v_jax.config.checks import (
+    check_divides,
+    check_flags,
+    check_number,
+    check_sizes,
+    check_token,
+    check_tokens,
+    is_integer,
+    known_fields,
+    object_of,
+)
+from glm4v_jax.config.rope_scaling import RopeScaling
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.files import assets_directory, read_json_object
+
+RELEASED_MROPE_SECTION = (8, 12, 12)
+RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
+
+ACTIVATION_NAMES = (
+    "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
+)  # fmt: skip
+"""What `hidden_act` may be; `nn.activation` has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Glm4vVisionConfig:
+    """The ViT and its merger.
+
+    `intermediate_size` is the merger's; the ViT's own MLPs are `out_hidden_size` wide (trap T5).
+    """
+
+    depth: int = 24
+    hidden_size: int = 1536
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    num_heads: int = 12
+    in_channels: int = 3
+    image_size: int = 336
+    patch_size: int = 14
+    rms_norm_eps: float = 1e-5
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    out_hidden_size: int = 4096
+    intermediate_size: int = 13696
+    initializer_range: float = 0.02
+
+    model_type = "glm4v_vision"
+
+    def __post_init__(self) -> None:
+        sizes = ("depth", "hidden_size", "num_heads", "in_channels", "image_size", "patch_size", "spatial_merge_size")
+        check_sizes(self, (*sizes, "temporal_patch_size", "out_hidden_size", "intermediate_size"))
+        check_flags(self, ("attention_bias",))
+        _check_layer_settings(self)
+        check_divides(self, "num_heads", "hidden_size")
+        if self.image_size < self.patch_size:
+            raise ConfigError(
+                f"vision image_size is {self.image_size}, expected at least patch_size, {self.patch_size}"
+            )
+        if self.head_dim % 4:
+            raise ConfigError(f"vision head dimension is {self.head_dim}, expected a multiple of 4 (2-D rope pairs)")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in a flattened patch: channels x frames x height x width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def position_grid(self) -> int:
+        """Side of the learned, square position table."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From the `vision_config` object of `config.json`; keys of no meaning here are ignored."""
+        return cls(**known_fields(cls, data))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `vision_config` object of `config.json`, in the spelling of 4.57."""
+        return {"model_type": "glm4v", **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Glm4vTextConfig:
+    """The GLM-4 decoder.
+
+    `rope_scaling` may be given as a dict or a `RopeScaling`. With neither it nor `partial_rotary_factor`, the released
+    checkpoint's values hold (4.57.1's own default configuration cannot run forward); with `rope_scaling` alone the
+    whole head rotates, as in the reference.
+    """
+
+    vocab_size: int = 151552
+    hidden_size: int = 4096
+    intermediate_size: int = 13696
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 2
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    attention_dropout: float = 0.0
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] | int | None = None
+
+    model_type = "glm4v_text"
+
+    def __post_init__(self) -> None:
+        freeze = object.__setattr__
+        if self.num_key_value_heads is None:
+            freeze(self, "num_key_value_heads", self.num_attention_heads)
+        if isinstance(self.eos_token_id, list):
+            freeze(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.partial_rotary_factor is None:
+            released = self.rope_scaling is None
+            freeze(self, "partial_rotary_factor", RELEASED_PARTIAL_ROTARY_FACTOR if released else 1.0)
+        scaling = self.rope_scaling if self.rope_scaling is not None else {}
+        if not isinstance(scaling, RopeScaling):
+            scaling = RopeScaling.from_dict(scaling)
+        freeze(self, "rope_scaling", scaling)
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        check_sizes(self, (*sizes, "num_key_value_heads", "max_position_embeddings"))
+        if self.original_max_position_embeddings is not None:
+            check_sizes(self, ("original_max_position_embeddings",))
+        check_flags(self, ("use_cache", "tie_word_embeddings"))
+        for name in ("image_token_id", "video_token_id", "pad_token_id", "bos_token_id"):
+            check_token(self, name)
+        check_tokens(self, "eos_token_id")
+        _check_layer_settings(self)
+        check_number(self, "rope_theta", above=0)
+        check_number(self, "partial_rotary_factor", above=0, most=1)
+        check_divides(self, "num_attention_heads", "hidden_size")
+        check_divides(self, "num_key_value_heads", "num_attention_heads")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(scaling, name)
+            if factors is not None and len(factors) != len(range(0, self.rotary_dim, 2)):
+                raise ConfigError(
+                    f"rope_scaling.{name} has {len(factors)} numbers, expected {self.rotary_dim // 2}: one for each "
+                    f"pair of the {self.rotary_dim} rotated dimensions"
+                )
+        _ = self.mrope_section
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """Query heads that share a key and value head."""
+        assert self.num_key_value_heads is not None
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def rope(self) -> RopeScaling:
+        """`rope_scaling`, never None."""
+        assert isinstance(self.rope_scaling, RopeScaling)
+        return self.rope_scaling
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions rotate."""
+        assert self.partial_rotary_factor is not None
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def mrope_section(self) -> tuple[int, int, int]:
+        """Frequencies that follow the temporal, height and width position; they sum to `rotary_dim / 2`.
+
+        Raises:
+          ConfigError: they do not.
+        """
+        section = self.rope.mrope_section or RELEASED_MROPE_SECTION
+        if 2 * sum(section) != self.rotary_dim:
+            raise ConfigError(
+                f"mrope_section {list(section)} sums to {sum(section)}, expected {self.rotary_dim / 2:g}: half of the "
+                f"{self.rotary_dim} rotated dimensions (head_dim {self.head_dim} x partial_rotary_factor "
+                f"{self.partial_rotary_factor})"
+            )
+        return section
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From the `text_config` object of `config.json`, spelled as 4.57 or as 5.x does."""
+        data = dict(data)
+        if data.get("rope_parameters") is not None:
+            parameters = dict(object_of(data, "rope_parameters"))
+            for name in ("rope_theta", "partial_rotary_factor"):
+                if name in parameters:
+                    data[name] = parameters.pop(name)
+            data["rope_scaling"] = parameters
+        return cls(**known_fields(cls, data))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `text_config` object of `config.json`, in the spelling of 4.57 (5.x reads it too)."""
+        data = dataclasses.asdict(self)
+        data["rope_scaling"] = {**self.rope.to_dict(), "mrope_section": list(self.mrope_section)}
+        if isinstance(self.eos_token_id, tuple):
+            data["eos_token_id"] = list(self.eos_token_id)
+        optional = ("original_max_position_embeddings", "image_token_id", "video_token_id")
+        return {"model_type": self.model_type, **{k: v for k, v in data.items() if v is not None or k not in optional}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Glm4vConfig:
+    """The whole model: both parts and the ids of the tokens that stand for pictures and videos."""
+
+    text_config: Glm4vTextConfig = dataclasses.field(default_factory=Glm4vTextConfig)
+    vision_config: Glm4vVisionConfig = dataclasses.field(default_factory=Glm4vVisionConfig)
+    image_token_id: int = 151343
+    video_token_id: int = 151344
+    image_start_token_id: int = 151339
+    image_end_token_id: int = 151340
+    video_start_token_id: int = 151341
+    video_end_token_id: int = 151342
+
+    model_type = "glm4v"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text_config, Mapping):
+            object.__setattr__(self, "text_config", Glm4vTextConfig.from_dict(self.text_config))
+        if isinstance(self.vision_config, Mapping):
+            object.__setattr__(self, "vision_config", Glm4vVisionConfig.from_dict(self.vision_config))
+        for part, kind in ((self.text_config, Glm4vTextConfig), (self.vision_config, Glm4vVisionConfig)):
+            if not isinstance(part, kind):
+                raise ConfigError(f"{kind.__name__}: found {part!r}, expected an object")
+        for field in dataclasses.fields(self):
+            if field.name.endswith("token_id"):
+                value, vocabulary = getattr(self, field.name), self.text_config.vocab_size
+                if not is_integer(value) or not 0 <= value < vocabulary:
+                    raise ConfigError(f"{field.name} is {value!r}, expected a token below vocab_size, {vocabulary}")
+        text, vision = self.text_config.hidden_size, self.vision_config.out_hidden_size
+        if text != vision:
+            raise ConfigError(f"vision_config.out_hidden_size is {vision}, expected text_config.hidden_size, {text}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From the object of `config.json`.
+
+        Text fields at the top level (an old flat layout) are read where there is no `text_config`. A tied head is what
+        `text_config` says (4.57.1); a top-level `tie_word_embeddings` counts only in that flat layout.
+
+        Raises:
+          ConfigError: it is the configuration of another architecture, or contradicts itself.
+        """
+        model_type = data.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ConfigError(
+                f"config.json: model_type is {model_type!r}, expected {cls.model_type!r} (dense GLM-4.1V)"
+            )
+        fields = known_fields(cls, data)
+        if data.get("quantization_config"):
+            raise ConfigError("quantization_config: found a quantised checkpoint, expected plain weights")
+        if "text_config" not in data and "hidden_size" not in data:
+            raise ConfigError("text_config is missing")
+        fields["text_config"] = Glm4vTextConfig.from_dict(object_of(data, "text_config") or data)
+        fields["vision_config"] = Glm4vVisionConfig.from_dict(object_of(data, "vision_config"))
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of `config.json`, in the spelling of 4.57; `from_dict` reads it back to an equal configuration."""
+        ids = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("token_id")}
+        return {
+            "architectures": ["Glm4vForConditionalGeneration"],
+            "model_type": self.model_type,
+            "tie_word_embeddings": self.text_config.tie_word_embeddings,
+            **ids,
+            "text_config": self.text_config.to_dict(),
+            "vision_config": self.vision_config.to_dict(),
+        }
+
+    @classmethod
+    def from_pretrained(cls, directory: str | pathlib.Path) -> Self:
+        """Read `config.json` of a checkpoint directory.
+
+        Raises:
+          CheckpointError: there is no such directory or file, or it is not JSON.
+          ConfigError: its content is not that of a GLM-4.1V model.
+        """
+        path = assets_directory(directory) / "config.json"
+        if not path.parent.is_dir():
+            found = "a file" if path.parent.is_file() else "no such directory"
+            raise CheckpointError(
+                f"{path.parent}: {found}, expected the directory of a checkpoint (nothing is downloaded)"
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent}: not a checkpoint directory, it has no config.json")
+        try:
+            return cls.from_dict(read_json_object(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def save_pretrained(self, directory: str | pathlib.Path) -> None:
+        """Write `config.json` into a directory, which is made if need be."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        aside = directory / "config.json.part"
+        aside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        aside.replace(directory / "config.json")
+
+    @classmethod
+    def glm4_1v_9b(cls) -> Self:
+        """The released GLM-4.1V-9B-Thinking (10,292,777,472 parameters)."""
+        text = Glm4vTextConfig(
+            max_position_embeddings=65536,
+            rope_scaling=RopeScaling(mrope_section=RELEASED_MROPE_SECTION),
+            partial_rotary_factor=RELEASED_PARTIAL_ROTARY_FACTOR,
+            pad_token_id=151329,
+            eos_token_id=(151329, 151336, 151338, 151348),
+        )
+        return cls(text_config=text)
+
+    @classmethod
+    def tiny(cls, **text_overrides: Any) -> Self:
+        """A model of some 300,000 parameters with every part of the real one, for tests and examples."""
+        text = {
+            "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "partial_rotary_factor": 0.5,
+            "rope_scaling": {"mrope_section": (1, 1, 2)},
+        }  # fmt: skip
+        vision = Glm4vVisionConfig(
+            depth=2, hidden_size=32, num_heads=4, image_size=70, out_hidden_size=64, intermediate_size=96
+        )
+        return cls(
+            text_config=Glm4vTextConfig.from_dict(text | text_overrides), vision_config=vision,
+            image_token_id=314, video_token_id=315, image_start_token_id=310, image_end_token_id=311,
+            video_start_token_id=312, video_end_token_id=313,
+        )  # fmt: skip
+
+
+def _check_layer_settings(config: Any) -> None:
+    """What both parts' layers have in common."""
+    check_number(config, "rms_norm_eps", above=0)
+    check_number(config, "attention_dropout", most=1)
+    check_number(config, "initializer_range")
+    if config.hidden_act not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise ConfigError(f"{type(config).__name__}.hidden_act is {config.hidden_act!r}, expected one of: {known}")

@@ -1,0 +1,1 @@
+"""Meshes, processes and the compilation cache: where programs run."""

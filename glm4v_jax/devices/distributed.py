@@ -1,0 +1,404 @@
+"""Several processes as one program: TPU pods, Slurm, GKE, or machines where somebody starts it by hand.
+
+Every process runs the same program on the host and holds a share of the mesh's devices, so all of them must come to the
+same decisions: `agree` checks what they were given, `to_host` reads what their devices hold together. Only the first
+process writes text. What ends one of them ends all, with its message: `fail` leaves it with JAX's coordination service,
+where a thread of every other process waits for it.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm4v_jax.devices.launchers import launcher
+from glm4v_jax.errors import ConfigError, MessageError
+
+START_SECONDS = 300
+"""How long processes wait for each other to start."""
+HEARTBEAT_SECONDS = 25
+"""A process that is not heard of for so long counts as dead, and the others end."""
+
+_SHUTDOWN_SECONDS = 60
+_FAILED, _HEARD, _COUNT = "glm4v_jax/failed", "glm4v_jax/heard/", "glm4v_jax/count/"
+# How long they do so without a word.
+_SILENT_SECONDS = 10
+# How much later a process may end for listening to the others.
+_LISTEN_SECONDS = 1
+# The first process holds what the others read: it must not end before they have read it, and have ended themselves.
+_FAREWELL_SECONDS = 5.0
+_LAST_SECONDS = 0.5
+# What is wrong in all processes is the first one's to say.
+_PRECEDENCE_SECONDS = 1.0
+_PAUSE = 0.05
+_TEXT_BYTES = 1024
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+
+
+_told_by: list[Callable[[str], None]] = [_tell]
+
+
+def init_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = START_SECONDS,
+    tell: Callable[[str], None] = _tell,
+) -> bool:
+    """Join the other processes of this program; call it before anything else of JAX.
+
+    Without arguments, Cloud TPU, Slurm, Open MPI and Kubernetes say how many processes there are and which this is; see
+    `jax.distributed.initialize`. Where none of them is found, this is the only process.
+
+    From here on an exception that nobody catches ends all processes, and so does the death of one of them. `sys.exit`
+    ends this one alone, as ever, while the others may wait for it: `fail` ends all.
+
+    Args:
+      coordinator: HOST:PORT of the first process, where its port is free.
+      num_processes: how many there are; 1 joins nobody, whatever the environment says.
+      process_id: which this is, from 0.
+      timeout: seconds to wait for the others.
+      tell: what to do with the message that a process ends with, its own or another's; by default it is printed on
+        standard error.
+
+    Returns:
+      Whether there are several.
+
+    Raises:
+      ConfigError: the arguments contradict each other or the other processes', the coordinator cannot be reached, or
+        JAX has been used already.
+    """
+    if num_processes == 1 and process_id in (None, 0):
+        return False
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    known = launcher()
+    if known is None:
+        if all(value is None for value in given.values()):
+            return False
+        if missing := [name for name, value in given.items() if value is None]:
+            raise ConfigError(
+                f"{', '.join(missing)}: found nothing; expected coordinator (HOST:PORT), num_processes and process_id "
+                "together, outside of Cloud TPU, Slurm, Open MPI and Kubernetes"
+            )
+    _check(coordinator, num_processes, process_id)
+    if has_joined():
+        raise ConfigError("init_distributed: found processes that have joined already; expected one call")
+    from jax._src import xla_bridge  # there is no public way to ask
+
+    if xla_bridge.backends_are_initialized():
+        raise ConfigError("init_distributed: found JAX in use already; expected the call before any other use of it")
+    # The service for preemptions would catch SIGTERM, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
+    note = threading.Timer(_SILENT_SECONDS, _say_waiting, (timeout,))
+    note.daemon = True
+    note.start()
+    try:
+        if coordinator is not None and process_id is not None:
+            _check_coordinator(coordinator, process_id, timeout)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )  # fmt: skip
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        if coordinator is None and num_processes is None and process_id is None:
+            return False  # it looked like a launcher, but says nothing of processes
+        raise ConfigError(f"processes of {known or coordinator}: {error}") from error
+    except RuntimeError as error:
+        raise ConfigError(f"processes of {known or coordinator}: {' '.join(str(error).split())}") from error
+    finally:
+        note.cancel()
+    _told_by.append(tell)
+    if _count() == 1:
+        return False
+    is_over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(is_over,), name="failures of other processes", daemon=True)
+    listener.start()
+    atexit.register(_stop, listener, is_over)
+    sys.excepthook = functools.partial(_ended_by, sys.excepthook)
+    _check_count(timeout)
+    return True
+
+
+def has_joined() -> bool:
+    """Whether `init_distributed` has found others, from its call until `leave`."""
+    return jax.distributed.is_initialized()
+
+
+def leave() -> None:
+    """Wait for the others to come to their end too, and part."""
+    jax.distributed.shutdown()
+
+
+def several() -> bool:
+    """Whether there are other processes, so that what this one decides by itself they would not know of."""
+    return jax.process_count() > 1
+
+
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether several processes hold devices of a mesh, so that all of them must run its programs."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes text; the only one always is."""
+    return jax.process_index() == 0
+
+
+def fail(message: str, status: int = 1, *, is_told: bool = False) -> NoReturn:
+    """End all processes with a message, which names this one in the others.
+
+    Args:
+      message: what is wrong.
+      status: of this process; the others' is 1.
+      is_told: it has been said in this process.
+    """
+    if _index() > 0:
+        time.sleep(_PRECEDENCE_SECONDS)
+    client = _client()
+    try:
+        client.key_value_set(_FAILED, f"process {_index()}: {message}")
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" in str(error):
+            time.sleep(2 * _FAREWELL_SECONDS)  # the listener tells which process was the first to fail
+    if not is_told:
+        _told_by[-1](message)
+    if _index() == 0:
+        _wait_for(_count() - 1)
+    _leave(status)
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of device arrays in NumPy, each as a whole.
+
+    Where processes hold parts of them they put them together, so all of them must call this.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    split = [leaf for leaf in leaves if not (leaf.is_fully_addressable or leaf.is_fully_replicated)]
+    if split:
+        tree = _gather(split[0].sharding.mesh)(tree)
+    return jax.tree.map(np.asarray, tree)
+
+
+def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | None:
+    """Check that all processes were given the same; every one of them calls this at the same place of the program.
+
+    Args:
+      name: of what was given, for the error.
+      digest: of what it is, up to 32 bytes.
+      error: why this process cannot use it.
+
+    Returns:
+      The first of the processes' errors; None if there is none.
+
+    Raises:
+      MessageError: it is not the same in all of them.
+    """
+    if not several():
+        return error
+    own = np.zeros(1 + 32 + _TEXT_BYTES, np.uint8)
+    text = (error or "").encode()[:_TEXT_BYTES]
+    own[0] = error is not None
+    own[1 : 1 + len(digest)] = np.frombuffer(digest, np.uint8)
+    own[33 : 33 + len(text)] = np.frombuffer(text, np.uint8)
+    everyone = multihost_utils.process_allgather(own)
+    if (failed := np.flatnonzero(everyone[:, 0])).size:
+        told = bytes(everyone[failed[0], 33:]).rstrip(b"\0").decode(errors="replace")
+        return told if failed.size == len(everyone) else f"{told} (in process {failed[0]})"
+    if (different := np.flatnonzero((everyone != everyone[0]).any(axis=1))).size:
+        raise MessageError(
+            f"{name}: found another in process {different[0]} than in process 0; expected the same in all processes"
+        )
+    return None
+
+
+def check_devices(mesh: Mesh) -> None:
+    """Check that every process holds devices of a mesh: one without any could not run its programs.
+
+    Raises:
+      ConfigError: some hold none.
+    """
+    holders = {device.process_index for device in mesh.devices.flat}
+    if idle := sorted(set(range(jax.process_count())) - holders):
+        sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        raise ConfigError(
+            f"mesh {sizes or 'of one device'}: has no device of process {idle[0]}; expected some of each of "
+            f"{jax.process_count()} processes, which have {jax.device_count()} devices"
+        )
+
+
+def shared(values: np.ndarray) -> np.ndarray:
+    """The first process's values, in all of them; the shapes must be equal."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(values)) if several() else values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process; all of them call this."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+
+
+def gathered(value: Any) -> list[Any]:
+    """What JSON can say, from every process, in their order; all of them call this."""
+    if not several():
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(own.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: own.size] = own
+    everyone = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(text[:size])) for text, size in zip(everyone, sizes, strict=True)]
+
+
+def _say_waiting(seconds: int) -> None:
+    sys.stderr.write(f"waiting for the other processes to start, for up to {seconds} s\n")
+    sys.stderr.flush()
+
+
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(f"coordinator: found {coordinator!r}; expected HOST:PORT")
+    if num_processes is not None and num_processes < 1:
+        raise ConfigError(f"num_processes: found {num_processes}; expected at least 1")
+    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
+        last = "" if num_processes is None else f" to {num_processes - 1}, for num_processes={num_processes}"
+        raise ConfigError(f"process_id: found {process_id}; expected 0{last}")
+
+
+def _check_coordinator(coordinator: str, process_id: int, timeout: int) -> None:
+    """Meets what JAX would end the process for, without a word that helps."""
+    host, _, port = coordinator.rpartition(":")
+    host = host.strip("[]")
+    if process_id == 0:
+        try:
+            with socket.create_server(("", int(port))):
+                return
+        except OSError as error:
+            raise ConfigError(
+                f"coordinator: port {port} cannot be had here ({error.strerror}); expected one that is free"
+            ) from error
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=max(1, min(10, timeout))):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"coordinator: found nobody at {coordinator} for {timeout} s ({error.strerror or error}); expected "
+                    "the process with process_id 0"
+                ) from error
+        time.sleep(_PAUSE)
+
+
+def _check_count(timeout: int) -> None:
+    """Processes that were told different numbers would wait for each other for ever."""
+    client = _client()
+    client.key_value_set(f"{_COUNT}{_index()}", str(_count()))
+    first = client.blocking_key_value_get(f"{_COUNT}0", timeout * 1000)
+    if first != str(_count()):
+        raise ConfigError(f"num_processes: found {_count()}; expected {first}, as process 0 was told")
+
+
+def _listen(is_over: threading.Event) -> None:
+    """Waits for another process's failure, and ends this one."""
+    client = _client()
+    while not is_over.is_set():
+        try:
+            message = client.blocking_key_value_get(_FAILED, _LISTEN_SECONDS * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            return  # this process comes to its end, or the first one has, which JAX sees to
+        break
+    else:
+        return
+    if message.startswith(f"process {_index()}: "):
+        return
+    _told_by[-1](message)
+    if _index() == 0:
+        _wait_for(_count() - 2)
+    else:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"{_HEARD}{_index()}", "heard")
+    _leave(1)
+
+
+def _stop(listener: threading.Thread, is_over: threading.Event) -> None:
+    """Lets it come to its end: if Python ended while it is in native code, that would abort the process."""
+    is_over.set()
+    listener.join(2 * _LISTEN_SECONDS)
+
+
+def _wait_for(listeners: int) -> None:
+    """Gives so many other processes the time to hear of a failure: the message is kept in the first process."""
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        while len(_client().key_value_dir_get(_HEARD)) < listeners and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+    time.sleep(_LAST_SECONDS)
+
+
+def _ended_by(
+    before: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """What Python calls where nobody catches an exception."""
+    before(kind, error, traceback)
+    fail(" ".join(f"{kind.__name__}: {error}".split()), is_told=True)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once: a computation may be waiting for the others for ever, and Python would for it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def _client() -> Any:
+    """Of the coordination service."""
+    return _joined_state().client
+
+
+def _index() -> int:
+    return _joined_state().process_id
+
+
+def _count() -> int:
+    return _joined_state().num_processes
+
+
+def _joined_state() -> Any:
+    """What JAX keeps of the other processes; it has no public way to their key-value store."""
+    from jax._src import distributed
+
+    return distributed.global_state

@@ -1,0 +1,346 @@
+"""The jitted programs of generation. Rows are slots: prompts come, end and make room for others in a running batch.
+
+`append` writes tokens behind what a row's cache holds: a prompt, a piece of a long one, a conversation's next turn.
+`begin` chooses the first tokens after them, of all rows at once, and `decode` many more, in a loop on the device.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from glm4v_jax.config.generation import SAMPLING_DTYPES, SamplingParams
+from glm4v_jax.devices import mesh
+from glm4v_jax.generate.sampling import largest, mark_seen, row_keys, sample, step_keys
+from glm4v_jax.hf.forward import Flat, score
+from glm4v_jax.model.decoder import TextDecoder
+from glm4v_jax.model.glm4v import embed_with_vision
+from glm4v_jax.model.kv_cache import KVCache, init_cache
+from glm4v_jax.model.nn import Linear
+
+
+class Row(NamedTuple):
+    """What generation knows of each row besides its tokens; every field is [B, ...]."""
+
+    token: Int[Array, " B"]
+    """the newest token: chosen, but not yet in the cache"""
+    delta: Int[Array, " B"]
+    """position minus cache slot of new tokens"""
+    done: Bool[Array, " B"]
+    step: Int[Array, " B"]
+    """new tokens so far"""
+    limit: Int[Array, " B"]
+    """new tokens at most"""
+    eos: Int[Array, "B E"]
+    """tokens that end the row; -1 ends none"""
+    seed: Int[Array, " B"]
+    number: Int[Array, " B"]
+    """which row of a request this is: rows of one seed draw differently"""
+    params: SamplingParams
+
+
+class State(NamedTuple):
+    """Where the generation of B rows stands."""
+
+    cache: KVCache
+    seen: Bool[Array, "B V"]
+    """tokens of the prompt and of the answer so far, for the repetition penalty"""
+    hidden: Float[Array, "B 1 D"]
+    """of the last token of each prompt, for `begin`"""
+    row: Row
+
+
+class Piece(NamedTuple):
+    """Tokens to append to n rows, padded on the right to T.
+
+    keep: how many slots of each row's cache stand before them; what was behind is forgotten.
+    vision_index: -1 for text, otherwise the merged token of the pool that goes there.
+    """
+
+    input_ids: Int[Array, "n T"]
+    position_ids: Int[Array, "3 n T"]
+    segment_ids: Int[Array, "n T"]
+    vision_index: Int[Array, "n T"]
+    keep: Int[Array, " n"]
+
+
+class Chosen(NamedTuple):
+    """Tokens, and their log probabilities under the model where asked for: before penalty, temperature and cuts."""
+
+    tokens: Int[Array, "*B"]
+    logprobs: Float[Array, "*B"] | None
+    top_tokens: Int[Array, "*B N"] | None
+    top_logprobs: Float[Array, "*B N"] | None
+
+
+class Decoded(NamedTuple):
+    """What a call of `decode` made.
+
+    chosen: [B, K], of row b the first so many columns as its `step` grew by.
+    step, done: [B], the rows' after the call.
+    """
+
+    chosen: Chosen
+    step: Int[Array, " B"]
+    done: Bool[Array, " B"]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
+def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> State:
+    """`batch` empty rows of `capacity` cache slots, all done."""
+    config, dtype = text.module.config, text.leaves[0].dtype
+    row = _place_row(
+        Row(
+            token=np.zeros(batch, np.int32),
+            delta=np.zeros(batch, np.int32),
+            done=np.ones(batch, np.bool_),
+            step=np.zeros(batch, np.int32),
+            limit=np.zeros(batch, np.int32),
+            eos=np.full((batch, num_eos), -1, np.int32),
+            seed=np.zeros(batch, np.uint32),
+            number=np.zeros(batch, np.uint32),
+            params=SamplingParams(*(np.zeros(batch, dtype) for dtype in SAMPLING_DTYPES)),
+        ),
+    )
+    seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
+    hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
+    return State(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def append(
+    text: Flat[TextDecoder],
+    state: State,
+    slots: Int[Array, " n"] | None,
+    piece: Piece,
+    seen: Bool[Array, "n V"],
+    pool: Float[Array, "P D"],
+) -> State:
+    """Run tokens through the decoder behind what the cache of their rows holds.
+
+    The caller sees to it that `keep[i] + T` slots exist.
+
+    Args:
+      text: the decoder.
+      state: of all B rows.
+      slots: one row of each of the n shards of the batch, counted within its shard; -1 leaves the shard alone. None:
+        the piece is for all B rows.
+      piece: what to append.
+      seen: all tokens of the prompts.
+      pool: merged vision tokens that `piece.vision_index` counts.
+
+    Returns:
+      The state, in which these rows are ready to begin.
+    """
+    decoder, cache = text.module, state.cache
+    axis = 1 if cache.is_stacked else 0
+    segment_ids = mesh.reshard(piece.segment_ids, "batch", "length")
+    keep = mesh.reshard(piece.keep, "batch")
+    old = cache if slots is None else _take_cache(cache, slots, axis)
+    kept = mesh.reshard(jnp.arange(cache.capacity)[None], None, None) < keep[:, None]
+    rewound = old._replace(segments=jnp.where(kept, old.segments, 0), length=keep)
+    embeds = embed_with_vision(decoder, piece.input_ids, pool, piece.vision_index)
+    hidden, written, _ = decoder(embeds, piece.position_ids, segment_ids, rewound)
+    assert written is not None
+    count = jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32)
+    written = written._replace(length=keep + count)
+    # A sum of one, in place of a slice, which would need all tokens of a row in one place.
+    is_last = jnp.arange(hidden.shape[1]) == jnp.maximum(count - 1, 0)[:, None]
+    last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, keepdims=True, dtype=hidden.dtype)
+    seen = mesh.reshard(seen, "batch", "vocab")
+    last = mesh.reshard(last.astype(state.hidden.dtype), "batch", None, None)
+    if slots is not None:
+        written = _put_cache(cache, slots, written, axis)
+        seen, last = _put(state.seen, slots, seen, 0), _put(state.hidden, slots, last, 0)
+    return state._replace(cache=written, seen=seen, hidden=last)
+
+
+@functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
+def begin(
+    text: Flat[TextDecoder],
+    head: Flat[Linear] | None,
+    state: State,
+    rows: Bool[Array, " B"],
+    row: Row,
+    *,
+    top: int | None = None,
+) -> tuple[State, Chosen]:
+    """Choose the first token of rows whose prompts are in the cache, and set them going.
+
+    Args:
+      text, head: the model.
+      state: of all rows, as `append` returns it.
+      rows: which of them this is about; the others stay as they are.
+      row: of all B; `token` counts for nothing, and nothing is chosen for a row that is done.
+      top: how many likeliest tokens to return with their log probabilities; None for no log probabilities at all.
+
+    Returns:
+      The state, and what was chosen, [B].
+    """
+    rows = mesh.reshard(rows, "batch")
+
+    def chosen_from(new: Array, old: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    row = jax.tree.map(chosen_from, _place_row(row), state.row)
+    only_these = row._replace(done=row.done | ~rows)
+    (begun, seen), chosen = _choose(text.module, head, state.hidden, only_these, state.seen, top)
+    row = begun._replace(done=chosen_from(begun.done, row.done))
+    return state._replace(row=row, seen=seen), chosen
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "top"), donate_argnames="state")
+def decode(
+    text: Flat[TextDecoder],
+    head: Flat[Linear] | None,
+    state: State,
+    limit: Int[Array, ""],
+    idle: Int[Array, ""],
+    *,
+    num_steps: int,
+    top: int | None = None,
+) -> tuple[Decoded, State]:
+    """Up to min(num_steps, limit) more tokens of every row that is not done; stops early when `idle` rows are done."""
+    decoder = text.module
+
+    def go_on(carry: tuple[Array, Chosen, State]) -> Array:
+        i, _, state = carry
+        return (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
+
+    def step(carry: tuple[Array, Chosen, State]) -> tuple[Array, Chosen, State]:
+        i, out, state = carry
+        cache, row = state.cache, state.row
+        token = row.token[:, None]
+        position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
+        # A row that is done writes into the slot behind its last one, over and over, and sees nothing of it.
+        segment_ids = jnp.where(row.done, 0, 1)[:, None]
+        hidden, written, _ = decoder(decoder.embed_tokens(token), position, segment_ids, cache)
+        assert written is not None
+        written = written._replace(length=jnp.where(row.done, cache.length, written.length))
+        (row, seen), chosen = _choose(decoder, head, hidden, row, state.seen, top)
+        out = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
+        return i + 1, out, state._replace(cache=written, seen=seen, row=row)
+
+    zero = (state.row.token * 0)[:, None]
+    out = Chosen(zero + jnp.zeros((1, num_steps), jnp.int32), None, None, None)
+    if top is not None:
+        many = out.tokens[..., None] + jnp.zeros((1, 1, top), jnp.int32)
+        out = Chosen(out.tokens, out.tokens.astype(jnp.float32), many, many.astype(jnp.float32))
+    _, out, state = jax.lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32), out, state))
+    # Of their own: the state will be given away in the next call, perhaps before anybody has read these.
+    return Decoded(out, jnp.copy(state.row.step), jnp.copy(state.row.done)), state
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def stop(state: State, rows: Bool[Array, " B"]) -> State:
+    """End these rows."""
+    done = state.row.done | mesh.reshard(rows, "batch")
+    return state._replace(row=state.row._replace(done=done))
+
+
+@functools.partial(jax.jit, static_argnames="num_eos")
+def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
+    """Room for more end tokens."""
+    return jnp.pad(eos, ((0, 0), (0, num_eos - eos.shape[1])), constant_values=-1)
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def store(
+    pool: Float[Array, "P D"], features: Float[Array, "N D"], order: Int[Array, "M U"], starts: Int[Array, " M"]
+) -> Float[Array, "P D"]:
+    """Write the merged tokens of M media into the pool.
+
+    Args:
+      pool: where.
+      features: as the encoder returns them.
+      order: which of them are those of each medium, in their order; what is behind its last is written as well, but
+        gives way to the medium after it.
+      starts: where each medium begins in the pool; the caller sees to it that there is room.
+    """
+
+    def write(i: Array, pool: Array) -> Array:
+        tokens = features.at[order[i]].get(out_sharding=mesh.spec(None, None))
+        return jax.lax.dynamic_update_slice_in_dim(pool, tokens.astype(pool.dtype), starts[i], axis=0)
+
+    return jax.lax.fori_loop(0, len(starts), write, pool)
+
+
+def _choose(
+    decoder: TextDecoder,
+    head: Flat[Linear] | None,
+    hidden: Float[Array, "B 1 D"],
+    row: Row,
+    seen: Bool[Array, "B V"],
+    top: int | None,
+) -> tuple[tuple[Row, Bool[Array, "B V"]], Chosen]:
+    """Choose the next token of each row from its last hidden state; rows that are done stand still."""
+    scores = score(decoder, None if head is None else head.module, hidden)
+    scores = mesh.reshard(scores[:, 0], "batch", "vocab")
+    # A row that is done draws nothing: its options stay behind, and what they cost.
+    params = row.params._replace(do_sample=row.params.do_sample & ~row.done)
+    tokens = sample(scores, params, seen, step_keys(row_keys(row.seed, row.number), row.step))
+    tokens = jnp.where(row.done, row.token, tokens)
+    step = jnp.where(row.done, row.step, row.step + 1)
+    done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
+    chosen = Chosen(tokens, None, None, None)
+    if top is not None:
+        logprobs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+        # A comparison in place of a gather, which an explicit partition would have to be told how to make.
+        of_token = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
+        ids, best = jnp.zeros((len(tokens), 0), jnp.int32), jnp.zeros((len(tokens), 0))
+        if top:
+            best, ids = (jnp.flip(x, axis=-1) for x in largest(logprobs, top))
+        chosen = Chosen(tokens, of_token, ids, best)
+    return (row._replace(token=tokens, done=done, step=step), mark_seen(seen, tokens)), chosen
+
+
+def _place_row(row: Row) -> Row:
+    """In its partition: over the shards of the batch."""
+    return jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
+
+
+def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
+    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
+
+    def local(x: Array, slots: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(slots[0], 0), 1, axis)
+
+    # Each device on its own rows: over blocks of an array, XLA would copy the cache.
+    spec = mesh.spec_of(x)
+    return jax.shard_map(local, in_specs=(spec, mesh.spec("batch")), out_specs=spec, check_vma=False)(
+        x, mesh.reshard(slots, "batch")
+    )
+
+
+def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
+    """The reverse of `_take`; a slot of -1 changes nothing."""
+
+    def local(x: Array, slots: Array, new: Array) -> Array:
+        i = jnp.maximum(slots[0], 0)
+        old = jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(slots[0] < 0, old, new), i, axis)
+
+    spec = mesh.spec_of(x)
+    return jax.shard_map(local, in_specs=(spec, mesh.spec("batch"), spec), out_specs=spec, check_vma=False)(
+        x, mesh.reshard(slots, "batch"), jax.sharding.reshard(new, spec)
+    )
+
+
+def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
+    sides = [
+        jax.tree.map(lambda *xs: function(*xs, axis), cache.k, *(other.k for other in others)),
+        jax.tree.map(lambda *xs: function(*xs, axis), cache.v, *(other.v for other in others)),
+    ]
+    rest = [function(*xs, 0) for xs in zip(cache[2:], *(other[2:] for other in others), strict=True)]
+    return KVCache(*sides, *rest)
+
+
+def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
+    return _map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
+
+
+def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
+    return _map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)

@@ -1,0 +1,261 @@
+"""Vision tokens of pictures and videos, encoded once and kept on the device while there is room."""
+
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from glm4v_jax.batch import VisionRows
+from glm4v_jax.devices.mesh import data_shards, reshard, use_mesh
+from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.prompt import Medium
+from glm4v_jax.inputs.vision_rows import bucket, choose_shape, empty_rows, fill, frames_of
+
+if TYPE_CHECKING:
+    from glm4v_jax.hf.submodels import Glm4vVisionModel
+
+MIN_POOL = 2048
+"""Merged tokens of the smallest pool. A pool grows fourfold until it holds what one prompt needs."""
+KEPT = 8192
+"""Those of a pool that outlives a prompt: 64 MiB of the 9B's in bfloat16."""
+GROWTH = 4
+MIN_PICTURE = 32
+"""Patches of the smallest picture that the released processor makes."""
+ENOUGH = 256
+"""Patches that are worth a call: with fewer, reading the weights takes longer than using them (a TPU v5e does 240
+multiplications in the time in which it reads a bfloat16 from memory)."""
+
+Shape = tuple[int, int]
+
+
+class Wave(NamedTuple):
+    """Media of one shape that are encoded together."""
+
+    shape: Shape
+    media: list[Medium]
+
+
+def pool_capacity(num_tokens: int) -> int:
+    """The pool for prompts whose vision tokens take so much room."""
+    capacity = MIN_POOL
+    while capacity < num_tokens:
+        capacity *= GROWTH
+    return capacity
+
+
+def medium_shape(grid: np.ndarray, shards: int) -> Shape:
+    """(R, L) of the rows of a picture or video, of which `grid` is int [3]: its own, whatever it is encoded with.
+
+    A picture has a row; the frames of a video are packed, and spread over the shards.
+    """
+    return _grid_shape(*map(int, grid), shards)
+
+
+@functools.lru_cache(maxsize=256)
+def _grid_shape(t: int, h: int, w: int, shards: int) -> Shape:
+    if t == 1:
+        return 1, bucket(h * w, MIN_PICTURE)
+    return choose_shape([h * w] * t, shards)
+
+
+def wave_size(shape: Shape, shards: int) -> int:
+    """How many media of this shape go through the encoder at a time.
+
+    As many as make rows for all shards; of small ones, a power of two times as many: up to `ENOUGH` patches a
+    shard.
+    """
+    rows, length = shape
+    least = shards // math.gcd(rows, shards)
+    times = max(1, ENOUGH * shards // (least * rows * length))
+    return least << (times.bit_length() - 1)
+
+
+class FeaturePool:
+    """One array [P, D] on the device that prompts take their vision tokens from, by content.
+
+    Its size is part of the programs' shapes, and nothing else about pictures is: prompt lengths and picture sizes do
+    not multiply into programs. It is written from its start to its end and then over again, so that what is forgotten
+    is the oldest; what is in a cache needs it no more. Between asking for places and reading `array`, hold `lock`.
+
+    Media are encoded in waves of one shape, each in rows of its own, and a wave is padded if there are too few: what a
+    picture's tokens are does not depend, not even by rounding, on what else there is to encode.
+    """
+
+    def __init__(self, visual: "Glm4vVisionModel", capacity: int = MIN_POOL):
+        """An empty pool of `capacity` merged tokens for what `visual` encodes."""
+        self.visual = visual
+        self.lock = threading.RLock()
+        with use_mesh(visual.mesh):
+            self.shards = data_shards()
+        self._spans: dict[bytes, tuple[int, int]] = {}
+        self._unused: set[bytes] = set()  # of these, what nobody has asked for yet
+        self._next = 0
+        self.array = self._empty(capacity)
+        self.encoded = 0
+        """media that went through the encoder"""
+        self.reused = 0
+        """media that did not have to"""
+
+    @property
+    def capacity(self) -> int:
+        """P, in merged tokens."""
+        return self.array.shape[0]
+
+    def __call__(self, media: Sequence[Medium], upcoming: Iterable[Medium] = ()) -> list[int]:
+        """Where the merged tokens of each medium begin in `array`; encodes those that are not there yet.
+
+        Args:
+          media: what is needed.
+          upcoming: what will be needed soon; it is encoded where a wave would be padded otherwise.
+        """
+        distinct = {medium.key: medium for medium in media}
+        needed = list(distinct.values())
+        with self.lock:
+            new = sum(key not in self._spans or key in self._unused for key in distinct)
+            tries = (self._waves(needed, upcoming), self._waves(needed))
+            if not any(self._encode(waves, distinct) for waves in tries):
+                self._encode_anew(needed)
+            self._unused.difference_update(distinct)
+            self.reused += len(media) - new
+            return [self._spans[medium.key][0] for medium in media]
+
+    def prefetch(self, upcoming: Sequence[Medium]) -> None:
+        """Encode what will be needed soon, as far as it makes whole waves.
+
+        Half of the pool is for what is needed until then: if it drove this out, it would be encoded twice.
+        """
+        sizes = itertools.accumulate(map(self._size, upcoming))
+        early = [medium for medium, size in zip(upcoming, sizes, strict=True) if size <= self.capacity // 2]
+        with self.lock:
+            keys = {medium.key for medium in early}
+            for wave in self._waves(early):
+                if len(wave.media) == self._most(wave.shape) and not self._encode([wave], keys):
+                    return
+
+    def warm(self, shape: Shape) -> None:
+        """Run the programs that media of this shape need, and begin anew."""
+        with self.lock:
+            try:
+                self._store(Wave(shape, []), [])
+                jax.block_until_ready(self.array)
+            finally:
+                self.forget()
+
+    def room_for(self, patches: int, shapes: Iterable[Shape]) -> int:
+        """The capacity that holds media of so many patches in all, in rows of these shapes."""
+        return pool_capacity(self._tokens(patches) + max(self._tokens(rows * length) for rows, length in shapes))
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for at least `capacity` merged tokens; what is there is forgotten if it takes a new array."""
+        if capacity > self.capacity:
+            self.forget(capacity)
+
+    def forget(self, capacity: int | None = None) -> None:
+        """Begin anew, with an empty array, of another capacity if one is given."""
+        with self.lock:
+            self._spans, self._unused, self._next = {}, set(), 0
+            self.array = self._empty(capacity if capacity is not None else self.capacity)
+
+    def _tokens(self, patches: int) -> int:
+        return patches // self.visual.config.spatial_merge_size**2
+
+    def _most(self, shape: Shape) -> int:
+        """How many media of this shape a wave has at most: large ones leave half of the pool to others."""
+        size = wave_size(shape, self.shards)
+        return max(1, min(size, self.capacity // 2 // self._tokens(shape[0] * shape[1])))
+
+    def _waves(self, media: Iterable[Medium], upcoming: Iterable[Medium] = ()) -> list[Wave]:
+        """What is not there of `media`, what comes first first; the last wave of a shape is filled from `upcoming`."""
+        by_shape: dict[Shape, dict[bytes, Medium]] = {}
+        order: dict[bytes, int] = {}
+        for medium in media:
+            if medium.key not in self._spans:
+                by_shape.setdefault(medium_shape(medium.grid, self.shards), {})[medium.key] = medium
+                order.setdefault(medium.key, len(order))
+        for medium in upcoming:
+            shape = medium_shape(medium.grid, self.shards)
+            same = by_shape.get(shape, {})
+            if len(same) % self._most(shape) and medium.key not in self._spans:
+                same[medium.key] = medium
+        waves = []
+        for shape, same in by_shape.items():
+            size, queue = self._most(shape), list(same.values())
+            waves += [Wave(shape, queue[i : i + size]) for i in range(0, len(queue), size)]
+        return sorted(waves, key=lambda wave: order[wave.media[0].key])
+
+    def _encode(self, waves: Sequence[Wave], keep: Collection[bytes]) -> bool:
+        """Encode all of it and keep it, unless there is no room, or it is that of media in `keep`; then nothing."""
+        begins = self._plan(waves, self.capacity, self._next, [self._spans[key] for key in keep if key in self._spans])
+        if begins is None:
+            return False
+        try:
+            for wave, own in zip(waves, begins, strict=True):
+                self._store(wave, own)
+                self.encoded += len(wave.media)
+        except BaseException:
+            self.forget()  # the array may have been given away already
+            raise
+        return True
+
+    def _plan(
+        self, waves: Iterable[Wave], capacity: int, begin: int, taken: list[tuple[int, int]]
+    ) -> list[list[int]] | None:
+        """Where each medium of each wave begins, one after the other from `begin` on; None if there is no room."""
+        plan, taken = [], list(taken)
+        for wave in waves:
+            *starts, end = itertools.accumulate((self._size(medium) for medium in wave.media), initial=0)
+            # The last is written with its row's padding.
+            room = starts[-1] + self._tokens(wave.shape[0] * wave.shape[1])
+            begin = begin if begin + room <= capacity else 0
+            if begin + room > capacity or any(low < begin + room and begin < high for low, high in taken):
+                return None
+            plan.append([begin + start for start in starts])
+            taken.append((begin, begin + end))
+            begin += end
+        return plan
+
+    def _encode_anew(self, media: Sequence[Medium]) -> None:
+        """Forget everything else, in a larger array if it takes one."""
+        self.forget()
+        waves, capacity = self._waves(media), self.capacity
+        while self._plan(waves, capacity, 0, []) is None:
+            capacity *= GROWTH
+        self.reserve(capacity)
+        self._encode(waves, ())
+
+    def _store(self, wave: Wave, begins: Sequence[int]) -> None:
+        """Encode a wave into the places where its media begin."""
+        config, (num_rows, length) = self.visual.config, wave.shape
+        count, room = wave_size(wave.shape, self.shards), self._tokens(num_rows * length)
+        rows = empty_rows(count * num_rows, length, config.patch_dim, config.position_grid)
+        # Empty rows are written first, where the first medium will be.
+        order, starts = np.zeros((count, room), np.int32), np.full(count, begins[0] if begins else 0, np.int32)
+        for i, medium, begin in zip(range(count - len(begins), count), wave.media, begins, strict=True):
+            own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
+            index = fill(own, medium.patches, frames_of(medium.grid), merge_size=config.spatial_merge_size)
+            order[i, : len(index)], starts[i] = index + i * room, begin
+        with use_mesh(self.visual.mesh):
+            self.array = device_steps.store(self.array, self.visual.encode(rows), order, starts)
+        low, high = starts[0], (begins[-1] + room if begins else room)
+        for key in [key for key, span in self._spans.items() if span[0] < high and low < span[1]]:
+            del self._spans[key]
+            self._unused.discard(key)
+        for medium, begin in zip(wave.media, begins, strict=True):
+            self._next = begin + self._size(medium)
+            self._spans[medium.key] = begin, self._next
+            self._unused.add(medium.key)
+
+    def _size(self, medium: Medium) -> int:
+        return self._tokens(len(medium.patches))
+
+    def _empty(self, capacity: int) -> Array:
+        with use_mesh(self.visual.mesh):
+            zeros = jnp.zeros((capacity, self.visual.config.out_hidden_size), self.visual.dtype)
+            return reshard(zeros, None, None)

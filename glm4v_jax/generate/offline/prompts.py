@@ -1,0 +1,188 @@
+"""The prompts of a JSON-lines file, all checked before a model is loaded."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from glm4v_jax.console.options import user_messages
+from glm4v_jax.errors import GenerationError, Glm4vError, ListedError, MediaError, MessageError
+
+if TYPE_CHECKING:
+    from glm4v_jax.config.generation import GenerationConfig
+    from glm4v_jax.inputs.processor import Glm4vProcessor
+
+_MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+_PROMPT_FIELDS = ("prompt", *_MEDIA)
+_FIELDS = ("messages", "id", *_PROMPT_FIELDS)
+
+_LISTED = 20
+"""So many wrong lines are told at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A prompt among many.
+
+    Attributes:
+      name: what tells it from the others, in its answer too: its number from 0, or the name of its file.
+      messages: the prompt, as chat templates take it.
+      asked: the same as it was written: wherever the files are now, it is the same prompt if this is equal.
+      options: fields of `GenerationConfig` of this row's own.
+      fields: what its answer has besides, such as "id".
+      place: file and line where it stands.
+    """
+
+    name: int | str
+    messages: list[dict[str, Any]]
+    asked: Mapping[str, Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    place: str | None = None
+
+
+def read_rows(
+    path: str, config: "GenerationConfig", processor: "Glm4vProcessor", system: str | None = None
+) -> list[Row]:
+    """All prompts of a JSON-lines file; blank lines do not count.
+
+    Args:
+      path: the file; paths in it are relative to its directory.
+      config: the options that those of a row go over.
+      processor: whose chat template will render them.
+      system: what the system says first in rows that do not say it.
+
+    Raises:
+      OSError: the file cannot be read.
+      Glm4vError: what is wrong with a line; names file, line and field, what was found, and what was expected. A
+        `ListedError` where several are wrong.
+    """
+    from glm4v_jax.inputs.text.chat_template import choose_template
+
+    template = choose_template(processor.chat_template)
+    directory = os.path.dirname(path)
+    rows: list[Row] = []
+    problems: list[Glm4vError] = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = _read(line, len(rows), directory, config, template, system)
+                rows.append(dataclasses.replace(row, place=f"{path}:{number}"))
+            except Glm4vError as error:
+                problems.append(type(error)(f"{path}:{number}: {error}"))
+                problems[-1].__cause__ = error
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        found = f"{path}: found {len(problems)} wrong lines, expected none:"
+        raise ListedError([found, *map(str, problems[:_LISTED]), *more])
+    if not rows:
+        raise MessageError(f"{path}: found no prompt, expected one JSON object a line")
+    return rows
+
+
+def _read(
+    line: bytes, index: int, directory: str, config: "GenerationConfig", template: str, system: str | None
+) -> Row:
+    from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
+
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"found what is not JSON ({error}), expected an object") from error
+    if not isinstance(row, dict):
+        raise MessageError(f"found {_kind(row)}, expected an object")
+    options = {name: value for name, value in row.items() if name not in _FIELDS}
+    _check_options(options, config)
+    if "messages" in row:
+        if both := [name for name in _PROMPT_FIELDS if name in row]:
+            raise MessageError(f"field {both[0]!r}: found beside 'messages', expected one of the two")
+        if not isinstance(row["messages"], list):
+            raise MessageError(f"field 'messages': found {_kind(row['messages'])}, expected a list")
+        try:
+            extract_media(row["messages"], template)
+        except MessageError as error:
+            raise MessageError(f"field 'messages': {error}") from error
+        messages = [_located(message, directory) for message in normalise_messages(row["messages"], template)]
+        if system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+    else:
+        if not isinstance(row.get("prompt"), str):
+            found = _kind(row["prompt"]) if "prompt" in row else "none"
+            raise MessageError(f"field 'prompt': found {found}, expected a string, or 'messages' in its place")
+        media: dict[str, list[str]] = {"image": [], "video": []}
+        for field, kind in _MEDIA.items():
+            if field in row:
+                media[kind] += [_place(place, field, directory) for place in _strings(field, row[field])]
+        messages = user_messages(row["prompt"], media["image"], media["video"], system)
+    asked = {name: value for name, value in row.items() if name not in options and name != "id"}
+    return Row(index, messages, asked | {"system": system}, options, {"id": row["id"]} if "id" in row else {})
+
+
+def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> None:
+    if "logprobs" in options:
+        raise GenerationError("field 'logprobs': found in a row, expected as --logprobs for all")
+    if options.get("num_return_sequences", 1) != 1:
+        raise GenerationError(f"field 'num_return_sequences': found {options['num_return_sequences']!r}, expected 1")
+    known = {field.name for field in dataclasses.fields(config)}
+    if unknown := [name for name in options if name not in known]:
+        expected = ", ".join([*_FIELDS, *sorted(known - {"logprobs", "num_return_sequences", "use_cache"})])
+        raise MessageError(f"field {unknown[0]!r}: is not known, expected some of {expected}")
+    try:
+        config.replace(**options)
+    except GenerationError as error:
+        raise GenerationError(f"field {error}") from error
+
+
+def asks_net(row: Row) -> bool:
+    """Whether a prompt asks for something in the net."""
+    from glm4v_jax.inputs.media.fetch import is_url
+
+    contents = [message["content"] for message in row.messages if isinstance(message.get("content"), list)]
+    values = [value for content in contents for item in content for value in item.values()]
+    return any(map(is_url, values))
+
+
+def _strings(field: str, value: Any) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+        raise MessageError(f"field {field!r}: found {_kind(value)}, expected a string or a list of strings")
+    return values
+
+
+def _place(place: str, field: str, directory: str) -> str:
+    """A path from the directory of the file it stands in; an address as it is."""
+    from glm4v_jax.inputs.media.fetch import is_address
+
+    if is_address(place):
+        return place
+    path = os.path.join(directory, place)
+    if not place or not os.path.exists(path):
+        raise MediaError(f"field {field!r}: found {place!r}, but there is no such file; expected one")
+    return path
+
+
+def _located(message: dict[str, Any], directory: str) -> dict[str, Any]:
+    """A normalised message whose pictures and videos are where they are."""
+    from glm4v_jax.inputs.text.messages import SOURCE_KEYS
+
+    if not isinstance(message.get("content"), list):
+        return message
+    keys = {key for keys in SOURCE_KEYS.values() for key in keys} - {"base64"}
+    items = []
+    for item in message["content"]:
+        located = dict(item)
+        for key in keys & item.keys():
+            if isinstance(item[key], str):
+                located[key] = _place(item[key], key, directory)
+        items.append(located)
+    return {**message, "content": items}
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,228 @@
+"""An answer while it is generated: what its tokens mean, when it has to stop, and how it goes on.
+
+The host's side of one row; knows nothing of devices.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
+from glm4v_jax.generate.prefill_chunks import Start
+from glm4v_jax.generate.prompt import Prompt
+from glm4v_jax.generate.text.repetition import RepetitionGuard
+from glm4v_jax.generate.text.stream import StopStrings, TextStream
+from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, ThinkingParser
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
+
+
+class Answer:
+    """One prompt's answer in the making: `start`, then `take` its tokens, until `finish_reason` is known."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig,
+        tokenizer: Glm4vTokenizer,
+        max_position_embeddings: int,
+        *,
+        index: int = 0,
+        number: int = 0,
+        keep: int = 0,
+    ):
+        """Begin.
+
+        Args:
+          prompt, config: what to answer, and how.
+          tokenizer: of the model.
+          max_position_embeddings: of the model.
+          index: number of the prompt among others, for the result.
+          number: number of the row in its request, for the draws.
+          keep: how many tokens of the prompt are in the row's cache.
+
+        Raises:
+          GenerationError: prompt and new tokens exceed `max_position_embeddings`.
+        """
+        self.prompt, self.config, self.index = prompt, config, index
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer, self._number, self._keep = tokenizer, number, keep
+        self._logprobs: list[TokenLogprob] = []
+        self._stream, self._parser = TextStream(tokenizer), ThinkingParser()
+        self._stops, self._guard = StopStrings(config.stop_strings), RepetitionGuard()
+        self._stop_string: str | None = None
+        self._shown: list[str] = []
+        self._is_forced = self._is_closed = False
+        self._since = time.perf_counter()
+        self._next: Start | None = None  # what goes on with this answer, until its tokens come
+        self._sampled = 0
+        self._close = tokenizer.encode(END_THINK + ANSWER) if config.think_budget is not None else []
+        self._first = config.new_tokens(len(prompt), max_position_embeddings)
+        self._second = 0
+        if config.think_budget is not None:
+            self._second = config.answer_budget or self._first
+            self._first = config.think_budget
+            if (total := len(prompt) + self.most_tokens) > max_position_embeddings:
+                raise GenerationError(
+                    f"think_budget: found {self._first:,}, with {self._second:,} for the answer and a prompt of "
+                    f"{len(prompt):,} tokens; expected no more than max_position_embeddings="
+                    f"{max_position_embeddings:,} in all, not {total:,}"
+                )
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens this can become at most."""
+        return self._first + len(self._close) + self._second
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the row may be set going again when it ends."""
+        return self.config.think_budget is not None and not self._is_forced
+
+    @property
+    def text(self) -> str:
+        """What has been shown so far."""
+        return "".join(self._shown)
+
+    @property
+    def in_cache(self) -> Prompt:
+        """What the row's cache holds for certain: not the newest token, which has been chosen but not been run."""
+        whole = self.prompt.extended(self.tokens)
+        return whole.truncated(len(whole) - 1 if self._next is None else self._next.keep)
+
+    def digest(self) -> bytes:
+        """Equal, 16 bytes, for what is answered in the same way: tokens, media, options and numbers."""
+        asked = (self.config, self.index, self._number, self._keep)
+        digest = hashlib.blake2b(repr(asked).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.prompt.input_ids, np.int32).data)
+        for medium in self.prompt.media:
+            digest.update(medium.key)
+        return digest.digest()
+
+    def start(self) -> Start:
+        """What sets the row going."""
+        self._since = time.perf_counter()
+        return Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.most_tokens)
+
+    def alone(self) -> "_One":
+        """A queue of this answer alone."""
+        return _One(self)
+
+    def take(
+        self, tokens: Sequence[int], done: bool, logprobs: Sequence[TokenLogprob] = ()
+    ) -> tuple[Delta, Start | None]:
+        """Take the next tokens of the row.
+
+        Args:
+          tokens: in their order.
+          done: whether the row is done with the last of them.
+          logprobs: one a token, or none.
+
+        Returns:
+          What is new, with the completion if this ends the answer; and what sets the row going again, if it does not
+          but the row is done. An answer may end (`finish_reason`) while the row is not done.
+        """
+        # An end token that cuts a thought short is not part of the answer, which goes on without it.
+        held = 1 if done and self.may_go_on and tokens and tokens[-1] in self.config.eos_token_id else 0
+        taken, text, stop = self._read(tokens[: len(tokens) - held], logprobs)
+        parts = self._parser.push(text)
+        start: Start | None = None
+        more, others = "", list[int]()
+        if self.may_go_on and stop != "stop" and (done or stop is not None):
+            start, more, others = self._go_on(stop, ended=bool(held))
+            stop = "stop" if self._stop_string is not None else stop
+        self._next = start
+        if start is None and stop is None and held:
+            others, more, stop = self._read(tokens[-1:], logprobs[-1:])
+        text, taken, parts = text + more, [*taken, *others], parts + self._parser.push(more)
+        if start is None and (stop is not None or done):
+            rest = self._flush() if self._stop_string is None else ""
+            text += rest
+            parts += self._parser.push(rest) + self._parser.finish()
+            ended = self._stop_string is not None or (bool(self.tokens) and self.tokens[-1] in self.config.eos_token_id)
+            self.finish_reason = stop or ("stop" if ended else "length")
+        self._shown.append(text)
+        completion = None if self.finish_reason is None else self.completion()
+        return Delta(text, tuple(parts), tuple(taken), completion), start
+
+    def completion(self) -> Completion:
+        """What there is of the answer; one that nobody finished counts as cancelled."""
+        return Completion(
+            self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
+            self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
+            self.prompt.image_sizes, is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
+        )  # fmt: skip
+
+    def _read(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]
+    ) -> tuple[list[int], str, FinishReason | None]:
+        """What of the tokens counts, their text, and why the answer ends with them, if its text is a reason."""
+        one_by_one = self.config.stop_strings or self.config.stop_repetition
+        text, taken = "", list[int]()
+        for part in ([token] for token in tokens) if one_by_one else [tokens]:
+            taken += part
+            certain, self._stop_string = self._stops.push(self._stream.push(part))
+            text += certain
+            if self._stop_string is not None or (self.config.stop_repetition and self._guard.push(certain)):
+                break
+        self.tokens += taken
+        self._sampled += len(taken)
+        self._logprobs += logprobs[: len(taken)]
+        if self._stop_string is not None:
+            return taken, text, "stop"
+        return taken, text, "repetition" if len(taken) < len(tokens) or self._guard.push("") else None
+
+    def _go_on(self, stop: FinishReason | None, *, ended: bool) -> tuple[Start | None, str, list[int]]:
+        """Close a thought that has run out of its budget; or let an answer that was cut by it go on."""
+        self._is_forced = True
+        is_open = self._parser.is_thought_open
+        if not is_open and (ended or stop == "repetition"):
+            return None, "", []
+        forced = list(self._close) if is_open else []
+        # All but the newest token are in the cache; that one is dropped if it is what ended the row.
+        in_cache = len(self.prompt) + len(self.tokens) - (0 if ended else 1)
+        text = ""
+        if forced:
+            self._is_closed = True
+            text, self._stop_string = self._stops.push(self._stream.push(forced))
+            if self._stop_string is not None:
+                return None, text, []
+            self._guard = RepetitionGuard()  # what made the thought stop must not stop the answer
+        self.tokens += forced
+        self._logprobs += [TokenLogprob(token, None, ()) for token in forced]
+        start = Start(
+            self.prompt.extended(self.tokens), self.config, self._sampled + ended + self._second, in_cache,
+            self._number, step=self._sampled + ended, room=self._second,
+        )  # fmt: skip
+        return start, text, forced
+
+    def _flush(self) -> str:
+        """The rest of the text: broken characters, and the beginning of what did not become a stop string."""
+        certain, self._stop_string = self._stops.push(self._stream.finish())
+        return certain if self._stop_string is not None else certain + self._stops.finish()
+
+
+class _One:
+    """A queue of one answer; see `running.Waiting`."""
+
+    def __init__(self, answer: Answer):
+        self._answer: Answer | None = answer
+
+    @property
+    def is_empty(self) -> bool:
+        return self._answer is None
+
+    def fill(self) -> None:
+        pass
+
+    def ready(self) -> list[Answer]:
+        return [] if self._answer is None else [self._answer]
+
+    def take(self, *, wait: bool) -> Answer | None:
+        del wait
+        answer, self._answer = self._answer, None
+        return answer

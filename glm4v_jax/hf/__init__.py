@@ -1,0 +1,1 @@
+"""The reference's names and call shapes, over the other rooms."""

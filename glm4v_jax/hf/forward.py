@@ -1,0 +1,134 @@
+"""The jitted programs, over flattened modules.
+
+A module crosses the border of `jax.jit` as the list of its leaves: flattening a tree of NNX objects at every call would
+cost more than a decoding step of a small model. Models of equal structure share compiled programs.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax.batch import VisionRows
+from glm4v_jax.devices import mesh
+from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
+from glm4v_jax.model.glm4v import embed_with_vision
+from glm4v_jax.model.kv_cache import KVCache
+from glm4v_jax.model.nn import Linear, whole
+from glm4v_jax.model.vision import VisionEncoder
+
+IGNORED_LABEL = -100
+"""The label of a position that does not count in the loss."""
+
+M = TypeVar("M")
+
+
+class Structure:
+    """A tree structure that hashes in no time: `_structure` makes equal ones the same object."""
+
+    def __init__(self, treedef: Any):
+        self.treedef = treedef
+
+
+@functools.cache
+def _structure(treedef: Any) -> Structure:
+    return Structure(treedef)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flat(Generic[M]):
+    """A module as the programs take it; `leaves` are arrays on their devices."""
+
+    leaves: list[Array]
+    structure: Structure = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, module: M) -> "Flat[M]":
+        """Flatten a module."""
+        leaves, treedef = jax.tree.flatten(module)
+        return cls(leaves, _structure(treedef))
+
+    @property
+    def module(self) -> M:
+        """The module itself, around the same arrays."""
+        return jax.tree.unflatten(self.structure.treedef, self.leaves)
+
+
+@functools.partial(jax.jit, static_argnames="num_tokens")
+def encode(
+    visual: Flat[VisionEncoder], rows: VisionRows, num_tokens: int, dropout_key: Array | None = None
+) -> Float[Array, "N D"]:
+    """Packed patches -> [num_tokens, D] merged tokens, flattened, replicated and padded with zeros.
+
+    `num_tokens` comes from a coarse bucket set, so that prompt lengths and picture sizes do not multiply into programs.
+    """
+    features = mesh.reshard(visual.module(rows, dropout_key=dropout_key), None, None, None)
+    flat = features.reshape(-1, features.shape[-1])
+    return jnp.pad(flat, ((0, num_tokens - flat.shape[0]), (0, 0)))
+
+
+@jax.jit
+def embed(
+    text: Flat[TextDecoder],
+    input_ids: Int[Array, "B T"],
+    features: Float[Array, "N D"] | None,
+    vision_index: Int[Array, "B T"] | None,
+) -> Float[Array, "B T D"]:
+    """See `model.embed_with_vision`."""
+    return embed_with_vision(text.module, input_ids, features, vision_index)
+
+
+@functools.partial(jax.jit, static_argnames="record")
+def forward(
+    text: Flat[TextDecoder],
+    embeds: Float[Array, "B T D"],
+    position_ids: Int[Array, "3 B T"],
+    segment_ids: Int[Array, "B T"],
+    cache: KVCache | None,
+    record: Record,
+    dropout_key: Array | None,
+) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
+    """See `TextDecoder.__call__`; the cache is not donated, the caller may go on from it twice."""
+    hidden, cache, recorded = text.module(
+        embeds, position_ids, segment_ids, cache, record=record, dropout_key=dropout_key
+    )
+    return whole(hidden), cache, recorded
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def last_positions(hidden: Float[Array, "B T D"], end: Int[Array, ""], count: int) -> Float[Array, "B count D"]:
+    """The `count` positions before `end`, which is where the padding begins."""
+    return jax.lax.dynamic_slice_in_dim(hidden, end - count, count, axis=1)
+
+
+@jax.jit
+def positions_at(hidden: Float[Array, "B T D"], indices: Int[Array, " I"]) -> Float[Array, "B I D"]:
+    """The positions of these indices."""
+    return hidden.at[:, indices].get(out_sharding=mesh.spec("batch", "length", None))
+
+
+@jax.jit
+def logits(text: Flat[TextDecoder], head: Flat[Linear] | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Scores over the vocabulary; the head is None where it is tied to the embedding."""
+    return score(text.module, None if head is None else head.module, hidden)
+
+
+def score(text: TextDecoder, head: Linear | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """`logits`, inside a program."""
+    return head(hidden) if head is not None else text.embed_tokens.attend(hidden)
+
+
+@jax.jit
+def causal_lm_loss(scores: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Mean cross entropy of the next token over the labels that are not -100, float32 (`ForCausalLMLoss`)."""
+    labels = mesh.reshard(labels[:, 1:], "batch", "length")
+    scores = mesh.reshard(scores[:, :-1].astype(jnp.float32), "batch", "length", None)
+    counted = labels != IGNORED_LABEL
+    log_z = jax.nn.logsumexp(scores, axis=-1)
+    # A comparison in place of a gather: it fuses into the sum, and suits a vocabulary in shards.
+    chosen = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == labels[..., None], scores, 0.0), axis=-1)
+    return jnp.sum(jnp.where(counted, log_z - chosen, 0.0)) / jnp.sum(counted)

@@ -1,0 +1,1 @@
+"""Fetching and decoding of image and video files."""

@@ -1,0 +1,305 @@
+"""Pictures and videos from wherever a person has them, as Pillow images and numpy arrays."""
+
+import dataclasses
+import io
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from glm4v_jax.errors import MediaError
+from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, SampleIndices, VideoMetadata, decode_video
+from glm4v_jax.inputs.media.fetch import (
+    DOWNLOAD_SECONDS,
+    MAX_DOWNLOAD_BYTES,
+    MAX_PICTURE_BYTES,
+    describe,
+    is_missing_path,
+    open_source,
+)
+from glm4v_jax.inputs.media.threads import map_threads
+from glm4v_jax.inputs.vision.patches import FIRST, infer_channel_format
+
+__all__ = ["MAX_PIXELS", "SampledVideo", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
+
+# The size at which Pillow, and so the reference, takes a picture for a decompression bomb: 178,956,970 pixels. To go
+# beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
+MAX_PIXELS = 2 * (2**30 // 4 // 3)
+# Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
+_DEEP_MODES = ("I", "F")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampledVideo:
+    """Frames in memory that have been sampled already: all of them are taken, whatever the options say.
+
+    frames: a list of pictures, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes them.
+    fps: at how many a second they were taken, for their timestamps.
+    """
+
+    frames: Any
+    fps: float
+
+    def __post_init__(self) -> None:
+        """Check the rate.
+
+        Raises:
+            MediaError: it is no positive number.
+        """
+        is_number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
+        if not (is_number and math.isfinite(self.fps) and self.fps > 0):
+            raise MediaError(f"fps of the frames: found {self.fps!r}, expected a positive number")
+
+    @property
+    def metadata(self) -> VideoMetadata:
+        """Of a video that has these frames and no others."""
+        is_one = isinstance(self.frames, PIL.Image.Image) or getattr(self.frames, "ndim", 4) < 4
+        count = 1 if is_one else len(self.frames)
+        return VideoMetadata(total_num_frames=count, fps=float(self.fps), frames_indices=range(count))
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is a numpy array or turns into one (a jax array, a torch tensor on the CPU)."""
+    return (
+        not isinstance(value, (PIL.Image.Image, str, bytes)) and hasattr(value, "__array__") and hasattr(value, "ndim")
+    )
+
+
+def is_path_like(value: Any) -> bool:
+    """Whether `value` names or holds an encoded file: text, a path, bytes."""
+    return isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike))
+
+
+def name_media(kind: str, index: int, source: Any, error: MediaError) -> MediaError:
+    """`error` with the position of the picture or video before it, and its file name where the error lacks it."""
+    name = getattr(source, "filename", "") if isinstance(source, PIL.Image.Image) else ""
+    if isinstance(source, (str, os.PathLike)):
+        name = describe(source)
+    named = f" ({name})" if name and not str(error).startswith(f"{name}: ") else ""
+    return MediaError(f"{kind} {index}{named}: {error}")
+
+
+def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
+    """Warn where `image.convert("RGB")` clips a picture of more than 8 bits, as it does in the reference.
+
+    Args:
+        image: a decoded picture.
+        name: what to call it; "" is its file name or its size.
+    """
+    if image.mode.startswith(_DEEP_MODES) and np.asarray(image).max() > 255:
+        name = name or getattr(image, "filename", "") or f"Pillow image of {image.width} x {image.height} pixels"
+        warnings.warn(
+            f"{name}: has values above 255 (mode {image.mode}), which are clipped to 255 as in the reference; scale "
+            "the picture to 8 bits first",
+            stacklevel=2,
+        )
+
+
+def load_image(
+    source: Any,
+    *,
+    max_bytes: int = MAX_PICTURE_BYTES,
+    timeout: float = DOWNLOAD_SECONDS,
+    max_pixels: int = MAX_PIXELS,
+) -> PIL.Image.Image:
+    """Load a picture the way `transformers.image_utils.load_image` does.
+
+    The picture is turned as its EXIF data says and converted to RGB by Pillow: alpha is dropped without compositing,
+    palettes are looked up, 16-bit grey is clipped with a warning, and of an animation the first frame is taken.
+
+    Args:
+        source: path, `file://` or http(s) address, base64 data URL, base64 text, the bytes of an encoded file, a Pillow
+            image, or an array [H, W], [H, W, C] or [C, H, W] of uint8.
+        max_bytes: limit for a download.
+        timeout: limit for a download, in seconds.
+        max_pixels: largest picture, checked before it is decoded.
+
+    Returns:
+        An RGB Pillow image.
+
+    Raises:
+        MediaError: the picture cannot be found, fetched or decoded, or is too large; the message names it.
+    """
+    name = describe(source)
+    if isinstance(source, PIL.Image.Image):
+        image = source
+    elif is_array(source):
+        image = _image_of_array(np.asarray(source))
+    elif is_path_like(source):
+        opened = open_source(source, max_bytes=max_bytes, timeout=timeout)
+        try:
+            image = PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened)
+        except PIL.Image.DecompressionBombError as error:
+            raise MediaError(f"{name}: {error}") from error
+        except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
+            is_directory = isinstance(opened, Path) and opened.is_dir()
+            problem = "is a directory; expected a picture" if is_directory else "is not a readable picture"
+            if isinstance(opened, bytes) and is_missing_path(source):
+                problem = "no such file, and not base64 of a picture either"
+            raise MediaError(f"{name}: {problem}") from error
+    else:
+        raise MediaError(f"{name}: expected a path, an address, bytes, base64 text, a Pillow image or an array")
+    width, height = image.size
+    if width * height > max_pixels:
+        raise MediaError(f"{name}: has {width} x {height} pixels; expected at most {max_pixels} pixels")
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+        converted = image.convert("RGB")
+    except Exception as error:  # As above; a truncated file shows only here, where Pillow decodes.
+        raise MediaError(f"{name}: is truncated or corrupt ({error})") from error
+    warn_if_clipped(image, name)
+    return converted
+
+
+def decode_pillow(image: PIL.Image.Image) -> None:
+    """Decode a Pillow image that may not have been yet.
+
+    Raises:
+        MediaError: its file is truncated or corrupt.
+    """
+    try:
+        image.load()
+    except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
+        name = getattr(image, "filename", "") or "Pillow image"
+        raise MediaError(f"{name}: is truncated or corrupt ({error})") from error
+
+
+def _image_of_array(array: np.ndarray) -> PIL.Image.Image:
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        raise MediaError(f"array of shape {array.shape} and type {array.dtype}: expected uint8 [H, W, C] or [C, H, W]")
+    try:
+        return PIL.Image.fromarray(np.ascontiguousarray(array))
+    except (TypeError, ValueError) as error:
+        raise MediaError(f"array of shape {array.shape}: is not a picture ({error})") from error
+
+
+def load_video(
+    source: Any,
+    sample_indices_fn: SampleIndices | None = None,
+    *,
+    metadata: VideoMetadata | Mapping[str, Any] | None = None,
+    do_convert_rgb: bool = True,
+    backend: str | None = None,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    timeout: float = DOWNLOAD_SECONDS,
+    max_pixels: int = MAX_PIXELS,
+    max_decoded_bytes: int = MAX_DECODED_BYTES,
+) -> tuple[np.ndarray, VideoMetadata]:
+    """Load the frames of a video.
+
+    Args:
+        source: path, `file://` or http(s) address, data URL or bytes of an encoded video or animated picture; a
+            directory of pictures, taken in the order of their names; a list of pictures (whatever `load_image` takes);
+            or an array [T, H, W, C] or [T, C, H, W].
+        sample_indices_fn: metadata of the whole video -> indices of the frames to take. From an encoded video only
+            these are kept in memory. None takes all.
+        metadata: what is known of a list or an array; an encoded video brings its own.
+        do_convert_rgb: convert Pillow frames of other modes to RGB.
+        backend: "decord", "pyav" or "pillow" to force a decoder.
+        max_bytes: limit for a download.
+        timeout: limit for a download, in seconds.
+        max_pixels: largest frame.
+        max_decoded_bytes: largest array of decoded frames.
+
+    Returns:
+        The frames: uint8 RGB [T, H, W, 3] from encoded videos and pictures, and arrays in the layout and type they
+        came in. And the metadata, with `frames_indices` as taken.
+
+    Raises:
+        MediaError: no frames; not found, not decodable, truncated or too large; frames of different sizes; or
+            sampling asked of a list of picture files, which have no time.
+    """
+    name = describe(source)
+    if is_path_like(source):
+        opened = open_source(source, max_bytes=max_bytes, timeout=timeout)
+        if not (isinstance(opened, Path) and opened.is_dir()):
+            try:
+                return decode_video(
+                    opened,
+                    name,
+                    sample_indices_fn,
+                    backend=backend,
+                    max_pixels=max_pixels,
+                    max_decoded_bytes=max_decoded_bytes,
+                )
+            except MediaError as error:
+                if not isinstance(opened, bytes) or not is_missing_path(source):
+                    raise
+                problem = str(error).removeprefix(f"{name}: ")
+                raise MediaError(f"{name}: no such file, and not base64 of a video either ({problem})") from error
+        source = sorted(path for path in opened.iterdir() if path.is_file() and not path.name.startswith("."))
+    if isinstance(source, PIL.Image.Image) or (is_array(source) and source.ndim == 3):
+        source = [source]
+    if is_array(source):
+        frames = np.asarray(source)
+    elif isinstance(source, (list, tuple)):
+        if sample_indices_fn is not None and any(is_path_like(frame) for frame in source):
+            raise MediaError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
+        frames = _stack_frames(source, name, do_convert_rgb, max_bytes, timeout, max_pixels)
+    else:
+        raise MediaError(f"{name}: expected a path, an address, bytes, a list of frames or an array of frames")
+    if frames.ndim != 4 or 0 in frames.shape:
+        raise MediaError(f"video of shape {frames.shape}: expected frames [T, H, W, C] or [T, C, H, W], at least one")
+
+    taken = _metadata_of_frames(frames, metadata)
+    if sample_indices_fn is not None:
+        indices = [int(index) for index in sample_indices_fn(taken)]
+        if max(indices) >= len(frames):
+            raise MediaError(
+                f"video_metadata promises {taken.total_num_frames} frames, but the video has {len(frames)}"
+            )
+        frames, taken.frames_indices = frames[indices], indices
+    return frames, taken
+
+
+def _stack_frames(
+    sources: Sequence[Any], name: str, do_convert_rgb: bool, max_bytes: int, timeout: float, max_pixels: int
+) -> np.ndarray:
+    """Frames [T, H, W, C] or [T, C, H, W] of a list of pictures, arrays and paths."""
+    if not sources:
+        raise MediaError(f"{name}: has no frames")
+
+    def frame(source: Any) -> np.ndarray:
+        if isinstance(source, PIL.Image.Image):
+            if not do_convert_rgb or source.mode == "RGB":
+                return np.asarray(source)
+            warn_if_clipped(source)
+            return np.asarray(source.convert("RGB"))
+        if is_array(source):
+            return np.asarray(source)
+        return np.asarray(load_image(source, max_bytes=max_bytes, timeout=timeout, max_pixels=max_pixels))
+
+    for source in sources:
+        # Pillow decodes lazily and not thread-safely, and one image may stand twice in the list.
+        if isinstance(source, PIL.Image.Image):
+            decode_pillow(source)
+    frames = map_threads(frame, sources)
+    for index, array in enumerate(frames):
+        if array.shape != frames[0].shape:
+            raise MediaError(
+                f"{name}: frame {index} has shape {array.shape} and frame 0 {frames[0].shape}; expected one size"
+            )
+    return np.stack(frames)
+
+
+def _metadata_of_frames(frames: np.ndarray, metadata: VideoMetadata | Mapping[str, Any] | None) -> VideoMetadata:
+    """A copy of the caller's metadata; without one, what the frames themselves tell."""
+    if metadata is not None:
+        known = VideoMetadata(**{"total_num_frames": None, **metadata})
+        if known.total_num_frames is None:
+            known.total_num_frames = len(frames)
+        return known
+    height, width = frames.shape[2:4] if infer_channel_format(frames.shape, (1, 3, 4)) == FIRST else frames.shape[1:3]
+    return VideoMetadata(
+        total_num_frames=len(frames), height=height, width=width, frames_indices=list(range(len(frames)))
+    )

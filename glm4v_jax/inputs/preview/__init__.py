@@ -1,0 +1,1 @@
+"""What the model will see of a file, as facts and as an image."""

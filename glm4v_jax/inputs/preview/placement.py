@@ -1,0 +1,150 @@
+"""Where pictures and videos stand in a prompt, how many of its tokens they take, and at which positions.
+
+T is the number of tokens of a prompt.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from glm4v_jax.inputs.mrope import TokenIds, rope_index
+from glm4v_jax.inputs.prepared_media import PreparedMedia
+from glm4v_jax.inputs.preview.preview import Seen, warning, why_scaled
+from glm4v_jax.inputs.processor import Glm4vProcessor
+
+_STARTS = {"picture": "<|begin_of_image|>", "video": "<|begin_of_video|>"}
+_ENDS = {"picture": "<|end_of_image|>", "video": "<|end_of_video|>"}
+_TIME_OF_A_FRAME = re.compile(r"<\|end_of_image\|>(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a picture or video stands in a prompt.
+
+    Attributes:
+      tokens: image tokens with the tags and times that belong to them.
+      positions: first and last M-RoPE position of its image tokens, for each of t, h and w.
+      timestamps: what the prompt says of each temporal patch of a video, in seconds.
+    """
+
+    tokens: int
+    positions: dict[str, tuple[int, int]]
+    timestamps: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedPrompt:
+    """A prompt of one turn: pictures and videos in their order, then text.
+
+    Attributes:
+      input_ids: int [T].
+      position_ids: int [3, T].
+      places: of the pictures and videos, in their order.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    places: tuple[Place, ...]
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first token of the answer."""
+        return int(self.position_ids.max()) + 1
+
+
+def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str | None = None) -> PlacedPrompt:
+    """The prompt that asks about pictures and videos, as `Glm4vProcessor.apply_chat_template` makes it.
+
+    Args:
+      seen: what is asked about, in its order.
+      processor: of the checkpoint.
+      text: the question; None for none.
+
+    Raises:
+      MessageError: the text is not valid Unicode, or has a placeholder in it.
+      CheckpointError: there is no chat template.
+    """
+    content: list[dict[str, Any]] = [
+        # The template asks for the type alone; the place is for its checks.
+        {"type": "image" if item.kind == "picture" else "video", "path": item.name}
+        for item in seen
+    ]
+    if text is not None:
+        content.append({"type": "text", "text": text})
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    media = PreparedMedia.joined([item.media for item in seen])
+    bos = processor.tokenizer.bos_token
+    begun = bos is not None and rendered.startswith(bos)
+    inputs = processor.assemble(rendered, media, add_special_tokens=not begun)
+    input_ids = inputs["input_ids"][0]
+
+    tags = {tag: processor.tokenizer.convert_tokens_to_ids(tag) for tag in (*_STARTS.values(), *_ENDS.values())}
+    position_ids, _ = rope_index(
+        input_ids[None],
+        TokenIds(processor.image_token_id, tags[_STARTS["video"]], tags[_ENDS["video"]]),
+        inputs.get("image_grid_thw"),
+        inputs.get("video_grid_thw"),
+        merge_size=processor.image_processor.merge_size,
+    )
+    position_ids = position_ids[:, 0]
+
+    columns = np.flatnonzero(input_ids == processor.image_token_id)
+    places, done = [], 0
+    for item in seen:
+        own = columns[done : done + item.tokens]
+        done += item.tokens
+        (expansion,) = (*item.media.images, *item.media.videos)
+        first, last = _with_tags(input_ids, own, tags[_STARTS[item.kind]], tags[_ENDS[item.kind]])
+        lows, highs = position_ids[:, own].min(axis=1), position_ids[:, own].max(axis=1)
+        places.append(
+            Place(
+                tokens=last + 1 - first,
+                positions={axis: (int(low), int(high)) for axis, low, high in zip("thw", lows, highs, strict=True)},
+                timestamps=tuple(int(time) for time in _TIME_OF_A_FRAME.findall(expansion.text)),
+            )
+        )
+    return PlacedPrompt(input_ids, position_ids, tuple(places))
+
+
+def _with_tags(input_ids: np.ndarray, own: np.ndarray, start: int | None, end: int | None) -> tuple[int, int]:
+    """First and last column of the image tokens in the columns `own`, with the tags around them where there are any."""
+    first, last = int(own[0]), int(own[-1])
+    before = np.flatnonzero(input_ids[:first] == start)
+    after = np.flatnonzero(input_ids[last:] == end)
+    return (int(before[-1]) if len(before) else first), (last + int(after[0]) if len(after) else last)
+
+
+def facts(seen: Seen, place: Place) -> dict[str, Any]:
+    """Everything there is to say of a picture or video, as JSON has it: lengths in pixels, times in seconds."""
+    told: dict[str, Any] = {
+        "file": seen.name,
+        "kind": seen.kind,
+        "height": seen.height,
+        "width": seen.width,
+        "seen_height": seen.seen_height,
+        "seen_width": seen.seen_width,
+        "scale_height": round(seen.scale[0], 4),
+        "scale_width": round(seen.scale[1], 4),
+        "why": why_scaled(seen),
+        "warning": warning(seen),
+        "grid_thw": list(seen.grid_thw),
+        "patches": seen.patches,
+        "image_tokens": seen.tokens,
+        "prompt_tokens": place.tokens,
+        "budget_tokens": seen.budget,
+        "share_of_budget": round(seen.tokens / seen.budget, 4),
+        "positions": {axis: list(ends) for axis, ends in place.positions.items()},
+    }
+    if seen.metadata is not None:
+        told |= {
+            "frames": seen.metadata.total_num_frames,
+            "fps": seen.metadata.fps,
+            "duration": seen.metadata.duration,
+            "video_backend": seen.metadata.video_backend,
+            "frames_indices": [int(index) for index in seen.metadata.frames_indices or ()],
+            "timestamps": list(place.timestamps),
+        }
+    return told

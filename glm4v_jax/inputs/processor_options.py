@@ -1,0 +1,91 @@
+"""Which part of the processor an option of a call is for, as `ProcessorMixin._merge_kwargs` sorts them."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.inputs.batch_feature import check_device, check_return_tensors
+
+TEXT_OPTIONS = frozenset(
+    {
+        "padding",
+        "truncation",
+        "max_length",
+        "pad_to_multiple_of",
+        "padding_side",
+        "add_special_tokens",
+        "is_split_into_words",
+        "split_special_tokens",
+        "return_attention_mask",
+        "return_token_type_ids",
+        "return_special_tokens_mask",
+        "return_offsets_mapping",
+        "return_length",
+        "return_mm_token_type_ids",
+    }
+)
+IMAGE_OPTIONS = frozenset(
+    {
+        "do_resize",
+        "size",
+        "resample",
+        "do_rescale",
+        "rescale_factor",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+        "do_convert_rgb",
+        "patch_size",
+        "temporal_patch_size",
+        "merge_size",
+        "data_format",
+        "input_data_format",
+    }
+)
+VIDEO_OPTIONS = IMAGE_OPTIONS | {"do_sample_frames", "video_metadata", "num_frames", "fps", "return_metadata"}
+
+# The reference's names for nested options, and what each is known to take.
+GROUPS: Mapping[str, Collection[str]] = {
+    "text_kwargs": TEXT_OPTIONS,
+    "images_kwargs": IMAGE_OPTIONS,
+    "videos_kwargs": VIDEO_OPTIONS,
+    "common_kwargs": frozenset(),
+}
+OPTIONS = TEXT_OPTIONS | VIDEO_OPTIONS | {"return_tensors", "device", *GROUPS}
+
+
+def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Sort the options of a call by the part they are for.
+
+    An option by itself goes to every part that knows it, `size` to pictures and videos alike; one inside `text_kwargs`,
+    `images_kwargs` or `videos_kwargs` goes there only, and one inside `common_kwargs` counts as one by itself.
+
+    Args:
+      options: the keyword arguments of the call.
+
+    Returns:
+      {"text_kwargs": {...}, "images_kwargs": {...}, "videos_kwargs": {...}}, and `return_tensors`: None or "np".
+
+    Raises:
+      ConfigError: an option is given twice for one part, or is one that only torch has.
+    """
+    nested = {group: dict(options.get(group) or {}) for group in GROUPS}
+    flat = {name: value for name, value in options.items() if name not in GROUPS} | nested.pop("common_kwargs")
+    return_tensors = flat.pop("return_tensors", None)
+    check_return_tensors(return_tensors)
+    check_device(flat.pop("device", None))
+    unknown = sorted(set(flat) - OPTIONS)
+    if unknown:
+        warnings.warn(f"unknown options of the processor are ignored: {', '.join(unknown)}", stacklevel=3)
+    for group, chosen in nested.items():
+        # Every part is told one thing about tensors, however many were told.
+        inner_tensors = chosen.pop("return_tensors", None)
+        check_return_tensors(inner_tensors)
+        return_tensors = return_tensors or inner_tensors
+        check_device(chosen.pop("device", None))
+        twice = sorted(set(chosen) & set(flat) & set(GROUPS[group]))
+        if twice:
+            raise ConfigError(f"{', '.join(twice)} passed two times: in {group} and as an argument, expected one")
+        chosen |= {name: value for name, value in flat.items() if name in GROUPS[group]}
+    return nested, getattr(return_tensors, "value", return_tensors)

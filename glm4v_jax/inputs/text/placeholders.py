@@ -1,0 +1,150 @@
+"""Placeholders in a prompt to as many image tokens as the model will see.
+
+A picture of grid (t, h, w) becomes t * h * w / merge_size**2 image tokens. A video becomes, for each of its t temporal
+patches, one picture of h * w / merge_size**2 image tokens between `<|begin_of_image|>` and `<|end_of_image|>`, followed
+by its time in whole seconds. Both as `Glm4vProcessor` of transformers 4.57.1 does, save that a prompt is gone through
+once, from left to right: 4.57.1 expands pictures and then videos, and garbles a prompt with a picture before a video.
+"""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from glm4v_jax.errors import MessageError
+from glm4v_jax.inputs.media.load import VideoMetadata
+
+Row = str | list[str]
+
+DEFAULT_FPS = 24
+
+# What `mm_token_type_ids` calls a token, as in transformers 5.x.
+TEXT, IMAGE, VIDEO = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """What stands for a placeholder.
+
+    Attributes:
+      text: the text to put in its place.
+      num_tokens: the image tokens in it.
+    """
+
+    text: str
+    num_tokens: int
+
+
+def expand_image(grid: np.ndarray, merge_size: int, image_token: str) -> Expansion:
+    """The expansion of a picture of grid [3] (t, h, w), in patches."""
+    count = int(np.prod(grid)) // merge_size**2
+    return Expansion(image_token * count, count)
+
+
+def expand_video(grid: np.ndarray, metadata: VideoMetadata, merge_size: int, image_token: str) -> Expansion:
+    """The expansion of a video of grid [3] (t, h, w), in patches.
+
+    Args:
+      grid: temporal patches, rows and columns.
+      metadata: `fps` and `frames_indices` give the times; without `fps` they are those of 24 frames a second, with a
+        warning.
+      merge_size: patches a side that make one token.
+      image_token: frames are pictures to the model.
+
+    Raises:
+      MediaError: `frames_indices` is unknown.
+    """
+    if metadata.fps is None:
+        warnings.warn(
+            "the frames per second of a video are unknown (no video_metadata, or one without fps): the times in the "
+            f"prompt assume fps={DEFAULT_FPS}. Pass video_metadata for the right ones.",
+            stacklevel=2,
+        )
+        metadata = dataclasses.replace(metadata, fps=DEFAULT_FPS)
+    num_frames, height, width = (int(n) for n in grid)
+    # One temporal patch is two frames, and carries the time of the first.
+    times = metadata.timestamps[::2][:num_frames]
+    times += [times[-1] if times else 0] * (num_frames - len(times))
+    tokens_a_frame = height * width // merge_size**2
+    frame = image_token * tokens_a_frame
+    text = "".join(f"<|begin_of_image|>{frame}<|end_of_image|>{int(time)}" for time in times)
+    return Expansion(text, num_frames * tokens_a_frame)
+
+
+class Expander:
+    """Puts pictures and videos, in their order, in the place of the placeholders of a batch of prompts.
+
+    Args (of the constructor):
+      image_token, video_token: the placeholders.
+      images, videos: their expansions, in the order of the batch.
+      images_per_row, videos_per_row: how many belong to each prompt, where that is known.
+    """
+
+    def __init__(
+        self,
+        image_token: str,
+        video_token: str,
+        images: Sequence[Expansion],
+        videos: Sequence[Expansion],
+        images_per_row: Sequence[int] | None = None,
+        videos_per_row: Sequence[int] | None = None,
+    ) -> None:
+        self._placeholder = re.compile(f"{re.escape(image_token)}|{re.escape(video_token)}")
+        self._kinds = {
+            image_token: ("image", IMAGE, images, images_per_row),
+            video_token: ("video", VIDEO, videos, videos_per_row),
+        }
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[list[Row], list[np.ndarray]]:
+        """Expand prompts.
+
+        Args:
+          rows: B prompts; each a text, or a list of words.
+
+        Returns:
+          The expanded prompts, and for each the type (1 image, 2 video) of its image tokens in their order, [n] int64.
+
+        Raises:
+          MessageError: more or fewer pictures or videos than placeholders; the message has both counts.
+        """
+        self._check_counts(rows)
+        pending: dict[str, Iterator[Expansion]] = {token: iter(kind[2]) for token, kind in self._kinds.items()}
+        expanded: list[Row] = []
+        types: list[np.ndarray] = []
+        for row in rows:
+            row_types: list[int] = []
+
+            def put(match: re.Match[str], row_types: list[int] = row_types) -> str:
+                expansion = next(pending[match[0]])
+                row_types += [self._kinds[match[0]][1]] * expansion.num_tokens
+                return expansion.text
+
+            if isinstance(row, str):
+                expanded.append(self._placeholder.sub(put, row))
+            else:
+                expanded.append([self._placeholder.sub(put, word) for word in row])
+            types.append(np.array(row_types, np.int64))
+        return expanded, types
+
+    def _check_counts(self, rows: Sequence[Row]) -> None:
+        for token, (name, _, media, per_row) in self._kinds.items():
+            found = [count_token(row, token) for row in rows]
+            if per_row is not None and len(per_row) == len(rows):
+                for index, (placeholders, given) in enumerate(zip(found, per_row, strict=True)):
+                    _check_count(f"text[{index}]", token, placeholders, name, given)
+            _check_count("text", token, sum(found), name, len(media))
+
+
+def count_token(row: Row, token: str) -> int:
+    """How often a token is in a prompt."""
+    return row.count(token) if isinstance(row, str) else sum(word.count(token) for word in row)
+
+
+def _check_count(where: str, token: str, placeholders: int, name: str, given: int) -> None:
+    if placeholders != given:
+        raise MessageError(
+            f"{where}: found {placeholders} {token} placeholder{'s' * (placeholders != 1)} and {given} "
+            f"{name}{'s' * (given != 1)}, expected as many placeholders as {name}s"
+        )

@@ -1,0 +1,1 @@
+"""Resizing, sampling and cutting of images and videos into patches."""

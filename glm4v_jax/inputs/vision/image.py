@@ -1,0 +1,344 @@
+"""Pictures to patches: `Glm4vImageProcessor` and `Glm4vImageProcessorFast`.
+
+The numbers of both are those of transformers 4.57.1, bit for bit for pictures of bytes; see `pixels` for other types.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+
+from glm4v_jax.errors import ConfigError, MediaError
+from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
+from glm4v_jax.inputs.media.load import decode_pillow, is_array, is_path_like, load_image, name_media, warn_if_clipped
+from glm4v_jax.inputs.media.threads import map_threads
+from glm4v_jax.inputs.vision.patches import (
+    FIRST,
+    LAST,
+    channel_format,
+    is_scaled,
+    patch_array,
+    resize_as_picture,
+    resize_planes,
+    to_channels_last,
+    write_frame,
+)
+from glm4v_jax.inputs.vision.settings import MediaProcessor, check_unused_geometry, normalization_of
+from glm4v_jax.inputs.vision.smart_resize import smart_resize
+
+logger = logging.getLogger(__name__)
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """One picture, a batch of them, or lists of either, however nested -> a flat list of pictures.
+
+    A picture is a path, an address, bytes, a Pillow image, or an array [H, W, C], [C, H, W] or [H, W]; an array of four
+    axes is a batch.
+
+    Raises:
+        MediaError: something that is no picture, such as None or an array of other axes.
+    """
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flatten_images(item)]
+    if isinstance(images, PIL.Image.Image) or is_path_like(images):
+        return [images]
+    if is_array(images):
+        array = np.asarray(images)
+        if array.ndim in (2, 3):
+            return [array]
+        if array.ndim == 4:
+            return list(array)
+        raise MediaError(f"Could not make a flat list of images from an array of shape {array.shape}")
+    raise MediaError(f"Could not make a flat list of images from {images!r}")
+
+
+def _target_size(height: int, width: int, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """The size that a picture is resized to."""
+    temporal = settings["temporal_patch_size"]
+    return smart_resize(
+        num_frames=temporal,
+        height=height,
+        width=width,
+        temporal_factor=temporal,
+        factor=settings["patch_size"] * settings["merge_size"],
+        min_pixels=settings["size"]["shortest_edge"],
+        max_pixels=settings["size"]["longest_edge"],
+    )
+
+
+class _ImageProcessor(MediaProcessor):
+    """What both processors do; they differ in how they resize and round."""
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_thw"]
+    config_files = ("preprocessor_config.json", "processor_config.json")
+    nested_key = "image_processor"
+    type_key = "image_processor_type"
+    # Whether to do the fast processor's arithmetic, in resizing and in normalising.
+    _fused: ClassVar[bool]
+
+    def _prepare(self, images: Any, overrides: Mapping[str, Any]) -> BatchFeature:
+        return self.prepare_with_sizes(images, overrides)[0]
+
+    def prepare_with_sizes(
+        self, images: Any, overrides: Mapping[str, Any]
+    ) -> tuple[BatchFeature, list[tuple[int, int]]]:
+        """What a call returns, and (width, height) of each picture as it was given, in pixels.
+
+        Args:
+            images: a picture or lists of pictures.
+            overrides: settings for this call.
+
+        Raises:
+            MediaError: a picture cannot be loaded or prepared; the message says which.
+        """
+        settings = self.resolve(overrides)
+        input_data_format = channel_format(settings.get("input_data_format"), "input_data_format")
+        normalization = normalization_of(settings, fused=self._fused)
+        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
+        merge_size = settings["merge_size"]
+
+        def resized(item: tuple[int, Any]) -> tuple[np.ndarray, tuple[int, int]]:
+            index, source = item
+            try:
+                return self._resized(source, settings, input_data_format)
+            except MediaError as error:
+                raise name_media("image", index, source, error) from error
+
+        sources = flatten_images(images)
+        for index, source in enumerate(sources):
+            # Pillow decodes lazily and not thread-safely, and one image may stand twice in the batch.
+            if isinstance(source, PIL.Image.Image):
+                try:
+                    decode_pillow(source)
+                except MediaError as error:
+                    raise name_media("image", index, source, error) from error
+        loaded = map_threads(resized, enumerate(sources))
+        frames = [frame for frame, _ in loaded]
+
+        channels = [3] if not frames else []
+        for index, (source, frame) in enumerate(zip(sources, frames, strict=True)):
+            try:
+                channels.append(normalization.out_channels(frame.shape[2]))
+            except MediaError as error:
+                raise name_media("image", index, source, error) from error
+        if len(set(channels)) > 1:
+            raise MediaError(f"the pictures have {sorted(set(channels))} channels; expected one number for all")
+        grids = np.array(
+            [(1, frame.shape[0] // patch_size, frame.shape[1] // patch_size) for frame in frames], dtype=np.int64
+        ).reshape(-1, 3)
+        ends = np.cumsum(grids.prod(axis=1))
+        patches = np.empty(
+            (int(ends[-1]) if len(ends) else 0, channels[0] * temporal * patch_size**2), dtype=np.float32
+        )
+
+        def write(index: int) -> None:
+            t, h, w = (int(n) for n in grids[index])
+            rows = patches[ends[index] - t * h * w : ends[index]]
+            target = patch_array(rows, (t, h, w), channels[0], temporal, patch_size, merge_size)
+            write_frame(target[0], frames[index], normalization, range(temporal))
+
+        map_threads(write, range(len(frames)))
+        return BatchFeature(pixel_values=patches, image_grid_thw=grids), [size for _, size in loaded]
+
+    def _resized(
+        self, source: Any, settings: Mapping[str, Any], input_data_format: str | None
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """A picture [H, W, C] of the size it is cut in, and the width and height it came in."""
+        if is_path_like(source):
+            source = load_image(source)
+        if isinstance(source, PIL.Image.Image):
+            if settings["do_convert_rgb"] and source.mode != "RGB":
+                warn_if_clipped(source)
+                source = source.convert("RGB")
+            if source.mode == "RGB" and settings["do_resize"] and not self._fused:
+                height, width = _target_size(source.height, source.width, settings)
+                return resize_as_picture(source, height, width, settings["resample"]), source.size
+            # Pillow's arrays have their channels last, whatever the arrays of the same batch have.
+            image = to_channels_last(np.asarray(source), LAST)
+        else:
+            image = to_channels_last(source, input_data_format)
+        if settings["do_rescale"] and is_scaled(image):
+            logger.warning(
+                "It looks like you are trying to rescale already rescaled images. If the input images have pixel "
+                "values between 0 and 1, set `do_rescale=False` to avoid rescaling them again."
+            )
+        factor = settings["patch_size"] * settings["merge_size"]
+        height, width = image.shape[:2]
+        size = (width, height)
+        if settings["do_resize"]:
+            height, width = _target_size(height, width, settings)
+            resize = resize_planes if self._fused else resize_as_picture
+            return resize(image, height, width, settings["resample"]), size
+        if height % factor or width % factor:
+            raise MediaError(f"has {height} x {width} pixels; without do_resize, expected multiples of {factor}")
+        return image, size
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
+    ) -> int:
+        """Patches of a picture of this size, before merging.
+
+        Args:
+            height: rows, in pixels.
+            width: columns, in pixels.
+            images_kwargs: settings that override the processor's; entries that are None do not.
+
+        Raises:
+            MediaError: a size that cannot be prepared.
+        """
+        settings = self.resolve({k: v for k, v in (images_kwargs or {}).items() if k in self.defaults})
+        patch_size = settings["patch_size"]
+        height, width = _target_size(height, width, settings)
+        return (height // patch_size) * (width // patch_size)
+
+
+class Glm4vImageProcessor(_ImageProcessor):
+    """The default picture processor, `transformers.Glm4vImageProcessor` of 4.57.1 bit for bit.
+
+    See `MediaProcessor` for the settings, which are its arguments.
+    """
+
+    _fused = False
+
+    def preprocess(
+        self,
+        images: Any,
+        videos: Any = None,
+        do_resize: bool | None = None,
+        size: Mapping[str, int] | None = None,
+        resample: int | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
+        do_normalize: bool | None = None,
+        image_mean: float | list[float] | None = None,
+        image_std: float | list[float] | None = None,
+        patch_size: int | None = None,
+        temporal_patch_size: int | None = None,
+        merge_size: int | None = None,
+        do_convert_rgb: bool | None = None,
+        return_tensors: str | None = None,
+        data_format: str | None = FIRST,
+        input_data_format: str | None = None,
+    ) -> BatchFeature:
+        """Resize, normalise and cut pictures into patches, on all cores.
+
+        Args:
+            images: a picture, or lists of pictures; see `flatten_images`. Paths, addresses and bytes are turned as
+                their EXIF data says and converted to RGB; Pillow images are converted to RGB if `do_convert_rgb`.
+            videos: not used, as in the reference, which has `Glm4vVideoProcessor` for them.
+            do_resize: this and the following override the settings of the same names.
+            size: see `MediaProcessor`.
+            resample: see `MediaProcessor`.
+            do_rescale: see `MediaProcessor`.
+            rescale_factor: see `MediaProcessor`.
+            do_normalize: see `MediaProcessor`.
+            image_mean: see `MediaProcessor`.
+            image_std: see `MediaProcessor`.
+            patch_size: see `MediaProcessor`.
+            temporal_patch_size: see `MediaProcessor`.
+            merge_size: see `MediaProcessor`.
+            do_convert_rgb: see `MediaProcessor`.
+            return_tensors: None or "np".
+            data_format: the reference's layout between two of its steps; patches are the same for either.
+            input_data_format: "channels_first", "channels_last", or "none" for grey arrays [H, W]; None guesses, for
+                each picture.
+
+        Returns:
+            pixel_values [sum of patches, C * temporal_patch_size * patch_size**2] float32 and image_grid_thw [N, 3]
+            int64, in patches. Empty for `images=None`.
+
+        Raises:
+            MediaError: a picture cannot be loaded or prepared; the message says which.
+            ConfigError: a setting has an impossible value, or `return_tensors` is not "np".
+        """
+        check_return_tensors(return_tensors)
+        channel_format(data_format, "data_format")
+        if videos is not None:
+            logger.warning("`videos` has no effect on Glm4vImageProcessor; use Glm4vVideoProcessor.")
+        if images is None:
+            return BatchFeature()
+        overrides = {
+            "do_resize": do_resize,
+            "size": size,
+            "resample": resample,
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+            "patch_size": patch_size,
+            "temporal_patch_size": temporal_patch_size,
+            "merge_size": merge_size,
+            "do_convert_rgb": do_convert_rgb,
+            "input_data_format": input_data_format,
+        }
+        return self._prepare(images, overrides)
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Short for `preprocess`."""
+        return self.preprocess(images, **kwargs)
+
+
+class Glm4vImageProcessorFast(_ImageProcessor):
+    """`transformers.Glm4vImageProcessorFast` of 4.57.1 without torch: rescaling and normalisation in one float32 step.
+
+    Besides the settings of `MediaProcessor` it takes the fast processor's general ones. As in the reference, GLM-4.1V
+    has no use for `do_center_crop`, `crop_size`, `do_pad`, `pad_size`, `default_to_square` and `disable_grouping`: they
+    do not change the result, and asking for a crop or padding is logged as a warning.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **MediaProcessor.defaults,
+        "default_to_square": True,
+        "do_center_crop": None,
+        "crop_size": None,
+        "do_pad": None,
+        "pad_size": None,
+        "data_format": FIRST,
+        "input_data_format": None,
+        "disable_grouping": None,
+    }
+    _fused = True
+
+    def __init__(self, **settings: Any) -> None:
+        """Take settings; see `MediaProcessor`. `device` and `return_tensors` are refused as in a call."""
+        check_device(settings.get("device"))
+        check_return_tensors(settings.get("return_tensors"))
+        super().__init__(**settings)
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Resize, normalise and cut pictures into patches, on all cores.
+
+        Args:
+            images: see `Glm4vImageProcessor.preprocess`. Arrays of one channel spread over those of `image_mean`.
+            **kwargs: settings for this call; `return_tensors` (None or "np") and `input_data_format` ("channels_first",
+                "channels_last", or "none" for grey arrays [H, W]; None guesses, for each picture). Unknown ones are
+                logged and ignored.
+
+        Returns:
+            As `Glm4vImageProcessor.preprocess`.
+
+        Raises:
+            MediaError: a picture cannot be loaded or prepared; the message says which.
+            ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
+        """
+        check_return_tensors(kwargs.pop("return_tensors", None))
+        check_device(kwargs.pop("device", None))
+        unknown = sorted(set(kwargs) - set(self.defaults))
+        if unknown:
+            logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
+        return self._prepare(images, {name: value for name, value in kwargs.items() if name in self.defaults})
+
+    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """As `MediaProcessor.resolve`, with the fast processor's own checks."""
+        settings = super().resolve(overrides)
+        check_unused_geometry(settings)
+        if channel_format(settings["data_format"], "data_format") != FIRST:
+            raise ConfigError("Only channel first data format is currently supported.")
+        return settings
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Short for `preprocess`."""
+        return self.preprocess(images, **kwargs)

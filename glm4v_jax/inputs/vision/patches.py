@@ -1,0 +1,266 @@
+"""Arithmetic on pixels: channel order, resizing, normalisation, patches.
+
+Letters: H, W rows and columns; C channels; p patch_size; m merge_size; F temporal_patch_size.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from glm4v_jax.errors import ConfigError, MediaError
+from glm4v_jax.inputs.vision.antialias import FILTERS, resize_bytes
+
+FIRST = "channels_first"
+LAST = "channels_last"
+NONE = "none"
+
+
+def channel_format(value: Any, name: str) -> str | None:
+    """The channel order as one of `FIRST`, `LAST`, `NONE`, or None if unset; takes the reference's enumeration too.
+
+    Raises:
+        ConfigError: an unknown order.
+    """
+    value = getattr(value, "value", value)
+    if value not in (None, FIRST, LAST, NONE):
+        raise ConfigError(f"{name}={value!r}: expected {FIRST!r}, {LAST!r}, {NONE!r} or None")
+    return value
+
+
+def infer_channel_format(shape: Sequence[int], num_channels: tuple[int, ...] = (1, 3)) -> str:
+    """Where the channels are, as the reference guesses: the first axis of a picture that can be one, then the last.
+
+    Args:
+        shape: [C, H, W], [H, W, C], or the same after a frame axis.
+        num_channels: how many channels there can be.
+
+    Raises:
+        MediaError: neither axis can be the channels.
+    """
+    if len(shape) not in (3, 4):
+        raise MediaError(f"Unsupported number of image dimensions: {len(shape)}")
+    if shape[-3] in num_channels:
+        return FIRST
+    if shape[-1] in num_channels:
+        return LAST
+    raise MediaError(
+        f"Unable to infer channel dimension format of shape {tuple(shape)}: expected {num_channels} channels, first or "
+        "last; say which with `input_data_format`"
+    )
+
+
+def to_channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    """View a picture or video with its channels last.
+
+    Args:
+        array: [..., C, H, W] or [..., H, W, C]; or [H, W], which has one channel.
+        input_data_format: the order, or None to guess it.
+
+    Returns:
+        [..., H, W, C].
+
+    Raises:
+        MediaError: the array has no pixels, or the order cannot be guessed.
+    """
+    if array.size == 0:
+        raise MediaError(f"array of shape {array.shape} has no pixels")
+    if array.ndim == 2:
+        return array[..., None]
+    if input_data_format == NONE:
+        raise MediaError(f"array of shape {array.shape}: expected [H, W] with input_data_format='none'")
+    if input_data_format is None:
+        input_data_format = infer_channel_format(array.shape)
+    return np.moveaxis(array, -3, -1) if input_data_format == FIRST else array
+
+
+def is_scaled(array: np.ndarray) -> bool:
+    """Whether the values seem to have been brought to [0, 1] already."""
+    return array.dtype != np.uint8 and array.min() >= 0 and array.max() <= 1
+
+
+def _fits_in_bytes(array: np.ndarray) -> bool:
+    """Whether a picture of another type holds [0, 255]; False for [0, 1], as the reference's `resize` tells them apart.
+
+    Raises:
+        MediaError: it holds neither.
+    """
+    low, high = array.min(), array.max()
+    if np.allclose(array, array.astype(int)):
+        if low >= 0 and high <= 255:
+            return True
+        raise MediaError(f"The picture contains values outside the range [0, 255], got [{low}, {high}]")
+    if low >= 0 and high <= 1:
+        return False
+    raise MediaError(
+        f"The picture contains values outside the range [0, 1], got [{low}, {high}]; expected "
+        "fractions in [0, 1], or whole numbers in [0, 255] (uint8)"
+    )
+
+
+def resize_as_picture(image: np.ndarray | PIL.Image.Image, height: int, width: int, resample: int) -> np.ndarray:
+    """Resize the way the reference's slow processor does: as one 8-bit Pillow image, whatever the type.
+
+    Pictures in [0, 1] go through 8 bits too, and Pillow weighs the colours of a fourth channel by it as alpha.
+
+    Args:
+        image: [H, W, C], 1 to 4 channels, uint8, or another type with values in [0, 255] or [0, 1]; or the Pillow image
+            itself, which saves two copies.
+        height: new rows.
+        width: new columns.
+        resample: one of `PIL.Image.Resampling`.
+
+    Returns:
+        [height, width, C], uint8, or float32 for a picture in [0, 1].
+
+    Raises:
+        MediaError: values outside these ranges, or more than 4 channels.
+    """
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(image.resize((width, height), resample=resample)).reshape(height, width, -1)
+    unit_range = image.dtype != np.uint8 and not _fits_in_bytes(image)
+    if unit_range:
+        image = (image.astype(np.float64) * 255).astype(np.float32)
+    image = np.ascontiguousarray(image.astype(np.uint8, copy=False))
+    try:
+        picture = PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    except (TypeError, ValueError) as error:
+        raise MediaError(f"array of shape {image.shape} is not a picture of 1 to 4 channels") from error
+    resized = np.asarray(picture.resize((width, height), resample=resample)).reshape(height, width, -1)
+    return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if unit_range else resized
+
+
+def resize_planes(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+    """Resize the way the reference's fast and video processors do: every channel by itself, in the image's own type.
+
+    Bytes come out bit for bit as torchvision's (`antialias.resize_bytes`), floats to about 1e-6 of their range.
+
+    Args:
+        image: [H, W, C] of any number of channels.
+        height: new rows.
+        width: new columns.
+        resample: one of `PIL.Image.Resampling`; box and Hamming, which torchvision lacks, are Pillow's.
+
+    Returns:
+        [height, width, C], uint8 for uint8, float32 otherwise, rounded for other whole numbers.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    if image.dtype == np.uint8 and resample in FILTERS:
+        return resize_bytes(image, height, width, resample)
+    plane_type = np.uint8 if image.dtype == np.uint8 else np.float32
+    planes = [np.ascontiguousarray(plane, dtype=plane_type) for plane in np.moveaxis(image, -1, 0)]
+    resized = np.stack([np.asarray(PIL.Image.fromarray(p).resize((width, height), resample)) for p in planes], axis=-1)
+    return np.round(resized) if np.issubdtype(image.dtype, np.integer) else resized
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """Rescaling and normalisation of blocks [..., C, p, p] to float32, in the reference's order of roundings.
+
+    Attributes:
+        scale: factor, or None not to rescale.
+        mean: one value or one a channel, or None not to normalise.
+        std: likewise.
+        fused: the fast and the video processor's arithmetic, `(x - mean/scale) / (std/scale)` in float32. The slow
+            one's is `(float32(float64(x) * scale) - mean) / std`.
+    """
+
+    scale: float | None
+    mean: float | tuple[float, ...] | None
+    std: float | tuple[float, ...] | None
+    fused: bool
+
+    def out_channels(self, channels: int) -> int:
+        """Channels of the result.
+
+        Raises:
+            MediaError: the mean or std has another number of values than the picture has channels. The fused form
+                spreads a single channel over all values, as torch's broadcasting does.
+        """
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if not isinstance(value, tuple) or len(value) == channels:
+                continue
+            if not (self.fused and 1 in (channels, len(value))):
+                raise MediaError(
+                    f"image_{name} must have {channels} elements if it is an iterable, got {len(value)}: it is "
+                    f"{list(value)}, and the picture has {channels} channel{'s' if channels > 1 else ''}; set "
+                    f"image_{name} to one value or to {channels}"
+                    + (", or convert the picture to RGB" if channels != 3 and len(value) == 3 else "")
+                )
+        lengths = [len(value) for value in (self.mean, self.std) if isinstance(value, tuple)]
+        return max([channels, *lengths])
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """Normalise a block [..., C, p, p] of any type to float32."""
+        if self.fused:
+            return self._fused(block)
+        if self.scale is not None:
+            block = (block.astype(np.float64) * self.scale).astype(np.float32)
+        if self.mean is not None and self.std is not None:
+            dtype = block.dtype if np.issubdtype(block.dtype, np.floating) else np.dtype(np.float32)
+            block = block.astype(dtype, copy=False) - _per_channel(self.mean, dtype)
+            block /= _per_channel(self.std, dtype)
+        return block.astype(np.float32, copy=False)
+
+    def _fused(self, block: np.ndarray) -> np.ndarray:
+        block = block.astype(np.float32)
+        if self.mean is None or self.std is None:
+            return block if self.scale is None else block * np.float32(self.scale)
+        inverse = np.float32(1 if self.scale is None else 1.0 / self.scale)
+        block = block - _per_channel(self.mean, np.dtype(np.float32)) * inverse
+        block /= _per_channel(self.std, np.dtype(np.float32)) * inverse
+        return block
+
+
+@functools.lru_cache(maxsize=64)
+def _per_channel(value: float | tuple[float, ...], dtype: np.dtype) -> np.ndarray:
+    """One value, or [C, 1, 1], to combine with blocks [..., C, p, p]."""
+    array = np.asarray(value, dtype=dtype)
+    return array if array.ndim == 0 else array[:, None, None]
+
+
+def patch_array(
+    patches: np.ndarray, grid: tuple[int, int, int], channels: int, temporal: int, patch_size: int, merge_size: int
+) -> np.ndarray:
+    """View rows of patches by where they come from.
+
+    Patches are ordered by merge blocks: the m x m patches that the model will merge follow one another.
+
+    Args:
+        patches: [t*h*w, C*F*p*p], contiguous.
+        grid: (t, h, w), in patches.
+        channels: C.
+        temporal: F.
+        patch_size: p.
+        merge_size: m.
+
+    Returns:
+        A view [t, h/m, w/m, m, m, C, F, p, p].
+    """
+    t, h, w = grid
+    return patches.reshape(
+        t, h // merge_size, w // merge_size, merge_size, merge_size, channels, temporal, patch_size, patch_size
+    )
+
+
+def write_frame(target: np.ndarray, frame: np.ndarray, normalization: Normalization, slots: Iterable[int]) -> None:
+    """Normalise one frame into the patches of its temporal group.
+
+    Args:
+        target: [h/m, w/m, m, m, C, F, p, p] float32, one temporal group of `patch_array`.
+        frame: [H, W, C] with H = h*p and W = w*p.
+        normalization: what to do to the values.
+        slots: the positions in F that show this frame: all for a still picture.
+    """
+    rows, columns, merge, _, _, _, patch, _ = target.shape
+    blocks = frame.reshape(rows, merge, patch, columns, merge, patch, frame.shape[-1])
+    slots = tuple(slots)
+    # One row of merge blocks at a time: its temporaries stay in the processor's cache, whatever the picture's size.
+    for row, block in zip(target, blocks, strict=True):
+        values = normalization(np.ascontiguousarray(block.transpose(2, 0, 3, 5, 1, 4)))
+        for slot in slots:
+            row[..., slot, :, :] = values

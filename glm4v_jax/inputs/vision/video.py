@@ -1,0 +1,391 @@
+"""Videos to patches: `Glm4vVideoProcessor` of transformers 4.57.1, with the repairs of 5.x.
+
+The numbers are the reference's bit for bit for frames of bytes; see `pixels` for other types. The repairs: a clip too
+short for one sample keeps its first frame; padding is right for `temporal_patch_size > 2`; metadata is counted against
+the videos. On top, frames are converted to RGB as documented, where the reference fails.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+
+from glm4v_jax.errors import ConfigError, MediaError
+from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
+from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, name_media
+from glm4v_jax.inputs.media.threads import map_threads
+from glm4v_jax.inputs.vision.patches import (
+    FIRST,
+    LAST,
+    NONE,
+    channel_format,
+    patch_array,
+    resize_planes,
+    to_channels_last,
+    write_frame,
+)
+from glm4v_jax.inputs.vision.settings import MediaProcessor, check_unused_geometry, is_number, normalization_of
+from glm4v_jax.inputs.vision.smart_resize import smart_resize
+
+logger = logging.getLogger(__name__)
+
+
+def _is_frame(value: Any) -> bool:
+    return isinstance(value, PIL.Image.Image) or (is_array(value) and value.ndim in (2, 3))
+
+
+def flatten_videos(videos: Any) -> list[Any]:
+    """One video, a batch of them, or nested lists of either -> a flat list of videos for `load_video`.
+
+    A list of frames (Pillow images, arrays of up to three axes) is one video. Paths and addresses are one video each,
+    except two lists deep and more, `[[["0.png", "1.png"]]]`, where the innermost list is the frames of one, as in the
+    reference.
+
+    Raises:
+        MediaError: something that is no video.
+    """
+    return _flatten_videos(videos, depth=0)
+
+
+def _flatten_videos(videos: Any, depth: int) -> list[Any]:
+    if isinstance(videos, SampledVideo) or is_path_like(videos) or _is_frame(videos):
+        return [videos]
+    if is_array(videos):
+        if videos.ndim == 4:
+            return [videos]
+        if videos.ndim == 5:
+            return list(np.asarray(videos))
+        raise MediaError(f"Invalid video input: an array of shape {videos.shape}; expected 3, 4 or 5 axes")
+    if isinstance(videos, (list, tuple)):
+        if videos and all(_is_frame(item) for item in videos):
+            return [list(videos)]
+        if videos and depth >= 2 and all(is_path_like(item) for item in videos):
+            return [list(videos)]
+        return [video for item in videos for video in _flatten_videos(item, depth + 1)]
+    raise MediaError(
+        f"Invalid video input: {type(videos).__name__}; expected a path, an address, bytes, frames, or lists of these"
+    )
+
+
+def flatten_metadata(video_metadata: Any, num_videos: int) -> list[VideoMetadata | None]:
+    """One metadata object a video, from one object, a list or nested lists of `VideoMetadata`, dictionaries and None.
+
+    A dictionary need not have `total_num_frames`: it is None in the result then, and the number of frames given counts.
+
+    Raises:
+        MediaError: unknown fields, or not one object a video.
+    """
+    if video_metadata is None:
+        return [None] * num_videos
+    flat: list[VideoMetadata | None] = []
+
+    def collect(item: Any) -> None:
+        if isinstance(item, (list, tuple)):
+            for inner in item:
+                collect(inner)
+        elif item is None:
+            flat.append(None)
+        else:
+            try:
+                flat.append(VideoMetadata(**{"total_num_frames": None, **item}))
+            except TypeError as error:
+                raise MediaError(f"video_metadata {len(flat)}: {error}; see VideoMetadata") from error
+
+    collect(video_metadata)
+    if len(flat) != num_videos:
+        raise MediaError(f"video_metadata has {len(flat)} entries for {num_videos} videos; expected one each")
+    return flat
+
+
+def blend_on_white(frames: np.ndarray) -> np.ndarray:
+    """Convert frames to RGB as the reference's `BaseVideoProcessor.convert_to_rgb`.
+
+    Args:
+        frames: [T, H, W, C].
+
+    Returns:
+        [T, H, W, 3]: one channel is repeated, a fourth is taken as alpha (0..255) over white, others stay as they are.
+    """
+    channels = frames.shape[-1]
+    if channels == 1:
+        return np.repeat(frames, 3, axis=-1)
+    if channels != 4:
+        return frames
+    if frames[..., 3].min() == 255:
+        return frames[..., :3]
+    alpha = frames[..., 3:].astype(np.float32) / np.float32(255)
+    return (1 - alpha) * 255 + alpha * frames[..., :3]
+
+
+class Glm4vVideoProcessor(MediaProcessor):
+    """Samples, resizes, normalises and cuts videos into patches. Its arguments are settings, see `MediaProcessor`; and
+
+    Attributes:
+        do_sample_frames: whether to take `fps` frames a second, or all.
+        fps: frames to take from a second.
+        max_duration: seconds; longer videos get `max_duration * fps` frames spread over their whole length.
+        num_frames: kept for its name; the sampling of GLM-4.1V goes by `fps` alone, in the reference as here.
+        video_metadata: default of the argument of `preprocess`.
+        return_metadata: whether results hold `video_metadata`.
+        input_data_format: "channels_first", "channels_last", "none" for grey [T, H, W], or None to guess.
+        do_center_crop: no effect on GLM-4.1V, like `crop_size`, `size_divisor`, `default_to_square`.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values_videos", "video_grid_thw"]
+    config_files = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+    nested_key = "video_processor"
+    type_key = "video_processor_type"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **MediaProcessor.defaults,
+        "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000},
+        "do_sample_frames": True,
+        "num_frames": 16,
+        "fps": 2,
+        "max_duration": 300,
+        "video_metadata": None,
+        "return_metadata": False,
+        "do_center_crop": None,
+        "crop_size": None,
+        "size_divisor": None,
+        "default_to_square": True,
+        "data_format": FIRST,
+        "input_data_format": None,
+    }
+
+    do_sample_frames: bool
+    num_frames: int
+    fps: float
+    max_duration: float
+
+    def __init__(self, **settings: Any) -> None:
+        """Take settings; `device` and `return_tensors` are refused as in a call."""
+        check_device(settings.get("device"))
+        check_return_tensors(settings.get("return_tensors"))
+        super().__init__(**settings)
+
+    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """As `MediaProcessor.resolve`, with the video processor's own checks."""
+        settings = super().resolve(overrides)
+        check_unused_geometry(settings)
+        for name in ("fps", "max_duration"):
+            _check_positive(name, settings[name])
+        if channel_format(settings["data_format"], "data_format") != FIRST:
+            raise ConfigError("Only channel first data format is currently supported.")
+        return settings
+
+    def sample_frames(
+        self, metadata: VideoMetadata, fps: float | None = None, max_duration: float | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Choose the frames to take: pixels and timestamps both follow these indices.
+
+        Args:
+            metadata: of the whole video; `total_num_frames` and `fps` are needed, `duration` is guessed without.
+            fps: frames to take from a second; None takes the setting.
+            max_duration: seconds sampled at that rate; None takes the setting.
+            **kwargs: ignored, `num_frames` among them, as in the reference.
+
+        Returns:
+            Ascending indices [T] int64, T even and at least 2: the last is repeated where needed.
+
+        Raises:
+            MediaError: the metadata lacks the frame rate, or is nonsense.
+            ConfigError: `fps` is not a positive number.
+        """
+        if metadata is None or metadata.fps is None:
+            raise MediaError(
+                "Asked to sample frames per second but no video metadata was provided which is required when sampling "
+                "in GLM4V. Please pass in `VideoMetadata` object or set `do_sample_frames=False`: for frames in a list "
+                "or an array, video_metadata=VideoMetadata(total_num_frames=..., fps=...), with VideoMetadata from "
+                "glm4v_jax, says how fast they were taken"
+            )
+        requested = _check_positive("fps", self.fps if fps is None else fps)
+        total, rate = metadata.total_num_frames, metadata.fps
+        if total is None or total < 1 or not (math.isfinite(rate) and rate > 0):
+            raise MediaError(f"video_metadata has {total} frames at {rate} a second; expected both to be positive")
+        last = total - 1
+        duration = metadata.duration or round(last / rate) + 1
+        if not (math.isfinite(duration) and duration > 0):
+            raise MediaError(f"video_metadata has a duration of {duration} seconds; expected a positive number")
+
+        longest = self.max_duration if max_duration is None else max_duration
+        if duration <= longest:
+            count = math.floor(duration * requested)
+            taken = [min(last, math.ceil(i * rate / requested)) for i in range(count)]
+        else:
+            count = int(longest * requested)
+            if count >= total:
+                taken = list(range(total))
+            else:
+                seconds = np.linspace(0, duration, count, endpoint=True)
+                taken = [min(last, math.ceil(t * rate)) for t in seconds]
+        taken = list(dict.fromkeys(taken)) or [0]
+        if len(taken) % 2:
+            taken.append(taken[-1])
+        return np.array(taken, dtype=np.int64)
+
+    def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        """Decode, sample, resize, normalise and cut videos into patches, on all cores.
+
+        Args:
+            videos: a video, or lists of videos; see `flatten_videos` and `load_video`. Of files only the sampled frames
+                are held in memory.
+            **kwargs: settings for this call; `return_tensors` (None or "np"); and `video_metadata`, one `VideoMetadata`
+                or dictionary a video given as frames (files bring their own). Unknown ones are logged and ignored.
+
+        Returns:
+            pixel_values_videos [sum of patches, C * temporal_patch_size * patch_size**2] float32, video_grid_thw
+            [N, 3] int64, in patches; and with `return_metadata` video_metadata, a list of N `VideoMetadata` whose
+            `frames_indices` are the frames taken.
+
+        Raises:
+            MediaError: a video cannot be loaded, sampled or prepared; the message says which.
+            ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
+        """
+        check_return_tensors(kwargs.pop("return_tensors", None))
+        check_device(kwargs.pop("device", None))
+        unknown = sorted(set(kwargs) - set(self.defaults))
+        if unknown:
+            logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
+        settings = self.resolve({name: value for name, value in kwargs.items() if name in self.defaults})
+
+        sources = flatten_videos(videos)
+        metadata = flatten_metadata(settings["video_metadata"], len(sources))
+        loaded = []
+        for index, (source, known) in enumerate(zip(sources, metadata, strict=True)):
+            try:
+                loaded.append(self._load(source, known, settings))
+            except MediaError as error:
+                raise name_media("video", index, source, error) from error
+        features = self._patches([frames for frames, _ in loaded], settings)
+        if settings["return_metadata"]:
+            features["video_metadata"] = [taken for _, taken in loaded]
+        return features
+
+    def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        """Short for `preprocess`."""
+        return self.preprocess(videos, **kwargs)
+
+    def _load(
+        self, source: Any, metadata: VideoMetadata | None, settings: Mapping[str, Any]
+    ) -> tuple[list[np.ndarray], VideoMetadata]:
+        """The taken frames of a video, resized: T arrays [H, W, C]."""
+        sampling = settings["do_sample_frames"]
+        if isinstance(source, SampledVideo):
+            source, metadata, sampling = source.frames, source.metadata, False
+        if not sampling and metadata is not None and metadata.frames_indices is None and not is_path_like(source):
+            raise MediaError(
+                "video_metadata lacks `frames_indices`, which frames that are not sampled need for their timestamps; "
+                "add them, or set `do_sample_frames=True`"
+            )
+        input_data_format = channel_format(settings["input_data_format"], "input_data_format")
+        if input_data_format == NONE and is_array(source) and source.ndim == 3:
+            source, input_data_format = np.asarray(source)[..., None], LAST
+
+        def sample(whole: VideoMetadata) -> np.ndarray:
+            return self.sample_frames(whole, fps=settings["fps"], max_duration=settings["max_duration"])
+
+        frames, taken = load_video(
+            source,
+            sample if sampling else None,
+            metadata=metadata,
+            do_convert_rgb=settings["do_convert_rgb"],
+        )
+        given_as_arrays = is_array(source) or (isinstance(source, list) and is_array(source[0]))
+        # Decoded frames and Pillow's have their channels last, whatever the arrays of the same batch have.
+        frames = to_channels_last(frames, input_data_format if given_as_arrays else LAST)
+        if settings["do_convert_rgb"]:
+            frames = blend_on_white(frames)
+        return self._resized(frames, settings), taken
+
+    def _resized(self, frames: np.ndarray, settings: Mapping[str, Any]) -> list[np.ndarray]:
+        factor = settings["patch_size"] * settings["merge_size"]
+        count, height, width, _ = frames.shape
+        if not settings["do_resize"]:
+            if height % factor or width % factor:
+                raise MediaError(f"has {height} x {width} pixels; without do_resize, expected multiples of {factor}")
+            return list(frames)
+        height, width = smart_resize(
+            num_frames=count,
+            height=height,
+            width=width,
+            temporal_factor=settings["temporal_patch_size"],
+            factor=factor,
+            min_pixels=settings["size"]["shortest_edge"],
+            max_pixels=settings["size"]["longest_edge"],
+        )
+
+        def resize(frame: np.ndarray) -> np.ndarray:
+            return resize_planes(frame, height, width, settings["resample"])
+
+        return map_threads(resize, frames)
+
+    def _patches(self, videos: list[list[np.ndarray]], settings: Mapping[str, Any]) -> BatchFeature:
+        """Patches of videos, each a list of T frames [H, W, C]."""
+        normalization = normalization_of(settings, fused=True)
+        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
+        channels = [normalization.out_channels(frames[0].shape[2]) for frames in videos] or [3]
+        if len(set(channels)) > 1:
+            raise MediaError(f"the videos have {sorted(set(channels))} channels; expected one number for all")
+        grids = np.array(
+            [
+                (-(-len(frames) // temporal), frames[0].shape[0] // patch_size, frames[0].shape[1] // patch_size)
+                for frames in videos
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 3)
+        ends = np.cumsum(grids.prod(axis=1))
+        patches = np.empty(
+            (int(ends[-1]) if len(ends) else 0, channels[0] * temporal * patch_size**2), dtype=np.float32
+        )
+        work = []
+        for frames, grid, end in zip(videos, grids.tolist(), ends.tolist(), strict=True):
+            t, h, w = grid
+            target = patch_array(
+                patches[end - t * h * w : end], (t, h, w), channels[0], temporal, patch_size, settings["merge_size"]
+            )
+            for index, frame in enumerate(frames):
+                # The last frame fills up its group.
+                slots = range(index % temporal, temporal if index == len(frames) - 1 else index % temporal + 1)
+                work.append((target[index // temporal], frame, slots))
+
+        def write(item: tuple[np.ndarray, np.ndarray, range]) -> None:
+            write_frame(item[0], item[1], normalization, item[2])
+
+        map_threads(write, work)
+        return BatchFeature(pixel_values_videos=patches, video_grid_thw=grids)
+
+    def get_num_of_video_patches(
+        self, num_frames: int, height: int, width: int, videos_kwargs: Mapping[str, Any] | None = None
+    ) -> int:
+        """Patches of a video of this size, before merging.
+
+        Args:
+            num_frames: frames taken of it.
+            height: rows, in pixels.
+            width: columns, in pixels.
+            videos_kwargs: settings that override the processor's; entries that are None do not.
+
+        Raises:
+            MediaError: a size that cannot be prepared.
+        """
+        settings = self.resolve({k: v for k, v in (videos_kwargs or {}).items() if k in self.defaults})
+        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
+        height, width = smart_resize(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            temporal_factor=temporal,
+            factor=patch_size * settings["merge_size"],
+            min_pixels=settings["size"]["shortest_edge"],
+            max_pixels=settings["size"]["longest_edge"],
+        )
+        return -(-num_frames // temporal) * (height // patch_size) * (width // patch_size)
+
+
+def _check_positive(name: str, value: Any) -> float:
+    if not (is_number(value) and value > 0):
+        raise ConfigError(f"{name}={value!r}: expected a positive number")
+    return value

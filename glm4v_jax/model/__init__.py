@@ -1,0 +1,1 @@
+"""The model: ViT, merger, decoder and head as NNX modules, and the programs that run them."""

@@ -1,0 +1,1 @@
+"""Attention: one entry point (`attend`) over blockwise, splash and cuDNN kernels."""

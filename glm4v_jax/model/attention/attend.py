@@ -1,0 +1,188 @@
+"""Attention of the ViT, of prefill, of decoding and of training: kernels for one device, on the arrays of a mesh.
+
+A query sees a key if both are in the same segment (0 is padding and sees nothing) and, where it is causal, the key's
+slot is not after the query's. That covers packed rows, left and right padding, and a cache that is only partly
+filled.
+
+Rows, heads and groups of query heads never meet, so that every device works on its own in a `shard_map`. Queries that
+are split along their length need all keys, which are gathered. Keys that lie in the slots of a cache stay where they
+are: every device looks at its own, and the results are put together.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax.devices import mesh
+from glm4v_jax.model.attention import blockwise
+from glm4v_jax.model.attention.blockwise import FLOOR, MASKED, Dropout, Mask, einsum, scores_of, visible
+
+# Below this many queries the scores are linear in the number of keys anyway: decoding takes the direct path.
+FEW_QUERIES = 8
+
+
+def attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    causal: bool,
+    dropout: Dropout | None = None,
+) -> Float[Array, "B T K G H"]:
+    """Softmax attention, scaled by 1 / sqrt(H); G query heads share each of the K key and value heads.
+
+    Scores, softmax and accumulation are float32. Rows that see no key give zeros. Where it is not causal, queries may
+    be split along T; the result is split as they are.
+    """
+    spec = mesh.spec_of(q)
+    rows, length, heads, *_ = spec
+    assert not causal or length is None, "the slots of queries in shards would have to be counted"
+    if length is None and q.shape[1] <= FEW_QUERIES:
+        return attend_with_weights(q, k, v, mask, causal=causal, dropout=dropout)[0]
+    keys, key_rows = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+    k, v = (jax.sharding.reshard(x, keys) for x in (k, v))
+    segments = jax.sharding.reshard(mask.q_segments, PartitionSpec(rows, length))
+    start = None if mask.q_start is None else jax.sharding.reshard(mask.q_start, PartitionSpec(rows))
+    mask = Mask(segments, jax.sharding.reshard(mask.kv_segments, key_rows), start)
+    key, rate = (dropout.key, dropout.rate) if dropout is not None and dropout.rate > 0 else (None, 0.0)
+
+    def local(q: Array, k: Array, v: Array, mask: Mask, key: Array | None) -> Array:
+        # Heads first, once: a block is then a batch of matrices as it lies in memory, and no product copies it.
+        q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        if key is None:
+            out = _kernel().attention(q, k, v, mask, causal=causal)
+        else:
+            drop = Dropout(_own_key(key, spec), rate)
+            out = blockwise.attention(q, k, v, mask, causal=causal, dropout=drop)
+        return jnp.moveaxis(out, 3, 1)
+
+    masks = Mask(PartitionSpec(rows, length), key_rows, None if start is None else PartitionSpec(rows))
+    in_specs = (spec, keys, keys, masks, PartitionSpec())
+    # Not checked: the kernels of platforms do not say how their results vary over a mesh.
+    return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, mask, key)
+
+
+def attend_with_weights(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    causal: bool,
+    dropout: Dropout | None = None,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T S"]]:
+    """`attend`, and the attention weights in q's dtype: memory grows with T x S."""
+    q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
+    # The keys are the matrix and the few queries the vectors: the other way round keys would be transposed first.
+    scores = jnp.where(seen, jnp.moveaxis(scores_of("bksh,bkgth->bksgt", k, q), 2, -1), MASKED)
+    p = jnp.exp(scores - jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), FLOOR))
+    p = p / jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    if dropout is not None and dropout.rate > 0:
+        p = p * blockwise.keep(dropout.key, 0, 0, p.shape, dropout.rate)
+    p = p.astype(q.dtype)
+    return jnp.moveaxis(einsum("bkgts,bksh->bkgth", p, v).astype(q.dtype), 3, 1), p
+
+
+def attend_cached(
+    q: Float[Array, "B T K G H"],
+    cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+    new: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]],
+    segments: Int[Array, "B T"],
+    held: Int[Array, "B S"],
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of new tokens to a cache that does not hold them yet, and to themselves; forward only.
+
+    A cache that layers only read is neither sliced nor put back by any of them.
+
+    Args:
+      q: queries of the new tokens.
+      cached: keys and values of the cache, whose slots may lie in shards.
+      new: those of the tokens.
+      segments: of the tokens; 0 is padding.
+      held: of the slots; 0 for all that do not count.
+    """
+    spec = mesh.spec_of(q)
+    rows, _, heads, *_ = spec
+    slots = mesh.spec("slots")[0]
+    split = mesh.shards("slots") > 1
+    caches, fresh = PartitionSpec(rows, heads, slots, None), PartitionSpec(rows, heads, None, None)
+    new = jax.tree.map(lambda x: jax.sharding.reshard(x, fresh), new)
+    segments = jax.sharding.reshard(segments, PartitionSpec(rows, None))
+    held = jax.sharding.reshard(held, PartitionSpec(rows, slots))
+
+    def local(q: Array, cached: tuple, new: tuple, segments: Array, held: Array) -> Array:
+        q = jnp.moveaxis(q, 1, 3)
+        own = segments
+        if split:
+            # All queries of the group come to the slots; the new tokens count once, where the first slots are.
+            q = jax.lax.all_gather(q, slots, axis=2, tiled=True)
+            own = jnp.where(jax.lax.axis_index(slots) == 0, segments, 0)
+        masks = Mask(segments, held), Mask(own, own)
+        if q.shape[-2] <= FEW_QUERIES:
+            out, log_total = _direct(q, (cached, new), masks)
+        else:
+            before = _kernel().partial(q, cached[0], cached[1], masks[0], causal=False)
+            out, log_total = merge(before, _kernel().partial(q, new[0], new[1], masks[1], causal=True))
+        if split:
+            out = _merge_shards(out, log_total, slots)
+        return jnp.moveaxis(out, 3, 1).astype(q.dtype)
+
+    in_specs = (spec, (caches,) * 2, (fresh,) * 2, PartitionSpec(rows, None), PartitionSpec(rows, slots))
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return run(q, cached, new, segments, held)
+
+
+def merge(*parts: tuple[Float[Array, "*B T H"], Float[Array, "*B T"]]) -> tuple[Array, Array]:
+    """Attention to all keys, from attention to disjoint parts of them: results and logarithms of sums, float32."""
+    top = functools.reduce(jnp.maximum, (log_total for _, log_total in parts))
+    shares = [jnp.exp(log_total - top) for _, log_total in parts]
+    total = sum(shares)
+    out = sum(out * (share / total)[..., None] for (out, _), share in zip(parts, shares, strict=True))
+    return out, top + jnp.log(total)
+
+
+def _merge_shards(out: Float[Array, "B K G T H"], log_total: Float[Array, "B K G T"], axis: str) -> Array:
+    """`merge` over the devices of a mesh axis, of which each gets its own groups of the result."""
+    share = jnp.exp(log_total - jax.lax.pmax(log_total, axis))
+    share = share / jax.lax.psum(share, axis)
+    return jax.lax.psum_scatter(out * share[..., None], axis, scatter_dimension=2, tiled=True)
+
+
+def _direct(q: Array, sides: tuple, masks: tuple[Mask, Mask]) -> tuple[Array, Array]:
+    """Attention to a cache and to the new tokens at once, with all scores in memory; as `merge` returns it."""
+    scores = []
+    for (k, _), mask, causal in zip(sides, masks, (False, True), strict=True):
+        seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
+        scores.append(jnp.where(seen, jnp.moveaxis(scores_of("bksh,bkgth->bksgt", k, q), 2, -1), MASKED))
+    top = jnp.maximum(jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in scores)), FLOOR)
+    p = [jnp.exp(x - top) for x in scores]
+    total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in p), jnp.finfo(jnp.float32).tiny)
+    out = sum(einsum("bkgts,bksh->bkgth", (x / total).astype(q.dtype), v) for x, (_, v) in zip(p, sides, strict=True))
+    return out, (top + jnp.log(total))[..., 0]
+
+
+def _own_key(key: Array, spec: PartitionSpec) -> Array:
+    """A key for each of the devices that an array of this partition lies on."""
+    for name in (name for entry in spec for name in mesh.names_of(entry)):
+        key = jax.random.fold_in(key, jax.lax.axis_index(name))
+    return key
+
+
+def _kernel() -> Any:
+    """The module that has `attention` and `partial` for the devices of the current mesh."""
+    platform = mesh.platform()
+    if platform == "tpu":
+        from glm4v_jax.model.attention import splash
+
+        return splash
+    if platform == "gpu":
+        from glm4v_jax.model.attention import cudnn
+
+        return cudnn
+    return blockwise

@@ -1,0 +1,257 @@
+"""Attention in blocks, in plain JAX: what runs where no kernel is made for the platform, and what kernels must equal.
+
+Nothing here materialises a T x S score matrix: scores live one block at a time (an online softmax, forward and
+backward), and blocks that no query can see are skipped. Source of the algorithm: FlashAttention-2, arXiv 2307.08691,
+algorithms 1 and 2.
+
+Arrays are those of one device, heads first: queries [B, K, G, T, H], keys and values [B, K, S, H].
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from glm4v_jax.devices import mesh
+from glm4v_jax.model.nn import precision
+
+BLOCKS = (512, 384, 256)
+CAUSAL_CPU_BLOCKS = (256, 128)
+"""On a CPU small ones pay where half of the pairs are in the future: rows of 1,024 take 0.7 of the time, forward and
+backward, that blocks of 512 take, and 0.5 packed with samples of 230. A picture of 4,096 patches would take 1.4."""
+SCORES = "bkgth,bksh->bkgts"
+# Masked scores are finite: a row that sees nothing must give zeros, not NaN. The running maximum starts so far above
+# them that their exponentials are zero against it too.
+MASKED = -1e30
+FLOOR = -1e29
+SAVED = "attention"
+"""Name of what the backward pass of attention needs besides queries, keys and values (`layers.Remat`)."""
+
+
+class Mask(NamedTuple):
+    """Who sees whom: a query sees a key of its own segment, and if attention is causal, no key of a later slot.
+
+    q_segments: int32 [B, T]; kv_segments: int32 [B, S]; 0 is padding and sees nothing.
+    q_start: int32 [B], the slot of each row's first query, where key s is in slot s; None for 0.
+    """
+
+    q_segments: Int[Array, "B T"]
+    kv_segments: Int[Array, "B S"]
+    q_start: Int[Array, " B"] | None = None
+
+
+class Dropout(NamedTuple):
+    """Dropout of attention probabilities; None in its place means none."""
+
+    key: PRNGKeyArray
+    rate: float
+
+
+def attention(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Mask,
+    *,
+    causal: bool,
+    dropout: Dropout | None = None,
+) -> Float[Array, "B K G T H"]:
+    """Softmax attention, scaled by 1 / sqrt(H); scores, softmax and accumulation in float32.
+
+    Rows that see no key give zeros. Differentiable.
+    """
+    q, k, v, mask, blocks, t = _blocked(q, k, v, mask, causal)
+    key, rate = (dropout.key, dropout.rate) if dropout is not None and dropout.rate > 0 else (None, 0.0)
+    return _flash(q, k, v, mask, key, blocks, causal, rate)[..., :t, :]
+
+
+def partial(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Mask,
+    *,
+    causal: bool,
+) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
+    """Attention to some of the keys, and what it takes to put that together with the rest (`attention.merge`).
+
+    Returns:
+      As `attention` does, float32; and float32, the logarithm of each row's sum of exponentials of scores.
+    """
+    q, k, v, mask, blocks, t = _blocked(q, k, v, mask, causal)
+    out, log_total = _forward(q, k, v, mask, None, blocks, causal, 0.0)
+    return out[..., :t, :], log_total[..., :t]
+
+
+def _blocked(
+    q: Array, k: Array, v: Array, mask: Mask, causal: bool
+) -> tuple[Array, Array, Array, Mask, tuple[int, int], int]:
+    """Everything padded to multiples of the blocks; the blocks; how many queries there were."""
+    t, s = q.shape[-2], k.shape[-2]
+    blocks = _block_size(t, causal), _block_size(s, causal)
+    q, k, v = _pad(q, -2, blocks[0]), _pad(k, -2, blocks[1]), _pad(v, -2, blocks[1])
+    start = jnp.zeros_like(mask.q_segments[:, 0]) if mask.q_start is None else mask.q_start
+    mask = Mask(_pad(mask.q_segments, 1, blocks[0]), _pad(mask.kv_segments, 1, blocks[1]), start)
+    return q, k, v, mask, blocks, t
+
+
+def einsum(equation: str, a: Array, b: Array) -> Array:
+    """In float32, whatever the operands are."""
+    return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def scores_of(equation: str, a: Array, b: Array) -> Array:
+    """Products of queries and keys, scaled."""
+    return einsum(equation, a, b) * (a.shape[-1] ** -0.5)
+
+
+def visible(mask: Mask, t: Int[Array, " t"], s: Int[Array, " s"], causal: bool) -> Array:
+    """bool [B, t, s] for the queries `t` and keys `s` whose segments `mask` holds."""
+    same = mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]
+    seen = same & (mask.kv_segments > 0)[:, None, :]
+    if causal:
+        first = 0 if mask.q_start is None else mask.q_start[:, None]
+        seen &= (first + t[None])[:, :, None] >= s
+    return seen
+
+
+def keep(key: PRNGKeyArray, i: Array | int, j: Array | int, shape: tuple[int, ...], rate: float) -> Array:
+    """1 / (1 - rate) where a probability of block (i, j) is kept, 0 where it is dropped."""
+    key = jax.random.fold_in(jax.random.fold_in(key, i), j)
+    return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
+
+
+def _block_size(n: int, causal: bool) -> int:
+    blocks = CAUSAL_CPU_BLOCKS if causal and mesh.platform() == "cpu" else BLOCKS
+    return n if n <= blocks[0] else min(blocks, key=lambda block: (-n % block, -block))
+
+
+def _pad(x: Array, axis: int, block: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths)
+
+
+def _reachable(mask: Mask, blocks: tuple[int, int], causal: bool) -> Array:
+    """bool [NQ, NK]: False only where no query of block i can see any key of block j, in any row of the batch."""
+
+    def ranges(segments: Array, block: int) -> tuple[Array, Array]:
+        segments = segments.reshape(segments.shape[0], -1, block)
+        return jnp.min(jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max), axis=-1), jnp.max(segments, axis=-1)
+
+    (q_low, q_high), (k_low, k_high) = ranges(mask.q_segments, blocks[0]), ranges(mask.kv_segments, blocks[1])
+    overlap = (q_high[:, :, None] >= k_low[:, None]) & (q_low[:, :, None] <= k_high[:, None])
+    if causal:
+        assert mask.q_start is not None
+        last_query = mask.q_start[:, None] + (1 + jnp.arange(q_low.shape[1])) * blocks[0] - 1
+        overlap &= last_query[:, :, None] >= jnp.arange(k_low.shape[1]) * blocks[1]
+    return jnp.any(overlap, axis=0)
+
+
+def _span(row: Array) -> tuple[Array, Array]:
+    """First and one past the last True of a bool vector; (0, 0) if there is none."""
+    n, some = row.shape[0], jnp.any(row)
+    return jnp.where(some, jnp.argmax(row), 0), jnp.where(some, n - jnp.argmax(row[::-1]), 0)
+
+
+def _block(x: Array, i: Array, size: int, axis: int = -2) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+
+def _mask_block(mask: Mask, i: Array, j: Array, blocks: tuple[int, int], causal: bool) -> Array:
+    block = Mask(_block(mask.q_segments, i, blocks[0], 1), _block(mask.kv_segments, j, blocks[1], 1), mask.q_start)
+    t, s = i * blocks[0] + jnp.arange(blocks[0]), j * blocks[1] + jnp.arange(blocks[1])
+    return visible(block, t, s, causal)[:, None, None]
+
+
+def _merge_blocks(x: Array, axis: int = -2) -> Array:
+    """Blocks along `axis` as a scan stacks them: [N, ..., block, ...] -> [..., N * block, ...]."""
+    first = x.ndim + axis - 1
+    return jax.lax.collapse(jnp.moveaxis(x, 0, first), first, first + 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _flash(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
+    return _flash_forward(q, k, v, mask, key, blocks, causal, rate)[0]
+
+
+def _flash_forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
+    out, log_total = _forward(q, k, v, mask, key, blocks, causal, rate)
+    out, log_total = (checkpoint_name(x, SAVED) for x in (out.astype(q.dtype), log_total))
+    return out, (q, k, v, mask, key, out, log_total)
+
+
+def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
+    """The result, and the logarithm of each row's sum of exponentials; both float32."""
+    reachable = _reachable(mask, blocks, causal)
+
+    def query_block(_, i):  # type: ignore[no-untyped-def]
+        q_i = _block(q, i, blocks[0])
+        empty = jnp.zeros_like(q_i, jnp.float32)
+
+        def key_block(j, carry):  # type: ignore[no-untyped-def]
+            out, top, total = carry
+            seen = _mask_block(mask, i, j, blocks, causal)
+            scores = jnp.where(seen, scores_of(SCORES, q_i, _block(k, j, blocks[1])), MASKED)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            p = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + jnp.sum(p, axis=-1)
+            if rate > 0:
+                p = p * keep(key, i, j, p.shape, rate)
+            out = out * shrink[..., None] + einsum("bkgts,bksh->bkgth", p.astype(v.dtype), _block(v, j, blocks[1]))
+            return out, new_top, total
+
+        carry = (empty, empty[..., 0] + FLOOR, empty[..., 0])
+        out, top, total = jax.lax.fori_loop(*_span(reachable[i]), key_block, carry)
+        total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        return None, (out / total[..., None], top + jnp.log(total))
+
+    _, (out, log_total) = jax.lax.scan(query_block, None, jnp.arange(q.shape[-2] // blocks[0]))
+    return _merge_blocks(out), _merge_blocks(log_total, -1)
+
+
+def _flash_backward(blocks, causal, rate, saved, d_out):  # type: ignore[no-untyped-def]
+    q, k, v, mask, key, out, log_total = saved
+    reachable = _reachable(mask, blocks, causal)
+    # Row sums of p * dp (FlashAttention-2, eq. 4): they hold with dropout too, for both sides are dropped alike.
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    scale = q.shape[-1] ** -0.5
+
+    def probabilities(i, j):  # type: ignore[no-untyped-def]
+        """Block (i, j): p as the softmax made it, p as it met the values, and the gradient of the scores."""
+        seen = _mask_block(mask, i, j, blocks, causal)
+        row = [_block(x, i, blocks[0], -1)[..., None] for x in (log_total, delta)]
+        scores = scores_of(SCORES, _block(q, i, blocks[0]), _block(k, j, blocks[1]))
+        p = jnp.exp(jnp.where(seen, scores, MASKED) - row[0])
+        kept = keep(key, i, j, p.shape, rate) if rate > 0 else 1.0
+        dp = kept * einsum(SCORES, _block(d_out, i, blocks[0]), _block(v, j, blocks[1]))
+        return p * kept, (p * (dp - row[1]) * scale).astype(q.dtype)
+
+    def query_block(_, i):  # type: ignore[no-untyped-def]
+        def add(j, dq):  # type: ignore[no-untyped-def]
+            return dq + einsum("bkgts,bksh->bkgth", probabilities(i, j)[1], _block(k, j, blocks[1]))
+
+        zero = jnp.zeros_like(_block(q, i, blocks[0]), jnp.float32)
+        return None, jax.lax.fori_loop(*_span(reachable[i]), add, zero)
+
+    def key_block(_, j):  # type: ignore[no-untyped-def]
+        def add(i, carry):  # type: ignore[no-untyped-def]
+            dk, dv = carry
+            p, ds = probabilities(i, j)
+            dk = dk + einsum("bkgts,bkgth->bksh", ds, _block(q, i, blocks[0]))
+            return dk, dv + einsum("bkgts,bkgth->bksh", p.astype(v.dtype), _block(d_out, i, blocks[0]))
+
+        zero = jnp.zeros_like(_block(k, j, blocks[1]), jnp.float32)
+        return None, jax.lax.fori_loop(*_span(reachable[:, j]), add, (zero, zero))
+
+    _, dq = jax.lax.scan(query_block, None, jnp.arange(q.shape[-2] // blocks[0]))
+    _, (dk, dv) = jax.lax.scan(key_block, None, jnp.arange(k.shape[-2] // blocks[1]))
+    dq, dk, dv = (_merge_blocks(d).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

@@ -1,0 +1,217 @@
+"""Attention on TPU: JAX's splash kernels, behind the masks of `blockwise.Mask`.
+
+The kernels come with masks that NumPy makes when they are traced. Only what such a mask is made into is used here, and
+it is made by the program instead: which blocks to visit, from segments and `q_start`, and the slot of each query. So
+one kernel serves whole prompts, pieces of a prompt behind a cache, and rows of pictures; keys that no query of a block
+can see are neither multiplied nor read from memory; and no mask of a long prompt is made on the host.
+
+Rows that see nothing are what the kernels cannot do, and a sink does: a score without a value, so low that it counts
+for nothing beside any other.
+
+Every array is local to a device: call these within `jax.shard_map` (with `check_vma=False`, for the kernels do not say
+how their results vary over a mesh).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
+    DEFAULT_MASK_VALUE,
+    SplashAttentionKernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jaxtyping import Array, Bool, Float, Int
+
+from glm4v_jax.model.attention.blockwise import FLOOR, SAVED, Mask
+
+# Scores of 512 x 1,024 fit the 16 MiB that a v5e kernel may use (float32 and backward too), and 512 queries a key are
+# enough work to hide reading it: 512 FLOPs a byte, where a v5e does 240.
+QUERY_BLOCKS = (512, 384, 256, 128)
+KEY_BLOCKS = (1024, 768, 512, 384, 256, 128)
+KEYS_AT_ONCE = 512
+"""Larger blocks of keys are multiplied in two halves, so that one's products run beside the other's exponentials."""
+BLOCK_COST = 128
+"""What a block costs besides its own rows, in rows: starting it, and filling and draining the pipeline."""
+
+
+def attention(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Mask,
+    *,
+    causal: bool,
+    interpret: bool = False,
+) -> Float[Array, "B K G T H"]:
+    """Softmax attention, scaled by 1 / sqrt(H), in q's dtype; rows that see no key give zeros.
+
+    A query sees a key if both are of the same segment > 0 and, where it is causal, the key's slot is not after
+    `q_start + t`. `mask.q_start` None is zeros; it may be negative or beyond S. Differentiable in q, k and v.
+    `interpret` runs the kernel as a plain program, on any platform and slowly.
+    """
+    return _over_rows(functools.partial(_differentiable, causal, interpret), q, k, v, mask)
+
+
+def partial(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Mask,
+    *,
+    causal: bool,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
+    """`attention` to some of the keys, to be merged with that to the others: (out, log_total), float32, forward only.
+
+    `out` is normalised over these keys (and went through q's dtype); `log_total` is the logarithm of the sum of their
+    exponentials, `FLOOR` where a row sees none.
+    """
+
+    def row(*args: Array) -> tuple[Array, Array]:
+        out, (log_total,) = _call(*args, causal=causal, residuals=True, interpret=interpret)
+        return out.astype(jnp.float32), log_total
+
+    return _over_rows(row, q, k, v, mask)
+
+
+def _out(causal, interpret, *args):  # type: ignore[no-untyped-def]
+    return _call(*args, causal=causal, residuals=False, interpret=interpret)
+
+
+def _forward(causal, interpret, q, k, v, *masks):  # type: ignore[no-untyped-def]
+    return jax.vjp(lambda *qkv: _out(causal, interpret, *qkv, *masks), q, k, v)
+
+
+def _backward(causal, interpret, pull, d_out):  # type: ignore[no-untyped-def]
+    # The kernels' own backward rules are traced here, where the precision given to the forward one is forgotten.
+    with jax.default_matmul_precision(_precision(d_out)):
+        return *pull(d_out), None, None, None
+
+
+_differentiable = jax.custom_vjp(_out, nondiff_argnums=(0, 1))
+_differentiable.defvjp(_forward, _backward)
+
+
+def _over_rows(row: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask) -> Any:
+    """Rows one after the other, as a TPU core runs them anyway: which blocks to visit is each row's own matter."""
+    start = jnp.zeros_like(mask.q_segments[:, 0]) if mask.q_start is None else mask.q_start
+    args = (q, k, v, mask.q_segments, mask.kv_segments, start)
+    if q.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], row(*(x[0] for x in args)))
+    return jax.lax.map(lambda args: row(*args), args)
+
+
+def _call(
+    q: Float[Array, "K G T H"],
+    k: Float[Array, "K S H"],
+    v: Float[Array, "K S H"],
+    q_segments: Int[Array, " T"],
+    kv_segments: Int[Array, " S"],
+    q_start: Int[Array, ""],
+    *,
+    causal: bool,
+    residuals: bool,
+    interpret: bool,
+) -> Any:
+    """What the kernel returns for one row of the batch: [K, G, T, H], and with `residuals` ([K, G, T],) besides."""
+    kv_heads, groups, t, head_dim = q.shape
+    block_q, block_kv = _block_size(t, QUERY_BLOCKS), _block_size(k.shape[-2], KEY_BLOCKS)
+    # Padding of the queries is segment 0, which no key is of: keys' padding is -1.
+    q_segments = _pad(q_segments, 0, block_q)
+    kv_segments = _pad(jnp.where(kv_segments > 0, kv_segments, -1), 0, block_kv, -1)
+    q_slots = q_start + jnp.arange(q_segments.shape[0], dtype=jnp.int32)
+
+    visited = _visited(q_segments, kv_segments, q_slots if causal else None, (block_q, block_kv))
+    by_query = MaskInfo(
+        data_next=_next_visited(visited)[None],
+        mask_next=None,
+        block_mask=visited.astype(jnp.int32)[None],
+        partial_mask_blocks=None,
+        q_sequence=q_slots if causal else None,
+    )
+    compute = block_kv if block_kv <= KEYS_AT_ONCE else block_kv // 2
+    kernel = SplashAttentionKernel(
+        by_query,
+        by_query,
+        by_query._replace(data_next=_next_visited(visited.T).T[None]),
+        block_sizes=BlockSizes(
+            block_q=block_q,
+            block_kv=block_kv,
+            block_kv_compute=compute,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_kv_dkv_compute=compute,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
+        ),
+        is_mqa=False,
+        save_residuals=residuals,
+        mask_value=DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=SAVED,
+        mask_function=_not_after if causal else None,
+        interpret=interpret,
+    )
+    q = _pad((q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype), -2, block_q)
+    k, v = _pad(k, -2, block_kv), _pad(v, -2, block_kv)
+    heads = kv_heads * groups
+    segments, sinks = SegmentIds(q_segments, kv_segments), jnp.full(heads, FLOOR, jnp.float32)
+    with jax.default_matmul_precision(_precision(q)):
+        result = kernel(q.reshape(heads, *q.shape[2:]), k, v, segments, sinks)
+    return jax.tree.map(lambda x: x[:, :t].reshape(kv_heads, groups, t, *x.shape[2:]), result)
+
+
+def _precision(x: Array) -> str:
+    """As `nn.precision`, by the name that a context takes."""
+    return "highest" if x.dtype == jnp.float32 else "default"
+
+
+def _not_after(q_slots: Array, kv_slots: Array) -> Array:
+    return q_slots >= kv_slots
+
+
+def _visited(
+    q_segments: Int[Array, " T"],
+    kv_segments: Int[Array, " S"],
+    q_slots: Int[Array, " T"] | None,
+    blocks: tuple[int, int],
+) -> Bool[Array, "NQ NK"]:
+    """False only where no query of block i can see any key of block j."""
+
+    def ranges(segments: Array, block: int) -> tuple[Array, Array]:
+        segments = segments.reshape(-1, block)
+        some = jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max)
+        return jnp.min(some, axis=-1), jnp.max(segments, axis=-1)
+
+    (q_low, q_high), (k_low, k_high) = ranges(q_segments, blocks[0]), ranges(kv_segments, blocks[1])
+    visited = (q_high[:, None] >= k_low) & (q_low[:, None] <= k_high)
+    if q_slots is not None:
+        visited &= q_slots[blocks[0] - 1 :: blocks[0], None] >= jnp.arange(k_low.shape[0]) * blocks[1]
+    return visited
+
+
+def _next_visited(visited: Bool[Array, "N M"]) -> Int[Array, "N M"]:
+    """Which block to hold at each step of a loop over N and, within, M: the step's own, or the next that is visited.
+
+    The kernel starts reading a block as soon as it is named, and reads none twice in a row.
+    """
+    n = visited.size
+    steps = jnp.where(visited.reshape(-1), jnp.arange(n, dtype=jnp.int32), n)
+    steps = jax.lax.cummin(steps, reverse=True)
+    steps = jnp.where(steps == n, steps[0], steps)
+    return (steps % visited.shape[1]).reshape(visited.shape)
+
+
+def _block_size(n: int, blocks: tuple[int, ...]) -> int:
+    """The block that covers n rows most cheaply, padding included; of equals the first."""
+    return min(blocks, key=lambda block: -(-n // block) * (block + BLOCK_COST))
+
+
+def _pad(x: Array, axis: int, block: int, value: int = 0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths, constant_values=value)

@@ -1,0 +1,229 @@
+"""The GLM-4 decoder: four norms a layer, grouped-query attention with M-RoPE, and a gated MLP."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax.config.model import Glm4vTextConfig
+from glm4v_jax.devices import mesh
+from glm4v_jax.model import rope
+from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
+from glm4v_jax.model.kv_cache import KVCache, write_layer, write_layers, write_segments
+from glm4v_jax.model.layers import Layers, Remat
+from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, whole
+
+CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+NewKeys = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
+"""Keys and values of the tokens of a call, rotated, heads first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a forward pass is to keep besides its result; weights make it S x S in memory."""
+
+    hidden_states: bool = False
+    attentions: bool = False
+
+
+NOTHING = Record()
+
+
+class Recorded(NamedTuple):
+    """hidden_states: [N, B, T, D], the input of every layer; attentions: [N, B, K, G, T, S]. None if not asked for."""
+
+    hidden_states: Float[Array, "N B T D"] | None
+    attentions: Float[Array, "N B K G T S"] | None
+
+
+class Past(NamedTuple):
+    """A layer's cache.
+
+    k, v: [B, K, S, H].
+    held: int32 [B, S], 0 for slots that do not count.
+    length: int32 [B], the slot that each row's new tokens come to.
+    """
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+    held: Int[Array, "B S"]
+    length: Int[Array, " B"]
+
+    def written(self, new: NewKeys, segments: Int[Array, "B T"]) -> tuple[Array, Array, Mask]:
+        """Keys and values [B, S, K, H] with the new ones in their slots, whole on every device, and who sees whom."""
+        sides = []
+        for side, fresh in zip((self.k, self.v), new, strict=True):
+            layer = write_layers((side,), fresh[None], self.length)[0]
+            sides.append(jnp.moveaxis(mesh.reshard(layer, "batch", "kv_heads", None, None), 1, 2))
+        return sides[0], sides[1], Mask(segments, write_segments(self.held, segments, self.length), self.length)
+
+
+class TextAttention(nnx.Module):
+    """Grouped-query attention; q, k, v have biases, the output projection has none (trap T6)."""
+
+    def __init__(self, config: Glm4vTextConfig, init: Init):
+        assert config.num_key_value_heads is not None
+        self.dropout_rate = config.attention_dropout
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        embed: dict[str | None, int] = {"embed": config.hidden_size}
+        kv: dict[str | None, int] = {"kv_heads": kv_heads, "head_dim": head_dim}
+        heads: dict[str | None, int] = {
+            "kv_heads": kv_heads,
+            "q_groups": config.num_key_value_groups,
+            "head_dim": head_dim,
+        }
+        # A head's numbers beside those of its group, or a TPU would move the kernel to another layout in every call.
+        mesh.check_divides((config.num_key_value_groups,), ("q_groups",))
+        self.num_groups = config.num_key_value_groups
+        groups: dict[str | None, int] = {"kv_heads": kv_heads, "q_groups": self.num_groups * head_dim}
+        self.q_proj = Linear(embed, groups, init, bias=True)
+        self.k_proj = Linear(embed, kv, init, bias=True)
+        self.v_proj = Linear(embed, kv, init, bias=True)
+        self.o_proj = Linear(heads, embed, init)
+
+    def project(
+        self, x: Float[Array, "B T D"], cos_sin: CosSin
+    ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries and keys, rotated, and values."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        heads = mesh.spec("batch", "length", "kv_heads", "q_groups", None)
+        q = q.reshape(*q.shape[:3], self.num_groups, -1, out_sharding=heads)
+        return rope.apply_interleaved(q, *cos_sin), rope.apply_interleaved(k, *cos_sin), v
+
+
+class DecoderLayer(nnx.Module):
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))` (`Glm4vTextDecoderLayer`)."""
+
+    def __init__(self, config: Glm4vTextConfig, init: Init):
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+
+        self.input_layernorm = norm()
+        self.self_attn = TextAttention(config, init)
+        self.post_self_attn_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size, config.hidden_act, init)
+        self.post_mlp_layernorm = norm()
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        cos_sin: CosSin,
+        segments: Int[Array, "B T"],
+        past: Past | None = None,
+        dropout_key: Array | None = None,
+        keep_weights: bool = False,
+    ) -> tuple[Float[Array, "B T D"], NewKeys, Float[Array, "B K G T S"] | None]:
+        """One layer.
+
+        Args:
+          x: the residual stream, whose tokens may be split.
+          cos_sin: of the tokens' M-RoPE positions.
+          segments: of the tokens.
+          past: what this layer's cache holds; it is only read.
+          dropout_key: turns attention dropout on, for training.
+          keep_weights: return the attention weights, of the cache's slots as they will be, or of the T tokens.
+
+        Returns:
+          The residual stream, the tokens' keys and values, the attention weights.
+        """
+        length = mesh.spec_of(x)[1]
+        q, k, v = self.self_attn.project(whole(self.input_layernorm(x)), cos_sin)
+        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        dropout = Dropout(dropout_key, self.self_attn.dropout_rate) if dropout_key is not None else None
+        weights = None
+        if past is not None and (keep_weights or dropout is not None):
+            k, v, mask = past.written(new, segments)
+            out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
+        elif past is not None:
+            out = attend_cached(q, (past.k, past.v), new, segments, past.held)
+        elif keep_weights:
+            out, weights = attend_with_weights(q, k, v, Mask(segments, segments), causal=True, dropout=dropout)
+        else:
+            out = attend(q, k, v, Mask(segments, segments), causal=True, dropout=dropout)
+        x = x + self.post_self_attn_layernorm(self.self_attn.o_proj(out, length))
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))), new, weights
+
+
+class TextDecoder(nnx.Module):
+    """Token embedding, the stack of layers, and the last norm (`Glm4vTextModel`)."""
+
+    def __init__(self, config: Glm4vTextConfig, init: Init):
+        self.config = config
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, init)
+        self.layers = Layers.init(lambda init: DecoderLayer(config, init), config.num_hidden_layers, init)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+
+    def __call__(
+        self,
+        inputs_embeds: Float[Array, "B T D"],
+        position_ids: Int[Array, "3 B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache | None = None,
+        *,
+        record: Record = NOTHING,
+        dropout_key: Array | None = None,
+        remat: Remat = "none",
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
+        """Run the decoder.
+
+        Args:
+          inputs_embeds: embedded tokens.
+          position_ids: M-RoPE positions.
+          segment_ids: 0 on padding; tokens see only their own segment. With a cache: 0 or 1.
+          cache: written from slot `cache.length[b]` on; `length` advances by T, padding included.
+          record: what to keep besides.
+          dropout_key: turns attention dropout on, for training.
+          remat: what of the layers the backward pass makes again.
+
+        Returns:
+          Hidden states after the last norm, the cache as written, and what was recorded. The tokens of hidden states
+          may be split over the tensor axis; `nn.whole` puts them together.
+        """
+        mesh.check_divides(segment_ids.shape[:1], ("batch",))
+        position_ids = mesh.reshard(position_ids, None, "batch", "length")
+        segment_ids = mesh.reshard(segment_ids, "batch", "length")
+        cos_sin = rope.mrope_cos_sin(position_ids, self.config)
+        tokens = inputs_embeds.shape[1]
+        shared = tokens > FEW_QUERIES and tokens % mesh.shards("tokens") == 0
+        x = mesh.reshard(inputs_embeds, "batch", "tokens" if shared else "length", None)
+        # A few tokens are written after the last layer, in all layers at once: a loop that only reads a cache leaves it
+        # where it is.
+        late = segment_ids.shape[1] <= FEW_QUERIES
+        held = None if cache is None else jnp.where(_slots(cache) < cache.length[:, None], cache.segments, 0)
+
+        def past(index: Array | int, sides: Any) -> Past | None:
+            if cache is None or held is None:
+                return None
+            k, v = (cache.k, cache.v) if late else sides
+            return Past(k[index], v[index], held, cache.length)
+
+        def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, tuple]:
+            x, sides = carry
+            key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
+            y, new, weights = layer(x, cos_sin, segment_ids, past(index, sides), key, record.attentions)
+            if sides is not None and cache is not None:
+                sides = tuple(write_layer(side, index, one, cache.length) for side, one in zip(sides, new, strict=True))
+            recorded = Recorded(x if record.hidden_states else None, weights)
+            return (y, sides), (new if late and cache is not None else None, recorded)
+
+        sides: Any = None if cache is None or late else (cache.k, cache.v)
+        (x, sides), (new, recorded) = self.layers.run(step, (x, sides), remat=remat)
+        if cache is not None:
+            if late:
+                # In this order, or XLA keeps the cache as it was for whoever reads it last.
+                x, new = jax.lax.optimization_barrier((x, new))
+                sides = tuple(
+                    write_layers(side, one, cache.length) for side, one in zip((cache.k, cache.v), new, strict=True)
+                )
+            segments = write_segments(cache.segments, segment_ids, cache.length)
+            k, v = sides
+            cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
+        return self.norm(x), cache, recorded
+
+
+def _slots(cache: KVCache) -> Int[Array, "1 S"]:
+    return mesh.reshard(jnp.arange(cache.capacity)[None], None, None)

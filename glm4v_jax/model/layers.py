@@ -1,0 +1,105 @@
+"""A stack of equal layers in either of two layouts, and the way between them.
+
+*Stacked*: every leaf has a leading dimension of `num_layers`, and the stack runs as `lax.scan`. It compiles in the
+time of one layer, is how checkpoints and training keep the model, and on TPU the slice of a layer's weight fuses into
+its matmul. *Per layer*: one module a layer, run as a Python loop. On a CPU scanning copies every weight before it is
+used, which decoding, bound by memory, feels most.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.model.attention.blockwise import SAVED
+from glm4v_jax.model.nn import Init
+
+Remat = Literal["none", "full", "attention", "dots"]
+"""What of a layer the backward pass makes again: nothing; everything, from the layer's input; all but attention, whose
+result is kept; or all but attention and the linear layers, whose results are kept."""
+
+# A layer is called as step(layer, index, carry) -> (carry, output).
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class Layers(nnx.Module):
+    """`num_layers` equal layers; attributes "0", "1", ... when kept per layer, "stacked" otherwise."""
+
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+
+    @classmethod
+    def init(cls, make: Callable[[Init], nnx.Module], num_layers: int, init: Init) -> Self:
+        """New layers, stacked, each initialised from a key of its own."""
+        layers = cls(num_layers)
+        keys = jax.random.split(init.rngs.params(), num_layers)
+        layers.stacked = jax.vmap(lambda key: make(Init(nnx.Rngs(params=key), init.stddev, init.dtype)))(keys)
+        return layers
+
+    @property
+    def is_stacked(self) -> bool:
+        """Which of the two layouts this is."""
+        return hasattr(self, "stacked")
+
+    def run(self, step: Step, carry: Any, *, remat: Remat = "none") -> tuple[Any, Any]:
+        """Run the layers in order.
+
+        Args:
+          step: step(layer, index, carry) -> (carry, output); the index is traced when stacked.
+          carry: what goes from layer to layer.
+          remat: what the backward pass makes again.
+
+        Returns:
+          The last carry, and the layers' outputs stacked along a new first dimension.
+
+        Raises:
+          ConfigError: `remat` is unknown.
+        """
+        step = _rematerialised(step, remat, self.is_stacked)
+        if self.is_stacked:
+            indices = jnp.arange(self.num_layers)
+            return jax.lax.scan(lambda carry, x: step(x[1], x[0], carry), carry, (indices, self.stacked))
+        outputs = []
+        for i in range(self.num_layers):
+            carry, output = step(getattr(self, str(i)), i, carry)
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
+
+
+def _rematerialised(step: Step, remat: Remat, is_stacked: bool) -> Step:
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(SAVED)
+    policy = {
+        "full": policies.nothing_saveable,
+        "attention": attention,
+        "dots": policies.save_from_both_policies(attention, policies.dots_with_no_batch_dims_saveable),
+    }
+    if remat == "none":
+        return step
+    if remat not in policy:
+        raise ConfigError(f"remat: found {remat!r}; expected one of {', '.join(get_args(Remat))}")
+    # In a loop nothing can be taken for what the forward pass has made, and barriers against that only cost.
+    return jax.checkpoint(step, policy=policy[remat], prevent_cse=not is_stacked)
+
+
+def unstack(layers: Layers) -> Layers:
+    """The per-layer layout, as a new object; each leaf is a slice of its own buffer."""
+    if not layers.is_stacked:
+        return layers
+    result = Layers(layers.num_layers)
+    for i in range(layers.num_layers):
+        setattr(result, str(i), jax.tree.map(lambda x, i=i: x[i], layers.stacked))
+    return result
+
+
+def stack(layers: Layers) -> Layers:
+    """The stacked layout, as a new object."""
+    if layers.is_stacked:
+        return layers
+    result = Layers(layers.num_layers)
+    each = [getattr(layers, str(i)) for i in range(layers.num_layers)]
+    result.stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+    return result

@@ -1,0 +1,222 @@
+"""LoRA: small trained matrices beside frozen kernels, `y = x W + alpha / rank * (x A) B` (arXiv 2106.09685).
+
+The matrices are leaves of `nn.Linear`, stacked and split over the mesh as its kernel is: a model with an adapter is a
+model like any other. One function adds the leaves, one merges them into the kernels, `is_lora` finds them.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from glm4v_jax.devices import mesh
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.layers import Layers
+from glm4v_jax.model.nn import Linear
+
+DECODER = r"language_model\.layers\..*"
+"""All linear layers of the decoder, the head left out: what users of LoRA on this model train."""
+
+Axes = tuple[str | None, ...]
+
+DTYPE = jnp.float32
+"""Of an adapter, whatever the model computes in: learning rates of 1e-4 and below are lost on eight bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which layers get an adapter, and of what size.
+
+    Attributes:
+      rank: of its matrices.
+      alpha: what it adds is multiplied with alpha / rank.
+      target: regular expression that fits the whole path of a linear layer, layers without their numbers:
+        "language_model.layers.self_attn.q_proj", "visual.blocks.mlp.gate_up", "visual.merger.proj", "lm_head".
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target: str = DECODER
+
+
+def is_lora(path: str) -> bool:
+    """Whether a leaf's path is that of a matrix of an adapter."""
+    return path.endswith((".lora_a", ".lora_b"))
+
+
+def linears(module: Any, path: str = "") -> dict[str, list[Linear]]:
+    """Path, without numbers of layers, -> the linear layers there: a single or stacked one, or one for each layer."""
+    if isinstance(module, Linear):
+        return {path: [module]}
+    found: dict[str, list[Linear]] = {}
+    if isinstance(module, Layers):
+        layers = [module.stacked] if module.is_stacked else [getattr(module, str(i)) for i in range(module.num_layers)]
+        for layer in layers:
+            for name, same in linears(layer, path).items():
+                found.setdefault(name, []).extend(same)
+        return found
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, nnx.Module):
+            found |= linears(value, f"{path}.{name}" if path else name)
+    return found
+
+
+def stacked_layers(linear: Linear) -> int | None:
+    """How many layers' kernels are stacked in this one; None for a single kernel."""
+    layers = linear.kernel.shape[: -len(linear.in_axes) - len(linear.out_axes)]
+    return layers[0] if layers else None
+
+
+def sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lengths of a linear layer's inputs and outputs."""
+    shape = linear.kernel.shape[-len(linear.in_axes) - len(linear.out_axes) :]
+    return shape[: len(linear.in_axes)], shape[len(linear.in_axes) :]
+
+
+def has_lora(model: Glm4v) -> bool:
+    """Whether any layer has an adapter."""
+    return any(linear.lora_a is not None for found in linears(model).values() for linear in found)
+
+
+def copy_without_lora(model: Glm4v) -> Glm4v:
+    """New modules around the same arrays.
+
+    Raises:
+      ConfigError: there is an adapter, which a second one would replace.
+    """
+    if has_lora(model):
+        raise ConfigError("found a model that has an adapter; expected one without: merge it first (lora.merge_lora)")
+    return jax.tree.map(lambda x: x, model)
+
+
+def set_lora(linear: Linear, a: Array, b: Array, scale: float) -> None:
+    """Give a linear layer an adapter: a [*inputs, R], b [R, *outputs], both with the layers first if it is stacked."""
+    linear.lora_a, linear.lora_b, linear.lora_scale = nnx.Param(a), nnx.Param(b), scale
+
+
+def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
+    """The model with a new adapter that does not change what it computes yet; new modules around the same arrays.
+
+    As PEFT begins: A is drawn from U(-1, 1) / sqrt(inputs) (`kaiming_uniform_(a=sqrt(5))`), each layer's from a key of
+    its own, the same in both layouts and on every mesh; B is 0. Both are float32.
+
+    Args:
+      model: in the current mesh; inside `jax.eval_shape` it may be abstract.
+      config: see there.
+      seed: of the draws.
+
+    Raises:
+      ConfigError: the rank is below 1, the pattern is none or fits no linear layer, or there is an adapter already.
+    """
+    check_config(config)
+    result = copy_without_lora(model)
+    every = linears(result)
+    chosen = {path: found for path, found in every.items() if re.fullmatch(config.target, path)}
+    if not chosen:
+        raise ConfigError(f"target: {config.target!r} fits no linear layer; expected some of {', '.join(every)}")
+
+    @jax.jit  # one program: each draw would be compiled by itself
+    def draw(key: Array) -> dict[str, list[tuple[Array, Array]]]:
+        keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in chosen}
+        return {path: _new(found, keys[path], config.rank) for path, found in chosen.items()}
+
+    for path, leaves in draw(jax.random.key(seed)).items():
+        for linear, (a, b) in zip(chosen[path], leaves, strict=True):
+            set_lora(linear, a, b, config.alpha / config.rank)
+    return result
+
+
+def drop_lora(model: Glm4v) -> Glm4v:
+    """The model without its adapter; new modules around the same arrays."""
+    result = jax.tree.map(lambda x: x, model)
+    for found in linears(result).values():
+        for linear in found:
+            linear.lora_a = linear.lora_b = None
+            linear.lora_scale = 0.0
+    return result
+
+
+def merge_lora(model: Glm4v) -> Glm4v:
+    """The model with its adapter in its kernels, `W + scale A B` in float32, cast back; without one, a copy.
+
+    New modules; the kernels without an adapter are the same arrays. Besides old and new kernels there is one layer's in
+    float32 in memory.
+
+    Raises:
+      ConfigError: a kernel with an adapter is quantised, and would be rounded anew.
+    """
+    result = jax.tree.map(lambda x: x, model)
+    for path, found in linears(result).items():
+        for linear in found:
+            if linear.lora_a is not None and linear.lora_b is not None:
+                if linear.kernel_scale is not None:
+                    raise ConfigError(
+                        f"{path}: found a quantised kernel; expected one in floats: merge into the model that was "
+                        "quantised"
+                    )
+                leaves = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
+                linear.kernel = nnx.Param(_merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes))
+                linear.lora_a = linear.lora_b = None
+                linear.lora_scale = 0.0
+    return result
+
+
+def check_config(config: LoraConfig) -> None:
+    """Check the numbers and the pattern of an adapter, without a model.
+
+    Raises:
+      ConfigError: one is out of its range.
+    """
+    if config.rank < 1:
+        raise ConfigError(f"rank: found {config.rank}; expected 1 or more")
+    if not config.alpha > 0:
+        raise ConfigError(f"alpha: found {config.alpha}; expected a number above 0")
+    try:
+        re.compile(config.target)
+    except re.error as error:
+        raise ConfigError(f"target: found {config.target!r}; expected a regular expression ({error})") from error
+
+
+def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]]:
+    """A and B of the linear layers of one path; layers are numbered alike whether they are stacked or not."""
+    inputs, outputs = sizes(found[0])
+    bound = 1 / math.sqrt(math.prod(inputs))
+    a_axes, b_axes = (*found[0].in_axes, None), (None, *found[0].out_axes)
+
+    def draw(key: Array) -> Array:
+        a = jax.random.uniform(key, (*inputs, rank), DTYPE, -bound, bound)
+        return mesh.reshard(a, *a_axes)
+
+    def zeros(*layers: int) -> Array:
+        axes = (*(None for _ in layers), *b_axes)
+        return mesh.reshard(jnp.zeros((*layers, rank, *outputs), DTYPE), *axes)
+
+    if (layers := stacked_layers(found[0])) is not None:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(layers))
+        return [(jax.vmap(draw)(keys), zeros(layers))]
+    return [(draw(jax.random.fold_in(key, i)), zeros()) for i in range(len(found))]
+
+
+@functools.partial(jax.jit, static_argnames=("in_axes", "out_axes"))
+def _merged(kernel: Array, a: Array, b: Array, scale: float, in_axes: Axes, out_axes: Axes) -> Array:
+    """The kernel with its adapter, in its own dtype and partition; layers that are stacked, one after the other."""
+    ins, outs = "ijkl"[: len(in_axes)], "mnop"[: len(out_axes)]
+
+    def merge(leaves: tuple[Array, Array, Array]) -> Array:
+        kernel, a, b = leaves
+        product = jnp.einsum(
+            f"{ins}r,r{outs}->{ins}{outs}", a.astype(jnp.float32), b.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST, out_sharding=mesh.spec(*in_axes, *out_axes),
+        )  # fmt: skip
+        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+
+    leaves = kernel, a, b
+    return merge(leaves) if kernel.ndim == len(in_axes) + len(out_axes) else jax.lax.map(merge, leaves)

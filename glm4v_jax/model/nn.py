@@ -1,0 +1,230 @@
+"""The building blocks: the only place where a parameter is created.
+
+One declaration gives a parameter its shape, its logical axes, its initialiser and its dtype; `jax.eval_shape` of a
+constructor therefore yields the abstract, sharded tree that checkpoints are read into.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import EllipsisType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from glm4v_jax.devices import mesh
+from glm4v_jax.errors import ConfigError
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "selu": jax.nn.selu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def activation(name: str, x: Array) -> Array:
+    """Apply the activation that `hidden_act` names ("gelu" is the exact one, with erf)."""
+    if name == "gelu":
+        return jax.nn.gelu(x, approximate=False)
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act is {name!r}, expected one of: gelu, {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name](x)
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """Float32 means float32 on every platform: GPU and TPU would otherwise multiply with 10 or 8 bits of mantissa."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+@dataclasses.dataclass
+class Init:
+    """What a constructor hands down: where random numbers come from, the standard deviation, and the dtype."""
+
+    rngs: nnx.Rngs
+    stddev: float = 0.02
+    dtype: DTypeLike = jnp.float32
+
+    def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        """A normally distributed parameter, kept in the partition of its logical axes."""
+        mesh.check_divides(shape, axes)
+        value = self.stddev * jax.random.normal(self.rngs.params(), shape, jnp.float32)
+        return nnx.Param(mesh.reshard(value.astype(self.dtype), *axes))
+
+    def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        """A constant parameter."""
+        mesh.check_divides(shape, axes)
+        return nnx.Param(mesh.reshard(jnp.full(shape, value, self.dtype), *axes))
+
+
+Length = str | tuple[str, ...] | EllipsisType | None
+"""Mesh axes that tokens are split over; `...` for "as they are"."""
+
+
+def whole(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
+    """`x` with all tokens of a row on each of its devices."""
+    rows, _, *rest = mesh.spec_of(x)
+    return jax.sharding.reshard(x, jax.P(rows, None, *rest))
+
+
+def dequantized(kernel: Int[Array, "..."], scale: Float[Array, "..."], inputs: int, dtype: DTypeLike) -> Array:
+    """What a quantised kernel stands for, multiplied in float32 and rounded to `dtype` once.
+
+    Args:
+      kernel: int8 or int4 [*inputs, *outputs], of one layer.
+      scale: float32 [*outputs]; or [*inputs but the last, G, *outputs], of G groups of equal size along the last input.
+      inputs: how many dimensions are inputs.
+      dtype: of the result [*inputs, *outputs].
+    """
+    values = kernel.astype(jnp.float32)
+    if scale.ndim < kernel.ndim:
+        return (values * scale).astype(dtype)
+    last, spec = inputs - 1, mesh.spec_of(kernel)
+    groups = (*kernel.shape[:last], scale.shape[last], -1, *kernel.shape[inputs:])
+    values = values.reshape(groups, out_sharding=jax.P(*spec[:inputs], None, *spec[inputs:]))
+    values = values * jnp.expand_dims(scale, inputs)
+    return values.reshape(kernel.shape, out_sharding=spec).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over the last dimensions, with named input and output axes.
+
+    `inputs` and `outputs` map a logical axis to its size: `{"embed": 4096}` -> `{"kv_heads": 2, "q_groups": 16,
+    "head_dim": 128}`. The kernel has one dimension for each, so that heads are never reshaped across devices.
+
+    A quantised kernel (`quantize.quantize`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`.
+
+    With an adapter (`lora.add_lora`), `lora_scale * (x @ lora_a) @ lora_b` is added: `lora_a` is [*inputs, R], `lora_b`
+    [R, *outputs], in the partitions of the kernel's dimensions.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str | None, int],
+        outputs: Mapping[str | None, int],
+        init: Init,
+        *,
+        bias: bool = False,
+    ):
+        self.in_axes, self.out_axes = tuple(inputs), tuple(outputs)
+        self.kernel = init.normal((*inputs.values(), *outputs.values()), (*inputs, *outputs))
+        self.bias = init.constant(0.0, tuple(outputs.values()), self.out_axes) if bias else None
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: Float[Array, "B T ..."], length: Length = ...) -> Float[Array, "B T ..."]:
+        """[B, T, *inputs] -> [B, T, *outputs]; the result's embedding axis is replicated, as activations are.
+
+        Rows and tokens stay split as they are in `x`; `length` is for another partition of the tokens.
+        """
+        rows, own, *_ = mesh.spec_of(x)
+        out = jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes))
+        if self.kernel_scale is None:
+            y = self._product(x, self.kernel[...], None, out)
+        else:
+            # Or the backward pass would keep the dequantised kernels of all layers: the whole model in floats.
+            product = jax.checkpoint(self._product, static_argnums=3)
+            y = product(x, self.kernel[...], self.kernel_scale[...], out)
+        if self.bias is not None:
+            y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
+        return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
+
+    def _product(
+        self, x: Float[Array, "B T ..."], kernel: Array, scale: Array | None, out: jax.sharding.PartitionSpec
+    ) -> Float[Array, "B T ..."]:
+        """`x @ kernel`, in the partition `out`; what is quantised is sent between devices as it is kept."""
+        kernel = jax.sharding.reshard(kernel, mesh.gathered(*self.in_axes, *self.out_axes))
+        if scale is not None:
+            axes = self.out_axes if scale.ndim < kernel.ndim else (*self.in_axes, *self.out_axes)
+            scale = jax.sharding.reshard(scale, mesh.gathered(*axes))
+            kernel = dequantized(kernel, scale, len(self.in_axes), x.dtype)
+        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
+        return jnp.einsum(f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
+
+    def _lora(self, x: Float[Array, "B T ..."], out: jax.sharding.PartitionSpec) -> Float[Array, "B T ..."]:
+        """What the adapter adds, in the partition `out`; between its two products all devices have the whole rank."""
+        assert self.lora_a is not None and self.lora_b is not None
+        a = jax.sharding.reshard(self.lora_a[...], mesh.gathered(*self.in_axes, None)).astype(x.dtype)
+        b = jax.sharding.reshard(self.lora_b[...], mesh.gathered(None, *self.out_axes)).astype(x.dtype)
+        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
+        exact = precision(x.dtype)
+        low = jnp.einsum(f"bt{ins},{ins}r->btr", x, a, precision=exact, out_sharding=jax.P(*out[:2], None))
+        return self.lora_scale * jnp.einsum(f"btr,r{outs}->bt{outs}", low, b, precision=exact, out_sharding=out)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm: statistics in float32, cast back, then the scale (Glm4vRMSNorm; trap T4)."""
+
+    def __init__(self, dim: int, eps: float, init: Init):
+        self.eps = eps
+        self.scale = init.constant(1.0, (dim,), (None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """[..., D] -> [..., D], same dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float, init: Init):
+        self.eps = eps
+        self.scale = init.constant(1.0, (dim,), (None,))
+        self.bias = init.constant(0.0, (dim,), (None,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """[..., D] -> [..., D], same dtype."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding; `attend` uses the same table as an output head."""
+
+    def __init__(self, vocab: int, dim: int, init: Init):
+        self.embedding = init.normal((vocab, dim), ("vocab", "embed"))
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """[B, T] -> [B, T, D]."""
+        table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
+        return table.at[mesh.reshard(ids, "batch", "length")].get(out_sharding=mesh.spec("batch", "length", None))
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """[B, T, D] -> [B, T, V]: the tied head."""
+        table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
+        out = mesh.spec("batch", "length", "vocab")
+        return jnp.einsum("btd,vd->btv", x, table, precision=precision(x.dtype), out_sharding=out)
+
+
+class GatedMlp(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, gate and up as one kernel [D, 2, F]."""
+
+    def __init__(self, dim: int, hidden: int, act: str, init: Init):
+        self.act = act
+        self.gate_up = Linear({"embed": dim}, {None: 2, "mlp": hidden}, init)
+        self.down = Linear({"mlp": hidden}, {"embed": dim}, init)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """[B, T, D] -> [B, T, D], the tokens split as they are in `x`."""
+        length = mesh.spec_of(x)[1]
+        gate_up = self.gate_up(whole(x))
+        return self.down(activation(self.act, gate_up[:, :, 0]) * gate_up[:, :, 1], length)
+
+
+def num_params(tree: object) -> int:
+    """Parameters in a module (or any tree of arrays, abstract ones too)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

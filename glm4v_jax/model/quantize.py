@@ -1,0 +1,189 @@
+"""Kernels as 8- or 4-bit integers: a frozen base in a half or a quarter of bfloat16's memory, for adapters (QLoRA).
+
+A quantised kernel is two leaves of `nn.Linear`: integers, and the float32 scale of each output channel (int8) or of
+each group of inputs of it (int4). Both are stacked and split over the mesh as the kernel was. They are multiplied
+where the kernel is used, a layer at a time. Rounding is symmetric and to the nearest: a weight is off by half of its
+scale at most, which is the largest weight of the channel or group over 127 or 7.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from glm4v_jax.devices import mesh
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.lora import DECODER, Axes, copy_without_lora, linears, sizes
+from glm4v_jax.model.nn import Linear
+
+Name = Literal["int8", "int4"]
+
+_LARGEST = {"int8": 127, "int4": 7}
+_SCALE = "_scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Which kernels are quantised, and how.
+
+    Attributes:
+      dtype: "int8", a scale for each output channel; or "int4", a scale for each group of inputs of a channel.
+      group: the most inputs of a group; the largest divisor of a kernel's last input dimension up to it is taken.
+      target: regular expression that fits the whole path of a linear layer, as in `lora.LoraConfig`. By default the
+        decoder's projections and MLPs: norms and embeddings are no linear layers, and head and ViT stay as they are.
+    """
+
+    dtype: Name = "int8"
+    group: int = 64
+    target: str = DECODER
+
+
+def as_config(quantize: "QuantConfig | str | None") -> QuantConfig | None:
+    """A configuration from itself or from "int8" or "int4" alone.
+
+    Raises:
+      ConfigError: the dtype is another, the group is below 1, or the pattern is none.
+    """
+    config = QuantConfig(quantize) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
+    if config is None:
+        return None
+    if config.dtype not in get_args(Name):
+        raise ConfigError(f"quantize: found {config.dtype!r}; expected one of {', '.join(get_args(Name))}")
+    if config.group < 1:
+        raise ConfigError(f"quantize.group: found {config.group}; expected 1 or more")
+    try:
+        re.compile(config.target)
+    except re.error as error:
+        raise ConfigError(
+            f"quantize.target: found {config.target!r}; expected a regular expression ({error})"
+        ) from error
+    return config
+
+
+def is_scale(path: str) -> bool:
+    """Whether a leaf's path is that of a quantised kernel's scale."""
+    return path.endswith(f".kernel{_SCALE}")
+
+
+def scale_path(path: str) -> str:
+    """The path of the scale of a kernel at this path."""
+    return f"{path}{_SCALE}"
+
+
+def is_quantized(model: Glm4v) -> bool:
+    """Whether any kernel is quantised."""
+    return any(linear.kernel_scale is not None for found in linears(model).values() for linear in found)
+
+
+def quantize(model: Glm4v, config: QuantConfig) -> Glm4v:
+    """The model with quantised kernels; new modules, and the arrays of all other leaves.
+
+    Besides the model there is what is quantised in memory, kernel by kernel; `load.load_model` never has it whole.
+
+    Args:
+      model: in the current mesh, without an adapter, layers in either layout; abstract inside `jax.eval_shape`.
+      config: see there.
+
+    Raises:
+      ConfigError: the pattern fits no linear layer, there is an adapter or a quantised kernel, or groups do not divide
+        by the mesh.
+    """
+    config = as_config(config) or config
+    result = copy_without_lora(model)
+    for linear in chosen(result, config):
+        kernel, scale = quantize_kernel(linear.kernel[...], linear.in_axes, linear.out_axes, config)
+        linear.kernel, linear.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+    return result
+
+
+def chosen(model: Glm4v, config: QuantConfig) -> list[Linear]:
+    """The linear layers that the pattern fits, once it is clear that all of them can be quantised.
+
+    Raises:
+      ConfigError: see `quantize`.
+    """
+    if is_quantized(model):
+        raise ConfigError("quantize: found a model that is quantised already; expected one in floats")
+    every = linears(model)
+    found = {path: found for path, found in every.items() if re.fullmatch(config.target, path)}
+    if not found:
+        raise ConfigError(
+            f"quantize.target: {config.target!r} fits no linear layer; expected some of {', '.join(every)}"
+        )
+    for path, (linear, *_) in found.items():
+        size, axis = sizes(linear)[0][-1], linear.in_axes[-1]
+        group, count = group_size(size, config.group), 1 if axis is None else mesh.shards(axis)
+        if config.dtype == "int4" and size // group % count:
+            raise ConfigError(
+                f"quantize.group: found groups of {group} of {path}'s {size} inputs, which {count} devices share; "
+                f"expected a divisor of {size // count}, or int8, which has no groups"
+            )
+    return [linear for same in found.values() for linear in same]
+
+
+def group_size(size: int, most: int) -> int:
+    """The largest divisor of `size` up to `most`: the same on every mesh, so that the numbers are."""
+    return next(group for group in range(min(size, most), 0, -1) if size % group == 0)
+
+
+@functools.partial(jax.jit, static_argnames=("in_axes", "out_axes", "config"))
+def quantize_kernel(kernel: Array, in_axes: Axes, out_axes: Axes, config: QuantConfig) -> tuple[Array, Array]:
+    """Integers and scales of a kernel.
+
+    Args:
+      kernel: floats [*inputs, *outputs], or the layers' [L, *inputs, *outputs].
+      in_axes, out_axes: logical axes of its dimensions.
+      config: see there; `target` is not looked at.
+
+    Returns:
+      int8 or int4 in the shape and partition of the kernel; float32 scales [*outputs], for int4
+      [*inputs but the last, G, *outputs], behind L if the kernel has it. Scales of zeros alone are 1; where
+      numbers are not finite they are NaN.
+    """
+    layers = (None,) * (kernel.ndim - len(in_axes) - len(out_axes))
+    first, last = len(layers), len(layers) + len(in_axes) - 1
+    axes: Sequence[str | None] = (*layers, *in_axes, *out_axes)
+    values = kernel.astype(jnp.float32)
+    over: tuple[int, ...] = tuple(range(first, last + 1))
+    scale_axes: Sequence[str | None] = (*layers, *out_axes)
+    if config.dtype == "int4":
+        group = group_size(kernel.shape[last], config.group)
+        shape = (*kernel.shape[:last], -1, group, *kernel.shape[last + 1 :])
+        values = values.reshape(shape, out_sharding=mesh.spec(*axes[: last + 1], None, *axes[last + 1 :]))
+        over, scale_axes = (last + 1,), axes
+    largest = jnp.max(jnp.abs(values), axis=over, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST[config.dtype])
+    # XLA's maximum on a CPU passes over what is no number.
+    scale = jnp.where(jnp.all(jnp.isfinite(values), axis=over, keepdims=True), scale, jnp.nan)
+    # Not clipped: the largest over its scale is the largest integer up to float32's rounding.
+    integers = jnp.round(values / scale).astype(config.dtype)
+    integers = integers.reshape(kernel.shape, out_sharding=mesh.spec(*axes))
+    return integers, mesh.reshard(jnp.squeeze(scale, over), *scale_axes)
+
+
+def check_finite(scales: Mapping[str, Array], where: str) -> None:
+    """Check that what has been quantised were numbers.
+
+    Args:
+      scales: path of a scale -> its values.
+      where: names the checkpoint in the error.
+
+    Raises:
+      CheckpointError: some were not.
+    """
+    found = _are_finite(dict(scales))
+    if wrong := [path.removesuffix(_SCALE) for path, is_finite in found.items() if not np.asarray(is_finite)]:
+        raise CheckpointError(f"{where}: {wrong[0]}: found numbers that are not finite; expected finite ones")
+
+
+@jax.jit
+def _are_finite(scales: dict[str, Array]) -> dict[str, Array]:
+    return {path: jnp.all(jnp.isfinite(scale)) for path, scale in scales.items()}

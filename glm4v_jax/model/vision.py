@@ -1,0 +1,140 @@
+"""The ViT and its merger, on packed rows of static shape.
+
+`Glm4vVisionModel` of the reference. Attention stays inside a picture or frame through segment ids; the learned position
+table is sampled with host-made bicubic weights (`inputs.packing.bicubic_weights`); convolutions with stride = kernel
+are matrix products.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from glm4v_jax.batch import VisionRows
+from glm4v_jax.config.model import Glm4vVisionConfig
+from glm4v_jax.devices import mesh
+from glm4v_jax.model import rope
+from glm4v_jax.model.attention.attend import Dropout, Mask, attend
+from glm4v_jax.model.layers import Layers, Remat
+from glm4v_jax.model.nn import GatedMlp, Init, LayerNorm, Linear, RMSNorm, activation, precision
+
+MERGER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference's merger uses
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head attention with 2-D rope, inside segments."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        self.dropout_rate = config.attention_dropout
+        heads: dict[str | None, int] = {"heads": config.num_heads, "head_dim": config.head_dim}
+        self.qkv = Linear({"embed": config.hidden_size}, {None: 3, **heads}, init, bias=config.attention_bias)
+        self.proj = Linear(heads, {"embed": config.hidden_size}, init)
+
+    def __call__(
+        self,
+        x: Float[Array, "R L D"],
+        cos_sin: tuple[Float[Array, "R L F"], Float[Array, "R L F"]],
+        mask: Mask,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "R L D"]:
+        """[R, L, D] -> [R, L, D]."""
+        qkv = self.qkv(x)
+        q, k = rope.apply_half(qkv[:, :, 0], *cos_sin), rope.apply_half(qkv[:, :, 1], *cos_sin)
+        dropout = Dropout(dropout_key, self.dropout_rate) if dropout_key is not None else None
+        out = attend(q[:, :, :, None], k, qkv[:, :, 2], mask, causal=False, dropout=dropout)
+        return self.proj(out[:, :, :, 0])
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        self.attn = VisionAttention(config, init)
+        self.mlp = GatedMlp(config.hidden_size, config.out_hidden_size, config.hidden_act, init)
+
+    def __call__(
+        self,
+        x: Float[Array, "R L D"],
+        cos_sin: tuple[Float[Array, "R L F"], Float[Array, "R L F"]],
+        mask: Mask,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "R L D"]:
+        """[R, L, D] -> [R, L, D]."""
+        x = x + self.attn(self.norm1(x), cos_sin, mask, dropout_key)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nnx.Module):
+    """Projection, LayerNorm, exact GELU and a gated MLP into the decoder's embedding space."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        dim = config.out_hidden_size
+        self.proj = Linear({"embed": dim}, {None: dim}, init)
+        self.post_projection_norm = LayerNorm(dim, MERGER_NORM_EPS, init)
+        self.mlp = GatedMlp(dim, config.intermediate_size, config.hidden_act, init)
+
+    def __call__(self, x: Float[Array, "R M D"]) -> Float[Array, "R M D"]:
+        """[R, M, D] -> [R, M, D]."""
+        return self.mlp(activation("gelu", self.post_projection_norm(self.proj(x))))
+
+
+class VisionEncoder(nnx.Module):
+    """Patches -> merged tokens in the decoder's embedding space."""
+
+    def __init__(self, config: Glm4vVisionConfig, init: Init):
+        self.config = config
+        d, m = config.hidden_size, config.spatial_merge_size
+        self.patch_embed = Linear({None: config.patch_dim}, {"embed": d}, init, bias=True)
+        self.position_embedding = init.normal((config.position_grid**2, d), (None, "embed"))
+        self.post_conv_layernorm = RMSNorm(d, config.rms_norm_eps, init)
+        self.blocks = Layers.init(lambda init: VisionBlock(config, init), config.depth, init)
+        self.post_layernorm = RMSNorm(d, config.rms_norm_eps, init)
+        self.downsample = Linear({None: m * m * d}, {"embed": config.out_hidden_size}, init, bias=True)
+        self.merger = PatchMerger(config, init)
+
+    def __call__(
+        self, rows: VisionRows, *, dropout_key: Array | None = None, remat: Remat = "none"
+    ) -> Float[Array, "R M O"]:
+        """Encode packed rows.
+
+        Args:
+          rows: R rows of L patches.
+          dropout_key: turns attention dropout on, for training.
+          remat: what of the blocks the backward pass makes again.
+
+        Returns:
+          [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning. Tokens may be split over the
+          tensor axis, as patches were.
+        """
+        config = self.config
+        mesh.check_divides(rows.patches.shape[:1], ("rows",))
+        patches = config.spatial_merge_size**2
+        length = "length" if rows.patches.shape[1] % (patches * mesh.shards("patches")) else "patches"
+        rows = VisionRows(*(mesh.reshard(x, "rows", length, *(None,) * (x.ndim - 2)) for x in rows))
+        dtype = self.post_conv_layernorm.scale[...].dtype
+        x = self.post_conv_layernorm(self.patch_embed(rows.patches.astype(dtype)))
+        x = x + self._positions(rows).astype(dtype)
+        cos_sin = rope.vision_cos_sin(rows.coords, config.head_dim)
+        mask = Mask(rows.segment_ids, rows.segment_ids)
+
+        def step(block: VisionBlock, index: Array | int, x: Array) -> tuple[Array, None]:
+            key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
+            return block(x, cos_sin, mask, key), None
+
+        x, _ = self.blocks.run(step, x, remat=remat)
+        x = self.post_layernorm(x)
+        r, n, d = x.shape
+        blocks = x.reshape(r, n // patches, patches * d, out_sharding=mesh.spec("rows", length, None))
+        return self.merger(self.downsample(blocks))
+
+    def _positions(self, rows: VisionRows) -> Float[Array, "R L D"]:
+        """The position table at each patch, float32.
+
+        The outer product of the weights comes first: contracting one of them with the table would make L x S x D.
+        """
+        weights = rows.weights_h[..., :, None] * rows.weights_w[..., None, :]
+        weights = weights.reshape(*weights.shape[:2], -1)
+        table = jax.sharding.reshard(self.position_embedding[...], mesh.gathered(None, "embed")).astype(jnp.float32)
+        return jnp.einsum("rls,sd->rld", weights, table, precision=precision(jnp.float32))

@@ -1,0 +1,293 @@
+"""Compile the model's programs for a TPU slice on a machine without one, and say what they will need there.
+
+The compiler is the one of the slice (libtpu, for a topology by name), the model is abstract: no weights exist. What it
+makes is read for memory, collectives and copies, and compared with the least that the chip has to do: read weights and
+cache once, and multiply.
+
+libtpu must not be in an environment in which other JAX programs run on a CPU; `make aot` keeps one of its own.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from glm4v_jax.batch import VisionRows
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import AXES
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.feature_pool import pool_capacity
+from glm4v_jax.hf import forward as forward_programs
+from glm4v_jax.hf.forward import Flat
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.planning import hlo
+
+GIB = 2**30
+NUM_EOS, STEPS = 8, 32
+LARGE = 2**20
+"""Copies below this many bytes are of no weight or cache of the 9B."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has, as published: HBM in GiB, its bandwidth in GB/s, bfloat16 TFLOP/s, GB/s of all its links."""
+
+    hbm: float
+    bandwidth: float
+    tflops: float
+    links: float
+
+
+# cloud.google.com/tpu/docs/{v5e,v6e,v5p}
+CHIPS = {"v5e": Chip(16, 819, 197, 200), "v6e": Chip(32, 1640, 918, 448), "v5p": Chip(95, 2765, 459, 600)}
+
+_LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
+
+
+def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
+    """A mesh of the chips of a slice such as "v5e:2x4", none of which is here.
+
+    Raises:
+      ConfigError: the slice is unknown, or has another number of chips.
+    """
+    from jax.experimental import topologies
+
+    generation, _, layout = topology.partition(":")
+    if generation not in CHIPS or not _LAYOUT.fullmatch(layout):
+        raise ConfigError(f"topology: found {topology!r}; expected one of {', '.join(CHIPS)}, as in 'v5e:2x4'")
+    options: dict[str, Any] = {}
+    if math.prod(int(side) for side in layout.split("x")) == 1:
+        options = dict(chips_per_host_bounds=(1, 1, 1), num_slices=1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"topology: found {topology!r}, which the compiler refuses ({error})") from error
+    sizes = (data, fsdp, kv, q, seq)
+    if len(found) != math.prod(sizes):
+        needed = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ConfigError(f"topology: {topology} has {len(found)} chips; expected as many as a mesh of {needed} needs")
+    return Mesh(np.array(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def abstract_model(config: Glm4vConfig, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Glm4v:
+    """The model with shapes and partitions in the place of arrays, layers stacked; to be called within `mesh`."""
+    return placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=dtype)), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program to compile.
+
+    Attributes:
+      name: for the reader.
+      lower: (model, mesh) -> the lowered program; called within the mesh.
+      read: bytes that every run has to read at least, on all chips together, besides the weights of `parts`.
+      flops: floating point operations of a run, likewise.
+      parts: names of the model's parts whose weights it reads.
+      loop: how many loops an instruction that runs once a layer stands in.
+    """
+
+    name: str
+    lower: Callable[[Glm4v, Mesh], Any]
+    read: int
+    flops: float
+    parts: tuple[str, ...]
+    loop: int
+
+
+def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
+    """A step of `batch` rows, each with a cache of `slots`."""
+
+    def lower(model: Glm4v, mesh: Mesh) -> Any:
+        text, head = _text_and_head(model)
+        make = lambda text: device_steps.init_state(text, batch, slots, NUM_EOS, stacked=True)  # noqa: E731
+        state = placed(jax.eval_shape(make, text), mesh)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        return device_steps.decode.lower(text, head, state, number, number, num_steps=STEPS)
+
+    return Program(
+        f"decode B={batch} S={slots:,}", lower, batch * slots * _cache_bytes(config),
+        batch * (2 * _matmul_params(config) + _attention_flops(config, slots)), ("language_model", "lm_head"), 2,
+    )  # fmt: skip
+
+
+def prefill_program(
+    config: Glm4vConfig, batch: int, tokens: int, slots: int, vision_tokens: int = 0, running: int = 0
+) -> Program:
+    """A piece of `tokens` of `batch` prompts each, behind what caches of `slots` hold.
+
+    They are the whole batch, or one row of each shard of `running` rows.
+    """
+
+    def lower(model: Glm4v, mesh: Mesh) -> Any:
+        text, _ = _text_and_head(model)
+        make = lambda text: device_steps.init_state(text, running or batch, slots, NUM_EOS, stacked=True)  # noqa: E731
+        state = placed(jax.eval_shape(make, text), mesh)
+        seen = jax.ShapeDtypeStruct((batch, state.seen.shape[1]), jnp.bool_)
+        rows = jax.ShapeDtypeStruct((batch,), jnp.int32) if running else None
+        ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+        positions = jax.ShapeDtypeStruct((3, batch, tokens), jnp.int32)
+        piece = device_steps.Piece(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
+        shape = (pool_capacity(vision_tokens), config.text_config.hidden_size)
+        pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(None, None)))
+        return device_steps.append.lower(text, state, rows, piece, seen, pool)
+
+    before = slots - tokens
+    flops = batch * tokens * (2 * _matmul_params(config, head=False) + _attention_flops(config, before + tokens / 2))
+    name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {running}" if running else "")
+    return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
+
+
+def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> Program:
+    """`rows` rows of `length` patches, of pictures of `frame` patches."""
+    vision = config.vision_config
+
+    def lower(model: Glm4v, mesh: Mesh) -> Any:
+        del mesh
+        patches = (rows, length)
+        f32, i32 = jnp.float32, jnp.int32
+        arrays = VisionRows(
+            *(
+                jax.ShapeDtypeStruct((*patches, *rest), dtype)
+                for rest, dtype in (
+                    ((vision.patch_dim,), f32), ((), i32), ((2,), i32), ((vision.position_grid,), f32),
+                    ((vision.position_grid,), f32),
+                )
+            )
+        )  # fmt: skip
+        tokens = rows * length // vision.spatial_merge_size**2
+        return forward_programs.encode.lower(Flat.of(model.visual), arrays, tokens)
+
+    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.out_hidden_size
+    attention = 4 * frame * vision.hidden_size
+    merged = 4 * vision.hidden_size * vision.out_hidden_size + vision.out_hidden_size**2
+    merged += 3 * vision.out_hidden_size * vision.intermediate_size
+    flops = rows * length * (vision.depth * (2 * block + attention) + 2 * merged / vision.spatial_merge_size**2)
+    return Program(f"encode {rows} x {length:,}", lower, 0, flops, ("visual",), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came of a program on a slice; GiB and bytes are of one chip.
+
+    Attributes:
+      program, topology, mesh: what was compiled for what.
+      seconds: compiling took.
+      arguments, temporaries, outputs: GiB; outputs that take the place of arguments are not counted again.
+      hbm: GiB that the chip has.
+      collectives: kind -> (in the layer loop, elsewhere).
+      copies: weights or caches that are copied: (shape, whether in the layer loop).
+      held: what a chip holds for the program, in shares of its part of weights and caches that lay nowhere twice.
+      floor_ms: the least time of a run (decoding: of a step), by bandwidth and by FLOP/s.
+      received: GB that the chip gets from others in a run; of a program that ends when its tokens do, in a step.
+      peak: GiB in use at a time at most, arguments included, as the compiler has laid them out; less than all together
+        where temporaries come to where arguments were that a program gives away.
+    """
+
+    program: str
+    topology: str
+    mesh: dict[str, int]
+    seconds: float
+    arguments: float
+    temporaries: float
+    outputs: float
+    hbm: float
+    collectives: dict[str, tuple[int, int]]
+    copies: list[tuple[str, bool]]
+    held: float
+    floor_ms: tuple[float, float]
+    received: float
+    peak: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip has room for it."""
+        return self.peak <= self.hbm
+
+
+def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: int = LARGE, **sizes: int) -> Compiled:
+    """Compile a program for a slice; `sizes` are those of the mesh, and copies below `large` bytes do not count.
+
+    Raises:
+      ConfigError: the slice is unknown, or a dimension of the model does not divide by the mesh.
+    """
+    mesh = topology_mesh(topology, **sizes)
+    chip = CHIPS[topology.partition(":")[0]]
+    with jax.set_mesh(mesh):
+        model = abstract_model(config, mesh)
+        lowered = program.lower(model, mesh)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    weights = sum(_bytes(getattr(model, part)) for part in program.parts)
+    collectives: dict[str, tuple[int, int]] = {}
+    copies, received = [], 0.0
+    for found in hlo.instructions(compiled.as_text()):
+        inside = found.loops >= program.loop
+        if found.opcode in hlo.COLLECTIVES:
+            a, b = collectives.get(found.opcode, (0, 0))
+            collectives[found.opcode] = (a + inside, b + (not inside))
+            received += found.received * found.runs / 1e9
+        elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= large and not found.is_conditional:
+            copies.append((found.shape, inside))
+    chips = mesh.size
+    return Compiled(
+        program.name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
+        memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
+        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, chip.hbm, collectives, copies,
+        memory.argument_size_in_bytes * chips / (weights + program.read),
+        (
+            1e3 * (weights + program.read) / chips / (chip.bandwidth * 1e9),
+            1e3 * program.flops / chips / (chip.tflops * 1e12),
+        ),
+        received, memory.peak_memory_in_bytes / GIB,
+    )  # fmt: skip
+
+
+def _text_and_head(model: Glm4v) -> tuple[Flat, Flat | None]:
+    return Flat.of(model.language_model), None if model.lm_head is None else Flat.of(model.lm_head)
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays on the devices of `mesh`, those without a partition whole on each."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _cache_bytes(config: Glm4vConfig) -> int:
+    """Of a token in all layers, bfloat16."""
+    text = config.text_config
+    assert text.num_key_value_heads is not None
+    return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+
+
+def _matmul_params(config: Glm4vConfig, *, head: bool = True) -> int:
+    """Weights that a token is multiplied with."""
+    text = config.text_config
+    assert text.num_key_value_heads is not None
+    attention = text.hidden_size * text.head_dim * 2 * (text.num_attention_heads + text.num_key_value_heads)
+    mlp = 3 * text.hidden_size * text.intermediate_size
+    return text.num_hidden_layers * (attention + mlp) + head * text.hidden_size * text.vocab_size
+
+
+def _attention_flops(config: Glm4vConfig, keys: float) -> float:
+    """Of a query of every head in every layer."""
+    text = config.text_config
+    return 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * keys

@@ -1,0 +1,252 @@
+"""Meshes by purpose: how many devices go to which axis for a model, and the texts that ask for them.
+
+A mesh is asked for by the name of a preset ("latency"; "latency:8" for eight devices), or by its axes ("fsdp=4,kv=2").
+What the model's dimensions allow is read from its abstract parameters (`mesh_layout`), so that a preset never proposes
+what does not divide.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from glm4v_jax.errors import ConfigError
+
+# JAX is imported where it is needed: the command line's help wants the names of presets at once.
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
+
+    from glm4v_jax.config.model import Glm4vConfig
+
+MAX_DEVICES = 1 << 20
+"""More than any machine has; what is beyond does not fit the arithmetic of shardings either."""
+MAX_FSDP = 64
+"""Beyond it a shard is so small that gathering it is all latency."""
+WEIGHTS_SHARE = 0.5
+"""Of a device's memory, for the weights of a replica; the rest is for caches, which make throughput."""
+
+GIB = 2**30
+_BFLOAT16_BYTES = 2
+# How `device_kind` begins -> GiB, for platforms that do not tell. The longer of two that fit comes first.
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA's data sheets.
+_MEMORY = {
+    "TPU v2": 8, "TPU v3": 16, "TPU v4": 32, "TPU v5 lite": 16, "TPU v5e": 16, "TPU v5": 95, "TPU v6": 32,
+    "NVIDIA H100": 80, "NVIDIA H200": 141, "NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100": 80, "NVIDIA L4": 24,
+}  # fmt: skip
+
+Sizes = dict[str, int]
+Choose = Callable[["Glm4vConfig", int, int | None], Sizes]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPreset:
+    """A way to share devices out.
+
+    name: what it is asked for by.
+    description: what it is for and does, in a sentence.
+    choose: (configuration, number of devices, bytes of memory of a device or None) -> axis -> devices; all devices are
+      used, and every parameter divides.
+    """
+
+    name: str
+    description: str
+    choose: Choose
+
+
+def parse_mesh(text: str) -> Sizes:
+    """Axis -> devices of "data=1,fsdp=4,kv=2,q=1,seq=1"; axes left out have one.
+
+    Raises:
+      ConfigError: an axis is unknown or named twice, its number is none, or there are too many devices.
+    """
+    from glm4v_jax.devices.mesh import AXES
+
+    sizes = dict.fromkeys(AXES, 1)
+    seen = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        axis, _, number = (piece.strip() for piece in part.partition("="))
+        if axis not in AXES or axis in seen or not re.fullmatch(r"[1-9]\d{0,18}", number):
+            raise ConfigError(
+                f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, as in fsdp=4,kv=2"
+            )
+        seen.add(axis)
+        sizes[axis] = int(number)
+    if (count := math.prod(sizes.values())) > MAX_DEVICES:
+        raise ConfigError(f"mesh: found {count:,} devices in {text!r}; expected at most {MAX_DEVICES:,}")
+    return sizes
+
+
+def parse_preset(text: str) -> tuple[MeshPreset, int | None] | None:
+    """The preset, and the number of devices behind its name; None of a text that has axes.
+
+    Raises:
+      ConfigError: there is no such preset, or the number is none.
+    """
+    if "=" in text or not text.strip(" ,"):
+        return None
+    name, colon, number = (piece.strip() for piece in text.partition(":"))
+    if name not in PRESETS:
+        raise ConfigError(
+            f"mesh: found {text!r}; expected one of the presets {', '.join(PRESETS)}, or axes as in fsdp=4,kv=2"
+        )
+    if colon and not re.fullmatch(r"[1-9]\d{0,6}", number):
+        raise ConfigError(f"mesh: found {number!r} devices in {text!r}; expected a number above 0, as in {name}:8")
+    return PRESETS[name], int(number) if colon else None
+
+
+def check_text(text: str) -> None:
+    """Check that a text asks for a mesh, whatever the model and the devices are.
+
+    Raises:
+      ConfigError: it has an unknown preset or axis, or a number that is none.
+    """
+    if parse_preset(text) is None:
+        parse_mesh(text)
+
+
+def sizes_for(text: str, config: "Glm4vConfig", num_devices: int | None = None, memory: int | None = None) -> Sizes:
+    """The mesh that a text asks for. No devices are needed.
+
+    Args:
+      text: a preset's name, one with a number of devices as in "latency:8", or axes as in "fsdp=4,kv=2".
+      config: of the model.
+      num_devices: for a preset, unless the text has the number.
+      memory: bytes that a device has, if that is known.
+
+    Returns:
+      axis -> devices, all axes.
+
+    Raises:
+      ConfigError: there is no such preset or axis, too many devices or none, or the model does not divide.
+    """
+    from glm4v_jax.planning.parameter_layout import check_mesh
+
+    if (found := parse_preset(text)) is None:
+        sizes = parse_mesh(text)
+    else:
+        preset, written = found
+        number = num_devices if written is None else written
+        if number is None:
+            raise ConfigError(f"mesh {preset.name}: expected a number of devices, as in {preset.name}:8")
+        if not 1 <= number <= MAX_DEVICES:
+            raise ConfigError(f"mesh {preset.name}: found {number:,} devices, expected from 1 to {MAX_DEVICES:,}")
+        sizes = preset.choose(config, number, memory)
+    check_mesh(config, sizes)
+    return sizes
+
+
+def mesh_for(text: str, config: "Glm4vConfig", *, devices: "Sequence[jax.Device] | None" = None) -> "Mesh":
+    """The mesh that a text asks for, of the devices that there are; a preset takes all of them.
+
+    Args:
+      text: see `sizes_for`.
+      config: of the model.
+      devices: all of this process, or of all processes, by default.
+
+    Raises:
+      ConfigError: see `sizes_for`; or there are fewer devices than that.
+    """
+    import jax
+
+    from glm4v_jax.devices.mesh import make_mesh
+
+    devices = list(devices) if devices is not None else jax.devices()
+    # Those of other processes do not tell how much they have.
+    ours = [device for device in devices if device.process_index == jax.process_index()]
+    memory = device_memory(ours[0]) if ours else None
+    return make_mesh(**sizes_for(text, config, len(devices), memory), devices=devices)
+
+
+def device_memory(device: "jax.Device") -> int | None:
+    """Bytes of memory that a device has for arrays: what it says itself, or a table; None of a CPU."""
+    if device.platform == "cpu":
+        return None
+    told = (device.memory_stats() or {}).get("bytes_limit")
+    if told:
+        return int(told)
+    return next((gib * GIB for kind, gib in _MEMORY.items() if device.device_kind.startswith(kind)), None)
+
+
+def _latency(config: "Glm4vConfig", num_devices: int, memory: int | None, *, rest: str = "q") -> Sizes:
+    """All on the tensor axes as far as the model divides: first kv, then `rest`; what is left over on data."""
+    sizes = _largest("kv", {}, config, num_devices)
+    sizes = _largest(rest, sizes, config, num_devices)
+    return _with_rest(sizes, num_devices)
+
+
+def _throughput(config: "Glm4vConfig", num_devices: int, memory: int | None) -> Sizes:
+    """As few tensor devices as hold the weights; the most there can be if that is too few."""
+    from glm4v_jax.planning.parameter_layout import parameter_layout
+
+    if memory is None:
+        return _with_rest(_largest("kv", {}, config, num_devices), num_devices)
+    layout = parameter_layout(config)
+    most = _latency(config, num_devices, memory)
+    for tensor in _divisors(most["kv"] * most["q"]):
+        sizes = _latency(config, tensor, memory)
+        held = _BFLOAT16_BYTES * sum(leaf.device_parameters(sizes) for leaf in layout)
+        if sizes["data"] == 1 and held <= WEIGHTS_SHARE * memory:
+            return sizes | {"data": num_devices // tensor}
+    return most
+
+
+def _train(config: "Glm4vConfig", num_devices: int, memory: int | None) -> Sizes:
+    """Everything about the weights on fsdp, up to a size that still pays; what is left over on data."""
+    return _with_rest(_largest("fsdp", {}, config, num_devices, at_most=MAX_FSDP), num_devices)
+
+
+PRESETS: Mapping[str, MeshPreset] = types.MappingProxyType(
+    {
+        preset.name: preset
+        for preset in (
+            MeshPreset(
+                "latency",
+                "Soonest answers to few prompts: every device holds a part of each layer (axes kv and q).",
+                _latency,
+            ),
+            MeshPreset(
+                "throughput",
+                "Most answers to many prompts: as few devices a replica as hold the weights in half of their memory, "
+                "and as many replicas as there are devices for (axis data).",
+                _throughput,
+            ),
+            MeshPreset(
+                "train",
+                "Training: weights, gradients and the optimiser's state are spread over the devices that share the "
+                "batch (axis fsdp).",
+                _train,
+            ),
+            MeshPreset(
+                "long-context",
+                "Long prompts: as latency, and every device holds some of the cache's slots (axes kv and seq).",
+                functools.partial(_latency, rest="seq"),
+            ),
+        )
+    }
+)
+
+
+def _largest(axis: str, sizes: Sizes, config: "Glm4vConfig", num_devices: int, at_most: int | None = None) -> Sizes:
+    """`sizes`, with the largest number along another axis that the devices left over and the model divide by."""
+    from glm4v_jax.devices.mesh import AXES
+    from glm4v_jax.planning.parameter_layout import misfits
+
+    whole = dict.fromkeys(AXES, 1) | sizes
+    left = num_devices // math.prod(whole.values())
+    fitting = (whole | {axis: size} for size in reversed(_divisors(left)) if at_most is None or size <= at_most)
+    return next(sizes for sizes in fitting if not misfits(config, sizes))
+
+
+def _with_rest(sizes: Sizes, num_devices: int) -> Sizes:
+    """`sizes`, with the devices left over along data."""
+    return sizes | {"data": num_devices // math.prod(sizes.values())}
+
+
+def _divisors(number: int) -> list[int]:
+    """In ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]

@@ -1,0 +1,128 @@
+"""How the parameters of a configuration lie on a mesh: shapes and mesh axes, from the abstract model alone.
+
+Nothing here needs the devices of the mesh: a layout is traced once, on a mesh of one abstract device, and what a larger
+mesh makes of it is division.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from glm4v_jax.checkpoints.load import leaf_paths
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import AXES, RULES, names_of
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.nn import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafLayout:
+    """A parameter, or the equal parameters of all layers.
+
+    path: as `glm4v_jax.checkpoints.hf_mapping` has it: "language_model.layers.mlp.down.kernel".
+    count: how many layers have it; 1 outside the layers.
+    shape: of one of them.
+    names: the logical name of each dimension, None where it has none.
+    axes: the mesh axes along which each dimension is split.
+    """
+
+    path: str
+    count: int
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...]
+    axes: tuple[tuple[str, ...], ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers, in all layers."""
+        return self.count * math.prod(self.shape)
+
+    def shards(self, sizes: Mapping[str, int]) -> int:
+        """Into how many pieces a mesh of these sizes cuts it."""
+        return math.prod(devices_along(axes, sizes) for axes in self.axes)
+
+    def device_parameters(self, sizes: Mapping[str, int]) -> int:
+        """How many of the numbers one device of such a mesh holds."""
+        return self.parameters // self.shards(sizes)
+
+
+def devices_along(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    """How many devices there are along some axes of a mesh."""
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The axes of a mesh as they are asked for: "fsdp=4,kv=2"; "data=1" of one device."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
+_TABLE_NAMES = {names_of(RULES[name]): name for name in ("vocab", "embed")}
+
+
+@functools.cache
+def parameter_layout(config: Glm4vConfig) -> tuple[LeafLayout, ...]:
+    """All parameters of the model, in the order of `jax.tree.leaves`."""
+    one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+    def make() -> Glm4v:
+        with jax.sharding.use_abstract_mesh(one):
+            return jax.eval_shape(lambda: Glm4v.init(config))
+
+    # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would be in the way.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        model = thread.submit(make).result()
+    found = []
+    for path, leaf in zip(leaf_paths(model), jax.tree.leaves(model), strict=True):
+        axes = [names_of(axis) for axis in leaf.sharding.spec]
+        axes += [()] * (leaf.ndim - len(axes))
+        first = int(".stacked." in path)
+        names = _logical_names(model, path, axes[first:])
+        count = leaf.shape[0] if first else 1
+        path = path.replace(".stacked.", ".")
+        found.append(LeafLayout(path, count, leaf.shape[first:], names, tuple(axes[first:])))
+    return tuple(found)
+
+
+def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
+    """What of the model does not divide by a mesh of these sizes, in words; nothing if it can be kept there."""
+    failing: dict[tuple[str | None, tuple[str, ...]], set[int]] = {}
+    for leaf in parameter_layout(config):
+        for size, name, axes in zip(leaf.shape, leaf.names, leaf.axes, strict=True):
+            if size % devices_along(axes, sizes):
+                failing.setdefault((name, axes), set()).add(size)
+    return [
+        f"{name} of {size} does not divide by mesh axes {' x '.join(axes)} of {devices_along(axes, sizes)} devices"
+        for (name, axes), found in failing.items()
+        for size in sorted(found)
+        # The 2,048 numbers of 16 groups fail where the groups do, and say nothing more.
+        if not any(size % smaller == 0 for smaller in found if smaller < size)
+    ]
+
+
+def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int]) -> None:
+    """Check that a mesh can keep every parameter of a model, before any of them is read.
+
+    Args:
+      config: of the model.
+      sizes: axis -> devices, all axes.
+
+    Raises:
+      ConfigError: dimensions do not divide by the devices along their mesh axes; the message has all of them.
+    """
+    if found := misfits(config, sizes):
+        raise ConfigError(f"mesh {mesh_text(sizes)}: {'; '.join(found)}")
+
+
+def _logical_names(model: Glm4v, path: str, axes: list[tuple[str, ...]]) -> tuple[str | None, ...]:
+    """The logical names of a parameter's dimensions: those of its module, or of a table's two sides by their axes."""
+    *parents, leaf = path.split(".")
+    module = functools.reduce(getattr, parents, model)
+    if isinstance(module, Linear):
+        return (*module.in_axes, *module.out_axes) if leaf == "kernel" else module.out_axes
+    return tuple(_TABLE_NAMES.get(along) for along in axes)

@@ -1,0 +1,305 @@
+"""Adapters in PEFT's format: written, read, and what PEFT itself makes of them."""
+
+import contextlib
+import json
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers_lora import batch_of, logits_of, trained
+from helpers_transformers import import_transformers
+from reference import CONFIGS, assert_close, load_theirs, random_tensors, their_inputs
+
+from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints.adapter import load_adapter, places, save_adapter
+from glm4v_jax.checkpoints.hf_write import tensors_of
+from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.model import lora
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+PREFIX = "base_model.model."
+# What LoRA can be put beside in the reference, layers left out; the ViT's gate and up are two there.
+MODULES = {
+    "lm_head",
+    *(f"model.language_model.layers.#.self_attn.{name}_proj" for name in "qkvo"),
+    *(f"model.language_model.layers.#.mlp.{name}_proj" for name in ("gate_up", "down")),
+    "model.visual.patch_embed.proj", "model.visual.blocks.#.attn.qkv", "model.visual.blocks.#.attn.proj",
+    *(f"model.visual.blocks.#.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    "model.visual.downsample", "model.visual.merger.proj",
+    *(f"model.visual.merger.{name}_proj" for name in ("gate", "up", "down")),
+}  # fmt: skip
+IMAGE = [[4, ("image", (4, 6)), 3], [9]]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    """Stacked, as training has it."""
+    return Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), dtype="float32", stacked=True).module
+
+
+def read(directory):
+    """An adapter's tensors by module, as PEFT's documentation describes them: module -> (scale, A, B)."""
+    options = json.loads((directory / "adapter_config.json").read_text())
+    file = SafetensorsFile(directory / "adapter_model.safetensors")
+    assert file.metadata == {"format": "pt"}
+    found = {}
+    for name in file:
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            a, b = (file.read(f"{PREFIX}{module}.lora_{side}.weight") for side in "AB")
+            assert re.fullmatch(options["target_modules"], module)
+            patterns = [(options["rank_pattern"], options["r"]), (options["alpha_pattern"], options["lora_alpha"])]
+            rank, alpha = (next((v for k, v in p.items() if re.fullmatch(k, module)), d) for p, d in patterns)
+            assert a.shape[0] == b.shape[1] == rank
+            found[module] = alpha / rank, a, b
+    assert len(file) == 2 * len(found)
+    return found
+
+
+def merged_by_hand(tensors, adapter):
+    """W + scale B A, in float64; a convolution's A has its window, its B a window of 1."""
+    result = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    for module, (scale, a, b) in adapter.items():
+        product = b.reshape(len(b), -1).astype(np.float64) @ a.reshape(len(a), -1)
+        result[f"{module}.weight"] += scale * product.reshape(result[f"{module}.weight"].shape)
+    return result
+
+
+def assert_merges_to(model, expected):
+    """Every tensor of the merged model, exported, is the one expected up to float32's rounding."""
+    found = {name: np.asarray(source) for name, source in tensors_of(lora.merge_lora(model)).items()}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor, tolerance=5e-7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_kernels_merge_to_what_the_adapter_says(ours, tmp_path, name, stacked):
+    base = ours(name).module
+    adapter = trained(base.stacked() if stacked else base)
+    save_adapter(adapter, tmp_path, "a/base")
+    found = read(tmp_path)
+    config = adapter.config
+    modules = {re.sub(r"\.\d+\.", ".#.", module) for module in found}
+    assert modules == MODULES - ({"lm_head"} if config.text_config.tie_word_embeddings else set())
+    tensors = random_tensors(config)
+    expected = merged_by_hand(tensors, found)
+    assert_merges_to(adapter, expected)
+    for module in found:  # or a wrong product of 0 would do
+        assert np.abs(expected[f"{module}.weight"] - tensors[f"{module}.weight"]).max() > 0.01
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_comes_back(ours, tmp_path, name):
+    apart = trained(ours(name).module, lora.LoraConfig(rank=3, alpha=4.5, target=r".*(proj|down|gate_up|qkv)"))
+    save_adapter(apart, tmp_path)
+    again = load_adapter(ours(name).module, tmp_path)
+    assert jax.tree.structure(again) == jax.tree.structure(apart)
+    jax.tree.map(np.testing.assert_array_equal, again, apart)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(ours(name).module.stacked(), tmp_path), apart.stacked())
+
+
+def test_by_default(model, tmp_path):
+    """The names and shapes that PEFT gives a GLM-4.1V's adapter, and its options."""
+    save_adapter(lora.add_lora(model, lora.LoraConfig()), tmp_path / "new", "zai-org/GLM-4.1V-9B-Thinking")
+    file = SafetensorsFile(tmp_path / "new" / "adapter_model.safetensors")
+    layer = f"{PREFIX}model.language_model.layers.1."
+    assert {name: file[name].shape for name in file if name.startswith(layer)} == {
+        f"{layer}self_attn.q_proj.lora_A.weight": (8, 64), f"{layer}self_attn.q_proj.lora_B.weight": (64, 8),
+        f"{layer}self_attn.k_proj.lora_A.weight": (8, 64), f"{layer}self_attn.k_proj.lora_B.weight": (32, 8),
+        f"{layer}self_attn.v_proj.lora_A.weight": (8, 64), f"{layer}self_attn.v_proj.lora_B.weight": (32, 8),
+        f"{layer}self_attn.o_proj.lora_A.weight": (8, 64), f"{layer}self_attn.o_proj.lora_B.weight": (64, 8),
+        f"{layer}mlp.gate_up_proj.lora_A.weight": (8, 64), f"{layer}mlp.gate_up_proj.lora_B.weight": (192, 8),
+        f"{layer}mlp.down_proj.lora_A.weight": (8, 96), f"{layer}mlp.down_proj.lora_B.weight": (64, 8),
+    }  # fmt: skip
+    assert len(file) == 2 * 12
+    options = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert (options["r"], options["lora_alpha"], options["peft_type"]) == (8, 16, "LORA")
+    assert options["rank_pattern"] == options["alpha_pattern"] == {}
+    assert options["base_model_name_or_path"] == "zai-org/GLM-4.1V-9B-Thinking"
+    for part in ("visual", "language_model"):
+        name = f"model.{part}.{'blocks' if part == 'visual' else 'layers'}.12.mlp.down_proj"
+        assert bool(re.fullmatch(options["target_modules"], name)) == (part == "language_model")
+
+
+def foreign(config, directory, *, seed=0, **options):
+    """An adapter that this package would not write: gate and up with an A each, ranks by module, layers left out."""
+    random, tensors = np.random.RandomState(seed), {}
+    ranks = {r"layers\.1\.self_attn\.q_proj": 5, "up_proj": 4, "downsample": 1}
+    for name, tensor in random_tensors(config).items():
+        module = name.removesuffix(".weight")
+        if re.sub(r"\.\d+\.", ".#.", module) not in MODULES or "layers.0.self_attn.k" in name or "merger.gate" in name:
+            continue
+        rank = next((r for key, r in ranks.items() if re.match(rf"(.*\.)?({key})$", module)), 2)
+        shapes = (rank, *tensor.shape[1:]), (len(tensor), rank, *(1,) * (tensor.ndim - 2))
+        for side, shape in zip("AB", shapes, strict=True):
+            tensors[f"{PREFIX}{module}.lora_{side}.weight"] = random.standard_normal(shape).astype(np.float32) / 4
+    directory.mkdir(exist_ok=True)
+    write_safetensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
+    options = dict(
+        peft_type="LORA", r=2, lora_alpha=3, rank_pattern=ranks, bias="none", init_lora_weights=True,
+        alpha_pattern={"mlp.gate_proj": 7, r"0\.mlp\.down_proj": 5},
+    ) | options  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(options))
+    return options, tensors
+
+
+@pytest.mark.parametrize("by_root", [False, True])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_an_adapter_of_others(ours, tmp_path, stacked, by_root):
+    base = ours("base").module
+    options, tensors = foreign(base.config, tmp_path / "theirs", use_rslora=by_root)
+    adapter = {}
+    for name, a in tensors.items():
+        if "lora_A" in name:
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            alpha = next((v for k, v in options["alpha_pattern"].items() if module.endswith(k.replace("\\", ""))), 3)
+            adapter[module] = alpha / (len(a) ** 0.5 if by_root else len(a)), a, tensors[name.replace("_A.", "_B.")]
+    assert {len(a) for _, a, _ in adapter.values()} == {1, 2, 4, 5} and len({s for s, *_ in adapter.values()}) == 6
+    model = load_adapter(base.stacked() if stacked else base, tmp_path / "theirs")
+    expected = merged_by_hand(random_tensors(base.config), adapter)
+    assert_merges_to(model, expected)
+    # And what is made of it again, which has other ranks, is the same to those who read it.
+    save_adapter(model, tmp_path / "ours")
+    again = merged_by_hand(random_tensors(base.config), read(tmp_path / "ours"))
+    for name, tensor in expected.items():
+        assert_close(again[name], tensor, tolerance=1e-6)
+    assert_merges_to(load_adapter(base, tmp_path / "ours"), expected)
+
+
+def test_files_that_are_no_adapter(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: No such file.*; expected an adapter of PEFT"):
+        load_adapter(model, tmp_path)
+    for changed, message in [
+        (dict(peft_type="IA3"), "peft_type: found 'IA3'; expected 'LORA'"),
+        (dict(use_dora=True), "use_dora: found True; expected none"),
+        (dict(modules_to_save=["lm_head"]), r"modules_to_save: found \['lm_head'\]; expected none"),
+        (dict(bias="all"), "bias: found 'all'; expected 'none'"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights: found 'pissa', which changes the base"),
+        (dict(r=None), "found no usable r, lora_alpha or pattern"),
+    ]:
+        foreign(model.config, tmp_path / "other", **changed)
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter(model, tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="found no JSON"):
+        load_adapter(model, tmp_path / "other")
+
+
+def test_tensors_that_do_not_fit_are_all_listed(model, tmp_path):
+    _, tensors = foreign(model.config, tmp_path)
+    layer = f"{PREFIX}model.language_model.layers."
+    tensors[f"{layer}2.self_attn.q_proj.lora_A.weight"] = np.zeros((2, 64), np.float32)
+    tensors[f"{layer}0.mlp.down_proj.lora_A.weight"] = np.zeros((3, 96), np.float32)
+    del tensors[f"{layer}1.self_attn.v_proj.lora_B.weight"]
+    write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(model, tmp_path)
+    for problem in (
+        "3 tensors do not fit", f"unexpected: {layer}2.self_attn.q_proj.lora_A.weight [2, 64]",
+        f"misshapen: {layer}0.mlp.down_proj.lora_A.weight has shape [3, 96], expected [2, 96]",
+        f"missing: {layer}1.self_attn.v_proj.lora_B.weight",
+    ):  # fmt: skip
+        assert problem in str(error.value)
+    write_safetensors(tmp_path / "adapter_model.safetensors", {})
+    with pytest.raises(CheckpointError, match="it is empty"):
+        load_adapter(model, tmp_path)
+
+
+def test_one_adapter_at_a_time(model, tmp_path):
+    with pytest.raises(ConfigError, match="found a model without an adapter"):
+        save_adapter(model, tmp_path)
+    adapter = lora.add_lora(model, lora.LoraConfig())
+    save_adapter(adapter, tmp_path)
+    with pytest.raises(ConfigError, match="found a model that has an adapter"):
+        load_adapter(adapter, tmp_path)
+
+
+@pytest.mark.parametrize("end", range(4))
+def test_an_end_in_between_leaves_no_weights_with_the_scale_of_others(model, tmp_path, monkeypatch, end):
+    """Each file that takes its place may be the last: the old adapter is there, or the new one, or none."""
+    old, new = (trained(model, lora.LoraConfig(rank=rank, alpha=alpha)) for rank, alpha in ((2, 4), (3, 24)))
+    save_adapter(old, tmp_path / "here")
+    for name, adapter in (("old", old), ("new", new)):
+        save_adapter(adapter, tmp_path / name)
+    replace, done = os.replace, []
+
+    def ending(*paths):
+        if len(done) == end:
+            raise KeyboardInterrupt
+        done.append(paths)
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", ending)
+        with contextlib.suppress(KeyboardInterrupt):
+            save_adapter(new, tmp_path / "here")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert {path.name for path in (tmp_path / "here").iterdir()} <= set(names)
+    if end in (1, 2):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+            load_adapter(model, tmp_path / "here")
+        return
+    same = tmp_path / ("new" if end == 3 else "old")
+    assert all((tmp_path / "here" / name).read_bytes() == (same / name).read_bytes() for name in names)
+
+
+def import_peft():
+    """PEFT, which wants transformers to be importable; skips the test where either is not installed."""
+    import_transformers()
+    return pytest.importorskip("peft")
+
+
+def their_logits(model, prompts):
+    import torch
+
+    with torch.no_grad():
+        return model(**their_inputs(model, prompts)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", ["base", "odd", "mha", "tester"])
+def test_peft_computes_the_same(ours, checkpoints, tmp_path, name):
+    theirs = import_peft()
+    adapter = trained(ours(name).module)
+    batch, prompts = batch_of(adapter.config, IMAGE)
+    save_adapter(adapter, tmp_path)
+    reference = load_theirs(checkpoints(name))
+    before = their_logits(reference, prompts)
+    wrapped = theirs.PeftModel.from_pretrained(reference, tmp_path).eval()
+    parameters = {k: v for k, v in wrapped.named_parameters() if "lora_" in k}
+    file = SafetensorsFile(tmp_path / "adapter_model.safetensors")
+    assert parameters.keys() == {name.replace(".weight", ".default.weight") for name in file}
+    expected = their_logits(wrapped.base_model.model, prompts)
+    assert_close(np.asarray(logits_of(adapter, batch))[:2, : expected.shape[1]], expected, prompts.real)
+    assert np.abs(before - expected)[prompts.real].max() > 0.05 * np.abs(before).max()
+
+
+def test_an_adapter_that_peft_writes(ours, checkpoints, tmp_path):
+    theirs, torch = import_peft(), pytest.importorskip("torch")
+    reference = load_theirs(checkpoints("base"))
+    modules = ["q_proj", "o_proj", "qkv", "attn.proj", "gate_proj", "up_proj", "gate_up_proj", "downsample"]
+    config = theirs.LoraConfig(
+        r=4, lora_alpha=6, target_modules=modules, use_rslora=True, init_lora_weights=False,
+        rank_pattern={"up_proj": 3}, alpha_pattern={"gate_proj": 5},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    wrapped = theirs.get_peft_model(reference, config).eval()
+    wrapped.save_pretrained(tmp_path)
+    model = load_adapter(ours("base").module, tmp_path)
+    batch, prompts = batch_of(model.config, IMAGE)
+    expected = their_logits(wrapped.base_model.model, prompts)
+    assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+
+
+def test_rules_of_both_sides():
+    """Heads are cut in two where the kernel's rule says; written out for the two that differ most from PyTorch's."""
+    found = {p.module.split("layers.0.")[-1]: p for p in places(Glm4vConfig.from_dict(CONFIGS["base"]))}
+    q, o, gate = (found[name] for name in ("self_attn.q_proj", "self_attn.o_proj", "model.visual.merger.gate_proj"))
+    assert (q.a.layout, q.b.layout) == ("R D -> D R", "(K G H) R -> R K (G H)")
+    assert (o.a.layout, o.b.layout) == ("R (K G H) -> K G H R", "D R -> R D")
+    assert gate.b.part == (1, 0) and gate.a.leaf == "visual.merger.mlp.gate_up.lora_a"

@@ -1,0 +1,109 @@
+"""A live model saved in Hugging Face layout: the same weights come back, here and in transformers."""
+
+import errno
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from helpers_convert import files_of, read_all
+from reference import CONFIGS, load_theirs, random_tensors
+
+from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints import hf_shards
+from glm4v_jax.checkpoints.hf_write import generation_options
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import CheckpointError, ConfigError
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_comes_back(checkpoints, tmp_path, name, stacked):
+    model = Glm4vForConditionalGeneration.from_pretrained(checkpoints(name), dtype="float32", stacked=stacked)
+    model.save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    found, expected = read_all(tmp_path / "out"), random_tensors(Glm4vConfig.from_dict(CONFIGS[name]))
+    assert found.keys() == expected.keys()
+    for tensor, values in expected.items():
+        np.testing.assert_array_equal(found[tensor], values)
+    again = Glm4vForConditionalGeneration.from_pretrained(tmp_path / "out", stacked=stacked)
+    jax.tree.map(np.testing.assert_array_equal, again.module, model.module)
+    assert again.config == model.config
+
+
+@pytest.mark.parametrize("name", ["base", "tester", "odd"])
+def test_transformers_loads_it(ours, theirs, tmp_path, name):
+    torch = pytest.importorskip("torch")
+    ours(name).save_pretrained(tmp_path)
+    model = load_theirs(tmp_path)  # asserts that no key is missing or unexpected
+    ids = torch.arange(9, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, theirs(name)(input_ids=ids).logits)
+
+
+def test_shards_and_index_are_those_of_transformers(ours, theirs, tmp_path):
+    """Up to the order of tensors within the vision part, which decides what fits into which file."""
+    ours("base").save_pretrained(tmp_path / "ours", max_shard_size="100KB")
+    theirs("base").save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    found, expected = (json.loads((tmp_path / who / hf_shards.INDEX).read_text()) for who in ("ours", "theirs"))
+    assert found["metadata"] == expected["metadata"] and found["weight_map"].keys() == expected["weight_map"].keys()
+    ours("base").save_pretrained(tmp_path / "ours")
+    theirs("base").save_pretrained(tmp_path / "theirs")
+    single = [(tmp_path / who / hf_shards.SINGLE).read_bytes() for who in ("ours", "theirs")]
+    assert single[0] == single[1]
+
+
+def test_half_precision(checkpoints, tmp_path):
+    model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    assert {tensor.dtype.name for tensor in read_all(tmp_path).values()} == {"bfloat16"}
+
+
+def test_other_files_stay_and_old_shards_go(ours, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    ours("base").save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ours("base").save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+
+
+def test_a_full_disk_leaves_the_old_weights(ours, tmp_path, monkeypatch):
+    ours("base").save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    write, count = hf_shards.write_safetensors, 0
+
+    def failing(*arguments):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(hf_shards, "write_safetensors", failing)
+    with pytest.raises(OSError, match="No space"):
+        ours("base").save_pretrained(tmp_path, max_shard_size="100KB")
+    assert files_of(tmp_path) == before
+
+
+def test_refused(ours, tmp_path):
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        ours("base").save_pretrained(tmp_path / "out", max_shard_size="many")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: found a file"):
+        ours("base").save_pretrained(tmp_path / "file")
+
+
+def test_generation_options_come_back(tmp_path):
+    config = GenerationConfig(do_sample=True, top_k=2, top_p=0.6, temperature=0.8, eos_token_id=(3, 5), pad_token_id=3)
+    options = generation_options(config)
+    assert options == {
+        "do_sample": True, "top_k": 2, "top_p": 0.6, "temperature": 0.8, "eos_token_id": [3, 5], "pad_token_id": 3,
+    }  # fmt: skip
+    assert GenerationConfig.from_dict(options) == config
+    assert generation_options(GenerationConfig()) == {}

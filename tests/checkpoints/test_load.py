@@ -1,0 +1,203 @@
+"""Checkpoints on disk -> the model, exactly: dtypes, shards, damage, and what is checked before anything is read."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from reference import CONFIGS, export, random_tensors
+
+from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints.load import default_dtype, load_model, resolve_dtype
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint, write_safetensors
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import CheckpointError, ConfigError
+
+CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+
+def assert_same_tensors(model, tensors, dtype=np.float32):
+    found = export(model, model.config)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype
+        np.testing.assert_array_equal(found[name].astype(np.float32), tensor.astype(dtype).astype(np.float32), name)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_tensor_arrives_unchanged(checkpoints, name, stacked):
+    config = Glm4vConfig.from_dict(CONFIGS[name])
+    model = load_model(checkpoints(name), config, dtype="float32", stacked=stacked)
+    assert_same_tensors(model, random_tensors(config))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["base"]), encoding="utf-8")
+    return tmp_path
+
+
+def write(directory, tensors, shards=1):
+    if shards == 1:
+        write_safetensors(directory / "model.safetensors", tensors)
+        return
+    names, weight_map = list(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        write_safetensors(directory / file, {name: tensors[name] for name in names[i::shards]})
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
+def test_a_checkpoint_of_half_width_is_read_exactly(directory, stored):
+    tensors = {name: tensor.astype(stored) for name, tensor in random_tensors(CONFIG).items()}
+    write(directory, tensors)
+    assert_same_tensors(load_model(directory, CONFIG, dtype="float32"), tensors)
+    assert_same_tensors(load_model(directory, CONFIG, dtype="auto"), tensors, stored)
+
+
+def test_float32_is_rounded_to_the_dtype_asked_for(checkpoints):
+    """Round to nearest even, as torch does."""
+    assert_same_tensors(
+        load_model(checkpoints("base"), CONFIG, dtype="bf16"), random_tensors(CONFIG), ml_dtypes.bfloat16
+    )
+
+
+def test_float16_warns(checkpoints):
+    with pytest.warns(UserWarning, match="float16 overflows"):
+        model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("tester"), torch_dtype="float16")
+    assert model.dtype == np.float16 and model.num_parameters() == sum(
+        x.size for x in random_tensors(Glm4vConfig.from_dict(CONFIGS["tester"])).values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [(None, jnp.float32), ("float32", jnp.float32), ("torch.bfloat16", jnp.bfloat16), ("half", jnp.float16),
+     (jnp.bfloat16, jnp.bfloat16), (np.float32, jnp.float32), (np.dtype("float16"), jnp.float16)],
+)  # fmt: skip
+def test_spellings_of_a_dtype(asked, got):
+    assert resolve_dtype(asked) == got
+    assert default_dtype() == jnp.float32  # the tests run on a CPU
+
+
+@pytest.mark.parametrize("asked", ["int8", "float64", np.int32, "auto"])
+def test_other_dtypes_are_refused(asked):
+    with pytest.raises(ConfigError, match=r"found .*; expected None or one of float32, bfloat16, float16"):
+        resolve_dtype(asked)  # without a checkpoint, so "auto" means nothing
+
+
+def test_a_checkpoint_has_a_dtype_of_its_own_to_ask_for(checkpoints):
+    with pytest.raises(ConfigError, match="dtype: found 'int8'; expected None, 'auto' or one of float32, bfloat16, fl"):
+        load_model(checkpoints("tester"), Glm4vConfig.from_dict(CONFIGS["tester"]), dtype="int8")
+
+
+def test_layers_are_laid_out_for_the_devices_of_the_mesh(checkpoints, mesh, monkeypatch):
+    """On a CPU, also where that is not what JAX would take by itself."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("tester"), mesh=mesh)
+    assert not model.module.language_model.layers.is_stacked and model.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_shards(directory, stacked):
+    tensors = random_tensors(CONFIG, seed=3)
+    write(directory, tensors, shards=3)
+    progress = []
+    model = load_model(directory, CONFIG, stacked=stacked, progress=lambda *now: progress.append(now))
+    assert_same_tensors(model, tensors)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    assert progress[-1] == (total, total) and len(progress) == len(jax.tree.leaves(model.unstacked()))
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_a_checkpoint_that_the_reference_saved(tmp_path, theirs, ours):
+    theirs("base").save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    model = Glm4vForConditionalGeneration.from_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, model.module, ours("base").module)
+
+
+def test_a_tied_checkpoint_that_the_reference_saved(tmp_path, theirs, ours):
+    theirs("tester").save_pretrained(tmp_path)
+    model = Glm4vForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.lm_head is None
+    jax.tree.map(np.testing.assert_array_equal, model.module, ours("tester").module)
+
+
+def test_the_model_does_not_change_with_its_file(directory):
+    """Its arrays are copies, not views of the mapped file, which others may write to."""
+    tensors = random_tensors(CONFIG)
+    write(directory, tensors)
+    model = load_model(directory, CONFIG)
+    path = directory / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-path.stat().st_size // 2, 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    assert_same_tensors(model, tensors)
+
+
+def test_nothing_is_read_before_everything_fits(directory, monkeypatch):
+    tensors = random_tensors(CONFIG)
+    tensors["model.language_model.norm.weight"] = np.ones(63, np.float32)
+    write(directory, tensors)
+    monkeypatch.setattr(CheckpointFiles, "read", lambda *_: pytest.fail("read a tensor"))
+    with pytest.raises(CheckpointError, match=r"norm.weight in model.safetensors has shape \[63\], expected \[64\]"):
+        Glm4vForConditionalGeneration.from_pretrained(directory)
+
+
+def test_damage_is_named(directory):
+    load = Glm4vForConditionalGeneration.from_pretrained
+    with pytest.raises(CheckpointError, match="found no weights"):
+        load(directory)
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match="pickled weights only"):
+        load(directory)
+    write(directory, random_tensors(CONFIG))
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model.safetensors.*promises"):
+        load(directory)
+    path.write_bytes(b"\x80" + whole[1:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(directory)
+    path.write_bytes(whole)
+    assert len(open_checkpoint(directory)) == len(random_tensors(CONFIG))
+
+
+def test_missing_shard_is_named(directory):
+    write(directory, random_tensors(CONFIG), shards=3)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors.*is missing"):
+        Glm4vForConditionalGeneration.from_pretrained(directory)
+
+
+def test_not_a_checkpoint(tmp_path):
+    load = Glm4vForConditionalGeneration.from_pretrained
+    with pytest.raises(CheckpointError, match="no such directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"no config.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="'llama', expected 'glm4v'"):
+        load(tmp_path)
+
+
+def test_a_contradictory_rope_is_refused_before_weights(directory):
+    config = json.loads(json.dumps(CONFIGS["base"]))
+    config["text_config"]["rope_scaling"]["mrope_section"] = [8, 12, 12]
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match="sums to 32, expected 4"):
+        Glm4vForConditionalGeneration.from_pretrained(directory)

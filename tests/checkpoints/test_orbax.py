@@ -1,0 +1,316 @@
+"""Orbax checkpoints: what is written is what is read, in either layout and on any mesh, and damage is named.
+
+Run as a program, `python test_orbax.py DIRECTORY`, this file saves and loads on eight simulated devices.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_orbax import assert_same_weights, contents, run_program
+from orbax.checkpoint import v1 as ocp
+from reference import CONFIGS, Prompts, export, random_tensors, write_checkpoint
+
+from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
+from glm4v_jax.checkpoints.hf_write import tensor_shapes
+from glm4v_jax.checkpoints.leaves import LeafInfo, copy_in_squares, in_groups
+from glm4v_jax.checkpoints.load import leaf_paths, load_model
+from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.orbax_write import save_model
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices import mesh
+from glm4v_jax.errors import CheckpointError
+from glm4v_jax.files import asset_files, assets_directory, is_orbax
+
+CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
+MESHES = [dict(), dict(fsdp=2, kv=2, q=2), dict(data=2, fsdp=4)]
+# Saved on, loaded on, whether stacked.
+CASES = [(MESHES[0], MESHES[1], True), (MESHES[0], MESHES[1], False), (MESHES[1], MESHES[2], True),
+         (MESHES[1], MESHES[0], False)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, checkpoints, mesh):
+    """The base model as an Orbax checkpoint; not to be written to."""
+    directory = tmp_path_factory.mktemp("saved") / "model"
+    Glm4vForConditionalGeneration.from_pretrained(checkpoints("base")).save_orbax(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_model_comes_back_bit_for_bit(name, stacked, checkpoints, tmp_path, mesh):
+    config = Glm4vConfig.from_dict(CONFIGS[name])
+    model = load_model(checkpoints(name), config, stacked=stacked)
+    save_model(model, tmp_path / "saved")
+    assert_same_weights_as_tensors(tmp_path / "saved", random_tensors(config))
+    for layout in (True, False):
+        again = load_model(tmp_path / "saved", config, stacked=layout)
+        expected = model.stacked() if layout else model.unstacked()
+        assert list(leaf_paths(again)) == list(leaf_paths(expected))
+        jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+def assert_same_weights_as_tensors(directory, tensors):
+    files = open_weights(directory)
+    assert files.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (files[name].shape, files[name].dtype, files[name].nbytes) == (tensor.shape, np.float32, tensor.nbytes)
+        np.testing.assert_array_equal(files.read(name), tensor, name)
+
+
+@pytest.mark.parametrize(
+    "index", [np.s_[2:5], np.s_[-3:], np.s_[::7], np.s_[2:5, ...], np.s_[...], np.s_[1], np.s_[9:3]]
+)
+def test_slices_are_numpy_slices(saved, index):
+    files = open_weights(saved)
+    for name, tensor in random_tensors(CONFIG).items():
+        np.testing.assert_array_equal(files.read(name, index), tensor[index], name)
+
+
+def test_the_largest_tensors_are_read_by_slices(saved, monkeypatch):
+    files = open_weights(saved)
+    read = []
+    whole = files.leaves.read
+    monkeypatch.setattr(files.leaves, "read", lambda path, index: read.append(whole(path, index)) or read[-1])
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        files.read(name, slice(10, 20))
+        assert read[-1].size == 10 * CONFIG.text_config.hidden_size
+
+
+def test_orbax_alone_reads_it(saved):
+    """It is an ordinary checkpoint: a nested dictionary with a leaf for each parameter of each layer."""
+    with pytest.warns(UserWarning, match="Sharding info"):
+        tree = ocp.load(saved)
+    up = random_tensors(CONFIG)["model.visual.blocks.1.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(tree["visual"]["blocks"]["1"]["mlp"]["gate_up"]["kernel"][:, 1], up.T)
+    versions = ocp.metadata(saved).custom_metadata["glm4v_jax"]["versions"]
+    assert versions.keys() == {"glm4v_jax", "jax", "orbax-checkpoint"}
+
+
+def test_a_relative_path_is_as_good(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    assert open_weights(copy.name).leaves.infos == open_weights(copy).leaves.infos
+
+
+def test_metadata_without_data(copy):
+    for path in (copy / "state").rglob("d/*"):
+        if path.stat().st_size > 100_000:
+            path.unlink()
+    files = open_weights(copy)
+    assert len(files) == len(random_tensors(CONFIG))
+    with pytest.raises(CheckpointError, match=r"copy: lm_head\.kernel: cannot be read"):
+        files.read("lm_head.weight")
+
+
+def test_damaged_data_are_named(copy):
+    path = max((copy / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.raises(CheckpointError, match=r"copy: [\w.]+: cannot be read"):
+        Glm4vForConditionalGeneration.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_damaged_metadata_are_named(copy, name):
+    (copy / "state" / name).write_bytes(b"{nonsense")
+    with pytest.raises(CheckpointError, match="copy"):
+        Glm4vForConditionalGeneration.from_pretrained(copy)
+
+
+def test_leaves_that_do_not_fit_are_listed_together(copy):
+    text = dict(CONFIGS["base"]["text_config"], num_hidden_layers=3, vocab_size=384)
+    (copy / "assets" / "config.json").write_text(json.dumps(CONFIGS["base"] | {"text_config": text}))
+    with pytest.raises(CheckpointError) as caught:
+        open_weights(copy)
+    for part in (
+        r"missing: language_model.layers.2.mlp.down.kernel [96, 64]",
+        r"misshapen: lm_head.kernel has shape [64, 320], expected [64, 384]",
+    ):
+        assert part in str(caught.value)
+    text = CONFIG.text_config.to_dict() | {"num_hidden_layers": 1}
+    (copy / "assets" / "config.json").write_text(json.dumps(CONFIGS["base"] | {"text_config": text}))
+    with pytest.raises(CheckpointError, match=r"unexpected: language_model.layers.1"):
+        open_weights(copy)
+
+
+def test_a_model_of_another_configuration_is_refused(saved, mesh):
+    with pytest.raises(CheckpointError, match="leaves do not fit the configuration"):
+        load_model(saved, Glm4vConfig.from_dict(CONFIGS["wide"]))
+
+
+def test_a_newer_format_is_refused(copy):
+    path = copy / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    content["custom_metadata"]["glm4v_jax"]["format"] = 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"found format 2; expected 1"):
+        open_weights(copy)
+
+
+@pytest.fixture
+def noted(checkpoints, tmp_path):
+    """A function: change what a converted checkpoint tells of its source, and open it."""
+    from convert.to_orbax import to_orbax
+
+    to_orbax(checkpoints("base"), tmp_path / "noted")
+    path = tmp_path / "noted" / "_CHECKPOINT_METADATA"
+
+    def open_changed(change):
+        content = json.loads(path.read_text())
+        change(content["custom_metadata"]["glm4v_jax"])
+        path.write_text(json.dumps(content))
+        return open_weights(tmp_path / "noted")
+
+    return open_changed
+
+
+NAMED = "model.language_model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("entry", "problems"),
+    [
+        (["model.language_model.morn.weight", "float32", ""], ["unexpected: model.language_model.morn.weight",
+                                                               "missing: language_model.norm.weight"]),
+        ([NAMED, "float33", ""], [f"of a wrong dtype: {NAMED} is float33, expected one of float32"]),
+        ([NAMED, None, ""], ["expected name, dtype and file"]),
+        ([NAMED], ["expected name, dtype and file"]),
+        (["lm_head.weight", "float32", ""], ["doubled: lm_head.weight and lm_head.weight", "missing: language"]),
+    ],
+)  # fmt: skip
+def test_notes_that_do_not_fit_are_refused(noted, entry, problems):
+    def change(notes):
+        (place,) = (i for i, (name, *_) in enumerate(notes["tensors"]) if name == NAMED)
+        notes["tensors"][place] = entry
+        notes["tensors"].sort(key=lambda entry: entry[0] != "lm_head.weight")
+
+    with pytest.raises(CheckpointError, match="noted: its list of tensors does not fit it") as caught:
+        noted(change)
+    assert all(problem in str(caught.value) for problem in problems), caught.value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("metadata", "pt"), ("source", []), ("tensors", "all"), ("tensors", {"a": 1})]
+)
+def test_notes_of_another_kind_are_refused(noted, key, value):
+    with pytest.raises(CheckpointError, match="expected"):
+        noted(lambda notes: notes.update({key: value}))
+
+
+def test_tensors_come_in_the_order_that_exporting_has(saved):
+    """Where they never were in safetensors."""
+    assert list(open_weights(saved)) == list(tensor_shapes(CONFIG))
+
+
+def test_an_unfinished_checkpoint_is_refused(copy, saved):
+    for name in (".x.unfinished", "x.unfinished"):
+        shutil.copytree(saved, copy.parent / name)
+    with pytest.raises(CheckpointError, match=r"\.x\.unfinished: found what an unfinished conversion left"):
+        Glm4vForConditionalGeneration.from_pretrained(copy.parent / ".x.unfinished")
+    assert len(open_weights(copy.parent / "x.unfinished")) == len(open_weights(saved))  # anybody's name
+    shutil.rmtree(copy / "state")
+    with pytest.raises(CheckpointError, match="unfinished"):
+        Glm4vForConditionalGeneration.from_pretrained(copy)
+    shutil.copytree(saved, copy.parent / "x.partial_save")
+    with pytest.raises(CheckpointError, match="unfinished"):
+        Glm4vForConditionalGeneration.from_pretrained(copy.parent / "x.partial_save")
+
+
+def test_what_is_there_is_kept_unless_replaced(copy, ours):
+    before = contents(copy)
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        ours("tester").save_orbax(copy)
+    assert contents(copy) == before
+    ours("tester").save_orbax(copy, overwrite=True)
+    assert Glm4vConfig.from_pretrained(copy) == Glm4vConfig.from_dict(CONFIGS["tester"])
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_everything_else_travels_along(tmp_path, mesh):
+    model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
+    model.save_orbax(tmp_path / "saved", assets=RANDOM_CHECKPOINT)
+    assert is_orbax(tmp_path / "saved") and not is_orbax(RANDOM_CHECKPOINT)
+    assert assets_directory(RANDOM_CHECKPOINT) == Path(RANDOM_CHECKPOINT)
+    assert {path.name for path in asset_files(RANDOM_CHECKPOINT)} >= {"tokenizer.json", "chat_template.jinja"}
+    assert asset_files(tmp_path / "saved") == asset_files(RANDOM_CHECKPOINT)
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    expected, found = (
+        Glm4vProcessor.from_pretrained(directory).apply_chat_template(messages, add_generation_prompt=True)
+        for directory in (RANDOM_CHECKPOINT, tmp_path / "saved")
+    )
+    assert found == expected
+    engine = Engine.from_pretrained(tmp_path / "saved")
+    assert engine.model.generation_config == model.generation_config
+    jax.tree.map(np.testing.assert_array_equal, engine.model.module, model.module)
+
+
+def test_auto_is_the_dtype_on_disk(saved, tmp_path, mesh):
+    model = load_model(saved, CONFIG, dtype="bfloat16")
+    save_model(model, tmp_path / "half")
+    assert Glm4vForConditionalGeneration.from_pretrained(tmp_path / "half", dtype="auto").dtype == jax.numpy.bfloat16
+    widened = load_model(tmp_path / "half", CONFIG)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float32)), widened, model.stacked())
+
+
+@pytest.mark.parametrize("axes", [(1, 0), (2, 0, 1), (0, 2, 1), (3, 1, 2, 0), (0, 1)])
+def test_copies_in_squares(axes):
+    source = np.random.default_rng(0).integers(0, 9, (300, 7, 513, 5)[: len(axes)]).transpose(axes)
+    target = np.zeros(source.shape, source.dtype)
+    copy_in_squares(target, source)
+    np.testing.assert_array_equal(target, source)
+
+
+def test_groups():
+    sizes = dict(a=5, b=40, c=6, d=3, e=1, f=10, g=40)
+    infos = {path: LeafInfo((size,), np.dtype(np.uint8), size, 1) for path, size in sizes.items()}
+    assert list(in_groups(infos, 10)) == [["b"], ["g"], ["a"], ["c", "d", "e"], ["f"]]
+
+
+def test_saved_on_one_mesh_loaded_on_another(tmp_path):
+    report = json.loads(run_program(__file__, tmp_path, devices=8).splitlines()[-1])
+    assert len(report) == len(CASES)
+    for case in report:
+        assert case["bits"], case
+        assert case["split"] > 0.9 or not case["loaded"], case  # or the meshes would be the same in all but name
+    # The same program on the same weights: nothing is left to rounding.
+    assert [case["logits_equal"] for case in report] == [True, True, None, None]
+
+
+def main(directory):
+    write_checkpoint("base", directory)
+    tensors, report = random_tensors(CONFIG), []
+    prompts = Prompts(CONFIG, [[2, ("image", (4, 6)), 3], [9]], seed=2)
+    for i, (sizes, loaded, stacked) in enumerate(CASES):
+        saved = directory / str(MESHES.index(sizes))
+        load = Glm4vForConditionalGeneration.from_pretrained
+        if not saved.exists():
+            load(directory, mesh=mesh.make_mesh(**sizes), stacked=bool(sizes)).save_orbax(saved)
+            assert_same_weights(saved, directory / "0")
+        model = load(saved, mesh=mesh.make_mesh(**loaded), stacked=stacked)
+        leaves, exported = jax.tree.leaves(model.module), export(model.module, CONFIG)
+        split = sum(x.size for x in leaves if x.addressable_shards[0].data.size < x.size)
+        equal = None
+        if i < 2:
+            expected = load(directory, mesh=mesh.make_mesh(**loaded), stacked=stacked)(**prompts.inputs).logits
+            equal = bool(np.array_equal(model(**prompts.inputs).logits, expected))
+        report.append(
+            dict(
+                loaded=loaded, split=split / sum(x.size for x in leaves), logits_equal=equal,
+                bits=all(np.array_equal(exported[name], tensor) for name, tensor in tensors.items()),
+            )
+        )  # fmt: skip
+    print(json.dumps(report))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

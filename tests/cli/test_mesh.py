@@ -1,0 +1,175 @@
+"""`glm4v mesh`, and `--mesh` of the commands that answer.
+
+Run as a program, this file answers a prompt on one device and on eight; the devices of a process are fixed when JAX
+starts.
+"""
+
+import contextlib
+import io
+import json
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_cli import refused, save_noise
+from helpers_mesh import run_on_devices
+
+from glm4v_jax.cli.main import main as glm4v
+from glm4v_jax.planning.mesh_presets import PRESETS
+
+ONE = ["generate", "--greedy", "--max-new-tokens", "12", "--image", "noise.png", "What is this?"]
+MANY = ["generate", "--greedy", "--max-new-tokens", "6", "--jsonl", "prompts.jsonl", "--slots", "1", "--out"]
+FOR_MANY = (None, "throughput")
+
+
+def told(capfd, *arguments):
+    """Runs `glm4v mesh`; returns what it prints."""
+    assert glm4v(["mesh", *map(str, arguments)]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def complaint(capfd, *arguments):
+    """Runs `glm4v mesh`, expects one line of complaint, status 1 and nothing else; returns the line."""
+    assert glm4v(["mesh", *map(str, arguments)]) == 1
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err.startswith("glm4v: error: ") and captured.err.count("\n") == 1
+    return captured.err.removeprefix("glm4v: error: ").rstrip("\n")
+
+
+# `glm4v mesh`.
+
+
+def test_a_preset_of_the_released_model(capfd):
+    out = told(capfd, "latency", "--devices", 8, "--rows", 8, "--memory", 16)
+    lines = out.splitlines()
+    assert lines[0].split() == ["part", "array", "shape", "split", "by", "in", "all", "a", "device"]
+    (embedding,) = (line.split() for line in lines if line.startswith("embedding"))
+    assert embedding == ["embedding", "1.16", "GiB", "148.00", "MiB"]
+    assert lines[-1] == (
+        "mesh kv=2,q=4: a device holds 2.69 GiB of weights and 640.00 MiB of a cache of 8 x 4096 slots, together "
+        "3.31 GiB in bfloat16, 20.7% of 16.00 GiB"
+    )
+
+
+def test_axes_and_another_model(capfd):
+    out = told(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--dtype", "float32", "--capacity", 64, "--json")
+    found = json.loads(out)
+    assert found["mesh"] == dict(data=1, fsdp=2, kv=2, q=1, seq=1) and found["num_devices"] == 4
+    assert (found["dtype"], found["rows"], found["capacity"]) == ("float32", 1, 64)
+    assert found["device_bytes"] == found["weight_bytes"] + found["cache_bytes"]
+    assert found["memory"] is None and found["share"] is None
+    half = json.loads(told(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--capacity", 64, "--json"))
+    assert half["device_bytes"] * 2 == found["device_bytes"]
+
+
+def test_the_presets_are_compared(capfd):
+    found = json.loads(told(capfd, "--devices", 4, "--memory", 16, "--json"))
+    assert list(found) == list(PRESETS)
+    assert [one["mesh"] for one in found.values()] == [
+        dict(data=1, fsdp=1, kv=2, q=2, seq=1),
+        dict(data=1, fsdp=1, kv=2, q=2, seq=1),
+        dict(data=1, fsdp=4, kv=1, q=1, seq=1),
+        dict(data=1, fsdp=1, kv=2, q=1, seq=2),
+    ]
+    out = " ".join(told(capfd, "--devices", 4, "--memory", 16).split())
+    for text in ("latency kv=2,q=2", "train fsdp=4", "long-context kv=2,seq=2", "4 devices, a cache of 1 x 4096 slots"):
+        assert text in out
+    assert f"{found['train']['share']:.1%}" in out
+
+
+def test_the_devices_here_are_the_default(capfd):
+    found = json.loads(told(capfd, "train", "--json"))
+    import jax
+
+    assert found["num_devices"] == jax.device_count()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["fast"], "mesh: found 'fast'; expected one of the presets latency, throughput, train, long-context"),
+        (["tp=2"], "mesh: found 'tp=2' in 'tp=2'; expected some of data, fsdp, kv, q, seq"),
+        (["latency", "train"], "PRESET|AXES: found 2, expected at most one"),
+        (["latency", "--devices", 0], "--devices: found 0, expected at least 1"),
+        (["latency:4", "--devices", 8], "--devices: found 8 and a mesh of 4, expected one of the two"),
+        (["fsdp=2", "--devices", 8], "--devices: found 8 and a mesh of 2, expected one of the two"),
+        (["latency", "--memory", -1], "--memory: found -1.0, expected a number of GiB above 0"),
+        (["latency", "--memory", "nan"], "--memory: found nan, expected a number of GiB above 0"),
+        (["latency", "--rows", 0], "rows: found 0, expected at least 1"),
+        (["latency", "--model", "nowhere"], "--model nowhere: not a directory"),
+        (
+            ["kv=4,fsdp=3"],
+            "mesh fsdp=3,kv=4: embed of 4096 does not divide by mesh axes fsdp of 3 devices; "
+            "kv_heads of 2 does not divide by mesh axes kv of 4 devices",
+        ),
+    ],
+)
+def test_what_cannot_be_shown(capfd, arguments, problem):
+    assert complaint(capfd, *arguments).startswith(problem)
+
+
+# `--mesh`.
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ("fast", ["'fast'", *PRESETS]),
+        ("tp=2", ["tp=2", "data, fsdp, kv, q, seq"]),
+        ("latency:0", ["latency:0"]),
+        ("kv=4", ["kv_heads of 2", "4 devices"]),
+        ("data=4096", ["data=4096 needs 4096 devices"]),
+    ],
+)
+def test_a_mesh_is_checked_before_weights_are_read(capfd, mesh, words):
+    line = refused(capfd, "Hello", "--mesh", mesh)
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "describe"])
+def test_the_help_has_the_presets(capfd, command):
+    with pytest.raises(SystemExit):
+        glm4v([command, "--help"])
+    shown = " ".join(capfd.readouterr().out.replace("│", "").split())
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.description}" in shown
+
+
+def test_answers_are_the_same_on_every_mesh():
+    save_noise("noise.png")
+    prompts = [{"prompt": "What is this?", "image": "noise.png"}, {"prompt": "Hello"}, {"prompt": "And that?"}]
+    with open("prompts.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
+    answers, batches = run_on_devices(__file__)
+    assert list(answers) == ["null", *PRESETS] and list(batches) == ["null", "throughput"]
+    assert len(answers["null"]) > 8 and len(batches["null"]) == 3
+    for mesh, text in answers.items():
+        assert text == answers["null"], mesh
+    assert batches["throughput"] == batches["null"]
+
+
+def run(mesh, *arguments):
+    """What a command prints, on one device or in a mesh."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert glm4v([*arguments, *(() if mesh is None else ("--mesh", mesh))]) == 0
+    return out.getvalue()
+
+
+def main():
+    """Print what is answered on one device, and on all of them in every way."""
+    answers = {mesh: run(mesh, *ONE) for mesh in (None, *PRESETS)}
+    batches = {}
+    for mesh in FOR_MANY:
+        run(mesh, *MANY, f"{mesh}.jsonl")
+        with open(f"{mesh}.jsonl", encoding="utf-8") as file:
+            batches[mesh] = sorted((line["index"], line["text"]) for line in map(json.loads, file))
+    for found in (answers, batches):
+        print(json.dumps(found))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

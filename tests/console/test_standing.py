@@ -1,0 +1,87 @@
+"""The programs that stand on this package: what is said where they cannot be had."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_cli import ROOT
+
+from glm4v_jax.console import standing
+
+JOB = """
+model = "{model}"
+out = "out"
+steps = 1
+[data]
+files = ["data.jsonl"]
+[batch]
+rows = 1
+length = 32
+[optimizer]
+learning_rate = 1e-4
+"""
+
+# An installation without any extra, in a process of its own.
+BARE = """
+import runpy, sys
+
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("grain", "pyarrow", "rapidfuzz", "sklearn", "tensorboardX"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Bare())
+_, module, *sys.argv[1:] = sys.argv
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def ended(*command):
+    """Exit status, standard output, lines of standard error of a process here, to which the checkout is known."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("command", "told", "package"),
+    [
+        (["glm4v_jax", "eval", "tasks"], "glm4v", "rapidfuzz"),
+        (["eval", "tasks"], "eval", "rapidfuzz"),
+        (["glm4v_jax", "train", "job.toml"], "train", "grain"),
+    ],
+)
+def test_what_an_extra_brings_is_named(command, told, package):
+    pathlib.Path("job.toml").write_text(JOB.format(model=RANDOM_CHECKPOINT))
+    pathlib.Path("data.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    status, out, lines = ended("-c", BARE, *command)
+    extra = "eval" if "eval" in command else "train"
+    expected = f"{told}: error: found no package {package}; {extra} needs the {extra} extra: pip install '.[{extra}]'"
+    assert (status != 0, out, lines) == (True, "", [expected])
+
+
+def test_what_no_extra_brings_is_no_complaint_of_one():
+    """A mistake of the package's own stays a traceback."""
+    for name, program in (("train.nowhere", "train"), ("glm4v_jax.nowhere", "eval"), ("rapidfuzz", "convert")):
+        assert standing.missing(ModuleNotFoundError(name=name), program) is None
+    assert standing.missing(ModuleNotFoundError("no name"), "train") is None
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_script_of_the_same_name_is_named_and_not_run(name):
+    """`python -m` puts the directory that it is called in before all others."""
+    script = pathlib.Path(f"{name}.py").absolute()
+    script.write_text("print('run')\n")
+    status, out, lines = ended("-m", "glm4v_jax", name)
+    assert (status, out, len(lines)) == (standing.TROUBLE, "", 1)
+    assert lines[0].startswith(f"glm4v: error: {script}: has the name of the package {name} of glm4v_jax")
+
+
+def test_a_package_of_the_same_name_is_named_too():
+    pathlib.Path("eval").mkdir()
+    pathlib.Path("eval/__init__.py").touch()
+    status, _, (line,) = ended("-m", "glm4v_jax", "eval")
+    assert status == standing.TROUBLE and f"{pathlib.Path('eval/__init__.py').absolute()}: has the name" in line

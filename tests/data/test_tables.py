@@ -1,0 +1,211 @@
+"""Rows of files: what there is at which place, and what is said of files that are broken."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers_paths import ROOT
+
+from glm4v_jax.data.tables import JsonLines, JsonList, Parquet, find_files, open_rows
+from glm4v_jax.errors import DataError
+
+ROWS = [{"n": n, "text": "ünïcode 图"} for n in range(5)]
+
+
+def write(path, rows=ROWS, *, row_group_size=2):
+    if path.suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_every_kind_of_file_gives_its_rows_in_any_order(tmp_path, suffix):
+    path = write(tmp_path / f"data{suffix}")
+    rows = open_rows(path)
+    assert len(rows) == 5
+    assert [rows[i]["n"] for i in (4, 0, 2, 1, 3)] == [4, 0, 2, 1, 3]
+    assert rows[1]["text"] == "ünïcode 图"
+    expected = f"{path}:4" if suffix == ".jsonl" else f"{path}[3]"
+    assert rows.place(3) == expected
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_rows_can_be_sent_to_another_process(tmp_path, suffix):
+    rows = open_rows(write(tmp_path / f"data{suffix}"))
+    assert rows[2]["n"] == 2
+    copied = pickle.loads(pickle.dumps(rows))
+    assert [copied[i]["n"] for i in range(len(copied))] == [0, 1, 2, 3, 4]
+
+
+def test_blank_lines_and_windows_line_ends_do_not_count(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\r\n{"n": 0}\r\n\n   \n{"n": 1}')
+    rows = JsonLines(path)
+    assert [rows[i] for i in range(len(rows))] == [{"n": 0}, {"n": 1}]
+    assert [rows.place(i) for i in range(2)] == [f"{path}:2", f"{path}:5"]
+
+
+def test_a_broken_line_costs_only_itself(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"n": 0}\n{"n": 1\n[1]\n\xff\xfe{"n"\n{"n": 2}\n')
+    rows = JsonLines(path)
+    assert len(rows) == 5
+    for index, found in ((1, "not JSON"), (2, "found a list, expected an object"), (3, "not JSON")):
+        with pytest.raises(DataError, match=found):
+            rows[index]
+    assert rows[4] == {"n": 2}
+
+
+def test_a_line_is_read_without_the_others(tmp_path, monkeypatch):
+    path = write(tmp_path / "data.jsonl", [{"n": i} for i in range(1000)])
+    rows = JsonLines(path)
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert rows[700] == {"n": 700}
+    assert len(parsed) == 1
+
+
+def test_a_row_group_is_read_once_for_neighbours(tmp_path, monkeypatch):
+    rows = Parquet(write(tmp_path / "data.parquet", [{"n": i} for i in range(10)], row_group_size=4))
+    import pyarrow.parquet
+
+    read = []
+    read_row_group = pyarrow.parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile,
+        "read_row_group",
+        lambda self, group: read.append(group) or read_row_group(self, group),
+    )
+    assert [rows[i]["n"] for i in range(10)] == list(range(10))
+    assert read == [0, 1, 2]
+
+
+def test_in_order_no_row_group_is_read_as_a_whole(tmp_path):
+    """One group of 64 rows of 256 KiB: neither the first row nor all in turn need more than a few of them."""
+    import pyarrow.parquet
+
+    size, count = 256 << 10, 64
+    rng = np.random.default_rng(0)
+    table = pyarrow.table({"n": range(count), "image": [rng.bytes(size) for _ in range(count)]})
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(table, path, data_page_size=size, write_batch_size=1, use_dictionary=False)
+    assert pyarrow.parquet.ParquetFile(path).num_row_groups == 1
+    expected = table.column("image").to_pylist()
+    before = pyarrow.default_memory_pool()
+    pool = pyarrow.proxy_memory_pool(before)
+    pyarrow.set_memory_pool(pool)
+    try:
+        rows = Parquet(path).in_order()
+        assert next(rows) == {"n": 0, "image": expected[0]}
+        rows.close()
+        assert size < pool.max_memory() < 0.5 * count * size
+        assert [row["image"] for row in Parquet(path).in_order()] == expected
+        assert pool.max_memory() < 0.5 * count * size
+    finally:
+        pyarrow.set_memory_pool(before)
+
+
+def test_in_order_a_broken_table_ends_with_what_is_wrong(tmp_path):
+    path = write(tmp_path / "data.parquet", [{"n": i} for i in range(100)], row_group_size=20)
+    import pyarrow.parquet
+
+    place = pyarrow.parquet.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[place : place + 16] = b"\xff" * 16
+    path.write_bytes(content)
+    rows, read = Parquet(path).in_order(), []
+    with pytest.raises(DataError, match="cannot be read from here on"):
+        while True:
+            read.append(next(rows)["n"])
+    assert read == list(range(56))  # the last whole handful before the broken group
+
+
+def test_json_lines_may_be_called_json(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('\n{"n": 0}\n{"n": 1}\n')
+    rows = open_rows(path)
+    assert isinstance(rows, JsonLines)
+    assert len(rows) == 2
+    write(path)
+    assert isinstance(open_rows(path), JsonList)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("data.json", b'[{"n": 0},\n {"n": ]', r"data\.json:2: found what is not JSON"),
+        ("data.json", b'{\n"n": 0}', r"data\.json: found an object, expected a list"),
+        ("data.json", b"[]", "found no row"),
+        ("data.json", b"", r"data\.json:1: found what is not JSON"),
+        ("data.jsonl", b"\n\n", "found no row"),
+        ("data.csv", b"a,b", r"found a file of kind \.csv, expected \.json, \.jsonl, \.parquet"),
+        ("data", b"", "found a file of kind no name"),
+    ],
+)
+def test_what_is_no_data_file_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        open_rows(tmp_path / name)
+
+
+def test_a_broken_table_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "data.parquet"
+    path.write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(DataError, match=r"data\.parquet: is no readable parquet file"):
+        open_rows(path)
+    with pytest.raises(OSError):
+        open_rows(tmp_path / "none.parquet")
+
+
+def test_a_table_that_breaks_off_is_named_when_it_is_read(tmp_path):
+    path = write(tmp_path / "data.parquet", [{"n": i, "text": str(i) * 100} for i in range(100)], row_group_size=50)
+    rows = open_rows(path)
+    content = bytearray(path.read_bytes())
+    content[4:2000] = bytes(1996)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="row group 0 cannot be read"):
+        rows[0]
+
+
+def test_without_pyarrow_a_table_says_how_to_get_it(tmp_path, monkeypatch):
+    path = write(tmp_path / "data.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow, which is not installed; pip install pyarrow"):
+        open_rows(path)
+
+
+def test_pyarrow_is_imported_for_tables_alone(tmp_path):
+    path = write(tmp_path / "data.jsonl")
+    program = (
+        "import sys; import train.check, train.lengths; from train.records import read_records\n"
+        f"read_records({str(path)!r})\n"
+        "loaded = {'jax', 'flax', 'pyarrow', 'grain', 'optax'} & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_directories_and_lists_of_files(tmp_path):
+    for name in ("b.jsonl", "a.json", "dataset_info.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "c.jsonl").write_text("")
+    assert [path.name for path in find_files(tmp_path)] == ["a.json", "b.jsonl"]
+    named = [tmp_path / "b.jsonl", tmp_path / "deeper"]
+    assert [path.name for path in find_files(named)] == ["b.jsonl", "c.jsonl"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="found no data file"):
+        list(find_files(tmp_path / "empty"))
+    with pytest.raises(FileNotFoundError):
+        list(find_files(tmp_path / "none"))

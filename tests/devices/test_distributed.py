@@ -1,0 +1,381 @@
+"""Several processes as one program: the same text, and one end for all.
+
+Run as a program, `python test_distributed.py PART PORT PROCESSES INDEX ...`, this file is one of the processes.
+"""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_cli import save_noise
+from helpers_orbax import assert_same_weights, environment, free_port
+
+from glm4v_jax.cli import main
+from glm4v_jax.devices import distributed, launchers
+from glm4v_jax.errors import ConfigError
+
+ASKED = ["--greedy", "--image", "noise.png", "--max-new-tokens", "12", "What is it?"]
+ENDLESS = ["--max-new-tokens", "20000", "What is it?"]
+LAUNCHED = [
+    "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST",
+    "JOB_COMPLETION_INDEX",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory(tmp_path, monkeypatch):
+    """With a picture; and not as part of a job that runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    save_noise("noise.png")
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+
+
+@contextlib.contextmanager
+def running(*commands, directories=(".", ".", ".", ".")):
+    """Processes of these commands, one each, which end with the block at the latest."""
+    started = []
+    try:
+        for command, directory in zip(commands, directories, strict=False):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-W", "ignore", *map(str, command)],
+                    env=environment(), cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+
+
+def ended(processes, timeout=60):
+    """Exit status, standard output and lines of standard error of each."""
+    deadline = time.monotonic() + timeout
+    found = []
+    for process in processes:
+        out, errors = process.communicate(timeout=max(1, deadline - time.monotonic()))
+        found.append((process.returncode, out.decode(), errors.decode().splitlines()))
+    return found
+
+
+def generate(number, *arguments, module="glm4v_jax", command="generate"):
+    """The commands of `number` processes; `arguments` may be one list for each."""
+    port = free_port()
+    each = arguments if arguments and isinstance(arguments[0], list) else [list(arguments)] * number
+    return [
+        [
+            "-m",
+            module,
+            command,
+            *own,
+            "--coordinator",
+            f"127.0.0.1:{port}",
+            "--num-processes",
+            number,
+            "--process-id",
+            i,
+        ]
+        for i, own in enumerate(each)
+    ]
+
+
+def parts(part, number, *arguments):
+    """The commands of `number` processes of this file."""
+    port = free_port()
+    return [[__file__, part, port, number, i, *arguments] for i in range(number)]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_the_text_is_that_of_one_process(number, capfd):
+    assert main.main(["generate", *ASKED]) == 0
+    alone = capfd.readouterr().out
+    with running(*generate(number, *ASKED)) as processes:
+        (status, out, errors), *others = ended(processes, 120)
+    assert (status, out) == (0, alone), errors
+    assert errors[-1].startswith("24 prompt tokens, 12 new")
+    assert others == [(0, "", [])] * (number - 1)
+
+
+def test_answers_to_many_prompts_are_those_of_one_process(tmp_path, capfd):
+    rows = [{"prompt": f"What is {n}?", "id": n} for n in range(3)]
+    rows += [{"prompt": "And this?", "image": "noise.png"}, {"prompt": "This?", "image": "broken.png"}]
+    rows += [{"prompt": "Draw", "do_sample": True, "temperature": 1.0, "seed": 5}]
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ["--jsonl", "rows.jsonl", "--max-new-tokens", "9", "--slots", "4"]
+    assert main.main(["generate", *options, "--out", "one.jsonl"]) == 1
+    capfd.readouterr()
+    with running(*generate(2, *options, "--out", "two.jsonl")) as processes:
+        (status, out, errors), (other, other_out, other_errors) = ended(processes, 120)
+    assert (status, other, out, other_out) == (1, 1, "", "")
+    failed = "1 of 6 prompts failed; see 'error' in two.jsonl"
+    assert errors[-1] == f"glm4v: error: {failed}"
+    assert other_errors == [f"glm4v: error: process 0: {failed}"]
+    one, two = (sorted(Path(name).read_text().splitlines()) for name in ("one.jsonl", "two.jsonl"))
+    assert one == two and len(two) == 6
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others(victim):
+    with running(*generate(2, *ENDLESS)) as processes:
+        assert processes[0].stdout.read1(1)
+        processes[victim].send_signal(signal.SIGKILL)
+        found = ended(processes)
+    assert found[victim][0] == -signal.SIGKILL
+    status, _, errors = found[1 - victim]
+    assert status != 0
+    said = "process 0 is gone" if victim == 0 else "a computation failed, perhaps because another process is gone: "
+    assert errors[-1].startswith(f"glm4v: error: {said}")
+
+
+def test_a_process_that_hangs_ends_the_others():
+    with running(*parts("wait", 2)) as processes:
+        assert processes[0].stdout.readline() == b"joined\n"
+        processes[1].send_signal(signal.SIGSTOP)
+        ((status, _, errors),) = ended(processes[:1])
+    assert status != 0
+    assert errors == ["glm4v: error: process 1 is gone: nothing was heard of it for too long"]
+
+
+def test_an_interrupt_ends_all():
+    with running(*generate(2, *ENDLESS)) as processes:
+        assert processes[0].stdout.read1(1)
+        processes[1].send_signal(signal.SIGINT)
+        (status, _, errors), interrupted = ended(processes)
+    assert (status, errors[-1]) == (1, "glm4v: error: process 1: interrupted")
+    assert interrupted == (130, "", ["glm4v: error: interrupted"])
+
+
+def test_an_error_in_one_process_ends_all(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    with running(*generate(2, *ASKED), directories=(".", "elsewhere")) as processes:
+        found = ended(processes)
+    missing = "--image noise.png: there is no such file or directory"
+    assert [status for status, _, _ in found] == [1, 1]
+    assert [out for _, out, _ in found] == ["", ""]
+    assert found[0][2][-1] == f"glm4v: error: process 1: {missing}"
+    assert found[1][2] == [f"glm4v: error: {missing}"]
+
+
+def test_other_prompts_in_another_process_are_refused():
+    with running(*generate(2, ["What is it?"], ["Where is it?"])) as processes:
+        found = ended(processes)
+    assert [(status, out) for status, out, _ in found] == [(1, "")] * 2
+    said = "prompt 0: found another in process 1 than in process 0; expected the same in all processes"
+    assert found[0][2][-1] == f"glm4v: error: {said}"
+
+
+def test_another_number_of_processes_is_refused():
+    first, second = generate(2, "What is it?")
+    second[second.index(2)] = 3
+    with running(first, second) as processes:
+        found = ended(processes)
+    assert [status for status, _, _ in found] == [1, 1]
+    assert found[1][2] == ["glm4v: error: num_processes: found 3; expected 2, as process 0 was told"]
+
+
+def test_a_mesh_without_some_process_is_refused():
+    with running(*generate(2, "--mesh", "kv=1", "What is it?")) as processes:
+        found = ended(processes)
+    said = "mesh of one device: has no device of process 1; expected some of each of 2 processes, which have 2 devices"
+    assert found[0][0] == 1 and found[0][2][-1] == f"glm4v: error: {said}"
+
+
+def test_conversion_by_several_processes(tmp_path):
+    with running(*generate(2, RANDOM_CHECKPOINT, "together", module="convert", command="to-orbax")) as processes:
+        (status, out, errors), other = ended(processes)
+    assert status == 0, errors
+    assert out.startswith("together: ") and other == (0, "", [])
+    assert_same_weights(tmp_path / "together", RANDOM_CHECKPOINT, ordered=False)
+
+
+def test_uncaught_errors_end_all():
+    with running(*parts("raise", 2)) as processes:
+        (status, _, errors), (other, _, traceback) = ended(processes)
+    assert (status, other) == (1, 1)
+    assert errors == ["error: process 1: RuntimeError: broken here"]
+    assert traceback[-1] == "RuntimeError: broken here"
+
+
+def test_processes_read_their_share_and_see_the_whole(tmp_path):
+    assert main.main(["convert", "to-orbax", str(RANDOM_CHECKPOINT), "orbax"]) == 0
+    with running(*parts("share", 2, RANDOM_CHECKPOINT, tmp_path / "orbax")) as processes:
+        found = ended(processes)
+    for status, out, errors in found:
+        assert status == 0, errors
+        report = json.loads(out.splitlines()[-1])
+        assert report["whole"] == list(range(8))
+        assert report["agreed"] == [None, "broken (in process 1)"]
+        assert len(report["shares"]) == 2
+        for share in report["shares"]:
+            assert share["read"] == share["held"] < 0.55 * share["nbytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1234", 2, 2), "process_id: found 2; expected 0 to 1, for num_processes=2"),
+        (("127.0.0.1:1234", 2, -1), "process_id: found -1; expected 0 to 1, for num_processes=2"),
+        (("127.0.0.1:1234", 0, 0), "num_processes: found 0; expected at least 1"),
+        (("127.0.0.1", 2, 0), "coordinator: found '127.0.0.1'; expected HOST:PORT"),
+        (("127.0.0.1:http", 2, 0), "coordinator: found '127.0.0.1:http'; expected HOST:PORT"),
+        ((None, 2, 0), "coordinator: found nothing; expected coordinator"),
+        (("127.0.0.1:1234", None, None), "num_processes, process_id: found nothing; expected coordinator"),
+    ],
+)
+def test_contradictions_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        distributed.init_distributed(*arguments)
+
+
+def test_jax_must_not_be_in_use(mesh):
+    with pytest.raises(ConfigError, match="found JAX in use already; expected the call before any other use of it"):
+        distributed.init_distributed("127.0.0.1:1234", 2, 0)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_alone():
+    assert not distributed.init_distributed()
+    assert not distributed.init_distributed(num_processes=1)
+    assert distributed.is_first() and not distributed.several() and not distributed.has_joined()
+    assert distributed.agree("prompt", b"x") is None
+    assert distributed.agree("prompt", error="broken") == "broken"
+
+
+def test_a_coordinator_that_is_not_there():
+    port = free_port()
+    with running(*([__file__, "late", port, 2, 1],)) as processes:
+        ((status, out, _),) = ended(processes)
+    assert status == 0
+    assert out.startswith(f"coordinator: found nobody at 127.0.0.1:{port} for 1 s (")
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with running(*([__file__, "late", port, 2, 0],)) as processes:
+            ((status, out, _),) = ended(processes)
+    assert status == 0
+    assert out.startswith(f"coordinator: port {port} cannot be had here (Address already in use")
+
+
+def test_a_process_that_never_comes():
+    port = free_port()
+    with running(*([__file__, "few", port, 3, i] for i in range(2))) as processes:
+        found = ended(processes)
+    said = "found fewer processes than --num-processes when the time was over; expected all of them to be started"
+    for status, _, errors in found:
+        assert status != 0
+        assert errors == [f"glm4v: error: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({}, None),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}, "Slurm"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"OMPI_MCA_orte_hnp_uri": "1;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
+    ],
+)
+def test_launchers(variables, name, monkeypatch):
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert launchers.launcher() == name
+
+
+def test_chat_is_for_one_process(monkeypatch, capfd):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert main.main(["chat"]) == 1
+    assert "chat: found one of several processes, of Slurm; expected the only one" in capfd.readouterr().err
+
+
+def wait(*where):
+    """Until somebody ends it."""
+    from glm4v_jax.console.distributed import DistributedOptions, joined
+
+    distributed.HEARTBEAT_SECONDS = 5
+    with joined(options(DistributedOptions, *where), "glm4v"):
+        print("joined", flush=True)  # noqa: T201
+        time.sleep(100)
+
+
+def few(*where):
+    """Wait for a process that does not come, for a short time."""
+    from glm4v_jax.console.distributed import DistributedOptions, joined
+
+    distributed.init_distributed.__kwdefaults__["timeout"] = 3
+    with joined(options(DistributedOptions, *where), "glm4v"):
+        pass
+
+
+def late(*where):
+    """Print why joining does not work."""
+    try:
+        distributed.init_distributed(*address(*where), timeout=1)
+    except ConfigError as error:
+        print(error)  # noqa: T201
+
+
+def raise_(*where):
+    distributed.init_distributed(*address(*where))
+    if where[2] == "1":
+        raise RuntimeError("broken here")
+    time.sleep(100)
+
+
+def share(port, processes, index, *directories):
+    """Print what of each checkpoint is read here, an array that both hold a half of, and what `agree` says."""
+    distributed.init_distributed(*address(port, processes, index))
+    import functools
+
+    import jax
+    import numpy as np
+
+    from glm4v_jax import Glm4vForConditionalGeneration
+    from glm4v_jax.checkpoints import load
+    from glm4v_jax.devices.mesh import make_mesh, use_mesh
+
+    read = []
+    load.array_of = functools.partial(load.array_of, count=read.append)
+    mesh, shares = make_mesh(fsdp=2), []
+    for directory in directories:
+        read.clear()
+        model = Glm4vForConditionalGeneration.from_pretrained(directory, mesh=mesh, dtype="auto")
+        arrays = jax.tree.leaves(model.module)
+        held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
+        shares.append({"read": sum(read), "held": held, "nbytes": sum(array.nbytes for array in arrays)})
+    with use_mesh(mesh):
+        split = jax.device_put(np.arange(8), jax.NamedSharding(mesh, jax.P("fsdp")))
+    assert not split.is_fully_addressable
+    agreed = [distributed.agree("it", b"same"), distributed.agree("it", error="broken" if index == "1" else None)]
+    report = {"shares": shares, "whole": distributed.to_host({"x": split})["x"].tolist(), "agreed": agreed}
+    print(json.dumps(report))  # noqa: T201
+    distributed.leave()
+
+
+def address(port, processes, index):
+    return f"127.0.0.1:{port}", int(processes), int(index)
+
+
+def options(kind, *where):
+    coordinator, processes, index = address(*where)
+    return kind(coordinator=coordinator, num_processes=processes, process_id=index)
+
+
+if __name__ == "__main__":
+    {"wait": wait, "few": few, "late": late, "raise": raise_, "share": share}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,126 @@
+"""One device and many: the same logits, tokens and gradients on any mesh.
+
+Run as a program, `python test_mesh.py CHECKPOINT`, this file computes them on eight simulated devices; the devices of a
+process are fixed when JAX starts, so the test starts another.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers_mesh import compare, compute, run_on_devices
+from jax.sharding import PartitionSpec as P
+
+from glm4v_jax import Glm4v, Glm4vConfig
+from glm4v_jax.devices import mesh
+from glm4v_jax.errors import ConfigError
+
+MESHES = [dict(), dict(fsdp=2, kv=2, seq=2)]
+CALL_MESHES = [dict(), dict(data=2), dict(fsdp=2, kv=2, q=2), dict(kv=2, seq=2)]
+
+
+def test_axes_of_logical_names():
+    assert mesh.spec("batch", "length", "kv_heads", "q_groups", None) == P(
+        ("data", "fsdp"), None, "kv", ("q", "seq"), None
+    )
+    assert mesh.spec("embed", "mlp") == P("fsdp", ("kv", "q", "seq"))
+    assert mesh.gathered("embed", "mlp") == P(None, ("kv", "q", "seq"))
+    with pytest.raises(KeyError):
+        mesh.spec("nonsense")
+
+
+def test_too_few_devices():
+    needed = 2 * len(jax.devices())
+    with pytest.raises(ConfigError, match=f"data={needed} needs {needed} devices, found {len(jax.devices())}"):
+        mesh.make_mesh(data=needed)
+
+
+def test_the_current_mesh_is_kept():
+    with mesh.use_mesh() as outer, mesh.use_mesh() as inner:
+        assert inner == outer and mesh.data_shards() == 1
+        assert inner.axis_names == mesh.AXES
+
+
+@pytest.mark.usefixtures("mesh")
+def test_models_are_the_same_on_every_mesh(checkpoints):
+    report, calls, refusal = run_on_devices(__file__, str(checkpoints("base")))
+    assert [case["mesh"] for case in report] == MESHES[1:]
+    for case in report:
+        assert case["tokens_equal"]
+        assert case["logits"] <= 1e-5 and case["loss"] <= 1e-6
+        assert case["gradients"] <= 1e-4, case["worst_gradient"]
+        assert case["split"] > 0.9  # of the parameters; or the meshes would be the same in all but name
+    assert [(case["mesh"], case["batch"]) for case in calls] == [(m, b) for m in CALL_MESHES[1:] for b in (1, 3)]
+    for case in calls:
+        assert case["names"] == ["loss", "logits", "step", "embedded", *["hidden state"] * 3]
+        assert np.max(case["differences"]) <= 1e-5, case
+    assert refusal == "kv_heads of 2 does not divide by mesh axes kv of 4 devices"
+
+
+def parts_of_calls(model, batch):
+    """What the front door returns, name -> arrays without padding: a prompt, a step after it, embeddings for tokens."""
+    from reference import Prompts
+
+    prompts = Prompts(model.config, [[2, ("image", (4, 6)), 3], [9], [("video", (2, 2, 4)), 1]][:batch], seed=2)
+    inputs, real = prompts.inputs, prompts.real
+    labels = np.where(real & (prompts.input_ids < 300), prompts.input_ids, -100)
+    out = model(**inputs, labels=labels, output_hidden_states=True)
+    mask = np.pad(inputs["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
+    step = model(np.full((batch, 1), 7), attention_mask=mask, past_key_values=out.past_key_values)
+    grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+    positions, _ = model.model.get_rope_index(prompts.input_ids, **grids, attention_mask=inputs["attention_mask"])
+    # Pictures and videos together need tokens to tell them apart.
+    pictures = {name: value for name, value in inputs.items() if "video" not in name and name != "input_ids"}
+    embeds = model.model.get_input_embeddings(prompts.input_ids[:2])
+    pictures |= dict(attention_mask=inputs["attention_mask"][:2], position_ids=positions[:, :2], inputs_embeds=embeds)
+    embedded = model(**pictures, output_hidden_states=True)
+    return [
+        ("loss", np.asarray(out.loss)), ("logits", np.asarray(out.logits)[real]), ("step", np.asarray(step.logits)),
+        ("embedded", np.asarray(embedded.logits)[real[:2]]),
+        *(("hidden state", np.asarray(x)[real]) for x in out.hidden_states),
+    ]  # fmt: skip
+
+
+def compare_calls(directory):
+    """Differences of `parts_of_calls` from one device's, in shares of the largest magnitude."""
+    from glm4v_jax import Glm4vForConditionalGeneration
+
+    models = [
+        Glm4vForConditionalGeneration.from_pretrained(directory, mesh=mesh.make_mesh(**sizes)) for sizes in CALL_MESHES
+    ]
+    one = {batch: parts_of_calls(models[0], batch) for batch in (1, 3)}
+    report = []
+    for sizes, model in zip(CALL_MESHES[1:], models[1:], strict=True):
+        for batch, expected in one.items():
+            found = parts_of_calls(model, batch)
+            pairs = [(a, b) for (_, a), (_, b) in zip(found, expected, strict=True)]
+            differences = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
+            names = [name for name, _ in found]
+            report.append({"mesh": sizes, "batch": batch, "names": names, "differences": differences})
+    return report
+
+
+def released_model_on_meshes():
+    """The refusal of a mesh that its two key heads do not divide by; others must take every parameter of it."""
+    for sizes in (dict(kv=2, q=4), dict(q=8), dict(fsdp=8)):
+        with mesh.use_mesh(mesh.make_mesh(**sizes)):
+            jax.eval_shape(lambda: Glm4v.init(Glm4vConfig.glm4_1v_9b()))
+    with mesh.use_mesh(mesh.make_mesh(kv=4)):
+        try:
+            jax.eval_shape(lambda: Glm4v.init(Glm4vConfig.glm4_1v_9b()))
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
+def main(directory):
+    one = compute(directory, mesh.make_mesh(**MESHES[0]))
+    report = [{"mesh": m, **compare(compute(directory, mesh.make_mesh(**m)), one)} for m in MESHES[1:]]
+    for part in (report, compare_calls(directory), released_model_on_meshes()):
+        print(json.dumps(part))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,49 @@
+"""How prompts are cut into pieces for the cache."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.generate.prefill_chunks import MAX_PIECE, Start, piece_of, stretches
+from glm4v_jax.generate.prompt import Prompt
+from glm4v_jax.generate.slots import MIN_CAPACITY
+from glm4v_jax.inputs.vision_rows import bucket
+
+
+def make_prompt(length):
+    none = np.full(length, -1, np.int32)
+    ids = np.arange(length, dtype=np.int32)
+    return Prompt(ids, np.tile(ids, (3, 1)), 0, (), none, none)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4 * MAX_PIECE), st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=4))
+def test_pieces_fill_every_row_and_stay_within_the_cache(rows):
+    starts = {
+        row: Start(make_prompt(length), GenerationConfig(), limit, keep=int(share * (length - 1)))
+        for row, (length, share, limit) in enumerate(rows)
+    }
+    capacity = bucket(max(start.capacity for start in starts.values()), MIN_CAPACITY)
+    slots = np.full((len(rows), capacity), -1)
+    for row, start in starts.items():
+        slots[row, : start.keep] = np.arange(start.keep)
+    vision = {row: np.arange(len(start.prompt)) for row, start in starts.items()}
+    cuts = stretches(starts, capacity)
+    for cut in cuts:
+        piece = piece_of(cut, starts, vision, len(rows))
+        assert cut.t <= MAX_PIECE and piece.input_ids.shape == (len(rows), cut.t)
+        for row in starts:
+            keep, count = piece.keep[row], int(piece.segment_ids[row].sum())
+            assert keep + cut.t <= capacity and count >= 1
+            # What is behind `keep` is forgotten; what is before it must be there.
+            assert (slots[row, :keep] == np.arange(keep)).all()
+            slots[row, keep:] = -1
+            slots[row, keep : keep + count] = piece.input_ids[row, :count]
+            assert (piece.vision_index[row, :count] == piece.input_ids[row, :count]).all()
+            assert (piece.position_ids[:, row, :count] == piece.input_ids[row, :count]).all()
+    for row, start in starts.items():
+        length = len(start.prompt)
+        assert (slots[row, :length] == np.arange(length)).all() and (slots[row, length:] == -1).all()
+        assert cuts[-1].bounds[row][1] == length  # whose hidden state the first token comes from
+    longest = max(len(start.prompt) - start.keep for start in starts.values())
+    assert len(cuts) == -(-longest // MAX_PIECE)

@@ -1,0 +1,48 @@
+"""What is an address and what a path, the same wherever that is asked."""
+
+import base64
+
+import pytest
+
+from eval.data.questions import _file
+from glm4v_jax.cli.chat.attachments import places
+from glm4v_jax.console.console import check_files
+from glm4v_jax.data.media import is_remote, located, media_item
+from glm4v_jax.errors import MediaError
+from glm4v_jax.generate.offline.prompts import Row, _place, asks_net
+from glm4v_jax.inputs.media.fetch import is_address, open_source
+
+ADDRESSES = [
+    "http://x/y.png", "HTTP://x/y.png", "https://x/y.png", "HttpS://x/y.png", "file:///x/y.png", "File:///x/y.png",
+    "data:image/png;base64,aa", "DATA:image/png;base64,aa",
+]  # fmt: skip
+PATHS = ["x/y.png", "http/y.png", "data/y.png", "file.png", "", "/http://x", "httpx://x/y.png"]
+
+
+@pytest.mark.parametrize("place", ADDRESSES)
+def test_an_address_is_one_in_capitals_too(place):
+    in_net = place.lower().startswith("http")
+    assert is_address(place)
+    check_files([place])
+    assert _place(place, "image", "somewhere") == place
+    assert places(place) == [place]
+    item = media_item("image", place, "image")
+    assert item == {"type": "image", "url": place} and is_remote(item) == in_net
+    frames = {"type": "video", "video": [place]}
+    assert located(frames, "somewhere") == frames
+    assert asks_net(Row(0, [{"role": "user", "content": [item]}], {})) == in_net
+    if not place.lower().startswith("file"):
+        assert _file(place) is None
+
+
+@pytest.mark.parametrize("place", PATHS)
+def test_a_path_is_none(place):
+    assert not is_address(place) and not is_address(None)
+    with pytest.raises(MediaError, match="there is no such file"):
+        check_files([place])
+    assert located({"type": "video", "video": [place]}, "d")["video"][0].startswith("d/" if place[:1] != "/" else "/")
+
+
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/png;BASE64,"])
+def test_data_of_an_address_are_read_however_it_is_written(head):
+    assert open_source(head + base64.b64encode(b"content").decode()) == b"content"

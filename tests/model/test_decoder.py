@@ -1,0 +1,137 @@
+"""The decoder's parts against the reference's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import CONFIGS, assert_close
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.model import rope
+from glm4v_jax.model.attention.attend import Mask, attend_with_weights
+from glm4v_jax.model.decoder import Record
+from glm4v_jax.model.kv_cache import init_cache
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+B, T = 2, 13
+
+
+def text_of(name):
+    return Glm4vConfig.from_dict(CONFIGS[name]).text_config
+
+
+def example(name, seed=0):
+    """Residual stream, M-RoPE positions as pictures make them, and a row that starts with padding."""
+    random = np.random.RandomState(seed)
+    x = random.standard_normal((B, T, text_of(name).hidden_size)).astype(np.float32)
+    positions = np.sort(random.randint(0, 60, (3, B, T)), axis=-1)
+    segments = np.ones((B, T), np.int32)
+    segments[1, :4] = 0
+    return x, positions, segments
+
+
+def their_mask(torch, segments):
+    visible = np.tril(np.ones((T, T), bool))[None] & (segments[:, None, :] > 0)
+    return torch.where(torch.tensor(visible), 0.0, torch.finfo(torch.float32).min)[:, None]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_and_layer_equal(ours, theirs, name):
+    import torch
+
+    x, positions, segments = example(name)
+    text = theirs(name).model.language_model
+    with torch.no_grad():
+        embeddings = text.rotary_emb(torch.tensor(x), torch.tensor(positions))
+        at = dict(position_embeddings=embeddings, attention_mask=their_mask(torch, segments))
+        attended, weights = text.layers[0].self_attn(torch.tensor(x), **at)
+        expected = text.layers[0](torch.tensor(x), **at)
+    layer = getattr(ours(name).language_model.module.layers, "0")
+    cos_sin = rope.mrope_cos_sin(jnp.asarray(positions), text_of(name))
+    mask = Mask(segments, segments, np.zeros(B, np.int32))
+    q, k, v = layer.self_attn.project(jnp.asarray(x), cos_sin)
+    out, found_weights = attend_with_weights(q, k, v, mask, causal=True)
+    real = segments > 0
+    assert_close(layer.self_attn.o_proj(out), attended, real)
+    found_weights = np.asarray(found_weights).reshape(B, -1, T, T)
+    assert_close(found_weights.swapaxes(1, 2), weights.transpose(1, 2), real)
+    found, new, kept = jax.jit(lambda layer, x: layer(x, cos_sin, jnp.asarray(segments)))(layer, x)
+    assert kept is None
+    _, *keys = layer.self_attn.project(layer.input_layernorm(jnp.asarray(x)), cos_sin)
+    for one, other in zip(new, keys, strict=True):
+        assert_close(one, np.moveaxis(np.asarray(other), 1, 2))
+    assert_close(found, expected, real)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_whole_decoder_equals_and_records(ours, theirs, stacked):
+    import torch
+
+    x, positions, segments = example("base", seed=1)
+    reference = theirs("base").model.language_model
+    with torch.no_grad():
+        expected = reference(
+            inputs_embeds=torch.tensor(x), position_ids=torch.tensor(positions), attention_mask=torch.tensor(segments),
+            output_hidden_states=True, output_attentions=True,
+        )  # fmt: skip
+    module = ours("base").module
+    text = (module.stacked() if stacked else module).language_model
+    run = jax.jit(lambda text, record: text(x, positions, segments, record=record), static_argnums=1)
+    hidden, cache, recorded = run(text, Record(hidden_states=True, attentions=True))
+    real = segments > 0
+    assert cache is None
+    assert_close(hidden, expected.last_hidden_state, real)
+    for one, other in zip(recorded.hidden_states, expected.hidden_states[:-1], strict=True):
+        assert_close(one, other, real)
+    for one, other in zip(recorded.attentions, expected.attentions, strict=True):
+        assert_close(np.asarray(one).reshape(B, 4, T, T).swapaxes(1, 2), other.transpose(1, 2), real)
+    again, _, nothing = run(text, Record())
+    assert_close(again, hidden, real)
+    assert nothing == (None, None)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_cache_changes_nothing(ours, stacked):
+    """In pieces of 1, 4 and 8 tokens, rows at different slots: the same as all at once."""
+    x, positions, _ = example("base", seed=2)
+    module = ours("base").module
+    text = (module.stacked() if stacked else module).language_model
+    segments = np.ones((B, T), np.int32)
+    whole, _, _ = jax.jit(lambda text: text(x, positions, segments))(text)
+    cache = init_cache(text_of("base"), B, 24, jnp.float32, stacked=stacked)
+    run = jax.jit(lambda text, x, p, s, cache: text(x, p, s, cache)[:2])
+    parts, start = [], 0
+    for n in (1, 4, 8):
+        here = slice(start, start + n)
+        out, cache = run(text, x[:, here], positions[:, :, here], segments[:, here], cache)
+        parts.append(out)
+        start += n
+    assert_close(np.concatenate(parts, axis=1), whole)
+    assert cache.length.tolist() == [T, T]
+    assert np.array_equal(cache.segments, np.arange(24) < np.full((B, 1), T))
+
+
+def test_dropout_is_a_fresh_draw_in_every_layer(ours):
+    """Two equal layers drop different probabilities."""
+    text = ours("base").module.stacked().language_model
+    text.layers = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), text.layers)
+    text.layers.stacked.self_attn.dropout_rate = 0.5
+    x, positions, segments = example("base", seed=3)
+    run = jax.jit(
+        lambda text, key: text(x, positions, segments, record=Record(attentions=True), dropout_key=key)[2].attentions
+    )
+    dropped = np.asarray(run(text, jax.random.key(1)))[:, 0, :, :, -1] == 0
+    assert dropped.any(axis=(1, 2, 3)).all() and (dropped[0] != dropped[1]).any()
+
+
+def test_dropout_is_applied_to_a_few_tokens_behind_a_cache(ours):
+    text = ours("base").module.language_model
+    for index in range(text.layers.num_layers):
+        getattr(text.layers, str(index)).self_attn.dropout_rate = 0.5
+    x, positions, segments = example("base", seed=4)
+    cache = init_cache(text_of("base"), B, 24, jnp.float32, stacked=False)
+    few = slice(0, 4)
+    run = jax.jit(lambda text, key: text(x[:, few], positions[:, :, few], segments[:, few], cache, dropout_key=key)[0])
+    one, other = (run(text, jax.random.key(seed)) for seed in (1, 2))
+    assert np.abs(one - other)[0].max() > 1e-3

@@ -1,0 +1,350 @@
+"""Quantised kernels: how far they are off, what is computed with them, in which memory, on every layout and mesh.
+
+Run as a program, `python test_quantize.py CHECKPOINT`, this file computes with them on eight simulated devices.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers_lora import batch_of, logits_of, loss_of, trained
+from helpers_mesh import ROWS, run_on_devices, write_grouped
+from jax.sharding import AbstractMesh, AxisType
+from reference import assert_close, random_tensors, write_checkpoint
+
+from glm4v_jax import Glm4v, Glm4vConfig, Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.load import leaf_paths, load_model
+from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.devices import mesh
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.model import lora, nn, quantize
+from train.state import Layout, split
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+INT8, INT4 = quantize.QuantConfig("int8"), quantize.QuantConfig("int4", group=16)
+BOTH = pytest.mark.parametrize("config", [INT8, INT4], ids=["int8", "int4"])
+TEXT = [[9], [30]]
+SMALL = lora.LoraConfig(rank=3)
+MESHES = [dict(), dict(fsdp=2, kv=2, q=2)]
+
+
+def leaves_of(model):
+    return dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    """Stacked, as training has it."""
+    return Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), dtype="float32", stacked=True).module
+
+
+def by_hand(kernel, inputs, config):
+    """Integers and scales as the docstrings describe them, float64; and the scale that each weight has."""
+    largest = {"int8": 127, "int4": 7}[config.dtype]
+    if config.dtype == "int8":
+        scale = np.abs(kernel).max(axis=tuple(range(inputs)), keepdims=True) / largest
+        kept, spread = scale[(0,) * inputs], np.broadcast_to(scale, kernel.shape)
+    else:
+        size = kernel.shape[inputs - 1]
+        group = max(g for g in range(1, config.group + 1) if size % g == 0)
+        parts = np.split(kernel, size // group, axis=inputs - 1)
+        kept = np.stack([np.abs(part).max(axis=inputs - 1) for part in parts], axis=inputs - 1) / largest
+        spread = np.repeat(kept, group, axis=inputs - 1)
+    return np.round(kernel / spread), kept, spread
+
+
+def in_floats(model):
+    """The model with the kernels that its integers stand for, multiplied here."""
+    result = jax.tree.map(lambda x: x, model)
+    for found in lora.linears(result).values():
+        for linear in found:
+            if linear.kernel_scale is None:
+                continue
+            kernel, scale = np.asarray(linear.kernel[...], np.float32), np.asarray(linear.kernel_scale[...])
+            layers = bool(lora.stacked_layers(linear))
+            last = layers + len(linear.in_axes) - 1
+            if scale.ndim == kernel.ndim:
+                scale = np.repeat(scale, kernel.shape[last] // scale.shape[last], axis=last)
+            else:
+                scale = np.expand_dims(scale, tuple(range(layers, last + 1)))
+            linear.kernel, linear.kernel_scale = nnx.Param(jnp.asarray(kernel * scale)), None
+    return result
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("ins", "outs"),
+    [
+        ({"embed": 64}, {None: 2, "mlp": 10}),
+        ({"kv_heads": 2, "q_groups": 3, "head_dim": 24}, {"embed": 6}),  # 24 is no multiple of a group of 16: 12
+        ({"mlp": 7}, {"embed": 4}),
+    ],
+)
+def test_a_linear_layer_is_off_by_half_a_scale(mesh, config, ins, outs):
+    layer = nn.Linear(ins, outs, nn.Init(nnx.Rngs(params=0), 0.5), bias=True)
+    before = np.asarray(layer.kernel[...], np.float64)
+    before[..., 0] = 0  # a channel of zeros
+    kernel, scale = quantize.quantize_kernel(jnp.asarray(before, jnp.float32), tuple(ins), tuple(outs), config)
+    integers, kept, spread = by_hand(before + (before == 0) * 1e-30, len(ins), config)
+    assert kernel.dtype == config.dtype and scale.dtype == jnp.float32
+    assert kernel.shape == before.shape and scale.shape == kept.shape
+    found = np.asarray(kernel, np.float64)
+    assert np.array_equal(found, integers * (before != 0))  # a tie falls the other way with a chance of 1e-7
+    np.testing.assert_allclose(np.asarray(scale)[..., 1:], kept[..., 1:], rtol=2e-7)
+    assert (np.asarray(scale)[..., 0] == 1).all()
+    assert np.abs(found).max() == {"int8": 127, "int4": 7}[config.dtype]
+    assert (np.abs(found * spread - before) <= spread / 2 * (1 + 1e-6)).all()
+    assert np.abs(found * spread - before).max() > 0.4 * spread.min()  # or nothing was rounded at all
+
+    layer.kernel, layer.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+    x = np.random.RandomState(0).standard_normal((2, 3, *ins.values())).astype(np.float32)
+    expected = np.tensordot(np.asarray(x, np.float64), found * spread, len(ins))
+    assert_close(layer(jnp.asarray(x)), expected, tolerance=1e-6)
+    layer.bias = nnx.Param(layer.bias[...].astype(jnp.bfloat16))
+    rounded = layer(jnp.asarray(x, jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16
+    assert_close(rounded.astype(jnp.float32), expected, tolerance=3 * 2**-8)  # input, kernel and result, rounded once
+
+
+@BOTH
+def test_only_the_decoders_kernels_are_quantised(model, config):
+    found, before = leaves_of(quantize.quantize(model, config)), leaves_of(model)
+    changed = {path for path, leaf in found.items() if leaf is not before.get(path)}
+    names = ["mlp.down", "mlp.gate_up", *(f"self_attn.{name}_proj" for name in "koqv")]
+    kernels = {f"language_model.layers.stacked.{name}.kernel" for name in names}
+    assert changed == kernels | {quantize.scale_path(path) for path in kernels} and set(before) < set(found)
+    assert all(found[path].dtype == config.dtype for path in kernels)
+    assert quantize.is_quantized(quantize.quantize(model, config)) and not quantize.is_quantized(model)
+    whole = quantize.quantize(model, quantize.QuantConfig(config.dtype, target=".*"))
+    assert {path for path, leaf in leaves_of(whole).items() if path.endswith(".kernel")} == {
+        path.removesuffix("_scale") for path in leaves_of(whole) if quantize.is_scale(path)
+    }
+
+
+def test_the_model_computes_with_what_the_integers_stand_for(model):
+    """Loss, and an adapter's gradients."""
+    batch, _ = batch_of(model.config, TEXT)
+    adapter = trained(quantize.quantize(model, INT4), SMALL)
+    (expected, their), (found, ours) = (gradients_of(m, batch) for m in (in_floats(adapter), adapter))
+    assert abs(found - expected) <= 1e-5 * abs(expected)
+    assert ours.keys() == their.keys() and len(ours) == 2 * 6
+    for path, value in ours.items():
+        assert_close(value, their[path])
+
+
+def test_vit_and_head_too(model):
+    """With nothing but kernels in integers; and of layers one by one."""
+    batch, _ = batch_of(model.config, ROWS)
+    whole = quantize.quantize(model, quantize.QuantConfig("int8", target=".*"))
+    apart = whole.unstacked()
+    jax.tree.map(np.testing.assert_array_equal, apart.stacked(), whole)
+    assert_close(logits_of(apart, batch), logits_of(in_floats(whole), batch))
+
+
+def gradients_of(model, batch):
+    params, frozen = split(model, lora.is_lora)
+    layout = Layout.of(model)
+
+    @jax.jit
+    def compute(params, frozen):
+        return jax.value_and_grad(lambda params: loss_of(layout.model(params, frozen, jnp.float32), batch))(params)
+
+    return compute(params, frozen)
+
+
+@pytest.mark.parametrize(("config", "remat"), [(INT8, "none"), (INT4, "full")], ids=["int8", "int4"])
+def test_no_more_than_a_layer_is_in_floats(ours, config, remat):
+    """Nothing is hoisted out of the loop over layers, nor kept for the way back."""
+    model = ours("mha").module.stacked()  # three layers, of which nothing else here has three
+    batch, _ = batch_of(model.config, TEXT)
+    adapter = trained(quantize.quantize(model, config), SMALL)
+
+    def program(model):
+        params, frozen = split(model, lora.is_lora)
+        layout = Layout.of(model)
+
+        def loss(params, frozen, batch):
+            return jnp.sum(layout.model(params, frozen, jnp.float32)(batch, remat=remat) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(params, frozen, batch).compile().as_text()
+
+    shapes = [
+        ",".join(map(str, found[0].kernel.shape))
+        for found in lora.linears(adapter).values()
+        if found[0].kernel_scale is not None
+    ]
+    assert len(shapes) == 6 and all(shape.startswith("3,") for shape in shapes)
+    text = program(adapter)
+    for shape in shapes:
+        assert f"{'s8' if config is INT8 else 's4'}[{shape}]" in text
+        assert f"f32[{shape}]" not in text
+
+
+@BOTH
+@pytest.mark.parametrize("stacked", [True, False])
+def test_loading_quantises_leaf_by_leaf(checkpoints, config, stacked):
+    directory = checkpoints("base")
+    model_config = Glm4vConfig.from_pretrained(directory)
+    others = {id(x) for x in jax.live_arrays()}
+    most = 0
+
+    def look(done, total):
+        nonlocal most
+        shapes = {(64, 2, 32), (64, 2, 16), (2, 2, 16, 64)}  # the ViT's are others
+        floats = [
+            x for x in jax.live_arrays()
+            if id(x) not in others and x.dtype == jnp.float32 and (x.shape in shapes or x.shape[1:] in shapes)
+        ]  # fmt: skip
+        most = max(most, len(floats))
+
+    found = load_model(directory, model_config, dtype="float32", stacked=stacked, quantize=config, progress=look)
+    assert most <= 1
+    expected = quantize.quantize(load_model(directory, model_config, dtype="float32", stacked=stacked), config)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    again = Glm4vForConditionalGeneration.from_pretrained(directory, stacked=stacked, quantize=config).module
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+def test_a_model_in_bfloat16_keeps_what_must_stay(model):
+    batch, _ = batch_of(model.config, TEXT)
+    adapter = trained(quantize.quantize(model, INT4), SMALL)
+    params, frozen = split(adapter, lora.is_lora)
+    half = leaves_of(Layout.of(adapter).model(params, frozen, jnp.bfloat16))
+    for path, leaf in half.items():
+        kept = lora.is_lora(path) or quantize.is_scale(path)
+        is_base = path.endswith(".kernel") and quantize.scale_path(path) in half
+        assert leaf.dtype == (jnp.int4 if is_base else jnp.float32 if kept else jnp.bfloat16), path
+    made = Layout.of(adapter).model(params, frozen, jnp.bfloat16)
+    logits = logits_of(made, batch)
+    assert logits.dtype == jnp.bfloat16
+    # Eight bits of mantissa in each of some fifty steps, one after another: 2^-8 * sqrt(50).
+    assert_close(
+        logits.astype(jnp.float32), logits_of(adapter, batch), np.asarray(batch.segment_ids) > 0, tolerance=0.03
+    )
+
+
+def test_an_adapter_goes_to_peft_and_back(model, tmp_path):
+    base = quantize.quantize(model, INT4)
+    adapter = trained(base, SMALL)
+    save_adapter(adapter, tmp_path)
+    again = load_adapter(base, tmp_path)
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+def test_what_a_quantised_model_cannot(model, tmp_path):
+    base = quantize.quantize(model, INT8)
+    whole = Glm4vForConditionalGeneration(model.config, module=base)
+    message = r"down\.kernel_scale: found 6 quantised kernels; expected floats: save the model that was quantised"
+    with pytest.raises(CheckpointError, match=message):
+        whole.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=message):
+        whole.save_orbax(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"mlp\.down: found a quantised kernel; expected one in floats: merge into"):
+        lora.merge_lora(trained(base, SMALL))
+    with pytest.raises(ConfigError, match="found a model that is quantised already"):
+        quantize.quantize(base, INT8)
+    with pytest.raises(ConfigError, match="found a model that has an adapter"):
+        quantize.quantize(trained(model, SMALL), INT8)
+
+
+def test_refused(model, checkpoints, tmp_path):
+    for config, message in [
+        ("int3", "quantize: found 'int3'; expected one of int8, int4"),
+        (quantize.QuantConfig("int4", group=0), r"quantize\.group: found 0; expected 1 or more"),
+        (
+            quantize.QuantConfig(target="q_proj"),
+            r"quantize\.target: 'q_proj' fits no linear layer; expected some of lan",
+        ),
+        (quantize.QuantConfig(target="("), r"quantize\.target: found '\('; expected a regular expression"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), quantize=config)
+    write_checkpoint("base", tmp_path)
+    tensors = random_tensors(model.config)
+    tensors["model.language_model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+    write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"stacked\.mlp\.down\.kernel: found numbers that are not finite"):
+        load_model(tmp_path, model.config, quantize=INT8)
+
+
+def test_the_9b():
+    """Shapes, partitions and bytes, nothing computed; and a mesh that its groups do not divide by."""
+    config = Glm4vConfig.glm4_1v_9b()
+
+    def on(sizes, quantized):
+        shape = {name: sizes.get(name, 1) for name in mesh.AXES}
+        devices = AbstractMesh(tuple(shape.values()), mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES))
+
+        def make():
+            with jax.sharding.use_abstract_mesh(devices):
+                return jax.eval_shape(lambda: quantize.quantize(Glm4v.init(config, dtype=jnp.bfloat16), quantized))
+
+        with ThreadPoolExecutor(1) as thread:  # which has no mesh yet
+            return thread.submit(make).result()
+
+    model = on(dict(fsdp=8), quantize.QuantConfig("int4"))
+    down = model.language_model.layers.stacked.mlp.down
+    assert down.kernel.dtype == jnp.int4 and down.kernel.shape == (40, 13696, 4096)
+    assert down.kernel_scale.shape == (40, 214, 4096)
+    for leaf in jax.tree.leaves((down.kernel, down.kernel_scale)):
+        assert leaf.sharding.spec == mesh.spec(None, "mlp", "embed")
+    o_proj = model.language_model.layers.stacked.self_attn.o_proj
+    assert o_proj.kernel_scale.shape == (40, 2, 16, 2, 4096)
+    int8 = on(dict(fsdp=8), quantize.QuantConfig("int8")).language_model.layers.stacked.mlp.gate_up
+    assert int8.kernel.shape == (40, 4096, 2, 13696) and int8.kernel_scale.shape == (40, 2, 13696)
+    assert jax.tree.leaves(int8.kernel_scale)[0].sharding.spec == mesh.spec(None, None, "mlp")
+    with pytest.raises(
+        ConfigError, match=r"group: found groups of 64 of .*\.down's 13696 inputs, which 8 devices share"
+    ):
+        on(dict(kv=2, q=4), quantize.QuantConfig("int4"))
+    assert on(dict(kv=2, q=4), quantize.QuantConfig("int4", group=16)) and on(
+        dict(kv=2, q=4), quantize.QuantConfig("int8")
+    )
+
+
+def test_a_mesh_computes_what_one_device_does(tmp_path):
+    write_grouped(tmp_path)
+    (case,) = run_on_devices(__file__, str(tmp_path))
+    assert case["mesh"] == MESHES[1] and case["equal"] and case["split"] > 0.9
+    assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4
+
+
+def compute(directory, sizes):
+    """The quantised leaves, and loss and gradients of an adapter beside them."""
+    with jax.set_mesh(mesh.make_mesh(**sizes)):
+        config = Glm4vConfig.from_pretrained(directory)
+        base = load_model(directory, config, quantize=quantize.QuantConfig("int4", group=8))
+        loss, gradients = gradients_of(trained(base, SMALL), batch_of(config, 2 * TEXT)[0])
+        kept = {
+            path: leaf for path, leaf in leaves_of(base).items() if quantize.is_scale(path) or leaf.dtype == jnp.int4
+        }
+        is_split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in kept.values()]
+        return (
+            float(loss),
+            jax.tree.map(np.asarray, gradients),
+            jax.tree.map(np.asarray, kept),
+            float(np.mean(is_split)),
+        )
+
+
+def main(directory):
+    one, *others = (compute(directory, sizes) for sizes in MESHES)
+    for sizes, (loss, gradients, kept, share) in zip(MESHES[1:], others, strict=True):
+        worst = max(float(np.abs(gradients[path] - x).max() / np.abs(x).max()) for path, x in one[1].items())
+        equal = all(np.array_equal(kept[path], x) for path, x in one[2].items()) and kept.keys() == one[2].keys()
+        case = dict(mesh=sizes, loss=abs(loss - one[0]) / one[0], gradients=worst, equal=equal, split=share)
+        print(json.dumps(case))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

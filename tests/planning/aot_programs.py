@@ -1,0 +1,50 @@
+"""Compiles programs of a narrow model of the 9B's shape for a TPU slice, and prints what came of them as JSON.
+
+Run in an environment with libtpu, which has none of the test extra's packages; see `test_aot.py`.
+"""
+
+import dataclasses
+import json
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.planning import compile_for_topology
+from train.compile_for_topology import Shapes, step_program
+
+LAYERS = 2
+VOCABULARY = 8192
+
+
+def narrow(hidden: int) -> Glm4vConfig:
+    """The 9B with few and narrow layers: heads of 128, two key heads; a small vocabulary, which is quick to sort."""
+    config = Glm4vConfig.glm4_1v_9b()
+    text = dataclasses.replace(
+        config.text_config, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=LAYERS,
+        num_attention_heads=hidden // 128, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    vision = dataclasses.replace(config.vision_config, out_hidden_size=hidden)
+    ids = {field.name: 1 for field in dataclasses.fields(config) if field.name.endswith("_token_id")}
+    return dataclasses.replace(config, text_config=text, vision_config=vision, **ids)
+
+
+def main() -> None:
+    """Decoding and pieces of prompts on the mesh of latency, decoding on that of long contexts, a training step."""
+    wide, narrower = narrow(2048), narrow(1024)
+    decode, prefill = (
+        compile_for_topology.decode_program(wide, 8, 4096),
+        compile_for_topology.prefill_program(wide, 1, 1024, 8192),
+    )
+    join, short = (
+        compile_for_topology.prefill_program(wide, 1, 96, 4096, running=8),
+        compile_for_topology.prefill_program(wide, 32, 16, 1024),
+    )
+    step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))
+    for program, config, sizes in (
+        (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
+        (step, narrower, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, wide, dict(kv=2, q=2)),
+    ):  # fmt: skip
+        compiled = compile_for_topology.compile_for(program, config, "v5e:2x2", large=2**18, **sizes)
+        print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

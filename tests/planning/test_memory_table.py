@@ -1,0 +1,149 @@
+"""Who holds what on a mesh.
+
+Run as a program, `python test_mesh_describe.py CHECKPOINT`, this file says what really lies on a device of eight.
+"""
+
+import json
+import sys
+
+import pytest
+from helpers_mesh import GROUPED, run_on_devices, write_grouped
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.files import size_text
+from glm4v_jax.planning.memory_table import COLUMNS, describe
+from glm4v_jax.planning.mesh_presets import GIB, PRESETS, sizes_for
+from glm4v_jax.planning.parameter_layout import mesh_text
+
+RELEASED = Glm4vConfig.glm4_1v_9b()
+ROWS, CAPACITY = 3, 42
+
+
+def test_the_released_model_on_one_device():
+    found = describe(RELEASED, {})
+    assert found.num_devices == 1
+    assert found.weight_bytes == 20_585_554_944 == 2 * 10_292_777_472
+    assert {part: sizes[0] // 2 for part, sizes in found.parts().items()} == {
+        "embedding": 620_756_992,
+        "decoder layers": 8_158_760_960,
+        "last norm": 4_096,
+        "head": 620_756_992,
+        "ViT": 892_498_432 - 185_081_856,
+        "merger": 185_081_856,
+        "cache": 40 * 2 * 2 * 4096 * 128,
+    }
+    assert all(whole == device for whole, device in found.parts().values())
+    assert found.share is None
+
+
+def test_the_released_model_on_eight():
+    found = describe(RELEASED, dict(kv=2, q=4), rows=8, capacity=4096, memory=16 * GIB)
+    held = {(one.part, one.name): one for one in found.weights}
+    gate_up = held["decoder layers", "mlp.gate_up.kernel"]
+    assert (gate_up.count, gate_up.shape, gate_up.axes) == (40, (4096, 2, 13696), ("-", "-", "kv+q"))
+    assert gate_up.device_bytes * 8 == gate_up.nbytes == 2 * 40 * 4096 * 2 * 13696
+    assert held["ViT", "blocks.attn.qkv.kernel"].axes == ("-", "-", "kv", "-")
+    assert held["merger", "proj.kernel"].device_bytes == held["merger", "proj.kernel"].nbytes
+    assert (found.cache.shape, found.cache.axes) == ((40, 8, 2, 4096, 128), ("-", "-", "kv", "-", "-"))
+    assert found.cache.device_bytes * 2 == found.cache.nbytes == 2 * 2 * 40 * 8 * 2 * 4096 * 128
+    assert found.device_bytes == found.weight_bytes + found.cache.device_bytes
+    assert found.share == pytest.approx(found.device_bytes / 2**34)
+
+
+def test_rows_are_padded_and_slots_split():
+    found = describe(RELEASED, dict(data=2, fsdp=2, kv=2, seq=4), rows=5, capacity=4095)
+    assert (found.rows, found.capacity) == (5, 4095)
+    assert found.cache.shape == (40, 8, 2, 4096, 128)
+    assert found.cache.axes == ("-", "data+fsdp", "kv", "seq", "-")
+    assert found.cache.device_bytes * 32 == found.cache.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_bytes_are_those_of_the_dtype(dtype):
+    one, other = describe(RELEASED, dict(kv=2), dtype=dtype), describe(RELEASED, dict(kv=2), dtype="float32")
+    assert one.device_bytes * (1 if dtype == "float32" else 2) == other.device_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (dict(rows=0), "rows: found 0, expected at least 1"),
+        (dict(capacity=-1), "capacity: found -1, expected at least 1"),
+        (dict(sizes=dict(kv=4)), "mesh kv=4: kv_heads of 2 does not divide by mesh axes kv of 4 devices"),
+    ],
+)
+def test_what_cannot_be_described(options, problem):
+    with pytest.raises(ConfigError, match=problem):
+        describe(RELEASED, **{"sizes": {}, **options})
+
+
+def test_as_text_and_for_json():
+    found = describe(RELEASED, dict(kv=2, q=4), rows=8, memory=16 * GIB)
+    head, *body, last = str(found).splitlines()
+    assert head.split("  ")[0] == "part" and all(column in head for column in COLUMNS)
+    assert len(body) == len(found.table()) == len(found.parts()) + len(found.weights) + 1
+    (gate_up,) = (line.split() for line in body if "merger" not in line and "mlp.gate_up.kernel x 40" in line)
+    assert gate_up[3:] == ["4096x2x13696", "-", "-", "kv+q", "8.36", "GiB", "1.04", "GiB"]
+    assert last == (
+        "mesh kv=2,q=4: a device holds 2.69 GiB of weights and 640.00 MiB of a cache of 8 x 4096 slots, together "
+        "3.31 GiB in bfloat16, 20.7% of 16.00 GiB"
+    )
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["mesh"] == dict(data=1, fsdp=1, kv=2, q=4, seq=1) and told["num_devices"] == 8
+    assert told["device_bytes"] == found.device_bytes == told["weight_bytes"] + told["cache_bytes"]
+    assert told["weight_bytes"] == sum(one["device_bytes"] for one in told["arrays"] if one["part"] != "cache")
+    assert told["parts"]["cache"]["device_bytes"] == told["cache_bytes"]
+    assert told["share"] == found.share and told["memory"] == 2**34
+
+
+def test_sizes_of_bytes():
+    texts = [size_text(number) for number in (0, 1023, 1024, 1536, 2**20, 5 * 2**30, 2**41)]
+    assert texts == ["0 B", "1023 B", "1.00 KiB", "1.50 KiB", "1.00 MiB", "5.00 GiB", "2048.00 GiB"]
+    assert size_text(350 << 10, 1) == "350.0 KiB" and size_text(7, 1) == "7 B"
+
+
+def test_it_is_what_lies_on_a_device(tmp_path):
+    write_grouped(tmp_path)
+    config = Glm4vConfig.from_dict(GROUPED)
+    for case in run_on_devices(__file__, str(tmp_path)):
+        sizes = sizes_for(case["preset"], config, 8)
+        found = describe(config, sizes, rows=ROWS, capacity=CAPACITY, dtype="float32")
+        assert case["mesh"] == mesh_text(sizes)
+        assert case["weights"] == [found.weight_bytes] * 8, case
+        assert case["cache"] == [found.cache.device_bytes] * 8, case
+
+
+def main(directory):
+    import jax
+    import numpy as np
+
+    from glm4v_jax import Glm4vForConditionalGeneration
+    from glm4v_jax.devices.mesh import data_shards, use_mesh
+    from glm4v_jax.model.kv_cache import init_cache
+    from glm4v_jax.planning.mesh_presets import mesh_for
+
+    def on_devices(arrays):
+        held = dict.fromkeys(jax.devices(), 0)
+        for array in jax.tree.leaves(arrays):
+            for shard in array.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        return list(held.values())
+
+    config = Glm4vConfig.from_pretrained(directory)
+    for preset in PRESETS:
+        mesh = mesh_for(preset, config)
+        model = Glm4vForConditionalGeneration.from_pretrained(directory, mesh=mesh)
+        with use_mesh(mesh):
+            rows, capacity = (
+                -(-number // shards) * shards
+                for number, shards in ((ROWS, data_shards()), (CAPACITY, mesh.shape["seq"]))
+            )
+            cache = init_cache(config.text_config, rows, capacity, np.float32)
+        case = {"preset": preset, "mesh": mesh_text(mesh.shape)}
+        case |= {"weights": on_devices(model.module), "cache": on_devices((cache.k, cache.v))}
+        print(json.dumps(case))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,63 @@
+"""Every preset on eight devices computes what one device computes: logits, greedy tokens, loss and gradients.
+
+Run as a program, `python test_mesh_presets_equal.py CHECKPOINT`, this file computes them on simulated devices.
+"""
+
+import json
+import sys
+import traceback
+
+import pytest
+from helpers_mesh import DEVICES, compare, compute, run_on_devices, write_grouped
+
+from glm4v_jax.planning.mesh_presets import PRESETS
+
+# What the presets make of eight devices for this model, whose two key heads have four query heads each.
+MESHES = {
+    "latency": dict(data=1, fsdp=1, kv=2, q=4, seq=1),
+    "throughput": dict(data=4, fsdp=1, kv=2, q=1, seq=1),
+    "train": dict(data=1, fsdp=8, kv=1, q=1, seq=1),
+    "long-context": dict(data=1, fsdp=1, kv=2, q=1, seq=4),
+}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Preset -> how it differs from one device."""
+    directory = tmp_path_factory.mktemp("grouped")
+    write_grouped(directory)
+    return {case["preset"]: case for case in run_on_devices(__file__, str(directory))}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_same_as_one_device(report, preset):
+    case = report[preset]
+    assert "error" not in case, case["error"]
+    assert case["mesh"] == MESHES[preset]
+    assert case["logits"] <= 1e-5
+    assert case["tokens_equal"]
+    assert case["loss"] <= 1e-6
+    assert case["gradients"] <= 1e-4, case["worst_gradient"]
+    assert case["split"] > 0.7  # of the parameters; or the mesh would be one in name only
+
+
+def main(directory):
+    from glm4v_jax import Glm4vConfig
+    from glm4v_jax.devices.mesh import make_mesh
+    from glm4v_jax.planning.mesh_presets import mesh_for
+
+    config = Glm4vConfig.from_pretrained(directory)
+    one = compute(directory, make_mesh())
+    for preset in PRESETS:
+        mesh = mesh_for(preset, config)
+        assert mesh.size == DEVICES
+        case = {"preset": preset, "mesh": dict(mesh.shape)}
+        try:
+            case |= compare(compute(directory, mesh), one)
+        except Exception:  # or one preset would hide what the others give
+            case["error"] = traceback.format_exc()
+        print(json.dumps(case))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,547 @@
+"""Formats of training data, each as its project documents it, and rows that are broken in every way."""
+
+import base64
+import copy
+import io
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import PIL.Image
+import pytest
+
+from glm4v_jax.data.media import located, media_item, picture_size
+from glm4v_jax.errors import DataError, MediaError
+from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
+from train.data.formats import FORMATS, alpaca, detect, hf, llava, openai, sharegpt, swift
+from train.data.grounding import place_objects
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def image(path):
+    return {"type": "image", "path": path}
+
+
+def video(path):
+    return {"type": "video", "path": path}
+
+
+def turn(role, *items):
+    return {"role": role, "content": [text(item) if isinstance(item, str) else item for item in items]}
+
+
+def png(width, height):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+# One row a format, as its project documents it.
+LLAMA_FACTORY = {
+    "messages": [
+        {"role": "user", "content": "<image>Who are they?"},
+        {"role": "assistant", "content": "They're Kane and Gretzka from Bayern Munich."},
+        {"role": "user", "content": "What are they doing?<image>"},
+        {"role": "assistant", "content": "They are celebrating on the soccer field."},
+    ],
+    "images": ["mllm_demo_data/1.jpg", "mllm_demo_data/2.jpg"],
+}
+LLAMA_FACTORY_VIDEO = {
+    "messages": [
+        {"content": "<video>Why is this video funny?", "role": "user"},
+        {"content": "Because a baby is reading.", "role": "assistant"},
+    ],
+    "videos": ["mllm_demo_data/1.mp4"],
+}
+SHAREGPT = {
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat."},
+    ],
+    "system": "You are terse.",
+    "images": ["cat.png"],
+}
+LLAVA = {
+    "id": "000000033471",
+    "image": "coco/train2017/000000033471.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat are the colors of the bus in the image?"},
+        {"from": "gpt", "value": "The bus in the image is white and red."},
+        {"from": "human", "value": "What feature can be seen on the back of the bus?"},
+        {"from": "gpt", "value": "The back of the bus features an advertisement."},
+    ],
+}
+ALPACA = {
+    "instruction": "Describe it.<image>",
+    "input": "In one word.",
+    "output": "Cat",
+    "system": "You are terse.",
+    "history": [["Hello", "Hi"]],
+    "images": ["cat.png"],
+}
+SWIFT = {
+    "messages": [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "<image>Find the <ref-object> in the image"},
+        {"role": "assistant", "content": "<bbox><bbox>"},
+    ],
+    "images": ["/xxx/x.jpg"],
+    "objects": {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [360.9, 480.8, 495, 532.8]]},
+}
+TRL = {
+    "images": ["a.png"],
+    "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is blue."}]},
+    ],
+}
+TRL_COMPLETION = {
+    "image": "a.png",
+    "prompt": [{"role": "user", "content": "What color is it?"}],
+    "completion": [{"role": "assistant", "content": "It is blue."}],
+}
+
+
+def test_llama_factory_openai():
+    messages, losses = openai(LLAMA_FACTORY)
+    assert messages == (
+        turn("user", image("mllm_demo_data/1.jpg"), "Who are they?"),
+        turn("assistant", "They're Kane and Gretzka from Bayern Munich."),
+        turn("user", "What are they doing?", image("mllm_demo_data/2.jpg")),
+        turn("assistant", "They are celebrating on the soccer field."),
+    )
+    assert losses == (False, True, False, True)
+    messages, _ = openai(LLAMA_FACTORY_VIDEO)
+    assert messages[0] == turn("user", video("mllm_demo_data/1.mp4"), "Why is this video funny?")
+
+
+def test_sharegpt():
+    messages, losses = sharegpt(SHAREGPT)
+    assert messages == (
+        turn("system", "You are terse."),
+        turn("user", image("cat.png"), "\nWhat is it?"),
+        turn("assistant", "A cat."),
+    )
+    assert losses == (False, False, True)
+
+
+def test_what_the_system_says_in_the_conversation_wins():
+    talk = [{"from": "system", "value": "Be long."}, *SHAREGPT["conversations"]]
+    messages, losses = sharegpt(SHAREGPT | {"conversations": talk})
+    assert messages[0] == turn("system", "Be long.")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert losses == (False, False, True)
+
+
+def test_llava():
+    messages, losses = llava(LLAVA)
+    assert messages[0] == turn(
+        "user", image("coco/train2017/000000033471.jpg"), "\nWhat are the colors of the bus in the image?"
+    )
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert losses == (False, True) * 2
+
+
+def test_alpaca():
+    messages, losses = alpaca(ALPACA)
+    assert messages == (
+        turn("system", "You are terse."),
+        turn("user", "Hello"),
+        turn("assistant", "Hi"),
+        turn("user", "Describe it.", image("cat.png"), "\nIn one word."),
+        turn("assistant", "Cat"),
+    )
+    assert losses == (False, False, True, False, True)
+    assert alpaca({"query": "Hello", "response": "Hi", "history": None}).messages == (
+        turn("user", "Hello"),
+        turn("assistant", "Hi"),
+    )
+
+
+def test_swift_boxes_become_thousandths_of_their_picture():
+    messages, _ = swift(SWIFT, lambda item: {"/xxx/x.jpg": (600, 800)}[item["path"]])
+    assert messages[1:] == (
+        turn("user", image("/xxx/x.jpg"), "Find the sheep in the image"),
+        # 90.9 / 600, 160.8 / 800, ...
+        turn("assistant", "[152,201,225,266][602,601,825,666]"),
+    )
+
+
+def test_swift_points_and_shares_of_one():
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image>Help me open Google Chrome"},
+            {"role": "assistant", "content": "Action: click(start_box='<bbox>')"},
+        ],
+        "images": ["/xxx/x.jpg"],
+        "objects": {"ref": [], "bbox": [[0.615, 0.226]], "bbox_type": "norm1"},
+    }
+    # The size of the picture is not asked for.
+    assert swift(row, None).messages[1] == turn("assistant", "Action: click(start_box='[615,226]')")
+
+
+def test_swift_boxes_of_the_picture_that_they_name():
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image><image>Where?"},
+            {"role": "assistant", "content": "<bbox> and <bbox>"},
+        ],
+        "images": ["a.png", "b.png"],
+        "objects": {"ref": None, "bbox": [[10, 10, 20, 20], [10, 10, 20, 20]], "image_id": [1, 0]},
+    }
+    sizes = {"a.png": (100, 100), "b.png": (20, 40)}
+    messages, _ = swift(row, lambda item: sizes[item["path"]])
+    assert messages[1] == turn("assistant", "[500,250,1000,500] and [100,100,200,200]")
+
+
+@hypothesis.given(
+    st.integers(1, 5000), st.integers(1, 5000), st.lists(st.floats(0, 1), min_size=4, max_size=4).map(sorted)
+)
+def test_written_boxes_are_found_again_where_they_were(width, height, shares):
+    x1, x2, y1, y2 = shares
+    box = [x1 * width, y1 * height, x2 * width, y2 * height]
+    messages = [turn("user", image("a.png")), turn("assistant", "<|begin_of_box|>[<bbox>]<|end_of_box|>")]
+    placed = place_objects(messages, {"bbox": [box]}, lambda item: (width, height))
+    (found,) = find_boxes(placed[1]["content"][0]["text"])
+    (pixels,) = to_pixels([found], width, height)
+    # Half a thousandth of the side by rounding here, half a pixel there.
+    assert all(
+        abs(a - b) <= 0.5 + side / 2000 + 1e-6
+        for a, b, side in zip(box, pixels, (width, height, width, height), strict=True)
+    )
+    assert messages[1] == turn("assistant", "<|begin_of_box|>[<bbox>]<|end_of_box|>")
+
+
+def test_swift_losses():
+    row = {
+        "messages": [
+            {"role": "user", "content": "a", "loss": None},
+            {"role": "assistant", "content": "b", "loss": False},
+            {"role": "user", "content": "c", "loss": False},
+            {"role": "assistant", "content": "d", "loss": True},
+        ]
+    }
+    assert openai(row).losses == (False, False, False, True)
+    row["messages"][1] = {"role": "assistant", "content": "b", "weight": 0, "loss_scale": None}
+    assert openai(row).losses == (False, False, False, True)
+
+
+def test_trl():
+    expected = (turn("user", image("a.png"), "What color is it?"), turn("assistant", "It is blue."))
+    assert hf(TRL).messages == expected
+    assert hf(TRL).losses == (False, True)
+    assert hf(TRL_COMPLETION).messages == expected
+    assert hf(TRL_COMPLETION).losses == (False, True)
+    assert hf({"prompt": "2 + 2?", "completion": "4"}).messages == (turn("user", "2 + 2?"), turn("assistant", "4"))
+
+
+def test_what_the_assistant_said_in_a_prompt_is_not_learned():
+    prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
+    assert hf({"prompt": prompt, "completion": [turn("assistant", "d")]}).losses == (False, False, False, True)
+
+
+def test_tables_fill_items_with_null_and_pictures_with_bytes():
+    data = png(4, 4)
+    empty = {"type": None, "text": None, "image": None}
+    row = {
+        "messages": [
+            {"role": "user", "content": [empty | {"type": "image"}, empty | {"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": [empty | {"type": "text", "text": "!"}]},
+        ],
+        "images": [{"bytes": data, "path": "a.png"}],
+    }
+    assert hf(row).messages[0] == turn("user", {"type": "image", "image": data}, "?")
+    row["images"][0]["bytes"] = None
+    assert hf(row).messages[0] == turn("user", image("a.png"), "?")
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({"type": "image", "image": "a.png"}, image("a.png")),
+        ({"type": "image", "path": "a.png"}, image("a.png")),
+        ({"type": "image", "url": "https://h/a.png"}, {"type": "image", "url": "https://h/a.png"}),
+        ({"type": "image_url", "image_url": {"url": "https://h/a.png"}}, {"type": "image", "url": "https://h/a.png"}),
+        ({"type": "image_url", "image_url": "HTTPS://h/a"}, {"type": "image", "url": "HTTPS://h/a"}),
+        (
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}},
+            {"type": "image", "url": "data:image/png;base64,QUJD"},
+        ),
+        ({"type": "image", "source": {"type": "url", "url": "http://h/a"}}, {"type": "image", "url": "http://h/a"}),
+        ({"type": "video", "video": "a.mp4"}, video("a.mp4")),
+        (
+            {"type": "video", "video": ["1.png", {"path": "2.png"}], "fps": 4},
+            {"type": "video", "video": ["1.png", "2.png"], "fps": 4},
+        ),
+    ],
+)
+def test_spellings_of_typed_items(item, expected):
+    row = {"messages": [{"role": "user", "content": [item]}, {"role": "assistant", "content": "!"}]}
+    assert hf(row).messages[0] == turn("user", expected)
+
+
+def test_base64_and_bytes_and_objects_stay_what_they_are():
+    data = png(64, 64)
+    encoded = base64.b64encode(data).decode()
+    assert media_item("image", encoded, "images[0]") == {"type": "image", "url": f"data:image/unknown;base64,{encoded}"}
+    assert media_item("image", data, "images[0]")["image"] is data
+    picture = PIL.Image.new("RGB", (4, 4))
+    assert media_item("image", picture, "images[0]")["image"] is picture
+    array = np.zeros((4, 4, 3), np.uint8)
+    assert media_item("image", {"image": array}, "images[0]")["image"] is array
+    # Long paths are paths.
+    assert "path" in media_item("image", "pictures/" * 30 + "a.png", "images[0]")
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (LLAMA_FACTORY, "openai"),
+        (LLAMA_FACTORY_VIDEO, "openai"),
+        (SHAREGPT, "sharegpt"),
+        (LLAVA, "llava"),
+        (ALPACA, "alpaca"),
+        ({"query": "a", "response": "b"}, "alpaca"),
+        (SWIFT, "swift"),
+        (TRL, "hf"),
+        (TRL_COMPLETION, "hf"),
+    ],
+)
+def test_formats_are_known_by_their_fields(row, name):
+    assert detect(row) == name
+
+
+def row_of(**fields):
+    return {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]} | fields
+
+
+def objects(bbox, reply="<bbox>", **fields):
+    return {
+        "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": reply}],
+        "images": ["a.png"],
+        "objects": {"ref": [], "bbox": bbox} | fields,
+    }
+
+
+def said(*messages, **fields):
+    return {"messages": list(messages)} | fields
+
+
+BROKEN = [
+    ({}, "found the fields of nothing, expected 'messages'"),
+    ({"text": "pre-training"}, "found the fields 'text', expected 'messages'"),
+    (row_of(), "field 'images': found 0 for 1 <image> markers, expected as many"),
+    (row_of(images=["a.png", "b.png"]), "field 'images': found 2 for 1 <image> markers"),
+    (row_of(images=["a.png"], videos=["b.mp4"]), "field 'videos': found 1 for 0 <video> markers"),
+    (row_of(images=["a.png"], image="a.png"), "field 'image': found beside 'images', expected one of the two"),
+    (row_of(images=[7]), r"field 'images\[0\]': found the number 7, expected a path"),
+    (row_of(images=["  "]), r"field 'images\[0\]': found an empty string"),
+    (row_of(images=[None]), r"field 'images\[0\]': found null, expected a path"),
+    (row_of(images=["a.png"], audios=["a.wav"]), "field 'audios': found some, expected none"),
+    (row_of(images=["a.png"], tools="[]"), "field 'tools': found some, expected none"),
+    (row_of(images=["a.png"], rejected_response="no"), "field 'rejected_response': found preferences"),
+    ({"messages": "hello"}, "field 'messages': found a string, expected a list of messages"),
+    ({"messages": []}, "field 'messages': found no message, expected at least one"),
+    ({"conversations": None}, "field 'conversations': found null, expected a list of messages"),
+    (said("hello"), r"field 'messages\[0\]': found a string, expected an object with 'role'"),
+    (said({"content": "a"}), r"field 'messages\[0\].role': found none, expected a string"),
+    (said({"role": "user"}), r"field 'messages\[0\].content': found none, expected a string"),
+    (said({"role": "user", "content": 7}), r"field 'messages\[0\].content': found the number 7, expected a string"),
+    (said({"role": "bot", "content": "a"}), r"'messages\[0\].role': found 'bot', expected one of system, user, assist"),
+    (said({"role": "tool", "content": "a"}), "found 'tool', .*: conversations with tools are not supported"),
+    ({"conversations": [{"from": "observation", "value": "a"}]}, "found 'observation', .* tools are not supported"),
+    (said({"role": "assistant", "content": "a", "tool_calls": [1]}), r"'messages\[0\].tool_calls': found some"),
+    (said({"role": "assistant", "content": "a", "reasoning_content": "b"}), "reasoning_content': found some"),
+    (said({"role": "user", "content": "a"}), "field 'messages': found no message to learn"),
+    (said({"role": "assistant", "content": "a", "loss": False}), "found no message to learn"),
+    (said({"role": "assistant", "content": " \n"}), "found an empty message 0 of the assistant"),
+    (
+        said({"role": "assistant", "content": "a", "loss": "yes"}),
+        r"'messages\[0\].loss': found 'yes', expected true or",
+    ),
+    (said({"role": "assistant", "content": "a", "loss_scale": 0.5}), "loss_scale': found 0.5, expected true or false"),
+    (said({"role": "user", "content": "a", "loss": True}), r"'messages\[0\].loss': found True in a message of user"),
+    (
+        said({"role": "assistant", "content": "<image>a"}, images=["a.png"]),
+        r"picture or video \(image\) in message 0 of",
+    ),
+    (said({"role": "assistant", "content": "a\ud83d"}), r"message 0.: found '\\ud83d', half of a character"),
+    (said({"role": "user", "content": [7]}), r"'messages\[0\].content\[0\]': found the number 7, expected an object"),
+    (said({"role": "user", "content": [{"type": "audio"}]}), r"content\[0\]': found type 'audio', expected 'text'"),
+    (said({"role": "user", "content": [{}]}), r"content\[0\]': found no 'type'"),
+    (said({"role": "user", "content": [{"type": "text"}]}), r"content\[0\].text': found none, expected a string"),
+    (
+        said({"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}),
+        r"content\[0\]': found 'path', 'url', expected one of them",
+    ),
+    (said({"role": "user", "content": [{"type": "video", "video": []}]}), r"content\[0\]': found no frames"),
+    (
+        said({"role": "user", "content": [{"type": "video", "video": ["a.png"], "fps": 0}]}),
+        r"content\[0\].fps': found 0, expected a number above 0",
+    ),
+    (
+        said({"role": "user", "content": [{"type": "image"}]}, turn("assistant", "a")),
+        "field 'images': found 0 for 1 image items without a source, expected as many",
+    ),
+    (
+        said({"role": "user", "content": [image("a.png")]}, turn("assistant", "a"), images=["a.png"]),
+        "field 'images': found 1 for 0 image items without a source",
+    ),
+    ({"prompt": "a", "completion": []}, "field 'completion': found no message"),
+    ({"prompt": [turn("assistant", "a")], "completion": "b", "images": ["a.png"]}, "found no message of the user"),
+    ({"instruction": "a"}, "field 'output': found none, expected a string"),
+    ({"instruction": None, "output": "b"}, "field 'instruction': found null, expected a string"),
+    (
+        {"instruction": "a", "output": "b", "history": 7},
+        "field 'history': found the number 7, expected a list of pairs",
+    ),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, r"field 'history\[0\]': found \['c'\], expected two"),
+    ({"instruction": "a", "output": "b", "system": 7}, "field 'system': found the number 7, expected a string"),
+    ({"instruction": "a", "output": ""}, "field 'output': found an empty message 1 of the assistant"),
+    (objects([[1, 2, 3, 4]], "<bbox><bbox>"), "field 'objects.bbox': found 1 for 2 <bbox>, expected as many"),
+    (objects([[1, 2, 3, 4]], ref=["cat"]), "field 'objects.ref': found 1 for 0 <ref-object>"),
+    (objects([[1, 2, 3, 4]], "<bbox><ref-object>", ref=[7]), r"'objects.ref\[0\]': found the number 7"),
+    (objects([[1, 2, 3]]), r"field 'objects.bbox\[0\]': found \[1, 2, 3\], expected 4 numbers, or 2"),
+    (objects([[1, 2, 3, "4"]]), r"field 'objects.bbox\[0\]': found .*, expected 4 numbers"),
+    (objects([[1, 2, 3, 81]]), r"'objects.bbox\[0\]': found \[1, 2, 3, 81\], .* within a picture of 60 x 80 pixels"),
+    (objects([[-1, 2, 3, 4]]), "within a picture of 60 x 80 pixels"),
+    (objects([[30, 2, 3, 4]]), "the top left corner before the bottom right one"),
+    (objects([[0, 0, 1, 1.5]], bbox_type="norm1"), "expected coordinates within 0 to 1"),
+    (objects([[1, 2, 3, 4]], bbox_type="norm1000"), "field 'objects.bbox_type': found 'norm1000', expected 'real' or"),
+    (objects([[1, 2, 3, 4]], image_id=[1]), "is in pixels of picture 1, but the conversation has 1 pictures"),
+    (objects("all"), "field 'objects.bbox': found a string, expected a list"),
+    (row_of(images=["a.png"], objects=[]), "field 'objects': found a list, expected an object"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), BROKEN, ids=range(len(BROKEN)))
+def test_broken_rows_name_field_found_and_expected(row, says):
+    with pytest.raises(DataError, match=says):
+        FORMATS[detect(row)](row, lambda item: (60, 80))
+
+
+def test_sizes_are_those_of_the_picture_as_it_is_shown(tmp_path):
+    skimage_data = pytest.importorskip("skimage.data")
+    cat = PIL.Image.fromarray(skimage_data.chelsea())
+    cat.save(tmp_path / "cat.png")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    cat.save(tmp_path / "turned.jpg", exif=exif)
+    assert picture_size(image(str(tmp_path / "cat.png"))) == cat.size == (451, 300)
+    assert picture_size(image(str(tmp_path / "turned.jpg"))) == (300, 451)
+    assert picture_size({"type": "image", "image": (tmp_path / "cat.png").read_bytes()}) == (451, 300)
+    assert picture_size({"type": "image", "image": cat}) == (451, 300)
+    assert picture_size({"type": "image", "image": np.asarray(cat)}) == (451, 300)
+    encoded = base64.b64encode((tmp_path / "cat.png").read_bytes()).decode()
+    assert picture_size(media_item("image", encoded, "images[0]")) == (451, 300)
+
+
+def test_only_the_header_of_a_picture_is_read(tmp_path):
+    whole = png(300, 200)
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    assert picture_size(image(str(tmp_path / "cut.png"))) == (300, 200)
+    (tmp_path / "text.png").write_text("no picture")
+    for path, says in (
+        ("text.png", "is not a readable picture"),
+        ("none.png", "no such file"),
+        (".", "is a directory"),
+    ):
+        with pytest.raises(MediaError, match=says):
+            picture_size(image(str(tmp_path / path)))
+
+
+def test_paths_are_put_behind_their_directory_and_nothing_else():
+    assert located(image("a/b.png"), "/data") == image("/data/a/b.png")
+    assert located(image("/a/b.png"), "/data") == image("/a/b.png")
+    for item in (text("a.png"), {"type": "image", "url": "https://h/a.png"}, {"type": "image", "image": b"a"}):
+        assert located(item, "/data") == item
+    frames = {"type": "video", "video": ["1.png", "https://h/2.png", b"3"], "fps": 2}
+    assert located(frames, "/data") == frames | {"video": ["/data/1.png", "https://h/2.png", b"3"]}
+
+
+DOCUMENTED = [LLAMA_FACTORY, LLAMA_FACTORY_VIDEO, SHAREGPT, LLAVA, ALPACA, SWIFT, TRL, TRL_COMPLETION]
+WORDS = ["", "a", "user", "tool", "human", "gpt", "image", "<image>", "<video>", "<bbox>", "norm1", "type", "content"]
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(), st.sampled_from(WORDS)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(WORDS), inner, max_size=3)),
+    max_leaves=5,
+)
+
+
+def places(value, before=()):
+    """The path to every value inside a row, and the row's own."""
+    yield before
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from places(inner, (*before, key))
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=500)
+def test_whatever_stands_in_a_row_is_learned_or_refused(data):
+    row = copy.deepcopy(data.draw(st.sampled_from(DOCUMENTED)))
+    *before, last = data.draw(st.sampled_from([place for place in places(row) if place]))
+    value = row
+    for key in before:
+        value = value[key]
+    value[last] = data.draw(JSON)
+    try:
+        messages, losses = FORMATS[detect(row)](row, lambda item: (60, 80))
+    except DataError as error:
+        assert str(error).startswith("field '")
+    else:
+        assert len(messages) == len(losses)
+        assert any(losses)
+
+
+TEXTS = st.text(st.characters(exclude_characters="<>", codec="utf-8"), min_size=1, max_size=8).filter(str.strip)
+PATHS = st.from_regex(r"[a-z]{1,8}/[a-z]{1,8}\.(png|jpg)", fullmatch=True)
+QUESTIONS = st.lists(st.one_of(TEXTS.map(text), PATHS.map(image)), min_size=1, max_size=4).filter(
+    # Two texts side by side are one in formats with markers.
+    lambda items: all(a["type"] == "image" or b["type"] == "image" for a, b in itertools.pairwise(items))
+)
+
+
+@hypothesis.given(st.lists(st.tuples(QUESTIONS, TEXTS), min_size=1, max_size=3), st.none() | TEXTS)
+def test_formats_that_say_the_same_give_the_same(pairs, system):
+    asked = [{"role": "user", "content": items} for items, _ in pairs]
+    told = [turn("assistant", answer) for _, answer in pairs]
+    messages = [message for pair in zip(asked, told, strict=True) for message in pair]
+    messages = ([turn("system", system)] if system else []) + messages
+    marked = ["".join("<image>" if i["type"] == "image" else i["text"] for i in m["content"]) for m in messages]
+    images = [item["path"] for message in messages for item in message["content"] if item["type"] == "image"]
+    roles = {"system": "system", "user": "human", "assistant": "gpt"}
+    plain = [{"role": message["role"], "content": content} for message, content in zip(messages, marked, strict=True)]
+    questions = marked[1:] if system else marked
+    rows = {
+        "openai": {"messages": plain, "images": images},
+        "swift": {"messages": plain, "images": images, "objects": {"ref": [], "bbox": []}},
+        "sharegpt": {
+            "conversations": [{"from": roles[p["role"]], "value": p["content"]} for p in plain],
+            "images": images,
+        },
+        "llava": {
+            "conversations": [{"from": roles[p["role"]], "value": p["content"]} for p in plain],
+            "image": images,
+        },
+        "alpaca": {
+            "instruction": questions[-2],
+            "input": "",
+            "output": questions[-1],
+            "history": [list(pair) for pair in zip(questions[:-2:2], questions[1:-2:2], strict=True)],
+            "system": system,
+            "images": images,
+        },
+        "hf": {"messages": messages},
+    }
+    given = {name: FORMATS[detect(row)](row) for name, row in rows.items()}
+    for name, turns in given.items():
+        assert turns == (tuple(messages), tuple(m["role"] == "assistant" for m in messages)), name
+    sourceless = [
+        m | {"content": [{"type": "image"} if i["type"] == "image" else i for i in m["content"]]} for m in messages
+    ]
+    assert hf({"messages": sourceless, "images": images}) == given["hf"]

@@ -1,0 +1,205 @@
+"""The training step, compiled by `glm4v_jax.planning.compile_for_topology`; the least it must compute and send."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from glm4v_jax.batch import Batch, VisionRows
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices import mesh
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.layers import Remat
+from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
+from glm4v_jax.planning import compile_for_topology
+from train.data.packing import TrainBatch
+from train.data.placement import abstract
+from train.flops import Work, has_input_gradient, recomputed_flops, step_flops
+from train.optimizers import OptimizerConfig, group_of, make_optimizer
+from train.state import Layout, Leaves, init_state, split
+from train.step import make_step
+
+STEPS = 1000
+"""Of the schedule; it changes no program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Of a step: B rows of T tokens, R vision rows of L patches, and how many micro-batches of them."""
+
+    rows: int
+    length: int
+    vision_rows: int = 0
+    vision_length: int = 0
+    micro_batches: int = 1
+
+    @property
+    def work(self) -> Work:
+        """Of rows without padding, each of one sample and each vision row of one frame: the most there can be."""
+        tokens = self.micro_batches * self.rows * self.length
+        patches = self.micro_batches * self.vision_rows * self.vision_length
+        return Work(tokens, tokens * (self.length + 1) / 2, patches, patches * self.vision_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a step does, in all; operations are floating point ones, of products of matrices.
+
+    Attributes:
+      model_flops: `flops.step_flops`.
+      recomputed_flops: `flops.recomputed_flops`.
+      dot_flops: of the products outside of attention, as they stand in the traced program.
+      kernels: name of an attention kernel -> how often it runs.
+      least_sent: bytes that a device has to receive from others; see `least_sent`.
+    """
+
+    model_flops: float
+    recomputed_flops: float
+    dot_flops: float
+    kernels: dict[str, int]
+    least_sent: float
+
+
+def step_program(
+    config: Glm4vConfig,
+    shapes: Shapes,
+    *,
+    remat: Remat = "full",
+    lora: LoraConfig | None = None,
+    freeze: tuple[str, ...] = (),
+    tell: Callable[[Counts], None] | None = None,
+) -> compile_for_topology.Program:
+    """The step that a job runs, with AdamW and bfloat16; all of its state is abstract.
+
+    Args:
+      config: of the model.
+      shapes: of the batches, whose rows are over the mesh as `placement.put` lays them.
+      remat: see `step.make_step`.
+      lora: train an adapter instead.
+      freeze: parts of the model (`optimizers.GROUPS`) that are not trained.
+      tell: called with what the traced step does.
+    """
+
+    def lower(model: Glm4v, devices: Mesh) -> Any:
+        if lora is not None:
+            model = compile_for_topology.placed(jax.eval_shape(lambda model: add_lora(model, lora), model), devices)
+
+        def is_trained(path: str) -> bool:
+            return is_lora(path) if lora is not None else group_of(path) not in freeze
+
+        params, frozen = compile_for_topology.placed(
+            jax.eval_shape(lambda model: split(model, is_trained), model), devices
+        )
+        optimizer = make_optimizer(OptimizerConfig(), STEPS, model)
+        state = compile_for_topology.placed(
+            jax.eval_shape(lambda params: init_state(params, optimizer), params), devices
+        )
+        step: Any = make_step(Layout.of(model), optimizer, remat=remat)
+        traced = step.trace(state, frozen, abstract(_batch(config, shapes), devices))
+        if tell is not None:
+            dots, kernels = count_products(traced.jaxpr)
+            work = shapes.work
+            tell(
+                Counts(
+                    step_flops(config, params, frozen, work), recomputed_flops(config, params, frozen, work, remat),
+                    dots, kernels, least_sent(config, params, frozen, shapes),
+                )
+            )  # fmt: skip
+        return traced.lower()
+
+    name = f"{'full' if lora is None else f'LoRA r={lora.rank}'}, {shapes.rows} x {shapes.length:,}"
+    if shapes.vision_rows:
+        name += f" + {shapes.vision_rows} x {shapes.vision_length:,}"
+    name += f" x {shapes.micro_batches}" if shapes.micro_batches > 1 else ""
+    return compile_for_topology.Program(
+        name=f"{name}, remat {remat}", lower=lower, read=0, flops=0.0, parts=("visual", "language_model", "lm_head"),
+        loop=1,
+    )  # fmt: skip
+
+
+def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shapes) -> float:
+    """Bytes that a device of the leaves' mesh has to receive in a step, in bfloat16.
+
+    Weights in shards are gathered for the forward pass, and again for the backward pass as far as it goes through them,
+    save the head, which the two need one after the other, and the table; the gradients of what is trained are summed
+    into their shards. Where devices share a layer, each of its two blocks
+    gathers the tokens' states and sums its results, forward and backward. The ViT's blocks are left out of that.
+    """
+    leaves = {**params, **frozen}
+    sizes = next(iter(leaves.values())).sharding.mesh.shape
+    fsdp, data, tensor = (
+        math.prod(sizes[name] for name in mesh.names_of(mesh.RULES[axis])) for axis in ("embed", "batch", "tokens")
+    )
+    replicas = data // fsdp
+    total = 0.0
+    for path, leaf in leaves.items():
+        split_by = [name for entry in leaf.sharding.spec for name in mesh.names_of(entry)]
+        kept = math.prod(leaf.shape) / math.prod(sizes[name] for name in split_by if name != "fsdp")
+        if "fsdp" in split_by:
+            is_once = path.startswith(("lm_head.", "language_model.embed_tokens."))
+            passes = 1 + (has_input_gradient(path, params) and not is_once) + (path in params)
+            total += 2 * kept * passes * (fsdp - 1) / fsdp
+            total += 2 * 2 * kept / fsdp * (replicas - 1) / replicas * (path in params)
+    text = config.text_config
+    states = 2 * shapes.rows * shapes.length * text.hidden_size / data * shapes.micro_batches
+    return shapes.micro_batches * total + 8 * text.num_hidden_layers * states * (tensor - 1) / tensor
+
+
+def count_products(jaxpr: Any) -> tuple[float, dict[str, int]]:
+    """What a traced program multiplies.
+
+    Returns:
+      Operations of its matrix products, all devices together, those in kernels left out; and its kernels by name, each
+      with how often it runs.
+    """
+    flops, kernels = 0.0, collections.Counter[str]()
+    for equation, runs in _equations(jaxpr, 1):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            flops += 2.0 * runs * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        elif equation.primitive.name == "pallas_call":
+            kernels[str(equation.params["name"] or "kernel")] += runs
+    return flops, dict(kernels)
+
+
+def _equations(jaxpr: Any, runs: int) -> Iterator[tuple[Any, int]]:
+    """All equations, and how often each runs."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation, runs
+        if equation.primitive.name == "pallas_call":
+            continue
+        inner = runs * equation.params["length"] if equation.primitive.name == "scan" else runs
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                yield from _equations(value, inner)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def _batch(config: Glm4vConfig, shapes: Shapes) -> TrainBatch:
+    """Abstract arrays, with the first dimension of micro-batches."""
+    vision, tokens = config.vision_config, (shapes.rows, shapes.length)
+    patches = (shapes.vision_rows, shapes.vision_length)
+
+    def ints(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((shapes.micro_batches, *shape), jnp.int32)
+
+    def floats(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((shapes.micro_batches, *shape), jnp.float32)
+
+    grid = floats(*patches, vision.position_grid)
+    rows = VisionRows(floats(*patches, vision.patch_dim), ints(*patches), ints(*patches, 2), grid, grid)
+    has_vision = shapes.vision_rows > 0
+    batch = Batch(
+        ints(*tokens), ints(*tokens), ints(3, *tokens), ints(*tokens) if has_vision else None,
+        rows if has_vision else None,
+    )  # fmt: skip
+    return TrainBatch(batch, ints(*tokens), floats(*tokens))

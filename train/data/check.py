@@ -1,0 +1,156 @@
+"""What there is in training data, and what of it cannot be learned from, without a model or a device."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from glm4v_jax.data.media import is_remote, picture_size, source_of
+from glm4v_jax.errors import DataError, Glm4vError, MediaError
+from glm4v_jax.inputs.media.fetch import is_address
+from glm4v_jax.inputs.media.load import load_image, load_video
+from train.data.histogram import percentile
+from train.data.lengths import count_characters
+from train.data.records import Record, Records
+
+LISTED = 20
+"""So many bad rows are kept with their reasons."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A row that cannot be learned from: where it stands, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        total: rows there are.
+        checked: rows looked at.
+        bad: of these, rows that cannot be learned from; what follows counts the others.
+        problems: the first bad rows.
+        formats: name of a format -> rows.
+        messages, learned: messages in all, and of the assistant to be learned.
+        pictures, videos: in all, those of the net included.
+        remote: pictures and videos of the net that were not looked at.
+        text_only: records that show nothing.
+        unit: what `lengths` count.
+        lengths: of each record.
+        most: the greatest of them; -1 if there are none.
+        longest: where that record stands.
+    """
+
+    total: int
+    unit: str
+    checked: int = 0
+    bad: int = 0
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    messages: int = 0
+    learned: int = 0
+    pictures: int = 0
+    videos: int = 0
+    remote: int = 0
+    text_only: int = 0
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    most: int = -1
+    longest: str | None = None
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """min, median, p95, max and sum of the lengths; nothing where there are none."""
+        if not self.lengths:
+            return {}
+        median, p95 = percentile(self.lengths, 50), percentile(self.lengths, 95)
+        ends = min(self.lengths), max(self.lengths)
+        return {"min": ends[0], "median": median, "p95": p95, "max": ends[1], "sum": sum(self.lengths)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the single lengths, for JSON."""
+        fields = dataclasses.asdict(self) | {"formats": dict(self.formats), "lengths": self.summary}
+        return fields | {"good": self.checked - self.bad}
+
+
+def check(
+    records: Records,
+    *,
+    measure: Callable[[Record], int] = count_characters,
+    unit: str = "characters",
+    limit: int | None = None,
+    decode: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Look at every record.
+
+    Args:
+        records: what to check.
+        measure: the length of a record; raises `Glm4vError` for one that cannot be prepared.
+        unit: what it counts.
+        limit: look at the first so many alone.
+        decode: decode pictures and videos, those of the net too; else only see that files are there and that pictures
+            begin as pictures do.
+        progress: told how many rows are done, and how many there are to do.
+
+    Raises:
+        DataError: `limit` is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit: found {limit}, expected at least 1")
+    report = Report(len(records), unit)
+    count = len(records) if limit is None else min(limit, len(records))
+    for index in range(count):
+        report.checked += 1
+        try:
+            record = records[index]
+            remote = sum(not _look(item, decode) for item in record.media())
+            length = measure(record)
+        except (Glm4vError, OSError) as error:
+            report.bad += 1
+            if len(report.problems) < LISTED:
+                place = records.place(index)
+                report.problems.append(Problem(place, str(error).removeprefix(f"{place}: ")))
+        else:
+            _add(report, record, records.format(index), remote, length)
+        if progress is not None:
+            progress(report.checked, count)
+    return report
+
+
+def _add(report: Report, record: Record, format: str, remote: int, length: int) -> None:
+    pictures, videos = len(record.media("image")), len(record.media("video"))
+    report.formats[format] += 1
+    report.messages += len(record.messages)
+    report.learned += sum(record.losses)
+    report.pictures += pictures
+    report.videos += videos
+    report.remote += remote
+    report.text_only += not (pictures or videos)
+    if length > report.most:
+        report.most, report.longest = length, record.source
+    report.lengths.append(length)
+
+
+def _look(item: Mapping[str, Any], decode: bool) -> bool:
+    """Misses what is not there or cannot be read; False where it was not looked at."""
+    if is_remote(item) and not decode:
+        return False
+    source = source_of(item)
+    if "path" in item and not os.path.exists(source):
+        raise MediaError(f"{source}: no such file")
+    if item["type"] == "image":
+        picture_size(item)
+        if decode:
+            load_image(source)
+        return True
+    if decode:
+        load_video(source)
+    for frame in item["video"] if isinstance(item.get("video"), list) else []:
+        if isinstance(frame, str) and not is_address(frame):
+            picture_size({"type": "image", "path": frame})
+    return True

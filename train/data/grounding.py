@@ -1,0 +1,112 @@
+"""Boxes and points of ms-swift's `objects` as GLM-4.1V writes them.
+
+The model's coordinates are integers from 0 to 1000 along each axis of the original picture: round(1000 * x / width),
+round(1000 * y / height), whatever the size it is resized to; see `glm4v_jax.generate.text.boxes`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from glm4v_jax.data.media import Item, kind_of
+from glm4v_jax.errors import DataError
+from glm4v_jax.generate.text.boxes import SCALE
+from train.data.conversations import Message
+
+SizeOf = Callable[[Item], tuple[int, int]]
+"""Item of a picture -> its width and height in pixels."""
+
+_PLACEHOLDER = re.compile("<ref-object>|<bbox>")
+_FIELDS = {"<ref-object>": "ref", "<bbox>": "bbox"}
+
+
+def place_objects(messages: Sequence[Message], objects: Any, size_of: SizeOf) -> list[Message]:
+    """Messages with names in the place of `<ref-object>` and boxes in that of `<bbox>`.
+
+    A box becomes `[x1,y1,x2,y2]` and a point `[x,y]`; box tokens and outer brackets are left to who writes the data,
+    as in `<|begin_of_box|>[<bbox>,<bbox>]<|end_of_box|>`.
+
+    Args:
+        messages: with typed items; not changed.
+        objects: `{"ref": [names], "bbox": [boxes], "bbox_type": "real" | "norm1", "image_id": [index of a picture]}`;
+            boxes are (x1, y1, x2, y2) or (x, y), in pixels of their picture or from 0 to 1; the picture is the first
+            where `image_id` does not say it.
+        size_of: of a picture; asked only for pixels.
+
+    Raises:
+        DataError: more or fewer placeholders than names or boxes; a box is not one, or not in its picture.
+        MediaError: `size_of` does not find the picture.
+    """
+    if not isinstance(objects, Mapping):
+        raise DataError(f"field 'objects': found {kind_of(objects)}, expected an object with 'ref' and 'bbox'")
+    values = {name: _list_of(objects, name) for name in ("ref", "bbox", "image_id")}
+    texts = [item["text"] for message in messages for item in message["content"] if item["type"] == "text"]
+    for placeholder, name in _FIELDS.items():
+        count = sum(text.count(placeholder) for text in texts)
+        if count != len(values[name]):
+            raise DataError(
+                f"field 'objects.{name}': found {len(values[name])} for {count} {placeholder}, expected as many"
+            )
+    for index, name in enumerate(values["ref"]):
+        if not isinstance(name, str):
+            raise DataError(f"field 'objects.ref[{index}]': found {kind_of(name)}, expected a string")
+    pictures = [item for message in messages for item in message["content"] if item["type"] == "image"]
+    boxes = _write_boxes(values["bbox"], values["image_id"], objects.get("bbox_type"), pictures, size_of)
+    pending = {"<ref-object>": iter(values["ref"]), "<bbox>": iter(boxes)}
+
+    def replaced(item: Item) -> Item:
+        if item["type"] != "text":
+            return item
+        return item | {"text": _PLACEHOLDER.sub(lambda match: next(pending[match[0]]), item["text"])}
+
+    return [message | {"content": [replaced(item) for item in message["content"]]} for message in messages]
+
+
+def _list_of(objects: Mapping[str, Any], name: str) -> list[Any]:
+    value = objects.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise DataError(f"field 'objects.{name}': found {kind_of(value)}, expected a list")
+    return list(value)
+
+
+def _write_boxes(
+    boxes: Sequence[Any], image_ids: Sequence[Any], bbox_type: Any, pictures: Sequence[Item], size_of: SizeOf
+) -> list[str]:
+    kind = "real" if bbox_type is None else bbox_type
+    if kind not in ("real", "norm1"):
+        raise DataError(f"field 'objects.bbox_type': found {bbox_type!r}, expected 'real' or 'norm1'")
+    written = []
+    sizes: dict[int, tuple[int, int]] = {}
+    for index, box in enumerate(boxes):
+        width = height = 1
+        if kind == "real":
+            image = image_ids[index] if index < len(image_ids) else 0
+            if not isinstance(image, int) or not 0 <= image < len(pictures):
+                raise DataError(
+                    f"field 'objects.bbox[{index}]': is in pixels of picture {image!r}, but the conversation has "
+                    f"{len(pictures)} pictures; expected an index of one of them in 'objects.image_id'"
+                )
+            if image not in sizes:
+                sizes[image] = size_of(pictures[image])
+            width, height = sizes[image]
+        written.append(_write_box(box, width, height, f"objects.bbox[{index}]"))
+    return written
+
+
+def _write_box(box: Any, width: int, height: int, field: str) -> str:
+    if not isinstance(box, list | tuple) or len(box) not in (2, 4) or not all(map(_is_number, box)):
+        raise DataError(f"field {field!r}: found {box!r}, expected 4 numbers, or 2 for a point")
+    scaled = [round(SCALE * value / (height if axis % 2 else width)) for axis, value in enumerate(box)]
+    if not all(0 <= value <= SCALE for value in scaled):
+        where = f"a picture of {width} x {height} pixels" if (width, height) != (1, 1) else "0 to 1"
+        raise DataError(f"field {field!r}: found {list(box)}, expected coordinates within {where}")
+    if len(box) == 4 and not (box[0] <= box[2] and box[1] <= box[3]):
+        raise DataError(f"field {field!r}: found {list(box)}, expected the top left corner before the bottom right one")
+    return f"[{','.join(map(str, scaled))}]"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,67 @@
+"""How long records are: in tokens, from the sizes of pictures alone, or in characters where there is no model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from glm4v_jax.data.media import picture_size, source_of
+from glm4v_jax.errors import DataError, Glm4vError
+from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.inputs.batch_feature import BatchFeature
+from glm4v_jax.inputs.media.load import VideoMetadata, is_path_like
+from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
+from glm4v_jax.inputs.text.placeholders import Expansion
+from train.data.conversations import Message, text_item
+from train.data.records import Record
+
+
+def count_characters(record: Record) -> int:
+    """Characters of all texts of a record."""
+    return sum(len(item.get("text", "")) for message in record.messages for item in message["content"])
+
+
+class TokenCounter:
+    """Counts tokens as `train.data.samples.encode` makes them by default, pictures undecoded; videos are decoded."""
+
+    def __init__(self, processor: Glm4vProcessor):
+        self._processor = processor
+
+    def __call__(self, record: Record) -> int:
+        """The tokens of a record.
+
+        Raises:
+            DataError: it cannot be prepared; the message begins with the record's place.
+        """
+        try:
+            return self._count(record)
+        except Glm4vError as error:
+            raise DataError(f"{record.source}: {error}") from error
+
+    def _count(self, record: Record) -> int:
+        processor = self._processor
+        text = processor.apply_chat_template(_without_old_thoughts(record))
+        sizes = [picture_size(item)[::-1] for item in record.media("image")]
+        counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
+        images = [Expansion(processor.image_token * count, count) for count in counts]
+        videos = [expansion for item in record.media("video") for expansion in self._prepare_video(item)]
+        media = PreparedMedia(BatchFeature(), images, videos)
+        return len(processor.assemble([text], media)["input_ids"][0])
+
+    def _prepare_video(self, item: Mapping[str, Any]) -> list[Expansion]:
+        video = source_of(item)
+        if is_path_like(video):
+            return self._processor.prepare_media(videos=[[video]]).videos
+        rate = item.get("fps") or self._processor.video_processor.fps
+        taken = VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=range(len(video)))
+        return self._processor.prepare_media(videos=[[video]], video_metadata=[taken], do_sample_frames=False).videos
+
+
+def _without_old_thoughts(record: Record) -> list[Message]:
+    """Messages in which only the last answer that is learned keeps its thoughts, as `EncodeOptions` have it."""
+    last = max(index for index, learned in enumerate(record.losses) if learned)
+    messages = []
+    for index, message in enumerate(record.messages):
+        content = message["content"]
+        if message["role"] == "assistant" and index != last:
+            content = [text_item(without_thoughts("".join(item["text"] for item in content)))]
+        messages.append({"role": message["role"], "content": content})
+    return messages

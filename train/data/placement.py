@@ -1,0 +1,135 @@
+"""Where the parts of a batch belong: rows over the data axes of the mesh, each process putting its own there."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm4v_jax.batch import Batch, VisionRows
+from glm4v_jax.devices import mesh as axes
+from glm4v_jax.errors import ConfigError
+from train.config import BatchConfig
+from train.data.packing import TrainBatch
+
+_ROWS = PartitionSpec(None, *axes.spec("batch"))
+_VISION_ROWS = PartitionSpec(None, *axes.spec("rows"))
+PARTITION = TrainBatch(
+    Batch(_ROWS, _ROWS, PartitionSpec(None, None, *axes.spec("batch")), _ROWS, VisionRows(*[_VISION_ROWS] * 5)),
+    _ROWS,
+    _ROWS,
+)
+"""Of the arrays of a step, whose first dimension are micro-batches: [N, B, T], [N, R, L], position ids [N, 3, B, T]."""
+
+
+def num_lanes(batch: BatchConfig) -> int:
+    """Into how many lanes a batch is divided: `batch.lanes`, by default as many as its rows allow."""
+    return batch.lanes or math.gcd(batch.rows, batch.vision_rows)
+
+
+def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
+    """Check that a mesh can divide the rows of a batch.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    shards = math.prod(mesh.shape[name] for name in axes.names_of(axes.RULES["batch"]))
+    for name, rows in (("batch.rows", batch.rows), ("batch.vision_rows", batch.vision_rows)):
+        if rows % shards:
+            raise ConfigError(f"{name}: found {rows}; expected a multiple of {shards}, the data shards of the mesh")
+
+
+def lanes_here(batch: BatchConfig, mesh: Mesh) -> list[int]:
+    """The lanes that this process's devices hold some rows of."""
+    count = num_lanes(batch)
+    sharding = NamedSharding(mesh, axes.spec("batch"))
+    held = set()
+    for (rows,) in sharding.addressable_devices_indices_map((batch.rows,)).values():
+        start, stop, _ = rows.indices(batch.rows)
+        held |= set(range(start * count // batch.rows, -(-stop * count // batch.rows)))
+    return sorted(held)
+
+
+def joined(parts: Mapping[int, TrainBatch], count: int, merged_tokens: int) -> TrainBatch:
+    """The batch of all lanes on the host, as far as it is here: what is not is never looked at, nor takes memory.
+
+    Args:
+      parts: lane -> its batch, of B / count rows.
+      count: of all lanes.
+      merged_tokens: of the vision rows of one lane, which those of later lanes are numbered behind.
+    """
+    shifted = [_shifted(part, lane * merged_tokens) for lane, part in parts.items()]
+
+    def join(partition: PartitionSpec, *arrays: np.ndarray) -> np.ndarray:
+        return _placed(dict(zip(parts, arrays, strict=True)), count, _rows_axis(partition))
+
+    return jax.tree.map(join, _partition(shifted[0]), *shifted, is_leaf=_is_partition)
+
+
+def stacked(batches: Sequence[TrainBatch]) -> TrainBatch:
+    """Micro-batches as one tree with a first dimension of them."""
+    if len(batches) == 1:
+        return jax.tree.map(_one, batches[0])  # a view, where `np.stack` would copy every picture
+    return jax.tree.map(_stack, *batches)
+
+
+def put(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """A step's micro-batches on the devices; every process calls this with what `joined` has made there."""
+
+    def place(partition: PartitionSpec, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, partition), array.__getitem__)
+
+    return jax.tree.map(place, _partition(batch), batch, is_leaf=_is_partition)
+
+
+def abstract(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """What `put` gives for arrays of these shapes."""
+
+    def place(partition: PartitionSpec, array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, partition))
+
+    return jax.tree.map(place, _partition(batch), batch, is_leaf=_is_partition)
+
+
+def _partition(batch: TrainBatch) -> TrainBatch:
+    if batch.batch.vision is not None:
+        return PARTITION
+    return PARTITION._replace(batch=PARTITION.batch._replace(vision_index=None, vision=None))
+
+
+def _is_partition(node: object) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _rows_axis(partition: PartitionSpec) -> int:
+    """Of an array without micro-batches."""
+    return len(partition) - 2
+
+
+def _shifted(part: TrainBatch, by: int) -> TrainBatch:
+    index = part.batch.vision_index
+    if index is None or not by:
+        return part
+    return part._replace(batch=part.batch._replace(vision_index=np.where(index >= 0, index + np.int32(by), index)))
+
+
+def _placed(arrays: Mapping[int, np.ndarray], count: int, axis: int) -> np.ndarray:
+    if count == 1:
+        return arrays[0]
+    first = next(iter(arrays.values()))
+    rows = first.shape[axis]
+    shape = (*first.shape[:axis], rows * count, *first.shape[axis + 1 :])
+    whole = np.empty(shape, first.dtype)
+    for lane, array in arrays.items():
+        whole[(*(slice(None),) * axis, slice(lane * rows, (lane + 1) * rows))] = array
+    return whole
+
+
+def _one(array: np.ndarray) -> np.ndarray:
+    return array[None]
+
+
+def _stack(*arrays: np.ndarray) -> np.ndarray:
+    return np.stack(arrays)

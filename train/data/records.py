@@ -1,0 +1,169 @@
+"""The one form of training data: a conversation, what of it is learned, and where it was written."""
+
+import bisect
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from glm4v_jax.data.media import Item, located, picture_size
+from glm4v_jax.data.tables import Rows, find_files, open_rows
+from glm4v_jax.errors import DataError, MediaError
+from train.data.conversations import Turns
+from train.data.dataset_info import read_entry, split_name
+from train.data.formats import FORMATS, Layout, conversation, detect, instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A conversation to learn from.
+
+    Attributes:
+        messages: `{"role": "system" | "user" | "assistant", "content": [items]}` with items
+            `{"type": "text", "text": ...}`, `{"type": "image", KEY: ...}` and `{"type": "video", KEY: ...}`, KEY being
+            `path`, `url`, or `image` or `video` for what is in memory; as chat templates take them.
+        losses: of each message, whether it is learned.
+        source: where it was written, "data.jsonl:12".
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    losses: tuple[bool, ...]
+    source: str
+
+    def media(self, kind: str | None = None) -> list[Mapping[str, Any]]:
+        """The items of pictures and videos in their order; with `kind`, "image" or "video", only those."""
+        kinds = ("image", "video") if kind is None else (kind,)
+        return [item for message in self.messages for item in message["content"] if item["type"] in kinds]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The rows of one file.
+
+    Attributes:
+        rows: of the file.
+        directory: what paths in it are relative to.
+        formatting: the format of all rows; None asks each row.
+        layout: what the rows call their parts, if that was said.
+    """
+
+    rows: Rows
+    directory: str
+    formatting: str | None
+    layout: Layout | None
+
+
+class Records(Sequence[Record]):
+    """Records by their number, made as they are asked for, from any number of files; see `read_records`.
+
+    Nothing but the places of lines, json lists and the latest row group of a table is kept in memory. Can be pickled.
+    """
+
+    def __init__(self, parts: Sequence[_Part]):
+        self._parts = tuple(parts)
+        self._ends = list(itertools.accumulate(len(part.rows) for part in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        """A record.
+
+        Raises:
+            DataError: the row is not one; the message names its place, the field, what was found and expected.
+            IndexError: there are not so many.
+        """
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        part, row = self._find(index)
+        place = part.rows.place(row)
+        try:
+            turns = _turns(part, part.rows[row])
+        except (DataError, MediaError) as error:
+            raise DataError(f"{place}: {error}") from error
+        messages = tuple(
+            message | {"content": [located(item, part.directory) for item in message["content"]]}
+            for message in turns.messages
+        )
+        return Record(messages, turns.losses, place)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def place(self, index: int) -> str:
+        """Where a row stands, without reading it."""
+        part, row = self._find(index)
+        return part.rows.place(row)
+
+    def format(self, index: int) -> str:
+        """The name of the format of a row.
+
+        Raises:
+            DataError: it has none that is known; the message does not name the place.
+        """
+        part, row = self._find(index)
+        return part.formatting or detect(part.rows[row])
+
+    def _find(self, index: int) -> tuple[_Part, int]:
+        try:
+            index = range(len(self))[index]
+        except IndexError:
+            raise IndexError(f"record {index} of {len(self)}") from None
+        number = bisect.bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def _turns(part: _Part, row: dict[str, Any]) -> Turns:
+    def size_of(item: Item) -> tuple[int, int]:
+        return picture_size(located(item, part.directory))
+
+    if part.layout is not None:
+        return (instruction if part.formatting == "alpaca" else conversation)(row, part.layout)
+    return FORMATS[part.formatting or detect(row)](row, size_of)
+
+
+def read_records(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    format: str | None = None,
+    media_dir: str | os.PathLike[str] | None = None,
+) -> Records:
+    """The records of files of training data.
+
+    Args:
+        source: a .json, .jsonl or .parquet file; a directory with such; "DIR/dataset_info.json:NAME", a data set of
+            LLaMA-Factory; or several of these.
+        format: the name of the format of all rows, one of `train.data.formats.FORMATS`; None finds out by the fields of
+            each row. A dataset_info.json says it itself.
+        media_dir: what paths of pictures and videos are relative to; None is the directory of the data file.
+
+    Raises:
+        OSError: a file cannot be read.
+        DataError: a file is not of these kinds or has no rows; or the format is not known.
+    """
+    if format is not None and format not in FORMATS:
+        raise DataError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
+    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources:
+        raise DataError("source: found no file, expected at least one")
+    parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir)]
+    return Records(parts)
+
+
+def _parts(source: str, format: str | None, media_dir: str | os.PathLike[str] | None) -> Iterator[_Part]:
+    described = split_name(source)
+    layout = None
+    path = Path(source)
+    if described is not None:
+        entry = read_entry(*described)
+        path, format, layout = entry.path, entry.formatting, entry.layout
+    for file in find_files(path):
+        # LLaMA-Factory's paths are relative to its directory of data, wherever in it the file is.
+        directory = media_dir or (file.parent if described is None else described[0].parent)
+        yield _Part(open_rows(file), os.fspath(directory), format, layout)

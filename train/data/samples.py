@@ -1,0 +1,382 @@
+r"""A record as the model takes it: tokens, what to predict after each of them, positions, pictures and video frames.
+
+On the host, in NumPy. The tokens are exactly those that the processor's `apply_chat_template` makes of the
+conversation, since that is what the model sees when it answers. After each of them stands the token to predict:
+
+- In the assistant's turns, where the record says so (`Record.losses`), every token of the text, `<think>` and
+  `<answer>` with their ends included, and after the last of them the *stop token*.
+- Nowhere else: not in what the others say, not in the header `<|assistant|>\n`, not in pictures and videos.
+
+The stop token is the one with which the chat template goes on where the user speaks next: `<|user|>` for GLM-4.1V,
+which is among the `eos_token_id` of the released generation_config.json and the only end that an answer without
+`</answer>` can have in a conversation. (LLaMA-Factory learns the same between turns, and `<|endoftext|>` behind the
+last.) It is learned behind `</answer>` too, although our engine and transformers stop at that one: other engines do
+not, and it is one token. Behind the last turn it is a target only, so the tokens stay those of the template.
+"""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError
+from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.inputs.make_batch import checked_ids, token_ids
+from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
+from glm4v_jax.inputs.mrope import rope_index, vision_runs
+from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
+from glm4v_jax.inputs.text.chat_template import choose_template, render_template
+from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
+from glm4v_jax.inputs.vision_rows import frames_of
+from train.data.records import Record
+
+IGNORED = -100
+"""The target where there is none, as `labels` of the reference have it."""
+
+# Line breaks at the start of an answer would fuse with the one that ends the header `<|assistant|>\n`, in the released
+# tokenizer, to a token that a prompt for generation does not have.
+_BLANK_LINES = re.compile(r"\s*[\r\n]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeOptions:
+    """How records become samples.
+
+    Attributes:
+      max_length: the most tokens of a sample; None is no limit.
+      too_long: what to do with a longer one: "error" raises, "drop" leaves it out (`encode` returns None), "cut" keeps
+        the first `max_length` tokens, fewer where that would go through a picture or video.
+      keep_thoughts: which of the assistant's turns keep `<think>...</think>`. "last" is as in generation: the history
+        has answers alone (`without_thoughts`), and the last turn that is learned has all. Turns that lose a thought in
+        this way are context and not learned: they would teach to answer without one. "all" changes nothing; "none"
+        takes the thoughts out of every turn, and learns the answers alone.
+      image_max_pixels: the most pixels of a picture, height x width after resizing; None is the checkpoint's.
+      video_max_pixels: the same of a video, frames x height x width.
+      video_fps: frames taken a second of a file; None is the checkpoint's. A video given as frames is taken as it is,
+        at `"fps"` frames a second if its item says so (`{"type": "video", "video": frames, "fps": 4}`), else at this.
+    """
+
+    max_length: int | None = None
+    too_long: Literal["error", "drop", "cut"] = "error"
+    keep_thoughts: Literal["last", "all", "none"] = "last"
+    image_max_pixels: int | None = None
+    video_max_pixels: int | None = None
+    video_fps: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("too_long", ("error", "drop", "cut")), ("keep_thoughts", ("last", "all", "none"))):
+            if (found := getattr(self, name)) not in known:
+                raise DataError(f"{name}: found {found!r}; expected one of {', '.join(map(repr, known))}")
+        for name in ("max_length", "image_max_pixels", "video_max_pixels", "video_fps"):
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise DataError(f"{name}: found {number}; expected a number above 0, or None")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One conversation of T tokens, F pictures and frames of P patches, and M merged vision tokens.
+
+    input_ids: int32 [T].
+    targets: int32 [T], the token to predict after each, -100 where there is none.
+    position_ids: int32 [3, T], of this conversation alone.
+    patches: float32 [P, C * temporal_patch_size * patch_size^2]: all pictures, then the frames of all videos.
+    frames: int64 [F, 2], height and width of each in patches.
+    vision_order: int32 [T], -1 for text, otherwise which of the M merged tokens of `patches` belongs there.
+    source: where the record stands.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    position_ids: np.ndarray
+    patches: np.ndarray
+    frames: np.ndarray
+    vision_order: np.ndarray
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are learned; at least 1."""
+        return int(np.count_nonzero(self.targets != IGNORED))
+
+
+def encode(
+    record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions | None = None
+) -> Sample | None:
+    """Make a record ready.
+
+    Args:
+      record: a conversation.
+      processor, config: of the model.
+      options: None is the default of each.
+
+    Returns:
+      The sample; None where it is too long and `options.too_long` is "drop".
+
+    Raises:
+      DataError: the record is malformed, its pictures cannot be loaded, nothing in it is learned, or it is too long;
+        the message begins with the record's place.
+      CheckpointError: the chat template or the tokenizer does not let turns be told apart.
+    """
+    options = options or EncodeOptions()
+    try:
+        return _encode(record, processor, config, options)
+    except (DataError, MediaError, MessageError) as error:
+        raise DataError(f"{record.source}: {error}") from error
+
+
+def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions) -> Sample | None:
+    messages, learned = _turns(record, options.keep_thoughts)
+    text = processor.apply_chat_template(messages)
+    turns = _Template(processor)
+    stop = turns.stop_token(config)
+    pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, learned, text), len(text))]
+    media = _media(messages, turns.source, processor, options)
+    inputs = processor.assemble([text], media)
+    ids = checked_ids(inputs["input_ids"], None, config)[0][0].astype(np.int32)
+    parts = [np.asarray(part, np.int32) for part in processor.assemble(pieces, media)["input_ids"]]
+    if not np.array_equal(np.concatenate(parts), ids):
+        raise DataError("the tokenizer joins the start or the end of an answer to what stands beside it")
+    sample = _sample(ids, _targets(parts, stop), inputs, config, record.source)
+    if options.max_length is not None and len(sample) > options.max_length:
+        if options.too_long == "drop":
+            return None
+        if options.too_long == "error":
+            raise DataError(f"found {len(sample)} tokens; expected at most max_length, {options.max_length}")
+        sample = _cut(sample, options.max_length, config)
+        if not sample.num_targets:
+            raise DataError(f"the first {len(sample)} tokens, cut at max_length, have nothing of an answer to learn")
+    return sample
+
+
+def _turns(record: Record, keep_thoughts: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The messages with their thoughts as wanted, and the indices of those that are learned."""
+    if len(record.losses) != len(record.messages):
+        raise DataError(f"losses: found {len(record.losses)}; expected one a message, {len(record.messages)}")
+    messages = [dict(message) for message in record.messages]
+    learned = [index for index, loss in enumerate(record.losses) if loss]
+    if not learned:
+        raise DataError("losses: found no message that is learned; expected at least one of the assistant's")
+    for index in learned:
+        if messages[index].get("role") != "assistant":
+            role = messages[index].get("role")
+            raise DataError(f"message {index}: found loss on role {role!r}; expected it on the assistant's turns alone")
+    last = learned[-1]
+    for index, message in enumerate(messages):
+        said = _plain_text(message)
+        if message.get("role") != "assistant" or said is None:
+            continue
+        answer = without_thoughts(said)
+        is_bare = keep_thoughts == "none" or (keep_thoughts == "last" and index != last)
+        if keep_thoughts == "last" and index != last and answer != said and index in learned:
+            learned.remove(index)
+        message["content"] = answer if is_bare else said
+        if index in learned:
+            message["content"] = _without_blank_lines(message["content"])
+            if not message["content"]:
+                raise DataError(f"message {index}: found an empty answer; expected something to learn")
+    return messages, learned
+
+
+def _without_blank_lines(text: str) -> str:
+    """`text` from its first line on that is not blank."""
+    blank = _BLANK_LINES.match(text)
+    return text[blank.end() :] if blank else text
+
+
+def _plain_text(message: Mapping[str, Any]) -> str | None:
+    """The text of a message; None of one that is something else, which the processor will speak about."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    items = content if isinstance(content, Sequence) else [None]
+    texts = [item.get("text") if isinstance(item, Mapping) and item.get("type") == "text" else None for item in items]
+    return "".join(text for text in texts if text is not None) if all(isinstance(t, str) for t in texts) else None
+
+
+class _Template:
+    """What a chat template puts around the turns, found by rendering conversations that end earlier."""
+
+    def __init__(self, processor: Glm4vProcessor) -> None:
+        self.source = choose_template(processor.chat_template)
+        self._processor = processor
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+        variables = self._processor.tokenizer.special_tokens_map
+        return render_template(self.source, messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def spans(self, messages: Sequence[Mapping[str, Any]], learned: Sequence[int], text: str) -> list[tuple[int, int]]:
+        """(start, stop) of the answers of `learned` in `text`: from the prompt for each to the end of its turn."""
+        messages = normalise_messages(messages, self.source)
+        spans = []
+        for index in learned:
+            before, after = self._render(messages[:index], True), self._render(messages[: index + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    f"the chat template changes message {index} or those before it by what comes later; expected one "
+                    "whose prompts are beginnings of the conversation"
+                )
+            spans.append((len(before), len(after)))
+        return spans
+
+    def stop_token(self, config: Glm4vConfig) -> int:
+        """The id of the first token behind an answer where the user speaks next, or the tokenizer's `eos_token`.
+
+        The latter where generation would not stop at the former (`eos_token_id` of the configuration).
+
+        Raises:
+          CheckpointError: generation would stop at neither.
+        """
+        says = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        answered, asked = self._render(says[:2]), self._render(says)
+        if not (asked.startswith(answered) and answered.endswith("x")):
+            raise CheckpointError("the chat template writes something behind an answer that belongs to no turn")
+        tokenizer = self._processor.tokenizer
+        follows = tokenizer(asked[len(answered) :], add_special_tokens=False)["input_ids"][0]
+        ends = config.text_config.eos_token_id
+        if ends is None:
+            return follows
+        ends = (ends,) if isinstance(ends, int) else ends
+        for index in (follows, tokenizer.eos_token_id):
+            if index in ends:
+                return index
+        raise CheckpointError(
+            f"eos_token_id: found {list(ends)}; expected {follows} ({tokenizer.convert_ids_to_tokens(follows)}) among "
+            f"them, with which the chat template goes on after an answer, or the tokenizer's eos_token"
+        )
+
+
+def _alternating(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
+    """Spans, with what stands before, between and behind them: even entries are the gaps, odd ones the spans."""
+    done = 0
+    for start, stop in spans:
+        yield done, start
+        yield start, stop
+        done = stop
+    yield done, length
+
+
+def _targets(parts: Sequence[np.ndarray], stop: int) -> np.ndarray:
+    """int32 [T] of tokens in pieces, of which every second one is learned."""
+    targets = np.full(sum(map(len, parts)), IGNORED, np.int32)
+    done = 0
+    for index, part in enumerate(parts):
+        if index % 2:
+            # A token is predicted from the one before it, the first of an answer from the last of its header.
+            targets[done - 1 : done + len(part) - 1] = part
+            targets[done + len(part) - 1] = stop
+        done += len(part)
+    return targets
+
+
+def _media(
+    messages: Sequence[Mapping[str, Any]], source: str, processor: Glm4vProcessor, options: EncodeOptions
+) -> PreparedMedia:
+    """Pictures and videos of a conversation."""
+    images, videos = extract_media(messages, source)
+    image_options, video_options = _caps(options, processor)
+    parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
+    for video in videos:
+        chosen = video_options
+        if is_path_like(video):
+            chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
+        elif not isinstance(video, SampledVideo):
+            # Frames that do not say how fast they were taken are as sampling would have taken them.
+            video = SampledVideo(video, options.video_fps or processor.video_processor.fps)
+        parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
+    # A large picture is 100 MB, which joining would copy.
+    return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)
+
+
+def _caps(options: EncodeOptions, processor: Glm4vProcessor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the processor for pictures and for videos."""
+    caps: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    # The processor counts a picture once for each frame of a temporal patch, and all frames of a video.
+    frames = processor.image_processor.temporal_patch_size
+    for chosen, pixels, factor, part in (
+        (caps[0], options.image_max_pixels, frames, processor.image_processor),
+        (caps[1], options.video_max_pixels, 1, processor.video_processor),
+    ):
+        if pixels is not None:
+            largest = min(pixels * factor, part.size["longest_edge"])
+            chosen["size"] = {"shortest_edge": min(part.size["shortest_edge"], largest), "longest_edge": largest}
+    return caps
+
+
+def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor:
+    """A processor that sees pictures and videos by itself as `encode` sees them with these options."""
+    processor = copy.copy(processor)
+    image_options, video_options = _caps(options, processor)
+    if options.video_fps is not None:
+        video_options["fps"] = options.video_fps
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.video_processor = copy.copy(processor.video_processor)
+    for part, settings in ((processor.image_processor, image_options), (processor.video_processor, video_options)):
+        for name, value in settings.items():
+            setattr(part, name, value)
+    return processor
+
+
+def _sample(
+    ids: np.ndarray, targets: np.ndarray, inputs: Mapping[str, Any], config: Glm4vConfig, source: str
+) -> Sample:
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    grids = [inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
+    positions, _ = rope_index(ids[None], token_ids(config), grids[0], grids[1], None, merge)
+    of_kind = [np.zeros((0, 2), np.int64) if grid is None else frames_of(grid) for grid in grids]
+    values = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
+    if not values:
+        values = [np.zeros((0, vision.patch_dim), np.float32)]
+    patches = values[0] if len(values) == 1 else np.concatenate(values)
+    if patches.shape[1] != vision.patch_dim:
+        raise CheckpointError(
+            f"preprocessor_config.json: found patches of {patches.shape[1]} numbers; expected {vision.patch_dim}, as "
+            "config.json has it"
+        )
+    order = np.full(len(ids), -1, np.int32)
+    taken = {False: 0, True: int(of_kind[0].prod(axis=1).sum()) // merge**2}
+    for run in vision_runs(ids, token_ids(config)):
+        n = run.stop - run.start
+        order[run.start : run.stop] = taken[run.is_video] + np.arange(n)
+        taken[run.is_video] += n
+    return Sample(ids, targets, positions[:, 0], patches, np.concatenate(of_kind), order, source)
+
+
+def _cut(sample: Sample, length: int, config: Glm4vConfig) -> Sample:
+    """At most the first `length` tokens, with whole pictures and videos.
+
+    The targets stay true: the last one is the first token that is cut off.
+    """
+    is_open = np.zeros(length + 1, bool)
+    for begin, end in (
+        (config.image_start_token_id, config.image_end_token_id),
+        (config.video_start_token_id, config.video_end_token_id),
+    ):
+        depth = np.cumsum((sample.input_ids[:length] == begin).astype(int) - (sample.input_ids[:length] == end))
+        is_open[1:] |= depth > 0
+    # Inside a picture, the place behind the last tag that left none open is the one before it began.
+    length = int(np.flatnonzero(~is_open)[-1])
+    order = sample.vision_order[:length]
+    sizes = sample.frames.prod(axis=1)
+    merged = sizes // config.vision_config.spatial_merge_size**2
+    first = np.cumsum(merged) - merged
+    is_kept = np.isin(first, order)
+    new_number = np.full(int(merged.sum()) + 1, -1, np.int32)  # the last entry stands for text, -1
+    kept_tokens = np.flatnonzero(np.repeat(is_kept, merged))
+    new_number[kept_tokens] = np.arange(len(kept_tokens))
+    return dataclasses.replace(
+        sample,
+        input_ids=sample.input_ids[:length],
+        targets=sample.targets[:length],
+        position_ids=sample.position_ids[:, :length],
+        patches=sample.patches[np.repeat(is_kept, sizes)],
+        frames=sample.frames[is_kept],
+        vision_order=new_number[order],
+    )
