@@ -13,7 +13,7 @@ from eval.metrics import METRICS
 from eval.results import Result, digest_of, read_answers, score_items, write_results
 from eval.summary import summarize, write_summary
 from eval.tasks import Task
-from glm4v_jax.console.answer_writer import completion_fields
+from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.batch import Batch
 from glm4v_jax.generate.offline.prompts import Row
 

@@ -208,3 +208,11 @@ def size_text(nbytes: int, digits: int = 2) -> str:
         value /= 1024
         units.pop(0)
     return f"{nbytes} B" if units[0] == "B" else f"{value:.{digits}f} {units[0]}"
+
+
+def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file; not if one of them leads nowhere."""
+    try:
+        return os.path.samefile(first, second)
+    except OSError:
+        return False

@@ -14,6 +14,7 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.hf.forward import causal_lm_loss
 from glm4v_jax.model import lora
 from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.params import linears, stacked_layers
 
 EVERY = lora.LoraConfig(rank=3, alpha=4.5, target=".*")
 """An adapter beside every kernel; of an odd rank, and a scale that is not 1."""
@@ -22,7 +23,7 @@ EVERY = lora.LoraConfig(rank=3, alpha=4.5, target=".*")
 def trained(model: Glm4v, config: lora.LoraConfig = EVERY, seed: int = 5) -> Glm4v:
     """The model with an adapter whose B is not 0: the same values in either layout and on every mesh."""
     result = lora.add_lora(model, config, seed)
-    every = {path: found for path, found in lora.linears(result).items() if found[0].lora_b is not None}
+    every = {path: found for path, found in linears(result).items() if found[0].lora_b is not None}
 
     @jax.jit
     def draw(key: Any) -> dict[str, list[Any]]:
@@ -37,7 +38,7 @@ def trained(model: Glm4v, config: lora.LoraConfig = EVERY, seed: int = 5) -> Glm
 def _values(linear: Any, key: Any, path: str, layer: int) -> Any:
     """A normally distributed B, from one key for each layer."""
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    layers, shape = lora.stacked_layers(linear), linear.lora_b.shape
+    layers, shape = stacked_layers(linear), linear.lora_b.shape
     keys = [jax.random.fold_in(key, i) for i in (range(layers) if layers else [layer])]
     values = [0.2 * jax.random.normal(k, shape[1:] if layers else shape) for k in keys]
     values = [mesh.reshard(value, None, *linear.out_axes) for value in values]

@@ -243,7 +243,7 @@ def export(module: Any, config: Glm4vConfig) -> dict[str, np.ndarray]:
     """A tree like our model (its weights, or their gradients) as tensors by the checkpoint's names."""
     import jax
 
-    from glm4v_jax.checkpoints.load import leaf_paths
+    from glm4v_jax.model.params import leaf_paths
 
     leaves = dict(zip(leaf_paths(module), map(np.asarray, jax.tree.leaves(module)), strict=True))
     sizes, tensors = hf_mapping.dimensions(config), {}

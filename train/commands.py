@@ -19,11 +19,12 @@ import rich.text
 import tyro
 
 from glm4v_jax.console.answer_writer import printable
-from glm4v_jax.console.console import check_model, quiet_ffmpeg, unsuspected_pictures
+from glm4v_jax.console.console import check_model
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
+from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, unsuspected_pictures
 from train.export_command import Export
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
 from glm4v_jax.checkpoints.hf_write import save_pretrained
-from glm4v_jax.checkpoints.load import default_dtype, load_model
+from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.merge_adapter import MergedTensor, merged_tensors, nbytes, write_merged
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.orbax_write import by_first
@@ -24,6 +24,7 @@ from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.files import copy_assets
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import drop_lora
+from glm4v_jax.model.params import default_dtype
 from train.verify_export import Verified, compare, logits_of, prompt, tolerance_of
 
 _CONTENT = "content"

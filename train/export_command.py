@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import tyro
 
 from glm4v_jax.console.answer_writer import printable
-from glm4v_jax.console.console import check_model, is_same_file
+from glm4v_jax.console.console import check_model
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import to_json
+from glm4v_jax.files import is_same_file, to_json
 
 
 @dataclasses.dataclass(kw_only=True)

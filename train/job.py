@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from glm4v_jax.checkpoints.load import default_dtype, load_model
+from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.lora import add_lora, is_lora
+from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import as_config
 from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import abstract

@@ -10,12 +10,12 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from glm4v_jax.checkpoints.load import leaf_paths
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.hf.forward import Structure
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import is_lora
+from glm4v_jax.model.params import leaf_paths
 from glm4v_jax.model.quantize import is_scale
+from glm4v_jax.model.runtime import Structure
 
 Leaves = dict[str, Array]
 """Path -> array: "language_model.layers.stacked.mlp.down.kernel"."""

@@ -19,11 +19,11 @@ from eval.compare import RIGHT
 from eval.data.items import Item
 from eval.report.thumbnails import Shown, show
 from eval.results import Result
-from glm4v_jax.console.console import unsuspected_pictures
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.text.boxes import SCALE
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, parse
+from glm4v_jax.inputs.media.quiet import unsuspected_pictures
 from glm4v_jax.inputs.media.threads import map_threads
 
 LIMIT = 500

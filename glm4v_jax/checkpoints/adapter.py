@@ -24,7 +24,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import replacing
-from glm4v_jax.model import lora
+from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Of the linear layer here, without the layer's number (`lora.linears`)."""
+        """Of the linear layer here, without the layer's number (`params.linears`)."""
         return self.a.leaf.removesuffix(".lora_a")
 
     @property
@@ -118,10 +118,10 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
 
 def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
     """Name, as PEFT writes it, -> A [R, inputs] or B [outputs, R] of every module with an adapter, on the host."""
-    linears, tensors = lora.linears(model), {}
+    linears, tensors = params.linears(model), {}
     leaves = {path: [_on_host(linear) for linear in found] for path, found in linears.items()}
     for place in places(model.config):
-        stacked = lora.stacked_layers(linears[place.path][0]) is not None
+        stacked = params.stacked_layers(linears[place.path][0]) is not None
         pair = leaves[place.path][0 if stacked else place.layer or 0]
         if pair is None:
             continue
@@ -137,7 +137,7 @@ def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
 
 def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
     """What adapter_config.json says of a model's adapter: options that PEFT has had since 0.8."""
-    linears = lora.linears(model)
+    linears = params.linears(model)
     found: dict[str, tuple[int, float]] = {}
     for place in places(model.config):
         every = linears[place.path]
@@ -187,16 +187,16 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
     """
     result = lora.copy_without_lora(model)
     pieces = _pieces(read_adapter(directory, model.config).values(), model.config)
-    for path, found in lora.linears(result).items():
+    for path, found in params.linears(result).items():
         if path not in pieces:
             continue
         layers, scale = pieces[path], next(iter(pieces[path].values()))[0].scale
-        inputs, outputs = lora.sizes(found[0])
+        inputs, outputs = params.sizes(found[0])
         fused = {layer: _fused(parts, outputs, scale) for layer, parts in layers.items()}
         rank = max(a.shape[-1] for a, _ in fused.values())
-        count = lora.stacked_layers(found[0]) or len(found)
+        count = params.stacked_layers(found[0]) or len(found)
         every = [_filled(fused.get(i), rank, inputs, outputs) for i in range(count)]
-        if lora.stacked_layers(found[0]) is not None:
+        if params.stacked_layers(found[0]) is not None:
             every = [(np.stack([a for a, _ in every]), np.stack([b for _, b in every]))]
         for linear, (a, b) in zip(found, every, strict=True):
             lora.set_lora(linear, _put(a, (*linear.in_axes, None)), _put(b, (None, *linear.out_axes)), scale)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping, hf_shards
-from glm4v_jax.checkpoints.load import leaf_paths
 from glm4v_jax.checkpoints.safetensors import in_pieces, written_order
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
@@ -22,6 +21,7 @@ from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import replacing
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import is_lora
+from glm4v_jax.model.params import leaf_paths
 from glm4v_jax.model.quantize import is_scale
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import Axes, linears
+from glm4v_jax.model.params import Axes, default_dtype, leaf_paths, linears
 from glm4v_jax.model.quantize import QuantConfig, as_config, check_finite, is_scale, quantize_kernel, scale_path
 from glm4v_jax.model.quantize import quantize as quantized
 
@@ -32,11 +31,6 @@ _LAYER = re.compile(rf"({'|'.join(map(re.escape, hf_mapping.LAYER_GROUPS))})(\d+
 
 # The system's memory for what has been read of a file is given back this often, so that it does not look like ours.
 _RELEASE_BYTES = 512 << 20
-
-
-def default_dtype() -> DTypeLike:
-    """What to compute in here: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
-    return jnp.float32 if platform() == "cpu" else jnp.bfloat16
 
 
 def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> np.dtype:
@@ -132,12 +126,6 @@ def abstract_leaves(
     abstract = jax.eval_shape(make)
     leaves, structure = jax.tree.flatten(abstract)
     return dict(zip(leaf_paths(abstract), leaves, strict=True)), structure
-
-
-def leaf_paths(model: Glm4v) -> Iterator[str]:
-    """The leaves' paths, in the order of `jax.tree.leaves`: "language_model.layers.stacked.mlp.down.kernel"."""
-    for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
-        yield ".".join(str(key.name) for key in path if getattr(key, "name", "value") != "value")
 
 
 def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:

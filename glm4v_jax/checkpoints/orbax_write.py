@@ -27,13 +27,13 @@ from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
 from glm4v_jax.checkpoints.hf_write import check_plain, save_generation_config
 from glm4v_jax.checkpoints.leaves import LeafInfo, in_groups
-from glm4v_jax.checkpoints.load import leaf_paths
 from glm4v_jax.checkpoints.orbax_read import FORMAT, METADATA_KEY
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.layers import Layers
+from glm4v_jax.model.params import leaf_paths
 
 GROUP_BYTES = 256 << 20
 """How much is written at a time; while it is, the next group is read."""

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.console.console import is_same_file, status, unsuspected_pictures
+from glm4v_jax.console.console import status
 from glm4v_jax.console.distributed import DistributedOptions
-from glm4v_jax.console.options import LongSamplingOptions, ModelOptions, generation_config, long_answer, user_messages
+from glm4v_jax.console.options import LongSamplingOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.errors import GenerationError, MediaError
-from glm4v_jax.files import to_json
+from glm4v_jax.files import is_same_file, to_json
+from glm4v_jax.inputs.media.quiet import unsuspected_pictures
+from glm4v_jax.inputs.text.messages import user_messages
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion
@@ -137,7 +139,7 @@ def is_picture(path: pathlib.Path) -> bool:
 
 
 def _line(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:
-    from glm4v_jax.console.answer_writer import completion_fields
+    from glm4v_jax.generate.completion import completion_fields
 
     (width, height) = completion.image_sizes[0]
     fields = completion_fields(completion, processor.tokenizer)

@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.console.answer_writer import (
-    COMPILING,
-    AnswerWriter,
-    Counts,
-    after_status,
-    completion_fields,
-    rate_after_first,
-)
-from glm4v_jax.console.console import silent_decoders, status
+from glm4v_jax.console.answer_writer import COMPILING, AnswerWriter, after_status, rate_after_first
+from glm4v_jax.console.console import status
 from glm4v_jax.console.distributed import DistributedOptions
-from glm4v_jax.console.options import MediaOptions, ModelOptions, SamplingOptions, generation_config, user_messages
+from glm4v_jax.console.options import MediaOptions, ModelOptions, SamplingOptions, generation_config
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.files import to_json
+from glm4v_jax.generate.completion import Counts, completion_fields
+from glm4v_jax.inputs.media.quiet import silent_decoders
+from glm4v_jax.inputs.text.messages import user_messages
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.console.console import check_files, check_model, is_same_file, silent_decoders, status
+from glm4v_jax.console.console import check_files, check_model, status
 from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT
 from glm4v_jax.errors import MediaError, named
-from glm4v_jax.files import replacing, to_json
+from glm4v_jax.files import is_same_file, replacing, to_json
+from glm4v_jax.inputs.media.quiet import silent_decoders
 
 if TYPE_CHECKING:
     import PIL.Image

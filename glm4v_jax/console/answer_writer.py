@@ -1,11 +1,10 @@
 """Answers on their way to a person's screen, or to whatever else standard output is."""
 
 import contextlib
-import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rich.console
 import rich.text
@@ -15,7 +14,6 @@ from glm4v_jax.generate.text.thinking import END_THINK, THINK, Kind
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion, Delta
-    from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 STYLES = {Kind.TEXT: "", Kind.THOUGHT: "dim italic", Kind.ANSWER: "", Kind.BOX: "bold"}
 
@@ -115,70 +113,3 @@ def rate_after_first(tokens: int, burst: int, seconds: float, first: float) -> f
     """
     is_slow = tokens > burst and seconds - first > _LEAST_SECONDS
     return (tokens - burst) / (seconds - first) if is_slow else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Tokens of an answer.
-
-    thought: up to the end of the thought, `</think>` included.
-    answer: behind it.
-    """
-
-    thought: int
-    answer: int
-
-    @classmethod
-    def of(cls, completion: "Completion", tokenizer: "Glm4vTokenizer") -> "Counts":
-        """Counts the tokens of a completion."""
-        total = len(completion.tokens)
-        if completion.thought is None:
-            return cls(0, total)
-        end = tokenizer.convert_tokens_to_ids(END_THINK)
-        closed = [place for place, token in enumerate(completion.tokens, 1) if token == end]
-        thought = closed[-1] if closed and completion.parsed.is_thought_closed else total
-        return cls(thought, total - thought)
-
-    def __str__(self) -> str:
-        return f"{self.thought} of thought and {self.answer} of answer" if self.thought else ""
-
-
-def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
-    """What there is to say of a completion, as JSON has it.
-
-    `boxes` (0 to 1000) come with `pixel_boxes` where the prompt had exactly one picture.
-    """
-    parsed = completion.parsed
-    counts = Counts.of(completion, tokenizer)
-    fields: dict[str, Any] = {
-        "text": completion.text,
-        "thought": parsed.thought,
-        "answer": parsed.answer,
-        "boxed": list(parsed.boxed),
-        "boxes": [list(box) for box in completion.boxes],
-    }
-    if len(completion.image_sizes) == 1:
-        fields["pixel_boxes"] = [list(box) for box in completion.pixel_boxes()]
-    fields |= {
-        "finish_reason": completion.finish_reason,
-        "stop_string": completion.stop_string,
-        "is_forced": completion.is_forced,
-        "prompt_tokens": completion.prompt_tokens,
-        "new_tokens": len(completion.tokens),
-        "thought_tokens": counts.thought,
-        "answer_tokens": counts.answer,
-    }
-    if completion.logprobs is not None:
-        fields["logprobs"] = [
-            {
-                **_token(token, tokenizer),
-                "logprob": value,
-                "top": [{**_token(other, tokenizer), "logprob": likely} for other, likely in top],
-            }
-            for token, value, top in completion.logprobs
-        ]
-    return fields
-
-
-def _token(token: int, tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
-    return {"id": token, "token": tokenizer.decode([token])}

@@ -3,8 +3,6 @@
 import contextlib
 import os
 import pathlib
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -61,58 +59,6 @@ def status(text: str) -> Iterator[None]:
     console = rich.console.Console(stderr=True)
     with console.status(text) if console.is_terminal else contextlib.nullcontext():
         yield
-
-
-@contextlib.contextmanager
-def silent_decoders() -> Iterator[None]:
-    """Keeps what C libraries log to file descriptor 2 off the screen: the exception says it in words of ours.
-
-    FFmpeg inside decord complains there before Python hears of it. Python's own standard error is not affected.
-    """
-    screen = os.dup(2)
-    with open(screen, "w", encoding=sys.stderr.encoding) as python_stderr, open(os.devnull, "w") as nowhere:
-        sys.stderr.flush()
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            with contextlib.redirect_stderr(python_stderr), unsuspected_pictures():
-                yield
-        finally:
-            os.dup2(screen, 2)
-
-
-@contextlib.contextmanager
-def quiet_ffmpeg() -> Iterator[None]:
-    """Keeps FFmpeg inside decord from logging, and nothing else: what a library says before it aborts is still heard.
-
-    For long work, where `silent_decoders` would hide too much.
-    """
-    try:
-        import decord
-    except (ImportError, OSError):  # not installed, or without a library it needs: then it does not log either
-        yield
-        return
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        yield
-    finally:
-        decord.logging.set_level(decord.logging.ERROR)  # as decord itself sets it
-
-
-@contextlib.contextmanager
-def unsuspected_pictures() -> Iterator[None]:
-    """Keeps Pillow from warning of pictures that are large, but not too large for this package."""
-    with warnings.catch_warnings():
-        # Not by its class: Pillow is slow to import, and not every run shows a picture.
-        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit of \d+ pixels, could be")
-        yield
-
-
-def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
-    """Whether two paths lead to one file; not if one of them leads nowhere."""
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
 
 
 def parse(commands: Mapping[str, Callable[..., C]], arguments: Sequence[str], prog: str, description: str) -> C:

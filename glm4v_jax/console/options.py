@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -275,13 +275,3 @@ def generation_config(directory: str, preset_name: str | None, options: Mapping[
 
     given = {**({} if preset_name is None else preset(preset_name)), **options}
     return GenerationConfig.from_pretrained(directory).replace(**given)
-
-
-def user_messages(
-    text: str, images: Sequence[str] = (), videos: Sequence[str] = (), system: str | None = None
-) -> list[dict[str, Any]]:
-    """One turn of the user, as chat templates take it: pictures, videos, text; after what the system says."""
-    media = [{"type": "image", "url": place} for place in images]
-    media += [{"type": "video", "url": place} for place in videos]
-    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-    return [*messages, {"role": "user", "content": [*media, {"type": "text", "text": text}]}]

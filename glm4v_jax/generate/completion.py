@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
-from glm4v_jax.generate.text.thinking import Parsed, Part, parse
+from glm4v_jax.generate.text.thinking import END_THINK, Parsed, Part, parse
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
 
@@ -111,3 +112,70 @@ def last(deltas: Iterable[Delta]) -> Completion:
     if completion is None:
         raise GenerationError("found a stream without an end; expected one that nobody closed")
     return completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Tokens of an answer.
+
+    thought: up to the end of the thought, `</think>` included.
+    answer: behind it.
+    """
+
+    thought: int
+    answer: int
+
+    @classmethod
+    def of(cls, completion: "Completion", tokenizer: "Glm4vTokenizer") -> "Counts":
+        """Counts the tokens of a completion."""
+        total = len(completion.tokens)
+        if completion.thought is None:
+            return cls(0, total)
+        end = tokenizer.convert_tokens_to_ids(END_THINK)
+        closed = [place for place, token in enumerate(completion.tokens, 1) if token == end]
+        thought = closed[-1] if closed and completion.parsed.is_thought_closed else total
+        return cls(thought, total - thought)
+
+    def __str__(self) -> str:
+        return f"{self.thought} of thought and {self.answer} of answer" if self.thought else ""
+
+
+def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
+    """What there is to say of a completion, as JSON has it.
+
+    `boxes` (0 to 1000) come with `pixel_boxes` where the prompt had exactly one picture.
+    """
+    parsed = completion.parsed
+    counts = Counts.of(completion, tokenizer)
+    fields: dict[str, Any] = {
+        "text": completion.text,
+        "thought": parsed.thought,
+        "answer": parsed.answer,
+        "boxed": list(parsed.boxed),
+        "boxes": [list(box) for box in completion.boxes],
+    }
+    if len(completion.image_sizes) == 1:
+        fields["pixel_boxes"] = [list(box) for box in completion.pixel_boxes()]
+    fields |= {
+        "finish_reason": completion.finish_reason,
+        "stop_string": completion.stop_string,
+        "is_forced": completion.is_forced,
+        "prompt_tokens": completion.prompt_tokens,
+        "new_tokens": len(completion.tokens),
+        "thought_tokens": counts.thought,
+        "answer_tokens": counts.answer,
+    }
+    if completion.logprobs is not None:
+        fields["logprobs"] = [
+            {
+                **_token(token, tokenizer),
+                "logprob": value,
+                "top": [{**_token(other, tokenizer), "logprob": likely} for other, likely in top],
+            }
+            for token, value, top in completion.logprobs
+        ]
+    return fields
+
+
+def _token(token: int, tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
+    return {"id": token, "token": tokenizer.decode([token])}

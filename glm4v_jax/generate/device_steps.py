@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from glm4v_jax.config.generation import SAMPLING_DTYPES, SamplingParams
 from glm4v_jax.devices import mesh
 from glm4v_jax.generate.sampling import largest, mark_seen, row_keys, sample, step_keys
-from glm4v_jax.hf.forward import Flat, score
 from glm4v_jax.model.decoder import TextDecoder
-from glm4v_jax.model.glm4v import embed_with_vision
+from glm4v_jax.model.glm4v import embed_with_vision, score
 from glm4v_jax.model.kv_cache import KVCache, init_cache
 from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.runtime import Flat
 
 
 class Row(NamedTuple):

@@ -4,71 +4,21 @@ A module crosses the border of `jax.jit` as the list of its leaves: flattening a
 cost more than a decoding step of a small model. Models of equal structure share compiled programs.
 """
 
-import dataclasses
 import functools
-from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from glm4v_jax.batch import VisionRows
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
-from glm4v_jax.model.glm4v import embed_with_vision
+from glm4v_jax.model.glm4v import embed_with_vision, score
 from glm4v_jax.model.kv_cache import KVCache
 from glm4v_jax.model.nn import Linear, whole
-from glm4v_jax.model.vision import VisionEncoder
+from glm4v_jax.model.runtime import Flat
 
 IGNORED_LABEL = -100
 """The label of a position that does not count in the loss."""
-
-M = TypeVar("M")
-
-
-class Structure:
-    """A tree structure that hashes in no time: `_structure` makes equal ones the same object."""
-
-    def __init__(self, treedef: Any):
-        self.treedef = treedef
-
-
-@functools.cache
-def _structure(treedef: Any) -> Structure:
-    return Structure(treedef)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Flat(Generic[M]):
-    """A module as the programs take it; `leaves` are arrays on their devices."""
-
-    leaves: list[Array]
-    structure: Structure = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, module: M) -> "Flat[M]":
-        """Flatten a module."""
-        leaves, treedef = jax.tree.flatten(module)
-        return cls(leaves, _structure(treedef))
-
-    @property
-    def module(self) -> M:
-        """The module itself, around the same arrays."""
-        return jax.tree.unflatten(self.structure.treedef, self.leaves)
-
-
-@functools.partial(jax.jit, static_argnames="num_tokens")
-def encode(
-    visual: Flat[VisionEncoder], rows: VisionRows, num_tokens: int, dropout_key: Array | None = None
-) -> Float[Array, "N D"]:
-    """Packed patches -> [num_tokens, D] merged tokens, flattened, replicated and padded with zeros.
-
-    `num_tokens` comes from a coarse bucket set, so that prompt lengths and picture sizes do not multiply into programs.
-    """
-    features = mesh.reshard(visual.module(rows, dropout_key=dropout_key), None, None, None)
-    flat = features.reshape(-1, features.shape[-1])
-    return jnp.pad(flat, ((0, num_tokens - flat.shape[0]), (0, 0)))
 
 
 @jax.jit
@@ -115,11 +65,6 @@ def positions_at(hidden: Float[Array, "B T D"], indices: Int[Array, " I"]) -> Fl
 def logits(text: Flat[TextDecoder], head: Flat[Linear] | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Scores over the vocabulary; the head is None where it is tied to the embedding."""
     return score(text.module, None if head is None else head.module, hidden)
-
-
-def score(text: TextDecoder, head: Linear | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """`logits`, inside a program."""
-    return head(hidden) if head is not None else text.embed_tokens.attend(hidden)
 
 
 @jax.jit

@@ -19,14 +19,14 @@ from jaxtyping import Array
 
 from glm4v_jax.batch import Batch
 from glm4v_jax.checkpoints.hf_write import save_pretrained
-from glm4v_jax.checkpoints.load import leaf_paths, load_model, resolve_dtype
+from glm4v_jax.checkpoints.load import load_model, resolve_dtype
 from glm4v_jax.checkpoints.orbax_write import save_model
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, platform, reshard, use_mesh
 from glm4v_jax.errors import MessageError
 from glm4v_jax.hf import forward
-from glm4v_jax.hf.forward import IGNORED_LABEL, Flat
+from glm4v_jax.hf.forward import IGNORED_LABEL
 from glm4v_jax.hf.generate import generate
 from glm4v_jax.hf.outputs import Glm4vCausalLMOutputWithPast, Glm4vModelOutputWithPast, PastKeyValues
 from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
@@ -40,8 +40,10 @@ from glm4v_jax.inputs.make_batch import (
 )
 from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.nn import Linear, num_params
+from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.params import leaf_paths, num_params
 from glm4v_jax.model.quantize import QuantConfig, as_config, is_scale
+from glm4v_jax.model.runtime import Flat
 
 
 def _random_module(config: Glm4vConfig, seed: int, dtype: np.dtype) -> Glm4v:

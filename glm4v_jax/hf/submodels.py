@@ -20,7 +20,6 @@ from glm4v_jax.config.model import Glm4vTextConfig, Glm4vVisionConfig
 from glm4v_jax.devices.mesh import data_shards, reshard, round_up, use_mesh
 from glm4v_jax.errors import MessageError
 from glm4v_jax.hf import forward
-from glm4v_jax.hf.forward import Flat
 from glm4v_jax.hf.outputs import BaseModelOutputWithPast, PastKeyValues
 from glm4v_jax.inputs.make_batch import (
     MIN_LENGTH,
@@ -34,6 +33,7 @@ from glm4v_jax.inputs.vision_rows import bucket, frames_of, pack
 from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
 from glm4v_jax.model.kv_cache import KVCache, grow, init_cache
 from glm4v_jax.model.nn import Init
+from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.model.vision import VisionEncoder
 
 MIN_FEATURES = 64
@@ -146,7 +146,7 @@ class Glm4vVisionModel:
 
     def encode(self, rows: VisionRows, dropout_key: Array | None = None) -> Array:
         """Packed rows -> [N, D] merged tokens, N the power of two that holds the flattened [R * L / merge_size^2]."""
-        return forward.encode(self.flat, rows, self.tokens_of(rows.segment_ids.size), dropout_key)
+        return encode(self.flat, rows, self.tokens_of(rows.segment_ids.size), dropout_key)
 
     def tokens_of(self, patches: int) -> int:
         """The N of `encode` for rows of so many patches in all, padding included."""

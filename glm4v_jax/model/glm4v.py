@@ -140,3 +140,8 @@ class Glm4v(nnx.Module):
         model.visual.blocks = change(model.visual.blocks)
         model.language_model.layers = change(model.language_model.layers)
         return model
+
+
+def score(text: TextDecoder, head: Linear | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """`logits`, inside a program."""
+    return head(hidden) if head is not None else text.embed_tokens.attend(hidden)

@@ -9,7 +9,6 @@ import functools
 import math
 import re
 import zlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,8 @@ from jaxtyping import Array
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.layers import Layers
 from glm4v_jax.model.nn import Linear
-
-DECODER = r"language_model\.layers\..*"
-"""All linear layers of the decoder, the head left out: what users of LoRA on this model train."""
-
-Axes = tuple[str | None, ...]
+from glm4v_jax.model.params import DECODER, Axes, linears, sizes, stacked_layers
 
 DTYPE = jnp.float32
 """Of an adapter, whatever the model computes in: learning rates of 1e-4 and below are lost on eight bits."""
@@ -50,35 +44,6 @@ class LoraConfig:
 def is_lora(path: str) -> bool:
     """Whether a leaf's path is that of a matrix of an adapter."""
     return path.endswith((".lora_a", ".lora_b"))
-
-
-def linears(module: Any, path: str = "") -> dict[str, list[Linear]]:
-    """Path, without numbers of layers, -> the linear layers there: a single or stacked one, or one for each layer."""
-    if isinstance(module, Linear):
-        return {path: [module]}
-    found: dict[str, list[Linear]] = {}
-    if isinstance(module, Layers):
-        layers = [module.stacked] if module.is_stacked else [getattr(module, str(i)) for i in range(module.num_layers)]
-        for layer in layers:
-            for name, same in linears(layer, path).items():
-                found.setdefault(name, []).extend(same)
-        return found
-    for name, value in sorted(vars(module).items()):
-        if isinstance(value, nnx.Module):
-            found |= linears(value, f"{path}.{name}" if path else name)
-    return found
-
-
-def stacked_layers(linear: Linear) -> int | None:
-    """How many layers' kernels are stacked in this one; None for a single kernel."""
-    layers = linear.kernel.shape[: -len(linear.in_axes) - len(linear.out_axes)]
-    return layers[0] if layers else None
-
-
-def sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The lengths of a linear layer's inputs and outputs."""
-    shape = linear.kernel.shape[-len(linear.in_axes) - len(linear.out_axes) :]
-    return shape[: len(linear.in_axes)], shape[len(linear.in_axes) :]
 
 
 def has_lora(model: Glm4v) -> bool:

@@ -5,7 +5,6 @@ constructor therefore yields the abstract, sharded tree that checkpoints are rea
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from types import EllipsisType
 
@@ -223,8 +222,3 @@ class GatedMlp(nnx.Module):
         length = mesh.spec_of(x)[1]
         gate_up = self.gate_up(whole(x))
         return self.down(activation(self.act, gate_up[:, :, 0]) * gate_up[:, :, 1], length)
-
-
-def num_params(tree: object) -> int:
-    """Parameters in a module (or any tree of arrays, abstract ones too)."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

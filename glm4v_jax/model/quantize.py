@@ -21,8 +21,9 @@ from jaxtyping import Array
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import DECODER, Axes, copy_without_lora, linears, sizes
+from glm4v_jax.model.lora import copy_without_lora
 from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.params import DECODER, Axes, linears, sizes
 
 Name = Literal["int8", "int4"]
 

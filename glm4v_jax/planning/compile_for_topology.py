@@ -25,9 +25,8 @@ from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.feature_pool import pool_capacity
-from glm4v_jax.hf import forward as forward_programs
-from glm4v_jax.hf.forward import Flat
 from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.planning import hlo
 
 GIB = 2**30
@@ -164,7 +163,7 @@ def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> P
             )
         )  # fmt: skip
         tokens = rows * length // vision.spatial_merge_size**2
-        return forward_programs.encode.lower(Flat.of(model.visual), arrays, tokens)
+        return encode.lower(Flat.of(model.visual), arrays, tokens)
 
     block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.out_hidden_size
     attention = 4 * frame * vision.hidden_size

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from glm4v_jax.checkpoints.load import leaf_paths
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import AXES, RULES, names_of
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.params import leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)

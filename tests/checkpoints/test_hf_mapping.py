@@ -10,10 +10,9 @@ from reference import CONFIGS, tensor_names
 
 from glm4v_jax import Glm4v
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.load import leaf_paths
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.model.nn import num_params
+from glm4v_jax.model.params import leaf_paths, num_params
 
 RELEASED = Glm4vConfig.glm4_1v_9b()
 

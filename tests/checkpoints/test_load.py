@@ -11,10 +11,11 @@ import pytest
 from reference import CONFIGS, export, random_tensors
 
 from glm4v_jax import Glm4vForConditionalGeneration
-from glm4v_jax.checkpoints.load import default_dtype, load_model, resolve_dtype
+from glm4v_jax.checkpoints.load import load_model, resolve_dtype
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.model.params import default_dtype
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 

@@ -19,13 +19,14 @@ from reference import CONFIGS, Prompts, export, random_tensors, write_checkpoint
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
 from glm4v_jax.checkpoints.leaves import LeafInfo, copy_in_squares, in_groups
-from glm4v_jax.checkpoints.load import leaf_paths, load_model
+from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.orbax_write import save_model
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import asset_files, assets_directory, is_orbax
+from glm4v_jax.model.params import leaf_paths
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 MESHES = [dict(), dict(fsdp=2, kv=2, q=2), dict(data=2, fsdp=4)]

@@ -54,7 +54,7 @@ def test_what_a_device_of_a_mesh_holds(full):
 def test_the_shardings_are_those_of_the_loaded_model(synthetic):
     """On one device, where a sharding is a name and splits nothing."""
     from glm4v_jax import Glm4vForConditionalGeneration
-    from glm4v_jax.checkpoints.load import leaf_paths
+    from glm4v_jax.model.params import leaf_paths
 
     module = Glm4vForConditionalGeneration.from_pretrained(synthetic(), stacked=True).module
     leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))

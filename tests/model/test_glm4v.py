@@ -14,7 +14,7 @@ from glm4v_jax import Glm4v, make_batch
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.hf.forward import causal_lm_loss
-from glm4v_jax.model.nn import num_params
+from glm4v_jax.model.params import num_params
 
 MODEL_GOLDEN = GOLDEN / "model"
 

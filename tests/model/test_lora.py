@@ -17,10 +17,10 @@ from reference import CONFIGS, assert_close, load_theirs, their_inputs
 
 from glm4v_jax import Glm4v, Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import adapter_tensors
-from glm4v_jax.checkpoints.load import leaf_paths
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora, nn
+from glm4v_jax.model.params import leaf_paths, linears, sizes, stacked_layers
 from train.state import Layout, split
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -83,17 +83,17 @@ def test_the_model_given_stays_as_it_is(model):
 def test_draws_are_pefts(model):
     adapter = lora.add_lora(model, lora.LoraConfig(rank=50, target=".*"), seed=1)
     again, other = (lora.add_lora(model, lora.LoraConfig(rank=50, target=".*"), seed=seed) for seed in (1, 2))
-    for path, found in lora.linears(adapter).items():
+    for path, found in linears(adapter).items():
         (linear,) = found
-        a, (inputs, _) = np.asarray(linear.lora_a[...]), lora.sizes(linear)
+        a, (inputs, _) = np.asarray(linear.lora_a[...]), sizes(linear)
         bound = 1 / np.sqrt(np.prod(inputs))
         assert 0.98 * bound < np.abs(a).max() <= bound, path
         assert abs(a.std() / (bound / np.sqrt(3)) - 1) < 0.05, path
         assert not np.asarray(linear.lora_b[...]).any()
         assert linear.lora_scale == 16 / 50
-        assert np.array_equal(a, lora.linears(again)[path][0].lora_a[...])
-        assert not np.isclose(a, lora.linears(other)[path][0].lora_a[...]).all()
-        if lora.stacked_layers(linear):
+        assert np.array_equal(a, linears(again)[path][0].lora_a[...])
+        assert not np.isclose(a, linears(other)[path][0].lora_a[...]).all()
+        if stacked_layers(linear):
             assert not np.isclose(a[0], a[1]).any(axis=-1).all()
     q, k = (
         adapter.language_model.layers.stacked.self_attn.q_proj,
@@ -125,7 +125,7 @@ def test_only_the_adapter_is_trained(model, batch):
     adapter = trained(model)
     params, frozen = split(adapter, lora.is_lora)
     assert set(params) == {path for path in leaves_of(adapter) if path.endswith(("lora_a", "lora_b"))}
-    assert set(frozen) == set(leaves_of(model)) and len(params) == 2 * len(lora.linears(model))
+    assert set(frozen) == set(leaves_of(model)) and len(params) == 2 * len(linears(model))
     layout = Layout.of(adapter)
     gradients = jax.jit(jax.grad(lambda params: loss_of(layout.model(params, frozen, jnp.float32), batch)))(params)
     of_all = leaves_of(jax.jit(jax.grad(loss_of))(adapter, batch))
@@ -148,11 +148,11 @@ def test_merged_is_the_same_model(model, batch):
     assert jax.tree.structure(merged) == jax.tree.structure(model)
     assert_close(logits_of(merged, batch), logits_of(adapter, batch))
     assert lora.has_lora(adapter)
-    for (path, linear), old in zip(lora.linears(adapter).items(), lora.linears(model).values(), strict=True):
+    for (path, linear), old in zip(linears(adapter).items(), linears(model).values(), strict=True):
         (linear,), ins, outs = linear, "ijkl"[: len(linear[0].in_axes)], "mnop"[: len(linear[0].out_axes)]
         a, b = np.asarray(linear.lora_a[...], np.float64), np.asarray(linear.lora_b[...], np.float64)
         expected = np.asarray(old[0].kernel[...]) + 1.5 * np.einsum(f"...{ins}r,...r{outs}->...{ins}{outs}", a, b)
-        assert_close(lora.linears(merged)[path][0].kernel[...], expected, tolerance=5e-7)
+        assert_close(linears(merged)[path][0].kernel[...], expected, tolerance=5e-7)
 
 
 def test_without_its_adapter_it_is_the_base(model):
@@ -166,8 +166,8 @@ def test_merging_rounds_once():
     """A bfloat16 model's kernels are added to in float32: what comes out is the nearest to the sum."""
     config = Glm4vConfig.from_dict(CONFIGS["base"])
     adapter = trained(Glm4v.init(config, dtype=jnp.bfloat16))
-    merged = lora.linears(lora.merge_lora(adapter))["language_model.layers.mlp.down"][0].kernel[...]
-    linear = lora.linears(adapter)["language_model.layers.mlp.down"][0]
+    merged = linears(lora.merge_lora(adapter))["language_model.layers.mlp.down"][0].kernel[...]
+    linear = linears(adapter)["language_model.layers.mlp.down"][0]
     product = np.einsum("lir,lro->lio", *(np.asarray(x[...], np.float64) for x in (linear.lora_a, linear.lora_b)))
     expected = (np.asarray(linear.kernel[...], np.float64) + 1.5 * product).astype(jnp.bfloat16)
     assert merged.dtype == jnp.bfloat16
@@ -281,8 +281,8 @@ def compute(directory, sizes):
 
 def main(directory):
     one = compute(directory, MESHES[0])
-    for sizes in MESHES[1:]:
-        found = compute(directory, sizes)
+    for axes in MESHES[1:]:
+        found = compute(directory, axes)
         case = {
             name: max(float(np.abs(found[name][key] - x).max() / np.abs(x).max()) for key, x in one[name].items())
             for name in ("logits", "gradients", "merged")

@@ -111,7 +111,7 @@ def test_parameters_come_with_their_sharding():
     bias, kernel = jax.tree.leaves(layer)
     assert kernel.sharding.spec == spec("embed", "kv_heads", "head_dim")
     assert bias.sharding.spec == spec("kv_heads", "head_dim")
-    assert nn.num_params(layer) == 4 * 6 + 6
+    assert num_params(layer) == 4 * 6 + 6
 
 
 def test_initial_values():

@@ -19,11 +19,12 @@ from reference import assert_close, random_tensors, write_checkpoint
 
 from glm4v_jax import Glm4v, Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
-from glm4v_jax.checkpoints.load import leaf_paths, load_model
+from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora, nn, quantize
+from glm4v_jax.model.params import leaf_paths, linears, stacked_layers
 from train.state import Layout, split
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -63,12 +64,12 @@ def by_hand(kernel, inputs, config):
 def in_floats(model):
     """The model with the kernels that its integers stand for, multiplied here."""
     result = jax.tree.map(lambda x: x, model)
-    for found in lora.linears(result).values():
+    for found in linears(result).values():
         for linear in found:
             if linear.kernel_scale is None:
                 continue
             kernel, scale = np.asarray(linear.kernel[...], np.float32), np.asarray(linear.kernel_scale[...])
-            layers = bool(lora.stacked_layers(linear))
+            layers = bool(stacked_layers(linear))
             last = layers + len(linear.in_axes) - 1
             if scale.ndim == kernel.ndim:
                 scale = np.repeat(scale, kernel.shape[last] // scale.shape[last], axis=last)
@@ -177,7 +178,7 @@ def test_no_more_than_a_layer_is_in_floats(ours, config, remat):
 
     shapes = [
         ",".join(map(str, found[0].kernel.shape))
-        for found in lora.linears(adapter).values()
+        for found in linears(adapter).values()
         if found[0].kernel_scale is not None
     ]
     assert len(shapes) == 6 and all(shape.startswith("3,") for shape in shapes)

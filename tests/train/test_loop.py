@@ -18,11 +18,12 @@ from helpers_paths import ROOT
 
 from glm4v_jax import Engine, Glm4vConfig
 from glm4v_jax.checkpoints.adapter import load_adapter
-from glm4v_jax.checkpoints.load import leaf_paths, load_model
+from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError, ConfigError, DataError
 from glm4v_jax.model.lora import LoraConfig, is_lora
+from glm4v_jax.model.params import leaf_paths
 from train.commands import main
 from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
 from train.evaluate import Evaluation

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from glm4v_jax.console.console import silent_decoders, status
+from glm4v_jax.console.console import status
 from glm4v_jax.console.distributed import check_alone
 from glm4v_jax.console.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.errors import Glm4vError, MessageError, one_line
+from glm4v_jax.inputs.media.quiet import silent_decoders
 
 if TYPE_CHECKING:
     from glm4v_jax.cli.chat.session import Session

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.cli.chat.attachments import Attachment
-from glm4v_jax.console.answer_writer import completion_fields
 from glm4v_jax.errors import MessageError
 from glm4v_jax.files import replacing, to_json
+from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.text.thinking import without_thoughts
 
 if TYPE_CHECKING:

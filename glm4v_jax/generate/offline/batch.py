@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glm4v_jax.console.answer_writer import completion_fields
-from glm4v_jax.console.console import is_same_file, quiet_ffmpeg, unsuspected_pictures
 from glm4v_jax.console.distributed import OthersAnswers, answers_of_all
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.files import model_fingerprint
+from glm4v_jax.files import is_same_file, model_fingerprint
+from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.answer_file import AnswerFile
 from glm4v_jax.generate.offline.prompts import Row, asks_net
+from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, unsuspected_pictures
 
 if TYPE_CHECKING:
     from glm4v_jax.config.generation import GenerationConfig

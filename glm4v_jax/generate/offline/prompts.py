@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm4v_jax.console.options import user_messages
 from glm4v_jax.errors import GenerationError, Glm4vError, ListedError, MediaError, MessageError
+from glm4v_jax.inputs.text.messages import user_messages
 
 if TYPE_CHECKING:
     from glm4v_jax.config.generation import GenerationConfig

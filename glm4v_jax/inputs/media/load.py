@@ -14,6 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from glm4v_jax.errors import MediaError
+from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
 from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, SampleIndices, VideoMetadata, decode_video
 from glm4v_jax.inputs.media.fetch import (
     DOWNLOAD_SECONDS,
@@ -24,7 +25,6 @@ from glm4v_jax.inputs.media.fetch import (
     open_source,
 )
 from glm4v_jax.inputs.media.threads import map_threads
-from glm4v_jax.inputs.vision.patches import FIRST, infer_channel_format
 
 __all__ = ["MAX_PIXELS", "SampledVideo", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
 

@@ -148,3 +148,13 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
                     raise MessageError(f"{where}message {index}, item {position}: {error}") from error
             found[kind].append(media)
     return found["image"], found["video"]
+
+
+def user_messages(
+    text: str, images: Sequence[str] = (), videos: Sequence[str] = (), system: str | None = None
+) -> list[dict[str, Any]]:
+    """One turn of the user, as chat templates take it: pictures, videos, text; after what the system says."""
+    media = [{"type": "image", "url": place} for place in images]
+    media += [{"type": "video", "url": place} for place in videos]
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    return [*messages, {"role": "user", "content": [*media, {"type": "text", "text": text}]}]

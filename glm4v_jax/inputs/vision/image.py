@@ -12,19 +12,10 @@ import PIL.Image
 
 from glm4v_jax.errors import ConfigError, MediaError
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
+from glm4v_jax.inputs.media.array_layout import FIRST, LAST, channel_format, to_channels_last
 from glm4v_jax.inputs.media.load import decode_pillow, is_array, is_path_like, load_image, name_media, warn_if_clipped
 from glm4v_jax.inputs.media.threads import map_threads
-from glm4v_jax.inputs.vision.patches import (
-    FIRST,
-    LAST,
-    channel_format,
-    is_scaled,
-    patch_array,
-    resize_as_picture,
-    resize_planes,
-    to_channels_last,
-    write_frame,
-)
+from glm4v_jax.inputs.vision.patches import is_scaled, patch_array, resize_as_picture, resize_planes, write_frame
 from glm4v_jax.inputs.vision.settings import MediaProcessor, check_unused_geometry, normalization_of
 from glm4v_jax.inputs.vision.smart_resize import smart_resize
 

@@ -5,76 +5,13 @@ Letters: H, W rows and columns; C channels; p patch_size; m merge_size; F tempor
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import PIL.Image
 
-from glm4v_jax.errors import ConfigError, MediaError
+from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.vision.antialias import FILTERS, resize_bytes
-
-FIRST = "channels_first"
-LAST = "channels_last"
-NONE = "none"
-
-
-def channel_format(value: Any, name: str) -> str | None:
-    """The channel order as one of `FIRST`, `LAST`, `NONE`, or None if unset; takes the reference's enumeration too.
-
-    Raises:
-        ConfigError: an unknown order.
-    """
-    value = getattr(value, "value", value)
-    if value not in (None, FIRST, LAST, NONE):
-        raise ConfigError(f"{name}={value!r}: expected {FIRST!r}, {LAST!r}, {NONE!r} or None")
-    return value
-
-
-def infer_channel_format(shape: Sequence[int], num_channels: tuple[int, ...] = (1, 3)) -> str:
-    """Where the channels are, as the reference guesses: the first axis of a picture that can be one, then the last.
-
-    Args:
-        shape: [C, H, W], [H, W, C], or the same after a frame axis.
-        num_channels: how many channels there can be.
-
-    Raises:
-        MediaError: neither axis can be the channels.
-    """
-    if len(shape) not in (3, 4):
-        raise MediaError(f"Unsupported number of image dimensions: {len(shape)}")
-    if shape[-3] in num_channels:
-        return FIRST
-    if shape[-1] in num_channels:
-        return LAST
-    raise MediaError(
-        f"Unable to infer channel dimension format of shape {tuple(shape)}: expected {num_channels} channels, first or "
-        "last; say which with `input_data_format`"
-    )
-
-
-def to_channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """View a picture or video with its channels last.
-
-    Args:
-        array: [..., C, H, W] or [..., H, W, C]; or [H, W], which has one channel.
-        input_data_format: the order, or None to guess it.
-
-    Returns:
-        [..., H, W, C].
-
-    Raises:
-        MediaError: the array has no pixels, or the order cannot be guessed.
-    """
-    if array.size == 0:
-        raise MediaError(f"array of shape {array.shape} has no pixels")
-    if array.ndim == 2:
-        return array[..., None]
-    if input_data_format == NONE:
-        raise MediaError(f"array of shape {array.shape}: expected [H, W] with input_data_format='none'")
-    if input_data_format is None:
-        input_data_format = infer_channel_format(array.shape)
-    return np.moveaxis(array, -3, -1) if input_data_format == FIRST else array
 
 
 def is_scaled(array: np.ndarray) -> bool:

@@ -1,0 +1,51 @@
+"""What decoders log, kept off the screen."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def silent_decoders() -> Iterator[None]:
+    """Keeps what C libraries log to file descriptor 2 off the screen: the exception says it in words of ours.
+
+    FFmpeg inside decord complains there before Python hears of it. Python's own standard error is not affected.
+    """
+    screen = os.dup(2)
+    with open(screen, "w", encoding=sys.stderr.encoding) as python_stderr, open(os.devnull, "w") as nowhere:
+        sys.stderr.flush()
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            with contextlib.redirect_stderr(python_stderr), unsuspected_pictures():
+                yield
+        finally:
+            os.dup2(screen, 2)
+
+
+@contextlib.contextmanager
+def quiet_ffmpeg() -> Iterator[None]:
+    """Keeps FFmpeg inside decord from logging, and nothing else: what a library says before it aborts is still heard.
+
+    For long work, where `silent_decoders` would hide too much.
+    """
+    try:
+        import decord
+    except (ImportError, OSError):  # not installed, or without a library it needs: then it does not log either
+        yield
+        return
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        yield
+    finally:
+        decord.logging.set_level(decord.logging.ERROR)  # as decord itself sets it
+
+
+@contextlib.contextmanager
+def unsuspected_pictures() -> Iterator[None]:
+    """Keeps Pillow from warning of pictures that are large, but not too large for this package."""
+    with warnings.catch_warnings():
+        # Not by its class: Pillow is slow to import, and not every run shows a picture.
+        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit of \d+ pixels, could be")
+        yield
