@@ -8,7 +8,13 @@ from collections.abc import Sequence
 
 
 class Glm4vError(ValueError):
-    """Base of all errors that a user's input can cause; the command line prints them as one line."""
+    """Base of all errors that a user's input can cause; the command line prints them as one line.
+
+    Attributes:
+      faults: what is wrong, one by one, where several fields of a configuration are.
+    """
+
+    faults: tuple[str, ...] = ()
 
 
 class ConfigError(Glm4vError):

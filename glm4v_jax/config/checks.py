@@ -1,76 +1,143 @@
-"""Checks of a configuration's fields, each of them an error that names the class and the field."""
+"""Constraints of settings: declared once, in a dataclass's annotations, checked by msgspec, reported in one grammar.
+
+>>> import dataclasses
+>>> from typing import Annotated
+>>> from msgspec import Meta
+>>> @dataclasses.dataclass(frozen=True)
+... class Batch:
+...     rows: Positive
+...     keep: Annotated[float, Meta(gt=0, le=1)] = 1.0
+...
+...     def __post_init__(self) -> None:
+...         validate(self)
+>>> Batch(rows=4).rows
+4
+>>> Batch(rows=0, keep="all")
+Traceback (most recent call last):
+  ...
+glm4v_jax.errors.ConfigError: rows: found 0; expected an integer of at least 1; keep: found 'all'; expected a number above 0 and at most 1
+>>> from_mapping(Batch, {"rows": 4, "keeep": 0.5})
+Traceback (most recent call last):
+  ...
+glm4v_jax.errors.ConfigError: keeep: found an unknown field; expected some of rows, keep
+"""  # noqa: E501
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar
 
-from glm4v_jax.errors import ConfigError
+import msgspec
+import numpy as np
+from msgspec import Meta
 
-LARGEST_SIZE = 2**31 - 1
-"""Dimensions are counted in int32."""
+from glm4v_jax.errors import ConfigError, Glm4vError
+
+T = TypeVar("T")
+
+Size = Annotated[int, Meta(ge=1, lt=2**31)]
+"""A dimension; they are counted in int32."""
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
+"""Of a JAX key."""
+PositiveNumber = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+AnyNumber = Annotated[float, Meta(extra={"finite": False})]
+"""Infinities and NaN are refused in every other float."""
 
 
-def is_integer(value: Any) -> bool:
-    """Whether this is a whole number; `true` is none, though Python has it as 1."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def fault(name: str, found: Any, expected: str) -> str:
+    """One fault, as every error of this package words it."""
+    return f"{name}: found {found!r}; expected {expected}"
 
 
-def is_number(value: Any) -> bool:
-    """Whether this is a number that a float can hold; `true` is none."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
+def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError) -> None:
+    """Raise an error that lists all faults, if there are any."""
+    if faults:
+        raised = error("; ".join(faults))
+        raised.faults = tuple(faults)
+        raise raised
+
+
+def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str = "") -> None:
+    """Check the fields of a dataclass against their annotations, and keep them as these say (lists as tuples).
+
+    To be called first in `__post_init__`, frozen or not.
+
+    Args:
+      instance: of a dataclass; fields that are dataclasses have checked themselves.
+      error: what to raise.
+      prefix: goes before the fields' names.
+
+    Raises:
+      error: all fields that do not fit.
+    """
+    faults = []
+    for name, hint in hints(type(instance)).items():
+        value = getattr(instance, name)
+        if dataclasses.is_dataclass(value) and isinstance(value, _dataclasses_in(hint)):
+            continue
+        try:
+            object.__setattr__(instance, name, convert(value, hint))
+        except ValueError:
+            faults.append(fault(f"{prefix}{name}", value, expectation(hint)))
+    raise_faults(faults, error)
+
+
+def from_mapping(
+    cls: type[T], content: Any, error: type[Glm4vError] = ConfigError, *, where: str = "", ignore_unknown: bool = False
+) -> T:
+    """Make a dataclass, and those in its fields, from what a JSON or TOML file holds.
+
+    Args:
+      cls: the dataclass; it checks itself, see `validate`.
+      content: an object of the file.
+      error: what to raise.
+      where: the name of the object in the file, with a dot behind it; empty for the file's own.
+      ignore_unknown: pass over keys that are no fields.
+
+    Raises:
+      error: all keys that are unknown, missing or do not fit.
+    """
+    if not isinstance(content, Mapping):
+        raise_faults([fault(where.rstrip(".") or "content", content, "an object")], error)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    faults = []
+    if not ignore_unknown:
+        expected = ", ".join(fields)
+        faults = [
+            f"{where}{key}: found an unknown field; expected some of {expected}" for key in content if key not in fields
+        ]
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in content:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                faults.append(f"{where}{name}: found nothing; expected {expectation(hints(cls)[name])}")
+            continue
+        value, nested = content[name], _dataclasses_in(hints(cls)[name])
+        if nested and isinstance(value, Mapping):
+            try:
+                value = from_mapping(nested[0], value, error, where=f"{name}.", ignore_unknown=ignore_unknown)
+            except Glm4vError as problem:
+                faults += [f"{where}{line}" for line in getattr(problem, "faults", [str(problem)])]
+                continue
+        values[name] = value
+    if faults:
+        # What else is wrong shows only in the fields by themselves: the instance cannot be made.
+        for name, value in values.items():
+            hint = hints(cls)[name]
+            if not _fits(value, hint):
+                faults.append(fault(f"{where}{name}", value, expectation(hint)))
+        raise_faults(faults, error)
     try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def check_sizes(config: Any, names: tuple[str, ...]) -> None:
-    """Dimensions and counts."""
-    for name in names:
-        if not is_integer(value := getattr(config, name)) or not 0 < value <= LARGEST_SIZE:
-            raise ConfigError(f"{_where(config, name)} is {value!r}, expected a whole number > 0 and < 2**31")
-
-
-def check_number(
-    config: Any, name: str, *, above: float | None = None, least: float = 0, most: float = math.inf
-) -> None:
-    """A number above `above`, or from `least`, to `most`."""
-    value = getattr(config, name)
-    if not is_number(value) or value < least or value > most or (above is not None and value <= above):
-        low = f"above {above:g}" if above is not None else f"from {least:g}"
-        high = "" if math.isinf(most) else f" to {most:g}"
-        raise ConfigError(f"{_where(config, name)} is {value!r}, expected a number {low}{high}")
-
-
-def check_flags(config: Any, names: tuple[str, ...]) -> None:
-    """True or false, and nothing that Python would take for it."""
-    for name in names:
-        if not isinstance(value := getattr(config, name), bool):
-            raise ConfigError(f"{_where(config, name)} is {value!r}, expected true or false")
-
-
-def check_token(config: Any, name: str) -> None:
-    """A token, or none; what the model makes of one beyond its vocabulary is not checked here."""
-    if (value := getattr(config, name)) is not None and not is_integer(value):
-        raise ConfigError(f"{_where(config, name)} is {value!r}, expected a token or null")
-
-
-def check_tokens(config: Any, name: str) -> None:
-    """A token, several, or none."""
-    value = getattr(config, name)
-    if not all(map(is_integer, value)) if isinstance(value, tuple) else value is not None and not is_integer(value):
-        raise ConfigError(f"{_where(config, name)} is {value!r}, expected a token, a list of tokens or null")
-
-
-def check_divides(config: Any, divisor: str, dividend: str) -> None:
-    """One field divides the other."""
-    if getattr(config, dividend) % getattr(config, divisor):
-        raise ConfigError(
-            f"{_where(config, dividend)} is {getattr(config, dividend)}, "
-            f"expected a multiple of {divisor}, {getattr(config, divisor)}"
-        )
+        return cls(**values)
+    except Glm4vError as problem:
+        raise_faults([f"{where}{line}" for line in getattr(problem, "faults", [str(problem)])], error)
+        raise
 
 
 def known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,14 +147,119 @@ def known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def object_of(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The object in a field, an empty one where the field is absent or null."""
+    """The object in a field, an empty one where the field is absent or null.
+
+    Raises:
+      ConfigError: something else is there.
+    """
     value = data.get(name)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {value!r}, expected an object")
+        raise ConfigError(fault(name, value, "an object"))
     return value
 
 
-def _where(config: Any, name: str) -> str:
-    return f"{type(config).__name__}.{name}"
+def convert(value: Any, hint: Any) -> Any:
+    """A value as an annotation has it: NumPy scalars as Python's, lists as tuples, integers as floats; never a bool.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    converted = msgspec.convert(value, hint)
+    if not _allows_infinity(hint) and not all(map(math.isfinite, _floats(converted))):
+        raise ValueError("not finite")
+    return converted
+
+
+def hints(cls: Any) -> dict[str, Any]:
+    """The annotations of a dataclass's fields."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    found = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+
+
+def expectation(hint: Any) -> str:
+    """An annotation in words: "an integer of at least 1"; a `Meta` with a description says it itself."""
+    base, meta = _bare(hint)
+    described = [item.description for item in meta if item.description]
+    if described:
+        return described[-1]
+    if choices := _union(base):
+        return " or ".join(dict.fromkeys(map(expectation, choices)))
+    origin, arguments = typing.get_origin(base), typing.get_args(base)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple and arguments:
+        count = "a list of" if arguments[-1] is Ellipsis else f"{len(arguments)}"
+        of, limits = _bare(arguments[0])
+        return f"{count} {_PLURALS.get(of, 'values')}{_range(of, limits)}"
+    return _NAMES.get(base, "an object") + _range(base, meta)
+
+
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
+_PLURALS = {int: "integers", float: "numbers", str: "strings"}
+
+
+def _range(base: type, meta: list[Meta]) -> str:
+    """The limits in words, after a space."""
+    found = ((name, getattr(item, name)) for item in meta for name in ("ge", "gt", "le", "lt"))
+    limits = {name: limit for name, limit in found if limit is not None}
+    if base is int and "lt" in limits:
+        limits["le"] = limits.pop("lt") - 1
+    low = f" of at least {limits['ge']}" if "ge" in limits else f" above {limits['gt']:g}" if "gt" in limits else ""
+    high = f" at most {limits['le']}" if "le" in limits else f" below {limits['lt']:g}" if "lt" in limits else ""
+    if "ge" in limits and "le" in limits:
+        return f" from {limits['ge']} to {limits['le']}"
+    return f"{low} and{high}" if low and high else low or high
+
+
+def _bare(hint: Any) -> tuple[Any, list[Meta]]:
+    if typing.get_origin(hint) is Annotated:
+        base, *meta = typing.get_args(hint)
+        return base, [item for item in meta if isinstance(item, Meta)]
+    return hint, []
+
+
+def _union(hint: Any) -> tuple[Any, ...]:
+    """The choices of a union, None left out: a file leaves such a field out, or says null."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return ()
+    return tuple(choice for choice in typing.get_args(hint) if choice is not type(None))
+
+
+def _dataclasses_in(hint: Any) -> tuple[type, ...]:
+    base, _ = _bare(hint)
+    return tuple(choice for choice in _union(base) or (base,) if dataclasses.is_dataclass(choice))  # type: ignore[misc]
+
+
+def _allows_infinity(hint: Any) -> bool:
+    base, meta = _bare(hint)
+    return any((item.extra or {}).get("finite") is False for item in meta) or any(map(_allows_infinity, _union(base)))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if dataclasses.is_dataclass(value):
+        return True
+    try:
+        convert(value, hint)
+    except ValueError:
+        return False
+    return True
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _floats(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _floats(item)

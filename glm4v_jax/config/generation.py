@@ -5,13 +5,14 @@ change the output in another way (beams, n-gram bans, watermarks, ...) are refus
 """
 
 import dataclasses
-import numbers
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
+from glm4v_jax.config.checks import Natural, Positive, Seed, fault, validate
 from glm4v_jax.errors import CheckpointError, GenerationError
 from glm4v_jax.files import assets_directory, read_json_object
 
@@ -117,60 +118,46 @@ class GenerationConfig:
         GenerationError: an option is out of its range; the message names it, its value and what was expected.
     """
 
-    max_new_tokens: int | None = None
-    max_length: int | None = None
+    max_new_tokens: Positive | None = None
+    max_length: Positive | None = None
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    num_return_sequences: int = 1
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    seed: int = 0
+    temperature: Annotated[float, Meta(ge=0, le=_LARGEST, description="a finite number of at least 0")] = 1.0
+    top_k: Annotated[int, Meta(ge=0, description="an integer of at least 0 (0 switches it off)")] = 50
+    top_p: Annotated[float, Meta(gt=0, le=1, description="a number above 0 and at most 1 (1 switches it off)")] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1 (0 switches it off)")] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Meta(ge=_SMALLEST_DIVISOR, le=_LARGEST, description=f"a finite number of at least {_SMALLEST_DIVISOR}"),
+    ] = 1.0
+    num_return_sequences: Positive = 1
+    eos_token_id: tuple[Annotated[int, Meta(ge=-1)], ...] = ()
+    pad_token_id: Natural | None = None
+    seed: Seed = 0
     use_cache: bool = True
-    stop_strings: tuple[str, ...] = ()
-    think_budget: int | None = None
-    answer_budget: int | None = None
+    stop_strings: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...], Meta(description="a string or several, none of them empty")
+    ] = ()
+    think_budget: Positive | None = None
+    answer_budget: Positive | None = None
     stop_repetition: bool = False
-    logprobs: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_length", "pad_token_id", "think_budget", "answer_budget", "logprobs"):
-            if getattr(self, name) is not None:
-                least = 0 if name in ("pad_token_id", "logprobs") else 1
-                self._set(name, _integer(name, getattr(self, name), least=least))
-        for name in ("do_sample", "use_cache", "stop_repetition"):
-            self._set(name, _boolean(name, getattr(self, name)))
-        self._set("top_k", _integer("top_k", self.top_k, least=0, note=" (0 switches it off)"))
-        self._set("num_return_sequences", _integer("num_return_sequences", self.num_return_sequences, least=1))
-        self._set("seed", _integer("seed", self.seed, least=0))
-        self._set("eos_token_id", _token_ids("eos_token_id", self.eos_token_id))
-        self._set("stop_strings", _strings("stop_strings", self.stop_strings))
+        for name in ("eos_token_id", "stop_strings"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, int | str | np.integer):
+                object.__setattr__(self, name, () if value is None else (value,))
+        validate(self, GenerationError)
+        # No token is -1, which therefore never stops a row.
+        object.__setattr__(self, "eos_token_id", tuple(token for token in self.eos_token_id if token != -1))
         budgeted = self.answer_budget is None or self.think_budget is not None
         _require(budgeted, "answer_budget", self.answer_budget, "think_budget beside it")
-        few = self.logprobs is None or self.logprobs <= MAX_LOGPROBS
-        _require(few, "logprobs", self.logprobs, f"at most {MAX_LOGPROBS}")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            self._set(name, _number(name, getattr(self, name)))
-
-        _require(self.seed < 2**32, "seed", self.seed, "an integer below 2**32")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and at most 1 (1 switches it off)")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1 (0 switches it off)")
-        positive = f"a finite number of at least {_SMALLEST_DIVISOR}"
-        penalty = self.repetition_penalty
-        _require(penalty >= _SMALLEST_DIVISOR, "repetition_penalty", penalty, f"{positive} (1 switches it off)")
-        _require(self.temperature >= 0, "temperature", self.temperature, positive)
         if self.do_sample:
-            hint = "; for greedy decoding set do_sample=False"
-            _require(self.temperature >= _SMALLEST_DIVISOR, "temperature", self.temperature, positive + hint)
+            expected = f"a finite number of at least {_SMALLEST_DIVISOR}; for greedy decoding set do_sample=False"
+            _require(self.temperature >= _SMALLEST_DIVISOR, "temperature", self.temperature, expected)
         else:
             count = self.num_return_sequences
             _require(count == 1, "num_return_sequences", count, "1 without do_sample=True: greedy sequences are equal")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -279,33 +266,7 @@ class GenerationConfig:
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
     if not condition:
-        raise GenerationError(f"{field}: found {value!r}; expected {expected}")
-
-
-def _integer(field: str, value: Any, least: int, note: str = "") -> int:
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    _require(is_integer and value >= least, field, value, f"an integer of at least {least}{note}")
-    return int(value)
-
-
-def _number(field: str, value: Any) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_finite = is_number and abs(value) <= _LARGEST  # not NaN either
-    _require(is_finite, field, value, "a finite number, as float32 has them")
-    return float(value)
-
-
-def _boolean(field: str, value: Any) -> bool:
-    _require(isinstance(value, bool | np.bool_), field, value, "true or false")
-    return bool(value)
-
-
-def _token_ids(field: str, value: Any) -> tuple[int, ...]:
-    """Returns the ids as a tuple without -1, which no token has and which therefore never stops a row."""
-    if value is None:
-        return ()
-    values = value if isinstance(value, list | tuple | np.ndarray) else [value]
-    return tuple(token for token in (_integer(field, item, least=-1) for item in values) if token != -1)
+        raise GenerationError(fault(field, value, expected))
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:
@@ -318,10 +279,3 @@ def _refuse_unsupported(options: dict[str, Any]) -> None:
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _strings(field: str, value: Any) -> tuple[str, ...]:
-    found = (value,) if isinstance(value, str) else value
-    valid = isinstance(found, list | tuple) and all(isinstance(string, str) and string for string in found)
-    _require(valid, field, value, "a string or several, none of them empty")
-    return tuple(found)

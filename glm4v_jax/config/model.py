@@ -10,19 +10,11 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from glm4v_jax.config.checks import (
-    check_divides,
-    check_flags,
-    check_number,
-    check_sizes,
-    check_token,
-    check_tokens,
-    is_integer,
-    known_fields,
-    object_of,
-)
+from msgspec import Meta
+
+from glm4v_jax.config.checks import Fraction, PositiveNumber, Size, fault, known_fields, object_of, validate
 from glm4v_jax.config.rope_scaling import RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import assets_directory, read_json_object
@@ -30,10 +22,13 @@ from glm4v_jax.files import assets_directory, read_json_object
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
 
-ACTIVATION_NAMES = (
+Activation = Literal[
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
-)  # fmt: skip
+]  # fmt: skip
+ACTIVATION_NAMES = get_args(Activation)
 """What `hidden_act` may be; `nn.activation` has them."""
+
+NotNegative = Annotated[float, Meta(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,36 +38,33 @@ class Glm4vVisionConfig:
     `intermediate_size` is the merger's; the ViT's own MLPs are `out_hidden_size` wide (trap T5).
     """
 
-    depth: int = 24
-    hidden_size: int = 1536
-    hidden_act: str = "silu"
+    depth: Size = 24
+    hidden_size: Size = 1536
+    hidden_act: Activation = "silu"
     attention_bias: bool = False
-    attention_dropout: float = 0.0
-    num_heads: int = 12
-    in_channels: int = 3
-    image_size: int = 336
-    patch_size: int = 14
-    rms_norm_eps: float = 1e-5
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
-    out_hidden_size: int = 4096
-    intermediate_size: int = 13696
-    initializer_range: float = 0.02
+    attention_dropout: Fraction = 0.0
+    num_heads: Size = 12
+    in_channels: Size = 3
+    image_size: Size = 336
+    patch_size: Size = 14
+    rms_norm_eps: PositiveNumber = 1e-5
+    spatial_merge_size: Size = 2
+    temporal_patch_size: Size = 2
+    out_hidden_size: Size = 4096
+    intermediate_size: Size = 13696
+    initializer_range: NotNegative = 0.02
 
     model_type = "glm4v_vision"
 
     def __post_init__(self) -> None:
-        sizes = ("depth", "hidden_size", "num_heads", "in_channels", "image_size", "patch_size", "spatial_merge_size")
-        check_sizes(self, (*sizes, "temporal_patch_size", "out_hidden_size", "intermediate_size"))
-        check_flags(self, ("attention_bias",))
-        _check_layer_settings(self)
-        check_divides(self, "num_heads", "hidden_size")
+        validate(self, prefix="vision_config.")
+        _check_divides(self, "vision_config.", "num_heads", "hidden_size")
         if self.image_size < self.patch_size:
-            raise ConfigError(
-                f"vision image_size is {self.image_size}, expected at least patch_size, {self.patch_size}"
-            )
+            expected = f"at least patch_size, {self.patch_size}"
+            raise ConfigError(fault("vision_config.image_size", self.image_size, expected))
         if self.head_dim % 4:
-            raise ConfigError(f"vision head dimension is {self.head_dim}, expected a multiple of 4 (2-D rope pairs)")
+            expected = "a multiple of 4 (2-D rope pairs)"
+            raise ConfigError(fault("vision_config.hidden_size / num_heads", self.head_dim, expected))
 
     @property
     def head_dim(self) -> int:
@@ -108,23 +100,23 @@ class Glm4vTextConfig:
     whole head rotates, as in the reference.
     """
 
-    vocab_size: int = 151552
-    hidden_size: int = 4096
-    intermediate_size: int = 13696
-    num_hidden_layers: int = 40
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 2
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
+    vocab_size: Size = 151552
+    hidden_size: Size = 4096
+    intermediate_size: Size = 13696
+    num_hidden_layers: Size = 40
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = 2
+    hidden_act: Activation = "silu"
+    max_position_embeddings: Size = 32768
+    initializer_range: NotNegative = 0.02
+    rms_norm_eps: PositiveNumber = 1e-5
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
-    attention_dropout: float = 0.0
+    rope_theta: PositiveNumber = 10000.0
+    attention_dropout: Fraction = 0.0
     rope_scaling: RopeScaling | Mapping[str, Any] | None = None
-    partial_rotary_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    partial_rotary_factor: Annotated[float, Meta(gt=0, le=1)] | None = None
+    original_max_position_embeddings: Size | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     pad_token_id: int | None = None
@@ -137,8 +129,6 @@ class Glm4vTextConfig:
         freeze = object.__setattr__
         if self.num_key_value_heads is None:
             freeze(self, "num_key_value_heads", self.num_attention_heads)
-        if isinstance(self.eos_token_id, list):
-            freeze(self, "eos_token_id", tuple(self.eos_token_id))
         if self.partial_rotary_factor is None:
             released = self.rope_scaling is None
             freeze(self, "partial_rotary_factor", RELEASED_PARTIAL_ROTARY_FACTOR if released else 1.0)
@@ -146,25 +136,15 @@ class Glm4vTextConfig:
         if not isinstance(scaling, RopeScaling):
             scaling = RopeScaling.from_dict(scaling)
         freeze(self, "rope_scaling", scaling)
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        check_sizes(self, (*sizes, "num_key_value_heads", "max_position_embeddings"))
-        if self.original_max_position_embeddings is not None:
-            check_sizes(self, ("original_max_position_embeddings",))
-        check_flags(self, ("use_cache", "tie_word_embeddings"))
-        for name in ("image_token_id", "video_token_id", "pad_token_id", "bos_token_id"):
-            check_token(self, name)
-        check_tokens(self, "eos_token_id")
-        _check_layer_settings(self)
-        check_number(self, "rope_theta", above=0)
-        check_number(self, "partial_rotary_factor", above=0, most=1)
-        check_divides(self, "num_attention_heads", "hidden_size")
-        check_divides(self, "num_key_value_heads", "num_attention_heads")
+        validate(self, prefix="text_config.")
+        _check_divides(self, "text_config.", "num_attention_heads", "hidden_size")
+        _check_divides(self, "text_config.", "num_key_value_heads", "num_attention_heads")
         for name in ("short_factor", "long_factor"):
             factors = getattr(scaling, name)
             if factors is not None and len(factors) != len(range(0, self.rotary_dim, 2)):
                 raise ConfigError(
-                    f"rope_scaling.{name} has {len(factors)} numbers, expected {self.rotary_dim // 2}: one for each "
-                    f"pair of the {self.rotary_dim} rotated dimensions"
+                    f"text_config.rope_scaling.{name}: found {len(factors)} numbers; expected {self.rotary_dim // 2}: "
+                    f"one for each pair of the {self.rotary_dim} rotated dimensions"
                 )
         _ = self.mrope_section
 
@@ -201,9 +181,9 @@ class Glm4vTextConfig:
         section = self.rope.mrope_section or RELEASED_MROPE_SECTION
         if 2 * sum(section) != self.rotary_dim:
             raise ConfigError(
-                f"mrope_section {list(section)} sums to {sum(section)}, expected {self.rotary_dim / 2:g}: half of the "
-                f"{self.rotary_dim} rotated dimensions (head_dim {self.head_dim} x partial_rotary_factor "
-                f"{self.partial_rotary_factor})"
+                f"text_config.rope_scaling.mrope_section: found {list(section)}, which sums to {sum(section)}; "
+                f"expected {self.rotary_dim / 2:g}: half of the {self.rotary_dim} rotated dimensions "
+                f"(head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor})"
             )
         return section
 
@@ -251,15 +231,16 @@ class Glm4vConfig:
             object.__setattr__(self, "vision_config", Glm4vVisionConfig.from_dict(self.vision_config))
         for part, kind in ((self.text_config, Glm4vTextConfig), (self.vision_config, Glm4vVisionConfig)):
             if not isinstance(part, kind):
-                raise ConfigError(f"{kind.__name__}: found {part!r}, expected an object")
+                raise ConfigError(fault(kind.__name__, part, "an object"))
+        validate(self)
         for field in dataclasses.fields(self):
             if field.name.endswith("token_id"):
                 value, vocabulary = getattr(self, field.name), self.text_config.vocab_size
-                if not is_integer(value) or not 0 <= value < vocabulary:
-                    raise ConfigError(f"{field.name} is {value!r}, expected a token below vocab_size, {vocabulary}")
+                if not 0 <= value < vocabulary:
+                    raise ConfigError(fault(field.name, value, f"a token below vocab_size, {vocabulary}"))
         text, vision = self.text_config.hidden_size, self.vision_config.out_hidden_size
         if text != vision:
-            raise ConfigError(f"vision_config.out_hidden_size is {vision}, expected text_config.hidden_size, {text}")
+            raise ConfigError(fault("vision_config.out_hidden_size", vision, f"text_config.hidden_size, {text}"))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -273,14 +254,12 @@ class Glm4vConfig:
         """
         model_type = data.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ConfigError(
-                f"config.json: model_type is {model_type!r}, expected {cls.model_type!r} (dense GLM-4.1V)"
-            )
+            raise ConfigError(fault("model_type", model_type, f"{cls.model_type!r} (dense GLM-4.1V)"))
         fields = known_fields(cls, data)
         if data.get("quantization_config"):
-            raise ConfigError("quantization_config: found a quantised checkpoint, expected plain weights")
+            raise ConfigError("quantization_config: found a quantised checkpoint; expected plain weights")
         if "text_config" not in data and "hidden_size" not in data:
-            raise ConfigError("text_config is missing")
+            raise ConfigError("text_config: found nothing; expected an object")
         fields["text_config"] = Glm4vTextConfig.from_dict(object_of(data, "text_config") or data)
         fields["vision_config"] = Glm4vVisionConfig.from_dict(object_of(data, "vision_config"))
         return cls(**fields)
@@ -309,10 +288,10 @@ class Glm4vConfig:
         if not path.parent.is_dir():
             found = "a file" if path.parent.is_file() else "no such directory"
             raise CheckpointError(
-                f"{path.parent}: {found}, expected the directory of a checkpoint (nothing is downloaded)"
+                f"{path.parent}: found {found}; expected the directory of a checkpoint (nothing is downloaded)"
             )
         if not path.is_file():
-            raise CheckpointError(f"{path.parent}: not a checkpoint directory, it has no config.json")
+            raise CheckpointError(f"{path.parent}: found no config.json; expected the directory of a checkpoint")
         try:
             return cls.from_dict(read_json_object(path))
         except ConfigError as error:
@@ -356,11 +335,7 @@ class Glm4vConfig:
         )  # fmt: skip
 
 
-def _check_layer_settings(config: Any) -> None:
-    """What both parts' layers have in common."""
-    check_number(config, "rms_norm_eps", above=0)
-    check_number(config, "attention_dropout", most=1)
-    check_number(config, "initializer_range")
-    if config.hidden_act not in ACTIVATION_NAMES:
-        known = ", ".join(ACTIVATION_NAMES)
-        raise ConfigError(f"{type(config).__name__}.hidden_act is {config.hidden_act!r}, expected one of: {known}")
+def _check_divides(config: Any, prefix: str, divisor: str, dividend: str) -> None:
+    number = getattr(config, divisor)
+    if (value := getattr(config, dividend)) % number:
+        raise ConfigError(fault(f"{prefix}{dividend}", value, f"a multiple of {divisor}, {number}"))

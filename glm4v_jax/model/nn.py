@@ -34,7 +34,7 @@ def activation(name: str, x: Array) -> Array:
     if name == "gelu":
         return jax.nn.gelu(x, approximate=False)
     if name not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act is {name!r}, expected one of: gelu, {', '.join(ACTIVATIONS)}")
+        raise ConfigError(f"hidden_act: found {name!r}; expected one of gelu, {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name](x)
 
 

@@ -109,22 +109,22 @@ def test_head_counts():
     [
         (
             lambda: Glm4vTextConfig(num_attention_heads=3),
-            "hidden_size is 4096, expected a multiple of num_attention_heads",
+            "hidden_size: found 4096; expected a multiple of num_attention_heads",
         ),
         (lambda: Glm4vTextConfig(num_key_value_heads=5), "expected a multiple of num_key_value_heads, 5"),
-        (lambda: Glm4vTextConfig(vocab_size=0), "vocab_size is 0, expected a whole number > 0"),
-        (lambda: Glm4vTextConfig(hidden_size="64"), "hidden_size is '64'"),
+        (lambda: Glm4vTextConfig(vocab_size=0), "vocab_size: found 0; expected an integer"),
+        (lambda: Glm4vTextConfig(hidden_size="64"), "hidden_size: found '64'"),
         (lambda: Glm4vVisionConfig(num_heads=7), "expected a multiple of num_heads, 7"),
-        (lambda: Glm4vVisionConfig(hidden_size=24, num_heads=4), "head dimension is 6, expected a multiple of 4"),
-        (lambda: Glm4vConfig(vision_config=Glm4vVisionConfig(out_hidden_size=8)), "out_hidden_size is 8, expected"),
-        (lambda: RopeScaling("su"), "rope_type is 'su', expected one of: default, linear"),
-        (lambda: RopeScaling("yarn"), "lacks factor"),
-        (lambda: RopeScaling("longrope", short_factor=(1.0,)), "lacks long_factor"),
-        (lambda: RopeScaling("llama3", factor=2.0), "lacks original_max_position_embeddings, low_freq_factor, high"),
-        (lambda: RopeScaling("linear", factor=0.5), "factor is 0.5, expected a number >= 1"),
-        (lambda: RopeScaling(mrope_section=(1, 2)), r"mrope_section is \[1, 2\], expected three"),
-        (lambda: Glm4vTextConfig(rope_scaling={"mrope_section": [1, 1, 2]}).mrope_section, "sums to 4, expected 64"),
-        (lambda: Glm4vConfig.from_dict({"model_type": "glm4v_moe"}), "'glm4v_moe', expected 'glm4v'"),
+        (lambda: Glm4vVisionConfig(hidden_size=24, num_heads=4), "num_heads: found 6; expected a multiple of 4"),
+        (lambda: Glm4vConfig(vision_config=Glm4vVisionConfig(out_hidden_size=8)), "out_hidden_size: found 8; expected"),
+        (lambda: RopeScaling("su"), "rope_type: found 'su'; expected one of 'default', 'linear'"),
+        (lambda: RopeScaling("yarn"), "expected factor with it"),
+        (lambda: RopeScaling("longrope", short_factor=(1.0,)), "expected long_factor with it"),
+        (lambda: RopeScaling("llama3", factor=2.0), "expected original_max_position_embeddings, low_freq_factor, high"),
+        (lambda: RopeScaling("linear", factor=0.5), "factor: found 0.5; expected a number of at least 1"),
+        (lambda: RopeScaling(mrope_section=(1, 2)), r"mrope_section: found \(1, 2\); expected three"),
+        (lambda: Glm4vTextConfig(rope_scaling={"mrope_section": [1, 1, 2]}).mrope_section, "sums to 4; expected 64"),
+        (lambda: Glm4vConfig.from_dict({"model_type": "glm4v_moe"}), "'glm4v_moe'; expected 'glm4v'"),
     ],
 )
 def test_contradictions_are_named(make, message):
@@ -135,13 +135,13 @@ def test_contradictions_are_named(make, message):
 def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         Glm4vConfig.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"found no config\.json"):
         Glm4vConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(CheckpointError, match="expected a JSON object, found list"):
         Glm4vConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 3}}', encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"config\.json: Glm4vTextConfig\.hidden_size"):
+    with pytest.raises(ConfigError, match=r"config\.json: text_config\.hidden_size"):
         Glm4vConfig.from_pretrained(tmp_path)
 
 
@@ -152,66 +152,81 @@ LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("text_config", "num_key_value_heads", 0, "num_key_value_heads is 0"),
-        ("text_config", "hidden_act", "mish", "hidden_act is 'mish', expected one of: gelu, "),
-        ("vision_config", "hidden_act", "quick_gelu", "hidden_act is 'quick_gelu'"),
-        ("text_config", "rope_theta", "a", "rope_theta is 'a', expected a number above 0"),
-        ("text_config", "rope_theta", -1, "rope_theta is -1"),
-        ("text_config", "rope_theta", float("nan"), "rope_theta is nan"),
-        ("text_config", "rms_norm_eps", None, "rms_norm_eps is None"),
-        ("vision_config", "rms_norm_eps", 0, "rms_norm_eps is 0"),
-        ("text_config", "max_position_embeddings", None, "max_position_embeddings is None"),
-        ("text_config", "intermediate_size", -1, "intermediate_size is -1"),
-        ("vision_config", "intermediate_size", -1, "intermediate_size is -1"),
-        ("vision_config", "temporal_patch_size", 0, "temporal_patch_size is 0"),
-        ("vision_config", "image_size", 13, "image_size is 13, expected at least patch_size, 14"),
-        ("text_config", "attention_dropout", 2.0, "attention_dropout is 2.0, expected a number from 0 to 1"),
-        ("text_config", "partial_rotary_factor", 1.5, "partial_rotary_factor is 1.5"),
+        ("text_config", "num_key_value_heads", 0, "num_key_value_heads: found 0"),
+        ("text_config", "hidden_act", "mish", "hidden_act: found 'mish'; expected one of 'gelu', "),
+        ("vision_config", "hidden_act", "quick_gelu", "hidden_act: found 'quick_gelu'"),
+        ("text_config", "rope_theta", "a", "rope_theta: found 'a'; expected a number above 0"),
+        ("text_config", "rope_theta", -1, "rope_theta: found -1"),
+        ("text_config", "rope_theta", float("nan"), "rope_theta: found nan"),
+        ("text_config", "rms_norm_eps", None, "rms_norm_eps: found None"),
+        ("vision_config", "rms_norm_eps", 0, "rms_norm_eps: found 0"),
+        ("text_config", "max_position_embeddings", None, "max_position_embeddings: found None"),
+        ("text_config", "intermediate_size", -1, "intermediate_size: found -1"),
+        ("vision_config", "intermediate_size", -1, "intermediate_size: found -1"),
+        ("vision_config", "temporal_patch_size", 0, "temporal_patch_size: found 0"),
+        ("vision_config", "image_size", 13, "image_size: found 13; expected at least patch_size, 14"),
+        ("text_config", "attention_dropout", 2.0, "attention_dropout: found 2.0; expected a number from 0 to 1"),
+        ("text_config", "partial_rotary_factor", 1.5, "partial_rotary_factor: found 1.5"),
         (
             "text_config", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 3, "long_factor": [1.0] * 4},
-            "short_factor has 3 numbers, expected 4",
+            "short_factor: found 3 numbers; expected 4",
         ),
         (
             "text_config", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 4, "long_factor": [1.0] * 5},
-            "long_factor has 5 numbers, expected 4",
+            "long_factor: found 5 numbers; expected 4",
         ),
-        (None, "image_token_id", 320, "image_token_id is 320, expected a token below vocab_size, 320"),
-        (None, "video_end_token_id", "x", "video_end_token_id is 'x'"),
-        (None, "text_config", "x", "text_config is 'x', expected an object"),
-        (None, "text_config", ..., "text_config is missing"),
-        (None, "vision_config", [1], r"vision_config is \[1\], expected an object"),
+        (None, "image_token_id", 320, "image_token_id: found 320; expected a token below vocab_size, 320"),
+        (None, "video_end_token_id", "x", "video_end_token_id: found 'x'"),
+        (None, "text_config", "x", "text_config: found 'x'; expected an object"),
+        (None, "text_config", ..., "text_config: found nothing"),
+        (None, "vision_config", [1], r"vision_config: found \[1\]; expected an object"),
         (None, "quantization_config", {"bits": 4}, "quantization_config: found a quantised checkpoint"),
-        (None, "image_token_id", True, "image_token_id is True, expected a token below vocab_size"),
-        (None, "text_config", 0, "text_config is 0, expected an object"),
-        ("text_config", "rope_scaling", "x", "rope_scaling is 'x', expected an object"),
-        ("text_config", "rope_scaling", [1, 2], r"rope_scaling is \[1, 2\], expected an object"),
-        ("text_config", "rope_parameters", "x", "rope_parameters is 'x', expected an object"),
-        ("text_config", "rope_scaling", {"rope_type": []}, r"rope_scaling.rope_type is \[\], expected one of: default"),
-        ("text_config", "rope_scaling", LINEAR | {"factor": "2"}, "rope_scaling.factor is '2', expected a number"),
-        ("text_config", "rope_scaling", LINEAR | {"factor": True}, "rope_scaling.factor is True, expected a number"),
-        ("text_config", "rope_scaling", LINEAR | {"beta_fast": "a"}, "rope_scaling.beta_fast is 'a'"),
-        ("text_config", "rope_scaling", LINEAR | {"truncate": "no"}, "rope_scaling.truncate is 'no', expected true or"),
-        ("text_config", "rope_scaling", LINEAR | {"short_factor": ["a"]}, r"short_factor is \['a'\], expected a list"),
+        (None, "image_token_id", True, "image_token_id: found True; expected an integer"),
+        (None, "text_config", 0, "text_config: found 0; expected an object"),
+        ("text_config", "rope_scaling", "x", "rope_scaling: found 'x'; expected an object"),
+        ("text_config", "rope_scaling", [1, 2], r"rope_scaling: found \[1, 2\]; expected an object"),
+        ("text_config", "rope_parameters", "x", "rope_parameters: found 'x'; expected an object"),
+        (
+            "text_config", "rope_scaling", {"rope_type": []},
+            r"rope_scaling.rope_type: found \[\]; expected one of 'default'",
+        ),
+        ("text_config", "rope_scaling", LINEAR | {"factor": "2"}, "rope_scaling.factor: found '2'; expected a number"),
+        (
+            "text_config", "rope_scaling", LINEAR | {"factor": True},
+            "rope_scaling.factor: found True; expected a number",
+        ),
+        ("text_config", "rope_scaling", LINEAR | {"beta_fast": "a"}, "rope_scaling.beta_fast: found 'a'"),
+        (
+            "text_config", "rope_scaling", LINEAR | {"truncate": "no"},
+            "rope_scaling.truncate: found 'no'; expected true or",
+        ),
+        (
+            "text_config", "rope_scaling", LINEAR | {"short_factor": ["a"]},
+            r"short_factor: found \['a'\]; expected a list",
+        ),
         (
             "text_config", "rope_scaling", LINEAR | {"original_max_position_embeddings": 0},
-            "original_max_position_embeddings is 0, expected a whole number > 0",
+            "original_max_position_embeddings: found 0; expected an integer",
         ),
-        ("text_config", "rope_scaling", {"mrope_section": [1.0, 1.0, 2.0]}, r"mrope_section is \[1.0, 1.0, 2.0\], exp"),
-        ("text_config", "rope_scaling", {"mrope_section": 3}, "mrope_section is 3, expected three counts >= 0"),
-        ("text_config", "original_max_position_embeddings", "a", "original_max_position_embeddings is 'a'"),
-        ("text_config", "tie_word_embeddings", "no", "tie_word_embeddings is 'no', expected true or false"),
-        ("text_config", "use_cache", 1, "use_cache is 1, expected true or false"),
-        ("vision_config", "attention_bias", "false", "attention_bias is 'false', expected true or false"),
-        ("text_config", "initializer_range", "a", "initializer_range is 'a', expected a number from 0"),
-        ("vision_config", "initializer_range", -1, "initializer_range is -1, expected a number from 0"),
-        ("text_config", "eos_token_id", "x", "eos_token_id is 'x', expected a token, a list of tokens or null"),
-        ("text_config", "eos_token_id", [1, True], r"eos_token_id is \(1, True\), expected a token, a list of"),
-        ("text_config", "pad_token_id", 1.0, "pad_token_id is 1.0, expected a token or null"),
-        ("text_config", "image_token_id", True, "image_token_id is True, expected a token or null"),
-        ("text_config", "num_hidden_layers", True, "num_hidden_layers is True, expected a whole number > 0"),
-        ("text_config", "hidden_size", 2**31, r"hidden_size is 2147483648, expected a whole number > 0 and < 2\*\*31"),
-        ("text_config", "rope_theta", 10**400, "rope_theta is 1000*, expected a number above 0"),
-        ("text_config", "rms_norm_eps", True, "rms_norm_eps is True"),
+        (
+            "text_config", "rope_scaling", {"mrope_section": [1.0, 1.0, 2.0]},
+            r"mrope_section: found \[1.0, 1.0, 2.0\]; exp",
+        ),
+        ("text_config", "rope_scaling", {"mrope_section": 3}, "mrope_section: found 3; expected three counts"),
+        ("text_config", "original_max_position_embeddings", "a", "original_max_position_embeddings: found 'a'"),
+        ("text_config", "tie_word_embeddings", "no", "tie_word_embeddings: found 'no'; expected true or false"),
+        ("text_config", "use_cache", 1, "use_cache: found 1; expected true or false"),
+        ("vision_config", "attention_bias", "false", "attention_bias: found 'false'; expected true or false"),
+        ("text_config", "initializer_range", "a", "initializer_range: found 'a'; expected a number of at least 0"),
+        ("vision_config", "initializer_range", -1, "initializer_range: found -1; expected a number of at least 0"),
+        ("text_config", "eos_token_id", "x", "eos_token_id: found 'x'; expected a list of integers or an integer"),
+        ("text_config", "eos_token_id", [1, True], r"eos_token_id: found \[1, True\]; expected a list of"),
+        ("text_config", "pad_token_id", 1.0, "pad_token_id: found 1.0; expected an integer"),
+        ("text_config", "image_token_id", True, "image_token_id: found True; expected an integer"),
+        ("text_config", "num_hidden_layers", True, "num_hidden_layers: found True; expected an integer"),
+        ("text_config", "hidden_size", 2**31, r"hidden_size: found 2147483648; expected an integer"),
+        ("text_config", "rope_theta", 10**400, "rope_theta: found 1000*; expected a number above 0"),
+        ("text_config", "rms_norm_eps", True, "rms_norm_eps: found True"),
     ],
 )  # fmt: skip
 def test_files_with_a_wrong_field_are_named_and_so_is_the_field(tmp_path, part, field, value, message):
@@ -234,7 +249,7 @@ def test_activations_are_known_to_both():
     assert sorted(ACTIVATION_NAMES) == sorted(["gelu", *nn.ACTIVATIONS])
     for name in ACTIVATION_NAMES:
         assert nn.activation(name, np.float32(1.0)) > 0.6  # as each of them is at 1
-    with pytest.raises(ConfigError, match="hidden_act is 'mish'"):
+    with pytest.raises(ConfigError, match="hidden_act: found 'mish'"):
         nn.activation("mish", np.float32(1.0))
 
 

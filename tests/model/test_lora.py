@@ -290,7 +290,7 @@ def main(directory):
             f"{name}_alike": all(np.array_equal(found[name][key], x) for key, x in one[name].items())
             for name in ("drawn", "tensors")
         }
-        print(json.dumps(case | {"mesh": sizes, "split": found["split"]}))  # noqa: T201
+        print(json.dumps(case | {"mesh": axes, "split": found["split"]}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Constraints of settings: what fits, what does not, and how it is reported."""
+
+import dataclasses
+import doctest
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+import pytest
+from msgspec import Meta
+
+from glm4v_jax.config import checks
+from glm4v_jax.config.checks import AnyNumber, Natural, Positive, PositiveNumber, Seed, from_mapping, validate
+from glm4v_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    rows: Positive = 1
+    rate: PositiveNumber | None = None
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    name: str
+    files: Annotated[tuple[str, ...], Meta(min_length=1, description="at least one file")] = ("a",)
+    kind: Literal["a", "b"] = "a"
+    part: Part = dataclasses.field(default_factory=Part)
+    extra: Part | None = None
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    limit: AnyNumber = float("inf")
+    pair: tuple[Natural, Natural] = (0, 0)
+    seed: Seed = 0
+    flag: bool = False
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def test_examples_of_the_module_run():
+    assert doctest.testmod(checks).failed == 0
+
+
+def test_values_are_kept_as_their_annotations_say():
+    whole = from_mapping(
+        Whole, {"name": "x", "files": ["b"], "part": {"rate": 1}, "rates": {"a": 1}, "pair": np.array([1, 2])}
+    )
+    assert whole == Whole("x", ("b",), part=Part(rate=1.0), rates={"a": 1.0}, pair=(1, 2))
+    assert isinstance(whole.part.rate, float) and isinstance(whole.rates["a"], float)
+    assert type(Part(rows=np.int64(3)).rows) is int
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "name: found nothing; expected a string"),
+        ({"name": 1}, "name: found 1; expected a string"),
+        ({"name": "x", "nmae": 1}, "nmae: found an unknown field; expected some of name, files, "),
+        ({"name": "x", "files": []}, "files: found []; expected at least one file"),
+        ({"name": "x", "kind": "c"}, "kind: found 'c'; expected one of 'a', 'b'"),
+        ({"name": "x", "part": 1}, "part: found 1; expected an object"),
+        ({"name": "x", "part": {"rows": 0}}, "part.rows: found 0; expected an integer of at least 1"),
+        ({"name": "x", "part": {"rows": True}}, "part.rows: found True; expected an integer of at least 1"),
+        ({"name": "x", "part": {"rows": 1.5}}, "part.rows: found 1.5; expected an integer of at least 1"),
+        ({"name": "x", "extra": {"rate": 0}}, "extra.rate: found 0; expected a number above 0"),
+        ({"name": "x", "extra": {"rate": float("nan")}}, "extra.rate: found nan; expected a number above 0"),
+        ({"name": "x", "extra": {"rate": float("inf")}}, "extra.rate: found inf; expected a number above 0"),
+        ({"name": "x", "rates": {"a": "b"}}, "rates: found {'a': 'b'}; expected an object"),
+        ({"name": "x", "pair": [1, -1]}, "pair: found [1, -1]; expected 2 integers of at least 0"),
+        ({"name": "x", "seed": 2**32}, "seed: found 4294967296; expected an integer from 0 to 4294967295"),
+        ({"name": "x", "flag": 1}, "flag: found 1; expected true or false"),
+        ([1], "content: found [1]; expected an object"),
+        ({"name": 1, "part": {"rows": 0, "rate": 0}, "seed": -1},
+         "part.rows: found 0; expected an integer of at least 1; part.rate: found 0; expected a number above 0; "
+         "name: found 1; expected a string; seed: found -1; expected an integer from 0 to 4294967295"),
+    ],
+)  # fmt: skip
+def test_every_fault_is_named(content, message):
+    with pytest.raises(ConfigError) as raised:
+        from_mapping(Whole, content)
+    assert str(raised.value).startswith(message)
+
+
+def test_keys_can_be_passed_over():
+    assert from_mapping(Part, {"rows": 2, "novel": 1}, ignore_unknown=True) == Part(2)
