@@ -5,6 +5,7 @@
 #   make eval    scores of the tiny model on digits it has not seen; a report in eval-out
 #   make test    the tests, against the reference implementation
 #   make lint types
+#   make docs    the pages of docs/ in build/docs; a warning is an error
 #   make aot     the 9B compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny` and `aot`, PYTEST_ARGS=... to pytest (two
@@ -31,7 +32,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test lint types tiny aot clean
+.PHONY: help setup demo eval test lint types docs tiny aot clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -73,6 +74,14 @@ lint: $(VENV)/test.stamp
 
 types: $(VENV)/test.stamp
 	$(ENV_PYTHON) -m mypy
+
+$(VENV)/docs.stamp: pyproject.toml | $(ENV_PYTHON)
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs.stamp
+	JAX_PLATFORMS=cpu $(ENV_PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 # Trains the packaged checkpoint anew, prints what it can do, and packages it if that is what is aimed at.
 tiny: $(VENV)/test.stamp
