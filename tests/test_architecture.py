@@ -1,4 +1,4 @@
-"""The order of rooms, over all imports: those inside functions and under TYPE_CHECKING too. See docs/architecture.md."""
+"""The order of rooms, over all imports: inside functions and under TYPE_CHECKING too. See docs/architecture.md."""
 
 import ast
 import graphlib
