@@ -84,13 +84,14 @@ def finished(compiled: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]
 
     State is read and written once, products are those of the model alone, and all links of a chip are in use.
     """
-    from glm4v_jax.planning.compile_for_topology import CHIPS, GIB
+    from glm4v_jax.devices.hardware import GIB
+    from glm4v_jax.planning.compile_for_topology import SLICES
 
-    chip, chips = CHIPS[compiled["topology"].partition(":")[0]], math.prod(compiled["mesh"].values())
+    chip, chips = SLICES[compiled["topology"].partition(":")[0]], math.prod(compiled["mesh"].values())
     floors = {
-        "bandwidth": 2 * compiled["arguments"] * GIB / chip.bandwidth / 1e6,
-        "FLOP/s": counts["model_flops"] / chips / chip.tflops / 1e9,
-        "links": counts["least_sent"] / chip.links / 1e6,
+        "bandwidth": 2 * compiled["arguments"] * GIB / chip.bandwidth * 1e3,
+        "FLOP/s": counts["model_flops"] / chips / chip.flops * 1e3,
+        "links": counts["least_sent"] / chip.links * 1e3,
     }
     fits = compiled["peak"] <= compiled["hbm"]
     return compiled | {"floor_ms": floors, "fits": fits, "train": counts}

@@ -18,13 +18,6 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model.layers import Remat
 from train.optimizers import group_of
 
-# How `device_kind` begins -> bfloat16 FLOP/s of a device, dense. The longest that fits counts.
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; NVIDIA's data sheets.
-_PEAKS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6": 918e12,
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
-}  # fmt: skip
 # The parts of a model in the order of the forward pass; gradients come as far down as something is trained.
 _STAGES = {"vision": 0, "merger": 1, "llm": 2}
 _FIRST_OF_STAGE = {0: "visual.patch_embed.", 1: "visual.merger.proj."}
@@ -109,12 +102,6 @@ def has_input_gradient(path: str, params: Iterable[str]) -> bool:
     """Whether the gradient goes through a kernel, on its way to some of the parameters that are trained."""
     first = _first_stage(params)
     return _stage(path) >= first and not path.startswith(_FIRST_OF_STAGE.get(first, "\n"))
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 operations a second that a device of this kind can do; None if that is not known, as of a CPU."""
-    kinds = [kind for kind in _PEAKS if device_kind.startswith(kind)]
-    return _PEAKS[max(kinds, key=len)] if kinds else None
 
 
 def _first_stage(params: Iterable[str]) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import gathered, several
+from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -20,7 +21,6 @@ from train.data.placement import put
 from train.data.records import Record
 from train.data.stream import Prepared, Stream, counts_of
 from train.evaluate import Evaluation, Evaluator
-from train.flops import peak_flops
 from train.job import Job, check_place, check_same, check_step, identity, make_mesh, read_data
 from train.log import Log, Speed
 from train.preemption import Stopping

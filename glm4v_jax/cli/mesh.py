@@ -12,8 +12,9 @@ import rich.table
 import tyro
 
 from glm4v_jax.console.console import check_model
+from glm4v_jax.devices.hardware import GIB, device_memory
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.planning.mesh_presets import GIB, PRESETS, check_text, parse_mesh, parse_preset
+from glm4v_jax.planning.mesh_presets import PRESETS, check_text, parse_mesh, parse_preset
 
 if TYPE_CHECKING:
     from glm4v_jax.config.model import Glm4vConfig
@@ -107,8 +108,6 @@ class Mesh:
         if self.devices is not None:
             return None
         import jax
-
-        from glm4v_jax.planning.mesh_presets import device_memory
 
         return device_memory(jax.local_devices()[0])
 

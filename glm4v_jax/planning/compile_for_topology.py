@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.hardware import CHIPS, GIB
 from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.generate import device_steps
@@ -29,24 +30,13 @@ from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.planning import hlo
 
-GIB = 2**30
 NUM_EOS, STEPS = 8, 32
 LARGE = 2**20
 """Copies below this many bytes are of no weight or cache of the 9B."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip has, as published: HBM in GiB, its bandwidth in GB/s, bfloat16 TFLOP/s, GB/s of all its links."""
-
-    hbm: float
-    bandwidth: float
-    tflops: float
-    links: float
-
-
-# cloud.google.com/tpu/docs/{v5e,v6e,v5p}
-CHIPS = {"v5e": Chip(16, 819, 197, 200), "v6e": Chip(32, 1640, 918, 448), "v5p": Chip(95, 2765, 459, 600)}
+SLICES = {chip.generation: chip for chip in CHIPS if chip.links}
+"""Generation of a TPU slice -> its chip."""
 
 _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
@@ -60,8 +50,8 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     from jax.experimental import topologies
 
     generation, _, layout = topology.partition(":")
-    if generation not in CHIPS or not _LAYOUT.fullmatch(layout):
-        raise ConfigError(f"topology: found {topology!r}; expected one of {', '.join(CHIPS)}, as in 'v5e:2x4'")
+    if generation not in SLICES or not _LAYOUT.fullmatch(layout):
+        raise ConfigError(f"topology: found {topology!r}; expected one of {', '.join(SLICES)}, as in 'v5e:2x4'")
     options: dict[str, Any] = {}
     if math.prod(int(side) for side in layout.split("x")) == 1:
         options = dict(chips_per_host_bounds=(1, 1, 1), num_slices=1)
@@ -219,7 +209,7 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
       ConfigError: the slice is unknown, or a dimension of the model does not divide by the mesh.
     """
     mesh = topology_mesh(topology, **sizes)
-    chip = CHIPS[topology.partition(":")[0]]
+    chip = SLICES[topology.partition(":")[0]]
     with jax.set_mesh(mesh):
         model = abstract_model(config, mesh)
         lowered = program.lower(model, mesh)
@@ -242,11 +232,11 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
     return Compiled(
         program.name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
         memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
-        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, chip.hbm, collectives, copies,
+        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, chip.hbm / GIB, collectives, copies,
         memory.argument_size_in_bytes * chips / (weights + program.read),
         (
-            1e3 * (weights + program.read) / chips / (chip.bandwidth * 1e9),
-            1e3 * program.flops / chips / (chip.tflops * 1e12),
+            1e3 * (weights + program.read) / chips / chip.bandwidth,
+            1e3 * program.flops / chips / chip.flops,
         ),
         received, memory.peak_memory_in_bytes / GIB,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from glm4v_jax.devices.hardware import device_memory
 from glm4v_jax.errors import ConfigError
 
 # JAX is imported where it is needed: the command line's help wants the names of presets at once.
@@ -29,15 +30,7 @@ MAX_FSDP = 64
 WEIGHTS_SHARE = 0.5
 """Of a device's memory, for the weights of a replica; the rest is for caches, which make throughput."""
 
-GIB = 2**30
 _BFLOAT16_BYTES = 2
-# How `device_kind` begins -> GiB, for platforms that do not tell. The longer of two that fit comes first.
-# cloud.google.com/tpu/docs/system-architecture-tpu-vm; NVIDIA's data sheets.
-_MEMORY = {
-    "TPU v2": 8, "TPU v3": 16, "TPU v4": 32, "TPU v5 lite": 16, "TPU v5e": 16, "TPU v5": 95, "TPU v6": 32,
-    "NVIDIA H100": 80, "NVIDIA H200": 141, "NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100": 80, "NVIDIA L4": 24,
-}  # fmt: skip
-
 Sizes = dict[str, int]
 Choose = Callable[["Glm4vConfig", int, int | None], Sizes]
 
@@ -159,16 +152,6 @@ def mesh_for(text: str, config: "Glm4vConfig", *, devices: "Sequence[jax.Device]
     ours = [device for device in devices if device.process_index == jax.process_index()]
     memory = device_memory(ours[0]) if ours else None
     return make_mesh(**sizes_for(text, config, len(devices), memory), devices=devices)
-
-
-def device_memory(device: "jax.Device") -> int | None:
-    """Bytes of memory that a device has for arrays: what it says itself, or a table; None of a CPU."""
-    if device.platform == "cpu":
-        return None
-    told = (device.memory_stats() or {}).get("bytes_limit")
-    if told:
-        return int(told)
-    return next((gib * GIB for kind, gib in _MEMORY.items() if device.device_kind.startswith(kind)), None)
 
 
 def _latency(config: "Glm4vConfig", num_devices: int, memory: int | None, *, rest: str = "q") -> Sizes:

@@ -9,7 +9,7 @@ from reference import CONFIGS, assert_close, their_modeling
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.inputs.vision_rows import frames_of, merge_order, pack
 from glm4v_jax.model import rope
-from glm4v_jax.model.attention.attend import Mask
+from glm4v_jax.model.attention.mask import Mask
 
 pytestmark = pytest.mark.usefixtures("mesh")
 

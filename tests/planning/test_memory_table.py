@@ -10,10 +10,11 @@ import pytest
 from helpers_mesh import GROUPED, run_on_devices, write_grouped
 
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import size_text
 from glm4v_jax.planning.memory_table import COLUMNS, describe
-from glm4v_jax.planning.mesh_presets import GIB, PRESETS, sizes_for
+from glm4v_jax.planning.mesh_presets import PRESETS, sizes_for
 from glm4v_jax.planning.parameter_layout import mesh_text
 
 RELEASED = Glm4vConfig.glm4_1v_9b()

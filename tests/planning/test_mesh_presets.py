@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -13,12 +12,11 @@ from helpers_mesh import GROUPED
 from glm4v_jax import Glm4v
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
+from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.planning.mesh_presets import (
-    GIB,
     PRESETS,
     check_text,
-    device_memory,
     mesh_for,
     parse_mesh,
     parse_preset,
@@ -278,26 +276,3 @@ def test_a_mesh_of_the_devices_here():
         mesh_for("data=64", config, devices=jax.devices()[:1])
     with pytest.raises(ConfigError, match="mesh train: found 0 devices"):
         mesh_for("train", config, devices=[])
-
-
-def device(kind, platform, told):
-    return SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: told)
-
-
-@pytest.mark.parametrize(
-    ("kind", "platform", "told", "expected"),
-    [
-        ("cpu", "cpu", {"bytes_limit": 7}, None),
-        ("TPU v5 lite", "tpu", {"bytes_limit": 17_066_622_976}, 17_066_622_976),
-        ("TPU v5 lite", "tpu", None, 16 * GIB),
-        ("TPU v5p", "tpu", {}, 95 * GIB),
-        ("TPU v5", "tpu", None, 95 * GIB),
-        ("TPU v6 lite", "tpu", None, 32 * GIB),
-        ("NVIDIA H100 80GB HBM3", "gpu", None, 80 * GIB),
-        ("NVIDIA A100-SXM4-40GB", "gpu", None, 40 * GIB),
-        ("NVIDIA A100-SXM4-80GB", "gpu", None, 80 * GIB),
-        ("something else", "gpu", None, None),
-    ],
-)
-def test_memory_of_a_device(kind, platform, told, expected):
-    assert device_memory(device(kind, platform, told)) == expected

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention import blockwise
-from glm4v_jax.model.attention.blockwise import FLOOR, MASKED, Dropout, Mask, einsum, scores_of, visible
+from glm4v_jax.model.attention.blockwise import Dropout, einsum, scores_of
+from glm4v_jax.model.attention.mask import FLOOR, MASKED, Mask, visible
 
 # Below this many queries the scores are linear in the number of keys anyway: decoding takes the direct path.
 FEW_QUERIES = 8

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm4v_jax.devices import mesh
+from glm4v_jax.model.attention.mask import FLOOR, MASKED, Mask, reachable, visible
 from glm4v_jax.model.nn import precision
 
 BLOCKS = (512, 384, 256)
@@ -23,24 +24,8 @@ CAUSAL_CPU_BLOCKS = (256, 128)
 """On a CPU small ones pay where half of the pairs are in the future: rows of 1,024 take 0.7 of the time, forward and
 backward, that blocks of 512 take, and 0.5 packed with samples of 230. A picture of 4,096 patches would take 1.4."""
 SCORES = "bkgth,bksh->bkgts"
-# Masked scores are finite: a row that sees nothing must give zeros, not NaN. The running maximum starts so far above
-# them that their exponentials are zero against it too.
-MASKED = -1e30
-FLOOR = -1e29
 SAVED = "attention"
 """Name of what the backward pass of attention needs besides queries, keys and values (`layers.Remat`)."""
-
-
-class Mask(NamedTuple):
-    """Who sees whom: a query sees a key of its own segment, and if attention is causal, no key of a later slot.
-
-    q_segments: int32 [B, T]; kv_segments: int32 [B, S]; 0 is padding and sees nothing.
-    q_start: int32 [B], the slot of each row's first query, where key s is in slot s; None for 0.
-    """
-
-    q_segments: Int[Array, "B T"]
-    kv_segments: Int[Array, "B S"]
-    q_start: Int[Array, " B"] | None = None
 
 
 class Dropout(NamedTuple):
@@ -76,7 +61,7 @@ def partial(
     *,
     causal: bool,
 ) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
-    """Attention to some of the keys, and what it takes to put that together with the rest (`attention.merge`).
+    """Attention to some of the keys, and what it takes to put that together with the rest (`attend.merge`).
 
     Returns:
       As `attention` does, float32; and float32, the logarithm of each row's sum of exponentials of scores.
@@ -108,16 +93,6 @@ def scores_of(equation: str, a: Array, b: Array) -> Array:
     return einsum(equation, a, b) * (a.shape[-1] ** -0.5)
 
 
-def visible(mask: Mask, t: Int[Array, " t"], s: Int[Array, " s"], causal: bool) -> Array:
-    """bool [B, t, s] for the queries `t` and keys `s` whose segments `mask` holds."""
-    same = mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]
-    seen = same & (mask.kv_segments > 0)[:, None, :]
-    if causal:
-        first = 0 if mask.q_start is None else mask.q_start[:, None]
-        seen &= (first + t[None])[:, :, None] >= s
-    return seen
-
-
 def keep(key: PRNGKeyArray, i: Array | int, j: Array | int, shape: tuple[int, ...], rate: float) -> Array:
     """1 / (1 - rate) where a probability of block (i, j) is kept, 0 where it is dropped."""
     key = jax.random.fold_in(jax.random.fold_in(key, i), j)
@@ -133,22 +108,6 @@ def _pad(x: Array, axis: int, block: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, widths)
-
-
-def _reachable(mask: Mask, blocks: tuple[int, int], causal: bool) -> Array:
-    """bool [NQ, NK]: False only where no query of block i can see any key of block j, in any row of the batch."""
-
-    def ranges(segments: Array, block: int) -> tuple[Array, Array]:
-        segments = segments.reshape(segments.shape[0], -1, block)
-        return jnp.min(jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max), axis=-1), jnp.max(segments, axis=-1)
-
-    (q_low, q_high), (k_low, k_high) = ranges(mask.q_segments, blocks[0]), ranges(mask.kv_segments, blocks[1])
-    overlap = (q_high[:, :, None] >= k_low[:, None]) & (q_low[:, :, None] <= k_high[:, None])
-    if causal:
-        assert mask.q_start is not None
-        last_query = mask.q_start[:, None] + (1 + jnp.arange(q_low.shape[1])) * blocks[0] - 1
-        overlap &= last_query[:, :, None] >= jnp.arange(k_low.shape[1]) * blocks[1]
-    return jnp.any(overlap, axis=0)
 
 
 def _span(row: Array) -> tuple[Array, Array]:
@@ -186,7 +145,7 @@ def _flash_forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
 
 def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
     """The result, and the logarithm of each row's sum of exponentials; both float32."""
-    reachable = _reachable(mask, blocks, causal)
+    seen_blocks = jnp.any(reachable(mask, blocks, causal), axis=0)
 
     def query_block(_, i):  # type: ignore[no-untyped-def]
         q_i = _block(q, i, blocks[0])
@@ -206,7 +165,7 @@ def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyp
             return out, new_top, total
 
         carry = (empty, empty[..., 0] + FLOOR, empty[..., 0])
-        out, top, total = jax.lax.fori_loop(*_span(reachable[i]), key_block, carry)
+        out, top, total = jax.lax.fori_loop(*_span(seen_blocks[i]), key_block, carry)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return None, (out / total[..., None], top + jnp.log(total))
 
@@ -216,7 +175,7 @@ def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyp
 
 def _flash_backward(blocks, causal, rate, saved, d_out):  # type: ignore[no-untyped-def]
     q, k, v, mask, key, out, log_total = saved
-    reachable = _reachable(mask, blocks, causal)
+    seen_blocks = jnp.any(reachable(mask, blocks, causal), axis=0)
     # Row sums of p * dp (FlashAttention-2, eq. 4): they hold with dropout too, for both sides are dropped alike.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     scale = q.shape[-1] ** -0.5
@@ -236,7 +195,7 @@ def _flash_backward(blocks, causal, rate, saved, d_out):  # type: ignore[no-unty
             return dq + einsum("bkgts,bksh->bkgth", probabilities(i, j)[1], _block(k, j, blocks[1]))
 
         zero = jnp.zeros_like(_block(q, i, blocks[0]), jnp.float32)
-        return None, jax.lax.fori_loop(*_span(reachable[i]), add, zero)
+        return None, jax.lax.fori_loop(*_span(seen_blocks[i]), add, zero)
 
     def key_block(_, j):  # type: ignore[no-untyped-def]
         def add(i, carry):  # type: ignore[no-untyped-def]
@@ -246,7 +205,7 @@ def _flash_backward(blocks, causal, rate, saved, d_out):  # type: ignore[no-unty
             return dk, dv + einsum("bkgts,bkgth->bksh", p.astype(v.dtype), _block(d_out, i, blocks[0]))
 
         zero = jnp.zeros_like(_block(k, j, blocks[1]), jnp.float32)
-        return None, jax.lax.fori_loop(*_span(reachable[:, j]), add, (zero, zero))
+        return None, jax.lax.fori_loop(*_span(seen_blocks[:, j]), add, (zero, zero))
 
     _, dq = jax.lax.scan(query_block, None, jnp.arange(q.shape[-2] // blocks[0]))
     _, (dk, dv) = jax.lax.scan(key_block, None, jnp.arange(k.shape[-2] // blocks[1]))

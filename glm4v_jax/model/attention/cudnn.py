@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax.model.attention import blockwise
-from glm4v_jax.model.attention.blockwise import Mask, partial
+from glm4v_jax.model.attention.blockwise import partial
+from glm4v_jax.model.attention.mask import Mask
 
 __all__ = ["attention", "partial"]
 

@@ -1,4 +1,4 @@
-"""Attention on TPU: JAX's splash kernels, behind the masks of `blockwise.Mask`.
+"""Attention on TPU: JAX's splash kernels, with the masks of `mask.Mask`.
 
 The kernels come with masks that NumPy makes when they are traced. Only what such a mask is made into is used here, and
 it is made by the program instead: which blocks to visit, from segments and `q_start`, and the slot of each query. So
@@ -26,7 +26,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
-from glm4v_jax.model.attention.blockwise import FLOOR, SAVED, Mask
+from glm4v_jax.model.attention.blockwise import SAVED
+from glm4v_jax.model.attention.mask import FLOOR, Mask, reachable
 
 # Scores of 512 x 1,024 fit the 16 MiB that a v5e kernel may use (float32 and backward too), and 512 queries a key are
 # enough work to hide reading it: 512 FLOPs a byte, where a v5e does 240.
@@ -125,7 +126,8 @@ def _call(
     kv_segments = _pad(jnp.where(kv_segments > 0, kv_segments, -1), 0, block_kv, -1)
     q_slots = q_start + jnp.arange(q_segments.shape[0], dtype=jnp.int32)
 
-    visited = _visited(q_segments, kv_segments, q_slots if causal else None, (block_q, block_kv))
+    row = Mask(q_segments[None], kv_segments[None], q_start[None])
+    visited = reachable(row, (block_q, block_kv), causal)[0]
     by_query = MaskInfo(
         data_next=_next_visited(visited)[None],
         mask_next=None,
@@ -172,26 +174,6 @@ def _precision(x: Array) -> str:
 
 def _not_after(q_slots: Array, kv_slots: Array) -> Array:
     return q_slots >= kv_slots
-
-
-def _visited(
-    q_segments: Int[Array, " T"],
-    kv_segments: Int[Array, " S"],
-    q_slots: Int[Array, " T"] | None,
-    blocks: tuple[int, int],
-) -> Bool[Array, "NQ NK"]:
-    """False only where no query of block i can see any key of block j."""
-
-    def ranges(segments: Array, block: int) -> tuple[Array, Array]:
-        segments = segments.reshape(-1, block)
-        some = jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max)
-        return jnp.min(some, axis=-1), jnp.max(segments, axis=-1)
-
-    (q_low, q_high), (k_low, k_high) = ranges(q_segments, blocks[0]), ranges(kv_segments, blocks[1])
-    visited = (q_high[:, None] >= k_low) & (q_low[:, None] <= k_high)
-    if q_slots is not None:
-        visited &= q_slots[blocks[0] - 1 :: blocks[0], None] >= jnp.arange(k_low.shape[0]) * blocks[1]
-    return visited
 
 
 def _next_visited(visited: Bool[Array, "N M"]) -> Int[Array, "N M"]:

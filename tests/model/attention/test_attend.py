@@ -235,17 +235,6 @@ def test_bfloat16_rounds_probabilities_only(small_blocks):
     assert_close(found.astype(jnp.float32), dense(*qkv, mask, True)[0], tolerance=2**-8)
 
 
-def test_unreachable_blocks_are_skipped():
-    """What makes long rows of many pictures linear: only blocks on the diagonal can see each other."""
-    segments = np.repeat([[1, 2, 3, 4]], 8, axis=1).astype(np.int32)
-    mask = Mask(segments, segments, np.zeros(1, np.int32))
-    assert np.array_equal(blockwise._reachable(mask, (8, 8), causal=False), np.eye(4, dtype=bool))
-    ones = Mask(np.ones_like(segments), np.ones_like(segments), np.zeros(1, np.int32))
-    assert np.array_equal(blockwise._reachable(ones, (8, 8), causal=True), np.tril(np.ones((4, 4), bool)))
-    late = ones._replace(q_start=np.full(1, 8, np.int32))
-    assert np.array_equal(blockwise._reachable(late, (8, 8), causal=True), np.tril(np.ones((4, 4), bool), 1))
-
-
 def test_no_array_of_all_scores_is_made(small_blocks):
     """Neither forward nor backward: the largest array that the programs compute has fewer than T x S elements."""
     t = 128

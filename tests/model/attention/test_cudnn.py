@@ -9,7 +9,7 @@ import pytest
 from reference import assert_close
 
 from glm4v_jax.model.attention import blockwise, cudnn
-from glm4v_jax.model.attention.blockwise import Mask
+from glm4v_jax.model.attention.mask import Mask
 
 HEAD_DIM = 16
 LENGTH = 24
@@ -32,13 +32,13 @@ def pictures(rows, length):
     return Mask(segments, segments)
 
 
-cudnn = functools.partial(cudnn.attention, implementation="xla")
+attention = functools.partial(cudnn.attention, implementation="xla")
 
 
-@functools.partial(jax.jit, static_argnames=("attention", "causal"))
-def with_gradients(attention, qkv, mask, weight, **options):
+@functools.partial(jax.jit, static_argnames=("function", "causal"))
+def with_gradients(function, qkv, mask, weight, **options):
     """The result and the gradients of its product with `weight`; one program for all masks of a shape."""
-    out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, **options), *qkv)
+    out, pull = jax.vjp(lambda *qkv: function(*qkv, mask, **options), *qkv)
     return out, *pull(weight)
 
 
@@ -67,7 +67,7 @@ def test_equals_blockwise(monkeypatch, name, kv_heads, groups):
     expected = with_gradients(blockwise.attention, qkv, mask, weight, causal=causal)
     monkeypatch.setattr(cudnn, "fits", lambda q, mask: True)
     monkeypatch.setattr(blockwise, "attention", lambda q, *args, **kwargs: q * jnp.nan)
-    found = jax.jit(lambda *args: with_gradients.__wrapped__(cudnn, *args, causal=causal))(qkv, mask, weight)
+    found = jax.jit(lambda *args: with_gradients.__wrapped__(attention, *args, causal=causal))(qkv, mask, weight)
     for x, y in zip(found, expected, strict=True):
         assert_close(x, y, tolerance=2e-6)
     blind = np.broadcast_to((mask.q_segments == 0)[:, None, None], found[0].shape[:-1])
@@ -78,7 +78,7 @@ def test_equals_blockwise(monkeypatch, name, kv_heads, groups):
 def test_other_rows_go_in_blocks(name):
     mask, qkv = OTHERS[name], random_qkv(2, 2, 2, 1, jnp.bfloat16)
     assert not cudnn.is_plain(mask)
-    found = jax.jit(lambda *qkv: cudnn(*qkv, mask, causal=True))(*qkv)
+    found = jax.jit(lambda *qkv: attention(*qkv, mask, causal=True))(*qkv)
     expected = jax.jit(lambda *qkv: blockwise.attention(*qkv, mask, causal=True))(*qkv)
     assert np.array_equal(found, expected)
 
@@ -87,7 +87,7 @@ def test_half_precision():
     """In and out; probabilities and the result are rounded, each by half a unit in the last place."""
     mask = right_padded(7, LENGTH)
     qkv = random_qkv(3, 2, 2, 2, jnp.bfloat16)
-    found = jax.jit(lambda *qkv: cudnn(*qkv, mask, causal=True))(*qkv)
+    found = jax.jit(lambda *qkv: attention(*qkv, mask, causal=True))(*qkv)
     exact = blockwise.attention(*(x.astype(jnp.float32) for x in qkv), mask, causal=True)
     assert found.dtype == jnp.bfloat16
     assert_close(found.astype(jnp.float32), exact, tolerance=2**-7)

@@ -11,7 +11,7 @@ from reference import assert_close
 
 from glm4v_jax.model.attention import blockwise, splash
 from glm4v_jax.model.attention.attend import merge
-from glm4v_jax.model.attention.blockwise import FLOOR, Mask
+from glm4v_jax.model.attention.mask import FLOOR, Mask
 
 HEAD_DIM = 16
 HALF = 2.0**-8
@@ -30,7 +30,7 @@ def local(kernel):
     return run
 
 
-splash, splash_partial = local(splash.attention), local(splash.partial)
+attention, partial = local(splash.attention), local(splash.partial)
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +62,9 @@ def runs(length, *edges):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def with_gradients(attention, qkv, mask, causal, weight):
+def with_gradients(function, qkv, mask, causal, weight):
     """The result and the gradients of its product with `weight`; one program for all masks of a shape."""
-    out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, causal=causal), *qkv)
+    out, pull = jax.vjp(lambda *qkv: function(*qkv, mask, causal=causal), *qkv)
     return out, *pull(weight)
 
 
@@ -86,7 +86,7 @@ def test_equals_blockwise(name, causal):
     mask = MASKS[name]
     qkv, weight = random_qkv(0, 2, 1, 2, T, T), random_qkv(1, 2, 1, 2, T, 1)[0]
     expected = with_gradients(blockwise.attention, qkv, mask, causal, weight)
-    found = with_gradients(splash, qkv, mask, causal, weight)
+    found = with_gradients(attention, qkv, mask, causal, weight)
     for x, y in zip(found, expected, strict=True):
         assert_close(x, y, tolerance=2e-6)
     blind = np.broadcast_to((mask.q_segments == 0)[:, None, None], found[0].shape[:-1])
@@ -99,7 +99,7 @@ def test_heads(kv_heads, groups):
     mask = whole([runs(128, 0, 100, 120)])
     qkv, weight = random_qkv(2, 1, kv_heads, groups, 128, 128), random_qkv(3, 1, kv_heads, groups, 128, 1)[0]
     expected = with_gradients(blockwise.attention, qkv, mask, True, weight)
-    for x, y in zip(with_gradients(splash, qkv, mask, True, weight), expected, strict=True):
+    for x, y in zip(with_gradients(attention, qkv, mask, True, weight), expected, strict=True):
         assert_close(x, y, tolerance=2e-6)
 
 
@@ -110,7 +110,7 @@ def test_start(start):
     mask = Mask(np.stack([runs(t, 0, t), runs(t, 20, t)]), np.stack([runs(s, 0, s)] * 2), np.array(start))
     qkv, weight = random_qkv(4, 2, 1, 2, t, s), random_qkv(5, 2, 1, 2, t, 1)[0]
     expected = with_gradients(blockwise.attention, qkv, mask, True, weight)
-    found = with_gradients(splash, qkv, mask, True, weight)
+    found = with_gradients(attention, qkv, mask, True, weight)
     for x, y in zip(found, expected, strict=True):
         assert_close(x, y, tolerance=2e-6)
     assert not np.asarray(found[0])[np.asarray(expected[0]) == 0].any()
@@ -123,8 +123,8 @@ def test_parts_merge():
     new = [x[:, :, -t:] for x in (k, v)]
     segments = np.stack([runs(t, 0, t), runs(t, 60, t)])
     held = np.stack([runs(s - t, 0, 90), runs(s - t)])
-    cached = splash_partial(q, k[:, :, : s - t], v[:, :, : s - t], Mask(segments, held), causal=False)
-    own = splash_partial(q, *new, Mask(segments, segments), causal=True)
+    cached = partial(q, k[:, :, : s - t], v[:, :, : s - t], Mask(segments, held), causal=False)
+    own = partial(q, *new, Mask(segments, segments), causal=True)
     everything = Mask(segments, np.concatenate([held, segments], axis=1), np.full(2, s - t))
     expected, log_total = blockwise.partial(q, k, v, everything, causal=True)
     found, found_total = merge(cached, own)
@@ -144,7 +144,7 @@ def test_half_precision():
     exact = with_gradients(
         blockwise.attention, [x.astype(jnp.float32) for x in qkv], mask, True, weight.astype(jnp.float32)
     )
-    found = with_gradients(splash, qkv, mask, True, weight)
+    found = with_gradients(attention, qkv, mask, True, weight)
     for x, y in zip(found, exact, strict=True):
         assert x.dtype == jnp.bfloat16
         assert_close(x.astype(jnp.float32), y, tolerance=HALF)
@@ -156,7 +156,7 @@ def test_blocks_as_on_a_chip(monkeypatch):
     mask = Mask(np.stack([runs(600, 0, 600)]), np.stack([runs(1100, 0, 900, 1100)]), np.array([300]))
     qkv = random_qkv(9, 1, 1, 2, 600, 1100)
     expected = with_gradients(blockwise.attention, qkv, mask, True, qkv[0])
-    for x, y in zip(with_gradients(splash, qkv, mask, True, qkv[0]), expected, strict=True):
+    for x, y in zip(with_gradients(attention, qkv, mask, True, qkv[0]), expected, strict=True):
         assert_close(x, y, tolerance=2e-6)
 
 
@@ -167,21 +167,6 @@ def test_block_sizes(monkeypatch):
     # Little padding for as few blocks as possible: 65 of 1,024 rather than 513 of 128.
     assert size(65664, keys) == 1024
     assert size(24576, splash.QUERY_BLOCKS) == 512
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_only_blocks_that_are_seen_are_visited(causal):
-    """Against all pairs of queries and keys; segments come in order, as packing makes them."""
-    mask = Mask(runs(64, 0, 16, 40, 64), runs(96, 0, 16, 40, 90), 8)
-    slots = mask.q_start + np.arange(64)
-    seen = mask.q_segments[:, None] == np.where(mask.kv_segments, mask.kv_segments, -1)
-    if causal:
-        seen &= slots[:, None] >= np.arange(96)
-    seen = seen.reshape(4, 16, 6, 16).any(axis=(1, 3))
-    kv = np.where(mask.kv_segments, mask.kv_segments, -1)
-    visited = splash._visited(mask.q_segments, kv, slots if causal else None, (16, 16))
-    np.testing.assert_array_equal(visited, seen)
-    assert not seen.all() and seen.any()
 
 
 def test_next_visited():
@@ -198,24 +183,10 @@ def test_float32_is_float32():
     mask = whole([runs(128, 0, 128)])
 
     def precisions(dtype):
-        gradient = jax.grad(lambda q, k, v: jnp.sum(splash(q, k, v, mask, causal=True)), (0, 1, 2))
+        gradient = jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, mask, causal=True)), (0, 1, 2))
         text = str(jax.make_jaxpr(gradient)(*(x.astype(dtype) for x in qkv)))
         return text.count("dot_general["), text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
 
     # Two products forward, three for the queries' gradient, four for that of keys and values; row sums of out * d_out.
     assert precisions(jnp.float32) == (10, 10)
     assert precisions(jnp.bfloat16) == (10, 0)
-
-
-def test_within_shard_map(mesh):
-    """As it is called: on local arrays of an explicit mesh."""
-    mask = MASKS["packed"]
-    qkv, weight = random_qkv(0, 2, 1, 2, T, T), random_qkv(1, 2, 1, 2, T, 1)[0]
-
-    def attention(*args, causal):
-        local = functools.partial(splash, causal=causal)
-        return jax.shard_map(local, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)(*args)
-
-    expected = with_gradients(blockwise.attention, qkv, mask, True, weight)
-    for x, y in zip(with_gradients(attention, qkv, mask, True, weight), expected, strict=True):
-        assert_close(x, y, tolerance=2e-6)

@@ -1,0 +1,78 @@
+"""One table of chips: memory, arithmetic and bandwidth, as published.
+
+>>> chip_of("TPU v5 lite").hbm
+17179869184
+>>> chip_of("cpu") is None
+True
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has; 0 where this package does not need it.
+
+    Attributes:
+      kinds: prefixes of `jax.Device.device_kind`.
+      generation: how libtpu names it in a slice, such as "v5e" in "v5e:2x4".
+      hbm: bytes of memory of a device.
+      flops: bfloat16 operations per second of a device, dense.
+      bandwidth: bytes per second from memory.
+      links: bytes per second over all links to other chips.
+    """
+
+    kinds: tuple[str, ...]
+    generation: str = ""
+    hbm: int = 0
+    flops: float = 0.0
+    bandwidth: float = 0.0
+    links: float = 0.0
+
+
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm and its pages v4, v5e, v5p, v6e; NVIDIA's data sheets.
+CHIPS = (
+    Chip(("TPU v2",), "v2", 8 * GIB),
+    Chip(("TPU v3",), "v3", 16 * GIB),
+    Chip(("TPU v4",), "v4", 32 * GIB, 275e12),
+    Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9),
+    Chip(("TPU v6",), "v6e", 32 * GIB, 918e12, 1640e9, 448e9),
+    Chip(("TPU v5",), "v5p", 95 * GIB, 459e12, 2765e9, 600e9),
+    Chip(("NVIDIA A100",), hbm=80 * GIB, flops=312e12),
+    Chip(("NVIDIA A100-SXM4-40GB",), hbm=40 * GIB, flops=312e12),
+    Chip(("NVIDIA H100",), hbm=80 * GIB, flops=989e12),
+    Chip(("NVIDIA H100 PCIe",), hbm=80 * GIB, flops=756e12),
+    Chip(("NVIDIA H200",), hbm=141 * GIB, flops=989e12),
+    Chip(("NVIDIA GH200",), flops=989e12),
+    Chip(("NVIDIA B200",), flops=2250e12),
+    Chip(("NVIDIA L4",), hbm=24 * GIB, flops=121e12),
+    Chip(("NVIDIA L40S",), hbm=48 * GIB, flops=362e12),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip whose prefix fits a `device_kind` best; None if it is not in the table, as of a CPU."""
+    fitting = [(len(kind), chip) for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)]
+    return max(fitting, key=lambda found: found[0])[1] if fitting else None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 operations per second of a device; None if that is not known."""
+    chip = chip_of(device_kind)
+    return chip.flops or None if chip else None
+
+
+def device_memory(device: "jax.Device") -> int | None:
+    """Bytes that a device has for arrays: what it reports itself, else the table; None for a CPU."""
+    if device.platform == "cpu":
+        return None
+    if reported := (device.memory_stats() or {}).get("bytes_limit"):
+        return int(reported)
+    chip = chip_of(device.device_kind)
+    return chip.hbm or None if chip else None
