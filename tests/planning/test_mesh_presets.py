@@ -205,7 +205,7 @@ def test_no_devices_for_a_preset(number, found):
 
 def test_the_names_do_not_wait_for_jax():
     program = (
-        "import sys\nfrom glm4v_jax.mesh_presets import PRESETS, check_text\ncheck_text('latency')\n"
+        "import sys\nfrom glm4v_jax.planning.mesh_presets import PRESETS, check_text\ncheck_text('latency')\n"
         "assert not {'jax', 'flax', 'numpy'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=TINY_CHECKPOINT.parents[2], check=True)
