@@ -90,6 +90,7 @@ def joined(command: object, prog: str, status: int = 1) -> Iterator[None]:
             print(f"{prog}: error: {message}", file=errors, flush=True)
 
         from glm4v_jax.devices import distributed
+        from glm4v_jax.devices.failure import fail
 
         options = (command.coordinator, command.num_processes, command.process_id)
         try:
@@ -104,7 +105,7 @@ def joined(command: object, prog: str, status: int = 1) -> Iterator[None]:
         except BaseException as error:
             if not distributed.has_joined():
                 raise
-            _end(error, distributed.fail, status, errors, debug=debug)
+            _end(error, fail, status, errors, debug=debug)
 
 
 def answers_of_all(

@@ -1,29 +1,26 @@
 """Several processes as one program: TPU pods, Slurm, GKE, or machines where somebody starts it by hand.
 
-Every process runs the same program on the host and holds a share of the mesh's devices, so all of them must come to the
+Every process runs the same program on the host and holds some of the mesh's devices, so all of them must come to the
 same decisions: `agree` checks what they were given, `to_host` reads what their devices hold together. Only the first
-process writes text. What ends one of them ends all, with its message: `fail` leaves it with JAX's coordination service,
-where a thread of every other process waits for it.
+process writes text, and what ends one of them ends all (`failure`).
 """
 
-import atexit
-import contextlib
 import functools
 import json
-import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glm4v_jax.devices import coordination
+from glm4v_jax.devices.failure import print_error, report_with, watch
 from glm4v_jax.devices.launchers import launcher
 from glm4v_jax.errors import ConfigError, MessageError
 
@@ -33,26 +30,11 @@ HEARTBEAT_SECONDS = 25
 """A process that is not heard of for so long counts as dead, and the others end."""
 
 _SHUTDOWN_SECONDS = 60
-_FAILED, _HEARD, _COUNT = "glm4v_jax/failed", "glm4v_jax/heard/", "glm4v_jax/count/"
-# How long they do so without a word.
 _SILENT_SECONDS = 10
-# How much later a process may end for listening to the others.
-_LISTEN_SECONDS = 1
-# The first process holds what the others read: it must not end before they have read it, and have ended themselves.
-_FAREWELL_SECONDS = 5.0
-_LAST_SECONDS = 0.5
-# What is wrong in all processes is the first one's to say.
-_PRECEDENCE_SECONDS = 1.0
+"""How long processes wait for each other without a word."""
 _PAUSE = 0.05
+_COUNT = "glm4v_jax/count"
 _TEXT_BYTES = 1024
-
-
-def _tell(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
-
-
-_told_by: list[Callable[[str], None]] = [_tell]
 
 
 def init_distributed(
@@ -61,7 +43,7 @@ def init_distributed(
     process_id: int | None = None,
     *,
     timeout: int = START_SECONDS,
-    tell: Callable[[str], None] = _tell,
+    tell: Callable[[str], None] = print_error,
 ) -> bool:
     """Join the other processes of this program; call it before anything else of JAX.
 
@@ -69,7 +51,7 @@ def init_distributed(
     `jax.distributed.initialize`. Where none of them is found, this is the only process.
 
     From here on an exception that nobody catches ends all processes, and so does the death of one of them. `sys.exit`
-    ends this one alone, as ever, while the others may wait for it: `fail` ends all.
+    ends this one alone, while the others may wait for it; `failure.fail` ends all.
 
     Args:
       coordinator: HOST:PORT of the first process, where its port is free.
@@ -98,13 +80,9 @@ def init_distributed(
                 f"{', '.join(missing)}: found nothing; expected coordinator (HOST:PORT), num_processes and process_id "
                 "together, outside of Cloud TPU, Slurm, Open MPI and Kubernetes"
             )
-    _check(coordinator, num_processes, process_id)
+    _check_arguments(coordinator, num_processes, process_id)
     if has_joined():
         raise ConfigError("init_distributed: found processes that have joined already; expected one call")
-    from jax._src import xla_bridge  # there is no public way to ask
-
-    if xla_bridge.backends_are_initialized():
-        raise ConfigError("init_distributed: found JAX in use already; expected the call before any other use of it")
     # The service for preemptions would catch SIGTERM, and the process would go on.
     jax.config.update("jax_enable_preemption_service", False)
     note = threading.Timer(_SILENT_SECONDS, _say_waiting, (timeout,))
@@ -127,14 +105,10 @@ def init_distributed(
         raise ConfigError(f"processes of {known or coordinator}: {' '.join(str(error).split())}") from error
     finally:
         note.cancel()
-    _told_by.append(tell)
-    if _count() == 1:
+    report_with(tell)
+    if coordination.process_count() == 1:
         return False
-    is_over = threading.Event()
-    listener = threading.Thread(target=_listen, args=(is_over,), name="failures of other processes", daemon=True)
-    listener.start()
-    atexit.register(_stop, listener, is_over)
-    sys.excepthook = functools.partial(_ended_by, sys.excepthook)
+    watch()
     _check_count(timeout)
     return True
 
@@ -162,29 +136,6 @@ def spans_processes(mesh: Mesh) -> bool:
 def is_first() -> bool:
     """Whether this is the process that writes text; the only one always is."""
     return jax.process_index() == 0
-
-
-def fail(message: str, status: int = 1, *, is_told: bool = False) -> NoReturn:
-    """End all processes with a message, which names this one in the others.
-
-    Args:
-      message: what is wrong.
-      status: of this process; the others' is 1.
-      is_told: it has been said in this process.
-    """
-    if _index() > 0:
-        time.sleep(_PRECEDENCE_SECONDS)
-    client = _client()
-    try:
-        client.key_value_set(_FAILED, f"process {_index()}: {message}")
-    except jax.errors.JaxRuntimeError as error:
-        if "ALREADY_EXISTS" in str(error):
-            time.sleep(2 * _FAREWELL_SECONDS)  # the listener tells which process was the first to fail
-    if not is_told:
-        _told_by[-1](message)
-    if _index() == 0:
-        _wait_for(_count() - 1)
-    _leave(status)
 
 
 def to_host(tree: Any) -> Any:
@@ -222,8 +173,8 @@ def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | Non
     own[33 : 33 + len(text)] = np.frombuffer(text, np.uint8)
     everyone = multihost_utils.process_allgather(own)
     if (failed := np.flatnonzero(everyone[:, 0])).size:
-        told = bytes(everyone[failed[0], 33:]).rstrip(b"\0").decode(errors="replace")
-        return told if failed.size == len(everyone) else f"{told} (in process {failed[0]})"
+        message = bytes(everyone[failed[0], 33:]).rstrip(b"\0").decode(errors="replace")
+        return message if failed.size == len(everyone) else f"{message} (in process {failed[0]})"
     if (different := np.flatnonzero((everyone != everyone[0]).any(axis=1))).size:
         raise MessageError(
             f"{name}: found another in process {different[0]} than in process 0; expected the same in all processes"
@@ -269,11 +220,10 @@ def gathered(value: Any) -> list[Any]:
 
 
 def _say_waiting(seconds: int) -> None:
-    sys.stderr.write(f"waiting for the other processes to start, for up to {seconds} s\n")
-    sys.stderr.flush()
+    print(f"waiting for the other processes to start, for up to {seconds} s", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def _check_arguments(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -286,7 +236,7 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
 
 
 def _check_coordinator(coordinator: str, process_id: int, timeout: int) -> None:
-    """Meets what JAX would end the process for, without a word that helps."""
+    """Find beforehand what JAX would end the process for without saying why."""
     host, _, port = coordinator.rpartition(":")
     host = host.strip("[]")
     if process_id == 0:
@@ -312,93 +262,16 @@ def _check_coordinator(coordinator: str, process_id: int, timeout: int) -> None:
 
 
 def _check_count(timeout: int) -> None:
-    """Processes that were told different numbers would wait for each other for ever."""
-    client = _client()
-    client.key_value_set(f"{_COUNT}{_index()}", str(_count()))
-    first = client.blocking_key_value_get(f"{_COUNT}0", timeout * 1000)
-    if first != str(_count()):
-        raise ConfigError(f"num_processes: found {_count()}; expected {first}, as process 0 was told")
-
-
-def _listen(is_over: threading.Event) -> None:
-    """Waits for another process's failure, and ends this one."""
-    client = _client()
-    while not is_over.is_set():
-        try:
-            message = client.blocking_key_value_get(_FAILED, _LISTEN_SECONDS * 1000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # this process comes to its end, or the first one has, which JAX sees to
-        break
-    else:
-        return
-    if message.startswith(f"process {_index()}: "):
-        return
-    _told_by[-1](message)
-    if _index() == 0:
-        _wait_for(_count() - 2)
-    else:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.key_value_set(f"{_HEARD}{_index()}", "heard")
-    _leave(1)
-
-
-def _stop(listener: threading.Thread, is_over: threading.Event) -> None:
-    """Lets it come to its end: if Python ended while it is in native code, that would abort the process."""
-    is_over.set()
-    listener.join(2 * _LISTEN_SECONDS)
-
-
-def _wait_for(listeners: int) -> None:
-    """Gives so many other processes the time to hear of a failure: the message is kept in the first process."""
-    deadline = time.monotonic() + _FAREWELL_SECONDS
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        while len(_client().key_value_dir_get(_HEARD)) < listeners and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
-    time.sleep(_LAST_SECONDS)
-
-
-def _ended_by(
-    before: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """What Python calls where nobody catches an exception."""
-    before(kind, error, traceback)
-    fail(" ".join(f"{kind.__name__}: {error}".split()), is_told=True)
-
-
-def _leave(status: int) -> NoReturn:
-    """Ends the process at once: a computation may be waiting for the others for ever, and Python would for it."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
+    """Check that all processes were started with the same number: they would wait for each other for ever."""
+    count = coordination.process_count()
+    if coordination.process_index() == 0:
+        coordination.put(_COUNT, str(count))
+    first = coordination.wait_for(_COUNT, timeout)
+    if first != str(count):
+        raise ConfigError(f"num_processes: found {count}; expected {first}, as process 0 was started with")
 
 
 @functools.cache
 def _gather(mesh: Mesh) -> Callable[[Any], Any]:
-    return jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def _same(tree: Any) -> Any:
-    return tree
-
-
-def _client() -> Any:
-    """Of the coordination service."""
-    return _joined_state().client
-
-
-def _index() -> int:
-    return _joined_state().process_id
-
-
-def _count() -> int:
-    return _joined_state().num_processes
-
-
-def _joined_state() -> Any:
-    """What JAX keeps of the other processes; it has no public way to their key-value store."""
-    from jax._src import distributed
-
-    return distributed.global_state
+    """A program that replicates a whole tree in one dispatch; `process_allgather` runs one for each array."""
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
