@@ -56,7 +56,7 @@ print(json.dumps({"loaded": loaded, "first_token": first, "answer": time.perf_co
 def bare_step(engine: Engine, rows: int) -> float:
     """Seconds of a decoding step of the program alone, called with nothing done between calls."""
     config = engine.config(**GREEDY)
-    slots = Slots(engine.model, rows, CAPACITY, pool=engine.pool)
+    slots = Slots(engine.runtime, rows, CAPACITY, pool=engine.pool)
     slots.start({row: Start(engine.prompt("Hi"), config, STEPS + 1) for row in range(rows)})
     slots.read(slots.decode(1))
     start, calls = time.perf_counter(), (STEPS - 1) // MAX_STEPS

@@ -33,7 +33,7 @@ _EXPORTS = {
     "Glm4v": "model.glm4v",
     "Glm4vVisionModel": "hf.submodels",
     "Glm4vTextModel": "hf.submodels",
-    "Glm4vModel": "hf.model",
+    "Glm4vModel": "hf.multimodal",
     "Glm4vForConditionalGeneration": "hf.model",
     "pipeline": "hf.pipeline",
 }

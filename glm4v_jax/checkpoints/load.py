@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -17,12 +18,15 @@ from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.params import Axes, default_dtype, leaf_paths, linears
 from glm4v_jax.model.quantize import QuantConfig, as_config, check_finite, is_scale, quantize_kernel, scale_path
 from glm4v_jax.model.quantize import quantize as quantized
+from glm4v_jax.model.runtime import Runtime
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 _COMPUTE_DTYPES = hf_mapping.DTYPES
@@ -49,6 +53,47 @@ def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> 
         auto = "" if files is None else ", 'auto'"
         raise ConfigError(f"dtype: found {dtype!r}; expected None{auto} or one of {', '.join(_COMPUTE_DTYPES)}")
     return jnp.dtype(name)
+
+
+def load_runtime(
+    directory: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    stacked: bool | None = None,
+    quantize: QuantConfig | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Runtime:
+    """Load a checkpoint, in Hugging Face layout or in Orbax format, the latter from whatever mesh it was saved on.
+
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> load_runtime(TINY_CHECKPOINT, dtype="float32").config.text_config.hidden_size
+    128
+
+    Args:
+      directory: config.json, safetensors with their index if there are several, and generation_config.json; or what
+        `glm4v convert to-orbax` makes. Nothing is downloaded.
+      dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
+      mesh: where the model lives (`devices.mesh.make_mesh`); one device by default.
+      stacked: layout of the layers (see `model.layers`); by default one by one on a CPU, stacked elsewhere.
+      quantize: keep the decoder's kernels as "int8" or "int4"; a `QuantConfig` says which, and how.
+      progress: called with bytes read and bytes in all, after each leaf.
+
+    Raises:
+      CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
+      ConfigError: its configuration is not a GLM-4.1V's, or `quantize` cannot be done.
+    """
+    config, generation_config = Glm4vConfig.from_pretrained(directory), GenerationConfig.from_pretrained(directory)
+    with use_mesh(mesh) as mesh:
+        if stacked is None:
+            stacked = platform() != "cpu"
+        module = load_model(
+            directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), progress=progress
+        )
+        runtime = Runtime.of(module, mesh, generation_config)
+    if runtime.dtype == jnp.float16:
+        warnings.warn("float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32", stacklevel=3)
+    return runtime
 
 
 def load_model(

@@ -91,7 +91,7 @@ class Conversation:
         prepared = self._engine.processor.prepare_media(images or None, videos or None)
         media = _Media(
             dataclasses.replace(prepared, features=BatchFeature()),
-            *media_of(prepared.features, self._engine.model.config),
+            *media_of(prepared.features, self._engine.runtime.config),
         )
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         content += [{"type": "video", "video": video} for video in videos]
@@ -137,7 +137,7 @@ class Conversation:
         inputs = processor.assemble([processor.apply_chat_template(messages, add_generation_prompt=True)], joined)
         images = [medium for turn in media for medium in turn.images]
         videos = [medium for turn in media for medium in turn.videos]
-        (prompt,) = prompts_of(inputs, self._engine.model.config, (images, videos))
+        (prompt,) = prompts_of(inputs, self._engine.runtime.config, (images, videos))
         return prompt.with_image_sizes(joined.image_sizes)
 
     def _tokens_in_cache(self, prompt: Prompt) -> int:

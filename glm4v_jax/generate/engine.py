@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
@@ -20,10 +21,10 @@ from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
 from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.vision_rows import bucket
+from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.conversation import Conversation
-    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -50,7 +51,8 @@ class Engine:
     with the same arguments, from one thread, and all get the same answers.
 
     Attributes:
-      model, processor: these.
+      model, processor: what the constructor was given.
+      runtime: the model's weights on their mesh.
       num_slots: how many prompts `generate_many` works on at a time.
       steps_per_dispatch: as the constructor takes it.
       pool: the pictures and videos encoded so far.
@@ -59,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        model: "Glm4vForConditionalGeneration",
+        model: Runtime | HasRuntime,
         processor: Glm4vProcessor,
         *,
         num_slots: int = 8,
@@ -69,7 +71,8 @@ class Engine:
         """Put an engine together.
 
         Args:
-          model, processor: of one checkpoint.
+          model: a `Runtime`, or a model that has one (`Glm4vForConditionalGeneration`).
+          processor: of the same checkpoint.
           num_slots: how many prompts `generate_many` works on at a time.
           capacity: tokens of prompt and answer that a slot has room for at first. It grows with the prompts, and with
             every growth programs are compiled anew.
@@ -80,23 +83,21 @@ class Engine:
             raise GenerationError(f"num_slots: found {num_slots}; expected at least 1")
         if steps_per_dispatch is not None and not 1 <= steps_per_dispatch <= MAX_STEPS:
             raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
-        self.model, self.processor = model, processor
+        self.model, self.runtime, self.processor = model, runtime_of(model), processor
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
-        self.pool = FeaturePool(model.visual, KEPT)
+        self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()
         self._free: dict[tuple[int, int | None], list[Slots]] = {}
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, num_slots: int = 8, **kwargs: Any) -> Self:
-        """Load model and processor of a checkpoint directory; see `Glm4vForConditionalGeneration.from_pretrained`.
+        """Load model and processor of a checkpoint directory; see `checkpoints.load.load_runtime` for the options.
 
         Compiled programs are kept from one process to the next, see `use_compilation_cache`.
         """
-        from glm4v_jax.hf.model import Glm4vForConditionalGeneration
-
         use_compilation_cache()
         processor = Glm4vProcessor.from_pretrained(directory)
-        return cls(Glm4vForConditionalGeneration.from_pretrained(directory, **kwargs), processor, num_slots=num_slots)
+        return cls(load_runtime(directory, **kwargs), processor, num_slots=num_slots)
 
     def config(self, preset: str | None = None, **options: Any) -> GenerationConfig:
         """The checkpoint's options, changed by a preset's, changed by `options`; None means "not given".
@@ -104,11 +105,11 @@ class Engine:
         Raises:
           GenerationError: an option or preset is unknown, or out of its range.
         """
-        return configured(self.model.generation_config, preset, options)
+        return configured(self.runtime.generation_config, preset, options)
 
     def prompt(self, prompt: Any) -> Prompt:
         """Make a prompt ready, which every method that takes one does by itself; see `prompt_of`."""
-        return prompt_of(prompt, self.processor, self.model.config)
+        return prompt_of(prompt, self.processor, self.runtime.config)
 
     def stream(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Iterator[Delta]:
         """Answer a prompt, piece by piece; closing the iterator stops the answer.
@@ -221,7 +222,7 @@ class Engine:
           GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
         """
         shortest, longest = prompt_lengths
-        check_ranges(self.model.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
+        check_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
         self._capacity = max(self._capacity, bucket(longest + max_new_tokens, MIN_CAPACITY))
         self._free.clear()
         # Turns and what a budget cuts off append as little as a token.
@@ -244,7 +245,7 @@ class Engine:
 
     def answer(self, prompt: Prompt, config: GenerationConfig, **kwargs: Any) -> Answer:
         """An answer that has not begun; see `Answer`."""
-        limit = self.model.config.text_config.max_position_embeddings
+        limit = self.runtime.config.text_config.max_position_embeddings
         return Answer(prompt, config, self.processor.tokenizer, limit, **kwargs)
 
     def release(self) -> None:
@@ -265,7 +266,7 @@ class Engine:
 
     def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
         """Slots of this engine's model, which take pictures from its pool."""
-        return Slots(self.model, num_rows, self._capacity, pool=self.pool, top=_top(config), stats=self.stats)
+        return Slots(self.runtime, num_rows, self._capacity, pool=self.pool, top=_top(config), stats=self.stats)
 
     @contextlib.contextmanager
     def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:

@@ -5,7 +5,7 @@ import itertools
 import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ from glm4v_jax.devices.mesh import data_shards, reshard, use_mesh
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.inputs.vision_rows import bucket, choose_shape, empty_rows, fill, frames_of
-
-if TYPE_CHECKING:
-    from glm4v_jax.hf.submodels import Glm4vVisionModel
+from glm4v_jax.model.runtime import Runtime, compute_dtype
 
 MIN_POOL = 2048
 """Merged tokens of the smallest pool. A pool grows fourfold until it holds what one prompt needs."""
@@ -88,11 +86,11 @@ class FeaturePool:
     picture's tokens are does not depend, not even by rounding, on what else there is to encode.
     """
 
-    def __init__(self, visual: "Glm4vVisionModel", capacity: int = MIN_POOL):
-        """An empty pool of `capacity` merged tokens for what `visual` encodes."""
-        self.visual = visual
+    def __init__(self, runtime: Runtime, capacity: int = MIN_POOL):
+        """Make an empty pool of `capacity` merged tokens for what a model's ViT encodes."""
+        self._runtime, self._config = runtime, runtime.config.vision_config
         self.lock = threading.RLock()
-        with use_mesh(visual.mesh):
+        with use_mesh(runtime.mesh):
             self.shards = data_shards()
         self._spans: dict[bytes, tuple[int, int]] = {}
         self._unused: set[bytes] = set()  # of these, what nobody has asked for yet
@@ -164,7 +162,7 @@ class FeaturePool:
             self.array = self._empty(capacity if capacity is not None else self.capacity)
 
     def _tokens(self, patches: int) -> int:
-        return patches // self.visual.config.spatial_merge_size**2
+        return patches // self._config.spatial_merge_size**2
 
     def _most(self, shape: Shape) -> int:
         """How many media of this shape a wave has at most: large ones leave half of the pool to others."""
@@ -232,7 +230,7 @@ class FeaturePool:
 
     def _store(self, wave: Wave, begins: Sequence[int]) -> None:
         """Encode a wave into the places where its media begin."""
-        config, (num_rows, length) = self.visual.config, wave.shape
+        config, (num_rows, length) = self._config, wave.shape
         count, room = wave_size(wave.shape, self.shards), self._tokens(num_rows * length)
         rows = empty_rows(count * num_rows, length, config.patch_dim, config.position_grid)
         # Empty rows are written first, where the first medium will be.
@@ -241,8 +239,8 @@ class FeaturePool:
             own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
             index = fill(own, medium.patches, frames_of(medium.grid), merge_size=config.spatial_merge_size)
             order[i, : len(index)], starts[i] = index + i * room, begin
-        with use_mesh(self.visual.mesh):
-            self.array = device_steps.store(self.array, self.visual.encode(rows), order, starts)
+        with use_mesh(self._runtime.mesh):
+            self.array = device_steps.store(self.array, self._runtime.encode(rows), order, starts)
         low, high = starts[0], (begins[-1] + room if begins else room)
         for key in [key for key, span in self._spans.items() if span[0] < high and low < span[1]]:
             del self._spans[key]
@@ -256,6 +254,6 @@ class FeaturePool:
         return self._tokens(len(medium.patches))
 
     def _empty(self, capacity: int) -> Array:
-        with use_mesh(self.visual.mesh):
-            zeros = jnp.zeros((capacity, self.visual.config.out_hidden_size), self.visual.dtype)
+        with use_mesh(self._runtime.mesh):
+            zeros = jnp.zeros((capacity, self._config.out_hidden_size), compute_dtype(self._runtime.visual))
             return reshard(zeros, None, None)

@@ -97,7 +97,7 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
     active: dict[int, Answer] = {}
     again: dict[int, Start] = {}
     taken: list[int] = []  # rows of `active` that have not started
-    shared = spans_processes(slots.model.mesh)
+    shared = spans_processes(slots.runtime.mesh)
     if shared:
         waiting = Agreed(waiting, slots.shards)
     pace = Pace(_SHARED_STEPS if steps is None and shared else steps)

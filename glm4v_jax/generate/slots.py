@@ -7,7 +7,6 @@ that a warm engine compiles nothing.
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +20,7 @@ from glm4v_jax.generate.prefill_chunks import Start, piece_of, stretches
 from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model import kv_cache
-
-if TYPE_CHECKING:
-    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
+from glm4v_jax.model.runtime import Runtime
 
 MIN_CAPACITY = 64
 MIN_EOS = 8
@@ -55,7 +52,7 @@ class Slots:
 
     def __init__(
         self,
-        model: "Glm4vForConditionalGeneration",
+        runtime: Runtime,
         num_rows: int = 1,
         capacity: int = MIN_CAPACITY,
         *,
@@ -66,17 +63,17 @@ class Slots:
         """Make empty rows.
 
         Args:
-          model: whose.
+          runtime: the model.
           num_rows: B; rounded up to the shards of a batch.
           capacity: cache slots of a row at first; grows with what prompts need.
           pool: where vision tokens are kept; one of its own by default.
           top: how many likeliest tokens to report with log probabilities; None for no log probabilities.
           stats: what to count in.
         """
-        with use_mesh(model.mesh):
+        with use_mesh(runtime.mesh):
             self.shards = data_shards()
-            self.pool = pool if pool is not None else FeaturePool(model.visual)
-        self.model = model
+            self.pool = pool if pool is not None else FeaturePool(runtime)
+        self.runtime = runtime
         self.num_rows = self.shards * -(-num_rows // self.shards)
         self.top = top
         self.stats = stats if stats is not None else Stats()
@@ -88,7 +85,7 @@ class Slots:
 
     def capacity_for(self, need: int) -> int:
         """How many cache slots a row has that needs so many: one of few numbers, which the mesh can split."""
-        with use_mesh(self.model.mesh):
+        with use_mesh(self.runtime.mesh):
             return round_up(bucket(need, MIN_CAPACITY), "slots")
 
     @property
@@ -110,7 +107,7 @@ class Slots:
         """
         rows = np.isin(np.arange(self.num_rows), list(starts))
         # Until the prompts' programs have been handed the pool, nobody else may write it.
-        with use_mesh(self.model.mesh), self.pool.lock:
+        with use_mesh(self.runtime.mesh), self.pool.lock:
             self._make_room(starts)
             if together or self.num_rows == 1:
                 self._append(starts, None, upcoming)
@@ -120,7 +117,7 @@ class Slots:
                     later = (start.media for rest, _ in waves[number + 1 :] for start in rest.values())
                     self._append(*wave, [*itertools.chain.from_iterable(later), *upcoming])
             assert self._state is not None
-            text, head = self.model.language_model.flat, self.model.lm_head
+            text, head = self.runtime.text, self.runtime.head
             self._state, chosen = device_steps.begin(
                 text, head, self._state, rows | together, self._row_of(starts), top=self.top
             )
@@ -137,10 +134,10 @@ class Slots:
 
     def decode(self, limit: int = MAX_STEPS, *, idle: int | None = None) -> Decoded:
         """Up to `limit` more tokens of every row; returns early when `idle` rows are done, all by default."""
-        text, head = self.model.language_model.flat, self.model.lm_head
+        text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
         limit, idle = min(limit, MAX_STEPS), min(idle or self.num_rows, self.num_rows)
-        with use_mesh(self.model.mesh):
+        with use_mesh(self.runtime.mesh):
             decoded, self._state = device_steps.decode(
                 text, head, self._state, np.int32(limit), np.int32(idle), num_steps=MAX_STEPS, top=self.top
             )
@@ -159,7 +156,7 @@ class Slots:
     def stop(self, rows: list[int]) -> None:
         """End rows that are not done."""
         assert self._state is not None
-        with use_mesh(self.model.mesh):
+        with use_mesh(self.runtime.mesh):
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
     def _waves(self, starts: Mapping[int, Start]) -> Iterator[tuple[dict[int, Start], np.ndarray]]:
@@ -178,7 +175,7 @@ class Slots:
         n = self.num_rows if slots is None else len(slots)
         cuts = stretches(starts, self._capacity)
         vision = self._vision_index(starts, {i: min(cut.bounds[i][0] for cut in cuts) for i in starts}, upcoming)
-        text, seen = self.model.language_model.flat, self._seen(starts, n)
+        text, seen = self.runtime.text, self._seen(starts, n)
         for cut in cuts:
             assert self._state is not None
             piece = piece_of(cut, starts, vision, n)
@@ -186,7 +183,7 @@ class Slots:
 
     def _seen(self, starts: Mapping[int, Start], n: int) -> np.ndarray:
         """Bool [n, V]: the tokens of each row's prompt."""
-        seen = np.zeros((n, self.model.config.text_config.vocab_size), np.bool_)
+        seen = np.zeros((n, self.runtime.config.text_config.vocab_size), np.bool_)
         for i, start in starts.items():
             seen[i, start.prompt.input_ids] = True
         return seen
@@ -237,9 +234,8 @@ class Slots:
         state = self._state
         if state is None:
             self._num_eos, self._capacity = num_eos, capacity
-            stacked = self.model.language_model.module.layers.is_stacked
             self._state = device_steps.init_state(
-                self.model.language_model.flat, self.num_rows, capacity, num_eos, stacked=stacked
+                self.runtime.text, self.num_rows, capacity, num_eos, stacked=self.runtime.is_stacked
             )
             return
         if capacity > self._capacity:

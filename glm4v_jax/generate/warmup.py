@@ -7,7 +7,7 @@ program once, on zeros.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,9 +23,7 @@ from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
-
-if TYPE_CHECKING:
-    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
+from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 
 class Warmed(NamedTuple):
@@ -89,7 +87,7 @@ def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tupl
 
 
 def warmup(
-    model: "Glm4vForConditionalGeneration",
+    model: Runtime | HasRuntime,
     *,
     prompt_lengths: tuple[int, int],
     vision_patches: tuple[int, int] | None = None,
@@ -100,7 +98,7 @@ def warmup(
     """Compile and run once what `model.generate` will need, so that no request in these ranges compiles anything.
 
     Args:
-      model: whose programs.
+      model: a `Glm4vForConditionalGeneration`, or its runtime.
       prompt_lengths: tokens of the shortest and of the longest prompt, image tokens included.
       vision_patches: patches (before merging) of the smallest picture, and of the pictures and frames of the largest
         request together; None for text alone.
@@ -114,12 +112,13 @@ def warmup(
     Raises:
       GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
     """
-    check_ranges(model.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
-    with use_mesh(model.mesh):
+    runtime = runtime_of(model)
+    check_ranges(runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
+    with use_mesh(runtime.mesh):
         shards = data_shards()
-    pools = [FeaturePool(model.visual)]
+    pools = [FeaturePool(runtime)]
     while vision_patches is not None and pools[-1].capacity < largest_pool(pools[0], vision_patches):
-        pools.append(FeaturePool(model.visual, pools[-1].capacity * GROWTH))
+        pools.append(FeaturePool(runtime, pools[-1].capacity * GROWTH))
 
     def all_programs() -> Iterator[Warmed]:
         for pool in pools:
@@ -127,7 +126,7 @@ def warmup(
                 yield from warm_vision(pool, vision_patches)
             for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
                 for _, cache, length in prompt_shapes(*prompt_lengths, max_new_tokens):
-                    slots = Slots(model, rows, cache, pool=pool)
+                    slots = Slots(runtime, rows, cache, pool=pool)
                     yield from warm_slots(slots, [length], max_new_tokens, together=True)
 
     return _run(all_programs(), progress)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from glm4v_jax.generate.prompt import prompts_of
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.inputs.make_batch import token_array
 from glm4v_jax.inputs.vision_rows import bucket
-
-if TYPE_CHECKING:
-    from glm4v_jax.hf.model import Glm4vForConditionalGeneration
+from glm4v_jax.model.runtime import Runtime
 
 # What processors make for other models' sake and generation does not need.
 _NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
@@ -25,7 +23,7 @@ _OF_THE_ENGINE = {"stop_strings": (), "think_budget": None, "stop_repetition": F
 
 
 def generate(
-    model: "Glm4vForConditionalGeneration",
+    runtime: Runtime,
     input_ids: np.ndarray,
     *,
     attention_mask: np.ndarray | None = None,
@@ -39,7 +37,7 @@ def generate(
     """Continue prompts.
 
     Args:
-      model: whose.
+      runtime: the model.
       input_ids: int [B, T], padded on either side where `attention_mask` is 0.
       attention_mask: int [B, T].
       pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: as the processor makes them.
@@ -58,26 +56,26 @@ def generate(
     """
     for name in _NOT_NEEDED:
         options.pop(name, None)
-    config = (generation_config or model.generation_config).replace(**options)
+    config = (generation_config or runtime.generation_config).replace(**options)
     for name, off in _OF_THE_ENGINE.items():
         if (found := getattr(config, name)) != off:
             raise GenerationError(f"{name}: found {found!r}; expected nothing: it needs text, use glm4v_jax.Engine")
     input_ids = token_array(input_ids)
-    num_new = config.new_tokens(input_ids.shape[-1], model.config.text_config.max_position_embeddings)
+    num_new = config.new_tokens(input_ids.shape[-1], runtime.config.text_config.max_position_embeddings)
     inputs = {
         "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values,
         "image_grid_thw": image_grid_thw, "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
     }  # fmt: skip
-    if spans_processes(model.mesh):
+    if spans_processes(runtime.mesh):
         agree("inputs", _digest(inputs, config))
     copies = config.num_return_sequences
-    prompts = [prompt for prompt in prompts_of(inputs, model.config) for _ in range(copies)]
+    prompts = [prompt for prompt in prompts_of(inputs, runtime.config) for _ in range(copies)]
     starts = {row: Start(prompt, config, num_new, number=row) for row, prompt in enumerate(prompts)}
 
     new = np.full((len(prompts), num_new), config.padding_id, np.int64)
-    with use_mesh(model.mesh):
+    with use_mesh(runtime.mesh):
         shards = data_shards()
-    slots = Slots(model, shards * bucket(-(-len(prompts) // shards)))
+    slots = Slots(runtime, shards * bucket(-(-len(prompts) // shards)))
     first = slots.start(starts, together=True)
     made = np.ones(len(prompts), np.int64)
     done = np.full(1, num_new == 1)

@@ -6,268 +6,62 @@ caller's shapes. For `jax.grad`, custom loops and training take the functional m
 """
 
 import operator
-import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from glm4v_jax.batch import Batch
 from glm4v_jax.checkpoints.hf_write import save_pretrained
-from glm4v_jax.checkpoints.load import load_model, resolve_dtype
+from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.checkpoints.orbax_write import save_model
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import data_shards, platform, reshard, use_mesh
+from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import MessageError
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.forward import IGNORED_LABEL
 from glm4v_jax.hf.generate import generate
-from glm4v_jax.hf.outputs import Glm4vCausalLMOutputWithPast, Glm4vModelOutputWithPast, PastKeyValues
-from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
+from glm4v_jax.hf.multimodal import Glm4vModel, runtime_around
+from glm4v_jax.hf.outputs import Glm4vCausalLMOutputWithPast, PastKeyValues
+from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run
 from glm4v_jax.inputs.make_batch import (
-    checked_grids,
-    checked_patches,
-    in_vocabulary,
-    make_batch,
     token_array,
-    token_ids,
 )
-from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.params import leaf_paths, num_params
-from glm4v_jax.model.quantize import QuantConfig, as_config, is_scale
-from glm4v_jax.model.runtime import Flat
-
-
-def _random_module(config: Glm4vConfig, seed: int, dtype: np.dtype) -> Glm4v:
-    """One program; run eagerly, every initialiser would be compiled by itself."""
-    return jax.jit(lambda key: Glm4v.init(config, rngs=nnx.Rngs(params=key), dtype=dtype))(jax.random.key(seed))
-
-
-class Glm4vModel:
-    """ViT and decoder, without a head."""
-
-    def __init__(
-        self, config: Glm4vConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        module: Glm4v | None = None,
-    ):  # fmt: skip
-        self.config = config
-        with use_mesh(mesh) as self.mesh:
-            if module is None:
-                module = _random_module(config, seed, resolve_dtype(dtype))
-            self.visual = Glm4vVisionModel(config.vision_config, mesh=self.mesh, flat=Flat.of(module.visual))
-            self.language_model = Glm4vTextModel(
-                config.text_config, mesh=self.mesh, flat=Flat.of(module.language_model)
-            )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """See `Glm4vForConditionalGeneration.from_pretrained`; the head is read and dropped."""
-        whole = Glm4vForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(whole.config, mesh=whole.mesh, module=whole.module)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The compute dtype."""
-        return self.language_model.dtype
-
-    def get_input_embeddings(self, input_ids: np.ndarray) -> Array:
-        """[B, T] tokens -> [B, T, D] embeddings.
-
-        Raises:
-          MessageError: the shape is another, or a token is not in the vocabulary.
-        """
-        with use_mesh(self.mesh):
-            input_ids = in_vocabulary(token_array(input_ids), self.config.text_config.vocab_size)
-            extent = Extent.of(input_ids.shape)
-            return extent.cut(forward.embed(self.language_model.flat, extent.pad(input_ids), None, None))
-
-    def get_rope_index(
-        self,
-        input_ids: np.ndarray,
-        image_grid_thw: np.ndarray | None = None,
-        video_grid_thw: np.ndarray | None = None,
-        attention_mask: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """M-RoPE positions [3, B, T] and rope deltas [B, 1]; see `inputs.mrope.rope_index`."""
-        merge = self.config.vision_config.spatial_merge_size
-        return rope_index(input_ids, token_ids(self.config), image_grid_thw, video_grid_thw, attention_mask, merge)
-
-    def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
-        """Merged tokens of each picture, [tokens, D].
-
-        Raises:
-          MessageError: there are no grids, or they count other patches.
-        """
-        return self._features(pixel_values, image_grid_thw, "pixel_values", "image_grid_thw")
-
-    def get_video_features(self, pixel_values_videos: np.ndarray, video_grid_thw: np.ndarray) -> tuple[Array, ...]:
-        """Merged tokens of each video, [tokens, D].
-
-        Raises:
-          MessageError: there are no grids, or they count other patches.
-        """
-        return self._features(pixel_values_videos, video_grid_thw, "pixel_values_videos", "video_grid_thw")
-
-    def _features(self, pixel_values: Any, grid_thw: Any, name: str, grid_name: str) -> tuple[Array, ...]:
-        config = self.config.vision_config
-        grids = checked_grids(grid_thw, config.spatial_merge_size, grid_name)
-        patches = checked_patches(pixel_values, grids, config.patch_dim, name, grid_name)
-        sizes = grids.prod(axis=1) // config.spatial_merge_size**2
-        return tuple(jnp.split(self.visual(patches, grids), np.cumsum(sizes)[:-1].tolist()))
-
-    def embed(self, batch: Batch, dropout_key: Array | None = None) -> Array:
-        """[B, T, D] embeddings of a batch, its pictures and videos in place."""
-        features = None if batch.vision is None else self.visual.encode(batch.vision, dropout_key)
-        return forward.embed(self.language_model.flat, batch.input_ids, features, batch.vision_index)
-
-    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Glm4vModelOutputWithPast | tuple:
-        """The reference's forward pass; see `run` for its arguments.
-
-        Returns:
-          The output, or with return_dict=False the tuple of its fields that are not None.
-        """
-        with use_mesh(self.mesh):
-            run, deltas = self.run(*args, **kwargs)
-            out = Glm4vModelOutputWithPast(
-                run.extent.cut(run.hidden), run.past_key_values, run.hidden_states(), run.attentions(), deltas
-            )
-        return out if return_dict else out.to_tuple()
-
-    def run(
-        self,
-        input_ids: np.ndarray | None = None,
-        attention_mask: np.ndarray | None = None,
-        position_ids: np.ndarray | None = None,
-        past_key_values: PastKeyValues | None = None,
-        inputs_embeds: Array | None = None,
-        pixel_values: np.ndarray | None = None,
-        pixel_values_videos: np.ndarray | None = None,
-        image_grid_thw: np.ndarray | None = None,
-        video_grid_thw: np.ndarray | None = None,
-        rope_deltas: np.ndarray | None = None,
-        cache_position: np.ndarray | None = None,
-        *,
-        mm_token_type_ids: np.ndarray | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        dropout_key: Array | None = None,
-    ) -> tuple[Run, np.ndarray]:
-        """Run the model in the current mesh.
-
-        Pictures and videos may be mixed in one prompt and one batch, and may come with a cache in a later turn.
-        Positions follow from the tokens and grids, and with a cache from where it stands (`rope_deltas`, by default the
-        cache's own).
-
-        Args:
-          input_ids: int [B, T]; or
-          inputs_embeds: [B, T, D], with pictures or videos only beside `position_ids`.
-          attention_mask: int [B, T], or [B, past + T] with a cache; 0 for padding.
-          position_ids: int [3, B, T] or [B, T].
-          past_key_values: the output of an earlier call; the inputs are then what follows.
-          pixel_values, pixel_values_videos: float [patches, P].
-          image_grid_thw, video_grid_thw: int [N, 3].
-          rope_deltas: int [B, 1].
-          cache_position: int [T], columns of the inputs; must be those that follow the cache's.
-          mm_token_type_ids: accepted, as processors make it, and not needed.
-          use_cache: return a cache; by default as the configuration says.
-          output_hidden_states, output_attentions: return these too; attentions take memory that grows with T x S.
-          dropout_key: turns attention dropout on, in both parts.
-
-        Returns:
-          What came of it, still padded, and rope deltas [B, 1].
-
-        Raises:
-          MessageError: the inputs contradict each other.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise MessageError("input_ids and inputs_embeds: found both or neither; expected exactly one")
-        has_vision = pixel_values is not None or pixel_values_videos is not None
-        if input_ids is not None:
-            ids = token_array(input_ids)
-        elif has_vision:
-            ids = self._ids_of(inputs_embeds, position_ids, pixel_values, pixel_values_videos)
-        else:
-            assert inputs_embeds is not None
-            ids = np.zeros(Extent.of(np.shape(inputs_embeds))[:2], np.int32)
-        extent = Extent.of(ids.shape)
-        past = 0 if past_key_values is None else past_key_values.length
-        mask = check_mask(attention_mask, extent, past)
-        batch, next_position = make_batch(
-            ids, self.config, attention_mask=None if mask is None else mask[:, -extent.t :], pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw, pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw,
-            position_ids=position_ids, left_align=False, length=extent.columns, batch_multiple=data_shards(),
-        )  # fmt: skip
-        positions = batch.position_ids
-        if past_key_values is not None and position_ids is None:
-            known = past_key_values.rope_deltas if rope_deltas is None else np.asarray(rope_deltas).reshape(-1, 1)
-            start = past + known
-            next_position = next_position + start[:, 0]
-            positions = positions + np.pad(start, ((0, extent.rows - extent.batch), (0, 0))).astype(np.int32)
-        deltas = (next_position - past - extent.t)[:, None]
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        run = self.language_model.run(
-            extent, self._embeds(batch, extent, inputs_embeds, keys[0]), positions, mask, past_key_values,
-            use_cache=use_cache, cache_position=cache_position, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, rope_deltas=deltas, dropout_key=keys[1],
-        )  # fmt: skip
-        return run, deltas
-
-    def _embeds(self, batch: Batch, extent: Extent, inputs_embeds: Array | None, dropout_key: Array | None) -> Array:
-        """[rows, columns, D]: the batch's tokens, or the caller's embeddings in their place, with vision put in."""
-        if inputs_embeds is None:
-            return self.embed(batch, dropout_key)
-        embeds = self.language_model.pad_embeds(extent, inputs_embeds)
-        if batch.vision_index is None:
-            return embeds
-        is_vision = reshard(jnp.asarray(batch.vision_index >= 0), "batch", "length")
-        return jnp.where(is_vision[..., None], self.embed(batch, dropout_key), embeds)
-
-    def _ids_of(
-        self,
-        inputs_embeds: Array,
-        position_ids: np.ndarray | None,
-        pixel_values: np.ndarray | None,
-        pixel_values_videos: np.ndarray | None,
-    ) -> np.ndarray:
-        """Tokens [B, T] that say where `inputs_embeds` holds the image token's embedding; no more of them is needed."""
-        if position_ids is None:
-            # The reference falls back to one-dimensional positions, and to wrong logits (trap T13).
-            raise MessageError(
-                "position_ids: found nothing; expected them beside inputs_embeds with pictures or videos"
-            )
-        if pixel_values is not None and pixel_values_videos is not None:
-            raise MessageError(
-                "inputs_embeds: found pictures and videos beside it; expected input_ids, to tell them apart"
-            )
-        marker = self.get_input_embeddings(np.full((1, 1), self.config.image_token_id))[0, 0]
-        is_image = np.asarray(jnp.all(inputs_embeds == marker, axis=-1))
-        other = self.config.image_start_token_id if pixel_values is not None else self.config.video_start_token_id
-        return np.where(is_image, self.config.image_token_id, other)
+from glm4v_jax.model.quantize import QuantConfig, is_scale
+from glm4v_jax.model.runtime import Runtime
 
 
 class Glm4vForConditionalGeneration:
-    """GLM-4.1V with its head: logits, loss and generation."""
+    """GLM-4.1V with its head: logits, loss and generation.
+
+    >>> from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
+    >>> model = Glm4vForConditionalGeneration(Glm4vConfig.tiny(), dtype="float32")
+    >>> model(np.array([[5, 6, 7]])).logits.shape
+    (1, 3, 320)
+    >>> model.generate(np.array([[5, 6, 7]]), max_new_tokens=4).shape
+    (1, 7)
+
+    Attributes:
+      runtime: the weights on their mesh; `Engine(model, processor)` answers with the same.
+      model, lm_head: its parts.
+    """
 
     def __init__(
         self, config: Glm4vConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        module: Glm4v | None = None, generation_config: GenerationConfig | None = None,
+        module: Glm4v | None = None, generation_config: GenerationConfig | None = None, runtime: Runtime | None = None,
     ):  # fmt: skip
+        """Hold a runtime; or make one around a module, or around random weights."""
         self.config = config
-        self.generation_config = generation_config or GenerationConfig()
-        with use_mesh(mesh) as self.mesh:
-            if module is None:
-                module = _random_module(config, seed, resolve_dtype(dtype))
-            self.model = Glm4vModel(config, mesh=self.mesh, module=module)
-            self.lm_head: Flat[Linear] | None = None if module.lm_head is None else Flat.of(module.lm_head)
+        self.runtime = runtime or runtime_around(
+            config, module, seed=seed, dtype=dtype, mesh=mesh, generation_config=generation_config
+        )
+        self.mesh, self.lm_head = self.runtime.mesh, self.runtime.head
+        self.model = Glm4vModel(config, runtime=self.runtime)
 
     @classmethod
     def from_pretrained(
@@ -300,20 +94,11 @@ class Glm4vForConditionalGeneration:
           CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
           ConfigError: its configuration is not a GLM-4.1V's, or `quantize` cannot be done.
         """
-        directory = Path(pretrained_model_name_or_path)
-        config = Glm4vConfig.from_pretrained(directory)
-        generation_config = GenerationConfig.from_pretrained(directory)
-        with use_mesh(mesh) as mesh:
-            dtype = dtype if dtype is not None else torch_dtype
-            if stacked is None:
-                stacked = platform() != "cpu"
-            module = load_model(
-                directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), progress=progress
-            )
-            model = cls(config, mesh=mesh, module=module, generation_config=generation_config)
-        if model.dtype == jnp.float16:
-            warnings.warn("float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32", stacklevel=2)
-        return model
+        runtime = load_runtime(
+            pretrained_model_name_or_path, dtype=dtype if dtype is not None else torch_dtype, mesh=mesh,
+            stacked=stacked, quantize=quantize, progress=progress,
+        )  # fmt: skip
+        return cls(runtime.config, runtime=runtime)
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint in Hugging Face layout, which `from_pretrained` here and in transformers loads.
@@ -356,9 +141,16 @@ class Glm4vForConditionalGeneration:
     @property
     def module(self) -> Glm4v:
         """The functional module, around the same arrays: for `jax.jit`, `jax.grad` and training."""
-        visual, text = self.model.visual.module, self.model.language_model.module
-        head = None if self.lm_head is None else self.lm_head.module
-        return Glm4v(self.config, visual, text, head)
+        return self.runtime.module
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """What `generate` does unless told otherwise; the checkpoint's."""
+        return self.runtime.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.runtime.generation_config = config
 
     @property
     def visual(self) -> Glm4vVisionModel:
@@ -430,7 +222,7 @@ class Glm4vForConditionalGeneration:
         return out if return_dict else out.to_tuple()
 
     def generate(self, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
-        """Continue prompts; `generate.arrays.generate` has the details.
+        """Continue prompts; `hf.generate.generate` has the details.
 
         Args:
           input_ids: int [B, T], padded on either side where `attention_mask` is 0.
@@ -445,7 +237,7 @@ class Glm4vForConditionalGeneration:
         Raises:
           GenerationError, MessageError: before anything is computed.
         """
-        return generate(self, input_ids, **kwargs)
+        return generate(self.runtime, input_ids, **kwargs)
 
 
 def _checked_labels(labels: np.ndarray, extent: Extent, every: bool, vocab_size: int) -> np.ndarray:

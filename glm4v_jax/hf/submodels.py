@@ -33,11 +33,8 @@ from glm4v_jax.inputs.vision_rows import bucket, frames_of, pack
 from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
 from glm4v_jax.model.kv_cache import KVCache, grow, init_cache
 from glm4v_jax.model.nn import Init
-from glm4v_jax.model.runtime import Flat, encode
+from glm4v_jax.model.runtime import Flat, compute_dtype, encode_rows
 from glm4v_jax.model.vision import VisionEncoder
-
-MIN_FEATURES = 64
-"""The fewest merged tokens that `encode` returns, padding included."""
 
 
 class Extent(NamedTuple):
@@ -114,7 +111,7 @@ class Glm4vVisionModel:
     @property
     def dtype(self) -> np.dtype:
         """The compute dtype."""
-        return self.flat.leaves[-1].dtype  # of the last norm, which is never quantised
+        return compute_dtype(self.flat)
 
     def __call__(self, hidden_states: np.ndarray, grid_thw: np.ndarray) -> Array:
         """Encode pictures or frames.
@@ -145,13 +142,8 @@ class Glm4vVisionModel:
             return self.encode(rows)[merged_index]
 
     def encode(self, rows: VisionRows, dropout_key: Array | None = None) -> Array:
-        """Packed rows -> [N, D] merged tokens, N the power of two that holds the flattened [R * L / merge_size^2]."""
-        return encode(self.flat, rows, self.tokens_of(rows.segment_ids.size), dropout_key)
-
-    def tokens_of(self, patches: int) -> int:
-        """The N of `encode` for rows of so many patches in all, padding included."""
-        cells = patches // self.config.spatial_merge_size**2
-        return max(MIN_FEATURES, 1 << (cells - 1).bit_length())
+        """See `runtime.encode_rows`."""
+        return encode_rows(self.flat, self.config.spatial_merge_size, rows, dropout_key)
 
 
 class Glm4vTextModel:
@@ -176,7 +168,7 @@ class Glm4vTextModel:
     @property
     def dtype(self) -> np.dtype:
         """The compute dtype."""
-        return self.flat.leaves[-1].dtype  # of the last norm, which is never quantised
+        return compute_dtype(self.flat)
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache in the layout of this model's layers."""

@@ -1,18 +1,37 @@
-"""Modules as the programs take them."""
+"""The model ready to run: flattened leaves of its parts on a mesh, and the programs that take them.
+
+A module crosses the border of `jax.jit` as the list of its leaves: flattening a tree of NNX objects at every call would
+cost more than a decode step of a small model (298 ms against 0.8 ms a dispatch for the 9B's `nnx.jit`). Models of equal
+structure share compiled programs.
+
+Dimensions: B sequences, T tokens, D hidden size, R vision rows of L patches, N merged vision tokens.
+"""
 
 import dataclasses
 import functools
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from glm4v_jax.batch import VisionRows
-from glm4v_jax.devices import mesh
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices import mesh as meshes
+from glm4v_jax.model.decoder import TextDecoder
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.vision import VisionEncoder
 
 M = TypeVar("M")
+
+MIN_FEATURES = 64
+"""The fewest merged tokens that `encode` returns, padding included."""
 
 
 class Structure:
@@ -47,14 +66,109 @@ class Flat(Generic[M]):
         return jax.tree.unflatten(self.structure.treedef, self.leaves)
 
 
+@dataclasses.dataclass
+class Runtime:
+    """A model on its mesh: what engine, slots, feature pool, warm-up and evaluation during training stand on.
+
+    >>> from glm4v_jax.config.model import Glm4vConfig
+    >>> runtime = Runtime.of(random_module(Glm4vConfig.tiny(), seed=0, dtype="float32"))
+    >>> runtime.dtype.name, runtime.text.module.config.hidden_size
+    ('float32', 64)
+
+    `checkpoints.load.load_runtime` reads one from a checkpoint.
+
+    Attributes:
+      config: of the model.
+      mesh: where the leaves are.
+      visual, text, head: ViT with merger, decoder, and head; no head where it is tied to the embedding.
+      generation_config: the checkpoint's defaults for generation.
+    """
+
+    config: Glm4vConfig
+    mesh: Mesh
+    visual: Flat[VisionEncoder]
+    text: Flat[TextDecoder]
+    head: Flat[Linear] | None
+    generation_config: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+
+    @classmethod
+    def of(cls, module: Glm4v, mesh: Mesh | None = None, generation_config: GenerationConfig | None = None) -> Self:
+        """Flatten a module whose arrays are on `mesh`, by default the current one."""
+        with meshes.use_mesh(mesh) as mesh:
+            head = None if module.lm_head is None else Flat.of(module.lm_head)
+            return cls(
+                module.config, mesh, Flat.of(module.visual), Flat.of(module.language_model), head,
+                generation_config or GenerationConfig(),
+            )  # fmt: skip
+
+    @property
+    def module(self) -> Glm4v:
+        """The functional module, around the same arrays: for `jax.jit`, `jax.grad` and training."""
+        head = None if self.head is None else self.head.module
+        return Glm4v(self.config, self.visual.module, self.text.module, head)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The compute dtype."""
+        return compute_dtype(self.text)
+
+    @functools.cached_property
+    def is_stacked(self) -> bool:
+        """Whether the decoder's layers are stacked and scanned."""
+        return self.text.module.layers.is_stacked
+
+    def encode(self, rows: VisionRows) -> Float[Array, "N D"]:
+        """See `encode_rows`."""
+        return encode_rows(self.visual, self.config.vision_config.spatial_merge_size, rows)
+
+
+class HasRuntime(Protocol):
+    """What the transformers-shaped classes are to the rooms below them."""
+
+    runtime: Runtime
+
+
+def runtime_of(model: Runtime | HasRuntime) -> Runtime:
+    """The runtime itself, or that of a model in the reference's shape."""
+    return model if isinstance(model, Runtime) else model.runtime
+
+
+def random_module(config: Glm4vConfig, seed: int, dtype: DTypeLike) -> Glm4v:
+    """Initialise a model in the current mesh, by one program: run eagerly, every initialiser would be compiled."""
+    dtype = jnp.dtype(dtype)
+    return jax.jit(lambda key: Glm4v.init(config, rngs=nnx.Rngs(params=key), dtype=dtype))(jax.random.key(seed))
+
+
+def compute_dtype(part: Flat[Any]) -> np.dtype:
+    """The dtype of a part's last leaf, that of a norm, which is never quantised."""
+    return part.leaves[-1].dtype
+
+
+def encode_rows(
+    visual: Flat[VisionEncoder], merge_size: int, rows: VisionRows, dropout_key: Array | None = None
+) -> Float[Array, "N D"]:
+    """Encode packed rows [R, L] of patches, in the current mesh.
+
+    Returns:
+      Merged tokens, N the power of two that holds the flattened [R * L / merge_size^2].
+    """
+    return encode(visual, rows, num_features(rows.segment_ids.size, merge_size), dropout_key)
+
+
+def num_features(patches: int, merge_size: int) -> int:
+    """The N of `encode_rows` for rows of so many patches in all, padding included."""
+    cells = patches // merge_size**2
+    return max(MIN_FEATURES, 1 << (cells - 1).bit_length())
+
+
 @functools.partial(jax.jit, static_argnames="num_tokens")
 def encode(
     visual: Flat[VisionEncoder], rows: VisionRows, num_tokens: int, dropout_key: Array | None = None
 ) -> Float[Array, "N D"]:
     """Packed patches -> [num_tokens, D] merged tokens, flattened, replicated and padded with zeros.
 
-    `num_tokens` comes from a coarse bucket set, so that prompt lengths and picture sizes do not multiply into programs.
+    `num_tokens` comes from a coarse bucket set, so that prompt lengths and image sizes do not multiply into programs.
     """
-    features = mesh.reshard(visual.module(rows, dropout_key=dropout_key), None, None, None)
+    features = meshes.reshard(visual.module(rows, dropout_key=dropout_key), None, None, None)
     flat = features.reshape(-1, features.shape[-1])
     return jnp.pad(flat, ((0, num_tokens - flat.shape[0]), (0, 0)))

@@ -262,7 +262,7 @@ def test_a_full_pool_forgets_and_grows(engine):
 
     own = Engine(engine.model, engine.processor, capacity=256)
     with use_mesh(own.model.mesh):
-        own.pool = FeaturePool(own.model.visual, 128)
+        own.pool = FeaturePool(own.runtime, 128)
     requests = [
         random_request(own.model, np.random.default_rng(i), 6, [(8, 8), (4, 4)] * (1 + 11 * (i == 5))) for i in range(8)
     ]

@@ -24,7 +24,7 @@ def media(visual, sizes, seed=0, frames=1):
 
 @pytest.fixture
 def visual(engine):
-    return engine.model.visual
+    return engine.runtime
 
 
 @pytest.fixture

@@ -352,7 +352,7 @@ class Session:
         prompt = sum(turn.completion.prompt_tokens for turn in self.turns)
         reused = sum(turn.reused for turn in self.turns)
         new = sum(len(turn.completion.tokens) for turn in self.turns)
-        limit = self._engine.model.config.text_config.max_position_embeddings
+        limit = self._engine.runtime.config.text_config.max_position_embeddings
         pool = self._engine.pool
         rates = ", ".join("-" if turn.rate is None else f"{turn.rate:.1f}" for turn in self.turns)
         firsts = ", ".join(f"{turn.first:.2f}" for turn in self.turns)
