@@ -24,12 +24,17 @@ def media(visual, sizes, seed=0, frames=1):
 
 @pytest.fixture
 def visual(engine):
+    return engine.model.visual
+
+
+@pytest.fixture
+def runtime(engine):
     return engine.runtime
 
 
 @pytest.fixture
-def pool(visual):
-    return FeaturePool(visual)
+def pool(runtime):
+    return FeaturePool(runtime)
 
 
 def tokens(pool, medium):
@@ -46,11 +51,11 @@ def test_tokens_are_the_encoders(pool, visual):
     assert pool.encoded == len(pictures) + len(videos)
 
 
-def test_tokens_do_not_depend_on_what_is_encoded_beside_them(pool, visual):
+def test_tokens_do_not_depend_on_what_is_encoded_beside_them(pool, visual, runtime):
     pictures = media(visual, SIZES)
     pool(pictures)
     for medium in pictures:
-        alone = FeaturePool(visual)
+        alone = FeaturePool(runtime)
         alone(media(visual, [(4, 6)], 7))  # so that it begins elsewhere
         assert np.array_equal(tokens(alone, medium), tokens(pool, medium))
 
@@ -79,32 +84,32 @@ def test_whole_waves_are_encoded_ahead(pool, visual):
     assert pool.encoded == 7 and pool.reused == 0
 
 
-def test_what_is_encoded_ahead_takes_no_room_from_what_comes_before_it(visual):
-    small = FeaturePool(visual, 256)
+def test_what_is_encoded_ahead_takes_no_room_from_what_comes_before_it(visual, runtime):
+    small = FeaturePool(runtime, 256)
     pictures = media(visual, [(16, 16)] * 6)  # 64 tokens each
     small.prefetch(pictures)
     assert small.encoded == 2  # half of the pool
     found = [tokens(small, medium) for medium in pictures]
     assert small.encoded == 6 and small.capacity == 256
-    roomy = FeaturePool(visual)
+    roomy = FeaturePool(runtime)
     assert all(np.array_equal(tokens(roomy, medium), x) for medium, x in zip(pictures, found, strict=True))
 
 
-def test_a_pool_grows_at_once_to_what_a_prompt_needs(visual):
-    small = FeaturePool(visual, 64)
+def test_a_pool_grows_at_once_to_what_a_prompt_needs(visual, runtime):
+    small = FeaturePool(runtime, 64)
     pictures = media(visual, [(16, 16), (4, 4), (20, 20)] * 3)
     begins = small(pictures)
     assert small.encoded == 9 and small.capacity == 1024
     for begin, medium in zip(begins, pictures, strict=True):
-        alone = tokens(FeaturePool(visual), medium)
+        alone = tokens(FeaturePool(runtime), medium)
         assert np.array_equal(np.asarray(small.array)[begin : begin + len(alone)], alone)
-    full = FeaturePool(visual, 64)
+    full = FeaturePool(runtime, 64)
     full(pictures[:1])
     assert full.capacity == 64  # to the last token
 
 
-def test_what_comes_does_not_drive_out_what_is_there(visual):
-    small = FeaturePool(visual, 64)
+def test_what_comes_does_not_drive_out_what_is_there(visual, runtime):
+    small = FeaturePool(runtime, 64)
     kept, needed, *rest = media(visual, [(8, 8)] * 6)  # 16 tokens each, and waves of two: half of the pool
     small([kept])
     small([needed], upcoming=rest)
