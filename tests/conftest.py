@@ -5,16 +5,20 @@ tests of the host side must not import JAX.
 """
 
 import contextlib
+import functools
 import importlib.metadata
+import inspect
 import os
 import signal
+import types
 from pathlib import Path
 
 import hypothesis
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
-CACHE = Path(__file__).parent.parent / ".cache"
+TESTS = Path(__file__).parent
+CACHE = TESTS.parent / ".cache"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax-tests"))
@@ -37,6 +41,50 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("seeded", derandomize=True)
 hypothesis.settings.load_profile("seeded")
+
+
+# Marker -> what is named by tests that need it, by their fixtures, or by functions of the tests that these call.
+MARKERS = {
+    "reference": {"import_transformers", "torch", "transformers", "peft"},
+    "multiprocess": {"subprocess"},
+    "tpu_compile": {"aot_environment"},
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        fixtures = [fixture.func for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+        names = frozenset().union(*map(_names_reached, [item.function, *fixtures]))
+        for marker, signs in MARKERS.items():
+            if names & signs:
+                item.add_marker(marker)
+
+
+@functools.cache
+def _names_reached(function):
+    """The names that a function of the tests uses, and arguments of `importorskip`, by way of all functions it calls."""
+    if not inspect.getsourcefile(function).startswith(str(TESTS)):
+        return frozenset()
+    names, pending, seen = set(), [inspect.unwrap(function)], set()
+    while pending:
+        found = pending.pop()
+        if isinstance(found, type):
+            pending += [value for value in vars(found).values() if inspect.isfunction(value)]
+        elif inspect.isfunction(found) and found not in seen and found.__code__.co_filename.startswith(str(TESTS)):
+            seen.add(found)
+            used = set(_names_in(found.__code__))
+            names |= used
+            pending += [found.__globals__[name] for name in used & found.__globals__.keys()]
+    return frozenset(names)
+
+
+def _names_in(code):
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+        elif isinstance(constant, str) and "importorskip" in code.co_names:
+            yield constant.partition(".")[0]
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ BEGIN = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
     "os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
 )
-PROGRAM = "from glm4v_jax import cli; cli.program()"
+PROGRAM = "from glm4v_jax.cli.main import program; program()"
 
 
 class Terminal:

@@ -140,7 +140,7 @@ def test_nothing_at_all_lists_every_tensor():
     with pytest.raises(CheckpointError) as raised:
         hf_mapping.match(config, {}, "somewhere")
     for name in shapes_of(config):
-        assert f"missing: {weights.canonical(name)} [" in str(raised.value)
+        assert f"missing: {hf_mapping.canonical(name)} [" in str(raised.value)
 
 
 def test_a_tied_head_may_be_in_the_checkpoint():

@@ -155,7 +155,7 @@ class TestReading:
                 reader.read("v")
 
     def test_it_needs_neither_jax_nor_torch(self):
-        code = "import sys, glm4v_jax.safetensors_io; assert not {'jax', 'torch'} & sys.modules.keys()"
+        code = "import sys, glm4v_jax.checkpoints.safetensors; assert not {'jax', 'torch'} & sys.modules.keys()"
         subprocess.run([sys.executable, "-c", code], check=True)
 
 

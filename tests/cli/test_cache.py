@@ -175,7 +175,7 @@ def test_a_bound_that_is_no_number_is_refused(monkeypatch):
 def test_looking_does_not_wait_for_jax(tmp_path):
     program = (
         "import sys, tyro\n"
-        "from glm4v_jax.commands.cache import Cache\n"
+        "from glm4v_jax.cli.cache import Cache\n"
         "tyro.cli(Cache, args=['--clear']).run()\n"
         "assert not {'jax', 'flax'} & sys.modules.keys()\n"
     )
@@ -201,7 +201,7 @@ def python(directory, program, **variables):
 
 
 COMPILING = """
-from glm4v_jax import compilation_cache
+from glm4v_jax.devices import compilation_cache
 {before}
 compilation_cache.use_compilation_cache()
 import jax

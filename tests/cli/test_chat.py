@@ -649,7 +649,7 @@ def test_a_terminal(tmp_path, picture):
 SCRIPT = """
 from glm4v_jax.generate.completion import Completion, Delta
 from glm4v_jax.generate.conversation import Conversation
-from glm4v_jax.generate.thinking import ThinkingParser
+from glm4v_jax.generate.text.thinking import ThinkingParser
 
 def ask(self, text, **options):
     answer, parser = "<think>Is it a cat?</think><answer>A <|begin_of_box|>cat<|end_of_box|>.", ThinkingParser()

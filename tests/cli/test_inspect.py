@@ -254,7 +254,7 @@ def test_a_sheet_that_cannot_be_written_leaves_nothing_behind(picture, monkeypat
 def test_neither_jax_nor_weights_are_loaded(picture):
     program = (
         "import sys, tyro\n"
-        "from glm4v_jax.commands.inspect import Inspect\n"
+        "from glm4v_jax.cli.inspect import Inspect\n"
         "tyro.cli(Inspect, args=['picture.png']).run()\n"
         "assert not {'jax', 'flax', 'orbax', 'torch', 'safetensors'} & sys.modules.keys()\n"
     )

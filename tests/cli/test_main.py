@@ -203,7 +203,7 @@ def test_a_process_ends_with_one_line_and_status_1(tmp_path):
 def test_help_does_not_wait_for_jax(tmp_path):
     program = (
         "import sys\n"
-        "from glm4v_jax import cli\n"
+        "from glm4v_jax.cli import main as cli\n"
         "for arguments in ([], *([name] for name in cli.COMMANDS)):\n"
         "    try:\n        cli.main([*arguments, '--help'])\n"
         "    except SystemExit as end:\n        assert end.code == 0\n"
@@ -355,7 +355,7 @@ def test_a_second_process_compiles_less(tmp_path):
 
 
 COMPILING = (
-    "from glm4v_jax.compilation_cache import compile_times, use_compilation_cache\n"
+    "from glm4v_jax.devices.compilation_cache import compile_times, use_compilation_cache\n"
     "use_compilation_cache()\n"
     "import jax\n"
     "with compile_times() as times:\n    jax.jit(jax.numpy.sin)(1.0)\n"

@@ -156,7 +156,7 @@ def test_ctrl_c(run, synthetic, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.to_hf.shards, "write_shards", interrupted)
+    monkeypatch.setattr(convert.to_hf.hf_shards, "write_shards", interrupted)
     status, out, err = run("to-hf", synthetic(), tmp_path / "out")
     assert (status, out) == (130, "")
     assert err == "convert: interrupted; what was written has been removed, the source is as it was\n"
@@ -169,7 +169,7 @@ def test_ctrl_c_twice(run, synthetic, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.to_hf.shards, "write_shards", interrupted)
+    monkeypatch.setattr(convert.to_hf.hf_shards, "write_shards", interrupted)
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     status, out, err = run("to-hf", synthetic(), tmp_path / "out")
     left = tmp_path / ".out.unfinished"

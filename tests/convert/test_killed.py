@@ -11,6 +11,7 @@ import time
 
 import pytest
 from helpers_convert import files_of
+from helpers_paths import ROOT
 
 from convert.source import check_tensors, open_weights
 from convert.synth import load_config, synth
@@ -25,7 +26,6 @@ KILLS = 10
 SERVER = """
 import os, sys
 from convert.to_hf import to_hf
-from helpers_paths import ROOT
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()

@@ -7,6 +7,7 @@ import types
 import weakref
 
 import pytest
+from helpers_paths import ROOT
 
 from convert.memory import release
 
@@ -14,7 +15,6 @@ from convert.memory import release
 PROGRAM = """
 import sys
 from convert.memory import release
-from helpers_paths import ROOT
 
 def resident():
     with open("/proc/self/statm") as file:

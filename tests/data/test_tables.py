@@ -189,7 +189,7 @@ def test_without_pyarrow_a_table_says_how_to_get_it(tmp_path, monkeypatch):
 def test_pyarrow_is_imported_for_tables_alone(tmp_path):
     path = write(tmp_path / "data.jsonl")
     program = (
-        "import sys; import train.check, train.lengths; from train.records import read_records\n"
+        "import sys; import train.data.check, train.data.lengths; from train.data.records import read_records\n"
         f"read_records({str(path)!r})\n"
         "loaded = {'jax', 'flax', 'pyarrow', 'grain', 'optax'} & set(sys.modules); assert not loaded, loaded"
     )

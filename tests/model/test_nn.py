@@ -11,6 +11,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import spec
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model import nn
+from glm4v_jax.model.params import num_params
 
 pytestmark = pytest.mark.usefixtures("mesh")
 

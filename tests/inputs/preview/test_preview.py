@@ -398,7 +398,8 @@ def test_drawing_needs_no_jax(save, tmp_path):
     path = save(noise(56, 84))
     program = (
         "import sys\n"
-        "from glm4v_jax.inputs import placement, preview, processor, sheet\n"
+        "from glm4v_jax.inputs import processor\n"
+        "from glm4v_jax.inputs.preview import placement, preview, sheet\n"
         f"p = processor.Glm4vProcessor.from_pretrained({str(RANDOM_CHECKPOINT)!r})\n"
         f"seen = preview.look({path!r}, p)\n"
         "prompt = placement.place_in_prompt([seen], p)\n"

@@ -433,7 +433,7 @@ def test_a_batch_is_prepared_by_several_threads_in_order(monkeypatch):
     import threading
 
     seen = set()
-    original = image_module.pixels.resize_as_picture
+    original = image_module.resize_as_picture
 
     def spy(*args):
         seen.add(threading.current_thread().name)
@@ -442,7 +442,7 @@ def test_a_batch_is_prepared_by_several_threads_in_order(monkeypatch):
     images = [photo(60 + i, 50) for i in range(12)]
     expected = np.concatenate([Glm4vImageProcessor()(image).pixel_values for image in images])
     monkeypatch.setattr("glm4v_jax.inputs.media.threads.num_workers", lambda: 4)
-    monkeypatch.setattr(image_module.pixels, "resize_as_picture", spy)
+    monkeypatch.setattr(image_module, "resize_as_picture", spy)
     np.testing.assert_array_equal(Glm4vImageProcessor()(images).pixel_values, expected)
     assert len(seen) > 1
 

@@ -380,7 +380,7 @@ def test_options_are_checked(options):
 
 
 def test_the_host_side_imports_no_jax():
-    program = "import sys, train.packing, train.samples; assert not {'jax', 'torch'} & set(sys.modules)"
+    program = "import sys, train.data.packing, train.data.samples; assert not {'jax', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=RANDOM_CHECKPOINT.parents[2])
 
 
