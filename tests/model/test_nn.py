@@ -72,7 +72,7 @@ def test_activations_equal(name):
 
 
 def test_unknown_activation_is_named():
-    with pytest.raises(ConfigError, match="hidden_act is 'maxout', expected one of: gelu, silu"):
+    with pytest.raises(ConfigError, match="hidden_act: found 'maxout'; expected one of gelu, silu"):
         nn.activation("maxout", jnp.ones(3))
 
 
