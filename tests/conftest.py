@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items):
 
 @functools.cache
 def _names_reached(function):
-    """The names that a function of the tests uses, and arguments of `importorskip`, by way of all functions it calls."""
+    """The names that a function of the tests and those it calls use, and their arguments of `importorskip`."""
     if not inspect.getsourcefile(function).startswith(str(TESTS)):
         return frozenset()
     names, pending, seen = set(), [inspect.unwrap(function)], set()
