@@ -62,7 +62,7 @@ class _Writing(JsonOptions):
 
 
 @dataclasses.dataclass(kw_only=True)
-class ToOrbax(_Writing, DistributedOptions):
+class ToOrbax(_Writing):
     """Convert safetensors to an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
 
     Streams: host memory holds a few tensors. Configuration, tokenizer and processor files travel along.
@@ -83,6 +83,8 @@ class ToOrbax(_Writing, DistributedOptions):
 
     no_hash: bool = False
     """Do not note the SHA-256 of the source's files in the checkpoint."""
+
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
 
     @property
     def place(self) -> Path:

@@ -1,8 +1,6 @@
 """`python -m eval`."""
 
-import sys
-
-from glm4v_jax.console.standing import run_module
+from glm4v_jax.console.program import run_module
 
 if __name__ == "__main__":
-    sys.exit(run_module("eval"))
+    run_module("eval")

@@ -4,6 +4,7 @@ JAX is imported only once items and options are known to be good, so that help a
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,14 @@ from eval.harness import Outcome, batch_of, forget_scores, score
 from eval.report.report import write_report
 from eval.summary import write_summary
 from eval.tasks import TASKS, Task, find_task, read_items
+from glm4v_jax.config.checks import Positive
 from glm4v_jax.config.presets import preset
-from glm4v_jax.console.answer_writer import printable
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.options import ModelOptions, SamplingOptions, generation_config, long_answer
 from glm4v_jax.console.program import Command, JsonOptions, run_program
-from glm4v_jax.errors import ConfigError, GenerationError
+from glm4v_jax.console.progress import run_batch
+from glm4v_jax.console.table import printable
+from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import model_fingerprint, to_json
 from glm4v_jax.generate.offline.batch import Batch
 
@@ -47,7 +50,7 @@ class _Work(NamedTuple):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Run(SamplingOptions, DistributedOptions, ModelOptions):
+class Run(JsonOptions):
     """Answer the items of tasks and score the answers.
 
     A run that ended early goes on when called again, without asking anything twice. Into --out go answers.jsonl (what
@@ -70,10 +73,10 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = "eval-out"
     """Where answers, results, summary and report go."""
 
-    limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    limit: Annotated[Positive | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Ask the first N items only."""
 
-    slots: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    slots: Annotated[Positive, tyro.conf.arg(metavar="N")] = 8
     """How many items are answered at a time."""
 
     restart: bool = False
@@ -85,21 +88,15 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the summaries as JSON."""
 
-    trouble = 1
-    _engine: Any = dataclasses.field(default=None, init=False)  # tyro reads annotations, and must not import JAX
-    _out_now: pathlib.Path | None = dataclasses.field(default=None, init=False)
+    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
 
-    def interrupted(self) -> str | None:
-        """Nothing to say: the batch has said how to go on."""
-        return None
+    _engine: Any = dataclasses.field(default=None, init=False)  # tyro reads annotations, and must not import JAX
 
     def run(self) -> int:
         """Reads and checks all items, then loads the model, asks, and scores."""
-        self.check()
-        if self.slots < 1:
-            raise GenerationError(f"--slots: found {self.slots}, expected at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise GenerationError(f"--limit: found {self.limit}, expected at least 1")
+        self.model.check()
         names = self.task or tuple(name for name, task in TASKS.items() if task.is_built_in)
         tasks = [self._asked(find_task(name)) for name in names]
         if self.data and len(tasks) != 1:
@@ -109,25 +106,27 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
         root = pathlib.Path(self.out)
         if root.exists() and not root.is_dir():
             raise ConfigError(f"--out: found {self.out}, a file; expected a directory or nothing")
-        configs = [generation_config(self.model, task.preset, task.options) for task in tasks]
+        configs = [generation_config(self.model.directory, task.preset, task.options) for task in tasks]
         work = []
         for task, config in zip(tasks, configs, strict=True):
             items = read_items(task, self.data, limit=self.limit)
             out = root if len(tasks) == 1 else root / task.name
-            work.append(_Work(task, items, out, config, batch_of(items, out, config, self, self.slots)))
-        if not self.restart and not self.is_one_of_several:
+            work.append(
+                _Work(task, items, out, config, batch_of(items, out, config, self.model.directory, self.model.dtype))
+            )
+        if not self.restart and not self.distributed.is_one_of_several:
             for part in work:
                 part.batch.check()  # not hours later, when the tasks before it are done
 
         from glm4v_jax.inputs.processor import Glm4vProcessor
 
-        processor = Glm4vProcessor.from_pretrained(self.model)
+        processor = Glm4vProcessor.from_pretrained(self.model.directory)
         outcomes: dict[str, Outcome] = {}
         summaries = []
         for part in work:
             part.out.mkdir(parents=True, exist_ok=True)
-            self._out_now = part.out
-            summaries.append(part.batch.run(processor, restart=self.restart))
+            load = functools.partial(self._load, processor, part.out)
+            summaries.append(run_batch(part.batch, processor, load, restart=self.restart, debug=self.debug))
             outcome = self._score(part)
             if outcome is not None:
                 outcomes[part.task.name] = outcome
@@ -137,28 +136,28 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
             summary.raise_if_failed()
         return 0
 
-    def load(self, processor: "Glm4vProcessor", num_slots: int = 1) -> "Engine":
-        """The engine, which all tasks share; asked for when there is something to answer."""
+    def _load(self, processor: "Glm4vProcessor", out: pathlib.Path) -> "Engine":
+        """The engine, which all tasks share; called when there is something to answer."""
         if self._engine is None:
-            self._engine = super().load(processor, num_slots)
+            self._engine = self.model.load(processor, self.slots)
         from glm4v_jax.devices.distributed import is_first
 
-        if is_first() and self._out_now is not None:
-            forget_scores(self._out_now)
+        if is_first():
+            forget_scores(out)
             (pathlib.Path(self.out) / SUMMARY).unlink(missing_ok=True)  # of several tasks: this one's score is in it
         return self._engine
 
     def _asked(self, task: Task) -> Task:
         """A task with the options of the command over its own."""
-        given = self.options(default_new_tokens=None)
+        given = self.sampling.given(default_new_tokens=None)
         options = {**task.options, **given}
-        name = self.preset or task.preset
+        name = self.sampling.preset or task.preset
         from_preset = {} if name is None else preset(name)
-        if self.max_new_tokens is not None and self.think_budget is None:
+        if given.get("max_new_tokens") is not None and "think_budget" not in given:
             options |= {"think_budget": None, "answer_budget": None}  # or they would take its place
         if "max_new_tokens" not in {**from_preset, **options}:
-            options["max_new_tokens"] = long_answer(self.model)
-        system = task.system if self.system is None else self.system
+            options["max_new_tokens"] = long_answer(self.model.directory)
+        system = task.system if self.sampling.system is None else self.sampling.system
         return dataclasses.replace(task, options=options, preset=name, system=system)
 
     def _score(self, part: "_Work") -> Outcome | None:
@@ -170,15 +169,15 @@ class Run(SamplingOptions, DistributedOptions, ModelOptions):
         task, config = part.task, dataclasses.asdict(part.config)
         default = dataclasses.asdict(type(part.config)())
         about = {
-            "model": str(pathlib.Path(self.model).resolve()),
-            "model_fingerprint": model_fingerprint(self.model),
-            "dtype": self.dtype,
+            "model": str(pathlib.Path(self.model.directory).resolve()),
+            "model_fingerprint": model_fingerprint(self.model.directory),
+            "dtype": self.model.dtype,
             "prompt": task.prompt,
             "system": task.system,
             "preset": task.preset,
             "options": {name: value for name, value in config.items() if value != default[name]},
         }
-        outcome = score(part.items, task, part.out, about, self.seed)
+        outcome = score(part.items, task, part.out, about, self.sampling.seed)
         if self.report:
             write_report(part.items, outcome.results, outcome.summary, part.out / REPORT)
         return outcome

@@ -15,8 +15,8 @@ import tyro
 from eval.compare import RIGHT, Comparison, Flip, Side, compare, runs_in
 from eval.results import encoded
 from eval.statistics import Difference
-from glm4v_jax.console.answer_writer import printable
 from glm4v_jax.console.program import JsonOptions
+from glm4v_jax.console.table import printable
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import to_json
 

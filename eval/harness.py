@@ -15,11 +15,10 @@ from eval.summary import summarize, write_summary
 from eval.tasks import Task
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.batch import Batch
-from glm4v_jax.generate.offline.prompts import Row
+from glm4v_jax.generate.offline.prompts import BatchPrompt
 
 if TYPE_CHECKING:
     from glm4v_jax.config.generation import GenerationConfig
-    from glm4v_jax.console.options import ModelOptions
     from glm4v_jax.generate.completion import Completion
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -33,7 +32,7 @@ class Outcome:
 
 
 def batch_of(
-    items: Sequence[Item], out: Path, config: "GenerationConfig", options: "ModelOptions", num_slots: int
+    items: Sequence[Item], out: Path, config: "GenerationConfig", model: str, dtype: str | None = None
 ) -> Batch:
     """The items as prompts, with the file of their answers.
 
@@ -41,13 +40,21 @@ def batch_of(
       items: of a task.
       out: directory of the run.
       config: how to answer; the seed of an item's draws is made of its id and the config's.
-      options: which model, and where.
-      num_slots: how many items are answered at a time.
+      model: directory of the checkpoint.
+      dtype: the option for the weights.
     """
-    rows = [Row(item.id, item.messages, item.asked, place=item.place) for item in items]
+    prompts = [BatchPrompt(item.id, item.messages, item.asked, place=item.place) for item in items]
     # Answers to other items stay: a run over the first few does not undo one over all.
     return Batch(
-        rows, str(out / ANSWERS), config, options, num_slots, field="id", line=_line, things="items", keep_others=True
+        prompts,
+        str(out / ANSWERS),
+        config,
+        model,
+        dtype=dtype,
+        name_field="id",
+        answer_fields=_line,
+        things="items",
+        keep_others=True,
     )
 
 

@@ -18,10 +18,10 @@ import rich.table
 import rich.text
 import tyro
 
-from glm4v_jax.console.answer_writer import printable
-from glm4v_jax.console.console import check_model
 from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.options import check_model
 from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
+from glm4v_jax.console.table import printable
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, unsuspected_pictures
@@ -112,7 +112,7 @@ class Check(JsonOptions):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Run(Options, DistributedOptions):
+class Run(Options):
     """Train: run the job that a TOML file describes, from its latest checkpoint if there is one.
 
     On several hosts, run the same command on each; they share the job's directory. SIGTERM to any of them makes the job
@@ -124,6 +124,8 @@ class Run(Options, DistributedOptions):
 
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: none)")] = 0
     """Write a profile of so many steps into the job's directory, for TensorBoard or Perfetto."""
+
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
 
     def run(self) -> int:
         """Trains, and says how it goes on standard error."""

@@ -6,16 +6,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from glm4v_jax.console.answer_writer import printable
-from glm4v_jax.console.console import check_model
 from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.options import check_model
 from glm4v_jax.console.program import JsonOptions
+from glm4v_jax.console.table import printable
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import is_same_file, to_json
 
 
 @dataclasses.dataclass(kw_only=True)
-class Export(JsonOptions, DistributedOptions):
+class Export(JsonOptions):
     """Merge an adapter into its model: a checkpoint in Hugging Face layout, which transformers loads without PEFT.
 
     The sums are made in float32 and rounded once, from file to file; then the result is loaded, and must say the same
@@ -54,6 +54,8 @@ class Export(JsonOptions, DistributedOptions):
 
     no_verify: bool = False
     """Keep the result without loading it and comparing its logits, which takes devices that hold the model."""
+
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
 
     def run(self) -> int:
         """Merges, verifies and says how well it came out."""

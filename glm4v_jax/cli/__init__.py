@@ -1,1 +1,6 @@
-"""The subcommands of `glm4v`, one module each."""
+"""The commands of `glm4v`.
+
+- `main`: the table of commands, and the program.
+- `generate`, `describe`, `inspect`, `mesh`, `cache`: one command each.
+- `chat`: a conversation in the terminal.
+"""

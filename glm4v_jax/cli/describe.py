@@ -1,4 +1,4 @@
-"""`glm4v describe`: a caption for every picture of a folder."""
+"""`glm4v describe`: a caption for every image of a directory."""
 
 import dataclasses
 import errno
@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.console.console import status
+from glm4v_jax.config.checks import Positive
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.options import LongSamplingOptions, ModelOptions, generation_config, long_answer
-from glm4v_jax.errors import GenerationError, MediaError
+from glm4v_jax.console.program import JsonOptions
+from glm4v_jax.console.progress import run_batch, status
+from glm4v_jax.errors import MediaError
 from glm4v_jax.files import is_same_file, to_json
 from glm4v_jax.inputs.media.quiet import unsuspected_pictures
-from glm4v_jax.inputs.text.messages import user_messages
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion
-    from glm4v_jax.generate.offline.prompts import Row
+    from glm4v_jax.generate.offline.prompts import BatchPrompt
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
 CAPTIONS = "captions.jsonl"
@@ -32,74 +33,78 @@ PROMPT = (
 
 
 @dataclasses.dataclass(kw_only=True)
-class Describe(LongSamplingOptions, DistributedOptions, ModelOptions):
-    """Write a caption for every picture of a folder, as JSON lines.
+class Describe(JsonOptions):
+    """Write a caption for every image of a directory, as JSON lines.
 
-    Each line has "file", from the folder on, "caption", which is the answer without its thought, "width" and "height",
-    and what there is to say of the answer; or "error". A run that ended early goes on when called again. A picture
-    whose content has changed meanwhile is not described again: --restart does that.
+    A line has "file", "caption" (the answer without its thought), "width", "height", and counts of tokens; or "error".
+    The same command resumes an interrupted run. An image that has changed since keeps its caption unless --restart.
     """
 
     directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
-    """The folder. Files that are no pictures are skipped, and so are hidden ones."""
+    """The directory. Hidden files, and files that are not images, are skipped."""
 
     recursive: bool = False
-    """Also the folders inside; links to folders are not followed."""
+    """Include subdirectories; links to directories are not followed."""
 
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint=f"(default: {PROMPT})")] = PROMPT
-    """What to ask about each picture."""
+    """The prompt for every image."""
 
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=f"(default: DIR/{CAPTIONS})")] = None
-    """Where the captions go, one JSON object a line, as they are completed."""
+    """The file of captions, one JSON object per line, in the order of completion."""
 
-    slots: Annotated[int, tyro.conf.arg(metavar="N")] = 8
-    """How many pictures are described at a time."""
+    slots: Annotated[Positive, tyro.conf.arg(metavar="N")] = 8
+    """Number of images that are described at a time."""
 
     restart: bool = False
-    """Do not go on, but replace what is in --out."""
+    """Overwrite the file of captions instead of resuming it."""
 
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the figures of the run as one JSON object."""
 
+    sampling: LongSamplingOptions = dataclasses.field(default_factory=LongSamplingOptions)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
+
     def run(self) -> None:
-        """Finds the pictures, and only then loads the weights and describes them."""
-        self.check()
+        """Find the images, and only then load the weights and describe them."""
+        self.model.check()
         if not os.path.isdir(self.directory):
-            raise NotADirectoryError(errno.ENOTDIR, "is no directory, expected one with pictures", self.directory)
-        if self.slots < 1:
-            raise GenerationError(f"--slots: found {self.slots}, expected at least 1")
-        config = generation_config(self.model, self.preset, self.options(long_answer(self.model)))
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.directory)
+        model = self.model.directory
+        config = generation_config(model, self.sampling.preset, self.sampling.given(long_answer(model)))
         out = self.out if self.out is not None else os.path.join(self.directory, CAPTIONS)
-        with status("looking for pictures"), unsuspected_pictures():
+        with status("looking for images"), unsuspected_pictures():
             names, skipped = self._find(out)
         if not names:
+            recursive = "" if self.recursive else ", or --recursive for its subdirectories"
             raise MediaError(
-                f"{self.directory}: found no picture among {skipped} files, expected at least one"
-                + ("" if self.recursive else "; --recursive looks into the folders inside too")
+                f"{self.directory}: found no image among {skipped} files; expected at least one{recursive}"
             )
         if skipped:
-            print(f"{skipped} file{'s' * (skipped != 1)} skipped: no pictures", file=sys.stderr)
+            print(f"skipped {skipped} file{'s' * (skipped != 1)} that are not images", file=sys.stderr)
 
-        from glm4v_jax import Glm4vProcessor
         from glm4v_jax.generate.offline.batch import Batch
+        from glm4v_jax.inputs.processor import Glm4vProcessor
 
-        processor = Glm4vProcessor.from_pretrained(self.model)
+        processor = Glm4vProcessor.from_pretrained(model)
         batch = Batch(
-            [self._row(name) for name in names], out, config, self, self.slots,
-            field="file", line=_line, keep_others=True, things="pictures",
+            [self._prompt(name) for name in names], out, config, model, dtype=self.model.dtype,
+            name_field="file", answer_fields=_caption_fields, keep_others=True, things="images",
             sources=[os.path.join(self.directory, name) for name in names],
         )  # fmt: skip
-        summary = batch.run(processor, restart=self.restart)
+        summary = run_batch(
+            batch, processor, lambda: self.model.load(processor, self.slots), restart=self.restart, debug=self.debug
+        )
         if self.as_json:
             print(to_json({**summary.fields(), "skipped": skipped}))
         summary.raise_if_failed()
 
     def _find(self, out: str) -> tuple[list[str], int]:
-        """The pictures by their names from the folder on, sorted; and how many other files there are."""
+        """The paths of the images in the directory, sorted; and the number of other files."""
         names, skipped = [], 0
         for path in self._files():
             name = path.relative_to(self.directory).as_posix()
-            if is_picture(path):
+            if is_image(path):
                 names.append(name)
             elif not is_same_file(path, out):
                 skipped += 1
@@ -113,32 +118,34 @@ class Describe(LongSamplingOptions, DistributedOptions, ModelOptions):
                 if not name.startswith(".") and (path.is_file() or path.is_symlink()):
                     yield path
 
-    def _row(self, name: str) -> "Row":
-        from glm4v_jax.generate.offline.prompts import Row
+    def _prompt(self, name: str) -> "BatchPrompt":
+        from glm4v_jax.generate.offline.prompts import BatchPrompt
+        from glm4v_jax.inputs.text.messages import user_messages
 
-        messages = user_messages(self.prompt, [os.path.join(self.directory, name)], system=self.system)
-        return Row(name, messages, {"prompt": self.prompt, "image": name, "system": self.system})
-
-
-_NOT_ONLY_PICTURES = ("PDF", "MPEG", "HDF5", "GRIB", "BUFR")
-"""Formats of Pillow's whose files and names hold other things than pictures."""
+        system = self.sampling.system
+        messages = user_messages(self.prompt, [os.path.join(self.directory, name)], system=system)
+        return BatchPrompt(name, messages, {"prompt": self.prompt, "image": name, "system": system})
 
 
-def is_picture(path: pathlib.Path) -> bool:
-    """Whether a file is a picture by its content; also one by its name that cannot be read, to be told of."""
+_NOT_ONLY_IMAGES = ("PDF", "MPEG", "HDF5", "GRIB", "BUFR")
+"""Pillow's formats whose files also hold other things than images."""
+
+
+def is_image(path: pathlib.Path) -> bool:
+    """Whether a file is an image by its content; or by its name where it cannot be read, so that it gets an error."""
     import PIL.Image
 
     try:
         with PIL.Image.open(path) as image:
-            return image.format not in _NOT_ONLY_PICTURES
+            return image.format not in _NOT_ONLY_IMAGES
     except PIL.Image.DecompressionBombError:
         return True
-    except Exception:  # Pillow's format readers raise many kinds of errors on what is no picture.
+    except Exception:  # Pillow's format readers raise many kinds of errors on other files.
         kind = PIL.Image.registered_extensions().get(path.suffix.lower())
-        return kind in PIL.Image.OPEN and kind not in _NOT_ONLY_PICTURES
+        return kind in PIL.Image.OPEN and kind not in _NOT_ONLY_IMAGES
 
 
-def _line(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:
+def _caption_fields(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:
     from glm4v_jax.generate.completion import completion_fields
 
     (width, height) = completion.image_sizes[0]

@@ -1,4 +1,4 @@
-"""`glm4v inspect`: what the model will see of pictures and videos, as a sheet, and what they cost, as figures."""
+"""`glm4v inspect`: what the model will see of images and videos, as a sheet, and how many tokens that takes."""
 
 import contextlib
 import dataclasses
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.console.console import check_files, check_model, status
-from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT
+from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT, check_files, check_model
+from glm4v_jax.console.program import JsonOptions
+from glm4v_jax.console.progress import status
 from glm4v_jax.errors import MediaError, named
 from glm4v_jax.files import is_same_file, replacing, to_json
 from glm4v_jax.inputs.media.quiet import silent_decoders
@@ -23,45 +24,39 @@ if TYPE_CHECKING:
 
 MAX_FILES = 100
 SOFTWARE = "glm4v inspect"
-"""What a sheet says of its origin, so that a later one may take its place."""
+"""In the metadata of a sheet, so that a later one may overwrite it."""
 
 
-@dataclasses.dataclass
-class Inspect:
-    """Show what the model will see of pictures and videos: one PNG with the grids of their patches and tokens.
+@dataclasses.dataclass(kw_only=True)
+class Inspect(JsonOptions):
+    """Show what the model will see of images and videos: one PNG with the grids of their patches and tokens.
 
-    On the terminal: sizes, tokens, M-RoPE positions, and what was scaled down and by how much. No weights are loaded.
+    Prints sizes, tokens, M-RoPE positions, and how much was scaled down. No weights are loaded.
     """
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
-    """Pictures and videos: paths or http(s) addresses."""
+    """Images and videos: paths or http(s) addresses."""
 
     model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
-    """Directory of a GLM-4.1V checkpoint in Hugging Face layout; its processor decides."""
+    """Checkpoint whose processor is used."""
 
     out: Annotated[str, tyro.conf.arg(metavar="PNG")] = "inspect.png"
-    """Where to write the sheet. A sheet of an earlier call is replaced; another file is not."""
+    """The sheet to write. An earlier sheet is overwritten; another file is not, unless --overwrite."""
 
     overwrite: bool = False
-    """Replace whatever is there."""
+    """Overwrite any file."""
 
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)")] = None
-    """What would be asked about the files: counts the tokens of the whole prompt."""
-
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print one JSON object."""
-
-    debug: bool = False
-    """Show the whole traceback of an error."""
+    """A prompt about the files: count the tokens of the whole prompt."""
 
     def run(self) -> None:
-        """Reads all files, and only then draws, writes the sheet and prints."""
+        """Read all files, and only then draw, write the sheet and print."""
         if not self.files:
-            raise MediaError("FILE: found none, expected at least one picture or video")
+            raise MediaError("FILE: found none; expected at least one image or video")
         if len(self.files) > MAX_FILES:
-            raise MediaError(f"FILE: found {len(self.files)}, expected at most {MAX_FILES} for one sheet")
+            raise MediaError(f"FILE: found {len(self.files)}; expected at most {MAX_FILES} for one sheet")
         check_model(self.model)
-        check_files(self.files)
+        check_files("FILE", self.files)
         _check_out(self.out, self.files, self.overwrite)
 
         from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
@@ -113,12 +108,12 @@ class Inspect:
         if self.prompt is not None:
             largest = prompt.next_position - 1
             tokens = _count(len(prompt.input_ids), "token")
-            print(f"prompt: {tokens}, M-RoPE 0 to {largest}; the answer goes on at {largest + 1}")
+            print(f"prompt: {tokens}, M-RoPE 0 to {largest}; the answer starts at {largest + 1}")
         print(f"sheet: {self.out} ({sheet.width} × {sheet.height} pixels)")
 
 
 def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
-    """What there is to say of a file, as (name, text), from `inputs.preview.placement.facts`; width before height."""
+    """The lines about a file, as (name, text), from `inputs.preview.placement.facts`; width before height."""
     t, h, w = fact["grid_thw"]
     scale = f"× {fact['scale_width']:.3f} wide, × {fact['scale_height']:.3f} high"
     seen = f"{fact['seen_width']} × {fact['seen_height']} pixels"
@@ -146,7 +141,7 @@ def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def sheet_lines(fact: dict[str, Any]) -> list[str]:
-    """The same for the sheet, whose font has few characters."""
+    """The lines for the sheet, whose font has few characters."""
     told = {name: value.replace("×", "x") for name, value in rows(fact)}
     sampled = [f"sampled: {told['sampled']}"] if "sampled" in told else []
     return [
@@ -159,17 +154,17 @@ def sheet_lines(fact: dict[str, Any]) -> list[str]:
 
 
 def _title(name: str) -> str:
-    """The last part of a path or address."""
+    """Return the last part of a path or address."""
     return os.path.basename(name) or name
 
 
 def _times(taken: Sequence[int], fps: float | None) -> str:
-    """When the first and the last frame was."""
+    """Return the times of the first and the last frame."""
     return f"from {taken[0] / fps:.2f} to {taken[-1] / fps:.2f} s" if fps else f"from #{taken[0]} to #{taken[-1]}"
 
 
 def _shortened(times: Sequence[int]) -> list[Any]:
-    """The first and last of many."""
+    """Return the first and the last of many."""
     return list(times) if len(times) <= 12 else [*times[:8], "...", *times[-3:]]
 
 
@@ -179,25 +174,27 @@ def _count(number: int, name: str) -> str:
 
 
 def _check_out(out: str, files: Sequence[str], overwrite: bool) -> None:
-    """Refuses a place for the sheet before anything slow begins.
+    """Check the path of the sheet before anything slow begins.
 
     Raises:
-      MediaError: it is no name of a PNG, or one of the files to look at.
-      OSError: its directory is not there, or something that is no sheet is in its place.
+      MediaError: it does not end in .png, or is one of the inputs.
+      OSError: its directory does not exist, or a file that is not a sheet has its name.
     """
     path = pathlib.Path(out)
     if path.suffix.lower() != ".png":
-        raise MediaError(f"--out {named(out)}: expected a name that ends in .png")
+        raise MediaError(f"--out: found {named(out)}; expected a name that ends in .png")
     if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such directory for the sheet", str(path.parent))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     if not path.exists():
         return
     if any(is_same_file(path, file) for file in files):
-        raise MediaError(f"--out {out}: is one of the files to look at; expected another name")
+        raise MediaError(f"--out: found {out}, one of the inputs; expected another name")
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a directory, expected the name of a PNG", out)
+        raise IsADirectoryError(errno.EISDIR, "found a directory; expected the name of a PNG", out)
     if not overwrite and not _is_sheet(path):
-        raise FileExistsError(errno.EEXIST, "is there and is no sheet of glm4v inspect: --overwrite replaces it", out)
+        raise FileExistsError(
+            errno.EEXIST, "found a file that is not a sheet; expected none; pass --overwrite to overwrite it", out
+        )
 
 
 def _is_sheet(path: pathlib.Path) -> bool:
@@ -206,12 +203,12 @@ def _is_sheet(path: pathlib.Path) -> bool:
     try:
         with PIL.Image.open(path) as image:
             return image.format == "PNG" and image.info.get("Software") == SOFTWARE
-    except Exception:  # Pillow's format readers raise many kinds of errors on what is no picture.
+    except Exception:  # Pillow's format readers raise many kinds of errors on other files.
         return False
 
 
 def _write(sheet: "PIL.Image.Image", out: str) -> None:
-    """Writes a sheet, in one piece or not at all."""
+    """Write a sheet, completely or not at all."""
     import PIL.PngImagePlugin
 
     info = PIL.PngImagePlugin.PngInfo()

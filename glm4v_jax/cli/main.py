@@ -1,7 +1,7 @@
-"""The command line, `glm4v`: a table of subcommands, each a typed dataclass that runs itself.
+"""The program `glm4v`: a table of commands, each a typed dataclass that runs itself.
 
-Thin on purpose: a subcommand turns options into calls of the public Python interface and prints what comes back. JAX is
-imported only once the inputs are known to be good, so that help and complaints are immediate.
+A command turns options into calls of the public Python interface and prints what comes back. JAX is imported only once
+the inputs are known to be good, so that help and errors are immediate.
 """
 
 import contextlib
@@ -17,13 +17,11 @@ from glm4v_jax.cli.describe import Describe
 from glm4v_jax.cli.generate import Generate
 from glm4v_jax.cli.inspect import Inspect
 from glm4v_jax.cli.mesh import Mesh
-from glm4v_jax.console.console import parse
-from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE
-from glm4v_jax.console.program import Runnable, leave_output, run_command
-from glm4v_jax.console.standing import STANDING_ON_THIS, TROUBLE, main_of
+from glm4v_jax.console.distributed import INTERRUPTED
+from glm4v_jax.console.program import PROGRAMS, USAGE, Command, main_of, run_program
 from glm4v_jax.errors import ConfigError
 
-COMMANDS: dict[str, Callable[..., Runnable]] = {
+COMMANDS: dict[str, Callable[..., Command]] = {
     "generate": Generate,
     "chat": Chat,
     "describe": Describe,
@@ -32,37 +30,38 @@ COMMANDS: dict[str, Callable[..., Runnable]] = {
     "cache": Cache,
 }
 
-
-DESCRIPTION = (
-    "GLM-4.1V in JAX: pictures, videos and text in, text out. `glm4v convert` converts checkpoints, `glm4v train` "
-    "fine-tunes, `glm4v eval` scores, and `glm4v --version` prints the version."
-)
+DESCRIPTION = "GLM-4.1V in JAX: images, videos and text in, text out. `glm4v --version` prints the version."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand.
+    """Run one command.
 
     Args:
-        arguments: what follows the program's name; that of this process by default.
+      arguments: what follows the program's name; those of this process by default.
 
     Returns:
-        The exit status: 0, or 1 after one line on standard error that says what is wrong; 2 after one that says why a
-        program beside this package cannot be had. An unknown option exits with status 2 by `SystemExit`.
+      The exit status, see `run_program`; 2 after one line that says why `convert`, `train` or `eval` is missing.
     """
-    try:
-        status = _run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        leave_output()
-        return READER_GONE
-    return status
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"glm4v {__version__}")
+        return 0
+    if arguments and (name := arguments[0]) in PROGRAMS:
+        # They stand on this package and not the other way round.
+        try:
+            other = main_of(name)
+        except ConfigError as error:
+            print(f"glm4v: error: {error}", file=sys.stderr)
+            return USAGE
+        return other(arguments[1:], prog=f"glm4v {name}")
+    return run_program(COMMANDS, arguments, name="glm4v", prog="glm4v", description=DESCRIPTION, others=PROGRAMS)
 
 
 def program() -> NoReturn:
-    """`main` as a program of its own: exits with its status.
+    """Run `main` as a program of its own: exit with its status.
 
-    After Ctrl-C at once, with what has been written flushed: a computation may still be running on XLA's threads, which
-    do not survive the end of the interpreter that they call back into.
+    After Ctrl-C, exit at once, with what has been written flushed: a computation may still be running on XLA's threads,
+    which do not survive the end of the interpreter that they call back into.
     """
     try:
         status = main()
@@ -74,18 +73,3 @@ def program() -> NoReturn:
                 stream.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] in STANDING_ON_THIS:
-        # They stand on this package and not the other way round: loaded where they are asked for.
-        try:
-            other = main_of(arguments[0])
-        except ConfigError as error:
-            print(f"glm4v: error: {error}", file=sys.stderr)
-            return TROUBLE
-        return other(arguments[1:], prog=f"glm4v {arguments[0]}")
-    if list(arguments) == ["--version"]:
-        print(f"glm4v {__version__}")
-        return 0
-    return run_command(parse(COMMANDS, arguments, "glm4v", DESCRIPTION), "glm4v")

@@ -31,7 +31,6 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from glm4v_jax.errors import ConfigError, Glm4vError
@@ -166,8 +165,8 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
       ValueError: it does not fit.
     """
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
+    if callable(tolist := getattr(value, "tolist", None)):  # of NumPy, which help does not wait for
+        value = tolist()
     converted = msgspec.convert(value, hint)
     if not _allows_infinity(hint) and not all(map(math.isfinite, _floats(converted))):
         raise ValueError("not finite")

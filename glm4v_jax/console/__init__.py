@@ -1,1 +1,9 @@
-"""What all commands share: options, progress, tables, errors as one line."""
+"""What the commands of all programs share.
+
+- `program`: a program as a table of commands: how one is found and run, exit statuses, errors in one line.
+- `options`: the groups of options for the model, media and sampling, and checks of files.
+- `distributed`: the options for several processes, and how a command runs on them.
+- `progress`: the progress bar and the spinner, on standard error.
+- `table`: the table printer.
+- `answer_writer`: an answer on its way to the screen.
+"""

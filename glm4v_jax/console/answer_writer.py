@@ -1,7 +1,6 @@
 """Answers on their way to a person's screen, or to whatever else standard output is."""
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING
 import rich.console
 import rich.text
 
-from glm4v_jax.console.console import status
+from glm4v_jax.console.progress import status
+from glm4v_jax.console.table import printable
 from glm4v_jax.generate.text.thinking import END_THINK, THINK, Kind
 
 if TYPE_CHECKING:
@@ -17,14 +17,8 @@ if TYPE_CHECKING:
 
 STYLES = {Kind.TEXT: "", Kind.THOUGHT: "dim italic", Kind.ANSWER: "", Kind.BOX: "bold"}
 
-COMPILING = "a new shape compiles first"
-"""What is said until the first piece of an answer comes."""
-
 # Seconds; of answers that came at once there is nothing to measure between two bursts.
 _LEAST_SECONDS = 0.1
-
-# What a terminal would obey: a model's text must not move the cursor or ring the bell.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class AnswerWriter:
@@ -77,15 +71,6 @@ class AnswerWriter:
 def _is_new_section(last: Kind, kind: Kind) -> bool:
     """Whether a thought begins or ends here, with or without its tags. A box is part of what is around it."""
     return (kind is Kind.THOUGHT) != (last is Kind.THOUGHT) or (last is Kind.TEXT and kind is Kind.ANSWER)
-
-
-def printable(text: str) -> str:
-    """A text without the control characters that a terminal would obey; tabs and line ends stay."""
-    return _CONTROLS.sub(_as_escape, text)
-
-
-def _as_escape(match: re.Match[str]) -> str:
-    return "" if match[0] == "\r" else f"\\x{ord(match[0]):02x}"
 
 
 def after_status(deltas: "Iterator[Delta]", text: str) -> "Iterator[Delta]":

@@ -1,22 +1,20 @@
-"""Subcommands on several processes: their options, how they join, and how they end together."""
+"""Commands on several processes: their options, how they join, and how they end together."""
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any, NoReturn, Self
+from typing import IO, Annotated, NoReturn
 
 import tyro
 
+from glm4v_jax.config.checks import Natural, Positive
 from glm4v_jax.devices.launchers import launcher
 from glm4v_jax.errors import ConfigError, Glm4vError, one_line
-from glm4v_jax.generate.offline.answer_file import AnswerFile
 
 INTERRUPTED = 130
 """Exit status of a shell command that Ctrl-C ended."""
@@ -26,23 +24,22 @@ READER_GONE = 141
 
 @dataclasses.dataclass(kw_only=True)
 class DistributedOptions:
-    """Which of several processes this is, where nothing else says it."""
+    """For several processes on several hosts: start the same command in each. Process 0 prints."""
 
     coordinator: Annotated[
         str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="(default: found on TPU pods, Slurm, GKE)")
     ] = None
-    """One of several processes on several hosts: where process 0 is, and a port that is free there. All of them are
-    started with the same options, and process 0 prints."""
+    """Host of process 0, and a free port on it."""
 
     num_processes: Annotated[
-        int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: found in the same way, or 1)")
+        Positive | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: found in the same way, or 1)")
     ] = None
-    """How many there are."""
+    """Number of processes."""
 
     process_id: Annotated[
-        int | None, tyro.conf.arg(metavar="I", help_behavior_hint="(default: found in the same way)")
+        Natural | None, tyro.conf.arg(metavar="I", help_behavior_hint="(default: found in the same way)")
     ] = None
-    """Which this is, from 0."""
+    """Index of this process, from 0."""
 
     @property
     def is_one_of_several(self) -> bool:
@@ -52,37 +49,37 @@ class DistributedOptions:
 
 
 def check_alone(command: str) -> None:
-    """Refuse a subcommand that talks to one person.
+    """Check that a command for one terminal runs in one process.
 
     Raises:
-      ConfigError: a launcher has started several processes of it.
+      ConfigError: a launcher has started several.
     """
     name = launcher()
     if name is not None and name != "Cloud TPU":  # there it may be the only host
         raise ConfigError(
-            f"{command}: found one of several processes, of {name}; expected the only one: it reads from one "
-            "terminal. `glm4v generate` runs on several"
+            f"{command}: found one of several processes, of {name}; expected the only one; `glm4v generate` runs "
+            "on several"
         )
 
 
 @contextlib.contextmanager
-def joined(command: object, prog: str, status: int = 1) -> Iterator[None]:
-    """Runs the body, a subcommand, together with the other processes that run it.
+def joined(options: DistributedOptions | None, prog: str, status: int = 1, *, debug: bool = False) -> Iterator[None]:
+    """Run the body, a command, together with the other processes that run it.
 
-    Where there are others, what is wrong in one is told and ends all of them from here; only the first writes text.
+    An error in one of them ends all, with its message; only the first prints.
 
     Args:
-      command: the subcommand; others than `DistributedOptions` are alone.
+      options: of the command; None for one that runs in one process.
       prog: the program's name in messages.
       status: of this process after an error.
+      debug: print tracebacks, and the native log as it is.
 
     Raises:
       ConfigError: the options are contradictory, or the others cannot be reached.
     """
-    if not (isinstance(command, DistributedOptions) and command.is_one_of_several):
+    if options is None or not options.is_one_of_several:
         yield
         return
-    debug = bool(getattr(command, "debug", False))
     with contextlib.ExitStack() as streams:
         errors = sys.stderr if debug else streams.enter_context(_own_streams(prog))
 
@@ -92,9 +89,9 @@ def joined(command: object, prog: str, status: int = 1) -> Iterator[None]:
         from glm4v_jax.devices import distributed
         from glm4v_jax.devices.failure import fail
 
-        options = (command.coordinator, command.num_processes, command.process_id)
+        given = (options.coordinator, options.num_processes, options.process_id)
         try:
-            if distributed.init_distributed(*options, tell=tell) and not distributed.is_first():
+            if distributed.init_distributed(*given, tell=tell) and not distributed.is_first():
                 silent = streams.enter_context(open(os.devnull, "w"))
                 streams.enter_context(contextlib.redirect_stdout(silent))
                 streams.enter_context(contextlib.redirect_stderr(silent))
@@ -108,53 +105,8 @@ def joined(command: object, prog: str, status: int = 1) -> Iterator[None]:
             _end(error, fail, status, errors, debug=debug)
 
 
-def answers_of_all(
-    options: object, open_file: Callable[[], AnswerFile], keys: Mapping[int | str, str]
-) -> "AnswerFile | OthersAnswers":
-    """The file of answers, which the first process opens and writes; the others hear from it what is done.
-
-    Args:
-      options: of the subcommand.
-      open_file: opens it.
-      keys: name -> what says what is asked, for all that is to be answered.
-
-    Raises:
-      OSError, GenerationError: what `open_file` raises.
-      MessageError: another process has others.
-    """
-    if not (isinstance(options, DistributedOptions) and options.is_one_of_several):
-        return open_file()
-    import numpy as np
-
-    from glm4v_jax.devices.distributed import agree, is_first, shared
-
-    names, told = list(keys), json.dumps(list(keys.items())).encode()
-    agree("prompts, model and options", hashlib.blake2b(told, digest_size=16).digest())
-    file = open_file() if is_first() else OthersAnswers()
-    is_done = shared(np.array([name in file.done for name in names], np.bool_))
-    file.done = {name for name, done in zip(names, is_done.tolist(), strict=True) if done}
-    return file
-
-
-class OthersAnswers:
-    """In place of `AnswerFile`, where another process writes it."""
-
-    def __init__(self) -> None:
-        self.done: set[int | str] = set()
-        """what has been answered"""
-
-    def append(self, name: int | str, line: Mapping[str, Any]) -> None:
-        """Leaves it to the first process."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """There is nothing to close."""
-
-
 def _end(error: BaseException, fail: Callable[..., NoReturn], status: int, log: IO[str], *, debug: bool) -> NoReturn:
-    """Ends all processes for an exception in this one."""
+    """End all processes for an exception in this one."""
     is_lost = type(error).__name__ == "JaxRuntimeError"
     is_expected = is_lost or isinstance(error, KeyboardInterrupt | Glm4vError | OSError)
     if debug or not is_expected:
@@ -172,7 +124,7 @@ def _end(error: BaseException, fail: Callable[..., NoReturn], status: int, log: 
 
 @contextlib.contextmanager
 def _own_streams(prog: str) -> Iterator[IO[str]]:
-    """Keeps Python's standard output and error apart from native code's, which goes through `native_log`."""
+    """Keep Python's standard output and error apart from native code's, which goes through `native_log`."""
     program = Path(__file__).with_name("native_log.py")
     kept = os.dup(1), os.dup(2)
     with contextlib.ExitStack() as stack:

@@ -1,18 +1,18 @@
-"""The options that subcommands share: which model, what it is shown, and how it draws."""
+"""The options that commands share, in groups: the model, what it is shown, and how it generates."""
 
 import dataclasses
 import hashlib
 import os
 import sys
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.presets import PRESETS, preset
-from glm4v_jax.console.console import MODEL, check_model, status
-from glm4v_jax.errors import ConfigError, GenerationError, MediaError, named
+from glm4v_jax.console.progress import status
+from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named
 from glm4v_jax.planning.mesh_presets import PRESETS as MESH_PRESETS
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for
 from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
+MODEL = "GLM4V_MODEL"
+"""The environment variable for the model where no option names it."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 NEW_TOKENS = 2048
@@ -30,61 +33,61 @@ TINY_NEW_TOKENS = 64
 """Twice as many as the tiny model's longest answer has."""
 
 DEFAULT_MODEL = os.environ.get(MODEL) or str(TINY_CHECKPOINT)
-"""Where no model is named."""
-DEFAULT_MODEL_HINT = "(default: $GLM4V_MODEL, or a tiny one in the package, which knows handwritten digits)"
+DEFAULT_MODEL_HINT = "(default: $GLM4V_MODEL, or the tiny model in the package, which reads handwritten digits)"
 
 FROM_CHECKPOINT = "(default: the preset's, or the checkpoint's)"
 
-_PRESETS = "Published sampling options, which go over the checkpoint's; options given here go over both.\n" + "\n".join(
-    textwrap.fill(f"{name}: {known.description}", 200) for name, known in PRESETS.items()
-)
 
-_MESHES = "How devices share the model: axes as fsdp=4,kv=2, or a preset, which takes all devices.\n" + "\n".join(
-    textwrap.fill(f"{name}: {known.description}", 200) for name, known in MESH_PRESETS.items()
-)
+def _listed(intro: str, descriptions: Mapping[str, Any]) -> str:
+    """Help that lists presets, a line each."""
+    return "\n".join([intro, *(f"- {name}: {known.description}" for name, known in descriptions.items())])
 
 
 @dataclasses.dataclass(kw_only=True)
 class ModelOptions:
-    """Which model answers."""
+    """The model, and the devices it runs on."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
-    """Directory of a GLM-4.1V checkpoint in Hugging Face layout."""
+    directory: Annotated[str, tyro.conf.arg(name="model", metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = (
+        DEFAULT_MODEL
+    )
+    """Checkpoint in Hugging Face or Orbax format."""
 
     dtype: Annotated[
-        # Not a Literal with None: tyro would offer None among the choices.
+        # Not a Literal with None: tyro would list None among the choices.
         str | None,
         tyro.conf.arg(
             metavar=f"{{{','.join(DTYPES)}}}", help_behavior_hint="(default: float32 on a CPU, bfloat16 elsewhere)"
         ),
     ] = None
-    """Of the weights and the arithmetic; auto is the checkpoint's."""
+    """Data type of weights and activations; auto is the checkpoint's."""
 
     mesh: Annotated[
-        str | None, tyro.conf.arg(metavar="PRESET|AXES", help=_MESHES, help_behavior_hint="(default: one device)")
+        str | None,
+        tyro.conf.arg(
+            metavar="PRESET|AXES",
+            help=_listed("How to split the model over devices: axes as fsdp=4,kv=2, or a preset:", MESH_PRESETS),
+            help_behavior_hint="(default: one device)",
+        ),
     ] = None
 
-    debug: bool = False
-    """Show the whole traceback of an error."""
-
     def check(self) -> None:
-        """Misses a checkpoint before anything slow begins.
+        """Check the options before anything slow begins.
 
         Raises:
-          CheckpointError, ConfigError: there is no such directory, dtype, or preset or axis of a mesh.
+          CheckpointError, ConfigError: there is no such directory, data type, or preset or axis of a mesh.
         """
-        check_model(self.model)
+        check_model(self.directory)
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype: found {self.dtype}, expected one of {', '.join(DTYPES)}")
+            raise ConfigError(fault("--dtype", self.dtype, f"one of {', '.join(DTYPES)}"))
         if self.mesh is not None:
             check_text(self.mesh)
 
     def load(self, processor: "Glm4vProcessor", num_slots: int = 1) -> "Engine":
-        """The engine; this is where weights are read.
+        """Load the weights into an engine.
 
         Raises:
           CheckpointError: what is wrong with the weights.
-          ConfigError: the mesh needs more devices than there are, or the model does not divide by it.
+          ConfigError: the mesh needs more devices than there are, or does not divide the model.
         """
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
@@ -93,19 +96,19 @@ class ModelOptions:
         from glm4v_jax.devices.distributed import agree, check_devices, several
 
         asked = self.mesh or ("latency" if several() else None)
-        config = Glm4vConfig.from_pretrained(self.model)
+        config = Glm4vConfig.from_pretrained(self.directory)
         mesh = None if asked is None else mesh_for(asked, config)
         if mesh is not None:
             check_devices(mesh)
-            told = repr((mesh.shape, self.dtype, num_slots, config)).encode()
-            agree("mesh, model, dtype and slots", hashlib.blake2b(told, digest_size=16).digest())
+            given = repr((mesh.shape, self.dtype, num_slots, config)).encode()
+            agree("mesh, model, dtype and slots", hashlib.blake2b(given, digest_size=16).digest())
             if mesh.size > 1:
                 from glm4v_jax.planning.parameter_layout import mesh_text
 
                 print(f"mesh {mesh_text(mesh.shape)}", file=sys.stderr, flush=True)
-        if _is_tiny(self.model):
+        if _is_tiny(self.directory):
             print(
-                "answering: the tiny model of the package, which knows handwritten digits; --model DIR for another",
+                "using the tiny model in the package, which reads handwritten digits; --model DIR for another",
                 file=sys.stderr,
                 flush=True,
             )
@@ -113,7 +116,7 @@ class ModelOptions:
         from glm4v_jax.generate.engine import Engine
 
         with status("loading the weights"):
-            model = Glm4vForConditionalGeneration.from_pretrained(self.model, dtype=self.dtype, mesh=mesh)
+            model = Glm4vForConditionalGeneration.from_pretrained(self.directory, dtype=self.dtype, mesh=mesh)
         return Engine(model, processor, num_slots=num_slots)
 
 
@@ -121,83 +124,83 @@ class ModelOptions:
 class MediaOptions:
     """What the model is shown."""
 
-    image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="F")] = ()
-    """A picture: path or http(s) address."""
+    image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
+    """An image: a path or an http(s) address; may be given more than once."""
 
-    video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="F")] = ()
-    """A video: path or http(s) address. Videos come after the pictures."""
+    video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
+    """A video, or a directory of its frames; placed after the images. May be given more than once."""
 
-    def check_media(self) -> None:
-        """Misses files before anything slow begins.
+    def check(self) -> None:
+        """Check that the files exist, before anything slow begins.
 
         Raises:
-          MediaError: a file is not there.
+          MediaError: some do not.
         """
-        from glm4v_jax.inputs.media.fetch import is_address
-
-        for option, places in (("--image", self.image), ("--video", self.video)):
-            for place in places:
-                # A directory may be the frames of a video.
-                if not is_address(place) and not os.path.exists(place):
-                    raise MediaError(f"{option} {named(place)}: there is no such file or directory")
+        check_files("--image", self.image, directories=True)
+        check_files("--video", self.video, directories=True)
 
 
 @dataclasses.dataclass(kw_only=True)
 class SamplingOptions:
-    """How the model answers."""
+    """How the model generates."""
 
-    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: nothing)")] = None
-    """What the system says first."""
+    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)")] = None
+    """System prompt."""
 
     preset: Annotated[
-        str | None, tyro.conf.arg(metavar="NAME", help=_PRESETS, help_behavior_hint="(default: none)")
+        str | None,
+        tyro.conf.arg(
+            metavar="NAME",
+            help=_listed("Published sampling options; other options override them:", PRESETS),
+            help_behavior_hint="(default: none)",
+        ),
     ] = None
 
     max_new_tokens: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the preset's, or 128)")
     ] = None
-    """Stop after this many tokens at the latest."""
+    """Stop after at most this many tokens."""
 
     think_budget: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: none)")] = None
-    """Close a thought that is still open after this many tokens; up to --answer-budget more follow."""
+    """Close a thought after this many tokens; up to --answer-budget more follow."""
 
     answer_budget: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: --max-new-tokens)")
     ] = None
-    """Tokens for the answer after a thought that has used up its budget."""
+    """Tokens for the answer after a thought that was closed by --think-budget."""
 
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
-    """End the answer before this text; may be given more than once."""
+    """End before this text; may be given more than once."""
 
     stop_repetition: bool = False
-    """End a text that goes in circles."""
+    """End when the text repeats itself."""
 
     do_sample: bool = False
-    """Draw the next token, whatever preset and checkpoint say."""
+    """Sample, whatever the preset and the checkpoint say."""
 
     greedy: bool = False
-    """Take the likeliest next token, whatever preset and checkpoint say."""
+    """Take the most likely token, whatever the preset and the checkpoint say."""
 
     temperature: Annotated[float | None, tyro.conf.arg(metavar="T", help_behavior_hint=FROM_CHECKPOINT)] = None
-    """Divides the logits before a token is drawn."""
+    """Divide the logits by this before sampling."""
 
     top_k: Annotated[int | None, tyro.conf.arg(metavar="K", help_behavior_hint=FROM_CHECKPOINT)] = None
-    """Draw among the K likeliest tokens."""
+    """Sample from the K most likely tokens; 0 for all."""
 
     top_p: Annotated[float | None, tyro.conf.arg(metavar="P", help_behavior_hint=FROM_CHECKPOINT)] = None
-    """Draw among the likeliest tokens that together reach this probability."""
+    """Sample from the most likely tokens whose probabilities add up to P."""
 
     min_p: Annotated[float | None, tyro.conf.arg(metavar="P", help_behavior_hint=FROM_CHECKPOINT)] = None
-    """Draw among tokens at least this probable, relative to the likeliest."""
+    """Sample from tokens with at least P times the probability of the most likely one."""
 
     repetition_penalty: Annotated[float | None, tyro.conf.arg(metavar="R", help_behavior_hint=FROM_CHECKPOINT)] = None
-    """Over 1: makes tokens that occurred already less likely."""
+    """Above 1: make tokens less likely that have occurred."""
 
-    seed: int = 0
-    """Of the draws."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Random seed."""
 
-    def options(self, default_new_tokens: int | None = 128) -> dict[str, Any]:
-        """What was given, as fields of `GenerationConfig`, the preset's not among them.
+    def given(self, default_new_tokens: int | None = 128) -> dict[str, Any]:
+        """The options that were given, as fields of `GenerationConfig`, without those of the preset.
 
         Args:
           default_new_tokens: `max_new_tokens` where neither it nor a preset that has one was given.
@@ -206,21 +209,19 @@ class SamplingOptions:
           GenerationError: options exclude each other, or there is no such preset.
         """
         if self.greedy and self.do_sample:
-            raise GenerationError("--greedy and --do-sample: found both, expected one of them at most")
-        drawing = {
+            raise GenerationError("--greedy: found with --do-sample; expected one of the two")
+        sampling = {
             "--temperature": self.temperature,
             "--top-k": self.top_k,
             "--top-p": self.top_p,
             "--min-p": self.min_p,
         }
-        if self.greedy and (found := [option for option, value in drawing.items() if value is not None]):
-            raise GenerationError(f"--greedy and {', '.join(found)}: found both, expected one; --greedy draws nothing")
+        if self.greedy and (found := [option for option, value in sampling.items() if value is not None]):
+            raise GenerationError(f"--greedy: found with {', '.join(found)}, which are for sampling; expected either")
         if self.temperature == 0:
-            raise GenerationError(
-                "--temperature: found 0, expected a number above 0; for the likeliest token: --greedy"
-            )
+            raise GenerationError("--temperature: found 0; expected a number above 0, or --greedy")
         from_preset = {} if self.preset is None else preset(self.preset)
-        given = {
+        options = {
             "max_new_tokens": with_default(self.max_new_tokens, from_preset, default_new_tokens),
             "think_budget": self.think_budget,
             "answer_budget": self.answer_budget,
@@ -234,30 +235,26 @@ class SamplingOptions:
             "repetition_penalty": self.repetition_penalty,
             "seed": self.seed,
         }
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclasses.dataclass(kw_only=True)
 class LongSamplingOptions(SamplingOptions):
-    """The same, with room for a thought and an answer by default; see `long_answer`."""
+    """How the model generates, with room for a thought and an answer by default; see `long_answer`."""
 
     max_new_tokens: Annotated[
         int | None,
         tyro.conf.arg(
             metavar="N",
-            help_behavior_hint=f"(default: the preset's, or {NEW_TOKENS}; {TINY_NEW_TOKENS} of the tiny model)",
+            help_behavior_hint=f"(default: the preset's, or {NEW_TOKENS}; {TINY_NEW_TOKENS} for the tiny model)",
         ),
     ] = None
-    """Stop an answer after this many tokens at the latest."""
+    """Stop after at most this many tokens."""
 
 
 def long_answer(model: str) -> int:
-    """`max_new_tokens` where nothing else says it and an answer may think as long as it needs."""
+    """`max_new_tokens` where nothing else sets it and an answer may think as long as it needs."""
     return TINY_NEW_TOKENS if _is_tiny(model) else NEW_TOKENS
-
-
-def _is_tiny(model: str) -> bool:
-    return os.path.realpath(model) == os.path.realpath(TINY_CHECKPOINT)
 
 
 def with_default(given: int | None, from_preset: Mapping[str, Any], default: int | None) -> int | None:
@@ -266,12 +263,54 @@ def with_default(given: int | None, from_preset: Mapping[str, Any], default: int
 
 
 def generation_config(directory: str, preset_name: str | None, options: Mapping[str, Any]) -> "GenerationConfig":
-    """The checkpoint's options, changed by a preset's, changed by `options`: `Engine.config` before there is an engine.
+    """The checkpoint's options, overridden by a preset's, overridden by `options`, before there is an engine.
 
     Raises:
       GenerationError: an option or preset is unknown, or out of its range.
     """
     from glm4v_jax.config.generation import GenerationConfig
 
-    given = {**({} if preset_name is None else preset(preset_name)), **options}
-    return GenerationConfig.from_pretrained(directory).replace(**given)
+    merged = {**({} if preset_name is None else preset(preset_name)), **options}
+    return GenerationConfig.from_pretrained(directory).replace(**merged)
+
+
+def check_model(directory: str) -> None:
+    """Check that a checkpoint's directory exists, before anything slow begins.
+
+    Raises:
+      CheckpointError: it does not.
+    """
+    # Not pathlib: it takes an empty name for the current directory.
+    if not os.path.isdir(directory):
+        option = f"${MODEL}" if directory and directory == os.environ.get(MODEL) else "--model"
+        raise CheckpointError(
+            f"{option}: found {named(directory)}, which is not a directory; expected a checkpoint; download it first"
+        )
+
+
+def check_files(option: str, places: Iterable[str], *, directories: bool = False) -> None:
+    """Check that files exist, before anything slow begins.
+
+    Args:
+      option: names them in errors.
+      places: paths, and addresses, which are not checked.
+      directories: whether a path may be a directory, as that of a video's frames.
+
+    Raises:
+      MediaError: some do not; the message names all of them.
+    """
+    from glm4v_jax.inputs.media.fetch import is_address
+
+    faults = []
+    for place in places:
+        if is_address(place):
+            continue
+        if not place or not os.path.exists(place):
+            faults.append(f"{option}: found {named(place)}, which does not exist; expected an image or a video")
+        elif os.path.isdir(place) and not directories:
+            faults.append(f"{option}: found {place}, a directory; expected an image or a video")
+    raise_faults(faults, MediaError)
+
+
+def _is_tiny(model: str) -> bool:
+    return os.path.realpath(model) == os.path.realpath(TINY_CHECKPOINT)

@@ -1,60 +1,75 @@
-"""What the programs share that are tables of subcommands: how one is found, runs, and ends."""
+"""How a program that is a table of commands finds one, runs it, and ends.
+
+`glm4v` is such a program, and so are `convert`, `train` and `eval`, which `glm4v` finds by name: they are packages
+beside this one, with an extra of their name in pyproject.toml where they need packages that this one does not.
+"""
 
 import dataclasses
+import difflib
+import importlib
+import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NoReturn, Protocol
 
 import tyro
 
-from glm4v_jax.console.console import parse
+from glm4v_jax.config.checks import convert, expectation, fault, hints, raise_faults
 from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE, joined
-from glm4v_jax.console.standing import missing
-from glm4v_jax.errors import Glm4vError, one_line
+from glm4v_jax.errors import ConfigError, Glm4vError, one_line
+
+PROGRAMS = {
+    "convert": "Convert checkpoints between Hugging Face and Orbax formats; inspect and compare them.",
+    "train": "Fine-tune a model on your own images, videos and conversations.",
+    "eval": "Score a checkpoint on benchmarks; compare two runs.",
+}
+"""The programs beside this package: name -> description."""
+EXTRAS = ("train", "eval")
+"""Those with an extra."""
+USAGE = 2
+"""Exit status for unknown commands and options, and for a program that is not installed: 1 may be a result."""
 
 
-class Runnable(Protocol):
-    """A subcommand with its options."""
+class Command(Protocol):
+    """A command with its options; `Options` has all but `run`."""
 
     debug: bool
+    trouble: int
+    """Exit status where it could not do its work."""
 
     def run(self) -> int | None:
-        """Does the work and returns the exit status, None for 0.
+        """Do the work.
+
+        Returns:
+          The exit status; None for 0.
 
         Raises:
           Glm4vError, OSError: what the user can mend.
         """
 
-
-class Command(Runnable, Protocol):
-    """What a table of subcommands holds; `Options` has all but `run`."""
-
-    trouble: int
-    """Exit status where it could not do its work."""
-
     def interrupted(self) -> str | None:
-        """What to say after Ctrl-C, if anything."""
+        """What to print after Ctrl-C, if anything."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
-    """What every subcommand of a table has."""
+    """What every command has."""
 
     debug: bool = False
-    """Show the whole traceback of an error."""
+    """Show the full traceback of an error."""
 
     trouble = 1
 
     def interrupted(self) -> str | None:
-        """Nothing to say."""
+        """Nothing to print."""
         return None
 
 
 @dataclasses.dataclass(kw_only=True)
 class JsonOptions(Options):
-    """Of a subcommand whose result is a table, or an object for other programs."""
+    """What a command has that prints a table, or an object for other programs."""
 
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object."""
@@ -67,70 +82,168 @@ def run_program(
     name: str,
     prog: str,
     description: str,
+    others: Mapping[str, str] | None = None,
 ) -> int:
-    """Run one subcommand of a table.
+    """Run one command of a table, with the other processes that run it if there are any.
 
     Args:
       commands: name -> dataclass.
-      arguments: what follows the program's name; that of this process if None.
-      name: begins messages of errors.
+      arguments: what follows the program's name; those of this process if None.
+      name: starts messages of errors.
       prog: the program's name in help.
       description: of the program, in help.
-
-    Returns:
-      The exit status, as of `run_command`. An unknown option exits with status 2 by `SystemExit`.
-    """
-    command = parse(commands, sys.argv[1:] if arguments is None else arguments, prog, description)
-    return run_command(command, name, trouble=command.trouble, interrupted=command.interrupted)
-
-
-def run_command(
-    command: Runnable, name: str, *, trouble: int = 1, interrupted: Callable[[], str | None] | None = None
-) -> int:
-    """Run a subcommand, with the other processes that run it if there are any, and end as shell commands do.
-
-    Args:
-      command: the subcommand.
-      name: begins messages of errors.
-      trouble: exit status after an error.
-      interrupted: for what to say after Ctrl-C.
+      others: name -> description of commands that are listed in help, and handled elsewhere.
 
     Returns:
       The exit status: what `run` returns; `trouble` after one line on standard error that says what is wrong, or a
-      whole traceback with `debug` and for what nobody expected; 130 after Ctrl-C; 141 where nobody reads the output.
+      traceback with `debug` and for unexpected errors; 130 after Ctrl-C; 141 where nobody reads the output. Help and
+      unknown options exit by `SystemExit`.
     """
     try:
-        with joined(command, name, trouble):
+        command = parse(commands, sys.argv[1:] if arguments is None else arguments, prog, description, others)
+    except BrokenPipeError:
+        discard_output()
+        return READER_GONE
+    try:
+        check_ranges(command)
+        with joined(getattr(command, "distributed", None), name, command.trouble, debug=command.debug):
             status = command.run()
         sys.stdout.flush()
     except BrokenPipeError:
-        leave_output()
+        discard_output()
         return READER_GONE
     except (Glm4vError, OSError) as error:
         if command.debug:
             raise
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
-        return trouble
+        return command.trouble
     except KeyboardInterrupt:
-        said = None if interrupted is None else interrupted()
-        if said is not None:
-            print(said, file=sys.stderr)
+        if (line := command.interrupted()) is not None:
+            print(line, file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if not command.debug and isinstance(error, ModuleNotFoundError) and (line := missing(error, name)):
             print(f"{name}: error: {line}", file=sys.stderr)
-            return trouble
-        if command.debug or trouble == 1:
+            return command.trouble
+        if command.debug or command.trouble == 1:
             raise
-        # Python's own status would be 1, which of some subcommands is an answer.
+        # Python's own status would be 1, which may be a result of the command.
         traceback.print_exc()
-        return trouble
+        return command.trouble
     return status or 0
 
 
-def leave_output() -> None:
+def parse(
+    commands: Mapping[str, Callable[..., Command]],
+    arguments: Sequence[str],
+    prog: str,
+    description: str,
+    others: Mapping[str, str] | None = None,
+) -> Command:
+    """Find the command that the arguments ask for, with its options.
+
+    Args:
+      commands: name -> dataclass.
+      arguments: what follows the program's name.
+      prog: the program's name in help and errors.
+      description: of the program, in help.
+      others: name -> description of commands that are listed in help, and handled elsewhere.
+
+    Raises:
+      SystemExit: with status 0 for help, and 2 for unknown commands and options.
+    """
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    descriptions = {name: _first_line(command) for name, command in commands.items()} | dict(others or {})
+    if arguments and not arguments[0].startswith("-"):
+        # Not as a subcommand, so that errors name the help of this command and not that of the program.
+        name, *options = arguments
+        if name not in commands:
+            close = difflib.get_close_matches(name, descriptions, 1)
+            expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(descriptions)}"
+            print(f"{prog}: error: found command {name!r}; {expected}", file=sys.stderr)
+            raise SystemExit(USAGE)
+        return tyro.cli(commands[name], prog=f"{prog} {name}", args=options, config=config)
+    listed: dict[str, Callable[..., Any]] = {
+        name: dataclasses.make_dataclass(name, [], namespace={"__doc__": text}) for name, text in descriptions.items()
+    }
+    tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments, config=config)
+    raise AssertionError("the arguments name no command, which tyro exits for")
+
+
+def check_ranges(options: Any) -> None:
+    """Check the numbers of a command, and of its groups of options, against their annotations.
+
+    Raises:
+      ConfigError: all options that are out of range.
+    """
+    raise_faults(list(_faults(options)))
+
+
+def _faults(options: Any) -> Iterator[str]:
+    for name, hint in hints(type(options)).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(value):
+            yield from _faults(value)
+        elif isinstance(value, int | float):
+            try:
+                convert(value, hint)
+            except ValueError:
+                yield fault(f"--{name.replace('_', '-')}", value, expectation(hint))
+
+
+def main_of(name: str) -> Callable[..., int]:
+    """Find `main` of a program beside this package.
+
+    Args:
+      name: one of `PROGRAMS`.
+
+    Raises:
+      ConfigError: packages of its extra are missing, or something else has its name.
+    """
+    found = importlib.util.find_spec(name)
+    # Not imported to find out: somebody's script would run.
+    if found is not None and found.submodule_search_locations is None:
+        raise ConfigError(_hidden(name, found.origin))
+    try:
+        return importlib.import_module(f"{name}.commands").main
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.partition(".")[0] == name:
+            raise ConfigError(_hidden(name, None if found is None else found.origin)) from error
+        if (line := missing(error, name)) is None:
+            raise
+        raise ConfigError(line) from error
+
+
+def run_module(name: str) -> NoReturn:
+    """`python -m NAME`: exit with the status of the program, or `USAGE` after a line that says why it is missing."""
+    try:
+        main = main_of(name)
+    except ConfigError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+    sys.exit(main())
+
+
+def missing(error: ModuleNotFoundError, program: str) -> str | None:
+    """What to do about a package that a program did not find; None if no extra brings it."""
+    root = (error.name or "").partition(".")[0]
+    if program not in EXTRAS or root in ("", "glm4v_jax", *PROGRAMS):
+        return None
+    return f"found no package {root}; {program} needs the {program} extra: pip install '.[{program}]'"
+
+
+def discard_output() -> None:
     """Write standard output to nowhere, once nobody reads it.
 
     Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _first_line(command: Callable[..., Any]) -> str:
+    return (command.__doc__ or "").partition("\n")[0]
+
+
+def _hidden(name: str, place: str | None) -> str:
+    found = f"{place}: found another" if place else f"{name}: found no"
+    return f"{found} package {name}; expected that of glm4v_jax: rename it, or run from another directory"

@@ -4,11 +4,9 @@ Nothing here happens by import: the command line and `Engine.from_pretrained` as
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import pathlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,27 +24,8 @@ MAX_BYTES = 4 * 2**30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's own name of the time that a program took to compile."""
 
-# JAX's names: the program's, a SHA-256, and what the file is. The second file has the time of the last use.
-_PROGRAM = re.compile(r"(?P<name>.+)-[0-9a-f]{64}-cache")
-_LAST_USE = re.compile(r".+-[0-9a-f]{64}-atime")
-_LOCK = ".lockfile"
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedProgram:
-    """A compiled program on disk.
-
-    Attributes:
-      path: its file.
-      name: of the function that was compiled, such as "jit_decode".
-      size: in bytes.
-      used: when it was last used, in seconds since 1970; when it was written, where the cache has no bound.
-    """
-
-    path: pathlib.Path
-    name: str
-    size: int
-    used: float
+_PROGRAM, _LAST_USE = "-cache", "-atime"
+"""Ends of the names of JAX's files: a program, and when it was last used, if there is a bound."""
 
 
 def use_compilation_cache() -> None:
@@ -97,77 +76,41 @@ def size_bound() -> int | None:
         try:
             return None if int(named) == -1 else int(named)
         except ValueError as error:
-            raise ConfigError(f"${MAX_SIZE} is {named!r}; expected a number of bytes, or -1 for no bound") from error
+            raise ConfigError(
+                f"${MAX_SIZE}: found {named!r}; expected a number of bytes, or -1 for no bound"
+            ) from error
     # In a directory of somebody's choice, a bound would delete what others have put there. JAX needs filelock for it.
     if DIRECTORY in os.environ or importlib.util.find_spec("filelock") is None:
         return None
     return MAX_BYTES
 
 
-def cached_programs(directory: pathlib.Path) -> list[CachedProgram]:
-    """The compiled programs in a directory, the one not used for longest first; none where there is no directory.
+def cache_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files in a directory that JAX wrote for compiled programs; none if the directory does not exist.
 
     Raises:
       OSError: the directory cannot be read.
     """
-    programs = []
-    for path in directory.iterdir() if directory.exists() else ():
-        match = _PROGRAM.fullmatch(path.name)
-        # A running process may delete it meanwhile.
-        with contextlib.suppress(FileNotFoundError):
-            if match and path.is_file():
-                stat = path.stat()
-                programs.append(CachedProgram(path, match["name"], stat.st_size, _last_use(path, stat.st_mtime)))
-    return sorted(programs, key=lambda program: (program.used, program.path))
-
-
-def clear(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Deletes the files that JAX writes for compiled programs, and nothing else.
-
-    A process that is compiling meanwhile goes on, and may put new ones there.
-
-    Returns:
-      What else is in the directory, sorted; JAX's lock is not listed.
-
-    Raises:
-      OSError: the directory cannot be read, or a file cannot be deleted.
-    """
-    left = []
+    found = directory.iterdir() if directory.exists() else ()
     # Programs first: JAX 0.10 stops keeping programs where it finds one without its time.
-    for path in sorted(directory.iterdir(), key=_is_last_use) if directory.exists() else ():
-        if (_PROGRAM.fullmatch(path.name) or _is_last_use(path)) and path.is_file():
-            path.unlink(missing_ok=True)
-        elif path.name != _LOCK:
-            left.append(path)
-    return sorted(left)
+    return sorted((path for path in found if path.name.endswith((_PROGRAM, _LAST_USE))), key=_is_last_use)
 
 
 def _is_last_use(path: pathlib.Path) -> bool:
-    return _LAST_USE.fullmatch(path.name) is not None
-
-
-def _last_use_path(program: pathlib.Path) -> pathlib.Path:
-    return program.with_name(program.name.removesuffix("-cache") + "-atime")
-
-
-def _last_use(program: pathlib.Path, otherwise: float) -> float:
-    """Seconds since 1970, as JAX notes them where the cache has a bound."""
-    try:
-        return int.from_bytes(_last_use_path(program).read_bytes(), "little") / 1e9 or otherwise
-    except OSError:
-        return otherwise
+    return path.name.endswith(_LAST_USE)
 
 
 def _note_last_uses(directory: pathlib.Path) -> None:
-    """Gives a time to programs that lack one: without it JAX 0.10 cannot make room, and keeps no more programs.
+    """Write a time for programs that lack one: without it JAX 0.10 cannot make room, and keeps no more programs.
 
     They lack one if they were written without a bound, or if the process ended between writing the two.
     """
     with contextlib.suppress(OSError):
-        for program in cached_programs(directory):
-            noted = _last_use_path(program.path)
+        for program in directory.glob(f"*{_PROGRAM}"):
+            noted = program.with_name(program.name.removesuffix(_PROGRAM) + _LAST_USE)
             if not noted.exists():
-                noted.write_bytes(int(min(program.used, time.time()) * 1e9).to_bytes(8, "little"))
+                seconds = min(program.stat().st_mtime, time.time())
+                noted.write_bytes(int(seconds * 1e9).to_bytes(8, "little"))
 
 
 @contextlib.contextmanager

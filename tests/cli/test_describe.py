@@ -10,7 +10,7 @@ import pytest
 from helpers_cli import keyed, save_noise
 
 from glm4v_jax.cli import main
-from glm4v_jax.cli.describe import PROMPT, is_picture
+from glm4v_jax.cli.describe import PROMPT, is_image
 from glm4v_jax.console.options import long_answer
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
@@ -165,10 +165,10 @@ def test_what_cannot_be_described_is_said(folder, capfd, arguments, words):
 
 
 def test_what_is_a_picture(folder):
-    pictures = {path.name for path in folder.rglob("*") if path.is_file() and is_picture(path)}
+    pictures = {path.name for path in folder.rglob("*") if path.is_file() and is_image(path)}
     assert pictures == {"a.png", "b.jpg", "c.webp", "d.png", ".e.png", "no extension", "cut.png"}
     # By its name only, so that it is told of.
     (folder / "broken.jpeg").write_bytes(b"")
-    assert is_picture(folder / "broken.jpeg")
+    assert is_image(folder / "broken.jpeg")
     os.symlink(folder / "gone.png", folder / "link.png")
-    assert is_picture(folder / "link.png")
+    assert is_image(folder / "link.png")

@@ -17,7 +17,8 @@ import glm4v_jax
 from glm4v_jax.cli import main
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.console import answer_writer
-from glm4v_jax.console.answer_writer import AnswerWriter, printable, rate_after_first
+from glm4v_jax.console.answer_writer import AnswerWriter, rate_after_first
+from glm4v_jax.console.table import printable
 from glm4v_jax.files import to_json
 from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob, completion_fields
 from glm4v_jax.generate.text.thinking import Kind, Part, ThinkingParser

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from glm4v_jax.console.console import status
 from glm4v_jax.console.distributed import check_alone
 from glm4v_jax.console.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
+from glm4v_jax.console.program import Options
+from glm4v_jax.console.progress import status
 from glm4v_jax.errors import Glm4vError, MessageError, one_line
 from glm4v_jax.inputs.media.quiet import silent_decoders
 
@@ -20,32 +21,37 @@ PROMPT, MORE = "> ", ". "
 
 
 @dataclasses.dataclass(kw_only=True)
-class Chat(LongSamplingOptions, MediaOptions, ModelOptions):
-    """Lead a conversation: what has been said is kept, and a turn computes only what is new.
+class Chat(Options):
+    """Chat in the terminal. The conversation stays in the KV cache: a turn computes only its new tokens.
 
-    Thoughts are dimmed, boxed answers bold. /image FILE and /video FILE show something with the next message, /help
-    lists the other commands, Ctrl-C stops an answer. Where standard input is no terminal its lines are the messages,
-    answers go to standard output with their tags, and everything else to standard error.
+    Thoughts are dim, boxed answers bold. /image FILE and /video FILE add media to the next message, /help lists the
+    other commands, Ctrl-C stops an answer. If standard input is not a terminal, its lines are the messages; answers go
+    to standard output with their tags, everything else to standard error.
     """
 
-    def run(self) -> None:
-        """Checks the options, loads the weights, and talks until the user leaves."""
-        check_alone("chat")
-        self.check()
-        self.check_media()
-        given = self.options(default_new_tokens=None)
-        default = long_answer(self.model)
-        generation_config(self.model, self.preset, self.options(default))
+    media: MediaOptions = dataclasses.field(default_factory=MediaOptions)
+    sampling: LongSamplingOptions = dataclasses.field(default_factory=LongSamplingOptions)
+    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
 
-        from glm4v_jax import Glm4vProcessor
+    def run(self) -> None:
+        """Check the options, load the weights, and chat until the user leaves."""
+        check_alone("chat")
+        self.model.check()
+        self.media.check()
+        sampling, model = self.sampling, self.model.directory
+        default = long_answer(model)
+        generation_config(model, sampling.preset, sampling.given(default))
+
         from glm4v_jax.cli.chat.attachments import attach
         from glm4v_jax.cli.chat.session import Session
+        from glm4v_jax.inputs.processor import Glm4vProcessor
 
         with silent_decoders() if not self.debug else contextlib.nullcontext(), status("preparing"):
-            processor = Glm4vProcessor.from_pretrained(self.model)
-            attached = [attach("image", place, processor) for place in self.image]
-            attached += [attach("video", place, processor) for place in self.video]
-        session = Session(self.load(processor), self.model, self.system, self.preset, given, default)
+            processor = Glm4vProcessor.from_pretrained(model)
+            attached = [attach("image", place, processor) for place in self.media.image]
+            attached += [attach("video", place, processor) for place in self.media.video]
+        given = sampling.given(default_new_tokens=None)
+        session = Session(self.model.load(processor), model, sampling.system, sampling.preset, given, default)
         for item in attached:
             session.add(item)
         if sys.stdin.isatty():

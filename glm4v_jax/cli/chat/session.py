@@ -15,9 +15,10 @@ from glm4v_jax.cli.chat.attachments import Attachment, attach, places
 from glm4v_jax.cli.chat.interrupt import Interrupt
 from glm4v_jax.cli.chat.transcript import Turn, save
 from glm4v_jax.config.presets import PRESETS, preset
-from glm4v_jax.console.answer_writer import COMPILING, AnswerWriter, after_status, printable, rate_after_first
-from glm4v_jax.console.console import status
+from glm4v_jax.console.answer_writer import AnswerWriter, after_status, rate_after_first
 from glm4v_jax.console.options import with_default
+from glm4v_jax.console.progress import COMPILING, status
+from glm4v_jax.console.table import printable
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.files import replacing
 from glm4v_jax.generate.completion import Counts

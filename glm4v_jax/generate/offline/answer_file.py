@@ -1,16 +1,17 @@
-"""The file that the answers of a batch are appended to, and that a later run goes on with.
+"""The file that the answers of a batch are appended to, and that a later run resumes.
 
-One JSON object a line, in the order of completion. Every line has a `key`, which says what it is the answer to. A line
-is written at once, so what a killed process leaves is whole lines and perhaps the beginning of one. The file is locked
-before it is read, so that no other process adds lines in between, and as long as it is open.
+One JSON object per line, in the order of completion. Every line has a `key`, a digest of what it is the answer to. A
+line is written at once, so what a killed process leaves is whole lines and perhaps the beginning of one. The file is
+locked before it is read, so that no other process adds lines in between, and as long as it is open.
 """
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from glm4v_jax.errors import GenerationError
@@ -18,8 +19,33 @@ from glm4v_jax.files import replacing, to_json
 
 try:
     import fcntl
-except ImportError:  # not on this system: two processes are not told apart
+except ImportError:  # not on this system: two processes may write one file
     fcntl = None  # type: ignore[assignment]
+
+
+def open_answers(open_file: Callable[[], "AnswerFile"], keys: Mapping[int | str, str]) -> "AnswerFile":
+    """Open the file of answers: in several processes the first one opens and writes it, and shares what is done.
+
+    Args:
+      open_file: opens it.
+      keys: name -> digest of what is asked, for all prompts.
+
+    Raises:
+      OSError, GenerationError: what `open_file` raises.
+      MessageError: another process has other keys.
+    """
+    from glm4v_jax.devices.distributed import agree, has_joined, is_first, shared
+
+    if not has_joined():
+        return open_file()
+    import numpy as np
+
+    names, asked = list(keys), json.dumps(list(keys.items())).encode()
+    agree("prompts, model and options", hashlib.blake2b(asked, digest_size=16).digest())
+    file = open_file() if is_first() else _UnwrittenAnswers()
+    is_done = shared(np.array([name in file.done for name in names], np.bool_))
+    file.done = {name for name, done in zip(names, is_done.tolist(), strict=True) if done}
+    return file
 
 
 class AnswerFile:
@@ -31,21 +57,21 @@ class AnswerFile:
         """Open.
 
         Args:
-          path: of the file, which need not be there.
-          field: what its lines call what tells a prompt from the others, "index" or "file".
-          keys: that -> what says what is asked, for all prompts.
-          restart: empty the file instead of going on.
-          keep_others: leave finished lines of what is not in `keys`; refuse them otherwise.
+          path: of the file, which need not exist.
+          field: the field of a line for its prompt's name, as "index" or "file".
+          keys: name -> digest of what is asked, for all prompts.
+          restart: empty the file instead of resuming.
+          keep_others: keep finished lines of names that are not in `keys`; refuse them otherwise.
 
         Raises:
           OSError: the file cannot be read or written, or another process is writing it.
-          GenerationError: it is not of this program, or of other prompts or options.
+          GenerationError: it was not written by this program, or for other prompts or options.
         """
         self._path, self._field, self._keys, self._keep_others = pathlib.Path(path), field, keys, keep_others
         if not self._path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "there is no such directory for the answers", str(self._path.parent))
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(self._path.parent))
         self.done: set[int | str] = set()
-        """what has been answered"""
+        """Names of the answered prompts."""
         self._descriptor = _open_locked(self._path)
         try:
             if restart:
@@ -60,13 +86,13 @@ class AnswerFile:
             raise
 
     def append(self, name: int | str, line: Mapping[str, Any]) -> None:
-        """Writes the answer to a prompt, as a line."""
+        """Write the answer to a prompt as a line."""
         encoded = _encoded({self._field: name, "key": self._keys[name], **line})
         while encoded:
             encoded = encoded[os.write(self._descriptor, encoded) :]
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Unlock the file and close it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -94,51 +120,49 @@ class AnswerFile:
         return lines, is_clean
 
     def _check_own(self) -> None:
-        """Keeps `restart` from emptying what is no file of answers.
+        """Keep `restart` from emptying another kind of file.
 
         Raises:
-          GenerationError: it is not.
+          GenerationError: it is not a file of answers.
         """
         with self._path.open("rb") as file:
             line = file.readline()
         if line and not self._is_beginning(line):
-            raise GenerationError(
-                f"{self._path}: found no file of answers to replace, expected one; --out names another"
-            )
+            raise GenerationError(f"{self._path}: found no file of answers to replace; expected one, or another --out")
 
     def _is_beginning(self, line: bytes) -> bool:
-        """Whether a line can be what is left of one of `append`."""
+        """Whether a line can be the beginning of one of `append`."""
         start = _encoded({self._field: 0})[: -len("0}\n")]
         return line.startswith(start) or start.startswith(line)
 
     def _check(self, line: bytes, number: int) -> tuple[int | str, bool]:
-        """What a line answers, and whether it does.
+        """The name in a line, and whether the line is an answer and not an error.
 
         Raises:
-          GenerationError: it is not one of `append`, or answers something else than is asked now.
+          GenerationError: it was not written by `append`, or answers something else than is asked now.
         """
         where = f"{self._path}:{number}"
-        hint = "--restart replaces the file, --out names another"
+        hint = "pass --restart to replace the file, or another --out"
         try:
             found = json.loads(line)
             name, key, failed = found[self._field], found["key"], "error" in found
             if not isinstance(name, int | str) or not isinstance(key, str):
                 raise TypeError("name and key")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise GenerationError(f"{where}: found no answer of this command, expected one a line; {hint}") from error
+            raise GenerationError(f"{where}: found no answer of this command; expected one per line; {hint}") from error
         if name not in self._keys:
             if self._keep_others:
                 return name, not failed
-            raise GenerationError(f"{where}: found {self._field} {name!r}, expected one of the prompts given; {hint}")
+            raise GenerationError(f"{where}: found {self._field} {name!r}; expected one of the prompts; {hint}")
         if not failed and key != self._keys[name]:
             raise GenerationError(
-                f"{where}: found the answer to another prompt or with other options for {self._field} {name!r}, "
-                f"expected one to go on with; {hint}"
+                f"{where}: found the answer to another prompt or with other options for {self._field} {name!r}; "
+                f"expected one to resume; {hint}"
             )
         return name, not failed
 
     def _replace(self, lines: list[bytes]) -> None:
-        """Leaves these lines only; until they are all written, what was there stays."""
+        """Keep these lines only; until all are written, the file stays as it was."""
         path = self._path.resolve()  # of a link, what it leads to
         descriptor = -1
         try:
@@ -155,8 +179,19 @@ class AnswerFile:
         self._descriptor = descriptor
 
 
+class _UnwrittenAnswers(AnswerFile):
+    """What the other processes have: the first one writes."""
+
+    def __init__(self) -> None:
+        self.done = set()
+        self._descriptor = -1
+
+    def append(self, name: int | str, line: Mapping[str, Any]) -> None:
+        """Leave it to the first process."""
+
+
 def _open_locked(path: pathlib.Path) -> int:
-    """Opens a file for appending, which is made if it is not there.
+    """Open a file for appending; create it if it does not exist.
 
     Raises:
       BlockingIOError: another process is writing it.
@@ -176,7 +211,7 @@ def _open_locked(path: pathlib.Path) -> int:
 
 
 def _lock(descriptor: int, path: pathlib.Path) -> bool:
-    """Locks a file, and says whether that is possible here.
+    """Lock a file; return whether locks exist here.
 
     Raises:
       BlockingIOError: another process is writing it.
@@ -193,7 +228,7 @@ def _lock(descriptor: int, path: pathlib.Path) -> bool:
 
 
 def _is_at(descriptor: int, path: pathlib.Path) -> bool:
-    """Whether this is the open file's place, still."""
+    """Whether the path still leads to the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -17,21 +17,20 @@ _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "vide
 _PROMPT_FIELDS = ("prompt", *_MEDIA)
 _FIELDS = ("messages", "id", *_PROMPT_FIELDS)
 
-_LISTED = 20
-"""So many wrong lines are told at once."""
+_LISTED_FAULTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BatchPrompt:
     """A prompt among many.
 
     Attributes:
-      name: what tells it from the others, in its answer too: its number from 0, or the name of its file.
+      name: distinguishes it from the others, in its answer too: its index from 0, or the name of its file.
       messages: the prompt, as chat templates take it.
-      asked: the same as it was written: wherever the files are now, it is the same prompt if this is equal.
-      options: fields of `GenerationConfig` of this row's own.
+      asked: the prompt as it was written; equal for equal prompts, wherever their files are.
+      options: fields of `GenerationConfig` for this prompt.
       fields: what its answer has besides, such as "id".
-      place: file and line where it stands.
+      place: file and line that it was read from.
     """
 
     name: int | str
@@ -42,107 +41,103 @@ class Row:
     place: str | None = None
 
 
-def read_rows(
+def read_prompts(
     path: str, config: "GenerationConfig", processor: "Glm4vProcessor", system: str | None = None
-) -> list[Row]:
-    """All prompts of a JSON-lines file; blank lines do not count.
+) -> list[BatchPrompt]:
+    """Read all prompts of a JSON-lines file; skip blank lines.
 
     Args:
       path: the file; paths in it are relative to its directory.
-      config: the options that those of a row go over.
-      processor: whose chat template will render them.
-      system: what the system says first in rows that do not say it.
+      config: the options that those of a line override.
+      processor: its chat template will render them.
+      system: system prompt for lines that have none.
 
     Raises:
       OSError: the file cannot be read.
-      Glm4vError: what is wrong with a line; names file, line and field, what was found, and what was expected. A
-        `ListedError` where several are wrong.
+      Glm4vError: what is wrong with a line. A `ListedError` where several are wrong.
     """
     from glm4v_jax.inputs.text.chat_template import choose_template
 
     template = choose_template(processor.chat_template)
     directory = os.path.dirname(path)
-    rows: list[Row] = []
+    prompts: list[BatchPrompt] = []
     problems: list[Glm4vError] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = _read(line, len(rows), directory, config, template, system)
-                rows.append(dataclasses.replace(row, place=f"{path}:{number}"))
+                prompt = _read(line, len(prompts), directory, config, template, system)
+                prompts.append(dataclasses.replace(prompt, place=f"{path}:{number}"))
             except Glm4vError as error:
                 problems.append(type(error)(f"{path}:{number}: {error}"))
                 problems[-1].__cause__ = error
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        found = f"{path}: found {len(problems)} wrong lines, expected none:"
-        raise ListedError([found, *map(str, problems[:_LISTED]), *more])
-    if not rows:
-        raise MessageError(f"{path}: found no prompt, expected one JSON object a line")
-    return rows
+        more = [f"and {len(problems) - _LISTED_FAULTS} more"] if len(problems) > _LISTED_FAULTS else []
+        found = f"{path}: found {len(problems)} invalid lines; expected none:"
+        raise ListedError([found, *map(str, problems[:_LISTED_FAULTS]), *more])
+    if not prompts:
+        raise MessageError(f"{path}: found no prompt; expected one JSON object per line")
+    return prompts
 
 
 def _read(
     line: bytes, index: int, directory: str, config: "GenerationConfig", template: str, system: str | None
-) -> Row:
+) -> BatchPrompt:
     from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
 
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise MessageError(f"found what is not JSON ({error}), expected an object") from error
+        raise MessageError(f"found invalid JSON ({error}); expected an object") from error
     if not isinstance(row, dict):
-        raise MessageError(f"found {_kind(row)}, expected an object")
+        raise MessageError(f"found {_kind(row)}; expected an object")
     options = {name: value for name, value in row.items() if name not in _FIELDS}
     _check_options(options, config)
     if "messages" in row:
         if both := [name for name in _PROMPT_FIELDS if name in row]:
-            raise MessageError(f"field {both[0]!r}: found beside 'messages', expected one of the two")
+            raise MessageError(f"{both[0]}: found with 'messages'; expected one of the two")
         if not isinstance(row["messages"], list):
-            raise MessageError(f"field 'messages': found {_kind(row['messages'])}, expected a list")
+            raise MessageError(f"messages: found {_kind(row['messages'])}; expected a list")
         try:
             extract_media(row["messages"], template)
         except MessageError as error:
-            raise MessageError(f"field 'messages': {error}") from error
+            raise MessageError(f"messages: {error}") from error
         messages = [_located(message, directory) for message in normalise_messages(row["messages"], template)]
         if system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
     else:
         if not isinstance(row.get("prompt"), str):
-            found = _kind(row["prompt"]) if "prompt" in row else "none"
-            raise MessageError(f"field 'prompt': found {found}, expected a string, or 'messages' in its place")
+            found = _kind(row["prompt"]) if "prompt" in row else "nothing"
+            raise MessageError(f"prompt: found {found}; expected a string, or 'messages' instead")
         media: dict[str, list[str]] = {"image": [], "video": []}
         for field, kind in _MEDIA.items():
             if field in row:
                 media[kind] += [_place(place, field, directory) for place in _strings(field, row[field])]
         messages = user_messages(row["prompt"], media["image"], media["video"], system)
     asked = {name: value for name, value in row.items() if name not in options and name != "id"}
-    return Row(index, messages, asked | {"system": system}, options, {"id": row["id"]} if "id" in row else {})
+    return BatchPrompt(index, messages, asked | {"system": system}, options, {"id": row["id"]} if "id" in row else {})
 
 
 def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> None:
     if "logprobs" in options:
-        raise GenerationError("field 'logprobs': found in a row, expected as --logprobs for all")
+        raise GenerationError("logprobs: found in a line; expected --logprobs for all prompts")
     if options.get("num_return_sequences", 1) != 1:
-        raise GenerationError(f"field 'num_return_sequences': found {options['num_return_sequences']!r}, expected 1")
+        raise GenerationError(f"num_return_sequences: found {options['num_return_sequences']!r}; expected 1")
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := [name for name in options if name not in known]:
         expected = ", ".join([*_FIELDS, *sorted(known - {"logprobs", "num_return_sequences", "use_cache"})])
-        raise MessageError(f"field {unknown[0]!r}: is not known, expected some of {expected}")
-    try:
-        config.replace(**options)
-    except GenerationError as error:
-        raise GenerationError(f"field {error}") from error
+        raise MessageError(f"{unknown[0]}: found an unknown field; expected some of {expected}")
+    config.replace(**options)  # raises where one is out of range
 
 
-def asks_net(row: Row) -> bool:
-    """Whether a prompt asks for something in the net."""
+def asks_network(prompt: BatchPrompt) -> bool:
+    """Whether a prompt has an address of the network."""
     from glm4v_jax.inputs.media.fetch import is_url
 
-    contents = [message["content"] for message in row.messages if isinstance(message.get("content"), list)]
+    contents = [message["content"] for message in prompt.messages if isinstance(message.get("content"), list)]
     values = [value for content in contents for item in content for value in item.values()]
     return any(map(is_url, values))
 
@@ -150,24 +145,24 @@ def asks_net(row: Row) -> bool:
 def _strings(field: str, value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-        raise MessageError(f"field {field!r}: found {_kind(value)}, expected a string or a list of strings")
+        raise MessageError(f"{field}: found {_kind(value)}; expected a string or a list of strings")
     return values
 
 
 def _place(place: str, field: str, directory: str) -> str:
-    """A path from the directory of the file it stands in; an address as it is."""
+    """Resolve a path from the directory of the file it is written in; leave an address as it is."""
     from glm4v_jax.inputs.media.fetch import is_address
 
     if is_address(place):
         return place
     path = os.path.join(directory, place)
     if not place or not os.path.exists(path):
-        raise MediaError(f"field {field!r}: found {place!r}, but there is no such file; expected one")
+        raise MediaError(f"{field}: found {place!r}, which does not exist; expected a file")
     return path
 
 
 def _located(message: dict[str, Any], directory: str) -> dict[str, Any]:
-    """A normalised message whose pictures and videos are where they are."""
+    """Resolve the paths of images and videos in a normalised message."""
     from glm4v_jax.inputs.text.messages import SOURCE_KEYS
 
     if not isinstance(message.get("content"), list):

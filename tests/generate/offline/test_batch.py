@@ -21,7 +21,7 @@ from glm4v_jax.console.progress import Progress
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.offline import batch
 from glm4v_jax.generate.offline.answer_file import AnswerFile
-from glm4v_jax.generate.offline.batch import Summary
+from glm4v_jax.generate.offline.batch import BatchSummary
 
 
 @pytest.fixture
@@ -219,9 +219,9 @@ def test_the_seed_in_a_line_draws_the_same_alone(capfd):
 
 
 def test_a_seed_of_zero_is_a_seed():
-    row = batch.Row(3, [], {}, {"seed": 0})
-    assert batch.row_seed(row, 7) == 0
-    assert batch.row_seed(batch.Row(3, [], {}), 7) != batch.row_seed(batch.Row(3, [], {}), 8)
+    row = batch.BatchPrompt(3, [], {}, {"seed": 0})
+    assert batch.prompt_seed(row, 7) == 0
+    assert batch.prompt_seed(batch.BatchPrompt(3, [], {}), 7) != batch.prompt_seed(batch.BatchPrompt(3, [], {}), 8)
 
 
 def test_decoders_are_quiet_and_what_a_library_says_is_heard(capfd, monkeypatch):
@@ -521,15 +521,18 @@ def test_others_are_kept_where_asked_for():
 def test_a_line_every_so_often_without_a_terminal(capfd, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    progress = Progress(40, 10)
-    with progress.shown():
-        for _ in range(5):
+    with Progress("answering", "prompts") as progress:
+        progress.update(10, 40)
+        for done in range(11, 16):
             now[0] += 4
-            progress.add(20)
-        progress.note("a\x1bb")
+            progress.update(done, 40, 20)
+        progress.log("a\x1bb")
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["13/40 prompts, 0.25 prompts/s, 5.0 tokens/s, 0:01:48 left", "a\\x1bb"]
+    assert captured.err.splitlines() == [
+        "answering: 13 of 40 prompts, 0.25 prompts/s, 5.0 tokens/s, 0:01:48 left",
+        "a\\x1bb",
+    ]
 
 
 def test_a_bar_on_a_terminal(tmp_path):
@@ -543,8 +546,10 @@ def test_a_bar_on_a_terminal(tmp_path):
 
 
 def test_the_summary_in_words():
-    told = str(Summary("out", 10, 2, done=7, failed=1, new_tokens=70, seconds=3.5, compile_seconds=1, slots_busy=1.5))
+    told = str(
+        BatchSummary("out", 10, 2, done=7, failed=1, new_tokens=70, seconds=3.5, compile_seconds=1, slots_busy=1.5)
+    )
     assert told == (
-        "9 of 10 answered (2 of them by an earlier run), 1 failed, in 3.5 s, 1.0 s of them compiling: 2.00 prompts/s, "
+        "9 of 10 prompts answered (2 of them by an earlier run), 1 failed, in 3.5 s (1.0 s compiling): 2.00 prompts/s, "
         "20.0 tokens/s, 1.50 slots busy on average; answers in out"
     )

@@ -6,10 +6,10 @@ import pytest
 
 from eval.data.questions import _file
 from glm4v_jax.cli.chat.attachments import places
-from glm4v_jax.console.console import check_files
+from glm4v_jax.console.options import check_files
 from glm4v_jax.data.media import is_remote, located, media_item
 from glm4v_jax.errors import MediaError
-from glm4v_jax.generate.offline.prompts import Row, _place, asks_net
+from glm4v_jax.generate.offline.prompts import BatchPrompt, _place, asks_network
 from glm4v_jax.inputs.media.fetch import is_address, open_source
 
 ADDRESSES = [
@@ -23,14 +23,14 @@ PATHS = ["x/y.png", "http/y.png", "data/y.png", "file.png", "", "/http://x", "ht
 def test_an_address_is_one_in_capitals_too(place):
     in_net = place.lower().startswith("http")
     assert is_address(place)
-    check_files([place])
+    check_files("FILE", [place])
     assert _place(place, "image", "somewhere") == place
     assert places(place) == [place]
     item = media_item("image", place, "image")
     assert item == {"type": "image", "url": place} and is_remote(item) == in_net
     frames = {"type": "video", "video": [place]}
     assert located(frames, "somewhere") == frames
-    assert asks_net(Row(0, [{"role": "user", "content": [item]}], {})) == in_net
+    assert asks_network(BatchPrompt(0, [{"role": "user", "content": [item]}], {})) == in_net
     if not place.lower().startswith("file"):
         assert _file(place) is None
 
@@ -39,7 +39,7 @@ def test_an_address_is_one_in_capitals_too(place):
 def test_a_path_is_none(place):
     assert not is_address(place) and not is_address(None)
     with pytest.raises(MediaError, match="there is no such file"):
-        check_files([place])
+        check_files("FILE", [place])
     assert located({"type": "video", "video": [place]}, "d")["video"][0].startswith("d/" if place[:1] != "/" else "/")
 
 

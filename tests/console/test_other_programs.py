@@ -9,7 +9,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import ROOT
 
-from glm4v_jax.console import standing
+from glm4v_jax.console import program as standing
 
 JOB = """
 model = "{model}"
@@ -76,7 +76,7 @@ def test_a_script_of_the_same_name_is_named_and_not_run(name):
     script = pathlib.Path(f"{name}.py").absolute()
     script.write_text("print('run')\n")
     status, out, lines = ended("-m", "glm4v_jax", name)
-    assert (status, out, len(lines)) == (standing.TROUBLE, "", 1)
+    assert (status, out, len(lines)) == (standing.USAGE, "", 1)
     assert lines[0].startswith(f"glm4v: error: {script}: has the name of the package {name} of glm4v_jax")
 
 
@@ -84,4 +84,4 @@ def test_a_package_of_the_same_name_is_named_too():
     pathlib.Path("eval").mkdir()
     pathlib.Path("eval/__init__.py").touch()
     status, _, (line,) = ended("-m", "glm4v_jax", "eval")
-    assert status == standing.TROUBLE and f"{pathlib.Path('eval/__init__.py').absolute()}: has the name" in line
+    assert status == standing.USAGE and f"{pathlib.Path('eval/__init__.py').absolute()}: has the name" in line
