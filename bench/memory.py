@@ -75,11 +75,12 @@ def differentiate_picture(patches: int) -> None:
     import jax.numpy as jnp
 
     from glm4v_jax.devices.mesh import use_mesh
-    from glm4v_jax.inputs.vision_rows import frames_of, pack
+    from glm4v_jax.inputs.medium import Medium
+    from glm4v_jax.inputs.vision_rows import pack
 
     config = dataclasses.replace(vision_config(), depth=min(GRADIENT_DEPTH, vision_config().depth))
     values, grid = picture(patches)
-    rows, _ = pack(values, frames_of(grid), merge_size=config.spatial_merge_size, position_grid=config.position_grid)
+    rows, _ = pack([Medium(values, grid[0])], merge_size=config.spatial_merge_size, position_grid=config.position_grid)
 
     def loss(module: Any) -> Any:
         return jnp.sum(module(rows, remat="full") ** 2)

@@ -162,7 +162,7 @@ def facts(samples: Sequence[Any], used: Sequence[Sequence[Any]]) -> dict[str, An
         "samples": len(samples),
         "with_pictures_or_videos": sum(len(sample.frames) > 0 for sample in samples),
         "tokens": {"median": float(np.median(lengths)), "min": min(lengths), "max": max(lengths)},
-        "vision_share": float(sum((s.vision_order >= 0).sum() for s in samples) / sum(lengths)),
+        "vision_share": float(sum((s.prompt.medium_of >= 0).sum() for s in samples) / sum(lengths)),
         "timed_steps": len(used),
         "timed_samples": len(timed),
         "timed_tokens": sum(map(len, timed)),

@@ -81,7 +81,9 @@ def _padded(samples: Sequence[Sample]) -> dict[str, Any]:
     arrays = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "targets": targets}
     frames = np.concatenate([sample.frames for sample in samples])
     if len(frames):
-        arrays["pixel_values"] = np.concatenate([sample.patches for sample in samples])
+        arrays["pixel_values"] = np.concatenate(
+            [medium.patches for sample in samples for medium in sample.prompt.media]
+        )
         arrays["image_grid_thw"] = np.concatenate([np.ones((len(frames), 1), np.int64), frames], axis=1)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

@@ -13,7 +13,7 @@ import numpy as np
 import rich.console
 
 from glm4v_jax.generate.engine import Engine
-from glm4v_jax.generate.prompt import Prompt
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import NUM_HELD_OUT, TASKS, Example, Split, Task, examples, shuffled_frames
 from tools.digit_scores import Row, constant_box, majority_direction, nearest_neighbour, score, table
@@ -50,7 +50,7 @@ def answers(engine: Engine, questions: Sequence[Example], *, flat: bool = False)
 def flattened(prompt: Prompt) -> Prompt:
     """A prompt with its tokens in one line: M-RoPE tells no longer where in a picture or when in a video one is."""
     positions = np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (3, len(prompt)))
-    return dataclasses.replace(prompt, position_ids=positions, delta=0)
+    return dataclasses.replace(prompt, position_ids=positions)
 
 
 def baseline(task: Task, truth: Sequence[Example]) -> float:

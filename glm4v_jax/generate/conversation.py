@@ -15,13 +15,14 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.errors import GenerationError, MessageError
 from glm4v_jax.generate.completion import Completion, Delta, last
-from glm4v_jax.generate.prompt import Medium, Prompt, media_of, prompts_of
 from glm4v_jax.generate.scheduler import Update, run
 from glm4v_jax.generate.sequence import Answer
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.batch_feature import BatchFeature
+from glm4v_jax.inputs.medium import Medium, media_of
 from glm4v_jax.inputs.prepared_media import PreparedMedia
+from glm4v_jax.inputs.prompt import Prompt, prompts_of
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine
@@ -138,7 +139,7 @@ class Conversation:
         images = [medium for turn in media for medium in turn.images]
         videos = [medium for turn in media for medium in turn.videos]
         (prompt,) = prompts_of(inputs, self._engine.runtime.config, (images, videos))
-        return prompt.with_image_sizes(joined.image_sizes)
+        return dataclasses.replace(prompt, image_sizes=joined.image_sizes)
 
     def _tokens_in_cache(self, prompt: Prompt) -> int:
         """How many of the prompt's tokens need not be run; the last always is, for what comes after it."""

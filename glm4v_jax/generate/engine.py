@@ -13,13 +13,14 @@ from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
-from glm4v_jax.generate.prompt import Prompt, prompt_of
+from glm4v_jax.generate.prompt import prompt_of
 from glm4v_jax.generate.prompt_queue import AnswerQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
 from glm4v_jax.generate.sequence import Answer
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
 from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 

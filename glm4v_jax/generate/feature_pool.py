@@ -15,8 +15,8 @@ from jaxtyping import Array
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.devices.mesh import data_shards, reshard, use_mesh
 from glm4v_jax.generate import device_steps
-from glm4v_jax.generate.prompt import Medium
-from glm4v_jax.inputs.vision_rows import bucket, choose_shape, empty_rows, fill, frames_of
+from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.vision_rows import bucket, choose_shape, empty_rows, fill
 from glm4v_jax.model.runtime import Runtime, compute_dtype
 
 MIN_POOL = 2048
@@ -237,7 +237,7 @@ class FeaturePool:
         order, starts = np.zeros((count, room), np.int32), np.full(count, begins[0] if begins else 0, np.int32)
         for i, medium, begin in zip(range(count - len(begins), count), wave.media, begins, strict=True):
             own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
-            index = fill(own, medium.patches, frames_of(medium.grid), merge_size=config.spatial_merge_size)
+            index = fill(own, [medium], merge_size=config.spatial_merge_size)[medium]
             order[i, : len(index)], starts[i] = index + i * room, begin
         with use_mesh(self._runtime.mesh):
             self.array = device_steps.store(self.array, self._runtime.encode(rows), order, starts)

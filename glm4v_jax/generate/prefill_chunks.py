@@ -7,8 +7,9 @@ import numpy as np
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.generate.device_steps import Piece
-from glm4v_jax.generate.prompt import Medium, Prompt
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
+from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 
 MAX_PIECE = 1024
@@ -48,8 +49,7 @@ class Start(NamedTuple):
     @property
     def media(self) -> list[Medium]:
         """The pictures and videos that these tokens stand for."""
-        numbers = sorted(set(self.prompt.medium_of[self.keep :].tolist()) - {-1})
-        return [self.prompt.media[number] for number in numbers]
+        return self.prompt.media_from(self.keep)
 
 
 def piece_length(left: int) -> int:

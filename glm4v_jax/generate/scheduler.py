@@ -13,9 +13,9 @@ from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Delta, TokenLogprob
 from glm4v_jax.generate.device_steps import Chosen
 from glm4v_jax.generate.prefill_chunks import Start
-from glm4v_jax.generate.prompt import Medium
 from glm4v_jax.generate.sequence import Answer
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.inputs.medium import Medium
 
 # A stream makes as many tokens at a time as take about this long, in seconds: seen as writing, not as bursts.
 _STREAM_PERIOD = 0.05

@@ -13,10 +13,10 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
 from glm4v_jax.generate.prefill_chunks import Start
-from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.text.repetition import RepetitionGuard
 from glm4v_jax.generate.text.stream import StopStrings, TextStream
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, ThinkingParser
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 

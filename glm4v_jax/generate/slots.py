@@ -17,7 +17,7 @@ from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.device_steps import Chosen, Decoded, Row
 from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.generate.prefill_chunks import Start, piece_of, stretches
-from glm4v_jax.generate.prompt import Medium
+from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model import kv_cache
 from glm4v_jax.model.runtime import Runtime
@@ -192,17 +192,14 @@ class Slots:
         self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]
     ) -> dict[int, np.ndarray]:
         """int32 [T] of each row, right from token `first` on: -1 for text, otherwise where the pool has the token."""
-        needed = {i: sorted(set(start.prompt.medium_of[first[i] :].tolist()) - {-1}) for i, start in starts.items()}
-        media = [starts[i].prompt.media[m] for i, numbers in needed.items() for m in numbers]
-        begins = iter(self.pool(media, upcoming) if media else ())
-        index = {}
-        for i, numbers in needed.items():
-            prompt = starts[i].prompt
-            index[i] = np.full(len(prompt), -1, np.int32)
-            for number in numbers:
-                here = prompt.medium_of == number
-                index[i][here] = next(begins) + prompt.offset_of[here]
-        return index
+        media = [medium for i, start in starts.items() for medium in start.prompt.media_from(first[i])]
+        begins = self.pool(media, upcoming) if media else []
+        merged = self.runtime.config.vision_config.spatial_merge_size**2
+        features = {
+            medium: begin + np.arange(len(medium.patches) // merged)
+            for medium, begin in zip(media, begins, strict=True)
+        }
+        return {i: start.prompt.vision_index(features) for i, start in starts.items()}
 
     def _row_of(self, starts: Mapping[int, Start]) -> Row:
         n = self.num_rows

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import rich.console
 
 from glm4v_jax.config.generation import GenerationConfig
@@ -19,9 +18,9 @@ from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_PICTURE, FeaturePool, Shape, wave_size
 from glm4v_jax.generate.prefill_chunks import MAX_PIECE, Start, piece_length
-from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
@@ -163,7 +162,7 @@ def warm_slots(
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
         start = time.perf_counter()
-        chosen = slots.start(dict.fromkeys(rows, Start(_empty_prompt(length), config, 1)), together=together)
+        chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), config, 1)), together=together)
         jax.block_until_ready(chosen)
         shape = f"B {slots.num_rows}, T {piece_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
@@ -172,7 +171,7 @@ def warm_slots(
     start = time.perf_counter()
     # Twice: the state that decoding returns may be laid out otherwise than the one that prefill returns.
     for _ in range(2):
-        slots.start({0: Start(_empty_prompt(lengths[-1]), config, min(3, max_new_tokens))}, together=together)
+        slots.start({0: Start(Prompt.of_text([0] * lengths[-1]), config, min(3, max_new_tokens))}, together=together)
         for _ in range(min(2, max_new_tokens - 1)):
             slots.read(slots.decode(1))
     slots.stop(list(rows))
@@ -186,12 +185,6 @@ def _run(programs_: Iterator[Warmed], progress: Callable[[Warmed], None] | None)
         if progress is not None:
             progress(warmed)
     return done
-
-
-def _empty_prompt(length: int) -> Prompt:
-    none = np.full(length, -1, np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (3, length))
-    return Prompt(np.zeros(length, np.int32), positions, 0, (), none, none)
 
 
 def check_ranges(

@@ -11,9 +11,8 @@ from glm4v_jax.devices.distributed import agree, spans_processes, to_host
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.prefill_chunks import Start
-from glm4v_jax.generate.prompt import prompts_of
 from glm4v_jax.generate.slots import Slots
-from glm4v_jax.inputs.make_batch import token_array
+from glm4v_jax.inputs.prompt import prompts_of, token_array
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import Runtime
 

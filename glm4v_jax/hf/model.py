@@ -27,9 +27,7 @@ from glm4v_jax.hf.generate import generate
 from glm4v_jax.hf.multimodal import Glm4vModel, runtime_around
 from glm4v_jax.hf.outputs import Glm4vCausalLMOutputWithPast, PastKeyValues
 from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run
-from glm4v_jax.inputs.make_batch import (
-    token_array,
-)
+from glm4v_jax.inputs.prompt import token_array
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.params import leaf_paths, num_params
 from glm4v_jax.model.quantize import QuantConfig, is_scale

@@ -18,15 +18,10 @@ from glm4v_jax.errors import MessageError
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import Glm4vModelOutputWithPast, PastKeyValues
 from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
-from glm4v_jax.inputs.make_batch import (
-    checked_grids,
-    checked_patches,
-    in_vocabulary,
-    make_batch,
-    token_array,
-    token_ids,
-)
+from glm4v_jax.inputs.make_batch import make_batch
+from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.mrope import rope_index
+from glm4v_jax.inputs.prompt import in_vocabulary, token_array
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.runtime import Runtime, random_module
 
@@ -91,7 +86,7 @@ class Glm4vModel:
     ) -> tuple[np.ndarray, np.ndarray]:
         """M-RoPE positions [3, B, T] and rope deltas [B, 1]; see `inputs.mrope.rope_index`."""
         merge = self.config.vision_config.spatial_merge_size
-        return rope_index(input_ids, token_ids(self.config), image_grid_thw, video_grid_thw, attention_mask, merge)
+        return rope_index(input_ids, self.config, image_grid_thw, video_grid_thw, attention_mask, merge)
 
     def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
         """Merged tokens of each picture, [tokens, D].
@@ -111,10 +106,9 @@ class Glm4vModel:
 
     def _features(self, pixel_values: Any, grid_thw: Any, name: str, grid_name: str) -> tuple[Array, ...]:
         config = self.config.vision_config
-        grids = checked_grids(grid_thw, config.spatial_merge_size, grid_name)
-        patches = checked_patches(pixel_values, grids, config.patch_dim, name, grid_name)
-        sizes = grids.prod(axis=1) // config.spatial_merge_size**2
-        return tuple(jnp.split(self.visual(patches, grids), np.cumsum(sizes)[:-1].tolist()))
+        media = split_media(pixel_values, grid_thw, config, name, grid_name)
+        sizes = [len(medium.patches) // config.spatial_merge_size**2 for medium in media]
+        return tuple(jnp.split(self.visual(pixel_values, grid_thw), np.cumsum(sizes)[:-1].tolist()))
 
     def embed(self, batch: Batch, dropout_key: Array | None = None) -> Array:
         """[B, T, D] embeddings of a batch, its pictures and videos in place."""

@@ -23,13 +23,11 @@ from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import BaseModelOutputWithPast, PastKeyValues
 from glm4v_jax.inputs.make_batch import (
     MIN_LENGTH,
-    checked_grids,
-    checked_patches,
     checked_positions,
-    in_vocabulary,
-    token_array,
 )
-from glm4v_jax.inputs.vision_rows import bucket, frames_of, pack
+from glm4v_jax.inputs.medium import split_media
+from glm4v_jax.inputs.prompt import in_vocabulary, token_array
+from glm4v_jax.inputs.vision_rows import bucket, pack
 from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
 from glm4v_jax.model.kv_cache import KVCache, grow, init_cache
 from glm4v_jax.model.nn import Init
@@ -127,19 +125,17 @@ class Glm4vVisionModel:
           MessageError: there are no grids, or they count other patches.
         """
         config = self.config
-        grids = checked_grids(grid_thw, config.spatial_merge_size)
-        if not len(grids):
+        media = split_media(hidden_states, grid_thw, config, "hidden_states", "grid_thw")
+        if not media:
             raise MessageError("grid_thw: found no grids; expected at least one")
-        patches = checked_patches(hidden_states, grids, config.patch_dim, "hidden_states", "grid_thw")
         with use_mesh(self.mesh):
-            rows, merged_index = pack(
-                patches,
-                frames_of(grids),
+            rows, features = pack(
+                media,
                 merge_size=config.spatial_merge_size,
                 position_grid=config.position_grid,
                 row_multiple=data_shards(),
             )
-            return self.encode(rows)[merged_index]
+            return self.encode(rows)[np.concatenate([features[medium] for medium in media])]
 
     def encode(self, rows: VisionRows, dropout_key: Array | None = None) -> Array:
         """See `runtime.encode_rows`."""

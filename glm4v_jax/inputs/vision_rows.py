@@ -1,15 +1,17 @@
-"""Pictures and video frames -> static-shape rows (`VisionRows`), with little padding and few distinct shapes.
+"""Images and video frames -> static-shape rows (`VisionRows`), with little padding and few distinct shapes.
 
 The shape (R, L) comes from a small set: L in {2^k, 3 * 2^(k-1)}, R in the same set scaled by `row_multiple` (the
 number of shards of the data axes). Padding to the next member wastes 16% on average and a third at worst.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from glm4v_jax.batch import VisionRows
+from glm4v_jax.inputs.medium import Medium
 
 MIN_ROW_LENGTH = 128
 MAX_ROW_LENGTH = 8192
@@ -25,12 +27,6 @@ def bucket(n: int, minimum: int = 1) -> int:
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
-def frames_of(grid_thw: np.ndarray) -> np.ndarray:
-    """int [N, 3] grids of pictures or videos -> int [F, 2], height and width in patches of every frame."""
-    grid_thw = np.asarray(grid_thw, np.int64).reshape(-1, 3)
-    return np.repeat(grid_thw[:, 1:], grid_thw[:, 0], axis=0)
-
-
 def choose_shape(lengths: Sequence[int], row_multiple: int = 1) -> tuple[int, int]:
     """The (R, L) of the bucket set that holds frames of these lengths with the least padding.
 
@@ -42,46 +38,49 @@ def choose_shape(lengths: Sequence[int], row_multiple: int = 1) -> tuple[int, in
     shapes = []
     length = upper
     while length >= lower:
-        rows = max(place(lengths, length)[0]) + 1
+        rows = _num_rows(lengths, length)
         shapes.append((row_multiple * bucket(-(-rows // row_multiple)), length))
         length = length * 2 // 3 if length & (length - 1) else length * 3 // 4
     return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
 
 
+def fits(lengths: Sequence[int], shape: tuple[int, int]) -> bool:
+    """Whether frames of these lengths, in patches, fit rows of shape (R, L)."""
+    return not lengths or (max(lengths) <= shape[1] and _num_rows(lengths, shape[1]) <= shape[0])
+
+
 def pack(
-    pixel_values: np.ndarray,
-    frames: np.ndarray,
+    media: Sequence[Medium],
     *,
     merge_size: int,
     position_grid: int,
     row_multiple: int = 1,
     shape: tuple[int, int] | None = None,
-) -> tuple[VisionRows, np.ndarray]:
-    """Pack frames into rows.
+) -> tuple[VisionRows, dict[Medium, np.ndarray]]:
+    """Pack the frames of images and videos into rows.
+
+    >>> image = Medium(np.ones((24, 3), np.float32), np.array([1, 4, 6]))
+    >>> rows, features = pack([image], merge_size=2, position_grid=5)
+    >>> rows.patches.shape, features[image].tolist()
+    ((1, 128, 3), [0, 1, 2, 3, 4, 5])
 
     Args:
-      pixel_values: float [sum of h * w, P], flattened patches, frame after frame, in the processor's order.
-      frames: int [F, 2], height and width of each frame in patches.
+      media: at least one; grid sides are multiples of merge_size.
       merge_size: merged tokens are merge_size x merge_size patches.
       position_grid: side S of the learned position table.
       row_multiple: the number of rows is a multiple of it.
       shape: (R, L) to use instead of the best fitting one, for a caller that wants one shape for many batches.
 
     Returns:
-      The rows, and int32 [merged tokens]: where each merged token, frame after frame, lands in the flattened
-      [R * L / merge_size^2] output of the encoder.
+      The rows, and for each medium int32 [M]: where each of its merged tokens, frame after frame, lands in the
+      flattened [R * L / merge_size^2] output of the encoder.
 
     Raises:
-      ValueError: patches and frames do not match, a side is no multiple of merge_size, or `shape` is too small.
+      ValueError: `shape` is too small.
     """
-    frames = np.asarray(frames, np.int64).reshape(-1, 2)
-    lengths = frames.prod(axis=1).tolist()
-    if sum(lengths) != len(pixel_values):
-        raise ValueError(f"grids count {sum(lengths)} patches, pixel values have {len(pixel_values)}")
-    if np.any(frames % merge_size):
-        raise ValueError(f"grid sides {frames.tolist()} are not all multiples of merge_size, {merge_size}")
-    rows = empty_rows(*(shape or choose_shape(lengths, row_multiple)), pixel_values.shape[1], position_grid)
-    return rows, fill(rows, pixel_values, frames, merge_size=merge_size)
+    lengths = np.concatenate([medium.frames.prod(axis=1) for medium in media]).tolist()
+    rows = empty_rows(*(shape or choose_shape(lengths, row_multiple)), media[0].patches.shape[1], position_grid)
+    return rows, fill(rows, media, merge_size=merge_size)
 
 
 def empty_rows(num_rows: int, length: int, patch_dim: int, position_grid: int) -> VisionRows:
@@ -95,28 +94,25 @@ def empty_rows(num_rows: int, length: int, patch_dim: int, position_grid: int) -
     )
 
 
-def fill(rows: VisionRows, pixel_values: np.ndarray, frames: np.ndarray, *, merge_size: int) -> np.ndarray:
-    """Write frames into empty rows; arguments and result as `pack` has them.
-
-    Raises:
-      ValueError: the rows are too few, or too short.
-    """
+def fill(rows: VisionRows, media: Sequence[Medium], *, merge_size: int) -> dict[Medium, np.ndarray]:
+    """Write the frames of images and videos into empty rows; arguments, result and error as `pack` has them."""
     num_rows, length = rows.segment_ids.shape
-    lengths = frames.prod(axis=1).tolist()
-    row_of, offset_of = place(lengths, length)
-    if max(row_of, default=0) >= num_rows or max(lengths, default=0) > length:
+    lengths = [h * w for medium in media for h, w in medium.frames.tolist()]
+    if not fits(lengths, (num_rows, length)):
         raise ValueError(f"{len(lengths)} frames of up to {max(lengths)} patches do not fit {num_rows} x {length}")
+    starts = iter(_starts(lengths, length))
     patches, segments, coords, weights_h, weights_w = (x.reshape(num_rows * length, *x.shape[2:]) for x in rows)
-    merged_index, start = [], 0
-    for number, ((h, w), n) in enumerate(zip(frames.tolist(), lengths, strict=True), start=1):
-        to = row_of[number - 1] * length + offset_of[number - 1]
-        here = slice(to, to + n)
-        patches[here] = pixel_values[start : start + n]
-        segments[here] = number
-        coords[here], weights_h[here], weights_w[here] = _frame_tables(h, w, merge_size, weights_h.shape[1])
-        merged_index.append(np.arange(to, to + n, merge_size**2, dtype=np.int32) // merge_size**2)
-        start += n
-    return np.concatenate(merged_index)
+    features, number = {}, 0
+    for medium in media:
+        (t, h, w), index = medium.grid.tolist(), []
+        for frame in medium.patches.reshape(t, h * w, -1):
+            number, start = number + 1, next(starts)
+            here = slice(start, start + h * w)
+            patches[here], segments[here] = frame, number
+            coords[here], weights_h[here], weights_w[here] = _frame_tables(h, w, merge_size, weights_h.shape[1])
+            index.append(np.arange(start, start + h * w, merge_size**2, dtype=np.int32) // merge_size**2)
+        features[medium] = np.concatenate(index)
+    return features
 
 
 def padded_share(rows: VisionRows) -> float:
@@ -166,14 +162,48 @@ def _frame_tables(h: int, w: int, merge_size: int, position_grid: int) -> tuple[
     return coords, weights_h[coords[:, 0]], weights_w[coords[:, 1]]
 
 
-def place(lengths: Sequence[int], row_length: int) -> tuple[list[int], list[int]]:
-    """Row and offset of each frame, in rows of this length: first fit, longest first; ties keep their order."""
-    free: list[int] = []
-    row_of, offset_of = [0] * len(lengths), [0] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, space in enumerate(free) if space >= lengths[i]), len(free))
-        if row == len(free):
-            free.append(row_length)
-        row_of[i], offset_of[i] = row, row_length - free[row]
-        free[row] -= lengths[i]
-    return row_of, offset_of
+class RowPlace(NamedTuple):
+    """Where an item stands: its row, its start there, and its number in the row, from 1 on."""
+
+    row: int
+    start: int
+    segment: int
+
+
+def first_fit(lengths: Iterable[int], row_length: int, per_row: int | None = None) -> list[RowPlace]:
+    """Place items in their order, each in the first row with room; more items do not move those that have a place.
+
+    >>> first_fit([5, 4, 3], row_length=8)
+    [RowPlace(row=0, start=0, segment=1), RowPlace(row=1, start=0, segment=1), RowPlace(row=0, start=5, segment=2)]
+
+    Args:
+      lengths: none longer than a row.
+      row_length: of all rows, which are as many as needed.
+      per_row: the most items of a row; None is no limit.
+    """
+    used: list[int] = []
+    counts: list[int] = []
+    places = []
+    for length in lengths:
+        rooms = (r for r in range(len(used)) if used[r] + length <= row_length and counts[r] != per_row)
+        row = next(rooms, len(used))
+        if row == len(used):
+            used.append(0)
+            counts.append(0)
+        counts[row] += 1
+        places.append(RowPlace(row, used[row], counts[row]))
+        used[row] += length
+    return places
+
+
+def _num_rows(lengths: Sequence[int], row_length: int) -> int:
+    return max(place.row for place in first_fit(sorted(lengths, reverse=True), row_length)) + 1
+
+
+def _starts(lengths: Sequence[int], row_length: int) -> list[int]:
+    """Where each frame begins in the flattened rows: longest first; ties keep their order."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    starts = [0] * len(lengths)
+    for i, place in zip(order, first_fit((lengths[i] for i in order), row_length), strict=True):
+        starts[i] = place.row * row_length + place.start
+    return starts

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_jax.generate.feature_pool import ENOUGH, FeaturePool, medium_shape, wave_size
-from glm4v_jax.generate.prompt import Medium
+from glm4v_jax.inputs.medium import Medium
 
 SIZES = [(6, 6), (4, 4), (6, 8), (2, 20), (6, 6), (8, 8), (6, 6)]
 """Rows of 48 patches for all but (4, 4), of 32, and (8, 8), of 64."""

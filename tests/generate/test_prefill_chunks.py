@@ -6,15 +6,13 @@ from hypothesis import strategies as st
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.generate.prefill_chunks import MAX_PIECE, Start, piece_of, stretches
-from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.slots import MIN_CAPACITY
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 
 
 def make_prompt(length):
-    none = np.full(length, -1, np.int32)
-    ids = np.arange(length, dtype=np.int32)
-    return Prompt(ids, np.tile(ids, (3, 1)), 0, (), none, none)
+    return Prompt.of_text(np.arange(length))
 
 
 @given(st.lists(st.tuples(st.integers(1, 4 * MAX_PIECE), st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=4))

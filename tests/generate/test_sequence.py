@@ -1,12 +1,11 @@
 """What a row's tokens mean, with tokens written by hand in the place of a model."""
 
-import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.generate.prompt import Prompt
 from glm4v_jax.generate.sequence import Answer
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 EOS = 775  # <|user|>
@@ -18,9 +17,9 @@ def tokenizer():
 
 
 def begin(tokenizer, **options):
-    none = np.full(5, -1, np.int32)
-    prompt = Prompt(np.arange(5, dtype=np.int32), np.tile(np.arange(5, dtype=np.int32), (3, 1)), 0, (), none, none)
-    return Answer(prompt, GenerationConfig(**{"eos_token_id": (EOS, 787), **options}), tokenizer, 1000)
+    return Answer(
+        Prompt.of_text(range(5)), GenerationConfig(**{"eos_token_id": (EOS, 787), **options}), tokenizer, 1000
+    )
 
 
 def feed(answer, tokens, size, done=True):

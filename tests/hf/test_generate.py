@@ -231,7 +231,7 @@ def test_impossible_options_are_refused(ours, option):
 
 def test_missing_media_are_refused(ours):
     prompts = Prompts(CONFIG, [[3, ("image", (4, 6)), 4]], seed=12)
-    with pytest.raises(MessageError, match="pictures"):
+    with pytest.raises(MessageError, match="too few images"):
         ours("base").generate(input_ids=prompts.input_ids, max_new_tokens=4)
 
 

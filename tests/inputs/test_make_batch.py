@@ -8,7 +8,7 @@ from reference import CONFIGS, Prompts
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import MessageError
-from glm4v_jax.inputs.make_batch import MIN_LENGTH, make_batch, token_ids
+from glm4v_jax.inputs.make_batch import MIN_LENGTH, make_batch
 from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.inputs.vision_rows import bucket
 
@@ -54,7 +54,7 @@ def test_any_batch(rows, padding, left_align, multiple):
     assert all(x.dtype == np.int32 for x in (batch.input_ids, batch.segment_ids, batch.position_ids))
     assert not batch.segment_ids[b:].any()
     positions, _ = rope_index(
-        prompts.input_ids, token_ids(CONFIG), prompts.image_grid_thw, prompts.video_grid_thw, prompts.attention_mask
+        prompts.input_ids, CONFIG, prompts.image_grid_thw, prompts.video_grid_thw, prompts.attention_mask
     )
     for i in range(b):
         real = batch.segment_ids[i] == 1

@@ -8,11 +8,9 @@ from reference import CONFIGS, Prompts
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import MessageError
-from glm4v_jax.inputs.make_batch import token_ids
 from glm4v_jax.inputs.mrope import TokenIds, VisionRun, rope_index, vision_runs
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
-IDS = token_ids(CONFIG)
 
 side = st.integers(1, 6).map(lambda n: 2 * n)
 picture = st.tuples(st.just("image"), st.tuples(side, side))
@@ -25,7 +23,7 @@ def rows_of(*parts):
 
 def ours(prompts, merge=2):
     return rope_index(
-        prompts.input_ids, token_ids(prompts.config), prompts.image_grid_thw, prompts.video_grid_thw,
+        prompts.input_ids, prompts.config, prompts.image_grid_thw, prompts.video_grid_thw,
         prompts.attention_mask, merge,
     )  # fmt: skip
 
@@ -82,7 +80,7 @@ def test_properties(rows, seed):
         text = tokens != CONFIG.image_token_id
         assert (row[:, text] == row[0, text]).all()
         assert len({tuple(p) for p in row.T}) == row.shape[1]  # no two tokens at one position
-        alone = rope_index(tokens[None], IDS, *grids_of(rows, b))
+        alone = rope_index(tokens[None], CONFIG, *grids_of(rows, b))
         assert np.array_equal(alone[0][:, 0], row)
     assert (positions[:, ~left.real] == 1).all()
 
@@ -95,7 +93,7 @@ def grids_of(rows, b):
 
 def test_a_picture_by_hand():
     ids = np.array([[1, 2, 310, 314, 314, 314, 314, 314, 314, 311, 5]])
-    positions, deltas = rope_index(ids, IDS, np.array([[1, 4, 6]]))
+    positions, deltas = rope_index(ids, CONFIG, np.array([[1, 4, 6]]))
     assert positions[0, 0].tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7]
     assert positions[1, 0].tolist() == [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7]
     assert positions[2, 0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7]
@@ -105,7 +103,7 @@ def test_a_picture_by_hand():
 def test_pictures_with_nothing_between_them():
     """The template never makes them, and the reference crashes on them (trap T14); their grids tell them apart."""
     ids = np.array([[1, 314, 314, 314, 5]])
-    positions, _ = rope_index(ids, IDS, np.array([[1, 2, 2], [1, 2, 4]]))
+    positions, _ = rope_index(ids, CONFIG, np.array([[1, 2, 2], [1, 2, 4]]))
     assert positions[:, 0].T.tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 2, 3], [4, 4, 4]]
 
 
@@ -120,14 +118,16 @@ def test_runs_of_vision_tokens():
 @pytest.mark.parametrize(
     ("images", "videos", "message"),
     [
-        (None, None, "more pictures than were given"),
-        ([[1, 2, 2]], None, "places for more video frames"),
-        ([[1, 2, 2], [1, 2, 2]], [[1, 2, 2]], "2 pictures given, the prompts have places for 1"),
-        ([[1, 2, 2]], [[2, 2, 2]], "2 video frames given, the prompts have places for 1"),
-        ([[1, 4, 2]], [[1, 2, 2]], "has 1 image tokens at token 1, where a picture of grid .* needs 2"),
+        (None, None, "image_grid_thw: found too few images"),
+        ([[1, 2, 2]], None, "video_grid_thw: found too few video frames"),
+        ([[1, 2, 2], [1, 2, 2]], [[1, 2, 2]], "image_grid_thw: found 2 images; expected 1"),
+        ([[1, 2, 2]], [[2, 2, 2]], "video_grid_thw: found 2 video frames; expected 1"),
+        ([[1, 4, 2]], [[1, 2, 2]], "found 1 image tokens at token 1; expected 2, for the image of grid"),
     ],
 )
 def test_places_and_media_must_match(images, videos, message):
     ids = np.array([[310, 314, 311, 312, 310, 314, 311, 313]])
     with pytest.raises(MessageError, match=message):
-        rope_index(ids, IDS, None if images is None else np.array(images), None if videos is None else np.array(videos))
+        rope_index(
+            ids, CONFIG, None if images is None else np.array(images), None if videos is None else np.array(videos)
+        )

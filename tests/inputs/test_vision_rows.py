@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import (
     MAX_ROW_LENGTH,
     MIN_ROW_LENGTH,
     bicubic_weights,
     bucket,
     choose_shape,
-    frames_of,
     merge_order,
     pack,
     padded_share,
@@ -33,9 +33,10 @@ def test_buckets_are_the_next_member(n, minimum):
     assert found < 1.5 * max(n, minimum) or n <= 2
 
 
-def test_frames_of_pictures_and_videos():
-    assert frames_of(np.array([[1, 4, 6], [3, 2, 8]])).tolist() == [[4, 6], [2, 8], [2, 8], [2, 8]]
-    assert frames_of(np.zeros((0, 3))).shape == (0, 2)
+def media_of_frames(pixels, frames):
+    """An image of each frame (height, width), from patches one after another."""
+    parts = np.split(pixels, np.cumsum([h * w for h, w in frames])[:-1])
+    return [Medium(part, np.array([1, h, w])) for part, (h, w) in zip(parts, frames, strict=True)]
 
 
 @given(frame_lists, st.sampled_from([1, 2, 4]))
@@ -57,7 +58,8 @@ def test_every_patch_arrives_once(frames, shards, seed):
     """Each frame is in one row, in order, alone in its segment, at a multiple of the merge block."""
     patches = sum(h * w for h, w in frames)
     pixels = np.random.RandomState(seed).standard_normal((patches, 3)).astype(np.float32)
-    rows, merged_index = pack(pixels, np.array(frames), merge_size=2, position_grid=5, row_multiple=shards)
+    media = media_of_frames(pixels, frames)
+    rows, features = pack(media, merge_size=2, position_grid=5, row_multiple=shards)
     num_rows, length = rows.segment_ids.shape
     assert num_rows % shards == 0
     assert (rows.segment_ids > 0).sum() == patches
@@ -72,7 +74,7 @@ def test_every_patch_arrives_once(frames, shards, seed):
         assert np.array_equal(rows.coords[here], merge_order(h, w, 2))
         assert np.array_equal(rows.weights_h[here], bicubic_weights(h, 5)[rows.coords[here][:, 0]])
         assert np.array_equal(rows.weights_w[here], bicubic_weights(w, 5)[rows.coords[here][:, 1]])
-        merged = merged_index[start // 4 : (start + h * w) // 4]
+        merged = features[media[number - 1]]
         assert np.array_equal(merged, (row * length + first) // 4 + np.arange(h * w // 4))
         start += h * w
     for padding in (rows.patches, rows.coords, rows.weights_h, rows.weights_w):
@@ -81,19 +83,21 @@ def test_every_patch_arrives_once(frames, shards, seed):
 
 
 def test_one_shape_can_be_forced():
-    frames, pixels = np.array([[4, 6], [2, 2]]), np.ones((28, 3), np.float32)
+    media = media_of_frames(np.ones((28, 3), np.float32), [(4, 6), (2, 2)])
     for shape in ((1, 64), (3, 24), (2, 28)):
-        rows, _ = pack(pixels, frames, merge_size=2, position_grid=5, shape=shape)
+        rows, _ = pack(media, merge_size=2, position_grid=5, shape=shape)
         assert rows.segment_ids.shape == shape and (rows.segment_ids > 0).sum() == 28
     with pytest.raises(ValueError, match="do not fit 1 x 24"):
-        pack(pixels, frames, merge_size=2, position_grid=5, shape=(1, 24))
+        pack(media, merge_size=2, position_grid=5, shape=(1, 24))
 
 
-def test_wrong_inputs_are_named():
-    with pytest.raises(ValueError, match="grids count 24 patches, pixel values have 23"):
-        pack(np.ones((23, 3)), np.array([[4, 6]]), merge_size=2, position_grid=5)
-    with pytest.raises(ValueError, match="not all multiples of merge_size, 2"):
-        pack(np.ones((15, 3)), np.array([[3, 5]]), merge_size=2, position_grid=5)
+def test_frames_of_a_video_are_packed_one_by_one():
+    patches = np.random.RandomState(0).standard_normal((3 * 16, 3)).astype(np.float32)
+    video = Medium(patches, np.array([3, 2, 8]))
+    rows, features = pack([video], merge_size=2, position_grid=5, shape=(2, 32))
+    assert video.frames.tolist() == [[2, 8]] * 3
+    assert [(rows.segment_ids == number).sum() for number in (1, 2, 3)] == [16, 16, 16]
+    assert np.array_equal(rows.patches.reshape(-1, 4 * 3)[features[video]], patches.reshape(-1, 4 * 3))
 
 
 def test_padding_stays_low():

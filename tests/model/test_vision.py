@@ -7,7 +7,8 @@ import pytest
 from reference import CONFIGS, assert_close, their_modeling
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.inputs.vision_rows import frames_of, merge_order, pack
+from glm4v_jax.inputs.medium import Medium, split_media
+from glm4v_jax.inputs.vision_rows import merge_order, pack
 from glm4v_jax.model import rope
 from glm4v_jax.model.attention.mask import Mask
 
@@ -54,10 +55,8 @@ def test_position_embedding_equals(ours, theirs, name, grid):
             torch.zeros(h * w, vision.hidden_size), [h * w], torch.tensor([[1, h, w]]),
             torch.tensor(coords[:, 0]), torch.tensor(coords[:, 1]),
         )  # fmt: skip
-    rows, _ = pack(
-        np.zeros((h * w, vision.patch_dim), np.float32), np.array([grid]), merge_size=vision.spatial_merge_size,
-        position_grid=vision.position_grid,
-    )  # fmt: skip
+    image = Medium(np.zeros((h * w, vision.patch_dim), np.float32), np.array([1, h, w]))
+    rows, _ = pack([image], merge_size=vision.spatial_merge_size, position_grid=vision.position_grid)
     found = np.asarray(ours(name).visual.module._positions(rows))
     assert np.abs(expected.numpy()).max() > 1
     assert_close(found[rows.segment_ids > 0], expected)
@@ -111,13 +110,19 @@ def test_packing_changes_nothing(ours):
     vision, model = vision_of("base"), ours("base").visual
     x = pixels("base", int(GRIDS.prod(axis=1).sum()))
     encode = jax.jit(lambda module, rows: module(rows))
-    alone, start = [], 0
-    for h, w in frames_of(GRIDS):
-        rows, index = pack(x[start : start + h * w], [[h, w]], merge_size=2, position_grid=5, shape=(1, 128))
-        alone.append(np.asarray(encode(model.module, rows)).reshape(-1, 64)[index])
-        start += h * w
+    media = split_media(x, GRIDS, vision, "pixel_values", "image_grid_thw")
+    frames = [
+        Medium(patches, np.array([1, *medium.grid[1:]]))
+        for medium in media
+        for patches in np.split(medium.patches, medium.grid[0])
+    ]
+    alone = []
+    for frame in frames:
+        rows, features = pack([frame], merge_size=2, position_grid=5, shape=(1, 128))
+        alone.append(np.asarray(encode(model.module, rows)).reshape(-1, 64)[features[frame]])
     for shape in ((1, 128), (2, 48), (3, 24)):
-        rows, index = pack(x, frames_of(GRIDS), merge_size=2, position_grid=vision.position_grid, shape=shape)
+        rows, features = pack(media, merge_size=2, position_grid=vision.position_grid, shape=shape)
+        index = np.concatenate([features[medium] for medium in media])
         assert_close(np.asarray(encode(model.module, rows)).reshape(-1, 64)[index], np.concatenate(alone))
     assert_close(model(x, GRIDS), np.concatenate(alone))
 
@@ -134,9 +139,10 @@ def test_frames_of_a_video_do_not_see_each_other(ours):
 def test_padding_reaches_no_token(ours):
     """Whatever stands in the rows' padding."""
     model = ours("base").visual
-    rows, index = pack(pixels("base", 24), np.array([[4, 6]]), merge_size=2, position_grid=5)
+    image = Medium(pixels("base", 24), np.array([1, 4, 6]))
+    rows, features = pack([image], merge_size=2, position_grid=5)
     noisy = rows._replace(patches=np.where(rows.segment_ids[..., None] > 0, rows.patches, 1e3).astype(np.float32))
-    one, other = (np.asarray(model.encode(r))[index] for r in (rows, noisy))
+    one, other = (np.asarray(model.encode(r))[features[image]] for r in (rows, noisy))
     assert np.array_equal(one, other)
 
 

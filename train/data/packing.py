@@ -12,7 +12,9 @@ import numpy as np
 from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import DataError
-from glm4v_jax.inputs import vision_rows as vision_packing
+from glm4v_jax.inputs import vision_rows
+from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.vision_rows import RowPlace, first_fit
 from train.data.samples import IGNORED, Sample
 
 VisionShape = tuple[int, int]
@@ -39,45 +41,23 @@ class PaddingShare(NamedTuple):
     patches: float | None
 
 
-class Place(NamedTuple):
-    """Where a sample stands: its row, its first token there, and its segment id."""
-
-    row: int
-    start: int
-    segment: int
-
-
-def place(lengths: Sequence[int], rows: int, length: int, per_row: int | None = None) -> list[Place] | None:
+def place(lengths: Sequence[int], rows: int, length: int, per_row: int | None = None) -> list[RowPlace] | None:
     """Places for samples of these lengths, each in the first row that has room; None where they do not fit.
-
-    More samples do not move those that have a place.
 
     Args:
       lengths: tokens of each sample, in their order.
       rows, length: of the batch, B and T.
       per_row: the most samples of a row; None is no limit, 1 is no packing.
     """
-    used, counts = [0] * rows, [0] * rows
-    places = []
-    for tokens in lengths:
-        row = next((r for r in range(rows) if used[r] + tokens <= length and counts[r] != per_row), None)
-        if row is None:
-            return None
-        counts[row] += 1
-        places.append(Place(row, used[row], counts[row]))
-        used[row] += tokens
-    return places
+    places = first_fit(lengths, length, per_row)
+    fit = max(lengths, default=0) <= length and max((place.row for place in places), default=-1) < rows
+    return places if fit else None
 
 
 def vision_fits(frames: np.ndarray, shape: VisionShape | None) -> bool:
-    """Whether frames int [F, 2] (height, width in patches) fit vision rows of this shape, as `inputs.packing` packs."""
+    """Whether frames int [F, 2] (height, width in patches) fit vision rows of this shape."""
     sizes = frames.prod(axis=1).tolist()
-    if not sizes:
-        return True
-    if shape is None or max(sizes) > shape[1] or sum(sizes) > shape[0] * shape[1]:
-        return False
-    # The very placement of `inputs.packing.pack`: what fits here fits there.
-    return max(vision_packing.place(sizes, shape[1])[0]) < shape[0]
+    return not sizes or (shape is not None and vision_rows.fits(sizes, shape))
 
 
 def pack(
@@ -109,21 +89,18 @@ def pack(
         found = ", ".join(str(len(sample)) for sample in samples)
         raise DataError(f"found samples of {found} tokens, from {_first_source(samples)} on; expected what fits "
                         f"{rows} x {length}")  # fmt: skip
-    vision, merged_index = _pack_vision(samples, vision_shape, config)
+    vision, features = _pack_vision(samples, vision_shape, config)
     input_ids, segment_ids = (np.zeros((rows, length), np.int32) for _ in range(2))
     position_ids = np.ones((3, rows, length), np.int32)
     vision_index, targets = np.full((rows, length), -1, np.int32), np.full((rows, length), IGNORED, np.int32)
     weights = np.zeros((rows, length), np.float32)
-    taken = 0
     for sample, (row, start, segment) in zip(samples, places, strict=True):
         here = np.s_[row, start : start + len(sample)]
         input_ids[here], segment_ids[here], targets[here] = sample.input_ids, segment, sample.targets
         position_ids[:, row, start : start + len(sample)] = sample.position_ids
         is_target = sample.targets != IGNORED
         weights[here] = is_target / np.float32(1 if average == "token" else max(is_target.sum(), 1))
-        is_vision = sample.vision_order >= 0
-        vision_index[here][is_vision] = merged_index[taken + sample.vision_order[is_vision]]
-        taken += len(sample.patches) // config.vision_config.spatial_merge_size**2
+        vision_index[here] = sample.prompt.vision_index(features)
     batch = Batch(input_ids, segment_ids, position_ids, None if vision is None else vision_index, vision)
     return TrainBatch(batch, targets, weights)
 
@@ -134,11 +111,8 @@ def _first_source(samples: Sequence[Sample]) -> str:
 
 def _pack_vision(
     samples: Sequence[Sample], shape: VisionShape | None, config: Glm4vConfig
-) -> tuple[VisionRows | None, np.ndarray]:
-    """The vision rows of all samples, and int32 [M]: where each of their merged tokens stands in the encoder's output.
-
-    M counts the samples' merged tokens one sample after another.
-    """
+) -> tuple[VisionRows | None, dict[Medium, np.ndarray]]:
+    """The vision rows of all samples, and where the merged tokens of each medium are in the encoder's output."""
     vision = config.vision_config
     frames = np.concatenate([np.zeros((0, 2), np.int64), *(sample.frames for sample in samples)])
     if not vision_fits(frames, shape):
@@ -147,32 +121,17 @@ def _pack_vision(
             f"{_first_source(samples)} on; expected what fits vision rows of {shape}"
         )
     if shape is None:
-        return None, np.zeros(0, np.int32)
-    if not len(frames):
-        return _empty_vision(shape, config), np.zeros(0, np.int32)
-    patches = np.concatenate([sample.patches for sample in samples])
-    return vision_packing.pack(
-        patches, frames, merge_size=vision.spatial_merge_size, position_grid=vision.position_grid, shape=shape
-    )
-
-
-def _empty_vision(shape: VisionShape, config: Glm4vConfig) -> VisionRows:
-    vision = config.vision_config
-    table = (*shape, vision.position_grid)
-    return VisionRows(
-        patches=np.zeros((*shape, vision.patch_dim), np.float32),
-        segment_ids=np.zeros(shape, np.int32),
-        coords=np.zeros((*shape, 2), np.int32),
-        weights_h=np.zeros(table, np.float32),
-        weights_w=np.zeros(table, np.float32),
-    )
+        return None, {}
+    rows = vision_rows.empty_rows(*shape, vision.patch_dim, vision.position_grid)
+    media = [medium for sample in samples for medium in sample.prompt.media]
+    return rows, vision_rows.fill(rows, media, merge_size=vision.spatial_merge_size)
 
 
 def padding_share(batch: TrainBatch) -> PaddingShare:
     """How much of a batch is padding."""
     vision = batch.batch.vision
     tokens = float(np.mean(batch.batch.segment_ids == 0))
-    return PaddingShare(tokens, None if vision is None else vision_packing.padded_share(vision))
+    return PaddingShare(tokens, None if vision is None else vision_rows.padded_share(vision))
 
 
 def smallest_length(samples: Sequence[Sample], lengths: Iterable[int], rows: int, per_row: int | None = None) -> int:

@@ -16,6 +16,7 @@ not, and it is one token. Behind the last turn it is a target only, so the token
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -25,13 +26,11 @@ import numpy as np
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError
 from glm4v_jax.generate.text.thinking import without_thoughts
-from glm4v_jax.inputs.make_batch import checked_ids, token_ids
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
-from glm4v_jax.inputs.mrope import rope_index, vision_runs
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
+from glm4v_jax.inputs.prompt import Prompt, prompts_of
 from glm4v_jax.inputs.text.chat_template import choose_template, render_template
 from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
-from glm4v_jax.inputs.vision_rows import frames_of
 from train.data.records import Record
 
 IGNORED = -100
@@ -78,27 +77,35 @@ class EncodeOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """One conversation of T tokens, F pictures and frames of P patches, and M merged vision tokens.
+    """One conversation of T tokens.
 
-    input_ids: int32 [T].
-    targets: int32 [T], the token to predict after each, -100 where there is none.
-    position_ids: int32 [3, T], of this conversation alone.
-    patches: float32 [P, C * temporal_patch_size * patch_size^2]: all pictures, then the frames of all videos.
-    frames: int64 [F, 2], height and width of each in patches.
-    vision_order: int32 [T], -1 for text, otherwise which of the M merged tokens of `patches` belongs there.
-    source: where the record stands.
+    Attributes:
+      prompt: its tokens, positions, images and videos.
+      targets: int32 [T], the token to predict after each, -100 where there is none.
+      source: where the record stands.
     """
 
-    input_ids: np.ndarray
+    prompt: Prompt
     targets: np.ndarray
-    position_ids: np.ndarray
-    patches: np.ndarray
-    frames: np.ndarray
-    vision_order: np.ndarray
     source: str
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.prompt)
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """int32 [T]."""
+        return self.prompt.input_ids
+
+    @property
+    def position_ids(self) -> np.ndarray:
+        """int32 [3, T], of this conversation alone."""
+        return self.prompt.position_ids
+
+    @functools.cached_property
+    def frames(self) -> np.ndarray:
+        """int64 [F, 2]: height and width, in patches, of the images and video frames in the order of their tokens."""
+        return np.concatenate([np.zeros((0, 2), np.int64), *(medium.frames for medium in self.prompt.media)])
 
     @property
     def num_targets(self) -> int:
@@ -139,11 +146,12 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
     pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, learned, text), len(text))]
     media = _media(messages, turns.source, processor, options)
     inputs = processor.assemble([text], media)
-    ids = checked_ids(inputs["input_ids"], None, config)[0][0].astype(np.int32)
+    _check_patches(inputs, config)
+    (prompt,) = prompts_of(inputs, config)
     parts = [np.asarray(part, np.int32) for part in processor.assemble(pieces, media)["input_ids"]]
-    if not np.array_equal(np.concatenate(parts), ids):
+    if not np.array_equal(np.concatenate(parts), prompt.input_ids):
         raise DataError("the tokenizer joins the start or the end of an answer to what stands beside it")
-    sample = _sample(ids, _targets(parts, stop), inputs, config, record.source)
+    sample = Sample(prompt, _targets(parts, stop), record.source)
     if options.max_length is not None and len(sample) > options.max_length:
         if options.too_long == "drop":
             return None
@@ -323,30 +331,14 @@ def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor
     return processor
 
 
-def _sample(
-    ids: np.ndarray, targets: np.ndarray, inputs: Mapping[str, Any], config: Glm4vConfig, source: str
-) -> Sample:
-    vision = config.vision_config
-    merge = vision.spatial_merge_size
-    grids = [inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
-    positions, _ = rope_index(ids[None], token_ids(config), grids[0], grids[1], None, merge)
-    of_kind = [np.zeros((0, 2), np.int64) if grid is None else frames_of(grid) for grid in grids]
-    values = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
-    if not values:
-        values = [np.zeros((0, vision.patch_dim), np.float32)]
-    patches = values[0] if len(values) == 1 else np.concatenate(values)
-    if patches.shape[1] != vision.patch_dim:
-        raise CheckpointError(
-            f"preprocessor_config.json: found patches of {patches.shape[1]} numbers; expected {vision.patch_dim}, as "
-            "config.json has it"
-        )
-    order = np.full(len(ids), -1, np.int32)
-    taken = {False: 0, True: int(of_kind[0].prod(axis=1).sum()) // merge**2}
-    for run in vision_runs(ids, token_ids(config)):
-        n = run.stop - run.start
-        order[run.start : run.stop] = taken[run.is_video] + np.arange(n)
-        taken[run.is_video] += n
-    return Sample(ids, targets, positions[:, 0], patches, np.concatenate(of_kind), order, source)
+def _check_patches(inputs: Mapping[str, Any], config: Glm4vConfig) -> None:
+    expected = config.vision_config.patch_dim
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name in inputs and (found := inputs[name].shape[1]) != expected:
+            raise CheckpointError(
+                f"preprocessor_config.json: found patches of {found} numbers; expected {expected}, as config.json has "
+                "it"
+            )
 
 
 def _cut(sample: Sample, length: int, config: Glm4vConfig) -> Sample:
@@ -363,20 +355,4 @@ def _cut(sample: Sample, length: int, config: Glm4vConfig) -> Sample:
         is_open[1:] |= depth > 0
     # Inside a picture, the place behind the last tag that left none open is the one before it began.
     length = int(np.flatnonzero(~is_open)[-1])
-    order = sample.vision_order[:length]
-    sizes = sample.frames.prod(axis=1)
-    merged = sizes // config.vision_config.spatial_merge_size**2
-    first = np.cumsum(merged) - merged
-    is_kept = np.isin(first, order)
-    new_number = np.full(int(merged.sum()) + 1, -1, np.int32)  # the last entry stands for text, -1
-    kept_tokens = np.flatnonzero(np.repeat(is_kept, merged))
-    new_number[kept_tokens] = np.arange(len(kept_tokens))
-    return dataclasses.replace(
-        sample,
-        input_ids=sample.input_ids[:length],
-        targets=sample.targets[:length],
-        position_ids=sample.position_ids[:, :length],
-        patches=sample.patches[np.repeat(is_kept, sizes)],
-        frames=sample.frames[is_kept],
-        vision_order=new_number[order],
-    )
+    return dataclasses.replace(sample, prompt=sample.prompt.truncated(length), targets=sample.targets[:length])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_jax.inputs.mrope import TokenIds, rope_index
+from glm4v_jax.inputs.mrope import TokenIds, place_rows
 from glm4v_jax.inputs.prepared_media import PreparedMedia
 from glm4v_jax.inputs.preview.preview import Seen, warning, why_scaled
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -82,23 +82,20 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
     input_ids = inputs["input_ids"][0]
 
     tags = {tag: processor.tokenizer.convert_tokens_to_ids(tag) for tag in (*_STARTS.values(), *_ENDS.values())}
-    position_ids, _ = rope_index(
-        input_ids[None],
+    (placed,) = place_rows(
+        [input_ids],
         TokenIds(processor.image_token_id, tags[_STARTS["video"]], tags[_ENDS["video"]]),
-        inputs.get("image_grid_thw"),
-        inputs.get("video_grid_thw"),
-        merge_size=processor.image_processor.merge_size,
+        inputs.get("image_grid_thw", ()),
+        inputs.get("video_grid_thw", ()),
+        processor.image_processor.merge_size,
     )
-    position_ids = position_ids[:, 0]
-
-    columns = np.flatnonzero(input_ids == processor.image_token_id)
-    places, done = [], 0
-    for item in seen:
-        own = columns[done : done + item.tokens]
-        done += item.tokens
+    places = []
+    for number, item in enumerate(seen):
+        own = np.flatnonzero(placed.medium_of == number)
         (expansion,) = (*item.media.images, *item.media.videos)
         first, last = _with_tags(input_ids, own, tags[_STARTS[item.kind]], tags[_ENDS[item.kind]])
-        lows, highs = position_ids[:, own].min(axis=1), position_ids[:, own].max(axis=1)
+        positions = placed.position_ids[:, own]
+        lows, highs = positions.min(axis=1), positions.max(axis=1)
         places.append(
             Place(
                 tokens=last + 1 - first,
@@ -106,7 +103,7 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
                 timestamps=tuple(int(time) for time in _TIME_OF_A_FRAME.findall(expansion.text)),
             )
         )
-    return PlacedPrompt(input_ids, position_ids, tuple(places))
+    return PlacedPrompt(input_ids, placed.position_ids, tuple(places))
 
 
 def _with_tags(input_ids: np.ndarray, own: np.ndarray, start: int | None, end: int | None) -> tuple[int, int]:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from glm4v_jax import make_batch
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import DataError
-from glm4v_jax.inputs.make_batch import token_ids
-from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.prompt import prompts_of
 from train.data.packing import Packer, pack, padding_share, place, smallest_length, smallest_vision_shape, vision_fits
 from train.data.records import Record
 from train.data.samples import IGNORED, Sample, encode
@@ -42,13 +41,18 @@ def made(texts, grids=(), seed=0):
     targets = np.full(len(ids), IGNORED, np.int32)
     learned = max(texts[-1] // 2, 1)
     targets[-learned:] = rng.integers(0, 700, learned)
-    frames = np.array(grids, np.int64).reshape(-1, 2)
-    grid_thw = np.concatenate([np.ones((len(frames), 1), np.int64), frames], axis=1)
-    positions, _ = rope_index(ids[None], token_ids(CONFIG), grid_thw if len(frames) else None)
-    patches = rng.standard_normal((int(frames.prod(axis=1).sum()), CONFIG.vision_config.patch_dim)).astype(np.float32)
-    order = np.full(len(ids), -1, np.int32)
-    order[ids == IMAGE] = np.arange((ids == IMAGE).sum())
-    return Sample(ids, targets, positions[:, 0], patches, frames, order, f"made:{seed}")
+    grid_thw = np.array([(1, *grid) for grid in grids], np.int64).reshape(-1, 3)
+    patches = rng.standard_normal((grid_thw.prod(axis=1).sum(), CONFIG.vision_config.patch_dim)).astype(np.float32)
+    (prompt,) = prompts_of({"input_ids": ids[None], "pixel_values": patches, "image_grid_thw": grid_thw}, CONFIG)
+    return Sample(prompt, targets, f"made:{seed}")
+
+
+def seen_by(sample):
+    """float32 [vision tokens, 4 * P]: the patches of every vision token, in the order of the tokens."""
+    prompt = sample.prompt
+    media = [medium.patches.reshape(-1, 4 * medium.patches.shape[-1]) for medium in prompt.media]
+    here = np.flatnonzero(prompt.medium_of >= 0)
+    return np.array([media[prompt.medium_of[i]][prompt.offset_of[i]] for i in here])
 
 
 SAMPLES = [made([5, 4], [(4, 6)], 1), made([9], seed=2), made([3, 2, 6], [(2, 4), (6, 6)], 3), made([20], seed=4)]
@@ -77,10 +81,9 @@ def check(batch, samples, places):
         assert (batch.batch.segment_ids[here] == p.segment).all()
         if vision is not None:
             flat = vision.patches.reshape(-1, 4 * vision.patches.shape[-1])
-            index, is_vision = batch.batch.vision_index[here], sample.vision_order >= 0
+            index, is_vision = batch.batch.vision_index[here], sample.prompt.medium_of >= 0
             assert ((index >= 0) == is_vision).all()
-            merged = sample.patches.reshape(-1, flat.shape[-1])
-            np.testing.assert_array_equal(flat[index[is_vision]], merged[sample.vision_order[is_vision]])
+            assert not is_vision.any() or np.array_equal(flat[index[is_vision]], seen_by(sample))
     assert not batch.batch.segment_ids[free].any() and not batch.weights[free].any()
     assert (batch.targets[free] == IGNORED).all()
     assert ((batch.weights > 0) == (batch.targets != IGNORED)).all()
@@ -188,17 +191,12 @@ def test_packed_equals_unpacked_to_the_model(scores, real_samples):
             np.testing.assert_allclose(a, b, rtol=TOLERANCE)
     # And both are what the model says to the sample by itself, prepared in the way of inference.
     for sample, b in zip(real_samples, found["alone"], strict=True):
-        video_frames = 2 * (sample.source == "x:2")
-        split = len(sample.frames) - video_frames
-        patches = int(sample.frames[:split].prod(axis=1).sum())
         media = {}
-        if split:
-            ones = np.ones((split, 1), np.int64)
-            media |= {"pixel_values": sample.patches[:patches]}
-            media |= {"image_grid_thw": np.concatenate([ones, sample.frames[:split]], axis=1)}
-        if video_frames:
-            grid = np.array([[video_frames, *sample.frames[-1]]])
-            media |= {"pixel_values_videos": sample.patches[patches:], "video_grid_thw": grid}
+        for medium in sample.prompt.media:
+            values, grids = (
+                ("pixel_values_videos", "video_grid_thw") if medium.grid[0] > 1 else ("pixel_values", "image_grid_thw")
+            )
+            media |= {values: medium.patches, grids: medium.grid[None]}
         batch, _ = make_batch(sample.input_ids[None].astype(np.int64), CONFIG, **media)
         alone, _ = scores(packed(SAMPLES[:1], rows=1, length=batch.input_ids.shape[1])._replace(batch=batch))
         assert np.abs(alone[0, : len(sample)] - b).max() <= TOLERANCE * np.abs(b).max(), sample.source
@@ -223,7 +221,7 @@ def test_an_empty_batch_gives_numbers(scores):
 
 def test_padding_share():
     share = padding_share(packed(SAMPLES))
-    tokens, patches = sum(map(len, SAMPLES)), sum(len(sample.patches) for sample in SAMPLES)
+    tokens, patches = sum(map(len, SAMPLES)), sum(int(sample.frames.prod(axis=1).sum()) for sample in SAMPLES)
     assert share.tokens == pytest.approx(1 - tokens / 96) and share.patches == pytest.approx(1 - patches / 384)
     assert padding_share(packed(SAMPLES[1::2], vision_shape=None)).patches is None
 

@@ -15,7 +15,6 @@ from helpers_transformers import import_transformers
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, DataError
 from glm4v_jax.generate.prompt import prompt_of
-from glm4v_jax.inputs.make_batch import token_ids
 from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.data.records import Record
@@ -88,6 +87,11 @@ def learned(sample: Sample, tokenizer) -> list[str]:
     return [tokenizer.decode(sample.targets[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def patches_of(sample):
+    """float32 [P, 1176]: the patches of all images and videos."""
+    return np.concatenate([np.zeros((0, 1176), np.float32), *(medium.patches for medium in sample.prompt.media)])
+
+
 CONVERSATIONS = {
     "text": (user("Hi"), assistant("Hello")),
     "system": (system("Be brief."), user("Hi"), assistant(THOUGHT)),
@@ -107,10 +111,9 @@ def test_tokens_are_those_of_the_processor(processor, name):
     sample = encode(record(*messages), processor, CONFIG, EncodeOptions(keep_thoughts="all"))
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     np.testing.assert_array_equal(sample.input_ids, inputs["input_ids"][0])
-    patches = inputs.get("pixel_values")
-    assert (patches is None and not len(sample.patches)) or np.array_equal(sample.patches, patches)
+    assert np.array_equal(patches_of(sample), inputs.get("pixel_values", np.zeros((0, 1176))))
     assert sample.input_ids.dtype == sample.targets.dtype == sample.position_ids.dtype == np.int32
-    assert sample.patches.dtype == np.float32 and sample.frames.dtype == np.int64
+    assert all(medium.patches.dtype == np.float32 for medium in sample.prompt.media) and sample.frames.dtype == np.int64
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -123,7 +126,7 @@ def test_tokens_are_those_of_the_reference(processor, theirs, name):
     sample = encode(record(*CONVERSATIONS[name]), processor, CONFIG, EncodeOptions(keep_thoughts="all"))
     np.testing.assert_array_equal(sample.input_ids, expected["input_ids"][0])
     if "pixel_values" in expected:
-        np.testing.assert_array_equal(sample.patches, expected["pixel_values"])
+        np.testing.assert_array_equal(patches_of(sample), expected["pixel_values"])
 
 
 @pytest.mark.parametrize("rate", [None, 4])
@@ -137,7 +140,7 @@ def test_a_video_of_frames(processor, theirs, rate):
     np.testing.assert_array_equal(sample.input_ids, expected["input_ids"][0])
     assert sample.frames.tolist() == [[4, 6]] * 4
     # Torchvision resizes there and Pillow here: one step of eight bits.
-    np.testing.assert_allclose(sample.patches, expected["pixel_values_videos"], rtol=0, atol=1.01 / 255 / 0.2613)
+    np.testing.assert_allclose(patches_of(sample), expected["pixel_values_videos"], rtol=0, atol=1.01 / 255 / 0.2613)
     assert learned(sample, processor.tokenizer) == [THOUGHT + STOP]
     # A patch holds two frames, so the second one begins after a second, or half of one.
     second = f"0<|begin_of_image|>{'<|image|>' * 6}<|end_of_image|>{0 if rate else 1}"
@@ -152,7 +155,7 @@ def test_a_video_file_is_sampled(processor, tmp_path):
     sample = encode(record(*messages), processor, CONFIG)
     expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     np.testing.assert_array_equal(sample.input_ids, expected["input_ids"][0])
-    np.testing.assert_array_equal(sample.patches, expected["pixel_values_videos"])
+    np.testing.assert_array_equal(patches_of(sample), expected["pixel_values_videos"])
     denser = encode(record(*messages), processor, CONFIG, EncodeOptions(video_fps=4.0))
     expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, fps=4.0)
     np.testing.assert_array_equal(denser.input_ids, expected["input_ids"][0])
@@ -166,22 +169,20 @@ def test_frames_may_be_files(processor, tmp_path):
     found = encode(record(user({"type": "video", "video": names}), assistant("y")), processor, CONFIG)
     expected = encode(record(user(video()), assistant("y")), processor, CONFIG)
     np.testing.assert_array_equal(found.input_ids, expected.input_ids)
-    np.testing.assert_array_equal(found.patches, expected.patches)
+    np.testing.assert_array_equal(patches_of(found), patches_of(expected))
 
 
-def test_pictures_and_videos_together(processor):
-    """Patches hold the pictures first; `vision_order` says which merged token stands where."""
+def test_images_and_videos_in_one_sample_keep_their_order(processor):
     messages = (user(video(4), "and", picture(), video(6)), assistant("a"), user(picture(56, 84, 3)), assistant("b"))
     sample = encode(record(*messages), processor, CONFIG)
-    assert sample.frames.tolist() == [[6, 10], [6, 8], *[[4, 6]] * 5]
-    merged = [15, 12, 6, 6, 6, 6, 6]  # two pictures; two patches of frames, and three
-    starts = np.cumsum([0, *merged])
-    in_prompt = [2, 3, 0, 4, 5, 6, 1]
-    expected = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in in_prompt])
-    is_vision = sample.input_ids == CONFIG.image_token_id
-    assert np.array_equal(sample.vision_order[is_vision], expected) and (sample.vision_order[~is_vision] == -1).all()
     grids = np.array([[1, 6, 10], [1, 6, 8]]), np.array([[2, 4, 6], [3, 4, 6]])
-    positions, _ = rope_index(sample.input_ids[None], token_ids(CONFIG), *grids)
+    prompt, in_prompt = sample.prompt, [grids[1][0], grids[0][0], grids[1][1], grids[0][1]]
+    assert [medium.grid.tolist() for medium in prompt.media] == [grid.tolist() for grid in in_prompt]
+    is_vision = sample.input_ids == CONFIG.image_token_id
+    assert prompt.medium_of[is_vision].tolist() == [0] * 12 + [1] * 15 + [2] * 18 + [3] * 12
+    expected = np.concatenate([np.arange(grid.prod() // 4) for grid in in_prompt])
+    assert np.array_equal(prompt.offset_of[is_vision], expected) and (prompt.medium_of[~is_vision] == -1).all()
+    positions, _ = rope_index(sample.input_ids[None], CONFIG, *grids)
     np.testing.assert_array_equal(sample.position_ids, positions[:, 0])
     assert learned(sample, processor.tokenizer) == ["a" + STOP, "b" + STOP]
 
@@ -350,15 +351,11 @@ def test_cutting_keeps_pictures_and_videos_whole(processor):
         assert len(sample) == n
         for name in ("input_ids", "targets", "position_ids"):
             np.testing.assert_array_equal(getattr(sample, name), getattr(whole, name)[..., :n], err_msg=name)
-        # Frames in `patches`: two pictures, then four of the video.
-        kept = [0] + [1] * (n > last_picture[1]) + [2, 3, 4, 5] * (n > the_video[1])
-        np.testing.assert_array_equal(sample.frames, whole.frames[kept])
-        assert len(sample.patches) == sample.frames.prod(axis=1).sum()
-        is_vision = sample.vision_order >= 0
-        # Every vision token still stands for the same patches.
-        np.testing.assert_array_equal(
-            sample.patches[4 * sample.vision_order[is_vision]], whole.patches[4 * whole.vision_order[:n][is_vision]]
-        )
+        # An image, a video and an image: each stays with all its tokens, or goes.
+        kept = 1 + (n > the_video[1]) + (n > last_picture[1])
+        assert [m.key for m in sample.prompt.media] == [m.key for m in whole.prompt.media[:kept]]
+        for name in ("medium_of", "offset_of"):
+            np.testing.assert_array_equal(getattr(sample.prompt, name), getattr(whole.prompt, name)[:n])
 
 
 def test_pixels_are_capped(processor):

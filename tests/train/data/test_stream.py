@@ -1,11 +1,15 @@
 """Batches of whole steps: of several micro-batches, without packing, and without pictures."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig, DataConfig
 from train.data import lane
 from train.data.samples import Sample
@@ -18,11 +22,10 @@ PATCHES = 8
 
 def made(number, *others):
     """A sample of `number + 1` tokens, all of them `number`; the one of record 3 has a picture, which nothing shows."""
-    length, frames = number + 1, np.array([(2, PATCHES // 2)] * (number == 3), np.int64).reshape(-1, 2)
-    patches = np.zeros((PATCHES * len(frames), CONFIG.vision_config.patch_dim), np.float32)
-    ids, nowhere = np.full(length, number, np.int32), np.full(length, -1, np.int32)
-    positions = np.tile(np.arange(length, dtype=np.int32), (3, 1))
-    return Sample(ids, ids, positions, patches, frames, nowhere, f"data.jsonl:{number + 1}")
+    image = Medium(np.zeros((PATCHES, CONFIG.vision_config.patch_dim), np.float32), np.array([1, 2, PATCHES // 2]))
+    prompt = Prompt.of_text([number] * (number + 1))
+    prompt = dataclasses.replace(prompt, media=(image,) * (number == 3))
+    return Sample(prompt, prompt.input_ids, f"data.jsonl:{number + 1}")
 
 
 @pytest.fixture
