@@ -37,7 +37,7 @@ def make_batch(
     >>> inputs = processor(text="<|image|>What is this?", images=np.zeros((56, 56, 3), np.uint8))
     >>> batch, next_position = make_batch(config=config, **inputs)
     >>> batch.input_ids.shape, batch.position_ids.shape, batch.vision.patches.shape
-    XXX
+    ((1, 32), (3, 1, 32), (1, 128, 1176))
 
     Args:
       input_ids: int [B, T].
