@@ -69,8 +69,8 @@ def split_media(pixel_values: Any, grid_thw: Any, config: Glm4vVisionConfig, nam
     expected = [int(sizes.sum()), config.patch_dim]
     if list(values.shape) != expected:
         raise MessageError(f"{name}: found shape {list(values.shape)}; expected {expected}, as {grid_name} counts")
-    parts = np.split(values, np.cumsum(sizes)[:-1])
-    return [Medium(part, grid) for part, grid in zip(parts, grids, strict=True)]
+    ends = np.cumsum(sizes)
+    return [Medium(values[end - size : end], grid) for end, size, grid in zip(ends, sizes, grids, strict=True)]
 
 
 def checked_grids(grid_thw: Any, merge_size: int, name: str = "grid_thw") -> np.ndarray:
