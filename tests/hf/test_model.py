@@ -528,7 +528,11 @@ def test_fresh_models_are_made_from_a_seed(mesh):
         ([[3, ("image", (4, 6)), 4]], {"pixel_values": np.zeros((23, 1176), np.float32)}, "pixel_values"),
         ([[3, ("image", (4, 6)), 4]], {"image_grid_thw": np.array([[1, 4, 8]])}, "pixel_values"),
         ([[3, ("image", (4, 6)), 4]], {"pixel_values": None, "image_grid_thw": None}, "too few images"),
-        ([[14]], {"pixel_values": np.zeros((4, 1176)), "image_grid_thw": np.array([[1, 2, 2]])}, "found 1 images; expected 0"),
+        (
+            [[14]],
+            {"pixel_values": np.zeros((4, 1176)), "image_grid_thw": np.array([[1, 2, 2]])},
+            "found 1 images; expected 0",
+        ),
         ([[14]], {"input_ids": np.array([[1, 2, 320]])}, "token 320"),
         ([[14]], {"input_ids": np.array([[1, 2, -1]])}, "token -1"),
         ([[14]], {"attention_mask": np.zeros((1, 14), int)}, "padding alone"),
