@@ -173,6 +173,18 @@ def convert(value: Any, hint: Any) -> Any:
     return converted
 
 
+def checked(name: str, value: Any, hint: Any, error: type[Glm4vError] = ConfigError) -> Any:
+    """A single value as an annotation has it; see `convert`.
+
+    Raises:
+      error: it does not fit.
+    """
+    try:
+        return convert(value, hint)
+    except ValueError as problem:
+        raise error(fault(name, value, expectation(hint))) from problem
+
+
 def hints(cls: Any) -> dict[str, Any]:
     """The annotations of a dataclass's fields."""
     return _hints(cls)

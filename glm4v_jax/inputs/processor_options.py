@@ -6,6 +6,7 @@ from typing import Any
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.batch_feature import check_device, check_return_tensors
+from glm4v_jax.inputs.vision.settings import MediaProcessor
 
 TEXT_OPTIONS = frozenset(
     {
@@ -25,24 +26,7 @@ TEXT_OPTIONS = frozenset(
         "return_mm_token_type_ids",
     }
 )
-IMAGE_OPTIONS = frozenset(
-    {
-        "do_resize",
-        "size",
-        "resample",
-        "do_rescale",
-        "rescale_factor",
-        "do_normalize",
-        "image_mean",
-        "image_std",
-        "do_convert_rgb",
-        "patch_size",
-        "temporal_patch_size",
-        "merge_size",
-        "data_format",
-        "input_data_format",
-    }
-)
+IMAGE_OPTIONS = frozenset({*MediaProcessor.defaults, "data_format", "input_data_format"})
 VIDEO_OPTIONS = IMAGE_OPTIONS | {"do_sample_frames", "video_metadata", "num_frames", "fps", "return_metadata"}
 
 # The reference's names for nested options, and what each is known to take.

@@ -99,8 +99,7 @@ def test_the_reference_says_the_same(engine):
     assert text.endswith(example.messages[1]["content"][0]["text"])
     with torch.no_grad():
         expected = theirs.eval()(**{name: torch.as_tensor(value) for name, value in inputs.items()}).logits.numpy()
-    model = engine.model
-    assert isinstance(model, Glm4vForConditionalGeneration) and model.dtype == np.float32
+    model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT, dtype="float32")
     found = np.asarray(model(**inputs).logits)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     # Each answer's token is the likeliest but where coordinates are a matter of opinion.

@@ -21,9 +21,8 @@ from glm4v_jax.inputs.media.fetch import describe, is_missing_path, open_source
 from glm4v_jax.inputs.media.load import load_image
 from glm4v_jax.inputs.prepared_media import PreparedMedia
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from glm4v_jax.inputs.vision.patches import patch_array
-from glm4v_jax.inputs.vision.settings import normalization_of
-from glm4v_jax.inputs.vision.smart_resize import smart_resize
+from glm4v_jax.inputs.vision.patches import normalization_of, patch_array
+from glm4v_jax.inputs.vision.settings import area_of
 
 Kind = Literal["picture", "video"]
 
@@ -240,15 +239,8 @@ def why_scaled(seen: Seen) -> str:
         return "as it is"
     factor = settings["patch_size"] * settings["merge_size"]
     num_frames = seen.grid_thw[0] * settings["temporal_patch_size"]
-    height, width = smart_resize(
-        num_frames=num_frames,
-        height=seen.height,
-        width=seen.width,
-        temporal_factor=settings["temporal_patch_size"],
-        factor=factor,
-        min_pixels=0,
-        max_pixels=math.inf,
-    )
+    without_budget = {**settings, "size": {"shortest_edge": 0, "longest_edge": math.inf}}
+    height, width = area_of(without_budget, num_frames, seen.height, seen.width)
     unbounded, found = height * width, seen.seen_height * seen.seen_width
     if found < unbounded:
         return f"scaled down to the budget of {seen.budget} tokens"

@@ -15,9 +15,14 @@ from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_ret
 from glm4v_jax.inputs.media.array_layout import FIRST, LAST, channel_format, to_channels_last
 from glm4v_jax.inputs.media.load import decode_pillow, is_array, is_path_like, load_image, name_media, warn_if_clipped
 from glm4v_jax.inputs.media.threads import map_threads
-from glm4v_jax.inputs.vision.patches import is_scaled, patch_array, resize_as_picture, resize_planes, write_frame
-from glm4v_jax.inputs.vision.settings import MediaProcessor, check_unused_geometry, normalization_of
-from glm4v_jax.inputs.vision.smart_resize import smart_resize
+from glm4v_jax.inputs.vision.patches import (
+    cut_patches,
+    is_scaled,
+    normalization_of,
+    resize_as_image,
+    resize_planes,
+)
+from glm4v_jax.inputs.vision.settings import MediaProcessor, area_of, check_sides, check_unused_geometry
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +50,6 @@ def flatten_images(images: Any) -> list[Any]:
     raise MediaError(f"Could not make a flat list of images from {images!r}")
 
 
-def _target_size(height: int, width: int, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """The size that a picture is resized to."""
-    temporal = settings["temporal_patch_size"]
-    return smart_resize(
-        num_frames=temporal,
-        height=height,
-        width=width,
-        temporal_factor=temporal,
-        factor=settings["patch_size"] * settings["merge_size"],
-        min_pixels=settings["size"]["shortest_edge"],
-        max_pixels=settings["size"]["longest_edge"],
-    )
-
-
 class _ImageProcessor(MediaProcessor):
     """What both processors do; they differ in how they resize and round."""
 
@@ -68,9 +59,6 @@ class _ImageProcessor(MediaProcessor):
     type_key = "image_processor_type"
     # Whether to do the fast processor's arithmetic, in resizing and in normalising.
     _fused: ClassVar[bool]
-
-    def _prepare(self, images: Any, overrides: Mapping[str, Any]) -> BatchFeature:
-        return self.prepare_with_sizes(images, overrides)[0]
 
     def prepare_with_sizes(
         self, images: Any, overrides: Mapping[str, Any]
@@ -87,8 +75,6 @@ class _ImageProcessor(MediaProcessor):
         settings = self.resolve(overrides)
         input_data_format = channel_format(settings.get("input_data_format"), "input_data_format")
         normalization = normalization_of(settings, fused=self._fused)
-        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
-        merge_size = settings["merge_size"]
 
         def resized(item: tuple[int, Any]) -> tuple[np.ndarray, tuple[int, int]]:
             index, source = item
@@ -108,29 +94,12 @@ class _ImageProcessor(MediaProcessor):
         loaded = map_threads(resized, enumerate(sources))
         frames = [frame for frame, _ in loaded]
 
-        channels = [3] if not frames else []
         for index, (source, frame) in enumerate(zip(sources, frames, strict=True)):
             try:
-                channels.append(normalization.out_channels(frame.shape[2]))
+                normalization.out_channels(frame.shape[2])
             except MediaError as error:
                 raise name_media("image", index, source, error) from error
-        if len(set(channels)) > 1:
-            raise MediaError(f"the pictures have {sorted(set(channels))} channels; expected one number for all")
-        grids = np.array(
-            [(1, frame.shape[0] // patch_size, frame.shape[1] // patch_size) for frame in frames], dtype=np.int64
-        ).reshape(-1, 3)
-        ends = np.cumsum(grids.prod(axis=1))
-        patches = np.empty(
-            (int(ends[-1]) if len(ends) else 0, channels[0] * temporal * patch_size**2), dtype=np.float32
-        )
-
-        def write(index: int) -> None:
-            t, h, w = (int(n) for n in grids[index])
-            rows = patches[ends[index] - t * h * w : ends[index]]
-            target = patch_array(rows, (t, h, w), channels[0], temporal, patch_size, merge_size)
-            write_frame(target[0], frames[index], normalization, range(temporal))
-
-        map_threads(write, range(len(frames)))
+        patches, grids = cut_patches([[frame] for frame in frames], settings, normalization, "image")
         return BatchFeature(pixel_values=patches, image_grid_thw=grids), [size for _, size in loaded]
 
     def _resized(
@@ -144,8 +113,8 @@ class _ImageProcessor(MediaProcessor):
                 warn_if_clipped(source)
                 source = source.convert("RGB")
             if source.mode == "RGB" and settings["do_resize"] and not self._fused:
-                height, width = _target_size(source.height, source.width, settings)
-                return resize_as_picture(source, height, width, settings["resample"]), source.size
+                height, width = area_of(settings, settings["temporal_patch_size"], source.height, source.width)
+                return resize_as_image(source, height, width, settings["resample"]), source.size
             # Pillow's arrays have their channels last, whatever the arrays of the same batch have.
             image = to_channels_last(np.asarray(source), LAST)
         else:
@@ -155,15 +124,13 @@ class _ImageProcessor(MediaProcessor):
                 "It looks like you are trying to rescale already rescaled images. If the input images have pixel "
                 "values between 0 and 1, set `do_rescale=False` to avoid rescaling them again."
             )
-        factor = settings["patch_size"] * settings["merge_size"]
         height, width = image.shape[:2]
         size = (width, height)
         if settings["do_resize"]:
-            height, width = _target_size(height, width, settings)
-            resize = resize_planes if self._fused else resize_as_picture
+            height, width = area_of(settings, settings["temporal_patch_size"], height, width)
+            resize = resize_planes if self._fused else resize_as_image
             return resize(image, height, width, settings["resample"]), size
-        if height % factor or width % factor:
-            raise MediaError(f"has {height} x {width} pixels; without do_resize, expected multiples of {factor}")
+        check_sides(settings, height, width)
         return image, size
 
     def get_number_of_image_patches(
@@ -181,7 +148,7 @@ class _ImageProcessor(MediaProcessor):
         """
         settings = self.resolve({k: v for k, v in (images_kwargs or {}).items() if k in self.defaults})
         patch_size = settings["patch_size"]
-        height, width = _target_size(height, width, settings)
+        height, width = area_of(settings, settings["temporal_patch_size"], height, width)
         return (height // patch_size) * (width // patch_size)
 
 
@@ -219,18 +186,8 @@ class Glm4vImageProcessor(_ImageProcessor):
             images: a picture, or lists of pictures; see `flatten_images`. Paths, addresses and bytes are turned as
                 their EXIF data says and converted to RGB; Pillow images are converted to RGB if `do_convert_rgb`.
             videos: not used, as in the reference, which has `Glm4vVideoProcessor` for them.
-            do_resize: this and the following override the settings of the same names.
-            size: see `MediaProcessor`.
-            resample: see `MediaProcessor`.
-            do_rescale: see `MediaProcessor`.
-            rescale_factor: see `MediaProcessor`.
-            do_normalize: see `MediaProcessor`.
-            image_mean: see `MediaProcessor`.
-            image_std: see `MediaProcessor`.
-            patch_size: see `MediaProcessor`.
-            temporal_patch_size: see `MediaProcessor`.
-            merge_size: see `MediaProcessor`.
-            do_convert_rgb: see `MediaProcessor`.
+            do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, patch_size,
+                temporal_patch_size, merge_size, do_convert_rgb: in place of the settings of `MediaProcessor`.
             return_tensors: None or "np".
             data_format: the reference's layout between two of its steps; patches are the same for either.
             input_data_format: "channels_first", "channels_last", or "none" for grey arrays [H, W]; None guesses, for
@@ -244,28 +201,14 @@ class Glm4vImageProcessor(_ImageProcessor):
             MediaError: a picture cannot be loaded or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `return_tensors` is not "np".
         """
+        overrides = {name: value for name, value in locals().items() if name in {*self.defaults, "input_data_format"}}
         check_return_tensors(return_tensors)
         channel_format(data_format, "data_format")
         if videos is not None:
             logger.warning("`videos` has no effect on Glm4vImageProcessor; use Glm4vVideoProcessor.")
         if images is None:
             return BatchFeature()
-        overrides = {
-            "do_resize": do_resize,
-            "size": size,
-            "resample": resample,
-            "do_rescale": do_rescale,
-            "rescale_factor": rescale_factor,
-            "do_normalize": do_normalize,
-            "image_mean": image_mean,
-            "image_std": image_std,
-            "patch_size": patch_size,
-            "temporal_patch_size": temporal_patch_size,
-            "merge_size": merge_size,
-            "do_convert_rgb": do_convert_rgb,
-            "input_data_format": input_data_format,
-        }
-        return self._prepare(images, overrides)
+        return self.prepare_with_sizes(images, overrides)[0]
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Short for `preprocess`."""
@@ -320,7 +263,8 @@ class Glm4vImageProcessorFast(_ImageProcessor):
         unknown = sorted(set(kwargs) - set(self.defaults))
         if unknown:
             logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
-        return self._prepare(images, {name: value for name, value in kwargs.items() if name in self.defaults})
+        settings = {name: value for name, value in kwargs.items() if name in self.defaults}
+        return self.prepare_with_sizes(images, settings)[0]
 
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """As `MediaProcessor.resolve`, with the fast processor's own checks."""

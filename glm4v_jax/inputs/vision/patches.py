@@ -5,12 +5,14 @@ Letters: H, W rows and columns; C channels; p patch_size; m merge_size; F tempor
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from glm4v_jax.errors import MediaError
+from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.antialias import FILTERS, resize_bytes
 
 
@@ -38,7 +40,7 @@ def _fits_in_bytes(array: np.ndarray) -> bool:
     )
 
 
-def resize_as_picture(image: np.ndarray | PIL.Image.Image, height: int, width: int, resample: int) -> np.ndarray:
+def resize_as_image(image: np.ndarray | PIL.Image.Image, height: int, width: int, resample: int) -> np.ndarray:
     """Resize the way the reference's slow processor does: as one 8-bit Pillow image, whatever the type.
 
     Pictures in [0, 1] go through 8 bits too, and Pillow weighs the colours of a fourth channel by it as alpha.
@@ -153,6 +155,17 @@ class Normalization:
         return block
 
 
+def normalization_of(settings: Mapping[str, Any], *, fused: bool) -> Normalization:
+    """The arithmetic that resolved settings ask for."""
+    normalize = settings["do_normalize"]
+    return Normalization(
+        scale=settings["rescale_factor"] if settings["do_rescale"] else None,
+        mean=settings["image_mean"] if normalize else None,
+        std=settings["image_std"] if normalize else None,
+        fused=fused,
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def _per_channel(value: float | tuple[float, ...], dtype: np.dtype) -> np.ndarray:
     """One value, or [C, 1, 1], to combine with blocks [..., C, p, p]."""
@@ -161,7 +174,7 @@ def _per_channel(value: float | tuple[float, ...], dtype: np.dtype) -> np.ndarra
 
 
 def patch_array(
-    patches: np.ndarray, grid: tuple[int, int, int], channels: int, temporal: int, patch_size: int, merge_size: int
+    patches: np.ndarray, grid: Sequence[int], channels: int, temporal: int, patch_size: int, merge_size: int
 ) -> np.ndarray:
     """View rows of patches by where they come from.
 
@@ -201,3 +214,47 @@ def write_frame(target: np.ndarray, frame: np.ndarray, normalization: Normalizat
         values = normalization(np.ascontiguousarray(block.transpose(2, 0, 3, 5, 1, 4)))
         for slot in slots:
             row[..., slot, :, :] = values
+
+
+def cut_patches(
+    clips: Sequence[Sequence[np.ndarray]], settings: Mapping[str, Any], normalization: Normalization, kind: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Normalise images or videos and cut them into patches, on all cores.
+
+    Args:
+        clips: for each its T frames [H, W, C], H and W multiples of a merged patch; an image is one frame.
+        settings: of the processor, resolved.
+        normalization: what to do to the values.
+        kind: "image" or "video", for messages.
+
+    Returns:
+        [sum of patches, C * temporal_patch_size * patch_size**2] float32, and grids [N, 3] int64, in patches. The last
+        frame of a clip fills its last temporal patch.
+
+    Raises:
+        MediaError: the clips have different numbers of channels.
+    """
+    patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
+    channels = {normalization.out_channels(frames[0].shape[2]) for frames in clips} or {3}
+    if len(channels) > 1:
+        raise MediaError(f"the {kind}s have {sorted(channels)} channels; expected one number for all")
+    (num_channels,) = channels
+    grids = np.array(
+        [
+            (-(-len(frames) // temporal), frames[0].shape[0] // patch_size, frames[0].shape[1] // patch_size)
+            for frames in clips
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 3)
+    sizes = grids.prod(axis=1)
+    patches = np.empty((int(sizes.sum()), num_channels * temporal * patch_size**2), dtype=np.float32)
+    work = []
+    for frames, grid, end, size in zip(clips, grids.tolist(), np.cumsum(sizes), sizes, strict=True):
+        target = patch_array(
+            patches[end - size : end], grid, num_channels, temporal, patch_size, settings["merge_size"]
+        )
+        for index, frame in enumerate(frames):
+            slots = range(index % temporal, temporal if index == len(frames) - 1 else index % temporal + 1)
+            work.append((target[index // temporal], frame, normalization, slots))
+    map_threads(lambda item: write_frame(*item), work)
+    return patches, grids

@@ -2,20 +2,19 @@
 
 import copy
 import logging
-import math
-import numbers
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
+from msgspec import Meta
 
-from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.config.checks import PositiveNumber, checked, fault
+from glm4v_jax.errors import CheckpointError, ConfigError, MediaError
 from glm4v_jax.files import assets_directory, read_json_object
-from glm4v_jax.inputs.vision.patches import Normalization
+from glm4v_jax.inputs.vision.smart_resize import smart_resize
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +23,10 @@ OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
-LARGEST_PATCH = 4096
-"""Of the sides of a patch, in pixels, and of the numbers of frames and patches that are merged: arrays of more patches
-of that size than one would not fit any machine."""
+Side = Annotated[int, Meta(ge=1, le=4096)]
+"""Of a patch, in pixels; and the numbers of frames and of patches that are merged. Arrays of larger patches would
+not fit any machine."""
+ChannelValues = float | Annotated[tuple[float, ...], Meta(min_length=1, description="a list of one a channel")]
 
 
 class MediaProcessor:
@@ -60,6 +60,14 @@ class MediaProcessor:
         "patch_size": 14,
         "temporal_patch_size": 2,
         "merge_size": 2,
+    }
+    constraints: ClassVar[Mapping[str, Any]] = {
+        "patch_size": Side,
+        "temporal_patch_size": Side,
+        "merge_size": Side,
+        "rescale_factor": float,
+        "image_mean": ChannelValues,
+        "image_std": ChannelValues,
     }
     # Where a checkpoint keeps the settings; the first file there is wins.
     config_files: ClassVar[tuple[str, ...]] = ()
@@ -99,20 +107,17 @@ class MediaProcessor:
         """
         settings = {name: getattr(self, name) for name in self.defaults}
         settings.update({name: value for name, value in overrides.items() if value is not None})
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            settings[name] = _positive_integer(name, settings[name])
+        for name, hint in self.constraints.items():
+            settings[name] = checked(name, settings[name], hint)
         settings["size"] = _area_bounds(settings["size"])
-        settings["image_mean"] = _channel_values("image_mean", settings["image_mean"])
-        settings["image_std"] = _channel_values("image_std", settings["image_std"])
-        if settings["do_normalize"] and 0 in _as_tuple(settings["image_std"]):
-            raise ConfigError(f"image_std={settings['image_std']}: expected no zeros")
-        if settings["do_rescale"] and not is_number(settings["rescale_factor"], nonzero=True):
-            raise ConfigError(f"rescale_factor={settings['rescale_factor']!r}: expected a number other than zero")
+        for name, is_used in (("image_std", settings["do_normalize"]), ("rescale_factor", settings["do_rescale"])):
+            if is_used and not np.all(settings[name]):
+                raise ConfigError(fault(name, settings[name], "a number other than zero"))
         try:
             settings["resample"] = PIL.Image.Resampling(settings["resample"])
         except ValueError as error:
             names = ", ".join(f"{int(item)} ({item.name})" for item in PIL.Image.Resampling)
-            raise ConfigError(f"resample={settings['resample']!r}: expected one of {names}") from error
+            raise ConfigError(fault("resample", settings["resample"], f"one of {names}")) from error
         return settings
 
     @classmethod
@@ -168,17 +173,6 @@ def settings_in(content: Mapping[str, Any], file: Path, nested_key: str) -> Mapp
     return settings
 
 
-def normalization_of(settings: Mapping[str, Any], *, fused: bool) -> Normalization:
-    """The arithmetic that resolved settings ask for."""
-    normalize = settings["do_normalize"]
-    return Normalization(
-        scale=settings["rescale_factor"] if settings["do_rescale"] else None,
-        mean=settings["image_mean"] if normalize else None,
-        std=settings["image_std"] if normalize else None,
-        fused=fused,
-    )
-
-
 def check_unused_geometry(settings: Mapping[str, Any]) -> None:
     """Check crop and padding, which the reference's general classes validate and GLM-4.1V's do not use.
 
@@ -192,43 +186,37 @@ def check_unused_geometry(settings: Mapping[str, Any]) -> None:
             logger.warning("`%s` has no effect on GLM-4.1V, in the reference as here: sizes come from `size`.", name)
 
 
-def _positive_integer(name: str, value: Any) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if not 1 <= number <= LARGEST_PATCH:
-        raise ConfigError(f"{name}={value!r}: expected a positive integer up to {LARGEST_PATCH}")
-    return number
-
-
-def is_number(value: Any, *, nonzero: bool = False) -> bool:
-    """Whether this is a number that a float can hold: text that reads as one is none, and neither is a bool."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value) and not (nonzero and value == 0)
-    except OverflowError:
-        return False
-
-
 def _area_bounds(size: Any) -> dict[str, float]:
     if not isinstance(size, Mapping) or size.get("shortest_edge") is None or size.get("longest_edge") is None:
+        # In the words of the reference.
         raise ConfigError(f"size must contain 'shortest_edge' and 'longest_edge' keys. Found size={size!r}")
-    shortest, longest = size["shortest_edge"], size["longest_edge"]
-    if not (is_number(shortest) and is_number(longest) and 0 < shortest <= longest):
-        raise ConfigError(f"size={dict(size)}: expected pixels, 0 < shortest_edge <= longest_edge")
-    return {"shortest_edge": shortest, "longest_edge": longest}
+    bounds = {name: size[name] for name in ("shortest_edge", "longest_edge")}
+    for name, bound in bounds.items():
+        checked(f"size.{name}", bound, PositiveNumber)
+    if bounds["shortest_edge"] > bounds["longest_edge"]:
+        raise ConfigError(fault("size", dict(size), "shortest_edge of at most longest_edge, in pixels"))
+    return bounds
 
 
-def _as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def area_of(settings: Mapping[str, Any], num_frames: int, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) that resolved settings resize a clip to; an image counts as one temporal patch of frames."""
+    return smart_resize(
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        temporal_factor=settings["temporal_patch_size"],
+        factor=settings["patch_size"] * settings["merge_size"],
+        min_pixels=settings["size"]["shortest_edge"],
+        max_pixels=settings["size"]["longest_edge"],
+    )
 
 
-def _channel_values(name: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    values = value if isinstance(value, (list, tuple)) else (value,)
-    if not values or not all(is_number(item) for item in values):
-        raise ConfigError(f"{name}={value!r}: expected a number, or a list of one a channel")
-    return tuple(float(item) for item in values) if isinstance(value, (list, tuple)) else float(value)
+def check_sides(settings: Mapping[str, Any], height: int, width: int) -> None:
+    """Check the size of frames that are not resized.
+
+    Raises:
+        MediaError: a side is not a multiple of that of a merged patch.
+    """
+    factor = settings["patch_size"] * settings["merge_size"]
+    if height % factor or width % factor:
+        raise MediaError(f"has {height} x {width} pixels; without do_resize, expected multiples of {factor}")

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
+from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import ConfigError, MediaError
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
 from glm4v_jax.inputs.media.array_layout import FIRST, LAST, NONE, channel_format, to_channels_last
 from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, name_media
 from glm4v_jax.inputs.media.threads import map_threads
-from glm4v_jax.inputs.vision.patches import patch_array, resize_planes, write_frame
-from glm4v_jax.inputs.vision.settings import MediaProcessor, check_unused_geometry, is_number, normalization_of
-from glm4v_jax.inputs.vision.smart_resize import smart_resize
+from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
+from glm4v_jax.inputs.vision.settings import MediaProcessor, area_of, check_sides, check_unused_geometry
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,12 @@ class Glm4vVideoProcessor(MediaProcessor):
         "input_data_format": None,
     }
 
+    constraints: ClassVar[Mapping[str, Any]] = {
+        **MediaProcessor.constraints,
+        "fps": PositiveNumber,
+        "max_duration": PositiveNumber,
+    }
+
     do_sample_frames: bool
     num_frames: int
     fps: float
@@ -162,8 +168,6 @@ class Glm4vVideoProcessor(MediaProcessor):
         """As `MediaProcessor.resolve`, with the video processor's own checks."""
         settings = super().resolve(overrides)
         check_unused_geometry(settings)
-        for name in ("fps", "max_duration"):
-            _check_positive(name, settings[name])
         if channel_format(settings["data_format"], "data_format") != FIRST:
             raise ConfigError("Only channel first data format is currently supported.")
         return settings
@@ -193,7 +197,7 @@ class Glm4vVideoProcessor(MediaProcessor):
                 "or an array, video_metadata=VideoMetadata(total_num_frames=..., fps=...), with VideoMetadata from "
                 "glm4v_jax, says how fast they were taken"
             )
-        requested = _check_positive("fps", self.fps if fps is None else fps)
+        requested = checked("fps", self.fps if fps is None else fps, PositiveNumber)
         total, rate = metadata.total_num_frames, metadata.fps
         if total is None or total < 1 or not (math.isfinite(rate) and rate > 0):
             raise MediaError(f"video_metadata has {total} frames at {rate} a second; expected both to be positive")
@@ -251,7 +255,10 @@ class Glm4vVideoProcessor(MediaProcessor):
                 loaded.append(self._load(source, known, settings))
             except MediaError as error:
                 raise name_media("video", index, source, error) from error
-        features = self._patches([frames for frames, _ in loaded], settings)
+        patches, grids = cut_patches(
+            [frames for frames, _ in loaded], settings, normalization_of(settings, fused=True), "video"
+        )
+        features = BatchFeature(pixel_values_videos=patches, video_grid_thw=grids)
         if settings["return_metadata"]:
             features["video_metadata"] = [taken for _, taken in loaded]
         return features
@@ -293,61 +300,12 @@ class Glm4vVideoProcessor(MediaProcessor):
         return self._resized(frames, settings), taken
 
     def _resized(self, frames: np.ndarray, settings: Mapping[str, Any]) -> list[np.ndarray]:
-        factor = settings["patch_size"] * settings["merge_size"]
         count, height, width, _ = frames.shape
         if not settings["do_resize"]:
-            if height % factor or width % factor:
-                raise MediaError(f"has {height} x {width} pixels; without do_resize, expected multiples of {factor}")
+            check_sides(settings, height, width)
             return list(frames)
-        height, width = smart_resize(
-            num_frames=count,
-            height=height,
-            width=width,
-            temporal_factor=settings["temporal_patch_size"],
-            factor=factor,
-            min_pixels=settings["size"]["shortest_edge"],
-            max_pixels=settings["size"]["longest_edge"],
-        )
-
-        def resize(frame: np.ndarray) -> np.ndarray:
-            return resize_planes(frame, height, width, settings["resample"])
-
-        return map_threads(resize, frames)
-
-    def _patches(self, videos: list[list[np.ndarray]], settings: Mapping[str, Any]) -> BatchFeature:
-        """Patches of videos, each a list of T frames [H, W, C]."""
-        normalization = normalization_of(settings, fused=True)
-        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
-        channels = [normalization.out_channels(frames[0].shape[2]) for frames in videos] or [3]
-        if len(set(channels)) > 1:
-            raise MediaError(f"the videos have {sorted(set(channels))} channels; expected one number for all")
-        grids = np.array(
-            [
-                (-(-len(frames) // temporal), frames[0].shape[0] // patch_size, frames[0].shape[1] // patch_size)
-                for frames in videos
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 3)
-        ends = np.cumsum(grids.prod(axis=1))
-        patches = np.empty(
-            (int(ends[-1]) if len(ends) else 0, channels[0] * temporal * patch_size**2), dtype=np.float32
-        )
-        work = []
-        for frames, grid, end in zip(videos, grids.tolist(), ends.tolist(), strict=True):
-            t, h, w = grid
-            target = patch_array(
-                patches[end - t * h * w : end], (t, h, w), channels[0], temporal, patch_size, settings["merge_size"]
-            )
-            for index, frame in enumerate(frames):
-                # The last frame fills up its group.
-                slots = range(index % temporal, temporal if index == len(frames) - 1 else index % temporal + 1)
-                work.append((target[index // temporal], frame, slots))
-
-        def write(item: tuple[np.ndarray, np.ndarray, range]) -> None:
-            write_frame(item[0], item[1], normalization, item[2])
-
-        map_threads(write, work)
-        return BatchFeature(pixel_values_videos=patches, video_grid_thw=grids)
+        height, width = area_of(settings, count, height, width)
+        return map_threads(lambda frame: resize_planes(frame, height, width, settings["resample"]), frames)
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int, width: int, videos_kwargs: Mapping[str, Any] | None = None
@@ -365,19 +323,5 @@ class Glm4vVideoProcessor(MediaProcessor):
         """
         settings = self.resolve({k: v for k, v in (videos_kwargs or {}).items() if k in self.defaults})
         patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
-        height, width = smart_resize(
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            temporal_factor=temporal,
-            factor=patch_size * settings["merge_size"],
-            min_pixels=settings["size"]["shortest_edge"],
-            max_pixels=settings["size"]["longest_edge"],
-        )
+        height, width = area_of(settings, num_frames, height, width)
         return -(-num_frames // temporal) * (height // patch_size) * (width // patch_size)
-
-
-def _check_positive(name: str, value: Any) -> float:
-    if not (is_number(value) and value > 0):
-        raise ConfigError(f"{name}={value!r}: expected a positive number")
-    return value

@@ -36,9 +36,9 @@ def test_an_address_is_one_in_capitals_too(place):
 
 
 @pytest.mark.parametrize("place", PATHS)
-def test_a_path_is_none(place):
+def test_a_path_is_not_an_address(place):
     assert not is_address(place) and not is_address(None)
-    with pytest.raises(MediaError, match="there is no such file"):
+    with pytest.raises(MediaError, match="does not exist"):
         check_files("FILE", [place])
     assert located({"type": "video", "video": [place]}, "d")["video"][0].startswith("d/" if place[:1] != "/" else "/")
 

@@ -329,9 +329,9 @@ def test_impossible_videos(videos, kwargs, message):
     ("settings", "message"),
     [
         ({"size": {"height": 10, "width": 10}}, "size must contain 'shortest_edge' and 'longest_edge' keys"),
-        ({"fps": 0}, "fps=0: expected a positive number"),
-        ({"fps": math.nan}, "fps=nan"),
-        ({"max_duration": -1}, "max_duration=-1"),
+        ({"fps": 0}, "fps: found 0; expected a number above 0"),
+        ({"fps": math.nan}, "fps: found nan"),
+        ({"max_duration": -1}, "max_duration: found -1"),
         ({"do_center_crop": True}, "`crop_size` must be specified"),
         ({"data_format": "channels_last"}, "Only channel first"),
     ],
@@ -375,7 +375,7 @@ def test_settings_of_a_checkpoint_win_over_the_class(tmp_path):
     assert Glm4vVideoProcessor.from_pretrained(tmp_path).fps == 3
     assert Glm4vVideoProcessor.from_pretrained(tmp_path, fps=5).fps == 5
     (tmp_path / "video_preprocessor_config.json").write_text('{"fps": -1}')
-    with pytest.raises(CheckpointError, match=r"video_preprocessor_config\.json: fps=-1"):
+    with pytest.raises(CheckpointError, match=r"video_preprocessor_config\.json: fps: found -1"):
         Glm4vVideoProcessor.from_pretrained(tmp_path)
 
 
