@@ -151,9 +151,9 @@ class Generate(JsonOptions):
         limit = model_config.text_config.max_position_embeddings
         config.new_tokens(len(prompt), limit)
 
-        from glm4v_jax.generate.sequence import Answer
+        from glm4v_jax.generate.sequence import SequenceState
 
-        Answer(prompt, config, processor.tokenizer, limit)  # raises where the budgets are too large
+        SequenceState(prompt, config, processor.tokenizer, limit)  # raises where the budgets are too large
         engine = self.model.load(processor)
 
         from glm4v_jax.devices.compilation_cache import compile_times

@@ -1,4 +1,4 @@
-"""What generation gives back: pieces of an answer while it is written, and the whole of it at the end."""
+"""Results of generation: deltas while a sequence is generated, and its completion at the end."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
 class TokenLogprob(NamedTuple):
     """Log probability of a token under the model, before repetition penalty, temperature and cuts.
 
-    logprob: None for a token that was not the model's choice but the engine's (the end of a thought out of budget).
-    top: the likeliest tokens and theirs, best first.
+    logprob: None for a token that the engine inserted (the end of a thought whose budget is used up).
+    top: the most likely tokens with their log probabilities, best first.
     """
 
     token: int
@@ -26,22 +26,27 @@ class TokenLogprob(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """What the model generated from a prompt.
+
+    >>> text = "<think>2 and 2</think><answer>4 at <|begin_of_box|>[[0,0,500,500]]<|end_of_box|></answer>"
+    >>> completion = Completion(0, text, (), 12, "stop", image_sizes=((640, 480),))
+    >>> completion.thought, completion.boxes, completion.pixel_boxes()
+    ('2 and 2', [(0.0, 0.0, 500.0, 500.0)], [(0, 0, 320, 240)])
 
     Attributes:
       index: number of the prompt among those given.
-      text: as the model wrote it, tags of thought, answer and boxes included, other special tokens left out; ends
-        before a stop string.
-      tokens: new tokens, the one that ended it included.
-      prompt_tokens: tokens of the prompt, those of pictures and videos included.
-      finish_reason: "stop" for an end token or stop string, "length" for too many tokens, "repetition" for a text that
-        goes in circles, "cancelled" for a stream that was closed, "error" for a prompt that could not be prepared.
-      stop_string: the one that was met.
-      logprobs: one a token, where asked for.
-      image_sizes: (width, height) of the prompt's pictures as given, in pixels.
-      error: what was wrong with the prompt, where errors are not raised.
+      text: as the model wrote it, with the tags of thought, answer and boxes, without other special tokens; ends before
+        a stop string.
+      tokens: new tokens, including the end token.
+      prompt_tokens: tokens of the prompt, including those of images and videos.
+      finish_reason: "stop" for an end token or stop string, "length" for the limit of tokens, "repetition" for
+        repetitive text, "cancelled" for a stream that was closed, "error" for a prompt that could not be prepared.
+      stop_string: the one that ended it.
+      logprobs: one per token, where requested.
+      image_sizes: (width, height) of the prompt's images as given, in pixels.
+      error: why the prompt could not be prepared, where errors are not raised.
       is_forced: whether the thought was closed because its budget was used up.
-      seconds: from when it was its turn until it ended, others being answered beside it.
+      seconds: from the start of the request until its end, while other requests ran.
     """
 
     index: int
@@ -58,7 +63,7 @@ class Completion:
 
     @property
     def parsed(self) -> Parsed:
-        """Thought, answer and boxed answer."""
+        """Thought, answer and boxed answer of the text."""
         return parse(self.text)
 
     @property
@@ -77,21 +82,22 @@ class Completion:
         return find_boxes(self.text)
 
     def pixel_boxes(self, image: int = 0) -> list[tuple[int, ...]]:
-        """`boxes` in pixels of the prompt's picture number `image`, as it was before any resize.
+        """`boxes` in pixels of the prompt's image number `image`, at its original size.
 
         Raises:
-          IndexError: there is no such picture.
+          IndexError: there is no such image.
         """
         return to_pixels(self.boxes, *self.image_sizes[image])
 
 
 class Delta(NamedTuple):
-    """The next piece of an answer.
+    """What a sequence has grown by.
 
-    text: what is new of `Completion.text`.
-    parts: the same by kind, without tags.
-    tokens: new tokens.
-    completion: the whole, with the last piece.
+    Attributes:
+      text: what is new of `Completion.text`.
+      parts: the same by kind, without tags.
+      tokens: new tokens.
+      completion: with the last delta.
     """
 
     text: str
@@ -110,7 +116,7 @@ def last(deltas: Iterable[Delta]) -> Completion:
     for delta in deltas:
         completion = delta.completion
     if completion is None:
-        raise GenerationError("found a stream without an end; expected one that nobody closed")
+        raise GenerationError("stream: found no completion; expected a stream that was not closed")
     return completion
 
 

@@ -1,52 +1,75 @@
-"""A conversation that keeps its cache: a turn runs only what is new through the model.
+"""A conversation that keeps its KV cache: a turn prefills only what is new.
 
-Every turn renders the whole conversation and compares it, token by token and picture by picture, with what the cache
-holds. What is the same stays, the rest is run. So the result is that of one long prompt, whatever the chat template
-does: thoughts are dropped from the history by running the answer again without them, and positions are those of the
-whole, also behind pictures that came late.
+Every turn renders the whole conversation and compares it, token by token and image by image, with what the cache holds.
+The common prefix stays, the rest is prefilled. So the result is that of one long prompt, whatever the chat template
+does: thoughts are dropped from the history by prefilling the answer again without them, and positions are those of the
+whole prompt, also after images of later turns.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.errors import GenerationError, MessageError
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.scheduler import Update, run
-from glm4v_jax.generate.sequence import Answer
+from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.medium import Medium, media_of
 from glm4v_jax.inputs.prepared_media import PreparedMedia
+from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
-
-if TYPE_CHECKING:
-    from glm4v_jax.generate.engine import Engine
+from glm4v_jax.model.runtime import Runtime
 
 
 class _Media(NamedTuple):
-    """Pictures and videos of a turn: what stands for them in the prompt, and what the model sees."""
+    """Images and videos of a turn: their placeholders in the prompt, and their patches."""
 
     prepared: PreparedMedia
     images: list[Medium]
     videos: list[Medium]
 
 
+class ConversationEngine(Protocol):
+    """What a conversation needs of an engine."""
+
+    runtime: Runtime
+    processor: Glm4vProcessor
+    steps_per_dispatch: int | None
+
+    def config(self, preset: str | None = None, **options: Any) -> GenerationConfig:
+        """See `Engine.config`."""
+
+    def new_sequence(self, prompt: Prompt, config: GenerationConfig, **kwargs: Any) -> SequenceState:
+        """See `Engine.new_sequence`."""
+
+    def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
+        """See `Engine.new_slots`."""
+
+
 class Conversation:
     """Turns between a user and the model.
 
+    >>> from glm4v_jax import Engine
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> talk = Engine.from_pretrained(TINY_CHECKPOINT).conversation(max_new_tokens=4)
+    >>> _ = talk.send("Hello"), talk.send("And now?")
+    >>> [message["role"] for message in talk.messages]
+    ['user', 'assistant', 'user', 'assistant']
+
     Attributes:
-      messages: what has been said, as chat templates take it; the model's turns without their thoughts.
+      messages: the turns so far, as chat templates take them; the model's without their thoughts.
       completions: the model's turns as it wrote them.
-      in_cache: the tokens that need not be run again if the next turn begins with them.
+      in_cache: the tokens that need not be prefilled again if the next turn begins with them.
     """
 
-    def __init__(self, engine: "Engine", system: str | None = None, config: GenerationConfig | None = None):
-        """Begin; see `Engine.conversation`."""
+    def __init__(self, engine: ConversationEngine, system: str | None = None, config: GenerationConfig | None = None):
+        """Start; see `Engine.conversation`."""
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.completions: list[Completion] = []
         self._engine = engine
@@ -65,21 +88,21 @@ class Conversation:
         preset: str | None = None,
         **options: Any,
     ) -> Iterator[Delta]:
-        """Say something and stream the answer.
+        """Send a message and stream the answer.
 
-        Closing the iterator stops the answer, and what there is of it stays in the conversation; so does asking again
-        before it has ended. A turn that fails before its first token leaves the conversation as it was.
+        Closing the iterator cancels the answer, and the part generated so far stays in the conversation; so does
+        asking again before it has ended. A turn that fails before its first token leaves the conversation as it was.
 
         Args:
-          text: what the user says.
-          images, videos: what comes before it: paths, addresses, bytes, Pillow images, arrays.
-          preset, **options: see `Engine.stream`; for this turn, over the conversation's.
+          text: the user's message.
+          images, videos: placed before it: paths, URLs, bytes, Pillow images, arrays.
+          preset, **options: see `Engine.stream`; for this turn, overriding the conversation's.
 
         Yields:
-          Pieces; the last holds the completion.
+          Text as it is generated; the last delta holds the completion.
 
         Raises:
-          Glm4vError: what is wrong with media or options, before anything is computed.
+          Glm4vError: media or options are invalid; before anything is computed.
         """
         if self._open is not None:
             self._open.close()
@@ -98,19 +121,19 @@ class Conversation:
         content += [{"type": "video", "video": video} for video in videos]
         message = {"role": "user", "content": [*content, {"type": "text", "text": text}] if content else text}
         prompt = self._prompt([*self.messages, message], [*self._media, media])
-        # Turn number i draws from (seed, i), or all would draw alike.
+        # Turn number i samples from (seed, i), or all would sample alike.
         number = len(self.completions)
-        answer = self._engine.answer(prompt, config, number=number, keep=self._tokens_in_cache(prompt))
-        self._open = self._turn(message, media, answer)
+        sequence = self._engine.new_sequence(prompt, config, number=number, keep=self._tokens_in_cache(prompt))
+        self._open = self._turn(message, media, sequence)
         return self._open
 
     def send(self, text: str, **kwargs: Any) -> Completion:
-        """Say something and wait for the answer; see `ask`."""
+        """Send a message and wait for the answer; see `ask`."""
         return last(self.ask(text, **kwargs))
 
     @property
     def system(self) -> str | None:
-        """What the system says first; may be set between turns."""
+        """The system message; may be set between turns."""
         first = self.messages[0] if self.messages else {}
         return first["content"] if first.get("role") == "system" else None
 
@@ -142,16 +165,16 @@ class Conversation:
         return dataclasses.replace(prompt, image_sizes=joined.image_sizes)
 
     def _tokens_in_cache(self, prompt: Prompt) -> int:
-        """How many of the prompt's tokens need not be run; the last always is, for what comes after it."""
+        """How many of the prompt's tokens are in the cache; the last is always prefilled, for the token after it."""
         return 0 if self.in_cache is None else min(self.in_cache.common_prefix(prompt), len(prompt) - 1)
 
-    def _turn(self, message: dict[str, Any], media: _Media, answer: Answer) -> Generator[Delta, None, None]:
+    def _turn(self, message: dict[str, Any], media: _Media, sequence: SequenceState) -> Generator[Delta, None, None]:
         if self._slots is None:
-            self._slots = self._engine.new_slots(1, answer.config)
-        # If the turn ends before its first token, this is what can be relied on.
-        self.in_cache = answer.prompt.truncated(answer.start().keep)
+            self._slots = self._engine.new_slots(1, sequence.config)
+        # What the cache holds for certain if the turn ends before its first token.
+        self.in_cache = sequence.prompt.truncated(sequence.start().keep)
         try:
-            updates = run(self._slots, answer.alone(), steps=self._engine.steps_per_dispatch)
+            updates = run(self._slots, sequence.queue(), steps=self._engine.steps_per_dispatch)
             with contextlib.closing(updates):
                 for update in updates:
                     if isinstance(update, Update):
@@ -162,10 +185,10 @@ class Conversation:
             self._slots = self.in_cache = None
             raise
         finally:
-            if answer.tokens:
+            if sequence.tokens:
                 if self._slots is not None:
-                    self.in_cache = answer.in_cache
-                completion = answer.completion()
+                    self.in_cache = sequence.in_cache
+                completion = sequence.completion()
                 self.messages += [message, {"role": "assistant", "content": without_thoughts(completion.text)}]
                 self._media.append(media)
                 self.completions.append(completion)

@@ -1,7 +1,10 @@
-"""The jitted programs of generation. Rows are slots: prompts come, end and make room for others in a running batch.
+"""The jitted programs of generation, over B rows (slots) of which each runs one sequence.
 
-`append` writes tokens behind what a row's cache holds: a prompt, a piece of a long one, a conversation's next turn.
-`begin` chooses the first tokens after them, of all rows at once, and `decode` many more, in a loop on the device.
+`prefill` writes a chunk of tokens after what a row's cache holds: of a prompt, or of a conversation's next turn.
+`choose_first` chooses the first tokens after them, of all rows at once, and `decode` many more, in a loop on the
+device.
+
+B: rows, n: rows of a chunk, T: its tokens, S: cache slots of a row, V: vocabulary, D: hidden size, P: pool size.
 """
 
 import functools
@@ -22,42 +25,43 @@ from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.runtime import Flat
 
 
-class Row(NamedTuple):
-    """What generation knows of each row besides its tokens; every field is [B, ...]."""
+class RowState(NamedTuple):
+    """State of each row besides its tokens; every field is [B, ...]."""
 
     token: Int[Array, " B"]
-    """the newest token: chosen, but not yet in the cache"""
+    """the newest token, not yet in the cache"""
     delta: Int[Array, " B"]
-    """position minus cache slot of new tokens"""
+    """rope delta: position minus cache slot of new tokens"""
     done: Bool[Array, " B"]
     step: Int[Array, " B"]
     """new tokens so far"""
     limit: Int[Array, " B"]
-    """new tokens at most"""
+    """the most new tokens"""
     eos: Int[Array, "B E"]
     """tokens that end the row; -1 ends none"""
     seed: Int[Array, " B"]
     number: Int[Array, " B"]
-    """which row of a request this is: rows of one seed draw differently"""
+    """number of the row in its request: rows of one seed sample differently"""
     params: SamplingParams
 
 
-class State(NamedTuple):
-    """Where the generation of B rows stands."""
+class SlotsState(NamedTuple):
+    """State of B rows, donated from dispatch to dispatch."""
 
     cache: KVCache
     seen: Bool[Array, "B V"]
-    """tokens of the prompt and of the answer so far, for the repetition penalty"""
+    """tokens of the prompt and of the sequence so far, for the repetition penalty"""
     hidden: Float[Array, "B 1 D"]
-    """of the last token of each prompt, for `begin`"""
-    row: Row
+    """of the last token of each prompt, for `choose_first`"""
+    row: RowState
 
 
-class Piece(NamedTuple):
-    """Tokens to append to n rows, padded on the right to T.
+class PrefillChunk(NamedTuple):
+    """Tokens to prefill in n rows, padded on the right to T.
 
-    keep: how many slots of each row's cache stand before them; what was behind is forgotten.
-    vision_index: -1 for text, otherwise the merged token of the pool that goes there.
+    Attributes:
+      keep: slots of each row's cache that stay; the chunk is written after them.
+      vision_index: -1 for text, otherwise the index in the pool of the merged token that goes there.
     """
 
     input_ids: Int[Array, "n T"]
@@ -68,7 +72,7 @@ class Piece(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Tokens, and their log probabilities under the model where asked for: before penalty, temperature and cuts."""
+    """Chosen tokens, and where requested their log probabilities before penalty, temperature and top-k/p cuts."""
 
     tokens: Int[Array, "*B"]
     logprobs: Float[Array, "*B"] | None
@@ -77,10 +81,11 @@ class Chosen(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What a call of `decode` made.
+    """Result of a dispatch of `decode`.
 
-    chosen: [B, K], of row b the first so many columns as its `step` grew by.
-    step, done: [B], the rows' after the call.
+    Attributes:
+      chosen: [B, K]; of row b the first n columns are valid, n being the growth of its `step`.
+      step, done: [B], of the rows after the dispatch.
     """
 
     chosen: Chosen
@@ -89,11 +94,11 @@ class Decoded(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
-def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> State:
-    """`batch` empty rows of `capacity` cache slots, all done."""
+def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> SlotsState:
+    """`batch` free rows of `capacity` cache slots, all done."""
     config, dtype = text.module.config, text.leaves[0].dtype
     row = _place_row(
-        Row(
+        RowState(
             token=np.zeros(batch, np.int32),
             delta=np.zeros(batch, np.int32),
             done=np.ones(batch, np.bool_),
@@ -107,43 +112,43 @@ def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int,
     )
     seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
     hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
-    return State(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
+    return SlotsState(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def append(
+def prefill(
     text: Flat[TextDecoder],
-    state: State,
+    state: SlotsState,
     slots: Int[Array, " n"] | None,
-    piece: Piece,
+    chunk: PrefillChunk,
     seen: Bool[Array, "n V"],
     pool: Float[Array, "P D"],
-) -> State:
-    """Run tokens through the decoder behind what the cache of their rows holds.
+) -> SlotsState:
+    """Run a chunk of tokens through the decoder, after what the cache of their rows holds.
 
-    The caller sees to it that `keep[i] + T` slots exist.
+    The caller ensures that `keep[i] + T` slots exist.
 
     Args:
       text: the decoder.
       state: of all B rows.
-      slots: one row of each of the n shards of the batch, counted within its shard; -1 leaves the shard alone. None:
-        the piece is for all B rows.
-      piece: what to append.
+      slots: one row of each of the n shards of the batch, counted within its shard; -1 for none of the shard. None:
+        the chunk is for all B rows.
+      chunk: the tokens.
       seen: all tokens of the prompts.
-      pool: merged vision tokens that `piece.vision_index` counts.
+      pool: merged vision tokens that `chunk.vision_index` refers to.
 
     Returns:
-      The state, in which these rows are ready to begin.
+      The state; after the last chunk of a prompt, its row is ready for `choose_first`.
     """
     decoder, cache = text.module, state.cache
     axis = 1 if cache.is_stacked else 0
-    segment_ids = mesh.reshard(piece.segment_ids, "batch", "length")
-    keep = mesh.reshard(piece.keep, "batch")
+    segment_ids = mesh.reshard(chunk.segment_ids, "batch", "length")
+    keep = mesh.reshard(chunk.keep, "batch")
     old = cache if slots is None else _take_cache(cache, slots, axis)
     kept = mesh.reshard(jnp.arange(cache.capacity)[None], None, None) < keep[:, None]
     rewound = old._replace(segments=jnp.where(kept, old.segments, 0), length=keep)
-    embeds = embed_with_vision(decoder, piece.input_ids, pool, piece.vision_index)
-    hidden, written, _ = decoder(embeds, piece.position_ids, segment_ids, rewound)
+    embeds = embed_with_vision(decoder, chunk.input_ids, pool, chunk.vision_index)
+    hidden, written, _ = decoder(embeds, chunk.position_ids, segment_ids, rewound)
     assert written is not None
     count = jnp.sum(segment_ids > 0, axis=1).astype(jnp.int32)
     written = written._replace(length=keep + count)
@@ -159,26 +164,26 @@ def append(
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
-def begin(
+def choose_first(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
-    state: State,
+    state: SlotsState,
     rows: Bool[Array, " B"],
-    row: Row,
+    row: RowState,
     *,
     top: int | None = None,
-) -> tuple[State, Chosen]:
-    """Choose the first token of rows whose prompts are in the cache, and set them going.
+) -> tuple[SlotsState, Chosen]:
+    """Choose the first token of rows whose prompts are in the cache, and start them.
 
     Args:
       text, head: the model.
-      state: of all rows, as `append` returns it.
-      rows: which of them this is about; the others stay as they are.
-      row: of all B; `token` counts for nothing, and nothing is chosen for a row that is done.
-      top: how many likeliest tokens to return with their log probabilities; None for no log probabilities at all.
+      state: of all rows, as `prefill` returns it.
+      rows: the rows to start; the others stay as they are.
+      row: of all B; `token` is ignored, and no token is chosen for a row that is done.
+      top: number of top log probabilities to return; None for no log probabilities at all.
 
     Returns:
-      The state, and what was chosen, [B].
+      The state, and the tokens, [B].
     """
     rows = mesh.reshard(rows, "batch")
 
@@ -196,26 +201,26 @@ def begin(
 def decode(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
-    state: State,
+    state: SlotsState,
     limit: Int[Array, ""],
     idle: Int[Array, ""],
     *,
     num_steps: int,
     top: int | None = None,
-) -> tuple[Decoded, State]:
+) -> tuple[Decoded, SlotsState]:
     """Up to min(num_steps, limit) more tokens of every row that is not done; stops early when `idle` rows are done."""
     decoder = text.module
 
-    def go_on(carry: tuple[Array, Chosen, State]) -> Array:
+    def is_running(carry: tuple[Array, Chosen, SlotsState]) -> Array:
         i, _, state = carry
         return (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
 
-    def step(carry: tuple[Array, Chosen, State]) -> tuple[Array, Chosen, State]:
+    def step(carry: tuple[Array, Chosen, SlotsState]) -> tuple[Array, Chosen, SlotsState]:
         i, out, state = carry
         cache, row = state.cache, state.row
         token = row.token[:, None]
         position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
-        # A row that is done writes into the slot behind its last one, over and over, and sees nothing of it.
+        # A row that is done writes into the slot after its last one, over and over, and never attends to it.
         segment_ids = jnp.where(row.done, 0, 1)[:, None]
         hidden, written, _ = decoder(decoder.embed_tokens(token), position, segment_ids, cache)
         assert written is not None
@@ -229,13 +234,13 @@ def decode(
     if top is not None:
         many = out.tokens[..., None] + jnp.zeros((1, 1, top), jnp.int32)
         out = Chosen(out.tokens, out.tokens.astype(jnp.float32), many, many.astype(jnp.float32))
-    _, out, state = jax.lax.while_loop(go_on, step, (jnp.zeros((), jnp.int32), out, state))
-    # Of their own: the state will be given away in the next call, perhaps before anybody has read these.
+    _, out, state = jax.lax.while_loop(is_running, step, (jnp.zeros((), jnp.int32), out, state))
+    # Copies: the state is donated to the next dispatch, perhaps before these have been read.
     return Decoded(out, jnp.copy(state.row.step), jnp.copy(state.row.done)), state
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def stop(state: State, rows: Bool[Array, " B"]) -> State:
+def stop(state: SlotsState, rows: Bool[Array, " B"]) -> SlotsState:
     """End these rows."""
     done = state.row.done | mesh.reshard(rows, "batch")
     return state._replace(row=state.row._replace(done=done))
@@ -248,17 +253,17 @@ def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
-def store(
+def store_features(
     pool: Float[Array, "P D"], features: Float[Array, "N D"], order: Int[Array, "M U"], starts: Int[Array, " M"]
 ) -> Float[Array, "P D"]:
-    """Write the merged tokens of M media into the pool.
+    """Write the merged tokens of M images or videos into the pool.
 
     Args:
-      pool: where.
-      features: as the encoder returns them.
-      order: which of them are those of each medium, in their order; what is behind its last is written as well, but
-        gives way to the medium after it.
-      starts: where each medium begins in the pool; the caller sees to it that there is room.
+      pool: donated.
+      features: as `runtime.encode` returns them.
+      order: indices into `features` of each image or video, in the order of its tokens; entries after its last token
+        are written too, and overwritten by the next.
+      starts: where each begins in the pool; the caller ensures that there is room.
     """
 
     def write(i: Array, pool: Array) -> Array:
@@ -272,14 +277,14 @@ def _choose(
     decoder: TextDecoder,
     head: Flat[Linear] | None,
     hidden: Float[Array, "B 1 D"],
-    row: Row,
+    row: RowState,
     seen: Bool[Array, "B V"],
     top: int | None,
-) -> tuple[tuple[Row, Bool[Array, "B V"]], Chosen]:
-    """Choose the next token of each row from its last hidden state; rows that are done stand still."""
+) -> tuple[tuple[RowState, Bool[Array, "B V"]], Chosen]:
+    """Choose the next token of each row from its last hidden state; rows that are done keep theirs."""
     scores = score(decoder, None if head is None else head.module, hidden)
     scores = mesh.reshard(scores[:, 0], "batch", "vocab")
-    # A row that is done draws nothing: its options stay behind, and what they cost.
+    # Greedy for a row that is done: sampling would cost time for nothing.
     params = row.params._replace(do_sample=row.params.do_sample & ~row.done)
     tokens = sample(scores, params, seen, step_keys(row_keys(row.seed, row.number), row.step))
     tokens = jnp.where(row.done, row.token, tokens)
@@ -288,7 +293,7 @@ def _choose(
     chosen = Chosen(tokens, None, None, None)
     if top is not None:
         logprobs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
-        # A comparison in place of a gather, which an explicit partition would have to be told how to make.
+        # A comparison instead of a gather, which would need an explicit output sharding.
         of_token = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
         ids, best = jnp.zeros((len(tokens), 0), jnp.int32), jnp.zeros((len(tokens), 0))
         if top:
@@ -297,18 +302,18 @@ def _choose(
     return (row._replace(token=tokens, done=done, step=step), mark_seen(seen, tokens)), chosen
 
 
-def _place_row(row: Row) -> Row:
-    """In its partition: over the shards of the batch."""
+def _place_row(row: RowState) -> RowState:
+    """Shard the rows' state over the batch."""
     return jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
 
 
 def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
-    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
+    """RowState `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
 
     def local(x: Array, slots: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(slots[0], 0), 1, axis)
 
-    # Each device on its own rows: over blocks of an array, XLA would copy the cache.
+    # Each device works on its own rows: over slices of a sharded array, XLA would copy the cache.
     spec = mesh.spec_of(x)
     return jax.shard_map(local, in_specs=(spec, mesh.spec("batch")), out_specs=spec, check_vma=False)(
         x, mesh.reshard(slots, "batch")
@@ -316,7 +321,7 @@ def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
 
 
 def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
-    """The reverse of `_take`; a slot of -1 changes nothing."""
+    """The inverse of `_take`; a slot of -1 changes nothing."""
 
     def local(x: Array, slots: Array, new: Array) -> Array:
         i = jnp.maximum(slots[0], 0)

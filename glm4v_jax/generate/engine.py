@@ -1,10 +1,10 @@
-"""`Engine`: conversations in, answers out. One at a time as a stream, or thousands through a batch that stays full."""
+"""`Engine`: prompts in, completions out; one at a time as a stream, or thousands by continuous batching."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.generation import GenerationConfig
@@ -12,24 +12,31 @@ from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, last
+from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
 from glm4v_jax.generate.prompt import prompt_of
-from glm4v_jax.generate.prompt_queue import AnswerQueue
+from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
-from glm4v_jax.generate.sequence import Answer
+from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
-from glm4v_jax.generate.warmup import Warmed, check_ranges, largest_pool, prompt_shapes, show, warm_slots, warm_vision
+from glm4v_jax.generate.warmup import (
+    Warmed,
+    check_ranges,
+    largest_pool,
+    prompt_shapes,
+    run_all,
+    show,
+    warm_slots,
+    warm_vision,
+)
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
-if TYPE_CHECKING:
-    from glm4v_jax.generate.conversation import Conversation
-
 Messages = Sequence[Mapping[str, Any]]
 
-# Programs are compiled for these numbers of likeliest tokens.
+# Programs are compiled for these numbers of top log probabilities.
 _TOPS = (0, 5, 20, 64)
 
 
@@ -37,8 +44,12 @@ _TOPS = (0, 5, 20, 64)
 class Request:
     """A prompt among many, with options of its own.
 
-    prompt: as `Engine.stream` takes it.
-    options: fields of `GenerationConfig` that differ from those of all; not `logprobs`.
+    >>> Request("What is 2 + 2?", {"max_new_tokens": 8}).options["max_new_tokens"]
+    8
+
+    Attributes:
+      prompt: as `Engine.stream` takes it.
+      options: fields of `GenerationConfig` that differ from those of the whole batch; not `logprobs`.
     """
 
     prompt: Any
@@ -46,18 +57,26 @@ class Request:
 
 
 class Engine:
-    """A model and its processor, ready to answer; also from several threads, each with slots of its own.
+    """A model and its processor, ready for requests; may be used from several threads, each with slots of its own.
 
-    Where several processes share the model's mesh (`distributed.init_distributed`), all of them call the same methods
-    with the same arguments, from one thread, and all get the same answers.
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> engine = Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2)
+    >>> completion = engine.generate("Hello", max_new_tokens=4)
+    >>> completion.prompt_tokens > 0 and len(completion.tokens) <= 4
+    True
+    >>> [c.index for c in engine.generate_many(["Hello", "Good morning"], max_new_tokens=1)]
+    [0, 1]
+
+    Where several processes share the model's mesh (`devices.distributed.init_distributed`), all of them call the same
+    methods with the same arguments, from one thread, and all get the same completions.
 
     Attributes:
       model, processor: what the constructor was given.
       runtime: the model's weights on their mesh.
-      num_slots: how many prompts `generate_many` works on at a time.
+      num_slots: sequences that `generate_many` decodes at a time.
       steps_per_dispatch: as the constructor takes it.
-      pool: the pictures and videos encoded so far.
-      stats: what has been done so far.
+      pool: vision features of the images and videos encoded so far.
+      stats: counts of tokens and dispatches so far.
     """
 
     def __init__(
@@ -69,16 +88,16 @@ class Engine:
         capacity: int = MIN_CAPACITY,
         steps_per_dispatch: int | None = None,
     ):
-        """Put an engine together.
+        """Create an engine.
 
         Args:
           model: a `Runtime`, or a model that has one (`Glm4vForConditionalGeneration`).
           processor: of the same checkpoint.
-          num_slots: how many prompts `generate_many` works on at a time.
-          capacity: tokens of prompt and answer that a slot has room for at first. It grows with the prompts, and with
-            every growth programs are compiled anew.
-          steps_per_dispatch: tokens made between two looks at them, at most 32; by default as many as that for
-            `generate_many`, and as many as make a steady stream for `stream`. The answers do not depend on it.
+          num_slots: sequences that `generate_many` decodes at a time.
+          capacity: tokens of prompt and completion that a slot holds at first. It grows with the prompts, and each
+            growth compiles programs again.
+          steps_per_dispatch: decode steps per dispatch, at most 32; by default 32 for `generate_many`, and what makes
+            a steady stream for `stream`. The completions do not depend on it.
         """
         if num_slots < 1:
             raise GenerationError(f"num_slots: found {num_slots}; expected at least 1")
@@ -109,51 +128,51 @@ class Engine:
         return configured(self.runtime.generation_config, preset, options)
 
     def prompt(self, prompt: Any) -> Prompt:
-        """Make a prompt ready, which every method that takes one does by itself; see `prompt_of`."""
+        """Prepare a prompt, as every method that takes one does by itself; see `prompt_of`."""
         return prompt_of(prompt, self.processor, self.runtime.config)
 
     def stream(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Iterator[Delta]:
-        """Answer a prompt, piece by piece; closing the iterator stops the answer.
+        """Generate from a prompt as a stream; closing the iterator cancels the request.
 
         Args:
           prompt: see `prompt`.
-          preset: name of published sampling options (`presets.PRESETS`), which go over the checkpoint's.
-          **options: fields of `GenerationConfig`, which go over both.
+          preset: name of published sampling options (`presets.PRESETS`), which override the checkpoint's.
+          **options: fields of `GenerationConfig`, which override both.
 
         Yields:
-          Pieces; the last holds the completion.
+          Text as it is generated; the last delta holds the completion.
 
         Raises:
-          Glm4vError: what is wrong with prompt or options, before anything is computed.
+          Glm4vError: the prompt or an option is invalid; before anything is computed.
         """
-        answer = self.answer(self.prompt(prompt), self.config(preset, **options))
-        return self._stream(answer)
+        sequence = self.new_sequence(self.prompt(prompt), self.config(preset, **options))
+        return self._stream(sequence)
 
     def generate(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Completion:
-        """Answer a prompt; see `stream`."""
-        answer = self.answer(self.prompt(prompt), self.config(preset, **options))
-        return last(self._stream(answer, self.steps_per_dispatch or MAX_STEPS))
+        """Generate from a prompt and wait for the completion; see `stream`."""
+        sequence = self.new_sequence(self.prompt(prompt), self.config(preset, **options))
+        return last(self._stream(sequence, self.steps_per_dispatch or MAX_STEPS))
 
     def generate_many(
         self, prompts: Iterable[Any], *, preset: str | None = None, skip_errors: bool = False, **options: Any
     ) -> Iterator[Completion]:
-        """Answer many prompts through `num_slots` slots: where one ends the next begins.
+        """Generate from many prompts by continuous batching: a slot that is free takes the next prompt.
 
         Args:
-          prompts: as many as there are, read as they are needed; each as `prompt` takes it, or a `Request`. Prompt
-            number i draws from (seed, i), whatever slot it is in and whoever is beside it.
-          preset, **options: see `stream`; for all.
-          skip_errors: give a completion with `error` for a prompt that cannot be prepared, and go on; raise otherwise.
+          prompts: any number, read as they are needed; each as `prompt` takes it, or a `Request`. Prompt number i
+            samples from (seed, i), whatever slot it is in and whatever else is in the batch.
+          preset, **options: see `stream`; for all prompts.
+          skip_errors: yield a completion with `error` for a prompt that cannot be prepared, instead of raising.
 
         Yields:
-          Completions, as they end; `index` is the number of their prompt.
+          Completions in the order in which they finish; `index` is the number of the prompt.
 
         Raises:
-          Glm4vError: what is wrong with an option or prompt.
+          Glm4vError: an option or a prompt is invalid.
         """
         shared = self.config(preset, **options)
 
-        def prepare(index: int, item: Any) -> Answer:
+        def prepare(index: int, item: Any) -> SequenceState:
             request = item if isinstance(item, Request) else Request(item)
             if "logprobs" in request.options:
                 raise GenerationError("logprobs: found an option of one prompt; expected one for all")
@@ -161,11 +180,11 @@ class Engine:
             number = 0 if "seed" in request.options else index
             prompt = self.prompt(request.prompt)
             for medium in prompt.media:
-                _ = medium.key  # hashed here, in the thread
-            return self.answer(prompt, config, index=index, number=number)
+                _ = medium.key  # hashed here, in the preparing thread
+            return self.new_sequence(prompt, config, index=index, number=number)
 
-        def answers() -> Iterator[Completion]:
-            queue = AnswerQueue(prompts, prepare, ahead=self.num_slots, skip_errors=skip_errors)
+        def completions() -> Iterator[Completion]:
+            queue = PromptQueue(prompts, prepare, ahead=self.num_slots, skip_errors=skip_errors)
             steps = self.steps_per_dispatch or MAX_STEPS
             with (
                 contextlib.closing(queue),
@@ -178,17 +197,15 @@ class Engine:
                     elif update.delta.completion is not None:
                         yield update.delta.completion
 
-        return answers()
+        return completions()
 
-    def conversation(self, system: str | None = None, *, preset: str | None = None, **options: Any) -> "Conversation":
-        """Begin a conversation whose turns keep their cache.
+    def conversation(self, system: str | None = None, *, preset: str | None = None, **options: Any) -> Conversation:
+        """Start a conversation whose turns keep their KV cache.
 
         Args:
-          system: what the system says first.
+          system: the system message.
           preset, **options: see `stream`; for all turns.
         """
-        from glm4v_jax.generate.conversation import Conversation
-
         return Conversation(self, system, self.config(preset, **options))
 
     def warmup(
@@ -202,22 +219,22 @@ class Engine:
         logprobs: int | None = None,
         progress: Callable[[Warmed], None] = show,
     ) -> list[Warmed]:
-        """Compile what requests in these ranges need, so that none of them compiles anything.
+        """Compile ahead what requests in these ranges need, so that none of them compiles anything.
 
-        Caches and the pool of pictures get the size of the largest such request at once.
+        The KV cache and the feature pool get the size of the largest such request at once.
 
         Args:
           prompt_lengths: tokens of the shortest and of the longest prompt, or whole conversation.
-          vision_patches: patches (before merging) of the smallest picture, and of the pictures and frames of the
-            largest request together; None for text alone.
-          max_new_tokens: as requests will ask for it; with a think budget, that and the answer's together.
-          one: for `generate`, `stream` and conversations.
-          many: for `generate_many`.
-          logprobs: as requests will ask for it.
-          progress: called with each program and its seconds; by default they are printed on standard error.
+          vision_patches: patches (before merging) of the smallest image, and of all images and frames of the largest
+            request together; None for text alone.
+          max_new_tokens: of the requests; with a think budget, that and the answer budget together.
+          one: compile for `generate`, `stream` and conversations.
+          many: compile for `generate_many`.
+          logprobs: of the requests.
+          progress: called with each program and its seconds; by default they are printed to standard error.
 
         Returns:
-          What was run, in order.
+          The programs, in the order in which they ran.
 
         Raises:
           GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
@@ -226,7 +243,7 @@ class Engine:
         check_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
         self._capacity = max(self._capacity, bucket(longest + max_new_tokens, MIN_CAPACITY))
         self._free.clear()
-        # Turns and what a budget cuts off append as little as a token.
+        # Later turns, and answers after a think budget, prefill as little as one token.
         lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
         config = GenerationConfig(logprobs=logprobs)
 
@@ -238,40 +255,36 @@ class Engine:
                 with self._slots(num_rows, config) as slots:
                     yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens)
 
-        done = []
-        for warmed in all_programs():
-            done.append(warmed)
-            progress(warmed)
-        return done
+        return run_all(all_programs(), progress)
 
-    def answer(self, prompt: Prompt, config: GenerationConfig, **kwargs: Any) -> Answer:
-        """An answer that has not begun; see `Answer`."""
+    def new_sequence(self, prompt: Prompt, config: GenerationConfig, **kwargs: Any) -> SequenceState:
+        """Create the state of a request that has not started; see `SequenceState`."""
         limit = self.runtime.config.text_config.max_position_embeddings
-        return Answer(prompt, config, self.processor.tokenizer, limit, **kwargs)
+        return SequenceState(prompt, config, self.processor.tokenizer, limit, **kwargs)
 
     def release(self) -> None:
-        """Give back the device's memory that is kept for the next prompts: caches, and pictures encoded so far."""
+        """Free the device memory that is kept for later requests: KV caches and vision features."""
         with self.pool.lock:
             self._free.clear()
             self.pool.forget()
 
-    def _stream(self, answer: Answer, steps: int | None = None) -> Iterator[Delta]:
+    def _stream(self, sequence: SequenceState, steps: int | None = None) -> Iterator[Delta]:
         steps = steps or self.steps_per_dispatch
         with (
-            self._slots(1, answer.config) as slots,
-            contextlib.closing(run(slots, answer.alone(), steps=steps)) as updates,
+            self._slots(1, sequence.config) as slots,
+            contextlib.closing(run(slots, sequence.queue(), steps=steps)) as updates,
         ):
             for update in updates:
                 if isinstance(update, Update):
                     yield update.delta
 
     def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
-        """Slots of this engine's model, which take pictures from its pool."""
+        """Create slots of this engine's model, which share its feature pool."""
         return Slots(self.runtime, num_rows, self._capacity, pool=self.pool, top=_top(config), stats=self.stats)
 
     @contextlib.contextmanager
     def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
-        """Free slots, which the engine keeps for the next who needs such, unless a long prompt has made them large."""
+        """Lend slots, and keep them for the next request, unless a long prompt has made them large."""
         with self.pool.lock:
             free = self._free.setdefault((num_rows, _top(config)), [])
             slots = free.pop() if free else self.new_slots(num_rows, config)
@@ -283,11 +296,11 @@ class Engine:
         try:
             yield slots
         except GeneratorExit:
-            give_back()  # nothing went wrong: a stream was closed
+            give_back()  # the stream was closed, the slots are intact
             raise
         give_back()
 
 
 def _top(config: GenerationConfig) -> int | None:
-    """How many likeliest tokens the programs report: few numbers, as each is a set of programs."""
+    """How many top log probabilities the programs report: one of few numbers, as each is a set of programs."""
     return None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)

@@ -1,4 +1,4 @@
-"""Vision tokens of pictures and videos, encoded once and kept on the device while there is room."""
+"""Vision features of images and videos, encoded once and kept on the device while there is room."""
 
 import functools
 import itertools
@@ -22,26 +22,26 @@ from glm4v_jax.model.runtime import Runtime, compute_dtype
 MIN_POOL = 2048
 """Merged tokens of the smallest pool. A pool grows fourfold until it holds what one prompt needs."""
 KEPT = 8192
-"""Those of a pool that outlives a prompt: 64 MiB of the 9B's in bfloat16."""
+"""Merged tokens of an engine's pool: 64 MiB of the 9B's in bfloat16."""
 GROWTH = 4
 MIN_PICTURE = 32
-"""Patches of the smallest picture that the released processor makes."""
+"""Patches of the smallest image that the released processor makes."""
 ENOUGH = 256
-"""Patches that are worth a call: with fewer, reading the weights takes longer than using them (a TPU v5e does 240
+"""Patches that are worth a dispatch: with fewer, reading the weights takes longer than using them (a TPU v5e does 240
 multiplications in the time in which it reads a bfloat16 from memory)."""
 
 Shape = tuple[int, int]
 
 
 class Wave(NamedTuple):
-    """Media of one shape that are encoded together."""
+    """Images or videos of one shape that are encoded together."""
 
     shape: Shape
     media: list[Medium]
 
 
 def pool_capacity(num_tokens: int) -> int:
-    """The pool for prompts whose vision tokens take so much room."""
+    """The size of the pool that holds this many vision tokens."""
     capacity = MIN_POOL
     while capacity < num_tokens:
         capacity *= GROWTH
@@ -49,9 +49,9 @@ def pool_capacity(num_tokens: int) -> int:
 
 
 def medium_shape(grid: np.ndarray, shards: int) -> Shape:
-    """(R, L) of the rows of a picture or video, of which `grid` is int [3]: its own, whatever it is encoded with.
+    """(R, L) of the rows of an image or video with `grid`, int [3], whatever else is encoded with it.
 
-    A picture has a row; the frames of a video are packed, and spread over the shards.
+    An image has one row; the frames of a video are packed into rows, and spread over the shards.
     """
     return _grid_shape(*map(int, grid), shards)
 
@@ -64,10 +64,9 @@ def _grid_shape(t: int, h: int, w: int, shards: int) -> Shape:
 
 
 def wave_size(shape: Shape, shards: int) -> int:
-    """How many media of this shape go through the encoder at a time.
+    """How many images or videos of this shape are encoded in one dispatch.
 
-    As many as make rows for all shards; of small ones, a power of two times as many: up to `ENOUGH` patches a
-    shard.
+    Enough to give every shard a row; of small ones a power of two times as many, up to `ENOUGH` patches a shard.
     """
     rows, length = shape
     least = shards // math.gcd(rows, shards)
@@ -78,12 +77,16 @@ def wave_size(shape: Shape, shards: int) -> int:
 class FeaturePool:
     """One array [P, D] on the device that prompts take their vision tokens from, by content.
 
-    Its size is part of the programs' shapes, and nothing else about pictures is: prompt lengths and picture sizes do
-    not multiply into programs. It is written from its start to its end and then over again, so that what is forgotten
-    is the oldest; what is in a cache needs it no more. Between asking for places and reading `array`, hold `lock`.
+    Its size is part of the programs' shapes, and nothing else about images is: prompt lengths and image sizes do not
+    multiply into programs. It is a ring buffer: the oldest features are overwritten first; a KV cache does not need
+    them any more. Hold `lock` from the call that returns indices until the programs that read `array` are dispatched.
 
-    Media are encoded in waves of one shape, each in rows of its own, and a wave is padded if there are too few: what a
-    picture's tokens are does not depend, not even by rounding, on what else there is to encode.
+    Images and videos are encoded in waves of one shape, each in rows of its own, and a wave is padded if there are too
+    few: the features of an image do not depend, not even by rounding, on what else is encoded.
+
+    Attributes:
+      array: [P, D], in the compute dtype, replicated.
+      encoded, reused: images and videos that were encoded, and that were found in the pool.
     """
 
     def __init__(self, runtime: Runtime, capacity: int = MIN_POOL):
@@ -93,13 +96,10 @@ class FeaturePool:
         with use_mesh(runtime.mesh):
             self.shards = data_shards()
         self._spans: dict[bytes, tuple[int, int]] = {}
-        self._unused: set[bytes] = set()  # of these, what nobody has asked for yet
+        self._unused: set[bytes] = set()  # those of them that no prompt has used yet
         self._next = 0
         self.array = self._empty(capacity)
-        self.encoded = 0
-        """media that went through the encoder"""
-        self.reused = 0
-        """media that did not have to"""
+        self.encoded = self.reused = 0
 
     @property
     def capacity(self) -> int:
@@ -107,11 +107,11 @@ class FeaturePool:
         return self.array.shape[0]
 
     def __call__(self, media: Sequence[Medium], upcoming: Iterable[Medium] = ()) -> list[int]:
-        """Where the merged tokens of each medium begin in `array`; encodes those that are not there yet.
+        """Where the merged tokens of each image or video begin in `array`; encodes those that are not there yet.
 
         Args:
-          media: what is needed.
-          upcoming: what will be needed soon; it is encoded where a wave would be padded otherwise.
+          media: needed now.
+          upcoming: needed soon; encoded where a wave would be padded otherwise.
         """
         distinct = {medium.key: medium for medium in media}
         needed = list(distinct.values())
@@ -125,9 +125,10 @@ class FeaturePool:
             return [self._spans[medium.key][0] for medium in media]
 
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
-        """Encode what will be needed soon, as far as it makes whole waves.
+        """Encode what will be needed soon, as far as it fills whole waves.
 
-        Half of the pool is for what is needed until then: if it drove this out, it would be encoded twice.
+        It takes half of the pool at most: what is needed before then would overwrite it otherwise, and it would be
+        encoded twice.
         """
         sizes = itertools.accumulate(map(self._size, upcoming))
         early = [medium for medium, size in zip(upcoming, sizes, strict=True) if size <= self.capacity // 2]
@@ -138,7 +139,7 @@ class FeaturePool:
                     return
 
     def warm(self, shape: Shape) -> None:
-        """Run the programs that media of this shape need, and begin anew."""
+        """Run the programs that images or videos of this shape need, and empty the pool."""
         with self.lock:
             try:
                 self._store(Wave(shape, []), [])
@@ -147,16 +148,16 @@ class FeaturePool:
                 self.forget()
 
     def room_for(self, patches: int, shapes: Iterable[Shape]) -> int:
-        """The capacity that holds media of so many patches in all, in rows of these shapes."""
+        """The capacity for images and videos of this many patches in all, in rows of these shapes."""
         return pool_capacity(self._tokens(patches) + max(self._tokens(rows * length) for rows, length in shapes))
 
     def reserve(self, capacity: int) -> None:
-        """Have room for at least `capacity` merged tokens; what is there is forgotten if it takes a new array."""
+        """Grow to at least `capacity` merged tokens; growing empties the pool."""
         if capacity > self.capacity:
             self.forget(capacity)
 
     def forget(self, capacity: int | None = None) -> None:
-        """Begin anew, with an empty array, of another capacity if one is given."""
+        """Empty the pool, and give it another capacity if one is given."""
         with self.lock:
             self._spans, self._unused, self._next = {}, set(), 0
             self.array = self._empty(capacity if capacity is not None else self.capacity)
@@ -165,12 +166,12 @@ class FeaturePool:
         return patches // self._config.spatial_merge_size**2
 
     def _most(self, shape: Shape) -> int:
-        """How many media of this shape a wave has at most: large ones leave half of the pool to others."""
+        """The most images or videos of this shape in a wave: large ones leave half of the pool to others."""
         size = wave_size(shape, self.shards)
         return max(1, min(size, self.capacity // 2 // self._tokens(shape[0] * shape[1])))
 
     def _waves(self, media: Iterable[Medium], upcoming: Iterable[Medium] = ()) -> list[Wave]:
-        """What is not there of `media`, what comes first first; the last wave of a shape is filled from `upcoming`."""
+        """Waves of those of `media` that are not there yet, in order; the last of a shape is filled from `upcoming`."""
         by_shape: dict[Shape, dict[bytes, Medium]] = {}
         order: dict[bytes, int] = {}
         for medium in media:
@@ -189,7 +190,7 @@ class FeaturePool:
         return sorted(waves, key=lambda wave: order[wave.media[0].key])
 
     def _encode(self, waves: Sequence[Wave], keep: Collection[bytes]) -> bool:
-        """Encode all of it and keep it, unless there is no room, or it is that of media in `keep`; then nothing."""
+        """Encode waves; False, and nothing is done, where that would need the room of media in `keep`, or more."""
         begins = self._plan(waves, self.capacity, self._next, [self._spans[key] for key in keep if key in self._spans])
         if begins is None:
             return False
@@ -198,18 +199,18 @@ class FeaturePool:
                 self._store(wave, own)
                 self.encoded += len(wave.media)
         except BaseException:
-            self.forget()  # the array may have been given away already
+            self.forget()  # the array may have been donated already
             raise
         return True
 
     def _plan(
         self, waves: Iterable[Wave], capacity: int, begin: int, taken: list[tuple[int, int]]
     ) -> list[list[int]] | None:
-        """Where each medium of each wave begins, one after the other from `begin` on; None if there is no room."""
+        """Where each image or video of each wave goes, one after the other from `begin`; None if there is no room."""
         plan, taken = [], list(taken)
         for wave in waves:
             *starts, end = itertools.accumulate((self._size(medium) for medium in wave.media), initial=0)
-            # The last is written with its row's padding.
+            # The last one is written with the padding of its row.
             room = starts[-1] + self._tokens(wave.shape[0] * wave.shape[1])
             begin = begin if begin + room <= capacity else 0
             if begin + room > capacity or any(low < begin + room and begin < high for low, high in taken):
@@ -220,7 +221,7 @@ class FeaturePool:
         return plan
 
     def _encode_anew(self, media: Sequence[Medium]) -> None:
-        """Forget everything else, in a larger array if it takes one."""
+        """Empty the pool, grow it if needed, and encode."""
         self.forget()
         waves, capacity = self._waves(media), self.capacity
         while self._plan(waves, capacity, 0, []) is None:
@@ -229,18 +230,18 @@ class FeaturePool:
         self._encode(waves, ())
 
     def _store(self, wave: Wave, begins: Sequence[int]) -> None:
-        """Encode a wave into the places where its media begin."""
+        """Encode a wave, and write its features where its images or videos begin."""
         config, (num_rows, length) = self._config, wave.shape
         count, room = wave_size(wave.shape, self.shards), self._tokens(num_rows * length)
         rows = empty_rows(count * num_rows, length, config.patch_dim, config.position_grid)
-        # Empty rows are written first, where the first medium will be.
+        # Padding is written first, and overwritten by the first image or video.
         order, starts = np.zeros((count, room), np.int32), np.full(count, begins[0] if begins else 0, np.int32)
         for i, medium, begin in zip(range(count - len(begins), count), wave.media, begins, strict=True):
             own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
             index = fill(own, [medium], merge_size=config.spatial_merge_size)[medium]
             order[i, : len(index)], starts[i] = index + i * room, begin
         with use_mesh(self._runtime.mesh):
-            self.array = device_steps.store(self.array, self._runtime.encode(rows), order, starts)
+            self.array = device_steps.store_features(self.array, self._runtime.encode(rows), order, starts)
         low, high = starts[0], (begins[-1] + room if begins else room)
         for key in [key for key, span in self._spans.items() if span[0] < high and low < span[1]]:
             del self._spans[key]

@@ -1,4 +1,4 @@
-"""Prompts made ready while others are answered: pictures are read and resized in threads beside the device's work."""
+"""Prompts prepared ahead: images and videos are read and resized in threads while the device works."""
 
 import collections
 import concurrent.futures
@@ -9,36 +9,36 @@ from typing import Generic, TypeVar
 
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.scheduler import Failure
-from glm4v_jax.generate.sequence import Answer
+from glm4v_jax.generate.sequence import SequenceState
 
 T = TypeVar("T")
 
 _THREADS = 2
 
 
-class AnswerQueue(Generic[T]):
-    """Answers to begin, in the order of their prompts, each made ready ahead of its turn."""
+class PromptQueue(Generic[T]):
+    """A queue of requests, in the order of their prompts, prepared ahead in threads; see `scheduler.RequestQueue`."""
 
     def __init__(
         self,
         prompts: Iterable[T],
-        prepare: Callable[[int, T], Answer],
+        prepare: Callable[[int, T], SequenceState],
         *,
         ahead: int,
         skip_errors: bool = False,
     ):
-        """Begin to prepare.
+        """Start preparing.
 
         Args:
           prompts: read as they are needed, in the caller's thread.
-          prepare: (number, prompt) -> answer; called in other threads.
-          ahead: how many prompts to keep ready, pixels and all.
-          skip_errors: hand out what was wrong with a prompt in its place, instead of raising it.
+          prepare: (number, prompt) -> request; called in other threads.
+          ahead: number of prompts to keep prepared, with their pixels.
+          skip_errors: return a `Failure` for a prompt that cannot be prepared, instead of raising.
         """
         self._prompts: Iterator[tuple[int, T]] = enumerate(prompts)
         self._prepare, self._ahead, self._skip_errors = prepare, ahead, skip_errors
         self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS, "prompts")
-        self._ready: collections.deque[tuple[int, concurrent.futures.Future[Answer]]] = collections.deque()
+        self._ready: collections.deque[tuple[int, concurrent.futures.Future[SequenceState]]] = collections.deque()
         self._is_exhausted = False
         self.fill()
 
@@ -48,7 +48,7 @@ class AnswerQueue(Generic[T]):
         return self._is_exhausted and not self._ready
 
     def fill(self) -> None:
-        """Begin to prepare more, up to those to keep ready: best called when the caller has nothing else to do."""
+        """Start preparing more prompts, up to `ahead`; best called while the caller has nothing else to do."""
         while not self._is_exhausted and len(self._ready) < self._ahead:
             item = next(self._prompts, None)
             if item is None:
@@ -56,19 +56,19 @@ class AnswerQueue(Generic[T]):
                 return
             self._ready.append((item[0], self._threads.submit(self._prepare, *item)))
 
-    def ready(self) -> list[Answer]:
-        """Those that can be taken without waiting, in their order."""
+    def ready(self) -> list[SequenceState]:
+        """The requests that can be taken without waiting, in their order."""
         done = itertools.takewhile(concurrent.futures.Future.done, (future for _, future in self._ready))
         return [future.result() for future in done if future.exception() is None]
 
-    def take(self, *, wait: bool) -> Answer | Failure | None:
-        """The next answer, or what was wrong with its prompt; None if there are no more, or it is not ready yet.
+    def take(self, *, wait: bool) -> SequenceState | Failure | None:
+        """The next request, or why its prompt failed; None if there are no more, or it is not prepared yet.
 
         Args:
-          wait: until it is ready.
+          wait: until it is prepared.
 
         Raises:
-          Glm4vError, OSError: what was wrong with its prompt.
+          Glm4vError, OSError: its prompt cannot be prepared.
         """
         if not self._ready:
             self.fill()
@@ -83,7 +83,7 @@ class AnswerQueue(Generic[T]):
             return Failure(index, error)
 
     def close(self) -> None:
-        """Forget what is left."""
+        """Cancel what has not been taken."""
         if sys.is_finalizing():
-            return  # of an iterator that nobody closed; the threads' module may be gone already
+            return  # an iterator that was never closed; the threads' module may be gone already
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Answers through slots: as one ends the next begins in its place, until there are no more."""
+"""Continuous batching: a slot whose sequence has ended takes the next request, until there are none."""
 
 import collections
 import time
@@ -13,31 +13,31 @@ from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Delta, TokenLogprob
 from glm4v_jax.generate.device_steps import Chosen
 from glm4v_jax.generate.prefill_chunks import Start
-from glm4v_jax.generate.sequence import Answer
+from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 from glm4v_jax.inputs.medium import Medium
 
-# A stream makes as many tokens at a time as take about this long, in seconds: seen as writing, not as bursts.
+# A stream takes as many decode steps a dispatch as fit into this time, in seconds: text flows, without bursts.
 _STREAM_PERIOD = 0.05
-# Or so many where there are several processes: their clocks differ, and they must make equally many.
+# Or this number where there are several processes: their clocks differ, and their numbers of steps must not.
 _SHARED_STEPS = 8
-# Prompts to wait for where no row is going.
+# Requests to wait for while no slot is busy.
 _FEW = 8
-# Steps to make while a slot is free and the prompt for it is being prepared.
+# Decode steps a dispatch while a slot is free and the prompt for it is being prepared.
 _SOON = 4
 
 
-class Waiting(Protocol):
-    """Answers that have not begun."""
+class RequestQueue(Protocol):
+    """Requests that have not started."""
 
-    def take(self, *, wait: bool) -> "Answer | Failure | None":
-        """The next one, or what is wrong with it; None if there are no more, or with `wait` False none is ready yet."""
+    def take(self, *, wait: bool) -> "SequenceState | Failure | None":
+        """The next one, or why it failed; None if there are no more, or with `wait` False none is ready yet."""
 
     def fill(self) -> None:
-        """The device is busy: time to prepare what comes next."""
+        """Prepare what comes next, while the device is busy."""
 
-    def ready(self) -> Sequence["Answer"]:
-        """Those that could be taken at once, in their order."""
+    def ready(self) -> Sequence["SequenceState"]:
+        """The requests that could be taken at once, in their order."""
 
     @property
     def is_empty(self) -> bool:
@@ -45,21 +45,21 @@ class Waiting(Protocol):
 
 
 class Failure(NamedTuple):
-    """A prompt that cannot be answered: its number among others, and why."""
+    """A prompt that could not be prepared: its number, and why."""
 
     number: int
     error: Exception
 
 
 class Update(NamedTuple):
-    """What an answer has grown by."""
+    """A sequence, and what it has grown by."""
 
-    answer: Answer
+    sequence: SequenceState
     delta: Delta
 
 
-class Pace:
-    """How many tokens to make at a time."""
+class DispatchSize:
+    """Decode steps per dispatch: a fixed number, or one that makes a steady stream."""
 
     def __init__(self, steps: int | None):
         self.steps = steps or 1
@@ -67,12 +67,12 @@ class Pace:
         self._began = 0.0
 
     def begin(self) -> int:
-        """The number for the next call."""
+        """Start timing a dispatch; returns its number of steps."""
         self._began = time.perf_counter()
         return self.steps
 
     def end(self) -> None:
-        """That call has returned."""
+        """Stop timing, and adapt the number."""
         if self._fixed:
             return
         seconds = time.perf_counter() - self._began
@@ -82,49 +82,53 @@ class Pace:
             self.steps = max(self.steps // 2, 1)
 
 
-def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Generator[Update | Failure, None, None]:
-    """Generate answers; closing the iterator stops those that are still going. After an error the slots are of no use.
+def run(
+    slots: Slots, waiting: RequestQueue, *, steps: int | None = MAX_STEPS
+) -> Generator[Update | Failure, None, None]:
+    """Run requests through slots; closing the iterator cancels those that are running.
+
+    After an error the slots must not be used again.
 
     Args:
-      slots: where; all of them are free.
-      waiting: what.
-      steps: tokens a call of the decoding program; None finds a number that makes a steady stream.
+      slots: all free.
+      waiting: the requests.
+      steps: decode steps per dispatch; None finds a number that makes a steady stream.
 
     Yields:
-      What each answer has grown by, in the order of slots; the last of each with its completion. And what was wrong
-      with prompts in the queue.
+      What each sequence has grown by, in the order of slots, the last update of each with its completion; and the
+      failures of prompts that could not be prepared.
     """
-    active: dict[int, Answer] = {}
-    again: dict[int, Start] = {}
-    taken: list[int] = []  # rows of `active` that have not started
+    active: dict[int, SequenceState] = {}
+    restarts: dict[int, Start] = {}
+    taken: list[int] = []  # rows of `active` that have not been prefilled
     shared = spans_processes(slots.runtime.mesh)
     if shared:
-        waiting = Agreed(waiting, slots.shards)
-    pace = Pace(_SHARED_STEPS if steps is None and shared else steps)
+        waiting = SharedQueue(waiting, slots.shards)
+    pace = DispatchSize(_SHARED_STEPS if steps is None and shared else steps)
     try:
         while True:
-            starts = again
+            starts = restarts
             free = [row for row in range(slots.num_rows) if row not in active]
-            # With nothing else to do, a few: what begins together is encoded and decoded together.
+            # With no slot busy, wait for a few: what starts together is encoded and decoded together.
             few = 0 if active else _FEW
             while free:
-                answer = waiting.take(wait=not active or len(starts) < few)
-                if answer is None:
+                sequence = waiting.take(wait=not active or len(starts) < few)
+                if sequence is None:
                     break
-                if isinstance(answer, Failure):
-                    yield answer
+                if isinstance(sequence, Failure):
+                    yield sequence
                     continue
                 row = free.pop(0)
-                active[row], starts[row] = answer, answer.start()
+                active[row], starts[row] = sequence, sequence.start()
                 taken.append(row)
-            again = {}
+            restarts = {}
             if not active:
                 return
             first = slots.start(starts, upcoming=_media(waiting)) if starts else None
             taken.clear()
-            # Come back for the first row that ends, if there is something to do in its place; and soon for a row that
-            # is free because the next prompt is not ready.
-            busy = bool(not waiting.is_empty or any(answer.may_go_on for answer in active.values()))
+            # Return at the first row that ends, if there is a request to take its slot; and soon if a slot is free
+            # because the next prompt is not ready.
+            busy = bool(not waiting.is_empty or any(sequence.may_continue for sequence in active.values()))
             limit = min(pace.begin(), _SOON if free and not waiting.is_empty else MAX_STEPS)
             decoded = slots.decode(limit, idle=slots.num_rows - len(active) + 1 if busy else None)
             waiting.fill()
@@ -132,26 +136,26 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
             first = to_host(first)
             fresh = {row: _take(first, row, 1, active[row].config.logprobs) for row in starts}
             chosen, counts, done = slots.read(decoded)
-            if shared:  # the processes may ask each other next, which nothing else must be on its way for
+            if shared:  # the processes may communicate next, while no other program may be running
                 jax.block_until_ready(slots.pool.array)
             pace.end()
             surplus, updates = [], []
-            for row, answer in list(active.items()):
-                tokens, logprobs = _take(chosen, row, int(counts[row]), answer.config.logprobs)
+            for row, sequence in list(active.items()):
+                tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)
                 if row in fresh:
                     tokens, logprobs = fresh[row][0] + tokens, fresh[row][1] + logprobs
                 if not tokens:
                     if done[row]:
-                        raise GenerationError("found slots that somebody else uses; expected one user at a time")
+                        raise GenerationError("slots: found another user; expected one at a time")
                     continue
-                delta, start = answer.take(tokens, bool(done[row]), logprobs)
+                delta, start = sequence.take(tokens, bool(done[row]), logprobs)
                 if start is not None:
-                    again[row] = start
-                elif answer.finish_reason is not None:
+                    restarts[row] = start
+                elif sequence.finish_reason is not None:
                     del active[row]
                     if not done[row]:
                         surplus.append(row)
-                updates.append(Update(answer, delta))
+                updates.append(Update(sequence, delta))
             if surplus:
                 slots.stop(surplus)
             yield from updates
@@ -161,65 +165,65 @@ def run(slots: Slots, waiting: Waiting, *, steps: int | None = MAX_STEPS) -> Gen
         raise
 
 
-class Agreed:
-    """Answers of a queue that all processes have; what one of them cannot prepare, none answers."""
+class SharedQueue:
+    """A queue that all processes agree on: a prompt that fails in one of them fails in all."""
 
-    def __init__(self, waiting: Waiting, ahead: int):
-        """`ahead`: how many that have not been taken the processes agree on."""
+    def __init__(self, waiting: RequestQueue, ahead: int):
+        """`ahead`: the number of requests, not taken yet, that the processes agree on."""
         self._waiting, self._ahead = waiting, ahead
-        self._next: collections.deque[Answer | Failure] = collections.deque()
+        self._next: collections.deque[SequenceState | Failure] = collections.deque()
         self._is_exhausted = False
 
     @property
     def is_empty(self) -> bool:
-        """See `Waiting`, here and below."""
+        """See `RequestQueue`, here and below."""
         return self._is_exhausted and not self._next
 
     def fill(self) -> None:
         """Prepare more, here."""
         self._waiting.fill()
 
-    def ready(self) -> list[Answer]:
-        """What is agreed on."""
-        return [answer for answer in self._next if isinstance(answer, Answer)]
+    def ready(self) -> list[SequenceState]:
+        """The requests that are agreed on."""
+        return [sequence for sequence in self._next if isinstance(sequence, SequenceState)]
 
-    def take(self, *, wait: bool) -> Answer | Failure | None:
-        """The next one, waiting for it whatever `wait` says: threads of several processes are ready at other times."""
+    def take(self, *, wait: bool) -> SequenceState | Failure | None:
+        """The next one. Always waits: threads of several processes are ready at different times."""
         del wait
-        # Ahead of time now and not later: processes cannot ask each other while their devices are busy.
+        # Ahead of time: processes cannot communicate while their devices are busy.
         while len(self._next) <= self._ahead and not self._is_exhausted:
-            answer = _agreed(self._waiting.take(wait=True))
-            if answer is None:
+            sequence = _agreed(self._waiting.take(wait=True))
+            if sequence is None:
                 self._is_exhausted = True
             else:
-                self._next.append(answer)
+                self._next.append(sequence)
         return self._next.popleft() if self._next else None
 
 
-def _agreed(answer: Answer | Failure | None) -> Answer | Failure | None:
-    """The same in all processes.
+def _agreed(sequence: SequenceState | Failure | None) -> SequenceState | Failure | None:
+    """Compare a request over all processes.
 
     Raises:
       MessageError: they were given different prompts.
     """
-    if answer is None:
+    if sequence is None:
         agree("number of prompts", b"no more")
         return None
-    if isinstance(answer, Failure):
-        number, digest, error = answer.number, b"", str(answer.error)
+    if isinstance(sequence, Failure):
+        number, digest, error = sequence.number, b"", str(sequence.error)
     else:
-        number, digest, error = answer.index, answer.digest(), None
-    told = agree(f"prompt {number}", digest, error)
-    return answer if told is None else Failure(number, GenerationError(told))
+        number, digest, error = sequence.index, sequence.digest(), None
+    error = agree(f"prompt {number}", digest, error)
+    return sequence if error is None else Failure(number, GenerationError(error))
 
 
-def _media(waiting: Waiting) -> list[Medium]:
-    """Pictures and videos of the prompts that will be next."""
-    return [medium for answer in waiting.ready() for medium in answer.prompt.media]
+def _media(waiting: RequestQueue) -> list[Medium]:
+    """Images and videos of the prompts that will be next."""
+    return [medium for sequence in waiting.ready() for medium in sequence.prompt.media]
 
 
 def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], list[TokenLogprob]]:
-    """The first `count` tokens of a row of NumPy's `chosen`, [B, K], or the only one of [B]; the `top` likeliest."""
+    """The first `count` tokens of a row of NumPy's `chosen`, [B, K], or the only one of [B]; with `top` logprobs."""
     tokens = chosen.tokens[row].reshape(-1)[:count].tolist()
     if chosen.logprobs is None or top is None:
         return tokens, []

@@ -1,4 +1,4 @@
-"""An answer while it is generated: what its tokens mean, when it has to stop, and how it goes on.
+"""The state of one request: what its tokens mean, when it ends, and how it continues after a think budget.
 
 The host's side of one row; knows nothing of devices.
 """
@@ -20,8 +20,8 @@ from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 
-class Answer:
-    """One prompt's answer in the making: `start`, then `take` its tokens, until `finish_reason` is known."""
+class SequenceState:
+    """The state of one request: call `start`, then `take` with its tokens, until `finish_reason` is known."""
 
     def __init__(
         self,
@@ -34,15 +34,14 @@ class Answer:
         number: int = 0,
         keep: int = 0,
     ):
-        """Begin.
+        """Create the state of a request that has not started.
 
         Args:
-          prompt, config: what to answer, and how.
-          tokenizer: of the model.
-          max_position_embeddings: of the model.
-          index: number of the prompt among others, for the result.
-          number: number of the row in its request, for the draws.
-          keep: how many tokens of the prompt are in the row's cache.
+          prompt, config: the request.
+          tokenizer, max_position_embeddings: of the model.
+          index: number of the prompt among others, for the completion.
+          number: number of the row in its request, for sampling.
+          keep: tokens of the prompt that the row's cache holds.
 
         Raises:
           GenerationError: prompt and new tokens exceed `max_position_embeddings`.
@@ -55,10 +54,10 @@ class Answer:
         self._stream, self._parser = TextStream(tokenizer), ThinkingParser()
         self._stops, self._guard = StopStrings(config.stop_strings), RepetitionGuard()
         self._stop_string: str | None = None
-        self._shown: list[str] = []
+        self._text: list[str] = []
         self._is_forced = self._is_closed = False
         self._since = time.perf_counter()
-        self._next: Start | None = None  # what goes on with this answer, until its tokens come
+        self._next: Start | None = None  # what this is restarted with, until its tokens come
         self._sampled = 0
         self._close = tokenizer.encode(END_THINK + ANSWER) if config.think_budget is not None else []
         self._first = config.new_tokens(len(prompt), max_position_embeddings)
@@ -66,7 +65,7 @@ class Answer:
         if config.think_budget is not None:
             self._second = config.answer_budget or self._first
             self._first = config.think_budget
-            if (total := len(prompt) + self.most_tokens) > max_position_embeddings:
+            if (total := len(prompt) + self.max_total_tokens) > max_position_embeddings:
                 raise GenerationError(
                     f"think_budget: found {self._first:,}, with {self._second:,} for the answer and a prompt of "
                     f"{len(prompt):,} tokens; expected no more than max_position_embeddings="
@@ -74,28 +73,28 @@ class Answer:
                 )
 
     @property
-    def most_tokens(self) -> int:
-        """How many tokens this can become at most."""
+    def max_total_tokens(self) -> int:
+        """The most tokens that may follow the prompt."""
         return self._first + len(self._close) + self._second
 
     @property
-    def may_go_on(self) -> bool:
-        """Whether the row may be set going again when it ends."""
+    def may_continue(self) -> bool:
+        """Whether the row may be restarted when it ends."""
         return self.config.think_budget is not None and not self._is_forced
 
     @property
     def text(self) -> str:
-        """What has been shown so far."""
-        return "".join(self._shown)
+        """The text so far."""
+        return "".join(self._text)
 
     @property
     def in_cache(self) -> Prompt:
-        """What the row's cache holds for certain: not the newest token, which has been chosen but not been run."""
+        """What the row's cache holds for certain: not the newest token, which has not been through the decoder."""
         whole = self.prompt.extended(self.tokens)
         return whole.truncated(len(whole) - 1 if self._next is None else self._next.keep)
 
     def digest(self) -> bytes:
-        """Equal, 16 bytes, for what is answered in the same way: tokens, media, options and numbers."""
+        """16 bytes, equal for equal requests: tokens, media, options and numbers."""
         asked = (self.config, self.index, self._number, self._keep)
         digest = hashlib.blake2b(repr(asked).encode(), digest_size=16)
         digest.update(np.ascontiguousarray(self.prompt.input_ids, np.int32).data)
@@ -104,13 +103,13 @@ class Answer:
         return digest.digest()
 
     def start(self) -> Start:
-        """What sets the row going."""
+        """Start the clock; returns what the row is started with."""
         self._since = time.perf_counter()
-        return Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.most_tokens)
+        return Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.max_total_tokens)
 
-    def alone(self) -> "_One":
-        """A queue of this answer alone."""
-        return _One(self)
+    def queue(self) -> "_SingleQueue":
+        """A queue of this request alone."""
+        return _SingleQueue(self)
 
     def take(
         self, tokens: Sequence[int], done: bool, logprobs: Sequence[TokenLogprob] = ()
@@ -123,17 +122,17 @@ class Answer:
           logprobs: one a token, or none.
 
         Returns:
-          What is new, with the completion if this ends the answer; and what sets the row going again, if it does not
-          but the row is done. An answer may end (`finish_reason`) while the row is not done.
+          What is new, with the completion if this ends the sequence; and what the row is restarted with, if the row is
+          done and the sequence is not. A sequence may end (`finish_reason`) while its row is not done.
         """
-        # An end token that cuts a thought short is not part of the answer, which goes on without it.
-        held = 1 if done and self.may_go_on and tokens and tokens[-1] in self.config.eos_token_id else 0
+        # An end token that cuts a thought short is not part of the sequence, which continues without it.
+        held = 1 if done and self.may_continue and tokens and tokens[-1] in self.config.eos_token_id else 0
         taken, text, stop = self._read(tokens[: len(tokens) - held], logprobs)
         parts = self._parser.push(text)
         start: Start | None = None
         more, others = "", list[int]()
-        if self.may_go_on and stop != "stop" and (done or stop is not None):
-            start, more, others = self._go_on(stop, ended=bool(held))
+        if self.may_continue and stop != "stop" and (done or stop is not None):
+            start, more, others = self._continue(stop, ended=bool(held))
             stop = "stop" if self._stop_string is not None else stop
         self._next = start
         if start is None and stop is None and held:
@@ -145,12 +144,12 @@ class Answer:
             parts += self._parser.push(rest) + self._parser.finish()
             ended = self._stop_string is not None or (bool(self.tokens) and self.tokens[-1] in self.config.eos_token_id)
             self.finish_reason = stop or ("stop" if ended else "length")
-        self._shown.append(text)
+        self._text.append(text)
         completion = None if self.finish_reason is None else self.completion()
         return Delta(text, tuple(parts), tuple(taken), completion), start
 
     def completion(self) -> Completion:
-        """What there is of the answer; one that nobody finished counts as cancelled."""
+        """The completion so far; one without a finish reason counts as cancelled."""
         return Completion(
             self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
             self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
@@ -160,7 +159,7 @@ class Answer:
     def _read(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]
     ) -> tuple[list[int], str, FinishReason | None]:
-        """What of the tokens counts, their text, and why the answer ends with them, if its text is a reason."""
+        """The tokens that count, their text, and the finish reason if the text gives one."""
         one_by_one = self.config.stop_strings or self.config.stop_repetition
         text, taken = "", list[int]()
         for part in ([token] for token in tokens) if one_by_one else [tokens]:
@@ -176,8 +175,8 @@ class Answer:
             return taken, text, "stop"
         return taken, text, "repetition" if len(taken) < len(tokens) or self._guard.push("") else None
 
-    def _go_on(self, stop: FinishReason | None, *, ended: bool) -> tuple[Start | None, str, list[int]]:
-        """Close a thought that has run out of its budget; or let an answer that was cut by it go on."""
+    def _continue(self, stop: FinishReason | None, *, ended: bool) -> tuple[Start | None, str, list[int]]:
+        """Close a thought whose budget is used up; or continue an answer that the think budget cut off."""
         self._is_forced = True
         is_open = self._parser.is_thought_open
         if not is_open and (ended or stop == "repetition"):
@@ -191,7 +190,7 @@ class Answer:
             text, self._stop_string = self._stops.push(self._stream.push(forced))
             if self._stop_string is not None:
                 return None, text, []
-            self._guard = RepetitionGuard()  # what made the thought stop must not stop the answer
+            self._guard = RepetitionGuard()  # repetition in the thought must not stop the answer
         self.tokens += forced
         self._logprobs += [TokenLogprob(token, None, ()) for token in forced]
         start = Start(
@@ -206,23 +205,23 @@ class Answer:
         return certain if self._stop_string is not None else certain + self._stops.finish()
 
 
-class _One:
-    """A queue of one answer; see `running.Waiting`."""
+class _SingleQueue:
+    """A queue of one request; see `scheduler.RequestQueue`."""
 
-    def __init__(self, answer: Answer):
-        self._answer: Answer | None = answer
+    def __init__(self, sequence: SequenceState):
+        self._sequence: SequenceState | None = sequence
 
     @property
     def is_empty(self) -> bool:
-        return self._answer is None
+        return self._sequence is None
 
     def fill(self) -> None:
         pass
 
-    def ready(self) -> list[Answer]:
-        return [] if self._answer is None else [self._answer]
+    def ready(self) -> list[SequenceState]:
+        return [] if self._sequence is None else [self._sequence]
 
-    def take(self, *, wait: bool) -> Answer | None:
+    def take(self, *, wait: bool) -> SequenceState | None:
         del wait
-        answer, self._answer = self._answer, None
-        return answer
+        sequence, self._sequence = self._sequence, None
+        return sequence

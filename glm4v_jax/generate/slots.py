@@ -1,6 +1,6 @@
-"""The running batch: B rows on the device, each of which is free or works on one prompt.
+"""Slots: B rows of a batch on the device, each free or running one sequence.
 
-Tokens in, tokens out; nothing here knows of text. Shapes come from small sets (pieces of prompts, cache capacities), so
+Tokens in, tokens out; nothing here knows of text. Shapes come from small sets (prefill chunks, cache capacities), so
 that a warm engine compiles nothing.
 """
 
@@ -14,9 +14,9 @@ from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
 from glm4v_jax.generate import device_steps
-from glm4v_jax.generate.device_steps import Chosen, Decoded, Row
+from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState
 from glm4v_jax.generate.feature_pool import FeaturePool
-from glm4v_jax.generate.prefill_chunks import Start, piece_of, stretches
+from glm4v_jax.generate.prefill_chunks import Start, chunk_arrays, chunk_bounds
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model import kv_cache
@@ -25,21 +25,21 @@ from glm4v_jax.model.runtime import Runtime
 MIN_CAPACITY = 64
 MIN_EOS = 8
 MAX_STEPS = 32
-"""Tokens of a row that one call of the decoding program can make."""
+"""Decode steps of a dispatch at most."""
 
 
 @dataclasses.dataclass
 class Stats:
-    """What the slots have done. Shares of busy slots are busy_steps / slot_steps."""
+    """Counts of work; the utilisation of slots is busy_steps / slot_steps."""
 
     prompt_tokens: int = 0
     prefill_tokens: int = 0
-    """as far as they were not in the cache"""
+    """those of them that were not in the cache"""
     dispatches: int = 0
     slot_steps: int = 0
-    """steps of decoding times rows"""
+    """decode steps times rows"""
     busy_steps: int = 0
-    """of these, those that made a token"""
+    """those of them that generated a token"""
 
 
 class Slots:
@@ -47,7 +47,7 @@ class Slots:
 
     Attributes:
       num_rows: B.
-      shards: in how many shards they lie.
+      shards: number of shards of the batch.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class Slots:
         top: int | None = None,
         stats: Stats | None = None,
     ):
-        """Make empty rows.
+        """Create free rows.
 
         Args:
           runtime: the model.
           num_rows: B; rounded up to the shards of a batch.
           capacity: cache slots of a row at first; grows with what prompts need.
           pool: where vision tokens are kept; one of its own by default.
-          top: how many likeliest tokens to report with log probabilities; None for no log probabilities.
-          stats: what to count in.
+          top: number of top log probabilities to report; None for no log probabilities.
+          stats: where to count.
         """
         with use_mesh(runtime.mesh):
             self.shards = data_shards()
@@ -79,12 +79,12 @@ class Slots:
         self.stats = stats if stats is not None else Stats()
         self._num_eos = MIN_EOS
         self._capacity = self.capacity_for(capacity)
-        self._state: device_steps.State | None = None
+        self._state: device_steps.SlotsState | None = None
         self._steps = np.zeros(self.num_rows, np.int32)
-        """of each row, as last read"""
+        """new tokens of each row, as last read"""
 
     def capacity_for(self, need: int) -> int:
-        """How many cache slots a row has that needs so many: one of few numbers, which the mesh can split."""
+        """Round a number of cache slots up to one of few numbers, which the mesh can split."""
         with use_mesh(self.runtime.mesh):
             return round_up(bucket(need, MIN_CAPACITY), "slots")
 
@@ -94,31 +94,31 @@ class Slots:
         return self._capacity
 
     def start(self, starts: Mapping[int, Start], *, together: bool = False, upcoming: Sequence[Medium] = ()) -> Chosen:
-        """Set rows going, each with its prompt, and choose their first tokens.
+        """Prefill rows, each with its prompt, and choose their first tokens.
 
         Args:
           starts: row -> its prompt.
-          together: all rows at once, which ends those that are not among `starts`; otherwise one of each shard at a
-            time, so that programs have the same shapes however many there are.
-          upcoming: pictures and videos of prompts that wait: encoded with these where that costs nothing.
+          together: all rows at once, which ends those that are not among `starts`; otherwise one row of each shard at a
+            time, so that programs have the same shapes whatever the number of rows.
+          upcoming: images and videos of prompts in the queue: encoded with these where that costs nothing.
 
         Returns:
-          What was chosen, [B], perhaps still being computed; it counts for rows of `starts`.
+          The tokens, [B], perhaps still being computed; valid for the rows of `starts`.
         """
         rows = np.isin(np.arange(self.num_rows), list(starts))
-        # Until the prompts' programs have been handed the pool, nobody else may write it.
+        # Until the prefill programs have been dispatched with the pool, no other thread may write it.
         with use_mesh(self.runtime.mesh), self.pool.lock:
             self._make_room(starts)
             if together or self.num_rows == 1:
-                self._append(starts, None, upcoming)
+                self._prefill(starts, None, upcoming)
             else:
                 waves = list(self._waves(starts))
                 for number, wave in enumerate(waves):
                     later = (start.media for rest, _ in waves[number + 1 :] for start in rest.values())
-                    self._append(*wave, [*itertools.chain.from_iterable(later), *upcoming])
+                    self._prefill(*wave, [*itertools.chain.from_iterable(later), *upcoming])
             assert self._state is not None
             text, head = self.runtime.text, self.runtime.head
-            self._state, chosen = device_steps.begin(
+            self._state, chosen = device_steps.choose_first(
                 text, head, self._state, rows | together, self._row_of(starts), top=self.top
             )
         if together:
@@ -129,11 +129,11 @@ class Slots:
         return chosen
 
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
-        """Encode pictures and videos of prompts that wait, beside what the device is doing."""
+        """Encode images and videos of prompts in the queue, while the device works."""
         self.pool.prefetch(upcoming)
 
     def decode(self, limit: int = MAX_STEPS, *, idle: int | None = None) -> Decoded:
-        """Up to `limit` more tokens of every row; returns early when `idle` rows are done, all by default."""
+        """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default)."""
         text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
         limit, idle = min(limit, MAX_STEPS), min(idle or self.num_rows, self.num_rows)
@@ -145,7 +145,7 @@ class Slots:
         return decoded
 
     def read(self, decoded: Decoded) -> tuple[Chosen, np.ndarray, np.ndarray]:
-        """Wait for a decoding call: what was chosen, [B, K] in NumPy; how much of each row is new; and who is done."""
+        """Wait for a dispatch: tokens [B, K] in NumPy, the number of new ones of each row, and which rows are done."""
         chosen, step, done = to_host(decoded)
         counts = step - self._steps
         self._steps = step.copy()
@@ -154,7 +154,7 @@ class Slots:
         return chosen, counts, done
 
     def stop(self, rows: list[int]) -> None:
-        """End rows that are not done."""
+        """End rows before they are done."""
         assert self._state is not None
         with use_mesh(self.runtime.mesh):
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
@@ -170,16 +170,16 @@ class Slots:
             slots = np.array([-1 if row is None else row % per_shard for row in wave], np.int32)
             yield {i: starts[row] for i, row in enumerate(wave) if row is not None}, slots
 
-    def _append(self, starts: Mapping[int, Start], slots: np.ndarray | None, upcoming: Sequence[Medium]) -> None:
-        """Write prompts into rows: all of B by their number (`slots` None), or one of each shard by the shard's."""
+    def _prefill(self, starts: Mapping[int, Start], slots: np.ndarray | None, upcoming: Sequence[Medium]) -> None:
+        """Prefill prompts: all B rows by their number (`slots` None), or one of each shard by the shard's number."""
         n = self.num_rows if slots is None else len(slots)
-        cuts = stretches(starts, self._capacity)
-        vision = self._vision_index(starts, {i: min(cut.bounds[i][0] for cut in cuts) for i in starts}, upcoming)
+        chunks = chunk_bounds(starts, self._capacity)
+        vision = self._vision_index(starts, {i: min(chunk.bounds[i][0] for chunk in chunks) for i in starts}, upcoming)
         text, seen = self.runtime.text, self._seen(starts, n)
-        for cut in cuts:
+        for chunk in chunks:
             assert self._state is not None
-            piece = piece_of(cut, starts, vision, n)
-            self._state = device_steps.append(text, self._state, slots, piece, seen, self.pool.array)
+            arrays = chunk_arrays(chunk, starts, vision, n)
+            self._state = device_steps.prefill(text, self._state, slots, arrays, seen, self.pool.array)
 
     def _seen(self, starts: Mapping[int, Start], n: int) -> np.ndarray:
         """Bool [n, V]: the tokens of each row's prompt."""
@@ -191,7 +191,7 @@ class Slots:
     def _vision_index(
         self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]
     ) -> dict[int, np.ndarray]:
-        """int32 [T] of each row, right from token `first` on: -1 for text, otherwise where the pool has the token."""
+        """int32 [T] of each row, valid from token `first` on: -1 for text, otherwise the token's index in the pool."""
         media = [medium for i, start in starts.items() for medium in start.prompt.media_from(first[i])]
         begins = self.pool(media, upcoming) if media else []
         merged = self.runtime.config.vision_config.spatial_merge_size**2
@@ -201,9 +201,9 @@ class Slots:
         }
         return {i: start.prompt.vision_index(features) for i, start in starts.items()}
 
-    def _row_of(self, starts: Mapping[int, Start]) -> Row:
+    def _row_of(self, starts: Mapping[int, Start]) -> RowState:
         n = self.num_rows
-        row = Row(
+        row = RowState(
             token=np.zeros(n, np.int32),
             delta=np.zeros(n, np.int32),
             done=np.ones(n, np.bool_),
@@ -224,7 +224,7 @@ class Slots:
         return row
 
     def _make_room(self, starts: Mapping[int, Start]) -> None:
-        """Grow the state to what these prompts need; a first prompt finds none yet."""
+        """Create the state, or grow it to what these prompts need."""
         need = max(start.capacity for start in starts.values())
         num_eos = bucket(max(len(start.config.eos_token_id) for start in starts.values()), self._num_eos)
         capacity = max(self._capacity, self.capacity_for(need))

@@ -1,8 +1,8 @@
-"""Compile ahead of the first request: every program that requests of given lengths and picture sizes will run.
+"""Compile ahead of the first request: every program that requests of given lengths and image sizes will run.
 
-Pieces of prompts, caches, vision rows and pools have the shapes of small bucket sets (`inputs.packing`, and `pieces`,
-`slots` and `features` beside this). These functions list the buckets that a range of requests can reach, and run each
-program once, on zeros.
+Prefill chunks, KV caches, vision rows and feature pools have shapes from small bucket sets (`inputs.vision_rows`,
+`prefill_chunks`, `slots` and `feature_pool`). These functions list the buckets that a range of requests can reach, and
+run each program once, on zeros.
 """
 
 import time
@@ -17,7 +17,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_PICTURE, FeaturePool, Shape, wave_size
-from glm4v_jax.generate.prefill_chunks import MAX_PIECE, Start, piece_length
+from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.prompt import Prompt
@@ -42,14 +42,14 @@ def buckets(low: int, high: int, minimum: int = 1) -> list[int]:
 
 
 def row_shapes(low: int, high: int, shards: int = 1) -> list[Shape]:
-    """The (R, L) of pictures and videos of `low` to `high` patches (`features.medium_shape`), ascending by area."""
-    pictures = {(1, length) for length in buckets(low, high, MIN_PICTURE)}
-    shapes = pictures | _packed_shapes(low, high, 1) | _packed_shapes(low, high, shards)
+    """The (R, L) of images and videos of `low` to `high` patches (`feature_pool.medium_shape`), ascending by area."""
+    images = {(1, length) for length in buckets(low, high, MIN_PICTURE)}
+    shapes = images | _packed_shapes(low, high, 1) | _packed_shapes(low, high, shards)
     return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
 
 
 def _packed_shapes(low: int, high: int, row_multiple: int) -> set[Shape]:
-    """What `inputs.packing.choose_shape` gives frames of so many patches in all.
+    """What `vision_rows.choose_shape` gives frames of so many patches in all.
 
     One row as long as the bucket of the total always fits, up to `MAX_ROW_LENGTH` patches, and more rows win only where
     they are smaller together. Beyond that, and with several shards, this is a superset: it depends on the frames.
@@ -71,17 +71,17 @@ def _packed_shapes(low: int, high: int, row_multiple: int) -> set[Shape]:
 
 
 def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tuple[int, int, int]]:
-    """Each (length of pieces, capacity of the cache) that prompts of such lengths need, and the length of one of them.
+    """Each (chunk length, cache capacity) that prompts of such lengths need, and the length of one such prompt.
 
     Both only change where one of their buckets does.
     """
     edges = {shortest}
-    for count in range(1, -(-longest // MAX_PIECE) + 1):
-        edges |= {count * b + 1 for b in buckets(MIN_LENGTH, MAX_PIECE, MIN_LENGTH)}
+    for count in range(1, -(-longest // MAX_CHUNK) + 1):
+        edges |= {count * b + 1 for b in buckets(MIN_LENGTH, MAX_CHUNK, MIN_LENGTH)}
     edges |= {b - max_new_tokens + 1 for b in buckets(MIN_CAPACITY, longest + max_new_tokens, MIN_CAPACITY)}
     shapes: dict[tuple[int, int], int] = {}
     for length in sorted(edge for edge in edges if shortest <= edge <= longest):
-        shapes.setdefault((piece_length(length), bucket(length + max_new_tokens, MIN_CAPACITY)), length)
+        shapes.setdefault((chunk_length(length), bucket(length + max_new_tokens, MIN_CAPACITY)), length)
     return [(*shape, length) for shape, length in shapes.items()]
 
 
@@ -96,17 +96,27 @@ def warmup(
 ) -> list[Warmed]:
     """Compile and run once what `model.generate` will need, so that no request in these ranges compiles anything.
 
+    >>> from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration, warmup
+    >>> model = Glm4vForConditionalGeneration(Glm4vConfig.tiny(), dtype="float32")
+    >>> [warmed.program for warmed in warmup(model, prompt_lengths=(1, 8), max_new_tokens=4)]
+    ['prefill', 'decode']
+
+    >>> from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration, warmup
+    >>> model = Glm4vForConditionalGeneration(Glm4vConfig.tiny(), dtype="float32")
+    >>> [warmed.program for warmed in warmup(model, prompt_lengths=(1, 8), max_new_tokens=4)]
+    ['prefill', 'decode']
+
     Args:
       model: a `Glm4vForConditionalGeneration`, or its runtime.
       prompt_lengths: tokens of the shortest and of the longest prompt, image tokens included.
-      vision_patches: patches (before merging) of the smallest picture, and of the pictures and frames of the largest
+      vision_patches: patches (before merging) of the smallest image, and of all images and frames of the largest
         request together; None for text alone.
-      max_new_tokens: as requests will ask for it; it decides the size of the caches.
+      max_new_tokens: of the requests; it decides the size of the caches.
       batch_sizes: numbers of prompts in a request.
       progress: called with each program as it has run.
 
     Returns:
-      What was run, in order.
+      The programs, in the order in which they ran.
 
     Raises:
       GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
@@ -128,7 +138,7 @@ def warmup(
                     slots = Slots(runtime, rows, cache, pool=pool)
                     yield from warm_slots(slots, [length], max_new_tokens, together=True)
 
-    return _run(all_programs(), progress)
+    return run_all(all_programs(), progress)
 
 
 def show(warmed: Warmed) -> None:
@@ -144,7 +154,7 @@ def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int], requests: i
 
 
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
-    """The vision encoder, for pictures and videos of so many patches that the pool can hold."""
+    """Run the ViT for images and videos of so many patches, as far as the pool can hold them."""
     for shape in row_shapes(*vision_patches, pool.shards):
         if pool.room_for(1, [shape]) > pool.capacity:
             continue
@@ -157,19 +167,19 @@ def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[
 def warm_slots(
     slots: Slots, lengths: Sequence[int], max_new_tokens: int, *, together: bool = False
 ) -> Iterator[Warmed]:
-    """Prefill for prompts of each length, and decoding, in the slots as they are."""
+    """Run prefill for prompts of each length, and decoding, in the slots as they are."""
     config = GenerationConfig(eos_token_id=(), logprobs=slots.top)
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
         start = time.perf_counter()
         chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), config, 1)), together=together)
         jax.block_until_ready(chosen)
-        shape = f"B {slots.num_rows}, T {piece_length(length)}, cache {slots.capacity}"
+        shape = f"B {slots.num_rows}, T {chunk_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
     if max_new_tokens == 1:
         return
     start = time.perf_counter()
-    # Twice: the state that decoding returns may be laid out otherwise than the one that prefill returns.
+    # Twice: the state that decoding returns may have another layout than the one that prefill returns.
     for _ in range(2):
         slots.start({0: Start(Prompt.of_text([0] * lengths[-1]), config, min(3, max_new_tokens))}, together=together)
         for _ in range(min(2, max_new_tokens - 1)):
@@ -178,9 +188,10 @@ def warm_slots(
     yield Warmed("decode", f"B {slots.num_rows}, cache {slots.capacity}", time.perf_counter() - start)
 
 
-def _run(programs_: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:
+def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:
+    """Run programs one by one, reporting each."""
     done = []
-    for warmed in programs_:
+    for warmed in programs:
         done.append(warmed)
         if progress is not None:
             progress(warmed)
@@ -194,7 +205,7 @@ def check_ranges(
     max_new_tokens: int,
     batch_sizes: Sequence[int],
 ) -> None:
-    """Complain of ranges that no request is in.
+    """Check ranges of requests.
 
     Raises:
       GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.

@@ -124,10 +124,10 @@ def prefill_program(
         rows = jax.ShapeDtypeStruct((batch,), jnp.int32) if running else None
         ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
         positions = jax.ShapeDtypeStruct((3, batch, tokens), jnp.int32)
-        piece = device_steps.Piece(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
+        piece = device_steps.PrefillChunk(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
         shape = (pool_capacity(vision_tokens), config.text_config.hidden_size)
         pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(None, None)))
-        return device_steps.append.lower(text, state, rows, piece, seen, pool)
+        return device_steps.prefill.lower(text, state, rows, piece, seen, pool)
 
     before = slots - tokens
     flops = batch * tokens * (2 * _matmul_params(config, head=False) + _attention_flops(config, before + tokens / 2))

@@ -11,7 +11,7 @@ from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.scheduler import Agreed, Failure, run
+from glm4v_jax.generate.scheduler import Failure, SharedQueue, run
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 
@@ -104,7 +104,7 @@ def test_a_long_prompt_in_pieces(engine, monkeypatch, their_tiny):
     whole = engine.generate(inputs, max_new_tokens=24, **GREEDY)
     assert list(whole.tokens) == their_tokens(their_tiny, inputs, 24)
     for size in (32, 64):
-        monkeypatch.setattr("glm4v_jax.generate.prefill_chunks.MAX_PIECE", size)
+        monkeypatch.setattr("glm4v_jax.generate.prefill_chunks.MAX_CHUNK", size)
         assert engine.generate(inputs, max_new_tokens=24, **GREEDY).tokens == whole.tokens
         (found,) = engine.generate_many([inputs], max_new_tokens=24, **GREEDY)
         assert found.tokens == whole.tokens
@@ -298,7 +298,7 @@ def test_slots_are_kept_busy(engine):
     own = Engine(engine.model, engine.processor, capacity=256)
     prompt = own.prompt("Hi")
     slots = own.new_slots(8, own.config())
-    list(run(slots, Ready(own.answer(prompt, own.config(max_new_tokens=n, **GREEDY)) for n in lengths)))
+    list(run(slots, Ready(own.new_sequence(prompt, own.config(max_new_tokens=n, **GREEDY)) for n in lengths)))
     free = [0] * 8
     for n in lengths:  # the first token of each is prefill's
         heapq.heapreplace(free, free[0] + n - 1)
@@ -321,7 +321,7 @@ def test_an_interrupted_encoder_leaves_the_engine_whole(engine, monkeypatch, pic
     own = Engine(engine.model, engine.processor, capacity=256)
     expected = own.generate(ask(picture, "What?"), max_new_tokens=4, **GREEDY).tokens
     other = picture[::-1].copy()
-    store = device_steps.store
+    store = device_steps.store_features
 
     def interrupted(*args):
         store(*args)  # gives the pool away
@@ -463,7 +463,7 @@ def test_a_free_slot_is_looked_after_while_its_prompt_is_prepared(engine, monkey
     prompt = own.prompt("Hi")
     updates = run(
         own.new_slots(8, own.config()),
-        Late(own.answer(prompt, own.config(max_new_tokens=n, **GREEDY)) for n in lengths),
+        Late(own.new_sequence(prompt, own.config(max_new_tokens=n, **GREEDY)) for n in lengths),
     )
     assert sum(update.delta.completion is not None for update in updates) == 9
     # The first is done after three steps; a slot is free from then on, and others are asked for soon and again.
@@ -471,9 +471,9 @@ def test_a_free_slot_is_looked_after_while_its_prompt_is_prepared(engine, monkey
 
 
 def test_processes_agree_on_prompts_ahead_of_their_turn(engine):
-    answers = [engine.answer(engine.prompt("Hi"), engine.config(), index=i) for i in range(5)]
+    answers = [engine.new_sequence(engine.prompt("Hi"), engine.config(), index=i) for i in range(5)]
     failure = Failure(9, GenerationError("broken"))
-    agreed = Agreed(Ready([*answers[:3], failure, *answers[3:]]), 2)
+    agreed = SharedQueue(Ready([*answers[:3], failure, *answers[3:]]), 2)
     assert agreed.ready() == [] and not agreed.is_empty
     assert agreed.take(wait=False) is answers[0] and agreed.ready() == answers[1:3]
     assert agreed.take(wait=False) is answers[1] and agreed.ready() == [answers[2]]

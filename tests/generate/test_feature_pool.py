@@ -128,7 +128,7 @@ def test_an_error_leaves_an_empty_pool(pool, visual, monkeypatch):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("glm4v_jax.generate.device_steps.store", fail)
+        patch.setattr("glm4v_jax.generate.device_steps.store_features", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             pool(pictures)
         with pytest.raises(RuntimeError, match="out of memory"):

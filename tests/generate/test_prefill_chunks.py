@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.generate.prefill_chunks import MAX_PIECE, Start, piece_of, stretches
+from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_arrays, chunk_bounds
 from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
@@ -15,7 +15,7 @@ def make_prompt(length):
     return Prompt.of_text(np.arange(length))
 
 
-@given(st.lists(st.tuples(st.integers(1, 4 * MAX_PIECE), st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.integers(1, 4 * MAX_CHUNK), st.floats(0, 1), st.integers(1, 50)), min_size=1, max_size=4))
 def test_pieces_fill_every_row_and_stay_within_the_cache(rows):
     starts = {
         row: Start(make_prompt(length), GenerationConfig(), limit, keep=int(share * (length - 1)))
@@ -26,10 +26,10 @@ def test_pieces_fill_every_row_and_stay_within_the_cache(rows):
     for row, start in starts.items():
         slots[row, : start.keep] = np.arange(start.keep)
     vision = {row: np.arange(len(start.prompt)) for row, start in starts.items()}
-    cuts = stretches(starts, capacity)
+    cuts = chunk_bounds(starts, capacity)
     for cut in cuts:
-        piece = piece_of(cut, starts, vision, len(rows))
-        assert cut.t <= MAX_PIECE and piece.input_ids.shape == (len(rows), cut.t)
+        piece = chunk_arrays(cut, starts, vision, len(rows))
+        assert cut.t <= MAX_CHUNK and piece.input_ids.shape == (len(rows), cut.t)
         for row in starts:
             keep, count = piece.keep[row], int(piece.segment_ids[row].sum())
             assert keep + cut.t <= capacity and count >= 1
@@ -44,4 +44,4 @@ def test_pieces_fill_every_row_and_stay_within_the_cache(rows):
         assert (slots[row, :length] == np.arange(length)).all() and (slots[row, length:] == -1).all()
         assert cuts[-1].bounds[row][1] == length  # whose hidden state the first token comes from
     longest = max(len(start.prompt) - start.keep for start in starts.values())
-    assert len(cuts) == -(-longest // MAX_PIECE)
+    assert len(cuts) == -(-longest // MAX_CHUNK)

@@ -4,7 +4,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.generate.sequence import Answer
+from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
@@ -17,7 +17,7 @@ def tokenizer():
 
 
 def begin(tokenizer, **options):
-    return Answer(
+    return SequenceState(
         Prompt.of_text(range(5)), GenerationConfig(**{"eos_token_id": (EOS, 787), **options}), tokenizer, 1000
     )
 

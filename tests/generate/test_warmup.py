@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.feature_pool import medium_shape
-from glm4v_jax.generate.prefill_chunks import piece_length
+from glm4v_jax.generate.prefill_chunks import chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.generate.warmup import buckets, prompt_shapes, row_shapes, warmup
 from glm4v_jax.inputs.vision_rows import bucket
@@ -41,10 +41,10 @@ def test_row_shapes_are_few_where_one_row_fits():
 @given(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 600))
 def test_prompt_shapes_are_those_of_all_lengths(shortest, extra, new_tokens):
     found = prompt_shapes(shortest, shortest + extra, new_tokens)
-    expected = {(piece_length(n), bucket(n + new_tokens, MIN_CAPACITY)) for n in range(shortest, shortest + extra + 1)}
+    expected = {(chunk_length(n), bucket(n + new_tokens, MIN_CAPACITY)) for n in range(shortest, shortest + extra + 1)}
     assert {shape[:2] for shape in found} == expected and len(found) == len(expected)
     for piece, capacity, length in found:
-        assert (piece, capacity) == (piece_length(length), bucket(length + new_tokens, MIN_CAPACITY))
+        assert (piece, capacity) == (chunk_length(length), bucket(length + new_tokens, MIN_CAPACITY))
 
 
 @pytest.fixture(scope="module")

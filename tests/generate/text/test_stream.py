@@ -31,7 +31,7 @@ def boxed_tokenizer():
     return tokenizer
 
 
-def _shown(tokenizer, ids):
+def _text(tokenizer, ids):
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content not in TAGS}
     return tokenizer.decode([i for i in ids if i not in special], skip_special_tokens=False)
 
@@ -61,14 +61,14 @@ class TestTextStream:
         cuts = data.draw(st.lists(st.integers(0, 60), max_size=10))
         stream = TextStream(boxed_tokenizer)
         pieces = _pieces(stream, ids, cuts)
-        assert "".join(pieces) == _shown(boxed_tokenizer, ids)
+        assert "".join(pieces) == _text(boxed_tokenizer, ids)
 
     def test_many_random_ids(self, boxed_tokenizer):
         draw = random.Random(0)
         for _ in range(100):
             ids = [draw.randrange(len(boxed_tokenizer) + 20) for _ in range(100)]
             cuts = [draw.randrange(100) for _ in range(draw.randrange(20))]
-            assert "".join(_pieces(TextStream(boxed_tokenizer), ids, cuts)) == _shown(boxed_tokenizer, ids)
+            assert "".join(_pieces(TextStream(boxed_tokenizer), ids, cuts)) == _text(boxed_tokenizer, ids)
 
     def test_every_pair_and_some_triples_of_bytes(self, tokenizer):
         byte_ids = [tokenizer.convert_tokens_to_ids(token) for token in sorted(_alphabet())]
