@@ -327,7 +327,7 @@ def test_an_interrupted_encoder_leaves_the_engine_whole(engine, monkeypatch, pic
         store(*args)  # gives the pool away
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(device_steps, "store", interrupted)
+    monkeypatch.setattr(device_steps, "store_features", interrupted)
     with pytest.raises(KeyboardInterrupt):
         own.generate(ask(other, "What?"), max_new_tokens=4, **GREEDY)
     monkeypatch.undo()

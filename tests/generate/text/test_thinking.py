@@ -249,7 +249,7 @@ def test_a_thought_is_open(text, expected):
         ("<think>t</think><answer>a</answer>", True),
         ("<think>\nt\n</think>\n <answer>a\nb</answer>", True),
         ("<think></think><answer></answer>", True),
-        ("<THINK>t</Think><SequenceState>a</ANSWER>", True),
+        ("<THINK>t</Think><Answer>a</ANSWER>", True),
         ("<think>t</think><answer><|begin_of_box|>4<|end_of_box|></answer>", True),
         ("<think><|begin_of_box|>1<|end_of_box|><|begin_of_box|>2</think><answer>a</answer>", True),
         ("<think>\\boxed{1}</think><answer>a</answer>", True),
