@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.nn import whole
+from glm4v_jax.model.nn import gather_tokens
 
 STRETCH = 1024
 """Tokens of a row whose logits exist at a time: 151,552 numbers each."""
@@ -71,7 +71,7 @@ def cross_entropy(
 
     targets, weights = mesh.reshard(targets, "batch", None), mesh.reshard(weights, "batch", None)
     zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(add, Sums(zero, zero, zero), (cut(whole(hidden)), cut(targets), cut(weights)))
+    sums, _ = jax.lax.scan(add, Sums(zero, zero, zero), (cut(gather_tokens(hidden)), cut(targets), cut(weights)))
     return sums
 
 

@@ -17,7 +17,7 @@ from glm4v_jax.planning.mesh_presets import PRESETS, check_text, parse_mesh, par
 
 if TYPE_CHECKING:
     from glm4v_jax.config.model import Glm4vConfig
-    from glm4v_jax.planning.memory_table import Description
+    from glm4v_jax.planning.memory_table import MemoryTable
 
 RELEASED = "9b"
 """The released model as `--model`; none of its files is needed."""
@@ -104,7 +104,7 @@ class Mesh(JsonOptions):
 
         return device_memory(jax.local_devices()[0])
 
-    def _describe(self, text: str, config: "Glm4vConfig", memory: int | None) -> "Description":
+    def _describe(self, text: str, config: "Glm4vConfig", memory: int | None) -> "MemoryTable":
         from glm4v_jax.planning.memory_table import describe
         from glm4v_jax.planning.mesh_presets import sizes_for
 
@@ -124,7 +124,7 @@ def _devices_in(text: str) -> int | None:
     return math.prod(parse_mesh(text).values())
 
 
-def _print_description(found: "Description") -> None:
+def _print_description(found: "MemoryTable") -> None:
     from glm4v_jax.planning.memory_table import COLUMNS
 
     rows = found.table()
@@ -133,7 +133,7 @@ def _print_description(found: "Description") -> None:
     print(found.summary())
 
 
-def _print_presets(presets: dict[str, "Description"]) -> None:
+def _print_presets(presets: dict[str, "MemoryTable"]) -> None:
     from glm4v_jax.files import size_text
     from glm4v_jax.planning.parameter_layout import mesh_text
 

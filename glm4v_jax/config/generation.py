@@ -1,6 +1,6 @@
-"""What a generation is asked for: names, defaults and precedence of `transformers.GenerationConfig` 4.57.1.
+"""Options of a generation: names, defaults and precedence of `transformers.GenerationConfig` 4.57.1.
 
-Only the options that change greedy and sampled decoding of one sequence exist here. Those of the reference that would
+Only options that change greedy and sampled decoding of one sequence exist here. Those of the reference that would
 change the output in another way (beams, n-gram bans, watermarks, ...) are refused by name instead of being ignored.
 """
 
@@ -71,9 +71,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class SamplingParams(NamedTuple):
-    """The options that the choice of a next token reads: scalars, or arrays `[B]` with one value a row.
+    """The options that sampling a token reads: scalars, or arrays `[B]` with one value per row.
 
-    They are data of a compiled program and not part of it, so that changing one never compiles anew.
+    They are inputs of a compiled program and not part of it: changing one never recompiles.
     """
 
     do_sample: npt.ArrayLike
@@ -91,7 +91,7 @@ class SamplingParams(NamedTuple):
 
     @classmethod
     def of(cls, config: "GenerationConfig", batch: int) -> "SamplingParams":
-        """Returns host arrays `[batch]` that hold `config`'s options in every row."""
+        """Make host arrays `[batch]` with the options of `config` in every row."""
         values = zip(config.sampling, SAMPLING_DTYPES, strict=True)
         return cls(*(np.full(batch, value, dtype) for value, dtype in values))
 
@@ -104,15 +104,19 @@ SAMPLING_DTYPES = (np.bool_, np.float32, np.int32, np.float32, np.float32, np.fl
 class GenerationConfig:
     """Options of one generation, checked on construction.
 
+    >>> config = GenerationConfig(do_sample=True, temperature=0.8, top_k=2, eos_token_id=7)
+    >>> config.replace(max_new_tokens=64).new_tokens(prompt_length=100)
+    64
+
     Fields keep the reference's names and defaults, `top_k` 50 among them. `max_length` None stands for the
     reference's untouched default of 20, which counts new tokens; a number counts prompt and new tokens together.
     `eos_token_id` takes one id, several, or -1 (or nothing) to never stop; it is stored as a tuple. `seed` is this
-    package's: equal seeds give equal draws.
+    package's: equal seeds sample equal tokens.
 
-    The last five need text, or give more than tokens, and are `Engine`'s. `stop_strings` end an answer. After
-    `think_budget` tokens a thought that is still open is closed for the model, and up to `answer_budget` more tokens
-    follow (`max_new_tokens` by default, which then limits nothing else). `stop_repetition` ends a text that goes in
-    circles. `logprobs` asks for log probabilities of the chosen tokens and of the n likeliest.
+    The last five need text, or return more than tokens; `Engine` has them. `stop_strings` end the text. After
+    `think_budget` tokens thinking that is still open is closed, and up to `answer_budget` more tokens follow
+    (`max_new_tokens` by default, which then limits nothing else). `stop_repetition` ends a text that repeats itself.
+    `logprobs` returns log probabilities of the sampled tokens and of the n likeliest.
 
     Raises:
         GenerationError: an option is out of its range; the message names it, its value and what was expected.
@@ -148,7 +152,7 @@ class GenerationConfig:
             if value is None or isinstance(value, int | str | np.integer):
                 object.__setattr__(self, name, () if value is None else (value,))
         validate(self, GenerationError)
-        # No token is -1, which therefore never stops a row.
+        # -1 is not a token: it never stops a row.
         object.__setattr__(self, "eos_token_id", tuple(token for token in self.eos_token_id if token != -1))
         budgeted = self.answer_budget is None or self.think_budget is not None
         _require(budgeted, "answer_budget", self.answer_budget, "think_budget beside it")
@@ -161,10 +165,10 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
-        """Reads `generation_config.json` of a checkpoint directory.
+        """Read `generation_config.json` of a checkpoint directory.
 
-        Where that file is absent the reference takes the token ids (and whatever other option is there) from
-        `config.json`, text part included, and its defaults for the rest; so does this.
+        Without that file, token ids and other options are those in `config.json`, its text part included, and the
+        defaults otherwise, as in the reference.
 
         Raises:
             CheckpointError: not a directory, or a file in it is malformed or asks for something impossible.
@@ -188,7 +192,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:
-        """Makes a configuration from the reference's JSON object; keys that mean nothing here are passed over.
+        """Make a configuration from the reference's JSON object; other keys are ignored.
 
         A null switches an option off, as in the reference, which for `top_k` differs from leaving it out.
 
@@ -203,11 +207,11 @@ class GenerationConfig:
                 off = 0 if field.name == "top_k" else field.default
                 fields[field.name] = off if value is None else value
         if fields.get("max_length") == _DEFAULT_NEW_TOKENS:
-            del fields["max_length"]  # the reference cannot tell a 20 in the file from its default, nor may this
+            del fields["max_length"]  # the reference takes a 20 in the file for its default
         return cls(**fields)
 
     def replace(self, **overrides: Any) -> Self:
-        """Returns a copy with the given options changed; None means "not given".
+        """Copy with the given options changed; None means "not given".
 
         Raises:
             GenerationError: an option is unknown, not supported, or out of its range.
@@ -221,7 +225,7 @@ class GenerationConfig:
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None and k in known})
 
     def new_tokens(self, prompt_length: int, max_position_embeddings: int | None = None) -> int:
-        """Returns how many tokens to generate at most after a (padded) prompt of `prompt_length` tokens.
+        """Compute the most tokens to generate after a (padded) prompt of `prompt_length` tokens.
 
         `max_new_tokens` wins over `max_length`. The default of 20 shrinks to what `max_position_embeddings` leaves.
 
@@ -246,14 +250,14 @@ class GenerationConfig:
 
     @property
     def padding_id(self) -> int:
-        """The id that fills finished rows: `pad_token_id`, else the first end id as in the reference, else 0."""
+        """The id that pads finished rows: `pad_token_id`, else the first end id as in the reference, else 0."""
         if self.pad_token_id is not None:
             return self.pad_token_id
         return self.eos_token_id[0] if self.eos_token_id else 0
 
     @property
     def sampling(self) -> SamplingParams:
-        """The options that choosing a token reads, as scalars."""
+        """The options that sampling a token reads, as scalars."""
         return SamplingParams(
             do_sample=self.do_sample,
             temperature=self.temperature,

@@ -1,4 +1,4 @@
-"""Configurations of the three parts, from and to `config.json`.
+"""Configurations of the model and of its text and vision parts, from and to `config.json`.
 
 The names and defaults are those of `Glm4vConfig`, `Glm4vTextConfig` and `Glm4vVisionConfig` in transformers 4.57.1;
 files written by 4.57 (`rope_theta`, `partial_rotary_factor`, `rope_scaling`) and by 5.x (`rope_parameters`) are both
@@ -26,7 +26,7 @@ Activation = Literal[
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
 ]  # fmt: skip
 ACTIVATION_NAMES = get_args(Activation)
-"""What `hidden_act` may be; `nn.activation` has them."""
+"""The values of `hidden_act`; `nn.activation` computes them."""
 
 NotNegative = Annotated[float, Meta(ge=0)]
 
@@ -83,11 +83,11 @@ class Glm4vVisionConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """From the `vision_config` object of `config.json`; keys of no meaning here are ignored."""
+        """Read the `vision_config` object of `config.json`; other keys are ignored."""
         return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `vision_config` object of `config.json`, in the spelling of 4.57."""
+        """Write the `vision_config` object of `config.json`, in the spelling of 4.57."""
         return {"model_type": "glm4v", **dataclasses.asdict(self)}
 
 
@@ -167,7 +167,7 @@ class Glm4vTextConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of a head's dimensions rotate."""
+        """Dimensions of a head that rotate."""
         assert self.partial_rotary_factor is not None
         return int(self.head_dim * self.partial_rotary_factor)
 
@@ -189,7 +189,7 @@ class Glm4vTextConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """From the `text_config` object of `config.json`, spelled as 4.57 or as 5.x does."""
+        """Read the `text_config` object of `config.json`, in the spelling of 4.57 or of 5.x."""
         data = dict(data)
         if data.get("rope_parameters") is not None:
             parameters = dict(object_of(data, "rope_parameters"))
@@ -200,7 +200,7 @@ class Glm4vTextConfig:
         return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `text_config` object of `config.json`, in the spelling of 4.57 (5.x reads it too)."""
+        """Write the `text_config` object of `config.json`, in the spelling of 4.57 (5.x reads it too)."""
         data = dataclasses.asdict(self)
         data["rope_scaling"] = {**self.rope.to_dict(), "mrope_section": list(self.mrope_section)}
         if isinstance(self.eos_token_id, tuple):
@@ -211,7 +211,14 @@ class Glm4vTextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Glm4vConfig:
-    """The whole model: both parts and the ids of the tokens that stand for pictures and videos."""
+    """The whole model: both parts, and the ids of the tokens that stand for images and videos.
+
+    >>> config = Glm4vConfig.glm4_1v_9b()
+    >>> config.text_config.num_hidden_layers, config.vision_config.depth
+    (40, 24)
+    >>> Glm4vConfig.from_dict(config.to_dict()) == config
+    True
+    """
 
     text_config: Glm4vTextConfig = dataclasses.field(default_factory=Glm4vTextConfig)
     vision_config: Glm4vVisionConfig = dataclasses.field(default_factory=Glm4vVisionConfig)
@@ -244,7 +251,7 @@ class Glm4vConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """From the object of `config.json`.
+        """Read the object of `config.json`.
 
         Text fields at the top level (an old flat layout) are read where there is no `text_config`. A tied head is what
         `text_config` says (4.57.1); a top-level `tie_word_embeddings` counts only in that flat layout.
@@ -265,7 +272,7 @@ class Glm4vConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of `config.json`, in the spelling of 4.57; `from_dict` reads it back to an equal configuration."""
+        """Write the object of `config.json`, in the spelling of 4.57; `from_dict` reads an equal configuration."""
         ids = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("token_id")}
         return {
             "architectures": ["Glm4vForConditionalGeneration"],
@@ -298,7 +305,7 @@ class Glm4vConfig:
             raise ConfigError(f"{path}: {error}") from error
 
     def save_pretrained(self, directory: str | pathlib.Path) -> None:
-        """Write `config.json` into a directory, which is made if need be."""
+        """Write `config.json` into a directory, which is created if it does not exist."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         aside = directory / "config.json.part"
@@ -307,7 +314,7 @@ class Glm4vConfig:
 
     @classmethod
     def glm4_1v_9b(cls) -> Self:
-        """The released GLM-4.1V-9B-Thinking (10,292,777,472 parameters)."""
+        """The released GLM-4.1V-9B-Thinking: 10,292,777,472 parameters."""
         text = Glm4vTextConfig(
             max_position_embeddings=65536,
             rope_scaling=RopeScaling(mrope_section=RELEASED_MROPE_SECTION),
@@ -319,7 +326,7 @@ class Glm4vConfig:
 
     @classmethod
     def tiny(cls, **text_overrides: Any) -> Self:
-        """A model of some 300,000 parameters with every part of the real one, for tests and examples."""
+        """A model of about 300,000 parameters with every part of the real one, for tests and examples."""
         text = {
             "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "partial_rotary_factor": 0.5,

@@ -1,7 +1,11 @@
-"""The sampling options that GLM-4.1V was published with, by name.
+"""Named sampling options: those that GLM-4.1V was published with, and a few for other purposes.
 
-They contradict each other, and each belongs to something that was shown or measured with it. A preset says what differs
-from the checkpoint's `generation_config.json`; what a script did not set is the checkpoint's there too.
+The published ones contradict each other, and each belongs to something that was shown or measured with it. A preset
+changes the options of the checkpoint's `generation_config.json`; what a script did not set is the checkpoint's there
+too.
+
+>>> PRESETS["bench"].description
+'temperature 0.1, thinking capped at 8,192 tokens, the answer at 8,192'
 """
 
 import dataclasses
@@ -17,68 +21,74 @@ if TYPE_CHECKING:  # it needs NumPy, and the names of presets are wanted in the 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Options of `GenerationConfig` that go over the checkpoint's."""
+    """Options of `GenerationConfig` that replace the checkpoint's.
+
+    Attributes:
+      options: name -> value.
+      source: where the numbers are from.
+    """
 
     options: Mapping[str, Any]
-    description: str
-    """What it is good for, in a line."""
     source: str
-    """Where the numbers are from."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
 
+    @property
+    def description(self) -> str:
+        """Its numbers, in a line."""
+        options = self.options
+        if not options:
+            return "the checkpoint's generation_config.json"
+        if not options.get("do_sample", True):
+            return "greedy decoding"
+        parts = [f"{word} {options[name] or 'off'}" for name, word in _WORDS.items() if name in options]
+        if "think_budget" in options:
+            parts.append(f"thinking capped at {options['think_budget']:,} tokens")
+            parts.append(f"the answer at {options['answer_budget']:,}")
+        elif "max_new_tokens" in options:
+            parts.append(f"at most {options['max_new_tokens']:,} tokens")
+        return ", ".join(parts)
+
+
+_WORDS = {"temperature": "temperature", "top_p": "top-p", "top_k": "top-k", "repetition_penalty": "repetition penalty"}
 
 PRESETS: Mapping[str, Preset] = types.MappingProxyType(
     {
         "cli": Preset(
             # Only the likeliest token is ever left to draw, so this is greedy decoding with a penalty.
             dict(do_sample=True, temperature=1.0, top_p=1e-5, top_k=1, repetition_penalty=1.1, max_new_tokens=8192),
-            "the authors' chat on the command line: as good as greedy, repetitions punished",
             "zai-org/GLM-V, inference/trans_infer_cli.py",
         ),
         "gradio": Preset(
             # The script passes temperature=None, which switches the checkpoint's 0.8 off: 1.0.
             dict(do_sample=True, temperature=1.0, top_p=1e-5, top_k=2, repetition_penalty=1.1, max_new_tokens=8192),
-            "the authors' web demo: as good as greedy, repetitions punished",
             "zai-org/GLM-V, inference/trans_infer_gradio.py",
         ),
         "bench": Preset(
-            # 8192 tokens, then `</think><answer>` where there is no answer yet, then 8192 more.
-            dict(
-                do_sample=True,
-                temperature=0.1,
-                max_new_tokens=8192,
-                think_budget=8192,
-                answer_budget=8192,
-            ),
-            "the published benchmark numbers: almost greedy, an answer forced after 8192 tokens",
+            # 8,192 tokens, then `</think><answer>` where there is no answer yet, then 8,192 more.
+            dict(do_sample=True, temperature=0.1, max_new_tokens=8192, think_budget=8192, answer_budget=8192),
             "zai-org/GLM-V, inference/trans_infer_bench.py",
         ),
         "api": Preset(
             dict(do_sample=True, temperature=1.0, repetition_penalty=1.0, max_new_tokens=25_000),
-            "the authors' client of an OpenAI-compatible server: long and varied",
             "zai-org/GLM-V before 686f536, inference/vllm_api_request.py",
         ),
         "agent": Preset(
             dict(do_sample=True, temperature=0.001, max_new_tokens=8192),
-            "the authors' GUI agent: as good as greedy",
             "zai-org/GLM-V, examples/gui-agent/glm-41v/gui_agent_41v.py",
         ),
         "hf": Preset(
             {},
-            "what the checkpoint says and nothing else, like `model.generate` of the reference",
             "generation_config.json of zai-org/GLM-4.1V-9B-Thinking (temperature 0.8, top_p 0.6, top_k 2)",
         ),
         "rollouts": Preset(
             # The paper wants rare tokens to be drawn too, which the checkpoint's top_k of 2 would prevent.
             dict(do_sample=True, top_p=1.0, top_k=0),
-            "samples for reinforcement learning: the whole vocabulary",
             "arXiv 2507.01006, section 5.3.2 (top_p; that no top_k is set follows from its reasons)",
         ),
         "greedy": Preset(
             dict(do_sample=False),
-            "always the likeliest token: the same text every time",
             "not published; for tests and comparisons",
         ),
     }
@@ -86,7 +96,7 @@ PRESETS: Mapping[str, Preset] = types.MappingProxyType(
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Returns the options of a preset, to be given to `GenerationConfig.replace`.
+    """Copy the options of a preset, for `GenerationConfig.replace`.
 
     Raises:
         GenerationError: there is no preset of that name; the message lists those there are.
@@ -97,7 +107,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def configured(config: "GenerationConfig", preset_name: str | None, options: Mapping[str, Any]) -> "GenerationConfig":
-    """`config`, changed by a preset's options, changed by `options`; None means "not given" throughout.
+    """Change `config` by a preset's options, and then by `options`; None means "not given" throughout.
 
     Raises:
         GenerationError: an option or preset is unknown or out of its range, or asks for several sequences of a prompt.

@@ -53,10 +53,10 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """From the JSON object; `type` is the old spelling of `rope_type`. Keys of no meaning here are ignored.
+        """Read the JSON object; `type` is the old spelling of `rope_type`. Other keys are ignored.
 
         Raises:
-          ConfigError: it is no object, or a field of it is not what it should be.
+          ConfigError: it is not an object, or a field is invalid.
         """
         data = dict(object_of({"rope_scaling": data}, "rope_scaling"))
         if "type" in data:
@@ -64,7 +64,7 @@ class RopeScaling:
         return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object, without the fields that are not set."""
+        """Write the JSON object, without the fields that are not set."""
         data = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         if self.truncate:
             del data["truncate"]

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm4v_jax.devices import mesh
-from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
+from glm4v_jax.model.decoder import Capture, Captured, TextDecoder
 from glm4v_jax.model.glm4v import embed_with_vision, score
 from glm4v_jax.model.kv_cache import KVCache
-from glm4v_jax.model.nn import Linear, whole
+from glm4v_jax.model.nn import Linear, gather_tokens
 from glm4v_jax.model.runtime import Flat
 
 IGNORED_LABEL = -100
@@ -39,14 +39,14 @@ def forward(
     position_ids: Int[Array, "3 B T"],
     segment_ids: Int[Array, "B T"],
     cache: KVCache | None,
-    record: Record,
+    record: Capture,
     dropout_key: Array | None,
-) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
+) -> tuple[Float[Array, "B T D"], KVCache | None, Captured]:
     """See `TextDecoder.__call__`; the cache is not donated, the caller may go on from it twice."""
     hidden, cache, recorded = text.module(
         embeds, position_ids, segment_ids, cache, record=record, dropout_key=dropout_key
     )
-    return whole(hidden), cache, recorded
+    return gather_tokens(hidden), cache, recorded
 
 
 @functools.partial(jax.jit, static_argnames="count")

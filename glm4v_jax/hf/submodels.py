@@ -28,7 +28,7 @@ from glm4v_jax.inputs.make_batch import (
 from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.prompt import in_vocabulary, token_array
 from glm4v_jax.inputs.vision_rows import bucket, pack
-from glm4v_jax.model.decoder import Record, Recorded, TextDecoder
+from glm4v_jax.model.decoder import Capture, Captured, TextDecoder
 from glm4v_jax.model.kv_cache import KVCache, grow, init_cache
 from glm4v_jax.model.nn import Init
 from glm4v_jax.model.runtime import Flat, compute_dtype, encode_rows
@@ -70,7 +70,7 @@ class Run:
     extent: Extent
     hidden: Array
     past_key_values: PastKeyValues | None
-    recorded: Recorded
+    recorded: Captured
     num_keys: int
 
     def hidden_states(self) -> tuple[Array, ...] | None:
@@ -264,7 +264,7 @@ class Glm4vTextModel:
             known = np.zeros(cache.segments.shape, np.int32)
             known[: extent.batch, :past] = mask[:, :past]
             cache = cache._replace(segments=jax.device_put(known, cache.segments.sharding))
-        record = Record(output_hidden_states, output_attentions)
+        record = Capture(output_hidden_states, output_attentions)
         hidden, cache, recorded = forward.forward(
             self.flat, embeds, positions, extent.pad(segments), cache, record, dropout_key
         )

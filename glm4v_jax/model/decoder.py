@@ -1,4 +1,8 @@
-"""The GLM-4 decoder: four norms a layer, grouped-query attention with M-RoPE, and a gated MLP."""
+"""The GLM-4 decoder (`Glm4vTextModel`): four norms per layer, grouped-query attention with M-RoPE, and a gated MLP.
+
+A cache is only read inside the loop over layers; a few new tokens are written after it, in all layers at once, so that
+a donated cache stays where it is (`kv_cache`).
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,37 +18,37 @@ from glm4v_jax.model import rope
 from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
 from glm4v_jax.model.kv_cache import KVCache, write_layer, write_layers, write_segments
 from glm4v_jax.model.layers import Layers, Remat
-from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, whole
+from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, gather_tokens
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
 NewKeys = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
-"""Keys and values of the tokens of a call, rotated, heads first."""
+"""Keys (rotated) and values of the tokens of a call, heads first."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """What a forward pass is to keep besides its result; weights make it S x S in memory."""
+class Capture:
+    """Which intermediates a forward pass returns as well; attention weights take T x S of memory per layer."""
 
     hidden_states: bool = False
     attentions: bool = False
 
 
-NOTHING = Record()
+NOTHING = Capture()
 
 
-class Recorded(NamedTuple):
-    """hidden_states: [N, B, T, D], the input of every layer; attentions: [N, B, K, G, T, S]. None if not asked for."""
+class Captured(NamedTuple):
+    """hidden_states: [N, B, T, D], the input of every layer; attentions: [N, B, K, G, T, S]. None if not captured."""
 
     hidden_states: Float[Array, "N B T D"] | None
     attentions: Float[Array, "N B K G T S"] | None
 
 
 class Past(NamedTuple):
-    """A layer's cache.
+    """What the cache of a layer holds.
 
     k, v: [B, K, S, H].
-    held: int32 [B, S], 0 for slots that do not count.
-    length: int32 [B], the slot that each row's new tokens come to.
+    held: int32 [B, S], segments of the slots; 0 for those that nobody sees.
+    length: int32 [B], the slot of each row's first new token.
     """
 
     k: Float[Array, "B K S H"]
@@ -53,7 +57,7 @@ class Past(NamedTuple):
     length: Int[Array, " B"]
 
     def written(self, new: NewKeys, segments: Int[Array, "B T"]) -> tuple[Array, Array, Mask]:
-        """Keys and values [B, S, K, H] with the new ones in their slots, whole on every device, and who sees whom."""
+        """Keys and values [B, S, K, H] with the new ones in their slots, slots gathered, and the mask for them."""
         sides = []
         for side, fresh in zip((self.k, self.v), new, strict=True):
             layer = write_layers((side,), fresh[None], self.length)[0]
@@ -75,7 +79,8 @@ class TextAttention(nnx.Module):
             "q_groups": config.num_key_value_groups,
             "head_dim": head_dim,
         }
-        # A head's numbers beside those of its group, or a TPU would move the kernel to another layout in every call.
+        # A head's dimensions in one axis with those of its group, or a TPU would move the kernel to another layout in
+        # every call.
         mesh.check_divides((config.num_key_value_groups,), ("q_groups",))
         self.num_groups = config.num_key_value_groups
         groups: dict[str | None, int] = {"kv_heads": kv_heads, "q_groups": self.num_groups * head_dim}
@@ -87,7 +92,7 @@ class TextAttention(nnx.Module):
     def project(
         self, x: Float[Array, "B T D"], cos_sin: CosSin
     ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Queries and keys, rotated, and values."""
+        """Project to queries and keys, rotated, and values."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         heads = mesh.spec("batch", "length", "kv_heads", "q_groups", None)
         q = q.reshape(*q.shape[:3], self.num_groups, -1, out_sharding=heads)
@@ -117,21 +122,21 @@ class DecoderLayer(nnx.Module):
         dropout_key: Array | None = None,
         keep_weights: bool = False,
     ) -> tuple[Float[Array, "B T D"], NewKeys, Float[Array, "B K G T S"] | None]:
-        """One layer.
+        """Run one layer.
 
         Args:
-          x: the residual stream, whose tokens may be split.
+          x: the residual stream; its tokens may be sharded over the tensor axis.
           cos_sin: of the tokens' M-RoPE positions.
-          segments: of the tokens.
+          segments: of the tokens; 0 is padding.
           past: what this layer's cache holds; it is only read.
-          dropout_key: turns attention dropout on, for training.
-          keep_weights: return the attention weights, of the cache's slots as they will be, or of the T tokens.
+          dropout_key: enables attention dropout, for training.
+          keep_weights: return the attention weights too: over the S slots with the new tokens in them, or the T tokens.
 
         Returns:
           The residual stream, the tokens' keys and values, the attention weights.
         """
         length = mesh.spec_of(x)[1]
-        q, k, v = self.self_attn.project(whole(self.input_layernorm(x)), cos_sin)
+        q, k, v = self.self_attn.project(gather_tokens(self.input_layernorm(x)), cos_sin)
         new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         dropout = Dropout(dropout_key, self.self_attn.dropout_rate) if dropout_key is not None else None
         weights = None
@@ -164,24 +169,27 @@ class TextDecoder(nnx.Module):
         segment_ids: Int[Array, "B T"],
         cache: KVCache | None = None,
         *,
-        record: Record = NOTHING,
+        record: Capture = NOTHING,
         dropout_key: Array | None = None,
         remat: Remat = "none",
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Captured]:
         """Run the decoder.
 
         Args:
           inputs_embeds: embedded tokens.
-          position_ids: M-RoPE positions.
-          segment_ids: 0 on padding; tokens see only their own segment. With a cache: 0 or 1.
+          position_ids: int32, M-RoPE positions.
+          segment_ids: int32, 0 on padding; tokens see only their own segment. With a cache: 0 or 1.
           cache: written from slot `cache.length[b]` on; `length` advances by T, padding included.
-          record: what to keep besides.
-          dropout_key: turns attention dropout on, for training.
-          remat: what of the layers the backward pass makes again.
+          record: intermediates to return as well.
+          dropout_key: enables attention dropout, for training.
+          remat: what the backward pass recomputes of a layer.
 
         Returns:
-          Hidden states after the last norm, the cache as written, and what was recorded. The tokens of hidden states
-          may be split over the tensor axis; `nn.whole` puts them together.
+          Hidden states after the last norm, the cache as written, and the intermediates. The tokens of hidden states
+          may be sharded over the tensor axis; `nn.gather_tokens` gathers them.
+
+        Raises:
+          ConfigError: rows do not divide by the mesh, or `remat` is unknown.
         """
         mesh.check_divides(segment_ids.shape[:1], ("batch",))
         position_ids = mesh.reshard(position_ids, None, "batch", "length")
@@ -207,11 +215,11 @@ class TextDecoder(nnx.Module):
             y, new, weights = layer(x, cos_sin, segment_ids, past(index, sides), key, record.attentions)
             if sides is not None and cache is not None:
                 sides = tuple(write_layer(side, index, one, cache.length) for side, one in zip(sides, new, strict=True))
-            recorded = Recorded(x if record.hidden_states else None, weights)
-            return (y, sides), (new if late and cache is not None else None, recorded)
+            captured = Captured(x if record.hidden_states else None, weights)
+            return (y, sides), (new if late and cache is not None else None, captured)
 
         sides: Any = None if cache is None or late else (cache.k, cache.v)
-        (x, sides), (new, recorded) = self.layers.run(step, (x, sides), remat=remat)
+        (x, sides), (new, captured) = self.layers.run(step, (x, sides), remat=remat)
         if cache is not None:
             if late:
                 # In this order, or XLA keeps the cache as it was for whoever reads it last.
@@ -222,7 +230,7 @@ class TextDecoder(nnx.Module):
             segments = write_segments(cache.segments, segment_ids, cache.length)
             k, v = sides
             cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
-        return self.norm(x), cache, recorded
+        return self.norm(x), cache, captured
 
 
 def _slots(cache: KVCache) -> Int[Array, "1 S"]:

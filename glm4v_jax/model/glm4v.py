@@ -1,6 +1,6 @@
-"""GLM-4.1V as one functional module on static-shape arrays: what is jitted, differentiated and sharded.
+"""GLM-4.1V as one functional module (`Glm4vForConditionalGeneration`): what is jitted, differentiated and sharded.
 
-The reference-shaped classes in `modeling` prepare these arrays from a person's inputs.
+`inputs` makes its arrays from text and media; the classes of `hf` have the reference's names and call shapes.
 """
 
 from typing import Any, Self
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
-from glm4v_jax.model.decoder import NOTHING, Record, Recorded, TextDecoder
+from glm4v_jax.model.decoder import NOTHING, Capture, Captured, TextDecoder
 from glm4v_jax.model.kv_cache import KVCache
 from glm4v_jax.model.layers import Remat, stack, unstack
-from glm4v_jax.model.nn import Init, Linear, whole
+from glm4v_jax.model.nn import Init, Linear, gather_tokens
 from glm4v_jax.model.vision import VisionEncoder
 
 
@@ -27,13 +27,13 @@ def embed_with_vision(
     features: Float[Array, "*N D"] | None = None,
     vision_index: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Token embeddings, with vision tokens put in their places.
+    """Look up token embeddings, and put vision features in the places of image and video tokens.
 
     Args:
       text: the decoder, for its embedding table.
-      input_ids: tokens; what stands in a vision token's place does not matter, but must be in the vocabulary.
-      features: merged vision tokens, [R, M, D] or flattened, or None.
-      vision_index: -1 for text, otherwise an index into the flattened `features`.
+      input_ids: int32 [B, T]; any token of the vocabulary may stand in the place of a vision token.
+      features: merged vision tokens, [R, M, D] or flattened; None for text alone.
+      vision_index: int32 [B, T], -1 for text, otherwise an index into the flattened `features`.
     """
     embeds = text.embed_tokens(input_ids)
     if features is None:
@@ -46,6 +46,17 @@ def embed_with_vision(
 
 class Glm4v(nnx.Module):
     """ViT, decoder and head. A pytree: `jax.jit`, `jax.grad`, `jax.eval_shape` take it as it is.
+
+    >>> import jax
+    >>> import numpy as np
+    >>> from glm4v_jax import Glm4v, Glm4vConfig, make_batch, use_mesh
+    >>> config = Glm4vConfig.tiny()
+    >>> with use_mesh():
+    ...     model = Glm4v.init(config)
+    ...     batch, _ = make_batch(np.array([[5, 6, 7]]), config)
+    ...     hidden = jax.jit(lambda model, batch: model(batch))(model, batch)
+    ...     print(hidden.shape, model.logits(hidden).shape)  # tokens are padded to 32
+    (1, 32, 64) (1, 32, 320)
 
     `lm_head` is None where it is tied to the embedding.
     """
@@ -60,7 +71,7 @@ class Glm4v(nnx.Module):
 
     @classmethod
     def init(cls, config: Glm4vConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32) -> Self:
-        """A randomly initialised model, layers stacked, in the current mesh (`mesh.use_mesh`).
+        """Make a randomly initialised model, layers stacked, in the current mesh (`mesh.use_mesh`).
 
         `jax.eval_shape(lambda: Glm4v.init(config))` gives the abstract, sharded tree.
         """
@@ -76,7 +87,7 @@ class Glm4v(nnx.Module):
         )
 
     def encode(self, vision: VisionRows, **kwargs: Any) -> Float[Array, "R M D"]:
-        """Packed patches -> merged vision tokens; see `VisionEncoder.__call__`."""
+        """Encode packed patches as vision features; see `VisionEncoder.__call__`."""
         return self.visual(vision, **kwargs)
 
     def embed(
@@ -85,7 +96,7 @@ class Glm4v(nnx.Module):
         features: Float[Array, "*N D"] | None = None,
         vision_index: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Token embeddings, with vision tokens put in their places; see `embed_with_vision`."""
+        """Embed tokens, with vision features in their places; see `embed_with_vision`."""
         return embed_with_vision(self.language_model, input_ids, features, vision_index)
 
     def decode(
@@ -95,27 +106,31 @@ class Glm4v(nnx.Module):
         segment_ids: Int[Array, "B T"],
         cache: KVCache | None = None,
         **kwargs: Any,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, Recorded]:
-        """Embeddings -> hidden states; see `TextDecoder.__call__`."""
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Captured]:
+        """Run the decoder on embeddings; see `TextDecoder.__call__`."""
         return self.language_model(inputs_embeds, position_ids, segment_ids, cache, **kwargs)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Hidden states -> scores over the vocabulary, in the compute dtype."""
-        if self.lm_head is None:
-            return self.language_model.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+        """Score the vocabulary for hidden states, in the compute dtype."""
+        return score(self.language_model, self.lm_head, hidden)
 
     def __call__(
         self,
         batch: Batch,
         *,
-        record: Record = NOTHING,
+        record: Capture = NOTHING,
         dropout_key: Array | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B T D"]:
-        """The whole forward pass of a `Batch`, without a cache: hidden states [B, T, D] after the last norm.
+        """Run the forward pass of a `Batch` without a cache; hidden states after the last norm.
 
-        Take logits of the positions that need them: at 151,552 entries each they are most of the memory.
+        Take `logits` of the positions that need them alone: at 151,552 entries each they are most of the memory.
+
+        Args:
+          batch: see `glm4v_jax.batch`.
+          record: intermediates to compute as well (`TextDecoder.__call__` returns them).
+          dropout_key: enables attention dropout, for training.
+          remat: what the backward pass recomputes (`layers.Remat`).
         """
         features = None
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -125,10 +140,10 @@ class Glm4v(nnx.Module):
         hidden, _, _ = self.decode(
             embeds, batch.position_ids, batch.segment_ids, record=record, dropout_key=keys[1], remat=remat
         )
-        return whole(hidden)
+        return gather_tokens(hidden)
 
     def unstacked(self) -> "Glm4v":
-        """The same model with one module a layer, as decoding on a CPU wants it; arrays are not shared."""
+        """The same model with one module per layer, the layout that decodes fastest on a CPU; arrays are copied."""
         return self._with_layers(unstack)
 
     def stacked(self) -> "Glm4v":
@@ -143,5 +158,5 @@ class Glm4v(nnx.Module):
 
 
 def score(text: TextDecoder, head: Linear | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """`logits`, inside a program."""
+    """Score the vocabulary with a head, or with the embedding table that it is tied to."""
     return head(hidden) if head is not None else text.embed_tokens.attend(hidden)

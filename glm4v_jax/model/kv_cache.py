@@ -1,4 +1,4 @@
-"""The key/value cache: a pytree of static shape, written in place when it is donated."""
+"""The key and value cache: a pytree of static shape, written in place when it is donated."""
 
 import functools
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from glm4v_jax.errors import GenerationError
 
 
 class KVCache(NamedTuple):
-    """Keys and values of B prompts in S slots each.
+    """Keys and values of B rows of S slots each.
 
     k, v: either one array [N, B, K, S, H] for all N layers (a scanned stack carries it) or a tuple of N arrays
     [B, K, S, H] (per-layer stacks; a stacked buffer would be sliced and copied at every step). Heads come before slots,
-    so that a head's keys are one matrix as they lie in memory: the other way round a decoding step copies them first.
-    Slots may lie in shards, see `mesh`.
-    segments: int32 [B, S], 0 for a slot that holds nothing or padding; whole on every device of a row.
+    so that a head's keys are one matrix as they lie in memory: the other way round a decode step copies them first.
+    Slots may be sharded, see `mesh`.
+    segments: int32 [B, S], 0 for a slot that holds nothing or padding; replicated over the devices of a row.
     length: int32 [B], the slot that each row writes next.
     """
 
@@ -44,10 +44,10 @@ class KVCache(NamedTuple):
 def init_cache(
     config: Glm4vTextConfig, batch: int, capacity: int, dtype: DTypeLike, *, stacked: bool = True
 ) -> KVCache:
-    """An empty cache of `capacity` slots a row.
+    """Make an empty cache of `capacity` slots per row.
 
     Raises:
-      GenerationError: the slots do not divide by the shards that the mesh splits them into.
+      GenerationError: the slots do not divide by the mesh.
       ConfigError: the rows do not.
     """
     assert config.num_key_value_heads is not None
@@ -116,8 +116,8 @@ def _write(
             return jax.lax.dynamic_update_slice(buffer, row, (layer, b, 0, start[b], 0))
 
         rows, tokens = buffer.shape[1], new.shape[3]
-        # Prompts written out, because XLA's TPU compiler mistakes one operand of such a loop for another (8 rows of
-        # 2,048, 2 of 96); single tokens not, because it would copy the cache.
+        # Unrolled for prompts, because XLA's TPU compiler mistakes one operand of such a loop for another (8 rows of
+        # 2,048, 2 of 96); not for single tokens, because it would copy the cache.
         return jax.lax.fori_loop(0, rows, write_row, buffer, unroll=tokens > 1)
 
     # Each device its own rows, one after the other: a vmap over them makes a TPU move the whole cache to another
@@ -130,7 +130,7 @@ def _write(
 
 
 def _write_overlap(buffer: Array, new: Array, at: tuple[Array | int, ...]) -> Array:
-    """Write the part of `new` that falls into a shard's S slots; at[3], the first, may be before or behind them."""
+    """Write the part of `new` that falls into a shard's S slots; at[3], the first, may be before or after them."""
     s, t = buffer.shape[3], new.shape[3]
     window = min(s, t)
     first = jnp.clip(at[3], 0, s - window)
@@ -145,17 +145,17 @@ def _write_overlap(buffer: Array, new: Array, at: tuple[Array | int, ...]) -> Ar
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
-    """The same content in a cache of more slots.
+    """Copy a cache to one of more slots.
 
     Raises:
-      GenerationError: they do not divide by the shards that the mesh splits them into.
+      GenerationError: they do not divide by the mesh.
     """
     _check_slots(capacity)
     extra = capacity - cache.capacity
 
     def pad(x: Array, axis: int) -> Array:
         widths = [(0, extra if i == axis else 0) for i in range(x.ndim)]
-        # Slots in shards move to other devices, which XLA knows how to do.
+        # Sharded slots move to other devices, which XLA does.
         return jax.sharding.auto_axes(lambda x: jnp.pad(x, widths), out_sharding=jax.typeof(x).sharding)(x)
 
     if cache.is_stacked:

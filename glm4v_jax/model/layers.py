@@ -1,4 +1,4 @@
-"""A stack of equal layers in either of two layouts, and the way between them.
+"""A stack of equal layers in either of two layouts, and conversion between them.
 
 *Stacked*: every leaf has a leading dimension of `num_layers`, and the stack runs as `lax.scan`. It compiles in the
 time of one layer, is how checkpoints and training keep the model, and on TPU the slice of a layer's weight fuses into
@@ -18,7 +18,7 @@ from glm4v_jax.model.attention.blockwise import SAVED
 from glm4v_jax.model.nn import Init
 
 Remat = Literal["none", "full", "attention", "dots"]
-"""What of a layer the backward pass makes again: nothing; everything, from the layer's input; all but attention, whose
+"""What of a layer the backward pass recomputes: nothing; everything, from the layer's input; all but attention, whose
 result is kept; or all but attention and the linear layers, whose results are kept."""
 
 # A layer is called as step(layer, index, carry) -> (carry, output).
@@ -33,7 +33,7 @@ class Layers(nnx.Module):
 
     @classmethod
     def init(cls, make: Callable[[Init], nnx.Module], num_layers: int, init: Init) -> Self:
-        """New layers, stacked, each initialised from a key of its own."""
+        """Make new layers, stacked, each initialised from a key of its own."""
         layers = cls(num_layers)
         keys = jax.random.split(init.rngs.params(), num_layers)
         layers.stacked = jax.vmap(lambda key: make(Init(nnx.Rngs(params=key), init.stddev, init.dtype)))(keys)
@@ -41,7 +41,7 @@ class Layers(nnx.Module):
 
     @property
     def is_stacked(self) -> bool:
-        """Which of the two layouts this is."""
+        """Whether all layers share their leaves, the first layout."""
         return hasattr(self, "stacked")
 
     def run(self, step: Step, carry: Any, *, remat: Remat = "none") -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ class Layers(nnx.Module):
         Args:
           step: step(layer, index, carry) -> (carry, output); the index is traced when stacked.
           carry: what goes from layer to layer.
-          remat: what the backward pass makes again.
+          remat: what the backward pass recomputes.
 
         Returns:
           The last carry, and the layers' outputs stacked along a new first dimension.
@@ -81,12 +81,12 @@ def _rematerialised(step: Step, remat: Remat, is_stacked: bool) -> Step:
         return step
     if remat not in policy:
         raise ConfigError(f"remat: found {remat!r}; expected one of {', '.join(get_args(Remat))}")
-    # In a loop nothing can be taken for what the forward pass has made, and barriers against that only cost.
+    # In a scan XLA cannot merge the recomputation with the forward pass, and barriers against that only cost.
     return jax.checkpoint(step, policy=policy[remat], prevent_cse=not is_stacked)
 
 
 def unstack(layers: Layers) -> Layers:
-    """The per-layer layout, as a new object; each leaf is a slice of its own buffer."""
+    """Convert to the per-layer layout, a new object; each leaf has its own buffer."""
     if not layers.is_stacked:
         return layers
     result = Layers(layers.num_layers)
@@ -96,7 +96,7 @@ def unstack(layers: Layers) -> Layers:
 
 
 def stack(layers: Layers) -> Layers:
-    """The stacked layout, as a new object."""
+    """Convert to the stacked layout, a new object."""
     if layers.is_stacked:
         return layers
     result = Layers(layers.num_layers)

@@ -1,4 +1,4 @@
-"""The building blocks: the only place where a parameter is created.
+"""The building blocks: linear layers, norms, embedding, gated MLP; the only place where a parameter is created.
 
 One declaration gives a parameter its shape, its logical axes, its initialiser and its dtype; `jax.eval_shape` of a
 constructor therefore yields the abstract, sharded tree that checkpoints are read into.
@@ -45,36 +45,36 @@ def precision(dtype: DTypeLike) -> jax.lax.Precision:
 
 @dataclasses.dataclass
 class Init:
-    """What a constructor hands down: where random numbers come from, the standard deviation, and the dtype."""
+    """How a constructor makes parameters: source of random numbers, standard deviation, and dtype."""
 
     rngs: nnx.Rngs
     stddev: float = 0.02
     dtype: DTypeLike = jnp.float32
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-        """A normally distributed parameter, kept in the partition of its logical axes."""
+        """Make a normally distributed parameter, sharded by its logical axes."""
         mesh.check_divides(shape, axes)
         value = self.stddev * jax.random.normal(self.rngs.params(), shape, jnp.float32)
         return nnx.Param(mesh.reshard(value.astype(self.dtype), *axes))
 
     def constant(self, value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-        """A constant parameter."""
+        """Make a constant parameter."""
         mesh.check_divides(shape, axes)
         return nnx.Param(mesh.reshard(jnp.full(shape, value, self.dtype), *axes))
 
 
 Length = str | tuple[str, ...] | EllipsisType | None
-"""Mesh axes that tokens are split over; `...` for "as they are"."""
+"""Mesh axes that tokens are sharded over; `...` leaves them as they are."""
 
 
-def whole(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
-    """`x` with all tokens of a row on each of its devices."""
+def gather_tokens(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
+    """Gather tokens that are sharded over the tensor axis: each device gets all tokens of its rows."""
     rows, _, *rest = mesh.spec_of(x)
     return jax.sharding.reshard(x, jax.P(rows, None, *rest))
 
 
 def dequantized(kernel: Int[Array, "..."], scale: Float[Array, "..."], inputs: int, dtype: DTypeLike) -> Array:
-    """What a quantised kernel stands for, multiplied in float32 and rounded to `dtype` once.
+    """Dequantise a kernel: multiply in float32, round to `dtype` once.
 
     Args:
       kernel: int8 or int4 [*inputs, *outputs], of one layer.
@@ -121,9 +121,9 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
 
     def __call__(self, x: Float[Array, "B T ..."], length: Length = ...) -> Float[Array, "B T ..."]:
-        """[B, T, *inputs] -> [B, T, *outputs]; the result's embedding axis is replicated, as activations are.
+        """Map [B, T, *inputs] to [B, T, *outputs]; the result's embedding axis is replicated, as activations are.
 
-        Rows and tokens stay split as they are in `x`; `length` is for another partition of the tokens.
+        Rows and tokens stay sharded as in `x`; `length` shards the tokens in another way.
         """
         rows, own, *_ = mesh.spec_of(x)
         out = jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes))
@@ -140,7 +140,7 @@ class Linear(nnx.Module):
     def _product(
         self, x: Float[Array, "B T ..."], kernel: Array, scale: Array | None, out: jax.sharding.PartitionSpec
     ) -> Float[Array, "B T ..."]:
-        """`x @ kernel`, in the partition `out`; what is quantised is sent between devices as it is kept."""
+        """`x @ kernel`, in the partition `out`; quantised kernels are gathered as integers."""
         kernel = jax.sharding.reshard(kernel, mesh.gathered(*self.in_axes, *self.out_axes))
         if scale is not None:
             axes = self.out_axes if scale.ndim < kernel.ndim else (*self.in_axes, *self.out_axes)
@@ -150,7 +150,7 @@ class Linear(nnx.Module):
         return jnp.einsum(f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
 
     def _lora(self, x: Float[Array, "B T ..."], out: jax.sharding.PartitionSpec) -> Float[Array, "B T ..."]:
-        """What the adapter adds, in the partition `out`; between its two products all devices have the whole rank."""
+        """What the adapter adds, in the partition `out`; between its two products the rank is replicated."""
         assert self.lora_a is not None and self.lora_b is not None
         a = jax.sharding.reshard(self.lora_a[...], mesh.gathered(*self.in_axes, None)).astype(x.dtype)
         b = jax.sharding.reshard(self.lora_b[...], mesh.gathered(None, *self.out_axes)).astype(x.dtype)
@@ -168,7 +168,7 @@ class RMSNorm(nnx.Module):
         self.scale = init.constant(1.0, (dim,), (None,))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """[..., D] -> [..., D], same dtype."""
+        """Normalise the last dimension; the dtype stays."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * self.scale[...]
@@ -183,7 +183,7 @@ class LayerNorm(nnx.Module):
         self.bias = init.constant(0.0, (dim,), (None,))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """[..., D] -> [..., D], same dtype."""
+        """Normalise the last dimension; the dtype stays."""
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
@@ -198,12 +198,12 @@ class Embed(nnx.Module):
         self.embedding = init.normal((vocab, dim), ("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """[B, T] -> [B, T, D]."""
+        """Look up tokens."""
         table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
         return table.at[mesh.reshard(ids, "batch", "length")].get(out_sharding=mesh.spec("batch", "length", None))
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """[B, T, D] -> [B, T, V]: the tied head."""
+        """Score the vocabulary: the tied head."""
         table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
         out = mesh.spec("batch", "length", "vocab")
         return jnp.einsum("btd,vd->btv", x, table, precision=precision(x.dtype), out_sharding=out)
@@ -218,7 +218,7 @@ class GatedMlp(nnx.Module):
         self.down = Linear({"mlp": hidden}, {"embed": dim}, init)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """[B, T, D] -> [B, T, D], the tokens split as they are in `x`."""
+        """Apply the MLP; tokens stay sharded as in `x`."""
         length = mesh.spec_of(x)[1]
-        gate_up = self.gate_up(whole(x))
+        gate_up = self.gate_up(gather_tokens(x))
         return self.down(activation(self.act, gate_up[:, :, 0]) * gate_up[:, :, 1], length)

@@ -1,6 +1,11 @@
-"""Parameters by path: their leaves, linear layers, sizes and number."""
+"""Parameters by path: leaves, linear layers, their sizes and number.
+
+A path names a leaf as the modules nest: "language_model.layers.stacked.mlp.down.kernel". Paths of linear layers have
+neither the layout nor the numbers of layers: "language_model.layers.mlp.down".
+"""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,32 +14,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.devices.mesh import platform
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.layers import Layers
 from glm4v_jax.model.nn import Linear
 
+DECODER = r"language_model\.layers\..*"
+"""Pattern of the decoder's linear layers, without the head: what users of LoRA on this model train."""
+
+Axes = tuple[str | None, ...]
+"""Logical names of dimensions."""
+
 
 def default_dtype() -> DTypeLike:
-    """What to compute in here: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
+    """The dtype to compute in here: float32 on a CPU, where bfloat16 decodes several times slower, else bfloat16."""
     return jnp.float32 if platform() == "cpu" else jnp.bfloat16
 
 
 def leaf_paths(model: Glm4v) -> Iterator[str]:
-    """The leaves' paths, in the order of `jax.tree.leaves`: "language_model.layers.stacked.mlp.down.kernel"."""
+    """The leaves' paths, in the order of `jax.tree.leaves`."""
     for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
         yield ".".join(str(key.name) for key in path if getattr(key, "name", "value") != "value")
 
 
-DECODER = r"language_model\.layers\..*"
-"""All linear layers of the decoder, the head left out: what users of LoRA on this model train."""
-
-
-Axes = tuple[str | None, ...]
-
-
 def linears(module: Any, path: str = "") -> dict[str, list[Linear]]:
-    """Path, without numbers of layers, -> the linear layers there: a single or stacked one, or one for each layer."""
+    """Path -> the linear layers there: a single or stacked one, or one for each layer."""
     if isinstance(module, Linear):
         return {path: [module]}
     found: dict[str, list[Linear]] = {}
@@ -50,6 +55,36 @@ def linears(module: Any, path: str = "") -> dict[str, list[Linear]]:
     return found
 
 
+def matching_linears(model: Glm4v, pattern: str, field: str) -> dict[str, list[Linear]]:
+    """The linear layers whose whole path fits a regular expression.
+
+    Args:
+      model: see `linears`.
+      pattern: the regular expression.
+      field: what the user calls it, for the error.
+
+    Raises:
+      ConfigError: none fits.
+    """
+    every = linears(model)
+    found = {path: layers for path, layers in every.items() if re.fullmatch(pattern, path)}
+    if not found:
+        raise_faults([fault(field, pattern, f"a pattern of some of {', '.join(every)}")])
+    return found
+
+
+def check_pattern(pattern: str, field: str) -> None:
+    """Check that a text is a regular expression.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise_faults([fault(field, pattern, f"a regular expression ({error})")])
+
+
 def stacked_layers(linear: Linear) -> int | None:
     """How many layers' kernels are stacked in this one; None for a single kernel."""
     layers = linear.kernel.shape[: -len(linear.in_axes) - len(linear.out_axes)]
@@ -63,5 +98,5 @@ def sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def num_params(tree: object) -> int:
-    """Parameters in a module (or any tree of arrays, abstract ones too)."""
+    """Count the parameters of a module, or of any tree of arrays, abstract ones too."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

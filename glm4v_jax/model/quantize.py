@@ -8,9 +8,8 @@ scale at most, which is the largest weight of the channel or group over 127 or 7
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +17,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from glm4v_jax.config.checks import Positive, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import copy_without_lora
 from glm4v_jax.model.nn import Linear
-from glm4v_jax.model.params import DECODER, Axes, linears, sizes
-
-Name = Literal["int8", "int4"]
+from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matching_linears, sizes
 
 _LARGEST = {"int8": 127, "int4": 7}
 _SCALE = "_scale"
@@ -39,34 +37,28 @@ class QuantConfig:
       dtype: "int8", a scale for each output channel; or "int4", a scale for each group of inputs of a channel.
       group: the most inputs of a group; the largest divisor of a kernel's last input dimension up to it is taken.
       target: regular expression that fits the whole path of a linear layer, as in `lora.LoraConfig`. By default the
-        decoder's projections and MLPs: norms and embeddings are no linear layers, and head and ViT stay as they are.
+        decoder's projections and MLPs: norms and embeddings are not linear layers, and head and ViT stay as they are.
+
+    Raises:
+      ConfigError: a field is invalid.
     """
 
-    dtype: Name = "int8"
-    group: int = 64
+    dtype: Literal["int8", "int4"] = "int8"
+    group: Positive = 64
     target: str = DECODER
+
+    def __post_init__(self) -> None:
+        validate(self, prefix="quantize.")
+        check_pattern(self.target, "quantize.target")
 
 
 def as_config(quantize: "QuantConfig | str | None") -> QuantConfig | None:
-    """A configuration from itself or from "int8" or "int4" alone.
+    """A configuration from itself or from its dtype alone.
 
     Raises:
-      ConfigError: the dtype is another, the group is below 1, or the pattern is none.
+      ConfigError: the dtype is another.
     """
-    config = QuantConfig(quantize) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
-    if config is None:
-        return None
-    if config.dtype not in get_args(Name):
-        raise ConfigError(f"quantize: found {config.dtype!r}; expected one of {', '.join(get_args(Name))}")
-    if config.group < 1:
-        raise ConfigError(f"quantize.group: found {config.group}; expected 1 or more")
-    try:
-        re.compile(config.target)
-    except re.error as error:
-        raise ConfigError(
-            f"quantize.target: found {config.target!r}; expected a regular expression ({error})"
-        ) from error
-    return config
+    return QuantConfig(quantize) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
 
 
 def is_scale(path: str) -> bool:
@@ -87,17 +79,16 @@ def is_quantized(model: Glm4v) -> bool:
 def quantize(model: Glm4v, config: QuantConfig) -> Glm4v:
     """The model with quantised kernels; new modules, and the arrays of all other leaves.
 
-    Besides the model there is what is quantised in memory, kernel by kernel; `load.load_model` never has it whole.
+    The model stays in memory beside its quantised kernels; `load.load_model` quantises kernel by kernel as it reads.
 
     Args:
       model: in the current mesh, without an adapter, layers in either layout; abstract inside `jax.eval_shape`.
-      config: see there.
+      config: which kernels, and how.
 
     Raises:
       ConfigError: the pattern fits no linear layer, there is an adapter or a quantised kernel, or groups do not divide
         by the mesh.
     """
-    config = as_config(config) or config
     result = copy_without_lora(model)
     for linear in chosen(result, config):
         kernel, scale = quantize_kernel(linear.kernel[...], linear.in_axes, linear.out_axes, config)
@@ -106,19 +97,14 @@ def quantize(model: Glm4v, config: QuantConfig) -> Glm4v:
 
 
 def chosen(model: Glm4v, config: QuantConfig) -> list[Linear]:
-    """The linear layers that the pattern fits, once it is clear that all of them can be quantised.
+    """The linear layers to quantise, after a check that all of them can be.
 
     Raises:
       ConfigError: see `quantize`.
     """
     if is_quantized(model):
         raise ConfigError("quantize: found a model that is quantised already; expected one in floats")
-    every = linears(model)
-    found = {path: found for path, found in every.items() if re.fullmatch(config.target, path)}
-    if not found:
-        raise ConfigError(
-            f"quantize.target: {config.target!r} fits no linear layer; expected some of {', '.join(every)}"
-        )
+    found = matching_linears(model, config.target, "quantize.target")
     for path, (linear, *_) in found.items():
         size, axis = sizes(linear)[0][-1], linear.in_axes[-1]
         group, count = group_size(size, config.group), 1 if axis is None else mesh.shards(axis)
@@ -142,12 +128,12 @@ def quantize_kernel(kernel: Array, in_axes: Axes, out_axes: Axes, config: QuantC
     Args:
       kernel: floats [*inputs, *outputs], or the layers' [L, *inputs, *outputs].
       in_axes, out_axes: logical axes of its dimensions.
-      config: see there; `target` is not looked at.
+      config: dtype and group.
 
     Returns:
       int8 or int4 in the shape and partition of the kernel; float32 scales [*outputs], for int4
-      [*inputs but the last, G, *outputs], behind L if the kernel has it. Scales of zeros alone are 1; where
-      numbers are not finite they are NaN.
+      [*inputs but the last, G, *outputs], after L if the kernel has it. Scales of zeros alone are 1; where
+      values are not finite they are NaN.
     """
     layers = (None,) * (kernel.ndim - len(in_axes) - len(out_axes))
     first, last = len(layers), len(layers) + len(in_axes) - 1
@@ -162,7 +148,7 @@ def quantize_kernel(kernel: Array, in_axes: Axes, out_axes: Axes, config: QuantC
         over, scale_axes = (last + 1,), axes
     largest = jnp.max(jnp.abs(values), axis=over, keepdims=True)
     scale = jnp.where(largest == 0, 1.0, largest / _LARGEST[config.dtype])
-    # XLA's maximum on a CPU passes over what is no number.
+    # XLA's maximum on a CPU ignores NaN.
     scale = jnp.where(jnp.all(jnp.isfinite(values), axis=over, keepdims=True), scale, jnp.nan)
     # Not clipped: the largest over its scale is the largest integer up to float32's rounding.
     integers = jnp.round(values / scale).astype(config.dtype)
@@ -171,7 +157,7 @@ def quantize_kernel(kernel: Array, in_axes: Axes, out_axes: Axes, config: QuantC
 
 
 def check_finite(scales: Mapping[str, Array], where: str) -> None:
-    """Check that what has been quantised were numbers.
+    """Check that all kernels were finite before they were quantised.
 
     Args:
       scales: path of a scale -> its values.

@@ -1,7 +1,7 @@
-"""Rotary position embeddings: 2-D for the ViT, multimodal (M-RoPE), partial and interleaved for the decoder.
+"""Rotary position embeddings: 2-D for the ViT; multimodal (M-RoPE), partial and interleaved for the decoder.
 
-Angles, cosines and sines are float32 whatever the compute dtype is. Frequencies are made on the host in NumPy
-float32, in the reference's order of operations.
+Angles, cosines and sines are float32 whatever the compute dtype is. Frequencies are computed on the host in NumPy
+float32, in the reference's order of operations (`modeling_rope_utils`).
 """
 
 import math
@@ -23,7 +23,7 @@ def apply_interleaved(
     head_axes = tuple(range(2, x.ndim - 1))
     cos, sin = (jnp.expand_dims(jnp.repeat(y, 2, axis=-1), head_axes) for y in (cos, sin))
     turned = x[..., :rotary].astype(jnp.float32)
-    # Neighbours change places by shifts: an axis of length 2, the other way, is one that a TPU lays out anew.
+    # Neighbours are swapped by shifts: the other way, an axis of length 2, makes a TPU change the layout.
     is_even = jnp.arange(rotary) % 2 == 0
     partner = jnp.where(is_even, -jnp.roll(turned, -1, axis=-1), jnp.roll(turned, 1, axis=-1))
     rotated = (turned * cos + partner * sin).astype(x.dtype)
@@ -40,7 +40,7 @@ def apply_half(
 
 
 def vision_cos_sin(coords: Int[Array, "R L 2"], head_dim: int) -> tuple[Float[Array, "R L F"], Float[Array, "R L F"]]:
-    """Cosines and sines of patch coordinates (row, column): half of the F = head_dim / 2 angles each."""
+    """Cosines and sines of patch coordinates (row, column), which have half of the F = head_dim / 2 angles each."""
     dim = head_dim // 2
     angles = coords.astype(jnp.float32)[..., None] * _powers(VISION_ROPE_THETA, dim)
     angles = angles.reshape(*coords.shape[:-1], dim)

@@ -1,8 +1,7 @@
-"""The ViT and its merger, on packed rows of static shape.
+"""The ViT and its merger (`Glm4vVisionModel`), on packed rows of static shape.
 
-`Glm4vVisionModel` of the reference. Attention stays inside a picture or frame through segment ids; the learned position
-table is sampled with host-made bicubic weights (`inputs.packing.bicubic_weights`); convolutions with stride = kernel
-are matrix products.
+Attention stays inside an image or frame through segment ids. The learned position table is sampled with bicubic weights
+that the host has computed (`inputs.vision_rows`). Convolutions whose stride is their kernel are matrix products.
 """
 
 import jax
@@ -37,7 +36,7 @@ class VisionAttention(nnx.Module):
         mask: Mask,
         dropout_key: Array | None = None,
     ) -> Float[Array, "R L D"]:
-        """[R, L, D] -> [R, L, D]."""
+        """Attend inside the segments of a row."""
         qkv = self.qkv(x)
         q, k = rope.apply_half(qkv[:, :, 0], *cos_sin), rope.apply_half(qkv[:, :, 1], *cos_sin)
         dropout = Dropout(dropout_key, self.dropout_rate) if dropout_key is not None else None
@@ -61,7 +60,7 @@ class VisionBlock(nnx.Module):
         mask: Mask,
         dropout_key: Array | None = None,
     ) -> Float[Array, "R L D"]:
-        """[R, L, D] -> [R, L, D]."""
+        """Run one block."""
         x = x + self.attn(self.norm1(x), cos_sin, mask, dropout_key)
         return x + self.mlp(self.norm2(x))
 
@@ -76,12 +75,12 @@ class PatchMerger(nnx.Module):
         self.mlp = GatedMlp(dim, config.intermediate_size, config.hidden_act, init)
 
     def __call__(self, x: Float[Array, "R M D"]) -> Float[Array, "R M D"]:
-        """[R, M, D] -> [R, M, D]."""
+        """Project downsampled patches."""
         return self.mlp(activation("gelu", self.post_projection_norm(self.proj(x))))
 
 
 class VisionEncoder(nnx.Module):
-    """Patches -> merged tokens in the decoder's embedding space."""
+    """Encode patches as merged tokens in the decoder's embedding space."""
 
     def __init__(self, config: Glm4vVisionConfig, init: Init):
         self.config = config
@@ -101,12 +100,15 @@ class VisionEncoder(nnx.Module):
 
         Args:
           rows: R rows of L patches.
-          dropout_key: turns attention dropout on, for training.
-          remat: what of the blocks the backward pass makes again.
+          dropout_key: enables attention dropout, for training.
+          remat: what the backward pass recomputes of a block.
 
         Returns:
-          [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning. Tokens may be split over the
+          [R, L / merge_size^2, out_hidden_size]; padding gives values without meaning. Tokens may be sharded over the
           tensor axis, as patches were.
+
+        Raises:
+          ConfigError: rows do not divide by the mesh, or `remat` is unknown.
         """
         config = self.config
         mesh.check_divides(rows.patches.shape[:1], ("rows",))
@@ -130,7 +132,7 @@ class VisionEncoder(nnx.Module):
         return self.merger(self.downsample(blocks))
 
     def _positions(self, rows: VisionRows) -> Float[Array, "R L D"]:
-        """The position table at each patch, float32.
+        """Sample the position table at each patch, float32.
 
         The outer product of the weights comes first: contracting one of them with the table would make L x S x D.
         """

@@ -1,8 +1,8 @@
-"""Compile the model's programs for a TPU slice on a machine without one, and say what they will need there.
+"""Compile the model's programs for a TPU slice on a machine without one, and report what they need there.
 
-The compiler is the one of the slice (libtpu, for a topology by name), the model is abstract: no weights exist. What it
-makes is read for memory, collectives and copies, and compared with the least that the chip has to do: read weights and
-cache once, and multiply.
+The compiler is the slice's (libtpu, for a topology by name); the model is abstract. The compiled program is read for
+memory, collectives and copies, and compared with the least that the chip has to do: read weights and cache once, and
+multiply.
 
 libtpu must not be in an environment in which other JAX programs run on a CPU; `make aot` keeps one of its own.
 """
@@ -32,7 +32,7 @@ from glm4v_jax.planning import hlo
 
 NUM_EOS, STEPS = 8, 32
 LARGE = 2**20
-"""Copies below this many bytes are of no weight or cache of the 9B."""
+"""Copies of fewer bytes are not of a weight or cache of the 9B."""
 
 
 SLICES = {chip.generation: chip for chip in CHIPS if chip.links}
@@ -42,7 +42,7 @@ _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
 
 def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
-    """A mesh of the chips of a slice such as "v5e:2x4", none of which is here.
+    """Make a mesh of the chips of a slice such as "v5e:2x4", on a machine without them.
 
     Raises:
       ConfigError: the slice is unknown, or has another number of chips.
@@ -67,7 +67,7 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
 
 
 def abstract_model(config: Glm4vConfig, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Glm4v:
-    """The model with shapes and partitions in the place of arrays, layers stacked; to be called within `mesh`."""
+    """Make the abstract model, sharded, layers stacked; to be called within `mesh`."""
     return placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=dtype)), mesh)
 
 
@@ -78,10 +78,10 @@ class Program:
     Attributes:
       name: for the reader.
       lower: (model, mesh) -> the lowered program; called within the mesh.
-      read: bytes that every run has to read at least, on all chips together, besides the weights of `parts`.
-      flops: floating point operations of a run, likewise.
+      read: bytes that a run has to read at least, on all chips together, besides the weights of `parts`.
+      flops: floating point operations of a run, on all chips together.
       parts: names of the model's parts whose weights it reads.
-      loop: how many loops an instruction that runs once a layer stands in.
+      loop: number of nested loops around an instruction that runs once per layer.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Program:
 
 
 def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
-    """A step of `batch` rows, each with a cache of `slots`."""
+    """The decode program: a step of `batch` rows, each with a cache of `slots`."""
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, head = _text_and_head(model)
@@ -136,7 +136,7 @@ def prefill_program(
 
 
 def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> Program:
-    """`rows` rows of `length` patches, of pictures of `frame` patches."""
+    """The ViT's program: `rows` rows of `length` patches, of images of `frame` patches."""
     vision = config.vision_config
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
@@ -165,20 +165,20 @@ def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> P
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of a program on a slice; GiB and bytes are of one chip.
+    """A program compiled for a slice; GiB and bytes are those of one chip.
 
     Attributes:
-      program, topology, mesh: what was compiled for what.
-      seconds: compiling took.
-      arguments, temporaries, outputs: GiB; outputs that take the place of arguments are not counted again.
+      program, topology, mesh: what was compiled, and for what.
+      seconds: time to compile.
+      arguments, temporaries, outputs: GiB; outputs that alias donated arguments are not counted again.
       hbm: GiB that the chip has.
       collectives: kind -> (in the layer loop, elsewhere).
       copies: weights or caches that are copied: (shape, whether in the layer loop).
-      held: what a chip holds for the program, in shares of its part of weights and caches that lay nowhere twice.
+      held: bytes that a chip holds of weights and caches, over its part of them if nothing were replicated.
       floor_ms: the least time of a run (decoding: of a step), by bandwidth and by FLOP/s.
-      received: GB that the chip gets from others in a run; of a program that ends when its tokens do, in a step.
-      peak: GiB in use at a time at most, arguments included, as the compiler has laid them out; less than all together
-        where temporaries come to where arguments were that a program gives away.
+      received: GB that the chip receives from others in a run; in a step, of a program that ends when its tokens do.
+      peak: the most GiB in use at a time, arguments included, as the compiler has laid them out; less than the sum
+        where temporaries reuse the memory of donated arguments.
     """
 
     program: str
@@ -247,7 +247,7 @@ def _text_and_head(model: Glm4v) -> tuple[Flat, Flat | None]:
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """Abstract arrays on the devices of `mesh`, those without a partition whole on each."""
+    """Put abstract arrays on the devices of `mesh`; those without a partition are replicated."""
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
         spec = jax.P() if x.sharding is None else x.sharding.spec
@@ -261,14 +261,14 @@ def _bytes(tree: Any) -> int:
 
 
 def _cache_bytes(config: Glm4vConfig) -> int:
-    """Of a token in all layers, bfloat16."""
+    """Bytes of a token in the caches of all layers, bfloat16."""
     text = config.text_config
     assert text.num_key_value_heads is not None
     return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
 
 
 def _matmul_params(config: Glm4vConfig, *, head: bool = True) -> int:
-    """Weights that a token is multiplied with."""
+    """Number of weights that a token is multiplied with."""
     text = config.text_config
     assert text.num_key_value_heads is not None
     attention = text.hidden_size * text.head_dim * 2 * (text.num_attention_heads + text.num_key_value_heads)
@@ -277,6 +277,6 @@ def _matmul_params(config: Glm4vConfig, *, head: bool = True) -> int:
 
 
 def _attention_flops(config: Glm4vConfig, keys: float) -> float:
-    """Of a query of every head in every layer."""
+    """Operations of a query of every head in every layer."""
     text = config.text_config
     return 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * keys

@@ -1,7 +1,7 @@
-"""What a compiler made of a program, read from the text of its optimised HLO: what it moves, and how often.
+"""Read the text of a program's optimised HLO: what the program moves, and how often.
 
-Instructions are told apart by how many loops they stand in: a decoding program loops over tokens, and within over
-layers, so that an instruction in the inner loop runs once a layer and token.
+Instructions are distinguished by the number of loops around them: a decode program loops over tokens and, within, over
+layers, so that an instruction in the inner loop runs once per layer and token.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ class Instruction:
       name, opcode: as HLO has them; the two halves of an asynchronous one count as one.
       nbytes: of its result, on one device.
       shape: of its (first) result, such as "bf16[8,4096]".
-      in_hbm: whether the result is in the large memory, and not in a core's own.
-      loops: how many loops it stands in.
-      runs: how often it runs, loops whose number of turns is not written counted as one.
+      in_hbm: whether the result is in HBM, not in a core's own memory.
+      loops: number of loops around it.
+      runs: how often it runs; loops without a constant trip count are counted once.
       received: bytes that a device receives from others in a run, of a collective; by rings, as TPUs do it.
-      is_conditional: whether it stands in a branch that may not be taken.
+      is_conditional: whether it is in a branch that may not be taken.
       channel: of a collective within a fusion.
     """
 
@@ -60,10 +60,10 @@ class Instruction:
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """All instructions of a module's text, each as often as it is called from different places.
+    """List the instructions of a module's text, each as often as it is called from different places.
 
-    Of what is within a fusion only collectives count, and a sum that is cut down at once is a "reduce-scatter". One
-    that goes on beside several fusions, which all name its channel, counts once.
+    Within a fusion only collectives are listed; a sum that is sliced at once is a "reduce-scatter". A collective that
+    runs beside several fusions, all of which name its channel, is listed once.
     """
     computations = _computations(text)
     entry = next(name for name, (is_entry, _) in computations.items() if is_entry)
@@ -112,9 +112,9 @@ def _walk(
         for callee in callees:
             if opcode in ("while", "conditional", "call", "async-start") and callee in computations:
                 is_loop = opcode == "while"
-                turns = _turns(computations, callees) if is_loop else 1
+                trips = _trip_count(computations, callees) if is_loop else 1
                 yield from _walk(
-                    computations, callee, loops + is_loop, runs * turns, is_conditional or opcode == "conditional"
+                    computations, callee, loops + is_loop, runs * trips, is_conditional or opcode == "conditional"
                 )
 
 
@@ -135,8 +135,8 @@ def _fused_collectives(computations: dict[str, tuple[bool, list[str]]], callees:
                 )  # fmt: skip
 
 
-def _turns(computations: dict[str, tuple[bool, list[str]]], callees: list[str]) -> int:
-    """Of a loop that counts from 0 up to a number that its condition holds; 1 of another."""
+def _trip_count(computations: dict[str, tuple[bool, list[str]]], callees: list[str]) -> int:
+    """Trip count of a loop that counts from 0 up to a constant of its condition; 1 of another."""
     for callee in callees:
         limits = {found[1]: found[2] for line in computations[callee][1] if (found := _LIMIT.match(line))}
         for line in computations[callee][1]:
@@ -146,7 +146,7 @@ def _turns(computations: dict[str, tuple[bool, list[str]]], callees: list[str]) 
 
 
 def _result_bytes(opcode: str, result: str) -> int:
-    """Of what comes out; the first half of an asynchronous instruction names what goes in, too."""
+    """Bytes of the result; the first half of an asynchronous instruction names its operands too."""
     if opcode in ("collective-permute-start", "all-gather-start"):
         return max(_nbytes(match[0]) for match in _SHAPE.finditer(result))
     return _nbytes(result)
@@ -163,7 +163,7 @@ def _received(opcode: str, line: str, nbytes: int) -> float:
 
 
 def _devices(line: str) -> int:
-    """In the group of a collective."""
+    """Number of devices in the group of a collective."""
     match = _GROUPS.search(line)
     if match is None:
         return 1

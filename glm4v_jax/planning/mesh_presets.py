@@ -1,8 +1,7 @@
-"""Meshes by purpose: how many devices go to which axis for a model, and the texts that ask for them.
+"""Meshes by purpose: how many devices go to which axis for a model, and the texts that name a mesh.
 
-A mesh is asked for by the name of a preset ("latency"; "latency:8" for eight devices), or by its axes ("fsdp=4,kv=2").
-What the model's dimensions allow is read from its abstract parameters (`mesh_layout`), so that a preset never proposes
-what does not divide.
+A text is the name of a preset ("latency"; "latency:8" for eight devices), or axes ("fsdp=4,kv=2"). What the model's
+dimensions allow is read from its abstract parameters (`parameter_layout`), so that every preset divides.
 """
 
 import dataclasses
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
     from glm4v_jax.config.model import Glm4vConfig
 
 MAX_DEVICES = 1 << 20
-"""More than any machine has; what is beyond does not fit the arithmetic of shardings either."""
+"""More than any machine has; beyond it, the arithmetic of shardings overflows."""
 MAX_FSDP = 64
-"""Beyond it a shard is so small that gathering it is all latency."""
+"""Beyond it a shard is so small that gathering it is bound by latency."""
 WEIGHTS_SHARE = 0.5
-"""Of a device's memory, for the weights of a replica; the rest is for caches, which make throughput."""
+"""Fraction of a device's memory for the weights of a replica; the rest is for caches, which give throughput."""
 
 _BFLOAT16_BYTES = 2
 Sizes = dict[str, int]
@@ -37,9 +36,9 @@ Choose = Callable[["Glm4vConfig", int, int | None], Sizes]
 
 @dataclasses.dataclass(frozen=True)
 class MeshPreset:
-    """A way to share devices out.
+    """A way to distribute devices over the axes of a mesh.
 
-    name: what it is asked for by.
+    name: in texts.
     description: what it is for and does, in a sentence.
     choose: (configuration, number of devices, bytes of memory of a device or None) -> axis -> devices; all devices are
       used, and every parameter divides.
@@ -51,17 +50,17 @@ class MeshPreset:
 
 
 def parse_mesh(text: str) -> Sizes:
-    """Axis -> devices of "data=1,fsdp=4,kv=2,q=1,seq=1"; axes left out have one.
+    """Parse axes such as "fsdp=4,kv=2": axis -> devices; other axes have one.
 
     Raises:
-      ConfigError: an axis is unknown or named twice, its number is none, or there are too many devices.
+      ConfigError: an axis is unknown or named twice, its number is invalid, or there are too many devices.
     """
     from glm4v_jax.devices.mesh import AXES
 
     sizes = dict.fromkeys(AXES, 1)
     seen = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
-        axis, _, number = (piece.strip() for piece in part.partition("="))
+        axis, _, number = (side.strip() for side in part.partition("="))
         if axis not in AXES or axis in seen or not re.fullmatch(r"[1-9]\d{0,18}", number):
             raise ConfigError(
                 f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, as in fsdp=4,kv=2"
@@ -74,14 +73,14 @@ def parse_mesh(text: str) -> Sizes:
 
 
 def parse_preset(text: str) -> tuple[MeshPreset, int | None] | None:
-    """The preset, and the number of devices behind its name; None of a text that has axes.
+    """Parse a preset and, after a colon, its number of devices; None if the text has axes.
 
     Raises:
-      ConfigError: there is no such preset, or the number is none.
+      ConfigError: there is no such preset, or the number is invalid.
     """
     if "=" in text or not text.strip(" ,"):
         return None
-    name, colon, number = (piece.strip() for piece in text.partition(":"))
+    name, colon, number = (side.strip() for side in text.partition(":"))
     if name not in PRESETS:
         raise ConfigError(
             f"mesh: found {text!r}; expected one of the presets {', '.join(PRESETS)}, or axes as in fsdp=4,kv=2"
@@ -92,29 +91,29 @@ def parse_preset(text: str) -> tuple[MeshPreset, int | None] | None:
 
 
 def check_text(text: str) -> None:
-    """Check that a text asks for a mesh, whatever the model and the devices are.
+    """Check that a text names a mesh, whatever the model and the devices are.
 
     Raises:
-      ConfigError: it has an unknown preset or axis, or a number that is none.
+      ConfigError: it has an unknown preset or axis, or an invalid number.
     """
     if parse_preset(text) is None:
         parse_mesh(text)
 
 
 def sizes_for(text: str, config: "Glm4vConfig", num_devices: int | None = None, memory: int | None = None) -> Sizes:
-    """The mesh that a text asks for. No devices are needed.
+    """Compute the sizes of the mesh that a text names; no devices are needed.
 
     Args:
       text: a preset's name, one with a number of devices as in "latency:8", or axes as in "fsdp=4,kv=2".
       config: of the model.
-      num_devices: for a preset, unless the text has the number.
+      num_devices: for a preset whose text has no number.
       memory: bytes that a device has, if that is known.
 
     Returns:
       axis -> devices, all axes.
 
     Raises:
-      ConfigError: there is no such preset or axis, too many devices or none, or the model does not divide.
+      ConfigError: there is no such preset or axis, the number of devices is invalid, or the model does not divide.
     """
     from glm4v_jax.planning.parameter_layout import check_mesh
 
@@ -124,16 +123,16 @@ def sizes_for(text: str, config: "Glm4vConfig", num_devices: int | None = None, 
         preset, written = found
         number = num_devices if written is None else written
         if number is None:
-            raise ConfigError(f"mesh {preset.name}: expected a number of devices, as in {preset.name}:8")
+            raise ConfigError(f"mesh {preset.name}: found no number of devices; expected one, as in {preset.name}:8")
         if not 1 <= number <= MAX_DEVICES:
-            raise ConfigError(f"mesh {preset.name}: found {number:,} devices, expected from 1 to {MAX_DEVICES:,}")
+            raise ConfigError(f"mesh {preset.name}: found {number:,} devices; expected from 1 to {MAX_DEVICES:,}")
         sizes = preset.choose(config, number, memory)
     check_mesh(config, sizes)
     return sizes
 
 
 def mesh_for(text: str, config: "Glm4vConfig", *, devices: "Sequence[jax.Device] | None" = None) -> "Mesh":
-    """The mesh that a text asks for, of the devices that there are; a preset takes all of them.
+    """Make the mesh that a text names, of the devices here; a preset takes all of them.
 
     Args:
       text: see `sizes_for`.
@@ -148,14 +147,14 @@ def mesh_for(text: str, config: "Glm4vConfig", *, devices: "Sequence[jax.Device]
     from glm4v_jax.devices.mesh import make_mesh
 
     devices = list(devices) if devices is not None else jax.devices()
-    # Those of other processes do not tell how much they have.
+    # Devices of other processes do not report their memory.
     ours = [device for device in devices if device.process_index == jax.process_index()]
     memory = device_memory(ours[0]) if ours else None
     return make_mesh(**sizes_for(text, config, len(devices), memory), devices=devices)
 
 
 def _latency(config: "Glm4vConfig", num_devices: int, memory: int | None, *, rest: str = "q") -> Sizes:
-    """All on the tensor axes as far as the model divides: first kv, then `rest`; what is left over on data."""
+    """As many devices on the tensor axes as the model divides by: first kv, then `rest`; the others on data."""
     sizes = _largest("kv", {}, config, num_devices)
     sizes = _largest(rest, sizes, config, num_devices)
     return _with_rest(sizes, num_devices)
@@ -178,7 +177,7 @@ def _throughput(config: "Glm4vConfig", num_devices: int, memory: int | None) -> 
 
 
 def _train(config: "Glm4vConfig", num_devices: int, memory: int | None) -> Sizes:
-    """Everything about the weights on fsdp, up to a size that still pays; what is left over on data."""
+    """As many devices on fsdp as still pay; the others on data."""
     return _with_rest(_largest("fsdp", {}, config, num_devices, at_most=MAX_FSDP), num_devices)
 
 
@@ -188,24 +187,24 @@ PRESETS: Mapping[str, MeshPreset] = types.MappingProxyType(
         for preset in (
             MeshPreset(
                 "latency",
-                "Soonest answers to few prompts: every device holds a part of each layer (axes kv and q).",
+                "Lowest latency for few prompts: every device holds a shard of each layer (axes kv and q).",
                 _latency,
             ),
             MeshPreset(
                 "throughput",
-                "Most answers to many prompts: as few devices a replica as hold the weights in half of their memory, "
-                "and as many replicas as there are devices for (axis data).",
+                "Highest throughput for many prompts: as few devices per replica as hold the weights in half of their "
+                "memory, and as many replicas as there are devices for (axis data).",
                 _throughput,
             ),
             MeshPreset(
                 "train",
-                "Training: weights, gradients and the optimiser's state are spread over the devices that share the "
-                "batch (axis fsdp).",
+                "Training: weights, gradients and optimizer state are sharded over the devices that share the batch "
+                "(axis fsdp).",
                 _train,
             ),
             MeshPreset(
                 "long-context",
-                "Long prompts: as latency, and every device holds some of the cache's slots (axes kv and seq).",
+                "Long prompts: as latency, and the slots of the cache are sharded too (axes kv and seq).",
                 functools.partial(_latency, rest="seq"),
             ),
         )
@@ -214,18 +213,18 @@ PRESETS: Mapping[str, MeshPreset] = types.MappingProxyType(
 
 
 def _largest(axis: str, sizes: Sizes, config: "Glm4vConfig", num_devices: int, at_most: int | None = None) -> Sizes:
-    """`sizes`, with the largest number along another axis that the devices left over and the model divide by."""
+    """`sizes`, with as many of the remaining devices along another axis as the model divides by."""
     from glm4v_jax.devices.mesh import AXES
     from glm4v_jax.planning.parameter_layout import misfits
 
-    whole = dict.fromkeys(AXES, 1) | sizes
-    left = num_devices // math.prod(whole.values())
-    fitting = (whole | {axis: size} for size in reversed(_divisors(left)) if at_most is None or size <= at_most)
+    every = dict.fromkeys(AXES, 1) | sizes
+    left = num_devices // math.prod(every.values())
+    fitting = (every | {axis: size} for size in reversed(_divisors(left)) if at_most is None or size <= at_most)
     return next(sizes for sizes in fitting if not misfits(config, sizes))
 
 
 def _with_rest(sizes: Sizes, num_devices: int) -> Sizes:
-    """`sizes`, with the devices left over along data."""
+    """`sizes`, with the remaining devices along data."""
     return sizes | {"data": num_devices // math.prod(sizes.values())}
 
 

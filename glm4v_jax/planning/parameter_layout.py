@@ -1,7 +1,7 @@
-"""How the parameters of a configuration lie on a mesh: shapes and mesh axes, from the abstract model alone.
+"""How the parameters of a configuration are sharded on a mesh: shapes and mesh axes, from the abstract model alone.
 
-Nothing here needs the devices of the mesh: a layout is traced once, on a mesh of one abstract device, and what a larger
-mesh makes of it is division.
+No devices are needed: the layout is traced once, on a mesh of one abstract device; shapes on a larger mesh follow by
+division.
 """
 
 import concurrent.futures
@@ -23,13 +23,13 @@ from glm4v_jax.model.params import leaf_paths
 
 @dataclasses.dataclass(frozen=True)
 class LeafLayout:
-    """A parameter, or the equal parameters of all layers.
+    """A parameter, or the parameters of all layers that have the same path and shape.
 
     path: as `glm4v_jax.checkpoints.hf_mapping` has it: "language_model.layers.mlp.down.kernel".
-    count: how many layers have it; 1 outside the layers.
+    count: number of layers that have it; 1 outside the layers.
     shape: of one of them.
     names: the logical name of each dimension, None where it has none.
-    axes: the mesh axes along which each dimension is split.
+    axes: the mesh axes that shard each dimension.
     """
 
     path: str
@@ -40,25 +40,25 @@ class LeafLayout:
 
     @property
     def parameters(self) -> int:
-        """How many numbers, in all layers."""
+        """Parameters in all layers."""
         return self.count * math.prod(self.shape)
 
     def shards(self, sizes: Mapping[str, int]) -> int:
-        """Into how many pieces a mesh of these sizes cuts it."""
+        """Number of shards on a mesh of these sizes."""
         return math.prod(devices_along(axes, sizes) for axes in self.axes)
 
     def device_parameters(self, sizes: Mapping[str, int]) -> int:
-        """How many of the numbers one device of such a mesh holds."""
+        """Parameters that one device of such a mesh holds."""
         return self.parameters // self.shards(sizes)
 
 
 def devices_along(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
-    """How many devices there are along some axes of a mesh."""
+    """Number of devices along some axes of a mesh."""
     return math.prod(sizes[axis] for axis in axes)
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh as they are asked for: "fsdp=4,kv=2"; "data=1" of one device."""
+    """Format the sizes of a mesh as `mesh_presets.parse_mesh` reads them: "fsdp=4,kv=2"; "data=1" for one device."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
 
 
@@ -74,7 +74,7 @@ def parameter_layout(config: Glm4vConfig) -> tuple[LeafLayout, ...]:
         with jax.sharding.use_abstract_mesh(one):
             return jax.eval_shape(lambda: Glm4v.init(config))
 
-    # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would be in the way.
+    # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would take precedence.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         model = thread.submit(make).result()
     found = []
@@ -90,7 +90,7 @@ def parameter_layout(config: Glm4vConfig) -> tuple[LeafLayout, ...]:
 
 
 def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
-    """What of the model does not divide by a mesh of these sizes, in words; nothing if it can be kept there."""
+    """The dimensions of the model that do not divide by a mesh of these sizes, in words."""
     failing: dict[tuple[str | None, tuple[str, ...]], set[int]] = {}
     for leaf in parameter_layout(config):
         for size, name, axes in zip(leaf.shape, leaf.names, leaf.axes, strict=True):
@@ -100,7 +100,7 @@ def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
         f"{name} of {size} does not divide by mesh axes {' x '.join(axes)} of {devices_along(axes, sizes)} devices"
         for (name, axes), found in failing.items()
         for size in sorted(found)
-        # The 2,048 numbers of 16 groups fail where the groups do, and say nothing more.
+        # The 2,048 dimensions of 16 groups fail where the groups do: no need to name both.
         if not any(size % smaller == 0 for smaller in found if smaller < size)
     ]
 

@@ -96,7 +96,7 @@ def test_the_devices_here_are_the_default(capfd):
         (["fsdp=2", "--devices", 8], "--devices: found 8 and a mesh of 2, expected one of the two"),
         (["latency", "--memory", -1], "--memory: found -1.0, expected a number of GiB above 0"),
         (["latency", "--memory", "nan"], "--memory: found nan, expected a number of GiB above 0"),
-        (["latency", "--rows", 0], "rows: found 0, expected at least 1"),
+        (["latency", "--rows", 0], "rows: found 0; expected at least 1"),
         (["latency", "--model", "nowhere"], "--model nowhere: not a directory"),
         (
             ["kv=4,fsdp=3"],

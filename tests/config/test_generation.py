@@ -45,7 +45,7 @@ def _assert_equal_to_reference(ours, reference):
 
 
 class TestFiles:
-    def test_released_checkpoint(self, tmp_path):
+    def test_the_released_file_is_read(self, tmp_path):
         config = GenerationConfig.from_pretrained(_directory(tmp_path, generation_config=GENERATION_CONFIG))
         assert config == GenerationConfig(
             do_sample=True,
@@ -74,7 +74,7 @@ class TestFiles:
         assert ours.seed == 0
         _assert_equal_to_reference(ours, _reference().from_pretrained(directory))
 
-    def test_defaults_are_the_reference_s(self):
+    def test_defaults_are_the_references(self):
         _assert_equal_to_reference(GenerationConfig(), _reference()())
 
     @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ class TestFiles:
             {"text_config": {}},
         ],
     )
-    def test_without_a_file_the_model_s_configuration_gives_the_token_ids(self, tmp_path, model):
+    def test_without_a_file_the_models_configuration_gives_the_token_ids(self, tmp_path, model):
         ours = GenerationConfig.from_pretrained(_directory(tmp_path, config={"model_type": "glm4v"} | model))
         assert not ours.do_sample and ours.new_tokens(100) == 20
         _reference()
@@ -121,12 +121,12 @@ class TestFiles:
             GenerationConfig.from_pretrained(_directory(tmp_path, **{file: content}))
         assert str(tmp_path / f"{file}.json") in str(error.value)
 
-    def test_bytes_that_are_no_text(self, tmp_path):
+    def test_a_file_that_is_not_text_is_refused(self, tmp_path):
         (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe{")
         with pytest.raises(CheckpointError, match="not valid JSON"):
             GenerationConfig.from_pretrained(tmp_path)
 
-    def test_no_directory(self, tmp_path):
+    def test_an_absent_directory_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match="found no directory"):
             GenerationConfig.from_pretrained(tmp_path / "none")
 
@@ -136,40 +136,28 @@ class TestChecks:
         ("options", "message"),
         [
             ({"do_sample": True, "temperature": float("nan")}, "temperature: found nan; expected a finite number"),
-            ({"temperature": float("nan")}, "temperature: found nan"),
             ({"temperature": float("inf")}, "temperature: found inf"),
             ({"temperature": -0.5}, "temperature: found -0.5"),
-            ({"do_sample": True, "temperature": -1}, "temperature: found -1"),
             (
                 {"do_sample": True, "temperature": 0.0},
                 "temperature: found 0.0; expected a finite number .*do_sample=False",
             ),
             ({"do_sample": True, "temperature": 1e-40}, "temperature: found 1e-40"),
             ({"temperature": "hot"}, "temperature: found 'hot'"),
-            ({"temperature": True}, "temperature: found True"),
             ({"top_p": 0.0}, "top_p: found 0.0; expected a number above 0 and at most 1"),
-            ({"top_p": 1.01}, "top_p: found 1.01"),
             ({"top_k": -1}, "top_k: found -1; expected an integer of at least 0"),
-            ({"top_k": 2.0}, "top_k: found 2.0"),
             ({"min_p": -0.1}, "min_p: found -0.1"),
-            ({"min_p": 1.1}, "min_p: found 1.1"),
             ({"repetition_penalty": 0}, "repetition_penalty: found 0"),
-            ({"repetition_penalty": -1.0}, "repetition_penalty: found -1.0"),
             ({"max_new_tokens": 0}, "max_new_tokens: found 0; expected an integer of at least 1"),
-            ({"max_new_tokens": 1.5}, "max_new_tokens: found 1.5"),
-            ({"max_length": 0}, "max_length: found 0"),
             ({"num_return_sequences": 0}, "num_return_sequences: found 0"),
             ({"num_return_sequences": 2}, "num_return_sequences: found 2; expected 1 without do_sample=True"),
             ({"eos_token_id": -2}, r"eos_token_id: found \(-2,\); expected a list of integers of at least -1"),
-            ({"eos_token_id": "</s>"}, r"eos_token_id: found \('</s>',\)"),
             ({"pad_token_id": -1}, "pad_token_id: found -1"),
-            ({"seed": -1}, "seed: found -1"),
             ({"seed": 2**32}, "seed: found 4294967296; expected an integer from 0 to"),
             ({"do_sample": 1}, "do_sample: found 1; expected true or false"),
-            ({"use_cache": "yes"}, "use_cache: found 'yes'"),
         ],
     )
-    def test_impossible_values(self, options, message):
+    def test_invalid_values_are_refused(self, options, message):
         with pytest.raises(GenerationError, match=message):
             GenerationConfig(**options)
         with pytest.raises(GenerationError, match=message):
@@ -208,7 +196,7 @@ class TestChecks:
         defaults = {name: getattr(reference, name) for name in _UNSUPPORTED.keys() - passed_to_generate}
         assert GenerationConfig().replace(**defaults) == GenerationConfig()
 
-    def test_unknown_options(self):
+    def test_unknown_options_are_named(self):
         with pytest.raises(GenerationError, match="unknown 'max_tokens', 'temprature'; expected some of answer_budget"):
             GenerationConfig().replace(temprature=0.5, max_tokens=3)
 
@@ -278,7 +266,7 @@ class TestLength:
             ({"max_length": 30, "max_new_tokens": 5}, None, 5),
         ],
     )
-    def test_new_tokens(self, options, limit, expected):
+    def test_new_tokens_follow_from_options_and_limit(self, options, limit, expected):
         assert GenerationConfig(**options).new_tokens(100, limit) == expected
 
     @pytest.mark.parametrize(
@@ -290,13 +278,13 @@ class TestLength:
             ({}, 100, "max_new_tokens: found None .*max_position_embeddings=100"),
         ],
     )
-    def test_too_long(self, options, limit, message):
+    def test_tokens_beyond_a_limit_are_refused(self, options, limit, message):
         with pytest.raises(GenerationError, match=message):
             GenerationConfig(**options).new_tokens(100, limit)
 
 
 class TestSamplingParams:
-    def test_scalars_and_rows(self):
+    def test_options_become_scalars_or_rows(self):
         config = GenerationConfig(do_sample=True, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1)
         assert config.sampling == SamplingParams(True, 0.5, 3, 0.9, 0.1, 1.0)
         rows = SamplingParams.of(config, 4)

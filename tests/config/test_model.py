@@ -56,7 +56,7 @@ def test_what_the_reference_writes_is_read(tmp_path, name):
     assert Glm4vConfig.from_pretrained(tmp_path) == Glm4vConfig.from_dict(CONFIGS[name])
 
 
-def test_the_spelling_of_5x():
+def test_rope_parameters_of_5x_are_read():
     """`rope_parameters` holds all that 4.57 spreads; GLM-4.6V-Flash and AutoGLM-Phone-9B come so."""
     data = json.loads(json.dumps(CONFIGS["base"]))
     text = data["text_config"]
@@ -71,7 +71,7 @@ def test_the_spelling_of_5x():
     assert config.text_config == dataclasses.replace(old.text_config, rope_theta=500000.0)
 
 
-def test_text_fields_at_the_top_level():
+def test_text_fields_at_the_top_level_are_read():
     flat = {k: v for k, v in CONFIGS["tester"].items() if k != "text_config"} | CONFIGS["tester"]["text_config"]
     flat["model_type"] = "glm4v"
     found, expected = Glm4vConfig.from_dict(flat), Glm4vConfig.from_dict(CONFIGS["tester"])
@@ -89,7 +89,7 @@ def test_the_text_part_decides_whether_the_head_is_tied(top, text, tied):
     assert Glm4vConfig.from_dict(data).text_config.tie_word_embeddings == tied
 
 
-def test_the_released_model():
+def test_the_released_model_has_its_dimensions():
     config = Glm4vConfig.glm4_1v_9b()
     text, vision = config.text_config, config.vision_config
     assert (text.head_dim, text.rotary_dim, text.mrope_section, text.num_key_value_groups) == (128, 64, (8, 12, 12), 16)
@@ -99,7 +99,7 @@ def test_the_released_model():
     assert Glm4vTextConfig().mrope_section == (8, 12, 12)  # so that the defaults can run
 
 
-def test_head_counts():
+def test_absent_fields_follow_from_others():
     assert Glm4vTextConfig(num_key_value_heads=None).num_key_value_heads == 32
     assert Glm4vTextConfig(rope_scaling={"mrope_section": [16, 24, 24]}).partial_rotary_factor == 1.0
 
@@ -127,22 +127,29 @@ def test_head_counts():
         (lambda: Glm4vConfig.from_dict({"model_type": "glm4v_moe"}), "'glm4v_moe'; expected 'glm4v'"),
     ],
 )
-def test_contradictions_are_named(make, message):
+def test_contradictions_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_files_that_are_no_configuration(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, CheckpointError, r"found no config\.json"),
+        ("[1]", CheckpointError, "expected a JSON object, found list"),
+        ('{"text_config": {"num_attention_heads": 3}}', ConfigError, r"config\.json: text_config\.hidden_size"),
+    ],
+)
+def test_a_directory_without_a_configuration_is_refused(tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(error, match=message):
+        Glm4vConfig.from_pretrained(tmp_path)
+
+
+def test_an_absent_directory_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         Glm4vConfig.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"found no config\.json"):
-        Glm4vConfig.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="expected a JSON object, found list"):
-        Glm4vConfig.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"text_config": {"num_attention_heads": 3}}', encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"config\.json: text_config\.hidden_size"):
-        Glm4vConfig.from_pretrained(tmp_path)
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "mrope_section": [1, 1, 2]}
@@ -154,37 +161,21 @@ LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
     [
         ("text_config", "num_key_value_heads", 0, "num_key_value_heads: found 0"),
         ("text_config", "hidden_act", "mish", "hidden_act: found 'mish'; expected one of 'gelu', "),
-        ("vision_config", "hidden_act", "quick_gelu", "hidden_act: found 'quick_gelu'"),
         ("text_config", "rope_theta", "a", "rope_theta: found 'a'; expected a number above 0"),
-        ("text_config", "rope_theta", -1, "rope_theta: found -1"),
-        ("text_config", "rope_theta", float("nan"), "rope_theta: found nan"),
         ("text_config", "rms_norm_eps", None, "rms_norm_eps: found None"),
-        ("vision_config", "rms_norm_eps", 0, "rms_norm_eps: found 0"),
-        ("text_config", "max_position_embeddings", None, "max_position_embeddings: found None"),
-        ("text_config", "intermediate_size", -1, "intermediate_size: found -1"),
-        ("vision_config", "intermediate_size", -1, "intermediate_size: found -1"),
         ("vision_config", "temporal_patch_size", 0, "temporal_patch_size: found 0"),
         ("vision_config", "image_size", 13, "image_size: found 13; expected at least patch_size, 14"),
         ("text_config", "attention_dropout", 2.0, "attention_dropout: found 2.0; expected a number from 0 to 1"),
-        ("text_config", "partial_rotary_factor", 1.5, "partial_rotary_factor: found 1.5"),
         (
             "text_config", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 3, "long_factor": [1.0] * 4},
             "short_factor: found 3 numbers; expected 4",
         ),
-        (
-            "text_config", "rope_scaling", LONGROPE | {"short_factor": [1.0] * 4, "long_factor": [1.0] * 5},
-            "long_factor: found 5 numbers; expected 4",
-        ),
         (None, "image_token_id", 320, "image_token_id: found 320; expected a token below vocab_size, 320"),
-        (None, "video_end_token_id", "x", "video_end_token_id: found 'x'"),
         (None, "text_config", "x", "text_config: found 'x'; expected an object"),
         (None, "text_config", ..., "text_config: found nothing"),
         (None, "vision_config", [1], r"vision_config: found \[1\]; expected an object"),
         (None, "quantization_config", {"bits": 4}, "quantization_config: found a quantised checkpoint"),
-        (None, "image_token_id", True, "image_token_id: found True; expected an integer"),
-        (None, "text_config", 0, "text_config: found 0; expected an object"),
         ("text_config", "rope_scaling", "x", "rope_scaling: found 'x'; expected an object"),
-        ("text_config", "rope_scaling", [1, 2], r"rope_scaling: found \[1, 2\]; expected an object"),
         ("text_config", "rope_parameters", "x", "rope_parameters: found 'x'; expected an object"),
         (
             "text_config", "rope_scaling", {"rope_type": []},
@@ -192,44 +183,24 @@ LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
         ),
         ("text_config", "rope_scaling", LINEAR | {"factor": "2"}, "rope_scaling.factor: found '2'; expected a number"),
         (
-            "text_config", "rope_scaling", LINEAR | {"factor": True},
-            "rope_scaling.factor: found True; expected a number",
-        ),
-        ("text_config", "rope_scaling", LINEAR | {"beta_fast": "a"}, "rope_scaling.beta_fast: found 'a'"),
-        (
-            "text_config", "rope_scaling", LINEAR | {"truncate": "no"},
-            "rope_scaling.truncate: found 'no'; expected true or",
-        ),
-        (
             "text_config", "rope_scaling", LINEAR | {"short_factor": ["a"]},
             r"short_factor: found \['a'\]; expected a list",
-        ),
-        (
-            "text_config", "rope_scaling", LINEAR | {"original_max_position_embeddings": 0},
-            "original_max_position_embeddings: found 0; expected an integer",
         ),
         (
             "text_config", "rope_scaling", {"mrope_section": [1.0, 1.0, 2.0]},
             r"mrope_section: found \[1.0, 1.0, 2.0\]; exp",
         ),
         ("text_config", "rope_scaling", {"mrope_section": 3}, "mrope_section: found 3; expected three counts"),
-        ("text_config", "original_max_position_embeddings", "a", "original_max_position_embeddings: found 'a'"),
         ("text_config", "tie_word_embeddings", "no", "tie_word_embeddings: found 'no'; expected true or false"),
-        ("text_config", "use_cache", 1, "use_cache: found 1; expected true or false"),
-        ("vision_config", "attention_bias", "false", "attention_bias: found 'false'; expected true or false"),
         ("text_config", "initializer_range", "a", "initializer_range: found 'a'; expected a number of at least 0"),
-        ("vision_config", "initializer_range", -1, "initializer_range: found -1; expected a number of at least 0"),
         ("text_config", "eos_token_id", "x", "eos_token_id: found 'x'; expected a list of integers or an integer"),
         ("text_config", "eos_token_id", [1, True], r"eos_token_id: found \[1, True\]; expected a list of"),
         ("text_config", "pad_token_id", 1.0, "pad_token_id: found 1.0; expected an integer"),
-        ("text_config", "image_token_id", True, "image_token_id: found True; expected an integer"),
-        ("text_config", "num_hidden_layers", True, "num_hidden_layers: found True; expected an integer"),
         ("text_config", "hidden_size", 2**31, r"hidden_size: found 2147483648; expected an integer"),
         ("text_config", "rope_theta", 10**400, "rope_theta: found 1000*; expected a number above 0"),
-        ("text_config", "rms_norm_eps", True, "rms_norm_eps: found True"),
     ],
 )  # fmt: skip
-def test_files_with_a_wrong_field_are_named_and_so_is_the_field(tmp_path, part, field, value, message):
+def test_an_invalid_field_is_reported_with_its_file(tmp_path, part, field, value, message):
     data = json.loads(json.dumps(CONFIGS["base"]))
     (data if part is None else data[part])[field] = value
     if value is ...:
@@ -240,12 +211,12 @@ def test_files_with_a_wrong_field_are_named_and_so_is_the_field(tmp_path, part, 
 
 
 @pytest.mark.parametrize("quantization_config", [{}, None])
-def test_an_empty_quantisation_is_none(quantization_config):
+def test_an_empty_quantization_config_is_ignored(quantization_config):
     data = CONFIGS["base"] | {"quantization_config": quantization_config}
     assert Glm4vConfig.from_dict(data) == Glm4vConfig.from_dict(CONFIGS["base"])
 
 
-def test_activations_are_known_to_both():
+def test_every_activation_is_computed():
     assert sorted(ACTIVATION_NAMES) == sorted(["gelu", *nn.ACTIVATIONS])
     for name in ACTIVATION_NAMES:
         assert nn.activation(name, np.float32(1.0)) > 0.6  # as each of them is at 1
@@ -253,7 +224,7 @@ def test_activations_are_known_to_both():
         nn.activation("mish", np.float32(1.0))
 
 
-def test_keys_without_meaning_are_ignored():
+def test_unknown_keys_are_ignored():
     data = json.loads(json.dumps(CONFIGS["base"]))
     data["text_config"]["torch_dtype"] = data["transformers_version"] = data["vision_config"]["novel"] = "x"
     assert Glm4vConfig.from_dict(data) == Glm4vConfig.from_dict(CONFIGS["base"])

@@ -24,7 +24,6 @@ def test_every_preset_is_valid_and_keeps_the_rest(released, name):
     for field in dataclasses.fields(config):
         expected = PRESETS[name].options.get(field.name, getattr(released, field.name))
         assert getattr(config, field.name) == expected, field.name
-    assert PRESETS[name].description and PRESETS[name].source
 
 
 # temperature, top_p, top_k, repetition penalty, new tokens; of the sources, over those of the checkpoint.
@@ -41,17 +40,24 @@ def test_every_preset_is_valid_and_keeps_the_rest(released, name):
         ("greedy", (False, 0.8, 0.6, 2, 1.0, None)),
     ],
 )
-def test_numbers(released, name, expected):
+def test_numbers_are_those_of_the_source(released, name, expected):
     config = released.replace(**preset(name))
-    found = (
-        config.do_sample,
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        config.repetition_penalty,
-        config.max_new_tokens,
-    )
-    assert found == expected
+    names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    assert tuple(getattr(config, name) for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "description"),
+    [
+        ("cli", "temperature 1.0, top-p 1e-05, top-k 1, repetition penalty 1.1, at most 8,192 tokens"),
+        ("bench", "temperature 0.1, thinking capped at 8,192 tokens, the answer at 8,192"),
+        ("hf", "the checkpoint's generation_config.json"),
+        ("rollouts", "top-p 1.0, top-k off"),
+        ("greedy", "greedy decoding"),
+    ],
+)
+def test_the_description_is_the_numbers(name, description):
+    assert PRESETS[name].description == description
 
 
 def test_bench_forces_an_answer(released):
@@ -76,6 +82,6 @@ def test_a_preset_is_a_copy():
         PRESETS["cli"].options["top_k"] = 5
 
 
-def test_unknown_name():
+def test_an_unknown_name_is_refused():
     with pytest.raises(GenerationError, match=r"preset: found 'cil'; expected one of cli, gradio, .*greedy"):
         preset("cil")

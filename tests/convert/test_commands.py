@@ -57,7 +57,7 @@ def test_meshes_may_be_presets(run, synthetic, tmp_path):
     status, out, _ = run("inspect", synthetic(), "--mesh", "latency:4", "--json")
     assert status == 0 and json.loads(out)["mesh"] == dict(data=1, fsdp=1, kv=2, q=2, seq=1)
     for mesh, problem in [
-        ("latency", "mesh latency: expected a number of devices, as in latency:8"),
+        ("latency", "mesh latency: found no number of devices; expected one, as in latency:8"),
         ("fast", "mesh: found 'fast'; expected one of the presets latency, throughput, train, long-context"),
         ("kv=4", "mesh kv=4: kv_heads of 2 does not divide by mesh axes kv of 4 devices"),
     ]:

@@ -9,7 +9,7 @@ from reference import CONFIGS, assert_close
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model import rope
 from glm4v_jax.model.attention.attend import Mask, attend_with_weights
-from glm4v_jax.model.decoder import Record
+from glm4v_jax.model.decoder import Capture
 from glm4v_jax.model.kv_cache import init_cache
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -78,7 +78,7 @@ def test_whole_decoder_equals_and_records(ours, theirs, stacked):
     module = ours("base").module
     text = (module.stacked() if stacked else module).language_model
     run = jax.jit(lambda text, record: text(x, positions, segments, record=record), static_argnums=1)
-    hidden, cache, recorded = run(text, Record(hidden_states=True, attentions=True))
+    hidden, cache, recorded = run(text, Capture(hidden_states=True, attentions=True))
     real = segments > 0
     assert cache is None
     assert_close(hidden, expected.last_hidden_state, real)
@@ -86,7 +86,7 @@ def test_whole_decoder_equals_and_records(ours, theirs, stacked):
         assert_close(one, other, real)
     for one, other in zip(recorded.attentions, expected.attentions, strict=True):
         assert_close(np.asarray(one).reshape(B, 4, T, T).swapaxes(1, 2), other.transpose(1, 2), real)
-    again, _, nothing = run(text, Record())
+    again, _, nothing = run(text, Capture())
     assert_close(again, hidden, real)
     assert nothing == (None, None)
 
@@ -119,7 +119,7 @@ def test_dropout_is_a_fresh_draw_in_every_layer(ours):
     text.layers.stacked.self_attn.dropout_rate = 0.5
     x, positions, segments = example("base", seed=3)
     run = jax.jit(
-        lambda text, key: text(x, positions, segments, record=Record(attentions=True), dropout_key=key)[2].attentions
+        lambda text, key: text(x, positions, segments, record=Capture(attentions=True), dropout_key=key)[2].attentions
     )
     dropped = np.asarray(run(text, jax.random.key(1)))[:, 0, :, :, -1] == 0
     assert dropped.any(axis=(1, 2, 3)).all() and (dropped[0] != dropped[1]).any()

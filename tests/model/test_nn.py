@@ -71,13 +71,13 @@ def test_activations_equal(name):
     assert_close(nn.activation(name, jnp.asarray(x)), theirs(torch.tensor(x)), tolerance=EPS)
 
 
-def test_unknown_activation_is_named():
+def test_an_unknown_activation_is_refused():
     with pytest.raises(ConfigError, match="hidden_act: found 'maxout'; expected one of gelu, silu"):
         nn.activation("maxout", jnp.ones(3))
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_over_several_axes(bias):
+def test_a_linear_layer_contracts_several_axes(bias):
     layer = nn.Linear({"kv_heads": 2, "head_dim": 3}, {None: 2, "embed": 5}, init(), bias=bias)
     x = normal(2, 7, 2, 3)
     if bias:
@@ -88,7 +88,7 @@ def test_linear_over_several_axes(bias):
     assert (layer.bias is not None) == bias
 
 
-def test_embedding_and_tied_head():
+def test_an_embedding_looks_up_and_scores():
     table = nn.Embed(11, 6, init())
     ids = np.array([[0, 10, 3], [3, 3, 7]])
     assert np.array_equal(table(jnp.asarray(ids)), np.asarray(table.embedding[...])[ids])
@@ -115,7 +115,7 @@ def test_parameters_come_with_their_sharding():
     assert num_params(layer) == 4 * 6 + 6
 
 
-def test_initial_values():
+def test_kernels_are_normal_and_scales_are_ones():
     kernel = np.asarray(nn.Linear({"embed": 200}, {"mlp": 300}, nn.Init(nnx.Rngs(params=1), 0.5)).kernel[...])
     assert abs(kernel.std() - 0.5) < 0.01 and abs(kernel.mean()) < 0.01
     config = Glm4vConfig.from_dict(CONFIGS["tester"])

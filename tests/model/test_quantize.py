@@ -115,7 +115,7 @@ def test_a_linear_layer_is_off_by_half_a_scale(mesh, config, ins, outs):
 
 
 @BOTH
-def test_only_the_decoders_kernels_are_quantised(model, config):
+def test_by_default_the_decoders_kernels_are_quantised(model, config):
     found, before = leaves_of(quantize.quantize(model, config)), leaves_of(model)
     changed = {path for path, leaf in found.items() if leaf is not before.get(path)}
     names = ["mlp.down", "mlp.gate_up", *(f"self_attn.{name}_proj" for name in "koqv")]
@@ -123,9 +123,9 @@ def test_only_the_decoders_kernels_are_quantised(model, config):
     assert changed == kernels | {quantize.scale_path(path) for path in kernels} and set(before) < set(found)
     assert all(found[path].dtype == config.dtype for path in kernels)
     assert quantize.is_quantized(quantize.quantize(model, config)) and not quantize.is_quantized(model)
-    whole = quantize.quantize(model, quantize.QuantConfig(config.dtype, target=".*"))
-    assert {path for path, leaf in leaves_of(whole).items() if path.endswith(".kernel")} == {
-        path.removesuffix("_scale") for path in leaves_of(whole) if quantize.is_scale(path)
+    everything = quantize.quantize(model, quantize.QuantConfig(config.dtype, target=".*"))
+    assert {path for path, leaf in leaves_of(everything).items() if path.endswith(".kernel")} == {
+        path.removesuffix("_scale") for path in leaves_of(everything) if quantize.is_scale(path)
     }
 
 
@@ -140,13 +140,13 @@ def test_the_model_computes_with_what_the_integers_stand_for(model):
         assert_close(value, their[path])
 
 
-def test_vit_and_head_too(model):
+def test_vit_and_head_can_be_quantised(model):
     """With nothing but kernels in integers; and of layers one by one."""
     batch, _ = batch_of(model.config, ROWS)
-    whole = quantize.quantize(model, quantize.QuantConfig("int8", target=".*"))
-    apart = whole.unstacked()
-    jax.tree.map(np.testing.assert_array_equal, apart.stacked(), whole)
-    assert_close(logits_of(apart, batch), logits_of(in_floats(whole), batch))
+    everything = quantize.quantize(model, quantize.QuantConfig("int8", target=".*"))
+    apart = everything.unstacked()
+    jax.tree.map(np.testing.assert_array_equal, apart.stacked(), everything)
+    assert_close(logits_of(apart, batch), logits_of(in_floats(everything), batch))
 
 
 def gradients_of(model, batch):
@@ -161,8 +161,8 @@ def gradients_of(model, batch):
 
 
 @pytest.mark.parametrize(("config", "remat"), [(INT8, "none"), (INT4, "full")], ids=["int8", "int4"])
-def test_no_more_than_a_layer_is_in_floats(ours, config, remat):
-    """Nothing is hoisted out of the loop over layers, nor kept for the way back."""
+def test_at_most_one_layer_is_dequantised_at_a_time(ours, config, remat):
+    """Nothing is hoisted out of the loop over layers, nor kept for the backward pass."""
     model = ours("mha").module.stacked()  # three layers, of which nothing else here has three
     batch, _ = batch_of(model.config, TEXT)
     adapter = trained(quantize.quantize(model, config), SMALL)
@@ -214,7 +214,7 @@ def test_loading_quantises_leaf_by_leaf(checkpoints, config, stacked):
     jax.tree.map(np.testing.assert_array_equal, again, expected)
 
 
-def test_a_model_in_bfloat16_keeps_what_must_stay(model):
+def test_in_bfloat16_integers_scales_and_adapters_keep_their_dtypes(model):
     batch, _ = batch_of(model.config, TEXT)
     adapter = trained(quantize.quantize(model, INT4), SMALL)
     params, frozen = split(adapter, lora.is_lora)
@@ -241,35 +241,47 @@ def test_an_adapter_goes_to_peft_and_back(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
 
-def test_what_a_quantised_model_cannot(model, tmp_path):
-    base = quantize.quantize(model, INT8)
-    whole = Glm4vForConditionalGeneration(model.config, module=base)
+def test_a_quantised_model_is_not_saved(model, tmp_path):
+    quantized = Glm4vForConditionalGeneration(model.config, module=quantize.quantize(model, INT8))
     message = r"down\.kernel_scale: found 6 quantised kernels; expected floats: save the model that was quantised"
-    with pytest.raises(CheckpointError, match=message):
-        whole.save_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=message):
-        whole.save_orbax(tmp_path / "out")
+    for save in (quantized.save_pretrained, quantized.save_orbax):
+        with pytest.raises(CheckpointError, match=message):
+            save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_not_merged_into_integers(model):
     with pytest.raises(ConfigError, match=r"mlp\.down: found a quantised kernel; expected one in floats: merge into"):
-        lora.merge_lora(trained(base, SMALL))
+        lora.merge_lora(trained(quantize.quantize(model, INT8), SMALL))
+
+
+def test_a_model_with_integers_or_an_adapter_is_not_quantised(model):
     with pytest.raises(ConfigError, match="found a model that is quantised already"):
-        quantize.quantize(base, INT8)
+        quantize.quantize(quantize.quantize(model, INT8), INT8)
     with pytest.raises(ConfigError, match="found a model that has an adapter"):
         quantize.quantize(trained(model, SMALL), INT8)
 
 
-def test_refused(model, checkpoints, tmp_path):
-    for config, message in [
-        ("int3", "quantize: found 'int3'; expected one of int8, int4"),
-        (quantize.QuantConfig("int4", group=0), r"quantize\.group: found 0; expected 1 or more"),
-        (
-            quantize.QuantConfig(target="q_proj"),
-            r"quantize\.target: 'q_proj' fits no linear layer; expected some of lan",
-        ),
-        (quantize.QuantConfig(target="("), r"quantize\.target: found '\('; expected a regular expression"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), quantize=config)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(dtype="int3"), r"quantize\.dtype: found 'int3'; expected one of 'int8', 'int4'"),
+        (dict(group=0), r"quantize\.group: found 0; expected an integer of at least 1"),
+        (dict(target="("), r"quantize\.target: found '\('; expected a regular expression"),
+    ],
+)
+def test_invalid_settings_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        quantize.QuantConfig(**fields)
+
+
+def test_a_pattern_without_a_linear_layer_is_refused(checkpoints):
+    config = quantize.QuantConfig(target="q_proj")
+    with pytest.raises(ConfigError, match=r"quantize\.target: found 'q_proj'; expected a pattern of some of language_"):
+        Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), quantize=config)
+
+
+def test_kernels_that_are_not_finite_are_refused(model, tmp_path):
     write_checkpoint("base", tmp_path)
     tensors = random_tensors(model.config)
     tensors["model.language_model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
@@ -278,39 +290,42 @@ def test_refused(model, checkpoints, tmp_path):
         load_model(tmp_path, model.config, quantize=INT8)
 
 
-def test_the_9b():
-    """Shapes, partitions and bytes, nothing computed; and a mesh that its groups do not divide by."""
-    config = Glm4vConfig.glm4_1v_9b()
+def abstract_9b(sizes, config):
+    """The abstract, quantised 9B on a mesh of these sizes."""
+    axes = tuple(sizes.get(name, 1) for name in mesh.AXES)
+    devices = AbstractMesh(axes, mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES))
 
-    def on(sizes, quantized):
-        shape = {name: sizes.get(name, 1) for name in mesh.AXES}
-        devices = AbstractMesh(tuple(shape.values()), mesh.AXES, axis_types=(AxisType.Explicit,) * len(mesh.AXES))
+    def make():
+        with jax.sharding.use_abstract_mesh(devices):
+            released = Glm4vConfig.glm4_1v_9b()
+            return jax.eval_shape(lambda: quantize.quantize(Glm4v.init(released, dtype=jnp.bfloat16), config))
 
-        def make():
-            with jax.sharding.use_abstract_mesh(devices):
-                return jax.eval_shape(lambda: quantize.quantize(Glm4v.init(config, dtype=jnp.bfloat16), quantized))
+    with ThreadPoolExecutor(1) as thread:  # which has no mesh yet
+        return thread.submit(make).result()
 
-        with ThreadPoolExecutor(1) as thread:  # which has no mesh yet
-            return thread.submit(make).result()
 
-    model = on(dict(fsdp=8), quantize.QuantConfig("int4"))
-    down = model.language_model.layers.stacked.mlp.down
+def test_int4_leaves_of_the_9b_are_sharded_as_their_kernels():
+    layers = abstract_9b(dict(fsdp=8), quantize.QuantConfig("int4")).language_model.layers.stacked
+    down = layers.mlp.down
     assert down.kernel.dtype == jnp.int4 and down.kernel.shape == (40, 13696, 4096)
     assert down.kernel_scale.shape == (40, 214, 4096)
     for leaf in jax.tree.leaves((down.kernel, down.kernel_scale)):
         assert leaf.sharding.spec == mesh.spec(None, "mlp", "embed")
-    o_proj = model.language_model.layers.stacked.self_attn.o_proj
-    assert o_proj.kernel_scale.shape == (40, 2, 16, 2, 4096)
-    int8 = on(dict(fsdp=8), quantize.QuantConfig("int8")).language_model.layers.stacked.mlp.gate_up
-    assert int8.kernel.shape == (40, 4096, 2, 13696) and int8.kernel_scale.shape == (40, 2, 13696)
-    assert jax.tree.leaves(int8.kernel_scale)[0].sharding.spec == mesh.spec(None, None, "mlp")
-    with pytest.raises(
-        ConfigError, match=r"group: found groups of 64 of .*\.down's 13696 inputs, which 8 devices share"
-    ):
-        on(dict(kv=2, q=4), quantize.QuantConfig("int4"))
-    assert on(dict(kv=2, q=4), quantize.QuantConfig("int4", group=16)) and on(
-        dict(kv=2, q=4), quantize.QuantConfig("int8")
-    )
+    assert layers.self_attn.o_proj.kernel_scale.shape == (40, 2, 16, 2, 4096)
+
+
+def test_int8_scales_of_the_9b_are_sharded_as_outputs():
+    gate_up = abstract_9b(dict(fsdp=8), INT8).language_model.layers.stacked.mlp.gate_up
+    assert gate_up.kernel.shape == (40, 4096, 2, 13696) and gate_up.kernel_scale.shape == (40, 2, 13696)
+    assert jax.tree.leaves(gate_up.kernel_scale)[0].sharding.spec == mesh.spec(None, None, "mlp")
+
+
+def test_groups_that_do_not_divide_by_the_mesh_are_refused():
+    sizes = dict(kv=2, q=4)
+    message = r"group: found groups of 64 of .*\.down's 13696 inputs, which 8 devices share"
+    with pytest.raises(ConfigError, match=message):
+        abstract_9b(sizes, quantize.QuantConfig("int4"))
+    assert abstract_9b(sizes, INT4) and abstract_9b(sizes, INT8)
 
 
 def test_a_mesh_computes_what_one_device_does(tmp_path):

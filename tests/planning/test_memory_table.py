@@ -1,6 +1,6 @@
-"""Who holds what on a mesh.
+"""What each device of a mesh holds.
 
-Run as a program, `python test_mesh_describe.py CHECKPOINT`, this file says what really lies on a device of eight.
+Run as a program, `python test_memory_table.py CHECKPOINT`, this file measures it on eight simulated devices.
 """
 
 import json
@@ -12,7 +12,6 @@ from helpers_mesh import GROUPED, run_on_devices, write_grouped
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.files import size_text
 from glm4v_jax.planning.memory_table import COLUMNS, describe
 from glm4v_jax.planning.mesh_presets import PRESETS, sizes_for
 from glm4v_jax.planning.parameter_layout import mesh_text
@@ -21,7 +20,7 @@ RELEASED = Glm4vConfig.glm4_1v_9b()
 ROWS, CAPACITY = 3, 42
 
 
-def test_the_released_model_on_one_device():
+def test_one_device_holds_the_released_model():
     found = describe(RELEASED, {})
     assert found.num_devices == 1
     assert found.weight_bytes == 20_585_554_944 == 2 * 10_292_777_472
@@ -34,11 +33,11 @@ def test_the_released_model_on_one_device():
         "merger": 185_081_856,
         "cache": 40 * 2 * 2 * 4096 * 128,
     }
-    assert all(whole == device for whole, device in found.parts().values())
+    assert all(total == device for total, device in found.parts().values())
     assert found.share is None
 
 
-def test_the_released_model_on_eight():
+def test_eight_devices_share_the_released_model():
     found = describe(RELEASED, dict(kv=2, q=4), rows=8, capacity=4096, memory=16 * GIB)
     held = {(one.part, one.name): one for one in found.weights}
     gate_up = held["decoder layers", "mlp.gate_up.kernel"]
@@ -52,7 +51,7 @@ def test_the_released_model_on_eight():
     assert found.share == pytest.approx(found.device_bytes / 2**34)
 
 
-def test_rows_are_padded_and_slots_split():
+def test_rows_are_padded_and_slots_sharded():
     found = describe(RELEASED, dict(data=2, fsdp=2, kv=2, seq=4), rows=5, capacity=4095)
     assert (found.rows, found.capacity) == (5, 4095)
     assert found.cache.shape == (40, 8, 2, 4096, 128)
@@ -69,42 +68,46 @@ def test_bytes_are_those_of_the_dtype(dtype):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (dict(rows=0), "rows: found 0, expected at least 1"),
-        (dict(capacity=-1), "capacity: found -1, expected at least 1"),
+        (dict(rows=0), "rows: found 0; expected at least 1"),
+        (dict(capacity=-1), "capacity: found -1; expected at least 1"),
         (dict(sizes=dict(kv=4)), "mesh kv=4: kv_heads of 2 does not divide by mesh axes kv of 4 devices"),
     ],
 )
-def test_what_cannot_be_described(options, problem):
+def test_invalid_numbers_and_meshes_are_refused(options, problem):
     with pytest.raises(ConfigError, match=problem):
         describe(RELEASED, **{"sizes": {}, **options})
 
 
-def test_as_text_and_for_json():
-    found = describe(RELEASED, dict(kv=2, q=4), rows=8, memory=16 * GIB)
-    head, *body, last = str(found).splitlines()
-    assert head.split("  ")[0] == "part" and all(column in head for column in COLUMNS)
-    assert len(body) == len(found.table()) == len(found.parts()) + len(found.weights) + 1
-    (gate_up,) = (line.split() for line in body if "merger" not in line and "mlp.gate_up.kernel x 40" in line)
-    assert gate_up[3:] == ["4096x2x13696", "-", "-", "kv+q", "8.36", "GiB", "1.04", "GiB"]
-    assert last == (
+@pytest.fixture(scope="module")
+def on_eight():
+    return describe(RELEASED, dict(kv=2, q=4), rows=8, memory=16 * GIB)
+
+
+def test_the_table_has_parts_with_their_arrays(on_eight):
+    table = on_eight.table()
+    assert len(table) == len(on_eight.parts()) + len(on_eight.weights) + 1
+    assert all(len(row) == len(COLUMNS) for row in table)
+    gate_up = next(row for row in table if row[1] == "mlp.gate_up.kernel x 40")
+    assert gate_up[2:] == ("4096x2x13696", "- - kv+q", "8.36 GiB", "1.04 GiB")
+
+
+def test_the_summary_is_one_line(on_eight):
+    assert on_eight.summary() == (
         "mesh kv=2,q=4: a device holds 2.69 GiB of weights and 640.00 MiB of a cache of 8 x 4096 slots, together "
         "3.31 GiB in bfloat16, 20.7% of 16.00 GiB"
     )
-    told = json.loads(json.dumps(found.to_dict()))
-    assert told["mesh"] == dict(data=1, fsdp=1, kv=2, q=4, seq=1) and told["num_devices"] == 8
-    assert told["device_bytes"] == found.device_bytes == told["weight_bytes"] + told["cache_bytes"]
-    assert told["weight_bytes"] == sum(one["device_bytes"] for one in told["arrays"] if one["part"] != "cache")
-    assert told["parts"]["cache"]["device_bytes"] == told["cache_bytes"]
-    assert told["share"] == found.share and told["memory"] == 2**34
 
 
-def test_sizes_of_bytes():
-    texts = [size_text(number) for number in (0, 1023, 1024, 1536, 2**20, 5 * 2**30, 2**41)]
-    assert texts == ["0 B", "1023 B", "1.00 KiB", "1.50 KiB", "1.00 MiB", "5.00 GiB", "2048.00 GiB"]
-    assert size_text(350 << 10, 1) == "350.0 KiB" and size_text(7, 1) == "7 B"
+def test_json_has_the_same_numbers(on_eight):
+    content = json.loads(json.dumps(on_eight.to_dict()))
+    assert content["mesh"] == dict(data=1, fsdp=1, kv=2, q=4, seq=1) and content["num_devices"] == 8
+    assert content["device_bytes"] == on_eight.device_bytes == content["weight_bytes"] + content["cache_bytes"]
+    assert content["weight_bytes"] == sum(one["device_bytes"] for one in content["arrays"] if one["part"] != "cache")
+    assert content["parts"]["cache"]["device_bytes"] == content["cache_bytes"]
+    assert content["share"] == on_eight.share and content["memory"] == 2**34
 
 
-def test_it_is_what_lies_on_a_device(tmp_path):
+def test_the_bytes_are_those_on_devices(tmp_path):
     write_grouped(tmp_path)
     config = Glm4vConfig.from_dict(GROUPED)
     for case in run_on_devices(__file__, str(tmp_path)):

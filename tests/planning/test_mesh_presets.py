@@ -197,9 +197,9 @@ def test_no_number_of_devices(text):
 
 @pytest.mark.parametrize(("number", "found"), [(0, "0"), (-1, "-1"), (2**20 + 1, "1,048,577")])
 def test_no_devices_for_a_preset(number, found):
-    with pytest.raises(ConfigError, match=f"mesh train: found {found} devices, expected from 1 to 1,048,576"):
+    with pytest.raises(ConfigError, match=f"mesh train: found {found} devices; expected from 1 to 1,048,576"):
         sizes_for("train", RELEASED, number)
-    with pytest.raises(ConfigError, match="mesh train: expected a number of devices, as in train:8"):
+    with pytest.raises(ConfigError, match="mesh train: found no number of devices; expected one, as in train:8"):
         sizes_for("train", RELEASED)
 
 

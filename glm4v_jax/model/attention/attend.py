@@ -1,12 +1,12 @@
-"""Attention of the ViT, of prefill, of decoding and of training: kernels for one device, on the arrays of a mesh.
+"""Attention of the ViT, prefill, decoding and training: kernels for one device, applied to the arrays of a mesh.
 
 A query sees a key if both are in the same segment (0 is padding and sees nothing) and, where it is causal, the key's
-slot is not after the query's. That covers packed rows, left and right padding, and a cache that is only partly
+slot is not after the query's (`mask`). That covers packed rows, left and right padding, and a cache that is partly
 filled.
 
-Rows, heads and groups of query heads never meet, so that every device works on its own in a `shard_map`. Queries that
-are split along their length need all keys, which are gathered. Keys that lie in the slots of a cache stay where they
-are: every device looks at its own, and the results are put together.
+Rows, heads and groups of query heads are independent, so that every device works alone in a `shard_map`. Queries that
+are sharded along their length need all keys, which are gathered. The slots of a cache stay where they are: every device
+attends to its own, and the results are merged.
 """
 
 import functools
@@ -38,11 +38,11 @@ def attend(
     """Softmax attention, scaled by 1 / sqrt(H); G query heads share each of the K key and value heads.
 
     Scores, softmax and accumulation are float32. Rows that see no key give zeros. Where it is not causal, queries may
-    be split along T; the result is split as they are.
+    be sharded along T; the result is sharded as they are.
     """
     spec = mesh.spec_of(q)
     rows, length, heads, *_ = spec
-    assert not causal or length is None, "the slots of queries in shards would have to be counted"
+    assert not causal or length is None, "sharded queries would need their slots counted"
     if length is None and q.shape[1] <= FEW_QUERIES:
         return attend_with_weights(q, k, v, mask, causal=causal, dropout=dropout)[0]
     keys, key_rows = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
@@ -64,7 +64,7 @@ def attend(
 
     masks = Mask(PartitionSpec(rows, length), key_rows, None if start is None else PartitionSpec(rows))
     in_specs = (spec, keys, keys, masks, PartitionSpec())
-    # Not checked: the kernels of platforms do not say how their results vary over a mesh.
+    # Not checked: the platforms' kernels do not declare how their results vary over a mesh.
     return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, mask, key)
 
 
@@ -99,14 +99,14 @@ def attend_cached(
 ) -> Float[Array, "B T K G H"]:
     """Causal attention of new tokens to a cache that does not hold them yet, and to themselves; forward only.
 
-    A cache that layers only read is neither sliced nor put back by any of them.
+    A cache that layers only read is neither sliced nor copied back.
 
     Args:
       q: queries of the new tokens.
-      cached: keys and values of the cache, whose slots may lie in shards.
+      cached: keys and values of the cache, whose slots may be sharded.
       new: those of the tokens.
       segments: of the tokens; 0 is padding.
-      held: of the slots; 0 for all that do not count.
+      held: of the slots; 0 for those that nobody sees.
     """
     spec = mesh.spec_of(q)
     rows, _, heads, *_ = spec
@@ -140,7 +140,7 @@ def attend_cached(
 
 
 def merge(*parts: tuple[Float[Array, "*B T H"], Float[Array, "*B T"]]) -> tuple[Array, Array]:
-    """Attention to all keys, from attention to disjoint parts of them: results and logarithms of sums, float32."""
+    """Merge attention to disjoint sets of keys, each as (result, logarithm of the sum of exponentials), float32."""
     top = functools.reduce(jnp.maximum, (log_total for _, log_total in parts))
     shares = [jnp.exp(log_total - top) for _, log_total in parts]
     total = sum(shares)
@@ -149,7 +149,7 @@ def merge(*parts: tuple[Float[Array, "*B T H"], Float[Array, "*B T"]]) -> tuple[
 
 
 def _merge_shards(out: Float[Array, "B K G T H"], log_total: Float[Array, "B K G T"], axis: str) -> Array:
-    """`merge` over the devices of a mesh axis, of which each gets its own groups of the result."""
+    """`merge` over the devices of a mesh axis; each gets its own groups of the result."""
     share = jnp.exp(log_total - jax.lax.pmax(log_total, axis))
     share = share / jax.lax.psum(share, axis)
     return jax.lax.psum_scatter(out * share[..., None], axis, scatter_dimension=2, tiled=True)

@@ -1,4 +1,4 @@
-"""Attention in blocks, in plain JAX: what runs where no kernel is made for the platform, and what kernels must equal.
+"""Attention in blocks, in plain JAX: what runs where the platform has no kernel, and what the kernels must equal.
 
 Nothing here materialises a T x S score matrix: scores live one block at a time (an online softmax, forward and
 backward), and blocks that no query can see are skipped. Source of the algorithm: FlashAttention-2, arXiv 2307.08691,
@@ -21,8 +21,8 @@ from glm4v_jax.model.nn import precision
 
 BLOCKS = (512, 384, 256)
 CAUSAL_CPU_BLOCKS = (256, 128)
-"""On a CPU small ones pay where half of the pairs are in the future: rows of 1,024 take 0.7 of the time, forward and
-backward, that blocks of 512 take, and 0.5 packed with samples of 230. A picture of 4,096 patches would take 1.4."""
+"""On a CPU small blocks pay where half of the pairs are in the future: rows of 1,024 take 0.7 of the time, forward and
+backward, that blocks of 512 take, and 0.5 packed with samples of 230. An image of 4,096 patches would take 1.4."""
 SCORES = "bkgth,bksh->bkgts"
 SAVED = "attention"
 """Name of what the backward pass of attention needs besides queries, keys and values (`layers.Remat`)."""
@@ -61,7 +61,7 @@ def partial(
     *,
     causal: bool,
 ) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
-    """Attention to some of the keys, and what it takes to put that together with the rest (`attend.merge`).
+    """Attention to some of the keys, to be merged with that to the others (`attend.merge`).
 
     Returns:
       As `attention` does, float32; and float32, the logarithm of each row's sum of exponentials of scores.
@@ -74,7 +74,7 @@ def partial(
 def _blocked(
     q: Array, k: Array, v: Array, mask: Mask, causal: bool
 ) -> tuple[Array, Array, Array, Mask, tuple[int, int], int]:
-    """Everything padded to multiples of the blocks; the blocks; how many queries there were."""
+    """Pad everything to multiples of the blocks; the blocks; the number of queries before."""
     t, s = q.shape[-2], k.shape[-2]
     blocks = _block_size(t, causal), _block_size(s, causal)
     q, k, v = _pad(q, -2, blocks[0]), _pad(k, -2, blocks[1]), _pad(v, -2, blocks[1])
@@ -84,7 +84,7 @@ def _blocked(
 
 
 def einsum(equation: str, a: Array, b: Array) -> Array:
-    """In float32, whatever the operands are."""
+    """Contract in float32, whatever the operands are."""
     return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 

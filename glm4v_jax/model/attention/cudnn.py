@@ -1,9 +1,8 @@
-"""Attention on NVIDIA GPUs: cuDNN's kernel, where rows are plain enough for it, and blocks elsewhere.
+"""Attention on NVIDIA GPUs: cuDNN's kernel for plain rows, blocks for the others.
 
-What reaches cuDNN through `jax.nn.dot_product_attention` are lengths, not segments, and a causal mask that begins with
-slot 0. So packed rows, left padding and pieces of a prompt behind a cache are not for it; the program looks at the mask
-and takes the one way or the other. Merging attention to a cache with that to the piece itself is no way round, for the
-logarithms of cuDNN's sums come back rounded to 16 bits.
+`jax.nn.dot_product_attention` takes lengths, not segments, and a causal mask that begins with slot 0. Packed rows, left
+padding and prefill chunks after a cache therefore go in blocks: the program chooses by the mask. Merging attention to a
+cache with that to the chunk itself would not help: the logarithms of cuDNN's sums are rounded to 16 bits.
 
 Every array is local to a device: call these within `jax.shard_map`.
 """
@@ -21,7 +20,7 @@ from glm4v_jax.model.attention.mask import Mask
 __all__ = ["attention", "partial"]
 
 HEAD_DIMS = range(8, 129, 8)
-"""Of all GPUs; Hopper and later have up to 256."""
+"""Head sizes that cuDNN takes on all GPUs; on Hopper and later up to 256."""
 
 
 def attention(
@@ -33,9 +32,9 @@ def attention(
     causal: bool,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B K G T H"]:
-    """`blockwise.attention`, by cuDNN if every row is one segment with padding, if any, behind it.
+    """`blockwise.attention`, by cuDNN if every row is one segment with padding, if any, after it.
 
-    `implementation` "xla" is cuDNN's part with all scores at once, on any platform, for tests.
+    `implementation` "xla" computes cuDNN's part with all scores at once, on any platform, for tests.
     """
 
     def in_blocks() -> Array:
@@ -48,14 +47,14 @@ def attention(
 
 
 def fits(q: Float[Array, "B K G T H"], mask: Mask) -> bool:
-    """Whether types and shapes are such as cuDNN takes."""
+    """Whether cuDNN takes these types and shapes."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    whole = mask.q_start is None and mask.kv_segments.shape[1] == q.shape[-2]
-    return half and whole and q.shape[-1] in HEAD_DIMS
+    is_prompt = mask.q_start is None and mask.kv_segments.shape[1] == q.shape[-2]
+    return half and is_prompt and q.shape[-1] in HEAD_DIMS
 
 
 def is_plain(mask: Mask) -> Bool[Array, ""]:
-    """Whether every row is one segment, the same for queries and keys, with padding behind it."""
+    """Whether every row is one segment, the same for queries and keys, with padding after it."""
     segments = mask.q_segments
     own = jnp.where(jnp.arange(segments.shape[1]) < _lengths(segments)[:, None], segments[:, :1], 0)
     return jnp.all(own == segments) & jnp.all(segments == mask.kv_segments)
@@ -68,7 +67,7 @@ def _by_lengths(q: Array, k: Array, v: Array, mask: Mask, causal: bool, implemen
         """[B, ..., T, H] -> [B, T, heads, H]."""
         return jnp.moveaxis(x.reshape(batch, -1, t, head_dim), 1, 2)
 
-    # No row is empty for the kernel: what a softmax over nothing is, is not ours to find out.
+    # No row is empty for the kernel, whose softmax over nothing is not defined.
     lengths = jnp.maximum(_lengths(mask.q_segments), 1)
     out = jax.nn.dot_product_attention(
         rows_first(q),
@@ -84,5 +83,5 @@ def _by_lengths(q: Array, k: Array, v: Array, mask: Mask, causal: bool, implemen
 
 
 def _lengths(segments: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """How many places of each row are no padding."""
+    """How many tokens of each row are not padding."""
     return jnp.sum(segments > 0, axis=-1, dtype=jnp.int32)

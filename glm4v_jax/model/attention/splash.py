@@ -1,15 +1,15 @@
 """Attention on TPU: JAX's splash kernels, with the masks of `mask.Mask`.
 
-The kernels come with masks that NumPy makes when they are traced. Only what such a mask is made into is used here, and
-it is made by the program instead: which blocks to visit, from segments and `q_start`, and the slot of each query. So
-one kernel serves whole prompts, pieces of a prompt behind a cache, and rows of pictures; keys that no query of a block
-can see are neither multiplied nor read from memory; and no mask of a long prompt is made on the host.
+The kernels take masks that NumPy computes when they are traced. Here the program computes what such a mask is turned
+into: which blocks to visit, from segments and `q_start`, and the slot of each query. So one kernel serves prompts,
+prefill chunks after a cache, and rows of images; keys that no query of a block can see are neither multiplied nor read
+from memory; and the host makes no mask of a long prompt.
 
-Rows that see nothing are what the kernels cannot do, and a sink does: a score without a value, so low that it counts
-for nothing beside any other.
+The kernels cannot handle rows that see nothing; a sink can: a score without a value, so low that it does not count
+beside any other.
 
-Every array is local to a device: call these within `jax.shard_map` (with `check_vma=False`, for the kernels do not say
-how their results vary over a mesh).
+Every array is local to a device: call these within `jax.shard_map` (with `check_vma=False`, because the kernels do not
+declare how their results vary over a mesh).
 """
 
 import functools
@@ -36,7 +36,7 @@ KEY_BLOCKS = (1024, 768, 512, 384, 256, 128)
 KEYS_AT_ONCE = 512
 """Larger blocks of keys are multiplied in two halves, so that one's products run beside the other's exponentials."""
 BLOCK_COST = 128
-"""What a block costs besides its own rows, in rows: starting it, and filling and draining the pipeline."""
+"""Overhead of a block, in rows: starting it, and filling and draining the pipeline."""
 
 
 def attention(
@@ -88,7 +88,7 @@ def _forward(causal, interpret, q, k, v, *masks):  # type: ignore[no-untyped-def
 
 
 def _backward(causal, interpret, pull, d_out):  # type: ignore[no-untyped-def]
-    # The kernels' own backward rules are traced here, where the precision given to the forward one is forgotten.
+    # The kernels' backward rules are traced here, outside the precision that the forward one was traced with.
     with jax.default_matmul_precision(_precision(d_out)):
         return *pull(d_out), None, None, None
 
@@ -98,7 +98,7 @@ _differentiable.defvjp(_forward, _backward)
 
 
 def _over_rows(row: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask) -> Any:
-    """Rows one after the other, as a TPU core runs them anyway: which blocks to visit is each row's own matter."""
+    """Run rows one after the other, as a TPU core does anyway: each has its own blocks to visit."""
     start = jnp.zeros_like(mask.q_segments[:, 0]) if mask.q_start is None else mask.q_start
     args = (q, k, v, mask.q_segments, mask.kv_segments, start)
     if q.shape[0] == 1:
@@ -118,7 +118,7 @@ def _call(
     residuals: bool,
     interpret: bool,
 ) -> Any:
-    """What the kernel returns for one row of the batch: [K, G, T, H], and with `residuals` ([K, G, T],) besides."""
+    """Run the kernel on one row of the batch: [K, G, T, H], and with `residuals` ([K, G, T],) as well."""
     kv_heads, groups, t, head_dim = q.shape
     block_q, block_kv = _block_size(t, QUERY_BLOCKS), _block_size(k.shape[-2], KEY_BLOCKS)
     # Padding of the queries is segment 0, which no key is of: keys' padding is -1.
@@ -177,9 +177,9 @@ def _not_after(q_slots: Array, kv_slots: Array) -> Array:
 
 
 def _next_visited(visited: Bool[Array, "N M"]) -> Int[Array, "N M"]:
-    """Which block to hold at each step of a loop over N and, within, M: the step's own, or the next that is visited.
+    """The block to hold at each step of a loop over N and, within, M: the step's own, or the next that is visited.
 
-    The kernel starts reading a block as soon as it is named, and reads none twice in a row.
+    The kernel starts reading a block as soon as it is named, and never reads the same one twice in a row.
     """
     n = visited.size
     steps = jnp.where(visited.reshape(-1), jnp.arange(n, dtype=jnp.int32), n)
