@@ -1,1 +1,13 @@
-"""Generation: what to ask for (`config`), how a next token is chosen (`sampling`), and the loop that does it."""
+"""Generation: an engine of slots that decode together, fed by a queue of prompts.
+
+From the outside in:
+
+- `engine`: `Engine`, what users call; `conversation`: turns that keep their KV cache; `warmup`: compile ahead.
+- `scheduler`: continuous batching: requests from `prompt_queue` into `slots`, results out of them.
+- `sequence`: the host's state of one request: text, stop strings, think budget; `completion`: its result.
+- `slots`: B rows on the device; `prefill_chunks`: prompts cut into chunks; `feature_pool`: vision features by content.
+- `device_steps`, `sampling`: the jitted programs: prefill, first tokens, decode loop.
+- `prompt`: anything a user passes as a prompt, prepared.
+- `text/`: thoughts, boxes, stop strings, repetition, streaming decoding. `offline/`: files of prompts into files of
+  completions.
+"""

@@ -122,10 +122,11 @@ def last(deltas: Iterable[Delta]) -> Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Tokens of an answer.
+    """Token counts of a completion.
 
-    thought: up to the end of the thought, `</think>` included.
-    answer: behind it.
+    Attributes:
+      thought: up to the end of the thought, `</think>` included.
+      answer: after it.
     """
 
     thought: int
@@ -147,9 +148,9 @@ class Counts:
 
 
 def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
-    """What there is to say of a completion, as JSON has it.
+    """A completion as a JSON object.
 
-    `boxes` (0 to 1000) come with `pixel_boxes` where the prompt had exactly one picture.
+    `boxes` (0 to 1000) come with `pixel_boxes` where the prompt had exactly one image.
     """
     parsed = completion.parsed
     counts = Counts.of(completion, tokenizer)

@@ -4,8 +4,8 @@ Order and thresholds are those of `GenerationMixin._get_logits_processor` and `g
 repetition penalty, then, in rows that sample, temperature, top-k, top-p, min-p. Options are traced arrays with one
 value a row, so that rows may differ and a change of an option compiles nothing.
 
-B: rows, V: vocabulary, W: candidates looked at. Logits may be sharded over V: each shard gives its candidates, and only
-where those do not decide (a large or no top-k beside top-p) whole rows are gathered.
+B: rows, V: vocabulary, W: candidates. Logits may be sharded over V: each shard gives its candidates, and whole rows are
+gathered only where those do not decide (a large or no top-k together with top-p).
 """
 
 import math
@@ -28,7 +28,7 @@ def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool
     Args:
         logits: of any float dtype; the arithmetic is float32.
         params: arrays `[B]`.
-        seen: the tokens of each row's prompt, those of pictures included, and of what was generated so far. The
+        seen: the tokens of each row's prompt, those of images included, and of what was generated so far. The
             reference counts padding too, so that its penalty depends on the other prompts of a batch; this must not.
     """
     logits = penalised(logits, params, seen)
@@ -48,7 +48,7 @@ def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool
 def sample(
     logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"], keys: Key[Array, "B"]
 ) -> Int[Array, "B"]:
-    """Returns the next token of each row, int32: a draw with that row's key, or the first maximum if it is greedy."""
+    """Choose the next token of each row, int32: sampled with that row's key, or the first maximum if it is greedy."""
     do_sample = jnp.asarray(params.do_sample)
     greedy = jnp.argmax(penalised(logits, params, seen), axis=-1).astype(jnp.int32)
 
@@ -57,7 +57,7 @@ def sample(
         tokens = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
         return jnp.where(do_sample, tokens, greedy)
 
-    # Cuts and draws take longer than a small model's layers.
+    # Top-k, top-p and sampling take longer than a small model's layers.
     return lax.cond(jnp.any(do_sample), drawn, lambda: greedy)
 
 

@@ -1,1 +1,9 @@
-"""The reference's names and call shapes, over the other rooms."""
+"""The reference's names and call shapes, a skin over the other rooms; only users and the command line import it.
+
+- `model`: `Glm4vForConditionalGeneration`: logits, loss, `generate`, saving and loading.
+- `multimodal`, `submodels`: `Glm4vModel`, `Glm4vVisionModel`, `Glm4vTextModel`.
+- `generate`: `model.generate` over the engine's slots.
+- `pipeline`: `pipeline("image-text-to-text")`.
+- `forward`: the jitted programs of a forward pass with the reference's optional outputs.
+- `outputs`: `Glm4vCausalLMOutputWithPast` and its kin.
+"""

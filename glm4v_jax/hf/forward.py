@@ -18,7 +18,7 @@ from glm4v_jax.model.nn import Linear, gather_tokens
 from glm4v_jax.model.runtime import Flat
 
 IGNORED_LABEL = -100
-"""The label of a position that does not count in the loss."""
+"""The label of a position that does not contribute to the loss."""
 
 
 @jax.jit
@@ -42,7 +42,7 @@ def forward(
     record: Capture,
     dropout_key: Array | None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None, Captured]:
-    """See `TextDecoder.__call__`; the cache is not donated, the caller may go on from it twice."""
+    """See `TextDecoder.__call__`; the cache is not donated, the caller may use it again."""
     hidden, cache, recorded = text.module(
         embeds, position_ids, segment_ids, cache, record=record, dropout_key=dropout_key
     )
@@ -63,7 +63,7 @@ def positions_at(hidden: Float[Array, "B T D"], indices: Int[Array, " I"]) -> Fl
 
 @jax.jit
 def logits(text: Flat[TextDecoder], head: Flat[Linear] | None, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Scores over the vocabulary; the head is None where it is tied to the embedding."""
+    """Logits over the vocabulary; the head is None where it is tied to the embedding."""
     return score(text.module, None if head is None else head.module, hidden)
 
 

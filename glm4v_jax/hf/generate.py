@@ -1,4 +1,4 @@
-"""Generation in the reference's shapes: a padded batch of prompts in, a padded batch of tokens out."""
+"""`model.generate` in the reference's shapes: a padded batch of prompts in, a padded batch of tokens out."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from glm4v_jax.inputs.prompt import prompts_of, token_array
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import Runtime
 
-# What processors make for other models' sake and generation does not need.
+# Outputs of processors that generation does not need.
 _NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
 _OF_THE_ENGINE = {"stop_strings": (), "think_budget": None, "stop_repetition": False, "logprobs": None}
 
@@ -45,8 +45,8 @@ def generate(
         min_p, repetition_penalty, num_return_sequences, eos_token_id (-1 never stops), pad_token_id, seed.
 
     Returns:
-      int64 [B * num_return_sequences, T + new]: the prompts as given, and what follows; rows that ended early go on
-      with the padding token.
+      int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens; rows that ended early are
+      filled with the padding token.
 
     Raises:
       GenerationError: an option is unknown or out of its range, or prompt and new tokens exceed
@@ -58,7 +58,7 @@ def generate(
     config = (generation_config or runtime.generation_config).replace(**options)
     for name, off in _OF_THE_ENGINE.items():
         if (found := getattr(config, name)) != off:
-            raise GenerationError(f"{name}: found {found!r}; expected nothing: it needs text, use glm4v_jax.Engine")
+            raise GenerationError(f"{name}: found {found!r}; expected {off!r}: it needs text, use glm4v_jax.Engine")
     input_ids = token_array(input_ids)
     num_new = config.new_tokens(input_ids.shape[-1], runtime.config.text_config.max_position_embeddings)
     inputs = {
@@ -88,7 +88,7 @@ def generate(
 
 
 def _digest(inputs: Mapping[str, Any], config: GenerationConfig) -> bytes:
-    """Equal, 16 bytes, for what is answered in the same way."""
+    """16 bytes, equal for equal requests."""
     digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
     for name, value in inputs.items():
         if value is not None:

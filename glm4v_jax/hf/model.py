@@ -1,7 +1,7 @@
-"""The models in the reference's shapes and names: NumPy arrays in, static-shape programs behind.
+"""`Glm4vForConditionalGeneration`, in the reference's shapes and names.
 
-These classes prepare a `Batch` on the host, run the programs inside their mesh, and cut the results back to the
-caller's shapes. For `jax.grad`, custom loops and training take the functional module, `model.module`, and
+The classes of this package prepare a `Batch` on the host, run static-shape programs in their mesh, and cut the results
+back to the caller's shapes. For `jax.grad`, custom loops and training take the functional module, `model.module`, and
 `make_batch`.
 """
 
@@ -26,7 +26,7 @@ from glm4v_jax.hf.forward import IGNORED_LABEL
 from glm4v_jax.hf.generate import generate
 from glm4v_jax.hf.multimodal import Glm4vModel, runtime_around
 from glm4v_jax.hf.outputs import Glm4vCausalLMOutputWithPast, PastKeyValues
-from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run
+from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, PaddedOutput
 from glm4v_jax.inputs.prompt import token_array
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.params import leaf_paths, num_params
@@ -102,17 +102,17 @@ class Glm4vForConditionalGeneration:
         """Write a checkpoint in Hugging Face layout, which `from_pretrained` here and in transformers loads.
 
         Weights in safetensors of this model's dtype, streamed tensor by tensor, config.json and generation_config.json;
-        what else is in the directory, such as a processor's files, stays. Weights of an earlier call are replaced once
-        the new ones are complete.
+        other files of the directory, such as a processor's, stay. Weights of an earlier call are replaced once the new
+        ones are complete.
 
         Args:
           save_directory: made if need be.
           max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
 
         Raises:
-          CheckpointError: the place is a file, or the model has leaves that a checkpoint has no place for.
-          ConfigError: max_shard_size is no size.
-          OSError: the disk refuses; the old weights are then untouched.
+          CheckpointError: the directory is a file, or the model has leaves that a checkpoint cannot hold.
+          ConfigError: max_shard_size is not a size.
+          OSError: writing failed; the old weights are then untouched.
         """
         with use_mesh(self.mesh):
             save_pretrained(self.module, self.generation_config, save_directory, max_shard_size=max_shard_size)
@@ -122,15 +122,15 @@ class Glm4vForConditionalGeneration:
     ) -> None:
         """Write an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
 
-        All processes that share the mesh call it, and each writes its own part.
+        All processes that share the mesh call it, and each writes its own shards.
 
         Args:
           save_directory: the directory to make; it appears under its name when it is complete.
-          assets: a checkpoint whose tokenizer and processor files travel along.
-          overwrite: replace what is there, once the new checkpoint is complete.
+          assets: a checkpoint whose tokenizer and processor files are copied.
+          overwrite: replace an existing checkpoint, once the new one is complete.
 
         Raises:
-          CheckpointError: the directory is taken, or the disk cannot hold the model.
+          CheckpointError: the directory exists, or the disk cannot hold the model.
         """
         save_model(
             self.module, save_directory, assets=assets, generation_config=self.generation_config, overwrite=overwrite
@@ -143,7 +143,7 @@ class Glm4vForConditionalGeneration:
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """What `generate` does unless told otherwise; the checkpoint's."""
+        """Default options of `generate`: the checkpoint's, unless set."""
         return self.runtime.generation_config
 
     @generation_config.setter
@@ -166,12 +166,12 @@ class Glm4vForConditionalGeneration:
         return self.model.dtype
 
     def num_parameters(self) -> int:
-        """How many there are; a tied head counts once, and the scales of quantised kernels do not."""
+        """Number of parameters; a tied head counts once, and the scales of quantised kernels do not."""
         leaves = zip(leaf_paths(self.module), jax.tree.leaves(self.module), strict=True)
         return num_params([leaf for path, leaf in leaves if not is_scale(path)])
 
     def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
-        """Merged tokens of each picture, [tokens, D]."""
+        """Merged tokens of each image, [tokens, D]."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
     def get_video_features(self, pixel_values_videos: np.ndarray, video_grid_thw: np.ndarray) -> tuple[Array, ...]:
@@ -194,7 +194,7 @@ class Glm4vForConditionalGeneration:
         """The reference's forward pass.
 
         Args:
-          labels: int [B, T], -100 where there is none; gives `loss`.
+          labels: int [B, T], -100 where a position does not count; `loss` is returned.
           logits_to_keep: the number of last positions to score, 0 for all, or their indices; 0 beside labels.
           return_dict: False for the tuple of the fields that are not None.
           input_ids, ..., *args, **kwargs: see `Glm4vModel.run`.
@@ -225,12 +225,12 @@ class Glm4vForConditionalGeneration:
         Args:
           input_ids: int [B, T], padded on either side where `attention_mask` is 0.
           **kwargs: the processor's other outputs (attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
-            video_grid_thw), and options that win over the checkpoint's generation_config.json: max_new_tokens,
+            video_grid_thw), and options that override the checkpoint's generation_config.json: max_new_tokens,
             max_length, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, num_return_sequences,
             eos_token_id (-1 never stops), pad_token_id, seed.
 
         Returns:
-          int64 [B * num_return_sequences, T + new]: the prompts as given, and what follows.
+          int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens.
 
         Raises:
           GenerationError, MessageError: before anything is computed.
@@ -241,7 +241,7 @@ class Glm4vForConditionalGeneration:
 def _checked_labels(labels: np.ndarray, extent: Extent, every: bool, vocab_size: int) -> np.ndarray:
     labels = token_array(labels, "labels")
     if not every or labels.shape != (extent.batch, extent.t):
-        kept = "" if every else " and some logits left out"
+        kept = "" if every else " and logits_to_keep"
         expected = [extent.batch, extent.t]
         raise MessageError(f"labels: found shape {list(labels.shape)}{kept}; expected {expected} and logits_to_keep=0")
     wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocab_size))
@@ -250,7 +250,7 @@ def _checked_labels(labels: np.ndarray, extent: Extent, every: bool, vocab_size:
     return labels
 
 
-def _kept(run: Run, logits_to_keep: int | np.ndarray) -> Array:
+def _kept(run: PaddedOutput, logits_to_keep: int | np.ndarray) -> Array:
     """[rows, K, D]: the padded hidden states of the positions to score."""
     t = run.extent.t
     if np.ndim(logits_to_keep):

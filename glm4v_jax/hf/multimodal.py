@@ -17,7 +17,7 @@ from glm4v_jax.devices.mesh import data_shards, reshard, use_mesh
 from glm4v_jax.errors import MessageError
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import Glm4vModelOutputWithPast, PastKeyValues
-from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Run, check_mask
+from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, PaddedOutput, check_mask
 from glm4v_jax.inputs.make_batch import make_batch
 from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.mrope import rope_index
@@ -43,7 +43,13 @@ def runtime_around(
 
 
 class Glm4vModel:
-    """ViT and decoder, without a head."""
+    """ViT and decoder, without a head.
+
+    >>> from glm4v_jax import Glm4vConfig, Glm4vModel
+    >>> model = Glm4vModel(Glm4vConfig.tiny(), dtype="float32")
+    >>> model(np.array([[5, 6, 7]])).last_hidden_state.shape
+    (1, 3, 64)
+    """
 
     def __init__(
         self, config: Glm4vConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
@@ -89,7 +95,7 @@ class Glm4vModel:
         return rope_index(input_ids, self.config, image_grid_thw, video_grid_thw, attention_mask, merge)
 
     def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
-        """Merged tokens of each picture, [tokens, D].
+        """Merged tokens of each image, [tokens, D].
 
         Raises:
           MessageError: there are no grids, or they count other patches.
@@ -111,7 +117,7 @@ class Glm4vModel:
         return tuple(jnp.split(self.visual(pixel_values, grid_thw), np.cumsum(sizes)[:-1].tolist()))
 
     def embed(self, batch: Batch, dropout_key: Array | None = None) -> Array:
-        """[B, T, D] embeddings of a batch, its pictures and videos in place."""
+        """[B, T, D] embeddings of a batch, with its images and videos in place."""
         features = None if batch.vision is None else self.visual.encode(batch.vision, dropout_key)
         return forward.embed(self.language_model.flat, batch.input_ids, features, batch.vision_index)
 
@@ -147,16 +153,16 @@ class Glm4vModel:
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         dropout_key: Array | None = None,
-    ) -> tuple[Run, np.ndarray]:
+    ) -> tuple[PaddedOutput, np.ndarray]:
         """Run the model in the current mesh.
 
-        Pictures and videos may be mixed in one prompt and one batch, and may come with a cache in a later turn.
+        Images and videos may be mixed in one prompt and one batch, and may come with a cache in a later turn.
         Positions follow from the tokens and grids, and with a cache from where it stands (`rope_deltas`, by default the
         cache's own).
 
         Args:
           input_ids: int [B, T]; or
-          inputs_embeds: [B, T, D], with pictures or videos only beside `position_ids`.
+          inputs_embeds: [B, T, D], with images or videos only together with `position_ids`.
           attention_mask: int [B, T], or [B, past + T] with a cache; 0 for padding.
           position_ids: int [3, B, T] or [B, T].
           past_key_values: the output of an earlier call; the inputs are then what follows.
@@ -170,7 +176,7 @@ class Glm4vModel:
           dropout_key: turns attention dropout on, in both parts.
 
         Returns:
-          What came of it, still padded, and rope deltas [B, 1].
+          The padded result, and rope deltas [B, 1].
 
         Raises:
           MessageError: the inputs contradict each other.
@@ -209,7 +215,7 @@ class Glm4vModel:
         return run, deltas
 
     def _embeds(self, batch: Batch, extent: Extent, inputs_embeds: Array | None, dropout_key: Array | None) -> Array:
-        """[rows, columns, D]: the batch's tokens, or the caller's embeddings in their place, with vision put in."""
+        """[rows, columns, D]: embeddings of the batch's tokens, or the caller's, with vision features in place."""
         if inputs_embeds is None:
             return self.embed(batch, dropout_key)
         embeds = self.language_model.pad_embeds(extent, inputs_embeds)
@@ -225,16 +231,12 @@ class Glm4vModel:
         pixel_values: np.ndarray | None,
         pixel_values_videos: np.ndarray | None,
     ) -> np.ndarray:
-        """Tokens [B, T] that say where `inputs_embeds` holds the image token's embedding; no more of them is needed."""
+        """Tokens [B, T] that mark where `inputs_embeds` holds the image token's embedding."""
         if position_ids is None:
             # The reference falls back to one-dimensional positions, and to wrong logits (trap T13).
-            raise MessageError(
-                "position_ids: found nothing; expected them beside inputs_embeds with pictures or videos"
-            )
+            raise MessageError("position_ids: found None; expected them with inputs_embeds and images or videos")
         if pixel_values is not None and pixel_values_videos is not None:
-            raise MessageError(
-                "inputs_embeds: found pictures and videos beside it; expected input_ids, to tell them apart"
-            )
+            raise MessageError("inputs_embeds: found images and videos with it; expected input_ids, to tell them apart")
         marker = self.get_input_embeddings(np.full((1, 1), self.config.image_token_id))[0, 0]
         is_image = np.asarray(jnp.all(inputs_embeds == marker, axis=-1))
         other = self.config.image_start_token_id if pixel_values is not None else self.config.video_start_token_id

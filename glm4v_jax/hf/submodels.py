@@ -1,7 +1,7 @@
-"""The ViT and the decoder in the reference's shapes and names; `modeling` puts them together.
+"""The ViT and the decoder in the reference's shapes and names; `multimodal` puts them together.
 
-Between the caller's shapes and the programs' stands an `Extent`: rows are padded to the shards of a batch and columns
-to a bucket on the way in, everything runs on padded arrays, and results are cut at the very end.
+An `Extent` maps the caller's shapes to those of the programs: rows are padded to the shards of a batch and columns to a
+bucket, everything runs on padded arrays, and results are cut at the very end.
 """
 
 import dataclasses
@@ -64,8 +64,8 @@ class Extent(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What came of a run of the decoder, still padded, and the caller's shapes to cut it to."""
+class PaddedOutput:
+    """Padded result of the decoder, and the caller's shapes to cut it to."""
 
     extent: Extent
     hidden: Array
@@ -89,7 +89,13 @@ class Run:
 
 
 class Glm4vVisionModel:
-    """The ViT and merger."""
+    """The ViT and merger.
+
+    >>> from glm4v_jax import Glm4vConfig, Glm4vVisionModel
+    >>> vision = Glm4vVisionModel(Glm4vConfig.tiny().vision_config, dtype="float32")
+    >>> vision(np.zeros((16, vision.config.patch_dim)), [[1, 4, 4]]).shape
+    (4, 64)
+    """
 
     def __init__(
         self, config: Glm4vVisionConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
@@ -112,7 +118,7 @@ class Glm4vVisionModel:
         return compute_dtype(self.flat)
 
     def __call__(self, hidden_states: np.ndarray, grid_thw: np.ndarray) -> Array:
-        """Encode pictures or frames.
+        """Encode images or frames.
 
         Args:
           hidden_states: float [patches, P], flattened patches in the processor's order.
@@ -143,7 +149,13 @@ class Glm4vVisionModel:
 
 
 class Glm4vTextModel:
-    """The decoder without a head."""
+    """The decoder without a head.
+
+    >>> from glm4v_jax import Glm4vConfig, Glm4vTextModel
+    >>> decoder = Glm4vTextModel(Glm4vConfig.tiny().text_config, dtype="float32")
+    >>> decoder(np.array([[5, 6, 7]])).last_hidden_state.shape
+    (1, 3, 64)
+    """
 
     def __init__(
         self, config: Glm4vTextConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
@@ -237,7 +249,7 @@ class Glm4vTextModel:
         output_attentions: bool = False,
         rope_deltas: np.ndarray | None = None,
         dropout_key: Array | None = None,
-    ) -> Run:
+    ) -> PaddedOutput:
         """Run the decoder on padded arrays, in the current mesh.
 
         Args:
@@ -260,7 +272,7 @@ class Glm4vTextModel:
         mask = check_mask(attention_mask, extent, past)
         segments = np.ones((extent.batch, extent.t), np.int32) if mask is None else mask[:, -extent.t :]
         if cache is not None and mask is not None and mask.shape[1] > extent.t:
-            # The mask may have changed for columns that the cache holds; the reference heeds that, so do we.
+            # The mask may have changed for columns that the cache holds; the reference applies that, so do we.
             known = np.zeros(cache.segments.shape, np.int32)
             known[: extent.batch, :past] = mask[:, :past]
             cache = cache._replace(segments=jax.device_put(known, cache.segments.sharding))
@@ -274,7 +286,7 @@ class Glm4vTextModel:
             full = jax.device_put(np.full(extent.rows, length, np.int32), cache.length.sharding)
             deltas = np.zeros((extent.batch, 1), np.int32) if rope_deltas is None else np.asarray(rope_deltas)
             kept = PastKeyValues(cache._replace(length=full), deltas, length)
-        return Run(extent, hidden, kept, recorded, past + extent.t)
+        return PaddedOutput(extent, hidden, kept, recorded, past + extent.t)
 
     def _cache_for(self, extent: Extent, past_key_values: PastKeyValues | None) -> KVCache:
         past = 0 if past_key_values is None else past_key_values.length

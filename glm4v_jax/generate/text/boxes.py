@@ -1,6 +1,6 @@
-"""Bounding boxes and points that an answer names, as pixels of the picture, and drawn on it.
+"""Bounding boxes and points that an answer names, as pixels of the image, and drawn on it.
 
-The model gives coordinates as numbers from 0 to 1000 along each axis of the *original* picture, whatever the size to
+The model gives coordinates as numbers from 0 to 1000 along each axis of the *original* image, whatever the size to
 which it was resized: x / width * 1000, y / height * 1000, top left before bottom right.
 """
 
@@ -63,22 +63,22 @@ def _groups(pattern: re.Pattern[str], text: str, limit: float) -> list[list[floa
 
 
 def to_pixels(boxes: Iterable[Sequence[float]], width: int, height: int) -> list[tuple[int, ...]]:
-    """Scales boxes, or points, to pixels of the original picture.
+    """Scales boxes, or points, to pixels of the original image.
 
     Args:
         boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000.
-        width, height: of the original picture, in pixels.
+        width, height: of the original image, in pixels.
 
     Returns:
-        Rounded pixels within the picture, each of the length it came in. Boxes have their corners in order and end at
+        Rounded pixels within the image, each of the length it came in. Boxes have their corners in order and end at
         edges, from 0 to `width` and `height`, as `PIL.Image.crop` takes them; points are pixels that exist, up to
         `width - 1` and `height - 1`.
 
     Raises:
-        GenerationError: a number is not finite, something is neither box nor point, or the picture is empty.
+        GenerationError: a number is not finite, something is neither box nor point, or the image is empty.
     """
     if width < 1 or height < 1:
-        raise GenerationError(f"picture: found {width} x {height} pixels; expected at least 1 x 1")
+        raise GenerationError(f"image: found {width} x {height} pixels; expected at least 1 x 1")
     pixels: list[tuple[int, ...]] = []
     for box in boxes:
         if len(box) not in (2, 4) or not all(math.isfinite(value) for value in box):
@@ -95,10 +95,10 @@ def _scaled(coordinate: float, size: int, last: int) -> int:
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[float]], labels: Sequence[str] = ()) -> Image.Image:
-    """Draws boxes, and points as small crosses, on an RGB copy of a picture, in bright colours with a black rim.
+    """Draws boxes, and points as small crosses, on an RGB copy of an image, in bright colours with a black rim.
 
     Args:
-        image: the original picture, or that picture at any other size.
+        image: the original image, or the same at any other size.
         boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000, as `find_boxes` and `find_points` return them.
         labels: what to write next to the first, second, ... of them; there may be fewer.
 
@@ -123,7 +123,7 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[float]], labels: Seq
 
 
 def _outline(draw: ImageDraw.ImageDraw, box: Sequence[int], colour: str, line: int, size: tuple[int, int]) -> None:
-    """Three lines side by side, rim, colour, rim, within the picture so that a box at its border is seen whole."""
+    """Three lines side by side, rim, colour, rim, within the image so that a box at its border is seen whole."""
     left, top, right, bottom = box
     # Right and bottom are edges, that is, one past the last pixel.
     left, top = min(left, size[0] - 1), min(top, size[1] - 1)
@@ -152,7 +152,7 @@ def _label(
     line: int,
     size: tuple[int, int],
 ) -> None:
-    """Writes black on a plate of the box's colour, above its corner where there is room, else within the picture."""
+    """Writes black on a plate of the box's colour, above its corner where there is room, else within the image."""
     font = ImageFont.load_default(size=max(10, 6 * line))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 4 * line, bottom - top + 4 * line

@@ -80,7 +80,7 @@ class ThinkingParser:
     - Box tags mark a part of an answer, or of text outside all tags. In a thought they mean nothing.
     - A tag that means nothing is left out like any other.
 
-    A stretch outside all tags is left out if it is only whitespace, as between `</think>` and `<answer>`. Other
+    A section outside all tags is omitted if it is only whitespace, as between `</think>` and `<answer>`. Other
     whitespace stays; `Parsed` has it stripped.
     """
 
@@ -90,7 +90,7 @@ class ThinkingParser:
         self._held = ""
         self._region = Kind.TEXT
         self._depth = 0
-        # Whitespace with which a stretch outside all tags began; None once the stretch has shown something else.
+        # Whitespace at the start of a section outside all tags; None once the section has shown something else.
         self._blank: list[str] | None = []
         self._has_thought = self._has_answer = False
         self._is_thought_closed = self._is_answer_closed = False

@@ -146,7 +146,7 @@ class TestPixels:
     def test_errors(self, box):
         with pytest.raises(GenerationError, match="box: found"):
             to_pixels([box], 10, 10)
-        with pytest.raises(GenerationError, match="picture: found 0 x 10"):
+        with pytest.raises(GenerationError, match="image: found 0 x 10"):
             to_pixels([], 0, 10)
 
 
