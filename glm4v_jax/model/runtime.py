@@ -70,8 +70,8 @@ class Flat(Generic[M]):
 class Runtime:
     """A model on its mesh: what engine, slots, feature pool, warm-up and evaluation during training stand on.
 
-    >>> from glm4v_jax.config.model import Glm4vConfig
-    >>> runtime = Runtime.of(random_module(Glm4vConfig.tiny(), seed=0, dtype="float32"))
+    >>> with meshes.use_mesh():
+    ...     runtime = Runtime.of(random_module(Glm4vConfig.tiny(), seed=0, dtype="float32"))
     >>> runtime.dtype.name, runtime.text.module.config.hidden_size
     ('float32', 64)
 
