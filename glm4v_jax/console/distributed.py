@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO, Annotated, NoReturn
 
 import tyro
@@ -18,6 +16,8 @@ from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 
 INTERRUPTED = 130
 """Exit status of a shell command that Ctrl-C ended."""
+LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+"""Of JAX's native code; 3 is for fatal errors only. Set it to 0 to see how processes lose each other."""
 READER_GONE = 141
 """Exit status of a shell command whose reader went away."""
 
@@ -72,7 +72,7 @@ def joined(options: DistributedOptions | None, prog: str, status: int = 1, *, de
       options: of the command; None for one that runs in one process.
       prog: the program's name in messages.
       status: of this process after an error.
-      debug: print tracebacks, and the native log as it is.
+      debug: print tracebacks, and what native code prints.
 
     Raises:
       ConfigError: the options are contradictory, or the others cannot be reached.
@@ -80,18 +80,22 @@ def joined(options: DistributedOptions | None, prog: str, status: int = 1, *, de
     if options is None or not options.is_one_of_several:
         yield
         return
+    if not debug:
+        os.environ.setdefault(LOG_LEVEL, "3")
+    errors = sys.stderr
+
+    def report(message: str) -> None:
+        print(f"{prog}: error: {message}", file=errors, flush=True)
+
     with contextlib.ExitStack() as streams:
-        errors = sys.stderr if debug else streams.enter_context(_own_streams(prog))
-
-        def tell(message: str) -> None:
-            print(f"{prog}: error: {message}", file=errors, flush=True)
-
+        if not debug:
+            streams.enter_context(_without_native_output())
         from glm4v_jax.devices import distributed
         from glm4v_jax.devices.failure import fail
 
         given = (options.coordinator, options.num_processes, options.process_id)
         try:
-            if distributed.init_distributed(*given, tell=tell) and not distributed.is_first():
+            if distributed.init_distributed(*given, tell=report) and not distributed.is_first():
                 silent = streams.enter_context(open(os.devnull, "w"))
                 streams.enter_context(contextlib.redirect_stdout(silent))
                 streams.enter_context(contextlib.redirect_stderr(silent))
@@ -123,29 +127,19 @@ def _end(error: BaseException, fail: Callable[..., NoReturn], status: int, log: 
 
 
 @contextlib.contextmanager
-def _own_streams(prog: str) -> Iterator[IO[str]]:
-    """Keep Python's standard output and error apart from native code's, which goes through `native_log`."""
-    program = Path(__file__).with_name("native_log.py")
-    kept = os.dup(1), os.dup(2)
-    with contextlib.ExitStack() as stack:
-        ours = [
-            stack.enter_context(open(os.dup(number), "w", encoding=old.encoding, errors=old.errors, buffering=1))
-            for number, old in zip(kept, (sys.stdout, sys.stderr), strict=True)
-        ]
-        for old in (sys.stdout, sys.stderr):
-            old.flush()
-        log = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(program), f"{prog}: error: "], stdin=subprocess.PIPE, stdout=kept[1]
-        )
-        assert log.stdin is not None
-        for number in (1, 2):
-            os.dup2(log.stdin.fileno(), number)
-        log.stdin.close()
+def _without_native_output() -> Iterator[None]:
+    """Drop what native code writes to standard output, which is for answers: Gloo prints its connections there."""
+    old = sys.stdout
+    old.flush()
+    kept = os.dup(1)
+    with (
+        open(os.dup(kept), "w", encoding=old.encoding, errors=old.errors, buffering=1) as stdout,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(stdout),
+    ):
+        os.dup2(nowhere.fileno(), 1)
         try:
-            with contextlib.redirect_stdout(ours[0]), contextlib.redirect_stderr(ours[1]):
-                yield ours[1]
+            yield
         finally:
-            for number, descriptor in zip((1, 2), kept, strict=True):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-            log.wait()
+            os.dup2(kept, 1)
+            os.close(kept)

@@ -116,8 +116,10 @@ def test_a_killed_process_ends_the_others(victim):
     assert found[victim][0] == -signal.SIGKILL
     status, _, errors = found[1 - victim]
     assert status != 0
-    said = "process 0 is gone" if victim == 0 else "a computation failed, perhaps because another process is gone: "
-    assert errors[-1].startswith(f"glm4v: error: {said}")
+    if victim == 0:  # JAX's native code ends the process
+        assert "JAX distributed service detected fatal errors" in "".join(errors)
+    else:
+        assert errors[-1].startswith("glm4v: error: a computation failed, perhaps because another process is gone: ")
 
 
 def test_a_process_without_heartbeats_ends_the_others():
@@ -126,7 +128,7 @@ def test_a_process_without_heartbeats_ends_the_others():
         processes[1].send_signal(signal.SIGSTOP)
         ((status, _, errors),) = ended(processes[:1])
     assert status != 0
-    assert errors == ["glm4v: error: process 1 is gone: nothing was heard of it for too long"]
+    assert "stopped sending heartbeats" in "".join(errors)
 
 
 def test_an_interrupt_of_one_process_ends_all():
@@ -142,7 +144,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with running(*generate(2, *ASKED), directories=(".", "elsewhere")) as processes:
         found = ended(processes)
-    missing = "--image noise.png: there is no such file or directory"
+    missing = "--image: found noise.png, which does not exist; expected an image or a video"
     assert [status for status, _, _ in found] == [1, 1]
     assert [out for _, out, _ in found] == ["", ""]
     assert found[0][2][-1] == f"glm4v: error: process 1: {missing}"
@@ -255,10 +257,9 @@ def test_a_missing_process_is_reported():
     port = free_port()
     with running(*([__file__, "few", port, 3, i] for i in range(2))) as processes:
         found = ended(processes)
-    said = "found fewer processes than --num-processes when the time was over; expected all of them to be started"
     for status, _, errors in found:
         assert status != 0
-        assert errors == [f"glm4v: error: {said}"]
+        assert "RegisterTask" in "".join(errors)  # in JAX's native words
 
 
 def test_chat_is_for_one_process(monkeypatch, capfd):

@@ -1,4 +1,4 @@
-"""Pictures and videos that are added to a conversation, loaded once and at once."""
+"""Images and videos for a conversation, each loaded once, when it is added."""
 
 import dataclasses
 import os
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Attachment:
-    """A picture or video.
+    """An image or video.
 
     Attributes:
       kind: which of the two.
-      place: its path or address, as it was given.
+      place: path or address, as it was given.
       source: what a processor takes: a Pillow image, or a path or bytes of a video.
-      about: its size and tokens, for a person.
+      about: size and number of tokens, for a person.
     """
 
     kind: Literal["image", "video"]
@@ -29,21 +29,21 @@ class Attachment:
 
 
 def attach(kind: Literal["image", "video"], place: str, processor: "Glm4vProcessor") -> Attachment:
-    """Load a picture, or look at a video.
+    """Load an image, or look at a video.
 
     Raises:
-      MediaError: it is not there, or cannot be read or prepared; the message names it.
+      MediaError: it does not exist, or cannot be read or prepared.
     """
     from glm4v_jax.inputs.media.fetch import is_address
 
     if not is_address(place):
         place = os.path.expanduser(place)
         if not os.path.exists(place):
-            raise MediaError(f"{named(place)}: there is no such file or directory")
-    return _picture(place, processor) if kind == "image" else _video(place, processor)
+            raise MediaError(f"{named(place)}: found no such file; expected an image or a video")
+    return _image(place, processor) if kind == "image" else _video(place, processor)
 
 
-def _picture(place: str, processor: "Glm4vProcessor") -> Attachment:
+def _image(place: str, processor: "Glm4vProcessor") -> Attachment:
     from glm4v_jax.inputs.media.load import load_image
 
     image = load_image(place)
@@ -78,7 +78,7 @@ def _tokens(grids: Any, merge_size: int) -> int:
 
 
 def places(text: str) -> list[str]:
-    """The paths or addresses in a line: one with spaces in it, or several, quoted as in a shell where need be.
+    """Split a line into paths or addresses: one with spaces in it, or several, quoted as in a shell.
 
     Raises:
       MediaError: there is none, or a quote is not closed.
@@ -91,7 +91,7 @@ def places(text: str) -> list[str]:
     try:
         found = shlex.split(text)
     except ValueError as error:
-        raise MediaError(f"{text}: there is no such file, and as several: {error}") from error
+        raise MediaError(f"{text}: found no such file; expected one, or several in quotes ({error})") from error
     if not found:
-        raise MediaError("found no file, expected its path or address")
+        raise MediaError("found no file; expected a path or address")
     return found

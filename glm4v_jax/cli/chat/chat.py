@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from glm4v_jax.console.distributed import check_alone
@@ -17,7 +17,7 @@ from glm4v_jax.inputs.media.quiet import silent_decoders
 if TYPE_CHECKING:
     from glm4v_jax.cli.chat.session import Session
 
-PROMPT, MORE = "> ", ". "
+PROMPT, CONTINUATION = "> ", ". "
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,8 +60,10 @@ class Chat(Options):
             self._read(session)
 
     def _talk(self, session: "Session") -> None:
-        """With a person: what is wrong is said, and the conversation goes on."""
-        _use_readline(session.commands)
+        """With a person: errors are printed, and the conversation continues."""
+        from glm4v_jax.cli.chat.commands import COMMANDS
+
+        _use_readline(COMMANDS)
         session.say("/help lists the commands; Ctrl-D leaves")
         was_interrupted = False
         while not session.is_over:
@@ -82,13 +84,13 @@ class Chat(Options):
                 self._take(session, line)
             except KeyboardInterrupt:
                 print(file=sys.stderr)
-                session.say("stopped; the conversation goes on")
+                session.say("stopped; the conversation continues")
 
     def _read(self, session: "Session") -> None:
-        """With a file or a pipe: the same, and an exit status at the end.
+        """With a file or a pipe: the same, with an error at the end if there were any.
 
         Raises:
-          MessageError: some lines could not be taken.
+          MessageError: some lines failed.
         """
         failed = 0
         while not session.is_over:
@@ -101,8 +103,11 @@ class Chat(Options):
             raise MessageError(f"{failed} line{'s' * (failed != 1)} of the input failed")
 
     def _take(self, session: "Session", line: str) -> bool:
+        """Handle a line; print what is wrong with it, and return whether nothing is."""
+        from glm4v_jax.cli.chat.commands import handle
+
         try:
-            session.take(line)
+            handle(session, line)
         except BrokenPipeError:
             raise
         except (Glm4vError, OSError) as error:
@@ -114,14 +119,14 @@ class Chat(Options):
 
 
 def _next_message() -> str:
-    """A line, with those that it goes on in.
+    """Read a line, with its continuation lines.
 
     Raises:
       EOFError: there are no more.
     """
     line = _next_line(PROMPT)
     while line.endswith("\\"):
-        line = f"{line[:-1]}\n{_next_line(MORE)}"
+        line = f"{line[:-1]}\n{_next_line(CONTINUATION)}"
     return line
 
 
@@ -135,8 +140,8 @@ def _next_line(prompt: str) -> str:
     return input(prompt)
 
 
-def _use_readline(commands: Sequence[str]) -> None:
-    """Editing and history of lines, and completion of commands and file names, where the system has them."""
+def _use_readline(commands: Iterable[str]) -> None:
+    """Switch on line editing, history, and completion of commands and file names, where the system has readline."""
     with contextlib.suppress(ImportError):
         import glob
         import readline

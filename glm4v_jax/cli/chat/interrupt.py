@@ -1,4 +1,4 @@
-"""Ctrl-C that stops an answer, and not the program."""
+"""Ctrl-C that stops an answer and not the program."""
 
 import signal
 from types import FrameType

@@ -1,4 +1,4 @@
-"""Conversations as files: Markdown to be read, or JSON to go on with."""
+"""Conversations as files: Markdown to read, or JSON to continue from."""
 
 import dataclasses
 import errno
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 SUFFIXES = (".md", ".markdown", ".txt", ".json")
-"""Of the files that conversations are written to."""
+"""Of the files for conversations."""
 
-# How `save` begins, and what its object has.
+# The beginning of the Markdown that `save` writes, and the fields of its JSON.
 _MARKDOWN = [b"#", b"Conversation", b"Model:"]
 _FIELDS = {"model", "messages", "completions"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What the user said, and what came back.
+    """A message of the user, and the answer.
 
     Attributes:
       text: of the message.
-      attachments: what came before the text, pictures before videos.
+      attachments: what came before the text, images before videos.
       completion: the model's turn.
-      reused: how many tokens of the prompt were in the cache.
+      reused: tokens of the prompt that were in the KV cache.
       seconds: of the whole turn.
-      compiled: seconds of these in which programs were compiled.
-      first: seconds until the first piece of the answer.
-      rate: tokens a second behind that piece; None where it was all.
+      compiled: how many of these went into compilation.
+      first: seconds until the first part of the answer.
+      rate: tokens per second after that part; None if there were no more.
     """
 
     text: str
@@ -59,35 +59,35 @@ def save(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a conversation, in one piece or not at all: JSON where the name ends in .json, Markdown otherwise.
+    """Write a conversation, completely or not at all: JSON where the name ends in .json, Markdown otherwise.
 
     Raises:
-      MessageError: the file's name is not that of a text.
-      OSError: the file cannot be written, or is there and is no conversation, or `overwrite` is not set.
+      MessageError: the file's name does not end in one of `SUFFIXES`.
+      OSError: the file cannot be written; or it exists, and is not a conversation or `overwrite` is not set.
     """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a directory, expected the name of a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "found a directory; expected the name of a file", str(path))
     if path.suffix.lower() not in SUFFIXES:
-        raise MessageError(f"{path}: found a name that ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+        raise MessageError(f"{path}: found a name that ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     if path.exists() and not _is_transcript(path):
-        raise FileExistsError(
-            errno.EEXIST, "is there and is no conversation of glm4v chat: expected another", str(path)
-        )
+        raise FileExistsError(errno.EEXIST, "found a file that is no conversation; expected another name", str(path))
     if path.exists() and not overwrite:
-        raise FileExistsError(errno.EEXIST, "is there already: /save! replaces it", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "found an earlier conversation; expected another name; /save! overwrites it", str(path)
+        )
     if path.suffix.lower() == ".json":
         told = _as_object(model, system, turns, tokenizer)
         content = to_json(told, ensure_ascii=False, indent=2) + "\n"
     else:
         content = _as_markdown(model, system, turns)
     if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(path.parent))
     with replacing(path) as aside:
         aside.write_text(content, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _is_transcript(path: pathlib.Path) -> bool:
-    """Whether a file is one of `save`.
+    """Whether `save` wrote a file.
 
     Raises:
       OSError: it cannot be read.
