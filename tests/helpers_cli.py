@@ -30,7 +30,7 @@ def save_noise(path, height=56, width=84, kind=None, seed=0):
     PIL.Image.fromarray(pixels).save(path, kind)
 
 
-def save_film(path):
+def save_video(path):
     """Writes two seconds at two frames a second, as an animated picture."""
     frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)

@@ -1,7 +1,11 @@
-"""What every command is tested with: a directory to work in, something to show, and no weights where none are due."""
+"""Fixtures of commands: a directory to work in, media, and no weights where none are due."""
+
+import os
+import subprocess
+import sys
 
 import pytest
-from helpers_cli import refuse_weights, save_film
+from helpers_cli import ROOT, refuse_weights, save_noise, save_video
 
 
 @pytest.fixture(autouse=True)
@@ -11,13 +15,36 @@ def in_a_directory(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def film():
-    """Two seconds at two frames a second, as an animated picture."""
-    save_film("film.gif")
-    return "film.gif"
+def image():
+    """Random pixels."""
+    save_noise("image.png")
+    return "image.png"
+
+
+@pytest.fixture
+def video():
+    """Two seconds at two frames per second, as an animated image."""
+    save_video("video.gif")
+    return "video.gif"
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if weights are asked for."""
     refuse_weights(monkeypatch)
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Runs Python code in a process in an empty directory; returns what it prints, and expects no complaint."""
+
+    def run(code, *arguments, **variables):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **variables}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return run

@@ -14,9 +14,9 @@ from glm4v_jax.files import size_text
 
 @dataclasses.dataclass(kw_only=True)
 class Cache(JsonOptions):
-    """Show the cache of compiled programs: its directory, number of files, size, and bound; or clear it.
+    """Show the cache of compiled programs, or clear it.
 
-    The directory is $JAX_COMPILATION_CACHE_DIR, or glm4v_jax/xla in the user's cache directory. A program that is not
+    Prints its directory, number of files, size and bound. The directory is $JAX_COMPILATION_CACHE_DIR, or glm4v_jax/xla in the user's cache directory. A program that is not
     in the cache is compiled again.
     """
 

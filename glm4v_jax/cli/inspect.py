@@ -29,9 +29,9 @@ SOFTWARE = "glm4v inspect"
 
 @dataclasses.dataclass(kw_only=True)
 class Inspect(JsonOptions):
-    """Show what the model will see of images and videos: one PNG with the grids of their patches and tokens.
+    """Show what the model will see of images and videos.
 
-    Prints sizes, tokens, M-RoPE positions, and how much was scaled down. No weights are loaded.
+    Writes one PNG with the grids of their patches and tokens, and prints sizes, tokens, M-RoPE positions, and how much was scaled down. No weights are loaded.
     """
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]

@@ -25,7 +25,9 @@ RELEASED = "9b"
 
 @dataclasses.dataclass(kw_only=True)
 class Mesh(JsonOptions):
-    """Show how a mesh splits a model: memory per device for weights and cache, and the presets to choose from.
+    """Show how a mesh splits a model over devices, and the memory that each needs.
+
+    Without a mesh, compare all presets.
 
     The devices need not exist, and no weights are read.
     """

@@ -1,4 +1,4 @@
-"""Answers on their way to a person's screen, or to whatever else standard output is."""
+"""An answer on its way to a terminal, or to whatever else standard output is."""
 
 import contextlib
 import sys
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 STYLES = {Kind.TEXT: "", Kind.THOUGHT: "dim italic", Kind.ANSWER: "", Kind.BOX: "bold"}
 
-# Seconds; of answers that came at once there is nothing to measure between two bursts.
+# Less is too little to measure.
 _LEAST_SECONDS = 0.1
 
 
 class AnswerWriter:
-    """Writes an answer to standard output while it is made.
+    """Writes an answer to standard output while it is generated.
 
-    On a terminal that knows styles thoughts are dim and boxed answers bold, and the tags that say so are left out.
-    Elsewhere the text goes out as the model wrote it, with its tags.
+    On a terminal with styles thoughts are dim, boxed answers bold, and tags hidden; elsewhere the text is written as
+    the model generated it.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class AnswerWriter:
         self._began_as_text = False
 
     def show(self, delta: "Delta") -> None:
-        """Writes a piece, and does not keep it."""
+        """Write a part of the answer."""
         if self._console is None:
             self._write_plainly(delta.text)
             return
@@ -48,18 +48,18 @@ class AnswerWriter:
             self._is_at_start = self._is_at_start and not text
             self._began_as_text |= self._last is None and kind is Kind.TEXT
             self._last = kind
-            # Wrapped by the terminal and not by rich, which sees pieces and no lines.
+            # Wrapped by the terminal and not by rich, which does not see whole lines.
             self._console.print(rich.text.Text(printable(text), style=STYLES[kind]), end="", soft_wrap=True)
 
     def end(self, completion: "Completion | None") -> None:
-        """Ends the line; says so if what was shown as text turned out to be a thought."""
+        """End the line; note if what was shown as text turned out to be a thought."""
         if self._console is None:
             self._write_plainly("\n")
             return
         self._console.print()
         has_thought = completion is not None and completion.parsed.is_thought_closed and bool(completion.thought)
         if has_thought and self._began_as_text and completion is not None and THINK not in completion.text:
-            self._console.print(f"(what came before {END_THINK} was the thought: it had no opening tag)", style="dim")
+            self._console.print(f"(the text before {END_THINK} is a thought without an opening tag)", style="dim")
 
     @staticmethod
     def _write_plainly(text: str) -> None:
@@ -69,32 +69,32 @@ class AnswerWriter:
 
 
 def _is_new_section(last: Kind, kind: Kind) -> bool:
-    """Whether a thought begins or ends here, with or without its tags. A box is part of what is around it."""
+    """Whether a thought begins or ends here, with or without tags. A box belongs to the text around it."""
     return (kind is Kind.THOUGHT) != (last is Kind.THOUGHT) or (last is Kind.TEXT and kind is Kind.ANSWER)
 
 
 def after_status(deltas: "Iterator[Delta]", text: str) -> "Iterator[Delta]":
-    """The same pieces; until the first comes, a person is told what is going on."""
+    """Yield the same parts; until the first comes, show a spinner with a text."""
     with status(text):
         first = next(deltas, None)
     if first is not None:
-        # Closed with this one: a generator that only waits for its end would go on making tokens.
+        # Closed together with this generator: otherwise it would continue to generate tokens.
         with contextlib.closing(deltas):  # type: ignore[type-var]
             yield first
             yield from deltas
 
 
 def rate_after_first(tokens: int, burst: int, seconds: float, first: float) -> float | None:
-    """Tokens a second behind the first piece of an answer, before which its prompt is run and programs are compiled.
+    """Tokens per second after the first part of an answer; before it, its prompt is run and programs are compiled.
 
     Args:
       tokens: of the answer.
-      burst: of its first piece.
+      burst: of its first part.
       seconds: of the whole.
-      first: seconds until the first piece came.
+      first: seconds until the first part.
 
     Returns:
-      None where the first piece was all, or the rest came too soon behind it to be measured.
+      None if the first part was all, or the rest came too soon after it to be measured.
     """
     is_slow = tokens > burst and seconds - first > _LEAST_SECONDS
     return (tokens - burst) / (seconds - first) if is_slow else None

@@ -125,10 +125,10 @@ class MediaOptions:
     """What the model is shown."""
 
     image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """An image: a path or an http(s) address; may be given more than once."""
+    """An image: a path or an http(s) address."""
 
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """A video, or a directory of its frames; placed after the images. May be given more than once."""
+    """A video, or a directory of its frames; placed after the images."""
 
     def check(self) -> None:
         """Check that the files exist, before anything slow begins.
@@ -170,7 +170,7 @@ class SamplingOptions:
     """Tokens for the answer after a thought that was closed by --think-budget."""
 
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
-    """End before this text; may be given more than once."""
+    """End before this text."""
 
     stop_repetition: bool = False
     """End when the text repeats itself."""
@@ -240,7 +240,7 @@ class SamplingOptions:
 
 @dataclasses.dataclass(kw_only=True)
 class LongSamplingOptions(SamplingOptions):
-    """How the model generates, with room for a thought and an answer by default; see `long_answer`."""
+    """How the model generates."""  # with room for a thought and an answer by default, see `long_answer`
 
     max_new_tokens: Annotated[
         int | None,

@@ -21,8 +21,8 @@ from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE, joined
 from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 
 PROGRAMS = {
-    "convert": "Convert checkpoints between Hugging Face and Orbax formats; inspect and compare them.",
-    "train": "Fine-tune a model on your own images, videos and conversations.",
+    "convert": "Convert checkpoints between Hugging Face and Orbax formats.",
+    "train": "Fine-tune a model on your own data.",
     "eval": "Score a checkpoint on benchmarks; compare two runs.",
 }
 """The programs beside this package: name -> description."""

@@ -1,4 +1,4 @@
-"""`glm4v describe`: which files it describes, what it writes, and that it goes on where it ended."""
+"""`glm4v describe`: which files it describes, what it writes, and how it resumes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from glm4v_jax.tiny import TINY_CHECKPOINT
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures of different sizes, one cut off, one in a folder inside, and files that are no pictures."""
+    """Two images of different sizes, one truncated, one in a subdirectory, and files that are not images."""
     folder = tmp_path / "photos"
     (folder / "inside").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -32,8 +32,8 @@ def folder(tmp_path):
         kind = {".jpg": "JPEG", ".webp": "WEBP"}.get(pathlib.Path(name).suffix, "PNG")
         save_noise(folder / name, size[1], size[0], kind, seed=len(name))
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:3000])
-    (folder / "notes.txt").write_text("no picture")
-    (folder / "clip.mp4").write_bytes(b"no picture either")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "clip.mp4").write_bytes(b"not an image either")
     (folder / "paper.pdf").write_bytes(b"%PDF-1.4")
     return folder
 
@@ -46,31 +46,31 @@ def captions(path="photos/captions.jsonl"):
     return keyed(pathlib.Path(path), "file")
 
 
-def test_every_picture_gets_a_caption(folder, capfd):
+def test_every_image_gets_a_caption(folder, capfd):
     assert describe("photos", "--json") == 1
     captured = capfd.readouterr()
-    told = captions()
-    assert sorted(told) == ["a.png", "b.jpg", "cut.png", "no extension"]
-    assert (told["a.png"]["width"], told["a.png"]["height"]) == (84, 56)
-    assert (told["b.jpg"]["width"], told["b.jpg"]["height"]) == (100, 120)
-    assert told["a.png"]["caption"] == told["a.png"]["text"].strip() != ""
-    assert told["a.png"]["new_tokens"] == 6
-    assert told["cut.png"].keys() == {"file", "key", "error"}
-    assert "truncated" in told["cut.png"]["error"]
-    assert captured.err.splitlines()[0] == "3 files skipped: no pictures"
-    assert "pictures/s" in captured.err
-    assert captured.err.endswith("error: 1 of 4 pictures failed; see 'error' in photos/captions.jsonl\n")
+    lines = captions()
+    assert sorted(lines) == ["a.png", "b.jpg", "cut.png", "no extension"]
+    assert (lines["a.png"]["width"], lines["a.png"]["height"]) == (84, 56)
+    assert (lines["b.jpg"]["width"], lines["b.jpg"]["height"]) == (100, 120)
+    assert lines["a.png"]["caption"] == lines["a.png"]["text"].strip() != ""
+    assert lines["a.png"]["new_tokens"] == 6
+    assert lines["cut.png"].keys() == {"file", "key", "error"}
+    assert "truncated" in lines["cut.png"]["error"]
+    assert captured.err.splitlines()[0] == "skipped 3 files that are not images"
+    assert "images/s" in captured.err
+    assert captured.err.endswith("error: 1 of 4 images failed; see 'error' in photos/captions.jsonl\n")
     assert "file cut.png: image 0: photos/cut.png: is truncated" in captured.err
     summary = json.loads(captured.out)
     assert (summary["total"], summary["done"], summary["failed"], summary["skipped"]) == (4, 3, 1, 3)
 
     # The caption is the answer to the same prompt alone.
-    options = ["--seed", str(told["a.png"]["seed"]), "--max-new-tokens", "6", "--image", "photos/a.png", PROMPT]
+    options = ["--seed", str(lines["a.png"]["seed"]), "--max-new-tokens", "6", "--image", "photos/a.png", PROMPT]
     assert main.main(["generate", "--json", *options]) == 0
-    assert json.loads(capfd.readouterr().out)["text"] == told["a.png"]["text"]
+    assert json.loads(capfd.readouterr().out)["text"] == lines["a.png"]["text"]
 
 
-def test_a_thought_is_no_part_of_a_caption(folder):
+def test_a_caption_has_no_thought(folder):
     (folder / "cut.png").unlink()
     assert describe("photos", "--think-budget", 4, "--answer-budget", 5) == 0
     for line in captions().values():
@@ -83,14 +83,14 @@ def test_there_is_room_for_a_thought_by_default():
     assert long_answer("another") == 2048
 
 
-def test_folders_inside_and_another_place_and_prompt(folder, capfd):
+def test_subdirectories_another_file_and_another_prompt(folder):
     (folder / "cut.png").unlink()
     assert describe("photos", "--recursive", "--out", "out.jsonl", "--prompt", "What is it?") == 0
     assert sorted(captions("out.jsonl")) == ["a.png", "b.jpg", "inside/c.webp", "no extension"]
     assert not (folder / "captions.jsonl").exists()
 
 
-def test_it_goes_on_with_new_pictures_and_those_that_failed_from_wherever_it_is_called(folder, capfd, monkeypatch):
+def test_a_later_run_describes_new_and_failed_images(folder, capfd, monkeypatch):
     assert describe("photos") == 1
     first = captions()
     (folder / "b.jpg").unlink()
@@ -99,26 +99,26 @@ def test_it_goes_on_with_new_pictures_and_those_that_failed_from_wherever_it_is_
     monkeypatch.chdir(folder)
     capfd.readouterr()
     assert describe(".") == 0
-    told = captions("captions.jsonl")
-    assert sorted(told) == ["0 new.png", "a.png", "b.jpg", "cut.png", "no extension"]
-    # Of a picture that is gone the caption stays.
-    assert {name: told[name] for name in ("a.png", "b.jpg", "no extension")} == {
+    lines = captions("captions.jsonl")
+    assert sorted(lines) == ["0 new.png", "a.png", "b.jpg", "cut.png", "no extension"]
+    # The caption of a deleted image stays.
+    assert {name: lines[name] for name in ("a.png", "b.jpg", "no extension")} == {
         name: first[name] for name in ("a.png", "b.jpg", "no extension")
     }
-    assert "4 of 4 answered (2 of them by an earlier run), 0 failed" in capfd.readouterr().err
+    assert "4 of 4 images answered (2 of them by an earlier run), 0 failed" in capfd.readouterr().err
 
 
-def test_a_link_that_leads_nowhere_does_not_keep_the_rest_from_going_on(folder, capfd):
+def test_a_dangling_link_is_an_error_in_its_line(folder, capfd):
     (folder / "cut.png").unlink()
     os.symlink(folder / "gone.png", folder / "link.png")
     os.symlink(folder / "gone.txt", folder / "link.txt")
     for _ in range(2):
         assert describe("photos") == 1
-        assert "1 of 4 pictures failed" in capfd.readouterr().err
+        assert "1 of 4 images failed" in capfd.readouterr().err
     assert "no such file" in captions()["link.png"]["error"]
 
 
-def test_a_large_picture_is_no_suspect(folder, monkeypatch):
+def test_pillow_does_not_warn_of_large_images(folder, monkeypatch):
     # Half of the size that is refused; as an error, a warning would be in the captions.
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100 * 120 // 2)
     warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
@@ -127,7 +127,7 @@ def test_a_large_picture_is_no_suspect(folder, monkeypatch):
     assert main.main(["generate", "--max-new-tokens", "1", "--image", "photos/b.jpg", "What?"]) == 0
 
 
-def test_a_finished_folder_needs_no_weights_and_another_prompt_is_refused(folder, capfd, request):
+def test_a_finished_directory_needs_no_weights_and_refuses_another_prompt(folder, capfd, request):
     (folder / "cut.png").unlink()
     assert describe("photos") == 0
     before = (folder / "captions.jsonl").read_bytes()
@@ -143,19 +143,19 @@ def test_a_finished_folder_needs_no_weights_and_another_prompt_is_refused(folder
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], ["nowhere", "no directory"]),
-        (["photos/a.png"], ["photos/a.png", "no directory"]),
-        (["empty"], ["empty", "found no picture among 1 files", "--recursive"]),
+        (["nowhere"], ["nowhere: Not a directory"]),
+        (["photos/a.png"], ["photos/a.png: Not a directory"]),
+        (["empty"], ["empty", "found no image among 1 files", "--recursive"]),
         (["photos", "--slots", "0"], ["--slots", "0"]),
-        (["photos", "--out", "photos/a.png"], ["a.png", "is among what is asked about"]),
-        (["photos", "--out", "photos/a.png", "--restart"], ["a.png", "is among what is asked about"]),
-        (["photos", "--out", "photos/notes.txt"], ["notes.txt:1", "no answer"]),
-        (["photos", "--out", "photos/notes.txt", "--restart"], ["notes.txt", "no file of answers to replace"]),
+        (["photos", "--out", "photos/a.png"], ["--out: found photos/a.png, a file that is read"]),
+        (["photos", "--out", "photos/a.png", "--restart"], ["--out: found photos/a.png, a file that is read"]),
+        (["photos", "--out", "photos/notes.txt"], ["notes.txt:1: found no answer"]),
+        (["photos", "--out", "photos/notes.txt", "--restart"], ["notes.txt: found no file of answers to replace"]),
     ],
 )
-def test_what_cannot_be_described_is_said(folder, capfd, arguments, words):
+def test_an_invalid_directory_or_file_is_refused(folder, capfd, arguments, words):
     pathlib.Path("empty").mkdir()
-    pathlib.Path("empty/notes.txt").write_text("no picture")
+    pathlib.Path("empty/notes.txt").write_text("not an image")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert describe(*arguments) == 1
     line = capfd.readouterr().err.splitlines()[-1]
@@ -164,10 +164,10 @@ def test_what_cannot_be_described_is_said(folder, capfd, arguments, words):
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
-def test_what_is_a_picture(folder):
-    pictures = {path.name for path in folder.rglob("*") if path.is_file() and is_image(path)}
-    assert pictures == {"a.png", "b.jpg", "c.webp", "d.png", ".e.png", "no extension", "cut.png"}
-    # By its name only, so that it is told of.
+def test_an_image_is_known_by_its_content_or_else_its_name(folder):
+    images = {path.name for path in folder.rglob("*") if path.is_file() and is_image(path)}
+    assert images == {"a.png", "b.jpg", "c.webp", "d.png", ".e.png", "no extension", "cut.png"}
+    # By its name only, so that it gets an error.
     (folder / "broken.jpeg").write_bytes(b"")
     assert is_image(folder / "broken.jpeg")
     os.symlink(folder / "gone.png", folder / "link.png")

@@ -1,11 +1,8 @@
-"""`glm4v inspect`: what it writes and prints, what it refuses, and that it replaces nothing that is not its own."""
+"""`glm4v inspect`: what it writes and prints, what it refuses, and that it overwrites only its own files."""
 
 import http.server
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import threading
 
 import PIL.Image
@@ -19,18 +16,14 @@ from glm4v_jax.errors import CheckpointError, MediaError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 
 
-def parse(*arguments):
-    return tyro.cli(Inspect, args=[str(item) for item in arguments], config=(tyro.conf.FlagCreatePairsOff,))
-
-
 def inspect(*arguments):
-    parse(*arguments).run()
+    tyro.cli(Inspect, args=[str(item) for item in arguments], config=(tyro.conf.FlagCreatePairsOff,)).run()
 
 
 @pytest.fixture
-def picture():
-    save_noise("picture.png", 100, 150)
-    return "picture.png"
+def image():
+    save_noise("image.png", 100, 150)
+    return "image.png"
 
 
 def written():
@@ -40,14 +33,14 @@ def written():
 # What is shown.
 
 
-def test_json_has_the_facts_and_the_sheet_is_there(capfd, picture, film):
-    inspect(picture, film, "--json", "--prompt", "Compare them.")
+def test_json_has_the_facts_and_the_sheet_is_there(capfd, image, video):
+    inspect(image, film, "--json", "--prompt", "Compare them.")
     captured = capfd.readouterr()
     told = json.loads(captured.out)
     assert captured.err == ""
     first, second = told["files"]
     assert first == {
-        "file": "picture.png", "kind": "picture", "height": 100, "width": 150, "seen_height": 112, "seen_width": 140,
+        "file": "image.png", "kind": "picture", "height": 100, "width": 150, "seen_height": 112, "seen_width": 140,
         "scale_height": 1.12, "scale_width": 0.9333, "why": "sides rounded to multiples of 28", "warning": None,
         "grid_thw": [1, 8, 10], "patches": 80, "image_tokens": 20, "prompt_tokens": 22, "budget_tokens": 6144,
         "share_of_budget": 0.0033, "positions": {"t": [5, 5], "h": [5, 8], "w": [5, 9]},
@@ -64,8 +57,8 @@ def test_json_has_the_facts_and_the_sheet_is_there(capfd, picture, film):
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "path": picture},
-                    {"type": "video", "path": film},
+                    {"type": "image", "path": image},
+                    {"type": "video", "path": video},
                     {"type": "text", "text": "Compare them."},
                 ],
             }
@@ -79,17 +72,17 @@ def test_json_has_the_facts_and_the_sheet_is_there(capfd, picture, film):
     assert told["prompt"]["next_position"] == told["prompt"]["positions"][1] + 1
 
 
-def test_text_says_the_same(capfd, picture, film):
-    inspect(picture, film)
+def test_text_has_the_same_facts(capfd, image, video):
+    inspect(image, video)
     out = capfd.readouterr().out
     for line in (
-        "picture.png (picture)",
+        "image.png (image)",
         "  original  150 × 100 pixels",
         "  seen      140 × 112 pixels: × 0.933 wide, × 1.120 high; sides rounded to multiples of 28",
         "  grid_thw  1 × 8 × 10 = 80 patches",
         "  tokens    20 image tokens, 0.3% of the budget of 6144; 22 of the prompt",
         "  M-RoPE    t 5, h 5 to 8, w 5 to 9",
-        "film.gif (video)",
+        "video.gif (video)",
         "  original  84 × 56 pixels, 4 frames, 2 a second, 2.00 s",
         "  sampled   4 frames, from 0.00 to 1.50 s; 2 temporal patches",
         "  times     0, 1 s in the prompt",
@@ -100,14 +93,14 @@ def test_text_says_the_same(capfd, picture, film):
     assert out.splitlines()[-1].startswith("sheet: inspect.png (")
 
 
-def test_the_prompt_is_counted_where_there_is_one(capfd, picture):
-    inspect(picture, "--prompt", "What is this?", "--json")
+def test_the_prompt_is_counted_where_there_is_one(capfd, image):
+    inspect(image, "--prompt", "What is this?", "--json")
     tokens = json.loads(capfd.readouterr().out)["prompt"]["tokens"]
-    inspect(picture, "--prompt", "What is this?")
+    inspect(image, "--prompt", "What is this?")
     assert f"prompt: {tokens} tokens, M-RoPE 0 to " in capfd.readouterr().out
 
 
-def test_a_large_picture_is_warned_of(capfd):
+def test_a_large_image_has_a_warning(capfd):
     PIL.Image.new("RGB", (3600, 2400)).save("large.png")
     inspect("large.png")
     out = capfd.readouterr().out
@@ -115,7 +108,7 @@ def test_a_large_picture_is_warned_of(capfd):
     assert "  warning   scaled down by 0.73 per side: details smaller than 1.4 pixels of the original are lost\n" in out
 
 
-def test_the_checkpoint_decides(capfd, picture, tmp_path):
+def test_the_processor_of_the_checkpoint_is_used(capfd, image, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     for path in RANDOM_CHECKPOINT.iterdir():
@@ -124,14 +117,14 @@ def test_the_checkpoint_decides(capfd, picture, tmp_path):
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text())
     settings["size"] = {"shortest_edge": 2 * 28 * 28, "longest_edge": 2 * 56 * 84}
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(settings))
-    inspect(picture, "--model", checkpoint, "--json")
+    inspect(image, "--model", checkpoint, "--json")
     (told,) = json.loads(capfd.readouterr().out)["files"]
     assert told["budget_tokens"] == 6
     assert told["image_tokens"] <= 6
 
 
-def test_a_picture_by_http(capfd, picture):
-    content = pathlib.Path(picture).read_bytes()
+def test_an_image_can_be_an_http_address(capfd, image):
+    content = pathlib.Path(image).read_bytes()
 
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -160,107 +153,97 @@ def test_a_picture_by_http(capfd, picture):
 # What is refused, before anything is written.
 
 
-def test_all_missing_files_and_directories_are_named(picture):
+def test_all_missing_files_and_directories_are_named(image):
     pathlib.Path("folder").mkdir()
     with pytest.raises(MediaError) as error:
-        inspect("nowhere.png", picture, "folder", "gone.mp4")
-    assert str(error.value) == (
-        "nowhere.png: there is no such file; folder: is a directory; expected a picture or a video; "
-        "gone.mp4: there is no such file"
-    )
-    assert written() == ["folder", "picture.png"]
+        inspect("nowhere.png", image, "folder", "gone.mp4")
+    for words in ("nowhere.png, which does not exist", "folder, a directory", "gone.mp4, which does not exist"):
+        assert f"FILE: found {words}; expected an image or a video" in str(error.value)
+    assert written() == ["folder", "image.png"]
 
 
 @pytest.mark.parametrize("content", [b"neither a picture nor a video\n", b"\x89PNG\r\n\x1a\n", b"\0" * 999])
-def test_the_bad_file_among_good_ones_is_named(capfd, picture, content):
+def test_the_bad_file_among_good_ones_is_named(capfd, image, content):
     pathlib.Path("bad.mp4").write_bytes(content)
     with pytest.raises(MediaError, match=r"^bad\.mp4: "):
-        inspect(picture, "bad.mp4", picture)
+        inspect(image, "bad.mp4", image)
     assert capfd.readouterr() == ("", "")
-    assert written() == ["bad.mp4", "picture.png"]
+    assert written() == ["bad.mp4", "image.png"]
 
 
-def test_no_file_and_too_many(picture):
-    with pytest.raises(MediaError, match="found none"):
+def test_no_files_and_too_many_are_refused(image):
+    with pytest.raises(MediaError, match="FILE: found none"):
         inspect()
     with pytest.raises(MediaError, match=f"found {MAX_FILES + 1}"):
-        inspect(*[picture] * (MAX_FILES + 1))
+        inspect(*[image] * (MAX_FILES + 1))
 
 
-def test_a_name_of_a_checkpoint_is_not_downloaded(picture):
-    with pytest.raises(CheckpointError, match="nothing is downloaded"):
-        inspect(picture, "--model", "THUDM/GLM-4.1V-9B-Thinking")
-    assert written() == ["picture.png"]
+def test_a_name_of_a_checkpoint_is_not_downloaded(image):
+    with pytest.raises(CheckpointError, match="not a directory"):
+        inspect(image, "--model", "THUDM/GLM-4.1V-9B-Thinking")
+    assert written() == ["image.png"]
 
 
 # Where the sheet goes.
 
 
-def test_a_sheet_of_an_earlier_call_is_replaced(picture, film):
-    inspect(picture)
+def test_an_earlier_sheet_is_overwritten(image, video):
+    inspect(image)
     before = pathlib.Path("inspect.png").read_bytes()
-    inspect(film)
+    inspect(video)
     assert pathlib.Path("inspect.png").read_bytes() != before
-    assert written() == ["film.gif", "inspect.png", "picture.png"]
+    assert written() == ["video.gif", "inspect.png", "image.png"]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "text"])
-def test_another_file_is_not_replaced_unless_asked_to(picture, kind):
+def test_another_file_is_overwritten_on_request_only(image, kind):
     if kind == "PNG":
         PIL.Image.new("RGB", (9, 9)).save("inspect.png")
     else:
         pathlib.Path("inspect.png").write_text("a text")
     before = pathlib.Path("inspect.png").read_bytes()
     with pytest.raises(FileExistsError, match="--overwrite"):
-        inspect(picture)
+        inspect(image)
     assert pathlib.Path("inspect.png").read_bytes() == before
-    inspect(picture, "--overwrite")
+    inspect(image, "--overwrite")
     assert pathlib.Path("inspect.png").read_bytes() != before
 
 
-def test_a_file_to_look_at_is_never_replaced(picture):
-    inspect(picture)
+def test_an_input_is_never_overwritten(image):
+    inspect(image)
     before = pathlib.Path("inspect.png").read_bytes()
-    for arguments in (("inspect.png",), ("inspect.png", "--overwrite"), ("picture.png", "--out", "./picture.png")):
-        with pytest.raises(MediaError, match="one of the files to look at"):
+    for arguments in (("inspect.png",), ("inspect.png", "--overwrite"), ("image.png", "--out", "./image.png")):
+        with pytest.raises(MediaError, match="one of the inputs"):
             inspect(*arguments)
     assert pathlib.Path("inspect.png").read_bytes() == before
 
 
-def test_impossible_places_of_the_sheet(picture):
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [("sheet.jpg", MediaError), ("", MediaError), ("nowhere/sheet.png", OSError), ("folder.png", OSError)],
+)
+def test_an_invalid_name_of_the_sheet_is_refused(image, out, error):
     pathlib.Path("folder.png").mkdir()
-    for out, error in (
-        ("sheet.jpg", MediaError),
-        ("", MediaError),
-        ("nowhere/sheet.png", OSError),
-        ("folder.png", OSError),
-    ):
-        with pytest.raises(error):
-            inspect(picture, "--out", out)
-    assert written() == ["folder.png", "picture.png"]
+    with pytest.raises(error):
+        inspect(image, "--out", out)
+    assert written() == ["folder.png", "image.png"]
 
 
-def test_a_sheet_that_cannot_be_written_leaves_nothing_behind(picture, monkeypatch):
+def test_a_sheet_that_cannot_be_written_leaves_nothing_behind(image, monkeypatch):
     def fail(*arguments, **options):
         pathlib.Path(arguments[1]).write_bytes(b"half a")
         raise OSError("no space")
 
     monkeypatch.setattr(PIL.Image.Image, "save", fail)
     with pytest.raises(OSError, match="no space"):
-        inspect(picture)
-    assert written() == ["picture.png"]
+        inspect(image)
+    assert written() == ["image.png"]
 
 
-def test_neither_jax_nor_weights_are_loaded(picture):
-    program = (
-        "import sys, tyro\n"
-        "from glm4v_jax.cli.inspect import Inspect\n"
-        "tyro.cli(Inspect, args=['picture.png']).run()\n"
+def test_neither_jax_nor_weights_are_loaded(image, run_python):
+    run_python(
+        "import sys\n"
+        "from glm4v_jax.cli import main\n"
+        "assert main.main(['inspect', 'image.png']) == 0\n"
         "assert not {'jax', 'flax', 'orbax', 'torch', 'safetensors'} & sys.modules.keys()\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(RANDOM_CHECKPOINT.parents[2])},
-        check=True,
-        capture_output=True,
     )

@@ -21,7 +21,7 @@ MANY = ["generate", "--greedy", "--max-new-tokens", "6", "--jsonl", "prompts.jso
 FOR_MANY = (None, "throughput")
 
 
-def told(capfd, *arguments):
+def shown(capfd, *arguments):
     """Runs `glm4v mesh`; returns what it prints."""
     assert glm4v(["mesh", *map(str, arguments)]) == 0
     captured = capfd.readouterr()
@@ -29,8 +29,8 @@ def told(capfd, *arguments):
     return captured.out
 
 
-def complaint(capfd, *arguments):
-    """Runs `glm4v mesh`, expects one line of complaint, status 1 and nothing else; returns the line."""
+def error_of(capfd, *arguments):
+    """Runs `glm4v mesh`; expects status 1 and one line of error; returns it."""
     assert glm4v(["mesh", *map(str, arguments)]) == 1
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err.startswith("glm4v: error: ") and captured.err.count("\n") == 1
@@ -41,7 +41,7 @@ def complaint(capfd, *arguments):
 
 
 def test_a_preset_of_the_released_model(capfd):
-    out = told(capfd, "latency", "--devices", 8, "--rows", 8, "--memory", 16)
+    out = shown(capfd, "latency", "--devices", 8, "--rows", 8, "--memory", 16)
     lines = out.splitlines()
     assert lines[0].split() == ["part", "array", "shape", "split", "by", "in", "all", "a", "device"]
     (embedding,) = (line.split() for line in lines if line.startswith("embedding"))
@@ -53,18 +53,18 @@ def test_a_preset_of_the_released_model(capfd):
 
 
 def test_axes_and_another_model(capfd):
-    out = told(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--dtype", "float32", "--capacity", 64, "--json")
+    out = shown(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--dtype", "float32", "--capacity", 64, "--json")
     found = json.loads(out)
     assert found["mesh"] == dict(data=1, fsdp=2, kv=2, q=1, seq=1) and found["num_devices"] == 4
     assert (found["dtype"], found["rows"], found["capacity"]) == ("float32", 1, 64)
     assert found["device_bytes"] == found["weight_bytes"] + found["cache_bytes"]
     assert found["memory"] is None and found["share"] is None
-    half = json.loads(told(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--capacity", 64, "--json"))
+    half = json.loads(shown(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--capacity", 64, "--json"))
     assert half["device_bytes"] * 2 == found["device_bytes"]
 
 
 def test_the_presets_are_compared(capfd):
-    found = json.loads(told(capfd, "--devices", 4, "--memory", 16, "--json"))
+    found = json.loads(shown(capfd, "--devices", 4, "--memory", 16, "--json"))
     assert list(found) == list(PRESETS)
     assert [one["mesh"] for one in found.values()] == [
         dict(data=1, fsdp=1, kv=2, q=2, seq=1),
@@ -72,14 +72,19 @@ def test_the_presets_are_compared(capfd):
         dict(data=1, fsdp=4, kv=1, q=1, seq=1),
         dict(data=1, fsdp=1, kv=2, q=1, seq=2),
     ]
-    out = " ".join(told(capfd, "--devices", 4, "--memory", 16).split())
-    for text in ("latency kv=2,q=2", "train fsdp=4", "long-context kv=2,seq=2", "4 devices, a cache of 1 x 4096 slots"):
+    out = " ".join(shown(capfd, "--devices", 4, "--memory", 16).split())
+    for text in (
+        "latency kv=2,q=2",
+        "train fsdp=4",
+        "long-context kv=2,seq=2",
+        "4 devices, a cache of 1 x 4096 tokens",
+    ):
         assert text in out
     assert f"{found['train']['share']:.1%}" in out
 
 
-def test_the_devices_here_are_the_default(capfd):
-    found = json.loads(told(capfd, "train", "--json"))
+def test_the_devices_of_this_machine_are_the_default(capfd):
+    found = json.loads(shown(capfd, "train", "--json"))
     import jax
 
     assert found["num_devices"] == jax.device_count()
@@ -90,14 +95,14 @@ def test_the_devices_here_are_the_default(capfd):
     [
         (["fast"], "mesh: found 'fast'; expected one of the presets latency, throughput, train, long-context"),
         (["tp=2"], "mesh: found 'tp=2' in 'tp=2'; expected some of data, fsdp, kv, q, seq"),
-        (["latency", "train"], "PRESET|AXES: found 2, expected at most one"),
-        (["latency", "--devices", 0], "--devices: found 0, expected at least 1"),
-        (["latency:4", "--devices", 8], "--devices: found 8 and a mesh of 4, expected one of the two"),
-        (["fsdp=2", "--devices", 8], "--devices: found 8 and a mesh of 2, expected one of the two"),
-        (["latency", "--memory", -1], "--memory: found -1.0, expected a number of GiB above 0"),
-        (["latency", "--memory", "nan"], "--memory: found nan, expected a number of GiB above 0"),
-        (["latency", "--rows", 0], "rows: found 0; expected at least 1"),
-        (["latency", "--model", "nowhere"], "--model nowhere: not a directory"),
+        (["latency", "train"], "PRESET|AXES: found 2; expected at most one"),
+        (["latency", "--devices", 0], "--devices: found 0; expected an integer of at least 1"),
+        (["latency:4", "--devices", 8], "--devices: found 8, and a mesh of 4; expected one of the two"),
+        (["fsdp=2", "--devices", 8], "--devices: found 8, and a mesh of 2; expected one of the two"),
+        (["latency", "--memory", -1], "--memory: found -1.0; expected a number above 0"),
+        (["latency", "--memory", "nan"], "--memory: found nan; expected a number"),
+        (["latency", "--rows", 0], "--rows: found 0; expected an integer of at least 1"),
+        (["latency", "--model", "nowhere"], "--model: found nowhere, which is not a directory"),
         (
             ["kv=4,fsdp=3"],
             "mesh fsdp=3,kv=4: embed of 4096 does not divide by mesh axes fsdp of 3 devices; "
@@ -105,8 +110,8 @@ def test_the_devices_here_are_the_default(capfd):
         ),
     ],
 )
-def test_what_cannot_be_shown(capfd, arguments, problem):
-    assert complaint(capfd, *arguments).startswith(problem)
+def test_an_invalid_mesh_or_model_is_refused(capfd, arguments, problem):
+    assert error_of(capfd, *arguments).startswith(problem)
 
 
 # `--mesh`.
@@ -130,7 +135,7 @@ def test_a_mesh_is_checked_before_weights_are_read(capfd, mesh, words):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "describe"])
-def test_the_help_has_the_presets(capfd, command):
+def test_help_lists_the_presets(capfd, command):
     with pytest.raises(SystemExit):
         glm4v([command, "--help"])
     shown = " ".join(capfd.readouterr().out.replace("│", "").split())

@@ -1,3 +1,3 @@
 """Fixtures of commands."""
 
-from helpers_commands import film, in_a_directory, no_weights  # noqa: F401
+from helpers_commands import image, in_a_directory, no_weights, run_python, video  # noqa: F401

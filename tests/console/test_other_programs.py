@@ -1,4 +1,4 @@
-"""The programs that stand on this package: what is said where they cannot be had."""
+"""The programs beside this package: errors where they are not installed, or hidden by another package."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import ROOT
 
-from glm4v_jax.console import program as standing
+from glm4v_jax.console.program import USAGE, missing
 
 JOB = """
 model = "{model}"
@@ -47,27 +47,26 @@ def ended(*command):
 
 
 @pytest.mark.parametrize(
-    ("command", "told", "package"),
+    ("command", "prefix", "package"),
     [
         (["glm4v_jax", "eval", "tasks"], "glm4v", "rapidfuzz"),
         (["eval", "tasks"], "eval", "rapidfuzz"),
         (["glm4v_jax", "train", "job.toml"], "train", "grain"),
     ],
 )
-def test_what_an_extra_brings_is_named(command, told, package):
+def test_the_extra_that_has_a_missing_package_is_named(command, prefix, package):
     pathlib.Path("job.toml").write_text(JOB.format(model=RANDOM_CHECKPOINT))
     pathlib.Path("data.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     status, out, lines = ended("-c", BARE, *command)
     extra = "eval" if "eval" in command else "train"
-    expected = f"{told}: error: found no package {package}; {extra} needs the {extra} extra: pip install '.[{extra}]'"
+    expected = f"{prefix}: error: found no package {package}; {extra} needs the {extra} extra: pip install '.[{extra}]'"
     assert (status != 0, out, lines) == (True, "", [expected])
 
 
-def test_what_no_extra_brings_is_no_complaint_of_one():
-    """A mistake of the package's own stays a traceback."""
+def test_a_missing_module_of_our_own_stays_a_traceback():
     for name, program in (("train.nowhere", "train"), ("glm4v_jax.nowhere", "eval"), ("rapidfuzz", "convert")):
-        assert standing.missing(ModuleNotFoundError(name=name), program) is None
-    assert standing.missing(ModuleNotFoundError("no name"), "train") is None
+        assert missing(ModuleNotFoundError(name=name), program) is None
+    assert missing(ModuleNotFoundError("no name"), "train") is None
 
 
 @pytest.mark.parametrize("name", ["train", "eval"])
@@ -76,12 +75,12 @@ def test_a_script_of_the_same_name_is_named_and_not_run(name):
     script = pathlib.Path(f"{name}.py").absolute()
     script.write_text("print('run')\n")
     status, out, lines = ended("-m", "glm4v_jax", name)
-    assert (status, out, len(lines)) == (standing.USAGE, "", 1)
-    assert lines[0].startswith(f"glm4v: error: {script}: has the name of the package {name} of glm4v_jax")
+    assert (status, out, len(lines)) == (USAGE, "", 1)
+    assert lines[0].startswith(f"glm4v: error: {script}: found another package {name}; expected that of glm4v_jax")
 
 
-def test_a_package_of_the_same_name_is_named_too():
+def test_another_package_of_the_same_name_is_named():
     pathlib.Path("eval").mkdir()
     pathlib.Path("eval/__init__.py").touch()
     status, _, (line,) = ended("-m", "glm4v_jax", "eval")
-    assert status == standing.USAGE and f"{pathlib.Path('eval/__init__.py').absolute()}: has the name" in line
+    assert status == USAGE and f"{pathlib.Path('eval/__init__.py').absolute()}: found another package eval" in line

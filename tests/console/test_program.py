@@ -1,18 +1,37 @@
-"""How a subcommand of any program ends."""
+"""How a command of any program is found, and how it ends."""
 
 import dataclasses
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import tyro
+from msgspec import Meta
 
+from glm4v_jax.config.checks import Positive
 from glm4v_jax.console import program
 from glm4v_jax.errors import Glm4vError
 
 
 @dataclasses.dataclass(kw_only=True)
+class Limits:
+    """What is allowed."""
+
+    highest: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """At most 1."""
+
+
+@dataclasses.dataclass(kw_only=True)
 class Work(program.JsonOptions):
-    """Do something."""
+    """Do something.
+
+    In detail.
+    """
+
+    num_things: Annotated[Positive | None, tyro.conf.arg(metavar="N")] = None
+    """How many."""
+
+    limits: Limits = dataclasses.field(default_factory=Limits)
 
     raises = None
     trouble = 2
@@ -29,7 +48,12 @@ class Work(program.JsonOptions):
 
 def ran(*arguments: str, raises: Any = None) -> int:
     Work.raises = raises
-    return program.run_program({"work": Work}, ["work", *arguments], name="it", prog="python -m it", description="")
+    return run("work", *arguments)
+
+
+def run(*arguments: str) -> int:
+    others = {"other": "Do it elsewhere."}
+    return program.run_program({"work": Work}, arguments, name="it", prog="python -m it", description="", others=others)
 
 
 def test_the_status_is_what_run_returns(capfd):
@@ -45,14 +69,14 @@ def test_the_status_is_what_run_returns(capfd):
         (KeyboardInterrupt(), program.INTERRUPTED, "work: half done\n"),
     ],
 )
-def test_what_can_be_mended_is_a_line(capfd, error, status, said):
+def test_what_the_user_can_mend_is_one_line(capfd, error, status, said):
     assert ran(raises=error) == status
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", said)
 
 
-def test_what_nobody_expected_is_a_traceback(capfd, monkeypatch):
-    """With a status of the subcommand's own, where Python's 1 would be an answer; else by Python itself."""
+def test_an_unexpected_error_is_a_traceback(capfd, monkeypatch):
+    """With the command's own status, where Python's 1 would be a result; else by Python itself."""
     assert ran(raises=RuntimeError("broken")) == 2
     assert capfd.readouterr().err.splitlines()[-1] == "RuntimeError: broken"
     monkeypatch.setattr(Work, "trouble", 1)
@@ -60,6 +84,33 @@ def test_what_nobody_expected_is_a_traceback(capfd, monkeypatch):
         ran(raises=RuntimeError("broken"))
 
 
-def test_debug_raises():
+def test_debug_raises_the_error():
     with pytest.raises(Glm4vError, match="file"):
         ran("--debug", raises=Glm4vError("file"))
+
+
+def test_help_lists_every_command_in_a_line(capfd):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    out = capfd.readouterr().out
+    assert caught.value.code == 0
+    assert "work   Do something." in out and "other  Do it elsewhere." in out and "In detail" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("wrok", "did you mean 'work'?"), ("othre", "did you mean 'other'?"), ("x", "work, other")]
+)
+def test_an_unknown_command_is_answered_with_the_closest(capfd, name, expected):
+    with pytest.raises(SystemExit) as caught:
+        run(name)
+    line = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert line.startswith(f"python -m it: error: found command {name!r}; ") and line.endswith(f"{expected}\n")
+
+
+def test_numbers_out_of_range_are_named_together(capfd):
+    assert ran("--num-things", "0", "--highest", "1.5") == 2
+    assert capfd.readouterr().err == (
+        "it: error: --num-things: found 0; expected an integer of at least 1; --highest: found 1.5; expected a number "
+        "above 0 and at most 1\n"
+    )

@@ -22,9 +22,9 @@ PROMPT, CONTINUATION = "> ", ". "
 
 @dataclasses.dataclass(kw_only=True)
 class Chat(Options):
-    """Chat in the terminal. The conversation stays in the KV cache: a turn computes only its new tokens.
+    """Chat in the terminal.
 
-    Thoughts are dim, boxed answers bold. /image FILE and /video FILE add media to the next message, /help lists the
+    The conversation stays in the KV cache: a turn computes only its new tokens. Thoughts are dim, boxed answers bold. /image FILE and /video FILE add media to the next message, /help lists the
     other commands, Ctrl-C stops an answer. If standard input is not a terminal, its lines are the messages; answers go
     to standard output with their tags, everything else to standard error.
     """

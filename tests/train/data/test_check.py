@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_cli import save_film, save_noise
+from helpers_cli import save_noise, save_video
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import DataError
@@ -34,7 +34,7 @@ def data(tmp_path):
     skimage_data = pytest.importorskip("skimage.data")
     PIL.Image.fromarray(skimage_data.chelsea()).save(tmp_path / "cat.png")
     PIL.Image.fromarray(skimage_data.coffee()).save(tmp_path / "cup.jpg")
-    save_film(tmp_path / "film.gif")
+    save_video(tmp_path / "film.gif")
     rows = [
         row("<image>What is it?", "<think>Ears.</think><answer>A cat.</answer>", images=["cat.png"]),
         row("<image><image>Which is the cup?", "The second.", images=["cat.png", "cup.jpg"]),

@@ -1,0 +1,76 @@
+"""What a terminal shows of an answer, and what a pipe gets."""
+
+import pytest
+
+from glm4v_jax.console import answer_writer
+from glm4v_jax.console.answer_writer import AnswerWriter, rate_after_first
+from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.text.thinking import Kind, Part, ThinkingParser
+
+DIM, BOLD, PLAIN = "\x1b[2;3m", "\x1b[1m", "\x1b[0m"
+THOUGHT = "<think>a cat?</think>\n<answer>A <|begin_of_box|>cat<|end_of_box|>.</answer>"
+
+
+@pytest.fixture
+def shown(monkeypatch, capfd):
+    """What a terminal shows of a text that comes in parts."""
+
+    def show(text, parts=1, **variables):
+        for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", **variables}.items():
+            monkeypatch.setenv(name, value)
+        for name in {"NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"} - variables.keys():
+            monkeypatch.delenv(name, raising=False)
+        writer, parser = AnswerWriter(), ThinkingParser()
+        step = -(-len(text) // parts)
+        for start in range(0, len(text), step):
+            part = text[start : start + step]
+            writer.show(Delta(part, tuple(parser.push(part)), ()))
+        writer.show(Delta("", tuple(parser.finish()), ()))
+        writer.end(Completion(0, text, (), 0, "stop"))
+        return capfd.readouterr().out
+
+    return show
+
+
+def test_thoughts_are_dim_boxes_bold_and_tags_hidden(shown):
+    expected = f"{DIM}a cat?{PLAIN}\n\nA {BOLD}cat{PLAIN}.\n"
+    assert shown(THOUGHT) == expected
+    in_parts = shown(THOUGHT, len(THOUGHT))
+    for code in (DIM, BOLD, PLAIN):
+        expected, in_parts = expected.replace(code, ""), in_parts.replace(code, "")
+    assert in_parts == expected
+
+
+def test_a_terminal_without_styles_shows_the_tags(shown):
+    assert shown(THOUGHT, TERM="dumb") == THOUGHT + "\n"
+
+
+def test_a_thought_without_its_opening_tag_is_noted_at_the_end(shown):
+    text = shown("a cat?</think><answer>A cat.")
+    assert text.startswith("a cat?\n\nA cat.\n")
+    assert "the text before </think> is a thought" in text
+
+
+def test_long_lines_are_left_to_the_terminal(shown, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert shown("word " * 30, 7) == "word " * 30 + "\n"
+
+
+def test_characters_that_the_encoding_lacks_are_escaped(monkeypatch):
+    written = []
+
+    class Narrow:
+        encoding = "ascii"
+        write = staticmethod(written.append)
+        flush = staticmethod(lambda: None)
+
+    monkeypatch.setattr(answer_writer.sys, "stdout", Narrow)
+    AnswerWriter().show(Delta("\u732b", (Part(Kind.TEXT, "\u732b"),), ()))
+    assert written == ["\\u732b"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "burst", "seconds", "rate"), [(21, 1, 12.0, 10), (8, 8, 12.0, None), (9, 8, 10.01, None)]
+)
+def test_the_rate_is_measured_after_the_first_part(tokens, burst, seconds, rate):
+    assert rate_after_first(tokens, burst, seconds, first=10.0) == rate

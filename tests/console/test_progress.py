@@ -1,0 +1,36 @@
+"""The progress bar, and its plain lines."""
+
+from glm4v_jax.console.progress import Progress
+
+
+def clock(*times):
+    return iter(times).__next__
+
+
+def test_off_a_terminal_there_is_a_line_every_ten_seconds(capsys):
+    with Progress("to Orbax", clock=clock(0.0, 3.0, 12.0, 15.0, 30.0)) as progress:
+        for done in (0, 1, 4, 6):
+            progress.update(done * 10**9, 8 * 10**9)
+    assert capsys.readouterr().err.splitlines() == ["to Orbax: 6.00 GB of 8.00 GB, 277.78 MB/s, 0:00:07 left"]
+
+
+def test_rates_leave_out_an_earlier_run_and_the_first_thing_done(capsys):
+    with Progress("answering", "prompts", clock=clock(*(4.0 * n for n in range(7)))) as progress:
+        progress.update(1010, 4000)
+        for done in range(1011, 1016):
+            progress.update(done, 4000, tokens=20)
+    line = "answering: 1,012 of 4,000 prompts, 0.25 prompts/s, 5.0 tokens/s, 3:19:12 left"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_terminal_shows_a_bar_with_lines_above_it(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress("answering", "prompts", "compiling") as progress:
+        progress.log("before")
+        progress.update(0, 2)
+        progress.log("a\x1b[2Jb")
+        progress.update(2, 2)
+    out = capsys.readouterr().err
+    assert out.startswith("before\n") and "a\\x1b[2Jb" in out
+    assert "0 of 2 prompts, compiling" in out and "2 of 2 prompts" in out

@@ -1,0 +1,111 @@
+"""The file of answers by itself: what is read, kept, locked and replaced."""
+
+import fcntl
+import os
+import pathlib
+
+import pytest
+
+from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.offline.answer_file import AnswerFile
+
+KEYS = {index: f"key {index}" for index in range(4)}
+
+
+def test_two_processes_cannot_write_one_file():
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        file.append(2, {"text": "\u732b \ud800"})
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            AnswerFile("out.jsonl", "index", KEYS, restart=False)
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            AnswerFile("out.jsonl", "index", KEYS, restart=True)
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        assert file.done == {2}
+
+
+def test_the_file_is_locked_before_it_is_read(monkeypatch):
+    """Or what another process adds in between would be lost when the file is cleaned up."""
+    answer, torn = '{"index": 1, "key": "key 1", "text": "a"}\n', '{"index": 2, "key'
+    pathlib.Path("out.jsonl").write_text(answer + torn)
+    read, replace = AnswerFile._read, os.replace
+    tried = []
+
+    def is_locked():
+        with pytest.raises(BlockingIOError):
+            AnswerFile("out.jsonl", "index", KEYS, restart=True)
+        tried.append(len(tried))
+
+    def reading(file):
+        monkeypatch.setattr(AnswerFile, "_read", read)
+        is_locked()
+        return read(file)
+
+    def replacing(*paths):
+        is_locked()
+        replace(*paths)
+        is_locked()
+
+    monkeypatch.setattr(AnswerFile, "_read", reading)
+    monkeypatch.setattr(os, "replace", replacing)
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        assert file.done == {1}
+        assert tried == [0, 1, 2]
+        is_locked()
+        file.append(2, {"text": "b"})
+    assert pathlib.Path("out.jsonl").read_text() == answer + '{"index": 2, "key": "key 2", "text": "b"}\n'
+    assert os.listdir() == ["out.jsonl"]
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(monkeypatch):
+    pathlib.Path("out.jsonl").write_text('{"index": 1, "key": "key 1", "text": "a"}\n')
+    both = pathlib.Path("out.jsonl").read_text() + '{"index": 2, "key": "key 2", "text": "b"}\n'
+    flock = fcntl.flock
+
+    def replaced(descriptor, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        pathlib.Path("new").write_text(both)
+        os.replace("new", "out.jsonl")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        assert file.done == {1, 2}
+        file.append(3, {})
+    assert pathlib.Path("out.jsonl").read_text() == both + '{"index": 3, "key": "key 3"}\n'
+
+
+def test_a_link_and_a_mode_are_kept():
+    pathlib.Path("real.jsonl").write_text('{"index": 1, "key')
+    os.chmod("real.jsonl", 0o600)
+    os.symlink("real.jsonl", "out.jsonl")
+    AnswerFile("out.jsonl", "index", KEYS, restart=False).close()
+    assert pathlib.Path("out.jsonl").is_symlink()
+    assert pathlib.Path("real.jsonl").read_text() == ""
+    assert pathlib.Path("real.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_repeated_line_is_kept_once():
+    line = '{"index": 1, "key": "key 1", "text": "a"}\n'
+    pathlib.Path("out.jsonl").write_text(line * 2)
+    AnswerFile("out.jsonl", "index", KEYS, restart=False).close()
+    assert pathlib.Path("out.jsonl").read_text() == line
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "null", "[]", "{}", '{"index": 1}', '{"index": [1], "key": "x"}', '{"index": 1, "key": 1}', "{", ""]
+)
+def test_a_line_that_is_not_an_answer_is_refused(line):
+    content = f'{{"index": 1, "key": "key 1", "text": "a"}}\n{line}\n{{"index": 2, "key": "key 2"}}\n'
+    pathlib.Path("out.jsonl").write_text(content)
+    with pytest.raises(GenerationError, match=r"out\.jsonl:2: found no answer"):
+        AnswerFile("out.jsonl", "index", KEYS, restart=False)
+    assert pathlib.Path("out.jsonl").read_text() == content
+
+
+def test_answers_to_other_prompts_can_be_kept():
+    content = '{"file": "old.png", "key": "x", "caption": "a"}\n'
+    pathlib.Path("out.jsonl").write_text(content)
+    with AnswerFile("out.jsonl", "file", {"new.png": "y"}, restart=False, keep_others=True) as file:
+        assert file.done == set()
+        file.append("new.png", {"caption": "b"})
+    assert pathlib.Path("out.jsonl").read_text().startswith(content)

@@ -1,0 +1,86 @@
+"""Which lines of a file of prompts are refused, and how."""
+
+import json
+import pathlib
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax import Glm4vProcessor
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.errors import Glm4vError, ListedError
+from glm4v_jax.generate.offline.prompts import read_prompts
+
+USER = {"role": "user", "content": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
+
+
+@pytest.fixture
+def read(processor):
+    """Reads a file of these lines."""
+
+    def run(*rows):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        pathlib.Path("prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return read_prompts("prompts.jsonl", GenerationConfig(), processor)
+
+    return run
+
+
+def message(**item):
+    return {"messages": [{"role": "user", "content": [item]}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{not json", ["invalid JSON", "expected an object"]),
+        ("[1]", ["found a list; expected an object"]),
+        ({}, ["prompt: found nothing; expected a string"]),
+        ({"prompt": 3}, ["prompt: found a number; expected a string"]),
+        ({"prompt": "x", "messages": [USER]}, ["prompt: found with 'messages'; expected one of the two"]),
+        ({"messages": [USER], "image": "x.png"}, ["image: found with 'messages'"]),
+        ({"messages": "Hello"}, ["messages: found a string; expected a list"]),
+        ({"messages": []}, ["messages: ", "at least one"]),
+        ({"messages": [{"role": "user"}]}, ["messages: ", "content"]),
+        (message(type="sound"), ["messages: ", "sound"]),
+        (message(type="image"), ["messages: ", "source"]),
+        (message(type="image", url="no.png"), ["url: found 'no.png', which does not exist"]),
+        (message(type="image_url", image_url={"url": "no.png"}), ["url: found 'no.png'"]),
+        ({"prompt": "x", "image": "no.png"}, ["image: found 'no.png', which does not exist; expected a file"]),
+        ({"prompt": "x", "videos": ["no.mp4"]}, ["videos: found 'no.mp4'"]),
+        ({"prompt": "x", "images": [3]}, ["images: found a list; expected a string or a list of strings"]),
+        ({"prompt": "x", "image": None}, ["image: found null"]),
+        ({"prompt": "x", "colour": "red"}, ["colour: found an unknown field; ", "prompt", "max_new_tokens"]),
+        ({"prompt": "x", "max_new_tokens": 0}, ["max_new_tokens: found 0"]),
+        ({"prompt": "x", "temperature": "hot"}, ["temperature: found 'hot'"]),
+        ({"prompt": "x", "seed": -1}, ["seed: found -1"]),
+        ({"prompt": "x", "logprobs": 2}, ["logprobs: found in a line; expected --logprobs"]),
+        ({"prompt": "x", "num_beams": 4}, ["num_beams"]),
+        ({"prompt": "x", "num_return_sequences": 2}, ["num_return_sequences: found 2; expected 1"]),
+    ],
+)
+def test_an_invalid_line_is_named_with_its_number(read, row, words):
+    with pytest.raises(Glm4vError) as caught:
+        read({"prompt": "good"}, "", row, {"prompt": "good"})
+    assert str(caught.value).startswith("prompts.jsonl:3: ")
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(("invalid", "listed", "more"), [(3, 3, []), (25, 20, ["and 5 more"])])
+def test_several_invalid_lines_are_listed(read, invalid, listed, more):
+    with pytest.raises(ListedError) as caught:
+        read({"prompt": "good"}, *({"prompt": number} for number in range(invalid)))
+    head, *rest = caught.value.lines
+    assert head == f"prompts.jsonl: found {invalid} invalid lines; expected none:"
+    fault = "prompt: found a number; expected a string, or 'messages' instead"
+    assert rest == [*(f"prompts.jsonl:{line}: {fault}" for line in range(2, 2 + listed)), *more]
+
+
+def test_a_file_without_prompts_is_refused(read):
+    with pytest.raises(Glm4vError, match=r"prompts\.jsonl: found no prompt"):
+        read("", "")
