@@ -14,7 +14,7 @@ ROOT = TINY_CHECKPOINT.parents[2]
 
 
 def refuse_weights(monkeypatch):
-    """From here on the test fails if weights are asked for."""
+    """Make the test fail if weights are asked for."""
 
     class Refusing:
         @classmethod
@@ -25,19 +25,19 @@ def refuse_weights(monkeypatch):
 
 
 def save_noise(path, height=56, width=84, kind=None, seed=0):
-    """Writes a picture of random pixels."""
+    """Write an image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(path, kind)
 
 
 def save_video(path):
-    """Writes two seconds at two frames a second, as an animated picture."""
+    """Write two seconds at two frames per second, as an animated image."""
     frames = [PIL.Image.fromarray(np.full((56, 84, 3), 60 * index, np.uint8)) for index in range(4)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500)
 
 
 def refused(capfd, *arguments):
-    """Runs `glm4v generate`, expects one line of complaint, status 1 and nothing else; returns the line."""
+    """Run `glm4v generate`; expect status 1 and one line of error; return the line."""
     assert main.main(["generate", *map(str, arguments)]) == 1
     captured = capfd.readouterr()
     assert captured.out == ""
@@ -47,15 +47,9 @@ def refused(capfd, *arguments):
     return lines[0]
 
 
-def answered(capfd, *arguments):
-    """Runs `glm4v generate --json`; returns the object."""
-    assert main.main(["generate", "--json", *map(str, arguments)]) == 0
-    return json.loads(capfd.readouterr().out)
-
-
 def keyed(path, field):
-    """The lines of a file of answers, by what they answer, which is in one of them only."""
+    """The lines of a file of answers by the name of their prompt, which is in one line only."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    told = {line[field]: line for line in found}
-    assert len(told) == len(found)
-    return told
+    lines = {line[field]: line for line in found}
+    assert len(lines) == len(found)
+    return lines

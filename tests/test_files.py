@@ -1,5 +1,7 @@
 """Files of a checkpoint: what makes a model another one, and that none is written in place."""
 
+import errno
+import os
 import pathlib
 import shutil
 
@@ -8,7 +10,8 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.checkpoints.hf_write import save_generation_config
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.files import fingerprint, model_fingerprint, say_dtype
+from glm4v_jax.errors import one_line
+from glm4v_jax.files import fingerprint, model_fingerprint, replacing, say_dtype
 
 STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
 
@@ -82,3 +85,28 @@ def test_a_disk_that_is_full_leaves_what_was_there(checkpoint, monkeypatch, name
             save_generation_config(GenerationConfig(), checkpoint)
     assert (caught.value.filename, path.read_text()) == (str(path), before)
     assert not list(checkpoint.glob(".*"))
+
+
+@pytest.mark.parametrize("failing", ["write", "replace"])
+def test_a_failed_write_names_the_file_and_leaves_it_as_it_was(tmp_path, failing):
+    path = tmp_path / "sheet.png"
+    path.write_text("old")
+    with pytest.raises(OSError, match="Read-only") as caught, replacing(path) as aside:
+        aside.write_text("new")
+        if failing == "write":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(aside))
+        aside.unlink()
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(aside), None, str(path))
+    assert one_line(caught.value) == f"{path}: Read-only file system"
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["sheet.png"])
+
+
+def test_a_file_is_replaced_by_what_was_written(tmp_path):
+    path = tmp_path / "sheet.png"
+    with replacing(path) as aside:
+        aside.write_text("new")
+    assert (path.read_text(), os.listdir(tmp_path)) == ("new", ["sheet.png"])
+
+
+def test_an_empty_name_is_visible_in_an_error():
+    assert one_line(FileNotFoundError(errno.ENOENT, "No such file", "")) == "'': No such file"

@@ -16,8 +16,8 @@ from glm4v_jax.files import size_text
 class Cache(JsonOptions):
     """Show the cache of compiled programs, or clear it.
 
-    Prints its directory, number of files, size and bound. The directory is $JAX_COMPILATION_CACHE_DIR, or glm4v_jax/xla in the user's cache directory. A program that is not
-    in the cache is compiled again.
+    Prints its directory, number of files, size and bound. The directory is $JAX_COMPILATION_CACHE_DIR, or glm4v_jax/xla
+    in the user's cache directory. A program that is not in the cache is compiled again.
     """
 
     clear: bool = False

@@ -31,7 +31,8 @@ SOFTWARE = "glm4v inspect"
 class Inspect(JsonOptions):
     """Show what the model will see of images and videos.
 
-    Writes one PNG with the grids of their patches and tokens, and prints sizes, tokens, M-RoPE positions, and how much was scaled down. No weights are loaded.
+    Writes one PNG with the grids of their patches and tokens, and prints sizes, tokens, M-RoPE positions, and how much
+    was scaled down. No weights are loaded.
     """
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
@@ -71,24 +72,24 @@ class Inspect(JsonOptions):
                 with status(f"reading {place}"):
                     seen.append(look(place, processor))
         prompt = place_in_prompt(seen, processor, self.prompt)
-        told = [facts(item, place) for item, place in zip(seen, prompt.places, strict=True)]
+        all_facts = [facts(item, place) for item, place in zip(seen, prompt.places, strict=True)]
         with status("drawing"):
             cards = [
                 draw_card(_title(item.name), item, place.timestamps, sheet_lines(fact), fact["warning"], len(seen))
-                for item, place, fact in zip(seen, prompt.places, told, strict=True)
+                for item, place, fact in zip(seen, prompt.places, all_facts, strict=True)
             ]
             sheet = draw_sheet(cards)
             _write(sheet, self.out)
         if self.as_json:
-            print(to_json(self._as_object(told, prompt, sheet)))
+            print(to_json(self._as_object(all_facts, prompt, sheet)))
         else:
-            self._print(told, prompt, sheet)
+            self._print(all_facts, prompt, sheet)
 
     def _as_object(
-        self, told: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image"
+        self, all_facts: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image"
     ) -> dict[str, Any]:
         return {
-            "files": list(told),
+            "files": list(all_facts),
             "prompt": {
                 "text": self.prompt,
                 "tokens": len(prompt.input_ids),
@@ -99,8 +100,8 @@ class Inspect(JsonOptions):
             "model": self.model,
         }
 
-    def _print(self, told: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image") -> None:
-        for fact in told:
+    def _print(self, all_facts: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image") -> None:
+        for fact in all_facts:
             print(f"{fact['file']} ({fact['kind']})")
             for name, value in rows(fact):
                 print(f"  {name:<10}{value}")
@@ -117,39 +118,42 @@ def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
     t, h, w = fact["grid_thw"]
     scale = f"× {fact['scale_width']:.3f} wide, × {fact['scale_height']:.3f} high"
     seen = f"{fact['seen_width']} × {fact['seen_height']} pixels"
-    told = [("original", f"{fact['width']} × {fact['height']} pixels")]
+    lines = [("original", f"{fact['width']} × {fact['height']} pixels")]
     if fact["kind"] == "video":
         fps, duration = fact["fps"], fact["duration"]
         taken = fact["frames_indices"]
-        told[0] = ("original", f"{told[0][1]}, {_count(fact['frames'], 'frame')}, {fps:.4g} a second, {duration:.2f} s")
-        told.append(("sampled", f"{_count(len(taken), 'frame')}, {_times(taken, fps)}; {_count(t, 'temporal patch')}"))
-        told.append(("times", f"{', '.join(map(str, _shortened(fact['timestamps'])))} s in the prompt"))
-    told.append(("seen", seen if fact["why"] == "as it is" else f"{seen}: {scale}; {fact['why']}"))
-    told.append(("grid_thw", f"{t} × {h} × {w} = {_count(fact['patches'], 'patch')}"))
+        lines[0] = (
+            "original",
+            f"{lines[0][1]}, {_count(fact['frames'], 'frame')}, {fps:.4g} a second, {duration:.2f} s",
+        )
+        lines.append(("sampled", f"{_count(len(taken), 'frame')}, {_times(taken, fps)}; {_count(t, 'temporal patch')}"))
+        lines.append(("times", f"{', '.join(map(str, _shortened(fact['timestamps'])))} s in the prompt"))
+    lines.append(("seen", seen if fact["why"] == "as it is" else f"{seen}: {scale}; {fact['why']}"))
+    lines.append(("grid_thw", f"{t} × {h} × {w} = {_count(fact['patches'], 'patch')}"))
     share = f"{fact['share_of_budget']:.1%} of the budget of {fact['budget_tokens']}"
-    told.append(
+    lines.append(
         ("tokens", f"{_count(fact['image_tokens'], 'image token')}, {share}; {fact['prompt_tokens']} of the prompt")
     )
     positions = ", ".join(
         f"{axis} {first} to {last}" if first != last else f"{axis} {first}"
         for axis, (first, last) in fact["positions"].items()
     )
-    told.append(("M-RoPE", positions))
+    lines.append(("M-RoPE", positions))
     if fact["warning"]:
-        told.append(("warning", fact["warning"]))
-    return told
+        lines.append(("warning", fact["warning"]))
+    return lines
 
 
 def sheet_lines(fact: dict[str, Any]) -> list[str]:
     """The lines for the sheet, whose font has few characters."""
-    told = {name: value.replace("×", "x") for name, value in rows(fact)}
-    sampled = [f"sampled: {told['sampled']}"] if "sampled" in told else []
+    lines = {name: value.replace("×", "x") for name, value in rows(fact)}
+    sampled = [f"sampled: {lines['sampled']}"] if "sampled" in lines else []
     return [
-        f"original: {told['original']}",
+        f"original: {lines['original']}",
         *sampled,
-        f"seen: {told['seen']}",
-        f"{told['tokens']};  grid_thw {told['grid_thw']}",
-        f"M-RoPE: {told['M-RoPE']}",
+        f"seen: {lines['seen']}",
+        f"{lines['tokens']};  grid_thw {lines['grid_thw']}",
+        f"M-RoPE: {lines['M-RoPE']}",
     ]
 
 

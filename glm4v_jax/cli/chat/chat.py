@@ -24,9 +24,10 @@ PROMPT, CONTINUATION = "> ", ". "
 class Chat(Options):
     """Chat in the terminal.
 
-    The conversation stays in the KV cache: a turn computes only its new tokens. Thoughts are dim, boxed answers bold. /image FILE and /video FILE add media to the next message, /help lists the
-    other commands, Ctrl-C stops an answer. If standard input is not a terminal, its lines are the messages; answers go
-    to standard output with their tags, everything else to standard error.
+    The conversation stays in the KV cache: a turn computes only its new tokens. Thoughts are dim, boxed answers bold.
+    /image FILE and /video FILE add media to the next message, /help lists the other commands, Ctrl-C stops an answer.
+    If standard input is not a terminal, its lines are the messages; answers go to standard output with their tags,
+    everything else to standard error.
     """
 
     media: MediaOptions = dataclasses.field(default_factory=MediaOptions)

@@ -76,8 +76,7 @@ def save(
             errno.EEXIST, "found an earlier conversation; expected another name; /save! overwrites it", str(path)
         )
     if path.suffix.lower() == ".json":
-        told = _as_object(model, system, turns, tokenizer)
-        content = to_json(told, ensure_ascii=False, indent=2) + "\n"
+        content = to_json(_as_object(model, system, turns, tokenizer), ensure_ascii=False, indent=2) + "\n"
     else:
         content = _as_markdown(model, system, turns)
     if not path.parent.is_dir():
