@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import shlex
 import sys
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from glm4v_jax.config.checks import Positive
-from glm4v_jax.console.answer_writer import AnswerWriter, after_status, rate_after_first
+from glm4v_jax.console.answer_writer import AnswerWriter, Stopwatch, after_status, figures
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.options import MediaOptions, ModelOptions, SamplingOptions, generation_config
 from glm4v_jax.console.program import JsonOptions
@@ -18,9 +17,6 @@ from glm4v_jax.console.progress import COMPILING, run_batch, status
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import silent_decoders
-
-if TYPE_CHECKING:
-    from glm4v_jax.generate.completion import Completion, Counts
 
 SLOTS = 8
 
@@ -160,40 +156,26 @@ class Generate(JsonOptions):
         from glm4v_jax.generate.completion import Counts, completion_fields
 
         writer = None if self.as_json else AnswerWriter()
-        completion, first, burst = None, 0.0, 0
-        started = time.perf_counter()
+        completion, watch = None, Stopwatch()
         with compile_times() as compiled:
             deltas = engine.stream(prompt, preset=self.sampling.preset, **options)
             for delta in after_status(deltas, f"generating ({COMPILING})"):
-                if not first:
-                    first, burst = time.perf_counter() - started, len(delta.tokens)
+                watch.note(delta)
                 if writer is not None:
                     writer.show(delta)
                 completion = delta.completion
-        seconds = time.perf_counter() - started
         assert completion is not None
-        rate = rate_after_first(len(completion.tokens), burst, seconds, first)
-        rate = None if rate is None else round(rate, 2)
-        times = {
-            "seconds": round(seconds, 3),
-            "compile_seconds": round(sum(compiled), 3),
-            "first_token_seconds": round(first, 3),
-        }
-        if writer is None:
-            fields = completion_fields(completion, processor.tokenizer)
-            print(to_json({**fields, **times, "tokens_per_second": rate, "model": self.model.directory}))
+        times = watch.stop(len(completion.tokens), sum(compiled))
+        if writer is not None:
+            writer.end(completion)
+            print(figures(completion, Counts.of(completion, processor.tokenizer), times), file=sys.stderr)
             return
-        writer.end(completion)
-        _print_figures(completion, Counts.of(completion, processor.tokenizer), times, rate)
-
-
-def _print_figures(completion: "Completion", counts: "Counts", times: dict[str, float], rate: float | None) -> None:
-    stop = f" ({completion.stop_string!r})" if completion.stop_string is not None else ""
-    kinds = f" ({counts})" if counts.thought else ""
-    then = "" if rate is None else f", then {rate:.1f} tokens/s"
-    print(
-        f"{completion.prompt_tokens} prompt tokens, {len(completion.tokens)} new{kinds} in {times['seconds']:.2f} s "
-        f"({times['compile_seconds']:.2f} s compiling), first after {times['first_token_seconds']:.2f} s{then}, "
-        f"finish reason: {completion.finish_reason}{stop}",
-        file=sys.stderr,
-    )
+        fields = {
+            **completion_fields(completion, processor.tokenizer),
+            "seconds": round(times.seconds, 3),
+            "compile_seconds": round(times.compiled, 3),
+            "first_token_seconds": round(times.first, 3),
+            "tokens_per_second": None if times.rate is None else round(times.rate, 2),
+            "model": self.model.directory,
+        }
+        print(to_json(fields))

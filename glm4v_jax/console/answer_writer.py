@@ -1,8 +1,10 @@
 """An answer on its way to a terminal, or to whatever else standard output is."""
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import rich.console
@@ -13,10 +15,11 @@ from glm4v_jax.console.table import printable
 from glm4v_jax.generate.text.thinking import END_THINK, THINK, Kind
 
 if TYPE_CHECKING:
-    from glm4v_jax.generate.completion import Completion, Delta
+    from glm4v_jax.generate.completion import Completion, Counts, Delta
 
 STYLES = {Kind.TEXT: "", Kind.THOUGHT: "dim italic", Kind.ANSWER: "", Kind.BOX: "bold"}
 
+_SHOWN_COMPILE_SECONDS = 0.5
 # Less is too little to measure.
 _LEAST_SECONDS = 0.1
 
@@ -84,17 +87,59 @@ def after_status(deltas: "Iterator[Delta]", text: str) -> "Iterator[Delta]":
             yield from deltas
 
 
-def rate_after_first(tokens: int, burst: int, seconds: float, first: float) -> float | None:
-    """Tokens per second after the first part of an answer; before it, its prompt is run and programs are compiled.
+@dataclasses.dataclass(frozen=True)
+class AnswerTimes:
+    """Times of an answer.
+
+    Attributes:
+      seconds: from the question to the end.
+      compiled: how many of these went into compilation.
+      first: seconds until the first part, before which the prompt is run.
+      rate: tokens per second after the first part; None if that was all, or the rest came too soon to be measured.
+    """
+
+    seconds: float
+    compiled: float
+    first: float
+    rate: float | None
+
+
+class Stopwatch:
+    """Times an answer, from now on."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.first = 0.0
+        self._burst, self._clock, self._started = 0, clock, clock()
+
+    def note(self, delta: "Delta") -> None:
+        """Note a part of the answer."""
+        if not self.first:
+            self.first, self._burst = self._clock() - self._started, len(delta.tokens)
+
+    def stop(self, tokens: int, compiled: float) -> AnswerTimes:
+        """The times of an answer of so many tokens, of which so many seconds went into compilation."""
+        seconds = self._clock() - self._started
+        after_first, rest = seconds - self.first, tokens - self._burst
+        rate = rest / after_first if rest > 0 and after_first > _LEAST_SECONDS else None
+        return AnswerTimes(seconds, compiled, self.first, rate)
+
+
+def figures(completion: "Completion", counts: "Counts", times: AnswerTimes, reused: int = 0) -> str:
+    """A line of counts of tokens and times.
 
     Args:
-      tokens: of the answer.
-      burst: of its first part.
-      seconds: of the whole.
-      first: seconds until the first part.
-
-    Returns:
-      None if the first part was all, or the rest came too soon after it to be measured.
+      completion: the answer.
+      counts: of its tokens.
+      times: of it.
+      reused: tokens of the prompt that were in the KV cache.
     """
-    is_slow = tokens > burst and seconds - first > _LEAST_SECONDS
-    return (tokens - burst) / (seconds - first) if is_slow else None
+    cached = f" ({reused} from the cache)" if reused else ""
+    kinds = f" ({counts})" if counts.thought else ""
+    compiled = f" ({times.compiled:.1f} s compiling)" if times.compiled > _SHOWN_COMPILE_SECONDS else ""
+    then = "" if times.rate is None else f", then {times.rate:.1f} tokens/s"
+    stop = f" ({completion.stop_string!r})" if completion.stop_string is not None else ""
+    reason = "stopped by you" if completion.finish_reason == "cancelled" else completion.finish_reason
+    return (
+        f"{completion.prompt_tokens} prompt tokens{cached}, {len(completion.tokens)} new{kinds} in "
+        f"{times.seconds:.2f} s{compiled}, first after {times.first:.2f} s{then}, finish reason: {reason}{stop}"
+    )

@@ -1,6 +1,7 @@
 """Tables, and text that cannot control a terminal."""
 
 import re
+import sys
 from collections.abc import Collection, Sequence
 
 import rich.console
@@ -48,7 +49,8 @@ def print_table(
       stderr: print to standard error instead of standard output.
     """
     console = rich.console.Console(stderr=stderr)
-    if not console.is_terminal:
+    is_terminal = console.is_terminal
+    if not is_terminal:
         console = rich.console.Console(stderr=stderr, width=_NO_TERMINAL_WIDTH)
     table = rich.table.Table(box=None, pad_edge=False, show_header=header)
     for column in columns:
@@ -60,7 +62,13 @@ def print_table(
     for number, row in enumerate(rows):
         style = "bold" if number in bold else None
         table.add_row(*(rich.text.Text(printable(cell)) for cell in row), style=style)
-    console.print(table)
+    if is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        print(line.rstrip(), file=sys.stderr if stderr else sys.stdout)
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -83,7 +83,7 @@ def test_text_has_the_same_facts(capfd, image, video):
         "  tokens    20 image tokens, 0.3% of the budget of 6144; 22 of the prompt",
         "  M-RoPE    t 5, h 5 to 8, w 5 to 9",
         "video.gif (video)",
-        "  original  84 × 56 pixels, 4 frames, 2 a second, 2.00 s",
+        "  original  84 × 56 pixels, 4 frames, 2 per second, 2.00 s",
         "  sampled   4 frames, from 0.00 to 1.50 s; 2 temporal patches",
         "  times     0, 1 s in the prompt",
     ):

@@ -3,8 +3,8 @@
 import pytest
 
 from glm4v_jax.console import answer_writer
-from glm4v_jax.console.answer_writer import AnswerWriter, rate_after_first
-from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.console.answer_writer import AnswerTimes, AnswerWriter, Stopwatch, figures
+from glm4v_jax.generate.completion import Completion, Counts, Delta
 from glm4v_jax.generate.text.thinking import Kind, Part, ThinkingParser
 
 DIM, BOLD, PLAIN = "\x1b[2;3m", "\x1b[1m", "\x1b[0m"
@@ -70,7 +70,20 @@ def test_characters_that_the_encoding_lacks_are_escaped(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "burst", "seconds", "rate"), [(21, 1, 12.0, 10), (8, 8, 12.0, None), (9, 8, 10.01, None)]
+    ("tokens", "burst", "end", "rate"), [(21, 1, 12.0, 10), (8, 8, 12.0, None), (9, 8, 10.01, None)]
 )
-def test_the_rate_is_measured_after_the_first_part(tokens, burst, seconds, rate):
-    assert rate_after_first(tokens, burst, seconds, first=10.0) == rate
+def test_the_rate_is_measured_after_the_first_part(tokens, burst, end, rate):
+    watch = Stopwatch(clock=iter([0.0, 10.0, end]).__next__)
+    watch.note(Delta("", (), (1,) * burst))
+    watch.note(Delta("", (), (1,)))
+    assert watch.stop(tokens, 3.0) == AnswerTimes(end, 3.0, 10.0, rate)
+
+
+def test_figures_have_compilation_only_where_it_took_long():
+    completion, counts = Completion(0, "", (1, 2), 9, "stop", stop_string="x"), Counts(0, 2)
+    line = figures(completion, counts, AnswerTimes(9.6, 9.1, 9.2, 5.0), reused=7)
+    assert line == (
+        "9 prompt tokens (7 from the cache), 2 new in 9.60 s (9.1 s compiling), first after 9.20 s, then 5.0 tokens/s, "
+        "finish reason: stop ('x')"
+    )
+    assert "compiling" not in figures(completion, counts, AnswerTimes(9.6, 0.4, 9.2, 5.0))

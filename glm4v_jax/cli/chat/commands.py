@@ -164,14 +164,14 @@ def _stats(session: Session, text: str) -> None:
     prompt = sum(turn.completion.prompt_tokens for turn in turns)
     reused = sum(turn.reused for turn in turns)
     limit = session.engine.runtime.config.text_config.max_position_embeddings
-    rates = ", ".join("-" if turn.rate is None else f"{turn.rate:.1f}" for turn in turns)
+    rates = ", ".join("-" if turn.times.rate is None else f"{turn.times.rate:.1f}" for turn in turns)
     session.say(
         f"turns: {len(turns)}\n"
         f"tokens in the conversation: {completion.prompt_tokens + len(completion.tokens)} of {limit}\n"
         f"prompt tokens: {prompt}, {reused} from the cache ({reused / prompt:.0%})\n"
         f"new tokens: {sum(len(turn.completion.tokens) for turn in turns)}\n"
         f"tokens/s after the first: {rates}\n"
-        f"seconds to the first token: {', '.join(f'{turn.first:.2f}' for turn in turns)}\n"
+        f"seconds to the first token: {', '.join(f'{turn.times.first:.2f}' for turn in turns)}\n"
         f"images and videos encoded: {pool.encoded}, reused: {pool.reused}"
     )
 

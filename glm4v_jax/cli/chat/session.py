@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,7 @@ from glm4v_jax.cli.chat.attachments import Attachment, attach
 from glm4v_jax.cli.chat.interrupt import Interrupt
 from glm4v_jax.cli.chat.transcript import Turn
 from glm4v_jax.config.presets import preset
-from glm4v_jax.console.answer_writer import AnswerWriter, after_status, rate_after_first
+from glm4v_jax.console.answer_writer import AnswerWriter, Stopwatch, after_status, figures
 from glm4v_jax.console.options import with_default
 from glm4v_jax.console.progress import COMPILING, status
 from glm4v_jax.console.table import printable
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
     from glm4v_jax.config.generation import GenerationConfig
     from glm4v_jax.generate.engine import Engine
-
-_SHOWN_COMPILE_SECONDS = 0.5
-"""Less is not shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +116,8 @@ class Session:
 
         self.failed = message
         stats, writer = self.engine.stats, self._writer()
-        before, reused, first, burst = dataclasses.replace(stats), 0, 0.0, 0
+        before, reused, watch = dataclasses.replace(stats), 0, Stopwatch()
         number = len(self.conversation.completions)
-        started = time.perf_counter()
         with silent_decoders(), status("reading"):
             deltas = self.conversation.ask(
                 message.text,
@@ -135,12 +130,12 @@ class Session:
             shown = after_status(deltas, f"generating ({COMPILING})")
             try:
                 for delta in shown:
-                    if not first:
-                        first, burst = time.perf_counter() - started, len(delta.tokens)
+                    if not watch.first:
                         # Not later: closing a thought runs a prompt too.
                         reused = (stats.prompt_tokens - before.prompt_tokens) - (
                             stats.prefill_tokens - before.prefill_tokens
                         )
+                    watch.note(delta)
                     writer.show(delta)
                     if interrupt.is_set:
                         break
@@ -150,10 +145,8 @@ class Session:
                 deltas.close()  # type: ignore[attr-defined]
                 if len(self.conversation.completions) > number:
                     completion = self.conversation.completions[-1]
-                    seconds = time.perf_counter() - started
-                    rate = rate_after_first(len(completion.tokens), burst, seconds, first)
-                    figures = (reused, seconds, sum(compiled), first, rate)
-                    self._end(Turn(message.text, message.attachments, completion, *figures), writer)
+                    times = watch.stop(len(completion.tokens), sum(compiled))
+                    self._end(Turn(message.text, message.attachments, completion, reused, times), writer)
 
     def undo(self) -> Turn:
         """Remove the last turn.
@@ -185,20 +178,6 @@ class Session:
         """All images of the conversation."""
         return [item.source for turn in self.turns for item in turn.attachments if item.kind == "image"]
 
-    def figures(self, turn: Turn) -> str:
-        """A line of counts of tokens and times."""
-        completion = turn.completion
-        counts = Counts.of(completion, self.engine.processor.tokenizer)
-        kinds = f" ({counts})" if counts.thought else ""
-        reused = f" ({turn.reused} from the cache)" if turn.reused else ""
-        compiled = f" ({turn.compiled:.1f} s compiling)" if turn.compiled > _SHOWN_COMPILE_SECONDS else ""
-        then = "" if turn.rate is None else f", then {turn.rate:.1f} tokens/s"
-        reason = "stopped by you" if completion.finish_reason == "cancelled" else completion.finish_reason
-        return (
-            f"[{completion.prompt_tokens} prompt tokens{reused}; {len(completion.tokens)} new{kinds} in "
-            f"{turn.seconds:.2f} s{compiled}, first after {turn.first:.2f} s{then}; {reason}]"
-        )
-
     def _end(self, turn: Turn, writer: AnswerWriter) -> None:
         """Keep a turn, and print its figures."""
         self.turns.append(turn)
@@ -208,7 +187,8 @@ class Session:
         self.attached = [item for item in self.attached if id(item) not in carried]
         completion = turn.completion
         writer.end(completion)
-        self.say(self.figures(turn))
+        counts = Counts.of(completion, self.engine.processor.tokenizer)
+        self.say(f"[{figures(completion, counts, turn.times, turn.reused)}]")
         if completion.boxes and len(self.images()) == 1:
             boxes = ", ".join(str(list(box)) for box in completion.pixel_boxes())
             self.say(f"boxes in pixels: {boxes}; /boxes FILE draws them")

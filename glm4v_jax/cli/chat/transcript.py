@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.cli.chat.attachments import Attachment
+from glm4v_jax.console.answer_writer import AnswerTimes
 from glm4v_jax.errors import MessageError
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.completion import completion_fields
@@ -34,20 +35,14 @@ class Turn:
       attachments: what came before the text, images before videos.
       completion: the model's turn.
       reused: tokens of the prompt that were in the KV cache.
-      seconds: of the whole turn.
-      compiled: how many of these went into compilation.
-      first: seconds until the first part of the answer.
-      rate: tokens per second after that part; None if there were no more.
+      times: of the turn.
     """
 
     text: str
     attachments: tuple[Attachment, ...]
     completion: "Completion"
     reused: int
-    seconds: float
-    compiled: float
-    first: float
-    rate: float | None
+    times: AnswerTimes
 
 
 def save(
@@ -112,9 +107,9 @@ def _as_object(model: str, system: str | None, turns: Sequence[Turn], tokenizer:
         {
             **completion_fields(turn.completion, tokenizer),
             "reused_tokens": turn.reused,
-            "seconds": round(turn.seconds, 3),
-            "compile_seconds": round(turn.compiled, 3),
-            "first_token_seconds": round(turn.first, 3),
+            "seconds": round(turn.times.seconds, 3),
+            "compile_seconds": round(turn.times.compiled, 3),
+            "first_token_seconds": round(turn.times.first, 3),
         }
         for turn in turns
     ]

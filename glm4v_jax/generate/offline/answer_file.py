@@ -1,26 +1,22 @@
 """The file that the answers of a batch are appended to, and that a later run resumes.
 
 One JSON object per line, in the order of completion. Every line has a `key`, a digest of what it is the answer to. A
-line is written at once, so what a killed process leaves is whole lines and perhaps the beginning of one. The file is
-locked before it is read, so that no other process adds lines in between, and as long as it is open.
+line is written at once, so what a killed process leaves is complete lines and perhaps the beginning of one. A lock file
+beside it keeps other processes out, from before it is read until it is closed.
 """
 
 import errno
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
+
+import filelock
 
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.files import replacing, to_json
-
-try:
-    import fcntl
-except ImportError:  # not on this system: two processes may write one file
-    fcntl = None  # type: ignore[assignment]
 
 
 def open_answers(open_file: Callable[[], "AnswerFile"], keys: Mapping[int | str, str]) -> "AnswerFile":
@@ -67,35 +63,48 @@ class AnswerFile:
           OSError: the file cannot be read or written, or another process is writing it.
           GenerationError: it was not written by this program, or for other prompts or options.
         """
-        self._path, self._field, self._keys, self._keep_others = pathlib.Path(path), field, keys, keep_others
-        if not self._path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "no such directory", str(self._path.parent))
         self.done: set[int | str] = set()
         """Names of the answered prompts."""
-        self._descriptor = _open_locked(self._path)
+        self._field, self._keys, self._keep_others = field, keys, keep_others
+        self._path = pathlib.Path(path)
+        target = self._path.resolve()  # of a link, what it leads to
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(self._path.parent))
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "found a directory; expected a file", path)
+        self._lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing it", path) from error
+        self._file: BinaryIO | None = None
         try:
             if restart:
                 self._check_own()
-                os.truncate(self._descriptor, 0)
-            else:
+            elif target.exists():
                 lines, is_clean = self._read()
                 if not is_clean:
-                    self._replace(lines)
+                    with replacing(target) as aside:
+                        aside.write_bytes(b"".join(lines))
+                        shutil.copymode(target, aside)
+            self._file = target.open("wb" if restart else "ab")
         except BaseException:
             self.close()
             raise
 
     def append(self, name: int | str, line: Mapping[str, Any]) -> None:
         """Write the answer to a prompt as a line."""
-        encoded = _encoded({self._field: name, "key": self._keys[name], **line})
-        while encoded:
-            encoded = encoded[os.write(self._descriptor, encoded) :]
+        assert self._file is not None
+        self._file.write(_encoded({self._field: name, "key": self._keys[name], **line}))
+        self._file.flush()
 
     def close(self) -> None:
-        """Unlock the file and close it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the file and remove the lock."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock.is_locked:
+            pathlib.Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +134,8 @@ class AnswerFile:
         Raises:
           GenerationError: it is not a file of answers.
         """
+        if not self._path.exists():
+            return
         with self._path.open("rb") as file:
             line = file.readline()
         if line and not self._is_beginning(line):
@@ -161,78 +172,18 @@ class AnswerFile:
             )
         return name, not failed
 
-    def _replace(self, lines: list[bytes]) -> None:
-        """Keep these lines only; until all are written, the file stays as it was."""
-        path = self._path.resolve()  # of a link, what it leads to
-        descriptor = -1
-        try:
-            with replacing(path) as aside:
-                aside.write_bytes(b"".join(lines))
-                shutil.copymode(path, aside)
-                # Locked before it is in place, so that nobody else gets hold of it.
-                descriptor = _open_locked(aside)
-        except BaseException:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise
-        self.close()
-        self._descriptor = descriptor
-
 
 class _UnwrittenAnswers(AnswerFile):
     """What the other processes have: the first one writes."""
 
     def __init__(self) -> None:
         self.done = set()
-        self._descriptor = -1
 
     def append(self, name: int | str, line: Mapping[str, Any]) -> None:
         """Leave it to the first process."""
 
-
-def _open_locked(path: pathlib.Path) -> int:
-    """Open a file for appending; create it if it does not exist.
-
-    Raises:
-      BlockingIOError: another process is writing it.
-      OSError: it cannot be opened.
-    """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    while True:
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            # Another process may have put a new file in the place of the one that was opened.
-            if not _lock(descriptor, path) or _is_at(descriptor, path):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: pathlib.Path) -> bool:
-    """Lock a file; return whether locks exist here.
-
-    Raises:
-      BlockingIOError: another process is writing it.
-    """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, "another process is writing it", str(path)) from error
-    except OSError:  # a file system without locks
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: pathlib.Path) -> bool:
-    """Whether the path still leads to the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

@@ -37,7 +37,7 @@ def test_lines_of_a_pipe_are_messages(chat, engine, image):
     second = conversation.send("And now?\nTell me.")
     assert (status, out) == (0, f"{first.text}\n{second.text}\n")
     assert err[0] == "image.png: 84 × 56 pixels, 12 tokens; added to the next message"
-    assert err[1].startswith(f"[{first.prompt_tokens} prompt tokens; 6 new")
+    assert err[1].startswith(f"[{first.prompt_tokens} prompt tokens, 6 new")
     assert err[2].startswith(f"[{second.prompt_tokens} prompt tokens (") and "from the cache" in err[2]
 
 
@@ -51,7 +51,7 @@ def test_options_of_the_command_are_those_of_the_conversation(chat, engine, imag
 
 def test_the_tiny_model_answers_briefly_by_default(chat, monkeypatch):
     monkeypatch.setattr("glm4v_jax.console.options.TINY_CHECKPOINT", RANDOM_CHECKPOINT)
-    assert "; 64 new" in chat("Hello", "--greedy")[2][-1]
+    assert ", 64 new" in chat("Hello", "--greedy")[2][-1]
 
 
 def test_an_image_of_an_option_is_read_once(chat, monkeypatch, image):
@@ -80,7 +80,7 @@ def test_a_failed_line_is_one_line_of_error_and_the_rest_continues(chat):
         "error: /save: found no file",
         "error: /boxes: found 0 images",
         "error: ",
-        "[8 prompt tokens; 4 new",
+        "[8 prompt tokens, 4 new",
         "glm4v: error: 7 lines of the input failed",
     ]
     assert len(lines) == len(beginnings)
@@ -141,7 +141,7 @@ def test_a_person_at_a_terminal(tmp_path, image):
     terminal.send("/ima\tima\t\n")
     terminal.wait_for("image.png: 84 × 56 pixels")
     terminal.send("And?\n")
-    terminal.wait_for("; length]")
+    terminal.wait_for(": length]")
     terminal.wait_for("> ")
     terminal.send("half a li")
     terminal.wait_for("half a li")

@@ -1,6 +1,5 @@
 """Turns of a conversation: options, figures, and answers that Ctrl-C stops."""
 
-import dataclasses
 import signal
 
 import pytest
@@ -69,14 +68,6 @@ def test_turns_do_not_share_their_random_numbers(new_session, engine):
     assert texts(session)[0] != texts(session)[1]
     same = [engine.generate("Hello", temperature=50.0, seed=7, preset="rollouts", max_new_tokens=8) for _ in range(2)]
     assert same[0].tokens == same[1].tokens
-
-
-def test_compiling_is_shown_where_it_took_long(session):
-    run(session, "Hello")
-    (turn,) = session.turns
-    figures = session.figures(dataclasses.replace(turn, seconds=9.6, compiled=9.1))
-    assert "new in 9.60 s (9.1 s compiling), first after" in figures
-    assert "compiling" not in session.figures(dataclasses.replace(turn, compiled=0.4))
 
 
 def test_closing_a_thought_does_not_count_as_reuse_of_the_cache(session):

@@ -1,6 +1,5 @@
 """The file of answers by itself: what is read, kept, locked and replaced."""
 
-import fcntl
 import os
 import pathlib
 
@@ -27,51 +26,19 @@ def test_the_file_is_locked_before_it_is_read(monkeypatch):
     """Or what another process adds in between would be lost when the file is cleaned up."""
     answer, torn = '{"index": 1, "key": "key 1", "text": "a"}\n', '{"index": 2, "key'
     pathlib.Path("out.jsonl").write_text(answer + torn)
-    read, replace = AnswerFile._read, os.replace
-    tried = []
-
-    def is_locked():
-        with pytest.raises(BlockingIOError):
-            AnswerFile("out.jsonl", "index", KEYS, restart=True)
-        tried.append(len(tried))
+    read = AnswerFile._read
 
     def reading(file):
-        monkeypatch.setattr(AnswerFile, "_read", read)
-        is_locked()
+        with pytest.raises(BlockingIOError):
+            AnswerFile("out.jsonl", "index", KEYS, restart=True)
         return read(file)
 
-    def replacing(*paths):
-        is_locked()
-        replace(*paths)
-        is_locked()
-
     monkeypatch.setattr(AnswerFile, "_read", reading)
-    monkeypatch.setattr(os, "replace", replacing)
     with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
         assert file.done == {1}
-        assert tried == [0, 1, 2]
-        is_locked()
         file.append(2, {"text": "b"})
     assert pathlib.Path("out.jsonl").read_text() == answer + '{"index": 2, "key": "key 2", "text": "b"}\n'
     assert os.listdir() == ["out.jsonl"]
-
-
-def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(monkeypatch):
-    pathlib.Path("out.jsonl").write_text('{"index": 1, "key": "key 1", "text": "a"}\n')
-    both = pathlib.Path("out.jsonl").read_text() + '{"index": 2, "key": "key 2", "text": "b"}\n'
-    flock = fcntl.flock
-
-    def replaced(descriptor, how):
-        monkeypatch.setattr(fcntl, "flock", flock)
-        pathlib.Path("new").write_text(both)
-        os.replace("new", "out.jsonl")
-        flock(descriptor, how)
-
-    monkeypatch.setattr(fcntl, "flock", replaced)
-    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
-        assert file.done == {1, 2}
-        file.append(3, {})
-    assert pathlib.Path("out.jsonl").read_text() == both + '{"index": 3, "key": "key 3"}\n'
 
 
 def test_a_link_and_a_mode_are_kept():
