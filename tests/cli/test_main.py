@@ -42,7 +42,8 @@ def test_help_is_complete(capfd, arguments):
     out = capfd.readouterr().out
     assert caught.value.code == 0
     assert out.startswith(" ".join(["usage: glm4v", *arguments]))
-    assert "{None" not in out and "None}" not in out and "default: None" not in out
+    if arguments[:1] not in {(name,) for name in PROGRAMS}:
+        assert "None" not in out
 
 
 def test_help_lists_all_programs(capfd):
@@ -62,7 +63,7 @@ def options_of(command):
                     yield from options_of(hint)
 
 
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("arguments", [(name,) for name in main.COMMANDS], ids=" ".join)
 def test_the_docstring_of_an_option_is_one_line(arguments):
     """tyro shows its line breaks: longer help is given to `tyro.conf.arg`."""
     for group in options_of(COMMANDS[arguments]):

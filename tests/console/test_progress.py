@@ -11,13 +11,16 @@ def test_off_a_terminal_there_is_a_line_every_ten_seconds(capsys):
     with Progress("to Orbax", clock=clock(0.0, 3.0, 12.0, 15.0, 30.0)) as progress:
         for done in (0, 1, 4, 6):
             progress.update(done * 10**9, 8 * 10**9)
-    assert capsys.readouterr().err.splitlines() == ["to Orbax: 6.00 GB of 8.00 GB, 277.78 MB/s, 0:00:07 left"]
+    assert capsys.readouterr().err.splitlines() == [
+        "to Orbax: 1.00 GB of 8.00 GB",
+        "to Orbax: 6.00 GB of 8.00 GB, 277.78 MB/s, 0:00:07 left",
+    ]
 
 
 def test_rates_leave_out_an_earlier_run_and_the_first_thing_done(capsys):
-    with Progress("answering", "prompts", clock=clock(*(4.0 * n for n in range(7)))) as progress:
+    with Progress("answering", "prompts", clock=clock(*(4.0 * n for n in range(5)))) as progress:
         progress.update(1010, 4000)
-        for done in range(1011, 1016):
+        for done in range(1011, 1014):
             progress.update(done, 4000, tokens=20)
     line = "answering: 1,012 of 4,000 prompts, 0.25 prompts/s, 5.0 tokens/s, 3:19:12 left"
     assert capsys.readouterr().err.splitlines() == [line]
