@@ -1,15 +1,16 @@
-"""Compiled programs kept from one process to the next; what is kept, and how long compiling took.
+"""JAX's persistent cache of compiled programs: where it is, how large it may grow, and how long compiling took.
 
-Nothing here happens by import: the command line and `Engine.from_pretrained` ask for it.
+Nothing here happens on import: the command line and `Engine.from_pretrained` enable it.
 """
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import platformdirs
 
 from glm4v_jax.errors import ConfigError
 
@@ -20,21 +21,21 @@ MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 """JAX's own environment variable: programs that compile faster are not kept."""
 MAX_BYTES = 4 * 2**30
-"""What the cache in the user's cache directory may grow to, unless `MAX_SIZE` says otherwise."""
+"""Size limit of the cache in the user's cache directory, unless `MAX_SIZE` sets another."""
 COMPILED = "/jax/core/compile/backend_compile_duration"
-"""JAX's own name of the time that a program took to compile."""
+"""JAX's event of the time that a program took to compile."""
 
 _PROGRAM, _LAST_USE = "-cache", "-atime"
 """Ends of the names of JAX's files: a program, and when it was last used, if there is a bound."""
 
 
 def use_compilation_cache() -> None:
-    """Switches on JAX's persistent compilation cache; call it before the first compilation.
+    """Enable JAX's persistent compilation cache; call it before the first compilation.
 
     A directory that the program has set in `jax.config` stays, with everything else that is set there. Otherwise the
-    directory is $JAX_COMPILATION_CACHE_DIR, else glm4v_jax/xla in the user's cache directory ($XDG_CACHE_HOME or
-    ~/.cache), which grows to `MAX_BYTES` at most: what was not used for longest goes. One that cannot be made or
-    written means no cache, without a word. Other variables of JAX's are obeyed.
+    directory is $JAX_COMPILATION_CACHE_DIR, else `user_directory`, which grows to `MAX_BYTES` at most: the programs not
+    used for longest are deleted. A directory that cannot be created or written means no cache, without a message.
+    JAX's other variables hold.
     """
     import jax
 
@@ -57,19 +58,15 @@ def use_compilation_cache() -> None:
 
 
 def user_directory() -> pathlib.Path:
-    """The directory of the cache where the environment names none."""
-    # Not pathlib's home(), which raises where there is none; a relative $XDG_CACHE_HOME is to be ignored.
-    user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not user_cache.is_absolute():
-        user_cache = pathlib.Path(os.path.expanduser("~")) / ".cache"
-    return user_cache / "glm4v_jax" / "xla"
+    """The directory where the environment names none: glm4v_jax/xla in the user's cache directory."""
+    return platformdirs.user_cache_path("glm4v_jax") / "xla"
 
 
 def size_bound() -> int | None:
-    """Bytes that the directory may grow to; None for any number.
+    """Bytes that the directory may grow to; None for no limit.
 
     Raises:
-      ConfigError: $JAX_COMPILATION_CACHE_MAX_SIZE is no number.
+      ConfigError: $JAX_COMPILATION_CACHE_MAX_SIZE is not a number.
     """
     named = os.environ.get(MAX_SIZE)
     if named is not None:
@@ -79,10 +76,8 @@ def size_bound() -> int | None:
             raise ConfigError(
                 f"${MAX_SIZE}: found {named!r}; expected a number of bytes, or -1 for no bound"
             ) from error
-    # In a directory of somebody's choice, a bound would delete what others have put there. JAX needs filelock for it.
-    if DIRECTORY in os.environ or importlib.util.find_spec("filelock") is None:
-        return None
-    return MAX_BYTES
+    # In a directory that the user has chosen, a limit would delete what others have put there.
+    return None if DIRECTORY in os.environ else MAX_BYTES
 
 
 def cache_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -115,17 +110,17 @@ def _note_last_uses(directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def compile_times() -> Iterator[list[float]]:
-    """Collects seconds per program that XLA compiles, or JAX reads from the cache, inside the `with` block."""
+    """Collect seconds per program that XLA compiles, or JAX reads from the cache, inside the `with` block."""
     import jax
 
     times: list[float] = []
 
-    def hear(event: str, duration: float, **details: Any) -> None:
+    def listen(event: str, duration: float, **details: Any) -> None:
         if event == COMPILED:
             times.append(duration)
 
-    jax.monitoring.register_event_duration_secs_listener(hear)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         yield times
     finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
+        jax.monitoring.unregister_event_duration_listener(listen)

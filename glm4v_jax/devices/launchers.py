@@ -1,10 +1,10 @@
-"""Whether something has started this program as one of several processes: what the environment says, without JAX."""
+"""The launcher that has started this program as one of several processes, if any: from the environment, without JAX."""
 
 import importlib.util
 import os
 from pathlib import Path
 
-# What tells the number of processes of a Slurm step and of an Open MPI run.
+# Launcher -> variables with the number of processes, and that mark a process as one of them.
 _COUNTS = {
     "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri"),
@@ -14,7 +14,7 @@ _TPU_CHIPS = ("/dev/accel0", "/dev/vfio/0")
 
 
 def launcher() -> str | None:
-    """Who may have started several processes of this program, as far as it can be seen from one of them.
+    """The launcher that may have started several processes of this program.
 
     Returns:
       "Slurm" or "Open MPI" for a step of more than one process, "Kubernetes" in a pod of an indexed job, "Cloud TPU" on
@@ -34,5 +34,5 @@ def _is_tpu_host_among_several() -> bool:
     workers = next((os.environ[name] for name in _TPU_WORKERS if name in os.environ), None)
     if workers is not None:
         return "," in workers
-    # The metadata server knows; JAX asks it, unless it was told not to.
+    # The metadata server knows; JAX asks it, unless this variable forbids it.
     return "TPU_SKIP_MDS_QUERY" not in os.environ

@@ -1,13 +1,13 @@
 """The device mesh, and the one table from logical axis names to mesh axes.
 
-Every array of the model carries logical axis names ("embed", "kv_heads", ...). `RULES` maps them to the mesh axes
-`data, fsdp, kv, q, seq`, and nothing else in the package names a mesh axis. The tensor axis is split because the 9B has
-only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every step.
-Weights and query heads are split alike over `q` and `seq`. Along `q` the devices hold the same keys and values; along
-`seq` each holds some of a cache's slots, which is for long contexts: less of the cache to hold and to read, for two
-more small collectives a layer.
+Every array of the model has logical axis names ("embed", "kv_heads", ...). `RULES` maps them to the mesh axes
+`data, fsdp, kv, q, seq`; nothing else in the package names a mesh axis. The tensor axis is split in three because the
+9B has only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every
+step. Weights and query heads are sharded alike over `q` and `seq`. Along `q` keys and values are replicated; along
+`seq` the slots of the cache are sharded, for long contexts: less of the cache to hold and to read, for two more small
+collectives per layer.
 
-A mesh of one device is the default, so there is a single code path: more devices add a mesh, not a branch.
+A mesh of one device is the default, so that there is a single code path.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "rows": ("data", "fsdp"),
     "length": None,
-    # Where work on tokens is the same on all devices of the tensor axis, they share it: the residual stream between
-    # the blocks, and in the ViT, whose heads take but a part of that axis, attention too.
+    # Work on tokens that all devices of the tensor axis would repeat is sharded: the residual stream between blocks,
+    # and attention of the ViT, whose heads take only a part of that axis.
     "tokens": TENSOR,
     "patches": ("q", "seq"),
     "slots": "seq",
@@ -39,7 +39,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "vocab": TENSOR,
     "kv_heads": "kv",
     "q_groups": ("q", "seq"),
-    # The ViT's heads, 12 in the 9B, divide by no more than kv; its MLPs, most of its work, take the whole tensor axis.
+    # The ViT's heads, 12 in the 9B, divide by kv alone; its MLPs, most of its work, by the whole tensor axis.
     "heads": "kv",
     "head_dim": None,
     "mlp": TENSOR,
@@ -55,7 +55,18 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of `data x fsdp x kv x q x seq` devices with explicit axis types.
+    """Make a mesh of `data x fsdp x kv x q x seq` devices with explicit axis types.
+
+    >>> dict(make_mesh().shape)
+    {'data': 1, 'fsdp': 1, 'kv': 1, 'q': 1, 'seq': 1}
+
+    Args:
+      data: replicas of the model, which share the batch.
+      fsdp: shards of every weight, which share the batch too.
+      kv: shards of key and value heads.
+      q: shards of the query heads of a key head.
+      seq: as `q`, with the slots of the cache sharded.
+      devices: the first of these, by default of all.
 
     Raises:
       ConfigError: there are fewer devices than that, or a size is below 1.
@@ -73,7 +84,12 @@ def make_mesh(
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None = None) -> Iterator[Mesh]:
-    """Run the body inside `mesh`, or inside the mesh that is already set, or inside one of this process's devices."""
+    """Run the body inside `mesh`, or the mesh that is already set, or a mesh of one of this process's devices.
+
+    >>> with use_mesh() as mesh:
+    ...     mesh.size
+    1
+    """
     if mesh is None:
         current = jax.sharding.get_mesh()
         mesh = current if not current.empty else make_mesh(devices=jax.local_devices())
@@ -82,23 +98,23 @@ def use_mesh(mesh: Mesh | None = None) -> Iterator[Mesh]:
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """Partition of an array whose dimensions have these logical names."""
+    """The partition of an array whose dimensions have these logical names."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
 def gathered(*axes: str | None) -> PartitionSpec:
-    """As `spec`, with the `fsdp` shards of a parameter put together: how it is used, as opposed to how it is kept."""
+    """As `spec`, with the `fsdp` shards of a parameter gathered: how it is used, as opposed to how it is kept."""
     return PartitionSpec(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in axes))
 
 
 def shards(axis: str) -> int:
-    """In how many shards the current mesh splits a dimension of this logical name."""
+    """Number of shards of a dimension of this logical name in the current mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in names_of(RULES[axis]))
 
 
 def round_up(size: int, axis: str) -> int:
-    """The smallest number from `size` on that the current mesh can split a dimension of this name of."""
+    """The smallest size, `size` or above, of a dimension of this name that divides by the current mesh."""
     return size + -size % shards(axis)
 
 
@@ -114,12 +130,12 @@ def spec_of(x: jax.Array) -> PartitionSpec:
 
 
 def used(x: jax.Array) -> jax.Array:
-    """A parameter as it is used, in `gathered` partition, whatever its logical axes are."""
+    """Gather the `fsdp` shards of a parameter, whatever its logical axes are; see `gathered`."""
     return jax.sharding.reshard(x, PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec_of(x))))
 
 
 def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
-    """Check that a parameter of this shape can be kept in the partition of its logical axes.
+    """Check that an array of this shape divides by the mesh axes of its logical names.
 
     Raises:
       ConfigError: a dimension does not divide by the devices along its mesh axes.
@@ -133,16 +149,16 @@ def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Move `x` to the partition of these logical names."""
+    """Reshard `x` to the partition of these logical names."""
     return jax.sharding.reshard(x, spec(*axes))
 
 
 def platform() -> str:
-    """What the devices of the current mesh are, as JAX names it: "cpu", "tpu", "gpu"."""
+    """The platform of the current mesh, as JAX names it: "cpu", "tpu", "gpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def data_shards() -> int:
-    """In how many shards batches and vision rows are split in the current mesh."""
+    """Number of shards of batches and vision rows in the current mesh."""
     return shards("batch")

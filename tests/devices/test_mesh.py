@@ -21,7 +21,7 @@ MESHES = [dict(), dict(fsdp=2, kv=2, seq=2)]
 CALL_MESHES = [dict(), dict(data=2), dict(fsdp=2, kv=2, q=2), dict(kv=2, seq=2)]
 
 
-def test_axes_of_logical_names():
+def test_logical_names_become_mesh_axes():
     assert mesh.spec("batch", "length", "kv_heads", "q_groups", None) == P(
         ("data", "fsdp"), None, "kv", ("q", "seq"), None
     )
@@ -31,7 +31,7 @@ def test_axes_of_logical_names():
         mesh.spec("nonsense")
 
 
-def test_too_few_devices():
+def test_too_few_devices_are_refused():
     needed = 2 * len(jax.devices())
     with pytest.raises(ConfigError, match=f"data={needed} needs {needed} devices, found {len(jax.devices())}"):
         mesh.make_mesh(data=needed)
@@ -43,24 +43,36 @@ def test_the_current_mesh_is_kept():
         assert inner.axis_names == mesh.AXES
 
 
-@pytest.mark.usefixtures("mesh")
-def test_models_are_the_same_on_every_mesh(checkpoints):
-    report, calls, refusal = run_on_devices(__file__, str(checkpoints("base")))
-    assert [case["mesh"] for case in report] == MESHES[1:]
-    for case in report:
+@pytest.fixture(scope="module")
+def on_eight_devices(mesh, checkpoints):
+    """What `main` prints: differences of programs, differences of calls, a refusal."""
+    return run_on_devices(__file__, str(checkpoints("base")))
+
+
+def test_programs_are_the_same_on_every_mesh(on_eight_devices):
+    cases = on_eight_devices[0]
+    assert [case["mesh"] for case in cases] == MESHES[1:]
+    for case in cases:
         assert case["tokens_equal"]
         assert case["logits"] <= 1e-5 and case["loss"] <= 1e-6
         assert case["gradients"] <= 1e-4, case["worst_gradient"]
         assert case["split"] > 0.9  # of the parameters; or the meshes would be the same in all but name
-    assert [(case["mesh"], case["batch"]) for case in calls] == [(m, b) for m in CALL_MESHES[1:] for b in (1, 3)]
-    for case in calls:
+
+
+def test_calls_are_the_same_on_every_mesh(on_eight_devices):
+    cases = on_eight_devices[1]
+    assert [(case["mesh"], case["batch"]) for case in cases] == [(m, b) for m in CALL_MESHES[1:] for b in (1, 3)]
+    for case in cases:
         assert case["names"] == ["loss", "logits", "step", "embedded", *["hidden state"] * 3]
         assert np.max(case["differences"]) <= 1e-5, case
-    assert refusal == "kv_heads of 2 does not divide by mesh axes kv of 4 devices"
+
+
+def test_a_mesh_that_key_heads_do_not_divide_by_is_refused(on_eight_devices):
+    assert on_eight_devices[2] == "kv_heads of 2 does not divide by mesh axes kv of 4 devices"
 
 
 def parts_of_calls(model, batch):
-    """What the front door returns, name -> arrays without padding: a prompt, a step after it, embeddings for tokens."""
+    """Name -> what calls return, without padding: of a prompt, a step after it, embeddings in place of tokens."""
     from reference import Prompts
 
     prompts = Prompts(model.config, [[2, ("image", (4, 6)), 3], [9], [("video", (2, 2, 4)), 1]][:batch], seed=2)
@@ -71,11 +83,11 @@ def parts_of_calls(model, batch):
     step = model(np.full((batch, 1), 7), attention_mask=mask, past_key_values=out.past_key_values)
     grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
     positions, _ = model.model.get_rope_index(prompts.input_ids, **grids, attention_mask=inputs["attention_mask"])
-    # Pictures and videos together need tokens to tell them apart.
-    pictures = {name: value for name, value in inputs.items() if "video" not in name and name != "input_ids"}
+    # Images and videos together need tokens to distinguish them.
+    images = {name: value for name, value in inputs.items() if "video" not in name and name != "input_ids"}
     embeds = model.model.get_input_embeddings(prompts.input_ids[:2])
-    pictures |= dict(attention_mask=inputs["attention_mask"][:2], position_ids=positions[:, :2], inputs_embeds=embeds)
-    embedded = model(**pictures, output_hidden_states=True)
+    images |= dict(attention_mask=inputs["attention_mask"][:2], position_ids=positions[:, :2], inputs_embeds=embeds)
+    embedded = model(**images, output_hidden_states=True)
     return [
         ("loss", np.asarray(out.loss)), ("logits", np.asarray(out.logits)[real]), ("step", np.asarray(step.logits)),
         ("embedded", np.asarray(embedded.logits)[real[:2]]),
@@ -84,7 +96,7 @@ def parts_of_calls(model, batch):
 
 
 def compare_calls(directory):
-    """Differences of `parts_of_calls` from one device's, in shares of the largest magnitude."""
+    """Differences of `parts_of_calls` from one device's, relative to the largest magnitude."""
     from glm4v_jax import Glm4vForConditionalGeneration
 
     models = [

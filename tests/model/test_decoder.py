@@ -22,7 +22,7 @@ def text_of(name):
 
 
 def example(name, seed=0):
-    """Residual stream, M-RoPE positions as pictures make them, and a row that starts with padding."""
+    """Residual stream, M-RoPE positions as images have them, and a row that starts with padding."""
     random = np.random.RandomState(seed)
     x = random.standard_normal((B, T, text_of(name).hidden_size)).astype(np.float32)
     positions = np.sort(random.randint(0, 60, (3, B, T)), axis=-1)
@@ -65,7 +65,7 @@ def test_attention_and_layer_equal(ours, theirs, name):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_whole_decoder_equals_and_records(ours, theirs, stacked):
+def test_decoder_and_its_intermediates_equal(ours, theirs, stacked):
     import torch
 
     x, positions, segments = example("base", seed=1)
@@ -92,8 +92,8 @@ def test_whole_decoder_equals_and_records(ours, theirs, stacked):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_a_cache_changes_nothing(ours, stacked):
-    """In pieces of 1, 4 and 8 tokens, rows at different slots: the same as all at once."""
+def test_decoding_in_chunks_equals_all_at_once(ours, stacked):
+    """In chunks of 1, 4 and 8 tokens, rows at different slots: the same as all at once."""
     x, positions, _ = example("base", seed=2)
     module = ours("base").module
     text = (module.stacked() if stacked else module).language_model
@@ -112,7 +112,7 @@ def test_a_cache_changes_nothing(ours, stacked):
     assert np.array_equal(cache.segments, np.arange(24) < np.full((B, 1), T))
 
 
-def test_dropout_is_a_fresh_draw_in_every_layer(ours):
+def test_every_layer_has_its_own_dropout(ours):
     """Two equal layers drop different probabilities."""
     text = ours("base").module.stacked().language_model
     text.layers = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), text.layers)
@@ -125,7 +125,7 @@ def test_dropout_is_a_fresh_draw_in_every_layer(ours):
     assert dropped.any(axis=(1, 2, 3)).all() and (dropped[0] != dropped[1]).any()
 
 
-def test_dropout_is_applied_to_a_few_tokens_behind_a_cache(ours):
+def test_dropout_applies_to_a_few_tokens_after_a_cache(ours):
     text = ours("base").module.language_model
     for index in range(text.layers.num_layers):
         getattr(text.layers, str(index)).self_attn.dropout_rate = 0.5

@@ -84,7 +84,7 @@ def test_gradients_equal(checkpoints, theirs, name, rows, stacked):
         assert np.abs(found[tensor] - value).max() <= 1e-4 * np.abs(value).max(), tensor
 
 
-def test_rematerialised_gradients_equal(checkpoints):
+def test_recomputed_gradients_equal(checkpoints):
     model = load_model(checkpoints("base"), config_of("base"))
     batch, labels, _ = training_example("base", ROWS, seed=1)
     results = (loss_and_gradient(model, batch, labels, remat) for remat in ("none", "attention"))
@@ -128,7 +128,7 @@ def test_packed_rows_do_not_see_each_other(checkpoints):
     assert_close(run(model, packed), expected)
 
 
-def test_dropout_acts_on_training_only(checkpoints):
+def test_dropout_needs_a_key(checkpoints):
     config = dict(CONFIGS["base"])
     config["text_config"] = config["text_config"] | {"attention_dropout": 0.3}
     config["vision_config"] = config["vision_config"] | {"attention_dropout": 0.3}
@@ -169,7 +169,7 @@ def test_bfloat16_is_as_near_as_the_references(checkpoints, theirs):
 
 
 @pytest.mark.parametrize("path", sorted(MODEL_GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
-def test_golden_results(ours, path):
+def test_results_equal_the_golden_ones(ours, path):
     """What the reference computed once; this comparison needs neither torch nor transformers."""
     name, case = path.stem.split("-")
     described = json.loads((MODEL_GOLDEN / "cases.json").read_text(encoding="utf-8"))[case]

@@ -15,7 +15,7 @@ TEXT = Glm4vConfig.from_dict(CONFIGS["mha"]).text_config  # three layers, four k
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_an_empty_cache(stacked):
+def test_a_new_cache_is_empty(stacked):
     cache = init_cache(TEXT, 2, 7, jnp.bfloat16, stacked=stacked)
     sides = [np.stack(side) if isinstance(side, tuple) else np.asarray(side) for side in (cache.k, cache.v)]
     assert all(side.shape == (3, 2, 4, 7, 16) and side.dtype == jnp.bfloat16 and not side.any() for side in sides)

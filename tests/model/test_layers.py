@@ -47,7 +47,7 @@ def test_layouts_run_the_same(layers):
             np.testing.assert_allclose(outputs, sums, rtol=2e-6)
 
 
-def test_what_is_made_again(layers, mesh):
+def test_each_remat_policy_recomputes_its_operations(layers, mesh):
     """Products and results of what stands for attention, forward and backward, under each policy."""
 
     def attention(layer, index, x):
@@ -70,7 +70,7 @@ def test_what_is_made_again(layers, mesh):
         layers.run(attention, jnp.ones((1, 2, 4)), remat="all")
 
 
-def test_there_and_back(layers):
+def test_layouts_convert_back_and_forth(layers):
     apart = unstack(layers)
     assert layers.is_stacked and not apart.is_stacked
     assert np.array_equal(getattr(apart, "1").kernel[...], layers.stacked.kernel[...][1])

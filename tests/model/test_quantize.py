@@ -129,7 +129,7 @@ def test_by_default_the_decoders_kernels_are_quantised(model, config):
     }
 
 
-def test_the_model_computes_with_what_the_integers_stand_for(model):
+def test_loss_and_gradients_are_those_of_dequantised_kernels(model):
     """Loss, and an adapter's gradients."""
     batch, _ = batch_of(model.config, TEXT)
     adapter = trained(quantize.quantize(model, INT4), SMALL)

@@ -84,7 +84,7 @@ def test_text_rope_equals(name, longest):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_types_differ_from_the_default(name):
+def test_rope_types_differ_from_the_default(name):
     """Or the comparison above could not tell a type from none; the old spelling is the default."""
     positions = jnp.asarray(np.random.RandomState(0).randint(0, 700, (3, 2, 12)))
     plain, _ = rope.mrope_cos_sin(positions, Glm4vTextConfig.from_dict(text_config(TYPES["default"])))
@@ -92,7 +92,7 @@ def test_types_differ_from_the_default(name):
     assert (np.abs(found - plain).max() > 1e-3) == (name not in ("default", "old spelling"))
 
 
-def test_longrope_with_an_original_length():
+def test_longrope_with_an_original_length_equals():
     """`original_max_position_embeddings` of the configuration decides the factor and where the long factors begin."""
     arguments = text_config(TYPES["longrope"], original_max_position_embeddings=16, max_position_embeddings=64)
     for longest in (15, 16, 40):
@@ -135,7 +135,7 @@ def test_steps_across_the_limit_equal(tmp_path, name):
             )  # fmt: skip
         assert_close(found.logits, expected.logits)
         past, theirs = found.past_key_values, expected.past_key_values
-    # The limit was felt: in one piece every key is rotated beyond it.
+    # The limit was felt: all at once every key is rotated beyond it.
     whole = np.asarray(model(ids, logits_to_keep=1).logits)
     assert np.abs(whole - found.logits).max() > 1e-3 * np.abs(whole).max()
 
@@ -162,7 +162,7 @@ def test_interleaved_rotation_equals(section, partial):
             assert np.array_equal(np.asarray(found)[..., 8:], x[..., 8:])
 
 
-def test_rotation_keeps_groups_apart():
+def test_rotation_is_the_same_for_grouped_heads():
     """Heads may have one axis or two, [K, G]; the rotation is the same."""
     config = Glm4vConfig.from_dict(CONFIGS["base"]).text_config
     x = np.random.RandomState(2).standard_normal((2, 7, 2, 2, 16)).astype(np.float32)
@@ -188,7 +188,7 @@ def test_vision_rope_equals(head_dim, grid):
         assert_close(rope.apply_half(jnp.asarray(x[None]), cos, sin)[0], other, tolerance=4e-6)
 
 
-def test_rotation_is_float32_in_low_precision():
+def test_angles_are_float32_in_low_precision():
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     cos, sin = rope.vision_cos_sin(jnp.full((1, 1, 2), 1000), 4)
     assert cos.dtype == sin.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""Every part of the ViT against the reference's module of the same name, and packing against one picture at a time."""
+"""Every part of the ViT against the reference's module of the same name, and packing against one image at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_patch_embedding_equals(ours, theirs, name):
 @pytest.mark.parametrize("grid", [(4, 6), (2, 2), (8, 34), (46, 2), (24, 24)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_position_embedding_equals(ours, theirs, name, grid):
-    """Tables of 5 x 5, 7 x 7, 8 x 8 and 24 x 24 with entries of O(1), at pictures smaller and larger than they are."""
+    """Tables of 5 x 5, 7 x 7, 8 x 8 and 24 x 24 with entries of O(1), at images smaller and larger than they are."""
     import torch
 
     h, w = grid
@@ -105,7 +105,7 @@ def test_downsampling_and_merger_equal(ours, theirs, name):
     assert_close(module.merger(found)[0], expected)
 
 
-def test_packing_changes_nothing(ours):
+def test_packed_images_equal_single_ones(ours):
     """Frames share rows, in any order and any shape of rows: every one is encoded as if alone."""
     vision, model = vision_of("base"), ours("base").visual
     x = pixels("base", int(GRIDS.prod(axis=1).sum()))
@@ -136,7 +136,7 @@ def test_frames_of_a_video_do_not_see_each_other(ours):
     assert np.array_equal(one[:4], other[:4]) and np.abs(one[4:] - other[4:]).max() > 0.1
 
 
-def test_padding_reaches_no_token(ours):
+def test_padding_does_not_change_tokens(ours):
     """Whatever stands in the rows' padding."""
     model = ours("base").visual
     image = Medium(pixels("base", 24), np.array([1, 4, 6]))
@@ -146,7 +146,7 @@ def test_padding_reaches_no_token(ours):
     assert np.array_equal(one, other)
 
 
-def test_a_real_picture_size_equals(ours, theirs):
+def test_an_image_of_several_key_blocks_equals(ours, theirs):
     """Nine hundred patches: more than one block of keys."""
     import torch
 

@@ -1,6 +1,6 @@
 """Compiles programs of a narrow model of the 9B's shape for a TPU slice, and prints what came of them as JSON.
 
-Run in an environment with libtpu, which has none of the test extra's packages; see `test_aot.py`.
+Run in an environment with libtpu, which has none of the test extra's packages; see `test_compile_for_topology.py`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def narrow(hidden: int) -> Glm4vConfig:
 
 
 def main() -> None:
-    """Decoding and pieces of prompts on the mesh of latency, decoding on that of long contexts, a training step."""
+    """Compile decode and prefill on the mesh of latency, decode on that of long contexts, and a training step."""
     wide, narrower = narrow(2048), narrow(1024)
     decode, prefill = (
         compile_for_topology.decode_program(wide, 8, 4096),

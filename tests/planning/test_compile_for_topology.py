@@ -1,4 +1,4 @@
-"""What is read from a compiled program's text, and what the programs for other machines count."""
+"""The text of compiled programs, and programs compiled for a TPU slice."""
 
 import json
 import os
@@ -58,7 +58,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
-def test_instructions_of_a_text():
+def test_instructions_are_read_with_their_loops():
     found = list(hlo.instructions(TEXT))
     moves = [(one.name, one.loops, one.in_hbm, one.nbytes) for one in found if one.opcode in hlo.MOVES]
     assert moves == [
@@ -97,7 +97,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
-def test_what_is_received_and_how_often():
+def test_received_bytes_and_runs_of_collectives():
     """Of 4 KiB in groups of four: three quarters for a gathering or a sum in shards, twice that for a sum."""
     found = {one.opcode + one.channel: (one.runs, one.received) for one in hlo.instructions(LOOP) if one.received}
     assert found == {
@@ -106,7 +106,7 @@ def test_what_is_received_and_how_often():
     }  # fmt: skip
 
 
-def test_loops_of_a_real_program():
+def test_nested_loops_of_a_compiled_program_are_counted():
     def outer(x):
         return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, x.shape[0], lambda _, y: jnp.sin(y @ y), x), x)
 
@@ -114,7 +114,7 @@ def test_loops_of_a_real_program():
     assert max(one.loops for one in hlo.instructions(text)) == 2
 
 
-def test_floors_of_the_9b():
+def test_bytes_and_flops_of_the_9b():
     config = Glm4vConfig.glm4_1v_9b()
     decode = compile_for_topology.decode_program(config, 8, 4096)
     assert decode.read == 8 * 4096 * 40 * 1024  # 40 KiB a token
@@ -125,7 +125,7 @@ def test_floors_of_the_9b():
     assert encode.flops > 24576 * 2 * 24 * 28e6  # the weights of its blocks alone
 
 
-def test_unknown_slices():
+def test_an_unknown_slice_is_refused():
     with pytest.raises(ConfigError, match="topology: found 'v9:2x2'"):
         compile_for_topology.topology_mesh("v9:2x2")
 
@@ -133,14 +133,12 @@ def test_unknown_slices():
 @pytest.mark.parametrize(
     "topology", ["v5e", "v5e:", "v5e:axb", "v5e:8", "v5e:2x0", "v5e:2x-4", "v5e:2x2x2x2", "v5e:2x4:"]
 )
-def test_layouts_that_are_none(topology):
-    with pytest.raises(
-        ConfigError, match=f"topology: found '{topology}'; expected one of v5e, v6e, v5p, as in 'v5e:2x4'"
-    ):
+def test_an_invalid_layout_is_refused(topology):
+    with pytest.raises(ConfigError, match=f"topology: found '{topology}'; expected one of v5e, v6e, v5p, as in"):
         compile_for_topology.topology_mesh(topology)
 
 
-def test_layouts_that_the_compiler_refuses(monkeypatch):
+def test_a_layout_that_the_compiler_refuses_is_reported(monkeypatch):
     def refuse(**kwargs):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: not divisible")
 
@@ -169,7 +167,7 @@ def compiled():
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_decoding_moves_what_it_must(compiled):
+def test_decoding_sums_twice_per_layer_and_copies_nothing(compiled):
     """Two all-reduces a layer, of what attention and the MLP add; nothing is copied, and little is put down."""
     found = compiled["decode"]
     assert {kind: inside for kind, (inside, _) in found["collectives"].items() if inside} == {"all-reduce": 2}
@@ -177,7 +175,7 @@ def test_decoding_moves_what_it_must(compiled):
     assert found["temporaries"] * 2**10 <= FEW
 
 
-def test_a_piece_of_a_prompt_moves_what_it_must(compiled):
+def test_prefill_gathers_and_scatters_twice_per_layer(compiled):
     """A gathering before, and a sum in shards after, each of attention and the MLP."""
     found = compiled["prefill"]
     inside = {kind: inside for kind, (inside, _) in found["collectives"].items() if inside}
@@ -187,13 +185,13 @@ def test_a_piece_of_a_prompt_moves_what_it_must(compiled):
 
 
 @pytest.mark.parametrize("name", ["a row beside others", "many short rows"])
-def test_short_prompts_copy_no_cache(compiled, name):
+def test_short_prompts_do_not_copy_the_cache(compiled, name):
     """And compile at all: a loop over rows in the writing of the cache does not."""
     assert compiled[name]["copies"] == []
     assert compiled[name]["temporaries"] * 2**10 <= 2 * FEW
 
 
-def test_slots_in_shards_are_held_once(compiled):
+def test_sharded_slots_are_not_replicated(compiled):
     """Three small sums more a layer, and a cache that lies on no two devices."""
     whole, split = compiled["decode"], compiled["decode, slots split"]
     inside = {kind: inside for kind, (inside, _) in split["collectives"].items() if inside}
@@ -202,7 +200,7 @@ def test_slots_in_shards_are_held_once(compiled):
     assert whole["held"] > 1.2 > 1.03 > split["held"]
 
 
-def test_a_training_step_moves_what_it_must(compiled):
+def test_a_training_step_gathers_weights_and_scatters_gradients(compiled):
     """A layer's weights are gathered in each loop over layers, gradients summed into shards, and logits stay split.
 
     Two loops with seven kernels and biases that lie in shards of the hidden size, the states before and after both

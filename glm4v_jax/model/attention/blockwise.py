@@ -77,9 +77,9 @@ def _blocked(
     """Pad everything to multiples of the blocks; the blocks; the number of queries before."""
     t, s = q.shape[-2], k.shape[-2]
     blocks = _block_size(t, causal), _block_size(s, causal)
-    q, k, v = _pad(q, -2, blocks[0]), _pad(k, -2, blocks[1]), _pad(v, -2, blocks[1])
+    q, k, v = pad(q, -2, blocks[0]), pad(k, -2, blocks[1]), pad(v, -2, blocks[1])
     start = jnp.zeros_like(mask.q_segments[:, 0]) if mask.q_start is None else mask.q_start
-    mask = Mask(_pad(mask.q_segments, 1, blocks[0]), _pad(mask.kv_segments, 1, blocks[1]), start)
+    mask = Mask(pad(mask.q_segments, 1, blocks[0]), pad(mask.kv_segments, 1, blocks[1]), start)
     return q, k, v, mask, blocks, t
 
 
@@ -104,10 +104,11 @@ def _block_size(n: int, causal: bool) -> int:
     return n if n <= blocks[0] else min(blocks, key=lambda block: (-n % block, -block))
 
 
-def _pad(x: Array, axis: int, block: int) -> Array:
+def pad(x: Array, axis: int, block: int, value: int = 0) -> Array:
+    """Pad an axis at its end to a multiple of a block."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths, constant_values=value)
 
 
 def _span(row: Array) -> tuple[Array, Array]:

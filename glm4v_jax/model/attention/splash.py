@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
-from glm4v_jax.model.attention.blockwise import SAVED
+from glm4v_jax.model.attention.blockwise import SAVED, pad
 from glm4v_jax.model.attention.mask import FLOOR, Mask, reachable
 
 # Scores of 512 x 1,024 fit the 16 MiB that a v5e kernel may use (float32 and backward too), and 512 queries a key are
@@ -122,8 +122,8 @@ def _call(
     kv_heads, groups, t, head_dim = q.shape
     block_q, block_kv = _block_size(t, QUERY_BLOCKS), _block_size(k.shape[-2], KEY_BLOCKS)
     # Padding of the queries is segment 0, which no key is of: keys' padding is -1.
-    q_segments = _pad(q_segments, 0, block_q)
-    kv_segments = _pad(jnp.where(kv_segments > 0, kv_segments, -1), 0, block_kv, -1)
+    q_segments = pad(q_segments, 0, block_q)
+    kv_segments = pad(jnp.where(kv_segments > 0, kv_segments, -1), 0, block_kv, -1)
     q_slots = q_start + jnp.arange(q_segments.shape[0], dtype=jnp.int32)
 
     row = Mask(q_segments[None], kv_segments[None], q_start[None])
@@ -158,8 +158,8 @@ def _call(
         mask_function=_not_after if causal else None,
         interpret=interpret,
     )
-    q = _pad((q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype), -2, block_q)
-    k, v = _pad(k, -2, block_kv), _pad(v, -2, block_kv)
+    q = pad((q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype), -2, block_q)
+    k, v = pad(k, -2, block_kv), pad(v, -2, block_kv)
     heads = kv_heads * groups
     segments, sinks = SegmentIds(q_segments, kv_segments), jnp.full(heads, FLOOR, jnp.float32)
     with jax.default_matmul_precision(_precision(q)):
@@ -191,9 +191,3 @@ def _next_visited(visited: Bool[Array, "N M"]) -> Int[Array, "N M"]:
 def _block_size(n: int, blocks: tuple[int, ...]) -> int:
     """The block that covers n rows most cheaply, padding included; of equals the first."""
     return min(blocks, key=lambda block: -(-n // block) * (block + BLOCK_COST))
-
-
-def _pad(x: Array, axis: int, block: int, value: int = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths, constant_values=value)

@@ -84,7 +84,7 @@ def test_blocks_equal_dense(small_blocks, causal, t, s, q_start):
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6), q_start=st.integers(0, 20), packed=st.booleans())
 @example(seed=32382, q_start=0, packed=True)  # no query sees any key
-def test_any_mask(seed, q_start, packed):
+def test_any_mask_equals_dense_attention(seed, q_start, packed):
     """One compiled shape, any segments and starts."""
     qkv, mask = random_qkv(seed, 30, 50), random_mask(seed + 1, 30, 50, q_start, packed)
     found, expected = _any_mask(*qkv, mask), dense(*qkv, mask, True)[0]
@@ -102,13 +102,13 @@ def _any_mask(q, k, v, mask):
 
 
 @pytest.mark.parametrize(("kv_heads", "groups"), [(1, 1), (1, 3), (3, 1), (2, 2)])
-def test_head_counts(small_blocks, kv_heads, groups):
+def test_any_number_of_heads_equals_dense_attention(small_blocks, kv_heads, groups):
     qkv, mask = random_qkv(2, 20, 20, kv_heads, groups), random_mask(3, 20, 20)
     assert_close(compiled()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=2e-6)
 
 
 @pytest.mark.parametrize("t", [1, FEW_QUERIES, FEW_QUERIES + 1])
-def test_few_queries_of_a_long_cache(t):
+def test_few_queries_equal_dense_attention_over_a_cache(t):
     """Decoding: the direct path, and the first length past it, at rows of different lengths."""
     qkv = random_qkv(4, t, 40)
     start = np.array([12, 40 - t], np.int32)
@@ -117,7 +117,7 @@ def test_few_queries_of_a_long_cache(t):
     assert_close(compiled()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=2e-6)
 
 
-def test_released_block_sizes(monkeypatch):
+def test_block_sizes_pad_the_least(monkeypatch):
     """1,100 tokens in blocks of a size that pads the least."""
     lengths = (5, 512, 513, 768, 1024, 1100, 1536)
     large = [5, 512, 384, 384, 512, 384, 512]
@@ -206,7 +206,7 @@ def test_dropout_drops_the_same_forward_and_backward(small_blocks):
         assert_close(one, other, tolerance=4e-6)
 
 
-def test_dropout_leaves_the_expectation(small_blocks):
+def test_dropout_keeps_the_expectation(small_blocks):
     """The mean over 400 keys is the result without dropout, within five of its standard errors."""
     qkv, mask = random_qkv(16, 20, 20, 1, 1), random_mask(17, 20, 20, packed=False)
     plain = np.asarray(compiled()(*qkv, mask, causal=True))
@@ -219,14 +219,14 @@ def test_dropout_leaves_the_expectation(small_blocks):
     assert np.array_equal(one(keys[0]), drawn[0])
 
 
-def test_dropout_of_rate_zero_is_none(small_blocks):
+def test_dropout_of_rate_zero_changes_nothing(small_blocks):
     qkv, mask = random_qkv(18, 20, 20), random_mask(19, 20, 20)
     dropout = Dropout(jax.random.key(0), 0.0)
     found = jax.jit(lambda q, k, v: attend(q, k, v, mask, causal=True, dropout=dropout))(*qkv)
     assert np.array_equal(found, compiled()(*qkv, mask, causal=True))
 
 
-def test_bfloat16_rounds_probabilities_only(small_blocks):
+def test_in_bfloat16_only_probabilities_are_rounded(small_blocks):
     """Scores and sums stay float32: against float64 on the same rounded inputs, an error of bfloat16's 2^-8."""
     qkv = [jnp.asarray(x, jnp.bfloat16) for x in random_qkv(20, 40, 40)]
     mask = random_mask(21, 40, 40)

@@ -29,24 +29,24 @@ def report():
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("what", ["write", "attend", "grow"])
-def test_the_same_as_on_one_device(report, what, sizes):
+def test_every_mesh_equals_one_device(report, what, sizes):
     case = report[what, str(sizes)]
     assert case["worst"] <= (1e-6 if what == "attend" else 0)
     assert case["split"] == sizes["seq"]
 
 
-def test_slots_that_do_not_divide(report):
+def test_slots_that_do_not_divide_are_refused(report):
     assert report["error", "{}"]["message"] == "capacity: found 47 slots; expected a multiple of mesh axis seq, 4"
 
 
-def test_shards_drop_what_is_their_own_and_replicas_the_same(report):
+def test_shards_drop_independently_and_replicas_alike(report):
     case = report["dropout", "{'kv': 2, 'q': 2}"]
     assert case["equal_heads"] == 0  # all heads have the same queries, keys and values
     assert case["worst_replica"] == 0
 
 
 def starts(t):
-    """First slots of the rows: borders of shards, before and behind them."""
+    """First slots of the rows: borders of shards, before and after them."""
     last = S - t
     return [np.array(pair) for pair in ((0, last), (last // 2, 11), (12, 1), (last, 23)) if max(pair) <= last]
 

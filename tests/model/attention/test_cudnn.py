@@ -1,4 +1,4 @@
-"""What is told to cuDNN, by way of the implementation that takes the same arguments on any platform."""
+"""The arguments of cuDNN, by the implementation that takes the same ones on any platform."""
 
 import functools
 
@@ -26,8 +26,8 @@ def right_padded(*lengths):
     return Mask(segments, segments)
 
 
-def pictures(rows, length):
-    """Rows of pictures of `length` patches, numbered; 0 for none."""
+def images(rows, length):
+    """Rows of images of `length` patches, numbered; 0 for none."""
     segments = np.repeat(np.array(rows, np.int32), length, axis=1)
     return Mask(segments, segments)
 
@@ -50,9 +50,9 @@ CASES = {
     "a_segment_of_another_number": (Mask(*(3 * x for x in right_padded(6, 9)[:2])), False),
 }
 OTHERS = {
-    "packed": pictures([[1, 2, 3], [1, 2, 3]], 8),
-    "left_padding": pictures([[0, 1, 1], [1, 1, 1]], 8),
-    "gap": pictures([[1, 0, 1], [1, 1, 1]], 8),
+    "packed": images([[1, 2, 3], [1, 2, 3]], 8),
+    "left_padding": images([[0, 1, 1], [1, 1, 1]], 8),
+    "gap": images([[1, 0, 1], [1, 1, 1]], 8),
     "keys_of_others": Mask(right_padded(9, 9).q_segments, right_padded(9, 8).kv_segments),
 }
 
@@ -75,7 +75,7 @@ def test_equals_blockwise(monkeypatch, name, kv_heads, groups):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_rows_go_in_blocks(name):
+def test_rows_that_are_not_plain_go_in_blocks(name):
     mask, qkv = OTHERS[name], random_qkv(2, 2, 2, 1, jnp.bfloat16)
     assert not cudnn.is_plain(mask)
     found = jax.jit(lambda *qkv: attention(*qkv, mask, causal=True))(*qkv)
@@ -83,7 +83,7 @@ def test_other_rows_go_in_blocks(name):
     assert np.array_equal(found, expected)
 
 
-def test_half_precision():
+def test_bfloat16_rounds_probabilities_and_result():
     """In and out; probabilities and the result are rounded, each by half a unit in the last place."""
     mask = right_padded(7, LENGTH)
     qkv = random_qkv(3, 2, 2, 2, jnp.bfloat16)
@@ -93,14 +93,14 @@ def test_half_precision():
     assert_close(found.astype(jnp.float32), exact, tolerance=2**-7)
 
 
-def test_fits():
+def test_types_and_shapes_that_cudnn_takes():
     mask = right_padded(7, LENGTH)
     q = random_qkv(4, 2, 1, 1, jnp.bfloat16)[0]
-    behind_cache = Mask(mask.q_segments, np.ones((2, 2 * LENGTH), np.int32), np.array([3, 4]))
+    after_cache = Mask(mask.q_segments, np.ones((2, 2 * LENGTH), np.int32), np.array([3, 4]))
     fits = cudnn.fits
     assert fits(q, mask) and fits(q.astype(jnp.float16), mask)
     assert not fits(q.astype(jnp.float32), mask)
-    assert not fits(q, behind_cache)
-    assert not fits(q, behind_cache._replace(q_start=None))
+    assert not fits(q, after_cache)
+    assert not fits(q, after_cache._replace(q_start=None))
     assert not fits(q[..., :12], mask)
     assert not fits(jnp.tile(q, 9), mask)

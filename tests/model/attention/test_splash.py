@@ -94,7 +94,7 @@ def test_equals_blockwise(name, causal):
 
 
 @pytest.mark.parametrize(("kv_heads", "groups"), [(3, 1), (1, 16)])
-def test_heads(kv_heads, groups):
+def test_each_group_of_query_heads_has_its_own_keys(kv_heads, groups):
     """Each group of query heads has its own keys."""
     mask = whole([runs(128, 0, 100, 120)])
     qkv, weight = random_qkv(2, 1, kv_heads, groups, 128, 128), random_qkv(3, 1, kv_heads, groups, 128, 1)[0]
@@ -104,8 +104,8 @@ def test_heads(kv_heads, groups):
 
 
 @pytest.mark.parametrize("start", [(0, 0), (128, 200), (270, 5), (-70, -200), (500, 400)])
-def test_start(start):
-    """A piece of 130 tokens behind 0 slots of a cache, behind some, at its end; and of slots that are elsewhere."""
+def test_queries_may_start_at_any_slot(start):
+    """A chunk of 130 tokens after 0 slots of a cache, after some, at its end; and at slots that are elsewhere."""
     t, s = 130, 400
     mask = Mask(np.stack([runs(t, 0, t), runs(t, 20, t)]), np.stack([runs(s, 0, s)] * 2), np.array(start))
     qkv, weight = random_qkv(4, 2, 1, 2, t, s), random_qkv(5, 2, 1, 2, t, 1)[0]
@@ -116,7 +116,7 @@ def test_start(start):
     assert not np.asarray(found[0])[np.asarray(expected[0]) == 0].any()
 
 
-def test_parts_merge():
+def test_attention_to_disjoint_keys_merges():
     """Attention to a cache and to the new tokens, each with the sums that it takes to put them together."""
     t, s = 130, 260
     q, k, v = random_qkv(6, 2, 1, 2, t, s)
@@ -137,7 +137,7 @@ def test_parts_merge():
     assert not np.asarray(cached[0][1]).any() and (np.asarray(cached[1][1]) == np.float32(FLOOR)).all()
 
 
-def test_half_precision():
+def test_bfloat16_rounds_once():
     """bfloat16: within one rounding of the largest value from what float32 makes of the same numbers."""
     mask = MASKS["packed"]
     qkv, weight = random_qkv(7, 2, 1, 2, T, T, jnp.bfloat16), random_qkv(8, 2, 1, 2, T, 1, jnp.bfloat16)[0]
@@ -150,7 +150,7 @@ def test_half_precision():
         assert_close(x.astype(jnp.float32), y, tolerance=HALF)
 
 
-def test_blocks_as_on_a_chip(monkeypatch):
+def test_real_block_sizes_equal_blockwise(monkeypatch):
     """With blocks of the real sizes, of which the keys' are worked on in halves."""
     monkeypatch.undo()
     mask = Mask(np.stack([runs(600, 0, 600)]), np.stack([runs(1100, 0, 900, 1100)]), np.array([300]))
@@ -160,7 +160,7 @@ def test_blocks_as_on_a_chip(monkeypatch):
         assert_close(x, y, tolerance=2e-6)
 
 
-def test_block_sizes(monkeypatch):
+def test_block_sizes_cost_the_least(monkeypatch):
     monkeypatch.undo()
     size, keys = splash._block_size, splash.KEY_BLOCKS
     assert [size(n, keys) for n in (1, 128, 129, 640, 1024, 65536)] == [128, 128, 256, 768, 1024, 1024]
@@ -169,7 +169,7 @@ def test_block_sizes(monkeypatch):
     assert size(24576, splash.QUERY_BLOCKS) == 512
 
 
-def test_next_visited():
+def test_the_next_visited_block_is_held():
     """A block that is visited is held when it is; before, so that reading it can begin; after the last, the first."""
     visited = np.array([[0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 0]], bool)
     expected = [[1, 1, 0], [0, 0, 0], [0, 2, 2], [1, 1, 1]]
@@ -177,7 +177,7 @@ def test_next_visited():
     np.testing.assert_array_equal(splash._next_visited(~visited & False), np.zeros((4, 3)))
 
 
-def test_float32_is_float32():
+def test_float32_products_have_highest_precision():
     """The multiplier of a TPU has 8 bits of mantissa unless it is asked for more, in every product."""
     qkv = random_qkv(10, 1, 1, 2, 128, 128)
     mask = whole([runs(128, 0, 128)])
