@@ -5,7 +5,8 @@ from typing import Any
 
 from bench import report, turns
 from eval.data.items import Item
-from eval.tasks import TASKS, read_items
+from eval.read_items import read_items
+from eval.tasks import TASKS
 
 
 def items_of(task: str, count: int) -> list[Item]:

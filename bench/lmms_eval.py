@@ -27,8 +27,9 @@ import pyarrow.parquet
 
 from bench import report
 from eval.commands import main as evaluate
-from eval.files import SUMMARY
-from eval.tasks import TASKS, read_items
+from eval.read_items import read_items
+from eval.results import SUMMARY
+from eval.tasks import TASKS
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 COUNT, NAME = 20, "digits_local"

@@ -1,8 +1,8 @@
-"""The tasks, written down: name -> fields of `eval.tasks.Task`.
+"""The tasks of the package: name -> fields of `eval.tasks.Task`.
 
-Prompts are those of lmms-eval (lmms_eval/tasks/NAME) where nothing else is said; "vlmevalkit" are those of VLMEvalKit
-(vlmeval/dataset). With the preset "bench" the model thinks and answers as in the published benchmarks; but of a video
-they showed 48,000 tokens (arXiv 2507.01006, 6.1), and the checkpoint's processor shows 30,000.
+Prompts are those of lmms-eval (lmms_eval/tasks/NAME) unless noted otherwise; "vlmevalkit" are those of VLMEvalKit
+(vlmeval/dataset). With the preset "bench" the model thinks and answers as in the published benchmarks; but these showed
+48,000 tokens of a video (arXiv 2507.01006, 6.1), and the checkpoint's processor shows 30,000.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _LETTER_ONLY = "Respond with only the letter (A, B, C, or D) of the correct opti
 _PINPOINT = (
     "Please pinpoint the bounding box [[x1,y1,x2,y2], …] in the image as per the given description. {{ question }}"
 )
-_SHARES = (
+_FRACTIONS = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). "
     "All values are floating point numbers bounded between 0 and 1"
 )
@@ -34,14 +34,14 @@ _MATHVISTA_FORMAT = (
 
 _DIGITS: Mapping[str, Any] = {
     "preset": "greedy",
-    "data": "none: its data comes with the package",
+    "data": "none, as its data comes with the package",
     "source": "held-out digits of scikit-learn's load_digits, glm4v_jax/tiny/digits.py",
 }
 
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "digits-vqa": {
         **_DIGITS,
-        "description": "which handwritten digit a picture shows (in the package)",
+        "description": "which handwritten digit an image shows (in the package)",
         "reader": "digits-vqa",
         "metric": "exact_match",
     },
@@ -58,7 +58,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "metric": "exact_match",
     },
     "vqa": {
-        "description": "your own questions with answers, equal but for case and white space",
+        "description": "your own questions with answers, equal but for case and whitespace",
         "metric": "exact_match",
         "prompt": _SHORT,
         "preset": "bench",
@@ -70,7 +70,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "preset": "bench",
     },
     "grounding": {
-        "description": "your own phrases with the boxes of all objects they mean",
+        "description": "your own phrases with the boxes of all objects that they mean",
         "metric": "multi_box",
         "prompt": _PINPOINT,
         "preset": "bench",
@@ -84,7 +84,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "variants": {
             "locate": {"prompt": "Help me to locate {{ question }} in the image and give me its bounding boxes."},
             "lmms-eval": {
-                "prompt": f"{_SHARES}. Please provide the bounding box coordinate of the region this sentence "
+                "prompt": f"{_FRACTIONS}. Please provide the bounding box coordinate of the region this sentence "
                 "describes: {{ question }}",
                 "metric": "refcoco-unit",
             },
@@ -103,7 +103,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "{{ question }}",
         "variants": {
             "lmms-eval": {
-                "prompt": f"{_SHARES} with two decimal places of precision (e.g., 0.15). Please provide the bounding "
+                "prompt": f"{_FRACTIONS} with two decimal places of precision (e.g., 0.15). Please provide the bounding "
                 "box coordinates of the region that corresponds to the command: {{ question }}",
                 "metric": "screenspot-unit",
             },
@@ -116,7 +116,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
             },
         },
         "preset": "bench",
-        "data": "screenspot_*.json of https://github.com/njucckevin/SeeClick with its pictures, or Parquet files of "
+        "data": "screenspot_*.json of https://github.com/njucckevin/SeeClick with its images, or Parquet files of "
         "https://huggingface.co/datasets/rootsautomation/ScreenSpot",
         "source": "arXiv 2401.10935; lmms-eval screenspot/utils_rec.py, VLMEvalKit GUI/screenspot.py",
     },
@@ -138,7 +138,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "prompt": _SHORT,
         "variants": {"harness": {"metric": "anls-harness"}},
         "preset": "bench",
-        "data": "val_v1.0_withQT.json of https://rrc.cvc.uab.es/?ch=17 with its pictures, or Parquet files of "
+        "data": "val_v1.0_withQT.json of https://rrc.cvc.uab.es/?ch=17 with its images, or Parquet files of "
         "https://huggingface.co/datasets/lmms-lab/DocVQA",
         "source": "arXiv 2007.00398; lmms-eval docvqa, VLMEvalKit image_vqa.py",
     },
@@ -149,7 +149,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "prompt": _SHORT,
         "variants": {"harness": {"metric": "anls-harness"}},
         "preset": "bench",
-        "data": "infographicsVQA_val_v1.0_withQT.json of https://rrc.cvc.uab.es/?ch=17 with its pictures, or Parquet "
+        "data": "infographicsVQA_val_v1.0_withQT.json of https://rrc.cvc.uab.es/?ch=17 with its images, or Parquet "
         "files of https://huggingface.co/datasets/lmms-lab/DocVQA (InfographicVQA)",
         "source": "arXiv 2104.12756; lmms-eval infovqa, VLMEvalKit image_vqa.py",
     },
@@ -176,7 +176,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "metric": "ocrbench",
         "variants": {"lmms-eval": {"metric": "ocrbench-lmms"}},
         "preset": "bench",
-        "data": "Parquet files of https://huggingface.co/datasets/echo840/OCRBench, OCRBench.json with its pictures, "
+        "data": "Parquet files of https://huggingface.co/datasets/echo840/OCRBench, OCRBench.json with its images, "
         "or VLMEvalKit's OCRBench.tsv",
         "source": "arXiv 2305.07895; lmms-eval ocrbench/utils.py, VLMEvalKit image_vqa.py",
     },
@@ -202,7 +202,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "source": "arXiv 2311.16502; lmms-eval mmmu/utils.py, VLMEvalKit image_mcq.py",
     },
     "mathvista": {
-        "description": "MathVista: mathematics in pictures",
+        "description": "MathVista: mathematics in images",
         "reader": "mathvista",
         "metric": "mathvista",
         "prompt": "{{ query }}",
@@ -212,7 +212,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         },
         "preset": "bench",
         "data": "testmini Parquet files of https://huggingface.co/datasets/AI4Math/MathVista; for its testmini.json, "
-        "which has no prompts, take mathvista@format",
+        "which has no prompts, use mathvista@format",
         "source": "arXiv 2310.02255: prompts of the data; lmms-eval mathvista/mathvista_evals.py (format)",
     },
     "videomme": {

@@ -1,4 +1,4 @@
-"""Two runs of a task side by side: how much better one is, how sure that is, and on which items they differ."""
+"""Compare two runs of a task: the difference of their scores with its interval, and the items on which they differ."""
 
 import dataclasses
 import json
@@ -8,21 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.files import RESULTS, SUMMARY
 from eval.parse_answer import final_answer
-from eval.results import Result, read_results
+from eval.results import RESULTS, SUMMARY, ItemResult, read_results
 from eval.statistics import Difference, paired_difference
 from eval.summary import CONFIDENCE, read_summary
 from glm4v_jax.errors import DataError
 
 RIGHT = 0.5
-"""An item is right from this score on. It is where an IoU becomes a hit, and the least similarity ANLS knows."""
+"""The least score of a right item. It is where an IoU becomes a hit, and the least similarity that ANLS counts."""
 
 _SETTINGS = ("preset", "dtype", "prompt", "system")
-"""Fields of a summary that say how a model was asked, besides "options"."""
+"""Fields of a summary, besides "options", that describe the prompt and the model's settings."""
 
 _NAMED = 5
-"""So many items are named in a message."""
+"""Items that a message names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Side:
 
     Attributes:
       directory: of the run.
-      task: what was run.
-      model: that was asked.
-      score: of the whole run, as its summary has it.
+      task: its name.
+      model: its directory.
+      score: of the whole run, from its summary.
       mean: over the items that both runs have.
-      categories: how many of these were scored, not understood, ...; see `eval.results.Category`.
+      categories: counts of these items by `eval.results.Category`.
       only: ids of the items that the other run lacks, in this run's order.
     """
 
@@ -55,7 +54,7 @@ class Flip:
     Attributes:
       id, question, reference: of the item.
       scores: of the first run and the second.
-      answers: what each said in the end; None where there is nothing behind the thought.
+      answers: the final answers; None where nothing follows the thought.
       categories: of `eval.results.Category`.
     """
 
@@ -69,23 +68,23 @@ class Flip:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Of two runs over the same items; differences are the second less the first.
+    """Two runs over the same items; differences are the second less the first.
 
     Attributes:
       task: of both, or "FIRST, SECOND".
       metric: of both.
       count: of the items that both have; only these are compared.
       first, second: the runs.
-      difference: of the means, with its interval, for which items are drawn as for that of a score.
+      difference: of the means, with its interval, for which items are resampled as for that of a score.
       confidence: of the interval.
-      groups: the same for each group of items.
-      gained: right in the second run only, in the data's order.
-      lost: right in the first run only.
-      higher, lower: on how many items the second has the higher, or the lower, score.
-      asked_differently: on how many items the prompts differ, their pictures and where these stand included, though
-        what is expected does not.
-      settings: what the runs did not have in common: "preset", "dtype", "prompt", "system", each generation option ->
-        that of the first and the second; None for what a run does not say.
+      groups: the difference for each group of items.
+      gained: items that are right in the second run only, in the data's order.
+      lost: items that are right in the first run only.
+      higher, lower: number of items on which the second has the higher, or the lower, score.
+      asked_differently: number of items whose prompts differ, in the text, the images or their positions, though the
+        references do not.
+      settings: "preset", "dtype", "prompt", "system" and generation options that differ -> those of the first and the
+        second; None where a run has none.
     """
 
     task: str
@@ -104,37 +103,37 @@ class Comparison:
     settings: Mapping[str, tuple[Any, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields as JSON objects."""
         groups = {name: difference._asdict() for name, difference in self.groups.items()}
         return {**dataclasses.asdict(self), "difference": self.difference._asdict(), "groups": groups}
 
 
 def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -> Comparison:
-    """Compare two runs of a task, or of its variants that are scored in one way, item by item.
+    """Compare two runs of a task, or of its variants with the same metric, item by item.
 
     Args:
       first, second: directories of the runs, each with summary.json and results.jsonl.
-      right: from which score on an item is right.
+      right: the least score of a right item.
       seed: of the bootstrap.
 
     Raises:
-      DataError: a directory holds no run, or the runs are of different metrics or data.
+      DataError: a directory is not that of a run, or the runs are of different metrics or data.
       OSError: a file cannot be read.
     """
     summaries = read_summary(first), read_summary(second)
     a, b = (_field(summary, "metric", path) for summary, path in zip(summaries, (first, second), strict=True))
     if a != b:
-        raise DataError(f"metric: found {a!r} in {first} and {b!r} in {second}, expected the same")
+        raise DataError(f"metric: found {a!r} in {first} and {b!r} in {second}; expected the same")
     tasks = [_field(summary, "task", path) for summary, path in zip(summaries, (first, second), strict=True)]
     runs = _by_id(first), _by_id(second)
     pairs = [(result, runs[1][id_]) for id_, result in runs[0].items() if id_ in runs[1]]
     if not pairs:
         raise DataError(
-            f"{first} and {second}: found no item that both have ({_some(runs[0])}; {_some(runs[1])}); expected runs "
-            "over the same data"
+            f"{first} and {second}: found no common item ({_some(runs[0])}; {_some(runs[1])}); expected runs over the "
+            "same data"
         )
     _check_data(pairs, first, second)
-    groups: dict[str, list[tuple[Result, Result]]] = {}
+    groups: dict[str, list[tuple[ItemResult, ItemResult]]] = {}
     for pair in pairs:
         if pair[0].group is not None:
             groups.setdefault(pair[0].group, []).append(pair)
@@ -157,7 +156,7 @@ def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -
 
 
 def runs_in(directory: Path) -> dict[str, Path]:
-    """Task -> directory of its run, for the directory of one run, or of one with several tasks.
+    """Return task -> directory of its run, for the directory of one run, or of several tasks.
 
     Raises:
       DataError: it is neither.
@@ -170,27 +169,27 @@ def runs_in(directory: Path) -> dict[str, Path]:
 
 def _field(summary: Mapping[str, Any], field: str, directory: Path) -> Any:
     if not isinstance(summary, dict) or field not in summary:
-        raise DataError(f"{directory / SUMMARY}: found no field {field!r}, expected the summary of a run")
+        raise DataError(f"{directory / SUMMARY}: found no field {field!r}; expected the summary of a run")
     return summary[field]
 
 
-def _by_id(directory: Path) -> dict[str, Result]:
+def _by_id(directory: Path) -> dict[str, ItemResult]:
     results = read_results(directory / RESULTS)
     if twice := [id_ for id_, count in Counter(result.id for result in results).items() if count > 1]:
-        raise DataError(f"{directory / RESULTS}: found {twice[0]!r} more than once, expected ids that differ")
+        raise DataError(f"{directory / RESULTS}: found {twice[0]!r} more than once; expected unique ids")
     return {result.id: result for result in results}
 
 
-def _check_data(pairs: Sequence[tuple[Result, Result]], first: Path, second: Path) -> None:
-    """Equal ids alone say little: row numbers are equal in all data.
+def _check_data(pairs: Sequence[tuple[ItemResult, ItemResult]], first: Path, second: Path) -> None:
+    """Check that the references are equal: equal ids are not enough, as all data have row numbers.
 
     Raises:
-      DataError: something else is expected of an item.
+      DataError: the references of an item differ.
     """
     if differing := [pair for pair in pairs if _plain(pair[0].reference) != _plain(pair[1].reference)]:
         a, b = differing[0]
         raise DataError(
-            f"{first} and {second}: found {len(differing)} of {len(pairs)} shared items with another reference, such "
+            f"{first} and {second}: found {len(differing)} of {len(pairs)} common items with another reference, such "
             f"as {a.id!r} ({_plain(a.reference)} and {_plain(b.reference)}); expected runs over the same data"
         )
 
@@ -199,12 +198,12 @@ def _plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _is_asked_differently(a: Result, b: Result) -> bool:
+def _is_asked_differently(a: ItemResult, b: ItemResult) -> bool:
     return a.question != b.question or (None not in (a.prompt, b.prompt) and a.prompt != b.prompt)
 
 
 def _settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What is said of how the model was asked, where it differs."""
+    """The settings that differ."""
     sides = [
         {name: summary.get(name) for name in _SETTINGS} | dict(summary.get("options") or {})
         for summary in (first, second)
@@ -215,10 +214,12 @@ def _settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, 
 
 def _some(ids: Mapping[str, Any]) -> str:
     names = list(ids)
-    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "") or "none at all"
+    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "") or "none"
 
 
-def _side(directory: Path, summary: Mapping[str, Any], run: Mapping[str, Result], other: Mapping[str, Result]) -> Side:
+def _side(
+    directory: Path, summary: Mapping[str, Any], run: Mapping[str, ItemResult], other: Mapping[str, ItemResult]
+) -> Side:
     shared = [result for id_, result in run.items() if id_ in other]
     return Side(
         directory=str(directory),
@@ -231,7 +232,7 @@ def _side(directory: Path, summary: Mapping[str, Any], run: Mapping[str, Result]
     )
 
 
-def _difference(pairs: Sequence[tuple[Result, Result]], seed: int) -> Difference:
+def _difference(pairs: Sequence[tuple[ItemResult, ItemResult]], seed: int) -> Difference:
     return paired_difference(
         [a.score for a, _ in pairs],
         [b.score for _, b in pairs],
@@ -241,7 +242,7 @@ def _difference(pairs: Sequence[tuple[Result, Result]], seed: int) -> Difference
     )
 
 
-def _flip(a: Result, b: Result) -> Flip:
+def _flip(a: ItemResult, b: ItemResult) -> Flip:
     return Flip(
         id=a.id,
         question=a.question,

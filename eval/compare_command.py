@@ -1,4 +1,4 @@
-"""`python -m eval compare`: two runs side by side, for a person or as JSON."""
+"""`python -m eval compare`: two runs side by side, as tables or as JSON."""
 
 import dataclasses
 import json
@@ -21,57 +21,57 @@ from glm4v_jax.errors import DataError
 from glm4v_jax.files import to_json
 
 _WIDTH = 160
-"""Of a table where standard output is no terminal."""
+"""Columns of a table where standard output is not a terminal."""
 _LONGEST = 120
-"""Of a prompt or an answer in a table, in characters."""
+"""Characters of a prompt or an answer in a table."""
 _NAMED = 10
-"""So many items that one run lacks are named."""
+"""Items that one run lacks and a message names."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Compare(JsonOptions):
     """Compare two runs item by item: the difference of their means with its interval, and the items that flipped.
 
-    Differences are the second run less the first. Both must be over the same data and scored by the same metric; items
-    that only one of them has are named and not compared.
+    Differences are the second run less the first. Both must have the same data and metric; items that only one of them
+    has are listed and not compared.
     """
 
     first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIRST", help_behavior_hint="")]
-    """The run that is compared with: what --out was."""
+    """Output directory of the run to compare with."""
 
     second: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SECOND", help_behavior_hint="")]
-    """The run that is to be better."""
+    """Output directory of the run that should be better."""
 
     right: Annotated[float, tyro.conf.arg(metavar="SCORE")] = RIGHT
-    """From which score on an item counts as right."""
+    """Count items of at least this score as right."""
 
     show: Annotated[int, tyro.conf.arg(metavar="N")] = 20
-    """How many flipped items are printed, of each kind; --json has all."""
+    """Print this many flipped items of each kind; --json prints all."""
 
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Of the bootstrap."""
+    """Random seed of the bootstrap."""
 
     def run(self) -> int:
-        """Compares, and prints what differs."""
+        """Compare, and print the differences."""
         if not 0 < self.right <= 1:
-            raise DataError(f"--right: found {self.right}, expected a score above 0 and up to 1")
+            raise DataError(f"--right: found {self.right}; expected a number above 0 and at most 1")
         if self.show < 0:
-            raise DataError(f"--show: found {self.show}, expected at least 0")
+            raise DataError(f"--show: found {self.show}; expected an integer of at least 0")
         first, second = (runs_in(pathlib.Path(directory)) for directory in (self.first, self.second))
         pairs = [(task, task) for task in first if task in second]
         if len(first) == len(second) == 1:
             pairs = list(zip(first, second, strict=True))  # variants too
         if not pairs:
             found = f"{', '.join(first)} in {self.first} and {', '.join(second)} in {self.second}"
-            raise DataError(f"task: found {found}, expected the same")
+            raise DataError(f"task: found {found}; expected the same")
         comparisons = [compare(first[a], second[b], right=self.right, seed=self.seed) for a, b in pairs]
         if self.as_json:
-            told = {comparison.task: comparison.to_dict() for comparison in comparisons}
-            print(encoded(told if len(told) > 1 else next(iter(told.values()))).decode())
+            by_task = {comparison.task: comparison.to_dict() for comparison in comparisons}
+            print(encoded(by_task if len(by_task) > 1 else next(iter(by_task.values()))).decode())
         else:
             self._print(comparisons)
         if alone := sorted((first.keys() ^ second.keys()) - {task for pair in pairs for task in pair}):
-            print(f"eval: in one of the two only, and not compared: {printable(', '.join(alone))}", file=sys.stderr)
+            print(f"eval: tasks of one run only, not compared: {printable(', '.join(alone))}", file=sys.stderr)
         return 0
 
     def _print(self, comparisons: Sequence[Comparison]) -> None:
@@ -96,7 +96,7 @@ def _print_figures(console: rich.console.Console, comparison: Comparison) -> Non
     table.add_row(f"score ({printable(comparison.metric)})", f"{first.score:.3f}", f"{second.score:.3f}")
     interval = f"{_signed(difference)}, {comparison.confidence:.0%} interval"
     means = f"{first.mean:.3f}", f"{second.mean:.3f}"
-    table.add_row(f"mean of the {comparison.count:,} items of both", *means, interval)
+    table.add_row(f"mean of the {comparison.count:,} common items", *means, interval)
     for name, of in comparison.groups.items():
         table.add_row(rich.text.Text("  ").append(_text(name)), "", "", _signed(of))
     for category in sorted({*first.categories, *second.categories} - {"scored"}):
@@ -114,13 +114,15 @@ def _print_figures(console: rich.console.Console, comparison: Comparison) -> Non
     if comparison.asked_differently:
         console.print(f"the prompts of {comparison.asked_differently:,} items differ", highlight=False)
     if comparison.settings:
-        told = (f"{name} {_said(a)} and {_said(b)}" for name, (a, b) in comparison.settings.items())
-        console.print(_text(f"asked with different settings: {'; '.join(told)}", longest=None))
+        settings = (
+            f"{name} {_short_setting(a)} and {_short_setting(b)}" for name, (a, b) in comparison.settings.items()
+        )
+        console.print(_text(f"settings that differ: {'; '.join(settings)}", longest=None))
     errors = [side.categories.get("error", 0) for side in (first, second)]
     if any(errors):
         console.print(
-            f"not asked, as the prompt could not be made: {errors[0]:,} items of the first, {errors[1]:,} of the "
-            "second; they score as if nothing was said",
+            f"prompts that could not be prepared: {errors[0]:,} items of the first, {errors[1]:,} of the second; they "
+            "score as empty answers",
             highlight=False,
         )
     for name, side in (("first", first), ("second", second)):
@@ -131,7 +133,7 @@ def _print_only(console: rich.console.Console, name: str, side: Side) -> None:
     if not side.only:
         return
     ids = ", ".join(side.only[:_NAMED]) + (", ..." if len(side.only) > _NAMED else "")
-    console.print(_text(f"only in the {name}, and not compared: {len(side.only):,} items: {ids}", longest=None))
+    console.print(_text(f"only in the {name}, not compared: {len(side.only):,} items: {ids}", longest=None))
 
 
 def _print_flips(console: rich.console.Console, title: str, flips: Sequence[Flip], show: int) -> None:
@@ -150,15 +152,14 @@ def _print_flips(console: rich.console.Console, title: str, flips: Sequence[Flip
 
 
 def _short(reference: Mapping[str, Any]) -> str:
-    """The part of a reference that is looked for, where it has one of the usual names."""
+    """The right answer of a reference, where it has one of the usual names; else all of it."""
     for name in ("answer", "answers", "boxes"):
         if (value := reference.get(name)) is not None:
             return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return json.dumps(dict(reference), ensure_ascii=False)
 
 
-def _said(setting: Any) -> str:
-    """A setting in a few characters."""
+def _short_setting(setting: Any) -> str:
     text = "none" if setting is None else setting if isinstance(setting, str) else to_json(setting)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
@@ -168,7 +169,7 @@ def _signed(difference: Difference) -> str:
 
 
 def _text(value: str, longest: int | None = _LONGEST) -> rich.text.Text:
-    """In one line, shortened, and without what rich or a terminal would obey."""
-    # Half a pair of surrogates, which a tokenizer can put together, cannot be printed.
+    """A text in one line, shortened, and without control sequences of rich or a terminal."""
+    # Unpaired surrogates, which a tokenizer can produce, cannot be printed.
     line = printable(" ".join(value.split())).encode(errors="backslashreplace").decode()
     return rich.text.Text(line if longest is None or len(line) <= longest else line[: longest - 3] + "...")

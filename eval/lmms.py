@@ -1,7 +1,7 @@
 """Our engine under lmms-eval: `lmms_eval --model glm4v_jax --model_args pretrained=DIR --tasks ...`.
 
-lmms-eval (0.7) finds `manifest` by the entry point group `lmms_eval.models`; it is installed by itself, since it brings
-torch and much else, and nothing here imports it before it imports this.
+lmms-eval (0.7) finds `manifest` by the entry point group `lmms_eval.models`; it is installed separately, since it
+depends on torch and much else. Nothing in this package imports this module.
 """
 
 import logging
@@ -20,9 +20,9 @@ from glm4v_jax.generate.engine import Engine, Request
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 _FORMS = ("boxed", "answer", "raw")
-# What lmms-eval's tasks say of generation, and what it is called here.
-_TAKEN = ("temperature", "top_p", "top_k", "do_sample", "min_p", "repetition_penalty")
-_MEANINGLESS = (
+# Generation options of lmms-eval's tasks: those that are used, and those that have no meaning here.
+_USED = ("temperature", "top_p", "top_k", "do_sample", "min_p", "repetition_penalty")
+_IGNORED = (
     "max_new_tokens", "max_gen_toks", "until", "stop_sequences", "num_beams", "image_aspect_ratio", "use_cache",
     "return_dict_in_generate",
 )  # fmt: skip
@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval is to know of this model."""
+    """Describe this model to lmms-eval."""
     return ModelManifest(model_id="glm4v_jax", chat_class_path="eval.lmms.Glm4vJax")
 
 
@@ -62,16 +62,16 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         Args:
           pretrained: directory of a checkpoint; the package's tiny model by default.
           dtype, mesh, slots: as `glm4v eval` takes them.
-          preset: takes the place of what tasks say of sampling.
-          system: what the system says first.
+          preset: replaces the sampling options of tasks.
+          system: the system message.
           max_new_tokens, think_budget, answer_budget: over those of the published benchmarks, 8192 tokens each; the
-            tasks' own leave no room to think, and are not taken.
+            tasks' own leave no room to think, and are ignored.
           answer: what the tasks score: "boxed", what is in the answer's box, or the answer where there is no box;
-            "answer", the answer without the thought; "raw", the whole text, stop strings left alone.
-          batch_size, device: lmms-eval gives them; `slots` and JAX decide.
+            "answer", the answer without the thought; "raw", the whole text, with stop strings ignored.
+          batch_size, device: passed by lmms-eval and ignored; `slots` and JAX decide.
 
         Raises:
-          Glm4vError: what is wrong with the model or an option.
+          Glm4vError: the model cannot be loaded, or an option is invalid.
         """
         super().__init__()
         del batch_size, device
@@ -86,35 +86,35 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         given = {"max_new_tokens": max_new_tokens, "think_budget": think_budget, "answer_budget": answer_budget}
         budgets = {} if preset is not None or (max_new_tokens is not None and think_budget is None) else _BUDGETS
         self._over = {**budgets, **{name: value for name, value in given.items() if value is not None}}
-        self._engine.config(preset, **self._over)  # complains now, not after the data are loaded
+        self._engine.config(preset, **self._over)  # fails now, not after the data are loaded
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answer all requests, in their order; what cannot be answered is empty, and logged."""
-        found: dict[int, GenerationResult] = {}
+        """Answer all requests, in their order; one that fails is empty, and logged."""
+        results: dict[int, GenerationResult] = {}
         checked = [_options(request.args[2]) for request in requests]
         prompts = (self._request(request.args, options) for request, options in zip(requests, checked, strict=True))
         unfinished = 0
         for completion in self._engine.generate_many(prompts, preset=self._preset, skip_errors=True):
             context, _, options, *_ = requests[completion.index].args
             if completion.error is not None:
-                _LOG.warning("request %d is not answered: %s", completion.index, completion.error)
+                _LOG.warning("request %d failed: %s", completion.index, completion.error)
             unfinished += completion.finish_reason == "length" and not completion.answer
             text = self._text(completion, options)
             counts = TokenCounts(input_tokens=completion.prompt_tokens, output_tokens=len(completion.tokens))
-            found[completion.index] = GenerationResult(text, counts)
+            results[completion.index] = GenerationResult(text, counts)
             self.cache_hook.add_partial("generate_until", (context, options), text)
         if unfinished:
             _LOG.warning(
-                "%d of %d answers ended within their thought: max_new_tokens is too low", unfinished, len(found)
+                "%d of %d answers ended within their thought: max_new_tokens is too low", unfinished, len(results)
             )
-        return [found[number] for number in range(len(requests))]
+        return [results[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not there."""
+        """Not supported."""
         raise NotImplementedError("glm4v_jax: found a task of several rounds; expected one that generates once")
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not there."""
+        """Not supported."""
         raise NotImplementedError("glm4v_jax: found a task scored by likelihood; expected one that generates")
 
     def _request(self, arguments: Sequence[Any], options: dict[str, Any]) -> Request:
@@ -125,7 +125,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         return Request(messages, {**({} if self._preset else options), **self._over})
 
     def _text(self, completion: Completion, options: dict[str, Any]) -> str:
-        """What is scored; a task's stop strings end an answer, and not the thought before it."""
+        """The text that is scored; a task's stop strings end an answer, and not the thought before it."""
         if self._form == "raw":
             return completion.text
         text = completion.answer if self._form == "answer" else final_answer(completion.text) or ""
@@ -136,28 +136,28 @@ class Glm4vJax(lmms):  # type: ignore[misc]
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of lmms-eval's, whose pictures and videos are called `url` whatever they are."""
+    """Convert a message of lmms-eval, where images and videos are in `url` whatever they are."""
     content = []
     for item in message["content"]:
         kind = item["type"]
         if kind not in ("text", "image", "video"):
-            raise GenerationError(f"content of type {kind!r}: expected text, image or video")
+            raise GenerationError(f"content: found the type {kind!r}; expected text, image or video")
         content.append({"type": "text", "text": item["text"]} if kind == "text" else {"type": kind, kind: item["url"]})
     return {"role": message["role"], "content": content}
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """A task's options as fields of `GenerationConfig`.
+    """Convert a task's options to fields of `GenerationConfig`.
 
     Raises:
-      GenerationError: there is one that is not known.
+      GenerationError: there is an unknown one.
     """
-    if unknown := sorted(set(options) - {*_TAKEN, *_MEANINGLESS}):
-        raise GenerationError(f"generation_kwargs: found {unknown[0]!r}; expected some of {', '.join(_TAKEN)}")
+    if unknown := sorted(set(options) - {*_USED, *_IGNORED}):
+        raise GenerationError(f"generation_kwargs: found {unknown[0]!r}; expected some of {', '.join(_USED)}")
     if options.get("num_beams") not in (None, 1):
         raise GenerationError(f"num_beams: found {options['num_beams']}; expected 1")
-    taken = {name: options[name] for name in _TAKEN if options.get(name) is not None}
-    if not taken.get("temperature", 1.0):  # 0 stands for the likeliest token
+    taken = {name: options[name] for name in _USED if options.get(name) is not None}
+    if not taken.get("temperature", 1.0):  # 0 means greedy
         for name in ("temperature", "top_p", "top_k", "min_p"):
             taken.pop(name, None)
         taken["do_sample"] = False

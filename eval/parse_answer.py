@@ -1,6 +1,6 @@
-"""From the whole text that a model wrote to its answer: a string, a letter, a number, boxes or points.
+"""Parse the whole text that a model wrote: its answer, and in it a letter, a number, boxes or points.
 
-What cannot be understood is None: never an error, never a zero. Nothing here evaluates what a model wrote, and every
+What cannot be parsed is None: never an error, never a zero. Nothing here evaluates what a model wrote, and every
 function takes time in proportion to the length of the text, whatever is in it.
 """
 
@@ -17,8 +17,8 @@ from glm4v_jax.generate.text.thinking import parse
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 Scale = Literal["thousand", "unit", "pixel"]
-"""What coordinates in an answer count: thousandths of width and height, as GLM-4.1V writes them; shares from 0 to 1,
-for which other harnesses' prompts ask; pixels of the original picture."""
+"""The unit of coordinates in an answer: thousandths of width and height, as GLM-4.1V writes them; fractions from 0 to 1,
+for which other harnesses' prompts ask; pixels of the original image."""
 
 LIMITS: Mapping[Scale, float] = {"thousand": SCALE, "unit": 1.0, "pixel": math.inf}
 """The largest coordinate of each scale."""
@@ -26,8 +26,9 @@ LIMITS: Mapping[Scale, float] = {"thousand": SCALE, "unit": 1.0, "pixel": math.i
 _LATEX_BOX = "\\boxed{"
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
-# Full-width forms of ASCII, the ideographic space and the minus sign.
-_ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: " ", 0x2212: "-"}
+FULL_WIDTH: Mapping[int, int | str] = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: " "}
+"""Full-width forms of ASCII and the ideographic space -> ASCII, for `str.translate`."""
+_ASCII = {**FULL_WIDTH, 0x2212: "-"}  # the minus sign
 
 _NUMBER = re.compile(
     r"(?<![0-9A-Za-z_])"
@@ -37,9 +38,9 @@ _NUMBER = re.compile(
     r"(?:\s?/\s?([0-9]++(?:\.[0-9]++)?))?"
 )
 _LONGEST_NUMBER = 400
-"""More digits than a float has room for."""
+"""Characters; more digits than a float has."""
 _CHINESE = "\u2e80"
-"""From here on a letter is a word of its own."""
+"""The first character of scripts in which a character is a word of its own."""
 
 _LETTER = r"([A-Za-z])"
 # In a sentence a small letter may be an article, so something has to end it.
@@ -55,18 +56,24 @@ _WORDS = re.compile(r"[^\s.()\[\],:;!*#{}?\"']+")
 
 
 def answer_text(text: str) -> str | None:
-    """The inside of `<answer>`, without box tags; the text outside the thought where there is no such tag.
+    """Return the inside of `<answer>`, without box tags; the text outside the thought where there is no such tag.
 
     None where that is empty, as in a text that was cut off in its thought.
+
+    >>> answer_text("<think>8?</think><answer>It is <|begin_of_box|>7<|end_of_box|>.</answer>")
+    'It is 7.'
     """
     return parse(text).answer or None
 
 
 def final_answer(text: str) -> str | None:
-    r"""What is to be compared: the inside of the box, else `answer_text`; without whitespace around it.
+    r"""Return what is compared: the inside of the box, else `answer_text`; without whitespace around it.
 
     The model was trained to write one box at most; of several the first one counts, as in VLMEvalKit's class for this
     model. `\boxed{...}` is a box too, where there is no other one or within it. None where nothing is left.
+
+    >>> final_answer("<think>8?</think><answer>It is <|begin_of_box|>7<|end_of_box|>.</answer>")
+    '7'
     """
     parsed = parse(text)
     found = next((box for box in parsed.boxed if box), parsed.answer)
@@ -88,7 +95,7 @@ def _inside_latex_box(text: str) -> str:
 
 
 def choice(text: str, options: Mapping[str, str] | Sequence[str]) -> str | None:
-    """The letter of the option that was chosen, as written in `options`; None where that is not clear.
+    """Return the letter of the chosen option, as written in `options`; None where that is not clear.
 
     The final answer is read in this order, and the first reading that finds exactly one option counts:
 
@@ -97,9 +104,12 @@ def choice(text: str, options: Mapping[str, str] | Sequence[str]) -> str | None:
     3. it says so: "the answer is B", "option (B)", "答案是B"; of several places the last;
     4. it is the text of an option, whatever the case and whitespace;
     5. one option's letter stands in it as a word, a capital one; "A" and "I" before a small letter are English;
-    6. the text of one option stands in it, between what is no letter or digit.
+    6. the text of one option stands in it, with no letter or digit around it.
 
-    The last two are those of VLMEvalKit (`can_infer`) made stricter; `eval.metrics.choices` has them as they are.
+    The last two are those of VLMEvalKit (`can_infer`) made stricter; `eval.metrics.choices` has the originals.
+
+    >>> choice("The answer is (B).", {"A": "red", "B": "blue"})
+    'B'
 
     Args:
         text: all that was generated.
@@ -128,7 +138,7 @@ def choice(text: str, options: Mapping[str, str] | Sequence[str]) -> str | None:
 
 
 def by_letter(options: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
-    """Options as letter -> text: as given, or A, B, C, ... for a sequence of texts."""
+    """Return options as letter -> text: as given, or A, B, C, ... for a sequence of texts."""
     if isinstance(options, Mapping):
         return {str(letter): str(option) for letter, option in options.items()}
     return {chr(ord("A") + index): str(option) for index, option in enumerate(options)}
@@ -144,7 +154,7 @@ def _plain(text: str) -> str:
 
 
 def _letters_as_words(text: str, options: Mapping[str, str]) -> list[str]:
-    """The options whose letters stand in a text as words; none if all that stands there may be an article."""
+    """The options whose letters stand in a text as words; none if all of them may be articles."""
     words = _WORDS.findall(text)
     found = {word for word in words if word in options}
     certain = {
@@ -163,16 +173,16 @@ def _stands_in(option: str, text: str) -> bool:
         around = text[max(start - 1, 0) : start], text[start + len(option) : start + len(option) + 1]
         if not any(character.isalnum() and character < _CHINESE for character in around):
             return True
-        # Steps over what was found, so that the time stays linear; an overlapping second find would begin in a word.
+        # Skips what was found, so that the time stays linear; an overlapping second match would begin in a word.
         start = text.find(option, start + len(option))
     return False
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers in a plain text, in the order written, all of them finite.
+    """Return the numbers in a plain text, in the order written, all of them finite.
 
     With or without thousands commas, decimals, an exponent, a sign; "3/4" is 0.75, and "2007-2008" are two numbers.
-    Digits in a word ("A4", "x2") are none. Units, currencies and per cent signs are left out.
+    Digits in a word ("A4", "x2"), units, currencies and per cent signs are skipped.
     """
     found = []
     for sign, digits, exponent, divisor in _NUMBER.findall(text.translate(_ASCII)):
@@ -187,42 +197,42 @@ def numbers(text: str) -> list[float]:
 
 
 def number(text: str) -> float | None:
-    """The number that the final answer gives, as `numbers` reads it; None where there is none, or different ones."""
+    """Return the number of the final answer, as `numbers` reads it; None where there is none, or different ones."""
     found = set(numbers(_LATEX_TEXT.sub(r"\1", final_answer(text) or "")))
     return found.pop() if len(found) == 1 else None
 
 
 def boxes(text: str, scale: Scale = "thousand") -> list[Box] | None:
-    """The boxes (x1, y1, x2, y2) that the answer names, on its own scale; None where it names none.
+    """Return the boxes (x1, y1, x2, y2) that the answer names, on its own scale; None where it names none.
 
-    Four numbers in brackets of any style, of which none is beyond the scale; see `generate.boxes.find_boxes`.
+    Four numbers in brackets of any style, none of which is beyond the scale; see `generate.text.boxes.find_boxes`.
     """
     return find_boxes(text, LIMITS[scale]) or None
 
 
 def points(text: str, scale: Scale = "thousand") -> list[Point] | None:
-    """The points (x, y) that the answer names, on its own scale, two numbers in brackets; None where it names none."""
+    """Return the points (x, y) that the answer names, two numbers in brackets, on its own scale; None where there are none."""
     return find_points(text, LIMITS[scale]) or None
 
 
 def to_pixels(
     found: Iterable[Sequence[float]], width: float, height: float, scale: Scale = "thousand"
 ) -> list[tuple[float, ...]]:
-    """Boxes, or points, in pixels of the picture, unrounded as harnesses compare them.
+    """Convert boxes, or points, to pixels of the image, unrounded as harnesses compare them.
 
     Args:
         found: (x1, y1, x2, y2) or (x, y), on `scale`.
-        width, height: of the original picture, in pixels.
-        scale: what the coordinates count; it is said, not guessed from the numbers.
+        width, height: of the original image, in pixels.
+        scale: of the coordinates; it is not guessed from the numbers.
 
     Returns:
-        Each within the picture and, a box, with its corners in order, which may leave it empty.
+        Each clipped to the image and, for a box, with its corners in order; the box may be empty.
 
     Raises:
-        DataError: the picture is empty.
+        DataError: width or height is not above 0.
     """
     if not (width > 0 and height > 0):
-        raise DataError(f"width, height: found {width}, {height}; expected those of a picture, in pixels")
+        raise DataError(f"width, height: found {width}, {height}; expected numbers of pixels above 0")
     sizes = (width, height)
     pixels = []
     for coordinates in found:

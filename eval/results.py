@@ -1,4 +1,4 @@
-"""What became of every item: its answer, what was understood of it, and its score; a line of JSON each."""
+"""The files of a run, and the result of every item: its answer, what was parsed of it, and its score."""
 
 import dataclasses
 import hashlib
@@ -8,46 +8,54 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.data.items import Item
-from eval.metrics import Metric, Score
+from eval.metrics import Metric, Reference, Score
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.text.thinking import parse
 
+ANSWERS = "answers.jsonl"
+"""What the model wrote, one line per item, in the order of completion."""
+RESULTS = "results.jsonl"
+"""An `ItemResult` per line, in the order of the data."""
+SUMMARY = "summary.json"
+"""The figures, see `eval.summary`; beside the directories of several tasks, their scores."""
+REPORT = "report.html"
+"""All of these as a page, see `eval.report.report`."""
+
 Category = Literal["scored", "parse_failure", "no_answer", "truncated", "error"]
-"""Why an item has the score it has, one for each item. "scored": something was understood. The others score 0:
-"no_answer", there is nothing behind the thought; "truncated", it was cut off before anything was understood;
-"parse_failure", what is there is no answer of the kind asked for; "error", the prompt could not be made."""
+"""Why an item has its score, exactly one per item. "scored": an answer was parsed. The others score 0: "no_answer",
+nothing follows the thought; "truncated", the text was cut off before an answer could be parsed; "parse_failure", the
+text has no answer of the expected kind; "error", the prompt could not be prepared."""
 
 _CUT = ("length", "repetition")
-"""Why an answer that had not ended did: `glm4v_jax.generate.completion.FinishReason`."""
+"""Values of `glm4v_jax.generate.completion.FinishReason` for a text that was cut off."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class ItemResult:
     """An item with its answer.
 
     Attributes:
-      id, question, group: of the item; where its group says what its `cluster` is, it has none.
-      reference: what it was compared with.
-      output: the whole text of the model; empty where there is an error.
-      parsed: what the metric understood of it; None where it understood nothing.
+      id, question, group: of the item; no group where it defines the item's `cluster`.
+      reference: what the answer was compared with.
+      output: the whole text of the model; empty after an error.
+      parsed: what the metric parsed of it; None where nothing could be.
       score: from 0 to 1.
-      parts: further numbers of the metric; where there is an error, those of saying nothing.
-      category: see there.
-      is_truncated: whether it was cut off, as the tokens were used up or as it went in circles, whatever was
-        understood of it.
-      is_forced: whether its thought was closed because the budget was used up.
-      prompt_tokens, new_tokens: how many there are.
-      error: what was wrong with the prompt.
-      cluster: the same for items that an interval draws together, see `eval.metrics.metric.Cluster`; None where it is
-        drawn alone.
-      prompt: of what was asked, in short: equal for the same texts, with equal pictures and videos at equal places.
+      parts: further numbers of the metric; after an error, those of an empty text.
+      category: see `Category`.
+      is_truncated: whether the text was cut off, by the limit of tokens or a repetition, parsed or not.
+      is_forced: whether the thought was closed because its budget was used up.
+      prompt_tokens, new_tokens: counts.
+      error: why the prompt could not be prepared.
+      cluster: equal for items that an interval resamples together, see `eval.metrics.metric.Cluster`; None for an item
+        that is resampled alone.
+      prompt: digest of the prompt: equal for equal texts with equal images and videos at equal positions.
     """
 
     id: str
     question: str
     group: str | None
-    reference: Mapping[str, Any]
+    reference: Reference
     output: str
     parsed: Any
     score: float
@@ -62,7 +70,7 @@ class Result:
     prompt: str | None = None
 
 
-def score_items(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]], metric: Metric) -> list[Result]:
+def score_items(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]], metric: Metric) -> list[ItemResult]:
     """Score the answers that a run has written.
 
     Args:
@@ -78,26 +86,26 @@ def score_items(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]],
     return [_result(item, answers[item.id], metric) for item in items]
 
 
-def scores_of(items: Sequence[Item], results: Sequence[Result]) -> list[tuple[Mapping[str, Any], Score]]:
-    """What a metric's `aggregate` takes."""
+def scores_of(items: Sequence[Item], results: Sequence[ItemResult]) -> list[tuple[Reference, Score]]:
+    """Return the arguments of a metric's `aggregate`."""
     return [
-        (_reference(item), Score(result.score, result.parsed, result.parts))
+        (_with_group(item), Score(result.score, result.parsed, result.parts))
         for item, result in zip(items, results, strict=True)
     ]
 
 
-def write_results(results: Iterable[Result], path: Path) -> None:
-    """Write a file of them, complete or not at all."""
+def write_results(results: Iterable[ItemResult], path: Path) -> None:
+    """Write a file of results, complete or not at all."""
     with replacing(path) as aside, aside.open("wb") as file:
         for result in results:
             file.write(encoded(dataclasses.asdict(result)) + b"\n")
 
 
-def read_results(path: Path) -> list[Result]:
-    """Read them again.
+def read_results(path: Path) -> list[ItemResult]:
+    """Read a file of results.
 
     Raises:
-      DataError: it is no such file.
+      DataError: the file does not exist, or a line is not a result.
     """
     results = []
     try:
@@ -105,17 +113,23 @@ def read_results(path: Path) -> list[Result]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    results.append(Result(**json.loads(line)))
+                    results.append(ItemResult(**json.loads(line)))
                 except (ValueError, TypeError) as error:
-                    found = f"{path}:{number}: found no result of a run ({error})"
-                    raise DataError(f"{found}; expected one a line") from error
+                    found = f"{path}:{number}: found an invalid result ({error})"
+                    raise DataError(f"{found}; expected the result of an item") from error
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; expected the results of a run") from None
+        raise DataError(f"{path}: found no such file; expected the results of a run") from None
     return results
 
 
+def read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a file of answers: id -> line."""
+    with path.open(encoding="utf-8") as file:
+        return {line["id"]: line for line in map(json.loads, file)}
+
+
 def encoded(value: Any, **options: Any) -> bytes:
-    """As JSON in UTF-8, with escapes if there is text that UTF-8 cannot hold, such as half a pair of surrogates."""
+    """Encode a value as JSON in UTF-8, with escapes for text that UTF-8 cannot hold, such as unpaired surrogates."""
     try:
         return to_json(value, ensure_ascii=False, **options).encode()
     except UnicodeEncodeError:
@@ -123,31 +137,25 @@ def encoded(value: Any, **options: Any) -> bytes:
 
 
 def digest_of(value: Any) -> str:
-    """In short, what JSON holds of a value, whatever the order of its fields."""
+    """Digest the JSON of a value, whatever the order of its fields."""
     return hashlib.blake2b(to_json(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
-def read_answers(path: Path) -> dict[str, dict[str, Any]]:
-    """Id -> line of a file of answers."""
-    with path.open(encoding="utf-8") as file:
-        return {line["id"]: line for line in map(json.loads, file)}
-
-
-def _reference(item: Item) -> Mapping[str, Any]:
+def _with_group(item: Item) -> Reference:
     return item.reference if item.group is None else {**item.reference, "group": item.group}
 
 
-def _result(item: Item, answer: Mapping[str, Any], metric: Metric) -> Result:
+def _result(item: Item, answer: Mapping[str, Any], metric: Metric) -> ItemResult:
     error = answer.get("error")
     text = "" if error is not None else answer["text"]
     is_truncated = error is None and answer["finish_reason"] in _CUT
-    score = metric.score(text, _reference(item))
+    score = metric.score(text, _with_group(item))
     category: Category = "scored"
     if error is not None:
         category = "error"
     elif score.parsed is None:
         category = "truncated" if is_truncated else "parse_failure" if parse(text).answer else "no_answer"
-    return Result(
+    return ItemResult(
         id=item.id,
         question=item.question,
         group=None if metric.cluster == "group" else item.group,
@@ -159,8 +167,8 @@ def _result(item: Item, answer: Mapping[str, Any], metric: Metric) -> Result:
         category=category,
         is_truncated=is_truncated,
         is_forced=answer.get("is_forced", False),
-        prompt_tokens=0 if error is not None else answer["prompt_tokens"],
-        new_tokens=0 if error is not None else answer["new_tokens"],
+        prompt_tokens=answer.get("prompt_tokens", 0),
+        new_tokens=answer.get("new_tokens", 0),
         error=error,
         cluster=_cluster(item, metric),
         prompt=digest_of({**item.asked, "content": _content(item)}),
@@ -175,7 +183,7 @@ def _cluster(item: Item, metric: Metric) -> str | None:
 
 
 def _content(item: Item) -> list[dict[str, Any]]:
-    """The parts of what is asked; of files what is in them, wherever they are."""
+    """The parts of the prompt; files by their content, not by their place."""
     return [
         {name: value for name, value in part.items() if name not in ("path", "url") or "digest" not in part}
         for part in item.asked.get("content", ())

@@ -1,4 +1,4 @@
-"""How sure a score is: intervals by bootstrap for scores of any kind, and Wilson's for shares."""
+"""Confidence intervals: by bootstrap for scores of any kind, and Wilson's for fractions."""
 
 import math
 import statistics
@@ -13,16 +13,17 @@ T = TypeVar("T")
 
 RESAMPLES = 10_000
 _CELLS = 1 << 22
-"""Of an array of drawn indices, 32 MiB of them: what is drawn at a time, whatever the number of scores."""
+"""Indices that are drawn at a time, 32 MiB of them, whatever the number of scores."""
 _SPREAD = 1e-12
-"""Ends of an interval that are not further apart than this differ by rounding only."""
+"""Ends of an interval that are no further apart than this differ by rounding only."""
 
 
 class Difference(NamedTuple):
-    """Of two runs over the same items.
+    """The difference of two runs over the same items.
 
-    mean: of the second's scores less the first's.
-    low, high: of its confidence interval.
+    Attributes:
+      mean: of the second's scores less the first's.
+      low, high: of its confidence interval.
     """
 
     mean: float
@@ -38,17 +39,17 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean, or of a ratio of sums (Efron and Tibshirani 1993, chapter 13).
+    """Compute the percentile bootstrap interval of a mean, or of a ratio of sums (Efron and Tibshirani 1993, chapter 13).
 
-    The same for the same values, order included, and seed. Of one value, and of equal ones, both ends are that value:
-    a bootstrap knows nothing of what it has not seen. For scores `score_interval` does.
+    The same for the same values, in the same order, and seed. For one value, or equal ones, both ends are that value;
+    `score_interval` widens these.
 
     Args:
-        values: [N] scores, or sums over clusters of what belongs together, which are drawn as wholes; finite.
-        counts: [N] what `sum(values)` is divided by the sum of; not negative. None: ones, so that it is the mean. Where
-            a draw has nothing to divide by, it is 1, or 0 if its values are negative.
-        confidence: share of intervals that hold the true mean, between 0 and 1.
-        resamples: how often N values are drawn.
+        values: [N] scores, or sums over clusters, which are resampled together; finite.
+        counts: [N] `sum(values)` is divided by their sum; not negative. None: ones, for the mean. A resample whose
+            counts are all 0 is 1, or 0 if its values are negative.
+        confidence: fraction of intervals that contain the true mean, between 0 and 1.
+        resamples: number of draws of N values.
         seed: of the draws.
 
     Raises:
@@ -57,11 +58,11 @@ def bootstrap_interval(
     scores = _checked(values, confidence)
     weights = np.ones_like(scores) if counts is None else _checked(counts, confidence)
     if len(weights) != len(scores):
-        raise DataError(f"counts: found {len(weights)} for {len(scores)} values, expected as many")
+        raise DataError(f"counts: found {len(weights)} for {len(scores)} values; expected as many")
     if np.any(weights < 0):
-        raise DataError(f"counts: found {weights.min():g}, expected none below 0")
+        raise DataError(f"counts: found {weights.min():g}; expected none below 0")
     if resamples < 1:
-        raise DataError(f"resamples: found {resamples}, expected at least 1")
+        raise DataError(f"resamples: found {resamples}; expected at least 1")
     is_even = np.all(weights == weights[0])
     if is_even and np.all(scores == scores[0]):
         value = float(_ratio(scores[0], weights[0]))
@@ -86,10 +87,10 @@ def score_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Interval of a score that is sum(values) / sum(counts), from 0 to 1: by bootstrap over clusters.
+    """Compute the interval of a score that is sum(values) / sum(counts), from 0 to 1: by bootstrap over clusters.
 
-    Where no draw differs, as of shares that are all 0 or all 1, Wilson's with as many trials as there are clusters: it
-    is wide enough for any score between 0 and 1, of which no variance is above that of a share.
+    Where no resample differs, as with values that are all 0 or all 1, Wilson's with as many trials as there are
+    clusters: it is wide enough for any score between 0 and 1, whose variance is at most that of a fraction.
 
     Args:
         values, counts: [N] sums over each cluster; a score below 0 counts as 0.
@@ -114,13 +115,16 @@ def paired_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
-    """How much better the second of two runs is, with the interval of `bootstrap_interval` over the items.
+    """Compute the mean difference of two runs, with the interval of `bootstrap_interval` over the items.
 
-    Items are drawn, not scores: what makes an item hard for both runs cancels.
+    Items are resampled, not scores: what makes an item hard for both runs cancels.
+
+    >>> paired_difference([0.0, 1.0], [0.5, 1.0]).mean
+    0.25
 
     Args:
         first, second: [N] scores of the same items in the same order.
-        clusters: [N] what is drawn together has the same one, which is not None; None is drawn alone.
+        clusters: [N] items with the same one are resampled together; those with None alone.
         confidence, resamples, seed: as of `bootstrap_interval`.
 
     Raises:
@@ -141,7 +145,7 @@ def paired_difference(
 
 
 def clustered(things: Sequence[T], clusters: Sequence[Hashable]) -> dict[Hashable, list[T]]:
-    """The things [N] of each cluster [N], in the order of their first ones; of None each is one of its own."""
+    """Group things [N] by their cluster [N], in the order of their first ones; None is a cluster of its own each time."""
     found: dict[Hashable, list[T]] = {}
     for index, (thing, cluster) in enumerate(zip(things, clusters, strict=True)):
         found.setdefault(("alone", index) if cluster is None else ("together", cluster), []).append(thing)
@@ -149,18 +153,18 @@ def clustered(things: Sequence[T], clusters: Sequence[Hashable]) -> dict[Hashabl
 
 
 def wilson_interval(hits: float, count: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (JASA 22, 1927), without continuity correction.
+    """Compute Wilson's score interval of a fraction (JASA 22, 1927), without continuity correction.
 
     Raises:
         DataError: `count` is not positive, or `hits` not from 0 to `count`, or `confidence` not between 0 and 1.
     """
     if count < 1 or not 0 <= hits <= count:
-        raise DataError(f"share: found {hits} of {count}; expected from 0 to all of at least 1")
+        raise DataError(f"hits: found {hits} of {count}; expected from 0 to all of at least 1")
     _check_confidence(confidence)
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    share, weight = hits / count, z * z / count
-    centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
+    fraction, weight = hits / count, z * z / count
+    centre = (fraction + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(fraction * (1 - fraction) / count + weight / (4 * count))
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
@@ -172,7 +176,7 @@ def _ratio(sums: Any, counts: Any) -> np.ndarray:
 def _checked(values: Sequence[float], confidence: float) -> np.ndarray:
     scores = np.asarray(values, np.float64)
     if scores.ndim != 1 or not len(scores):
-        raise DataError(f"scores: found the shape {scores.shape}; expected at least one in a row")
+        raise DataError(f"scores: found the shape {scores.shape}; expected at least one")
     if not np.all(np.isfinite(scores)):
         raise DataError(f"scores: found {scores[~np.isfinite(scores)][0]}; expected finite numbers")
     _check_confidence(confidence)
@@ -181,4 +185,4 @@ def _checked(values: Sequence[float], confidence: float) -> np.ndarray:
 
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
-        raise DataError(f"confidence: found {confidence}, expected between 0 and 1")
+        raise DataError(f"confidence: found {confidence}; expected a number between 0 and 1")

@@ -15,11 +15,11 @@ import PIL.Image
 import playwright.sync_api
 
 from eval.commands import main as evaluate
-from eval.files import REPORT, RESULTS
+from eval.read_items import read_items
 from eval.report.report import write_report
-from eval.results import read_results
+from eval.results import REPORT, RESULTS, read_results
 from eval.summary import read_summary
-from eval.tasks import find_task, read_items
+from eval.tasks import find_task
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 OUT = pathlib.Path(__file__).parent.parent / "docs" / "images" / "report.png"

@@ -15,7 +15,7 @@ def _reading() -> Iterator[Item]:
 
 
 def _grounding() -> Iterator[Item]:
-    # In turn, so that the first few items have both kinds.
+    # Alternating, so that the first few items have both kinds.
     pairs = zip(held_out("grounding1"), held_out("grounding2"), strict=True)
     for example in itertools.chain.from_iterable(pairs):
         yield _item(example, "one digit" if len(example.boxes) == 1 else "two digits")
@@ -31,18 +31,18 @@ BUILT_IN: Mapping[str, Callable[[], Iterator[Item]]] = {
     "digits-grounding": _grounding,
     "digits-motion": _motion,
 }
-"""Name of a reader -> its items, the same ones with the same ids every time; `glm4v_jax.tiny.digits` says of what.
+"""Name of a reader -> its items, always the same ones with the same ids; see `glm4v_jax.tiny.digits`.
 
-Raise `DataError` where scikit-learn is not installed.
+They raise `DataError` where scikit-learn is not installed.
 """
 
 
 def _item(example: Example, group: str | None) -> Item:
-    """An item; "boxes" are those asked for, "other_boxes" those of other digits, both from 0 to 1000."""
+    """Make an item; "boxes" are of the digit that is asked for, "other_boxes" of the others, both from 0 to 1000."""
     reference: dict[str, object] = {"answer": example.answer}
     if example.boxes:
         asked, *others = (list(box) for box in example.boxes)
-        # In the units in which the model writes boxes, the picture has so many.
+        # In the units in which the model writes boxes.
         reference |= {"boxes": [asked], "other_boxes": others, "width": SCALE, "height": SCALE}
     (message,) = example.prompt
     asked_for = {

@@ -1,23 +1,26 @@
-"""The fields of a row of data, each checked: what is wrong is said with its name, what was found and expected."""
+"""Read the fields of a row of data: each function checks one, and its error names it, what was found and expected."""
 
 import ast
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.data.media import kind_of, media_item
+from glm4v_jax.data.media import MediaItem, kind_of, media_item
 from glm4v_jax.errors import DataError
 
-Row = Mapping[str, Any]
-
-Media = dict[str, Any]
-"""`{"type": "image" | "video", KEY: source}`; see `glm4v_jax.data.media`."""
+Fields = Mapping[str, Any]
+"""A row of a data file; null is as if the field were missing."""
 
 _LONGEST_LITERAL = 100_000
 
 
-def first(row: Row, *names: str) -> tuple[str, Any]:
-    """The first of these fields that the row has, with its name; null is as if it were not there.
+def invalid(name: str, value: Any, expected: str) -> DataError:
+    """Make the error of a field."""
+    return DataError(f"{name}: found {_shown(value)}; expected {expected}")
+
+
+def first(row: Fields, *names: str) -> tuple[str, Any]:
+    """Return the first of these fields that the row has, with its name.
 
     Raises:
         DataError: it has none of them.
@@ -25,59 +28,55 @@ def first(row: Row, *names: str) -> tuple[str, Any]:
     for name in names:
         if row.get(name) is not None:
             return name, row[name]
-    there = ", ".join(repr(name) for name, value in row.items() if value is not None)
-    wanted = " or ".join(repr(name) for name in names)
-    raise DataError(f"field {wanted}: missing in the row, which has {there or 'no field'}")
+    there = ", ".join(name for name, value in row.items() if value is not None)
+    raise DataError(f"{' or '.join(names)}: found nothing; expected the field beside {there or 'no other'}")
 
 
-def text(row: Row, *names: str) -> str:
-    """A string that is not blank.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
+def text(row: Fields, *names: str) -> str:
+    """Return a string that is not blank."""
     name, value = first(row, *names)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"field {name!r}: found {_shown(value)}, expected text")
+        raise invalid(name, value, "text")
     return value
 
 
-def identifier(row: Row, *names: str) -> str:
-    """A string or whole number, as a string.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
+def identifier(row: Fields, *names: str) -> str:
+    """Return a string or integer, as a string."""
     name, value = first(row, *names)
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"field {name!r}: found {_shown(value)}, expected text or a whole number")
+        raise invalid(name, value, "text or an integer")
     return str(value)
 
 
-def texts(row: Row, *names: str, is_literal: bool = False) -> list[str]:
-    """A list of at least one string or number, as strings; one alone is a list of it.
+def scalar(row: Fields, name: str) -> str:
+    """Return a string or number, as a string."""
+    _, value = first(row, name)
+    if not _is_scalar(value):
+        raise invalid(name, value, "text or a number")
+    return str(value)
+
+
+def texts(row: Fields, *names: str, is_literal: bool = False) -> list[str]:
+    """Return a list of at least one string or number, as strings; one alone is a list of it.
 
     Args:
         row: of the data.
-        names: of the field; the first that is there is taken.
+        names: of the field; the first that the row has is taken.
         is_literal: whether a string may spell the list in Python, "['a', 'b']".
-
-    Raises:
-        DataError: it is missing, or something else.
     """
     name, value = first(row, *names)
     value = literal_list(value) if is_literal else value
     values = value if isinstance(value, list | tuple) else [value]
     for one in values:
-        if isinstance(one, bool) or not isinstance(one, str | int | float):
-            raise DataError(f"field {name!r}: found {_shown(one)} in it, expected text")
+        if not _is_scalar(one):
+            raise invalid(name, one, "a list of texts")
     if not values:
-        raise DataError(f"field {name!r}: found an empty list, expected at least one text")
+        raise DataError(f"{name}: found an empty list; expected at least one text")
     return [str(one) for one in values]
 
 
 def literal_list(value: Any) -> Any:
-    """The list that a string spells in Python, as MMMU and VLMEvalKit's tables have them; else the value as it is."""
+    """Return the list that a string spells in Python, as in MMMU and VLMEvalKit's tables; else the value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("[") and len(value) <= _LONGEST_LITERAL:
         try:
             found = ast.literal_eval(value.strip())
@@ -87,68 +86,64 @@ def literal_list(value: Any) -> Any:
     return value
 
 
-def options(row: Row, *names: str) -> dict[str, str]:
-    """Letter -> text: of a list of texts, which become A, B, ..., or of an object that has letters itself.
+def items_of(row: Fields, name: str) -> list[Any]:
+    """Return a list of anything, which a string may spell in Python."""
+    value = literal_list(row[name])
+    if not isinstance(value, list | tuple):
+        raise invalid(name, value, "a list")
+    return list(value)
 
-    Raises:
-        DataError: it is missing, has no option or more than 26, or something else than texts.
-    """
-    name, value = first(row, *names)
+
+def options(row: Fields, name: str) -> dict[str, str]:
+    """Return letter -> text: of a list of 1 to 26 texts, which become A, B, ..., or of an object with letters."""
+    _, value = first(row, name)
     value = literal_list(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = {chr(ord("A") + index): option for index, option in enumerate(value[:27])}
     if not isinstance(value, Mapping):
-        raise DataError(f"field {name!r}: found {_shown(value)}, expected a list of texts, or letters with texts")
-    # Of a table with columns for all letters those without text are none.
+        raise invalid(name, value, "a list of texts, or letters with texts")
+    # A table has a column for every letter, which may be empty.
     value = {letter: option for letter, option in value.items() if option is not None}
     if not 1 <= len(value) <= 26:
-        raise DataError(f"field {name!r}: found {len(value)} options, expected 1 to 26")
+        raise DataError(f"{name}: found {len(value)} options; expected 1 to 26")
     for letter, option in value.items():
-        if isinstance(option, bool) or not isinstance(option, str | int | float):
-            raise DataError(f"field {name!r}: found {_shown(option)} as {letter}, expected text")
+        if not _is_scalar(option):
+            raise invalid(f"{name}.{letter}", option, "text")
     return {str(letter): str(option) for letter, option in value.items()}
 
 
-def answer_letter(row: Row, name: str, choices: Mapping[str, str]) -> str:
-    """The letter of the right option.
-
-    Raises:
-        DataError: it is missing, or none of the letters.
-    """
-    letter = identifier(row, name).strip()
-    if letter not in choices:
-        raise DataError(f"field {name!r}: found {letter!r}, expected one of {', '.join(choices)}")
-    return letter
+def one_of(row: Fields, name: str, known: Sequence[str]) -> str:
+    """Return a text that is one of these."""
+    value = identifier(row, name).strip()
+    if value not in known:
+        raise invalid(name, value, f"one of {', '.join(known)}")
+    return value
 
 
-def box(row: Row, name: str) -> tuple[float, float, float, float]:
-    """Four finite numbers, in whichever meaning the data set has; may be a list that is written as text.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
+def box(row: Fields, name: str) -> tuple[float, float, float, float]:
+    """Return four finite numbers, in the meaning of the data set; a string may spell the list in Python."""
     _, value = first(row, name)
     value = literal_list(value)
     is_list = isinstance(value, list | tuple) and len(value) == 4
     if not is_list or not all(_is_number(one) for one in value):
-        raise DataError(f"field {name!r}: found {_shown(value)}, expected four numbers")
+        raise invalid(name, value, "four numbers")
     one, two, three, four = (float(one) for one in value)
     return one, two, three, four
 
 
-def media(row: Row, kind: str, *names: str) -> Media:
-    """A picture or video, however a row writes it; see `glm4v_jax.data.media.media_item`.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
+def media(row: Fields, kind: str, *names: str) -> MediaItem:
+    """Return an image or video, however the row writes it; see `glm4v_jax.data.media.media_item`."""
     name, value = first(row, *names)
     return media_item(kind, value, name)
 
 
-def plain(row: Row, *names: str) -> dict[str, Any]:
-    """Those of these fields that are there."""
+def present(row: Fields, *names: str) -> dict[str, Any]:
+    """Return those of these fields that the row has, as they are."""
     return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -10,12 +10,12 @@ class Item:
     """One question of a task.
 
     Attributes:
-      id: what tells it from the others of its data.
-      messages: the prompt, as chat templates take it; pictures and videos are paths, or in memory.
-      reference: what the task's metric looks at ("answer", "answers", "boxes", "options", ...); see `eval.metrics`.
-      asked: the prompt as JSON has it, for the file of answers: with another one, an answer is not gone on with.
-      group: what scores are also told by ("short", "art", ...); None where a task has no such parts.
-      place: file and line where it stands.
+      id: unique in its data.
+      messages: the prompt, as chat templates take it; images and videos are paths, or in memory.
+      reference: what the task's metric reads ("answer", "answers", "boxes", "options", ...); see `eval.metrics`.
+      asked: the prompt as JSON, for the file of answers: a run resumes with an answer only if this is equal.
+      group: part of the data that scores are also reported for ("short", "art", ...); None where there are no parts.
+      place: file and line of the row.
     """
 
     id: str
@@ -31,8 +31,8 @@ class Item:
         return "\n".join(part["text"] for part in self._parts() if part.get("type") == "text")
 
     @property
-    def pictures(self) -> list[Any]:
-        """The pictures of the prompt, as they were given."""
+    def images(self) -> list[Any]:
+        """The images of the prompt, as they were given."""
         parts = (part for part in self._parts() if part.get("type") == "image")
         return [part.get("url", part.get("path", part.get("image"))) for part in parts]
 

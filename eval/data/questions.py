@@ -1,4 +1,4 @@
-"""A question of a data set in the one form that all adapters bring it into, and the prompt that a task makes of it."""
+"""The one form into which all adapters bring the questions of data sets, and the items that a task makes of them."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ import jinja2.sandbox
 import numpy as np
 import PIL.Image
 
-from eval.data.fields import Media
 from eval.data.items import Item
-from glm4v_jax.data.media import is_remote, located, picture_size, source_of
-from glm4v_jax.errors import ConfigError, DataError
+from glm4v_jax.config.checks import fault, raise_faults
+from glm4v_jax.data.media import MediaItem, image_size, is_remote, located, source_of
+from glm4v_jax.errors import DataError
 from glm4v_jax.files import fingerprint
 from glm4v_jax.inputs.media.fetch import file_url_path, is_address
 
@@ -26,9 +26,10 @@ _MARKER = re.compile(r"<(image|video)(?: ([0-9]{1,3}))?>")
 class Origin(NamedTuple):
     """Where a row was read from.
 
-    path: the file.
-    number: of the row in it, from 0.
-    total: of the row in all files, from 0.
+    Attributes:
+      path: the file.
+      number: of the row in it, from 0.
+      total: of the row in all files, from 0.
     """
 
     path: Path
@@ -37,12 +38,12 @@ class Origin(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A name for a row that has none: "test_human:12"."""
+        """The id of a row that has none: "test_human:12"."""
         return f"{self.path.stem}:{self.number}"
 
     @property
     def split(self) -> str:
-        """What the file is called without the number of its part: "testA" of testA-00000-of-00001.parquet."""
+        """The name of the file without the number of its shard: "testA" of testA-00000-of-00001.parquet."""
         return re.sub(r"-[0-9]{5}-of-[0-9]{5}$", "", self.path.stem)
 
 
@@ -51,70 +52,71 @@ class Question:
     """A question as a data set has it, before a task's template makes a prompt of it.
 
     Attributes:
-      id: what tells it from the others.
-      fields: what templates can name, "question" among them.
-      reference: what metrics look at; only what JSON can hold.
-      media: pictures and videos, with paths as they were written, relative to the file.
+      id: unique in its data.
+      fields: for the template, "question" among them.
+      reference: what metrics read; only what JSON can hold.
+      media: images and videos, with paths as they were written, relative to the file.
       group: see `eval.data.items.Item`.
-      is_marked: whether the prompt says where pictures go, as `<image>` or `<video>`, the next one, or `<image 2>`, the
+      is_marked: whether the prompt says where images go, as `<image>` or `<video>`, the next one, or `<image 2>`, the
         second; else they stand before the text.
     """
 
     id: str
     fields: Mapping[str, Any]
     reference: Mapping[str, Any]
-    media: Sequence[Media] = ()
+    media: Sequence[MediaItem] = ()
     group: str | None = None
     is_marked: bool = False
 
 
 @functools.cache
 def template(source: str) -> jinja2.Template:
-    """A prompt's template, in which fields must be there.
+    """Compile a prompt's template, in which undefined fields are errors.
 
     Raises:
-      ConfigError: it is no template.
+      ConfigError: it is not a template.
     """
-    # Not the package's own for chat templates: that one turns fields that are not there into nothing.
+    # Not the package's environment for chat templates: that one renders undefined fields as nothing.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
     )
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
-        raise ConfigError(f"prompt: found {source!r}, expected a jinja2 template ({error})") from error
+        raise_faults([fault("prompt", source, f"a jinja2 template ({error})")])
+        raise
 
 
 def make_item(question: Question, prompt: str, system: str | None, directory: Path, place: str) -> Item:
-    """The item of a question.
+    """Make the item of a question.
 
     Args:
       question: see there.
-      prompt: template of the text; names the question's fields.
-      system: what the system says first.
-      directory: what paths of the question's pictures and videos are relative to.
+      prompt: template of the text, over the question's fields.
+      system: the system message.
+      directory: what paths of the question's images and videos are relative to.
       place: of the row, for the item.
 
     Returns:
-      An item; where its reference has "boxes" but no "width" and "height", with those of its first picture in pixels.
+      An item; where its reference has "boxes" but no "width" and "height", with those of its first image in pixels.
 
     Raises:
-      DataError: the template names a field that is not there, or a marker's picture is not there.
-      MediaError: a file is not there, or a picture's header cannot be read.
+      DataError: the template uses an undefined field, or a marker has no image.
+      MediaError: a file does not exist, or an image's header cannot be read.
       ConfigError: see `template`.
     """
     compiled = template(prompt)
     try:
         text = compiled.render(question.fields)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:  # of what the template does with fields
-        there = ", ".join(question.fields)
-        raise DataError(f"prompt: {error}; the row has {there}") from error
+        fields = ", ".join(question.fields)
+        raise DataError(f"prompt: found an error ({error}); expected a template over {fields}") from error
     media = [located(item, directory) for item in question.media]
     sizes = [_checked(item) for item in media]
     messages = [{"role": "user", "content": _content(text, media, question.is_marked)}]
-    # As it was written, and what is in the files: wherever they are now, it is the same prompt.
-    told = [_told(item, there) for item, there in zip(question.media, media, strict=True)]
-    written = _content(text, told, question.is_marked)
+    # As it was written, with digests of the files: wherever they are now, it is the same prompt.
+    digested = [_digested(item, there) for item, there in zip(question.media, media, strict=True)]
+    written = _content(text, digested, question.is_marked)
     asked: dict[str, Any] = {"content": [_as_json(part) for part in written]}
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
@@ -127,7 +129,7 @@ def make_item(question: Question, prompt: str, system: str | None, directory: Pa
 
 
 def digest(value: Any) -> str:
-    """In short, what is in a picture or in the frames of a video: equal for equal pixels or bytes."""
+    """Digest an image or the frames of a video: equal for equal pixels or bytes."""
     hashed = hashlib.blake2b(digest_size=8)
     for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, PIL.Image.Image):
@@ -139,8 +141,8 @@ def digest(value: Any) -> str:
     return hashed.hexdigest()
 
 
-def _content(text: str, media: Sequence[Media], is_marked: bool) -> list[dict[str, Any]]:
-    """The parts of the prompt, pictures and videos where they go."""
+def _content(text: str, media: Sequence[MediaItem], is_marked: bool) -> list[dict[str, Any]]:
+    """The parts of the prompt, images and videos at their positions."""
     if not is_marked or not _MARKER.search(text):
         return [*media, {"type": "text", "text": text}]
     by_kind = {kind: [item for item in media if item["type"] == kind] for kind in ("image", "video")}
@@ -153,27 +155,27 @@ def _content(text: str, media: Sequence[Media], is_marked: bool) -> list[dict[st
         items = by_kind[kind]
         found = next(pending[kind], None) if number is None else dict(enumerate(items, 1)).get(int(number))
         if found is None:
-            raise DataError(f"prompt: found {marker[0]}, but the row has {len(items)} of the kind; expected as many")
+            raise DataError(f"prompt: found {marker[0]} with {len(items)} {kind}s in the row; expected as many")
         content.append(found)
         end = marker.end()
     content.append({"type": "text", "text": text[end:]})
     return [part for part in content if part.get("text") != ""]
 
 
-def _checked(item: Media) -> tuple[int, int] | None:
-    """Looks whether a picture or video is there; the size (width, height) of a picture in pixels."""
+def _checked(item: MediaItem) -> tuple[int, int] | None:
+    """Check that an image or video exists; return the size (width, height) of an image in pixels."""
     if item["type"] == "image":
-        return None if is_remote(item) else picture_size(item)
+        return None if is_remote(item) else image_size(item)
     source = source_of(item)
     for one in source if isinstance(source, list) else [source]:
         file = _file(one)
         if file is not None and not file.exists():
-            raise DataError(f"video: found {one!r}, but there is no such file; expected one")
+            raise DataError(f"video: found {one!r}, no such file; expected a file")
     return None
 
 
-def _told(item: Media, located: Media) -> Media:
-    """A picture or video as it was written, with what is in its file; frames that are files as what is in them."""
+def _digested(item: MediaItem, located: MediaItem) -> MediaItem:
+    """An image or video as it was written, with the digest of its file; frames that are files as their digests."""
     source = source_of(located)
     if isinstance(source, list):
         return {**item, item["type"]: [one if (file := _file(one)) is None else fingerprint(file) for one in source]}
@@ -182,7 +184,7 @@ def _told(item: Media, located: Media) -> Media:
 
 
 def _file(source: Any) -> Path | None:
-    """The file that a path or a file address names; None for what is in the net or in memory.
+    """The file that a path or a file address names; None for web addresses and what is in memory.
 
     Raises:
       MediaError: the address names no local file.
@@ -199,5 +201,6 @@ def _as_json(part: Mapping[str, Any]) -> dict[str, Any]:
         return dict(part)
     key, source = next((key, part[key]) for key in ("path", "url", "image", "video") if key in part)
     is_short = isinstance(source, str) and not source.lower().startswith("data:")
-    told = {"type": part["type"], key: source if is_short else digest(source)}
-    return told | {name: part[name] for name in ("fps", "digest") if name in part}
+    return {"type": part["type"], key: source if is_short else digest(source)} | {
+        name: part[name] for name in ("fps", "digest") if name in part
+    }

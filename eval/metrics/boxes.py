@@ -1,16 +1,16 @@
 """Boxes: RefCOCO's accuracy and mean IoU, and precision, recall and F1 where a phrase means several objects.
 
-Fields: "boxes" [[x1, y1, x2, y2], ...] in pixels of the original picture, "width", "height"; "split" of RefCOCO.
+Fields: "boxes" [[x1, y1, x2, y2], ...] in pixels of the original image, "width", "height"; "split" of RefCOCO.
 """
 
-import functools
 import re
 from collections.abc import Sequence
 
 from eval.metrics.metric import (
+    BOX_FIELDS,
     UNPARSED,
-    Item,
     Metric,
+    Reference,
     Score,
     Scores,
     boxes_of,
@@ -23,9 +23,7 @@ from eval.metrics.metric import (
 from eval.parse_answer import Scale, boxes, final_answer, to_pixels
 
 IOU = 0.5
-"""From here on, inclusive, a box counts as found."""
-
-FIELDS = ("boxes", "width", "height")
+"""The least IoU at which a box counts as found."""
 
 _FLOAT = r"[-+]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
 _SEPARATOR = r"(?:\s*+,\s*+|\s++)"
@@ -33,7 +31,11 @@ _FOUR = re.compile(rf"\[\s*+({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT
 
 
 def iou(box: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where either is empty or turned around."""
+    """Return the intersection over union of two boxes (x1, y1, x2, y2); 0 where either is empty or reversed.
+
+    >>> iou((0, 0, 2, 2), (1, 0, 3, 2))
+    0.3333333333333333
+    """
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])
     areas = [max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in (box, other)]
@@ -42,38 +44,32 @@ def iou(box: Sequence[float], other: Sequence[float]) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def refcoco(text: str, item: Item, scale: Scale = "thousand", is_only: bool = False) -> Score:
-    """1 where the first box of the answer has an IoU of at least 0.5 with the one box of the item; part "iou".
+def refcoco(text: str, reference: Reference, scale: Scale = "thousand", is_only: bool = False) -> Score:
+    """Score 1 where the first box of the answer has an IoU of at least 0.5 with the only right one; part "iou".
 
     Args:
         text: all that was generated.
-        item: with exactly one box.
+        reference: with exactly one box, and the image's size.
         scale: of the coordinates in the answer.
         is_only: whether an answer of several boxes is wrong, with an IoU of 0.
-
-    Raises:
-        DataError: the item has not one box, or no size.
     """
-    gold, (width, height) = only_box_of(item), size_of(item)
+    expected, (width, height) = only_box_of(reference), size_of(reference)
     found = boxes(text, scale)
     if found is None:
         return UNPARSED
     pixels = to_pixels(found, width, height, scale)
-    overlap = iou(pixels[0], gold) if len(pixels) == 1 or not is_only else 0.0
+    overlap = iou(pixels[0], expected) if len(pixels) == 1 or not is_only else 0.0
     parsed = [list(box) for box in pixels] if is_only else list(pixels[0])
     return Score(float(overlap >= IOU), parsed, {"iou": overlap})
 
 
-def refcoco_vlmevalkit(text: str, item: Item) -> Score:
-    """As VLMEvalKit does it: the scale of the coordinates is guessed, and any four numbers are a box.
+def refcoco_vlmevalkit(text: str, reference: Reference) -> Score:
+    """Score as VLMEvalKit: the scale of the coordinates is guessed, and any four numbers are a box.
 
     In the final answer it takes the first four numbers in square brackets, else the first four numbers of all. If none
-    is beyond 1.5 they are shares, beyond 1000 thousandths, else pixels.
-
-    Raises:
-        DataError: as `refcoco` does.
+    is above 1.5 they are fractions, above 1000 thousandths, else pixels.
     """
-    gold, size = only_box_of(item), size_of(item)
+    expected, size = only_box_of(reference), size_of(reference)
     answer = final_answer(text) or ""
     match = _FOUR.search(answer)
     values = [float(value) for value in (match.groups() if match else re.findall(_FLOAT, answer)[:4])]
@@ -84,26 +80,26 @@ def refcoco_vlmevalkit(text: str, item: Item) -> Score:
     if factor is not None:
         values = [value / factor * size[axis % 2] for axis, value in enumerate(values)]
     box = to_pixels([values], *size, scale="pixel")[0]
-    overlap = iou(box, gold)
+    overlap = iou(box, expected)
     return Score(float(overlap >= IOU), list(box), {"iou": overlap})
 
 
 def aggregate_refcoco(scores: Scores) -> dict[str, float]:
-    """Acc@0.5 over all items as "score"; "mean_iou"; of several splits each and "macro", VLMEvalKit's "Average"."""
+    """Return Acc@0.5 over all items as "score"; "mean_iou"; each of several splits and "macro", VLMEvalKit's "Average"."""
     splits = by_group(scores, "split", "split")
     macro = {"macro": sum(splits.values()) / len(splits)} if splits else {}
     return {**mean(scores), "mean_iou": mean_part(scores, "iou"), **macro, **splits}
 
 
-def match_boxes(found: Sequence[Sequence[float]], gold: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
-    """Pairs boxes one to one, the pair of the highest IoU first, down to an IoU of 0.5.
+def match_boxes(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
+    """Pair boxes one to one, the pair of the highest IoU first, down to an IoU of 0.5.
 
     Of equal pairs the one found first, then the one expected first, goes first.
 
     Returns:
-        (index in `found`, index in `gold`, IoU) in the order of pairing.
+        (index in `found`, index in `expected`, IoU) in the order of pairing.
     """
-    pairs = [(iou(box, other), i, j) for i, box in enumerate(found) for j, other in enumerate(gold)]
+    pairs = [(iou(box, other), i, j) for i, box in enumerate(found) for j, other in enumerate(expected)]
     pairs = sorted((-overlap, i, j) for overlap, i, j in pairs if overlap >= IOU)
     matched: list[tuple[int, int, float]] = []
     used, taken = set[int](), set[int]()
@@ -115,26 +111,20 @@ def match_boxes(found: Sequence[Sequence[float]], gold: Sequence[Sequence[float]
     return matched
 
 
-def multi_box(text: str, item: Item, scale: Scale = "thousand") -> Score:
-    """F1 of the boxes of the answer against those of the item, paired by `match_boxes`: our own definition.
+def multi_box(text: str, reference: Reference, scale: Scale = "thousand") -> Score:
+    """Score the F1 of the boxes of the answer against the right ones, paired by `match_boxes`: our own definition.
 
     A box that is named twice counts as found once. Where nothing is to be found, any answer without boxes is right.
     Parts: "precision", "recall", "f1", and the counts "matched", "found", "expected".
-
-    Raises:
-        DataError: the item has no boxes field (an empty list is one) or no size.
     """
-    gold, size = boxes_of(item), size_of(item)
+    expected, size = boxes_of(reference), size_of(reference)
     named = boxes(text, scale)
-    if named is None:
-        if gold or final_answer(text) is None:
-            return Score(0.0, None, {"expected": float(len(gold))})
-        return Score(
-            1.0, [], {"precision": 1.0, "recall": 1.0, "f1": 1.0, "matched": 0.0, "found": 0.0, "expected": 0.0}
-        )
-    found = to_pixels(named, *size, scale=scale)
-    matched = len(match_boxes(found, gold))
-    parts = {**_rates(matched, len(found), len(gold)), "matched": matched, "found": len(found), "expected": len(gold)}
+    if named is None and (expected or final_answer(text) is None):
+        return Score(0.0, None, {"expected": float(len(expected))})
+    found = to_pixels(named or [], *size, scale=scale)
+    matched = len(match_boxes(found, expected))
+    counts = {"matched": matched, "found": len(found), "expected": len(expected)}
+    parts = {**_rates(**counts), **counts}
     return Score(parts["f1"], [list(box) for box in found], {name: float(part) for name, part in parts.items()})
 
 
@@ -142,7 +132,7 @@ def aggregate_multi_box(scores: Scores) -> dict[str, float]:
     """F1 over all boxes of all items (micro) as "score", its "precision" and "recall"; "macro_f1": mean F1 of items."""
     macro = mean(scores)
     matched, found = (sum(score.parts.get(part, 0.0) for _, score in scores) for part in ("matched", "found"))
-    rates = _rates(matched, found, sum(len(boxes_of(item)) for item, _ in scores))
+    rates = _rates(matched, found, sum(len(boxes_of(reference)) for reference, _ in scores))
     return {
         "score": rates["f1"],
         "precision": rates["precision"],
@@ -154,7 +144,7 @@ def aggregate_multi_box(scores: Scores) -> dict[str, float]:
 def multi_box_terms(scores: Scores) -> tuple[float, float]:
     """`Metric.terms` of the micro F1: twice the boxes matched, and all that were found or expected."""
     matched, found = (sum(score.parts.get(part, 0.0) for _, score in scores) for part in ("matched", "found"))
-    return 2 * matched, found + sum(len(boxes_of(item)) for item, _ in scores)
+    return 2 * matched, found + sum(len(boxes_of(reference)) for reference, _ in scores)
 
 
 def _rates(matched: float, found: float, expected: float) -> dict[str, float]:
@@ -172,46 +162,29 @@ _REFCOCO = (
     "Acc@0.5 of referring expressions; VLMEvalKit vlmeval/dataset/refcoco.py, lmms-eval tasks/refcoco/utils_rec.py"
 )
 
+_THOUSANDTHS = Metric("refcoco", refcoco, aggregate_refcoco, f"{_REFCOCO}; thousandths", BOX_FIELDS, "media")
+
 METRICS = (
-    Metric("refcoco", refcoco, aggregate_refcoco, f"{_REFCOCO}; thousandths", FIELDS, "media"),
-    Metric(
-        "refcoco-unit",
-        functools.partial(refcoco, scale="unit"),
-        aggregate_refcoco,
-        f"{_REFCOCO}; shares from 0 to 1, for which lmms-eval's prompt asks",
-        FIELDS,
-        "media",
+    _THOUSANDTHS,
+    _THOUSANDTHS.variant(
+        "refcoco-unit", f"{_REFCOCO}; fractions from 0 to 1, for which lmms-eval's prompt asks", scale="unit"
     ),
-    Metric(
-        "refcoco-pixel",
-        functools.partial(refcoco, scale="pixel"),
-        aggregate_refcoco,
-        f"{_REFCOCO}; pixels",
-        FIELDS,
-        "media",
-    ),
+    _THOUSANDTHS.variant("refcoco-pixel", f"{_REFCOCO}; pixels", scale="pixel"),
     Metric(
         "refcoco-vlmevalkit",
         refcoco_vlmevalkit,
         aggregate_refcoco,
         "VLMEvalKit vlmeval/dataset/refcoco.py, which guesses the scale",
-        FIELDS,
+        BOX_FIELDS,
         "media",
     ),
-    Metric(
-        "box_iou",
-        functools.partial(refcoco, is_only=True),
-        aggregate_refcoco,
-        "Acc@0.5 where an answer of several boxes is wrong",
-        FIELDS,
-        "media",
-    ),
+    _THOUSANDTHS.variant("box_iou", "Acc@0.5 where an answer of several boxes is wrong", is_only=True),
     Metric(
         "multi_box",
         multi_box,
         aggregate_multi_box,
         "ours: greedy one-to-one matching by IoU >= 0.5; precision, recall and F1 over all boxes",
-        FIELDS,
+        BOX_FIELDS,
         "media",
         multi_box_terms,
     ),

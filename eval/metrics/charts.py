@@ -6,13 +6,12 @@ Fields: "answer", or "answers" of which the best counts; ChartQA: "type" ("human
 """
 
 import ast
-import functools
 import math
 import re
 import warnings
 
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean
-from eval.metrics.text import anls_of
+from eval.metrics.metric import UNPARSED, Metric, Reference, Score, answers_of, best_match, mean_by
+from eval.metrics.text import anls_of, as_number
 from eval.parse_answer import final_answer
 
 TOLERANCE = 0.05
@@ -23,10 +22,13 @@ _WORD = re.compile(r"(?<!['\w])\w['\w]*+")
 
 
 def is_relaxed_equal(answer: str, target: str) -> bool:
-    """Whether two texts say the same by ChartQA's rule (arXiv 2203.10244, section 5.1; pix2struct/metrics.py).
+    """Compare two texts by ChartQA's rule (arXiv 2203.10244, section 5.1; pix2struct/metrics.py).
 
-    A number may be off by 5 % of the target, and a per cent sign divides by 100; texts are equal but for case. Kept as
-    all harnesses have it: a target of 0 is compared as text, and "1,000" is no number.
+    A number may be off by 5 % of the target, and a per cent sign divides by 100; texts are equal but for case. As in
+    all harnesses a target of 0 is compared as text, and "1,000" is not a number.
+
+    >>> is_relaxed_equal("104", "100"), is_relaxed_equal("106", "100")
+    (True, False)
     """
     value, expected = _percent(answer), _percent(target)
     if value is not None and expected:
@@ -36,53 +38,30 @@ def is_relaxed_equal(answer: str, target: str) -> bool:
 
 def _percent(text: str) -> float | None:
     is_percent = text.endswith("%")
-    value = _float(text.rstrip("%") if is_percent else text)
+    value = as_number(text.rstrip("%") if is_percent else text)
     return value / 100 if is_percent and value is not None else value
 
 
-def _float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def relaxed_accuracy(text: str, reference: Reference) -> Score:
+    """Score 1 where the final answer `is_relaxed_equal` to a right one."""
+    return best_match(text, reference, is_relaxed_equal)
 
 
-def relaxed_accuracy(text: str, item: Item) -> Score:
-    """1 where the final answer `is_relaxed_equal` to one of the item's.
-
-    Raises:
-        DataError: the item has no answer.
-    """
-    gold = answers_of(item)
-    answer = final_answer(text)
-    if answer is None:
-        return UNPARSED
-    return Score(float(any(is_relaxed_equal(answer, target) for target in gold)), answer)
-
-
-def aggregate_relaxed_accuracy(scores: Scores) -> dict[str, float]:
-    """Over all questions as "score"; then by "type": ChartQA's questions by people and by machines."""
-    return {**mean(scores), **by_group(scores, "type", "type")}
-
-
-def chartqapro(text: str, item: Item, is_exact: bool = True, is_literal: bool = False) -> Score:
-    """Mean over the elements of the longer of two lists, of which one that the other lacks gives 0.
+def chartqapro(text: str, reference: Reference, is_exact: bool = True, is_literal: bool = False) -> Score:
+    """Score the mean over the elements of the longer of two lists; one that the other lacks gives 0.
 
     An element that is a year has to be equal; two numbers may differ by 5 % of the target (0 only equals 0), without
     their per cent signs; else ANLS with the strict boundary, lower case.
 
     Args:
         text: all that was generated.
-        item: a row.
+        reference: of the item.
         is_exact: whether fact checking and multiple choice have to be equal, as the paper says (arXiv 2504.05506).
             VLMEvalKit's call leaves that out.
         is_literal: whether only what Python reads as a list is one, as in VLMEvalKit, which first puts quotation marks
             around every word of a target: "[a b, c]" is "ab" and "c". Else anything in square brackets is.
-
-    Raises:
-        DataError: the item has no answer.
     """
-    target = answers_of(item)[0].strip(".").strip("\n")
+    target = answers_of(reference)[0].strip(".").strip("\n")
     answer = final_answer(text)
     if answer is None:
         return UNPARSED
@@ -92,8 +71,8 @@ def chartqapro(text: str, item: Item, is_exact: bool = True, is_literal: bool = 
         found = _literal_elements(given) or [given]
     else:
         expected, found = _elements(target), _elements(given)
-    years = _years(item, len(expected))
-    must_equal = is_exact and item.get("type") in _EXACT_TYPES
+    years = _years(reference, len(expected))
+    must_equal = is_exact and reference.get("type") in _EXACT_TYPES
     values = [
         _element_score(one, other, is_year or must_equal)
         for one, other, is_year in zip(expected, found, years, strict=False)
@@ -101,13 +80,13 @@ def chartqapro(text: str, item: Item, is_exact: bool = True, is_literal: bool = 
     return Score(math.fsum(values) / max(len(expected), len(found)), found)
 
 
-def _years(item: Item, count: int) -> list[bool]:
-    flags = item.get("year")
+def _years(reference: Reference, count: int) -> list[bool]:
+    flags = reference.get("year")
     if flags is None:
         flags = ["NO"]
     elif isinstance(flags, str):
         flags = [flags]
-    if item.get("type") == "Conversational":
+    if reference.get("type") == "Conversational":
         flags = flags[-1:]
     flags = list(flags) or ["NO"]
     if len(flags) < count:
@@ -119,7 +98,7 @@ def _element_score(target: str, answer: str, is_exact: bool) -> float:
     if is_exact:
         return float(target.strip().lower() == answer.strip().lower())
     target, answer = (element.strip().strip("%").strip() for element in (target, answer))
-    expected, value = _float(target), _float(answer)
+    expected, value = as_number(target), as_number(answer)
     if expected is not None and value is not None:
         if expected == 0:
             return float(value == 0)
@@ -134,7 +113,7 @@ def _elements(text: str) -> list[str]:
         return [text]
     elements, quote = [""], ""
     for character in inner[1:-1]:
-        # An apostrophe within a word is no quotation mark.
+        # An apostrophe within a word is not a quotation mark.
         if quote and character == quote:
             quote = ""
         elif not quote and character in "'\"" and not elements[-1].strip():
@@ -154,7 +133,7 @@ def _quoted(text: str) -> str:
 def _literal_elements(text: str) -> list[str]:
     try:
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
-            # Reads literals and runs nothing; bounded because nesting costs it stack and memory.
+            # Reads literals and runs nothing; bounded because nesting takes stack and memory.
             found = ast.literal_eval(text) if len(text) <= _LONGEST_LIST else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         found = None
@@ -163,26 +142,23 @@ def _literal_elements(text: str) -> list[str]:
 
 _CHARTQAPRO = "ChartQAPro (arXiv 2504.05506); VLMEvalKit vlmeval/dataset/utils/chartqapro.py"
 
+_PRO = Metric(
+    "chartqapro", chartqapro, mean_by(type="type"), f"{_CHARTQAPRO}; exact where the paper says so", cluster="media"
+)
+
 METRICS = (
     Metric(
         "relaxed_accuracy",
         relaxed_accuracy,
-        aggregate_relaxed_accuracy,
+        mean_by(type="type"),
         "ChartQA (arXiv 2203.10244, 5.1); pix2struct/metrics.py; the same in lmms-eval and VLMEvalKit",
         cluster="media",
     ),
-    Metric(
-        "chartqapro",
-        chartqapro,
-        aggregate_relaxed_accuracy,
-        f"{_CHARTQAPRO}; exact where the paper says so",
-        cluster="media",
-    ),
-    Metric(
+    _PRO,
+    _PRO.variant(
         "chartqapro-vlmevalkit",
-        functools.partial(chartqapro, is_exact=False, is_literal=True),
-        aggregate_relaxed_accuracy,
         f"{_CHARTQAPRO} as it is called: never exact but for years",
-        cluster="media",
+        is_exact=False,
+        is_literal=True,
     ),
 )

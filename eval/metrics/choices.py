@@ -10,17 +10,19 @@ from collections.abc import Callable, Mapping
 
 from eval.metrics.metric import (
     UNPARSED,
-    Item,
     Metric,
+    Reference,
     Score,
     Scores,
     by_group,
     letter_of,
     mean,
+    mean_by,
     options_of,
     question_terms,
 )
 from eval.parse_answer import choice, final_answer
+from eval.statistics import clustered
 
 FIELDS = ("options", "answer")
 BUCKETS = ("duration", "domain", "sub_category", "task_type", "subtitles")
@@ -45,11 +47,10 @@ _PREFIXES = (
     "Option:",
 )
 _A_TO_D = re.compile("[ABCD]")
-_MOST_WORDS = 10
 
 
 def infer(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter that VLMEvalKit's rules see in an answer (`can_infer`, utils/matching_util.py); None where none.
+    """Return the letter that VLMEvalKit's rules read in an answer (`can_infer`, utils/matching_util.py), if any.
 
     One option's letter alone among the words, the first time within the last five of them; else the letter after
     "answer is"; else the one option whose text is part of the answer, if that is at most twice as long as all options.
@@ -71,41 +72,18 @@ def infer(answer: str, options: Mapping[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def mcq(text: str, item: Item) -> Score:
-    """1 where `eval.parse_answer.choice` finds the right letter.
+def mcq(text: str, reference: Reference, read: Callable[[str, Mapping[str, str]], str | None] = choice) -> Score:
+    """Score 1 where the right letter is read.
 
-    Raises:
-        DataError: the item has no options, or its answer is none of them.
+    Args:
+        text: all that was generated.
+        reference: of the item.
+        read: (text, options) -> letter; None where it finds none.
     """
-    return _scored(text, item, choice)
-
-
-def mcq_vlmevalkit(text: str, item: Item) -> Score:
-    """1 where `infer` finds the right letter in the final answer.
-
-    Raises:
-        DataError: as `mcq` does.
-    """
-    return _scored(text, item, _inferred)
-
-
-def videomme_vlmevalkit(text: str, item: Item) -> Score:
-    """1 where the first capital A, B, C or D of the final answer is right, phrases such as "The answer is" left out.
-
-    More than that any word with such a letter counts, "Dog" is D: VLMEvalKit's dataset/utils/videomme.py, which calls a
-    language model where this finds none.
-
-    Raises:
-        DataError: as `mcq` does.
-    """
-    return _scored(text, item, _first_letter)
-
-
-def _scored(text: str, item: Item, read: Callable[[str, Mapping[str, str]], str | None]) -> Score:
-    options = options_of(item)
-    gold = letter_of(item, options)
+    options = options_of(reference)
+    expected = letter_of(reference, options)
     letter = read(text, options)
-    return UNPARSED if letter is None else Score(float(letter == gold), letter)
+    return UNPARSED if letter is None else Score(float(letter == expected), letter)
 
 
 def _inferred(text: str, options: Mapping[str, str]) -> str | None:
@@ -113,7 +91,11 @@ def _inferred(text: str, options: Mapping[str, str]) -> str | None:
     return None if answer is None else infer(answer, options)
 
 
-def _first_letter(text: str, options: Mapping[str, str]) -> str | None:
+def _first_letter(text: str, _: Mapping[str, str]) -> str | None:
+    """The first capital A to D of the final answer, without phrases such as "The answer is"; the D of "Dog" too.
+
+    So VLMEvalKit's dataset/utils/videomme.py, which calls a language model where this finds none.
+    """
     answer = final_answer(text) or ""
     for prefix in _PREFIXES:
         answer = answer.replace(prefix, "")
@@ -122,67 +104,60 @@ def _first_letter(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def aggregate_circular(scores: Scores) -> dict[str, float]:
-    """Share of questions of which every rotation is right as "score" (MMBench, arXiv 2307.06281); "rotations", of rows.
+    """Return the fraction of questions with all rotations right as "score" (MMBench, arXiv 2307.06281).
 
-    Rows with the same "group" are rotations of one question; a row without it is a question of its own. "incomplete" is
-    the share of questions with fewer rows than options, which are easier than they should be.
+    Rows with the same "group" are rotations of one question; a row without it is a question of its own. "rotations" is
+    the fraction of rows that are right, "incomplete" that of questions with fewer rows than options, which are easier
+    than they should be.
     """
-    questions: dict[object, list[tuple[Item, Score]]] = {}
-    for index, (item, score) in enumerate(scores):
-        group = item.get("group")
-        questions.setdefault(("row", index) if group is None else ("group", group), []).append((item, score))
     figures = mean(scores)
+    questions = clustered(scores, [reference.get("group") for reference, _ in scores]).values()
     return {
-        "score": statistics.fmean(min(score.value for _, score in rows) for rows in questions.values()),
+        "score": statistics.fmean(min(score.value for _, score in rows) for rows in questions),
         "rotations": figures["score"],
-        "incomplete": statistics.fmean(float(len(rows) < len(options_of(rows[0][0]))) for rows in questions.values()),
+        "incomplete": statistics.fmean(len(rows) < len(options_of(rows[0][0])) for rows in questions),
     }
 
 
 def aggregate_buckets(scores: Scores) -> dict[str, float]:
-    """Over all questions as "score"; then by every field of `BUCKETS`, and by duration and subtitles if these vary."""
-    figures = mean(scores)
-    for field in BUCKETS:
-        figures |= by_group(scores, field, field)
-    both = len({bool(item.get("subtitles")) for item, _ in scores}) > 1
+    """Return the mean as "score"; by every field of `BUCKETS`, and by duration and subtitles if the latter vary."""
+    figures = mean_by(**{field: field for field in BUCKETS})(scores)
+    both = len({bool(reference.get("subtitles")) for reference, _ in scores}) > 1
     return {**figures, **(by_group(scores, _duration_and_subtitles, "duration, subtitles") if both else {})}
 
 
-def _duration_and_subtitles(item: Item) -> str | None:
-    duration, subtitles = item.get("duration"), item.get("subtitles")
+def _duration_and_subtitles(reference: Reference) -> str | None:
+    duration, subtitles = reference.get("duration"), reference.get("subtitles")
     return None if duration is None or subtitles is None else f"{duration}, {'with' if subtitles else 'without'}"
 
 
 _VLMEVALKIT = "VLMEvalKit vlmeval/utils/matching_util.py, can_infer"
 
+_MCQ = Metric("mcq", mcq, mean, "ours: the box first, then stricter forms of can_infer; nothing is guessed", FIELDS)
+_MMBENCH = Metric(
+    "mmbench",
+    mcq,
+    aggregate_circular,
+    "MMBench (arXiv 2307.06281), circular evaluation; letters as mcq",
+    FIELDS,
+    "group",
+    question_terms,
+)
+_VIDEOMME = Metric("videomme", mcq, aggregate_buckets, "Video-MME (arXiv 2405.21075); letters as mcq", FIELDS, "media")
+
 METRICS = (
-    Metric("mcq", mcq, mean, "ours: the box first, then stricter forms of can_infer; nothing is guessed", FIELDS),
-    Metric("mcq-vlmevalkit", mcq_vlmevalkit, mean, _VLMEVALKIT, FIELDS),
-    Metric(
-        "mmbench",
-        mcq,
-        aggregate_circular,
-        "MMBench (arXiv 2307.06281), circular evaluation; letters as mcq",
-        FIELDS,
-        "group",
-        question_terms,
-    ),
-    Metric(
+    _MCQ,
+    _MCQ.variant("mcq-vlmevalkit", _VLMEVALKIT, read=_inferred),
+    _MMBENCH,
+    _MMBENCH.variant(
         "mmbench-vlmevalkit",
-        mcq_vlmevalkit,
-        aggregate_circular,
         f"MMBench (arXiv 2307.06281), circular evaluation; letters: {_VLMEVALKIT}",
-        FIELDS,
-        "group",
-        question_terms,
+        read=_inferred,
     ),
-    Metric("videomme", mcq, aggregate_buckets, "Video-MME (arXiv 2405.21075); letters as mcq", FIELDS, "media"),
-    Metric(
+    _VIDEOMME,
+    _VIDEOMME.variant(
         "videomme-vlmevalkit",
-        videomme_vlmevalkit,
-        aggregate_buckets,
         "Video-MME (arXiv 2405.21075); VLMEvalKit vlmeval/dataset/utils/videomme.py",
-        FIELDS,
-        "media",
+        read=_first_letter,
     ),
 )

@@ -5,7 +5,7 @@ Fields: "answer", the text of the right option, or a number or list as text; "ty
 a float); "task", "skills" for the figures by them.
 
 The official pipeline has a language model extract the answer (evaluation/extract_answer.py); this model puts it in a
-box, so that `eval.parse_answer` can.
+box, which `eval.parse_answer` reads.
 """
 
 import functools
@@ -14,8 +14,19 @@ import re
 
 from rapidfuzz.distance import Levenshtein
 
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, mean, options_of, required
-from eval.metrics.text import folded
+from eval.metrics.metric import (
+    UNPARSED,
+    Metric,
+    Reference,
+    Score,
+    Scores,
+    is_choice,
+    mean,
+    mean_by,
+    options_of,
+    required,
+)
+from eval.metrics.text import as_number, folded
 from eval.parse_answer import choice, final_answer, number
 from glm4v_jax.errors import DataError
 
@@ -23,30 +34,26 @@ _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 _LONGEST = 10_000
 
 
-def mathvista(text: str, item: Item, is_official: bool = False) -> Score:
-    """1 where the normalised answer is the item's.
+def mathvista(text: str, reference: Reference, is_official: bool = False) -> Score:
+    """Score 1 where the normalised answer is the right one.
 
-    Multiple choice: the text of the option. Integers and floats: as texts, an integer cut off, a float rounded to the
+    Multiple choice: the text of the option. Integers and floats: as texts, an integer truncated, a float rounded to the
     item's precision, so that "3.0" is 3. Others: as texts but for case and whitespace.
 
     Args:
         text: all that was generated.
-        item: a row.
+        reference: of the item.
         is_official: whether numbers have to stand alone, texts equal to the letter, and an answer that names no option
             is taken for the one most similar to it by Levenshtein distance, as evaluation/calculate_score.py does. Else
             a number may have its unit, and what names no option is unparsed.
-
-    Raises:
-        DataError: the item has no answer, or lacks options or precision where it needs them.
     """
-    gold = str(required(item, "answer"))
-    kind = item.get("answer_type", "text")
-    is_choice = item["type"] == "multi_choice" if item.get("type") is not None else bool(item.get("options"))
-    if is_choice:
-        options = options_of(item)
+    gold = str(required(reference, "answer"))
+    kind = reference.get("answer_type", "text")
+    if is_choice(reference, "multi_choice"):
+        options = options_of(reference)
         chosen = _similar_option(text, options) if is_official else _option(text, options)
         return UNPARSED if chosen is None else Score(float(chosen.strip() == gold.strip()), chosen)
-    decimals = _decimals(item) if kind == "float" else None
+    decimals = _decimals(reference) if kind == "float" else None
     answer = final_answer(text)
     if answer is None:
         return UNPARSED
@@ -78,19 +85,16 @@ def _similar_option(text: str, options: dict[str, str]) -> str | None:
 
 
 def _float(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    value = as_number(text)
+    return value if value is not None and math.isfinite(value) else None
 
 
-def _decimals(item: Item) -> int:
-    found = required(item, "precision")
+def _decimals(reference: Reference) -> int:
+    found = required(reference, "precision")
     try:
         return int(found)
     except (TypeError, ValueError):
-        raise DataError(f"precision: found {found!r}, expected a number of decimals") from None
+        raise DataError(f"precision: found {found!r}; expected a number of decimals") from None
 
 
 def _written(value: float, decimals: int | None) -> str:
@@ -98,25 +102,21 @@ def _written(value: float, decimals: int | None) -> str:
 
 
 def aggregate_mathvista(scores: Scores) -> dict[str, float]:
-    """Over all questions as "score"; then by "task" and by each of the "skills"."""
-    skills = sorted({str(skill) for item, _ in scores for skill in item.get("skills") or ()})
-    by_skill = {
-        f"skill/{skill}": mean([(item, score) for item, score in scores if skill in (item.get("skills") or ())])[
-            "score"
-        ]
-        for skill in skills
-    }
-    return {**mean(scores), **by_group(scores, "task", "task"), **by_skill}
+    """Return the mean as "score"; then by "task" and by each of the "skills"."""
+    figures = mean_by(task="task")(scores)
+    for skill in sorted({str(skill) for reference, _ in scores for skill in reference.get("skills") or ()}):
+        having = [pair for pair in scores if skill in (pair[0].get("skills") or ())]
+        figures[f"skill/{skill}"] = mean(having)["score"]
+    return figures
 
 
 _SOURCE = "MathVista (arXiv 2310.02255), evaluation/calculate_score.py"
 
+_MATHVISTA = Metric(
+    "mathvista", mathvista, aggregate_mathvista, f"{_SOURCE}; the answer from the box, no nearest option"
+)
+
 METRICS = (
-    Metric("mathvista", mathvista, aggregate_mathvista, f"{_SOURCE}; the answer from the box, no nearest option"),
-    Metric(
-        "mathvista-official",
-        functools.partial(mathvista, is_official=True),
-        aggregate_mathvista,
-        f"{_SOURCE}; the nearest option where none is named",
-    ),
+    _MATHVISTA,
+    _MATHVISTA.variant("mathvista-official", f"{_SOURCE}; the nearest option where none is named", is_official=True),
 )

@@ -1,16 +1,16 @@
 """MMMU: multiple choice and open questions by the official rules, without their random guess.
 
 Fields: "answer", a letter where there are "options", else a text or number, or "answers"; "type" ("multiple-choice" or
-"open") if the options should not say so; "subject" ("Accounting", ...) or "id" ("validation_Accounting_1").
+"open") where it does not follow from the options; "subject" ("Accounting", ...) or "id" ("validation_Accounting_1").
 
 The rules are those of eval/eval_utils.py of the MMMU repository, on the final answer. What lmms-eval does with open
-questions, to compare the letters of the first reading only, is not copied.
+questions, comparing the letters of the first reading only, is not copied.
 """
 
 import re
 from collections.abc import Mapping
 
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean, options_of
+from eval.metrics.metric import UNPARSED, Metric, Reference, Score, answers_of, is_choice, mean_by, options_of
 from eval.parse_answer import final_answer
 from glm4v_jax.errors import DataError
 
@@ -47,16 +47,16 @@ _FEW_WORDS = 5
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _TRIVIAL = {":", ",", ".", "!", "?", ";", "'"}
 _LONGEST_OPEN = 10_000
-"""Of an open answer so many characters are read, the last ones."""
+"""Characters of an open answer that are read, the last ones."""
 
-# The official ones, which begin at the first digit only, so that they take linear time.
+# The official ones, which begin at the first digit only, for linear time.
 _WITH_COMMAS = re.compile(r"-?\b\d{1,3}(?:,\d{3}\b)++")
 _SCIENTIFIC = re.compile(r"-?(?<!\d)\d++(?:\.\d++)?[eE][+-]?\d++")
 _SIMPLE = re.compile(r"-?(?:(?<!\d)\d++\.\d++|\.\d++|(?<!\d)\d++\b)(?![eE][+-]?\d)(?![,\d])")
 
 
 def chosen(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer names by the official rules; None where those would guess.
+    """Return the letter of the option that an answer names by the official rules; None where those would guess.
 
     "(A)", else "A ", else "A.", else, in an answer of more than five words, an option's text; of several options the
     one that stands last.
@@ -64,7 +64,7 @@ def chosen(answer: str, options: Mapping[str, str]) -> str | None:
     for mark in _EDGES:
         answer = answer.strip(mark)
     answer = f" {answer} "
-    # What has to be there, and what is looked for to tell which of several stands last.
+    # What has to be present, and what is searched to find which of several stands last.
     for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", "{}.")):
         if found := [letter for letter in options if form.format(letter) in answer]:
             return _last(answer, {letter: place.format(letter) for letter in found})
@@ -80,10 +80,13 @@ def _last(text: str, places: Mapping[str, str]) -> str | None:
 
 
 def open_readings(answer: str) -> set[str | float]:
-    """What an open answer may mean by the official rules: lower-case texts, and numbers rounded to two decimals.
+    """Return what an open answer may mean by the official rules: lower-case texts, and numbers rounded to two decimals.
 
-    Of every line the shortest text behind a word such as "is" or "answer", in the last line also behind "=", or the
+    Of every line the shortest text after a word such as "is" or "answer", in the last line also after "=", or the
     whole answer where there is none; and all numbers in those, 234 in "1,234" among them.
+
+    >>> sorted(open_readings("So the answer is 12"))
+    [12.0]
     """
     answer = answer[-_LONGEST_OPEN:].strip().strip(".").lower()
     lines = answer.split("\n")
@@ -102,7 +105,7 @@ def open_readings(answer: str) -> set[str | float]:
 
 
 def _shortest(tails: list[str]) -> str | None:
-    """The first of the shortest ones; an empty one gives way to what follows it, as in the original."""
+    """The first of the shortest ones; what follows an empty one replaces it, as in the original."""
     shortest: str | None = None
     for tail in tails:
         if not shortest or len(tail) < len(shortest):
@@ -122,61 +125,50 @@ def _normalized(text: str) -> list[str | float]:
 
 
 def is_open_right(readings: set[str | float], answers: list[str]) -> bool:
-    """Whether an answer stands in a text that was read, or is a number that was."""
-    gold = [reading for answer in answers for reading in _normalized(answer)]
+    """Return whether a right answer stands in one of the texts, or is one of the numbers."""
+    expected = [reading for answer in answers for reading in _normalized(answer)]
     return any(
-        any(isinstance(expected, str) and expected in reading for expected in gold)
+        any(isinstance(one, str) and one in reading for one in expected)
         if isinstance(reading, str)
-        else reading in gold
+        else reading in expected
         for reading in readings
     )
 
 
-def mmmu(text: str, item: Item) -> Score:
-    """1 where the letter is right, or the open answer is. What cannot be parsed is not guessed but counted.
-
-    Raises:
-        DataError: the item has no answer, or of multiple choice no options.
-    """
-    is_choice = item["type"] == "multiple-choice" if item.get("type") is not None else bool(item.get("options"))
-    answers = answers_of(item)
-    if is_choice:
-        options = options_of(item)
-        if wrong := [answer for answer in answers if answer not in options]:
-            raise DataError(f"answer: found {wrong[0]!r}, expected one of {', '.join(options)}")
-        answer = final_answer(text)
-        letter = None if answer is None else chosen(answer, options)
-        return UNPARSED if letter is None else Score(float(letter in answers), letter)
+def mmmu(text: str, reference: Reference) -> Score:
+    """Score 1 where the letter is right, or the open answer is. What cannot be parsed is counted, and not guessed."""
+    answers = answers_of(reference)
+    options = options_of(reference) if is_choice(reference, "multiple-choice") else None
+    if options is not None and (wrong := [answer for answer in answers if answer not in options]):
+        raise DataError(f"answer: found {wrong[0]!r}; expected one of {', '.join(options)}")
     answer = final_answer(text)
     if answer is None:
         return UNPARSED
+    if options is not None:
+        letter = chosen(answer, options)
+        return UNPARSED if letter is None else Score(float(letter in answers), letter)
     readings = open_readings(answer)
     return Score(float(is_open_right(readings, answers)), sorted(map(str, readings)))
 
 
-def aggregate_mmmu(scores: Scores) -> dict[str, float]:
-    """Over all questions (micro) as "score", as published; then by domain and by subject."""
-    return {**mean(scores), **by_group(scores, domain_of, "domain"), **by_group(scores, subject_of, "subject")}
-
-
-def subject_of(item: Item) -> str | None:
-    """What is in "subject", or "Accounting" of an "id" like "validation_Accounting_1"; None where there is neither."""
-    if item.get("subject") is not None:
-        return str(item["subject"]).replace(" ", "_")
-    match = _SUBJECT_IN_ID.fullmatch(str(item.get("id", "")))
+def subject_of(reference: Reference) -> str | None:
+    """Return "subject", or "Accounting" of an "id" like "validation_Accounting_1"; None where there is neither."""
+    if reference.get("subject") is not None:
+        return str(reference["subject"]).replace(" ", "_")
+    match = _SUBJECT_IN_ID.fullmatch(str(reference.get("id", "")))
     return match[1] if match else None
 
 
-def domain_of(item: Item) -> str | None:
-    """The domain of an item's subject; None where that is not known."""
-    return _DOMAIN_OF.get(subject_of(item) or "")
+def domain_of(reference: Reference) -> str | None:
+    """Return the domain of an item's subject; None for an unknown subject."""
+    return _DOMAIN_OF.get(subject_of(reference) or "")
 
 
 METRICS = (
     Metric(
         "mmmu",
         mmmu,
-        aggregate_mmmu,
+        mean_by(domain=domain_of, subject=subject_of),
         "MMMU (arXiv 2311.16502), eval/eval_utils.py; where that guesses at random, the answer is unparsed",
     ),
 )

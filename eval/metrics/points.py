@@ -4,14 +4,11 @@ Fields: "boxes" [[x1, y1, x2, y2]], the element in pixels of the screenshot, "wi
 "icon") and "data_source" ("ios", "android", "macos", "windows", or a web page's) for the figures by platform.
 """
 
-import functools
 import math
 import re
 
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, by_group, mean, only_box_of, size_of
+from eval.metrics.metric import BOX_FIELDS, UNPARSED, Metric, Reference, Score, mean_by, only_box_of, size_of
 from eval.parse_answer import LIMITS, Point, Scale, answer_text, boxes, points, to_pixels
-
-FIELDS = ("boxes", "width", "height")
 
 _NUMBER = r"([0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
 _NAMED = re.compile(rf"\bx[\"']?\s*+[=:]\s*+{_NUMBER}\s*+[,;]\s*+[\"']?y[\"']?\s*+[=:]\s*+{_NUMBER}", re.IGNORECASE)
@@ -19,9 +16,12 @@ _PLATFORMS = (("ios", "mobile"), ("android", "mobile"), ("macos", "desktop"), ("
 
 
 def click(text: str, scale: Scale = "thousand") -> Point | None:
-    """Where an answer clicks, on its own scale: the centre of its first box, else its first point, else its "x=, y=".
+    """Return where an answer clicks, on its own scale; None where it names no place.
 
-    None where it names none of them.
+    It is the centre of the first box, else the first point, else what "x=, y=" says.
+
+    >>> click("pyautogui.click(x=200, y=300)")
+    (200.0, 300.0)
     """
     if (found := boxes(text, scale)) is not None:
         x1, y1, x2, y2 = found[0]
@@ -35,16 +35,9 @@ def click(text: str, scale: Scale = "thousand") -> Point | None:
     return (x, y) if max(x, y) <= LIMITS[scale] and math.isfinite(max(x, y)) else None
 
 
-def screenspot(text: str, item: Item, scale: Scale = "thousand") -> Score:
-    """1 where the click is within the element's box, its edges included.
-
-    VLMEvalKit, whose annotations are (x, y, width, height), takes x + width - 1 for the right edge; what an item's box
-    says is for the one who makes the items.
-
-    Raises:
-        DataError: the item has not one box, or no size.
-    """
-    (x1, y1, x2, y2), (width, height) = only_box_of(item), size_of(item)
+def screenspot(text: str, reference: Reference, scale: Scale = "thousand") -> Score:
+    """Score 1 where the click is within the element's box, its edges included."""
+    (x1, y1, x2, y2), (width, height) = only_box_of(reference), size_of(reference)
     place = click(text, scale)
     if place is None:
         return UNPARSED
@@ -52,14 +45,9 @@ def screenspot(text: str, item: Item, scale: Scale = "thousand") -> Score:
     return Score(float(x1 <= x <= x2 and y1 <= y <= y2), [x, y])
 
 
-def aggregate_screenspot(scores: Scores) -> dict[str, float]:
-    """Share of hits as "score"; then by platform and kind of element, as lmms-eval groups them."""
-    return {**mean(scores), **by_group(scores, platform_and_kind, "group")}
-
-
-def platform_and_kind(item: Item) -> str | None:
-    """The group of an item ("mobile-text", "web-icon"), its platform told from the source as lmms-eval does it."""
-    source, kind = item.get("data_source"), item.get("data_type")
+def platform_and_kind(reference: Reference) -> str | None:
+    """Return the group of an item ("mobile-text", "web-icon"), with the platform of its source as in lmms-eval."""
+    source, kind = reference.get("data_source"), reference.get("data_type")
     if source is None or kind is None:
         return None
     platform = next((platform for name, platform in _PLATFORMS if name in str(source).lower()), "web")
@@ -68,22 +56,12 @@ def platform_and_kind(item: Item) -> str | None:
 
 _SOURCE = "ScreenSpot (arXiv 2401.10935); VLMEvalKit vlmeval/dataset/GUI/screenspot.py, lmms-eval tasks/screenspot"
 
+_THOUSANDTHS = Metric(
+    "screenspot", screenspot, mean_by(group=platform_and_kind), f"{_SOURCE}; thousandths", BOX_FIELDS, "media"
+)
+
 METRICS = (
-    Metric("screenspot", screenspot, aggregate_screenspot, f"{_SOURCE}; thousandths", FIELDS, "media"),
-    Metric(
-        "screenspot-unit",
-        functools.partial(screenspot, scale="unit"),
-        aggregate_screenspot,
-        f"{_SOURCE}; shares from 0 to 1",
-        FIELDS,
-        "media",
-    ),
-    Metric(
-        "screenspot-pixel",
-        functools.partial(screenspot, scale="pixel"),
-        aggregate_screenspot,
-        f"{_SOURCE}; pixels, as VLMEvalKit takes numbers above 1",
-        FIELDS,
-        "media",
-    ),
+    _THOUSANDTHS,
+    _THOUSANDTHS.variant("screenspot-unit", f"{_SOURCE}; fractions from 0 to 1", scale="unit"),
+    _THOUSANDTHS.variant("screenspot-pixel", f"{_SOURCE}; pixels, as VLMEvalKit takes numbers above 1", scale="pixel"),
 )

@@ -3,14 +3,13 @@
 Fields: "answers", ten as the people wrote them; "type" (of question or answer) for the figures by type.
 """
 
-import functools
 import re
 
-from eval.metrics.metric import UNPARSED, Item, Metric, Score, Scores, answers_of, by_group, mean
+from eval.metrics.metric import UNPARSED, Metric, Reference, Score, answers_of, mean_by
 from eval.parse_answer import final_answer
 
 ENOUGH = 4
-"""With fewer answers the formula cannot reach 1, so that equality with one of them counts instead."""
+"""The least number of answers with which the formula reaches 1; with fewer, equality with one of them counts."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -61,7 +60,7 @@ _SPELLINGS = _spellings()
 
 
 def normalized(text: str, is_eval_ai: bool = False, is_repaired: bool = False) -> str:
-    """What VQA accuracy compares (visualqa.org, vqaEval.py).
+    """Normalise a text as VQA accuracy does (visualqa.org, vqaEval.py).
 
     Lower case; punctuation goes, or becomes a space where it stands between letters; number words are digits; articles
     go; contractions get their apostrophes.
@@ -85,53 +84,41 @@ def normalized(text: str, is_eval_ai: bool = False, is_repaired: bool = False) -
     return " ".join(_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_accuracy(text: str, item: Item, is_eval_ai: bool = False, is_repaired: bool = False) -> Score:
-    """Mean over the answers left out one at a time of min(1, equal ones among the others / 3).
+def vqa_accuracy(text: str, reference: Reference, is_eval_ai: bool = False, is_repaired: bool = False) -> Score:
+    """Score the mean, over the answers left out one at a time, of min(1, equal ones among the others / 3).
 
     With fewer than four answers: 1 where it equals one of them.
-
-    Raises:
-        DataError: the item has no answer.
     """
-    gold = [normalized(answer, is_eval_ai, is_repaired) for answer in answers_of(item)]
+    expected = [normalized(answer, is_eval_ai, is_repaired) for answer in answers_of(reference)]
     answer = final_answer(text)
     if answer is None:
         return UNPARSED
     plain = normalized(answer, is_eval_ai, is_repaired)
-    if len(gold) < ENOUGH:
-        return Score(float(plain in gold), plain)
-    count = gold.count(plain)
-    others = [count - (expected == plain) for expected in gold]
-    return Score(sum(min(1.0, equal / 3) for equal in others) / len(gold), plain)
-
-
-def aggregate_vqa(scores: Scores) -> dict[str, float]:
-    """Mean over all questions as "score"; then by "type"."""
-    return {**mean(scores), **by_group(scores, "type", "type")}
+    if len(expected) < ENOUGH:
+        return Score(float(plain in expected), plain)
+    count = expected.count(plain)
+    others = [count - (one == plain) for one in expected]
+    return Score(sum(min(1.0, equal / 3) for equal in others) / len(expected), plain)
 
 
 _SOURCE = "VQA accuracy, visualqa.org/evaluation.html"
 
+_VQA = Metric(
+    "vqa_accuracy",
+    vqa_accuracy,
+    mean_by(type="type"),
+    f"{_SOURCE}; vqaEval.py with its historic regular expressions",
+    cluster="media",
+)
+
 METRICS = (
-    Metric(
-        "vqa_accuracy",
-        vqa_accuracy,
-        aggregate_vqa,
-        f"{_SOURCE}; vqaEval.py with its historic regular expressions",
-        cluster="media",
-    ),
-    Metric(
+    _VQA,
+    _VQA.variant(
         "vqa_accuracy-lmms",
-        functools.partial(vqa_accuracy, is_eval_ai=True),
-        aggregate_vqa,
         f"{_SOURCE}; the processor of EvalAI, lmms-eval tasks/_task_utils/vqa_eval_metric.py",
-        cluster="media",
+        is_eval_ai=True,
     ),
-    Metric(
-        "vqa_accuracy-vlmevalkit",
-        functools.partial(vqa_accuracy, is_repaired=True),
-        aggregate_vqa,
-        f"{_SOURCE}; VLMEvalKit vlmeval/dataset/utils/vqa_eval.py",
-        cluster="media",
+    _VQA.variant(
+        "vqa_accuracy-vlmevalkit", f"{_SOURCE}; VLMEvalKit vlmeval/dataset/utils/vqa_eval.py", is_repaired=True
     ),
 )

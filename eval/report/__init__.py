@@ -1,1 +1,5 @@
-"""The report of a run as one HTML page."""
+"""The report of a run as one HTML page.
+
+report.py      fills report.html.jinja, with report.css and report.js in it
+thumbnails.py  small copies of the images and videos of a prompt
+"""

@@ -1,4 +1,4 @@
-// Shows the items that fit the filters, in the order asked for. Without it the page shows all, in the data's order.
+// Shows the items that match the filters, in the chosen order. Without scripts the page shows all, in the order of the data.
 "use strict";
 (() => {
   const form = document.getElementById("filters");
@@ -47,7 +47,7 @@
   form.addEventListener("reset", () => setTimeout(() => { sort(); filter(); }));
   form.hidden = false;
   document.getElementById("no-script").hidden = true;
-  // A browser keeps what was chosen when a page is loaded again.
+  // A browser keeps the choices when a page is reloaded.
   sort();
   filter();
 })();

@@ -1,4 +1,4 @@
-"""The pictures and videos of a prompt, small, as data addresses: a page that has them needs no other file."""
+"""Thumbnails of the images and videos of a prompt as data addresses, so that a page needs no other file."""
 
 import base64
 import dataclasses
@@ -14,24 +14,24 @@ from glm4v_jax.inputs.media.load import SampledVideo, is_array, is_path_like, lo
 from glm4v_jax.inputs.text.messages import Message, extract_media
 
 LONGEST_SIDE, FRAME_SIDE = 512, 192
-"""Of a picture and of a video's frame, at most, in pixels."""
+"""The longest side of an image and of a video's frame, in pixels."""
 MAX_FRAMES = 8
-"""Of a video; of more, so many are shown, evenly spread."""
+"""Frames of a video that are shown, evenly spread."""
 
 _QUALITY = 85
 _LARGEST_SHOWN, _SMALLEST_SHOWN = 400, 160
-"""Of a picture's longer side on the page, in pixels; smaller ones are enlarged by a whole number."""
+"""Longer side of an image on the page, in pixels; smaller ones are enlarged by an integer factor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Thumbnail:
-    """A picture, or a frame.
+    """An image, or a frame.
 
     Attributes:
       address: "data:image/jpeg;base64,...".
       width, height: on the page, in pixels.
-      is_enlarged: whether they are more than there are.
-      time: of a frame, in seconds; None where nothing is known of it.
+      is_enlarged: whether this is larger than the thumbnail.
+      time: of a frame, in seconds; None where it is unknown.
     """
 
     address: str
@@ -42,59 +42,59 @@ class Thumbnail:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A picture or a video of a prompt.
+class ShownMedia:
+    """An image or a video of a prompt.
 
     Attributes:
-      kind: which of the two.
-      thumbnails: the picture, or frames in order; none where there is a problem.
+      kind: "image" or "video".
+      thumbnails: the image, or frames in order; none where there is a problem.
       size: width and height of the original, in pixels.
-      frames: how many the video has.
+      frames: number of frames of the video.
       problem: why it cannot be shown.
     """
 
-    kind: Literal["picture", "video"]
+    kind: Literal["image", "video"]
     thumbnails: tuple[Thumbnail, ...]
     size: tuple[int, int] = (0, 0)
     frames: int = 0
     problem: str | None = None
 
 
-def show(messages: Sequence[Message]) -> list[Shown]:
-    """The pictures of a prompt, and then its videos; one that cannot be read is a `Shown` that says so.
+def show(messages: Sequence[Message]) -> list[ShownMedia]:
+    """Make the thumbnails of a prompt's images, and then of its videos; one that cannot be read has a `problem`.
 
     Args:
       messages: as chat templates take them.
     """
     try:
-        pictures, videos = extract_media(messages, source="")
+        images, videos = extract_media(messages, source="")
     except Glm4vError as error:
-        return [Shown("picture", (), problem=str(error))]
-    return [*map(_show_picture, pictures), *map(_show_video, videos)]
+        return [ShownMedia("image", (), problem=str(error))]
+    return [*map(_show_image, images), *map(_show_video, videos)]
 
 
-def _show_picture(source: Any) -> Shown:
+def _show_image(source: Any) -> ShownMedia:
     try:
         image = load_image(source)
     except (Glm4vError, OSError) as error:
-        return Shown("picture", (), problem=str(error))
-    return Shown("picture", (_thumbnail(image, LONGEST_SIDE, _LARGEST_SHOWN),), image.size)
+        return ShownMedia("image", (), problem=str(error))
+    return ShownMedia("image", (_thumbnail(image, LONGEST_SIDE, _LARGEST_SHOWN),), image.size)
 
 
-def _show_video(source: Any) -> Shown:
+def _show_video(source: Any) -> ShownMedia:
     try:
         frames, times, count = _frames(source)
     except (Glm4vError, OSError) as error:
-        return Shown("video", (), problem=str(error))
+        return ShownMedia("video", (), problem=str(error))
     thumbnails = [
         dataclasses.replace(_thumbnail(frame, FRAME_SIDE, FRAME_SIDE), time=time)
         for frame, time in zip(frames, times, strict=True)
     ]
-    return Shown("video", tuple(thumbnails), frames[0].size, count)
+    return ShownMedia("video", tuple(thumbnails), frames[0].size, count)
 
 
 def _frames(source: Any) -> tuple[list[PIL.Image.Image], list[float | None], int]:
-    """Frames of a video that are shown, their times, and how many it has."""
+    """The frames of a video that are shown, their times, and how many it has."""
     fps = None
     if isinstance(source, SampledVideo):
         source, fps = source.frames, source.fps

@@ -1,4 +1,4 @@
-"""The pictures and videos of rows of data: every spelling to one kind of item, and where the files are.
+"""Images and videos of rows of data: every spelling as one kind of item, and where its files are.
 
 An item is `{"type": "image" | "video", KEY: source}` with KEY `path` for a file, `url` for an http(s), file or data
 address, and `image` or `video` for what is in memory: bytes, a Pillow image, an array, a list of frames.
@@ -17,18 +17,21 @@ from glm4v_jax.errors import DataError, MediaError
 from glm4v_jax.inputs.media.fetch import describe, is_address, is_url, open_source
 from glm4v_jax.inputs.media.load import is_array, load_image
 
-Item = dict[str, Any]
+MediaItem = dict[str, Any]
 
 # How the base64 text of JPEG, PNG, GIF, RIFF (WebP, AVI), MP4 and Matroska begins, which no sensible path does.
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "AAAAI", "AAAAH", "AAAAG", "GkXfo")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}=*\s*\Z")
 _ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
-"""Values of EXIF's orientation that exchange width and height."""
+_SWAPPED = (5, 6, 7, 8)
+"""Values of EXIF's orientation that swap width and height."""
 
 
-def media_item(kind: str, value: Any, field: str) -> Item:
-    """The item of a picture or video, however a row writes it.
+def media_item(kind: str, value: Any, field: str) -> MediaItem:
+    """Make the item of an image or video, however a row writes it.
+
+    >>> media_item("image", {"bytes": None, "path": "cat.png"}, "image")
+    {'type': 'image', 'path': 'cat.png'}
 
     Args:
         kind: "image" or "video".
@@ -38,14 +41,14 @@ def media_item(kind: str, value: Any, field: str) -> Item:
         field: how errors name it.
 
     Raises:
-        DataError: it is none of these.
+        DataError: it is something else.
     """
     value = _unwrapped(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
         if not value.strip():
-            raise DataError(f"field {field!r}: found an empty string, expected a path or an address")
+            raise DataError(f"{field}: found an empty string; expected a path or an address")
         if is_address(value):
             return {"type": kind, "url": value}
         if value.startswith(_BASE64_HEADS) and _BASE64.match(value):
@@ -53,16 +56,16 @@ def media_item(kind: str, value: Any, field: str) -> Item:
         return {"type": kind, "path": value}
     if kind == "video" and isinstance(value, list | tuple):
         if not value:
-            raise DataError(f"field {field!r}: found no frames, expected at least one")
+            raise DataError(f"{field}: found no frames; expected at least one")
         return {"type": kind, kind: [source_of(media_item("image", f, f"{field}[{i}]")) for i, f in enumerate(value)]}
     if isinstance(value, bytes | bytearray | PIL.Image.Image) or is_array(value):
         return {"type": kind, kind: value}
     expected = "a path, an address, base64 or bytes" + (", or a list of frames" if kind == "video" else "")
-    raise DataError(f"field {field!r}: found {kind_of(value)}, expected {expected}")
+    raise DataError(f"{field}: found {kind_of(value)}; expected {expected}")
 
 
 def _unwrapped(value: Any) -> Any:
-    """What an object around a picture or video holds."""
+    """What an object around an image or video holds."""
     if not isinstance(value, Mapping):
         return value
     if value.get("type") == "base64" and isinstance(value.get("data"), str):
@@ -72,12 +75,12 @@ def _unwrapped(value: Any) -> Any:
 
 
 def source_of(item: Mapping[str, Any]) -> Any:
-    """What `load_image` or `load_video` takes of an item."""
+    """Return what `load_image` or `load_video` takes of an item."""
     return next(item[key] for key in ("path", "url", "image", "video") if key in item)
 
 
-def located(item: Item, directory: str | Path) -> Item:
-    """An item whose paths are no longer relative to `directory`."""
+def located(item: MediaItem, directory: str | Path) -> MediaItem:
+    """Return an item whose paths are joined to `directory`, which they were relative to."""
     if "path" in item:
         return item | {"path": os.path.join(directory, item["path"])}
     if isinstance(item.get("video"), list):
@@ -90,42 +93,42 @@ def _located_frame(frame: Any, directory: str | Path) -> Any:
 
 
 def is_remote(item: Mapping[str, Any]) -> bool:
-    """Whether an item must be fetched from the net."""
+    """Whether an item has to be downloaded."""
     return is_url(item.get("url"))
 
 
-def picture_size(item: Mapping[str, Any]) -> tuple[int, int]:
-    """(width, height) in pixels of a picture, turned as its EXIF data says; of a file only the header is read.
+def image_size(item: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (width, height) of an image in pixels, oriented as its EXIF data says; of a file only the header is read.
 
     Raises:
-        MediaError: it is not there, or is no picture; the message names it.
+        MediaError: it does not exist or is not an image; the message names it.
     """
     source = source_of(item)
     if isinstance(source, PIL.Image.Image):
-        return _turned_size(source)
+        return _oriented_size(source)
     if is_array(source):
         return load_image(source).size
-    # As a path, so that what is missing is not tried as base64.
+    # As a path, so that a missing file is not tried as base64.
     opened = open_source(Path(source) if "path" in item else source)
     if isinstance(opened, Path) and opened.is_dir():
-        raise MediaError(f"{describe(source)}: is a directory; expected a picture")
+        raise MediaError(f"{describe(source)}: found a directory; expected an image")
     try:
         with PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened) as image:
-            return _turned_size(image)
+            return _oriented_size(image)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{describe(source)}: {error}") from error
     except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
-        raise MediaError(f"{describe(source)}: is not a readable picture") from error
+        raise MediaError(f"{describe(source)}: found no readable image; expected an image file") from error
 
 
-def _turned_size(image: PIL.Image.Image) -> tuple[int, int]:
+def _oriented_size(image: PIL.Image.Image) -> tuple[int, int]:
     width, height = image.size
-    # Not `image.getexif()`: that of a PNG decodes all of it, in case that orientation is told after the pixels.
-    return (height, width) if PIL.Image.Image.getexif(image).get(_ORIENTATION) in _TURNED else (width, height)
+    # Not `image.getexif()`: that of a PNG decodes all of it, in case the orientation is stored after the pixels.
+    return (height, width) if PIL.Image.Image.getexif(image).get(_ORIENTATION) in _SWAPPED else (width, height)
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words of JSON."""
+    """Name the type of a value in JSON's words, for messages."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):

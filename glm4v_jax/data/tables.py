@@ -1,13 +1,23 @@
-"""Rows of json, jsonl and parquet files by their number, each with the place where it stands.
+"""Rows of JSON, JSON lines, Parquet and TSV files by their number, each with the place where it stands.
 
-Objects of this module can be pickled, as loaders with several processes want.
+>>> import pathlib, tempfile
+>>> with tempfile.TemporaryDirectory() as directory:
+...     path = pathlib.Path(directory, "data.json")
+...     _ = path.write_text('[{"question": "How many?"}, {"question": "Why?"}]')
+...     rows = open_rows(path)
+...     len(rows), rows[1], rows.place(1).removeprefix(directory)
+(2, {'question': 'Why?'}, '/data.json[1]')
+
+Rows can be pickled, which loaders with several processes need.
 """
 
 import bisect
+import csv
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +27,16 @@ from glm4v_jax.data.media import kind_of
 from glm4v_jax.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+"""Of the data files that a directory is searched for, unless a caller asks for others too."""
+TSV = ".tsv"
 INFO = "dataset_info.json"
 
-_AT_A_TIME = 8
-"""Rows of a table that is read in order."""
+_ROWS_PER_BATCH = 8
+"""Of a Parquet file that is read in order."""
 _BUFFER = 1 << 20
-"""Of a column of such a table, in bytes; without, pyarrow reads a row group's whole column."""
+"""Bytes of a column of such a file; without a buffer pyarrow reads the whole column of a row group."""
+_LONGEST_INDEX = 64
+"""An "image" of at most this many characters is the index of another row; so VLMEvalKit's `image_base.py`."""
 
 
 class Rows(Protocol):
@@ -38,25 +52,25 @@ class Rows(Protocol):
         """How many there are."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row; raises `DataError` if it is none. The message does not name the place."""
+        """Return a row; raise `DataError`, without the place, if it is not an object."""
 
     def place(self, index: int) -> str:
-        """Where it stands: "file:line" or "file[index]"."""
+        """Where a row stands: "file:line" or "file[index]"."""
 
 
 class JsonLines:
-    """A file with an object a line; blank lines do not count. Only where lines begin is kept in memory."""
+    """A file with one object a line; blank lines are skipped. Only the offsets of lines are kept in memory."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: Path):
         """Find the lines.
 
         Raises:
             OSError: the file cannot be read.
         """
-        self.path = Path(path)
+        self.path = path
         starts, numbers = [], []
         start = 0
-        with open(self.path, "rb") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(start)
@@ -68,14 +82,14 @@ class JsonLines:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # Opened anew: threads and processes share no position.
+        # Opened for every row: threads and processes share no position.
         with open(self.path, "rb") as file:
             file.seek(int(self._starts[index]))
             line = file.readline()
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"found what is not JSON ({error}), expected an object") from error
+            raise DataError(f"found invalid JSON ({error}); expected an object") from error
         return _object(row)
 
     def place(self, index: int) -> str:
@@ -83,26 +97,11 @@ class JsonLines:
         return f"{self.path}:{self._numbers[index]}"
 
 
-class JsonList:
-    """A file with one list of objects, which is read as a whole."""
+class RowList:
+    """Rows in memory, each with a name that the form of places puts behind the file's."""
 
-    def __init__(self, path: str | Path):
-        """Read the file.
-
-        Raises:
-            OSError: it cannot be read.
-            DataError: it is no JSON, or no list.
-        """
-        self.path = Path(path)
-        try:
-            content = json.loads(self.path.read_bytes())
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: found what is not JSON ({error}), expected a list") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: found what is not JSON ({error}), expected a list of objects") from error
-        if not isinstance(content, list):
-            raise DataError(f"{path}: found {kind_of(content)}, expected a list of objects")
-        self._rows = content
+    def __init__(self, path: Path, rows: Sequence[Any], names: Sequence[Any], form: str):
+        self.path, self._rows, self._names, self._form = path, rows, names, form
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -111,24 +110,24 @@ class JsonList:
         return _object(self._rows[index])
 
     def place(self, index: int) -> str:
-        """The file and the place in its list, from 0."""
-        return f"{self.path}[{index}]"
+        """The file with the line, or with the position in it."""
+        return self._form.format(self.path, self._names[index])
 
 
 class Parquet:
-    """A table. Row groups are read as they are needed, and the latest is kept: small ones are better for shuffling.
+    """A Parquet file. Row groups are read as they are needed and the latest is kept: small ones are better to shuffle.
 
-    Who wants the rows in their order takes `in_order`, which keeps a few only.
+    To read all rows in order take `in_order`, which keeps a few only.
     """
 
-    def __init__(self, path: str | Path):
-        """Read how many rows there are.
+    def __init__(self, path: Path):
+        """Read the number of rows.
 
         Raises:
             OSError: the file cannot be read.
-            DataError: it is no such file, or pyarrow is not installed.
+            DataError: it is not a Parquet file, or pyarrow is not installed.
         """
-        self.path = Path(path)
+        self.path = path
         metadata = self._open().metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(sizes))
@@ -142,15 +141,13 @@ class Parquet:
             import pyarrow
             import pyarrow.parquet
         except ImportError as error:
-            raise DataError(
-                f"{self.path}: parquet needs pyarrow, which is not installed; pip install pyarrow"
-            ) from error
+            raise DataError(f"{self.path}: needs pyarrow, which is not installed; pip install pyarrow") from error
         if not self.path.is_file():
             raise FileNotFoundError(2, "No such file or directory", str(self.path))
         try:
             return pyarrow.parquet.ParquetFile(self.path, **options)
         except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{self.path}: is no readable parquet file ({error})") from error
+            raise DataError(f"{self.path}: found invalid Parquet ({error}); expected a Parquet file") from error
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -163,13 +160,13 @@ class Parquet:
             with self._open() as file:
                 try:
                     kept = self._kept = (group, file.read_row_group(group))
-                except (OSError, ValueError) as error:  # of pyarrow, whose own errors are both
+                except (OSError, ValueError) as error:  # pyarrow's own errors are both
                     raise DataError(f"row group {group} cannot be read ({error})") from error
         start = self._ends[group - 1] if group else 0
         return _object(kept[1].slice(index - start, 1).to_pylist()[0])
 
     def in_order(self) -> Iterator[dict[str, Any]]:
-        """All rows, some at a time: what is in memory does not grow with the row groups, which may hold all pictures.
+        """All rows, a few at a time: memory does not grow with the row groups, which may hold all images.
 
         Raises:
             DataError: the next row cannot be read. The message does not name the place.
@@ -178,10 +175,10 @@ class Parquet:
 
         try:
             with self._open(buffer_size=_BUFFER, pre_buffer=False) as file:
-                for batch in file.iter_batches(batch_size=_AT_A_TIME):
+                for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH):
                     for index in range(len(batch)):
                         yield batch.slice(index, 1).to_pylist()[0]
-        except (OSError, ValueError) as error:  # of pyarrow, whose own errors are both
+        except (OSError, ValueError) as error:  # pyarrow's own errors are both
             raise DataError(f"cannot be read from here on ({error})") from error
         finally:
             pyarrow.default_memory_pool().release_unused()
@@ -193,57 +190,117 @@ class Parquet:
 
 def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"found {kind_of(row)}, expected an object")
+        raise DataError(f"found {kind_of(row)}; expected an object")
     return row
 
 
 def open_rows(path: str | Path) -> Rows:
-    """The rows of a file, by the end of its name.
+    """Open the rows of a file, by its suffix.
+
+    - .jsonl: an object a line.
+    - .json: a list of objects; an object whose "data" is such a list (DocVQA, TextVQA), or whose values are all
+      objects (MathVista); or JSON lines.
+    - .parquet.
+    - .tsv, as VLMEvalKit publishes them: a line of names, cells that may be quoted, images as base64 in "image"; a short
+      text in its place is the "index" of the row whose image it is. Empty cells are left out.
 
     Raises:
-        OSError: it cannot be read.
-        DataError: it is of another kind, is not what its name says, or has no row.
+        OSError: the file cannot be read.
+        DataError: the suffix is another one, the content is not what it says, or there is no row.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: found a file of kind {suffix or 'no name'}, expected {', '.join(SUFFIXES)}")
-    rows: Rows
-    if suffix == ".parquet":
-        rows = Parquet(path)
-    elif suffix == ".jsonl" or _begins_with_object(path):
-        rows = JsonLines(path)
-    else:
-        rows = JsonList(path)
+    openers = {".json": _open_json, ".jsonl": JsonLines, ".parquet": Parquet, TSV: _read_tsv}
+    if suffix not in openers:
+        raise DataError(f"{path}: found the suffix {suffix!r}; expected {', '.join(openers)}")
+    rows: Rows = openers[suffix](path)
     if not len(rows):
-        raise DataError(f"{path}: found no row, expected at least one")
+        raise DataError(f"{path}: found no row; expected at least one")
     return rows
 
 
-def _begins_with_object(path: Path) -> bool:
-    """Whether a .json file has an object in a line at first, as many do that are JSON lines by content."""
+def _open_json(path: Path) -> Rows:
     with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                try:
-                    return isinstance(json.loads(line), dict)
-                except (ValueError, RecursionError):
-                    return False
-    return False
+        lines = (line for line in file if line.strip())
+        first = next(lines, b"")
+        is_only = next(lines, None) is None
+    # A list is parsed once, as a whole; of JSON lines, which may be large, only the first line is.
+    if not first.lstrip().startswith(b"["):
+        try:
+            content = json.loads(first)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict) and not (is_only and _rows_in(path, content)):
+            return JsonLines(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{line}: found invalid JSON ({error}); expected a list of objects") from error
+    rows = _rows_in(path, content)
+    if rows is None:
+        raise DataError(f"{path}: found {kind_of(content)}; expected a list of objects")
+    return rows
+
+
+def _rows_in(path: Path, content: Any) -> RowList | None:
+    """The rows of a parsed file; None where it holds none in any of the ways of `open_rows`."""
+    if isinstance(content, list):
+        return RowList(path, content, range(len(content)), "{}[{}]")
+    if not isinstance(content, dict) or not content:
+        return None
+    rows = content.get("data")
+    if isinstance(rows, list) and rows:
+        return RowList(path, rows, range(len(rows)), "{}: data[{}]")
+    if all(isinstance(value, dict) for value in content.values()):
+        return RowList(path, list(content.values()), list(content), "{}: {!r}")
+    return None
+
+
+def _read_tsv(path: Path) -> Rows:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    before = csv.field_size_limit(sys.maxsize)  # an image is one cell
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t", restkey="", restval=None)
+            for row in reader:
+                if "" in row:
+                    expected = len(reader.fieldnames or ())
+                    found = expected + len(row[""])
+                    raise DataError(
+                        f"{path}:{reader.line_num}: found {found} cells; expected {expected} as in the first line"
+                    )
+                rows.append({name: cell for name, cell in row.items() if cell})
+                lines.append(reader.line_num)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: found invalid TSV ({error}); expected a TSV file in UTF-8") from error
+    finally:
+        csv.field_size_limit(before)
+    _share_images(rows)
+    return RowList(path, rows, lines, "{}:{}")
+
+
+def _share_images(rows: Sequence[dict[str, Any]]) -> None:
+    by_index: Mapping[Any, Any] = {row["index"]: row.get("image") for row in rows if "index" in row}
+    for row in rows:
+        image = row.get("image")
+        if image is not None and len(image) <= _LONGEST_INDEX and len(by_index.get(image) or "") > _LONGEST_INDEX:
+            row["image"] = by_index[image]
 
 
 def find_files(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], suffixes: Sequence[str] = SUFFIXES
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], suffixes: Sequence[str] = SUFFIXES
 ) -> Iterator[Path]:
-    """The data files that a person names: a file, a directory (its own files in the order of names), or several.
+    """Find the data files that a source names.
 
     Args:
-        source: what is named.
-        suffixes: ends of the names of a directory's data files, in lower case.
+        source: a file, a directory (its own files in the order of names), or several of these.
+        suffixes: of a directory's data files, in lower case.
 
     Raises:
-        OSError: something is not there.
-        DataError: a directory has none.
+        OSError: a file or directory does not exist.
+        DataError: a directory has no data file.
     """
     if not isinstance(source, str | os.PathLike):
         for one in source:
@@ -257,5 +314,5 @@ def find_files(
         return
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.name != INFO)
     if not files:
-        raise DataError(f"{path}: found no data file, expected some of {', '.join(suffixes)}")
+        raise DataError(f"{path}: found no data file; expected some of {', '.join(suffixes)}")
     yield from files

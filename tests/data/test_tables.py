@@ -1,5 +1,7 @@
-"""Rows of files: what there is at which place, and what is said of files that are broken."""
+"""Rows of files: their content and places, and the errors of broken files."""
 
+import base64
+import csv
 import json
 import pickle
 import subprocess
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from helpers_paths import ROOT
 
-from glm4v_jax.data.tables import JsonLines, JsonList, Parquet, find_files, open_rows
+from glm4v_jax.data.tables import JsonLines, Parquet, RowList, find_files, open_rows
 from glm4v_jax.errors import DataError
 
 ROWS = [{"n": n, "text": "ünïcode 图"} for n in range(5)]
@@ -29,25 +31,18 @@ def write(path, rows=ROWS, *, row_group_size=2):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_every_kind_of_file_gives_its_rows_in_any_order(tmp_path, suffix):
+def test_rows_are_read_in_any_order_and_after_pickling(tmp_path, suffix):
     path = write(tmp_path / f"data{suffix}")
     rows = open_rows(path)
     assert len(rows) == 5
     assert [rows[i]["n"] for i in (4, 0, 2, 1, 3)] == [4, 0, 2, 1, 3]
     assert rows[1]["text"] == "ünïcode 图"
-    expected = f"{path}:4" if suffix == ".jsonl" else f"{path}[3]"
-    assert rows.place(3) == expected
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_rows_can_be_sent_to_another_process(tmp_path, suffix):
-    rows = open_rows(write(tmp_path / f"data{suffix}"))
-    assert rows[2]["n"] == 2
+    assert rows.place(3) == (f"{path}:4" if suffix == ".jsonl" else f"{path}[3]")
     copied = pickle.loads(pickle.dumps(rows))
     assert [copied[i]["n"] for i in range(len(copied))] == [0, 1, 2, 3, 4]
 
 
-def test_blank_lines_and_windows_line_ends_do_not_count(tmp_path):
+def test_blank_lines_and_windows_line_ends_are_skipped(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'\r\n{"n": 0}\r\n\n   \n{"n": 1}')
     rows = JsonLines(path)
@@ -55,18 +50,18 @@ def test_blank_lines_and_windows_line_ends_do_not_count(tmp_path):
     assert [rows.place(i) for i in range(2)] == [f"{path}:2", f"{path}:5"]
 
 
-def test_a_broken_line_costs_only_itself(tmp_path):
+def test_a_broken_line_leaves_the_others_readable(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"n": 0}\n{"n": 1\n[1]\n\xff\xfe{"n"\n{"n": 2}\n')
     rows = JsonLines(path)
     assert len(rows) == 5
-    for index, found in ((1, "not JSON"), (2, "found a list, expected an object"), (3, "not JSON")):
+    for index, found in ((1, "invalid JSON"), (2, "found a list; expected an object"), (3, "invalid JSON")):
         with pytest.raises(DataError, match=found):
             rows[index]
     assert rows[4] == {"n": 2}
 
 
-def test_a_line_is_read_without_the_others(tmp_path, monkeypatch):
+def test_a_line_is_parsed_without_the_others(tmp_path, monkeypatch):
     path = write(tmp_path / "data.jsonl", [{"n": i} for i in range(1000)])
     rows = JsonLines(path)
     parsed = []
@@ -76,7 +71,7 @@ def test_a_line_is_read_without_the_others(tmp_path, monkeypatch):
     assert len(parsed) == 1
 
 
-def test_a_row_group_is_read_once_for_neighbours(tmp_path, monkeypatch):
+def test_neighbouring_rows_read_their_row_group_once(tmp_path, monkeypatch):
     rows = Parquet(write(tmp_path / "data.parquet", [{"n": i} for i in range(10)], row_group_size=4))
     import pyarrow.parquet
 
@@ -91,8 +86,8 @@ def test_a_row_group_is_read_once_for_neighbours(tmp_path, monkeypatch):
     assert read == [0, 1, 2]
 
 
-def test_in_order_no_row_group_is_read_as_a_whole(tmp_path):
-    """One group of 64 rows of 256 KiB: neither the first row nor all in turn need more than a few of them."""
+def test_reading_in_order_keeps_a_few_rows_of_a_row_group(tmp_path):
+    """One group of 64 rows of 256 KiB: neither the first row nor all in order need more than a few of them."""
     import pyarrow.parquet
 
     size, count = 256 << 10, 64
@@ -116,7 +111,7 @@ def test_in_order_no_row_group_is_read_as_a_whole(tmp_path):
         pyarrow.set_memory_pool(before)
 
 
-def test_in_order_a_broken_table_ends_with_what_is_wrong(tmp_path):
+def test_reading_a_broken_file_in_order_ends_with_the_error(tmp_path):
     path = write(tmp_path / "data.parquet", [{"n": i} for i in range(100)], row_group_size=20)
     import pyarrow.parquet
 
@@ -128,48 +123,86 @@ def test_in_order_a_broken_table_ends_with_what_is_wrong(tmp_path):
     with pytest.raises(DataError, match="cannot be read from here on"):
         while True:
             read.append(next(rows)["n"])
-    assert read == list(range(56))  # the last whole handful before the broken group
+    assert read == list(range(56))  # the last complete batch before the broken group
 
 
-def test_json_lines_may_be_called_json(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "kind", "rows", "place"),
+    [
+        ('\n{"n": 0}\n{"n": 1}\n', JsonLines, [{"n": 0}, {"n": 1}], ":3"),
+        ('{"n": 0, "m": {}}', JsonLines, [{"n": 0, "m": {}}], None),
+        ('[{"n": 0}, {"n": 1}]', RowList, [{"n": 0}, {"n": 1}], "[1]"),
+        ('{"dataset_name": "x", "data": [{"n": 0}, {"n": 1}]}', RowList, [{"n": 0}, {"n": 1}], ": data[1]"),
+        ('{"1": {"n": 0},\n"2": {"n": 1}}', RowList, [{"n": 0}, {"n": 1}], ": '2'"),
+        ('{"1": {"n": 0}, "2": {"n": 1}}', RowList, [{"n": 0}, {"n": 1}], ": '2'"),
+    ],
+)
+def test_json_files_are_lines_a_list_or_an_object_of_rows(tmp_path, content, kind, rows, place):
     path = tmp_path / "data.json"
-    path.write_text('\n{"n": 0}\n{"n": 1}\n')
+    path.write_text(content)
+    found = open_rows(path)
+    assert isinstance(found, kind) and [found[i] for i in range(len(found))] == rows
+    assert place is None or found.place(1) == f"{path}{place}"
+
+
+@pytest.mark.parametrize("content", ['[{"n": 1}, [2]]', '{"data": [{"n": 1}, [2]]}'])
+def test_a_json_file_is_parsed_once_and_rows_are_objects(tmp_path, monkeypatch, content):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
     rows = open_rows(path)
-    assert isinstance(rows, JsonLines)
-    assert len(rows) == 2
-    write(path)
-    assert isinstance(open_rows(path), JsonList)
+    assert len(rows) == 2 and rows[0] == {"n": 1}
+    assert len(parsed) == (1 if content.startswith("[") else 2)
+    with pytest.raises(DataError, match="found a list; expected an object"):
+        rows[1]
+
+
+def test_tsv_rows_share_images_by_index(tmp_path):
+    image = base64.b64encode(bytes(range(100))).decode()
+    path = tmp_path / "data.tsv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(
+            [["index", "image", "question", "hint"], [7, image, 'two\nlines, "quoted"', ""], [8, "7", "What?", "h"]]
+        )
+    limit = csv.field_size_limit()
+    rows = open_rows(path)
+    assert csv.field_size_limit() == limit
+    assert rows[0] == {"index": "7", "image": image, "question": 'two\nlines, "quoted"'}
+    assert rows[1] == {"index": "8", "image": image, "question": "What?", "hint": "h"}
+    assert [rows.place(index) for index in range(2)] == [f"{path}:3", f"{path}:4"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("data.json", b'[{"n": 0},\n {"n": ]', r"data\.json:2: found what is not JSON"),
-        ("data.json", b'{\n"n": 0}', r"data\.json: found an object, expected a list"),
+        ("data.json", b'[{"n": 0},\n {"n": ]', r"data\.json:2: found invalid JSON"),
+        ("data.json", b'{\n"n": 0}', r"data\.json: found an object; expected a list"),
         ("data.json", b"[]", "found no row"),
-        ("data.json", b"", r"data\.json:1: found what is not JSON"),
+        ("data.json", b"", r"data\.json:1: found invalid JSON"),
         ("data.jsonl", b"\n\n", "found no row"),
-        ("data.csv", b"a,b", r"found a file of kind \.csv, expected \.json, \.jsonl, \.parquet"),
-        ("data", b"", "found a file of kind no name"),
+        ("data.json", b"{", r"found invalid JSON"),
+        ("data.tsv", b"a\tb\n1\t2\t3\n", r"data\.tsv:2: found 3 cells; expected 2 as in the first line"),
+        ("data.tsv", b"a\tb\n", "found no row"),
+        ("data.tsv", b"a\tb\n\xff\t1\n", "found invalid TSV"),
+        ("data.parquet", b"PAR1 and nothing more", r"data\.parquet: found invalid Parquet"),
+        ("data.csv", b"a,b", r"found the suffix '\.csv'; expected \.json, \.jsonl, \.parquet, \.tsv"),
+        ("data", b"", "found the suffix ''"),
     ],
 )
-def test_what_is_no_data_file_is_named(tmp_path, name, content, says):
+def test_invalid_files_are_errors_that_name_them(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=says):
         open_rows(tmp_path / name)
 
 
-def test_a_broken_table_is_named(tmp_path):
-    pytest.importorskip("pyarrow")
-    path = tmp_path / "data.parquet"
-    path.write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(DataError, match=r"data\.parquet: is no readable parquet file"):
-        open_rows(path)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".tsv"])
+def test_a_missing_file_is_an_error(tmp_path, suffix):
     with pytest.raises(OSError):
-        open_rows(tmp_path / "none.parquet")
+        open_rows(tmp_path / f"none{suffix}")
 
 
-def test_a_table_that_breaks_off_is_named_when_it_is_read(tmp_path):
+def test_a_truncated_row_group_is_an_error_when_it_is_read(tmp_path):
     path = write(tmp_path / "data.parquet", [{"n": i, "text": str(i) * 100} for i in range(100)], row_group_size=50)
     rows = open_rows(path)
     content = bytearray(path.read_bytes())
@@ -179,14 +212,14 @@ def test_a_table_that_breaks_off_is_named_when_it_is_read(tmp_path):
         rows[0]
 
 
-def test_without_pyarrow_a_table_says_how_to_get_it(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     path = write(tmp_path / "data.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"needs pyarrow, which is not installed; pip install pyarrow"):
         open_rows(path)
 
 
-def test_pyarrow_is_imported_for_tables_alone(tmp_path):
+def test_training_data_is_read_without_jax_and_pyarrow(tmp_path):
     path = write(tmp_path / "data.jsonl")
     program = (
         "import sys; import train.data.check, train.data.lengths; from train.data.records import read_records\n"
@@ -196,7 +229,7 @@ def test_pyarrow_is_imported_for_tables_alone(tmp_path):
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_directories_and_lists_of_files(tmp_path):
+def test_directories_and_lists_are_searched_for_data_files(tmp_path):
     for name in ("b.jsonl", "a.json", "dataset_info.json", "notes.txt"):
         (tmp_path / name).write_text("")
     (tmp_path / "deeper").mkdir()

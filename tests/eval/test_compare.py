@@ -11,7 +11,7 @@ from eval.compare_command import Compare
 from eval.results import read_results
 from glm4v_jax.console.program import run_program
 from glm4v_jax.errors import DataError
-from tests.eval.helpers_runs import item, result, write_run
+from tests.eval.helpers_eval import item, result, write_run
 
 
 def results(scores, names=None, **fields):
@@ -209,8 +209,8 @@ def test_runs_of_several_tasks_are_compared_task_by_task(tmp_path, capsys):
     ("arguments", "message"),
     [
         (("none",), "none/summary.json: there is no such file; expected the summary of a run"),
-        (("second", "--right", "0"), "--right: found 0.0, expected a score above 0 and up to 1"),
-        (("second", "--show", "-1"), "--show: found -1, expected at least 0"),
+        (("second", "--right", "0"), "--right: found 0.0; expected a score above 0 and up to 1"),
+        (("second", "--show", "-1"), "--show: found -1; expected at least 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(two, monkeypatch, capsys, arguments, message):

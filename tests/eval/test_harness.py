@@ -15,9 +15,8 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_orbax import environment, free_port
 
-from eval.commands import Run, main
-from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
-from eval.results import read_results
+from eval.commands import RunTasks, main
+from eval.results import ANSWERS, REPORT, RESULTS, SUMMARY, read_results
 from eval.tasks import find_task
 
 COUNT = 12
@@ -146,7 +145,7 @@ def copied(folder, whole, name):
 
 def test_a_part_of_a_run_is_scored_without_asking(whole, folder, monkeypatch):
     out = copied(folder, whole, "part")
-    monkeypatch.setattr("eval.commands.Run.load", pytest.fail)
+    monkeypatch.setattr("eval.commands.RunTasks.load", pytest.fail)
     assert main(arguments(folder, "part", "--limit", "3", "--no-report")) == 0
     assert json.loads((out / SUMMARY).read_text())["count"] == 3
     assert len(lines(out / ANSWERS)) == COUNT - 1  # without the error, which would be tried again
@@ -174,7 +173,7 @@ def test_answers_to_something_else_are_not_gone_on_with(whole, folder, tmp_path,
         (data / "words.toml").write_text(TASK.replace("In a word", "In two words"), encoding="utf-8")
     else:
         more = ["--system", "Be brief."] if changed == "system" else ["--temperature", "0.7"]
-    monkeypatch.setattr("eval.commands.Run.load", pytest.fail)
+    monkeypatch.setattr("eval.commands.RunTasks.load", pytest.fail)
     given = ["--model", model, "--task", data / "words.toml", "--data", data / "data.jsonl", "--out", out, *more]
     assert main([str(argument) for argument in given]) == 1
     assert "found the answer to another prompt or with other options" in capsys.readouterr().err
@@ -184,22 +183,22 @@ def test_answers_to_something_else_are_not_gone_on_with(whole, folder, tmp_path,
 def test_limits_of_a_task_give_way_to_those_of_the_command(folder):
     task = dataclasses.replace(find_task("chartqa"), options={})
     assert task.preset == "bench"
-    run = Run(model=str(RANDOM_CHECKPOINT))
-    assert "max_new_tokens" not in run._asked(task).options
-    short = Run(model=str(RANDOM_CHECKPOINT), max_new_tokens=4)._asked(task).options
+    run = RunTasks(model=str(RANDOM_CHECKPOINT))
+    assert "max_new_tokens" not in run._with_options(task).options
+    short = RunTasks(model=str(RANDOM_CHECKPOINT), max_new_tokens=4)._with_options(task).options
     assert (short["max_new_tokens"], short["think_budget"], short["answer_budget"]) == (4, None, None)
-    assert Run(model=str(RANDOM_CHECKPOINT), preset="greedy")._asked(task).options["max_new_tokens"] == 2048
-    assert Run(model=str(RANDOM_CHECKPOINT), system="Be brief.")._asked(task).system == "Be brief."
+    assert RunTasks(model=str(RANDOM_CHECKPOINT), preset="greedy")._with_options(task).options["max_new_tokens"] == 2048
+    assert RunTasks(model=str(RANDOM_CHECKPOINT), system="Be brief.")._with_options(task).system == "Be brief."
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--limit", "0"], "--limit: found 0, expected at least 1"),
-        (["--slots", "0"], "--slots: found 0, expected at least 1"),
+        (["--limit", "0"], "--limit: found 0; expected at least 1"),
+        (["--slots", "0"], "--slots: found 0; expected at least 1"),
         (["--model", "nowhere"], "nowhere"),
-        (["--task", "nothing"], "--task: found 'nothing', expected"),
-        (["--task", "digits-vqa"], "--data: found with 2 tasks, expected it with one --task"),
+        (["--task", "nothing"], "--task: found 'nothing'; expected"),
+        (["--task", "digits-vqa"], "--data: found with 2 tasks; expected it with one --task"),
         (["--preset", "nothing"], "nothing"),
     ],
 )

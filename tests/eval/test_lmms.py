@@ -9,7 +9,8 @@ import types
 import PIL.Image
 import pytest
 
-from eval.tasks import TASKS, read_items
+from eval.read_items import read_items
+from eval.tasks import TASKS
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion

@@ -7,8 +7,9 @@ import pytest
 
 from eval.commands import main
 from eval.compare import runs_in
-from eval.files import ANSWERS, REPORT, RESULTS, SUMMARY
-from eval.tasks import TASKS, read_items
+from eval.read_items import read_items
+from eval.results import ANSWERS, REPORT, RESULTS, SUMMARY
+from eval.tasks import TASKS
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.slots import Stats
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from glm4v_jax.data.media import is_remote, picture_size, source_of
+from glm4v_jax.data.media import image_size, is_remote, source_of
 from glm4v_jax.errors import DataError, Glm4vError, MediaError
 from glm4v_jax.inputs.media.fetch import is_address
 from glm4v_jax.inputs.media.load import load_image, load_video
@@ -144,7 +144,7 @@ def _look(item: Mapping[str, Any], decode: bool) -> bool:
     if "path" in item and not os.path.exists(source):
         raise MediaError(f"{source}: no such file")
     if item["type"] == "image":
-        picture_size(item)
+        image_size(item)
         if decode:
             load_image(source)
         return True
@@ -152,5 +152,5 @@ def _look(item: Mapping[str, Any], decode: bool) -> bool:
         load_video(source)
     for frame in item["video"] if isinstance(item.get("video"), list) else []:
         if isinstance(frame, str) and not is_address(frame):
-            picture_size({"type": "image", "path": frame})
+            image_size({"type": "image", "path": frame})
     return True

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from glm4v_jax.data.media import Item, kind_of, media_item
+from glm4v_jax.data.media import MediaItem, kind_of, media_item
 from glm4v_jax.errors import DataError
 
 Row = Mapping[str, Any]
@@ -40,7 +40,7 @@ class Media:
 
     def __init__(self, row: Row, fields: Mapping[str, Sequence[str]] = FILES):
         self._names: dict[str, str] = {}
-        self._items: dict[str, list[Item]] = {}
+        self._items: dict[str, list[MediaItem]] = {}
         self._taken = dict.fromkeys(FILES, 0)
         for kind, names in fields.items():
             given = [name for name in names if _is_given(row.get(name))]
@@ -52,13 +52,13 @@ class Media:
         if _is_given(row.get("audios")):
             raise DataError("field 'audios': found some, expected none: the model takes pictures and videos")
 
-    def take(self, kind: str) -> Item:
+    def take(self, kind: str) -> MediaItem:
         """The next one; past the end anything, which `finish` complains about."""
         index = self._taken[kind]
         self._taken[kind] += 1
         return self._items[kind][index] if index < len(self._items[kind]) else {"type": kind}
 
-    def take_all(self) -> list[Item]:
+    def take_all(self) -> list[MediaItem]:
         """All of them, of a row in which nothing says where they stand."""
         self._taken = {kind: len(items) for kind, items in self._items.items()}
         return [item for items in self._items.values() for item in items]
@@ -84,9 +84,9 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def split_markers(text: str, media: Media) -> list[Item]:
+def split_markers(text: str, media: Media) -> list[MediaItem]:
     """Text with `<image>` and `<video>` in it as items; the text around them stays as it is, character by character."""
-    items: list[Item] = []
+    items: list[MediaItem] = []
     start = 0
     for match in _MARKER.finditer(text):
         items += [text_item(text[start : match.start()])] if match.start() > start else []
@@ -95,12 +95,12 @@ def split_markers(text: str, media: Media) -> list[Item]:
     return [*items, text_item(text[start:])] if start < len(text) or not items else items
 
 
-def text_item(text: str) -> Item:
+def text_item(text: str) -> MediaItem:
     """The item of a text."""
     return {"type": "text", "text": text}
 
 
-def typed_items(content: Sequence[Any], media: Media, field: str) -> list[Item]:
+def typed_items(content: Sequence[Any], media: Media, field: str) -> list[MediaItem]:
     """A list of typed items in the spelling of Hugging Face, OpenAI or Anthropic as items of ours.
 
     Raises:

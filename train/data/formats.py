@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.data.media import kind_of, picture_size
+from glm4v_jax.data.media import image_size, kind_of
 from glm4v_jax.errors import DataError
 from train.data.conversations import (
     FILES,
@@ -83,22 +83,22 @@ def conversation(row: Row, layout: Layout) -> Turns:
     return finished(with_system(messages, optional_string(row, layout.system)), losses, layout.messages)
 
 
-def openai(row: Row, size_of: SizeOf = picture_size) -> Turns:
+def openai(row: Row, size_of: SizeOf = image_size) -> Turns:
     """`messages` of `role` and `content`, with markers; `images`, `videos`."""
     return conversation(row, OPENAI)
 
 
-def sharegpt(row: Row, size_of: SizeOf = picture_size) -> Turns:
+def sharegpt(row: Row, size_of: SizeOf = image_size) -> Turns:
     """`conversations` of `from` and `value`, with markers; `images`, `videos`, `system`."""
     return conversation(row, SHAREGPT)
 
 
-def llava(row: Row, size_of: SizeOf = picture_size) -> Turns:
+def llava(row: Row, size_of: SizeOf = image_size) -> Turns:
     """`conversations` as of ShareGPT, with one `image` or `video`; `id` is not used."""
     return conversation(row, SHAREGPT)
 
 
-def swift(row: Row, size_of: SizeOf = picture_size) -> Turns:
+def swift(row: Row, size_of: SizeOf = image_size) -> Turns:
     """`messages` as of OpenAI, with `loss` of each, and boxes in `objects`; see `place_objects`."""
     turns = conversation(row, OPENAI)
     if row.get("objects") is None:
@@ -133,12 +133,12 @@ def instruction(row: Row, layout: Layout) -> Turns:
     return finished(with_system(messages, optional_string(row, layout.system)), losses, layout.response)
 
 
-def alpaca(row: Row, size_of: SizeOf = picture_size) -> Turns:
+def alpaca(row: Row, size_of: SizeOf = image_size) -> Turns:
     """`instruction`, `input`, `output`, `history`, `system`; or `query` and `response` of ms-swift."""
     return instruction(row, QUERY_RESPONSE if "query" in row and "instruction" not in row else ALPACA)
 
 
-def hf(row: Row, size_of: SizeOf = picture_size) -> Turns:
+def hf(row: Row, size_of: SizeOf = image_size) -> Turns:
     """`messages` with typed contents, or `prompt` and `completion`, of which only the completion is learned.
 
     Pictures stand in the items, or in `images` or `image` with items `{"type": "image"}` to say where. Contents that

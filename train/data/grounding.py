@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.data.media import Item, kind_of
+from glm4v_jax.data.media import MediaItem, kind_of
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.text.boxes import SCALE
 from train.data.conversations import Message
 
-SizeOf = Callable[[Item], tuple[int, int]]
+SizeOf = Callable[[MediaItem], tuple[int, int]]
 """Item of a picture -> its width and height in pixels."""
 
 _PLACEHOLDER = re.compile("<ref-object>|<bbox>")
@@ -55,7 +55,7 @@ def place_objects(messages: Sequence[Message], objects: Any, size_of: SizeOf) ->
     boxes = _write_boxes(values["bbox"], values["image_id"], objects.get("bbox_type"), pictures, size_of)
     pending = {"<ref-object>": iter(values["ref"]), "<bbox>": iter(boxes)}
 
-    def replaced(item: Item) -> Item:
+    def replaced(item: MediaItem) -> MediaItem:
         if item["type"] != "text":
             return item
         return item | {"text": _PLACEHOLDER.sub(lambda match: next(pending[match[0]]), item["text"])}
@@ -73,7 +73,7 @@ def _list_of(objects: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _write_boxes(
-    boxes: Sequence[Any], image_ids: Sequence[Any], bbox_type: Any, pictures: Sequence[Item], size_of: SizeOf
+    boxes: Sequence[Any], image_ids: Sequence[Any], bbox_type: Any, pictures: Sequence[MediaItem], size_of: SizeOf
 ) -> list[str]:
     kind = "real" if bbox_type is None else bbox_type
     if kind not in ("real", "norm1"):

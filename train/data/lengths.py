@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from glm4v_jax.data.media import picture_size, source_of
+from glm4v_jax.data.media import image_size, source_of
 from glm4v_jax.errors import DataError, Glm4vError
 from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.batch_feature import BatchFeature
@@ -39,7 +39,7 @@ class TokenCounter:
     def _count(self, record: Record) -> int:
         processor = self._processor
         text = processor.apply_chat_template(_without_old_thoughts(record))
-        sizes = [picture_size(item)[::-1] for item in record.media("image")]
+        sizes = [image_size(item)[::-1] for item in record.media("image")]
         counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
         images = [Expansion(processor.image_token * count, count) for count in counts]
         videos = [expansion for item in record.media("video") for expansion in self._prepare_video(item)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from glm4v_jax.data.media import Item, located, picture_size
+from glm4v_jax.data.media import MediaItem, image_size, located
 from glm4v_jax.data.tables import Rows, find_files, open_rows
 from glm4v_jax.errors import DataError, MediaError
 from train.data.conversations import Turns
@@ -120,8 +120,8 @@ class Records(Sequence[Record]):
 
 
 def _turns(part: _Part, row: dict[str, Any]) -> Turns:
-    def size_of(item: Item) -> tuple[int, int]:
-        return picture_size(located(item, part.directory))
+    def size_of(item: MediaItem) -> tuple[int, int]:
+        return image_size(located(item, part.directory))
 
     if part.layout is not None:
         return (instruction if part.formatting == "alpaca" else conversation)(row, part.layout)

@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 
 from eval.metrics import METRICS
-from eval.tasks import find_task, read_items
+from eval.read_items import read_items
+from eval.tasks import find_task
 from glm4v_jax.errors import DataError
 
 pa = pytest.importorskip("pyarrow")
@@ -109,7 +110,7 @@ def test_chartqa_as_published(tmp_path):
     row = {"imgname": "41699051005347.png", "query": "How many items?", "label": "14"}
     path = as_json(tmp_path / "test_human.json", [row])
     item = check("chartqa", path, ["14", "14.5"], "15")
-    assert item.pictures == [str(tmp_path / "png" / "41699051005347.png")]
+    assert item.images == [str(tmp_path / "png" / "41699051005347.png")]
     assert (item.id, item.group, item.reference["type"]) == ("test_human:0", "human", "human")
     assert item.question == "How many items?\nAnswer the question with a single word."
     picture = item.asked["content"][0]
@@ -155,10 +156,10 @@ def test_docvqa_in_tables(tmp_path):
     check("docvqa", parquet(tmp_path / "validation-00000-of-00006.parquet", row), ["0.28"])
     twice = parquet(tmp_path / "twice.parquet", row, {**row, "questionId": "49154"})
     first, second = read_items(find_task("docvqa"), [twice])
-    assert first.pictures[0] is second.pictures[0]  # in memory once
+    assert first.images[0] is second.images[0]  # in memory once
     check("infovqa", parquet(tmp_path / "infovqa.parquet", row), ["0.28"])
     hidden = parquet(tmp_path / "test.parquet", {**row, "answers": None})
-    with pytest.raises(DataError, match=r"test\.parquet\[0\]: field 'answers': missing in the row"):
+    with pytest.raises(DataError, match=r"test\.parquet\[0\]: answers: found nothing"):
         read_items(find_task("docvqa"), [hidden])
 
 
@@ -174,7 +175,7 @@ TEXTVQA = {
 
 def test_textvqa(tmp_path):
     path = as_json(tmp_path / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [TEXTVQA]})
-    with pytest.raises(DataError, match=r"data\[0\]: field 'image_id': found '003a8ae2ef43b901\.jpg', but there is no"):
+    with pytest.raises(DataError, match=r"data\[0\]: image_id: found '003a8ae2ef43b901\.jpg', no such file"):
         read_items(find_task("textvqa"), [path])
     put(tmp_path / "train_images" / "003a8ae2ef43b901.jpg", png())
     item = check("textvqa", path, ["Dakota.", "the dakota"], "nous")
@@ -210,7 +211,7 @@ def test_ocrbench_in_its_three_layouts(tmp_path):
     image = base64.b64encode(png()).decode()
     row = {"index": 0, "image": image, "question": asked, "answer": "['CENTRE', '[1]']", "category": regular}
     item = check("ocrbench", tsv(tmp_path / "OCRBench.tsv", row), ["centre", "[1]"], "center")
-    assert item.pictures == [f"data:image/unknown;base64,{image}"]
+    assert item.images == [f"data:image/unknown;base64,{image}"]
 
 
 MMMU = {
@@ -241,7 +242,7 @@ def test_mmmu(tmp_path):
     path = parquet(tmp_path / "validation-00000-of-00001.parquet", MMMU, MMMU_OPEN)
     item = check("mmmu", path, ["B", "(B)"], "A", 2)
     assert kinds(item) == ["image", "text", "image", "text", "image", "text"]
-    first, second, again = item.pictures
+    first, second, again = item.images
     assert first == again != second
     assert item.group == "Business"
     assert item.reference["options"] == {"A": "$6", "B": "$7 <image 1>", "C": "it's $8"}
@@ -287,7 +288,7 @@ def test_screenspot_in_tables(tmp_path):
     assert item.group == "desktop-icon"
     check("screenspot@lmms-eval", path, ["(0.10, 0.10, 0.40, 0.60)"], "(0.7, 0.1, 0.8, 0.6)")
     broken = parquet(tmp_path / "broken.parquet", {**row, "bbox": [20.0, 10.0, 80.0, 60.0]})
-    with pytest.raises(DataError, match=r"field 'bbox': found .* beside 'file_name', expected shares from 0 to 1"):
+    with pytest.raises(DataError, match=r"bbox: found .* beside 'file_name'; expected fractions from 0 to 1"):
         read_items(find_task("screenspot"), [broken])
     image = base64.b64encode(png()).decode()
     row = {"index": 0, "image": image, "question": "close", "bbox": "[20, 10, 60, 50]"}
@@ -310,7 +311,7 @@ def test_videomme(tmp_path, place):
         "answer": "C",
     }
     path = parquet(tmp_path / "videomme" / "test-00000-of-00001.parquet", row)
-    with pytest.raises(DataError, match=r"parquet\[0\]: field 'videoID': found 'fFjv93ACGo8\.mp4', but there is no"):
+    with pytest.raises(DataError, match=r"parquet\[0\]: videoID: found 'fFjv93ACGo8\.mp4', no such file"):
         read_items(find_task("videomme"), [path])
     put(tmp_path / place, b"")
     item = check("videomme", path, ["C", "Berries."], "B")
@@ -368,21 +369,26 @@ def test_mathvista(tmp_path):
 @pytest.mark.parametrize(
     ("name", "row", "change", "says"),
     [
-        ("refcoco", REFCOCO, {"bbox": [1.0, 2.0, 0.0, 3.0]}, r"field 'bbox': found width 0 and height 3"),
-        ("refcoco", REFCOCO, {"bbox": [1.0, 2.0, 3.0]}, r"field 'bbox': found \[1.0, 2.0, 3.0\], expected four"),
-        ("refcoco", REFCOCO, {"answer": []}, r"field 'answer': found an empty list"),
-        ("refcoco", REFCOCO, {"image": {"bytes": b"GIF89a", "path": ""}}, "is not a readable picture"),
-        ("mmmu", MMMU, {"answer": "D"}, r"field 'answer': found 'D', expected one of A, B, C"),
-        ("mmmu", MMMU, {"options": "['$6"}, r"field 'options': found \"\['\$6\", expected a list"),
-        ("mmmu", MMMU, {"question_type": "essay"}, r"field 'question_type': found 'essay', expected one of multiple"),
+        ("refcoco", REFCOCO, {"bbox": [1.0, 2.0, 0.0, 3.0]}, r"bbox: found width 0 and height 3"),
+        ("refcoco", REFCOCO, {"bbox": [1.0, 2.0, 3.0]}, r"bbox: found \[1.0, 2.0, 3.0\]; expected four"),
+        ("refcoco", REFCOCO, {"answer": []}, r"answer: found an empty list"),
+        ("refcoco", REFCOCO, {"image": {"bytes": b"GIF89a", "path": ""}}, "found no readable image"),
+        ("mmmu", MMMU, {"answer": "D"}, r"answer: found 'D'; expected one of A, B, C"),
+        ("mmmu", MMMU, {"options": "['$6"}, r"options: found \"\['\$6\", expected a list"),
+        ("mmmu", MMMU, {"question_type": "essay"}, r"question_type: found 'essay'; expected one of multiple"),
         ("mmmu", MMMU, {"image_2": None}, r"prompt: found <image 2>, but the row has 1 of the kind"),
-        ("mathvista", MATHVISTA_CHOICE, {"choices": ["35°"]}, r"field 'answer': found '145°', expected one of the"),
-        ("mathvista", MATHVISTA_CHOICE, {"choices": None}, r"field 'choices': found none for multi_choice"),
-        ("mathvista", MATHVISTA, {"question_type": "essay"}, r"field 'question_type': found 'essay'"),
-        ("textvqa", TEXTVQA, {"answers": "dakota", "question": None}, r"field 'question': missing"),
-        ("chartqa", {"query": "?", "label": "1", "image": embedded()}, {}, r"field 'type': found none in the row"),
-        ("chartqa", {"query": "?", "label": "1"}, {}, r"field 'imgname' or 'image': missing"),
-        ("chartqa", {"image": embedded(), "human_or_machine": 2}, {"query": "?"}, r"'human_or_machine': found 2"),
+        ("mathvista", MATHVISTA_CHOICE, {"choices": ["35°"]}, r"answer: found '145°'; expected one of the"),
+        ("mathvista", MATHVISTA_CHOICE, {"choices": None}, r"choices: found none for multi_choice"),
+        ("mathvista", MATHVISTA, {"question_type": "essay"}, r"question_type: found 'essay'"),
+        ("textvqa", TEXTVQA, {"answers": "dakota", "question": None}, r"question: found nothing"),
+        ("chartqa", {"query": "?", "label": "1", "image": embedded()}, {}, r"type: "),
+        ("chartqa", {"query": "?", "label": "1"}, {}, r"imgname or image: found nothing"),
+        (
+            "chartqa",
+            {"image": embedded(), "human_or_machine": 2},
+            {"query": "?"},
+            r"human_or_machine: found the number 2",
+        ),
     ],
 )
 def test_broken_rows_are_named(tmp_path, name, row, change, says):

@@ -79,9 +79,9 @@ class TestEvery:
     def test_missing_fields_are_named(self, name):
         for field in METRICS[name].fields:
             item = {key: found for key, found in item_of(name).items() if key != field}
-            with pytest.raises(DataError, match=f"{field}: missing in the item"):
+            with pytest.raises(DataError, match=f"{field}: found nothing"):
                 METRICS[name].check(item)
-            with pytest.raises(DataError, match=f"{field}: missing in the item"):
+            with pytest.raises(DataError, match=f"{field}: found nothing"):
                 METRICS[name].score(perfect(name), item)
 
     def test_hostile_answers(self, name):

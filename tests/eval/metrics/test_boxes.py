@@ -103,10 +103,10 @@ class TestRefcoco:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"boxes": []}, "boxes: found 0, expected the one"),
+            ({"boxes": []}, "boxes: found 0; expected the one"),
             ({"boxes": [[3, 0, 1, 1]]}, "x1 <= x2"),
             ({"boxes": [[1, 2, 3]]}, "expected four numbers"),
-            ({"boxes": None}, "boxes: missing in the item, which has: height, width"),
+            ({"boxes": None}, "boxes: found nothing, which has: height, width"),
             ({"width": 0}, "width: found 0"),
         ],
     )

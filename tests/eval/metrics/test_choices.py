@@ -50,8 +50,8 @@ class TestMcq:
     @pytest.mark.parametrize(
         ("item", "message"),
         [
-            ({"answer": "B"}, "options: missing"),
-            ({"answer": "E", "options": OPTIONS}, "answer: found 'E', expected one of A, B, C, D"),
+            ({"answer": "B"}, "options: found nothing"),
+            ({"answer": "E", "options": OPTIONS}, "answer: found 'E'; expected one of A, B, C, D"),
             ({"answer": "B", "options": "red"}, "options: found 'red'"),
         ],
     )
@@ -162,7 +162,7 @@ class TestMmmuOpen:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"answer": "B", "type": "multiple-choice"}, "options: missing"),
+        ({"answer": "B", "type": "multiple-choice"}, "options: found nothing"),
         (ITEM | {"answer": "red"}, "answer: found 'red'"),
     ],
 )

@@ -207,7 +207,7 @@ class TestMathvista:
         assert METRICS["mathvista-official"].score("3 apples", INTEGER).parsed is None
 
     def test_precision_is_needed(self):
-        with pytest.raises(DataError, match="precision: missing"):
+        with pytest.raises(DataError, match="precision: found nothing"):
             METRICS["mathvista"].check(FLOAT | {"precision": None})
 
     def test_aggregate(self):

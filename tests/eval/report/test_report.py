@@ -17,7 +17,7 @@ import pytest
 from eval.report.report import split_thought, write_report
 from eval.report.thumbnails import LONGEST_SIDE, MAX_FRAMES, show
 from glm4v_jax.errors import DataError
-from tests.eval.helpers_runs import INJECTION, item, result, summary_of
+from tests.eval.helpers_eval import INJECTION, item, result, summary_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from glm4v_jax.data.media import located, media_item, picture_size
+from glm4v_jax.data.media import image_size, located, media_item
 from glm4v_jax.errors import DataError, MediaError
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
 from train.data.formats import FORMATS, alpaca, detect, hf, llava, openai, sharegpt, swift
@@ -338,9 +338,9 @@ BROKEN = [
     (row_of(images=["a.png", "b.png"]), "field 'images': found 2 for 1 <image> markers"),
     (row_of(images=["a.png"], videos=["b.mp4"]), "field 'videos': found 1 for 0 <video> markers"),
     (row_of(images=["a.png"], image="a.png"), "field 'image': found beside 'images', expected one of the two"),
-    (row_of(images=[7]), r"field 'images\[0\]': found the number 7, expected a path"),
-    (row_of(images=["  "]), r"field 'images\[0\]': found an empty string"),
-    (row_of(images=[None]), r"field 'images\[0\]': found null, expected a path"),
+    (row_of(images=[7]), r"images\[0\]: found the number 7; expected a path"),
+    (row_of(images=["  "]), r"images\[0\]: found an empty string"),
+    (row_of(images=[None]), r"images\[0\]: found null; expected a path"),
     (row_of(images=["a.png"], audios=["a.wav"]), "field 'audios': found some, expected none"),
     (row_of(images=["a.png"], tools="[]"), "field 'tools': found some, expected none"),
     (row_of(images=["a.png"], rejected_response="no"), "field 'rejected_response': found preferences"),
@@ -378,7 +378,7 @@ BROKEN = [
         said({"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}),
         r"content\[0\]': found 'path', 'url', expected one of them",
     ),
-    (said({"role": "user", "content": [{"type": "video", "video": []}]}), r"content\[0\]': found no frames"),
+    (said({"role": "user", "content": [{"type": "video", "video": []}]}), r"content\[0\]: found no frames"),
     (
         said({"role": "user", "content": [{"type": "video", "video": ["a.png"], "fps": 0}]}),
         r"content\[0\].fps': found 0, expected a number above 0",
@@ -431,27 +431,27 @@ def test_sizes_are_those_of_the_picture_as_it_is_shown(tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     cat.save(tmp_path / "turned.jpg", exif=exif)
-    assert picture_size(image(str(tmp_path / "cat.png"))) == cat.size == (451, 300)
-    assert picture_size(image(str(tmp_path / "turned.jpg"))) == (300, 451)
-    assert picture_size({"type": "image", "image": (tmp_path / "cat.png").read_bytes()}) == (451, 300)
-    assert picture_size({"type": "image", "image": cat}) == (451, 300)
-    assert picture_size({"type": "image", "image": np.asarray(cat)}) == (451, 300)
+    assert image_size(image(str(tmp_path / "cat.png"))) == cat.size == (451, 300)
+    assert image_size(image(str(tmp_path / "turned.jpg"))) == (300, 451)
+    assert image_size({"type": "image", "image": (tmp_path / "cat.png").read_bytes()}) == (451, 300)
+    assert image_size({"type": "image", "image": cat}) == (451, 300)
+    assert image_size({"type": "image", "image": np.asarray(cat)}) == (451, 300)
     encoded = base64.b64encode((tmp_path / "cat.png").read_bytes()).decode()
-    assert picture_size(media_item("image", encoded, "images[0]")) == (451, 300)
+    assert image_size(media_item("image", encoded, "images[0]")) == (451, 300)
 
 
 def test_only_the_header_of_a_picture_is_read(tmp_path):
     whole = png(300, 200)
     (tmp_path / "cut.png").write_bytes(whole[:60])
-    assert picture_size(image(str(tmp_path / "cut.png"))) == (300, 200)
+    assert image_size(image(str(tmp_path / "cut.png"))) == (300, 200)
     (tmp_path / "text.png").write_text("no picture")
     for path, says in (
-        ("text.png", "is not a readable picture"),
+        ("text.png", "found no readable image"),
         ("none.png", "no such file"),
-        (".", "is a directory"),
+        (".", "found a directory"),
     ):
         with pytest.raises(MediaError, match=says):
-            picture_size(image(str(tmp_path / path)))
+            image_size(image(str(tmp_path / path)))
 
 
 def test_paths_are_put_behind_their_directory_and_nothing_else():

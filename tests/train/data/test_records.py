@@ -103,7 +103,7 @@ def test_bad_rows_name_their_place_and_leave_the_others(tmp_path):
     )
     records = read_records(path)
     assert len(records) == 4
-    with pytest.raises(DataError, match=r"data\.jsonl:3: found what is not JSON"):
+    with pytest.raises(DataError, match=r"data\.jsonl:3: found invalid JSON"):
         records[1]
     with pytest.raises(DataError, match=r"data\.jsonl:4: field 'images': found 0 for 1 <image> markers"):
         records[2]

@@ -1,13 +1,21 @@
-"""Runs as the harness leaves them, made without a model."""
+"""Images, and runs made without a model."""
 
+import io
 import json
 from collections import Counter
 
+import PIL.Image
+
 from eval.data.items import Item
-from eval.files import RESULTS, SUMMARY
-from eval.results import Result, write_results
+from eval.results import RESULTS, SUMMARY, ItemResult, write_results
 
 INJECTION = '<script>window.broken = 1</script><img src=x onerror="window.broken = 2">\'"&{{ 7 * 7 }}</pre></article>'
+
+
+def png(width=200, height=100, colour="white"):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 def item(id="a", question="What?", reference=None, media=(), group=None):
@@ -16,7 +24,7 @@ def item(id="a", question="What?", reference=None, media=(), group=None):
 
 
 def result(item, output="<answer>7</answer>", score=1.0, parsed="7", category="scored", **fields):
-    return Result(
+    return ItemResult(
         id=item.id,
         question=item.question,
         group=item.group,
@@ -31,7 +39,7 @@ def result(item, output="<answer>7</answer>", score=1.0, parsed="7", category="s
 
 
 def summary_of(results, **fields):
-    """What `eval.summary` and `eval.harness` say of a run, with an interval that nobody computed."""
+    """A summary as `eval.summary` makes it, with an interval that is not computed."""
     scores = [result.score for result in results]
     counts = Counter(result.category for result in results)
     groups = sorted({result.group for result in results} - {None})
