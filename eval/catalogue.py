@@ -16,7 +16,7 @@ _LETTER_ONLY = "Respond with only the letter (A, B, C, or D) of the correct opti
 _PINPOINT = (
     "Please pinpoint the bounding box [[x1,y1,x2,y2], …] in the image as per the given description. {{ question }}"
 )
-_FRACTIONS = (
+_UNIT_BOX = (
     "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). "
     "All values are floating point numbers bounded between 0 and 1"
 )
@@ -84,7 +84,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "variants": {
             "locate": {"prompt": "Help me to locate {{ question }} in the image and give me its bounding boxes."},
             "lmms-eval": {
-                "prompt": f"{_FRACTIONS}. Please provide the bounding box coordinate of the region this sentence "
+                "prompt": f"{_UNIT_BOX}. Please provide the bounding box coordinate of the region this sentence "
                 "describes: {{ question }}",
                 "metric": "refcoco-unit",
             },
@@ -103,7 +103,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "{{ question }}",
         "variants": {
             "lmms-eval": {
-                "prompt": f"{_FRACTIONS} with two decimal places of precision (e.g., 0.15). Please provide the bounding "
+                "prompt": f"{_UNIT_BOX} with two decimal places of precision (e.g., 0.15). Please provide the bounding "
                 "box coordinates of the region that corresponds to the command: {{ question }}",
                 "metric": "screenspot-unit",
             },

@@ -85,9 +85,6 @@ class RunTasks(JsonOptions):
     report: bool = True
     """Write report.html."""
 
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """Print the summaries as JSON."""
-
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)

@@ -17,8 +17,8 @@ from glm4v_jax.generate.text.thinking import parse
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 Scale = Literal["thousand", "unit", "pixel"]
-"""The unit of coordinates in an answer: thousandths of width and height, as GLM-4.1V writes them; fractions from 0 to 1,
-for which other harnesses' prompts ask; pixels of the original image."""
+"""The unit of coordinates in an answer: thousandths of width and height, as GLM-4.1V writes them; fractions from 0 to
+1, for which other harnesses' prompts ask; pixels of the original image."""
 
 LIMITS: Mapping[Scale, float] = {"thousand": SCALE, "unit": 1.0, "pixel": math.inf}
 """The largest coordinate of each scale."""
@@ -211,7 +211,7 @@ def boxes(text: str, scale: Scale = "thousand") -> list[Box] | None:
 
 
 def points(text: str, scale: Scale = "thousand") -> list[Point] | None:
-    """Return the points (x, y) that the answer names, two numbers in brackets, on its own scale; None where there are none."""
+    """Return the points (x, y) that the answer names, two numbers in brackets, on its own scale; None without any."""
     return find_points(text, LIMITS[scale]) or None
 
 

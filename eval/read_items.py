@@ -79,7 +79,7 @@ def _read(task: Task, paths: Sequence[str | os.PathLike[str]]) -> Iterator[Item 
 
 
 def _in_order(rows: Rows) -> Iterator[dict[str, Any] | DataError]:
-    """Iterate over the rows, and the errors of broken ones in their places; a broken Parquet file ends with its error."""
+    """Iterate over the rows, with errors in place of broken ones; a broken Parquet file ends with its error."""
     if isinstance(rows, Parquet):
         try:
             yield from rows.in_order()

@@ -39,7 +39,7 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval of a mean, or of a ratio of sums (Efron and Tibshirani 1993, chapter 13).
+    """Compute the percentile bootstrap interval of a mean, or ratio of sums (Efron and Tibshirani 1993, chapter 13).
 
     The same for the same values, in the same order, and seed. For one value, or equal ones, both ends are that value;
     `score_interval` widens these.
@@ -145,7 +145,7 @@ def paired_difference(
 
 
 def clustered(things: Sequence[T], clusters: Sequence[Hashable]) -> dict[Hashable, list[T]]:
-    """Group things [N] by their cluster [N], in the order of their first ones; None is a cluster of its own each time."""
+    """Group things [N] by their clusters [N], in the order of the first things; each None is a cluster of its own."""
     found: dict[Hashable, list[T]] = {}
     for index, (thing, cluster) in enumerate(zip(things, clusters, strict=True)):
         found.setdefault(("alone", index) if cluster is None else ("together", cluster), []).append(thing)

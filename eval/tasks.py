@@ -51,8 +51,8 @@ class Task:
       prompt: jinja2 template of the question's text, over the fields that the reader returns. Images stand before it.
       system: the system message.
       preset: name in `glm4v_jax.config.presets.PRESETS`; None for the checkpoint's options.
-      options: of `GenerationConfig`, over the preset's: max_new_tokens, think_budget, answer_budget, do_sample, ...; the
-        engine checks them.
+      options: of `GenerationConfig`, over the preset's: max_new_tokens, think_budget, answer_budget, do_sample, ...;
+        the engine checks them.
       variants: name -> fields that differ in it: "prompt", "metric", "system", "preset", "options".
       data: which files to give.
       source: where task and prompt are from.

@@ -85,7 +85,7 @@ def refcoco_vlmevalkit(text: str, reference: Reference) -> Score:
 
 
 def aggregate_refcoco(scores: Scores) -> dict[str, float]:
-    """Return Acc@0.5 over all items as "score"; "mean_iou"; each of several splits and "macro", VLMEvalKit's "Average"."""
+    """Return Acc@0.5 as "score"; "mean_iou"; of several splits each, and "macro", VLMEvalKit's "Average"."""
     splits = by_group(scores, "split", "split")
     macro = {"macro": sum(splits.values()) / len(splits)} if splits else {}
     return {**mean(scores), "mean_iou": mean_part(scores, "iou"), **macro, **splits}

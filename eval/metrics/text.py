@@ -53,7 +53,7 @@ def anls(text: str, reference: Reference, is_inclusive: bool = False, is_raw: bo
 
 
 def similarity(text: str, reference: Reference) -> Score:
-    """Score 1 less the Levenshtein distance by the longer length, without whitespace: the model's own reward for OCR."""
+    """Score 1 less Levenshtein distance by the longer length, without whitespace: the model's own reward for OCR."""
     return best_match(
         text,
         reference,
@@ -123,7 +123,7 @@ METRICS = (
     _ANLS.variant("anls-inclusive", f"{_SOURCE}; NL = 0.5 gives 0.5, as the package anls_star says", is_inclusive=True),
     _ANLS.variant(
         "anls-harness",
-        f"{_SOURCE}; NL = 0.5 gives 0.5 and raw lengths: lmms-eval api/metrics.py, VLMEvalKit dataset/utils/vqa_eval.py",
+        f"{_SOURCE}; NL = 0.5 gives 0.5, raw lengths: lmms-eval api/metrics.py, VLMEvalKit dataset/utils/vqa_eval.py",
         is_inclusive=True,
         is_raw=True,
     ),

@@ -201,8 +201,8 @@ def open_rows(path: str | Path) -> Rows:
     - .json: a list of objects; an object whose "data" is such a list (DocVQA, TextVQA), or whose values are all
       objects (MathVista); or JSON lines.
     - .parquet.
-    - .tsv, as VLMEvalKit publishes them: a line of names, cells that may be quoted, images as base64 in "image"; a short
-      text in its place is the "index" of the row whose image it is. Empty cells are left out.
+    - .tsv, as of VLMEvalKit: a line of names, cells that may be quoted, images as base64 in "image", where a short text
+      is the "index" of the row whose image it is. Empty cells are skipped.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Two runs side by side: figures worked out by hand, what is refused, and what a person sees."""
+"""Two runs side by side: figures worked out by hand, errors, and what is printed."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def run_command(*arguments):
 
 @pytest.fixture
 def two(tmp_path):
-    """Of six items five in both; 0.25 below, twice the same, one lost, one gained."""
+    """Five of six items in both: one 0.25 higher, two equal, one lost, one gained."""
     names = ["a", "b", "c", "d", "e", "old"]
     first = write_run(tmp_path / "first", results([0.5, 1.0, 0.0, 1.0, 0.0, 1.0], names), model="models/a")
     names = ["new", "e", "d", "c", "b", "a"]
@@ -38,7 +38,7 @@ def two(tmp_path):
     return first, second
 
 
-def test_items_are_matched_by_id_whatever_their_order(two):
+def test_items_are_matched_by_id_in_any_order(two):
     found = compare(*two)
     assert (found.task, found.metric, found.count) == ("digits-grounding", "box_iou", 5)
     assert (found.first.mean, found.second.mean) == (0.5, 0.55)
@@ -71,7 +71,7 @@ def test_a_run_is_equal_to_itself(two):
     assert (found.lost, found.gained, found.first.only, found.higher, found.lower) == ([], [], [], 0, 0)
 
 
-def test_differences_are_told_by_group_and_category(tmp_path):
+def test_differences_by_group_and_counts_by_category(tmp_path):
     items = [item("a", group="one"), item("b", group="one"), item("c", group="two")]
     first = [result(of) for of in items]
     second = [result(items[0]), *(result(of, "", 0.0, None, "no_answer") for of in items[1:])]
@@ -81,8 +81,8 @@ def test_differences_are_told_by_group_and_category(tmp_path):
     assert found.lost[0].answers == ("7", None) and found.lost[0].categories == ("scored", "no_answer")
 
 
-def test_other_prompts_over_the_same_data_are_counted(tmp_path):
-    """Of other words, or with the picture elsewhere: `prompt` says that it is; older runs have none."""
+def test_prompts_that_differ_are_counted(tmp_path):
+    """Other words, or the image elsewhere, which only the digest shows; older runs have none."""
     asked = [("What?", "1"), ("Who?", "1"), ("Why?", "1"), ("When?", None)]
     others = [("What is it?", "2"), ("Who?", "1"), ("Why?", "2"), ("When?", "1")]
     first, second = (
@@ -92,8 +92,7 @@ def test_other_prompts_over_the_same_data_are_counted(tmp_path):
     assert compare(first, second).asked_differently == 2
 
 
-def test_variants_of_a_task_are_compared_where_the_metric_is_the_same(tmp_path, capsys):
-    """And what else was different is told, with the items that were not asked at all."""
+def test_variants_with_the_same_metric_are_compared_with_their_settings(tmp_path, capsys):
     failed = result(item("b"), "", 0.0, None, "error", error="no such file")
     first = write_run(tmp_path / "first", [result(item("a")), failed], task="chartqa", dtype="bfloat16")
     options = {"max_new_tokens": 64, "think_budget": 9}
@@ -111,13 +110,13 @@ def test_variants_of_a_task_are_compared_where_the_metric_is_the_same(tmp_path, 
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "task chartqa chartqa@vlmevalkit" in lines
     settings = "preset greedy and bench; dtype bfloat16 and float32; think_budget none and 9"
-    assert f"asked with different settings: {settings}" in lines
-    assert any("could not be made: 1 items of the first, 0 of the second" in line for line in lines)
+    assert f"settings that differ: {settings}" in lines
+    assert any("could not be prepared: 1 items of the first, 0 of the second" in line for line in lines)
     assert errors == ""
 
 
-def test_items_of_one_cluster_are_drawn_together(tmp_path):
-    """Ten pictures with ten questions each, all better or all worse: ten things are known, not a hundred."""
+def test_items_of_one_cluster_are_resampled_together(tmp_path):
+    """Ten images with ten questions each, all better or all worse: ten independent results, not a hundred."""
     scores = [float(index // 10 % 2) for index in range(100)]
     alone = [result(item(str(n)), score=score) for n, score in enumerate(scores)]
     together = [result(item(str(n)), score=score, cluster=str(n // 10)) for n, score in enumerate(scores)]
@@ -132,7 +131,7 @@ def test_items_of_one_cluster_are_drawn_together(tmp_path):
     assert 2.5 < (wide.high - wide.low) / (narrow.high - narrow.low) < 3.8
 
 
-def test_half_a_character_is_told_as_an_escape(tmp_path, capsys):
+def test_unpaired_surrogates_are_printed_as_escapes(tmp_path, capsys):
     of = result(item("a", "What?\u2028Who?"), "<answer>\ud83d</answer>")
     first, second = (
         write_run(tmp_path / name, [dataclasses.replace(of, score=s)]) for name, s in (("a", 1.0), ("b", 0.0))
@@ -151,31 +150,31 @@ def run_and_read(capsys, *arguments):
     ("fields", "names", "reference", "message"),
     [
         ({"metric": "anls"}, "ab", "7", "metric: found 'box_iou' in .*first and 'anls' in .*second"),
-        ({}, "cd", "7", r"found no item that both have \('a', 'b'; 'c', 'd'\); expected runs over the same data"),
-        ({}, "ab", "8", r"found 2 of 2 shared items with another reference, such as 'a' \(\{\"answer\": \"7\"\} and"),
+        ({}, "cd", "7", r"found no common item \('a', 'b'; 'c', 'd'\); expected runs over the same data"),
+        ({}, "ab", "8", r"found 2 of 2 common items with another reference, such as 'a' \(\{\"answer\": \"7\"\} and"),
         ({}, "aa", "7", r"second.results.jsonl: found 'a' more than once"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path, fields, names, reference, message):
+def test_runs_of_other_metrics_or_data_are_errors(tmp_path, fields, names, reference, message):
     first = write_run(tmp_path / "first", [result(item(name)) for name in "ab"])
     others = [result(item(name, reference={"answer": reference})) for name in names]
     with pytest.raises(DataError, match=message):
         compare(first, write_run(tmp_path / "second", others, **fields))
 
 
-def test_a_person_sees_figures_and_flips(two, capsys):
+def test_figures_and_flips_are_printed(two, capsys):
     assert run_command(*two) == 0
     shown, errors = capsys.readouterr()
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "model models/a models/b" in lines
-    assert any(line.startswith("mean of the 5 items of both 0.500 0.550 +0.050 (") for line in lines)
+    assert any(line.startswith("mean of the 5 common items 0.500 0.550 +0.050 (") for line in lines)
     assert any(line.endswith("right -> wrong 1, wrong -> right 1") for line in lines)
-    assert "only in the first, and not compared: 1 items: old" in lines
+    assert "only in the first, not compared: 1 items: old" in lines
     assert "d Question d? 7 says 1.0 says 0.0" in lines and "e Question e? 7 says 0.0 says 1.0" in lines
     assert errors == ""
 
 
-def test_what_a_model_wrote_does_not_reach_the_terminal_as_commands(tmp_path, capsys):
+def test_control_sequences_of_a_model_are_escaped(tmp_path, capsys):
     bad = "\x1b[31m[bold]red[/bold]\x07"
     first = write_run(tmp_path / "first", [result(item("a", bad), f"<answer>{bad}</answer>")])
     second = write_run(tmp_path / "second", [result(item("a", bad), f"<answer>{bad}</answer>", 0.0)])
@@ -184,7 +183,7 @@ def test_what_a_model_wrote_does_not_reach_the_terminal_as_commands(tmp_path, ca
     assert "\x1b" not in shown and "\x07" not in shown and shown.count("[bold]red[/bold]") == 3
 
 
-def test_json_has_all(two, capsys):
+def test_json_has_all_flips(two, capsys):
     assert run_command(*two, "--json", "--show", "0") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["count"] == 5 and told["difference"]["mean"] == pytest.approx(0.05)
@@ -202,18 +201,18 @@ def test_runs_of_several_tasks_are_compared_task_by_task(tmp_path, capsys):
     assert run_command(tmp_path / "first", tmp_path / "second", "--json") == 0
     told, errors = capsys.readouterr()
     assert list(json.loads(told)) == ["reading", "motion"]
-    assert errors == "eval: in one of the two only, and not compared: more\n"
+    assert errors == "eval: tasks of one run only, not compared: more\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("none",), "none/summary.json: there is no such file; expected the summary of a run"),
-        (("second", "--right", "0"), "--right: found 0.0; expected a score above 0 and up to 1"),
-        (("second", "--show", "-1"), "--show: found -1; expected at least 0"),
+        (("none",), "none/summary.json: found no such file; expected the summary of a run"),
+        (("second", "--right", "0"), "--right: found 0.0; expected a number above 0 and at most 1"),
+        (("second", "--show", "-1"), "--show: found -1; expected an integer of at least 0"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(two, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(two, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(two[0].parent)
     assert run_command("first", *arguments) == 1
     assert capsys.readouterr().err == f"eval: error: {message}\n"

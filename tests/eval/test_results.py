@@ -1,4 +1,4 @@
-"""From answers to results and figures: what failed, what was cut off, what is drawn together, what a file can hold."""
+"""From answers to results and figures: errors, texts that were cut off, clusters, and what files can hold."""
 
 import statistics
 
@@ -29,7 +29,7 @@ def run(metric, items, answers):
 
 
 @pytest.mark.parametrize("metric", ["cer", "wer"])
-def test_what_failed_is_as_bad_as_saying_nothing(metric):
+def test_an_error_scores_as_an_empty_answer(metric):
     items = [item("a", {"answer": "one two"}), item("b", {"answer": "three four five six"})]
     results, summary = run(metric, items, [said("one two"), {"error": "no such file"}])
     _, silent = run(metric, items, [said("one two"), said("")])
@@ -40,13 +40,13 @@ def test_what_failed_is_as_bad_as_saying_nothing(metric):
     assert summary["rates"]["error"] == 0.5 and summary["parts"]["mean_error_rate"] == 0.5
 
 
-def test_of_what_failed_the_boxes_are_missed():
+def test_boxes_of_an_error_are_missed():
     box = {"boxes": [[0, 0, 50, 50]], "width": 100, "height": 100}
     _, summary = run("multi_box", [item("a", box), item("b", box)], [said("[[0,0,500,500]]"), {"error": "no"}])
     assert summary["parts"]["recall"] == 0.5 and summary["parts"]["precision"] == 1
 
 
-def test_categories_add_up_and_what_was_cut_is_counted_besides():
+def test_categories_add_up_and_truncated_texts_are_counted_besides():
     items = [item(str(number), {"answer": "3", "answer_type": "integer"}) for number in range(6)]
     answers = [
         said("3"), said("3 or", "length"), said("<think>1, 2,", "length"), said("<think>1, 1, 1,", "repetition"),
@@ -75,7 +75,7 @@ def test_rotations_of_a_question_are_one_cluster_and_no_group():
     assert summary["interval"] == [0.35, 0.65] == (stats.binom.ppf([0.025, 0.975], 40, 0.5) / 40).tolist()
 
 
-def test_questions_about_one_picture_are_drawn_together():
+def test_questions_about_one_image_are_one_cluster():
     box = {"boxes": [[0, 0, 50, 50]], "width": 100, "height": 100}
     pictures = [{"type": "image", "path": f"{number // 10}.png", "digest": f"{number // 20}"} for number in range(200)]
     items = [item(str(n), box, content=[picture]) for n, picture in enumerate(pictures)]
@@ -90,7 +90,7 @@ def test_questions_about_one_picture_are_drawn_together():
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "cer"])
-def test_all_right_is_not_certain(metric):
+def test_equal_scores_have_wilsons_interval(metric):
     items = [item(str(n), {"answer": "one"}) for n in range(10)]
     low, high = run(metric, items, [said("one")] * 10)[1]["interval"]
     # Wilson's ends are the shares p with (1 - p)^2 = z^2 p (1 - p) / 10.
@@ -98,7 +98,7 @@ def test_all_right_is_not_certain(metric):
     assert low == pytest.approx(10 / (10 + z * z), abs=1e-12) and high == pytest.approx(1, abs=1e-12)
 
 
-def test_no_figure_is_told_twice():
+def test_groups_that_are_parts_are_not_repeated():
     def groups(metric, references, names):
         items = [item(str(n), of, name) for n, (of, name) in enumerate(zip(references, names, strict=True))]
         summary = run(metric, items, [said("7"), *[said("8")] * (len(items) - 1)])[1]
@@ -113,7 +113,7 @@ def test_no_figure_is_told_twice():
     assert groups("exact_match", [human, machine], ["human", "augmented"]) == ({}, ["augmented", "human"])
 
 
-def test_prompts_are_told_apart_by_what_is_in_them():
+def test_prompts_are_equal_if_texts_and_files_are():
     def prompt(*content, **more):
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         of = Item("a", [{"role": "user", "content": "What?"}], {"answer": "7"}, {"content": parts, **more})
@@ -127,7 +127,7 @@ def test_prompts_are_told_apart_by_what_is_in_them():
 
 
 @pytest.mark.parametrize("text", ["\u2028 \u2029 \x85 \x1c \r\n", "half a pair: \ud83d", "é"])
-def test_whatever_a_model_writes_can_be_read_again(tmp_path, text):
+def test_any_text_can_be_written_and_read(tmp_path, text):
     items = [item("a", {"answer": text}, text), item("b", {"answer": "7"})]
     results, summary = run("exact_match", items, [said(f"<answer>{text}</answer>"), said("7")])
     write_results(results, tmp_path / "results.jsonl")
@@ -138,10 +138,10 @@ def test_whatever_a_model_writes_can_be_read_again(tmp_path, text):
 
 
 @pytest.mark.parametrize("line", [b"{", b"5", b'{"id": "a"}', b'"\xff"', b""])
-def test_what_is_no_result_is_named(tmp_path, line):
+def test_an_invalid_line_is_an_error_with_its_number(tmp_path, line):
     results, _ = run("exact_match", [item("a", {"answer": "7"})], [said("7")])
     write_results(results, tmp_path / "results.jsonl")
     with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(DataError, match=r"results\.jsonl:2: found no result of a run"):
+    with pytest.raises(DataError, match=r"results\.jsonl:2: found an invalid result"):
         read_results(tmp_path / "results.jsonl")

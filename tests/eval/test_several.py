@@ -1,4 +1,4 @@
-"""Several tasks in one run: their files, their joint summary, and what becomes of it; a stand-in for the engine."""
+"""Several tasks in one run, with a stand-in for the engine: their files and their joint summary."""
 
 import json
 import statistics
@@ -60,7 +60,7 @@ def files(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_directory_for_each_task_and_their_scores_in_the_root(root, run, capsys):
+def test_tasks_have_directories_and_a_joint_summary(root, run, capsys):
     said = right_answers()
     said[COUNT] = said[-1] = "none of these"  # of the second task's three
     status, engine = run(said)
@@ -86,7 +86,7 @@ def test_a_directory_for_each_task_and_their_scores_in_the_root(root, run, capsy
     assert json.loads(capsys.readouterr().out) == dict(zip(NAMES, summaries, strict=True))
 
 
-def test_scores_of_earlier_answers_do_not_outlive_them(root, run):
+def test_scores_are_removed_with_the_answers_they_are_of(root, run):
     said = right_answers()
     assert run(said, "--no-report")[0] == 0
     before = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.json*") if path.name != ANSWERS}

@@ -1,4 +1,4 @@
-"""Boxes and points: IoU against pycocotools, pairing against scipy's assignment, the rest by hand."""
+"""Boxes: IoU against pycocotools, pairing against scipy's assignment, the rest by hand."""
 
 import random
 
@@ -10,7 +10,6 @@ from scipy.optimize import linear_sum_assignment
 from eval.metrics import METRICS
 from eval.metrics.boxes import iou, match_boxes
 from eval.metrics.metric import Score
-from eval.metrics.points import click
 from glm4v_jax.errors import DataError
 
 ITEM = {"boxes": [[20, 10, 120, 60]], "width": 200, "height": 100}
@@ -23,7 +22,7 @@ def random_boxes(rng, count, size=100):
 
 
 class TestIou:
-    def test_as_pycocotools(self):
+    def test_values_equal_pycocotools(self):
         rng = np.random.default_rng(0)
         ours, others = random_boxes(rng, 1000), random_boxes(rng, 1000)
         as_sizes = [np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], axis=1) for b in (ours, others)]
@@ -35,35 +34,29 @@ class TestIou:
     @pytest.mark.parametrize(
         ("box", "other", "expected"),
         [
-            ((0, 0, 2, 2), (0, 0, 2, 2), 1),
-            ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3),
-            ((0, 0, 2, 2), (2, 0, 4, 2), 0),
-            ((0, 0, 0, 0), (0, 0, 0, 0), 0),
-            ((2, 2, 0, 0), (0, 0, 2, 2), 0),
-            ((0, 0, 4, 4), (1, 1, 3, 3), 0.25),
+            ((0, 0, 2, 2), (0, 0, 2, 2), 1), ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3), ((0, 0, 2, 2), (2, 0, 4, 2), 0),
+            ((0, 0, 0, 0), (0, 0, 0, 0), 0), ((2, 2, 0, 0), (0, 0, 2, 2), 0), ((0, 0, 4, 4), (1, 1, 3, 3), 0.25),
         ],
-    )
-    def test_by_hand(self, box, other, expected):
+    )  # fmt: skip
+    def test_values(self, box, other, expected):
         assert iou(box, other) == pytest.approx(expected)
 
 
 class TestRefcoco:
-    def test_perfect(self):
+    def test_an_iou_of_half_is_a_hit(self):
         assert METRICS["refcoco"].score(PERFECT, ITEM) == (1.0, [20, 10, 120, 60], {"iou": 1.0})
-
-    def test_half_is_a_hit(self):
         # Half of the box: IoU 0.5 exactly.
         assert METRICS["refcoco"].score("[100,100,350,600]", ITEM)[::2] == (1.0, {"iou": 0.5})
         value, _, parts = METRICS["refcoco"].score("[100,100,349,600]", ITEM)
         assert value == 0 and parts["iou"] == pytest.approx(0.498)
 
-    def test_first_of_several_or_only_one(self):
+    def test_the_first_of_several_counts_unless_one_is_expected(self):
         two = f"{PERFECT[:-22]}, [0,0,1,1]]<|end_of_box|></answer>"
         assert METRICS["refcoco"].score(two, ITEM).value == 1
         assert METRICS["box_iou"].score(two, ITEM)[::2] == (0.0, {"iou": 0.0})
         assert METRICS["box_iou"].score(PERFECT, ITEM).value == 1
 
-    def test_corners_in_either_order_and_beyond_the_edge(self):
+    def test_corners_are_ordered_and_clipped(self):
         assert METRICS["refcoco"].score("[600,600,100,100]", ITEM).value == 1
         assert METRICS["refcoco-pixel"].score("[20,10,120,6000]", ITEM).parsed == [20, 10, 120, 100]
 
@@ -77,46 +70,44 @@ class TestRefcoco:
             ("refcoco-vlmevalkit", "from 100, 100 to 600, 600"),
         ],
     )
-    def test_other_scales(self, name, text):
+    def test_scales_of_harnesses(self, name, text):
         assert METRICS[name].score(text, ITEM).parts["iou"] == pytest.approx(1)
 
-    def test_the_guess_goes_wrong_where_it_does(self):
+    def test_the_guessed_scale_may_be_wrong(self):
         # Pixels of a small picture are taken for thousandths.
         assert METRICS["refcoco-vlmevalkit"].score("[20, 10, 120, 60]", ITEM).value == 0
         wide = {"boxes": [[20, 10, 1200, 60]], "width": 2000, "height": 100}
         assert METRICS["refcoco-vlmevalkit"].score("[20, 10, 1200, 60]", wide).value == 1
 
     @pytest.mark.parametrize("text", ["", "here", "<think>[100,100,600,600]", "[1200,10,1300,20]"])
-    def test_unparsed(self, text):
+    def test_answers_without_boxes_are_unparsed(self, text):
         assert METRICS["refcoco"].score(text, ITEM) == (0.0, None, {})
 
-    def test_aggregate(self):
+    def test_figures_by_split(self):
         rows = [("val", 1.0, 0.8), ("val", 0.0, 0.4), ("testA", 1.0, 0.6)]
         scores = [({"split": split}, Score(value, [0], {"iou": overlap})) for split, value, overlap in rows]
         scores.append(({"split": "testA"}, Score(0.0, None)))
         figures = METRICS["refcoco"].aggregate(scores)
-        assert next(iter(figures)) == "score"
-        assert figures == pytest.approx(
-            {"score": 0.5, "mean_iou": 0.45, "macro": 0.5, "split/testA": 0.5, "split/val": 0.5}
-        )
+        expected = {"score": 0.5, "mean_iou": 0.45, "macro": 0.5, "split/testA": 0.5, "split/val": 0.5}
+        assert next(iter(figures)) == "score" and figures == pytest.approx(expected)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"boxes": []}, "boxes: found 0; expected the one"),
+            ({"boxes": []}, "boxes: found 0; expected exactly one"),
             ({"boxes": [[3, 0, 1, 1]]}, "x1 <= x2"),
             ({"boxes": [[1, 2, 3]]}, "expected four numbers"),
-            ({"boxes": None}, "boxes: found nothing, which has: height, width"),
+            ({"boxes": None}, "boxes: found nothing; expected the field beside height, width"),
             ({"width": 0}, "width: found 0"),
         ],
     )
-    def test_broken_items(self, change, message):
+    def test_invalid_references_are_errors(self, change, message):
         with pytest.raises(DataError, match=message):
             METRICS["refcoco"].score(PERFECT, ITEM | change)
 
 
 class TestMultiBox:
-    def test_pairing_as_scipy_where_boxes_are_apart(self):
+    def test_pairs_are_as_many_as_scipys_where_boxes_are_apart(self):
         rng = np.random.default_rng(0)
         places = [(x, y) for x in range(0, 1000, 100) for y in range(0, 1000, 100)]
         differ = 0
@@ -137,25 +128,19 @@ class TestMultiBox:
         pairs = match_boxes([(0, 0, 10, 8), (0, 0, 10, 10)], gold)
         assert pairs == [(0, 1, 1.0), (1, 0, 1.0)]
 
-    def test_named_twice_counts_once(self):
+    def test_a_box_named_twice_is_found_once(self):
         value, parsed, parts = METRICS["multi_box"].score("[[100,100,600,600],[100,100,600,600]]", ITEM)
-        assert parts == {
-            "precision": 0.5,
-            "recall": 1.0,
-            "f1": pytest.approx(2 / 3),
-            "matched": 1,
-            "found": 2,
-            "expected": 1,
-        }
+        counts = {"matched": 1, "found": 2, "expected": 1}
+        assert parts == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), **counts}
         assert value == parts["f1"] and len(parsed) == 2
 
-    def test_nothing_to_find(self):
+    def test_no_box_is_right_where_none_is_expected(self):
         nothing = ITEM | {"boxes": []}
         assert METRICS["multi_box"].score("There is none.", nothing)[:2] == (1.0, [])
         assert METRICS["multi_box"].score("[1,2,3,4]", nothing).value == 0
         assert METRICS["multi_box"].score("", nothing)[:2] == (0.0, None)
 
-    def test_aggregate_is_over_all_boxes(self):
+    def test_figures_are_over_all_boxes(self):
         two = ITEM | {"boxes": [[20, 10, 120, 60], [0, 0, 10, 10]]}
         items = [ITEM, two, two]
         texts = ["[100,100,600,600]", "[[100,100,600,600],[900,900,999,999],[800,800,999,999]]", "no idea"]
@@ -163,44 +148,6 @@ class TestMultiBox:
         figures = METRICS["multi_box"].aggregate(scores)
         # 2 matched, 4 named, 5 expected; by item 1, 2/5 and 0.
         assert figures == pytest.approx({"score": 4 / 9, "precision": 0.5, "recall": 0.4, "macro_f1": 1.4 / 3})
-
-
-class TestScreenspot:
-    @pytest.mark.parametrize(
-        ("text", "place"),
-        [
-            ("[[100, 200, 300, 400]]", (200, 300)),
-            ("(200, 300)", (200, 300)),
-            ("left_click(start_box='[200,300]')", (200, 300)),
-            ("pyautogui.click(x=200, y=300)", (200, 300)),
-            ('{"x": 200, "y": 300}', (200, 300)),
-            ("x: 200; y: 300", (200, 300)),
-            ("x=200, y=3000", None),
-            ("200 300", None),
-        ],
-    )
-    def test_where_it_clicks(self, text, place):
-        assert click(text) == place
-
-    def test_edges_are_within(self):
-        for text, value in [("[100,100]", 1), ("[600,600]", 1), ("[99,100]", 0), ("[600,601]", 0)]:
-            assert METRICS["screenspot"].score(text, ITEM).value == value
-        assert METRICS["screenspot-unit"].score("[0.1, 0.6]", ITEM) == (1.0, [20, 60], {})
-        assert METRICS["screenspot-pixel"].score("[120, 60]", ITEM).value == 1
-
-    def test_unparsed(self):
-        assert METRICS["screenspot"].score("I cannot", ITEM) == (0.0, None, {})
-
-    def test_aggregate(self):
-        rows = [("ios", "text", 1.0), ("Android", "icon", 0.0), ("windows", "text", 1.0), ("gitlab", "icon", 0.0)]
-        scores = [({"data_source": source, "data_type": kind}, Score(value, [])) for source, kind, value in rows]
-        assert METRICS["screenspot"].aggregate(scores) == {
-            "score": 0.5,
-            "group/desktop-text": 1.0,
-            "group/mobile-icon": 0.0,
-            "group/mobile-text": 1.0,
-            "group/web-icon": 0.0,
-        }
 
 
 def test_every_scale_gives_the_same_score():

@@ -1,4 +1,4 @@
-"""The page of a run, in a browser where there is one.
+"""The page of a run, in a browser if one is installed.
 
 The browser is a Chromium of the system's (`apt-get install chromium`), driven by playwright (the `test` extra), which
 downloads none here.
@@ -41,9 +41,9 @@ def run():
         item("right", "Locate the cat.", BOXES, [image()], "one"),
         item("wrong", "Locate the dog.", BOXES, [image(seed=1)], "one"),
         item("point", "Click on OK.", BOXES, [image(seed=2)], "two"),
-        item("film", "Which way does it move?", None, [{"type": "video", "video": frames, "fps": 2.0}], "two"),
+        item("video", "Which way does it move?", None, [{"type": "video", "video": frames, "fps": 2.0}], "two"),
         item("cut", "How many?", None, [image(width=84, height=84)]),
-        item("cut-but-understood", "How many?"),
+        item("cut-but-parsed", "How many?"),
         item("silent", "Why?"),
         item("unclear", "Who?"),
         item("lost", "Where?", None, [{"type": "image", "image": "there/is/no/such.png"}]),
@@ -71,47 +71,47 @@ def report(run, tmp_path_factory):
     return path
 
 
-def test_it_is_one_file_which_refers_to_no_other(report):
+def test_the_page_is_one_file_and_loads_no_other(report):
     text = report.read_text(encoding="utf-8")
     assert os.listdir(report.parent) == ["report.html"]
     assert not re.search(r"""(src|href)="(?!data:|#)""", text)
     assert "url(" not in text and "@import" not in text and "://" not in text
 
 
-def test_nothing_of_model_or_data_is_markup(report):
+def test_texts_of_model_and_data_are_escaped(report):
     text = report.read_text(encoding="utf-8")
     assert "window.broken" in text
     assert "<script>window.broken" not in text and "<img src=x" not in text and "<b>three" not in text
     assert text.count("<script>") == 1 and text.count("<article ") == 10 == text.count("</article>")
 
 
-def test_the_same_run_makes_the_same_file(run, report, tmp_path):
+def test_equal_runs_make_equal_files(run, report, tmp_path):
     summary = summary_of(run[1], model=INJECTION, options={"stop": [INJECTION]})
     write_report(*run, summary, tmp_path / "report.html")
     assert (tmp_path / "report.html").read_bytes() == report.read_bytes()
 
 
-def test_of_a_large_run_failures_are_shown_first_and_the_rest_is_counted(tmp_path):
+def test_a_large_run_shows_the_lowest_scores_and_counts_the_others(tmp_path):
     items = [item(f"item-{index}") for index in range(20)]
     results = [result(item, score=float(index % 4 > 0)) for index, item in enumerate(items)]
     write_report(items, results, summary_of(results), tmp_path / "report.html", limit=7)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     shown = re.findall(r"<h2[^>]*>item-(\d+)</h2>", text)
     assert shown == ["0", "1", "2", "4", "8", "12", "16"]
-    assert "13 of 20 items are left out here: 0 wrong, 13 right." in text
+    assert "13 of 20 items are not shown: 0 wrong, 13 right." in text
 
 
-def test_what_is_no_unicode_is_written(tmp_path):
+def test_unpaired_surrogates_are_written_as_escapes(tmp_path):
     items = [item("a")]
     results = [result(items[0], output="half a pair: \ud83d")]
     write_report(items, results, summary_of(results), tmp_path / "report.html")
     assert "half a pair: \\ud83d" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_unfinished_page_takes_no_place(run, tmp_path):
+def test_a_failed_page_leaves_the_earlier_one(run, tmp_path):
     (tmp_path / "report.html").write_text("before")
     items, results = run
-    with pytest.raises(DataError, match=r"found 9 that are not those of the 10 items"):
+    with pytest.raises(DataError, match=r"found 9 of other items; expected those of the 10 items"):
         write_report(items, results[1:], {}, tmp_path / "report.html")
     with pytest.raises(Exception, match=r"undefined|no attribute"):
         write_report(items, results, {}, tmp_path / "report.html")
@@ -128,11 +128,11 @@ def test_an_unfinished_page_takes_no_place(run, tmp_path):
         ("<think>Hm.<answer>7", "<think>Hm."),
     ],
 )
-def test_of_an_output_the_thought_is_folded_and_nothing_is_lost(output, thought):
+def test_an_output_is_split_after_its_thought(output, thought):
     assert split_thought(output) == (thought, output[len(thought) :])
 
 
-def test_pictures_are_small_and_frames_are_few(tmp_path):
+def test_thumbnails_are_small_and_frames_are_few(tmp_path):
     picture(2000, 1000).save(tmp_path / "large.png")
     frames = [np.asarray(picture(80, 40, seed)) for seed in range(12)]
     content = [
@@ -140,24 +140,24 @@ def test_pictures_are_small_and_frames_are_few(tmp_path):
         {"type": "video", "video": frames, "fps": 2.0},
         {"type": "image", "image": picture(20, 10)},
     ]
-    large, small, film = show([{"role": "user", "content": content}])
+    large, small, video = show([{"role": "user", "content": content}])
     assert (large.size, large.thumbnails[0].width, large.thumbnails[0].is_enlarged) == ((2000, 1000), 400, False)
     assert LONGEST_SIDE == 512 and decoded(large).size == (512, 256)
     assert (small.thumbnails[0].width, small.thumbnails[0].height, small.thumbnails[0].is_enlarged) == (160, 80, True)
-    assert film.frames == 12 and len(film.thumbnails) == MAX_FRAMES
-    assert [thumbnail.time for thumbnail in film.thumbnails] == [0.0, 1.0, 1.5, 2.5, 3.0, 4.0, 4.5, 5.5]
+    assert video.frames == 12 and len(video.thumbnails) == MAX_FRAMES
+    assert [thumbnail.time for thumbnail in video.thumbnails] == [0.0, 1.0, 1.5, 2.5, 3.0, 4.0, 4.5, 5.5]
 
 
 def decoded(shown):
     return PIL.Image.open(io.BytesIO(base64.b64decode(shown.thumbnails[0].address.split(",")[1])))
 
 
-def test_a_film_in_a_file_is_shown(tmp_path):
+def test_a_video_file_is_shown(tmp_path):
     frames = [picture(80, 40, seed) for seed in range(12)]
-    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:], duration=250)
-    (film,) = show([{"role": "user", "content": [{"type": "video", "video": str(tmp_path / "film.gif")}]}])
-    assert film.problem is None and film.frames == 12 and len(film.thumbnails) == MAX_FRAMES
-    assert film.thumbnails[-1].time == pytest.approx(11 * 0.25)
+    frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:], duration=250)
+    (video,) = show([{"role": "user", "content": [{"type": "video", "video": str(tmp_path / "video.gif")}]}])
+    assert video.problem is None and video.frames == 12 and len(video.thumbnails) == MAX_FRAMES
+    assert video.thumbnails[-1].time == pytest.approx(11 * 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -175,19 +175,19 @@ def browser():
 
 
 class Opened:
-    """A page, and what went wrong on it."""
+    """A page, with its errors and requests."""
 
     def __init__(self, browser, report, **options):
         self.page = browser.new_page(viewport={"width": 1280, "height": 900}, **options)
-        self.complaints, self.requests = [], []
+        self.errors, self.requests = [], []
         self.page.on("console", self.note)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(report.as_uri())
 
     def note(self, message):
         if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
+            self.errors.append(message.text)
 
     def visible(self):
         return self.page.locator("article:visible h2").all_text_contents()
@@ -203,7 +203,7 @@ def opened(browser, report):
     opened.page.close()
 
 
-def test_pictures_load_and_boxes_lie_over_them(opened):
+def test_images_load_and_boxes_lie_over_them(opened):
     page = opened.page
     assert page.locator("img").count() == 3 + MAX_FRAMES + 1
     page.evaluate("Promise.all(Array.from(document.images, (image) => image.decode()))")
@@ -224,17 +224,15 @@ def test_pictures_load_and_boxes_lie_over_them(opened):
             " box.width * there.a, box.height * there.d]; }"
         )
         expected = [
-            ground["x"] + left * ground["width"],
-            ground["y"] + top * ground["height"],
-            width * ground["width"],
-            height * ground["height"],
-        ]
+            ground["x"] + left * ground["width"], ground["y"] + top * ground["height"],
+            width * ground["width"], height * ground["height"],
+        ]  # fmt: skip
         assert box == pytest.approx(expected, abs=0.5)
     assert page.locator("article path.line").count() == 1
-    assert opened.complaints == []
+    assert opened.errors == []
 
 
-def test_boxes_can_be_switched_off(opened):
+def test_boxes_can_be_hidden(opened):
     opened.page.get_by_label("predicted").uncheck()
     assert opened.page.locator(".mark.predicted:visible").count() == 0
     assert opened.page.locator(".mark.reference:visible").count() == 3
@@ -242,40 +240,28 @@ def test_boxes_can_be_switched_off(opened):
     assert opened.page.locator(".mark:visible").count() == 0
 
 
-def test_filters_search_and_order(opened):
+def test_filters_search_and_sorting(opened):
     page = opened.page
-    everything = [
-        "right",
-        "wrong",
-        "point",
-        "film",
-        "cut",
-        "cut-but-understood",
-        "silent",
-        "unclear",
-        "lost",
-        INJECTION,
-    ]
+    everything = ["right", "wrong", "point", "video", "cut", "cut-but-parsed", "silent", "unclear", "lost", INJECTION]
     assert opened.visible() == everything
     for label, expected in {
-        "right": ["right", "point", "film", "cut-but-understood"],
+        "right": ["right", "point", "video", "cut-but-parsed"],
         "wrong": ["wrong", "cut", "silent", "unclear", "lost", INJECTION],
-        "not understood": ["unclear"],
+        "not parsed": ["unclear"],
         "no answer": ["silent"],
-        "cut off, not understood": ["cut"],
-        "cut off": ["cut", "cut-but-understood"],
+        "cut off, not parsed": ["cut"],
+        "cut off": ["cut", "cut-but-parsed"],
         "error": ["lost"],
         "all": everything,
     }.items():
         opened.choose(label)
         assert opened.visible() == expected, label
         assert page.locator("#count").inner_text() == f"{len(expected)} of 10 items"
-        assert page.get_by_role("radio", checked=True).evaluate("radio => radio.labels[0].innerText").split()[
-            -1
-        ] == str(len(expected))
+        chosen = page.get_by_role("radio", checked=True).evaluate("radio => radio.labels[0].innerText")
+        assert chosen.split()[-1] == str(len(expected))
 
     page.get_by_label("Group").select_option("two")
-    assert opened.visible() == ["point", "film"]
+    assert opened.visible() == ["point", "video"]
     page.get_by_label("Group").select_option(INJECTION)
     assert opened.visible() == [INJECTION]
     page.get_by_role("button", name="Reset").click()
@@ -285,13 +271,13 @@ def test_filters_search_and_order(opened):
     assert opened.visible() == ["wrong"]
     page.get_by_label("Search").fill("")
     page.get_by_label("Sort").select_option("worst")
-    assert opened.visible()[-5:] == [INJECTION, "right", "point", "film", "cut-but-understood"]
+    assert opened.visible()[-5:] == [INJECTION, "right", "point", "video", "cut-but-parsed"]
     page.get_by_label("Sort").select_option("longest")
     assert opened.visible()[0] == "wrong"
-    assert opened.complaints == []
+    assert opened.errors == []
 
 
-def test_the_keyboard_is_enough(opened):
+def test_the_page_works_with_the_keyboard(opened):
     page = opened.page
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
@@ -304,23 +290,23 @@ def test_the_keyboard_is_enough(opened):
     assert thought.get_attribute("open") is not None
 
 
-def test_what_a_model_wrote_is_inert(opened):
+def test_markup_of_a_model_does_not_run(opened):
     page = opened.page
     card = page.locator("article").last
     assert card.locator("h2").text_content() == INJECTION
     assert card.locator("pre").all_text_contents()[-1] == INJECTION
     assert page.evaluate("window.broken") is None
-    # Even where the escaping failed, the page's policy would not let it run.
+    # Even without escaping, the page's policy does not let it run.
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.broken = 3\">')")
     page.wait_for_timeout(100)
     assert page.evaluate("window.broken") is None
 
 
-def test_nothing_is_asked_of_the_net(opened, report):
+def test_the_page_makes_no_requests(opened, report):
     assert [url for url in opened.requests if not url.startswith("data:")] == [report.as_uri()]
 
 
-def test_without_scripts_all_is_shown(browser, report):
+def test_without_scripts_all_items_are_shown(browser, report):
     opened = Opened(browser, report, java_script_enabled=False)
     assert len(opened.visible()) == 10
     assert not opened.page.locator("#filters").is_visible()
@@ -330,7 +316,7 @@ def test_without_scripts_all_is_shown(browser, report):
     opened.page.close()
 
 
-def test_a_narrow_screen_needs_no_scrolling_sideways(browser, report):
+def test_a_narrow_screen_scrolls_in_one_direction(browser, report):
     opened = Opened(browser, report)
     opened.page.set_viewport_size({"width": 380, "height": 800})
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 380
