@@ -1,4 +1,4 @@
-"""Whole runs with random weights: interrupted ones and those of several processes come to the same figures."""
+"""Runs with random weights: interrupted ones and those of several processes have the same figures."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from helpers_orbax import environment, free_port
 from eval.commands import RunTasks, main
 from eval.results import ANSWERS, REPORT, RESULTS, SUMMARY, read_results
 from eval.tasks import find_task
+from glm4v_jax.console.options import ModelOptions, SamplingOptions
 
 COUNT = 12
 TASK = """
@@ -33,7 +34,7 @@ temperature = 0.8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Questions in two groups, some about a picture, and one whose picture is damaged behind its header."""
+    """Questions in two groups, some about an image, one of which is damaged after its header."""
     folder = tmp_path_factory.mktemp("data")
     pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(folder / "noise.png")
@@ -62,11 +63,11 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    assert main(arguments(folder, "whole")) == 1  # one item has failed, which somebody should know
+    assert main(arguments(folder, "whole")) == 1  # as one item has failed
     return folder / "whole"
 
 
-def test_a_run_says_what_became_of_every_item(whole, folder):
+def test_every_item_has_a_result(whole, folder):
     summary = json.loads((whole / SUMMARY).read_text())
     assert next(iter(summary)) == "score"
     results = read_results(whole / RESULTS)
@@ -84,8 +85,8 @@ def test_a_run_says_what_became_of_every_item(whole, folder):
     assert (whole / REPORT).read_text(encoding="utf-8").count("data:image/") >= 2
 
 
-def test_a_finished_run_asks_nothing(whole, folder, monkeypatch, capsys):
-    """But what failed, which may be mended by now; the scores are made anew."""
+def test_a_finished_run_answers_failed_items_again(whole, folder, capsys):
+    """They may have been repaired; the scores are computed again."""
     before = (whole / SUMMARY).read_bytes()
     (whole / SUMMARY).unlink()
     answers = {line["id"]: line for line in lines(whole / ANSWERS)}
@@ -95,7 +96,7 @@ def test_a_finished_run_asks_nothing(whole, folder, monkeypatch, capsys):
     assert {line["id"]: line for line in lines(whole / ANSWERS)} == answers
 
 
-def test_a_killed_run_goes_on_to_the_same_summary(whole, folder):
+def test_a_killed_run_resumes_to_the_same_summary(whole, folder):
     command = [sys.executable, "-m", "eval", *arguments(folder, "killed", "--slots", "1")]
     running = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     answers, deadline = folder / "killed" / ANSWERS, time.monotonic() + 240
@@ -143,17 +144,17 @@ def copied(folder, whole, name):
     return folder / name
 
 
-def test_a_part_of_a_run_is_scored_without_asking(whole, folder, monkeypatch):
+def test_the_first_items_of_a_run_are_scored_without_the_model(whole, folder, monkeypatch):
     out = copied(folder, whole, "part")
-    monkeypatch.setattr("eval.commands.RunTasks.load", pytest.fail)
+    monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", pytest.fail)
     assert main(arguments(folder, "part", "--limit", "3", "--no-report")) == 0
     assert json.loads((out / SUMMARY).read_text())["count"] == 3
     assert len(lines(out / ANSWERS)) == COUNT - 1  # without the error, which would be tried again
 
 
-@pytest.mark.parametrize("changed", ["model", "picture", "prompt", "options", "system"])
-def test_answers_to_something_else_are_not_gone_on_with(whole, folder, tmp_path, capsys, monkeypatch, changed):
-    """Whatever has changed, under the same name; and what is there stays."""
+@pytest.mark.parametrize("changed", ["model", "image", "prompt", "options", "system"])
+def test_a_run_does_not_resume_with_other_answers(whole, folder, tmp_path, capsys, monkeypatch, changed):
+    """Whatever has changed under the same name; the files stay as they are."""
     out = copied(folder, whole, f"changed-{changed}")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     data = tmp_path / "data"
@@ -167,42 +168,46 @@ def test_answers_to_something_else_are_not_gone_on_with(whole, folder, tmp_path,
         content = bytearray(path.read_bytes())
         content[-100:] = bytes(100)
         path.write_bytes(content)
-    elif changed == "picture":
+    elif changed == "image":
         PIL.Image.new("RGB", (84, 56)).save(data / "noise.png")
     elif changed == "prompt":
         (data / "words.toml").write_text(TASK.replace("In a word", "In two words"), encoding="utf-8")
     else:
         more = ["--system", "Be brief."] if changed == "system" else ["--temperature", "0.7"]
-    monkeypatch.setattr("eval.commands.RunTasks.load", pytest.fail)
+    monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", pytest.fail)
     given = ["--model", model, "--task", data / "words.toml", "--data", data / "data.jsonl", "--out", out, *more]
     assert main([str(argument) for argument in given]) == 1
     assert "found the answer to another prompt or with other options" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_limits_of_a_task_give_way_to_those_of_the_command(folder):
+def test_options_of_the_command_replace_those_of_the_task():
     task = dataclasses.replace(find_task("chartqa"), options={})
     assert task.preset == "bench"
-    run = RunTasks(model=str(RANDOM_CHECKPOINT))
-    assert "max_new_tokens" not in run._with_options(task).options
-    short = RunTasks(model=str(RANDOM_CHECKPOINT), max_new_tokens=4)._with_options(task).options
+
+    def asked(**sampling):
+        model = ModelOptions(directory=str(RANDOM_CHECKPOINT))
+        return RunTasks(model=model, sampling=SamplingOptions(**sampling))._with_options(task)
+
+    assert "max_new_tokens" not in asked().options
+    short = asked(max_new_tokens=4).options
     assert (short["max_new_tokens"], short["think_budget"], short["answer_budget"]) == (4, None, None)
-    assert RunTasks(model=str(RANDOM_CHECKPOINT), preset="greedy")._with_options(task).options["max_new_tokens"] == 2048
-    assert RunTasks(model=str(RANDOM_CHECKPOINT), system="Be brief.")._with_options(task).system == "Be brief."
+    assert asked(preset="greedy").options["max_new_tokens"] == 2048
+    assert asked(system="Be brief.").system == "Be brief."
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--limit", "0"], "--limit: found 0; expected at least 1"),
-        (["--slots", "0"], "--slots: found 0; expected at least 1"),
+        (["--limit", "0"], "--limit: found 0; expected an integer of at least 1"),
+        (["--slots", "0"], "--slots: found 0; expected an integer of at least 1"),
         (["--model", "nowhere"], "nowhere"),
         (["--task", "nothing"], "--task: found 'nothing'; expected"),
         (["--task", "digits-vqa"], "--data: found with 2 tasks; expected it with one --task"),
         (["--preset", "nothing"], "nothing"),
     ],
 )
-def test_what_is_wrong_is_said_before_a_model_is_loaded(folder, monkeypatch, capsys, more, message):
+def test_errors_come_before_the_model_is_loaded(folder, monkeypatch, capsys, more, message):
     monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", pytest.fail)
     assert main(arguments(folder, "never", *more)) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The model for lmms-eval, on stand-ins for what it takes of lmms-eval; `bench.lmms_eval` runs the real one."""
+"""The model for lmms-eval, on stand-ins for lmms-eval's classes; `bench.lmms_eval` runs the real one."""
 
 import dataclasses
 import importlib
@@ -84,8 +84,7 @@ def documents(count):
     return [(picture, item.question) for picture, item in zip(pictures, items, strict=True)], items
 
 
-def test_requests_are_answered_in_their_order(model):
-    """With limits that are meant for models that do not think, which are not taken."""
+def test_requests_are_answered_in_their_order_without_the_limits_of_tasks(model):
     asked, items = documents(5)
     found = model.generate_until(requests(model, asked, max_new_tokens=2, temperature=0, do_sample=False, until=["\n"]))
     assert [result.text for result in found] == [item.reference["answer"] for item in items]
@@ -93,14 +92,14 @@ def test_requests_are_answered_in_their_order(model):
     assert sorted(given[1][0] for given in model.cached) == list("01234")
 
 
-def test_a_request_that_fails_is_empty_and_the_others_are_answered(model, caplog):
+def test_a_request_that_fails_has_an_empty_answer(model, caplog):
     asked, items = documents(3)
     asked[1] = ("/nowhere/picture.png", asked[1][1])
     with caplog.at_level(logging.WARNING):
         found = model.generate_until(requests(model, asked, temperature=0))
     expected = [item.reference["answer"] for item in items]
     assert [result.text for result in found] == [expected[0], "", expected[2]]
-    assert "request 1 is not answered" in caplog.text and "picture.png" in caplog.text
+    assert "request 1 failed" in caplog.text and "picture.png" in caplog.text
 
 
 def test_stop_strings_end_the_answer_and_not_the_thought(lmms, model):
@@ -109,7 +108,7 @@ def test_stop_strings_end_the_answer_and_not_the_thought(lmms, model):
     assert model._text(completion, {}) == "seven\n\nor so"
 
 
-def test_options_that_nobody_knows_are_refused_before_anything_is_generated(lmms, model):
+def test_unknown_options_are_errors(lmms, model):
     asked, _ = documents(1)
     with pytest.raises(GenerationError, match="generation_kwargs: found 'beams'; expected some of temperature"):
         model.generate_until(requests(model, asked, beams=3))
@@ -119,15 +118,15 @@ def test_options_that_nobody_knows_are_refused_before_anything_is_generated(lmms
         lmms.Glm4vJax(answer="half")
 
 
-def test_what_lmms_eval_is_told(lmms):
+def test_the_manifest_names_the_class(lmms):
     manifest = lmms.manifest()
     module, name = manifest.chat_class_path.rsplit(".", 1)
     assert (manifest.model_id, getattr(importlib.import_module(module), name)) == ("glm4v_jax", lmms.Glm4vJax)
     assert not lmms.Glm4vJax.is_simple
 
 
-def test_content_of_another_kind_is_refused(lmms):
-    with pytest.raises(GenerationError, match="content of type 'audio': expected text, image or video"):
+def test_messages_have_text_images_and_videos(lmms):
+    with pytest.raises(GenerationError, match="content: found the type 'audio'; expected text, image or video"):
         lmms._message({"role": "user", "content": [{"type": "audio", "url": "a.wav"}]})
     picture = PIL.Image.new("RGB", (8, 8))
     told = lmms._message({"role": "user", "content": [{"type": "image", "url": picture}]})
@@ -135,7 +134,7 @@ def test_content_of_another_kind_is_refused(lmms):
 
 
 class StandIn:
-    """Keeps what it is asked, and says the same to all, the last one first."""
+    """Keeps requests, and answers all of them equally, the last one first."""
 
     said, finish_reason = "<think>It is 3.</think><answer>So <|begin_of_box|>3<|end_of_box|></answer>", "stop"
 
@@ -175,12 +174,12 @@ def text(role, text):
 
 
 @pytest.mark.parametrize(("form", "said"), [("boxed", "3"), ("answer", "So 3"), ("raw", StandIn.said)])
-def test_what_tasks_score(lmms, engine, form, said):
+def test_the_text_that_tasks_score(lmms, engine, form, said):
     assert asked(lmms.Glm4vJax(answer=form), [text("user", "How many?")]) == [said]
 
 
-def test_videos_and_several_turns_are_asked_as_they_are(lmms, engine):
-    """A question after one with its answer, as tasks of few shots have it."""
+def test_prompts_may_have_videos_and_several_turns(lmms, engine):
+    """As tasks of few shots have them."""
     video = {"role": "user", "content": [{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "Which way?"}]}
     asked(lmms.Glm4vJax(), [text("user", "Hm?"), text("assistant", "Left."), video], [text("user", "And?")])
     first, second = (request.prompt for request in engine.requests)
@@ -189,7 +188,7 @@ def test_videos_and_several_turns_are_asked_as_they_are(lmms, engine):
     assert second == [text("user", "And?")]
 
 
-def test_the_system_speaks_first_and_once(lmms, engine):
+def test_the_system_message_is_first_and_only_one(lmms, engine):
     model = lmms.Glm4vJax(system="Be brief.")
     asked(model, [text("user", "What?")], [text("system", "Be exact."), text("user", "Who?")])
     assert [request.prompt for request in engine.requests] == [
@@ -215,17 +214,17 @@ BUDGETS = {name: PRESETS["bench"].options[name] for name in ("max_new_tokens", "
         ({"preset": "greedy", "max_new_tokens": 9}, {"max_new_tokens": 9}),
     ],
 )
-def test_limits_are_ours_and_sampling_is_the_tasks_unless_there_is_a_preset(lmms, engine, arguments, options):
+def test_budgets_are_ours_and_sampling_is_the_tasks_unless_there_is_a_preset(lmms, engine, arguments, options):
     asked(lmms.Glm4vJax(**arguments), [text("user", "What?")], temperature=0.5, max_new_tokens=16)
     (request,) = engine.requests
     assert request.options == options
     preset = arguments.get("preset")
-    # Looked at when the model is made, and taken when it is asked.
+    # Checked when the model is made, and used when it is asked.
     over = {name: value for name, value in options.items() if name != "temperature"}
     assert engine.presets == [(preset, over), (preset, {})]
 
 
-def test_thoughts_that_do_not_end_are_told(lmms, engine, caplog):
+def test_unfinished_thoughts_are_logged(lmms, engine, caplog):
     engine.said, engine.finish_reason = "<think>Hm, hm,", "length"
     with caplog.at_level(logging.WARNING):
         assert asked(lmms.Glm4vJax(), [text("user", "What?")], [text("user", "Who?")]) == ["", ""]
@@ -235,6 +234,6 @@ def test_thoughts_that_do_not_end_are_told(lmms, engine, caplog):
 @pytest.mark.parametrize(
     ("name", "message"), [("generate_until_multi_round", "several rounds"), ("loglikelihood", "scored by likelihood")]
 )
-def test_tasks_of_other_kinds_are_refused(lmms, engine, name, message):
+def test_other_kinds_of_tasks_are_errors(lmms, engine, name, message):
     with pytest.raises(NotImplementedError, match=f"glm4v_jax: found a task .*{message}; expected one that generates"):
         getattr(lmms.Glm4vJax(), name)([])

@@ -58,7 +58,8 @@ LETTERS = {
     "C": ("Option B fits, so the answer is C",),
     "D": ("It says 13 there",),
     None: (
-        "A dog? I take B, I think", "The answer is a dog", "A is what I see", "A or B", "3 or 13", "E", "Blue", "1313", "",
+        "A dog? I take B, I think", "The answer is a dog", "A is what I see", "A or B", "3 or 13", "E", "Blue",
+        "1313", "",
     ),
 }  # fmt: skip
 
@@ -132,22 +133,8 @@ class TestCoordinates:
             to_pixels([], *size)
 
 
-PIECES = [
-    *TAGS,
-    "\\boxed{",
-    "\\text{",
-    *"}[]()<>{",
-    "[[1,2,3,4]]",
-    "1,234",
-    "1e9",
-    "3/0",
-    "٣",
-    "²",
-    "A",
-    "B.",
-    "answer is",
-]
-PIECES += ["option", "答案", "red", *" \n,.-%é'", "x=1, y=2", "𝟏", "\x00"]
+_WORDS = [r"\boxed{", r"\text{", r"[[1,2,3,4]]", r"1,234", r"1e9", r"3/0", r"A", r"B.", r"option", r"答案", r"red"]
+PIECES = [*TAGS, *_WORDS, "answer is", "x=1, y=2", *"[](){}<>٣² \n,.-%𝟏\x00é'"]
 
 LONGER = ["1,", "1.", "1,111", "1, ", "[1,1,1,", "(1 ", "1/1/", "1e", "-1-", "A B ", "red ", "answer is ", "option"]
 LONGER += ["\\boxed{", "\\text{", *TAGS]

@@ -17,7 +17,7 @@ NAMES, COUNT = ("digits-motion", "digits-vqa"), 3
 
 
 class StandIn:
-    """Says what it was told to, to one prompt after the other; at None Ctrl-C is pressed."""
+    """Answers one prompt after the other with given texts; None presses Ctrl-C."""
 
     def __init__(self, said):
         self.said, self.stats, self.asked = iter(said), Stats(), 0
@@ -38,7 +38,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def run(root, monkeypatch):
-    """(what is said, ...) -> status, the engine."""
+    """(answers, ...) -> status, the engine."""
     pytest.importorskip("sklearn")
 
     def run(said, *more):
