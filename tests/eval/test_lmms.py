@@ -1,6 +1,6 @@
 """The model for lmms-eval, on stand-ins for lmms-eval's classes; `bench.lmms_eval` runs the real one."""
 
-import dataclasses
+import collections
 import importlib
 import logging
 import sys
@@ -16,22 +16,9 @@ from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
-
-@dataclasses.dataclass
-class GenerationResult:
-    text: str
-    token_counts: object
-
-
-@dataclasses.dataclass
-class TokenCounts:
-    input_tokens: int
-    output_tokens: int
-
-
-@dataclasses.dataclass
-class Request:
-    args: tuple
+GenerationResult = collections.namedtuple("GenerationResult", "text token_counts")
+TokenCounts = collections.namedtuple("TokenCounts", "input_tokens output_tokens")
+Request = collections.namedtuple("Request", "args")
 
 
 class Lmms:
@@ -71,8 +58,8 @@ def requests(model, documents, **options):
     model.task_dict = {"digits": {"test": documents}}
 
     def to_messages(document):
-        picture, text = document
-        content = [{"type": "image", "url": picture}, {"type": "text", "text": text}]
+        image, text = document
+        content = [{"type": "image", "url": image}, {"type": "text", "text": text}]
         return [{"role": "user", "content": content}]
 
     return [Request((f"{i}", to_messages, options, i, "digits", "test")) for i in range(len(documents))]
@@ -80,8 +67,7 @@ def requests(model, documents, **options):
 
 def documents(count):
     items = read_items(TASKS["digits-vqa"], limit=count)
-    pictures = [next(part["image"] for part in item.messages[-1]["content"] if "image" in part) for item in items]
-    return [(picture, item.question) for picture, item in zip(pictures, items, strict=True)], items
+    return [(item.images[0], item.question) for item in items], items
 
 
 def test_requests_are_answered_in_their_order_without_the_limits_of_tasks(model):
@@ -128,9 +114,9 @@ def test_the_manifest_names_the_class(lmms):
 def test_messages_have_text_images_and_videos(lmms):
     with pytest.raises(GenerationError, match="content: found the type 'audio'; expected text, image or video"):
         lmms._message({"role": "user", "content": [{"type": "audio", "url": "a.wav"}]})
-    picture = PIL.Image.new("RGB", (8, 8))
-    told = lmms._message({"role": "user", "content": [{"type": "image", "url": picture}]})
-    assert told["content"] == [{"type": "image", "image": picture}]
+    image = PIL.Image.new("RGB", (8, 8))
+    message = lmms._message({"role": "user", "content": [{"type": "image", "url": image}]})
+    assert message["content"] == [{"type": "image", "image": image}]
 
 
 class StandIn:
