@@ -25,17 +25,9 @@ def item(id="a", question="What?", reference=None, media=(), group=None):
 
 def result(item, output="<answer>7</answer>", score=1.0, parsed="7", category="scored", **fields):
     return ItemResult(
-        id=item.id,
-        question=item.question,
-        group=item.group,
-        reference=item.reference,
-        output=output,
-        parsed=parsed,
-        score=score,
-        parts=fields.pop("parts", {}),
-        category=category,
-        **fields,
-    )
+        id=item.id, question=item.question, group=item.group, reference=item.reference, output=output, parsed=parsed,
+        score=score, parts=fields.pop("parts", {}), category=category, **fields,
+    )  # fmt: skip
 
 
 def summary_of(results, **fields):
@@ -45,27 +37,15 @@ def summary_of(results, **fields):
     groups = sorted({result.group for result in results} - {None})
     mean = sum(scores) / len(scores)
     return {
-        "score": mean,
-        "task": "digits-grounding",
-        "metric": "box_iou",
-        "mean": mean,
-        "interval": [max(mean - 0.05, 0), min(mean + 0.05, 1)],
-        "confidence": 0.95,
-        "count": len(results),
-        "clusters": len(results),
-        "parts": {"mean_iou": 0.625},
+        "score": mean, "task": "digits-grounding", "metric": "box_iou", "mean": mean,
+        "interval": [max(mean - 0.05, 0), min(mean + 0.05, 1)], "confidence": 0.95, "count": len(results),
+        "clusters": len(results), "parts": {"mean_iou": 0.625},
         "groups": {group: {"mean": 0.5, "count": sum(of.group == group for of in results)} for group in groups},
         "rates": {name: counts[name] / len(results) for name in ("parse_failure", "no_answer", "truncated", "error")},
         "truncated_share": sum(result.is_truncated for result in results) / len(results),
-        "tokens": {"prompt": 10, "new": 20},
-        "items": "0123456789abcdef",
-        "model": "models/tiny",
-        "dtype": "float32",
-        "preset": "greedy",
-        "options": {"max_new_tokens": 64},
-        "versions": {"jax": "0.10.2"},
-        **fields,
-    }
+        "tokens": {"prompt": 10, "new": 20}, "items": "0123456789abcdef", "model": "models/tiny", "dtype": "float32",
+        "preset": "greedy", "options": {"max_new_tokens": 64}, "versions": {"jax": "0.10.2"}, **fields,
+    }  # fmt: skip
 
 
 def write_run(directory, results, **fields):

@@ -64,15 +64,10 @@ def kinds(item):
 
 
 REFCOCO = {
-    "question_id": "1719310",
-    "image": IMAGE,
-    "question": "Please carefully observe the area circled in the image",
-    "answer": ["guy in yellow", "left <man>"],
-    "segmentation": [1.0, 2.0],
-    "bbox": [20.0, 10.0, 60.0, 50.0],
-    "iscrowd": 0,
-    "file_name": "COCO_train2014_000000000072_0.jpg",
-}
+    "question_id": "1719310", "image": IMAGE, "question": "Please carefully observe the area circled in the image",
+    "answer": ["guy in yellow", "left <man>"], "segmentation": [1.0, 2.0], "bbox": [20.0, 10.0, 60.0, 50.0],
+    "iscrowd": 0, "file_name": "COCO_train2014_000000000072_0.jpg",
+}  # fmt: skip
 
 
 def test_refcoco(tmp_path):
@@ -110,16 +105,10 @@ def test_chartqa_in_tables(tmp_path):
 
 
 DOCVQA = {
-    "questionId": 49153,
-    "question": "What is the ‘actual’ value per 1000?",
-    "question_types": ["figure/diagram"],
-    "image": "documents/pybv0228_81.png",
-    "docId": 14465,
-    "ucsf_document_id": "pybv0228",
-    "ucsf_document_page_no": "81",
-    "answers": ["0.28", "0.280"],
-    "data_split": "val",
-}
+    "questionId": 49153, "question": "What is the ‘actual’ value per 1000?", "question_types": ["figure/diagram"],
+    "image": "documents/pybv0228_81.png", "docId": 14465, "ucsf_document_id": "pybv0228",
+    "ucsf_document_page_no": "81", "answers": ["0.28", "0.280"], "data_split": "val",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", ["qas/documents", "spdocvqa_images", "qas"])
@@ -142,13 +131,10 @@ def test_docvqa_in_tables(tmp_path):
 
 
 TEXTVQA = {
-    "question_id": 34602,
-    "question": "what is the Brand of this camera?",
-    "image_id": "003a8ae2ef43b901",
-    "image_classes": ["Cassette deck"],
-    "set_name": "val",
+    "question_id": 34602, "question": "what is the Brand of this camera?", "image_id": "003a8ae2ef43b901",
+    "image_classes": ["Cassette deck"], "set_name": "val",
     "answers": ["nous les gosses", "dakota", "clos culombu", "dakota digital", *["dakota"] * 6],
-}
+}  # fmt: skip
 
 
 def test_textvqa(tmp_path):
@@ -190,27 +176,16 @@ def test_ocrbench_in_json_and_tsv(tmp_path):
 
 
 MMMU = {
-    "id": "validation_Accounting_1",
-    "question": "<image 1> Baxter Company has <image 2>. Which?",
-    "options": "['$6', '$7 <image 1>', 'it\\'s $8']",
-    "explanation": "",
-    "image_1": IMAGE,
-    "image_2": {"bytes": png(colour="red"), "path": "picture.png"},
-    "image_3": None,
-    "img_type": "['Tables']",
-    "answer": "B",
-    "topic_difficulty": "Medium",
-    "question_type": "multiple-choice",
+    "id": "validation_Accounting_1", "question": "<image 1> Baxter Company has <image 2>. Which?",
+    "options": "['$6', '$7 <image 1>', 'it\\'s $8']", "explanation": "", "image_1": IMAGE,
+    "image_2": {"bytes": png(colour="red"), "path": "picture.png"}, "image_3": None, "img_type": "['Tables']",
+    "answer": "B", "topic_difficulty": "Medium", "question_type": "multiple-choice",
     "subfield": "Managerial Accounting",
-}
+}  # fmt: skip
 MMMU_OPEN = {
-    **MMMU,
-    "id": "validation_Art_Theory_12",
-    "question": "How long?",
-    "options": "[]",
-    "answer": "['16', 'sixteen']",
+    **MMMU, "id": "validation_Art_Theory_12", "question": "How long?", "options": "[]", "answer": "['16', 'sixteen']",
     "question_type": "open",
-}
+}  # fmt: skip
 
 
 def test_mmmu(tmp_path):
@@ -231,12 +206,9 @@ def test_mmmu(tmp_path):
 
 def test_screenspot_as_published(tmp_path):
     row = {
-        "img_filename": "web_3b0a.png",
-        "bbox": [20, 10, 60, 50],
-        "instruction": "view the details of the item",
-        "data_type": "text",
-        "data_source": "shop",
-    }
+        "img_filename": "web_3b0a.png", "bbox": [20, 10, 60, 50], "instruction": "view the details of the item",
+        "data_type": "text", "data_source": "shop",
+    }  # fmt: skip
     put(tmp_path / "screenspot_imgs" / "web_3b0a.png", content=png())
     path = put(tmp_path / "screenspot_web.json", row)
     item = check("screenspot", path, ["[[100,100,400,600]]", "[250, 350]", "(400, 600)"], "[401, 350]")
@@ -249,13 +221,9 @@ def test_screenspot_as_published(tmp_path):
 
 
 SCREENSPOT = {
-    "file_name": "pc_0a.png",
-    "bbox": [0.1, 0.1, 0.4, 0.6],
-    "instruction": "close",
-    "data_type": "icon",
-    "data_source": "windows",
-    "image": IMAGE,
-}
+    "file_name": "pc_0a.png", "bbox": [0.1, 0.1, 0.4, 0.6], "instruction": "close", "data_type": "icon",
+    "data_source": "windows", "image": IMAGE,
+}  # fmt: skip
 
 
 def test_screenspot_in_tables(tmp_path):
@@ -271,18 +239,12 @@ def test_screenspot_in_tables(tmp_path):
 @pytest.mark.parametrize("place", ["data/fFjv93ACGo8.mp4", "videomme/videos/fFjv93ACGo8.MP4"])
 def test_videomme(tmp_path, place):
     row = {
-        "video_id": "001",
-        "duration": "short",
-        "domain": "Knowledge",
-        "sub_category": "Humanity & History",
-        "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
-        "videoID": "fFjv93ACGo8",
-        "question_id": "001-1",
-        "task_type": "Counting Problem",
-        "question": "Which of the following features are not discussed?",
+        "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History",
+        "url": "https://www.youtube.com/watch?v=fFjv93ACGo8", "videoID": "fFjv93ACGo8", "question_id": "001-1",
+        "task_type": "Counting Problem", "question": "Which of the following features are not discussed?",
         "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three are of the same number."],
         "answer": "C",
-    }
+    }  # fmt: skip
     path = put(tmp_path / "videomme" / "test-00000-of-00001.parquet", row)
     with pytest.raises(DataError, match=r"parquet\[0\]: videoID: found 'fFjv93ACGo8\.mp4', no such file"):
         read_items(find_task("videomme"), [path])
@@ -296,27 +258,14 @@ def test_videomme(tmp_path, place):
 
 
 MATHVISTA = {
-    "pid": "1",
-    "question": "Find the length.",
-    "image": "images/1.jpg",
-    "choices": None,
-    "unit": "cm",
-    "precision": 1.0,
-    "answer": "1.2",
-    "question_type": "free_form",
-    "answer_type": "float",
+    "pid": "1", "question": "Find the length.", "image": "images/1.jpg", "choices": None, "unit": "cm",
+    "precision": 1.0, "answer": "1.2", "question_type": "free_form", "answer_type": "float",
     "metadata": {"category": "math-targeted-vqa", "task": "geometry problem solving", "skills": ["geometry reasoning"]},
-}
+}  # fmt: skip
 MATHVISTA_CHOICE = {
-    **MATHVISTA,
-    "pid": "2",
-    "choices": ["145°", "35°"],
-    "unit": None,
-    "precision": None,
-    "answer": "145°",
-    "question_type": "multi_choice",
-    "answer_type": "text",
-}
+    **MATHVISTA, "pid": "2", "choices": ["145°", "35°"], "unit": None, "precision": None, "answer": "145°",
+    "question_type": "multi_choice", "answer_type": "text",
+}  # fmt: skip
 
 
 def test_mathvista_in_parquet(tmp_path):

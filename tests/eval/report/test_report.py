@@ -136,10 +136,9 @@ def test_thumbnails_are_small_and_frames_are_few(tmp_path):
     picture(2000, 1000).save(tmp_path / "large.png")
     frames = [np.asarray(picture(80, 40, seed)) for seed in range(12)]
     content = [
-        {"type": "image", "url": str(tmp_path / "large.png")},
-        {"type": "video", "video": frames, "fps": 2.0},
+        {"type": "image", "url": str(tmp_path / "large.png")}, {"type": "video", "video": frames, "fps": 2.0},
         {"type": "image", "image": picture(20, 10)},
-    ]
+    ]  # fmt: skip
     large, small, video = show([{"role": "user", "content": content}])
     assert (large.size, large.thumbnails[0].width, large.thumbnails[0].is_enlarged) == ((2000, 1000), 400, False)
     assert LONGEST_SIDE == 512 and decoded(large).size == (512, 256)
@@ -246,14 +245,10 @@ def test_filters_search_and_sorting(opened):
     assert opened.visible() == everything
     for label, expected in {
         "right": ["right", "point", "video", "cut-but-parsed"],
-        "wrong": ["wrong", "cut", "silent", "unclear", "lost", INJECTION],
-        "not parsed": ["unclear"],
-        "no answer": ["silent"],
-        "cut off, not parsed": ["cut"],
-        "cut off": ["cut", "cut-but-parsed"],
-        "error": ["lost"],
-        "all": everything,
-    }.items():
+        "wrong": ["wrong", "cut", "silent", "unclear", "lost", INJECTION], "not parsed": ["unclear"],
+        "no answer": ["silent"], "cut off, not parsed": ["cut"], "cut off": ["cut", "cut-but-parsed"],
+        "error": ["lost"], "all": everything,
+    }.items():  # fmt: skip
         opened.choose(label)
         assert opened.visible() == expected, label
         assert page.locator("#count").inner_text() == f"{len(expected)} of 10 items"
