@@ -102,11 +102,6 @@ class Comparison:
     asked_differently: int
     settings: Mapping[str, tuple[Any, Any]]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON objects."""
-        groups = {name: difference._asdict() for name, difference in self.groups.items()}
-        return {**dataclasses.asdict(self), "difference": self.difference._asdict(), "groups": groups}
-
 
 def compare(first: Path, second: Path, *, right: float = RIGHT, seed: int = 0) -> Comparison:
     """Compare two runs of a task, or of its variants with the same metric, item by item.

@@ -59,7 +59,7 @@ class Compare(JsonOptions):
             raise DataError(f"task: found {found}; expected the same")
         comparisons = [compare(first[a], second[b], right=self.right, seed=self.seed) for a, b in pairs]
         if self.as_json:
-            by_task = {comparison.task: comparison.to_dict() for comparison in comparisons}
+            by_task = {comparison.task: dataclasses.asdict(comparison) for comparison in comparisons}
             print(encoded(by_task if len(by_task) > 1 else next(iter(by_task.values()))).decode())
         else:
             for index, comparison in enumerate(comparisons):

@@ -1,9 +1,10 @@
 """Confidence intervals: by bootstrap for scores of any kind, and Wilson's for fractions."""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +19,8 @@ _SPREAD = 1e-12
 """Ends of an interval that are no further apart than this differ by rounding only."""
 
 
-class Difference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Difference:
     """The difference of two runs over the same items.
 
     Attributes:

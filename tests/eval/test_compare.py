@@ -67,7 +67,7 @@ def test_the_interval_is_that_of_paired_items(tmp_path):
 
 def test_a_run_is_equal_to_itself(two):
     found = compare(two[0], two[0])
-    assert found.difference == (0, 0, 0)
+    assert dataclasses.astuple(found.difference) == (0, 0, 0)
     assert (found.lost, found.gained, found.first.only, found.higher, found.lower) == ([], [], [], 0, 0)
 
 

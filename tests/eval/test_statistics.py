@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.statistics import bootstrap_interval, paired_difference, score_interval, wilson_interval
+from eval.statistics import Difference, bootstrap_interval, paired_difference, score_interval, wilson_interval
 from glm4v_jax.errors import DataError
 
 Z = stats.norm.ppf(0.975)
@@ -121,8 +121,9 @@ class TestPairedDifference:
         rng = np.random.default_rng(0)
         hardness = rng.random(300)
         first, second = hardness + rng.normal(0, 0.01, 300), hardness + 0.05 + rng.normal(0, 0.01, 300)
-        mean, *paired = paired_difference(first.tolist(), second.tolist())
-        assert mean == pytest.approx(np.mean(second - first), abs=1e-12)
+        found = paired_difference(first.tolist(), second.tolist())
+        paired = (found.low, found.high)
+        assert found.mean == pytest.approx(np.mean(second - first), abs=1e-12)
         alone = bootstrap_interval(first.tolist())
         # Means of 300 are nearly normal; the standard error of a percentile of 10,000 is near 1/40 of their own.
         for ends, of in ((paired, second - first), (alone, first)):
@@ -131,7 +132,7 @@ class TestPairedDifference:
         assert paired[1] - paired[0] < (alone[1] - alone[0]) / 15
 
     def test_equal_runs_differ_by_zero(self):
-        assert paired_difference([0.0, 1.0], [0.0, 1.0]) == (0.0, 0.0, 0.0)
+        assert paired_difference([0.0, 1.0], [0.0, 1.0]) == Difference(0.0, 0.0, 0.0)
 
     def test_runs_of_other_lengths_are_errors(self):
         with pytest.raises(DataError, match="found 1 and 2"):
