@@ -1,54 +1,51 @@
-"""Casting weights without losing any: a number that is finite stays so, or the conversion is refused."""
+"""Cast weights, and refuse to lose any: a finite number must stay finite."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from glm4v_jax.checkpoints.safetensors import in_pieces
+from glm4v_jax.checkpoints.safetensors import in_chunks
 from glm4v_jax.errors import CheckpointError
 
 
-def cast_pieces(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray]:
-    """`in_pieces`, rounded to nearest even, of a tensor whose numbers `dtype` can hold.
+def cast_chunks(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray]:
+    """Return the chunks of `in_chunks`, rounded to nearest even.
 
     Raises:
-      CheckpointError: some of them become infinite; the message has the tensor's name and how many these are.
+      CheckpointError: numbers become infinite; the message has the tensor's name and how many they are.
     """
     if array.dtype == dtype:
-        yield from in_pieces(array, dtype)
+        yield from in_chunks(array, dtype)
         return
     array, start, lost = np.atleast_1d(array), 0, 0
-    pieces = in_pieces(array, dtype)
+    chunks = in_chunks(array, dtype)
     while True:
-        with np.errstate(over="ignore"):
-            piece = next(pieces, None)
-        if piece is None:
+        with np.errstate(over="ignore"):  # not around the yield, where the caller's code runs
+            chunk = next(chunks, None)
+        if chunk is None:
             break
-        lost += _lost(array[start : start + len(piece)], piece)
-        start += len(piece)
-        if lost:
-            break
-        yield piece
+        lost += _lost(array[start : start + len(chunk)], chunk)
+        start += len(chunk)
+        if not lost:  # else only the count matters
+            yield chunk
     if lost:
-        with np.errstate(over="ignore"):
-            lost += sum(_lost(rest, rest.astype(dtype)) for rest in in_pieces(array[start:]))
         raise CheckpointError(
-            f"{name}: found {lost:,} number{'s' * (lost != 1)} too large for {dtype.name}; expected none: another "
-            "dtype holds them"
+            f"{name}: found {lost:,} number{'s' * (lost != 1)} too large for {dtype.name}; expected none: use a dtype "
+            "that holds them"
         )
 
 
 def check_cast(array: np.ndarray, dtype: np.dtype, name: str) -> None:
-    """Refuse to cast a tensor that has numbers which `dtype` cannot hold; in pieces, none of which is kept.
+    """Check that a cast loses no number, in chunks none of which is kept.
 
     Raises:
-      CheckpointError: as `cast_pieces` does.
+      CheckpointError: see `cast_chunks`.
     """
-    for _ in cast_pieces(array, dtype, name):
+    for _ in cast_chunks(array, dtype, name):
         pass
 
 
 def _lost(before: np.ndarray, after: np.ndarray) -> int:
-    """How many numbers have become infinite; those that were infinite or NaN before do not count."""
+    """Count the numbers that became infinite; those that were infinite or NaN before do not count."""
     infinite = ~np.isfinite(after)
     return int(np.count_nonzero(infinite & np.isfinite(before))) if infinite.any() else 0

@@ -23,7 +23,7 @@ from glm4v_jax.planning.mesh_presets import check_text, mesh_for, sizes_for
 
 if TYPE_CHECKING:
     from convert.inspect import Inspection
-    from convert.summary import Summary
+    from convert.source import Summary
     from convert.verify import Report
 
 DIFFERENT, TROUBLE = 1, 2

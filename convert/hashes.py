@@ -1,4 +1,4 @@
-"""SHA-256 of a checkpoint's files, computed while they are converted."""
+"""Compute the SHA-256 of a checkpoint's files while they are converted."""
 
 import contextlib
 import hashlib
@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_PIECE = 4 << 20
+_CHUNK_BYTES = 4 << 20
 _WIDTH = hashlib.sha256().digest_size
 
 
 class Hashes:
-    """Hashes of files, in the making. Several processes share the files out among them."""
+    """Hashes of files, computed in a thread. Several processes divide the files among them."""
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = paths
@@ -32,14 +32,14 @@ class Hashes:
             self._error = error
 
     def _digest(self, path: Path) -> bytes:
-        digest, buffer = hashlib.sha256(), bytearray(_PIECE)
+        digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
         with path.open("rb", buffering=0) as file:
             while not self._stopped.is_set() and (count := file.readinto(buffer)):
                 digest.update(memoryview(buffer)[:count])
         return digest.digest()
 
     def result(self) -> dict[str, str]:
-        """File name -> hash in hexadecimal, once all are done.
+        """Wait for all files, and return file name -> hash in hexadecimal.
 
         Raises:
           OSError: a file cannot be read.
@@ -49,14 +49,14 @@ class Hashes:
             raise self._error
         digests = self._digests
         if jax.process_count() > 1 and len(self._paths):
-            # Every hash is zero except in the process that made it.
+            # Every hash is zero except in the process that computed it.
             digests = np.asarray(multihost_utils.process_allgather(digests)).sum(axis=0, dtype=np.uint8)
         return {path.name: digest.tobytes().hex() for path, digest in zip(self._paths, digests, strict=True)}
 
 
 @contextlib.contextmanager
 def hashing(paths: Sequence[Path]) -> Iterator[Hashes]:
-    """Hash files in the background of the body, and stop when it ends."""
+    """Hash files while the body runs, and stop when it ends."""
     hashes = Hashes(paths)
     hashes._thread.start()
     try:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: tensors, shapes, dtypes, shardings, bytes for a device of a mesh. No data are read."""
+"""List what is in a checkpoint: tensors, shapes, dtypes, shardings, bytes per device of a mesh. No data are read."""
 
 import collections
 import dataclasses
@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.source import check_tensors, open_weights
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint
+from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.planning.parameter_layout import check_mesh, parameter_layout
@@ -19,15 +18,16 @@ _MODULE = re.compile(r"^(lm_head|(?:language_model|visual)\.[a-z_]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Equal tensors of the layers, or a tensor by itself.
+    """The tensors of one rule of the table: one per layer, or a single one.
 
-    name: as the table spells it, `{i}` for the layer.
-    count: how many tensors.
-    shape, dtype: of each; dtypes separated by "/" where the layers have several.
-    parameters, nbytes: of all of them.
-    leaf: where they go in the model; `[:, 1]` after it for a part of a fused one.
-    sharding: mesh axes of each dimension of the leaf, "-" where it is whole.
-    device_bytes: what one device of the mesh holds of all of them, in the checkpoint's dtype.
+    Attributes:
+      name: as the table spells it, `{i}` for the layer.
+      count: how many tensors.
+      shape, dtype: of each; dtypes separated by "/" where the layers have several.
+      parameters, nbytes: of all of them.
+      leaf: of the model, with the index after it of a part of a fused one, as `[:, 1]`.
+      sharding: mesh axes of each dimension of the leaf, "-" where it is not sharded.
+      device_bytes: what one device of the mesh holds of all of them, in the checkpoint's dtype.
     """
 
     name: str
@@ -43,13 +43,14 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
-    directory: of the checkpoint.
-    format: "safetensors" or "orbax".
-    mesh: axis -> devices.
-    groups: in the table's order.
-    modules: module -> parameters, a parent before its parts.
+    Attributes:
+      directory: of the checkpoint.
+      format: "safetensors" or "orbax".
+      mesh: axis -> devices.
+      groups: in the table's order.
+      modules: module -> parameters, a parent before its children.
     """
 
     directory: Path
@@ -60,12 +61,12 @@ class Inspection:
 
     @property
     def tensors(self) -> int:
-        """How many tensors."""
+        """Number of tensors."""
         return sum(group.count for group in self.groups)
 
     @property
     def parameters(self) -> int:
-        """How many numbers."""
+        """Number of parameters."""
         return sum(group.parameters for group in self.groups)
 
     @property
@@ -75,11 +76,11 @@ class Inspection:
 
     @property
     def device_bytes(self) -> int:
-        """What one device of the mesh holds."""
+        """Bytes that one device of the mesh holds."""
         return sum(group.device_bytes for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the content for JSON."""
         totals = {name: getattr(self, name) for name in ("tensors", "parameters", "nbytes", "device_bytes")}
         groups = [dataclasses.asdict(group) for group in self.groups]
         head = {"directory": str(self.directory), "format": self.format, "mesh": self.mesh}
@@ -100,22 +101,22 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None) -> Inspec
     directory = Path(directory)
     config = Glm4vConfig.from_pretrained(directory)
     files = open_weights(directory)
-    sources = check_tensors(files, config)
+    matched = hf_mapping.match(config, files, str(directory))
     mesh = dict.fromkeys(AXES, 1) | (mesh or {})
     check_mesh(config, mesh)
     leaves = {leaf.path: leaf for leaf in parameter_layout(config)}
-    collected: dict[str, list[hf_mapping.Source]] = {}
-    for source in sources:
-        collected.setdefault(source.rule.tensor, []).append(source)
+    names: dict[hf_mapping.Rule, list[str]] = {}
+    for name, part in matched.items():
+        names.setdefault(part.rule, []).append(name)
     groups = []
-    for name, members in collected.items():
-        rule, infos = members[0].rule, [files[member.tensor] for member in members]
+    for rule, members in names.items():
+        infos = [files[name] for name in members]
         leaf = leaves[rule.leaf]
         groups.append(
             Group(
-                name=name,
+                name=rule.tensor,
                 count=len(members),
-                shape=tuple(infos[0].shape),
+                shape=infos[0].shape,
                 dtype="/".join(sorted({info.dtype.name for info in infos})),
                 parameters=sum(math.prod(info.shape) for info in infos),
                 nbytes=sum(info.nbytes for info in infos),
@@ -129,7 +130,7 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None) -> Inspec
 
 
 def _modules(groups: list[Group]) -> dict[str, int]:
-    """Module -> parameters: the parts, and what the parts are made of."""
+    """Module -> parameters, of parents and their children."""
     counts: collections.Counter[str] = collections.Counter()
     for group in groups:
         match = _MODULE.match(group.name)

@@ -1,47 +1,44 @@
-"""One way to read either format, in Hugging Face's terms, and to learn what its safetensors were like."""
+"""What the conversions share: the source's shards, and the figures of a conversion."""
 
-from typing import TypeAlias
+import dataclasses
+from pathlib import Path
 
-from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.hf_shards import PYTORCH, shard_name
-from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
-from glm4v_jax.checkpoints.safetensors import CheckpointFiles
-from glm4v_jax.config.model import Glm4vConfig
-
-Reader: TypeAlias = CheckpointFiles | OrbaxCheckpoint
-
-__all__ = ["Reader", "check_tensors", "metadata_of", "open_weights", "shards_of"]
+from glm4v_jax.checkpoints.hf_write import Plan, shard_name
+from glm4v_jax.checkpoints.orbax_read import Weights
 
 
-def shards_of(files: Reader) -> dict[str, list[str]]:
-    """File name -> tensors, as they are or were distributed; the files are numbered anew, in their order.
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The figures of one conversion.
 
-    All in one where the checkpoint never was in safetensors.
+    Attributes:
+      source, target: the directories.
+      tensors: how many there are, in Hugging Face's terms.
+      nbytes: bytes of the tensors as written, by all processes together.
+      bytes_read: bytes of tensors that this process read (not counting the hashes of whole files).
+      files: number of weight files of the target; 0 in Orbax format.
+      seconds: wall clock.
+      dry_run: nothing was written.
+      notes: what a person should know besides, a sentence each.
     """
-    where = {name: info.file.name for name, info in files.items()}
-    if isinstance(files, OrbaxCheckpoint):
-        where = {name: file for name, _, file in files.provenance.get("tensors", [])} or dict.fromkeys(files, "")
-    shards = [[name for name in files if where[name] == file] for file in sorted(set(where.values()))]
-    return {shard_name(i, len(shards)): names for i, names in enumerate(shards)}
+
+    source: Path
+    target: Path
+    tensors: int
+    nbytes: int
+    bytes_read: int
+    files: int
+    seconds: float
+    dry_run: bool
+    notes: tuple[str, ...] = ()
 
 
-def metadata_of(files: Reader) -> dict[str, str]:
-    """What the safetensors say of themselves; transformers wants a "format"."""
-    if isinstance(files, OrbaxCheckpoint):
-        return PYTORCH | dict(files.provenance.get("metadata", {}))
-    merged = dict(PYTORCH)
-    for file in files.files:
-        merged |= file.metadata
-    return merged
+def shards_of(files: Weights) -> Plan:
+    """Return file name -> tensors, as they are or were distributed; the files are renumbered in their order.
 
-
-def check_tensors(files: Reader, config: Glm4vConfig) -> list[hf_mapping.Source]:
-    """What every tensor is, by the table.
-
-    Raises:
-      CheckpointError: tensors are missing, unexpected, doubled, misshapen or of a wrong dtype; all of them are listed.
+    A single file where the checkpoint never was in safetensors.
     """
-    shapes = {name: info.shape for name, info in files.items()}
-    dtypes = {name: info.dtype for name, info in files.items()}
-    places = {name: info.file.name for name, info in files.items()}
-    return hf_mapping.match(config, shapes, str(files.directory), dtypes, places)
+    shards: dict[str, list[str]] = {}
+    for name, info in files.items():
+        shards.setdefault(info.file.name, []).append(name)
+    return {shard_name(i, len(shards)): shards[file] for i, file in enumerate(sorted(shards))}

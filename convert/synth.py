@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in Hugging Face layout, of any size: to rehearse with, without a download."""
+"""Write checkpoints of random weights in Hugging Face layout, of any size: for trials without a download."""
 
 import dataclasses
 import functools
@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.summary import Summary
-from glm4v_jax.checkpoints import hf_mapping, hf_shards
-from glm4v_jax.checkpoints.atomic_directory import check_space, check_target, new_directory
-from glm4v_jax.checkpoints.hf_write import tensor_shapes
+from convert.source import Summary
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.atomic_directory import check_room, new_directory
+from glm4v_jax.checkpoints.hf_write import Plan, shard_name, tensor_shapes, total_bytes, write_shards
 from glm4v_jax.checkpoints.load import resolve_dtype
-from glm4v_jax.checkpoints.safetensors import PIECE_BYTES
+from glm4v_jax.checkpoints.safetensors import CHUNK_BYTES, LazyTensor
+from glm4v_jax.config.checks import fault
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import asset_files, read_json_object
@@ -32,34 +33,34 @@ _LEVELS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomTensor:
-    """Normally distributed numbers that depend on the seed, the name and the dtype only, made by pieces.
+class RandomTensor(LazyTensor):
+    """Normally distributed numbers that depend on the seed, the name and the dtype only.
 
-    Weights have the configuration's deviation, biases a tenth of it, and norms' weights are near one.
+    Weights have the configuration's standard deviation, biases a tenth of it, and norms' weights a mean of one.
+
+    Attributes:
+      name: of the tensor.
+      deviation: standard deviation of weights.
+      seed: of the random numbers.
     """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
     deviation: float
     seed: int
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The numbers, in C order."""
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Return the numbers, in C order."""
         bits = np.random.SFC64([self.seed, zlib.crc32(self.name.encode())])
         table = self._table()
         left = math.prod(self.shape)
         while left:
-            count = min(left, PIECE_BYTES // 8)
+            count = min(left, CHUNK_BYTES // 8)
             raw = bits.random_raw(math.ceil(count / 4)).astype("<u8", copy=False).view("<u2")
             yield table[raw[:count]]
             left -= count
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        return np.concatenate([np.zeros(0, self.dtype), *self.pieces()]).reshape(self.shape)
-
     def _table(self) -> np.ndarray:
-        """What each of 65,536 equally likely draws of 16 bits stands for."""
+        """The number for each of the 65,536 equally likely values of 16 random bits."""
         if self.name.endswith(".bias"):
             values = 0.1 * self.deviation * _quantiles()
         else:
@@ -69,26 +70,26 @@ class RandomTensor:
 
 @functools.cache
 def _quantiles() -> np.ndarray:
-    """The middles of 65,536 equally likely slices of the normal distribution."""
+    """The medians of 65,536 equally likely intervals of the normal distribution."""
     normal = statistics.NormalDist()
     return np.array([normal.inv_cdf((i + 0.5) / _LEVELS) for i in range(_LEVELS)])
 
 
-def plan_like_released(config: Glm4vConfig, count: int) -> dict[str, list[str]]:
-    """Shards as GLM-4.1V-9B-Thinking has them: decoder layers evenly in all but the last, which has all else.
+def plan_like_released(config: Glm4vConfig, count: int) -> Plan:
+    """Plan shards as GLM-4.1V-9B-Thinking has them: decoder layers evenly in all but the last, which has all else.
 
     Raises:
       ConfigError: there are too few layers for as many shards.
     """
     layers = config.text_config.num_hidden_layers
     if not 1 <= count <= layers + 1:
-        raise ConfigError(f"shards: found {count}, expected 1 to {layers + 1} for a decoder of {layers} layers")
+        raise ConfigError(fault("shards", count, f"1 to {layers + 1} for a decoder of {layers} layers"))
     each = layers // max(1, count - 1)
-    plan: dict[str, list[str]] = {hf_shards.shard_name(i, count): [] for i in range(count)}
+    plan = {shard_name(i, count): list[str]() for i in range(count)}
     for name, (rule, layer) in hf_mapping.tensor_rules(config).items():
         in_decoder = layer is not None and rule.leaf.startswith("language_model.")
         number = min(layer // each, count - 1) if in_decoder and layer is not None else count - 1
-        plan[hf_shards.shard_name(number, count)].append(name)
+        plan[shard_name(number, count)].append(name)
     return plan
 
 
@@ -105,8 +106,8 @@ def synth(
 ) -> Summary:
     """Write a checkpoint of a configuration, tensor by tensor; the same bytes for the same seed.
 
-    config.json and generation_config.json go with it, and the tiny tokenizer and processor files of this package where
-    the configuration has its vocabulary.
+    With it go config.json, generation_config.json, the released processor files and template, and the tiny tokenizer
+    of this package where the configuration has its vocabulary.
 
     Args:
       config: of the model.
@@ -114,7 +115,7 @@ def synth(
       dtype: float32, bfloat16 or float16.
       seed: of the numbers.
       count: of shards; by default 4 as in the release, or as many as the layers allow.
-      overwrite: replace what is at `target`.
+      overwrite: replace a checkpoint that is at `target`.
       dry_run: check everything and write nothing.
       progress: called with bytes written and bytes in all.
 
@@ -125,30 +126,22 @@ def synth(
     started = time.perf_counter()
     target, dtype = Path(target), resolve_dtype(dtype)
     deviation = config.text_config.initializer_range
-    tensors = {name: RandomTensor(name, shape, dtype, deviation, seed) for name, shape in tensor_shapes(config).items()}
+    tensors = {name: RandomTensor(shape, dtype, name, deviation, seed) for name, shape in tensor_shapes(config).items()}
     layers = config.text_config.num_hidden_layers
     plan = plan_like_released(config, min(RELEASED_SHARDS, layers + 1) if count is None else count)
-    total, done = hf_shards.nbytes(tensors), 0
-    check_target(None, target, overwrite=overwrite, dry_run=dry_run)
-    check_space(target, total)
-
-    def advance(written: int) -> None:
-        nonlocal done
-        done += written
-        if progress is not None:
-            progress(done, total)
-
+    nbytes = total_bytes(tensors)
+    check_room(None, target, nbytes, overwrite=overwrite, dry_run=dry_run)
     if not dry_run:
         with new_directory(target, overwrite=overwrite) as directory:
-            hf_shards.write_shards(directory, tensors, plan, progress=advance)
+            write_shards(directory, tensors, plan, progress=progress)
             _write_assets(directory, config, dtype)
-    notes = () if _has_tiny_vocabulary(config) else ("no tokenizer: this package has none of that vocabulary",)
+    notes = () if _has_tiny_vocabulary(config) else ("no tokenizer: this package has none with that vocabulary",)
     seconds = time.perf_counter() - started
-    return Summary(target, target, len(tensors), total, 0, len(plan), seconds, dry_run, notes)
+    return Summary(target, target, len(tensors), nbytes, 0, len(plan), seconds, dry_run, notes)
 
 
 def load_config(name: str) -> Glm4vConfig:
-    """The configuration that "full", "tiny", a config.json or the directory of one means.
+    """Return the configuration named "full" or "tiny", or that of a config.json or its directory.
 
     Raises:
       CheckpointError: there is no such file.
@@ -168,7 +161,7 @@ def load_config(name: str) -> Glm4vConfig:
 
 
 def _write_assets(directory: Path, config: Glm4vConfig, dtype: np.dtype) -> None:
-    """Configurations, the released processor's and template, and the tiny tokenizer where it fits."""
+    """Write what goes beside the weights."""
     for path in asset_files(TINY_CHECKPOINT):
         if path.name not in _OWN and (not path.name.startswith("tokenizer") or _has_tiny_vocabulary(config)):
             shutil.copyfile(TINY_CHECKPOINT / path, directory / path)
@@ -185,6 +178,6 @@ def _has_tiny_vocabulary(config: Glm4vConfig) -> bool:
 
 
 def _vocabulary(config: Glm4vConfig) -> tuple[int, ...]:
-    """What a tokenizer must agree with."""
+    """The figures that a tokenizer must agree with."""
     ids = (getattr(config, field.name) for field in dataclasses.fields(config) if field.name.endswith("token_id"))
     return config.text_config.vocab_size, *ids

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.source import Reader, open_weights
 from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.orbax_read import Weights, open_weights
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
@@ -120,7 +120,7 @@ def _canonical(directory: Path, files: Mapping[str, TensorInfo]) -> dict[str, st
     return names
 
 
-def _compare(key: str, ours: Reader, name: str | None, theirs: Reader, other: str | None) -> TensorReport:
+def _compare(key: str, ours: Weights, name: str | None, theirs: Weights, other: str | None) -> TensorReport:
     left, right = _Side.read(ours, name), _Side.read(theirs, other)
     unequal, most = None, None
     if left.array is not None and right.array is not None and left.array.shape == right.array.shape:
@@ -140,7 +140,7 @@ class _Side(NamedTuple):
     array: np.ndarray | None
 
     @classmethod
-    def read(cls, files: Reader, name: str | None) -> "_Side":
+    def read(cls, files: Weights, name: str | None) -> "_Side":
         if name is None:
             return cls(None, None)
         return cls(f"{files[name].dtype.name} {list(files[name].shape)}", files.read(name))

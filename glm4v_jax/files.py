@@ -1,4 +1,4 @@
-"""Files: the small ones of a checkpoint directory, what is in large ones in short, and how any are read and written."""
+"""Files: those beside a checkpoint's weights, fingerprints of large ones, and how any are read and written."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 from glm4v_jax.errors import CheckpointError
 
 ASSETS = "assets"
-"""Where an Orbax checkpoint keeps the files that lie beside the weights in Hugging Face's layout."""
+"""Folder of an Orbax checkpoint for the files that lie beside the weights in Hugging Face's layout."""
 
 _SUFFIXES = (".json", ".jinja", ".md", ".model", ".tiktoken", ".txt")
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
@@ -21,27 +21,33 @@ _NOT_ASSETS = (".index.json",)
 
 
 def is_orbax(directory: str | pathlib.Path) -> bool:
-    """Whether a directory holds a checkpoint in Orbax format, complete or not."""
+    """Return whether a directory holds a checkpoint in Orbax format, complete or not."""
     directory = pathlib.Path(directory)
     return (directory / "_CHECKPOINT_METADATA").is_file() or (directory / "orbax.checkpoint").is_file()
 
 
 def assets_directory(directory: str | pathlib.Path) -> pathlib.Path:
-    """Where a checkpoint's configuration, tokenizer and processor files are: beside its weights or in `assets`."""
+    """Return the directory of a checkpoint's configuration, tokenizer and processor files."""
     directory = pathlib.Path(directory)
     return directory / ASSETS if is_orbax(directory) and (directory / ASSETS).is_dir() else directory
 
 
 def asset_files(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """The files of a checkpoint that travel with its weights, relative to `assets_directory(directory)`, sorted.
+    """Return the files that a conversion copies, relative to `assets_directory(directory)`, sorted.
 
     Configurations, tokenizer, templates, model card and licence; not weights, their index, hidden files, or folders
     other than that of named templates.
     """
     root = assets_directory(directory)
-    found = [path for path in root.iterdir() if path.is_file() and _travels(path.name)]
+    found = [path for path in root.iterdir() if path.is_file() and _is_asset(path.name)]
     found += (root / "additional_chat_templates").glob("*.jinja")
     return sorted(path.relative_to(root) for path in found)
+
+
+def asset_bytes(directory: str | pathlib.Path) -> int:
+    """Return the bytes of `asset_files`."""
+    root = assets_directory(directory)
+    return sum((root / path).stat().st_size for path in asset_files(directory))
 
 
 def copy_assets(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
@@ -53,31 +59,31 @@ def copy_assets(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
         shutil.copyfile(root / path, target / path)
 
 
-def _travels(name: str) -> bool:
+def _is_asset(name: str) -> bool:
     if name.startswith(".") or name.endswith(_NOT_ASSETS):
         return False
     return name.endswith(_SUFFIXES) or name.startswith(_NAMES)
 
 
 def read_json_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
       CheckpointError: the file is missing, is not JSON, or holds something else than an object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file, expected a checkpoint in Hugging Face layout")
+        raise CheckpointError(f"{path}: found no such file; expected a checkpoint in Hugging Face layout")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        raise CheckpointError(f"{path}: found a JSON {type(data).__name__}; expected an object")
     return data
 
 
-def say_dtype(path: pathlib.Path, dtype: str) -> None:
-    """Make config.json, where it says a dtype, say this one."""
+def set_dtype(path: pathlib.Path, dtype: str) -> None:
+    """Replace every dtype in a config.json by this one."""
     config = _with_dtype(read_json_object(path), dtype)
     with replacing(path) as aside:
         aside.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -94,7 +100,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text in a file, which is UTF-8.
+    """Read a UTF-8 text file.
 
     Raises:
       CheckpointError: the file cannot be read, or is not UTF-8.
@@ -117,10 +123,10 @@ _WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 12
 
 
 def fingerprint(path: str | pathlib.Path) -> str:
-    """What is in a file, or in all files of a directory, in short: another one if the content changes.
+    """Return a digest of a file, or of all files of a directory, that changes with the content.
 
-    Of large files 64 samples of 4 KiB and the size are looked at, so that a checkpoint takes no time; a change of a few
-    bytes in one may go unnoticed, a training does not.
+    Of large files it covers the size and 64 samples of 4 KiB, so that a checkpoint takes no time: a change of a few
+    bytes may go unnoticed, a training step does not.
 
     Raises:
       OSError: something cannot be read.
@@ -131,10 +137,10 @@ def fingerprint(path: str | pathlib.Path) -> str:
 
 
 def model_fingerprint(directory: str | pathlib.Path) -> str:
-    """The `fingerprint` of a checkpoint: of the files that a model is made of, whatever else lies beside them.
+    """Return the `fingerprint` of the files that make a model, whatever else is in its directory.
 
     These are weights and their index, or the state of an Orbax checkpoint, and the files of configuration, generation,
-    tokenizer, templates and processors that are read with them.
+    tokenizer, templates and processors.
 
     Raises:
       OSError: something cannot be read.
@@ -144,7 +150,7 @@ def model_fingerprint(directory: str | pathlib.Path) -> str:
     if is_orbax(directory):
         files += [path for name in _ORBAX for path in (directory / name, *(directory / name).rglob("*"))]
     else:
-        # As `safetensors_io.open_checkpoint` looks for them.
+        # The weights that `checkpoints.safetensors.open_checkpoint` reads.
         single = directory / "model.safetensors"
         files += [single] if single.is_file() else directory.glob("*.safetensors*")
     return _fingerprint(directory, [path for path in files if path.is_file()])
@@ -168,17 +174,17 @@ def _fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives the name of a file beside `path`, which takes its place at the end of the block, or goes if that fails.
+    """Yield the name of a file to write, which replaces `path` at the end of the block, or is removed if that fails.
 
     Raises:
-      OSError: what was raised inside, or by taking the place; it names `path`, whatever it was raised for.
+      OSError: raised inside, or by the replacement; it names `path` instead of the temporary file.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside
         os.replace(aside, path)
     except BaseException as error:
-        # Of a file system that cannot be written, the first error says more.
+        # On a read-only file system the first error says more.
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and str(error.filename) == str(aside):
@@ -187,7 +193,11 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """`json.dumps`, with null for what JSON has no number for: the logarithm of zero, and what is no number."""
+    """Return `json.dumps`, with null for infinities and NaN, which JSON does not have.
+
+    >>> to_json({"loss": float("nan")})
+    '{"loss": null}'
+    """
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -202,7 +212,11 @@ def _finite(value: Any) -> Any:
 
 
 def size_text(nbytes: int, digits: int = 2) -> str:
-    """Bytes in the largest binary unit that leaves a whole: "1.25 GiB"."""
+    """Format bytes in the largest binary unit of which there is at least one.
+
+    >>> size_text(5 << 28)
+    '1.25 GiB'
+    """
     value, units = float(nbytes), ["B", "KiB", "MiB", "GiB"]
     while value >= 1024 and len(units) > 1:
         value /= 1024
@@ -211,7 +225,7 @@ def size_text(nbytes: int, digits: int = 2) -> str:
 
 
 def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
-    """Whether two paths lead to one file; not if one of them leads nowhere."""
+    """Return whether two paths are the same existing file."""
     try:
         return os.path.samefile(first, second)
     except OSError:

@@ -247,18 +247,15 @@ def export(module: Any, config: Glm4vConfig) -> dict[str, np.ndarray]:
 
     leaves = dict(zip(leaf_paths(module), map(np.asarray, jax.tree.leaves(module)), strict=True))
     sizes, tensors = hf_mapping.dimensions(config), {}
-    for source in hf_mapping.match(config, tensor_names(config), "this test"):
-        path, layer = source.rule.leaf, source.layer
+    for name, (rule, layer) in hf_mapping.tensor_rules(config).items():
+        path = rule.leaf
         if layer is not None:
             group, rest = next((g, path.removeprefix(g)) for g in _GROUPS if path.startswith(g))
             stacked = f"{group}stacked.{rest}"
             leaf = leaves[stacked][layer] if stacked in leaves else leaves[f"{group}{layer}.{rest}"]
         else:
             leaf = leaves[path]
-        if source.rule.part is not None:
-            axis, index = source.rule.part
-            leaf = np.take(leaf, index, axis=axis)
-        tensors[source.tensor] = source.rule.to_tensor(leaf, sizes)
+        tensors[name] = rule.to_tensor(leaf[rule.index], sizes)
     return tensors
 
 

@@ -11,7 +11,7 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 from glm4v_jax.checkpoints.hf_write import save_generation_config
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import one_line
-from glm4v_jax.files import fingerprint, model_fingerprint, replacing, say_dtype
+from glm4v_jax.files import fingerprint, model_fingerprint, replacing, set_dtype
 
 STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
 
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(checkpoint, monkeypatch, name
     monkeypatch.setattr(pathlib.Path, "write_text", full)
     with pytest.raises(OSError, match="No space") as caught:
         if name == "config.json":
-            say_dtype(path, "bfloat16")
+            set_dtype(path, "bfloat16")
         else:
             save_generation_config(GenerationConfig(), checkpoint)
     assert (caught.value.filename, path.read_text()) == (str(path), before)

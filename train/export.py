@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
-from glm4v_jax.checkpoints.hf_write import save_pretrained
+from glm4v_jax.checkpoints.hf_write import save_pretrained, total_bytes
 from glm4v_jax.checkpoints.load import load_model
-from glm4v_jax.checkpoints.merge_adapter import MergedTensor, merged_tensors, nbytes, write_merged
+from glm4v_jax.checkpoints.merge_adapter import MergedTensor, merged_tensors, write_merged
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.generation import GenerationConfig
@@ -133,7 +133,7 @@ def export_merged(
       OSError: the disk refuses.
     """
     tensors = merged_tensors(base, adapter, written)
-    by_first(lambda: check_room(Path(base), target, nbytes(tensors), overwrite=overwrite))
+    by_first(lambda: check_room(Path(base), target, total_bytes(tensors), overwrite=overwrite))
     with _new(target, overwrite=overwrite) as directory:
         by_first(lambda: write_merged(base, tensors, directory, max_shard_size=max_shard_size))
         if not verify:

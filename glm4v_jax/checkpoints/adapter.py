@@ -1,7 +1,7 @@
-"""Adapters as PEFT keeps them: adapter_model.safetensors and adapter_config.json, written and read. No torch.
+"""Adapters in PEFT's format, written and read: adapter_model.safetensors and adapter_config.json. No torch.
 
-Names and layouts follow from the table in `weights`: a kernel's rule, cut in two at the rank, gives those of its A and
-its B, so that heads are in the same order in an adapter as in its kernel.
+Names and layouts follow from the table in `hf_mapping`: a kernel's rule, cut in two at the rank, gives those of its A
+and its B, so that heads are in the same order in an adapter as in its kernel.
 """
 
 import collections
@@ -18,30 +18,32 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from glm4v_jax.checkpoints import hf_mapping, hf_shards
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.hf_write import PYTORCH
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
+from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
+from glm4v_jax.devices.distributed import is_first, to_host
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import replacing
 from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.nn import Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's two wrappers around the model
 
-# What PEFT can make of a LoRA that is no A and B beside kernels alone; none of it may be set.
+# Options of PEFT that make more of a LoRA than A and B beside kernels; none of them is supported.
 _REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "fan_in_fan_out",
 )  # fmt: skip
-# These initialisers leave the base's kernels alone; PiSSA, OLoRA, LoftQ, ... do not, and are nothing without theirs.
+# These initialisers leave the base's kernels alone; PiSSA, OLoRA, LoftQ, ... change them, and need that base.
 _INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class Place(NamedTuple):
-    """A linear module of the reference: its full name, its layer, and the table's rows for its A and its B."""
+    """A linear module of the reference: its full name, its layer, and the rules of its A and its B."""
 
     module: str
     layer: int | None
@@ -61,7 +63,7 @@ class Place(NamedTuple):
 
 
 def places(config: Glm4vConfig) -> list[Place]:
-    """Every module of the reference that can have an adapter; convolutions are ones too."""
+    """Return every module of the reference that can have an adapter, convolutions included."""
     return [
         Place(name.removesuffix(".weight"), layer, *adapter_rules(rule))
         for name, (rule, layer) in hf_mapping.tensor_rules(config).items()
@@ -70,9 +72,10 @@ def places(config: Glm4vConfig) -> list[Place]:
 
 
 def adapter_rules(rule: hf_mapping.Rule) -> tuple[hf_mapping.Rule, hf_mapping.Rule]:
-    """The rows of A and B that go with a kernel's: "(K G H) D -> D K (G H)" -> "R D -> D R", "(K G H) R -> R K (G H)".
+    """Return the rules of A and B that go with a kernel's.
 
-    A convolution's B is one of 1 x 1. Both parts of a fused kernel have its whole A.
+    "(K G H) D -> D K (G H)" gives "R D -> D R" and "(K G H) R -> R K (G H)". The B of a convolution has a window of
+    1 x 1. Both parts of a fused kernel share its A.
     """
     (outputs, *inputs), leaf = rule.axes()
     of_outputs = [axis for axis in leaf if set(axis) <= set(outputs)]
@@ -96,7 +99,7 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
     Args:
       model: with an adapter.
       directory: made if need be; an adapter that is there is replaced.
-      base_name: of the model that it belongs to, a directory or a name on the hub.
+      base_name: of the model that the adapter belongs to, a directory or a name on the hub.
 
     Raises:
       ConfigError: the model has no adapter.
@@ -105,38 +108,42 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
     if not lora.has_lora(model):
         raise ConfigError("found a model without an adapter; expected one of lora.add_lora or adapter.load_adapter")
     tensors, options = adapter_tensors(model), adapter_options(model, base_name)
-    if jax.process_index() == 0:
+    if is_first():
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config, file = directory / CONFIG, directory / WEIGHTS
         with replacing(config) as new_config, replacing(file) as new_file:
-            write_safetensors(new_file, tensors, hf_shards.PYTORCH)
+            write_safetensors(new_file, tensors, PYTORCH)
             new_config.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            # Weights beside the rank and alpha of others would pass for an adapter: weights alone do not.
+            # New weights beside an old configuration would pass for an adapter; weights alone do not.
             config.unlink(missing_ok=True)
 
 
 def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
-    """Name, as PEFT writes it, -> A [R, inputs] or B [outputs, R] of every module with an adapter, on the host."""
+    """Return name, as PEFT writes it, -> A [R, inputs] or B [outputs, R] of every module with an adapter, on the host.
+
+    Where several processes hold the model, all of them call this.
+    """
     linears, tensors = params.linears(model), {}
-    leaves = {path: [_on_host(linear) for linear in found] for path, found in linears.items()}
+    leaves = {
+        path: [to_host([_leaf(linear.lora_a), _leaf(linear.lora_b)]) for linear in found]
+        for path, found in linears.items()
+    }
     for place in places(model.config):
         stacked = params.stacked_layers(linears[place.path][0]) is not None
-        pair = leaves[place.path][0 if stacked else place.layer or 0]
-        if pair is None:
+        a, b = leaves[place.path][0 if stacked else place.layer or 0]
+        if a is None:
             continue
-        a, b = (side[place.layer] for side in pair) if stacked else pair
+        if stacked:
+            a, b = a[place.layer], b[place.layer]
         sizes = _sizes(model.config, a.shape[-1])
-        if place.b.part is not None:
-            axis, index = place.b.part
-            b = np.take(b, index, axis)
         tensors[f"{_PREFIX}{place.module}.lora_A.weight"] = place.a.to_tensor(a, sizes)
-        tensors[f"{_PREFIX}{place.module}.lora_B.weight"] = place.b.to_tensor(b, sizes)
+        tensors[f"{_PREFIX}{place.module}.lora_B.weight"] = place.b.to_tensor(b[place.b.index], sizes)
     return tensors
 
 
 def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
-    """What adapter_config.json says of a model's adapter: options that PEFT has had since 0.8."""
+    """Return the content of adapter_config.json: options that PEFT has had since 0.8."""
     linears = params.linears(model)
     found: dict[str, tuple[int, float]] = {}
     for place in places(model.config):
@@ -171,10 +178,10 @@ def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
 
 
 def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
-    """The model with an adapter that PEFT, or `save_adapter`, has written; new modules around the same arrays.
+    """Return the model with an adapter that PEFT, or `save_adapter`, has written; new modules around the same arrays.
 
-    Ranks that differ between layers are filled up with zeros, layers without an adapter get one of zeros, and the two
-    parts of a fused kernel with an A each get both of them one after the other: what is computed stays the same.
+    Where layers differ in rank the lower ones are padded with zeros, layers without an adapter get one of zeros, and
+    where the two parts of a fused kernel have an A each the leaf has both, concatenated: the outputs stay the same.
 
     Args:
       model: without an adapter, in the current mesh.
@@ -182,20 +189,20 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
 
     Raises:
       CheckpointError: files are missing or corrupt, tensors do not fit the model (all are listed), or the adapter is
-        something else than A and B beside kernels.
+        more than A and B beside kernels.
       ConfigError: the model has an adapter already.
     """
     result = lora.copy_without_lora(model)
-    pieces = _pieces(read_adapter(directory, model.config).values(), model.config)
+    adapters = _by_leaf(read_adapter(directory, model.config).values(), model.config)
     for path, found in params.linears(result).items():
-        if path not in pieces:
+        if path not in adapters:
             continue
-        layers, scale = pieces[path], next(iter(pieces[path].values()))[0].scale
+        layers, scale = adapters[path], next(iter(adapters[path].values()))[0].scale
         inputs, outputs = params.sizes(found[0])
         fused = {layer: _fused(parts, outputs, scale) for layer, parts in layers.items()}
         rank = max(a.shape[-1] for a, _ in fused.values())
         count = params.stacked_layers(found[0]) or len(found)
-        every = [_filled(fused.get(i), rank, inputs, outputs) for i in range(count)]
+        every = [_padded(fused.get(i), rank, inputs, outputs) for i in range(count)]
         if params.stacked_layers(found[0]) is not None:
             every = [(np.stack([a for a, _ in every]), np.stack([b for _, b in every]))]
         for linear, (a, b) in zip(found, every, strict=True):
@@ -203,18 +210,22 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
     return result
 
 
-class _Piece(NamedTuple):
-    """One module's adapter, in the leaves' layout: A [*inputs, R], B [R, *outputs] without the axis of a part."""
+class _PartAdapter(NamedTuple):
+    """One module's adapter, in the leaves' layout: A [*inputs, R], B [R, *outputs] without the axis of a part.
+
+    Attributes:
+      place: index of the module in the B of a fused leaf.
+    """
 
     a: np.ndarray
     b: np.ndarray
-    part: tuple[int, int] | None
+    place: tuple[Any, ...]
     scale: float
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scaling:
-    """What adapter_config.json says of ranks, and of the number that B A is multiplied with."""
+    """Ranks and scales of an adapter's modules, as adapter_config.json gives them."""
 
     rank: int
     alpha: float
@@ -229,36 +240,41 @@ class _Scaling:
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}; expected an adapter of PEFT") from error
         except ValueError as error:
-            raise CheckpointError(f"{path}: found no JSON ({error}); expected an adapter's configuration") from error
+            raise CheckpointError(f"{path}: not valid JSON ({error}); expected an adapter's configuration") from error
         if not isinstance(options, dict) or options.get("peft_type") != "LORA":
             kind = options.get("peft_type") if isinstance(options, dict) else options
-            raise CheckpointError(f"{path}: peft_type: found {kind!r}; expected 'LORA'")
-        for name in _REFUSED:
-            if options.get(name):
-                raise CheckpointError(f"{path}: {name}: found {options[name]!r}; expected none: it is not supported")
+            expected = "'LORA'"
+            raise CheckpointError(f"{path}: {fault('peft_type', kind, expected)}")
+        unsupported = [
+            fault(name, options[name], "none: it is not supported") for name in _REFUSED if options.get(name)
+        ]
         if options.get("bias", "none") != "none":
-            raise CheckpointError(f"{path}: bias: found {options['bias']!r}; expected 'none': it is not supported")
+            unsupported.append(fault("bias", options["bias"], "'none': it is not supported"))
         if (start := options.get("init_lora_weights")) not in _INITIALISERS:
-            raise CheckpointError(f"{path}: init_lora_weights: found {start!r}, which changes the base; expected true")
+            unsupported.append(fault("init_lora_weights", start, "true: this one changes the base"))
+        raise_faults(unsupported, CheckpointError, where=str(path))
         try:
             return cls(
                 int(options["r"]), float(options["lora_alpha"]), dict(options.get("rank_pattern") or {}),
                 dict(options.get("alpha_pattern") or {}), bool(options.get("use_rslora")),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: found no usable r, lora_alpha or pattern ({error!r})") from error
+            raise CheckpointError(f"{path}: r, lora_alpha or a pattern is missing or invalid ({error!r})") from error
 
     def of(self, module: str) -> tuple[int, float]:
-        """Rank and scale of a module, as PEFT finds them (`get_pattern_key`)."""
-        rank = next((r for key, r in self.ranks.items() if re.match(rf"(.*\.)?({key})$", module)), self.rank)
-        alpha = next((a for key, a in self.alphas.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha)
+        """Return rank and scale of a module, as PEFT finds them (`get_pattern_key`)."""
+
+        def found(patterns: Mapping[str, Any], default: Any) -> Any:
+            return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
 class Pair(NamedTuple):
     """One module's adapter as the file has it, float32: A [R, inputs], B [outputs, R], of a convolution with a window.
 
-    Beside the module's weight W it stands for W + scale B A.
+    With it the module's weight W becomes W + scale B A.
     """
 
     place: Place
@@ -267,7 +283,7 @@ class Pair(NamedTuple):
     scale: float
 
     def added_to(self, weight: np.ndarray) -> np.ndarray:
-        """W + scale B A in float32, in the shape of the weight."""
+        """Return W + scale B A in float32, in the shape of the weight."""
         product = self.b.reshape(len(self.b), -1) @ self.a.reshape(len(self.a), -1)
         product *= np.float32(self.scale)
         product = product.reshape(weight.shape)
@@ -276,82 +292,69 @@ class Pair(NamedTuple):
 
 
 def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
-    """Name of a weight, without prefixes as `hf_mapping.canonical` has it, -> the adapter beside it.
+    """Return name of a weight, as `hf_mapping.canonical` spells it, -> the adapter beside it.
 
     Raises:
       CheckpointError: as of `load_adapter`.
     """
-    directory = Path(directory)
-    return _read(directory / WEIGHTS, config, _Scaling.read(directory / CONFIG))
+    scaling, file = _Scaling.read(Path(directory) / CONFIG), SafetensorsFile(Path(directory) / WEIGHTS)
+    if not file:
+        raise CheckpointError(f"{file.path}: found no tensors; expected those of an adapter")
 
+    def spell(name: str) -> str:
+        return hf_mapping.canonical(name.removeprefix(_PREFIX))
 
-def _read(path: Path, config: Glm4vConfig, scaling: _Scaling) -> dict[str, Pair]:
-    file = SafetensorsFile(path)
-    names = {hf_mapping.canonical(name.removeprefix(_PREFIX)): name for name in file}
-    known, problems = set(), []
-    found: dict[str, Pair] = {}
+    names = {spell(name): name.removeprefix(_PREFIX) for name in file}
+    present: dict[str, tuple[Place, float]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for place in places(config):
         module = hf_mapping.canonical(place.module)
-        keys = [f"{module}.lora_{side}.weight" for side in "AB"]
-        known |= set(keys)
-        present = [key for key in keys if key in names]
-        if len(present) == 1:
-            problems += [
-                f"missing: {_PREFIX}{place.module}{key.removeprefix(module)}" for key in keys if key not in names
-            ]
-        if len(present) < 2:
-            continue
-        rank, scale = scaling.of(names[keys[0]].removeprefix(_PREFIX).removesuffix(".lora_A.weight"))
-        sizes, tensors = _sizes(config, rank), []
-        for rule, key in zip((place.a, place.b), keys, strict=True):
-            name, expected = names[key], rule.tensor_shape(sizes)
-            if file[name].shape == expected:
-                tensors.append(file.read(name).astype(lora.DTYPE))
-            else:
-                problems.append(f"misshapen: {name} has shape {list(file[name].shape)}, expected {list(expected)}")
-        if len(tensors) == 2:
-            found[f"{module}.weight"] = Pair(place, tensors[0], tensors[1], scale)
-    problems += [f"unexpected: {name} {list(file[name].shape)}" for key, name in names.items() if key not in known]
-    if not names:
-        problems.append("it is empty")
-    if problems:
-        raise CheckpointError(f"{path}: {len(problems)} tensors do not fit the model: " + "; ".join(sorted(problems)))
-    return found
+        rules = {f"{module}.lora_{side}.weight": rule for side, rule in (("A", place.a), ("B", place.b))}
+        # PEFT's patterns are for names as they are in the file.
+        if (name := next((names[key] for key in rules if key in names), None)) is not None:
+            rank, scale = scaling.of(re.sub(r"\.lora_[AB]\.weight$", "", name))
+            present[module] = place, scale
+            expected |= {key: rule.tensor_shape(_sizes(config, rank)) for key, rule in rules.items()}
+    found = hf_mapping.check_tensors(file.items(), expected, str(file.path), spell=spell, any_dtype=True)
+
+    def tensor(key: str) -> np.ndarray:
+        return file.read(found[key]).astype(lora.DTYPE)
+
+    return {
+        f"{module}.weight": Pair(place, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale)
+        for module, (place, scale) in present.items()
+    }
 
 
-def _pieces(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_Piece]]]:
-    """Path of a linear layer -> layer (0 where there is one only) -> its parts that there is an adapter for."""
-    found: dict[str, dict[int, list[_Piece]]] = {}
+def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:
+    """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter."""
+    found: dict[str, dict[int, list[_PartAdapter]]] = {}
     for place, a, b, scale in pairs:
         sizes = _sizes(config, len(a))
-        piece = _Piece(place.a.to_leaf(a, sizes), place.b.to_leaf(b, sizes), place.b.part, scale)
-        found.setdefault(place.path, {}).setdefault(place.layer or 0, []).append(piece)
+        part = _PartAdapter(place.a.to_leaf(a, sizes), place.b.to_leaf(b, sizes), place.b.index, scale)
+        found.setdefault(place.path, {}).setdefault(place.layer or 0, []).append(part)
     return found
 
 
-def _fused(parts: Sequence[_Piece], outputs: Sequence[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of a whole kernel from those of its parts: an A that several have stands there once."""
-    whole: list[tuple[np.ndarray, np.ndarray]] = []
-    for piece in parts:
-        b = np.zeros((piece.a.shape[-1], *outputs), piece.b.dtype)
-        where: tuple[Any, ...] = (...,)
-        if piece.part is not None:
-            axis, index = piece.part
-            where = (*(slice(None),) * axis, index)
-        b[where] = piece.b * np.float32(piece.scale / scale)
-        for a, others in whole:
-            if np.array_equal(a, piece.a):
+def _fused(parts: Sequence[_PartAdapter], outputs: Sequence[int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a fused kernel from those of its parts; an A that several share comes once."""
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    for part in parts:
+        b = np.zeros((part.a.shape[-1], *outputs), part.b.dtype)
+        b[part.place] = part.b * np.float32(part.scale / scale)
+        for a, others in pairs:
+            if np.array_equal(a, part.a):
                 others += b
                 break
         else:
-            whole.append((piece.a, b))
-    return np.concatenate([a for a, _ in whole], axis=-1), np.concatenate([b for _, b in whole])
+            pairs.append((part.a, b))
+    return np.concatenate([a for a, _ in pairs], axis=-1), np.concatenate([b for _, b in pairs])
 
 
-def _filled(
+def _padded(
     pair: tuple[np.ndarray, np.ndarray] | None, rank: int, inputs: Sequence[int], outputs: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B filled up with zeros to this rank."""
+    """A and B, padded with zeros to this rank."""
     a, b = np.zeros((*inputs, rank), lora.DTYPE), np.zeros((rank, *outputs), lora.DTYPE)
     if pair is not None:
         a[..., : pair[0].shape[-1]], b[: pair[1].shape[0]] = pair
@@ -359,28 +362,18 @@ def _filled(
 
 
 def _put(values: np.ndarray, axes: Sequence[str | None]) -> Array:
-    """Onto the devices of the current mesh, of which each process fills its own."""
+    """Put values on the devices of the current mesh; each process fills its own."""
     spec = PartitionSpec(*(None,) * (values.ndim - len(axes)), *mesh.spec(*axes))
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.make_array_from_callback(values.shape, sharding, values.__getitem__, dtype=values.dtype)
 
 
-def _on_host(linear: Linear) -> tuple[np.ndarray, np.ndarray] | None:
-    """A and B of a linear layer, put together from all devices of all processes."""
-    if linear.lora_a is None or linear.lora_b is None:
-        return None
-    a, b = (_whole(leaf) for leaf in (linear.lora_a[...], linear.lora_b[...]))
-    return a, b
-
-
-def _whole(leaf: Array) -> np.ndarray:
-    if not leaf.is_fully_addressable:
-        leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
-    return np.asarray(leaf)
+def _leaf(parameter: Any) -> Array | None:
+    return None if parameter is None else parameter[...]
 
 
 def _sizes(config: Glm4vConfig, rank: int) -> dict[str, int]:
-    """The sizes of the letters in the rows of A and B, and of the axes of length 1."""
+    """Sizes of the letters in the rules of A and B, and of axes of length 1."""
     return hf_mapping.dimensions(config) | {"R": rank, "1": 1}
 
 
@@ -390,5 +383,5 @@ def _text(axes: Sequence[Sequence[str]]) -> str:
 
 
 def _number(value: float) -> int | float:
-    """As an integer where it is one, as alpha usually is."""
+    """As an integer if possible, as PEFT writes alpha."""
     return int(value) if value == int(value) else value

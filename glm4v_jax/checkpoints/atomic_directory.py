@@ -12,7 +12,7 @@ from glm4v_jax.files import is_orbax
 
 try:
     import fcntl
-except ImportError:  # Windows, where two runs into one directory are the user's to avoid
+except ImportError:  # Windows, where nothing keeps two runs from writing one directory
     fcntl = None  # type: ignore[assignment]
 
 _UNFINISHED, _REPLACED = ".unfinished", ".replaced"
@@ -21,33 +21,33 @@ _LISTED = 5
 
 
 def place_of(target: Path) -> Path:
-    """The absolute path, with a name for its last part even if `target` ends with "..", as a shell would have it."""
+    """Return the absolute path, without any "..": its last part is the name of the directory."""
     return Path(os.path.abspath(target))
 
 
 def is_unfinished(directory: str | Path) -> bool:
-    """Whether this is the name that a directory of `new_directory` has before it is complete."""
+    """Return whether this is a name that `new_directory` gives to a directory before it is complete."""
     name = place_of(Path(directory)).name
     return name.startswith(".") and name.endswith(_UNFINISHED)
 
 
 def left_of(target: Path) -> Path | None:
-    """What a run that could not clean up has left of its output, or of what it was to replace."""
+    """Return what a run that could not clean up has left: its output, or the checkpoint that it was to replace."""
     beside = (_beside(target, _UNFINISHED), _beside(target, _REPLACED))
     return next((path for path in beside if path.exists()), None)
 
 
 def check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run: bool = False) -> None:
-    """Refuse a place for a new directory before anything is read or written.
+    """Check that a new directory can be made, before anything is read or written.
 
     Args:
-      source: what the new directory is made from, if there is one.
-      target: the place.
+      source: what the new directory is made from, if anything.
+      target: the new directory.
       overwrite: whether a checkpoint that is there may be replaced; nothing else ever is.
-      dry_run: change nothing; otherwise a checkpoint that a killed process had put aside gets its name back.
+      dry_run: change nothing; otherwise a checkpoint that a killed process had moved aside gets its name back.
 
     Raises:
-      CheckpointError: something is there and is not to be replaced, or it is the source, in it, or around it, or the
+      CheckpointError: something is there and may not be replaced, or it is the source, in it, or around it, or the
         root of a file system, which cannot be renamed.
     """
     place = place_of(target)
@@ -56,21 +56,23 @@ def check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run:
     if source is not None:
         here, there = source.resolve(), place.resolve()
         if here == there or here in there.parents or there in here.parents:
-            raise CheckpointError(f"{target}: found the source, or a directory in or around it; expected another place")
+            raise CheckpointError(
+                f"{target}: found the source, or a directory in or around it; expected another directory"
+            )
     replaced = _beside(place, _REPLACED)
     if not dry_run:
         _put_back(replaced, place)  # a process was killed between two renames: nothing is lost
     elif replaced.exists() and not place.exists():
         place = replaced
     if place.is_symlink() or (place.exists() and not place.is_dir()):
-        raise CheckpointError(f"{target}: found something that is no directory; expected nothing, or a directory")
+        raise CheckpointError(f"{target}: found something that is not a directory; expected nothing, or a directory")
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not _is_checkpoint(place):
         found = sorted(path.name for path in place.iterdir())
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise CheckpointError(
-            f"{target}: exists and is not empty, and is no checkpoint: found {', '.join(found[:_LISTED])}{more}; "
+            f"{target}: exists, is not empty, and is not a checkpoint: found {', '.join(found[:_LISTED])}{more}; "
             "expected nothing, an empty directory, or a checkpoint to replace with --overwrite"
         )
     if not overwrite:
@@ -78,7 +80,7 @@ def check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Check that the disk has enough room.
 
     Raises:
       CheckpointError: too little is free where `target` will be; the message has both figures.
@@ -90,17 +92,17 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def check_room(source: Path | None, target: Path, needed: int, *, overwrite: bool, dry_run: bool = False) -> None:
-    """`check_target` and `check_space`.
+    """Run `check_target` and `check_space`.
 
     Raises:
-      CheckpointError: the place is taken, or the disk is too full.
+      CheckpointError: the target is taken, or the disk is too full.
     """
     check_target(source, target, overwrite=overwrite, dry_run=dry_run)
     check_space(target, needed)
 
 
 def move_up(directory: Path) -> None:
-    """Move what is in a directory to where that is, and remove it."""
+    """Move the content of a directory into its parent, and remove it."""
     for entry in directory.iterdir():
         entry.rename(directory.parent / entry.name)
     directory.rmdir()
@@ -108,14 +110,14 @@ def move_up(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill, which takes its name, and the place of what had it, when the body is done.
+    """Yield a directory to fill, which gets its name, and replaces what had it, when the body is done.
 
-    Until then it is called `.NAME.unfinished`. Whatever ends the body removes it; what a killed process left is removed
-    by the next one that writes to the same place.
+    Until then it is called `.NAME.unfinished`. Any error in the body removes it; what a killed process left is removed
+    by the next one that writes the same directory.
 
     Args:
-      target: its name; its parents are made.
-      overwrite: whether something may be there; it stays until the new directory is complete.
+      target: the name; its parents are made.
+      overwrite: whether a checkpoint may be there; it stays until the new directory is complete.
 
     Raises:
       CheckpointError: another process is writing it, or the disk is full.
@@ -139,7 +141,7 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 raise CheckpointError(_full(target)) from error
             raise
         finally:
-            if not renamed:  # or what has this name now is the next run's
+            if not renamed:  # else what has this name now belongs to the next run
                 _put_back(replaced, target)
                 shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -147,7 +149,11 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(directory: Path, target: Path) -> Iterator[None]:
-    """Holds a lock that ends with the process, however it ends."""
+    """Hold a lock that ends with the process, however that ends.
+
+    It is on the directory itself, so that it leaves nothing behind, and that removing it is part of the rename.
+    filelock, which needs a file of its own, would leave that beside the output, or race with the next run about it.
+    """
     if fcntl is None:
         yield
         return
@@ -168,13 +174,13 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _put_back(replaced: Path, target: Path) -> None:
-    """Undoes the first of the two renames where the second did not come about."""
+    """Undo the first of the two renames if the second did not happen."""
     if replaced.exists() and not target.exists():
         replaced.rename(target)
 
 
 def _is_checkpoint(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint, or what remains of one."""
+    """Return whether a directory holds a checkpoint, or what remains of one."""
     return is_orbax(directory) or (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
 
 

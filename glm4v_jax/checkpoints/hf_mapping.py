@@ -2,32 +2,36 @@
 
 A rule names a tensor, a leaf, and the rearrangement between them in einops notation: the left side is the tensor's
 shape in PyTorch's layout, the right side the leaf's. Read left to right it loads a checkpoint, right to left it
-exports one. Every tensor matches one rule, and every leaf is filled exactly once; what does not fit is reported all
-together.
+exports one. Every tensor matches one rule, and every leaf is filled exactly once; all faults are reported together.
+
+The table is ours, and no conversion script like those of other libraries, because one bijective table serves loading,
+exporting, adapters, inspection and Orbax alike, and a test can prove that nothing is lost in it.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import einops
 import numpy as np
 
+from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
-
-_HALVES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One row of the table.
 
-    tensor: name in the checkpoint, without the leading "model."; `{i}` is the layer.
-    leaf: path in the model; a leaf under `layers` or `blocks` exists once for each layer.
-    layout: einops pattern from the tensor to the leaf; capitals are the sizes that `dimensions` gives.
-    part: (axis, index) if the tensor is one slice of a fused leaf; `layout` then gives that slice, without the axis.
+    Attributes:
+      tensor: name in the checkpoint, without the leading "model."; `{i}` is the layer.
+      leaf: path in the model; a leaf under `layers` or `blocks` exists once for each layer.
+      layout: einops pattern from the tensor to the leaf; capitals are the sizes that `dimensions` gives.
+      part: (axis, number) if the tensor is one slice of a fused leaf; `layout` then gives that slice, without the axis.
     """
 
     tensor: str
@@ -37,23 +41,28 @@ class Rule:
 
     @property
     def layered(self) -> bool:
-        """Whether the rule stands for one tensor a layer."""
+        """Whether the rule stands for one tensor per layer."""
         return "{i}" in self.tensor
 
+    @property
+    def index(self) -> tuple[Any, ...]:
+        """The index of the tensor's slice in a fused leaf; empty if the leaf is not fused."""
+        return () if self.part is None else (*(slice(None),) * self.part[0], self.part[1])
+
     def tensor_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape that the tensor has in a checkpoint."""
+        """Return the shape that the tensor has in a checkpoint."""
         return self._shape(0, sizes)
 
     def leaf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape that the tensor has in its leaf, which without a `part` is the shape of the leaf of one layer."""
+        """Return the shape that the tensor has in its leaf: without a `part`, that of the leaf of one layer."""
         return self._shape(1, sizes)
 
     def to_leaf(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The tensor in the leaf's layout (a view where the layout allows it)."""
+        """Return the tensor in the leaf's layout (a view where the layout allows it)."""
         return einops.rearrange(tensor, self.layout, **self._sizes_used(sizes))
 
     def to_tensor(self, leaf: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The inverse of `to_leaf`."""
+        """Invert `to_leaf`."""
         tensor, leaf_layout = self.layout.split("->")
         return einops.rearrange(leaf, f"{leaf_layout} -> {tensor}", **self._sizes_used(sizes))
 
@@ -61,12 +70,12 @@ class Rule:
         return tuple(int(np.prod([sizes[name] for name in axis])) for axis in self.axes()[side])
 
     def axes(self) -> tuple[list[list[str]], list[list[str]]]:
-        """The letters of each axis of the tensor, and of the leaf."""
+        """Return the letters of each axis of the tensor, and of the leaf."""
         tensor, leaf = self.layout.split("->")
         return _axes(tensor), _axes(leaf)
 
     def path(self, layer: int | None) -> str:
-        """Path of the leaf in a model that keeps its layers one by one."""
+        """Return the path of the leaf in a model that keeps its layers one by one."""
         if layer is None:
             return self.leaf
         group = next(group for group in LAYER_GROUPS if self.leaf.startswith(group))
@@ -81,67 +90,78 @@ def _axes(side: str) -> list[list[str]]:
 
 
 LAYER_GROUPS = ("language_model.layers.", "visual.blocks.")
-"""What the paths of leaves begin with that exist once for each layer."""
+"""How paths of leaves begin that exist once for each layer."""
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""What a checkpoint's tensors may be."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+"""Dtypes that a checkpoint's tensors may have."""
 
 _TEXT = "language_model.layers.{i}."
 _VIT = "visual.blocks.{i}."
 
 
-def _norm(tensor: str, leaf: str, size: str) -> Rule:
-    return Rule(f"{tensor}.weight", f"{leaf}.scale", f"{size} -> {size}")
+def _kernel(name: str, layout: str, leaf: str | None = None) -> Rule:
+    """A weight; the leaf has the name of the tensor where no other is given."""
+    return Rule(f"{name}.weight", f"{leaf or name}.kernel".replace("{i}.", ""), layout)
+
+
+def _bias(name: str, layout: str, leaf: str | None = None) -> Rule:
+    return Rule(f"{name}.bias", f"{leaf or name}.bias".replace("{i}.", ""), layout)
+
+
+def _norm(name: str, size: str) -> Rule:
+    return Rule(f"{name}.weight", f"{name}.scale".replace("{i}.", ""), f"{size} -> {size}")
 
 
 def _gated_mlp(tensor: str, leaf: str, dim: str, hidden: str) -> list[Rule]:
     """Separate gate and up projections, one fused kernel [dim, 2, hidden]."""
+    fused = _kernel(f"{tensor}gate_proj", f"{hidden} {dim} -> {dim} {hidden}", f"{leaf}gate_up")
     return [
-        Rule(f"{tensor}gate_proj.weight", f"{leaf}gate_up.kernel", f"{hidden} {dim} -> {dim} {hidden}", (1, 0)),
-        Rule(f"{tensor}up_proj.weight", f"{leaf}gate_up.kernel", f"{hidden} {dim} -> {dim} {hidden}", (1, 1)),
-        Rule(f"{tensor}down_proj.weight", f"{leaf}down.kernel", f"{dim} {hidden} -> {hidden} {dim}"),
+        dataclasses.replace(fused, part=(1, 0)),
+        dataclasses.replace(fused, tensor=f"{tensor}up_proj.weight", part=(1, 1)),
+        _kernel(f"{tensor}down_proj", f"{dim} {hidden} -> {hidden} {dim}", f"{leaf}down"),
     ]
 
 
 TABLE: tuple[Rule, ...] = (
-    Rule("lm_head.weight", "lm_head.kernel", "V D -> D V"),
+    _kernel("lm_head", "V D -> D V"),
     Rule("language_model.embed_tokens.weight", "language_model.embed_tokens.embedding", "V D -> V D"),
-    _norm("language_model.norm", "language_model.norm", "D"),
-    _norm(_TEXT + "input_layernorm", "language_model.layers.input_layernorm", "D"),
-    _norm(_TEXT + "post_self_attn_layernorm", "language_model.layers.post_self_attn_layernorm", "D"),
-    _norm(_TEXT + "post_attention_layernorm", "language_model.layers.post_attention_layernorm", "D"),
-    _norm(_TEXT + "post_mlp_layernorm", "language_model.layers.post_mlp_layernorm", "D"),
-    Rule(_TEXT + "self_attn.q_proj.weight", "language_model.layers.self_attn.q_proj.kernel", "(K G H) D -> D K (G H)"),
-    Rule(_TEXT + "self_attn.q_proj.bias", "language_model.layers.self_attn.q_proj.bias", "(K G H) -> K (G H)"),
-    Rule(_TEXT + "self_attn.k_proj.weight", "language_model.layers.self_attn.k_proj.kernel", "(K H) D -> D K H"),
-    Rule(_TEXT + "self_attn.k_proj.bias", "language_model.layers.self_attn.k_proj.bias", "(K H) -> K H"),
-    Rule(_TEXT + "self_attn.v_proj.weight", "language_model.layers.self_attn.v_proj.kernel", "(K H) D -> D K H"),
-    Rule(_TEXT + "self_attn.v_proj.bias", "language_model.layers.self_attn.v_proj.bias", "(K H) -> K H"),
-    Rule(_TEXT + "self_attn.o_proj.weight", "language_model.layers.self_attn.o_proj.kernel", "D (K G H) -> K G H D"),
-    Rule(_TEXT + "mlp.gate_up_proj.weight", "language_model.layers.mlp.gate_up.kernel", "(Two F) D -> D Two F"),
-    Rule(_TEXT + "mlp.down_proj.weight", "language_model.layers.mlp.down.kernel", "D F -> F D"),
-    Rule("visual.patch_embed.proj.weight", "visual.patch_embed.kernel", "E C T P1 P2 -> (C T P1 P2) E"),
-    Rule("visual.patch_embed.proj.bias", "visual.patch_embed.bias", "E -> E"),
+    _norm("language_model.norm", "D"),
+    _norm(_TEXT + "input_layernorm", "D"),
+    _norm(_TEXT + "post_self_attn_layernorm", "D"),
+    _norm(_TEXT + "post_attention_layernorm", "D"),
+    _norm(_TEXT + "post_mlp_layernorm", "D"),
+    _kernel(_TEXT + "self_attn.q_proj", "(K G H) D -> D K (G H)"),
+    _bias(_TEXT + "self_attn.q_proj", "(K G H) -> K (G H)"),
+    _kernel(_TEXT + "self_attn.k_proj", "(K H) D -> D K H"),
+    _bias(_TEXT + "self_attn.k_proj", "(K H) -> K H"),
+    _kernel(_TEXT + "self_attn.v_proj", "(K H) D -> D K H"),
+    _bias(_TEXT + "self_attn.v_proj", "(K H) -> K H"),
+    _kernel(_TEXT + "self_attn.o_proj", "D (K G H) -> K G H D"),
+    _kernel(_TEXT + "mlp.gate_up_proj", "(Two F) D -> D Two F", _TEXT + "mlp.gate_up"),
+    _kernel(_TEXT + "mlp.down_proj", "D F -> F D", _TEXT + "mlp.down"),
+    _kernel("visual.patch_embed.proj", "E C T P1 P2 -> (C T P1 P2) E", "visual.patch_embed"),
+    _bias("visual.patch_embed.proj", "E -> E", "visual.patch_embed"),
     Rule("visual.embeddings.position_embedding.weight", "visual.position_embedding", "S E -> S E"),
-    _norm("visual.post_conv_layernorm", "visual.post_conv_layernorm", "E"),
-    _norm(_VIT + "norm1", "visual.blocks.norm1", "E"),
-    _norm(_VIT + "norm2", "visual.blocks.norm2", "E"),
-    Rule(_VIT + "attn.qkv.weight", "visual.blocks.attn.qkv.kernel", "(Three N J) E -> E Three N J"),
-    Rule(_VIT + "attn.qkv.bias", "visual.blocks.attn.qkv.bias", "(Three N J) -> Three N J"),
-    Rule(_VIT + "attn.proj.weight", "visual.blocks.attn.proj.kernel", "E (N J) -> N J E"),
-    *_gated_mlp(_VIT + "mlp.", "visual.blocks.mlp.", "E", "D"),
-    _norm("visual.post_layernorm", "visual.post_layernorm", "E"),
-    Rule("visual.downsample.weight", "visual.downsample.kernel", "D E M1 M2 -> (M1 M2 E) D"),
-    Rule("visual.downsample.bias", "visual.downsample.bias", "D -> D"),
-    Rule("visual.merger.proj.weight", "visual.merger.proj.kernel", "D Din -> Din D"),
-    Rule("visual.merger.post_projection_norm.weight", "visual.merger.post_projection_norm.scale", "D -> D"),
-    Rule("visual.merger.post_projection_norm.bias", "visual.merger.post_projection_norm.bias", "D -> D"),
+    _norm("visual.post_conv_layernorm", "E"),
+    _norm(_VIT + "norm1", "E"),
+    _norm(_VIT + "norm2", "E"),
+    _kernel(_VIT + "attn.qkv", "(Three N J) E -> E Three N J"),
+    _bias(_VIT + "attn.qkv", "(Three N J) -> Three N J"),
+    _kernel(_VIT + "attn.proj", "E (N J) -> N J E"),
+    *_gated_mlp(_VIT + "mlp.", _VIT + "mlp.", "E", "D"),
+    _norm("visual.post_layernorm", "E"),
+    _kernel("visual.downsample", "D E M1 M2 -> (M1 M2 E) D"),
+    _bias("visual.downsample", "D -> D"),
+    _kernel("visual.merger.proj", "D Din -> Din D"),
+    _norm("visual.merger.post_projection_norm", "D"),
+    _bias("visual.merger.post_projection_norm", "D -> D"),
     *_gated_mlp("visual.merger.", "visual.merger.mlp.", "D", "I"),
 )
 
 
 def dimensions(config: Glm4vConfig) -> dict[str, int]:
-    """The sizes that the letters in the table's layouts stand for."""
+    """Return the sizes that the letters in the table's layouts stand for."""
     text, vision = config.text_config, config.vision_config
     assert text.num_key_value_heads is not None
     patch, merge = vision.patch_size, vision.spatial_merge_size
@@ -155,7 +175,7 @@ def dimensions(config: Glm4vConfig) -> dict[str, int]:
 
 
 def rules(config: Glm4vConfig) -> list[Rule]:
-    """The table's rows that a model of this configuration has."""
+    """Return the table's rows that a model of this configuration has."""
     absent = set()
     if config.text_config.tie_word_embeddings:
         absent.add("lm_head.kernel")
@@ -164,116 +184,176 @@ def rules(config: Glm4vConfig) -> list[Rule]:
     return [rule for rule in TABLE if rule.leaf not in absent]
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A tensor of a checkpoint and where it goes."""
+class LeafPart(NamedTuple):
+    """What a tensor fills: the leaf of a rule, or a slice of it, in one layer if there are several.
 
-    tensor: str
+    Attributes:
+      rule: row of the table.
+      layer: number of the layer; None for leaves that exist once.
+    """
+
     rule: Rule
     layer: int | None
 
+    @property
+    def path(self) -> str:
+        """Path of the leaf in a model that keeps its layers one by one."""
+        return self.rule.path(self.layer)
+
+
+def stacked_path(path: str) -> tuple[str, int | None]:
+    """Return the path that a layer's leaf has where layers are stacked, and the layer.
+
+    >>> stacked_path("visual.blocks.3.norm1.scale")
+    ('visual.blocks.stacked.norm1.scale', 3)
+    >>> stacked_path("lm_head.kernel")
+    ('lm_head.kernel', None)
+    """
+    if (found := _LAYER.match(path)) is None:
+        return path, None
+    return f"{found[1]}stacked.{path[found.end() :]}", int(found[2])
+
+
+_LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_GROUPS))})(\d+)\.")
+
 
 def canonical(name: str) -> str:
-    """A tensor's name as the table spells it: checkpoints come with and without prefixes.
+    """Return a tensor's name as the table spells it: checkpoints come with and without prefixes.
 
-    "model.language_model.layers.0.x" (4.57 and 5.x), "language_model.layers.0.x", "model.layers.0.x" -> the second.
+    >>> canonical("model.language_model.norm.weight")  # as transformers 4.57 and 5.x write it
+    'language_model.norm.weight'
+    >>> canonical("model.norm.weight")
+    'language_model.norm.weight'
     """
     name = name.removeprefix("model.")
     return f"language_model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
-def wanted(config: Glm4vConfig) -> dict[str, tuple[Rule, int | None]]:
-    """Name, without prefix, -> rule and layer of every tensor that a model of this configuration needs."""
-    found: dict[str, tuple[Rule, int | None]] = {}
+def wanted(config: Glm4vConfig) -> dict[str, LeafPart]:
+    """Return canonical name -> what it fills, for every tensor that a model of this configuration needs."""
+    found: dict[str, LeafPart] = {}
     for rule in rules(config):
         if rule.layered:
             text = rule.leaf.startswith("language_model")
             layers = config.text_config.num_hidden_layers if text else config.vision_config.depth
-            found |= {rule.tensor.format(i=i): (rule, i) for i in range(layers)}
+            found |= {rule.tensor.format(i=i): LeafPart(rule, i) for i in range(layers)}
         else:
-            found[rule.tensor] = (rule, None)
+            found[rule.tensor] = LeafPart(rule, None)
     return found
 
 
-def tensor_rules(config: Glm4vConfig) -> dict[str, tuple[Rule, int | None]]:
-    """Name, as transformers 4.57 and 5.x write it, -> rule and layer of every tensor; layer by layer, as it does."""
-    # The reference registers its parts in this order.
-    parts = ("visual.", "language_model.", "lm_head.")
+def tensor_rules(config: Glm4vConfig) -> dict[str, LeafPart]:
+    """Return name, as transformers 4.57 and 5.x write it, -> what it fills; layer by layer, as it does."""
+    # The reference registers its modules in this order.
+    modules = ("visual.", "language_model.", "lm_head.")
 
-    def place(item: tuple[str, tuple[Rule, int | None]]) -> tuple[int, int]:
+    def order(item: tuple[str, LeafPart]) -> tuple[int, int]:
         name, (_, layer) = item
-        return next(i for i, part in enumerate(parts) if name.startswith(part)), -1 if layer is None else layer
+        return next(i for i, module in enumerate(modules) if name.startswith(module)), -1 if layer is None else layer
 
-    return {_full_name(name): what for name, what in sorted(wanted(config).items(), key=place)}
+    return {
+        name if name.startswith("lm_head.") else f"model.{name}": part
+        for name, part in sorted(wanted(config).items(), key=order)
+    }
 
 
-def _full_name(tensor: str) -> str:
-    return tensor if tensor.startswith("lm_head.") else f"model.{tensor}"
+def leaf_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
+    """Return path -> shape of every leaf of a model that keeps its layers one by one."""
+    sizes, shapes = dimensions(config), {}
+    parts = collections.Counter(part.path for part in wanted(config).values())
+    for part in wanted(config).values():
+        shape = part.rule.leaf_shape(sizes)
+        if part.rule.part is not None:
+            axis, _ = part.rule.part
+            shape = (*shape[:axis], parts[part.path], *shape[axis:])
+        shapes[part.path] = shape
+    return shapes
 
 
-def match(
-    config: Glm4vConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    where: str,
-    dtypes: Mapping[str, np.dtype] | None = None,
-    files: Mapping[str, str] | None = None,
-) -> list[Source]:
+def match(config: Glm4vConfig, infos: Mapping[str, TensorInfo], where: str) -> dict[str, LeafPart]:
     """Match a checkpoint's tensors against the table.
 
     Args:
       config: of the model.
-      shapes: name -> shape of every tensor in the checkpoint.
+      infos: name -> shape, dtype and file of every tensor in the checkpoint.
       where: names the checkpoint in errors.
-      dtypes: name -> dtype; checked where given.
-      files: name -> file; named in errors where given.
 
     Returns:
-      One source for every tensor the model needs.
+      Name in the checkpoint -> what it fills, for every tensor that the model needs, in the table's order.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected, doubled, misshapen, no floats, or of two kinds of half
-        precision; all of them are listed.
+      CheckpointError: tensors are missing, unexpected, there twice, of a wrong shape or dtype; all of them are listed.
     """
     sizes, expected = dimensions(config), wanted(config)
-    tied_head = config.text_config.tie_word_embeddings
-    places = {name: f" in {files[name]}" if files else "" for name in shapes}
-    found: dict[str, str] = {}
-    problems = []
-    for name, shape in shapes.items():
-        key, place = canonical(name), places[name]
-        if tied_head and key == "lm_head.weight":
-            continue  # a copy of the embedding, which the reference ignores too
+    shapes = {name: part.rule.tensor_shape(sizes) for name, part in expected.items()}
+    names = check_tensors(without_tied_head(config, infos.items()), shapes, where)
+    return {names[key]: part for key, part in expected.items()}
+
+
+def without_tied_head(config: Glm4vConfig, infos: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Skip a copy of the embedding that stands for a tied head; the reference ignores it too."""
+    tied = config.text_config.tie_word_embeddings
+    return (item for item in infos if not (tied and canonical(item[0]) == "lm_head.weight"))
+
+
+def check_tensors(
+    found: Iterable[tuple[str, TensorInfo]],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+    *,
+    spell: Callable[[str], str] = canonical,
+    any_dtype: bool = False,
+) -> dict[str, str]:
+    """Compare the tensors, or leaves, of a checkpoint with those expected of it.
+
+    Args:
+      found: names with shapes, dtypes and files.
+      expected: canonical name -> shape.
+      where: names the checkpoint in errors.
+      spell: returns the canonical name.
+      any_dtype: whether other dtypes than `DTYPES`, or two kinds of half precision, are accepted.
+
+    Returns:
+      Canonical name -> name found.
+
+    Raises:
+      CheckpointError: any of them is missing, unexpected, there twice, of a wrong shape or dtype; all are listed.
+    """
+    names: dict[str, str] = {}
+    infos: dict[str, TensorInfo] = {}
+    faults = []
+    for name, info in found:
+        key = spell(name)
         if key not in expected:
-            problems.append(f"unexpected: {name} {list(shape)}{place}")
-        elif key in found:
-            problems.append(f"doubled: {name}{place} and {found[key]}{places[found[key]]}")
-        elif (fitting := expected[key][0].tensor_shape(sizes)) != tuple(shape):
-            problems.append(f"misshapen: {name}{place} has shape {list(shape)}, expected {list(fitting)}")
-        elif dtypes is not None and dtypes[name].name not in DTYPES:
-            problems.append(
-                f"of a wrong dtype: {name}{place} is {dtypes[name].name}, expected one of {', '.join(DTYPES)}"
-            )
-        found.setdefault(key, name)
-    if dtypes is not None:
-        problems += _stray_halves({name: dtypes[name].name for name in found.values()}, places)
-    problems += [
-        f"missing: {key} {list(rule.tensor_shape(sizes))}" for key, (rule, _) in expected.items() if key not in found
-    ]
-    if problems:
-        raise CheckpointError(_report(where, problems))
-    return [Source(found[key], rule, layer) for key, (rule, layer) in expected.items()]
+            faults.append(f"{name}: found {list(info.shape)}{_in_file(info)}; expected no such tensor")
+        elif key in names:
+            first = f"{names[key]}{_in_file(infos[names[key]])}"
+            faults.append(f"{name}: found{_in_file(info)} besides {first}; expected one of them")
+        elif info.shape != expected[key]:
+            faults.append(f"{name}: found shape {list(info.shape)}{_in_file(info)}; expected {list(expected[key])}")
+        elif not any_dtype and info.dtype.name not in DTYPES:
+            faults.append(f"{name}: found {info.dtype.name}{_in_file(info)}; expected one of {', '.join(DTYPES)}")
+        if key not in names:
+            names[key], infos[name] = name, info
+    if not any_dtype:
+        faults += _stray_halves(infos)
+    faults += [f"{key}: found nothing; expected {list(shape)}" for key, shape in expected.items() if key not in names]
+    raise_faults(sorted(faults), CheckpointError, where=f"{where}: {len(faults)} tensors do not fit the configuration")
+    return names
 
 
-def _stray_halves(dtypes: Mapping[str, str], places: Mapping[str, str]) -> Iterable[str]:
-    """Tensors of the rarer kind of half precision: no checkpoint has both, and the one's bits pass for the other's."""
-    count = collections.Counter(dtype for dtype in dtypes.values() if dtype in _HALVES)
+def _in_file(info: TensorInfo) -> str:
+    return f" in {info.file.name}" if info.file.name else ""
+
+
+def _stray_halves(infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Name tensors of the rarer half precision: no checkpoint has both, and one's bits pass for the other's."""
+    count = collections.Counter(info.dtype.name for info in infos.values() if info.dtype.name in _HALVES)
     if len(count) == 2:
         usual, rare = (dtype for dtype, _ in count.most_common())
-        for name, dtype in dtypes.items():
-            if dtype == rare:
-                yield f"of a wrong dtype: {name}{places[name]} is {dtype}, expected {usual} like {count[usual]} others"
+        for name, info in infos.items():
+            if info.dtype.name == rare:
+                yield f"{name}: found {rare}{_in_file(info)}; expected {usual} like {count[usual]} others"
 
 
-def _report(where: str, problems: Iterable[str]) -> str:
-    problems = sorted(problems)
-    return f"{where}: {len(problems)} tensors do not fit the configuration: " + "; ".join(problems)
+_HALVES = ("bfloat16", "float16")

@@ -1,110 +1,170 @@
-"""A live model -> a checkpoint in Hugging Face layout, which transformers 4.57 and 5.x load."""
+"""Checkpoints in Hugging Face layout, written: shards and their index, of any tensors or of a live model.
+
+Names, order and index are those that transformers 4.57 writes, so that what it would have made of the same tensors is
+what comes out here; transformers 4.57 and 5.x load it.
+"""
 
 import dataclasses
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array
 
-from glm4v_jax.checkpoints import hf_mapping, hf_shards
-from glm4v_jax.checkpoints.safetensors import in_pieces, written_order
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.leaves import ModelLeaves
+from glm4v_jax.checkpoints.safetensors import LazyTensor, Tensor, in_chunks, write_safetensors, written_order
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import is_first, to_host
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import replacing
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import is_lora
-from glm4v_jax.model.params import leaf_paths
-from glm4v_jax.model.quantize import is_scale
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PATTERN = "model{suffix}.safetensors"
+PYTORCH = {"format": "pt"}
+"""What transformers writes into the metadata of its files, and wants to find there."""
+
+_UNITS = {unit: 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), 1)}
+_UNITS |= {unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)}
+
+Plan = Mapping[str, Sequence[str]]
+"""File name -> names of the tensors in it."""
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _UNFINISHED = ".weights.partial"
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafSource:
-    """A tensor of the checkpoint that is a leaf, a layer of a stacked leaf, or a part of a fused one.
+def parse_size(size: int | str) -> int:
+    """Parse a size in bytes.
 
-    It comes from its devices when it is written, and then is the only one in host memory.
+    >>> parse_size("5GB"), parse_size("200MiB"), parse_size(1000)
+    (5000000000, 209715200, 1000)
+
+    Raises:
+      ConfigError: it is not a positive size.
     """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", str(size).upper())
+    count = 0 if match is None else int(float(match[1]) * _UNITS.get(match[2], 1))
+    if count < 1:
+        raise ConfigError(f"max_shard_size: found {size!r}; expected a size such as 5GB, 200MiB or 1000000")
+    return count
 
-    leaf: Array
-    layer: int | None
-    rule: hf_mapping.Rule
-    sizes: dict[str, int]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As PyTorch has it."""
-        return self.rule.tensor_shape(self.sizes)
+def shard_name(number: int, count: int) -> str:
+    """Return the file name of shard `number` (from 0) of `count`."""
+    return _PATTERN.format(suffix="" if count == 1 else f"-{number + 1:05d}-of-{count:05d}")
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The leaf's."""
-        return self.leaf.dtype
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        leaf = self.leaf if self.layer is None else self.leaf[self.layer]
-        if self.rule.part is not None:
-            axis, number = self.rule.part
-            leaf = leaf[(*(slice(None),) * axis, number)]
-        return self.rule.to_tensor(to_host(leaf), self.sizes)
+def plan_shards(tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> Plan:
+    """Distribute tensors over files as transformers does: in order, a new file where the next would not fit.
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The tensor, put in order by pieces."""
-        yield from in_pieces(self.__array__())
+    Args:
+      tensors: by name.
+      max_shard_size: of a file's tensors, see `parse_size`; a larger tensor gets a file of its own.
+
+    Raises:
+      ConfigError: max_shard_size is not a size.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory  # 0.1 s, which loading a model need not take
+
+    return split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=_PATTERN,
+        max_shard_size=parse_size(max_shard_size),
+    ).filename_to_tensors
+
+
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_shards(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    plan: Plan,
+    *,
+    metadata: Mapping[str, str] = PYTORCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the files of a plan, and last their index if the plan has several.
+
+    Args:
+      directory: exists.
+      tensors: name -> what to write; each is asked for its values once, when its turn comes.
+      plan: see `plan_shards`.
+      metadata: of every file.
+      progress: called with the bytes written so far and in all.
+
+    Raises:
+      CheckpointError: a tensor's dtype, name or values cannot be stored.
+      OSError: the disk refuses.
+    """
+    done, total = 0, total_bytes(tensors)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    for file, names in plan.items():
+        write_safetensors(directory / file, {name: tensors[name] for name in names}, metadata, advance)
+    if list(plan) != [SINGLE]:
+        parameters = sum(math.prod(tensors[name].shape) for names in plan.values() for name in names)
+        index = {
+            "metadata": {"total_parameters": parameters, "total_size": total},
+            "weight_map": {name: file for file, names in plan.items() for name in names},
+        }
+        with replacing(directory / INDEX) as aside:
+            text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            aside.write_text(text, encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeafTensor(LazyTensor):
+    """A tensor that comes from the devices when it is written, and then is the only one in host memory."""
+
+    leaves: ModelLeaves
+    part: hf_mapping.LeafPart
+    sizes: Mapping[str, int]
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Return the elements in order; all processes that hold the model must ask for them."""
+        leaf = self.leaves.array(self.part.path)
+        if self.part.rule.part is not None:
+            leaf = leaf[self.part.rule.index]
+        yield from in_chunks(self.part.rule.to_tensor(to_host(leaf), self.sizes))
 
 
 def tensor_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
-    """Name, as transformers 4.57 and 5.x write it, -> shape of every tensor that a model's checkpoint has."""
+    """Return name, as transformers writes it, -> shape of every tensor that a model's checkpoint has."""
     sizes = hf_mapping.dimensions(config)
     return {name: rule.tensor_shape(sizes) for name, (rule, _) in hf_mapping.tensor_rules(config).items()}
 
 
-def check_plain(paths: Iterable[str]) -> None:
-    """Check the leaves of a model that is to be saved.
+def tensors_of(model: Glm4v) -> dict[str, LazyTensor]:
+    """Return the tensors, by name, of a model with its layers in either layout.
 
     Raises:
-      CheckpointError: some are of an adapter or quantised, for which a checkpoint has no place.
+      CheckpointError: see `ModelLeaves`.
     """
-    paths = list(paths)
-    if adapters := [path for path in paths if is_lora(path)]:
-        raise CheckpointError(
-            f"{adapters[0]}: found {len(adapters)} leaves of an adapter; expected none: merge it first "
-            "(lora.merge_lora), or save it by itself (adapter.save_adapter)"
-        )
-    if scales := [path for path in paths if is_scale(path)]:
-        raise CheckpointError(
-            f"{scales[0]}: found {len(scales)} quantised kernels; expected floats: save the model that was quantised"
-        )
-
-
-def tensors_of(module: Glm4v) -> dict[str, LeafSource]:
-    """Tensor name -> source, for a model with its layers in either layout.
-
-    Raises:
-      CheckpointError: see `check_plain`.
-    """
-    leaves = dict(zip(leaf_paths(module), jax.tree.leaves(module), strict=True))
-    check_plain(leaves)
-    sizes, tensors = hf_mapping.dimensions(module.config), {}
-    for name, (rule, layer) in hf_mapping.tensor_rules(module.config).items():
-        path, index = rule.path(layer), None
-        if path not in leaves:
-            path, index = path.replace(f".{layer}.", ".stacked.", 1), layer
-        tensors[name] = LeafSource(leaves[path], index, rule, sizes)
-    return tensors
+    leaves, sizes = ModelLeaves(model), hf_mapping.dimensions(model.config)
+    return {
+        name: _LeafTensor(part.rule.tensor_shape(sizes), leaves.infos[part.path].dtype, leaves, part, sizes)
+        for name, part in hf_mapping.tensor_rules(model.config).items()
+    }
 
 
 def save_pretrained(
-    module: Glm4v,
+    model: Glm4v,
     generation_config: GenerationConfig,
     directory: str | Path,
     *,
@@ -112,33 +172,37 @@ def save_pretrained(
 ) -> None:
     """Write weights, config.json and generation_config.json; see `Glm4vForConditionalGeneration.save_pretrained`.
 
-    Where several processes hold the model, all of them call this; the first one writes, and has a tensor at a time.
+    Where several processes hold the model, all of them call this; the first one writes, and holds a tensor at a time.
+
+    Raises:
+      CheckpointError: see `ModelLeaves`; or the directory is a file.
+      ConfigError: max_shard_size is not a size.
+      OSError: the disk refuses.
     """
     directory = Path(directory)
-    tensors = tensors_of(module)
-    sizes = {name: source.dtype.itemsize * int(np.prod(source.shape)) for name, source in tensors.items()}
-    plan = hf_shards.plan_shards(sizes, max_shard_size)
+    tensors = tensors_of(model)
+    plan = plan_shards(tensors, max_shard_size)
     if not is_first():
         for names in plan.values():
             for name in written_order({name: tensors[name] for name in names}):
-                tensors[name].__array__()  # the first process waits for this one's part of it
+                next(tensors[name].chunks(), None)  # the first process waits for this one's part of it
         return
     if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: found a file, expected a directory or nothing")
+        raise CheckpointError(f"{directory}: found a file; expected a directory or nothing")
     aside = directory / _UNFINISHED
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        hf_shards.write_shards(aside, tensors, plan)
-        # An old index beside new shards would pass for a checkpoint: no weights at all do not.
+        write_shards(aside, tensors, plan)
+        # An old index beside new shards would pass for a checkpoint; a directory without weights does not.
         for old in directory.iterdir():
             if _WEIGHTS.fullmatch(old.name):
                 old.unlink()
-        for new in sorted(aside.iterdir(), key=lambda path: path.name == hf_shards.INDEX):
+        for new in sorted(aside.iterdir(), key=lambda path: path.name == INDEX):
             new.replace(directory / new.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    module.config.save_pretrained(directory)
+    model.config.save_pretrained(directory)
     save_generation_config(generation_config, directory)
 
 
@@ -150,7 +214,11 @@ def save_generation_config(config: GenerationConfig, directory: Path) -> None:
 
 
 def generation_options(config: GenerationConfig) -> dict[str, Any]:
-    """The options that are not at their defaults, as generation_config.json has them."""
+    """Return the options that are not at their defaults, as generation_config.json has them.
+
+    >>> generation_options(GenerationConfig(top_k=2, eos_token_id=(3, 5)))
+    {'eos_token_id': [3, 5], 'top_k': 2}
+    """
     options = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

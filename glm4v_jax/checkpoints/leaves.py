@@ -1,10 +1,10 @@
-"""A checkpoint as leaves of the model, whatever format it is in: what loading and converting read.
+"""The weights of a model as leaves, read when their turn comes: from a checkpoint, or from a live model.
 
 Paths are those of a model that keeps its layers one by one: "language_model.layers.0.mlp.gate_up.kernel".
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,36 +12,33 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.safetensors import CheckpointFiles
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
 from glm4v_jax.checkpoints.strided_copy import copy_in_squares
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.errors import CheckpointError
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.lora import is_lora
+from glm4v_jax.model.params import leaf_paths
+from glm4v_jax.model.quantize import is_scale
 
 # Where an array starts at a multiple of this, JAX on a CPU takes its memory over instead of copying it.
 _ALIGNMENT = 64
 
-# A leaf above this is copied from its file by pieces, and what has been copied leaves the memory.
+# A leaf above this is copied from its file in chunks, and the pages of each chunk are given back.
 _LARGE_BYTES = 256 << 20
-_PIECE_BYTES = 64 << 20
+_CHUNK_BYTES = 64 << 20
 
 Slices = tuple[slice, ...]
 
 
-class LeafInfo(NamedTuple):
-    """What a checkpoint says about a leaf; `tensors` is how many of its tensors are in it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    nbytes: int
-    tensors: int
-
-
 class Leaves(Protocol):
-    """All leaves of a model, none of them read yet."""
+    """All leaves in a checkpoint, none of them read yet."""
 
-    infos: Mapping[str, LeafInfo]
+    infos: Mapping[str, TensorInfo]
 
     def read(self, path: str, index: Slices) -> np.ndarray:
-        """A slice of a leaf; possibly a view that is in no order, of memory that others may change."""
+        """Return a slice of a leaf; possibly a view in any order, of memory that others may change."""
         ...
 
     def release(self) -> None:
@@ -53,57 +50,96 @@ class TensorLeaves:
     """The tensors of a checkpoint in Hugging Face layout, as leaves, in the order of their files.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected, doubled, misshapen or of a wrong dtype; one error lists all.
+      CheckpointError: tensors do not fit the configuration; all of them are listed.
     """
 
     def __init__(self, files: CheckpointFiles, config: Glm4vConfig):
         self._files = files
         self._sizes = hf_mapping.dimensions(config)
-        shapes = {name: info.shape for name, info in files.items()}
-        dtypes = {name: info.dtype for name, info in files.items()}
-        places = {name: info.file.name for name, info in files.items()}
-        sources = hf_mapping.match(config, shapes, str(files.directory), dtypes, places)
-        place = {name: i for i, name in enumerate(files)}
-        self._parts: dict[str, list[hf_mapping.Source]] = {}
-        for source in sorted(sources, key=lambda source: place[source.tensor]):
-            self._parts.setdefault(source.rule.path(source.layer), []).append(source)
-        self.infos: Mapping[str, LeafInfo] = {path: self._info(parts) for path, parts in self._parts.items()}
+        matched = hf_mapping.match(config, files, str(files.directory))
+        # Path -> tensors of the leaf, by name.
+        self._tensors: dict[str, dict[str, hf_mapping.LeafPart]] = {}
+        for name in files:
+            if name in matched:  # and not a copy of a tied head
+                self._tensors.setdefault(matched[name].path, {})[name] = matched[name]
+        shapes = hf_mapping.leaf_shapes(config)
+        self.infos: Mapping[str, TensorInfo] = {
+            path: TensorInfo(shapes[path], self._dtype(tensors)) for path, tensors in self._tensors.items()
+        }
 
-    def _info(self, parts: list[hf_mapping.Source]) -> LeafInfo:
-        shape = parts[0].rule.leaf_shape(self._sizes)
-        if parts[0].rule.part is not None:
-            axis, _ = parts[0].rule.part
-            shape = (*shape[:axis], len(parts), *shape[axis:])
-        infos = [self._files[part.tensor] for part in parts]
-        dtype = infos[0].dtype
-        if any(info.dtype != dtype for info in infos):
-            dtype = np.dtype(np.float32)  # holds either half exactly
-        return LeafInfo(shape, dtype, int(np.prod(shape)) * dtype.itemsize, len(parts))
+    def _dtype(self, tensors: Mapping[str, Any]) -> np.dtype:
+        dtype, *others = {self._files[name].dtype for name in tensors}
+        return np.dtype(np.float32) if others else dtype  # float32 holds either half precision exactly
 
     def read(self, path: str, index: Slices) -> np.ndarray:
-        """A slice of a leaf: a view of the mapped file, except where a leaf is made of parts."""
-        parts = self._parts[path]
-        if parts[0].rule.part is None:
-            return self._tensor(parts[0])[index]
-        axis, _ = parts[0].rule.part
-        info = self.infos[path]
-        shape = [len(range(*entry.indices(length))) for entry, length in zip(index, info.shape, strict=True)]
-        out = np.empty(shape, info.dtype)
-        rest = (*index[:axis], *index[axis + 1 :])
-        for part in parts:
-            assert part.rule.part is not None
-            wanted = range(*index[axis].indices(len(parts)))
-            if (number := part.rule.part[1]) in wanted:
-                place: tuple[Any, ...] = (*(slice(None),) * axis, wanted.index(number))
-                copy_in_squares(out[place], self._tensor(part)[rest])
+        """Return a slice of a leaf: a view of the mapped file, except where a leaf is fused of several tensors."""
+        tensors = self._tensors[path]
+        fused = next(iter(tensors.values())).rule.part
+        if fused is None:
+            (name,) = tensors
+            return self._in_layout(name, tensors[name])[index]
+        axis, info = fused[0], self.infos[path]
+        out = np.empty(
+            [len(range(*i.indices(length))) for i, length in zip(index, info.shape, strict=True)], info.dtype
+        )
+        wanted = range(*index[axis].indices(info.shape[axis]))
+        for name, part in tensors.items():
+            number = part.rule.index[-1]
+            if number in wanted:
+                place = (*part.rule.index[:-1], wanted.index(number))
+                copy_in_squares(out[place], self._in_layout(name, part)[(*index[:axis], *index[axis + 1 :])])
         return out
 
     def release(self) -> None:
         """Give back the pages of the files that have been read."""
         self._files.release()
 
-    def _tensor(self, source: hf_mapping.Source) -> np.ndarray:
-        return source.rule.to_leaf(self._files.read(source.tensor), self._sizes)
+    def _in_layout(self, name: str, part: hf_mapping.LeafPart) -> np.ndarray:
+        return part.rule.to_leaf(self._files.read(name), self._sizes)
+
+
+class ModelLeaves:
+    """The leaves of a live model with its layers in either layout, for a checkpoint.
+
+    Raises:
+      CheckpointError: some are of an adapter or quantised, which a checkpoint cannot hold.
+    """
+
+    def __init__(self, model: Glm4v):
+        self._leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
+        if adapters := [path for path in self._leaves if is_lora(path)]:
+            raise CheckpointError(
+                f"{adapters[0]}: found {len(adapters)} leaves of an adapter; expected none: merge it first "
+                "(lora.merge_lora), or save it by itself (adapter.save_adapter)"
+            )
+        if scales := [path for path in self._leaves if is_scale(path)]:
+            raise CheckpointError(
+                f"{scales[0]}: found {len(scales)} quantised kernels; expected floats: save the original model"
+            )
+        self.infos: Mapping[str, TensorInfo] = {
+            path: TensorInfo(shape, self._find(path)[0].dtype)
+            for path, shape in hf_mapping.leaf_shapes(model.config).items()
+        }
+
+    def array(self, path: str) -> Array:
+        """Return a leaf on its devices, a copy where it is a layer of a stacked one."""
+        leaf, layer = self._find(path)
+        if layer is None:
+            return leaf
+        with use_mesh(leaf.sharding.mesh):
+            return _take(leaf, np.int32(layer))
+
+    def _find(self, path: str) -> tuple[Any, int | None]:
+        """The leaf, and the layer in it if it is stacked."""
+        if path in self._leaves:
+            return self._leaves[path], None
+        stacked, layer = hf_mapping.stacked_path(path)
+        return self._leaves[stacked], layer
+
+
+@jax.jit
+def _take(leaf: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
 
 
 def array_of(
@@ -114,13 +150,13 @@ def array_of(
     *,
     count: Callable[[int], None] | None = None,
 ) -> Array:
-    """A leaf on the devices of the current mesh; of it this process reads what its own devices hold, once.
+    """Put a leaf of a checkpoint on the devices of the current mesh; each process reads what its own devices hold.
 
     Args:
-      leaves: where it is.
+      leaves: of the checkpoint.
       path: of the leaf.
-      spec: how it is split.
-      dtype: what it is to be.
+      spec: its sharding.
+      dtype: that it gets.
       count: called with the number of bytes read, for each slice.
     """
     info = leaves.infos[path]
@@ -129,7 +165,7 @@ def array_of(
     def slice_of(index: Slices) -> np.ndarray:
         index = (*index, *(slice(None),) * (len(info.shape) - len(index)))
         key = tuple(entry.indices(length) for entry, length in zip(index, info.shape, strict=True))
-        if key not in read:  # devices that hold the same do not read it again
+        if key not in read:  # or devices that hold the same would read it again
             values = leaves.read(path, index)
             if count is not None:
                 count(values.size * info.dtype.itemsize)
@@ -141,7 +177,7 @@ def array_of(
 
 
 def _ready(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]) -> np.ndarray:
-    """Values that JAX may take over, or has to copy: it must not keep the memory of a file, which others may change."""
+    """Copy values if JAX would else keep the memory of a file, which others may change."""
     if values.nbytes > _LARGE_BYTES and not values.flags.writeable:
         return _own(values, dtype, release)
     if values.dtype != dtype:
@@ -152,7 +188,7 @@ def _ready(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]
 
 
 def _own(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]) -> np.ndarray:
-    """A copy in order which JAX need not copy again, made by pieces, so that no two whole ones are in memory."""
+    """Copy values into order in chunks, aligned so that JAX need not copy them again: memory holds them once."""
     buffer = np.empty(values.size * dtype.itemsize + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     copy = buffer[start : start + values.size * dtype.itemsize].view(dtype).reshape(values.shape)
@@ -160,23 +196,23 @@ def _own(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]) 
         copy[...] = values
         return copy
     slowest = max(range(values.ndim), key=lambda axis: values.strides[axis])
-    rows = max(1, _PIECE_BYTES // abs(values.strides[slowest]))
+    rows = max(1, _CHUNK_BYTES // abs(values.strides[slowest]))
     for first in range(0, values.shape[slowest], rows):
-        piece = (*(slice(None),) * slowest, slice(first, first + rows))
-        copy_in_squares(copy[piece], values[piece])
+        chunk = (*(slice(None),) * slowest, slice(first, first + rows))
+        copy_in_squares(copy[chunk], values[chunk])
         release()
     return copy
 
 
-def in_groups(infos: Mapping[str, LeafInfo], nbytes: int) -> Iterator[list[str]]:
-    """Paths in groups of `nbytes`, in order, after single larger leaves: those come while little else is in memory."""
+def in_groups(infos: Mapping[str, TensorInfo], nbytes: int) -> Iterator[list[str]]:
+    """Group paths, in order, into `nbytes` each, after single larger leaves: those come while memory is free."""
 
-    def turn(item: tuple[str, LeafInfo]) -> int:
+    def turn(item: tuple[str, TensorInfo]) -> int:
         info = item[1]
         if info.nbytes <= nbytes:
             return 2
-        # Orbax cuts a leaf along its longest axis. Only if that is the first are the chunks written from where they
-        # are; else they are copied in small blocks, which the allocator then keeps: a whole leaf's worth of memory.
+        # Orbax cuts a leaf along its longest axis. Only if that is the first are the chunks written without a copy;
+        # else they are copied in small blocks, which the allocator then keeps: a whole leaf's worth of memory.
         return int(np.argmax(info.shape) != 0)
 
     group: list[str] = []

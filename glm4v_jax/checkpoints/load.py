@@ -1,7 +1,6 @@
 """A checkpoint, in either format -> the model's leaves on their devices, one at a time."""
 
 import functools
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +29,6 @@ from glm4v_jax.model.runtime import Runtime
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 _COMPUTE_DTYPES = hf_mapping.DTYPES
-
-_LAYER = re.compile(rf"({'|'.join(map(re.escape, hf_mapping.LAYER_GROUPS))})(\d+)\.")
 
 # The system's memory for what has been read of a file is given back this often, so that it does not look like ours.
 _RELEASE_BYTES = 512 << 20
@@ -132,14 +129,14 @@ def load_model(
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
     for path, info in leaves.infos.items():
-        target, layer = _stacked_path(path) if stacked else (path, None)
+        target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
         spec = abstract[target].sharding.spec
         spec = spec if layer is None else PartitionSpec(*spec[1:])
         if quantize is None or scale_path(target) not in abstract:
             made = {target: array_of(leaves, path, spec, dtype)}
         else:  # from what the checkpoint has, not rounded to `dtype` before
             kernel = array_of(leaves, path, spec, info.dtype)
-            pair = quantize_kernel(kernel, *axes[_LAYER.sub(r"\1", path)], quantize)
+            pair = quantize_kernel(kernel, *axes[hf_mapping.stacked_path(path)[0].replace(".stacked.", ".")], quantize)
             made = dict(zip((target, scale_path(target)), pair, strict=True))
             del kernel
         for name, array in made.items():
@@ -176,13 +173,6 @@ def abstract_leaves(
 def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:
     """Path of a kernel, without the layer's number, -> the logical axes of its inputs and outputs."""
     return {f"{path}.kernel": (found[0].in_axes, found[0].out_axes) for path, found in linears(model).items()}
-
-
-def _stacked_path(path: str) -> tuple[str, int | None]:
-    """The path that a layer's leaf has where layers are stacked, and the layer."""
-    if (found := _LAYER.match(path)) is None:
-        return path, None
-    return f"{found[1]}stacked.{path[found.end() :]}", int(found[2])
 
 
 def _put_layer(stacked: Any, leaf: Array, layer: int) -> Array:

@@ -1,55 +1,48 @@
-"""A checkpoint and an adapter for it -> a checkpoint in Hugging Face layout with the adapter in its weights.
+"""Merge an adapter into a checkpoint: a checkpoint in Hugging Face layout with the adapter in its weights.
 
 From file to file, tensor by tensor on the host: no device holds the model, and memory two tensors of it.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glm4v_jax.checkpoints import hf_mapping, hf_shards
+from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import Pair, read_adapter
+from glm4v_jax.checkpoints.hf_write import plan_shards, write_shards
 from glm4v_jax.checkpoints.load import resolve_dtype
-from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, leaves_of, open_weights
-from glm4v_jax.checkpoints.safetensors import CheckpointFiles, in_pieces
+from glm4v_jax.checkpoints.orbax_read import Weights, leaves_of, open_weights
+from glm4v_jax.checkpoints.safetensors import LazyTensor, in_chunks
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.files import copy_assets, say_dtype
+from glm4v_jax.files import copy_assets, set_dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class MergedTensor:
-    """A tensor of a checkpoint, with what an adapter adds to it; read when its turn comes."""
+class MergedTensor(LazyTensor):
+    """A tensor of a checkpoint, plus what an adapter adds to it; read when its turn comes."""
 
-    files: CheckpointFiles | OrbaxCheckpoint
+    files: Weights
     name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
     pair: Pair | None
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Return the sum, made in float32 and rounded once."""
         tensor = self.files.read(self.name)
         if self.pair is not None:
             tensor = self.pair.added_to(tensor.astype(np.float32))
-        return tensor.astype(self.dtype, copy=False)
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The tensor, put in order by pieces."""
-        yield from in_pieces(self.__array__())
+        yield from in_chunks(tensor.astype(self.dtype, copy=False))
         self.files.release()
 
 
 def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> dict[str, MergedTensor]:
-    """Name, as the base has it, -> every tensor of the merged checkpoint.
-
-    Sums are made in float32 and rounded to the nearest once.
+    """Return every tensor of the merged checkpoint, by the name that it has in the base.
 
     Args:
-      base: a checkpoint in either format, that which the adapter was trained beside or, if that was quantised, made of.
+      base: the checkpoint, in either format, that the adapter was trained with; if that was quantised, its original.
       adapter: a directory of `adapter.save_adapter`, or of PEFT.
       dtype: float32, bfloat16 or float16, of all tensors; each keeps its own by default.
 
@@ -62,41 +55,35 @@ def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> 
     pairs = read_adapter(adapter, config)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {
-        name: MergedTensor(files, name, info.shape, cast or info.dtype, pairs.pop(hf_mapping.canonical(name), None))
+        name: MergedTensor(info.shape, cast or info.dtype, files, name, pairs.pop(hf_mapping.canonical(name), None))
         for name, info in files.items()
     }
     if pairs:
-        raise CheckpointError(f"{adapter}: {next(iter(pairs))}: found an adapter beside it; {base} has no such tensor")
+        raise CheckpointError(f"{adapter}: {next(iter(pairs))}: found an adapter for it; expected {base} to have it")
     return tensors
-
-
-def nbytes(tensors: dict[str, MergedTensor]) -> int:
-    """Bytes of all tensors together."""
-    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
 
 
 def write_merged(
     base: str | Path,
-    tensors: dict[str, MergedTensor],
+    tensors: Mapping[str, MergedTensor],
     directory: Path,
     *,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a merged checkpoint, with all that the base has beside its weights.
+    """Write a merged checkpoint, with the files that the base has beside its weights.
 
     Args:
       base: see `merged_tensors`.
-      tensors: see there.
+      tensors: of `merged_tensors`.
       directory: exists, and is empty.
       max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
 
     Raises:
-      ConfigError: max_shard_size is no size.
+      ConfigError: max_shard_size is not a size.
       OSError: the disk refuses.
     """
-    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
-    hf_shards.write_shards(directory, tensors, hf_shards.plan_shards(sizes, max_shard_size))
+    write_shards(directory, tensors, plan_shards(tensors, max_shard_size))
     copy_assets(base, directory)
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     if len(dtypes) == 1 and dtypes != {tensor.files[name].dtype.name for name, tensor in tensors.items()}:
-        say_dtype(directory / "config.json", dtypes.pop())
+        set_dtype(directory / "config.json", dtypes.pop())

@@ -2,45 +2,49 @@
 
 On disk the model is a tree with one leaf for each parameter of each layer (OCDBT, zarr3), whatever layout the layers
 had in memory, so that it can be written and read group by group, and onto any mesh. Files beside the weights are in
-`assets/`; `custom_metadata` tells where the weights came from, and how their tensors were called (see
-`checkpoint_write`).
+`assets/`; `custom_metadata` says where the weights came from, and how their tensors were called (see `orbax_write`).
+TensorStore reads the leaves, not Orbax, whose reader materialises whole leaves: here each process reads slices.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import is_unfinished
-from glm4v_jax.checkpoints.leaves import LeafInfo, Leaves, Slices, TensorLeaves
+from glm4v_jax.checkpoints.leaves import Leaves, Slices, TensorLeaves
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, open_checkpoint
+from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import is_orbax
-
-__all__ = ["OrbaxCheckpoint", "is_orbax", "leaves_of", "open_weights"]
 
 METADATA_KEY = "glm4v_jax"
 FORMAT = 1
 
 
-def open_weights(directory: str | Path) -> "CheckpointFiles | OrbaxCheckpoint":
-    """The tensors of a checkpoint in either format, by the names that Hugging Face's layout gives them.
+Weights: TypeAlias = "CheckpointFiles | OrbaxCheckpoint"
+"""The tensors of a checkpoint in either format, in Hugging Face's terms."""
+
+
+def open_weights(directory: str | Path) -> Weights:
+    """Open a checkpoint in either format; nothing but headers is read.
 
     Raises:
-      CheckpointError: it is in neither format, damaged, or what an interrupted conversion has left.
+      CheckpointError: it is in neither format, damaged, or left by an interrupted conversion.
     """
     if is_unfinished(directory):
-        raise CheckpointError(f"{directory}: found what an unfinished conversion left; expected a complete checkpoint")
+        raise CheckpointError(f"{directory}: found an unfinished conversion; expected a complete checkpoint")
     return OrbaxCheckpoint(directory) if is_orbax(directory) else open_checkpoint(directory)
 
 
-def leaves_of(files: "CheckpointFiles | OrbaxCheckpoint", config: Glm4vConfig) -> Leaves:
-    """The same as leaves of a model of this configuration.
+def leaves_of(files: Weights, config: Glm4vConfig) -> Leaves:
+    """Return the weights as leaves of a model of this configuration.
 
     Raises:
       CheckpointError: it is not a checkpoint of such a model; all tensors that do not fit are listed.
@@ -69,36 +73,20 @@ class OrbaxLeaves:
         if not isinstance(described.metadata, Mapping):  # Orbax has logged why
             raise CheckpointError(f"{directory}: not a readable Orbax checkpoint: its metadata are damaged")
         self.custom_metadata: Mapping[str, Any] = described.custom_metadata or {}
-        found = dict(_flat(described.metadata))
-        expected = _expected(config)
-        problems = [f"unexpected: {path} {list(leaf.shape)}" for path, leaf in found.items() if path not in expected]
-        infos: dict[str, LeafInfo] = {}
-        for path, (shape, tensors) in expected.items():
-            if path not in found:
-                problems.append(f"missing: {path} {list(shape)}")
-                continue
-            leaf = found[path]
-            dtype = np.dtype(leaf.dtype)
-            if tuple(leaf.shape) != shape:
-                problems.append(f"misshapen: {path} has shape {list(leaf.shape)}, expected {list(shape)}")
-            elif dtype.name not in hf_mapping.DTYPES:
-                wanted = ", ".join(hf_mapping.DTYPES)
-                problems.append(f"of a wrong dtype: {path} is {dtype.name}, expected one of {wanted}")
-            infos[path] = LeafInfo(shape, dtype, int(np.prod(shape)) * dtype.itemsize, tensors)
-        self.infos: Mapping[str, LeafInfo] = infos
-        if problems:
-            listed = "; ".join(sorted(problems))
-            raise CheckpointError(f"{directory}: {len(problems)} leaves do not fit the configuration: {listed}")
+        found = {path: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(described.metadata)}
+        expected = hf_mapping.leaf_shapes(config)
+        hf_mapping.check_tensors(found.items(), expected, str(directory), spell=str)
+        self.infos: Mapping[str, TensorInfo] = {path: found[path] for path in expected}
 
     def read(self, path: str, index: Slices) -> np.ndarray:
-        """A slice of a leaf, without steps, with an array of its own; only the chunks that it needs are read."""
+        """Return a slice, without steps, of a leaf as a new array; only the chunks that it needs are read."""
         try:
             if path not in self._stores:
                 base = (self._directory / "state").absolute().as_uri()
                 kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": path}
                 spec = {"driver": "zarr3", "kvstore": kvstore}
                 self._stores[path] = tensorstore.open(spec, open=True, read=True, context=self._context).result()
-            # TensorStore wants bounds that are within the array, where NumPy counts from its end or cuts them off.
+            # TensorStore wants bounds within the array, where NumPy counts from its end or clips them.
             bounds = [entry.indices(length) for entry, length in zip(index, self.infos[path].shape, strict=True)]
             within = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
             return self._stores[path][within].read().result()
@@ -112,12 +100,12 @@ class OrbaxLeaves:
 class OrbaxCheckpoint(Mapping[str, TensorInfo]):
     """An Orbax checkpoint in Hugging Face's terms: tensors by name, in their layout, dtype and order there.
 
-    Names, dtypes and order are those of the checkpoint that was converted; where there was none, those that
+    Names, dtypes, files and order are those of the checkpoint that was converted; where there was none, those that
     transformers writes. No data are read before `read`.
 
     Raises:
-      CheckpointError: it is unfinished, cannot be read, is not that of a model of its configuration, or its notes
-        about names and dtypes do not fit it.
+      CheckpointError: it is unfinished, cannot be read, is not that of a model of its configuration, or its provenance
+        does not fit it.
     """
 
     def __init__(self, directory: str | Path):
@@ -132,21 +120,18 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
         if (version := self.provenance.get("format", FORMAT)) != FORMAT:
             raise CheckpointError(f"{directory}: found format {version}; expected {FORMAT}, or a newer glm4v_jax")
         self._sizes = hf_mapping.dimensions(self.config)
+        self._parts = hf_mapping.tensor_rules(self.config)
+        tensors: Any = [(name, self.leaves.infos[part.path].dtype.name, "") for name, part in self._parts.items()]
         if self.provenance.get("tensors"):
-            _check_notes(self.directory, self.provenance, self.config)
-            rules = _known(self.config)
-            listed = self.provenance["tensors"]
-            self._places = {name: rules[hf_mapping.canonical(name)] for name, *_ in listed}
-            self._infos = {name: self._info(name, dtype) for name, dtype, _ in listed}
-        else:
-            self._places = hf_mapping.tensor_rules(self.config)
-            self._infos = {name: self._info(name, None) for name in self._places}
-
-    def _info(self, name: str, dtype: str | None) -> TensorInfo:
-        rule, layer = self._places[name]
-        kept = np.dtype(dtype) if dtype is not None else self.leaves.infos[rule.path(layer)].dtype
-        shape = rule.tensor_shape(self._sizes)
-        return TensorInfo(shape, kept, int(np.prod(shape)) * kept.itemsize, self.directory)
+            tensors = _checked_tensors(self.directory, self.provenance, self._parts, self.config)
+            known = hf_mapping.wanted(self.config)
+            # Some checkpoints have a tied head a second time.
+            known.setdefault("lm_head.weight", known["language_model.embed_tokens.weight"])
+            self._parts = {name: known[hf_mapping.canonical(name)] for name, *_ in tensors}
+        self._infos = {
+            name: TensorInfo(self._parts[name].rule.tensor_shape(self._sizes), np.dtype(dtype), Path(file))
+            for name, dtype, file in tensors
+        }
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -157,25 +142,29 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
     def __len__(self) -> int:
         return len(self._infos)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata that the safetensors files had."""
+        return dict(self.provenance.get("metadata", {}))
+
     def read(self, name: str, index: Index = ...) -> np.ndarray:
-        """Returns a tensor or a basic slice of it, often as a view in no order; KeyError if there is none.
+        """Return a tensor or a basic slice of it, often as a view in no order.
 
         Of the two largest, embedding and head, a slice along the first dimension reads no more than itself.
 
         Raises:
+          KeyError: there is no such tensor.
           CheckpointError: the data are damaged.
         """
-        rule, layer = self._places[name]
-        path = rule.path(layer)
-        wanted = [slice(None)] * len(rule.axes()[1])
+        rule, path = self._parts[name].rule, self._parts[name].path
         tensor_axes, leaf_axes = rule.axes()
+        wanted = [slice(None)] * len(leaf_axes)
+        sizes = self._sizes
         first = index[0] if isinstance(index, tuple) and index else index
         if isinstance(first, slice) and first.step in (None, 1) and tensor_axes[0] in leaf_axes:
             wanted[leaf_axes.index(tensor_axes[0])] = first
             index = (slice(None), *index[1:]) if isinstance(index, tuple) else ...
-            sizes = self._sizes | {tensor_axes[0][0]: len(range(*first.indices(self._infos[name].shape[0])))}
-        else:
-            sizes = self._sizes
+            sizes = sizes | {tensor_axes[0][0]: len(range(*first.indices(self._infos[name].shape[0])))}
         if rule.part is not None:
             axis, number = rule.part
             wanted.insert(axis, slice(number, number + 1))
@@ -188,59 +177,37 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
         """Nothing is kept between reads."""
 
 
-def _known(config: Glm4vConfig) -> dict[str, tuple[hf_mapping.Rule, int | None]]:
-    """Name, without prefix, -> rule and layer of every tensor that a checkpoint may have."""
-    rules = hf_mapping.wanted(config)
-    if config.text_config.tie_word_embeddings:
-        # Some checkpoints have the tied head a second time.
-        rules["lm_head.weight"] = rules["language_model.embed_tokens.weight"]
-    return rules
-
-
-def _check_notes(directory: Path, provenance: Mapping[str, Any], config: Glm4vConfig) -> None:
-    """Refuse notes about the source that name other tensors than a model of this configuration has.
+def _checked_tensors(
+    directory: Path, provenance: Mapping[str, Any], parts: Mapping[str, hf_mapping.LeafPart], config: Glm4vConfig
+) -> list[tuple[str, str, str]]:
+    """Name, dtype and file of the tensors that a checkpoint was converted from.
 
     Raises:
-      CheckpointError: all that is wrong with them.
+      CheckpointError: the provenance is malformed, or the tensors are not those of a model of this configuration; all
+        faults are listed.
     """
-    known, listed = _known(config), provenance["tensors"]
-    problems = [
-        f"{key} is {provenance[key]!r}, expected a JSON object"
+    faults = [
+        fault(key, provenance[key], "a JSON object")
         for key in ("metadata", "source")
         if not isinstance(provenance.get(key, {}), Mapping)
     ]
-    named: dict[str, str] = {}
+    listed = provenance["tensors"]
+    tensors: list[tuple[str, str, str]] = []
     for entry in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(entry, list) or len(entry) != 3 or not all(isinstance(part, str) for part in entry):
-            problems.append(f"an entry is {entry!r}, expected name, dtype and file of a tensor")
-            continue
-        name, dtype, _ = entry
-        key = hf_mapping.canonical(name)
-        if key not in known:
-            problems.append(f"unexpected: {name}")
-        if dtype not in hf_mapping.DTYPES:
-            problems.append(f"of a wrong dtype: {name} is {dtype}, expected one of {', '.join(hf_mapping.DTYPES)}")
-        if key in named:
-            problems.append(f"doubled: {named[key]} and {name}")
-        named[key] = name
-    problems += [f"missing: {key}" for key in hf_mapping.wanted(config) if key not in named]
-    if problems:
-        raise CheckpointError(f"{directory}: its list of tensors does not fit it: {'; '.join(problems)}")
-
-
-def _expected(config: Glm4vConfig) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Path -> shape, and number of tensors, of every leaf."""
+        try:
+            tensors.append(msgspec.convert(entry, tuple[str, hf_mapping.Dtype, str]))
+        except msgspec.ValidationError:
+            expected = f"name, dtype ({', '.join(hf_mapping.DTYPES)}) and file of a tensor"
+            faults.append(fault("tensors", entry, expected))
+    where = f"{directory}: {METADATA_KEY}"
+    raise_faults(faults, CheckpointError, where=where)
     sizes = hf_mapping.dimensions(config)
-    parts: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rule, layer in hf_mapping.wanted(config).values():
-        path = rule.path(layer)
-        parts[path] = parts.get(path, 0) + 1
-        shapes[path] = rule.leaf_shape(sizes)
-        if rule.part is not None:
-            axis, _ = rule.part
-            shapes[path] = (*shapes[path][:axis], parts[path], *shapes[path][axis:])
-    return {path: (shapes[path], parts[path]) for path in shapes}
+    shapes = {hf_mapping.canonical(name): part.rule.tensor_shape(sizes) for name, part in parts.items()}
+    found = (
+        (name, TensorInfo(shapes.get(hf_mapping.canonical(name), ()), np.dtype(dtype))) for name, dtype, _ in tensors
+    )
+    hf_mapping.check_tensors(hf_mapping.without_tied_head(config, found), shapes, f"{where}: tensors")
+    return tensors
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Checkpoints in Orbax format, written group by group, so that no more than a few groups are ever in memory.
 
-A checkpoint appears under its name when it is complete; `target.new_directory` has the rest of that promise. Where
-several processes share a mesh all of them call these functions, and each writes what its devices hold.
+A checkpoint appears under its name when it is complete, see `atomic_directory.new_directory`. Where several processes
+share a mesh all of them call these functions, and each writes what its devices hold.
 """
 
 import contextlib
@@ -23,51 +23,48 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax import files
-from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
-from glm4v_jax.checkpoints.hf_write import check_plain, save_generation_config
-from glm4v_jax.checkpoints.leaves import LeafInfo, in_groups
+from glm4v_jax.checkpoints.hf_write import save_generation_config
+from glm4v_jax.checkpoints.leaves import ModelLeaves, in_groups
 from glm4v_jax.checkpoints.orbax_read import FORMAT, METADATA_KEY
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.layers import Layers
-from glm4v_jax.model.params import leaf_paths
 
 GROUP_BYTES = 256 << 20
-"""How much is written at a time; while it is, the next group is read."""
+"""How much is written at a time, while the next group is read."""
 
-# A process that wants a part of a leaf reads whole chunks.
+# Small, because a process that wants a slice of a leaf reads whole chunks.
 _CHUNK_BYTES = 32 << 20
-# Data wait in memory until there are enough of them for a file.
+# Small, because data stay in memory until there are enough of them for a file.
 _FILE_BYTES = 128 << 20
 _ORBAX = "orbax"
-# Seconds, and how often; nothing must come back for that many times in a row.
+# Of removing what threads still write: pause in seconds, attempts, and how many in a row must find nothing.
 _PAUSE, _ATTEMPTS, _QUIET = 0.05, 100, 4
 _ERRNO = re.compile(r"os_error_code='(\d+)'")
 
 
 class GroupWriter:
-    """Writes leaves into an empty directory, one group while the next is made.
-
-    Args:
-      directory: shared by all processes; a checkpoint when `finish` has returned.
-    """
+    """Write leaves into an empty directory, one group while the next is read."""
 
     def __init__(self, directory: Path):
+        """Set up; nothing is written yet.
+
+        Args:
+          directory: shared by all processes; a checkpoint when `finish` has returned.
+        """
         self._directory = directory
         self._response: Any = None
         self._context = ocp.Context()
-        # Weights do not shrink by much, and compressing them takes longer than the disk does.
+        # Weights do not compress well, and it takes longer than writing them does.
         self._context.array.saving.use_compression = False
         self._context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
         self._context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
-        # The arrays are the writer's own, and nobody changes them.
+        # The arrays belong to the writer: nobody changes them.
         self._context.memory.deepcopy_host_arrays = False
 
     def write(self, leaves: Mapping[str, Array], metadata: Mapping[str, Any] | None = None) -> None:
-        """Begin to write leaves; `metadata` comes with one of the groups.
+        """Begin to write leaves; one of the groups brings the `metadata` of the checkpoint.
 
         Raises:
           OSError: the disk refuses this group or the one before.
@@ -85,7 +82,7 @@ class GroupWriter:
             self._response = ocp.partial.save_async(self._directory / _ORBAX, tree, custom_metadata=custom)
 
     def wait(self) -> None:
-        """Wait until what has been begun is on disk.
+        """Wait until the group that has been begun is on disk.
 
         Raises:
           OSError: the disk refuses it.
@@ -108,10 +105,10 @@ class GroupWriter:
         by_first(lambda: move_up(self._directory / _ORBAX))
 
     def abandon(self) -> None:
-        """Wait for what has been begun, without minding how it ends, and remove it."""
+        """Wait for the group that has been begun, whether it fails or not, and remove everything."""
         with contextlib.suppress(Exception):
             self.wait()
-        # The first of Orbax's threads to fail is heard of, while the others still make files.
+        # Orbax raises when the first of its threads fails, while the others still make files.
         quiet = 0
         for _ in range(_ATTEMPTS):
             left = list(self._directory.glob(f"{_ORBAX}*"))
@@ -125,14 +122,14 @@ class GroupWriter:
 
 @contextlib.contextmanager
 def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWriter, Path]]:
-    """A writer, and a folder for assets, of a checkpoint that is there when the body is done, and not before.
+    """Yield a writer, and a folder for assets, of a checkpoint that appears when the body is done, and not before.
 
-    The first process has the files in hand; the others go by what it says.
+    The first process makes, moves and removes directories; the others wait for it.
 
     Raises:
       CheckpointError: another process is writing it, the disk is full, or the first process could not do its part.
     """
-    with _errors_told_once(), contextlib.ExitStack() as stack:
+    with _without_orbax_log(), contextlib.ExitStack() as stack:
         name = by_first(lambda: stack.enter_context(new_directory(target, overwrite=overwrite)).name)
         directory = place_of(target).parent / name
         writer = GroupWriter(directory)
@@ -140,14 +137,14 @@ def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWrit
             yield writer, directory / files.ASSETS
             writer.finish()
         except BaseException:
-            # Before the directory is removed, or what is still being written would make it anew.
+            # Before the directory is removed, or a thread that still writes would make it again.
             writer.abandon()
             raise
         by_first(stack.close)
 
 
 def by_first(action: Callable[[], str | None]) -> str:
-    """What the first process gets from doing something, "" for nothing; where it fails, all fail.
+    """Run an action in the first process, and return its result in all; if it fails, all fail.
 
     Raises:
       CheckpointError: in the other processes; in the first, what `action` raises.
@@ -175,7 +172,7 @@ def by_first(action: Callable[[], str | None]) -> str:
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """What every checkpoint tells of itself: format, versions, date; and `more`."""
+    """Return what every checkpoint says of its origin: format, versions and date; and `more`."""
     names = ("glm4v_jax", "jax", "orbax-checkpoint")
     return {
         "format": FORMAT,
@@ -201,19 +198,16 @@ def save_model(
       directory: the checkpoint to make.
       assets: a checkpoint whose tokenizer, processor and generation configuration travel along.
       generation_config: to keep with it instead.
-      overwrite: replace what is there, once the new one is complete.
+      overwrite: replace the checkpoint that is there, once the new one is complete.
       progress: called with the bytes written so far and in all.
 
     Raises:
       CheckpointError: the directory is taken, the disk cannot hold the model, or it has an adapter or quantised
-        kernels, for which a checkpoint has no place.
+        kernels, which a checkpoint cannot hold.
     """
     target = Path(directory)
-    leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
-    check_plain(leaves)
-    places = dict(_places(model, leaves))
-    infos = {path: _info(leaves[stored], layer) for path, (stored, layer) in places.items()}
-    total, done = sum(info.nbytes for info in infos.values()), 0
+    leaves = ModelLeaves(model)
+    total, done = sum(info.nbytes for info in leaves.infos.values()), 0
     by_first(lambda: check_room(Path(assets) if assets else None, target, total, overwrite=overwrite))
     with new_checkpoint(target, overwrite=overwrite) as (writer, folder):
         if jax.process_index() == 0:
@@ -222,45 +216,14 @@ def save_model(
             model.config.save_pretrained(folder)
             if generation_config is not None:
                 save_generation_config(generation_config, folder)
-        groups = list(in_groups(infos, GROUP_BYTES))
+        groups = list(in_groups(leaves.infos, GROUP_BYTES))
         for group in groups:
-            arrays = {path: _layer(leaves[places[path][0]], places[path][1]) for path in group}
+            arrays = {path: leaves.array(path) for path in group}
             writer.write(arrays, provenance() if group is groups[-1] else None)
-            done += sum(infos[path].nbytes for path in group)
+            done += sum(leaves.infos[path].nbytes for path in group)
             if progress is not None:
                 writer.wait()
                 progress(done, total)
-
-
-def _places(model: Glm4v, leaves: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, int | None]]]:
-    """Path in a model kept layer by layer -> path in this one, and the layer if it is one of a stack."""
-    stacks: Mapping[str, Layers] = dict(
-        zip(hf_mapping.LAYER_GROUPS, (model.language_model.layers, model.visual.blocks), strict=True)
-    )
-    for path in leaves:
-        group = next((group for group in stacks if path.startswith(f"{group}stacked.")), None)
-        if group is None:
-            yield path, (path, None)
-            continue
-        for layer in range(stacks[group].num_layers):
-            yield f"{group}{layer}.{path.removeprefix(f'{group}stacked.')}", (path, layer)
-
-
-def _info(leaf: Array, layer: int | None) -> LeafInfo:
-    shape = leaf.shape if layer is None else leaf.shape[1:]
-    return LeafInfo(shape, leaf.dtype, int(np.prod(shape)) * leaf.dtype.itemsize, 1)
-
-
-def _layer(leaf: Array, layer: int | None) -> Array:
-    if layer is None:
-        return leaf
-    with use_mesh(leaf.sharding.mesh):
-        return _take(leaf, np.int32(layer))
-
-
-@jax.jit
-def _take(leaf: Array, layer: Array) -> Array:
-    return jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
 
 
 def _version(name: str) -> str:
@@ -272,7 +235,7 @@ def _version(name: str) -> str:
 
 @contextlib.contextmanager
 def _os_errors(directory: Path) -> Iterator[None]:
-    """TensorStore's account of what the system refused, as the error that Python has for it."""
+    """Turn a TensorStore error about what the system refused into Python's `OSError`."""
     try:
         yield
     except Exception as error:
@@ -284,8 +247,8 @@ def _os_errors(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_told_once() -> Iterator[None]:
-    """Every thread of Orbax logs the error that ends it, traceback and all, besides raising it."""
+def _without_orbax_log() -> Iterator[None]:
+    """Silence Orbax's threads: each logs the error that ends it, traceback and all, besides raising it."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL)

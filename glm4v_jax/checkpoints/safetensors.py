@@ -1,12 +1,16 @@
-"""Reading checkpoints in Hugging Face layout, and writing single safetensors files. NumPy only.
+"""Read checkpoints in Hugging Face layout, and write single safetensors files. NumPy only.
 
-The `safetensors` library judges a file: it checks that the header is sound, that each tensor's bytes fit its shape and
-dtype, and that the tensors cover the data without gap or overlap. This module adds what the library's NumPy side lacks
-(release 0.8): views into the mapped file instead of copies, float8, slices of empty tensors, messages that say what was
-found and expected, and the checks between an index and its shards. Pickled weights are never loaded.
+The `safetensors` library validates a file: that the header is sound, that each tensor's bytes fit its shape and dtype,
+and that the tensors cover the data without gap or overlap. The rest is ours because memory has to stay bounded:
+the library's NumPy reader copies every tensor and its writer wants all of them at once, and Orbax's reader of
+safetensors materialises whole tensors in every process. Here a read is a view of the mapped file, of which a process
+touches the pages that it needs, and a write holds one chunk. Added besides: float8, slices of empty tensors, and the
+checks between an index and its shards. Pickled weights are never loaded.
 """
 
+import abc
 import contextlib
+import dataclasses
 import json
 import math
 import mmap
@@ -16,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from glm4v_jax.checkpoints.strided_copy import in_order
+from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.errors import CheckpointError
 
 # In the library's order, which also sorts the tensors of a file that it writes. Sub-byte types have no NumPy layout.
@@ -54,44 +59,59 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LFS_POINTER = b"version https://git-lfs"
 
-PIECE_BYTES = 8 << 20
-"""How much of a tensor is put in order, converted or compared at a time."""
+CHUNK_BYTES = 8 << 20
+"""How much of a tensor is reordered, converted or compared at a time."""
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
 class TensorInfo(NamedTuple):
-    """What a file says about one of its tensors."""
+    """What is known of a tensor before it is read.
+
+    Attributes:
+      shape: the lengths of its dimensions.
+      dtype: of its elements.
+      file: that has it, or once had it; no name where there is none.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    nbytes: int
-    file: Path
-
-
-class ArraySource(Protocol):
-    """Something to write: a NumPy array, a JAX array, or anything that becomes a NumPy array when its turn comes."""
+    file: Path = Path()
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The lengths of the dimensions."""
-        ...
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor(abc.ABC):
+    """A tensor to write, the values of which exist when its turn comes.
+
+    Attributes:
+      shape: the lengths of its dimensions.
+      dtype: one that the format can store.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """One of the dtypes that NumPy or ml_dtypes has and the format can store."""
-        ...
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def __array__(self) -> np.ndarray: ...
+    @abc.abstractmethod
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Return arrays of `dtype` that hold the elements in C order, as many as `shape` has."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        chunks = (chunk.reshape(-1) for chunk in self.chunks())
+        return np.concatenate([np.zeros(0, self.dtype), *chunks]).reshape(self.shape)
 
 
-@runtime_checkable
-class PiecewiseSource(Protocol):
-    """An `ArraySource` that need not exist as a whole: its pieces, in order, hold its elements in C order."""
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """Arrays of the announced dtype; together as many elements as the announced shape has."""
-        ...
+Tensor = LazyTensor | np.ndarray
+"""Anything that can be written."""
 
 
 class SafetensorsFile(Mapping[str, TensorInfo]):
@@ -100,7 +120,7 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
     The file must not be changed in place while it or an array of it lives (replacing it by renaming is safe).
 
     Raises:
-        CheckpointError: the file cannot be read, is truncated or corrupt, or holds a dtype that NumPy cannot.
+      CheckpointError: the file cannot be read, is truncated or corrupt, or holds a dtype that NumPy cannot.
     """
 
     def __init__(self, path: str | Path):
@@ -121,9 +141,7 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         for name, (shape, code) in zip(names, headers, strict=True):
             if code not in _DTYPES:
                 raise CheckpointError(f"{self.path}: {name}: found dtype {code}; expected one of {', '.join(_DTYPES)}")
-            dtype = _DTYPES[code]
-            nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            self._infos[name] = TensorInfo(tuple(shape), dtype, nbytes, self.path)
+            self._infos[name] = TensorInfo(tuple(shape), _DTYPES[code], self.path)
         # The tensors, in the order of their offsets, fill the file from the header's end to its own.
         offset = len(self._bytes) - sum(info.nbytes for info in self._infos.values())
         self._offsets: dict[str, int] = {}
@@ -141,16 +159,19 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     def read(self, name: str, index: Index = ...) -> np.ndarray:
-        """Returns a tensor or a basic slice of it as a read-only view of the mapped file; KeyError if there is none.
+        """Return a tensor or a basic slice of it as a read-only view of the mapped file.
 
         Nothing is copied: pages come from disk when the view is used, those of the slice only.
+
+        Raises:
+          KeyError: there is no such tensor.
         """
         info = self._infos[name]
         view: np.ndarray = np.ndarray(info.shape, info.dtype, buffer=self._bytes, offset=self._offsets[name])
         return np.asarray(view[index])
 
     def release(self) -> None:
-        """Gives the pages that views have touched back to the system; later views read them again.
+        """Give the pages that views have touched back to the system; later views read them again.
 
         Mapped pages count as this process's memory for as long as nothing else wants it, so that reading a file from
         one end to the other looks like holding all of it.
@@ -160,7 +181,7 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
 
 
 class CheckpointFiles(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint, by name, wherever they lie. Made by `open_checkpoint`."""
+    """The tensors of a checkpoint, by name, from all of its files. Made by `open_checkpoint`."""
 
     def __init__(self, directory: Path, files: list[SafetensorsFile]):
         self.directory = directory
@@ -177,22 +198,28 @@ class CheckpointFiles(Mapping[str, TensorInfo]):
         return len(self._file_of)
 
     def read(self, name: str, index: Index = ...) -> np.ndarray:
-        """Returns a tensor or a basic slice of it as a read-only view; see `SafetensorsFile.read`."""
+        """Return a tensor or a basic slice of it as a read-only view; see `SafetensorsFile.read`."""
         return self._file_of[name].read(name, index)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all files together."""
+        return {key: value for file in self.files for key, value in file.metadata.items()}
+
     def release(self) -> None:
-        """Gives the pages that views have touched back to the system; see `SafetensorsFile.release`."""
+        """Give the pages that views have touched back to the system; see `SafetensorsFile.release`."""
         for file in self.files:
             file.release()
 
 
 def open_checkpoint(directory: str | Path) -> CheckpointFiles:
-    """Opens `model.safetensors` or, without it, the shards that `model.safetensors.index.json` names, in that order
-    like the reference.
+    """Open `model.safetensors` or, without it, the shards that `model.safetensors.index.json` names.
+
+    The reference prefers the single file too.
 
     Raises:
-        CheckpointError: there is no such directory or no such file in it, or the files are damaged or contradict the
-            index; one error tells all faults.
+      CheckpointError: there is no such directory or no such file in it, or the files are damaged or contradict the
+        index; one error lists all faults.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -214,7 +241,7 @@ def open_checkpoint(directory: str | Path) -> CheckpointFiles:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Returns the map from tensor name to shard file name."""
+    """Return the map from tensor name to shard file name."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -235,7 +262,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
     for shard in sorted(set(weight_map.values())):
         if not (directory / shard).is_file():
             count = sum(1 for file in weight_map.values() if file == shard)
-            faults.append(f"shard {shard}, which the index names for {count} tensors, is missing")
+            faults.append(f"{shard}: found no such file; expected a shard of {count} tensors")
             continue
         try:
             files[shard] = SafetensorsFile(directory / shard)
@@ -248,50 +275,48 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
             found[name].append(shard)
     for name, shards in found.items():
         if len(shards) > 1:
-            faults.append(f"tensor {name} is in {len(shards)} shards: {', '.join(shards)}")
+            faults.append(f"{name}: found in {' and in '.join(shards)}; expected in one shard")
         elif name not in weight_map:
-            faults.append(f"tensor {name} of shard {shards[0]} is not in the index")
+            faults.append(f"{name}: found in {shards[0]}; expected in the index too")
     for name, shard in weight_map.items():
         if shard in files and shard not in found[name]:
-            where = f"; it is in {', '.join(found[name])}" if found[name] else ""
-            faults.append(f"tensor {name} is not in shard {shard}, where the index puts it{where}")
-    if faults:
-        raise CheckpointError(f"{directory}: found {'; '.join(faults)}; expected shards as in {_INDEX}")
+            where = f"in {' and in '.join(found[name])}" if found[name] else "no such tensor"
+            faults.append(f"{name}: found {where}; expected in {shard}")
+    raise_faults(faults, CheckpointError, where=f"{directory}: shards do not match {_INDEX}")
     return CheckpointFiles(directory, list(files.values()))
 
 
-def in_pieces(array: np.ndarray, dtype: np.dtype[Any] | None = None) -> Iterator[np.ndarray]:
-    """Contiguous pieces of an array, along its first dimension, as `dtype`: what is not in order is copied by pieces.
+def in_chunks(array: np.ndarray, dtype: np.dtype[Any] | None = None) -> Iterator[np.ndarray]:
+    """Return contiguous chunks of an array along its first dimension, as `dtype`; only what is out of order is copied.
 
-    A piece has `PIECE_BYTES` or a single row.
+    A chunk has `CHUNK_BYTES`, or is a single row.
     """
     dtype = array.dtype if dtype is None else dtype
     array = np.atleast_1d(array)
-    rows = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes))
+    rows = max(1, CHUNK_BYTES * len(array) // max(1, array.nbytes))
     for start in range(0, len(array), rows):
         yield in_order(array[start : start + rows], dtype)
 
 
 def write_safetensors(
     path: str | Path,
-    tensors: Mapping[str, ArraySource],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a file equal to the library's byte for byte, one tensor at a time.
+    """Write a file equal to the library's byte for byte, one tensor at a time.
 
-    Shapes and dtypes are asked for first and values one after the other, so that arrays on a device need host memory
-    for the largest of them only (the library wants the addresses of all at once), and a `PiecewiseSource` for a piece.
-    The file appears under its name when it is complete.
+    Host memory holds one chunk of a `LazyTensor` and one more being written, where the library wants the addresses of
+    all tensors at once. The file appears under its name when it is complete.
 
     Args:
-        path: of the file.
-        tensors: what to write, by name.
-        metadata: text by text, for the header.
-        progress: called with the number of bytes just written.
+      path: of the file.
+      tensors: what to write, by name; each `LazyTensor` is asked for its values once.
+      metadata: of the header, text by text.
+      progress: called with the number of bytes just written.
 
     Raises:
-        CheckpointError: a dtype, a name or the metadata cannot be stored; what was at `path` is then untouched.
+      CheckpointError: a dtype, a name or the metadata cannot be stored; what was at `path` is then untouched.
     """
     path = Path(path)
     metadata = dict(metadata or {})
@@ -316,8 +341,8 @@ def write_safetensors(
             file.write(len(text).to_bytes(8, "little") + text)
             for name, entry in header.items():
                 if name != "__metadata__":
-                    # A function of its own, so that a tensor is gone before the next one is asked for.
-                    _write_tensor(writer, file, path, name, tensors[name], entry, progress)
+                    # A function of its own, so that a tensor's memory is free before the next one is asked for.
+                    _write_tensor(writer, file, path, name, tensors[name], _DTYPES[entry["dtype"]], progress)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -325,12 +350,14 @@ def write_safetensors(
         aside.unlink(missing_ok=True)
 
 
-def written_order(tensors: Mapping[str, ArraySource]) -> list[str]:
-    """The names of tensors in the order in which `write_safetensors` asks for them, once each."""
-    return [name for name, _ in sorted(_codes(Path(), tensors).items(), key=_library_order)]
+def written_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors in the order in which `write_safetensors` writes them."""
+    codes = _codes(Path(), tensors)
+    return sorted(codes, key=lambda name: (-_RANK[codes[name]], name))
 
 
-def _codes(path: Path, tensors: Mapping[str, ArraySource]) -> dict[str, str]:
+def _codes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> the format's code of its dtype."""
     codes = {}
     for name, tensor in tensors.items():
         code = _CODES.get(np.dtype(tensor.dtype).newbyteorder("<"))
@@ -341,54 +368,41 @@ def _codes(path: Path, tensors: Mapping[str, ArraySource]) -> dict[str, str]:
     return codes
 
 
-def _library_order(item: tuple[str, str]) -> tuple[int, str]:
-    name, code = item
-    return -_RANK[code], name
-
-
 def _write_tensor(
     writer: Executor,
     file: BinaryIO,
     path: Path,
     name: str,
-    tensor: ArraySource,
-    entry: dict[str, Any],
+    tensor: Tensor,
+    dtype: np.dtype[Any],
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Writes a tensor, each piece while the next is made."""
+    """Write a tensor, each chunk while the next is made.
+
+    Raises:
+      CheckpointError: a `LazyTensor` has other chunks than it announced.
+    """
     writing: Future[int] | None = None
-    for piece in _data(path, name, tensor, entry):
+    count, size = 0, math.prod(tensor.shape)
+    chunks = tensor.chunks() if isinstance(tensor, LazyTensor) else in_chunks(np.asarray(tensor), dtype)
+    for chunk in chunks:
+        count += chunk.size
+        if chunk.dtype != dtype or count > size:
+            raise CheckpointError(f"{path}: {name}: found {count:,} of {chunk.dtype}; expected {size:,} of {dtype}")
+        data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
         if writing is not None:
             writing.result()
-        writing = writer.submit(file.write, piece)
+        writing = writer.submit(file.write, data)
         if progress is not None:
-            progress(len(piece))
+            progress(len(data))
     if writing is not None:
         writing.result()
-
-
-def _data(path: Path, name: str, tensor: ArraySource, entry: dict[str, Any]) -> Iterator[memoryview]:
-    """A tensor's bytes; fails where they are others than the header has announced."""
-    dtype, count, size = _DTYPES[entry["dtype"]], 0, math.prod(entry["shape"])
-    if isinstance(tensor, PiecewiseSource):
-        pieces = tensor.pieces()
-    else:
-        array = np.asarray(tensor)
-        if list(array.shape) != entry["shape"] or array.dtype.newbyteorder("<") != dtype:
-            expected = f"{dtype} {entry['shape']} as announced"
-            raise CheckpointError(f"{path}: {name}: found {array.dtype} {list(array.shape)}; expected {expected}")
-        pieces = in_pieces(array, dtype)
-    for piece in pieces:
-        count += piece.size
-        if piece.dtype != dtype or count > size:
-            raise CheckpointError(f"{path}: {name}: found {count:,} of {piece.dtype}; expected {size:,} of {dtype}")
-        yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
     if count != size:
         raise CheckpointError(f"{path}: {name}: found {count:,} numbers; expected {size:,} as announced")
 
 
 def _damage(path: Path) -> str:
-    """Says in words and numbers what is wrong with a file that the library refuses."""
+    """Describe in numbers what is wrong with a file that the library refuses."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(_LFS_POINTER))
@@ -396,12 +410,12 @@ def _damage(path: Path) -> str:
         file.seek(8)
         text = file.read(length) if 8 + length <= size else b""
     if start == _LFS_POINTER:
-        return "found a Git LFS pointer; expected the file that it stands for (git lfs pull)"
+        return "found a Git LFS pointer; expected the file itself: run git lfs pull"
     if size < 8:
         return f"file has {size:,} bytes; expected at least 8, which hold the length of the header"
     if 8 + length > size:
         return f"file has {size:,} bytes; its first 8 promise {8 + length:,} up to the end of the header"
-    # Whatever else is wrong with the header is told by the library's own words.
+    # The library's own message covers whatever else is wrong with the header.
     with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
         promised = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)

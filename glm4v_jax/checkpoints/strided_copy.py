@@ -1,13 +1,16 @@
-"""Putting arrays in order, fast: NumPy alone takes several times as long."""
+"""Copy arrays into another order of axes.
+
+NumPy's own copy takes several times as long: it goes element by element, and each read or write misses the cache.
+"""
 
 import numpy as np
 
-# NumPy puts an array in order element by element; by squares of this side, both sides stay in the cache.
+# Side of the squares to copy at a time: rows of both arrays stay in the cache.
 _SQUARE = 256
 
 
 def copy_in_squares(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source` for arrays that lie in different orders, several times as fast."""
+    """Compute `target[...] = source`, fast also for arrays in different orders of axes."""
     if source.ndim < 2 or source.flags.c_contiguous:
         target[...] = source
         return
@@ -25,12 +28,12 @@ def copy_in_squares(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def in_order(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array as `dtype` in C order: itself if that is what it is, else a copy."""
+    """Return the array as `dtype` in C order: itself if possible, else a copy."""
     if array.flags.c_contiguous:
         return array.astype(dtype, copy=False)
     out = np.empty(array.shape, dtype)
     if array.dtype == dtype and dtype.kind == "V":
-        # The bits of bfloat16: NumPy copies numbers of its own several at a time.
+        # The bits of bfloat16 as integers: NumPy vectorises copies of its own dtypes only.
         words = np.dtype(f"u{dtype.itemsize}")
         copy_in_squares(out.view(words), array.view(words))
     else:

@@ -54,10 +54,10 @@ def fault(name: str, found: Any, expected: str) -> str:
     return f"{name}: found {found!r}; expected {expected}"
 
 
-def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError) -> None:
-    """Raise an error that lists all faults, if there are any."""
+def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError, *, where: str = "") -> None:
+    """Raise an error that lists all faults, if there are any; `where` goes before them, with a colon."""
     if faults:
-        raised = error("; ".join(faults))
+        raised = error(f"{where}: {'; '.join(faults)}" if where else "; ".join(faults))
         raised.faults = tuple(faults)
         raise raised
 

@@ -95,7 +95,7 @@ def test_kernels_merge_to_what_the_adapter_says(ours, tmp_path, name, stacked):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_adapter_comes_back(ours, tmp_path, name):
+def test_a_saved_adapter_loads_bit_for_bit(ours, tmp_path, name):
     apart = trained(ours(name).module, lora.LoraConfig(rank=3, alpha=4.5, target=r".*(proj|down|gate_up|qkv)"))
     save_adapter(apart, tmp_path)
     again = load_adapter(ours(name).module, tmp_path)
@@ -104,8 +104,7 @@ def test_an_adapter_comes_back(ours, tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, load_adapter(ours(name).module.stacked(), tmp_path), apart.stacked())
 
 
-def test_by_default(model, tmp_path):
-    """The names and shapes that PEFT gives a GLM-4.1V's adapter, and its options."""
+def test_names_shapes_and_options_are_those_of_peft(model, tmp_path):
     save_adapter(lora.add_lora(model, lora.LoraConfig()), tmp_path / "new", "zai-org/GLM-4.1V-9B-Thinking")
     file = SafetensorsFile(tmp_path / "new" / "adapter_model.safetensors")
     layer = f"{PREFIX}model.language_model.layers.1."
@@ -151,7 +150,7 @@ def foreign(config, directory, *, seed=0, **options):
 
 @pytest.mark.parametrize("by_root", [False, True])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_an_adapter_of_others(ours, tmp_path, stacked, by_root):
+def test_ranks_and_scales_may_differ_between_modules(ours, tmp_path, stacked, by_root):
     base = ours("base").module
     options, tensors = foreign(base.config, tmp_path / "theirs", use_rslora=by_root)
     adapter = {}
@@ -164,7 +163,7 @@ def test_an_adapter_of_others(ours, tmp_path, stacked, by_root):
     model = load_adapter(base.stacked() if stacked else base, tmp_path / "theirs")
     expected = merged_by_hand(random_tensors(base.config), adapter)
     assert_merges_to(model, expected)
-    # And what is made of it again, which has other ranks, is the same to those who read it.
+    # Saved again, with other ranks, it merges to the same weights.
     save_adapter(model, tmp_path / "ours")
     again = merged_by_hand(random_tensors(base.config), read(tmp_path / "ours"))
     for name, tensor in expected.items():
@@ -172,48 +171,64 @@ def test_an_adapter_of_others(ours, tmp_path, stacked, by_root):
     assert_merges_to(load_adapter(base, tmp_path / "ours"), expected)
 
 
-def test_files_that_are_no_adapter(model, tmp_path):
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: No such file.*; expected an adapter of PEFT"):
-        load_adapter(model, tmp_path)
-    for changed, message in [
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (dict(peft_type="IA3"), "peft_type: found 'IA3'; expected 'LORA'"),
         (dict(use_dora=True), "use_dora: found True; expected none"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save: found \['lm_head'\]; expected none"),
         (dict(bias="all"), "bias: found 'all'; expected 'none'"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights: found 'pissa', which changes the base"),
-        (dict(r=None), "found no usable r, lora_alpha or pattern"),
-    ]:
-        foreign(model.config, tmp_path / "other", **changed)
-        with pytest.raises(CheckpointError, match=message):
-            load_adapter(model, tmp_path / "other")
-    (tmp_path / "other" / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="found no JSON"):
-        load_adapter(model, tmp_path / "other")
+        (dict(init_lora_weights="pissa"), "init_lora_weights: found 'pissa'; expected true: this one changes the base"),
+        (dict(r=None), "r, lora_alpha or a pattern is missing or invalid"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(model, tmp_path, options, message):
+    foreign(model.config, tmp_path, **options)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(model, tmp_path)
+
+
+def test_a_directory_without_an_adapter_is_refused(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: No such file.*; expected an adapter of PEFT"):
+        load_adapter(model, tmp_path)
+
+
+def test_a_damaged_configuration_is_named(model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: not valid JSON"):
+        load_adapter(model, tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_all_listed(model, tmp_path):
     _, tensors = foreign(model.config, tmp_path)
-    layer = f"{PREFIX}model.language_model.layers."
-    tensors[f"{layer}2.self_attn.q_proj.lora_A.weight"] = np.zeros((2, 64), np.float32)
-    tensors[f"{layer}0.mlp.down_proj.lora_A.weight"] = np.zeros((3, 96), np.float32)
-    del tensors[f"{layer}1.self_attn.v_proj.lora_B.weight"]
+    layer = "model.language_model.layers."
+    tensors[f"{PREFIX}{layer}2.self_attn.q_proj.lora_A.weight"] = np.zeros((2, 64), np.float32)
+    tensors[f"{PREFIX}{layer}0.mlp.down_proj.lora_A.weight"] = np.zeros((3, 96), np.float32)
+    del tensors[f"{PREFIX}{layer}1.self_attn.v_proj.lora_B.weight"]
     write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match="3 tensors do not fit") as error:
         load_adapter(model, tmp_path)
-    for problem in (
-        "3 tensors do not fit", f"unexpected: {layer}2.self_attn.q_proj.lora_A.weight [2, 64]",
-        f"misshapen: {layer}0.mlp.down_proj.lora_A.weight has shape [3, 96], expected [2, 96]",
-        f"missing: {layer}1.self_attn.v_proj.lora_B.weight",
-    ):  # fmt: skip
-        assert problem in str(error.value)
+    file = " in adapter_model.safetensors"
+    assert error.value.faults == (
+        f"{PREFIX}{layer}0.mlp.down_proj.lora_A.weight: found shape [3, 96]{file}; expected [2, 96]",
+        f"{PREFIX}{layer}2.self_attn.q_proj.lora_A.weight: found [2, 64]{file}; expected no such tensor",
+        f"{layer.removeprefix('model.')}1.self_attn.v_proj.lora_B.weight: found nothing; expected [32, 2]",
+    )
+
+
+def test_an_adapter_without_tensors_is_refused(model, tmp_path):
+    foreign(model.config, tmp_path)
     write_safetensors(tmp_path / "adapter_model.safetensors", {})
-    with pytest.raises(CheckpointError, match="it is empty"):
+    with pytest.raises(CheckpointError, match="found no tensors"):
         load_adapter(model, tmp_path)
 
 
-def test_one_adapter_at_a_time(model, tmp_path):
+def test_a_model_without_an_adapter_cannot_save_one(model, tmp_path):
     with pytest.raises(ConfigError, match="found a model without an adapter"):
         save_adapter(model, tmp_path)
+
+
+def test_a_second_adapter_is_refused(model, tmp_path):
     adapter = lora.add_lora(model, lora.LoraConfig())
     save_adapter(adapter, tmp_path)
     with pytest.raises(ConfigError, match="found a model that has an adapter"):
@@ -221,8 +236,8 @@ def test_one_adapter_at_a_time(model, tmp_path):
 
 
 @pytest.mark.parametrize("end", range(4))
-def test_an_end_in_between_leaves_no_weights_with_the_scale_of_others(model, tmp_path, monkeypatch, end):
-    """Each file that takes its place may be the last: the old adapter is there, or the new one, or none."""
+def test_an_interrupted_save_leaves_no_weights_with_another_scale(model, tmp_path, monkeypatch, end):
+    """After any of the replacements the old adapter is there, or the new one, or none."""
     old, new = (trained(model, lora.LoraConfig(rank=rank, alpha=alpha)) for rank, alpha in ((2, 4), (3, 24)))
     save_adapter(old, tmp_path / "here")
     for name, adapter in (("old", old), ("new", new)):
@@ -279,7 +294,7 @@ def test_peft_computes_the_same(ours, checkpoints, tmp_path, name):
     assert np.abs(before - expected)[prompts.real].max() > 0.05 * np.abs(before).max()
 
 
-def test_an_adapter_that_peft_writes(ours, checkpoints, tmp_path):
+def test_an_adapter_that_peft_writes_computes_the_same(ours, checkpoints, tmp_path):
     theirs, torch = import_peft(), pytest.importorskip("torch")
     reference = load_theirs(checkpoints("base"))
     modules = ["q_proj", "o_proj", "qkv", "attn.proj", "gate_proj", "up_proj", "gate_up_proj", "downsample"]
@@ -296,8 +311,8 @@ def test_an_adapter_that_peft_writes(ours, checkpoints, tmp_path):
     assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
 
 
-def test_rules_of_both_sides():
-    """Heads are cut in two where the kernel's rule says; written out for the two that differ most from PyTorch's."""
+def test_rules_of_a_and_b_keep_the_heads_in_order():
+    """Written out for the two that differ most from PyTorch's layout."""
     found = {p.module.split("layers.0.")[-1]: p for p in places(Glm4vConfig.from_dict(CONFIGS["base"]))}
     q, o, gate = (found[name] for name in ("self_attn.q_proj", "self_attn.o_proj", "model.visual.merger.gate_proj"))
     assert (q.a.layout, q.b.layout) == ("R D -> D R", "(K G H) R -> R K (G H)")

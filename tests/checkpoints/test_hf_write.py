@@ -11,7 +11,7 @@ from helpers_convert import files_of, read_all
 from reference import CONFIGS, load_theirs, random_tensors
 
 from glm4v_jax import Glm4vForConditionalGeneration
-from glm4v_jax.checkpoints import hf_shards
+from glm4v_jax.checkpoints import hf_write
 from glm4v_jax.checkpoints.hf_write import generation_options
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
@@ -48,21 +48,21 @@ def test_shards_and_index_are_those_of_transformers(ours, theirs, tmp_path):
     """Up to the order of tensors within the vision part, which decides what fits into which file."""
     ours("base").save_pretrained(tmp_path / "ours", max_shard_size="100KB")
     theirs("base").save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
-    found, expected = (json.loads((tmp_path / who / hf_shards.INDEX).read_text()) for who in ("ours", "theirs"))
+    found, expected = (json.loads((tmp_path / who / hf_write.INDEX).read_text()) for who in ("ours", "theirs"))
     assert found["metadata"] == expected["metadata"] and found["weight_map"].keys() == expected["weight_map"].keys()
     ours("base").save_pretrained(tmp_path / "ours")
     theirs("base").save_pretrained(tmp_path / "theirs")
-    single = [(tmp_path / who / hf_shards.SINGLE).read_bytes() for who in ("ours", "theirs")]
+    single = [(tmp_path / who / hf_write.SINGLE).read_bytes() for who in ("ours", "theirs")]
     assert single[0] == single[1]
 
 
-def test_half_precision(checkpoints, tmp_path):
+def test_the_dtype_of_the_model_is_written(checkpoints, tmp_path):
     model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), dtype="bfloat16")
     model.save_pretrained(tmp_path)
     assert {tensor.dtype.name for tensor in read_all(tmp_path).values()} == {"bfloat16"}
 
 
-def test_other_files_stay_and_old_shards_go(ours, tmp_path):
+def test_other_files_are_kept_and_old_shards_removed(ours, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     ours("base").save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
@@ -75,7 +75,7 @@ def test_other_files_stay_and_old_shards_go(ours, tmp_path):
 def test_a_full_disk_leaves_the_old_weights(ours, tmp_path, monkeypatch):
     ours("base").save_pretrained(tmp_path)
     before = files_of(tmp_path)
-    write, count = hf_shards.write_safetensors, 0
+    write, count = hf_write.write_safetensors, 0
 
     def failing(*arguments):
         nonlocal count
@@ -84,19 +84,36 @@ def test_a_full_disk_leaves_the_old_weights(ours, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(hf_shards, "write_safetensors", failing)
+    monkeypatch.setattr(hf_write, "write_safetensors", failing)
     with pytest.raises(OSError, match="No space"):
         ours("base").save_pretrained(tmp_path, max_shard_size="100KB")
     assert files_of(tmp_path) == before
 
 
-def test_refused(ours, tmp_path):
+def test_an_invalid_shard_size_is_refused_before_writing(ours, tmp_path):
     with pytest.raises(ConfigError, match="max_shard_size"):
         ours("base").save_pretrained(tmp_path / "out", max_shard_size="many")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(ours, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: found a file"):
         ours("base").save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("200MiB", 200 * 2**20), ("1.5kb", 1500), (" 3 TB ", 3 * 10**12), ("77", 77), (88, 88)],
+)
+def test_sizes_of_shards_are_parsed(text, size):
+    assert hf_write.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "-1GB", "0", "0.1", "5 G", "1e9", "nan"])
+def test_invalid_sizes_of_shards_are_refused(text):
+    with pytest.raises(ConfigError, match=r"max_shard_size: found .* expected a size such as 5GB"):
+        hf_write.parse_size(text)
 
 
 def test_generation_options_come_back(tmp_path):

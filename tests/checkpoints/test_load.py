@@ -12,7 +12,7 @@ from reference import CONFIGS, export, random_tensors
 
 from glm4v_jax import Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.load import load_model, resolve_dtype
-from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint, write_safetensors
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model.params import default_dtype
@@ -72,7 +72,7 @@ def test_float32_is_rounded_to_the_dtype_asked_for(checkpoints):
     )
 
 
-def test_float16_warns(checkpoints):
+def test_float16_warns_of_overflows(checkpoints):
     with pytest.warns(UserWarning, match="float16 overflows"):
         model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("tester"), torch_dtype="float16")
     assert model.dtype == np.float16 and model.num_parameters() == sum(
@@ -109,7 +109,7 @@ def test_layers_are_laid_out_for_the_devices_of_the_mesh(checkpoints, mesh, monk
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_shards(directory, stacked):
+def test_shards_are_read_with_progress(directory, stacked):
     tensors = random_tensors(CONFIG, seed=3)
     write(directory, tensors, shards=3)
     progress = []
@@ -151,54 +151,61 @@ def test_nothing_is_read_before_everything_fits(directory, monkeypatch):
     tensors["model.language_model.norm.weight"] = np.ones(63, np.float32)
     write(directory, tensors)
     monkeypatch.setattr(CheckpointFiles, "read", lambda *_: pytest.fail("read a tensor"))
-    with pytest.raises(CheckpointError, match=r"norm.weight in model.safetensors has shape \[63\], expected \[64\]"):
+    with pytest.raises(CheckpointError, match=r"norm.weight: found shape \[63\] in model.safetensors; expected \[64\]"):
         Glm4vForConditionalGeneration.from_pretrained(directory)
 
 
-def test_damage_is_named(directory):
-    load = Glm4vForConditionalGeneration.from_pretrained
-    with pytest.raises(CheckpointError, match="found no weights"):
-        load(directory)
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(CheckpointError, match="pickled weights only"):
-        load(directory)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-100], r"model.safetensors.*promises"),
+        (lambda content: b"\x80" + content[1:], r"model\.safetensors"),
+    ],
+)
+def test_damaged_weights_are_named(directory, damage, message):
     write(directory, random_tensors(CONFIG))
     path = directory / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match=r"model.safetensors.*promises"):
-        load(directory)
-    path.write_bytes(b"\x80" + whole[1:])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load(directory)
-    path.write_bytes(whole)
-    assert len(open_checkpoint(directory)) == len(random_tensors(CONFIG))
-
-
-def test_missing_shard_is_named(directory):
-    write(directory, random_tensors(CONFIG), shards=3)
-    (directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors.*is missing"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=message):
         Glm4vForConditionalGeneration.from_pretrained(directory)
 
 
-def test_not_a_checkpoint(tmp_path):
-    load = Glm4vForConditionalGeneration.from_pretrained
-    with pytest.raises(CheckpointError, match="no such directory"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no config.json"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
-        load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="'llama', expected 'glm4v'"):
-        load(tmp_path)
+def test_pickled_weights_are_refused(directory):
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match="pickled weights only"):
+        Glm4vForConditionalGeneration.from_pretrained(directory)
+
+
+def test_a_missing_shard_is_named(directory):
+    write(directory, random_tensors(CONFIG), shards=3)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: found no such file"):
+        Glm4vForConditionalGeneration.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (None, CheckpointError, "config.json"),
+        ("{", CheckpointError, "not valid JSON"),
+        ('{"model_type": "llama"}', ConfigError, "'llama'; expected .*'glm4v'"),
+    ],
+)
+def test_a_directory_that_is_not_a_checkpoint_is_refused(tmp_path, config, error, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(error, match=message):
+        Glm4vForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        Glm4vForConditionalGeneration.from_pretrained(tmp_path / "nowhere")
 
 
 def test_a_contradictory_rope_is_refused_before_weights(directory):
     config = json.loads(json.dumps(CONFIGS["base"]))
     config["text_config"]["rope_scaling"]["mrope_section"] = [8, 12, 12]
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ConfigError, match="sums to 32, expected 4"):
+    with pytest.raises(ConfigError, match="mrope_section"):
         Glm4vForConditionalGeneration.from_pretrained(directory)

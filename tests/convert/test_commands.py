@@ -101,7 +101,7 @@ def test_verify_has_two_for_any_trouble(run, synthetic, tmp_path, monkeypatch):
     path = tmp_path / "orbax" / "_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace("model.visual.downsample.bias", "model.visual.downsample.bios"))
     status, out, err = run("verify", synthetic(), tmp_path / "orbax")
-    assert (status, out) == (2, "") and "unexpected: model.visual.downsample.bios" in err and err.count("\n") == 1
+    assert (status, out) == (2, "") and "model.visual.downsample.bios: found" in err and err.count("\n") == 1
 
     def defect(*arguments, **options):
         raise KeyError("a defect")
@@ -156,7 +156,7 @@ def test_ctrl_c(run, synthetic, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.to_hf.hf_shards, "write_shards", interrupted)
+    monkeypatch.setattr(convert.to_hf, "write_shards", interrupted)
     status, out, err = run("to-hf", synthetic(), tmp_path / "out")
     assert (status, out) == (130, "")
     assert err == "convert: interrupted; what was written has been removed, the source is as it was\n"
@@ -169,7 +169,7 @@ def test_ctrl_c_twice(run, synthetic, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.to_hf.hf_shards, "write_shards", interrupted)
+    monkeypatch.setattr(convert.to_hf, "write_shards", interrupted)
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     status, out, err = run("to-hf", synthetic(), tmp_path / "out")
     left = tmp_path / ".out.unfinished"

@@ -13,10 +13,11 @@ import pytest
 from helpers_convert import files_of
 from helpers_paths import ROOT
 
-from convert.source import check_tensors, open_weights
 from convert.synth import load_config, synth
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.config.model import Glm4vConfig, Glm4vTextConfig
 from glm4v_jax.errors import CheckpointError
 
@@ -89,7 +90,7 @@ def written(directory):
 def complete(directory, expected):
     """Whether a directory passes for a checkpoint; if so, it must be one."""
     try:
-        check_tensors(open_weights(directory), Glm4vConfig.from_pretrained(directory))
+        hf_mapping.match(Glm4vConfig.from_pretrained(directory), open_weights(directory), str(directory))
     except CheckpointError:
         return False
     assert {name: content for name, content in files_of(directory).items() if "model" in name} == expected

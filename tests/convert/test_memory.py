@@ -9,12 +9,12 @@ import weakref
 import pytest
 from helpers_paths import ROOT
 
-from convert.memory import release
+from convert.to_orbax import release_memory
 
 # Freed blocks with one in use behind each hundred: the allocator keeps what lies between until it is told to let go.
 PROGRAM = """
 import sys
-from convert.memory import release
+from convert.to_orbax import release_memory
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -26,7 +26,7 @@ kept = blocks[::100] + blocks[-1:]
 filled = resident()
 del blocks
 freed = resident()
-release()
+release_memory()
 print(before, filled, freed, resident())
 """
 
@@ -53,12 +53,12 @@ def test_rings_of_new_objects_go():
     node.itself = node
     seen = weakref.ref(node)
     del node
-    release()
+    release_memory()
     assert seen() is None
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(ctypes, "CDLL", lambda name: asked.append(name) or types.SimpleNamespace())
-    release()
+    release_memory()
     assert asked == [None]

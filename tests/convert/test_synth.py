@@ -15,7 +15,7 @@ from convert.synth import RandomTensor, load_config, plan_like_released, synth
 from convert.verify import verify
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
-from glm4v_jax.checkpoints.safetensors import PIECE_BYTES
+from glm4v_jax.checkpoints.safetensors import CHUNK_BYTES
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
@@ -50,26 +50,26 @@ def test_a_seed_gives_the_same_files_and_another_gives_others(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_numbers_are_normal(dtype):
+def test_numbers_are_normally_distributed(dtype):
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    weight = np.asarray(RandomTensor("a.weight", (1000, 300), dtype, 0.02, 0)).astype(np.float64) / 0.02
-    assert np.asarray(RandomTensor("a.weight", (1000, 300), dtype, 0.02, 0)).dtype == dtype
+    weight = np.asarray(RandomTensor((1000, 300), dtype, "a.weight", 0.02, 0)).astype(np.float64) / 0.02
+    assert np.asarray(RandomTensor((1000, 300), dtype, "a.weight", 0.02, 0)).dtype == dtype
     assert abs(weight.mean()) < 0.01 and abs(weight.std() - 1) < 0.01
     assert abs((weight**4).mean() - 3) < 0.1  # a normal distribution's, and not a uniform one's
     assert abs((np.abs(weight) < 1).mean() - 0.6827) < 0.01
-    norm = np.asarray(RandomTensor("norm.weight", (2000,), dtype, 0.02, 0)).astype(np.float64)
+    norm = np.asarray(RandomTensor((2000,), dtype, "norm.weight", 0.02, 0)).astype(np.float64)
     assert abs(norm.mean() - 1) < 0.01 and 0.01 < norm.std() < 0.03
-    bias = np.asarray(RandomTensor("a.bias", (2000,), dtype, 0.02, 0)).astype(np.float64)
+    bias = np.asarray(RandomTensor((2000,), dtype, "a.bias", 0.02, 0)).astype(np.float64)
     assert 0.001 < bias.std() < 0.003
 
 
-def test_a_large_tensor_is_made_by_pieces():
-    tensor = RandomTensor("a.weight", (PIECE_BYTES // 4, 3), np.dtype(np.float16), 0.02, 0)
-    sizes = [piece.nbytes for piece in tensor.pieces()]
-    assert sum(sizes) == 6 * (PIECE_BYTES // 4) and max(sizes) <= PIECE_BYTES
+def test_a_large_tensor_comes_in_chunks():
+    tensor = RandomTensor((CHUNK_BYTES // 4, 3), np.dtype(np.float16), "a.weight", 0.02, 0)
+    sizes = [chunk.nbytes for chunk in tensor.chunks()]
+    assert sum(sizes) == 6 * (CHUNK_BYTES // 4) and max(sizes) <= CHUNK_BYTES
 
 
-def test_the_tiny_one_is_a_whole_checkpoint(synthetic):
+def test_the_tiny_one_loads_with_its_processor(synthetic):
     Glm4vProcessor.from_pretrained(synthetic())
     assert GenerationConfig.from_pretrained(synthetic()).top_k == 2
     assert Glm4vConfig.from_pretrained(synthetic()) == load_config("tiny")
@@ -95,8 +95,8 @@ def test_transformers_loads_it(synthetic):
 
 
 @pytest.mark.parametrize("count", [0, -1, 6])
-def test_too_many_shards(tmp_path, count):
-    with pytest.raises(ConfigError, match=f"shards: found {count}, expected 1 to 5"):
+def test_more_shards_than_layers_are_refused(tmp_path, count):
+    with pytest.raises(ConfigError, match=f"shards: found {count}; expected 1 to 5"):
         synth(load_config("tiny"), tmp_path / "out", count=count)
     assert os.listdir(tmp_path) == []
 
@@ -109,14 +109,22 @@ def test_every_tensor_is_in_one_shard(count):
     assert sorted(name for names in plan.values() for name in names) == sorted(tensor_shapes(config))
 
 
-def test_places(tmp_path):
+def test_a_dry_run_writes_nothing(tmp_path):
     assert synth(load_config("tiny"), tmp_path / "out", dry_run=True).dry_run and os.listdir(tmp_path) == []
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
+
+
+def test_other_files_are_not_replaced(tmp_path):
+    (tmp_path / "mine").write_text("kept")
     with pytest.raises(CheckpointError, match="not empty"):
-        synth(load_config("tiny"), tmp_path / "out")
+        synth(load_config("tiny"), tmp_path)
+
+
+def test_a_missing_configuration_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         load_config(str(tmp_path / "nowhere.json"))
+
+
+def test_another_models_configuration_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"bad.json: .*llama"):
         load_config(str(tmp_path / "bad.json"))
