@@ -109,7 +109,7 @@ class TestFiles:
             ("{", "not valid JSON"),
             ("", "not valid JSON"),
             ("[" * 100_000, "not valid JSON"),
-            ("[1]", "expected a JSON object, found list"),
+            ("[1]", "found a JSON list; expected an object"),
             ('{"do_sample": true, "temperature": NaN}', "temperature: found nan; expected"),
             ('{"top_p": "most"}', "top_p: found 'most'; expected"),
             ('{"eos_token_id": [1, "</s>"]}', "eos_token_id: found [1, '</s>']; expected"),

@@ -136,7 +136,7 @@ def test_contradictions_are_refused(make, message):
     ("content", "error", "message"),
     [
         (None, CheckpointError, r"found no config\.json"),
-        ("[1]", CheckpointError, "expected a JSON object, found list"),
+        ("[1]", CheckpointError, "found a JSON list; expected an object"),
         ('{"text_config": {"num_attention_heads": 3}}', ConfigError, r"config\.json: text_config\.hidden_size"),
     ],
 )
