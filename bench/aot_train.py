@@ -68,9 +68,9 @@ def compile_step(step: Step, topology: str, sizes: dict[str, int]) -> dict[str, 
     from glm4v_jax.config.model import Glm4vConfig
     from glm4v_jax.model.lora import LoraConfig
     from glm4v_jax.planning import compile_for_topology
-    from train.compile_for_topology import Counts, Shapes, step_program
+    from train.compile_for_topology import Shapes, StepCost, step_program
 
-    config, found = Glm4vConfig.glm4_1v_9b(), list[Counts]()
+    config, found = Glm4vConfig.glm4_1v_9b(), list[StepCost]()
     shapes = Shapes(step.rows, step.length, step.vision_rows, step.vision_length, step.micro_batches)
     lora = None if step.lora is None else LoraConfig(rank=step.lora)
     program = step_program(config, shapes, remat=step.remat, lora=lora, tell=found.append)

@@ -19,7 +19,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.inputs.media.load import SampledVideo
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.tiny import TINY_CHECKPOINT
-from train.data.packing import Packer, VisionShape, pack, padding_share
+from train.data.packing import Packer, VisionShape, pack, padding_of
 from train.data.records import Record
 from train.data.samples import EncodeOptions, Sample, encode
 
@@ -94,7 +94,7 @@ def padding(batches: Sequence[Sequence[Sample]], shape: Shape, content: dict[str
     """Shares of packed batches that are padding: of their tokens, and of their patches."""
     model_config = Glm4vConfig.from_dict(content)
     shares = [
-        padding_share(pack(batch, rows=shape.rows, length=shape.length, vision_shape=shape.vision, config=model_config))
+        padding_of(pack(batch, rows=shape.rows, length=shape.length, vision_shape=shape.vision, config=model_config))
         for batch in batches
     ]
     return {

@@ -1,4 +1,4 @@
-"""What a job keeps to go on from: Orbax checkpoints of its state, the position in the data beside it."""
+"""What a job resumes from: Orbax checkpoints of its state, with the position in the data beside it."""
 
 import json
 import math
@@ -16,28 +16,29 @@ from train.evaluate import Evaluation
 from train.state import Leaves, TrainState
 
 _STATE, _DATA, _JOB, _STEP = "state", "data", "job", "step"
+_COUNTS = ("step", "skipped", "streak")
 
 
 class Restored(NamedTuple):
-    """A state, and where the data were behind its last step."""
+    """A state, and the position in the data after its last step."""
 
     state: TrainState
     data: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of a job; each is complete, or not there. Every process calls the same methods."""
+    """The checkpoints of a job; each is complete, or absent. Every process calls the same methods."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, job: Mapping[str, Any]):
-        """Look at what is there.
+        """Open the directory.
 
         Args:
-          directory: of the checkpoints, made if need be.
-          config: how many to keep.
-          job: what must be as it was for a job to go on, by name, as JSON can say it; it is kept beside every state.
+          directory: of the checkpoints; created if need be.
+          config: which to keep.
+          job: what must not have changed for a job to resume, by name, as JSON; saved in every checkpoint.
 
         Raises:
-          CheckpointError: what is there is another job's, or not on a disk that all processes share.
+          CheckpointError: the checkpoints are another job's, or not on a disk that all processes share.
         """
         decisions, policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
         keep = [policies.LatestN(config.keep)]
@@ -47,7 +48,7 @@ class Checkpoints:
         self._response: Any = None
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
-            # It is asked to save when it is time.
+            # The caller decides when to save.
             save_decision_policy=decisions.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
@@ -66,13 +67,13 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step of the best one, of equally good ones the first; None where none has been looked at."""
+        """The step of the best one, of equally good ones the first; None if none was evaluated."""
         self.wait()
         found = [info for info in self._checkpointer.checkpoints if self._config.best in (info.metrics or {})]
-        return max(found, key=self._goodness_of).step if found else None
+        return max(found, key=lambda info: self._goodness(info.metrics)).step if found else None
 
     def save(self, state: TrainState, data: dict[str, Any], evaluation: Evaluation | None = None) -> None:
-        """Begin to write a state, which may be given away as soon as this returns; the one before is done first."""
+        """Start to write a state, which may be donated as soon as this returns; waits for the one before."""
         self.wait()
         content = {"params": state.params, "opt_state": state.opt_state, "counts": _counts(state)}
         step = int(state.step)
@@ -84,16 +85,16 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Wait until what has been begun is on disk."""
+        """Wait until what is being written is on disk."""
         response, self._response = self._response, None
         if response is not None:
             response.result()
 
     def restore(self, like: TrainState) -> Restored:
-        """The latest one.
+        """Load the latest one.
 
         Args:
-          like: its arrays, abstract, on the mesh that they are to lie on.
+          like: its arrays, abstract, sharded as they are to be loaded.
 
         Raises:
           CheckpointError: it does not fit the job, or is damaged.
@@ -106,14 +107,14 @@ class Checkpoints:
         return Restored(state, self._metadata(step)[_DATA])
 
     def restore_params(self, like: Leaves, step: int) -> Leaves:
-        """What is trained, and no more, of one of them; see `restore`."""
+        """Load the trained parameters of one of them, and no more; see `restore`."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
             return self._load(step, {"params": like})["params"]
 
     def close(self) -> None:
-        """Wait, and let go."""
+        """Wait for what is being written, and close."""
         self.wait()
         self._checkpointer.close()
 
@@ -126,14 +127,20 @@ class Checkpoints:
             )
         if self.latest is None:
             return
-        was = self._metadata(self.latest).get(_JOB, {})
-        for name in (*self._job, *was):
-            if was.get(name) != self._job.get(name):
-                raise CheckpointError(
-                    f"{self._directory / str(self.latest)}: cannot go on from this checkpoint: its job has {name} = "
-                    f"{json.dumps(was.get(name))}; found {json.dumps(self._job.get(name))}, expected the same, or "
-                    "another directory `out`"
-                )
+        saved = self._metadata(self.latest).get(_JOB, {})
+        changed = [name for name in (*self._job, *(saved.keys() - self._job.keys())) if self._differs(name, saved)]
+        if changed:
+            faults = [
+                f"{name}: found {json.dumps(self._job.get(name))}; expected {json.dumps(saved.get(name))}, as saved"
+                for name in changed
+            ]
+            raise CheckpointError(
+                f"{self._directory / str(self.latest)}: cannot resume from this checkpoint: {'; '.join(faults)}; "
+                "restore the job file, or choose another output directory"
+            )
+
+    def _differs(self, name: str, saved: Mapping[str, Any]) -> bool:
+        return saved.get(name) != self._job.get(name)
 
     def _metadata(self, step: int | None) -> dict[str, Any]:
         try:
@@ -146,37 +153,27 @@ class Checkpoints:
             return self._checkpointer.load_checkpointables(step, {_STATE: content})[_STATE]
         except Exception as error:  # Orbax has many
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise  # says nothing of the checkpoint
+                raise  # has nothing to do with the checkpoint
             raise self._unusable(step, error) from error
 
     def _unusable(self, step: int | None, error: Exception) -> CheckpointError:
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         return CheckpointError(
-            f"{self._directory / str(step)}: cannot go on from this checkpoint ({said}); expected that of a job with "
+            f"{self._directory / str(step)}: cannot resume from this checkpoint ({reason}); expected one of a job with "
             "the same model, frozen parts and optimizer"
         )
 
     def _goodness(self, metrics: dict[str, float]) -> tuple[float, float]:
-        """Higher for a better one, and for the earlier of equals; models without the number are the worst."""
+        """Higher for a better one, and for the earlier of equals; models without the metric are the worst."""
         best = self._config.best
         value = metrics.get(best, math.nan) if best is not None else math.nan
         return -math.inf if math.isnan(value) else -value if best == "loss" else value, -metrics.get(_STEP, 0)
 
-    def _goodness_of(self, info: Any) -> tuple[float, float]:
-        return self._goodness(info.metrics)
-
-
-_COUNTS = ("step", "skipped", "streak")
-
 
 def abstract(tree: Any) -> Any:
-    """A tree of arrays as their shapes, dtypes and places."""
-    return jax.tree.map(_abstract, tree)
+    """Return the shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def _counts(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _COUNTS}
-
-
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

@@ -1,4 +1,4 @@
-"""The training step, compiled by `glm4v_jax.planning.compile_for_topology`; the least it must compute and send."""
+"""The training step for `glm4v_jax.planning.compile_for_topology`; the least that it must compute and communicate."""
 
 import collections
 import dataclasses
@@ -25,12 +25,12 @@ from train.state import Layout, Leaves, init_state, split
 from train.step import make_step
 
 STEPS = 1000
-"""Of the schedule; it changes no program."""
+"""Of the schedule; it does not change the program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Of a step: B rows of T tokens, R vision rows of L patches, and how many micro-batches of them."""
+    """Shapes of a step: B rows of T tokens, R vision rows of L patches, and how many micro-batches of them."""
 
     rows: int
     length: int
@@ -40,20 +40,20 @@ class Shapes:
 
     @property
     def work(self) -> Work:
-        """Of rows without padding, each of one sample and each vision row of one frame: the most there can be."""
+        """The most work there can be: rows without padding, each of one sample and each vision row of one frame."""
         tokens = self.micro_batches * self.rows * self.length
         patches = self.micro_batches * self.vision_rows * self.vision_length
         return Work(tokens, tokens * (self.length + 1) / 2, patches, patches * self.vision_length)
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
-    """What a step does, in all; operations are floating point ones, of products of matrices.
+class StepCost:
+    """What a step computes and communicates; operations are floating point ones of matrix products.
 
     Attributes:
       model_flops: `flops.step_flops`.
       recomputed_flops: `flops.recomputed_flops`.
-      dot_flops: of the products outside of attention, as they stand in the traced program.
+      dot_flops: of all products in the traced program, those in attention kernels excluded.
       kernels: name of an attention kernel -> how often it runs.
       least_sent: bytes that a device has to receive from others; see `least_sent`.
     """
@@ -72,17 +72,17 @@ def step_program(
     remat: Remat = "full",
     lora: LoraConfig | None = None,
     freeze: tuple[str, ...] = (),
-    tell: Callable[[Counts], None] | None = None,
+    tell: Callable[[StepCost], None] | None = None,
 ) -> compile_for_topology.Program:
-    """The step that a job runs, with AdamW and bfloat16; all of its state is abstract.
+    """Return the step that a job runs, with AdamW and bfloat16; all of its state is abstract.
 
     Args:
       config: of the model.
-      shapes: of the batches, whose rows are over the mesh as `placement.put` lays them.
+      shapes: of the batches, sharded over the mesh as by `placement.put`.
       remat: see `step.make_step`.
       lora: train an adapter instead.
       freeze: parts of the model (`optimizers.GROUPS`) that are not trained.
-      tell: called with what the traced step does.
+      tell: called with the cost of the traced step.
     """
 
     def lower(model: Glm4v, devices: Mesh) -> Any:
@@ -105,7 +105,7 @@ def step_program(
             dots, kernels = count_products(traced.jaxpr)
             work = shapes.work
             tell(
-                Counts(
+                StepCost(
                     step_flops(config, params, frozen, work), recomputed_flops(config, params, frozen, work, remat),
                     dots, kernels, least_sent(config, params, frozen, shapes),
                 )
@@ -123,12 +123,12 @@ def step_program(
 
 
 def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shapes) -> float:
-    """Bytes that a device of the leaves' mesh has to receive in a step, in bfloat16.
+    """Return the bytes that a device of the leaves' mesh has to receive in a step, in bfloat16.
 
-    Weights in shards are gathered for the forward pass, and again for the backward pass as far as it goes through them,
-    save the head, which the two need one after the other, and the table; the gradients of what is trained are summed
-    into their shards. Where devices share a layer, each of its two blocks
-    gathers the tokens' states and sums its results, forward and backward. The ViT's blocks are left out of that.
+    Sharded weights are gathered for the forward pass, and again for the backward pass as far as it goes through them,
+    except the head, which both passes need one right after the other, and the embedding table; the gradients of trained
+    leaves are reduced into their shards. Where devices share a layer, each of its two blocks gathers the tokens' states
+    and reduces its results, forward and backward. The ViT's blocks are not counted there.
     """
     leaves = {**params, **frozen}
     sizes = next(iter(leaves.values())).sharding.mesh.shape
@@ -151,11 +151,11 @@ def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shap
 
 
 def count_products(jaxpr: Any) -> tuple[float, dict[str, int]]:
-    """What a traced program multiplies.
+    """Count the matrix products of a traced program.
 
     Returns:
-      Operations of its matrix products, all devices together, those in kernels left out; and its kernels by name, each
-      with how often it runs.
+      Operations of its matrix products, all devices together, those in kernels excluded; and kernel name -> how often
+      it runs.
     """
     flops, kernels = 0.0, collections.Counter[str]()
     for equation, runs in _equations(jaxpr, 1):
@@ -169,7 +169,7 @@ def count_products(jaxpr: Any) -> tuple[float, dict[str, int]]:
 
 
 def _equations(jaxpr: Any, runs: int) -> Iterator[tuple[Any, int]]:
-    """All equations, and how often each runs."""
+    """Yield all equations, and how often each runs."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation, runs
         if equation.primitive.name == "pallas_call":

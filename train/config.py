@@ -1,83 +1,95 @@
-"""A training job as a TOML file: typed dataclasses, and the way from a file to them."""
+"""A training job as a TOML file: typed dataclasses that check themselves, and `load_config`, which reads the file."""
 
 import dataclasses
 import tomllib
-import types
-import typing
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
+from glm4v_jax.config.checks import (
+    Natural,
+    Positive,
+    Seed,
+    fault,
+    from_mapping,
+    raise_faults,
+    validate,
+)
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.layers import Remat
 from glm4v_jax.model.lora import LoraConfig
-from glm4v_jax.model.lora import check_config as check_lora
-from train.optimizers import GROUPS, OptimizerConfig, check_optimizer
+from train.data import FormatName
+from train.data.samples import EncodeOptions
+from train.optimizers import Group, OptimizerConfig, warmup_steps
 
 MODEL, ADAPTER = "model", "adapter"
-"""The result of a job, in its directory."""
-_LARGEST_SEED = 2**32 - 1
-"""An adapter is drawn by a JAX key, which has 32 bits of a seed."""
+"""The result of a job, in its output directory."""
+
+MetricName = Literal["exact_match", "box_iou", "anls", "relaxed_accuracy", "cer"]
+"""Metrics that need no more than the reference answer."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is learned from.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(EncodeOptions):
+    """The training data, and how it is encoded; see `EncodeOptions` for the fields that are not listed here.
 
     Attributes:
-      files: see `records.read_records`; relative to the file of the job.
-      format: of their rows; each row is looked at by default.
-      media_dir: what paths in them are relative to; the data file's directory by default.
-      shuffle: the order changes with every pass; otherwise it is that of the files.
-      max_length: the most tokens of a sample; `batch.length` by default.
-      too_long: "drop" leaves longer ones out, "cut" cuts them behind, "error" ends the job.
-      keep_thoughts: "last", "all" or "none"; see `samples.EncodeOptions`.
-      bad_rows: "skip" leaves out rows that cannot be read or do not fit, tells of each once and counts them, "error"
-        ends the job.
-      image_max_pixels, video_max_pixels, video_fps: see `samples.EncodeOptions`.
-      threads: that make samples ready.
+      files: see `records.read_records`; relative to the job file. Empty only where `loop.train` gets records.
+      format: format of all rows; by default that of each row is found from its fields.
+      media_dir: directory that paths in the rows are relative to; by default that of the data file.
+      shuffle: draw a new order for every epoch; otherwise keep the order of the files.
+      max_length: the most tokens of a sample; by default `batch.length`.
+      too_long: "drop" skips longer samples, "cut" truncates them, "error" ends the job.
+      bad_rows: "skip" skips rows that cannot be read or do not fit, logs each once and counts them; "error" ends the
+        job.
+      threads: how many encode samples.
     """
 
     files: tuple[str, ...]
-    format: str | None = None
+    format: FormatName | None = None
     media_dir: str | None = None
     shuffle: bool = True
-    max_length: int | None = None
     too_long: Literal["error", "drop", "cut"] = "drop"
-    keep_thoughts: Literal["last", "all", "none"] = "last"
     bad_rows: Literal["skip", "error"] = "skip"
-    image_max_pixels: int | None = None
-    video_max_pixels: int | None = None
-    video_fps: float | None = None
-    threads: int = 4
+    threads: Positive = 4
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """What a step takes; all shapes are static.
+    """The batch of a step; all shapes are static.
 
     Attributes:
       rows: B of a micro-batch, over all devices.
       length: T of a row, in tokens.
       vision_rows, vision_length: R and L of its vision rows, in patches; 0 rows for text alone.
-      micro_batches: whose gradients make a step.
+      micro_batches: how many a step accumulates gradients over.
       pack: several samples a row; otherwise one.
       open_batches: how many a lane fills at a time: more leave less padding, and let samples wait longer.
-      lanes: into how many parts of whole rows and vision rows a batch is divided, each with a reader of its own, so
-        that a process makes only the samples that its devices take; as many as both allow by default. The batches
-        depend on it, and on no mesh. Each keeps the patches of its `open_batches` in the memory of its host.
-      average: the loss is an average over all targets ("token"), or over samples.
+      lanes: into how many parts of rows and vision rows a batch is divided, each with a reader of its own, so that a
+        process encodes only the samples that its devices take; by default as many as both allow. The batches depend
+        on it, and on no mesh. Each lane keeps the patches of its `open_batches` in host memory.
+      average: the loss is an average over all targets ("token"), or over samples ("sample").
     """
 
-    rows: int = 1
-    length: int = 8192
-    vision_rows: int = 1
-    vision_length: int = 8192
-    micro_batches: int = 1
+    rows: Positive = 1
+    length: Positive = 8192
+    vision_rows: Natural = 1
+    vision_length: Positive = 8192
+    micro_batches: Positive = 1
     pack: bool = True
-    open_batches: int = 4
-    lanes: int | None = None
+    open_batches: Positive = 4
+    lanes: Positive | None = None
     average: Literal["token", "sample"] = "token"
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.lanes is not None and (self.rows % self.lanes or self.vision_rows % self.lanes):
+            expected = f"a divisor of rows, {self.rows}, and of vision_rows, {self.vision_rows}"
+            raise_faults([fault("lanes", self.lanes, expected)])
 
     @property
     def per_row(self) -> int | None:
@@ -91,130 +103,142 @@ class BatchConfig:
 
     @property
     def tokens(self) -> int:
-        """Of a step, padding included."""
+        """Tokens of a step, padding included."""
         return self.micro_batches * self.rows * self.length
 
     @property
     def patches(self) -> int:
-        """Of a step, padding included."""
+        """Patches of a step, padding included."""
         return self.micro_batches * self.vision_rows * self.vision_length
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a job besides its result.
+    """Which checkpoints a job keeps besides its result.
 
     Attributes:
-      every: steps between two checkpoints; there is one behind the last step, too.
-      keep: how many of the latest stay.
-      best: what to keep the best one by, besides those, and to make the result of: "loss" or "score" of the
-        evaluation; the result is that of the last step by default.
+      every: steps between two checkpoints; there is one after the last step, too.
+      keep: how many of the latest are kept.
+      best: keep also the best checkpoint by "loss" or "score" of the evaluation, and export that one; by default the
+        result is that of the last step.
     """
 
-    every: int = 100
-    keep: int = 2
+    every: Positive = 100
+    keep: Positive = 2
     best: Literal["loss", "score"] | None = None
 
-
-MetricName = Literal["exact_match", "box_iou", "anls", "relaxed_accuracy", "cer"]
-"""Metrics that need no more than the right answer."""
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is looked at during training.
+    """Evaluation on held-out records during training.
 
     Attributes:
-      files: other data than those learned from, of the same format.
-      share: in their place, the share of the data that is held back, drawn by the job's seed.
-      every: steps between two evaluations; there is one behind the last step, too. With `checkpoint.best`, each is
+      files: held-out data, of the same format as the training data.
+      share: instead of `files`, the fraction of the training data that is held out, drawn by the job's seed.
+      every: steps between two evaluations; there is one after the last step, too. With `checkpoint.best`, each is
         followed by a checkpoint.
-      max_samples: the first so many are looked at; every process keeps the patches of them all in memory, 4.7 kB each
-        for the 9B (39 MB for a picture of 8,192).
-      generate: how many of them are answered, too, greedily, and compared with what their last message says. That
-        takes a copy of the weights, in the dtype that the model computes in, while it lasts.
-      metric: of the answers, see `eval.metrics`; what they are compared with is what the last message says.
+      max_samples: evaluate the first N records; every process keeps all their patches in memory, 4.7 kB each for the
+        9B (39 MB for an image of 8,192).
+      generate: how many of them to answer as well, greedily, and to compare with their last message. That takes a copy
+        of the weights, in the compute dtype, while it lasts.
+      metric: of the answers, see `eval.metrics`; the reference is what the last message says.
       max_new_tokens: of an answer.
       slots: how many are answered at a time.
     """
 
     files: tuple[str, ...] = ()
-    share: float = 0.0
-    every: int = 100
-    max_samples: int = 64
-    generate: int = 0
+    share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    every: Positive = 100
+    max_samples: Positive = 64
+    generate: Natural = 0
     metric: MetricName = "exact_match"
-    max_new_tokens: int = 512
-    slots: int = 8
+    max_new_tokens: Positive = 512
+    slots: Positive = 8
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if bool(self.files) == bool(self.share):
+            beside = f"beside {len(self.files)} files" if self.files else "and no files"
+            raise_faults([f"share: found {self.share} {beside}; expected either share or files"])
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A job.
+    """A training job.
 
     Attributes:
-      model: directory of the checkpoint to begin with, in either format.
-      out: directory of the job: checkpoints, metrics, and the trained model.
+      model: directory of the checkpoint to start from, in either format.
+      out: output directory of the job: checkpoints, metrics, and the trained model.
       data, batch, optimizer, checkpoint, eval: see there.
       steps: of the whole training.
-      freeze: parts of the model that stay as they are: "vision", "merger", "llm"; not with `lora`.
-      lora: train an adapter instead, and leave the whole model as it is.
+      freeze: parts of the model that are not trained: "vision", "merger", "llm"; not with `lora`.
+      lora: train an adapter instead; the whole model is frozen.
       quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.model.quantize`.
-      dtype: that the model computes in; float32 on a CPU and bfloat16 elsewhere by default. Weights are float32.
-      remat: what of a layer is made again in the backward pass: "full", all but its input; "attention" and "dots"
-        keep more, and "none" all.
-      max_grad_norm: steps with larger gradients are left out.
-      max_skipped: the job ends after so many of them one after another.
+      dtype: compute dtype; float32 on a CPU and bfloat16 elsewhere by default. Trained weights are float32.
+      remat: what of a layer is recomputed in the backward pass: "full", all but its input; "attention" and "dots" keep
+        more, and "none" all.
+      max_grad_norm: steps whose gradients have a larger norm are skipped.
+      max_skipped: the job ends after so many skipped steps in a row.
       mesh: a preset or axes; see `glm4v mesh`.
       seed: of everything that is drawn.
-      log_every: steps between two lines for a person; every step is a line of metrics.jsonl.
+      log_every: steps between two log lines; every step is a line of metrics.jsonl.
       tensorboard: write the metrics for TensorBoard, too.
     """
 
     model: str
     out: str
     data: DataConfig
-    steps: int
+    steps: Positive
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig | None = None
-    freeze: tuple[str, ...] = ("vision",)
+    freeze: Annotated[tuple[Group, ...], Meta(description="a list of some of 'vision', 'merger', 'llm'")] = ("vision",)
     lora: LoraConfig | None = None
     quantize: Literal["int8", "int4"] | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     remat: Remat = "full"
-    max_grad_norm: float = float("inf")
-    max_skipped: int = 10
+    max_grad_norm: Annotated[float, Meta(gt=0, extra={"finite": False})] = float("inf")
+    max_skipped: Positive = 10
     mesh: str = "train"
-    seed: int = 0
-    log_every: int = 1
+    seed: Seed = 0
+    log_every: Positive = 1
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        validate(self)
+        faults = []
+        if self.quantize is not None and self.lora is None:
+            faults.append(f"quantize: found {self.quantize!r} without lora; expected both: integers cannot be trained")
+        try:
+            warmup_steps(self.optimizer, self.steps)
+        except ConfigError as error:
+            faults.append(f"optimizer.{error}")
+        best = self.checkpoint.best
+        if best is not None and self.eval is None:
+            faults.append(f"checkpoint.best: found {best!r} without eval; expected both")
+        elif best == "score" and self.eval is not None and not self.eval.generate:
+            faults.append("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")
+        raise_faults(faults)
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a job; relative paths in it are relative to the file.
+    """Read a job file; relative paths in it are relative to the file.
 
     Raises:
-      ConfigError: it cannot be read, a field is unknown, missing or of another type, or a number is out of its range.
+      ConfigError: the file cannot be read; or all fields that are unknown, missing or invalid.
     """
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
+        raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    try:
-        config = _made(TrainConfig, content, "")
-        if "freeze" in content and config.lora is not None:
-            raise ConfigError(
-                f"freeze: found {list(config.freeze)} beside lora; expected one of them: an adapter leaves the whole "
-                "model as it is, and lora.target chooses its layers"
-            )
-        _check(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    config = _checked(path, content)
     here = path.absolute().parent
     data = dataclasses.replace(
         config.data,
@@ -229,111 +253,19 @@ def load_config(path: str | Path) -> TrainConfig:
     )
 
 
-def _made(kind: Any, content: Mapping[str, Any], where: str) -> Any:
-    """A dataclass of a table."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    if unknown := sorted(set(content) - set(fields)):
-        raise ConfigError(f"{where}{unknown[0]}: found an unknown field; expected some of {', '.join(fields)}")
-    for name, field in fields.items():
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and name not in content:
-            raise ConfigError(f"{where}{name}: found nothing; expected a value")
-    return kind(**{name: _value(hints[name], value, f"{where}{name}") for name, value in content.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """A value of a field's type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _value(next(kind for kind in arguments if kind is not types.NoneType), value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{where}: found {value!r}; expected one of {', '.join(map(repr, arguments))}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: found {value!r}; expected a table")
-        return _made(hint, value, f"{where}.")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where}: found {value!r}; expected a list")
-        return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: found {value!r}; expected a table")
-        return {name: _value(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where}: found {value!r}; expected {hint.__name__}")
-    return value
-
-
-def _check(config: TrainConfig) -> None:
-    batch = config.batch
-    positive = {
-        "steps": config.steps, "log_every": config.log_every, "max_skipped": config.max_skipped,
-        "max_grad_norm": config.max_grad_norm, "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep, "data.threads": config.data.threads,
-        "batch.rows": batch.rows, "batch.length": batch.length, "batch.vision_length": batch.vision_length,
-        "batch.micro_batches": batch.micro_batches, "batch.open_batches": batch.open_batches,
-    }  # fmt: skip
-    if config.eval is not None:
-        numbers = ("every", "max_samples", "max_new_tokens", "slots")
-        positive |= {f"eval.{name}": getattr(config.eval, name) for name in numbers}
-    if batch.lanes is not None:
-        positive["batch.lanes"] = batch.lanes
-    for name in ("max_length", "image_max_pixels", "video_max_pixels", "video_fps"):
-        if (given := getattr(config.data, name)) is not None:
-            positive[f"data.{name}"] = given
-    for name, number in positive.items():
-        if not number > 0:
-            raise ConfigError(f"{name}: found {number}; expected a number above 0")
-    if not 0 <= config.seed <= _LARGEST_SEED:
-        raise ConfigError(f"seed: found {config.seed}; expected a number from 0 to {_LARGEST_SEED}")
-    if batch.vision_rows < 0:
-        raise ConfigError(f"batch.vision_rows: found {batch.vision_rows}; expected a number from 0 on")
-    if batch.lanes is not None and (batch.rows % batch.lanes or batch.vision_rows % batch.lanes):
-        raise ConfigError(
-            f"batch.lanes: found {batch.lanes}; expected a divisor of rows, {batch.rows}, and of vision_rows, "
-            f"{batch.vision_rows}"
+def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
+    faults = []
+    if "freeze" in content and "lora" in content:
+        faults.append(
+            f"freeze: found {content['freeze']!r} beside lora; expected one of them: an adapter freezes the whole "
+            "model, and lora.target chooses its layers"
         )
-    if not config.data.files:
-        raise ConfigError("data.files: found none; expected at least one")
-    if unknown := set(config.freeze) - set(GROUPS):
-        raise ConfigError(f"freeze: found {unknown.pop()!r}; expected some of {', '.join(GROUPS)}")
-    if config.quantize is not None and config.lora is None:
-        raise ConfigError(
-            f"quantize: found {config.quantize!r} without lora; expected both: integers cannot be trained"
-        )
-    _check_part("optimizer", lambda: check_optimizer(config.optimizer, config.steps))
-    if (lora := config.lora) is not None:
-        _check_part("lora", lambda: check_lora(lora))
-    _check_evaluation(config)
-
-
-def _check_part(name: str, check: Callable[[], None]) -> None:
-    """What is wrong with a table, under its name."""
+    if isinstance(data := content.get("data"), dict) and data.get("files") == []:
+        faults.append("data.files: found []; expected a list of at least one path")
     try:
-        check()
+        config = from_mapping(TrainConfig, content)
     except ConfigError as error:
-        raise ConfigError(f"{name}.{error}") from None
-
-
-def _check_evaluation(config: TrainConfig) -> None:
-    found, best = config.eval, config.checkpoint.best
-    if found is None:
-        if best is not None:
-            raise ConfigError(f"checkpoint.best: found {best!r} without [eval]; expected both")
-        return
-    if bool(found.files) == bool(found.share):
-        raise ConfigError(
-            f"eval: found files of {len(found.files)} names and a share of {found.share}; expected one of them"
-        )
-    if not 0 <= found.share < 1:
-        raise ConfigError(f"eval.share: found {found.share}; expected a number from 0 to below 1")
-    if found.generate < 0:
-        raise ConfigError(f"eval.generate: found {found.generate}; expected a number from 0 on")
-    if best == "score" and not found.generate:
-        raise ConfigError("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")
+        faults += error.faults
+    if faults:
+        raise ConfigError(f"{path}: {'; '.join(faults)}")
+    return config

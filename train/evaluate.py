@@ -1,8 +1,7 @@
-"""What is looked at during training: the loss on records that are not learned from, and answers to some of them."""
+"""Evaluation during training: the loss on held-out records, and scored answers to some of them."""
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import os
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
+from eval.metrics import METRICS
+from eval.parse_answer import final_answer
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.data.media import source_of
@@ -25,26 +25,24 @@ from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.engine import Engine
-from glm4v_jax.hf.model import Glm4vForConditionalGeneration
+from glm4v_jax.generate.text.boxes import find_boxes
 from glm4v_jax.inputs.media.load import is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.runtime import Runtime
 from train.config import EvalConfig, TrainConfig
-from train.data.lane import Encoder, Made
-from train.data.packing import Packer, TrainBatch
+from train.data.packing import TrainBatch
 from train.data.placement import put, stacked
 from train.data.records import Record
 from train.data.samples import Sample, limited
-from train.data.stream import encode_options, packed, packer_of
+from train.data.stream import encode_options, make_encoder, packed, packer_of
 from train.loss import Sums
-from train.scoring import score
-from train.state import Layout, Leaves
+from train.state import Weights
 from train.step import loss_sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Of a model, on records that it has not learned from.
+    """Results of a model on held-out records.
 
     loss, accuracy: as of a training step, over all of them.
     score: mean of the metric over the answers; None where none were asked for.
@@ -56,13 +54,13 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What models can be compared by, "loss" and "score", as far as they are numbers."""
+        """What models can be compared by, "loss" and "score", as far as they are finite."""
         found = {"loss": self.loss, "score": self.score}
         return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 class Evaluator:
-    """The records that are held back, made ready once; every process has all of them.
+    """The held-out records, encoded once; every process has all of them.
 
     every: steps between two evaluations.
     """
@@ -77,70 +75,62 @@ class Evaluator:
         mesh: Mesh,
         tell: Callable[[str], None],
     ):
-        """Encode them.
+        """Encode the records.
 
         Args:
-          records: the first `options.max_samples` are looked at.
+          records: the first `options.max_samples` are evaluated.
           processor, config: of the model.
           job: for its batches.
           options: see there.
           mesh: of the model.
-          tell: called with what is wrong with a record that is left out.
+          tell: called with one message for every record that is skipped.
 
         Raises:
-          DataError: there is nothing to look at, a record is bad or fits no batch and the job says that this ends it,
-            or what one expects is nothing for the metric.
+          DataError: no record can be evaluated; or a record is bad or fits no batch and the job says that this ends it;
+            or its reference answer does not suit the metric.
           MessageError: other processes have other records.
         """
         self.every = options.every
         self._config, self._job, self._options, self._mesh = config, job, options, mesh
-        encoding = encode_options(job.data, job.batch)
-        encode, packer = Encoder(records, processor, config, encoding), packer_of(job.batch)
-        self._processor = limited(processor, encoding)
+        encoder = make_encoder(records, processor, config, job.data, job.batch, lanes=1)
+        self._processor = limited(processor, encode_options(job.data, job.batch))
         self._samples: list[Sample] = []
         self._questions: list[tuple[Record, list[Mapping[str, Any]], str]] = []
         for number in range(min(len(records), options.max_samples)):
-            made = _fitting(encode(number), packer)
-            if made.sample is None:
-                if made.error is not None and job.data.bad_rows == "error":
-                    raise DataError(made.error)
-                tell(f"not looked at: {made.error or f'{records[number].source}: is too long'}")
+            _, found = encoder(number)
+            if not isinstance(found, Sample):
+                if found is not None and job.data.bad_rows == "error":
+                    raise found
+                tell(f"skipped in the evaluation: {found or f'{records[number].source}: too long'}")
                 continue
-            self._samples.append(made.sample)
+            self._samples.append(found)
             if len(self._questions) < options.generate:
                 record = records[number]
                 messages, expected = question_of(record, self._processor.video_processor.fps)
-                score(options.metric, expected, expected)  # complains now, not during the training
+                score(options.metric, expected, expected)  # fails now, not during the training
                 self._questions.append((record, messages, expected))
         if not self._samples:
             raise DataError(f"eval: found no sample in {len(records)} records; expected at least one")
-        # They make batches of them together: one that could not read a picture would leave the others waiting.
+        # The processes make batches of them together: one that could not read an image would leave the others waiting.
         agree("the records of eval", _digest(self._samples))
 
-    def loss(
-        self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike, is_stopped: Callable[[], bool]
-    ) -> tuple[float, float] | None:
-        """Mean cross entropy and accuracy of the targets; None where it was stopped between two batches."""
-        sums = Sums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+    def loss(self, weights: Weights, is_stopped: Callable[[], bool]) -> tuple[float, float] | None:
+        """Return mean cross entropy and accuracy of the targets; None if stopped between two batches."""
+        sums = Sums.zero()
         for batch in self._batches():
             if is_stopped():
                 return None
-            sums = _added(sums, layout, params, frozen, jnp.dtype(dtype), batch)
+            sums = _added(sums, weights, batch)
         weight = float(sums.weight)
         return float(sums.loss) / weight, float(sums.correct) / weight
 
-    def answers(
-        self, layout: Layout, params: Leaves, frozen: Leaves, dtype: DTypeLike
-    ) -> Generator[tuple[int, dict[str, Any]]]:
-        """What the model answers, each with its number, what was expected and its score, as they end."""
-        module = _model(layout, params, frozen, jnp.dtype(dtype))
+    def answers(self, weights: Weights) -> Generator[tuple[int, dict[str, Any]]]:
+        """Yield the number of a question, and a line with the answer, the reference and the score, as answers end."""
+        module = jax.jit(Weights.model)(weights)
         if platform() == "cpu":
             module = module.unstacked()
-        generation = GenerationConfig.from_pretrained(self._job.model)
-        model = Glm4vForConditionalGeneration(
-            self._config, module=module, mesh=self._mesh, generation_config=generation
-        )
-        engine = Engine(model, self._processor, num_slots=self._options.slots)
+        runtime = Runtime.of(module, self._mesh, GenerationConfig.from_pretrained(self._job.model))
+        engine = Engine(runtime, self._processor, num_slots=self._options.slots)
         prompts = [messages for _, messages, _ in self._questions]
         completions = engine.generate_many(prompts, do_sample=False, max_new_tokens=self._options.max_new_tokens)
         for completion in completions:
@@ -149,30 +139,22 @@ class Evaluator:
             line = {"source": record.source, "expected": expected, "answer": completion.text, "score": value}
             yield completion.index, line
 
-    def __call__(
-        self,
-        layout: Layout,
-        params: Leaves,
-        frozen: Leaves,
-        dtype: DTypeLike,
-        answers: Path,
-        is_stopped: Callable[[], bool],
-    ) -> Evaluation | None:
-        """Look at a model; its answers are written to a file, a line of JSON each, in the records' order.
+    def __call__(self, weights: Weights, answers: Path, is_stopped: Callable[[], bool]) -> Evaluation | None:
+        """Evaluate a model, and write its answers to a file, one JSON line each, in the records' order.
 
         Args:
-          layout, params, frozen, dtype: of the model.
+          weights: the model.
           answers: the file.
-          is_stopped: asked between batches and between answers, by all processes alike.
+          is_stopped: called between batches and between answers, in all processes alike.
 
         Returns:
-          What was found; None where it was stopped.
+          The results; None if stopped.
         """
-        found = self.loss(layout, params, frozen, dtype, is_stopped)
+        found = self.loss(weights, is_stopped)
         if found is None or not self._questions:
             return None if found is None else Evaluation(*found, None)
         lines: dict[int, dict[str, Any]] = {}
-        with contextlib.closing(self.answers(layout, params, frozen, dtype)) as answered:
+        with contextlib.closing(self.answers(weights)) as answered:
             for number, line in answered:
                 lines[number] = line
                 if is_stopped():
@@ -181,7 +163,7 @@ class Evaluator:
             answers.parent.mkdir(parents=True, exist_ok=True)
             with replacing(answers) as aside:
                 text = "".join(to_json(lines[number], ensure_ascii=False) + "\n" for number in sorted(lines))
-                # Half of a character, which a model may say, is written as JSON can write it.
+                # Half a surrogate pair, which a model may generate, is written as JSON's escape.
                 aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         return Evaluation(*found, statistics.fmean(line["score"] for line in lines.values()))
 
@@ -191,7 +173,7 @@ class Evaluator:
             yield put(stacked([packed(samples, batch, self._config)]), self._mesh)
 
 
-class Held(Sequence[Record]):
+class Subset(Sequence[Record]):
     """Some of a job's records, by their numbers."""
 
     def __init__(self, records: Sequence[Record], numbers: np.ndarray):
@@ -206,32 +188,39 @@ class Held(Sequence[Record]):
         return self._records[int(self._numbers[index])]
 
 
-def hold_back(records: Sequence[Record], share: float, seed: int) -> tuple[Held, Held]:
-    """Records to learn from and records to look at, at least one of each, drawn by a seed.
+def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Divide records into those to train on and those held out, at least one of each, drawn by a seed.
 
     Raises:
       DataError: there are fewer than two.
     """
     if len(records) < 2:
         raise DataError(f"eval.share: found {len(records)} records; expected at least two")
-    count = min(max(1, round(share * len(records))), len(records) - 1)
+    count = min(max(1, round(fraction * len(records))), len(records) - 1)
     numbers = np.random.default_rng(seed).permutation(len(records))
-    return Held(records, np.sort(numbers[count:])), Held(records, np.sort(numbers[:count]))
+    return Subset(records, np.sort(numbers[count:])), Subset(records, np.sort(numbers[:count]))
 
 
-def _fitting(made: Made, packer: Packer) -> Made:
-    """What came of a record, if it fits a batch; else what is wrong with it."""
-    if made.sample is None:
-        return made
-    try:
-        packer.check(made.sample)
-    except DataError as error:
-        return Made(made.number, None, str(error))
-    return made
+def score(metric: str, answer: str, expected: str) -> float:
+    """Return the score of an answer, from 0 to 1.
+
+    Args:
+      metric: a name of `config.MetricName`: a metric of `eval` that needs no more than the reference answer.
+      answer: all generated text.
+      expected: the text of the record's assistant, thought and tags included.
+
+    Raises:
+      DataError: the reference does not suit this metric.
+    """
+    found = final_answer(expected)
+    if found is None:
+        raise DataError(f"{metric}: found no answer in {expected!r}; expected one")
+    item = {"answer": found, "boxes": [list(box) for box in find_boxes(expected)], "width": 1000, "height": 1000}
+    return METRICS[metric].score(answer, item).value
 
 
 def _digest(samples: Sequence[Sample]) -> bytes:
-    """Of what processes must have alike; where their files lie may differ."""
+    """Hash what processes must have in common; the directories of their files may differ."""
     found = [
         (os.path.basename(sample.source), sample.input_ids.tobytes(), sample.frames.tobytes()) for sample in samples
     ]
@@ -239,14 +228,18 @@ def _digest(samples: Sequence[Sample]) -> bytes:
 
 
 def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], str]:
-    """The messages before the last one of the assistant, and what that says; `fps` is of frames that do not say it.
+    """Return the messages before the last one of the assistant, and its text.
+
+    Args:
+      record: a conversation.
+      fps: frame rate of videos that are given as frames without one.
 
     Raises:
-      DataError: there is none.
+      DataError: no message of the assistant follows another one.
     """
     last = max((i for i, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
     if not last:
-        raise DataError(f"{record.source}: found no answer behind a question; expected one, as eval.generate asks for")
+        raise DataError(f"{record.source}: found no answer after a question; expected one, for eval.generate")
     said = "".join(item.get("text", "") for item in record.messages[last]["content"])
     messages: list[Mapping[str, Any]] = [
         {**message, "content": [_timed(item, fps) for item in message["content"]]} for message in record.messages[:last]
@@ -259,17 +252,8 @@ def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:
     return {**item, "fps": fps} if is_frames else item
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def _model(layout: Layout, params: Leaves, frozen: Leaves, dtype: np.dtype) -> Glm4v:
-    return layout.model(params, frozen, dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def _added(sums: Sums, layout: Layout, params: Leaves, frozen: Leaves, dtype: np.dtype, batches: TrainBatch) -> Sums:
-    """The sums, and those of a step's one batch."""
-    batch = jax.tree.map(_first, batches)
-    return jax.tree.map(jnp.add, sums, loss_sums(layout.model(params, frozen, dtype), batch))
-
-
-def _first(array: Any) -> Any:
-    return array[0]
+@jax.jit
+def _added(sums: Sums, weights: Weights, batches: TrainBatch) -> Sums:
+    """Add the sums of a step's one micro-batch."""
+    batch = jax.tree.map(lambda x: x[0], batches)
+    return jax.tree.map(jnp.add, sums, loss_sums(weights.model(), batch))

@@ -1,6 +1,6 @@
-"""The result of a job: an adapter, a checkpoint, or an adapter merged into its base; each is verified by its logits.
+"""Export the result of a job: an adapter, a checkpoint, or an adapter merged into its base.
 
-What is written has another name until it has been loaded again and said what the trained model says.
+What is written has a temporary name until it has been loaded again, and its logits are those of the trained model.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ _CONTENT = "content"
 
 
 def check_result(base: str | Path, target: Path, *, is_whole: bool) -> None:
-    """Check the place of a result; all processes call this.
+    """Check that a result can be written; all processes call this.
 
     Args:
       base: the checkpoint that is trained.
-      target: directory of the result.
-      is_whole: whether that is a model as large as its base; an adapter is small.
+      target: output directory.
+      is_whole: whether the result is a model as large as its base; an adapter is small.
 
     Raises:
-      CheckpointError: it is taken by something else, or the disk is too full.
+      CheckpointError: something else is there, or too little disk space is left.
     """
     needed = 0
     if is_whole:
@@ -48,17 +48,17 @@ def check_result(base: str | Path, target: Path, *, is_whole: bool) -> None:
 
 
 def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
-    """Write a trained adapter for PEFT, once it computes the same when it is loaded again beside the same base.
+    """Write a trained adapter for PEFT, and verify it, loaded again beside the same base.
 
     All processes call this, in the model's mesh; the first one writes.
 
     Args:
-      model: as it computes: its base in the compute dtype or quantised, its adapter in float32.
+      model: its base in the compute dtype or quantised, its adapter in float32.
       base: the checkpoint that the adapter belongs to, which has the tokenizer for the prompt.
-      target: directory of the adapter; one that is there is replaced.
+      target: output directory; an adapter in it is replaced.
 
     Raises:
-      CheckpointError: the adapter does not come back as it was, or the place is taken by something else.
+      CheckpointError: the result does not compute the same, or something else is in the directory.
       OSError: the disk refuses.
     """
     by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
@@ -74,19 +74,18 @@ def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
 
 
 def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Path) -> Verified:
-    """Write a trained model in Hugging Face layout, with all that its base has beside the weights.
+    """Write a trained model in Hugging Face layout, with all other files of its base.
 
-    All processes call this, in the models' mesh; the first one writes. The device holds what is loaded again besides.
+    All processes call this, in the models' mesh; the first one writes. To verify, devices hold the model twice.
 
     Args:
-      exported: the model in the dtypes that it is to be written in: what that rounds is rounded on both sides.
-      dtype: that is computed in to verify.
-      base: the checkpoint that it was made from.
-      target: the directory; a checkpoint that is there is replaced.
+      exported: the model in the dtypes to write, so that both sides of the comparison are rounded alike.
+      dtype: compute dtype of the comparison.
+      base: the checkpoint that it was trained from.
+      target: output directory; a checkpoint in it is replaced.
 
     Raises:
-      CheckpointError: what was written does not compute the same, the place is taken by something else, or the disk
-        is full.
+      CheckpointError: the result does not compute the same, something else is in the directory, or the disk is full.
       OSError: the disk refuses.
     """
     by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
@@ -115,21 +114,21 @@ def export_merged(
 ) -> Verified | None:
     """Merge an adapter into the weights of its base, in floats, and write a checkpoint in Hugging Face layout.
 
-    From files to files, tensor by tensor; only verifying takes a device, on which the base with its adapter, and then
-    the result, are loaded in the current mesh. All processes call this; the first one writes.
+    From files to files, tensor by tensor; only the verification needs devices, onto which the base with its adapter,
+    and then the result, are loaded in the current mesh. All processes call this; the first one writes.
 
     Args:
-      base: a checkpoint in either format; if the adapter was trained beside a quantised one, that which it was made of.
+      base: a checkpoint in either format; if the adapter was trained beside a quantised base, the unquantised one.
       adapter: a directory of `adapter.save_adapter`, or of PEFT.
-      target: the directory to make; it appears when it is complete and verified.
-      written: dtype of the result, as a name; by default every tensor has the base's.
+      target: output directory; it appears when it is complete and verified.
+      written: dtype of the result, as a name; by default that of each tensor of the base.
       overwrite: replace a checkpoint that is there.
       verify: load the result and compare its logits with those of the base with its adapter.
       max_shard_size: of one file, as "5GB", "200MiB" or a number of bytes.
 
     Raises:
-      CheckpointError: base and adapter do not fit or are damaged, the result does not compute the same, the target is
-        taken, or the disk is full.
+      CheckpointError: base and adapter do not fit or are damaged, the result does not compute the same, the output
+        directory is not empty, or the disk is full.
       OSError: the disk refuses.
     """
     tensors = merged_tensors(base, adapter, written)
@@ -161,9 +160,9 @@ def _verified(
 
 @contextlib.contextmanager
 def _new(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A directory to fill and to look at, the content of which is at `target` when the body is done, and not before.
+    """A directory to fill and verify, whose content is moved to `target` when the body is done.
 
-    The first process has it in hand; the others go by what it says.
+    The first process creates and moves it; the others get its name, or its error.
     """
     with contextlib.ExitStack() as stack:
         name = by_first(lambda: _make(stack.enter_context(new_directory(target, overwrite=overwrite))))
@@ -180,4 +179,4 @@ def _make(aside: Path) -> str:
 
 
 def _wait() -> None:
-    """For the first process to have written."""
+    """Nothing: `by_first` makes the other processes wait until the first one has written."""

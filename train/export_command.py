@@ -1,4 +1,4 @@
-"""`glm4v train export`: an adapter merged into the model that it was trained beside."""
+"""`glm4v train export`: merge an adapter into its base model."""
 
 import dataclasses
 import pathlib
@@ -16,30 +16,30 @@ from glm4v_jax.files import is_same_file, to_json
 
 @dataclasses.dataclass(kw_only=True)
 class Export(JsonOptions):
-    """Merge an adapter into its model: a checkpoint in Hugging Face layout, which transformers loads without PEFT.
+    """Merge an adapter into its base model: a checkpoint in Hugging Face layout, which transformers loads without PEFT.
 
-    The sums are made in float32 and rounded once, from file to file; then the result is loaded, and must say the same
-    about a picture as the model with its adapter, or nothing is kept.
+    Weights are summed in float32 and rounded once, from file to file; then the result is loaded, and must have the
+    logits of the base model with its adapter, or it is removed.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADAPTER", help_behavior_hint="")]
-    """Directory of an adapter; or a job, a .toml file, which has written one."""
+    """Directory of an adapter; or a job file (.toml), whose adapter is exported."""
 
     model: Annotated[
         str | None,
         tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: that of the job, or that the adapter names)"),
     ] = None
-    """Checkpoint to merge it into: that which it was trained beside, in floats even if it was quantised."""
+    """Checkpoint to merge the adapter into: the base model that it was trained with, unquantised."""
 
-    out: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: that of the job)/model")] = (
+    out: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: OUT/model of the job)")] = (
         None
     )
-    """Directory to make."""
+    """Output directory."""
 
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, tyro.conf.arg(help_behavior_hint="(default: the model's)")
     ] = None
-    """Of the result. bfloat16 loses what training has changed by less than some 0.2 percent."""
+    """Dtype of the result. bfloat16 loses changes of a weight below some 0.2 percent."""
 
     mesh: Annotated[
         str | None, tyro.conf.arg(metavar="MESH", help_behavior_hint="(default: one device; latency on several hosts)")
@@ -47,22 +47,22 @@ class Export(JsonOptions):
     """Devices to verify on: a preset or axes; see `glm4v mesh`."""
 
     max_shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5GB"
-    """Of one file."""
+    """Size limit of each file."""
 
     overwrite: bool = False
-    """Replace a checkpoint that is at --out."""
+    """Overwrite a checkpoint in the output directory."""
 
     no_verify: bool = False
-    """Keep the result without loading it and comparing its logits, which takes devices that hold the model."""
+    """Do not load the result to compare its logits, which needs devices that hold the model."""
 
     distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
 
     def run(self) -> int:
-        """Merges, verifies and says how well it came out."""
-        adapter, model, out = self._places()
+        """Merge, verify, and print the result of the verification."""
+        adapter, model, out = self._paths()
         check_model(model)
         if not (adapter / "adapter_config.json").is_file():
-            raise CheckpointError(f"{adapter}: has no adapter_config.json; expected a trained adapter")
+            raise CheckpointError(f"{adapter}: found no adapter_config.json; expected a trained adapter")
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from glm4v_jax.devices.distributed import check_devices, is_first, several
@@ -71,8 +71,8 @@ class Export(JsonOptions):
         from train.export import export_merged
 
         use_compilation_cache()
-        asked = self.mesh or ("latency" if several() else None)
-        mesh = None if asked is None else mesh_for(asked, Glm4vConfig.from_pretrained(model))
+        text = self.mesh or ("latency" if several() else None)
+        mesh = None if text is None else mesh_for(text, Glm4vConfig.from_pretrained(model))
         if mesh is not None:
             check_devices(mesh)
         with use_mesh(mesh):
@@ -88,29 +88,31 @@ class Export(JsonOptions):
             print(printable(f"{out}: {'not verified' if verified is None else verified}"))
         return 0
 
-    def _places(self) -> tuple[pathlib.Path, str, pathlib.Path]:
-        """Adapter, model, and where the result goes."""
+    def _paths(self) -> tuple[pathlib.Path, str, pathlib.Path]:
+        """Return adapter, base model and output directory."""
         if self.source.endswith(".toml"):
             from train.config import ADAPTER, MODEL, load_config
 
             job = load_config(self.source)
             adapter, model, out = pathlib.Path(job.out) / ADAPTER, job.model, pathlib.Path(job.out) / MODEL
             if job.lora is None:
-                raise ConfigError(f"{self.source}: found a job without lora; its result is a checkpoint already")
+                raise ConfigError(
+                    f"{self.source}: found a job without lora, whose result is a checkpoint; expected lora"
+                )
             return adapter, self.model or model, pathlib.Path(self.out) if self.out else out
         adapter = pathlib.Path(self.source)
         if self.out is None:
-            raise ConfigError("--out: found nothing; expected the directory to make")
+            raise ConfigError("--out: found nothing; expected the output directory")
         if is_same_file(adapter, self.out):
             raise ConfigError(f"--out: found the adapter's own directory, {self.out}; expected another")
         return adapter, self.model or _base_of(adapter), pathlib.Path(self.out)
 
 
 def _base_of(adapter: pathlib.Path) -> str:
-    """The model that an adapter names."""
+    """Return the base model that an adapter names."""
     from glm4v_jax.files import read_json_object
 
-    named = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(named, str) or not pathlib.Path(named).is_dir():
-        raise ConfigError(f"--model: found nothing, and the adapter names {named!r}; expected the model's directory")
-    return named
+    name = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str) or not pathlib.Path(name).is_dir():
+        raise ConfigError(f"--model: found nothing, and {name!r} in the adapter; expected the base model's directory")
+    return name

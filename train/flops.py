@@ -1,8 +1,8 @@
-"""Floating point operations of a training step, and what devices could do: together the model FLOPs utilisation.
+"""Floating point operations of a training step, and the peak of devices: together the model FLOPs utilisation (MFU).
 
-Counted are products of matrices alone, 2 operations for a multiplication and an addition: of every token with every
-kernel that it meets, and of queries with the keys that they see. Padding counts for nothing, and neither does what is
-made again in the backward pass (arXiv 2204.02311, appendix B, which has this as MFU).
+Only matrix products count, 2 operations for a multiplication and an addition: of every token with every kernel that it
+goes through, and of queries with the keys that they attend to. Padding does not count, and neither does what the
+backward pass recomputes (arXiv 2204.02311, appendix B).
 """
 
 import math
@@ -18,20 +18,20 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model.layers import Remat
 from train.optimizers import group_of
 
-# The parts of a model in the order of the forward pass; gradients come as far down as something is trained.
+# The parts of a model in the order of the forward pass; gradients go down to the first that has something trained.
 _STAGES = {"vision": 0, "merger": 1, "llm": 2}
 _FIRST_OF_STAGE = {0: "visual.patch_embed.", 1: "visual.merger.proj."}
 _LAYERS = ("language_model.layers.", "visual.blocks.")
 _ONLY_ADDED = re.compile(r"visual\.blocks\..*mlp\.down\.")
-"""The result of these is only added to something: no gradient needs it."""
+"""Their result is only added to something: no gradient needs it."""
 
 
 class Work(NamedTuple):
-    """What of a batch is no padding; see `attended`.
+    """What of a batch is not padding; see `attended`.
 
     tokens, patches: how many there are.
-    pairs: of a token and itself or an earlier one of its sample.
-    patch_pairs: of two patches of a frame, or a patch and itself, in either order.
+    pairs: of a token with itself or an earlier one of its sample.
+    patch_pairs: of two patches of a frame, or a patch with itself, in either order.
     """
 
     tokens: float | Float[Array, ""]
@@ -41,9 +41,9 @@ class Work(NamedTuple):
 
 
 def attended(segment_ids: Int[Array, "*B T"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Places that are no padding, and pairs of one and itself or an earlier one of its segment; float32.
+    """Count positions that are not padding, and pairs of one with itself or an earlier one of its segment; float32.
 
-    A segment's places stand together. There are `2 * pairs - places` where they see one another whatever their order.
+    Segments are contiguous. Without a causal mask there are `2 * pairs - positions` pairs.
     """
     index = jnp.arange(segment_ids.shape[-1])
     before = jnp.concatenate([segment_ids[..., :1], segment_ids[..., :-1]], axis=-1)
@@ -53,7 +53,7 @@ def attended(segment_ids: Int[Array, "*B T"]) -> tuple[Float[Array, ""], Float[A
 
 
 def work_of(segment_ids: Int[Array, "*B T"], vision_segment_ids: Int[Array, "*R L"] | None = None) -> Work:
-    """Of a batch's segment ids, of one or several micro-batches; inside a program or not."""
+    """Return the work of a batch, of one or several micro-batches, from its segment ids; can be traced."""
     tokens, pairs = attended(jnp.asarray(segment_ids))
     if vision_segment_ids is None:
         return Work(tokens, pairs, jnp.zeros(()), jnp.zeros(()))
@@ -62,11 +62,11 @@ def work_of(segment_ids: Int[Array, "*B T"], vision_segment_ids: Int[Array, "*R 
 
 
 def step_flops(config: Glm4vConfig, params: Mapping[str, Any], frozen: Mapping[str, Any], work: Work) -> float:
-    """Floating point operations that a step needs: forward, and backward as far as something is trained.
+    """Return the operations of a step: forward, and backward as far as something is trained.
 
     Args:
       config: of the model.
-      params, frozen: path -> leaf with a shape, as `state.split` gives them; adapters are among the first.
+      params, frozen: path -> leaf with a shape, as from `state.split`; adapters are among the first.
       work: of the batches of the step, all devices together.
     """
     first = _first_stage(params)
@@ -82,9 +82,9 @@ def step_flops(config: Glm4vConfig, params: Mapping[str, Any], frozen: Mapping[s
 def recomputed_flops(
     config: Glm4vConfig, params: Mapping[str, Any], frozen: Mapping[str, Any], work: Work, remat: Remat
 ) -> float:
-    """Operations of the forward pass that the backward pass makes again, besides those of `step_flops`.
+    """Return the operations of the forward pass that the backward pass recomputes, besides those of `step_flops`.
 
-    Logits are always made again. What attention's kernels make again of their scores is not counted.
+    Logits are always recomputed. Scores that attention kernels recompute do not count.
     """
     first, total = _first_stage(params), 0.0
     for path, leaf in {**params, **frozen}.items():
@@ -99,7 +99,7 @@ def recomputed_flops(
 
 
 def has_input_gradient(path: str, params: Iterable[str]) -> bool:
-    """Whether the gradient goes through a kernel, on its way to some of the parameters that are trained."""
+    """Return whether the gradient goes through a kernel, on its way to some of the trained parameters."""
     first = _first_stage(params)
     return _stage(path) >= first and not path.startswith(_FIRST_OF_STAGE.get(first, "\n"))
 
@@ -119,7 +119,7 @@ def _is_head(config: Glm4vConfig, path: str) -> bool:
 
 
 def _product(config: Glm4vConfig, path: str, leaf: Any, work: Work) -> float:
-    """Of everything that meets a kernel with it, once."""
+    """Operations of all tokens or patches with a kernel, forward."""
     if not path.endswith((".kernel", ".lora_a", ".lora_b")) and not _is_head(config, path):
         return 0.0
     count = work.tokens
@@ -131,7 +131,7 @@ def _product(config: Glm4vConfig, path: str, leaf: Any, work: Work) -> float:
 
 
 def _attention(config: Glm4vConfig, work: Work) -> dict[int, float]:
-    """Stage -> of its scores and of what they weigh, once."""
+    """Stage -> operations of attention scores and weighted sums, forward."""
     text, vision = config.text_config, config.vision_config
     heads = text.num_hidden_layers * text.num_attention_heads * text.head_dim
     return {

@@ -1,4 +1,4 @@
-"""What a job begins with: its records, and the model, optimiser and step on their mesh."""
+"""What a job starts with: its records; and the model, optimizer and step on their mesh."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
@@ -25,47 +24,46 @@ from train.checkpoints import abstract
 from train.config import ADAPTER, MODEL, TrainConfig
 from train.data.placement import check_batch, num_lanes
 from train.data.records import Record, read_records
-from train.evaluate import hold_back
+from train.evaluate import hold_out
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
 from train.optimizers import group_of, learning_rate, make_optimizer
-from train.state import Layout, Leaves, TrainState, init_state, split
+from train.state import Layout, Leaves, TrainState, Weights, init_state, split
 from train.step import Step, make_step
 from train.verify_export import Verified
 
 _FREE = {
     "model", "out", "steps", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every", "tensorboard",
-    "checkpoint", "data.files", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes", "optimizer",
+    "checkpoint", "data.files", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes", "optimizer", "eval",
 }  # fmt: skip
-"""Fields that a job may have changed when it goes on; of [eval] all but the share."""
+"""Fields that may change when a job is resumed; `identity` adds what of some must not."""
 
 
 class Data(NamedTuple):
-    """Records to learn from, and those to look at, which may be none."""
+    """Records to train on, and held-out ones, of which there may be none."""
 
-    learned: Sequence[Record]
-    held: Sequence[Record]
+    train: Sequence[Record]
+    held_out: Sequence[Record]
 
 
 def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
-    """A job's records; `records` take the place of those of its files.
+    """Return a job's records; `records` replace those of its files.
 
     Raises:
       DataError: files cannot be read, or there are too few records.
     """
     options = config.data
     if records is None:
-        records = read_records(list(options.files), format=options.format, media_dir=options.media_dir)
+        records = read_records(options.files, format=options.format, media_dir=options.media_dir)
     if config.eval is None:
         return Data(records, ())
     if not config.eval.files:
-        return Data(*hold_back(records, config.eval.share, config.seed))
-    held = read_records(list(config.eval.files), format=options.format, media_dir=options.media_dir)
-    return Data(records, held)
+        return Data(*hold_out(records, config.eval.share, config.seed))
+    return Data(records, read_records(config.eval.files, format=options.format, media_dir=options.media_dir))
 
 
 def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
-    """A job's mesh.
+    """Return a job's mesh.
 
     Raises:
       ConfigError: it does not fit the devices, the model or the batches.
@@ -77,7 +75,7 @@ def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
 
 
 def check_same(config: TrainConfig, data: Data) -> None:
-    """Check that all processes have the same job and as many records; where they lie may differ.
+    """Check that all processes have the same job and as many records; the directories of their files may differ.
 
     Raises:
       MessageError: they have not.
@@ -85,38 +83,53 @@ def check_same(config: TrainConfig, data: Data) -> None:
     if not several():
         return
     files = dataclasses.replace(config.data, files=(), media_dir=None)
-    evaluation = None if config.eval is None else dataclasses.replace(config.eval, files=())
+    evaluation = config.eval
+    if evaluation is not None and evaluation.files:
+        evaluation = dataclasses.replace(evaluation, files=("",))
     same = dataclasses.replace(config, model="", out="", data=files, eval=evaluation)
-    text = repr((same, len(data.learned), len(data.held)))
+    text = repr((same, len(data.train), len(data.held_out)))
     agree("the job or its data", hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
 def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, Any]:
-    """What a job must have kept to go on from its checkpoints, by name: what decides its model and its batches."""
+    """Return what a job must keep to resume from its checkpoints, by name: what decides its model and its batches.
+
+    The names are part of the checkpoints' format.
+    """
     fields: dict[str, Any] = {
         "config.json of the model": hashlib.blake2b(repr(model).encode(), digest_size=8).hexdigest(),
         "eval.share": config.eval.share if config.eval is not None else 0.0,
-        "records to learn from": len(data.learned),
+        "records to learn from": len(data.train),
         "optimizer.name": config.optimizer.name,
         "batch.lanes": num_lanes(config.batch),
     }
     for name, value in dataclasses.asdict(config).items():
         of_table = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-        if name not in _FREE | {"eval"}:
+        if name not in _FREE:
             fields |= {key: item for key, item in of_table.items() if key not in _FREE}
     if config.lora is not None:
-        del fields["freeze"]  # says nothing beside it
+        del fields["freeze"]  # has no effect beside it
     return fields
 
 
-def check_place(config: TrainConfig) -> None:
-    """Check that there is a place for the result, before anything slow begins; all processes call this.
+def check_output(config: TrainConfig) -> None:
+    """Check that the result can be written, before anything slow begins; all processes call this.
 
     Raises:
-      CheckpointError: it is taken by something else, or the disk is too full.
+      CheckpointError: something else is in its place, or too little disk space is left.
     """
     name = MODEL if config.lora is None else ADAPTER
     check_result(config.model, Path(config.out) / name, is_whole=config.lora is None)
+
+
+def check_step(step: int, config: TrainConfig) -> None:
+    """Check that a job has not had more steps than it is to have.
+
+    Raises:
+      ConfigError: it has.
+    """
+    if step > config.steps:
+        raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 
 
 @dataclasses.dataclass
@@ -124,10 +137,10 @@ class Job:
     """A model that is being trained, in the current mesh.
 
     config, model: of the job and of its model.
-    layout, frozen, dtypes: of the model's leaves; `dtypes` are those that they had.
-    shapes: of the parameters that are trained.
+    layout, frozen, dtypes: of the model's leaves; `dtypes` are those they were loaded in.
+    shapes: of the trained parameters.
     step: see `make_step`.
-    dtype: that the model computes in.
+    dtype: compute dtype.
     """
 
     config: TrainConfig
@@ -137,11 +150,11 @@ class Job:
     dtypes: dict[str, np.dtype]
     shapes: dict[str, jax.ShapeDtypeStruct]
     step: Step
-    dtype: DTypeLike
+    dtype: np.dtype
 
     @classmethod
-    def begin(cls, config: TrainConfig, model_config: Glm4vConfig) -> tuple["Job", TrainState]:
-        """Load the model and make the optimiser.
+    def start(cls, config: TrainConfig, model_config: Glm4vConfig) -> tuple["Job", TrainState]:
+        """Load the model and make the optimizer.
 
         Returns:
           The job, and its state before the first step, of which it keeps no array.
@@ -161,29 +174,32 @@ class Job:
 
         params, frozen = split(model, is_trained)
         optimizer = make_optimizer(config.optimizer, config.steps, model)
-        dtype = default_dtype() if config.dtype is None else jnp.dtype(config.dtype)
+        dtype = jnp.dtype(config.dtype or default_dtype())
         step = make_step(
             layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
             learning_rate=learning_rate(config.optimizer, config.steps),
         )  # fmt: skip
-        shapes = abstract(params)
-        job = cls(config, model_config, layout, frozen, dtypes, shapes, step, dtype)
+        job = cls(config, model_config, layout, frozen, dtypes, abstract(params), step, dtype)
         return job, init_state(params, optimizer)
 
     def describe(self, data: Data, mesh: Mesh) -> str:
-        """In a line for a person: what is trained, of what, and on what."""
+        """Return a log line: what is trained, on what data and what devices."""
         trained, frozen = (sum(math.prod(leaf.shape) for leaf in part.values()) for part in (self.shapes, self.frozen))
-        looked_at = 0 if self.config.eval is None else min(len(data.held), self.config.eval.max_samples)
-        held = f" and {looked_at:,} to look at" if looked_at else ""
+        evaluated = 0 if self.config.eval is None else min(len(data.held_out), self.config.eval.max_samples)
+        held_out = f", {evaluated:,} held out to evaluate" if evaluated else ""
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         devices = f"{mesh.size} devices ({sizes})" if mesh.size > 1 else "one device"
         return (
-            f"{trained:,} parameters are trained, {frozen:,} are not; {len(data.learned):,} records to learn from"
-            f"{held}; {devices}, {mesh.devices.flat[0].device_kind}"
+            f"{trained:,} trained and {frozen:,} frozen parameters; {len(data.train):,} records to train on{held_out}; "
+            f"{devices}, {mesh.devices.flat[0].device_kind}"
         )
 
+    def weights(self, params: Leaves) -> Weights:
+        """Return the model of these parameters."""
+        return Weights(params, self.frozen, self.layout, self.dtype)
+
     def export(self, params: Leaves, out: Path) -> Verified:
-        """Write the result: an adapter for PEFT, or a checkpoint in Hugging Face layout with all that the first had.
+        """Write the result: an adapter for PEFT; or a checkpoint in Hugging Face layout, with all files of the first.
 
         All processes call this; the first one writes.
 
@@ -192,21 +208,10 @@ class Job:
           OSError: the disk refuses.
         """
         if self.config.lora is not None:
-            trained = self.layout.model(params, self.frozen, self.dtype)
-            return export_adapter(trained, self.config.model, out / ADAPTER)
+            return export_adapter(self.weights(params).model(), self.config.model, out / ADAPTER)
         exported = self.layout.exported(params, self.frozen, self.dtypes)
         return export_model(exported, self.dtype, self.config.model, out / MODEL)
 
     def flops(self, work: Work) -> float:
-        """Operations that a step needs for so much work; see `flops.step_flops`."""
+        """Return the operations that a step needs for so much work; see `flops.step_flops`."""
         return step_flops(self.model, self.shapes, self.frozen, work)
-
-
-def check_step(step: int, config: TrainConfig) -> None:
-    """Check that a job does not go on behind its end.
-
-    Raises:
-      ConfigError: it has more steps behind it than it has now.
-    """
-    if step > config.steps:
-        raise ConfigError(f"steps: found {config.steps}; expected at least {step}, after which the last checkpoint is")

@@ -1,9 +1,9 @@
-"""What the steps and evaluations of a job came to: a line of JSON each, lines for a person, and TensorBoard."""
+"""Metrics of steps and evaluations: one JSON line each, log lines for a person, and TensorBoard."""
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import replacing, to_json
 from train.config import TrainConfig
-from train.data.stream import Prepared
 from train.evaluate import Evaluation
 from train.flops import Work
 from train.step import Metrics
@@ -23,11 +22,11 @@ METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "eval.jsonl", "tensorboard"
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What tokens a second are measured against.
+    """What the tokens per second of a job are measured against.
 
-    tokens, patches: places of a step, padding included.
+    tokens, patches: of a step, padding included.
     flops: of a step with so much work.
-    peak: FLOP/s of all devices together; None where it is unknown.
+    peak: FLOP/s of all devices together; None if unknown.
     """
 
     tokens: int
@@ -37,61 +36,58 @@ class Speed:
 
 
 class Log:
-    """Appends to files of lines; what they have of steps behind the one that a job goes on from is taken out.
+    """Append metrics to files; lines of steps after the one that a job resumes from are removed first.
 
     A step's metrics are read when the next one is under way, so that devices do not wait for the host. Only the first
     process writes.
 
-    step, streak, grad_norm: of the last step that was read: its number, how many up to it changed nothing, one after
-      another, and its gradients' norm.
+    step, streak, grad_norm: of the last step that was read: its number, how many skipped steps in a row end with it,
+      and the norm of its gradients.
     """
 
     def __init__(self, directory: Path, config: TrainConfig, step: int, speed: Speed, tell: Callable[[str], None]):
-        """Go on behind a step.
+        """Resume after a step.
 
         Args:
           directory: of the files.
           config: of the job.
           step: the last one that counts.
           speed: of its steps.
-          tell: called with a line for a person, every `config.log_every` steps.
+          tell: called with a log line every `config.log_every` steps.
 
         Raises:
           ConfigError: TensorBoard is asked for, and its writer is not installed.
         """
         self._directory, self._config, self._speed, self._tell = directory, config, speed, tell
-        self._pending: tuple[int, Metrics, dict[str, Any]] | None = None
+        self._pending: tuple[int, Metrics, Mapping[str, Any]] | None = None
         self._board = None
         if is_first():
             self._board = _board(directory / TENSORBOARD, step) if config.tensorboard else None
             for name in (METRICS, EVALUATIONS):
-                _keep(directory / name, step)
+                _truncate(directory / name, step)
         self.step, self.streak, self.grad_norm = step, 0, 0.0
-        self._start()
-
-    def _start(self) -> None:
-        """Measure from here on, not from what came before."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, metrics: Metrics, prepared: Prepared) -> None:
-        """Take what a step will come to, and write down the one before it, as soon as that is computed.
+    def add(self, step: int, metrics: Metrics, rows: Mapping[str, Any]) -> None:
+        """Take the metrics of a step that is under way, and write those of the one before it once it is computed.
 
-        What is said of rows is that of this process's lanes.
+        Args:
+          step: its number.
+          metrics: of the step, on the devices.
+          rows: more fields of its line, about the rows that this process has read.
         """
         self.flush()
-        counts = prepared.counts
-        rows = {"epoch": round(prepared.epoch, 4), "rows_dropped": counts.dropped, "rows_skipped": counts.skipped}
         self._pending = step, metrics, rows
 
     def flush(self) -> None:
-        """Wait for the last step, and write it down."""
+        """Wait for the last step, and write its metrics."""
         if self._pending is None:
             return
         step, metrics, rows = self._pending
         self._pending = None
         found = jax.device_get(metrics)
-        seconds = time.perf_counter() - self._since
-        self._start()
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
         self.step, self.streak, self.grad_norm = step, int(found.streak), float(found.grad_norm)
         tokens, patches = int(found.work.tokens), int(found.work.patches)
         flops = self._speed.flops(found.work)
@@ -118,19 +114,19 @@ class Log:
             mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
             self._tell(
                 f"step {step} of {self._config.steps}: loss {line['loss']:.4f}, accuracy {line['accuracy']:.1%}, "
-                f"gradients {self.grad_norm:.3g}, {seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, "
+                f"gradient norm {self.grad_norm:.3g}, {seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, "
                 f"padding {line['padding']:.1%}{', skipped' if line['is_skipped'] else ''}"
             )
 
     def evaluated(self, step: int, found: Evaluation, seconds: float) -> None:
-        """Write an evaluation down."""
+        """Write an evaluation; its time does not count for the next step."""
         self._write(EVALUATIONS, {"step": step, **dataclasses.asdict(found), "seconds": round(seconds, 3)})
         score = "" if found.score is None else f", score {found.score:.1%}"
-        self._tell(f"evaluation behind step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
-        self._start()
+        self._tell(f"evaluation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
+        self._since = time.perf_counter()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         if self._board is not None:
             self._board.close()
 
@@ -147,7 +143,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a job's metrics; none where there is no file, and without the last one if it was cut off."""
+    """Return the lines of a job's metrics: none if there is no file, and without a last line that was cut off."""
     if not path.exists():
         return []
     lines = []
@@ -159,8 +155,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _keep(path: Path, step: int) -> None:
-    """Takes out of a file what is behind a step."""
+def _truncate(path: Path, step: int) -> None:
+    """Remove the lines after a step from a file."""
     kept = [line for line in read_log(path) if line["step"] <= step]
     if not kept and not path.exists():
         return
@@ -169,11 +165,11 @@ def _keep(path: Path, step: int) -> None:
 
 
 def _board(directory: Path, step: int) -> Any:
-    """A writer of TensorBoard's files, which hide what earlier ones have of steps behind this one."""
+    """A writer of TensorBoard's files, which hide what earlier ones have after this step."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "tensorboard: found true, but not the package tensorboardX; expected it: pip install '.[train]'"
+            "tensorboard: found true without the package tensorboardX; expected both: pip install '.[train]'"
         ) from error
     return SummaryWriter(str(directory), purge_step=step + 1)

@@ -1,4 +1,8 @@
-"""Cross entropy of the next token, never with more than a stretch's logits in memory."""
+"""Cross entropy of the next token, with the logits of one chunk of tokens in memory at a time.
+
+`glm4v_jax.hf.forward.causal_lm_loss` takes logits, which its caller returns anyway; a training step must never hold
+them all: 8,192 tokens of 151,552 float32 logits are 5 GB, and their gradient as much.
+"""
 
 import functools
 from typing import NamedTuple
@@ -11,21 +15,26 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import gather_tokens
 
-STRETCH = 1024
+CHUNK = 1024
 """Tokens of a row whose logits exist at a time: 151,552 numbers each."""
 
 
 class Sums(NamedTuple):
-    """A loss that is not divided yet, so that batches of unequal weight add up to what one large batch gives.
+    """A loss before it is divided, so that batches of unequal weight add up to what one large batch gives.
 
     loss: sum of each target's weight times its cross entropy, float32.
     weight: sum of the weights.
-    correct: sum of the weights of targets that are the likeliest token.
+    correct: sum of the weights of targets that are the most likely token.
     """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
     correct: Float[Array, ""]
+
+    @classmethod
+    def zero(cls) -> "Sums":
+        """Return the sums of nothing."""
+        return cls(*[jnp.zeros((), jnp.float32)] * 3)
 
 
 def cross_entropy(
@@ -34,24 +43,24 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
-    stretch: int = STRETCH,
+    chunk: int = CHUNK,
 ) -> Sums:
-    """Weighted cross entropy of `targets`, over logits that may be split along the vocabulary.
+    """Return the weighted cross entropy of `targets`, over logits that may be sharded along the vocabulary.
 
     Args:
       model: for its head.
       hidden: after the last norm.
-      targets: the token to predict at each place; any where there is none.
-      weights: 0 where there is none.
-      stretch: how many tokens of a row to take at a time; backward makes their logits again.
+      targets: the token to predict at each position; any where there is none.
+      weights: 0 where there is no target.
+      chunk: tokens of a row to take at a time; the backward pass recomputes their logits.
     """
-    # More devices share a token's logits: as many more tokens at a time.
-    stretches = _stretches(hidden.shape[1], stretch * mesh.shards("vocab"))
-    head = _used(model)
+    # Where devices share a token's logits, as many more tokens fit at a time.
+    chunks = _num_chunks(hidden.shape[1], chunk * mesh.shards("vocab"))
+    head = _gathered(model)
 
     def cut(x: Array) -> Array:
-        """[B, T, ...] -> [stretches, B, T / stretches, ...]."""
-        shape = (x.shape[0], stretches, x.shape[1] // stretches, *x.shape[2:])
+        """[B, T, ...] -> [chunks, B, T / chunks, ...]."""
+        shape = (x.shape[0], chunks, x.shape[1] // chunks, *x.shape[2:])
         rows = mesh.spec_of(x)[0]
         return jnp.moveaxis(x.reshape(shape, out_sharding=jax.P(rows, *(None,) * (len(shape) - 1))), 1, 0)
 
@@ -61,22 +70,21 @@ def cross_entropy(
         scores = head.logits(hidden).astype(jnp.float32)
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
         log_z = top + jnp.log(jnp.sum(jnp.exp(scores - top[..., None]), axis=-1))
-        # A comparison in place of a gather: it fuses into the sum, and suits a vocabulary in shards.
+        # A comparison instead of a gather: it fuses into the sum, and suits a vocabulary in shards.
         is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
         of_target = jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
-        # Where there is no target its cross entropy may be anything, and its weight of 0 would not mend infinity.
+        # Without a target the cross entropy may be infinite, and a weight of 0 would make that NaN.
         losses = jnp.where(weights > 0, weights * (log_z - of_target), 0.0)
         correct = jnp.where(of_target >= top, weights, 0.0)
         return Sums(sums.loss + jnp.sum(losses), sums.weight + jnp.sum(weights), sums.correct + jnp.sum(correct)), None
 
     targets, weights = mesh.reshard(targets, "batch", None), mesh.reshard(weights, "batch", None)
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(add, Sums(zero, zero, zero), (cut(gather_tokens(hidden)), cut(targets), cut(weights)))
+    sums, _ = jax.lax.scan(add, Sums.zero(), (cut(gather_tokens(hidden)), cut(targets), cut(weights)))
     return sums
 
 
-def _used(model: Glm4v) -> Glm4v:
-    """The model with its head as it is used, so that it is not gathered for every stretch."""
+def _gathered(model: Glm4v) -> Glm4v:
+    """The model with its head gathered once, and not again for every chunk."""
     model = jax.tree.map(lambda x: x, model)  # new modules around the same arrays
     part = model.language_model.embed_tokens if model.lm_head is None else model.lm_head
     part = jax.tree.map(mesh.used, part)
@@ -87,9 +95,9 @@ def _used(model: Glm4v) -> Glm4v:
     return model
 
 
-def _stretches(length: int, stretch: int) -> int:
-    """Into how many equal parts to cut so many tokens, none longer than `stretch`."""
-    count = -(-length // stretch)
+def _num_chunks(length: int, chunk: int) -> int:
+    """The least number of equal parts of `length`, none longer than `chunk`."""
+    count = -(-length // chunk)
     while length % count:
         count += 1
     return count

@@ -1,93 +1,112 @@
-"""Optimisers by name, learning rates over time and by part of the model; parameters are a flat dict, path -> array."""
+"""Optimizers by name, learning rates over time and by part of the model; parameters are a flat dict, path -> array."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import optax
+from msgspec import Meta
 
+from glm4v_jax.config.checks import PositiveNumber, validate
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 
-GROUPS = ("vision", "merger", "llm")
-"""Parts of the model that are frozen, or have a learning rate, of their own. The ViT's position table, norms and
-downsampling are of "vision", the head is of "llm"."""
+Group = Literal["vision", "merger", "llm"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""Parts of the model that can be frozen, or have a learning rate of their own. The position table, norms and
+downsampling of the ViT belong to "vision", the head to "llm"."""
 
 Params = Mapping[str, Any]
+NotNegative = Annotated[float, Meta(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters are changed.
+    """The optimizer and its schedule.
 
     Attributes:
       name: "adamw", "adafactor" or "muon" (for kernels; Adam for the rest).
       learning_rate: the highest; users of LoRA begin with 1e-4, of full fine-tuning with 1e-5.
       group_learning_rates: of parts of the model (`GROUPS`) that differ.
       schedule: "cosine" to `final_share` of it, "linear" likewise, or "constant".
-      warmup: steps, or if below 1 the share of all steps, in which it rises from 0.
-      final_share: of the learning rate, at the end.
+      warmup: steps, or if below 1 the fraction of all steps, in which the learning rate rises from 0.
+      final_share: fraction of the learning rate that is left at the end.
       weight_decay: of kernels and tables; norms and biases have none.
       b1, b2, eps: Adam's.
-      clip_norm: gradients are scaled down to this norm, over all parameters; None leaves them.
+      clip_norm: gradients are scaled down to this norm, over all parameters; None never scales them.
+
+    Raises:
+      ConfigError: a field is invalid.
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-5
-    group_learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    learning_rate: PositiveNumber = 1e-5
+    group_learning_rates: Annotated[
+        Mapping[Group, NotNegative], Meta(description="numbers of at least 0 for some of vision, merger, llm")
+    ] = dataclasses.field(default_factory=dict)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.1
+    warmup: NotNegative = 0.1
     final_share: float = 0.0
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveNumber | None = 1.0
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
-def group_of(path: str) -> str:
-    """The part of the model (`GROUPS`) that a parameter is of."""
+def group_of(path: str) -> Group:
+    """Return the part of the model that a parameter belongs to."""
     if path.startswith("visual.merger."):
         return "merger"
     return "vision" if path.startswith("visual.") else "llm"
 
 
-def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step -> learning rate.
+def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
+    """Return the steps of the warm-up.
 
     Raises:
-      ConfigError: the warm-up is longer than the training, or a name is unknown.
+      ConfigError: it is longer than the training.
     """
-    warmup = round(config.warmup * num_steps) if config.warmup < 1 else int(config.warmup)
-    if not 0 <= warmup <= num_steps:
-        raise ConfigError(f"warmup: found {config.warmup}; expected up to {num_steps} steps, or a share below 1")
-    rest, end = max(num_steps - warmup, 1), config.final_share
+    steps = round(config.warmup * num_steps) if config.warmup < 1 else int(config.warmup)
+    if steps > num_steps:
+        raise ConfigError(f"warmup: found {config.warmup}; expected at most {num_steps} steps, or a fraction below 1")
+    return steps
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Return the schedule: step -> learning rate.
+
+    Raises:
+      ConfigError: the warm-up is longer than the training.
+    """
+    warmup, peak, end = warmup_steps(config, num_steps), config.learning_rate, config.final_share
+    rest = max(num_steps - warmup, 1)
     after: dict[str, Callable[[], optax.Schedule]] = {
-        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest, end),
-        "linear": lambda: optax.linear_schedule(config.learning_rate, end * config.learning_rate, rest),
-        "constant": lambda: optax.constant_schedule(config.learning_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, end),
+        "linear": lambda: optax.linear_schedule(peak, end * peak, rest),
+        "constant": lambda: optax.constant_schedule(peak),
     }
-    if config.schedule not in after:
-        raise ConfigError(f"schedule: found {config.schedule!r}; expected one of {', '.join(after)}")
-    # The first step is not thrown away: it has the first share of the warm-up, not 0.
-    rising = optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, max(warmup - 1, 1))
+    # The first step is not wasted: it has the first fraction of the warm-up, not 0.
+    rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     return optax.join_schedules([rising, after[config.schedule]()], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> optax.GradientTransformation:
-    """The optimiser of a model's parameters, by path.
+    """Return the optimizer of a model's parameters, by path.
 
     Args:
       config: see there.
       num_steps: of the whole training.
-      model: for the dimensions of its kernels; abstract will do.
+      model: for the dimensions of its kernels; may be abstract.
 
     Raises:
-      ConfigError: a name is unknown, or a number out of its range.
+      ConfigError: the warm-up is longer than the training.
     """
-    check_optimizer(config, num_steps)
     rate = learning_rate(config, num_steps)
     chain = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     adam = dict(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -106,14 +125,14 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, model: Glm4v) -> opt
             )
         )  # fmt: skip
         chain.append(_partitioned_by_xla(muon))
-    shares = {group: lr / config.learning_rate for group, lr in config.group_learning_rates.items()}
-    if shares:
-        chain.append(_scaled(shares))
+    factors: dict[str, float] = {group: lr / config.learning_rate for group, lr in config.group_learning_rates.items()}
+    if factors:
+        chain.append(_scaled(factors))
     return optax.chain(*chain)
 
 
 def kernel_dimensions(model: Glm4v) -> dict[str, Any]:
-    """Path of each kernel of a `Linear` -> which of its dimensions are inputs and which outputs; layers are neither."""
+    """Return path of a `Linear`'s kernel -> which dimensions are inputs and which are outputs; layers are neither."""
     found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
         names = [str(key.name) for key in path if getattr(key, "name", "value") != "value"]
@@ -132,43 +151,21 @@ def _decays(params: Params) -> dict[str, bool]:
     return {path: path.endswith(("kernel", "embedding", "lora_a", "lora_b")) for path in params}
 
 
-def _scaled(shares: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies what the learning rate has made of the updates of some parts of the model."""
+def _scaled(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Scale the updates of some parts of the model, after the learning rate."""
 
     def update(updates: Params, params: Params | None = None) -> dict[str, Any]:
         del params
-        return {path: shares.get(group_of(path), 1.0) * value for path, value in updates.items()}
+        return {path: factors.get(group_of(path), 1.0) * value for path, value in updates.items()}
 
     return optax.stateless(update)
 
 
 def _partitioned_by_xla(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimiser that multiplies matrices, and leaves it to XLA how to do that in shards."""
+    """Let XLA partition the matrix products of an optimizer."""
 
     def update(updates: Params, state: Any, params: Params | None = None) -> Any:
         out = jax.tree.map(lambda x: jax.typeof(x).sharding, (dict(updates), state))
         return jax.sharding.auto_axes(optimizer.update, out_sharding=out)(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
-
-
-def check_optimizer(config: OptimizerConfig, num_steps: int) -> None:
-    """Check names and numbers, without a model.
-
-    Raises:
-      ConfigError: one is unknown or out of its range.
-    """
-    learning_rate(config, num_steps)
-    if config.name not in (names := ("adamw", "adafactor", "muon")):
-        raise ConfigError(f"name: found {config.name!r}; expected one of {', '.join(names)}")
-    if not config.learning_rate > 0:
-        raise ConfigError(f"learning_rate: found {config.learning_rate}; expected a number above 0")
-    for group, value in config.group_learning_rates.items():
-        if group not in GROUPS or not value >= 0:
-            raise ConfigError(
-                f"group_learning_rates: found {group}: {value}; expected {', '.join(GROUPS)}, and numbers from 0 on"
-            )
-    if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"clip_norm: found {config.clip_norm}; expected a number above 0, or none")
-    if config.weight_decay < 0:
-        raise ConfigError(f"weight_decay: found {config.weight_decay}; expected a number from 0 on")

@@ -6,26 +6,26 @@ from typing import Any
 
 import jax
 
-_BEFORE = 2
-"""Steps that are not looked at: the first compiles, the second still waits for its data."""
+_SKIPPED = 2
+"""Steps before the profile: the first compiles, the second still waits for its data."""
 
 
 class Profiler:
-    """Looks at the steps from the third one of a run on; `with` ends it, however the steps end."""
+    """Profile steps from the third one of a run on; `with` stops it, however the steps end."""
 
     def __init__(self, directory: Path, count: int, tell: Callable[[str], None]):
-        """Begin later.
+        """Prepare.
 
         Args:
-          directory: to write into.
-          count: of steps; 0 for none.
-          tell: called with a line where there are not so many.
+          directory: to write to.
+          count: number of steps; 0 for none.
+          tell: called with a message if the run has fewer.
         """
         self._directory, self._count, self._tell = directory, count, tell
-        self._waiting, self._seen, self._is_on = _BEFORE, 0, False
+        self._waiting, self._seen, self._is_on = _SKIPPED, 0, False
 
     def before_step(self) -> None:
-        """Called before every step."""
+        """Call this before every step."""
         if self._waiting:
             self._waiting -= 1
         elif self._seen < self._count and not self._is_on:
@@ -33,7 +33,7 @@ class Profiler:
             self._is_on = True
 
     def after_step(self, metrics: Any) -> None:
-        """Called when a step is under way; its metrics are waited for if it is the last one to be looked at."""
+        """Call this when a step is under way; waits for its metrics if it is the last one of the profile."""
         if not self._is_on:
             return
         self._seen += 1
@@ -42,11 +42,11 @@ class Profiler:
             self._stop()
 
     def end(self) -> None:
-        """There are no more steps, and what has been done is computed."""
+        """Call this when all steps are computed."""
         self._stop()
         if self._seen < self._count:
-            found = f"of {self._seen} steps alone" if self._seen else "not written"
-            self._tell(f"the profile is {found}: this run was over; it begins behind the first {_BEFORE} steps")
+            found = f"has only {self._seen} steps" if self._seen else "was not written"
+            self._tell(f"the profile {found}: it begins after the first {_SKIPPED} steps, and the run has ended")
 
     def _stop(self) -> None:
         if self._is_on:

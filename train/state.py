@@ -1,4 +1,4 @@
-"""What training changes and what it leaves alone: a model's leaves by path, and the way back to the model."""
+"""What a step changes and what it leaves alone: a model's leaves by path, and the model made of them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
@@ -15,7 +16,7 @@ from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import is_lora
 from glm4v_jax.model.params import leaf_paths
 from glm4v_jax.model.quantize import is_scale
-from glm4v_jax.model.runtime import Structure
+from glm4v_jax.model.runtime import Flat, Structure
 
 Leaves = dict[str, Array]
 """Path -> array: "language_model.layers.stacked.mlp.down.kernel"."""
@@ -24,11 +25,11 @@ Leaves = dict[str, Array]
 class TrainState(NamedTuple):
     """What a step changes.
 
-    params: what is trained, float32 whatever the model computes in.
-    opt_state: the optimiser's, of these.
+    params: the trained leaves, float32 whatever the model computes in.
+    opt_state: the optimizer's state for these.
     step: int32, batches taken.
-    skipped: int32, how many of them were left out because of their gradients.
-    streak: int32, how many of them one after another until now.
+    skipped: int32, how many of them were skipped because of their gradients.
+    streak: int32, how many of them in a row until now.
     """
 
     params: Leaves
@@ -40,22 +41,22 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a model is put together of its leaves; equal ones hash alike, so that programs take them as static."""
+    """How a model is made of its leaves; equal ones hash alike, so that programs take them as static."""
 
     structure: Structure
     paths: tuple[str, ...]
 
     @classmethod
     def of(cls, model: Glm4v) -> Self:
-        """Of a model, abstract or not."""
-        return cls(Structure(jax.tree.structure(model)), tuple(leaf_paths(model)))
+        """Return the layout of a model, abstract or not."""
+        return cls(Flat.of(model).structure, tuple(leaf_paths(model)))
 
     def model(self, params: Mapping[str, Array], frozen: Mapping[str, Array], dtype: DTypeLike) -> Glm4v:
-        """The model of these leaves, those of them in `dtype` that it computes with.
+        """Return the model of these leaves, cast to `dtype` where it computes in that.
 
-        An adapter's leaves stay float32, as PEFT keeps them beside a half-precision or quantised base
+        The leaves of an adapter stay float32, as PEFT keeps them beside a half-precision or quantised base
         (`autocast_adapter_dtype`), and each layer casts its own where it multiplies, as autocast does. Quantised
-        kernels and their scales stay what they are.
+        kernels and their scales are not cast.
         """
         leaves = [_cast(path, params[path] if path in params else frozen[path], dtype) for path in self.paths]
         return jax.tree.unflatten(self.structure.treedef, leaves)
@@ -63,9 +64,29 @@ class Layout:
     def exported(
         self, params: Mapping[str, Array], frozen: Mapping[str, Array], dtypes: Mapping[str, DTypeLike]
     ) -> Glm4v:
-        """The model of these leaves, each in the dtype that it had; those of an adapter keep float32."""
+        """Return the model of these leaves, trained ones in the dtypes that they were loaded in."""
         leaves = [params[path].astype(dtypes[path]) if path in params else frozen[path] for path in self.paths]
         return jax.tree.unflatten(self.structure.treedef, leaves)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model during training, as programs take it.
+
+    params, frozen: its leaves, trained and not.
+    layout: of the model.
+    dtype: compute dtype.
+    """
+
+    params: Leaves
+    frozen: Leaves
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    def model(self) -> Glm4v:
+        """Return the model in its compute dtype."""
+        return self.layout.model(self.params, self.frozen, self.dtype)
 
 
 def _cast(path: str, leaf: Array, dtype: DTypeLike) -> Array:
@@ -74,7 +95,7 @@ def _cast(path: str, leaf: Array, dtype: DTypeLike) -> Array:
 
 
 def split(model: Glm4v, is_trained: Callable[[str], bool]) -> tuple[Leaves, Leaves]:
-    """The leaves that are trained, in float32, and those that are not, as they are.
+    """Return the leaves that are trained, in float32, and the frozen ones, as they are.
 
     Raises:
       ConfigError: none is trained.
@@ -82,11 +103,11 @@ def split(model: Glm4v, is_trained: Callable[[str], bool]) -> tuple[Leaves, Leav
     leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
     params = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items() if is_trained(path)}
     if not params:
-        raise ConfigError("found no parameter to train; expected some that are not frozen")
+        raise ConfigError("freeze: found no parameter to train; expected some that are not frozen")
     return params, {path: leaf for path, leaf in leaves.items() if path not in params}
 
 
 def init_state(params: Leaves, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the optimiser's arrays are split over the mesh as the parameters are."""
-    zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]  # no two of them one buffer: steps give theirs away
+    """Return the state before the first step; the optimizer's arrays are sharded as the parameters are."""
+    zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers, because steps donate them
     return TrainState(params, jax.jit(optimizer.init)(params), *zeros)

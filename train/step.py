@@ -1,4 +1,4 @@
-"""A training step as one program: forward, backward, the optimiser, and the decision whether to take it."""
+"""A training step as one program: forward, backward, the optimizer, and the decision whether to skip it."""
 
 import functools
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.layers import Remat
 from train.data.packing import TrainBatch
 from train.flops import Work, work_of
-from train.loss import STRETCH, Sums, cross_entropy
+from train.loss import CHUNK, Sums, cross_entropy
 from train.state import Layout, Leaves, TrainState
 
 
 class Metrics(NamedTuple):
-    """Of a step, before its update.
+    """Metrics of a step, before its update.
 
     loss: mean over the weights of all micro-batches.
-    accuracy: the share of the weights whose target is the likeliest token.
-    weight: their sum.
+    accuracy: fraction of the weights whose target is the most likely token.
+    weight: sum of the weights.
     grad_norm: of all parameters together, before it is clipped.
-    is_skipped: whether the step changed nothing.
-    skipped: how many steps of the training have changed nothing, with this one.
-    streak: how many of them one after another, up to this one.
-    learning_rate: of its update; NaN where `make_step` was not told.
+    is_skipped: whether the step was skipped.
+    skipped: how many steps of the training have been skipped, this one included.
+    streak: how many of them in a row, up to this one.
+    learning_rate: of its update; NaN where `make_step` got none.
     samples: how many the batch has.
-    work: what was no padding.
+    work: what was not padding.
     """
 
     loss: Float[Array, ""]
@@ -48,10 +48,10 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, Leaves, TrainBatch], tuple[TrainState, Metrics]]
 
 
-def loss_sums(model: Glm4v, batch: TrainBatch, *, remat: Remat = "none", stretch: int = STRETCH) -> Sums:
-    """The loss of a batch, not divided by its weight."""
+def loss_sums(model: Glm4v, batch: TrainBatch, *, remat: Remat = "none", chunk: int = CHUNK) -> Sums:
+    """Return the loss of a batch, before it is divided by the weight."""
     hidden = model(batch.batch, remat=remat)
-    return cross_entropy(model, hidden, batch.targets, batch.weights, stretch=stretch)
+    return cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
 
 
 def make_step(
@@ -60,29 +60,29 @@ def make_step(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     remat: Remat = "full",
-    stretch: int = STRETCH,
+    chunk: int = CHUNK,
     max_grad_norm: float = float("inf"),
     learning_rate: optax.Schedule | None = None,
 ) -> Step:
-    """The jitted step.
+    """Return the jitted step.
 
     Args:
       layout: of the model.
       optimizer: of `TrainState.params`.
-      dtype: that the model computes in, and each micro-batch's gradients with it; sums and updates are float32.
-      remat: what of the layers the backward pass makes again.
-      stretch: see `loss.cross_entropy`.
-      max_grad_norm: a step whose gradients have a larger norm, or one that is no number, is left out.
-      learning_rate: the optimiser's, by the number of updates before; for the metrics alone.
+      dtype: compute dtype of the model and of each micro-batch's gradients; sums and updates are float32.
+      remat: what of the layers the backward pass recomputes.
+      chunk: see `loss.cross_entropy`.
+      max_grad_norm: a step whose gradients have a larger norm, or one that is not finite, is skipped.
+      learning_rate: the optimizer's, by the number of earlier updates; for the metrics alone.
 
     Returns:
       (state, frozen leaves, batch) -> (state, metrics). The state is donated. Every array of the batch has a first
-      dimension of micro-batches, whose gradients are added up before they are divided by all their weights: what one
-      batch of them all would give.
+      dimension of micro-batches, whose gradients are summed before they are divided by all their weights: the
+      gradients of one large batch.
     """
 
     def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch) -> tuple[Array, Sums]:
-        sums = loss_sums(layout.model(params, frozen, dtype), batch, remat=remat, stretch=stretch)
+        sums = loss_sums(layout.model(params, frozen, dtype), batch, remat=remat, chunk=chunk)
         return sums.loss, sums
 
     gradients_of = jax.grad(sums_of, has_aux=True)
@@ -98,9 +98,8 @@ def make_step(
         if batches.targets.shape[0] == 1:
             gradients, sums = gradients_of(state.params, frozen, jax.tree.map(lambda x: x[0], batches))
         else:
-            zero = jnp.zeros((), jnp.float32)
-            nothing = jax.tree.map(jnp.zeros_like, state.params), Sums(zero, zero, zero)
-            (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), nothing, batches)
+            zeros = jax.tree.map(jnp.zeros_like, state.params), Sums.zero()
+            (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, batches)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
         norm = optax.tree.norm(gradients)
@@ -114,7 +113,7 @@ def make_step(
         streak = (state.streak + skipped) * skipped
         vision = batches.batch.vision
         work = work_of(batches.batch.segment_ids, None if vision is None else vision.segment_ids)
-        updates_before = state.step - state.skipped  # as the optimiser counts them
+        updates_before = state.step - state.skipped  # as the optimizer counts them
         rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))
         samples = jnp.sum(jnp.max(batches.batch.segment_ids, axis=-1))  # a row's are numbered from 1 on
         skipped = state.skipped + skipped

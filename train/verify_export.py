@@ -1,4 +1,4 @@
-"""A result, loaded again and asked something fixed: does it say what the model said that was trained?"""
+"""An exported model, loaded again: are its logits for a fixed prompt those of the trained model?"""
 
 import math
 from pathlib import Path
@@ -20,21 +20,21 @@ from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.glm4v import Glm4v
 
 FLOAT32 = 1e-5
-"""What two float32 programs of a layer that add in different orders may differ by."""
+"""Relative difference of two float32 programs of a layer that add in different orders."""
 
-# One behind the other in a layer: matrices, and all steps that round what they hand on.
-_MATRICES, _STEPS = 4, 12
-_GROWTH = 2.0  # of an error on its way through later layers
+# In sequence in a layer: matrices, and all operations that round their results.
+_MATRICES, _ROUNDINGS = 4, 12
+_GROWTH = 2.0  # of an error in later layers
 _SIDE = 112
 _QUESTION = "What is in this picture? Name what you see, from left to right, and say what it is for."
 
 
 class Verified(NamedTuple):
-    """How a result compares with the model that was trained: root mean squares over logits, as shares of that model's.
+    """How a result compares with the trained model: root mean squares over logits, relative to that model's.
 
     difference: of its logits and the trained model's.
-    tolerance: what rounding may come to.
-    effect: the difference that training has made; None if it was not looked at.
+    tolerance: the most that rounding explains.
+    effect: the difference that training has made; None if it was not measured.
     """
 
     difference: float
@@ -42,18 +42,18 @@ class Verified(NamedTuple):
     effect: float | None = None
 
     def __str__(self) -> str:
-        """In a line for a person."""
-        text = f"logits differ by {self.difference:.2g} of their size (rounding: up to {self.tolerance:.2g})"
+        """Return a log line."""
+        text = f"relative difference of the logits {self.difference:.2g} (rounding: up to {self.tolerance:.2g})"
         if self.effect is None:
             return text
         text = f"{text}; training changed them by {self.effect:.2g}"
         if self.effect <= 2 * self.tolerance:
-            return f"{text}, too little to be told from rounding"
+            return f"{text}, which rounding alone could explain"
         return text
 
 
 def prompt(directory: str | Path, config: Glm4vConfig) -> Batch:
-    """A question about a picture, always the same.
+    """Return a question about an image, always the same.
 
     Args:
       directory: of a checkpoint with tokenizer and processor.
@@ -63,8 +63,8 @@ def prompt(directory: str | Path, config: Glm4vConfig) -> Batch:
       CheckpointError: the tokenizer or the processor is missing or damaged.
     """
     row, column = np.mgrid[:_SIDE, :_SIDE]
-    picture = np.stack([row + column, 2 * row, (row - column) % 97 + 100 * (row > column)], axis=-1).astype(np.uint8)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": _QUESTION}]
+    image = np.stack([row + column, 2 * row, (row - column) % 97 + 100 * (row > column)], axis=-1).astype(np.uint8)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]
     processor = Glm4vProcessor.from_pretrained(directory)
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
@@ -75,7 +75,7 @@ def prompt(directory: str | Path, config: Glm4vConfig) -> Batch:
 
 
 def logits_of(model: Glm4v, batch: Batch) -> np.ndarray:
-    """Logits [T, V] of the prompt's tokens, float32, in all processes; all of them call this."""
+    """Return logits [T, V] of the prompt's tokens, float32, in all processes; all of them call this."""
     return to_host(_logits(model, batch))[0][np.asarray(batch.segment_ids)[0] > 0]
 
 
@@ -85,25 +85,25 @@ def _logits(model: Glm4v, batch: Batch) -> Float[Array, "B T V"]:
 
 
 def tolerance_of(config: Glm4vConfig, written: DTypeLike, computed: DTypeLike) -> float:
-    """What two models may differ by, of which one has weights that were rounded once more, or adds in another order.
+    """Return by how much two models may differ if one has weights rounded once more, or adds in another order.
 
-    A rounding is off by half of the dtype's epsilon at most, errors that follow one another add up as the root of their
-    number, and layers behind them may double that. The number is that of the matrices that a token's way through the
-    decoder leads over, for weights; and that of the steps that hand on what they have rounded, in both models, for what
-    is computed. Two float32 models differ by `FLOAT32` a layer.
+    A rounding is off by at most half the dtype's epsilon, errors in sequence add up as the square root of their number,
+    and later layers may double that. For weights the number is that of matrices in sequence in the decoder; for
+    computations it is that of operations that round their results, in both models. Two float32 models differ by
+    `FLOAT32` per layer.
 
     Args:
       config: of the model.
-      written: dtype of the weights that were written.
-      computed: dtype that both models compute in.
+      written: dtype of the written weights.
+      computed: compute dtype of both models.
     """
     layers = config.text_config.num_hidden_layers
     weights = _GROWTH * _rounding(written) * math.sqrt(_MATRICES * layers)
-    steps = 0.0 if jnp.dtype(computed) == jnp.float32 else _rounding(computed) * math.sqrt(2 * _STEPS * layers)
+    steps = 0.0 if jnp.dtype(computed) == jnp.float32 else _rounding(computed) * math.sqrt(2 * _ROUNDINGS * layers)
     return math.hypot(FLOAT32 * math.sqrt(layers), weights, steps)
 
 
-def _share(values: np.ndarray, trained: np.ndarray) -> float:
+def _relative(values: np.ndarray, trained: np.ndarray) -> float:
     values, trained = values.astype(np.float64), trained.astype(np.float64)
     return float(np.sqrt(np.mean(np.square(values - trained)) / np.mean(np.square(trained))))
 
@@ -115,23 +115,23 @@ def _rounding(dtype: Any) -> float:
 def compare(
     found: np.ndarray, trained: np.ndarray, *, tolerance: float, where: str | Path, before: np.ndarray | None = None
 ) -> Verified:
-    """Compare logits [T, V] of a result that was loaded again with those of the model that was trained.
+    """Compare logits [T, V] of a result that was loaded again with those of the trained model.
 
     Args:
       found: of the result.
       trained: of the model.
       tolerance: see `tolerance_of`.
       where: names the result in the error.
-      before: of the model before it was trained.
+      before: of the model before training.
 
     Raises:
-      CheckpointError: they differ by more than rounding, or are no numbers.
+      CheckpointError: they differ by more than rounding, or are not finite.
     """
-    effect = None if before is None else _share(before, trained)
-    verified = Verified(_share(found, trained), tolerance, effect)
-    if not verified.difference <= tolerance:  # nor if it is no number
+    effect = None if before is None else _relative(before, trained)
+    verified = Verified(_relative(found, trained), tolerance, effect)
+    if not verified.difference <= tolerance:  # also if it is NaN
         raise CheckpointError(
-            f"{where}: loaded again, its logits differ from the trained model's by {verified.difference:.3g} of "
-            f"their size; expected {tolerance:.3g} at most: it is not what was trained, and was not kept"
+            f"{where}: found logits that differ from the trained model's by {verified.difference:.3g} of their size "
+            f"once the result is loaded again; expected at most {tolerance:.3g}; the result was removed"
         )
     return verified

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from glm4v_jax.config.checks import Positive, PositiveNumber, fault, raise_faults, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
@@ -36,9 +37,16 @@ class LoraConfig:
         "language_model.layers.self_attn.q_proj", "visual.blocks.mlp.gate_up", "visual.merger.proj", "lm_head".
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Positive = 8
+    alpha: PositiveNumber = 16.0
     target: str = DECODER
+
+    def __post_init__(self) -> None:
+        validate(self)
+        try:
+            re.compile(self.target)
+        except re.error as error:
+            raise_faults([fault("target", self.target, f"a regular expression ({error})")])
 
 
 def is_lora(path: str) -> bool:
@@ -79,9 +87,8 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
       seed: of the draws.
 
     Raises:
-      ConfigError: the rank is below 1, the pattern is none or fits no linear layer, or there is an adapter already.
+      ConfigError: the pattern matches no linear layer, or there is an adapter already.
     """
-    check_config(config)
     result = copy_without_lora(model)
     every = linears(result)
     chosen = {path: found for path, found in every.items() if re.fullmatch(config.target, path)}
@@ -132,22 +139,6 @@ def merge_lora(model: Glm4v) -> Glm4v:
                 linear.lora_a = linear.lora_b = None
                 linear.lora_scale = 0.0
     return result
-
-
-def check_config(config: LoraConfig) -> None:
-    """Check the numbers and the pattern of an adapter, without a model.
-
-    Raises:
-      ConfigError: one is out of its range.
-    """
-    if config.rank < 1:
-        raise ConfigError(f"rank: found {config.rank}; expected 1 or more")
-    if not config.alpha > 0:
-        raise ConfigError(f"alpha: found {config.alpha}; expected a number above 0")
-    try:
-        re.compile(config.target)
-    except re.error as error:
-        raise ConfigError(f"target: found {config.target!r}; expected a regular expression ({error})") from error
 
 
 def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]]:

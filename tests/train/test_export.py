@@ -106,7 +106,7 @@ def test_a_wrong_result_is_not_kept(adapter, tmp_path, monkeypatch):
             }
 
         monkeypatch.setattr(export, "merged_tensors", wrong)
-        with pytest.raises(CheckpointError, match=r"out: loaded again, its logits differ from the trained model's by"):
+        with pytest.raises(CheckpointError, match=r"out: found logits that differ from the trained model's by"):
             export.export_merged(RANDOM_CHECKPOINT, adapter, tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
@@ -123,7 +123,7 @@ def test_an_adapter_is_loaded_again(base, tmp_path, monkeypatch):
     again = load_adapter(lora.drop_lora(model), tmp_path / "adapter")
     jax.tree.map(np.testing.assert_array_equal, again, model)
     monkeypatch.setattr(export, "load_adapter", lambda model, directory: model)
-    with pytest.raises(CheckpointError, match="adapter: loaded again, its logits differ"):
+    with pytest.raises(CheckpointError, match="adapter: found logits that differ"):
         export.export_adapter(model, RANDOM_CHECKPOINT, tmp_path / "adapter")
     assert jax.tree.structure(load_adapter(lora.drop_lora(model), tmp_path / "adapter"))  # the first is still there
 
@@ -137,7 +137,7 @@ def test_a_model_is_loaded_again(base, tmp_path, monkeypatch):
     again = load_model(tmp_path / "model", base.config, dtype="bfloat16")
     jax.tree.map(np.testing.assert_array_equal, again, exported)
     monkeypatch.setattr(export, "load_model", lambda *args, **kwargs: base)
-    with pytest.raises(CheckpointError, match="model: loaded again, its logits differ"):
+    with pytest.raises(CheckpointError, match="model: found logits that differ"):
         export.export_model(exported, jnp.float32, RANDOM_CHECKPOINT, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -181,7 +181,7 @@ def test_the_command(adapter, tmp_path, capsys):
         f'model = "{RANDOM_CHECKPOINT}"\nout = "."\nsteps = 1\nlora = {{ rank = 2 }}\n[data]\nfiles = ["x.jsonl"]\n'
     )
     assert main(["export", str(job), "--no-verify"]) == 1
-    assert "has no adapter_config.json; expected a trained adapter" in capsys.readouterr().err
+    assert "found no adapter_config.json; expected a trained adapter" in capsys.readouterr().err
     shutil.copytree(adapter, tmp_path / "adapter")
     assert main(["export", str(job), "--no-verify"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'model'}: not verified\n"
@@ -191,12 +191,12 @@ def test_the_command(adapter, tmp_path, capsys):
 
 def test_refused(adapter, checkpoints, tmp_path):
     def places(source, **options):
-        return Export(source=str(source), **options)._places()
+        return Export(source=str(source), **options)._paths()
 
     (tmp_path / "full.toml").write_text('model = "m"\nout = "o"\nsteps = 1\n[data]\nfiles = ["x.jsonl"]\n')
-    with pytest.raises(ConfigError, match=r"full\.toml: found a job without lora; its result is a checkpoint already"):
+    with pytest.raises(ConfigError, match=r"full\.toml: found a job without lora; expected one"):
         places(tmp_path / "full.toml")
-    with pytest.raises(ConfigError, match="--out: found nothing; expected the directory to make"):
+    with pytest.raises(ConfigError, match="--out: found nothing; expected the output directory"):
         places(adapter)
     with pytest.raises(ConfigError, match="--out: found the adapter's own directory"):
         places(adapter, out=str(adapter))
@@ -205,13 +205,13 @@ def test_refused(adapter, checkpoints, tmp_path):
     shutil.copytree(adapter, tmp_path / "nameless")
     options = read_json_object(tmp_path / "nameless" / "adapter_config.json")
     (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(options | {"base_model_name_or_path": "x"}))
-    with pytest.raises(ConfigError, match="--model: found nothing, and the adapter names 'x'"):
+    with pytest.raises(ConfigError, match="--model: found nothing, and 'x' in the adapter; expected"):
         places(tmp_path / "nameless", out="out")
     with pytest.raises(CheckpointError, match="in or around it; expected another"):
         export.export_merged(RANDOM_CHECKPOINT, adapter, RANDOM_CHECKPOINT / "out")
 
 
 def test_the_line():
-    assert str(verify_export.Verified(1e-6, 1e-5)) == "logits differ by 1e-06 of their size (rounding: up to 1e-05)"
+    assert str(verify_export.Verified(1e-6, 1e-5)) == "relative difference of the logits 1e-06 (rounding: up to 1e-05)"
     assert str(verify_export.Verified(1e-6, 1e-5, 0.2)).endswith("; training changed them by 0.2")
-    assert str(verify_export.Verified(1e-3, 1e-2, 0.015)).endswith("0.015, too little to be told from rounding")
+    assert str(verify_export.Verified(1e-3, 1e-2, 0.015)).endswith("0.015, which rounding alone could explain")

@@ -21,10 +21,9 @@ from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.errors import CheckpointError, ConfigError, DataError
+from glm4v_jax.errors import CheckpointError, DataError
 from glm4v_jax.model.lora import LoraConfig, is_lora
 from glm4v_jax.model.params import leaf_paths
-from train.commands import main
 from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
 from train.evaluate import Evaluation
 from train.log import EVALUATIONS, METRICS, TENSORBOARD, Log, read_log
@@ -95,12 +94,12 @@ def uninterrupted(folder):
     told = []
     result = train(job(folder, "whole"), tell=told.append)
     assert result == (STEPS, True)
-    assert sum("data.jsonl:5: field 'images': found 0 for 1 <image> markers" in line for line in told) == 1
-    assert any(line.endswith("12 records to learn from; one device, cpu") for line in told)
+    assert sum("data.jsonl:5: images: found 0 for 1 <image> markers" in line for line in told) == 1
+    assert any(line.endswith("12 records to train on; one device, cpu") for line in told)
     last = read_log(folder / "whole" / METRICS)[-1]
     assert told[-2] == (
-        f"{STEPS} steps in this run, 0 of all were left out; rows read: {round(12 * last['epoch'])}, of which 0 were "
-        f"too long and {last['rows_skipped']} could not be read"
+        f"{STEPS} steps in this run, 0 of all skipped; rows read: {round(12 * last['epoch'])}, of which 0 were too "
+        f"long and {last['rows_skipped']} could not be read"
     )
     return steps(folder, "whole")
 
@@ -118,8 +117,8 @@ def test_a_job_learns(uninterrupted):
 def test_a_job_that_is_done_stays_as_it_is(folder, uninterrupted):
     told = []
     assert train(job(folder, "whole"), tell=told.append) == (STEPS, True)
-    assert told[1] == f"going on after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
-    assert told[2].startswith("the result is written: logits differ by ") and len(told) == 3
+    assert told[1] == f"resuming after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
+    assert told[2].startswith("exported: relative difference of the logits ") and len(told) == 3
     assert steps(folder, "whole") == uninterrupted
 
 
@@ -156,7 +155,7 @@ def test_an_adapter_is_trained_alone(folder, uninterrupted, monkeypatch):
     assert not (folder / "adapter" / ADAPTER).exists()
     told = []
     assert train(config, tell=told.append) == (3, True)
-    assert told[1].startswith("going on after step 3, ")
+    assert told[1].startswith("resuming after step 3, ")
     losses = [line["loss"] for line in steps(folder, "adapter")]
     # The same samples, and the same model: an adapter adds nothing before its first step.
     assert losses[0] == pytest.approx(uninterrupted[0]["loss"], rel=1e-5) and losses[2] < losses[0]
@@ -179,7 +178,7 @@ def test_sigterm_saves_and_the_job_goes_on_bit_for_bit(folder, uninterrupted):
 
     looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=4)
     assert train(job(folder, "stopped", eval=looked), tell=stop) == (4, False)
-    assert "the evaluation behind step 4 was stopped" in told and not read_log(folder / "stopped" / EVALUATIONS)
+    assert "the evaluation after step 4 was stopped" in told and not read_log(folder / "stopped" / EVALUATIONS)
     assert steps(folder, "stopped") == uninterrupted[:4]
     assert train(job(folder, "stopped")) == (STEPS, True)
     assert steps(folder, "stopped") == uninterrupted
@@ -203,7 +202,7 @@ def test_a_killed_job_goes_on_bit_for_bit(folder, uninterrupted):
     assert 2 * EVERY + 1 <= len(steps(folder, "killed")) < STEPS
     told = []
     assert train(job(folder, "killed"), tell=told.append) == (STEPS, True)
-    assert told[1].startswith("going on after step ")
+    assert told[1].startswith("resuming after step ")
     assert steps(folder, "killed") == uninterrupted
 
 
@@ -221,7 +220,7 @@ def test_a_job_looks_at_what_it_does_not_learn_from(folder):
     best = min(found, key=lambda line: line["loss"])["step"]
     kept = {int(path.name) for path in (folder / "looked" / CHECKPOINTS).iterdir()}
     assert kept == {best, 5}
-    assert best == 5 or f"the result is that of step {best}, the best by loss" in told
+    assert best == 5 or f"exporting step {best}, the best by loss" in told
     for step in (2, 4, 5):
         lines = (folder / "looked" / ANSWERS / f"step-{step:08d}.jsonl").read_text().splitlines()
         answers = [json.loads(line) for line in lines]
@@ -231,7 +230,8 @@ def test_a_job_looks_at_what_it_does_not_learn_from(folder):
     assert list((folder / "looked" / PROFILE).rglob("*.xplane.pb"))
     assert list((folder / "looked" / TENSORBOARD).iterdir())
     (large,) = [line for line in told if "held.jsonl:" in line]
-    assert "held.jsonl:2: found 1 pictures and frames of up to 144 patches" in large and large.startswith("not looked")
+    assert large.startswith("skipped in the evaluation: ")
+    assert "held.jsonl:2: found 1 images and frames of up to 144 patches" in large
 
     # The loss of the result is that which was found for it: the weights are float32, and written as bfloat16.
     again = dataclasses.replace(config, model=str(folder / "looked" / MODEL), out=str(folder / "again"), steps=1)
@@ -241,37 +241,19 @@ def test_a_job_looks_at_what_it_does_not_learn_from(folder):
     assert line["loss"] == pytest.approx(min(line["loss"] for line in found), rel=2**-6)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[eval]", "eval: found files of 0 names and a share of 0.0; expected one of them"),
-        ('[eval]\nfiles = ["a.jsonl"]\nshare = 0.5', "eval: found files of 1 names and a share of 0.5"),
-        ("[eval]\nshare = 1.5", "eval.share: found 1.5"),
-        ("[eval]\nshare = 0.5\nevery = 0", "eval.every: found 0; expected a number above 0"),
-        ('[checkpoint]\nbest = "loss"', "checkpoint.best: found 'loss' without .eval.; expected both"),
-        ('[checkpoint]\nbest = "score"\n[eval]\nshare = 0.5', "checkpoint.best: found 'score' with eval.generate = 0"),
-    ],
-)
-def test_what_is_wrong_with_an_evaluation_is_named(tmp_path, text, message):
-    path = tmp_path / "job.toml"
-    path.write_text(JOB.replace("[checkpoint]\nevery = 2", "") + text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message):
-        load_config(path)
-
-
 def test_another_job_does_not_go_on_from_here(folder, uninterrupted):
     config = load_config(folder / "job.toml")
     others = {
-        r'freeze = \["vision"\]; found \["vision", "llm"\]': dict(freeze=("vision", "llm")),
-        "seed = 0; found 7": dict(seed=7),
-        "eval.share = 0.0; found 0.5": dict(eval=EvalConfig(share=0.5)),
-        "batch.length = 96; found 80": dict(batch=dataclasses.replace(config.batch, length=80)),
-        "records to learn from = 12; found 4": dict(
+        r'freeze: found \["vision", "llm"\]; expected \["vision"\]': dict(freeze=("vision", "llm")),
+        "seed: found 7; expected 0": dict(seed=7),
+        "eval.share: found 0.5; expected 0.0": dict(eval=EvalConfig(share=0.5)),
+        "batch.length: found 80; expected 96": dict(batch=dataclasses.replace(config.batch, length=80)),
+        "records to learn from: found 4; expected 12": dict(
             data=dataclasses.replace(config.data, files=(str(folder / "held.jsonl"),))
         ),
     }
     for message, changes in others.items():
-        with pytest.raises(CheckpointError, match=f"cannot go on from this checkpoint: its job has {message}"):
+        with pytest.raises(CheckpointError, match=f"cannot resume from this checkpoint: .*{message}"):
             train(job(folder, "whole", **changes))
 
 
@@ -282,7 +264,7 @@ def test_processes_agree_on_what_they_look_at(folder, monkeypatch):
     monkeypatch.setattr("train.evaluate.agree", lambda name, digest: digests.append((name, digest)))
     for count in (3, 3, 4):  # the second of them does not fit
         looked = EvalConfig(files=(str(folder / "held.jsonl"),), max_samples=count)
-        with pytest.raises(AttributeError, match="begin"):
+        with pytest.raises(AttributeError, match="start"):
             train(job(folder, "agreed", eval=looked))
     first, second, third = digests
     assert first == second != third and first[0] == "the records of eval"
@@ -302,74 +284,21 @@ def test_what_cannot_be_done_in_the_end_is_not_begun(folder, monkeypatch):
     looked = EvalConfig(files=(str(folder / "held.jsonl"),))
     data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 pictures and frames of up to 144 patches"):
+    with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 images and frames of up to 144 patches"):
         train(job(folder, "large", eval=looked, data=data))
 
 
 def test_a_job_ends_where_it_cannot_go_on(folder):
     for steps_, out in ((STEPS, "spikes"), (2, "last")):  # the last step, too, is looked at
-        with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, and 2 steps like that"):
+        with pytest.raises(
+            TrainError, match=r"step 2: found gradients of norm .*, the last of 2 skipped steps in a row"
+        ):
             train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=steps_))
     # What has been left out is not counted by the schedule.
     assert [line["learning_rate"] for line in steps(folder, "spikes")] == [pytest.approx(5e-4)] * 2
     data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
-    with pytest.raises(DataError, match=r"data\.jsonl:5: field 'images'"):
+    with pytest.raises(DataError, match=r"data\.jsonl:5: images: found 0"):
         train(job(folder, "strict", data=data))
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("steps =", "stepps =", "stepps: found an unknown field; expected some of model, out"),
-        (f"steps = {STEPS}", "steps = 1.5", "steps: found 1.5; expected int"),
-        (f"steps = {STEPS}", "steps = 0", "steps: found 0; expected a number above 0"),
-        ("steps =", "seed = -1\nsteps =", "seed: found -1; expected a number from 0 to 4294967295"),
-        ("steps =", "seed = 4294967296\nsteps =", "seed: found 4294967296; expected a number from 0 to 4294967295"),
-        ("steps =", "[data]\nsteps =", r"Cannot declare \('data',\) twice"),
-        ('freeze = ["vision"]', 'freeze = ["vit"]', "freeze: found 'vit'; expected some of vision, merger, llm"),
-        ('freeze = ["vision"]', 'freeze = "vision"', "freeze: found 'vision'; expected a list"),
-        ('dtype = "float32"', 'dtype = "int8"', "dtype: found 'int8'; expected one of 'float32', 'bfloat16'"),
-        ('files = ["data.jsonl"]', "files = []", "data.files: found none"),
-        ('files = ["data.jsonl"]', "", "data.files: found nothing; expected a value"),
-        ("rows = 2", "rows = true", "batch.rows: found True; expected int"),
-        (
-            "learning_rate = 1e-3",
-            "group_learning_rates = 3",
-            "optimizer.group_learning_rates: found 3; expected a table",
-        ),
-        (
-            "learning_rate = 1e-3",
-            "learning_rate = -1.0",
-            "optimizer.learning_rate: found -1.0; expected a number above 0",
-        ),
-        ("warmup = 2", "warmup = 10", "optimizer.warmup: found 10.0; expected up to 9 steps"),
-        ('freeze = ["vision"]', "lora = { rank = 0 }", "lora.rank: found 0; expected 1 or more"),
-        ('freeze = ["vision"]', 'freeze = ["vision"]\nlora = {}', "freeze: found .'vision'. beside lora"),
-        (
-            'files = ["data.jsonl"]',
-            'files = ["d"]\nmax_length = 0',
-            "data.max_length: found 0; expected a number above",
-        ),
-    ],
-)
-def test_what_is_wrong_with_a_job_is_named(folder, tmp_path, capsys, old, new, message):
-    assert old in JOB
-    path = tmp_path / "job.toml"
-    path.write_text(JOB.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(ConfigError, match=message) as error:
-        load_config(path)
-    assert str(error.value).startswith(f"{path}: ")
-    assert main([str(path)]) == 1
-    assert capsys.readouterr().err == f"train: error: {error.value}\n"
-
-
-def test_paths_are_relative_to_the_job(folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    config = load_config(folder / "job.toml")
-    assert config.data.files == (str(folder / "data.jsonl"),) and config.out == str(folder / "out")
-    assert config.optimizer.learning_rate == 1e-3 and config.batch.rows == 2 and config.freeze == ("vision",)
-    with pytest.raises(ConfigError, match=r"nowhere\.toml: there is no such file"):
-        load_config("nowhere.toml")
 
 
 def test_what_is_no_number_is_null_in_json(folder):
@@ -381,7 +310,7 @@ def test_what_is_no_number_is_null_in_json(folder):
     assert line == {"step": 3, "loss": None, "accuracy": 0.5, "score": None, "seconds": 1.0}
 
 
-@pytest.mark.parametrize(("steps", "said"), [(2, "not written"), (4, "of 2 steps alone"), (5, None), (9, None)])
+@pytest.mark.parametrize(("steps", "said"), [(2, "was not written"), (4, "has only 2 steps"), (5, None), (9, None)])
 def test_a_profile_is_of_steps_alone(tmp_path, monkeypatch, steps, said):
     """Three of them behind the first two, and not of what follows the last one."""
     seen, told = [], []
@@ -397,4 +326,4 @@ def test_a_profile_is_of_steps_alone(tmp_path, monkeypatch, steps, said):
     if steps > 2:
         expected = [0, 1, "start", *range(2, min(steps, 5)), "stop", *range(5, steps)]
     assert seen == expected
-    assert [line.split("profile is ")[1].split(":")[0] for line in told] == ([said] if said else [])
+    assert [line.split("profile ")[1].split(":")[0] for line in told] == ([said] if said else [])

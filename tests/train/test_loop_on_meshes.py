@@ -107,8 +107,8 @@ def test_every_mesh_gives_the_losses_of_one_device(folder, one_device, sharded):
 
 def test_a_job_goes_on_on_another_mesh(folder, one_device, sharded):
     ((first, second, *_),) = sharded
-    assert first.endswith("60 records to learn from; 8 devices (fsdp=2,kv=2,q=2), cpu")
-    assert second == "going on after step 2, from checkpoints"
+    assert first.endswith("60 records to train on; 8 devices (fsdp=2,kv=2,q=2), cpu")
+    assert second == "resuming after step 2, from checkpoints"
     np.testing.assert_allclose(losses(folder, "moved"), one_device, rtol=1e-5)
 
 
@@ -173,13 +173,13 @@ def test_two_processes_train_as_one_does(folder, one_device):
     (status, out, errors), other = end(processes)
     stopped = len(read_log(folder / "two" / METRICS))
     assert (status, other) == (0, (0, "", "")), errors
-    assert out == f"{folder}/two: {stopped} of {STEPS} steps, stopped; the same command goes on from there\n"
+    assert out == f"{folder}/two: {stopped} of {STEPS} steps, stopped; the same command resumes the job\n"
     assert 1 <= stopped < STEPS
     (status, out, errors), other = end(start(folder, "two", tables=tables))
     assert (status, out, other) == (0, f"{folder}/two: {STEPS} of {STEPS} steps, done\n", (0, "", "")), errors
     first, second, *_ = errors.splitlines()
-    assert first.endswith("60 records to learn from and 12 to look at; 4 devices (data=2,fsdp=2), cpu")
-    assert second.startswith(f"going on after step {stopped}, ")
+    assert first.endswith("60 records to train on, 12 held out to evaluate; 4 devices (data=2,fsdp=2), cpu")
+    assert second.startswith(f"resuming after step {stopped}, ")
     evaluated = read_log(folder / "two" / EVALUATIONS)
     assert [line["step"] for line in evaluated][-1] == STEPS
     # So that the best one is the last one, which one device is compared with.
@@ -201,7 +201,7 @@ def test_a_mesh_that_cannot_divide_the_batch_is_refused():
 
 def test_other_lanes_are_other_batches(folder, one_device):
     config = load_config(folder / "job.toml")
-    with pytest.raises(CheckpointError, match=r"its job has batch\.lanes = 8; found 2, expected the same"):
+    with pytest.raises(CheckpointError, match=r"batch\.lanes: found 2; expected 8, as saved"):
         train(job(folder, "one", batch=dataclasses.replace(config.batch, lanes=2), steps=STEPS + 1))
 
 

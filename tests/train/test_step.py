@@ -61,16 +61,16 @@ def their_step(model, inputs):
     return float(loss.detach())
 
 
-@pytest.mark.parametrize(("rows", "stretch"), [(ROWS, 7), (ROWS, 1024), (VIDEO_ROWS, 1024)])
-def test_loss_and_gradients_equal(checkpoints, theirs, rows, stretch):
-    """Text, pictures and a video; logits made in stretches of a few tokens, or all at once."""
+@pytest.mark.parametrize(("rows", "chunk"), [(ROWS, 7), (ROWS, 1024), (VIDEO_ROWS, 1024)])
+def test_loss_and_gradients_equal(checkpoints, theirs, rows, chunk):
+    """Text, images and a video; logits in chunks of a few tokens, or all at once."""
     reference, model = theirs("base"), load_model(checkpoints("base"), CONFIG)
     batch, inputs = example(rows)
     reference.zero_grad(set_to_none=True)
     expected = their_step(reference, inputs)
 
     def loss(model):
-        sums = loss_sums(model, batch, stretch=stretch)
+        sums = loss_sums(model, batch, chunk=chunk)
         return sums.loss / sums.weight
 
     found, gradient = jax.jit(jax.value_and_grad(loss))(model)
@@ -167,7 +167,7 @@ def test_no_array_of_all_logits_is_made(checkpoints):
     targets, weights = np.zeros((2, 48), np.int32), np.ones((2, 48), np.float32)
 
     def loss(hidden):
-        return cross_entropy(model, hidden, targets, weights, stretch=8).loss
+        return cross_entropy(model, hidden, targets, weights, chunk=8).loss
 
     shapes = re.findall(r"tensor<([\dx]+)xf32>", jax.jit(jax.grad(loss)).lower(hidden).as_text())
     vocabulary = str(CONFIG.text_config.vocab_size)
@@ -256,15 +256,20 @@ def test_learning_rates_over_time():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(name="sgd"), "name: found 'sgd'; expected one of adamw, adafactor, muon"),
-        (dict(learning_rate=0.0), "learning_rate: found 0.0"),
-        (dict(group_learning_rates={"vit": 1e-4}), "group_learning_rates: found vit: 0.0001"),
+        (dict(name="sgd"), "name: found 'sgd'; expected one of 'adamw', 'adafactor', 'muon'"),
+        (dict(learning_rate=0.0), "learning_rate: found 0.0; expected a number above 0"),
+        (dict(group_learning_rates={"vit": 1e-4}), "group_learning_rates: found {'vit': 0.0001}; expected"),
+        (dict(group_learning_rates={"llm": -1e-4}), "group_learning_rates: found {'llm': -0.0001}; expected"),
         (dict(schedule="step"), "schedule: found 'step'"),
-        (dict(warmup=11), "warmup: found 11"),
         (dict(clip_norm=0.0), "clip_norm: found 0.0"),
         (dict(weight_decay=-1.0), "weight_decay: found -1.0"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_invalid_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
-        make_optimizer(OptimizerConfig(**options), 10, None)
+        OptimizerConfig(**options)
+
+
+def test_a_warm_up_longer_than_the_training_is_refused():
+    with pytest.raises(ConfigError, match=r"warmup: found 11\.0; expected at most 10 steps"):
+        make_optimizer(OptimizerConfig(warmup=11), 10, None)

@@ -1,4 +1,4 @@
-"""What there is in training data, and what of it cannot be learned from, without a model or a device."""
+"""What training data contains, and which rows cannot be trained on, without a model or a device."""
 
 import collections
 import dataclasses
@@ -15,35 +15,35 @@ from train.data.lengths import count_characters
 from train.data.records import Record, Records
 
 LISTED = 20
-"""So many bad rows are kept with their reasons."""
+"""How many bad rows are kept with their reasons."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A row that cannot be learned from: where it stands, and why."""
+    """A row that cannot be trained on: its place, and why."""
 
     place: str
     reason: str
 
 
 @dataclasses.dataclass
-class Report:
-    """What a check found.
+class DataReport:
+    """Results of a check.
 
     Attributes:
-        total: rows there are.
-        checked: rows looked at.
-        bad: of these, rows that cannot be learned from; what follows counts the others.
+        total: rows in the data.
+        checked: rows that were checked.
+        bad: of these, rows that cannot be trained on; the fields below count the others.
         problems: the first bad rows.
         formats: name of a format -> rows.
-        messages, learned: messages in all, and of the assistant to be learned.
-        pictures, videos: in all, those of the net included.
-        remote: pictures and videos of the net that were not looked at.
-        text_only: records that show nothing.
+        messages, learned: messages in all, and those that contribute to the loss.
+        pictures, videos: images and videos in all, remote ones included.
+        remote: images and videos behind URLs, which were not checked.
+        text_only: records without images and videos.
         unit: what `lengths` count.
         lengths: of each record.
         most: the greatest of them; -1 if there are none.
-        longest: where that record stands.
+        longest: place of that record.
     """
 
     total: int
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def summary(self) -> dict[str, int]:
-        """min, median, p95, max and sum of the lengths; nothing where there are none."""
+        """min, median, p95, max and sum of the lengths; empty if there are none."""
         if not self.lengths:
             return {}
         median, p95 = percentile(self.lengths, 50), percentile(self.lengths, 95)
@@ -72,7 +72,7 @@ class Report:
         return {"min": ends[0], "median": median, "p95": p95, "max": ends[1], "sum": sum(self.lengths)}
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the single lengths, for JSON."""
+        """Return all but the single lengths, for JSON."""
         fields = dataclasses.asdict(self) | {"formats": dict(self.formats), "lengths": self.summary}
         return fields | {"good": self.checked - self.bad}
 
@@ -85,30 +85,30 @@ def check(
     limit: int | None = None,
     decode: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
-    """Look at every record.
+) -> DataReport:
+    """Check every record.
 
     Args:
         records: what to check.
-        measure: the length of a record; raises `Glm4vError` for one that cannot be prepared.
+        measure: returns the length of a record; raises `Glm4vError` for one that cannot be encoded.
         unit: what it counts.
-        limit: look at the first so many alone.
-        decode: decode pictures and videos, those of the net too; else only see that files are there and that pictures
-            begin as pictures do.
-        progress: told how many rows are done, and how many there are to do.
+        limit: check only the first N rows.
+        decode: decode images and videos, remote ones too; otherwise only check that files exist and that images have
+            a valid header.
+        progress: called with the number of rows done, and of rows to do.
 
     Raises:
         DataError: `limit` is not positive.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"limit: found {limit}, expected at least 1")
-    report = Report(len(records), unit)
+        raise DataError(f"limit: found {limit}; expected at least 1")
+    report = DataReport(len(records), unit)
     count = len(records) if limit is None else min(limit, len(records))
     for index in range(count):
         report.checked += 1
         try:
             record = records[index]
-            remote = sum(not _look(item, decode) for item in record.media())
+            remote = sum(not _check_media(item, decode) for item in record.media())
             length = measure(record)
         except (Glm4vError, OSError) as error:
             report.bad += 1
@@ -122,7 +122,7 @@ def check(
     return report
 
 
-def _add(report: Report, record: Record, format: str, remote: int, length: int) -> None:
+def _add(report: DataReport, record: Record, format: str, remote: int, length: int) -> None:
     pictures, videos = len(record.media("image")), len(record.media("video"))
     report.formats[format] += 1
     report.messages += len(record.messages)
@@ -136,8 +136,8 @@ def _add(report: Report, record: Record, format: str, remote: int, length: int) 
     report.lengths.append(length)
 
 
-def _look(item: Mapping[str, Any], decode: bool) -> bool:
-    """Misses what is not there or cannot be read; False where it was not looked at."""
+def _check_media(item: Mapping[str, Any], decode: bool) -> bool:
+    """Raise an error for an image or video that is missing or cannot be read; return False if it was not checked."""
     if is_remote(item) and not decode:
         return False
     source = source_of(item)

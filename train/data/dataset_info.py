@@ -1,4 +1,4 @@
-"""LLaMA-Factory's dataset_info.json: which files a data set has, and what their rows call their parts."""
+"""LLaMA-Factory's dataset_info.json: the files of a data set, and the names of their fields."""
 
 import dataclasses
 import json
@@ -9,12 +9,13 @@ from typing import Any
 from glm4v_jax.data.media import kind_of
 from glm4v_jax.data.tables import INFO
 from glm4v_jax.errors import DataError
-from train.data.formats import Layout
+from train.data import FormatName
+from train.data.formats import Columns
 
-FORMATTING = ("alpaca", "sharegpt")
-_COLUMNS = {"messages", "prompt", "query", "response", "history", "system", "tools", "images", "videos"}
+FORMATTING: tuple[FormatName, ...] = ("alpaca", "sharegpt")
+_KNOWN_COLUMNS = {"messages", "prompt", "query", "response", "history", "system", "tools", "images", "videos"}
 _REFUSED_COLUMNS = ("chosen", "rejected", "kto_tag", "audios")
-# What these ask for cannot be had from a file.
+# Options that a file alone cannot satisfy.
 _REFUSED = ("ranking", "num_samples")
 _USER, _ASSISTANT, _SYSTEM = "user_tag", "assistant_tag", "system_tag"
 _DEFAULT_TAGS = {_USER: "human", _ASSISTANT: "gpt", _SYSTEM: "system"}
@@ -22,24 +23,24 @@ _TAGS = {*_DEFAULT_TAGS, "role_tag", "content_tag", "observation_tag", "function
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class DataSet:
     """A data set of a dataset_info.json.
 
     Attributes:
         path: its file or directory.
         formatting: "alpaca" or "sharegpt".
-        layout: what its rows call their parts.
+        columns: the names of its rows' fields.
     """
 
     path: Path
-    formatting: str
-    layout: Layout
+    formatting: FormatName
+    columns: Columns
 
 
 def split_name(source: str) -> tuple[Path, str | None] | None:
-    """The file and the data set of "DIR/dataset_info.json:NAME"; None where `source` is something else.
+    """Split "DIR/dataset_info.json:NAME" into file and data set; return None if `source` is something else.
 
-    The name is None where there is none: "DIR/dataset_info.json", or a directory that has one.
+    The name is None if it is missing: "DIR/dataset_info.json", or a directory that has one.
     """
     before, found, name = source.rpartition(f"{INFO}:")
     if found:
@@ -50,48 +51,48 @@ def split_name(source: str) -> tuple[Path, str | None] | None:
     return (path / INFO, None) if (path / INFO).is_file() else None
 
 
-def read_entry(path: Path, name: str | None) -> Entry:
-    """One data set; without a name, the only one there is.
+def read_entry(path: Path, name: str | None) -> DataSet:
+    """Return one data set; without a name, the only one in the file.
 
     Raises:
         OSError: the file cannot be read.
-        DataError: it is no such file, the data set is not in it, or asks for something that is not supported.
+        DataError: the file is invalid, the data set is not in it, or has options that are not supported.
     """
     try:
         entries = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: found what is not JSON ({error}), expected an object of data sets") from error
+        raise DataError(f"{path}: found invalid JSON ({error}); expected an object of data sets") from error
     if not isinstance(entries, dict):
-        raise DataError(f"{path}: found {kind_of(entries)}, expected an object of data sets")
+        raise DataError(f"{path}: found {kind_of(entries)}; expected an object of data sets")
     if name is None and len(entries) == 1:
         (name,) = entries
     if name not in entries:
         known = ", ".join(list(entries)[:10]) + ", ..." * (len(entries) > 10)
         found = "no name of a data set" if name is None else f"the name {name!r}"
-        raise DataError(f"{path}: found {found}, expected {path}:NAME with one of {known or 'none: it is empty'}")
+        raise DataError(f"{path}: found {found}; expected {path}:NAME with one of {known or 'none: it is empty'}")
     return _read(path, f"{path}:{name}", entries[name])
 
 
-def _read(path: Path, where: str, entry: Any) -> Entry:
+def _read(path: Path, where: str, entry: Any) -> DataSet:
     if not isinstance(entry, Mapping):
-        raise DataError(f"{where}: found {kind_of(entry)}, expected an object with 'file_name'")
+        raise DataError(f"{where}: found {kind_of(entry)}; expected an object with 'file_name'")
     if not isinstance(entry.get("file_name"), str):
-        raise DataError(f"{where}: field 'file_name': found none, expected a file: nothing is downloaded")
+        raise DataError(f"{where}: file_name: found none; expected a file: nothing is downloaded")
     for field in _REFUSED:
         if entry.get(field):
-            raise DataError(f"{where}: field {field!r}: found {entry[field]!r}, expected none: it is not supported")
+            raise DataError(f"{where}: {field}: found {entry[field]!r}; expected none: it is not supported")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTING:
-        raise DataError(f"{where}: field 'formatting': found {formatting!r}, expected {' or '.join(FORMATTING)}")
-    columns = _strings(where, "columns", entry.get("columns"), {*_COLUMNS, *_REFUSED_COLUMNS})
+        raise DataError(f"{where}: formatting: found {formatting!r}; expected {' or '.join(FORMATTING)}")
+    columns = _strings(where, "columns", entry.get("columns"), {*_KNOWN_COLUMNS, *_REFUSED_COLUMNS})
     for field in _REFUSED_COLUMNS:
         if field in columns:
-            raise DataError(f"{where}: field 'columns.{field}': found one, expected none: it is not supported")
+            raise DataError(f"{where}: columns.{field}: found one; expected none: it is not supported")
     tags = _strings(where, "tags", entry.get("tags"), _TAGS)
     roles = _DEFAULT_TAGS | {tag: tags[tag] for tag in _DEFAULT_TAGS if tag in tags}
-    # Without a name for them, LLaMA-Factory reads neither pictures, nor videos, nor what the system says.
+    # Unless these are named, LLaMA-Factory reads neither images, nor videos, nor the system message.
     named = {"history": "", "system": "", "tools": "", **columns}
-    layout = Layout(
+    columns_of_row = Columns(
         **{name: column for name, column in named.items() if name not in ("images", "videos")},
         images=(columns.get("images", ""),),
         videos=(columns.get("videos", ""),),
@@ -99,15 +100,15 @@ def _read(path: Path, where: str, entry: Any) -> Entry:
         content_tag=tags.get("content_tag", "value"),
         roles={roles[_SYSTEM]: "system", roles[_USER]: "user", roles[_ASSISTANT]: "assistant"},
     )
-    return Entry(path.parent / entry["file_name"], formatting, layout)
+    return DataSet(path.parent / entry["file_name"], formatting, columns_of_row)
 
 
 def _strings(where: str, field: str, value: Any, known: set[str]) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value.values()):
-        raise DataError(f"{where}: field {field!r}: found {kind_of(value)}, expected an object of strings")
+        raise DataError(f"{where}: {field}: found {kind_of(value)}; expected an object of strings")
     if unknown := sorted(set(value) - known):
         expected = ", ".join(sorted(known))
-        raise DataError(f"{where}: field {f'{field}.{unknown[0]}'!r}: is not known, expected one of {expected}")
+        raise DataError(f"{where}: {field}.{unknown[0]}: found an unknown field; expected some of {expected}")
     return dict(value)

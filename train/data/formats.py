@@ -1,24 +1,26 @@
-"""The formats of training data that people have: each a function from a row to messages and what of them is learned.
+"""The formats of training data that people have: a row -> its messages, and which of them contribute to the loss.
 
 The formats are those of LLaMA-Factory (`openai`, `sharegpt`, `alpaca`; data/README.md), ms-swift (`swift`;
 Custom-dataset.md), TRL (`hf`; dataset_formats.md) and LLaVA (`llava`). Paths in the items are as the row has them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from glm4v_jax.data.media import image_size, kind_of
 from glm4v_jax.errors import DataError
+from train.data import FormatName
 from train.data.conversations import (
     FILES,
     ROLES,
-    Media,
+    MediaFiles,
     Message,
     Row,
     Turns,
     check_supported,
     finished,
+    invalid,
     items_list,
     loss_of,
     optional_string,
@@ -31,19 +33,21 @@ from train.data.conversations import (
 )
 from train.data.grounding import SizeOf, place_objects
 
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """What a row calls its parts: `columns` and `tags` of LLaMA-Factory's dataset_info.json, with its names.
+class Columns:
+    """Names of a row's fields: `columns` and `tags` of LLaMA-Factory's dataset_info.json, with its defaults.
 
     Attributes:
         messages, prompt, query, response, history, system, tools: fields of a row.
         images, videos: fields that list files; the first that a row has counts.
         role_tag, content_tag: fields of a message.
-        roles: what the role of a message is called -> system, user or assistant.
+        roles: name of a role -> system, user or assistant.
     """
 
     messages: str = "conversations"
@@ -59,91 +63,92 @@ class Layout:
     content_tag: str = "value"
     roles: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(SHAREGPT_ROLES))
 
-    def media(self, row: Row) -> Media:
-        """The files that a row lists."""
-        return Media(row, {"image": self.images, "video": self.videos})
+    def media(self, row: Row) -> MediaFiles:
+        """Return the files that a row lists."""
+        return MediaFiles(row, {"image": self.images, "video": self.videos})
 
 
-SHAREGPT = Layout()
-OPENAI = Layout(messages="messages", role_tag="role", content_tag="content", roles={role: role for role in ROLES})
-ALPACA = Layout()
-QUERY_RESPONSE = Layout(prompt="query", query="", response="response")
+DEFAULT = Columns()
+OPENAI = Columns(messages="messages", role_tag="role", content_tag="content", roles={role: role for role in ROLES})
+QUERY_RESPONSE = Columns(prompt="query", query="", response="response")
 
 
-def conversation(row: Row, layout: Layout) -> Turns:
-    """A list of messages with a role and a text each, in which `<image>` and `<video>` stand for the row's files.
+def read_row(row: Row, name: FormatName, size_of: SizeOf = image_size) -> Turns:
+    """Read a row of a format.
+
+    - `openai`: `messages` of `role` and `content`, with markers; `images`, `videos`.
+    - `sharegpt`: `conversations` of `from` and `value`, with markers; `images`, `videos`, `system`.
+    - `llava`: the same, with one `image` or `video`; `id` is not used.
+    - `swift`: as `openai`, with `loss` of each message, and boxes in `objects`; see `place_objects`.
+    - `alpaca`: `instruction`, `input`, `output`, `history`, `system`; or `query` and `response` of ms-swift.
+    - `hf`: `messages` with typed contents, or `prompt` and `completion`; see `typed_conversation`.
+
+    Args:
+        row: of a data file.
+        name: of the format.
+        size_of: width and height of an image, for boxes in pixels.
 
     Raises:
         DataError: a field is missing or wrong; markers and files are not as many.
     """
-    _check_row(row, layout)
-    media = layout.media(row)
-    messages, losses = _read_messages(items_list(row, layout.messages), layout, media, layout.messages)
+    if name == "hf":
+        return typed_conversation(row)
+    if name == "alpaca":
+        return instruction(row, QUERY_RESPONSE if "query" in row and "instruction" not in row else DEFAULT)
+    turns = conversation(row, OPENAI if name in ("openai", "swift") else DEFAULT)
+    if name == "swift" and row.get("objects") is not None:
+        return turns._replace(messages=tuple(place_objects(turns.messages, row["objects"], size_of)))
+    return turns
+
+
+def conversation(row: Row, columns: Columns) -> Turns:
+    """Read messages with a role and a text each, in which `<image>` and `<video>` refer to the row's files.
+
+    Raises:
+        DataError: a field is missing or wrong; markers and files are not as many.
+    """
+    _check_row(row, columns)
+    media = columns.media(row)
+    messages, losses = _read_messages(items_list(row, columns.messages), columns, media, columns.messages)
     media.finish()
-    return finished(with_system(messages, optional_string(row, layout.system)), losses, layout.messages)
+    return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.messages)
 
 
-def openai(row: Row, size_of: SizeOf = image_size) -> Turns:
-    """`messages` of `role` and `content`, with markers; `images`, `videos`."""
-    return conversation(row, OPENAI)
-
-
-def sharegpt(row: Row, size_of: SizeOf = image_size) -> Turns:
-    """`conversations` of `from` and `value`, with markers; `images`, `videos`, `system`."""
-    return conversation(row, SHAREGPT)
-
-
-def llava(row: Row, size_of: SizeOf = image_size) -> Turns:
-    """`conversations` as of ShareGPT, with one `image` or `video`; `id` is not used."""
-    return conversation(row, SHAREGPT)
-
-
-def swift(row: Row, size_of: SizeOf = image_size) -> Turns:
-    """`messages` as of OpenAI, with `loss` of each, and boxes in `objects`; see `place_objects`."""
-    turns = conversation(row, OPENAI)
-    if row.get("objects") is None:
-        return turns
-    return Turns(tuple(place_objects(turns.messages, row["objects"], size_of)), turns.losses)
-
-
-def instruction(row: Row, layout: Layout) -> Turns:
-    """A question and its answer, and those before them; all answers are learned, as in LLaMA-Factory.
+def instruction(row: Row, columns: Columns) -> Turns:
+    """Read a question with its answer, and earlier pairs; all answers are targets, as in LLaMA-Factory.
 
     Raises:
         DataError: a field is missing or wrong; markers and files are not as many.
     """
-    _check_row(row, layout)
-    media = layout.media(row)
+    _check_row(row, columns)
+    media = columns.media(row)
     texts: list[str] = []
-    history = row.get(layout.history)
+    history = row.get(columns.history)
     if not isinstance(history, list | tuple | None):
-        raise DataError(f"field {layout.history!r}: found {kind_of(history)}, expected a list of pairs")
+        raise invalid(columns.history, kind_of(history), "a list of pairs")
     for index, pair in enumerate(history or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            found = pair if isinstance(pair, list | tuple) else kind_of(pair)
-            raise DataError(f"field '{layout.history}[{index}]': found {found}, expected two strings")
+            found = str(pair) if isinstance(pair, list | tuple) else kind_of(pair)
+            raise invalid(f"{columns.history}[{index}]", found, "two strings")
         texts += pair
-    asked = [string(row, layout.prompt), optional_string(row, layout.query)]
-    texts += ["\n".join(text for text in asked if text), string(row, layout.response)]
+    question = [string(row, columns.prompt), optional_string(row, columns.query)]
+    texts += ["\n".join(text for text in question if text), string(row, columns.response)]
     messages: list[Message] = [
         {"role": ROLES[1 + index % 2], "content": split_markers(text, media)} for index, text in enumerate(texts)
     ]
     media.finish()
     losses = [message["role"] == "assistant" for message in messages]
-    return finished(with_system(messages, optional_string(row, layout.system)), losses, layout.response)
+    return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.response)
 
 
-def alpaca(row: Row, size_of: SizeOf = image_size) -> Turns:
-    """`instruction`, `input`, `output`, `history`, `system`; or `query` and `response` of ms-swift."""
-    return instruction(row, QUERY_RESPONSE if "query" in row and "instruction" not in row else ALPACA)
+def typed_conversation(row: Row) -> Turns:
+    """Read `messages` with typed contents, or `prompt` and `completion`, of which only the completion is a target.
 
+    Images are in the items, or in `images` or `image`, with items `{"type": "image"}` at their positions. Contents that
+    are text have no markers: without such items the images go before the first text of the user, as in TRL.
 
-def hf(row: Row, size_of: SizeOf = image_size) -> Turns:
-    """`messages` with typed contents, or `prompt` and `completion`, of which only the completion is learned.
-
-    Pictures stand in the items, or in `images` or `image` with items `{"type": "image"}` to say where. Contents that
-    are text have no markers: if nothing says where the pictures stand, they stand before the first text of the user,
-    as in TRL.
+    Raises:
+        DataError: a field is missing or wrong; items and files are not as many.
     """
     _check_row(row, OPENAI)
     media = OPENAI.media(row)
@@ -151,35 +156,24 @@ def hf(row: Row, size_of: SizeOf = image_size) -> Turns:
         messages, losses = _read_messages(items_list(row, "messages"), OPENAI, media, "messages", markers=False)
         field = "messages"
     else:
-        asked, _ = _half(row, "prompt", "user", media)
-        told, losses = _half(row, "completion", "assistant", media)
-        messages, losses, field = [*asked, *told], [False] * len(asked) + losses, "completion"
-    shown = any(item["type"] != "text" for message in messages for item in message["content"])
-    if not shown and (items := media.take_all()):
+        prompt, _ = _half(row, "prompt", "user", media)
+        completion, losses = _half(row, "completion", "assistant", media)
+        messages, losses, field = [*prompt, *completion], [False] * len(prompt) + losses, "completion"
+    has_items = any(item["type"] != "text" for message in messages for item in message["content"])
+    if not has_items and (items := media.take_all()):
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise DataError(f"field {field!r}: found no message of the user, expected one to show the files in")
+            raise invalid(field, "no message of the user", "one for the images and videos")
         first["content"] = [*items, *first["content"]]
     media.finish("{kind} items without a source")
     return finished(messages, losses, field)
 
 
-Format = Callable[..., Turns]
-FORMATS: dict[str, Format] = {
-    "openai": openai,
-    "sharegpt": sharegpt,
-    "alpaca": alpaca,
-    "swift": swift,
-    "hf": hf,
-    "llava": llava,
-}
-
-
-def detect(row: Row) -> str:
-    """The name of the format of a row, by its fields.
+def detect(row: Row) -> FormatName:
+    """Return the name of the format of a row, by its fields.
 
     Raises:
-        DataError: it is none that is known.
+        DataError: it is unknown.
     """
     if "conversations" in row:
         return "llava" if row.get("image") is not None or row.get("video") is not None else "sharegpt"
@@ -194,40 +188,40 @@ def detect(row: Row) -> str:
     if "instruction" in row or ("query" in row and "response" in row):
         return "alpaca"
     expected = "'messages', 'conversations', 'instruction' or 'prompt' and 'completion'"
-    raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}, expected {expected}")
+    raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}; expected {expected}")
 
 
-def _half(row: Row, name: str, role: str, media: Media) -> tuple[list[Message], list[bool]]:
-    """The messages of `prompt` or `completion`, which may be only a text."""
+def _half(row: Row, name: str, role: str, media: MediaFiles) -> tuple[list[Message], list[bool]]:
+    """Read `prompt` or `completion`, messages or only a text."""
     if isinstance(row.get(name), str):
         return [{"role": role, "content": [text_item(row[name])]}], [role == "assistant"]
     return _read_messages(items_list(row, name), OPENAI, media, name, markers=False)
 
 
 def _read_messages(
-    given: Sequence[Any], layout: Layout, media: Media, field: str, markers: bool = True
+    given: Sequence[Any], columns: Columns, media: MediaFiles, field: str, markers: bool = True
 ) -> tuple[list[Message], list[bool]]:
     messages: list[Message] = []
     losses = []
     for index, message in enumerate(given):
         where = f"{field}[{index}]"
-        role = role_of(message, layout.role_tag, layout.roles, where)
+        role = role_of(message, columns.role_tag, columns.roles, where)
         check_supported(message, where)
-        content = message.get(layout.content_tag)
+        content = message.get(columns.content_tag)
         if isinstance(content, list | tuple):
-            items = typed_items(content, media, f"{where}.{layout.content_tag}")
+            items = typed_items(content, media, f"{where}.{columns.content_tag}")
         else:
-            text = string(message, layout.content_tag, where)
+            text = string(message, columns.content_tag, where)
             items = split_markers(text, media) if markers else [text_item(text)]
         messages.append({"role": role, "content": items})
         losses.append(loss_of(message, role, where))
     return messages, losses
 
 
-def _check_row(row: Row, layout: Layout) -> None:
-    """Refuses what cannot be learned from in this way."""
-    if row.get(layout.tools):
-        raise DataError(f"field {layout.tools!r}: found some, expected none: tools are not supported")
+def _check_row(row: Row, columns: Columns) -> None:
+    """Check for fields that supervised training cannot use."""
+    if row.get(columns.tools):
+        raise invalid(columns.tools, "some", "none: tools are not supported")
     for name in _PREFERENCES:
         if row.get(name) is not None:
-            raise DataError(f"field {name!r}: found preferences, expected conversations to learn")
+            raise invalid(name, "preferences", "conversations to train on")

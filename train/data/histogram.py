@@ -1,4 +1,4 @@
-"""A histogram as a picture, drawn with Pillow alone."""
+"""A histogram as an image, drawn with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -11,33 +11,33 @@ import PIL.ImageFont
 _WIDTH, _HEIGHT = 960, 540
 _LEFT, _TOP, _RIGHT, _BOTTOM = 84, 64, 24, 64
 _BARS = 48
-"""About so many, of a round width."""
+"""The most bars; their width is a round number."""
 _TICKS = 8
 _INK, _PALE, _BAR = "#222222", "#dddddd", "#4477aa"
 _MARKS = (("median", 50, "#228833"), ("p95", 95, "#cc3311"))
 
 
-def percentile(values: Sequence[int], share: float) -> int:
-    """The smallest of `values` that `share` percent of them do not pass."""
-    return int(np.percentile(values, share, method="inverted_cdf"))
+def percentile(values: Sequence[int], percent: float) -> int:
+    """Return the smallest of `values` that at least `percent` percent of them do not exceed."""
+    return int(np.percentile(values, percent, method="inverted_cdf"))
 
 
 def bins(values: Sequence[int]) -> tuple[int, np.ndarray]:
-    """The width w of a bin, 1, 2 or 5 times a power of ten, and how many values are in [0, w), [w, 2 w), ..."""
+    """Return the width w of a bin, 1, 2 or 5 times a power of ten, and how many values are in [0, w), [w, 2 w), ..."""
     width = math.ceil(_round_step((max(values) + 1) / _BARS))
     return width, np.bincount(np.asarray(values) // width)
 
 
 def draw_histogram(values: Sequence[int], unit: str, title: str) -> PIL.Image.Image:
-    """Draw how often which length is there.
+    """Draw the distribution of lengths.
 
     Args:
         values: at least one, none negative.
         unit: what they count.
-        title: what to write above.
+        title: of the image.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     image = PIL.Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw = PIL.ImageDraw.Draw(image)
@@ -64,16 +64,16 @@ def draw_histogram(values: Sequence[int], unit: str, title: str) -> PIL.Image.Im
         draw.text((x_of(value), base + 9), f"{value:,}", fill=_INK, font=font, anchor="ma")
     draw.line((_LEFT, base, right, base), fill=_INK)
     draw.text((_LEFT, 12), title, fill=_INK, font=large)
-    draw.text(((_LEFT + right) / 2, _HEIGHT - 12), f"{unit} a record", fill=_INK, font=font, anchor="mb")
-    for row, (name, share, colour) in enumerate(_MARKS):
-        value = percentile(values, share)
+    draw.text(((_LEFT + right) / 2, _HEIGHT - 12), f"{unit} per record", fill=_INK, font=font, anchor="mb")
+    for row, (name, percent, colour) in enumerate(_MARKS):
+        value = percentile(values, percent)
         draw.line((x_of(value), _TOP, x_of(value), base), fill=colour, width=2)
         draw.text((right, 12 + 18 * row), f"{name} {value:,}", fill=colour, font=font, anchor="ra")
     return image
 
 
 def _round_step(least: float) -> float:
-    """1, 2 or 5 times a power of ten, at least `least`."""
+    """The smallest of 1, 2 or 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= least)
 

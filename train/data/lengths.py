@@ -1,4 +1,4 @@
-"""How long records are: in tokens, from the sizes of pictures alone, or in characters where there is no model."""
+"""Lengths of records: in tokens, from the sizes of images alone, or in characters where there is no model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,21 +15,21 @@ from train.data.records import Record
 
 
 def count_characters(record: Record) -> int:
-    """Characters of all texts of a record."""
+    """Return the characters of all texts of a record."""
     return sum(len(item.get("text", "")) for message in record.messages for item in message["content"])
 
 
 class TokenCounter:
-    """Counts tokens as `train.data.samples.encode` makes them by default, pictures undecoded; videos are decoded."""
+    """Count tokens as `train.data.samples.encode` makes them by default; images are not decoded, videos are."""
 
     def __init__(self, processor: Glm4vProcessor):
         self._processor = processor
 
     def __call__(self, record: Record) -> int:
-        """The tokens of a record.
+        """Return the number of tokens of a record.
 
         Raises:
-            DataError: it cannot be prepared; the message begins with the record's place.
+            DataError: it cannot be encoded; the message begins with the record's place.
         """
         try:
             return self._count(record)
@@ -51,12 +51,12 @@ class TokenCounter:
         if is_path_like(video):
             return self._processor.prepare_media(videos=[[video]]).videos
         rate = item.get("fps") or self._processor.video_processor.fps
-        taken = VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=range(len(video)))
-        return self._processor.prepare_media(videos=[[video]], video_metadata=[taken], do_sample_frames=False).videos
+        metadata = VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=range(len(video)))
+        return self._processor.prepare_media(videos=[[video]], video_metadata=[metadata], do_sample_frames=False).videos
 
 
 def _without_old_thoughts(record: Record) -> list[Message]:
-    """Messages in which only the last answer that is learned keeps its thoughts, as `EncodeOptions` have it."""
+    """Messages of which only the last one that contributes to the loss keeps its thoughts (`EncodeOptions`)."""
     last = max(index for index, learned in enumerate(record.losses) if learned)
     messages = []
     for index, message in enumerate(record.messages):

@@ -1,7 +1,7 @@
-"""Samples -> batches of static shape: several conversations a row, which do not see one another.
+"""Samples -> batches of static shape: several conversations in a row, which do not attend to one another.
 
-A row's samples have the segment ids 1, 2, ... and each its own positions; the pictures and frames of all of them share
-the batch's vision rows. What the model computes for a sample is what it computes for it alone.
+A row's samples have the segment ids 1, 2, ... and each its own positions; the images and frames of all of them share
+the batch's vision rows. The model computes for a sample what it computes for it alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +22,10 @@ VisionShape = tuple[int, int]
 
 
 class TrainBatch(NamedTuple):
-    """A batch with what is to be learned from it; a JAX pytree.
+    """A batch with its targets; a JAX pytree.
 
     batch: the model's input.
-    targets: int32 [B, T], the token to predict at each place, -100 where there is none.
+    targets: int32 [B, T], the token to predict at each position, -100 where there is none.
     weights: float32 [B, T], of each target in the loss; 0 where there is none.
     """
 
@@ -34,15 +34,15 @@ class TrainBatch(NamedTuple):
     weights: np.ndarray
 
 
-class PaddingShare(NamedTuple):
-    """Shares of a batch, from 0 to 1, that nothing stands in; `patches` is None without vision rows."""
+class Padding(NamedTuple):
+    """Fractions of a batch that are padding; `patches` is None without vision rows."""
 
     tokens: float
     patches: float | None
 
 
 def place(lengths: Sequence[int], rows: int, length: int, per_row: int | None = None) -> list[RowPlace] | None:
-    """Places for samples of these lengths, each in the first row that has room; None where they do not fit.
+    """Return places for samples of these lengths, each in the first row with room; None if they do not fit.
 
     Args:
       lengths: tokens of each sample, in their order.
@@ -55,7 +55,7 @@ def place(lengths: Sequence[int], rows: int, length: int, per_row: int | None = 
 
 
 def vision_fits(frames: np.ndarray, shape: VisionShape | None) -> bool:
-    """Whether frames int [F, 2] (height, width in patches) fit vision rows of this shape."""
+    """Return whether frames int [F, 2] (height, width in patches) fit vision rows of this shape."""
     sizes = frames.prod(axis=1).tolist()
     return not sizes or (shape is not None and vision_rows.fits(sizes, shape))
 
@@ -70,15 +70,15 @@ def pack(
     average: Literal["token", "sample"] = "token",
     per_row: int | None = None,
 ) -> TrainBatch:
-    """One batch of samples, such as a `Packer` puts together.
+    """Make one batch of samples, such as a `Packer` puts together.
 
     Args:
-      samples: any number that fits, none too; they are placed in their order, each in the first row with room.
+      samples: any number that fits, or none; they are placed in their order, each in the first row with room.
       rows, length: B and T of the batch.
-      vision_shape: of its vision rows, which are there even if no sample has pictures; None is a batch without.
+      vision_shape: of its vision rows, which it has even if no sample has images; None is a batch without.
       config: of the model.
-      average: what the loss is an average over: "token" weighs every target 1; "sample" weighs those of a sample 1
-        together, however long its answers are.
+      average: what the loss is an average over: with "token" every target has weight 1; with "sample" the targets of a
+        sample share a weight of 1, however long its answers are.
       per_row: the most samples of a row; 1 is no packing.
 
     Raises:
@@ -87,8 +87,7 @@ def pack(
     places = place([len(sample) for sample in samples], rows, length, per_row)
     if places is None:
         found = ", ".join(str(len(sample)) for sample in samples)
-        raise DataError(f"found samples of {found} tokens, from {_first_source(samples)} on; expected what fits "
-                        f"{rows} x {length}")  # fmt: skip
+        raise DataError(f"{_sources(samples)}: found {found} tokens; expected ones that fit {rows} x {length}")
     vision, features = _pack_vision(samples, vision_shape, config)
     input_ids, segment_ids = (np.zeros((rows, length), np.int32) for _ in range(2))
     position_ids = np.ones((3, rows, length), np.int32)
@@ -105,8 +104,8 @@ def pack(
     return TrainBatch(batch, targets, weights)
 
 
-def _first_source(samples: Sequence[Sample]) -> str:
-    return samples[0].source if samples else "nowhere"
+def _sources(samples: Sequence[Sample]) -> str:
+    return f"samples from {samples[0].source} on"
 
 
 def _pack_vision(
@@ -117,8 +116,8 @@ def _pack_vision(
     frames = np.concatenate([np.zeros((0, 2), np.int64), *(sample.frames for sample in samples)])
     if not vision_fits(frames, shape):
         raise DataError(
-            f"found {len(frames)} pictures and frames of {int(frames.prod(axis=1).sum())} patches in samples from "
-            f"{_first_source(samples)} on; expected what fits vision rows of {shape}"
+            f"{_sources(samples)}: found {len(frames)} images and frames of {int(frames.prod(axis=1).sum())} patches; "
+            f"expected ones that fit vision rows of {shape}"
         )
     if shape is None:
         return None, {}
@@ -127,67 +126,22 @@ def _pack_vision(
     return rows, vision_rows.fill(rows, media, merge_size=vision.spatial_merge_size)
 
 
-def padding_share(batch: TrainBatch) -> PaddingShare:
-    """How much of a batch is padding."""
+def padding_of(batch: TrainBatch) -> Padding:
+    """Return how much of a batch is padding."""
     vision = batch.batch.vision
     tokens = float(np.mean(batch.batch.segment_ids == 0))
-    return PaddingShare(tokens, None if vision is None else vision_rows.padded_share(vision))
-
-
-def smallest_length(samples: Sequence[Sample], lengths: Iterable[int], rows: int, per_row: int | None = None) -> int:
-    """The smallest of some static lengths T at which the samples fit `rows` rows.
-
-    Raises:
-      DataError: they fit none.
-    """
-    tokens = [len(sample) for sample in samples]
-    for length in sorted(lengths):
-        if place(tokens, rows, length, per_row) is not None:
-            return length
-    raise DataError(f"found samples of {tokens} tokens, from {_first_source(samples)} on; expected what fits {rows} "
-                    f"rows of one of {sorted(lengths)}")  # fmt: skip
-
-
-def smallest_vision_shape(samples: Sequence[Sample], shapes: Iterable[VisionShape]) -> VisionShape:
-    """The smallest of some static shapes of vision rows that holds the samples' pictures and frames.
-
-    Raises:
-      DataError: none does.
-    """
-    frames = np.concatenate([np.zeros((0, 2), np.int64), *(sample.frames for sample in samples)])
-    ordered = sorted(shapes, key=_size)
-    for shape in ordered:
-        if vision_fits(frames, shape):
-            return shape
-    raise DataError(f"found {int(frames.prod(axis=1).sum())} patches in samples from {_first_source(samples)} on; "
-                    f"expected what fits vision rows of one of {ordered}")  # fmt: skip
-
-
-def _size(shape: VisionShape) -> tuple[int, VisionShape]:
-    return shape[0] * shape[1], shape
-
-
-class _Open:
-    """A batch that is being filled; `keys` and `samples` in the order in which they came."""
-
-    def __init__(self) -> None:
-        self.keys: list[Any] = []
-        self.samples: list[Sample] = []
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.samples))
+    return Padding(tokens, None if vision is None else vision_rows.padded_share(vision))
 
 
 class Packer:
-    """Puts a stream of samples together to batches that fit.
+    """Put a stream of samples together to batches that fit.
 
-    A few batches are open at a time; a sample goes to the first of them that has room for its tokens and its pictures.
+    A few batches are open at a time; a sample goes to the first of them that has room for its tokens and its images.
     Where none has, and no more may be opened, the fullest is handed out. So a sample waits, but nothing is sorted, and
     the batches depend on the stream alone.
 
     The state, `get_state`, is JSON: the keys of the samples that wait. It can be taken after any `push`, and a packer
-    that gets it with `set_state` goes on as this one does, from the next sample of the stream.
+    that gets it with `set_state` continues as this one does, from the next sample of the stream.
     """
 
     def __init__(
@@ -199,23 +153,16 @@ class Packer:
         per_row: int | None = None,
         open_batches: int = 4,
     ) -> None:
-        """Start with nothing.
+        """Start without samples.
 
         Args:
           rows, length, vision_shape, per_row: of a batch; see `pack`.
-          open_batches: how many are filled at a time: more leave less padding, and let samples wait longer.
-
-        Raises:
-          DataError: a number is not positive.
+          open_batches: how many are filled at a time, at least 1: more leave less padding, and let samples wait longer.
         """
-        numbers = {"rows": rows, "length": length, "per_row": per_row, "open_batches": open_batches}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise DataError(f"{name}: found {number}; expected at least 1")
         self._rows, self._length, self._per_row = rows, length, per_row
         self._vision_shape = vision_shape
         self._limit = open_batches
-        self._open: list[_Open] = []
+        self._open: list[list[tuple[Any, Sample]]] = []
         self._pushed = 0
 
     def push(self, sample: Sample, key: Any = None) -> list[Sample] | None:
@@ -223,67 +170,62 @@ class Packer:
 
         Args:
           sample: of the stream.
-          key: by which it can be found again after a resume, such as its number in the data: something that JSON
-            keeps. None is the number of samples pushed before it.
+          key: by which it can be found again after a resume, such as its number in the data, as JSON; None is the
+            number of samples pushed before it.
 
         Returns:
-          The samples of a batch that is done, if there is one.
+          The samples of a batch that is complete, if there is one.
 
         Raises:
-          DataError: it fits no batch, not even alone; the packer stays as it was.
+          DataError: it fits no batch, not even alone; the packer is not changed.
         """
         key = self._pushed if key is None else key
-        target = next((batch for batch in self._open if self._fits([*batch.samples, sample])), None)
+        target = next((batch for batch in self._open if self._fits([*_samples(batch), sample])), None)
         done = None
         if target is None:
             self.check(sample)
             if len(self._open) == self._limit:
-                # Of equally full ones the oldest.
-                done = max(self._open, key=_tokens_of)
+                done = max(self._open, key=_num_tokens)  # of equally full ones the oldest
                 self._open.remove(done)
-            target = _Open()
+            target = []
             self._open.append(target)
-        target.keys.append(key)
-        target.samples.append(sample)
+        target.append((key, sample))
         self._pushed += 1
-        return None if done is None else done.samples
+        return None if done is None else _samples(done)
 
     def finish(self) -> Iterator[list[Sample]]:
-        """The batches that are not full, oldest first; the packer is empty behind them."""
+        """Yield the batches that are not full, oldest first, until the packer is empty."""
         while self._open:
-            yield self._open.pop(0).samples
+            yield _samples(self._open.pop(0))
 
     def batches(self, stream: Iterable[Sample]) -> Iterator[list[Sample]]:
-        """All batches of a stream, keys being numbers; at each of them `get_state` is that behind its last push."""
+        """Yield all batches of a stream, with numbers as keys; `get_state` is that after the last push."""
         for sample in stream:
             if (done := self.push(sample)) is not None:
                 yield done
         yield from self.finish()
 
     def get_state(self) -> dict[str, Any]:
-        """{"pushed": samples so far, "open": the keys of those that wait, a list a batch}."""
-        return {"pushed": self._pushed, "open": [list(batch.keys) for batch in self._open]}
+        """Return {"pushed": samples so far, "open": the keys of those that wait, a list per batch}."""
+        return {"pushed": self._pushed, "open": [[key for key, _ in batch] for batch in self._open]}
 
     def set_state(self, state: Mapping[str, Any], sample_of: Callable[[Any], Sample]) -> None:
-        """Go on where another packer of the same arguments was.
+        """Continue from the state of another packer with the same arguments.
 
         Args:
           state: its `get_state`.
-          sample_of: the sample of a key, made anew.
+          sample_of: key -> sample, encoded again.
 
         Raises:
           DataError: the samples do not fit as they did: the arguments, the data or the options differ.
         """
-        opened = []
-        for keys in state["open"]:
-            batch = _Open()
-            batch.keys, batch.samples = list(keys), [sample_of(key) for key in keys]
-            if not self._fits(batch.samples):
+        opened = [[(key, sample_of(key)) for key in keys] for keys in state["open"]]
+        for batch in opened:
+            if not self._fits(_samples(batch)):
                 raise DataError(
-                    f"state of the packer: the samples {list(keys)} do not fit a batch any more; expected the data and "
-                    "options with which it was saved"
+                    f"state of the packer: found samples {[key for key, _ in batch]}, which no longer fit a batch; "
+                    "expected the data and options with which it was saved"
                 )
-            opened.append(batch)
         if len(opened) > self._limit:
             raise DataError(f"state of the packer: found {len(opened)} open batches; expected at most {self._limit}")
         self._open, self._pushed = opened, int(state["pushed"])
@@ -295,7 +237,7 @@ class Packer:
         return vision_fits(np.concatenate([sample.frames for sample in samples]), self._vision_shape)
 
     def check(self, sample: Sample) -> None:
-        """Check that a sample fits a batch, if alone.
+        """Check that a sample fits an empty batch.
 
         Raises:
           DataError: it does not.
@@ -305,10 +247,14 @@ class Packer:
         if not vision_fits(sample.frames, self._vision_shape):
             sizes = sample.frames.prod(axis=1)
             raise DataError(
-                f"{sample.source}: found {len(sizes)} pictures and frames of up to {int(sizes.max())} patches, "
-                f"{int(sizes.sum())} together; expected what fits vision rows of {self._vision_shape}"
+                f"{sample.source}: found {len(sizes)} images and frames of up to {int(sizes.max())} patches, "
+                f"{int(sizes.sum())} in all; expected ones that fit vision rows of {self._vision_shape}"
             )
 
 
-def _tokens_of(batch: _Open) -> int:
-    return batch.tokens
+def _samples(batch: Sequence[tuple[Any, Sample]]) -> list[Sample]:
+    return [sample for _, sample in batch]
+
+
+def _num_tokens(batch: Sequence[tuple[Any, Sample]]) -> int:
+    return sum(len(sample) for _, sample in batch)

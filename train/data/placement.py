@@ -1,4 +1,4 @@
-"""Where the parts of a batch belong: rows over the data axes of the mesh, each process putting its own there."""
+"""Sharding of batches: rows over the data axes of the mesh, each process with its own."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ PARTITION = TrainBatch(
     _ROWS,
     _ROWS,
 )
-"""Of the arrays of a step, whose first dimension are micro-batches: [N, B, T], [N, R, L], position ids [N, 3, B, T]."""
+"""Partitions of a step's arrays, first by micro-batch: [N, B, T], [N, R, L], positions [N, 3, B, T]."""
 
 
 def num_lanes(batch: BatchConfig) -> int:
-    """Into how many lanes a batch is divided: `batch.lanes`, by default as many as its rows allow."""
+    """Return into how many lanes a batch is divided: `batch.lanes`, by default as many as its rows allow."""
     return batch.lanes or math.gcd(batch.rows, batch.vision_rows)
 
 
@@ -42,7 +42,7 @@ def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
 
 
 def lanes_here(batch: BatchConfig, mesh: Mesh) -> list[int]:
-    """The lanes that this process's devices hold some rows of."""
+    """Return the lanes of which this process's devices hold rows."""
     count = num_lanes(batch)
     sharding = NamedSharding(mesh, axes.spec("batch"))
     held = set()
@@ -53,12 +53,12 @@ def lanes_here(batch: BatchConfig, mesh: Mesh) -> list[int]:
 
 
 def joined(parts: Mapping[int, TrainBatch], count: int, merged_tokens: int) -> TrainBatch:
-    """The batch of all lanes on the host, as far as it is here: what is not is never looked at, nor takes memory.
+    """Join the lanes of this process to a batch on the host; the rows of other lanes are never read, nor take memory.
 
     Args:
       parts: lane -> its batch, of B / count rows.
       count: of all lanes.
-      merged_tokens: of the vision rows of one lane, which those of later lanes are numbered behind.
+      merged_tokens: of the vision rows of one lane, by which the indices of the next lane are shifted.
     """
     shifted = [_shifted(part, lane * merged_tokens) for lane, part in parts.items()]
 
@@ -69,14 +69,14 @@ def joined(parts: Mapping[int, TrainBatch], count: int, merged_tokens: int) -> T
 
 
 def stacked(batches: Sequence[TrainBatch]) -> TrainBatch:
-    """Micro-batches as one tree with a first dimension of them."""
+    """Stack micro-batches along a new first dimension."""
     if len(batches) == 1:
-        return jax.tree.map(_one, batches[0])  # a view, where `np.stack` would copy every picture
-    return jax.tree.map(_stack, *batches)
+        return jax.tree.map(lambda x: x[None], batches[0])  # a view, where `np.stack` would copy every image
+    return jax.tree.map(lambda *xs: np.stack(xs), *batches)
 
 
 def put(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """A step's micro-batches on the devices; every process calls this with what `joined` has made there."""
+    """Put a step's micro-batches on the devices; every process calls this with what `joined` has made there."""
 
     def place(partition: PartitionSpec, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, NamedSharding(mesh, partition), array.__getitem__)
@@ -85,7 +85,7 @@ def put(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
 
 
 def abstract(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """What `put` gives for arrays of these shapes."""
+    """Return the abstract arrays that `put` gives for arrays of these shapes."""
 
     def place(partition: PartitionSpec, array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, partition))
@@ -121,15 +121,7 @@ def _placed(arrays: Mapping[int, np.ndarray], count: int, axis: int) -> np.ndarr
     first = next(iter(arrays.values()))
     rows = first.shape[axis]
     shape = (*first.shape[:axis], rows * count, *first.shape[axis + 1 :])
-    whole = np.empty(shape, first.dtype)
+    joined = np.empty(shape, first.dtype)
     for lane, array in arrays.items():
-        whole[(*(slice(None),) * axis, slice(lane * rows, (lane + 1) * rows))] = array
-    return whole
-
-
-def _one(array: np.ndarray) -> np.ndarray:
-    return array[None]
-
-
-def _stack(*arrays: np.ndarray) -> np.ndarray:
-    return np.stack(arrays)
+        joined[(*(slice(None),) * axis, slice(lane * rows, (lane + 1) * rows))] = array
+    return joined

@@ -1,4 +1,4 @@
-"""The one form of training data: a conversation, what of it is learned, and where it was written."""
+"""Records, the one form of training data: a conversation, which messages are targets, and its place in the data."""
 
 import bisect
 import dataclasses
@@ -11,21 +11,22 @@ from typing import Any, overload
 from glm4v_jax.data.media import MediaItem, image_size, located
 from glm4v_jax.data.tables import Rows, find_files, open_rows
 from glm4v_jax.errors import DataError, MediaError
+from train.data import FormatName
 from train.data.conversations import Turns
 from train.data.dataset_info import read_entry, split_name
-from train.data.formats import FORMATS, Layout, conversation, detect, instruction
+from train.data.formats import FORMATS, Columns, conversation, detect, instruction, read_row
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation to learn from.
+    """A conversation to train on.
 
     Attributes:
         messages: `{"role": "system" | "user" | "assistant", "content": [items]}` with items
             `{"type": "text", "text": ...}`, `{"type": "image", KEY: ...}` and `{"type": "video", KEY: ...}`, KEY being
             `path`, `url`, or `image` or `video` for what is in memory; as chat templates take them.
-        losses: of each message, whether it is learned.
-        source: where it was written, "data.jsonl:12".
+        losses: of each message, whether it contributes to the loss.
+        source: its place in the data, "data.jsonl:12".
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -33,7 +34,7 @@ class Record:
     source: str
 
     def media(self, kind: str | None = None) -> list[Mapping[str, Any]]:
-        """The items of pictures and videos in their order; with `kind`, "image" or "video", only those."""
+        """Return the items of images and videos in their order; with `kind`, "image" or "video", only those."""
         kinds = ("image", "video") if kind is None else (kind,)
         return [item for message in self.messages for item in message["content"] if item["type"] in kinds]
 
@@ -45,20 +46,20 @@ class _Part:
     Attributes:
         rows: of the file.
         directory: what paths in it are relative to.
-        formatting: the format of all rows; None asks each row.
-        layout: what the rows call their parts, if that was said.
+        formatting: the format of all rows; None detects that of each row.
+        columns: the names of the rows' fields, if a dataset_info.json has them.
     """
 
     rows: Rows
     directory: str
-    formatting: str | None
-    layout: Layout | None
+    formatting: FormatName | None
+    columns: Columns | None
 
 
 class Records(Sequence[Record]):
-    """Records by their number, made as they are asked for, from any number of files; see `read_records`.
+    """Records by their number, read on demand from any number of files; see `read_records`.
 
-    Nothing but the places of lines, json lists and the latest row group of a table is kept in memory. Can be pickled.
+    Only the offsets of lines, JSON lists and the latest row group of a table are kept in memory. Can be pickled.
     """
 
     def __init__(self, parts: Sequence[_Part]):
@@ -73,11 +74,11 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        """A record.
+        """Return a record.
 
         Raises:
-            DataError: the row is not one; the message names its place, the field, what was found and expected.
-            IndexError: there are not so many.
+            DataError: the row is invalid; the message names its place, the field, what was found and expected.
+            IndexError: the number is out of range.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
@@ -97,15 +98,15 @@ class Records(Sequence[Record]):
         return (self[index] for index in range(len(self)))
 
     def place(self, index: int) -> str:
-        """Where a row stands, without reading it."""
+        """Return the place of a row, without reading it."""
         part, row = self._find(index)
         return part.rows.place(row)
 
-    def format(self, index: int) -> str:
-        """The name of the format of a row.
+    def format(self, index: int) -> FormatName:
+        """Return the name of the format of a row.
 
         Raises:
-            DataError: it has none that is known; the message does not name the place.
+            DataError: it is unknown; the message does not name the place.
         """
         part, row = self._find(index)
         return part.formatting or detect(part.rows[row])
@@ -123,47 +124,47 @@ def _turns(part: _Part, row: dict[str, Any]) -> Turns:
     def size_of(item: MediaItem) -> tuple[int, int]:
         return image_size(located(item, part.directory))
 
-    if part.layout is not None:
-        return (instruction if part.formatting == "alpaca" else conversation)(row, part.layout)
-    return FORMATS[part.formatting or detect(row)](row, size_of)
+    if part.columns is not None:
+        return (instruction if part.formatting == "alpaca" else conversation)(row, part.columns)
+    return read_row(row, part.formatting or detect(row), size_of)
 
 
 def read_records(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    format: str | None = None,
+    format: FormatName | None = None,
     media_dir: str | os.PathLike[str] | None = None,
 ) -> Records:
-    """The records of files of training data.
+    """Return the records of files of training data.
 
     Args:
-        source: a .json, .jsonl or .parquet file; a directory with such; "DIR/dataset_info.json:NAME", a data set of
+        source: a .json, .jsonl or .parquet file; a directory of such files; "DIR/dataset_info.json:NAME", a data set of
             LLaMA-Factory; or several of these.
-        format: the name of the format of all rows, one of `train.data.formats.FORMATS`; None finds out by the fields of
-            each row. A dataset_info.json says it itself.
-        media_dir: what paths of pictures and videos are relative to; None is the directory of the data file.
+        format: the format of all rows, one of `train.data.formats.FORMATS`; None detects that of each row by its
+            fields. A dataset_info.json has its own.
+        media_dir: what paths of images and videos are relative to; None is the directory of the data file.
 
     Raises:
         OSError: a file cannot be read.
-        DataError: a file is not of these kinds or has no rows; or the format is not known.
+        DataError: a file is of another kind or has no rows; or the format is unknown.
     """
     if format is not None and format not in FORMATS:
-        raise DataError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
+        raise DataError(f"format: found {format!r}; expected one of {', '.join(FORMATS)}")
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
-        raise DataError("source: found no file, expected at least one")
+        raise DataError("source: found no file; expected at least one")
     parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir)]
     return Records(parts)
 
 
-def _parts(source: str, format: str | None, media_dir: str | os.PathLike[str] | None) -> Iterator[_Part]:
+def _parts(source: str, format: FormatName | None, media_dir: str | os.PathLike[str] | None) -> Iterator[_Part]:
     described = split_name(source)
-    layout = None
+    columns = None
     path = Path(source)
     if described is not None:
         entry = read_entry(*described)
-        path, format, layout = entry.path, entry.formatting, entry.layout
+        path, format, columns = entry.path, entry.formatting, entry.columns
     for file in find_files(path):
-        # LLaMA-Factory's paths are relative to its directory of data, wherever in it the file is.
+        # LLaMA-Factory's paths are relative to its data directory, wherever in it the file is.
         directory = media_dir or (file.parent if described is None else described[0].parent)
-        yield _Part(open_rows(file), os.fspath(directory), format, layout)
+        yield _Part(open_rows(file), os.fspath(directory), format, columns)

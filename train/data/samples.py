@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from glm4v_jax.config.checks import Positive, PositiveNumber, validate
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError
 from glm4v_jax.generate.text.thinking import without_thoughts
@@ -59,20 +60,15 @@ class EncodeOptions:
         at `"fps"` frames a second if its item says so (`{"type": "video", "video": frames, "fps": 4}`), else at this.
     """
 
-    max_length: int | None = None
+    max_length: Positive | None = None
     too_long: Literal["error", "drop", "cut"] = "error"
     keep_thoughts: Literal["last", "all", "none"] = "last"
-    image_max_pixels: int | None = None
-    video_max_pixels: int | None = None
-    video_fps: float | None = None
+    image_max_pixels: Positive | None = None
+    video_max_pixels: Positive | None = None
+    video_fps: PositiveNumber | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("too_long", ("error", "drop", "cut")), ("keep_thoughts", ("last", "all", "none"))):
-            if (found := getattr(self, name)) not in known:
-                raise DataError(f"{name}: found {found!r}; expected one of {', '.join(map(repr, known))}")
-        for name in ("max_length", "image_max_pixels", "video_max_pixels", "video_fps"):
-            if (number := getattr(self, name)) is not None and number <= 0:
-                raise DataError(f"{name}: found {number}; expected a number above 0, or None")
+        validate(self, DataError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,51 +1,231 @@
-"""From records to the batches of training steps: in an order that the seed decides, and from any point on again.
+"""From records to the batches of training steps, in an order that the seed decides; can be resumed after any step.
 
 A batch is divided into lanes, each with a reader and rows of its own, so that every process reads only what its devices
-take. What the lanes are is a matter of the job's file alone: another mesh, or other processes, get the same batches.
+take. The lanes follow from the job file alone: another mesh, or other processes, get the same batches.
 """
 
 import collections
 import concurrent.futures
+import dataclasses
+import functools
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import grain
 from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, Glm4vError, one_line
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import BatchConfig, DataConfig
-from train.data.lane import Counts, Encoder, Lane
 from train.data.packing import Packer, TrainBatch, pack
 from train.data.placement import joined, lanes_here, num_lanes, stacked
 from train.data.records import Record
-from train.data.samples import EncodeOptions, Sample
+from train.data.samples import EncodeOptions, Sample, encode
 
 AHEAD = 2
-"""Steps whose batches are made while another is computed."""
+"""Steps whose batches are prepared while another is computed."""
+
+_PAUSES = (0.5, 2.0)
+"""Seconds before a record is read again that a disk, or the network, has refused."""
+_PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+Outcome = Sample | DataError | None
+"""What became of a record: a sample; None where it is too long and is dropped; or an error that names it."""
 
 
-class Prepared(NamedTuple):
-    """A step's micro-batches on the host.
+@dataclasses.dataclass
+class RowCounts:
+    """What became of the rows that were read.
 
-    state: of this process's lanes behind them: lane -> state.
-    counts: what these lanes have read so far.
-    epoch: how many passes over their part of the records that is.
+    samples: became samples. dropped: were too long. skipped: could not be read, or fit no batch.
     """
 
-    batch: TrainBatch
-    state: dict[str, Any]
-    counts: Counts
-    epoch: float
+    samples: int = 0
+    dropped: int = 0
+    skipped: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many were read, every epoch counted."""
+        return self.samples + self.dropped + self.skipped
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "RowCounts":
+        """The sums over lanes, from their states."""
+        counts = [lane["counts"] for lane in state.values()]
+        return cls(*(sum(one[field.name] for one in counts) for field in dataclasses.fields(cls)))
 
 
-class Stream:
-    """Batches without end: every pass over the records in another order, if that is asked for."""
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Record number -> its sample; called in threads, so that errors are returned and not raised.
+
+    records: by their number.
+    encode: record -> sample, None if it is too long; see `samples.encode`.
+    check: raises `DataError` for a sample that fits no batch; see `Packer.check`.
+    pauses: seconds before each further attempt to read a record.
+    """
+
+    records: Sequence[Record]
+    encode: Callable[[Record], Sample | None]
+    check: Callable[[Sample], None]
+    pauses: Sequence[float] = _PAUSES
+
+    def __call__(self, number: int) -> tuple[int, Outcome]:
+        """Return the number and what became of the record."""
+        number, place = int(number), f"row {number}"
+        try:
+            record = self._read(number)
+            place = record.source
+            sample = self.encode(record)
+            if sample is not None:
+                self.check(sample)
+            return number, sample
+        except Glm4vError as error:
+            return number, DataError(str(error))
+        except OSError as error:
+            return number, DataError(f"{place}: {one_line(error)}")
+        except Exception as error:  # of a media decoder that fails in its own way, for one
+            return number, DataError(f"{place}: {type(error).__name__}: {error}")
+
+    def again(self, number: int) -> Sample:
+        """Encode a record once more that had become a sample.
+
+        Raises:
+          DataError: it no longer does.
+        """
+        _, found = self(number)
+        if isinstance(found, Sample):
+            return found
+        raise DataError(f"row {number}: found {found or 'a sample that is too long'}; expected the sample it was")
+
+    def _read(self, number: int) -> Record:
+        for pause in self.pauses:
+            try:
+                return self.records[number]
+            except _PERMANENT:
+                raise
+            except OSError:
+                time.sleep(pause)
+        return self.records[number]
+
+
+def make_encoder(
+    records: Sequence[Record],
+    processor: Glm4vProcessor,
+    config: Glm4vConfig,
+    data: DataConfig,
+    batch: BatchConfig,
+    lanes: int | None = None,
+) -> Encoder:
+    """Return the encoder of a job's records.
+
+    Args:
+      records: by their number.
+      processor, config: of the model.
+      data, batch: see there.
+      lanes: into how many a batch is divided, each of which has room for less; by default as the job says.
+    """
+    encoding = functools.partial(encode, processor=processor, config=config, options=encode_options(data, batch))
+    return Encoder(records, encoding, packer_of(batch, lanes or num_lanes(batch)).check)
+
+
+class Lane:
+    """Every `count`-th record from the `index`-th on, in an order that a seed decides, packed without end.
+
+    Attributes:
+      counts: of its rows so far.
+    """
 
     def __init__(
         self,
-        records: Sequence[Record],
-        processor: Glm4vProcessor,
+        encoder: Encoder,
+        packer: Packer,
+        data: DataConfig,
+        *,
+        index: int,
+        count: int,
+        threads: int,
+        seed: int,
+        tell: Callable[[str], None],
+    ):
+        """Start at the beginning.
+
+        Args:
+          encoder: of all records.
+          packer: of its own.
+          data: for the order, and what to do with bad rows.
+          index, count: which lane this is, and of how many.
+          threads: how many encode samples.
+          seed: of the order, which is the same for all lanes.
+          tell: called with one message for every record that is skipped.
+        """
+        self._encoder, self._packer, self._data, self._tell = encoder, packer, data, tell
+        self.counts = RowCounts()
+        self._reported: set[int] = set()
+        numbers = grain.MapDataset.source(range(len(encoder.records))).seed(seed)
+        numbers = (numbers.shuffle() if data.shuffle else numbers).repeat()
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+        self._reader = iter(numbers[index::count].map(encoder).to_iter_dataset(options))
+
+    def __next__(self) -> list[Sample]:
+        """Return the samples of the next batch.
+
+        Raises:
+          DataError: a record is bad and the job says that this ends it, or a whole epoch has brought no sample.
+        """
+        fruitless = 0
+        while True:
+            number, found = next(self._reader)
+            if isinstance(found, Sample):
+                fruitless = 0
+                self.counts.samples += 1
+                if (done := self._packer.push(found, number)) is not None:
+                    return done
+                continue
+            self._leave_out(number, found)
+            fruitless += 1
+            if fruitless >= len(self._encoder.records):
+                reason = found or "too long"
+                raise DataError(f"found no sample in {fruitless} rows, a whole epoch; reason for the last: {reason}")
+
+    def get_state(self) -> dict[str, Any]:
+        """Return its position, as JSON."""
+        counts = dataclasses.asdict(self.counts)
+        state = {"reader": self._reader.get_state(), "packer": self._packer.get_state(), "counts": counts}
+        return json.loads(json.dumps(state))
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Resume from another one's position.
+
+        Raises:
+          DataError: the data or the options differ from those of the state.
+        """
+        self._reader.set_state(state["reader"])
+        self._packer.set_state(state["packer"], self._encoder.again)
+        self.counts = RowCounts(**state["counts"])
+
+    def _leave_out(self, number: int, error: DataError | None) -> None:
+        if error is None:
+            self.counts.dropped += 1
+            return
+        if self._data.bad_rows == "error":
+            raise error
+        self.counts.skipped += 1
+        if number not in self._reported:
+            self._reported.add(number)  # once, not in every epoch
+            self._tell(str(error))
+
+
+class Stream:
+    """Batches of steps without end: those of all lanes of this process."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
         config: Glm4vConfig,
         data: DataConfig,
         batch: BatchConfig,
@@ -57,21 +237,21 @@ class Stream:
         """Start at the beginning.
 
         Args:
-          records: by their number.
-          processor, config: of the model.
+          encoder: of the records; see `make_encoder`.
+          config: of the model.
           data, batch: see there.
           mesh: whose devices take the batches.
           seed: of the order.
-          tell: called with what is wrong with a record that is skipped.
+          tell: called with one message for every record that is skipped.
 
         Raises:
           DataError: there are no records.
         """
-        if not len(records):
-            raise DataError(f"{', '.join(data.files)}: found no rows; expected some to learn from")
-        self._config, self._batch, self._count, self._records = config, batch, num_lanes(batch), len(records)
+        if not len(encoder.records):
+            raise DataError(f"{', '.join(data.files)}: found no rows; expected some to train on")
+        self._config, self._batch, self._count = config, batch, num_lanes(batch)
+        self._records = len(encoder.records)
         here = lanes_here(batch, mesh)
-        encoder = Encoder(records, processor, config, encode_options(data, batch))
         threads = max(1, data.threads // len(here))
         self._lanes = {
             index: Lane(
@@ -80,46 +260,50 @@ class Stream:
             )
             for index in here
         }  # fmt: skip
-        self._ahead: collections.deque[concurrent.futures.Future[Prepared]] = collections.deque()
+        self._ahead: collections.deque[concurrent.futures.Future[tuple[TrainBatch, dict[str, Any]]]]
+        self._ahead = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "batches")
 
-    def __next__(self) -> Prepared:
-        """The next step's micro-batches; those of the steps after it are begun.
+    def __next__(self) -> tuple[TrainBatch, dict[str, Any]]:
+        """Return the next step's micro-batches, and start preparing those of later steps.
+
+        Returns:
+          The batch on the host; and the state after it of this process's lanes, lane -> state.
 
         Raises:
-          DataError: a record is bad and the job says that this ends it, or a whole pass has brought no sample.
+          DataError: a record is bad and the job says that this ends it, or a whole epoch has brought no sample.
         """
         while len(self._ahead) <= AHEAD:
             self._ahead.append(self._thread.submit(self._make))
         return self._ahead.popleft().result()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where others were; before the first batch is taken.
+        """Resume; call it before the first batch is taken.
 
         Args:
-          state: those of all lanes: `Prepared.state` of every process.
+          state: of all lanes: those that `__next__` returned in every process.
 
         Raises:
-          DataError: the data or the options are not what they were.
+          DataError: the data or the options differ from those of the state.
         """
         for index, lane in self._lanes.items():
             lane.set_state(state[str(index)])
 
+    def epochs(self, state: Mapping[str, Any]) -> float:
+        """Return how many epochs the lanes of this process have read, at one of their states."""
+        return RowCounts.of(state).rows * self._count / (self._records * len(self._lanes))
+
     def close(self) -> None:
-        """Make no more."""
+        """Stop preparing batches."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self) -> Prepared:
+    def _make(self) -> tuple[TrainBatch, dict[str, Any]]:
         parts = [self._next_parts() for _ in range(self._batch.micro_batches)]
         state = {str(index): lane.get_state() for index, lane in self._lanes.items()}
-        counts = counts_of(state)
-        return Prepared(
-            stacked([joined(lanes, self._count, self._merged_tokens) for lanes in parts]), state, counts,
-            counts.rows * self._count / (self._records * len(self._lanes)),
-        )  # fmt: skip
+        return stacked([joined(lanes, self._count, self._merged_tokens) for lanes in parts]), state
 
     def _next_parts(self) -> dict[int, TrainBatch]:
-        """Of a micro-batch, by lane."""
+        """The next micro-batch: lane -> its part."""
         return {
             index: packed(next(lane), self._batch, self._config, self._count) for index, lane in self._lanes.items()
         }
@@ -130,19 +314,14 @@ class Stream:
         return rows * length // self._config.vision_config.spatial_merge_size**2
 
 
-def counts_of(state: Mapping[str, Any]) -> Counts:
-    """What lanes have read, by their state."""
-    return sum((Counts(**lane["counts"]) for lane in state.values()), Counts())
-
-
 def packer_of(batch: BatchConfig, lanes: int = 1) -> Packer:
-    """The packer of one of so many lanes of a batch."""
+    """Return the packer of one lane, of so many."""
     # Without packing the first batch that is open takes every sample until it is full.
     return Packer(**_shape(batch, lanes), open_batches=batch.open_batches if batch.pack else 1)
 
 
 def packed(samples: Sequence[Sample], batch: BatchConfig, config: Glm4vConfig, lanes: int = 1) -> TrainBatch:
-    """What `packer_of` has put together, as one lane's part of a batch.
+    """Return one lane's part of a batch, of samples that `packer_of` has put together.
 
     Raises:
       DataError: the samples do not fit.
@@ -151,7 +330,7 @@ def packed(samples: Sequence[Sample], batch: BatchConfig, config: Glm4vConfig, l
 
 
 def _shape(batch: BatchConfig, lanes: int) -> dict[str, Any]:
-    """Of one lane's part of a batch."""
+    """Arguments of `pack` for one lane's part of a batch."""
     vision = batch.vision_shape
     return {
         "rows": batch.rows // lanes,
@@ -162,9 +341,5 @@ def _shape(batch: BatchConfig, lanes: int) -> dict[str, Any]:
 
 
 def encode_options(data: DataConfig, batch: BatchConfig) -> EncodeOptions:
-    """How a job's records become samples."""
-    return EncodeOptions(
-        max_length=batch.length if data.max_length is None else min(data.max_length, batch.length),
-        too_long=data.too_long, keep_thoughts=data.keep_thoughts, image_max_pixels=data.image_max_pixels,
-        video_max_pixels=data.video_max_pixels, video_fps=data.video_fps,
-    )  # fmt: skip
+    """Return a job's options for its records: samples are no longer than a row."""
+    return dataclasses.replace(data, max_length=min(data.max_length or batch.length, batch.length))

@@ -95,13 +95,13 @@ def test_bad_rows_are_told_and_not_counted(data):
     assert (report.checked, report.bad, report.pictures) == (13, 8, 4)
     told = [(problem.place, problem.reason) for problem in report.problems]
     assert [place for place, _ in told] == [f"{data}:{line}" for line in range(6, 14)]
-    assert "invalid JSON" in told[0][1]
+    assert "not JSON" in told[0][1]
     assert told[1][1] == f"{directory}/none.png: no such file"
-    assert told[2][1] == f"{directory}/text.png: found no readable image; expected an image file"
-    assert told[3][1] == f"{directory}/.: found a directory; expected an image"
+    assert told[2][1] == f"{directory}/text.png: is not a readable picture"
+    assert told[3][1] == f"{directory}/.: is a directory; expected a picture"
     assert told[4][1] == f"{directory}/none.mp4: no such file"
     assert told[5][1] == f"{directory}/none.png: no such file"
-    assert told[6][1] == "field 'images': found 0 for 1 <image> markers, expected as many"
+    assert told[6][1] == "images: found 0 for 1 <image> markers; expected as many"
     assert told[7][1] == f"{directory}/none.png: no such file"
 
 
@@ -139,7 +139,7 @@ def test_limit(data):
     assert (report.total, report.checked, report.pictures) == (5, 2, 3)
     assert told == [(1, 2), (2, 2)]
     assert check(read_records(data), limit=50).checked == 5
-    with pytest.raises(DataError, match="limit: found 0, expected at least 1"):
+    with pytest.raises(DataError, match="limit: found 0; expected at least 1"):
         check(read_records(data), limit=0)
 
 
@@ -188,8 +188,9 @@ def test_command_says_what_there_is(capfd, data):
     assert lines == [
         "rows 5: 5 good, 0 bad",
         "formats openai 4, swift 1",
-        "messages 10, of which 5 are learned",
-        "shown pictures 4, videos 1; records without any 1",
+        "messages 10, of which 5 contribute to the loss",
+        "media images 4, videos 1",
+        "text only 1",
         f"characters min 7, median 28, p95 54, max 54, sum 142; longest at {data}:1",
     ]
 
@@ -223,7 +224,7 @@ def test_command_draws(capfd, data, tmp_path):
     add(data, "{bad")
     status, _, err = run(capfd, data, "--histogram", tmp_path / "none.png")
     assert status == 1
-    assert err == f"train: {tmp_path}/none.png: not drawn, there is no good row\n"
+    assert err == f"train: {tmp_path}/none.png: not drawn, because there is no good row\n"
     assert not (tmp_path / "none.png").exists()
 
 
@@ -231,10 +232,10 @@ def test_command_draws(capfd, data, tmp_path):
     ("arguments", "says"),
     [
         (["none.jsonl"], "none.jsonl: No such file or directory"),
-        (["data.csv"], "data.csv: found the suffix '.csv'; expected .json, .jsonl, .parquet"),
-        ([], "DATA: found no file, expected at least one"),
-        (["data.jsonl", "--model", "none"], "--model none: not a directory"),
-        (["data.jsonl", "--limit", "0"], "limit: found 0, expected at least 1"),
+        (["data.csv"], "data.csv: found a file of kind .csv, expected .json, .jsonl, .parquet"),
+        ([], "DATA: found no file; expected at least one"),
+        (["data.jsonl", "--model", "none"], "--model: found none"),
+        (["data.jsonl", "--limit", "0"], "limit: found 0; expected at least 1"),
         (["data.jsonl", "--histogram", "none/a.png"], "none/a.png: No such file or directory"),
     ],
 )

@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import itertools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,7 +15,7 @@ import pytest
 from glm4v_jax.data.media import image_size, located, media_item
 from glm4v_jax.errors import DataError, MediaError
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
-from train.data.formats import FORMATS, alpaca, detect, hf, llava, openai, sharegpt, swift
+from train.data.formats import detect, read_row
 from train.data.grounding import place_objects
 
 
@@ -107,7 +108,7 @@ TRL_COMPLETION = {
 
 
 def test_llama_factory_openai():
-    messages, losses = openai(LLAMA_FACTORY)
+    messages, losses = read_row(LLAMA_FACTORY, "openai")
     assert messages == (
         turn("user", image("mllm_demo_data/1.jpg"), "Who are they?"),
         turn("assistant", "They're Kane and Gretzka from Bayern Munich."),
@@ -115,12 +116,12 @@ def test_llama_factory_openai():
         turn("assistant", "They are celebrating on the soccer field."),
     )
     assert losses == (False, True, False, True)
-    messages, _ = openai(LLAMA_FACTORY_VIDEO)
+    messages, _ = read_row(LLAMA_FACTORY_VIDEO, "openai")
     assert messages[0] == turn("user", video("mllm_demo_data/1.mp4"), "Why is this video funny?")
 
 
 def test_sharegpt():
-    messages, losses = sharegpt(SHAREGPT)
+    messages, losses = read_row(SHAREGPT, "sharegpt")
     assert messages == (
         turn("system", "You are terse."),
         turn("user", image("cat.png"), "\nWhat is it?"),
@@ -131,14 +132,14 @@ def test_sharegpt():
 
 def test_what_the_system_says_in_the_conversation_wins():
     talk = [{"from": "system", "value": "Be long."}, *SHAREGPT["conversations"]]
-    messages, losses = sharegpt(SHAREGPT | {"conversations": talk})
+    messages, losses = read_row(SHAREGPT | {"conversations": talk}, "sharegpt")
     assert messages[0] == turn("system", "Be long.")
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert losses == (False, False, True)
 
 
 def test_llava():
-    messages, losses = llava(LLAVA)
+    messages, losses = read_row(LLAVA, "llava")
     assert messages[0] == turn(
         "user", image("coco/train2017/000000033471.jpg"), "\nWhat are the colors of the bus in the image?"
     )
@@ -147,7 +148,7 @@ def test_llava():
 
 
 def test_alpaca():
-    messages, losses = alpaca(ALPACA)
+    messages, losses = read_row(ALPACA, "alpaca")
     assert messages == (
         turn("system", "You are terse."),
         turn("user", "Hello"),
@@ -156,14 +157,14 @@ def test_alpaca():
         turn("assistant", "Cat"),
     )
     assert losses == (False, False, True, False, True)
-    assert alpaca({"query": "Hello", "response": "Hi", "history": None}).messages == (
+    assert read_row({"query": "Hello", "response": "Hi", "history": None}, "alpaca").messages == (
         turn("user", "Hello"),
         turn("assistant", "Hi"),
     )
 
 
 def test_swift_boxes_become_thousandths_of_their_picture():
-    messages, _ = swift(SWIFT, lambda item: {"/xxx/x.jpg": (600, 800)}[item["path"]])
+    messages, _ = read_row(SWIFT, "swift", lambda item: {"/xxx/x.jpg": (600, 800)}[item["path"]])
     assert messages[1:] == (
         turn("user", image("/xxx/x.jpg"), "Find the sheep in the image"),
         # 90.9 / 600, 160.8 / 800, ...
@@ -181,7 +182,7 @@ def test_swift_points_and_shares_of_one():
         "objects": {"ref": [], "bbox": [[0.615, 0.226]], "bbox_type": "norm1"},
     }
     # The size of the picture is not asked for.
-    assert swift(row, None).messages[1] == turn("assistant", "Action: click(start_box='[615,226]')")
+    assert read_row(row, "swift", None).messages[1] == turn("assistant", "Action: click(start_box='[615,226]')")
 
 
 def test_swift_boxes_of_the_picture_that_they_name():
@@ -194,7 +195,7 @@ def test_swift_boxes_of_the_picture_that_they_name():
         "objects": {"ref": None, "bbox": [[10, 10, 20, 20], [10, 10, 20, 20]], "image_id": [1, 0]},
     }
     sizes = {"a.png": (100, 100), "b.png": (20, 40)}
-    messages, _ = swift(row, lambda item: sizes[item["path"]])
+    messages, _ = read_row(row, "swift", lambda item: sizes[item["path"]])
     assert messages[1] == turn("assistant", "[500,250,1000,500] and [100,100,200,200]")
 
 
@@ -225,23 +226,31 @@ def test_swift_losses():
             {"role": "assistant", "content": "d", "loss": True},
         ]
     }
-    assert openai(row).losses == (False, False, False, True)
+    assert read_row(row, "openai").losses == (False, False, False, True)
     row["messages"][1] = {"role": "assistant", "content": "b", "weight": 0, "loss_scale": None}
-    assert openai(row).losses == (False, False, False, True)
+    assert read_row(row, "openai").losses == (False, False, False, True)
 
 
 def test_trl():
     expected = (turn("user", image("a.png"), "What color is it?"), turn("assistant", "It is blue."))
-    assert hf(TRL).messages == expected
-    assert hf(TRL).losses == (False, True)
-    assert hf(TRL_COMPLETION).messages == expected
-    assert hf(TRL_COMPLETION).losses == (False, True)
-    assert hf({"prompt": "2 + 2?", "completion": "4"}).messages == (turn("user", "2 + 2?"), turn("assistant", "4"))
+    assert read_row(TRL, "hf").messages == expected
+    assert read_row(TRL, "hf").losses == (False, True)
+    assert read_row(TRL_COMPLETION, "hf").messages == expected
+    assert read_row(TRL_COMPLETION, "hf").losses == (False, True)
+    assert read_row({"prompt": "2 + 2?", "completion": "4"}, "hf").messages == (
+        turn("user", "2 + 2?"),
+        turn("assistant", "4"),
+    )
 
 
 def test_what_the_assistant_said_in_a_prompt_is_not_learned():
     prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
-    assert hf({"prompt": prompt, "completion": [turn("assistant", "d")]}).losses == (False, False, False, True)
+    assert read_row({"prompt": prompt, "completion": [turn("assistant", "d")]}, "hf").losses == (
+        False,
+        False,
+        False,
+        True,
+    )
 
 
 def test_tables_fill_items_with_null_and_pictures_with_bytes():
@@ -254,9 +263,9 @@ def test_tables_fill_items_with_null_and_pictures_with_bytes():
         ],
         "images": [{"bytes": data, "path": "a.png"}],
     }
-    assert hf(row).messages[0] == turn("user", {"type": "image", "image": data}, "?")
+    assert read_row(row, "hf").messages[0] == turn("user", {"type": "image", "image": data}, "?")
     row["images"][0]["bytes"] = None
-    assert hf(row).messages[0] == turn("user", image("a.png"), "?")
+    assert read_row(row, "hf").messages[0] == turn("user", image("a.png"), "?")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +290,7 @@ def test_tables_fill_items_with_null_and_pictures_with_bytes():
 )
 def test_spellings_of_typed_items(item, expected):
     row = {"messages": [{"role": "user", "content": [item]}, {"role": "assistant", "content": "!"}]}
-    assert hf(row).messages[0] == turn("user", expected)
+    assert read_row(row, "hf").messages[0] == turn("user", expected)
 
 
 def test_base64_and_bytes_and_objects_stay_what_they_are():
@@ -332,96 +341,96 @@ def said(*messages, **fields):
 
 
 BROKEN = [
-    ({}, "found the fields of nothing, expected 'messages'"),
-    ({"text": "pre-training"}, "found the fields 'text', expected 'messages'"),
-    (row_of(), "field 'images': found 0 for 1 <image> markers, expected as many"),
-    (row_of(images=["a.png", "b.png"]), "field 'images': found 2 for 1 <image> markers"),
-    (row_of(images=["a.png"], videos=["b.mp4"]), "field 'videos': found 1 for 0 <video> markers"),
-    (row_of(images=["a.png"], image="a.png"), "field 'image': found beside 'images', expected one of the two"),
-    (row_of(images=[7]), r"images\[0\]: found the number 7; expected a path"),
-    (row_of(images=["  "]), r"images\[0\]: found an empty string"),
-    (row_of(images=[None]), r"images\[0\]: found null; expected a path"),
-    (row_of(images=["a.png"], audios=["a.wav"]), "field 'audios': found some, expected none"),
-    (row_of(images=["a.png"], tools="[]"), "field 'tools': found some, expected none"),
-    (row_of(images=["a.png"], rejected_response="no"), "field 'rejected_response': found preferences"),
-    ({"messages": "hello"}, "field 'messages': found a string, expected a list of messages"),
-    ({"messages": []}, "field 'messages': found no message, expected at least one"),
-    ({"conversations": None}, "field 'conversations': found null, expected a list of messages"),
-    (said("hello"), r"field 'messages\[0\]': found a string, expected an object with 'role'"),
-    (said({"content": "a"}), r"field 'messages\[0\].role': found none, expected a string"),
-    (said({"role": "user"}), r"field 'messages\[0\].content': found none, expected a string"),
-    (said({"role": "user", "content": 7}), r"field 'messages\[0\].content': found the number 7, expected a string"),
-    (said({"role": "bot", "content": "a"}), r"'messages\[0\].role': found 'bot', expected one of system, user, assist"),
-    (said({"role": "tool", "content": "a"}), "found 'tool', .*: conversations with tools are not supported"),
-    ({"conversations": [{"from": "observation", "value": "a"}]}, "found 'observation', .* tools are not supported"),
-    (said({"role": "assistant", "content": "a", "tool_calls": [1]}), r"'messages\[0\].tool_calls': found some"),
-    (said({"role": "assistant", "content": "a", "reasoning_content": "b"}), "reasoning_content': found some"),
-    (said({"role": "user", "content": "a"}), "field 'messages': found no message to learn"),
-    (said({"role": "assistant", "content": "a", "loss": False}), "found no message to learn"),
+    ({}, "found the fields of nothing; expected 'messages'"),
+    ({"text": "pre-training"}, "found the fields 'text'; expected 'messages'"),
+    (row_of(), "images: found 0 for 1 <image> markers; expected as many"),
+    (row_of(images=["a.png", "b.png"]), "images: found 2 for 1 <image> markers"),
+    (row_of(images=["a.png"], videos=["b.mp4"]), "videos: found 1 for 0 <video> markers"),
+    (row_of(images=["a.png"], image="a.png"), "image: found some beside 'images'; expected one of the two"),
+    (row_of(images=[7]), r"images\[0\]'?: found the number 7"),
+    (row_of(images=["  "]), r"images\[0\]'?: found an empty string"),
+    (row_of(images=[None]), r"images\[0\]'?: found null"),
+    (row_of(images=["a.png"], audios=["a.wav"]), "audios: found some; expected none"),
+    (row_of(images=["a.png"], tools="[]"), "tools: found some; expected none"),
+    (row_of(images=["a.png"], rejected_response="no"), "rejected_response: found preferences"),
+    ({"messages": "hello"}, "messages: found a string; expected a list of messages"),
+    ({"messages": []}, "messages: found no message; expected at least one"),
+    ({"conversations": None}, "conversations: found null; expected a list of messages"),
+    (said("hello"), r"messages\[0\]: found a string; expected an object with 'role'"),
+    (said({"content": "a"}), r"messages\[0\].role: found none; expected a string"),
+    (said({"role": "user"}), r"messages\[0\].content: found none; expected a string"),
+    (said({"role": "user", "content": 7}), r"messages\[0\].content: found the number 7; expected a string"),
+    (said({"role": "bot", "content": "a"}), r"messages\[0\].role: found 'bot'; expected one of system, user, assist"),
+    (said({"role": "tool", "content": "a"}), "found 'tool'; .*: conversations with tools are not supported"),
+    ({"conversations": [{"from": "observation", "value": "a"}]}, "found 'observation'; .* tools are not supported"),
+    (said({"role": "assistant", "content": "a", "tool_calls": [1]}), r"messages\[0\].tool_calls: found some"),
+    (said({"role": "assistant", "content": "a", "reasoning_content": "b"}), "reasoning_content: found some"),
+    (said({"role": "user", "content": "a"}), "messages: found no message that contributes to the loss"),
+    (said({"role": "assistant", "content": "a", "loss": False}), "found no message that contributes"),
     (said({"role": "assistant", "content": " \n"}), "found an empty message 0 of the assistant"),
     (
         said({"role": "assistant", "content": "a", "loss": "yes"}),
-        r"'messages\[0\].loss': found 'yes', expected true or",
+        r"messages\[0\].loss: found 'yes'; expected true or",
     ),
-    (said({"role": "assistant", "content": "a", "loss_scale": 0.5}), "loss_scale': found 0.5, expected true or false"),
-    (said({"role": "user", "content": "a", "loss": True}), r"'messages\[0\].loss': found True in a message of user"),
+    (said({"role": "assistant", "content": "a", "loss_scale": 0.5}), "loss_scale: found 0.5; expected true or false"),
+    (said({"role": "user", "content": "a", "loss": True}), r"messages\[0\].loss: found True in a message of user"),
     (
         said({"role": "assistant", "content": "<image>a"}, images=["a.png"]),
-        r"picture or video \(image\) in message 0 of",
+        r"messages: found an item of type image in message 0 of role assistant; expected",
     ),
-    (said({"role": "assistant", "content": "a\ud83d"}), r"message 0.: found '\\ud83d', half of a character"),
-    (said({"role": "user", "content": [7]}), r"'messages\[0\].content\[0\]': found the number 7, expected an object"),
-    (said({"role": "user", "content": [{"type": "audio"}]}), r"content\[0\]': found type 'audio', expected 'text'"),
-    (said({"role": "user", "content": [{}]}), r"content\[0\]': found no 'type'"),
-    (said({"role": "user", "content": [{"type": "text"}]}), r"content\[0\].text': found none, expected a string"),
+    (said({"role": "assistant", "content": "a\ud83d"}), r"messages\[0\]: found '\\ud83d', half of a character"),
+    (said({"role": "user", "content": [7]}), r"messages\[0\].content\[0\]'?: found the number 7; expected an object"),
+    (said({"role": "user", "content": [{"type": "audio"}]}), r"content\[0\]'?: found type 'audio'; expected 'text'"),
+    (said({"role": "user", "content": [{}]}), r"content\[0\]'?: found no 'type'"),
+    (said({"role": "user", "content": [{"type": "text"}]}), r"content\[0\].text: found none; expected a string"),
     (
         said({"role": "user", "content": [{"type": "image", "path": "a", "url": "b"}]}),
-        r"content\[0\]': found 'path', 'url', expected one of them",
+        r"content\[0\]'?: found 'path', 'url'; expected one of them",
     ),
-    (said({"role": "user", "content": [{"type": "video", "video": []}]}), r"content\[0\]: found no frames"),
+    (said({"role": "user", "content": [{"type": "video", "video": []}]}), r"content\[0\]'?: found no frames"),
     (
         said({"role": "user", "content": [{"type": "video", "video": ["a.png"], "fps": 0}]}),
-        r"content\[0\].fps': found 0, expected a number above 0",
+        r"content\[0\].fps: found 0; expected a number above 0",
     ),
     (
         said({"role": "user", "content": [{"type": "image"}]}, turn("assistant", "a")),
-        "field 'images': found 0 for 1 image items without a source, expected as many",
+        "images: found 0 for 1 image items without a source; expected as many",
     ),
     (
         said({"role": "user", "content": [image("a.png")]}, turn("assistant", "a"), images=["a.png"]),
-        "field 'images': found 1 for 0 image items without a source",
+        "images: found 1 for 0 image items without a source",
     ),
-    ({"prompt": "a", "completion": []}, "field 'completion': found no message"),
+    ({"prompt": "a", "completion": []}, "completion: found no message"),
     ({"prompt": [turn("assistant", "a")], "completion": "b", "images": ["a.png"]}, "found no message of the user"),
-    ({"instruction": "a"}, "field 'output': found none, expected a string"),
-    ({"instruction": None, "output": "b"}, "field 'instruction': found null, expected a string"),
+    ({"instruction": "a"}, "output: found none; expected a string"),
+    ({"instruction": None, "output": "b"}, "instruction: found null; expected a string"),
     (
         {"instruction": "a", "output": "b", "history": 7},
-        "field 'history': found the number 7, expected a list of pairs",
+        "history: found the number 7; expected a list of pairs",
     ),
-    ({"instruction": "a", "output": "b", "history": [["c"]]}, r"field 'history\[0\]': found \['c'\], expected two"),
-    ({"instruction": "a", "output": "b", "system": 7}, "field 'system': found the number 7, expected a string"),
-    ({"instruction": "a", "output": ""}, "field 'output': found an empty message 1 of the assistant"),
-    (objects([[1, 2, 3, 4]], "<bbox><bbox>"), "field 'objects.bbox': found 1 for 2 <bbox>, expected as many"),
-    (objects([[1, 2, 3, 4]], ref=["cat"]), "field 'objects.ref': found 1 for 0 <ref-object>"),
-    (objects([[1, 2, 3, 4]], "<bbox><ref-object>", ref=[7]), r"'objects.ref\[0\]': found the number 7"),
-    (objects([[1, 2, 3]]), r"field 'objects.bbox\[0\]': found \[1, 2, 3\], expected 4 numbers, or 2"),
-    (objects([[1, 2, 3, "4"]]), r"field 'objects.bbox\[0\]': found .*, expected 4 numbers"),
-    (objects([[1, 2, 3, 81]]), r"'objects.bbox\[0\]': found \[1, 2, 3, 81\], .* within a picture of 60 x 80 pixels"),
-    (objects([[-1, 2, 3, 4]]), "within a picture of 60 x 80 pixels"),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, r"history\[0\]: found \['c'\]; expected two"),
+    ({"instruction": "a", "output": "b", "system": 7}, "system: found the number 7; expected a string"),
+    ({"instruction": "a", "output": ""}, "output: found an empty message 1 of the assistant"),
+    (objects([[1, 2, 3, 4]], "<bbox><bbox>"), "objects.bbox: found 1 for 2 <bbox>; expected as many"),
+    (objects([[1, 2, 3, 4]], ref=["cat"]), "objects.ref: found 1 for 0 <ref-object>"),
+    (objects([[1, 2, 3, 4]], "<bbox><ref-object>", ref=[7]), r"objects.ref\[0\]'?: found the number 7"),
+    (objects([[1, 2, 3]]), r"objects.bbox\[0\]: found \[1, 2, 3\]; expected 4 numbers, or 2"),
+    (objects([[1, 2, 3, "4"]]), r"objects.bbox\[0\]: found .*; expected 4 numbers"),
+    (objects([[1, 2, 3, 81]]), r"objects.bbox\[0\]'?: found \[1, 2, 3, 81\]; .* within an image of 60 x 80 pixels"),
+    (objects([[-1, 2, 3, 4]]), "within an image of 60 x 80 pixels"),
     (objects([[30, 2, 3, 4]]), "the top left corner before the bottom right one"),
     (objects([[0, 0, 1, 1.5]], bbox_type="norm1"), "expected coordinates within 0 to 1"),
-    (objects([[1, 2, 3, 4]], bbox_type="norm1000"), "field 'objects.bbox_type': found 'norm1000', expected 'real' or"),
-    (objects([[1, 2, 3, 4]], image_id=[1]), "is in pixels of picture 1, but the conversation has 1 pictures"),
-    (objects("all"), "field 'objects.bbox': found a string, expected a list"),
-    (row_of(images=["a.png"], objects=[]), "field 'objects': found a list, expected an object"),
+    (objects([[1, 2, 3, 4]], bbox_type="norm1000"), "objects.bbox_type: found 'norm1000'; expected 'real' or"),
+    (objects([[1, 2, 3, 4]], image_id=[1]), "found a box of image 1 in a conversation with 1 images"),
+    (objects("all"), "objects.bbox: found a string; expected a list"),
+    (row_of(images=["a.png"], objects=[]), "objects: found a list; expected an object"),
 ]
 
 
 @pytest.mark.parametrize(("row", "says"), BROKEN, ids=range(len(BROKEN)))
 def test_broken_rows_name_field_found_and_expected(row, says):
     with pytest.raises(DataError, match=says):
-        FORMATS[detect(row)](row, lambda item: (60, 80))
+        read_row(row, detect(row), lambda item: (60, 80))
 
 
 def test_sizes_are_those_of_the_picture_as_it_is_shown(tmp_path):
@@ -446,9 +455,9 @@ def test_only_the_header_of_a_picture_is_read(tmp_path):
     assert image_size(image(str(tmp_path / "cut.png"))) == (300, 200)
     (tmp_path / "text.png").write_text("no picture")
     for path, says in (
-        ("text.png", "found no readable image"),
+        ("text.png", "is not a readable picture"),
         ("none.png", "no such file"),
-        (".", "found a directory"),
+        (".", "is a directory"),
     ):
         with pytest.raises(MediaError, match=says):
             image_size(image(str(tmp_path / path)))
@@ -490,9 +499,9 @@ def test_whatever_stands_in_a_row_is_learned_or_refused(data):
         value = value[key]
     value[last] = data.draw(JSON)
     try:
-        messages, losses = FORMATS[detect(row)](row, lambda item: (60, 80))
+        messages, losses = read_row(row, detect(row), lambda item: (60, 80))
     except DataError as error:
-        assert str(error).startswith("field '")
+        assert re.match(r"(field ')?[\w.\[\]]+'?: found ", str(error))
     else:
         assert len(messages) == len(losses)
         assert any(losses)
@@ -538,10 +547,10 @@ def test_formats_that_say_the_same_give_the_same(pairs, system):
         },
         "hf": {"messages": messages},
     }
-    given = {name: FORMATS[detect(row)](row) for name, row in rows.items()}
+    given = {name: read_row(row, detect(row)) for name, row in rows.items()}
     for name, turns in given.items():
         assert turns == (tuple(messages), tuple(m["role"] == "assistant" for m in messages)), name
     sourceless = [
         m | {"content": [{"type": "image"} if i["type"] == "image" else i for i in m["content"]]} for m in messages
     ]
-    assert hf({"messages": sourceless, "images": images}) == given["hf"]
+    assert read_row({"messages": sourceless, "images": images}, "hf") == given["hf"]

@@ -15,7 +15,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import prompts_of
-from train.data.packing import Packer, pack, padding_share, place, smallest_length, smallest_vision_shape, vision_fits
+from train.data.packing import Packer, pack, padding_of, place, vision_fits
 from train.data.records import Record
 from train.data.samples import IGNORED, Sample, encode
 
@@ -219,29 +219,17 @@ def test_an_empty_batch_gives_numbers(scores):
     assert np.isfinite(logits).all() and sums.loss == 0 and sums.weight == 0
 
 
-def test_padding_share():
-    share = padding_share(packed(SAMPLES))
+def test_padding_of():
+    share = padding_of(packed(SAMPLES))
     tokens, patches = sum(map(len, SAMPLES)), sum(int(sample.frames.prod(axis=1).sum()) for sample in SAMPLES)
     assert share.tokens == pytest.approx(1 - tokens / 96) and share.patches == pytest.approx(1 - patches / 384)
-    assert padding_share(packed(SAMPLES[1::2], vision_shape=None)).patches is None
-
-
-def test_smallest_shapes():
-    tokens = sum(map(len, SAMPLES))
-    assert smallest_length(SAMPLES, (256, 64, 128), rows=1) == next(n for n in (64, 128, 256) if n >= tokens)
-    assert smallest_length(SAMPLES, (256, 64, 128), rows=4, per_row=1) == 64
-    with pytest.raises(DataError, match=r"from made:1 on; expected what fits 4 rows of one of \[8, 16\]"):
-        smallest_length(SAMPLES, (16, 8), rows=4)
-    assert smallest_vision_shape(SAMPLES, [(2, 64), (1, 64), (1, 256), (4, 16)]) == (2, 64)
-    assert smallest_vision_shape(SAMPLES[1::2], [(2, 64), (1, 64)]) == (1, 64)
-    with pytest.raises(DataError, match=r"68 patches .* expected what fits vision rows of one of \[\(1, 32\)\]"):
-        smallest_vision_shape(SAMPLES, [(1, 32)])
+    assert padding_of(packed(SAMPLES[1::2], vision_shape=None)).patches is None
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(DataError, match="from made:1 on; expected what fits 1 x 40"):
+    with pytest.raises(DataError, match=r"samples from made:1 on: found .* tokens; expected ones that fit 1 x 40"):
         packed(SAMPLES, rows=1, length=40)
-    with pytest.raises(DataError, match=r"68 patches in samples from made:1 on; expected .* \(1, 64\)"):
+    with pytest.raises(DataError, match=r"samples from made:1 on: found .* of 68 patches; expected .* \(1, 64\)"):
         packed(SAMPLES, vision_shape=(1, 64))
     with pytest.raises(DataError, match="vision rows of None"):
         packed(SAMPLES, vision_shape=None)
@@ -315,8 +303,8 @@ def test_a_sample_that_fits_no_batch():
     before = packer.get_state()
     for sample, message in (
         (made([31], seed=8), "made:8: found 31 tokens; expected at most 30, a row"),
-        (made([1, 1], [(6, 6)], 9), r"made:9: found 1 pictures and frames of up to 36 patches, 36 together; exp"),
-        (made([1, 1, 1, 1], [(4, 4)] * 3, 7), r"made:7: found 3 .* 48 together; expected what fits .* \(2, 24\)"),
+        (made([1, 1], [(6, 6)], 9), r"made:9: found 1 images and frames of up to 36 patches, 36 in all; exp"),
+        (made([1, 1, 1, 1], [(4, 4)] * 3, 7), r"made:7: found 3 .* 48 in all; expected ones that fit .* \(2, 24\)"),
     ):
         with pytest.raises(DataError, match=message):
             packer.push(sample)
@@ -328,13 +316,8 @@ def test_keys_are_the_callers():
     packer.push(made([20]), key=["a.jsonl", 3])
     assert packer.get_state() == {"pushed": 1, "open": [[["a.jsonl", 3]]]}
     other = Packer(rows=1, length=10)
-    with pytest.raises(DataError, match="do not fit a batch any more"):
+    with pytest.raises(DataError, match="which no longer fit a batch"):
         other.set_state(packer.get_state(), lambda key: made([20]))
-
-
-def test_arguments_of_the_packer():
-    with pytest.raises(DataError, match="open_batches: found 0; expected at least 1"):
-        Packer(rows=1, length=10, open_batches=0)
 
 
 def test_little_padding_on_mixed_data():

@@ -105,7 +105,7 @@ def test_bad_rows_name_their_place_and_leave_the_others(tmp_path):
     assert len(records) == 4
     with pytest.raises(DataError, match=r"data\.jsonl:3: found invalid JSON"):
         records[1]
-    with pytest.raises(DataError, match=r"data\.jsonl:4: field 'images': found 0 for 1 <image> markers"):
+    with pytest.raises(DataError, match=r"data\.jsonl:4: images: found 0 for 1 <image> markers"):
         records[2]
     assert answer(records[3]) == "answer 1"
 
@@ -144,7 +144,7 @@ def test_a_named_format_is_not_guessed(tmp_path):
     records = read_records(path, format="hf")
     assert records[0].media() == [{"type": "image", "path": str(tmp_path / "a.png")}]
     assert records.format(0) == "hf"
-    with pytest.raises(DataError, match="format: found 'csv', expected one of openai, sharegpt"):
+    with pytest.raises(DataError, match="format: found 'csv'; expected one of openai, sharegpt"):
         read_records(path, format="csv")
 
 
@@ -214,14 +214,14 @@ def test_dataset_info_says_what_columns_mean(described):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        (":hub", "dataset_info.json:hub: field 'file_name': found none, expected a file: nothing is downloaded"),
-        (":preferences", "field 'ranking': found True, expected none"),
-        (":wrong", "field 'formatting': found 'openai', expected alpaca or sharegpt"),
-        (":unknown", "field 'columns.question': is not known, expected one of .*prompt, query"),
-        (":untyped", "field 'columns': found a list, expected an object of strings"),
-        (":chosen", "field 'columns.chosen': found one, expected none"),
-        (":none", "found the name 'none', expected .*dataset_info.json:NAME with one of mllm_demo, alpaca_own"),
-        ("", "found no name of a data set, expected .*dataset_info.json:NAME with one of"),
+        (":hub", "dataset_info.json:hub: file_name: found none; expected a file: nothing is downloaded"),
+        (":preferences", "ranking: found True; expected none"),
+        (":wrong", "formatting: found 'openai'; expected alpaca or sharegpt"),
+        (":unknown", "columns.question: found an unknown field; expected some of .*prompt, query"),
+        (":untyped", "columns: found a list; expected an object of strings"),
+        (":chosen", "columns.chosen: found one; expected none"),
+        (":none", "found the name 'none'; expected .*dataset_info.json:NAME with one of mllm_demo, alpaca_own"),
+        ("", "found no name of a data set; expected .*dataset_info.json:NAME with one of"),
     ],
 )
 def test_entries_that_cannot_be_read(described, name, says):
@@ -239,7 +239,7 @@ def test_the_directory_of_a_dataset_info_asks_for_a_name(described):
     assert [message["content"][0]["text"] for message in record.messages] == ["one", "three"]
 
 
-@pytest.mark.parametrize(("content", "found"), [("[", "not JSON"), ("[]", "a list, expected an object of data sets")])
+@pytest.mark.parametrize(("content", "found"), [("[", "invalid JSON"), ("[]", "a list; expected an object")])
 def test_a_broken_dataset_info(tmp_path, content, found):
     (tmp_path / "dataset_info.json").write_text(content)
     with pytest.raises(DataError, match=found):

@@ -1,0 +1,141 @@
+"""Job files: what they hold, and what is wrong with them, all of it in one error."""
+
+import dataclasses
+import json
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax.errors import ConfigError
+from train.commands import main
+from train.config import load_config
+
+JOB = """
+model = "model"
+out = "out"
+steps = 9
+freeze = ["vision"]
+dtype = "float32"
+
+[data]
+files = ["data.jsonl"]
+
+[batch]
+rows = 2
+
+[optimizer]
+learning_rate = 1e-3
+warmup = 2
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """(text) -> the job of a file with it."""
+
+    def load(text):
+        (tmp_path / "job.toml").write_text(text, encoding="utf-8")
+        return load_config(tmp_path / "job.toml")
+
+    return load
+
+
+def test_paths_are_relative_to_the_job_file(load, monkeypatch, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = load(JOB + '[eval]\nfiles = ["/held.jsonl"]')
+    assert (config.model, config.out) == (str(tmp_path / "model"), str(tmp_path / "out"))
+    assert config.data.files == (str(tmp_path / "data.jsonl"),) and config.eval.files == ("/held.jsonl",)
+
+
+def test_fields_are_of_their_types(load):
+    config = load(JOB)
+    assert config.optimizer.learning_rate == 1e-3 and config.batch.rows == 2 and config.freeze == ("vision",)
+    assert isinstance(config.optimizer.warmup, float)
+    assert load(JOB + "[eval]\nshare = 0.5").eval.share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps =", "stepps =", "stepps: found an unknown field; expected some of model, out"),
+        ("steps = 9", "steps = 1.5", "steps: found 1.5; expected an integer of at least 1"),
+        ("steps = 9", "steps = 0", "steps: found 0; expected an integer of at least 1"),
+        ("steps =", "seed = -1\nsteps =", "seed: found -1; expected an integer from 0 to 4294967295"),
+        ("steps =", "seed = 4294967296\nsteps =", "seed: found 4294967296; expected an integer from 0 to 4294967295"),
+        ("steps =", "[data]\nsteps =", r"Cannot declare \('data',\) twice"),
+        ('["vision"]', '["vit"]', r"freeze: found \['vit'\]; expected a list of some of 'vision', 'merger', 'llm'"),
+        ('["vision"]', '"vision"', "freeze: found 'vision'; expected a list"),
+        ('"float32"', '"int8"', "dtype: found 'int8'; expected one of 'float32', 'bfloat16'"),
+        ('["data.jsonl"]', "[]", r"data.files: found \[\]; expected a list of at least one path"),
+        ('files = ["data.jsonl"]', "", "data.files: found nothing; expected a list of strings"),
+        ('["data.jsonl"]', '["d"]\nmax_length = 0', "data.max_length: found 0; expected an integer of at least 1"),
+        ('["data.jsonl"]', '["d"]\nformat = "csv"', "data.format: found 'csv'; expected one of 'openai', "),
+        ("rows = 2", "rows = true", "batch.rows: found True; expected an integer"),
+        (
+            "rows = 2",
+            "rows = 2\nlanes = 2",
+            "batch.lanes: found 2; expected a divisor of rows, 2, and of vision_rows, 1",
+        ),
+        ("learning_rate = 1e-3", "group_learning_rates = 3", "optimizer.group_learning_rates: found 3; expected"),
+        ("1e-3", "-1.0", "optimizer.learning_rate: found -1.0; expected a number above 0"),
+        ("warmup = 2", "warmup = 10", "optimizer.warmup: found 10.0; expected at most 9 steps, or a fraction below 1"),
+        ('freeze = ["vision"]', "lora = { rank = 0 }", "lora.rank: found 0; expected an integer of at least 1"),
+        ('freeze = ["vision"]', 'freeze = ["vision"]\nlora = {}', r"freeze: found \['vision'\] beside lora"),
+        ("steps =", 'quantize = "int8"\nsteps =', "quantize: found 'int8' without lora; expected both"),
+    ],
+)
+def test_invalid_fields_are_named(load, tmp_path, capsys, old, new, message):
+    assert old in JOB
+    with pytest.raises(ConfigError, match=message) as error:
+        load(JOB.replace(old, new, 1))
+    assert str(error.value).startswith(f"{tmp_path / 'job.toml'}: ")
+    assert main([str(tmp_path / "job.toml")]) == 1
+    assert capsys.readouterr().err == f"train: error: {error.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[eval]", "eval.share: found 0.0 and no files; expected either share or files"),
+        ('[eval]\nfiles = ["a.jsonl"]\nshare = 0.5', "eval.share: found 0.5 beside 1 files; expected either"),
+        ("[eval]\nshare = 1.5", "eval.share: found 1.5; expected a number of at least 0 and below 1"),
+        ("[eval]\nshare = 0.5\nevery = 0", "eval.every: found 0; expected an integer of at least 1"),
+        ('[checkpoint]\nbest = "loss"', "checkpoint.best: found 'loss' without eval; expected both"),
+        ('[checkpoint]\nbest = "score"\n[eval]\nshare = 0.5', "checkpoint.best: found 'score' with eval.generate = 0"),
+    ],
+)
+def test_invalid_evaluations_are_named(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(JOB + text)
+
+
+def test_all_faults_are_in_one_error(load):
+    with pytest.raises(ConfigError) as error:
+        load(JOB.replace("steps = 9", "step = 9").replace("rows = 2", "rows = 0").replace("float32", "float64"))
+    for field in (
+        "step: found an unknown field",
+        "steps: found nothing",
+        "batch.rows: found 0",
+        "dtype: found 'float64'",
+    ):
+        assert field in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
+        load_config("nowhere.toml")
+
+
+def test_a_changed_copy_is_checked_too(load):
+    with pytest.raises(ConfigError, match="steps: found 0"):
+        dataclasses.replace(load(JOB), steps=0)
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup: found 2\.0; expected at most 1 steps"):
+        dataclasses.replace(load(JOB), steps=1)
+
+
+def test_the_command_names_a_model_that_is_missing(load, tmp_path, capsys):
+    load(JOB.replace('"model"', json.dumps(str(RANDOM_CHECKPOINT) + "-none")))
+    assert main([str(tmp_path / "job.toml")]) == 1
+    assert "-none, which is not a directory" in capsys.readouterr().err
