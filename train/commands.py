@@ -177,10 +177,8 @@ def _print_report(report: "DataReport") -> None:
         ("rows", f"{checked}: {good:,} good, {report.bad:,} bad"),
         ("formats", formats or "none"),
         ("messages", f"{report.messages:,}, of which {report.learned:,} contribute to the loss"),
-        (
-            "media",
-            f"images {report.pictures:,}, videos {report.videos:,}{remote}; records without {report.text_only:,}",
-        ),
+        ("media", f"images {report.pictures:,}, videos {report.videos:,}{remote}"),
+        ("text only", f"{report.text_only:,}"),
         (report.unit, f"{lengths}; longest at {report.longest}" if lengths else "none"),
     ]
     print_table(("", ""), rows, header=False)
