@@ -95,10 +95,10 @@ def test_bad_rows_are_told_and_not_counted(data):
     assert (report.checked, report.bad, report.pictures) == (13, 8, 4)
     told = [(problem.place, problem.reason) for problem in report.problems]
     assert [place for place, _ in told] == [f"{data}:{line}" for line in range(6, 14)]
-    assert "not JSON" in told[0][1]
+    assert "invalid JSON" in told[0][1]
     assert told[1][1] == f"{directory}/none.png: no such file"
-    assert told[2][1] == f"{directory}/text.png: is not a readable picture"
-    assert told[3][1] == f"{directory}/.: is a directory; expected a picture"
+    assert told[2][1] == f"{directory}/text.png: found no readable image; expected an image file"
+    assert told[3][1] == f"{directory}/.: found a directory; expected an image"
     assert told[4][1] == f"{directory}/none.mp4: no such file"
     assert told[5][1] == f"{directory}/none.png: no such file"
     assert told[6][1] == "images: found 0 for 1 <image> markers; expected as many"
@@ -232,7 +232,7 @@ def test_command_draws(capfd, data, tmp_path):
     ("arguments", "says"),
     [
         (["none.jsonl"], "none.jsonl: No such file or directory"),
-        (["data.csv"], "data.csv: found a file of kind .csv, expected .json, .jsonl, .parquet"),
+        (["data.csv"], "data.csv: found the suffix '.csv'; expected .json, .jsonl, .parquet"),
         ([], "DATA: found no file; expected at least one"),
         (["data.jsonl", "--model", "none"], "--model: found none"),
         (["data.jsonl", "--limit", "0"], "limit: found 0; expected at least 1"),

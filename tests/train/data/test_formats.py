@@ -1,6 +1,5 @@
 """Formats of training data, each as its project documents it, and rows that are broken in every way."""
 
-import base64
 import copy
 import io
 import itertools
@@ -8,12 +7,10 @@ import re
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import PIL.Image
 import pytest
 
-from glm4v_jax.data.media import image_size, located, media_item
-from glm4v_jax.errors import DataError, MediaError
+from glm4v_jax.errors import DataError
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
 from train.data.formats import detect, read_row
 from train.data.grounding import place_objects
@@ -293,19 +290,6 @@ def test_spellings_of_typed_items(item, expected):
     assert read_row(row, "hf").messages[0] == turn("user", expected)
 
 
-def test_base64_and_bytes_and_objects_stay_what_they_are():
-    data = png(64, 64)
-    encoded = base64.b64encode(data).decode()
-    assert media_item("image", encoded, "images[0]") == {"type": "image", "url": f"data:image/unknown;base64,{encoded}"}
-    assert media_item("image", data, "images[0]")["image"] is data
-    picture = PIL.Image.new("RGB", (4, 4))
-    assert media_item("image", picture, "images[0]")["image"] is picture
-    array = np.zeros((4, 4, 3), np.uint8)
-    assert media_item("image", {"image": array}, "images[0]")["image"] is array
-    # Long paths are paths.
-    assert "path" in media_item("image", "pictures/" * 30 + "a.png", "images[0]")
-
-
 @pytest.mark.parametrize(
     ("row", "name"),
     [
@@ -431,45 +415,6 @@ BROKEN = [
 def test_broken_rows_name_field_found_and_expected(row, says):
     with pytest.raises(DataError, match=says):
         read_row(row, detect(row), lambda item: (60, 80))
-
-
-def test_sizes_are_those_of_the_picture_as_it_is_shown(tmp_path):
-    skimage_data = pytest.importorskip("skimage.data")
-    cat = PIL.Image.fromarray(skimage_data.chelsea())
-    cat.save(tmp_path / "cat.png")
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    cat.save(tmp_path / "turned.jpg", exif=exif)
-    assert image_size(image(str(tmp_path / "cat.png"))) == cat.size == (451, 300)
-    assert image_size(image(str(tmp_path / "turned.jpg"))) == (300, 451)
-    assert image_size({"type": "image", "image": (tmp_path / "cat.png").read_bytes()}) == (451, 300)
-    assert image_size({"type": "image", "image": cat}) == (451, 300)
-    assert image_size({"type": "image", "image": np.asarray(cat)}) == (451, 300)
-    encoded = base64.b64encode((tmp_path / "cat.png").read_bytes()).decode()
-    assert image_size(media_item("image", encoded, "images[0]")) == (451, 300)
-
-
-def test_only_the_header_of_a_picture_is_read(tmp_path):
-    whole = png(300, 200)
-    (tmp_path / "cut.png").write_bytes(whole[:60])
-    assert image_size(image(str(tmp_path / "cut.png"))) == (300, 200)
-    (tmp_path / "text.png").write_text("no picture")
-    for path, says in (
-        ("text.png", "is not a readable picture"),
-        ("none.png", "no such file"),
-        (".", "is a directory"),
-    ):
-        with pytest.raises(MediaError, match=says):
-            image_size(image(str(tmp_path / path)))
-
-
-def test_paths_are_put_behind_their_directory_and_nothing_else():
-    assert located(image("a/b.png"), "/data") == image("/data/a/b.png")
-    assert located(image("/a/b.png"), "/data") == image("/a/b.png")
-    for item in (text("a.png"), {"type": "image", "url": "https://h/a.png"}, {"type": "image", "image": b"a"}):
-        assert located(item, "/data") == item
-    frames = {"type": "video", "video": ["1.png", "https://h/2.png", b"3"], "fps": 2}
-    assert located(frames, "/data") == frames | {"video": ["/data/1.png", "https://h/2.png", b"3"]}
 
 
 DOCUMENTED = [LLAMA_FACTORY, LLAMA_FACTORY_VIDEO, SHAREGPT, LLAVA, ALPACA, SWIFT, TRL, TRL_COMPLETION]
