@@ -20,20 +20,15 @@ from glm4v_jax.inputs.media.quiet import silent_decoders
 
 SLOTS = 8
 
-JSONL_HELP = (
-    'Answer many prompts, one JSON object per line: "prompt" with "image" or "images", "video" or "videos" (paths from '
-    'the directory of the file, or addresses), or "messages"; "id", which is copied to the answer; and options for the '
-    'line such as "seed" or "max_new_tokens". The same command resumes an interrupted run.'
-)
-
 
 @dataclasses.dataclass(kw_only=True)
 class BatchOptions:
     """Many prompts from a file."""
 
-    jsonl: Annotated[
-        str | None, tyro.conf.arg(metavar="FILE", help=JSONL_HELP, help_behavior_hint="(default: none)")
-    ] = None
+    jsonl: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Answer many prompts, one JSON object per line: "prompt" with "image" or "images", "video" or "videos" (paths from
+    the directory of the file, or addresses), or "messages"; "id", which is copied to the answer; and options for the
+    line such as "seed" or "max_new_tokens". The same command resumes an interrupted run."""
 
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: FILE.answers.jsonl)")] = None
     """The file of answers, one JSON object per line, in the order of completion."""
@@ -67,7 +62,7 @@ class Generate(JsonOptions):
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object with the answer, counts of tokens and times in seconds."""
 
-    logprobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: none)")] = None
+    logprobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """With --json or --jsonl: log probabilities of the chosen and of the N most likely tokens."""
 
     media: MediaOptions = dataclasses.field(default_factory=MediaOptions)

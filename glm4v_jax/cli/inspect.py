@@ -47,7 +47,7 @@ class Inspect(JsonOptions):
     overwrite: bool = False
     """Overwrite any file."""
 
-    prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)")] = None
+    prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """A prompt about the files: count the tokens of the whole prompt."""
 
     def run(self) -> None:

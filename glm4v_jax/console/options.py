@@ -144,7 +144,7 @@ class MediaOptions:
 class SamplingOptions:
     """How the model generates."""
 
-    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: none)")] = None
+    system: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """System prompt."""
 
     preset: Annotated[
@@ -152,7 +152,6 @@ class SamplingOptions:
         tyro.conf.arg(
             metavar="NAME",
             help=_listed("Published sampling options; other options override them:", PRESETS),
-            help_behavior_hint="(default: none)",
         ),
     ] = None
 
@@ -161,7 +160,7 @@ class SamplingOptions:
     ] = None
     """Stop after at most this many tokens."""
 
-    think_budget: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: none)")] = None
+    think_budget: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Close a thought after this many tokens; up to --answer-budget more follow."""
 
     answer_budget: Annotated[

@@ -4,15 +4,20 @@
 beside this one, with an extra of their name in pyproject.toml where they need packages that this one does not.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
+import itertools
 import os
 import sys
+import textwrap
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NoReturn, Protocol
+from typing import Annotated, Any, Literal, NoReturn, Protocol
 
 import tyro
 
@@ -30,6 +35,9 @@ EXTRAS = ("train", "eval")
 """Those with an extra."""
 USAGE = 2
 """Exit status for unknown commands and options, and for a program that is not installed: 1 may be a result."""
+
+_HINTS = {"False": "", "None": "(default: none)"}
+"""What help says of defaults, other than themselves."""
 
 
 class Command(Protocol):
@@ -162,6 +170,7 @@ def parse(
             expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(descriptions)}"
             print(f"{prog}: error: found command {name!r}; {expected}", file=sys.stderr)
             raise SystemExit(USAGE)
+        _tidy_help(commands[name])
         return tyro.cli(commands[name], prog=f"{prog} {name}", args=options, config=config)
     listed: dict[str, Callable[..., Any]] = {
         name: dataclasses.make_dataclass(name, [], namespace={"__doc__": text}) for name, text in descriptions.items()
@@ -238,6 +247,34 @@ def discard_output() -> None:
     Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tidy_help(options: Any) -> None:
+    """Tell tyro how to show the options of a dataclass, and of the groups in it, where they do not say it themselves.
+
+    By itself it keeps the line breaks of docstrings, lists None among choices, and shows False and None as defaults.
+    """
+    classes: list[Any] = [cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]
+    for cls in classes:
+        (definition,) = typing.cast(Any, ast.parse(textwrap.dedent(inspect.getsource(cls)))).body
+        docstrings = {
+            ast.unparse(field.target): " ".join(str(ast.literal_eval(text.value)).split())
+            for field, text in itertools.pairwise(definition.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        }
+        for name, hint in cls.__annotations__.items():
+            base, *given = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+            if dataclasses.is_dataclass(base):
+                _tidy_help(base)
+                continue
+            literals = [choice for choice in typing.get_args(base) if typing.get_origin(choice) is Literal]
+            choices = [str(value) for value in typing.get_args(literals[0])] if literals else None
+            shown = tyro.conf.arg(
+                help=docstrings.get(name),
+                metavar=f"{{{','.join(choices)}}}" if choices else None,
+                help_behavior_hint=_HINTS.get(str(getattr(cls, name, ""))),
+            )
+            cls.__annotations__[name] = Annotated[(base, shown, *given)]
 
 
 def _first_line(command: Callable[..., Any]) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import tyro
@@ -30,6 +30,13 @@ class Work(program.JsonOptions):
 
     num_things: Annotated[Positive | None, tyro.conf.arg(metavar="N")] = None
     """How many."""
+
+    mode: Literal["fast", "slow"] | None = None
+    """How to do it,
+    in one of two ways."""
+
+    is_dry: bool = False
+    """Do nothing."""
 
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -96,6 +103,14 @@ def test_help_lists_every_command_in_a_line(capfd):
     assert caught.value.code == 0
     assert "In detail" not in out
     assert "• work Do something." in " ".join(out.split()) and "• other Do it elsewhere." in " ".join(out.split())
+
+
+def test_help_of_an_option_has_no_line_breaks_no_none_and_no_default_of_a_flag(capfd):
+    with pytest.raises(SystemExit):
+        run("work", "--help")
+    lines = [" ".join(line.strip("│ ").split()) for line in capfd.readouterr().out.splitlines()]
+    assert "--mode {fast,slow} How to do it, in one of two ways. (default: none)" in lines
+    assert "--is-dry Do nothing." in lines
 
 
 @pytest.mark.parametrize(
