@@ -102,7 +102,7 @@ class Inspect(JsonOptions):
 
     def _print(self, all_facts: Sequence[dict[str, Any]], prompt: "PlacedPrompt", sheet: "PIL.Image.Image") -> None:
         for fact in all_facts:
-            print(f"{fact['file']} ({fact['kind']})")
+            print(f"{fact['file']} ({'video' if fact['kind'] == 'video' else 'image'})")
             for name, value in rows(fact):
                 print(f"  {name:<10}{value}")
             print()

@@ -34,7 +34,7 @@ def written():
 
 
 def test_json_has_the_facts_and_the_sheet_is_there(capfd, image, video):
-    inspect(image, film, "--json", "--prompt", "Compare them.")
+    inspect(image, video, "--json", "--prompt", "Compare them.")
     captured = capfd.readouterr()
     told = json.loads(captured.out)
     assert captured.err == ""
@@ -192,7 +192,7 @@ def test_an_earlier_sheet_is_overwritten(image, video):
     before = pathlib.Path("inspect.png").read_bytes()
     inspect(video)
     assert pathlib.Path("inspect.png").read_bytes() != before
-    assert written() == ["video.gif", "inspect.png", "image.png"]
+    assert written() == ["image.png", "inspect.png", "video.gif"]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "text"])
