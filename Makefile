@@ -3,7 +3,9 @@
 #   make demo    digits read, found and followed by the tiny model in the package; a photograph and a video shown to it
 #   make tiny    that model trained anew, from nothing, in about ten minutes on two cores
 #   make eval    scores of the tiny model on digits it has not seen; a report in eval-out
-#   make test    the tests, against the reference implementation
+#   make test    all tests, against the reference implementation
+#   make test-quick   those of one process that compile little; under three minutes on two cores
+#   make coverage     lines and branches that the tests run, and those that they do not
 #   make lint types
 #   make docs    the pages of docs/ in build/docs; a warning is an error
 #   make aot     the 9B compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
@@ -32,7 +34,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test lint types docs tiny aot clean
+.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -65,8 +67,18 @@ demo: $(VENV)/demo.stamp
 eval: $(VENV)/eval.stamp
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(ENV_PYTHON) -m eval $(ARGS)
 
+TESTS = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(ENV_PYTHON) -m pytest
+
 test: $(VENV)/test.stamp
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(ENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	$(TESTS) $(PYTEST_ARGS)
+
+test-quick: $(VENV)/test.stamp
+	$(TESTS) $(PYTEST_ARGS) -m "not slow and not multiprocess and not tpu_compile"
+
+coverage: $(VENV)/test.stamp
+	mkdir -p .cache
+	$(subst -m pytest,-m coverage run -m pytest,$(TESTS)) $(PYTEST_ARGS); status=$$?; \
+	$(ENV_PYTHON) -m coverage combine --quiet && $(ENV_PYTHON) -m coverage report && exit $$status
 
 lint: $(VENV)/test.stamp
 	$(ENV_PYTHON) -m ruff check .

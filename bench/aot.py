@@ -120,21 +120,23 @@ def main() -> int:
         lines.append(found | {"passed": passed})
         failed += [] if passed else [title]
         out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
-    for columns, rows in _tables(lines):
-        out.print(report.table("GiB a chip", columns, rows))
-    if not arguments.only:  # some are no record of all
-        facts = report.machine_facts("jax", "libtpu")
-        written = report.write_result("aot", {"machine": facts, "programs": lines, "not_compiled": broken})
-        markdown = written.with_suffix(".md")
-        markdown.write_text(_markdown(lines), encoding="utf-8")
-        out.print(f"written to {written.relative_to(report.ROOT)} and {markdown.name}")
-    return 1 if failed else 0
+    tables = _tables(lines)
+    out.print(*tables)
+    if arguments.only:  # some cases do not replace the record of all
+        return 1 if failed else 0
+    facts = report.machine_facts("jax", "libtpu")
+    figures = {"machine": facts, "programs": lines, "not_compiled": broken, "passed": not failed}
+    inference, training = (table.markdown() for table in tables)
+    return report.finish("aot", figures, markdown=f"{inference}\n\n{aot_train.CAPTION}\n{training}\n")
 
 
-def _tables(lines: list[dict[str, Any]]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Columns and rows, of programs that answer and of those that train."""
+def _tables(lines: list[dict[str, Any]]) -> tuple[report.Table, report.Table]:
+    """Of programs that answer, and of those that train."""
     steps = [aot_train.row(line) for line in lines if "train" in line]
-    return [(COLUMNS, [_row(line) for line in lines if "train" not in line]), (aot_train.COLUMNS, steps)]
+    return (
+        report.Table("GiB a chip", COLUMNS, [_row(line) for line in lines if "train" not in line]),
+        report.Table("GiB a chip", aot_train.COLUMNS, steps),
+    )
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:
@@ -147,14 +149,6 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
         f"{max(bandwidth, flops):.2f} ({'bandwidth' if bandwidth > flops else 'FLOP/s'})",
         report.verdict(line["passed"]),
     )  # fmt: skip
-
-
-def _markdown(lines: list[dict[str, Any]]) -> str:
-    tables = [[columns, ("---",) * len(columns), *rows] for columns, rows in _tables(lines)]
-    text = f"\n\n{aot_train.CAPTION}\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables)
-    for style in ("[green]", "[/green]", "[red]", "[/red]"):
-        text = text.replace(style, "")
-    return text + "\n"
 
 
 if __name__ == "__main__":

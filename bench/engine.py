@@ -151,22 +151,22 @@ def main() -> int:
     out = report.console()
     hosts = [host_time(rows) for rows in (1, SLOTS)]
     out.print(
-        report.table(
+        report.Table(
             f"milliseconds a decoding step, {MAX_STEPS} steps a call",
             ("rows", "engine", "program alone", "host", "least", "most", ""),
-            (
+            [
                 (
                     h["rows"],
                     *(f"{h[k]:.3f}" for k in ("engine_ms", "program_ms", "host_ms", "host_ms_least", "host_ms_most")),
                     report.verdict(h["host_ms"] <= MAX_HOST_MS),
                 )
                 for h in hosts
-            ),
+            ],
         )
-    )  # fmt: skip
+    )
     slots = busy_slots()
     out.print(
-        report.table(
+        report.Table(
             f"{PROMPTS} prompts, {slots['new_tokens']} new tokens, the longest answer {slots['longest']}",
             (f"{SLOTS} slots", "busy", "tokens/s", ""),
             (
@@ -181,13 +181,13 @@ def main() -> int:
     out.print(f"refilled slots are {slots['ratio']:.2f} times as fast")
     start = cold_start()
     out.print(
-        report.table(
+        report.Table(
             "seconds from a new process's start",
             ("compilation cache", "model loaded", "first token", "whole answer"),
-            (
+            [
                 (name.replace("_", " "), *(f"{run[key]:.2f}" for key in ("loaded", "first_token", "answer")))
                 for name, run in start.items()
-            ),
+            ],
         )
     )
     passed = all(h["host_ms"] <= MAX_HOST_MS for h in hosts) and slots["busy"] >= MIN_BUSY
@@ -198,9 +198,7 @@ def main() -> int:
         "cold_start": start,
         "passed": passed,
     }
-    written = report.write_result("engine", figures)
-    out.print(f"written to {written.relative_to(report.ROOT)}")
-    return 0 if passed else 1
+    return report.finish("engine", figures)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What an installation costs: size, packages, import, and the way from a cold start to the first token of a picture.
+"""What an installation costs: size, packages, import, and the way from a cold start to the first token of an image.
 
     python -m bench.install
 
@@ -29,7 +29,7 @@ MAX_MEGABYTES = 900
 MAX_IMPORT_SECONDS = 3
 MAX_FIRST_TOKEN_SECONDS = 15
 
-MAKE_PICTURE = """
+MAKE_IMAGE = """
 import sys, numpy, PIL.Image
 y, x = numpy.mgrid[:480, :640]
 rgb = numpy.stack([x * 255 // 639, y * 255 // 479, (x // 40 + y // 40) % 2 * 255], axis=-1)
@@ -102,18 +102,18 @@ class Environment:
         return statistics.median(float(self.run("-c", program)) for _ in range(REPEATS))
 
     def first_token_seconds(self) -> tuple[list[float], list[float]]:
-        """From the start of a process to its exit after one token about a 640 x 480 picture, several times.
+        """From the start of a process to its exit after one token about a 640 x 480 image, several times.
 
         Returns:
             Seconds on the clock, and seconds of CPU: the latter say what another load on the machine added.
         """
-        picture = self.directory / "picture.png"
-        self.run("-c", MAKE_PICTURE, picture)
+        image = self.directory / "image.png"
+        self.run("-c", MAKE_IMAGE, image)
         seconds, cpu_seconds = [], []
         for _ in range(REPEATS):
             start, cpu_start = time.perf_counter(), children_cpu_seconds()
             output = self.run(
-                "-m", "glm4v_jax", "generate", "--image", picture, "--max-new-tokens", "1", "--json", "What is this?"
+                "-m", "glm4v_jax", "generate", "--image", image, "--max-new-tokens", "1", "--json", "What is this?"
             )
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(children_cpu_seconds() - cpu_start)
@@ -171,7 +171,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
         ("time to install", f"{figures['install_seconds']:.0f} s", "", True),
         ("import glm4v_jax", f"{package:.2f} s", import_aim, package < MAX_IMPORT_SECONDS),
         ("import the model class", f"{model:.2f} s", import_aim, model < MAX_IMPORT_SECONDS),
-        ("cold start to the first token of a picture", first_figure, first_aim, first < MAX_FIRST_TOKEN_SECONDS),
+        ("cold start to the first token of an image", first_figure, first_aim, first < MAX_FIRST_TOKEN_SECONDS),
         ("the same in seconds of CPU", f"{figures['first_token_cpu_seconds']:.1f} s", "", True),
         ("torch, transformers", ", ".join(found) or "absent", "absent", not found),
     ]
@@ -188,12 +188,10 @@ def main() -> int:
     judged = [(what, figure, aim, report.verdict(met) if aim else "") for what, figure, aim, met in lines]
     largest = [(name, f"{size / MEGABYTE:,.0f}") for name, size in figures["largest_packages"].items()]
     out = report.console()
-    out.print(report.table(title, ("what", "measured", "aim", ""), judged))
+    out.print(report.Table(title, ("what", "measured", "aim", ""), judged))
     out.print(f"medians of {REPEATS} processes; load average before: {figures['load_average_before']:.1f}")
-    out.print(report.table("the largest packages", ("package", "MB"), largest))
-    written = report.write_result("install", figures)
-    out.print(f"written to {written.relative_to(report.ROOT)}")
-    return 0 if all(met for *_, met in lines) else 1
+    out.print(report.Table("the largest packages", ("package", "MB"), largest))
+    return report.finish("install", figures | {"passed": all(met for *_, met in lines)})
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ def ours(directory: pathlib.Path, model: str) -> dict[str, Any]:
     return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
 
 
-def main() -> None:
-    """Run both, print, write."""
+def main() -> int:
+    """Run both, print, write; 1 if the scores differ."""
     parser = argparse.ArgumentParser(prog="python -m bench.lmms_eval")
     parser.add_argument("--python", required=True, help="of an environment with lmms-eval and this package")
     parser.add_argument("--model", default=str(TINY_CHECKPOINT))
@@ -141,9 +141,8 @@ def main() -> None:
     exact = next(value for name, value in found.items() if name.split(",")[0] == "exact")
     figures = {"items": COUNT, "lmms_eval": exact, "glm4v_eval": summary["score"], "passed": exact == summary["score"]}
     print(f"lmms-eval: {exact:.3f}, glm4v eval: {summary['score']:.3f}, of {COUNT} items")
-    print(report.write_result("lmms_eval", figures))
-    sys.exit(0 if figures["passed"] else 1)
+    return report.finish("lmms_eval", figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -207,23 +207,13 @@ def main() -> int:
     for task, plan in PLANS.items():
         results[task] = figures = run(task, plan)
         columns = (
-            "",
-            "size",
-            "peak MB",
-            "more than the process, MB",
-            "bytes each",
-            "scores [S, S] would be, MB",
-            "seconds",
-        )
-        out.print(report.table(plan.title, columns, rows(figures)))
+            "", "size", "peak MB", "more than the process, MB", "bytes each", "scores [S, S] would be, MB", "seconds",
+        )  # fmt: skip
+        out.print(report.Table(plan.title, columns, rows(figures)))
         aim = f"at most {MAX_EXPONENT} {report.verdict(figures['passed'])}" if plan.limited else "for information"
         out.print(f"grows like n^{figures['exponent']:.2f}; {aim}\n")
     passed = all(figures["passed"] for figures in results.values())
-    written = report.write_result(
-        "memory", {"machine": report.machine_facts("jax", "numpy"), **results, "passed": passed}
-    )
-    out.print(f"written to {written.relative_to(report.ROOT)}")
-    return 0 if passed else 1
+    return report.finish("memory", {"machine": report.machine_facts("jax", "numpy"), **results, "passed": passed})
 
 
 if __name__ == "__main__":

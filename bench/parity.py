@@ -2,7 +2,7 @@
 
     python -m bench.parity
 
-Models are tiny and random, float32, eager on the reference's side; pictures are real photographs, videos real films.
+Models are tiny and random, float32, eager on the reference's side; images are real photographs, videos real ones.
 Inputs of the model are the reference's own, so that a line blames the processor or the model and not both. Writes
 `bench/results/parity.json`; exits with status 1 if a line fails.
 """
@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from bench import media, reference, report
+from bench import media, models, reference, report
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
+from tests.reference import CONFIGS, Prompts, to_torch
 
 MAX_LOGIT_DIFFERENCE = 1e-5
 MAX_PIXEL_DIFFERENCE = 1e-6
 MAX_VIDEO_STEPS = 1
 NEW_TOKENS = 64
 WORDS = "the cat and a man on his bicycle passed seven red houses before it rained again in Tübingen, 猫!"
-CONFIGS = ("base", "odd", "wide", "tester", "mha")
+NOISE: list[list[Any]] = [
+    [20, ("image", (4, 6)), 7, ("image", (6, 4)), 3], [40], [500, ("image", (8, 2)), ("image", (2, 12)), 5],
+]  # fmt: skip
+"""Prompts, as `Prompts` takes them, for models without a processor."""
 
 Conversation = list[dict[str, Any]]
 Arrays = dict[str, np.ndarray]
@@ -67,7 +71,7 @@ class ModelLine:
 
 @dataclasses.dataclass
 class PixelLine:
-    """One picture or film through both processors."""
+    """One image or video through both processors."""
 
     case: str
     size: tuple[int, ...]
@@ -100,7 +104,7 @@ def _crop(name: str, box: tuple[int, int, int, int]) -> dict[str, Any]:
         return {"type": "image", "image": picture.convert("RGB").crop(box)}
 
 
-def _film(name: str) -> dict[str, Any]:
+def _video(name: str) -> dict[str, Any]:
     return {"type": "video", "path": str(media.video(name))}
 
 
@@ -120,18 +124,18 @@ def cases() -> Iterator[tuple[str, list[Conversation], str]]:
     )  # fmt: skip
     yield "text, short", [short], "left"
     yield "text, 600 tokens", [_user(_text(_long_text(250)))], "left"
-    yield "picture, wide", [wide], "left"
-    yield "picture, tall", [tall], "left"
-    yield "three pictures", [three], "left"
-    yield "one video", [_user(_film("carphone_pristine.mp4"), _text("Describe this video."))], "left"
+    yield "image, wide", [wide], "left"
+    yield "image, tall", [tall], "left"
+    yield "three images", [three], "left"
+    yield "one video", [_user(_video("carphone_pristine.mp4"), _text("Describe this video."))], "left"
     yield (
         "two videos",
-        [_user(_film("carphone_distorted.mp4"), _text("and"), _film("bikes.mp4"), _text("- which is sharper?"))],
+        [_user(_video("carphone_distorted.mp4"), _text("and"), _video("bikes.mp4"), _text("- which is sharper?"))],
         "left",
     )
     mixed = [short, three, _user(_text(_long_text(40))), wide]
-    yield "texts and pictures, padded left", mixed, "left"
-    yield "texts and pictures, padded right", mixed, "right"
+    yield "texts and images, padded left", mixed, "left"
+    yield "texts and images, padded right", mixed, "right"
 
 
 def compare_case(
@@ -147,7 +151,7 @@ def compare_case(
     equal = theirs.keys() == ours.keys() and all(
         np.array_equal(theirs[key], ours[key]) for key in theirs if not key.startswith("pixel_values")
     )
-    # The reference goes on from the last column, and so from padding if that is on the right: its prompts stay left.
+    # The reference continues from the last column, which is padding if that is on the right: its prompts stay left.
     left = theirs if side == "left" else _prepare(processors[0], conversations, "left")
     return compare_models(name, models, theirs, generate_from=left, inputs_equal=equal, **options)
 
@@ -177,14 +181,14 @@ def compare_models(
     theirs, ours = models
     mask = inputs["attention_mask"] == 1
     grids = {key: inputs.get(key) for key in ("image_grid_thw", "video_grid_thw")}
-    tensors = reference.to_torch(inputs)
+    tensors = to_torch(inputs)
     with torch.no_grad():
         expected = theirs(**tensors).logits.numpy()
         positions, deltas = theirs.model.get_rope_index(
             tensors["input_ids"], *(tensors.get(key) for key in grids), attention_mask=tensors["attention_mask"]
         )
         generated = theirs.generate(
-            **reference.to_torch(inputs if generate_from is None else generate_from),
+            **to_torch(inputs if generate_from is None else generate_from),
             max_new_tokens=new_tokens, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     found = np.asarray(ours(**inputs).logits)
@@ -208,33 +212,8 @@ def compare_models(
     )
 
 
-def random_inputs(config: Any, seed: int = 0) -> Arrays:
-    """A batch of three padded prompts with four pictures and no processor: noise for patches, more than 500 tokens."""
-    rng = np.random.default_rng(seed)
-    vision, merge = config.vision_config, config.vision_config.spatial_merge_size
-    grids = np.array([[1, 4, 6], [1, 6, 4], [1, 8, 2], [1, 2, 12]])
-    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
-    plain = np.array(sorted(set(range(config.text_config.vocab_size)) - special))
-    runs = [
-        [config.image_start_token_id, *[config.image_token_id] * (h * w // merge**2), config.image_end_token_id]
-        for _, h, w in grids.tolist()
-    ]
-    rows = [
-        [*rng.choice(plain, 20), *runs[0], *rng.choice(plain, 7), *runs[1], *rng.choice(plain, 3)],
-        list(rng.choice(plain, 40)),
-        [*rng.choice(plain, 500), *runs[2], *runs[3], *rng.choice(plain, 5)],
-    ]
-    length = max(map(len, rows))
-    return {
-        "input_ids": np.array([[0] * (length - len(row)) + row for row in rows], np.int64),
-        "attention_mask": np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows], np.int64),
-        "pixel_values": rng.standard_normal((int(grids.prod(axis=1).sum()), vision.patch_dim)).astype(np.float32),
-        "image_grid_thw": grids,
-    }
-
-
-def compare_picture(name: str, processors: tuple[Any, Any]) -> PixelLine:
-    """A photograph through both picture processors; what is between the resize and the model is exact."""
+def compare_image(name: str, processors: tuple[Any, Any]) -> PixelLine:
+    """A photograph through both image processors; what is between the resize and the model is exact."""
     with PIL.Image.open(media.photograph(name)) as file:
         picture = file.convert("RGB")
 
@@ -246,7 +225,7 @@ def compare_picture(name: str, processors: tuple[Any, Any]) -> PixelLine:
 
 
 def compare_video(name: str, processors: tuple[Any, Any]) -> PixelLine:
-    """A film through both video processors, from the file on."""
+    """A video through both video processors, from the file on."""
     path = str(media.video(name))
 
     def process(processor: Any, **options: Any) -> Arrays:
@@ -277,12 +256,20 @@ def _compare_pixels(
     return ours[grid][0].tolist(), (np.array_equal(theirs[grid], ours[grid]), int(np.ceil(steps)), difference)
 
 
-def compare_configs(directory: pathlib.Path, names: Sequence[str] = CONFIGS, **options: Any) -> Iterator[ModelLine]:
+def load_models(directory: pathlib.Path) -> tuple[Any, Any]:
+    """(The reference's model, this package's)."""
+    return reference.load_model(directory), Glm4vForConditionalGeneration.from_pretrained(directory)
+
+
+def compare_configs(
+    directory: pathlib.Path, names: Sequence[str] = tuple(CONFIGS), **options: Any
+) -> Iterator[ModelLine]:
     """Models of several shapes on noise."""
     for name in names:
-        path = reference.write_checkpoint(name, directory / name)
-        models = reference.load_model(path), Glm4vForConditionalGeneration.from_pretrained(path)
-        yield compare_models(f"configuration {name!r}", models, random_inputs(models[1].config), **options)
+        path = models.write_checkpoint(directory / name, CONFIGS[name])
+        pair = load_models(path)
+        inputs = Prompts(pair[1].config, NOISE).inputs
+        yield compare_models(f"configuration {name!r}", pair, inputs, **options)
 
 
 def _model_rows(lines: Sequence[ModelLine]) -> Iterator[tuple[Any, ...]]:
@@ -314,54 +301,42 @@ def main() -> int:
     out = report.console()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_parity_") as name:
         directory = pathlib.Path(name)
-        path = reference.write_checkpoint("packaged", directory / "packaged")
-        processors = reference.load_processor(path), Glm4vProcessor.from_pretrained(path)
-        models = reference.load_model(path), Glm4vForConditionalGeneration.from_pretrained(path)
-        lines = [compare_case(*case, processors, models) for case in cases()]
+        path = models.write_checkpoint(directory / "packaged", models.PACKAGED, processor=True)
+        processors, pair = (reference.load_processor(path), Glm4vProcessor.from_pretrained(path)), load_models(path)
+        lines = [compare_case(*case, processors, pair) for case in cases()]
         lines += compare_configs(directory)
-        pictures = [compare_picture(name, processors) for name in media.PHOTOGRAPHS]
+        images = [compare_image(name, processors) for name in media.PHOTOGRAPHS]
         videos = [compare_video(name, processors) for name in media.VIDEOS]
     facts = report.machine_facts("transformers", "torch", "jax", "numpy", "pillow")
     out.print(
-        report.table(
+        report.Table(
             f"model: logits within {MAX_LOGIT_DIFFERENCE:g} of the largest, {NEW_TOKENS} greedy tokens equal",
             (
-                "case",
-                "prompts",
-                "tokens",
-                "patches",
-                "ids, grids",
-                "M-RoPE",
-                "logits",
-                "greedy",
-                "distinct",
-                "margin",
-                "",
+                "case", "prompts", "tokens", "patches", "ids, grids", "M-RoPE", "logits", "greedy", "distinct",
+                "margin", "",
             ),
-            _model_rows(lines),
+            list(_model_rows(lines)),
         ),
-        report.table(
-            f"pictures: equal after the resize, then within {MAX_PIXEL_DIFFERENCE:g}",
+        report.Table(
+            f"images: equal after the resize, then within {MAX_PIXEL_DIFFERENCE:g}",
             ("photograph", "size", "grid", "steps of 255", "difference", ""),
-            _pixel_rows(pictures),
+            list(_pixel_rows(images)),
         ),
-        report.table(
+        report.Table(
             f"videos: within {MAX_VIDEO_STEPS} step of 255 after the resize",
-            ("film", "size", "grid", "steps of 255", "difference", ""),
-            _pixel_rows(videos),
+            ("video", "size", "grid", "steps of 255", "difference", ""),
+            list(_pixel_rows(videos)),
         ),
-    )
-    judged: list[ModelLine | PixelLine] = [*lines, *pictures, *videos]
+    )  # fmt: skip
+    judged: list[ModelLine | PixelLine] = [*lines, *images, *videos]
     passed = all(line.passed for line in judged)
     figures = {
-        "machine": facts, "models": _as_json(lines), "pictures": _as_json(pictures), "videos": _as_json(videos),
+        "machine": facts, "models": _as_json(lines), "pictures": _as_json(images), "videos": _as_json(videos),
         "passed": passed,
     }  # fmt: skip
-    written = report.write_result("parity", figures)
     largest = max(line.logit_difference for line in lines)
     out.print(f"largest difference of logits {largest:.1e}; {'all lines pass' if passed else 'SOME LINES FAIL'}")
-    out.print(f"written to {written.relative_to(report.ROOT)}")
-    return 0 if passed else 1
+    return report.finish("parity", figures)
 
 
 if __name__ == "__main__":

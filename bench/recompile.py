@@ -152,7 +152,7 @@ def main() -> int:
     done = warmup(model, prompt_lengths=PROMPT_LENGTHS, vision_patches=VISION_PATCHES, max_new_tokens=NEW_TOKENS)
     warm_seconds, warm_compiled = time.perf_counter() - start, len(heard.names) - loaded
     out.print(
-        report.table(
+        report.Table(
             "warm-up: prompts of {}-{} tokens, {}-{} patches, {} new tokens".format(
                 *PROMPT_LENGTHS, *VISION_PATCHES, NEW_TOKENS
             ),
@@ -166,10 +166,10 @@ def main() -> int:
 
     requests = [send(model, processor, rng, heard) for _ in range(arguments.requests)]
     out.print(
-        report.table(
+        report.Table(
             f"{len(requests)} requests",
             ("request", "pictures", "videos", "prompt", "bucket", "patches", "calls", "padding", "seconds", "compiled"),
-            (
+            [
                 (
                     number, r.pictures, r.videos, r.prompt_tokens, r.prompt_bucket, r.patches,
                     r.calls or "", f"{padded_share(r.patches, r.row_patches):.0%}" if r.calls else "",
@@ -177,7 +177,7 @@ def main() -> int:
                     len(r.compiled),
                 )
                 for number, r in enumerate(requests, start=1)
-            ),
+            ],
         )
     )  # fmt: skip
     compiled = collections.Counter(name for request in requests for name in request.compiled)
@@ -196,9 +196,7 @@ def main() -> int:
         "padded_share_text": text,
         "passed": passed,
     }
-    written = report.write_result("recompile", figures)
-    out.print(f"written to {written.relative_to(report.ROOT)}")
-    return 0 if passed else 1
+    return report.finish("recompile", figures)
 
 
 if __name__ == "__main__":

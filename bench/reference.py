@@ -1,8 +1,6 @@
 """transformers 4.57.1, live: models in float32 with eager attention, and processors."""
 
-import json
 import pathlib
-import shutil
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
@@ -10,18 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from glm4v_jax.checkpoints.safetensors import write_safetensors
-from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.tiny import TINY_CHECKPOINT
-from tests.reference import CONFIGS, random_tensors
+from tests.helpers_transformers import define_torchvision_operators
 
 VERSION = "4.57.1"
-PROCESSOR_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "chat_template.jinja",
-)  # fmt: skip
-
-_LIBRARIES: list[Any] = []
 
 
 def import_transformers() -> ModuleType:
@@ -31,59 +20,32 @@ def import_transformers() -> ModuleType:
       SystemExit: it is not installed, or is another version.
     """
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError:
         raise SystemExit("this measurement needs the reference: pip install '.[test]'") from None
-    # A torchvision wheel beside a CPU build of torch lacks two operators and wants them at import; the library that
-    # declares them must stay alive.
-    for operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, operator):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _LIBRARIES.append(library)
+    define_torchvision_operators()
     import transformers
 
     if transformers.__version__ != VERSION:
-        raise SystemExit(f"transformers: found {transformers.__version__}, expected {VERSION}")
+        raise SystemExit(f"transformers: found {transformers.__version__}; expected {VERSION}")
     transformers.logging.set_verbosity_error()
     return transformers
 
 
-def write_checkpoint(name: str, directory: pathlib.Path) -> pathlib.Path:
-    """Write a checkpoint whose random weights let every part show in the logits.
-
-    Args:
-      name: of `tests.reference.CONFIGS`; or "packaged", the packaged configuration with its processors.
-      directory: where to, made if need be.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    if name == "packaged":
-        data = json.loads((TINY_CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-        for file in PROCESSOR_FILES:
-            shutil.copyfile(TINY_CHECKPOINT / file, directory / file)
-    else:
-        data = CONFIGS[name]
-    (directory / "config.json").write_text(json.dumps(data), encoding="utf-8")
-    tensors = random_tensors(Glm4vConfig.from_dict(data))
-    write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
-    return directory
-
-
-def load_model(directory: pathlib.Path) -> Any:
-    """The reference's model."""
+def load_model(directory: pathlib.Path | str, attention: str = "eager") -> Any:
+    """The reference's model, greedy whatever a checkpoint's generation_config.json says, and never at an end."""
     import torch
 
     classes = import_transformers()
     model = classes.Glm4vForConditionalGeneration.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
+        directory, dtype=torch.float32, attn_implementation=attention
     )
-    # Greedy whatever a checkpoint's generation_config.json says, and never at an end.
     model.generation_config = classes.GenerationConfig(do_sample=False, pad_token_id=0)
     return model.eval()
 
 
 def load_processor(directory: pathlib.Path) -> Any:
-    """The reference's processor, its slow picture processor, and decord, which it knows, to read video files."""
+    """The reference's processor, its slow image processor, and decord, which it knows, to read video files."""
     classes = import_transformers()
     from transformers.video_utils import load_video
 
@@ -98,13 +60,6 @@ def load_processor(directory: pathlib.Path) -> Any:
 
     processor.video_processor.fetch_videos = fetch
     return processor
-
-
-def to_torch(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """NumPy arrays to torch tensors of their own."""
-    import torch
-
-    return {name: torch.tensor(np.asarray(value)) for name, value in inputs.items()}
 
 
 def to_numpy(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,19 +1,43 @@
-"""What the measurements have in common: tables, verdicts, results as JSON, facts about the machine."""
+"""What all measurements share: facts about the machine, tables, verdicts, results as JSON and Markdown."""
 
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import rich.console
 import rich.markup
 import rich.table
+import rich.text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+
+
+class Table(NamedTuple):
+    """A table whose first column is text and whose others are figures; cells may have Rich's markup."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def __rich__(self) -> rich.table.Table:
+        """The table as a terminal shows it."""
+        made = rich.table.Table(title=rich.markup.escape(self.title), title_justify="left")
+        for index, column in enumerate(self.columns):
+            made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in self.rows:
+            made.add_row(*map(str, row))
+        return made
+
+    def markdown(self) -> str:
+        """The table without its title."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        plain = [[rich.text.Text.from_markup(str(cell)).plain.replace("|", "/") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in plain)
 
 
 def machine_facts(*packages: str) -> dict[str, Any]:
@@ -31,14 +55,18 @@ def verdict(passed: bool) -> str:
     return "[green]pass[/green]" if passed else "[red]FAIL[/red]"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> rich.table.Table:
-    """A table whose first column is text and whose others are figures, aligned to the right."""
-    made = rich.table.Table(title=rich.markup.escape(title), title_justify="left")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    return made
+def judged(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The last cells of what `turns.compare` returns: ratio, aim, verdict."""
+    ratio = "{median:.2f} [{min:.2f}, {max:.2f}]".format(**line["ratio"])
+    return (ratio, "", "") if line["aim"] is None else (ratio, f"{line['aim']:.1f}", verdict(line["passed"]))
+
+
+def profile_tables(profiles: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Iterable[Table]:
+    """Of what `turns.profiles` returns."""
+    for work, sides in profiles.items():
+        for side, profile in sides.items():
+            rows = [(line["name"], line["calls"], f"{line['milliseconds']:.1f}") for line in profile]
+            yield Table(f"{work}, {side}: where the time goes", ("operation", "calls", "ms"), rows)
 
 
 def console() -> rich.console.Console:
@@ -47,9 +75,15 @@ def console() -> rich.console.Console:
     return out if out.is_terminal else rich.console.Console(width=140)
 
 
-def write_result(name: str, figures: dict[str, Any], directory: pathlib.Path = RESULTS) -> pathlib.Path:
-    """Write `<name>.json`; returns its path."""
+def finish(
+    name: str, figures: Mapping[str, Any], *, markdown: str | None = None, directory: pathlib.Path = RESULTS
+) -> int:
+    """Write `<name>.json`, and `<name>.md` if there is text for it; returns the exit status, 1 if an aim is missed."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return path
+    if markdown is not None:
+        path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    console().print(f"written to {shown}", soft_wrap=True)
+    return 0 if figures["passed"] else 1

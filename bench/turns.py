@@ -1,10 +1,12 @@
-"""Two processes that take turns: while one computes, the other sleeps in a read.
+"""Two sides that take turns, each a process of its own: while one computes, the other sleeps in a read.
 
 Neither's thread pool disturbs the other's, and each may have an interpreter of its own. A request is one line of JSON
-on the worker's input, `{"task": name, **arguments}`; the reply is one line of JSON.
+on a process's input, `{"task": name, **arguments}`; the reply is one line of JSON. A bench with two sides declares them
+as subclasses of `JaxSide` and `TorchSide`, whose public methods are the tasks, and ends its module with `main`.
 """
 
 import argparse
+import contextlib
 import heapq
 import json
 import operator
@@ -16,27 +18,91 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from bench import report
 
 PAUSE = 0.05
 """Seconds between two turns, in which the threads of the last one stop spinning."""
-
-
 PROFILE_LENGTH = 10
 """Operations that a profile lists."""
 
+Workers = Mapping[str, Callable[..., Any]]
+"""Side -> what does its tasks: called with a task's name and arguments, it returns the result."""
+
+
+class Work(NamedTuple):
+    """What a side does in a turn."""
+
+    task: str
+    arguments: Mapping[str, Any]
+
+
+def measure(workers: Workers, works: Sequence[Mapping[str, Work]], rounds: int) -> list[list[dict[str, Any]]]:
+    """Have the sides take turns at every piece of work, in every round.
+
+    Args:
+      workers: of both sides.
+      works: of each piece, what each side does.
+      rounds: how many count, after one for warming up.
+
+    Returns:
+      Of each piece, of each round, side -> result.
+    """
+    results: list[list[dict[str, Any]]] = [[] for _ in works]
+    for number in range(rounds + 1):
+        for work, each in zip(works, results, strict=True):
+            done = {side: workers[side](task, **arguments) for side, (task, arguments) in work.items()}
+            if number:
+                each.append(done)
+    return results
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float], amount: float, aim: float | None) -> dict[str, Any]:
+    """Compare seconds of both sides by round: amounts a second, the ratio within a round, and whether it meets its aim.
+
+    >>> compare([1, 2, 4], [2, 6, 4], amount=8, aim=2)["ratio"]
+    {'median': 2.0, 'min': 1.0, 'max': 3.0}
+    """
+    ratio = spread([b / a for a, b in zip(ours, theirs, strict=True)])
+    return {
+        "ours": spread([amount / seconds for seconds in ours]),
+        "theirs": spread([amount / seconds for seconds in theirs]),
+        "ratio": ratio,
+        "aim": aim,
+        "passed": aim is None or ratio["median"] >= aim,
+    }
+
+
+def profiles(workers: Workers, works: Mapping[str, Mapping[str, Work]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Title of a piece of work -> side -> where its time goes."""
+    return {
+        title: {
+            side: workers[side]("profile", work=task, arguments=dict(arguments))
+            for side, (task, arguments) in work.items()
+        }
+        for title, work in works.items()
+    }
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not count it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
 
 class Worker:
-    """The asking side: a process that runs `python -m MODULE`."""
+    """The asking end of a process that runs a side."""
 
-    def __init__(self, name: str, python: str | pathlib.Path, module: str, threads: int):
+    def __init__(self, name: str, command: Sequence[str]):
         self.name = name
         self.process = subprocess.Popen(
-            [str(python), "-m", module, "--threads", str(threads)],
-            cwd=report.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            command, cwd=report.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
 
@@ -58,18 +124,25 @@ class Worker:
             raise SystemExit(f"{self.name}: ended in {task!r} with status {self.process.wait()}")
         return json.loads(reply)
 
-    def __enter__(self) -> Self:
-        return self
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
 
-    def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+
+@contextlib.contextmanager
+def start(module: str, threads: int, **pythons: str) -> Iterator[dict[str, Worker]]:
+    """Start `module` once for each side, on interpreters other than this one where `ours` or `theirs` names one."""
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for side in ("ours", "theirs"):
+            command = [pythons.get(side, sys.executable), "-m", module, "--side", side, "--threads", str(threads)]
+            workers[side] = Worker(side, command)
+            stack.callback(workers[side].close)
+        yield workers
 
 
 def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
-    """The answering side: do tasks until the input ends. What else is printed goes to the error output."""
+    """The answering end: do tasks until the input ends. What else is printed goes to the error output."""
     with os.fdopen(os.dup(1), "w") as replies:
         os.dup2(2, 1)
         for line in sys.stdin:
@@ -77,26 +150,54 @@ def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
             print(json.dumps(tasks[request.pop("task")](**request)), file=replies, flush=True)
 
 
-def main(make: Callable[[], object], *, with_torch: bool = False) -> None:
-    """The answering side as a program: its tasks are the public methods of what is made, called by their names.
-
-    Args:
-      make: called when the process has its cores.
-      with_torch: whether torch is to have as many threads.
-    """
+def main(ours: "type[JaxSide]", theirs: "type[TorchSide]", arguments: Sequence[str] | None = None) -> None:
+    """The answering end as a program: `--side ours --threads 2`."""
     parser = argparse.ArgumentParser(description="One side of a comparison: reads tasks, a line of JSON each.")
+    parser.add_argument("--side", choices=("ours", "theirs"), required=True)
     parser.add_argument("--threads", type=int, required=True)
-    threads = parser.parse_args().threads
-    use_cores(threads)
-    if with_torch:
+    parsed = parser.parse_args(arguments)
+    use_cores(parsed.threads)
+    if parsed.side == "theirs":
         import torch
 
-        torch.set_num_threads(threads)
-    side = make()
-    serve({name: getattr(side, name) for name in dir(side) if not name.startswith("_")})
+        torch.set_num_threads(parsed.threads)
+    side = ours() if parsed.side == "ours" else theirs()
+    serve({name: getattr(side, name) for name in dir(side) if not name.startswith("_") and name != "packages"})
 
 
-def xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, float]]:
+class JaxSide:
+    """The package's own side."""
+
+    packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
+
+    def facts(self) -> dict[str, Any]:
+        """Versions of what runs here."""
+        return report.machine_facts(*self.packages)
+
+    def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """The operations on XLA's threads that take the most time while a task is done."""
+        return slowest(_xla_operations(lambda: getattr(self, work)(**arguments)))
+
+
+class TorchSide:
+    """The reference's side."""
+
+    packages: tuple[str, ...] = ("torch", "transformers", "numpy")
+
+    def facts(self) -> dict[str, Any]:
+        """Versions of what runs here."""
+        return report.machine_facts(*self.packages)
+
+    def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """The operations of torch that take the most time by themselves while a task is done."""
+        import torch
+
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            getattr(self, work)(**arguments)
+        return slowest((event.key, event.count, event.self_cpu_time_total / 1e3) for event in profiler.key_averages())
+
+
+def _xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, int, float]]:
     """Operations on XLA's threads during a call, and how many milliseconds each took."""
     import jax
 
@@ -110,55 +211,42 @@ def xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, float]]:
             for event in line.events if "XLA" in line.name else ():
                 # These enclose others.
                 if not event.name.startswith(("ThunkExecutor", "end: ", "while", "call")):
-                    yield event.name.rstrip(".0123456789"), event.duration_ns / 1e6
+                    yield event.name.rstrip(".0123456789"), 1, event.duration_ns / 1e6
 
 
-def slowest(operations: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
-    """The operations that take the most milliseconds together."""
-    total, calls = defaultdict[str, float](float), Counter[str]()
-    for name, milliseconds in operations:
-        total[name] += milliseconds
-        calls[name] += 1
-    longest = heapq.nlargest(PROFILE_LENGTH, total.items(), key=operator.itemgetter(1))
-    return [{"name": name, "calls": calls[name], "milliseconds": milliseconds} for name, milliseconds in longest]
+def slowest(operations: Iterable[tuple[str, int, float]]) -> list[dict[str, Any]]:
+    """The operations, given with their calls and milliseconds, that take the most time together.
 
-
-def torch_profile(function: Callable[[], Any]) -> list[dict[str, Any]]:
-    """The operations of torch that take the most time by themselves during a call."""
-    import torch
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        function()
-    ordered = sorted(profiler.key_averages(), key=_self_time, reverse=True)
-    return [
-        {"name": event.key, "calls": event.count, "milliseconds": _self_time(event) / 1e3}
-        for event in ordered[:PROFILE_LENGTH]
-    ]
-
-
-def _self_time(event: Any) -> float:
-    return event.self_cpu_time_total
+    >>> slowest([("dot", 1, 1.5), ("add", 1, 2.0), ("dot", 2, 1.0)])[0]
+    {'name': 'dot', 'calls': 3, 'milliseconds': 2.5}
+    """
+    milliseconds, calls = defaultdict[str, float](float), Counter[str]()
+    for name, count, time_taken in operations:
+        milliseconds[name] += time_taken
+        calls[name] += count
+    longest = heapq.nlargest(PROFILE_LENGTH, milliseconds.items(), key=operator.itemgetter(1))
+    return [{"name": name, "calls": calls[name], "milliseconds": total} for name, total in longest]
 
 
 def use_cores(count: int) -> None:
-    """Confine this process to so many cores, where the system allows that; before anything starts threads.
+    """Confine this process to `count` cores, where the system allows that; before anything starts threads.
 
     Raises:
-      SystemExit: there are not so many.
+      SystemExit: there are fewer.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < count:
-        raise SystemExit(f"found {len(cores)} cores, expected {count} for as many threads")
+        raise SystemExit(f"--threads: found {len(cores)} cores; expected {count}")
     os.sched_setaffinity(0, cores[:count])
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
-    """The median time of a call, of so many calls or as many as begin within a second."""
+    """The median time of `repeats` calls, or of as many as begin within a second."""
     times: list[float] = []
     while len(times) < repeats and sum(times) < 1:
-        start = time.perf_counter()
+        begin = time.perf_counter()
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - begin)
     return statistics.median(times)

@@ -65,9 +65,9 @@ def _names_reached(function):
     """The names that a function of the tests and those it calls use, and their arguments of `importorskip`."""
     if not inspect.getsourcefile(function).startswith(str(TESTS)):
         return frozenset()
-    names, pending, seen = set(), [inspect.unwrap(function)], set()
+    names, pending, seen = set(), [function], set()
     while pending:
-        found = pending.pop()
+        found = inspect.unwrap(pending.pop())
         if isinstance(found, type):
             pending += [value for value in vars(found).values() if inspect.isfunction(value)]
         elif inspect.isfunction(found) and found not in seen and found.__code__.co_filename.startswith(str(TESTS)):

@@ -4,18 +4,24 @@ from types import ModuleType
 
 import pytest
 
-_LIBRARIES = []
+_LIBRARIES: list[object] = []
 
 
 def import_transformers() -> ModuleType:
     """`transformers`, with torchvision usable for resizing; skips the test where the reference is not installed."""
-    torch = pytest.importorskip("torch")
-    # A torchvision wheel beside a CPU build of torch lacks two operators, and wants them at import. FRAGMENT may be
-    # opened more than once in a process; the library must stay alive.
+    pytest.importorskip("torch")
+    define_torchvision_operators()
+    pytest.importorskip("torchvision")
+    return pytest.importorskip("transformers")
+
+
+def define_torchvision_operators() -> None:
+    """Define two operators that a torchvision wheel beside a CPU build of torch lacks, and wants at import."""
+    import torch
+
+    # FRAGMENT may be opened more than once in a process; the library must stay alive.
     for operator in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, operator):
             library = torch.library.Library("torchvision", "FRAGMENT")
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _LIBRARIES.append(library)
-    pytest.importorskip("torchvision")
-    return pytest.importorskip("transformers")

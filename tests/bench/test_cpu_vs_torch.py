@@ -1,21 +1,19 @@
-"""The comparison with torch compares: both sides for real on a tiny model, and the judging on made-up times."""
+"""bench.cpu_vs_torch on a tiny model, both sides in this process."""
 
 import copy
-import io
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from helpers_transformers import import_transformers
 from reference import tensor_names
 
-from bench import cpu_model, cpu_vs_torch, report, turns
+from bench import cpu_vs_torch, models, turns
 from glm4v_jax import Glm4vConfig
 
-TINY = copy.deepcopy(cpu_model.CONFIG)
+pytestmark = pytest.mark.slow
+
+TINY = copy.deepcopy(models.INFERENCE)
 TINY["text_config"] |= dict(hidden_size=256, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
                             num_key_value_heads=1)  # fmt: skip
 TINY["vision_config"] |= dict(depth=1, hidden_size=128, num_heads=1, out_hidden_size=256, intermediate_size=96)
@@ -23,14 +21,12 @@ TINY["vision_config"] |= dict(depth=1, hidden_size=128, num_heads=1, out_hidden_
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("checkpoint")
-    cpu_model.write_checkpoint(directory, TINY)
-    return directory
+    return models.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), TINY)
 
 
 @pytest.fixture(scope="module")
 def ours(checkpoint):
-    from bench.cpu_ours import Ours
+    from bench.cpu_sides import Ours
 
     side = Ours()
     side.load(str(checkpoint))
@@ -40,172 +36,95 @@ def ours(checkpoint):
 @pytest.fixture(scope="module")
 def theirs(checkpoint):
     import_transformers()
-    from bench.cpu_theirs import Theirs
+    from bench.cpu_sides import Theirs
 
     side = Theirs()
     side.load(str(checkpoint))
     return side
 
 
-def test_the_model_has_the_promised_size_and_shape():
-    assert 250e6 < cpu_model.num_parameters(cpu_model.CONFIG) < 270e6
-    config = Glm4vConfig.from_dict(cpu_model.CONFIG)
-    released = Glm4vConfig.glm4_1v_9b()
+@pytest.mark.parametrize(("config", "millions"), [(models.INFERENCE, (250, 270)), (models.TRAINING, (20, 50))])
+def test_models_have_their_size_and_the_heads_of_the_9b(config, millions):
+    assert millions[0] * 1e6 < models.num_parameters(config) < millions[1] * 1e6
+    config, released = Glm4vConfig.from_dict(config), Glm4vConfig.glm4_1v_9b()
     assert config.text_config.head_dim == released.text_config.head_dim
     assert config.vision_config.head_dim == released.vision_config.head_dim
     assert config.text_config.mrope_section == released.text_config.mrope_section
 
 
-def test_bytes_of_a_token_are_the_weights_and_the_cache():
+def test_a_token_reads_the_weights_and_the_cache():
     shapes = tensor_names(Glm4vConfig.from_dict(TINY))
     read = [s for name, s in shapes.items() if len(s) == 2 and ("language_model.layers." in name or "lm_head" in name)]
-    assert cpu_model.decode_bytes(TINY, 0) == 4 * sum(rows * columns for rows, columns in read)
-    more = cpu_model.decode_bytes(TINY, 10) - cpu_model.decode_bytes(TINY, 0)
+    assert models.decode_bytes(TINY, 0) == 4 * sum(rows * columns for rows, columns in read)
+    more = models.decode_bytes(TINY, 10) - models.decode_bytes(TINY, 0)
     assert more == 4 * 10 * TINY["text_config"]["num_hidden_layers"] * 2 * 128
 
 
-def test_both_sides_do_every_work_the_same_ways(ours, theirs):
-    works = {
-        "prefill": {"tokens": 20},
-        "decode": {"context": 20, "short": 2, "long": 4},
-        "vision": {"rows": 4, "columns": 4},
-    }
-    assert {line.work.task for line in cpu_vs_torch.LINES} == {*works, "preprocess"}
-    for line in cpu_vs_torch.LINES:
-        if line.work.task in works:
-            mine, other = (getattr(side, line.work.task)(**works[line.work.task]) for side in (ours, theirs))
-            assert line.ours in mine and set(line.theirs) <= set(other), line.title
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [("prefill", {"tokens": 20}), ("decode", {"context": 20, "short": 2, "long": 4}),
+     ("vision", {"rows": 4, "columns": 4}), ("preprocess", {"together": True})],
+)  # fmt: skip
+def test_both_sides_do_the_work_of_a_line_in_its_ways(ours, theirs, monkeypatch, task, arguments):
+    for side in (ours, theirs):
+        monkeypatch.setattr(side, "_photographs", side._photographs[:2])
+    mine, other = (getattr(side, task)(**arguments) for side in (ours, theirs))
+    lines = [line for line in cpu_vs_torch.LINES if line.work.task == task]
+    assert lines and all(line.ours in mine and set(line.theirs) <= set(other) for line in lines)
+
+
+def test_both_sides_give_the_same_answer(ours, theirs):
     assert ours.answer(20, 5) == theirs.answer(20, 5)
     assert len(ours.answer(20, 5)) == 5
 
 
-def test_both_sides_prepare_the_same_pictures(ours, theirs, monkeypatch):
-    assert len(ours.pictures) == len(theirs.pictures) > 5
-    for side in (ours, theirs):
-        monkeypatch.setattr(side, "pictures", side.pictures[:2])
-    times = {name: side.preprocess(True) for name, side in (("ours", ours), ("theirs", theirs))}
-    for line in cpu_vs_torch.LINES:
-        if line.work.task == "preprocess":
-            assert times["ours"][line.ours] > 0 and times["theirs"][line.theirs[0]] > 0
-    found = ours.processors["slow"](ours.pictures).pixel_values
-    expected = theirs.processors["slow"](theirs.pictures, return_tensors="np").pixel_values
+def test_both_sides_prepare_the_same_images(ours, theirs):
+    found = ours.processors["slow"](ours._photographs[:2]).pixel_values
+    expected = theirs.processors["slow"](theirs._photographs[:2], return_tensors="np").pixel_values
     np.testing.assert_array_equal(found, expected)
 
 
-def test_profiles_name_operations(ours, theirs):
-    for side, name in ((ours, "dot"), (theirs, "aten::addmm")):
-        profile = side.profile("prefill", {"tokens": 20})
-        assert 0 < len(profile) <= turns.PROFILE_LENGTH
-        assert any(name in line["name"] for line in profile), profile
-        assert all(line["milliseconds"] > 0 for line in profile[:1])
-    host = ours.profile("preprocess", {"together": True})
-    assert any("resize" in line["name"] for line in host), host
+@pytest.mark.parametrize(("side", "work", "name"), [
+    ("ours", "prefill", "dot"), ("theirs", "prefill", "aten::addmm"), ("ours", "preprocess", "resize"),
+])  # fmt: skip
+def test_profiles_name_operations(request, monkeypatch, side, work, name):
+    side = request.getfixturevalue(side)
+    monkeypatch.setattr(side, "_photographs", side._photographs[:2])
+    profile = side.profile(work, {"tokens": 20} if work == "prefill" else {"together": True})
+    assert 0 < len(profile) <= turns.PROFILE_LENGTH
+    assert any(name in line["name"] for line in profile), profile
+    assert profile[0]["milliseconds"] > 0
 
 
-def test_bandwidth_is_bytes_a_second(ours):
+def test_memory_is_read_at_its_speed(ours):
     (speed,) = ours.bandwidth(40, 2).values()
     assert 1e8 < speed < 1e13
 
 
-LINE = cpu_vs_torch.Line("", cpu_vs_torch.Work("decode", {}), 6, "", "a", ("slow", "fast"), 1.2)
+class Stub:
+    """A side that takes the same time for everything, and reads memory very fast."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __call__(self, task, **arguments):
+        if task == "answer":
+            return [1]
+        if task == "facts":
+            return dict.fromkeys(("jax", "torch", "python"), "1")
+        if task == "profile":
+            return [{"name": arguments["work"], "calls": 1, "milliseconds": 1.0}]
+        return dict.fromkeys(("a", "b", "generate", "loop"), 1e30 if task == "bandwidth" else self.seconds)
 
 
-def times(ours, slow, fast):
-    return [
-        {"ours": {"a": a}, "theirs": {"slow": b, "fast": c}} for a, b, c in zip(ours, slow, fast, strict=True)
-    ]  # fmt: skip
-
-
-def test_the_fastest_of_their_ways_counts_and_ratios_are_of_one_round():
-    figures = cpu_vs_torch.compare(LINE, times([1, 2, 4], [9, 9, 9], [2, 3, 4]))
-    assert figures["their_way"] == "fast"
-    assert figures["ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
-    assert figures["ours"] == {"median": 3, "min": 1.5, "max": 6}
-    assert figures["passed"]
-    assert not cpu_vs_torch.compare(LINE._replace(aim=1.51), times([1, 2, 4], [9, 9, 9], [2, 3, 4]))["passed"]
-
-
-def test_the_share_of_bandwidth_is_of_the_best_read():
-    size = cpu_vs_torch.compare_bandwidth(TINY, [{"ours": {"generate": 1.0}}], [{"a": {"x": 1.0}}])["bytes_per_token"]
-    reads = [{"ours": {"x": size * 2.0}, "theirs": {"y": size * 4.0, "z": size * 3.0}}]
-    figures = cpu_vs_torch.compare_bandwidth(TINY, [{"ours": {"generate": 0.5}}], reads)
-    assert figures["ratio"]["median"] == 0.5 and not figures["passed"]
-    assert cpu_vs_torch.compare_bandwidth(TINY, [{"ours": {"generate": 0.3}}], reads)["passed"]
-
-
-def test_rounds_take_turns_after_one_for_warming_up():
-    calls = []
-
-    def side(name):
-        return lambda task, **arguments: calls.append((name, task)) or {"n": len(calls)}
-
-    works = [cpu_vs_torch.Work("x", {}), cpu_vs_torch.Work("y", {})]
-    measured = cpu_vs_torch.measure({"ours": side("ours"), "theirs": side("theirs")}, works, 2)
-    assert calls == [(name, task) for _ in range(3) for task in "xy" for name in ("ours", "theirs")]
-    assert [[round_["ours"]["n"] for round_ in each] for each in measured] == [[5, 9], [7, 11]]
-
-
-def test_a_run_profiles_what_missed_its_aim(monkeypatch):
-    class Side:
-        def __init__(self, seconds):
-            self.seconds = seconds
-
-        def __call__(self, task, **arguments):
-            if task == "answer":
-                return [1]
-            if task == "profile":
-                return [{"name": arguments["work"], "calls": 1, "milliseconds": 1.0}]
-            return dict.fromkeys(("a", "b"), 1e30 if task == "bandwidth" else self.seconds)
-
-    line = cpu_vs_torch.Line("it", cpu_vs_torch.Work("work", {}), 1, "per s", "a", ("b",), 1.0)
+@pytest.mark.parametrize(("seconds", "passed"), [(1.0, True), (3.0, False)])
+def test_a_run_profiles_what_missed_its_aim(monkeypatch, seconds, passed):
+    line = cpu_vs_torch.Line("it", turns.Work("work", {}), 1, "per s", "a", ("b",), 1.0)
     monkeypatch.setattr(cpu_vs_torch, "LINES", (line,))
-    monkeypatch.setattr(cpu_vs_torch, "DECODE", line._replace(work=cpu_vs_torch.Work("w", {"short": 1, "long": 3})))
-    for seconds, passed in ((1.0, True), (3.0, False)):
-        figures = cpu_vs_torch.run({"ours": Side(seconds), "theirs": Side(2.0)}, TINY, "", 1, 2)
-        assert figures["lines"][0]["passed"] == passed
-        # Decoding does not reach such a memory's speed, so its profile is there in any case.
-        assert not figures["bandwidth"]["passed"] and not figures["passed"]
-        assert [key.split()[0] for key in figures["profiles"]] == (["w"] if passed else ["work", "w"])
-        assert json.loads(json.dumps(figures)) == figures
-        assert len(cpu_vs_torch.rows(figures)) == 2
-
-
-ECHO = """
-from bench import turns
-def double(x): print("noise"); return 2 * x
-def fail(): raise SystemExit(3)
-turns.serve({"double": double, "fail": fail})
-"""
-
-
-def test_a_worker_answers_and_its_end_is_told(monkeypatch):
-    popen = subprocess.Popen
-
-    def start(command, **options):
-        assert command[1:] == ["-m", "module", "--threads", "2"]
-        return popen([sys.executable, "-c", ECHO], stderr=subprocess.DEVNULL, **options)
-
-    monkeypatch.setattr(turns.subprocess, "Popen", start)
-    with turns.Worker("echo", sys.executable, "module", 2) as worker:
-        assert worker("double", x=4) == 8
-        assert worker("double", x=[1]) == [1, 1]
-        with pytest.raises(SystemExit, match="echo: ended in 'fail' with status 3"):
-            worker("fail")
-
-
-def test_cores_are_confined():
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("this system has no affinity")
-    program = "from bench import turns; import os; turns.use_cores(1); print(len(os.sched_getaffinity(0)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=report.ROOT, check=True, text=True, capture_output=True)
-    assert done.stdout == "1\n"
-    with pytest.raises(SystemExit, match="cores, expected 1000000"):
-        turns.use_cores(10**6)
-
-
-@pytest.mark.parametrize(("clock", "median"), [([0, 0.1, 1, 1.4, 2, 2.2], 0.2), ([0, 0.5, 1, 1.7], 0.6), ([0, 3], 3)])
-def test_the_median_time_of_calls_that_begin_within_a_second(clock, median, monkeypatch):
-    ticks = iter(clock)
-    monkeypatch.setattr(turns.time, "perf_counter", lambda: next(ticks))
-    assert turns.seconds(io.StringIO, 3) == pytest.approx(median)
-    assert next(ticks, None) is None
+    figures = cpu_vs_torch.run({"ours": Stub(seconds), "theirs": Stub(2.0)}, TINY, "", 1, 2)
+    assert figures["lines"][0]["passed"] == passed
+    # Decoding does not reach such a memory's speed, so its profile is there in any case.
+    assert not figures["bandwidth"]["passed"] and not figures["passed"]
+    assert [title.split()[0] for title in figures["profiles"]] == (["decode"] if passed else ["work", "decode"])
+    assert json.loads(json.dumps(figures)) == figures
+    assert len(cpu_vs_torch.table(figures).rows) == 2

@@ -77,6 +77,7 @@ def assert_merges_to(model, expected):
         assert_close(found[name], tensor, tolerance=5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("stacked", [True, False])
 def test_kernels_merge_to_what_the_adapter_says(ours, tmp_path, name, stacked):
@@ -94,6 +95,7 @@ def test_kernels_merge_to_what_the_adapter_says(ours, tmp_path, name, stacked):
         assert np.abs(expected[f"{module}.weight"] - tensors[f"{module}.weight"]).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_saved_adapter_loads_bit_for_bit(ours, tmp_path, name):
     apart = trained(ours(name).module, lora.LoraConfig(rank=3, alpha=4.5, target=r".*(proj|down|gate_up|qkv)"))

@@ -70,6 +70,7 @@ def documents(count):
     return [(item.images[0], item.question) for item in items], items
 
 
+@pytest.mark.slow
 def test_requests_are_answered_in_their_order_without_the_limits_of_tasks(model):
     asked, items = documents(5)
     found = model.generate_until(requests(model, asked, max_new_tokens=2, temperature=0, do_sample=False, until=["\n"]))

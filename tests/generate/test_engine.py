@@ -60,6 +60,7 @@ def test_text_is_what_the_tokenizer_decodes(engine):
     assert found.text == engine.processor.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+@pytest.mark.slow
 def test_200_prompts_through_8_slots_give_what_each_gives_alone(engine):
     rng = np.random.default_rng(11)
     requests = random_requests(engine.model, 200, seed=10)
@@ -81,6 +82,7 @@ def test_200_prompts_through_8_slots_give_what_each_gives_alone(engine):
     assert reasons == {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_slots(engine):
     requests = random_requests(engine.model, 20, seed=12)
     options = dict(max_new_tokens=12, do_sample=True, temperature=2.0, top_k=0, top_p=0.95, eos_token_id=-1)
@@ -422,6 +424,7 @@ def test_boxes_are_pixels_of_the_original_picture(engine, picture):
     assert made.boxes == [(100, 200, 500, 1000)] and made.pixel_boxes() == [(10, 14, 50, 70)]
 
 
+@pytest.mark.slow
 def test_warm_engines_compile_nothing(engine, lowerings, picture):
     own = Engine(engine.model, engine.processor, num_slots=8)
     told = []

@@ -172,6 +172,7 @@ def test_draws_depend_on_the_seed_and_the_row_alone(ours):
     assert np.array_equal(first, model.generate(**join(alone, "right"), seed=5, **options)[:, -20:])
 
 
+@pytest.mark.slow
 def test_draws_follow_the_models_probabilities(ours):
     """The first token of 512 draws from one prompt, against its softmax: chi-square over the likeliest tokens."""
     model = ours("base")

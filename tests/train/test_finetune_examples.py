@@ -19,6 +19,8 @@ from train.data.stream import encode_options
 from train.log import METRICS, read_log
 from train.loop import train
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "examples" / "finetune"
 JOBS = {"lora_one_host": (1, 4, 8), "full_pod": (16, 32, 64)}
 """Name -> on how many devices it should run as it is."""

@@ -15,6 +15,8 @@ from train.flops import Work, attended, recomputed_flops, step_flops, work_of
 from train.optimizers import group_of
 from train.state import split
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Glm4vConfig.tiny()
 SHAPES = Shapes(2, 48, 1, 64)
 DOWN, HEAD = 2 * 96 * 64, 64 * 320

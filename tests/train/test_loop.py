@@ -31,6 +31,8 @@ from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
 from train.optimizers import OptimizerConfig
 from train.profiler import Profiler
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = 9, 2
 JOB = f"""
 model = {json.dumps(str(RANDOM_CHECKPOINT))}

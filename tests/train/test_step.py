@@ -21,7 +21,7 @@ from train.optimizers import OptimizerConfig, group_of, kernel_dimensions, learn
 from train.state import Layout, init_state, split
 from train.step import loss_sums, make_step
 
-pytestmark = pytest.mark.usefixtures("mesh")
+pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 # The reference does not take pictures and videos in one batch.
