@@ -82,7 +82,7 @@ def engine_step(engine: Engine, rows: int) -> float:
 def host_time(rows: int) -> dict[str, Any]:
     """Milliseconds a step, of the engine and of the program alone, in turns; medians and the spread."""
     loaded = Engine.from_pretrained(TINY_CHECKPOINT)
-    engine = Engine(loaded.model, loaded.processor, num_slots=rows, capacity=CAPACITY)
+    engine = Engine(loaded.runtime, loaded.processor, num_slots=rows, capacity=CAPACITY)
     engine_step(engine, rows)
     bare_step(engine, rows)
     pairs = [(engine_step(engine, rows), bare_step(engine, rows)) for _ in range(ROUNDS)]

@@ -46,6 +46,13 @@ def test_aot_has_a_table_for_inference_and_one_for_training():
 
 
 @pytest.fixture(scope="module")
+def packaged():
+    return Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT), Glm4vProcessor.from_pretrained(
+        TINY_CHECKPOINT
+    )
+
+
+@pytest.fixture(scope="module")
 def sides():
     import_transformers()
     sides = {"ours": evaluation.Ours(), "theirs": evaluation.Theirs()}
@@ -77,9 +84,9 @@ def test_an_answer_ends_with_its_tag():
     assert evaluation.answer_of(shown) == evaluation.answer_of(hidden) == "<think>Hm.</think><answer>\n3"
 
 
-def test_the_engine_and_the_program_alone_take_time_for_a_step(monkeypatch):
+def test_the_engine_and_the_program_alone_take_time_for_a_step(packaged, monkeypatch):
     monkeypatch.setattr(engine, "STEPS", 2 * engine.MAX_STEPS + 1)
-    loaded = Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2, capacity=engine.CAPACITY)
+    loaded = Engine(*packaged, num_slots=2, capacity=engine.CAPACITY)
     assert engine.engine_step(loaded, 2) > 0 and engine.bare_step(loaded, 2) > 0
 
 
@@ -134,13 +141,6 @@ def test_peak_memory_counts_what_was_touched():
     held = np.ones(before + 50_000_000, np.uint8)
     assert memory.peak_bytes() >= before + 50_000_000
     del held
-
-
-@pytest.fixture(scope="module")
-def packaged():
-    return Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT), Glm4vProcessor.from_pretrained(
-        TINY_CHECKPOINT
-    )
 
 
 def test_a_request_seen_before_compiles_nothing(packaged):
