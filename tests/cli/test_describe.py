@@ -46,6 +46,7 @@ def captions(path="photos/captions.jsonl"):
     return keyed(pathlib.Path(path), "file")
 
 
+@pytest.mark.slow
 def test_every_image_gets_a_caption(folder, capfd):
     assert describe("photos", "--json") == 1
     captured = capfd.readouterr()

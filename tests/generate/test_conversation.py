@@ -21,6 +21,7 @@ def their_inputs_of(engine, messages):
     return engine.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 
+@pytest.mark.slow
 def test_four_turns_with_pictures_in_the_first_and_third(engine, their_tiny, pictures):
     import torch
 

@@ -7,6 +7,8 @@ from reference import CONFIGS, Prompts, their_inputs, to_torch
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import GenerationError, MessageError
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 NEVER = dict(eos_token_id=-1, pad_token_id=0)
 
@@ -172,7 +174,6 @@ def test_draws_depend_on_the_seed_and_the_row_alone(ours):
     assert np.array_equal(first, model.generate(**join(alone, "right"), seed=5, **options)[:, -20:])
 
 
-@pytest.mark.slow
 def test_draws_follow_the_models_probabilities(ours):
     """The first token of 512 draws from one prompt, against its softmax: chi-square over the likeliest tokens."""
     model = ours("base")

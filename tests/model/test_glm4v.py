@@ -56,6 +56,7 @@ def their_gradients(model, inputs):
     return float(loss.detach()), gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "stacked"),
     [
@@ -84,7 +85,12 @@ def test_gradients_equal(checkpoints, theirs, name, rows, stacked):
         assert np.abs(found[tensor] - value).max() <= 1e-4 * np.abs(value).max(), tensor
 
 
+<<<<<<< HEAD
 def test_recomputed_gradients_equal(checkpoints):
+=======
+@pytest.mark.slow
+def test_rematerialised_gradients_equal(checkpoints):
+>>>>>>> c153320 (More slow tests marked)
     model = load_model(checkpoints("base"), config_of("base"))
     batch, labels, _ = training_example("base", ROWS, seed=1)
     results = (loss_and_gradient(model, batch, labels, remat) for remat in ("none", "attention"))
@@ -168,6 +174,7 @@ def test_bfloat16_is_as_near_as_the_references(checkpoints, theirs):
     assert 0 < ours <= 1.5 * others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(MODEL_GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
 def test_results_equal_the_golden_ones(ours, path):
     """What the reference computed once; this comparison needs neither torch nor transformers."""

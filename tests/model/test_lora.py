@@ -23,7 +23,7 @@ from glm4v_jax.model import lora, nn
 from glm4v_jax.model.params import leaf_paths, linears, sizes, stacked_layers
 from train.state import Layout, split
 
-pytestmark = pytest.mark.usefixtures("mesh")
+pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
 MESHES = [dict(), dict(fsdp=2, kv=2, q=2), dict(kv=2, seq=4)]
 

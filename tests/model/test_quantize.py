@@ -27,7 +27,7 @@ from glm4v_jax.model import lora, nn, quantize
 from glm4v_jax.model.params import leaf_paths, linears, stacked_layers
 from train.state import Layout, split
 
-pytestmark = pytest.mark.usefixtures("mesh")
+pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
 INT8, INT4 = quantize.QuantConfig("int8"), quantize.QuantConfig("int4", group=16)
 BOTH = pytest.mark.parametrize("config", [INT8, INT4], ids=["int8", "int4"])

@@ -92,6 +92,7 @@ def use(directory, name):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in TINY_CHECKPOINT.glob("*.json")))
 @pytest.mark.filterwarnings("ignore")
 def test_fields_of_other_types(directory, name):
