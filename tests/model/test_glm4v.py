@@ -85,12 +85,7 @@ def test_gradients_equal(checkpoints, theirs, name, rows, stacked):
         assert np.abs(found[tensor] - value).max() <= 1e-4 * np.abs(value).max(), tensor
 
 
-<<<<<<< HEAD
 def test_recomputed_gradients_equal(checkpoints):
-=======
-@pytest.mark.slow
-def test_rematerialised_gradients_equal(checkpoints):
->>>>>>> c153320 (More slow tests marked)
     model = load_model(checkpoints("base"), config_of("base"))
     batch, labels, _ = training_example("base", ROWS, seed=1)
     results = (loss_and_gradient(model, batch, labels, remat) for remat in ("none", "attention"))
