@@ -34,7 +34,6 @@ _SILENT_SECONDS = 10
 """How long processes wait for each other without a word."""
 _PAUSE = 0.05
 _COUNT = "glm4v_jax/count"
-_TEXT_BYTES = 1024
 
 
 def init_distributed(
@@ -155,7 +154,7 @@ def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | Non
 
     Args:
       name: of what was given, for the error.
-      digest: of what it is, up to 32 bytes.
+      digest: of what was given.
       error: why this process cannot use it.
 
     Returns:
@@ -166,18 +165,14 @@ def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | Non
     """
     if not several():
         return error
-    own = np.zeros(1 + 32 + _TEXT_BYTES, np.uint8)
-    text = (error or "").encode()[:_TEXT_BYTES]
-    own[0] = error is not None
-    own[1 : 1 + len(digest)] = np.frombuffer(digest, np.uint8)
-    own[33 : 33 + len(text)] = np.frombuffer(text, np.uint8)
-    everyone = multihost_utils.process_allgather(own)
-    if (failed := np.flatnonzero(everyone[:, 0])).size:
-        message = bytes(everyone[failed[0], 33:]).rstrip(b"\0").decode(errors="replace")
-        return message if failed.size == len(everyone) else f"{message} (in process {failed[0]})"
-    if (different := np.flatnonzero((everyone != everyone[0]).any(axis=1))).size:
+    everyone = gathered([digest.hex(), error])
+    errors = [(process, error) for process, (_, error) in enumerate(everyone) if error is not None]
+    if errors:
+        process, message = errors[0]
+        return message if len(errors) == len(everyone) else f"{message} (in process {process})"
+    if (different := next((i for i, one in enumerate(everyone) if one != everyone[0]), None)) is not None:
         raise MessageError(
-            f"{name}: found another in process {different[0]} than in process 0; expected the same in all processes"
+            f"{name}: found another in process {different} than in process 0; expected the same in all processes"
         )
     return None
 

@@ -107,7 +107,7 @@ def gathered(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in axes))
 
 
-def shards(axis: str) -> int:
+def shards(axis: str | None) -> int:
     """Number of shards of a dimension of this logical name in the current mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[name] for name in names_of(RULES[axis]))
@@ -140,12 +140,14 @@ def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
     Raises:
       ConfigError: a dimension does not divide by the devices along its mesh axes.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
     for size, axis in zip(shape, axes, strict=True):
-        names = names_of(RULES[axis])
-        count = math.prod(sizes[name] for name in names)
-        if size % count:
-            raise ConfigError(f"{axis} of {size} does not divide by mesh axes {' x '.join(names)} of {count} devices")
+        if size % (count := shards(axis)):
+            raise ConfigError(misfit(axis, size, names_of(RULES[axis]), count))
+
+
+def misfit(name: str | None, size: int, axes: Sequence[str], devices: int) -> str:
+    """The fault of a dimension that does not divide by the devices along its mesh axes."""
+    return f"{name} of {size} does not divide by mesh axes {' x '.join(axes)} of {devices} devices"
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:

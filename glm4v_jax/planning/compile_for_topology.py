@@ -29,6 +29,7 @@ from glm4v_jax.generate.feature_pool import pool_capacity
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.planning import hlo
+from glm4v_jax.planning.parameter_layout import parameter_layout
 
 NUM_EOS, STEPS = 8, 32
 LARGE = 2**20
@@ -38,6 +39,7 @@ LARGE = 2**20
 SLICES = {chip.generation: chip for chip in CHIPS if chip.links}
 """Generation of a TPU slice -> its chip."""
 
+_DECODER = "language_model.layers."
 _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
 
@@ -102,9 +104,11 @@ def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
         number = jax.ShapeDtypeStruct((), jnp.int32)
         return device_steps.decode.lower(text, head, state, number, number, num_steps=STEPS)
 
+    text = config.text_config
+    decoder, head = _kernels(config, _DECODER), text.hidden_size * text.vocab_size
     return Program(
         f"decode B={batch} S={slots:,}", lower, batch * slots * _cache_bytes(config),
-        batch * (2 * _matmul_params(config) + _attention_flops(config, slots)), ("language_model", "lm_head"), 2,
+        batch * (2 * (decoder + head) + _attention_flops(config, slots)), ("language_model", "lm_head"), 2,
     )  # fmt: skip
 
 
@@ -130,7 +134,7 @@ def prefill_program(
         return device_steps.prefill.lower(text, state, rows, piece, seen, pool)
 
     before = slots - tokens
-    flops = batch * tokens * (2 * _matmul_params(config, head=False) + _attention_flops(config, before + tokens / 2))
+    flops = batch * tokens * (2 * _kernels(config, _DECODER) + _attention_flops(config, before + tokens / 2))
     name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {running}" if running else "")
     return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
 
@@ -155,11 +159,9 @@ def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> P
         tokens = rows * length // vision.spatial_merge_size**2
         return encode.lower(Flat.of(model.visual), arrays, tokens)
 
-    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.out_hidden_size
-    attention = 4 * frame * vision.hidden_size
-    merged = 4 * vision.hidden_size * vision.out_hidden_size + vision.out_hidden_size**2
-    merged += 3 * vision.out_hidden_size * vision.intermediate_size
-    flops = rows * length * (vision.depth * (2 * block + attention) + 2 * merged / vision.spatial_merge_size**2)
+    blocks, merged = _kernels(config, "visual.blocks."), _kernels(config, "visual.downsample.", "visual.merger.")
+    attention = 4 * vision.depth * frame * vision.hidden_size
+    flops = rows * length * (2 * blocks + attention + 2 * merged / vision.spatial_merge_size**2)
     return Program(f"encode {rows} x {length:,}", lower, 0, flops, ("visual",), 1)
 
 
@@ -267,13 +269,10 @@ def _cache_bytes(config: Glm4vConfig) -> int:
     return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
 
 
-def _matmul_params(config: Glm4vConfig, *, head: bool = True) -> int:
-    """Number of weights that a token is multiplied with."""
-    text = config.text_config
-    assert text.num_key_value_heads is not None
-    attention = text.hidden_size * text.head_dim * 2 * (text.num_attention_heads + text.num_key_value_heads)
-    mlp = 3 * text.hidden_size * text.intermediate_size
-    return text.num_hidden_layers * (attention + mlp) + head * text.hidden_size * text.vocab_size
+def _kernels(config: Glm4vConfig, *prefixes: str) -> int:
+    """Number of weights in the kernels under some paths, all of which a token is multiplied with."""
+    leaves = (leaf for leaf in parameter_layout(config) if leaf.path.startswith(prefixes))
+    return sum(leaf.parameters for leaf in leaves if leaf.path.endswith(".kernel"))
 
 
 def _attention_flops(config: Glm4vConfig, keys: float) -> float:

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import AXES, RULES, names_of
+from glm4v_jax.devices.mesh import AXES, RULES, misfit, names_of
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
@@ -97,7 +97,7 @@ def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
             if size % devices_along(axes, sizes):
                 failing.setdefault((name, axes), set()).add(size)
     return [
-        f"{name} of {size} does not divide by mesh axes {' x '.join(axes)} of {devices_along(axes, sizes)} devices"
+        misfit(name, size, axes, devices_along(axes, sizes))
         for (name, axes), found in failing.items()
         for size in sorted(found)
         # The 2,048 dimensions of 16 groups fail where the groups do: no need to name both.

@@ -79,9 +79,7 @@ def attend_with_weights(
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K G T S"]]:
     """`attend`, and the attention weights in q's dtype: memory grows with T x S."""
     q, k, v = jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
-    # The keys are the matrix and the few queries the vectors: the other way round keys would be transposed first.
-    scores = jnp.where(seen, jnp.moveaxis(scores_of("bksh,bkgth->bksgt", k, q), 2, -1), MASKED)
+    scores = _all_scores(q, k, mask, causal)
     p = jnp.exp(scores - jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), FLOOR))
     p = p / jnp.maximum(jnp.sum(p, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     if dropout is not None and dropout.rate > 0:
@@ -157,10 +155,8 @@ def _merge_shards(out: Float[Array, "B K G T H"], log_total: Float[Array, "B K G
 
 def _direct(q: Array, sides: tuple, masks: tuple[Mask, Mask]) -> tuple[Array, Array]:
     """Attention to a cache and to the new tokens at once, with all scores in memory; as `merge` returns it."""
-    scores = []
-    for (k, _), mask, causal in zip(sides, masks, (False, True), strict=True):
-        seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
-        scores.append(jnp.where(seen, jnp.moveaxis(scores_of("bksh,bkgth->bksgt", k, q), 2, -1), MASKED))
+    (cached, _), (new, _) = sides
+    scores = [_all_scores(q, cached, masks[0], causal=False), _all_scores(q, new, masks[1], causal=True)]
     top = jnp.maximum(jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in scores)), FLOOR)
     p = [jnp.exp(x - top) for x in scores]
     total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in p), jnp.finfo(jnp.float32).tiny)
@@ -168,8 +164,17 @@ def _direct(q: Array, sides: tuple, masks: tuple[Mask, Mask]) -> tuple[Array, Ar
     return out, (top + jnp.log(total))[..., 0]
 
 
+def _all_scores(
+    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], mask: Mask, causal: bool
+) -> Float[Array, "B K G T S"]:
+    """Scores of all pairs at once, `MASKED` where the query does not see the key."""
+    seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
+    # The keys are the matrix and the few queries the vectors: the other way round keys would be transposed first.
+    return jnp.where(seen, jnp.moveaxis(scores_of("bksh,bkgth->bksgt", k, q), 2, -1), MASKED)
+
+
 def _own_key(key: Array, spec: PartitionSpec) -> Array:
-    """A key for each of the devices that an array of this partition lies on."""
+    """Derive a key of its own for each device that holds a shard of an array of this partition."""
     for name in (name for entry in spec for name in mesh.names_of(entry)):
         key = jax.random.fold_in(key, jax.lax.axis_index(name))
     return key
