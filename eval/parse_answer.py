@@ -44,12 +44,12 @@ _CHINESE = "\u2e80"
 
 _LETTER = r"([A-Za-z])"
 # In a sentence a small letter may be an article, so something has to end it.
-_SAID = r"(?-i:([A-Z])(?![A-Za-z'])|([a-z])(?=\s*(?:[).,;*\"']|$)))"
+_STATED = r"(?-i:([A-Z])(?![A-Za-z'])|([a-z])(?=\s*(?:[).,;*\"']|$)))"
 _ONLY_LETTER = re.compile(rf"[\s(\[*$\"']*{_LETTER}[\s)\].:,;*$\"']*")
 _FIRST_LETTER = re.compile(rf"\s*(?:[(\[*]{{1,3}}{_LETTER}[)\]*]{{1,3}}|{_LETTER}[).:])[.:*]{{0,3}}(?:\s|$)")
-_SAID_LETTER = re.compile(
-    rf"(?:answer|option|choice)(?:\s+is|\s*:)?[\s*]{{0,4}}:?[\s*(\[\"']{{0,4}}{_SAID}"
-    rf"|(?:答案|选项|选)[是为]?[:\s*(]{{0,4}}{_SAID}",
+_STATED_LETTER = re.compile(
+    rf"(?:answer|option|choice)(?:\s+is|\s*:)?[\s*]{{0,4}}:?[\s*(\[\"']{{0,4}}{_STATED}"
+    rf"|(?:答案|选项|选)[是为]?[:\s*(]{{0,4}}{_STATED}",
     re.IGNORECASE,
 )
 _WORDS = re.compile(r"[^\s.()\[\],:;!*#{}?\"']+")
@@ -123,9 +123,9 @@ def choice(text: str, options: Mapping[str, str] | Sequence[str]) -> str | None:
     for match in (_ONLY_LETTER.fullmatch(answer), _FIRST_LETTER.match(answer)):
         if match and (letter := _known(match, named)):
             return letter
-    said = [letter for match in _SAID_LETTER.finditer(answer) if (letter := _known(match, named))]
-    if said:
-        return said[-1]
+    stated = [letter for match in _STATED_LETTER.finditer(answer) if (letter := _known(match, named))]
+    if stated:
+        return stated[-1]
     plain = _plain(answer)
     for found in (
         [letter for letter, option in named.items() if _plain(option) == plain],

@@ -63,9 +63,9 @@ def mathvista(text: str, reference: Reference, is_official: bool = False) -> Sco
     value = _float(answer) if is_official else number(text)
     if value is None:
         return UNPARSED
-    said = _written(value, decimals)
+    written = _written(value, decimals)
     expected = _float(gold)
-    return Score(float(said in (gold.strip(), None if expected is None else _written(expected, decimals))), said)
+    return Score(float(written in (gold.strip(), None if expected is None else _written(expected, decimals))), written)
 
 
 def _option(text: str, options: dict[str, str]) -> str | None:

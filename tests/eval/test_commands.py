@@ -128,13 +128,13 @@ def test_two_processes_give_the_summary_of_one(whole, folder):
         for index in range(2)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=240) for process in started]
+        printed = [process.communicate(timeout=240) for process in started]
     finally:
         for process in started:
             process.kill()
             process.wait()
-    assert [process.returncode for process in started] == [1, 1], told
-    assert "eval: error: 1 of 12 items failed" in told[0][1] and told[1][0] == ""
+    assert [process.returncode for process in started] == [1, 1], printed
+    assert "eval: error: 1 of 12 items failed" in printed[0][1] and printed[1][0] == ""
     assert (folder / "two" / SUMMARY).read_bytes() == (whole / SUMMARY).read_bytes()
     assert (folder / "two" / RESULTS).read_bytes() == (whole / RESULTS).read_bytes()
 

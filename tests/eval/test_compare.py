@@ -185,10 +185,10 @@ def test_control_sequences_of_a_model_are_escaped(tmp_path, capsys):
 
 def test_json_has_all_flips(two, capsys):
     assert run_command(*two, "--json", "--show", "0") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["count"] == 5 and told["difference"]["mean"] == pytest.approx(0.05)
-    assert set(told["difference"]) == {"mean", "low", "high"}
-    assert [flip["id"] for flip in told["gained"]] == ["e"] and told["second"]["only"] == ["new"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["count"] == 5 and printed["difference"]["mean"] == pytest.approx(0.05)
+    assert set(printed["difference"]) == {"mean", "low", "high"}
+    assert [flip["id"] for flip in printed["gained"]] == ["e"] and printed["second"]["only"] == ["new"]
 
 
 def test_runs_of_several_tasks_are_compared_task_by_task(tmp_path, capsys):
@@ -199,8 +199,8 @@ def test_runs_of_several_tasks_are_compared_task_by_task(tmp_path, capsys):
         (tmp_path / run / "summary.json").write_text(scores)
     assert list(runs_in(tmp_path / "second")) == ["reading", "motion", "more"]
     assert run_command(tmp_path / "first", tmp_path / "second", "--json") == 0
-    told, errors = capsys.readouterr()
-    assert list(json.loads(told)) == ["reading", "motion"]
+    printed, errors = capsys.readouterr()
+    assert list(json.loads(printed)) == ["reading", "motion"]
     assert errors == "eval: tasks of one run only, not compared: more\n"
 
 

@@ -81,12 +81,12 @@ def test_requests_are_answered_in_their_order_without_the_limits_of_tasks(model)
 
 def test_a_request_that_fails_has_an_empty_answer(model, caplog):
     asked, items = documents(3)
-    asked[1] = ("/nowhere/picture.png", asked[1][1])
+    asked[1] = ("/nowhere/image.png", asked[1][1])
     with caplog.at_level(logging.WARNING):
         found = model.generate_until(requests(model, asked, temperature=0))
     expected = [item.reference["answer"] for item in items]
     assert [result.text for result in found] == [expected[0], "", expected[2]]
-    assert "request 1 failed" in caplog.text and "picture.png" in caplog.text
+    assert "request 1 failed" in caplog.text and "image.png" in caplog.text
 
 
 def test_stop_strings_end_the_answer_and_not_the_thought(lmms, model):
@@ -123,7 +123,7 @@ def test_messages_have_text_images_and_videos(lmms):
 class StandIn:
     """Keeps requests, and answers all of them equally, the last one first."""
 
-    said, finish_reason = "<think>It is 3.</think><answer>So <|begin_of_box|>3<|end_of_box|></answer>", "stop"
+    text, finish_reason = "<think>It is 3.</think><answer>So <|begin_of_box|>3<|end_of_box|></answer>", "stop"
 
     def __init__(self):
         self.requests, self.presets = [], []
@@ -136,7 +136,7 @@ class StandIn:
         self.requests = list(requests)
         self.presets.append((preset, {}))
         for index in reversed(range(len(self.requests))):
-            yield Completion(index, self.said, (1,) * (index + 1), 9, self.finish_reason)
+            yield Completion(index, self.text, (1,) * (index + 1), 9, self.finish_reason)
 
 
 @pytest.fixture
@@ -160,9 +160,9 @@ def text(role, text):
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-@pytest.mark.parametrize(("form", "said"), [("boxed", "3"), ("answer", "So 3"), ("raw", StandIn.said)])
-def test_the_text_that_tasks_score(lmms, engine, form, said):
-    assert asked(lmms.Glm4vJax(answer=form), [text("user", "How many?")]) == [said]
+@pytest.mark.parametrize(("form", "scored"), [("boxed", "3"), ("answer", "So 3"), ("raw", StandIn.text)])
+def test_the_text_that_tasks_score(lmms, engine, form, scored):
+    assert asked(lmms.Glm4vJax(answer=form), [text("user", "How many?")]) == [scored]
 
 
 def test_prompts_may_have_videos_and_several_turns(lmms, engine):
@@ -212,7 +212,7 @@ def test_budgets_are_ours_and_sampling_is_the_tasks_unless_there_is_a_preset(lmm
 
 
 def test_unfinished_thoughts_are_logged(lmms, engine, caplog):
-    engine.said, engine.finish_reason = "<think>Hm, hm,", "length"
+    engine.text, engine.finish_reason = "<think>Hm, hm,", "length"
     with caplog.at_level(logging.WARNING):
         assert asked(lmms.Glm4vJax(), [text("user", "What?")], [text("user", "Who?")]) == ["", ""]
     assert "2 of 2 answers ended within their thought: max_new_tokens is too low" in caplog.text

@@ -19,12 +19,12 @@ NAMES, COUNT = ("digits-motion", "digits-vqa"), 3
 class StandIn:
     """Answers one prompt after the other with given texts; None presses Ctrl-C."""
 
-    def __init__(self, said):
-        self.said, self.stats, self.asked = iter(said), Stats(), 0
+    def __init__(self, answers):
+        self.answers, self.stats, self.asked = iter(answers), Stats(), 0
 
     def generate_many(self, requests, **_):
         for index, _ in enumerate(requests):
-            text = next(self.said)
+            text = next(self.answers)
             if text is None:
                 raise KeyboardInterrupt
             self.asked += 1
@@ -41,8 +41,8 @@ def run(root, monkeypatch):
     """(answers, ...) -> status, the engine."""
     pytest.importorskip("sklearn")
 
-    def run(said, *more):
-        engine, loaded = StandIn(said), []
+    def run(answers, *more):
+        engine, loaded = StandIn(answers), []
         monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", lambda *_: loaded.append(1) or engine)
         tasks = [part for name in NAMES for part in ("--task", name)]
         status = main([*tasks, "--limit", str(COUNT), "--out", str(root), *more])
@@ -61,9 +61,9 @@ def files(directory):
 
 
 def test_tasks_have_directories_and_a_joint_summary(root, run, capsys):
-    said = right_answers()
-    said[COUNT] = said[-1] = "none of these"  # of the second task's three
-    status, engine = run(said)
+    answers = right_answers()
+    answers[COUNT] = answers[-1] = "none of these"  # of the second task's three
+    status, engine = run(answers)
     assert (status, engine.asked) == (0, 2 * COUNT)
     assert files(root) == sorted([*NAMES, SUMMARY])
     summaries = [json.loads((root / name / SUMMARY).read_text()) for name in NAMES]
@@ -75,10 +75,10 @@ def test_tasks_have_directories_and_a_joint_summary(root, run, capsys):
     assert joint == {"score": statistics.fmean([1, 1 / 3]), "scores": {NAMES[0]: 1, NAMES[1]: 1 / 3}}
     assert list(joint) == ["score", "scores"]
     assert runs_in(root) == {name: root / name for name in NAMES}
-    told = capsys.readouterr()
-    rows = {line.split()[0]: line.split()[1] for line in told.out.splitlines() if line}
+    printed = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1] for line in printed.out.splitlines() if line}
     assert rows[NAMES[0]] == "1.000" and rows[NAMES[1]] == "0.333"
-    assert f"{root}: {ANSWERS}, {RESULTS}, {SUMMARY}, {REPORT} in a directory for each task" in told.err
+    assert f"{root}: {ANSWERS}, {RESULTS}, {SUMMARY}, {REPORT} in a directory for each task" in printed.err
 
     before = (root / SUMMARY).read_bytes()
     status, engine = run([], "--json", "--no-report")
@@ -87,15 +87,15 @@ def test_tasks_have_directories_and_a_joint_summary(root, run, capsys):
 
 
 def test_scores_are_removed_with_the_answers_they_are_of(root, run):
-    said = right_answers()
-    assert run(said, "--no-report")[0] == 0
+    answers = right_answers()
+    assert run(answers, "--no-report")[0] == 0
     before = {path.relative_to(root): path.read_bytes() for path in root.rglob("*.json*") if path.name != ANSWERS}
     assert len(before) == 5
-    status, _ = run([said[0], None], "--restart", "--no-report")
+    status, _ = run([answers[0], None], "--restart", "--no-report")
     assert status == 130
     # The second task has not been begun anew; of the first one there is one answer, and no score.
     assert files(root) == sorted(NAMES)
     assert (files(root / NAMES[0]), files(root / NAMES[1])) == ([ANSWERS], sorted([ANSWERS, RESULTS, SUMMARY]))
-    status, engine = run(said[1:COUNT], "--no-report")
+    status, engine = run(answers[1:COUNT], "--no-report")
     assert (status, engine.asked) == (0, COUNT - 1)
     assert {name: (root / name).read_bytes() for name in before} == before

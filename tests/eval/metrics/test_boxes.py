@@ -74,7 +74,7 @@ class TestRefcoco:
         assert METRICS[name].score(text, ITEM).parts["iou"] == pytest.approx(1)
 
     def test_the_guessed_scale_may_be_wrong(self):
-        # Pixels of a small picture are taken for thousandths.
+        # Pixels of a small image are taken for thousandths.
         assert METRICS["refcoco-vlmevalkit"].score("[20, 10, 120, 60]", ITEM).value == 0
         wide = {"boxes": [[20, 10, 1200, 60]], "width": 2000, "height": 100}
         assert METRICS["refcoco-vlmevalkit"].score("[20, 10, 1200, 60]", wide).value == 1

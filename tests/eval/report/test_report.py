@@ -24,19 +24,19 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 BOXES = {"boxes": [[100, 50, 300, 150]], "width": 400, "height": 200}
 
 
-def picture(width=400, height=200, seed=0):
+def noise(width=400, height=200, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 20 + 1, width // 20 + 1, 3), np.uint8)
     return PIL.Image.fromarray(pixels).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
 def image(**arguments):
-    return {"type": "image", "image": picture(**arguments)}
+    return {"type": "image", "image": noise(**arguments)}
 
 
 @pytest.fixture(scope="module")
 def run():
     """Items and results, one of every kind."""
-    frames = [np.asarray(picture(80, 40, seed)) for seed in range(12)]
+    frames = [np.asarray(noise(80, 40, seed)) for seed in range(12)]
     items = [
         item("right", "Locate the cat.", BOXES, [image()], "one"),
         item("wrong", "Locate the dog.", BOXES, [image(seed=1)], "one"),
@@ -133,11 +133,11 @@ def test_an_output_is_split_after_its_thought(output, thought):
 
 
 def test_thumbnails_are_small_and_frames_are_few(tmp_path):
-    picture(2000, 1000).save(tmp_path / "large.png")
-    frames = [np.asarray(picture(80, 40, seed)) for seed in range(12)]
+    noise(2000, 1000).save(tmp_path / "large.png")
+    frames = [np.asarray(noise(80, 40, seed)) for seed in range(12)]
     content = [
         {"type": "image", "url": str(tmp_path / "large.png")}, {"type": "video", "video": frames, "fps": 2.0},
-        {"type": "image", "image": picture(20, 10)},
+        {"type": "image", "image": noise(20, 10)},
     ]  # fmt: skip
     large, small, video = show([{"role": "user", "content": content}])
     assert (large.size, large.thumbnails[0].width, large.thumbnails[0].is_enlarged) == ((2000, 1000), 400, False)
@@ -152,7 +152,7 @@ def decoded(shown):
 
 
 def test_a_video_file_is_shown(tmp_path):
-    frames = [picture(80, 40, seed) for seed in range(12)]
+    frames = [noise(80, 40, seed) for seed in range(12)]
     frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:], duration=250)
     (video,) = show([{"role": "user", "content": [{"type": "video", "video": str(tmp_path / "video.gif")}]}])
     assert video.problem is None and video.frames == 12 and len(video.thumbnails) == MAX_FRAMES
