@@ -12,10 +12,7 @@ from eval.data.questions import Origin, make_item
 from eval.metrics import METRICS
 from eval.tasks import Task
 from glm4v_jax.data.tables import SUFFIXES, TSV, Parquet, Rows, find_files, open_rows
-from glm4v_jax.errors import ConfigError, DataError, Glm4vError, ListedError, MediaError
-
-_LISTED = 20
-"""Invalid rows that an error lists."""
+from glm4v_jax.errors import ConfigError, DataError, Glm4vError, MediaError, raise_listed
 
 
 def read_items(task: Task, paths: Sequence[str | os.PathLike[str]] = (), *, limit: int | None = None) -> list[Item]:
@@ -50,7 +47,7 @@ def read_items(task: Task, paths: Sequence[str | os.PathLike[str]] = (), *, limi
             problems.append(
                 DataError(f"{found.place}: id: found {found.id!r}, as at {first.place}; expected unique ids")
             )
-    _raise(problems)
+    raise_listed(problems, "data", "rows")
     return list(items.values())
 
 
@@ -99,12 +96,3 @@ def _share_images(item: Item, known: dict[bytes | str, bytes | str]) -> None:
         for key in ("image", "url"):
             if isinstance(value := part.get(key), bytes | str):
                 part[key] = known.setdefault(value, value)
-
-
-def _raise(problems: Sequence[Glm4vError]) -> None:
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        found = f"data: found {len(problems)} invalid rows; expected none:"
-        raise ListedError([found, *map(str, problems[:_LISTED]), *more])

@@ -91,9 +91,8 @@ class Task:
           ConfigError: there is no such variant, or its fields do not fit.
         """
         if name not in self.variants:
-            raise ConfigError(
-                fault(f"--task {self.name}@", name, f"one of {', '.join(self.variants) or 'no variants'}")
-            )
+            expected = f"one of {', '.join(self.variants)}" if self.variants else "no variant"
+            raise ConfigError(fault(f"--task {self.name}@", name, expected))
         fields, where = self.variants[name], f"variants.{name}."
         expected = f"some of {', '.join(_VARIED)}"
         raise_faults(

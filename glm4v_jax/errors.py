@@ -53,6 +53,19 @@ class ListedError(MessageError):
         self.lines = tuple(lines)
 
 
+_LISTED = 20
+
+
+def raise_listed(problems: Sequence[Glm4vError], place: str, things: str) -> None:
+    """Raise the only problem, or a `ListedError` with the first of several invalid things of a place, if any."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        found = f"{place}: found {len(problems)} invalid {things}; expected none:"
+        raise ListedError([found, *map(str, problems[:_LISTED]), *more])
+
+
 def named(place: str) -> str:
     """A place as a message names it, which shows an empty one too."""
     return place if place.strip() else repr(place)

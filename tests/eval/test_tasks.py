@@ -39,7 +39,7 @@ def test_a_variant_changes_some_fields_of_its_task():
     [
         ("refcoc", r"--task: found 'refcoc'; expected one of digits-vqa, .*did you mean refcoco"),
         ("refcoco@x", r"--task refcoco@: found 'x'; expected one of locate, lmms-eval, vlm"),
-        ("vqa@", r"--task vqa@: found ''; expected one of no variants"),
+        ("vqa@", r"--task vqa@: found ''; expected no variant"),
     ],
 )
 def test_unknown_tasks_and_variants_are_errors(name, message):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm4v_jax.errors import GenerationError, Glm4vError, ListedError, MediaError, MessageError
+from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, raise_listed
 from glm4v_jax.inputs.text.messages import user_messages
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _PROMPT_FIELDS = ("prompt", *_MEDIA)
 _FIELDS = ("messages", "id", *_PROMPT_FIELDS)
-
-_LISTED_FAULTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +70,7 @@ def read_prompts(
             except Glm4vError as error:
                 problems.append(type(error)(f"{path}:{number}: {error}"))
                 problems[-1].__cause__ = error
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        more = [f"and {len(problems) - _LISTED_FAULTS} more"] if len(problems) > _LISTED_FAULTS else []
-        found = f"{path}: found {len(problems)} invalid lines; expected none:"
-        raise ListedError([found, *map(str, problems[:_LISTED_FAULTS]), *more])
+    raise_listed(problems, path, "lines")
     if not prompts:
         raise MessageError(f"{path}: found no prompt; expected one JSON object per line")
     return prompts
