@@ -1,6 +1,6 @@
 """`python -m convert`, also `glm4v convert`: a table of subcommands, each a typed dataclass that runs itself.
 
-JAX and Orbax are imported once a subcommand runs, so that help and complaints are immediate.
+JAX and Orbax are imported when a subcommand runs, so that help and errors of options are immediate.
 """
 
 import dataclasses
@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import rich.console
-import rich.markup
-import rich.table
 import tyro
 
-from convert.progress import gigabytes, shown
+from glm4v_jax.config.checks import Natural
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import Command, JsonOptions, run_program
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.console.progress import Progress, decimal_size
+from glm4v_jax.console.table import print_table
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for, sizes_for
 
 if TYPE_CHECKING:
@@ -27,9 +25,9 @@ if TYPE_CHECKING:
     from convert.verify import Report
 
 DIFFERENT, TROUBLE = 1, 2
-"""Exit statuses of `verify`, those of `diff`."""
+"""Exit statuses of `verify`, the same as those of `diff`."""
 LISTED = 20
-"""How many differing tensors are shown; `--json` has all."""
+"""Number of differing tensors to print; `--json` has all."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC", help_behavior_hint="")]
@@ -38,61 +36,65 @@ Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST", help_
 
 @dataclasses.dataclass(kw_only=True)
 class _Writing(JsonOptions):
-    """What the subcommands have that write a checkpoint."""
+    """Options of the subcommands that write a checkpoint."""
 
     overwrite: bool = False
-    """Replace what is there, once the new one is complete."""
+    """Replace a checkpoint that is there, once the new one is complete."""
 
     dry_run: bool = False
-    """Check everything and say what would be written."""
+    """Check everything and print what would be written."""
 
     @property
-    def place(self) -> Path:
+    def output(self) -> Path:
         """The directory to make."""
         raise NotImplementedError
 
     def interrupted(self) -> str:
-        """What Ctrl-C has left; a second one may have ended the cleaning up too."""
+        """Say what is left after Ctrl-C; a second Ctrl-C may have ended the cleanup."""
         from glm4v_jax.checkpoints.atomic_directory import left_of
 
-        left = left_of(self.place)
+        left = left_of(self.output)
         if left is None:
             return "convert: interrupted; what was written has been removed, the source is as it was"
         return f"convert: interrupted; {left} is left until the next run to the same place, the source is as it was"
 
 
 @dataclasses.dataclass(kw_only=True)
-class ToOrbax(_Writing):
-    """Convert safetensors to an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
-
-    Streams: host memory holds a few tensors. Configuration, tokenizer and processor files travel along.
-    """
+class _Conversion(_Writing):
+    """Options of the subcommands that convert a checkpoint."""
 
     source: Source
-    """Checkpoint in Hugging Face layout."""
+    """Checkpoint in Hugging Face layout or Orbax format."""
 
     target: Target
     """Directory to make."""
 
-    dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: as they are)")] = None
+    dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: unchanged)")] = None
     """Cast the weights."""
 
-    mesh: Annotated[str | None, tyro.conf.arg(metavar="PRESET|AXES", help_behavior_hint="(default: one device)")] = None
-    """How the devices of this machine, or of all processes, share the work: axes as fsdp=4,kv=2, or a preset of
-    `glm4v mesh`."""
-
-    no_hash: bool = False
-    """Do not note the SHA-256 of the source's files in the checkpoint."""
-
-    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
-
     @property
-    def place(self) -> Path:
+    def output(self) -> Path:
         """The directory to make."""
         return Path(self.target)
 
-    def run(self) -> int:
-        """Converts and prints a summary."""
+
+@dataclasses.dataclass(kw_only=True)
+class ToOrbax(_Conversion):
+    """Convert safetensors to an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
+
+    Streams: host memory holds a few tensors. Configuration, tokenizer and processor files are copied.
+    """
+
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="PRESET|AXES", help_behavior_hint="(default: one device)")] = None
+    """Mesh of the devices of this machine, or of all processes: axes as fsdp=4,kv=2, or a preset of `glm4v mesh`."""
+
+    no_hash: bool = False
+    """Do not record the SHA-256 of the source's files in the checkpoint."""
+
+    distributed: DistributedOptions = dataclasses.field(default_factory=DistributedOptions)
+
+    def run(self) -> None:
+        """Convert and print a summary."""
         from convert.to_orbax import to_orbax
 
         mesh = None
@@ -102,87 +104,70 @@ class ToOrbax(_Writing):
             check_text(self.mesh)
             mesh = mesh_for(self.mesh, Glm4vConfig.from_pretrained(self.source))
             check_devices(mesh)
-        with shown("to Orbax") as progress:
+        with Progress("converting to Orbax") as progress:
             summary = to_orbax(
                 self.source, self.target, dtype=self.dtype, mesh=mesh, overwrite=self.overwrite, dry_run=self.dry_run,
-                hash_files=not self.no_hash, progress=progress,
+                hash_files=not self.no_hash, progress=progress.update,
             )  # fmt: skip
-        _tell(summary, self.as_json)
-        return 0
+        _print_summary(summary, self.as_json)
 
 
 @dataclasses.dataclass(kw_only=True)
-class ToHf(_Writing):
-    """Convert an Orbax checkpoint to safetensors, which transformers loads; or shard or cast safetensors anew.
+class ToHf(_Conversion):
+    """Convert an Orbax checkpoint to safetensors, which transformers loads; or reshard or cast safetensors.
 
     Names, dtypes and bits are those of the safetensors that it was made from.
     """
 
-    source: Source
-    """Orbax checkpoint, or one in Hugging Face layout."""
-
-    target: Target
-    """Directory to make."""
-
     max_shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5GB"
-    """Of one file, as 5GB, 200MiB or a number of bytes; "original" for the shards that there were."""
+    """Size of a file, as 5GB, 200MiB or a number of bytes; "original" for the shards of the original."""
 
-    dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: as they are)")] = None
-    """Cast the weights."""
-
-    @property
-    def place(self) -> Path:
-        """The directory to make."""
-        return Path(self.target)
-
-    def run(self) -> int:
-        """Converts and prints a summary."""
+    def run(self) -> None:
+        """Convert and print a summary."""
         from convert.to_hf import to_hf
 
-        with shown("to safetensors") as progress:
+        with Progress("converting to safetensors") as progress:
             summary = to_hf(
                 self.source, self.target, max_shard_size=self.max_shard_size, dtype=self.dtype,
-                overwrite=self.overwrite, dry_run=self.dry_run, progress=progress,
+                overwrite=self.overwrite, dry_run=self.dry_run, progress=progress.update,
             )  # fmt: skip
-        _tell(summary, self.as_json)
-        return 0
+        _print_summary(summary, self.as_json)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Verify(JsonOptions):
     """Compare two checkpoints of either format, tensor by tensor.
 
-    Exit status 0 where they are equal, 1 where they differ, 2 in case of trouble.
+    Exit status 0 if they are equal, 1 if they differ, 2 after an error.
     """
 
     left: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
-    """A checkpoint."""
+    """A checkpoint in either format."""
 
     right: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
     """Another."""
 
     tolerance: Annotated[float, tyro.conf.arg(metavar="X")] = 0.0
-    """Let numbers differ by this much, and dtypes; by default every bit counts."""
+    """Accept numbers that differ by this much, and other dtypes; by default every bit must agree."""
 
     trouble = TROUBLE
 
     def run(self) -> int:
-        """Compares and prints what differs."""
+        """Compare and print what differs."""
         from convert.verify import verify
 
-        with shown("comparing") as progress:
-            report = verify(self.left, self.right, progress=progress)
-        different = report.different(self.tolerance)
+        with Progress("comparing") as progress:
+            report = verify(self.left, self.right, progress=progress.update)
         if self.as_json:
             print(json.dumps(_report_fields(report, self.tolerance)))
         else:
             _print_report(report, self.tolerance)
-        return DIFFERENT if different else 0
+        return DIFFERENT if report.different(self.tolerance) else 0
 
 
 @dataclasses.dataclass(kw_only=True)
 class Inspect(JsonOptions):
-    """Show the tensors of a checkpoint of either format: shapes, dtypes, where they go, and how a mesh splits them.
+    """List the tensors of a checkpoint in either format: shapes, dtypes, leaves of the model, sharding on a mesh.
 
     No data are read, and the devices of the mesh need not exist.
     """
@@ -191,10 +176,10 @@ class Inspect(JsonOptions):
     """A checkpoint."""
 
     mesh: Annotated[str, tyro.conf.arg(metavar="PRESET|AXES")] = "data=1,fsdp=1,kv=1,q=1,seq=1"
-    """Devices along the axes, as fsdp=4,kv=2, or a preset for so many, as latency:8: what does one of them hold?"""
+    """Mesh to shard it on: axes as fsdp=4,kv=2, or a preset with a number of devices, as latency:8."""
 
-    def run(self) -> int:
-        """Reads the headers and prints tables."""
+    def run(self) -> None:
+        """Read the headers and print tables."""
         from convert.inspect import inspect
 
         check_text(self.mesh)
@@ -203,48 +188,44 @@ class Inspect(JsonOptions):
             print(json.dumps(inspection.to_dict()))
         else:
             _print_inspection(inspection)
-        return 0
 
 
 @dataclasses.dataclass(kw_only=True)
 class Synth(_Writing):
-    """Write a checkpoint of random weights in Hugging Face layout, sharded like the released one: to rehearse with."""
+    """Write a checkpoint of random weights in Hugging Face layout, sharded like the released one, for trials."""
 
     out: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
     """Directory to make."""
 
     config: Annotated[str, tyro.conf.arg(metavar="full|tiny|FILE")] = "tiny"
-    """The 9B, the package's tiny model, or a config.json."""
+    """Model: the 9B, the package's tiny one, or that of a config.json."""
 
     dtype: Dtype = "bfloat16"
-    """Of the weights."""
+    """Dtype of the weights."""
 
-    seed: int = 0
-    """Of the numbers."""
+    seed: Natural = 0
+    """Random seed."""
 
     shards: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 4, or as layers allow)")] = (
         None
     )
-    """How many files."""
+    """Number of weight files."""
 
     @property
-    def place(self) -> Path:
+    def output(self) -> Path:
         """The directory to make."""
         return Path(self.out)
 
-    def run(self) -> int:
-        """Writes and prints a summary."""
+    def run(self) -> None:
+        """Write and print a summary."""
         from convert.synth import load_config, synth
 
-        if self.seed < 0:
-            raise Glm4vError(f"--seed: found {self.seed}, expected at least 0")
-        with shown("writing") as progress:
+        with Progress("writing") as progress:
             summary = synth(
                 load_config(self.config), self.out, dtype=self.dtype, seed=self.seed, count=self.shards,
-                overwrite=self.overwrite, dry_run=self.dry_run, progress=progress,
+                overwrite=self.overwrite, dry_run=self.dry_run, progress=progress.update,
             )  # fmt: skip
-        _tell(summary, self.as_json)
-        return 0
+        _print_summary(summary, self.as_json)
 
 
 COMMANDS: dict[str, Callable[..., Command]] = {
@@ -260,37 +241,38 @@ DESCRIPTION = "GLM-4.1V checkpoints: Hugging Face safetensors <-> Orbax, at any 
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m convert") -> int:
-    """Runs one subcommand.
+    """Run one subcommand.
 
     Args:
-        arguments: what follows the program's name; that of this process by default.
-        prog: the program's name in help and errors.
+      arguments: what follows the program's name; those of this process by default.
+      prog: the program's name in help and errors.
 
     Returns:
-        The exit status: 0; 1, or 2 of `verify`, after one line on standard error that says what is wrong; 130 after
-        Ctrl-C. An unknown option exits with status 2 by `SystemExit`.
+      The exit status: see `run_program`; errors of `verify` have status 2.
     """
     return run_program(COMMANDS, arguments, name="convert", prog=prog, description=DESCRIPTION)
 
 
-def _tell(summary: "Summary", as_json: bool) -> None:
+def _print_summary(summary: "Summary", as_json: bool) -> None:
     if as_json:
-        fields = dataclasses.asdict(summary)
-        print(json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}))
+        print(json.dumps(dataclasses.asdict(summary), default=str))
         return
-    speed = summary.nbytes / summary.seconds / 1e6
     files = "" if not summary.files else f" in {summary.files} file{'s' * (summary.files != 1)}"
-    what = f"{summary.tensors} tensors, {gigabytes(summary.nbytes)}{files}"
+    content = f"{summary.tensors} tensors, {decimal_size(summary.nbytes)}{files}"
     if summary.dry_run:
-        print(f"{summary.target}: nothing written; would have {what}")
+        print(f"{summary.target}: nothing written; would have {content}")
     else:
-        print(f"{summary.target}: {what}, in {summary.seconds:.1f} s ({speed:.0f} MB/s)")
+        speed = summary.nbytes / summary.seconds / 1e6
+        print(f"{summary.target}: {content}, in {summary.seconds:.1f} s ({speed:.0f} MB/s)")
     for note in summary.notes:
         print(note)
 
 
 def _report_fields(report: "Report", tolerance: float) -> dict[str, Any]:
-    different = report.different(tolerance)
+    different = [dataclasses.asdict(tensor) for tensor in report.different(tolerance)]
+    for tensor in different:
+        if tensor["max_difference"] == float("inf"):  # which JSON does not have
+            tensor["max_difference"] = "infinite"
     return {
         "left": str(report.left),
         "right": str(report.right),
@@ -299,20 +281,15 @@ def _report_fields(report: "Report", tolerance: float) -> dict[str, Any]:
         "nbytes": report.nbytes,
         "left_checksum": report.left_checksum,
         "right_checksum": report.right_checksum,
-        # JSON has no infinity.
-        "different": [{**dataclasses.asdict(t), "max_difference": _finite(t.max_difference)} for t in different],
+        "different": different,
     }
-
-
-def _finite(value: float | None) -> float | str | None:
-    return "infinite" if value == float("inf") else value
 
 
 def _print_report(report: "Report", tolerance: float) -> None:
     different = report.different(tolerance)
     if not different:
         within = f" within {tolerance:g}" if tolerance else ""
-        print(f"equal{within}: {len(report.tensors)} tensors, {gigabytes(report.nbytes)} compared")
+        print(f"equal{within}: {len(report.tensors)} tensors, {decimal_size(report.nbytes)} compared")
     else:
         columns = ("tensor", str(report.left), str(report.right), "numbers that differ", "by at most")
         rows = []
@@ -321,7 +298,7 @@ def _print_report(report: "Report", tolerance: float) -> None:
             count = "" if tensor.unequal is None else f"{tensor.unequal:,}"
             most = "" if tensor.max_difference is None else f"{tensor.max_difference:.6g}"
             rows.append((tensor.name, *sides, count, most))
-        _print_table(columns, rows)
+        print_table(columns, rows, right=columns[3:])
         more = f", {LISTED} of them shown" if len(different) > LISTED else ""
         print(f"different: {len(different)} of {len(report.tensors)} tensors{more}")
     print(f"sha256 {report.left_checksum}  {report.left}")
@@ -336,30 +313,18 @@ def _print_inspection(inspection: "Inspection") -> None:
             group.dtype,
             group.leaf,
             " ".join(group.sharding),
-            gigabytes(group.nbytes),
-            gigabytes(group.device_bytes),
+            decimal_size(group.nbytes),
+            decimal_size(group.device_bytes),
         )
         for group in inspection.groups
     ]
-    _print_table(("tensor", "shape", "dtype", "leaf", "split by", "size", "a device"), rows)
+    columns = ("tensor", "shape", "dtype", "leaf", "sharded by", "size", "per device")
+    print_table(columns, rows, right=columns[5:])
     depth = {name: name.count(".") for name in inspection.modules}
     modules = [("  " * depth[name] + name.split(".")[-1], f"{count:,}") for name, count in inspection.modules.items()]
-    _print_table(("module", "parameters"), modules)
+    print_table(("module", "parameters"), modules, right=["parameters"])
     mesh = ",".join(f"{axis}={size}" for axis, size in inspection.mesh.items())
     print(
         f"{inspection.directory} ({inspection.format}): {inspection.tensors} tensors, {inspection.parameters:,} "
         f"parameters, {inspection.nbytes:,} bytes; {inspection.device_bytes:,} on a device of {mesh}"
     )
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    console = rich.console.Console()
-    if not console.is_terminal:
-        console = rich.console.Console(width=240)
-    table = rich.table.Table(box=None, pad_edge=False)
-    for column in columns:
-        numeric = column in ("size", "a device", "parameters", "numbers that differ", "by at most")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(rich.markup.escape(cell) for cell in row))
-    console.print(table)

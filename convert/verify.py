@@ -1,4 +1,4 @@
-"""Are two checkpoints the same? Tensor by tensor, whatever their formats, in bounded memory."""
+"""Compare two checkpoints tensor by tensor, whatever their formats, in bounded memory."""
 
 import dataclasses
 import hashlib
@@ -11,22 +11,24 @@ import numpy as np
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.orbax_read import Weights, open_weights
 from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
 
-_PIECE = 1 << 22
+_CHUNK = 1 << 22
 """Numbers compared at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorReport:
-    """One tensor of two checkpoints.
+    """The comparison of one tensor.
 
-    name: as the table spells it, without "model."
-    left, right: dtype and shape, as "bfloat16 [64, 64]", or None where the tensor is missing.
-    left_checksum, right_checksum: SHA-256 of dtype, shape and the little-endian bytes in C order, in hexadecimal.
-    unequal: how many numbers differ in a bit; None where the shapes differ.
-    max_difference: the largest absolute difference; infinite where one side only is NaN; None where shapes differ.
+    Attributes:
+      name: as the table spells it, without "model."
+      left, right: dtype and shape, as "bfloat16 [64, 64]"; None where the tensor is missing.
+      left_checksum, right_checksum: SHA-256 of dtype, shape and the little-endian bytes in C order, in hexadecimal.
+      unequal: how many numbers differ in a bit; None where the shapes differ.
+      max_difference: the largest absolute difference; infinite where only one side is NaN; None where shapes differ.
     """
 
     name: str
@@ -39,23 +41,24 @@ class TensorReport:
 
     @property
     def is_equal(self) -> bool:
-        """Same dtype, shape and bits."""
+        """Whether dtype, shape and bits are the same."""
         return self.left == self.right and self.unequal == 0
 
     def is_close(self, tolerance: float) -> bool:
-        """Same shape, and no number further apart than `tolerance`; dtypes may differ."""
+        """Return whether the shape is the same and no number differs by more than `tolerance`; dtypes may differ."""
         return self.is_equal or (self.max_difference is not None and self.max_difference <= tolerance)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a comparison found.
+    """The result of a comparison.
 
-    left, right: the directories.
-    tensors: one report each, by name; those of one side only too.
-    nbytes: bytes compared, of both sides.
-    left_checksum, right_checksum: SHA-256 over the names and checksums of all tensors in order: equal for equal
-      checkpoints of any format and shards.
+    Attributes:
+      left, right: the directories.
+      tensors: one report for each name on either side.
+      nbytes: bytes compared, of both sides.
+      left_checksum, right_checksum: SHA-256 over the names and checksums of all tensors in order: equal for equal
+        checkpoints of any format and shards.
     """
 
     left: Path
@@ -66,15 +69,15 @@ class Report:
     right_checksum: str
 
     def different(self, tolerance: float = 0.0) -> tuple[TensorReport, ...]:
-        """The tensors that differ, or with a tolerance those that differ by more."""
+        """Return the tensors that differ, or with a tolerance those that differ by more."""
         return tuple(t for t in self.tensors if not (t.is_close(tolerance) if tolerance else t.is_equal))
 
 
 def verify(left: str | Path, right: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Report:
     """Compare two checkpoints, each a directory with safetensors or an Orbax checkpoint.
 
-    Names are compared without their prefixes. A copy of the embedding that stands for a tied head is passed over, as
-    both loaders do. Neither needs to fit its configuration, which is not compared.
+    Names are compared without their prefixes. A copy of the embedding that stands for a tied head is skipped, as both
+    loaders do. Tensors need not fit the configurations, which are not compared.
 
     Args:
       left, right: the directories.
@@ -108,13 +111,12 @@ def _canonical(directory: Path, files: Mapping[str, TensorInfo]) -> dict[str, st
     """Name without prefix -> name in the checkpoint."""
     tied = Glm4vConfig.from_pretrained(directory).text_config.tie_word_embeddings
     names: dict[str, str] = {}
-    doubled = []
+    faults = []
     for name in files:
         first = names.setdefault(hf_mapping.canonical(name), name)
         if first != name:
-            doubled.append(f"{first} and {name}")
-    if doubled:
-        raise CheckpointError(f"{directory}: found {'; '.join(doubled)}, which name one tensor; expected one of them")
+            faults.append(f"{name}: found besides {first}; expected one of them")
+    raise_faults(faults, CheckpointError, where=str(directory))
     if tied:
         names.pop("lm_head.weight", None)
     return names
@@ -126,17 +128,17 @@ def _compare(key: str, ours: Weights, name: str | None, theirs: Weights, other: 
     if left.array is not None and right.array is not None and left.array.shape == right.array.shape:
         unequal, most = _differences(left.array, right.array)
     checksum = left.checksum()
-    # Where every bit agrees, one side's is the other's.
-    other_checksum = checksum if unequal == 0 and left.told == right.told else right.checksum()
+    # If every bit agrees, so do the checksums.
+    other_checksum = checksum if unequal == 0 and left.description == right.description else right.checksum()
     for files in (ours, theirs):
         files.release()
-    return TensorReport(key, left.told, right.told, checksum, other_checksum, unequal, most)
+    return TensorReport(key, left.description, right.description, checksum, other_checksum, unequal, most)
 
 
 class _Side(NamedTuple):
-    """A tensor as one of the checkpoints has it, if it does."""
+    """A tensor of one of the checkpoints; None where that has none."""
 
-    told: str | None
+    description: str | None
     array: np.ndarray | None
 
     @classmethod
@@ -148,14 +150,14 @@ class _Side(NamedTuple):
     def checksum(self) -> str | None:
         if self.array is None:
             return None
-        digest = hashlib.sha256(f"{self.told}\n".encode())
-        for piece in _rows(self.array):
-            digest.update(piece.reshape(-1).view(np.uint8).data)
+        digest = hashlib.sha256(f"{self.description}\n".encode())
+        for chunk in _rows(self.array):
+            digest.update(chunk.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
 
 def _differences(left: np.ndarray, right: np.ndarray) -> tuple[int, float]:
-    """How many numbers of two arrays of one shape differ, in a bit or else in value, and by how much at most."""
+    """Count the numbers that differ between two arrays of one shape, in bits or else in value; and by how much."""
     unequal, most = 0, 0.0
     for x, y in zip(_rows(left), _rows(right), strict=True):
         if x.dtype == y.dtype:
@@ -172,9 +174,9 @@ def _differences(left: np.ndarray, right: np.ndarray) -> tuple[int, float]:
 
 
 def _rows(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Contiguous pieces along the first dimension, equally many for equal shapes whatever the dtypes."""
+    """Contiguous chunks along the first dimension, the same for equal shapes whatever the dtypes."""
     array = np.atleast_1d(array)
-    count = max(1, _PIECE * len(array) // max(1, array.size))
+    count = max(1, _CHUNK * len(array) // max(1, array.size))
     for start in range(0, len(array), count):
         yield np.ascontiguousarray(array[start : start + count])
 

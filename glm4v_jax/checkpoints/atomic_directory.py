@@ -7,15 +7,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import is_orbax
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two runs from writing one directory
-    fcntl = None  # type: ignore[assignment]
-
-_UNFINISHED, _REPLACED = ".unfinished", ".replaced"
+_UNFINISHED, _REPLACED, _LOCK = ".unfinished", ".replaced", ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LISTED = 5
 
@@ -125,11 +122,12 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     target = place_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, replaced = _beside(target, _UNFINISHED), _beside(target, _REPLACED)
-    unfinished.mkdir(exist_ok=True)
-    with _locked(unfinished, target):
+    with _locked(target):
         renamed = False
         try:
-            _empty(unfinished)
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            unfinished.mkdir()
             yield unfinished
             if target.exists() and overwrite:
                 shutil.rmtree(replaced, ignore_errors=True)
@@ -148,24 +146,19 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path, target: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends.
-
-    It is on the directory itself, so that it leaves nothing behind, and that removing it is part of the rename.
-    filelock, which needs a file of its own, would leave that beside the output, or race with the next run about it.
-    """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
+def _locked(target: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends."""
+    lock = filelock.FileLock(_beside(target, _LOCK))
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{target}: another process is writing it") from error
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise CheckpointError(f"{target}: another process is writing it") from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # Windows does not remove an open file, but filelock does there
+            Path(lock.lock_file).unlink()  # while it is held: the next process locks a file of its own
+        lock.release()
 
 
 def _beside(target: Path, ending: str) -> Path:
@@ -182,14 +175,6 @@ def _put_back(replaced: Path, target: Path) -> None:
 def _is_checkpoint(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint, or what remains of one."""
     return is_orbax(directory) or (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _full(target: Path) -> str:

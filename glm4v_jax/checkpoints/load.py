@@ -1,4 +1,4 @@
-"""A checkpoint, in either format -> the model's leaves on their devices, one at a time."""
+"""Load a checkpoint in either format: the model's leaves on their devices, one at a time."""
 
 import functools
 import warnings
@@ -28,17 +28,19 @@ from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Runtime
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
-_COMPUTE_DTYPES = hf_mapping.DTYPES
 
-# The system's memory for what has been read of a file is given back this often, so that it does not look like ours.
+# Pages of files that have been read count as this process's memory; they are given back this often.
 _RELEASE_BYTES = 512 << 20
 
 
 def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> np.dtype:
-    """A dtype from None (this machine's default), "auto" (the checkpoint's), a name, or anything NumPy takes.
+    """Return the dtype for None (this machine's default), "auto" (the checkpoint's), a name, or what NumPy takes.
+
+    >>> resolve_dtype("bf16")
+    dtype(bfloat16)
 
     Raises:
-      ConfigError: it is none of float32, bfloat16 and float16, or "auto" where there is no checkpoint.
+      ConfigError: it is not float32, bfloat16 or float16, or "auto" without a checkpoint.
     """
     if dtype is None:
         dtype = default_dtype()
@@ -46,9 +48,9 @@ def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> 
         dtype = next(iter(files.values())).dtype
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type | np.dtype) else jnp.dtype(dtype).name
     name = _ALIASES.get(name, name)
-    if name not in _COMPUTE_DTYPES:
+    if name not in hf_mapping.DTYPES:
         auto = "" if files is None else ", 'auto'"
-        raise ConfigError(f"dtype: found {dtype!r}; expected None{auto} or one of {', '.join(_COMPUTE_DTYPES)}")
+        raise ConfigError(f"dtype: found {dtype!r}; expected None{auto} or one of {', '.join(hf_mapping.DTYPES)}")
     return jnp.dtype(name)
 
 
@@ -104,15 +106,15 @@ def load_model(
 ) -> Glm4v:
     """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
 
-    Every tensor is checked against the table before the first is read. Host memory holds one leaf of one layer at a
-    time, and of it what this process's devices hold; a device holds the model, stacked leaves being filled in place.
+    Every tensor is checked against the table before the first is read. Host memory holds this process's shards of one
+    leaf of one layer at a time; a device holds its shards of the model, and stacked leaves are filled in place.
 
     Args:
       directory: a checkpoint, in Hugging Face layout or in Orbax format.
       config: of the model.
       dtype: see `resolve_dtype`.
       stacked: the layout of the layers (see `layers`).
-      quantize: the kernels to quantise, each as it comes: of those there is one layer's in floats at a time.
+      quantize: the kernels to quantise, one after the other: only one at a time exists in floats.
       progress: called with the bytes read so far and in all, after each leaf.
 
     Raises:
@@ -134,7 +136,7 @@ def load_model(
         spec = spec if layer is None else PartitionSpec(*spec[1:])
         if quantize is None or scale_path(target) not in abstract:
             made = {target: array_of(leaves, path, spec, dtype)}
-        else:  # from what the checkpoint has, not rounded to `dtype` before
+        else:  # from the checkpoint's numbers, not rounded to `dtype` first
             kernel = array_of(leaves, path, spec, info.dtype)
             pair = quantize_kernel(kernel, *axes[hf_mapping.stacked_path(path)[0].replace(".stacked.", ".")], quantize)
             made = dict(zip((target, scale_path(target)), pair, strict=True))
@@ -157,7 +159,7 @@ def load_model(
 def abstract_leaves(
     config: Glm4vConfig, dtype: DTypeLike, *, stacked: bool, quantize: QuantConfig | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the structure."""
+    """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree."""
 
     def make() -> Glm4v:
         model = Glm4v.init(config, dtype=dtype)
@@ -176,7 +178,7 @@ def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:
 
 
 def _put_layer(stacked: Any, leaf: Array, layer: int) -> Array:
-    """Put a layer's leaf into its place of a stacked leaf, which is still abstract if this is the first to arrive."""
+    """Write a layer's leaf into a stacked leaf, which is allocated when the first layer arrives."""
     if isinstance(stacked, jax.ShapeDtypeStruct):
         stacked = jnp.zeros(stacked.shape, stacked.dtype, out_sharding=stacked.sharding)
     return _update(stacked, leaf, np.int32(layer))

@@ -29,7 +29,8 @@ def content(directory):
 
 def test_a_new_directory_has_another_name_until_it_is_complete(tmp_path):
     with new_directory(tmp_path / "sub" / "out", overwrite=False) as directory:
-        assert os.listdir(tmp_path / "sub") == [".out.unfinished"] and is_unfinished(directory)
+        assert sorted(os.listdir(tmp_path / "sub")) == [".out.lock", ".out.unfinished"]
+        assert is_unfinished(directory)
     assert os.listdir(tmp_path / "sub") == ["out"] and not is_unfinished(tmp_path / "sub" / "out")
 
 

@@ -78,7 +78,7 @@ def short(name):
 
 @mutated
 @given(number=numbers, index_too=st.booleans())
-def test_a_tensor_is_dropped(damaged, number, index_too):
+def test_a_dropped_tensor_is_refused(damaged, number, index_too):
     it = damaged()
     name, file = it.pick(number)
     tensors = read_all(it.directory)
@@ -95,7 +95,7 @@ def test_a_tensor_is_dropped(damaged, number, index_too):
 
 @mutated
 @given(number=numbers, index_too=st.booleans())
-def test_a_tensor_is_renamed(damaged, number, index_too):
+def test_a_renamed_tensor_is_refused(damaged, number, index_too):
     it = damaged()
     name, file = it.pick(number)
     other = name.replace("weight", "weights").replace("bias", "biases")
@@ -108,7 +108,7 @@ def test_a_tensor_is_renamed(damaged, number, index_too):
 
 @mutated
 @given(number=numbers, flat=st.booleans())
-def test_a_tensor_is_reshaped(damaged, number, flat):
+def test_a_reshaped_tensor_is_refused(damaged, number, flat):
     it = damaged()
     matrices = sorted(name for name, tensor in read_all(it.directory).items() if len(set(tensor.shape)) > 1)
     name = matrices[number % len(matrices)]
@@ -125,16 +125,6 @@ def test_a_tensor_is_reshaped(damaged, number, flat):
     it.assert_refused(name, file, "shape")
 
 
-@mutated
-@given(number=numbers, shard=st.sampled_from(SHARDS))
-def test_a_file_is_truncated(damaged, number, shard):
-    it = damaged()
-    path = it.directory / shard
-    with path.open("r+b") as file:
-        file.truncate(number % path.stat().st_size)
-    it.assert_refused(shard)
-
-
 @settings(mutated, max_examples=60)
 @given(
     number=numbers,
@@ -142,7 +132,7 @@ def test_a_file_is_truncated(damaged, number, shard):
     shard=st.sampled_from(SHARDS),
     dtype=st.sampled_from(["bfloat16", "float32"]),
 )
-def test_a_byte_of_a_header_is_flipped(damaged, synthetic, number, flip, shard, dtype):
+def test_a_flipped_byte_of_a_header_is_refused_or_harmless(damaged, synthetic, number, flip, shard, dtype):
     """It is found, or it says nothing about the tensors and nothing is lost."""
     it = damaged(dtype)
     path = it.directory / shard
@@ -165,7 +155,7 @@ def test_a_byte_of_a_header_is_flipped(damaged, synthetic, number, flip, shard, 
 
 @mutated
 @given(number=numbers, which=numbers, dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
-def test_a_dtype_is_swapped(damaged, number, which, dtype):
+def test_another_dtype_is_refused(damaged, number, which, dtype):
     it = damaged(dtype)
     name, file = it.pick(number)
 
@@ -179,7 +169,7 @@ def test_a_dtype_is_swapped(damaged, number, which, dtype):
 
 @mutated
 @given(number=numbers, spelling=st.sampled_from(["same", "without prefix"]))
-def test_a_tensor_is_there_twice(damaged, number, spelling):
+def test_a_tensor_in_two_shards_is_refused(damaged, number, spelling):
     from glm4v_jax.checkpoints.safetensors import write_safetensors
 
     it = damaged()
@@ -197,7 +187,7 @@ def test_a_tensor_is_there_twice(damaged, number, spelling):
 
 @mutated
 @given(number=numbers)
-def test_a_header_names_a_tensor_twice(damaged, number):
+def test_a_header_that_names_a_tensor_twice_is_refused(damaged, number):
     """JSON lets a key come twice, and most readers take the last."""
     it = damaged()
     name, file = it.pick(number)
@@ -224,7 +214,7 @@ def test_a_header_names_a_tensor_twice(damaged, number):
         7,
     ],
 )
-def test_an_index_points_elsewhere(damaged, place):
+def test_an_index_cannot_point_out_of_its_directory(damaged, place):
     it = damaged()
     name, file = it.pick(3)
     elsewhere = it.directory.parent.parent / "elsewhere"
@@ -237,7 +227,7 @@ def test_an_index_points_elsewhere(damaged, place):
 
 @mutated
 @given(number=numbers, how=st.sampled_from(["other shard", "no shard", "left out", "made up"]))
-def test_an_index_is_wrong(damaged, number, how):
+def test_a_wrong_index_is_refused(damaged, number, how):
     it = damaged()
     name, file = it.pick(number)
     named = (name, file)
@@ -253,26 +243,3 @@ def test_an_index_is_wrong(damaged, number, how):
         named = ("model.made.up", file)
     it.write_index()
     it.assert_refused(*named)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "\xff"])
-def test_an_index_is_none(damaged, text):
-    it = damaged()
-    (it.directory / INDEX).write_bytes(text.encode("latin-1"))
-    it.assert_refused(INDEX)
-
-
-def test_everything_wrong_is_told_at_once(damaged):
-    it = damaged()
-
-    def change(header):
-        names = [name for name in header if name != "__metadata__"]
-        header[names[0]]["dtype"] = "I16"
-        header["stranger"] = header.pop(names[1])
-        header[names[2]]["shape"] = [1, *header[names[2]]["shape"]]
-        change.names = names[:3]
-
-    it.header(SHARDS[0], change)
-    it.weight_map["stranger"] = it.weight_map.pop(change.names[1])
-    it.write_index()
-    it.assert_refused("stranger", change.names[0], short(change.names[1]), change.names[2], "4 tensors do not fit")

@@ -108,13 +108,6 @@ class TestOutput:
         summary = to_hf(synthetic(), tmp_path / "out", dry_run=True)
         assert summary.dry_run and summary.files == 1 and os.listdir(tmp_path) == []
 
-    def test_files_that_are_not_a_checkpoint_are_kept(self, synthetic, tmp_path):
-        (tmp_path / "mine").mkdir()
-        (tmp_path / "mine" / "precious").write_text("kept")
-        with pytest.raises(CheckpointError, match=r"mine: exists, .* is not a checkpoint: found precious; expected"):
-            to_hf(synthetic(), tmp_path / "mine", overwrite=True)
-        assert files_of(tmp_path / "mine") == {"precious": b"kept"} and os.listdir(tmp_path) == ["mine"]
-
     def test_the_source_is_refused_as_target(self, synthetic):
         before = files_of(synthetic())
         with pytest.raises(CheckpointError, match="found the source, or a directory in or around it"):

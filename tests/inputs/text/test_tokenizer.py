@@ -414,7 +414,7 @@ def test_a_gap_in_the_added_ids_is_refused(tmp_path):
         ("tokenizer.json", None, "no such file"),
         ("tokenizer.json", "{", "not a tokenizer"),
         ("tokenizer_config.json", "[", "not valid JSON"),
-        ("tokenizer_config.json", "[]", "expected a JSON object, found list"),
+        ("tokenizer_config.json", "[]", "found a JSON list; expected an object"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("tokenizer_config.json", '{"eos_token": 3}', "found the token 3"),
         ("tokenizer_config.json", '{"padding_side": "up"}', "padding_side is 'up'"),

@@ -393,7 +393,7 @@ def test_settings_inside_a_processor_config(tmp_path):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "expected a JSON object"),
+        ("[]", "expected an object"),
         ('{"image_processor": 3}', "expected an object"),
         ('{"patch_size": 0}', "patch_size: found 0"),
         (None, "has no"),
