@@ -1,4 +1,4 @@
-"""The static-shape arrays a model takes: what every request, whatever its pictures, is turned into on the host.
+"""The static-shape arrays a model takes: what every request, whatever its images, is turned into on the host.
 
 Named tuples, so that they are JAX pytrees without this module importing JAX: NumPy arrays on the host, where `inputs`
 makes them, JAX arrays inside a program.
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class VisionRows(NamedTuple):
-    """Patches of pictures and video frames packed into R rows of L patches; a frame never spans two rows.
+    """Patches of images and video frames packed into R rows of L patches; a frame never spans two rows.
 
     Patches keep the processor's order (blocks of merge_size x merge_size), and every frame starts at a multiple of
     merge_size^2, so that merged tokens are runs of merge_size^2 patches.

@@ -20,7 +20,7 @@ from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table, printable
 from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
-from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, unsuspected_pictures
+from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 from train.data import FormatName
 from train.export_command import Export
 
@@ -80,7 +80,7 @@ class Check(JsonOptions):
         decoding = self.decode or self.model is not None
         records = read_records(self.data, format=self.format, media_dir=self.media_dir)
         quiet = quiet_ffmpeg() if decoding else contextlib.nullcontext()
-        with quiet, unsuspected_pictures(), Progress("checking", "rows") as progress:
+        with quiet, without_size_warnings(), Progress("checking", "rows") as progress:
             report = check(
                 records, measure=measure, unit=unit, limit=self.limit, decode=self.decode, progress=progress.update
             )
@@ -135,7 +135,7 @@ class Train(Options):
         def log(line: str) -> None:
             print(printable(line), file=sys.stderr, flush=True)
 
-        with quiet_ffmpeg(), unsuspected_pictures():
+        with quiet_ffmpeg(), without_size_warnings():
             result = train(config, profile=self.profile, tell=log)
         status = "done" if result.is_done else "stopped; the same command resumes the job"
         print(f"{config.out}: {result.step} of {config.steps} steps, {status}")

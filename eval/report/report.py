@@ -24,7 +24,7 @@ from glm4v_jax.errors import DataError
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.text.boxes import SCALE
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, parse
-from glm4v_jax.inputs.media.quiet import unsuspected_pictures
+from glm4v_jax.inputs.media.quiet import without_size_warnings
 from glm4v_jax.inputs.media.threads import map_threads
 
 LIMIT = 500
@@ -117,7 +117,7 @@ def write_report(
         raise DataError(f"limit: found {limit}; expected at least 0")
     by_score = sorted(range(len(results)), key=lambda index: (results[index].score, index))
     chosen = sorted(by_score[:limit])
-    with unsuspected_pictures():
+    with without_size_warnings():
         cards = map_threads(functools.partial(_card, items, results), chosen)
     script, style = (_HERE.joinpath(name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
     page = _template().stream(

@@ -17,7 +17,7 @@ from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.progress import run_batch, status
 from glm4v_jax.errors import MediaError
 from glm4v_jax.files import is_same_file, to_json
-from glm4v_jax.inputs.media.quiet import unsuspected_pictures
+from glm4v_jax.inputs.media.quiet import without_size_warnings
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.completion import Completion
@@ -73,7 +73,7 @@ class Describe(JsonOptions):
         model = self.model.directory
         config = generation_config(model, self.sampling.preset, self.sampling.given(long_answer(model)))
         out = self.out if self.out is not None else os.path.join(self.directory, CAPTIONS)
-        with status("looking for images"), unsuspected_pictures():
+        with status("looking for images"), without_size_warnings():
             names, skipped = self._find(out)
         if not names:
             recursive = "" if self.recursive else ", or --recursive for its subdirectories"

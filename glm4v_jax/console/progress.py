@@ -147,10 +147,10 @@ def run_batch(
       batch, processor, load, restart: see `Batch.run`.
       debug: show what decoders log, too.
     """
-    from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, unsuspected_pictures
+    from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 
     quiet = contextlib.nullcontext() if debug else quiet_ffmpeg()
-    with quiet, unsuspected_pictures(), Progress("answering", batch.things, COMPILING) as progress:
+    with quiet, without_size_warnings(), Progress("answering", batch.things, COMPILING) as progress:
         summary = batch.run(processor, load, progress, restart=restart)
     print(summary, file=sys.stderr, flush=True)
     return summary

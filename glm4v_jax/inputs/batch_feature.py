@@ -45,6 +45,6 @@ def check_device(value: Any) -> None:
     """
     if value is not None:
         raise ConfigError(
-            f"device={value!r} is not supported: pictures and videos are prepared on the host as numpy arrays, and the "
+            f"device={value!r} is not supported: images and videos are prepared on the host as numpy arrays, and the "
             "model places them. Leave device out."
         )

@@ -1,4 +1,4 @@
-"""What a processor knows of pictures and videos apart from prompts: what they cost, and what they are once prepared."""
+"""What a processor knows of images and videos apart from prompts: what they cost, and what they are once prepared."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from glm4v_jax.inputs.text.placeholders import Expansion
 
 @dataclasses.dataclass(frozen=True)
 class MultiModalData:
-    """What pictures and videos of given sizes will cost; None where no sizes were given.
+    """What images and videos of given sizes will cost; None where no sizes were given.
 
     Attributes:
-      num_image_tokens: of each picture, in the prompt.
-      num_image_patches: of each picture, in the vision encoder.
+      num_image_tokens: of each image, in the prompt.
+      num_image_patches: of each image, in the vision encoder.
       num_video_tokens: of each video, in the prompt; timestamps and the tags around frames are not counted.
     """
 
@@ -26,12 +26,12 @@ class MultiModalData:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedMedia:
-    """Pictures and videos on their way into prompts.
+    """Images and videos on their way into prompts.
 
     Attributes:
       features: what a call returns for them: pixel values and grids.
       images, videos: what stands for each in a prompt.
-      image_sizes: (width, height) of the pictures as they were given, in pixels; empty where nobody asked.
+      image_sizes: (width, height) of the images as they were given, in pixels; empty where nobody asked.
     """
 
     features: BatchFeature
@@ -41,7 +41,7 @@ class PreparedMedia:
 
     @classmethod
     def joined(cls, parts: Sequence["PreparedMedia"]) -> "PreparedMedia":
-        """All pictures and all videos of several, in their order."""
+        """All images and all videos of several, in their order."""
         names = dict.fromkeys(name for part in parts for name in part.features)
         features = {name: np.concatenate([p.features[name] for p in parts if name in p.features]) for name in names}
         images = [expansion for part in parts for expansion in part.images]

@@ -1,7 +1,7 @@
-"""`Glm4vProcessor`: messages, pictures and videos to what the model takes.
+"""`Glm4vProcessor`: messages, images and videos to what the model takes.
 
 The names, arguments and results are those of `Glm4vProcessor` in transformers 4.57.1, with NumPy arrays in the place of
-torch tensors and the error handling of 5.x; pictures and videos may stand in one prompt in any order.
+torch tensors and the error handling of 5.x; images and videos may stand in one prompt in any order.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ _TOKENIZER_SETTINGS = frozenset(
 
 
 class Glm4vProcessor:
-    """A picture processor, a tokenizer and a video processor, put together.
+    """An image processor, a tokenizer and a video processor, put together.
 
     Attributes:
       image_processor, tokenizer, video_processor: the parts.
@@ -136,29 +136,29 @@ class Glm4vProcessor:
         videos: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare prompts with their pictures and videos.
+        """Prepare prompts with their images and videos.
 
         Args:
-          images: a picture or lists of pictures, in the order of the placeholders; see `Glm4vImageProcessor`. With one
+          images: an image or lists of images, in the order of the placeholders; see `Glm4vImageProcessor`. With one
             list for each prompt, each prompt gets its own.
           text: one prompt or B prompts, with `<|image|>` and `<|video|>` where the media go; with
             `is_split_into_words`, B lists of words.
           videos: a video or lists of videos, in the order of the placeholders; see `Glm4vVideoProcessor`.
-          **kwargs: options of the tokenizer (`padding`, `max_length`, ...), of the picture and the video processor
+          **kwargs: options of the tokenizer (`padding`, `max_length`, ...), of the image and the video processor
             (`size`, `fps`, `video_metadata`, ...), by themselves or in `text_kwargs`, `images_kwargs`, `videos_kwargs`
             and `common_kwargs`; `return_metadata` to get `video_metadata` back; `return_mm_token_type_ids`;
             `return_tensors`, None or "np".
 
         Returns:
           `input_ids` and `attention_mask` [B, T] int64, arrays if all rows have the same length and lists of lists
-          otherwise; with `return_mm_token_type_ids`, `mm_token_type_ids` alike: 0 text, 1 picture, 2 video, as in 5.x.
+          otherwise; with `return_mm_token_type_ids`, `mm_token_type_ids` alike: 0 text, 1 image, 2 video, as in 5.x.
           `pixel_values` [P, C * temporal_patch_size * patch_size**2] float32 and `image_grid_thw` [N, 3] int64 where
-          there are pictures; `pixel_values_videos` and `video_grid_thw` where there are videos.
+          there are images; `pixel_values_videos` and `video_grid_thw` where there are videos.
 
         Raises:
-          MessageError: more or fewer pictures or videos than placeholders; rows of unequal length with
+          MessageError: more or fewer images or videos than placeholders; rows of unequal length with
             `return_tensors="np"`; truncation that cuts off image tokens.
-          MediaError: a picture or video cannot be loaded or prepared.
+          MediaError: an image or video cannot be loaded or prepared.
           ConfigError: an option has an impossible value.
         """
         images_per_row = None
@@ -181,15 +181,15 @@ class Glm4vProcessor:
         return self._join(rows, media, options["text_kwargs"], return_tensors, images_per_row, videos_per_row)
 
     def prepare_media(self, images: Any = None, videos: Any = None, **kwargs: Any) -> PreparedMedia:
-        """Prepare pictures and videos by themselves, for prompts that will show them more than once; see `assemble`.
+        """Prepare images and videos by themselves, for prompts that will show them more than once; see `assemble`.
 
         Args:
-          images: a picture or lists of pictures; see `Glm4vImageProcessor`.
+          images: an image or lists of images; see `Glm4vImageProcessor`.
           videos: a video or lists of videos; see `Glm4vVideoProcessor`.
           **kwargs: options of a call, such as `size` or `fps`.
 
         Raises:
-          MediaError: a picture or video cannot be loaded or prepared.
+          MediaError: an image or video cannot be loaded or prepared.
         """
         options = sort_options(kwargs)[0]
         media = self._prepare_media(None, videos, options)
@@ -203,7 +203,7 @@ class Glm4vProcessor:
         )
 
     def assemble(self, text: str | Sequence[str], media: PreparedMedia, **kwargs: Any) -> BatchFeature:
-        """A call with pictures and videos that are prepared already.
+        """A call with images and videos that are prepared already.
 
         Args:
           text: one prompt or B prompts, with `<|image|>` and `<|video|>` where the media go.
@@ -211,7 +211,7 @@ class Glm4vProcessor:
           **kwargs: options of the tokenizer.
 
         Raises:
-          MessageError: more or fewer pictures or videos than placeholders.
+          MessageError: more or fewer images or videos than placeholders.
         """
         options, return_tensors = sort_options(kwargs)
         rows = _checked_text(text, options["text_kwargs"])
@@ -275,7 +275,7 @@ class Glm4vProcessor:
             if expected != found:
                 raise MessageError(
                     f"text[{index}]: found {found} {self.image_token} tokens after tokenization, expected {expected}: "
-                    "truncation cuts a picture or video; leave it out or raise max_length"
+                    "truncation cuts an image or video; leave it out or raise max_length"
                 )
         if with_types:
             fields["mm_token_type_ids"] = [_spread(row, mask) for row, mask in zip(types, is_image, strict=True)]
@@ -301,7 +301,7 @@ class Glm4vProcessor:
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """From messages to prompts, and with `tokenize` to what the model takes, pictures and videos included.
+        """From messages to prompts, and with `tokenize` to what the model takes, images and videos included.
 
         Args:
           conversation: messages with `role` and `content`, or B such conversations. Contents are text or lists of
@@ -321,9 +321,9 @@ class Glm4vProcessor:
           A prompt, or a list of B prompts; with `tokenize` the `input_ids` of a call, with `return_dict` all of it.
 
         Raises:
-          MessageError: a conversation is malformed, has a role or type that the template would drop, or pictures and
+          MessageError: a conversation is malformed, has a role or type that the template would drop, or images and
             videos that do not match the prompt.
-          MediaError: a picture or video cannot be loaded or prepared.
+          MediaError: an image or video cannot be loaded or prepared.
           CheckpointError: there is no template, or it does not parse.
         """
         if return_assistant_tokens_mask:
@@ -387,10 +387,10 @@ class Glm4vProcessor:
         video_sizes: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> MultiModalData:
-        """How many tokens and patches pictures and videos will have, from their sizes alone.
+        """How many tokens and patches images and videos will have, from their sizes alone.
 
         Args:
-          image_sizes: (height, width) in pixels of each picture.
+          image_sizes: (height, width) in pixels of each image.
           video_sizes: (frames taken, height, width) of each video.
           **kwargs: settings of the processors, such as `size`.
 

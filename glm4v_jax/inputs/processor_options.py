@@ -42,7 +42,7 @@ OPTIONS = TEXT_OPTIONS | VIDEO_OPTIONS | {"return_tensors", "device", *GROUPS}
 def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Sort the options of a call by the part they are for.
 
-    An option by itself goes to every part that knows it, `size` to pictures and videos alike; one inside `text_kwargs`,
+    An option by itself goes to every part that knows it, `size` to images and videos alike; one inside `text_kwargs`,
     `images_kwargs` or `videos_kwargs` goes there only, and one inside `common_kwargs` counts as one by itself.
 
     Args:

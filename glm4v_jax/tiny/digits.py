@@ -1,11 +1,11 @@
 """Questions about real handwritten digits, read, located, and seen moving: what the packaged tiny model is about.
 
-The digits are those of scikit-learn's `load_digits`: 1,797 pictures of 8 x 8 pixels by 13 writers (the test set of
+The digits are those of scikit-learn's `load_digits`: 1,797 images of 8 x 8 pixels by 13 writers (the test set of
 UCI's "Optical Recognition of Handwritten Digits"). 1,293 of them are for training, 144 for choosing between trainings,
-360 are held out. The split is by picture and not by writer, which the data does not name: *every writer is on all
-sides*, so what is measured is new pictures of known hands.
+360 are held out. The split is by image and not by writer, which the data does not name: *every writer is on all
+sides*, so what is measured is new images of known hands.
 
-Pictures are made of them at sizes that the released processor takes as they are, so that nothing is resized again:
+Images are made of them at sizes that the released processor takes as they are, so that nothing is resized again:
 
 - reading, 84 x 84: one digit; "What digit is this?"
 - grounding, 112 x 112: one digit, or two different ones side by side or above one another; "Locate the 7." The answer
@@ -32,16 +32,16 @@ Task = Literal["reading", "grounding1", "grounding2", "motion"]
 Split = Literal["train", "validation", "held-out"]
 
 TASKS: tuple[Task, ...] = ("reading", "grounding1", "grounding2", "motion")
-"""`grounding1` and `grounding2` differ in how many digits a picture has."""
+"""`grounding1` and `grounding2` differ in how many digits an image has."""
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-"""Name -> step along x and y, y pointing down as in pictures."""
+"""Name -> step along x and y, y pointing down as in images."""
 
 NUM_TRAIN, NUM_VALIDATION, NUM_HELD_OUT = 1293, 144, 360
 READING_SIZE, GROUNDING_SIZE, MOTION_SIZE = 84, 112, 56
 NUM_FRAMES, FRAMES_PER_SECOND = 4, 2.0
 STEP = 10
-"""Coordinates are multiples of this, of 1,000: about a pixel of the pictures. So there are few different numbers."""
+"""Coordinates are multiples of this, of 1,000: about a pixel of the images. So there are few different numbers."""
 
 _SPLIT_SEED = 6
 _INK = 4
@@ -54,7 +54,7 @@ Box = tuple[int, int, int, int]
 class Example(NamedTuple):
     """A question with its answer.
 
-    messages: the user's with a picture or a video, and the assistant's, as the chat template takes them.
+    messages: the user's with an image or a video, and the assistant's, as the chat template takes them.
     answer: what is to be in the answer's box: "7", "left", "[[120,340,560,780]]".
     boxes: of grounding, the box of the digit that is asked for, then those of the others; otherwise none.
     source: which one it is: "digits/reading/held-out:0".
@@ -72,7 +72,7 @@ class Example(NamedTuple):
 
     @property
     def media(self) -> Any:
-        """What is shown: a picture, or the list of a video's frames uint8 [H, W, 3]."""
+        """What is shown: an image, or the list of a video's frames uint8 [H, W, 3]."""
         item = self.messages[0]["content"][0]
         return item[item["type"]]
 
@@ -159,10 +159,10 @@ def _generated(task: Task, split: Split, num_digits: int, count: int, seed: int)
 def _reading(data: Digits, index: int, draw: np.random.Generator, source: str) -> Example:
     size = int(draw.integers(44, 73))
     left, top = draw.integers(0, READING_SIZE - size + 1, 2)
-    picture = np.zeros((READING_SIZE, READING_SIZE), np.uint8)
-    _draw(picture, data.pixels[index], size, int(left), int(top))
+    canvas = np.zeros((READING_SIZE, READING_SIZE), np.uint8)
+    _draw(canvas, data.pixels[index], size, int(left), int(top))
     label = str(data.labels[index])
-    return _example({"type": "image", "image": _rgb(picture)}, "What digit is this?", "One digit.", label, (), source)
+    return _example({"type": "image", "image": _rgb(canvas)}, "What digit is this?", "One digit.", label, (), source)
 
 
 def _grounding_one(data: Digits, index: int, draw: np.random.Generator, source: str) -> Example:
@@ -177,16 +177,16 @@ def _grounding_two(data: Digits, index: int, draw: np.random.Generator, source: 
 def _grounding(data: Digits, indices: list[int], draw: np.random.Generator, source: str) -> Example:
     sizes = [int(size) for size in draw.integers(40, 57, len(indices))]
     corners = _apart(sizes, draw)
-    picture = np.zeros((GROUNDING_SIZE, GROUNDING_SIZE), np.uint8)
+    canvas = np.zeros((GROUNDING_SIZE, GROUNDING_SIZE), np.uint8)
     boxes = []
     for index, size, (left, top) in zip(indices, sizes, corners, strict=True):
-        _draw(picture, data.pixels[index], size, left, top)
+        _draw(canvas, data.pixels[index], size, left, top)
         boxes.append(_box(data.pixels[index], size, left, top))
     labels = [str(label) for label in data.labels[indices]]
     answer = f"[[{','.join(map(str, boxes[0]))}]]"
     thought = f"Only {labels[0]}." if len(labels) == 1 else _which(labels, boxes)
     return _example(
-        {"type": "image", "image": _rgb(picture)}, f"Locate the {labels[0]}.", thought, answer, tuple(boxes), source
+        {"type": "image", "image": _rgb(canvas)}, f"Locate the {labels[0]}.", thought, answer, tuple(boxes), source
     )
 
 
@@ -221,7 +221,7 @@ def _motion(data: Digits, index: int, draw: np.random.Generator, source: str) ->
 
 
 def _apart(sizes: list[int], draw: np.random.Generator) -> list[tuple[int, int]]:
-    """(left, top) of squares of these sizes that do not overlap, anywhere in a picture of grounding."""
+    """(left, top) of squares of these sizes that do not overlap, anywhere in an image of grounding."""
     while True:
         drawn = [draw.integers(0, GROUNDING_SIZE - size + 1, 2) for size in sizes]
         corners = [(int(left), int(top)) for left, top in drawn]
@@ -232,10 +232,10 @@ def _apart(sizes: list[int], draw: np.random.Generator) -> list[tuple[int, int]]
             return corners
 
 
-def _draw(picture: np.ndarray, pixels: np.ndarray, size: int, left: int, top: int) -> None:
+def _draw(canvas: np.ndarray, pixels: np.ndarray, size: int, left: int, top: int) -> None:
     """Draws a digit as a square of `size` pixels, light on what is dark."""
     tile = PIL.Image.fromarray((pixels.astype(np.float32) * (255 / 16)).round().astype(np.uint8))
-    there = picture[top : top + size, left : left + size]
+    there = canvas[top : top + size, left : left + size]
     np.maximum(there, np.asarray(tile.resize((size, size), PIL.Image.Resampling.BILINEAR)), out=there)
 
 
@@ -251,8 +251,8 @@ def _box(pixels: np.ndarray, size: int, left: int, top: int) -> Box:
     return scaled[0], scaled[1], scaled[2], scaled[3]
 
 
-def _rgb(picture: np.ndarray) -> PIL.Image.Image:
-    return PIL.Image.fromarray(picture).convert("RGB")
+def _rgb(canvas: np.ndarray) -> PIL.Image.Image:
+    return PIL.Image.fromarray(canvas).convert("RGB")
 
 
 def _example(

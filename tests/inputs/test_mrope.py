@@ -13,7 +13,7 @@ from glm4v_jax.inputs.mrope import TokenIds, VisionRun, rope_index, vision_runs
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 
 side = st.integers(1, 6).map(lambda n: 2 * n)
-picture = st.tuples(st.just("image"), st.tuples(side, side))
+image = st.tuples(st.just("image"), st.tuples(side, side))
 video = st.tuples(st.just("video"), st.tuples(st.integers(1, 4), side, side))
 
 
@@ -43,7 +43,7 @@ def get_rope_index(theirs):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=rows_of(picture, video), padding=st.sampled_from(["left", "right"]))
+@given(rows=rows_of(image, video), padding=st.sampled_from(["left", "right"]))
 def test_random_prompts_equal(get_rope_index, rows, padding):
     prompts = Prompts(CONFIG, rows, padding=padding)
     (positions, deltas), (expected, expected_deltas) = ours(prompts), get_rope_index("base", prompts)
@@ -65,7 +65,7 @@ def test_prompts_without_merging_equal(get_rope_index, padding):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=rows_of(picture, video), seed=st.integers(0, 99))
+@given(rows=rows_of(image, video), seed=st.integers(0, 99))
 def test_properties(rows, seed):
     """Padding's side does not matter; positions do not fall behind; deltas say where the next token goes."""
     left, right = (Prompts(CONFIG, rows, padding=padding, seed=seed) for padding in ("left", "right"))
@@ -91,7 +91,7 @@ def grids_of(rows, b):
     return (np.array(images) if images else None), (np.array(videos) if videos else None)
 
 
-def test_a_picture_by_hand():
+def test_an_image_by_hand():
     ids = np.array([[1, 2, 310, 314, 314, 314, 314, 314, 314, 311, 5]])
     positions, deltas = rope_index(ids, CONFIG, np.array([[1, 4, 6]]))
     assert positions[0, 0].tolist() == [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7]
@@ -100,7 +100,7 @@ def test_a_picture_by_hand():
     assert deltas.tolist() == [[8 - 11]] and positions.dtype == np.int32
 
 
-def test_pictures_with_nothing_between_them():
+def test_images_with_nothing_between_them():
     """The template never makes them, and the reference crashes on them (trap T14); their grids tell them apart."""
     ids = np.array([[1, 314, 314, 314, 5]])
     positions, _ = rope_index(ids, CONFIG, np.array([[1, 2, 2], [1, 2, 4]]))

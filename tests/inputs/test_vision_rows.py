@@ -101,7 +101,7 @@ def test_frames_of_a_video_are_packed_one_by_one():
 
 
 def test_padding_stays_low():
-    """Random mixes of pictures and video frames of real sizes: a quarter at most on average, as announced."""
+    """Random mixes of images and video frames of real sizes: a quarter at most on average, as announced."""
     random = np.random.RandomState(0)
     padded = total = 0
     for _ in range(60):

@@ -83,7 +83,7 @@ def test_it_is_small_and_has_the_released_files():
 
 
 def test_the_reference_says_the_same(engine):
-    """Tokens, and logits of a picture's question with its answer."""
+    """Tokens, and logits of an image's question with its answer."""
     transformers = import_transformers()
     import torch
 

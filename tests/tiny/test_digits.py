@@ -1,4 +1,4 @@
-"""Digits: the split, the tasks' pictures and truths, and what is in them."""
+"""Digits: the split, the tasks' images and truths, and what is in them."""
 
 import itertools
 import re
@@ -28,8 +28,8 @@ from glm4v_jax.tiny.digits import (
 load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 
-def picture(example):
-    """uint8 [H, W] of the example's picture."""
+def image_of(example):
+    """uint8 [H, W] of the example's image."""
     array = np.asarray(example.media)
     assert array.shape[2] == 3 and (array == array[..., :1]).all()
     return array[..., 0]
@@ -54,7 +54,7 @@ def middle(frame):
 
 def drawn(example):
     """All of what an example shows and says."""
-    shown = frames(example) if isinstance(example.media, list) else picture(example)
+    shown = frames(example) if isinstance(example.media, list) else image_of(example)
     return shown.tobytes(), example.messages[0]["content"][1]["text"], said(example)
 
 
@@ -105,7 +105,7 @@ def test_boxes_hold_the_ink(task):
     for example in held_out(task)[:60]:
         assert find_boxes(said(example)) == [example.boxes[0]]
         assert all(0 <= value < 1000 and value % STEP == 0 for box in example.boxes for value in box)
-        shown = picture(example)
+        shown = image_of(example)
         slack = 5  # pixels: an original pixel is up to 7 wide, and fades out over as many
         outside = shown.copy()
         for box in example.boxes:

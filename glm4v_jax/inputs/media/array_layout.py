@@ -29,7 +29,7 @@ def channel_format(value: Any, name: str) -> str | None:
 
 
 def infer_channel_format(shape: Sequence[int], num_channels: tuple[int, ...] = (1, 3)) -> str:
-    """Where the channels are, as the reference guesses: the first axis of a picture that can be one, then the last.
+    """Where the channels are, as the reference guesses: the first axis of an image that can be one, then the last.
 
     Args:
         shape: [C, H, W], [H, W, C], or the same after a frame axis.
@@ -51,7 +51,7 @@ def infer_channel_format(shape: Sequence[int], num_channels: tuple[int, ...] = (
 
 
 def to_channels_last(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """View a picture or video with its channels last.
+    """View an image or video with its channels last.
 
     Args:
         array: [..., C, H, W] or [..., H, W, C]; or [H, W], which has one channel.

@@ -196,19 +196,19 @@ def _head(source: Path | bytes) -> bytes:
         return file.read(_HEAD_BYTES)
 
 
-def _is_animated_picture(head: bytes) -> bool:
+def _is_animated_image(head: bytes) -> bool:
     return head.startswith(_PILLOW_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def _is_still_picture(head: bytes, source: Path | bytes) -> bool:
-    """Whether a file is one picture, which FFmpeg would take for a film without size or of one frame."""
+def _is_still_image(head: bytes, source: Path | bytes) -> bool:
+    """Whether a file is one image, which FFmpeg would take for a video without size or of one frame."""
     if head.startswith(b"\xff\xd8\xff"):
         if isinstance(source, bytes):
             data = source[:_MOTION_JPEG_BYTES]
         else:
             with source.open("rb") as file:
                 data = file.read(_MOTION_JPEG_BYTES)
-        # Photos of several views (MPO) hold several pictures too, and say so.
+        # Photos of several views (MPO) hold several images too, and say so.
         return b"\xff\xd9\xff\xd8\xff" not in data or b"MPF\0" in data
     if head.startswith((b"II*\0", b"MM\0*")):
         return True
@@ -216,7 +216,7 @@ def _is_still_picture(head: bytes, source: Path | bytes) -> bool:
         return True
     if head[4:8] == b"ftyp":
         return head[8:12] in (b"avif", b"heic", b"heix", b"mif1")
-    if not _is_animated_picture(head):
+    if not _is_animated_image(head):
         return False
     try:
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -233,15 +233,15 @@ def _check_kind(source: Path | bytes) -> bytes:
         found = "a PDF"
     elif _is_text(head):
         found = "text"
-    elif _is_still_picture(head, source):
-        found = "a picture"
+    elif _is_still_image(head, source):
+        found = "an image"
     if found is not None:
         raise MediaError(f"found {found}; expected a video")
     return head
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether a file begins as prose does. FFmpeg would show it as a film of a terminal."""
+    """Whether a file begins as prose does. FFmpeg would show it as a video of a terminal."""
     return bool(head) and not any(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
 
 
@@ -323,7 +323,7 @@ def decode_video(
         raise MediaError(f"{name}: cannot be read ({error})") from error
     except MediaError as error:
         raise MediaError(f"{name}: {error}") from error
-    backends = ("pillow",) if _is_animated_picture(head) else ("decord", "pyav")
+    backends = ("pillow",) if _is_animated_image(head) else ("decord", "pyav")
     verdict = "is not a readable video; it may be truncated or corrupt"
     problems: list[str] = []
     cause: Exception | None = None

@@ -1,4 +1,4 @@
-"""Bytes of a picture or video from wherever they are: a path, a file or http(s) URL, or base64 text."""
+"""Bytes of an image or video from wherever they are: a path, a file or http(s) URL, or base64 text."""
 
 import base64
 import binascii
@@ -15,8 +15,8 @@ from typing import Any
 from glm4v_jax.errors import MediaError
 
 MAX_DOWNLOAD_BYTES = 2**30
-# A picture of more bytes than this would pass the limit of pixels as well, unless it is a bomb.
-MAX_PICTURE_BYTES = 2**28
+# An image of more bytes than this would pass the limit of pixels as well, unless it is a bomb.
+MAX_IMAGE_BYTES = 2**28
 DOWNLOAD_SECONDS = 60.0
 _CHUNK_BYTES = 2**16
 _USER_AGENT = "glm4v_jax"

@@ -1,4 +1,4 @@
-"""Pictures and videos from wherever a person has them, as Pillow images and numpy arrays."""
+"""Images and videos from wherever a person has them, as Pillow images and numpy arrays."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, SampleIndices, Vide
 from glm4v_jax.inputs.media.fetch import (
     DOWNLOAD_SECONDS,
     MAX_DOWNLOAD_BYTES,
-    MAX_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     describe,
     is_missing_path,
     open_source,
@@ -28,7 +28,7 @@ from glm4v_jax.inputs.media.threads import map_threads
 
 __all__ = ["MAX_PIXELS", "SampledVideo", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
 
-# The size at which Pillow, and so the reference, takes a picture for a decompression bomb: 178,956,970 pixels. To go
+# The size at which Pillow, and so the reference, takes an image for a decompression bomb: 178,956,970 pixels. To go
 # beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 MAX_PIXELS = 2 * (2**30 // 4 // 3)
 # Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
@@ -39,7 +39,7 @@ _DEEP_MODES = ("I", "F")
 class SampledVideo:
     """Frames in memory that have been sampled already: all of them are taken, whatever the options say.
 
-    frames: a list of pictures, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes them.
+    frames: a list of images, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes them.
     fps: at how many a second they were taken, for their timestamps.
     """
 
@@ -77,7 +77,7 @@ def is_path_like(value: Any) -> bool:
 
 
 def name_media(kind: str, index: int, source: Any, error: MediaError) -> MediaError:
-    """`error` with the position of the picture or video before it, and its file name where the error lacks it."""
+    """`error` with the position of the image or video before it, and its file name where the error lacks it."""
     name = getattr(source, "filename", "") if isinstance(source, PIL.Image.Image) else ""
     if isinstance(source, (str, os.PathLike)):
         name = describe(source)
@@ -86,17 +86,17 @@ def name_media(kind: str, index: int, source: Any, error: MediaError) -> MediaEr
 
 
 def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
-    """Warn where `image.convert("RGB")` clips a picture of more than 8 bits, as it does in the reference.
+    """Warn where `image.convert("RGB")` clips an image of more than 8 bits, as it does in the reference.
 
     Args:
-        image: a decoded picture.
+        image: a decoded image.
         name: what to call it; "" is its file name or its size.
     """
     if image.mode.startswith(_DEEP_MODES) and np.asarray(image).max() > 255:
         name = name or getattr(image, "filename", "") or f"Pillow image of {image.width} x {image.height} pixels"
         warnings.warn(
             f"{name}: has values above 255 (mode {image.mode}), which are clipped to 255 as in the reference; scale "
-            "the picture to 8 bits first",
+            "the image to 8 bits first",
             stacklevel=2,
         )
 
@@ -104,13 +104,13 @@ def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
 def load_image(
     source: Any,
     *,
-    max_bytes: int = MAX_PICTURE_BYTES,
+    max_bytes: int = MAX_IMAGE_BYTES,
     timeout: float = DOWNLOAD_SECONDS,
     max_pixels: int = MAX_PIXELS,
 ) -> PIL.Image.Image:
-    """Load a picture the way `transformers.image_utils.load_image` does.
+    """Load an image the way `transformers.image_utils.load_image` does.
 
-    The picture is turned as its EXIF data says and converted to RGB by Pillow: alpha is dropped without compositing,
+    The image is turned as its EXIF data says and converted to RGB by Pillow: alpha is dropped without compositing,
     palettes are looked up, 16-bit grey is clipped with a warning, and of an animation the first frame is taken.
 
     Args:
@@ -118,13 +118,13 @@ def load_image(
             image, or an array [H, W], [H, W, C] or [C, H, W] of uint8.
         max_bytes: limit for a download.
         timeout: limit for a download, in seconds.
-        max_pixels: largest picture, checked before it is decoded.
+        max_pixels: largest image, checked before it is decoded.
 
     Returns:
         An RGB Pillow image.
 
     Raises:
-        MediaError: the picture cannot be found, fetched or decoded, or is too large; the message names it.
+        MediaError: the image cannot be found, fetched or decoded, or is too large; the message names it.
     """
     name = describe(source)
     if isinstance(source, PIL.Image.Image):
@@ -139,9 +139,9 @@ def load_image(
             raise MediaError(f"{name}: {error}") from error
         except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
             is_directory = isinstance(opened, Path) and opened.is_dir()
-            problem = "is a directory; expected a picture" if is_directory else "is not a readable picture"
+            problem = "is a directory; expected an image" if is_directory else "is not a readable image"
             if isinstance(opened, bytes) and is_missing_path(source):
-                problem = "no such file, and not base64 of a picture either"
+                problem = "no such file, and not base64 of an image either"
             raise MediaError(f"{name}: {problem}") from error
     else:
         raise MediaError(f"{name}: expected a path, an address, bytes, base64 text, a Pillow image or an array")
@@ -180,7 +180,7 @@ def _image_of_array(array: np.ndarray) -> PIL.Image.Image:
     try:
         return PIL.Image.fromarray(np.ascontiguousarray(array))
     except (TypeError, ValueError) as error:
-        raise MediaError(f"array of shape {array.shape}: is not a picture ({error})") from error
+        raise MediaError(f"array of shape {array.shape}: is not an image ({error})") from error
 
 
 def load_video(
@@ -198,8 +198,8 @@ def load_video(
     """Load the frames of a video.
 
     Args:
-        source: path, `file://` or http(s) address, data URL or bytes of an encoded video or animated picture; a
-            directory of pictures, taken in the order of their names; a list of pictures (whatever `load_image` takes);
+        source: path, `file://` or http(s) address, data URL or bytes of an encoded video or animated image; a
+            directory of images, taken in the order of their names; a list of images (whatever `load_image` takes);
             or an array [T, H, W, C] or [T, C, H, W].
         sample_indices_fn: metadata of the whole video -> indices of the frames to take. From an encoded video only
             these are kept in memory. None takes all.
@@ -212,12 +212,12 @@ def load_video(
         max_decoded_bytes: largest array of decoded frames.
 
     Returns:
-        The frames: uint8 RGB [T, H, W, 3] from encoded videos and pictures, and arrays in the layout and type they
+        The frames: uint8 RGB [T, H, W, 3] from encoded videos and images, and arrays in the layout and type they
         came in. And the metadata, with `frames_indices` as taken.
 
     Raises:
         MediaError: no frames; not found, not decodable, truncated or too large; frames of different sizes; or
-            sampling asked of a list of picture files, which have no time.
+            sampling asked of a list of image files, which have no time.
     """
     name = describe(source)
     if is_path_like(source):
@@ -265,7 +265,7 @@ def load_video(
 def _stack_frames(
     sources: Sequence[Any], name: str, do_convert_rgb: bool, max_bytes: int, timeout: float, max_pixels: int
 ) -> np.ndarray:
-    """Frames [T, H, W, C] or [T, C, H, W] of a list of pictures, arrays and paths."""
+    """Frames [T, H, W, C] or [T, C, H, W] of a list of images, arrays and paths."""
     if not sources:
         raise MediaError(f"{name}: has no frames")
 

@@ -18,7 +18,7 @@ def silent_decoders() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(nowhere.fileno(), 2)
         try:
-            with contextlib.redirect_stderr(python_stderr), unsuspected_pictures():
+            with contextlib.redirect_stderr(python_stderr), without_size_warnings():
                 yield
         finally:
             os.dup2(screen, 2)
@@ -43,9 +43,9 @@ def quiet_ffmpeg() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unsuspected_pictures() -> Iterator[None]:
-    """Keeps Pillow from warning of pictures that are large, but not too large for this package."""
+def without_size_warnings() -> Iterator[None]:
+    """Keeps Pillow from warning of images that are large, but not too large for this package."""
     with warnings.catch_warnings():
-        # Not by its class: Pillow is slow to import, and not every run shows a picture.
+        # Not by its class: Pillow is slow to import, and not every run shows an image.
         warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit of \d+ pixels, could be")
         yield

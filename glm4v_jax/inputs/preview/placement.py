@@ -1,4 +1,4 @@
-"""Where pictures and videos stand in a prompt, how many of its tokens they take, and at which positions.
+"""Where images and videos stand in a prompt, how many of its tokens they take, and at which positions.
 
 T is the number of tokens of a prompt.
 """
@@ -22,7 +22,7 @@ _TIME_OF_A_FRAME = re.compile(r"<\|end_of_image\|>(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a picture or video stands in a prompt.
+    """Where an image or video stands in a prompt.
 
     Attributes:
       tokens: image tokens with the tags and times that belong to them.
@@ -37,12 +37,12 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class PlacedPrompt:
-    """A prompt of one turn: pictures and videos in their order, then text.
+    """A prompt of one turn: images and videos in their order, then text.
 
     Attributes:
       input_ids: int [T].
       position_ids: int [3, T].
-      places: of the pictures and videos, in their order.
+      places: of the images and videos, in their order.
     """
 
     input_ids: np.ndarray
@@ -56,7 +56,7 @@ class PlacedPrompt:
 
 
 def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str | None = None) -> PlacedPrompt:
-    """The prompt that asks about pictures and videos, as `Glm4vProcessor.apply_chat_template` makes it.
+    """The prompt that asks about images and videos, as `Glm4vProcessor.apply_chat_template` makes it.
 
     Args:
       seen: what is asked about, in its order.
@@ -115,7 +115,7 @@ def _with_tags(input_ids: np.ndarray, own: np.ndarray, start: int | None, end: i
 
 
 def facts(seen: Seen, place: Place) -> dict[str, Any]:
-    """Everything there is to say of a picture or video, as JSON has it: lengths in pixels, times in seconds."""
+    """Everything there is to say of an image or video, as JSON has it: lengths in pixels, times in seconds."""
     told: dict[str, Any] = {
         "file": seen.name,
         "kind": seen.kind,

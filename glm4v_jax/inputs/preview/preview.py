@@ -1,4 +1,4 @@
-"""What the model will see of pictures and videos: read back from what the processor prepared, and why it is so.
+"""What the model will see of images and videos: read back from what the processor prepared, and why it is so.
 
 Letters: t temporal patches, F frames of one, H and W rows and columns in pixels, C channels.
 """
@@ -27,8 +27,8 @@ from glm4v_jax.inputs.vision.settings import area_of
 Kind = Literal["picture", "video"]
 
 # What Pillow opens and the video processor takes when it moves; MPEG it recognises without being able to decode it.
-_MOVING_PICTURES = ("GIF", "PNG", "WEBP")
-_FILMS = ("MPEG",)
+_ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")
+_VIDEO_FORMATS = ("MPEG",)
 _FEATURES: Mapping[Kind, tuple[str, str]] = {
     "picture": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
@@ -41,13 +41,13 @@ _ALIKE = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One picture or video as the model sees it.
+    """One image or video as the model sees it.
 
     Attributes:
       name: of the file.
-      kind: picture or video.
+      kind: image or video.
       height, width: of the original, in pixels.
-      frames: [t, F, H, W, 3] uint8, read back from the patches; a picture is one temporal patch of equal frames.
+      frames: [t, F, H, W, 3] uint8, read back from the patches; an image is one temporal patch of equal frames.
       grid_thw: temporal patches, rows and columns of patches.
       settings: of the processor that prepared it.
       media: the same on its way into a prompt, without pixels.
@@ -119,7 +119,7 @@ class Seen:
 
 
 def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
-    """Prepare a picture or a video, whichever the file is, and read back what the model will see.
+    """Prepare an image or a video, whichever the file is, and read back what the model will see.
 
     Args:
       source: a path, or an http(s), file or data address. An animated GIF, PNG or WebP is a video.
@@ -133,18 +133,18 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
         raise MediaError(f"{name}: no such file")
     opened = open_source(source)
     if isinstance(opened, Path) and opened.is_dir():
-        raise MediaError(f"{name}: is a directory; expected a picture or a video")
+        raise MediaError(f"{name}: is a directory; expected an image or a video")
     try:
         kind = _kind_of(opened)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {error}") from error
     try:
-        return (_look_at_picture if kind == "picture" else _look_at_video)(opened, processor, name)
+        return (_see_image if kind == "picture" else _see_video)(opened, processor, name)
     except MediaError as error:
         # What was opened may have another name, "812 bytes" for an address, and is the only one of its batch.
         known = re.escape(describe(opened))
         problem = re.sub(rf"^((image|video) 0( \({known}\))?: )?({known}: )?", "", str(error))
-        unknown = "is not a readable picture; as a video: " if kind is None else ""
+        unknown = "is not a readable image; as a video: " if kind is None else ""
         raise MediaError(f"{name}: {unknown}{problem}") from error
 
 
@@ -152,22 +152,22 @@ def _kind_of(opened: Path | bytes) -> Kind | None:
     """What a file is; None for what Pillow cannot read, which is left to the decoders of videos."""
     try:
         with PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened) as image:
-            if image.format in _FILMS:
+            if image.format in _VIDEO_FORMATS:
                 return "video"
-            return "video" if image.format in _MOVING_PICTURES and getattr(image, "n_frames", 1) > 1 else "picture"
+            return "video" if image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1 else "picture"
     except PIL.Image.DecompressionBombError:
         raise
-    except Exception:  # Pillow's format readers raise many kinds of errors on what is no picture.
+    except Exception:  # Pillow's format readers raise many kinds of errors on what is no image.
         return None
 
 
-def _look_at_picture(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
+def _see_image(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
     image = load_image(opened)
     settings = processor.image_processor.resolve({})
     return _seen(name, "picture", (image.height, image.width), processor.prepare_media(images=image), settings)
 
 
-def _look_at_video(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
+def _see_video(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
     settings = processor.video_processor.resolve({})
     media = processor.prepare_media(videos=opened, return_metadata=True)
     (metadata,) = media.features["video_metadata"]
@@ -198,10 +198,10 @@ def _seen(
 
 
 def read_back(patches: np.ndarray, grid_thw: Sequence[int], settings: Mapping[str, Any]) -> np.ndarray:
-    """The pictures that patches were cut from: `patches.write_frame` backwards.
+    """The images that patches were cut from: `patches.write_frame` backwards.
 
     Args:
-      patches: [t*h*w, C*F*p*p] float32, of one picture or video; C is 1 or 3.
+      patches: [t*h*w, C*F*p*p] float32, of one image or video; C is 1 or 3.
       grid_thw: (t, h, w), in patches.
       settings: of the processor, resolved.
 
@@ -233,7 +233,7 @@ def read_back(patches: np.ndarray, grid_thw: Sequence[int], settings: Mapping[st
 
 
 def why_scaled(seen: Seen) -> str:
-    """Why a picture or video has the size that it is seen in, in a few words."""
+    """Why an image or video has the size that it is seen in, in a few words."""
     settings = seen.settings
     if (seen.seen_height, seen.seen_width) == (seen.height, seen.width):
         return "as it is"

@@ -1,4 +1,4 @@
-"""Drawings of what the model sees: a picture with the grids of its patches and tokens, the frames of a video, a sheet.
+"""Drawings of what the model sees: an image with the grids of its patches and tokens, the frames of a video, a sheet.
 
 All in numpy and Pillow, with Pillow's own font: the same drawing on every machine. Letters as in `preview`.
 """
@@ -17,15 +17,15 @@ from glm4v_jax.inputs.preview.preview import Seen
 WIDTH = 1180
 """Of a drawing, at most, in pixels."""
 HEIGHTS = ((1, 880), (4, 560), (math.inf, 360))
-"""(files on the sheet, height of the drawing of a picture at most)."""
+"""(files on the sheet, height of the drawing of an image at most)."""
 MAX_FRAMES = 120
 """Of a video; of more, so many are drawn, evenly spread."""
 
 _LARGEST_SCALE = 4
 _SMALLEST_TOKEN, _SMALLEST_PATCH = 6, 10
-"""Lines closer than this, in pixels, would hide the picture, and are left out."""
+"""Lines closer than this, in pixels, would hide the image, and are left out."""
 _COMFORTABLE_TOKEN = 24
-"""Tokens of this many pixels are worth cutting a long picture into strips for; closer lines are drawn thinner."""
+"""Tokens of this many pixels are worth cutting a long image into strips for; closer lines are drawn thinner."""
 _GAP = 14
 _MARGIN = 28
 _RULER = 26
@@ -59,7 +59,7 @@ class Card:
 def draw_card(
     title: str, seen: Seen, timestamps: Sequence[int], lines: Sequence[str], warning: str | None, files: int
 ) -> Card:
-    """Draw a picture or video.
+    """Draw an image or video.
 
     Args:
       title: what to write above it.
@@ -73,7 +73,7 @@ def draw_card(
         drawing, legend = _draw_video(seen, timestamps)
     else:
         height = next(height for most, height in HEIGHTS if files <= most)
-        drawing, legend = _draw_picture(seen, height)
+        drawing, legend = _draw_image(seen, height)
     return Card(title, [*lines, legend], warning, drawing)
 
 
@@ -131,8 +131,8 @@ def _wrapped(text: str, size: int, width: int) -> list[str]:
     return rows
 
 
-def _draw_picture(seen: Seen, height: int) -> tuple[PIL.Image.Image, str]:
-    """A picture in one piece, or cut into strips if it is very long; and what its lines are."""
+def _draw_image(seen: Seen, height: int) -> tuple[PIL.Image.Image, str]:
+    """An image in one piece, or cut into strips if it is very long; and what its lines are."""
     _, rows, columns = seen.token_grid
     pixels, token = seen.frames[0, 0], seen.settings["patch_size"] * seen.settings["merge_size"]
     down = rows > columns  # Strips are pieces of the longer side.
@@ -181,7 +181,7 @@ def _draw_video(seen: Seen, timestamps: Sequence[int]) -> tuple[PIL.Image.Image,
     rows = [_in_a_row(tiles[start : start + across]) for start in range(0, len(tiles), across)]
     temporal = seen.settings["temporal_patch_size"]
     others = "the other frame of the pair" if temporal == 2 else f"the other frames of the {temporal} in a patch"
-    legend = f"{_legend(token * scale, seen)}; large number: the time in the prompt; small picture: {others}"
+    legend = f"{_legend(token * scale, seen)}; large number: the time in the prompt; small image: {others}"
     if len(shown) < t:
         legend += f"; {len(shown)} of {t} temporal patches drawn, evenly spread"
     return _in_a_column(rows), legend
@@ -191,16 +191,16 @@ def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Imag
     """One temporal patch: its first frame, the time in the prompt, real times, and its other frames."""
     _, rows, columns = seen.token_grid
     first, *others = seen.frames[index]
-    picture = _with_grid(_scaled(first, scale), rows, columns, seen)
+    largest = _with_grid(_scaled(first, scale), rows, columns, seen)
     small = [_scaled(other, scale * 0.3) for other in others]
     lines = [f"#{frame}  {seen.time(frame):.2f} s" for frame in seen.frame_indices[index]]
     line = round(1.35 * _SMALL)
     under = max(round(1.3 * _TIME) + line * len(lines), *(PIL.Image.fromarray(other).height for other in small))
     text_width = math.ceil(max(_font(_SMALL).getlength(text) for text in lines))
-    width = max(picture.shape[1], text_width + sum(other.shape[1] + 4 for other in small) + 4)
-    tile = PIL.Image.new("RGB", (width, picture.shape[0] + 5 + under), _PAPER)
-    tile.paste(PIL.Image.fromarray(picture), (0, 0))
-    top, right = picture.shape[0] + 5, width
+    width = max(largest.shape[1], text_width + sum(other.shape[1] + 4 for other in small) + 4)
+    tile = PIL.Image.new("RGB", (width, largest.shape[0] + 5 + under), _PAPER)
+    tile.paste(PIL.Image.fromarray(largest), (0, 0))
+    top, right = largest.shape[0] + 5, width
     for other in reversed(small):
         right -= other.shape[1]
         tile.paste(PIL.Image.fromarray(other), (right, top))
@@ -215,7 +215,7 @@ def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Imag
 
 
 def _scaled(pixels: np.ndarray, scale: float) -> np.ndarray:
-    """A picture [H, W, 3] in another size: whole pixels when it grows, smoothed when it shrinks."""
+    """An image [H, W, 3] in another size: whole pixels when it grows, smoothed when it shrinks."""
     height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
     resample = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
     return np.array(PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), resample))

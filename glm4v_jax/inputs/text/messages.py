@@ -1,4 +1,4 @@
-"""The parts of a conversation: their checks, and the pictures and videos among them."""
+"""The parts of a conversation: their checks, and the images and videos among them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 
 Message = Mapping[str, Any]
 
-# Where an item of a message may have its picture or video, as in transformers 4.57.1's `apply_chat_template`.
+# Where an item of a message may have its image or video, as in transformers 4.57.1's `apply_chat_template`.
 SOURCE_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
 # OpenAI's spelling, {"type": "image_url", "image_url": {"url": ...}}, and the type that stands for it.
@@ -74,7 +74,7 @@ def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
 def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise MessageError(f"{where}: found {type(item).__name__}, expected an object with 'type'")
-    # Tables of messages fill every column, and a template takes the mere key `image` for a picture.
+    # Tables of messages fill every column, and a template takes the mere key `image` for an image.
     item = {key: value for key, value in item.items() if value is not None}
     kind = item.get("type")
     if not isinstance(kind, str | None):
@@ -110,7 +110,7 @@ def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
 
 
 def extract_media(messages: Sequence[Message], source: str, where: str = "") -> tuple[list[Any], list[Any]]:
-    """The pictures and videos of a conversation, in its order.
+    """The images and videos of a conversation, in its order.
 
     Args:
       messages: a conversation; see `normalise_messages`.
@@ -118,12 +118,12 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
       where: put before the messages of errors.
 
     Returns:
-      The pictures and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
+      The images and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
       Frames with a field `fps` have been sampled at that rate, and are a `SampledVideo`; videos in files bring their
       own, and theirs is not looked at.
 
     Raises:
-      MessageError: the conversation is malformed, a picture or video has no source, or the rate of frames is no number.
+      MessageError: the conversation is malformed, an image or video has no source, or the rate of frames is no number.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in SOURCE_KEYS}
     for index, message in enumerate(normalise_messages(messages, source, where)):
@@ -153,7 +153,7 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
 def user_messages(
     text: str, images: Sequence[str] = (), videos: Sequence[str] = (), system: str | None = None
 ) -> list[dict[str, Any]]:
-    """One turn of the user, as chat templates take it: pictures, videos, text; after what the system says."""
+    """One turn of the user, as chat templates take it: images, videos, text; after what the system says."""
     media = [{"type": "image", "url": place} for place in images]
     media += [{"type": "video", "url": place} for place in videos]
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]

@@ -1,9 +1,9 @@
 """Placeholders in a prompt to as many image tokens as the model will see.
 
-A picture of grid (t, h, w) becomes t * h * w / merge_size**2 image tokens. A video becomes, for each of its t temporal
-patches, one picture of h * w / merge_size**2 image tokens between `<|begin_of_image|>` and `<|end_of_image|>`, followed
+An image of grid (t, h, w) becomes t * h * w / merge_size**2 image tokens. A video becomes, for each of its t temporal
+patches, one image of h * w / merge_size**2 image tokens between `<|begin_of_image|>` and `<|end_of_image|>`, followed
 by its time in whole seconds. Both as `Glm4vProcessor` of transformers 4.57.1 does, save that a prompt is gone through
-once, from left to right: 4.57.1 expands pictures and then videos, and garbles a prompt with a picture before a video.
+once, from left to right: 4.57.1 expands images and then videos, and garbles a prompt with an image before a video.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Expansion:
 
 
 def expand_image(grid: np.ndarray, merge_size: int, image_token: str) -> Expansion:
-    """The expansion of a picture of grid [3] (t, h, w), in patches."""
+    """The expansion of an image of grid [3] (t, h, w), in patches."""
     count = int(np.prod(grid)) // merge_size**2
     return Expansion(image_token * count, count)
 
@@ -51,7 +51,7 @@ def expand_video(grid: np.ndarray, metadata: VideoMetadata, merge_size: int, ima
       metadata: `fps` and `frames_indices` give the times; without `fps` they are those of 24 frames a second, with a
         warning.
       merge_size: patches a side that make one token.
-      image_token: frames are pictures to the model.
+      image_token: frames are images to the model.
 
     Raises:
       MediaError: `frames_indices` is unknown.
@@ -74,7 +74,7 @@ def expand_video(grid: np.ndarray, metadata: VideoMetadata, merge_size: int, ima
 
 
 class Expander:
-    """Puts pictures and videos, in their order, in the place of the placeholders of a batch of prompts.
+    """Puts images and videos, in their order, in the place of the placeholders of a batch of prompts.
 
     Args (of the constructor):
       image_token, video_token: the placeholders.
@@ -107,7 +107,7 @@ class Expander:
           The expanded prompts, and for each the type (1 image, 2 video) of its image tokens in their order, [n] int64.
 
         Raises:
-          MessageError: more or fewer pictures or videos than placeholders; the message has both counts.
+          MessageError: more or fewer images or videos than placeholders; the message has both counts.
         """
         self._check_counts(rows)
         pending: dict[str, Iterator[Expansion]] = {token: iter(kind[2]) for token, kind in self._kinds.items()}

@@ -1,7 +1,7 @@
 """Text to token ids and back, over the `tokenizers` library.
 
 `Glm4vTokenizer` gives the names and the results of `PreTrainedTokenizerFast` in transformers 4.57.1 on the same files.
-The released `tokenizer.json` predates pictures: `<|image|>` and every later id exist only in `tokenizer_config.json`,
+The released `tokenizer.json` predates images: `<|image|>` and every later id exist only in `tokenizer_config.json`,
 under `added_tokens_decoder`, and are added when the files are read.
 """
 

@@ -13,9 +13,9 @@ import PIL.Image
 
 # Outputs computed by one matrix product: enough to be fast, few enough to skip most zeros of the band.
 _OUTPUTS = 16
-# Rows of a picture resampled together: their temporaries stay in the processor's cache.
+# Rows of an image resampled together: their temporaries stay in the processor's cache.
 _LINES = 128
-# OpenBLAS keeps products of at most this many multiplications on the calling thread. Pictures are spread over threads
+# OpenBLAS keeps products of at most this many multiplications on the calling thread. Images are spread over threads
 # already, and waiting for each other inside BLAS as well made them a hundred times slower on a busy machine.
 _PRODUCT = 2**18
 
@@ -101,7 +101,7 @@ def _resize_lines(lines: np.ndarray, new_size: int, resample: int) -> np.ndarray
 
 
 def resize_bytes(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """Resize a picture like `torchvision.transforms.v2.functional.resize(..., antialias=True)` on the CPU.
+    """Resize an image like `torchvision.transforms.v2.functional.resize(..., antialias=True)` on the CPU.
 
     Args:
         image: [H, W, C] uint8.

@@ -1,6 +1,6 @@
-"""Pictures to patches: `Glm4vImageProcessor` and `Glm4vImageProcessorFast`.
+"""Images to patches: `Glm4vImageProcessor` and `Glm4vImageProcessorFast`.
 
-The numbers of both are those of transformers 4.57.1, bit for bit for pictures of bytes; see `pixels` for other types.
+The numbers of both are those of transformers 4.57.1, bit for bit for images of bytes; see `pixels` for other types.
 """
 
 import logging
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """One picture, a batch of them, or lists of either, however nested -> a flat list of pictures.
+    """One image, a batch of them, or lists of either, however nested -> a flat list of images.
 
-    A picture is a path, an address, bytes, a Pillow image, or an array [H, W, C], [C, H, W] or [H, W]; an array of four
+    An image is a path, an address, bytes, a Pillow image, or an array [H, W, C], [C, H, W] or [H, W]; an array of four
     axes is a batch.
 
     Raises:
-        MediaError: something that is no picture, such as None or an array of other axes.
+        MediaError: something that is no image, such as None or an array of other axes.
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]
@@ -63,14 +63,14 @@ class _ImageProcessor(MediaProcessor):
     def prepare_with_sizes(
         self, images: Any, overrides: Mapping[str, Any]
     ) -> tuple[BatchFeature, list[tuple[int, int]]]:
-        """What a call returns, and (width, height) of each picture as it was given, in pixels.
+        """What a call returns, and (width, height) of each image as it was given, in pixels.
 
         Args:
-            images: a picture or lists of pictures.
+            images: an image or lists of images.
             overrides: settings for this call.
 
         Raises:
-            MediaError: a picture cannot be loaded or prepared; the message says which.
+            MediaError: an image cannot be loaded or prepared; the message says which.
         """
         settings = self.resolve(overrides)
         input_data_format = channel_format(settings.get("input_data_format"), "input_data_format")
@@ -105,7 +105,7 @@ class _ImageProcessor(MediaProcessor):
     def _resized(
         self, source: Any, settings: Mapping[str, Any], input_data_format: str | None
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """A picture [H, W, C] of the size it is cut in, and the width and height it came in."""
+        """An image [H, W, C] of the size it is cut in, and the width and height it came in."""
         if is_path_like(source):
             source = load_image(source)
         if isinstance(source, PIL.Image.Image):
@@ -136,7 +136,7 @@ class _ImageProcessor(MediaProcessor):
     def get_number_of_image_patches(
         self, height: int, width: int, images_kwargs: Mapping[str, Any] | None = None
     ) -> int:
-        """Patches of a picture of this size, before merging.
+        """Patches of an image of this size, before merging.
 
         Args:
             height: rows, in pixels.
@@ -153,7 +153,7 @@ class _ImageProcessor(MediaProcessor):
 
 
 class Glm4vImageProcessor(_ImageProcessor):
-    """The default picture processor, `transformers.Glm4vImageProcessor` of 4.57.1 bit for bit.
+    """The default image processor, `transformers.Glm4vImageProcessor` of 4.57.1 bit for bit.
 
     See `MediaProcessor` for the settings, which are its arguments.
     """
@@ -180,10 +180,10 @@ class Glm4vImageProcessor(_ImageProcessor):
         data_format: str | None = FIRST,
         input_data_format: str | None = None,
     ) -> BatchFeature:
-        """Resize, normalise and cut pictures into patches, on all cores.
+        """Resize, normalise and cut images into patches, on all cores.
 
         Args:
-            images: a picture, or lists of pictures; see `flatten_images`. Paths, addresses and bytes are turned as
+            images: an image, or lists of images; see `flatten_images`. Paths, addresses and bytes are turned as
                 their EXIF data says and converted to RGB; Pillow images are converted to RGB if `do_convert_rgb`.
             videos: not used, as in the reference, which has `Glm4vVideoProcessor` for them.
             do_resize, size, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std, patch_size,
@@ -191,14 +191,14 @@ class Glm4vImageProcessor(_ImageProcessor):
             return_tensors: None or "np".
             data_format: the reference's layout between two of its steps; patches are the same for either.
             input_data_format: "channels_first", "channels_last", or "none" for grey arrays [H, W]; None guesses, for
-                each picture.
+                each image.
 
         Returns:
             pixel_values [sum of patches, C * temporal_patch_size * patch_size**2] float32 and image_grid_thw [N, 3]
             int64, in patches. Empty for `images=None`.
 
         Raises:
-            MediaError: a picture cannot be loaded or prepared; the message says which.
+            MediaError: an image cannot be loaded or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `return_tensors` is not "np".
         """
         overrides = {name: value for name, value in locals().items() if name in {*self.defaults, "input_data_format"}}
@@ -243,19 +243,19 @@ class Glm4vImageProcessorFast(_ImageProcessor):
         super().__init__(**settings)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Resize, normalise and cut pictures into patches, on all cores.
+        """Resize, normalise and cut images into patches, on all cores.
 
         Args:
             images: see `Glm4vImageProcessor.preprocess`. Arrays of one channel spread over those of `image_mean`.
             **kwargs: settings for this call; `return_tensors` (None or "np") and `input_data_format` ("channels_first",
-                "channels_last", or "none" for grey arrays [H, W]; None guesses, for each picture). Unknown ones are
+                "channels_last", or "none" for grey arrays [H, W]; None guesses, for each image). Unknown ones are
                 logged and ignored.
 
         Returns:
             As `Glm4vImageProcessor.preprocess`.
 
         Raises:
-            MediaError: a picture cannot be loaded or prepared; the message says which.
+            MediaError: an image cannot be loaded or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
         check_return_tensors(kwargs.pop("return_tensors", None))

@@ -22,7 +22,7 @@ def is_scaled(array: np.ndarray) -> bool:
 
 
 def _fits_in_bytes(array: np.ndarray) -> bool:
-    """Whether a picture of another type holds [0, 255]; False for [0, 1], as the reference's `resize` tells them apart.
+    """Whether an image of another type holds [0, 255]; False for [0, 1], as the reference's `resize` tells them apart.
 
     Raises:
         MediaError: it holds neither.
@@ -31,11 +31,11 @@ def _fits_in_bytes(array: np.ndarray) -> bool:
     if np.allclose(array, array.astype(int)):
         if low >= 0 and high <= 255:
             return True
-        raise MediaError(f"The picture contains values outside the range [0, 255], got [{low}, {high}]")
+        raise MediaError(f"The image contains values outside the range [0, 255], got [{low}, {high}]")
     if low >= 0 and high <= 1:
         return False
     raise MediaError(
-        f"The picture contains values outside the range [0, 1], got [{low}, {high}]; expected "
+        f"The image contains values outside the range [0, 1], got [{low}, {high}]; expected "
         "fractions in [0, 1], or whole numbers in [0, 255] (uint8)"
     )
 
@@ -43,7 +43,7 @@ def _fits_in_bytes(array: np.ndarray) -> bool:
 def resize_as_image(image: np.ndarray | PIL.Image.Image, height: int, width: int, resample: int) -> np.ndarray:
     """Resize the way the reference's slow processor does: as one 8-bit Pillow image, whatever the type.
 
-    Pictures in [0, 1] go through 8 bits too, and Pillow weighs the colours of a fourth channel by it as alpha.
+    Images in [0, 1] go through 8 bits too, and Pillow weighs the colours of a fourth channel by it as alpha.
 
     Args:
         image: [H, W, C], 1 to 4 channels, uint8, or another type with values in [0, 255] or [0, 1]; or the Pillow image
@@ -53,7 +53,7 @@ def resize_as_image(image: np.ndarray | PIL.Image.Image, height: int, width: int
         resample: one of `PIL.Image.Resampling`.
 
     Returns:
-        [height, width, C], uint8, or float32 for a picture in [0, 1].
+        [height, width, C], uint8, or float32 for an image in [0, 1].
 
     Raises:
         MediaError: values outside these ranges, or more than 4 channels.
@@ -65,10 +65,10 @@ def resize_as_image(image: np.ndarray | PIL.Image.Image, height: int, width: int
         image = (image.astype(np.float64) * 255).astype(np.float32)
     image = np.ascontiguousarray(image.astype(np.uint8, copy=False))
     try:
-        picture = PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        pillow = PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     except (TypeError, ValueError) as error:
-        raise MediaError(f"array of shape {image.shape} is not a picture of 1 to 4 channels") from error
-    resized = np.asarray(picture.resize((width, height), resample=resample)).reshape(height, width, -1)
+        raise MediaError(f"array of shape {image.shape} is not an image of 1 to 4 channels") from error
+    resized = np.asarray(pillow.resize((width, height), resample=resample)).reshape(height, width, -1)
     return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if unit_range else resized
 
 
@@ -117,7 +117,7 @@ class Normalization:
         """Channels of the result.
 
         Raises:
-            MediaError: the mean or std has another number of values than the picture has channels. The fused form
+            MediaError: the mean or std has another number of values than the image has channels. The fused form
                 spreads a single channel over all values, as torch's broadcasting does.
         """
         for name, value in (("mean", self.mean), ("std", self.std)):
@@ -126,9 +126,9 @@ class Normalization:
             if not (self.fused and 1 in (channels, len(value))):
                 raise MediaError(
                     f"image_{name} must have {channels} elements if it is an iterable, got {len(value)}: it is "
-                    f"{list(value)}, and the picture has {channels} channel{'s' if channels > 1 else ''}; set "
+                    f"{list(value)}, and the image has {channels} channel{'s' if channels > 1 else ''}; set "
                     f"image_{name} to one value or to {channels}"
-                    + (", or convert the picture to RGB" if channels != 3 and len(value) == 3 else "")
+                    + (", or convert the image to RGB" if channels != 3 and len(value) == 3 else "")
                 )
         lengths = [len(value) for value in (self.mean, self.std) if isinstance(value, tuple)]
         return max([channels, *lengths])
@@ -204,12 +204,12 @@ def write_frame(target: np.ndarray, frame: np.ndarray, normalization: Normalizat
         target: [h/m, w/m, m, m, C, F, p, p] float32, one temporal group of `patch_array`.
         frame: [H, W, C] with H = h*p and W = w*p.
         normalization: what to do to the values.
-        slots: the positions in F that show this frame: all for a still picture.
+        slots: the positions in F that show this frame: all for a still image.
     """
     rows, columns, merge, _, _, _, patch, _ = target.shape
     blocks = frame.reshape(rows, merge, patch, columns, merge, patch, frame.shape[-1])
     slots = tuple(slots)
-    # One row of merge blocks at a time: its temporaries stay in the processor's cache, whatever the picture's size.
+    # One row of merge blocks at a time: its temporaries stay in the processor's cache, whatever the size of the image.
     for row, block in zip(target, blocks, strict=True):
         values = normalization(np.ascontiguousarray(block.transpose(2, 0, 3, 5, 1, 4)))
         for slot in slots:

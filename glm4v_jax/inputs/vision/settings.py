@@ -1,4 +1,4 @@
-"""What the picture and the video processors share: their settings, and reading them from a checkpoint."""
+"""What the image and the video processors share: their settings, and reading them from a checkpoint."""
 
 import copy
 import logging
@@ -18,7 +18,7 @@ from glm4v_jax.inputs.vision.smart_resize import smart_resize
 
 logger = logging.getLogger(__name__)
 
-# The mean and standard deviation of CLIP's training pictures, red, green, blue, of values in [0, 1].
+# The mean and standard deviation of CLIP's training images, red, green, blue, of values in [0, 1].
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 

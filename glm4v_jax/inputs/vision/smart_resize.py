@@ -1,4 +1,4 @@
-"""The size a picture or video is resized to before it is cut into patches."""
+"""The size an image or video is resized to before it is cut into patches."""
 
 import math
 
@@ -18,19 +18,19 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Find the multiples of `factor` nearest to a size whose volume lies within the bounds.
 
-    The volume is frames x height x width, in pixels; a still picture counts as `temporal_factor` frames. The numbers
+    The volume is frames x height x width, in pixels; a still image counts as `temporal_factor` frames. The numbers
     are those of `smart_resize` in transformers 4.57.1, with two exceptions taken from 5.x: a side shorter than
     `factor` is first scaled up (4.57.1 refuses it), and sizes that are not positive get an error of their own.
 
     Args:
-        num_frames: frames of the video, or `temporal_factor` for a picture.
+        num_frames: frames of the video, or `temporal_factor` for an image.
         height: rows of the original, in pixels.
         width: columns of the original, in pixels.
         temporal_factor: frames that make one patch.
         factor: pixels per merged patch, `patch_size * merge_size`.
         min_pixels: smallest volume; below it both sides are scaled up.
         max_pixels: largest volume; above it both sides are scaled down. A side never falls under `factor`, so a very
-            long and thin picture may stay above it.
+            long and thin image may stay above it.
 
     Returns:
         (height, width), both multiples of `factor`.

@@ -51,7 +51,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             )
             self.end_headers()
             return
-        body = {"/good": PNG, "/html": b"<html>no picture</html>", "/short": PNG}.get(self.path, b"")
+        body = {"/good": PNG, "/html": b"<html>no image</html>", "/short": PNG}.get(self.path, b"")
         self.send_response(200)
         if self.path == "/huge":
             self.send_header("Content-Length", str(10**9))
@@ -91,10 +91,10 @@ def photo(tmp_path):
     return path
 
 
-# Pictures.
+# Images.
 
 
-def test_every_kind_of_source_gives_the_same_picture(photo, server):
+def test_every_kind_of_source_gives_the_same_image(photo, server):
     text = base64.encodebytes(PNG).decode()
     sources = [
         photo,
@@ -116,7 +116,7 @@ def test_every_kind_of_source_gives_the_same_picture(photo, server):
         np.testing.assert_array_equal(np.asarray(image), PHOTO)
 
 
-def special_pictures():
+def special_images():
     image = PIL.Image.fromarray(PHOTO)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
@@ -141,33 +141,33 @@ def special_pictures():
     }
 
 
-@pytest.mark.parametrize("kind", special_pictures())
-def test_special_pictures_load_as_in_the_reference(kind, tmp_path):
+@pytest.mark.parametrize("kind", special_images())
+def test_special_images_load_as_in_the_reference(kind, tmp_path):
     import_transformers()
     from transformers.image_utils import load_image as reference
 
     path = tmp_path / "picture"
-    path.write_bytes(special_pictures()[kind])
+    path.write_bytes(special_images()[kind])
     np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(reference(str(path))))
 
 
-def test_exif_turns_the_picture_and_alpha_is_dropped():
-    assert load_image(special_pictures()["exif"]).size == (48, 64)
-    np.testing.assert_array_equal(np.asarray(load_image(special_pictures()["rgba"])), PHOTO)
+def test_exif_turns_the_image_and_alpha_is_dropped():
+    assert load_image(special_images()["exif"]).size == (48, 64)
+    np.testing.assert_array_equal(np.asarray(load_image(special_images()["rgba"])), PHOTO)
     np.testing.assert_array_equal(
-        np.asarray(load_image(special_pictures()["animated webp"])), PHOTO, err_msg="the first frame is meant"
+        np.asarray(load_image(special_images()["animated webp"])), PHOTO, err_msg="the first frame is meant"
     )
 
 
 @pytest.mark.parametrize("kept", [len(PNG) // 2, 40, 4, 0])
-def test_truncated_picture(tmp_path, kept):
+def test_truncated_image(tmp_path, kept):
     path = tmp_path / "cut.png"
     path.write_bytes(PNG[:kept])
     with pytest.raises(MediaError, match=r"cut\.png"):
         load_image(path)
 
 
-def test_corrupt_picture(tmp_path):
+def test_corrupt_image(tmp_path):
     path = tmp_path / "bad.png"
     path.write_bytes(PNG[:60] + bytes(200) + PNG[260:])
     with pytest.raises(MediaError, match=r"bad\.png"):
@@ -177,12 +177,12 @@ def test_corrupt_picture(tmp_path):
 @pytest.mark.parametrize(
     "source", ["/no/such/file.png", Path("/no/such/file.png"), "data:image/png,abc", "@@@", "abcd", 7]
 )
-def test_sources_that_are_no_picture(source):
-    with pytest.raises(MediaError, match=r"no such file|data URL|not a readable picture|expected a path"):
+def test_sources_that_are_not_an_image(source):
+    with pytest.raises(MediaError, match=r"no such file|data URL|not a readable image|expected a path"):
         load_image(source)
 
 
-def test_a_directory_is_no_picture(tmp_path):
+def test_a_directory_is_not_an_image(tmp_path):
     with pytest.raises(MediaError, match="is a directory"):
         load_image(tmp_path)
 
@@ -193,7 +193,7 @@ def test_long_text_is_not_repeated_in_the_error():
     assert len(str(caught.value)) < 300
 
 
-def test_picture_bombs_are_refused_before_decoding(tmp_path):
+def test_image_bombs_are_refused_before_decoding(tmp_path):
     path = tmp_path / "bomb.png"
     PIL.Image.new("1", (20_000, 20_000)).save(path)
     with pytest.raises(MediaError, match=r"bomb\.png"):
@@ -213,7 +213,7 @@ def test_the_default_limit_is_where_pillow_gives_up():
     ("path", "message"),
     [
         ("/missing", "404"),
-        ("/html", "not a readable picture"),
+        ("/html", "not a readable image"),
         ("/huge", "1000000000 bytes; expected at most 100000"),
         ("/endless", "more than 100000 bytes"),
         ("/drip", "not received within 0.3 seconds"),
@@ -379,7 +379,7 @@ def test_broken_videos_are_named(tmp_path, backend, fault):
         load_video(path, every_tenth, backend=backend)
 
 
-def test_audio_alone_is_no_video(tmp_path):
+def test_audio_alone_is_not_a_video(tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
@@ -454,7 +454,7 @@ def test_sampling_keeps_no_other_frames_in_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
-def test_animated_pictures_are_videos(form, clip):
+def test_animated_images_are_videos(form, clip):
     images = [PIL.Image.fromarray(frame) for frame in clip[:6]]
     options = {"lossless": True} if form == "WEBP" else {}
     content = png(images[0], format=form, save_all=True, append_images=images[1:], duration=200, **options)
@@ -524,25 +524,25 @@ def test_an_unknown_decoder(clip):
         decode_video(b"x", "video", backend="vlc", max_pixels=10)
 
 
-def test_prose_is_no_video(tmp_path):
-    # FFmpeg's terminal demuxer makes a film of it.
+def test_prose_is_not_a_video(tmp_path):
+    # FFmpeg's terminal demuxer makes a video of it.
     path = tmp_path / "notes.txt"
-    path.write_text("This is not a film, it is a shopping list: milk, bread, äpfel.\n" * 40, encoding="utf-8")
+    path.write_text("This is not a video, it is a shopping list: milk, bread, äpfel.\n" * 40, encoding="utf-8")
     with pytest.raises(MediaError, match=r"notes\.txt: found text; expected a video"):
         load_video(path)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_clipped_pictures_warn_and_keep_the_numbers_of_the_reference(tmp_path, mode):
+def test_clipped_images_warn_and_keep_the_numbers_of_the_reference(tmp_path, mode):
     kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     path = tmp_path / "deep.tiff"
     PIL.Image.fromarray(PHOTO[:, :, 0].astype(kind) * 200).save(path)
-    with pytest.warns(UserWarning, match=r"deep\.tiff: has values above 255 .* clipped .* scale the picture to 8 bits"):
+    with pytest.warns(UserWarning, match=r"deep\.tiff: has values above 255 .* clipped .* scale the image to 8 bits"):
         image = load_image(path)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(PIL.Image.open(path).convert("RGB")))
 
 
-def test_deep_pictures_of_small_values_do_not_warn(tmp_path, recwarn):
+def test_deep_images_of_small_values_do_not_warn(tmp_path, recwarn):
     PIL.Image.fromarray(PHOTO[:, :, 0].astype(np.uint16)).save(tmp_path / "shallow.png")
     assert np.asarray(load_image(tmp_path / "shallow.png")).max() > 200 and not recwarn.list
 
@@ -565,23 +565,23 @@ def test_sources_that_cannot_be_found_are_named(load, source, message):
         load(source)
 
 
-def test_pictures_have_a_lower_limit_than_videos(server):
-    assert fetch.MAX_PICTURE_BYTES < 10**9 < fetch.MAX_DOWNLOAD_BYTES
-    with pytest.raises(MediaError, match=f"1000000000 bytes; expected at most {fetch.MAX_PICTURE_BYTES}"):
+def test_images_have_a_lower_limit_than_videos(server):
+    assert fetch.MAX_IMAGE_BYTES < 10**9 < fetch.MAX_DOWNLOAD_BYTES
+    with pytest.raises(MediaError, match=f"1000000000 bytes; expected at most {fetch.MAX_IMAGE_BYTES}"):
         load_image(server + "/huge")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
-def test_a_still_picture_is_no_video(tmp_path, form, capfd):
+def test_a_still_image_is_not_a_video(tmp_path, form, capfd):
     path = tmp_path / "photo"
     path.write_bytes(png(PIL.Image.fromarray(PHOTO), format=form))
     for source in (path, path.read_bytes()):
-        with pytest.raises(MediaError, match="found a picture; expected a video"):
+        with pytest.raises(MediaError, match="found an image; expected a video"):
             load_video(source)
     assert capfd.readouterr().err == ""
 
 
-def test_a_pdf_is_no_video(tmp_path, capfd):
+def test_a_pdf_is_not_a_video(tmp_path, capfd):
     path = tmp_path / "paper.pdf"
     PIL.Image.fromarray(PHOTO).save(path)
     with pytest.raises(MediaError, match=r"paper\.pdf: found a PDF; expected a video"):

@@ -37,9 +37,9 @@ def processor():
 
 @pytest.fixture
 def save(tmp_path):
-    """A picture [H, W, 3] as a PNG, or frames as a GIF of so many milliseconds each; the path."""
+    """An image [H, W, 3] as a PNG, or frames as a GIF of so many milliseconds each; the path."""
 
-    def write(pixels, name="picture.png", milliseconds=500):
+    def write(pixels, name="image.png", milliseconds=500):
         images = [PIL.Image.fromarray(frame) for frame in ([pixels] if pixels.ndim == 3 else pixels)]
         path = str(tmp_path / name)
         images[0].save(
@@ -119,7 +119,7 @@ def test_what_is_read_back_from_the_reference_is_the_same(processor, save):
 
 def test_frames_and_times_of_a_video(processor, save):
     # 7 frames of half a second: all are taken, and the last twice to make pairs.
-    seen = look(save(grey_frames(7), "film.gif"), processor)
+    seen = look(save(grey_frames(7), "video.gif"), processor)
     assert seen.kind == "video"
     assert seen.grid_thw == (4, 4, 6)
     assert seen.frame_indices == [(0, 1), (2, 3), (4, 5), (6, 6)]
@@ -131,12 +131,12 @@ def test_frames_and_times_of_a_video(processor, save):
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_a_picture_that_moves_is_a_video_and_one_that_does_not_is_none(processor, save, suffix):
+def test_an_animated_image_is_a_video_and_a_still_one_is_not(processor, save, suffix):
     assert look(save(noise(56, 84), f"still.{suffix}"), processor).kind == "picture"
     assert look(save(grey_frames(4), f"moving.{suffix}"), processor).kind == "video"
 
 
-# Why it is so, and what is lost. The budget of the tiny checkpoint is that of GLM-4.1V: 6,144 tokens a picture.
+# Why it is so, and what is lost. The budget of the tiny checkpoint is that of GLM-4.1V: 6,144 tokens an image.
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_picture_that_moves_is_a_video_and_one_that_does_not_is_none(processor
         (2400, 3000, "scaled down to the budget of 6144 tokens", "scaled down by 0.81 per side"),
     ],
 )
-def test_why_a_picture_is_scaled(processor, save, height, width, why, warns):
+def test_why_an_image_is_scaled(processor, save, height, width, why, warns):
     seen = look(save(np.zeros((height, width, 3), np.uint8)), processor)
     assert why_scaled(seen) == why
     said = warning(seen)
@@ -185,25 +185,25 @@ def test_the_prompt_is_the_processors(processor, save, text):
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
     np.testing.assert_array_equal(prompt.input_ids, inputs["input_ids"][0])
-    pictures = [item.grid_thw for item in seen if item.kind == "picture"]
+    image_grids = [item.grid_thw for item in seen if item.kind == "picture"]
     videos = [item.grid_thw for item in seen if item.kind == "video"]
-    np.testing.assert_array_equal(pictures, inputs["image_grid_thw"])
+    np.testing.assert_array_equal(image_grids, inputs["image_grid_thw"])
     np.testing.assert_array_equal(videos, inputs["video_grid_thw"])
 
 
 def test_places_of_a_mixed_prompt_by_hand(processor, save):
     _, seen = mixed(processor, save)
     prompt = place_in_prompt(seen, processor)
-    # [gMASK] <sop> <|user|> newline <|begin_of_image|> come first, so the picture begins at 5. It has 4 x 5 tokens.
-    first, film, last = prompt.places
+    # [gMASK] <sop> <|user|> newline <|begin_of_image|> come first, so the image begins at 5. It has 4 x 5 tokens.
+    first, video, last = prompt.places
     assert first.tokens == 1 + 20 + 1
     assert first.positions == {"t": (5, 5), "h": (5, 8), "w": (5, 9)}
-    # Then the end of the picture at 10, the beginning of the video at 11, that of its first frame at 12. Three frames
+    # Then the end of the image at 10, the beginning of the video at 11, that of its first frame at 12. Three frames
     # of 2 x 3 tokens, each followed by its end, a digit, and but for the last the beginning of the next: 3 + 3 further.
-    assert film.timestamps == (0, 1, 2)
-    assert film.tokens == 1 + 3 * (1 + 6 + 1 + 1) + 1
-    assert film.positions == {"t": (13, 25), "h": (13, 26), "w": (13, 27)}
-    # After it: the end of the frame, a digit, the end of the video, the beginning of the picture.
+    assert video.timestamps == (0, 1, 2)
+    assert video.tokens == 1 + 3 * (1 + 6 + 1 + 1) + 1
+    assert video.positions == {"t": (13, 25), "h": (13, 26), "w": (13, 27)}
+    # After it: the end of the frame, a digit, the end of the video, the beginning of the image.
     assert last.tokens == 1 + 9 + 1
     assert last.positions == {"t": (32, 32), "h": (32, 34), "w": (32, 34)}
     # After it: its end, <|assistant|>, newline.
@@ -260,10 +260,10 @@ def test_facts_fit_together(processor, save):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("notes.txt", b"neither a picture nor a video\n" * 50, "is not a readable picture; as a video: found text"),
-        ("empty.png", b"", "is not a readable picture; as a video: "),
-        ("head.png", b"\x89PNG\r\n\x1a\nxx", "is not a readable picture; as a video: "),
-        ("film.mp4", bytes(range(256)) * 9, "is not a readable picture; as a video: is not a readable video"),
+        ("notes.txt", b"neither an image nor a video\n" * 50, "is not a readable image; as a video: found text"),
+        ("empty.png", b"", "is not a readable image; as a video: "),
+        ("head.png", b"\x89PNG\r\n\x1a\nxx", "is not a readable image; as a video: "),
+        ("video.mp4", bytes(range(256)) * 9, "is not a readable image; as a video: is not a readable video"),
     ],
 )
 def test_a_file_that_is_neither_is_named_once(processor, tmp_path, name, content, problem):
@@ -274,7 +274,7 @@ def test_a_file_that_is_neither_is_named_once(processor, tmp_path, name, content
     assert str(error.value).startswith(f"{path}: {problem}")
 
 
-def test_a_truncated_picture_a_sliver_a_directory_and_nothing(processor, save, tmp_path):
+def test_a_truncated_image_a_sliver_a_directory_and_nothing(processor, save, tmp_path):
     path = save(noise(56, 84))
     with open(path, "rb+") as file:
         file.truncate(2000)
@@ -289,7 +289,7 @@ def test_a_truncated_picture_a_sliver_a_directory_and_nothing(processor, save, t
         assert str(error.value).startswith(f"{place}: {problem}")
 
 
-def test_a_picture_too_large_to_decode_is_named(processor, save, monkeypatch):
+def test_an_image_too_large_to_decode_is_named(processor, save, monkeypatch):
     path = save(noise(56, 84))
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(MediaError) as error:
@@ -306,7 +306,7 @@ def card_of(path, processor, files=1):
     return seen, draw_card("title", seen, place.timestamps, ["a line"], None, files)
 
 
-def test_a_drawing_shows_the_picture_between_its_lines(processor, save):
+def test_a_drawing_shows_the_image_between_its_lines(processor, save):
     pixels = noise(112, 168)
     seen, card = card_of(save(pixels), processor)
     ruler = 26
@@ -360,7 +360,7 @@ def test_drawings_keep_within_their_room(processor, save, height, width, files):
 
 
 def test_a_video_is_a_contact_sheet(processor, save):
-    seen, card = card_of(save(grey_frames(6), "film.gif"), processor)
+    seen, card = card_of(save(grey_frames(6), "video.gif"), processor)
     drawn = np.asarray(card.drawing)
     for first, second in seen.frames[:, :, 0, 0, 0].tolist():
         # Greys are written in colours of the same value, so rows of one colour count, not single pixels.
@@ -371,7 +371,7 @@ def test_a_video_is_a_contact_sheet(processor, save):
 
 def test_of_a_long_video_some_frames_are_drawn(processor, save):
     clip = np.stack([np.full((28, 28, 3), index % 256, np.uint8) for index in range(2 * MAX_FRAMES + 8)])
-    seen, card = card_of(save(clip, "film.gif"), processor)
+    seen, card = card_of(save(clip, "video.gif"), processor)
     assert seen.grid_thw[0] == MAX_FRAMES + 4
     assert f"{MAX_FRAMES} of {MAX_FRAMES + 4} temporal patches drawn" in card.lines[-1]
     assert card.drawing.width <= WIDTH

@@ -149,7 +149,7 @@ def test_messages_given_are_not_changed():
     assert json.dumps(conversation) == before
 
 
-def test_empty_columns_of_a_table_are_no_pictures():
+def test_empty_columns_of_a_table_are_not_an_images():
     conversation = [user({"type": "text", "text": "t", "image": None, "video": None})]
     assert "<|image|>" in render_template(TEMPLATE, conversation).replace("video", "image")
     assert render_conversation(conversation, TEMPLATE) == "[gMASK]<sop><|user|>\nt"
@@ -295,7 +295,7 @@ def test_frames_with_a_rate_have_been_sampled():
             extract_media([user({"type": "video", "video": frames, "fps": rate})], TEMPLATE)
 
 
-def test_a_picture_without_a_source_can_be_rendered():
+def test_an_image_without_a_source_can_be_rendered():
     assert render_conversation([user({"type": "image"}, text("t"))], TEMPLATE) == f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}t"
 
 

@@ -22,7 +22,7 @@ PROCESSORS = [Glm4vImageProcessor, Glm4vImageProcessorFast]
 
 
 def shipped(package: str, *parts: str) -> PIL.Image.Image:
-    """A picture that a package ships, found without importing the package."""
+    """An image that a package ships, found without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         pytest.skip(f"{package} is not installed")
@@ -30,7 +30,7 @@ def shipped(package: str, *parts: str) -> PIL.Image.Image:
 
 
 def photo(height=90, width=130, channels=3, kind=np.uint8):
-    """Smooth shapes with some noise: neither a flat nor a random picture."""
+    """Smooth shapes with some noise: neither a flat nor a random image."""
     rows, columns = np.mgrid[:height, :width]
     waves = [
         np.sin(rows / (5 + c)) + np.cos(columns / (9 - c)) + RNG.normal(0, 0.1, rows.shape) for c in range(channels)
@@ -167,17 +167,17 @@ def test_the_slow_one_in_either_data_format():
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("do_rescale", [True, False])
-def test_slow_pictures_in_unit_range(kind, do_rescale):
+def test_slow_images_in_unit_range(kind, do_rescale):
     check_equal(Glm4vImageProcessor, photo(kind=kind), None, do_rescale=do_rescale)
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.float32, np.uint16])
-def test_slow_pictures_of_bytes_in_other_types(kind):
+def test_slow_images_of_bytes_in_other_types(kind):
     check_equal(Glm4vImageProcessor, photo().astype(kind))
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_fast_pictures_in_unit_range(kind):
+def test_fast_images_in_unit_range(kind):
     """Floats are resized by Pillow here and by torch there, both in float32: equal to rounding."""
     images = photo(kind=kind)
     values, _ = run_reference(reference_of(Glm4vImageProcessorFast), images, do_rescale=False)
@@ -186,7 +186,7 @@ def test_fast_pictures_in_unit_range(kind):
     )
 
 
-def test_fast_pictures_of_one_channel_spread_over_the_means():
+def test_fast_images_of_one_channel_spread_over_the_means():
     grey = photo(channels=1)
     check_equal(Glm4vImageProcessorFast, grey)
     check_equal(Glm4vImageProcessorFast, grey[:, :, 0][None])
@@ -196,12 +196,10 @@ def test_fast_pictures_of_one_channel_spread_over_the_means():
     )
 
 
-def test_slow_pictures_of_one_channel_need_one_mean():
+def test_slow_images_of_one_channel_need_one_mean():
     grey = photo(channels=1)
     check_equal(Glm4vImageProcessor, grey, None, image_mean=0.5, image_std=0.5)
-    message = (
-        r"image 0: image_mean must have 1 elements .* got 3.* picture has 1 channel; .* convert the picture to RGB"
-    )
+    message = r"image 0: image_mean must have 1 elements .* got 3.* image has 1 channel; .* convert the image to RGB"
     with pytest.raises(MediaError, match=message):
         Glm4vImageProcessor()(grey)
     result = Glm4vImageProcessor()(grey[:, :, 0], input_data_format="none", image_mean=0.5, image_std=0.5)
@@ -246,10 +244,10 @@ def test_resizing_of_bytes_equals_torchvision(resample, size):
     from torchvision.transforms.v2.functional import resize
 
     modes = {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC, 1: InterpolationMode.LANCZOS}
-    for picture in (photo(), RNG.integers(0, 2, (90, 130, 3), dtype=np.uint8) * 255):
-        tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    for pixels in (photo(), RNG.integers(0, 2, (90, 130, 3), dtype=np.uint8) * 255):
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
         expected = resize(tensor, list(size), interpolation=modes[int(resample)], antialias=True)
-        np.testing.assert_array_equal(resize_bytes(picture, *size, resample), expected.permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(resize_bytes(pixels, *size, resample), expected.permute(1, 2, 0).numpy())
 
 
 # What the fast processor accepts and does not use.
@@ -330,11 +328,11 @@ def test_impossible_settings(cls, settings, message):
         (np.zeros((40, 50, 7), np.uint8), "image 0: Unable to infer channel dimension format"),
         (np.zeros((0, 50, 3), np.uint8), "has no pixels"),
         ([np.zeros((40, 40, 3), np.uint8), np.zeros((28, 5700, 3), np.uint8)], "image 1: absolute aspect ratio"),
-        ("/no/such/picture.png", "image 0: /no/such/picture.png"),
+        ("/no/such/image.png", "image 0: /no/such/image.png"),
     ],
     ids=str,
 )
-def test_impossible_pictures(cls, images, message):
+def test_impossible_images(cls, images, message):
     if images is None and cls is Glm4vImageProcessor:
         assert Glm4vImageProcessor()(None) == {}
         return
@@ -349,14 +347,14 @@ def test_values_out_of_range_in_the_slow_processor():
         Glm4vImageProcessor()(photo(kind=np.float32) * 3.3)
 
 
-def test_a_truncated_picture_in_a_batch_is_named():
+def test_a_truncated_image_in_a_batch_is_named():
     buffer = io.BytesIO()
     PIL.Image.fromarray(photo()).save(buffer, "PNG")
     with pytest.raises(MediaError, match=r"image 1: \d+ bytes: is truncated or corrupt"):
         Glm4vImageProcessor()([photo(), buffer.getvalue()[:4000]])
 
 
-def test_no_pictures():
+def test_no_images():
     for cls in PROCESSORS:
         result = cls()([])
         assert result.pixel_values.shape == (0, 1176) and result.image_grid_thw.shape == (0, 3)
@@ -408,7 +406,7 @@ def test_broken_checkpoints_are_named(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("cls", PROCESSORS)
-def test_number_of_patches_is_that_of_the_picture(cls):
+def test_number_of_patches_is_that_of_the_image(cls):
     processor = cls(size={"shortest_edge": 12544, "longest_edge": 60_000})
     for size in ((90, 130), (16, 20), (500, 300)):
         assert processor.get_number_of_image_patches(*size) == len(processor(photo(*size)).pixel_values)
@@ -467,7 +465,7 @@ def test_errors_carry_the_position_and_the_file_name(tmp_path):
         Glm4vImageProcessor()([photo(), PIL.Image.open(path)])
 
 
-def test_clipped_pillow_pictures_warn():
+def test_clipped_pillow_images_warn():
     deep = PIL.Image.fromarray(photo(channels=1)[:, :, 0].astype(np.uint16) * 200)
     with pytest.warns(UserWarning, match=r"Pillow image of 130 x 90 pixels: has values above 255 \(mode I;16\)"):
         Glm4vImageProcessor()(deep)
@@ -476,6 +474,6 @@ def test_clipped_pillow_pictures_warn():
 def test_a_checkpoint_with_a_wrong_number_of_means(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5]}))
     with pytest.raises(
-        MediaError, match=r"image_mean must have 3 .* it is \[0\.5, 0\.5\], and the picture has 3 channels"
+        MediaError, match=r"image_mean must have 3 .* it is \[0\.5, 0\.5\], and the image has 3 channels"
     ):
         Glm4vImageProcessor.from_pretrained(tmp_path)(photo())

@@ -28,7 +28,7 @@ def check(expected, *size, **bounds):
 
 
 @pytest.mark.parametrize(("bound", "height", "width", "expected"), FACTS["image"])
-def test_pictures_of_the_table(bound, height, width, expected):
+def test_images_of_the_table(bound, height, width, expected):
     if isinstance(expected, str) and min(height, width) < 28:
         # 4.57.1 refuses it; tested below.
         expected = list(smart_resize(2, 28, int(width * 28 / height), max_pixels=LONGEST[bound]))
@@ -76,7 +76,7 @@ def test_sides_are_multiples_and_the_volume_is_in_bounds(size, frames, factor):
 
 @settings(deadline=None)
 @given(sizes)
-def test_a_picture_already_of_that_size_stays(size):
+def test_an_image_already_of_that_size_stays(size):
     once = smart_resize(2, *size)
     if max(once) / min(once) <= 200:
         assert smart_resize(2, *once) == once

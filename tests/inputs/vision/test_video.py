@@ -169,21 +169,21 @@ def test_padding_of_the_last_group_repeats_the_last_frame():
 def test_forms_of_one_video():
     video = clip(4)
     expected = Glm4vVideoProcessor()(video, do_sample_frames=False).pixel_values_videos
-    pictures = [PIL.Image.fromarray(frame) for frame in video]
+    images = [PIL.Image.fromarray(frame) for frame in video]
     for form in (
         video,
         [video],
         video[None],
         list(video),
-        pictures,
-        [pictures],
+        images,
+        [images],
         [list(video)],
         video.transpose(0, 3, 1, 2),
     ):
         result = Glm4vVideoProcessor()(form, do_sample_frames=False)
         np.testing.assert_array_equal(result.pixel_values_videos, expected)
         assert result.video_grid_thw.shape == (1, 3)
-    check_equal([pictures, pictures[:2]], do_sample_frames=False)
+    check_equal([images, images[:2]], do_sample_frames=False)
     check_equal(video.transpose(0, 3, 1, 2), do_sample_frames=False, input_data_format="channels_first")
 
 
@@ -274,7 +274,7 @@ def test_default_metadata_of_unsampled_frames():
     }
 
 
-def test_lists_of_picture_files(tmp_path):
+def test_lists_of_image_files(tmp_path):
     paths = []
     for i, frame in enumerate(clip(2)):
         paths.append(str(tmp_path / f"{i}.png"))
@@ -287,12 +287,12 @@ def test_lists_of_picture_files(tmp_path):
 
 
 def test_nesting_of_videos():
-    video, picture = clip(2), PIL.Image.new("RGB", (8, 8))
+    video, image = clip(2), PIL.Image.new("RGB", (8, 8))
     assert flatten_videos(["a.mp4", "b.mp4"]) == ["a.mp4", "b.mp4"]
     assert flatten_videos([["a.mp4"], ["b.mp4"]]) == ["a.mp4", "b.mp4"]
     assert flatten_videos([[["0.png", "1.png"]], [["2.png"]]]) == [["0.png", "1.png"], ["2.png"]]
     assert len(flatten_videos([[video, video], [], [video]])) == 3
-    assert flatten_videos([picture, picture]) == [[picture, picture]]
+    assert flatten_videos([image, image]) == [[image, image]]
     assert len(flatten_videos(np.stack([video, video, video]))) == 3
     for wrong in (None, [None], 3, np.zeros((2, 2))[0]):
         with pytest.raises(MediaError, match="Invalid video input"):
