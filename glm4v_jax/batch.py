@@ -1,7 +1,7 @@
 """The static-shape arrays a model takes: what every request, whatever its images, is turned into on the host.
 
 Named tuples, so that they are JAX pytrees without this module importing JAX: NumPy arrays on the host, where `inputs`
-makes them, JAX arrays inside a program.
+makes them, JAX arrays inside a program. `inputs.make_batch` makes a `Batch`, `inputs.vision_rows.pack` a `VisionRows`.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,13 @@ class VisionRows(NamedTuple):
 
     Patches keep the processor's order (blocks of merge_size x merge_size), and every frame starts at a multiple of
     merge_size^2, so that merged tokens are runs of merge_size^2 patches.
+
+    >>> from glm4v_jax.inputs.medium import Medium
+    >>> from glm4v_jax.inputs.vision_rows import pack
+    >>> image = Medium(np.ones((24, 1176), np.float32), np.array([1, 4, 6]))
+    >>> rows, _ = pack([image], merge_size=2, position_grid=24)
+    >>> rows.patches.shape, rows.coords.shape, rows.weights_h.shape
+    ((1, 128, 1176), (1, 128, 2), (1, 128, 24))
     """
 
     patches: np.ndarray
@@ -29,7 +36,12 @@ class VisionRows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch of prompts: right- or left-padded tokens, M-RoPE positions, and the vision rows they refer to."""
+    """One batch of prompts: right- or left-padded tokens, M-RoPE positions, and the vision rows they refer to.
+
+    >>> positions = np.broadcast_to(np.arange(4), (3, 1, 4))
+    >>> Batch(np.array([[5, 6, 7, 8]]), np.ones((1, 4)), positions).vision is None
+    True
+    """
 
     input_ids: np.ndarray
     """int32 [B, T]"""

@@ -48,6 +48,16 @@ _TOKENIZER_SETTINGS = frozenset(
 class Glm4vProcessor:
     """An image processor, a tokenizer and a video processor, put together.
 
+    >>> import numpy as np
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    >>> items = [{"type": "image", "image": np.zeros((56, 84, 3), np.uint8)}, {"type": "text", "text": "What is this?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": items}], add_generation_prompt=True, tokenize=True, return_dict=True
+    ... )
+    >>> inputs.input_ids.shape, inputs.pixel_values.shape, inputs.image_grid_thw.tolist()
+    ((1, 24), (48, 1176), [[1, 6, 8]])
+
     Attributes:
       image_processor, tokenizer, video_processor: the parts.
       chat_template: template source, {name: source}, or None.
@@ -76,7 +86,7 @@ class Glm4vProcessor:
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         for token, index in ((self.image_token, self.image_token_id), (self.video_token, self.video_token_id)):
             if index is None or index == tokenizer.unk_token_id:
-                raise CheckpointError(f"the tokenizer lacks {token}, expected the tokenizer of a GLM-4.1V model")
+                raise CheckpointError(f"the tokenizer lacks {token}; expected the tokenizer of a GLM-4.1V model")
 
     @classmethod
     def from_pretrained(
@@ -102,7 +112,7 @@ class Glm4vProcessor:
         """
         directory = pathlib.Path(pretrained_model_name_or_path)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory, expected a checkpoint in Hugging Face layout")
+            raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
         directory = assets_directory(directory)
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         media = {name: value for name, value in overrides.items() if name in VIDEO_OPTIONS | {"max_duration"}}
@@ -274,7 +284,7 @@ class Glm4vProcessor:
             expected, found = count_token(row, self.image_token), int(is_image[index].sum())
             if expected != found:
                 raise MessageError(
-                    f"text[{index}]: found {found} {self.image_token} tokens after tokenization, expected {expected}: "
+                    f"text[{index}]: found {found} {self.image_token} tokens after tokenization; expected {expected}: "
                     "truncation cuts an image or video; leave it out or raise max_length"
                 )
         if with_types:
@@ -424,21 +434,21 @@ def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], kno
             continue
         found = settings_in(read_json_object(path), path, default.nested_key).get(default.type_key)
         if found is not None and not (isinstance(found, str) and found in known):
-            raise CheckpointError(f"{path}: {default.type_key} is {found!r}, expected one of {', '.join(known)}")
+            raise CheckpointError(f"{path}: {default.type_key}: found {found!r}; expected one of {', '.join(known)}")
         return default if found is None else known[found]
     raise CheckpointError(f"{directory}: has no {' or '.join(default.config_files)}")
 
 
 def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
     if text is None:
-        raise MessageError("text is missing, expected a prompt or a list of prompts")
+        raise MessageError("text: found nothing; expected a prompt or a list of prompts")
     if not isinstance(text, Iterable):
-        raise MessageError(f"text is {type(text).__name__}, expected a prompt or a list of prompts")
+        raise MessageError(f"text: found {type(text).__name__}; expected a prompt or a list of prompts")
     rows: list[Row] = [text] if isinstance(text, str) else list(text)
     for index, row in enumerate(rows):
         words = row if options.get("is_split_into_words") and not isinstance(row, str) else [row]
         if not all(isinstance(word, str) for word in words):
-            raise MessageError(f"text[{index}] is {type(row).__name__}, expected str")
+            raise MessageError(f"text[{index}]: found {type(row).__name__}; expected str")
     return rows
 
 

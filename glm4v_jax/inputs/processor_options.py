@@ -70,6 +70,6 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
         check_device(chosen.pop("device", None))
         twice = sorted(set(chosen) & set(flat) & set(GROUPS[group]))
         if twice:
-            raise ConfigError(f"{', '.join(twice)} passed two times: in {group} and as an argument, expected one")
+            raise ConfigError(f"{', '.join(twice)} passed two times: in {group} and as an argument; expected one")
         chosen |= {name: value for name, value in flat.items() if name in GROUPS[group]}
     return nested, getattr(return_tensors, "value", return_tensors)

@@ -92,11 +92,11 @@ def digits(split: Split) -> Digits:
         DataError: scikit-learn is not installed, or the split is unknown.
     """
     if split not in (known := typing.get_args(Split)):
-        raise DataError(f"split: found {split!r}, expected one of {', '.join(known)}")
+        raise DataError(f"split: found {split!r}; expected one of {', '.join(known)}")
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("digits: scikit-learn is not installed, expected it: pip install scikit-learn") from error
+        raise DataError("digits: found no scikit-learn; expected it: pip install scikit-learn") from error
     data = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(NUM_TRAIN + NUM_VALIDATION + NUM_HELD_OUT)
     parts = np.split(order, [NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION])
@@ -146,7 +146,7 @@ def shuffled_frames(example: Example, seed: int = 0) -> Example:
 
 def _check_task(task: Task) -> None:
     if task not in TASKS:
-        raise DataError(f"task: found {task!r}, expected one of {', '.join(TASKS)}")
+        raise DataError(f"task: found {task!r}; expected one of {', '.join(TASKS)}")
 
 
 def _generated(task: Task, split: Split, num_digits: int, count: int, seed: int) -> Iterator[Example]:

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of `glm4v_jax.inputs` do what they say."""
+"""The examples in the docstrings of `glm4v_jax.inputs` and `glm4v_jax.batch` do what they say."""
 
 import doctest
 import importlib
@@ -9,6 +9,7 @@ import pytest
 from glm4v_jax import inputs
 
 MODULES = [module.name for module in pkgutil.walk_packages(inputs.__path__, "glm4v_jax.inputs.") if not module.ispkg]
+MODULES.append("glm4v_jax.batch")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -386,14 +386,14 @@ def test_words(ours):
             r"found 0 <\|video\|> placeholders and 1 video,",
         ),
         ({}, "text is missing"),
-        ({"text": 5}, "text is int, expected a prompt or a list of prompts"),
+        ({"text": 5}, "text: found int; expected a prompt or a list of prompts"),
         ({"text": []}, "text is an empty list"),
-        ({"text": [None]}, r"text\[0\] is NoneType, expected str"),
-        ({"text": [["Hi"]]}, r"text\[0\] is list, expected str"),
+        ({"text": [None]}, r"text\[0\]: found NoneType; expected str"),
+        ({"text": [["Hi"]]}, r"text\[0\]: found list; expected str"),
         ({"text": ["Hi", "Hello"], "return_tensors": "np"}, "input_ids: rows of 2 to 5 tokens .* padding=True"),
         (
             {"text": IMAGE, "images": [WIDE], "truncation": True, "max_length": 8},
-            r"text\[0\]: found 7 <\|image\|> tokens after tokenization, expected 15: truncation",
+            r"text\[0\]: found 7 <\|image\|> tokens after tokenization; expected 15: truncation",
         ),
     ],
 )

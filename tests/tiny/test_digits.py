@@ -181,9 +181,9 @@ def test_shuffled_frames_are_the_same_in_another_order():
 
 
 def test_errors():
-    with pytest.raises(DataError, match="task: found 'writing', expected one of reading"):
+    with pytest.raises(DataError, match="task: found 'writing'; expected one of reading"):
         examples("writing", "train", 1)
-    with pytest.raises(DataError, match="split: found 'test', expected one of train, validation, held-out"):
+    with pytest.raises(DataError, match="split: found 'test'; expected one of train, validation, held-out"):
         examples("reading", "test", 1)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
 from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, SampleIndices, VideoMetadata, decode_video
@@ -50,11 +50,9 @@ class SampledVideo:
         """Check the rate.
 
         Raises:
-            MediaError: it is no positive number.
+            MediaError: it is not a positive number.
         """
-        is_number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
-        if not (is_number and math.isfinite(self.fps) and self.fps > 0):
-            raise MediaError(f"fps of the frames: found {self.fps!r}, expected a positive number")
+        checked("fps of the frames", self.fps, PositiveNumber, MediaError)
 
     @property
     def metadata(self) -> VideoMetadata:

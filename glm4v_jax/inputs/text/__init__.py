@@ -1,1 +1,5 @@
-"""Tokenizer, chat template and the expansion of placeholders."""
+"""Text to tokens.
+
+- `messages`: checks of a conversation, and the media in it. `chat_template`: from a conversation to text.
+- `placeholders`: images and videos as text. `tokenizer`: text to ids, with `special_tokens` and `tokenizer_options`.
+"""

@@ -43,7 +43,7 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
     if legacy.is_file():
         template = read_json_object(legacy).get("chat_template")
         if not isinstance(template, str):
-            raise CheckpointError(f"{legacy}: chat_template is {type(template).__name__}, expected a string")
+            raise CheckpointError(f"{legacy}: chat_template: found {type(template).__name__}; expected a string")
         return template
     named = {path.stem: read_text(path) for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     path = directory / "chat_template.jinja"
@@ -77,7 +77,7 @@ def template_in(config: Mapping[str, Any]) -> str | dict[str, str] | None:
         pairs = [(one.get("name"), one.get("template")) if isinstance(one, Mapping) else (one, None) for one in found]
     if not pairs or not all(isinstance(part, str) for pair in pairs for part in pair):
         raise CheckpointError(
-            f"chat_template is {found!r}, expected a string, or a list of objects with 'name' and 'template'"
+            f"chat_template: found {found!r}; expected a string, or a list of objects with 'name' and 'template'"
         )
     return dict(pairs)
 
@@ -93,7 +93,7 @@ def choose_template(template: str | Mapping[str, str] | None, wanted: str | None
     if isinstance(template, str):
         return template
     if template is None:
-        raise CheckpointError("the checkpoint has no chat template, expected chat_template.jinja or chat_template=...")
+        raise CheckpointError("the checkpoint has no chat template; expected chat_template.jinja or chat_template=...")
     if "default" not in template:
         names = ", ".join(template)
         raise CheckpointError(f"the checkpoint has the chat templates {names}, none is 'default': pass chat_template=")
@@ -208,7 +208,7 @@ def render_conversation(
     prompt = render_template(source, messages, **variables)
     if not prompt.strip() and any(message["role"] == "user" and message.get("content") for message in messages):
         raise CheckpointError(
-            f"{where}the chat template prints nothing of a user's message: it is empty or broken, expected that of a "
+            f"{where}the chat template prints nothing of a user's message: it is empty or broken; expected that of a "
             "GLM-4.1V checkpoint (chat_template.jinja, or the field 'chat_template' of tokenizer_config.json)"
         )
     known_roles = [role for role in _COMMON_ROLES if mentions(source, role)]

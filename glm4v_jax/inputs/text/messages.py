@@ -41,28 +41,28 @@ def normalise_messages(messages: Sequence[Message], source: str, where: str = ""
       MessageError: a type is unknown, or a field is missing or has the wrong type.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise MessageError(f"{where}found {type(messages).__name__}, expected a list of messages")
+        raise MessageError(f"{where}found {type(messages).__name__}; expected a list of messages")
     if not messages:
-        raise MessageError(f"{where}found no message, expected at least one")
+        raise MessageError(f"{where}found no message; expected at least one")
     return [_normalise_message(message, source, f"{where}message {i}") for i, message in enumerate(messages)]
 
 
 def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise MessageError(f"{where}: found {type(message).__name__}, expected an object with 'role' and 'content'")
+        raise MessageError(f"{where}: found {type(message).__name__}; expected an object with 'role' and 'content'")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        found = "missing" if role is None else type(role).__name__
-        raise MessageError(f"{where}: field 'role' is {found}, expected a string")
+        found = "nothing" if role is None else type(role).__name__
+        raise MessageError(f"{where}: field 'role': found {found}; expected a string")
     if content is None:
         # A turn that only calls tools says nothing.
         if message.get("tool_calls") and "tool_calls" in source:
             return dict(message)
-        raise MessageError(f"{where}: field 'content' is missing, expected a string or a list of items")
+        raise MessageError(f"{where}: field 'content': found nothing; expected a string or a list of items")
     if isinstance(content, str):
         return dict(message)
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise MessageError(f"{where}: field 'content' is {type(content).__name__}, expected a string or a list")
+        raise MessageError(f"{where}: field 'content': found {type(content).__name__}; expected a string or a list")
     items: list[dict[str, Any]] = [
         _normalise_item(item, source, f"{where}, item {index}") for index, item in enumerate(content)
     ]
@@ -73,39 +73,39 @@ def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
 
 def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
-        raise MessageError(f"{where}: found {type(item).__name__}, expected an object with 'type'")
+        raise MessageError(f"{where}: found {type(item).__name__}; expected an object with 'type'")
     # Tables of messages fill every column, and a template takes the mere key `image` for an image.
     item = {key: value for key, value in item.items() if value is not None}
     kind = item.get("type")
     if not isinstance(kind, str | None):
-        raise MessageError(f"{where}: field 'type' is {kind!r}, expected 'text', 'image' or 'video'")
+        raise MessageError(f"{where}: field 'type': found {kind!r}; expected 'text', 'image' or 'video'")
     if kind in _URL_TYPES:
         address = item.get(kind)
         if isinstance(address, Mapping):
             address = address.get("url")
         if not isinstance(address, str):
-            raise MessageError(f"{where}: field {kind!r} has no 'url', expected {{'url': ADDRESS}}")
+            raise MessageError(f"{where}: field {kind!r} has no 'url'; expected {{'url': ADDRESS}}")
         return {"type": _URL_TYPES[kind], "url": address}
     if kind is None:
         kinds = [name for name in ("text", "image", "video") if name in item]
         if len(kinds) != 1:
             found = " and ".join(kinds) or "neither 'text' nor 'image' nor 'video'"
-            raise MessageError(f"{where}: field 'type' is missing and the item has {found}, expected one of them")
+            raise MessageError(f"{where}: field 'type' is missing and the item has {found}; expected one of them")
         kind = kinds[0]
         item = {"type": kind, **item}
     if kind == "text":
         text = item.get("text")
         if not isinstance(text, str):
-            found = "missing" if text is None else type(text).__name__
-            raise MessageError(f"{where}: field 'text' is {found}, expected a string")
+            found = "nothing" if text is None else type(text).__name__
+            raise MessageError(f"{where}: field 'text': found {found}; expected a string")
     if kind in ("text", *SOURCE_KEYS):
         stray = [name for name in ("image", "video") if name in item and name != kind]
         if stray:
-            raise MessageError(f"{where}: an item of type {kind!r} has the field {stray[0]!r}, expected two items")
+            raise MessageError(f"{where}: an item of type {kind!r} has the field {stray[0]!r}; expected two items")
     elif not mentions(source, kind):
-        raise MessageError(f"{where}: field 'type' is {kind!r}, expected 'text', 'image' or 'video'")
+        raise MessageError(f"{where}: field 'type': found {kind!r}; expected 'text', 'image' or 'video'")
     if kind in SOURCE_KEYS and len(keys := [key for key in SOURCE_KEYS[kind] if key in item]) > 1:
-        raise MessageError(f"{where}: the {kind} has the fields {', '.join(map(repr, keys))}, expected one of them")
+        raise MessageError(f"{where}: the {kind} has the fields {', '.join(map(repr, keys))}; expected one of them")
     return item
 
 
@@ -135,7 +135,7 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
             key = next((key for key in SOURCE_KEYS[kind] if key in item), None)
             if key is None:
                 raise MessageError(
-                    f"{where}message {index}, item {position}: the {kind} has no source, expected one of the fields "
+                    f"{where}message {index}, item {position}: the {kind} has no source; expected one of the fields "
                     f"{', '.join(map(repr, SOURCE_KEYS[kind]))}"
                 )
             media = item[key]

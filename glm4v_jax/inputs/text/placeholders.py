@@ -146,5 +146,5 @@ def _check_count(where: str, token: str, placeholders: int, name: str, given: in
     if placeholders != given:
         raise MessageError(
             f"{where}: found {placeholders} {token} placeholder{'s' * (placeholders != 1)} and {given} "
-            f"{name}{'s' * (given != 1)}, expected as many placeholders as {name}s"
+            f"{name}{'s' * (given != 1)}; expected as many placeholders as {name}s"
         )

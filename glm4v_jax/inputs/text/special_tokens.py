@@ -15,7 +15,7 @@ def added_token(value: Any) -> tokenizers.AddedToken:
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=True)
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
-        raise CheckpointError(f"found the token {value!r}, expected a string or an object with 'content'")
+        raise CheckpointError(f"found the token {value!r}; expected a string or an object with 'content'")
     try:
         return tokenizers.AddedToken(**{key: flag for key, flag in value.items() if key != "__type"})
     except TypeError as error:
@@ -30,7 +30,7 @@ def token_list(config: Mapping[str, Any], name: str) -> list[Any]:
     """
     value = config.get(name)
     if value is not None and not isinstance(value, (list, tuple)):
-        raise CheckpointError(f"{name} is {value!r}, expected a list of tokens")
+        raise CheckpointError(f"{name}: found {value!r}; expected a list of tokens")
     return list(value or [])
 
 
@@ -110,7 +110,7 @@ class SpecialTokens:
     @pad_token.setter
     def pad_token(self, token: str) -> None:
         if self._backend.token_to_id(token) is None:
-            raise Glm4vError(f"pad_token is {token!r}, expected a token of the vocabulary")
+            raise Glm4vError(f"pad_token: found {token!r}; expected a token of the vocabulary")
         self._special_tokens["pad_token"] = token
 
     @property

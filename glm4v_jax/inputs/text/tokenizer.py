@@ -9,23 +9,19 @@ import pathlib
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import tokenizers
+from msgspec import Meta
 
+from glm4v_jax.config.checks import Size, checked
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
 from glm4v_jax.files import assets_directory, read_json_object, read_text
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.text.chat_template import template_in
 from glm4v_jax.inputs.text.special_tokens import SpecialTokens, added_token, special_tokens_of, token_list
-from glm4v_jax.inputs.text.tokenizer_options import (
-    check_count,
-    check_text,
-    checked_limit,
-    checked_side,
-    padding_strategy,
-)
+from glm4v_jax.inputs.text.tokenizer_options import PaddingSide, check_text, checked_limit, padding_strategy
 
 # Configurations write "no limit" as a huge number; the reference calls anything above this one no limit.
 _NO_LIMIT = 10**20
@@ -53,7 +49,7 @@ def stack_rows(rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise MessageError(
-            f"{name}: rows of {lengths[0]} to {lengths[-1]} tokens do not make one array, expected equal lengths: "
+            f"{name}: rows of {lengths[0]} to {lengths[-1]} tokens do not make one array; expected equal lengths: "
             "pass padding=True"
         )
     return np.asarray(rows, np.int64)
@@ -61,6 +57,12 @@ def stack_rows(rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
 
 class Glm4vTokenizer(SpecialTokens):
     """The GLM-4 tokenizer: byte-level BPE, special tokens, padding.
+
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> tokenizer = Glm4vTokenizer.from_pretrained(TINY_CHECKPOINT)
+    >>> batch = tokenizer(["What digit is this?", "Hi"], padding=True, return_tensors="np")
+    >>> batch.input_ids.shape, tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
+    ((2, 5), ['What digit is this?', 'Hi'])
 
     Attributes:
       padding_side, truncation_side: "left" or "right".
@@ -93,13 +95,11 @@ class Glm4vTokenizer(SpecialTokens):
             "truncation_side": (backend.truncation or {}).get("direction", "right"),
         }
         config = defaults | self.init_kwargs
-        self.padding_side = checked_side("padding_side", config["padding_side"])
-        self.truncation_side = checked_side("truncation_side", config["truncation_side"])
+        self.padding_side = checked("padding_side", config["padding_side"], PaddingSide, CheckpointError)
+        self.truncation_side = checked("truncation_side", config["truncation_side"], PaddingSide, CheckpointError)
         self.model_max_length = checked_limit(config.get("model_max_length", config.get("max_len")))
         names = config.get("model_input_names", ["input_ids", "token_type_ids", "attention_mask"])
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"model_input_names is {names!r}, expected a list of names")
-        self.model_input_names = list(names)
+        self.model_input_names = list(checked("model_input_names", names, tuple[str, ...], CheckpointError))
         self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces", False))
         self.split_special_tokens = bool(config.get("split_special_tokens", False))
         self.chat_template: str | dict[str, str] | None = template_in(config)
@@ -122,11 +122,11 @@ class Glm4vTokenizer(SpecialTokens):
         """
         directory = pathlib.Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory, expected a checkpoint in Hugging Face layout")
+            raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
         directory = assets_directory(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file, expected the tokenizer of the checkpoint")
+            raise CheckpointError(f"{path}: no such file; expected the tokenizer of the checkpoint")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare `Exception`
@@ -157,7 +157,7 @@ class Glm4vTokenizer(SpecialTokens):
     def _add_tokens(self, added_tokens_decoder: Any) -> None:
         """Give the backend the added tokens that it lacks, in the order of their ids, and check every id."""
         if not isinstance(added_tokens_decoder, Mapping):
-            raise CheckpointError(f"added_tokens_decoder is {added_tokens_decoder!r}, expected {{id: token}}")
+            raise CheckpointError(f"added_tokens_decoder: found {added_tokens_decoder!r}; expected {{id: token}}")
         try:
             wanted = {int(index): added_token(token) for index, token in added_tokens_decoder.items()}
         except (TypeError, ValueError) as error:
@@ -229,11 +229,12 @@ class Glm4vTokenizer(SpecialTokens):
         )
         rows = list(text) if batched else [text]
         check_text(rows, is_split_into_words)
-        check_count("max_length", max_length, least=0)
-        check_count("pad_to_multiple_of", pad_to_multiple_of, least=1)
+        checked("max_length", max_length, Annotated[int, Meta(ge=0, lt=2**31)] | None, MessageError)
+        checked("pad_to_multiple_of", pad_to_multiple_of, Size | None, MessageError)
         pad_to, truncate, limit = self._strategies(padding, truncation, max_length)
         if truncate and pad_to is not None and pad_to_multiple_of is not None and limit % pad_to_multiple_of:
-            raise MessageError(f"max_length is {limit}, expected a multiple of pad_to_multiple_of={pad_to_multiple_of}")
+            multiple = f"a multiple of pad_to_multiple_of={pad_to_multiple_of}"
+            raise MessageError(f"max_length: found {limit}; expected {multiple}")
 
         with self._lock:
             if truncate:
@@ -245,7 +246,7 @@ class Glm4vTokenizer(SpecialTokens):
             else:
                 self._backend.enable_padding(
                     length=limit if pad_to == "max_length" else None,
-                    direction=checked_side("padding_side", padding_side or self.padding_side),
+                    direction=checked("padding_side", padding_side or self.padding_side, PaddingSide, CheckpointError),
                     pad_id=self.pad_token_id,
                     pad_token=self.pad_token,
                     pad_to_multiple_of=pad_to_multiple_of,
@@ -283,7 +284,8 @@ class Glm4vTokenizer(SpecialTokens):
         if max_length is not None and padding is False and truncation is None:
             truncation = True
         if truncation not in (None, False, True, "do_not_truncate", "longest_first", "only_first"):
-            raise MessageError(f"truncation is {truncation!r}, expected a bool, 'longest_first' or 'do_not_truncate'")
+            expected = "a bool, 'longest_first' or 'do_not_truncate'"
+            raise MessageError(f"truncation: found {truncation!r}; expected {expected}")
         truncate = truncation not in (None, False, "do_not_truncate")
         if max_length is None and self.model_max_length > _NO_LIMIT and (truncate or pad_to == "max_length"):
             warnings.warn(
@@ -330,7 +332,7 @@ class Glm4vTokenizer(SpecialTokens):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
         for value in ids:
             if not isinstance(value, int) or value < 0:
-                raise Glm4vError(f"token_ids contain {value!r}, expected integers >= 0")
+                raise Glm4vError(f"token_ids: found {value!r}; expected integers >= 0")
         text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces

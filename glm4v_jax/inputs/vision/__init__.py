@@ -1,1 +1,5 @@
-"""Resizing, sampling and cutting of images and videos into patches."""
+"""Images and videos to patches.
+
+- `settings`: what both processors share. `image`, `video`: the processors.
+- `smart_resize`: the target size. `antialias`: torchvision's resizing of bytes. `patches`: normalising and cutting.
+"""

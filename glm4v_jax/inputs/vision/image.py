@@ -155,6 +155,10 @@ class _ImageProcessor(MediaProcessor):
 class Glm4vImageProcessor(_ImageProcessor):
     """The default image processor, `transformers.Glm4vImageProcessor` of 4.57.1 bit for bit.
 
+    >>> inputs = Glm4vImageProcessor()(np.zeros((448, 336, 3), np.uint8))
+    >>> inputs.pixel_values.shape, inputs.image_grid_thw.tolist()
+    ((768, 1176), [[1, 32, 24]])
+
     See `MediaProcessor` for the settings, which are its arguments.
     """
 

@@ -113,7 +113,14 @@ def blend_on_white(frames: np.ndarray) -> np.ndarray:
 
 
 class Glm4vVideoProcessor(MediaProcessor):
-    """Samples, resizes, normalises and cuts videos into patches. Its arguments are settings, see `MediaProcessor`; and
+    """Sample, resize, normalise and cut videos into patches.
+
+    >>> frames = np.zeros((8, 56, 84, 3), np.uint8)
+    >>> inputs = Glm4vVideoProcessor()(frames, video_metadata={"fps": 4})
+    >>> inputs.pixel_values_videos.shape, inputs.video_grid_thw.tolist()
+    ((72, 1176), [[3, 4, 6]])
+
+    Its arguments are settings, those of `MediaProcessor` and:
 
     Attributes:
         do_sample_frames: whether to take `fps` frames a second, or all.

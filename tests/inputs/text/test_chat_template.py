@@ -187,21 +187,21 @@ def test_roles_that_the_template_drops_are_refused(role):
 @pytest.mark.parametrize(
     ("conversation", "message"),
     [
-        ("Hi", "found str, expected a list of messages"),
-        (HI, "found dict, expected a list of messages"),
+        ("Hi", "found str; expected a list of messages"),
+        (HI, "found dict; expected a list of messages"),
         ([], "found no message"),
-        (["Hi"], "message 0: found str, expected an object with 'role' and 'content'"),
+        (["Hi"], "message 0: found str; expected an object with 'role' and 'content'"),
         ([{"content": "Hi"}], "message 0: field 'role' is missing"),
         ([{"role": 3, "content": "Hi"}], "message 0: field 'role' is int"),
         ([A, {"role": "assistant"}], "message 1: field 'content' is missing"),
         ([A, {"role": "assistant", "content": None}], "message 1: field 'content' is missing"),
         ([{"role": "user", "content": 7}], "message 0: field 'content' is int"),
         ([{"role": "user", "content": {"type": "text"}}], "message 0: field 'content' is dict"),
-        ([user("Hi")], "message 0, item 0: found str, expected an object with 'type'"),
+        ([user("Hi")], "message 0, item 0: found str; expected an object with 'type'"),
         ([A, user(IMAGE, {"type": "text"})], "message 1, item 1: field 'text' is missing"),
         ([user({"type": "text", "content": "Hi"})], "message 0, item 0: field 'text' is missing"),
         ([user({"type": "text", "text": 5})], "message 0, item 0: field 'text' is int"),
-        ([user({"type": "audio", "url": "a.wav"})], "field 'type' is 'audio', expected 'text', 'image' or 'video'"),
+        ([user({"type": "audio", "url": "a.wav"})], "field 'type': found 'audio'; expected 'text', 'image' or 'video'"),
         ([user({"type": ["image"]})], r"field 'type' is \['image'\]"),
         ([user({"url": "cat.png"})], "field 'type' is missing and the item has neither"),
         ([user({"image": "cat.png", "text": "t"})], "field 'type' is missing and the item has text and image"),
@@ -279,7 +279,7 @@ def test_media_come_in_the_order_of_the_conversation():
     assert images[5] is array
     assert images[6] == pathlib.Path("4.png")
     assert videos == ["1.mp4", frames, "http://127.0.0.1/2.mp4"]
-    with pytest.raises(MessageError, match=r"message 1, item 1: the image has no source, expected one of .* 'url'"):
+    with pytest.raises(MessageError, match=r"message 1, item 1: the image has no source; expected one of .* 'url'"):
         extract_media([HI, user(text("a"), {"type": "image"})], TEMPLATE)
 
 
@@ -291,7 +291,7 @@ def test_frames_with_a_rate_have_been_sampled():
     assert videos[0].frames is frames and videos[0].metadata.timestamps == [0, 0.5, 1, 1.5]
     assert videos[1] is frames and videos[2] == "1.mp4"
     for rate in ("fast", 0, True):
-        with pytest.raises(MessageError, match=f"message 0, item 0: fps of the frames: found {rate!r}, expected a pos"):
+        with pytest.raises(MessageError, match=f"message 0, item 0: fps of the frames: found {rate!r}; expected a num"):
             extract_media([user({"type": "video", "video": frames, "fps": rate})], TEMPLATE)
 
 

@@ -343,7 +343,7 @@ def test_pad_token_can_be_set(directory):
     tokenizer.padding_side = "right"
     mask = tokenizer.convert_tokens_to_ids("[MASK]")
     assert tokenizer(["a", "ab"], padding=True)["input_ids"] == [[64, mask], [64, 65]]
-    with pytest.raises(Glm4vError, match="'<pad>', expected a token of the vocabulary"):
+    with pytest.raises(Glm4vError, match="'<pad>'; expected a token of the vocabulary"):
         tokenizer.pad_token = "<pad>"
 
 
@@ -362,11 +362,11 @@ def test_real_prompts_have_our_special_tokens_in_the_same_places(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t: t(None), r"text\[0\] contains NoneType, expected str"),
+        (lambda t: t(None), r"text\[0\]: found NoneType; expected str"),
         (lambda t: t(["a", 3]), r"text\[1\] contains int"),
         (lambda t: t([]), "empty list"),
-        (lambda t: t("a", padding="yes"), "padding is 'yes', expected"),
-        (lambda t: t("a", truncation="yes"), "truncation is 'yes', expected"),
+        (lambda t: t("a", padding="yes"), "padding: found 'yes'; expected"),
+        (lambda t: t("a", truncation="yes"), "truncation: found 'yes'; expected"),
         (lambda t: t("a", truncation=True, padding=True, max_length=9, pad_to_multiple_of=4), "multiple of"),
         (lambda t: t(["a", "abc"], return_tensors="np"), "rows of 1 to 3 tokens .* pass padding=True"),
     ],
