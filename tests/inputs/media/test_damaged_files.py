@@ -117,9 +117,9 @@ def test_fields_of_other_types(directory, name):
     ("name", "field", "value", "message"),
     [
         ("tokenizer_config.json", "model_max_length", "x", "model_max_length: found 'x'; expected a number"),
-        ("tokenizer_config.json", "model_max_length", True, "model_max_length is True"),
+        ("tokenizer_config.json", "model_max_length", True, "model_max_length: found True"),
         ("tokenizer_config.json", "model_input_names", 3, "model_input_names: found 3; expected a list"),
-        ("tokenizer_config.json", "model_input_names", "input_ids", "model_input_names is 'input_ids'"),
+        ("tokenizer_config.json", "model_input_names", "input_ids", "model_input_names: found 'input_ids'"),
         ("tokenizer_config.json", "added_tokens_decoder", [1], r"added_tokens_decoder: found \[1\]; expected {id"),
         ("tokenizer_config.json", "additional_special_tokens", "ab", "additional_special_tokens: found 'ab'; exp"),
         ("tokenizer_config.json", "extra_special_tokens", 3, "extra_special_tokens: found 3; expected "),
@@ -158,11 +158,11 @@ def test_a_processor_that_is_no_object_is_named(directory):
         Glm4vProcessor.from_pretrained(directory)
 
 
-def test_a_map_of_special_tokens_that_is_none(directory):
+def test_a_map_of_special_tokens_that_is_not_a_list_is_named(directory):
     path = directory / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     del content["added_tokens_decoder"]
     path.write_text(json.dumps(content), encoding="utf-8")
     (directory / "special_tokens_map.json").write_text('{"additional_special_tokens": 3}', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: additional_special_tokens is 3"):
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: additional_special_tokens: found 3"):
         Glm4vProcessor.from_pretrained(directory)

@@ -1,6 +1,7 @@
 """What is an address and what a path, the same wherever that is asked."""
 
 import base64
+import time
 
 import pytest
 
@@ -10,7 +11,9 @@ from glm4v_jax.console.options import check_files
 from glm4v_jax.data.media import is_remote, located, media_item
 from glm4v_jax.errors import MediaError
 from glm4v_jax.generate.offline.prompts import BatchPrompt, _place, asks_network
+from glm4v_jax.inputs.media import fetch
 from glm4v_jax.inputs.media.fetch import is_address, open_source
+from glm4v_jax.inputs.media.load import load_image
 
 ADDRESSES = [
     "http://x/y.png", "HTTP://x/y.png", "https://x/y.png", "HttpS://x/y.png", "file:///x/y.png", "File:///x/y.png",
@@ -46,3 +49,41 @@ def test_a_path_is_not_an_address(place):
 @pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/png;BASE64,"])
 def test_data_of_an_address_are_read_however_it_is_written(head):
     assert open_source(head + base64.b64encode(b"content").decode()) == b"content"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/missing", "404"),
+        ("/html", "not a readable image"),
+        ("/huge", "1000000000 bytes; expected at most 100000"),
+        ("/endless", "more than 100000 bytes"),
+        ("/drip", "not received within 0.3 seconds"),
+        ("/silent", "not received within 0.3 seconds"),
+        ("/short", "ended after"),
+        ("/to/file", "expected an http or https address"),
+        ("/to/loop", "redirect"),
+    ],
+)
+def test_bad_answers_name_the_address(server, path, message):
+    begun = time.monotonic()
+    with pytest.raises(MediaError, match=message) as caught:
+        load_image(server + path, max_bytes=100_000, timeout=0.3)
+    assert server in str(caught.value)
+    assert time.monotonic() - begun < 5
+
+
+def test_unreachable_server():
+    with pytest.raises(MediaError, match=r"http://127\.0\.0\.1:9/x: cannot be fetched"):
+        fetch.read_url("http://127.0.0.1:9/x", timeout=2)
+
+
+def test_file_address_of_another_machine():
+    with pytest.raises(MediaError, match="elsewhere"):
+        load_image("file://elsewhere/etc/hostname")
+
+
+def test_images_have_a_lower_limit_than_videos(server):
+    assert fetch.MAX_IMAGE_BYTES < 10**9 < fetch.MAX_DOWNLOAD_BYTES
+    with pytest.raises(MediaError, match=f"1000000000 bytes; expected at most {fetch.MAX_IMAGE_BYTES}"):
+        load_image(server + "/huge")

@@ -170,7 +170,7 @@ def test_a_template_with_more_roles_and_types_takes_them():
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     conversation = [A, call, {"role": "tool", "content": [text("4"), text("2")]}]
     assert render_conversation(conversation, WITH_TOOLS) == '<U>A<A>[{"name": "f"}]<T>42'
-    with pytest.raises(MessageError, match="message 1: field 'content' is missing"):
+    with pytest.raises(MessageError, match="message 1: field 'content': found nothing"):
         render_conversation(conversation, TEMPLATE)
     with pytest.raises(MessageError, match="message 0: field 'role' is 'observation', which the chat template drops"):
         render_conversation([{"role": "observation", "content": "4"}], WITH_TOOLS)
@@ -191,18 +191,18 @@ def test_roles_that_the_template_drops_are_refused(role):
         (HI, "found dict; expected a list of messages"),
         ([], "found no message"),
         (["Hi"], "message 0: found str; expected an object with 'role' and 'content'"),
-        ([{"content": "Hi"}], "message 0: field 'role' is missing"),
-        ([{"role": 3, "content": "Hi"}], "message 0: field 'role' is int"),
-        ([A, {"role": "assistant"}], "message 1: field 'content' is missing"),
-        ([A, {"role": "assistant", "content": None}], "message 1: field 'content' is missing"),
-        ([{"role": "user", "content": 7}], "message 0: field 'content' is int"),
-        ([{"role": "user", "content": {"type": "text"}}], "message 0: field 'content' is dict"),
+        ([{"content": "Hi"}], "message 0: field 'role': found nothing"),
+        ([{"role": 3, "content": "Hi"}], "message 0: field 'role': found int"),
+        ([A, {"role": "assistant"}], "message 1: field 'content': found nothing"),
+        ([A, {"role": "assistant", "content": None}], "message 1: field 'content': found nothing"),
+        ([{"role": "user", "content": 7}], "message 0: field 'content': found int"),
+        ([{"role": "user", "content": {"type": "text"}}], "message 0: field 'content': found dict"),
         ([user("Hi")], "message 0, item 0: found str; expected an object with 'type'"),
-        ([A, user(IMAGE, {"type": "text"})], "message 1, item 1: field 'text' is missing"),
-        ([user({"type": "text", "content": "Hi"})], "message 0, item 0: field 'text' is missing"),
-        ([user({"type": "text", "text": 5})], "message 0, item 0: field 'text' is int"),
+        ([A, user(IMAGE, {"type": "text"})], "message 1, item 1: field 'text': found nothing"),
+        ([user({"type": "text", "content": "Hi"})], "message 0, item 0: field 'text': found nothing"),
+        ([user({"type": "text", "text": 5})], "message 0, item 0: field 'text': found int"),
         ([user({"type": "audio", "url": "a.wav"})], "field 'type': found 'audio'; expected 'text', 'image' or 'video'"),
-        ([user({"type": ["image"]})], r"field 'type' is \['image'\]"),
+        ([user({"type": ["image"]})], r"field 'type': found \['image'\]"),
         ([user({"url": "cat.png"})], "field 'type' is missing and the item has neither"),
         ([user({"image": "cat.png", "text": "t"})], "field 'type' is missing and the item has text and image"),
         ([user({"type": "text", "text": "t", "image": "cat.png"})], "type 'text' has the field 'image'"),
@@ -318,7 +318,7 @@ def test_where_templates_are_found(tmp_path):
     (tmp_path / "chat_template.json").write_text('{"chat_template": "l"}')
     assert load_chat_template(tmp_path) == "l"
     (tmp_path / "chat_template.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"chat_template\.json: chat_template is NoneType"):
+    with pytest.raises(CheckpointError, match=r"chat_template\.json: chat_template: found NoneType"):
         load_chat_template(tmp_path)
 
 

@@ -1,0 +1,68 @@
+"""A server of good and bad answers, an image file, and a clip."""
+
+import http.server
+import threading
+import time
+
+import numpy as np
+import pytest
+from helpers_media import PHOTO, PNG
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Good and bad behaviour, by path."""
+
+    def do_GET(self):
+        if self.path == "/missing":
+            self.send_error(404, "gone")
+            return
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header(
+                "Location", {"/to/good": "/good", "/to/file": "file:///etc/hostname"}.get(self.path, self.path)
+            )
+            self.end_headers()
+            return
+        body = {"/good": PNG, "/html": b"<html>no image</html>", "/short": PNG}.get(self.path, b"")
+        self.send_response(200)
+        if self.path == "/huge":
+            self.send_header("Content-Length", str(10**9))
+        elif self.path == "/short":
+            self.send_header("Content-Length", str(len(PNG) + 10))
+        self.end_headers()
+        try:
+            if self.path == "/endless":
+                while True:
+                    self.wfile.write(b"x" * 65536)
+            if self.path == "/drip":
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            if self.path == "/silent":
+                time.sleep(1.0)
+            self.wfile.write(body)
+        except OSError:  # The client hung up, which is what most of these paths are for.
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "a photo.png"
+    path.write_bytes(PNG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return np.stack([np.roll(np.kron(PHOTO[:8, :8], np.ones((8, 8, 1), np.uint8)), 3 * i, axis=1) for i in range(20)])
