@@ -40,3 +40,7 @@ def write_video(path, frames, rate=10, codec="libx264"):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def every_tenth(metadata):
+    return range(0, metadata.total_num_frames, 10)

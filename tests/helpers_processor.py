@@ -68,3 +68,7 @@ def png(array):
 def edit(directory, name, **changes):
     path = directory / name
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+
+
+# A clip of 40 frames at 10 a second: 4 temporal patches of 6 tokens, at 0, 1, 2 and 3 seconds; "0" is 15.
+VIDEO_IDS = [BOV, *(i for second in range(4) for i in [*image_tokens(6), 15 + second]), EOV]

@@ -6,8 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers_processor import (
-    BOV,
-    EOV,
     HEAD,
     IMAGE,
     IMG,
@@ -15,6 +13,7 @@ from helpers_processor import (
     SQUARE,
     TAIL,
     VIDEO,
+    VIDEO_IDS,
     WIDE,
     assert_same,
     clip,
@@ -215,10 +214,6 @@ def test_a_real_video_equals_the_reference(processor, reference, directory):
     )
     assert found["video_grid_thw"][0, 0] > 3
     assert_same(found, expected)
-
-
-# A clip of 40 frames at 10 a second: 4 temporal patches of 6 tokens, at 0, 1, 2 and 3 seconds; "0" is 15.
-VIDEO_IDS = [BOV, *(i for second in range(4) for i in [*image_tokens(6), 15 + second]), EOV]
 
 
 VIDEO_TYPES = [0, *([0] + [2] * 6 + [0, 0]) * 4, 0]

@@ -1,7 +1,7 @@
 """The processor that a checkpoint directory describes."""
 
 import pytest
-from helpers_processor import IMG, PAD, SQUARE, clip, edit, metadata
+from helpers_processor import IMG, PAD, SQUARE, VIDEO_IDS, clip, edit, metadata
 
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.inputs.processor import Glm4vProcessor

@@ -3,17 +3,13 @@
 import numpy as np
 import PIL.Image
 import pytest
-from helpers_media import PHOTO, RNG, package_file, png, write_video
+from helpers_media import PHOTO, RNG, every_tenth, package_file, png, write_video
 
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media.decode import decode_video
 from glm4v_jax.inputs.media.load import VideoMetadata, load_video
 
 VIDEOS = ["bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"]
-
-
-def every_tenth(metadata):
-    return range(0, metadata.total_num_frames, 10)
 
 
 @pytest.mark.parametrize("name", VIDEOS)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from helpers_media import PHOTO, PNG, package_file, png
+from helpers_media import PHOTO, PNG, every_tenth, package_file, png
 
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media import load
