@@ -1,0 +1,250 @@
+"""docs/guides/performance.md from bench/results: `python -m tools.performance_page`, after a measurement."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from bench.report import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "guides" / "performance.md"
+
+TEXT = """\
+# Performance
+
+Written by `python -m tools.performance_page` from `bench/results/`; change that program, not this page.
+
+Every table comes from a program in `bench/` that prints it, keeps it as JSON and fails where its target is missed.
+Unless a table says otherwise: two cores of a CPU, float32, beside transformers 4.57.1 with PyTorch 2.13 in the same
+run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled and inspected, not timed.
+
+| program | measures |
+|---|---|
+| `python -m bench.parity` | logits, greedy tokens, pixels, token ids, grids and positions against transformers |
+| `python -m bench.cpu_vs_torch` | decoding, prefill, ViT and preprocessing beside transformers on a CPU |
+| `python -m bench.recompile` | compilations after warm-up for requests of random images and videos; padding |
+| `python -m bench.memory` | peak memory against the number of patches and of tokens |
+| `python -m bench.engine` | host time per decode step, busy slots, cold start |
+| `python -m bench.train` | training throughput beside transformers with torch's AdamW; padding |
+| `python -m bench.eval` | evaluation throughput beside transformers' `generate` in batches of 8 |
+| `python -m bench.lmms_eval --python ENV` | lmms-eval through this engine |
+| `python -m bench.convert` | peak memory and time of conversions beside `cp` |
+| `python -m bench.install` | a clean installation: size, import time, start to first token |
+| `make aot` | the 9B compiled for TPU slices: memory, collectives, copies |
+
+## Parity
+
+Largest difference of logits, and equal greedy tokens, against transformers in float32 on the random test
+checkpoint:
+
+{parity}
+
+Pixel values: bit-identical to the reference's default (slow) image processor for {images}, and within one step of 8
+bits of its video processor for {videos}.
+
+## CPU, beside transformers
+
+A model of {cpu_parameters}M parameters; median of {cpu_rounds} rounds, and the range of the ratios.
+
+{cpu}
+
+Decoding reads {bytes_per_token:,.0f} MB per token at {bandwidth:.0%} of the machine's read bandwidth (target:
+{bandwidth_target:.0%}).
+
+## Recompilation
+
+After a warm-up of {warm_programs} programs ({warm_seconds:.0f} s), {requests} requests of random images and videos
+compiled {compilations} programs. {padded_patches:.0%} of the patches and {padded_tokens:.0%} of the tokens were
+padding.
+
+## Memory against length
+
+Peak memory over that of a short input, for n, 2n and 4n; the exponent is 1 where growth is linear. The last column
+is one array of S x S scores at 4n.
+
+{memory}
+
+## Engine
+
+{engine_prompts} prompts and {engine_tokens:,} new tokens of a small model, through {engine_slots} slots, and in
+batches that wait for their longest answer:
+
+{engine}
+
+{host}
+
+Cold start of the tiny model, seconds from the start of the process:
+
+{cold}
+
+## Training
+
+A model of {train_parameters}M parameters, {train_steps} steps of {train_tokens:,} tokens, beside transformers with
+torch's AdamW:
+
+{train}
+
+Padding, as a fraction of all positions:
+
+{padding}
+
+## Evaluation
+
+The tiny model, items per second, with equal answers; transformers generates in batches of {eval_batch}:
+
+{eval}
+
+lmms-eval through its entry point scores {lmms:.0%} on {lmms_items} items, and `glm4v eval` {lmms_own:.0%} on the
+same.
+
+## Conversion
+
+Beside `cp`, on one disk; the peak is that of the whole process.
+
+{convert}
+
+## Installation
+
+A clean installation for CPU: {packages} packages, {megabytes:.0f} MB, {install_seconds:.0f} s. `import glm4v_jax`
+takes {import_seconds:.2f} s, the model class {import_model_seconds:.2f} s. The first token about an image comes
+after {first_token_seconds:.1f} s without compiled programs on disk.
+
+## Programs compiled for TPU slices
+
+The 9B in bfloat16, from `make aot`. Memory is GiB per chip; "x its part" is what a chip holds over an even
+division. The floor follows from memory bandwidth and peak arithmetic of the chip; it is no measurement.
+
+{aot}
+
+## Training steps compiled for TPU slices
+
+{aot_train}
+"""
+
+
+def read(name: str) -> Any:
+    """A file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def words(text: str) -> str:
+    """The terms of the pages, for labels in older results."""
+    for old, new in (("a picture", "an image"), ("picture", "image"), (" | ", " / ")):
+        text = text.replace(old, new)
+    return text
+
+
+def compared(lines: Iterable[Any], first: str) -> str:
+    """Figures beside those of transformers."""
+    rows = []
+    for line in lines:
+        ratio, aim = line["ratio"], line["aim"]
+        target = "" if aim is None else f"{aim:g}" if line["passed"] else f"{aim:g} (missed)"
+        values = (number(line[side]["median"]) for side in ("ours", "theirs"))
+        label = words(line.get("what") or f"`{line['task']}`") + (f", {words(line['unit'])}" if "unit" in line else "")
+        rows.append((label, *values, f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]", target))
+    return table((first, "this package", "transformers", "ratio", "target"), rows)
+
+
+def page() -> str:
+    """The page."""
+    parity, cpu, recompile, memory = read("parity"), read("cpu_vs_torch"), read("recompile"), read("memory")
+    engine, train, evaluation, lmms, install = (read(n) for n in ("engine", "train", "eval", "lmms_eval", "install"))
+    slots, cold = engine["slots"], engine["cold_start"]
+    padding = (RESULTS / "train.md").read_text(encoding="utf-8").partition("| padding of")
+    aot, _, aot_train = (RESULTS / "aot.md").read_text(encoding="utf-8").partition("Training steps with AdamW")
+    conversions = [(size, line) for name, size in (("convert_full", "the 9B"), ("convert", "one decoder layer of it"))
+                   for line in read(name)["directions"]]  # fmt: skip
+    return TEXT.format(
+        parity=table(
+            ("prompts", "tokens", "patches", "logits differ by", "greedy tokens equal"),
+            (
+                (words(m["case"]), f"{m['tokens']:,}", f"{m['patches']:,}", f"{m['logit_difference']:.1e}",
+                 f"{m['greedy_equal']} of {m['greedy_tokens']}")
+                for m in parity["models"]
+            ),
+        ),
+        images=f"{sum(p['pixel_difference'] == 0 for p in parity['pictures'])} of {len(parity['pictures'])} images",
+        videos=f"{sum(v['max_steps'] <= 1 for v in parity['videos'])} of {len(parity['videos'])} videos",
+        cpu_parameters=round(cpu["parameters"] / 1e6),
+        cpu_rounds=cpu["rounds"],
+        cpu=compared(cpu["lines"], "what"),
+        bytes_per_token=cpu["bandwidth"]["bytes_per_token"] / 1e6,
+        bandwidth=cpu["bandwidth"]["ratio"]["median"],
+        bandwidth_target=cpu["bandwidth"]["aim"],
+        warm_programs=len(recompile["warmup"]["programs"]),
+        warm_seconds=recompile["warmup"]["seconds"],
+        requests=len(recompile["requests"]),
+        compilations=len(recompile["compilations_after_warmup"]),
+        padded_patches=recompile["padded_share_vision"],
+        padded_tokens=recompile["padded_share_text"],
+        memory=table(
+            ("what", "n, 2n, 4n", "increment, MiB", "exponent", "S x S, MiB"),
+            (
+                (words(m["what"]), ", ".join(f"{n:,}" for n in m["sizes"]),
+                 ", ".join(f"{n / 2**20:,.0f}" for n in m["increment_bytes"]), f"{m['exponent']:.2f}",
+                 f"{m['square_bytes'][-1] / 2**20:,.0f}")
+                for m in (memory[name] for name in ("picture", "prompt", "gradient"))
+            ),
+        ),
+        engine_prompts=slots["prompts"],
+        engine_tokens=slots["new_tokens"],
+        engine_slots=slots["slots"],
+        engine=table(
+            ("", "slots", "batches"),
+            [
+                ("busy", f"{slots['busy']:.0%}", f"{slots['busy_in_batches']:.0%}"),
+                ("tokens/s", number(slots["tokens_per_second"]), number(slots["tokens_per_second_in_batches"])),
+            ],
+        ),
+        host=table(
+            ("rows", "decode step, ms", "of which host, ms"),
+            ((h["rows"], f"{h['engine_ms']:.3f}", f"{h['host_ms']:.3f}") for h in engine["host"]),
+        ),
+        cold=table(
+            ("compiled programs on disk", "loaded", "first token"),
+            (
+                (text, f"{cold[name]['loaded']:.1f}", f"{cold[name]['first_token']:.1f}")
+                for text, name in (("none", "empty_cache"), ("all", "full_cache"))
+            ),
+        ),
+        train_parameters=round(train["parameters"] / 1e6),
+        train_steps=train["data"]["timed_steps"],
+        train_tokens=train["data"]["timed_tokens"],
+        train=compared(train["lines"], "tokens/s"),
+        padding="".join(padding[1:]).strip(),
+        eval_batch=evaluation["batch"],
+        eval=compared(evaluation["lines"], "task"),
+        lmms=lmms["lmms_eval"],
+        lmms_own=lmms["glm4v_eval"],
+        lmms_items=lmms["items"],
+        convert=table(
+            ("checkpoint", "direction", "GB", "seconds", "seconds of `cp`", "peak memory, GiB"),
+            (
+                (size, f"`{line['direction']}`", f"{line['nbytes'] / 1e9:.1f}", f"{line['seconds']:.0f}",
+                 " to ".join(f"{seconds:.0f}" for seconds in sorted(line["copy_seconds"])),
+                 f"{line['peak_bytes'] / 2**30:.1f}")
+                for size, line in conversions
+            ),
+        ),
+        packages=install["packages"],
+        megabytes=install["bytes"] / 1e6,
+        **{name: install[name] for name in install if name.endswith("_seconds")},
+        aot=aot.strip(),
+        aot_train=f"Training steps with AdamW{aot_train}".strip(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
