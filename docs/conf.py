@@ -30,8 +30,14 @@ _CODE = re.compile(r"(`+[^`]*`+)")
 _MODULE = re.compile(r"\b(?:glm4v_jax|jax|jaxlib|jaxtyping|numpy|collections|pathlib)\.(?:[a-z_0-9]+\.)*(?=[A-Z])")
 
 
-def escape_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Escape what is markup to docutils and plain text in our docstrings: `**options`, `[*N, D]`."""
+def prepare_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Escape what is markup to docutils and plain text in our docstrings: `**options`, `[*N, D]`.
+
+    Names of arguments that fill more than a line are put on one.
+    """
+    for number in range(len(lines) - 1, 0, -1):
+        if re.fullmatch(r" +(\w+, )+\w+,", lines[number - 1]):
+            lines[number - 1] += f" {lines.pop(number).lstrip()}"
     for number, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             parts = _CODE.split(line)
@@ -48,5 +54,5 @@ def shorten_signature(
 
 def setup(app: Any) -> None:
     """Connect the two functions above; Sphinx calls this."""
-    app.connect("autodoc-process-docstring", escape_docstring, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", shorten_signature)

@@ -253,7 +253,7 @@ def test_api_pages_have_every_exported_name():
 
 
 def test_the_performance_page_has_the_results():
-    performance_page = importlib.import_module("tools.performance_page")
+    performance_page = importlib.import_module("bench.performance_page")
     assert performance_page.PAGE.read_text(encoding="utf-8") == performance_page.page()
 
 

@@ -1,4 +1,4 @@
-"""docs/guides/performance.md from bench/results: `python -m tools.performance_page`, after a measurement."""
+"""docs/guides/performance.md from bench/results: `python -m bench.performance_page`, after a measurement."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ PAGE = ROOT / "docs" / "guides" / "performance.md"
 TEXT = """\
 # Performance
 
-Written by `python -m tools.performance_page` from `bench/results/`; change that program, not this page.
+Written by `python -m bench.performance_page` from `bench/results/`; change that program, not this page.
 
 Every table comes from a program in `bench/` that prints it, keeps it as JSON and fails where its target is missed.
 Unless a table says otherwise: two cores of a CPU, float32, beside transformers 4.57.1 with PyTorch 2.13 in the same
