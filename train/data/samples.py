@@ -1,17 +1,17 @@
-r"""A record as the model takes it: tokens, what to predict after each of them, positions, pictures and video frames.
+r"""A record as the model takes it: tokens, targets, positions, images and video frames.
 
 On the host, in NumPy. The tokens are exactly those that the processor's `apply_chat_template` makes of the
-conversation, since that is what the model sees when it answers. After each of them stands the token to predict:
+conversation, since that is what the model sees when it answers. The targets are:
 
-- In the assistant's turns, where the record says so (`Record.losses`), every token of the text, `<think>` and
-  `<answer>` with their ends included, and after the last of them the *stop token*.
-- Nowhere else: not in what the others say, not in the header `<|assistant|>\n`, not in pictures and videos.
+- In the assistant's turns that contribute to the loss (`Record.losses`): every token of the text, `<think>` and
+  `<answer>` with their closing tags included, and after the last of them the *stop token*.
+- Nowhere else: not in other turns, not in the header `<|assistant|>\n`, not in images and videos.
 
-The stop token is the one with which the chat template goes on where the user speaks next: `<|user|>` for GLM-4.1V,
+The stop token is the one with which the chat template continues where the user speaks next: `<|user|>` for GLM-4.1V,
 which is among the `eos_token_id` of the released generation_config.json and the only end that an answer without
-`</answer>` can have in a conversation. (LLaMA-Factory learns the same between turns, and `<|endoftext|>` behind the
-last.) It is learned behind `</answer>` too, although our engine and transformers stop at that one: other engines do
-not, and it is one token. Behind the last turn it is a target only, so the tokens stay those of the template.
+`</answer>` can have in a conversation. (LLaMA-Factory has the same target between turns, and `<|endoftext|>` after the
+last.) It is a target after `</answer>` too, although our engine and transformers stop at that one: other engines do
+not, and it is one token. After the last turn it is a target only, so the tokens stay those of the template.
 """
 
 import copy
@@ -48,16 +48,19 @@ class EncodeOptions:
 
     Attributes:
       max_length: the most tokens of a sample; None is no limit.
-      too_long: what to do with a longer one: "error" raises, "drop" leaves it out (`encode` returns None), "cut" keeps
-        the first `max_length` tokens, fewer where that would go through a picture or video.
-      keep_thoughts: which of the assistant's turns keep `<think>...</think>`. "last" is as in generation: the history
-        has answers alone (`without_thoughts`), and the last turn that is learned has all. Turns that lose a thought in
-        this way are context and not learned: they would teach to answer without one. "all" changes nothing; "none"
-        takes the thoughts out of every turn, and learns the answers alone.
-      image_max_pixels: the most pixels of a picture, height x width after resizing; None is the checkpoint's.
-      video_max_pixels: the same of a video, frames x height x width.
-      video_fps: frames taken a second of a file; None is the checkpoint's. A video given as frames is taken as it is,
-        at `"fps"` frames a second if its item says so (`{"type": "video", "video": frames, "fps": 4}`), else at this.
+      too_long: what to do with a longer one: "error" raises, "drop" drops it (`encode` returns None), "cut" keeps the
+        first `max_length` tokens, fewer where that would cut an image or video.
+      keep_thoughts: which of the assistant's turns keep `<think>...</think>`. "last" is as in generation: earlier turns
+        have answers alone (`without_thoughts`), and the last target keeps its thought. Turns that lose a thought in
+        this way are context and not targets: they would teach to answer without one. "all" changes nothing; "none"
+        removes the thoughts of every turn, so that targets are answers alone.
+      image_max_pixels: the most pixels of an image, height x width after resizing; None is the checkpoint's limit.
+      video_max_pixels: the same for a video, frames x height x width.
+      video_fps: frames per second sampled from a file; None is the checkpoint's rate. A video given as frames is not
+        sampled: its rate is `"fps"` of its item (`{"type": "video", "video": frames, "fps": 4}`), else this one.
+
+    Raises:
+      DataError: a field is invalid.
     """
 
     max_length: Positive | None = None
@@ -78,7 +81,7 @@ class Sample:
     Attributes:
       prompt: its tokens, positions, images and videos.
       targets: int32 [T], the token to predict after each, -100 where there is none.
-      source: where the record stands.
+      source: place of the record.
     """
 
     prompt: Prompt
@@ -105,27 +108,27 @@ class Sample:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are learned; at least 1."""
+        """How many tokens are targets; at least 1."""
         return int(np.count_nonzero(self.targets != IGNORED))
 
 
 def encode(
     record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions | None = None
 ) -> Sample | None:
-    """Make a record ready.
+    """Encode a record.
 
     Args:
       record: a conversation.
       processor, config: of the model.
-      options: None is the default of each.
+      options: by default `EncodeOptions()`.
 
     Returns:
-      The sample; None where it is too long and `options.too_long` is "drop".
+      The sample; None if it is too long and `options.too_long` is "drop".
 
     Raises:
-      DataError: the record is malformed, its pictures cannot be loaded, nothing in it is learned, or it is too long;
-        the message begins with the record's place.
-      CheckpointError: the chat template or the tokenizer does not let turns be told apart.
+      DataError: the record is malformed, its images cannot be loaded, it has no target, or it is too long; the message
+        begins with the record's place.
+      CheckpointError: the chat template or the tokenizer does not separate turns.
     """
     options = options or EncodeOptions()
     try:
@@ -135,18 +138,20 @@ def encode(
 
 
 def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions) -> Sample | None:
-    messages, learned = _turns(record, options.keep_thoughts)
+    messages, target_turns = _turns(record, options.keep_thoughts)
     text = processor.apply_chat_template(messages)
     turns = _Template(processor)
     stop = turns.stop_token(config)
-    pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, learned, text), len(text))]
+    pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, target_turns, text), len(text))]
     media = _media(messages, turns.source, processor, options)
     inputs = processor.assemble([text], media)
     _check_patches(inputs, config)
     (prompt,) = prompts_of(inputs, config)
     parts = [np.asarray(part, np.int32) for part in processor.assemble(pieces, media)["input_ids"]]
     if not np.array_equal(np.concatenate(parts), prompt.input_ids):
-        raise DataError("the tokenizer joins the start or the end of an answer to what stands beside it")
+        raise DataError(
+            "found a token across the start or the end of an answer; expected a tokenizer that separates them"
+        )
     sample = Sample(prompt, _targets(parts, stop), record.source)
     if options.max_length is not None and len(sample) > options.max_length:
         if options.too_long == "drop":
@@ -155,37 +160,37 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
             raise DataError(f"found {len(sample)} tokens; expected at most max_length, {options.max_length}")
         sample = _cut(sample, options.max_length, config)
         if not sample.num_targets:
-            raise DataError(f"the first {len(sample)} tokens, cut at max_length, have nothing of an answer to learn")
+            raise DataError(f"found no target in the first {len(sample)} tokens, cut at max_length; expected some")
     return sample
 
 
 def _turns(record: Record, keep_thoughts: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """The messages with their thoughts as wanted, and the indices of those that are learned."""
+    """The messages with the thoughts that are kept, and the indices of those that contribute to the loss."""
     if len(record.losses) != len(record.messages):
-        raise DataError(f"losses: found {len(record.losses)}; expected one a message, {len(record.messages)}")
+        raise DataError(f"losses: found {len(record.losses)}; expected one per message, {len(record.messages)}")
     messages = [dict(message) for message in record.messages]
-    learned = [index for index, loss in enumerate(record.losses) if loss]
-    if not learned:
-        raise DataError("losses: found no message that is learned; expected at least one of the assistant's")
-    for index in learned:
+    targets = [index for index, loss in enumerate(record.losses) if loss]
+    if not targets:
+        raise DataError("losses: found no message that contributes to the loss; expected one of the assistant")
+    for index in targets:
         if messages[index].get("role") != "assistant":
             role = messages[index].get("role")
-            raise DataError(f"message {index}: found loss on role {role!r}; expected it on the assistant's turns alone")
-    last = learned[-1]
+            raise DataError(f"message {index}: found loss on role {role!r}; expected it on turns of the assistant only")
+    last = targets[-1]
     for index, message in enumerate(messages):
         said = _plain_text(message)
         if message.get("role") != "assistant" or said is None:
             continue
         answer = without_thoughts(said)
         is_bare = keep_thoughts == "none" or (keep_thoughts == "last" and index != last)
-        if keep_thoughts == "last" and index != last and answer != said and index in learned:
-            learned.remove(index)
+        if keep_thoughts == "last" and index != last and answer != said and index in targets:
+            targets.remove(index)
         message["content"] = answer if is_bare else said
-        if index in learned:
+        if index in targets:
             message["content"] = _without_blank_lines(message["content"])
             if not message["content"]:
-                raise DataError(f"message {index}: found an empty answer; expected something to learn")
-    return messages, learned
+                raise DataError(f"message {index}: found an empty answer; expected text")
+    return messages, targets
 
 
 def _without_blank_lines(text: str) -> str:
@@ -195,7 +200,7 @@ def _without_blank_lines(text: str) -> str:
 
 
 def _plain_text(message: Mapping[str, Any]) -> str | None:
-    """The text of a message; None of one that is something else, which the processor will speak about."""
+    """The text of a message; None if it has other items, which the processor checks."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -205,7 +210,7 @@ def _plain_text(message: Mapping[str, Any]) -> str | None:
 
 
 class _Template:
-    """What a chat template puts around the turns, found by rendering conversations that end earlier."""
+    """What a chat template writes around turns, found by rendering conversations that end earlier."""
 
     def __init__(self, processor: Glm4vProcessor) -> None:
         self.source = choose_template(processor.chat_template)
@@ -215,24 +220,24 @@ class _Template:
         variables = self._processor.tokenizer.special_tokens_map
         return render_template(self.source, messages, add_generation_prompt=add_generation_prompt, **variables)
 
-    def spans(self, messages: Sequence[Mapping[str, Any]], learned: Sequence[int], text: str) -> list[tuple[int, int]]:
-        """(start, stop) of the answers of `learned` in `text`: from the prompt for each to the end of its turn."""
+    def spans(self, messages: Sequence[Mapping[str, Any]], targets: Sequence[int], text: str) -> list[tuple[int, int]]:
+        """Return (start, stop) of the answers of turns `targets` in `text`: from the prompt for each to its end."""
         messages = normalise_messages(messages, self.source)
         spans = []
-        for index in learned:
+        for index in targets:
             before, after = self._render(messages[:index], True), self._render(messages[: index + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise DataError(
-                    f"the chat template changes message {index} or those before it by what comes later; expected one "
-                    "whose prompts are beginnings of the conversation"
+                    f"found a chat template that writes message {index} or earlier ones differently before later ones; "
+                    "expected one whose prompts are prefixes of the conversation"
                 )
             spans.append((len(before), len(after)))
         return spans
 
     def stop_token(self, config: Glm4vConfig) -> int:
-        """The id of the first token behind an answer where the user speaks next, or the tokenizer's `eos_token`.
+        """Return the id of the first token after an answer where the user speaks next.
 
-        The latter where generation would not stop at the former (`eos_token_id` of the configuration).
+        Or the tokenizer's `eos_token`, if generation would not stop at the former (`eos_token_id` of the config).
 
         Raises:
           CheckpointError: generation would stop at neither.
@@ -240,7 +245,7 @@ class _Template:
         says = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
         answered, asked = self._render(says[:2]), self._render(says)
         if not (asked.startswith(answered) and answered.endswith("x")):
-            raise CheckpointError("the chat template writes something behind an answer that belongs to no turn")
+            raise CheckpointError("found a chat template that writes text after an answer; expected none")
         tokenizer = self._processor.tokenizer
         follows = tokenizer(asked[len(answered) :], add_special_tokens=False)["input_ids"][0]
         ends = config.text_config.eos_token_id
@@ -252,12 +257,12 @@ class _Template:
                 return index
         raise CheckpointError(
             f"eos_token_id: found {list(ends)}; expected {follows} ({tokenizer.convert_ids_to_tokens(follows)}) among "
-            f"them, with which the chat template goes on after an answer, or the tokenizer's eos_token"
+            f"them, with which the chat template continues after an answer, or the tokenizer's eos_token"
         )
 
 
 def _alternating(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
-    """Spans, with what stands before, between and behind them: even entries are the gaps, odd ones the spans."""
+    """Yield spans and the gaps before, between and after them: even entries are the gaps, odd ones the spans."""
     done = 0
     for start, stop in spans:
         yield done, start
@@ -267,7 +272,7 @@ def _alternating(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tupl
 
 
 def _targets(parts: Sequence[np.ndarray], stop: int) -> np.ndarray:
-    """int32 [T] of tokens in pieces, of which every second one is learned."""
+    """int32 [T]: the targets of a text in parts, of which every second one is an answer."""
     targets = np.full(sum(map(len, parts)), IGNORED, np.int32)
     done = 0
     for index, part in enumerate(parts):
@@ -282,7 +287,7 @@ def _targets(parts: Sequence[np.ndarray], stop: int) -> np.ndarray:
 def _media(
     messages: Sequence[Mapping[str, Any]], source: str, processor: Glm4vProcessor, options: EncodeOptions
 ) -> PreparedMedia:
-    """Pictures and videos of a conversation."""
+    """Images and videos of a conversation."""
     images, videos = extract_media(messages, source)
     image_options, video_options = _caps(options, processor)
     parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
@@ -291,17 +296,17 @@ def _media(
         if is_path_like(video):
             chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
         elif not isinstance(video, SampledVideo):
-            # Frames that do not say how fast they were taken are as sampling would have taken them.
+            # Frames without a rate count as sampled.
             video = SampledVideo(video, options.video_fps or processor.video_processor.fps)
         parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
-    # A large picture is 100 MB, which joining would copy.
+    # A large image is 100 MB, which joining would copy.
     return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)
 
 
 def _caps(options: EncodeOptions, processor: Glm4vProcessor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the processor for pictures and for videos."""
+    """Options of the processor for images and for videos."""
     caps: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    # The processor counts a picture once for each frame of a temporal patch, and all frames of a video.
+    # The processor counts an image once for each frame of a temporal patch, and all frames of a video.
     frames = processor.image_processor.temporal_patch_size
     for chosen, pixels, factor, part in (
         (caps[0], options.image_max_pixels, frames, processor.image_processor),
@@ -314,7 +319,7 @@ def _caps(options: EncodeOptions, processor: Glm4vProcessor) -> tuple[dict[str, 
 
 
 def limited(processor: Glm4vProcessor, options: EncodeOptions) -> Glm4vProcessor:
-    """A processor that sees pictures and videos by itself as `encode` sees them with these options."""
+    """Return a processor whose own defaults for images and videos are those of `encode` with these options."""
     processor = copy.copy(processor)
     image_options, video_options = _caps(options, processor)
     if options.video_fps is not None:
@@ -338,10 +343,7 @@ def _check_patches(inputs: Mapping[str, Any], config: Glm4vConfig) -> None:
 
 
 def _cut(sample: Sample, length: int, config: Glm4vConfig) -> Sample:
-    """At most the first `length` tokens, with whole pictures and videos.
-
-    The targets stay true: the last one is the first token that is cut off.
-    """
+    """At most the first `length` tokens, with whole images and videos; the last target is the first token after."""
     is_open = np.zeros(length + 1, bool)
     for begin, end in (
         (config.image_start_token_id, config.image_end_token_id),
@@ -349,6 +351,6 @@ def _cut(sample: Sample, length: int, config: Glm4vConfig) -> Sample:
     ):
         depth = np.cumsum((sample.input_ids[:length] == begin).astype(int) - (sample.input_ids[:length] == end))
         is_open[1:] |= depth > 0
-    # Inside a picture, the place behind the last tag that left none open is the one before it began.
+    # Inside an image, the position after the last closing tag is the one before the image.
     length = int(np.flatnonzero(~is_open)[-1])
     return dataclasses.replace(sample, prompt=sample.prompt.truncated(length), targets=sample.targets[:length])
