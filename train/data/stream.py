@@ -315,7 +315,7 @@ class Stream:
 
 
 def packer_of(batch: BatchConfig, lanes: int = 1) -> Packer:
-    """Return the packer of one lane, of so many."""
+    """Return the packer of one of `lanes` lanes."""
     # Without packing the first batch that is open takes every sample until it is full.
     return Packer(**_shape(batch, lanes), open_batches=batch.open_batches if batch.pack else 1)
 
