@@ -1,4 +1,6 @@
-"""What is kept of a job: the latest states and the best, for the same job alone."""
+"""Checkpoints of a job: the latest and the best are kept, and only the same job resumes from them."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ def opened(directory, best="score", job=JOB):
 
 @pytest.fixture(scope="module")
 def directory(state, tmp_path_factory):
-    """Of five steps: two are equally good, one is no number, one was not looked at."""
+    """Checkpoints of five steps: two are equally good, one is NaN, one was not evaluated."""
     directory = tmp_path_factory.mktemp("checkpoints")
     checkpoints = opened(directory)
     found = [Evaluation(3.0, 0.0, 0.5), Evaluation(2.0, 0.0, 0.5), Evaluation(NAN, 0.0, NAN), None]
@@ -46,7 +48,7 @@ def test_the_first_of_the_best_is_kept(directory):
         checkpoints.close()
 
 
-def test_a_state_is_made_from_its_shapes(directory, state):
+def test_a_state_is_restored_from_its_shapes(directory, state):
     checkpoints = opened(directory)
     found, data = checkpoints.restore(abstract(state))
     assert (int(found.step), data) == (5, {"at": 5})
@@ -56,23 +58,31 @@ def test_a_state_is_made_from_its_shapes(directory, state):
     checkpoints.close()
 
 
-def test_what_does_not_belong_together_is_named(directory, state, monkeypatch):
+def test_all_changes_of_a_job_are_named(directory):
     with pytest.raises(CheckpointError, match=r"5: cannot resume .*: seed: found 1; expected 0, as saved; "):
         opened(directory, job=JOB | {"seed": 1})
     with pytest.raises(CheckpointError, match=r"seed: found 2; expected 0, .*freeze: found null; expected \["):
         opened(directory, job={"seed": 2})
+
+
+def test_processes_that_share_no_disk_are_refused(directory, monkeypatch):
     monkeypatch.setattr("train.checkpoints.gathered", lambda step: [step, None])
     with pytest.raises(CheckpointError, match="found step 5 in process 0 and step None in process 1; expected one"):
         opened(directory)
-    monkeypatch.undo()
-    checkpoints = opened(directory)
-    with pytest.raises(CheckpointError, match="cannot resume from this checkpoint"):
-        checkpoints.restore(abstract(state._replace(params={"bias": state.params["kernel"]})))
 
+
+def test_a_checkpoint_of_another_model_is_refused(directory, state):
+    other = abstract(state._replace(params={"bias": state.params["kernel"]}))
+    resume = pytest.raises(CheckpointError, match="cannot resume from this checkpoint")
+    with contextlib.closing(opened(directory)) as checkpoints, resume:
+        checkpoints.restore(other)
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_checkpoint(directory, state, monkeypatch):
     def full(*args):
         raise ValueError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", full)
-    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"):
-        checkpoints.restore(abstract(state))
-    checkpoints.close()
+    with contextlib.closing(opened(directory)) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", full)
+        with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore(abstract(state))

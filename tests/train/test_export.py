@@ -1,4 +1,4 @@
-"""Results of jobs: written, verified by their logits, and the same to transformers and PEFT."""
+"""Results of jobs: written, verified by their logits, and equal for transformers and PEFT."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def base(config):
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
-    """An adapter of it that does something."""
+    """A trained adapter of it."""
     directory = tmp_path_factory.mktemp("adapter")
     save_adapter(trained(base, lora.LoraConfig(rank=2)), directory, str(RANDOM_CHECKPOINT))
     return directory
@@ -51,7 +51,7 @@ def adapter(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(adapter, tmp_path_factory):
-    """As float32, which rounds nothing, and what was said of it."""
+    """Merged as float32, which rounds nothing, and the verification."""
     directory = tmp_path_factory.mktemp("results") / "merged"
     return directory, export.export_merged(RANDOM_CHECKPOINT, adapter, directory, written="float32")
 
@@ -68,7 +68,7 @@ def test_a_merged_adapter_is_verified(merged, config):
     assert {info.dtype.name for info in open_checkpoint(directory).values()} == {"float32"}
 
 
-def test_weights_are_the_sums_rounded_once(adapter, config, merged):
+def test_merged_weights_are_sums_rounded_once(adapter, config, merged):
     before, pairs = open_checkpoint(RANDOM_CHECKPOINT), merged_tensors(RANDOM_CHECKPOINT, adapter)
     assert list(pairs) == list(before)
     file = SafetensorsFile(adapter / "adapter_model.safetensors")
@@ -87,7 +87,7 @@ def test_weights_are_the_sums_rounded_once(adapter, config, merged):
     assert len(file) == 2 * changed
 
 
-def test_bfloat16_differs_by_its_rounding(adapter, tmp_path):
+def test_a_bfloat16_export_differs_by_its_rounding(adapter, tmp_path):
     verified = export.export_merged(RANDOM_CHECKPOINT, adapter, tmp_path / "out")
     assert 1e-4 < verified.difference <= verified.tolerance
     assert verified.tolerance == pytest.approx(2 * 2**-8 * 8**0.5, rel=1e-3)
@@ -95,8 +95,8 @@ def test_bfloat16_differs_by_its_rounding(adapter, tmp_path):
     assert {info.dtype.name for info in open_checkpoint(tmp_path / "out").values()} == {"bfloat16"}
 
 
-def test_a_wrong_result_is_not_kept(adapter, tmp_path, monkeypatch):
-    """Whatever is wrong with it: here the adapter is added with twice its weight, and then not at all."""
+def test_a_wrong_result_is_removed(adapter, tmp_path, monkeypatch):
+    """Here the adapter is added with twice its weight, not at all, and as NaN."""
     for scale in (2.0, 0.0, float("nan")):
 
         def wrong(*args, scale=scale):
@@ -115,7 +115,7 @@ def _with(tensor, scale):
     return dataclasses.replace(tensor, pair=tensor.pair._replace(scale=tensor.pair.scale * scale))
 
 
-def test_an_adapter_is_loaded_again(base, tmp_path, monkeypatch):
+def test_an_exported_adapter_is_verified(base, tmp_path, monkeypatch):
     """That of a quantised base too, which is compared on that base."""
     model = trained(quantize.quantize(base, quantize.QuantConfig("int4")), lora.LoraConfig(rank=2))
     verified = export.export_adapter(model, RANDOM_CHECKPOINT, tmp_path / "adapter")
@@ -128,7 +128,7 @@ def test_an_adapter_is_loaded_again(base, tmp_path, monkeypatch):
     assert jax.tree.structure(load_adapter(lora.drop_lora(model), tmp_path / "adapter"))  # the first is still there
 
 
-def test_a_model_is_loaded_again(base, tmp_path, monkeypatch):
+def test_an_exported_model_is_verified(base, tmp_path, monkeypatch):
     """A whole model, as bfloat16 of what was trained in float32; not one that comes back with other weights."""
     exported = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge_lora(trained(base, lora.LoraConfig(rank=2))))
     verified = export.export_model(exported, jnp.float32, RANDOM_CHECKPOINT, tmp_path / "model")
@@ -170,48 +170,72 @@ def main(arguments):
     return run_program({"export": Export}, arguments, name="train", prog="train", description="")
 
 
-def test_the_command(adapter, tmp_path, capsys):
-    assert main(["export", str(adapter), "--out", str(tmp_path / "out"), "--dtype", "float32", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["out"] == str(tmp_path / "out") and said["difference"] <= said["tolerance"] < said["effect"]
-    assert main(["export", str(adapter), "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith(f"train: error: {tmp_path / 'out'}: exists and is not empty; --overwrite")
-    job = tmp_path / "job.toml"
-    job.write_text(
+@pytest.fixture
+def job(adapter, tmp_path):
+    """The file of a job with lora in a directory of its own, without its adapter."""
+    path = tmp_path / "job.toml"
+    path.write_text(
         f'model = "{RANDOM_CHECKPOINT}"\nout = "."\nsteps = 1\nlora = {{ rank = 2 }}\n[data]\nfiles = ["x.jsonl"]\n'
     )
+    return path
+
+
+def test_the_command_verifies_and_does_not_overwrite(adapter, tmp_path, capsys):
+    assert main(["export", str(adapter), "--out", str(tmp_path / "out"), "--dtype", "float32", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["out"] == str(tmp_path / "out") and printed["difference"] <= printed["tolerance"] < printed["effect"]
+    assert main(["export", str(adapter), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"train: error: {tmp_path / 'out'}: ") and "--overwrite" in error
+
+
+def test_a_job_without_its_adapter_is_refused(job, capsys):
     assert main(["export", str(job), "--no-verify"]) == 1
     assert "found no adapter_config.json; expected a trained adapter" in capsys.readouterr().err
-    shutil.copytree(adapter, tmp_path / "adapter")
+
+
+def test_a_job_exports_its_adapter(adapter, job, capsys):
+    shutil.copytree(adapter, job.parent / "adapter")
     assert main(["export", str(job), "--no-verify"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'model'}: not verified\n"
-    files, expected = open_checkpoint(tmp_path / "model"), merged_tensors(RANDOM_CHECKPOINT, adapter)
+    assert capsys.readouterr().out == f"{job.parent / 'model'}: not verified\n"
+    files, expected = open_checkpoint(job.parent / "model"), merged_tensors(RANDOM_CHECKPOINT, adapter)
     assert all(np.array_equal(files.read(name), np.asarray(tensor)) for name, tensor in expected.items())
 
 
-def test_refused(adapter, checkpoints, tmp_path):
-    def places(source, **options):
-        return Export(source=str(source), **options)._paths()
+def paths(source, **options):
+    return Export(source=str(source), **options)._paths()
 
+
+def test_a_job_without_lora_has_no_adapter_to_export(tmp_path):
     (tmp_path / "full.toml").write_text('model = "m"\nout = "o"\nsteps = 1\n[data]\nfiles = ["x.jsonl"]\n')
     with pytest.raises(ConfigError, match=r"full\.toml: found a job without lora, whose result is no adapter"):
-        places(tmp_path / "full.toml")
+        paths(tmp_path / "full.toml")
+
+
+def test_an_adapter_needs_an_output_directory_of_its_own(adapter):
     with pytest.raises(ConfigError, match="--out: found nothing; expected the output directory"):
-        places(adapter)
+        paths(adapter)
     with pytest.raises(ConfigError, match="--out: found the adapter's own directory"):
-        places(adapter, out=str(adapter))
+        paths(adapter, out=str(adapter))
+    with pytest.raises(CheckpointError, match=r"out: found"):
+        export.export_merged(RANDOM_CHECKPOINT, adapter, RANDOM_CHECKPOINT / "out")
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, checkpoints, tmp_path):
     with pytest.raises(CheckpointError, match="tensors do not fit"):
         export.export_merged(checkpoints("wide"), adapter, tmp_path / "out")
+
+
+def test_an_adapter_that_names_no_directory_needs_a_model(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "nameless")
     options = read_json_object(tmp_path / "nameless" / "adapter_config.json")
     (tmp_path / "nameless" / "adapter_config.json").write_text(json.dumps(options | {"base_model_name_or_path": "x"}))
     with pytest.raises(ConfigError, match="--model: found nothing, and 'x' in the adapter; expected"):
-        places(tmp_path / "nameless", out="out")
-    with pytest.raises(CheckpointError, match="in or around it; expected another"):
-        export.export_merged(RANDOM_CHECKPOINT, adapter, RANDOM_CHECKPOINT / "out")
+        paths(tmp_path / "nameless", out="out")
 
 
-def test_the_line():
-    assert str(verify_export.Verified(1e-6, 1e-5)) == "relative difference of the logits 1e-06 (rounding: up to 1e-05)"
-    assert str(verify_export.Verified(1e-6, 1e-5, 0.2)).endswith("; training changed them by 0.2")
+def test_a_log_line_has_difference_tolerance_and_effect():
+    line = "relative difference of the logits 1e-06 (rounding: up to 1e-05)"
+    assert str(verify_export.Verified(1e-6, 1e-5)) == line
+    assert str(verify_export.Verified(1e-6, 1e-5, 0.2)) == f"{line}; training changed them by 0.2"
     assert str(verify_export.Verified(1e-3, 1e-2, 0.015)).endswith("0.015, which rounding alone could explain")

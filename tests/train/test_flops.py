@@ -48,7 +48,7 @@ def test_places_and_pairs_of_segments():
     assert [float(x) for x in work_of(segments)] == [6, 10, 0, 0]
 
 
-def test_all_trained_by_hand():
+def test_operations_of_full_training_are_those_counted_by_hand():
     """Three passes through every kernel, two through the one that patches meet: nothing asks for their gradient."""
     patch, blocks = kernels("visual.patch_embed"), kernels("visual.blocks")
     merged, text = kernels("visual.merger") + kernels("visual.downsample"), kernels("language_model") + kernels("lm")
@@ -92,7 +92,7 @@ def test_a_traced_step_multiplies_as_much(trained, remat):
     assert counts.dot_flops == products + attention + position_table
 
 
-def test_attention_made_again():
+def test_remat_full_recomputes_attention_once():
     """The difference of the two policies is one pass of attention."""
     full, kept = (recomputed_flops(CONFIG, *leaves(), WORK, remat) for remat in ("full", "attention"))
     assert full - kept == 4 * (2 * 64 * 4656 + 2 * 32 * 4096)
@@ -121,7 +121,7 @@ def test_kernels_are_counted_by_their_loops():
         (dict(fsdp=2, kv=2), ("down", "head"), 0.5 * 2 * 0.5 * (3 * DOWN + 2 * HEAD) + 16 * 0.5 * 2 * 48 * 64),
     ],
 )  # fmt: skip
-def test_the_least_that_is_sent(sizes, trained, expected):
+def test_least_sent_counts_gathers_and_reductions(sizes, trained, expected):
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 

@@ -1,4 +1,4 @@
-"""Whole jobs with the random checkpoint: they learn, and go on after a kill as if there had been none."""
+"""Whole jobs with the random checkpoint: they train, and resume after a kill as if there had been none."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ every = {EVERY}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eleven pictures to name, one row that is broken, and a job."""
+    """Eleven images to name, one invalid row, and a job."""
     folder = tmp_path_factory.mktemp("job")
     rows = []
     for name in ("chelsea", "coffee", "rocket"):
@@ -86,7 +86,7 @@ def job(folder, out, **changes):
 
 
 def steps(folder, out):
-    """What every step came to, without how long it took."""
+    """The metrics of every step, without times."""
     timed = ("seconds", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in read_log(folder / out / METRICS)]
 
@@ -106,7 +106,7 @@ def uninterrupted(folder):
     return steps(folder, "whole")
 
 
-def test_a_job_learns(uninterrupted):
+def test_the_loss_falls_over_a_job(uninterrupted):
     assert [line["step"] for line in uninterrupted] == list(range(1, STEPS + 1))
     assert uninterrupted[-1]["loss"] < 0.7 * uninterrupted[0]["loss"]
     assert uninterrupted[0]["learning_rate"] == pytest.approx(5e-4)
@@ -116,7 +116,7 @@ def test_a_job_learns(uninterrupted):
     assert uninterrupted[-1]["epoch"] > 2 and uninterrupted[-1]["rows_skipped"] >= 2
 
 
-def test_a_job_that_is_done_stays_as_it_is(folder, uninterrupted):
+def test_a_finished_job_takes_no_further_step(folder, uninterrupted):
     told = []
     assert train(job(folder, "whole"), tell=told.append) == (STEPS, True)
     assert told[1] == f"resuming after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
@@ -124,8 +124,8 @@ def test_a_job_that_is_done_stays_as_it_is(folder, uninterrupted):
     assert steps(folder, "whole") == uninterrupted
 
 
-def test_the_result_is_a_checkpoint(folder, uninterrupted):
-    """What was trained has changed, what was frozen has not, and the engine takes it as it is."""
+def test_the_result_is_a_checkpoint_with_frozen_parts_unchanged(folder, uninterrupted):
+    """And the engine loads it."""
     directory = folder / "whole" / MODEL
     before, after = open_weights(RANDOM_CHECKPOINT), open_weights(directory)
     assert set(before) == set(after)
@@ -138,8 +138,9 @@ def test_the_result_is_a_checkpoint(folder, uninterrupted):
     assert 0 < len(Engine.from_pretrained(directory).generate(prompt, max_new_tokens=3).tokens) <= 3
 
 
-def test_an_adapter_is_trained_alone(folder, uninterrupted, monkeypatch):
-    """An evaluation that fails costs none of its steps."""
+@pytest.fixture(scope="module")
+def failed_evaluation(folder):
+    """A job with an adapter whose evaluation fails after three steps."""
 
     class Broken:
         every = 3
@@ -151,13 +152,22 @@ def test_an_adapter_is_trained_alone(folder, uninterrupted, monkeypatch):
             raise RuntimeError("no tokenizer")
 
     config = job(folder, "adapter", lora=LoraConfig(rank=2, alpha=4.0), steps=3)
-    monkeypatch.setattr("train.loop.Evaluator", Broken)
-    with pytest.raises(RuntimeError, match="no tokenizer"):
-        train(dataclasses.replace(config, eval=EvalConfig(files=(str(folder / "held.jsonl"),))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.Evaluator", Broken)
+        with pytest.raises(RuntimeError, match="no tokenizer"):
+            train(dataclasses.replace(config, eval=EvalConfig(files=(str(folder / "held.jsonl"),))))
     assert not (folder / "adapter" / ADAPTER).exists()
+    return config
+
+
+def test_a_failed_evaluation_loses_no_step(failed_evaluation):
     told = []
-    assert train(config, tell=told.append) == (3, True)
+    assert train(failed_evaluation, tell=told.append) == (3, True)
     assert told[1].startswith("resuming after step 3, ")
+
+
+def test_a_job_with_lora_trains_an_adapter(folder, failed_evaluation, uninterrupted):
+    train(failed_evaluation)
     losses = [line["loss"] for line in steps(folder, "adapter")]
     # The same samples, and the same model: an adapter adds nothing before its first step.
     assert losses[0] == pytest.approx(uninterrupted[0]["loss"], rel=1e-5) and losses[2] < losses[0]
@@ -169,13 +179,13 @@ def test_an_adapter_is_trained_alone(folder, uninterrupted, monkeypatch):
     assert np.abs(found).max() > 0
 
 
-def test_sigterm_saves_and_the_job_goes_on_bit_for_bit(folder, uninterrupted):
-    """In the middle of an evaluation, too, which is given up."""
+def test_a_job_stopped_by_sigterm_resumes_bit_for_bit(folder, uninterrupted):
+    """In the middle of an evaluation, which is dropped."""
     told = []
 
     def stop(line):
         told.append(line)
-        if line.startswith("step 3 "):  # which is said when the fourth is under way
+        if line.startswith("step 3 "):  # logged when the fourth is under way
             os.kill(os.getpid(), signal.SIGTERM)
 
     looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=4)
@@ -186,8 +196,8 @@ def test_sigterm_saves_and_the_job_goes_on_bit_for_bit(folder, uninterrupted):
     assert steps(folder, "stopped") == uninterrupted
 
 
-def test_a_killed_job_goes_on_bit_for_bit(folder, uninterrupted):
-    """By the command, killed behind a step that no checkpoint has: its line is written anew."""
+def test_a_killed_job_resumes_bit_for_bit(folder, uninterrupted):
+    """The command is killed after a step that no checkpoint has: its line is written again."""
     (folder / "killed.toml").write_text(JOB.replace('"out"', '"killed"'), encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "train", str(folder / "killed.toml")]
@@ -208,102 +218,131 @@ def test_a_killed_job_goes_on_bit_for_bit(folder, uninterrupted):
     assert steps(folder, "killed") == uninterrupted
 
 
-def test_a_job_looks_at_what_it_does_not_learn_from(folder):
-    """At loss, answers and their score, of what fits a batch; and the best of the models is the result."""
-    looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=2, generate=2, max_new_tokens=8)
+@pytest.fixture(scope="module")
+def evaluated(folder):
+    """A job of five steps with evaluations, best checkpoint, profile and TensorBoard; and its messages."""
+    held_out = EvalConfig(files=(str(folder / "held.jsonl"),), every=2, generate=2, max_new_tokens=8)
     config = job(
-        folder, "looked", eval=looked, steps=5, checkpoint=CheckpointConfig(every=100, keep=1, best="loss"),
+        folder, "evaluated", eval=held_out, steps=5, checkpoint=CheckpointConfig(every=100, keep=1, best="loss"),
         optimizer=OptimizerConfig(learning_rate=0.3, warmup=1, schedule="constant", clip_norm=None), tensorboard=True,
     )  # fmt: skip
     told = []
     assert train(config, profile=1, tell=told.append) == (5, True)
-    found = read_log(folder / "looked" / EVALUATIONS)
-    assert [line["step"] for line in found] == [2, 4, 5]
-    best = min(found, key=lambda line: line["loss"])["step"]
-    kept = {int(path.name) for path in (folder / "looked" / CHECKPOINTS).iterdir()}
-    assert kept == {best, 5}
-    assert best == 5 or f"exporting step {best}, the best by loss" in told
-    for step in (2, 4, 5):
-        lines = (folder / "looked" / ANSWERS / f"step-{step:08d}.jsonl").read_text().splitlines()
-        answers = [json.loads(line) for line in lines]
-        assert [answer.keys() for answer in answers] == [{"source", "expected", "answer", "score"}] * 2
-        assert all(answer["expected"] in ("chelsea", "coffee", "rocket") for answer in answers)
-    assert all(line["score"] in (0.0, 0.5, 1.0) for line in found)
-    assert list((folder / "looked" / PROFILE).rglob("*.xplane.pb"))
-    assert list((folder / "looked" / TENSORBOARD).iterdir())
-    (large,) = [line for line in told if "held.jsonl:" in line]
-    assert large.startswith("skipped in the evaluation: ")
-    assert "held.jsonl:2: found 1 images and frames of up to 144 patches" in large
+    return config, told
 
-    # The loss of the result is that which was found for it: the weights are float32, and written as bfloat16.
-    again = dataclasses.replace(config, model=str(folder / "looked" / MODEL), out=str(folder / "again"), steps=1)
+
+def test_evaluations_come_every_n_steps_and_after_the_last(folder, evaluated):
+    found = read_log(folder / "evaluated" / EVALUATIONS)
+    assert [line["step"] for line in found] == [2, 4, 5]
+    assert all(line["score"] in (0.0, 0.5, 1.0) for line in found)
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_answers_of_an_evaluation_are_written(folder, evaluated, step):
+    lines = (folder / "evaluated" / ANSWERS / f"step-{step:08d}.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer.keys() for answer in answers] == [{"source", "expected", "answer", "score"}] * 2
+    assert all(answer["expected"] in ("chelsea", "coffee", "rocket") for answer in answers)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(folder, evaluated):
+    config, told = evaluated
+    found = read_log(folder / "evaluated" / EVALUATIONS)
+    best = min(found, key=lambda line: line["loss"])
+    kept = {int(path.name) for path in (folder / "evaluated" / CHECKPOINTS).iterdir()}
+    assert kept == {best["step"], 5}
+    assert best["step"] == 5 or f"exporting step {best['step']}, the best by loss" in told
+    # The weights are float32, and written as bfloat16.
+    again = dataclasses.replace(config, model=str(folder / "evaluated" / MODEL), out=str(folder / "again"), steps=1)
     still = OptimizerConfig(learning_rate=1e-12, warmup=0)
     train(dataclasses.replace(again, optimizer=still, tensorboard=False))
     (line,) = read_log(folder / "again" / EVALUATIONS)
-    assert line["loss"] == pytest.approx(min(line["loss"] for line in found), rel=2**-6)
+    assert line["loss"] == pytest.approx(best["loss"], rel=2**-6)
 
 
-def test_another_job_does_not_go_on_from_here(folder, uninterrupted):
-    config = load_config(folder / "job.toml")
-    others = {
-        r'freeze: found \["vision", "llm"\]; expected \["vision"\]': dict(freeze=("vision", "llm")),
-        "seed: found 7; expected 0": dict(seed=7),
-        "eval.share: found 0.5; expected 0.0": dict(eval=EvalConfig(share=0.5)),
-        "batch.length: found 80; expected 96": dict(batch=dataclasses.replace(config.batch, length=80)),
-        "records to learn from: found 4; expected 12": dict(
-            data=dataclasses.replace(config.data, files=(str(folder / "held.jsonl"),))
-        ),
-    }
-    for message, changes in others.items():
-        with pytest.raises(CheckpointError, match=f"cannot resume from this checkpoint: .*{message}"):
-            train(job(folder, "whole", **changes))
+def test_profile_and_tensorboard_are_written(folder, evaluated):
+    assert list((folder / "evaluated" / PROFILE).rglob("*.xplane.pb"))
+    assert list((folder / "evaluated" / TENSORBOARD).iterdir())
 
 
-def test_processes_agree_on_what_they_look_at(folder, monkeypatch):
-    """By what came of the records, before a model is loaded."""
+def test_held_out_records_that_fit_no_batch_are_skipped(evaluated):
+    (large,) = [line for line in evaluated[1] if "held.jsonl:" in line]
+    assert large.startswith("skipped in the evaluation: ")
+    assert "held.jsonl:2: found 1 images and frames of up to 144 patches" in large
+
+
+CHANGED = {
+    r'freeze: found \["vision", "llm"\]; expected \["vision"\]': lambda job: dict(freeze=("vision", "llm")),
+    "seed: found 7; expected 0": lambda job: dict(seed=7),
+    "eval.share: found 0.5; expected 0.0": lambda job: dict(eval=EvalConfig(share=0.5)),
+    "batch.length: found 80; expected 96": lambda job: dict(batch=dataclasses.replace(job.batch, length=80)),
+    "records to learn from: found 4; expected 12": lambda job: dict(
+        data=dataclasses.replace(job.data, files=(job.data.files[0].replace("data.jsonl", "held.jsonl"),))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", CHANGED)
+def test_a_changed_job_does_not_resume(folder, uninterrupted, message):
+    changes = CHANGED[message](load_config(folder / "job.toml"))
+    with pytest.raises(CheckpointError, match=f"cannot resume from this checkpoint: .*{message}"):
+        train(job(folder, "whole", **changes))
+
+
+def test_processes_agree_on_the_held_out_samples(folder, monkeypatch):
+    """Before a model is loaded."""
     digests = []
     monkeypatch.setattr("train.loop.Job", None)
     monkeypatch.setattr("train.evaluate.agree", lambda name, digest: digests.append((name, digest)))
-    for count in (3, 3, 4):  # the second of them does not fit
-        looked = EvalConfig(files=(str(folder / "held.jsonl"),), max_samples=count)
+    for count in (3, 3, 4):  # the second record does not fit
+        held_out = EvalConfig(files=(str(folder / "held.jsonl"),), max_samples=count)
         with pytest.raises(AttributeError, match="start"):
-            train(job(folder, "agreed", eval=looked))
+            train(job(folder, "agreed", eval=held_out))
     first, second, third = digests
     assert first == second != third and first[0] == "the records of eval"
 
 
-def test_what_cannot_be_done_in_the_end_is_not_begun(folder, monkeypatch):
-    monkeypatch.setattr("train.loop.Job", None)  # no model is loaded
-    (folder / "taken" / MODEL).mkdir(parents=True)
-    (folder / "taken" / MODEL / "thesis.txt").touch()
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: found thesis\.txt"):
-        train(job(folder, "taken"))
-    monkeypatch.setattr(
-        "glm4v_jax.checkpoints.atomic_directory.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000)
-    )
-    with pytest.raises(CheckpointError, match=r"needs [0-9,]+ bytes, found 1,000 free"):
-        train(job(folder, "full"))
-    looked = EvalConfig(files=(str(folder / "held.jsonl"),))
-    data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
-    monkeypatch.undo()
-    with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 images and frames of up to 144 patches"):
-        train(job(folder, "large", eval=looked, data=data))
+class TestBeforeTheModelIsLoaded:
+    @pytest.fixture(autouse=True)
+    def _no_model(self, monkeypatch):
+        monkeypatch.setattr("train.loop.Job", None)
+
+    def test_other_files_in_the_place_of_the_result_are_refused(self, folder):
+        (folder / "taken" / MODEL).mkdir(parents=True)
+        (folder / "taken" / MODEL / "thesis.txt").touch()
+        with pytest.raises(CheckpointError, match=r"found thesis\.txt"):
+            train(job(folder, "taken"))
+
+    def test_a_full_disk_is_found(self, folder, monkeypatch):
+        monkeypatch.setattr(
+            "glm4v_jax.checkpoints.atomic_directory.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000)
+        )
+        with pytest.raises(CheckpointError, match=r"1,000 free"):
+            train(job(folder, "full"))
+
+    def test_a_bad_held_out_record_ends_a_strict_job(self, folder):
+        held_out = EvalConfig(files=(str(folder / "held.jsonl"),))
+        data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
+        with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 images and frames of up to 144 patches"):
+            train(job(folder, "large", eval=held_out, data=data))
 
 
-def test_a_job_ends_where_it_cannot_go_on(folder):
-    for steps_, out in ((STEPS, "spikes"), (2, "last")):  # the last step, too, is looked at
-        with pytest.raises(
-            TrainError, match=r"step 2: found gradients of norm .*, the last of 2 skipped steps in a row"
-        ):
-            train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=steps_))
-    # What has been left out is not counted by the schedule.
-    assert [line["learning_rate"] for line in steps(folder, "spikes")] == [pytest.approx(5e-4)] * 2
+@pytest.mark.parametrize(("count", "out"), [(STEPS, "spikes"), (2, "last")])  # the last step is checked, too
+def test_skipped_steps_in_a_row_end_a_job(folder, count, out):
+    with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, the last of 2 skipped steps in a row"):
+        train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=count))
+    # Skipped steps do not advance the schedule.
+    rates = [line["learning_rate"] for line in steps(folder, out)]
+    assert rates == [pytest.approx(5e-4)] * 2
+
+
+def test_a_bad_record_ends_a_strict_job(folder):
     data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
     with pytest.raises(DataError, match=r"data\.jsonl:5: images: found 0"):
         train(job(folder, "strict", data=data))
 
 
-def test_what_is_no_number_is_null_in_json(folder):
+def test_nan_is_written_as_null(folder):
     config = job(folder, "log")
     (folder / "log").mkdir()
     log = Log(folder / "log", config, 0, None, print)
@@ -313,8 +352,8 @@ def test_what_is_no_number_is_null_in_json(folder):
 
 
 @pytest.mark.parametrize(("steps", "said"), [(2, "was not written"), (4, "has only 2 steps"), (5, None), (9, None)])
-def test_a_profile_is_of_steps_alone(tmp_path, monkeypatch, steps, said):
-    """Three of them behind the first two, and not of what follows the last one."""
+def test_a_profile_covers_steps_alone(tmp_path, monkeypatch, steps, said):
+    """Three of them after the first two, and nothing after the last."""
     seen, told = [], []
     monkeypatch.setattr("jax.profiler.start_trace", lambda directory: seen.append("start"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: seen.append("stop"))

@@ -105,7 +105,7 @@ def test_every_mesh_gives_the_losses_of_one_device(folder, one_device, sharded):
         np.testing.assert_allclose(losses(folder, f"mesh-{number}"), one_device, rtol=1e-5)
 
 
-def test_a_job_goes_on_on_another_mesh(folder, one_device, sharded):
+def test_a_job_resumes_on_another_mesh(folder, one_device, sharded):
     ((first, second, *_),) = sharded
     assert first.endswith("60 records to train on; 8 devices (fsdp=2,kv=2,q=2), cpu")
     assert second == "resuming after step 2, from checkpoints"
@@ -199,7 +199,7 @@ def test_a_mesh_that_cannot_divide_the_batch_is_refused():
     check_batch(BatchConfig(rows=9, vision_rows=0), mesh)
 
 
-def test_other_lanes_are_other_batches(folder, one_device):
+def test_a_job_with_other_lanes_does_not_resume(folder, one_device):
     config = load_config(folder / "job.toml")
     with pytest.raises(CheckpointError, match=r"batch\.lanes: found 2; expected 8, as saved"):
         train(job(folder, "one", batch=dataclasses.replace(config.batch, lanes=2), steps=STEPS + 1))

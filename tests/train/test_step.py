@@ -148,7 +148,7 @@ def test_weights_of_zero_count_for_nothing(checkpoints):
     assert float(none.loss) == float(none.weight) == 0
 
 
-def test_accuracy_is_the_share_of_likeliest_tokens(checkpoints):
+def test_accuracy_is_the_fraction_of_most_likely_tokens(checkpoints):
     batch, _ = example()
     model = load_model(checkpoints("base"), CONFIG)
     hidden = jax.jit(lambda model: model(batch.batch))(model)
@@ -195,7 +195,7 @@ def test_a_bad_step_changes_nothing(checkpoints, bad):
         assert not bool(metrics.is_skipped) and (int(state.skipped), int(state.streak)) == (2, 0)
 
 
-def test_what_is_frozen_stays(checkpoints):
+def test_frozen_parameters_are_not_in_the_state(checkpoints):
     groups = ("merger", "llm")
     step, state, frozen, _ = started(checkpoints, is_trained=lambda path: group_of(path) in groups)
     assert {group_of(path) for path in frozen} == {"vision"} and {group_of(path) for path in state.params} == set(
@@ -204,6 +204,9 @@ def test_what_is_frozen_stays(checkpoints):
     before = {path: np.asarray(value) for path, value in state.params.items()}
     state, _ = step(state, frozen, stacked(example()[0]))
     assert all(np.abs(np.asarray(value) - before[path]).max() > 0 for path, value in state.params.items())
+
+
+def test_a_model_with_everything_frozen_is_refused(checkpoints):
     with pytest.raises(ConfigError, match="no parameter to train"):
         started(checkpoints, is_trained=lambda path: False)
 
@@ -223,7 +226,7 @@ def test_groups_have_their_own_learning_rates(checkpoints):
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
-def test_other_optimizers_learn(checkpoints, name):
+def test_adafactor_and_muon_reduce_the_loss(checkpoints, name):
     step, state, frozen, _ = started(checkpoints, dataclasses.replace(CONSTANT, name=name, clip_norm=1.0))
     losses = []
     for _ in range(6):
@@ -241,7 +244,7 @@ def test_muon_knows_inputs_from_outputs(checkpoints):
     assert not any("norm" in path or "embed_tokens" in path for path in dims)
 
 
-def test_learning_rates_over_time():
+def test_schedules_warm_up_and_decay():
     config = OptimizerConfig(learning_rate=1.0, warmup=0.1, final_share=0.1)
     rate = learning_rate(config, 100)
     assert [round(float(rate(step)), 6) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""`python -m train check`: what it counts, what it finds bad, what it prints, draws and exits with."""
+"""`train check`: counts, bad rows, printed report, histogram and exit status."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_good_data_are_counted(data):
     assert check(read_records(data)).longest == f"{data}:1"
 
 
-def test_bad_rows_are_told_and_not_counted(data):
+def test_bad_rows_are_reported_and_not_counted(data):
     directory = data.parent
     (directory / "text.png").write_text("no picture")
     add(
@@ -112,7 +112,7 @@ def test_only_the_first_bad_rows_are_kept(data):
     assert [problem.place for problem in report.problems] == [f"{data}:{line}" for line in range(6, 26)]
 
 
-def test_truncated_files_show_when_they_are_decoded(data):
+def test_truncated_files_are_found_by_decoding(data):
     directory = data.parent
     whole = (directory / "cat.png").read_bytes()
     (directory / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -124,7 +124,7 @@ def test_truncated_files_show_when_they_are_decoded(data):
     assert "cut.png: is truncated or corrupt" in report.problems[0].reason
 
 
-def test_pictures_of_the_net_are_not_looked_at(data):
+def test_remote_images_are_checked_only_with_decode(data):
     add(data, row("<image>?", images=["http://127.0.0.1:9/a.png"]))
     report = check(read_records(data))
     assert (report.bad, report.remote, report.pictures) == (0, 1, 5)
@@ -133,7 +133,7 @@ def test_pictures_of_the_net_are_not_looked_at(data):
     assert report.problems[0].reason.startswith("http://127.0.0.1:9/a.png: ")
 
 
-def test_limit(data):
+def test_a_limit_checks_the_first_rows(data):
     told = []
     report = check(read_records(data), limit=2, progress=lambda done, total: told.append((done, total)))
     assert (report.total, report.checked, report.pictures) == (5, 2, 3)
@@ -143,7 +143,7 @@ def test_limit(data):
         check(read_records(data), limit=0)
 
 
-def test_tokens_are_those_of_a_sample(data):
+def test_token_counts_are_those_of_samples(data):
     samples = pytest.importorskip("train.data.samples")
     thoughts = "<think>So.</think><answer>{}</answer>"
     messages = [
@@ -163,7 +163,7 @@ def test_tokens_are_those_of_a_sample(data):
         assert count(record) == len(sample.input_ids), record.source
 
 
-def test_pictures_are_not_decoded_for_their_tokens(data, monkeypatch):
+def test_images_are_not_decoded_to_count_tokens(data, monkeypatch):
     records = read_records(data)
     count = TokenCounter(Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT))
     expected = [count(records[i]) for i in (0, 1, 4)]
@@ -171,7 +171,7 @@ def test_pictures_are_not_decoded_for_their_tokens(data, monkeypatch):
     assert [count(records[i]) for i in (0, 1, 4)] == expected
 
 
-def test_a_film_that_cannot_be_decoded_is_a_bad_row_once_tokens_are_counted(data):
+def test_a_damaged_video_is_a_bad_row_when_tokens_are_counted(data):
     (data.parent / "bad.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
     add(data, row("<video>?", videos=["bad.mp4"]))
     assert check(read_records(data)).bad == 0
@@ -181,7 +181,7 @@ def test_a_film_that_cannot_be_decoded_is_a_bad_row_once_tokens_are_counted(data
     assert not report.problems[0].reason.startswith(str(data))
 
 
-def test_command_says_what_there_is(capfd, data):
+def test_the_command_prints_a_table(capfd, data):
     status, out, err = run(capfd, data)
     assert (status, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -195,7 +195,7 @@ def test_command_says_what_there_is(capfd, data):
     ]
 
 
-def test_command_lists_bad_rows_and_exits_with_1(capfd, data):
+def test_bad_rows_are_listed_with_exit_status_1(capfd, data):
     add(data, row("<image>?", images=["\x1b[31mnone.png"]))
     status, out, err = run(capfd, data)
     assert (status, err) == (1, "")
@@ -205,7 +205,7 @@ def test_command_lists_bad_rows_and_exits_with_1(capfd, data):
     assert "bad rows, 20 of them shown:" in run(capfd, data)[1]
 
 
-def test_command_as_json(capfd, data):
+def test_the_report_as_json(capfd, data):
     status, out, err = run(capfd, data, "--json", "--model", RANDOM_CHECKPOINT, "--limit", 4)
     assert (status, err) == (0, "")
     report = json.loads(out)
@@ -215,7 +215,7 @@ def test_command_as_json(capfd, data):
     assert report["longest"] == f"{data}:2"
 
 
-def test_command_draws(capfd, data, tmp_path):
+def test_a_histogram_is_drawn_unless_there_is_no_good_row(capfd, data, tmp_path):
     picture = tmp_path / "lengths.png"
     assert run(capfd, data, "--histogram", picture)[0] == 0
     with PIL.Image.open(picture) as image:
@@ -239,7 +239,7 @@ def test_command_draws(capfd, data, tmp_path):
         (["data.jsonl", "--histogram", "none/a.png"], "none/a.png: No such file or directory"),
     ],
 )
-def test_trouble_is_one_line_and_status_2(capfd, data, monkeypatch, arguments, says):
+def test_errors_are_one_line_with_exit_status_2(capfd, data, monkeypatch, arguments, says):
     monkeypatch.chdir(data.parent)
     (data.parent / "data.csv").write_text("a,b\n")
     status, out, err = run(capfd, *arguments)
@@ -248,7 +248,7 @@ def test_trouble_is_one_line_and_status_2(capfd, data, monkeypatch, arguments, s
     assert len(err.splitlines()) == 1
 
 
-def test_several_files_a_format_and_a_directory_of_pictures(capfd, data):
+def test_files_share_a_format_and_a_media_directory(capfd, data):
     elsewhere = data.parent / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(data, elsewhere / "again.jsonl")
@@ -262,7 +262,7 @@ def test_several_files_a_format_and_a_directory_of_pictures(capfd, data):
     assert error.value.code == 2
 
 
-def test_percentiles_are_lengths_that_there_are():
+def test_percentiles_are_values_of_the_data():
     assert [percentile(range(1, 101), share) for share in (50, 95, 100)] == [50, 95, 100]
     assert percentile([7], 50) == 7
 
@@ -278,7 +278,7 @@ def test_bins_hold_every_value(values):
         assert counts[value // width] > 0
 
 
-def test_bars_are_as_high_as_there_are_values():
+def test_bars_are_as_high_as_their_counts():
     pixels = np.asarray(draw_histogram([10] * 4 + [90] * 2, "tokens", "x"))
     blue = (pixels == np.array([0x44, 0x77, 0xAA])).all(axis=2)
     columns = blue.sum(axis=0)

@@ -1,4 +1,4 @@
-"""Formats of training data, each as its project documents it, and rows that are broken in every way."""
+"""Formats of training data, each as its project documents it, and invalid rows."""
 
 import copy
 import io
@@ -104,7 +104,7 @@ TRL_COMPLETION = {
 }
 
 
-def test_llama_factory_openai():
+def test_llama_factory_conversations_read():
     messages, losses = read_row(LLAMA_FACTORY, "openai")
     assert messages == (
         turn("user", image("mllm_demo_data/1.jpg"), "Who are they?"),
@@ -117,7 +117,7 @@ def test_llama_factory_openai():
     assert messages[0] == turn("user", video("mllm_demo_data/1.mp4"), "Why is this video funny?")
 
 
-def test_sharegpt():
+def test_sharegpt_rows_read():
     messages, losses = read_row(SHAREGPT, "sharegpt")
     assert messages == (
         turn("system", "You are terse."),
@@ -127,7 +127,7 @@ def test_sharegpt():
     assert losses == (False, False, True)
 
 
-def test_what_the_system_says_in_the_conversation_wins():
+def test_a_system_message_in_the_conversation_wins():
     talk = [{"from": "system", "value": "Be long."}, *SHAREGPT["conversations"]]
     messages, losses = read_row(SHAREGPT | {"conversations": talk}, "sharegpt")
     assert messages[0] == turn("system", "Be long.")
@@ -135,7 +135,7 @@ def test_what_the_system_says_in_the_conversation_wins():
     assert losses == (False, False, True)
 
 
-def test_llava():
+def test_llava_rows_read():
     messages, losses = read_row(LLAVA, "llava")
     assert messages[0] == turn(
         "user", image("coco/train2017/000000033471.jpg"), "\nWhat are the colors of the bus in the image?"
@@ -144,7 +144,7 @@ def test_llava():
     assert losses == (False, True) * 2
 
 
-def test_alpaca():
+def test_alpaca_rows_read():
     messages, losses = read_row(ALPACA, "alpaca")
     assert messages == (
         turn("system", "You are terse."),
@@ -160,7 +160,7 @@ def test_alpaca():
     )
 
 
-def test_swift_boxes_become_thousandths_of_their_picture():
+def test_swift_boxes_become_thousandths_of_their_image():
     messages, _ = read_row(SWIFT, "swift", lambda item: {"/xxx/x.jpg": (600, 800)}[item["path"]])
     assert messages[1:] == (
         turn("user", image("/xxx/x.jpg"), "Find the sheep in the image"),
@@ -169,7 +169,7 @@ def test_swift_boxes_become_thousandths_of_their_picture():
     )
 
 
-def test_swift_points_and_shares_of_one():
+def test_swift_points_from_0_to_1_need_no_image_size():
     row = {
         "messages": [
             {"role": "user", "content": "<image>Help me open Google Chrome"},
@@ -178,11 +178,11 @@ def test_swift_points_and_shares_of_one():
         "images": ["/xxx/x.jpg"],
         "objects": {"ref": [], "bbox": [[0.615, 0.226]], "bbox_type": "norm1"},
     }
-    # The size of the picture is not asked for.
+    # The size of the image is not needed.
     assert read_row(row, "swift", None).messages[1] == turn("assistant", "Action: click(start_box='[615,226]')")
 
 
-def test_swift_boxes_of_the_picture_that_they_name():
+def test_swift_boxes_belong_to_the_image_of_their_id():
     row = {
         "messages": [
             {"role": "user", "content": "<image><image>Where?"},
@@ -199,7 +199,7 @@ def test_swift_boxes_of_the_picture_that_they_name():
 @hypothesis.given(
     st.integers(1, 5000), st.integers(1, 5000), st.lists(st.floats(0, 1), min_size=4, max_size=4).map(sorted)
 )
-def test_written_boxes_are_found_again_where_they_were(width, height, shares):
+def test_boxes_survive_writing_and_parsing(width, height, shares):
     x1, x2, y1, y2 = shares
     box = [x1 * width, y1 * height, x2 * width, y2 * height]
     messages = [turn("user", image("a.png")), turn("assistant", "<|begin_of_box|>[<bbox>]<|end_of_box|>")]
@@ -214,7 +214,7 @@ def test_written_boxes_are_found_again_where_they_were(width, height, shares):
     assert messages[1] == turn("assistant", "<|begin_of_box|>[<bbox>]<|end_of_box|>")
 
 
-def test_swift_losses():
+def test_loss_and_weight_fields_choose_the_targets():
     row = {
         "messages": [
             {"role": "user", "content": "a", "loss": None},
@@ -228,7 +228,7 @@ def test_swift_losses():
     assert read_row(row, "openai").losses == (False, False, False, True)
 
 
-def test_trl():
+def test_trl_rows_read():
     expected = (turn("user", image("a.png"), "What color is it?"), turn("assistant", "It is blue."))
     assert read_row(TRL, "hf").messages == expected
     assert read_row(TRL, "hf").losses == (False, True)
@@ -240,7 +240,7 @@ def test_trl():
     )
 
 
-def test_what_the_assistant_said_in_a_prompt_is_not_learned():
+def test_answers_in_a_prompt_do_not_contribute_to_the_loss():
     prompt = [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
     assert read_row({"prompt": prompt, "completion": [turn("assistant", "d")]}, "hf").losses == (
         False,
@@ -250,7 +250,7 @@ def test_what_the_assistant_said_in_a_prompt_is_not_learned():
     )
 
 
-def test_tables_fill_items_with_null_and_pictures_with_bytes():
+def test_items_of_tables_may_have_null_fields_and_images_as_bytes():
     data = png(4, 4)
     empty = {"type": None, "text": None, "image": None}
     row = {
@@ -285,7 +285,7 @@ def test_tables_fill_items_with_null_and_pictures_with_bytes():
         ),
     ],
 )
-def test_spellings_of_typed_items(item, expected):
+def test_typed_items_of_any_spelling_read_alike(item, expected):
     row = {"messages": [{"role": "user", "content": [item]}, {"role": "assistant", "content": "!"}]}
     assert read_row(row, "hf").messages[0] == turn("user", expected)
 
@@ -304,7 +304,7 @@ def test_spellings_of_typed_items(item, expected):
         (TRL_COMPLETION, "hf"),
     ],
 )
-def test_formats_are_known_by_their_fields(row, name):
+def test_formats_are_detected_by_their_fields(row, name):
     assert detect(row) == name
 
 
@@ -412,7 +412,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("row", "says"), BROKEN, ids=range(len(BROKEN)))
-def test_broken_rows_name_field_found_and_expected(row, says):
+def test_invalid_rows_are_named_with_found_and_expected(row, says):
     with pytest.raises(DataError, match=says):
         read_row(row, detect(row), lambda item: (60, 80))
 
@@ -436,7 +436,7 @@ def places(value, before=()):
 
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=500)
-def test_whatever_stands_in_a_row_is_learned_or_refused(data):
+def test_any_row_is_read_or_refused_with_the_field(data):
     row = copy.deepcopy(data.draw(st.sampled_from(DOCUMENTED)))
     *before, last = data.draw(st.sampled_from([place for place in places(row) if place]))
     value = row
@@ -461,7 +461,7 @@ QUESTIONS = st.lists(st.one_of(TEXTS.map(text), PATHS.map(image)), min_size=1, m
 
 
 @hypothesis.given(st.lists(st.tuples(QUESTIONS, TEXTS), min_size=1, max_size=3), st.none() | TEXTS)
-def test_formats_that_say_the_same_give_the_same(pairs, system):
+def test_one_conversation_reads_alike_in_every_format(pairs, system):
     asked = [{"role": "user", "content": items} for items, _ in pairs]
     told = [turn("assistant", answer) for _, answer in pairs]
     messages = [message for pair in zip(asked, told, strict=True) for message in pair]

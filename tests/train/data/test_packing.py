@@ -92,7 +92,7 @@ def check(batch, samples, places):
         assert (batch.batch.vision_index[free] == -1).all()
 
 
-def test_samples_stand_at_their_places():
+def test_samples_are_copied_to_their_places():
     batch = packed(SAMPLES)
     places = places_of(SAMPLES)
     assert [(p.row, p.segment) for p in places] == [(0, 1), (0, 2), (1, 1), (0, 3)]
@@ -102,7 +102,7 @@ def test_samples_stand_at_their_places():
     assert dtypes == {"int32", "float32"} and batch.weights.dtype == np.float32
 
 
-def test_unpacked_is_one_sample_a_row():
+def test_without_packing_a_row_has_one_sample():
     batch = packed(SAMPLES, rows=5, per_row=1)
     check(batch, SAMPLES, places_of(SAMPLES, rows=5, per_row=1))
     assert (batch.batch.segment_ids.max(axis=1) == [1, 1, 1, 1, 0]).all()
@@ -116,7 +116,7 @@ def test_batches_of_one_shape_have_one_structure():
 
 
 @pytest.mark.parametrize("average", ["token", "sample"])
-def test_weights(average):
+def test_weights_are_averages_over_tokens_or_samples(average):
     batch = packed(SAMPLES, average=average)
     for sample, p in zip(SAMPLES, places_of(SAMPLES), strict=True):
         weights = batch.weights[p.row, p.start : p.start + len(sample)]
@@ -202,7 +202,7 @@ def test_packed_equals_unpacked_to_the_model(scores, real_samples):
         assert np.abs(alone[0, : len(sample)] - b).max() <= TOLERANCE * np.abs(b).max(), sample.source
 
 
-def test_one_segment_for_all_would_be_seen(scores, real_samples):
+def test_samples_that_see_each_other_change_the_logits(scores, real_samples):
     """What the test before would find if samples saw one another, or pictures did."""
     batch = packed(real_samples, rows=1, length=320, vision_shape=(2, 256))
     logits, _ = scores(batch)
@@ -214,19 +214,19 @@ def test_one_segment_for_all_would_be_seen(scores, real_samples):
         assert np.abs(scores(wrong)[0] - logits).max() > 100 * TOLERANCE * np.abs(logits).max()
 
 
-def test_an_empty_batch_gives_numbers(scores):
+def test_an_empty_batch_has_finite_logits_and_no_loss(scores):
     logits, sums = scores(packed([], rows=2, length=160, vision_shape=(2, 256)))
     assert np.isfinite(logits).all() and sums.loss == 0 and sums.weight == 0
 
 
-def test_padding_of():
+def test_padding_is_a_fraction_of_tokens_and_patches():
     share = padding_of(packed(SAMPLES))
     tokens, patches = sum(map(len, SAMPLES)), sum(int(sample.frames.prod(axis=1).sum()) for sample in SAMPLES)
     assert share.tokens == pytest.approx(1 - tokens / 96) and share.patches == pytest.approx(1 - patches / 384)
     assert padding_of(packed(SAMPLES[1::2], vision_shape=None)).patches is None
 
 
-def test_what_does_not_fit_is_refused():
+def test_samples_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match=r"samples from made:1 on: found .* tokens; expected ones that fit 1 x 40"):
         packed(SAMPLES, rows=1, length=40)
     with pytest.raises(DataError, match=r"samples from made:1 on: found .* of 68 patches; expected .* \(1, 64\)"):
@@ -285,7 +285,7 @@ def test_resuming_anywhere_gives_the_same_rest(sizes, options, data):
     assert [list(map(id, batch)) for batch in rest[0]] == [list(map(id, batch)) for batch in rest[1]]
 
 
-def test_the_first_that_has_room_and_the_fullest_first():
+def test_a_sample_goes_to_the_first_batch_with_room_and_the_fullest_is_done_first():
     packer = Packer(rows=1, length=30, open_batches=2)
     done = [packer.push(made([n], seed=n)) for n in (12, 20, 5, 9, 25)]
     # 5 and 9 have room behind 12, and 25 nowhere: of 26 and 20 tokens the 26 go.
@@ -297,7 +297,7 @@ def test_the_first_that_has_room_and_the_fullest_first():
     assert packer.get_state() == {"pushed": 6, "open": []}
 
 
-def test_a_sample_that_fits_no_batch():
+def test_a_sample_that_fits_no_batch_is_refused():
     packer = Packer(rows=2, length=30, vision_shape=(2, 24), open_batches=2)
     packer.push(made([5]))
     before = packer.get_state()
@@ -311,7 +311,7 @@ def test_a_sample_that_fits_no_batch():
         assert packer.get_state() == before
 
 
-def test_keys_are_the_callers():
+def test_keys_of_the_caller_are_saved():
     packer = Packer(rows=1, length=30)
     packer.push(made([20]), key=["a.jsonl", 3])
     assert packer.get_state() == {"pushed": 1, "open": [[["a.jsonl", 3]]]}
@@ -320,7 +320,7 @@ def test_keys_are_the_callers():
         other.set_state(packer.get_state(), lambda key: made([20]))
 
 
-def test_little_padding_on_mixed_data():
+def test_padding_of_mixed_lengths_is_below_a_tenth():
     """Lengths as in real data, many short and a few long: at most a tenth of the tokens' places stay empty."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.5, 0.9, 400).astype(int), 8, 1024)
@@ -334,7 +334,7 @@ def test_little_padding_on_mixed_data():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(side, side), max_size=8), st.tuples(st.integers(1, 3), st.sampled_from([16, 36, 72])))
-def test_what_is_said_to_fit_is_packed(grids, shape):
+def test_samples_pack_exactly_if_vision_fits_says_so(grids, shape):
     sample = made([1] * (len(grids) + 1), grids)
     options = {"rows": 1, "length": len(sample), "vision_shape": shape, "config": CONFIG}
     if vision_fits(sample.frames, shape):

@@ -55,7 +55,7 @@ def test_records_of_several_files_are_one_sequence(tmp_path):
             records[index]
 
 
-def test_a_record_is_what_the_issue_says(tmp_path):
+def test_a_record_has_messages_losses_and_its_place(tmp_path):
     path = write(tmp_path / "data.jsonl", [shown("a.png")])
     (record,) = read_records(str(path))
     assert record == Record(
@@ -74,7 +74,7 @@ def test_a_record_is_what_the_issue_says(tmp_path):
 
 @hypothesis.given(st.permutations(range(12)))
 @hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=20)
-def test_any_order_in_another_process_gives_the_same(tmp_path, order):
+def test_pickled_records_read_the_same_in_any_order(tmp_path, order):
     if not (tmp_path / "c.json").exists():
         write(tmp_path / "a.jsonl", [row(n) for n in range(5)])
         write(tmp_path / "b.jsonl", [row(5)])
@@ -83,7 +83,7 @@ def test_any_order_in_another_process_gives_the_same(tmp_path, order):
     assert [answer(records[n]) for n in order] == [f"answer {n}" for n in order]
 
 
-def test_tables_hold_pictures(tmp_path):
+def test_parquet_tables_may_hold_image_bytes(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -96,7 +96,7 @@ def test_tables_hold_pictures(tmp_path):
     assert records[2].source == f"{path}[2]"
 
 
-def test_bad_rows_name_their_place_and_leave_the_others(tmp_path):
+def test_a_bad_row_is_named_and_does_not_affect_others(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(
         "\n".join([json.dumps(row(0)), "", "{", json.dumps(shown("a.png") | {"images": []}), json.dumps(row(1))])
@@ -110,7 +110,7 @@ def test_bad_rows_name_their_place_and_leave_the_others(tmp_path):
     assert answer(records[3]) == "answer 1"
 
 
-def test_a_box_in_a_picture_that_is_not_there_is_a_bad_row(tmp_path):
+def test_a_box_in_a_missing_image_is_a_bad_row(tmp_path):
     objects = {"ref": [], "bbox": [[1, 2, 3, 4]]}
     one = shown("none.png") | {"objects": objects}
     one["messages"][1]["content"] = "<bbox>"
@@ -130,13 +130,13 @@ def test_boxes_read_the_size_from_the_file(tmp_path):
     assert answer(read_records(write(tmp_path / "data.json", [one]))[0]) == "[250,250,750,750]"
 
 
-def test_media_dir(tmp_path):
+def test_relative_paths_are_joined_to_media_dir(tmp_path):
     path = write(tmp_path / "data.jsonl", [shown("a.png"), shown("/b.png"), shown("https://h/c.png")])
     items = [record.media()[0] for record in read_records(path, media_dir="/pictures")]
     assert [item.get("path", item.get("url")) for item in items] == ["/pictures/a.png", "/b.png", "https://h/c.png"]
 
 
-def test_a_named_format_is_not_guessed(tmp_path):
+def test_a_given_format_is_not_detected(tmp_path):
     one = {"messages": row(0)["messages"], "images": ["a.png"]}
     path = write(tmp_path / "data.json", [one])
     with pytest.raises(DataError, match="found 1 for 0 <image> markers"):
@@ -148,7 +148,7 @@ def test_a_named_format_is_not_guessed(tmp_path):
         read_records(path, format="csv")
 
 
-def test_nothing_to_read(tmp_path):
+def test_missing_files_are_errors(tmp_path):
     with pytest.raises(DataError, match="source: found no file"):
         read_records([])
     with pytest.raises(FileNotFoundError):
@@ -197,7 +197,7 @@ def described(tmp_path):
     return tmp_path
 
 
-def test_dataset_info_says_what_columns_mean(described):
+def test_dataset_info_names_the_columns(described):
     (record,) = read_records(f"{described}/dataset_info.json:mllm_demo")
     # LLaMA-Factory's paths are relative to its directory of data.
     assert record.media() == [{"type": "image", "path": str(described / "mllm_demo_data/1.jpg")}]
@@ -224,12 +224,12 @@ def test_dataset_info_says_what_columns_mean(described):
         ("", "found no name of a data set; expected .*dataset_info.json:NAME with one of"),
     ],
 )
-def test_entries_that_cannot_be_read(described, name, says):
+def test_invalid_data_sets_are_named(described, name, says):
     with pytest.raises(DataError, match=says):
         read_records(f"{described}/dataset_info.json{name}")
 
 
-def test_the_directory_of_a_dataset_info_asks_for_a_name(described):
+def test_a_directory_with_several_data_sets_needs_a_name(described):
     with pytest.raises(DataError, match="found no name of a data set"):
         read_records(described)
     only = {"it": {"file_name": "own.jsonl", "columns": {"prompt": "q", "response": "a"}}}
@@ -240,7 +240,7 @@ def test_the_directory_of_a_dataset_info_asks_for_a_name(described):
 
 
 @pytest.mark.parametrize(("content", "found"), [("[", "invalid JSON"), ("[]", "a list; expected an object")])
-def test_a_broken_dataset_info(tmp_path, content, found):
+def test_an_invalid_dataset_info_is_named(tmp_path, content, found):
     (tmp_path / "dataset_info.json").write_text(content)
     with pytest.raises(DataError, match=found):
         read_records(tmp_path)

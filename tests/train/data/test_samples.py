@@ -130,7 +130,7 @@ def test_tokens_are_those_of_the_reference(processor, theirs, name):
 
 
 @pytest.mark.parametrize("rate", [None, 4])
-def test_a_video_of_frames(processor, theirs, rate):
+def test_a_video_of_frames_equals_the_reference(processor, theirs, rate):
     given = video() if rate is None else video(fps=rate)
     messages = (user(given, "Where does it go?"), assistant(THOUGHT))
     sample = encode(record(*messages), processor, CONFIG)
@@ -225,7 +225,7 @@ def test_the_tokens_before_an_answer_are_the_prompt_for_it(processor, name):
     assert start < 2 or sample.targets[start - 2] == IGNORED
 
 
-def test_line_breaks_before_an_answer_go(processor, tmp_path):
+def test_line_breaks_before_an_answer_are_removed(processor, tmp_path):
     """With the merges of the released tokenizer they would fuse with the line break of the header."""
     merges = [("Ċ", "Ċ"), ("Ġ", "Ġ")]
     write_small_tokenizer(tmp_path, merges)
@@ -242,7 +242,7 @@ def test_line_breaks_before_an_answer_go(processor, tmp_path):
     np.testing.assert_array_equal(sample.input_ids[: len(prompt)], prompt)
 
 
-def test_which_thoughts_are_kept(processor):
+def test_keep_thoughts_chooses_thoughts_and_targets(processor):
     conversation = record(user("one"), assistant(THOUGHT), user("two"), assistant("No."), user("3"), assistant(THOUGHT))
     found = {}
     for keep in ("last", "all", "none"):
@@ -254,7 +254,7 @@ def test_which_thoughts_are_kept(processor):
     assert found["none"] == ([BARE + STOP, "No." + STOP, BARE + STOP], 0)
 
 
-def test_losses_choose_the_turns(processor):
+def test_losses_choose_the_target_turns(processor):
     messages = (user("one"), assistant(THOUGHT), user("two"), assistant(THOUGHT))
     sample = encode(record(*messages, losses=(False, True, False, False)), processor, CONFIG)
     # The last turn that is learned keeps its thought.
@@ -269,7 +269,7 @@ def test_a_conversation_that_the_assistant_begins(processor):
     assert learned(sample, processor.tokenizer) == ["Once upon a time" + STOP]
 
 
-def test_the_stop_token_ends_a_generation(processor):
+def test_the_stop_token_is_one_that_ends_generation(processor):
     sample = encode(record(user("Hi"), assistant(THOUGHT)), processor, CONFIG)
     ends = json.loads((RANDOM_CHECKPOINT / "generation_config.json").read_text())["eos_token_id"]
     assert sample.targets[-1] in ends and sample.input_ids[-1] in ends  # and so does `</answer>`
@@ -281,7 +281,7 @@ def test_the_stop_token_ends_a_generation(processor):
         encode(record(user("Hi"), assistant("x")), processor, dataclasses.replace(CONFIG, text_config=other))
 
 
-def test_templates_that_tell_turns_apart_badly(processor):
+def test_templates_that_do_not_separate_turns_are_refused(processor):
     def with_template(template):
         parts = processor.image_processor, processor.tokenizer, processor.video_processor
         return Glm4vProcessor(*parts, chat_template=template)
@@ -315,14 +315,14 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_what_is_wrong_is_said_with_its_place(processor, name):
+def test_errors_begin_with_the_place_of_the_record(processor, name):
     given, message = PROBLEMS[name]
     with pytest.raises(DataError, match=r"^data\.jsonl:7: ") as caught:
         encode(given, processor, CONFIG)
     assert message in str(caught.value)
 
 
-def test_what_is_too_long(processor):
+def test_long_samples_are_refused_or_dropped(processor):
     messages = (user(picture(), "one"), assistant("first"), user(video(), "two"), assistant("second"))
     whole = encode(record(*messages), processor, CONFIG)
     assert len(encode(record(*messages), processor, CONFIG, EncodeOptions(max_length=len(whole)))) == len(whole)
@@ -332,7 +332,7 @@ def test_what_is_too_long(processor):
     assert encode(record(*messages), processor, CONFIG, dataclasses.replace(short, too_long="drop")) is None
 
 
-def test_cutting_keeps_pictures_and_videos_whole(processor):
+def test_cutting_keeps_images_and_videos_whole(processor):
     last = user(video(), "two", picture(56, 84))
     conversation = record(user(picture(), "one"), assistant("first"), last, assistant("x"))
     whole = encode(conversation, processor, CONFIG)
@@ -361,7 +361,7 @@ def test_cutting_keeps_pictures_and_videos_whole(processor):
             np.testing.assert_array_equal(getattr(sample.prompt, name), getattr(whole.prompt, name)[:n])
 
 
-def test_pixels_are_capped(processor):
+def test_pixels_of_images_and_videos_are_limited(processor):
     messages = (user(picture(280, 280), video(4)), assistant("b"))
     free = encode(record(*messages), processor, CONFIG)
     caps = EncodeOptions(image_max_pixels=112 * 112, video_max_pixels=6272)
@@ -374,7 +374,7 @@ BAD_OPTIONS = [{"too_long": "left"}, {"keep_thoughts": True}, {"max_length": 0},
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
-def test_options_are_checked(options):
+def test_invalid_options_are_named(options):
     with pytest.raises(DataError, match=f"{next(iter(options))}: found"):
         EncodeOptions(**options)
 
@@ -384,7 +384,7 @@ def test_the_host_side_imports_no_jax():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=RANDOM_CHECKPOINT.parents[2])
 
 
-def test_a_question_is_what_was_trained(processor, tmp_path):
+def test_an_evaluation_prompt_equals_the_training_sample(processor, tmp_path):
     """Its pictures and videos have the sizes and the rate of the options, for the engine too."""
     images = [PIL.Image.fromarray(frame) for frame in frames()]
     images[0].save(tmp_path / "v.gif", save_all=True, append_images=images[1:], duration=250)
