@@ -5,13 +5,12 @@ from typing import Any
 
 from glm4v_jax.data.media import image_size, source_of
 from glm4v_jax.errors import DataError, Glm4vError
-from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.media.load import VideoMetadata, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.text.placeholders import Expansion
-from train.data.conversations import Message, text_item
 from train.data.records import Record
+from train.data.samples import target_turns
 
 
 def count_characters(record: Record) -> int:
@@ -38,7 +37,7 @@ class TokenCounter:
 
     def _count(self, record: Record) -> int:
         processor = self._processor
-        text = processor.apply_chat_template(_without_old_thoughts(record))
+        text = processor.apply_chat_template(target_turns(record, "last")[0])
         sizes = [image_size(item)[::-1] for item in record.media("image")]
         counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
         images = [Expansion(processor.image_token * count, count) for count in counts]
@@ -53,15 +52,3 @@ class TokenCounter:
         rate = item.get("fps") or self._processor.video_processor.fps
         metadata = VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=range(len(video)))
         return self._processor.prepare_media(videos=[[video]], video_metadata=[metadata], do_sample_frames=False).videos
-
-
-def _without_old_thoughts(record: Record) -> list[Message]:
-    """Messages of which only the last one that contributes to the loss keeps its thoughts (`EncodeOptions`)."""
-    last = max(index for index, learned in enumerate(record.losses) if learned)
-    messages = []
-    for index, message in enumerate(record.messages):
-        content = message["content"]
-        if message["role"] == "assistant" and index != last:
-            content = [text_item(without_thoughts("".join(item["text"] for item in content)))]
-        messages.append({"role": message["role"], "content": content})
-    return messages

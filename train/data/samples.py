@@ -138,11 +138,11 @@ def encode(
 
 
 def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions) -> Sample | None:
-    messages, target_turns = _turns(record, options.keep_thoughts)
+    messages, targets = target_turns(record, options.keep_thoughts)
     text = processor.apply_chat_template(messages)
     turns = _Template(processor)
     stop = turns.stop_token(config)
-    pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, target_turns, text), len(text))]
+    pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, targets, text), len(text))]
     media = _media(messages, turns.source, processor, options)
     inputs = processor.assemble([text], media)
     _check_patches(inputs, config)
@@ -164,8 +164,12 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
     return sample
 
 
-def _turns(record: Record, keep_thoughts: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """The messages with the thoughts that are kept, and the indices of those that contribute to the loss."""
+def target_turns(record: Record, keep_thoughts: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the messages with the thoughts that are kept, and the indices of those that contribute to the loss.
+
+    Raises:
+      DataError: none contributes, or one that does is empty or not the assistant's.
+    """
     if len(record.losses) != len(record.messages):
         raise DataError(f"losses: found {len(record.losses)}; expected one per message, {len(record.messages)}")
     messages = [dict(message) for message in record.messages]
