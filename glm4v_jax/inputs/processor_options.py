@@ -63,7 +63,7 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
     if unknown:
         warnings.warn(f"unknown options of the processor are ignored: {', '.join(unknown)}", stacklevel=3)
     for group, chosen in nested.items():
-        # Every part is told one thing about tensors, however many were told.
+        # One kind of tensors for every part, whichever option names it.
         inner_tensors = chosen.pop("return_tensors", None)
         check_return_tensors(inner_tensors)
         return_tensors = return_tensors or inner_tensors

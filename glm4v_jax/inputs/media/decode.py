@@ -23,9 +23,9 @@ MAX_FPS = 1000.0
 MAX_DECODED_BYTES = 16 * 2**30
 # What browsers show a GIF frame for when its file gives no time.
 _DEFAULT_GIF_SECONDS = 0.1
-# What of a file is looked at to tell its kind; no video container has this many bytes without a control character.
+# What of a file is read to find its kind; no video container has this many bytes without a control character.
 _HEAD_BYTES = 1024
-# As much of a JPEG as is looked at to tell a photo from a stream of them (Motion JPEG).
+# As much of a JPEG as is read to tell a photo from a stream of them (Motion JPEG).
 _MOTION_JPEG_BYTES = 2**26
 # Of a decoder's own words, what an error repeats.
 _PROBLEM_CHARACTERS = 120
@@ -226,7 +226,7 @@ def _is_still_image(head: bytes, source: Path | bytes) -> bool:
 
 
 def _check_kind(source: Path | bytes) -> bytes:
-    """Refuse files that are plainly no video, before a decoder prints its complaints; return the first bytes."""
+    """Refuse files that are plainly not videos, before a decoder prints about them; return the first bytes."""
     head = _head(source)
     found = None
     if head.startswith(b"%PDF-"):

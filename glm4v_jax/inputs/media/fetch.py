@@ -123,7 +123,7 @@ def decode_base64(text: str) -> bytes:
     """Decode base64 text or a base64 data URL, as leniently as the reference (line breaks, missing padding at the end).
 
     Raises:
-        MediaError: the text is no base64.
+        MediaError: the text is not base64.
     """
     name = describe(text)
     if text[:5].lower() == "data:":

@@ -291,7 +291,7 @@ def _stack_frames(
 
 
 def _metadata_of_frames(frames: np.ndarray, metadata: VideoMetadata | Mapping[str, Any] | None) -> VideoMetadata:
-    """A copy of the caller's metadata; without one, what the frames themselves tell."""
+    """A copy of the caller's metadata; without one, what the frames themselves say."""
     if metadata is not None:
         known = VideoMetadata(**{"total_num_frames": None, **metadata})
         if known.total_num_frames is None:

@@ -116,7 +116,7 @@ def _with_tags(input_ids: np.ndarray, own: np.ndarray, start: int | None, end: i
 
 def facts(seen: Seen, place: Place) -> dict[str, Any]:
     """Everything there is to say of an image or video, as JSON has it: lengths in pixels, times in seconds."""
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "file": seen.name,
         "kind": seen.kind,
         "height": seen.height,
@@ -136,7 +136,7 @@ def facts(seen: Seen, place: Place) -> dict[str, Any]:
         "positions": {axis: list(ends) for axis, ends in place.positions.items()},
     }
     if seen.metadata is not None:
-        told |= {
+        found |= {
             "frames": seen.metadata.total_num_frames,
             "fps": seen.metadata.fps,
             "duration": seen.metadata.duration,
@@ -144,4 +144,4 @@ def facts(seen: Seen, place: Place) -> dict[str, Any]:
             "frames_indices": [int(index) for index in seen.metadata.frames_indices or ()],
             "timestamps": list(place.timestamps),
         }
-    return told
+    return found

@@ -35,7 +35,7 @@ _FEATURES: Mapping[Kind, tuple[str, str]] = {
 }
 # A side scaled below this loses details; above, a side was only rounded.
 _LOSSLESS = 0.9
-# Sides scaled this much alike are told as one, which rounding to whole tokens keeps from being equal.
+# Sides scaled this much alike are reported as one, which rounding to whole tokens keeps from being equal.
 _ALIKE = 0.02
 
 
@@ -157,7 +157,7 @@ def _kind_of(opened: Path | bytes) -> Kind | None:
             return "video" if image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1 else "picture"
     except PIL.Image.DecompressionBombError:
         raise
-    except Exception:  # Pillow's format readers raise many kinds of errors on what is no image.
+    except Exception:  # Pillow's format readers raise many kinds of errors on what is not an image.
         return None
 
 

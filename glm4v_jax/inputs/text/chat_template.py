@@ -36,7 +36,7 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
       The source; {name: source} where there are several, the first one under "default"; None where there is none.
 
     Raises:
-      CheckpointError: one of the files is corrupt, or its template is none.
+      CheckpointError: one of the files is corrupt, or its template is not a string.
     """
     directory = assets_directory(directory)
     legacy = directory / "chat_template.json"

@@ -120,10 +120,10 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
     Returns:
       The images and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
       Frames with a field `fps` have been sampled at that rate, and are a `SampledVideo`; videos in files bring their
-      own, and theirs is not looked at.
+      own, and theirs is ignored.
 
     Raises:
-      MessageError: the conversation is malformed, an image or video has no source, or the rate of frames is no number.
+      MessageError: the conversation is malformed, a medium has no source, or the rate of frames is not a number.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in SOURCE_KEYS}
     for index, message in enumerate(normalise_messages(messages, source, where)):

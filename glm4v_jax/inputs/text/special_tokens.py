@@ -19,14 +19,14 @@ def added_token(value: Any) -> tokenizers.AddedToken:
     try:
         return tokenizers.AddedToken(**{key: flag for key, flag in value.items() if key != "__type"})
     except TypeError as error:
-        raise CheckpointError(f"found the token {value!r}, which has a flag that is none: {error}") from error
+        raise CheckpointError(f"found the token {value!r}, with an unknown flag: {error}") from error
 
 
 def token_list(config: Mapping[str, Any], name: str) -> list[Any]:
     """The tokens listed in a field of a configuration, none where it is absent or null.
 
     Raises:
-      CheckpointError: the field is no list.
+      CheckpointError: the field is not a list.
     """
     value = config.get(name)
     if value is not None and not isinstance(value, (list, tuple)):

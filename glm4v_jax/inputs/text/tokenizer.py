@@ -220,7 +220,7 @@ class Glm4vTokenizer(SpecialTokens):
           `input_ids` and what else was asked for: lists of T numbers for one text, of B such lists for a batch.
 
         Raises:
-          MessageError: `text` is no text or not valid Unicode, an option has an unknown value, or unequal rows should
+          MessageError: `text` is not text or not valid Unicode, an option has an unknown value, or unequal rows should
             become arrays.
         """
         check_return_tensors(return_tensors)
@@ -323,7 +323,7 @@ class Glm4vTokenizer(SpecialTokens):
           A string, or a list of B strings for a batch, as in transformers 5.x (4.57.1 raises there).
 
         Raises:
-          Glm4vError: something among `token_ids` is no id, such as the label -100.
+          Glm4vError: something among `token_ids` is not an id, such as the label -100.
         """
         ids = _to_lists(token_ids)
         if isinstance(ids, int):

@@ -34,7 +34,7 @@ def flatten_images(images: Any) -> list[Any]:
     axes is a batch.
 
     Raises:
-        MediaError: something that is no image, such as None or an array of other axes.
+        MediaError: something that is not an image, such as None or an array of other axes.
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]

@@ -37,7 +37,7 @@ def flatten_videos(videos: Any) -> list[Any]:
     reference.
 
     Raises:
-        MediaError: something that is no video.
+        MediaError: something that is not a video.
     """
     return _flatten_videos(videos, depth=0)
 
