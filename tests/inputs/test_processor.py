@@ -285,7 +285,7 @@ def test_a_batch_that_mixes_everything(processor, side):
     assert found["mm_token_type_ids"].tolist() == [padded(row, 0) for row in types]
 
 
-def test_words(processor):
+def test_a_text_may_be_a_list_of_words(processor):
     found = processor(text=[["Hi", IMAGE, "x"]], images=[SQUARE], is_split_into_words=True)
     assert found["input_ids"].tolist() == [[39, 72, *image_tokens(9), processor.tokenizer.encode("x")[0]]]
 

@@ -128,7 +128,7 @@ def test_two_digits_differ_and_do_not_overlap():
     assert 0.42 < first < 0.58
 
 
-def test_thoughts_say_what_is_where():
+def test_thoughts_name_the_places_of_digits():
     """Both digits, each at its side along the axis on which they are further apart, and the side that is asked for."""
     for example in held_out("grounding2"):
         asked = re.search(r"\d", example.messages[0]["content"][1]["text"])[0]
@@ -146,7 +146,7 @@ def test_thoughts_say_what_is_where():
         assert parse(said(example)).thought == f"Only {asked}."
 
 
-def test_digits_move_as_said():
+def test_digits_move_in_the_direction_of_the_answer():
     counts = dict.fromkeys(DIRECTIONS, 0)
     for example in held_out("motion"):
         centres = np.array([middle(frame) for frame in frames(example)])
@@ -160,7 +160,7 @@ def test_digits_move_as_said():
 
 
 @pytest.mark.parametrize("number", range(NUM_FRAMES))
-def test_one_frame_does_not_tell_the_direction(number):
+def test_one_frame_does_not_reveal_the_direction(number):
     """Neighbours by where the digit is in one frame guess it too often to be called chance, but far from well."""
     from sklearn.neighbors import KNeighborsClassifier
 

@@ -1,6 +1,7 @@
 """A server of good and bad answers, an image file, and a clip."""
 
 import http.server
+import pathlib
 import threading
 import time
 
@@ -24,6 +25,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = {"/good": PNG, "/html": b"<html>no image</html>", "/short": PNG}.get(self.path, b"")
+        if self.path.startswith("/file/"):
+            body = pathlib.Path(self.path.removeprefix("/file")).read_bytes()
         self.send_response(200)
         if self.path == "/huge":
             self.send_header("Content-Length", str(10**9))

@@ -149,7 +149,7 @@ def test_the_file_and_the_field_are_named(directory, name, field, value, message
         Glm4vProcessor.from_pretrained(directory)
 
 
-def test_a_processor_that_is_no_object_is_named(directory):
+def test_settings_that_are_not_an_object_are_named(directory):
     """The layout of 5.x: all settings in one file."""
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (directory / name).unlink()

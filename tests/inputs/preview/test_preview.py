@@ -60,7 +60,7 @@ def grey_frames(count, height=56, width=84):
 
 @pytest.mark.parametrize("processor_class", [Glm4vImageProcessor, Glm4vImageProcessorFast])
 @pytest.mark.parametrize("settings", [{}, {"do_rescale": False}, {"do_normalize": False}, {"merge_size": 1}])
-def test_what_is_read_back_is_what_went_in(processor_class, settings):
+def test_images_read_back_from_patches_equal_the_originals(processor_class, settings):
     image_processor = processor_class(**settings)
     pixels = noise(112, 196)
     features = image_processor(images=pixels)
@@ -96,14 +96,14 @@ def test_patches_of_other_channels_are_refused():
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 451), (20, 20), (90, 1300)])
-def test_what_is_seen_is_the_file_resized(processor, save, height, width):
+def test_the_preview_shows_the_resized_file(processor, save, height, width):
     pixels = noise(height, width)
     seen = look(save(pixels), processor)
     assert (seen.kind, seen.height, seen.width) == ("picture", height, width)
     np.testing.assert_array_equal(seen.frames[0, 0], resized(pixels, seen.seen_height, seen.seen_width))
 
 
-def test_what_is_read_back_from_the_reference_is_the_same(processor, save):
+def test_patches_of_the_reference_read_back_the_same(processor, save):
     transformers = import_transformers()
     pixels = noise(150, 230)
     seen = look(save(pixels), processor)

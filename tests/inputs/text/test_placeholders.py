@@ -6,7 +6,7 @@ from glm4v_jax.inputs.media.load import VideoMetadata
 from glm4v_jax.inputs.text.placeholders import Expander, Expansion, expand_video
 
 
-def test_what_is_put_in_is_not_expanded_again():
+def test_expansions_are_not_expanded_again():
     """A whole prompt is gone through once: an expansion full of placeholders stays as it is."""
     expand = Expander("<i>", "<v>", [Expansion("<v><i>", 1)], [Expansion("[<i><v>]", 1)])
     rows, types = expand(["a<i>b<v>c<|placeholder|>"])

@@ -229,7 +229,7 @@ def test_a_side_under_28_pixels_is_scaled_up():
     assert Glm4vImageProcessor()(photo(16, 16)).image_grid_thw.tolist() == [[1, 6, 6]]
 
 
-def test_three_rows_of_pixels_are_no_channels():
+def test_three_rows_of_pixels_are_not_taken_for_channels():
     assert Glm4vImageProcessor()(PIL.Image.fromarray(photo(3, 50))).image_grid_thw[0, 2] > 6
 
 
@@ -354,7 +354,7 @@ def test_a_truncated_image_in_a_batch_is_named():
         Glm4vImageProcessor()([photo(), buffer.getvalue()[:4000]])
 
 
-def test_no_images():
+def test_an_empty_list_of_images_gives_empty_arrays():
     for cls in PROCESSORS:
         result = cls()([])
         assert result.pixel_values.shape == (0, 1176) and result.image_grid_thw.shape == (0, 3)
