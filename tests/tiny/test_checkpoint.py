@@ -59,7 +59,7 @@ def test_a_sample_is_answered_as_the_figures_say(engine, figures, task):
     assert found.accuracy >= expected - 2 * np.sqrt(expected * (1 - expected) / SAMPLE) - 1 / SAMPLE
 
 
-def test_without_scikit_learn_an_error_names_it(engine):
+def test_scores_drop_without_the_order_of_frames_or_positions(engine):
     """Time for the direction, places for the box."""
     motion = [shuffled_frames(example, number) for number, example in enumerate(held_out("motion")[:SAMPLE])]
     assert score(answers(engine, motion), motion).accuracy < 0.75
