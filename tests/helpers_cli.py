@@ -6,7 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import glm4v_jax
 from glm4v_jax.cli import main
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
@@ -15,13 +14,9 @@ ROOT = TINY_CHECKPOINT.parents[2]
 
 def refuse_weights(monkeypatch):
     """Make the test fail if weights are asked for."""
-
-    class Refusing:
-        @classmethod
-        def from_pretrained(cls, *arguments, **options):
-            pytest.fail("the weights were loaded")
-
-    monkeypatch.setattr(glm4v_jax, "Glm4vForConditionalGeneration", Refusing)
+    monkeypatch.setattr(
+        "glm4v_jax.checkpoints.load.load_runtime", lambda *_, **__: pytest.fail("the weights were loaded")
+    )
 
 
 def save_noise(path, height=56, width=84, kind=None, seed=0):

@@ -6,6 +6,8 @@ import graphlib
 import pytest
 from helpers_paths import ROOT
 
+import glm4v_jax
+
 FLOORS = (
     ("errors",),
     ("batch", "files"),
@@ -81,6 +83,15 @@ def test_no_file_imports_itself_through_others():
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if room_of(name) in WITHOUT_JAX))
 def test_the_host_side_imports_no_jax(module):
     assert not {"jax", "flax", "jaxlib"} & {name.partition(".")[0] for name in imports_of(MODULES[module])}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if room_of(name) not in ("hf", *FLOORS[-1])))
+def test_only_users_import_the_transformers_shaped_classes(module):
+    skin = {name for name, place in glm4v_jax._EXPORTS.items() if place.startswith("hf.")}
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and module not in FACE:
+            assert not (node.module or "").startswith("glm4v_jax.hf"), module
+            assert node.module != "glm4v_jax" or not skin & {alias.name for alias in node.names}, module
 
 
 def test_no_path_imports_the_judge():

@@ -112,12 +112,12 @@ class ModelOptions:
                 file=sys.stderr,
                 flush=True,
             )
-        from glm4v_jax import Glm4vForConditionalGeneration
+        from glm4v_jax.checkpoints.load import load_runtime
         from glm4v_jax.generate.engine import Engine
 
         with status("loading the weights"):
-            model = Glm4vForConditionalGeneration.from_pretrained(self.directory, dtype=self.dtype, mesh=mesh)
-        return Engine(model, processor, num_slots=num_slots)
+            runtime = load_runtime(self.directory, dtype=self.dtype, mesh=mesh)
+        return Engine(runtime, processor, num_slots=num_slots)
 
 
 @dataclasses.dataclass(kw_only=True)
