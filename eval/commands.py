@@ -62,13 +62,13 @@ class RunTasks(JsonOptions):
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(metavar="NAME|TOML", help_behavior_hint="(default: those with data in the package)"),
     ] = ()
-    """A task, or a TOML file with one; may be given more than once. `glm4v eval tasks` lists them."""
+    """A task, or a TOML file with one. `glm4v eval tasks` lists the tasks of the package."""
 
     data: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the task's own)"),
     ] = ()
-    """A file of the task's items, as published or in our own format; may be given more than once."""
+    """A file of the task's items, as published or in our own format."""
 
     out: Annotated[str, tyro.conf.arg(metavar="DIR")] = "eval-out"
     """Output directory for answers, results, summary and report."""
@@ -82,8 +82,8 @@ class RunTasks(JsonOptions):
     restart: bool = False
     """Answer all items again instead of resuming."""
 
-    report: bool = True
-    """Write report.html."""
+    no_report: bool = False
+    """Do not write report.html."""
 
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -184,7 +184,7 @@ class RunTasks(JsonOptions):
             "options": {name: value for name, value in config.items() if value != default[name]},
         }
         results, summary = score_run(job.items, task, job.out, about, self.sampling.seed)
-        if self.report:
+        if not self.no_report:
             write_report(job.items, results, summary, job.out / REPORT)
         return summary
 
@@ -196,7 +196,7 @@ class RunTasks(JsonOptions):
             print(to_json(next(iter(summaries.values())) if len(summaries) == 1 else summaries))
             return
         _print_summaries(summaries)
-        files = f"{ANSWERS}, {RESULTS}, {SUMMARY}{f', {REPORT}' if self.report else ''}"
+        files = f"{ANSWERS}, {RESULTS}, {SUMMARY}{'' if self.no_report else f', {REPORT}'}"
         print(f"{root}: {files}{' in a directory for each task' if len(summaries) > 1 else ''}", file=sys.stderr)
 
 
