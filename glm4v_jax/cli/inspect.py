@@ -122,10 +122,8 @@ def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
     if fact["kind"] == "video":
         fps, duration = fact["fps"], fact["duration"]
         taken = fact["frames_indices"]
-        lines[0] = (
-            "original",
-            f"{lines[0][1]}, {_count(fact['frames'], 'frame')}, {fps:.4g} a second, {duration:.2f} s",
-        )
+        frames = _count(fact["frames"], "frame")
+        lines[0] = ("original", f"{lines[0][1]}, {frames}, {fps:.4g} per second, {duration:.2f} s")
         lines.append(("sampled", f"{_count(len(taken), 'frame')}, {_times(taken, fps)}; {_count(t, 'temporal patch')}"))
         lines.append(("times", f"{', '.join(map(str, _shortened(fact['timestamps'])))} s in the prompt"))
     lines.append(("seen", seen if fact["why"] == "as it is" else f"{seen}: {scale}; {fact['why']}"))
