@@ -87,6 +87,23 @@ def _names_in(code):
             yield constant.partition(".")[0]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _failed_if_skipped_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _failed_if_skipped_in_ci((yield))
+
+
+def _failed_if_skipped_in_ci(report):
+    """In CI everything that tests need is installed: what is skipped there would never be run anywhere."""
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
+        report.outcome, report.longrepr = "failed", f"not to be skipped where CI=true: {report.longrepr[-1]}"
+    return report
+
+
 @pytest.fixture(scope="session")
 def mesh():
     """The mesh of one device, set for the rest of the session."""

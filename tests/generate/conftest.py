@@ -1,5 +1,6 @@
-"""The random checkpoint behind an engine, once a session."""
+"""An engine over the random checkpoint, and the reference with its weights, once a session."""
 
+import numpy as np
 import pytest
 
 
@@ -15,6 +16,22 @@ def engine(mesh):
     model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
     # Room for every prompt of these tests at once: each size is a set of programs to compile.
     return Engine(model, Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT), num_slots=8, capacity=256)
+
+
+@pytest.fixture(scope="session")
+def make_engine(engine):
+    """Engines of their own, of eight slots unless told otherwise, over the model of `engine`."""
+    from glm4v_jax.generate.engine import Engine
+
+    def make(**options):
+        return Engine(engine.model, engine.processor, **{"num_slots": 8, "capacity": engine._capacity} | options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def image():
+    return np.random.default_rng(3).integers(0, 256, (70, 100, 3), np.uint8)
 
 
 @pytest.fixture(scope="session")
