@@ -67,20 +67,20 @@ def job(start: Path, out: Path, steps: int = STEPS, seed: int = 0) -> TrainConfi
     )
 
 
-def make(out: Path, steps: int, seed: int, tell: Callable[[str], None]) -> Path:
+def make(out: Path, steps: int, seed: int, log: Callable[[str], None]) -> Path:
     """Train a model.
 
     Args:
       out: directory of the job, empty or that of one that was interrupted.
       steps, seed: of the training.
-      tell: called with lines for a person.
+      log: called with lines for a person.
 
     Returns:
       The directory of its checkpoint.
     """
     start = out / "start"
     write_start(start, seed)
-    train(job(start, out, steps, seed), records=DigitRecords(steps * RECORDS_PER_STEP, seed=seed), tell=tell)
+    train(job(start, out, steps, seed), records=DigitRecords(steps * RECORDS_PER_STEP, seed=seed), log=log)
     return out / MODEL
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = rich.console.Console()
 
-    def tell(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -117,13 +117,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary)
         try:
-            model = make(out, arguments.steps, arguments.seed, tell)
+            model = make(out, arguments.steps, arguments.seed, log)
             trained = time.perf_counter() - start
             rows = measure(Engine.from_pretrained(model, num_slots=SLOTS))
         except Glm4vError as error:
             sys.exit(f"error: {error}")
         seconds = {"training": trained, "measuring": time.perf_counter() - start - trained}
-        tell(f"\n{table(rows)}\n\n{seconds['training']:.0f} s for training, {seconds['measuring']:.0f} s for measuring")
+        log(f"\n{table(rows)}\n\n{seconds['training']:.0f} s for training, {seconds['measuring']:.0f} s for measuring")
         if problems := missed(rows):
             kept = "" if arguments.out is None else f"; it is in {model}"
             sys.exit("\n".join(["error: the model is not packaged" + kept, *problems]))
@@ -133,7 +133,7 @@ def main() -> None:
     run = Run(arguments.steps, arguments.seed, weights, size, seconds)
     arguments.report.with_suffix(".json").write_text(as_json(run, rows), encoding="utf-8")
     arguments.report.write_text(as_markdown(run, rows), encoding="utf-8")
-    tell(f"{arguments.target}: {size:,} bytes; {arguments.report}")
+    log(f"{arguments.target}: {size:,} bytes; {arguments.report}")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Train(Options):
             print(printable(line), file=sys.stderr, flush=True)
 
         with quiet_ffmpeg(), without_size_warnings():
-            result = train(config, profile=self.profile, tell=log)
+            result = train(config, profile=self.profile, log=log)
         status = "done" if result.is_done else "stopped; the same command resumes the job"
         print(f"{config.out}: {result.step} of {config.steps} steps, {status}")
         return 0

@@ -73,7 +73,7 @@ class Evaluator:
         job: TrainConfig,
         options: EvalConfig,
         mesh: Mesh,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         """Encode the records.
 
@@ -83,7 +83,7 @@ class Evaluator:
           job: for its batches.
           options: see there.
           mesh: of the model.
-          tell: called with one message for every record that is skipped.
+          log: called with one message for every record that is skipped.
 
         Raises:
           DataError: no record can be evaluated; or a record is bad or fits no batch and the job says that this ends it;
@@ -101,7 +101,7 @@ class Evaluator:
             if not isinstance(found, Sample):
                 if found is not None and job.data.bad_rows == "error":
                     raise found
-                tell(f"skipped in the evaluation: {found or f'{records[number].source}: too long'}")
+                log(f"skipped in the evaluation: {found or f'{records[number].source}: too long'}")
                 continue
             self._samples.append(found)
             if len(self._questions) < options.generate:

@@ -35,7 +35,7 @@ class Speed:
     peak: float | None
 
 
-class Log:
+class MetricsLog:
     """Append metrics to files; lines of steps after the one that a job resumes from are removed first.
 
     A step's metrics are read when the next one is under way, so that devices do not wait for the host. Only the first
@@ -45,7 +45,7 @@ class Log:
       and the norm of its gradients.
     """
 
-    def __init__(self, directory: Path, config: TrainConfig, step: int, speed: Speed, tell: Callable[[str], None]):
+    def __init__(self, directory: Path, config: TrainConfig, step: int, speed: Speed, log: Callable[[str], None]):
         """Resume after a step.
 
         Args:
@@ -53,12 +53,12 @@ class Log:
           config: of the job.
           step: the last one that counts.
           speed: of its steps.
-          tell: called with a log line every `config.log_every` steps.
+          log: called with a log line every `config.log_every` steps.
 
         Raises:
           ConfigError: TensorBoard is asked for, and its writer is not installed.
         """
-        self._directory, self._config, self._speed, self._tell = directory, config, speed, tell
+        self._directory, self._config, self._speed, self._log = directory, config, speed, log
         self._pending: tuple[int, Metrics, Mapping[str, Any]] | None = None
         self._board = None
         if is_first():
@@ -112,7 +112,7 @@ class Log:
         self._write(METRICS, line)
         if step % self._config.log_every == 0 or step == self._config.steps:
             mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
-            self._tell(
+            self._log(
                 f"step {step} of {self._config.steps}: loss {line['loss']:.4f}, accuracy {line['accuracy']:.1%}, "
                 f"gradient norm {self.grad_norm:.3g}, {seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, "
                 f"padding {line['padding']:.1%}{', skipped' if line['is_skipped'] else ''}"
@@ -122,7 +122,7 @@ class Log:
         """Write an evaluation; its time does not count for the next step."""
         self._write(EVALUATIONS, {"step": step, **dataclasses.asdict(found), "seconds": round(seconds, 3)})
         score = "" if found.score is None else f", score {found.score:.1%}"
-        self._tell(f"evaluation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
+        self._log(f"evaluation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
         self._since = time.perf_counter()
 
     def close(self) -> None:

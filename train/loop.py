@@ -22,7 +22,7 @@ from train.data.records import Record
 from train.data.stream import RowCounts, Stream, make_encoder
 from train.evaluate import Evaluation, Evaluator
 from train.job import Job, check_output, check_same, check_step, identity, make_mesh, read_data
-from train.log import Log, Speed
+from train.log import MetricsLog, Speed
 from train.preemption import Stopping
 from train.profiler import Profiler
 from train.state import TrainState
@@ -51,7 +51,7 @@ def train(
     *,
     records: Sequence[Record] | None = None,
     profile: int = 0,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> JobResult:
     """Run a job, from its latest checkpoint if there is one.
 
@@ -65,13 +65,13 @@ def train(
       config: of the job.
       records: to train on, instead of those of `config.data.files`; indexed from threads.
       profile: write a profile of this many steps, early in the run, to `config.out`.
-      tell: called with log lines for a person.
+      log: called with log lines for a person.
 
     Raises:
       Glm4vError: what is wrong with the job, its model or its data.
       TrainError: too many steps in a row had to be skipped.
     """
-    tell = tell or _ignore
+    log = log or _ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)
     data = read_data(config, records)
@@ -87,23 +87,24 @@ def train(
         if checkpoints.latest is not None:
             check_step(checkpoints.latest, config)
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
-        stream = Stream(encoder, model_config, config.data, config.batch, mesh, seed=config.seed, tell=tell)
+        stream = Stream(encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log)
         stack.callback(stream.close)
         evaluator = None
         if config.eval is not None:
-            evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, tell)
+            evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, log)
         stopping = stack.enter_context(Stopping(mesh))
         job, state = Job.start(config, model_config)
-        tell(job.describe(data, mesh))
+        log(job.describe(data, mesh))
         if checkpoints.latest is not None:
             like = abstract(state)
             del state  # a device may not have room for two of them
             state, lanes = checkpoints.restore(like)
             stream.set_state(lanes)
-            tell(f"resuming after step {int(state.step)}, from {out / CHECKPOINTS}")
-        log = stack.enter_context(contextlib.closing(Log(out, config, int(state.step), _speed(job, mesh), tell)))
-        profiler = stack.enter_context(Profiler(out / PROFILE, profile, tell))
-        steps = _Steps(job, stream, evaluator, checkpoints, log, stopping, profiler, mesh, out, tell)
+            log(f"resuming after step {int(state.step)}, from {out / CHECKPOINTS}")
+        kept_metrics = MetricsLog(out, config, int(state.step), _speed(job, mesh), log)
+        metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
+        profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
+        steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log)
         state, is_complete = steps.run(state)
         number = int(state.step)
         if is_complete:
@@ -111,11 +112,11 @@ def train(
             params = state.params
             del state  # the optimizer's state is not needed any more
             if best is not None and best != number:
-                tell(f"exporting step {best}, the best by {config.checkpoint.best}")
+                log(f"exporting step {best}, the best by {config.checkpoint.best}")
                 shapes = abstract(params)
                 del params
                 params = checkpoints.restore_params(shapes, best)
-            tell(f"exported: {job.export(params, out)}")
+            log(f"exported: {job.export(params, out)}")
     return JobResult(number, is_complete)
 
 
@@ -126,12 +127,12 @@ class _Steps(NamedTuple):
     stream: Stream
     evaluator: Evaluator | None
     checkpoints: Checkpoints
-    log: Log
+    metrics_log: MetricsLog
     stopping: Stopping
     profiler: Profiler
     mesh: Mesh
     out: Path
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
 
     def run(self, state: TrainState) -> tuple[TrainState, bool]:
         """Take all remaining steps, or until the job is asked to stop; the state is donated.
@@ -139,7 +140,7 @@ class _Steps(NamedTuple):
         Returns:
           The state after the last step, which is saved; and whether everything is done that comes before the export.
         """
-        config, job, log = self.job.config, self.job, self.log
+        config, job = self.job.config, self.job
         number = first = saved = int(state.step)
         lanes = None
         is_stopped = False
@@ -150,7 +151,7 @@ class _Steps(NamedTuple):
             self.stopping.ask()
             number += 1
             self.profiler.after_step(metrics)
-            log.add(number, metrics, self._row_fields(lanes))
+            self.metrics_log.add(number, metrics, self._row_fields(lanes))
             self._check_streak()
             evaluation = None
             if self.evaluator is not None and (number % self.evaluator.every == 0 or number == config.steps):
@@ -168,7 +169,7 @@ class _Steps(NamedTuple):
             if number > saved:
                 self.checkpoints.save(state, lanes)
             counts = RowCounts.of(lanes)
-            self.tell(
+            self.log(
                 f"{number - first} steps in this run, {int(state.skipped)} of all skipped; rows read: {counts.rows:,}, "
                 f"of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
@@ -177,7 +178,7 @@ class _Steps(NamedTuple):
     def _evaluate(self, evaluator: Evaluator, state: TrainState, lanes: dict[str, Any]) -> Evaluation | None:
         """Evaluate, or return None if the job is asked to stop meanwhile."""
         self._flush()
-        number, since = self.log.step, time.perf_counter()
+        number, since = self.metrics_log.step, time.perf_counter()
         answers = self.out / ANSWERS / f"step-{number:08d}.jsonl"
         try:
             found = evaluator(self.job.weights(state.params), answers, self.stopping.is_asked_now)
@@ -187,9 +188,9 @@ class _Steps(NamedTuple):
                 self.checkpoints.save(state, lanes)
             raise
         if found is None:
-            self.tell(f"the evaluation after step {number} was stopped")
+            self.log(f"the evaluation after step {number} was stopped")
         else:
-            self.log.evaluated(number, found, time.perf_counter() - since)
+            self.metrics_log.evaluated(number, found, time.perf_counter() - since)
         return found
 
     def _row_fields(self, lanes: dict[str, Any]) -> dict[str, Any]:
@@ -199,16 +200,16 @@ class _Steps(NamedTuple):
         return {"epoch": epoch, "rows_dropped": counts.dropped, "rows_skipped": counts.skipped}
 
     def _flush(self) -> None:
-        self.log.flush()
+        self.metrics_log.flush()
         self._check_streak()
 
     def _check_streak(self) -> None:
         """Check the steps whose metrics have been read."""
-        config, log = self.job.config, self.log
-        if log.streak >= config.max_skipped:
+        config, found = self.job.config, self.metrics_log
+        if found.streak >= config.max_skipped:
             raise TrainError(
-                f"step {log.step}: found gradients of norm {log.grad_norm}, the last of {config.max_skipped} skipped "
-                f"steps in a row; expected norms up to max_grad_norm = {config.max_grad_norm}"
+                f"step {found.step}: found gradients of norm {found.grad_norm}, the last of {config.max_skipped} "
+                f"skipped steps in a row; expected norms up to max_grad_norm = {config.max_grad_norm}"
             )
 
 

@@ -13,15 +13,15 @@ _SKIPPED = 2
 class Profiler:
     """Profile steps from the third one of a run on; `with` stops it, however the steps end."""
 
-    def __init__(self, directory: Path, count: int, tell: Callable[[str], None]):
+    def __init__(self, directory: Path, count: int, log: Callable[[str], None]):
         """Prepare.
 
         Args:
           directory: to write to.
           count: number of steps; 0 for none.
-          tell: called with a message if the run has fewer.
+          log: called with a message if the run has fewer.
         """
-        self._directory, self._count, self._tell = directory, count, tell
+        self._directory, self._count, self._log = directory, count, log
         self._waiting, self._seen, self._is_on = _SKIPPED, 0, False
 
     def before_step(self) -> None:
@@ -46,7 +46,7 @@ class Profiler:
         self._stop()
         if self._seen < self._count:
             found = f"has only {self._seen} steps" if self._seen else "was not written"
-            self._tell(f"the profile {found}: it begins after the first {_SKIPPED} steps, and the run has ended")
+            self._log(f"the profile {found}: it begins after the first {_SKIPPED} steps, and the run has ended")
 
     def _stop(self) -> None:
         if self._is_on:

@@ -26,7 +26,7 @@ from glm4v_jax.model.lora import LoraConfig, is_lora
 from glm4v_jax.model.params import leaf_paths
 from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
 from train.evaluate import Evaluation
-from train.log import EVALUATIONS, METRICS, TENSORBOARD, Log, read_log
+from train.log import EVALUATIONS, METRICS, TENSORBOARD, MetricsLog, read_log
 from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
 from train.optimizers import OptimizerConfig
 from train.profiler import Profiler
@@ -94,7 +94,7 @@ def steps(folder, out):
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
     told = []
-    result = train(job(folder, "whole"), tell=told.append)
+    result = train(job(folder, "whole"), log=told.append)
     assert result == (STEPS, True)
     assert sum("data.jsonl:5: images: found 0 for 1 <image> markers" in line for line in told) == 1
     assert any(line.endswith("12 records to train on; one device, cpu") for line in told)
@@ -118,7 +118,7 @@ def test_the_loss_falls_over_a_job(uninterrupted):
 
 def test_a_finished_job_takes_no_further_step(folder, uninterrupted):
     told = []
-    assert train(job(folder, "whole"), tell=told.append) == (STEPS, True)
+    assert train(job(folder, "whole"), log=told.append) == (STEPS, True)
     assert told[1] == f"resuming after step {STEPS}, from {folder / 'whole' / 'checkpoints'}"
     assert told[2].startswith("exported: relative difference of the logits ") and len(told) == 3
     assert steps(folder, "whole") == uninterrupted
@@ -162,7 +162,7 @@ def failed_evaluation(folder):
 
 def test_a_failed_evaluation_loses_no_step(failed_evaluation):
     told = []
-    assert train(failed_evaluation, tell=told.append) == (3, True)
+    assert train(failed_evaluation, log=told.append) == (3, True)
     assert told[1].startswith("resuming after step 3, ")
 
 
@@ -189,7 +189,7 @@ def test_a_job_stopped_by_sigterm_resumes_bit_for_bit(folder, uninterrupted):
             os.kill(os.getpid(), signal.SIGTERM)
 
     looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=4)
-    assert train(job(folder, "stopped", eval=looked), tell=stop) == (4, False)
+    assert train(job(folder, "stopped", eval=looked), log=stop) == (4, False)
     assert "the evaluation after step 4 was stopped" in told and not read_log(folder / "stopped" / EVALUATIONS)
     assert steps(folder, "stopped") == uninterrupted[:4]
     assert train(job(folder, "stopped")) == (STEPS, True)
@@ -213,7 +213,7 @@ def test_a_killed_job_resumes_bit_for_bit(folder, uninterrupted):
         running.wait()
     assert 2 * EVERY + 1 <= len(steps(folder, "killed")) < STEPS
     told = []
-    assert train(job(folder, "killed"), tell=told.append) == (STEPS, True)
+    assert train(job(folder, "killed"), log=told.append) == (STEPS, True)
     assert told[1].startswith("resuming after step ")
     assert steps(folder, "killed") == uninterrupted
 
@@ -227,7 +227,7 @@ def evaluated(folder):
         optimizer=OptimizerConfig(learning_rate=0.3, warmup=1, schedule="constant", clip_norm=None), tensorboard=True,
     )  # fmt: skip
     told = []
-    assert train(config, profile=1, tell=told.append) == (5, True)
+    assert train(config, profile=1, log=told.append) == (5, True)
     return config, told
 
 
@@ -345,7 +345,7 @@ def test_a_bad_record_ends_a_strict_job(folder):
 def test_nan_is_written_as_null(folder):
     config = job(folder, "log")
     (folder / "log").mkdir()
-    log = Log(folder / "log", config, 0, None, print)
+    log = MetricsLog(folder / "log", config, 0, None, print)
     log.evaluated(3, Evaluation(float("nan"), 0.5, None), 1.0)
     (line,) = read_log(folder / "log" / EVALUATIONS)
     assert line == {"step": 3, "loss": None, "accuracy": 0.5, "score": None, "seconds": 1.0}

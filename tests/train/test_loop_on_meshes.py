@@ -215,9 +215,9 @@ def _main(folder):
         if line.startswith("step 1 "):
             signal.raise_signal(signal.SIGTERM)
 
-    train(job(folder, "moved", mesh=SHARDED[0]), tell=stop)
+    train(job(folder, "moved", mesh=SHARDED[0]), log=stop)
     told.clear()
-    train(job(folder, "moved", mesh=SHARDED[1]), tell=told.append)
+    train(job(folder, "moved", mesh=SHARDED[1]), log=told.append)
     json.dump([line.replace(f"{folder}/moved/", "") for line in told if not line.startswith("step")], sys.stdout)
 
 

@@ -150,7 +150,7 @@ class Lane:
         count: int,
         threads: int,
         seed: int,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         """Start at the beginning.
 
@@ -161,9 +161,9 @@ class Lane:
           index, count: which lane this is, and of how many.
           threads: how many encode samples.
           seed: of the order, which is the same for all lanes.
-          tell: called with one message for every record that is skipped.
+          log: called with one message for every record that is skipped.
         """
-        self._encoder, self._packer, self._data, self._tell = encoder, packer, data, tell
+        self._encoder, self._packer, self._data, self._log = encoder, packer, data, log
         self.counts = RowCounts()
         self._reported: set[int] = set()
         numbers = grain.MapDataset.source(range(len(encoder.records))).seed(seed)
@@ -217,7 +217,7 @@ class Lane:
         self.counts.skipped += 1
         if number not in self._reported:
             self._reported.add(number)  # once, not in every epoch
-            self._tell(str(error))
+            self._log(str(error))
 
 
 class Stream:
@@ -232,7 +232,7 @@ class Stream:
         mesh: Mesh,
         *,
         seed: int = 0,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         """Start at the beginning.
 
@@ -242,7 +242,7 @@ class Stream:
           data, batch: see there.
           mesh: whose devices take the batches.
           seed: of the order.
-          tell: called with one message for every record that is skipped.
+          log: called with one message for every record that is skipped.
 
         Raises:
           DataError: there are no records.
@@ -256,7 +256,7 @@ class Stream:
         self._lanes = {
             index: Lane(
                 encoder, packer_of(batch, self._count), data, index=index, count=self._count, threads=threads,
-                seed=seed, tell=tell,
+                seed=seed, log=log,
             )
             for index in here
         }  # fmt: skip

@@ -105,7 +105,7 @@ def test_an_epoch_without_a_sample_ends_a_lane(found, reason, counts):
     messages = []
     packer = Packer(rows=1, length=8)
     encoder = Encoder([types.SimpleNamespace(source="data.jsonl")] * 3, encode, packer.check)
-    lane = Lane(encoder, packer, DATA, index=0, count=1, threads=1, seed=0, tell=messages.append)
+    lane = Lane(encoder, packer, DATA, index=0, count=1, threads=1, seed=0, log=messages.append)
     with pytest.raises(
         DataError, match=re.escape(f"found no sample in 3 rows, a whole epoch; reason for the last: {reason}")
     ):
@@ -122,7 +122,7 @@ def stream(mesh):
         messages = []
         batch = BatchConfig(**{"length": 8, "vision_rows": 1, "vision_length": PATCHES, **fields})
         encoder = Encoder([Row(i) for i in range(6)], made, packer_of(batch).check)
-        streams.append(Stream(encoder, CONFIG, DATA, batch, mesh, tell=messages.append))
+        streams.append(Stream(encoder, CONFIG, DATA, batch, mesh, log=messages.append))
         return streams[-1], messages
 
     yield start
