@@ -5,6 +5,7 @@ python -m tools.score_tiny [DIRECTORY]
 
 import argparse
 import dataclasses
+import itertools
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import rich.console
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.tiny import TINY_CHECKPOINT
-from glm4v_jax.tiny.digits import NUM_HELD_OUT, TASKS, Example, Split, Task, examples, shuffled_frames
+from glm4v_jax.tiny.digits import NUM_FRAMES, NUM_HELD_OUT, TASKS, Example, Split, Task, examples
 from tools.digit_scores import Row, constant_box, majority_direction, nearest_neighbour, score, table
 
 AIMS: dict[Task, float] = {"reading": 0.95, "grounding1": 0.85, "grounding2": 0.6, "motion": 0.95}
@@ -51,6 +52,16 @@ def flattened(prompt: Prompt) -> Prompt:
     """A prompt with its tokens in one line: M-RoPE tells no longer where in a picture or when in a video one is."""
     positions = np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (3, len(prompt)))
     return dataclasses.replace(prompt, position_ids=positions)
+
+
+def shuffled_frames(example: Example, seed: int = 0) -> Example:
+    """An example of motion with its frames in any other order: what is left of it without time."""
+    user, assistant = example.messages
+    item, question = user["content"]
+    orders = [order for order in itertools.permutations(range(NUM_FRAMES)) if order != tuple(range(NUM_FRAMES))]
+    order = orders[np.random.default_rng(seed).integers(len(orders))]
+    changed = {**item, "video": [item["video"][index] for index in order]}
+    return example._replace(messages=({**user, "content": [changed, question]}, assistant))
 
 
 def baseline(task: Task, truth: Sequence[Example]) -> float:

@@ -134,16 +134,6 @@ def held_out(task: Task) -> list[Example]:
     return list(examples(task, "held-out", NUM_HELD_OUT, seed=0))
 
 
-def shuffled_frames(example: Example, seed: int = 0) -> Example:
-    """An example of motion with its frames in any other order: what is left of it without time."""
-    user, assistant = example.messages
-    item, question = user["content"]
-    orders = [order for order in itertools.permutations(range(NUM_FRAMES)) if order != tuple(range(NUM_FRAMES))]
-    order = orders[np.random.default_rng(seed).integers(len(orders))]
-    changed = {**item, "video": [item["video"][index] for index in order]}
-    return example._replace(messages=({**user, "content": [changed, question]}, assistant))
-
-
 def _check_task(task: Task) -> None:
     if task not in TASKS:
         raise DataError(f"task: found {task!r}; expected one of {', '.join(TASKS)}")

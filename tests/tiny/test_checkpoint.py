@@ -11,9 +11,9 @@ from helpers_transformers import import_transformers
 from glm4v_jax import Engine, Glm4vForConditionalGeneration
 from glm4v_jax.generate.text.thinking import parse
 from glm4v_jax.tiny import TINY_CHECKPOINT
-from glm4v_jax.tiny.digits import NUM_HELD_OUT, held_out, shuffled_frames
+from glm4v_jax.tiny.digits import NUM_HELD_OUT, held_out
 from tools.digit_scores import score
-from tools.score_tiny import AIMS, NAMES, SLOTS, answers
+from tools.score_tiny import AIMS, NAMES, SLOTS, answers, shuffled_frames
 from tools.tiny_model import TEXT, VISION, VOCABULARY
 from tools.train_tiny import REPORT
 

@@ -75,7 +75,7 @@ def test_every_training_digit_comes_before_any_comes_again():
     assert answers[:NUM_TRAIN] != answers[NUM_TRAIN:]
 
 
-def test_a_cycle_is_whole():
+def test_tasks_of_a_curriculum_add_up_to_a_cycle():
     with pytest.raises(ConfigError, match=r"curriculum: found 1 \+ 2 \+ 3 records; expected 32 together"):
         DigitRecords(COUNT, Curriculum(1, 2, 3))
 

@@ -30,7 +30,7 @@ def boxed(text):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_truth_scores_in_full(task):
+def test_true_answers_score_in_full(task):
     truth = held_out(task)[:30]
     found = score([said(example) for example in truth], truth)
     assert (found.count, found.accuracy, found.format) == (30, 1.0, 1.0)
@@ -39,7 +39,7 @@ def test_truth_scores_in_full(task):
 
 
 @pytest.mark.parametrize("task", ["reading", "motion"])
-def test_accuracy_counts(task):
+def test_invalid_answers_lower_the_accuracy(task):
     """Answers of the wrong example, of two boxes, and of none."""
     truth = held_out(task)[:40]
     other = next(e.answer for e in truth if e.answer != truth[0].answer)
@@ -51,7 +51,7 @@ def test_accuracy_counts(task):
         assert (found.accuracy, found.format) == (39 / 40, 39 / 40)
 
 
-def test_wrong_object_is_counted():
+def test_boxes_of_the_other_digit_are_counted():
     truth = held_out("grounding2")[:8]
     answers = [boxed([list(example.boxes[index < 3])]) for index, example in enumerate(truth)]
     found = score(answers, truth)
@@ -59,7 +59,7 @@ def test_wrong_object_is_counted():
     assert found.mean_iou == pytest.approx(5 / 8)
 
 
-def test_grounding_wants_one_box_of_half_the_overlap():
+def test_grounding_takes_one_box_of_half_the_overlap():
     (example,) = held_out("grounding1")[:1]
     x1, y1, x2, y2 = example.boxes[0]
     half = (x1, y1, x1 + (x2 - x1) * 0.52, y2)
@@ -82,11 +82,11 @@ def test_grounding_wants_one_box_of_half_the_overlap():
         ("<think>So.</think>7<answer><|begin_of_box|>7<|end_of_box|>", False),
     ],
 )
-def test_format(text, expected):
+def test_an_answer_is_in_format_with_one_box(text, expected):
     assert is_in_format(text) is expected
 
 
-def test_baselines():
+def test_only_the_nearest_neighbour_is_a_strong_baseline():
     """1-NN is hard to beat; a constant box and a constant direction are not."""
     assert nearest_neighbour() == 354 / 360  # of sums of integers
     for task in ("grounding1", "grounding2"):
@@ -95,7 +95,7 @@ def test_baselines():
     assert 0.2 < majority_direction(held_out("motion")).accuracy < 0.33
 
 
-def test_table():
+def test_a_table_has_a_line_per_row():
     scores = Scores(360, 0.9752, 1.0)
     two = dataclasses.replace(scores, wrong_object=0.25, mean_iou=0.6)
     rows = [Row("reading", scores, 0.95, 0.983), Row("two", two)]
@@ -105,7 +105,7 @@ def test_table():
     assert lines[3] == "| two | 97.5% |  |  | 25.0% | 0.60 | 100.0% | 360 |"
 
 
-def test_errors():
+def test_answers_must_match_the_examples():
     truth = held_out("reading")[:2]
     for answers, examples in ((["7"], truth), ([], [])):
         with pytest.raises(DataError, match=f"answers: found {len(answers)}, expected one for each of {len(examples)}"):
