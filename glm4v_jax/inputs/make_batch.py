@@ -89,15 +89,20 @@ def make_batch(
         vision_index=None if vision is None else np.full((rows, columns), -1, np.int32),
         vision=vision,
     )
+    if not left_align:  # the reference runs padding too: what comes of it is returned, though nothing attends to it
+        here = slice(len(prompts)), slice(input_ids.shape[1])
+        batch.input_ids[here] = input_ids
+        if given_positions is not None:
+            batch.position_ids[:, *here] = given_positions
     next_position = np.zeros(len(prompts), np.int64)
     for b, (prompt, kept) in enumerate(zip(prompts, mask, strict=True)):
         positions = prompt.position_ids if given_positions is None else given_positions[:, b, kept]
         next_position[b] = positions.max() + 1
-        here = np.arange(len(prompt)) if left_align else np.flatnonzero(kept)
-        batch.input_ids[b, here], batch.segment_ids[b, here] = prompt.input_ids, 1
-        batch.position_ids[:, b, here] = positions
+        columns_of = np.arange(len(prompt)) if left_align else np.flatnonzero(kept)
+        batch.input_ids[b, columns_of], batch.segment_ids[b, columns_of] = prompt.input_ids, 1
+        batch.position_ids[:, b, columns_of] = positions
         if batch.vision_index is not None:
-            batch.vision_index[b, here] = prompt.vision_index(features)
+            batch.vision_index[b, columns_of] = prompt.vision_index(features)
     return batch, next_position
 
 
