@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from convert.casts import check_cast
-from convert.hashes import Hashes, hashing
+from convert.hashes import hashing
 from convert.source import Summary
 from glm4v_jax.checkpoints import hf_mapping, orbax_write
 from glm4v_jax.checkpoints.atomic_directory import check_room
@@ -197,12 +197,14 @@ def _equal(files: Weights, one: str, other: str) -> bool:
     return True
 
 
-def _provenance(files: Weights, names: list[str], cast: np.dtype | None, hashes: Hashes) -> dict[str, Any]:
+def _provenance(
+    files: Weights, names: list[str], cast: np.dtype | None, hashes: Callable[[], dict[str, str]]
+) -> dict[str, Any]:
     """Describe the source: names, dtypes, shards and metadata, enough to write the same safetensors again."""
     if isinstance(files, OrbaxCheckpoint):
         listed = files.provenance.get("source", {}).get("files", [])
     else:
-        digests = hashes.result()
+        digests = hashes()
         listed = [
             {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digests.get(file.path.name)}
             for file in files.files

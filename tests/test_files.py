@@ -1,4 +1,4 @@
-"""Files of a checkpoint: what makes a model another one, and that none is written in place."""
+"""Fingerprints change with the files of a model alone, and no file is written in place."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def orbax(tmp_path):
-    """The files of one, as far as names go."""
+    """An Orbax checkpoint, as far as names go."""
     directory = tmp_path / "orbax"
     for name in ("_CHECKPOINT_METADATA", "orbax.checkpoint", "state/manifest.ocdbt", "state/d/0"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def orbax(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["checkpoint", "orbax"])
-def test_what_lies_beside_a_model_does_not_make_it_another(request, layout):
+def test_stray_files_do_not_change_the_fingerprint_of_a_model(request, layout):
     directory = request.getfixturevalue(layout)
     before = model_fingerprint(directory)
     for name in STRAY:
@@ -45,7 +45,7 @@ def test_what_lies_beside_a_model_does_not_make_it_another(request, layout):
             assert fingerprint(directory) != before
 
 
-def test_weights_in_one_file_are_that_file(checkpoint):
+def test_other_safetensors_do_not_count_beside_a_single_file(checkpoint):
     for shard in checkpoint.glob("model-*"):
         shard.rename(checkpoint / "model.safetensors")
     before = model_fingerprint(checkpoint)
@@ -54,7 +54,7 @@ def test_weights_in_one_file_are_that_file(checkpoint):
 
 
 @pytest.mark.parametrize("layout", ["checkpoint", "orbax"])
-def test_every_file_of_a_model_counts(request, layout):
+def test_every_file_of_a_model_changes_its_fingerprint(request, layout):
     directory = request.getfixturevalue(layout)
     found = {model_fingerprint(directory)}
     files = [path for path in directory.rglob("*") if path.is_file()]
@@ -68,7 +68,7 @@ def test_every_file_of_a_model_counts(request, layout):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_disk_that_is_full_leaves_what_was_there(checkpoint, monkeypatch, name):
+def test_a_full_disk_leaves_the_old_file(checkpoint, monkeypatch, name):
     path = checkpoint / name
     before = path.read_text()
 

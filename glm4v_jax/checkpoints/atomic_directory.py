@@ -34,19 +34,28 @@ def left_of(target: Path) -> Path | None:
     return next((path for path in beside if path.exists()), None)
 
 
-def check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run: bool = False) -> None:
+def check_room(source: Path | None, target: Path, needed: int, *, overwrite: bool, dry_run: bool = False) -> None:
     """Check that a new directory can be made, before anything is read or written.
 
     Args:
       source: what the new directory is made from, if anything.
       target: the new directory.
+      needed: its bytes.
       overwrite: whether a checkpoint that is there may be replaced; nothing else ever is.
       dry_run: change nothing; otherwise a checkpoint that a killed process had moved aside gets its name back.
 
     Raises:
-      CheckpointError: something is there and may not be replaced, or it is the source, in it, or around it, or the
-        root of a file system, which cannot be renamed.
+      CheckpointError: something is there and may not be replaced; the target is the source, in it, or around it, or
+        the root of a file system, which cannot be renamed; or too little is free on the disk.
     """
+    _check_target(source, target, overwrite=overwrite, dry_run=dry_run)
+    existing = next(parent for parent in place_of(target).parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise CheckpointError(f"{target}: needs {needed:,} bytes, found {free:,} free on the disk; nothing was written")
+
+
+def _check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run: bool) -> None:
     place = place_of(target)
     if os.path.ismount(place):
         raise CheckpointError(f"{target}: found a mount point, which cannot be replaced; expected a directory in it")
@@ -74,28 +83,6 @@ def check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run:
         )
     if not overwrite:
         raise CheckpointError(f"{target}: exists and is not empty; --overwrite replaces it")
-
-
-def check_space(target: Path, needed: int) -> None:
-    """Check that the disk has enough room.
-
-    Raises:
-      CheckpointError: too little is free where `target` will be; the message has both figures.
-    """
-    place = next(parent for parent in place_of(target).parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise CheckpointError(f"{target}: needs {needed:,} bytes, found {free:,} free on the disk; nothing was written")
-
-
-def check_room(source: Path | None, target: Path, needed: int, *, overwrite: bool, dry_run: bool = False) -> None:
-    """Run `check_target` and `check_space`.
-
-    Raises:
-      CheckpointError: the target is taken, or the disk is too full.
-    """
-    check_target(source, target, overwrite=overwrite, dry_run=dry_run)
-    check_space(target, needed)
 
 
 def move_up(directory: Path) -> None:

@@ -217,7 +217,7 @@ def generation_options(config: GenerationConfig) -> dict[str, Any]:
     """Return the options that are not at their defaults, as generation_config.json has them.
 
     >>> generation_options(GenerationConfig(top_k=2, eos_token_id=(3, 5)))
-    {'eos_token_id': [3, 5], 'top_k': 2}
+    {'top_k': 2, 'eos_token_id': [3, 5]}
     """
     options = {}
     for field in dataclasses.fields(config):

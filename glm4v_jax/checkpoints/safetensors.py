@@ -117,6 +117,12 @@ Tensor = LazyTensor | np.ndarray
 class SafetensorsFile(Mapping[str, TensorInfo]):
     """The tensors of one safetensors file, by name in the order of their bytes, checked and mapped on construction.
 
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> file = SafetensorsFile(next(TINY_CHECKPOINT.glob("*.safetensors")))
+    >>> name = next(iter(file))
+    >>> file.read(name).shape == file[name].shape
+    True
+
     The file must not be changed in place while it or an array of it lives (replacing it by renaming is safe).
 
     Raises:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from glm4v_jax.checkpoints.atomic_directory import check_room, check_space, check_target, is_unfinished, new_directory
+from glm4v_jax.checkpoints.atomic_directory import check_room, is_unfinished, new_directory
 from glm4v_jax.errors import CheckpointError
 
 
 def write(target, name="new", *, overwrite=False):
     with new_directory(target, overwrite=overwrite) as directory:
         (directory / "config.json").write_text(name)
+
+
+def check_target(source, target, **options):
+    check_room(source, target, 0, **options)
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_a_mount_point_is_refused(tmp_path, monkeypatch, place):
 
 def test_too_small_a_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    check_space(tmp_path / "out", 1000)
+    check_room(None, tmp_path / "out", 1000, overwrite=False)
     with pytest.raises(CheckpointError, match=r"out: needs 1,001 bytes, found 1,000 free"):
         check_room(None, tmp_path / "sub" / "out", 1001, overwrite=False)
 

@@ -90,7 +90,7 @@ def test_the_largest_tensors_are_read_by_slices(saved, monkeypatch):
 
 
 def test_orbax_alone_reads_it(saved):
-    """It is an ordinary checkpoint: a nested dictionary with a leaf for each parameter of each layer."""
+    """As a nested dictionary with a leaf for each parameter of each layer."""
     with pytest.warns(UserWarning, match="Sharding info"):
         tree = ocp.load(saved)
     up = random_tensors(CONFIG)["model.visual.blocks.1.mlp.up_proj.weight"]
@@ -99,12 +99,12 @@ def test_orbax_alone_reads_it(saved):
     assert versions.keys() == {"glm4v_jax", "jax", "orbax-checkpoint"}
 
 
-def test_a_relative_path_is_as_good(copy, monkeypatch):
+def test_relative_paths_work(copy, monkeypatch):
     monkeypatch.chdir(copy.parent)
     assert open_weights(copy.name).leaves.infos == open_weights(copy).leaves.infos
 
 
-def test_metadata_without_data(copy):
+def test_missing_data_are_named_when_they_are_read(copy):
     for path in (copy / "state").rglob("d/*"):
         if path.stat().st_size > 100_000:
             path.unlink()
@@ -237,7 +237,7 @@ def test_a_checkpoint_without_state_is_refused(copy):
         open_weights(copy)
 
 
-def test_what_is_there_is_kept_unless_replaced(copy, ours):
+def test_a_checkpoint_is_kept_unless_overwrite_is_given(copy, ours):
     before = contents(copy)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         ours("tester").save_orbax(copy)
@@ -247,20 +247,35 @@ def test_what_is_there_is_kept_unless_replaced(copy, ours):
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
-def test_everything_else_travels_along(tmp_path, mesh):
+@pytest.fixture(scope="module")
+def with_assets(tmp_path_factory, mesh):
+    """The random checkpoint's model, and its directory in Orbax format."""
+    directory = tmp_path_factory.mktemp("with_assets") / "model"
     model = Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT)
-    model.save_orbax(tmp_path / "saved", assets=RANDOM_CHECKPOINT)
-    assert is_orbax(tmp_path / "saved") and not is_orbax(RANDOM_CHECKPOINT)
+    model.save_orbax(directory, assets=RANDOM_CHECKPOINT)
+    return model, directory
+
+
+def test_files_beside_the_weights_are_copied(with_assets):
+    _, directory = with_assets
+    assert is_orbax(directory) and not is_orbax(RANDOM_CHECKPOINT)
     assert assets_directory(RANDOM_CHECKPOINT) == Path(RANDOM_CHECKPOINT)
     assert {path.name for path in asset_files(RANDOM_CHECKPOINT)} >= {"tokenizer.json", "chat_template.jinja"}
-    assert asset_files(tmp_path / "saved") == asset_files(RANDOM_CHECKPOINT)
+    assert asset_files(directory) == asset_files(RANDOM_CHECKPOINT)
+
+
+def test_the_processor_of_an_orbax_checkpoint_is_that_of_its_source(with_assets):
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
     expected, found = (
         Glm4vProcessor.from_pretrained(directory).apply_chat_template(messages, add_generation_prompt=True)
-        for directory in (RANDOM_CHECKPOINT, tmp_path / "saved")
+        for directory in (RANDOM_CHECKPOINT, with_assets[1])
     )
     assert found == expected
-    engine = Engine.from_pretrained(tmp_path / "saved")
+
+
+def test_an_engine_loads_an_orbax_checkpoint(with_assets):
+    model, directory = with_assets
+    engine = Engine.from_pretrained(directory)
     assert engine.model.generation_config == model.generation_config
     jax.tree.map(np.testing.assert_array_equal, engine.model.module, model.module)
 

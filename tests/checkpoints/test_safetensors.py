@@ -22,26 +22,10 @@ from glm4v_jax.checkpoints.safetensors import LazyTensor, SafetensorsFile, open_
 from glm4v_jax.errors import CheckpointError
 
 DTYPES = [
-    np.bool_,
-    np.uint8,
-    np.int8,
-    np.int16,
-    np.uint16,
-    np.float16,
-    ml_dtypes.bfloat16,
-    ml_dtypes.float8_e4m3fn,
-    ml_dtypes.float8_e5m2,
-    ml_dtypes.float8_e4m3fnuz,
-    ml_dtypes.float8_e5m2fnuz,
-    ml_dtypes.float8_e8m0fnu,
-    np.int32,
-    np.uint32,
-    np.float32,
-    np.complex64,
-    np.float64,
-    np.int64,
-    np.uint64,
-]
+    np.bool_, np.uint8, np.int8, np.int16, np.uint16, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2fnuz, ml_dtypes.float8_e8m0fnu, np.int32,
+    np.uint32, np.float32, np.complex64, np.float64, np.int64, np.uint64,
+]  # fmt: skip
 
 
 def _tensors():

@@ -25,7 +25,7 @@ def full(tmp_path_factory):
     return directory
 
 
-def test_the_released_model(full):
+def test_the_figures_of_the_released_model(full):
     found = inspect(full)
     assert found.format == "safetensors"
     assert (found.tensors, found.parameters, found.nbytes) == (704, 10_292_777_472, 20_585_554_944)
@@ -40,7 +40,7 @@ def test_the_released_model(full):
     assert gate_up.leaf == "language_model.layers.mlp.gate_up.kernel"
 
 
-def test_what_a_device_of_a_mesh_holds(full):
+def test_shardings_and_bytes_per_device_follow_the_mesh(full):
     found = {group.name.removeprefix("language_model.layers.{i}."): group for group in
              inspect(full, parse_mesh("data=3, fsdp=4,kv=2,q=2")).groups}  # fmt: skip
     assert found["mlp.gate_up_proj.weight"].sharding == ("fsdp", "-", "kv+q+seq")
@@ -67,7 +67,7 @@ def test_the_shardings_are_those_of_the_loaded_model(synthetic):
         assert tuple(names[axis] for axis in spec) == group.sharding, group.name
 
 
-def test_both_formats_say_the_same(synthetic, tmp_path):
+def test_both_formats_list_the_same_tensors(synthetic, tmp_path):
     to_orbax(synthetic(), tmp_path / "orbax")
     ours, theirs = inspect(synthetic()), inspect(tmp_path / "orbax")
     assert theirs.format == "orbax"
@@ -91,6 +91,6 @@ def test_a_truncated_file_is_found(full, tmp_path):
         inspect(tmp_path)
 
 
-def test_a_mesh_that_does_not_divide(full):
+def test_a_mesh_that_does_not_divide_is_refused(full):
     with pytest.raises(ConfigError, match="kv_heads of 2 does not divide by mesh axes kv of 4"):
         inspect(full, {"kv": 4})

@@ -1,4 +1,4 @@
-"""kill -9 at any moment of `to-hf`: nothing passes for complete, the source is as it was, and the rerun succeeds."""
+"""After kill -9 at any moment of `to-hf` nothing passes for complete, the source is unchanged, a rerun succeeds."""
 
 import contextlib
 import os
@@ -97,7 +97,7 @@ def complete(directory, expected):
     return True
 
 
-def test_killed_at_random_moments(server, checkpoint, tmp_path):
+def test_a_kill_at_any_moment_leaves_nothing_that_passes_for_complete(server, checkpoint, tmp_path):
     whole = tmp_path / "whole"
     to_hf(checkpoint, whole, max_shard_size="1MB")
     expected = {name: content for name, content in files_of(whole).items() if "model" in name}

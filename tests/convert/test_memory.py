@@ -45,7 +45,7 @@ def test_free_blocks_go_back_to_the_system():
     assert after - before < 0.1 * taken
 
 
-def test_rings_of_new_objects_go():
+def test_reference_cycles_are_collected():
     class Node:
         pass
 
