@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from glm4v_jax.checkpoints.safetensors import LazyTensor, SafetensorsFile, open_checkpoint, write_safetensors
 from glm4v_jax.errors import CheckpointError
@@ -74,14 +74,6 @@ class TestReading:
             assert _bits(file.read(name)) == _bits(tensor)
             assert file[name] == (tensor.shape, tensor.dtype, tmp_path / "a.safetensors")
             assert file[name].nbytes == tensor.nbytes
-
-    def test_it_reads_what_the_library_reads(self, tmp_path):
-        rng = np.random.default_rng(1)
-        tensors = {f"w{i}": rng.standard_normal((i, 7)).astype(t) for i, t in enumerate([np.float16, np.float32] * 4)}
-        save_file(tensors, tmp_path / "a.safetensors")
-        file = SafetensorsFile(tmp_path / "a.safetensors")
-        for name, tensor in load_file(tmp_path / "a.safetensors").items():
-            assert _bits(file.read(name)) == _bits(tensor)
 
     def test_it_reads_bfloat16_as_torch_writes_it(self, tmp_path):
         torch = pytest.importorskip("torch")
@@ -363,13 +355,6 @@ class TestCheckpoint:
             assert fault in str(error.value)
         assert str(error.value).startswith(f"{tmp_path}: shards do not match model.safetensors.index.json: ")
         assert "right" not in str(error.value) and "\n" not in str(error.value)
-
-    def test_many_faults_are_all_named(self, tmp_path):
-        weight_map = {f"w{i}": "model-1.safetensors" for i in range(57)} | {"a": "model-1.safetensors"}
-        _shards(tmp_path, {"model-1.safetensors": {"a": np.zeros(1)}}, weight_map)
-        with pytest.raises(CheckpointError) as error:
-            open_checkpoint(tmp_path)
-        assert len(error.value.faults) == 57
 
 
 class TestWriting:
