@@ -14,7 +14,7 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.hf.forward import causal_lm_loss
 from glm4v_jax.model import lora
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.params import linears, stacked_layers
+from glm4v_jax.model.params import leaf_paths, linears, stacked_layers
 
 EVERY = lora.LoraConfig(rank=3, alpha=4.5, target=".*")
 """An adapter beside every kernel; of an odd rank, and a scale that is not 1."""
@@ -43,6 +43,11 @@ def _values(linear: Any, key: Any, path: str, layer: int) -> Any:
     values = [0.2 * jax.random.normal(k, shape[1:] if layers else shape) for k in keys]
     values = [mesh.reshard(value, None, *linear.out_axes) for value in values]
     return jnp.stack(values) if layers else values[0]
+
+
+def leaves_of(model: Glm4v) -> dict[str, Any]:
+    """Path -> leaf."""
+    return dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
 
 
 def batch_of(config: Glm4vConfig, rows: list[list[Any]], seed: int = 1) -> tuple[Any, Prompts]:

@@ -1,13 +1,12 @@
 """LoRA: small trained matrices beside frozen kernels, `y = x W + alpha / rank * (x A) B` (arXiv 2106.09685).
 
-The matrices are leaves of `nn.Linear`, stacked and split over the mesh as its kernel is: a model with an adapter is a
-model like any other. One function adds the leaves, one merges them into the kernels, `is_lora` finds them.
+The matrices are leaves of `nn.Linear`, stacked and sharded over the mesh as its kernel is: a model with an adapter is a
+model like any other. `add_lora` adds the leaves, `merge_lora` merges them into the kernels, `is_lora` finds them.
 """
 
 import dataclasses
 import functools
 import math
-import re
 import zlib
 
 import jax
@@ -15,15 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from glm4v_jax.config.checks import Positive, PositiveNumber, fault, raise_faults, validate
+from glm4v_jax.config.checks import Positive, PositiveNumber, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
-from glm4v_jax.model.params import DECODER, Axes, linears, sizes, stacked_layers
+from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matching_linears, sizes, stacked_layers
 
 DTYPE = jnp.float32
-"""Of an adapter, whatever the model computes in: learning rates of 1e-4 and below are lost on eight bits."""
+"""Of an adapter, whatever the compute dtype is: steps of learning rates of 1e-4 and below are lost in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class LoraConfig:
 
     Attributes:
       rank: of its matrices.
-      alpha: what it adds is multiplied with alpha / rank.
+      alpha: the product of the matrices is scaled by alpha / rank.
       target: regular expression that fits the whole path of a linear layer, layers without their numbers:
         "language_model.layers.self_attn.q_proj", "visual.blocks.mlp.gate_up", "visual.merger.proj", "lm_head".
     """
@@ -43,10 +42,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        try:
-            re.compile(self.target)
-        except re.error as error:
-            raise_faults([fault("target", self.target, f"a regular expression ({error})")])
+        check_pattern(self.target, "target")
 
 
 def is_lora(path: str) -> bool:
@@ -60,7 +56,7 @@ def has_lora(model: Glm4v) -> bool:
 
 
 def copy_without_lora(model: Glm4v) -> Glm4v:
-    """New modules around the same arrays.
+    """Copy the modules around the same arrays.
 
     Raises:
       ConfigError: there is an adapter, which a second one would replace.
@@ -76,24 +72,21 @@ def set_lora(linear: Linear, a: Array, b: Array, scale: float) -> None:
 
 
 def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
-    """The model with a new adapter that does not change what it computes yet; new modules around the same arrays.
+    """Add a new adapter, which does not change what the model computes yet; new modules around the same arrays.
 
-    As PEFT begins: A is drawn from U(-1, 1) / sqrt(inputs) (`kaiming_uniform_(a=sqrt(5))`), each layer's from a key of
+    Initialised as by PEFT: A from U(-1, 1) / sqrt(inputs) (`kaiming_uniform_(a=sqrt(5))`), each layer's from a key of
     its own, the same in both layouts and on every mesh; B is 0. Both are float32.
 
     Args:
       model: in the current mesh; inside `jax.eval_shape` it may be abstract.
-      config: see there.
-      seed: of the draws.
+      config: which layers, and of what size.
+      seed: of the random numbers.
 
     Raises:
       ConfigError: the pattern matches no linear layer, or there is an adapter already.
     """
     result = copy_without_lora(model)
-    every = linears(result)
-    chosen = {path: found for path, found in every.items() if re.fullmatch(config.target, path)}
-    if not chosen:
-        raise ConfigError(f"target: {config.target!r} fits no linear layer; expected some of {', '.join(every)}")
+    chosen = matching_linears(result, config.target, "target")
 
     @jax.jit  # one program: each draw would be compiled by itself
     def draw(key: Array) -> dict[str, list[tuple[Array, Array]]]:
@@ -107,7 +100,7 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
 
 
 def drop_lora(model: Glm4v) -> Glm4v:
-    """The model without its adapter; new modules around the same arrays."""
+    """Remove the adapter; new modules around the same arrays."""
     result = jax.tree.map(lambda x: x, model)
     for found in linears(result).values():
         for linear in found:
@@ -117,13 +110,13 @@ def drop_lora(model: Glm4v) -> Glm4v:
 
 
 def merge_lora(model: Glm4v) -> Glm4v:
-    """The model with its adapter in its kernels, `W + scale A B` in float32, cast back; without one, a copy.
+    """Merge the adapter into its kernels, `W + scale A B` in float32, cast back; without one, copy the modules.
 
-    New modules; the kernels without an adapter are the same arrays. Besides old and new kernels there is one layer's in
-    float32 in memory.
+    New modules; kernels without an adapter are the same arrays. Old and new kernels are in memory, and one layer's in
+    float32.
 
     Raises:
-      ConfigError: a kernel with an adapter is quantised, and would be rounded anew.
+      ConfigError: a kernel with an adapter is quantised, and would be rounded again.
     """
     result = jax.tree.map(lambda x: x, model)
     for path, found in linears(result).items():
@@ -142,7 +135,7 @@ def merge_lora(model: Glm4v) -> Glm4v:
 
 
 def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]]:
-    """A and B of the linear layers of one path; layers are numbered alike whether they are stacked or not."""
+    """A and B of the linear layers of one path; layers have the same numbers whether they are stacked or not."""
     inputs, outputs = sizes(found[0])
     bound = 1 / math.sqrt(math.prod(inputs))
     a_axes, b_axes = (*found[0].in_axes, None), (None, *found[0].out_axes)
@@ -163,7 +156,7 @@ def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]
 
 @functools.partial(jax.jit, static_argnames=("in_axes", "out_axes"))
 def _merged(kernel: Array, a: Array, b: Array, scale: float, in_axes: Axes, out_axes: Axes) -> Array:
-    """The kernel with its adapter, in its own dtype and partition; layers that are stacked, one after the other."""
+    """Merge A and B into a kernel, in its dtype and partition; stacked layers one after the other."""
     ins, outs = "ijkl"[: len(in_axes)], "mnop"[: len(out_axes)]
 
     def merge(leaves: tuple[Array, Array, Array]) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers_lora import batch_of, logits_of, loss_of, trained
+from helpers_lora import batch_of, leaves_of, logits_of, loss_of, trained
 from helpers_mesh import ROWS, run_on_devices, write_grouped
 from jax.sharding import AbstractMesh, AxisType
 from reference import assert_close, random_tensors, write_checkpoint
@@ -24,7 +24,7 @@ from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora, nn, quantize
-from glm4v_jax.model.params import leaf_paths, linears, stacked_layers
+from glm4v_jax.model.params import linears, stacked_layers
 from train.state import Layout, split
 
 pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
@@ -34,16 +34,6 @@ BOTH = pytest.mark.parametrize("config", [INT8, INT4], ids=["int8", "int4"])
 TEXT = [[9], [30]]
 SMALL = lora.LoraConfig(rank=3)
 MESHES = [dict(), dict(fsdp=2, kv=2, q=2)]
-
-
-def leaves_of(model):
-    return dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoints):
-    """Stacked, as training has it."""
-    return Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), dtype="float32", stacked=True).module
 
 
 def by_hand(kernel, inputs, config):
