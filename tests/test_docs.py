@@ -18,6 +18,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import pytest
+import sphinx.cmd.build
 from helpers_paths import ROOT
 
 import glm4v_jax
@@ -250,6 +251,16 @@ def test_cited_traps_are_explained():
 def test_api_pages_have_every_exported_name():
     text = "".join(read(page) for page in PAGES if page.startswith("docs/api/"))
     assert set(re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.M)) == set(glm4v_jax.__all__)
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    arguments = ["-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
+    assert sphinx.cmd.build.build_main(arguments) == 0
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:link|script|img)[^>]+(?:href|src)=\"(https?://[^\"]+)", page.read_text(encoding="utf-8")
+        )
+        assert not loaded, page
 
 
 def test_the_performance_page_has_the_results():
