@@ -129,6 +129,7 @@ def run_command(words, monkeypatch):
         assert not main(words[1:]), shlex.join(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [

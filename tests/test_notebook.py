@@ -22,6 +22,7 @@ def test_no_outputs_are_committed(notebook):
     assert NOTEBOOK.stat().st_size < 20_000
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKSTART_MODEL", str(TINY_CHECKPOINT))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
