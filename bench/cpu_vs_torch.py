@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bench import models, report, turns
-from bench.turns import Work
+from bench.turns import TimedTask
 
 CONTEXT = 256
 BUFFER_MEGABYTES = 1000
@@ -29,11 +29,11 @@ MIN_BANDWIDTH_SHARE = 0.8
 ANSWER = {"context": 64, "tokens": 24}
 
 
-class Line(NamedTuple):
+class SpeedLine(NamedTuple):
     """One comparison."""
 
     title: str
-    work: Work
+    work: TimedTask
     amount: float
     """units of work in the time that the task reports"""
     unit: str
@@ -43,41 +43,41 @@ class Line(NamedTuple):
     aim: float | None
 
 
-def prefill(tokens: int) -> Line:
+def prefill(tokens: int) -> SpeedLine:
     """A prompt up to its first new token; theirs by `generate` or a bare forward pass, whichever is faster."""
-    work = Work("prefill", {"tokens": tokens})
-    return Line(f"prefill, {tokens:,} tokens", work, tokens, "tokens/s", "generate", ("generate", "forward"), 1.0)
+    work = TimedTask("prefill", {"tokens": tokens})
+    return SpeedLine(f"prefill, {tokens:,} tokens", work, tokens, "tokens/s", "generate", ("generate", "forward"), 1.0)
 
 
-def vision(side: int) -> Line:
+def vision(side: int) -> SpeedLine:
     """A square image through the ViT and merger."""
-    work = Work("vision", {"rows": side, "columns": side})
-    return Line(f"ViT, {side**2:,} patches", work, side**2, "patches/s", "encode", ("encode",), 1.0)
+    work = TimedTask("vision", {"rows": side, "columns": side})
+    return SpeedLine(f"ViT, {side**2:,} patches", work, side**2, "patches/s", "encode", ("encode",), 1.0)
 
 
-DECODE = Line(
-    f"decode after {CONTEXT} tokens", Work("decode", {"context": CONTEXT, "short": 9, "long": 41}), 1, "tokens/s",
+DECODE = SpeedLine(
+    f"decode after {CONTEXT} tokens", TimedTask("decode", {"context": CONTEXT, "short": 9, "long": 41}), 1, "tokens/s",
     "generate", ("generate", "loop"), 1.2,
 )  # fmt: skip
-TOGETHER, ALONE = (Work("preprocess", {"together": together}) for together in (True, False))
+TOGETHER, ALONE = (TimedTask("preprocess", {"together": together}) for together in (True, False))
 LINES = (
     prefill(512), prefill(1024), vision(32), vision(64), DECODE,
-    Line("photographs in one call, their slow processor", TOGETHER, 1, "images/s", "slow", ("slow",), 2.0),
-    Line("photographs in one call, their fast processor", TOGETHER, 1, "images/s", "slow", ("fast",), 1.2),
-    Line("one photograph a call, their slow processor", ALONE, 1, "images/s", "slow", ("slow",), 2.0),
-    Line("one photograph a call, their fast processor", ALONE, 1, "images/s", "slow", ("fast",), 1.2),
-    Line("both fast processors, in one call", TOGETHER, 1, "images/s", "fast", ("fast",), None),
+    SpeedLine("photographs in one call, their slow processor", TOGETHER, 1, "images/s", "slow", ("slow",), 2.0),
+    SpeedLine("photographs in one call, their fast processor", TOGETHER, 1, "images/s", "slow", ("fast",), 1.2),
+    SpeedLine("one photograph a call, their slow processor", ALONE, 1, "images/s", "slow", ("slow",), 2.0),
+    SpeedLine("one photograph a call, their fast processor", ALONE, 1, "images/s", "slow", ("fast",), 1.2),
+    SpeedLine("both fast processors, in one call", TOGETHER, 1, "images/s", "fast", ("fast",), None),
 )  # fmt: skip
 Times = list[dict[str, Any]]
 """Of each round, of each side: the way it was done -> seconds."""
 
 
-def both(work: Work) -> dict[str, Work]:
+def both(work: TimedTask) -> dict[str, TimedTask]:
     """The same work on both sides."""
     return {"ours": work, "theirs": work}
 
 
-def compare(line: Line, times: Times) -> dict[str, Any]:
+def compare(line: SpeedLine, times: Times) -> dict[str, Any]:
     """The figures of one comparison."""
     way = min(line.theirs, key=lambda way: statistics.median(one["theirs"][way] for one in times))
     ours, theirs = [one["ours"][line.ours] for one in times], [one["theirs"][way] for one in times]
@@ -112,7 +112,7 @@ def run(
     for worker in workers.values():
         worker("load", directory=str(directory))
     answers = [worker("answer", **ANSWER) for worker in workers.values()]
-    works = [Work("bandwidth", {"megabytes": BUFFER_MEGABYTES, "threads": threads})]
+    works = [TimedTask("bandwidth", {"megabytes": BUFFER_MEGABYTES, "threads": threads})]
     for line in (DECODE, *LINES):  # decoding next to the reads that it is compared with
         if line.work not in works:
             works.append(line.work)

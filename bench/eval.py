@@ -103,7 +103,7 @@ def compare(workers: turns.Workers, rounds: int, count: int = COUNT) -> list[dic
     """The figures of every task."""
     lines = []
     for task in TASKS:
-        work = turns.Work("answer", dict(of=task, count=count, new_tokens=NEW_TOKENS))
+        work = turns.TimedTask("answer", dict(of=task, count=count, new_tokens=NEW_TOKENS))
         (results,) = turns.measure(workers, [dict.fromkeys(workers, work)], rounds)
         pairs = zip(*(map(answer_of, results[-1][side]["texts"]) for side in ("ours", "theirs")), strict=True)
         same = sum(ours == theirs for ours, theirs in pairs)

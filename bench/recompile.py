@@ -52,7 +52,7 @@ class Compilations:
 
 
 @dataclasses.dataclass
-class Request:
+class RequestFacts:
     """What one request took."""
 
     pictures: int
@@ -92,7 +92,7 @@ def random_messages(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dic
 
 def send(
     model: Glm4vForConditionalGeneration, processor: Glm4vProcessor, rng: np.random.Generator, heard: Compilations
-) -> Request:
+) -> RequestFacts:
     """One random request through processor and model."""
     messages, options = random_messages(rng)
     kinds = collections.Counter(item["type"] for item in messages[0]["content"])
@@ -110,7 +110,7 @@ def send(
     grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in inputs.get(name, ())]
     shapes = collections.Counter(medium_shape(grid, 1) for grid in grids)
     calls = {shape: -(-count // wave_size(shape, 1)) for shape, count in shapes.items()}
-    return Request(
+    return RequestFacts(
         pictures=kinds["image"],
         videos=kinds["video"],
         prompt_tokens=int(batch.segment_ids.sum()),

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import models, report, train_data, turns
-from bench.turns import Work
+from bench.turns import TimedTask
 
 LEARNING_RATE = 1e-5
 MAX_PADDING = 0.1
@@ -36,7 +36,7 @@ MAX_LOSS_DIFFERENCE = 1e-4
 """Relative, over a pass of a few steps."""
 
 
-class Line(NamedTuple):
+class WaysLine(NamedTuple):
     """One comparison: what each side's way to train is."""
 
     title: str
@@ -46,9 +46,9 @@ class Line(NamedTuple):
 
 
 LINES = (
-    Line("each side's usual way: packed | padded", "packed", "padded", 1.3),
-    Line("the same padded batches", "padded", "padded", None),
-    Line("packed | padded, samples grouped by length", "packed", "grouped", 1.0),
+    WaysLine("each side's usual way: packed | padded", "packed", "padded", 1.3),
+    WaysLine("the same padded batches", "padded", "padded", None),
+    WaysLine("packed | padded, samples grouped by length", "packed", "grouped", 1.0),
 )
 TURNS = (("packed", "padded"), ("padded", "grouped"))
 """Ways of (ours, theirs) that are timed after one another: between them, those of all lines."""
@@ -56,7 +56,10 @@ TURNS = (("packed", "padded"), ("padded", "grouped"))
 
 def measure(workers: turns.Workers, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Side -> way -> seconds of a pass over the batches, in every round."""
-    works = [{"ours": Work("train", {"way": ours}), "theirs": Work("train", {"way": theirs})} for ours, theirs in TURNS]
+    works = [
+        {"ours": TimedTask("train", {"way": ours}), "theirs": TimedTask("train", {"way": theirs})}
+        for ours, theirs in TURNS
+    ]
     results = turns.measure(workers, works, rounds)
     return {
         side: {
@@ -76,7 +79,7 @@ def compare_losses(workers: turns.Workers) -> dict[str, Any]:
 
 def run(
     workers: turns.Workers, directory: pathlib.Path, content: dict[str, Any], samples: Sequence[Any], *,
-    steps: int, rounds: int, shape: train_data.Shape = train_data.SHAPE, lines: Sequence[Line] = LINES,
+    steps: int, rounds: int, shape: train_data.Shape = train_data.SHAPE, lines: Sequence[WaysLine] = LINES,
 ) -> dict[str, Any]:  # fmt: skip
     """Pack the samples, load the checkpoint on both sides and measure.
 
@@ -120,7 +123,7 @@ def run(
         "passed": max(packed.values()) <= MAX_PADDING,
     }
     missed = {
-        f"{line.ours} | {line.theirs}": {side: Work("train", {"way": getattr(line, side)}) for side in workers}
+        f"{line.ours} | {line.theirs}": {side: TimedTask("train", {"way": getattr(line, side)}) for side in workers}
         for line, figures in zip(lines, compared, strict=True)
         if not figures["passed"]
     }

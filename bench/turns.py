@@ -32,14 +32,14 @@ Workers = Mapping[str, Callable[..., Any]]
 """Side -> what does its tasks: called with a task's name and arguments, it returns the result."""
 
 
-class Work(NamedTuple):
+class TimedTask(NamedTuple):
     """What a side does in a turn."""
 
     task: str
     arguments: Mapping[str, Any]
 
 
-def measure(workers: Workers, works: Sequence[Mapping[str, Work]], rounds: int) -> list[list[dict[str, Any]]]:
+def measure(workers: Workers, works: Sequence[Mapping[str, TimedTask]], rounds: int) -> list[list[dict[str, Any]]]:
     """Have the sides take turns at every piece of work, in every round.
 
     Args:
@@ -80,7 +80,9 @@ def compare(ours: Sequence[float], theirs: Sequence[float], amount: float, aim: 
     }
 
 
-def profiles(workers: Workers, works: Mapping[str, Mapping[str, Work]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def profiles(
+    workers: Workers, works: Mapping[str, Mapping[str, TimedTask]]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Title of a piece of work -> side -> where its time goes."""
     return {
         title: {

@@ -166,7 +166,7 @@ class Verify(JsonOptions):
 
 
 @dataclasses.dataclass(kw_only=True)
-class Inspect(JsonOptions):
+class InspectTensors(JsonOptions):
     """List the tensors of a checkpoint in either format: shapes, dtypes, leaves of the model, sharding on a mesh.
 
     No data are read, and the devices of the mesh need not exist.
@@ -229,7 +229,7 @@ class Synth(_Writing):
 
 
 COMMANDS: dict[str, Callable[..., Command]] = {
-    "inspect": Inspect,
+    "inspect": InspectTensors,
     "to-orbax": ToOrbax,
     "to-hf": ToHf,
     "verify": Verify,

@@ -29,7 +29,7 @@ from glm4v_jax.console.table import print_table
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import model_fingerprint, to_json
 from glm4v_jax.generate.completion import completion_fields
-from glm4v_jax.generate.offline.batch import Batch
+from glm4v_jax.generate.offline.batch import PromptBatch
 from glm4v_jax.generate.offline.prompts import BatchPrompt
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class _Job(NamedTuple):
     items: list[Item]
     out: pathlib.Path
     config: "GenerationConfig"
-    batch: Batch
+    batch: PromptBatch
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -143,9 +143,9 @@ class RunTasks(JsonOptions):
                 path.unlink(missing_ok=True)
         return self._engine
 
-    def _batch(self, items: Sequence[Item], out: pathlib.Path, config: "GenerationConfig") -> Batch:
+    def _batch(self, items: Sequence[Item], out: pathlib.Path, config: "GenerationConfig") -> PromptBatch:
         """Make the batch of prompts; the seed of an item's draws comes from its id and the config's seed."""
-        return Batch(
+        return PromptBatch(
             [BatchPrompt(item.id, item.messages, item.asked, place=item.place) for item in items],
             str(out / ANSWERS),
             config,

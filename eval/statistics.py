@@ -114,7 +114,6 @@ def paired_difference(
     clusters: Sequence[Hashable] | None = None,
     *,
     confidence: float = 0.95,
-    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
     """Compute the mean difference of two runs, with the interval of `bootstrap_interval` over the items.
@@ -127,7 +126,7 @@ def paired_difference(
     Args:
         first, second: [N] scores of the same items in the same order.
         clusters: [N] items with the same one are resampled together; those with None alone.
-        confidence, resamples, seed: as of `bootstrap_interval`.
+        confidence, seed: as of `bootstrap_interval`.
 
     Raises:
         DataError: as `bootstrap_interval` does, or the runs differ in length.
@@ -140,7 +139,6 @@ def paired_difference(
         [math.fsum(together) for together in drawn],
         [len(together) for together in drawn],
         confidence=confidence,
-        resamples=resamples,
         seed=seed,
     )
     return Difference(math.fsum(differences) / len(differences), low, high)

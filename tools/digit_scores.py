@@ -94,20 +94,20 @@ def nearest_neighbour() -> float:
     return float(np.mean(known.labels[distances.argmin(axis=1)] == asked.labels))
 
 
-def constant_box(task: Task, truth: Sequence[Example], num_train: int = 1000, candidates: int = 100) -> Scores:
+def constant_box(task: Task, truth: Sequence[Example]) -> Scores:
     """Grounding by one box whatever the picture shows: the training box that is right most often in training.
 
     Not the mean box: with two digits in a picture that is between them and never right.
     """
-    known = [example.boxes[0] for example in examples(task, "train", num_train)]
-    hits = [sum(iou(box, other) >= IOU for other in known) for box in known[:candidates]]
+    known = [example.boxes[0] for example in examples(task, "train", 1000)]
+    hits = [sum(iou(box, other) >= IOU for other in known) for box in known[:100]]
     best = known[int(np.argmax(hits))]
     return score([_said(f"[[{','.join(map(str, best))}]]")] * len(truth), truth)
 
 
-def majority_direction(truth: Sequence[Example], num_train: int = 2000) -> Scores:
+def majority_direction(truth: Sequence[Example]) -> Scores:
     """Motion by the most frequent direction of training examples."""
-    known = [example.answer for example in examples("motion", "train", num_train)]
+    known = [example.answer for example in examples("motion", "train", 2000)]
     return score([_said(max(DIRECTIONS, key=known.count))] * len(truth), truth)
 
 

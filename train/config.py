@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from glm4v_jax.config.checks import (
+    AnyNumber,
     Natural,
     Positive,
     Seed,
@@ -201,7 +202,7 @@ class TrainConfig:
     quantize: Literal["int8", "int4"] | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     remat: Remat = "full"
-    max_grad_norm: Annotated[float, Meta(gt=0, extra={"finite": False})] = float("inf")
+    max_grad_norm: Annotated[AnyNumber, Meta(gt=0)] = float("inf")
     max_skipped: Positive = 10
     mesh: str = "train"
     seed: Seed = 0

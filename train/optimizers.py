@@ -8,7 +8,7 @@ import jax
 import optax
 from msgspec import Meta
 
-from glm4v_jax.config.checks import PositiveNumber, validate
+from glm4v_jax.config.checks import NotNegative, PositiveNumber, validate
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
@@ -19,7 +19,6 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 downsampling of the ViT belong to "vision", the head to "llm"."""
 
 Params = Mapping[str, Any]
-NotNegative = Annotated[float, Meta(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)

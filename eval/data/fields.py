@@ -1,10 +1,10 @@
 """Read the fields of a row of data: each function checks one, and its error names it, what was found and expected."""
 
 import ast
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm4v_jax.config.checks import fits
 from glm4v_jax.data.media import MediaItem, kind_of, media_item
 from glm4v_jax.errors import DataError
 
@@ -125,7 +125,7 @@ def box(row: Fields, name: str) -> tuple[float, float, float, float]:
     _, value = first(row, name)
     value = literal_list(value)
     is_list = isinstance(value, list | tuple) and len(value) == 4
-    if not is_list or not all(_is_number(one) for one in value):
+    if not is_list or not all(fits(one, float) for one in value):
         raise invalid(name, value, "four numbers")
     one, two, three, four = (float(one) for one in value)
     return one, two, three, four
@@ -146,13 +146,9 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else value[:80] + "...")
-    if isinstance(value, list | tuple) and len(value) <= 8 and all(_is_number(one) for one in value):
+    if isinstance(value, list | tuple) and len(value) <= 8 and all(fits(one, float) for one in value):
         return str(list(value))
     return kind_of(value)

@@ -42,7 +42,7 @@ _REFUSED = (
 _INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-class Place(NamedTuple):
+class AdaptedModule(NamedTuple):
     """A linear module of the reference: its full name, its layer, and the rules of its A and its B."""
 
     module: str
@@ -62,10 +62,10 @@ class Place(NamedTuple):
         return name if self.layer is None else name.replace(rf"\.{self.layer}\.", r"\.\d+\.", 1)
 
 
-def places(config: Glm4vConfig) -> list[Place]:
+def adaptable_modules(config: Glm4vConfig) -> list[AdaptedModule]:
     """Return every module of the reference that can have an adapter, convolutions included."""
     return [
-        Place(name.removesuffix(".weight"), layer, *adapter_rules(rule))
+        AdaptedModule(name.removesuffix(".weight"), layer, *adapter_rules(rule))
         for name, (rule, layer) in hf_mapping.tensor_rules(config).items()
         if rule.leaf.endswith(".kernel")
     ]
@@ -129,16 +129,16 @@ def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
         path: [to_host([_leaf(linear.lora_a), _leaf(linear.lora_b)]) for linear in found]
         for path, found in linears.items()
     }
-    for place in places(model.config):
-        stacked = params.stacked_layers(linears[place.path][0]) is not None
-        a, b = leaves[place.path][0 if stacked else place.layer or 0]
+    for adapted in adaptable_modules(model.config):
+        stacked = params.stacked_layers(linears[adapted.path][0]) is not None
+        a, b = leaves[adapted.path][0 if stacked else adapted.layer or 0]
         if a is None:
             continue
         if stacked:
-            a, b = a[place.layer], b[place.layer]
+            a, b = a[adapted.layer], b[adapted.layer]
         sizes = _sizes(model.config, a.shape[-1])
-        tensors[f"{_PREFIX}{place.module}.lora_A.weight"] = place.a.to_tensor(a, sizes)
-        tensors[f"{_PREFIX}{place.module}.lora_B.weight"] = place.b.to_tensor(b[place.b.index], sizes)
+        tensors[f"{_PREFIX}{adapted.module}.lora_A.weight"] = adapted.a.to_tensor(a, sizes)
+        tensors[f"{_PREFIX}{adapted.module}.lora_B.weight"] = adapted.b.to_tensor(b[adapted.b.index], sizes)
     return tensors
 
 
@@ -146,12 +146,12 @@ def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
     """Return the content of adapter_config.json: options that PEFT has had since 0.8."""
     linears = params.linears(model)
     found: dict[str, tuple[int, float]] = {}
-    for place in places(model.config):
-        every = linears[place.path]
-        linear = every[0 if len(every) == 1 else place.layer or 0]
+    for adapted in adaptable_modules(model.config):
+        every = linears[adapted.path]
+        linear = every[0 if len(every) == 1 else adapted.layer or 0]
         if linear.lora_a is not None:
             rank = linear.lora_a.shape[-1]
-            found[place.pattern] = rank, round(linear.lora_scale * rank, 9)  # 9.6 / 3 * 3 is not 9.6
+            found[adapted.pattern] = rank, round(linear.lora_scale * rank, 9)  # 9.6 / 3 * 3 is not 9.6
     (rank, alpha), _ = collections.Counter(found.values()).most_common(1)[0]
     return {
         "alpha_pattern": {pattern: _number(a) for pattern, (_, a) in found.items() if a != alpha},
@@ -214,12 +214,12 @@ class _PartAdapter(NamedTuple):
     """One module's adapter, in the leaves' layout: A [*inputs, R], B [R, *outputs] without the axis of a part.
 
     Attributes:
-      place: index of the module in the B of a fused leaf.
+      position: of the module in the B of a fused leaf.
     """
 
     a: np.ndarray
     b: np.ndarray
-    place: tuple[Any, ...]
+    position: tuple[Any, ...]
     scale: float
 
 
@@ -277,7 +277,7 @@ class Pair(NamedTuple):
     With it the module's weight W becomes W + scale B A.
     """
 
-    place: Place
+    adapted: AdaptedModule
     a: np.ndarray
     b: np.ndarray
     scale: float
@@ -305,15 +305,15 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
         return hf_mapping.canonical(name.removeprefix(_PREFIX))
 
     names = {spell(name): name.removeprefix(_PREFIX) for name in file}
-    present: dict[str, tuple[Place, float]] = {}
+    present: dict[str, tuple[AdaptedModule, float]] = {}
     expected: dict[str, tuple[int, ...]] = {}
-    for place in places(config):
-        module = hf_mapping.canonical(place.module)
-        rules = {f"{module}.lora_{side}.weight": rule for side, rule in (("A", place.a), ("B", place.b))}
+    for adapted in adaptable_modules(config):
+        module = hf_mapping.canonical(adapted.module)
+        rules = {f"{module}.lora_{side}.weight": rule for side, rule in (("A", adapted.a), ("B", adapted.b))}
         # PEFT's patterns are for names as they are in the file.
         if (name := next((names[key] for key in rules if key in names), None)) is not None:
             rank, scale = scaling.of(re.sub(r"\.lora_[AB]\.weight$", "", name))
-            present[module] = place, scale
+            present[module] = adapted, scale
             expected |= {key: rule.tensor_shape(_sizes(config, rank)) for key, rule in rules.items()}
     found = hf_mapping.check_tensors(file.items(), expected, str(file.path), spell=spell, any_dtype=True)
 
@@ -321,18 +321,18 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
         return file.read(found[key]).astype(lora.DTYPE)
 
     return {
-        f"{module}.weight": Pair(place, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale)
-        for module, (place, scale) in present.items()
+        f"{module}.weight": Pair(adapted, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale)
+        for module, (adapted, scale) in present.items()
     }
 
 
 def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:
     """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter."""
     found: dict[str, dict[int, list[_PartAdapter]]] = {}
-    for place, a, b, scale in pairs:
+    for adapted, a, b, scale in pairs:
         sizes = _sizes(config, len(a))
-        part = _PartAdapter(place.a.to_leaf(a, sizes), place.b.to_leaf(b, sizes), place.b.index, scale)
-        found.setdefault(place.path, {}).setdefault(place.layer or 0, []).append(part)
+        part = _PartAdapter(adapted.a.to_leaf(a, sizes), adapted.b.to_leaf(b, sizes), adapted.b.index, scale)
+        found.setdefault(adapted.path, {}).setdefault(adapted.layer or 0, []).append(part)
     return found
 
 
@@ -341,7 +341,7 @@ def _fused(parts: Sequence[_PartAdapter], outputs: Sequence[int], scale: float) 
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for part in parts:
         b = np.zeros((part.a.shape[-1], *outputs), part.b.dtype)
-        b[part.place] = part.b * np.float32(part.scale / scale)
+        b[part.position] = part.b * np.float32(part.scale / scale)
         for a, others in pairs:
             if np.array_equal(a, part.a):
                 others += b

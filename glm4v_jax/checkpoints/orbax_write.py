@@ -189,7 +189,6 @@ def save_model(
     assets: str | Path | None = None,
     generation_config: GenerationConfig | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a live model, its layers in either layout and on any mesh, as an Orbax checkpoint.
 
@@ -199,7 +198,6 @@ def save_model(
       assets: a checkpoint whose tokenizer, processor and generation configuration travel along.
       generation_config: to keep with it instead.
       overwrite: replace the checkpoint that is there, once the new one is complete.
-      progress: called with the bytes written so far and in all.
 
     Raises:
       CheckpointError: the directory is taken, the disk cannot hold the model, or it has an adapter or quantised
@@ -207,7 +205,7 @@ def save_model(
     """
     target = Path(directory)
     leaves = ModelLeaves(model)
-    total, done = sum(info.nbytes for info in leaves.infos.values()), 0
+    total = sum(info.nbytes for info in leaves.infos.values())
     by_first(lambda: check_room(Path(assets) if assets else None, target, total, overwrite=overwrite))
     with new_checkpoint(target, overwrite=overwrite) as (writer, folder):
         if jax.process_index() == 0:
@@ -220,10 +218,6 @@ def save_model(
         for group in groups:
             arrays = {path: leaves.array(path) for path in group}
             writer.write(arrays, provenance() if group is groups[-1] else None)
-            done += sum(leaves.infos[path].nbytes for path in group)
-            if progress is not None:
-                writer.wait()
-                progress(done, total)
 
 
 def _version(name: str) -> str:

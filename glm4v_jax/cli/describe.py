@@ -83,11 +83,11 @@ class Describe(JsonOptions):
         if skipped:
             print(f"skipped {skipped} file{'s' * (skipped != 1)} that are not images", file=sys.stderr)
 
-        from glm4v_jax.generate.offline.batch import Batch
+        from glm4v_jax.generate.offline.batch import PromptBatch
         from glm4v_jax.inputs.processor import Glm4vProcessor
 
         processor = Glm4vProcessor.from_pretrained(model)
-        batch = Batch(
+        batch = PromptBatch(
             [self._prompt(name) for name in names], out, config, model, dtype=self.model.dtype,
             name_field="file", answer_fields=_caption_fields, keep_others=True, things="images",
             sources=[os.path.join(self.directory, name) for name in names],

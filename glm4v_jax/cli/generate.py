@@ -106,7 +106,7 @@ class Generate(JsonOptions):
         given = {"PROMPT": bool(self.prompt), "--image": bool(self.media.image), "--video": bool(self.media.video)}
         if found := [option for option, is_given in given.items() if is_given]:
             raise GenerationError(f"{', '.join(found)}: found with --jsonl; expected in the file")
-        from glm4v_jax.generate.offline.batch import Batch
+        from glm4v_jax.generate.offline.batch import PromptBatch
         from glm4v_jax.generate.offline.prompts import read_prompts
         from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -114,7 +114,7 @@ class Generate(JsonOptions):
         processor = Glm4vProcessor.from_pretrained(self.model.directory)
         prompts = read_prompts(jsonl, config, processor, self.sampling.system)
         out = self.batch.out or f"{jsonl.removesuffix('.jsonl')}.answers.jsonl"
-        batch = Batch(prompts, out, config, self.model.directory, dtype=self.model.dtype, sources=[jsonl])
+        batch = PromptBatch(prompts, out, config, self.model.directory, dtype=self.model.dtype, sources=[jsonl])
         summary = run_batch(
             batch, processor, lambda: self.model.load(processor, self.batch.slots),
             restart=self.batch.restart, debug=self.debug,

@@ -44,6 +44,7 @@ Natural = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 """Of a JAX key."""
 PositiveNumber = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 AnyNumber = Annotated[float, Meta(extra={"finite": False})]
 """Infinities and NaN are refused in every other float."""
@@ -129,7 +130,7 @@ def from_mapping(
         # What else is wrong shows only in the fields by themselves: the instance cannot be made.
         for name, value in values.items():
             hint = hints(cls)[name]
-            if not _fits(value, hint):
+            if not fits(value, hint):
                 faults.append(fault(f"{where}{name}", value, expectation(hint)))
         raise_faults(faults, error)
     try:
@@ -183,6 +184,21 @@ def checked(name: str, value: Any, hint: Any, error: type[Glm4vError] = ConfigEr
         return convert(value, hint)
     except ValueError as problem:
         raise error(fault(name, value, expectation(hint))) from problem
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is as an annotation has it; see `convert`.
+
+    >>> fits(1, float), fits(True, float), fits(math.nan, float)
+    (True, False, False)
+    """
+    if dataclasses.is_dataclass(value):
+        return True
+    try:
+        convert(value, hint)
+    except ValueError:
+        return False
+    return True
 
 
 def hints(cls: Any) -> dict[str, Any]:
@@ -253,16 +269,6 @@ def _dataclasses_in(hint: Any) -> tuple[type, ...]:
 def _allows_infinity(hint: Any) -> bool:
     base, meta = _bare(hint)
     return any((item.extra or {}).get("finite") is False for item in meta) or any(map(_allows_infinity, _union(base)))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if dataclasses.is_dataclass(value):
-        return True
-    try:
-        convert(value, hint)
-    except ValueError:
-        return False
-    return True
 
 
 def _floats(value: Any) -> Iterator[float]:

@@ -10,11 +10,20 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from msgspec import Meta
 
-from glm4v_jax.config.checks import Fraction, PositiveNumber, Size, fault, known_fields, object_of, validate
+from glm4v_jax.config.checks import (
+    Fraction,
+    NotNegative,
+    PositiveNumber,
+    Size,
+    fault,
+    known_fields,
+    object_of,
+    validate,
+)
 from glm4v_jax.config.rope_scaling import RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import assets_directory, read_json_object
@@ -25,10 +34,7 @@ RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
 Activation = Literal[
     "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
 ]  # fmt: skip
-ACTIVATION_NAMES = get_args(Activation)
 """The values of `hidden_act`; `nn.activation` computes them."""
-
-NotNegative = Annotated[float, Meta(ge=0)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from glm4v_jax.console.table import printable
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine
-    from glm4v_jax.generate.offline.batch import Batch, BatchSummary
+    from glm4v_jax.generate.offline.batch import BatchSummary, PromptBatch
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
 COMPILING = "compiling"
@@ -134,17 +134,17 @@ class Progress:
 
 
 def run_batch(
-    batch: "Batch",
+    batch: "PromptBatch",
     processor: "Glm4vProcessor",
     load: Callable[[], "Engine"],
     *,
     restart: bool = False,
     debug: bool = False,
 ) -> "BatchSummary":
-    """`Batch.run` for a person: with a progress bar, and a summary at the end.
+    """`PromptBatch.run` for a person: with a progress bar, and a summary at the end.
 
     Args:
-      batch, processor, load, restart: see `Batch.run`.
+      batch, processor, load, restart: see `PromptBatch.run`.
       debug: show what decoders log, too.
     """
     from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings

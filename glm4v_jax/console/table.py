@@ -1,7 +1,6 @@
 """Tables, and text that cannot control a terminal."""
 
 import re
-import sys
 from collections.abc import Collection, Sequence
 
 import rich.console
@@ -31,7 +30,6 @@ def print_table(
     right: Collection[str] = (),
     bold: Collection[int] = (),
     header: bool = True,
-    stderr: bool = False,
 ) -> None:
     """Print a table: folded to the width of a terminal; elsewhere plain, aligned, one line per row.
 
@@ -46,12 +44,11 @@ def print_table(
       right: titles of the columns to align to the right; these are never folded.
       bold: numbers of the rows to emphasise on a terminal.
       header: whether to print the titles.
-      stderr: print to standard error instead of standard output.
     """
-    console = rich.console.Console(stderr=stderr)
+    console = rich.console.Console()
     is_terminal = console.is_terminal
     if not is_terminal:
-        console = rich.console.Console(stderr=stderr, width=_NO_TERMINAL_WIDTH)
+        console = rich.console.Console(width=_NO_TERMINAL_WIDTH)
     table = rich.table.Table(box=None, pad_edge=False, show_header=header)
     for column in columns:
         is_right = column in right
@@ -68,7 +65,7 @@ def print_table(
     with console.capture() as captured:
         console.print(table)
     for line in captured.get().splitlines():
-        print(line.rstrip(), file=sys.stderr if stderr else sys.stdout)
+        print(line.rstrip())
 
 
 def _escape(match: re.Match[str]) -> str:

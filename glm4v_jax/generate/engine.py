@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,8 +33,6 @@ from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
-
-Messages = Sequence[Mapping[str, Any]]
 
 # Programs are compiled for these numbers of top log probabilities.
 _TOPS = (0, 5, 20, 64)

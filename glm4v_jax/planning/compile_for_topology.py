@@ -68,9 +68,9 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     return Mesh(np.array(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract_model(config: Glm4vConfig, mesh: Mesh, dtype: Any = jnp.bfloat16) -> Glm4v:
-    """Make the abstract model, sharded, layers stacked; to be called within `mesh`."""
-    return placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=dtype)), mesh)
+def abstract_model(config: Glm4vConfig, mesh: Mesh) -> Glm4v:
+    """Make the abstract model in bfloat16, sharded, layers stacked; to be called within `mesh`."""
+    return placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=jnp.bfloat16)), mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,29 +113,29 @@ def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
 
 
 def prefill_program(
-    config: Glm4vConfig, batch: int, tokens: int, slots: int, vision_tokens: int = 0, running: int = 0
+    config: Glm4vConfig, batch: int, tokens: int, slots: int, vision_tokens: int = 0, state_rows: int = 0
 ) -> Program:
-    """A piece of `tokens` of `batch` prompts each, behind what caches of `slots` hold.
+    """The prefill program: the last chunk, of `tokens` tokens, of `batch` prompts that fill caches of `slots`.
 
-    They are the whole batch, or one row of each shard of `running` rows.
+    The prompts are the whole batch, or one row of each shard of a state of `state_rows` rows.
     """
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, _ = _text_and_head(model)
-        make = lambda text: device_steps.init_state(text, running or batch, slots, NUM_EOS, stacked=True)  # noqa: E731
+        make = lambda text: device_steps.init_state(text, state_rows or batch, slots, NUM_EOS, stacked=True)  # noqa: E731
         state = placed(jax.eval_shape(make, text), mesh)
         seen = jax.ShapeDtypeStruct((batch, state.seen.shape[1]), jnp.bool_)
-        rows = jax.ShapeDtypeStruct((batch,), jnp.int32) if running else None
+        rows = jax.ShapeDtypeStruct((batch,), jnp.int32) if state_rows else None
         ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
         positions = jax.ShapeDtypeStruct((3, batch, tokens), jnp.int32)
-        piece = device_steps.PrefillChunk(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
+        chunk = device_steps.PrefillChunk(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
         shape = (pool_capacity(vision_tokens), config.text_config.hidden_size)
         pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(None, None)))
-        return device_steps.prefill.lower(text, state, rows, piece, seen, pool)
+        return device_steps.prefill.lower(text, state, rows, chunk, seen, pool)
 
     before = slots - tokens
     flops = batch * tokens * (2 * _kernels(config, _DECODER) + _attention_flops(config, before + tokens / 2))
-    name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {running}" if running else "")
+    name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {state_rows}" if state_rows else "")
     return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
 
 

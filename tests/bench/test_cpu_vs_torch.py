@@ -119,7 +119,7 @@ class Stub:
 
 @pytest.mark.parametrize(("seconds", "passed"), [(1.0, True), (3.0, False)])
 def test_a_run_profiles_what_missed_its_aim(monkeypatch, seconds, passed):
-    line = cpu_vs_torch.Line("it", turns.Work("work", {}), 1, "per s", "a", ("b",), 1.0)
+    line = cpu_vs_torch.SpeedLine("it", turns.TimedTask("work", {}), 1, "per s", "a", ("b",), 1.0)
     monkeypatch.setattr(cpu_vs_torch, "LINES", (line,))
     figures = cpu_vs_torch.run({"ours": Stub(seconds), "theirs": Stub(2.0)}, TINY, "", 1, 2)
     assert figures["lines"][0]["passed"] == passed

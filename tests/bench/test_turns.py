@@ -37,7 +37,7 @@ def test_sides_take_turns_after_a_round_of_warm_up():
     def side(name):
         return lambda task, **arguments: calls.append((name, task)) or len(calls)
 
-    works = [dict.fromkeys(("ours", "theirs"), turns.Work(task, {})) for task in "xy"]
+    works = [dict.fromkeys(("ours", "theirs"), turns.TimedTask(task, {})) for task in "xy"]
     results = turns.measure({"ours": side("ours"), "theirs": side("theirs")}, works, 2)
     assert calls == [(name, task) for _ in range(3) for task in "xy" for name in ("ours", "theirs")]
     assert [[one["ours"] for one in each] for each in results] == [[5, 9], [7, 11]]

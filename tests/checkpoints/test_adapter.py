@@ -13,7 +13,7 @@ from helpers_transformers import import_transformers
 from reference import CONFIGS, assert_close, load_theirs, random_tensors, their_inputs
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
-from glm4v_jax.checkpoints.adapter import load_adapter, places, save_adapter
+from glm4v_jax.checkpoints.adapter import adaptable_modules, load_adapter, save_adapter
 from glm4v_jax.checkpoints.hf_write import tensors_of
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from glm4v_jax.errors import CheckpointError, ConfigError
@@ -315,7 +315,7 @@ def test_an_adapter_that_peft_writes_computes_the_same(ours, checkpoints, tmp_pa
 
 def test_rules_of_a_and_b_keep_the_heads_in_order():
     """Written out for the two that differ most from PyTorch's layout."""
-    found = {p.module.split("layers.0.")[-1]: p for p in places(Glm4vConfig.from_dict(CONFIGS["base"]))}
+    found = {p.module.split("layers.0.")[-1]: p for p in adaptable_modules(Glm4vConfig.from_dict(CONFIGS["base"]))}
     q, o, gate = (found[name] for name in ("self_attn.q_proj", "self_attn.o_proj", "model.visual.merger.gate_proj"))
     assert (q.a.layout, q.b.layout) == ("R D -> D R", "(K G H) R -> R K (G H)")
     assert (o.a.layout, o.b.layout) == ("R (K G H) -> K G H R", "D R -> R D")

@@ -34,7 +34,7 @@ def main() -> None:
         compile_for_topology.prefill_program(wide, 1, 1024, 8192),
     )
     join, short = (
-        compile_for_topology.prefill_program(wide, 1, 96, 4096, running=8),
+        compile_for_topology.prefill_program(wide, 1, 96, 4096, state_rows=8),
         compile_for_topology.prefill_program(wide, 32, 16, 1024),
     )
     step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))

@@ -4,11 +4,11 @@ The model's coordinates are integers from 0 to 1000 along each axis of the origi
 round(1000 * y / height), whatever the size it is resized to; see `glm4v_jax.generate.text.boxes`.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from glm4v_jax.config.checks import fits
 from glm4v_jax.data.media import MediaItem, kind_of
 from glm4v_jax.generate.text.boxes import SCALE
 from train.data.conversations import Message, invalid
@@ -94,7 +94,7 @@ def _write_boxes(
 
 
 def _write_box(box: Any, width: int, height: int, field: str) -> str:
-    if not isinstance(box, list | tuple) or len(box) not in (2, 4) or not all(map(_is_number, box)):
+    if not isinstance(box, list | tuple) or len(box) not in (2, 4) or not all(fits(value, float) for value in box):
         raise invalid(field, repr(box), "4 numbers, or 2 for a point")
     scaled = [round(SCALE * value / (height if axis % 2 else width)) for axis, value in enumerate(box)]
     if not all(0 <= value <= SCALE for value in scaled):
@@ -103,7 +103,3 @@ def _write_box(box: Any, width: int, height: int, field: str) -> str:
     if len(box) == 4 and not (box[0] <= box[2] and box[1] <= box[3]):
         raise invalid(field, repr(list(box)), "the top left corner before the bottom right one")
     return f"[{','.join(map(str, scaled))}]"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -106,7 +106,7 @@ class BatchSummary:
             )
 
 
-class Batch:
+class PromptBatch:
     """Prompts, and the file of their answers."""
 
     def __init__(

@@ -21,7 +21,7 @@ _TIME_OF_A_FRAME = re.compile(r"<\|end_of_image\|>(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class MediaPlacement:
     """Where an image or video stands in a prompt.
 
     Attributes:
@@ -47,7 +47,7 @@ class PlacedPrompt:
 
     input_ids: np.ndarray
     position_ids: np.ndarray
-    places: tuple[Place, ...]
+    places: tuple[MediaPlacement, ...]
 
     @property
     def next_position(self) -> int:
@@ -97,7 +97,7 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
         positions = placed.position_ids[:, own]
         lows, highs = positions.min(axis=1), positions.max(axis=1)
         places.append(
-            Place(
+            MediaPlacement(
                 tokens=last + 1 - first,
                 positions={axis: (int(low), int(high)) for axis, low, high in zip("thw", lows, highs, strict=True)},
                 timestamps=tuple(int(time) for time in _TIME_OF_A_FRAME.findall(expansion.text)),
@@ -114,7 +114,7 @@ def _with_tags(input_ids: np.ndarray, own: np.ndarray, start: int | None, end: i
     return (int(before[-1]) if len(before) else first), (last + int(after[0]) if len(after) else last)
 
 
-def facts(seen: Seen, place: Place) -> dict[str, Any]:
+def facts(seen: Seen, place: MediaPlacement) -> dict[str, Any]:
     """Everything there is to say of an image or video, as JSON has it: lengths in pixels, times in seconds."""
     found: dict[str, Any] = {
         "file": seen.name,
