@@ -10,7 +10,7 @@ from tools.digit_scores import Row, table
 _TEXT = """\
 # The tiny model of the package
 
-`glm4v_jax.data.TINY_CHECKPOINT`, which answers wherever no other model is named, has the shape of GLM-4.1V (ViT,
+`glm4v_jax.tiny.TINY_CHECKPOINT`, which answers wherever no other model is named, has the shape of GLM-4.1V (ViT,
 merger, decoder with M-RoPE, the released chat template and processors) and 1.3 million parameters, {size:.1f} MB in
 bfloat16 with its tokenizer. `make tiny` trains it from random weights with the training loop of `train`, as any job,
 and writes this page.

@@ -7,6 +7,7 @@ True
 """
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip has; 0 where this package does not need it.
+    """What a chip has; 0 where no figure is known here.
 
     Attributes:
-      kinds: prefixes of `jax.Device.device_kind`.
+      kinds: the beginning of `jax.Device.device_kind`, in whole words.
       generation: how libtpu names it in a slice, such as "v5e" in "v5e:2x4".
       hbm: bytes of memory of a device.
       flops: bfloat16 operations per second of a device, dense.
@@ -42,10 +43,10 @@ CHIPS = (
     Chip(("TPU v3",), "v3", 16 * GIB),
     Chip(("TPU v4",), "v4", 32 * GIB, 275e12),
     Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9),
-    Chip(("TPU v6",), "v6e", 32 * GIB, 918e12, 1640e9, 448e9),
-    Chip(("TPU v5",), "v5p", 95 * GIB, 459e12, 2765e9, 600e9),
+    Chip(("TPU v6", "TPU v6e"), "v6e", 32 * GIB, 918e12, 1640e9, 448e9),
+    Chip(("TPU v5", "TPU v5p"), "v5p", 95 * GIB, 459e12, 2765e9, 600e9),
     Chip(("NVIDIA A100",), hbm=80 * GIB, flops=312e12),
-    Chip(("NVIDIA A100-SXM4-40GB",), hbm=40 * GIB, flops=312e12),
+    Chip(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), hbm=40 * GIB, flops=312e12),
     Chip(("NVIDIA H100",), hbm=80 * GIB, flops=989e12),
     Chip(("NVIDIA H100 PCIe",), hbm=80 * GIB, flops=756e12),
     Chip(("NVIDIA H200",), hbm=141 * GIB, flops=989e12),
@@ -57,8 +58,14 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip whose prefix fits a `device_kind` best; None if it is not in the table, as of a CPU."""
-    fitting = [(len(kind), chip) for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)]
+    """The chip whose name fits a `device_kind` best; None if it is not in the table, as of a CPU.
+
+    >>> chip_of("NVIDIA L40") is None  # not an L4
+    True
+    """
+    fitting = [
+        (len(kind), chip) for chip in CHIPS for kind in chip.kinds if re.match(rf"{re.escape(kind)}(?!\w)", device_kind)
+    ]
     return max(fitting, key=lambda found: found[0])[1] if fitting else None
 
 

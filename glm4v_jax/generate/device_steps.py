@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from glm4v_jax.config.generation import SAMPLING_DTYPES, SamplingParams
+from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
 from glm4v_jax.generate.sampling import largest, mark_seen, row_keys, sample, step_keys
 from glm4v_jax.model.decoder import TextDecoder
@@ -43,6 +43,16 @@ class RowState(NamedTuple):
     number: Int[Array, " B"]
     """number of the row in its request: rows of one seed sample differently"""
     params: SamplingParams
+
+    @classmethod
+    def free(cls, batch: int, num_eos: int) -> "RowState":
+        """Host arrays of free rows, all done, greedy."""
+        zeros = np.zeros(batch, np.int32)
+        return cls(
+            token=zeros, delta=zeros.copy(), done=np.ones(batch, np.bool_), step=zeros.copy(), limit=zeros.copy(),
+            eos=np.full((batch, num_eos), -1, np.int32), seed=np.zeros(batch, np.uint32),
+            number=np.zeros(batch, np.uint32), params=SamplingParams.of(GenerationConfig(), batch),
+        )  # fmt: skip
 
 
 class SlotsState(NamedTuple):
@@ -97,19 +107,7 @@ class Decoded(NamedTuple):
 def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> SlotsState:
     """`batch` free rows of `capacity` cache slots, all done."""
     config, dtype = text.module.config, text.leaves[0].dtype
-    row = _place_row(
-        RowState(
-            token=np.zeros(batch, np.int32),
-            delta=np.zeros(batch, np.int32),
-            done=np.ones(batch, np.bool_),
-            step=np.zeros(batch, np.int32),
-            limit=np.zeros(batch, np.int32),
-            eos=np.full((batch, num_eos), -1, np.int32),
-            seed=np.zeros(batch, np.uint32),
-            number=np.zeros(batch, np.uint32),
-            params=SamplingParams(*(np.zeros(batch, dtype) for dtype in SAMPLING_DTYPES)),
-        ),
-    )
+    row = _place_row(RowState.free(batch, num_eos))
     seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
     hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
     return SlotsState(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
@@ -308,7 +306,7 @@ def _place_row(row: RowState) -> RowState:
 
 
 def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
-    """RowState `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
+    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
 
     def local(x: Array, slots: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(slots[0], 0), 1, axis)

@@ -106,8 +106,8 @@ class FeaturePool:
         """P, in merged tokens."""
         return self.array.shape[0]
 
-    def __call__(self, media: Sequence[Medium], upcoming: Iterable[Medium] = ()) -> list[int]:
-        """Where the merged tokens of each image or video begin in `array`; encodes those that are not there yet.
+    def encode(self, media: Sequence[Medium], upcoming: Iterable[Medium] = ()) -> list[int]:
+        """Encode what is not in the pool yet; returns where the merged tokens of each image or video begin in `array`.
 
         Args:
           media: needed now.
@@ -118,7 +118,7 @@ class FeaturePool:
         with self.lock:
             new = sum(key not in self._spans or key in self._unused for key in distinct)
             tries = (self._waves(needed, upcoming), self._waves(needed))
-            if not any(self._encode(waves, distinct) for waves in tries):
+            if not any(self._encode_waves(waves, distinct) for waves in tries):
                 self._encode_anew(needed)
             self._unused.difference_update(distinct)
             self.reused += len(media) - new
@@ -135,7 +135,7 @@ class FeaturePool:
         with self.lock:
             keys = {medium.key for medium in early}
             for wave in self._waves(early):
-                if len(wave.media) == self._most(wave.shape) and not self._encode([wave], keys):
+                if len(wave.media) == self._most(wave.shape) and not self._encode_waves([wave], keys):
                     return
 
     def warm(self, shape: Shape) -> None:
@@ -189,7 +189,7 @@ class FeaturePool:
             waves += [Wave(shape, queue[i : i + size]) for i in range(0, len(queue), size)]
         return sorted(waves, key=lambda wave: order[wave.media[0].key])
 
-    def _encode(self, waves: Sequence[Wave], keep: Collection[bytes]) -> bool:
+    def _encode_waves(self, waves: Sequence[Wave], keep: Collection[bytes]) -> bool:
         """Encode waves; False, and nothing is done, where that would need the room of media in `keep`, or more."""
         begins = self._plan(waves, self.capacity, self._next, [self._spans[key] for key in keep if key in self._spans])
         if begins is None:
@@ -227,7 +227,7 @@ class FeaturePool:
         while self._plan(waves, capacity, 0, []) is None:
             capacity *= GROWTH
         self.reserve(capacity)
-        self._encode(waves, ())
+        self._encode_waves(waves, ())
 
     def _store(self, wave: Wave, begins: Sequence[int]) -> None:
         """Encode a wave, and write its features where its images or videos begin."""

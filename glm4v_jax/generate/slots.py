@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
 from glm4v_jax.generate import device_steps
@@ -174,7 +173,7 @@ class Slots:
         """Prefill prompts: all B rows by their number (`slots` None), or one of each shard by the shard's number."""
         n = self.num_rows if slots is None else len(slots)
         chunks = chunk_bounds(starts, self._capacity)
-        vision = self._vision_index(starts, {i: min(chunk.bounds[i][0] for chunk in chunks) for i in starts}, upcoming)
+        vision = self._encode_vision(starts, {i: min(chunk.bounds[i][0] for chunk in chunks) for i in starts}, upcoming)
         text, seen = self.runtime.text, self._seen(starts, n)
         for chunk in chunks:
             assert self._state is not None
@@ -188,12 +187,12 @@ class Slots:
             seen[i, start.prompt.input_ids] = True
         return seen
 
-    def _vision_index(
+    def _encode_vision(
         self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]
     ) -> dict[int, np.ndarray]:
         """int32 [T] of each row, valid from token `first` on: -1 for text, otherwise the token's index in the pool."""
         media = [medium for i, start in starts.items() for medium in start.prompt.media_from(first[i])]
-        begins = self.pool(media, upcoming) if media else []
+        begins = self.pool.encode(media, upcoming) if media else []
         merged = self.runtime.config.vision_config.spatial_merge_size**2
         features = {
             medium: begin + np.arange(len(medium.patches) // merged)
@@ -202,18 +201,7 @@ class Slots:
         return {i: start.prompt.vision_index(features) for i, start in starts.items()}
 
     def _row_of(self, starts: Mapping[int, Start]) -> RowState:
-        n = self.num_rows
-        row = RowState(
-            token=np.zeros(n, np.int32),
-            delta=np.zeros(n, np.int32),
-            done=np.ones(n, np.bool_),
-            step=np.zeros(n, np.int32),
-            limit=np.zeros(n, np.int32),
-            eos=np.full((n, self._num_eos), -1, np.int32),
-            seed=np.zeros(n, np.uint32),
-            number=np.zeros(n, np.uint32),
-            params=SamplingParams.of(GenerationConfig(), n),
-        )
+        row = RowState.free(self.num_rows, self._num_eos)
         for i, start in starts.items():
             config = start.config
             row.delta[i], row.done[i], row.step[i], row.limit[i] = start.prompt.delta, False, start.step, start.limit

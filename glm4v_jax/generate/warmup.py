@@ -101,11 +101,6 @@ def warmup(
     >>> [warmed.program for warmed in warmup(model, prompt_lengths=(1, 8), max_new_tokens=4)]
     ['prefill', 'decode']
 
-    >>> from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration, warmup
-    >>> model = Glm4vForConditionalGeneration(Glm4vConfig.tiny(), dtype="float32")
-    >>> [warmed.program for warmed in warmup(model, prompt_lengths=(1, 8), max_new_tokens=4)]
-    ['prefill', 'decode']
-
     Args:
       model: a `Glm4vForConditionalGeneration`, or its runtime.
       prompt_lengths: tokens of the shortest and of the longest prompt, image tokens included.

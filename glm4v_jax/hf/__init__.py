@@ -1,4 +1,4 @@
-"""The reference's names and call shapes, a skin over the other rooms; only users and the command line import it.
+"""The reference's names and call shapes, a skin over the other rooms: users import it, and no other room does.
 
 - `model`: `Glm4vForConditionalGeneration`: logits, loss, `generate`, saving and loading.
 - `multimodal`, `submodels`: `Glm4vModel`, `Glm4vVisionModel`, `Glm4vTextModel`.

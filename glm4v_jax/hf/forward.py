@@ -28,7 +28,7 @@ def embed(
     features: Float[Array, "N D"] | None,
     vision_index: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T D"]:
-    """See `model.embed_with_vision`."""
+    """See `model.glm4v.embed_with_vision`."""
     return embed_with_vision(text.module, input_ids, features, vision_index)
 
 

@@ -38,13 +38,13 @@ def pool(runtime):
 
 
 def tokens(pool, medium):
-    (begin,) = pool([medium])
+    (begin,) = pool.encode([medium])
     return np.asarray(pool.array)[begin : begin + len(medium.patches) // 4]
 
 
 def test_tokens_are_the_encoders(pool, visual):
     pictures, videos = media(visual, SIZES), media(visual, [(4, 6), (2, 2)], 1, frames=3)
-    pool([*pictures, *videos])
+    pool.encode([*pictures, *videos])
     for medium in [*pictures, *videos]:
         expected = np.asarray(visual(medium.patches, medium.grid[None]))
         np.testing.assert_allclose(tokens(pool, medium), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
@@ -53,22 +53,22 @@ def test_tokens_are_the_encoders(pool, visual):
 
 def test_tokens_do_not_depend_on_what_is_encoded_beside_them(pool, visual, runtime):
     pictures = media(visual, SIZES)
-    pool(pictures)
+    pool.encode(pictures)
     for medium in pictures:
         alone = FeaturePool(runtime)
-        alone(media(visual, [(4, 6)], 7))  # so that it begins elsewhere
+        alone.encode(media(visual, [(4, 6)], 7))  # so that it begins elsewhere
         assert np.array_equal(tokens(alone, medium), tokens(pool, medium))
 
 
 def test_a_wave_is_filled_with_what_comes(pool, visual):
     pictures = media(visual, SIZES)
     first, *rest = pictures
-    pool([first], upcoming=[*rest, first])
+    pool.encode([first], upcoming=[*rest, first])
     # Four in rows of 48 patches are as many as 256 patches allow; others would need a wave of their own.
     assert pool.encoded == 4 and pool.reused == 0
-    pool(rest[:3])
+    pool.encode(rest[:3])
     assert pool.encoded == 5 and pool.reused == 0  # (4, 4)
-    pool([first, *rest])
+    pool.encode([first, *rest])
     assert pool.encoded == len(pictures) and pool.reused == 4
 
 
@@ -80,7 +80,7 @@ def test_whole_waves_are_encoded_ahead(pool, visual):
     assert pool.encoded == 4
     pool.prefetch(pictures)
     assert pool.encoded == 4
-    pool(pictures)
+    pool.encode(pictures)
     assert pool.encoded == 7 and pool.reused == 0
 
 
@@ -98,31 +98,31 @@ def test_what_is_encoded_ahead_takes_no_room_from_what_comes_before_it(visual, r
 def test_a_pool_grows_at_once_to_what_a_prompt_needs(visual, runtime):
     small = FeaturePool(runtime, 64)
     pictures = media(visual, [(16, 16), (4, 4), (20, 20)] * 3)
-    begins = small(pictures)
+    begins = small.encode(pictures)
     assert small.encoded == 9 and small.capacity == 1024
     for begin, medium in zip(begins, pictures, strict=True):
         alone = tokens(FeaturePool(runtime), medium)
         assert np.array_equal(np.asarray(small.array)[begin : begin + len(alone)], alone)
     full = FeaturePool(runtime, 64)
-    full(pictures[:1])
+    full.encode(pictures[:1])
     assert full.capacity == 64  # to the last token
 
 
 def test_what_comes_does_not_drive_out_what_is_there(visual, runtime):
     small = FeaturePool(runtime, 64)
     kept, needed, *rest = media(visual, [(8, 8)] * 6)  # 16 tokens each, and waves of two: half of the pool
-    small([kept])
-    small([needed], upcoming=rest)
+    small.encode([kept])
+    small.encode([needed], upcoming=rest)
     assert small.encoded == 3
-    small([kept, needed, rest[0]])
+    small.encode([kept, needed, rest[0]])
     assert small.encoded == 3
-    small([kept, needed, rest[0], rest[1]], upcoming=rest[2:])
+    small.encode([kept, needed, rest[0], rest[1]], upcoming=rest[2:])
     assert small.encoded == 4 and small.capacity == 64
 
 
 def test_an_error_leaves_an_empty_pool(pool, visual, monkeypatch):
     pictures = media(visual, SIZES)
-    pool(pictures[:2])
+    pool.encode(pictures[:2])
 
     def fail(*arguments):
         raise RuntimeError("out of memory")
@@ -130,10 +130,10 @@ def test_an_error_leaves_an_empty_pool(pool, visual, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("glm4v_jax.generate.device_steps.store_features", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            pool(pictures)
+            pool.encode(pictures)
         with pytest.raises(RuntimeError, match="out of memory"):
             pool.warm((1, 32))
-    pool(pictures)
+    pool.encode(pictures)
     assert pool.encoded == 2 + len(pictures)
 
 
