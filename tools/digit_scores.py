@@ -1,6 +1,7 @@
 """How well answers about digits are, and how well they would be without a model.
 
-Answers are read as every answer of the model is: `generate.text.thinking` finds the box, `generate.text.boxes` the coordinates.
+Answers are read as every answer of the model is: `generate.text.thinking` finds the box, `generate.text.boxes` the
+coordinates.
 """
 
 import dataclasses
