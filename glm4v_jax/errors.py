@@ -4,7 +4,8 @@ Every one of them is a `ValueError`, so that code written against the reference 
 working, and every message names the file or field, what was found, and what was expected.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 
 class Glm4vError(ValueError):
@@ -51,6 +52,15 @@ class ListedError(MessageError):
     def __init__(self, lines: Sequence[str]):
         super().__init__("\n".join(lines))
         self.lines = tuple(lines)
+
+
+@contextlib.contextmanager
+def naming(place: object, raised: type[Glm4vError]) -> Iterator[None]:
+    """Raise errors of the body as `raised`, with the file or field that they are about before the message."""
+    try:
+        yield
+    except Glm4vError as error:
+        raise raised(f"{place}: {error}") from error
 
 
 _LISTED = 20

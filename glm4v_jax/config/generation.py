@@ -13,7 +13,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Natural, Positive, Seed, fault, validate
-from glm4v_jax.errors import CheckpointError, GenerationError
+from glm4v_jax.errors import CheckpointError, GenerationError, naming
 from glm4v_jax.files import assets_directory, read_json_object
 
 # `max_length` of the reference when nobody sets it; it then counts *new* tokens (`_prepare_generated_length`).
@@ -185,10 +185,8 @@ class GenerationConfig:
             model = read_json_object(path) if path.is_file() else {}
             text = model.get("text_config")
             options = (_given(text) if isinstance(text, dict) else {}) | _given(model)
-        try:
+        with naming(path, CheckpointError):
             return cls.from_dict(options)
-        except GenerationError as error:
-            raise CheckpointError(f"{path}: {error}") from error
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:

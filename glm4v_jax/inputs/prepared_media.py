@@ -31,7 +31,7 @@ class PreparedMedia:
     Attributes:
       features: what a call returns for them: pixel values and grids.
       images, videos: what stands for each in a prompt.
-      image_sizes: (width, height) of the images as they were given, in pixels; empty where nobody asked.
+      image_sizes: (width, height) of the images as they were given, in pixels.
     """
 
     features: BatchFeature

@@ -4,7 +4,6 @@ The names, arguments and results are those of `Glm4vProcessor` in transformers 4
 torch tensors and the error handling of 5.x; images and videos may stand in one prompt in any order.
 """
 
-import dataclasses
 import pathlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from glm4v_jax.inputs.text.chat_template import (
 from glm4v_jax.inputs.text.messages import Message, extract_media
 from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, count_token, expand_image, expand_video
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer, stack_rows
+from glm4v_jax.inputs.text.tokenizer_options import check_text
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from glm4v_jax.inputs.vision.settings import MediaProcessor, settings_in
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
@@ -201,16 +201,7 @@ class Glm4vProcessor:
         Raises:
           MediaError: an image or video cannot be loaded or prepared.
         """
-        options = sort_options(kwargs)[0]
-        media = self._prepare_media(None, videos, options)
-        if _is_empty(images):
-            return media
-        settings = {n: v for n, v in options["images_kwargs"].items() if n in self.image_processor.defaults}
-        features, sizes = self.image_processor.prepare_with_sizes(images, settings)
-        expansions = self._expand_images(features, settings)
-        return dataclasses.replace(
-            media, features=BatchFeature(features | media.features), images=expansions, image_sizes=tuple(sizes)
-        )
+        return self._prepare_media(images, videos, sort_options(kwargs)[0])
 
     def assemble(self, text: str | Sequence[str], media: PreparedMedia, **kwargs: Any) -> BatchFeature:
         """A call with images and videos that are prepared already.
@@ -230,25 +221,24 @@ class Glm4vProcessor:
     def _prepare_media(self, images: Any, videos: Any, options: Mapping[str, dict[str, Any]]) -> PreparedMedia:
         features = BatchFeature()
         image_expansions: list[Expansion] = []
-        if not _is_empty(images):
-            features |= self.image_processor(images=images, **options["images_kwargs"])
-            image_expansions = self._expand_images(features, options["images_kwargs"])
-        video_options = options["videos_kwargs"]
         video_expansions: list[Expansion] = []
-        return_metadata = video_options.pop("return_metadata", False)
+        sizes: list[tuple[int, int]] = []
+        image_options, video_options = options["images_kwargs"], options["videos_kwargs"]
+        if not _is_empty(images):
+            found, sizes = self.image_processor.prepare_with_sizes(images, image_options)
+            features |= found
+            merge_size = image_options.get("merge_size") or self.image_processor.merge_size
+            image_expansions = [expand_image(grid, merge_size, self.image_token) for grid in found["image_grid_thw"]]
         if not _is_empty(videos):
-            features |= self.video_processor(videos=videos, return_metadata=True, **video_options)
+            features |= self.video_processor(videos, **{**video_options, "return_metadata": True})
             merge_size = video_options.get("merge_size") or self.video_processor.merge_size
-            video_metadata = features["video_metadata"] if return_metadata else features.pop("video_metadata")
             video_expansions = [
                 expand_video(grid, metadata, merge_size, self.image_token)
-                for grid, metadata in zip(features["video_grid_thw"], video_metadata, strict=True)
+                for grid, metadata in zip(features["video_grid_thw"], features["video_metadata"], strict=True)
             ]
-        return PreparedMedia(features, image_expansions, video_expansions)
-
-    def _expand_images(self, features: Mapping[str, Any], options: Mapping[str, Any]) -> list[Expansion]:
-        merge_size = options.get("merge_size") or self.image_processor.merge_size
-        return [expand_image(grid, merge_size, self.image_token) for grid in features["image_grid_thw"]]
+            if not video_options.get("return_metadata"):
+                del features["video_metadata"]
+        return PreparedMedia(features, image_expansions, video_expansions, tuple(sizes))
 
     def _join(
         self,
@@ -440,15 +430,11 @@ def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], kno
 
 
 def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
-    if text is None:
-        raise MessageError("text: found nothing; expected a prompt or a list of prompts")
     if not isinstance(text, Iterable):
-        raise MessageError(f"text: found {type(text).__name__}; expected a prompt or a list of prompts")
+        found = "nothing" if text is None else type(text).__name__
+        raise MessageError(f"text: found {found}; expected a prompt or a list of prompts")
     rows: list[Row] = [text] if isinstance(text, str) else list(text)
-    for index, row in enumerate(rows):
-        words = row if options.get("is_split_into_words") and not isinstance(row, str) else [row]
-        if not all(isinstance(word, str) for word in words):
-            raise MessageError(f"text[{index}]: found {type(row).__name__}; expected str")
+    check_text(rows, bool(options.get("is_split_into_words")))
     return rows
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageSequence
 
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -189,11 +189,11 @@ _READERS: dict[str, Callable[[Path | bytes], _Reader]] = {
 }
 
 
-def _head(source: Path | bytes) -> bytes:
+def _head(source: Path | bytes, size: int = _HEAD_BYTES) -> bytes:
     if isinstance(source, bytes):
-        return source[:_HEAD_BYTES]
+        return source[:size]
     with source.open("rb") as file:
-        return file.read(_HEAD_BYTES)
+        return file.read(size)
 
 
 def _is_animated_image(head: bytes) -> bool:
@@ -203,16 +203,10 @@ def _is_animated_image(head: bytes) -> bool:
 def _is_still_image(head: bytes, source: Path | bytes) -> bool:
     """Whether a file is one image, which FFmpeg would take for a video without size or of one frame."""
     if head.startswith(b"\xff\xd8\xff"):
-        if isinstance(source, bytes):
-            data = source[:_MOTION_JPEG_BYTES]
-        else:
-            with source.open("rb") as file:
-                data = file.read(_MOTION_JPEG_BYTES)
+        data = _head(source, _MOTION_JPEG_BYTES)
         # Photos of several views (MPO) hold several images too, and say so.
         return b"\xff\xd9\xff\xd8\xff" not in data or b"MPF\0" in data
-    if head.startswith((b"II*\0", b"MM\0*")):
-        return True
-    if head[:2] == b"BM" and head[6:10] == bytes(4):
+    if head.startswith((b"II*\0", b"MM\0*")) or (head[:2] == b"BM" and head[6:10] == bytes(4)):
         return True
     if head[4:8] == b"ftyp":
         return head[8:12] in (b"avif", b"heic", b"heix", b"mif1")
@@ -225,9 +219,8 @@ def _is_still_image(head: bytes, source: Path | bytes) -> bool:
         return False
 
 
-def _check_kind(source: Path | bytes) -> bytes:
-    """Refuse files that are plainly not videos, before a decoder prints about them; return the first bytes."""
-    head = _head(source)
+def _check_kind(head: bytes, source: Path | bytes) -> None:
+    """Refuse files that are plainly not videos, before a decoder prints about them."""
     found = None
     if head.startswith(b"%PDF-"):
         found = "a PDF"
@@ -237,7 +230,6 @@ def _check_kind(source: Path | bytes) -> bytes:
         found = "an image"
     if found is not None:
         raise MediaError(f"found {found}; expected a video")
-    return head
 
 
 def _is_text(head: bytes) -> bool:
@@ -318,11 +310,11 @@ def decode_video(
     if backend is not None and backend not in _READERS:
         raise MediaError(f"{name}: no decoder {backend!r}; expected one of {sorted(_READERS)}")
     try:
-        head = _check_kind(source)
+        head = _head(source)
+        with naming(name, MediaError):
+            _check_kind(head, source)
     except OSError as error:
         raise MediaError(f"{name}: cannot be read ({error})") from error
-    except MediaError as error:
-        raise MediaError(f"{name}: {error}") from error
     backends = ("pillow",) if _is_animated_image(head) else ("decord", "pyav")
     verdict = "is not a readable video; it may be truncated or corrupt"
     problems: list[str] = []

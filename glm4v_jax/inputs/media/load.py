@@ -1,10 +1,11 @@
 """Images and videos from wherever a person has them, as Pillow images and numpy arrays."""
 
+import contextlib
 import dataclasses
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,17 @@ def is_path_like(value: Any) -> bool:
     return isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike))
 
 
-def name_media(kind: str, index: int, source: Any, error: MediaError) -> MediaError:
-    """`error` with the position of the image or video before it, and its file name where the error lacks it."""
-    name = getattr(source, "filename", "") if isinstance(source, PIL.Image.Image) else ""
-    if isinstance(source, (str, os.PathLike)):
-        name = describe(source)
-    named = f" ({name})" if name and not str(error).startswith(f"{name}: ") else ""
-    return MediaError(f"{kind} {index}{named}: {error}")
+@contextlib.contextmanager
+def naming_media(kind: str, index: int, source: Any) -> Iterator[None]:
+    """Put the position of an image or video before media errors of the body, and its file name where they lack it."""
+    try:
+        yield
+    except MediaError as error:
+        name = getattr(source, "filename", "") if isinstance(source, PIL.Image.Image) else ""
+        if isinstance(source, (str, os.PathLike)):
+            name = describe(source)
+        named = f" ({name})" if name and not str(error).startswith(f"{name}: ") else ""
+        raise MediaError(f"{kind} {index}{named}: {error}") from error
 
 
 def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:

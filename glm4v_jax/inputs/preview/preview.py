@@ -18,7 +18,6 @@ from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.media.decode import VideoMetadata
 from glm4v_jax.inputs.media.fetch import describe, is_missing_path, open_source
-from glm4v_jax.inputs.media.load import load_image
 from glm4v_jax.inputs.prepared_media import PreparedMedia
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.vision.patches import normalization_of, patch_array
@@ -139,7 +138,7 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {error}") from error
     try:
-        return (_see_image if kind == "picture" else _see_video)(opened, processor, name)
+        return _see(opened, kind or "video", processor, name)
     except MediaError as error:
         # What was opened may have another name, "812 bytes" for an address, and is the only one of its batch.
         known = re.escape(describe(opened))
@@ -161,34 +160,24 @@ def _kind_of(opened: Path | bytes) -> Kind | None:
         return None
 
 
-def _see_image(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
-    image = load_image(opened)
-    settings = processor.image_processor.resolve({})
-    return _seen(name, "picture", (image.height, image.width), processor.prepare_media(images=image), settings)
-
-
-def _see_video(opened: Path | bytes, processor: Glm4vProcessor, name: str) -> Seen:
-    settings = processor.video_processor.resolve({})
-    media = processor.prepare_media(videos=opened, return_metadata=True)
-    (metadata,) = media.features["video_metadata"]
-    return _seen(name, "video", (metadata.height, metadata.width), media, settings, metadata)
-
-
-def _seen(
-    name: str,
-    kind: Kind,
-    size: tuple[int, int],
-    media: PreparedMedia,
-    settings: Mapping[str, Any],
-    metadata: VideoMetadata | None = None,
-) -> Seen:
+def _see(opened: Path | bytes, kind: Kind, processor: Glm4vProcessor, name: str) -> Seen:
+    metadata: VideoMetadata | None = None
+    if kind == "picture":
+        settings = processor.image_processor.resolve({})
+        media = processor.prepare_media(images=opened)
+        ((width, height),) = media.image_sizes
+    else:
+        settings = processor.video_processor.resolve({})
+        media = processor.prepare_media(videos=opened, return_metadata=True)
+        (metadata,) = media.features["video_metadata"]
+        height, width = metadata["height"], metadata["width"]
     patches, grids = _FEATURES[kind]
     (grid,) = media.features[grids].tolist()
     return Seen(
         name=name,
         kind=kind,
-        height=size[0],
-        width=size[1],
+        height=height,
+        width=width,
         frames=read_back(media.features[patches], grid, settings),
         grid_thw=tuple(grid),
         settings=settings,

@@ -6,6 +6,7 @@ All in numpy and Pillow, with Pillow's own font: the same drawing on every machi
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -80,20 +81,16 @@ def draw_card(
 def draw_sheet(cards: Sequence[Card]) -> PIL.Image.Image:
     """Put the drawings of all files under one another, each with its text."""
     width = max(760, *(card.drawing.width for card in cards))
-    texts = [_text_block(card, width) for card in cards]
-    heights = [text.height + card.drawing.height for text, card in zip(texts, cards, strict=True)]
-    height = sum(heights) + (_GAP + 2 * _MARGIN) * len(cards)
+    blocks = [_joined([_text_block(card, width), card.drawing], "down") for card in cards]
+    height = sum(block.height + 2 * _MARGIN for block in blocks)
     sheet = PIL.Image.new("RGB", (width + 2 * _MARGIN, height), _PAPER)
     draw = PIL.ImageDraw.Draw(sheet)
     top = 0
-    for text, card in zip(texts, cards, strict=True):
+    for block in blocks:
         if top:
             draw.line((_MARGIN, top, _MARGIN + width, top), fill=(214, 214, 210))
-        top += _MARGIN
-        sheet.paste(text, (_MARGIN, top))
-        top += text.height + _GAP
-        sheet.paste(card.drawing, (_MARGIN, top))
-        top += card.drawing.height + _MARGIN
+        sheet.paste(block, (_MARGIN, top + _MARGIN))
+        top += block.height + 2 * _MARGIN
     return sheet
 
 
@@ -146,9 +143,7 @@ def _draw_image(seen: Seen, height: int) -> tuple[PIL.Image.Image, str]:
 
     candidates = range(1, min(long, 12) + 1)
     strips = next((n for n in candidates if pitch_of(n) >= _COMFORTABLE_TOKEN), max(candidates, key=pitch_of))
-    scale = pitch_of(strips) / token
-    if scale >= 1:
-        scale = min(math.floor(scale), _LARGEST_SCALE)
+    scale = _whole(pitch_of(strips) / token)
     size = math.ceil(long / strips)
     pieces = []
     for start in range(0, long, size):
@@ -162,7 +157,7 @@ def _draw_image(seen: Seen, height: int) -> tuple[PIL.Image.Image, str]:
         legend += f"; drawn at {scale:.0%}"
     if len(pieces) > 1:
         legend += f"; cut into {len(pieces)} strips, {'left to right' if down else 'top to bottom'}"
-    return _in_a_row(pieces) if down else _in_a_column(pieces), legend
+    return _joined(pieces, "right" if down else "down"), legend
 
 
 def _draw_video(seen: Seen, timestamps: Sequence[int]) -> tuple[PIL.Image.Image, str]:
@@ -171,20 +166,18 @@ def _draw_video(seen: Seen, timestamps: Sequence[int]) -> tuple[PIL.Image.Image,
     shown = sorted({round(i) for i in np.linspace(0, t - 1, min(t, MAX_FRAMES))})
     widest = next(width for most, width in _TILE_WIDTHS if len(shown) <= most)
     token = seen.settings["patch_size"] * seen.settings["merge_size"]
-    scale = min(widest / seen.seen_width, widest / seen.seen_height)
-    if scale >= 1:
-        scale = min(math.floor(scale), _LARGEST_SCALE)
+    scale = _whole(widest / max(seen.seen_width, seen.seen_height))
     tiles = [_draw_tile(seen, index, timestamps[index], scale) for index in shown]
     across = max(1, (WIDTH + _GAP) // (tiles[0].width + _GAP))
     # As many in each row as evenly fills the rows that are needed anyway.
     across = math.ceil(len(tiles) / math.ceil(len(tiles) / across))
-    rows = [_in_a_row(tiles[start : start + across]) for start in range(0, len(tiles), across)]
+    rows = [_joined(tiles[start : start + across], "right") for start in range(0, len(tiles), across)]
     temporal = seen.settings["temporal_patch_size"]
     others = "the other frame of the pair" if temporal == 2 else f"the other frames of the {temporal} in a patch"
     legend = f"{_legend(token * scale, seen)}; large number: the time in the prompt; small image: {others}"
     if len(shown) < t:
         legend += f"; {len(shown)} of {t} temporal patches drawn, evenly spread"
-    return _in_a_column(rows), legend
+    return _joined(rows, "down"), legend
 
 
 def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Image.Image:
@@ -212,6 +205,11 @@ def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Imag
         draw.text((0, top), text, fill=_FAINT, font=_font(_SMALL))
         top += line
     return tile
+
+
+def _whole(scale: float) -> float:
+    """A scale that repeats every pixel as often as the others, where it magnifies."""
+    return min(math.floor(scale), _LARGEST_SCALE) if scale >= 1 else scale
 
 
 def _scaled(pixels: np.ndarray, scale: float) -> np.ndarray:
@@ -290,21 +288,14 @@ def _with_rulers(
     return image
 
 
-def _in_a_row(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    width = sum(image.width for image in images) + _GAP * (len(images) - 1)
-    row = PIL.Image.new("RGB", (width, max(image.height for image in images)), _PAPER)
-    left = 0
+def _joined(images: Sequence[PIL.Image.Image], towards: Literal["right", "down"]) -> PIL.Image.Image:
+    """Images beside or under one another, with gaps between them."""
+    along = 0 if towards == "right" else 1
+    size = [max(image.size[axis] for image in images) for axis in (0, 1)]
+    size[along] = sum(image.size[along] + _GAP for image in images) - _GAP
+    joined = PIL.Image.new("RGB", (size[0], size[1]), _PAPER)
+    place = [0, 0]
     for image in images:
-        row.paste(image, (left, 0))
-        left += image.width + _GAP
-    return row
-
-
-def _in_a_column(images: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    height = sum(image.height for image in images) + _GAP * (len(images) - 1)
-    column = PIL.Image.new("RGB", (max(image.width for image in images), height), _PAPER)
-    top = 0
-    for image in images:
-        column.paste(image, (0, top))
-        top += image.height + _GAP
-    return column
+        joined.paste(image, (place[0], place[1]))
+        place[along] += image.size[along] + _GAP
+    return joined

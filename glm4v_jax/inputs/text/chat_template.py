@@ -17,7 +17,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
 
-from glm4v_jax.errors import CheckpointError, MessageError
+from glm4v_jax.errors import CheckpointError, MessageError, naming
 from glm4v_jax.files import assets_directory, read_json_object, read_text
 from glm4v_jax.inputs.text.messages import Message, mentions, normalise_messages
 
@@ -52,10 +52,11 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
     if named:
         return named["default"] if list(named) == ["default"] else named
     for path in (directory / "processor_config.json", directory / "tokenizer_config.json"):
-        try:
-            template = template_in(read_json_object(path)) if path.is_file() else None
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        if not path.is_file():
+            continue
+        content = read_json_object(path)
+        with naming(path, CheckpointError):
+            template = template_in(content)
         if template is not None:
             return template
     return None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.errors import MediaError, MessageError
+from glm4v_jax.errors import MessageError, naming
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 
 Message = Mapping[str, Any]
@@ -142,10 +142,8 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
             if key == "base64" and isinstance(media, str) and not media.startswith("data:"):
                 media = "data:image/unknown;base64," + media
             if kind == "video" and "fps" in item and not is_path_like(media):
-                try:
+                with naming(f"{where}message {index}, item {position}", MessageError):
                     media = SampledVideo(media, item["fps"])
-                except MediaError as error:
-                    raise MessageError(f"{where}message {index}, item {position}: {error}") from error
             found[kind].append(media)
     return found["image"], found["video"]
 

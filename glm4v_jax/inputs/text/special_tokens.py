@@ -5,7 +5,7 @@ from typing import Any
 
 import tokenizers
 
-from glm4v_jax.errors import CheckpointError, Glm4vError
+from glm4v_jax.errors import CheckpointError, Glm4vError, naming
 
 NAMED_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -56,10 +56,8 @@ def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str | list[str] | 
 
 
 def _content(token: Any, name: str) -> str:
-    try:
+    with naming(name, CheckpointError):
         return added_token(token).content
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from error
 
 
 class SpecialTokens:

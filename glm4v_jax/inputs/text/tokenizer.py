@@ -16,7 +16,7 @@ import tokenizers
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Size, checked
-from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
+from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError, naming
 from glm4v_jax.files import assets_directory, read_json_object, read_text
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.text.chat_template import template_in
@@ -136,23 +136,17 @@ class Glm4vTokenizer(SpecialTokens):
         map_path = directory / "special_tokens_map.json"
         if "added_tokens_decoder" not in config and map_path.is_file():
             more = read_json_object(map_path)
-            try:
+            with naming(map_path, CheckpointError):
                 special_tokens_of(more)
-            except CheckpointError as error:
-                raise CheckpointError(f"{map_path}: {error}") from error
-            try:
+                tokens = token_list(more, "additional_special_tokens")
+            with naming(config_path, CheckpointError):
                 listed = token_list(config, "additional_special_tokens")
-            except CheckpointError as error:
-                raise CheckpointError(f"{config_path}: {error}") from error
-            tokens = token_list(more, "additional_special_tokens")
             config |= more | {"additional_special_tokens": listed + [one for one in tokens if one not in listed]}
         template_path = directory / "chat_template.jinja"
         if template_path.is_file():
             config["chat_template"] = read_text(template_path)
-        try:
+        with naming(config_path, CheckpointError):
             return cls(backend, config | overrides)
-        except CheckpointError as error:
-            raise CheckpointError(f"{config_path}: {error}") from error
 
     def _add_tokens(self, added_tokens_decoder: Any) -> None:
         """Give the backend the added tokens that it lacks, in the order of their ids, and check every id."""

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
-from glm4v_jax.errors import ConfigError, MediaError
-from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
+from glm4v_jax.errors import MediaError
+from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.media.array_layout import FIRST, LAST, channel_format, to_channels_last
-from glm4v_jax.inputs.media.load import decode_pillow, is_array, is_path_like, load_image, name_media, warn_if_clipped
+from glm4v_jax.inputs.media.load import decode_pillow, is_array, is_path_like, load_image, naming_media, warn_if_clipped
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.patches import (
     cut_patches,
@@ -22,7 +22,7 @@ from glm4v_jax.inputs.vision.patches import (
     resize_as_image,
     resize_planes,
 )
-from glm4v_jax.inputs.vision.settings import MediaProcessor, area_of, check_sides, check_unused_geometry
+from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaProcessor, area_of, check_sides
 
 logger = logging.getLogger(__name__)
 
@@ -67,38 +67,38 @@ class _ImageProcessor(MediaProcessor):
 
         Args:
             images: an image or lists of images.
-            overrides: settings for this call.
+            overrides: settings for this call; also `data_format` and `input_data_format`, see `preprocess`.
 
         Raises:
             MediaError: an image cannot be loaded or prepared; the message says which.
+            TypeError: an unknown setting, where the processor does not ignore them.
         """
+        if self.is_general:
+            overrides = self.known(overrides)
+        elif unknown := set(overrides) - {*self.defaults, "data_format", "input_data_format"}:
+            raise TypeError(f"preprocess() got an unexpected keyword argument {min(unknown)!r}")
         settings = self.resolve(overrides)
+        channel_format(settings.get("data_format"), "data_format")
         input_data_format = channel_format(settings.get("input_data_format"), "input_data_format")
         normalization = normalization_of(settings, fused=self._fused)
 
         def resized(item: tuple[int, Any]) -> tuple[np.ndarray, tuple[int, int]]:
             index, source = item
-            try:
+            with naming_media("image", index, source):
                 return self._resized(source, settings, input_data_format)
-            except MediaError as error:
-                raise name_media("image", index, source, error) from error
 
         sources = flatten_images(images)
         for index, source in enumerate(sources):
             # Pillow decodes lazily and not thread-safely, and one image may stand twice in the batch.
             if isinstance(source, PIL.Image.Image):
-                try:
+                with naming_media("image", index, source):
                     decode_pillow(source)
-                except MediaError as error:
-                    raise name_media("image", index, source, error) from error
         loaded = map_threads(resized, enumerate(sources))
         frames = [frame for frame, _ in loaded]
 
         for index, (source, frame) in enumerate(zip(sources, frames, strict=True)):
-            try:
+            with naming_media("image", index, source):
                 normalization.out_channels(frame.shape[2])
-            except MediaError as error:
-                raise name_media("image", index, source, error) from error
         patches, grids = cut_patches([[frame] for frame in frames], settings, normalization, "image")
         return BatchFeature(pixel_values=patches, image_grid_thw=grids), [size for _, size in loaded]
 
@@ -146,10 +146,7 @@ class _ImageProcessor(MediaProcessor):
         Raises:
             MediaError: a size that cannot be prepared.
         """
-        settings = self.resolve({k: v for k, v in (images_kwargs or {}).items() if k in self.defaults})
-        patch_size = settings["patch_size"]
-        height, width = area_of(settings, settings["temporal_patch_size"], height, width)
-        return (height // patch_size) * (width // patch_size)
+        return self._num_patches(None, height, width, images_kwargs)
 
 
 class Glm4vImageProcessor(_ImageProcessor):
@@ -205,18 +202,14 @@ class Glm4vImageProcessor(_ImageProcessor):
             MediaError: an image cannot be loaded or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `return_tensors` is not "np".
         """
-        overrides = {name: value for name, value in locals().items() if name in {*self.defaults, "input_data_format"}}
+        names = {*self.defaults, "data_format", "input_data_format"}
+        overrides = {name: value for name, value in locals().items() if name in names}
         check_return_tensors(return_tensors)
-        channel_format(data_format, "data_format")
         if videos is not None:
             logger.warning("`videos` has no effect on Glm4vImageProcessor; use Glm4vVideoProcessor.")
         if images is None:
             return BatchFeature()
         return self.prepare_with_sizes(images, overrides)[0]
-
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Short for `preprocess`."""
-        return self.preprocess(images, **kwargs)
 
 
 class Glm4vImageProcessorFast(_ImageProcessor):
@@ -229,22 +222,13 @@ class Glm4vImageProcessorFast(_ImageProcessor):
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **MediaProcessor.defaults,
-        "default_to_square": True,
-        "do_center_crop": None,
-        "crop_size": None,
+        **GENERAL_DEFAULTS,
         "do_pad": None,
         "pad_size": None,
-        "data_format": FIRST,
-        "input_data_format": None,
         "disable_grouping": None,
     }
+    is_general = True
     _fused = True
-
-    def __init__(self, **settings: Any) -> None:
-        """Take settings; see `MediaProcessor`. `device` and `return_tensors` are refused as in a call."""
-        check_device(settings.get("device"))
-        check_return_tensors(settings.get("return_tensors"))
-        super().__init__(**settings)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Resize, normalise and cut images into patches, on all cores.
@@ -262,22 +246,4 @@ class Glm4vImageProcessorFast(_ImageProcessor):
             MediaError: an image cannot be loaded or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
-        check_return_tensors(kwargs.pop("return_tensors", None))
-        check_device(kwargs.pop("device", None))
-        unknown = sorted(set(kwargs) - set(self.defaults))
-        if unknown:
-            logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
-        settings = {name: value for name, value in kwargs.items() if name in self.defaults}
-        return self.prepare_with_sizes(images, settings)[0]
-
-    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """As `MediaProcessor.resolve`, with the fast processor's own checks."""
-        settings = super().resolve(overrides)
-        check_unused_geometry(settings)
-        if channel_format(settings["data_format"], "data_format") != FIRST:
-            raise ConfigError("Only channel first data format is currently supported.")
-        return settings
-
-    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Short for `preprocess`."""
-        return self.preprocess(images, **kwargs)
+        return self.prepare_with_sizes(images, kwargs)[0]

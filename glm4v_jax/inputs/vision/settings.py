@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -12,8 +12,10 @@ import PIL.Image
 from msgspec import Meta
 
 from glm4v_jax.config.checks import PositiveNumber, checked, fault
-from glm4v_jax.errors import CheckpointError, ConfigError, MediaError
+from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, naming
 from glm4v_jax.files import assets_directory, read_json_object
+from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
+from glm4v_jax.inputs.media.array_layout import FIRST, channel_format
 from glm4v_jax.inputs.vision.smart_resize import smart_resize
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,14 @@ logger = logging.getLogger(__name__)
 OPENAI_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
+# What the reference's fast image processor and its video processor take besides.
+GENERAL_DEFAULTS: Mapping[str, Any] = {
+    "do_center_crop": None,
+    "crop_size": None,
+    "default_to_square": True,
+    "data_format": FIRST,
+    "input_data_format": None,
+}
 
 Side = Annotated[int, Meta(ge=1, le=4096)]
 """Of a patch, in pixels; and the numbers of frames and of patches that are merged. Arrays of larger patches would
@@ -69,12 +79,15 @@ class MediaProcessor:
         "image_mean": ChannelValues,
         "image_std": ChannelValues,
     }
+    # Whether the settings include `GENERAL_DEFAULTS`, and calls take any settings, log unknown ones and refuse torch's.
+    is_general: ClassVar[bool] = False
     # Where a checkpoint keeps the settings; the first file there is wins.
     config_files: ClassVar[tuple[str, ...]] = ()
     # The key of the settings inside a processor_config.json, and the key of the class name.
     nested_key: ClassVar[str] = ""
     type_key: ClassVar[str] = ""
 
+    preprocess: Callable[..., BatchFeature]
     do_resize: bool
     size: dict[str, float]
     resample: int
@@ -92,8 +105,11 @@ class MediaProcessor:
         """Take the given settings, and the class's defaults for the others and for None; unknown ones are ignored.
 
         Raises:
-            ConfigError: a setting has an impossible value.
+            ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
+        if self.is_general:
+            check_device(settings.get("device"))
+            check_return_tensors(settings.get("return_tensors"))
         for name, default in self.defaults.items():
             value = settings.get(name)
             setattr(self, name, copy.deepcopy(default if value is None else value))
@@ -118,7 +134,34 @@ class MediaProcessor:
         except ValueError as error:
             names = ", ".join(f"{int(item)} ({item.name})" for item in PIL.Image.Resampling)
             raise ConfigError(fault("resample", settings["resample"], f"one of {names}")) from error
+        if self.is_general:
+            _check_general(settings)
         return settings
+
+    def known(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the settings from the options of a call of a general processor; unknown ones are logged.
+
+        Raises:
+            ConfigError: `device` or `return_tensors` is one of torch's.
+        """
+        check_return_tensors(options.get("return_tensors"))
+        check_device(options.get("device"))
+        unknown = sorted(set(options) - set(self.defaults) - {"return_tensors", "device"})
+        if unknown:
+            logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
+        return {name: value for name, value in options.items() if name in self.defaults}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        """Short for `preprocess`."""
+        return self.preprocess(*args, **kwargs)
+
+    def _num_patches(self, num_frames: int | None, height: int, width: int, options: Mapping[str, Any] | None) -> int:
+        """Patches of a clip of this size, before merging; without `num_frames` those of an image."""
+        settings = self.resolve({k: v for k, v in (options or {}).items() if k in self.defaults})
+        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
+        num_frames = temporal if num_frames is None else num_frames
+        height, width = area_of(settings, num_frames, height, width)
+        return -(-num_frames // temporal) * (height // patch_size) * (width // patch_size)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
@@ -142,10 +185,8 @@ class MediaProcessor:
         if file is None:
             raise CheckpointError(f"{path}: has no {' or '.join(cls.config_files)}")
         content = settings_in(read_json_object(file), file, cls.nested_key)
-        try:
+        with naming(file, CheckpointError):
             return cls.from_dict(content, **overrides)
-        except ConfigError as error:
-            raise CheckpointError(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and the class name, as `preprocessor_config.json` holds them."""
@@ -173,17 +214,15 @@ def settings_in(content: Mapping[str, Any], file: Path, nested_key: str) -> Mapp
     return settings
 
 
-def check_unused_geometry(settings: Mapping[str, Any]) -> None:
-    """Check crop and padding, which the reference's general classes validate and GLM-4.1V's do not use.
-
-    Raises:
-        ConfigError: `do_center_crop` without `crop_size`.
-    """
+def _check_general(settings: Mapping[str, Any]) -> None:
+    """Check crop, padding and layout, which the reference's general classes validate and GLM-4.1V's do not use."""
     if settings["do_center_crop"] and settings["crop_size"] is None:
         raise ConfigError("`crop_size` must be specified if `do_center_crop` is `True`.")
     for name in ("do_center_crop", "do_pad"):
         if settings.get(name):
             logger.warning("`%s` has no effect on GLM-4.1V, in the reference as here: sizes come from `size`.", name)
+    if channel_format(settings["data_format"], "data_format") != FIRST:
+        raise ConfigError("Only channel first data format is currently supported.")
 
 
 def _area_bounds(size: Any) -> dict[str, float]:

@@ -5,7 +5,6 @@ short for one sample keeps its first frame; padding is right for `temporal_patch
 the videos. On top, frames are converted to RGB as documented, where the reference fails.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,15 +13,13 @@ import numpy as np
 import PIL.Image
 
 from glm4v_jax.config.checks import PositiveNumber, checked
-from glm4v_jax.errors import ConfigError, MediaError
-from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
-from glm4v_jax.inputs.media.array_layout import FIRST, LAST, NONE, channel_format, to_channels_last
-from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, name_media
+from glm4v_jax.errors import MediaError
+from glm4v_jax.inputs.batch_feature import BatchFeature
+from glm4v_jax.inputs.media.array_layout import LAST, NONE, channel_format, to_channels_last
+from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, naming_media
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
-from glm4v_jax.inputs.vision.settings import MediaProcessor, area_of, check_sides, check_unused_geometry
-
-logger = logging.getLogger(__name__)
+from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaProcessor, area_of, check_sides
 
 
 def _is_frame(value: Any) -> bool:
@@ -139,6 +136,7 @@ class Glm4vVideoProcessor(MediaProcessor):
     type_key = "video_processor_type"
     defaults: ClassVar[Mapping[str, Any]] = {
         **MediaProcessor.defaults,
+        **GENERAL_DEFAULTS,
         "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000},
         "do_sample_frames": True,
         "num_frames": 16,
@@ -146,13 +144,9 @@ class Glm4vVideoProcessor(MediaProcessor):
         "max_duration": 300,
         "video_metadata": None,
         "return_metadata": False,
-        "do_center_crop": None,
-        "crop_size": None,
         "size_divisor": None,
-        "default_to_square": True,
-        "data_format": FIRST,
-        "input_data_format": None,
     }
+    is_general = True
 
     constraints: ClassVar[Mapping[str, Any]] = {
         **MediaProcessor.constraints,
@@ -164,20 +158,6 @@ class Glm4vVideoProcessor(MediaProcessor):
     num_frames: int
     fps: float
     max_duration: float
-
-    def __init__(self, **settings: Any) -> None:
-        """Take settings; `device` and `return_tensors` are refused as in a call."""
-        check_device(settings.get("device"))
-        check_return_tensors(settings.get("return_tensors"))
-        super().__init__(**settings)
-
-    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """As `MediaProcessor.resolve`, with the video processor's own checks."""
-        settings = super().resolve(overrides)
-        check_unused_geometry(settings)
-        if channel_format(settings["data_format"], "data_format") != FIRST:
-            raise ConfigError("Only channel first data format is currently supported.")
-        return settings
 
     def sample_frames(
         self, metadata: VideoMetadata, fps: float | None = None, max_duration: float | None = None, **kwargs: Any
@@ -247,21 +227,14 @@ class Glm4vVideoProcessor(MediaProcessor):
             MediaError: a video cannot be loaded, sampled or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
-        check_return_tensors(kwargs.pop("return_tensors", None))
-        check_device(kwargs.pop("device", None))
-        unknown = sorted(set(kwargs) - set(self.defaults))
-        if unknown:
-            logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
-        settings = self.resolve({name: value for name, value in kwargs.items() if name in self.defaults})
+        settings = self.resolve(self.known(kwargs))
 
         sources = flatten_videos(videos)
         metadata = flatten_metadata(settings["video_metadata"], len(sources))
         loaded = []
         for index, (source, known) in enumerate(zip(sources, metadata, strict=True)):
-            try:
+            with naming_media("video", index, source):
                 loaded.append(self._load(source, known, settings))
-            except MediaError as error:
-                raise name_media("video", index, source, error) from error
         patches, grids = cut_patches(
             [frames for frames, _ in loaded], settings, normalization_of(settings, fused=True), "video"
         )
@@ -269,10 +242,6 @@ class Glm4vVideoProcessor(MediaProcessor):
         if settings["return_metadata"]:
             features["video_metadata"] = [taken for _, taken in loaded]
         return features
-
-    def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
-        """Short for `preprocess`."""
-        return self.preprocess(videos, **kwargs)
 
     def _load(
         self, source: Any, metadata: VideoMetadata | None, settings: Mapping[str, Any]
@@ -328,7 +297,4 @@ class Glm4vVideoProcessor(MediaProcessor):
         Raises:
             MediaError: a size that cannot be prepared.
         """
-        settings = self.resolve({k: v for k, v in (videos_kwargs or {}).items() if k in self.defaults})
-        patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
-        height, width = area_of(settings, num_frames, height, width)
-        return -(-num_frames // temporal) * (height // patch_size) * (width // patch_size)
+        return self._num_patches(num_frames, height, width, videos_kwargs)
