@@ -29,8 +29,8 @@ def read_items(task: Task, paths: Sequence[str | os.PathLike[str]] = (), *, limi
     Raises:
       OSError: a file cannot be read.
       ConfigError: files are missing or too many.
-      DataError, MediaError: a row is invalid; names its place, the field, what was found and expected. A `ListedError`
-        where several are.
+      DataError, MediaError: a row is invalid; names its place, the field, what was found and expected.
+      MessageError: several are invalid; see `raise_listed`.
     """
     if task.is_built_in:
         if paths:

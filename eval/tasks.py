@@ -101,7 +101,7 @@ class Task:
         try:
             return dataclasses.replace(self, **fields, name=f"{self.name}@{name}", variants={})
         except ConfigError as error:
-            raise_faults([f"{where}{line}" for line in error.faults or [str(error)]])
+            raise_faults([f"{where}{line}" for line in error.faults])
             raise
 
 

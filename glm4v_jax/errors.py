@@ -12,10 +12,12 @@ class Glm4vError(ValueError):
     """Base of all errors that a user's input can cause; the command line prints them as one line.
 
     Attributes:
-      faults: what is wrong, one by one, where several fields of a configuration are.
+      faults: what is wrong, one by one; the message alone where that is one thing.
     """
 
-    faults: tuple[str, ...] = ()
+    def __init__(self, message: str = "", faults: Sequence[str] = ()):
+        super().__init__(message)
+        self.faults = tuple(faults) or (message,)
 
 
 class ConfigError(Glm4vError):
@@ -42,18 +44,6 @@ class DataError(Glm4vError):
     """A row of training or evaluation data is not what it should be; the message says where it stands."""
 
 
-class ListedError(MessageError):
-    """Several things that are wrong, for a person a line each.
-
-    Attributes:
-      lines: what is wrong at all, and then with what.
-    """
-
-    def __init__(self, lines: Sequence[str]):
-        super().__init__("\n".join(lines))
-        self.lines = tuple(lines)
-
-
 @contextlib.contextmanager
 def naming(place: object, raised: type[Glm4vError]) -> Iterator[None]:
     """Raise errors of the body as `raised`, with the file or field that they are about before the message."""
@@ -67,13 +57,17 @@ _LISTED = 20
 
 
 def raise_listed(problems: Sequence[Glm4vError], place: str, things: str) -> None:
-    """Raise the only problem, or a `ListedError` with the first of several invalid things of a place, if any."""
+    """Raise the only problem, or a `MessageError` with the first of several invalid things of a place, if any.
+
+    Its message has several lines, which `one_line` keeps.
+    """
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-        found = f"{place}: found {len(problems)} invalid {things}; expected none:"
-        raise ListedError([found, *map(str, problems[:_LISTED]), *more])
+        faults = [" ".join(str(problem).split()) for problem in problems]
+        more = [f"and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
+        found = f"{place}: found {len(faults)} invalid {things}; expected none:"
+        raise MessageError("\n".join([found, *faults[:_LISTED], *more]), faults)
 
 
 def named(place: str) -> str:
@@ -82,9 +76,8 @@ def named(place: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in a line; that of a `ListedError` in several."""
+    """What an error says, in a line; that of `raise_listed` in several."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{named(str(error.filename))}: {error.strerror}"
-    if isinstance(error, ListedError):
-        return "\n  ".join(" ".join(line.split()) for line in error.lines)
-    return " ".join(str(error).split())
+    lines = str(error).split("\n") if isinstance(error, Glm4vError) and len(error.faults) > 1 else [str(error)]
+    return "\n  ".join(" ".join(line.split()) for line in lines)

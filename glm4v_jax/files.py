@@ -65,14 +65,18 @@ def _is_asset(name: str) -> bool:
     return name.endswith(_SUFFIXES) or name.startswith(_NAMES)
 
 
-def read_json_object(path: pathlib.Path) -> dict[str, Any]:
+def read_json_object(path: pathlib.Path, part_of: str = "a checkpoint in Hugging Face layout") -> dict[str, Any]:
     """Read the JSON object in a file.
+
+    Args:
+      path: the file.
+      part_of: what a missing file should have been part of.
 
     Raises:
       CheckpointError: the file is missing, is not JSON, or holds something else than an object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: found no such file; expected a checkpoint in Hugging Face layout")
+        raise CheckpointError(f"{path}: found no such file; expected {part_of}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -267,6 +267,5 @@ def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
         config = from_mapping(TrainConfig, content)
     except ConfigError as error:
         faults += error.faults
-    if faults:
-        raise ConfigError(f"{path}: {'; '.join(faults)}")
+    raise_faults(faults, where=str(path))
     return config

@@ -11,22 +11,23 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
+from msgspec import Meta
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.hf_write import PYTORCH
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
-from glm4v_jax.config.checks import fault, raise_faults
+from glm4v_jax.config.checks import Positive, fault, from_mapping, raise_faults, validate
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.devices.distributed import is_first, to_host
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import replacing
+from glm4v_jax.files import read_json_object, replacing
 from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
 
@@ -38,8 +39,6 @@ _REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "fan_in_fan_out",
 )  # fmt: skip
-# These initialisers leave the base's kernels alone; PiSSA, OLoRA, LoftQ, ... change them, and need that base.
-_INITIALISERS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class AdaptedModule(NamedTuple):
@@ -224,51 +223,45 @@ class _PartAdapter(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scaling:
-    """Ranks and scales of an adapter's modules, as adapter_config.json gives them."""
+class _Options:
+    """What adapter_config.json says of ranks and scales, and of what must be as it is supported.
 
-    rank: int
-    alpha: float
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    by_root: bool
+    Initialisers other than these (PiSSA, OLoRA, LoftQ, ...) change the base's kernels, and need that base.
+    """
+
+    peft_type: Literal["LORA"]
+    r: Positive
+    lora_alpha: float
+    rank_pattern: Annotated[dict[str, Positive] | None, Meta(description="an object of patterns and ranks")] = None
+    alpha_pattern: Annotated[dict[str, float] | None, Meta(description="an object of patterns and numbers")] = None
+    use_rslora: bool | None = False
+    bias: Annotated[Literal["none"], Meta(description="'none': it is not supported")] = "none"
+    init_lora_weights: Annotated[
+        bool | Literal["gaussian", "eva", "orthogonal"] | None, Meta(description="true: this one changes the base")
+    ] = True
+
+    def __post_init__(self) -> None:
+        validate(self, CheckpointError)
 
     @classmethod
-    def read(cls, path: Path) -> "_Scaling":
+    def read(cls, path: Path) -> "_Options":
+        options = read_json_object(path, "an adapter of PEFT")
+        faults = [fault(name, options[name], "none: it is not supported") for name in _REFUSED if options.get(name)]
         try:
-            options = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror or error}; expected an adapter of PEFT") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}); expected an adapter's configuration") from error
-        if not isinstance(options, dict) or options.get("peft_type") != "LORA":
-            kind = options.get("peft_type") if isinstance(options, dict) else options
-            expected = "'LORA'"
-            raise CheckpointError(f"{path}: {fault('peft_type', kind, expected)}")
-        unsupported = [
-            fault(name, options[name], "none: it is not supported") for name in _REFUSED if options.get(name)
-        ]
-        if options.get("bias", "none") != "none":
-            unsupported.append(fault("bias", options["bias"], "'none': it is not supported"))
-        if (start := options.get("init_lora_weights")) not in _INITIALISERS:
-            unsupported.append(fault("init_lora_weights", start, "true: this one changes the base"))
-        raise_faults(unsupported, CheckpointError, where=str(path))
-        try:
-            return cls(
-                int(options["r"]), float(options["lora_alpha"]), dict(options.get("rank_pattern") or {}),
-                dict(options.get("alpha_pattern") or {}), bool(options.get("use_rslora")),
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: r, lora_alpha or a pattern is missing or invalid ({error!r})") from error
+            found = from_mapping(cls, options, CheckpointError, ignore_unknown=True)
+        except CheckpointError as error:
+            faults = [*error.faults, *faults]
+        raise_faults(faults, CheckpointError, where=str(path))
+        return found
 
-    def of(self, module: str) -> tuple[int, float]:
+    def scale_of(self, module: str) -> tuple[int, float]:
         """Return rank and scale of a module, as PEFT finds them (`get_pattern_key`)."""
 
-        def found(patterns: Mapping[str, Any], default: Any) -> Any:
-            return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+        def found(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+            return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
-        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.by_root else rank)
+        rank, alpha = found(self.rank_pattern, self.r), found(self.alpha_pattern, self.lora_alpha)
+        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class Pair(NamedTuple):
@@ -297,7 +290,7 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
     Raises:
       CheckpointError: as of `load_adapter`.
     """
-    scaling, file = _Scaling.read(Path(directory) / CONFIG), SafetensorsFile(Path(directory) / WEIGHTS)
+    options, file = _Options.read(Path(directory) / CONFIG), SafetensorsFile(Path(directory) / WEIGHTS)
     if not file:
         raise CheckpointError(f"{file.path}: found no tensors; expected those of an adapter")
 
@@ -312,7 +305,7 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
         rules = {f"{module}.lora_{side}.weight": rule for side, rule in (("A", adapted.a), ("B", adapted.b))}
         # PEFT's patterns are for names as they are in the file.
         if (name := next((names[key] for key in rules if key in names), None)) is not None:
-            rank, scale = scaling.of(re.sub(r"\.lora_[AB]\.weight$", "", name))
+            rank, scale = options.scale_of(re.sub(r"\.lora_[AB]\.weight$", "", name))
             present[module] = adapted, scale
             expected |= {key: rule.tensor_shape(_sizes(config, rank)) for key, rule in rules.items()}
     found = hf_mapping.check_tensors(file.items(), expected, str(file.path), spell=spell, any_dtype=True)

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from glm4v_jax.checkpoints.strided_copy import in_order
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.files import read_json_object
 
 # In the library's order, which also sorts the tensors of a file that it writes. Sub-byte types have no NumPy layout.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -248,11 +249,7 @@ def open_checkpoint(directory: str | Path) -> CheckpointFiles:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the map from tensor name to shard file name."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found no readable JSON ({error}); expected a checkpoint's index") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: found no 'weight_map'; expected an object from tensor names to file names")
     for name, shard in weight_map.items():

@@ -58,9 +58,8 @@ def fault(name: str, found: Any, expected: str) -> str:
 def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError, *, where: str = "") -> None:
     """Raise an error that lists all faults, if there are any; `where` goes before them, with a colon."""
     if faults:
-        raised = error(f"{where}: {'; '.join(faults)}" if where else "; ".join(faults))
-        raised.faults = tuple(faults)
-        raise raised
+        line = "; ".join(faults).replace("\n", " ")
+        raise error(f"{where}: {line}" if where else line, faults)
 
 
 def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str = "") -> None:
@@ -123,7 +122,7 @@ def from_mapping(
             try:
                 value = from_mapping(nested[0], value, error, where=f"{name}.", ignore_unknown=ignore_unknown)
             except Glm4vError as problem:
-                faults += [f"{where}{line}" for line in getattr(problem, "faults", [str(problem)])]
+                faults += [f"{where}{line}" for line in problem.faults]
                 continue
         values[name] = value
     if faults:
@@ -136,7 +135,7 @@ def from_mapping(
     try:
         return cls(**values)
     except Glm4vError as problem:
-        raise_faults([f"{where}{line}" for line in getattr(problem, "faults", [str(problem)])], error)
+        raise_faults([f"{where}{line}" for line in problem.faults], error)
         raise
 
 
@@ -222,7 +221,7 @@ def expectation(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(expectation, choices)))
     origin, arguments = typing.get_origin(base), typing.get_args(base)
     if origin is typing.Literal:
-        return f"one of {', '.join(map(repr, arguments))}"
+        return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(repr, arguments))}"
     if origin is tuple and arguments:
         count = "a list of" if arguments[-1] is Ellipsis else f"{len(arguments)}"
         of, limits = _bare(arguments[0])

@@ -181,7 +181,10 @@ def test_ranks_and_scales_may_differ_between_modules(ours, tmp_path, stacked, by
         (dict(modules_to_save=["lm_head"]), r"modules_to_save: found \['lm_head'\]; expected none"),
         (dict(bias="all"), "bias: found 'all'; expected 'none'"),
         (dict(init_lora_weights="pissa"), "init_lora_weights: found 'pissa'; expected true: this one changes the base"),
-        (dict(r=None), "r, lora_alpha or a pattern is missing or invalid"),
+        (dict(r=None), "r: found None; expected an integer of at least 1"),
+        (dict(lora_alpha="3"), "lora_alpha: found '3'; expected a number"),
+        (dict(rank_pattern={"q_proj": 0}), "rank_pattern: found {'q_proj': 0}; expected an object of patterns"),
+        (dict(bias="all", use_dora=True, r=0), "r: found 0; .*bias: found 'all'; .*use_dora: found True"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused(model, tmp_path, options, message):
@@ -191,7 +194,7 @@ def test_adapters_of_other_kinds_are_refused(model, tmp_path, options, message):
 
 
 def test_a_directory_without_an_adapter_is_refused(model, tmp_path):
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: No such file.*; expected an adapter of PEFT"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: found no such file; expected an adapter of PEFT"):
         load_adapter(model, tmp_path)
 
 

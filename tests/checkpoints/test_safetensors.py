@@ -53,6 +53,10 @@ def _entry(dtype, shape, start, end):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
+def _twice(one, other):
+    return f'{{"w": {json.dumps(one)}, "w": {json.dumps(other)}}}'.encode()
+
+
 def _shards(directory, shards, weight_map=None):
     for shard, tensors in shards.items():
         save_file(tensors, directory / shard)
@@ -174,6 +178,8 @@ class TestDamagedFiles:
             ({"w": _entry("U8", [8], 0, 8), "v": _entry("U8", [8], 4, 12)}, b"0" * 12, "corrupt header.*offset"),
             ({"w": _entry("U8", [8], 0, 8), "v": _entry("U8", [2], 10, 12)}, b"0" * 12, "corrupt header.*offset"),
             ({"w": _entry("U8", [8], 8, 0)}, b"", "corrupt header|promises"),
+            # JSON lets a key come twice, and most readers take the last.
+            (_twice(_entry("U8", [8], 0, 8), _entry("U8", [8], 8, 16)), b"0" * 16, "corrupt header"),
         ],
     )
     def test_bad_headers_are_named(self, tmp_path, header, data, message):
@@ -314,15 +320,12 @@ class TestCheckpoint:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "no readable JSON"),
-            ("{", "no readable JSON"),
-            ("[" * 100_000, "no readable JSON"),
-            ("[]", "no 'weight_map'"),
+            ("", "not valid JSON"),
+            ("{", "not valid JSON"),
+            ("[" * 100_000, "not valid JSON"),
+            ("[]", "found a JSON list; expected an object"),
             ("{}", "no 'weight_map'"),
             ('{"weight_map": []}', "no 'weight_map'"),
-            ('{"weight_map": {"a": 3}}', "a: found shard 3; expected the name of a file"),
-            ('{"weight_map": {"a": "../x.safetensors"}}', "a: found shard '../x.safetensors'"),
-            ('{"weight_map": {"a": ".."}}', "a: found shard"),
         ],
     )
     def test_a_bad_index_is_named(self, tmp_path, text, message):
@@ -331,6 +334,17 @@ class TestCheckpoint:
         with pytest.raises(CheckpointError, match=message) as error:
             open_checkpoint(tmp_path)
         assert str(path) in str(error.value)
+
+    @pytest.mark.parametrize(
+        "shard",
+        ["../x.safetensors", "sub/x.safetensors", "..\\x.safetensors", "/etc/passwd", "..", ".", "", "a\0b", None, 7],
+    )
+    def test_an_index_cannot_point_out_of_its_directory(self, tmp_path, shard):
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(CheckpointError) as error:
+            open_checkpoint(tmp_path)
+        assert f"{path}: a: found shard {shard!r}; expected the name of a file" in str(error.value)
 
     def test_all_faults_of_shards_in_one_error(self, tmp_path):
         one, two, three, four = (f"model-{i}.safetensors" for i in range(1, 5))

@@ -1,4 +1,7 @@
-"""Damaged checkpoints: whatever is wrong, one clear error names it, and no checkpoint comes of it."""
+"""Damaged checkpoints: whatever is wrong, one clear error names it, and no checkpoint comes of it.
+
+Files and indices that the reader refuses by themselves: `tests/checkpoints/test_safetensors.py`.
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ from convert.inspect import inspect
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -83,8 +87,6 @@ def test_a_dropped_tensor_is_refused(damaged, number, index_too):
     name, file = it.pick(number)
     tensors = read_all(it.directory)
     kept = {other: tensors[other] for other, place in it.weight_map.items() if place == file and other != name}
-    from glm4v_jax.checkpoints.safetensors import write_safetensors
-
     write_safetensors(it.directory / file, kept)
     if index_too:
         del it.weight_map[name]
@@ -125,34 +127,6 @@ def test_a_reshaped_tensor_is_refused(damaged, number, flat):
     it.assert_refused(name, file, "shape")
 
 
-@settings(mutated, max_examples=60)
-@given(
-    number=numbers,
-    flip=st.integers(1, 255),
-    shard=st.sampled_from(SHARDS),
-    dtype=st.sampled_from(["bfloat16", "float32"]),
-)
-def test_a_flipped_byte_of_a_header_is_refused_or_harmless(damaged, synthetic, number, flip, shard, dtype):
-    """It is found, or it says nothing about the tensors and nothing is lost."""
-    it = damaged(dtype)
-    path = it.directory / shard
-    content = bytearray(path.read_bytes())
-    before = json.loads(split_file(path)[0])
-    place = number % (8 + int.from_bytes(content[:8], "little"))
-    content[place] ^= flip
-    path.write_bytes(content)
-    try:
-        after = json.loads(split_file(path)[0])
-    except ValueError:
-        after = None
-    if isinstance(after, dict) and {**after, "__metadata__": {}} == {**before, "__metadata__": {}}:
-        to_hf(it.directory, it.target)
-        found, expected = read_all(it.target), read_all(synthetic(dtype, 2))
-        assert all(found[name].tobytes() == tensor.tobytes() for name, tensor in expected.items())
-    else:
-        it.assert_refused(shard)
-
-
 @mutated
 @given(number=numbers, which=numbers, dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 def test_another_dtype_is_refused(damaged, number, which, dtype):
@@ -170,8 +144,6 @@ def test_another_dtype_is_refused(damaged, number, which, dtype):
 @mutated
 @given(number=numbers, spelling=st.sampled_from(["same", "without prefix"]))
 def test_a_tensor_in_two_shards_is_refused(damaged, number, spelling):
-    from glm4v_jax.checkpoints.safetensors import write_safetensors
-
     it = damaged()
     layers = [name for name in sorted(it.weight_map) if it.weight_map[name] == SHARDS[0]]
     name = layers[number % len(layers)]
@@ -183,63 +155,3 @@ def test_a_tensor_in_two_shards_is_refused(damaged, number, spelling):
         it.weight_map[again] = SHARDS[1]
         it.write_index()
     it.assert_refused(name, again, *SHARDS)
-
-
-@mutated
-@given(number=numbers)
-def test_a_header_that_names_a_tensor_twice_is_refused(damaged, number):
-    """JSON lets a key come twice, and most readers take the last."""
-    it = damaged()
-    name, file = it.pick(number)
-    text, data = split_file(it.directory / file)
-    entry = json.loads(text)[name]
-    start, end = entry["data_offsets"]
-    entry["data_offsets"] = [start + len(data), end + len(data)]
-    join_file(it.directory / file, text.rstrip()[:-1] + f",{json.dumps(name)}:{json.dumps(entry)}}}", data * 2)
-    it.assert_refused(file)
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        "../elsewhere/" + SHARDS[0],
-        "/etc/passwd",
-        "..",
-        ".",
-        "",
-        "sub/" + SHARDS[0],
-        "..\\" + SHARDS[0],
-        "a\0b",
-        None,
-        7,
-    ],
-)
-def test_an_index_cannot_point_out_of_its_directory(damaged, place):
-    it = damaged()
-    name, file = it.pick(3)
-    elsewhere = it.directory.parent.parent / "elsewhere"
-    elsewhere.mkdir()
-    shutil.copyfile(it.directory / file, elsewhere / SHARDS[0])
-    it.weight_map[name] = place
-    it.write_index()
-    it.assert_refused(name, INDEX, repr(place))
-
-
-@mutated
-@given(number=numbers, how=st.sampled_from(["other shard", "no shard", "left out", "made up"]))
-def test_a_wrong_index_is_refused(damaged, number, how):
-    it = damaged()
-    name, file = it.pick(number)
-    named = (name, file)
-    if how == "other shard":
-        it.weight_map[name] = SHARDS[file == SHARDS[0]]
-    elif how == "no shard":
-        it.weight_map[name] = "model-00003-of-00003.safetensors"
-        named = (it.weight_map[name],)
-    elif how == "left out":
-        del it.weight_map[name]
-    else:
-        it.weight_map["model.made.up"] = file
-        named = ("model.made.up", file)
-    it.write_index()
-    it.assert_refused(*named)

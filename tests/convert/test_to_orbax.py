@@ -1,27 +1,22 @@
 """To Orbax: every bit arrives, whatever the dtypes, shards and names; and what is not finished does not look so.
 
 Run as a program, `python test_to_orbax.py PORT PROCESSES INDEX SOURCE TARGET`, this file converts as one of several
-processes, and with a STEP after it fails there; `python test_to_orbax.py serve SOURCE TARGET` converts once for every
-line that it reads, in a child.
+processes, and with a STEP after it fails there.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
-import random
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers_orbax import assert_same_weights, contents, environment, run_together, start_distributed
+from helpers_orbax import assert_same_weights, contents, run_together, start_distributed
 from orbax.checkpoint import v1 as ocp
 from reference import CONFIGS, random_tensors
 
@@ -34,8 +29,6 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
-KILLS = 10
-FILES = 130  # of a whole conversion, and a few more: some runs come to their end
 
 
 def write(directory, tensors, *, config="base", shards=1, metadata=None):
@@ -252,91 +245,6 @@ def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_kill_at_any_moment_leaves_nothing_that_loads(source, tmp_path):
-    """Moments are chosen by the files of the output; the next run succeeds."""
-    target, before, moments = tmp_path / "target", contents(source), random.Random(0)
-    seen = []
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, "serve", str(source), str(target)], env=environment(),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as server:  # fmt: skip
-        try:
-            for _ in range(KILLS):
-                number, start = moments.randrange(1, FILES), newest(tmp_path)
-                pid = convert(server)
-                most = 0
-                while most < number and not target.exists() and running(pid):
-                    most = max(most, made_since(start, target))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                finished(server)
-                seen.append(most)
-                assert contents(source) == before
-                for directory in tmp_path.iterdir():
-                    if directory in (source, target):
-                        continue
-                    for path in (directory, *directory.glob("orbax*")):
-                        with pytest.raises(CheckpointError):
-                            Glm4vForConditionalGeneration.from_pretrained(path)
-                if target.exists():
-                    assert_same_weights(target, source)
-                    shutil.rmtree(target)
-            assert len({count // 10 for count in seen}) >= 4, seen  # the moments were not all the same one
-            pid = convert(server)
-            finished(server)
-        finally:
-            server.kill()
-    assert_same_weights(target, source)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["source", "target"]
-
-
-def convert(server):
-    """Start a conversion; returns the process."""
-    server.stdin.write("go\n")
-    server.stdin.flush()
-    return int(server.stdout.readline())
-
-
-def finished(server):
-    assert server.stdout.readline() == "done\n"
-
-
-def newest(directory):
-    """The latest change of any file, by the file system's own clock."""
-    return max(path.stat().st_ctime_ns for path in directory.rglob("*"))
-
-
-def running(pid):
-    """Whether the conversion has not ended by itself."""
-    state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    return state not in "ZX"
-
-
-def made_since(start, target):
-    """How many files of the output are newer than that; what an earlier run has left does not count."""
-    count = 0
-    for root, _, names in os.walk(target.with_name(f".{target.name}.unfinished")):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # it has got its last name meanwhile
-                count += os.stat(os.path.join(root, name)).st_ctime_ns > start
-    return count
-
-
-def serve(source, target):
-    """A process that has imported everything, and has begun nothing, splits off another for each conversion."""
-    orbax_write.GROUP_BYTES = 50_000
-    for _ in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            to_orbax(source, target, hash_files=False)
-            os._exit(0)
-        print(pid, flush=True)  # noqa: T201
-        # Not reaped before its parent has been told, so that its number stays its own.
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        os.waitpid(pid, 0)
-        print("done", flush=True)  # noqa: T201
-
-
 def test_two_processes_read_half_each_and_write_the_same(tmp_path):
     source = write(tmp_path / "source", random_tensors(CONFIG), shards=2)
     reports = [json.loads(out.splitlines()[-1]) for out in run_together(__file__, source, tmp_path / "together")]
@@ -404,9 +312,7 @@ def convert_together(port, processes, index, source, target):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(*sys.argv[2:])
-    elif len(sys.argv) > 6:
+    if len(sys.argv) > 6:
         fail_together(*sys.argv[1:])
     else:
         convert_together(*sys.argv[1:])

@@ -9,7 +9,7 @@ import pytest
 
 from eval.read_items import read_items
 from eval.tasks import TASKS, Task
-from glm4v_jax.errors import ConfigError, DataError, ListedError
+from glm4v_jax.errors import ConfigError, DataError, MessageError
 
 TASK = Task("test", "exact_match")
 ROW = {"question": "What?", "answer": "a"}
@@ -32,9 +32,10 @@ def test_data_is_required_or_refused():
 
 def test_all_invalid_rows_are_listed(tmp_path):
     path = write(tmp_path, [ROW, {"question": "Who?"}, ROW, {"answer": "a"}, *[{}] * 30])
-    with pytest.raises(ListedError) as error:
+    with pytest.raises(MessageError) as error:
         read_items(TASK, [path])
-    lines = error.value.lines
+    lines = str(error.value).splitlines()
+    assert len(error.value.faults) == 32
     assert "found 32 invalid rows; expected none" in lines[0]
     assert lines[1].startswith(f"{path}:2: ") and lines[2].startswith(f"{path}:4: ")
     assert lines[-1] == "and 12 more"

@@ -52,7 +52,7 @@ def read_prompts(
 
     Raises:
       OSError: the file cannot be read.
-      Glm4vError: what is wrong with a line. A `ListedError` where several are wrong.
+      Glm4vError: what is wrong with a line; with several, see `raise_listed`.
     """
     from glm4v_jax.inputs.text.chat_template import choose_template
 

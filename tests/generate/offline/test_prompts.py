@@ -8,7 +8,7 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax import Glm4vProcessor
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.errors import Glm4vError, ListedError
+from glm4v_jax.errors import Glm4vError, MessageError
 from glm4v_jax.generate.offline.prompts import read_prompts
 
 USER = {"role": "user", "content": "Hello"}
@@ -73,9 +73,9 @@ def test_an_invalid_line_is_named_with_its_number(read, row, words):
 
 @pytest.mark.parametrize(("invalid", "listed", "more"), [(3, 3, []), (25, 20, ["and 5 more"])])
 def test_several_invalid_lines_are_listed(read, invalid, listed, more):
-    with pytest.raises(ListedError) as caught:
+    with pytest.raises(MessageError) as caught:
         read({"prompt": "good"}, *({"prompt": number} for number in range(invalid)))
-    head, *rest = caught.value.lines
+    head, *rest = str(caught.value).splitlines()
     assert head == f"prompts.jsonl: found {invalid} invalid lines; expected none:"
     fault = "prompt: found a number; expected a string, or 'messages' instead"
     assert rest == [*(f"prompts.jsonl:{line}: {fault}" for line in range(2, 2 + listed)), *more]
