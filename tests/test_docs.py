@@ -22,6 +22,7 @@ import sphinx.cmd.build
 from helpers_paths import ROOT
 
 import glm4v_jax
+from eval.metrics import METRICS
 from glm4v_jax.cli.main import main
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
@@ -237,6 +238,12 @@ def test_the_architecture_page_lists_every_room():
     from test_architecture import FLOOR
 
     assert listed == set(FLOOR)
+
+
+def test_the_evaluation_page_lists_every_metric():
+    section = read("docs/guides/evaluate.md").partition("## Metrics\n")[2].partition("\n## ")[0]
+    listed = [name for cell in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(.+?)`", cell)]
+    assert sorted(listed) == sorted(METRICS)
 
 
 def test_cited_traps_are_explained():
