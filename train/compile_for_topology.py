@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from glm4v_jax.batch import Batch, VisionRows
+from glm4v_jax.batch import Batch
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.glm4v import Glm4v
@@ -186,20 +186,12 @@ def _is_jaxpr(value: Any) -> bool:
 
 def _batch(config: Glm4vConfig, shapes: Shapes) -> TrainBatch:
     """Abstract arrays, with the first dimension of micro-batches."""
-    vision, tokens = config.vision_config, (shapes.rows, shapes.length)
-    patches = (shapes.vision_rows, shapes.vision_length)
-
-    def ints(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((shapes.micro_batches, *shape), jnp.int32)
-
-    def floats(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((shapes.micro_batches, *shape), jnp.float32)
-
-    grid = floats(*patches, vision.position_grid)
-    rows = VisionRows(floats(*patches, vision.patch_dim), ints(*patches), ints(*patches, 2), grid, grid)
-    has_vision = shapes.vision_rows > 0
-    batch = Batch(
-        ints(*tokens), ints(*tokens), ints(3, *tokens), ints(*tokens) if has_vision else None,
-        rows if has_vision else None,
-    )  # fmt: skip
-    return TrainBatch(batch, ints(*tokens), floats(*tokens))
+    count, tokens = shapes.micro_batches, (shapes.rows, shapes.length)
+    ids: Any = jax.ShapeDtypeStruct((count, *tokens), jnp.int32)
+    positions: Any = jax.ShapeDtypeStruct((count, 3, *tokens), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((count, *tokens), jnp.float32)
+    index, vision = None, None
+    if shapes.vision_rows:
+        index = ids
+        vision = compile_for_topology.abstract_vision_rows(config, count, shapes.vision_rows, shapes.vision_length)
+    return TrainBatch(Batch(ids, ids, positions, index, vision), ids, weights)

@@ -94,6 +94,17 @@ class Program:
     loop: int
 
 
+def abstract_vision_rows(config: Glm4vConfig, *shape: int) -> VisionRows:
+    """Make abstract vision rows, of leading dimensions that end in [R, L]."""
+    vision = config.vision_config
+
+    def of(dtype: Any, *rest: int) -> Any:
+        return jax.ShapeDtypeStruct((*shape, *rest), dtype)
+
+    grid = of(jnp.float32, vision.position_grid)
+    return VisionRows(of(jnp.float32, vision.patch_dim), of(jnp.int32), of(jnp.int32, 2), grid, grid)
+
+
 def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
     """The decode program: a step of `batch` rows, each with a cache of `slots`."""
 
@@ -145,19 +156,8 @@ def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> P
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         del mesh
-        patches = (rows, length)
-        f32, i32 = jnp.float32, jnp.int32
-        arrays = VisionRows(
-            *(
-                jax.ShapeDtypeStruct((*patches, *rest), dtype)
-                for rest, dtype in (
-                    ((vision.patch_dim,), f32), ((), i32), ((2,), i32), ((vision.position_grid,), f32),
-                    ((vision.position_grid,), f32),
-                )
-            )
-        )  # fmt: skip
         tokens = rows * length // vision.spatial_merge_size**2
-        return encode.lower(Flat.of(model.visual), arrays, tokens)
+        return encode.lower(Flat.of(model.visual), abstract_vision_rows(config, rows, length), tokens)
 
     blocks, merged = _kernels(config, "visual.blocks."), _kernels(config, "visual.downsample.", "visual.merger.")
     attention = 4 * vision.depth * frame * vision.hidden_size
