@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from glm4v_jax.config import checks
 from glm4v_jax.config.checks import AnyNumber, Natural, Positive, PositiveNumber, Seed, from_mapping, validate
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,26 @@ def test_every_fault_is_named(content, message):
     with pytest.raises(ConfigError) as raised:
         from_mapping(Whole, content)
     assert str(raised.value).startswith(message)
+
+
+def test_an_error_of_a_nested_object_that_lists_no_faults_is_reported():
+    @dataclasses.dataclass(frozen=True)
+    class Strict(Part):
+        def __post_init__(self) -> None:
+            raise ConfigError("rows: found too many")
+
+    job = dataclasses.make_dataclass("Job", [("part", Strict | None, None), ("count", int, 1)])
+    with pytest.raises(ConfigError, match=r"^part\.rows: found too many; count: found 'a'; expected an integer$"):
+        from_mapping(job, {"part": {"rows": 2}, "count": "a"})
+    with pytest.raises(ConfigError, match=r"^job\.part\.rows: found too many$"):
+        from_mapping(job, {"part": {"rows": 2}}, where="job.")
+
+
+def test_faults_are_one_line_whatever_they_found():
+    with pytest.raises(ConfigError) as caught:
+        checks.raise_faults(["a: found b\nc", "d: found e"], where="file")
+    assert str(caught.value) == one_line(caught.value) == "file: a: found b c; d: found e"
+    assert caught.value.faults == ("a: found b\nc", "d: found e")
 
 
 def test_keys_can_be_passed_over():

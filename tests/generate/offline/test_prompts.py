@@ -8,7 +8,7 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax import Glm4vProcessor
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.errors import Glm4vError, MessageError
+from glm4v_jax.errors import Glm4vError, MessageError, one_line
 from glm4v_jax.generate.offline.prompts import read_prompts
 
 USER = {"role": "user", "content": "Hello"}
@@ -79,6 +79,7 @@ def test_several_invalid_lines_are_listed(read, invalid, listed, more):
     assert head == f"prompts.jsonl: found {invalid} invalid lines; expected none:"
     fault = "prompt: found a number; expected a string, or 'messages' instead"
     assert rest == [*(f"prompts.jsonl:{line}: {fault}" for line in range(2, 2 + listed)), *more]
+    assert one_line(caught.value) == "\n  ".join([head, *rest])
 
 
 def test_a_file_without_prompts_is_refused(read):
