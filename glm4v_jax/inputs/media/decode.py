@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 # A frame rate above this is a container's time base mistaken for one, as in raw H.264 streams (90,000).
 MAX_FPS = 1000.0
+# The size at which Pillow, and so the reference, takes an image for a decompression bomb: 178,956,970 pixels. To go
+# beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
+MAX_PIXELS = 2 * (2**30 // 4 // 3)
 # Frames of one video held in memory; an unsampled hour of 1080p would be 500 GB.
 MAX_DECODED_BYTES = 16 * 2**30
 # What browsers show a GIF frame for when its file gives no time.
@@ -284,7 +287,7 @@ def decode_video(
     sample_indices_fn: SampleIndices | None = None,
     *,
     backend: str | None = None,
-    max_pixels: int,
+    max_pixels: int = MAX_PIXELS,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the frames that `sample_indices_fn` asks for, and no others into memory.

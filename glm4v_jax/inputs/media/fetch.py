@@ -158,17 +158,13 @@ def file_url_path(url: str) -> Path:
 
 
 def open_source(
-    source: str | os.PathLike[str] | bytes | bytearray | memoryview,
-    *,
-    max_bytes: int = MAX_DOWNLOAD_BYTES,
-    timeout: float = DOWNLOAD_SECONDS,
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview, *, max_bytes: int = MAX_DOWNLOAD_BYTES
 ) -> Path | bytes:
     """Resolve a source to a local path or to bytes in memory.
 
     Args:
         source: path, `file://` or http(s) address, data URL, base64 text, or bytes.
         max_bytes: limit for a download.
-        timeout: limit for a download, in seconds.
 
     Raises:
         MediaError: the source cannot be found, fetched or decoded; the message names it.
@@ -181,7 +177,7 @@ def open_source(
             raise MediaError(f"{path}: no such file")
         return path
     if is_url(source):
-        return read_url(source, max_bytes=max_bytes, timeout=timeout)
+        return read_url(source, max_bytes=max_bytes)
     if source.lower().startswith("file://"):
         return open_source(file_url_path(source))
     try:

@@ -16,22 +16,12 @@ import PIL.ImageOps
 from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
-from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, SampleIndices, VideoMetadata, decode_video
-from glm4v_jax.inputs.media.fetch import (
-    DOWNLOAD_SECONDS,
-    MAX_DOWNLOAD_BYTES,
-    MAX_IMAGE_BYTES,
-    describe,
-    is_missing_path,
-    open_source,
-)
+from glm4v_jax.inputs.media.decode import MAX_PIXELS, SampleIndices, VideoMetadata, decode_video
+from glm4v_jax.inputs.media.fetch import MAX_IMAGE_BYTES, describe, is_missing_path, open_source
 from glm4v_jax.inputs.media.threads import map_threads
 
 __all__ = ["MAX_PIXELS", "SampledVideo", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
 
-# The size at which Pillow, and so the reference, takes an image for a decompression bomb: 178,956,970 pixels. To go
-# beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
-MAX_PIXELS = 2 * (2**30 // 4 // 3)
 # Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
 _DEEP_MODES = ("I", "F")
 
@@ -104,13 +94,7 @@ def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
         )
 
 
-def load_image(
-    source: Any,
-    *,
-    max_bytes: int = MAX_IMAGE_BYTES,
-    timeout: float = DOWNLOAD_SECONDS,
-    max_pixels: int = MAX_PIXELS,
-) -> PIL.Image.Image:
+def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Load an image the way `transformers.image_utils.load_image` does.
 
     The image is turned as its EXIF data says and converted to RGB by Pillow: alpha is dropped without compositing,
@@ -119,8 +103,6 @@ def load_image(
     Args:
         source: path, `file://` or http(s) address, base64 data URL, base64 text, the bytes of an encoded file, a Pillow
             image, or an array [H, W], [H, W, C] or [C, H, W] of uint8.
-        max_bytes: limit for a download.
-        timeout: limit for a download, in seconds.
         max_pixels: largest image, checked before it is decoded.
 
     Returns:
@@ -135,7 +117,7 @@ def load_image(
     elif is_array(source):
         image = _image_of_array(np.asarray(source))
     elif is_path_like(source):
-        opened = open_source(source, max_bytes=max_bytes, timeout=timeout)
+        opened = open_source(source, max_bytes=MAX_IMAGE_BYTES)
         try:
             image = PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened)
         except PIL.Image.DecompressionBombError as error:
@@ -193,10 +175,6 @@ def load_video(
     metadata: VideoMetadata | Mapping[str, Any] | None = None,
     do_convert_rgb: bool = True,
     backend: str | None = None,
-    max_bytes: int = MAX_DOWNLOAD_BYTES,
-    timeout: float = DOWNLOAD_SECONDS,
-    max_pixels: int = MAX_PIXELS,
-    max_decoded_bytes: int = MAX_DECODED_BYTES,
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Load the frames of a video.
 
@@ -209,10 +187,6 @@ def load_video(
         metadata: what is known of a list or an array; an encoded video brings its own.
         do_convert_rgb: convert Pillow frames of other modes to RGB.
         backend: "decord", "pyav" or "pillow" to force a decoder.
-        max_bytes: limit for a download.
-        timeout: limit for a download, in seconds.
-        max_pixels: largest frame.
-        max_decoded_bytes: largest array of decoded frames.
 
     Returns:
         The frames: uint8 RGB [T, H, W, 3] from encoded videos and images, and arrays in the layout and type they
@@ -224,17 +198,10 @@ def load_video(
     """
     name = describe(source)
     if is_path_like(source):
-        opened = open_source(source, max_bytes=max_bytes, timeout=timeout)
+        opened = open_source(source)
         if not (isinstance(opened, Path) and opened.is_dir()):
             try:
-                return decode_video(
-                    opened,
-                    name,
-                    sample_indices_fn,
-                    backend=backend,
-                    max_pixels=max_pixels,
-                    max_decoded_bytes=max_decoded_bytes,
-                )
+                return decode_video(opened, name, sample_indices_fn, backend=backend)
             except MediaError as error:
                 if not isinstance(opened, bytes) or not is_missing_path(source):
                     raise
@@ -248,7 +215,7 @@ def load_video(
     elif isinstance(source, (list, tuple)):
         if sample_indices_fn is not None and any(is_path_like(frame) for frame in source):
             raise MediaError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
-        frames = _stack_frames(source, name, do_convert_rgb, max_bytes, timeout, max_pixels)
+        frames = _stack_frames(source, name, do_convert_rgb)
     else:
         raise MediaError(f"{name}: expected a path, an address, bytes, a list of frames or an array of frames")
     if frames.ndim != 4 or 0 in frames.shape:
@@ -265,9 +232,7 @@ def load_video(
     return frames, taken
 
 
-def _stack_frames(
-    sources: Sequence[Any], name: str, do_convert_rgb: bool, max_bytes: int, timeout: float, max_pixels: int
-) -> np.ndarray:
+def _stack_frames(sources: Sequence[Any], name: str, do_convert_rgb: bool) -> np.ndarray:
     """Frames [T, H, W, C] or [T, C, H, W] of a list of images, arrays and paths."""
     if not sources:
         raise MediaError(f"{name}: has no frames")
@@ -280,7 +245,7 @@ def _stack_frames(
             return np.asarray(source.convert("RGB"))
         if is_array(source):
             return np.asarray(source)
-        return np.asarray(load_image(source, max_bytes=max_bytes, timeout=timeout, max_pixels=max_pixels))
+        return np.asarray(load_image(source))
 
     for source in sources:
         # Pillow decodes lazily and not thread-safely, and one image may stand twice in the list.

@@ -171,10 +171,10 @@ def test_nonsense_frame_rates(tmp_path, clip, fps, monkeypatch):
 def test_limits_of_a_video(tmp_path, clip):
     path = write_video(tmp_path / "v.mp4", clip)
     with pytest.raises(MediaError, match="64 x 64 pixels; expected at most 1000"):
-        load_video(path, max_pixels=1000)
+        decode_video(path, "v.mp4", max_pixels=1000)
     with pytest.raises(MediaError, match="sample fewer frames"):
-        load_video(path, max_decoded_bytes=5 * 64 * 64 * 3)
-    frames, _ = load_video(path, lambda _: range(5), max_decoded_bytes=5 * 64 * 64 * 3)
+        decode_video(path, "v.mp4", max_decoded_bytes=5 * 64 * 64 * 3)
+    frames, _ = decode_video(path, "v.mp4", lambda _: range(5), max_decoded_bytes=5 * 64 * 64 * 3)
     assert len(frames) == 5
 
 
@@ -211,7 +211,7 @@ def test_a_real_gif():
 
 def test_an_unknown_decoder(clip):
     with pytest.raises(MediaError, match="no decoder 'vlc'"):
-        decode_video(b"x", "video", backend="vlc", max_pixels=10)
+        decode_video(b"x", "video", backend="vlc")
 
 
 def test_prose_is_not_a_video(tmp_path):

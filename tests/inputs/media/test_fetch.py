@@ -55,7 +55,6 @@ def test_data_of_an_address_are_read_however_it_is_written(head):
     ("path", "message"),
     [
         ("/missing", "404"),
-        ("/html", "not a readable image"),
         ("/huge", "1000000000 bytes; expected at most 100000"),
         ("/endless", "more than 100000 bytes"),
         ("/drip", "not received within 0.3 seconds"),
@@ -68,9 +67,14 @@ def test_data_of_an_address_are_read_however_it_is_written(head):
 def test_bad_answers_name_the_address(server, path, message):
     begun = time.monotonic()
     with pytest.raises(MediaError, match=message) as caught:
-        load_image(server + path, max_bytes=100_000, timeout=0.3)
+        fetch.read_url(server + path, max_bytes=100_000, timeout=0.3)
     assert server in str(caught.value)
     assert time.monotonic() - begun < 5
+
+
+def test_a_page_is_not_an_image(server):
+    with pytest.raises(MediaError, match=f"{server}/html: is not a readable image"):
+        load_image(server + "/html")
 
 
 def test_unreachable_server():

@@ -1,11 +1,10 @@
-import importlib.util
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_media import package_file
 from helpers_paths import GOLDEN
 
 from glm4v_jax.errors import CheckpointError, ConfigError, MediaError
@@ -22,11 +21,7 @@ PROCESSORS = [Glm4vImageProcessor, Glm4vImageProcessorFast]
 
 
 def shipped(package: str, *parts: str) -> PIL.Image.Image:
-    """An image that a package ships, found without importing the package."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        pytest.skip(f"{package} is not installed")
-    return PIL.Image.open(Path(spec.submodule_search_locations[0], *parts))
+    return PIL.Image.open(package_file(package, *parts))
 
 
 def photo(height=90, width=130, channels=3, kind=np.uint8):

