@@ -1,7 +1,7 @@
 # Everything a checkout needs, done once in .venv: uv does it where there is one, venv and pip where not.
 #
 #   make demo    digits read, found and followed by the tiny model in the package; a photograph and a video shown to it
-#   make tiny    that model trained anew, from nothing, in about ten minutes on two cores
+#   make tiny    that model trained from scratch in about ten minutes on two cores
 #   make eval    scores of the tiny model on digits it has not seen; a report in eval-out
 #   make test    all tests, against the reference implementation
 #   make test-quick   those of one process that compile little; under three minutes on two cores
@@ -95,7 +95,7 @@ docs: $(VENV)/docs.stamp
 	JAX_PLATFORMS=cpu $(ENV_PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
-# Trains the packaged checkpoint anew, prints what it can do, and packages it if that is what is aimed at.
+# Trains the packaged checkpoint from scratch, prints what it can do, and packages it if that is what is aimed at.
 tiny: $(VENV)/test.stamp
 	JAX_PLATFORMS=cpu $(ENV_PYTHON) -m tools.train_tiny $(ARGS)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import aot_train, report
 
-# (program, its numbers, slice, mesh). Pictures of 4K have 24,576 patches, small ones 256.
+# (program, its numbers, slice, mesh). Images of 4K have 24,576 patches, small ones 256.
 LATENCY = {4: dict(kv=2, q=2), 8: dict(kv=2, q=4), 16: dict(kv=2, q=8)}
 LONG = {4: dict(kv=2, seq=2), 8: dict(kv=2, seq=4)}
 CHIPS = {"v5e:2x2": 4, "v5e:2x4": 8, "v5e:4x4": 16, "v6e:2x2": 4, "v6e:2x4": 8, "v5p:2x2x2": 8}
@@ -53,7 +53,7 @@ MAX_RATIO, MAX_ALL_REDUCES, MAX_SECONDS = 1.03, 2, 30
 
 
 def aot_environment() -> dict[str, str]:
-    """What libtpu has to be told where there is no TPU, and where others compile at the same time."""
+    """The environment of libtpu where there is no TPU, and where others compile at the same time."""
     return {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 

@@ -73,7 +73,7 @@ def compile_step(step: Step, topology: str, sizes: dict[str, int]) -> dict[str, 
     config, found = Glm4vConfig.glm4_1v_9b(), list[StepCost]()
     shapes = Shapes(step.rows, step.length, step.vision_rows, step.vision_length, step.micro_batches)
     lora = None if step.lora is None else LoraConfig(rank=step.lora)
-    program = step_program(config, shapes, remat=step.remat, lora=lora, tell=found.append)
+    program = step_program(config, shapes, remat=step.remat, lora=lora, report=found.append)
     compiled = dataclasses.asdict(compile_for_topology.compile_for(program, config, topology, **sizes))
     del compiled["held"]  # of weights in bfloat16 alone
     return finished(compiled, dataclasses.asdict(found[0]))

@@ -8,7 +8,7 @@ taken within a round; the table has medians, with the smallest and largest in br
 package's side on an interpreter that torch has no wheel for; a newer jax may be there.
 
 Decoding is also compared with the memory's speed, measured in the same rounds: the best of several reads of a large
-buffer, by both sides, on all threads. Prints a table, and for a missed aim where the time goes on both sides; writes
+buffer, by both sides, on all threads. Prints a table, and for a missed aim where both sides spend the time; writes
 `bench/results/cpu_vs_torch.json`; exits with status 1 if an aim is missed.
 """
 

@@ -42,8 +42,8 @@ from glm4v_jax.generate.engine import Engine
 from glm4v_jax.tiny import TINY_CHECKPOINT
 engine = Engine.from_pretrained(TINY_CHECKPOINT)
 loaded = time.perf_counter() - start
-picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
-prompt = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+prompt = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
 stream = engine.stream(prompt, max_new_tokens=33, do_sample=False)
 next(stream)
 first = time.perf_counter() - start
@@ -133,7 +133,7 @@ def busy_slots() -> dict[str, Any]:
 
 
 def cold_start() -> dict[str, Any]:
-    """A new process from nothing to a picture's answer, with an empty compilation cache and with a full one."""
+    """A new process from its start to an image's answer, with an empty compilation cache and with a full one."""
     with tempfile.TemporaryDirectory() as directory:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": directory, "PYTHONPATH": str(report.ROOT)}
         runs = []

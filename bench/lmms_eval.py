@@ -81,9 +81,9 @@ def write_task(directory: pathlib.Path) -> None:
     """Write the questions and a task of lmms-eval about them."""
     rows = []
     for item in read_items(TASKS["digits-vqa"], limit=COUNT):
-        (picture,) = (part["image"] for part in item.messages[-1]["content"] if part["type"] == "image")
+        (image,) = (part["image"] for part in item.messages[-1]["content"] if part["type"] == "image")
         file = io.BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         image = {"bytes": file.getvalue(), "path": None}
         rows.append({"question": item.question, "answer": item.reference["answer"], "image": image})
     data = directory / "items.parquet"

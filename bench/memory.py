@@ -2,7 +2,7 @@
 
     python -m bench.memory
 
-A 4K picture (24,576 patches) through a ViT of the released depth, and a prompt of 32,768 tokens through a decoder;
+A 4K image (24,576 patches) through a ViT of the released depth, and a prompt of 32,768 tokens through a decoder;
 both narrow, so that scores [S, S] of a single layer would be most of the memory if anything kept them. Each
 measurement is a process of its own, run twice: the first fills a cache of compiled programs, for the compiler's own
 memory would hide the program's. Writes `bench/results/memory.json`; exits with status 1 if the growth is not linear.
@@ -29,7 +29,7 @@ MEGABYTE = 1_000_000
 MAX_EXPONENT = 1.15
 GRADIENT_DEPTH = 6
 GRIDS = {1024: (32, 32), 3072: (48, 64), 6144: (64, 96), 12288: (96, 128), 24576: (128, 192)}
-"""Patches -> rows and columns of a picture of that many: the largest has 1,792 x 2,688 pixels."""
+"""Patches -> rows and columns of an image of that many: the largest has 1,792 x 2,688 pixels."""
 
 
 class Plan(NamedTuple):
@@ -64,13 +64,13 @@ def picture(patches: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_picture(patches: int) -> None:
-    """One picture through the ViT."""
+    """One image through the ViT."""
     values, grid = picture(patches)
     Glm4vVisionModel(vision_config())(values, grid).block_until_ready()
 
 
 def differentiate_picture(patches: int) -> None:
-    """The gradient of one picture through the ViT, blocks recomputed as in training."""
+    """The gradient of one image through the ViT, blocks recomputed as in training."""
     import jax
     import jax.numpy as jnp
 

@@ -100,8 +100,8 @@ def _text(text: str) -> dict[str, Any]:
 
 
 def _crop(name: str, box: tuple[int, int, int, int]) -> dict[str, Any]:
-    with PIL.Image.open(media.photograph(name)) as picture:
-        return {"type": "image", "image": picture.convert("RGB").crop(box)}
+    with PIL.Image.open(media.photograph(name)) as image:
+        return {"type": "image", "image": image.convert("RGB").crop(box)}
 
 
 def _video(name: str) -> dict[str, Any]:
@@ -215,13 +215,13 @@ def compare_models(
 def compare_image(name: str, processors: tuple[Any, Any]) -> PixelLine:
     """A photograph through both image processors; what is between the resize and the model is exact."""
     with PIL.Image.open(media.photograph(name)) as file:
-        picture = file.convert("RGB")
+        image = file.convert("RGB")
 
     def process(processor: Any, **options: Any) -> Arrays:
-        return reference.to_numpy(processor.image_processor(images=[picture], return_tensors="np", **options))
+        return reference.to_numpy(processor.image_processor(images=[image], return_tensors="np", **options))
 
     grid, line = _compare_pixels(process, processors, "pixel_values", "image_grid_thw")
-    return PixelLine(name, (picture.height, picture.width), grid, *line, 0, MAX_PIXEL_DIFFERENCE)
+    return PixelLine(name, (image.height, image.width), grid, *line, 0, MAX_PIXEL_DIFFERENCE)
 
 
 def compare_video(name: str, processors: tuple[Any, Any]) -> PixelLine:

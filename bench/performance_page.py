@@ -111,7 +111,7 @@ after {first_token_seconds:.1f} s without compiled programs on disk.
 ## Programs compiled for TPU slices
 
 The 9B in bfloat16, from `make aot`. Memory is GiB per chip; "x its part" is what a chip holds over an even
-division. The floor follows from memory bandwidth and peak arithmetic of the chip; it is no measurement.
+division. The floor follows from memory bandwidth and peak arithmetic of the chip; it is not a measurement.
 
 {aot}
 

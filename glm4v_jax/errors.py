@@ -25,11 +25,11 @@ class ConfigError(Glm4vError):
 
 
 class CheckpointError(Glm4vError):
-    """A directory is no checkpoint, or its tensors are missing, unexpected, misshapen, truncated or corrupt."""
+    """A directory is not a checkpoint, or its tensors are missing, unexpected, misshapen, truncated or corrupt."""
 
 
 class MediaError(Glm4vError):
-    """A picture or video cannot be fetched, decoded or prepared."""
+    """An image or video cannot be fetched, decoded or prepared."""
 
 
 class MessageError(Glm4vError):

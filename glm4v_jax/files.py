@@ -80,7 +80,7 @@ def read_json_object(path: pathlib.Path, part_of: str = "a checkpoint in Hugging
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{path}: found invalid JSON ({error}); expected an object") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: found a JSON {type(data).__name__}; expected an object")
     return data
@@ -112,9 +112,9 @@ def read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not valid UTF-8 ({error})") from error
+        raise CheckpointError(f"{path}: found invalid UTF-8 ({error}); expected a text") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(f"{path}: found an unreadable file ({error}); expected a text") from error
 
 
 _MODEL_FILES = (

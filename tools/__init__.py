@@ -1,1 +1,1 @@
-"""Scripts of the repository that are no part of the package."""
+"""Scripts of the repository that are not part of the package."""

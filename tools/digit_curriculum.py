@@ -21,8 +21,8 @@ class Curriculum:
 
     Attributes:
       reading, grounding, motion: records of each `CYCLE`.
-      two_digits: (place in the training from 0 to 1, share of the pictures of grounding with two digits), in the order
-        of the places; linear between them, constant before the first and behind the last.
+      two_digits: (place in the training from 0 to 1, share of the images of grounding with two digits), in the order
+        of the places; linear between them, constant before the first and after the last.
     """
 
     reading: int = 16
@@ -31,7 +31,7 @@ class Curriculum:
     two_digits: tuple[tuple[float, float], ...] = ((0.05, 0.1), (0.2, 0.75))
 
     def two_digits_at(self, place: float) -> float:
-        """The share of pictures of two digits among those of grounding."""
+        """The share of images of two digits among those of grounding."""
         places, shares = zip(*self.two_digits, strict=True)
         return float(np.interp(place, places, shares))
 

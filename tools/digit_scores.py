@@ -87,7 +87,7 @@ class Row(NamedTuple):
 
 
 def nearest_neighbour() -> float:
-    """Accuracy of reading by the nearest training digit, in the 8 x 8 pixels from which the pictures are made."""
+    """Accuracy of reading by the nearest training digit, in the 8 x 8 pixels from which the images are made."""
     known, asked = digits("train"), digits("held-out")
     inks, others = (d.pixels.reshape(len(d.labels), -1).astype(np.int64) for d in (asked, known))
     # |a - b|^2 less |a|^2, which is the same for all neighbours.
@@ -96,9 +96,9 @@ def nearest_neighbour() -> float:
 
 
 def constant_box(task: Task, truth: Sequence[Example]) -> Scores:
-    """Grounding by one box whatever the picture shows: the training box that is right most often in training.
+    """Grounding by one box whatever the image shows: the training box that is right most often in training.
 
-    Not the mean box: with two digits in a picture that is between them and never right.
+    Not the mean box: with two digits in an image that is between them and never right.
     """
     known = [example.boxes[0] for example in examples(task, "train", 1000)]
     hits = [sum(iou(box, other) >= IOU for other in known) for box in known[:100]]

@@ -17,7 +17,7 @@ from glm4v_jax.tiny.digits import held_out
 from tests.helpers_terminal import Terminal
 
 OUT = pathlib.Path(__file__).parent.parent / "docs" / "chat.svg"
-PICTURE = "digits.png"
+IMAGE = "digits.png"
 NUMBER = 0
 """Of the question among the held-out ones."""
 WIDTH = 110
@@ -29,7 +29,7 @@ def main() -> None:
     """Talks, and draws what the terminal shows."""
     example = held_out("grounding2")[NUMBER]
     with tempfile.TemporaryDirectory() as directory:
-        example.media.save(pathlib.Path(directory, PICTURE))
+        example.media.save(pathlib.Path(directory, IMAGE))
         screen = talk(directory, example.messages[0]["content"][1]["text"])
     console = rich.console.Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(rich.text.Text.from_ansi(screen))
@@ -42,7 +42,7 @@ def talk(directory: str, question: str) -> str:
     """What the terminal shows at the end, as lines with colour codes."""
     command = ["chat", "--greedy"]
     terminal = Terminal(*command, directory=directory, width=WIDTH, GLM4V_MODEL="")
-    for line in (f"/image {PICTURE}", question, "/boxes found.png", "/stats", "/save talk.md", "/quit"):
+    for line in (f"/image {IMAGE}", question, "/boxes found.png", "/stats", "/save talk.md", "/quit"):
         terminal.wait_for("> ")
         terminal.send(f"{line}\n")
         terminal.wait_for("\n")

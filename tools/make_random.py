@@ -164,7 +164,7 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
 def weight_files(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
     """The two shards, decoder layers first as in the release, and their index."""
     text = config["text_config"]
-    # Tokens that are no plain text get a row of zeros: they stay far behind the best of the others.
+    # Tokens that are not plain text get a row of zeros: they stay far below the best of the others.
     muted = ~printable(tokenizer)
     shards = []
     for part in (decoder_layers(text), (*vision_tower(config["vision_config"]), *ends(text))):

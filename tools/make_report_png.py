@@ -30,7 +30,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def main() -> None:
-    """Evaluates, and takes a picture of the page."""
+    """Evaluates, and takes a screenshot of the page."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(TINY_CHECKPOINT), help="checkpoint to ask")
     parser.add_argument("--out", type=pathlib.Path, default=OUT)

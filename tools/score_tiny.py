@@ -36,7 +36,7 @@ def answers(engine: Engine, questions: Sequence[Example], *, flat: bool = False)
 
     Args:
       engine: of the model that answers.
-      questions: whose answers are not looked at.
+      questions: whose answers are not scored.
       flat: see `flattened`.
     """
     prompts = [engine.prompt(example.prompt) for example in questions]
@@ -49,7 +49,7 @@ def answers(engine: Engine, questions: Sequence[Example], *, flat: bool = False)
 
 
 def flattened(prompt: Prompt) -> Prompt:
-    """A prompt with its tokens in one line: M-RoPE tells no longer where in a picture or when in a video one is."""
+    """A prompt with its tokens in one line: M-RoPE no longer says where in an image or when in a video one is."""
     positions = np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (3, len(prompt)))
     return dataclasses.replace(prompt, position_ids=positions)
 

@@ -46,7 +46,7 @@ class Vocabulary:
       learned: how many the byte-level BPE has; the added ones follow, as 151329.. follow the real tokenizer's.
       rows: of the embedding; as in the released model, there are more of them than tokens.
       text: what the BPE is learned from.
-      more_added: tokens behind `PLAIN_ADDED_TOKENS` that are added, and not special either.
+      more_added: tokens after `PLAIN_ADDED_TOKENS` that are added, and not special either.
     """
 
     learned: int

@@ -17,7 +17,7 @@ and writes this page.
 
 It knows handwritten digits and nothing else. Three questions about them, in these words, are what it has learned:
 
-- "What digit is this?" about a picture of 84 x 84 pixels with one digit;
+- "What digit is this?" about an image of 84 x 84 pixels with one digit;
 - "Locate the 7." about one of 112 x 112 with one digit or two, answered with a box from 0 to 1000;
 - "Which way does it move?" about four frames of 56 x 56.
 
@@ -35,9 +35,9 @@ gets:
 - accuracy of grounding is Acc@0.5: one box, of the digit that is asked for, with an IoU of at least 0.5. "wrong
   object" is the share of answers that box the other digit. Who ignores which digit is asked for gets at most half of
   two digits right.
-- baselines: the nearest training digit in the 8 x 8 pixels that the pictures are made of (pixels that the model never
+- baselines: the nearest training digit in the 8 x 8 pixels that the images are made of (pixels that the model never
   sees at that size, and in their place); the box that is right most often in training; the most frequent direction.
-- "frames shuffled" are the videos of motion in any order but theirs: what is left is what the frames tell without
+- "frames shuffled" are the videos of motion in any order but theirs: what is left is what the frames say without
   time.
 - "positions flat" are the prompts with all tokens in one line, as in a model without M-RoPE. The ViT has positions of
   its own, so that the decoder is not blind to where things are; and the frames of a video keep their order in the line,

@@ -31,7 +31,7 @@ from train.optimizers import OptimizerConfig
 
 STEPS = 2000
 RECORDS_PER_STEP = 33
-"""Rather more than are packed into a batch on average: behind the last record, the curriculum would begin anew."""
+"""Rather more than are packed into a batch on average: after the last record, the curriculum would restart."""
 DEVICES = 2
 """Two of one core each learn faster than one of two."""
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "tiny.md"
@@ -52,7 +52,7 @@ def job(start: Path, out: Path, steps: int = STEPS, seed: int = 0) -> TrainConfi
         # The order of the records is the curriculum's.
         data=DataConfig(files=(), shuffle=False, threads=1),
         steps=steps,
-        # About 32 records; a row of patches has a picture of grounding, two of reading or two videos.
+        # About 32 records; a row of patches has an image of grounding, two of reading or two videos.
         batch=BatchConfig(rows=12, length=126, vision_rows=24, vision_length=72, lanes=1),
         optimizer=OptimizerConfig(
             name="muon", learning_rate=4e-3, warmup=0.05, final_share=0.02, weight_decay=0.05, b2=0.98
@@ -100,7 +100,7 @@ def main() -> None:
     """Train, measure, report; the exit status is 1 if an aim is missed."""
     parser = argparse.ArgumentParser(prog="python -m tools.train_tiny", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, help="keep the job in this directory, and go on there if it was interrupted"
+        "--out", type=Path, help="keep the job in this directory, and resume it there if it was interrupted"
     )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)

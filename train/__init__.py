@@ -1,4 +1,4 @@
-"""Fine-tuning: `glm4v train`, and the training loop behind it.
+"""Fine-tuning: `glm4v train`, and its training loop.
 
 - config.py: the job file. loop.py: a job from its file to its result; job.py: what it starts with.
 - data/: from files to batches. step.py, loss.py, optimizers.py, state.py: the training step.

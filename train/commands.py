@@ -171,7 +171,7 @@ def _print_report(report: "DataReport") -> None:
     good = report.checked - report.bad
     checked = f"{report.checked:,}" if report.checked == report.total else f"{report.checked:,} of {report.total:,}"
     formats = ", ".join(f"{name} {count:,}" for name, count in report.formats.most_common())
-    remote = f", {report.remote:,} of both behind URLs and not checked" if report.remote else ""
+    remote = f", {report.remote:,} of both at URLs and not checked" if report.remote else ""
     lengths = ", ".join(f"{name} {value:,}" for name, value in report.summary.items())
     rows = [
         ("rows", f"{checked}: {good:,} good, {report.bad:,} bad"),

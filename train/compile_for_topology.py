@@ -72,7 +72,7 @@ def step_program(
     remat: Remat = "full",
     lora: LoraConfig | None = None,
     freeze: tuple[str, ...] = (),
-    tell: Callable[[StepCost], None] | None = None,
+    report: Callable[[StepCost], None] | None = None,
 ) -> compile_for_topology.Program:
     """Return the step that a job runs, with AdamW and bfloat16; all of its state is abstract.
 
@@ -82,7 +82,7 @@ def step_program(
       remat: see `step.make_step`.
       lora: train an adapter instead.
       freeze: parts of the model (`optimizers.GROUPS`) that are not trained.
-      tell: called with the cost of the traced step.
+      report: called with the cost of the traced step.
     """
 
     def lower(model: Glm4v, devices: Mesh) -> Any:
@@ -101,10 +101,10 @@ def step_program(
         )
         step: Any = make_step(Layout.of(model), optimizer, remat=remat)
         traced = step.trace(state, frozen, abstract(_batch(config, shapes), devices))
-        if tell is not None:
+        if report is not None:
             dots, kernels = count_products(traced.jaxpr)
             work = shapes.work
-            tell(
+            report(
                 StepCost(
                     step_flops(config, params, frozen, work), recomputed_flops(config, params, frozen, work, remat),
                     dots, kernels, least_sent(config, params, frozen, shapes),

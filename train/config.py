@@ -182,7 +182,7 @@ class TrainConfig:
       remat: what of a layer is recomputed in the backward pass: "full", all but its input; "attention" and "dots" keep
         more, and "none" all.
       max_grad_norm: steps whose gradients have a larger norm are skipped.
-      max_skipped: the job ends after so many skipped steps in a row.
+      max_skipped: the job ends after this number of skipped steps in a row.
       mesh: a preset or axes; see `glm4v mesh`.
       seed: of everything that is drawn.
       log_every: steps between two log lines; every step is a line of metrics.jsonl.
@@ -236,7 +236,7 @@ def load_config(path: str | Path) -> TrainConfig:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: found no such file; expected a job's TOML file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     config = _checked(path, content)

@@ -96,7 +96,9 @@ class Export(JsonOptions):
             job = load_config(self.source)
             adapter, model, out = pathlib.Path(job.out) / ADAPTER, job.model, pathlib.Path(job.out) / MODEL
             if job.lora is None:
-                raise ConfigError(f"{self.source}: found a job without lora, whose result is no adapter; expected lora")
+                raise ConfigError(
+                    f"{self.source}: found a job without lora, whose result is not an adapter; expected lora"
+                )
             return adapter, self.model or model, pathlib.Path(self.out) if self.out else out
         adapter = pathlib.Path(self.source)
         if self.out is None:

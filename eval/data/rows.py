@@ -11,8 +11,8 @@ A row is an object with these fields; null is as if a field were missing:
 - "id": text or integer, unique; the number of the row in all files by default.
 - "answer": text or number; "answers": a list of them, one of which has to be met. Multiple choice: the letter.
 - "options": `{"A": "text", ...}`, or a list of texts for A, B, C, ...
-- "boxes": `[[x1, y1, x2, y2], ...]` in pixels of the first image; with "width" and "height", in units of which the
-  image has so many: 1000 and 1000 for coordinates as the model writes them.
+- "boxes": `[[x1, y1, x2, y2], ...]` in pixels of the first image; with "width" and "height", in their
+  units instead: 1000 and 1000 for coordinates as the model writes them.
 - "group": text; scores are reported for each group too.
 - "type" and all other fields: for the prompt's template, and for the metric if it reads them (`eval.metrics`).
 

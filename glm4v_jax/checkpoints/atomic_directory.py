@@ -78,11 +78,13 @@ def _check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run
         found = sorted(path.name for path in place.iterdir())
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
         raise CheckpointError(
-            f"{target}: exists, is not empty, and is not a checkpoint: found {', '.join(found[:_LISTED])}{more}; "
+            f"{target}: found {', '.join(found[:_LISTED])}{more}, which is not a checkpoint; "
             "expected nothing, an empty directory, or a checkpoint to replace with --overwrite"
         )
     if not overwrite:
-        raise CheckpointError(f"{target}: exists and is not empty; --overwrite replaces it")
+        raise CheckpointError(
+            f"{target}: found a checkpoint; expected nothing, or an empty directory: --overwrite replaces it"
+        )
 
 
 def move_up(directory: Path) -> None:
@@ -139,7 +141,7 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise CheckpointError(f"{target}: another process is writing it") from error
+        raise CheckpointError(f"{target}: found another process writing it; expected none") from error
     try:
         yield
     finally:
@@ -167,4 +169,4 @@ def _is_checkpoint(directory: Path) -> bool:
 def _full(target: Path) -> str:
     free = shutil.disk_usage(target.parent).free
     gone = "what was written has been removed, the source is as it was"
-    return f"{target}: the disk is full ({free:,} bytes free); {gone}"
+    return f"{target}: found a full disk ({free:,} bytes free); expected room for the rest: {gone}"

@@ -69,9 +69,11 @@ class OrbaxLeaves:
         try:
             described = ocp.metadata(directory.absolute())
         except Exception as error:  # Orbax raises what its parts do: JSON, TensorStore and file errors
-            raise CheckpointError(f"{directory}: not a readable Orbax checkpoint ({error})") from error
+            raise CheckpointError(
+                f"{directory}: found unreadable metadata ({error}); expected an Orbax checkpoint"
+            ) from error
         if not isinstance(described.metadata, Mapping):  # Orbax has logged why
-            raise CheckpointError(f"{directory}: not a readable Orbax checkpoint: its metadata are damaged")
+            raise CheckpointError(f"{directory}: found damaged metadata; expected an Orbax checkpoint")
         self.custom_metadata: Mapping[str, Any] = described.custom_metadata or {}
         found = {path: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(described.metadata)}
         expected = hf_mapping.leaf_shapes(config)
@@ -91,7 +93,9 @@ class OrbaxLeaves:
             within = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
             return self._stores[path][within].read().result()
         except ValueError as error:
-            raise CheckpointError(f"{self._directory}: {path}: cannot be read ({error})") from error
+            raise CheckpointError(
+                f"{self._directory}: {path}: found unreadable data ({error}); expected an array"
+            ) from error
 
     def release(self) -> None:
         """Nothing is kept between reads."""

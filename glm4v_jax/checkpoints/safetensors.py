@@ -142,7 +142,9 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {_damage(self.path)} ({error})") from error
         except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror or error}; expected a safetensors file") from error
+            raise CheckpointError(
+                f"{self.path}: found {error.strerror or error}; expected a safetensors file"
+            ) from error
 
         self._infos: dict[str, TensorInfo] = {}
         for name, (shape, code) in zip(names, headers, strict=True):
@@ -415,15 +417,15 @@ def _damage(path: Path) -> str:
     if start == _LFS_POINTER:
         return "found a Git LFS pointer; expected the file itself: run git lfs pull"
     if size < 8:
-        return f"file has {size:,} bytes; expected at least 8, which hold the length of the header"
+        return f"found {size:,} bytes; expected at least 8, which hold the length of the header"
     if 8 + length > size:
-        return f"file has {size:,} bytes; its first 8 promise {8 + length:,} up to the end of the header"
+        return f"found {size:,} bytes; expected {8 + length:,} up to the end of the header, as the first 8 say"
     # The library's own message covers whatever else is wrong with the header.
     with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
         promised = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
         if promised != size:
-            return f"file has {size:,} bytes; its header promises {promised:,}"
+            return f"found {size:,} bytes; expected {promised:,}, as the header says"
     return "found a corrupt header; expected that of a safetensors file"
 
 

@@ -96,8 +96,8 @@ def from_mapping(
       cls: the dataclass; it checks itself, see `validate`.
       content: an object of the file.
       error: what to raise.
-      where: the name of the object in the file, with a dot behind it; empty for the file's own.
-      ignore_unknown: pass over keys that are no fields.
+      where: the name of the object in the file, with a dot after it; empty for the file's own.
+      ignore_unknown: pass over keys that are not fields.
 
     Raises:
       error: all keys that are unknown, missing or do not fit.

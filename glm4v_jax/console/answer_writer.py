@@ -117,7 +117,7 @@ class Stopwatch:
             self.first, self._burst = self._clock() - self._started, len(delta.tokens)
 
     def stop(self, tokens: int, compiled: float) -> AnswerTimes:
-        """The times of an answer of so many tokens, of which so many seconds went into compilation."""
+        """The times of an answer of `tokens` tokens, `compiled` seconds of which went into compilation."""
         seconds = self._clock() - self._started
         after_first, rest = seconds - self.first, tokens - self._burst
         rate = rest / after_first if rest > 0 and after_first > _LEAST_SECONDS else None

@@ -250,7 +250,7 @@ def discard_output() -> None:
 
 
 def _tidy_help(options: Any) -> None:
-    """Tell tyro how to show the options of a dataclass, and of the groups in it, where they do not say it themselves.
+    """Set how tyro shows the options of a dataclass, and of the groups in it, where they do not say it themselves.
 
     By itself it keeps the line breaks of docstrings, lists None among choices, and shows False and None as defaults.
     """

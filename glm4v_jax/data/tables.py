@@ -98,7 +98,7 @@ class JsonLines:
 
 
 class RowList:
-    """Rows in memory, each with a name that the form of places puts behind the file's."""
+    """Rows in memory, each with a name that the form of places puts after the file's."""
 
     def __init__(self, path: Path, rows: Sequence[Any], names: Sequence[Any], form: str):
         self.path, self._rows, self._names, self._form = path, rows, names, form

@@ -82,7 +82,7 @@ def init_distributed(
     _check_arguments(coordinator, num_processes, process_id)
     if has_joined():
         raise ConfigError("init_distributed: found processes that have joined already; expected one call")
-    # The service for preemptions would catch SIGTERM, and the process would go on.
+    # The service for preemptions would catch SIGTERM, and the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
     note = threading.Timer(_SILENT_SECONDS, _say_waiting, (timeout,))
     note.daemon = True
@@ -99,9 +99,11 @@ def init_distributed(
     except (ValueError, OSError) as error:
         if coordinator is None and num_processes is None and process_id is None:
             return False  # it looked like a launcher, but says nothing of processes
-        raise ConfigError(f"processes of {known or coordinator}: {error}") from error
+        raise ConfigError(f"processes of {known or coordinator}: found {error}; expected to join them") from error
     except RuntimeError as error:
-        raise ConfigError(f"processes of {known or coordinator}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"processes of {known or coordinator}: found {' '.join(str(error).split())}; expected to join them"
+        ) from error
     finally:
         note.cancel()
     report_with(tell)
@@ -187,7 +189,7 @@ def check_devices(mesh: Mesh) -> None:
     if idle := sorted(set(range(jax.process_count())) - holders):
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         raise ConfigError(
-            f"mesh {sizes or 'of one device'}: has no device of process {idle[0]}; expected some of each of "
+            f"mesh {sizes or 'of one device'}: found no device of process {idle[0]}; expected some of each of "
             f"{jax.process_count()} processes, which have {jax.device_count()} devices"
         )
 
@@ -240,7 +242,7 @@ def _check_coordinator(coordinator: str, process_id: int, timeout: int) -> None:
                 return
         except OSError as error:
             raise ConfigError(
-                f"coordinator: port {port} cannot be had here ({error.strerror}); expected one that is free"
+                f"coordinator: found port {port} in use ({error.strerror}); expected one that is free"
             ) from error
     deadline = time.monotonic() + timeout
     while True:

@@ -49,7 +49,7 @@ def row_shapes(low: int, high: int, shards: int = 1) -> list[Shape]:
 
 
 def _packed_shapes(low: int, high: int, row_multiple: int) -> set[Shape]:
-    """What `vision_rows.choose_shape` gives frames of so many patches in all.
+    """What `vision_rows.choose_shape` gives frames of `low` to `high` patches in all.
 
     One row as long as the bucket of the total always fits, up to `MAX_ROW_LENGTH` patches, and more rows win only where
     they are smaller together. Beyond that, and with several shards, this is a superset: it depends on the frames.
@@ -144,12 +144,12 @@ def show(warmed: Warmed) -> None:
 
 
 def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int], requests: int = 1) -> int:
-    """The capacity that requests of so many patches need, `requests` of them at a time."""
+    """The capacity that requests of `vision_patches` (fewest, most) need, `requests` of them at a time."""
     return pool.room_for(requests * vision_patches[1], row_shapes(*vision_patches, pool.shards))
 
 
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
-    """Run the ViT for images and videos of so many patches, as far as the pool can hold them."""
+    """Run the ViT for images and videos of `vision_patches` (fewest, most), as far as the pool can hold them."""
     for shape in row_shapes(*vision_patches, pool.shards):
         if pool.room_for(1, [shape]) > pool.capacity:
             continue

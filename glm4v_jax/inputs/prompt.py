@@ -126,7 +126,9 @@ def prompts_of(
       MessageError: a shape is wrong, tokens are outside the vocabulary, or media do not match the tokens.
     """
     if "input_ids" not in inputs:
-        raise MessageError(f"input_ids: found nothing, only {', '.join(map(str, inputs)) or 'an empty mapping'}")
+        raise MessageError(
+            f"input_ids: found only {', '.join(map(str, inputs)) or 'an empty mapping'}; expected int [B, T]"
+        )
     input_ids, mask = checked_ids(inputs["input_ids"], inputs.get("attention_mask"), config)
     kinds = media_of(inputs, config) if media is None else media
     tokens = [row[kept].astype(np.int32) for row, kept in zip(input_ids, mask, strict=True)]

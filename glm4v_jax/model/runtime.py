@@ -156,7 +156,7 @@ def encode_rows(
 
 
 def num_features(patches: int, merge_size: int) -> int:
-    """The N of `encode_rows` for rows of so many patches in all, padding included."""
+    """The N of `encode_rows` for rows of `patches` patches in all, padding included."""
     cells = patches // merge_size**2
     return max(MIN_FEATURES, 1 << (cells - 1).bit_length())
 

@@ -197,7 +197,7 @@ def _motion(data: Digits, index: int, draw: np.random.Generator, source: str) ->
     size, pace = int(draw.integers(20, 29)), int(draw.integers(3, 6))
     name = list(DIRECTIONS)[draw.integers(len(DIRECTIONS))]
     travel = pace * (NUM_FRAMES - 1)
-    # The path has its middle anywhere, whatever the direction: where the digit is in one frame tells little of it.
+    # The path has its middle anywhere, whatever the direction: the digit's position in one frame says little about it.
     middle = draw.integers(0, MOTION_SIZE - size - travel + 1, 2).tolist()
     start = [at + travel * (1 - step) // 2 for at, step in zip(middle, DIRECTIONS[name], strict=True)]
     frames = []

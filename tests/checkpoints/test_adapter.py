@@ -200,7 +200,7 @@ def test_a_directory_without_an_adapter_is_refused(model, tmp_path):
 
 def test_a_damaged_configuration_is_named(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: found invalid JSON"):
         load_adapter(model, tmp_path)
 
 

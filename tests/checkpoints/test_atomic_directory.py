@@ -59,7 +59,9 @@ def test_a_checkpoint_is_replaced_once_the_new_one_is_complete(checkpoint):
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00009.safetensors", "_CHECKPOINT_METADATA"])
 def test_a_checkpoint_is_refused_without_overwrite(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(CheckpointError, match="exists and is not empty; --overwrite replaces it"):
+    with pytest.raises(
+        CheckpointError, match="found a checkpoint; expected nothing, or an empty directory: --overwrite replaces it"
+    ):
         check_target(None, tmp_path, overwrite=False)
     check_target(None, tmp_path, overwrite=True)
 
@@ -67,7 +69,10 @@ def test_a_checkpoint_is_refused_without_overwrite(tmp_path, name):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_files_are_never_replaced(tmp_path, overwrite):
     (tmp_path / "precious").write_text("kept")
-    with pytest.raises(CheckpointError, match=r"found precious; expected nothing, an empty directory, or a checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"found precious, which is not a checkpoint; expected nothing, an empty directory, or a checkpoint",
+    ):
         check_target(None, tmp_path, overwrite=overwrite)
 
 
@@ -115,7 +120,9 @@ def test_after_an_error_the_old_checkpoint_is_there_and_the_new_one_gone(checkpo
 
 def test_a_full_disk_is_reported(tmp_path):
     with (
-        pytest.raises(CheckpointError, match=r"out: the disk is full \([\d,]+ bytes free\); what was written"),
+        pytest.raises(
+            CheckpointError, match=r"out: found a full disk \([\d,]+ bytes free\); expected .* what was written"
+        ),
         new_directory(tmp_path / "out", overwrite=False),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -132,14 +139,16 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 def test_a_checkpoint_that_a_killed_run_had_moved_aside_gets_its_name_back(checkpoint):
     """The kill came between the two renames of a replacement."""
     checkpoint.rename(checkpoint.parent / ".out.replaced")
-    with pytest.raises(CheckpointError, match="out: exists and is not empty"):
+    with pytest.raises(CheckpointError, match="out: found a checkpoint; expected nothing"):
         check_target(None, checkpoint, overwrite=False)
     assert os.listdir(checkpoint.parent) == ["out"] and content(checkpoint) == "old"
 
 
 def test_a_dry_run_leaves_a_checkpoint_that_was_moved_aside(checkpoint):
     checkpoint.rename(checkpoint.parent / ".out.replaced")
-    with pytest.raises(CheckpointError, match="out: exists and is not empty; --overwrite"):
+    with pytest.raises(
+        CheckpointError, match="out: found a checkpoint; expected nothing, or an empty directory: --overwrite"
+    ):
         check_target(None, checkpoint, overwrite=False, dry_run=True)
     check_target(None, checkpoint, overwrite=True, dry_run=True)
     assert os.listdir(checkpoint.parent) == [".out.replaced"]
@@ -163,7 +172,7 @@ def test_two_runs_into_one_directory_do_not_mix(tmp_path):
     with new_directory(tmp_path / "out", overwrite=False) as directory:
         (directory / "config.json").write_text("first")
         with (
-            pytest.raises(CheckpointError, match="out: another process is writing it"),
+            pytest.raises(CheckpointError, match="out: found another process writing it"),
             new_directory(tmp_path / "out", overwrite=False),
         ):
             pytest.fail("both have the lock")

@@ -145,12 +145,12 @@ class TestDamagedFiles:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", "file has 0 bytes; expected at least 8"),
-            (b"abc", "file has 3 bytes; expected at least 8"),
-            (struct.pack("<Q", 10**7) + b"{}", "file has 10 bytes; its first 8 promise 10,000,008"),
-            (struct.pack("<Q", 2**63) + b"{}", "file has 10 bytes; its first 8 promise 9,223,372,036,854,775,816"),
+            (b"", "found 0 bytes; expected at least 8"),
+            (b"abc", "found 3 bytes; expected at least 8"),
+            (struct.pack("<Q", 10**7) + b"{}", "found 10 bytes; expected 10,000,008"),
+            (struct.pack("<Q", 2**63) + b"{}", "found 10 bytes; expected 9,223,372,036,854,775,816"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
-            (pickle.dumps({"w": [1.0] * 100}, protocol=4), "its first 8 promise"),
+            (pickle.dumps({"w": [1.0] * 100}, protocol=4), "as the first 8 say"),
         ],
     )
     def test_files_without_a_header_are_named(self, tmp_path, content, message):
@@ -168,8 +168,12 @@ class TestDamagedFiles:
             (b"\xff\xfe", b"", "corrupt header"),
             (b'{"w":null}', b"", "corrupt header"),
             ({"__metadata__": {"a": 3}}, b"", "corrupt header"),
-            ({"w": _entry("F32", [1000], 0, 4000)}, b"0" * 999, r"file has 1,0\d\d bytes; its header promises 4,0\d\d"),
-            ({"w": _entry("F32", [2], 0, 8)}, b"0" * 9, "its header promises"),
+            (
+                {"w": _entry("F32", [1000], 0, 4000)},
+                b"0" * 999,
+                r"found 1,0\d\d bytes; expected 4,0\d\d, as the header says",
+            ),
+            ({"w": _entry("F32", [2], 0, 8)}, b"0" * 9, "as the header says"),
             ({"w": _entry("F32", [3], 0, 8)}, b"0" * 8, "corrupt header.*invalid shape"),
             ({"w": _entry("Q9", [2], 0, 8)}, b"0" * 8, "corrupt header.*Q9"),
             ({"w": _entry("F4", [4], 0, 2)}, b"0" * 2, "w: found dtype F4; expected one of BOOL"),
@@ -177,7 +181,7 @@ class TestDamagedFiles:
             ({"w": _entry("F32", [2**62, 2**62], 0, 8)}, b"0" * 8, "corrupt header.*overflow"),
             ({"w": _entry("U8", [8], 0, 8), "v": _entry("U8", [8], 4, 12)}, b"0" * 12, "corrupt header.*offset"),
             ({"w": _entry("U8", [8], 0, 8), "v": _entry("U8", [2], 10, 12)}, b"0" * 12, "corrupt header.*offset"),
-            ({"w": _entry("U8", [8], 8, 0)}, b"", "corrupt header|promises"),
+            ({"w": _entry("U8", [8], 8, 0)}, b"", "corrupt header|as the header says"),
             # JSON lets a key come twice, and most readers take the last.
             (_twice(_entry("U8", [8], 0, 8), _entry("U8", [8], 8, 16)), b"0" * 16, "corrupt header"),
         ],
@@ -229,7 +233,7 @@ class TestFuzz:
     def test_truncation_is_always_named(self, sound_file, tmp_path, share):
         path = tmp_path / "a.safetensors"
         path.write_bytes(sound_file[: int(share * len(sound_file))])
-        assert re.search(r"file has [\d,]+ bytes", str(_read_or_named_error(path)))
+        assert re.search(r"found [\d,]+ bytes", str(_read_or_named_error(path)))
 
     @settings
     @given(data=st.data())
@@ -360,7 +364,7 @@ class TestCheckpoint:
             open_checkpoint(tmp_path)
         for fault in (
             f"{three}: found no such file; expected a shard of 2 tensors",
-            f"{four}: file has 300 bytes; its header promises",
+            f"{four}: found 300 bytes; expected",
             f"twice: found in {one} and in {two}; expected in one shard",
             f"extra: found in {two}; expected in the index too",
             f"lost: found no such tensor; expected in {one}",

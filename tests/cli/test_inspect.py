@@ -143,7 +143,7 @@ def test_an_image_can_be_an_http_address(capfd, image):
         inspect(f"{address}/good.png", "--json")
         (told,) = json.loads(capfd.readouterr().out)["files"]
         assert (told["file"], told["width"], told["height"]) == (f"{address}/good.png", 150, 100)
-        with pytest.raises(MediaError, match=f"^{address}/page: is not a readable image; as a video: found text"):
+        with pytest.raises(MediaError, match=f"^{address}/page: found no readable image; as a video: found text"):
             inspect(f"{address}/page")
     finally:
         server.shutdown()

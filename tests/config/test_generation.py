@@ -106,9 +106,9 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("{", "not valid JSON"),
-            ("", "not valid JSON"),
-            ("[" * 100_000, "not valid JSON"),
+            ("{", "found invalid JSON"),
+            ("", "found invalid JSON"),
+            ("[" * 100_000, "found invalid JSON"),
             ("[1]", "found a JSON list; expected an object"),
             ('{"do_sample": true, "temperature": NaN}', "temperature: found nan; expected"),
             ('{"top_p": "most"}', "top_p: found 'most'; expected"),
@@ -123,7 +123,7 @@ class TestFiles:
 
     def test_a_file_that_is_not_text_is_refused(self, tmp_path):
         (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe{")
-        with pytest.raises(CheckpointError, match="not valid JSON"):
+        with pytest.raises(CheckpointError, match="found invalid JSON"):
             GenerationConfig.from_pretrained(tmp_path)
 
     def test_an_absent_directory_is_refused(self, tmp_path):

@@ -157,7 +157,8 @@ def test_synth_writes_a_checkpoint(run, tmp_path):
 def test_synth_replaces_a_checkpoint_with_overwrite(run, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     status, _, err = run("synth", "--out", tmp_path)
-    assert (status, err) == (1, f"convert: error: {tmp_path}: exists and is not empty; --overwrite replaces it\n")
+    expected = "found a checkpoint; expected nothing, or an empty directory: --overwrite replaces it"
+    assert (status, err) == (1, f"convert: error: {tmp_path}: {expected}\n")
     assert run("synth", "--out", tmp_path, "--overwrite")[0] == 0
 
 

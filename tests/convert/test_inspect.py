@@ -87,7 +87,7 @@ def test_a_truncated_file_is_found(full, tmp_path):
     path = tmp_path / "model-00002-of-00002.safetensors"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*its header promises"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*as the header says"):
         inspect(tmp_path)
 
 

@@ -228,7 +228,7 @@ class TestFullDisk:
             raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']")
 
         monkeypatch.setattr(ocp.partial, "finalize", full)
-        with pytest.raises(CheckpointError, match="target: the disk is full"):
+        with pytest.raises(CheckpointError, match="target: found a full disk"):
             to_orbax(source, tmp_path / "target")
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -267,8 +267,8 @@ def test_two_processes_fail_together(tmp_path, step):
     """The last steps are those of the first; if the disk refuses them, the other does not wait for ever."""
     source = write(tmp_path / "source", random_tensors(CONFIG))
     first, second = (out.splitlines()[-1] for out in run_together(__file__, source, tmp_path / "target", step))
-    assert "target: the disk is full" in first
-    told = "target: the disk is full" if step == "target" else "No space left on device"
+    assert "target: found a full disk" in first
+    told = "target: found a full disk" if step == "target" else "No space left on device"
     assert second.startswith("in the first process: ") and told in second
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

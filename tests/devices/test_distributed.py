@@ -171,7 +171,9 @@ def test_different_numbers_of_processes_are_refused():
 def test_a_mesh_without_some_process_is_refused():
     with running(*generate(2, "--mesh", "kv=1", "What is it?")) as processes:
         found = ended(processes)
-    said = "mesh of one device: has no device of process 1; expected some of each of 2 processes, which have 2 devices"
+    said = (
+        "mesh of one device: found no device of process 1; expected some of each of 2 processes, which have 2 devices"
+    )
     assert found[0][0] == 1 and found[0][2][-1] == f"glm4v: error: {said}"
 
 
@@ -250,7 +252,7 @@ def test_a_taken_port_is_reported():
         with running(*([__file__, "late", port, 2, 0],)) as processes:
             ((status, out, _),) = ended(processes)
     assert status == 0
-    assert out.startswith(f"coordinator: port {port} cannot be had here (Address already in use")
+    assert out.startswith(f"coordinator: found port {port} in use (Address already in use")
 
 
 def test_a_missing_process_is_reported():

@@ -124,7 +124,7 @@ def test_all_faults_are_in_one_error(load):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: found no such file"):
         load_config("nowhere.toml")
 
 

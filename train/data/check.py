@@ -38,7 +38,7 @@ class DataReport:
         formats: name of a format -> rows.
         messages, learned: messages in all, and those that contribute to the loss.
         pictures, videos: images and videos in all, remote ones included.
-        remote: images and videos behind URLs, which were not checked.
+        remote: images and videos at URLs, which were not checked.
         text_only: records without images and videos.
         unit: what `lengths` count.
         lengths: of each record.
@@ -142,7 +142,7 @@ def _check_media(item: Mapping[str, Any], decode: bool) -> bool:
         return False
     source = source_of(item)
     if "path" in item and not os.path.exists(source):
-        raise MediaError(f"{source}: no such file")
+        raise MediaError(f"{source}: found no such file; expected an image or a video")
     if item["type"] == "image":
         image_size(item)
         if decode:

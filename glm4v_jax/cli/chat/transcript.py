@@ -65,7 +65,7 @@ def save(
     if path.suffix.lower() not in SUFFIXES:
         raise MessageError(f"{path}: found a name that ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     if path.exists() and not _is_transcript(path):
-        raise FileExistsError(errno.EEXIST, "found a file that is no conversation; expected another name", str(path))
+        raise FileExistsError(errno.EEXIST, "found a file that is not a conversation; expected another name", str(path))
     if path.exists() and not overwrite:
         raise FileExistsError(
             errno.EEXIST, "found an earlier conversation; expected another name; /save! overwrites it", str(path)

@@ -189,5 +189,5 @@ class _UnwrittenAnswers(AnswerFile):
 def _encoded(line: Mapping[str, Any]) -> bytes:
     try:
         return f"{to_json(line, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # a file name that is no UTF-8
+    except UnicodeEncodeError:  # a file name that is not UTF-8
         return f"{to_json(line)}\n".encode()

@@ -25,7 +25,7 @@ _LOGGED_FAILURES = 20
 """More than these are only in the file."""
 
 _NOT_IN_JSON = ("may_pass", "things")
-"""Fields of `BatchSummary` that are no figures."""
+"""Fields of `BatchSummary` that are not figures."""
 
 AnswerFields = Callable[["Completion", "Glm4vProcessor"], dict[str, Any]]
 

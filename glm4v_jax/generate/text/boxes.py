@@ -36,7 +36,7 @@ def find_boxes(text: str, limit: float = SCALE) -> list[tuple[float, float, floa
     """Returns the boxes (x1, y1, x2, y2) that the answer in `text` names, from 0 to 1000, as and in the order written.
 
     A box is four numbers in brackets of any style, `[]`, `()`, `<>` or `{}`, inside other brackets or not, with commas,
-    semicolons or whitespace between them. Four numbers of which one is not from 0 to 1000, such as years, are no box.
+    semicolons or whitespace between them. Four numbers of which one is beyond 0 to 1000, such as years, are not a box.
     Boxes inside box tokens win; without any, those of the whole answer count. Never raises.
 
     Args:

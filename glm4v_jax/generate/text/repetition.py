@@ -11,7 +11,7 @@ class RepetitionGuard:
     A text loops once it ends in `times` copies of a piece of at least `window` characters, one right after another. So
     "ha" loops after 500 characters (the piece is 25 times "ha"), a paragraph of 120 characters when its tenth copy is
     complete. A ruler of "=" may be 499 long. Rows of a table, lines of code or the elements of a page that have much in
-    common are no loop, because what differs stands between what is equal.
+    common are not a loop, because what differs stands between what is equal.
 
     The numbers are those with which GLM-4.1V's reward system rejects an answer. Its rule counts equal windows of 50
     characters *anywhere* in the text, which suits a reward and not a stop: a page of HTML with ten cells of one style

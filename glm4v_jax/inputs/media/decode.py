@@ -28,7 +28,7 @@ MAX_DECODED_BYTES = 16 * 2**30
 _DEFAULT_GIF_SECONDS = 0.1
 # What of a file is read to find its kind; no video container has this many bytes without a control character.
 _HEAD_BYTES = 1024
-# As much of a JPEG as is read to tell a photo from a stream of them (Motion JPEG).
+# As much of a JPEG as is read to distinguish a photo from a stream of them (Motion JPEG).
 _MOTION_JPEG_BYTES = 2**26
 # Of a decoder's own words, what an error repeats.
 _PROBLEM_CHARACTERS = 120
@@ -131,7 +131,7 @@ class _PyavReader:
 
         self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), mode="r")
         if not self._container.streams.video:
-            raise MediaError("has no video stream")
+            raise MediaError("found no video stream; expected a video")
         stream = self._container.streams.video[0]
         stream.thread_type = "AUTO"
         self.fps = float(stream.average_rate) if stream.average_rate else None
@@ -158,7 +158,9 @@ class _PyavReader:
                     break
         missing = sorted(wanted - found.keys())
         if missing:
-            raise MediaError(f"ends before frame {missing[0]}; its container promises {self.total} frames")
+            raise MediaError(
+                f"found the end before frame {missing[0]}; expected {self.total} frames, as the container says"
+            )
         return np.stack([found[index] for index in indices])
 
 
@@ -173,7 +175,7 @@ class _PillowReader:
         self.total = getattr(self._image, "n_frames", 1)
         seconds = 0.0
         for frame in PIL.ImageSequence.Iterator(self._image):
-            frame.load()  # Some formats tell a frame's time only now.
+            frame.load()  # Some formats give a frame's time only now.
             seconds += frame.info.get("duration", 0) / 1000 or _DEFAULT_GIF_SECONDS
         self.fps: float | None = self.total / seconds
 
@@ -245,9 +247,13 @@ def _plan(
 ) -> VideoMetadata:
     """The metadata of an open video, with the frames to take, within the limits."""
     if reader.total <= 0 or reader.height <= 0 or reader.width <= 0:
-        raise MediaError(f"has {reader.total} frames of {reader.height} x {reader.width} pixels; expected at least one")
+        raise MediaError(
+            f"found {reader.total} frames of {reader.height} x {reader.width} pixels; expected at least one"
+        )
     if reader.height * reader.width > max_pixels:
-        raise MediaError(f"has frames of {reader.height} x {reader.width} pixels; expected at most {max_pixels} pixels")
+        raise MediaError(
+            f"found frames of {reader.height} x {reader.width} pixels; expected at most {max_pixels} pixels"
+        )
     fps = reader.fps
     if fps is not None and not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
         fps = None
@@ -263,19 +269,19 @@ def _plan(
         indices = list(range(reader.total))
     elif fps is None:
         raise MediaError(
-            f"its container gives no usable frame rate ({reader.fps}); decode it yourself and pass the frames with "
-            "`video_metadata`, or set `do_sample_frames=False`"
+            f"found no usable frame rate ({reader.fps}); expected one in the container: decode it yourself and pass "
+            "the frames with `video_metadata`, or set `do_sample_frames=False`"
         )
     else:
         indices = [int(index) for index in sample_indices_fn(metadata)]
     outside = [index for index in indices if not 0 <= index < reader.total]
     if not indices or outside:
-        raise MediaError(f"cannot take frames {outside or indices} of {reader.total}")
+        raise MediaError(f"found sampled frames {outside or indices}; expected some of 0 to {reader.total - 1}")
     size = len(set(indices)) * reader.height * reader.width * 3
     if size > max_decoded_bytes:
         raise MediaError(
-            f"{len(indices)} frames of {reader.height} x {reader.width} pixels take {size} bytes; expected at most "
-            f"{max_decoded_bytes}; sample fewer frames"
+            f"found {len(indices)} frames of {reader.height} x {reader.width} pixels, {size} bytes; expected at most "
+            f"{max_decoded_bytes}: sample fewer frames"
         )
     metadata.frames_indices = indices
     return metadata
@@ -311,15 +317,15 @@ def decode_video(
         ImportError: neither decord nor PyAV is installed.
     """
     if backend is not None and backend not in _READERS:
-        raise MediaError(f"{name}: no decoder {backend!r}; expected one of {sorted(_READERS)}")
+        raise MediaError(f"backend: found {backend!r}; expected one of {', '.join(sorted(_READERS))}")
     try:
         head = _head(source)
         with naming(name, MediaError):
             _check_kind(head, source)
     except OSError as error:
-        raise MediaError(f"{name}: cannot be read ({error})") from error
+        raise MediaError(f"{name}: found an unreadable file ({error}); expected a video") from error
     backends = ("pillow",) if _is_animated_image(head) else ("decord", "pyav")
-    verdict = "is not a readable video; it may be truncated or corrupt"
+    verdict = "found no readable video, perhaps a truncated or corrupt one; expected a video"
     problems: list[str] = []
     cause: Exception | None = None
     for candidate in backends if backend is None else (backend,):
@@ -348,13 +354,13 @@ def decode_video(
                 problems.append(f"{candidate}: {_shortened(error)}")
             cause = error
     if cause is None:
-        raise ImportError(f"{name}: decoding a video needs decord or PyAV; install one: pip install decord (or av)")
+        raise ImportError(f"{name}: found no decoder; expected decord or PyAV: pip install decord (or av)")
     details = f" ({'; '.join(problems)})" if problems else ""
     raise MediaError(f"{name}: {verdict}{details}") from cause
 
 
 def _shortened(error: Exception) -> str:
-    """The start of a decoder's message, without error numbers and places in C++; decord's go on with a stack trace."""
+    """The start of a decoder's message, without error numbers, places in C++ and decord's stack trace."""
     lines = str(error).strip().splitlines()
     line = re.sub(r"^(\[\d\d:\d\d:\d\d\] \S+:\d+: |\[Errno -?\d+\] )", "", lines[0]) if lines else repr(error)
     return line if len(line) <= _PROBLEM_CHARACTERS else line[: _PROBLEM_CHARACTERS - 3] + "..."

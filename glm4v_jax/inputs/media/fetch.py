@@ -34,7 +34,7 @@ class _HttpRedirects(urllib.request.HTTPRedirectHandler):
         target = headers.get("location") or headers.get("uri") or ""
         scheme = urllib.parse.urlsplit(target).scheme.lower()
         if scheme not in ("", "http", "https"):
-            raise MediaError(f"{req.full_url}: redirects to {target!r}; expected an http or https address")
+            raise MediaError(f"{req.full_url}: found a redirect to {target!r}; expected an http or https address")
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -73,29 +73,31 @@ def read_url(url: str, *, max_bytes: int = MAX_DOWNLOAD_BYTES, timeout: float = 
         with _opener().open(request, timeout=timeout) as response:
             announced = response.headers.get("Content-Length")
             if announced is not None and announced.isdigit() and int(announced) > max_bytes:
-                raise MediaError(f"{url}: has {announced} bytes; expected at most {max_bytes}")
+                raise MediaError(f"{url}: found {announced} bytes; expected at most {max_bytes}")
             body = bytearray()
             # read1() returns after one receive, so that a server which drips bytes meets the deadline.
             while chunk := response.read1(_CHUNK_BYTES):
                 body += chunk
                 if len(body) > max_bytes:
-                    raise MediaError(f"{url}: sent more than {max_bytes} bytes")
+                    raise MediaError(f"{url}: found more than {max_bytes} bytes; expected no more")
                 if time.monotonic() > deadline:
-                    raise MediaError(f"{url}: not received within {timeout:g} seconds ({len(body)} bytes so far)")
+                    raise MediaError(
+                        f"{url}: found {len(body)} bytes within {timeout:g} seconds; expected the whole file"
+                    )
             if announced is not None and announced.isdigit() and len(body) < int(announced):
-                raise MediaError(f"{url}: ended after {len(body)} of {announced} bytes")
+                raise MediaError(f"{url}: found the end after {len(body)} bytes; expected {announced} bytes")
             return bytes(body)
     except urllib.error.HTTPError as error:
-        raise MediaError(f"{url}: the server answered {error.code} {error.reason}") from error
+        raise MediaError(f"{url}: found the status {error.code} {error.reason}; expected a file") from error
     except TimeoutError as error:
-        raise MediaError(f"{url}: not received within {timeout:g} seconds") from error
+        raise MediaError(f"{url}: found no answer within {timeout:g} seconds; expected a file") from error
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
-            raise MediaError(f"{url}: not received within {timeout:g} seconds") from error
-        raise MediaError(f"{url}: cannot be fetched ({reason})") from error
+            raise MediaError(f"{url}: found no answer within {timeout:g} seconds; expected a file") from error
+        raise MediaError(f"{url}: found an unreachable address ({reason}); expected a file") from error
 
 
 def is_url(source: Any) -> bool:
@@ -129,17 +131,17 @@ def decode_base64(text: str) -> bytes:
     if text[:5].lower() == "data:":
         header, comma, payload = text.partition(",")
         if not comma or not header.lower().endswith(";base64"):
-            raise MediaError(f"{name}: expected a data URL of the form data:<type>;base64,<data>")
+            raise MediaError(f"{name}: found another form; expected data:<type>;base64,<data>")
     else:
         payload = text
     if not _BASE64.match(payload):
-        raise MediaError(f"{name}: no such file, and not an http(s) address, a data URL or base64 text")
+        raise MediaError(f"{name}: found no such file; expected a path, an http(s) address, a data URL or base64 text")
     payload = payload.rstrip("= \t\r\n")
     try:
         return base64.b64decode(payload + "=" * (-len("".join(payload.split())) % 4))
     except (binascii.Error, ValueError) as error:
-        problem = "no such file, and not valid base64 either" if is_missing_path(text) else "is not valid base64"
-        raise MediaError(f"{name}: {problem} ({error})") from error
+        found = "no such file, nor valid base64" if is_missing_path(text) else "invalid base64"
+        raise MediaError(f"{name}: found {found} ({error}); expected a file or its base64") from error
 
 
 def file_url_path(url: str) -> Path:
@@ -151,9 +153,9 @@ def file_url_path(url: str) -> Path:
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:
-        raise MediaError(f"{url}: is not a valid address ({error})") from error
+        raise MediaError(f"{url}: found an invalid address ({error}); expected file:///path") from error
     if parts.netloc not in ("", "localhost"):
-        raise MediaError(f"{url}: names the machine {parts.netloc!r}; expected a local file, file:///path")
+        raise MediaError(f"{url}: found the machine {parts.netloc!r}; expected a local file, file:///path")
     return Path(urllib.request.url2pathname(parts.path))
 
 
@@ -174,7 +176,7 @@ def open_source(
     if isinstance(source, os.PathLike):
         path = Path(source)
         if not path.exists():
-            raise MediaError(f"{path}: no such file")
+            raise MediaError(f"{path}: found no such file; expected an image or a video")
         return path
     if is_url(source):
         return read_url(source, max_bytes=max_bytes)
@@ -186,7 +188,7 @@ def open_source(
     except ValueError:  # A path cannot hold a null character; base64 text neither, so the check below names it.
         pass
     if _SCHEME.match(source):
-        raise MediaError(f"{describe(source)}: only http, https, file and data addresses are read")
+        raise MediaError(f"{describe(source)}: found another scheme; expected http, https, file or data")
     return decode_base64(source)
 
 

@@ -121,23 +121,25 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
         try:
             image = PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened)
         except PIL.Image.DecompressionBombError as error:
-            raise MediaError(f"{name}: {error}") from error
+            raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
         except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
             is_directory = isinstance(opened, Path) and opened.is_dir()
-            problem = "is a directory; expected an image" if is_directory else "is not a readable image"
+            found = "a directory" if is_directory else "no readable image"
             if isinstance(opened, bytes) and is_missing_path(source):
-                problem = "no such file, and not base64 of an image either"
-            raise MediaError(f"{name}: {problem}") from error
+                found = "no such file, nor base64 of an image"
+            raise MediaError(f"{name}: found {found}; expected an image") from error
     else:
-        raise MediaError(f"{name}: expected a path, an address, bytes, base64 text, a Pillow image or an array")
+        raise MediaError(
+            f"source: found {name}; expected a path, an address, bytes, base64 text, a Pillow image or an array"
+        )
     width, height = image.size
     if width * height > max_pixels:
-        raise MediaError(f"{name}: has {width} x {height} pixels; expected at most {max_pixels} pixels")
+        raise MediaError(f"{name}: found {width} x {height} pixels; expected at most {max_pixels} pixels")
     try:
         image = PIL.ImageOps.exif_transpose(image)
         converted = image.convert("RGB")
     except Exception as error:  # As above; a truncated file shows only here, where Pillow decodes.
-        raise MediaError(f"{name}: is truncated or corrupt ({error})") from error
+        raise MediaError(f"{name}: found a truncated or corrupt image ({error}); expected a complete one") from error
     warn_if_clipped(image, name)
     return converted
 
@@ -152,7 +154,7 @@ def decode_pillow(image: PIL.Image.Image) -> None:
         image.load()
     except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
         name = getattr(image, "filename", "") or "Pillow image"
-        raise MediaError(f"{name}: is truncated or corrupt ({error})") from error
+        raise MediaError(f"{name}: found a truncated or corrupt image ({error}); expected a complete one") from error
 
 
 def _image_of_array(array: np.ndarray) -> PIL.Image.Image:
@@ -161,11 +163,11 @@ def _image_of_array(array: np.ndarray) -> PIL.Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
-        raise MediaError(f"array of shape {array.shape} and type {array.dtype}: expected uint8 [H, W, C] or [C, H, W]")
+        raise MediaError(f"array: found {array.dtype} {list(array.shape)}; expected uint8 [H, W, C] or [C, H, W]")
     try:
         return PIL.Image.fromarray(np.ascontiguousarray(array))
     except (TypeError, ValueError) as error:
-        raise MediaError(f"array of shape {array.shape}: is not an image ({error})") from error
+        raise MediaError(f"array: found shape {list(array.shape)} ({error}); expected an image") from error
 
 
 def load_video(
@@ -206,7 +208,8 @@ def load_video(
                 if not isinstance(opened, bytes) or not is_missing_path(source):
                     raise
                 problem = str(error).removeprefix(f"{name}: ")
-                raise MediaError(f"{name}: no such file, and not base64 of a video either ({problem})") from error
+                found = f"no such file, nor base64 of a video ({problem})"
+                raise MediaError(f"{name}: found {found}; expected a video") from error
         source = sorted(path for path in opened.iterdir() if path.is_file() and not path.name.startswith("."))
     if isinstance(source, PIL.Image.Image) or (is_array(source) and source.ndim == 3):
         source = [source]
@@ -217,16 +220,20 @@ def load_video(
             raise MediaError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
         frames = _stack_frames(source, name, do_convert_rgb)
     else:
-        raise MediaError(f"{name}: expected a path, an address, bytes, a list of frames or an array of frames")
+        raise MediaError(
+            f"source: found {name}; expected a path, an address, bytes, a list of frames or an array of frames"
+        )
     if frames.ndim != 4 or 0 in frames.shape:
-        raise MediaError(f"video of shape {frames.shape}: expected frames [T, H, W, C] or [T, C, H, W], at least one")
+        raise MediaError(
+            f"frames: found shape {list(frames.shape)}; expected [T, H, W, C] or [T, C, H, W], at least one frame"
+        )
 
     taken = _metadata_of_frames(frames, metadata)
     if sample_indices_fn is not None:
         indices = [int(index) for index in sample_indices_fn(taken)]
         if max(indices) >= len(frames):
             raise MediaError(
-                f"video_metadata promises {taken.total_num_frames} frames, but the video has {len(frames)}"
+                f"video_metadata: found {taken.total_num_frames} frames; expected {len(frames)}, as the video has"
             )
         frames, taken.frames_indices = frames[indices], indices
     return frames, taken
@@ -235,7 +242,7 @@ def load_video(
 def _stack_frames(sources: Sequence[Any], name: str, do_convert_rgb: bool) -> np.ndarray:
     """Frames [T, H, W, C] or [T, C, H, W] of a list of images, arrays and paths."""
     if not sources:
-        raise MediaError(f"{name}: has no frames")
+        raise MediaError(f"{name}: found no frames; expected at least one")
 
     def frame(source: Any) -> np.ndarray:
         if isinstance(source, PIL.Image.Image):
@@ -255,7 +262,8 @@ def _stack_frames(sources: Sequence[Any], name: str, do_convert_rgb: bool) -> np
     for index, array in enumerate(frames):
         if array.shape != frames[0].shape:
             raise MediaError(
-                f"{name}: frame {index} has shape {array.shape} and frame 0 {frames[0].shape}; expected one size"
+                f"{name}: found frame {index} of shape {list(array.shape)} and frame 0 of {list(frames[0].shape)}; "
+                "expected one size"
             )
     return np.stack(frames)
 

@@ -129,21 +129,21 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
     """
     name = describe(source)
     if is_missing_path(source):
-        raise MediaError(f"{name}: no such file")
+        raise MediaError(f"{name}: found no such file; expected an image or a video")
     opened = open_source(source)
     if isinstance(opened, Path) and opened.is_dir():
-        raise MediaError(f"{name}: is a directory; expected an image or a video")
+        raise MediaError(f"{name}: found a directory; expected an image or a video")
     try:
         kind = _kind_of(opened)
     except PIL.Image.DecompressionBombError as error:
-        raise MediaError(f"{name}: {error}") from error
+        raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
     try:
         return _see(opened, kind or "video", processor, name)
     except MediaError as error:
         # What was opened may have another name, "812 bytes" for an address, and is the only one of its batch.
         known = re.escape(describe(opened))
         problem = re.sub(rf"^((image|video) 0( \({known}\))?: )?({known}: )?", "", str(error))
-        unknown = "is not a readable image; as a video: " if kind is None else ""
+        unknown = "found no readable image; as a video: " if kind is None else ""
         raise MediaError(f"{name}: {unknown}{problem}") from error
 
 

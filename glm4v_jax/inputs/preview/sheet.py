@@ -20,7 +20,7 @@ WIDTH = 1180
 HEIGHTS = ((1, 880), (4, 560), (math.inf, 360))
 """(files on the sheet, height of the drawing of an image at most)."""
 MAX_FRAMES = 120
-"""Of a video; of more, so many are drawn, evenly spread."""
+"""Of a video; of more, this number is drawn, evenly spread."""
 
 _LARGEST_SCALE = 4
 _SMALLEST_TOKEN, _SMALLEST_PATCH = 6, 10

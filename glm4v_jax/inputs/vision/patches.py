@@ -22,7 +22,7 @@ def is_scaled(array: np.ndarray) -> bool:
 
 
 def _fits_in_bytes(array: np.ndarray) -> bool:
-    """Whether an image of another type holds [0, 255]; False for [0, 1], as the reference's `resize` tells them apart.
+    """Whether an image of another type holds [0, 255]; False for [0, 1]: as the reference's `resize` decides it.
 
     Raises:
         MediaError: it holds neither.

@@ -204,7 +204,7 @@ def settings_in(content: Mapping[str, Any], file: Path, nested_key: str) -> Mapp
     """The settings in a file: under a key of their own, or all of it.
 
     Raises:
-        CheckpointError: what stands under the key are no settings.
+        CheckpointError: the value of the key is not an object of settings.
     """
     settings = content.get(nested_key, content)
     if not isinstance(settings, Mapping):

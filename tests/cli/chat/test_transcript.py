@@ -69,10 +69,10 @@ def test_a_name_without_a_place_is_refused(session, name):
     ("name", "content", "words"),
     [
         ("photo.jpg", b"", "expected one of .md"),
-        ("photo.md", b"\x89PNG", "no conversation"),
-        ("notes.md", b"# Conversation\n\nof mine\n", "no conversation"),
-        ("data.json", b'{"messages": []}', "no conversation"),
-        ("list.json", b"[]", "no conversation"),
+        ("photo.md", b"\x89PNG", "not a conversation"),
+        ("notes.md", b"# Conversation\n\nof mine\n", "not a conversation"),
+        ("data.json", b'{"messages": []}', "not a conversation"),
+        ("list.json", b"[]", "not a conversation"),
     ],
 )
 def test_another_kind_of_file_is_never_overwritten(session, command, name, content, words):

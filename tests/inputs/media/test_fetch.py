@@ -57,9 +57,9 @@ def test_data_of_an_address_are_read_however_it_is_written(head):
         ("/missing", "404"),
         ("/huge", "1000000000 bytes; expected at most 100000"),
         ("/endless", "more than 100000 bytes"),
-        ("/drip", "not received within 0.3 seconds"),
-        ("/silent", "not received within 0.3 seconds"),
-        ("/short", "ended after"),
+        ("/drip", "within 0.3 seconds; expected"),
+        ("/silent", "within 0.3 seconds; expected"),
+        ("/short", "found the end after"),
         ("/to/file", "expected an http or https address"),
         ("/to/loop", "redirect"),
     ],
@@ -73,12 +73,12 @@ def test_bad_answers_name_the_address(server, path, message):
 
 
 def test_a_page_is_not_an_image(server):
-    with pytest.raises(MediaError, match=f"{server}/html: is not a readable image"):
+    with pytest.raises(MediaError, match=f"{server}/html: found no readable image"):
         load_image(server + "/html")
 
 
 def test_unreachable_server():
-    with pytest.raises(MediaError, match=r"http://127\.0\.0\.1:9/x: cannot be fetched"):
+    with pytest.raises(MediaError, match=r"http://127\.0\.0\.1:9/x: found an unreachable address"):
         fetch.read_url("http://127.0.0.1:9/x", timeout=2)
 
 

@@ -98,12 +98,12 @@ def test_corrupt_image(tmp_path):
     "source", ["/no/such/file.png", Path("/no/such/file.png"), "data:image/png,abc", "@@@", "abcd", 7]
 )
 def test_sources_that_are_not_an_image(source):
-    with pytest.raises(MediaError, match=r"no such file|data URL|not a readable image|expected a path"):
+    with pytest.raises(MediaError, match=r"found .*; expected"):
         load_image(source)
 
 
 def test_a_directory_is_not_an_image(tmp_path):
-    with pytest.raises(MediaError, match="is a directory"):
+    with pytest.raises(MediaError, match="found a directory; expected an image"):
         load_image(tmp_path)
 
 
@@ -166,8 +166,8 @@ def test_lists_and_arrays(tmp_path, clip):
     [
         ([], "no frames"),
         (np.zeros((0, 8, 8, 3), np.uint8), "at least one"),
-        (np.zeros((2, 3, 8, 8, 3), np.uint8), "expected frames"),
-        ([np.zeros((8, 8, 3)), np.zeros((8, 9, 3))], "frame 1 has shape"),
+        (np.zeros((2, 3, 8, 8, 3), np.uint8), r"frames: found shape .*; expected \[T"),
+        ([np.zeros((8, 8, 3)), np.zeros((8, 9, 3))], "found frame 1 of shape"),
         (None, "expected a path"),
     ],
 )
@@ -177,7 +177,7 @@ def test_frames_that_do_not_make_a_video_are_refused(source, message):
 
 
 def test_metadata_that_promises_too_many_frames(clip):
-    with pytest.raises(MediaError, match="promises 30 frames, but the video has 20"):
+    with pytest.raises(MediaError, match="video_metadata: found 30 frames; expected 20"):
         load_video(clip, lambda _: [0, 29], metadata={"total_num_frames": 30, "fps": 10.0})
 
 
@@ -199,13 +199,13 @@ def test_deep_images_of_small_values_do_not_warn(tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("http://[::1", r"http://\[::1: cannot be fetched"),
-        ("file://[::1", r"file://\[::1: is not a valid address"),
-        ("ftp://host/cat.png", "ftp://host/cat.png: only http, https, file and data addresses are read"),
-        ("photos/cats", "photos/cats: no such file, and not base64 of an? .* either"),
-        ("photos/catss", "photos/catss: no such file, and not base64 of an? .* either"),
-        ("photos/cat", "photos/cat: no such file, and not base64 of an? .* either"),
-        ("photo", "photo: no such file, and not valid base64 either"),
+        ("http://[::1", r"http://\[::1: found an unreachable address"),
+        ("file://[::1", r"file://\[::1: found an invalid address"),
+        ("ftp://host/cat.png", "ftp://host/cat.png: found another scheme; expected http, https, file or data"),
+        ("photos/cats", "photos/cats: found no such file, nor base64 of an? .*; expected an? "),
+        ("photos/catss", "photos/catss: found no such file, nor base64 of an? .*; expected an? "),
+        ("photos/cat", "photos/cat: found no such file, nor base64 of an? .*; expected an? "),
+        ("photo", "photo: found no such file, nor valid base64"),
     ],
 )
 @pytest.mark.parametrize("load", [load_image, load_video])

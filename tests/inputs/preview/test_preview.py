@@ -255,10 +255,10 @@ def test_facts_fit_together(processor, save):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("notes.txt", b"neither an image nor a video\n" * 50, "is not a readable image; as a video: found text"),
-        ("empty.png", b"", "is not a readable image; as a video: "),
-        ("head.png", b"\x89PNG\r\n\x1a\nxx", "is not a readable image; as a video: "),
-        ("video.mp4", bytes(range(256)) * 9, "is not a readable image; as a video: is not a readable video"),
+        ("notes.txt", b"neither an image nor a video\n" * 50, "found no readable image; as a video: found text"),
+        ("empty.png", b"", "found no readable image; as a video: "),
+        ("head.png", b"\x89PNG\r\n\x1a\nxx", "found no readable image; as a video: "),
+        ("video.mp4", bytes(range(256)) * 9, "found no readable image; as a video: found no readable video"),
     ],
 )
 def test_a_file_that_is_neither_is_named_once(processor, tmp_path, name, content, problem):
@@ -274,10 +274,10 @@ def test_a_truncated_image_a_sliver_a_directory_and_nothing(processor, save, tmp
     with open(path, "rb+") as file:
         file.truncate(2000)
     for place, problem in (
-        (path, "is truncated or corrupt"),
+        (path, "found a truncated or corrupt image"),
         (save(noise(28, 28 * 201), "sliver.png"), "absolute aspect ratio"),
-        (str(tmp_path), "is a directory"),
-        (str(tmp_path / "nowhere.png"), "no such file"),
+        (str(tmp_path), "found a directory"),
+        (str(tmp_path / "nowhere.png"), "found no such file"),
     ):
         with pytest.raises(MediaError) as error:
             look(place, processor)
@@ -289,7 +289,7 @@ def test_an_image_too_large_to_decode_is_named(processor, save, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(MediaError) as error:
         look(path, processor)
-    assert str(error.value).startswith(f"{path}: Image size (4704 pixels) exceeds limit")
+    assert str(error.value).startswith(f"{path}: found too large an image (Image size (4704 pixels) exceeds limit")
 
 
 # Drawings.

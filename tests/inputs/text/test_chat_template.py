@@ -348,5 +348,5 @@ def test_a_template_that_is_not_utf8_is_named(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match=rf"{path.name}: not valid UTF-8"):
+    with pytest.raises(CheckpointError, match=rf"{path.name}: found invalid UTF-8"):
         load_chat_template(tmp_path)

@@ -407,7 +407,7 @@ def test_a_gap_in_the_added_ids_is_refused(tmp_path):
     [
         ("tokenizer.json", None, "no such file"),
         ("tokenizer.json", "{", "not a tokenizer"),
-        ("tokenizer_config.json", "[", "not valid JSON"),
+        ("tokenizer_config.json", "[", "found invalid JSON"),
         ("tokenizer_config.json", "[]", "found a JSON list; expected an object"),
         ("tokenizer_config.json", '{"eos_token": 3}', "found the token 3"),
         ("tokenizer_config.json", '{"padding_side": "up"}', "padding_side: found 'up'"),

@@ -345,7 +345,7 @@ def test_values_out_of_range_in_the_slow_processor():
 def test_a_truncated_image_in_a_batch_is_named():
     buffer = io.BytesIO()
     PIL.Image.fromarray(photo()).save(buffer, "PNG")
-    with pytest.raises(MediaError, match=r"image 1: \d+ bytes: is truncated or corrupt"):
+    with pytest.raises(MediaError, match=r"image 1: \d+ bytes: found a truncated or corrupt image"):
         Glm4vImageProcessor()([photo(), buffer.getvalue()[:4000]])
 
 
@@ -385,7 +385,7 @@ def test_settings_inside_a_processor_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not valid JSON"),
+        ("{", "found invalid JSON"),
         ("[]", "expected an object"),
         ('{"image_processor": 3}', "expected an object"),
         ('{"patch_size": 0}', "patch_size: found 0"),
@@ -453,10 +453,10 @@ def test_errors_carry_the_position_and_the_file_name(tmp_path):
     for source in (path, str(path), PIL.Image.open(path)):
         with pytest.raises(MediaError, match=r"^image 1 \(.*wide\.png\): absolute aspect ratio"):
             Glm4vImageProcessor()([photo(), source])
-    with pytest.raises(MediaError, match=r"^image 0: /no/such\.png: no such file"):
+    with pytest.raises(MediaError, match=r"^image 0: /no/such\.png: found no such file"):
         Glm4vImageProcessor()("/no/such.png")
     path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(MediaError, match=r"^image 1: .*wide\.png: is truncated"):
+    with pytest.raises(MediaError, match=r"^image 1: .*wide\.png: found a truncated"):
         Glm4vImageProcessor()([photo(), PIL.Image.open(path)])
 
 

@@ -300,7 +300,7 @@ def test_nesting_of_videos():
         ([clip(), clip()], {"video_metadata": [metadata(8)]}, "1 entries for 2 videos"),
         (clip(), {"video_metadata": [metadata(8), metadata(8)]}, "2 entries for 1 videos"),
         (clip(), {"video_metadata": metadata(8, colour="red")}, "video_metadata 0: .*colour"),
-        (clip(), {"video_metadata": metadata(30)}, "promises 30 frames, but the video has 8"),
+        (clip(), {"video_metadata": metadata(30)}, "video_metadata: found 30 frames; expected 8"),
         (clip(), {"video_metadata": metadata(8), "do_sample_frames": False}, "lacks `frames_indices`"),
         (clip(1), {"do_sample_frames": False}, "t:1 must be larger than temporal_factor:2"),
         (clip()[:0], {"do_sample_frames": False}, "at least one"),

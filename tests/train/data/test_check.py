@@ -96,13 +96,13 @@ def test_bad_rows_are_reported_and_not_counted(data):
     told = [(problem.place, problem.reason) for problem in report.problems]
     assert [place for place, _ in told] == [f"{data}:{line}" for line in range(6, 14)]
     assert "invalid JSON" in told[0][1]
-    assert told[1][1] == f"{directory}/none.png: no such file"
+    assert told[1][1] == f"{directory}/none.png: found no such file; expected an image or a video"
     assert told[2][1] == f"{directory}/text.png: found no readable image; expected an image file"
     assert told[3][1] == f"{directory}/.: found a directory; expected an image"
-    assert told[4][1] == f"{directory}/none.mp4: no such file"
-    assert told[5][1] == f"{directory}/none.png: no such file"
+    assert told[4][1] == f"{directory}/none.mp4: found no such file; expected an image or a video"
+    assert told[5][1] == f"{directory}/none.png: found no such file; expected an image or a video"
     assert told[6][1] == "images: found 0 for 1 <image> markers; expected as many"
-    assert told[7][1] == f"{directory}/none.png: no such file"
+    assert told[7][1] == f"{directory}/none.png: found no such file; expected an image or a video"
 
 
 def test_only_the_first_bad_rows_are_kept(data):
@@ -121,7 +121,7 @@ def test_truncated_files_are_found_by_decoding(data):
     assert check(read_records(data)).bad == 0
     report = check(read_records(data), decode=True)
     assert [problem.place for problem in report.problems] == [f"{data}:6", f"{data}:7"]
-    assert "cut.png: is truncated or corrupt" in report.problems[0].reason
+    assert "cut.png: found a truncated or corrupt image" in report.problems[0].reason
 
 
 def test_remote_images_are_checked_only_with_decode(data):
@@ -200,7 +200,10 @@ def test_bad_rows_are_listed_with_exit_status_1(capfd, data):
     status, out, err = run(capfd, data)
     assert (status, err) == (1, "")
     assert out.splitlines()[0].split() == ["rows", "6:", "5", "good,", "1", "bad"]
-    assert out.splitlines()[-2:] == ["bad rows:", f"  {data}:6: {data.parent}/\\x1b[31mnone.png: no such file"]
+    assert out.splitlines()[-2:] == [
+        "bad rows:",
+        f"  {data}:6: {data.parent}/\\x1b[31mnone.png: found no such file; expected an image or a video",
+    ]
     add(data, *["{bad"] * 20)
     assert "bad rows, 20 of them shown:" in run(capfd, data)[1]
 

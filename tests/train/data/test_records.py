@@ -115,7 +115,7 @@ def test_a_box_in_a_missing_image_is_a_bad_row(tmp_path):
     one = shown("none.png") | {"objects": objects}
     one["messages"][1]["content"] = "<bbox>"
     path = write(tmp_path / "data.json", [one])
-    with pytest.raises(DataError, match=r"data\.json\[0\]: .*none\.png: no such file"):
+    with pytest.raises(DataError, match=r"data\.json\[0\]: .*none\.png: found no such file"):
         read_records(path)[0]
 
 
