@@ -324,9 +324,9 @@ class TestCheckpoint:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "not valid JSON"),
-            ("{", "not valid JSON"),
-            ("[" * 100_000, "not valid JSON"),
+            ("", "found invalid JSON"),
+            ("{", "found invalid JSON"),
+            ("[" * 100_000, "found invalid JSON"),
             ("[]", "found a JSON list; expected an object"),
             ("{}", "no 'weight_map'"),
             ('{"weight_map": []}', "no 'weight_map'"),
