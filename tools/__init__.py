@@ -1,1 +1,6 @@
-"""Scripts of the repository that are not part of the package."""
+"""Scripts of the repository that are not part of the package.
+
+- `train_tiny` (`make tiny`) trains the packaged model: on `digit_curriculum`, with `tiny_model`, `tiny_assets` and
+  `tiny_text`; `score_tiny` and `digit_scores` measure it, `tiny_report` writes the page.
+- `make_random`: the random checkpoint of the tests. `make_chat_svg`, `make_report_png`: images of the docs.
+"""
