@@ -19,7 +19,7 @@ from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora
 
-pytestmark = pytest.mark.usefixtures("mesh")
+pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
 PREFIX = "base_model.model."
 # What LoRA can be put beside in the reference, layers left out; the ViT's gate and up are two there.

@@ -17,7 +17,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 
-pytestmark = pytest.mark.usefixtures("mesh")
+pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("stacked", [True, False])

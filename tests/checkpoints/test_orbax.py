@@ -28,6 +28,8 @@ from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import asset_files, assets_directory, is_orbax
 from glm4v_jax.model.params import leaf_paths
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 MESHES = [dict(), dict(fsdp=2, kv=2, q=2), dict(data=2, fsdp=4)]
 # Saved on, loaded on, whether stacked.

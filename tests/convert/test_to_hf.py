@@ -17,6 +17,8 @@ from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint, 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 
 

@@ -28,6 +28,8 @@ from glm4v_jax.checkpoints.safetensors import CheckpointFiles, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 
 

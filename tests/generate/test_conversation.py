@@ -8,6 +8,8 @@ from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate.completion import last
 from glm4v_jax.generate.text.thinking import without_thoughts
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["What is this?", "Why?", "And this one?", "Which is larger?"]
 
 

@@ -15,6 +15,8 @@ from glm4v_jax.inputs.media import load
 from glm4v_jax.inputs.media.load import load_image
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def chat(monkeypatch, capfd):

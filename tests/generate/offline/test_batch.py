@@ -20,6 +20,8 @@ from glm4v_jax.console.distributed import INTERRUPTED
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.generate.offline.batch import BatchPrompt, BatchSummary, prompt_seed
 
+pytestmark = pytest.mark.slow
+
 OUT = "prompts.answers.jsonl"
 USER = {"role": "user", "content": "Hello"}
 SHORT = ("--max-new-tokens", 2)
