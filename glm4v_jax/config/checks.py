@@ -19,10 +19,11 @@ glm4v_jax.errors.ConfigError: rows: found 0; expected an integer of at least 1; 
 >>> from_mapping(Batch, {"rows": 4, "keeep": 0.5})
 Traceback (most recent call last):
   ...
-glm4v_jax.errors.ConfigError: keeep: found an unknown field; expected some of rows, keep
+glm4v_jax.errors.ConfigError: keeep: found an unknown field; expected some of rows, keep; did you mean 'keep'?
 """  # noqa: E501
 
 import dataclasses
+import difflib
 import functools
 import math
 import types
@@ -107,10 +108,7 @@ def from_mapping(
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     faults = []
     if not ignore_unknown:
-        expected = ", ".join(fields)
-        faults = [
-            f"{where}{key}: found an unknown field; expected some of {expected}" for key in content if key not in fields
-        ]
+        faults = [_unknown(f"{where}{key}", key, list(fields)) for key in content if key not in fields]
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in content:
@@ -137,6 +135,12 @@ def from_mapping(
     except Glm4vError as problem:
         raise_faults([f"{where}{line}" for line in problem.faults], error)
         raise
+
+
+def _unknown(name: str, key: Any, fields: list[str]) -> str:
+    close = difflib.get_close_matches(str(key), fields, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{name}: found an unknown field; expected some of {', '.join(fields)}{hint}"
 
 
 def known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class MediaOptions:
     """An image: a path or an http(s) address."""
 
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """A video, or a directory of its frames; placed after the images."""
+    """A video: a path or an http(s) address; placed after the images."""
 
     def check(self) -> None:
         """Check that the files exist, before anything slow begins.
@@ -283,7 +283,8 @@ def check_model(directory: str) -> None:
     if not os.path.isdir(directory):
         option = f"${MODEL}" if directory and directory == os.environ.get(MODEL) else "--model"
         raise CheckpointError(
-            f"{option}: found {named(directory)}, which is not a directory; expected a checkpoint; download it first"
+            f"{option}: found {named(directory)}, which is not a directory; expected a checkpoint; "
+            "download it first: hf download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR"
         )
 
 

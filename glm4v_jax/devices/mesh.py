@@ -147,7 +147,7 @@ def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
 
 def misfit(name: str | None, size: int, axes: Sequence[str], devices: int) -> str:
     """The fault of a dimension that does not divide by the devices along its mesh axes."""
-    return f"{name} of {size} does not divide by mesh axes {' x '.join(axes)} of {devices} devices"
+    return f"{name} of {size} is not divisible by mesh axes {' x '.join(axes)} of {devices} devices"
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -24,7 +24,7 @@ MIN_POOL = 2048
 KEPT = 8192
 """Merged tokens of an engine's pool: 64 MiB of the 9B's in bfloat16."""
 GROWTH = 4
-MIN_PICTURE = 32
+MIN_IMAGE_PATCHES = 32
 """Patches of the smallest image that the released processor makes."""
 ENOUGH = 256
 """Patches that are worth a dispatch: with fewer, reading the weights takes longer than using them (a TPU v5e does 240
@@ -59,7 +59,7 @@ def medium_shape(grid: np.ndarray, shards: int) -> Shape:
 @functools.lru_cache(maxsize=256)
 def _grid_shape(t: int, h: int, w: int, shards: int) -> Shape:
     if t == 1:
-        return 1, bucket(h * w, MIN_PICTURE)
+        return 1, bucket(h * w, MIN_IMAGE_PATCHES)
     return choose_shape([h * w] * t, shards)
 
 

@@ -16,7 +16,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.feature_pool import GROWTH, MIN_PICTURE, FeaturePool, Shape, wave_size
+from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
 from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
@@ -43,7 +43,7 @@ def buckets(low: int, high: int, minimum: int = 1) -> list[int]:
 
 def row_shapes(low: int, high: int, shards: int = 1) -> list[Shape]:
     """The (R, L) of images and videos of `low` to `high` patches (`feature_pool.medium_shape`), ascending by area."""
-    images = {(1, length) for length in buckets(low, high, MIN_PICTURE)}
+    images = {(1, length) for length in buckets(low, high, MIN_IMAGE_PATCHES)}
     shapes = images | _packed_shapes(low, high, 1) | _packed_shapes(low, high, shards)
     return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
 

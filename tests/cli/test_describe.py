@@ -63,7 +63,7 @@ def test_every_image_gets_a_caption(folder, capfd):
     assert captured.err.splitlines()[0] == "skipped 3 files that are not images"
     assert "images/s" in captured.err
     assert captured.err.endswith("error: 1 of 4 images failed; see 'error' in photos/captions.jsonl\n")
-    assert "file cut.png: image 0: photos/cut.png: is truncated" in captured.err
+    assert "file cut.png: image 0: photos/cut.png: found a truncated" in captured.err
     summary = json.loads(captured.out)
     assert (summary["total"], summary["done"], summary["failed"], summary["skipped"]) == (4, 3, 1, 3)
 

@@ -105,8 +105,8 @@ def test_the_devices_of_this_machine_are_the_default(capfd):
         (["latency", "--model", "nowhere"], "--model: found nowhere, which is not a directory"),
         (
             ["kv=4,fsdp=3"],
-            "mesh fsdp=3,kv=4: embed of 4096 does not divide by mesh axes fsdp of 3 devices; "
-            "kv_heads of 2 does not divide by mesh axes kv of 4 devices",
+            "mesh fsdp=3,kv=4: embed of 4096 is not divisible by mesh axes fsdp of 3 devices; "
+            "kv_heads of 2 is not divisible by mesh axes kv of 4 devices",
         ),
     ],
 )

@@ -104,5 +104,12 @@ def test_faults_are_one_line_whatever_they_found():
     assert caught.value.faults == ("a: found b\nc", "d: found e")
 
 
+def test_a_misspelt_field_suggests_the_right_one():
+    with pytest.raises(
+        ConfigError, match=r"rwos: found an unknown field; expected some of rows, rate; did you mean 'rows'\?"
+    ):
+        from_mapping(Part, {"rwos": 1})
+
+
 def test_keys_can_be_passed_over():
     assert from_mapping(Part, {"rows": 2, "novel": 1}, ignore_unknown=True) == Part(2)

@@ -92,5 +92,5 @@ def test_a_truncated_file_is_found(full, tmp_path):
 
 
 def test_a_mesh_that_does_not_divide_is_refused(full):
-    with pytest.raises(ConfigError, match="kv_heads of 2 does not divide by mesh axes kv of 4"):
+    with pytest.raises(ConfigError, match="kv_heads of 2 is not divisible by mesh axes kv of 4"):
         inspect(full, {"kv": 4})

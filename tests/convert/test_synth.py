@@ -115,7 +115,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 def test_other_files_are_not_replaced(tmp_path):
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match="which is not a checkpoint"):
         synth(load_config("tiny"), tmp_path)
 
 

@@ -68,7 +68,7 @@ def test_calls_are_the_same_on_every_mesh(on_eight_devices):
 
 
 def test_a_mesh_that_key_heads_do_not_divide_by_is_refused(on_eight_devices):
-    assert on_eight_devices[2] == "kv_heads of 2 does not divide by mesh axes kv of 4 devices"
+    assert on_eight_devices[2] == "kv_heads of 2 is not divisible by mesh axes kv of 4 devices"
 
 
 def parts_of_calls(model, batch):

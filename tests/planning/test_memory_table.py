@@ -70,7 +70,7 @@ def test_bytes_are_those_of_the_dtype(dtype):
     [
         (dict(rows=0), "rows: found 0; expected at least 1"),
         (dict(capacity=-1), "capacity: found -1; expected at least 1"),
-        (dict(sizes=dict(kv=4)), "mesh kv=4: kv_heads of 2 does not divide by mesh axes kv of 4 devices"),
+        (dict(sizes=dict(kv=4)), "mesh kv=4: kv_heads of 2 is not divisible by mesh axes kv of 4 devices"),
     ],
 )
 def test_invalid_numbers_and_meshes_are_refused(options, problem):

@@ -142,13 +142,13 @@ def test_all_dimensions_that_do_not_divide_are_named():
     first, *others = str(caught.value).split("; ")
     assert first.startswith("mesh fsdp=3,kv=5,q=3,seq=7: ")
     assert {first.split(": ")[1], *others} == {
-        "vocab of 151552 does not divide by mesh axes kv x q x seq of 105 devices",
-        "embed of 4096 does not divide by mesh axes fsdp of 3 devices",  # and not 1,536
-        "mlp of 4096 does not divide by mesh axes kv x q x seq of 105 devices",
-        "mlp of 13696 does not divide by mesh axes kv x q x seq of 105 devices",
-        "kv_heads of 2 does not divide by mesh axes kv of 5 devices",
-        "q_groups of 16 does not divide by mesh axes q x seq of 21 devices",  # and not their 2,048 numbers
-        "heads of 12 does not divide by mesh axes kv of 5 devices",
+        "vocab of 151552 is not divisible by mesh axes kv x q x seq of 105 devices",
+        "embed of 4096 is not divisible by mesh axes fsdp of 3 devices",  # and not 1,536
+        "mlp of 4096 is not divisible by mesh axes kv x q x seq of 105 devices",
+        "mlp of 13696 is not divisible by mesh axes kv x q x seq of 105 devices",
+        "kv_heads of 2 is not divisible by mesh axes kv of 5 devices",
+        "q_groups of 16 is not divisible by mesh axes q x seq of 21 devices",  # and not their 2,048 numbers
+        "heads of 12 is not divisible by mesh axes kv of 5 devices",
     }
     assert misfits(RELEASED, parse_mesh("data=7,fsdp=8,kv=2,q=4,seq=4")) == []
 
@@ -176,10 +176,10 @@ def test_a_mesh_is_refused_if_the_model_cannot_be_made_on_it(text):
 def test_with_a_tied_head_the_vocabulary_is_the_tables():
     config = Glm4vConfig.tiny(tie_word_embeddings=True)
     assert sorted(misfits(config, parse_mesh("q=2,seq=7"))) == [
-        "mlp of 64 does not divide by mesh axes kv x q x seq of 14 devices",
-        "mlp of 96 does not divide by mesh axes kv x q x seq of 14 devices",
-        "q_groups of 2 does not divide by mesh axes q x seq of 14 devices",
-        "vocab of 320 does not divide by mesh axes kv x q x seq of 14 devices",
+        "mlp of 64 is not divisible by mesh axes kv x q x seq of 14 devices",
+        "mlp of 96 is not divisible by mesh axes kv x q x seq of 14 devices",
+        "q_groups of 2 is not divisible by mesh axes q x seq of 14 devices",
+        "vocab of 320 is not divisible by mesh axes kv x q x seq of 14 devices",
     ]
 
 
@@ -196,7 +196,7 @@ def test_a_mesh_of_one_device(text):
 @pytest.mark.parametrize(
     ("text", "number", "message"),
     [
-        ("kv=2,q=1024", 1, "mesh kv=2,q=1024: vocab of 320 does not divide"),
+        ("kv=2,q=1024", 1, "mesh kv=2,q=1024: vocab of 320 is not divisible"),
         ("data=64", 1, "mesh data=64 needs 64 devices, found 1"),
         ("train", 0, "mesh train: found 0 devices"),
     ],

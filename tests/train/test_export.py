@@ -208,7 +208,7 @@ def paths(source, **options):
 
 def test_a_job_without_lora_has_no_adapter_to_export(tmp_path):
     (tmp_path / "full.toml").write_text('model = "m"\nout = "o"\nsteps = 1\n[data]\nfiles = ["x.jsonl"]\n')
-    with pytest.raises(ConfigError, match=r"full\.toml: found a job without lora, whose result is no adapter"):
+    with pytest.raises(ConfigError, match=r"full\.toml: found a job without lora, whose result is not an adapter"):
         paths(tmp_path / "full.toml")
 
 
