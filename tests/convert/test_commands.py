@@ -65,7 +65,7 @@ def test_inspect_takes_presets_of_meshes(run, synthetic):
 
 @pytest.mark.parametrize(
     ("mesh", "problem"),
-    [("latency", "latency: "), ("fast", "'fast'"), ("tp=2", "'tp=2'"), ("kv=4", "kv_heads of 2 does not divide")],
+    [("latency", "latency: "), ("fast", "'fast'"), ("tp=2", "'tp=2'"), ("kv=4", "kv_heads of 2 is not divisible")],
 )
 def test_invalid_meshes_are_refused(run, synthetic, mesh, problem):
     status, out, err = run("inspect", synthetic(), "--mesh", mesh)

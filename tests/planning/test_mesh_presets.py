@@ -133,7 +133,7 @@ def test_texts_are_checked_without_jax():
     subprocess.run([sys.executable, "-c", program], cwd=TINY_CHECKPOINT.parents[2], check=True)
 
 
-# What does not divide.
+# What is not divisible.
 
 
 def test_all_dimensions_that_do_not_divide_are_named():
