@@ -163,16 +163,21 @@ def object_of(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
+_PLAIN = (int, str, bool, type(None))
+
+
 def convert(value: Any, hint: Any) -> Any:
     """A value as an annotation has it: NumPy scalars as Python's, lists as tuples, integers as floats; never a bool.
 
     Raises:
       ValueError: it does not fit.
     """
-    if callable(tolist := getattr(value, "tolist", None)):  # of NumPy, which help does not wait for
-        value = tolist()
+    if type(value) not in _PLAIN and callable(tolist := getattr(value, "tolist", None)):
+        value = tolist()  # of NumPy, which help does not wait for
     converted = msgspec.convert(value, hint)
-    if not _allows_infinity(hint) and not all(map(math.isfinite, _floats(converted))):
+    if type(converted) in _PLAIN:  # nearly all values: every request makes a few of these
+        return converted
+    if not all(map(math.isfinite, _floats(converted))) and not _allows_infinity(hint):
         raise ValueError("not finite")
     return converted
 
