@@ -16,6 +16,8 @@ from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.console.answer_writer import AnswerWriter
 from glm4v_jax.errors import CheckpointError, MediaError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def refused(capfd, no_weights):

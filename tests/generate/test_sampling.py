@@ -11,6 +11,8 @@ from scipy import stats
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.generate import sampling
 
+pytestmark = pytest.mark.slow
+
 ROWS, PROMPT = 3, 7
 
 _process = jax.jit(sampling.process_logits)

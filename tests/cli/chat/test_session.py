@@ -9,6 +9,8 @@ from glm4v_jax.console.answer_writer import AnswerWriter
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.slots import Slots
 
+pytestmark = pytest.mark.slow
+
 
 def run(session, *lines):
     for line in lines:
