@@ -86,7 +86,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
             "lmms-eval": {
                 "prompt": f"{_UNIT_BOX}. Please provide the bounding box coordinate of the region this sentence "
                 "describes: {{ question }}",
-                "metric": "refcoco-unit",
+                "metric": "refcoco-lmms",
             },
             "vlmevalkit": {"metric": "refcoco-vlmevalkit"},
         },
@@ -105,14 +105,14 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
             "lmms-eval": {
                 "prompt": f"{_UNIT_BOX} with two decimal places of precision (e.g., 0.15). Please provide the bounding "
                 "box coordinates of the region that corresponds to the command: {{ question }}",
-                "metric": "screenspot-unit",
+                "metric": "screenspot-lmms",
             },
             "vlmevalkit": {
                 "system": "You are a GUI agent. You are given a task and a screenshot of the screen. You need to "
                 "perform pyautogui click/moveTo action to complete the task. The answer format is "
                 "`pyautogui.click(x=?, y=?), x and y is necessary`",
                 "prompt": "Please complete the following tasks by clicking using `pyautogui.click`:\n{{ question }}",
-                "metric": "screenspot-pixel",
+                "metric": "screenspot-vlmevalkit",
             },
         },
         "preset": "bench",
@@ -193,7 +193,8 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
             "vlmevalkit": {
                 "prompt": "Question: {{ question }}\n{% if options %}Options:"
                 + _OPTIONS
-                + "\nPlease select the correct answer from the options above. \n{% endif %}"
+                + "\nPlease select the correct answer from the options above. \n{% endif %}",
+                "metric": "mmmu-vlmevalkit",
             },
         },
         "preset": "bench",
@@ -228,6 +229,7 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
             "lmms-eval": {
                 "prompt": "Select the best answer to the following multiple-choice question based on the video and the "
                 "subtitles. " + _LETTER_ONLY + "\n{{ question }}" + _OPTIONS + "\n\n" + _LETTER,
+                "metric": "videomme-lmms",
             },
             "vlmevalkit": {
                 "prompt": "\nThese are the frames of a video. Select the best answer to the following multiple-choice "

@@ -11,7 +11,7 @@ from eval.data.items import Item
 from eval.data.questions import Origin, make_item
 from eval.metrics import METRICS
 from eval.tasks import Task
-from glm4v_jax.data.tables import SUFFIXES, TSV, Parquet, Rows, find_files, open_rows
+from glm4v_jax.data.tables import Parquet, Rows, find_files, open_rows
 from glm4v_jax.errors import ConfigError, DataError, Glm4vError, MediaError, raise_listed
 
 
@@ -23,7 +23,7 @@ def read_items(task: Task, paths: Sequence[str | os.PathLike[str]] = (), *, limi
 
     Args:
       task: what is asked.
-      paths: files or directories; none for a task whose data comes with the package.
+      paths: files, patterns or directories; none for a task whose data comes with the package.
       limit: read and check the first N items only, as harnesses do.
 
     Raises:
@@ -56,7 +56,7 @@ def _read(task: Task, paths: Sequence[str | os.PathLike[str]]) -> Iterator[Item 
     reader, metric = READERS[task.reader], METRICS[task.metric]
     total = 0
     known: dict[bytes | str, bytes | str] = {}
-    for path in find_files(paths, (*SUFFIXES, TSV)):
+    for path in find_files(paths):
         rows = open_rows(path)
         for number, row in enumerate(_in_order(rows)):
             place = rows.place(number)

@@ -70,7 +70,7 @@ class Task:
     preset: Annotated[str, _one_of(PRESETS)] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    data: str = "files of rows as eval/data/rows.py describes them: .json, .jsonl, .parquet, .tsv"
+    data: str = "files of rows as eval/data/rows.py describes them: .json, .jsonl, .parquet, .arrow, .csv, .tsv"
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ def read_task(path: Path) -> Task:
       ConfigError: it is not a task; names file and field, what was found and expected.
     """
     try:
-        content = tomllib.loads(path.read_bytes().decode())
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f"{path}: found invalid TOML ({error}); expected a task") from error
     return from_mapping(Task, {"name": path.stem, **content}, where=f"{path}: ")

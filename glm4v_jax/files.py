@@ -78,7 +78,7 @@ def read_json_object(path: pathlib.Path, part_of: str = "a checkpoint in Hugging
     if not path.is_file():
         raise CheckpointError(f"{path}: found no such file; expected {part_of}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: found invalid JSON ({error}); expected an object") from error
     if not isinstance(data, dict):
@@ -104,13 +104,13 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file, without a byte order mark.
 
     Raises:
       CheckpointError: the file cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: found invalid UTF-8 ({error}); expected a text") from error
     except OSError as error:

@@ -1,17 +1,15 @@
 """Read the fields of a row of data: each function checks one, and its error names it, what was found and expected."""
 
-import ast
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm4v_jax.config.checks import fits
 from glm4v_jax.data.media import MediaItem, kind_of, media_item
+from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
 
 Fields = Mapping[str, Any]
 """A row of a data file; null is as if the field were missing."""
-
-_LONGEST_LITERAL = 100_000
 
 
 def invalid(name: str, value: Any, expected: str) -> DataError:
@@ -73,17 +71,6 @@ def texts(row: Fields, *names: str, is_literal: bool = False) -> list[str]:
     if not values:
         raise DataError(f"{name}: found an empty list; expected at least one text")
     return [str(one) for one in values]
-
-
-def literal_list(value: Any) -> Any:
-    """Return the list that a string spells in Python, as in MMMU and VLMEvalKit's tables; else the value as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("[") and len(value) <= _LONGEST_LITERAL:
-        try:
-            found = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return value
-        return found if isinstance(found, list) else value
-    return value
 
 
 def items_of(row: Fields, name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Our own rows: questions in JSON, JSON lines, Parquet or TSV files, for any metric.
+"""Our own rows: questions in JSON, JSON lines, Parquet, Arrow, CSV or TSV files, for any metric.
 
 A row is an object with these fields; null is as if a field were missing:
 

@@ -3,6 +3,7 @@
 Fields: "boxes" [[x1, y1, x2, y2], ...] in pixels of the original image, "width", "height"; "split" of RefCOCO.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ IOU = 0.5
 _FLOAT = r"[-+]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
 _SEPARATOR = r"(?:\s*+,\s*+|\s++)"
 _FOUR = re.compile(rf"\[\s*+({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT})\s*+\]")
+_SIGNED = r"(-?\d++(?:\.\d++)?)"
+_FOUR_SIGNED = re.compile(rf"\[\s*+{_SIGNED},\s*+{_SIGNED},\s*+{_SIGNED},\s*+{_SIGNED}\s*+\]")
 
 
 def iou(box: Sequence[float], other: Sequence[float]) -> float:
@@ -82,6 +85,21 @@ def refcoco_vlmevalkit(text: str, reference: Reference) -> Score:
     box = to_pixels([values], *size, scale="pixel")[0]
     overlap = iou(box, expected)
     return Score(float(overlap >= IOU), list(box), {"iou": overlap})
+
+
+def refcoco_lmms(text: str, reference: Reference) -> Score:
+    """Score as lmms-eval: the first four numbers in square brackets as fractions, neither clipped nor sorted."""
+    expected, (width, height) = only_box_of(reference), size_of(reference)
+    match = _FOUR_SIGNED.search(final_answer(text) or "")
+    box = [float(value) * (height if axis % 2 else width) for axis, value in enumerate(match.groups() if match else ())]
+    if not box or not math.isfinite(sum(map(abs, box))):
+        return UNPARSED
+    shared = max(0.0, min(box[2], expected[2]) - max(box[0], expected[0]))
+    shared *= max(0.0, min(box[3], expected[3]) - max(box[1], expected[1]))
+    areas = [(other[2] - other[0]) * (other[3] - other[1]) for other in (box, expected)]
+    union = sum(areas) - shared
+    overlap = shared / union if union else 0.0
+    return Score(float(overlap >= IOU), box, {"iou": overlap})
 
 
 def aggregate_refcoco(scores: Scores) -> dict[str, float]:
@@ -170,6 +188,14 @@ METRICS = (
         "refcoco-unit", f"{_REFCOCO}; fractions from 0 to 1, for which lmms-eval's prompt asks", scale="unit"
     ),
     _THOUSANDTHS.variant("refcoco-pixel", f"{_REFCOCO}; pixels", scale="pixel"),
+    Metric(
+        "refcoco-lmms",
+        refcoco_lmms,
+        aggregate_refcoco,
+        "lmms-eval tasks/refcoco/utils_rec.py, ACC@0.5",
+        BOX_FIELDS,
+        "media",
+    ),
     Metric(
         "refcoco-vlmevalkit",
         refcoco_vlmevalkit,

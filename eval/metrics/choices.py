@@ -48,6 +48,16 @@ _PREFIXES = (
 )
 _A_TO_D = re.compile("[ABCD]")
 
+_LMMS_EDGES = (",", ".", "!", "?", ";", ":", "'", '"')
+# Where a letter stands, the surest place first; of several in one the last counts.
+_LMMS_FORMS = ("({})", "{}.", "{}:", "{})", "{} ", "{}")
+_LMMS_PHRASES = (
+    "the answer is", "answer is", "the correct answer is", "correct answer is", "the best answer is", "best answer is",
+    "the correct option is", "correct option is", "the best option is", "best option is", "the choice is", "choice is",
+    "the correct choice is", "correct choice is", "i choose", "i select", "i pick", "my answer is", "my choice is",
+    "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは",
+)  # fmt: skip
+
 
 def infer(answer: str, options: Mapping[str, str]) -> str | None:
     """Return the letter that VLMEvalKit's rules read in an answer (`can_infer`, utils/matching_util.py), if any.
@@ -66,10 +76,36 @@ def infer(answer: str, options: Mapping[str, str]) -> str | None:
     match = _VERBOSE.search(answer)
     if match and match[1].upper() in options:
         return match[1].upper()
-    if len(answer) > 2 * sum(len(option) for option in options.values()):
+    lower = answer.lower()
+    if len(lower) > 2 * sum(len(option) for option in options.values()):
         return None
-    named = [letter for letter, option in options.items() if option.lower() in answer.lower()]
+    named = [letter for letter, option in options.items() if option.lower() in lower]
     return named[0] if len(named) == 1 else None
+
+
+def extract(answer: str, letters: str = "ABCD") -> str | None:
+    """Return the letter that lmms-eval's rules read in an answer (`extract_mcq_answer`), if any.
+
+    Of all places where a letter stands the surest counts: alone at the start; alone at the end; anywhere after a phrase
+    such as "answer is", in a word too; "(A)"; "A."; "A:"; "A)"; "A "; in any word. Of several the last.
+    """
+    text = answer.strip()
+    for mark in _LMMS_EDGES:
+        text = text.strip(mark)
+    text = f" {text} "
+    alone = text.strip()
+    for at_edge, beside in ((alone[:1], alone[1:2]), (alone[-1:], alone[-2:-1])):
+        if at_edge and at_edge in letters and not beside.isalpha():
+            return at_edge
+    lower = text.lower()
+    starts = [start + len(phrase) for phrase in _LMMS_PHRASES if (start := lower.find(phrase)) >= 0]
+    stated = [(text.find(letter, start), letter) for start in starts for letter in letters]
+    forms = ([(text.rfind(form.format(letter)), letter) for letter in letters] for form in _LMMS_FORMS)
+    for places in (stated, *forms):
+        place, letter = max(places, default=(-1, ""))
+        if place >= 0:
+            return letter
+    return None
 
 
 def mcq(text: str, reference: Reference, read: Callable[[str, Mapping[str, str]], str | None] = choice) -> Score:
@@ -89,6 +125,10 @@ def mcq(text: str, reference: Reference, read: Callable[[str, Mapping[str, str]]
 def _inferred(text: str, options: Mapping[str, str]) -> str | None:
     answer = final_answer(text)
     return None if answer is None else infer(answer, options)
+
+
+def _extracted(text: str, _: Mapping[str, str]) -> str | None:
+    return extract(final_answer(text) or "")
 
 
 def _first_letter(text: str, _: Mapping[str, str]) -> str | None:
@@ -155,6 +195,11 @@ METRICS = (
         read=_inferred,
     ),
     _VIDEOMME,
+    _VIDEOMME.variant(
+        "videomme-lmms",
+        "Video-MME (arXiv 2405.21075); lmms-eval tasks/_task_utils/mcq_extract.py, extract_mcq_answer",
+        read=_extracted,
+    ),
     _VIDEOMME.variant(
         "videomme-vlmevalkit",
         "Video-MME (arXiv 2405.21075); VLMEvalKit vlmeval/dataset/utils/videomme.py",

@@ -10,6 +10,7 @@ questions, comparing the letters of the first reading only, is not copied.
 import re
 from collections.abc import Mapping
 
+from eval.metrics.choices import infer
 from eval.metrics.metric import UNPARSED, Metric, Reference, Score, answers_of, is_choice, mean_by, options_of
 from eval.parse_answer import final_answer
 from glm4v_jax.errors import DataError
@@ -43,6 +44,7 @@ _SUBJECT_IN_ID = re.compile(r"[^_]+_(.+)_[0-9]+")
 
 _EDGES = (",", ".", "!", "?", ";", ":", "'")
 _FEW_WORDS = 5
+_CAPITALS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _TRIVIAL = {":", ",", ".", "!", "?", ";", "'"}
@@ -135,12 +137,18 @@ def is_open_right(readings: set[str | float], answers: list[str]) -> bool:
     )
 
 
-def mmmu(text: str, reference: Reference) -> Score:
-    """Score 1 where the letter is right, or the open answer is. What cannot be parsed is counted, and not guessed."""
+def _checked(reference: Reference) -> tuple[list[str], dict[str, str] | None]:
+    """The right answers, letters where there are options, and these."""
     answers = answers_of(reference)
     options = options_of(reference) if is_choice(reference, "multiple-choice") else None
     if options is not None and (wrong := [answer for answer in answers if answer not in options]):
         raise DataError(f"answer: found {wrong[0]!r}; expected one of {', '.join(options)}")
+    return answers, options
+
+
+def mmmu(text: str, reference: Reference) -> Score:
+    """Score 1 where the letter is right, or the open answer is. What cannot be parsed is counted, and not guessed."""
+    answers, options = _checked(reference)
     answer = final_answer(text)
     if answer is None:
         return UNPARSED
@@ -149,6 +157,20 @@ def mmmu(text: str, reference: Reference) -> Score:
         return UNPARSED if letter is None else Score(float(letter in answers), letter)
     readings = open_readings(answer)
     return Score(float(is_open_right(readings, answers)), sorted(map(str, readings)))
+
+
+def mmmu_vlmevalkit(text: str, reference: Reference) -> Score:
+    """Score as VLMEvalKit: by its rules for letters; an open question has the options "the answer" and "Other Answers".
+
+    With several right answers the first option is the list of them, as its table has it.
+    """
+    answers, options = _checked(reference)
+    answer = final_answer(text)
+    if options is None:
+        options = {"A": answers[0] if len(answers) == 1 else str(answers), "B": "Other Answers"}
+        answers = [options["A"]] if options["A"] in _CAPITALS else ["A"]
+    letter = None if answer is None else infer(answer, options)
+    return UNPARSED if letter is None else Score(float(letter in answers), letter)
 
 
 def subject_of(reference: Reference) -> str | None:
@@ -164,11 +186,17 @@ def domain_of(reference: Reference) -> str | None:
     return _DOMAIN_OF.get(subject_of(reference) or "")
 
 
+_SOURCE = "MMMU (arXiv 2311.16502)"
+_FIGURES = mean_by(domain=domain_of, subject=subject_of)
+
 METRICS = (
     Metric(
-        "mmmu",
-        mmmu,
-        mean_by(domain=domain_of, subject=subject_of),
-        "MMMU (arXiv 2311.16502), eval/eval_utils.py; where that guesses at random, the answer is unparsed",
+        "mmmu", mmmu, _FIGURES, f"{_SOURCE}, eval/eval_utils.py; where that guesses at random, the answer is unparsed"
+    ),
+    Metric(
+        "mmmu-vlmevalkit",
+        mmmu_vlmevalkit,
+        _FIGURES,
+        f"{_SOURCE}; VLMEvalKit vlmeval/dataset/utils/multiple_choice.py, MMMU_preproc and can_infer",
     ),
 )

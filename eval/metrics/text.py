@@ -39,10 +39,11 @@ def anls_of(answer: str, expected: str, is_inclusive: bool = False, is_raw: bool
     Args:
         answer, expected: plain texts.
         is_inclusive: whether NL = 0.5 gives 0.5 (the harnesses, `anls_star`), or 0 (the formula, `anls`).
-        is_raw: whether the distance is divided by the length with all whitespace (the harnesses), or without.
+        is_raw: whether the distance is divided by the length in capitals with all whitespace (the harnesses: "ß" is
+            two characters, "ﬁ" too), or by that of what is compared.
     """
     plain, other = (" ".join(string.lower().split()) for string in (answer, expected))
-    length = max(len(answer), len(expected)) if is_raw else max(len(plain), len(other))
+    length = max(len(answer.upper()), len(expected.upper())) if is_raw else max(len(plain), len(other))
     distance = Levenshtein.distance(plain, other) / length if length else 0.0
     return 1 - distance if distance < THRESHOLD or (is_inclusive and distance == THRESHOLD) else 0.0
 

@@ -1,4 +1,4 @@
-"""Rows of JSON, JSON lines, Parquet and TSV files by their number, each with the place where it stands.
+"""Rows of JSON, JSON lines, Parquet, Arrow, CSV and TSV files by their number, each with the place where it stands.
 
 >>> import pathlib, tempfile
 >>> with tempfile.TemporaryDirectory() as directory:
@@ -11,25 +11,41 @@
 Rows can be pickled, which loaders with several processes need.
 """
 
+import ast
 import bisect
+import bz2
+import codecs
 import csv
+import glob
+import gzip
+import io
 import itertools
 import json
+import lzma
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from glm4v_jax.data.media import kind_of
 from glm4v_jax.errors import DataError
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
-"""Of the data files that a directory is searched for, unless a caller asks for others too."""
-TSV = ".tsv"
 INFO = "dataset_info.json"
+_NO_DATA = (INFO, "dataset_dict.json", "state.json")
+"""Files about others in a directory of data, of LLaMA-Factory and of `save_to_disk` of Hugging Face's datasets."""
+
+_ARROW = (".arrow", ".feather", ".ipc")
+_LINES = (".jsonl", ".ndjson")
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_OPENERS: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""Suffixes of compressed text files."""
+_WIDE_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+"""Byte order marks of text in two bytes a character, as PowerShell writes it."""
+_LONGEST_LITERAL = 1_000_000
 
 _ROWS_PER_BATCH = 8
 """Of a Parquet file that is read in order."""
@@ -59,18 +75,23 @@ class Rows(Protocol):
 
 
 class JsonLines:
-    """A file with one object a line; blank lines are skipped. Only the offsets of lines are kept in memory."""
+    """A file with one object a line; blank lines are skipped.
+
+    Only the offsets of lines are kept in memory; of a compressed file all of its text.
+    """
 
     def __init__(self, path: Path):
         """Find the lines.
 
         Raises:
             OSError: the file cannot be read.
+            DataError: it is compressed, but not what its suffix says.
         """
         self.path = path
+        self._text = _text_in_memory(path)
         starts, numbers = [], []
         start = 0
-        with open(path, "rb") as file:
+        with self._open() as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(start)
@@ -78,12 +99,15 @@ class JsonLines:
                 start += len(line)
         self._starts, self._numbers = np.asarray(starts, np.int64), np.asarray(numbers, np.int64)
 
+    def _open(self) -> BinaryIO:
+        return open(self.path, "rb") if self._text is None else io.BytesIO(self._text)
+
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Opened for every row: threads and processes share no position.
-        with open(self.path, "rb") as file:
+        with self._open() as file:
             file.seek(int(self._starts[index]))
             line = file.readline()
         try:
@@ -137,13 +161,10 @@ class Parquet:
         return self.__dict__ | {"_kept": None}
 
     def _open(self, **options: Any) -> Any:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise DataError(f"{self.path}: needs pyarrow, which is not installed; pip install pyarrow") from error
-        if not self.path.is_file():
-            raise FileNotFoundError(2, "No such file or directory", str(self.path))
+        _check(self.path)
+        import pyarrow
+        import pyarrow.parquet
+
         try:
             return pyarrow.parquet.ParquetFile(self.path, **options)
         except pyarrow.ArrowInvalid as error:
@@ -188,6 +209,62 @@ class Parquet:
         return f"{self.path}[{index}]"
 
 
+class Arrow:
+    """An Arrow file: of `save_to_disk` and the cache of Hugging Face's datasets, or Feather; mapped into memory."""
+
+    def __init__(self, path: Path):
+        """Map the file.
+
+        Raises:
+            OSError: the file cannot be read.
+            DataError: it is not an Arrow file, or pyarrow is not installed.
+        """
+        self.path = path
+        self._table: Any = None
+        self._length = len(self._rows())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None}
+
+    def _rows(self) -> Any:
+        if self._table is None:
+            _check(self.path)
+            import pyarrow
+            import pyarrow.ipc
+
+            try:
+                source = pyarrow.memory_map(str(self.path))
+                try:
+                    reader = pyarrow.ipc.open_file(source)
+                except pyarrow.ArrowInvalid:
+                    source.seek(0)
+                    reader = pyarrow.ipc.open_stream(source)
+                self._table = reader.read_all()
+            except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+                raise DataError(f"{self.path}: found invalid Arrow ({error}); expected an Arrow file") from error
+        return self._table
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _object(self._rows().slice(range(len(self))[index], 1).to_pylist()[0])
+
+    def place(self, index: int) -> str:
+        """The file and the row, from 0."""
+        return f"{self.path}[{index}]"
+
+
+def _check(path: Path) -> None:
+    """Check that pyarrow is installed and that a file exists."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise DataError(f"{path}: needs pyarrow, which is not installed; pip install pyarrow") from error
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+
 def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"found {kind_of(row)}; expected an object")
@@ -197,35 +274,69 @@ def _object(row: Any) -> dict[str, Any]:
 def open_rows(path: str | Path) -> Rows:
     """Open the rows of a file, by its suffix.
 
-    - .jsonl: an object a line.
+    - .jsonl, .ndjson: an object a line.
     - .json: a list of objects; an object whose "data" is such a list (DocVQA, TextVQA), or whose values are all
       objects (MathVista); or JSON lines.
-    - .parquet.
-    - .tsv, as of VLMEvalKit: a line of names, cells that may be quoted, images as base64 in "image", where a short text
-      is the "index" of the row whose image it is. Empty cells are skipped.
+    - .parquet; .arrow, .feather, .ipc.
+    - .csv, .tsv: a line of names, cells that may be quoted. Empty cells are skipped. As VLMEvalKit's, images are
+      base64 in "image", where a short text is the "index" of the row whose image it is.
+
+    Text may begin with a byte order mark, and be compressed: .jsonl.gz, .csv.bz2, .json.xz.
 
     Raises:
         OSError: the file cannot be read.
         DataError: the suffix is another one, the content is not what it says, or there is no row.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    openers = {".json": _open_json, ".jsonl": JsonLines, ".parquet": Parquet, TSV: _read_tsv}
-    if suffix not in openers:
-        raise DataError(f"{path}: found the suffix {suffix!r}; expected {', '.join(openers)}")
-    rows: Rows = openers[suffix](path)
+    opener = _opener_of(path)
+    if opener is None:
+        suffix = "".join(path.suffixes[-2:]) if path.suffix.lower() in _OPENERS else path.suffix
+        known = f"{', '.join(_TEXTS | _TABLES)}, or text compressed as {', '.join(_OPENERS)}"
+        raise DataError(f"{path}: found the suffix {suffix!r}; expected {known}")
+    rows: Rows = opener(path)
     if not len(rows):
         raise DataError(f"{path}: found no row; expected at least one")
     return rows
 
 
+def _opener_of(path: Path) -> Callable[[Path], Rows] | None:
+    if path.suffix.lower() in _OPENERS:
+        return _TEXTS.get(Path(path.stem).suffix.lower())
+    return (_TEXTS | _TABLES).get(path.suffix.lower())
+
+
+def _text_in_memory(path: Path) -> bytes | None:
+    """The text of a file in UTF-8, where it is compressed or in another encoding; None if it can be read as it is.
+
+    Raises:
+        OSError: the file cannot be read.
+        DataError: it is not what its suffix or byte order mark says.
+    """
+    is_compressed = path.suffix.lower() in _OPENERS
+    opened = _OPENERS[path.suffix.lower()] if is_compressed else open
+    try:
+        with opened(path, "rb") as file:
+            start = file.read(2)
+            encoding = _WIDE_MARKS.get(start)
+            if encoding is None:
+                return start + file.read() if is_compressed else None
+            return (start + file.read()).decode(encoding).encode()
+    except (EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected a complete file in UTF-8") from error
+    except OSError as error:
+        if is_compressed and error.errno is None:  # of bz2
+            raise DataError(f"{path}: cannot be read ({error}); expected a complete file in UTF-8") from error
+        raise
+
+
 def _open_json(path: Path) -> Rows:
-    with open(path, "rb") as file:
+    text = _text_in_memory(path)
+    with open(path, "rb") if text is None else io.BytesIO(text) as file:
         lines = (line for line in file if line.strip())
         first = next(lines, b"")
         is_only = next(lines, None) is None
     # A list is parsed once, as a whole; of JSON lines, which may be large, only the first line is.
-    if not first.lstrip().startswith(b"["):
+    if not first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         try:
             content = json.loads(first)
         except (ValueError, RecursionError):
@@ -233,7 +344,7 @@ def _open_json(path: Path) -> Rows:
         if isinstance(content, dict) and not (is_only and _rows_in(path, content)):
             return JsonLines(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes() if text is None else text)
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{line}: found invalid JSON ({error}); expected a list of objects") from error
@@ -257,13 +368,17 @@ def _rows_in(path: Path, content: Any) -> RowList | None:
     return None
 
 
-def _read_tsv(path: Path) -> Rows:
+def _read_separated(path: Path) -> Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
+    suffix = next(suffix for suffix in reversed(path.suffixes) if suffix.lower() in _SEPARATED).lower()
+    text = _text_in_memory(path)
     before = csv.field_size_limit(sys.maxsize)  # an image is one cell
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", restkey="", restval=None)
+        with io.TextIOWrapper(
+            open(path, "rb") if text is None else io.BytesIO(text), encoding="utf-8-sig", newline=""
+        ) as file:
+            reader = csv.DictReader(file, delimiter=_SEPARATED[suffix], restkey="", restval=None)
             for row in reader:
                 if "" in row:
                     expected = len(reader.fieldnames or ())
@@ -274,7 +389,8 @@ def _read_tsv(path: Path) -> Rows:
                 rows.append({name: cell for name, cell in row.items() if cell})
                 lines.append(reader.line_num)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: found invalid TSV ({error}); expected a TSV file in UTF-8") from error
+        kind = suffix[1:].upper()
+        raise DataError(f"{path}: found invalid {kind} ({error}); expected a {kind} file in UTF-8") from error
     finally:
         csv.field_size_limit(before)
     _share_images(rows)
@@ -289,30 +405,61 @@ def _share_images(rows: Sequence[dict[str, Any]]) -> None:
             row["image"] = by_index[image]
 
 
-def find_files(
-    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], suffixes: Sequence[str] = SUFFIXES
-) -> Iterator[Path]:
+_TEXTS: Mapping[str, Callable[[Path], Rows]] = {
+    ".json": _open_json,
+    **dict.fromkeys(_LINES, JsonLines),
+    **dict.fromkeys(_SEPARATED, _read_separated),
+}
+_TABLES: Mapping[str, Callable[[Path], Rows]] = {".parquet": Parquet, **dict.fromkeys(_ARROW, Arrow)}
+
+
+def literal_list(value: Any) -> Any:
+    """Return the list that a string spells in JSON or Python, as tables of text have it; else the value as it is.
+
+    >>> literal_list("['cat.png', 'dog.png']"), literal_list("[cat].png")
+    (['cat.png', 'dog.png'], '[cat].png')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("[") or len(value) > _LONGEST_LITERAL:
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return found if isinstance(found, list) else value
+    return value
+
+
+def find_files(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """Find the data files that a source names.
 
     Args:
-        source: a file, a directory (its own files in the order of names), or several of these.
-        suffixes: of a directory's data files, in lower case.
+        source: a file; a pattern ("data/*.jsonl", "data/**/*.parquet"); a directory (its own files in the order of
+            names; .csv and .tsv only where there are no others); or several of these.
 
     Raises:
         OSError: a file or directory does not exist.
-        DataError: a directory has no data file.
+        DataError: a directory has no data file, or no file matches a pattern.
     """
     if not isinstance(source, str | os.PathLike):
         for one in source:
-            yield from find_files(one, suffixes)
+            yield from find_files(one)
         return
     path = Path(source)
     if not path.is_dir():
-        if not path.exists():
+        if path.exists():
+            yield path
+        elif any(character in str(path) for character in "*?["):
+            files = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if os.path.isfile(file))
+            if not files:
+                raise DataError(f"{path}: found no file that matches; expected at least one")
+            yield from files
+        else:
             raise FileNotFoundError(2, "No such file or directory", str(path))
-        yield path
         return
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.name != INFO)
+    files = sorted(file for file in path.iterdir() if _opener_of(file) is not None and file.name not in _NO_DATA)
+    # Beside other data these tell about it: metadata.csv.
+    files = [file for file in files if not _SEPARATED.keys() & {one.lower() for one in file.suffixes}] or files
     if not files:
-        raise DataError(f"{path}: found no data file; expected some of {', '.join(suffixes)}")
+        raise DataError(f"{path}: found no data file; expected some of {', '.join(_TEXTS | _TABLES)}")
     yield from files

@@ -1,8 +1,12 @@
 """Rows of files: their content and places, and the errors of broken files."""
 
 import base64
+import bz2
+import codecs
 import csv
+import gzip
 import json
+import lzma
 import pickle
 import subprocess
 import sys
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 from helpers_paths import ROOT
 
-from glm4v_jax.data.tables import JsonLines, Parquet, RowList, find_files, open_rows
+from glm4v_jax.data.tables import JsonLines, Parquet, RowList, find_files, literal_list, open_rows
 from glm4v_jax.errors import DataError
 
 ROWS = [{"n": n, "text": "ünïcode 图"} for n in range(5)]
@@ -23,6 +27,15 @@ def write(path, rows=ROWS, *, row_group_size=2):
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    elif path.suffix in (".arrow", ".feather"):
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.ipc
+
+        table = pa.Table.from_pylist(rows)
+        # Hugging Face's datasets write streams, Feather is a file.
+        new = pyarrow.ipc.new_stream if path.suffix == ".arrow" else pyarrow.ipc.new_file
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=row_group_size)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     else:
@@ -30,7 +43,47 @@ def write(path, rows=ROWS, *, row_group_size=2):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def encoded(suffix, rows=ROWS):
+    """Rows as the text of a file with a suffix."""
+    if suffix == ".json":
+        return json.dumps(rows, ensure_ascii=False)
+    if suffix in (".csv", ".tsv"):
+        mark = "," if suffix == ".csv" else "\t"
+        return "".join(mark.join(map(str, cells)) + "\r\n" for cells in [rows[0], *(row.values() for row in rows)])
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", ".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".csv", ".tsv"])
+def test_text_is_read_with_byte_order_marks_and_compressed(tmp_path, suffix, encoding):
+    text = encoded(suffix)
+    if encoding.startswith("."):
+        path = tmp_path / f"data{suffix}{encoding}"
+        compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[encoding]
+        path.write_bytes(compress(codecs.BOM_UTF8 + text.encode()))
+    else:
+        path = tmp_path / f"data{suffix}"
+        path.write_bytes(text.encode(encoding))
+    rows = pickle.loads(pickle.dumps(open_rows(path)))
+    expected = [{"n": str(row["n"]), "text": row["text"]} for row in ROWS] if suffix in (".csv", ".tsv") else ROWS
+    assert [rows[index] for index in range(len(rows))] == expected
+    assert list(find_files(tmp_path)) == [path]
+
+
+def test_json_lines_in_json_may_have_a_byte_order_mark(tmp_path):
+    (tmp_path / "data.json").write_text(encoded(".jsonl"), encoding="utf-8-sig")
+    rows = open_rows(tmp_path / "data.json")
+    assert isinstance(rows, JsonLines) and [rows[index] for index in range(len(rows))] == ROWS
+
+
+def test_tables_of_text_spell_lists():
+    for text in ('["a.png", null]', "['a.png', None]"):
+        assert literal_list(text) == ["a.png", None]
+    for text in ("[a].png", "[", '{"a": 1}', "a", "", "[" * 100_000, 7, ["a"]):
+        assert literal_list(text) is text
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".feather"])
 def test_rows_are_read_in_any_order_and_after_pickling(tmp_path, suffix):
     path = write(tmp_path / f"data{suffix}")
     rows = open_rows(path)
@@ -186,7 +239,20 @@ def test_tsv_rows_share_images_by_index(tmp_path):
         ("data.tsv", b"a\tb\n", "found no row"),
         ("data.tsv", b"a\tb\n\xff\t1\n", "found invalid TSV"),
         ("data.parquet", b"PAR1 and nothing more", r"data\.parquet: found invalid Parquet"),
-        ("data.csv", b"a,b", r"found the suffix '\.csv'; expected \.json, \.jsonl, \.parquet, \.tsv"),
+        ("data.csv", b"a,b", "found no row"),
+        ("data.csv", b"a,b\n1,2,3\n", r"data\.csv:2: found 3 cells; expected 2 as in the first line"),
+        ("data.csv", b"a,b\n\xff,1\n", "found invalid CSV .* expected a CSV file in UTF-8"),
+        ("data.jsonl.gz", b"{}", r"data\.jsonl\.gz: cannot be read .*; expected a complete file"),
+        (
+            "data.jsonl.gz",
+            gzip.compress(b"{}" * 1000)[:-9],
+            r"data\.jsonl\.gz: cannot be read .*; expected a complete file",
+        ),
+        ("data.json.bz2", b"{}", "cannot be read"),
+        ("data.csv.xz", b"{}", "cannot be read"),
+        ("data.arrow", b"ARROW1 and nothing more", r"data\.arrow: found invalid Arrow"),
+        ("data.txt", b"a,b", r"found the suffix '\.txt'; expected \.json, \.jsonl, .*\.parquet, \.arrow, .* \.gz"),
+        ("data.parquet.gz", b"", r"found the suffix '\.parquet\.gz'; expected"),
         ("data", b"", "found the suffix ''"),
     ],
 )
@@ -196,7 +262,7 @@ def test_invalid_files_are_errors_that_name_them(tmp_path, name, content, says):
         open_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".tsv"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".csv", ".tsv"])
 def test_a_missing_file_is_an_error(tmp_path, suffix):
     with pytest.raises(OSError):
         open_rows(tmp_path / f"none{suffix}")
@@ -237,6 +303,15 @@ def test_directories_and_lists_are_searched_for_data_files(tmp_path):
     assert [path.name for path in find_files(tmp_path)] == ["a.json", "b.jsonl"]
     named = [tmp_path / "b.jsonl", tmp_path / "deeper"]
     assert [path.name for path in find_files(named)] == ["b.jsonl", "c.jsonl"]
+    assert [path.name for path in find_files(tmp_path / "*.jsonl")] == ["b.jsonl"]
+    assert [path.name for path in find_files([f"{tmp_path}/**/*.jsonl"])] == ["b.jsonl", "c.jsonl"]
+    with pytest.raises(DataError, match=r"\*\.csv: found no file that matches"):
+        list(find_files(tmp_path / "*.csv"))
+    # Tables of text beside other data tell about it.
+    (tmp_path / "metadata.csv").write_text("")
+    (tmp_path / "c[1].jsonl").write_text("")
+    assert [path.name for path in find_files(tmp_path)] == ["a.json", "b.jsonl", "c[1].jsonl"]
+    assert [path.name for path in find_files(tmp_path / "c[1].jsonl")] == ["c[1].jsonl"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="found no data file"):
         list(find_files(tmp_path / "empty"))

@@ -49,6 +49,10 @@ def test_paths_are_relative_to_the_job_file(load, monkeypatch, tmp_path):
     assert config.data.files == (str(tmp_path / "data.jsonl"),) and config.eval.files == ("/held.jsonl",)
 
 
+def test_a_job_file_may_begin_with_a_byte_order_mark(load):
+    assert load("\ufeff" + JOB) == load(JOB)
+
+
 def test_fields_are_of_their_types(load):
     config = load(JOB)
     assert config.optimizer.learning_rate == 1e-3 and config.batch.rows == 2 and config.freeze == ("vision",)

@@ -10,5 +10,5 @@
 
 from typing import Literal
 
-FormatName = Literal["openai", "sharegpt", "alpaca", "swift", "hf", "llava"]
+FormatName = Literal["openai", "sharegpt", "alpaca", "swift", "hf", "llava", "finevision"]
 """Formats of rows; here, because the command line must not import all that reads them."""

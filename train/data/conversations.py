@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glm4v_jax.data.media import MediaItem, kind_of, media_item
+from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
 
 Row = Mapping[str, Any]
@@ -45,42 +46,57 @@ class MediaFiles:
 
     def __init__(self, row: Row, fields: Mapping[str, Sequence[str]] = FILES):
         self._names: dict[str, str] = {}
-        self._items: dict[str, list[MediaItem]] = {}
-        self._taken = dict.fromkeys(FILES, 0)
+        self._files: dict[str, list[MediaItem]] = {}
+        self._taken: dict[str, list[MediaItem]] = {kind: [] for kind in FILES}
         for kind, names in fields.items():
-            given = [name for name in names if _is_given(row.get(name))]
+            given = [name for name in names if not is_empty(row.get(name))]
             if len(given) > 1:
                 raise invalid(given[1], f"some beside {given[0]!r}", "one of the two")
             name = self._names[kind] = given[0] if given else names[0] or FILES[kind][0]
-            values = _listed(row[name]) if given else []
-            self._items[kind] = [media_item(kind, value, f"{name}[{i}]") for i, value in enumerate(values)]
-        if _is_given(row.get("audios")):
+            values = enumerate(_listed(literal_list(row[name])) if given else [])
+            # Tables have a place for an image in every row, if only with null.
+            self._files[kind] = [media_item(kind, value, f"{name}[{i}]") for i, value in values if not is_empty(value)]
+        if not is_empty(row.get("audios")):
             raise invalid("audios", "some", "none: the model takes images and videos")
 
     def take(self, kind: str) -> MediaItem:
-        """Return the next one; after the last any item, so that `finish` reports it."""
-        index = self._taken[kind]
-        self._taken[kind] += 1
-        return self._items[kind][index] if index < len(self._items[kind]) else {"type": kind}
+        """Return the item of a marker, which is empty until `finish`: with too few markers its file is a later one."""
+        item = {"type": kind}
+        self._taken[kind].append(item)
+        return item
 
-    def take_all(self) -> list[MediaItem]:
-        """Return all of them, for a row without markers."""
-        self._taken = {kind: len(items) for kind, items in self._items.items()}
-        return [item for items in self._items.values() for item in items]
+    def finish(self, what: str = "<{kind}> markers", *, is_strict: bool = True) -> list[MediaItem]:
+        """Fill all items that were taken.
 
-    def finish(self, what: str = "<{kind}> markers") -> None:
-        """Check that all files were taken.
+        Args:
+            what: words for them.
+            is_strict: whether as many files as items are needed; else the first files may be without one.
+
+        Returns:
+            The items of these files: videos, then images, as ms-swift puts them before the query.
 
         Raises:
-            DataError: more or fewer were taken.
+            DataError: there are too few files, or too many.
         """
+        before: list[MediaItem] = []
         for kind, taken in self._taken.items():
-            if taken != (count := len(self._items[kind])):
-                raise invalid(self._names[kind], f"{count} for {taken} {what.format(kind=kind)}", "as many")
+            files = self._files[kind]
+            more = len(files) - len(taken)
+            if more < 0 or (more and is_strict):
+                raise invalid(self._names[kind], f"{len(files)} for {len(taken)} {what.format(kind=kind)}", "as many")
+            before = files[:more] + before
+            for item, file in zip(taken, files[more:], strict=True):
+                item.update(file)
+        return before
 
 
-def _is_given(value: Any) -> bool:
-    return value is not None and (not isinstance(value, list | tuple | str) or len(value) > 0)
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing, as tables and exports write it: null, "", [], "[]", [null], {"bytes": null}."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null", "None")
+    if isinstance(value, Mapping):
+        return all(inner is None for inner in value.values())
+    return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -157,12 +173,12 @@ def optional_string(row: Row, name: str) -> str:
 
 
 def items_list(row: Row, name: str) -> Sequence[Any]:
-    """Return a field that must be a list of at least one item.
+    """Return a field that must be a list of at least one item; a table of text spells it in JSON or Python.
 
     Raises:
         DataError: it is missing, empty or something else.
     """
-    value = row.get(name)
+    value = literal_list(row.get(name))
     if not isinstance(value, list | tuple):
         raise invalid(name, kind_of(value) if name in row else "none", "a list of messages")
     if not value:
@@ -219,7 +235,7 @@ def check_supported(message: Row, where: str) -> None:
         DataError: there is one.
     """
     for name in _UNSUPPORTED:
-        if message.get(name):
+        if not is_empty(message.get(name)):
             raise invalid(f"{where}.{name}", "some", "none: it is not supported")
 
 

@@ -10,9 +10,9 @@ from glm4v_jax.data.media import kind_of
 from glm4v_jax.data.tables import INFO
 from glm4v_jax.errors import DataError
 from train.data import FormatName
-from train.data.formats import Columns
+from train.data.formats import SHAREGPT_ROLES, Columns
 
-FORMATTING: tuple[FormatName, ...] = ("alpaca", "sharegpt")
+FORMATTING: tuple[FormatName, ...] = ("alpaca", "sharegpt", "openai")
 _KNOWN_COLUMNS = {"messages", "prompt", "query", "response", "history", "system", "tools", "images", "videos"}
 _REFUSED_COLUMNS = ("chosen", "rejected", "kto_tag", "audios")
 # Options that a file alone cannot satisfy.
@@ -28,7 +28,7 @@ class DataSet:
 
     Attributes:
         path: its file or directory.
-        formatting: "alpaca" or "sharegpt".
+        formatting: "alpaca", "sharegpt" or "openai".
         columns: the names of its rows' fields.
     """
 
@@ -48,7 +48,9 @@ def split_name(source: str) -> tuple[Path, str | None] | None:
     path = Path(source)
     if path.name == INFO:
         return path, None
-    return (path / INFO, None) if (path / INFO).is_file() else None
+    # The directory of `save_to_disk` of Hugging Face's datasets has a file of that name, too.
+    is_described = (path / INFO).is_file() and not (path / "state.json").is_file()
+    return (path / INFO, None) if is_described else None
 
 
 def read_entry(path: Path, name: str | None) -> DataSet:
@@ -83,7 +85,7 @@ def _read(path: Path, where: str, entry: Any) -> DataSet:
             raise DataError(f"{where}: {field}: found {entry[field]!r}; expected none: it is not supported")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTING:
-        raise DataError(f"{where}: formatting: found {formatting!r}; expected {' or '.join(FORMATTING)}")
+        raise DataError(f"{where}: formatting: found {formatting!r}; expected one of {', '.join(FORMATTING)}")
     columns = _strings(where, "columns", entry.get("columns"), {*_KNOWN_COLUMNS, *_REFUSED_COLUMNS})
     for field in _REFUSED_COLUMNS:
         if field in columns:
@@ -100,6 +102,12 @@ def _read(path: Path, where: str, entry: Any) -> DataSet:
         content_tag=tags.get("content_tag", "value"),
         roles={roles[_SYSTEM]: "system", roles[_USER]: "user", roles[_ASSISTANT]: "assistant"},
     )
+    if formatting == "openai" and not tags:
+        # Without tags LLaMA-Factory expects ShareGPT's names; here OpenAI's will do.
+        messages = columns.get("messages", "messages")
+        columns_of_row = dataclasses.replace(
+            columns_of_row, messages=messages, role_tag="", content_tag="", roles=SHAREGPT_ROLES
+        )
     return DataSet(path.parent / entry["file_name"], formatting, columns_of_row)
 
 

@@ -1,14 +1,21 @@
 """The formats of training data that people have: a row -> its messages, and which of them contribute to the loss.
 
 The formats are those of LLaMA-Factory (`openai`, `sharegpt`, `alpaca`; data/README.md), ms-swift (`swift`;
-Custom-dataset.md), TRL (`hf`; dataset_formats.md) and LLaVA (`llava`). Paths in the items are as the row has them.
+Custom-dataset.md), TRL (`hf`; dataset_formats.md), LLaVA (`llava`), and FineVision and The Cauldron (`finevision`).
+Paths in the items are as the row has them.
+
+A row alone rarely says whether it is LLaMA-Factory's or ms-swift's. They differ where there are fewer markers than
+files: the one refuses the row, the other puts the missing markers before the query (`_add_default_tags` in
+swift/template/base.py). So a row whose format nobody names is read as ms-swift does; one of a dataset_info.json, or of
+a format that is named, has to have as many.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from glm4v_jax.data.media import image_size, kind_of
+from glm4v_jax.data.media import MediaItem, image_size, kind_of
+from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
 from train.data import FormatName
 from train.data.conversations import (
@@ -21,6 +28,7 @@ from train.data.conversations import (
     check_supported,
     finished,
     invalid,
+    is_empty,
     items_list,
     loss_of,
     optional_string,
@@ -36,6 +44,16 @@ from train.data.grounding import SizeOf, place_objects
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SWIFT_ROLES = SHAREGPT_ROLES | {"bot": "assistant"}
+_LISTS = ("messages", "conversations", "conversation")
+# `ResponsePreprocessor` of ms-swift, swift/dataset/preprocessor/core.py.
+_QUERIES = ("query", "prompt", "input", "instruction", "question", "problem")
+_RESPONSES = (
+    "response", "answer", "output", "targets", "target", "answer_key", "answers", "solution", "text", "completion",
+    "content",
+)  # fmt: skip
+_SWIFT_KEYS = {"role", "from", *_SWIFT_ROLES}
+"""Of a message or a pair: names of its role, or the roles themselves."""
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
 
 
@@ -46,7 +64,7 @@ class Columns:
     Attributes:
         messages, prompt, query, response, history, system, tools: fields of a row.
         images, videos: fields that list files; the first that a row has counts.
-        role_tag, content_tag: fields of a message.
+        role_tag, content_tag: fields of a message; empty for those of the first message, OpenAI's or ShareGPT's.
         roles: name of a role -> system, user or assistant.
     """
 
@@ -73,49 +91,140 @@ OPENAI = Columns(messages="messages", role_tag="role", content_tag="content", ro
 QUERY_RESPONSE = Columns(prompt="query", query="", response="response")
 
 
-def read_row(row: Row, name: FormatName, size_of: SizeOf = image_size) -> Turns:
+def read_row(row: Row, name: FormatName | None, size_of: SizeOf = image_size) -> Turns:
     """Read a row of a format.
 
     - `openai`: `messages` of `role` and `content`, with markers; `images`, `videos`.
     - `sharegpt`: `conversations` of `from` and `value`, with markers; `images`, `videos`, `system`.
     - `llava`: the same, with one `image` or `video`; `id` is not used.
-    - `swift`: as `openai`, with `loss` of each message, and boxes in `objects`; see `place_objects`.
+    - `swift`: what ms-swift reads: the formats above with role and text by any of their names, and with `loss` of each
+      message; `conversation` of `human` and `assistant`; `query` and `response` by any of its names. Boxes are in
+      `objects`; see `place_objects`.
     - `alpaca`: `instruction`, `input`, `output`, `history`, `system`; or `query` and `response` of ms-swift.
     - `hf`: `messages` with typed contents, or `prompt` and `completion`; see `typed_conversation`.
+    - `finevision`: `texts` of `user` and `assistant`; `images`.
 
     Args:
         row: of a data file.
-        name: of the format.
+        name: of the format; None detects it, and reads a row with fewer markers than files as ms-swift does.
         size_of: width and height of an image, for boxes in pixels.
 
     Raises:
-        DataError: a field is missing or wrong; markers and files are not as many.
+        DataError: a field is missing or wrong; there are more markers than files, or fewer where that matters.
     """
+    is_strict = name not in (None, "swift", "finevision")
+    name = name or detect(row)
     if name == "hf":
-        return typed_conversation(row)
+        return typed_conversation(row, is_strict)
     if name == "alpaca":
-        return instruction(row, QUERY_RESPONSE if "query" in row and "instruction" not in row else DEFAULT)
-    turns = conversation(row, OPENAI if name in ("openai", "swift") else DEFAULT)
-    if name == "swift" and row.get("objects") is not None:
-        return turns._replace(messages=tuple(place_objects(turns.messages, row["objects"], size_of)))
-    return turns
+        columns = QUERY_RESPONSE if "query" in row and "instruction" not in row else DEFAULT
+        return instruction(row, columns, is_strict)
+    if name == "finevision":
+        return pairs(row, dataclasses.replace(DEFAULT, messages="texts"), is_strict)
+    if name == "swift":
+        turns = _swift(row)
+        if row.get("objects") is not None:
+            return turns._replace(messages=tuple(place_objects(turns.messages, row["objects"], size_of)))
+        return turns
+    return conversation(row, OPENAI if name == "openai" else DEFAULT, is_strict)
 
 
-def conversation(row: Row, columns: Columns) -> Turns:
+def conversation(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     """Read messages with a role and a text each, in which `<image>` and `<video>` refer to the row's files.
+
+    Args:
+        row: of a data file.
+        columns: names of its fields.
+        is_strict: whether every file needs a marker; else the missing ones are put before the first message.
 
     Raises:
         DataError: a field is missing or wrong; markers and files are not as many.
     """
     _check_row(row, columns)
     media = columns.media(row)
-    messages, losses = _read_messages(items_list(row, columns.messages), columns, media, columns.messages)
-    media.finish()
+    given = items_list(row, columns.messages)
+    messages, losses = _read_messages(given, _with_tags(columns, given), media, columns.messages)
+    _put_first(messages, media.finish(is_strict=is_strict))
     return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.messages)
 
 
-def instruction(row: Row, columns: Columns) -> Turns:
+def pairs(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
+    """Read objects of a question and its answer, by their roles: `{"user": ..., "assistant": ...}`.
+
+    Args:
+        row: of a data file.
+        columns: names of its fields, `roles` the keys of a pair.
+        is_strict: as of `conversation`.
+
+    Raises:
+        DataError: a field is missing or wrong; markers and files are not as many.
+    """
+    _check_row(row, columns)
+    media = columns.media(row)
+    messages: list[Message] = []
+    for index, pair in enumerate(items_list(row, columns.messages)):
+        where = f"{columns.messages}[{index}]"
+        if not isinstance(pair, Mapping):
+            raise invalid(where, kind_of(pair), "an object with 'user' and 'assistant'")
+        for role in ("user", "assistant"):
+            key = next((key for key, means in columns.roles.items() if means == role and key in pair), role)
+            messages.append({"role": role, "content": split_markers(string(pair, key, where), media)})
+    _put_first(messages, media.finish(is_strict=is_strict))
+    losses = [message["role"] == "assistant" for message in messages]
+    return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.messages)
+
+
+def _swift(row: Row) -> Turns:
+    """Read what ms-swift's `AutoPreprocessor` reads."""
+    system = "system" if row.get("system") is not None else "system_prompt"
+    columns = dataclasses.replace(DEFAULT, system=system, roles=_SWIFT_ROLES)
+    name = next((name for name in _LISTS if row.get(name) is not None), None)
+    if name is None:
+        if "instruction" in row and "input" in row:
+            return instruction(row, columns, is_strict=False)
+        query, response = _only(row, _QUERIES) or "query", _only(row, _RESPONSES) or "response"
+        columns = dataclasses.replace(columns, prompt=query, query="", response=response)
+        return instruction(row, columns, is_strict=False)
+    columns = dataclasses.replace(columns, messages=name, role_tag="", content_tag="")
+    keys = _keys(items_list(row, name))
+    is_pair = keys & columns.roles.keys() and not keys & {"role", "from", "content", "value"}
+    return (pairs if is_pair else conversation)(row, columns, is_strict=False)
+
+
+def _keys(messages: Sequence[Any]) -> set[Any]:
+    """The fields of the first message."""
+    return set(messages[0]) if isinstance(messages[0], Mapping) else set()
+
+
+def _with_tags(columns: Columns, messages: Sequence[Any]) -> Columns:
+    """Columns with the names of fields that the first message has, unless they are given."""
+    if columns.role_tag:
+        return columns
+    keys = _keys(messages)
+    role_tag, content_tag = "from" if "from" in keys else "role", "value" if "value" in keys else "content"
+    return dataclasses.replace(columns, role_tag=role_tag, content_tag=content_tag)
+
+
+def _only(row: Row, names: Sequence[str]) -> str | None:
+    """The only field among these; with several ms-swift takes none, except its own, the first."""
+    given = [name for name in names if row.get(name) is not None]
+    return given[0] if len(given) == 1 or names[0] in given else None
+
+
+def _put_first(messages: Sequence[Message], items: Sequence[MediaItem]) -> None:
+    """Put items before the first message that is not the system's."""
+    first = next((message for message in messages if message["role"] != "system"), None)
+    if items and first is not None:
+        first["content"] = [*items, *first["content"]]
+
+
+def instruction(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     """Read a question with its answer, and earlier pairs; all answers are targets, as in LLaMA-Factory.
+
+    Args:
+        row: of a data file.
+        columns: names of its fields.
+        is_strict: as of `conversation`.
 
     Raises:
         DataError: a field is missing or wrong; markers and files are not as many.
@@ -123,7 +232,7 @@ def instruction(row: Row, columns: Columns) -> Turns:
     _check_row(row, columns)
     media = columns.media(row)
     texts: list[str] = []
-    history = row.get(columns.history)
+    history = literal_list(row.get(columns.history))
     if not isinstance(history, list | tuple | None):
         raise invalid(columns.history, kind_of(history), "a list of pairs")
     for index, pair in enumerate(history or []):
@@ -136,16 +245,20 @@ def instruction(row: Row, columns: Columns) -> Turns:
     messages: list[Message] = [
         {"role": ROLES[1 + index % 2], "content": split_markers(text, media)} for index, text in enumerate(texts)
     ]
-    media.finish()
+    _put_first(messages, media.finish(is_strict=is_strict))
     losses = [message["role"] == "assistant" for message in messages]
     return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.response)
 
 
-def typed_conversation(row: Row) -> Turns:
+def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
     """Read `messages` with typed contents, or `prompt` and `completion`, of which only the completion is a target.
 
     Images are in the items, or in `images` or `image`, with items `{"type": "image"}` at their positions. Contents that
     are text have no markers: without such items the images go before the first text of the user, as in TRL.
+
+    Args:
+        row: of a data file.
+        is_strict: as of `conversation`, for items instead of markers.
 
     Raises:
         DataError: a field is missing or wrong; items and files are not as many.
@@ -160,12 +273,10 @@ def typed_conversation(row: Row) -> Turns:
         completion, losses = _half(row, "completion", "assistant", media)
         messages, losses, field = [*prompt, *completion], [False] * len(prompt) + losses, "completion"
     has_items = any(item["type"] != "text" for message in messages for item in message["content"])
-    if not has_items and (items := media.take_all()):
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise invalid(field, "no message of the user", "one for the images and videos")
-        first["content"] = [*items, *first["content"]]
-    media.finish("{kind} items without a source")
+    items = media.finish("{kind} items without a source", is_strict=is_strict and has_items)
+    if items and not any(message["role"] == "user" for message in messages):
+        raise invalid(field, "no message of the user", "one for the images and videos")
+    _put_first([message for message in messages if message["role"] == "user"], items)
     return finished(messages, losses, field)
 
 
@@ -175,20 +286,39 @@ def detect(row: Row) -> FormatName:
     Raises:
         DataError: it is unknown.
     """
-    if "conversations" in row:
-        return "llava" if row.get("image") is not None or row.get("video") is not None else "sharegpt"
-    if "messages" in row:
-        if row.get("objects") is not None:
+    # Tables have all columns in every row, if only with null; a row of nothing else is refused by name.
+    given = {name: value for name, value in row.items() if value is not None}
+    name = _detect(given) or _detect(row)
+    if name is None:
+        expected = "'messages', 'conversations', 'texts', 'instruction', or a prompt and its completion"
+        raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}; expected {expected}")
+    return name
+
+
+def _detect(row: Row) -> FormatName | None:
+    name = next((name for name in _LISTS if name in row), None)
+    if name is not None:
+        given = literal_list(row[name])
+        given = given if isinstance(given, list | tuple) else []
+        messages = [message for message in given if isinstance(message, Mapping)]
+        columns = OPENAI if name == "messages" else DEFAULT
+        is_swift = name == "conversation" or row.get("objects") is not None
+        # By the names of the other format.
+        if is_swift or (messages and columns.role_tag not in messages[0] and _SWIFT_KEYS & messages[0].keys()):
             return "swift"
-        messages = row["messages"] if isinstance(row["messages"], list | tuple) else []
-        contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
-        return "hf" if any(isinstance(content, list | tuple) for content in contents) else "openai"
+        if name == "conversations":
+            return "llava" if not is_empty(row.get("image")) or not is_empty(row.get("video")) else "sharegpt"
+        is_typed = any(isinstance(message.get("content"), list | tuple) for message in messages)
+        return "hf" if is_typed else "openai"
+    if "texts" in row:
+        return "finevision"
     if "prompt" in row and "completion" in row:
         return "hf"
-    if "instruction" in row or ("query" in row and "response" in row):
+    if ("instruction" in row and "output" in row) or ("query" in row and "response" in row):
         return "alpaca"
-    expected = "'messages', 'conversations', 'instruction' or 'prompt' and 'completion'"
-    raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}; expected {expected}")
+    if _only(row, _QUERIES) and _only(row, _RESPONSES):
+        return "swift"
+    return "alpaca" if "instruction" in row else None
 
 
 def _half(row: Row, name: str, role: str, media: MediaFiles) -> tuple[list[Message], list[bool]]:
@@ -220,8 +350,8 @@ def _read_messages(
 
 def _check_row(row: Row, columns: Columns) -> None:
     """Check for fields that supervised training cannot use."""
-    if row.get(columns.tools):
+    if not is_empty(row.get(columns.tools)):
         raise invalid(columns.tools, "some", "none: tools are not supported")
     for name in _PREFERENCES:
-        if row.get(name) is not None:
+        if not is_empty(row.get(name)):
             raise invalid(name, "preferences", "conversations to train on")

@@ -126,7 +126,7 @@ def _turns(part: _Part, row: dict[str, Any]) -> Turns:
 
     if part.columns is not None:
         return (instruction if part.formatting == "alpaca" else conversation)(row, part.columns)
-    return read_row(row, part.formatting or detect(row), size_of)
+    return read_row(row, part.formatting, size_of)
 
 
 def read_records(
@@ -138,10 +138,11 @@ def read_records(
     """Return the records of files of training data.
 
     Args:
-        source: a .json, .jsonl or .parquet file; a directory of such files; "DIR/dataset_info.json:NAME", a data set of
-            LLaMA-Factory; or several of these.
+        source: a file, see `open_rows`; a directory or pattern of such files; "DIR/dataset_info.json:NAME", a data set
+            of LLaMA-Factory; or several of these.
         format: the format of all rows, one of `train.data.formats.FORMATS`; None detects that of each row by its
-            fields. A dataset_info.json has its own.
+            fields, and reads one with fewer markers than files as ms-swift does: the missing ones go before its query.
+            A dataset_info.json has its own.
         media_dir: what paths of images and videos are relative to; None is the directory of the data file.
 
     Raises:

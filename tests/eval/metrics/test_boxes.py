@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from eval.metrics import METRICS
 from eval.metrics.boxes import iou, match_boxes
 from eval.metrics.metric import Score
+from eval.tasks import find_task
 from glm4v_jax.errors import DataError
 
 ITEM = {"boxes": [[20, 10, 120, 60]], "width": 200, "height": 100}
@@ -65,6 +66,7 @@ class TestRefcoco:
         [
             ("refcoco-unit", "(0.1, 0.1, 0.6, 0.6)"),
             ("refcoco-pixel", "[20, 10, 120, 60]"),
+            ("refcoco-lmms", "At [0.1, 0.1, 0.6, 0.6] or [0, 0, 1, 1]"),
             ("refcoco-vlmevalkit", "[0.1, 0.1, 0.6, 0.6]"),
             ("refcoco-vlmevalkit", "[100 100 600 600]"),
             ("refcoco-vlmevalkit", "from 100, 100 to 600, 600"),
@@ -72,6 +74,21 @@ class TestRefcoco:
     )
     def test_scales_of_harnesses(self, name, text):
         assert METRICS[name].score(text, ITEM).parts["iou"] == pytest.approx(1)
+
+    @pytest.mark.parametrize(
+        ("text", "overlap"),
+        [
+            # As `parse_float_sequence_within` and `compute_iou` of lmms-eval, tasks/refcoco/utils_rec.py, have it.
+            ("[0.1, 0.1, 0.6, 1.6]", 1 / 3),  # not clipped
+            ("[0.6, 0.1, 0.1, 0.6]", 0), ("[100, 100, 600, 600]", 0), ("[0.1 0.1 0.6 0.6]", 0),
+            ("(0.1, 0.1, 0.6, 0.6)", 0), ("[.1, .1, .6, .6]", 0), ("[[0.1, 0.1, 0.6, 0.6]]", 1),
+            ("[-0.1, 0, 1, 1]", 5 / 22),
+        ],
+    )  # fmt: skip
+    def test_boxes_of_lmms_eval(self, text, overlap):
+        score = METRICS[find_task("refcoco@lmms-eval").metric].score(text, ITEM)
+        assert score.parts.get("iou", 0) == pytest.approx(overlap)
+        assert score.value == (overlap >= 0.5)
 
     def test_the_guessed_scale_may_be_wrong(self):
         # Pixels of a small image are taken for thousandths.

@@ -3,8 +3,9 @@
 import pytest
 
 from eval.metrics import METRICS
-from eval.metrics.choices import infer
+from eval.metrics.choices import extract, infer
 from eval.metrics.metric import Score
+from eval.tasks import find_task
 from glm4v_jax.errors import DataError
 
 OPTIONS = {"A": "red", "B": "dark red", "C": "three cats", "D": "13"}
@@ -21,10 +22,28 @@ BOXED = "<think>A or C</think><answer>So <|begin_of_box|>B<|end_of_box|>"
         ("dark red", None),  # "red" is a part of it
         ("three cats" + " and more" * 20, None), ("Z", None), ("Cannot determine the answer, B", None),
         ("A dog runs", "A"),  # an English "A" is a letter here
+        ("a dark red", None), ("red", "A"),
     ],
 )  # fmt: skip
 def test_rules_of_vlmevalkit(answer, letter):
     assert infer(answer, OPTIONS) == letter
+
+
+# Made by `extract_mcq_answer` of lmms-eval, lmms_eval/tasks/_task_utils/mcq_extract.py of 2026-08-06, with A to D.
+LMMS = {
+    "A blue car.": "A", "Answer: B. A blue car, not A.": "A", "Both A and B are possible, but B": "B",
+    "It is not A. It is B": "B", "A man drives a blue car, so the answer is B": "A", "Definitely two dogs": "D",
+    "b": None, "B": "B", "(C)": "C", "The answer is C, not B": "B", "I choose Door B": "B",
+    "C) Two dogs or D) nothing": "C", "Either (A) or B.": "B", "see A: red and B: blue, as said": "B",
+    "D is wrong, it must be that of C": "D", "答案是C": "C", "nothing": None, "...": None,
+    "The best option is the Car": "C", "Dogs, so b": "D", "Two Dogs and BMWs": "B", "answer is unclear": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "letter"), LMMS.items())
+def test_rules_of_lmms_eval(answer, letter):
+    assert extract(answer) == letter
+    assert METRICS[find_task("videomme@lmms-eval").metric].score(answer, CHOICE).parsed == letter
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_values(text, reference, expected):
         ("mathvista", "2 or 3", INTEGER, (0.0, None, {})),
         ("mathvista-official", "three", INTEGER, (0.0, None, {})),
         ("mathvista-official", "3 apples", INTEGER, (0.0, None, {})),
+        # It rounds what was answered, but not what is right.
+        ("mathvista-official", "1.5", FLOAT | {"answer": "1.50", "precision": 2}, (0.0, "1.5", {})),
         # One edit from "1/2", two from "1/3".
         ("mathvista-official", "12", CHOICE, (1.0, "1/2", {})),
     ],

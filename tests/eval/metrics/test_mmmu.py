@@ -5,6 +5,7 @@ import pytest
 from eval.metrics import METRICS
 from eval.metrics.metric import Score
 from eval.metrics.mmmu import chosen, open_readings
+from eval.tasks import find_task
 from glm4v_jax.errors import DataError
 
 OPTIONS = {"A": "red", "B": "dark red", "C": "three cats", "D": "13"}
@@ -54,6 +55,28 @@ def test_readings_of_open_answers(answer, readings):
 def test_open_answers(text, answer, expected):
     assert METRICS["mmmu"].score(text, {"answer": answer, "type": "open"}).value == expected
     assert METRICS["mmmu"].score(text, {"answers": ["six", answer]}).value == expected
+
+
+# Made by `can_infer` of VLMEvalKit, vlmeval/utils/matching_util.py of 2026-08-18, with the options that `MMMU_preproc`
+# of vlmeval/dataset/utils/multiple_choice.py gives an open question.
+@pytest.mark.parametrize(
+    ("text", "answers", "letter", "value"),
+    [
+        ("It is 12.5 CM.", ["12.5 cm"], "A", 1), ("about 12 or so", ["12"], "A", 1), ("Other answers", ["12"], "B", 0),
+        ("The answer is A", ["blue"], "A", 1), ("B", ["blue"], "B", 0), ("no idea", ["blue"], None, 0),
+        ("E", ["E"], "A", 0),  # a capital letter is taken for the letter of the right option
+        ("12", ["12", "twelve"], None, 0),  # the option is the list
+    ],
+)  # fmt: skip
+def test_open_questions_of_vlmevalkit(text, answers, letter, value):
+    name = find_task("mmmu@vlmevalkit").metric
+    assert METRICS[name].score(text, {"answers": answers, "type": "open"}) == (value, letter, {})
+
+
+def test_letters_of_vlmevalkit_are_those_of_its_multiple_choice():
+    for text in ("B", "(B) dark red", "A is wrong, (B) is right", "It is 13", "B because I have seen it there", ""):
+        score = METRICS["mmmu-vlmevalkit"].score(text, CHOICE)
+        assert score == METRICS["mcq-vlmevalkit"].score(text, CHOICE)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ class TestAnls:
             ("anls-harness", "ab", "abcd", 0.5), ("anls", "a   b", "a b", 1),
             # One edit of three letters, or of the five that were written.
             ("anls", "a   c", "a b", 2 / 3), ("anls-harness", "a   c", "a b", 0.8),
+            # The harnesses divide by the length in capitals: STRASSE, FINE.
+            ("anls", "straße", "strase", 5 / 6), ("anls-harness", "straße", "strase", 6 / 7),
+            ("anls-harness", "ﬁne", "ﬁle", 0.75), ("anls-harness", "ß", "s", 0.5),
         ],
     )  # fmt: skip
     def test_boundary_and_lengths(self, name, answer, gold, value):

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import json
 import re
 
 import hypothesis
@@ -308,6 +309,112 @@ def test_formats_are_detected_by_their_fields(row, name):
     assert detect(row) == name
 
 
+SHORT = (turn("user", "Hello"), turn("assistant", "Hi"))
+SHOWN = (turn("user", image("a.png"), "What?"), turn("assistant", "!"))
+OPENAI = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "!"}]
+FROM_VALUE = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "!"}]
+EMPTY = {"bytes": None, "path": None}
+NOTHING = {"conversations": None, "tools": "[]", "audios": [], "system": None, "objects": None}
+
+# Rows as people have them, which no format's documentation shows: how each is detected and read.
+SHAPES = {
+    # ms-swift puts what has no marker before the query, images before what markers refer to, videos before images.
+    "no marker": ({"messages": OPENAI, "images": ["a.png"]}, "openai", SHOWN),
+    "an image as text": ({"messages": OPENAI, "image": "a.png"}, "openai", SHOWN),
+    "too few markers": (
+        {"messages": [{"role": "user", "content": "Is it<image>?"}, OPENAI[1]], "images": ["a.png", "b.png"]},
+        "openai",
+        (turn("user", image("a.png"), "Is it", image("b.png"), "?"), SHOWN[1]),
+    ),
+    "a video and an image": (
+        {"messages": [{"role": "system", "content": "Be short."}, *OPENAI], "images": ["a.png"], "videos": ["v.mp4"]},
+        "openai",
+        (turn("system", "Be short."), turn("user", video("v.mp4"), image("a.png"), "What?"), SHOWN[1]),
+    ),
+    "conversations without markers": ({"conversations": FROM_VALUE, "images": ["a.png"]}, "sharegpt", SHOWN),
+    "LLaVA without a marker": ({"id": "7", "conversations": FROM_VALUE, "image": "a.png"}, "llava", SHOWN),
+    "alpaca without a marker": (
+        {"instruction": "What?", "input": "", "output": "!", "images": ["a.png"]},
+        "alpaca",
+        SHOWN,
+    ),
+    "query and response": ({"query": "What?", "response": "!", "image": "a.png"}, "alpaca", SHOWN),
+    "typed items without one for the image": (
+        {"messages": [turn("user", "What?"), turn("assistant", "!")], "images": ["a.png"]},
+        "hf",
+        SHOWN,
+    ),
+    "typed items with too few": (
+        {"messages": [turn("user", {"type": "image"}, "What?"), turn("assistant", "!")], "images": ["b.png", "a.png"]},
+        "hf",
+        (turn("user", image("b.png"), image("a.png"), "What?"), SHOWN[1]),
+    ),
+    # Names that ms-swift takes for each other.
+    "question and answer": ({"image": "a.png", "question": "What?", "answer": "!"}, "swift", SHOWN),
+    "prompt and response": ({"images": ["a.png"], "prompt": "What?", "response": "!"}, "swift", SHOWN),
+    "instruction and response": ({"images": ["a.png"], "instruction": "What?", "response": "!"}, "swift", SHOWN),
+    "messages by from and value": ({"messages": FROM_VALUE, "images": ["a.png"]}, "swift", SHOWN),
+    "conversations by role and content": ({"conversations": OPENAI, "images": ["a.png"]}, "swift", SHOWN),
+    "conversation of pairs": (
+        {"system": "Be short.", "conversation": [{"human": "What?", "assistant": "!"}], "images": ["a.png"]},
+        "swift",
+        (turn("system", "Be short."), *SHOWN),
+    ),
+    # The Cauldron and FineVision.
+    "texts": (
+        {"images": [{"bytes": b"abc", "path": None}], "texts": [{"user": "What?", "assistant": "!", "source": "x"}]},
+        "finevision",
+        (turn("user", {"type": "image", "image": b"abc"}, "What?"), SHOWN[1]),
+    ),
+    "texts in several turns": (
+        {"images": ["a.png"], "texts": [{"user": "What?", "assistant": "!"}] * 2, "relevance_ratings": [5, 1]},
+        "finevision",
+        (*SHOWN, turn("user", "What?"), SHOWN[1]),
+    ),
+    # Nothing, as tables write it.
+    "tools as an empty list": ({"messages": OPENAI, "images": ["a.png"], "tools": "[]"}, "openai", SHOWN),
+    "an image that is null": ({"query": "Hello", "response": "Hi", "images": [None]}, "alpaca", SHORT),
+    "an image that is an empty text": ({"query": "Hello", "response": "Hi", "images": [""]}, "alpaca", SHORT),
+    "an image that holds nothing": ({"query": "Hello", "response": "Hi", "image": EMPTY}, "alpaca", SHORT),
+    "a null beside an image": ({"messages": OPENAI, "images": ["a.png", None]}, "openai", SHOWN),
+    "columns of another format that are null": ({**NOTHING, "messages": OPENAI, "images": ["a.png"]}, "openai", SHOWN),
+    "calls of tools that are null": (
+        {"messages": [OPENAI[0], {**OPENAI[1], "tool_calls": None, "function_call": "null"}], "images": ["a.png"]},
+        "openai",
+        SHOWN,
+    ),
+    "preferences that are null": ({**ALPACA, "chosen": None, "rejected": "", "kto_tag": None}, "alpaca", None),
+    # Cells of CSV.
+    "messages in JSON": ({"messages": json.dumps(OPENAI), "images": '["a.png"]'}, "openai", SHOWN),
+    "messages in Python": ({"messages": str(OPENAI), "images": "['a.png']"}, "openai", SHOWN),
+    "pairs in Python": ({"query": "c", "response": "d", "history": "[['a', 'b']]"}, "alpaca", None),
+}
+
+
+@pytest.mark.parametrize(("row", "name", "expected"), SHAPES.values(), ids=SHAPES)
+def test_rows_of_every_shape_are_read(row, name, expected):
+    assert detect(row) == name
+    messages, losses = read_row(row, None)
+    assert expected is None or messages == expected
+    assert losses == tuple(message["role"] == "assistant" for message in messages)
+
+
+@pytest.mark.parametrize("name", ["openai", "sharegpt", "llava", "alpaca"])
+def test_rows_of_a_named_format_need_a_marker_for_every_file(name):
+    row = {
+        "messages": OPENAI, "conversations": FROM_VALUE, "instruction": "What?", "output": "!", "images": ["a.png"]
+    }  # fmt: skip
+    with pytest.raises(DataError, match="images: found 1 for 0 <image> markers; expected as many"):
+        read_row(row, name)
+    assert read_row(row, "swift").messages == read_row(row, None).messages == SHOWN
+
+
+@pytest.mark.parametrize("name", ["swift", None])
+def test_more_markers_than_files_are_refused(name):
+    with pytest.raises(DataError, match="images: found 1 for 2 <image> markers"):
+        read_row({"messages": [{**OPENAI[0], "content": "<image><image>"}, OPENAI[1]], "images": ["a.png"]}, name)
+
+
 def row_of(**fields):
     return {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}]} | fields
 
@@ -332,10 +439,13 @@ BROKEN = [
     (row_of(images=["a.png"], videos=["b.mp4"]), "videos: found 1 for 0 <video> markers"),
     (row_of(images=["a.png"], image="a.png"), "image: found some beside 'images'; expected one of the two"),
     (row_of(images=[7]), r"images\[0\]'?: found the number 7"),
-    (row_of(images=["  "]), r"images\[0\]'?: found an empty string"),
-    (row_of(images=[None]), r"images\[0\]'?: found null"),
+    (row_of(images=["  "]), "images: found 0 for 1 <image> markers"),
+    (row_of(images=[None]), "images: found 0 for 1 <image> markers"),
     (row_of(images=["a.png"], audios=["a.wav"]), "audios: found some; expected none"),
-    (row_of(images=["a.png"], tools="[]"), "tools: found some; expected none"),
+    (row_of(images=["a.png"], tools='[{"type": "function"}]'), "tools: found some; expected none"),
+    ({"texts": [{"user": "a"}]}, r"texts\[0\].assistant: found none; expected a string"),
+    ({"texts": ["a"]}, r"texts\[0\]: found a string; expected an object with 'user'"),
+    ({"conversation": [{"human": 7, "assistant": "b"}]}, r"conversation\[0\].human: found the number 7; expected a"),
     (row_of(images=["a.png"], rejected_response="no"), "rejected_response: found preferences"),
     ({"messages": "hello"}, "messages: found a string; expected a list of messages"),
     ({"messages": []}, "messages: found no message; expected at least one"),

@@ -140,10 +140,10 @@ def test_a_given_format_is_not_detected(tmp_path):
     one = {"messages": row(0)["messages"], "images": ["a.png"]}
     path = write(tmp_path / "data.json", [one])
     with pytest.raises(DataError, match="found 1 for 0 <image> markers"):
-        read_records(path)[0]
-    records = read_records(path, format="hf")
-    assert records[0].media() == [{"type": "image", "path": str(tmp_path / "a.png")}]
-    assert records.format(0) == "hf"
+        read_records(path, format="openai")[0]
+    for records, name in ((read_records(path), "openai"), (read_records(path, format="hf"), "hf")):
+        assert records[0].media() == [{"type": "image", "path": str(tmp_path / "a.png")}]
+        assert records.format(0) == name
     with pytest.raises(DataError, match="format: found 'csv'; expected one of openai, sharegpt"):
         read_records(path, format="csv")
 
@@ -181,13 +181,27 @@ def described(tmp_path):
             },
             "hub": {"hf_hub_url": "somebody/something"},
             "preferences": {"file_name": "p.json", "ranking": True},
-            "wrong": {"file_name": "own.jsonl", "formatting": "openai"},
+            "wrong": {"file_name": "own.jsonl", "formatting": "chatml"},
+            "tagged": {
+                "file_name": "demo/mllm.json",
+                "formatting": "openai",
+                "columns": {"messages": "messages", "images": "images"},
+                "tags": OPENAI_TAGS,
+            },
+            "untagged": {"file_name": "demo/mllm.json", "formatting": "openai", "columns": {"images": "images"}},
+            "lacking": {
+                "file_name": "lacking.json",
+                "formatting": "openai",
+                "columns": {"images": "images"},
+                "tags": {},
+            },
             "unknown": {"file_name": "own.jsonl", "columns": {"question": "q"}},
             "untyped": {"file_name": "own.jsonl", "columns": ["q"]},
             "chosen": {"file_name": "own.jsonl", "columns": {"chosen": "c"}},
         },
     )
     write(tmp_path / "demo" / "mllm.json", [shown("mllm_demo_data/1.jpg")])
+    write(tmp_path / "lacking.json", [row(0, images=["a.png"])])
     before = [["b", "c"]]
     unnamed = {"system": "t", "history": [["u", "v"]], "tools": "w", "images": ["x.png"]}
     own = {"q": "one", "more": "two", "a": "three", "sys": "s", "before": before}
@@ -201,6 +215,10 @@ def test_dataset_info_names_the_columns(described):
     (record,) = read_records(f"{described}/dataset_info.json:mllm_demo")
     # LLaMA-Factory's paths are relative to its directory of data.
     assert record.media() == [{"type": "image", "path": str(described / "mllm_demo_data/1.jpg")}]
+    for name in ("tagged", "untagged"):
+        assert list(read_records(f"{described}/dataset_info.json:{name}")) == [record]
+    with pytest.raises(DataError, match="images: found 1 for 0 <image> markers"):
+        read_records(f"{described}/dataset_info.json:lacking")[0]
     (record,) = read_records(f"{described}/dataset_info.json:alpaca_own")
     texts = [message["content"][0]["text"] for message in record.messages]
     assert texts == ["s", "b", "c", "one\ntwo", "three"]
@@ -216,7 +234,7 @@ def test_dataset_info_names_the_columns(described):
     [
         (":hub", "dataset_info.json:hub: file_name: found none; expected a file: nothing is downloaded"),
         (":preferences", "ranking: found True; expected none"),
-        (":wrong", "formatting: found 'openai'; expected alpaca or sharegpt"),
+        (":wrong", "formatting: found 'chatml'; expected one of alpaca, sharegpt, openai"),
         (":unknown", "columns.question: found an unknown field; expected some of .*prompt, query"),
         (":untyped", "columns: found a list; expected an object of strings"),
         (":chosen", "columns.chosen: found one; expected none"),
@@ -244,3 +262,16 @@ def test_an_invalid_dataset_info_is_named(tmp_path, content, found):
     (tmp_path / "dataset_info.json").write_text(content)
     with pytest.raises(DataError, match=found):
         read_records(tmp_path)
+
+
+def test_a_directory_that_datasets_saved_is_data(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.ipc
+
+    write(tmp_path / "dataset_info.json", {"features": {}, "citation": ""})
+    write(tmp_path / "state.json", {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+    table = pa.Table.from_pylist([shown({"bytes": b"abc", "path": None})])
+    with pyarrow.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (record,) = read_records(tmp_path)
+    assert record.media() == [{"type": "image", "image": b"abc"}]
