@@ -13,6 +13,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from eval.parse_answer import final_answer
+from glm4v_jax.config.checks import did_you_mean, one_of
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
@@ -76,7 +77,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         super().__init__()
         del batch_size, device
         if answer not in _FORMS:
-            raise ConfigError(f"answer: found {answer!r}; expected one of {', '.join(_FORMS)}")
+            raise ConfigError(f"answer: found {answer!r}; expected {one_of(_FORMS, answer)}")
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.planning.mesh_presets import mesh_for
 
@@ -153,7 +154,8 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
       GenerationError: there is an unknown one.
     """
     if unknown := sorted(set(options) - {*_USED, *_IGNORED}):
-        raise GenerationError(f"generation_kwargs: found {unknown[0]!r}; expected some of {', '.join(_USED)}")
+        near = did_you_mean(unknown[0], _USED)
+        raise GenerationError(f"generation_kwargs: found {unknown[0]!r}; expected some of {', '.join(_USED)}{near}")
     if options.get("num_beams") not in (None, 1):
         raise GenerationError(f"num_beams: found {options['num_beams']}; expected 1")
     taken = {name: options[name] for name in _USED if options.get(name) is not None}

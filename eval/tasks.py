@@ -10,7 +10,6 @@ harness does in its own way is a variant: "textvqa@lmms-eval". A user's own task
 """
 
 import dataclasses
-import difflib
 import re
 import tomllib
 import types
@@ -25,14 +24,15 @@ from eval.data.adapters import READERS
 from eval.data.digits import BUILT_IN
 from eval.data.questions import template
 from eval.metrics import METRICS
-from glm4v_jax.config.checks import fault, from_mapping, raise_faults, validate
+from glm4v_jax.config.checks import did_you_mean, fault, from_mapping, one_of, raise_faults, validate
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import ConfigError
 
 
 def _one_of(names: Iterable[str]) -> Meta:
     names = list(names)
-    return Meta(pattern=rf"^({'|'.join(map(re.escape, names))})\Z", description=f"one of {', '.join(names)}")
+    pattern = rf"^({'|'.join(map(re.escape, names))})\Z"
+    return Meta(pattern=pattern, description=one_of(names), extra={"choices": names})
 
 
 _Directory = Annotated[str, Meta(pattern=r"^(?!\.)[^/]*[^/\s][^/]*\Z", description="the name of a directory")]
@@ -91,12 +91,16 @@ class Task:
           ConfigError: there is no such variant, or its fields do not fit.
         """
         if name not in self.variants:
-            expected = f"one of {', '.join(self.variants)}" if self.variants else "no variant"
+            expected = one_of(self.variants, name) if self.variants else "no variant"
             raise ConfigError(fault(f"--task {self.name}@", name, expected))
         fields, where = self.variants[name], f"variants.{name}."
         expected = f"some of {', '.join(_VARIED)}"
         raise_faults(
-            [f"{where}{key}: found an unknown field; expected {expected}" for key in fields if key not in _VARIED]
+            [
+                f"{where}{key}: found an unknown field; expected {expected}{did_you_mean(key, _VARIED)}"
+                for key in fields
+                if key not in _VARIED
+            ]
         )
         try:
             return dataclasses.replace(self, **fields, name=f"{self.name}@{name}", variants={})
@@ -120,9 +124,7 @@ def find_task(name: str) -> Task:
         return read_task(Path(name))
     base, separator, variant = name.partition("@")
     if base not in TASKS:
-        close = difflib.get_close_matches(base, TASKS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(fault("--task", base, f"one of {', '.join(TASKS)}, or a .toml file{hint}"))
+        raise ConfigError(fault("--task", base, f"a .toml file, or {one_of(TASKS, base)}"))
     return TASKS[base].variant(variant) if separator else TASKS[base]
 
 

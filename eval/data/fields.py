@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4v_jax.config.checks import fits
+from glm4v_jax.config.checks import did_you_mean, fits
 from glm4v_jax.data.media import MediaItem, kind_of, media_item
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
@@ -27,7 +27,8 @@ def first(row: Fields, *names: str) -> tuple[str, Any]:
         if row.get(name) is not None:
             return name, row[name]
     there = ", ".join(name for name, value in row.items() if value is not None)
-    raise DataError(f"{' or '.join(names)}: found nothing; expected the field beside {there or 'no other'}")
+    near = next(filter(None, (did_you_mean(name, row) for name in names)), "").replace("did you mean", "is it")
+    raise DataError(f"{' or '.join(names)}: found nothing; expected the field beside {there or 'no other'}{near}")
 
 
 def text(row: Fields, *names: str) -> str:
@@ -103,7 +104,7 @@ def one_of(row: Fields, name: str, known: Sequence[str]) -> str:
     """Return a text that is one of these."""
     value = identifier(row, name).strip()
     if value not in known:
-        raise invalid(name, value, f"one of {', '.join(known)}")
+        raise invalid(name, value, f"one of {', '.join(known)}{did_you_mean(value, known)}")
     return value
 
 

@@ -28,7 +28,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -54,6 +54,22 @@ AnyNumber = Annotated[float, Meta(extra={"finite": False})]
 def fault(name: str, found: Any, expected: str) -> str:
     """One fault, as every error of this package words it."""
     return f"{name}: found {found!r}; expected {expected}"
+
+
+def did_you_mean(found: object, known: Iterable[object]) -> str:
+    """What an error adds to its list of names where one of them is like what was found; empty otherwise.
+
+    >>> did_you_mean("grdient", ["gradient", "loss"]), did_you_mean("x", ["gradient", "loss"])
+    ("; did you mean 'gradient'?", '')
+    """
+    close = difflib.get_close_matches(str(found), map(str, known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(known: Iterable[str], found: object = "") -> str:
+    """What a fault expects where there are names to choose from: all of them, and the one that is like `found`."""
+    names = list(known)
+    return f"one of {', '.join(names)}{did_you_mean(found, names)}"
 
 
 def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError, *, where: str = "") -> None:
@@ -84,7 +100,7 @@ def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str =
         try:
             object.__setattr__(instance, name, convert(value, hint))
         except ValueError:
-            faults.append(fault(f"{prefix}{name}", value, expectation(hint)))
+            faults.append(fault(f"{prefix}{name}", value, expectation(hint, value)))
     raise_faults(faults, error)
 
 
@@ -128,7 +144,7 @@ def from_mapping(
         for name, value in values.items():
             hint = hints(cls)[name]
             if not fits(value, hint):
-                faults.append(fault(f"{where}{name}", value, expectation(hint)))
+                faults.append(fault(f"{where}{name}", value, expectation(hint, value)))
         raise_faults(faults, error)
     try:
         return cls(**values)
@@ -138,9 +154,7 @@ def from_mapping(
 
 
 def _unknown(name: str, key: Any, fields: list[str]) -> str:
-    close = difflib.get_close_matches(str(key), fields, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{name}: found an unknown field; expected some of {', '.join(fields)}{hint}"
+    return f"{name}: found an unknown field; expected some of {', '.join(fields)}{did_you_mean(key, fields)}"
 
 
 def known_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +205,7 @@ def checked(name: str, value: Any, hint: Any, error: type[Glm4vError] = ConfigEr
     try:
         return convert(value, hint)
     except ValueError as problem:
-        raise error(fault(name, value, expectation(hint))) from problem
+        raise error(fault(name, value, expectation(hint, value))) from problem
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -220,14 +234,33 @@ def _hints(cls: Any) -> dict[str, Any]:
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}
 
 
-def expectation(hint: Any) -> str:
-    """An annotation in words: "an integer of at least 1"; a `Meta` with a description says it itself."""
+def expectation(hint: Any, found: Any = None) -> str:
+    """An annotation in words: "an integer of at least 1"; a `Meta` with a description says it itself.
+
+    Args:
+      hint: the annotation.
+      found: what does not fit; the name of a choice that it is like is added.
+    """
+    near = did_you_mean(found, _choices(hint)) if isinstance(found, str) else ""
+    return f"{_expectation(hint)}{near}"
+
+
+def _choices(hint: Any) -> list[str]:
+    """The texts that an annotation allows; those of a `Meta` are its extra "choices"."""
+    base, meta = _bare(hint)
+    found = [choice for item in meta for choice in (item.extra or {}).get("choices", ())]
+    if typing.get_origin(base) is typing.Literal:
+        found += [choice for choice in typing.get_args(base) if isinstance(choice, str)]
+    return found + [choice for part in _union(base) for choice in _choices(part)]
+
+
+def _expectation(hint: Any) -> str:
     base, meta = _bare(hint)
     described = [item.description for item in meta if item.description]
     if described:
         return described[-1]
     if choices := _union(base):
-        return " or ".join(dict.fromkeys(map(expectation, choices)))
+        return " or ".join(dict.fromkeys(map(_expectation, choices)))
     origin, arguments = typing.get_origin(base), typing.get_args(base)
     if origin is typing.Literal:
         return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(repr, arguments))}"

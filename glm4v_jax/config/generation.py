@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from glm4v_jax.config.checks import Natural, Positive, Seed, fault, validate
+from glm4v_jax.config.checks import Natural, Positive, Seed, did_you_mean, fault, validate
 from glm4v_jax.errors import CheckpointError, GenerationError, naming
 from glm4v_jax.files import assets_directory, read_json_object
 
@@ -218,7 +218,7 @@ class GenerationConfig:
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(overrides.keys() - known - _UNSUPPORTED.keys()):
             found = ", ".join(map(repr, unknown))
-            expected = ", ".join(sorted(known))
+            expected = f"{', '.join(sorted(known))}{did_you_mean(unknown[0], known)}"
             raise GenerationError(f"generation options: found unknown {found}; expected some of {expected}")
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None and k in known})
 

@@ -13,6 +13,7 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from glm4v_jax.config.checks import one_of
 from glm4v_jax.errors import GenerationError
 
 if TYPE_CHECKING:  # it needs NumPy, and the names of presets are wanted in the command line's help
@@ -102,7 +103,7 @@ def preset(name: str) -> dict[str, Any]:
         GenerationError: there is no preset of that name; the message lists those there are.
     """
     if name not in PRESETS:
-        raise GenerationError(f"preset: found {name!r}; expected one of {', '.join(PRESETS)}")
+        raise GenerationError(f"preset: found {name!r}; expected {one_of(PRESETS, name)}")
     return dict(PRESETS[name].options)
 
 

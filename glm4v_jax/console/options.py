@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.config.checks import fault, raise_faults
+from glm4v_jax.config.checks import fault, one_of, raise_faults
 from glm4v_jax.config.presets import PRESETS, preset
 from glm4v_jax.console.progress import status
 from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named
@@ -78,7 +78,7 @@ class ModelOptions:
         """
         check_model(self.directory)
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(fault("--dtype", self.dtype, f"one of {', '.join(DTYPES)}"))
+            raise ConfigError(fault("--dtype", self.dtype, one_of(DTYPES, self.dtype)))
         if self.mesh is not None:
             check_text(self.mesh)
 

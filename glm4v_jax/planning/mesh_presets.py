@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.devices.hardware import device_memory
 from glm4v_jax.errors import ConfigError
 
@@ -62,8 +63,9 @@ def parse_mesh(text: str) -> Sizes:
     for part in filter(None, (part.strip() for part in text.split(","))):
         axis, _, number = (side.strip() for side in part.partition("="))
         if axis not in AXES or axis in seen or not re.fullmatch(r"[1-9]\d{0,18}", number):
+            near = did_you_mean(axis, AXES) if axis not in AXES else ""
             raise ConfigError(
-                f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, as in fsdp=4,kv=2"
+                f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, as in fsdp=4,kv=2{near}"
             )
         seen.add(axis)
         sizes[axis] = int(number)
@@ -84,6 +86,7 @@ def parse_preset(text: str) -> tuple[MeshPreset, int | None] | None:
     if name not in PRESETS:
         raise ConfigError(
             f"mesh: found {text!r}; expected one of the presets {', '.join(PRESETS)}, or axes as in fsdp=4,kv=2"
+            f"{did_you_mean(name, PRESETS)}"
         )
     if colon and not re.fullmatch(r"[1-9]\d{0,6}", number):
         raise ConfigError(f"mesh: found {number!r} devices in {text!r}; expected a number above 0, as in {name}:8")

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from msgspec import Meta
 
-from glm4v_jax.config import checks
+from eval.data.rows import read as read_item
+from eval.tasks import Task, find_task
+from glm4v_jax.config import checks, presets
 from glm4v_jax.config.checks import AnyNumber, Natural, Positive, PositiveNumber, Seed, from_mapping, validate
-from glm4v_jax.errors import ConfigError, one_line
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.errors import ConfigError, Glm4vError, one_line
+from glm4v_jax.planning import mesh_presets
+from train.data.formats import detect, read_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,28 @@ def test_a_misspelt_field_suggests_the_right_one():
         ConfigError, match=r"rwos: found an unknown field; expected some of rows, rate; did you mean 'rows'\?"
     ):
         from_mapping(Part, {"rwos": 1})
+
+
+@pytest.mark.parametrize(
+    ("call", "meant"),
+    [
+        (lambda: presets.preset("gredy"), "greedy"),
+        (lambda: mesh_presets.check_text("latncy"), "latency"),
+        (lambda: mesh_presets.check_text("fdsp=4,kv=2"), "fsdp"),
+        (lambda: GenerationConfig().replace(temprature=0.5), "temperature"),
+        (lambda: find_task("refcocoo"), "refcoco"),
+        (lambda: find_task("textvqa@lmms_eval"), "lmms-eval"),
+        (lambda: Task("mine", "anlz"), "anls"),
+        (lambda: list(read_item({"quesion": "Why?", "answer": "So."}, None)), "quesion"),
+        (lambda: detect({"mesages": []}), "messages"),
+        (lambda: read_row({"messages": [{"role": "assitant", "content": "!"}]}, "openai"), "assistant"),
+        (lambda: Task("mine", "anls", preset="bnch"), "bench"),
+        (lambda: checks.checked("shape", "sqare", Literal["square", "round"] | None), "square"),
+    ],
+)
+def test_a_near_miss_of_any_name_is_suggested(call, meant):
+    with pytest.raises(Glm4vError, match=rf"; (did you mean|is it) '{meant}'\?"):
+        call()
 
 
 def test_keys_can_be_passed_over():

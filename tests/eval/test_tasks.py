@@ -37,7 +37,10 @@ def test_a_variant_changes_some_fields_of_its_task():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("refcoc", r"--task: found 'refcoc'; expected one of digits-vqa, .*did you mean refcoco"),
+        (
+            "refcoc",
+            r"--task: found 'refcoc'; expected a .toml file, or one of digits-vqa, .*; did you mean 'refcoco'\?",
+        ),
         ("refcoco@x", r"--task refcoco@: found 'x'; expected one of locate, lmms-eval, vlm"),
         ("vqa@", r"--task vqa@: found ''; expected no variant"),
     ],

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.data.media import MediaItem, kind_of, media_item
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
@@ -203,7 +204,7 @@ def role_of(message: Any, key: str, names: Mapping[str, str], where: str) -> str
     found = string(message, key, where)
     if found in names:
         return names[found]
-    reason = ": conversations with tools are not supported" if found in _TOOL_ROLES else ""
+    reason = ": conversations with tools are not supported" if found in _TOOL_ROLES else did_you_mean(found, names)
     raise invalid(f"{where}.{key}", repr(found), f"one of {', '.join(names)}{reason}")
 
 

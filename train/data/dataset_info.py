@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm4v_jax.config.checks import did_you_mean, one_of
 from glm4v_jax.data.media import kind_of
 from glm4v_jax.data.tables import INFO
 from glm4v_jax.errors import DataError
@@ -71,7 +72,8 @@ def read_entry(path: Path, name: str | None) -> DataSet:
     if name not in entries:
         known = ", ".join(list(entries)[:10]) + ", ..." * (len(entries) > 10)
         found = "no name of a data set" if name is None else f"the name {name!r}"
-        raise DataError(f"{path}: found {found}; expected {path}:NAME with one of {known or 'none: it is empty'}")
+        near = "" if name is None else did_you_mean(name, entries)
+        raise DataError(f"{path}: found {found}; expected {path}:NAME with one of {known or 'none: it is empty'}{near}")
     return _read(path, f"{path}:{name}", entries[name])
 
 
@@ -85,7 +87,7 @@ def _read(path: Path, where: str, entry: Any) -> DataSet:
             raise DataError(f"{where}: {field}: found {entry[field]!r}; expected none: it is not supported")
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTING:
-        raise DataError(f"{where}: formatting: found {formatting!r}; expected one of {', '.join(FORMATTING)}")
+        raise DataError(f"{where}: formatting: found {formatting!r}; expected {one_of(FORMATTING, formatting)}")
     columns = _strings(where, "columns", entry.get("columns"), {*_KNOWN_COLUMNS, *_REFUSED_COLUMNS})
     for field in _REFUSED_COLUMNS:
         if field in columns:
@@ -118,5 +120,6 @@ def _strings(where: str, field: str, value: Any, known: set[str]) -> dict[str, s
         raise DataError(f"{where}: {field}: found {kind_of(value)}; expected an object of strings")
     if unknown := sorted(set(value) - known):
         expected = ", ".join(sorted(known))
-        raise DataError(f"{where}: {field}.{unknown[0]}: found an unknown field; expected some of {expected}")
+        near = did_you_mean(unknown[0], known)
+        raise DataError(f"{where}: {field}.{unknown[0]}: found an unknown field; expected some of {expected}{near}")
     return dict(value)

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.data.media import MediaItem, image_size, kind_of
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
@@ -54,6 +55,7 @@ _RESPONSES = (
 )  # fmt: skip
 _SWIFT_KEYS = {"role", "from", *_SWIFT_ROLES}
 """Of a message or a pair: names of its role, or the roles themselves."""
+_FIELDS = (*_LISTS, "texts", *_QUERIES, *_RESPONSES)
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
 
 
@@ -291,7 +293,8 @@ def detect(row: Row) -> FormatName:
     name = _detect(given) or _detect(row)
     if name is None:
         expected = "'messages', 'conversations', 'texts', 'instruction', or a prompt and its completion"
-        raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}; expected {expected}")
+        near = next(filter(None, (did_you_mean(field, _FIELDS) for field in row)), "")
+        raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}; expected {expected}{near}")
     return name
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from glm4v_jax.config.checks import one_of
 from glm4v_jax.data.media import MediaItem, image_size, located
 from glm4v_jax.data.tables import Rows, find_files, open_rows
 from glm4v_jax.errors import DataError, MediaError
@@ -150,7 +151,7 @@ def read_records(
         DataError: a file is of another kind or has no rows; or the format is unknown.
     """
     if format is not None and format not in FORMATS:
-        raise DataError(f"format: found {format!r}; expected one of {', '.join(FORMATS)}")
+        raise DataError(f"format: found {format!r}; expected {one_of(FORMATS, format)}")
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
         raise DataError("source: found no file; expected at least one")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from glm4v_jax.cli.chat.attachments import places
 from glm4v_jax.cli.chat.session import Session, UserMessage
 from glm4v_jax.cli.chat.transcript import save
+from glm4v_jax.config.checks import one_of
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.files import replacing
@@ -38,7 +39,7 @@ def handle(session: Session, line: str) -> None:
     if command is not None:
         command.run(session, rest.strip())
     elif name.startswith("/") and not os.path.exists(name):
-        raise MessageError(f"{name}: found an unknown command; expected one of {', '.join(COMMANDS)}")
+        raise MessageError(f"{name}: found an unknown command; expected {one_of(COMMANDS, name)}")
     elif name:
         # Images before videos, as `Conversation.ask` puts them.
         attachments = tuple(sorted(session.attached, key=lambda item: item.kind == "video"))
@@ -101,7 +102,7 @@ def _set(session: Session, text: str) -> None:
         session.say(", ".join(f"{field} {config[field]}" for field in known if config[field] not in (None, ())))
         return
     if name not in known:
-        raise GenerationError(f"/set: found {name}; expected one of {', '.join(known)}")
+        raise GenerationError(f"/set: found {name}; expected {one_of(known, name)}")
     options = {field: old for field, old in session.options.items() if field != name}
     if value:
         options[name] = _value(value.strip())

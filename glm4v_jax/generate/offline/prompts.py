@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, raise_listed
 from glm4v_jax.inputs.text.messages import user_messages
 
@@ -122,7 +123,8 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
     known = {field.name for field in dataclasses.fields(config)}
     if unknown := [name for name in options if name not in known]:
         expected = ", ".join([*_FIELDS, *sorted(known - {"logprobs", "num_return_sequences", "use_cache"})])
-        raise MessageError(f"{unknown[0]}: found an unknown field; expected some of {expected}")
+        near = did_you_mean(unknown[0], [*_FIELDS, *known])
+        raise MessageError(f"{unknown[0]}: found an unknown field; expected some of {expected}{near}")
     config.replace(**options)  # raises where one is out of range
 
 
