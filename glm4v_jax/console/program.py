@@ -15,6 +15,7 @@ import os
 import sys
 import textwrap
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Protocol
@@ -274,7 +275,36 @@ def _tidy_help(options: Any) -> None:
                 metavar=f"{{{','.join(choices)}}}" if choices else None,
                 help_behavior_hint=_HINTS.get(str(getattr(cls, name, ""))),
             )
-            cls.__annotations__[name] = Annotated[(base, shown, *given)]
+            read = [_number(hint)] if _kinds(hint) in ({int}, {float}) else []
+            cls.__annotations__[name] = Annotated[(base, shown, *read, *given)]
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that an annotation is made of, without None."""
+    if typing.get_origin(hint) is Annotated:
+        return _kinds(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*map(_kinds, typing.get_args(hint)))
+    return {hint} - {type(None)}
+
+
+def _number(hint: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """How tyro reads a number: its own errors show annotations as Python writes them."""
+    (kind,) = _kinds(hint)
+
+    def read(words: list[str]) -> Any:
+        try:
+            return kind(words[0])
+        except ValueError:
+            raise ValueError(f"found {words[0]!r}; expected {expectation(hint)}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _first_line(command: Callable[..., Any]) -> str:

@@ -124,6 +124,22 @@ def test_an_unknown_command_is_answered_with_the_closest(capfd, name, expected):
     assert line.startswith(f"python -m it: error: found command {name!r}; ") and line.endswith(f"{expected}\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--num-things", "two"), "--num-things: found 'two'; expected an integer of at least 1"),
+        (("--num-things", "1.5"), "--num-things: found '1.5'; expected an integer of at least 1"),
+        (("--highest", "most"), "--highest: found 'most'; expected a number above 0 and at most 1"),
+    ],
+)
+def test_values_of_another_type_are_answered_in_words(capfd, words, says):
+    with pytest.raises(SystemExit) as caught:
+        run("work", *words)
+    error = " ".join(capfd.readouterr().err.translate({ord("│"): " "}).split())
+    assert caught.value.code == 2
+    assert says in error and "typing" not in error and "Annotated" not in error
+
+
 def test_numbers_out_of_range_are_named_together(capfd):
     assert ran("--num-things", "0", "--highest", "1.5") == 2
     assert capfd.readouterr().err == (
