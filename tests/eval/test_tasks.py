@@ -30,7 +30,7 @@ def test_tasks_have_descriptions_and_are_json():
 def test_a_variant_changes_some_fields_of_its_task():
     assert find_task("refcoco") is TASKS["refcoco"]
     variant = find_task("refcoco@lmms-eval")
-    assert (variant.name, variant.metric, variant.reader) == ("refcoco@lmms-eval", "refcoco-unit", "refcoco")
+    assert (variant.name, variant.metric, variant.reader) == ("refcoco@lmms-eval", "refcoco-lmms", "refcoco")
     assert variant.prompt != TASKS["refcoco"].prompt
 
 

@@ -46,7 +46,7 @@ CORNER = ITEM | {"boxes": [[0, 0, 30, 30]]}
         # As `parse_float_sequence_within` and `compute_center_accuracy` of lmms-eval, tasks/screenspot/utils_rec.py,
         ("lmms-eval", "(0.1, 0.1, 0.6, 0.6)", ITEM, 1), ("lmms-eval", "[100, 100, 600, 600]", ITEM, 1),
         ("lmms-eval", "[0.5, 0.5, 0.8, 0.8]", ITEM, 0), ("lmms-eval", "[0.3, 0.3]", ITEM, 0),
-        ("lmms-eval", "[-0.4, 0.1, 0.6, 0.6]", ITEM, 1), ("lmms-eval", "I cannot", CORNER, 1),
+        ("lmms-eval", "[-0.3, 0.1, 0.6, 0.6]", ITEM, 1), ("lmms-eval", "I cannot", CORNER, 1),
         # and `parse_bbox_aguvis` and `evaluate_point` of VLMEvalKit, vlmeval/dataset/GUI/screenspot.py, have it.
         ("vlmevalkit", "pyautogui.click(x=119, y=59)", ITEM, 1),
         ("vlmevalkit", "pyautogui.click(x=120, y=59)", ITEM, 0), ("vlmevalkit", "[40, 30]", ITEM, 0),

@@ -235,7 +235,7 @@ def test_a_histogram_is_drawn_unless_there_is_no_good_row(capfd, data, tmp_path)
     ("arguments", "says"),
     [
         (["none.jsonl"], "none.jsonl: No such file or directory"),
-        (["data.csv"], "data.csv: found the suffix '.csv'; expected .json, .jsonl, .parquet"),
+        (["data.txt"], "data.txt: found the suffix '.txt'; expected .json, .jsonl, .ndjson, .csv"),
         ([], "DATA: found no file; expected at least one"),
         (["data.jsonl", "--model", "none"], "--model: found none"),
         (["data.jsonl", "--limit", "0"], "limit: found 0; expected at least 1"),
@@ -244,7 +244,7 @@ def test_a_histogram_is_drawn_unless_there_is_no_good_row(capfd, data, tmp_path)
 )
 def test_errors_are_one_line_with_exit_status_2(capfd, data, monkeypatch, arguments, says):
     monkeypatch.chdir(data.parent)
-    (data.parent / "data.csv").write_text("a,b\n")
+    (data.parent / "data.txt").write_text("a,b\n")
     status, out, err = run(capfd, *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(f"train: error: {says}")
