@@ -405,12 +405,12 @@ def _share_images(rows: Sequence[dict[str, Any]]) -> None:
             row["image"] = by_index[image]
 
 
-_TEXTS: Mapping[str, Callable[[Path], Rows]] = {
+_TEXTS: dict[str, Callable[[Path], Rows]] = {
     ".json": _open_json,
     **dict.fromkeys(_LINES, JsonLines),
     **dict.fromkeys(_SEPARATED, _read_separated),
 }
-_TABLES: Mapping[str, Callable[[Path], Rows]] = {".parquet": Parquet, **dict.fromkeys(_ARROW, Arrow)}
+_TABLES: dict[str, Callable[[Path], Rows]] = {".parquet": Parquet, **dict.fromkeys(_ARROW, Arrow)}
 
 
 def literal_list(value: Any) -> Any:
