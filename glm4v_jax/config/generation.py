@@ -1,10 +1,12 @@
 """Options of a generation: names, defaults and precedence of `transformers.GenerationConfig` 4.57.1.
 
-Only options that change greedy and sampled decoding of one sequence exist here. Those of the reference that would
-change the output in another way (beams, n-gram bans, watermarks, ...) are refused by name instead of being ignored.
+Options of the reference that are not built (contrastive search, watermarks, ...) are refused by name instead of being
+ignored.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -29,7 +31,6 @@ _LARGEST = float(np.finfo(np.float32).max)
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (),
     "assistant_model": (),
-    "bad_words_ids": (),
     "begin_suppress_tokens": (),
     "constraints": (),
     "diversity_penalty": (0.0,),
@@ -43,31 +44,34 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "guidance_scale": (1.0,),
-    "logits_processor": ([],),
     "max_time": (),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "negative_prompt_ids": (),
-    "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
-    "output_logits": (False,),
-    "output_scores": (False,),
     "penalty_alpha": (0.0,),
     "prefix_allowed_tokens_fn": (),
     "prompt_lookup_num_tokens": (),
     "remove_invalid_values": (False,),
-    "return_dict_in_generate": (False,),
-    "sequence_bias": (),
     "stopping_criteria": ([],),
-    "suppress_tokens": (),
     "synced_gpus": (False,),
     "token_healing": (False,),
     "typical_p": (1.0,),
     "watermarking_config": (),
 }
+
+Token = Annotated[int, Meta(ge=0, lt=2**31)]
+Tokens = Annotated[tuple[Token, ...], Meta(min_length=1)]
+
+# One of them may stand for itself, and None for nothing.
+_LISTS = ("eos_token_id", "stop_strings", "bad_words_ids", "suppress_tokens", "sequence_bias", "logits_processor")
+
+OF_THE_MODEL = ("return_dict_in_generate", "output_scores", "output_logits")
+"""Options that only `Glm4vForConditionalGeneration.generate` has."""
+OF_ALL_REQUESTS = ("logprobs", "logits_processor")
+"""Options that all requests of one batch share: each is a set of programs."""
 
 
 class SamplingParams(NamedTuple):
@@ -113,10 +117,18 @@ class GenerationConfig:
     `eos_token_id` takes one id, several, or -1 (or nothing) to never stop; it is stored as a tuple. `seed` is this
     package's: equal seeds sample equal tokens.
 
-    The last five need text, or return more than tokens; `Engine` has them. `stop_strings` end the text. After
-    `think_budget` tokens thinking that is still open is closed, and up to `answer_budget` more tokens follow
-    (`max_new_tokens` by default, which then limits nothing else). `stop_repetition` ends a text that repeats itself.
-    `logprobs` returns log probabilities of the sampled tokens and of the n likeliest.
+    `min_new_tokens` tokens come before any end token; no `no_repeat_ngram_size` successive tokens come twice, the
+    prompt's included; sequences in `bad_words_ids` and tokens in `suppress_tokens` never come. `sequence_bias` is added
+    to the logit of the token that completes a sequence: {(5, 6): -2.0} or [[[5, 6], -2.0]]. `logits_processor`: a JAX
+    function (tokens [B, S], scores [B, V]) -> scores, or several; the newest token is the last of its row, and -1
+    stands before the prompt's first. Each function is compiled once: pass the same object again.
+
+    `return_dict_in_generate`, with `output_scores` and `output_logits`, is for `model.generate` alone.
+
+    `stop_strings` end the text. The other four are for `Engine` alone. After `think_budget` tokens thinking that is
+    still open is closed, and up to `answer_budget` more tokens follow (`max_new_tokens` by default, which then limits
+    nothing else). `stop_repetition` ends a text that repeats itself. `logprobs` returns log probabilities of the
+    sampled tokens and of the n likeliest.
 
     Raises:
         GenerationError: an option is out of its range; the message names it, its value and what was expected.
@@ -133,6 +145,24 @@ class GenerationConfig:
         float,
         Meta(ge=_SMALLEST_DIVISOR, le=_LARGEST, description=f"a finite number of at least {_SMALLEST_DIVISOR}"),
     ] = 1.0
+    min_new_tokens: Natural = 0
+    no_repeat_ngram_size: Natural = 0
+    bad_words_ids: Annotated[
+        tuple[Tokens, ...], Meta(description="a list of lists of at least one token id, each at least 0")
+    ] = ()
+    suppress_tokens: tuple[Token, ...] = ()
+    sequence_bias: Annotated[
+        tuple[tuple[Tokens, float], ...],
+        Meta(
+            extra={"finite": False},
+            description="a number for each list of token ids, as {(5, 6): -2.0} or [[[5, 6], -2.0]]",
+        ),
+    ] = ()
+    # Not in the repr, which processes compare: a function's holds an address.
+    logits_processor: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
     num_return_sequences: Positive = 1
     eos_token_id: tuple[Annotated[int, Meta(ge=-1)], ...] = ()
     pad_token_id: Natural | None = None
@@ -147,11 +177,19 @@ class GenerationConfig:
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "stop_strings"):
+        for name in _LISTS:
             value = getattr(self, name)
-            if value is None or isinstance(value, int | str | np.integer):
+            if value is None or isinstance(value, int | str | np.integer | Callable):
                 object.__setattr__(self, name, () if value is None else (value,))
+        if isinstance(self.sequence_bias, Mapping):
+            object.__setattr__(self, "sequence_bias", tuple(self.sequence_bias.items()))
         validate(self, GenerationError)
+        for _, bias in self.sequence_bias:
+            expected = f"numbers from {-_LARGEST:g} to {_LARGEST:g}; -inf bans a sequence"
+            _require(bias == -math.inf or abs(bias) <= _LARGEST, "sequence_bias", bias, expected)
+        for processor in self.logits_processor:
+            usable = callable(processor) and not type(processor).__module__.startswith("transformers.")
+            _require(usable, "logits_processor", processor, "a JAX function (tokens, scores) -> scores, or several")
         # -1 is not a token: it never stops a row.
         object.__setattr__(self, "eos_token_id", tuple(token for token in self.eos_token_id if token != -1))
         budgeted = self.answer_budget is None or self.think_budget is not None
@@ -245,6 +283,32 @@ class GenerationConfig:
                 f"{count:,} new tokens to fit max_position_embeddings={max_position_embeddings:,}"
             )
         return count
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether scores depend on more than the logits, `sampling` and which tokens have occurred."""
+        bans = self.bad_words_ids or self.suppress_tokens or self.sequence_bias or self.no_repeat_ngram_size
+        return bool(bans or self.logits_processor or (self.min_new_tokens and self.eos_token_id))
+
+    @property
+    def biases(self) -> dict[tuple[int, ...], float]:
+        """Sequences of tokens, and what is added to the logit of the token that completes them; -inf for a ban."""
+        # A ban may be added like a bias: nothing that follows makes more of -inf.
+        ends = {(token,) for token in self.eos_token_id}
+        bans = [sequence for sequence in self.bad_words_ids if sequence not in ends]
+        bans += [(token,) for token in self.suppress_tokens]
+        return dict(self.sequence_bias) | dict.fromkeys(bans, -math.inf)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Check token ids against a model's vocabulary.
+
+        Raises:
+            GenerationError: a banned or biased token is not one of it.
+        """
+        sequences = [*self.bad_words_ids, self.suppress_tokens, *(tokens for tokens, _ in self.sequence_bias)]
+        highest = max((max(tokens) for tokens in sequences if tokens), default=0)
+        names = "bad_words_ids, suppress_tokens or sequence_bias"
+        _require(highest < vocab_size, names, highest, f"tokens below {vocab_size}, the size of the vocabulary")
 
     @property
     def padding_id(self) -> int:

@@ -113,9 +113,15 @@ def configured(config: "GenerationConfig", preset_name: str | None, options: Map
     Raises:
         GenerationError: an option or preset is unknown or out of its range, or asks for several sequences of a prompt.
     """
+    from glm4v_jax.config.generation import OF_THE_MODEL
+
     if preset_name is not None:
         config = config.replace(**preset(preset_name))
-    config = config.replace(**options)
+    if asked := [name for name in OF_THE_MODEL if options.get(name)]:
+        expected = "it in model.generate alone; logprobs=N returns log probabilities here"
+        raise GenerationError(f"{asked[0]}: found {options[asked[0]]!r}; expected {expected}")
+    # A checkpoint's file may ask for what only `model.generate` returns.
+    config = config.replace(**{**options, **dict.fromkeys(OF_THE_MODEL, False)})
     if config.num_return_sequences != 1:
         raise GenerationError(f"num_return_sequences: found {config.num_return_sequences}; expected 1")
     return config

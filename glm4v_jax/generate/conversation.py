@@ -15,6 +15,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.errors import GenerationError, MessageError
 from glm4v_jax.generate.completion import Completion, Delta, last
+from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.scheduler import Update, run
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import Slots
@@ -171,6 +172,7 @@ class Conversation:
     def _turn(self, message: dict[str, Any], media: _Media, sequence: SequenceState) -> Generator[Delta, None, None]:
         if self._slots is None:
             self._slots = self._engine.new_slots(1, sequence.config)
+        self._slots.variant = Variant.of(sequence.config)
         # What the cache holds for certain if the turn ends before its first token.
         self.in_cache = sequence.prompt.truncated(sequence.start().keep)
         try:

@@ -8,6 +8,7 @@ B: rows, n: rows of a chunk, T: its tokens, S: cache slots of a row, V: vocabula
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
-from glm4v_jax.generate.sampling import largest, mark_seen, row_keys, sample, step_keys
+from glm4v_jax.generate.constraints import Constraints, banned, biased, processed, pushed
+from glm4v_jax.generate.sampling import choose, largest, mark_seen, penalised, row_keys, step_keys, warped
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import embed_with_vision, score
 from glm4v_jax.model.kv_cache import KVCache, init_cache
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.runtime import Flat
+
+# Programs are compiled for these numbers of top log probabilities.
+_TOPS = (0, 5, 20, 64)
 
 
 class RowState(NamedTuple):
@@ -81,13 +86,48 @@ class PrefillChunk(NamedTuple):
     keep: Int[Array, " n"]
 
 
+class Variant(NamedTuple):
+    """What a program that chooses tokens is compiled for.
+
+    Attributes:
+      top: number of top log probabilities to return; None for no log probabilities at all.
+      scores, logits: whether to return these of the whole vocabulary.
+      processors: functions of the user (`GenerationConfig.logits_processor`).
+    """
+
+    top: int | None = None
+    scores: bool = False
+    logits: bool = False
+    processors: tuple[Callable[..., Any], ...] = ()
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> "Variant":
+        """The programs for requests with these options."""
+        top = None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)
+        whole = config.return_dict_in_generate
+        return cls(top, whole and config.output_scores, whole and config.output_logits, config.logits_processor)
+
+
+_PLAIN = Variant()
+
+
 class Chosen(NamedTuple):
-    """Chosen tokens, and where requested their log probabilities before penalty, temperature and top-k/p cuts."""
+    """Chosen tokens, and what their `Variant` asks for.
+
+    Attributes:
+      logprobs, top_tokens, top_logprobs: log probabilities before penalty, temperature and top-k/p cuts.
+      scores, logits: what tokens were chosen from, after everything and before it.
+    """
 
     tokens: Int[Array, "*B"]
-    logprobs: Float[Array, "*B"] | None
-    top_tokens: Int[Array, "*B N"] | None
-    top_logprobs: Float[Array, "*B N"] | None
+    logprobs: Float[Array, "*B"] | None = None
+    top_tokens: Int[Array, "*B N"] | None = None
+    top_logprobs: Float[Array, "*B N"] | None = None
+    scores: Float[Array, "*B V"] | None = None
+    logits: Float[Array, "*B V"] | None = None
+
+
+_Carry = tuple[Array, Chosen, SlotsState, Array | None]
 
 
 class Decoded(NamedTuple):
@@ -161,15 +201,16 @@ def prefill(
     return state._replace(cache=written, seen=seen, hidden=last)
 
 
-@functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="variant", donate_argnames="state")
 def choose_first(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
     state: SlotsState,
     rows: Bool[Array, " B"],
     row: RowState,
+    constraints: Constraints | None = None,
     *,
-    top: int | None = None,
+    variant: Variant = _PLAIN,
 ) -> tuple[SlotsState, Chosen]:
     """Choose the first token of rows whose prompts are in the cache, and start them.
 
@@ -178,7 +219,8 @@ def choose_first(
       state: of all rows, as `prefill` returns it.
       rows: the rows to start; the others stay as they are.
       row: of all B; `token` is ignored, and no token is chosen for a row that is done.
-      top: number of top log probabilities to return; None for no log probabilities at all.
+      constraints: of all rows, with the tokens of prompts alone; None if no row has any.
+      variant: what to return, and how to choose.
 
     Returns:
       The state, and the tokens, [B].
@@ -190,31 +232,32 @@ def choose_first(
 
     row = jax.tree.map(chosen_from, _place_row(row), state.row)
     only_these = row._replace(done=row.done | ~rows)
-    (begun, seen), chosen = _choose(text.module, head, state.hidden, only_these, state.seen, top)
+    (begun, seen), chosen = _choose(text.module, head, state.hidden, only_these, state.seen, constraints, variant)
     row = begun._replace(done=chosen_from(begun.done, row.done))
     return state._replace(row=row, seen=seen), chosen
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps", "top"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("num_steps", "variant"), donate_argnames="state")
 def decode(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
     state: SlotsState,
     limit: Int[Array, ""],
     idle: Int[Array, ""],
+    constraints: Constraints | None = None,
     *,
     num_steps: int,
-    top: int | None = None,
-) -> tuple[Decoded, SlotsState]:
+    variant: Variant = _PLAIN,
+) -> tuple[Decoded, SlotsState, Constraints | None]:
     """Up to min(num_steps, limit) more tokens of every row that is not done; stops early when `idle` rows are done."""
     decoder = text.module
 
-    def is_running(carry: tuple[Array, Chosen, SlotsState]) -> Array:
-        i, _, state = carry
+    def is_running(carry: _Carry) -> Array:
+        i, _, state, _ = carry
         return (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
 
-    def step(carry: tuple[Array, Chosen, SlotsState]) -> tuple[Array, Chosen, SlotsState]:
-        i, out, state = carry
+    def step(carry: _Carry) -> _Carry:
+        i, out, state, tokens = carry
         cache, row = state.cache, state.row
         token = row.token[:, None]
         position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
@@ -223,18 +266,36 @@ def decode(
         hidden, written, _ = decoder(decoder.embed_tokens(token), position, segment_ids, cache)
         assert written is not None
         written = written._replace(length=jnp.where(row.done, cache.length, written.length))
-        (row, seen), chosen = _choose(decoder, head, hidden, row, state.seen, top)
+        known = constraints
+        if known is not None and tokens is not None:
+            tokens = pushed(tokens, row.token)
+            known = known._replace(tokens=tokens)
+        (row, seen), chosen = _choose(decoder, head, hidden, row, state.seen, known, variant)
         out = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
-        return i + 1, out, state._replace(cache=written, seen=seen, row=row)
+        return i + 1, out, state._replace(cache=written, seen=seen, row=row), tokens
 
-    zero = (state.row.token * 0)[:, None]
-    out = Chosen(zero + jnp.zeros((1, num_steps), jnp.int32), None, None, None)
-    if top is not None:
-        many = out.tokens[..., None] + jnp.zeros((1, 1, top), jnp.int32)
-        out = Chosen(out.tokens, out.tokens.astype(jnp.float32), many, many.astype(jnp.float32))
-    _, out, state = jax.lax.while_loop(is_running, step, (jnp.zeros((), jnp.int32), out, state))
+    out = _room(state, num_steps, variant)
+    # Of the constraints the loop carries the tokens alone: the rest never changes.
+    tokens = None if constraints is None else constraints.tokens
+    _, out, state, tokens = jax.lax.while_loop(is_running, step, (jnp.zeros((), jnp.int32), out, state, tokens))
+    if constraints is not None:
+        constraints = constraints._replace(tokens=tokens)
     # Copies: the state is donated to the next dispatch, perhaps before these have been read.
-    return Decoded(out, jnp.copy(state.row.step), jnp.copy(state.row.done)), state
+    return Decoded(out, jnp.copy(state.row.step), jnp.copy(state.row.done)), state, constraints
+
+
+def _room(state: SlotsState, num_steps: int, variant: Variant) -> Chosen:
+    """Zeros for what `num_steps` steps choose."""
+    zero = (state.row.token * 0)[:, None]
+    out = Chosen(zero + jnp.zeros((1, num_steps), jnp.int32))
+    if variant.top is not None:
+        many = out.tokens[..., None] + jnp.zeros((1, 1, variant.top), jnp.int32)
+        floats = out.tokens.astype(jnp.float32), many.astype(jnp.float32)
+        out = out._replace(logprobs=floats[0], top_tokens=many, top_logprobs=floats[1])
+    if variant.scores or variant.logits:
+        whole = (state.seen * 0.0)[:, None] + jnp.zeros((1, num_steps, 1))  # sharded like the logits
+        out = out._replace(scores=whole if variant.scores else None, logits=whole if variant.logits else None)
+    return out
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -277,26 +338,42 @@ def _choose(
     hidden: Float[Array, "B 1 D"],
     row: RowState,
     seen: Bool[Array, "B V"],
-    top: int | None,
+    constraints: Constraints | None,
+    variant: Variant,
 ) -> tuple[tuple[RowState, Bool[Array, "B V"]], Chosen]:
     """Choose the next token of each row from its last hidden state; rows that are done keep theirs."""
-    scores = score(decoder, None if head is None else head.module, hidden)
-    scores = mesh.reshard(scores[:, 0], "batch", "vocab")
+    logits = score(decoder, None if head is None else head.module, hidden)
+    logits = mesh.reshard(logits[:, 0], "batch", "vocab")
     # Greedy for a row that is done: sampling would cost time for nothing.
     params = row.params._replace(do_sample=row.params.do_sample & ~row.done)
-    tokens = sample(scores, params, seen, step_keys(row_keys(row.seed, row.number), row.step))
+
+    constrained: Array | None = None
+    if constraints is not None:
+        constrained = penalised(biased(logits.astype(jnp.float32), constraints), params, seen)
+        constrained = banned(constrained, constraints, row.step, row.eos)
+        constrained = processed(constrained, constraints.tokens, variant.processors)
+
+    def scores() -> Array:
+        return penalised(logits, params, seen) if constrained is None else constrained
+
+    tokens = choose(scores, params, step_keys(row_keys(row.seed, row.number), row.step))
     tokens = jnp.where(row.done, row.token, tokens)
     step = jnp.where(row.done, row.step, row.step + 1)
     done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
-    chosen = Chosen(tokens, None, None, None)
-    if top is not None:
-        logprobs = jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
+    chosen = Chosen(tokens)
+    if variant.top is not None:
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
         # A comparison instead of a gather, which would need an explicit output sharding.
-        of_token = jnp.sum(jnp.where(jnp.arange(scores.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
-        ids, best = jnp.zeros((len(tokens), 0), jnp.int32), jnp.zeros((len(tokens), 0))
-        if top:
-            best, ids = (jnp.flip(x, axis=-1) for x in largest(logprobs, top))
-        chosen = Chosen(tokens, of_token, ids, best)
+        of_token = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
+        if variant.top:
+            best, ids = (jnp.flip(x, axis=-1) for x in largest(logprobs, variant.top))
+        else:  # from arrays of rows, as zeros would not be sharded like them
+            best, ids = of_token[:, None][:, :0], tokens[:, None][:, :0]
+        chosen = chosen._replace(logprobs=of_token, top_tokens=ids, top_logprobs=best)
+    if variant.scores:
+        chosen = chosen._replace(scores=warped(scores(), params))
+    if variant.logits:
+        chosen = chosen._replace(logits=logits.astype(jnp.float32))
     return (row._replace(token=tokens, done=done, step=step), mark_seen(seen, tokens)), chosen
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from glm4v_jax.checkpoints.load import load_runtime
-from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.generation import OF_ALL_REQUESTS, GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
+from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
 from glm4v_jax.generate.prompt import prompt_of
 from glm4v_jax.generate.prompt_queue import PromptQueue
@@ -34,9 +35,6 @@ from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
-# Programs are compiled for these numbers of top log probabilities.
-_TOPS = (0, 5, 20, 64)
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -47,7 +45,8 @@ class Request:
 
     Attributes:
       prompt: as `Engine.stream` takes it.
-      options: fields of `GenerationConfig` that differ from those of the whole batch; not `logprobs`.
+      options: fields of `GenerationConfig` that differ from those of the whole batch; not `logprobs` and
+        `logits_processor`.
     """
 
     prompt: Any
@@ -172,8 +171,8 @@ class Engine:
 
         def prepare(index: int, item: Any) -> SequenceState:
             request = item if isinstance(item, Request) else Request(item)
-            if "logprobs" in request.options:
-                raise GenerationError("logprobs: found an option of one prompt; expected one for all")
+            if shared_options := [name for name in OF_ALL_REQUESTS if name in request.options]:
+                raise GenerationError(f"{shared_options[0]}: found an option of one prompt; expected one for all")
             config = configured(shared, None, request.options)
             number = 0 if "seed" in request.options else index
             prompt = self.prompt(request.prompt)
@@ -214,8 +213,8 @@ class Engine:
         max_new_tokens: int = 128,
         one: bool = True,
         many: bool = True,
-        logprobs: int | None = None,
         progress: Callable[[Warmed], None] = show,
+        **options: Any,
     ) -> list[Warmed]:
         """Compile ahead what requests in these ranges need, so that none of them compiles anything.
 
@@ -228,8 +227,9 @@ class Engine:
           max_new_tokens: of the requests; with a think budget, that and the answer budget together.
           one: compile for `generate`, `stream` and conversations.
           many: compile for `generate_many`.
-          logprobs: of the requests.
           progress: called with each program and its seconds; by default they are printed to standard error.
+          **options: of the requests, as `stream` takes them. Programs of their own belong to `logprobs`, to
+            `logits_processor`, and to bans, biases and least lengths together.
 
         Returns:
           The programs, in the order in which they ran.
@@ -243,7 +243,7 @@ class Engine:
         self._free.clear()
         # Later turns, and answers after a think budget, prefill as little as one token.
         lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
-        config = GenerationConfig(logprobs=logprobs)
+        config = self.config(**options)
 
         def all_programs() -> Iterator[Warmed]:
             if vision_patches is not None:
@@ -251,12 +251,13 @@ class Engine:
                 yield from warm_vision(self.pool, vision_patches)
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self._slots(num_rows, config) as slots:
-                    yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens)
+                    yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens, config)
 
         return run_all(all_programs(), progress)
 
     def new_sequence(self, prompt: Prompt, config: GenerationConfig, **kwargs: Any) -> SequenceState:
         """Create the state of a request that has not started; see `SequenceState`."""
+        config.check_vocabulary(self.runtime.config.text_config.vocab_size)
         limit = self.runtime.config.text_config.max_position_embeddings
         return SequenceState(prompt, config, self.processor.tokenizer, limit, **kwargs)
 
@@ -278,14 +279,18 @@ class Engine:
 
     def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
         """Create slots of this engine's model, which share its feature pool."""
-        return Slots(self.runtime, num_rows, self._capacity, pool=self.pool, top=_top(config), stats=self.stats)
+        return Slots(
+            self.runtime, num_rows, self._capacity, pool=self.pool, variant=Variant.of(config), stats=self.stats
+        )
 
     @contextlib.contextmanager
     def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
         """Lend slots, and keep them for the next request, unless a long prompt has made them large."""
         with self.pool.lock:
-            free = self._free.setdefault((num_rows, _top(config)), [])
+            variant = Variant.of(config)
+            free = self._free.setdefault((num_rows, variant.top), [])
             slots = free.pop() if free else self.new_slots(num_rows, config)
+            slots.variant = variant
 
         def give_back() -> None:
             if slots.capacity <= slots.capacity_for(self._capacity):
@@ -297,8 +302,3 @@ class Engine:
             give_back()  # the stream was closed, the slots are intact
             raise
         give_back()
-
-
-def _top(config: GenerationConfig) -> int | None:
-    """How many top log probabilities the programs report: one of few numbers, as each is a set of programs."""
-    return None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)

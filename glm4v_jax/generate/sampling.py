@@ -9,6 +9,7 @@ gathered only where those do not decide (a large or no top-k together with top-p
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,11 @@ def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool
         seen: the tokens of each row's prompt, those of images included, and of what was generated so far. The
             reference counts padding too, so that its penalty depends on the other prompts of a batch; this must not.
     """
-    logits = penalised(logits, params, seen)
+    return warped(penalised(logits, params, seen), params)
+
+
+def warped(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
+    """Returns the scores of rows that sample after temperature and cuts, those of the others as they were."""
     do_sample, temperature, _, _, min_p, _ = (jnp.asarray(param)[:, None] for param in params)
     scores = logits / jnp.where(do_sample, temperature, 1.0)
     cut_score, cut_id = _cuts(scores, params)
@@ -49,12 +54,19 @@ def sample(
     logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"], keys: Key[Array, "B"]
 ) -> Int[Array, "B"]:
     """Choose the next token of each row, int32: sampled with that row's key, or the first maximum if it is greedy."""
+    return choose(lambda: penalised(logits, params, seen), params, keys)
+
+
+def choose(scores: Callable[[], Float[Array, "B V"]], params: SamplingParams, keys: Key[Array, "B"]) -> Int[Array, "B"]:
+    """Choose as `sample` does, from scores before temperature and cuts.
+
+    A function gives them, and not an array: they are cheaper to compute again for sampling than to keep.
+    """
     do_sample = jnp.asarray(params.do_sample)
-    greedy = jnp.argmax(penalised(logits, params, seen), axis=-1).astype(jnp.int32)
+    greedy = jnp.argmax(scores(), axis=-1).astype(jnp.int32)
 
     def drawn() -> Int[Array, "B"]:
-        scores = process_logits(logits, params, seen)
-        tokens = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+        tokens = jax.vmap(jax.random.categorical)(keys, warped(scores(), params)).astype(jnp.int32)
         return jnp.where(do_sample, tokens, greedy)
 
     # Top-k, top-p and sampling take longer than a small model's layers.

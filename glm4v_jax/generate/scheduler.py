@@ -20,7 +20,7 @@ from glm4v_jax.inputs.medium import Medium
 # A stream takes as many decode steps a dispatch as fit into this time, in seconds: text flows, without bursts.
 _STREAM_PERIOD = 0.05
 # Or this number where there are several processes: their clocks differ, and their numbers of steps must not.
-_SHARED_STEPS = 8
+SHARED_STEPS = 8
 # Requests to wait for while no slot is busy.
 _FEW = 8
 # Decode steps a dispatch while a slot is free and the prompt for it is being prepared.
@@ -104,7 +104,7 @@ def run(
     shared = spans_processes(slots.runtime.mesh)
     if shared:
         waiting = SharedQueue(waiting, slots.shards)
-    pace = DispatchSize(_SHARED_STEPS if steps is None and shared else steps)
+    pace = DispatchSize(SHARED_STEPS if steps is None and shared else steps)
     try:
         while True:
             starts = restarts
@@ -228,7 +228,8 @@ def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[i
     if chosen.logprobs is None or top is None:
         return tokens, []
     values, ids, tops = (np.asarray(x)[row] for x in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
-    values, ids, tops = values.reshape(-1), ids.reshape(-1, ids.shape[-1]), tops.reshape(-1, tops.shape[-1])
+    values = values.reshape(-1)
+    ids, tops = (x.reshape(len(values), x.shape[-1]) for x in (ids, tops))
     return tokens, [
         TokenLogprob(token, float(values[i]), tuple(zip(ids[i, :top].tolist(), tops[i, :top].tolist(), strict=True)))
         for i, token in enumerate(tokens)

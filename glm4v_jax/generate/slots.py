@@ -13,7 +13,8 @@ import numpy as np
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
 from glm4v_jax.generate import device_steps
-from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState
+from glm4v_jax.generate.constraints import Constraints, TableShape, constraints_of, grown, merged
+from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState, Variant
 from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.generate.prefill_chunks import Start, chunk_arrays, chunk_bounds
 from glm4v_jax.inputs.medium import Medium
@@ -25,6 +26,8 @@ MIN_CAPACITY = 64
 MIN_EOS = 8
 MAX_STEPS = 32
 """Decode steps of a dispatch at most."""
+SCORED_STEPS = 8
+"""The same where scores or logits of the whole vocabulary are returned: 5 MB of each row of the 9B."""
 
 
 @dataclasses.dataclass
@@ -47,6 +50,7 @@ class Slots:
     Attributes:
       num_rows: B.
       shards: number of shards of the batch.
+      variant: of the programs that choose tokens; may be changed while all rows are free.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Slots:
         capacity: int = MIN_CAPACITY,
         *,
         pool: FeaturePool | None = None,
-        top: int | None = None,
+        variant: Variant | None = None,
         stats: Stats | None = None,
     ):
         """Create free rows.
@@ -66,7 +70,7 @@ class Slots:
           num_rows: B; rounded up to the shards of a batch.
           capacity: cache slots of a row at first; grows with what prompts need.
           pool: where vision tokens are kept; one of its own by default.
-          top: number of top log probabilities to report; None for no log probabilities.
+          variant: of the programs that choose tokens; by default they return tokens alone.
           stats: where to count.
         """
         with use_mesh(runtime.mesh):
@@ -74,13 +78,18 @@ class Slots:
             self.pool = pool if pool is not None else FeaturePool(runtime)
         self.runtime = runtime
         self.num_rows = self.shards * -(-num_rows // self.shards)
-        self.top = top
+        self.variant = variant or Variant()
         self.stats = stats if stats is not None else Stats()
         self._num_eos = MIN_EOS
         self._capacity = self.capacity_for(capacity)
         self._state: device_steps.SlotsState | None = None
         self._steps = np.zeros(self.num_rows, np.int32)
         """new tokens of each row, as last read"""
+        self._constraints: Constraints | None = None
+        """None if no row has any, so that the ordinary programs run"""
+        self._constrained: set[int] = set()
+        """rows that may be running with constraints"""
+        self._table = TableShape()
 
     def capacity_for(self, need: int) -> int:
         """Round a number of cache slots up to one of few numbers, which the mesh can split."""
@@ -117,8 +126,9 @@ class Slots:
                     self._prefill(*wave, [*itertools.chain.from_iterable(later), *upcoming])
             assert self._state is not None
             text, head = self.runtime.text, self.runtime.head
+            self._constrain(starts, rows)
             self._state, chosen = device_steps.choose_first(
-                text, head, self._state, rows | together, self._row_of(starts), top=self.top
+                text, head, self._state, rows | together, self._row_of(starts), self._constraints, variant=self.variant
             )
         if together:
             self._steps[:] = 0
@@ -135,10 +145,11 @@ class Slots:
         """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default)."""
         text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
-        limit, idle = min(limit, MAX_STEPS), min(idle or self.num_rows, self.num_rows)
+        most = SCORED_STEPS if self.variant.scores or self.variant.logits else MAX_STEPS
+        bounds = np.int32(min(limit, most)), np.int32(min(idle or self.num_rows, self.num_rows))
         with use_mesh(self.runtime.mesh):
-            decoded, self._state = device_steps.decode(
-                text, head, self._state, np.int32(limit), np.int32(idle), num_steps=MAX_STEPS, top=self.top
+            decoded, self._state, self._constraints = device_steps.decode(
+                text, head, self._state, *bounds, self._constraints, num_steps=most, variant=self.variant
             )
         self.stats.dispatches += 1
         return decoded
@@ -148,6 +159,7 @@ class Slots:
         chosen, step, done = to_host(decoded)
         counts = step - self._steps
         self._steps = step.copy()
+        self._constrained -= set(np.flatnonzero(done).tolist())
         self.stats.slot_steps += int(counts.max()) * self.num_rows
         self.stats.busy_steps += int(counts.sum())
         return chosen, counts, done
@@ -155,6 +167,7 @@ class Slots:
     def stop(self, rows: list[int]) -> None:
         """End rows before they are done."""
         assert self._state is not None
+        self._constrained -= set(rows)
         with use_mesh(self.runtime.mesh):
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
@@ -210,6 +223,22 @@ class Slots:
             for values, value in zip(row.params, config.sampling, strict=True):
                 np.asarray(values)[i] = value
         return row
+
+    def _constrain(self, starts: Mapping[int, Start], rows: np.ndarray) -> None:
+        """Put the constraints of these rows on the device, if they or any other running row have some."""
+        asking = {row: start.config for row, start in starts.items() if start.config.is_constrained}
+        self._constrained = (self._constrained - starts.keys()) | asking.keys()
+        if not self._constrained:
+            self._constraints = None
+            return
+        self._table, capacity = TableShape.of(asking, self._table), self._capacity
+        old = self._constraints
+        if old is not None and (old.tokens.shape[1] != capacity or old.prefixes.shape[1:] != self._table):
+            old = grown(old, capacity, self._table)
+        contents = {row: (starts[row].prompt.input_ids, config) for row, config in asking.items()}
+        vocab = self.runtime.config.text_config.vocab_size
+        new = constraints_of(contents, self.num_rows, capacity, vocab, self._table)
+        self._constraints = merged(rows, new, old)
 
     def _make_room(self, starts: Mapping[int, Start]) -> None:
         """Create the state, or grow it to what these prompts need."""

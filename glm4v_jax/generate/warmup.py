@@ -7,7 +7,7 @@ run each program once, on zeros.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
@@ -16,6 +16,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
 from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
@@ -93,6 +94,7 @@ def warmup(
     max_new_tokens: int = 128,
     batch_sizes: Sequence[int] = (1,),
     progress: Callable[[Warmed], None] | None = None,
+    **options: Any,
 ) -> list[Warmed]:
     """Compile and run once what `model.generate` will need, so that no request in these ranges compiles anything.
 
@@ -109,6 +111,7 @@ def warmup(
       max_new_tokens: of the requests; it decides the size of the caches.
       batch_sizes: numbers of prompts in a request.
       progress: called with each program as it has run.
+      **options: of the requests, as `model.generate` takes them; see `Engine.warmup`.
 
     Returns:
       The programs, in the order in which they ran.
@@ -120,6 +123,7 @@ def warmup(
     check_ranges(runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
     with use_mesh(runtime.mesh):
         shards = data_shards()
+    config = runtime.generation_config.replace(**options)
     pools = [FeaturePool(runtime)]
     while vision_patches is not None and pools[-1].capacity < largest_pool(pools[0], vision_patches):
         pools.append(FeaturePool(runtime, pools[-1].capacity * GROWTH))
@@ -130,8 +134,8 @@ def warmup(
                 yield from warm_vision(pool, vision_patches)
             for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
                 for _, cache, length in prompt_shapes(*prompt_lengths, max_new_tokens):
-                    slots = Slots(runtime, rows, cache, pool=pool)
-                    yield from warm_slots(slots, [length], max_new_tokens, together=True)
+                    slots = Slots(runtime, rows, cache, pool=pool, variant=Variant.of(config))
+                    yield from warm_slots(slots, [length], max_new_tokens, config, together=True)
 
     return run_all(all_programs(), progress)
 
@@ -160,27 +164,33 @@ def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[
 
 
 def warm_slots(
-    slots: Slots, lengths: Sequence[int], max_new_tokens: int, *, together: bool = False
+    slots: Slots, lengths: Sequence[int], max_new_tokens: int, config: GenerationConfig, *, together: bool = False
 ) -> Iterator[Warmed]:
-    """Run prefill for prompts of each length, and decoding, in the slots as they are."""
-    config = GenerationConfig(eos_token_id=(), logprobs=slots.top)
+    """Run prefill for prompts of each length, and decoding, in the slots as they are.
+
+    If `config` has constraints, also what follows a prompt of a request with them.
+    """
+    plain = GenerationConfig()
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
         start = time.perf_counter()
-        chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), config, 1)), together=together)
+        chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), plain, 1)), together=together)
         jax.block_until_ready(chosen)
         shape = f"B {slots.num_rows}, T {chunk_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
-    if max_new_tokens == 1:
+    if max_new_tokens == 1 and not config.is_constrained:
         return
-    start = time.perf_counter()
-    # Twice: the state that decoding returns may have another layout than the one that prefill returns.
-    for _ in range(2):
-        slots.start({0: Start(Prompt.of_text([0] * lengths[-1]), config, min(3, max_new_tokens))}, together=together)
-        for _ in range(min(2, max_new_tokens - 1)):
-            slots.read(slots.decode(1))
-    slots.stop(list(rows))
-    yield Warmed("decode", f"B {slots.num_rows}, cache {slots.capacity}", time.perf_counter() - start)
+    prompt = Prompt.of_text([0] * lengths[-1])
+    for asked in [plain, config] if config.is_constrained else [plain]:
+        start = time.perf_counter()
+        # Twice: the state that decoding returns may have another layout than the one that prefill returns.
+        for _ in range(2):
+            slots.start({0: Start(prompt, asked, min(3, max_new_tokens))}, together=together)
+            for _ in range(min(2, max_new_tokens - 1)):
+                slots.read(slots.decode(1))
+        slots.stop(list(rows))
+        shape = f"B {slots.num_rows}, cache {slots.capacity}{', constraints' if asked is config else ''}"
+        yield Warmed("decode", shape, time.perf_counter() - start)
 
 
 def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:

@@ -1,24 +1,30 @@
 """`model.generate` in the reference's shapes: a padded batch of prompts in, a padded batch of tokens out."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices.distributed import agree, spans_processes, to_host
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.device_steps import Chosen, Variant
 from glm4v_jax.generate.prefill_chunks import Start
-from glm4v_jax.generate.slots import Slots
+from glm4v_jax.generate.scheduler import SHARED_STEPS, DispatchSize
+from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.generate.text.stream import TokenStops
+from glm4v_jax.hf.outputs import GenerateDecoderOnlyOutput
 from glm4v_jax.inputs.prompt import prompts_of, token_array
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.runtime import Runtime
 
 # Outputs of processors that generation does not need.
 _NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
-_OF_THE_ENGINE = {"stop_strings": (), "think_budget": None, "stop_repetition": False, "logprobs": None}
+_OF_THE_ENGINE = {"think_budget": None, "stop_repetition": False, "logprobs": None}
 
 
 def generate(
@@ -31,8 +37,10 @@ def generate(
     pixel_values_videos: np.ndarray | None = None,
     video_grid_thw: np.ndarray | None = None,
     generation_config: GenerationConfig | None = None,
+    tokenizer: Glm4vTokenizer | None = None,
+    streamer: Any = None,
     **options: Any,
-) -> np.ndarray:
+) -> Any:
     """Continue prompts.
 
     Args:
@@ -41,12 +49,14 @@ def generate(
       attention_mask: int [B, T].
       pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: as the processor makes them.
       generation_config: in place of the checkpoint's generation_config.json.
-      **options: fields of `GenerationConfig`, which win over it: max_new_tokens, do_sample, temperature, top_p, top_k,
-        min_p, repetition_penalty, num_return_sequences, eos_token_id (-1 never stops), pad_token_id, seed.
+      tokenizer: for `stop_strings`; a row ends with the token that completes one, which may begin in its prompt.
+      streamer: an object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; it is given the prompts
+        [B, T], then the new tokens [B] of each step.
+      **options: fields of `GenerationConfig`, which win over it.
 
     Returns:
       int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens; rows that ended early are
-      filled with the padding token.
+      filled with the padding token. With `return_dict_in_generate` that and more as a `GenerateDecoderOnlyOutput`.
 
     Raises:
       GenerationError: an option is unknown or out of its range, or prompt and new tokens exceed
@@ -58,33 +68,102 @@ def generate(
     config = (generation_config or runtime.generation_config).replace(**options)
     for name, off in _OF_THE_ENGINE.items():
         if (found := getattr(config, name)) != off:
-            raise GenerationError(f"{name}: found {found!r}; expected {off!r}: it needs text, use glm4v_jax.Engine")
+            raise GenerationError(f"{name}: found {found!r}; expected {off!r}, or glm4v_jax.Engine, which has it")
+    if config.stop_strings and tokenizer is None:
+        raise GenerationError(
+            f"stop_strings: found {config.stop_strings!r} without a tokenizer; expected tokenizer=processor.tokenizer"
+        )
+    config.check_vocabulary(runtime.config.text_config.vocab_size)
     input_ids = token_array(input_ids)
     num_new = config.new_tokens(input_ids.shape[-1], runtime.config.text_config.max_position_embeddings)
     inputs = {
         "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values,
         "image_grid_thw": image_grid_thw, "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
     }  # fmt: skip
-    if spans_processes(runtime.mesh):
+    shared = spans_processes(runtime.mesh)
+    if shared:
         agree("inputs", _digest(inputs, config))
     copies = config.num_return_sequences
     prompts = [prompt for prompt in prompts_of(inputs, runtime.config) for _ in range(copies)]
     starts = {row: Start(prompt, config, num_new, number=row) for row, prompt in enumerate(prompts)}
-
-    new = np.full((len(prompts), num_new), config.padding_id, np.int64)
     with use_mesh(runtime.mesh):
         shards = data_shards()
-    slots = Slots(runtime, shards * bucket(-(-len(prompts) // shards)))
+    slots = Slots(runtime, shards * bucket(-(-len(prompts) // shards)), variant=Variant.of(config))
+    ends = list[TokenStops]()
+    if tokenizer is not None and config.stop_strings:
+        ends = [TokenStops(config.stop_strings, tokenizer, prompt.input_ids.tolist()) for prompt in prompts]
+    # A steady stream, where somebody reads it.
+    pace = DispatchSize(MAX_STEPS if streamer is None else SHARED_STEPS if shared else None)
+    blocks = list[Block]()
+    if streamer is not None:
+        streamer.put(input_ids)
+    for block in _blocks(slots, starts, num_new, ends, pace):
+        blocks.append(block)
+        if streamer is not None:
+            for column in np.where(block.valid, block.chosen.tokens, config.padding_id).T:
+                streamer.put(column.astype(np.int64))
+    if streamer is not None:
+        streamer.end()
+    new = np.concatenate([np.where(valid, chosen.tokens, config.padding_id) for chosen, valid in blocks], axis=1)
+    sequences = np.concatenate([np.repeat(input_ids, copies, axis=0), new], axis=1).astype(np.int64)
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences,
+        scores=_steps(blocks, [block.chosen.scores for block in blocks]) if config.output_scores else None,
+        logits=_steps(blocks, [block.chosen.logits for block in blocks]) if config.output_logits else None,
+    )
+
+
+class Block(NamedTuple):
+    """What n decode steps chose, in NumPy: [B, n, ...], and bool [B, n], False after a row's end."""
+
+    chosen: Chosen
+    valid: np.ndarray
+
+
+def _blocks(
+    slots: Slots, starts: Mapping[int, Start], num_new: int, ends: Sequence[TokenStops], pace: DispatchSize
+) -> Iterator[Block]:
+    """Generate, until all rows have ended.
+
+    Args:
+      slots, starts: all rows begin together, the first at slot 0.
+      num_new: the most new tokens of a row.
+      ends: of each row, where there are stop strings.
+      pace: of the dispatches.
+    """
+    count = len(starts)
+    stopped = np.zeros(slots.num_rows, np.bool_)
+
+    def block(chosen: Chosen, counts: np.ndarray) -> Block:
+        valid = (np.arange(chosen.tokens.shape[1]) < counts[:, None]) & ~stopped[:, None]
+        for row, end in enumerate(ends):
+            for column in np.flatnonzero(valid[row]):
+                if end.push(int(chosen.tokens[row, column])):
+                    valid[row, column + 1 :], stopped[row] = False, True
+                    break
+        steps = int(valid[:count].any(axis=0).sum())
+        return Block(jax.tree.map(lambda x: x[:count, :steps], chosen), valid[:count, :steps])
+
     first = slots.start(starts, together=True)
-    made = np.ones(len(prompts), np.int64)
-    done = np.full(1, num_new == 1)
-    while not done.all():
-        chosen, counts, done = slots.read(slots.decode())
-        for row, count in enumerate(counts[: len(prompts)].tolist()):
-            new[row, made[row] : made[row] + count] = chosen.tokens[row, :count]
-            made[row] += count
-    new[:, 0] = to_host(first.tokens)[: len(prompts)]
-    return np.concatenate([np.repeat(input_ids, copies, axis=0), new[:, : made.max()]], axis=1).astype(np.int64)
+    decoded = slots.decode(pace.begin()) if num_new > 1 else None
+    first = jax.tree.map(lambda x: x[:, None], to_host(first))
+    yield block(first, np.ones(slots.num_rows, np.int32))
+    while decoded is not None:
+        chosen, counts, done = slots.read(decoded)
+        pace.end()
+        made = block(chosen, counts)
+        if surplus := np.flatnonzero(stopped & ~done).tolist():
+            slots.stop(surplus)
+        decoded = None if (done | stopped).all() else slots.decode(pace.begin())
+        yield made
+
+
+def _steps(blocks: Sequence[Block], values: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    """[B, n, V] of each block -> [B, V] of each step; zeros after a row's end."""
+    pairs = [(block.valid, value) for block, value in zip(blocks, values, strict=True)]
+    return tuple(np.where(valid[:, i, None], value[:, i], 0) for valid, value in pairs for i in range(valid.shape[1]))
 
 
 def _digest(inputs: Mapping[str, Any], config: GenerationConfig) -> bytes:

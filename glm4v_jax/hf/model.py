@@ -170,6 +170,10 @@ class Glm4vForConditionalGeneration:
         leaves = zip(leaf_paths(self.module), jax.tree.leaves(self.module), strict=True)
         return num_params([leaf for path, leaf in leaves if not is_scale(path)])
 
+    def get_input_embeddings(self, input_ids: np.ndarray | None = None) -> Any:
+        """See `Glm4vTextModel.get_input_embeddings`."""
+        return self.model.get_input_embeddings(input_ids)
+
     def get_image_features(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> tuple[Array, ...]:
         """Merged tokens of each image, [tokens, D]."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
@@ -219,18 +223,18 @@ class Glm4vForConditionalGeneration:
             )
         return out if return_dict else out.to_tuple()
 
-    def generate(self, input_ids: np.ndarray, **kwargs: Any) -> np.ndarray:
+    def generate(self, input_ids: np.ndarray, **kwargs: Any) -> Any:
         """Continue prompts; `hf.generate.generate` has the details.
 
         Args:
           input_ids: int [B, T], padded on either side where `attention_mask` is 0.
           **kwargs: the processor's other outputs (attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
-            video_grid_thw), and options that override the checkpoint's generation_config.json: max_new_tokens,
-            max_length, do_sample, temperature, top_k, top_p, min_p, repetition_penalty, num_return_sequences,
-            eos_token_id (-1 never stops), pad_token_id, seed.
+            video_grid_thw); `streamer`; `tokenizer`, for stop_strings; and options that override the checkpoint's
+            generation_config.json, the fields of `GenerationConfig`.
 
         Returns:
-          int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens.
+          int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens; with
+          return_dict_in_generate a `GenerateDecoderOnlyOutput`.
 
         Raises:
           GenerationError, MessageError: before anything is computed.

@@ -21,7 +21,7 @@ from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, Pad
 from glm4v_jax.inputs.make_batch import make_batch
 from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.mrope import rope_index
-from glm4v_jax.inputs.prompt import in_vocabulary, token_array
+from glm4v_jax.inputs.prompt import token_array
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.runtime import Runtime, random_module
 
@@ -72,16 +72,9 @@ class Glm4vModel:
         """The compute dtype."""
         return self.language_model.dtype
 
-    def get_input_embeddings(self, input_ids: np.ndarray) -> Array:
-        """[B, T] tokens -> [B, T, D] embeddings.
-
-        Raises:
-          MessageError: the shape is another, or a token is not in the vocabulary.
-        """
-        with use_mesh(self.mesh):
-            input_ids = in_vocabulary(token_array(input_ids), self.config.text_config.vocab_size)
-            extent = Extent.of(input_ids.shape)
-            return extent.cut(forward.embed(self.language_model.flat, extent.pad(input_ids), None, None))
+    def get_input_embeddings(self, input_ids: np.ndarray | None = None) -> Any:
+        """See `Glm4vTextModel.get_input_embeddings`."""
+        return self.language_model.get_input_embeddings(input_ids)
 
     def get_rope_index(
         self,

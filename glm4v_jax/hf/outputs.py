@@ -85,3 +85,17 @@ class Glm4vCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     rope_deltas: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """Output of `generate` with `return_dict_in_generate`, in NumPy.
+
+    sequences: int64 [B, T + new], what `generate` returns otherwise.
+    scores: of each new token float32 [B, V], what it was chosen from; zeros for rows that have ended.
+    logits: of each new token float32 [B, V], as the model gives them; zeros for rows that have ended.
+    """
+
+    sequences: np.ndarray
+    scores: tuple[np.ndarray, ...] | None = None
+    logits: tuple[np.ndarray, ...] | None = None

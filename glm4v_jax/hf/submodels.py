@@ -178,6 +178,19 @@ class Glm4vTextModel:
         """The compute dtype."""
         return compute_dtype(self.flat)
 
+    def get_input_embeddings(self, input_ids: np.ndarray | None = None) -> Any:
+        """[B, T] tokens -> [B, T, D] embeddings; without tokens the function that does so, as the reference returns it.
+
+        Raises:
+          MessageError: the shape is another, or a token is not in the vocabulary.
+        """
+        if input_ids is None:
+            return self.get_input_embeddings
+        with use_mesh(self.mesh):
+            input_ids = in_vocabulary(token_array(input_ids), self.config.vocab_size)
+            extent = Extent.of(input_ids.shape)
+            return extent.cut(forward.embed(self.flat, extent.pad(input_ids), None, None))
+
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache in the layout of this model's layers."""
         return init_cache(self.config, batch, capacity, self.dtype, stacked=self._stacked)

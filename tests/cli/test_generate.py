@@ -265,6 +265,8 @@ def test_log_probabilities_are_those_of_the_tokens(answered):
         # Greedy without a penalty: what was chosen is the likeliest.
         assert {name: item[name] for name in ("id", "token", "logprob")} == item["top"][0]
         assert item["logprob"] < 0
+    alone = answered("--greedy", "--max-new-tokens", 6, "--logprobs", 0, "Hello")
+    assert alone["logprobs"] == [item | {"top": []} for item in answer["logprobs"]]
 
 
 def test_times_are_in_order(answered):

@@ -1,11 +1,13 @@
 """The engine against itself and the reference: how tokens are made and batched must not show in them."""
 
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
+from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
@@ -431,9 +433,10 @@ def test_an_engine_has_at_least_one_slot(make_engine):
         make_engine(num_slots=0)
 
 
-def test_stop_strings_are_the_engines_alone(engine):
-    with pytest.raises(GenerationError, match=r"stop_strings: .* use glm4v_jax\.Engine"):
-        engine.model.generate(input_ids=np.array([[1, 2]]), stop_strings=["a"])
+@pytest.mark.parametrize("name", ["output_scores", "output_logits", "return_dict_in_generate"])
+def test_what_only_the_model_returns_is_refused_where_it_is_asked_for(engine, make_engine, name):
+    with pytest.raises(GenerationError, match=f"{name}: found True; expected it in model.generate alone; logprobs=N"):
+        engine.stream("Hello", **{name: True})
 
 
 def test_boxes_are_pixels_of_the_original_image(engine, image):
@@ -443,6 +446,104 @@ def test_boxes_are_pixels_of_the_original_image(engine, image):
         0, "<answer><|begin_of_box|>[[100, 200, 500, 1000]]<|end_of_box|>", (), 0, "stop", image_sizes=((100, 70),)
     )
     assert made.boxes == [(100, 200, 500, 1000)] and made.pixel_boxes() == [(10, 14, 50, 70)]
+
+
+CONSTRAINED = [
+    dict(no_repeat_ngram_size=2),
+    dict(suppress_tokens=list(range(0, 832, 3))),
+    dict(bad_words_ids=[[5, 6], [7]], sequence_bias={(9,): 2.0, (9, 9): -1.0}),
+    dict(min_new_tokens=20, eos_token_id=list(range(0, 64, 8))),
+    {},
+]
+
+
+@pytest.mark.slow
+def test_requests_with_and_without_constraints_share_slots(engine, lowerings):
+    prompts = random_requests(engine.model, 20, seed=21)
+    requests = [Request(inputs, CONSTRAINED[i % 5]) for i, inputs in enumerate(prompts)]
+    many = {one.index: one.tokens for one in engine.generate_many(requests, max_new_tokens=24, **GREEDY)}
+    changed = 0
+    for index, request in enumerate(requests):
+        options = {**GREEDY, "max_new_tokens": 24, **request.options}
+        assert many[index] == engine.generate(request.prompt, **options).tokens, f"prompt {index}"
+        ids = engine.model.generate(**request.prompt, **options)[0]
+        assert list(many[index]) == ids[request.prompt["input_ids"].size :].tolist()
+        changed += many[index] != engine.generate(request.prompt, max_new_tokens=24, **GREEDY).tokens
+        if "no_repeat_ngram_size" in request.options:
+            pairs = list(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
+            new = pairs[-24:]
+            assert all(pairs.count(pair) == 1 for pair in new)
+    assert changed >= 12
+    # Without such requests the ordinary programs run.
+    with lowerings() as lowered:
+        list(engine.generate_many(["Hello"] * 3, max_new_tokens=24, **GREEDY))
+        engine.generate("Hello", max_new_tokens=24, **GREEDY)
+    assert lowered == []
+    assert all(slots._constraints is None for slots in engine._free[8, None] + engine._free[1, None])
+
+
+def test_a_function_is_one_for_all_requests_of_a_batch(engine):
+    def first(tokens, scores):
+        return scores.at[:, 3].set(1e9)
+
+    assert engine.generate("Hello", max_new_tokens=3, logits_processor=first, **GREEDY).tokens == (3, 3, 3)
+    talk = engine.conversation(max_new_tokens=3, **GREEDY)
+    assert talk.send("Hello", logits_processor=first).tokens == (3, 3, 3)
+    assert talk.send("Hello").tokens != (3, 3, 3)
+    with pytest.raises(GenerationError, match="logits_processor: found an option of one prompt; expected one for all"):
+        list(engine.generate_many([Request("Hello", dict(logits_processor=first))]))
+
+
+LARGEST = float(np.finfo(np.float32).max)
+LIKE_GREEDY = [dict(top_k=1), dict(top_p=1e-30), dict(min_p=1.0), dict(temperature=1e-30)]
+EXTREMES = [
+    *LIKE_GREEDY, dict(top_k=0), dict(top_k=832), dict(top_k=2**40), dict(top_p=1.0), dict(min_p=0.0),
+    dict(temperature=LARGEST), dict(do_sample=False, temperature=0), dict(do_sample=False, temperature=LARGEST),
+    dict(repetition_penalty=1e-30), dict(repetition_penalty=LARGEST), dict(seed=0), dict(seed=2**32 - 1),
+    dict(max_new_tokens=1), dict(max_new_tokens=150), dict(max_new_tokens=None, max_length=150),
+    dict(min_new_tokens=0), dict(min_new_tokens=2**40, eos_token_id=[1]), dict(no_repeat_ngram_size=1),
+    dict(no_repeat_ngram_size=2**40), dict(bad_words_ids=[[0]]), dict(bad_words_ids=[[831] * 5] * 99),
+    dict(suppress_tokens=[0]), dict(suppress_tokens=[token for token in range(832) if token != 5]),
+    dict(sequence_bias={(5,): -float("inf")}), dict(sequence_bias={(5,): LARGEST}),
+    dict(eos_token_id=[]), dict(eos_token_id=list(range(8))), dict(pad_token_id=0), dict(use_cache=False),
+    dict(stop_strings="e"), dict(stop_strings=["x" * 10_000] * 100), dict(stop_repetition=True), dict(logprobs=0),
+    dict(logprobs=64), dict(think_budget=1, answer_budget=1), dict(think_budget=60, answer_budget=90),
+]  # fmt: skip
+ELSEWHERE = {"logits_processor", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", EXTREMES, ids=lambda options: str(options)[:40])
+def test_the_smallest_and_the_largest_of_every_option_run(engine, options):
+    base = dict(max_new_tokens=6, do_sample=True, top_k=0, top_p=1.0, temperature=2.0, eos_token_id=-1)
+    found = engine.generate("Hello", **{**base, **options})
+    config = engine.config(**{**base, **options})
+    assert found.tokens and all(0 <= token < 832 for token in found.tokens)
+    assert len(found.tokens) <= 160 and found.finish_reason in ("stop", "length", "repetition")
+    if found.finish_reason == "length" and config.think_budget is None:
+        assert len(found.tokens) == config.new_tokens(found.prompt_tokens)
+    if options in LIKE_GREEDY:
+        assert found.tokens == engine.generate("Hello", max_new_tokens=6, **GREEDY).tokens
+    if "logprobs" in options:
+        assert [len(entry.top) for entry in found.logprobs] == [options["logprobs"]] * 6
+        assert all(entry.logprob <= 0 for entry in found.logprobs)
+    if options.get("suppress_tokens", [0]) != [0] or options.get("sequence_bias") == {(5,): LARGEST}:
+        assert found.tokens == (5,) * 6
+
+
+def test_every_option_is_run_with_its_extremes():
+    fields = {field.name for field in dataclasses.fields(GenerationConfig)}
+    assert {name for options in EXTREMES for name in options} | ELSEWHERE == fields
+
+
+@pytest.mark.slow
+def test_the_smallest_engine_warms_up_and_answers(make_engine):
+    own = make_engine(num_slots=1, capacity=1, steps_per_dispatch=1)
+    own.warmup(prompt_lengths=(1, 1), max_new_tokens=1, logprobs=0, progress=lambda _: None)
+    (found,) = own.generate_many([{"input_ids": np.array([[5]])}], max_new_tokens=1, logprobs=0, **GREEDY)
+    expected = own.generate({"input_ids": np.array([[5]])}, max_new_tokens=1, logprobs=1, **GREEDY)
+    (entry,) = found.logprobs
+    assert entry.top == () and (entry.token, entry.logprob) == expected.logprobs[0].top[0]
 
 
 @pytest.mark.slow
@@ -457,6 +558,18 @@ def test_an_engine_compiles_nothing_after_warm_up(engine, lowerings, image, make
         talk = own.conversation(max_new_tokens=4, do_sample=True)
         talk.send("Look", images=[image])
         talk.send("And?")
+    assert lowered == []
+
+
+@pytest.mark.slow
+def test_requests_with_constraints_compile_nothing_after_a_warm_up_for_them(lowerings, make_engine):
+    own = make_engine(num_slots=2, capacity=MIN_CAPACITY)
+    options = dict(no_repeat_ngram_size=3)
+    done = own.warmup(prompt_lengths=(1, 32), max_new_tokens=8, progress=lambda _: None, **options)
+    assert sum("constraints" in line.shape for line in done) == 2
+    with lowerings() as lowered:
+        list(own.generate_many(["Hello", Request("Again", options)] * 2, max_new_tokens=8, **GREEDY))
+        own.generate("Hello", max_new_tokens=8, min_new_tokens=4, eos_token_id=[1])
     assert lowered == []
 
 

@@ -6,10 +6,16 @@ Run as a program, this file does the work; the devices of a process are fixed wh
 import json
 import sys
 
+import jax.numpy as jnp
 from helpers_generation import GREEDY, random_requests
 from helpers_orbax import run_program
 
 MESH = dict(fsdp=2, kv=2, q=2)
+
+
+def keep_even(tokens, scores):
+    """Drop what has the parity of the newest token."""
+    return jnp.where(jnp.arange(scores.shape[1]) % 2 == tokens[:, -1:] % 2, -jnp.inf, scores)
 
 
 def answers(engine):
@@ -20,9 +26,18 @@ def answers(engine):
     requests = [Request(inputs, dict(max_new_tokens=3 + 2 * i)) for i, inputs in enumerate(prompts)]
     assert len(requests) >= 8 and {"pixel_values", "pixel_values_videos"} <= {name for one in prompts for name in one}
     found = {one.index: list(one.tokens) for one in engine.generate_many(requests, **GREEDY)}
+    # A batch of rows with and without constraints, on shards of the vocabulary.
+    options = [{}, dict(no_repeat_ngram_size=2, suppress_tokens=[*range(0, 832, 3)]), dict(sequence_bias={(9, 9): 4.0})]
+    some = [Request(inputs, dict(options[i % 3], max_new_tokens=9)) for i, inputs in enumerate(prompts)]
+    again = engine.generate_many(some, logprobs=0, logits_processor=keep_even, **GREEDY)
+    constrained = {one.index: [entry.token for entry in one.logprobs] for one in again}
     talk = engine.conversation(max_new_tokens=5, **GREEDY)
     talk.send("Hello")
-    return [*(found[i] for i in range(len(requests))), list(talk.send("Again").tokens)]
+    return [
+        *(found[i] for i in range(len(requests))),
+        *(constrained[i] for i in range(len(some))),
+        list(talk.send("Again").tokens),
+    ]
 
 
 def test_a_mesh_gives_the_same_tokens(engine):

@@ -1,7 +1,9 @@
 """Generation against the reference: the same tokens, whatever else is in the batch; and no compilation when warm."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from reference import CONFIGS, Prompts, their_inputs, to_torch
 
 from glm4v_jax.config.model import Glm4vConfig
@@ -193,6 +195,187 @@ def test_draws_follow_the_models_probabilities(ours):
     assert chi2 < len(often) + 5 * np.sqrt(2 * len(often))
 
 
+WHOLE = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+
+
+@pytest.fixture(scope="module")
+def plain(theirs):
+    """Two prompts of one length, for the reference counts padding among a row's tokens; and the greedy tokens."""
+    prompts = Prompts(CONFIG, [[13], [13]], seed=40)
+    return prompts.inputs, greedy(theirs("base"), to_torch(prompts.inputs), 24, eos_token_id=None)[:, -24:].tolist()
+
+
+def only_even(tokens, scores):
+    """Drops what has the parity of the newest token."""
+    return jnp.where(jnp.arange(scores.shape[1]) % 2 == tokens[:, -1:] % 2, -jnp.inf, scores)
+
+
+def only_even_in_torch(tokens, scores):
+    import torch
+
+    return torch.where(torch.arange(scores.shape[1]) % 2 == tokens[:, -1:] % 2, -torch.inf, scores)
+
+
+SCENARIOS = {
+    "nothing": lambda row: {},
+    "min_new_tokens": lambda row: dict(min_new_tokens=9, eos_token_id=[row[1], row[4], row[11]], pad_token_id=0),
+    "no_repeat_ngram_size 1": lambda row: dict(no_repeat_ngram_size=1),
+    "no_repeat_ngram_size 2": lambda row: dict(no_repeat_ngram_size=2),
+    "no_repeat_ngram_size 3": lambda row: dict(no_repeat_ngram_size=3),
+    "bad_words_ids": lambda row: dict(bad_words_ids=[[row[0]], row[4:6], [row[8]]], eos_token_id=[row[8]]),
+    "suppress_tokens": lambda row: dict(suppress_tokens=sorted(set(row[:6]))),
+    "sequence_bias": lambda row: dict(sequence_bias=[[row[2:4], -4.5], [[row[1]], 0.5], [[299], 1.0]]),
+    "all": lambda row: dict(
+        sequence_bias={(row[3],): 3.0}, repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=[row[1:3]],
+        min_new_tokens=12, suppress_tokens=[row[6]], eos_token_id=[row[7], row[9]],
+    ),
+    "sampled, with one candidate": lambda row: dict(do_sample=True, temperature=0.7, top_k=1, no_repeat_ngram_size=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_tokens_scores_and_logits_equal(ours, theirs, plain, scenario):
+    import torch
+
+    inputs, rows = plain
+    options = {"do_sample": False, "eos_token_id": None, **SCENARIOS[scenario](rows[0])}
+    theirs("base").model.rope_deltas = None
+    with torch.no_grad():
+        expected = theirs("base").generate(**to_torch(inputs), max_new_tokens=24, pad_token_id=0, **WHOLE, **options)
+    found = ours("base").generate(**inputs, max_new_tokens=24, **WHOLE, **{**NEVER, **given(options)})
+    assert_outputs_equal(found, expected)
+    if scenario != "nothing":
+        assert not np.array_equal(found.sequences[:, 13:], rows)
+
+
+def given(options):
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def assert_outputs_equal(found, expected):
+    """Equal tokens; scores and logits up to each row's end, where the reference goes on from padding."""
+    sequences = expected.sequences.numpy()
+    assert np.array_equal(found.sequences, sequences) and found.sequences.dtype == np.int64
+    assert found.keys() == ["sequences", "scores", "logits"]
+    assert len(found.scores) == len(found.logits) == len(expected.scores) == sequences.shape[1] - 13
+    for ours, theirs in ((found.scores, expected.scores), (found.logits, expected.logits)):
+        theirs = np.stack([step.numpy() for step in theirs])
+        scale = np.abs(theirs[np.isfinite(theirs)]).max()
+        for step, (row, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert row.dtype == np.float32
+            live = (row != 0).any(axis=1)
+            assert live[sequences[:, 13 + step] != 0].all()
+            np.testing.assert_allclose(row[live], other[live], rtol=0, atol=1e-5 * scale)
+
+
+def test_a_function_may_choose_the_scores(ours, theirs, plain):
+    import torch
+    from transformers import LogitsProcessorList
+
+    inputs, rows = plain
+    theirs("base").model.rope_deltas = None
+    with torch.no_grad():
+        expected = theirs("base").generate(
+            **to_torch(inputs), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, **WHOLE,
+            logits_processor=LogitsProcessorList([only_even_in_torch]), no_repeat_ngram_size=3,
+        )  # fmt: skip
+    found = ours("base").generate(
+        **inputs, max_new_tokens=24, **WHOLE, logits_processor=only_even, no_repeat_ngram_size=3, **NEVER
+    )
+    assert_outputs_equal(found, expected)
+    assert not np.array_equal(found.sequences[:, 13:], rows)
+
+
+def test_tokens_do_not_depend_on_what_else_is_returned(ours, plain):
+    inputs, _ = plain
+    options = dict(max_new_tokens=24, no_repeat_ngram_size=2, **NEVER)
+    tokens = ours("base").generate(**inputs, **options)
+    found = ours("base").generate(**inputs, **options, return_dict_in_generate=True)
+    assert np.array_equal(found.sequences, tokens) and found.keys() == ["sequences"]
+    assert np.array_equal(ours("base").generate(**inputs, **options, output_scores=True), tokens)
+
+
+def test_padding_is_no_part_of_an_ngram(ours):
+    """Rows of a batch, padded on either side, give what each gives alone; the reference counts padding."""
+    alone = [Prompts(CONFIG, [row], seed=30 + i) for i, row in enumerate(ROWS["pictures"])]
+    options = dict(max_new_tokens=20, no_repeat_ngram_size=2, sequence_bias={(0, 0, 3): 50.0, (7,): 0.5}, **NEVER)
+    expected = [ours("base").generate(**one.inputs, **options)[0, -20:].tolist() for one in alone]
+    for padding in ("left", "right"):
+        assert ours("base").generate(**join(alone, padding), **options)[:, -20:].tolist() == expected
+
+
+class Listener:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.heard, self.ended = [], 0
+
+    def put(self, tokens):
+        self.heard.append(np.asarray(tokens).tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [["text"], ["texts"]])
+def test_a_streamer_hears_what_the_references_does(ours, theirs, rows):
+    prompts = Prompts(CONFIG, ROWS[rows[0]], seed=7)
+    free = ours("base").generate(**prompts.inputs, max_new_tokens=12, **NEVER)[:, -12:]
+    options = dict(eos_token_id=[int(free[0, 5]), int(free[-1, 9])])
+    expected, found = Listener(), Listener()
+    greedy(theirs("base"), to_torch(prompts.inputs), 12, streamer=expected, **options)
+    ours("base").generate(**prompts.inputs, max_new_tokens=12, streamer=found, pad_token_id=0, **options)
+    assert found.heard == expected.heard and found.ended == expected.ended == 1
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """This package's tokenizer and the reference's, of a checkpoint whose first 256 tokens are bytes."""
+    from helpers_transformers import import_transformers
+
+    from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
+
+    transformers = import_transformers()
+    return Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT), transformers.AutoTokenizer.from_pretrained(
+        RANDOM_CHECKPOINT
+    )
+
+
+def test_stop_strings_end_rows_where_the_references_do(ours, theirs, tokenizers):
+    """In the middle of a token, over several, and beginning in the prompt; the first that is complete counts."""
+    prompts = Prompts(CONFIG, [[13]], seed=6)
+    inputs, tokenizer = prompts.inputs, tokenizers[0]
+    free = ours("base").generate(**inputs, max_new_tokens=24, **NEVER)[0].tolist()
+    whole = [token for token in range(13, 37) if "\ufffd" not in tokenizer.decode([free[token]])]
+    pairs = [place for place in whole if place + 1 in whole]
+    cases = [[tokenizer.decode(free[pairs[-1] : pairs[-1] + 2])], [tokenizer.decode([free[whole[3]]])]]
+    cases += [["never that", *cases[0], cases[1][0][-1:]]]
+    if "\ufffd" not in (over := tokenizer.decode(free[12:14])):
+        cases.append([over])
+    for strings in cases:
+        expected = greedy(
+            theirs("base"), to_torch(inputs), 24, eos_token_id=None, stop_strings=strings, tokenizer=tokenizers[1]
+        )
+        found = ours("base").generate(**inputs, max_new_tokens=24, stop_strings=strings, tokenizer=tokenizer, **NEVER)
+        assert found.tolist() == expected.tolist() and found.shape[1] < 37
+
+
+def test_rows_that_meet_a_stop_string_are_padded(ours, tokenizers):
+    prompts = Prompts(CONFIG, ROWS["texts"], seed=7)
+    free = ours("base").generate(**prompts.inputs, max_new_tokens=24, **NEVER)[:, -24:]
+    string = next(text for text in map(tokenizers[0].decode, free[0, 3:, None].tolist()) if "\ufffd" not in text)
+    found = ours("base").generate(
+        **prompts.inputs, max_new_tokens=24, stop_strings=string, tokenizer=tokenizers[0], **NEVER, **WHOLE
+    )
+    new = found.sequences[:, 28:]
+    ends = [next((i for i in range(24) if string in tokenizers[0].decode(row[: i + 1].tolist())), 23) for row in free]
+    assert ends[0] < 23 and new.shape[1] == max(ends) + 1 == len(found.scores)
+    for row, end in enumerate(ends):
+        assert new[row, : end + 1].tolist() == free[row, : end + 1].tolist()
+        assert not new[row, end + 1 :].any()
+        assert not any(step[row].any() for step in found.scores[end + 1 :])
+
+
 def test_a_warm_bucket_compiles_nothing(ours, lowerings):
     """New sizes, numbers and kinds of media, other texts and other options: the same programs."""
     model = ours("base")
@@ -224,10 +407,19 @@ def test_many_tokens_may_end_a_row(ours):
 
 
 @pytest.mark.parametrize(
-    "option", [dict(top_kk=3), dict(temperature=-1.0), dict(num_beams=4), dict(max_new_tokens=5000)]
+    ("option", "message"),
+    [
+        (dict(top_kk=3), "top_kk"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(num_beam_groups=4), "num_beam_groups"),
+        (dict(max_new_tokens=5000), "max_new_tokens"),
+        (dict(stop_strings="a"), r"stop_strings: found \('a',\) without a tokenizer; expected tokenizer=processor"),
+        (dict(suppress_tokens=[320]), "suppress_tokens or sequence_bias: found 320; expected tokens below 320"),
+        (dict(think_budget=4), r"think_budget: found 4; expected None, or glm4v_jax\.Engine"),
+    ],
 )
-def test_impossible_options_are_refused(ours, option):
-    with pytest.raises(GenerationError):
+def test_impossible_options_are_refused(ours, option, message):
+    with pytest.raises(GenerationError, match=message):
         ours("base").generate(input_ids=np.arange(1, 9)[None], **{"max_new_tokens": 4, **option})
 
 

@@ -15,7 +15,10 @@ from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.files import replacing
 
-_NOT_FOR_CHAT = ("logprobs", "max_length", "num_return_sequences", "pad_token_id", "use_cache")
+_NOT_FOR_CHAT = (
+    "logits_processor", "logprobs", "max_length", "num_return_sequences", "output_logits", "output_scores",
+    "pad_token_id", "return_dict_in_generate", "use_cache",
+)  # fmt: skip
 """Fields of `GenerationConfig` that change nothing, or nothing that is shown."""
 
 

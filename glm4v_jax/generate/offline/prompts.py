@@ -120,7 +120,9 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
         raise GenerationError("logprobs: found in a line; expected --logprobs for all prompts")
     if options.get("num_return_sequences", 1) != 1:
         raise GenerationError(f"num_return_sequences: found {options['num_return_sequences']!r}; expected 1")
-    known = {field.name for field in dataclasses.fields(config)}
+    from glm4v_jax.config.generation import OF_THE_MODEL
+
+    known = {field.name for field in dataclasses.fields(config)} - {*OF_THE_MODEL, "logits_processor"}
     if unknown := [name for name in options if name not in known]:
         expected = ", ".join([*_FIELDS, *sorted(known - {"logprobs", "num_return_sequences", "use_cache"})])
         near = did_you_mean(unknown[0], [*_FIELDS, *known])

@@ -32,8 +32,8 @@ class TextStream:
     token, of which the released model's vocabulary has some.
     """
 
-    def __init__(self, tokenizer: Glm4vTokenizer) -> None:
-        """Starts an empty text.
+    def __init__(self, tokenizer: Glm4vTokenizer, *, with_special: bool = False) -> None:
+        """Starts an empty text; `with_special` shows all special tokens.
 
         Raises:
             CheckpointError: the tokenizer's tokens do not stand for bytes.
@@ -45,7 +45,8 @@ class TextStream:
             )
         self._id_to_token = backend.id_to_token
         added = backend.get_added_tokens_decoder()
-        self._hidden = {index for index, token in added.items() if token.special and token.content not in TAGS}
+        hidden = {index for index, token in added.items() if token.special and token.content not in TAGS}
+        self._hidden = set[int]() if with_special else hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Sequence[int]) -> str:
@@ -124,3 +125,25 @@ class StopStrings:
             if any(string.startswith(text[start:]) for string in self._strings):
                 return start
         return len(text)
+
+
+class TokenStops:
+    """Finds the token that completes one of some strings, as the reference's `StopStringCriteria` does.
+
+    Special tokens are text, and a string may begin in the prompt; one that ends there does not count.
+    """
+
+    def __init__(self, strings: Sequence[str], tokenizer: Glm4vTokenizer, prompt: Sequence[int]) -> None:
+        """Looks for `strings` after the tokens of `prompt`."""
+        self._stream = TextStream(tokenizer, with_special=True)
+        longest = max(map(len, strings), default=0)
+        # A character has four bytes at most, and nearly every token at least one.
+        before = self._stream.push(prompt[max(0, len(prompt) - 4 * longest) :])
+        self._stops = [StopStrings(string) for string in strings]
+        for string, stop in zip(strings, self._stops, strict=True):
+            stop.push(before[len(before) - min(len(before), len(string) - 1) :])
+
+    def push(self, token: int) -> bool:
+        """Takes the next token; whether a string ends in it, or in one before it."""
+        text = self._stream.push([token])
+        return any(stop.push(text)[1] is not None for stop in self._stops)

@@ -61,6 +61,8 @@ def message(**item):
         ({"prompt": "x", "seed": -1}, ["seed: found -1"]),
         ({"prompt": "x", "logprobs": 2}, ["logprobs: found in a line; expected --logprobs"]),
         ({"prompt": "x", "num_beams": 4}, ["num_beams"]),
+        ({"prompt": "x", "bad_words_ids": [3]}, ["bad_words_ids: found [3]; expected a list of lists"]),
+        ({"prompt": "x", "output_scores": True}, ["output_scores: found an unknown field; expected some of"]),
         ({"prompt": "x", "num_return_sequences": 2}, ["num_return_sequences: found 2; expected 1"]),
     ],
 )
