@@ -51,6 +51,21 @@ def test_any_difference_fails_a_model_line(parity, line, wrong):
     assert not parity.dataclasses.replace(line, **wrong).passed
 
 
+def test_options_of_generation_pass(parity, processors, models):
+    inputs = parity._prepare(processors[0], [parity._user(parity._text("Hi"))], "left")
+    tokenizers = tuple(each.tokenizer for each in processors)
+    lines = list(parity.compare_options(models, inputs, tokenizers, new_tokens=24))
+    assert [line.case for line in lines if not line.passed] == []
+    assert len(lines) >= 11
+    wrong = (
+        dict(tokens_equal=23),
+        dict(differs=False),
+        dict(score_difference=float("inf")),
+        dict(logit_difference=1.1e-5),
+    )
+    assert not any(parity.dataclasses.replace(lines[1], **changes).passed for changes in wrong)
+
+
 def test_a_configuration_without_a_processor_passes(parity, tmp_path):
     (line,) = parity.compare_configs(tmp_path, names=["base"], new_tokens=2)
     assert line.passed and line.inputs_equal is None and line.tokens > 500
