@@ -180,8 +180,14 @@ def processed(
 
 def _placed(constraints: Constraints) -> Constraints:
     """Shard over the batch, and the bias over the vocabulary."""
-    made = [mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)) for x in constraints]
-    return Constraints(*made)._replace(bias=mesh.reshard(jnp.asarray(constraints.bias), "batch", "vocab"))
+    return Constraints(*map(_of_rows, constraints))._replace(
+        bias=mesh.reshard(jnp.asarray(constraints.bias), "batch", "vocab")
+    )
+
+
+def _of_rows(x: Array) -> Array:
+    """Shard over the batch alone."""
+    return mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1))
 
 
 def _completes(tokens: Int[Array, "B S"], ngram: Int[Array, " B"]) -> Bool[Array, "B S"]:
@@ -204,7 +210,7 @@ def _by_shard(function: Callable[..., Array], scores: Float[Array, "B V"], *rows
     `add_at(scores, ids [B, M], values [B, M])` adds to the scores of these tokens, which may come several times;
     negative ids are none.
     """
-    spec = mesh.spec_of(scores)
+    spec = mesh.spec("batch", "vocab")
     names = mesh.names_of(spec[1])
 
     def local(scores: Array, *rows: Array) -> Array:
@@ -218,5 +224,7 @@ def _by_shard(function: Callable[..., Array], scores: Float[Array, "B V"], *rows
 
         return function(scores, *rows, add_at)
 
-    specs = tuple(mesh.spec("batch", *(None,) * (x.ndim - 1)) for x in rows)
-    return jax.shard_map(local, in_specs=(spec, *specs), out_specs=spec, check_vma=False)(scores, *rows)
+    scores = mesh.reshard(scores, "batch", "vocab")
+    rows = tuple(_of_rows(x) for x in rows)
+    specs = (spec, *map(mesh.spec_of, rows))
+    return jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)(scores, *rows)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -459,21 +460,19 @@ CONSTRAINED = [
 
 @pytest.mark.slow
 def test_requests_with_and_without_constraints_share_slots(engine, lowerings):
-    prompts = random_requests(engine.model, 20, seed=21)
+    prompts = random_requests(engine.model, 10, seed=21)
     requests = [Request(inputs, CONSTRAINED[i % 5]) for i, inputs in enumerate(prompts)]
     many = {one.index: one.tokens for one in engine.generate_many(requests, max_new_tokens=24, **GREEDY)}
     changed = 0
     for index, request in enumerate(requests):
-        options = {**GREEDY, "max_new_tokens": 24, **request.options}
-        assert many[index] == engine.generate(request.prompt, **options).tokens, f"prompt {index}"
-        ids = engine.model.generate(**request.prompt, **options)[0]
-        assert list(many[index]) == ids[request.prompt["input_ids"].size :].tolist()
-        changed += many[index] != engine.generate(request.prompt, max_new_tokens=24, **GREEDY).tokens
+        found = many[index]
+        assert found == engine.generate(request.prompt, **{**GREEDY, **request.options}, max_new_tokens=24).tokens
+        changed += found != engine.generate(request.prompt, max_new_tokens=24, **GREEDY).tokens
         if "no_repeat_ngram_size" in request.options:
-            pairs = list(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
-            new = pairs[-24:]
-            assert all(pairs.count(pair) == 1 for pair in new)
-    assert changed >= 12
+            whole = [*request.prompt["input_ids"][0].tolist(), *found]
+            pairs = list(itertools.pairwise(whole))
+            assert all(pairs.count(pair) == 1 for pair in pairs[-24:])
+    assert changed >= 5
     # Without such requests the ordinary programs run.
     with lowerings() as lowered:
         list(engine.generate_many(["Hello"] * 3, max_new_tokens=24, **GREEDY))
