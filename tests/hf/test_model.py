@@ -165,6 +165,8 @@ def test_inputs_embeds_with_pixels(ours, theirs, kind):
     embeds = model.model.get_input_embeddings(ids)
     with torch.no_grad():
         assert np.array_equal(embeds, reference.model.get_input_embeddings()(torch.tensor(ids)).numpy())
+    for each in (model, model.model, model.language_model):
+        assert np.array_equal(embeds, each.get_input_embeddings()(ids))
     positions, deltas = model.model.get_rope_index(
         ids, inputs.get("image_grid_thw"), inputs.get("video_grid_thw"), inputs["attention_mask"]
     )
