@@ -66,8 +66,7 @@ class AnswerWriter:
 
     @staticmethod
     def _write_plainly(text: str) -> None:
-        encoding = sys.stdout.encoding or "utf-8"
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.write(text)
         sys.stdout.flush()
 
 

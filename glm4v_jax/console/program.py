@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import os
 import sys
@@ -108,6 +109,7 @@ def run_program(
       traceback with `debug` and for unexpected errors; 130 after Ctrl-C; 141 where nobody reads the output. Help and
       unknown options exit by `SystemExit`.
     """
+    escape_unencodable()
     try:
         command = parse(commands, sys.argv[1:] if arguments is None else arguments, prog, description, others)
     except BrokenPipeError:
@@ -240,6 +242,16 @@ def missing(error: ModuleNotFoundError, program: str) -> str | None:
     if program not in EXTRAS or root in ("", "glm4v_jax", *PROGRAMS):
         return None
     return f"found no package {root}; {program} needs the {program} extra: pip install '.[{program}]'"
+
+
+def escape_unencodable() -> None:
+    """Write what the encoding of standard output lacks as escapes, as standard error does, in place of failing.
+
+    That is most characters where it is ASCII (a C locale, PYTHONIOENCODING=ascii), and names of files that are not
+    valid Unicode everywhere.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def discard_output() -> None:

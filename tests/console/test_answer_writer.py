@@ -2,10 +2,9 @@
 
 import pytest
 
-from glm4v_jax.console import answer_writer
 from glm4v_jax.console.answer_writer import AnswerTimes, AnswerWriter, Stopwatch, figures
 from glm4v_jax.generate.completion import Completion, Counts, Delta
-from glm4v_jax.generate.text.thinking import Kind, Part, ThinkingParser
+from glm4v_jax.generate.text.thinking import ThinkingParser
 
 DIM, BOLD, PLAIN = "\x1b[2;3m", "\x1b[1m", "\x1b[0m"
 THOUGHT = "<think>a cat?</think>\n<answer>A <|begin_of_box|>cat<|end_of_box|>.</answer>"
@@ -54,19 +53,6 @@ def test_a_thought_without_its_opening_tag_is_noted_at_the_end(shown):
 def test_long_lines_are_left_to_the_terminal(shown, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     assert shown("word " * 30, 7) == "word " * 30 + "\n"
-
-
-def test_characters_that_the_encoding_lacks_are_escaped(monkeypatch):
-    written = []
-
-    class Narrow:
-        encoding = "ascii"
-        write = staticmethod(written.append)
-        flush = staticmethod(lambda: None)
-
-    monkeypatch.setattr(answer_writer.sys, "stdout", Narrow)
-    AnswerWriter().show(Delta("\u732b", (Part(Kind.TEXT, "\u732b"),), ()))
-    assert written == ["\\u732b"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """How a command of any program is found, and how it ends."""
 
 import dataclasses
+import io
 import json
+import os
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -10,6 +12,7 @@ from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive
 from glm4v_jax.console import program
+from glm4v_jax.console.table import print_table
 from glm4v_jax.errors import Glm4vError
 
 
@@ -89,6 +92,21 @@ def test_an_unexpected_error_is_a_traceback(capfd, monkeypatch):
     monkeypatch.setattr(Work, "trouble", 1)
     with pytest.raises(RuntimeError, match="broken"):
         ran(raises=RuntimeError("broken"))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("ascii", "strict"), ("ascii", "surrogateescape"), ("utf-8", "strict")]
+)
+def test_what_the_output_cannot_hold_is_escaped(monkeypatch, encoding, errors):
+    """In a C locale, and names of files that are not valid Unicode anywhere."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    monkeypatch.setattr("sys.stdout", output)
+    monkeypatch.setattr(Work, "run", lambda self: print_table(["\u732b", "b"], [["\u2026", os.fsdecode(b"\xff.png")]]))
+    assert ran() == 0
+    output.flush()
+    cat, dots = ("\u732b", "\u2026") if encoding == "utf-8" else (r"\u732b", r"\u2026")
+    written = output.buffer.getvalue().decode(encoding)
+    assert cat in written and dots in written and r"\udcff.png" in written
 
 
 def test_debug_raises_the_error():
