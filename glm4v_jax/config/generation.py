@@ -6,6 +6,7 @@ ignored.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -72,6 +73,17 @@ OF_THE_MODEL = ("return_dict_in_generate", "output_scores", "output_logits")
 """Options that only `Glm4vForConditionalGeneration.generate` has."""
 OF_ALL_REQUESTS = ("logprobs", "logits_processor")
 """Options that all requests of one batch share: each is a set of programs."""
+
+# What a configuration of the reference has besides options, or has no effect without one of the above.
+_NOT_OPTIONS = frozenset(
+    {
+        "transformers_version", "_from_model_config", "_commit_hash", "bos_token_id", "decoder_start_token_id",
+        "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
+        "renormalize_logits", "is_assistant", "cache_implementation", "cache_config", "return_legacy_cache",
+        "prefill_chunk_size", "compile_config", "disable_compile", "generation_kwargs", "low_memory",
+    }
+)  # fmt: skip
 
 
 class SamplingParams(NamedTuple):
@@ -235,16 +247,29 @@ class GenerationConfig:
         Raises:
             GenerationError: an option is out of its range, or one that is not supported is in use.
         """
-        _refuse_unsupported(options)
-        fields: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            if field.name in options and field.name != "seed":
-                value = options[field.name]
-                off = 0 if field.name == "top_k" else field.default
-                fields[field.name] = off if value is None else value
-        if fields.get("max_length") == _DEFAULT_NEW_TOKENS:
-            del fields["max_length"]  # the reference takes a 20 in the file for its default
-        return cls(**fields)
+        return cls(**_fields_in(options))
+
+    def overridden(self, given: Any) -> Self:
+        """Take the configuration that a call was given: `transformers.GenerationConfig`, this class, or a mapping.
+
+        As in the reference, what an object of transformers leaves at its default is this configuration's; one of this
+        class replaces it; None is this one.
+
+        Raises:
+            GenerationError: it is something else, or an option in it is unknown, not supported or out of its range.
+        """
+        if given is None or isinstance(given, GenerationConfig):
+            return self if given is None else typing.cast(Self, given)
+        # Not by its class: transformers is not imported.
+        of_transformers = getattr(given, "to_diff_dict", None)
+        options = of_transformers() if callable(of_transformers) else given
+        if not isinstance(options, Mapping):
+            expected = "a GenerationConfig, of glm4v_jax or of transformers"
+            raise GenerationError(fault("generation_config", given, expected))
+        known = {field.name for field in dataclasses.fields(self)} | _UNSUPPORTED.keys()
+        self.replace(**{name: None for name in options if name not in known | _NOT_OPTIONS})  # refuses unknown ones
+        seed = {"seed": options["seed"]} if "seed" in options else {}
+        return dataclasses.replace(self, **_fields_in(options), **seed)
 
     def replace(self, **overrides: Any) -> Self:
         """Copy with the given options changed; None means "not given".
@@ -335,12 +360,26 @@ def _require(condition: bool, field: str, value: Any, expected: str) -> None:
         raise GenerationError(fault(field, value, expected))
 
 
-def _refuse_unsupported(options: dict[str, Any]) -> None:
+def _refuse_unsupported(options: Mapping[str, Any]) -> None:
     for name in sorted(options.keys() & _UNSUPPORTED.keys()):
         value, neutral = options[name], _UNSUPPORTED[name]
         if value is not None and value not in neutral:
             expected = " or ".join(repr(choice) for choice in neutral) or "nothing"
             raise GenerationError(f"{name}: found {value!r}; expected {expected}, because this option is not supported")
+
+
+def _fields_in(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields in a configuration of the reference; a null switches an option off."""
+    _refuse_unsupported(options)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(GenerationConfig):
+        if field.name in options and field.name != "seed":
+            value = options[field.name]
+            off = 0 if field.name == "top_k" else field.default
+            fields[field.name] = off if value is None else value
+    if fields.get("max_length") == _DEFAULT_NEW_TOKENS:
+        del fields["max_length"]  # the reference takes a 20 in the file for its default
+    return fields
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

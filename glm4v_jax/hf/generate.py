@@ -36,7 +36,7 @@ def generate(
     image_grid_thw: np.ndarray | None = None,
     pixel_values_videos: np.ndarray | None = None,
     video_grid_thw: np.ndarray | None = None,
-    generation_config: GenerationConfig | None = None,
+    generation_config: Any = None,
     tokenizer: Glm4vTokenizer | None = None,
     streamer: Any = None,
     **options: Any,
@@ -48,7 +48,8 @@ def generate(
       input_ids: int [B, T], padded on either side where `attention_mask` is 0.
       attention_mask: int [B, T].
       pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: as the processor makes them.
-      generation_config: in place of the checkpoint's generation_config.json.
+      generation_config: a `GenerationConfig`, in place of the checkpoint's generation_config.json; or one of
+        transformers, over it.
       tokenizer: for `stop_strings`; a row ends with the token that completes one, which may begin in its prompt.
       streamer: an object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; it is given the prompts
         [B, T], then the new tokens [B] of each step.
@@ -65,7 +66,7 @@ def generate(
     """
     for name in _NOT_NEEDED:
         options.pop(name, None)
-    config = (generation_config or runtime.generation_config).replace(**options)
+    config = runtime.generation_config.overridden(generation_config).replace(**options)
     for name, off in _OF_THE_ENGINE.items():
         if (found := getattr(config, name)) != off:
             raise GenerationError(f"{name}: found {found!r}; expected {off!r}, or glm4v_jax.Engine, which has it")

@@ -147,8 +147,8 @@ class Glm4vForConditionalGeneration:
         return self.runtime.generation_config
 
     @generation_config.setter
-    def generation_config(self, config: GenerationConfig) -> None:
-        self.runtime.generation_config = config
+    def generation_config(self, config: Any) -> None:
+        self.runtime.generation_config = GenerationConfig().overridden(config)
 
     @property
     def visual(self) -> Glm4vVisionModel:

@@ -348,3 +348,39 @@ class TestSamplingParams:
     def test_it_needs_no_jax(self):
         code = "import sys, glm4v_jax.config.generation; assert not {'jax', 'torch'} & sys.modules.keys()"
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class _OfTransformers:
+    """As `transformers.GenerationConfig`: says what differs from its defaults."""
+
+    def __init__(self, **options):
+        self._options = options
+
+    def to_diff_dict(self):
+        return {"transformers_version": "4.57.1", **self._options}
+
+
+def test_a_configuration_of_transformers_goes_over_this_one():
+    ours = GenerationConfig(do_sample=True, top_k=2, temperature=0.8, eos_token_id=7)
+    assert ours.overridden(None) is ours
+    other = GenerationConfig(max_new_tokens=3)
+    assert ours.overridden(other) is other
+    assert ours.overridden(_OfTransformers()) == ours
+    # A null is no default there: it switches the option off.
+    given = _OfTransformers(max_new_tokens=3, top_k=None, bos_token_id=1, max_length=20)
+    assert ours.overridden(given) == ours.replace(max_new_tokens=3, top_k=0)
+    assert ours.overridden({"max_new_tokens": 3}) == ours.replace(max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (_OfTransformers(max_new_token=3), "found unknown 'max_new_token'"),
+        (_OfTransformers(penalty_alpha=0.5), "penalty_alpha: found 0.5"),
+        (_OfTransformers(top_p=2.0), "top_p: found 2.0"),
+        (7, "generation_config: found 7; expected a GenerationConfig, of glm4v_jax or of transformers"),
+    ],
+)
+def test_what_a_given_configuration_cannot_ask_for_is_named(given, message):
+    with pytest.raises(GenerationError, match=message):
+        GenerationConfig().overridden(given)
