@@ -86,11 +86,15 @@ def read_json_object(path: pathlib.Path, part_of: str = "a checkpoint in Hugging
     return data
 
 
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a JSON file, which replaces what was there when it is complete."""
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def set_dtype(path: pathlib.Path, dtype: str) -> None:
     """Replace every dtype in a config.json by this one."""
-    config = _with_dtype(read_json_object(path), dtype)
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, _with_dtype(read_json_object(path), dtype))
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class Conversation:
     def _prompt(self, messages: list[Mapping[str, Any]], media: list[_Media]) -> Prompt:
         processor = self._engine.processor
         joined = PreparedMedia.joined([turn.prepared for turn in media])
-        inputs = processor.assemble([processor.apply_chat_template(messages, add_generation_prompt=True)], joined)
+        inputs = processor.prepare_turn(messages, joined)
         images = [medium for turn in media for medium in turn.images]
         videos = [medium for turn in media for medium in turn.videos]
         (prompt,) = prompts_of(inputs, self._engine.runtime.config, (images, videos))

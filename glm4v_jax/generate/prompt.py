@@ -29,11 +29,8 @@ def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Pr
         prompt = [{"role": "user", "content": prompt}]
     sizes: tuple[tuple[int, int], ...] = ()
     if not isinstance(prompt, Mapping):
-        text = processor.apply_chat_template(prompt, add_generation_prompt=True)
-        if not isinstance(text, str):
-            raise MessageError(f"found {len(text)} conversations; expected one")
         media = processor.prepare_media(*extract_media(prompt, choose_template(processor.chat_template)))
-        prompt, sizes = processor.assemble([text], media), media.image_sizes
+        prompt, sizes = processor.prepare_turn(prompt, media), media.image_sizes
     prompts = prompts_of(prompt, config)
     if len(prompts) != 1:
         raise MessageError(f"input_ids: found {len(prompts)} prompts; expected one")

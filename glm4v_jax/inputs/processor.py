@@ -15,19 +15,24 @@ from glm4v_jax.errors import CheckpointError, MessageError
 from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
-from glm4v_jax.inputs.processor_options import OPTIONS, TEXT_OPTIONS, VIDEO_OPTIONS, sort_options
+from glm4v_jax.inputs.processor_options import OPTIONS, TEXT_OPTIONS, sort_options
 from glm4v_jax.inputs.text.chat_template import (
     choose_template,
+    generation_marks,
+    has_generation_blocks,
     load_chat_template,
     render_conversation,
+    save_chat_template,
+    split_at_marks,
     template_variables,
 )
-from glm4v_jax.inputs.text.messages import Message, extract_media
+from glm4v_jax.inputs.text.literals import Literals, has_literals
+from glm4v_jax.inputs.text.messages import Message, extract_media, normalise_messages
 from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, count_token, expand_image, expand_video
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer, stack_rows
 from glm4v_jax.inputs.text.tokenizer_options import check_text
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
-from glm4v_jax.inputs.vision.settings import MediaProcessor, settings_in
+from glm4v_jax.inputs.vision.settings import MediaProcessor, refuse_area_options, settings_in
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 
 ImageProcessor = Glm4vImageProcessor | Glm4vImageProcessorFast
@@ -109,13 +114,15 @@ class Glm4vProcessor:
 
         Raises:
           CheckpointError: a file is missing or corrupt, or is that of another kind of model.
+          ConfigError: `min_pixels` and the like, which calls and items of messages take.
         """
         directory = pathlib.Path(pretrained_model_name_or_path)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
         directory = assets_directory(directory)
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
-        media = {name: value for name, value in overrides.items() if name in VIDEO_OPTIONS | {"max_duration"}}
+        refuse_area_options(overrides)
+        media = {name: value for name, value in overrides.items() if name in Glm4vVideoProcessor.defaults}
         unknown = sorted(set(overrides) - set(settings) - set(media))
         if unknown:
             warnings.warn(f"unknown settings of the processor are ignored: {', '.join(unknown)}", stacklevel=2)
@@ -123,12 +130,23 @@ class Glm4vProcessor:
         if use_fast is not None:
             image_class = Glm4vImageProcessorFast if use_fast else Glm4vImageProcessor
         video_class = _processor_class(directory, Glm4vVideoProcessor, _VIDEO_PROCESSORS)
+        of_images = {name: value for name, value in media.items() if name in image_class.defaults}
         return cls(
-            image_class.from_pretrained(directory, **media),
+            image_class.from_pretrained(directory, **of_images),
             Glm4vTokenizer.from_pretrained(directory, **settings),
             video_class.from_pretrained(directory, **media),
             chat_template=load_chat_template(directory) if chat_template is None else chat_template,
         )
+
+    def save_pretrained(self, save_directory: str | pathlib.Path) -> None:
+        """Write the files of the parts and the chat template, which `from_pretrained` here and in transformers loads.
+
+        Args:
+          save_directory: made if need be; other files in it stay.
+        """
+        for part in (self.tokenizer, self.image_processor, self.video_processor):
+            part.save_pretrained(save_directory)
+        save_chat_template(save_directory, self.chat_template)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -218,6 +236,30 @@ class Glm4vProcessor:
         rows = _checked_text(text, options["text_kwargs"])
         return self._join(rows, media, options["text_kwargs"], return_tensors, None, None)
 
+    def prepare_turn(self, messages: Sequence[Message], media: PreparedMedia, **variables: Any) -> BatchFeature:
+        """Prepare the prompt for the next message of the assistant, with images and videos that are prepared already.
+
+        The same as `apply_chat_template`, except that what messages say is text: special tokens in it, such as
+        `<|image|>`, are ordinary characters. See `text.literals`.
+
+        Args:
+          messages: a conversation; see `apply_chat_template`.
+          media: its images and videos, in its order (`PreparedMedia.joined`).
+          **variables: for the chat template, such as `tools`.
+
+        Raises:
+          MessageError: the conversation is malformed, or does not match its images and videos.
+        """
+        literals = Literals(self.tokenizer)
+        variables = {name: literals.marked_value(value) for name, value in variables.items()}
+        # In their final form: JSON can hide a special token in escapes.
+        messages = literals.marked(normalise_messages(messages, choose_template(self.chat_template)))
+        prompt = self.apply_chat_template(messages, add_generation_prompt=True, **variables)
+        check_text([prompt], is_split_into_words=False)
+        bos = self.tokenizer.bos_token
+        options = {"add_special_tokens": False} if bos is not None and prompt.startswith(bos) else {}
+        return self._join([prompt], media, options, None, None, None, literals=literals)
+
     def _prepare_media(self, images: Any, videos: Any, options: Mapping[str, dict[str, Any]]) -> PreparedMedia:
         features = BatchFeature()
         image_expansions: list[Expansion] = []
@@ -248,12 +290,28 @@ class Glm4vProcessor:
         return_tensors: str | None,
         images_per_row: list[int] | None,
         videos_per_row: list[int] | None,
+        *,
+        literals: Literals | None = None,
+        masked: bool = False,
     ) -> BatchFeature:
+        """Put prompts and media together.
+
+        `literals` have marked tokens in the only prompt. With `masked`, rows come in parts, of which the mask that is
+        returned covers every second one.
+        """
         expand = Expander(
             self.image_token, self.video_token, media.images, media.videos, images_per_row, videos_per_row
         )
         rows, types = expand(rows)
-        return BatchFeature(self._tokenize(rows, types, text_options, return_tensors) | media.features)
+        if not masked:
+            return BatchFeature(self._tokenize(rows, types, text_options, return_tensors, literals) | media.features)
+        ends = [np.cumsum([len(part) for part in row]) for row in rows]
+        options = {**text_options, "return_offsets_mapping": True}
+        fields = self._tokenize(["".join(row) for row in rows], types, options, return_tensors)
+        masks = [_inside(*pair) for pair in zip(fields.pop("offset_mapping"), ends, strict=True)]
+        is_array = isinstance(fields["input_ids"], np.ndarray)
+        fields["assistant_masks"] = stack_rows(masks, "assistant_masks") if is_array else masks
+        return BatchFeature(fields | media.features)
 
     def _tokenize(
         self,
@@ -261,6 +319,7 @@ class Glm4vProcessor:
         types: list[np.ndarray],
         options: Mapping[str, Any],
         return_tensors: str | None,
+        literals: Literals | None = None,
     ) -> dict[str, Any]:
         """Token ids of expanded prompts, arrays where they can be; `types` are those of their image tokens."""
         stored = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in TEXT_OPTIONS}
@@ -268,7 +327,11 @@ class Glm4vProcessor:
         stored.pop("padding_side", None)
         options = {"return_token_type_ids": False, **stored, **options}
         with_types = options.pop("return_mm_token_type_ids", False)
-        fields = dict(self.tokenizer(rows, **options))
+        if literals is not None and has_literals(str(rows[0])):
+            ids = literals.encode(str(rows[0]), add_special_tokens=options.get("add_special_tokens", True))
+            fields: dict[str, Any] = {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
+        else:
+            fields = dict(self.tokenizer(rows, **options))
         is_image = [np.asarray(ids, np.int64) == self.image_token_id for ids in fields["input_ids"]]
         for index, row in enumerate(rows):
             expected, found = count_token(row, self.image_token), int(is_image[index].sum())
@@ -313,7 +376,8 @@ class Glm4vProcessor:
           tokenize: prepare the inputs, not only the text.
           return_dict: with `tokenize`, return everything, not only `input_ids`.
           tools, documents: for templates that know them.
-          return_assistant_tokens_mask: not there; GLM-4.1V's template does not mark what the assistant says.
+          return_assistant_tokens_mask: with `tokenize` and `return_dict`, return `assistant_masks` [B, T] too: 1 for
+            tokens inside of `{% generation %}` blocks of the template. GLM-4.1V's own has none.
           **kwargs: with `tokenize`, options of a call (`padding`, `fps`, `do_sample_frames`, ...; `fps` or `num_frames`
             turns sampling on); everything else goes to the template.
 
@@ -326,9 +390,14 @@ class Glm4vProcessor:
           MediaError: an image or video cannot be loaded or prepared.
           CheckpointError: there is no template, or it does not parse.
         """
-        if return_assistant_tokens_mask:
-            raise MessageError("return_assistant_tokens_mask is not supported: the chat template has no such marks")
         source = choose_template(self.chat_template, chat_template)
+        marks = generation_marks() if return_assistant_tokens_mask and tokenize and return_dict else {}
+        if marks and continue_final_message:
+            raise MessageError(
+                "return_assistant_tokens_mask: found with continue_final_message; expected one of the two"
+            )
+        if marks and not has_generation_blocks(source):
+            warnings.warn("return_assistant_tokens_mask: the chat template has no {% generation %} block", stacklevel=2)
         options = {name: value for name, value in kwargs.items() if name in OPTIONS}
         variables = {name: value for name, value in kwargs.items() if name not in OPTIONS}
         unknown = sorted(set(variables) - template_variables(source))
@@ -346,7 +415,7 @@ class Glm4vProcessor:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 where=where,
-                **{"tools": tools, "documents": documents, **self.tokenizer.special_tokens_map, **variables},
+                **{"tools": tools, "documents": documents, **self.tokenizer.special_tokens_map, **variables, **marks},
             )
             for messages, where in zip(conversations, wheres, strict=True)
         ]
@@ -359,10 +428,15 @@ class Glm4vProcessor:
             options["add_special_tokens"] = False
         if options.get("fps") is not None or options.get("num_frames") is not None:
             options.setdefault("do_sample_frames", True)
-        inputs = self._prepare(
-            images, prompts, videos, options, [len(row) for row in images], [len(row) for row in videos]
-        )
-        return inputs if return_dict else inputs["input_ids"]
+        num_images, num_videos = [len(row) for row in images], [len(row) for row in videos]
+        if not marks:
+            inputs = self._prepare(images, prompts, videos, options, num_images, num_videos)
+            return inputs if return_dict else inputs["input_ids"]
+        sorted_options, return_tensors = sort_options(options)
+        parts: list[Row] = [split_at_marks(prompt, marks) for prompt in prompts]
+        prepared = self._prepare_media(images, videos, sorted_options)
+        text_options = sorted_options["text_kwargs"]
+        return self._join(parts, prepared, text_options, return_tensors, num_images, num_videos, masked=True)
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any:
         """`Glm4vTokenizer.decode`."""
@@ -441,6 +515,18 @@ def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
 def _is_empty(media: Any) -> bool:
     """Whether there is nothing: None, or lists of nothing."""
     return media is None or (isinstance(media, (list, tuple)) and all(_is_empty(item) for item in media))
+
+
+def _inside(offsets: Any, ends: np.ndarray) -> list[int]:
+    """[T] 0 or 1: whether a token begins in every second part of a text.
+
+    Args:
+      offsets: [T, 2], where each token begins and ends, in characters; empty for padding.
+      ends: of the parts, in characters; the first part is not covered.
+    """
+    begins, stops = np.asarray(offsets).T
+    part = np.searchsorted(ends, begins, side="right")
+    return [int(value) for value in (part % 2 == 1) & (begins < stops)]
 
 
 def _spread(types: np.ndarray, mask: np.ndarray) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.batch_feature import check_device, check_return_tensors
-from glm4v_jax.inputs.vision.settings import MediaProcessor
+from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaProcessor
 
 TEXT_OPTIONS = frozenset(
     {
@@ -26,7 +26,7 @@ TEXT_OPTIONS = frozenset(
         "return_mm_token_type_ids",
     }
 )
-IMAGE_OPTIONS = frozenset({*MediaProcessor.defaults, "data_format", "input_data_format"})
+IMAGE_OPTIONS = frozenset({*MediaProcessor.defaults, *AREA_OPTIONS, "data_format", "input_data_format"})
 VIDEO_OPTIONS = IMAGE_OPTIONS | {"do_sample_frames", "video_metadata", "num_frames", "fps", "return_metadata"}
 
 # The reference's names for nested options, and what each is known to take.

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_cli import save_video
 from helpers_processor import (
     BOI,
     BOV,
@@ -19,6 +20,7 @@ from helpers_processor import (
     clip,
     image_tokens,
     metadata,
+    noise,
     png,
 )
 
@@ -135,8 +137,6 @@ def test_chat_errors_name_the_conversation(processor):
         processor.apply_chat_template([])
     with pytest.raises(MessageError, match="conversation 0, found dict"):
         processor.apply_chat_template([good[0], good])
-    with pytest.raises(MessageError, match="return_assistant_tokens_mask is not supported"):
-        processor.apply_chat_template(good, return_assistant_tokens_mask=True)
     with pytest.raises(MediaError, match=r"image 0: nowhere\.png"):
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "image", "path": "nowhere.png"}]}], tokenize=True
@@ -167,6 +167,116 @@ def test_continue_final_message_equals_the_reference(processor, reference):
         == expected
         == HEAD + "Hi<|assistant|>\nSure: "
     )
+
+
+# As those that others train with; what the assistant says is marked.
+MARKED = (
+    "[gMASK]<sop>{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>\n{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}<|user|>\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for i in m.content %}{% if i.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% else %}"
+    "{{ i.text }}{% endif %}{% endfor %}{% endif %}{% endif %}{% endfor %}"
+)
+
+
+def said(role, *texts):
+    return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+
+TURNS = [
+    said("user", "Hi"),
+    said("assistant", "Hello, Zo\u00eb \U0001f600!"),
+    said("user", "2+2?"),
+    said("assistant", "4"),
+]
+
+
+@pytest.mark.parametrize("options", [{"padding": True}, {}], ids=str)
+def test_masks_of_the_assistant_equal_the_reference(processor, reference, options):
+    kwargs = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, **options}
+    # Contents that are lists are printed as such by this template in the reference; a filter joins them there.
+    joined = MARKED.replace("{{ m.content }}", "{{ m.content if m.content is string else m.content[0].text }}")
+    batch = [TURNS, TURNS[:2]] if options else TURNS
+    found = processor.apply_chat_template(batch, joined, **kwargs)
+    expected = reference.apply_chat_template(batch, joined, return_tensors="np", **kwargs)
+    assert "assistant_masks" in expected
+    assert_same(found, expected)
+    covered = found["input_ids"][0][found["assistant_masks"][0] == 1]
+    assert processor.decode(covered) == "Hello, Zo\u00eb \U0001f600!4"
+
+
+def test_padding_is_not_the_assistants(processor):
+    """Padding on the right is in the reference's mask."""
+    kwargs = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "padding": True}
+    left, right = (
+        processor.apply_chat_template([TURNS, TURNS[:2]], MARKED, padding_side=side, **kwargs)
+        for side in ("left", "right")
+    )
+    for index in (0, 1):
+        masks = [found["assistant_masks"][index][found["attention_mask"][index] == 1] for found in (left, right)]
+        np.testing.assert_array_equal(*masks)
+        assert masks[0].sum() == right["assistant_masks"][index].sum() == left["assistant_masks"][index].sum()
+
+
+def test_masks_are_zero_without_marks_as_in_the_reference(processor, reference):
+    kwargs = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    conversation = [said("user", "Hi"), {"role": "assistant", "content": []}, said("user", "Yes")]
+    with pytest.warns(UserWarning, match="no {% generation %} block"):
+        found = processor.apply_chat_template(conversation[:1], **kwargs)
+    assert_same(found, reference.apply_chat_template(conversation[:1], return_tensors="np", **kwargs))
+    assert not found["assistant_masks"].any()
+    with pytest.raises(MessageError, match="return_assistant_tokens_mask: found with continue_final_message"):
+        processor.apply_chat_template(TURNS, MARKED, continue_final_message=True, **kwargs)
+
+
+def test_masks_stand_where_they_should_after_images(processor):
+    """The reference's are those of the prompt without images."""
+    images = {"role": "user", "content": [{"type": "image", "image": WIDE}, {"type": "image", "image": SQUARE}]}
+    found = processor.apply_chat_template(
+        [images, *TURNS[1:]], MARKED, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    covered = found["input_ids"][0][found["assistant_masks"][0] == 1]
+    assert processor.decode(covered) == "Hello, Zo\u00eb \U0001f600!4"
+    assert (found["input_ids"] == processor.image_token_id).sum() == 15 + 9
+
+
+def test_options_of_an_item_are_those_of_a_call_with_it_alone(processor, tmp_path):
+    """`size` counts two frames for an image, and all frames of a video; `max_pixels` counts one."""
+    save_video(tmp_path / "a.webp")
+    film = {"type": "video", "path": str(tmp_path / "a.webp")}
+    large, small = noise(200, 300), {"type": "image", "image": SQUARE}
+    kwargs = {"tokenize": True, "return_dict": True}
+
+    def bounds(smallest, largest):
+        return {"size": {"shortest_edge": smallest, "longest_edge": largest}}
+
+    for item, options, call in (
+        ({"type": "image", "image": large}, {"max_pixels": 20_000}, bounds(12544, 40_000)),
+        ({"type": "image", "image": large}, {"min_pixels": 200_000}, bounds(400_000, 10**7)),
+        ({"type": "image", "image": large}, {"min_pixels": 20_000, "max_pixels": 30_000}, bounds(40_000, 60_000)),
+        ({"type": "image", "image": large}, {"max_pixels": 10**8}, bounds(12544, 2 * 10**8)),
+        (film, {"max_pixels": 3136}, bounds(12544, 4 * 3136)),
+        (film, {"min_pixels": 20_000}, bounds(80_000, 10**7)),
+        (film, {"fps": 1}, {"fps": 1}),
+        (film, {"fps": 0.5, "max_pixels": 3136}, {"fps": 0.5} | bounds(6272, 2 * 3136)),
+    ):  # fmt: skip
+        alone = processor.apply_chat_template([{"role": "user", "content": [item]}], **kwargs, **call)
+        for found in (
+            processor.apply_chat_template([{"role": "user", "content": [item]}], **kwargs, **options),
+            processor.apply_chat_template([{"role": "user", "content": [{**item, **options}, small]}], **kwargs),
+        ):
+            kind = "video" if item is film else "image"
+            np.testing.assert_array_equal(
+                found[f"{kind}_grid_thw"][:1], alone[f"{kind}_grid_thw"], err_msg=str(options)
+            )
+            name = "pixel_values_videos" if item is film else "pixel_values"
+            np.testing.assert_array_equal(found[name][: len(alone[name])], alone[name])
+        assert found["image_grid_thw"].tolist()[-1] == [1, 6, 6]
+
+
+def test_sides_that_an_item_asks_for_are_taken(processor):
+    item = {"type": "image", "image": noise(200, 300), "resized_height": 100, "resized_width": 150}
+    found = processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True, return_dict=True)
+    assert found["image_grid_thw"].tolist() == [[1, 8, 10]]  # 112 x 140
 
 
 def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):

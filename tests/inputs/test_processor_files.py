@@ -1,11 +1,15 @@
 """The processor that a checkpoint directory describes."""
 
+import numpy as np
 import pytest
-from helpers_processor import IMG, PAD, SQUARE, VIDEO_IDS, clip, edit, metadata
+from helpers_processor import IMG, ONE_STEP, PAD, SQUARE, VIDEO_IDS, assert_same, clip, edit, metadata
+from helpers_transformers import import_transformers
 
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
+from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 from tests.helpers_tokenizer import GOLDEN, write_small_processor, write_small_tokenizer
 
 
@@ -70,6 +74,69 @@ def test_placeholders_that_the_tokenizer_names(tmp_path):
     assert (processor.image_token_id, processor.video_token_id) == (259, 257)
     found = processor(text="[MASK][sMASK]<|image|>", images=SQUARE, videos=clip(40), video_metadata=metadata(40, 10.0))
     assert found["input_ids"].tolist() == [[259 if i == IMG else i for i in VIDEO_IDS[1:-1]] + [259] * 9 + [IMG]]
+
+
+@pytest.mark.parametrize("use_fast", [False, True])
+def test_saved_files_are_read_by_the_reference_with_equal_results(directory, tmp_path, use_fast):
+    """Settings that were changed after loading included."""
+    transformers = import_transformers()
+    processor = Glm4vProcessor.from_pretrained(directory, use_fast=use_fast, fps=5, padding_side="right")
+    processor.image_processor.size = {"shortest_edge": 12544, "longest_edge": 20_000}
+    processor.tokenizer.pad_token = "[MASK]"
+    processor(text=["a", "abc"], padding="max_length", max_length=9)  # leaves settings in the backend
+    processor.chat_template = {"default": processor.chat_template, "named": "{{ messages[0].content[0].text }}"}
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "older"}')
+    processor.save_pretrained(tmp_path)
+    reference = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert type(reference).__name__ == "Glm4vProcessor"
+    again = Glm4vProcessor.from_pretrained(tmp_path)
+    assert type(again.image_processor) is type(processor.image_processor)
+    assert again.chat_template == processor.chat_template == reference.chat_template
+    assert reference.tokenizer.get_vocab() == again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert reference.tokenizer.special_tokens_map == processor.tokenizer.special_tokens_map
+
+    items = [{"type": "image", "image": SQUARE}, {"type": "text", "text": "What is <sop>\u732b?"}]
+    shown = [{"type": "video", "video": clip(40)}, {"type": "text", "text": "Describe."}]
+    for content, known in ((items, None), (shown, [metadata(40, 10.0)])):
+        batch = [[{"role": "user", "content": content}], [{"role": "user", "content": [content[1]]}]]
+        kwargs = {"tokenize": True, "return_dict": True, "padding": True, "add_generation_prompt": True}
+        kwargs |= {"video_metadata": known} if known else {}
+        expected = processor.apply_chat_template(batch, **kwargs)
+        assert_same(again.apply_chat_template(batch, **kwargs), expected)
+        theirs = reference.apply_chat_template(batch, return_tensors="pt", **kwargs)
+        for name, value in expected.items():
+            # torchvision adds in another order, and videos are resized by it.
+            step = ONE_STEP if name.startswith("pixel") else 0
+            np.testing.assert_allclose(theirs[name].numpy(), value, rtol=0, atol=step, err_msg=name)
+
+
+def test_each_part_saves_its_own_file(directory, tmp_path):
+    processor = Glm4vProcessor.from_pretrained(directory)
+    for part in (processor.tokenizer, processor.image_processor, processor.video_processor):
+        part.save_pretrained(tmp_path / "new" / "place")
+        again = type(part).from_pretrained(tmp_path / "new" / "place")
+        assert (
+            again.get_vocab() == part.get_vocab() if part is processor.tokenizer else again.to_dict() == part.to_dict()
+        )
+    names = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json"}
+    assert {path.name for path in (tmp_path / "new" / "place").iterdir()} - {"chat_template.jinja"} == names
+
+
+@pytest.mark.parametrize("option", ["min_pixels", "max_pixels", "resized_height", "resized_width"])
+def test_sizes_of_single_images_are_no_settings(directory, option):
+    for cls in (Glm4vProcessor, Glm4vImageProcessor):
+        with pytest.raises(ConfigError, match=f"{option}: found 784; expected it in a call or in an item of a message"):
+            cls.from_pretrained(directory, **{option: 784})
+    # In files of others it means nothing here, as in the reference.
+    assert Glm4vImageProcessor.from_dict({option: 784, "merge_size": 4}).merge_size == 4
+
+
+def test_misspelt_settings_are_named(directory):
+    for cls in (Glm4vImageProcessor, Glm4vImageProcessorFast, Glm4vVideoProcessor):
+        with pytest.warns(UserWarning, match=f"{cls.__name__}: unknown settings are ignored: siez"):
+            cls.from_pretrained(directory, siez=3)
+    with pytest.warns(UserWarning, match="Glm4vTokenizer: unknown settings are ignored: padding_sid"):
+        Glm4vTokenizer.from_pretrained(directory, padding_sid="left")
 
 
 def test_wrong_directories_are_named(tmp_path):

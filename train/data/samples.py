@@ -32,6 +32,7 @@ from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
 from glm4v_jax.inputs.text.chat_template import choose_template, render_template
 from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
+from glm4v_jax.inputs.vision.settings import MediaItem
 from train.data.records import Record
 
 IGNORED = -100
@@ -297,11 +298,12 @@ def _media(
     parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
     for video in videos:
         chosen = video_options
-        if is_path_like(video):
+        source, own = MediaItem.split(video)
+        if is_path_like(source):
             chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
-        elif not isinstance(video, SampledVideo):
+        elif not isinstance(source, SampledVideo):
             # Frames without a rate count as sampled.
-            video = SampledVideo(video, options.video_fps or processor.video_processor.fps)
+            video = MediaItem(SampledVideo(source, options.video_fps or processor.video_processor.fps), own)
         parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
     # A large image is 100 MB, which joining would copy.
     return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)

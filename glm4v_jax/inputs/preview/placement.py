@@ -56,7 +56,7 @@ class PlacedPrompt:
 
 
 def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str | None = None) -> PlacedPrompt:
-    """The prompt that asks about images and videos, as `Glm4vProcessor.apply_chat_template` makes it.
+    """The prompt that asks about images and videos, as the engine makes it.
 
     Args:
       seen: what is asked about, in its order.
@@ -64,7 +64,7 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
       text: the question; None for none.
 
     Raises:
-      MessageError: the text is not valid Unicode, or has a placeholder in it.
+      MessageError: the text is not valid Unicode.
       CheckpointError: there is no chat template.
     """
     content: list[dict[str, Any]] = [
@@ -74,11 +74,8 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
     ]
     if text is not None:
         content.append({"type": "text", "text": text})
-    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     media = PreparedMedia.joined([item.media for item in seen])
-    bos = processor.tokenizer.bos_token
-    begun = bos is not None and rendered.startswith(bos)
-    inputs = processor.assemble(rendered, media, add_special_tokens=not begun)
+    inputs = processor.prepare_turn([{"role": "user", "content": content}], media)
     input_ids = inputs["input_ids"][0]
 
     tags = {tag: processor.tokenizer.convert_tokens_to_ids(tag) for tag in (*_STARTS.values(), *_ENDS.values())}

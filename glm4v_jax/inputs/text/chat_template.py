@@ -9,6 +9,8 @@ import datetime
 import functools
 import json
 import pathlib
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +20,7 @@ import jinja2.meta
 import jinja2.sandbox
 
 from glm4v_jax.errors import CheckpointError, MessageError, naming
-from glm4v_jax.files import assets_directory, read_json_object, read_text
+from glm4v_jax.files import assets_directory, read_json_object, read_text, replacing
 from glm4v_jax.inputs.text.messages import Message, mentions, normalise_messages
 
 _COMMON_ROLES = ("system", "user", "assistant")
@@ -62,6 +64,19 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
     return None
 
 
+def save_chat_template(directory: str | pathlib.Path, template: str | Mapping[str, str] | None) -> None:
+    """Write `chat_template.jinja`, and named templates into `additional_chat_templates/`, where there are some."""
+    directory = pathlib.Path(directory)
+    for name, source in ({"default": template} if isinstance(template, str) else template or {}).items():
+        path = directory / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as aside:
+            aside.write_text(source, encoding="utf-8")
+    if template is not None:
+        # An older file, which would win.
+        (directory / "chat_template.json").unlink(missing_ok=True)
+
+
 def template_in(config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """What a configuration has under `chat_template`: source, {name: source} of a list of named ones, or None.
 
@@ -101,15 +116,36 @@ def choose_template(template: str | Mapping[str, str] | None, wanted: str | None
     return template["default"]
 
 
+# Variables of a template that print nothing unless `generation_marks` sets them.
+_STARTS, _ENDS = "start_of_generation_block", "end_of_generation_block"
+
+
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says, for masks in training; here it only has to parse."""
+    """`{% generation %}` marks what the assistant says, for masks in training."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=lineno)
+        start, end = (jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in (_STARTS, _ENDS))
+        return jinja2.nodes.Scope([start, *body, end]).set_lineno(lineno)
+
+
+def has_generation_blocks(source: str) -> bool:
+    """Whether a template marks what the assistant says."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+
+def generation_marks() -> dict[str, str]:
+    """Variables for `render_conversation` that let `split_at_marks` find the generation blocks of its result."""
+    mark = uuid.uuid4().hex
+    return {_STARTS: f"{mark}-start", _ENDS: f"{mark}-end"}
+
+
+def split_at_marks(prompt: str, marks: Mapping[str, str]) -> list[str]:
+    """Cut a rendered conversation into the text outside and inside of `{% generation %}` blocks, by turns."""
+    return re.split("|".join(map(re.escape, marks.values())), prompt)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -154,7 +190,7 @@ def _compile(source: str) -> jinja2.Template:
 def template_variables(source: str) -> frozenset[str]:
     """The names that a template expects from outside, such as `messages` and `add_generation_prompt`."""
     _compile(source)
-    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(source))) - {_STARTS, _ENDS}
 
 
 def render_template(source: str, messages: Sequence[Message], **variables: Any) -> str:

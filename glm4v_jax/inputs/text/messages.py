@@ -1,19 +1,49 @@
-"""The parts of a conversation: their checks, and the images and videos among them."""
+"""The parts of a conversation: their checks, and the images and videos among them.
 
+Messages come in the shapes of transformers and of OpenAI's clients. Whatever changes what the model is shown is honored
+or refused by name; nothing is dropped silently.
+"""
+
+import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MessageError, naming
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
+from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaItem, checked_area
 
 Message = Mapping[str, Any]
 
 # Where an item of a message may have its image or video, as in transformers 4.57.1's `apply_chat_template`.
 SOURCE_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
-# OpenAI's spelling, {"type": "image_url", "image_url": {"url": ...}}, and the type that stands for it.
-_URL_TYPES = {"image_url": "image", "video_url": "video"}
+# OpenAI's spelling, {"type": "image_url", "image_url": {"url": ...}}, with the type and the field that stand for it.
+_URL_TYPES = {
+    "image_url": ("image", "image_url"),
+    "video_url": ("video", "video_url"),
+    "input_image": ("image", "image_url"),
+}
+# Types of text in OpenAI's messages, and where they have it.
+_TEXT_TYPES = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+# Options of an image or video in an item, as Qwen's and ours.
+_ITEM_OPTIONS: Mapping[str, tuple[str, ...]] = {"text": (), "image": AREA_OPTIONS, "video": (*AREA_OPTIONS, "fps")}
+_OTHER_VIDEO_OPTIONS = ("nframes", "num_frames", "min_frames", "max_frames", "total_pixels", "video_start", "video_end")
+# What clients add that does not change what the model is shown: OpenAI's `detail` asks for a resolution of its own
+# models, the others are for caches and programs.
+_ITEM_NOTES = frozenset({"detail", "format", "cache_control", "annotations", "logprobs", "id", "index", "uuid"})
+_MESSAGE_NOTES = frozenset(
+    {
+        "name", "tool_call_id", "refusal", "annotations", "id", "index", "status", "type", "cache_control",
+        # Thoughts are not part of the history, unless the template has a place for them.
+        "reasoning_content", "reasoning",
+    }
+)  # fmt: skip
+# What would be missing from the prompt if the template does not print it.
+_MESSAGE_PARTS = ("tool_calls", "function_call", "audio")
 
 
 def mentions(source: str, word: str) -> bool:
@@ -21,12 +51,18 @@ def mentions(source: str, word: str) -> bool:
     return re.search(rf"(['\"]){re.escape(word)}\1", source) is not None
 
 
+def _reads(source: str, field: str) -> bool:
+    """Whether a template may read a field of a message or of an item."""
+    return re.search(rf"\b{re.escape(field)}\b", source) is not None
+
+
 def normalise_messages(messages: Sequence[Message], source: str, where: str = "") -> list[dict[str, Any]]:
     """A conversation in the one form that chat templates understand.
 
     Contents that are lists of text become a string wherever the role is not `user` (a template prints their Python repr
-    otherwise), OpenAI's `image_url` and `video_url` items become `image` and `video` items, items without a type get
-    one, and keys without a value go.
+    otherwise). OpenAI's shapes become those of transformers: `image_url`, `video_url`, `input_image` and `input_text`
+    items are images, videos and texts; arguments of `tool_calls` that are JSON become objects, and null beside them
+    becomes an empty content; `developer` is `system`. Items without a type get one, and keys without a value go.
 
     Args:
       messages: messages with `role` and `content`: a string, or a list of items of type `text`, `image` or `video`.
@@ -38,7 +74,8 @@ def normalise_messages(messages: Sequence[Message], source: str, where: str = ""
       New messages; those given are not changed.
 
     Raises:
-      MessageError: a type is unknown, or a field is missing or has the wrong type.
+      MessageError: a type is unknown, a field is missing or has the wrong type, or something is asked for that neither
+        the template nor the processor does.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise MessageError(f"{where}found {type(messages).__name__}; expected a list of messages")
@@ -54,21 +91,69 @@ def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
     if not isinstance(role, str):
         found = "nothing" if role is None else type(role).__name__
         raise MessageError(f"{where}: field 'role': found {found}; expected a string")
+    if role == "developer" and mentions(source, "system") and not mentions(source, role):
+        role = "system"
+    fields = _message_fields(message, source, where)
     if content is None:
         # A turn that only calls tools says nothing.
-        if message.get("tool_calls") and "tool_calls" in source:
-            return dict(message)
-        raise MessageError(f"{where}: field 'content': found nothing; expected a string or a list of items")
+        if "tool_calls" not in fields:
+            raise MessageError(f"{where}: field 'content': found nothing; expected a string or a list of items")
+        content = ""
     if isinstance(content, str):
-        return dict(message)
+        return {"role": role, "content": content, **fields}
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
         raise MessageError(f"{where}: field 'content': found {type(content).__name__}; expected a string or a list")
     items: list[dict[str, Any]] = [
         _normalise_item(item, source, f"{where}, item {index}") for index, item in enumerate(content)
     ]
     if role != "user" and all(item["type"] == "text" for item in items):
-        return {**message, "content": "".join(item["text"] for item in items)}
-    return {**message, "content": items}
+        return {"role": role, "content": "".join(item["text"] for item in items), **fields}
+    return {"role": role, "content": items, **fields}
+
+
+def _message_fields(message: Message, source: str, where: str) -> dict[str, Any]:
+    """The fields of a message beside role and content, without those that say nothing."""
+    # Clients send back what they got, with null and [] for what there is not.
+    fields = {
+        name: value
+        for name, value in message.items()
+        if name not in ("role", "content") and value is not None and not (isinstance(value, list) and not value)
+    }
+    for name in _MESSAGE_PARTS:
+        if name in fields and not _reads(source, name):
+            raise MessageError(f"{where}: field {name!r}: found some, which the chat template drops; expected none")
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{where}: field 'tool_calls'")
+    unknown = [name for name in fields if not (name in _MESSAGE_NOTES or _reads(source, str(name)))]
+    if unknown:
+        warnings.warn(
+            f"{where}: unknown to the chat template, and ignored: {', '.join(map(str, unknown))}", stacklevel=2
+        )
+    return fields
+
+
+def _tool_calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls as templates take them, with arguments that are objects: OpenAI's API has them as JSON."""
+    if isinstance(calls, (str, bytes, Mapping)) or not isinstance(calls, Sequence):
+        raise MessageError(f"{where}: found {type(calls).__name__}; expected a list")
+    return [_with_arguments(call, f"{where}[{index}]") for index, call in enumerate(calls)]
+
+
+def _with_arguments(call: Any, where: str) -> Any:
+    if not isinstance(call, Mapping):
+        raise MessageError(f"{where}: found {type(call).__name__}; expected an object with 'function'")
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], f"{where}.function")}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        parsed = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{where}.arguments: found invalid JSON ({error}); expected an object") from error
+    if not isinstance(parsed, Mapping):
+        raise MessageError(f"{where}.arguments: found a JSON {type(parsed).__name__}; expected an object")
+    return {**call, "arguments": parsed}
 
 
 def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
@@ -79,25 +164,21 @@ def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
     kind = item.get("type")
     if not isinstance(kind, str | None):
         raise MessageError(f"{where}: field 'type': found {kind!r}; expected 'text', 'image' or 'video'")
-    if kind in _URL_TYPES:
-        address = item.get(kind)
-        if isinstance(address, Mapping):
-            address = address.get("url")
-        if not isinstance(address, str):
-            raise MessageError(f"{where}: field {kind!r} has no 'url'; expected {{'url': ADDRESS}}")
-        return {"type": _URL_TYPES[kind], "url": address}
     if kind is None:
-        kinds = [name for name in ("text", "image", "video") if name in item]
+        kinds = [name for name in ("text", "image", "video", "image_url", "video_url") if name in item]
         if len(kinds) != 1:
             found = " and ".join(kinds) or "neither 'text' nor 'image' nor 'video'"
             raise MessageError(f"{where}: field 'type' is missing and the item has {found}; expected one of them")
         kind = kinds[0]
-        item = {"type": kind, **item}
-    if kind == "text":
-        text = item.get("text")
+    if kind in _URL_TYPES and not mentions(source, kind):
+        kind, item = _from_openai(kind, item, where)
+    elif kind in _TEXT_TYPES and not (kind != "text" and mentions(source, kind)):
+        text = item.pop(_TEXT_TYPES[kind], None)
         if not isinstance(text, str):
             found = "nothing" if text is None else type(text).__name__
-            raise MessageError(f"{where}: field 'text': found {found}; expected a string")
+            raise MessageError(f"{where}: field {_TEXT_TYPES[kind]!r}: found {found}; expected a string")
+        kind, item["text"] = "text", text
+    item = {**item, "type": kind}
     if kind in ("text", *SOURCE_KEYS):
         stray = [name for name in ("image", "video") if name in item and name != kind]
         if stray:
@@ -106,7 +187,32 @@ def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
         raise MessageError(f"{where}: field 'type': found {kind!r}; expected 'text', 'image' or 'video'")
     if kind in SOURCE_KEYS and len(keys := [key for key in SOURCE_KEYS[kind] if key in item]) > 1:
         raise MessageError(f"{where}: the {kind} has the fields {', '.join(map(repr, keys))}; expected one of them")
+    if kind in _ITEM_OPTIONS:
+        _check_item_options(item, kind, source, where)
     return item
+
+
+def _from_openai(kind: str, item: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """An item whose image or video is an address, or an object with `url`, in the shape of transformers."""
+    kind, field = _URL_TYPES[kind]
+    address = item.pop(field, None)
+    if isinstance(address, Mapping):
+        item |= {key: value for key, value in address.items() if value is not None and key != "url"}
+        address = address.get("url")
+    if not isinstance(address, str):
+        raise MessageError(f"{where}: field {field!r} has no 'url'; expected {{'url': ADDRESS}}")
+    return kind, {**item, "url": address}
+
+
+def _check_item_options(item: Mapping[str, Any], kind: str, source: str, where: str) -> None:
+    known = {"type", "text", *SOURCE_KEYS.get(kind, ()), *_ITEM_OPTIONS[kind]}
+    for name in item:
+        if name in known or name in _ITEM_NOTES or _reads(source, str(name)):
+            continue
+        expected = ", ".join(("text",) if kind == "text" else (*SOURCE_KEYS[kind], *_ITEM_OPTIONS[kind]))
+        if kind == "video" and name in _OTHER_VIDEO_OPTIONS:
+            expected += ": fps says how many frames are taken, and max_pixels how large each is"
+        raise MessageError(f"{where}: found {name!r} in an item of type {kind!r}; expected some of {expected}")
 
 
 def extract_media(messages: Sequence[Message], source: str, where: str = "") -> tuple[list[Any], list[Any]]:
@@ -119,8 +225,8 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
 
     Returns:
       The images and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
-      Frames with a field `fps` have been sampled at that rate, and are a `SampledVideo`; videos in files bring their
-      own, and theirs is ignored.
+      Frames with a field `fps` have been sampled at that rate, and are a `SampledVideo`. What else an item asks for is
+      in a `MediaItem`: `fps` of a video in a file, to be sampled at that rate, and `AREA_OPTIONS`.
 
     Raises:
       MessageError: the conversation is malformed, a medium has no source, or the rate of frames is not a number.
@@ -141,11 +247,20 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
             media = item[key]
             if key == "base64" and isinstance(media, str) and not media.startswith("data:"):
                 media = "data:image/unknown;base64," + media
-            if kind == "video" and "fps" in item and not is_path_like(media):
-                with naming(f"{where}message {index}, item {position}", MessageError):
-                    media = SampledVideo(media, item["fps"])
-            found[kind].append(media)
+            with naming(f"{where}message {index}, item {position}", MessageError):
+                found[kind].append(_with_options(media, item, kind))
     return found["image"], found["video"]
+
+
+def _with_options(media: Any, item: Mapping[str, Any], kind: str) -> Any:
+    options = {name: item[name] for name in AREA_OPTIONS if name in item}
+    checked_area(options)
+    if kind == "video" and "fps" in item:
+        if is_path_like(media):
+            options |= {"fps": checked("fps", item["fps"], PositiveNumber), "do_sample_frames": True}
+        else:
+            media = SampledVideo(media, item["fps"])
+    return MediaItem(media, options) if options else media
 
 
 def user_messages(

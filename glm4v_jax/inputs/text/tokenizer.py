@@ -17,10 +17,16 @@ from msgspec import Meta
 
 from glm4v_jax.config.checks import Size, checked
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError, naming
-from glm4v_jax.files import assets_directory, read_json_object, read_text
+from glm4v_jax.files import assets_directory, read_json_object, read_text, replacing, write_json
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
-from glm4v_jax.inputs.text.chat_template import template_in
-from glm4v_jax.inputs.text.special_tokens import SpecialTokens, added_token, special_tokens_of, token_list
+from glm4v_jax.inputs.text.chat_template import save_chat_template, template_in
+from glm4v_jax.inputs.text.special_tokens import (
+    NAMED_SPECIAL_TOKENS,
+    SpecialTokens,
+    added_token,
+    special_tokens_of,
+    token_list,
+)
 from glm4v_jax.inputs.text.tokenizer_options import PaddingSide, check_text, checked_limit, padding_strategy
 
 # Configurations write "no limit" as a huge number; the reference calls anything above this one no limit.
@@ -38,6 +44,16 @@ _CLEAN_UPS = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+
+
+# Entries of tokenizer_config.json that are read.
+_SETTINGS = frozenset(
+    {
+        *NAMED_SPECIAL_TOKENS, "additional_special_tokens", "added_tokens_decoder", "chat_template",
+        "clean_up_tokenization_spaces", "extra_special_tokens", "max_len", "model_input_names", "model_max_length",
+        "padding_side", "split_special_tokens", "truncation_side",
+    }
+)  # fmt: skip
 
 
 def stack_rows(rows: Sequence[Sequence[int]], name: str) -> np.ndarray:
@@ -120,6 +136,8 @@ class Glm4vTokenizer(SpecialTokens):
         Raises:
           CheckpointError: a file is missing or corrupt, or an added token cannot get its id.
         """
+        if unknown := sorted(set(overrides) - _SETTINGS):
+            warnings.warn(f"{cls.__name__}: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
         directory = pathlib.Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
@@ -147,6 +165,42 @@ class Glm4vTokenizer(SpecialTokens):
             config["chat_template"] = read_text(template_path)
         with naming(config_path, CheckpointError):
             return cls(backend, config | overrides)
+
+    def save_pretrained(self, save_directory: str | pathlib.Path) -> None:
+        """Write files that `from_pretrained` here and in transformers loads.
+
+        Args:
+          save_directory: made if need be; gets `tokenizer.json`, `tokenizer_config.json` and the chat templates.
+        """
+        directory = pathlib.Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(directory / "tokenizer.json") as aside, self._lock:
+            # Left by the last call, and in the way of the next program's.
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self._backend.save(str(aside))
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        extra = self.init_kwargs.get("extra_special_tokens")
+        config = self.init_kwargs | {
+            **{name: self._special_tokens[name] for name in (*NAMED_SPECIAL_TOKENS, "additional_special_tokens")},
+            "added_tokens_decoder": {
+                str(index): {flag: getattr(token, flag) for flag in flags}
+                for index, token in sorted(self.added_tokens_decoder.items())
+            },
+            # 5.x has a list here, whose tokens are among the additional ones.
+            "extra_special_tokens": extra if isinstance(extra, Mapping) else {},
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "model_input_names": self.model_input_names,
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "processor_class": "Glm4vProcessor",
+            "split_special_tokens": self.split_special_tokens,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "truncation_side": self.truncation_side,
+        }
+        config.pop("chat_template", None)
+        write_json(directory / "tokenizer_config.json", {k: v for k, v in config.items() if v is not None})
+        save_chat_template(directory, self.chat_template)
 
     def _add_tokens(self, added_tokens_decoder: Any) -> None:
         """Give the backend the added tokens that it lacks, in the order of their ids, and check every id."""
@@ -295,6 +349,18 @@ class Glm4vTokenizer(SpecialTokens):
     def encode(self, text: str | Sequence[str], **kwargs: Any) -> list[int]:
         """The `input_ids` of `self(text, **kwargs)`."""
         return self(text, **kwargs)["input_ids"]
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text in parts, each with whether special tokens in it are tokens, or ordinary characters."""
+        with self._lock:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            encodings = []
+            for text, is_special in parts:
+                self._backend.encode_special_tokens = not is_special
+                encodings.append(self._backend.encode(text, add_special_tokens=False))
+            joined = tokenizers.Encoding.merge(encodings)
+            return self._backend.post_process(joined, add_special_tokens=add_special_tokens).ids
 
     def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
         """The tokens of a text, as they are spelled in the vocabulary."""

@@ -22,7 +22,14 @@ from glm4v_jax.inputs.vision.patches import (
     resize_as_image,
     resize_planes,
 )
-from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaProcessor, area_of, check_sides
+from glm4v_jax.inputs.vision.settings import (
+    AREA_OPTIONS,
+    GENERAL_DEFAULTS,
+    MediaItem,
+    MediaProcessor,
+    area_of,
+    check_sides,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ def flatten_images(images: Any) -> list[Any]:
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]
-    if isinstance(images, PIL.Image.Image) or is_path_like(images):
+    if isinstance(images, (PIL.Image.Image, MediaItem)) or is_path_like(images):
         return [images]
     if is_array(images):
         array = np.asarray(images)
@@ -75,7 +82,7 @@ class _ImageProcessor(MediaProcessor):
         """
         if self.is_general:
             overrides = self.known(overrides)
-        elif unknown := set(overrides) - {*self.defaults, "data_format", "input_data_format"}:
+        elif unknown := set(overrides) - {*self.defaults, *AREA_OPTIONS, "data_format", "input_data_format"}:
             raise TypeError(f"preprocess() got an unexpected keyword argument {min(unknown)!r}")
         settings = self.resolve(overrides)
         channel_format(settings.get("data_format"), "data_format")
@@ -85,9 +92,10 @@ class _ImageProcessor(MediaProcessor):
         def resized(item: tuple[int, Any]) -> tuple[np.ndarray, tuple[int, int]]:
             index, source = item
             with naming_media("image", index, source):
-                return self._resized(source, settings, input_data_format)
+                return self._resized(source, {**settings, **own[index]}, input_data_format)
 
-        sources = flatten_images(images)
+        items = [MediaItem.split(image) for image in flatten_images(images)]
+        sources, own = [source for source, _ in items], [options for _, options in items]
         for index, source in enumerate(sources):
             # Pillow decodes lazily and not thread-safely, and one image may stand twice in the batch.
             if isinstance(source, PIL.Image.Image):

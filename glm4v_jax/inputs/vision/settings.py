@@ -1,8 +1,11 @@
 """What the image and the video processors share: their settings, and reading them from a checkpoint."""
 
 import copy
+import dataclasses
 import logging
+import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -11,9 +14,9 @@ import numpy as np
 import PIL.Image
 from msgspec import Meta
 
-from glm4v_jax.config.checks import PositiveNumber, checked, fault
+from glm4v_jax.config.checks import Positive, PositiveNumber, checked, fault
 from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, naming
-from glm4v_jax.files import assets_directory, read_json_object
+from glm4v_jax.files import assets_directory, read_json_object, write_json
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
 from glm4v_jax.inputs.media.array_layout import FIRST, channel_format
 from glm4v_jax.inputs.vision.smart_resize import smart_resize
@@ -33,10 +36,29 @@ GENERAL_DEFAULTS: Mapping[str, Any] = {
     "input_data_format": None,
 }
 
+AREA_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+"""Options of a call, or of one image or video, in Qwen's style: height times width of an image or a frame, and the
+sides to resize to, before they are rounded to merged patches. They win over `size`; see `area_of`."""
+
 Side = Annotated[int, Meta(ge=1, le=4096)]
 """Of a patch, in pixels; and the numbers of frames and of patches that are merged. Arrays of larger patches would
 not fit any machine."""
 ChannelValues = float | Annotated[tuple[float, ...], Meta(min_length=1, description="a list of one a channel")]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MediaItem:
+    """An image or video with options of its own, which win over those of the call: `AREA_OPTIONS`, and of a video
+    `fps` and `do_sample_frames`.
+    """
+
+    source: Any
+    options: Mapping[str, Any]
+
+    @staticmethod
+    def split(media: Any) -> tuple[Any, Mapping[str, Any]]:
+        """The source and the options of an image or video, which may have none."""
+        return (media.source, media.options) if isinstance(media, MediaItem) else (media, {})
 
 
 class MediaProcessor:
@@ -102,11 +124,15 @@ class MediaProcessor:
     merge_size: int
 
     def __init__(self, **settings: Any) -> None:
-        """Take the given settings, and the class's defaults for the others and for None; unknown ones are ignored.
+        """Take the given settings, and the class's defaults for the others and for None; warn of unknown ones.
 
         Raises:
             ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
+        refuse_area_options(settings)
+        unknown = sorted(set(settings) - {*self.defaults, "device", "return_tensors", self.type_key, "processor_class"})
+        if unknown:
+            warnings.warn(f"{type(self).__name__}: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
         if self.is_general:
             check_device(settings.get("device"))
             check_return_tensors(settings.get("return_tensors"))
@@ -126,6 +152,7 @@ class MediaProcessor:
         for name, hint in self.constraints.items():
             settings[name] = checked(name, settings[name], hint)
         settings["size"] = _area_bounds(settings["size"])
+        checked_area(settings)
         for name, is_used in (("image_std", settings["do_normalize"]), ("rescale_factor", settings["do_rescale"])):
             if is_used and not np.all(settings[name]):
                 raise ConfigError(fault(name, settings[name], "a number other than zero"))
@@ -146,10 +173,11 @@ class MediaProcessor:
         """
         check_return_tensors(options.get("return_tensors"))
         check_device(options.get("device"))
-        unknown = sorted(set(options) - set(self.defaults) - {"return_tensors", "device"})
+        known = {*self.defaults, *AREA_OPTIONS}
+        unknown = sorted(set(options) - known - {"return_tensors", "device"})
         if unknown:
             logger.warning("Unused or unrecognized kwargs: %s.", ", ".join(unknown))
-        return {name: value for name, value in options.items() if name in self.defaults}
+        return {name: value for name, value in options.items() if name in known}
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
         """Short for `preprocess`."""
@@ -157,7 +185,8 @@ class MediaProcessor:
 
     def _num_patches(self, num_frames: int | None, height: int, width: int, options: Mapping[str, Any] | None) -> int:
         """Patches of a clip of this size, before merging; without `num_frames` those of an image."""
-        settings = self.resolve({k: v for k, v in (options or {}).items() if k in self.defaults})
+        known = {*self.defaults, *AREA_OPTIONS}
+        settings = self.resolve({k: v for k, v in (options or {}).items() if k in known})
         patch_size, temporal = settings["patch_size"], settings["temporal_patch_size"]
         num_frames = temporal if num_frames is None else num_frames
         height, width = area_of(settings, num_frames, height, width)
@@ -165,8 +194,8 @@ class MediaProcessor:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
-        """Make a processor from a checkpoint's settings; keyword arguments win over them."""
-        return cls(**{**settings, **overrides})
+        """Make a processor from a checkpoint's settings, which may be others' too; keyword arguments win over them."""
+        return cls(**{name: value for name, value in settings.items() if name in cls.defaults} | overrides)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -178,7 +207,9 @@ class MediaProcessor:
 
         Raises:
             CheckpointError: there is no such file, or it holds no settings; the message names it.
+            ConfigError: an override is one of `AREA_OPTIONS`.
         """
+        refuse_area_options(overrides)
         path = assets_directory(Path(os.fspath(path)))
         candidates = [path] if path.is_file() else [path / name for name in cls.config_files]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -187,6 +218,17 @@ class MediaProcessor:
         content = settings_in(read_json_object(file), file, cls.nested_key)
         with naming(file, CheckpointError):
             return cls.from_dict(content, **overrides)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the settings as a file that `from_pretrained` here and in transformers loads.
+
+        Args:
+            save_directory: made if need be; gets `preprocessor_config.json` or `video_preprocessor_config.json`.
+        """
+        directory = Path(os.fspath(save_directory))
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {name: value for name, value in self.to_dict().items() if value is not None}
+        write_json(directory / self.config_files[0], settings | {"processor_class": "Glm4vProcessor"})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and the class name, as `preprocessor_config.json` holds them."""
@@ -237,16 +279,57 @@ def _area_bounds(size: Any) -> dict[str, float]:
     return bounds
 
 
+def refuse_area_options(settings: Mapping[str, Any]) -> None:
+    """Refuse `AREA_OPTIONS` as settings of a processor: a file that has them would mean something else elsewhere.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name in AREA_OPTIONS:
+        if settings.get(name) is not None:
+            expected = "it in a call or in an item of a message, or 'size' with shortest_edge and longest_edge"
+            raise ConfigError(fault(name, settings[name], expected))
+
+
+def checked_area(settings: Mapping[str, Any]) -> None:
+    """Check `AREA_OPTIONS` among settings.
+
+    Raises:
+        ConfigError: one is not a number of pixels, a side comes without the other, or the smallest area is the larger.
+    """
+    found = {name: settings[name] for name in AREA_OPTIONS if settings.get(name) is not None}
+    for name, value in found.items():
+        checked(name, value, Positive)
+    for name, other in (("resized_height", "resized_width"), ("resized_width", "resized_height")):
+        if name in found and other not in found:
+            raise ConfigError(fault(other, None, f"a number of pixels beside {name}"))
+    if "min_pixels" in found and found["min_pixels"] > found.get("max_pixels", math.inf):
+        raise ConfigError(fault("min_pixels", found["min_pixels"], f"at most max_pixels, {found['max_pixels']}"))
+
+
 def area_of(settings: Mapping[str, Any], num_frames: int, height: int, width: int) -> tuple[int, int]:
-    """The (height, width) that resolved settings resize a clip to; an image counts as one temporal patch of frames."""
+    """The (height, width) that resolved settings resize a clip to; an image counts as one temporal patch of frames.
+
+    `min_pixels` and `max_pixels` count one image or frame, and `size` counts all frames, each of which an image has
+    `temporal_patch_size` of: `max_pixels` may exceed `size` for an image, but not for all frames of a video.
+    """
+    smallest, largest = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
+    if (asked := settings.get("max_pixels")) is not None:
+        largest = min(asked * num_frames, max(largest, asked * settings["temporal_patch_size"]))
+        smallest = min(smallest, largest)
+    if (asked := settings.get("min_pixels")) is not None:
+        smallest = asked * num_frames
+        largest = max(smallest, largest)
+    if settings.get("resized_height") is not None:
+        height, width = settings["resized_height"], settings["resized_width"]
     return smart_resize(
         num_frames=num_frames,
         height=height,
         width=width,
         temporal_factor=settings["temporal_patch_size"],
         factor=settings["patch_size"] * settings["merge_size"],
-        min_pixels=settings["size"]["shortest_edge"],
-        max_pixels=settings["size"]["longest_edge"],
+        min_pixels=smallest,
+        max_pixels=largest,
     )
 
 

@@ -19,7 +19,7 @@ from glm4v_jax.inputs.media.array_layout import LAST, NONE, channel_format, to_c
 from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, naming_media
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
-from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaProcessor, area_of, check_sides
+from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaItem, MediaProcessor, area_of, check_sides
 
 
 def _is_frame(value: Any) -> bool:
@@ -40,7 +40,7 @@ def flatten_videos(videos: Any) -> list[Any]:
 
 
 def _flatten_videos(videos: Any, depth: int) -> list[Any]:
-    if isinstance(videos, SampledVideo) or is_path_like(videos) or _is_frame(videos):
+    if isinstance(videos, (SampledVideo, MediaItem)) or is_path_like(videos) or _is_frame(videos):
         return [videos]
     if is_array(videos):
         if videos.ndim == 4:
@@ -232,9 +232,10 @@ class Glm4vVideoProcessor(MediaProcessor):
         sources = flatten_videos(videos)
         metadata = flatten_metadata(settings["video_metadata"], len(sources))
         loaded = []
-        for index, (source, known) in enumerate(zip(sources, metadata, strict=True)):
+        for index, (item, known) in enumerate(zip(sources, metadata, strict=True)):
+            source, own = MediaItem.split(item)
             with naming_media("video", index, source):
-                loaded.append(self._load(source, known, settings))
+                loaded.append(self._load(source, known, {**settings, **own}))
         patches, grids = cut_patches(
             [frames for frames, _ in loaded], settings, normalization_of(settings, fused=True), "video"
         )

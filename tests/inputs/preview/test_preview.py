@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
-from glm4v_jax.errors import MediaError, MessageError
+from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
 from glm4v_jax.inputs.preview.preview import look, read_back, warning, why_scaled
 from glm4v_jax.inputs.preview.sheet import MAX_FRAMES, WIDTH, draw_card, draw_sheet
@@ -231,10 +231,11 @@ def test_positions_are_the_references(processor, save):
             assert place.positions[axis] == (int(positions.min()), int(positions.max()))
 
 
-def test_a_placeholder_in_the_question_is_refused(processor, save):
+def test_a_placeholder_in_the_question_is_text(processor, save):
     seen = look(save(noise(56, 84)), processor)
-    with pytest.raises(MessageError, match=r"2 <\|image\|> placeholders"):
-        place_in_prompt([seen], processor, "What is <|image|>?")
+    prompt = place_in_prompt([seen], processor, "What is <|image|>?")
+    assert prompt.places == place_in_prompt([seen], processor, "What?").places
+    assert "What is <|image|>?" in processor.decode(prompt.input_ids)
 
 
 def test_facts_fit_together(processor, save):

@@ -170,7 +170,7 @@ def test_a_template_with_more_roles_and_types_takes_them():
     call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     conversation = [A, call, {"role": "tool", "content": [text("4"), text("2")]}]
     assert render_conversation(conversation, WITH_TOOLS) == '<U>A<A>[{"name": "f"}]<T>42'
-    with pytest.raises(MessageError, match="message 1: field 'content': found nothing"):
+    with pytest.raises(MessageError, match="message 1: field 'tool_calls': found some, which the chat template drops"):
         render_conversation(conversation, TEMPLATE)
     with pytest.raises(MessageError, match="message 0: field 'role' is 'observation', which the chat template drops"):
         render_conversation([{"role": "observation", "content": "4"}], WITH_TOOLS)
@@ -284,12 +284,13 @@ def test_media_come_in_the_order_of_the_conversation():
 
 
 def test_frames_with_a_rate_have_been_sampled():
-    """A file has a rate of its own; frames have none, and what the item says of them counts."""
+    """Frames have no rate of their own, and what the item says counts; a file is sampled at the item's."""
     frames = [np.zeros((28, 28, 3), np.uint8)] * 4
     items = [{"type": "video", "video": video} for video in (frames, frames, "1.mp4")]
     _, videos = extract_media([user(items[0] | {"fps": 2}, items[1], items[2] | {"fps": 2})], TEMPLATE)
     assert videos[0].frames is frames and videos[0].metadata.timestamps == [0, 0.5, 1, 1.5]
-    assert videos[1] is frames and videos[2] == "1.mp4"
+    assert videos[1] is frames
+    assert (videos[2].source, videos[2].options) == ("1.mp4", {"fps": 2, "do_sample_frames": True})
     for rate in ("fast", 0, True):
         with pytest.raises(MessageError, match=f"message 0, item 0: fps of the frames: found {rate!r}; expected a num"):
             extract_media([user({"type": "video", "video": frames, "fps": rate})], TEMPLATE)
