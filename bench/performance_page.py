@@ -41,6 +41,9 @@ checkpoint:
 Pixel values: bit-identical to the reference's default (slow) image processor for {images}, and within one step of 8
 bits of its video processor for {videos}.
 
+Options of generation, from `min_new_tokens` to `stop_strings`: the reference's tokens, and its scores and logits within
+1e-5 of the largest, in {options}.
+
 ## CPU, beside transformers
 
 A model of {cpu_parameters}M parameters; median of {cpu_rounds} rounds, and the range of the ratios.
@@ -177,6 +180,7 @@ def page() -> str:
         ),
         images=f"{sum(p['pixel_difference'] == 0 for p in parity['pictures'])} of {len(parity['pictures'])} images",
         videos=f"{sum(v['max_steps'] <= 1 for v in parity['videos'])} of {len(parity['videos'])} videos",
+        options=f"{sum(o['passed'] for o in parity['options'])} of {len(parity['options'])} scenarios",
         cpu_parameters=round(cpu["parameters"] / 1e6),
         cpu_rounds=cpu["rounds"],
         cpu=compared(cpu["lines"], "what"),
