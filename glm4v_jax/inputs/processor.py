@@ -400,7 +400,8 @@ class Glm4vProcessor:
             warnings.warn("return_assistant_tokens_mask: the chat template has no {% generation %} block", stacklevel=2)
         options = {name: value for name, value in kwargs.items() if name in OPTIONS}
         variables = {name: value for name, value in kwargs.items() if name not in OPTIONS}
-        unknown = sorted(set(variables) - template_variables(source))
+        given = {name for name, value in (("tools", tools), ("documents", documents)) if value}
+        unknown = sorted((given | variables.keys()) - template_variables(source))
         if unknown:
             warnings.warn(
                 f"unknown to the processor and to the chat template, and ignored: {', '.join(unknown)}", stacklevel=2

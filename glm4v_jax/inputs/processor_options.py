@@ -6,7 +6,9 @@ from typing import Any
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.batch_feature import check_device, check_return_tensors
+from glm4v_jax.inputs.vision.image import Glm4vImageProcessorFast
 from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaProcessor
+from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 
 TEXT_OPTIONS = frozenset(
     {
@@ -36,6 +38,12 @@ GROUPS: Mapping[str, Collection[str]] = {
     "videos_kwargs": VIDEO_OPTIONS,
     "common_kwargs": frozenset(),
 }
+# What is known inside of a group only, as in the reference.
+_NESTED: Mapping[str, Collection[str]] = {
+    "text_kwargs": TEXT_OPTIONS,
+    "images_kwargs": IMAGE_OPTIONS.union(Glm4vImageProcessorFast.defaults),
+    "videos_kwargs": VIDEO_OPTIONS.union(Glm4vVideoProcessor.defaults),
+}
 OPTIONS = TEXT_OPTIONS | VIDEO_OPTIONS | {"return_tensors", "device", *GROUPS}
 
 
@@ -60,16 +68,18 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
     check_return_tensors(return_tensors)
     check_device(flat.pop("device", None))
     unknown = sorted(set(flat) - OPTIONS)
-    if unknown:
-        warnings.warn(f"unknown options of the processor are ignored: {', '.join(unknown)}", stacklevel=3)
     for group, chosen in nested.items():
         # One kind of tensors for every part, whichever option names it.
         inner_tensors = chosen.pop("return_tensors", None)
         check_return_tensors(inner_tensors)
         return_tensors = return_tensors or inner_tensors
         check_device(chosen.pop("device", None))
+        unknown += [f"{name} in {group}" for name in sorted(chosen.keys() - _NESTED[group])]
+        nested[group] = chosen = {name: value for name, value in chosen.items() if name in _NESTED[group]}
         twice = sorted(set(chosen) & set(flat) & set(GROUPS[group]))
         if twice:
             raise ConfigError(f"{', '.join(twice)} passed two times: in {group} and as an argument; expected one")
         chosen |= {name: value for name, value in flat.items() if name in GROUPS[group]}
+    if unknown:
+        warnings.warn(f"unknown options of the processor are ignored: {', '.join(unknown)}", stacklevel=3)
     return nested, getattr(return_tensors, "value", return_tensors)

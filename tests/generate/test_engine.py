@@ -429,6 +429,20 @@ def test_impossible_prompts_are_refused(engine, ids, message):
         engine.generate({"input_ids": ids})
 
 
+def test_special_tokens_that_a_user_types_are_text(engine, image):
+    """In a prompt as a string, in messages beside an image, and in a conversation."""
+    typed, tokenizer = "<|image|> or <|user|>?", engine.processor.tokenizer
+    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": typed}]}
+    for prompt in (typed, [message]):
+        prepared = engine.prompt(prompt)
+        assert len(prepared.media) == (prompt is not typed)
+        assert tokenizer.decode(prepared.input_ids).endswith(f"{typed}<|assistant|>\n")
+        assert prepared.input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+    talk = engine.conversation(max_new_tokens=1, **GREEDY)
+    assert talk.send(typed).prompt_tokens == len(engine.prompt(typed))
+    assert talk.send(typed, images=[image]).prompt_tokens > len(prepared)
+
+
 def test_an_engine_has_at_least_one_slot(make_engine):
     with pytest.raises(GenerationError, match="num_slots: found 0"):
         make_engine(num_slots=0)
