@@ -15,6 +15,7 @@ import PIL.Image
 from glm4v_jax.config.checks import Positive, checked, fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import ConfigError, GenerationError, MessageError
+from glm4v_jax.hf.generate import generate
 from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 from glm4v_jax.inputs.media.load import is_array
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -70,11 +71,13 @@ class ImageTextToTextPipeline:
           **defaults: of the options of a call.
 
         Raises:
-          GenerationError, ConfigError: options contradict each other, or are torch's.
+          GenerationError, ConfigError: an option is unknown, torch's or out of its range, or contradicts another.
         """
         self.model, self.processor, self._defaults = model, processor, defaults
         if defaults:
-            _CallOptions.of(defaults, self)
+            generation = _CallOptions.of(defaults, self).generation
+            of_call = inspect.signature(generate).parameters
+            self.generation_config.replace(**{k: v for k, v in generation.items() if k not in of_call})
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -196,7 +199,10 @@ class _CallOptions:
           GenerationError, ConfigError: an option is unknown, given twice, or out of its range.
         """
         left = {name: value for name, value in options.items() if value is not None}
-        generation = dict(left.pop("generate_kwargs", {}))
+        given = left.pop("generate_kwargs", {})
+        if not isinstance(given, Mapping):
+            raise GenerationError(fault("generate_kwargs", given, "a dictionary of options of generate"))
+        generation = dict(given)
         # Of data loaders in other processes, which there are none of here.
         left.pop("num_workers", None)
         if "timeout" in left:

@@ -199,8 +199,8 @@ def test_defaults_of_a_call_are_those_of_the_pipeline(pipes):
     assert model.calls[0][1]["max_new_tokens"] == 3
     with pytest.raises(ConfigError, match="device='cuda' is not supported"):
         ImageTextToTextPipeline(model, pipes[0].processor, device="cuda")
-    with pytest.raises(GenerationError, match="unknown 'devise'"):
-        ImageTextToTextPipeline(pipes[0].model, pipes[0].processor, devise=0)(text=BEGUN)
+    with pytest.raises(GenerationError, match="unknown 'device_map'"):
+        ImageTextToTextPipeline(model, pipes[0].processor, device_map="auto")
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,7 @@ def test_defaults_of_a_call_are_those_of_the_pipeline(pipes):
         ((), {"text": ASKED, "max_length": 9}, GenerationError, "max_length: found 9; expected it in generate_kwargs"),
         ((), {"text": ASKED, "max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 3}}, GenerationError,
          "max_new_tokens: found in generate_kwargs and beside it"),
+        ((), {"text": ASKED, "generate_kwargs": 3}, GenerationError, "generate_kwargs: found 3; expected a dictionary"),
         ((), {"text": ASKED, "num_return_sequences": 2}, GenerationError, "num_return_sequences: found 2"),
     ],
 )  # fmt: skip
