@@ -15,8 +15,9 @@ from glm4v_jax.config.checks import Natural
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import Command, JsonOptions, run_program
-from glm4v_jax.console.progress import Progress, decimal_size
+from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table
+from glm4v_jax.files import decimal_size
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for, sizes_for
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from glm4v_jax.console.program import Command, JsonOptions, run_program
 from glm4v_jax.console.progress import run_batch
 from glm4v_jax.console.table import print_table
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.files import model_fingerprint, to_json
+from glm4v_jax.files import fingerprint, model_fingerprint, to_json
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.batch import PromptBatch
 from glm4v_jax.generate.offline.prompts import BatchPrompt
@@ -93,6 +93,8 @@ class RunTasks(JsonOptions):
 
     def run(self) -> int:
         """Read and check all items, then load the model, answer, and score."""
+        import rapidfuzz  # noqa: F401  # metrics use it once there are answers; if it is missing, that shows now
+
         self.model.check()
         names = self.task or tuple(name for name, task in TASKS.items() if task.is_built_in)
         tasks = [self._with_options(find_task(name)) for name in names]
@@ -122,7 +124,7 @@ class RunTasks(JsonOptions):
         for job in jobs:
             job.out.mkdir(parents=True, exist_ok=True)
             load = functools.partial(self._load, processor, job.out)
-            batches.append(run_batch(job.batch, processor, load, restart=self.restart, debug=self.debug))
+            batches.append(run_batch(job.batch, processor, load, restart=self.restart, verbose=self.verbose))
             if is_first():  # which has written the answers
                 summaries[job.task.name] = self._score(job)
         if summaries:
@@ -149,7 +151,7 @@ class RunTasks(JsonOptions):
             [BatchPrompt(item.id, item.messages, item.asked, place=item.place) for item in items],
             str(out / ANSWERS),
             config,
-            self.model.directory,
+            self.model.sources,
             dtype=self.model.dtype,
             name_field="id",
             answer_fields=_answer_fields,
@@ -177,6 +179,7 @@ class RunTasks(JsonOptions):
         about = {
             "model": str(pathlib.Path(self.model.directory).resolve()),
             "model_fingerprint": model_fingerprint(self.model.directory),
+            **self._adapter(),
             "dtype": self.model.dtype,
             "prompt": task.prompt,
             "system": task.system,
@@ -187,6 +190,13 @@ class RunTasks(JsonOptions):
         if not self.no_report:
             write_report(job.items, results, summary, job.out / REPORT)
         return summary
+
+    def _adapter(self) -> dict[str, str]:
+        """Return what the summary says of the adapter, if there is one."""
+        directory = self.model.adapter
+        if directory is None:
+            return {}
+        return {"adapter": str(pathlib.Path(directory).resolve()), "adapter_fingerprint": fingerprint(directory)}
 
     def _print(self, summaries: Mapping[str, Mapping[str, Any]], root: pathlib.Path) -> None:
         if len(summaries) > 1:

@@ -219,7 +219,7 @@ def _side(
     return Side(
         directory=str(directory),
         task=_field(summary, "task", directory),
-        model=summary.get("model"),
+        model=" + ".join(filter(None, (summary.get("model"), summary.get("adapter")))) or None,
         score=_field(summary, "score", directory),
         mean=statistics.fmean(result.score for result in shared),
         categories=dict(Counter(result.category for result in shared).most_common()),

@@ -28,6 +28,10 @@ class CheckpointError(Glm4vError):
     """A directory is not a checkpoint, or its tensors are missing, unexpected, misshapen, truncated or corrupt."""
 
 
+class MemoryShortageError(Glm4vError):
+    """What is to be loaded does not fit into memory; the message has both numbers, and what would fit."""
+
+
 class MediaError(Glm4vError):
     """An image or video cannot be fetched, decoded or prepared."""
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +21,79 @@ _NAMES = ("LICENSE", "LICENCE", "NOTICE", "README")
 _NOT_ASSETS = (".index.json",)
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""What marks the directory of an adapter, in PEFT's format."""
+
+
+def is_hub_name(name: str | pathlib.Path) -> bool:
+    """Return whether a text reads like the name of a model on the hub.
+
+    >>> is_hub_name("zai-org/GLM-4.1V-9B-Thinking"), is_hub_name("./GLM-4.1V-9B-Thinking")
+    (True, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None
+
+
+def model_directory(name: str | pathlib.Path) -> pathlib.Path:
+    """Return the directory of a model: `name` itself, or where the local Hugging Face cache has the model `name`.
+
+    Nothing is downloaded. What is neither is returned as it is, for its reader to refuse, unless it reads like a name
+    on the hub.
+
+    Raises:
+      CheckpointError: it reads like a name on the hub, of a model that has not been downloaded.
+    """
+    directory = pathlib.Path(name)
+    if directory.exists() or not is_hub_name(name):
+        return directory
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(name), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"found {name}, which is neither a directory nor in the local Hugging Face cache; expected a checkpoint; "
+            f"download it first: hf download {name}"
+        ) from error
+
+
+def check_config(directory: pathlib.Path) -> None:
+    """Check that an existing directory has the configuration of a model.
+
+    Raises:
+      CheckpointError: it has none; the message says what it is instead, or where the model is.
+    """
+    if (assets_directory(directory) / "config.json").is_file():
+        return
+    found = f"{directory}: found no config.json; expected the directory of a checkpoint"
+    if (directory / ADAPTER_CONFIG).is_file():
+        base = read_json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+        found = (
+            f"{directory}: found an adapter; expected a model: pass --model {base} --adapter {directory}; in Python, "
+            f"from_pretrained({base!r}, adapter={str(directory)!r})"
+        )
+    # What a training job and a conversion leave in their output directories.
+    for name, file in (("model", "config.json"), ("adapter", ADAPTER_CONFIG)):
+        if (directory / name / file).is_file():
+            found = f"{found}; did you mean {directory / name}?"
+    raise CheckpointError(found)
+
+
+def base_of(adapter: str | pathlib.Path) -> str:
+    """Return the model that an adapter names as its base, which must be on this machine.
+
+    Raises:
+      CheckpointError: it names none that is.
+    """
+    name = read_json_object(pathlib.Path(adapter) / ADAPTER_CONFIG, "an adapter of PEFT").get("base_model_name_or_path")
+    if not isinstance(name, str) or not model_directory(name).is_dir():
+        raise CheckpointError(
+            f"--model: found nothing, and {name!r} as the base of {adapter}; expected the base model's directory"
+        )
+    return name
+
+
 def is_orbax(directory: str | pathlib.Path) -> bool:
     """Return whether a directory holds a checkpoint in Orbax format, complete or not."""
     directory = pathlib.Path(directory)
@@ -27,8 +101,12 @@ def is_orbax(directory: str | pathlib.Path) -> bool:
 
 
 def assets_directory(directory: str | pathlib.Path) -> pathlib.Path:
-    """Return the directory of a checkpoint's configuration, tokenizer and processor files."""
-    directory = pathlib.Path(directory)
+    """Return the directory of a checkpoint's configuration, tokenizer and processor files.
+
+    Raises:
+      CheckpointError: see `model_directory`.
+    """
+    directory = model_directory(directory)
     return directory / ASSETS if is_orbax(directory) and (directory / ASSETS).is_dir() else directory
 
 
@@ -153,7 +231,7 @@ def model_fingerprint(directory: str | pathlib.Path) -> str:
     Raises:
       OSError: something cannot be read.
     """
-    directory = pathlib.Path(directory)
+    directory = model_directory(directory)
     files = [path for pattern in _MODEL_FILES for path in assets_directory(directory).glob(pattern)]
     if is_orbax(directory):
         files += [path for name in _ORBAX for path in (directory / name, *(directory / name).rglob("*"))]
@@ -230,6 +308,18 @@ def size_text(nbytes: int, digits: int = 2) -> str:
         value /= 1024
         units.pop(0)
     return f"{nbytes} B" if units[0] == "B" else f"{value:.{digits}f} {units[0]}"
+
+
+def decimal_size(nbytes: int, digits: int = 2) -> str:
+    """Format bytes in the largest decimal unit of which there is at least one.
+
+    >>> decimal_size(1_500_000_000)
+    '1.50 GB'
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes} bytes"
 
 
 def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:

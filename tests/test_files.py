@@ -1,4 +1,4 @@
-"""Fingerprints change with the files of a model alone, and no file is written in place."""
+"""Where a model is, fingerprints that change with the files of a model alone, and no file written in place."""
 
 import errno
 import os
@@ -10,8 +10,10 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.checkpoints.hf_write import save_generation_config
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.errors import one_line
-from glm4v_jax.files import fingerprint, model_fingerprint, replacing, set_dtype
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import CheckpointError, one_line
+from glm4v_jax.files import base_of, fingerprint, model_directory, model_fingerprint, replacing, set_dtype
+from glm4v_jax.inputs.processor import Glm4vProcessor
 
 STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
 
@@ -110,3 +112,58 @@ def test_a_file_is_replaced_by_what_was_written(tmp_path):
 
 def test_an_empty_name_is_visible_in_an_error():
     assert one_line(FileNotFoundError(errno.ENOENT, "No such file", "")) == "'': No such file"
+
+
+NAME = "zai-org/GLM-4.1V-9B-Thinking"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The local Hugging Face cache, with a model."""
+    place = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / ("0" * 40)).symlink_to(RANDOM_CHECKPOINT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return place
+
+
+def test_a_name_is_found_in_the_hugging_face_cache_by_everything_that_reads_a_model(hub):
+    assert model_directory(NAME) == hub / "snapshots" / ("0" * 40)
+    assert Glm4vConfig.from_pretrained(NAME) == Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
+    assert GenerationConfig.from_pretrained(NAME) == GenerationConfig.from_pretrained(RANDOM_CHECKPOINT)
+    assert Glm4vProcessor.from_pretrained(NAME).chat_template
+    assert model_fingerprint(NAME) == model_fingerprint(RANDOM_CHECKPOINT)
+
+
+def test_a_name_that_is_not_in_the_cache_says_how_to_download_it(hub):
+    with pytest.raises(CheckpointError, match="found zai-org/other, which is neither a directory nor in the local Hug"):
+        model_directory("zai-org/other")
+    with pytest.raises(CheckpointError, match=r"download it first: hf download zai-org/other$"):
+        Glm4vConfig.from_pretrained("zai-org/other")
+
+
+def test_a_directory_wins_over_a_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path(NAME).mkdir(parents=True)
+    assert model_directory(NAME) == pathlib.Path(NAME)
+
+
+def test_an_adapter_in_the_place_of_a_model_is_named_with_the_right_options(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    with pytest.raises(CheckpointError, match=r"found an adapter; expected a model: pass --model base --adapter /.*"):
+        Glm4vConfig.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"found no config.json; .*; did you mean .*/adapter\?$"):
+        Glm4vConfig.from_pretrained(tmp_path)  # the output directory of a job
+
+
+def test_the_base_of_an_adapter_is_what_it_names_if_that_is_here(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    config.write_text(f'{{"base_model_name_or_path": "{RANDOM_CHECKPOINT}"}}')
+    assert base_of(tmp_path) == str(RANDOM_CHECKPOINT)
+    for name in ("null", '"/nowhere"', "3"):
+        config.write_text(f'{{"base_model_name_or_path": {name}}}')
+        with pytest.raises(CheckpointError, match="--model: found nothing"):
+            base_of(tmp_path)

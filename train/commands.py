@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from glm4v_jax.console.distributed import DistributedOptions
-from glm4v_jax.console.options import check_model
+from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table, printable
@@ -75,8 +75,7 @@ class Check(JsonOptions):
         if self.model is not None:
             from glm4v_jax.inputs.processor import Glm4vProcessor
 
-            check_model(self.model)
-            measure, unit = TokenCounter(Glm4vProcessor.from_pretrained(self.model)), "tokens"
+            measure, unit = TokenCounter(Glm4vProcessor.from_pretrained(find_model(self.model))), "tokens"
         decoding = self.decode or self.model is not None
         records = read_records(self.data, format=self.format, media_dir=self.media_dir)
         quiet = quiet_ffmpeg() if decoding else contextlib.nullcontext()
@@ -126,7 +125,7 @@ class Train(Options):
         from train.config import load_config
 
         config = load_config(self.config)
-        check_model(config.model)
+        find_model(config.model)
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from train.loop import train
 

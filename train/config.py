@@ -18,6 +18,7 @@ from glm4v_jax.config.checks import (
     validate,
 )
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.files import is_hub_name
 from glm4v_jax.model.layers import Remat
 from glm4v_jax.model.lora import LoraConfig
 from train.data import FormatName
@@ -171,7 +172,7 @@ class TrainConfig:
     """A training job.
 
     Attributes:
-      model: directory of the checkpoint to start from, in either format.
+      model: directory of the checkpoint to start from, in either format; or its name in the local Hugging Face cache.
       out: output directory of the job: checkpoints, metrics, and the trained model.
       data, batch, optimizer, checkpoint, eval: see there.
       steps: of the whole training.
@@ -249,9 +250,10 @@ def load_config(path: str | Path) -> TrainConfig:
     evaluation = config.eval
     if evaluation is not None:
         evaluation = dataclasses.replace(evaluation, files=tuple(str(here / file) for file in evaluation.files))
-    return dataclasses.replace(
-        config, model=str(here / config.model), out=str(here / config.out), data=data, eval=evaluation
-    )
+    model = here / config.model
+    if not model.exists() and is_hub_name(config.model):
+        model = Path(config.model)
+    return dataclasses.replace(config, model=str(model), out=str(here / config.out), data=data, eval=evaluation)
 
 
 def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import tyro
 
 from glm4v_jax.console.distributed import DistributedOptions
-from glm4v_jax.console.options import check_model
+from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import printable
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import is_same_file, to_json
+from glm4v_jax.files import ADAPTER_CONFIG, base_of, is_same_file, to_json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,9 +60,9 @@ class Export(JsonOptions):
     def run(self) -> int:
         """Merge, verify, and print the result of the verification."""
         adapter, model, out = self._paths()
-        check_model(model)
-        if not (adapter / "adapter_config.json").is_file():
-            raise CheckpointError(f"{adapter}: found no adapter_config.json; expected a trained adapter")
+        model = find_model(model)
+        if not (adapter / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(f"{adapter}: found no {ADAPTER_CONFIG}; expected a trained adapter")
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from glm4v_jax.devices.distributed import check_devices, is_first, several
@@ -105,14 +105,4 @@ class Export(JsonOptions):
             raise ConfigError("--out: found nothing; expected the output directory")
         if is_same_file(adapter, self.out):
             raise ConfigError(f"--out: found the adapter's own directory, {self.out}; expected another")
-        return adapter, self.model or _base_of(adapter), pathlib.Path(self.out)
-
-
-def _base_of(adapter: pathlib.Path) -> str:
-    """Return the base model that an adapter names."""
-    from glm4v_jax.files import read_json_object
-
-    name = read_json_object(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(name, str) or not pathlib.Path(name).is_dir():
-        raise ConfigError(f"--model: found nothing, and {name!r} in the adapter; expected the base model's directory")
-    return name
+        return adapter, self.model or base_of(adapter), pathlib.Path(self.out)

@@ -170,6 +170,6 @@ def _board(directory: Path, step: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "tensorboard: found true without the package tensorboardX; expected both: pip install '.[train]'"
+            "tensorboard: found true without the package tensorboardX; expected both: pip install 'glm4v_jax[train]'"
         ) from error
     return SummaryWriter(str(directory), purge_step=step + 1)

@@ -1,6 +1,7 @@
 """Metrics that need no judge: functions from what a model wrote and a reference to a score, by name in `METRICS`.
 
 metric.py     what a metric is, and what all of them share
+levenshtein.py  edit distances
 text.py       exact match, ANLS, character and word error rates
 boxes.py      RefCOCO's accuracy and mean IoU; F1 of several boxes
 points.py     ScreenSpot's clicks

@@ -12,8 +12,7 @@ import functools
 import math
 import re
 
-from rapidfuzz.distance import Levenshtein
-
+from eval.metrics import levenshtein
 from eval.metrics.metric import (
     UNPARSED,
     Metric,
@@ -81,7 +80,7 @@ def _similar_option(text: str, options: dict[str, str]) -> str | None:
     letter = match[1].upper() if match else answer
     if letter in options:
         return options[letter]
-    return min(options.values(), key=functools.partial(Levenshtein.distance, letter[:_LONGEST]))
+    return min(options.values(), key=functools.partial(levenshtein.distance, letter[:_LONGEST]))
 
 
 def _float(text: str) -> float | None:

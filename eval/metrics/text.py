@@ -3,8 +3,7 @@
 Fields: "answer", or "answers", of which the best counts.
 """
 
-from rapidfuzz.distance import Levenshtein
-
+from eval.metrics import levenshtein
 from eval.metrics.metric import Metric, Reference, Score, Scores, answers_of, best_match, mean, mean_of
 from eval.parse_answer import final_answer
 
@@ -44,7 +43,7 @@ def anls_of(answer: str, expected: str, is_inclusive: bool = False, is_raw: bool
     """
     plain, other = (" ".join(string.lower().split()) for string in (answer, expected))
     length = max(len(answer.upper()), len(expected.upper())) if is_raw else max(len(plain), len(other))
-    distance = Levenshtein.distance(plain, other) / length if length else 0.0
+    distance = levenshtein.distance(plain, other) / length if length else 0.0
     return 1 - distance if distance < THRESHOLD or (is_inclusive and distance == THRESHOLD) else 0.0
 
 
@@ -58,7 +57,7 @@ def similarity(text: str, reference: Reference) -> Score:
     return best_match(
         text,
         reference,
-        lambda answer, one: Levenshtein.normalized_similarity("".join(answer.split()), "".join(one.split())),
+        lambda answer, one: levenshtein.normalized_similarity("".join(answer.split()), "".join(one.split())),
     )
 
 
@@ -72,7 +71,7 @@ def error_rate(text: str, reference: Reference, is_of_words: bool = False) -> Sc
     answer = final_answer(text)
     # An empty answer has deleted everything.
     units = _units(answer or "", is_of_words)
-    edits, length = min(((Levenshtein.distance(units, one), len(one)) for one in expected), key=_rate)
+    edits, length = min(((levenshtein.distance(units, one), len(one)) for one in expected), key=_rate)
     rate = _rate((edits, length))
     parts = {"error_rate": rate, "edits": float(edits), "length": float(length)}
     return Score(0.0, None, parts) if answer is None else Score(max(0.0, 1 - rate), answer, parts)

@@ -27,11 +27,11 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.devices.distributed import is_first, to_host
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import read_json_object, replacing
+from glm4v_jax.files import ADAPTER_CONFIG, read_json_object, replacing
 from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's two wrappers around the model
 
 # Options of PEFT that make more of a LoRA than A and B beside kernels; none of them is supported.

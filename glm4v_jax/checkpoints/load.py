@@ -1,8 +1,9 @@
 """Load a checkpoint in either format: the model's leaves on their devices, one at a time."""
 
 import functools
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.adapter import load_adapter, read_adapter
 from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.memory import Memory, check_memory, memory_of
 from glm4v_jax.devices.mesh import platform, use_mesh
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, MemoryShortageError, naming
+from glm4v_jax.files import decimal_size
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.params import Axes, default_dtype, leaf_paths, linears
 from glm4v_jax.model.quantize import QuantConfig, as_config, check_finite, is_scale, quantize_kernel, scale_path
@@ -61,6 +65,8 @@ def load_runtime(
     mesh: Mesh | None = None,
     stacked: bool | None = None,
     quantize: QuantConfig | str | None = None,
+    adapter: str | Path | None = None,
+    reserve: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Runtime:
     """Load a checkpoint, in Hugging Face layout or in Orbax format, the latter from whatever mesh it was saved on.
@@ -76,19 +82,28 @@ def load_runtime(
       mesh: where the model lives (`devices.mesh.make_mesh`); one device by default.
       stacked: layout of the layers (see `model.layers`); by default one by one on a CPU, stacked elsewhere.
       quantize: keep the decoder's kernels as "int8" or "int4"; a `QuantConfig` says which, and how.
+      adapter: directory of an adapter in PEFT's format, which is applied beside the weights; see `load_adapter`.
+      reserve: bytes that a device needs besides the weights, as for caches.
       progress: called with bytes read and bytes in all, after each leaf.
 
     Raises:
-      CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
+      CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration; or there
+        is something wrong with the adapter.
       ConfigError: its configuration is not a GLM-4.1V's, or `quantize` cannot be done.
+      MemoryShortageError: it does not fit into memory; nothing has been read.
     """
     config, generation_config = Glm4vConfig.from_pretrained(directory), GenerationConfig.from_pretrained(directory)
     with use_mesh(mesh) as mesh:
         if stacked is None:
             stacked = platform() != "cpu"
+        if adapter is not None:
+            read_adapter(adapter, config)  # an adapter that does not fit shows before the weights are read
         module = load_model(
-            directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), progress=progress
-        )
+            directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), reserve=reserve,
+            progress=progress,
+        )  # fmt: skip
+        if adapter is not None:
+            module = load_adapter(module, adapter)
         runtime = Runtime.of(module, mesh, generation_config)
     if runtime.dtype == jnp.float16:
         warnings.warn("float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32", stacklevel=3)
@@ -102,6 +117,7 @@ def load_model(
     dtype: Any = None,
     stacked: bool = True,
     quantize: QuantConfig | None = None,
+    reserve: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Glm4v:
     """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
@@ -115,18 +131,25 @@ def load_model(
       dtype: see `resolve_dtype`.
       stacked: the layout of the layers (see `layers`).
       quantize: the kernels to quantise, one after the other: only one at a time exists in floats.
+      reserve: bytes that a device needs besides the weights.
       progress: called with the bytes read so far and in all, after each leaf.
 
     Raises:
       CheckpointError: files are missing, truncated or corrupt, tensors do not fit the configuration, or numbers to
         quantise are not finite.
       ConfigError: `quantize` fits no linear layer, or does not divide by the mesh.
+      MemoryShortageError: see `check_fits`.
     """
     quantize = as_config(quantize)
     files = open_weights(directory)
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
     abstract, structure = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
+    halved = [leaf.update(dtype=jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf for leaf in abstract.values()]
+    check_fits(
+        device_bytes(abstract.values()) + reserve, f"weights in {dtype.name}", str(directory),
+        {"--dtype bfloat16": device_bytes(halved) + reserve} if dtype == jnp.float32 else None,
+    )  # fmt: skip
     axes = _axes(structure.unflatten(list(abstract.values()))) if quantize is not None else {}
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
@@ -170,6 +193,38 @@ def abstract_leaves(
     abstract = jax.eval_shape(make)
     leaves, structure = jax.tree.flatten(abstract)
     return dict(zip(leaf_paths(abstract), leaves, strict=True)), structure
+
+
+def device_bytes(leaves: Iterable[Any]) -> int:
+    """Return the bytes that a device of the mesh holds of arrays, abstract ones included."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def check_fits(nbytes: int, what: str, place: str, instead: Mapping[str, int] | None = None) -> None:
+    """Check that this process's devices in the current mesh have room for what is to be loaded.
+
+    Args:
+      nbytes: that each device is to hold.
+      what: they are for.
+      place: starts the message.
+      instead: options -> bytes that each device would hold with them.
+
+    Raises:
+      MemoryShortageError: they have not; the message has both numbers, and what would fit.
+    """
+    mesh = jax.sharding.get_mesh()
+    is_host = platform() == "cpu"
+    shared = len(mesh.local_devices) if is_host else 1  # all devices of a CPU have one memory
+
+    def advice(memory: Memory) -> str:
+        fitting = {name: shared * size for name, size in (instead or {}).items() if shared * size <= memory.free}
+        found = [f"{name} ({decimal_size(size, 1)})" for name, size in fitting.items()]
+        if not is_host and memory.free > 0:
+            found.append(f"--mesh with at least {mesh.size * -(-nbytes // memory.free)} such devices")
+        return f"what fits: {' or '.join(found)}" if found else ""
+
+    with naming(place, MemoryShortageError):
+        check_memory(shared * nbytes, what, memory_of(mesh.local_devices), advice)
 
 
 def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:

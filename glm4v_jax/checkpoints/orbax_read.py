@@ -22,7 +22,7 @@ from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.files import is_orbax
+from glm4v_jax.files import is_orbax, model_directory
 
 METADATA_KEY = "glm4v_jax"
 FORMAT = 1
@@ -36,8 +36,9 @@ def open_weights(directory: str | Path) -> Weights:
     """Open a checkpoint in either format; nothing but headers is read.
 
     Raises:
-      CheckpointError: it is in neither format, damaged, or left by an interrupted conversion.
+      CheckpointError: it is in neither format, damaged, left by an interrupted conversion, or not downloaded.
     """
+    directory = model_directory(directory)
     if is_unfinished(directory):
         raise CheckpointError(f"{directory}: found an unfinished conversion; expected a complete checkpoint")
     return OrbaxCheckpoint(directory) if is_orbax(directory) else open_checkpoint(directory)

@@ -25,7 +25,7 @@ class Cache(JsonOptions):
 
     def run(self) -> None:
         """Look at the directory, delete if asked to, and print."""
-        directory, bound = _directory(), size_bound()
+        directory, bound = cache_directory(), size_bound()
         files = cache_files(directory)
         nbytes = 0
         for path in files:
@@ -43,7 +43,7 @@ class Cache(JsonOptions):
         print(f"{directory}: {deleted}{len(files)} file{'s' * (len(files) != 1)}, {size_text(nbytes, 1)}; {limit}")
 
 
-def _directory() -> pathlib.Path:
+def cache_directory() -> pathlib.Path:
     """The directory of the cache, which need not exist.
 
     Raises:

@@ -88,12 +88,12 @@ class Describe(JsonOptions):
 
         processor = Glm4vProcessor.from_pretrained(model)
         batch = PromptBatch(
-            [self._prompt(name) for name in names], out, config, model, dtype=self.model.dtype,
+            [self._prompt(name) for name in names], out, config, self.model.sources, dtype=self.model.dtype,
             name_field="file", answer_fields=_caption_fields, keep_others=True, things="images",
             sources=[os.path.join(self.directory, name) for name in names],
         )  # fmt: skip
         summary = run_batch(
-            batch, processor, lambda: self.model.load(processor, self.slots), restart=self.restart, debug=self.debug
+            batch, processor, lambda: self.model.load(processor, self.slots), restart=self.restart, verbose=self.verbose
         )
         if self.as_json:
             print(to_json({**summary.fields(), "skipped": skipped}))

@@ -13,7 +13,7 @@ from glm4v_jax.console.answer_writer import AnswerWriter, Stopwatch, after_statu
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.options import MediaOptions, ModelOptions, SamplingOptions, generation_config
 from glm4v_jax.console.program import JsonOptions
-from glm4v_jax.console.progress import COMPILING, run_batch, status
+from glm4v_jax.console.progress import run_batch, status
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import silent_decoders
@@ -114,10 +114,10 @@ class Generate(JsonOptions):
         processor = Glm4vProcessor.from_pretrained(self.model.directory)
         prompts = read_prompts(jsonl, config, processor, self.sampling.system)
         out = self.batch.out or f"{jsonl.removesuffix('.jsonl')}.answers.jsonl"
-        batch = PromptBatch(prompts, out, config, self.model.directory, dtype=self.model.dtype, sources=[jsonl])
+        batch = PromptBatch(prompts, out, config, self.model.sources, dtype=self.model.dtype, sources=[jsonl])
         summary = run_batch(
             batch, processor, lambda: self.model.load(processor, self.batch.slots),
-            restart=self.batch.restart, debug=self.debug,
+            restart=self.batch.restart, verbose=self.verbose,
         )  # fmt: skip
         if self.as_json:
             print(to_json(summary.fields()))
@@ -135,32 +135,34 @@ class Generate(JsonOptions):
         from glm4v_jax.inputs.processor import Glm4vProcessor
         from glm4v_jax.inputs.text.messages import user_messages
 
-        with silent_decoders() if not self.debug else contextlib.nullcontext(), status("preparing the inputs"):
+        with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing the inputs"):
             processor = Glm4vProcessor.from_pretrained(self.model.directory)
             messages = user_messages(text, self.media.image, self.media.video, self.sampling.system)
             prompt = prompt_of(messages, processor, model_config)
         limit = model_config.text_config.max_position_embeddings
-        config.new_tokens(len(prompt), limit)
+        new_tokens = config.new_tokens(len(prompt), limit)
 
         from glm4v_jax.generate.sequence import SequenceState
 
         SequenceState(prompt, config, processor.tokenizer, limit)  # raises where the budgets are too large
-        engine = self.model.load(processor)
+        engine = self.model.load(processor, tokens=len(prompt) + new_tokens)
 
         from glm4v_jax.devices.compilation_cache import compile_times
         from glm4v_jax.generate.completion import Counts, completion_fields
+        from glm4v_jax.generate.warmup import programs
 
         writer = None if self.as_json else AnswerWriter()
-        completion, watch = None, Stopwatch()
+        completion = None
         with compile_times() as compiled:
+            watch = Stopwatch(compiled)
             deltas = engine.stream(prompt, preset=self.sampling.preset, **options)
-            for delta in after_status(deltas, f"generating ({COMPILING})"):
+            for delta in after_status(deltas, programs(bool(prompt.media))):
                 watch.note(delta)
                 if writer is not None:
                     writer.show(delta)
                 completion = delta.completion
         assert completion is not None
-        times = watch.stop(len(completion.tokens), sum(compiled))
+        times = watch.stop(len(completion.tokens))
         if writer is not None:
             writer.end(completion)
             print(figures(completion, Counts.of(completion, processor.tokenizer), times), file=sys.stderr)
@@ -172,5 +174,6 @@ class Generate(JsonOptions):
             "first_token_seconds": round(times.first, 3),
             "tokens_per_second": None if times.rate is None else round(times.rate, 2),
             "model": self.model.directory,
+            **({} if self.model.adapter is None else {"adapter": self.model.adapter}),
         }
         print(to_json(fields))

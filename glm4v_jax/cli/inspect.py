@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT, check_files, check_model
+from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT, check_files, find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.progress import status
 from glm4v_jax.errors import MediaError, named
@@ -56,7 +56,7 @@ class Inspect(JsonOptions):
             raise MediaError("FILE: found none; expected at least one image or video")
         if len(self.files) > MAX_FILES:
             raise MediaError(f"FILE: found {len(self.files)}; expected at most {MAX_FILES} for one sheet")
-        check_model(self.model)
+        self.model = find_model(self.model)
         check_files("FILE", self.files)
         _check_out(self.out, self.files, self.overwrite)
 
@@ -67,7 +67,7 @@ class Inspect(JsonOptions):
 
         processor = Glm4vProcessor.from_pretrained(self.model)
         seen = []
-        with silent_decoders() if not self.debug else contextlib.nullcontext():
+        with silent_decoders() if not self.verbose else contextlib.nullcontext():
             for place in self.files:
                 with status(f"reading {place}"):
                     seen.append(look(place, processor))

@@ -5,6 +5,7 @@ the inputs are known to be good, so that help and errors are immediate.
 """
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,11 +15,12 @@ from glm4v_jax import __version__
 from glm4v_jax.cli.cache import Cache
 from glm4v_jax.cli.chat.chat import Chat
 from glm4v_jax.cli.describe import Describe
+from glm4v_jax.cli.doctor import Doctor
 from glm4v_jax.cli.generate import Generate
 from glm4v_jax.cli.inspect import Inspect
 from glm4v_jax.cli.mesh import Mesh
 from glm4v_jax.console.distributed import INTERRUPTED
-from glm4v_jax.console.program import PROGRAMS, USAGE, Command, main_of, run_program
+from glm4v_jax.console.program import PROGRAMS, USAGE, Command, main_of, print_completion, run_program
 from glm4v_jax.errors import ConfigError
 
 COMMANDS: dict[str, Callable[..., Command]] = {
@@ -28,9 +30,13 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "inspect": Inspect,
     "mesh": Mesh,
     "cache": Cache,
+    "doctor": Doctor,
 }
 
-DESCRIPTION = "GLM-4.1V in JAX: images, videos and text in, text out. `glm4v --version` prints the version."
+DESCRIPTION = (
+    "GLM-4.1V in JAX: images, videos and text in, text out. `glm4v --version` prints the version, "
+    "`glm4v --tyro-print-completion bash` (or zsh) what makes a shell complete commands and options."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0
+    if arguments and arguments[0].startswith("--tyro-"):
+        others = {name: importlib.import_module(f"{name}.commands").COMMANDS for name in PROGRAMS}
+        print_completion(COMMANDS | others, arguments, "glm4v")
     if arguments and (name := arguments[0]) in PROGRAMS:
         # They stand on this package and not the other way round.
         try:
@@ -66,6 +75,7 @@ def program() -> NoReturn:
     try:
         status = main()
     except KeyboardInterrupt:
+        print("glm4v: interrupted", file=sys.stderr)
         status = INTERRUPTED
     if status == INTERRUPTED:
         for stream in (sys.stdout, sys.stderr):

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from glm4v_jax.config.checks import Positive, PositiveNumber
-from glm4v_jax.console.options import check_model
+from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table
 from glm4v_jax.devices.hardware import GIB, device_memory
@@ -27,7 +28,8 @@ RELEASED = "9b"
 class Mesh(JsonOptions):
     """Show how a mesh splits a model over devices, and the memory that each needs.
 
-    Without a mesh, compare all presets.
+    Without a mesh, compare all presets. What does not fit gets the smallest mesh that does; temporaries of programs are
+    not counted.
 
     The devices need not exist, and no weights are read.
     """
@@ -52,6 +54,10 @@ class Mesh(JsonOptions):
     model: Annotated[str, tyro.conf.arg(metavar=f"DIR|{RELEASED}")] = RELEASED
     """Checkpoint, or the released 9B model, which need not be there."""
 
+    train: bool = False
+    """Count gradients and optimizer state of full fine-tuning with AdamW instead of a KV cache, as for the preset
+    train."""
+
     rows: Annotated[Positive, tyro.conf.arg(metavar="N")] = 1
     """Number of sequences in the KV cache."""
 
@@ -73,13 +79,59 @@ class Mesh(JsonOptions):
         memory = self._memory()
         if self.mesh:
             found = self._describe(self.mesh[0], config, memory)
-            print(json.dumps(found.to_dict())) if self.as_json else _print_description(found)
+            if self.as_json:
+                print(json.dumps(self._fields(self.mesh[0], found, config)))
+                return
+            _print_description(found)
+            self._print_smallest({self.mesh[0]: found}, config)
             return
         presets = {name: self._describe(name, config, memory) for name in PRESETS}
         if self.as_json:
-            print(json.dumps({name: found.to_dict() for name, found in presets.items()}))
-        else:
-            _print_presets(presets)
+            print(json.dumps({name: self._fields(name, found, config) for name, found in presets.items()}))
+            return
+        _print_presets(presets)
+        self._print_smallest(presets, config)
+
+    def _fields(self, text: str, found: "MemoryTable", config: "Glm4vConfig") -> dict[str, Any]:
+        """What is known of a mesh, as JSON has it; of one that does not fit, with the smallest that does."""
+        if found.fits is not False:
+            return found.to_dict()
+        smallest = self._smallest(text, found, config)
+        names = ("mesh", "num_devices", "device_bytes", "share")
+        fields = None if smallest is None else {name: smallest.to_dict()[name] for name in names}
+        return {**found.to_dict(), "smallest": fields}
+
+    def _print_smallest(self, meshes: "Mapping[str, MemoryTable]", config: "Glm4vConfig") -> None:
+        from glm4v_jax.files import size_text
+        from glm4v_jax.planning.parameter_layout import mesh_text
+
+        for text, found in meshes.items():
+            if found.fits is not False:
+                continue
+            smallest = self._smallest(text, found, config)
+            if smallest is None:
+                print(f"{text} does not fit, and no mesh of such devices does")
+                continue
+            count = smallest.num_devices
+            print(
+                f"{text} does not fit; the smallest mesh that does has {count} such device{'s' * (count != 1)}: "
+                f"{mesh_text(smallest.sizes)}, {size_text(smallest.device_bytes)} a device"
+            )
+
+    def _smallest(self, text: str, found: "MemoryTable", config: "Glm4vConfig") -> "MemoryTable | None":
+        """The smallest mesh that fits by the same preset; in the place of axes, by that for the purpose."""
+        from glm4v_jax.planning.memory_table import smallest_fit
+
+        preset = parse_preset(text)
+        name = preset[0].name if preset is not None else "train" if self.train else "latency"
+        assert found.memory is not None
+        return smallest_fit(config, name, found.memory, **self._counted(text))
+
+    def _counted(self, text: str) -> dict[str, Any]:
+        """Options of `describe` for a mesh."""
+        preset = parse_preset(text)
+        is_training = self.train or (preset is not None and preset[0].name == "train")
+        return {"rows": self.rows, "capacity": self.capacity, "dtype": self.dtype, "is_training": is_training}
 
     def _check(self) -> None:
         """Check what needs no JAX.
@@ -90,7 +142,7 @@ class Mesh(JsonOptions):
         if len(self.mesh) > 1:
             raise ConfigError(f"PRESET|AXES: found {len(self.mesh)}; expected at most one, as in fsdp=4,kv=2")
         if self.model != RELEASED:
-            check_model(self.model)
+            self.model = find_model(self.model)
         if self.mesh:
             check_text(self.mesh[0])
             if self.devices is not None and (asked := _devices_in(self.mesh[0])) not in (None, self.devices):
@@ -116,7 +168,7 @@ class Mesh(JsonOptions):
 
             number = jax.device_count()
         sizes = sizes_for(text, config, number, memory)
-        return describe(config, sizes, rows=self.rows, capacity=self.capacity, dtype=self.dtype, memory=memory)
+        return describe(config, sizes, memory=memory, **self._counted(text))
 
 
 def _devices_in(text: str) -> int | None:
@@ -139,14 +191,14 @@ def _print_presets(presets: dict[str, "MemoryTable"]) -> None:
     from glm4v_jax.files import size_text
     from glm4v_jax.planning.parameter_layout import mesh_text
 
-    numeric = ("weights per device", "cache per device", "of its memory")
-    rows = [
-        (
-            name, mesh_text(found.sizes), size_text(found.weight_bytes), size_text(found.cache.device_bytes),
-            "unknown" if found.share is None else f"{found.share:.1%}", PRESETS[name].description,
-        )
-        for name, found in presets.items()
-    ]  # fmt: skip
+    numeric = ("weights per device", "besides", "of its memory")
+    rows = []
+    for name, found in presets.items():
+        sizes = size_text(found.weight_bytes), size_text(found.device_bytes - found.weight_bytes)
+        share = "unknown" if found.share is None else f"{found.share:.1%}"
+        rows.append((name, mesh_text(found.sizes), *sizes, share, PRESETS[name].description))
     print_table(("preset", "mesh", *numeric, "for"), rows, right=numeric)
     first = next(iter(presets.values()))
-    print(f"{first.num_devices} devices, a cache of {first.rows} x {first.capacity} tokens, {first.dtype}")
+    cache = f"a cache of {first.rows} x {first.capacity} tokens"
+    beside = "gradients and optimizer state" if first.training else f"{cache}, for train gradients and optimizer state"
+    print(f"{first.num_devices} devices, {first.dtype}; besides weights: {beside}")

@@ -223,10 +223,9 @@ class GenerationConfig:
         Raises:
             CheckpointError: not a directory, or a file in it is malformed or asks for something impossible.
         """
-        directory = Path(directory)
+        directory = assets_directory(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: found no directory; expected that of a checkpoint")
-        directory = assets_directory(directory)
         path = directory / "generation_config.json"
         if path.is_file():
             options = read_json_object(path)

@@ -26,7 +26,7 @@ from glm4v_jax.config.checks import (
 )
 from glm4v_jax.config.rope_scaling import RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import assets_directory, read_json_object
+from glm4v_jax.files import assets_directory, check_config, read_json_object
 
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
@@ -303,8 +303,7 @@ class Glm4vConfig:
             raise CheckpointError(
                 f"{path.parent}: found {found}; expected the directory of a checkpoint (nothing is downloaded)"
             )
-        if not path.is_file():
-            raise CheckpointError(f"{path.parent}: found no config.json; expected the directory of a checkpoint")
+        check_config(path.parent)
         try:
             return cls.from_dict(read_json_object(path))
         except ConfigError as error:

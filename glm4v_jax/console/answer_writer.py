@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import rich.console
 import rich.text
 
-from glm4v_jax.console.progress import status
+from glm4v_jax.console.progress import Programs, status
 from glm4v_jax.console.table import printable
 from glm4v_jax.generate.text.thinking import END_THINK, THINK, Kind
 
@@ -75,9 +75,12 @@ def _is_new_section(last: Kind, kind: Kind) -> bool:
     return (kind is Kind.THOUGHT) != (last is Kind.THOUGHT) or (last is Kind.TEXT and kind is Kind.ANSWER)
 
 
-def after_status(deltas: "Iterator[Delta]", text: str) -> "Iterator[Delta]":
-    """Yield the same parts; until the first comes, show a spinner with a text."""
-    with status(text):
+def after_status(deltas: "Iterator[Delta]", programs: Mapping[str, str]) -> "Iterator[Delta]":
+    """Yield the same parts; until the first comes, show a spinner, and which of the programs is compiled."""
+    from glm4v_jax.devices.compilation_cache import compiling
+
+    text = "generating"
+    with status(text) as show, compiling(Programs(programs, show, text)):
         first = next(deltas, None)
     if first is not None:
         # Closed together with this generator: otherwise it would continue to generate tokens.
@@ -92,7 +95,7 @@ class AnswerTimes:
 
     Attributes:
       seconds: from the question to the end.
-      compiled: how many of these went into compilation.
+      compiled: how many of these went into compilation; the other figures are without them.
       first: seconds until the first part, before which the prompt is run.
       rate: tokens per second after the first part; None if that was all, or the rest came too soon to be measured.
     """
@@ -104,21 +107,26 @@ class AnswerTimes:
 
 
 class Stopwatch:
-    """Times an answer, from now on."""
+    """Times an answer, from now on.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    Attributes:
+      compiled: seconds of each program compiled so far, as `compile_times` collects them.
+    """
+
+    def __init__(self, compiled: Sequence[float] = (), clock: Callable[[], float] = time.perf_counter) -> None:
+        self.compiled = compiled
         self.first = 0.0
         self._burst, self._clock, self._started = 0, clock, clock()
 
     def note(self, delta: "Delta") -> None:
         """Note a part of the answer."""
         if not self.first:
-            self.first, self._burst = self._clock() - self._started, len(delta.tokens)
+            self.first, self._burst = self._clock() - self._started - sum(self.compiled), len(delta.tokens)
 
-    def stop(self, tokens: int, compiled: float) -> AnswerTimes:
-        """The times of an answer of `tokens` tokens, `compiled` seconds of which went into compilation."""
-        seconds = self._clock() - self._started
-        after_first, rest = seconds - self.first, tokens - self._burst
+    def stop(self, tokens: int) -> AnswerTimes:
+        """The times of an answer of `tokens` tokens."""
+        seconds, compiled = self._clock() - self._started, sum(self.compiled)
+        after_first, rest = seconds - compiled - self.first, tokens - self._burst
         rate = rest / after_first if rest > 0 and after_first > _LEAST_SECONDS else None
         return AnswerTimes(seconds, compiled, self.first, rate)
 

@@ -80,8 +80,6 @@ def joined(options: DistributedOptions | None, prog: str, status: int = 1, *, de
     if options is None or not options.is_one_of_several:
         yield
         return
-    if not debug:
-        os.environ.setdefault(LOG_LEVEL, "3")
     errors = sys.stderr
 
     def report(message: str) -> None:
@@ -116,7 +114,7 @@ def _end(error: BaseException, fail: Callable[..., NoReturn], status: int, log: 
     if debug or not is_expected:
         traceback.print_exception(error, file=log)
     if isinstance(error, KeyboardInterrupt):
-        fail("interrupted", INTERRUPTED)
+        fail(str(error) or "interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):
         fail("nobody reads the output any more", READER_GONE)
     if isinstance(error, Glm4vError | OSError):

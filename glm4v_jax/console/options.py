@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +12,9 @@ import tyro
 
 from glm4v_jax.config.checks import fault, one_of, raise_faults
 from glm4v_jax.config.presets import PRESETS, preset
-from glm4v_jax.console.progress import status
-from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named
+from glm4v_jax.console.progress import Progress
+from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named, naming
+from glm4v_jax.files import ADAPTER_CONFIG, base_of, check_config, model_directory
 from glm4v_jax.planning.mesh_presets import PRESETS as MESH_PRESETS
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for
 from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -40,17 +42,23 @@ FROM_CHECKPOINT = "(default: the preset's, or the checkpoint's)"
 
 def _listed(intro: str, descriptions: Mapping[str, Any]) -> str:
     """Help that lists presets, a line each."""
-    return "\n".join([intro, *(f"- {name}: {known.description}" for name, known in descriptions.items())])
+    lines = [f"- {name}: {known.description}" for name, known in descriptions.items()]
+    # tyro breaks lines at commas, of numbers too.
+    return re.sub(r"(?<=\d),(?=\d)", "", "\n".join([intro, *lines]))
 
 
 @dataclasses.dataclass(kw_only=True)
 class ModelOptions:
     """The model, and the devices it runs on."""
 
-    directory: Annotated[str, tyro.conf.arg(name="model", metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = (
-        DEFAULT_MODEL
-    )
-    """Checkpoint in Hugging Face or Orbax format."""
+    directory: Annotated[
+        str, tyro.conf.arg(name="model", metavar="DIR|NAME", help_behavior_hint=DEFAULT_MODEL_HINT)
+    ] = DEFAULT_MODEL
+    """Checkpoint in Hugging Face or Orbax format: a directory, or a model's name in the local Hugging Face cache."""
+
+    adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Adapter in PEFT's format, as `glm4v train` writes it, applied beside the weights. Without --model, its base model
+    is loaded."""
 
     dtype: Annotated[
         # Not a Literal with None: tyro would list None among the choices.
@@ -66,28 +74,43 @@ class ModelOptions:
         tyro.conf.arg(
             metavar="PRESET|AXES",
             help=_listed("How to split the model over devices: axes as fsdp=4,kv=2, or a preset:", MESH_PRESETS),
-            help_behavior_hint="(default: one device)",
+            help_behavior_hint="\n(default: one device)",
         ),
     ] = None
 
     def check(self) -> None:
-        """Check the options before anything slow begins.
+        """Check the options before anything slow begins, and find the model's directory.
 
         Raises:
           CheckpointError, ConfigError: there is no such directory, data type, or preset or axis of a mesh.
         """
-        check_model(self.directory)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+            if self.directory == str(TINY_CHECKPOINT):  # nobody has named a model
+                self.directory = base_of(self.adapter)
+        self.directory = find_model(self.directory)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(fault("--dtype", self.dtype, one_of(DTYPES, self.dtype)))
         if self.mesh is not None:
             check_text(self.mesh)
 
-    def load(self, processor: "Glm4vProcessor", num_slots: int = 1) -> "Engine":
+    @property
+    def sources(self) -> list[str]:
+        """The directories that answers depend on: the model's, and an adapter's."""
+        return [self.directory, *([] if self.adapter is None else [self.adapter])]
+
+    def load(self, processor: "Glm4vProcessor", num_slots: int = 1, *, tokens: int = 0) -> "Engine":
         """Load the weights into an engine.
 
+        Args:
+          processor: of the model.
+          num_slots: see `Engine`.
+          tokens: of prompt and answer together, if they are known: their KV cache must fit beside the weights.
+
         Raises:
-          CheckpointError: what is wrong with the weights.
+          CheckpointError: what is wrong with the weights or the adapter.
           ConfigError: the mesh needs more devices than there are, or does not divide the model.
+          MemoryShortageError: there is too little memory.
         """
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
@@ -100,8 +123,8 @@ class ModelOptions:
         mesh = None if asked is None else mesh_for(asked, config)
         if mesh is not None:
             check_devices(mesh)
-            given = repr((mesh.shape, self.dtype, num_slots, config)).encode()
-            agree("mesh, model, dtype and slots", hashlib.blake2b(given, digest_size=16).digest())
+            given = repr((mesh.shape, self.dtype, num_slots, config, self.adapter is None)).encode()
+            agree("mesh, model, adapter, dtype and slots", hashlib.blake2b(given, digest_size=16).digest())
             if mesh.size > 1:
                 from glm4v_jax.planning.parameter_layout import mesh_text
 
@@ -114,9 +137,15 @@ class ModelOptions:
             )
         from glm4v_jax.checkpoints.load import load_runtime
         from glm4v_jax.generate.engine import Engine
+        from glm4v_jax.planning.memory_table import cache_bytes
 
-        with status("loading the weights"):
-            runtime = load_runtime(self.directory, dtype=self.dtype, mesh=mesh)
+        sizes = {} if mesh is None else dict(mesh.shape)
+        reserve = cache_bytes(config, sizes, num_slots, tokens, "bfloat16") if tokens else 0
+        with Progress("loading the weights") as progress:
+            runtime = load_runtime(
+                self.directory, dtype=self.dtype, mesh=mesh, adapter=self.adapter, reserve=reserve,
+                progress=progress.update,
+            )  # fmt: skip
         return Engine(runtime, processor, num_slots=num_slots)
 
 
@@ -152,6 +181,7 @@ class SamplingOptions:
         tyro.conf.arg(
             metavar="NAME",
             help=_listed("Published sampling options; other options override them:", PRESETS),
+            help_behavior_hint="\n(default: none)",
         ),
     ] = None
 
@@ -273,18 +303,36 @@ def generation_config(directory: str, preset_name: str | None, options: Mapping[
     return GenerationConfig.from_pretrained(directory).replace(**merged)
 
 
-def check_model(directory: str) -> None:
-    """Check that a checkpoint's directory exists, before anything slow begins.
+def find_model(name: str) -> str:
+    """Find the directory of a model, before anything slow begins; see `model_directory`.
+
+    Raises:
+      CheckpointError: there is none, or it holds something else than a model.
+    """
+    option = f"${MODEL}" if name and name == os.environ.get(MODEL) else "--model"
+    with naming(option, CheckpointError):
+        directory = model_directory(name)
+        # Not pathlib: it takes an empty name for the current directory.
+        if not name or not directory.is_dir():
+            raise CheckpointError(
+                f"found {named(name)}, which is not a directory; expected a checkpoint; download it first: hf "
+                "download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR"
+            )
+        check_config(directory)
+    return str(directory)
+
+
+def check_adapter(directory: str) -> None:
+    """Check that a directory holds an adapter, before anything slow begins.
 
     Raises:
       CheckpointError: it does not.
     """
-    # Not pathlib: it takes an empty name for the current directory.
-    if not os.path.isdir(directory):
-        option = f"${MODEL}" if directory and directory == os.environ.get(MODEL) else "--model"
+    if not os.path.isfile(os.path.join(directory, ADAPTER_CONFIG)):
+        inside = os.path.join(directory, "adapter")  # of a job's output directory
+        hint = f"; did you mean {inside}?" if os.path.isfile(os.path.join(inside, ADAPTER_CONFIG)) else ""
         raise CheckpointError(
-            f"{option}: found {named(directory)}, which is not a directory; expected a checkpoint; "
-            "download it first: hf download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR"
+            f"--adapter: found {named(directory)}, without {ADAPTER_CONFIG}; expected an adapter of PEFT{hint}"
         )
 
 

@@ -1,30 +1,35 @@
 """How a program that is a table of commands finds one, runs it, and ends.
 
 `glm4v` is such a program, and so are `convert`, `train` and `eval`, which `glm4v` finds by name: they are packages
-beside this one, with an extra of their name in pyproject.toml where they need packages that this one does not.
+beside this one, with an extra of their name in pyproject.toml where they need packages that this one does not. Help
+and errors of options need none of these.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
 import itertools
 import os
+import re
+import shutil
 import sys
 import textwrap
 import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, Protocol
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TextIO
 
 import tyro
 
 from glm4v_jax.config.checks import convert, expectation, fault, hints, raise_faults
-from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE, joined
+from glm4v_jax.console.distributed import INTERRUPTED, LOG_LEVEL, READER_GONE, joined
 from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 
 PROGRAMS = {
@@ -33,8 +38,6 @@ PROGRAMS = {
     "eval": "Score a checkpoint on benchmarks; compare two runs.",
 }
 """The programs beside this package: name -> description."""
-EXTRAS = ("train", "eval")
-"""Those with an extra."""
 USAGE = 2
 """Exit status for unknown commands and options, and for a program that is not installed: 1 may be a result."""
 
@@ -45,9 +48,13 @@ _HINTS = {"False": "", "None": "(default: none)"}
 class Command(Protocol):
     """A command with its options; `Options` has all but `run`."""
 
-    debug: bool
+    verbose: bool
+    quiet: bool
     trouble: int
     """Exit status where it could not do its work."""
+
+    def silence(self) -> contextlib.AbstractContextManager[Any]:
+        """What `run` is called in: drops everything but answers and errors where that was asked for."""
 
     def run(self) -> int | None:
         """Do the work.
@@ -60,20 +67,27 @@ class Command(Protocol):
         """
 
     def interrupted(self) -> str | None:
-        """What to print after Ctrl-C, if anything."""
+        """What to print after Ctrl-C, if there is more to say than that."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
     """What every command has."""
 
-    debug: bool = False
-    """Show the full traceback of an error."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=("-v",))] = False
+    """Show tracebacks of errors, messages of libraries, and what JAX compiles."""
+
+    quiet: Annotated[bool, tyro.conf.arg(aliases=("-q",))] = False
+    """Print answers and errors only."""
 
     trouble = 1
 
+    def silence(self) -> contextlib.AbstractContextManager[Any]:
+        """Write standard error to nowhere with --quiet; errors are printed after `run`."""
+        return silent_errors() if self.quiet else contextlib.nullcontext()
+
     def interrupted(self) -> str | None:
-        """Nothing to print."""
+        """Nothing more to say."""
         return None
 
 
@@ -106,7 +120,7 @@ def run_program(
 
     Returns:
       The exit status: what `run` returns; `trouble` after one line on standard error that says what is wrong, or a
-      traceback with `debug` and for unexpected errors; 130 after Ctrl-C; 141 where nobody reads the output. Help and
+      traceback with `verbose` and for unexpected errors; 130 after Ctrl-C; 141 where nobody reads the output. Help and
       unknown options exit by `SystemExit`.
     """
     escape_unencodable()
@@ -117,26 +131,31 @@ def run_program(
         return READER_GONE
     try:
         check_ranges(command)
-        with joined(getattr(command, "distributed", None), name, command.trouble, debug=command.debug):
+        if command.quiet and command.verbose:
+            raise ConfigError("--quiet: found with --verbose; expected one of the two")
+        with (
+            _native_logs(command.verbose),
+            joined(getattr(command, "distributed", None), name, command.trouble, debug=command.verbose),
+            command.silence(),
+        ):
             status = command.run()
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
         return READER_GONE
     except (Glm4vError, OSError) as error:
-        if command.debug:
+        if command.verbose:
             raise
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         return command.trouble
-    except KeyboardInterrupt:
-        if (line := command.interrupted()) is not None:
-            print(line, file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(command.interrupted() or str(error) or f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if not command.debug and isinstance(error, ModuleNotFoundError) and (line := missing(error, name)):
+        if not command.verbose and isinstance(error, ModuleNotFoundError) and (line := missing(error, name)):
             print(f"{name}: error: {line}", file=sys.stderr)
             return command.trouble
-        if command.debug or command.trouble == 1:
+        if command.verbose or command.trouble == 1:
             raise
         # Python's own status would be 1, which may be a result of the command.
         traceback.print_exc()
@@ -174,12 +193,47 @@ def parse(
             print(f"{prog}: error: found command {name!r}; {expected}", file=sys.stderr)
             raise SystemExit(USAGE)
         _tidy_help(commands[name])
-        return tyro.cli(commands[name], prog=f"{prog} {name}", args=options, config=config)
+        about = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(commands[name]) or "").split("\n\n"))
+        with _folded_help():
+            return tyro.cli(commands[name], prog=f"{prog} {name}", args=options, config=config, description=about)
     listed: dict[str, Callable[..., Any]] = {
         name: dataclasses.make_dataclass(name, [], namespace={"__doc__": text}) for name, text in descriptions.items()
     }
-    tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments, config=config)
+    with _folded_help():
+        tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments, config=config)
     raise AssertionError("the arguments name no command, which tyro exits for")
+
+
+def print_completion(tables: Mapping[str, Any], arguments: Sequence[str], prog: str) -> NoReturn:
+    """Print or write what makes a shell complete commands and options, by tyro's options for that.
+
+    Args:
+      tables: command -> dataclass, or a table of subcommands.
+      arguments: "--tyro-print-completion SHELL", or "--tyro-write-completion SHELL FILE".
+      prog: the program's name.
+
+    Raises:
+      SystemExit: always; with status 2 where the arguments are others than these.
+    """
+    if not any(map(len, arguments[1:])):
+        print(f"{prog}: error: {arguments[0]}: found no shell; expected bash or zsh", file=sys.stderr)
+        raise SystemExit(USAGE)
+    tyro.cli(
+        _choice(tables), prog=prog, args=arguments, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    )
+    raise AssertionError("the arguments ask for no completion, for which tyro exits")
+
+
+def _choice(tables: Mapping[str, Any]) -> Any:
+    """The type of which tyro makes subcommands."""
+    choices = []
+    for name, table in tables.items():
+        if isinstance(table, Mapping):
+            table = dataclasses.make_dataclass(name, [("command", _choice(table))])
+        else:
+            _tidy_help(table)
+        choices.append(Annotated[(table, tyro.conf.subcommand(name, prefix_name=False))])
+    return typing.Union[tuple(choices)]  # noqa: UP007  # made of a list
 
 
 def check_ranges(options: Any) -> None:
@@ -239,9 +293,68 @@ def run_module(name: str) -> NoReturn:
 def missing(error: ModuleNotFoundError, program: str) -> str | None:
     """What to do about a package that a program did not find; None if no extra brings it."""
     root = (error.name or "").partition(".")[0]
-    if program not in EXTRAS or root in ("", "glm4v_jax", *PROGRAMS):
+    bringing = [extra for extra, packages in extras().items() if root in map(module_of, packages)]
+    if not bringing:
         return None
-    return f"found no package {root}; {program} needs the {program} extra: pip install '.[{program}]'"
+    extra = program if program in bringing else bringing[0]
+    return f"found no package {root}; expected that of the {extra} extra: pip install 'glm4v_jax[{extra}]'"
+
+
+_MODULES = {
+    "scikit-image": "skimage", "scikit-learn": "sklearn", "scikit-video": "skvideo", "tensorboardx": "tensorboardX",
+}  # fmt: skip
+"""Packages that are imported by another name."""
+
+
+def module_of(package: str) -> str:
+    """The name that a package is imported by."""
+    return _MODULES.get(package.lower(), package.replace("-", "_"))
+
+
+def extras() -> dict[str, list[str]]:
+    """Extra -> the packages that it brings, without those of other extras that it includes."""
+    every = _required()
+    own = {extra: [package for package in packages if package not in every[""]] for extra, packages in every.items()}
+    return {extra: packages for extra, packages in own.items() if extra and packages}
+
+
+def requirements() -> list[str]:
+    """The packages that this one needs without any extra, decoders apart."""
+    return [package for package in _required()[""] if package not in ("decord", "av")]
+
+
+def _required() -> dict[str, list[str]]:
+    """Extra -> packages, with "" for no extra, from the metadata of this package; nothing where there is none."""
+    found: dict[str, list[str]] = {"": []}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in importlib.metadata.requires("glm4v_jax") or ():
+            package, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
+            if package is not None and module_of(package[0]) != "glm4v_jax":
+                found.setdefault("" if extra is None else extra[1], []).append(package[0])
+    return found
+
+
+@contextlib.contextmanager
+def silent_errors() -> Iterator[None]:
+    """Write what goes to standard error to nowhere."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def _native_logs(verbose: bool) -> Iterator[None]:
+    """Have JAX, if it is imported in the body, log what it compiles; or hide what its native code logs.
+
+    That code calls a compilation of more than two minutes a probable bug of XLA, which is what a large model takes.
+    """
+    wanted = {"JAX_LOG_COMPILES": "1"} if verbose else {LOG_LEVEL: "3"}
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def escape_unencodable() -> None:
@@ -317,6 +430,37 @@ def _number(hint: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
         is_instance=lambda value: value is None or isinstance(value, int | float),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+class _Held(io.StringIO):
+    """Holds what will be printed on a stream; tyro sees to what that stream can show."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__()
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """That of the stream."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Whether that is a terminal."""
+        return self._stream.isatty()
+
+
+@contextlib.contextmanager
+def _folded_help() -> Iterator[None]:
+    """Fold descriptions to the width of the terminal; tyro folds the text in its boxes alone."""
+    held = _Held(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    finally:
+        fold = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_on_hyphens=False, break_long_words=False)
+        for line in held.getvalue().splitlines():
+            fold.subsequent_indent = " " * len("usage: ") * line.startswith("usage: ")
+            print(fold.fill(line) if line[:1].isalpha() else line)
 
 
 def _first_line(command: Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import rich.console
@@ -15,14 +15,13 @@ import rich.progress
 import rich.text
 
 from glm4v_jax.console.table import printable
+from glm4v_jax.files import decimal_size
 
 if TYPE_CHECKING:
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.generate.offline.batch import BatchSummary, PromptBatch
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
-COMPILING = "compiling"
-"""Shown until the first answer, or the first part of one, arrives."""
 _PERIOD = 10.0
 """Seconds between two plain lines."""
 
@@ -30,8 +29,8 @@ _PERIOD = 10.0
 class Progress:
     """Shows how much of a job is done, how fast it is, and how long the rest will take.
 
-    The bar appears with the first `update`. Rates are measured from the first thing that gets done: what comes before
-    it is compilation, which says nothing of the rest.
+    The bar appears with the first `update`. Rates are measured from the first thing that gets done, and without the
+    time for compilation, which says nothing of the rest.
 
     >>> with Progress("reading", "rows") as progress:
     ...     progress.update(1, 2)
@@ -42,7 +41,6 @@ class Progress:
         self,
         description: str,
         unit: str = "bytes",
-        waiting: str = "",
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -51,12 +49,14 @@ class Progress:
         Args:
           description: of the job, as "converting".
           unit: what is counted, in the plural; "bytes" are shown in kB, MB and GB.
-          waiting: shown on a terminal until there is a rate.
           clock: seconds.
         """
-        self._description, self._unit, self._waiting, self._clock = description, unit, waiting, clock
+        self._description, self._unit, self._clock = description, unit, clock
+        self._doing = ""
         self._initial: int | None = None
-        self._first: tuple[int, float] | None = None
+        self._last = 0, 0
+        self._first: tuple[int, float, float] | None = None
+        self._compiled = 0.0
         self._tokens = 0
         self._printed = clock()
         self._bar: rich.progress.Progress | None = None
@@ -71,27 +71,36 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def update(self, done: int, total: int, tokens: int = 0) -> None:
+    def update(self, done: int, total: int, tokens: int = 0, compiled: float = 0.0) -> None:
         """Show how far the job is.
 
         Args:
           done: units so far, those of an earlier run included.
           total: units in all.
           tokens: generated since the last call.
+          compiled: seconds that went into compilation so far.
         """
         now = self._clock()
+        self._last, self._compiled, self._doing = (done, total), compiled, ""
         if self._initial is None:
             self._initial = done
         if self._first is not None:
             self._tokens += tokens
         elif done > self._initial:
-            self._first = (done, now)
+            self._first = (done, now, compiled)
         figures = self._figures(done, total, now)
         if self._console.is_terminal:
             self._update_bar(done, total, figures)
         elif now - self._printed >= _PERIOD and done:
             self._printed = now
             self.log(f"{self._description}: {figures}")
+
+    def doing(self, text: str) -> None:
+        """Show on a terminal what the job is waiting for, until the next `update`."""
+        self._doing = text
+        if self._bar is not None:
+            self._update_bar(*self._last, self._figures(*self._last, self._clock()))
+            self._bar.refresh()
 
     def log(self, line: str) -> None:
         """Print a line on standard error, above the bar if there is one."""
@@ -115,15 +124,16 @@ class Progress:
 
     def _figures(self, done: int, total: int, now: float) -> str:
         parts = [f"{self._amount(done)} of {self._amount(total, unit=True)}"]
-        first, since = self._first or (done, now)
-        if done > first and now > since:
-            rate = (done - first) / (now - since)
+        first, since, compiled = self._first or (done, now, self._compiled)
+        seconds = now - since - (self._compiled - compiled)
+        if done > first and seconds > 0:
+            rate = (done - first) / seconds
             parts.append(f"{self._amount(rate, unit=True)}/s")
             if self._tokens:
-                parts.append(f"{self._tokens / (now - since):.1f} tokens/s")
+                parts.append(f"{self._tokens / seconds:.1f} tokens/s")
             parts.append(f"{datetime.timedelta(seconds=round((total - done) / rate))} left")
-        elif self._waiting and self._console.is_terminal:
-            parts.append(self._waiting)
+        if self._doing:
+            parts.append(self._doing)
         return ", ".join(parts)
 
     def _amount(self, count: float, unit: bool = False) -> str:
@@ -139,38 +149,73 @@ def run_batch(
     load: Callable[[], "Engine"],
     *,
     restart: bool = False,
-    debug: bool = False,
+    verbose: bool = False,
 ) -> "BatchSummary":
     """`PromptBatch.run` for a person: with a progress bar, and a summary at the end.
 
     Args:
       batch, processor, load, restart: see `PromptBatch.run`.
-      debug: show what decoders log, too.
+      verbose: show what decoders log, too.
     """
     from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 
-    quiet = contextlib.nullcontext() if debug else quiet_ffmpeg()
-    with quiet, without_size_warnings(), Progress("answering", batch.things, COMPILING) as progress:
-        summary = batch.run(processor, load, progress, restart=restart)
+    quiet = contextlib.nullcontext() if verbose else quiet_ffmpeg()
+    stack = contextlib.ExitStack()
+    with quiet, without_size_warnings(), Progress("answering", batch.things) as progress, stack:
+
+        def loaded() -> "Engine":
+            engine = load()  # which imports JAX
+            from glm4v_jax.devices.compilation_cache import compiling
+            from glm4v_jax.generate.warmup import programs
+
+            stack.enter_context(compiling(Programs(programs(), progress.doing)))
+            return engine
+
+        summary = batch.run(processor, loaded, progress, restart=restart)
     print(summary, file=sys.stderr, flush=True)
     return summary
 
 
-def decimal_size(nbytes: int) -> str:
-    """Format a number of bytes in decimal units.
-
-    >>> decimal_size(1_500_000_000)
-    '1.50 GB'
-    """
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes} bytes"
-
-
 @contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """Show a spinner with a text on a terminal, while the body runs."""
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner with a text on a terminal, while the body runs; it may call what this yields with another text."""
     console = rich.console.Console(stderr=True)
-    with console.status(text) if console.is_terminal else contextlib.nullcontext():
-        yield
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(text) as shown:
+        yield shown.update
+
+
+class Programs:
+    """Counts programs as XLA compiles them.
+
+    >>> shown = []
+    >>> note = Programs({"encode": "vision encoder", "prefill": "prefill"}, shown.append, "generating")
+    >>> for name in ("prefill", None, "broadcast", None):
+    ...     note(name)
+    >>> shown
+    ['compiling 1 of 2: prefill', 'generating']
+    """
+
+    def __init__(self, expected: Mapping[str, str], show: Callable[[str], None], otherwise: str = ""):
+        """Expect these.
+
+        Args:
+          expected: name of a jitted function -> what to call it; others are small, and not counted.
+          show: called with a text when the compilation of one begins.
+          otherwise: the text for when it has ended.
+        """
+        self._expected, self._show, self._otherwise = expected, show, otherwise
+        self._begun, self._is_shown = 0, False
+
+    def __call__(self, name: str | None) -> None:
+        """Note that the compilation of a function begins; or ends, with None."""
+        if name is None and self._is_shown:
+            self._is_shown = False
+            self._show(self._otherwise)
+        elif name is not None and name in self._expected:
+            self._is_shown = True
+            self._begun += 1
+            # A function may be compiled for several shapes.
+            self._show(f"compiling {self._begun} of {max(self._begun, len(self._expected))}: {self._expected[name]}")

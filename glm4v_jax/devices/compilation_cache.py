@@ -6,13 +6,13 @@ Nothing here happens on import: the command line and `Engine.from_pretrained` en
 import contextlib
 import os
 import pathlib
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import platformdirs
 
-from glm4v_jax.devices.program_limit import COMPILED, limit_programs
 from glm4v_jax.errors import ConfigError
 
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
@@ -23,6 +23,8 @@ MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 """JAX's own environment variable: programs that compile faster are not kept."""
 MAX_BYTES = 4 * 2**30
 """Size limit of the cache in the user's cache directory, unless `MAX_SIZE` sets another."""
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's event of a program that is compiled: a scalar at the start, a duration at the end."""
 
 _PROGRAM, _LAST_USE = "-cache", "-atime"
 """Ends of the names of JAX's files: a program, and when it was last used, if there is a bound."""
@@ -34,11 +36,10 @@ def use_compilation_cache() -> None:
     A directory that the program has set in `jax.config` stays, with everything else that is set there. Otherwise the
     directory is $JAX_COMPILATION_CACHE_DIR, else `user_directory`, which grows to `MAX_BYTES` at most: the programs not
     used for longest are deleted. A directory that cannot be created or written means no cache, without a message.
-    JAX's other variables hold. Programs in memory are limited as well, see `limit_programs`.
+    JAX's other variables hold.
     """
     import jax
 
-    limit_programs()
     if DIRECTORY not in os.environ:
         if jax.config.jax_compilation_cache_dir is not None:
             return
@@ -106,6 +107,33 @@ def _note_last_uses(directory: pathlib.Path) -> None:
             if not noted.exists():
                 seconds = min(program.stat().st_mtime, time.time())
                 noted.write_bytes(int(seconds * 1e9).to_bytes(8, "little"))
+
+
+@contextlib.contextmanager
+def compiling(note: Callable[[str | None], None]) -> Iterator[None]:
+    """Follow what XLA compiles, or JAX reads from the cache, inside the `with` block.
+
+    Args:
+      note: called with the name of a jitted function where that begins, and with None where it has ended.
+    """
+    import jax
+
+    def begin(event: str, value: float, **details: Any) -> None:
+        named = re.fullmatch(r"jit[_(](\w+)\)?", str(details.get("fun_name")))
+        if event == COMPILED and named is not None:
+            note(named[1])
+
+    def end(event: str, duration: float, **details: Any) -> None:
+        if event == COMPILED:
+            note(None)
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_scalar_listener(begin)
+        jax.monitoring.unregister_event_duration_listener(end)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,12 @@ from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 
+def programs(has_media: bool = True) -> dict[str, str]:
+    """Return the jitted functions that a request runs, in their order, and what a person calls them."""
+    vision = {"encode": "vision encoder", "store_features": "vision features"} if has_media else {}
+    return {"init_state": "cache", **vision, "prefill": "prefill", "choose_first": "first token", "decode": "decode"}
+
+
 class Warmed(NamedTuple):
     """One program that `warmup` ran: name, the shape it is for, and seconds until it had run, compilation included."""
 

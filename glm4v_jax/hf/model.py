@@ -70,6 +70,7 @@ class Glm4vForConditionalGeneration:
         mesh: Mesh | None = None,
         stacked: bool | None = None,
         quantize: QuantConfig | Literal["int8", "int4"] | None = None,
+        adapter: str | Path | None = None,
         progress: Any = None,
         torch_dtype: Any = None,
         attn_implementation: str | None = None,
@@ -84,6 +85,7 @@ class Glm4vForConditionalGeneration:
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
           quantize: keep the decoder's kernels as "int8" or "int4"; a `quantize.QuantConfig` says which, and how. Such a
             model takes less memory and computes in `dtype`; it cannot be saved.
+          adapter: directory of an adapter in PEFT's format, which is applied beside the weights.
           progress: called with bytes read and bytes in all, after each leaf.
           torch_dtype: the old name of `dtype`.
           attn_implementation: accepted for the reference's sake; there is one attention here.
@@ -94,7 +96,7 @@ class Glm4vForConditionalGeneration:
         """
         runtime = load_runtime(
             pretrained_model_name_or_path, dtype=dtype if dtype is not None else torch_dtype, mesh=mesh,
-            stacked=stacked, quantize=quantize, progress=progress,
+            stacked=stacked, quantize=quantize, adapter=adapter, progress=progress,
         )  # fmt: skip
         return cls(runtime.config, runtime=runtime)
 

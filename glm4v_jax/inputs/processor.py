@@ -116,10 +116,9 @@ class Glm4vProcessor:
           CheckpointError: a file is missing or corrupt, or is that of another kind of model.
           ConfigError: `min_pixels` and the like, which calls and items of messages take.
         """
-        directory = pathlib.Path(pretrained_model_name_or_path)
+        directory = assets_directory(pretrained_model_name_or_path)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
-        directory = assets_directory(directory)
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         refuse_area_options(overrides)
         media = {name: value for name, value in overrides.items() if name in Glm4vVideoProcessor.defaults}

@@ -1,5 +1,7 @@
 """The partition of every parameter and of the cache on a mesh, and the bytes that each device holds of them.
 
+For training, gradients and the optimizer's state take the place of the cache.
+
 Read from the abstract model; no devices are needed. Activations and temporaries of programs are not in it:
 `compile_for_topology` has them, from the compiled programs.
 """
@@ -15,6 +17,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import AXES, RULES, names_of
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import size_text
+from glm4v_jax.planning.mesh_presets import sizes_for
 from glm4v_jax.planning.parameter_layout import check_mesh, devices_along, mesh_text, parameter_layout
 
 # Prefix of a parameter's path -> the part of the model that it belongs to; the first that fits counts.
@@ -26,7 +29,14 @@ _PARTS = {
     "visual.merger.": "merger",
     "visual.": "ViT",
 }
+_FLOAT32 = 4
+_STATE = {"gradients": ("of trained weights", 1), "optimizer state": ("moments of AdamW", 2)}
+"""What training holds besides weights: part -> name, and how many arrays for each that is trained."""
 _KV_AXES = ("layers", "batch", "kv_heads", "slots", "head_dim")
+FROZEN = ("ViT",)
+"""Parts that full fine-tuning does not train by default."""
+COUNTS = (*range(1, 17), *(1 << power for power in range(5, 13)))
+"""Numbers of devices to look for a mesh that holds a model."""
 COLUMNS = ("part", "array", "shape", "split by", "in all", "a device")
 """Of `MemoryTable.table`."""
 
@@ -35,7 +45,8 @@ COLUMNS = ("part", "array", "shape", "split by", "in all", "a device")
 class ArrayMemory:
     """An array, or several of the same shape and partition.
 
-    part: of the model: "embedding", "decoder layers", "last norm", "head", "ViT", "merger"; or "cache".
+    part: of the model: "embedding", "decoder layers", "last norm", "head", "ViT", "merger"; or "gradients", "optimizer
+      state", "cache".
     name: of a parameter its path below that of its part.
     count: number of arrays: one per layer, or keys and values.
     shape: of one of them.
@@ -61,8 +72,9 @@ class MemoryTable:
     dtype: of weights and cache.
     rows, capacity: prompts in the cache, and slots of each, as requested.
     weights: in the order of the model.
-    cache: keys and values; rows and slots are padded to what the mesh divides.
+    cache: keys and values; rows and slots are padded to what the mesh divides. Empty for training.
     memory: bytes that a device has, if that is known.
+    training: gradients and the optimizer's state, for training.
     """
 
     sizes: dict[str, int]
@@ -72,6 +84,12 @@ class MemoryTable:
     weights: tuple[ArrayMemory, ...]
     cache: ArrayMemory
     memory: int | None
+    training: tuple[ArrayMemory, ...] = ()
+
+    @property
+    def arrays(self) -> tuple[ArrayMemory, ...]:
+        """Everything that a device holds."""
+        return (*self.weights, *self.training, *([self.cache] if self.cache.nbytes else []))
 
     @property
     def num_devices(self) -> int:
@@ -85,18 +103,23 @@ class MemoryTable:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of weights and cache on a device."""
-        return self.weight_bytes + self.cache.device_bytes
+        """Bytes on a device."""
+        return sum(held.device_bytes for held in self.arrays)
 
     @property
     def share(self) -> float | None:
-        """Fraction of a device's memory that weights and cache take; None if its memory is not known."""
+        """Fraction of a device's memory that this takes; None if its memory is not known."""
         return None if self.memory is None else self.device_bytes / self.memory
 
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has that much memory, temporaries apart; None if its memory is not known."""
+        return None if self.memory is None else self.device_bytes <= self.memory
+
     def parts(self) -> dict[str, tuple[int, int]]:
-        """Part of the model, and "cache" -> total bytes, and bytes on a device."""
+        """Part -> total bytes, and bytes on a device."""
         totals: dict[str, tuple[int, int]] = {}
-        for held in (*self.weights, self.cache):
+        for held in self.arrays:
             total, device = totals.get(held.part, (0, 0))
             totals[held.part] = total + held.nbytes, device + held.device_bytes
         return totals
@@ -106,7 +129,7 @@ class MemoryTable:
         rows: list[tuple[str, ...]] = []
         for part, (total, device) in self.parts().items():
             rows.append((part, "", "", "", size_text(total), size_text(device)))
-            for held in (*self.weights, self.cache):
+            for held in self.arrays:
                 if held.part == part:
                     name = held.name if held.count == 1 else f"{held.name} x {held.count}"
                     partition = ("x".join(map(str, held.shape)), " ".join(held.axes))
@@ -116,15 +139,19 @@ class MemoryTable:
     def summary(self) -> str:
         """The mesh, and the bytes on a device, in a line."""
         share = "" if self.share is None or self.memory is None else f", {self.share:.1%} of {size_text(self.memory)}"
-        return (
-            f"mesh {mesh_text(self.sizes)}: a device holds {size_text(self.weight_bytes)} of weights and "
-            f"{size_text(self.cache.device_bytes)} of a cache of {self.rows} x {self.capacity} slots, together "
-            f"{size_text(self.device_bytes)} in {self.dtype}{share}"
-        )
+        together = f"together {size_text(self.device_bytes)}"
+        if self.training:
+            sizes = [f"{size_text(device)} of {part}" for part, (_, device) in self.parts().items() if part in _STATE]
+            beside, together = " and ".join(sizes), f"{together} for full fine-tuning with AdamW"
+        else:
+            beside = f"{size_text(self.cache.device_bytes)} of a cache of {self.rows} x {self.capacity} slots"
+            together = f"{together} in {self.dtype}"
+        weights = f"a device holds {size_text(self.weight_bytes)} of weights"
+        return f"mesh {mesh_text(self.sizes)}: {weights}{', ' if self.training else ' and '}{beside}, {together}{share}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("dtype", "rows", "capacity", "num_devices", "weight_bytes", "device_bytes", "memory", "share")
+        names = ("dtype", "rows", "capacity", "num_devices", "weight_bytes", "device_bytes", "memory", "share", "fits")
         return {
             "mesh": self.sizes,
             **{name: getattr(self, name) for name in names},
@@ -132,7 +159,7 @@ class MemoryTable:
             "parts": {
                 part: {"nbytes": total, "device_bytes": device} for part, (total, device) in self.parts().items()
             },
-            "arrays": [dataclasses.asdict(held) for held in (*self.weights, self.cache)],
+            "arrays": [dataclasses.asdict(held) for held in self.arrays],
         }
 
 
@@ -144,16 +171,18 @@ def describe(
     capacity: int = 4096,
     dtype: str = "bfloat16",
     memory: int | None = None,
+    is_training: bool = False,
 ) -> MemoryTable:
-    """Compute what each device of a mesh holds of a model and of a cache for its prompts.
+    """Compute what each device of a mesh holds of a model, and of a cache for its prompts or of what trains it.
 
     Args:
       config: of the model.
       sizes: axis -> devices; axes left out have one.
       rows: prompts in the cache.
       capacity: slots of each.
-      dtype: of weights and cache.
+      dtype: of weights and cache; for training, of the frozen weights.
       memory: bytes that a device has, if that is known.
+      is_training: count full fine-tuning with AdamW as `glm4v train` does it, all of it in float32, instead of a cache.
 
     Raises:
       ConfigError: the model does not divide by the mesh, or a number is below 1.
@@ -164,16 +193,41 @@ def describe(
     all_axes = dict.fromkeys(AXES, 1) | dict(sizes)
     check_mesh(config, all_axes)
     itemsize = jnp.dtype(dtype).itemsize
-    weights = []
+    weights, trained, trained_on_device = [], 0, 0
     for leaf in parameter_layout(config):
         prefix, part = next((prefix, part) for prefix, part in _PARTS.items() if leaf.path.startswith(prefix))
         name = leaf.path.removeprefix(prefix)
-        nbytes, device_bytes = itemsize * leaf.parameters, itemsize * leaf.device_parameters(all_axes)
+        size = _FLOAT32 if is_training and part not in FROZEN else itemsize
+        nbytes, device_bytes = size * leaf.parameters, size * leaf.device_parameters(all_axes)
+        if part not in FROZEN:
+            trained, trained_on_device = trained + nbytes, trained_on_device + device_bytes
         weights.append(
             ArrayMemory(part, name, leaf.count, leaf.shape, _axes_texts(leaf.axes, all_axes), nbytes, device_bytes)
         )
-    cache = _cache(config, all_axes, rows, capacity, itemsize)
-    return MemoryTable(all_axes, str(dtype), rows, capacity, tuple(weights), cache, memory)
+    cache = _cache(config, all_axes, 0 if is_training else rows, capacity, itemsize)
+    training = tuple(
+        ArrayMemory(part, name, count, (), (), count * trained, count * trained_on_device)
+        for part, (name, count) in _STATE.items()
+        if is_training
+    )
+    return MemoryTable(all_axes, str(dtype), rows, capacity, tuple(weights), cache, memory, training)
+
+
+def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) -> MemoryTable | None:
+    """Find the fewest devices that hold a model by a preset; None if no number of `COUNTS` does.
+
+    Args:
+      config: of the model.
+      preset: its name.
+      memory: bytes that a device has.
+      **options: of `describe`.
+    """
+    for number in COUNTS:
+        sizes = sizes_for(f"{preset}:{number}", config, memory=memory)
+        found = describe(config, sizes, memory=memory, **options)
+        if found.fits:
+            return found
+    return None
 
 
 def _cache(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: int, itemsize: int) -> ArrayMemory:
@@ -188,6 +242,12 @@ def _cache(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: i
     return ArrayMemory(
         "cache", "keys and values", 2, shape, _axes_texts(axes, sizes), nbytes, nbytes // math.prod(along)
     )
+
+
+def cache_bytes(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: int, dtype: str) -> int:
+    """Return the bytes of a KV cache that a device of a mesh holds; see `describe`."""
+    all_axes = dict.fromkeys(AXES, 1) | dict(sizes)
+    return _cache(config, all_axes, rows, capacity, jnp.dtype(dtype).itemsize).device_bytes
 
 
 def _axes_texts(axes: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> tuple[str, ...]:

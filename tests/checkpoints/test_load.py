@@ -11,10 +11,12 @@ import pytest
 from reference import CONFIGS, export, random_tensors
 
 from glm4v_jax import Glm4vForConditionalGeneration
-from glm4v_jax.checkpoints.load import load_model, resolve_dtype
+from glm4v_jax.checkpoints import load
+from glm4v_jax.checkpoints.load import device_bytes, load_model, load_runtime, resolve_dtype
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.devices.memory import Memory
+from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
 from glm4v_jax.model.params import default_dtype
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
@@ -209,3 +211,30 @@ def test_a_contradictory_rope_is_refused_before_weights(directory):
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ConfigError, match="mrope_section"):
         Glm4vForConditionalGeneration.from_pretrained(directory)
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_anything_is_read(checkpoints, monkeypatch):
+    whole = sum(4 * tensor.size for tensor in random_tensors(CONFIG).values())
+    free = [whole]
+    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("host memory", free[0])])
+    model = load_model(checkpoints("base"), CONFIG, dtype="float32", stacked=False)
+    assert device_bytes(jax.tree.leaves(model)) == whole
+    monkeypatch.setattr(load, "array_of", lambda *_, **__: pytest.fail("a tensor was read"))
+    free[0] -= 1
+    with pytest.raises(MemoryShortageError) as caught:
+        load_runtime(checkpoints("base"), dtype="float32")
+    size = f"{whole / 1000:.1f} kB"
+    assert str(caught.value) == (
+        f"{checkpoints('base')}: needs {size} for weights in float32, found {size} free of host memory; what fits: "
+        f"--dtype bfloat16 ({whole / 2000:.1f} kB)"
+    )
+    free[0] = whole // 2
+    with pytest.raises(MemoryShortageError, match=r"needs .* for weights in bfloat16"):
+        load_runtime(checkpoints("base"), dtype="bfloat16", reserve=1)
+
+
+def test_devices_that_are_too_small_need_a_mesh(checkpoints, monkeypatch):
+    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("the memory of TPU v5e", 10_000)])
+    monkeypatch.setattr(load, "platform", lambda: "tpu")
+    with pytest.raises(MemoryShortageError, match=r"what fits: --mesh with at least \d+ such devices$"):
+        load_model(checkpoints("base"), CONFIG, dtype="float32")

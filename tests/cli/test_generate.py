@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -111,10 +112,17 @@ def test_an_image_with_an_extreme_aspect_ratio_is_refused(refused):
     assert "200" in refused("--image", "sliver.png", "Hello")
 
 
-@pytest.mark.parametrize("name", ["", "THUDM/GLM-4.1V-9B-Thinking", __file__])
-def test_a_model_that_is_not_a_directory_is_not_downloaded(refused, name):
+@pytest.mark.parametrize("name", ["", "./nowhere/at/all", __file__])
+def test_a_model_that_is_not_a_directory_is_named(refused, name):
     line = refused("--model", name, "Hello")
     assert f"--model: found {name or repr(name)}, which is not a directory" in line
+
+
+def test_a_model_of_the_hub_is_not_downloaded(refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", os.path.abspath("hub"))
+    line = refused("--model", "THUDM/GLM-4.1V-9B-Thinking", "Hello")
+    assert "--model: found THUDM/GLM-4.1V-9B-Thinking, which is neither a directory nor in the local" in line
+    assert line.endswith("hf download THUDM/GLM-4.1V-9B-Thinking")
 
 
 def test_a_model_of_the_environment_is_named_by_its_variable(refused, monkeypatch):
@@ -156,10 +164,10 @@ def test_missing_tensors_are_all_named(capfd, checkpoint):
 @pytest.mark.parametrize(
     ("options", "error"), [(["--image", "nowhere.png"], MediaError), (["--model", "checkpoint"], CheckpointError)]
 )
-def test_debug_raises_the_error(checkpoint, options, error):
+def test_verbose_raises_the_error(checkpoint, options, error):
     (checkpoint / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(error):
-        main.main(["generate", "--debug", *options, "Hello"])
+        main.main(["generate", "-v", *options, "Hello"])
 
 
 # What is answered.
@@ -315,7 +323,8 @@ def test_a_terminal_shows_what_is_going_on_and_no_tags(tmp_path):
         "generate", "--greedy", "--max-new-tokens", 40, "--think-budget", 9, "Hello", directory=tmp_path, width=200
     )
     assert terminal.end() == 0
-    for status in ("preparing the inputs", "loading the weights", "generating (compiling)"):
+    for status in ("preparing the inputs", "loading the weights"):
         assert status in terminal.output
+    assert re.search(r"generating|compiling \d of 4: ", terminal.output)
     assert "</think><answer>" not in terminal.output
     assert "new (10 of thought and" in terminal.output

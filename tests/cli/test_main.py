@@ -95,6 +95,36 @@ def test_a_reader_that_is_gone_is_not_an_error():
     assert (done.returncode, done.stderr) == (READER_GONE, "")
 
 
+@pytest.mark.parametrize("imported", ["glm4v_jax.cli.main", "jax"])
+def test_ctrl_c_during_imports_ends_in_a_line_and_status_130(imported):
+    code = (
+        "import os, signal, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {imported!r}:\n            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "from glm4v_jax.__main__ import program\nprogram()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "mesh", "latency"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "glm4v: interrupted\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_subcommands_and_options(capfd, shell):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--tyro-print-completion", shell])
+    out = capfd.readouterr().out
+    assert caught.value.code in (0, None)
+    for word in ("generate", "doctor", "train", "export", "verify", "--max-new-tokens", "--adapter", "--histogram"):
+        assert word in out
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--tyro-print-completion"])
+    assert caught.value.code == 2 and "expected bash or zsh" in capfd.readouterr().err
+
+
 def test_a_second_process_compiles_less(tmp_path, monkeypatch):
     for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)

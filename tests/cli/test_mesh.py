@@ -77,10 +77,29 @@ def test_the_presets_are_compared(capfd):
         "latency kv=2,q=2",
         "train fsdp=4",
         "long-context kv=2,seq=2",
-        "4 devices, a cache of 1 x 4096 tokens",
+        "4 devices, bfloat16; besides weights: a cache of 1 x 4096 tokens, for train gradients and optimizer state",
+        "train does not fit; the smallest mesh that does has",
     ):
         assert text in out
-    assert f"{found['train']['share']:.1%}" in out
+    assert f"{found['train']['share']:.1%}" in out and found["train"]["share"] > 1 and found["latency"]["fits"]
+    smallest = found["train"]["smallest"]
+    assert smallest["num_devices"] > 4 and smallest["share"] <= 1 and "smallest" not in found["latency"]
+
+
+def test_axes_count_training_where_they_are_asked_to(capfd):
+    plain = json.loads(shown(capfd, "fsdp=8", "--json"))
+    training = json.loads(shown(capfd, "fsdp=8", "--train", "--json"))
+    assert training["device_bytes"] > 6 * plain["device_bytes"] and training["cache_bytes"] == 0
+    assert training == json.loads(shown(capfd, "train:8", "--json"))
+
+
+def test_what_fits_no_mesh_is_said(capfd):
+    out = shown(capfd, "latency", "--devices", 1, "--memory", 0.5)
+    assert out.splitlines()[-1] == "latency does not fit, and no mesh of such devices does"
+    out = shown(capfd, "data=1", "--memory", 16)
+    assert out.splitlines()[-1].startswith(
+        "data=1 does not fit; the smallest mesh that does has 2 such devices: kv=2, "
+    )
 
 
 def test_the_devices_of_this_machine_are_the_default(capfd):

@@ -62,7 +62,15 @@ def test_the_rate_is_measured_after_the_first_part(tokens, burst, end, rate):
     watch = Stopwatch(clock=iter([0.0, 10.0, end]).__next__)
     watch.note(Delta("", (), (1,) * burst))
     watch.note(Delta("", (), (1,)))
-    assert watch.stop(tokens, 3.0) == AnswerTimes(end, 3.0, 10.0, rate)
+    assert watch.stop(tokens) == AnswerTimes(end, 0.0, 10.0, rate)
+
+
+def test_times_of_an_answer_are_without_compilation():
+    compiled = [6.0]
+    watch = Stopwatch(compiled, clock=iter([0.0, 10.0, 20.0]).__next__)
+    watch.note(Delta("", (), (1,)))
+    compiled.append(8.0)  # of decoding, which begins after the first part
+    assert watch.stop(9) == AnswerTimes(20.0, 14.0, 4.0, 4.0)
 
 
 def test_figures_have_compilation_only_where_it_took_long():

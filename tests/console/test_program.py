@@ -1,19 +1,24 @@
 """How a command of any program is found, and how it ends."""
 
 import dataclasses
+import importlib.metadata
 import io
+import itertools
 import json
 import os
+import sys
+import tomllib
 from typing import Annotated, Any, Literal
 
 import pytest
 import tyro
+from helpers_paths import ROOT
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive
 from glm4v_jax.console import program
 from glm4v_jax.console.table import print_table
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.errors import ConfigError, Glm4vError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -22,6 +27,10 @@ class Limits:
 
     highest: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """At most 1."""
+
+
+class Unsaid(KeyboardInterrupt):
+    """The command has nothing to add to this one."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,13 +56,20 @@ class Work(program.JsonOptions):
     trouble = 2
 
     def run(self) -> int:
+        print(f"log level {os.environ.get('TF_CPP_MIN_LOG_LEVEL')}", file=sys.stderr)  # noqa: T201
         if self.raises is not None:
             raise self.raises
         print(json.dumps({"json": self.as_json}))  # noqa: T201
         return 1
 
-    def interrupted(self) -> str:
-        return "work: half done"
+    def interrupted(self) -> str | None:
+        return None if isinstance(self.raises, Unsaid) else "work: half done"
+
+
+@pytest.fixture(autouse=True)
+def without_a_log_level(monkeypatch):
+    """JAX sets one where it is imported."""
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
 
 
 def ran(*arguments: str, raises: Any = None) -> int:
@@ -77,12 +93,32 @@ def test_the_status_is_what_run_returns(capfd):
         (Glm4vError("file:\n found none"), 2, "it: error: file: found none\n"),
         (FileNotFoundError(2, "No such file", "a.toml"), 2, "it: error: a.toml: No such file\n"),
         (KeyboardInterrupt(), program.INTERRUPTED, "work: half done\n"),
+        (Unsaid(), program.INTERRUPTED, "it: interrupted\n"),
+        (Unsaid("3 of 4"), program.INTERRUPTED, "3 of 4\n"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(capfd, error, status, said):
     assert ran(raises=error) == status
     captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("", said)
+    assert (captured.out, captured.err) == ("", f"log level 3\n{said}")
+
+
+def test_quiet_leaves_answers_and_errors(capfd):
+    assert ran("-q", "--json") == 1
+    assert capfd.readouterr() == ('{"json": true}\n', "")
+    assert ran("--quiet", raises=Glm4vError("file")) == 2
+    assert capfd.readouterr() == ("", "it: error: file\n")
+
+
+def test_verbose_leaves_the_logs_of_native_code_alone(capfd):
+    assert ran("-v") == 1
+    assert capfd.readouterr().err == "log level None\n"
+    assert not {"TF_CPP_MIN_LOG_LEVEL", "JAX_LOG_COMPILES"} & os.environ.keys()
+
+
+def test_quiet_and_verbose_exclude_each_other():
+    with pytest.raises(ConfigError, match="--quiet: found with --verbose"):
+        ran("-q", "-v")
 
 
 def test_an_unexpected_error_is_a_traceback(capfd, monkeypatch):
@@ -109,9 +145,10 @@ def test_what_the_output_cannot_hold_is_escaped(monkeypatch, encoding, errors):
     assert cat in written and dots in written and r"\udcff.png" in written
 
 
-def test_debug_raises_the_error():
+@pytest.mark.parametrize("option", ["-v", "--verbose"])
+def test_verbose_raises_the_error(option):
     with pytest.raises(Glm4vError, match="file"):
-        ran("--debug", raises=Glm4vError("file"))
+        ran(option, raises=Glm4vError("file"))
 
 
 def test_help_lists_every_command_in_a_line(capfd):
@@ -129,6 +166,17 @@ def test_help_of_an_option_has_no_line_breaks_no_none_and_no_default_of_a_flag(c
     lines = [" ".join(line.strip("│ ").split()) for line in capfd.readouterr().out.splitlines()]
     assert "--mode {fast,slow} How to do it, in one of two ways. (default: none)" in lines
     assert "--is-dry Do nothing." in lines
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_is_as_wide_as_the_terminal(capfd, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(Work, "__doc__", f"Do it.\n\n{'many words ' * 9}\n/and a line that begins with none.")
+    with pytest.raises(SystemExit):
+        run("work", "--help")
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and any(len(line) > width - 12 and line[0] == "m" for line in lines)
+    assert " many words /and a line" in " ".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +212,23 @@ def test_numbers_out_of_range_are_named_together(capfd):
         "it: error: --num-things: found 0; expected an integer of at least 1; --highest: found 1.5; expected a number "
         "above 0 and at most 1\n"
     )
+
+
+def test_every_package_of_every_extra_is_known(monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(
+        f"{line}; extra == '{extra}'" for extra, every in project["optional-dependencies"].items() for line in every
+    )]  # fmt: skip
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    found = program.extras()
+    assert {"train", "eval", "demo", "test", "docs"} <= found.keys() and "rapidfuzz" in found["eval"]
+    assert "jax" in program.requirements() and not {"decord", "jax"} & set(itertools.chain(*found.values()))
+    for module, name, extra in (
+        ("rapidfuzz.distance", "eval", "eval"), ("rapidfuzz", "train", "train"), ("sklearn", "glm4v", "eval"),
+        ("skimage.io", "glm4v", "demo"), ("furo", "glm4v", "docs"),
+    ):  # fmt: skip
+        line = program.missing(ModuleNotFoundError(name=module), name)
+        root = module.partition(".")[0]
+        assert line == f"found no package {root}; expected that of the {extra} extra: pip install 'glm4v_jax[{extra}]'"
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
+    assert program.missing(ModuleNotFoundError(name="rapidfuzz"), "eval") is None

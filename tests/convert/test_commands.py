@@ -184,7 +184,7 @@ def test_unknown_options_have_status_two(arguments, capsys):
 
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
-        main(["to-hf", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--debug"])
+        main(["to-hf", str(tmp_path / "nowhere"), str(tmp_path / "out"), "-v"])
 
 
 def test_ctrl_c_removes_what_was_written(run, synthetic, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from glm4v_jax.devices.compilation_cache import cache_files
+from glm4v_jax.devices.compilation_cache import cache_files, compiling
 
 VARIABLES = (
     "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
@@ -135,3 +135,20 @@ jax.jit(jax.numpy.cos)(1.0)
 print(0 < before == len(times))
 """
     assert run_python(program) == "True\n"
+
+
+def test_programs_are_named_as_they_are_compiled():
+    import jax
+
+    noted = []
+
+    @jax.jit
+    def programme(x):
+        return x + 1
+
+    with compiling(noted.append):
+        programme(1)
+        programme(2)
+    assert noted[noted.index("programme") + 1] is None and noted.count("programme") == 1
+    programme(1.0)
+    assert noted.count("programme") == 1

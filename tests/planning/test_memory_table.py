@@ -12,7 +12,7 @@ from helpers_mesh import GROUPED, run_on_devices, write_grouped
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.planning.memory_table import COLUMNS, describe
+from glm4v_jax.planning.memory_table import COLUMNS, cache_bytes, describe, smallest_fit
 from glm4v_jax.planning.mesh_presets import PRESETS, sizes_for
 from glm4v_jax.planning.parameter_layout import mesh_text
 
@@ -76,6 +76,56 @@ def test_bytes_are_those_of_the_dtype(dtype):
 def test_invalid_numbers_and_meshes_are_refused(options, problem):
     with pytest.raises(ConfigError, match=problem):
         describe(RELEASED, **{"sizes": {}, **options})
+
+
+def test_training_holds_float32_weights_gradients_and_two_moments():
+    found = describe(RELEASED, dict(fsdp=8), is_training=True, memory=80 * GIB)
+    trained, frozen = 10_292_777_472 - (892_498_432 - 185_081_856), 892_498_432 - 185_081_856
+    parts = {part: total for part, (total, _) in found.parts().items()}
+    assert parts["gradients"] == 4 * trained and parts["optimizer state"] == 8 * trained and "cache" not in parts
+    assert sum(parts.values()) == 16 * trained + 2 * frozen
+    assert found.weight_bytes < found.device_bytes < 80 * GIB and found.fits
+    assert found.summary().startswith("mesh fsdp=8: a device holds ")
+    assert "of gradients and" in found.summary() and "for full fine-tuning with AdamW" in found.summary()
+
+
+def test_the_bytes_for_training_are_those_of_a_job(mesh):
+    """Weights and moments of a state before the first step, as `glm4v train` makes it by default."""
+    import jax
+
+    from glm4v_jax import Glm4v
+    from train.optimizers import OptimizerConfig, group_of, make_optimizer
+    from train.state import init_state, split
+
+    config = Glm4vConfig.from_dict(GROUPED)
+
+    def make():
+        model = Glm4v.init(config, dtype="float32")
+        params, frozen = split(model, lambda path: group_of(path) != "vision")
+        return init_state(params, make_optimizer(OptimizerConfig(), 10, model)), frozen
+
+    state, frozen = jax.eval_shape(make)
+
+    def nbytes(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+    found = describe(config, {}, dtype="float32", is_training=True)
+    assert found.weight_bytes == nbytes(state.params) + nbytes(frozen)
+    assert found.parts()["optimizer state"][0] == nbytes(state.opt_state)
+    assert found.parts()["gradients"][0] == nbytes(state.params)
+
+
+def test_the_smallest_mesh_that_fits():
+    found = smallest_fit(RELEASED, "train", 16 * GIB, is_training=True)
+    assert found.fits and found.num_devices == 16
+    one_less = sizes_for("train:15", RELEASED, memory=16 * GIB)
+    assert not describe(RELEASED, one_less, memory=16 * GIB, is_training=True).fits
+    assert mesh_text(smallest_fit(RELEASED, "latency", 80 * GIB).sizes) == "data=1"
+    assert smallest_fit(RELEASED, "latency", GIB // 2) is None
+
+
+def test_a_cache_alone():
+    assert cache_bytes(RELEASED, {"kv": 2}, 8, 4096, "bfloat16") == 2 * 2 * 40 * 8 * 4096 * 128
 
 
 @pytest.fixture(scope="module")

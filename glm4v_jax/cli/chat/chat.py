@@ -5,7 +5,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.console.distributed import check_alone
 from glm4v_jax.console.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
@@ -34,6 +34,10 @@ class Chat(Options):
     sampling: LongSamplingOptions = dataclasses.field(default_factory=LongSamplingOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
 
+    def silence(self) -> contextlib.AbstractContextManager[Any]:
+        """Silence nothing here: errors of lines, and replies to commands, are written to standard error too."""
+        return contextlib.nullcontext()
+
     def run(self) -> None:
         """Check the options, load the weights, and chat until the user leaves."""
         check_alone("chat")
@@ -47,12 +51,14 @@ class Chat(Options):
         from glm4v_jax.cli.chat.session import Session
         from glm4v_jax.inputs.processor import Glm4vProcessor
 
-        with silent_decoders() if not self.debug else contextlib.nullcontext(), status("preparing"):
-            processor = Glm4vProcessor.from_pretrained(model)
-            attached = [attach("image", place, processor) for place in self.media.image]
-            attached += [attach("video", place, processor) for place in self.media.video]
+        with super().silence():
+            with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing"):
+                processor = Glm4vProcessor.from_pretrained(model)
+                attached = [attach("image", place, processor) for place in self.media.image]
+                attached += [attach("video", place, processor) for place in self.media.video]
+            engine = self.model.load(processor)
         given = sampling.given(default_new_tokens=None)
-        session = Session(self.model.load(processor), model, sampling.system, sampling.preset, given, default)
+        session = Session(engine, model, sampling.system, sampling.preset, given, default, quiet=self.quiet)
         for item in attached:
             session.add(item)
         if sys.stdin.isatty():
@@ -65,7 +71,7 @@ class Chat(Options):
         from glm4v_jax.cli.chat.commands import COMMANDS
 
         _use_readline(COMMANDS)
-        session.say("/help lists the commands; Ctrl-D leaves")
+        session.note("/help lists the commands; Ctrl-D leaves")
         was_interrupted = False
         while not session.is_over:
             try:
@@ -112,7 +118,7 @@ class Chat(Options):
         except BrokenPipeError:
             raise
         except (Glm4vError, OSError) as error:
-            if self.debug:
+            if self.verbose:
                 raise
             session.say(f"error: {one_line(error)}", style="red")
             return False

@@ -14,7 +14,7 @@ from glm4v_jax.cli.chat.transcript import Turn
 from glm4v_jax.config.presets import preset
 from glm4v_jax.console.answer_writer import AnswerWriter, Stopwatch, after_status, figures
 from glm4v_jax.console.options import with_default
-from glm4v_jax.console.progress import COMPILING, status
+from glm4v_jax.console.progress import status
 from glm4v_jax.console.table import printable
 from glm4v_jax.generate.completion import Counts
 from glm4v_jax.inputs.media.quiet import silent_decoders
@@ -60,6 +60,7 @@ class Session:
         options: Mapping[str, Any],
         default_new_tokens: int,
         *,
+        quiet: bool = False,
         writer: Callable[[], AnswerWriter] = AnswerWriter,
     ):
         """Begin.
@@ -71,6 +72,7 @@ class Session:
           preset_name: of the sampling options.
           options: fields of `GenerationConfig` that override the preset's.
           default_new_tokens: `max_new_tokens` where neither options nor preset set it.
+          quiet: whether `note` prints nothing.
           writer: makes what shows an answer.
         """
         self.engine, self.model, self.preset, self.options = engine, model, preset_name, dict(options)
@@ -81,13 +83,18 @@ class Session:
         self.retries = 0
         self.saved: set[pathlib.Path] = set()
         self.is_over = False
-        self._default_new_tokens, self._writer = default_new_tokens, writer
+        self._default_new_tokens, self._quiet, self._writer = default_new_tokens, quiet, writer
         self._console = rich.console.Console(stderr=True, highlight=False)
         self.config()
 
     def say(self, line: str, style: str = "dim") -> None:
         """Print a line to the user, on standard error."""
         self._console.print(rich.text.Text(printable(line), style=style), soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        """Print a line that nobody has asked for."""
+        if not self._quiet:
+            self.say(line)
 
     def attach(self, kind: Literal["image", "video"], place: str) -> None:
         """Load an image or video for the next message.
@@ -102,7 +109,7 @@ class Session:
     def add(self, attached: Attachment) -> None:
         """Add a loaded image or video to the next message."""
         self.attached.append(attached)
-        self.say(f"{attached.place}: {attached.about}; added to the next message")
+        self.note(f"{attached.place}: {attached.about}; added to the next message")
 
     def ask(self, message: UserMessage) -> None:
         """Ask, and show the answer until it ends or Ctrl-C stops it.
@@ -113,10 +120,11 @@ class Session:
             part of the answer that there is stays, and `/retry` tries a message without an answer again.
         """
         from glm4v_jax.devices.compilation_cache import compile_times
+        from glm4v_jax.generate.warmup import programs
 
         self.failed = message
         stats, writer = self.engine.stats, self._writer()
-        before, reused, watch = dataclasses.replace(stats), 0, Stopwatch()
+        before, reused = dataclasses.replace(stats), 0
         number = len(self.conversation.completions)
         with silent_decoders(), status("reading"):
             deltas = self.conversation.ask(
@@ -127,7 +135,8 @@ class Session:
                 **self.all_options(),
             )
         with Interrupt() as interrupt, compile_times() as compiled:
-            shown = after_status(deltas, f"generating ({COMPILING})")
+            watch = Stopwatch(compiled)
+            shown = after_status(deltas, programs(bool(message.attachments)))
             try:
                 for delta in shown:
                     if not watch.first:
@@ -145,7 +154,7 @@ class Session:
                 deltas.close()  # type: ignore[attr-defined]
                 if len(self.conversation.completions) > number:
                     completion = self.conversation.completions[-1]
-                    times = watch.stop(len(completion.tokens), sum(compiled))
+                    times = watch.stop(len(completion.tokens))
                     self._end(Turn(message.text, message.attachments, completion, reused, times), writer)
 
     def undo(self) -> Turn:
@@ -188,7 +197,7 @@ class Session:
         completion = turn.completion
         writer.end(completion)
         counts = Counts.of(completion, self.engine.processor.tokenizer)
-        self.say(f"[{figures(completion, counts, turn.times, turn.reused)}]")
+        self.note(f"[{figures(completion, counts, turn.times, turn.reused)}]")
         if completion.boxes and len(self.images()) == 1:
             boxes = ", ".join(str(list(box)) for box in completion.pixel_boxes())
-            self.say(f"boxes in pixels: {boxes}; /boxes FILE draws them")
+            self.note(f"boxes in pixels: {boxes}; /boxes FILE draws them")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.files import is_same_file, model_fingerprint
+from glm4v_jax.files import fingerprint, is_same_file, model_fingerprint
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.answer_file import AnswerFile, open_answers
 from glm4v_jax.generate.offline.prompts import BatchPrompt, asks_network
@@ -33,8 +33,8 @@ AnswerFields = Callable[["Completion", "Glm4vProcessor"], dict[str, Any]]
 class BatchProgress(Protocol):
     """Shows a person how far a batch is; `glm4v_jax.console.progress.Progress` does."""
 
-    def update(self, done: int, total: int, tokens: int = 0) -> None:
-        """Another prompt is done, for which `tokens` were generated."""
+    def update(self, done: int, total: int, tokens: int = 0, compiled: float = 0.0) -> None:
+        """Another prompt is done, for which `tokens` were generated; so far, `compiled` seconds went into compiling."""
 
     def log(self, line: str) -> None:
         """Print a line."""
@@ -51,7 +51,7 @@ class BatchSummary:
       done, failed: how many this run has answered, and could not answer.
       prompt_tokens, new_tokens: of those it has answered.
       seconds: of the run, without loading the weights.
-      compile_seconds: of these.
+      compile_seconds: of these; rates are without them.
       slots_busy: mean number of busy slots.
       may_pass: whether a failed prompt needs the network, so that it may pass the next time.
       things: what a person calls the prompts.
@@ -70,6 +70,10 @@ class BatchSummary:
     may_pass: bool = False
     things: str = "prompts"
 
+    @property
+    def _running_seconds(self) -> float:
+        return max(self.seconds - self.compile_seconds, 1e-9)
+
     def fields(self) -> dict[str, Any]:
         """The figures as JSON has them."""
         figures = {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_JSON}
@@ -77,7 +81,7 @@ class BatchSummary:
             **figures,
             "seconds": round(self.seconds, 3),
             "compile_seconds": round(self.compile_seconds, 3),
-            "tokens_per_second": round(self.new_tokens / max(self.seconds, 1e-9), 2),
+            "tokens_per_second": round(self.new_tokens / self._running_seconds, 2),
             "slots_busy": round(self.slots_busy, 2),
         }
 
@@ -86,7 +90,8 @@ class BatchSummary:
         counts = f"{self.earlier + self.done} of {self.total} {self.things} answered{earlier}, {self.failed} failed"
         if not self.done:
             return f"{counts}; answers in {self.out}"
-        per_second = f"{self.done / self.seconds:.2f} {self.things}/s, {self.new_tokens / self.seconds:.1f} tokens/s"
+        seconds = self._running_seconds
+        per_second = f"{self.done / seconds:.2f} {self.things}/s, {self.new_tokens / seconds:.1f} tokens/s"
         return (
             f"{counts}, in {self.seconds:.1f} s ({self.compile_seconds:.1f} s compiling): {per_second}, "
             f"{self.slots_busy:.2f} slots busy on average; answers in {self.out}"
@@ -114,7 +119,7 @@ class PromptBatch:
         prompts: Sequence[BatchPrompt],
         out: str,
         config: "GenerationConfig",
-        model: str,
+        directories: Sequence[str],
         *,
         dtype: str | None = None,
         name_field: str = "index",
@@ -129,7 +134,7 @@ class PromptBatch:
           prompts: with distinct names.
           out: the file for the answers.
           config: for all of them.
-          model: directory of the checkpoint; answers of another one are not resumed.
+          directories: that of the checkpoint, and that of its adapter if it has one; answers of others are not resumed.
           dtype: the option for the weights; the same holds for it.
           name_field: the field of a line for its prompt's name.
           answer_fields: what to write of a completion; `completion_fields` by default.
@@ -142,7 +147,8 @@ class PromptBatch:
         self._name_field, self._answer_fields = name_field, answer_fields or _all_fields
         self._sources, self._keep_others = sources, keep_others
         self._seeds = {prompt.name: prompt_seed(prompt, config.seed) for prompt in prompts}
-        self._model = model_fingerprint(model)
+        directory, *adapter = directories
+        self._model = "+".join([model_fingerprint(directory), *map(fingerprint, adapter)])
 
     def run(
         self,
@@ -157,12 +163,13 @@ class PromptBatch:
         Args:
           processor: of the model.
           load: returns the engine; called if there is something to answer.
-          progress: is updated, and logs failures, and how to resume after Ctrl-C.
+          progress: is updated, and logs failures.
           restart: empty the file instead of resuming.
 
         Raises:
           OSError, GenerationError: see `AnswerFile`; before the weights are loaded.
           Glm4vError: what is wrong with the weights. What is wrong with a prompt is in its line.
+          KeyboardInterrupt: after Ctrl-C, with how to resume.
         """
         for source in self._sources:
             if is_same_file(self._out, source):
@@ -230,14 +237,13 @@ class PromptBatch:
                         line = self._answer_fields(completion, processor)
                         file.append(prompt.name, {**prompt.fields, **line, "seed": self._seeds[prompt.name]})
                         done += 1  # not earlier: Ctrl-C may come in between
-                    progress.update(earlier + done + failed, total, len(completion.tokens))
-        except KeyboardInterrupt:
+                    progress.update(earlier + done + failed, total, len(completion.tokens), sum(compiled))
+        except KeyboardInterrupt as error:
             answers = _counted(earlier + done, "answer")
             errors = f" and {_counted(failed, 'error')}" if failed else ""
-            progress.log(
+            raise KeyboardInterrupt(
                 f"interrupted: {answers}{errors} of {total} {self.things} are in {self._out}; the same command resumes"
-            )
-            raise
+            ) from error
         seconds = time.perf_counter() - started
         steps = engine.stats.slot_steps - before.slot_steps
         busy = (engine.stats.busy_steps - before.busy_steps) / steps * engine.num_slots if steps else 0.0

@@ -138,10 +138,9 @@ class Glm4vTokenizer(SpecialTokens):
         """
         if unknown := sorted(set(overrides) - _SETTINGS):
             warnings.warn(f"{cls.__name__}: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
-        directory = pathlib.Path(directory)
+        directory = assets_directory(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
-        directory = assets_directory(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; expected the tokenizer of the checkpoint")

@@ -343,7 +343,7 @@ def test_an_interrupted_run_counts_errors_apart_from_answers(capfd, monkeypatch)
     pathlib.Path("text.png").write_text("not an image")
     write({"prompt": "What?", "image": "text.png"}, *({"prompt": f"{number}?"} for number in range(4)))
 
-    def interrupted(progress, done, total, tokens=0):
+    def interrupted(progress, done, *_):
         if done == 3:
             raise KeyboardInterrupt
 
@@ -364,7 +364,7 @@ def test_a_terminal_shows_a_bar(tmp_path):
     write(*({"prompt": f"Tell me about {i}."} for i in range(40)))
     terminal = Terminal("generate", "--jsonl", "prompts.jsonl", "--max-new-tokens", 100, directory=tmp_path, width=120)
     assert terminal.end(90) == 0
-    for words in ("0 of 40 prompts, compiling", "40 of 40 prompts, ", "tokens/s", "left"):
+    for words in ("0 of 40 prompts, compiling 1 of 6: cache", "40 of 40 prompts, ", "tokens/s", "left"):
         assert words in terminal.output
     assert "40 of 40 prompts answered, 0 failed" in terminal.output
 
