@@ -29,6 +29,8 @@ def png(image: PIL.Image.Image, **options) -> bytes:
 
 
 PNG = png(PIL.Image.fromarray(PHOTO))
+NAMED = "/a photo of Zoë.png?name=é"
+"""A path on a server, as a person writes it."""
 
 
 def write_video(path, frames, rate=10, codec="libx264"):

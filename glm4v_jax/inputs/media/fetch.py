@@ -2,23 +2,26 @@
 
 import base64
 import binascii
-import http.client
+import contextlib
 import os
 import re
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.errors import MediaError
+
+if TYPE_CHECKING:
+    import urllib3
 
 MAX_DOWNLOAD_BYTES = 2**30
 # An image of more bytes than this would pass the limit of pixels as well, unless it is a bomb.
 MAX_IMAGE_BYTES = 2**28
 DOWNLOAD_SECONDS = 60.0
 _CHUNK_BYTES = 2**16
+_MAX_REDIRECTS = 10
 _USER_AGENT = "glm4v_jax"
 # No system takes a longer path, so longer text was not meant as one.
 _LONGEST_PATH = 4096
@@ -27,77 +30,113 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+\Z")
 
 
-class _HttpRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects to http and https only; the standard handler follows ftp as well, and names no source."""
-
-    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
-        target = headers.get("location") or headers.get("uri") or ""
-        scheme = urllib.parse.urlsplit(target).scheme.lower()
-        if scheme not in ("", "http", "https"):
-            raise MediaError(f"{req.full_url}: found a redirect to {target!r}; expected an http or https address")
-        return super().http_error_302(req, fp, code, msg, headers)
-
-    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """An opener that knows http and https, and neither files nor ftp."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        _HttpRedirects,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
 def read_url(url: str, *, max_bytes: int = MAX_DOWNLOAD_BYTES, timeout: float = DOWNLOAD_SECONDS) -> bytes:
     """Download an http or https address.
 
+    Addresses may be written as people see them, with spaces and letters of any script; proxies and certificates are
+    those of the system.
+
     Args:
         url: the address.
-        max_bytes: largest body accepted, announced or received.
+        max_bytes: largest body accepted, announced or received, compressed or not.
         timeout: seconds for connecting, for each wait, and for the body as a whole.
 
     Raises:
         MediaError: the server is unreachable, answers with an error, redirects elsewhere than to http(s), or passes a
             limit.
     """
+    import urllib3
+
     deadline = time.monotonic() + timeout
+    address = url.strip()
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": _USER_AGENT})
-        with _opener().open(request, timeout=timeout) as response:
-            announced = response.headers.get("Content-Length")
-            if announced is not None and announced.isdigit() and int(announced) > max_bytes:
-                raise MediaError(f"{url}: found {announced} bytes; expected at most {max_bytes}")
-            body = bytearray()
-            # read1() returns after one receive, so that a server which drips bytes meets the deadline.
-            while chunk := response.read1(_CHUNK_BYTES):
-                body += chunk
-                if len(body) > max_bytes:
-                    raise MediaError(f"{url}: found more than {max_bytes} bytes; expected no more")
-                if time.monotonic() > deadline:
-                    raise MediaError(
-                        f"{url}: found {len(body)} bytes within {timeout:g} seconds; expected the whole file"
-                    )
-            if announced is not None and announced.isdigit() and len(body) < int(announced):
-                raise MediaError(f"{url}: found the end after {len(body)} bytes; expected {announced} bytes")
-            return bytes(body)
-    except urllib.error.HTTPError as error:
-        raise MediaError(f"{url}: found the status {error.code} {error.reason}; expected a file") from error
-    except TimeoutError as error:
-        raise MediaError(f"{url}: found no answer within {timeout:g} seconds; expected a file") from error
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
+        for _ in range(_MAX_REDIRECTS + 1):
+            with _client(address) as client:
+                # The client would read the body of a redirect to its end before it follows.
+                response = client.request(
+                    "GET", address, timeout=max(deadline - time.monotonic(), 0.01), retries=False, redirect=False,
+                    preload_content=False, enforce_content_length=False,
+                )  # fmt: skip
+                try:
+                    target = response.get_redirect_location()
+                    if not target:
+                        return _body(response, url, max_bytes, timeout, deadline)
+                finally:
+                    response.close()
+            address = _redirected(address, target, url)
+        raise MediaError(f"{url}: found more than {_MAX_REDIRECTS} redirects; expected a file")
+    except MediaError:
+        raise
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        # An unreachable host is a timeout too, to this client.
+        is_late = isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError)
+        if is_late and not isinstance(error, urllib3.exceptions.NewConnectionError):
             raise MediaError(f"{url}: found no answer within {timeout:g} seconds; expected a file") from error
-        raise MediaError(f"{url}: found an unreachable address ({reason}); expected a file") from error
+        reason = re.sub(r"^\w+\(.*?\): ", "", str(error.args[-1] if error.args else error))
+        is_damaged = isinstance(error, urllib3.exceptions.DecodeError)
+        found = "a body that does not decompress" if is_damaged else "an unreachable address"
+        raise MediaError(f"{url}: found {found} ({reason}); expected a file") from error
+
+
+def _client(address: str) -> "urllib3.PoolManager":
+    """A client for one request, through the proxy that the environment names for the address, if it names one."""
+    import urllib3
+
+    parts = urllib3.util.parse_url(address)
+    headers = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"}
+    if parts.auth:
+        headers |= urllib3.make_headers(basic_auth=urllib.parse.unquote(parts.auth))
+    proxy = urllib.request.getproxies().get(parts.scheme or "")
+    if not proxy or urllib.request.proxy_bypass(parts.netloc or ""):
+        return urllib3.PoolManager(headers=headers)
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    auth = urllib3.util.parse_url(proxy).auth
+    credentials = urllib3.make_headers(proxy_basic_auth=urllib.parse.unquote(auth)) if auth else None
+    return urllib3.ProxyManager(proxy, headers=headers, proxy_headers=credentials)
+
+
+def _redirected(address: str, target: str, url: str) -> str:
+    """The address that a redirect leads to.
+
+    Raises:
+        MediaError: it is neither http nor https.
+    """
+    with contextlib.suppress(UnicodeError):
+        # Servers send bytes of UTF-8, which headers are not decoded as.
+        target = target.encode("latin-1").decode()
+    if urllib.parse.urlsplit(target).scheme.lower() not in ("", "http", "https"):
+        raise MediaError(f"{url}: found a redirect to {target!r}; expected an http or https address")
+    return urllib.parse.urljoin(address, target)
+
+
+def _body(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
+    """The body of an answer, decompressed, within the limits.
+
+    Raises:
+        MediaError: the answer is an error or is compressed in an unknown way, or the body passes a limit.
+    """
+    if not 200 <= response.status < 300:
+        raise MediaError(f"{url}: found the status {response.status} {response.reason}; expected a file")
+    encodings = [name.strip() for name in response.headers.get("Content-Encoding", "").lower().split(",")]
+    unknown = [name for name in encodings if name not in ("", "identity", *response.CONTENT_DECODERS)]
+    if unknown:
+        known = ", ".join(response.CONTENT_DECODERS)
+        raise MediaError(f"{url}: found the content encoding {unknown[0]!r}; expected none, or one of {known}")
+    announced = response.headers.get("Content-Length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise MediaError(f"{url}: found {announced} bytes; expected at most {max_bytes}")
+    body = bytearray()
+    # read1() returns after one receive, so that a server which drips bytes meets the deadline; and it decompresses no
+    # more than it returns, so that a bomb meets the limit.
+    while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
+        body += chunk
+        if len(body) > max_bytes:
+            raise MediaError(f"{url}: found more than {max_bytes} bytes; expected no more")
+        if time.monotonic() > deadline:
+            raise MediaError(f"{url}: found {len(body)} bytes within {timeout:g} seconds; expected the whole file")
+    if announced.isdigit() and response.tell() < int(announced):
+        raise MediaError(f"{url}: found the end after {response.tell()} bytes; expected {announced} bytes")
+    return bytes(body)
 
 
 def is_url(source: Any) -> bool:

@@ -1,9 +1,12 @@
 """What is an address and what a path, the same wherever that is asked."""
 
 import base64
+import socket
 import time
+import urllib.parse
 
 import pytest
+from helpers_media import NAMED, PNG
 
 from eval.data.questions import _file
 from glm4v_jax.cli.chat.attachments import places
@@ -62,6 +65,9 @@ def test_data_of_an_address_are_read_however_it_is_written(head):
         ("/short", "found the end after"),
         ("/to/file", "expected an http or https address"),
         ("/to/loop", "redirect"),
+        ("/bomb", "more than 100000 bytes"),
+        ("/unzipped", "found a body that does not decompress"),
+        ("/unknown", "found the content encoding 'morse'; expected none, or one of gzip"),
     ],
 )
 def test_bad_answers_name_the_address(server, path, message):
@@ -70,6 +76,44 @@ def test_bad_answers_name_the_address(server, path, message):
         fetch.read_url(server + path, max_bytes=100_000, timeout=0.3)
     assert server in str(caught.value)
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("path", [NAMED, urllib.parse.quote(NAMED, safe="/?="), f"{NAMED}#part", "/to/named"])
+def test_addresses_are_fetched_as_people_write_them(server, path):
+    assert fetch.read_url(server + path) == PNG
+    assert fetch.read_url(f" {server}{path}\n") == PNG
+
+
+def test_names_of_hosts_may_be_of_any_script(server, monkeypatch):
+    asked = []
+    resolve = socket.getaddrinfo
+
+    def resolved(host, port, *rest):
+        asked.append(host)
+        return resolve("127.0.0.1", port, *rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    assert fetch.read_url(server.replace("127.0.0.1", "bücher.example") + "/good") == PNG
+    assert asked == ["xn--bcher-kva.example"]
+
+
+def test_a_compressed_body_is_decompressed(server):
+    assert fetch.read_url(server + "/gzip") == PNG
+    assert fetch.read_url(server + "/gzip", max_bytes=len(PNG)) == PNG
+
+
+def test_a_name_and_a_password_of_the_address_are_sent(server):
+    with pytest.raises(MediaError, match="401"):
+        fetch.read_url(server + "/private")
+    assert fetch.read_url(server.replace("//", "//me:p%40ss@") + "/private") == PNG
+
+
+def test_the_proxy_of_the_environment_is_used(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert fetch.read_url(server + "/good") == PNG
+    # A proxy is asked for the whole address.
+    assert fetch.read_url("http://elsewhere.example/good") == b"by proxy"
 
 
 def test_a_page_is_not_an_image(server):
