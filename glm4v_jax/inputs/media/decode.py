@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 # A frame rate above this is a container's time base mistaken for one, as in raw H.264 streams (90,000).
 MAX_FPS = 1000.0
+# Frames further than this from where the rate puts them, in seconds and in frames, have times of their own; at two
+# frames a second, as videos are sampled, half of this is already another frame.
+_MAX_DRIFT_SECONDS, _MAX_DRIFT_FRAMES = 0.25, 1.0
 # The size at which Pillow, and so the reference, takes an image for a decompression bomb: 178,956,970 pixels. To go
 # beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 MAX_PIXELS = 2 * (2**30 // 4 // 3)
@@ -32,6 +36,7 @@ _HEAD_BYTES = 1024
 _MOTION_JPEG_BYTES = 2**26
 # Of a decoder's own words, what an error repeats.
 _PROBLEM_CHARACTERS = 120
+_INSTALL = "pip install 'glm4v_jax[video]'"
 _PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
 
 
@@ -47,6 +52,8 @@ class VideoMetadata(Mapping[str, Any]):
         duration: seconds.
         video_backend: which decoder read it: "decord", "pyav" or "pillow".
         frames_indices: indices of the frames that were taken, in the numbering of the whole video.
+        frame_times: seconds of all frames of the whole video, where `fps` does not tell them: cameras of phones, screen
+            recorders and animated images take frames as they come. Of the mapping only where it is set.
     """
 
     total_num_frames: int
@@ -56,14 +63,16 @@ class VideoMetadata(Mapping[str, Any]):
     duration: float | None = None
     video_backend: str | None = None
     frames_indices: Sequence[int] | None = None
+    frame_times: Sequence[float] | None = None
 
     def __iter__(self) -> Iterator[str]:
         """The names of the fields."""
-        return (field.name for field in dataclasses.fields(self))
+        names = (field.name for field in dataclasses.fields(self))
+        return (name for name in names if name != "frame_times" or self.frame_times is not None)
 
     def __len__(self) -> int:
         """The number of fields."""
-        return len(dataclasses.fields(self))
+        return len(tuple(self))
 
     def __getitem__(self, name: str) -> Any:
         """The field `name`."""
@@ -73,9 +82,15 @@ class VideoMetadata(Mapping[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Set the field `name`."""
-        if name not in tuple(self):
+        if name not in (field.name for field in dataclasses.fields(self)):
             raise KeyError(name)
         setattr(self, name, value)
+
+    def time_of(self, index: int) -> float | None:
+        """Seconds of a frame of the whole video; None where they are unknown."""
+        if self.frame_times is not None:
+            return float(self.frame_times[index])
+        return index / self.fps if self.fps else None
 
     @property
     def timestamps(self) -> list[float]:
@@ -86,18 +101,32 @@ class VideoMetadata(Mapping[str, Any]):
         """
         if self.fps is None or self.frames_indices is None:
             raise MediaError("Cannot infer video `timestamps` when `fps` or `frames_indices` is None.")
-        return [index / self.fps for index in self.frames_indices]
+        times = map(self.time_of, self.frames_indices)
+        return [time for time in times if time is not None]
 
 
 SampleIndices = Callable[[VideoMetadata], Any]
 
 
+class NoDecoderError(MediaError, ImportError):
+    """No package that decodes videos is installed."""
+
+
+class _NoRateError(MediaError):
+    """A container says neither how fast its frames are shown nor when."""
+
+
 class _Reader(Protocol):
-    """An open video: its numbers, and frames by index."""
+    """An open video: its numbers, and frames by index.
+
+    `fps` is what the container claims. `times` are the seconds at which its frames begin, from the first one on, and
+    the end of the last one where it is known; None without.
+    """
 
     backend: str
     total: int
     fps: float | None
+    times: np.ndarray | None
     height: int
     width: int
 
@@ -115,6 +144,8 @@ class _DecordReader:
         self._reader = decord.VideoReader(io.BytesIO(source) if isinstance(source, bytes) else str(source))
         self.total = len(self._reader)
         self.fps: float | None = float(self._reader.get_avg_fps())
+        # [T, 2]: the beginnings and ends of all frames, from their packets.
+        self.times: np.ndarray | None = _from_first(self._reader.get_frame_timestamp(list(range(self.total)))[:, 0])
         # The container's size is not exposed; the first frame has it, with the rotation applied.
         shape: tuple[int, ...] = self._reader[0].shape if self.total else (0, 0)
         self.height, self.width = shape[0], shape[1]
@@ -127,20 +158,35 @@ class _PyavReader:
     backend = "pyav"
 
     def __init__(self, source: Path | bytes) -> None:
-        import av
-
-        self._container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), mode="r")
-        if not self._container.streams.video:
-            raise MediaError("found no video stream; expected a video")
-        stream = self._container.streams.video[0]
-        stream.thread_type = "AUTO"
-        self.fps = float(stream.average_rate) if stream.average_rate else None
-        # Matroska and WebM do not store the number of frames: count packets, which decodes nothing.
-        self.total = stream.frames or sum(packet.size > 0 for packet in self._container.demux(stream))
-        self._container.seek(0)
-        first = next(self._container.decode(video=0), None)
+        self._source = source
+        with self._opened() as container:
+            if not container.streams.video:
+                raise MediaError("found no video stream; expected a video")
+            stream = container.streams.video[0]
+            self.fps = float(stream.average_rate) if stream.average_rate else None
+            tick = float(stream.time_base or 0)
+            claimed, seconds = stream.frames, (stream.duration or 0) * tick
+            # Not the container's count: Matroska and WebM have none. This decodes nothing.
+            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+        shown = [stamp for stamp, is_discarded in packets if not is_discarded]
+        self.total = len(shown)
+        self._stamps = sorted(stamp for stamp in shown if stamp is not None)
+        has_all = len(self._stamps) == self.total
+        self.times: np.ndarray | None = _from_first(np.array(self._stamps, np.float64) * tick) if has_all else None
+        # Fewer packets, but to the end: a video that was cut short without being written anew.
+        is_whole = self.times is not None and seconds - self.times[-1] <= 2 * seconds / self.total
+        if len(packets) < claimed and not is_whole:
+            raise MediaError(f"found the end before frame {len(packets)}; expected {claimed}, as the container says")
+        with self._opened() as container:
+            first = next(container.decode(video=0), None)
         shape: tuple[int, ...] = (0, 0) if first is None else self._to_rgb(first).shape
         self.height, self.width = shape[0], shape[1]
+
+    def _opened(self) -> Any:
+        """The container from its beginning; raw streams cannot be rewound."""
+        import av
+
+        return av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source), mode="r")
 
     @staticmethod
     def _to_rgb(frame: Any) -> np.ndarray:
@@ -148,18 +194,21 @@ class _PyavReader:
         return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        wanted = set(indices)
+        wanted = sorted(set(indices), reverse=True)
         found: dict[int, np.ndarray] = {}
-        self._container.seek(0)
-        for index, frame in enumerate(self._container.decode(video=0)):
-            if index in wanted:
-                found[index] = self._to_rgb(frame)
-                if len(found) == len(wanted):
+        with self._opened() as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for index, frame in enumerate(container.decode(video=0)):
+                # Not every packet shows a frame: VP8 has some that others only refer to. The frame after it stands in.
+                if self.times is not None and frame.pts is not None:
+                    index = bisect_right(self._stamps, frame.pts) - 1
+                while wanted and wanted[-1] <= index:
+                    found[wanted.pop()] = self._to_rgb(frame)
+                if not wanted:
                     break
-        missing = sorted(wanted - found.keys())
-        if missing:
+        if wanted:
             raise MediaError(
-                f"found the end before frame {missing[0]}; expected {self.total} frames, as the container says"
+                f"found the end before frame {wanted[-1]}; expected {self.total} frames, as the container says"
             )
         return np.stack([found[index] for index in indices])
 
@@ -173,11 +222,12 @@ class _PillowReader:
         self._image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         self.width, self.height = self._image.size
         self.total = getattr(self._image, "n_frames", 1)
-        seconds = 0.0
+        times = [0.0]
         for frame in PIL.ImageSequence.Iterator(self._image):
             frame.load()  # Some formats give a frame's time only now.
-            seconds += frame.info.get("duration", 0) / 1000 or _DEFAULT_GIF_SECONDS
-        self.fps: float | None = self.total / seconds
+            times.append(times[-1] + (frame.info.get("duration", 0) / 1000 or _DEFAULT_GIF_SECONDS))
+        self.times: np.ndarray | None = np.array(times)
+        self.fps: float | None = self.total / times[-1]
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         found = {}
@@ -192,6 +242,11 @@ _READERS: dict[str, Callable[[Path | bytes], _Reader]] = {
     "pyav": _PyavReader,
     "pillow": _PillowReader,
 }
+
+
+def _from_first(times: np.ndarray) -> np.ndarray | None:
+    """Seconds from the first frame on; None where they do not ascend, as in containers that have none."""
+    return times - times[0] if len(times) and (np.diff(times) > 0).all() else None
 
 
 def _head(source: Path | bytes, size: int = _HEAD_BYTES) -> bytes:
@@ -254,21 +309,16 @@ def _plan(
         raise MediaError(
             f"found frames of {reader.height} x {reader.width} pixels; expected at most {max_pixels} pixels"
         )
-    fps = reader.fps
-    if fps is not None and not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
-        fps = None
-    metadata = VideoMetadata(
-        total_num_frames=reader.total,
-        fps=fps,
-        width=reader.width,
-        height=reader.height,
-        duration=None if fps is None else reader.total / fps,
-        video_backend=reader.backend,
+    metadata = _timed(
+        VideoMetadata(
+            total_num_frames=reader.total, width=reader.width, height=reader.height, video_backend=reader.backend
+        ),
+        reader,
     )
     if sample_indices_fn is None:
         indices = list(range(reader.total))
-    elif fps is None:
-        raise MediaError(
+    elif metadata.fps is None:
+        raise _NoRateError(
             f"found no usable frame rate ({reader.fps}); expected one in the container: decode it yourself and pass "
             "the frames with `video_metadata`, or set `do_sample_frames=False`"
         )
@@ -287,6 +337,34 @@ def _plan(
     return metadata
 
 
+def _timed(metadata: VideoMetadata, reader: _Reader) -> VideoMetadata:
+    """Add the rate, the duration and, where the rate does not tell them, the times of the frames.
+
+    The rate that a container claims counts, as in the reference, where the times of the frames agree with it; recorders
+    claim that of their clock, or none.
+    """
+    fps = reader.fps
+    if fps is not None and not (math.isfinite(fps) and 0 < fps <= MAX_FPS):
+        fps = None
+    times = reader.times
+    if times is not None and not _agree(times, fps):
+        # Of a single frame without its end, there is no rate to find. Six digits are as many as times have, and keep
+        # a rate of ten from being 10.000001, which takes other frames.
+        fps = float(f"{(len(times) - 1) / times[-1]:.6g}") if len(times) > 1 else 1.0
+        if not _agree(times, fps):
+            end = float(times[-1]) + (len(times) == reader.total) / fps
+            return dataclasses.replace(metadata, fps=fps, duration=end, frame_times=times[: reader.total].tolist())
+    return dataclasses.replace(metadata, fps=fps, duration=None if fps is None else reader.total / fps)
+
+
+def _agree(times: np.ndarray, fps: float | None) -> bool:
+    """Whether frames are shown at times where a rate puts them."""
+    if fps is None:
+        return False
+    drift = np.abs(times - np.arange(len(times)) / fps).max()
+    return bool(drift <= min(_MAX_DRIFT_FRAMES / fps, _MAX_DRIFT_SECONDS))
+
+
 def decode_video(
     source: Path | bytes,
     name: str,
@@ -299,7 +377,7 @@ def decode_video(
     """Decode the frames that `sample_indices_fn` asks for, and no others into memory.
 
     Animated GIF, WebP and PNG go to Pillow, everything else to decord, or to PyAV where decord is not installed or
-    cannot read the file (AV1, for one).
+    cannot read the file (AV1, or what browsers record).
 
     Args:
         source: a file, or its content.
@@ -314,7 +392,7 @@ def decode_video(
 
     Raises:
         MediaError: the video cannot be decoded, is truncated, has no frames, or passes a limit.
-        ImportError: neither decord nor PyAV is installed.
+        NoDecoderError: neither decord nor PyAV is installed.
     """
     if backend is not None and backend not in _READERS:
         raise MediaError(f"backend: found {backend!r}; expected one of {', '.join(sorted(_READERS))}")
@@ -327,12 +405,15 @@ def decode_video(
     backends = ("pillow",) if _is_animated_image(head) else ("decord", "pyav")
     verdict = "found no readable video, perhaps a truncated or corrupt one; expected a video"
     problems: list[str] = []
+    hint = ""
     cause: Exception | None = None
     for candidate in backends if backend is None else (backend,):
         try:
             reader = _READERS[candidate](source)
         except ImportError:
             logger.debug("%s is not installed", candidate)
+            if candidate == "pyav":
+                hint = f"; PyAV reads more kinds of video: {_INSTALL}"
             continue
         except Exception as error:  # Decoders raise what they like on broken files: RuntimeError, EOFError, their own.
             if isinstance(error, MediaError):
@@ -343,6 +424,9 @@ def decode_video(
             continue
         try:
             metadata = _plan(reader, sample_indices_fn, max_pixels, max_decoded_bytes)
+        except _NoRateError as error:
+            verdict, cause = str(error), error
+            continue
         except MediaError as error:
             raise MediaError(f"{name}: {error}") from error
         try:
@@ -354,9 +438,9 @@ def decode_video(
                 problems.append(f"{candidate}: {_shortened(error)}")
             cause = error
     if cause is None:
-        raise ImportError(f"{name}: found no decoder; expected decord or PyAV: pip install decord (or av)")
+        raise NoDecoderError(f"{name}: found no decoder; expected decord or PyAV: {_INSTALL}")
     details = f" ({'; '.join(problems)})" if problems else ""
-    raise MediaError(f"{name}: {verdict}{details}") from cause
+    raise MediaError(f"{name}: {verdict}{details}{hint}") from cause
 
 
 def _shortened(error: Exception) -> str:

@@ -5,6 +5,7 @@ short for one sample keeps its first frame; padding is right for `temporal_patch
 the videos. On top, frames are converted to RGB as documented, where the reference fails.
 """
 
+import bisect
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,6 +21,9 @@ from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, i
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
 from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaItem, MediaProcessor, area_of, check_sides
+
+# Half a tick of a clock of milliseconds, to which containers round the times of frames.
+_CLOCK_SECONDS = 0.0005
 
 
 def _is_frame(value: Any) -> bool:
@@ -193,17 +197,23 @@ class Glm4vVideoProcessor(MediaProcessor):
         if not (math.isfinite(duration) and duration > 0):
             raise MediaError(f"video_metadata has a duration of {duration} seconds; expected a positive number")
 
+        def frame_at(seconds: float, position: float) -> int:
+            """The first frame from a time on; `position` is the time in frames of a constant rate."""
+            if metadata.frame_times is None:
+                return min(last, math.ceil(position))
+            return min(last, bisect.bisect_left(metadata.frame_times, seconds - _CLOCK_SECONDS))
+
         longest = self.max_duration if max_duration is None else max_duration
         if duration <= longest:
             count = math.floor(duration * requested)
-            taken = [min(last, math.ceil(i * rate / requested)) for i in range(count)]
+            taken = [frame_at(i / requested, i * rate / requested) for i in range(count)]
         else:
             count = int(longest * requested)
             if count >= total:
                 taken = list(range(total))
             else:
                 seconds = np.linspace(0, duration, count, endpoint=True)
-                taken = [min(last, math.ceil(t * rate)) for t in seconds]
+                taken = [frame_at(t, t * rate) for t in seconds]
         taken = list(dict.fromkeys(taken)) or [0]
         if len(taken) % 2:
             taken.append(taken[-1])
