@@ -74,6 +74,24 @@ def raise_listed(problems: Sequence[Glm4vError], place: str, things: str) -> Non
         raise MessageError("\n".join([found, *faults[:_LISTED], *more]), faults)
 
 
+def not_there(place: str, expected: str, field: str = "", kind: str = "file") -> str:
+    """What to say of a file or directory that does not exist.
+
+    >>> not_there("cat.png", "an image")
+    'cat.png: found no such file; expected an image'
+    >>> not_there("cat.png", "an image", "--image")
+    '--image: found cat.png, no such file; expected an image'
+
+    Args:
+      place: its path.
+      expected: what it should be.
+      field: the option or field that names it.
+      kind: "file" or "directory".
+    """
+    found = f"{field}: found {named(place)}," if field else f"{named(place)}: found"
+    return f"{found} no such {kind}; expected {expected}"
+
+
 def named(place: str) -> str:
     """A place as a message names it, which shows an empty one too."""
     return place if place.strip() else repr(place)

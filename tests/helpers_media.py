@@ -33,9 +33,9 @@ NAMED = "/a photo of Zoë.png?name=é"
 """A path on a server, as a person writes it."""
 
 
-def write_video(path, frames, rate=10, codec="libx264"):
+def write_video(path, frames, rate=10, codec="libx264", **options):
     av = pytest.importorskip("av")
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:

@@ -5,9 +5,10 @@ A row is an object with these fields; null is as if a field were missing:
 - "question": the text; `<image>` and `<video>` in it say where images and videos go, in their order, else they stand
   before it. Required.
 - "image", "images", "video", "videos": one or a list, each a path relative to the file, an http(s), file or data
-  address, base64 text, or `{"bytes": ..., "path": ...}` as in tables of Hugging Face; a video also a list of such
-  images, its frames, all of which are shown.
-- "fps": frames per second of these frames; 2 by default, the rate at which the model's processor samples videos.
+  address, base64 text, or `{"bytes": ..., "path": ...}` as in tables of Hugging Face; a video also a directory or a
+  list of such images, its frames, all of which are shown.
+- "fps": frames per second of these frames; 2 by default, the rate at which the model's processor samples videos. Of a
+  video in a file, as many are taken.
 - "id": text or integer, unique; the number of the row in all files by default.
 - "answer": text or number; "answers": a list of them, one of which has to be met. Multiple choice: the letter.
 - "options": `{"A": "text", ...}`, or a list of texts for A, B, C, ...
@@ -70,8 +71,9 @@ def _media(row: Fields) -> list[MediaItem]:
         is_list = name.endswith("s")
         for index, value in enumerate(fields.items_of(row, name) if is_list else [row[name]]):
             item = media_item(kind, value, f"{name}[{index}]" if is_list else name)
-            # The processor takes frames for a video only with their rate.
-            found.append({**item, "fps": _rate(row)} if isinstance(source_of(item), list) else item)
+            # Of a video that is its frames, perhaps in a directory; the processor takes those of a list only with it.
+            has_rate = kind == "video" and (row.get("fps") is not None or isinstance(source_of(item), list))
+            found.append({**item, "fps": _rate(row)} if has_rate else item)
     return found
 
 

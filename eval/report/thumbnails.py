@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from glm4v_jax.errors import Glm4vError
-from glm4v_jax.inputs.media.load import SampledVideo, is_array, is_path_like, load_image, load_video
+from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_array, is_path_like, load_image, load_video
 from glm4v_jax.inputs.text.messages import Message, extract_media
 from glm4v_jax.inputs.vision.settings import MediaItem
 
@@ -100,16 +100,16 @@ def _frames(source: Any) -> tuple[list[PIL.Image.Image], list[float | None], int
     fps = None
     if isinstance(source, SampledVideo):
         source, fps = source.frames, source.fps
+    source = frame_files(source) or source
     if isinstance(source, PIL.Image.Image) or (is_array(source) and source.ndim == 3):
         source = [source]
     if not is_path_like(source) and len(source):
         indices = _spread(len(source))
-        frames, count = [load_image(source[index]) for index in indices], len(source)
-    else:
-        array, metadata = load_video(source, lambda whole: _spread(whole.total_num_frames))
-        frames, count, fps = [load_image(frame) for frame in array], metadata.total_num_frames, metadata.fps
-        indices = [int(index) for index in metadata.frames_indices or range(len(frames))]
-    return frames, [index / fps if fps else None for index in indices], count
+        times = [index / fps if fps else None for index in indices]
+        return [load_image(source[index]) for index in indices], times, len(source)
+    array, metadata = load_video(source, lambda whole: _spread(whole.total_num_frames))
+    times = [metadata.time_of(int(index)) for index in metadata.frames_indices or range(len(array))]
+    return [load_image(frame) for frame in array], times, metadata.total_num_frames
 
 
 def _spread(count: int) -> list[int]:

@@ -123,7 +123,8 @@ class Describe(JsonOptions):
         from glm4v_jax.inputs.text.messages import user_messages
 
         system = self.sampling.system
-        messages = user_messages(self.prompt, [os.path.join(self.directory, name)], system=system)
+        item = {"type": "image", "path": os.path.join(self.directory, name)}
+        messages = user_messages(self.prompt, [item], system)
         return BatchPrompt(name, messages, {"prompt": self.prompt, "image": name, "system": system})
 
 

@@ -103,7 +103,12 @@ class Generate(JsonOptions):
         return options if self.logprobs is None else {**options, "logprobs": self.logprobs}
 
     def _run_batch(self, jsonl: str) -> None:
-        given = {"PROMPT": bool(self.prompt), "--image": bool(self.media.image), "--video": bool(self.media.video)}
+        given = {
+            "PROMPT": bool(self.prompt),
+            "--image": bool(self.media.image),
+            "--video": bool(self.media.video),
+            "--fps": self.media.fps is not None,
+        }
         if found := [option for option, is_given in given.items() if is_given]:
             raise GenerationError(f"{', '.join(found)}: found with --jsonl; expected in the file")
         from glm4v_jax.generate.offline.batch import PromptBatch
@@ -113,6 +118,13 @@ class Generate(JsonOptions):
         config = generation_config(self.model.directory, self.sampling.preset, self._options())
         processor = Glm4vProcessor.from_pretrained(self.model.directory)
         prompts = read_prompts(jsonl, config, processor, self.sampling.system)
+        if missing := [prompt for prompt in prompts if prompt.missing is not None]:
+            failing = f"{len(missing)} of {len(prompts)} prompts"
+            print(
+                f"{missing[0].place}: {missing[0].missing}; {failing} will fail for want of a file",
+                file=sys.stderr,
+                flush=True,
+            )
         out = self.batch.out or f"{jsonl.removesuffix('.jsonl')}.answers.jsonl"
         batch = PromptBatch(prompts, out, config, self.model.sources, dtype=self.model.dtype, sources=[jsonl])
         summary = run_batch(
@@ -125,6 +137,8 @@ class Generate(JsonOptions):
 
     def _run_one(self, text: str) -> None:
         self.media.check()
+        if self.media.fps is not None and not self.media.video:
+            raise GenerationError("--fps: found without --video; expected together with it")
         from glm4v_jax.config.model import Glm4vConfig
 
         model_config = Glm4vConfig.from_pretrained(self.model.directory)
@@ -137,7 +151,7 @@ class Generate(JsonOptions):
 
         with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing the inputs"):
             processor = Glm4vProcessor.from_pretrained(self.model.directory)
-            messages = user_messages(text, self.media.image, self.media.video, self.sampling.system)
+            messages = user_messages(text, self.media.items(), self.sampling.system)
             prompt = prompt_of(messages, processor, model_config)
         limit = model_config.text_config.max_position_embeddings
         new_tokens = config.new_tokens(len(prompt), limit)

@@ -36,7 +36,7 @@ class Inspect(JsonOptions):
     """
 
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
-    """Images and videos: paths or http(s) addresses."""
+    """Images and videos: paths or http(s) addresses; a directory is a video of its images."""
 
     model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
     """Checkpoint whose processor is used."""
@@ -57,7 +57,7 @@ class Inspect(JsonOptions):
         if len(self.files) > MAX_FILES:
             raise MediaError(f"FILE: found {len(self.files)}; expected at most {MAX_FILES} for one sheet")
         self.model = find_model(self.model)
-        check_files("FILE", self.files)
+        check_files("FILE", self.files, directories=True)
         _check_out(self.out, self.files, self.overwrite)
 
         from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
@@ -121,10 +121,14 @@ def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("original", f"{fact['width']} × {fact['height']} pixels")]
     if fact["kind"] == "video":
         fps, duration = fact["fps"], fact["duration"]
-        taken = fact["frames_indices"]
+        taken, seconds = fact["frames_indices"], fact["frames_seconds"]
         frames = _count(fact["frames"], "frame")
         lines[0] = ("original", f"{lines[0][1]}, {frames}, {fps:.4g} per second, {duration:.2f} s")
-        lines.append(("sampled", f"{_count(len(taken), 'frame')}, {_times(taken, fps)}; {_count(t, 'temporal patch')}"))
+        times = f"from {seconds[0]:.2f} to {seconds[-1]:.2f} s"
+        lines.append(("sampled", f"{_count(len(taken), 'frame')}, {times}; {_count(t, 'temporal patch')}"))
+        if len(taken) > len(set(taken)):
+            why = "too short for a second sample" if len(set(taken)) == 1 else "frames are taken in pairs"
+            lines.append(("note", f"the last frame is taken twice: {why}"))
         lines.append(("times", f"{', '.join(map(str, _shortened(fact['timestamps'])))} s in the prompt"))
     lines.append(("seen", seen if fact["why"] == "as it is" else f"{seen}: {scale}; {fact['why']}"))
     lines.append(("grid_thw", f"{t} × {h} × {w} = {_count(fact['patches'], 'patch')}"))
@@ -158,11 +162,6 @@ def sheet_lines(fact: dict[str, Any]) -> list[str]:
 def _title(name: str) -> str:
     """Return the last part of a path or address."""
     return os.path.basename(name) or name
-
-
-def _times(taken: Sequence[int], fps: float | None) -> str:
-    """Return the times of the first and the last frame."""
-    return f"from {taken[0] / fps:.2f} to {taken[-1] / fps:.2f} s" if fps else f"from #{taken[0]} to #{taken[-1]}"
 
 
 def _shortened(times: Sequence[int]) -> list[Any]:

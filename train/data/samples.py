@@ -297,13 +297,13 @@ def _media(
     image_options, video_options = _caps(options, processor)
     parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
     for video in videos:
-        chosen = video_options
+        chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
         source, own = MediaItem.split(video)
-        if is_path_like(source):
-            chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
-        elif not isinstance(source, SampledVideo):
+        if not is_path_like(source):
             # Frames without a rate count as sampled.
-            video = MediaItem(SampledVideo(source, options.video_fps or processor.video_processor.fps), own)
+            frames, rate = (source.frames, source.fps) if isinstance(source, SampledVideo) else (source, None)
+            rate = rate or options.video_fps or processor.video_processor.fps
+            video = MediaItem(SampledVideo(frames, rate), own)
         parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
     # A large image is 100 MB, which joining would copy.
     return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)

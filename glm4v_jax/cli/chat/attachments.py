@@ -5,7 +5,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Any, Literal
 
-from glm4v_jax.errors import MediaError, named
+from glm4v_jax.errors import MediaError, not_there
 
 if TYPE_CHECKING:
     from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -28,8 +28,16 @@ class Attachment:
     about: str
 
 
-def attach(kind: Literal["image", "video"], place: str, processor: "Glm4vProcessor") -> Attachment:
+def attach(
+    kind: Literal["image", "video"], place: str, processor: "Glm4vProcessor", fps: float | None = None
+) -> Attachment:
     """Load an image, or look at a video.
+
+    Args:
+      kind: which of the two.
+      place: path or address; of a video also a directory of its frames.
+      processor: of the model.
+      fps: see `MediaOptions`.
 
     Raises:
       MediaError: it does not exist, or cannot be read or prepared.
@@ -39,8 +47,8 @@ def attach(kind: Literal["image", "video"], place: str, processor: "Glm4vProcess
     if not is_address(place):
         place = os.path.expanduser(place)
         if not os.path.exists(place):
-            raise MediaError(f"{named(place)}: found no such file; expected an image or a video")
-    return _image(place, processor) if kind == "image" else _video(place, processor)
+            raise MediaError(not_there(place, "an image or a video"))
+    return _image(place, processor) if kind == "image" else _video(place, processor, fps)
 
 
 def _image(place: str, processor: "Glm4vProcessor") -> Attachment:
@@ -55,11 +63,17 @@ def _image(place: str, processor: "Glm4vProcessor") -> Attachment:
     return Attachment("image", place, image, f"{image.width} × {image.height} pixels, {tokens} tokens")
 
 
-def _video(place: str, processor: "Glm4vProcessor") -> Attachment:
+def _video(place: str, processor: "Glm4vProcessor", fps: float | None) -> Attachment:
     from glm4v_jax.inputs.media.fetch import is_address, open_source
+    from glm4v_jax.inputs.media.load import SampledVideo, frame_files
+    from glm4v_jax.inputs.vision.settings import MediaItem
 
     # A remote one is not fetched a second time; a directory stays a path.
-    source = open_source(place) if is_address(place) else place
+    source: Any = open_source(place) if is_address(place) else place
+    if frame_files(source) is not None:
+        source = SampledVideo(source, fps)
+    elif fps is not None:
+        source = MediaItem(source, {"fps": fps, "do_sample_frames": True})
     try:
         features = processor.video_processor(videos=source, return_metadata=True)
     except MediaError as error:
@@ -91,7 +105,7 @@ def places(text: str) -> list[str]:
     try:
         found = shlex.split(text)
     except ValueError as error:
-        raise MediaError(f"{text}: found no such file; expected one, or several in quotes ({error})") from error
+        raise MediaError(not_there(text, f"one, or several in quotes ({error})")) from error
     if not found:
         raise MediaError("found no file; expected a path or address")
     return found

@@ -55,10 +55,12 @@ class Chat(Options):
             with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing"):
                 processor = Glm4vProcessor.from_pretrained(model)
                 attached = [attach("image", place, processor) for place in self.media.image]
-                attached += [attach("video", place, processor) for place in self.media.video]
+                attached += [attach("video", place, processor, self.media.fps) for place in self.media.video]
             engine = self.model.load(processor)
         given = sampling.given(default_new_tokens=None)
-        session = Session(engine, model, sampling.system, sampling.preset, given, default, quiet=self.quiet)
+        session = Session(
+            engine, model, sampling.system, sampling.preset, given, default, fps=self.media.fps, quiet=self.quiet
+        )
         for item in attached:
             session.add(item)
         if sys.stdin.isatty():
@@ -96,16 +98,31 @@ class Chat(Options):
     def _read(self, session: "Session") -> None:
         """With a file or a pipe: the same, with an error at the end if there were any.
 
+        A message whose image or video failed is not asked: nobody is there to see that the answer is not about it.
+
         Raises:
           MessageError: some lines failed.
         """
-        failed = 0
+        from glm4v_jax.cli.chat.commands import command_name
+
+        failed, lost = 0, ""
         while not session.is_over:
             try:
                 line = _next_message()
             except EOFError:
                 break
-            failed += not self._take(session, line)
+            name = command_name(line)
+            if lost and not name and line.strip():
+                session.say(f"error: found a message after {lost}, which failed; it was not asked", style="red")
+                session.attached, lost = [], ""
+                failed += 1
+                continue
+            is_taken = self._take(session, line)
+            failed += not is_taken
+            if name in ("/image", "/video") and not is_taken:
+                lost = line.strip()
+            elif name == "/undo":
+                lost = ""
         if failed:
             raise MessageError(f"{failed} line{'s' * (failed != 1)} of the input failed")
 

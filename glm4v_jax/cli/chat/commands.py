@@ -30,20 +30,24 @@ class ChatCommand(NamedTuple):
     help: str
 
 
+def command_name(line: str) -> str:
+    """The name of the command that a line is, known or not; "" for a message, which may begin with a path."""
+    name = line.strip().partition(" ")[0]
+    return name if name in COMMANDS or (name.startswith("/") and not os.path.exists(name)) else ""
+
+
 def handle(session: Session, line: str) -> None:
     """Handle a line of the user: a command or a message.
 
     Raises:
       Glm4vError, OSError: what is wrong with it; the conversation is as it was.
     """
-    name, _, rest = line.strip().partition(" ")
-    command = COMMANDS.get(name)
-    # A message may begin with a path, but not with a command's name.
-    if command is not None:
-        command.run(session, rest.strip())
-    elif name.startswith("/") and not os.path.exists(name):
-        raise MessageError(f"{name}: found an unknown command; expected {one_of(COMMANDS, name)}")
+    name = command_name(line)
+    if name in COMMANDS:
+        COMMANDS[name].run(session, line.strip().removeprefix(name).strip())
     elif name:
+        raise MessageError(f"{name}: found an unknown command; expected {one_of(COMMANDS, name)}")
+    elif line.strip():
         # Images before videos, as `Conversation.ask` puts them.
         attachments = tuple(sorted(session.attached, key=lambda item: item.kind == "video"))
         session.ask(UserMessage(line, attachments))

@@ -60,6 +60,7 @@ class Session:
         options: Mapping[str, Any],
         default_new_tokens: int,
         *,
+        fps: float | None = None,
         quiet: bool = False,
         writer: Callable[[], AnswerWriter] = AnswerWriter,
     ):
@@ -72,6 +73,7 @@ class Session:
           preset_name: of the sampling options.
           options: fields of `GenerationConfig` that override the preset's.
           default_new_tokens: `max_new_tokens` where neither options nor preset set it.
+          fps: of videos; see `MediaOptions`.
           quiet: whether `note` prints nothing.
           writer: makes what shows an answer.
         """
@@ -83,7 +85,8 @@ class Session:
         self.retries = 0
         self.saved: set[pathlib.Path] = set()
         self.is_over = False
-        self._default_new_tokens, self._quiet, self._writer = default_new_tokens, quiet, writer
+        self._default_new_tokens, self._fps = default_new_tokens, fps
+        self._quiet, self._writer = quiet, writer
         self._console = rich.console.Console(stderr=True, highlight=False)
         self.config()
 
@@ -103,7 +106,7 @@ class Session:
           MediaError: what is wrong with it.
         """
         with silent_decoders(), status(f"reading {place}"):
-            attached = attach(kind, place, self.engine.processor)
+            attached = attach(kind, place, self.engine.processor, self._fps)
         self.add(attached)
 
     def add(self, attached: Attachment) -> None:

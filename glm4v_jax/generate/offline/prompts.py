@@ -3,19 +3,22 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glm4v_jax.config.checks import did_you_mean
-from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, raise_listed
-from glm4v_jax.inputs.text.messages import user_messages
+from glm4v_jax.config.checks import PositiveNumber, checked, did_you_mean
+from glm4v_jax.data.media import is_base64, located, media_item
+from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, not_there, raise_listed
+from glm4v_jax.inputs.media.fetch import is_address, is_url
+from glm4v_jax.inputs.media.load import are_stills, is_path_like
+from glm4v_jax.inputs.text.messages import SOURCE_KEYS, extract_media, normalise_messages, user_messages
 
 if TYPE_CHECKING:
     from glm4v_jax.config.generation import GenerationConfig
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-_PROMPT_FIELDS = ("prompt", *_MEDIA)
+_PROMPT_FIELDS = ("prompt", *_MEDIA, "fps")
 _FIELDS = ("messages", "id", *_PROMPT_FIELDS)
 
 
@@ -30,6 +33,7 @@ class BatchPrompt:
       options: fields of `GenerationConfig` for this prompt.
       fields: what its answer has besides, such as "id".
       place: file and line that it was read from.
+      missing: which of its files does not exist, in words; an error takes the place of its answer then.
     """
 
     name: int | str
@@ -38,6 +42,7 @@ class BatchPrompt:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     place: str | None = None
+    missing: str | None = None
 
 
 def read_prompts(
@@ -53,7 +58,8 @@ def read_prompts(
 
     Raises:
       OSError: the file cannot be read.
-      Glm4vError: what is wrong with a line; with several, see `raise_listed`.
+      Glm4vError: what is wrong with a line; with several, see `raise_listed`. Files that do not exist are no fault of a
+        line, unless none of those that the lines show exists.
     """
     from glm4v_jax.inputs.text.chat_template import choose_template
 
@@ -71,6 +77,9 @@ def read_prompts(
             except Glm4vError as error:
                 problems.append(type(error)(f"{path}:{number}: {error}"))
                 problems[-1].__cause__ = error
+    showing = [prompt for prompt in prompts if any(map(_is_file, _sources(prompt.messages)))]
+    if not problems and all(prompt.missing for prompt in showing):
+        problems = [MediaError(f"{prompt.place}: {prompt.missing}") for prompt in showing]
     raise_listed(problems, path, "lines")
     if not prompts:
         raise MessageError(f"{path}: found no prompt; expected one JSON object per line")
@@ -80,8 +89,6 @@ def read_prompts(
 def _read(
     line: bytes, index: int, directory: str, config: "GenerationConfig", template: str, system: str | None
 ) -> BatchPrompt:
-    from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
-
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -106,13 +113,13 @@ def _read(
         if not isinstance(row.get("prompt"), str):
             found = _kind(row["prompt"]) if "prompt" in row else "nothing"
             raise MessageError(f"prompt: found {found}; expected a string, or 'messages' instead")
-        media: dict[str, list[str]] = {"image": [], "video": []}
-        for field, kind in _MEDIA.items():
-            if field in row:
-                media[kind] += [_place(place, field, directory) for place in _strings(field, row[field])]
-        messages = user_messages(row["prompt"], media["image"], media["video"], system)
+        messages = user_messages(row["prompt"], _media(row, directory), system)
     asked = {name: value for name, value in row.items() if name not in options and name != "id"}
-    return BatchPrompt(index, messages, asked | {"system": system}, options, {"id": row["id"]} if "id" in row else {})
+    missing = next((place for place in _sources(messages) if _is_file(place) and not os.path.exists(place)), None)
+    return BatchPrompt(
+        index, messages, asked | {"system": system}, options, {"id": row["id"]} if "id" in row else {},
+        missing=None if missing is None else not_there(missing, "an image or a video"),
+    )  # fmt: skip
 
 
 def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> None:
@@ -132,47 +139,65 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
 
 def asks_network(prompt: BatchPrompt) -> bool:
     """Whether a prompt has an address of the network."""
-    from glm4v_jax.inputs.media.fetch import is_url
-
-    contents = [message["content"] for message in prompt.messages if isinstance(message.get("content"), list)]
-    values = [value for content in contents for item in content for value in item.values()]
-    return any(map(is_url, values))
+    return any(map(is_url, _sources(prompt.messages)))
 
 
-def _strings(field: str, value: Any) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-        raise MessageError(f"{field}: found {_kind(value)}; expected a string or a list of strings")
-    return values
+def _media(row: Mapping[str, Any], directory: str) -> list[dict[str, Any]]:
+    """The images and videos of a row, images first, with paths from the directory of the file they are written in.
 
-
-def _place(place: str, field: str, directory: str) -> str:
-    """Resolve a path from the directory of the file it is written in; leave an address as it is."""
-    from glm4v_jax.inputs.media.fetch import is_address
-
-    if is_address(place):
-        return place
-    path = os.path.join(directory, place)
-    if not place or not os.path.exists(path):
-        raise MediaError(f"{field}: found {place!r}, which does not exist; expected a file")
-    return path
+    Raises:
+      DataError, MessageError: a field is invalid.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"image": [], "video": []}
+    for field, kind in _MEDIA.items():
+        value = row.get(field, [])
+        if kind == "video" and isinstance(value, list):
+            # Of single images: the frames of one video, as for a processor.
+            places = [_place(place, directory) for place in value]
+            value = [value] if value and all(map(is_path_like, places)) and are_stills(places) else value
+        for index, one in enumerate(value if isinstance(value, list) else [value]):
+            item = media_item(kind, one, f"{field}[{index}]" if isinstance(value, list) else field)
+            found[kind].append(located(item, directory))
+    if "fps" in row:
+        rate = checked("fps", row["fps"], PositiveNumber, MessageError)
+        if not found["video"]:
+            raise MessageError("fps: found without a video; expected it beside one")
+        found["video"] = [{**item, "fps": rate} for item in found["video"]]
+    return [*found["image"], *found["video"]]
 
 
 def _located(message: dict[str, Any], directory: str) -> dict[str, Any]:
     """Resolve the paths of images and videos in a normalised message."""
-    from glm4v_jax.inputs.text.messages import SOURCE_KEYS
-
     if not isinstance(message.get("content"), list):
         return message
-    keys = {key for keys in SOURCE_KEYS.values() for key in keys} - {"base64"}
     items = []
     for item in message["content"]:
-        located = dict(item)
-        for key in keys & item.keys():
-            if isinstance(item[key], str):
-                located[key] = _place(item[key], key, directory)
-        items.append(located)
+        keys = [key for key in SOURCE_KEYS.get(item["type"], ()) if key in item and key != "base64"]
+        items.append(item | {key: _place(item[key], directory) for key in keys})
     return {**message, "content": items}
+
+
+def _place(source: Any, directory: str) -> Any:
+    """Resolve a path from the directory of the file it is written in; leave everything else as it is."""
+    if isinstance(source, list):
+        return [_place(frame, directory) for frame in source]
+    return os.path.join(directory, source) if isinstance(source, str) and _is_file(source) else source
+
+
+def _sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The paths and addresses of images and videos, frame by frame."""
+    for message in messages:
+        for item in message["content"] if isinstance(message.get("content"), list) else ():
+            for key in SOURCE_KEYS.get(item["type"], ()):
+                sources = item.get(key)
+                yield from (
+                    one for one in (sources if isinstance(sources, list) else [sources]) if isinstance(one, str)
+                )
+
+
+def _is_file(place: str) -> bool:
+    """Whether text is a path, and neither an address nor encoded."""
+    return not is_address(place) and not is_base64(place)
 
 
 def _kind(value: Any) -> str:

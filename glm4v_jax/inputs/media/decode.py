@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_FPS = 1000.0
 # Frames further than this from where the rate puts them, in seconds and in frames, have times of their own; at two
 # frames a second, as videos are sampled, half of this is already another frame.
-_MAX_DRIFT_SECONDS, _MAX_DRIFT_FRAMES = 0.25, 1.0
+_MAX_DRIFT_SECONDS, _MAX_DRIFT_FRAMES = 0.25, 0.5
 # The size at which Pillow, and so the reference, takes an image for a decompression bomb: 178,956,970 pixels. To go
 # beyond, raise `PIL.Image.MAX_IMAGE_PIXELS` as well.
 MAX_PIXELS = 2 * (2**30 // 4 // 3)
@@ -72,7 +72,7 @@ class VideoMetadata(Mapping[str, Any]):
 
     def __len__(self) -> int:
         """The number of fields."""
-        return len(tuple(self))
+        return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> Any:
         """The field `name`."""
@@ -260,8 +260,13 @@ def _is_animated_image(head: bytes) -> bool:
     return head.startswith(_PILLOW_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def _is_still_image(head: bytes, source: Path | bytes) -> bool:
-    """Whether a file is one image, which FFmpeg would take for a video without size or of one frame."""
+def is_still_image(source: Path | bytes) -> bool:
+    """Whether a file is one image, which FFmpeg would take for a video without size or of one frame.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    head = _head(source)
     if head.startswith(b"\xff\xd8\xff"):
         data = _head(source, _MOTION_JPEG_BYTES)
         # Photos of several views (MPO) hold several images too, and say so.
@@ -286,7 +291,7 @@ def _check_kind(head: bytes, source: Path | bytes) -> None:
         found = "a PDF"
     elif _is_text(head):
         found = "text"
-    elif _is_still_image(head, source):
+    elif is_still_image(source):
         found = "an image"
     if found is not None:
         raise MediaError(f"found {found}; expected a video")
@@ -419,7 +424,7 @@ def decode_video(
             if isinstance(error, MediaError):
                 verdict = str(error)
             else:
-                problems.append(f"{candidate}: {_shortened(error)}")
+                problems.append(f"{candidate}: {shortened(error)}")
             cause = error
             continue
         try:
@@ -435,7 +440,7 @@ def decode_video(
             if isinstance(error, MediaError):
                 verdict = str(error)
             else:
-                problems.append(f"{candidate}: {_shortened(error)}")
+                problems.append(f"{candidate}: {shortened(error)}")
             cause = error
     if cause is None:
         raise NoDecoderError(f"{name}: found no decoder; expected decord or PyAV: {_INSTALL}")
@@ -443,8 +448,8 @@ def decode_video(
     raise MediaError(f"{name}: {verdict}{details}{hint}") from cause
 
 
-def _shortened(error: Exception) -> str:
-    """The start of a decoder's message, without error numbers, places in C++ and decord's stack trace."""
+def shortened(error: Exception) -> str:
+    """The start of what a decoder says, without error numbers, places in C++ and stack traces."""
     lines = str(error).strip().splitlines()
     line = re.sub(r"^(\[\d\d:\d\d:\d\d\] \S+:\d+: |\[Errno -?\d+\] )", "", lines[0]) if lines else repr(error)
     return line if len(line) <= _PROBLEM_CHARACTERS else line[: _PROBLEM_CHARACTERS - 3] + "..."

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,26 +17,48 @@ import PIL.ImageOps
 from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
-from glm4v_jax.inputs.media.decode import MAX_PIXELS, SampleIndices, VideoMetadata, decode_video
-from glm4v_jax.inputs.media.fetch import MAX_IMAGE_BYTES, describe, is_missing_path, open_source
+from glm4v_jax.inputs.media.decode import (
+    MAX_PIXELS,
+    SampleIndices,
+    VideoMetadata,
+    decode_video,
+    is_still_image,
+    shortened,
+)
+from glm4v_jax.inputs.media.fetch import (
+    MAX_IMAGE_BYTES,
+    describe,
+    file_url_path,
+    is_address,
+    is_missing_path,
+    open_source,
+)
 from glm4v_jax.inputs.media.threads import map_threads
 
-__all__ = ["MAX_PIXELS", "SampledVideo", "VideoMetadata", "is_array", "is_path_like", "load_image", "load_video"]
+__all__ = [
+    "MAX_PIXELS", "SampledVideo", "VideoMetadata", "are_stills", "frame_files", "is_array", "is_path_like",
+    "load_image", "load_video", "open_image",
+]  # fmt: skip
 
+_NUMBER = re.compile(r"(\d+)")
+# Of addresses; GIF may be a video, and the others hardly ever are.
+_STILL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 # Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
 _DEEP_MODES = ("I", "F")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SampledVideo:
-    """Frames in memory that have been sampled already: all of them are taken, whatever the options say.
+    """Frames that have been sampled already: all of them are taken, whatever the options say.
 
-    frames: a list of images, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes them.
-    fps: at how many a second they were taken, for their timestamps.
+    frames: a list of images or a directory of them, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes
+        them.
+    fps: at how many a second they were taken, for their timestamps; None takes the rate at which the processor samples
+        videos.
     """
 
     frames: Any
-    fps: float
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         """Check the rate.
@@ -43,14 +66,16 @@ class SampledVideo:
         Raises:
             MediaError: it is not a positive number.
         """
-        checked("fps of the frames", self.fps, PositiveNumber, MediaError)
+        if self.fps is not None:
+            checked("fps of the frames", self.fps, PositiveNumber, MediaError)
 
-    @property
-    def metadata(self) -> VideoMetadata:
-        """Of a video that has these frames and no others."""
+    def metadata(self, fps: float) -> VideoMetadata:
+        """Of a video that has these frames and no others, where they do not say their rate at `fps` a second."""
+        files = frame_files(self.frames)
         is_one = isinstance(self.frames, PIL.Image.Image) or getattr(self.frames, "ndim", 4) < 4
-        count = 1 if is_one else len(self.frames)
-        return VideoMetadata(total_num_frames=count, fps=float(self.fps), frames_indices=range(count))
+        count = 1 if is_one else len(self.frames if files is None else files)
+        rate = float(self.fps or fps)
+        return VideoMetadata(total_num_frames=count, fps=rate, duration=count / rate, frames_indices=range(count))
 
 
 def is_array(value: Any) -> bool:
@@ -63,6 +88,41 @@ def is_array(value: Any) -> bool:
 def is_path_like(value: Any) -> bool:
     """Whether `value` names or holds an encoded file: text, a path, bytes."""
     return isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike))
+
+
+def frame_files(source: Any) -> list[Any] | None:
+    """The images that a directory or a list of files holds, as frames of one video; None for other sources.
+
+    Those of a directory are in the order of their names, numbers in them by their values: 2.png is before 10.png.
+    """
+    if isinstance(source, (list, tuple)):
+        return list(source) if source and all(map(is_path_like, source)) else None
+    if isinstance(source, str) and source.lower().startswith("file://"):
+        source = file_url_path(source)
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+        return None
+    files = (path for path in Path(source).iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        files, key=lambda path: [int(part) if part.isdecimal() else part for part in _NUMBER.split(path.name)]
+    )
+
+
+def are_stills(sources: Sequence[Any]) -> bool:
+    """Whether several files are single images and no videos.
+
+    The first and the last stand for all: looking into a thousand takes a while.
+    """
+    return len(sources) > 1 and _is_still(sources[0]) and _is_still(sources[-1])
+
+
+def _is_still(source: Any) -> bool:
+    """Whether a file, an address or bytes are a single image; an address is judged by its name."""
+    if isinstance(source, str) and is_address(source) and not source.lower().startswith("file://"):
+        return source.lower().partition("?")[0].endswith(_STILL_SUFFIXES) or source.lower().startswith("data:image/")
+    try:
+        return is_still_image(open_source(source))
+    except (MediaError, OSError):
+        return False
 
 
 @contextlib.contextmanager
@@ -94,6 +154,35 @@ def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
         )
 
 
+def open_image(source: Any) -> PIL.Image.Image:
+    """Open an encoded image without decoding it.
+
+    Args:
+        source: path, `file://` or http(s) address, base64 data URL, base64 text, or the bytes of a file.
+
+    Returns:
+        A Pillow image that reads its file when it is first used.
+
+    Raises:
+        MediaError: the image cannot be found, fetched or read, or is too large; the message names it, and says why.
+    """
+    name = describe(source)
+    opened = open_source(source, max_bytes=MAX_IMAGE_BYTES)
+    try:
+        return PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened)
+    except PIL.Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
+    except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
+        found = "no readable image"
+        if isinstance(opened, Path) and opened.is_dir():
+            found = "a directory"
+        elif isinstance(opened, bytes) and is_missing_path(source):
+            found = "no such file, nor base64 of an image"
+        elif not isinstance(error, PIL.UnidentifiedImageError):  # which says no more than that
+            found = f"no readable image ({shortened(error)})"
+        raise MediaError(f"{name}: found {found}; expected an image") from error
+
+
 def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Load an image the way `transformers.image_utils.load_image` does.
 
@@ -117,17 +206,7 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     elif is_array(source):
         image = _image_of_array(np.asarray(source))
     elif is_path_like(source):
-        opened = open_source(source, max_bytes=MAX_IMAGE_BYTES)
-        try:
-            image = PIL.Image.open(io.BytesIO(opened) if isinstance(opened, bytes) else opened)
-        except PIL.Image.DecompressionBombError as error:
-            raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
-        except Exception as error:  # Pillow's format readers raise many kinds of errors on broken files.
-            is_directory = isinstance(opened, Path) and opened.is_dir()
-            found = "a directory" if is_directory else "no readable image"
-            if isinstance(opened, bytes) and is_missing_path(source):
-                found = "no such file, nor base64 of an image"
-            raise MediaError(f"{name}: found {found}; expected an image") from error
+        image = open_image(source)
     else:
         raise MediaError(
             f"source: found {name}; expected a path, an address, bytes, base64 text, a Pillow image or an array"
@@ -182,7 +261,7 @@ def load_video(
 
     Args:
         source: path, `file://` or http(s) address, data URL or bytes of an encoded video or animated image; a
-            directory of images, taken in the order of their names; a list of images (whatever `load_image` takes);
+            directory of images, see `frame_files`; a list of images (whatever `load_image` takes);
             or an array [T, H, W, C] or [T, C, H, W].
         sample_indices_fn: metadata of the whole video -> indices of the frames to take. From an encoded video only
             these are kept in memory. None takes all.
@@ -196,7 +275,7 @@ def load_video(
 
     Raises:
         MediaError: no frames; not found, not decodable, truncated or too large; frames of different sizes; or
-            sampling asked of a list of image files, which have no time.
+            sampling asked of image files without metadata, which have no time.
     """
     name = describe(source)
     if is_path_like(source):
@@ -210,14 +289,17 @@ def load_video(
                 problem = str(error).removeprefix(f"{name}: ")
                 found = f"no such file, nor base64 of a video ({problem})"
                 raise MediaError(f"{name}: found {found}; expected a video") from error
-        source = sorted(path for path in opened.iterdir() if path.is_file() and not path.name.startswith("."))
+        source = frame_files(opened)
     if isinstance(source, PIL.Image.Image) or (is_array(source) and source.ndim == 3):
         source = [source]
     if is_array(source):
         frames = np.asarray(source)
     elif isinstance(source, (list, tuple)):
-        if sample_indices_fn is not None and any(is_path_like(frame) for frame in source):
-            raise MediaError("Sampling frames from a list of images is not supported! Set `do_sample_frames=False`.")
+        if sample_indices_fn is not None and metadata is None and any(is_path_like(frame) for frame in source):
+            raise MediaError(
+                "Sampling frames from a list of images is not supported without `video_metadata`, which says how fast "
+                "they were taken; set `do_sample_frames=False` to take all"
+            )
         frames = _stack_frames(source, name, do_convert_rgb)
     else:
         raise MediaError(
@@ -268,14 +350,22 @@ def _stack_frames(sources: Sequence[Any], name: str, do_convert_rgb: bool) -> np
     return np.stack(frames)
 
 
+def _sides(frames: np.ndarray) -> tuple[int, int]:
+    height, width = frames.shape[2:4] if infer_channel_format(frames.shape, (1, 3, 4)) == FIRST else frames.shape[1:3]
+    return height, width
+
+
 def _metadata_of_frames(frames: np.ndarray, metadata: VideoMetadata | Mapping[str, Any] | None) -> VideoMetadata:
     """A copy of the caller's metadata; without one, what the frames themselves say."""
     if metadata is not None:
         known = VideoMetadata(**{"total_num_frames": None, **metadata})
         if known.total_num_frames is None:
             known.total_num_frames = len(frames)
+        if known.height is None and known.width is None:
+            with contextlib.suppress(MediaError):
+                known.height, known.width = _sides(frames)
         return known
-    height, width = frames.shape[2:4] if infer_channel_format(frames.shape, (1, 3, 4)) == FIRST else frames.shape[1:3]
+    height, width = _sides(frames)
     return VideoMetadata(
         total_num_frames=len(frames), height=height, width=width, frames_indices=list(range(len(frames)))
     )

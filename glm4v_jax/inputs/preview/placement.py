@@ -139,6 +139,7 @@ def facts(seen: Seen, place: MediaPlacement) -> dict[str, Any]:
             "duration": seen.metadata.duration,
             "video_backend": seen.metadata.video_backend,
             "frames_indices": [int(index) for index in seen.metadata.frames_indices or ()],
+            "frames_seconds": [round(time, 3) for time in seen.metadata.timestamps],
             "timestamps": list(place.timestamps),
         }
     return found

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, not_there
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.media.decode import VideoMetadata
 from glm4v_jax.inputs.media.fetch import describe, is_missing_path, open_source
@@ -113,15 +113,15 @@ class Seen:
 
     def time(self, index: int) -> float:
         """Seconds of a frame of the file; 0 where the frame rate is unknown."""
-        fps = None if self.metadata is None else self.metadata.fps
-        return index / fps if fps else 0.0
+        return 0.0 if self.metadata is None else self.metadata.time_of(index) or 0.0
 
 
 def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
     """Prepare an image or a video, whichever the file is, and read back what the model will see.
 
     Args:
-      source: a path, or an http(s), file or data address. An animated GIF, PNG or WebP is a video.
+      source: a path, or an http(s), file or data address. An animated GIF, PNG or WebP is a video, as is a directory of
+        images.
       processor: of the checkpoint.
 
     Raises:
@@ -129,12 +129,10 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
     """
     name = describe(source)
     if is_missing_path(source):
-        raise MediaError(f"{name}: found no such file; expected an image or a video")
+        raise MediaError(not_there(name, "an image or a video"))
     opened = open_source(source)
-    if isinstance(opened, Path) and opened.is_dir():
-        raise MediaError(f"{name}: found a directory; expected an image or a video")
     try:
-        kind = _kind_of(opened)
+        kind = "video" if isinstance(opened, Path) and opened.is_dir() else _kind_of(opened)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
     try:

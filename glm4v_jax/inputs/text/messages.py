@@ -12,7 +12,7 @@ from typing import Any
 
 from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MessageError, naming
-from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
+from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_path_like
 from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaItem, checked_area
 
 Message = Mapping[str, Any]
@@ -225,8 +225,8 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
 
     Returns:
       The images and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
-      Frames with a field `fps` have been sampled at that rate, and are a `SampledVideo`. What else an item asks for is
-      in a `MediaItem`: `fps` of a video in a file, to be sampled at that rate, and `AREA_OPTIONS`.
+      Frames with a field `fps`, and frames in files, have been sampled, and are a `SampledVideo`. What else an item
+      asks for is in a `MediaItem`: `fps` of an encoded video, to be sampled at that rate, and `AREA_OPTIONS`.
 
     Raises:
       MessageError: the conversation is malformed, a medium has no source, or the rate of frames is not a number.
@@ -255,19 +255,17 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
 def _with_options(media: Any, item: Mapping[str, Any], kind: str) -> Any:
     options = {name: item[name] for name in AREA_OPTIONS if name in item}
     checked_area(options)
-    if kind == "video" and "fps" in item:
-        if is_path_like(media):
+    if kind == "video":
+        if frame_files(media) is not None or ("fps" in item and not is_path_like(media)):
+            media = SampledVideo(media, item.get("fps"))
+        elif "fps" in item:
             options |= {"fps": checked("fps", item["fps"], PositiveNumber), "do_sample_frames": True}
-        else:
-            media = SampledVideo(media, item["fps"])
     return MediaItem(media, options) if options else media
 
 
 def user_messages(
-    text: str, images: Sequence[str] = (), videos: Sequence[str] = (), system: str | None = None
+    text: str, media: Sequence[Mapping[str, Any]] = (), system: str | None = None
 ) -> list[dict[str, Any]]:
-    """One turn of the user, as chat templates take it: images, videos, text; after what the system says."""
-    media = [{"type": "image", "url": place} for place in images]
-    media += [{"type": "video", "url": place} for place in videos]
+    """One turn of the user, as chat templates take it: items of images and videos, text; after what the system says."""
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     return [*messages, {"role": "user", "content": [*media, {"type": "text", "text": text}]}]

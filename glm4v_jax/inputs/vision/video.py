@@ -17,7 +17,16 @@ from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.media.array_layout import LAST, NONE, channel_format, to_channels_last
-from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, is_array, is_path_like, load_video, naming_media
+from glm4v_jax.inputs.media.load import (
+    SampledVideo,
+    VideoMetadata,
+    are_stills,
+    frame_files,
+    is_array,
+    is_path_like,
+    load_video,
+    naming_media,
+)
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
 from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaItem, MediaProcessor, area_of, check_sides
@@ -33,9 +42,9 @@ def _is_frame(value: Any) -> bool:
 def flatten_videos(videos: Any) -> list[Any]:
     """One video, a batch of them, or nested lists of either -> a flat list of videos for `load_video`.
 
-    A list of frames (Pillow images, arrays of up to three axes) is one video. Paths and addresses are one video each,
-    except two lists deep and more, `[[["0.png", "1.png"]]]`, where the innermost list is the frames of one, as in the
-    reference.
+    A list of frames (Pillow images, arrays of up to three axes, files of single images) is one video. Other paths and
+    addresses are one video each, except two lists deep and more, `[[["0", "1"]]]`, where the innermost list is the
+    frames of one, as in the reference.
 
     Raises:
         MediaError: something that is not a video.
@@ -55,7 +64,7 @@ def _flatten_videos(videos: Any, depth: int) -> list[Any]:
     if isinstance(videos, (list, tuple)):
         if videos and all(_is_frame(item) for item in videos):
             return [list(videos)]
-        if videos and depth >= 2 and all(is_path_like(item) for item in videos):
+        if videos and all(is_path_like(item) for item in videos) and (depth >= 2 or are_stills(videos)):
             return [list(videos)]
         return [video for item in videos for video in _flatten_videos(item, depth + 1)]
     raise MediaError(
@@ -259,8 +268,13 @@ class Glm4vVideoProcessor(MediaProcessor):
     ) -> tuple[list[np.ndarray], VideoMetadata]:
         """The taken frames of a video, resized: T arrays [H, W, C]."""
         sampling = settings["do_sample_frames"]
+        if isinstance(source, SampledVideo) and source.fps is None and (metadata is not None or not sampling):
+            source = source.frames
+        elif sampling and metadata is None and frame_files(source) is not None:
+            # Nobody says how fast they were taken: that is how fast videos are sampled.
+            source = SampledVideo(source)
         if isinstance(source, SampledVideo):
-            source, metadata, sampling = source.frames, source.metadata, False
+            source, metadata, sampling = source.frames, source.metadata(settings["fps"]), False
         if not sampling and metadata is not None and metadata.frames_indices is None and not is_path_like(source):
             raise MediaError(
                 "video_metadata lacks `frames_indices`, which frames that are not sampled need for their timestamps; "

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_cli import save_noise
 from helpers_terminal import Terminal
 
 from glm4v_jax.cli import main
@@ -54,6 +55,30 @@ def test_options_of_the_command_are_those_of_the_conversation(chat, engine, imag
 def test_the_tiny_model_answers_briefly_by_default(chat, monkeypatch):
     monkeypatch.setattr("glm4v_jax.console.options.TINY_CHECKPOINT", RANDOM_CHECKPOINT)
     assert ", 64 new" in chat("Hello", "--greedy")[2][-1]
+
+
+def test_a_message_is_not_asked_without_its_image(chat, engine, image):
+    text = f"/image nowhere.png\n/image {image}\nWhat is it?\nHello\n/video no.mp4\n/undo\nAgain\n"
+    status, out, err = chat(text, "--greedy", "--max-new-tokens", 4)
+    conversation = engine.conversation(do_sample=False, max_new_tokens=4)
+    assert (status, out) == (1, f"{conversation.send('Hello').text}\n")
+    assert "error: found a message after /image nowhere.png, which failed; it was not asked" in err
+    assert err[-1] == "glm4v: error: 3 lines of the input failed"
+
+
+@pytest.mark.parametrize("kind", ["frames", "video.gif"])
+def test_the_rate_of_an_option_is_that_of_all_videos(chat, engine, video, kind):
+    pathlib.Path("frames").mkdir()
+    for index in range(4):
+        save_noise(f"frames/{index}.png", seed=index)
+    options = ("--fps", 1, "--greedy", "--max-new-tokens", 4)
+    status, out, err = chat(f"/video {kind}\nWhat?\n", *options)
+    item = {"type": "video", "video": kind, "fps": 1}
+    messages = [{"role": "user", "content": [item, {"type": "text", "text": "What?"}]}]
+    expected = engine.generate(messages, do_sample=False, max_new_tokens=4)
+    assert (status, out) == (0, f"{expected.text}\n")
+    assert f"{2 if kind == 'video.gif' else 4} of 4 frames" in err[0]
+    assert chat("What?\n", "--video", kind, *options)[1] == out
 
 
 def test_an_image_of_an_option_is_read_once(chat, monkeypatch, image):

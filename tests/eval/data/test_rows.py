@@ -4,6 +4,7 @@ import base64
 import json
 import re
 
+import PIL.Image
 import pytest
 
 from eval.data import fields
@@ -67,6 +68,23 @@ def test_the_processor_takes_all_frames_at_the_rate_of_the_row(folder):
         (metadata,) = features["video_metadata"]
         assert (len(metadata.frames_indices), metadata.fps) == (4, rate)
         assert features["video_grid_thw"].tolist()[0][0] == 2  # of two frames each
+
+
+def test_a_directory_of_frames_is_a_video(folder):
+    (folder / "clip").mkdir()
+    for index in range(4):
+        PIL.Image.new("RGB", (56, 56), (index, 0, 0)).save(folder / f"clip/{index}.png")
+    items = [one(folder, {**ROW, "video": "clip", **more}) for more in ({}, {"fps": 0.5})]
+    processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    for item, rate in zip(items, (2, 0.5), strict=True):
+        _, videos = extract_media(item.messages, source="")
+        (metadata,) = processor.video_processor(videos=videos, return_metadata=True)["video_metadata"]
+        assert (len(metadata.frames_indices), metadata.fps) == (4, rate)
+        assert item.asked["content"][0]["path"] == "clip"
+    PIL.Image.new("RGB", (56, 56)).save(folder / "clip/0.png")
+    assert one(folder, {**ROW, "video": "clip"}).asked == items[0].asked
+    PIL.Image.new("RGB", (56, 56), (9, 9, 9)).save(folder / "clip/0.png")
+    assert one(folder, {**ROW, "video": "clip"}).asked != items[0].asked
 
 
 def test_fields_reach_the_metric_and_the_template(folder):

@@ -5,11 +5,13 @@ import pathlib
 
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_cli import save_noise, save_video
 
 from glm4v_jax import Glm4vProcessor
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import Glm4vError, MessageError, one_line
 from glm4v_jax.generate.offline.prompts import read_prompts
+from glm4v_jax.inputs.text.messages import extract_media
 
 USER = {"role": "user", "content": "Hello"}
 
@@ -49,11 +51,14 @@ def message(**item):
         ({"messages": [{"role": "user"}]}, ["messages: ", "content"]),
         (message(type="sound"), ["messages: ", "sound"]),
         (message(type="image"), ["messages: ", "source"]),
-        (message(type="image", url="no.png"), ["url: found 'no.png', which does not exist"]),
-        (message(type="image_url", image_url={"url": "no.png"}), ["url: found 'no.png'"]),
-        ({"prompt": "x", "image": "no.png"}, ["image: found 'no.png', which does not exist; expected a file"]),
-        ({"prompt": "x", "videos": ["no.mp4"]}, ["videos: found 'no.mp4'"]),
-        ({"prompt": "x", "images": [3]}, ["images: found a list; expected a string or a list of strings"]),
+        (message(type="image", url="no.png"), ["no.png: found no such file; expected an image or a video"]),
+        (message(type="image_url", image_url={"url": "no.png"}), ["no.png: found no such file"]),
+        ({"prompt": "x", "image": "no.png"}, ["no.png: found no such file; expected an image or a video"]),
+        ({"prompt": "x", "videos": ["no.mp4"]}, ["no.mp4: found no such file"]),
+        ({"prompt": "x", "videos": [["0.png", "no.png"]]}, ["0.png: found no such file"]),
+        ({"prompt": "x", "fps": 2}, ["fps: found without a video; expected it beside one"]),
+        ({"prompt": "x", "video": "no.mp4", "fps": 0}, ["fps: found 0; expected a number above 0"]),
+        ({"prompt": "x", "images": [3]}, ["images[0]: found the number 3; expected a path"]),
         ({"prompt": "x", "image": None}, ["image: found null"]),
         ({"prompt": "x", "colour": "red"}, ["colour: found an unknown field; ", "prompt", "max_new_tokens"]),
         ({"prompt": "x", "max_new_tokens": 0}, ["max_new_tokens: found 0"]),
@@ -82,6 +87,51 @@ def test_several_invalid_lines_are_listed(read, invalid, listed, more):
     fault = "prompt: found a number; expected a string, or 'messages' instead"
     assert rest == [*(f"prompts.jsonl:{line}: {fault}" for line in range(2, 2 + listed)), *more]
     assert one_line(caught.value) == "\n  ".join([head, *rest])
+
+
+def test_files_that_do_not_exist_fail_their_lines_only_unless_none_exists(read):
+    pathlib.Path("cat.png").touch()
+    good, bad = {"prompt": "x", "image": "cat.png"}, message(type="image", url="no.png")
+    prompts = read(good, bad, {"prompt": "y", "image": "https://host/a.png"})
+    assert [prompt.missing for prompt in prompts] == [
+        None, "no.png: found no such file; expected an image or a video", None,
+    ]  # fmt: skip
+    with pytest.raises(MessageError, match=r"prompts\.jsonl: found 2 invalid lines") as caught:
+        read(bad, {"prompt": "no image"}, bad)
+    assert str(caught.value).count("no.png: found no such file") == 2
+    with pytest.raises(MessageError, match="prompt: found a number"):
+        read(good, bad, {"prompt": 3})
+
+
+def test_frames_are_files_relative_to_the_file(processor, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "clip").mkdir(parents=True)
+    for index in range(3):
+        save_noise(folder / f"clip/{index}.png", seed=index)
+    save_video(folder / "a.gif")
+    names = [f"clip/{index}.png" for index in range(3)]
+    located = [str(folder / name) for name in names]
+    items = {
+        # A list of single images is one video, and one of videos several.
+        "list": ({"video": names}, [{"type": "video", "video": located}]),
+        "several": ({"videos": ["a.gif", "clip"]}, [
+            {"type": "video", "path": str(folder / name)} for name in ("a.gif", "clip")
+        ]),
+        "nested": ({"videos": [names, "a.gif"], "fps": 1}, [
+            {"type": "video", "video": located, "fps": 1}, {"type": "video", "path": str(folder / "a.gif"), "fps": 1},
+        ]),
+        "message": (message(type="video", video=names, fps=4), [{"type": "video", "video": located, "fps": 4}]),
+        "directory": (message(type="video", video="clip"), [{"type": "video", "video": str(folder / "clip")}]),
+    }  # fmt: skip
+    rows = [row if "messages" in row else {"prompt": "What?", **row} for row, _ in items.values()]
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prompts = read_prompts(str(folder / "prompts.jsonl"), GenerationConfig(), processor)
+    for prompt, (_, expected) in zip(prompts, items.values(), strict=True):
+        content = prompt.messages[0]["content"]
+        assert [item for item in content if item["type"] == "video"] == expected
+        assert prompt.missing is None and prompt.options == {}
+        times = processor.prepare_media(*extract_media(prompt.messages, "")).videos
+        assert len(times) == len(expected)
 
 
 def test_a_file_without_prompts_is_refused(read):

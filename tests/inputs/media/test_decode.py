@@ -1,5 +1,8 @@
 """Videos decode to the same frames by every decoder, and what cannot be decoded is named."""
 
+import io
+from fractions import Fraction
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -8,6 +11,7 @@ from helpers_media import PHOTO, RNG, every_tenth, package_file, png, write_vide
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media.decode import decode_video
 from glm4v_jax.inputs.media.load import VideoMetadata, load_video
+from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 
 VIDEOS = ["bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"]
 
@@ -155,17 +159,114 @@ def test_an_error_in_the_callers_sampling_is_not_taken_for_a_broken_video(tmp_pa
         load_video(path, lambda _: {}["mine"])
 
 
-@pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), 90000.0, -5.0])
-def test_nonsense_frame_rates(tmp_path, clip, fps, monkeypatch):
+@pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), 90000.0, 1000.0, -5.0])
+def test_nonsense_frame_rates_give_way_to_the_times_of_the_frames(tmp_path, clip, fps, monkeypatch):
     decord = pytest.importorskip("decord")
     path = write_video(tmp_path / "v.mp4", clip)
     monkeypatch.setattr(decord.VideoReader, "get_avg_fps", lambda self: fps)
+    _, metadata = load_video(path, every_tenth, backend="decord")
+    assert (metadata.fps, metadata.duration, metadata.frame_times) == (10.0, 2.0, None)
+
+
+@pytest.mark.parametrize("fps", [0.0, float("nan"), float("inf"), 90000.0, -5.0])
+def test_nonsense_frame_rates_without_times(tmp_path, clip, fps, monkeypatch):
+    decord = pytest.importorskip("decord")
+    path = write_video(tmp_path / "v.mp4", clip)
+    monkeypatch.setattr(decord.VideoReader, "get_avg_fps", lambda self: fps)
+    monkeypatch.setattr(decord.VideoReader, "get_frame_timestamp", lambda self, indices: np.zeros((len(indices), 2)))
     frames, metadata = load_video(path, backend="decord")
     assert len(frames) == 20 and metadata.fps is None and metadata.duration is None
     with pytest.raises(MediaError, match="no usable frame rate"):
         load_video(path, every_tenth, backend="decord")
     with pytest.raises(MediaError, match="Cannot infer video"):
         _ = metadata.timestamps
+
+
+def recorded(times, clip, container="matroska", **options):
+    """A video as a recorder writes it: frames at any times, in milliseconds, and a clock for a frame rate.
+
+    Not WebM, which is Matroska with other codecs: PyAV does not encode these in a process that has loaded decord.
+    """
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=container, options=options) as output:
+        stream = output.add_stream("libx264", rate=1000)
+        stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time, image in zip(times, clip, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+UNEVEN = [0, 40, 80, 120, 160, 200, 240, 280, 320, 360, 3000, 3040, 3080, 3120, 3160, 3200, 3240, 3280, 3320, 3360]
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_a_clock_of_milliseconds_is_no_frame_rate(clip, backend):
+    pytest.importorskip({"pyav": "av"}.get(backend, backend))
+    content = recorded(range(0, 10_000, 500), clip)
+    frames, metadata = load_video(content, Glm4vVideoProcessor().sample_frames, backend=backend)
+    assert (metadata.fps, metadata.duration, metadata.frame_times) == (2.0, 10.0, None)
+    assert list(metadata.frames_indices) == list(range(20)) and len(frames) == 20
+
+
+@pytest.mark.parametrize("container", ["matroska", "mp4"])
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_uneven_frames_keep_their_own_times(clip, backend, container):
+    pytest.importorskip({"pyav": "av"}.get(backend, backend))
+    content = recorded(UNEVEN, clip, container)
+    whole, metadata = load_video(content, backend=backend)
+    assert whole.shape == clip.shape and np.allclose(np.array(UNEVEN) / 1000, metadata.timestamps, atol=1e-3)
+    assert metadata.fps == pytest.approx(19 / 3.36, rel=1e-3) and metadata.duration == pytest.approx(3.36 + 3.36 / 19)
+    frames, metadata = load_video(content, Glm4vVideoProcessor().sample_frames, backend=backend)
+    # At 0.5 to 3 seconds the next frame is that of 3.
+    assert list(metadata.frames_indices) == [0, 10] and metadata.timestamps == pytest.approx([0, 3])
+    np.testing.assert_array_equal(frames, whole[[0, 10]])
+    assert {**metadata}["frame_times"] == metadata.frame_times and metadata.time_of(10) == pytest.approx(3)
+
+
+def test_a_film_as_browsers_record_it_is_read(clip, monkeypatch):
+    """Without duration, frame rate and index, which no tool of theirs adds afterwards."""
+    times = [0, 114, 225, 332, 416, 511, 618, 710, 810, 926, 1011, 1125, 1209, 1305, 1421, 1509, 1610, 1707, 1822, 1942]
+    content = recorded(times, clip, live="1")
+    # The time of a frame, a millisecond, becomes an element that says nothing.
+    duration = b"\x23\xe3\x83\x83" + (10**6).to_bytes(3, "big")
+    assert content.count(duration) == 1
+    content = content.replace(duration, b"\xec\x85" + bytes(5))
+    frames, metadata = load_video(content, Glm4vVideoProcessor().sample_frames)
+    assert metadata.video_backend == "pyav" and metadata.total_num_frames == 20
+    assert metadata.fps == pytest.approx(19 / 1.942, rel=1e-4) and metadata.duration == pytest.approx(2.04, abs=0.01)
+    assert metadata.timestamps == pytest.approx([0, 0.5, 1, 1.5], abs=0.1) and len(frames) == 4
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    pytest.importorskip("decord")
+    with pytest.raises(MediaError, match=r"; PyAV reads more kinds of video: pip install 'glm4v_jax\[video\]'$"):
+        load_video(content, every_tenth)
+
+
+def test_frames_of_an_animation_have_times_of_their_own(clip):
+    images = [PIL.Image.fromarray(frame) for frame in clip[:4]]
+    content = png(images[0], format="GIF", save_all=True, append_images=images[1:], duration=[100, 100, 2000, 600])
+    _, metadata = load_video(content, Glm4vVideoProcessor().sample_frames)
+    assert metadata.frame_times == pytest.approx([0, 0.1, 0.2, 2.2]) and metadata.duration == pytest.approx(2.8)
+    assert list(metadata.frames_indices) == [0, 3] and metadata.timestamps == pytest.approx([0, 2.2])
+
+
+def test_a_raw_stream_has_neither_times_nor_an_index(tmp_path, clip):
+    content = write_video(tmp_path / "v.h264", clip).read_bytes()
+    assert load_video(content)[0].shape == clip.shape
+
+
+def test_a_file_that_ends_before_its_index_says_so_is_truncated(tmp_path):
+    noise = RNG.integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "v.mp4", noise, movflags="faststart")
+    content = path.read_bytes()
+    for backend in ("decord", "pyav"):
+        pytest.importorskip({"pyav": "av"}.get(backend, backend))
+        with pytest.raises(MediaError, match=r"truncated or corrupt|found the end before frame .* expected 20"):
+            load_video(content[: len(content) * 2 // 3], every_tenth, backend=backend)
 
 
 def test_limits_of_a_video(tmp_path, clip):
@@ -247,11 +348,11 @@ def test_motion_jpeg_is_a_video(tmp_path):
     assert load_video(path)[0].shape == (3, 48, 64, 3)
 
 
-def test_decoders_words_are_shortened():
-    from glm4v_jax.inputs.media.decode import _shortened
+def test_decoders_words_areshortened():
+    from glm4v_jax.inputs.media.decode import shortened
 
     words = "[16:43:45] /github/workspace/src/video/video_reader.cc:151: Check failed: no stream\nStack trace"
-    assert _shortened(RuntimeError(words)) == "Check failed: no stream"
-    assert _shortened(OSError(22, "Invalid data")) == "Invalid data"
-    assert len(_shortened(RuntimeError("x" * 1000))) == 120
-    assert _shortened(EOFError()) == "EOFError()"
+    assert shortened(RuntimeError(words)) == "Check failed: no stream"
+    assert shortened(OSError(22, "Invalid data")) == "Invalid data"
+    assert len(shortened(RuntimeError("x" * 1000))) == 120
+    assert shortened(EOFError()) == "EOFError()"

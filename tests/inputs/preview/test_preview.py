@@ -274,10 +274,11 @@ def test_a_truncated_image_a_sliver_a_directory_and_nothing(processor, save, tmp
     path = save(noise(56, 84))
     with open(path, "rb+") as file:
         file.truncate(2000)
+    (tmp_path / "empty").mkdir()
     for place, problem in (
         (path, "found a truncated or corrupt image"),
         (save(noise(28, 28 * 201), "sliver.png"), "absolute aspect ratio"),
-        (str(tmp_path), "found a directory"),
+        (str(tmp_path / "empty"), "found no frames"),
         (str(tmp_path / "nowhere.png"), "found no such file"),
     ):
         with pytest.raises(MediaError) as error:

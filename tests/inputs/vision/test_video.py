@@ -108,6 +108,19 @@ def test_metadata_that_cannot_be_sampled(fields):
         Glm4vVideoProcessor()(clip(), video_metadata=fields)
 
 
+def test_frames_with_times_of_their_own_are_sampled_by_these():
+    times = [0.0, 0.4999, 0.6, 5.0, 5.5, 6.0, 6.1]
+    known = VideoMetadata(total_num_frames=7, fps=1.0, duration=6.5, frame_times=times)
+    # The first frame from every half second on.
+    assert Glm4vVideoProcessor().sample_frames(known).tolist() == [0, 1, 3, 4, 5, 5]
+    assert Glm4vVideoProcessor().sample_frames(known, max_duration=2).tolist() == [0, 3, 6, 6]
+    even = VideoMetadata(total_num_frames=40, fps=8.0, duration=5.0)
+    same = VideoMetadata(total_num_frames=40, fps=8.0, duration=5.0, frame_times=[index / 8 for index in range(40)])
+    for options in ({}, {"fps": 3}, {"max_duration": 3}):
+        expected = Glm4vVideoProcessor().sample_frames(even, **options).tolist()
+        assert Glm4vVideoProcessor().sample_frames(same, **options).tolist() == expected
+
+
 # Pixels.
 
 
@@ -270,10 +283,16 @@ def test_lists_of_image_files(tmp_path):
         paths.append(str(tmp_path / f"{i}.png"))
         PIL.Image.fromarray(frame).save(paths[-1])
     check_equal([[paths]], do_sample_frames=False)
-    with pytest.raises(
-        MediaError, match="Sampling frames from a list of images is not supported! Set `do_sample_frames"
-    ):
-        Glm4vVideoProcessor()([[paths]])
+    expected = Glm4vVideoProcessor()([PIL.Image.open(path) for path in paths], do_sample_frames=False)
+    # Where the reference refuses to sample, they count as sampled.
+    for form in (paths, [paths], [[paths]], tuple(paths), tmp_path, str(tmp_path), [tmp_path], tmp_path.as_uri()):
+        found = Glm4vVideoProcessor()(form, return_metadata=True)
+        np.testing.assert_array_equal(found.pixel_values_videos, expected.pixel_values_videos)
+        assert [taken.timestamps for taken in found.video_metadata] == [[0.0, 0.5]]
+    two = Glm4vVideoProcessor()([paths, paths], return_metadata=True, fps=4)
+    assert [taken.timestamps for taken in two.video_metadata] == [[0.0, 0.25]] * 2
+    sampled = Glm4vVideoProcessor()([paths], video_metadata=[{"fps": 1}], fps=1, return_metadata=True)
+    assert sampled.video_metadata[0].timestamps == [0, 1]
 
 
 def test_nesting_of_videos():

@@ -1,6 +1,7 @@
 """`train check`: counts, bad rows, printed report, histogram and exit status."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -97,8 +98,8 @@ def test_bad_rows_are_reported_and_not_counted(data):
     assert [place for place, _ in told] == [f"{data}:{line}" for line in range(6, 14)]
     assert "invalid JSON" in told[0][1]
     assert told[1][1] == f"{directory}/none.png: found no such file; expected an image or a video"
-    assert told[2][1] == f"{directory}/text.png: found no readable image; expected an image file"
-    assert told[3][1] == f"{directory}/.: found a directory; expected an image"
+    assert told[2][1] == f"{directory}/text.png: found no readable image; expected an image"
+    assert told[3][1] == f"{directory}: found a directory; expected an image"
     assert told[4][1] == f"{directory}/none.mp4: found no such file; expected an image or a video"
     assert told[5][1] == f"{directory}/none.png: found no such file; expected an image or a video"
     assert told[6][1] == "images: found 0 for 1 <image> markers; expected as many"
@@ -154,13 +155,27 @@ def test_token_counts_are_those_of_samples(data):
     add(data, {"messages": [{"role": "system", "content": "Be short."}, *messages], "images": ["cup.jpg"]})
     frames = [{"type": "video", "video": ["cup.jpg"] * 8, "fps": 0.01}, {"type": "text", "text": "?"}]
     add(data, {"messages": [{"role": "user", "content": frames}, {"role": "assistant", "content": "!"}]})
+    (data.parent / "frames").mkdir()
+    for index in range(8):
+        save_noise(data.parent / f"frames/{index}.png", seed=index)
+    for video in ({"video": "frames"}, {"path": "frames", "fps": 0.01}):
+        content = [{"type": "video", **video}, {"type": "text", "text": "?"}]
+        add(data, {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}]})
+    add(data, row("<video>?", videos=["frames"]))
     processor = Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
     records = read_records(data)
     count = TokenCounter(processor)
-    assert len(records) == 7
-    for record in records:
-        sample = samples.encode(record, processor, CONFIG, samples.EncodeOptions())
-        assert count(record) == len(sample.input_ids), record.source
+    assert len(records) == 10
+    found = [samples.encode(record, processor, CONFIG, samples.EncodeOptions()) for record in records]
+    assert [count(record) for record in records] == [len(sample.input_ids) for sample in found]
+    # A directory of frames is a video in every format; with its rate, where the row has one.
+    times = [processor.decode(sample.input_ids).split("<|end_of_image|>")[-4:] for sample in found[-3:]]
+    assert [[int(re.match(r"\d+", part)[0]) for part in parts] for parts in times] == [
+        [0, 1, 2, 3], [0, 200, 400, 600], [0, 1, 2, 3],
+    ]  # fmt: skip
+    assert check(records, decode=True).bad == 0
+    (data.parent / "frames/8.png").write_text("no image")
+    assert "8.png: found no readable image" in check(records).problems[0].reason
 
 
 def test_images_are_not_decoded_to_count_tokens(data, monkeypatch):
