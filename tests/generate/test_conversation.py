@@ -1,12 +1,15 @@
 """Turns that keep their cache give what one long prompt gives, and what the reference gives for it."""
 
 import numpy as np
+import PIL.Image
 import pytest
 from helpers_generation import GREEDY, their_tokens
 
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate.completion import last
+from glm4v_jax.generate.prompt import prompt_of
 from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.inputs.media.load import SampledVideo
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +24,28 @@ def pictures():
 
 def their_inputs_of(engine, messages):
     return engine.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+
+
+def test_one_image_or_video_needs_no_list(engine, monkeypatch, tmp_path, pictures):
+    asked = []
+    monkeypatch.setattr(engine, "new_sequence", lambda prompt, *_, **__: asked.append(prompt))
+
+    def shown(prompt):
+        return prompt.input_ids.tolist(), [medium.key for medium in prompt.media]
+
+    image, talk = PIL.Image.fromarray(pictures[0]), engine.conversation()
+    files = [tmp_path / f"{index}.png" for index in range(4)]
+    for path in files:
+        image.save(path)
+    images = (str(files[0]), files[0], files[0].as_uri(), files[0].read_bytes(), image, pictures[0])
+    videos = (str(tmp_path), tmp_path, files, [files], [tmp_path], SampledVideo([image] * 4), SampledVideo(tmp_path, 2))
+    video = {"type": "video", "video": [image] * 4, "fps": 2}
+    for kind, forms, item in (("images", images, {"type": "image", "image": image}), ("videos", videos, video)):
+        message = {"role": "user", "content": [item, {"type": "text", "text": "What?"}]}
+        expected = shown(prompt_of([message], engine.processor, engine.runtime.config))
+        for form in forms:
+            talk.ask("What?", **{kind: form})
+            assert shown(asked.pop()) == expected, form
 
 
 @pytest.mark.slow
