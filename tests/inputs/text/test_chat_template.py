@@ -288,7 +288,7 @@ def test_frames_with_a_rate_have_been_sampled():
     frames = [np.zeros((28, 28, 3), np.uint8)] * 4
     items = [{"type": "video", "video": video} for video in (frames, frames, "1.mp4")]
     _, videos = extract_media([user(items[0] | {"fps": 2}, items[1], items[2] | {"fps": 2})], TEMPLATE)
-    assert videos[0].frames is frames and videos[0].metadata.timestamps == [0, 0.5, 1, 1.5]
+    assert videos[0].frames is frames and videos[0].metadata(9).timestamps == [0, 0.5, 1, 1.5]
     assert videos[1] is frames
     assert (videos[2].source, videos[2].options) == ("1.mp4", {"fps": 2, "do_sample_frames": True})
     for rate in ("fast", 0, True):
