@@ -205,7 +205,7 @@ def test_no_files_and_too_many_are_refused(image):
 
 
 def test_a_name_of_a_checkpoint_is_not_downloaded(image):
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="neither a directory"):
         inspect(image, "--model", "THUDM/GLM-4.1V-9B-Thinking")
     assert written() == ["image.png"]
 
