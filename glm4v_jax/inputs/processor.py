@@ -9,13 +9,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
-
 from glm4v_jax.errors import CheckpointError, MessageError
 from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
-from glm4v_jax.inputs.processor_options import OPTIONS, TEXT_OPTIONS, sort_options
+from glm4v_jax.inputs.processor_options import OPTIONS, sort_options
 from glm4v_jax.inputs.text.chat_template import (
     choose_template,
     generation_marks,
@@ -23,13 +21,13 @@ from glm4v_jax.inputs.text.chat_template import (
     load_chat_template,
     render_conversation,
     save_chat_template,
-    split_at_marks,
     template_variables,
 )
-from glm4v_jax.inputs.text.literals import Literals, has_literals
+from glm4v_jax.inputs.text.encode import encode_prompts
+from glm4v_jax.inputs.text.literals import Literals
 from glm4v_jax.inputs.text.messages import Message, extract_media, normalise_messages
-from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, count_token, expand_image, expand_video
-from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer, stack_rows
+from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, expand_image, expand_video
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.text.tokenizer_options import check_text
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
 from glm4v_jax.inputs.vision.settings import MediaProcessor, refuse_area_options, settings_in
@@ -44,6 +42,9 @@ _IMAGE_PROCESSORS: Mapping[str, type[ImageProcessor]] = {
     "Glm4vImageProcessorPil": Glm4vImageProcessor,
 }
 _VIDEO_PROCESSORS = {"Glm4vVideoProcessor": Glm4vVideoProcessor}
+
+_PerRow = tuple[Sequence[int] | None, Sequence[int] | None]
+"""How many images, and how many videos, belong to each prompt, where that is known."""
 
 _TOKENIZER_SETTINGS = frozenset(
     {"padding_side", "truncation_side", "model_max_length", "pad_token", "clean_up_tokenization_spaces"}
@@ -191,7 +192,7 @@ class Glm4vProcessor:
         images_per_row = None
         if isinstance(images, (list, tuple)) and images and all(isinstance(row, (list, tuple)) for row in images):
             images_per_row = [len(row) for row in images]
-        return self._prepare(images, text, videos, kwargs, images_per_row, None)
+        return self._prepare(images, text, videos, kwargs, (images_per_row, None))
 
     def _prepare(
         self,
@@ -199,13 +200,13 @@ class Glm4vProcessor:
         text: Any,
         videos: Any,
         kwargs: Mapping[str, Any],
-        images_per_row: list[int] | None,
-        videos_per_row: list[int] | None,
+        per_row: _PerRow,
+        marks: Mapping[str, str] | None = None,
     ) -> BatchFeature:
         options, return_tensors = sort_options(kwargs)
         rows = _checked_text(text, options["text_kwargs"])
         media = self._prepare_media(images, videos, options)
-        return self._join(rows, media, options["text_kwargs"], return_tensors, images_per_row, videos_per_row)
+        return self._join(rows, media, options["text_kwargs"], return_tensors, per_row=per_row, marks=marks)
 
     def prepare_media(self, images: Any = None, videos: Any = None, **kwargs: Any) -> PreparedMedia:
         """Prepare images and videos by themselves, for prompts that will show them more than once; see `assemble`.
@@ -233,7 +234,7 @@ class Glm4vProcessor:
         """
         options, return_tensors = sort_options(kwargs)
         rows = _checked_text(text, options["text_kwargs"])
-        return self._join(rows, media, options["text_kwargs"], return_tensors, None, None)
+        return self._join(rows, media, options["text_kwargs"], return_tensors)
 
     def prepare_turn(self, messages: Sequence[Message], media: PreparedMedia, **variables: Any) -> BatchFeature:
         """Prepare the prompt for the next message of the assistant, with images and videos that are prepared already.
@@ -257,7 +258,7 @@ class Glm4vProcessor:
         check_text([prompt], is_split_into_words=False)
         bos = self.tokenizer.bos_token
         options = {"add_special_tokens": False} if bos is not None and prompt.startswith(bos) else {}
-        return self._join([prompt], media, options, None, None, None, literals=literals)
+        return self._join([prompt], media, options, literals=literals)
 
     def _prepare_media(self, images: Any, videos: Any, options: Mapping[str, dict[str, Any]]) -> PreparedMedia:
         features = BatchFeature()
@@ -286,68 +287,26 @@ class Glm4vProcessor:
         rows: list[Row],
         media: PreparedMedia,
         text_options: Mapping[str, Any],
-        return_tensors: str | None,
-        images_per_row: list[int] | None,
-        videos_per_row: list[int] | None,
+        return_tensors: str | None = None,
         *,
+        per_row: _PerRow = (None, None),
         literals: Literals | None = None,
-        masked: bool = False,
+        marks: Mapping[str, str] | None = None,
     ) -> BatchFeature:
-        """Put prompts and media together.
-
-        `literals` have marked tokens in the only prompt. With `masked`, rows come in parts, of which the mask that is
-        returned covers every second one.
-        """
-        expand = Expander(
-            self.image_token, self.video_token, media.images, media.videos, images_per_row, videos_per_row
+        """Put prompts and media together; see `encode_prompts` for `literals` and `marks`."""
+        expand = Expander(self.image_token, self.video_token, media.images, media.videos, *per_row)
+        expanded, types = expand(rows)
+        fields = encode_prompts(
+            expanded,
+            types,
+            self.tokenizer,
+            self.image_token,
+            text_options,
+            return_tensors,
+            literals=literals,
+            marks=marks,
         )
-        rows, types = expand(rows)
-        if not masked:
-            return BatchFeature(self._tokenize(rows, types, text_options, return_tensors, literals) | media.features)
-        ends = [np.cumsum([len(part) for part in row]) for row in rows]
-        options = {**text_options, "return_offsets_mapping": True}
-        fields = self._tokenize(["".join(row) for row in rows], types, options, return_tensors)
-        masks = [_inside(*pair) for pair in zip(fields.pop("offset_mapping"), ends, strict=True)]
-        is_array = isinstance(fields["input_ids"], np.ndarray)
-        fields["assistant_masks"] = stack_rows(masks, "assistant_masks") if is_array else masks
         return BatchFeature(fields | media.features)
-
-    def _tokenize(
-        self,
-        rows: list[Row],
-        types: list[np.ndarray],
-        options: Mapping[str, Any],
-        return_tensors: str | None,
-        literals: Literals | None = None,
-    ) -> dict[str, Any]:
-        """Token ids of expanded prompts, arrays where they can be; `types` are those of their image tokens."""
-        stored = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in TEXT_OPTIONS}
-        # The tokenizer's own attribute counts, which may have been changed since.
-        stored.pop("padding_side", None)
-        options = {"return_token_type_ids": False, **stored, **options}
-        with_types = options.pop("return_mm_token_type_ids", False)
-        if literals is not None and has_literals(str(rows[0])):
-            ids = literals.encode(str(rows[0]), add_special_tokens=options.get("add_special_tokens", True))
-            fields: dict[str, Any] = {"input_ids": [ids], "attention_mask": [[1] * len(ids)]}
-        else:
-            fields = dict(self.tokenizer(rows, **options))
-        is_image = [np.asarray(ids, np.int64) == self.image_token_id for ids in fields["input_ids"]]
-        for index, row in enumerate(rows):
-            expected, found = count_token(row, self.image_token), int(is_image[index].sum())
-            if expected != found:
-                raise MessageError(
-                    f"text[{index}]: found {found} {self.image_token} tokens after tokenization; expected {expected}: "
-                    "truncation cuts an image or video; leave it out or raise max_length"
-                )
-        if with_types:
-            fields["mm_token_type_ids"] = [_spread(row, mask) for row, mask in zip(types, is_image, strict=True)]
-        ragged = len({len(ids) for ids in fields["input_ids"]}) > 1
-        if ragged and return_tensors is None:
-            return fields
-        return {
-            name: np.asarray(value, np.int64) if name == "length" else stack_rows(value, name)
-            for name, value in fields.items()
-        }
 
     def apply_chat_template(
         self,
@@ -428,15 +387,9 @@ class Glm4vProcessor:
             options["add_special_tokens"] = False
         if options.get("fps") is not None or options.get("num_frames") is not None:
             options.setdefault("do_sample_frames", True)
-        num_images, num_videos = [len(row) for row in images], [len(row) for row in videos]
-        if not marks:
-            inputs = self._prepare(images, prompts, videos, options, num_images, num_videos)
-            return inputs if return_dict else inputs["input_ids"]
-        sorted_options, return_tensors = sort_options(options)
-        parts: list[Row] = [split_at_marks(prompt, marks) for prompt in prompts]
-        prepared = self._prepare_media(images, videos, sorted_options)
-        text_options = sorted_options["text_kwargs"]
-        return self._join(parts, prepared, text_options, return_tensors, num_images, num_videos, masked=True)
+        per_row = ([len(row) for row in images], [len(row) for row in videos])
+        inputs = self._prepare(images, prompts, videos, options, per_row, marks)
+        return inputs if return_dict else inputs["input_ids"]
 
     def decode(self, token_ids: Any, **kwargs: Any) -> Any:
         """`Glm4vTokenizer.decode`."""
@@ -515,22 +468,3 @@ def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
 def _is_empty(media: Any) -> bool:
     """Whether there is nothing: None, or lists of nothing."""
     return media is None or (isinstance(media, (list, tuple)) and all(_is_empty(item) for item in media))
-
-
-def _inside(offsets: Any, ends: np.ndarray) -> list[int]:
-    """[T] 0 or 1: whether a token begins in every second part of a text.
-
-    Args:
-      offsets: [T, 2], where each token begins and ends, in characters; empty for padding.
-      ends: of the parts, in characters; the first part is not covered.
-    """
-    begins, stops = np.asarray(offsets).T
-    part = np.searchsorted(ends, begins, side="right")
-    return [int(value) for value in (part % 2 == 1) & (begins < stops)]
-
-
-def _spread(types: np.ndarray, mask: np.ndarray) -> list[int]:
-    """[T] numbers: `types` [n] where `mask` [T] has its n true entries, and 0 elsewhere."""
-    row = np.zeros(mask.shape, np.int64)
-    row[mask] = types
-    return [int(value) for value in row]
