@@ -137,7 +137,7 @@ def test_thumbnails_are_small_and_frames_are_few(tmp_path):
     frames = [np.asarray(noise(80, 40, seed)) for seed in range(12)]
     content = [
         {"type": "image", "url": str(tmp_path / "large.png")}, {"type": "video", "video": frames, "fps": 2.0},
-        {"type": "image", "image": noise(20, 10)},
+        {"type": "image", "image": noise(20, 10), "max_pixels": 784},
     ]  # fmt: skip
     large, small, video = show([{"role": "user", "content": content}])
     assert (large.size, large.thumbnails[0].width, large.thumbnails[0].is_enlarged) == ((2000, 1000), 400, False)

@@ -160,6 +160,10 @@ def test_a_video_file_is_sampled(processor, tmp_path):
     expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, fps=4.0)
     np.testing.assert_array_equal(denser.input_ids, expected["input_ids"][0])
     assert len(denser.frames) == 2 * len(sample.frames) == 4
+    # What a row asks for itself counts more than the job's.
+    messages = (user({"type": "video", "path": str(tmp_path / "v.gif"), "fps": 4, "max_pixels": 784}, "x"), messages[1])
+    own = encode(record(*messages), processor, CONFIG, EncodeOptions(video_fps=1.0))
+    assert own.frames.tolist() == [[2, 2]] * 4
 
 
 def test_frames_may_be_files(processor, tmp_path):
