@@ -51,12 +51,13 @@ class Glm4vForConditionalGeneration:
 
     def __init__(
         self, config: Glm4vConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        module: Glm4v | None = None, generation_config: GenerationConfig | None = None, runtime: Runtime | None = None,
+        module: Glm4v | None = None, generation_config: Any = None, runtime: Runtime | None = None,
     ):  # fmt: skip
         """Hold a runtime; or make one around a module, or around random weights."""
         self.config = config
+        defaults = GenerationConfig().overridden(generation_config)
         self.runtime = runtime or runtime_around(
-            config, module, seed=seed, dtype=dtype, mesh=mesh, generation_config=generation_config
+            config, module, seed=seed, dtype=dtype, mesh=mesh, generation_config=defaults
         )
         self.mesh, self.lm_head = self.runtime.mesh, self.runtime.head
         self.model = Glm4vModel(config, runtime=self.runtime)

@@ -130,6 +130,12 @@ def test_generation_config_of_transformers_equals_the_reference(pipes, options):
     assert ours == theirs
 
 
+def test_generation_config_of_transformers_may_be_the_models(pipes, monkeypatch):
+    model, before = pipes[0].model, pipes[0].model.generation_config
+    monkeypatch.setattr(model, "generation_config", pipes[1].model.generation_config)
+    assert model.generation_config == before
+
+
 def test_defaults_equal_the_reference(pipes):
     ours, theirs = (pipe.generation_config for pipe in pipes)
     assert ours.max_new_tokens == theirs.max_new_tokens == MAX_NEW_TOKENS == 256
