@@ -134,8 +134,14 @@ class Train(Options):
         def log(line: str) -> None:
             print(printable(line), file=sys.stderr, flush=True)
 
-        with quiet_ffmpeg(), without_size_warnings():
-            result = train(config, profile=self.profile, log=log)
+        with quiet_ffmpeg(), without_size_warnings(), Progress("loading the weights") as progress:
+
+            def loading(done: int, total: int) -> None:
+                progress.update(done, total)
+                if done == total:
+                    progress.close()
+
+            result = train(config, profile=self.profile, log=log, progress=loading)
         status = "done" if result.is_done else "stopped; the same command resumes the job"
         print(f"{config.out}: {result.step} of {config.steps} steps, {status}")
         return 0

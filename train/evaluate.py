@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from train.data.stream import encode_options, make_encoder, packed, packer_of
 from train.loss import Sums
 from train.state import Weights
 from train.step import loss_sums
+
+_PERIOD = 10.0
+"""Seconds between two lines that say how far an evaluation is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Evaluator:
           job: for its batches.
           options: see there.
           mesh: of the model.
-          log: called with one message for every record that is skipped.
+          log: called with one message for every record that is skipped, and with how far an evaluation is.
 
         Raises:
           DataError: no record can be evaluated; or a record is bad or fits no batch and the job says that this ends it;
@@ -92,6 +96,7 @@ class Evaluator:
         """
         self.every = options.every
         self._config, self._job, self._options, self._mesh = config, job, options, mesh
+        self._log, self._noted = log, 0.0
         encoder = make_encoder(records, processor, config, job.data, job.batch, lanes=1)
         self._processor = limited(processor, encode_options(job.data, job.batch))
         self._samples: list[Sample] = []
@@ -117,10 +122,13 @@ class Evaluator:
     def loss(self, weights: Weights, is_stopped: Callable[[], bool]) -> tuple[float, float] | None:
         """Return mean cross entropy and accuracy of the targets; None if stopped between two batches."""
         sums = Sums.zero()
-        for batch in self._batches():
+        number = 0
+        for batch, count in self._batches():
             if is_stopped():
                 return None
-            sums = _added(sums, weights, batch)
+            number += count
+            sums = evaluation_loss(sums, weights, batch)
+            self._note(f"evaluating: {number} of {len(self._samples)} samples")
         weight = float(sums.weight)
         return float(sums.loss) / weight, float(sums.correct) / weight
 
@@ -150,6 +158,7 @@ class Evaluator:
         Returns:
           The results; None if stopped.
         """
+        self._noted = time.perf_counter()
         found = self.loss(weights, is_stopped)
         if found is None or not self._questions:
             return None if found is None else Evaluation(*found, None)
@@ -157,6 +166,7 @@ class Evaluator:
         with contextlib.closing(self.answers(weights)) as answered:
             for number, line in answered:
                 lines[number] = line
+                self._note(f"evaluating: {len(lines)} of {len(self._questions)} answers")
                 if is_stopped():
                     return None
         if is_first():
@@ -167,10 +177,18 @@ class Evaluator:
                 aside.write_text(text, encoding="utf-8", errors="backslashreplace")
         return Evaluation(*found, statistics.fmean(line["score"] for line in lines.values()))
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        """Batches, and how many samples each has."""
         batch = self._job.batch
         for samples in packer_of(batch).batches(self._samples):
-            yield put(stacked([packed(samples, batch, self._config)]), self._mesh)
+            yield put(stacked([packed(samples, batch, self._config)]), self._mesh), len(samples)
+
+    def _note(self, line: str) -> None:
+        """Log how far an evaluation is, now and then."""
+        now = time.perf_counter()
+        if now - self._noted > _PERIOD:
+            self._noted = now
+            self._log(line)
 
 
 class Subset(Sequence[Record]):
@@ -253,7 +271,7 @@ def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:
 
 
 @jax.jit
-def _added(sums: Sums, weights: Weights, batches: TrainBatch) -> Sums:
+def evaluation_loss(sums: Sums, weights: Weights, batches: TrainBatch) -> Sums:
     """Add the sums of a step's one micro-batch."""
     batch = jax.tree.map(lambda x: x[0], batches)
     return jax.tree.map(jnp.add, sums, loss_sums(weights.model(), batch))

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from glm4v_jax.checkpoints.load import load_model
+from glm4v_jax.checkpoints.load import abstract_leaves, check_fits, device_bytes, load_model, resolve_dtype
+from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, is_lora
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import as_config
@@ -132,6 +134,31 @@ def check_step(step: int, config: TrainConfig) -> None:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 
 
+def _is_trained(config: TrainConfig) -> Callable[[str], bool]:
+    """Whether a job changes the leaf of a path."""
+    return lambda path: is_lora(path) if config.lora is not None else group_of(path) not in config.freeze
+
+
+def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
+    """Check that devices have room for weights, gradients and the optimizer's state, before anything is read.
+
+    Raises:
+      MemoryShortageError: they have not.
+    """
+    dtype = resolve_dtype("auto", open_weights(config.model))
+    leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=as_config(config.quantize))
+
+    def make(model: Glm4v) -> tuple[TrainState, Leaves]:
+        if config.lora is not None:
+            model = add_lora(model, config.lora, config.seed)
+        params, frozen = split(model, _is_trained(config))
+        return init_state(params, make_optimizer(config.optimizer, config.steps, model)), frozen
+
+    state, frozen = jax.eval_shape(make, structure.unflatten(list(leaves.values())))
+    needed = device_bytes(jax.tree.leaves((state, frozen, state.params)))  # gradients are as large as the parameters
+    check_fits(needed, "weights, gradients and optimizer state", str(config.model), mesh_option="mesh")
+
+
 @dataclasses.dataclass
 class Job:
     """A model that is being trained, in the current mesh.
@@ -153,26 +180,32 @@ class Job:
     dtype: np.dtype
 
     @classmethod
-    def start(cls, config: TrainConfig, model_config: Glm4vConfig) -> tuple["Job", TrainState]:
+    def start(
+        cls, config: TrainConfig, model_config: Glm4vConfig, progress: Callable[[int, int], None] | None = None
+    ) -> tuple["Job", TrainState]:
         """Load the model and make the optimizer.
+
+        Args:
+          config, model_config: of the job and of its model.
+          progress: called with bytes of weights read and bytes in all, after each leaf.
 
         Returns:
           The job, and its state before the first step, of which it keeps no array.
 
         Raises:
           Glm4vError: what is wrong with the model, or with how it is to be trained.
+          MemoryShortageError: there is too little memory; nothing has been read.
         """
         quantize = as_config(config.quantize)
-        model = load_model(Path(config.model), model_config, dtype="auto", stacked=True, quantize=quantize)
+        _check_memory(config, model_config)
+        model = load_model(
+            Path(config.model), model_config, dtype="auto", stacked=True, quantize=quantize, progress=progress
+        )
         if config.lora is not None:
             model = add_lora(model, config.lora, config.seed)
         layout = Layout.of(model)
         dtypes = dict(zip(layout.paths, (leaf.dtype for leaf in jax.tree.leaves(model)), strict=True))
-
-        def is_trained(path: str) -> bool:
-            return is_lora(path) if config.lora is not None else group_of(path) not in config.freeze
-
-        params, frozen = split(model, is_trained)
+        params, frozen = split(model, _is_trained(config))
         optimizer = make_optimizer(config.optimizer, config.steps, model)
         dtype = jnp.dtype(config.dtype or default_dtype())
         step = make_step(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,15 @@ class MetricsLog:
       and the norm of its gradients.
     """
 
-    def __init__(self, directory: Path, config: TrainConfig, step: int, speed: Speed, log: Callable[[str], None]):
+    def __init__(
+        self,
+        directory: Path,
+        config: TrainConfig,
+        step: int,
+        speed: Speed,
+        log: Callable[[str], None],
+        compiled: Sequence[float] = (),
+    ):
         """Resume after a step.
 
         Args:
@@ -54,6 +62,7 @@ class MetricsLog:
           step: the last one that counts.
           speed: of its steps.
           log: called with a log line every `config.log_every` steps.
+          compiled: seconds of each program compiled so far, which count for no step; see `compile_times`.
 
         Raises:
           ConfigError: TensorBoard is asked for, and its writer is not installed.
@@ -66,7 +75,12 @@ class MetricsLog:
             for name in (METRICS, EVALUATIONS):
                 _truncate(directory / name, step)
         self.step, self.streak, self.grad_norm = step, 0, 0.0
-        self._since = time.perf_counter()
+        self._compiled = compiled
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to time a step."""
+        self._since, self._compiled_before = time.perf_counter(), sum(self._compiled)
 
     def add(self, step: int, metrics: Metrics, rows: Mapping[str, Any]) -> None:
         """Take the metrics of a step that is under way, and write those of the one before it once it is computed.
@@ -86,8 +100,9 @@ class MetricsLog:
         step, metrics, rows = self._pending
         self._pending = None
         found = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        compiled = sum(self._compiled) - self._compiled_before
+        seconds = max(time.perf_counter() - self._since - compiled, 1e-9)
+        self._begin()
         self.step, self.streak, self.grad_norm = step, int(found.streak), float(found.grad_norm)
         tokens, patches = int(found.work.tokens), int(found.work.patches)
         flops = self._speed.flops(found.work)
@@ -106,6 +121,7 @@ class MetricsLog:
             "vision_padding": 1 - patches / self._speed.patches if self._speed.patches else None,
             "flops": flops,
             "seconds": round(seconds, 4),
+            "compile_seconds": round(compiled, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "mfu": None if self._speed.peak is None else round(flops / seconds / self._speed.peak, 4),
         }
@@ -123,7 +139,7 @@ class MetricsLog:
         self._write(EVALUATIONS, {"step": step, **dataclasses.asdict(found), "seconds": round(seconds, 3)})
         score = "" if found.score is None else f", score {found.score:.1%}"
         self._log(f"evaluation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
-        self._since = time.perf_counter()
+        self._begin()
 
     def close(self) -> None:
         """Close the files."""

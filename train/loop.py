@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.console.progress import Programs
+from glm4v_jax.devices.compilation_cache import compile_times, compiling
 from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import Glm4vError
+from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.checkpoints import Checkpoints, abstract
 from train.config import TrainConfig
@@ -52,6 +55,7 @@ def train(
     records: Sequence[Record] | None = None,
     profile: int = 0,
     log: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> JobResult:
     """Run a job, from its latest checkpoint if there is one.
 
@@ -66,6 +70,7 @@ def train(
       records: to train on, instead of those of `config.data.files`; indexed from threads.
       profile: write a profile of this many steps, early in the run, to `config.out`.
       log: called with log lines for a person.
+      progress: called with bytes of weights read and bytes in all, while the model is loaded.
 
     Raises:
       Glm4vError: what is wrong with the job, its model or its data.
@@ -93,7 +98,7 @@ def train(
         if config.eval is not None:
             evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, log)
         stopping = stack.enter_context(Stopping(mesh))
-        job, state = Job.start(config, model_config)
+        job, state = Job.start(config, model_config, progress)
         log(job.describe(data, mesh))
         if checkpoints.latest is not None:
             like = abstract(state)
@@ -101,7 +106,9 @@ def train(
             state, lanes = checkpoints.restore(like)
             stream.set_state(lanes)
             log(f"resuming after step {int(state.step)}, from {out / CHECKPOINTS}")
-        kept_metrics = MetricsLog(out, config, int(state.step), _speed(job, mesh), log)
+        compiled = stack.enter_context(compile_times())
+        stack.enter_context(compiling(Programs(_programs(config), lambda text: log(text) if text else None)))
+        kept_metrics = MetricsLog(out, config, int(state.step), _speed(job, mesh), log, compiled)
         metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
         steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log)
@@ -222,6 +229,15 @@ def _speed(job: Job, mesh: Mesh) -> Speed:
     batch = job.config.batch
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return Speed(batch.tokens, batch.patches, job.flops, None if peak is None else peak * mesh.size)
+
+
+def _programs(config: TrainConfig) -> dict[str, str]:
+    """The jitted functions that a job runs, and what a person calls them."""
+    found = {"step": "training step"}
+    if config.eval is not None:
+        found["evaluation_loss"] = "loss of the evaluation"
+        found |= programs() if config.eval.generate else {}
+    return found
 
 
 def _ignore(line: str) -> None:

@@ -197,10 +197,15 @@ def abstract_leaves(
 
 def device_bytes(leaves: Iterable[Any]) -> int:
     """Return the bytes that a device of the mesh holds of arrays, abstract ones included."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
+        for leaf in leaves
+    )
 
 
-def check_fits(nbytes: int, what: str, place: str, instead: Mapping[str, int] | None = None) -> None:
+def check_fits(
+    nbytes: int, what: str, place: str, instead: Mapping[str, int] | None = None, *, mesh_option: str = "--mesh"
+) -> None:
     """Check that this process's devices in the current mesh have room for what is to be loaded.
 
     Args:
@@ -208,6 +213,7 @@ def check_fits(nbytes: int, what: str, place: str, instead: Mapping[str, int] | 
       what: they are for.
       place: starts the message.
       instead: options -> bytes that each device would hold with them.
+      mesh_option: what sets the mesh.
 
     Raises:
       MemoryShortageError: they have not; the message has both numbers, and what would fit.
@@ -220,7 +226,7 @@ def check_fits(nbytes: int, what: str, place: str, instead: Mapping[str, int] | 
         fitting = {name: shared * size for name, size in (instead or {}).items() if shared * size <= memory.free}
         found = [f"{name} ({decimal_size(size, 1)})" for name, size in fitting.items()]
         if not is_host and memory.free > 0:
-            found.append(f"--mesh with at least {mesh.size * -(-nbytes // memory.free)} such devices")
+            found.append(f"{mesh_option} with at least {mesh.size * -(-nbytes // memory.free)} such devices")
         return f"what fits: {' or '.join(found)}" if found else ""
 
     with naming(place, MemoryShortageError):

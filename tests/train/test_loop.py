@@ -87,7 +87,7 @@ def job(folder, out, **changes):
 
 def steps(folder, out):
     """The metrics of every step, without times."""
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "compile_seconds", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in read_log(folder / out / METRICS)]
 
 
@@ -98,7 +98,9 @@ def uninterrupted(folder):
     assert result == (STEPS, True)
     assert sum("data.jsonl:5: images: found 0 for 1 <image> markers" in line for line in told) == 1
     assert any(line.endswith("12 records to train on; one device, cpu") for line in told)
-    last = read_log(folder / "whole" / METRICS)[-1]
+    assert "compiling 1 of 1: training step" in told
+    first, *_, last = read_log(folder / "whole" / METRICS)
+    assert first["compile_seconds"] > 0 == last["compile_seconds"]
     assert told[-2] == (
         f"{STEPS} steps in this run, 0 of all skipped; rows read: {round(12 * last['epoch'])}, of which 0 were too "
         f"long and {last['rows_skipped']} could not be read"

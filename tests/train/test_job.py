@@ -1,0 +1,33 @@
+"""What a job starts with: memory is checked before weights are read."""
+
+import jax
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax.checkpoints import load
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.memory import Memory
+from glm4v_jax.errors import MemoryShortageError
+from glm4v_jax.model.lora import LoraConfig
+from train import job
+from train.config import DataConfig, TrainConfig
+
+CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
+
+
+@pytest.mark.usefixtures("mesh")
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
+def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch, lora):
+    config = TrainConfig(
+        model=str(RANDOM_CHECKPOINT), out="out", data=DataConfig(files=("data.jsonl",)), steps=2, lora=lora
+    )
+    started, state = job.Job.start(config, CONFIG)
+    arrays = jax.tree.leaves((state.params, state.opt_state, started.frozen, state.params))
+    held = sum(array.nbytes for array in arrays) + 12  # three numbers of the state
+    free = [held]
+    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("host memory", free[0])])
+    monkeypatch.setattr(job, "load_model", lambda *_, **__: pytest.fail("weights were read"))
+    job._check_memory(config, CONFIG)
+    free[0] -= 1
+    with pytest.raises(MemoryShortageError, match=r"checkpoint: needs .* for weights, gradients and optimizer state, "):
+        job.Job.start(config, CONFIG)
