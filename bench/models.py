@@ -9,6 +9,8 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+
 from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -55,11 +57,25 @@ TRAINING = _config(
 """About 35 million parameters, wide for its depth, with the token ids of the packaged tokenizer."""
 
 
-def write_checkpoint(directory: pathlib.Path, config: dict[str, Any], *, processor: bool = False) -> pathlib.Path:
-    """Write a checkpoint whose weights let every part show in the logits, with the packaged processor if asked for."""
+def write_checkpoint(
+    directory: pathlib.Path, config: dict[str, Any], *, processor: bool = False, successors: np.ndarray | None = None
+) -> pathlib.Path:
+    """Write a checkpoint whose weights let every part show in the logits.
+
+    Args:
+      directory: made if need be.
+      config: a config.json.
+      processor: write the packaged processor beside it.
+      successors: for each token the one that the model generates after it; random weights do not say.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = random_tensors(Glm4vConfig.from_dict(config))
+    if successors is not None:
+        # So large that the layers do not hide it, and scored highest by the token that comes next.
+        embedding = tensors["model.language_model.embed_tokens.weight"]
+        tensors["lm_head.weight"][successors] = embedding / math.sqrt(embedding.shape[1])
+        embedding *= 8
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     for file in PROCESSOR_FILES if processor else ():
         shutil.copyfile(TINY_CHECKPOINT / file, directory / file)

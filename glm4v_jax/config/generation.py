@@ -9,7 +9,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from glm4v_jax.files import assets_directory, read_json_object
 _DEFAULT_NEW_TOKENS = 20
 
 MAX_LOGPROBS = 64
+MAX_LOOKUP = 64
 
 # Below this, dividing a float32 logit can overflow to infinity, and two infinities have no softmax.
 _SMALLEST_DIVISOR = 1e-30
@@ -49,12 +50,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "min_length": (0,),
     "negative_prompt_ids": (),
     "num_beam_groups": (1,),
-    "num_beams": (1,),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "penalty_alpha": (0.0,),
     "prefix_allowed_tokens_fn": (),
-    "prompt_lookup_num_tokens": (),
     "remove_invalid_values": (False,),
     "stopping_criteria": ([],),
     "synced_gpus": (False,),
@@ -71,7 +70,9 @@ _LISTS = ("eos_token_id", "stop_strings", "bad_words_ids", "suppress_tokens", "s
 
 OF_THE_MODEL = ("return_dict_in_generate", "output_scores", "output_logits")
 """Options that only `Glm4vForConditionalGeneration.generate` has."""
-OF_ALL_REQUESTS = ("logprobs", "logits_processor")
+OF_BEAMS = ("num_beams", "length_penalty", "early_stopping")
+"""Options of beam search, which only `Glm4vForConditionalGeneration.generate` has too."""
+OF_ALL_REQUESTS = ("logprobs", "logits_processor", "prompt_lookup_num_tokens")
 """Options that all requests of one batch share: each is a set of programs."""
 
 # What a configuration of the reference has besides options, or has no effect without one of the above.
@@ -135,6 +136,15 @@ class GenerationConfig:
     function (tokens [B, S], scores [B, V]) -> scores, or several; the newest token is the last of its row, and -1
     stands before the prompt's first. Each function is compiled once: pass the same object again.
 
+    `num_beams` above 1 searches for the likeliest sequences of a prompt, and returns `num_return_sequences` of them; a
+    sequence counts by the sum of its log probabilities divided by its length ** `length_penalty`. `early_stopping`
+    says when to stop after `num_beams` sequences have ended: at once (True), when better ones seem unlikely (False), or
+    are impossible ("never").
+
+    `prompt_lookup_num_tokens` drafts up to so many tokens from what the prompt and the answer hold already, and keeps
+    those that would be chosen anyway: the same tokens in fewer decode steps, where an answer copies. Up to 7 are
+    cheapest.
+
     `return_dict_in_generate`, with `output_scores` and `output_logits`, is for `model.generate` alone.
 
     `stop_strings` end the text. The other four are for `Engine` alone. After `think_budget` tokens thinking that is
@@ -176,8 +186,12 @@ class GenerationConfig:
     output_scores: bool = False
     output_logits: bool = False
     num_return_sequences: Positive = 1
+    num_beams: Positive = 1
+    length_penalty: float = 1.0
+    early_stopping: Annotated[bool | Literal["never"], Meta(description="true, false or 'never'")] = False
     eos_token_id: tuple[Annotated[int, Meta(ge=-1)], ...] = ()
     pad_token_id: Natural | None = None
+    prompt_lookup_num_tokens: Annotated[int, Meta(ge=1, le=MAX_LOOKUP)] | None = None
     seed: Seed = 0
     use_cache: bool = True
     stop_strings: Annotated[
@@ -209,9 +223,22 @@ class GenerationConfig:
         if self.do_sample:
             expected = f"a finite number of at least {_SMALLEST_DIVISOR}; for greedy decoding set do_sample=False"
             _require(self.temperature >= _SMALLEST_DIVISOR, "temperature", self.temperature, expected)
+            beams = "1 with do_sample=True: beam sampling is not supported; for beam search set do_sample=False"
+            _require(self.num_beams == 1, "num_beams", self.num_beams, beams)
+        elif self.num_beams > 1:
+            count, expected = self.num_return_sequences, f"at most num_beams={self.num_beams}"
+            _require(count <= self.num_beams, "num_return_sequences", count, expected)
+            draft = self.prompt_lookup_num_tokens
+            _require(draft is None, "prompt_lookup_num_tokens", draft, "nothing beside num_beams")
+            _require(not self.stop_strings, "stop_strings", self.stop_strings, "none beside num_beams")
         else:
             count = self.num_return_sequences
-            _require(count == 1, "num_return_sequences", count, "1 without do_sample=True: greedy sequences are equal")
+            _require(
+                count == 1,
+                "num_return_sequences",
+                count,
+                "1 without do_sample=True or num_beams: greedy sequences are equal",
+            )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:

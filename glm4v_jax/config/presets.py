@@ -122,6 +122,7 @@ def configured(config: "GenerationConfig", preset_name: str | None, options: Map
         raise GenerationError(f"{asked[0]}: found {options[asked[0]]!r}; expected {expected}")
     # A checkpoint's file may ask for what only `model.generate` returns.
     config = config.replace(**{**options, **dict.fromkeys(OF_THE_MODEL, False)})
-    if config.num_return_sequences != 1:
-        raise GenerationError(f"num_return_sequences: found {config.num_return_sequences}; expected 1")
+    for name in ("num_return_sequences", "num_beams"):
+        if (found := getattr(config, name)) != 1:
+            raise GenerationError(f"{name}: found {found}; expected 1; model.generate has more")
     return config

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
@@ -93,19 +93,24 @@ class Variant(NamedTuple):
       top: number of top log probabilities to return; None for no log probabilities at all.
       scores, logits: whether to return these of the whole vocabulary.
       processors: functions of the user (`GenerationConfig.logits_processor`).
+      draft: tokens that prompt lookup drafts for a decode step; None for decoding one by one.
     """
 
     top: int | None = None
     scores: bool = False
     logits: bool = False
     processors: tuple[Callable[..., Any], ...] = ()
+    draft: int | None = None
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Variant":
         """The programs for requests with these options."""
         top = None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)
         whole = config.return_dict_in_generate
-        return cls(top, whole and config.output_scores, whole and config.output_logits, config.logits_processor)
+        return cls(
+            top, whole and config.output_scores, whole and config.output_logits, config.logits_processor,
+            config.prompt_lookup_num_tokens,
+        )  # fmt: skip
 
 
 _PLAIN = Variant()
@@ -136,18 +141,20 @@ class Decoded(NamedTuple):
     Attributes:
       chosen: [B, K]; of row b the first n columns are valid, n being the growth of its `step`.
       step, done: [B], of the rows after the dispatch.
+      steps: runs of the decoder, where they are not as many as the tokens of the row that got most.
     """
 
     chosen: Chosen
     step: Int[Array, " B"]
     done: Bool[Array, " B"]
+    steps: Int[Array, ""] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
 def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> SlotsState:
     """`batch` free rows of `capacity` cache slots, all done."""
     config, dtype = text.module.config, text.leaves[0].dtype
-    row = _place_row(RowState.free(batch, num_eos))
+    row = place_row(RowState.free(batch, num_eos))
     seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
     hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
     return SlotsState(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
@@ -230,7 +237,7 @@ def choose_first(
     def chosen_from(new: Array, old: Array) -> Array:
         return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    row = jax.tree.map(chosen_from, _place_row(row), state.row)
+    row = jax.tree.map(chosen_from, place_row(row), state.row)
     only_these = row._replace(done=row.done | ~rows)
     (begun, seen), chosen = _choose(text.module, head, state.hidden, only_these, state.seen, constraints, variant)
     row = begun._replace(done=chosen_from(begun.done, row.done))
@@ -274,7 +281,7 @@ def decode(
         out = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
         return i + 1, out, state._replace(cache=written, seen=seen, row=row), tokens
 
-    out = _room(state, num_steps, variant)
+    out = room(state, num_steps, variant)
     # Of the constraints the loop carries the tokens alone: the rest never changes.
     tokens = None if constraints is None else constraints.tokens
     _, out, state, tokens = jax.lax.while_loop(is_running, step, (jnp.zeros((), jnp.int32), out, state, tokens))
@@ -284,7 +291,7 @@ def decode(
     return Decoded(out, jnp.copy(state.row.step), jnp.copy(state.row.done)), state, constraints
 
 
-def _room(state: SlotsState, num_steps: int, variant: Variant) -> Chosen:
+def room(state: SlotsState, num_steps: int, variant: Variant) -> Chosen:
     """Zeros for what `num_steps` steps choose."""
     zero = (state.row.token * 0)[:, None]
     out = Chosen(zero + jnp.zeros((1, num_steps), jnp.int32))
@@ -343,15 +350,21 @@ def _choose(
 ) -> tuple[tuple[RowState, Bool[Array, "B V"]], Chosen]:
     """Choose the next token of each row from its last hidden state; rows that are done keep theirs."""
     logits = score(decoder, None if head is None else head.module, hidden)
-    logits = mesh.reshard(logits[:, 0], "batch", "vocab")
+    return choose_from(mesh.reshard(logits[:, 0], "batch", "vocab"), row, seen, constraints, variant)
+
+
+def choose_from(
+    logits: Num[Array, "B V"],
+    row: RowState,
+    seen: Bool[Array, "B V"],
+    constraints: Constraints | None,
+    variant: Variant,
+) -> tuple[tuple[RowState, Bool[Array, "B V"]], Chosen]:
+    """Choose the next token of each row from its logits; rows that are done keep theirs."""
     # Greedy for a row that is done: sampling would cost time for nothing.
     params = row.params._replace(do_sample=row.params.do_sample & ~row.done)
 
-    constrained: Array | None = None
-    if constraints is not None:
-        constrained = penalised(biased(logits.astype(jnp.float32), constraints), params, seen)
-        constrained = banned(constrained, constraints, row.step, row.eos)
-        constrained = processed(constrained, constraints.tokens, variant.processors)
+    constrained = None if constraints is None else constrain(logits, row, seen, constraints, variant)
 
     def scores() -> Array:
         return penalised(logits, params, seen) if constrained is None else constrained
@@ -377,7 +390,16 @@ def _choose(
     return (row._replace(token=tokens, done=done, step=step), mark_seen(seen, tokens)), chosen
 
 
-def _place_row(row: RowState) -> RowState:
+def constrain(
+    scores: Num[Array, "B V"], row: RowState, seen: Bool[Array, "B V"], constraints: Constraints, variant: Variant
+) -> Float[Array, "B V"]:
+    """Apply the repetition penalty, constraints and the user's functions, in the reference's order."""
+    scores = penalised(biased(scores.astype(jnp.float32), constraints), row.params, seen)
+    scores = banned(scores, constraints, row.step, row.eos)
+    return processed(scores, constraints.tokens, variant.processors)
+
+
+def place_row(row: RowState) -> RowState:
     """Shard the rows' state over the batch."""
     return jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
 
@@ -409,7 +431,8 @@ def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
     )
 
 
-def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
+def map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
+    """Map (arrays, axis of the rows) -> array over caches; `axis` is that of keys and values."""
     sides = [
         jax.tree.map(lambda *xs: function(*xs, axis), cache.k, *(other.k for other in others)),
         jax.tree.map(lambda *xs: function(*xs, axis), cache.v, *(other.v for other in others)),
@@ -419,8 +442,8 @@ def _map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KV
 
 
 def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
-    return _map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
+    return map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
 
 
 def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
-    return _map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)
+    return map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)

@@ -230,7 +230,7 @@ class Engine:
           many: compile for `generate_many`.
           progress: called with each program and its seconds; by default they are printed to standard error.
           **options: of the requests, as `stream` takes them. Programs of their own belong to `logprobs`, to
-            `logits_processor`, and to bans, biases and least lengths together.
+            `logits_processor`, to `prompt_lookup_num_tokens`, and to bans, biases and least lengths together.
 
         Returns:
           The programs, in the order in which they ran.
@@ -240,11 +240,12 @@ class Engine:
         """
         shortest, longest = prompt_lengths
         check_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
-        self._capacity = max(self._capacity, bucket(longest + max_new_tokens, MIN_CAPACITY))
+        config = self.config(**options)
+        need = longest + max_new_tokens + (config.prompt_lookup_num_tokens or 0)
+        self._capacity = max(self._capacity, bucket(need, MIN_CAPACITY))
         self._free.clear()
         # Later turns, and answers after a think budget, prefill as little as one token.
         lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
-        config = self.config(**options)
 
         def all_programs() -> Iterator[Warmed]:
             if vision_patches is not None:

@@ -8,13 +8,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
-from glm4v_jax.generate import device_steps
+from glm4v_jax.generate import device_steps, prompt_lookup
 from glm4v_jax.generate.constraints import Constraints, TableShape, constraints_of, grown, merged
-from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState, Variant
+from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState, SlotsState, Variant
 from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.generate.prefill_chunks import Start, chunk_arrays, chunk_bounds
 from glm4v_jax.inputs.medium import Medium
@@ -32,7 +33,7 @@ SCORED_STEPS = 8
 
 @dataclasses.dataclass
 class Stats:
-    """Counts of work; the utilisation of slots is busy_steps / slot_steps."""
+    """Counts of work; the utilisation of slots, or tokens a decode step, is busy_steps / slot_steps."""
 
     prompt_tokens: int = 0
     prefill_tokens: int = 0
@@ -41,7 +42,7 @@ class Stats:
     slot_steps: int = 0
     """decode steps times rows"""
     busy_steps: int = 0
-    """those of them that generated a token"""
+    """tokens that these generated: at most one each, more with prompt lookup"""
 
 
 class Slots:
@@ -82,13 +83,15 @@ class Slots:
         self.stats = stats if stats is not None else Stats()
         self._num_eos = MIN_EOS
         self._capacity = self.capacity_for(capacity)
-        self._state: device_steps.SlotsState | None = None
+        self._state: SlotsState | None = None
         self._steps = np.zeros(self.num_rows, np.int32)
         """new tokens of each row, as last read"""
         self._constraints: Constraints | None = None
         """None if no row has any, so that the ordinary programs run"""
         self._constrained: set[int] = set()
         """rows that may be running with constraints"""
+        self._history: jax.Array | None = None
+        """[B, capacity]: the tokens of each row, where they are looked up"""
         self._table = TableShape()
 
     def capacity_for(self, need: int) -> int:
@@ -130,37 +133,59 @@ class Slots:
             self._state, chosen = device_steps.choose_first(
                 text, head, self._state, rows | together, self._row_of(starts), self._constraints, variant=self.variant
             )
+            if self.variant.draft is not None:
+                self._history = prompt_lookup.remember(self._history, rows, self._tokens(starts))
         if together:
             self._steps[:] = 0
         self._steps[rows] = [starts[row].step + 1 for row in sorted(starts)]
-        self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
-        self.stats.prefill_tokens += sum(start.new_tokens for start in starts.values())
+        self._count(starts)
         return chosen
+
+    def prefill(self, starts: Mapping[int, Start]) -> tuple[SlotsState, RowState, Constraints | None]:
+        """Prefill all rows at once without choosing tokens, and give the state away: what `choose_first` takes."""
+        with use_mesh(self.runtime.mesh), self.pool.lock:
+            self._make_room(starts)
+            self._prefill(starts, None, ())
+            self._constrain(starts, np.ones(self.num_rows, np.bool_))
+        self._count(starts)
+        state, self._state = self._state, None
+        assert state is not None
+        return state, self._row_of(starts), self._constraints
 
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
         """Encode images and videos of prompts in the queue, while the device works."""
         self.pool.prefetch(upcoming)
 
     def decode(self, limit: int = MAX_STEPS, *, idle: int | None = None) -> Decoded:
-        """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default)."""
+        """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default).
+
+        With prompt lookup steps until a row has got so many tokens, perhaps a few more.
+        """
         text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
         most = SCORED_STEPS if self.variant.scores or self.variant.logits else MAX_STEPS
         bounds = np.int32(min(limit, most)), np.int32(min(idle or self.num_rows, self.num_rows))
+        now = text, head, self._state, *bounds, self._constraints
         with use_mesh(self.runtime.mesh):
-            decoded, self._state, self._constraints = device_steps.decode(
-                text, head, self._state, *bounds, self._constraints, num_steps=most, variant=self.variant
-            )
+            if self.variant.draft is None:
+                decoded, self._state, self._constraints = device_steps.decode(
+                    *now, num_steps=most, variant=self.variant
+                )
+            else:
+                assert self._history is not None
+                decoded, self._state, self._constraints, self._history = prompt_lookup.decode(
+                    *now, self._history, num_steps=most, variant=self.variant
+                )
         self.stats.dispatches += 1
         return decoded
 
     def read(self, decoded: Decoded) -> tuple[Chosen, np.ndarray, np.ndarray]:
         """Wait for a dispatch: tokens [B, K] in NumPy, the number of new ones of each row, and which rows are done."""
-        chosen, step, done = to_host(decoded)
+        chosen, step, done, steps = to_host(decoded)
         counts = step - self._steps
         self._steps = step.copy()
         self._constrained -= set(np.flatnonzero(done).tolist())
-        self.stats.slot_steps += int(counts.max()) * self.num_rows
+        self.stats.slot_steps += int(counts.max() if steps is None else steps) * self.num_rows
         self.stats.busy_steps += int(counts.sum())
         return chosen, counts, done
 
@@ -170,6 +195,10 @@ class Slots:
         self._constrained -= set(rows)
         with use_mesh(self.runtime.mesh):
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
+
+    def _count(self, starts: Mapping[int, Start]) -> None:
+        self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
+        self.stats.prefill_tokens += sum(start.new_tokens for start in starts.values())
 
     def _waves(self, starts: Mapping[int, Start]) -> Iterator[tuple[dict[int, Start], np.ndarray]]:
         """One row of each shard at a time: shard -> its prompt, and the row of each shard, -1 for none."""
@@ -199,6 +228,13 @@ class Slots:
         for i, start in starts.items():
             seen[i, start.prompt.input_ids] = True
         return seen
+
+    def _tokens(self, starts: Mapping[int, Start]) -> np.ndarray:
+        """int32 [B, capacity]: each row's prompt."""
+        tokens = np.zeros((self.num_rows, self._capacity), np.int32)
+        for i, start in starts.items():
+            tokens[i, : len(start.prompt)] = start.prompt.input_ids
+        return tokens
 
     def _encode_vision(
         self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]
@@ -242,7 +278,8 @@ class Slots:
 
     def _make_room(self, starts: Mapping[int, Start]) -> None:
         """Create the state, or grow it to what these prompts need."""
-        need = max(start.capacity for start in starts.values())
+        # Drafts are written after the last token.
+        need = max(start.capacity for start in starts.values()) + (self.variant.draft or 0)
         num_eos = bucket(max(len(start.config.eos_token_id) for start in starts.values()), self._num_eos)
         capacity = max(self._capacity, self.capacity_for(need))
         state = self._state

@@ -11,12 +11,13 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices.distributed import agree, spans_processes, to_host
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.beam_search import Beams, search
 from glm4v_jax.generate.device_steps import Chosen, Variant
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.scheduler import SHARED_STEPS, DispatchSize
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 from glm4v_jax.generate.text.stream import TokenStops
-from glm4v_jax.hf.outputs import GenerateDecoderOnlyOutput
+from glm4v_jax.hf.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from glm4v_jax.inputs.prompt import prompts_of, token_array
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.vision_rows import bucket
@@ -57,7 +58,8 @@ def generate(
 
     Returns:
       int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens; rows that ended early are
-      filled with the padding token. With `return_dict_in_generate` that and more as a `GenerateDecoderOnlyOutput`.
+      filled with the padding token. With `return_dict_in_generate` that and more as a `GenerateDecoderOnlyOutput`, or
+      with `num_beams` as a `GenerateBeamDecoderOnlyOutput`.
 
     Raises:
       GenerationError: an option is unknown or out of its range, or prompt and new tokens exceed
@@ -74,6 +76,9 @@ def generate(
         raise GenerationError(
             f"stop_strings: found {config.stop_strings!r} without a tokenizer; expected tokenizer=processor.tokenizer"
         )
+    if config.num_beams > 1 and (streamer is not None or config.output_logits):
+        found = "streamer" if streamer is not None else "output_logits"
+        raise GenerationError(f"{found}: found beside num_beams={config.num_beams}; expected one of the two")
     config.check_vocabulary(runtime.config.text_config.vocab_size)
     input_ids = token_array(input_ids)
     num_new = config.new_tokens(input_ids.shape[-1], runtime.config.text_config.max_position_embeddings)
@@ -85,11 +90,15 @@ def generate(
     if shared:
         agree("inputs", _digest(inputs, config))
     copies = config.num_return_sequences
-    prompts = [prompt for prompt in prompts_of(inputs, runtime.config) for _ in range(copies)]
+    rows_of_each = copies if config.num_beams == 1 else 1
+    prompts = [prompt for prompt in prompts_of(inputs, runtime.config) for _ in range(rows_of_each)]
     starts = {row: Start(prompt, config, num_new, number=row) for row, prompt in enumerate(prompts)}
     with use_mesh(runtime.mesh):
         shards = data_shards()
     slots = Slots(runtime, shards * bucket(-(-len(prompts) // shards)), variant=Variant.of(config))
+    if config.num_beams > 1:
+        output = _best_beams(search(slots, starts, config), input_ids, config)
+        return output if config.return_dict_in_generate else output.sequences
     ends = list[TokenStops]()
     if tokenizer is not None and config.stop_strings:
         ends = [TokenStops(config.stop_strings, tokenizer, prompt.input_ids.tolist()) for prompt in prompts]
@@ -134,7 +143,7 @@ def _blocks(
       ends: of each row, where there are stop strings.
       pace: of the dispatches.
     """
-    count = len(starts)
+    count, rest = len(starts), list[Block]()
     stopped = np.zeros(slots.num_rows, np.bool_)
 
     def block(chosen: Chosen, counts: np.ndarray) -> Block:
@@ -157,8 +166,36 @@ def _blocks(
         made = block(chosen, counts)
         if surplus := np.flatnonzero(stopped & ~done).tolist():
             slots.stop(surplus)
-        decoded = None if (done | stopped).all() else slots.decode(pace.begin())
+        ended = done | stopped
+        decoded = None if ended.all() else slots.decode(pace.begin())
+        if slots.variant.draft is not None:
+            # Rows get different numbers of tokens: what others have not got yet waits for them.
+            made = _joined([*rest, made])
+            counts = made.valid.sum(axis=1)
+            ready = int(counts.max() if ended.all() else counts[~ended[:count]].min())
+            made, *rest = (
+                jax.tree.map(lambda x, part=part: x[:, part], made) for part in (slice(ready), slice(ready, None))
+            )
         yield made
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    """One block after the other, in each row what is valid first."""
+    joined = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *blocks)
+    order = np.argsort(~joined.valid, axis=1, kind="stable")
+    return jax.tree.map(lambda x: np.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1), joined)
+
+
+def _best_beams(beams: Beams, input_ids: np.ndarray, config: GenerationConfig) -> GenerateBeamDecoderOnlyOutput:
+    """The prompts, each as often as asked for, and the tokens of their best beams."""
+    count = config.num_return_sequences
+    tokens, parents, scores = (x[: len(input_ids), :count] for x in beams)
+    # As many as the longest of these has.
+    length = (parents >= 0).sum(axis=-1).max()
+    rows = parents + config.num_beams * np.arange(len(input_ids), dtype=np.int32)[:, None, None]
+    tokens, rows = (x[..., :length].reshape(-1, length) for x in (tokens, np.where(parents < 0, -1, rows)))
+    sequences = np.concatenate([np.repeat(input_ids, count, axis=0), tokens], axis=1).astype(np.int64)
+    return GenerateBeamDecoderOnlyOutput(sequences, scores.reshape(-1) if config.output_scores else None, rows)
 
 
 def _steps(blocks: Sequence[Block], values: Sequence[Any]) -> tuple[np.ndarray, ...]:

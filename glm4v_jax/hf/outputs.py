@@ -99,3 +99,17 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     sequences: np.ndarray
     scores: tuple[np.ndarray, ...] | None = None
     logits: tuple[np.ndarray, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """Output of `generate` with `return_dict_in_generate` and `num_beams`, in NumPy.
+
+    sequences: int64 [B * num_return_sequences, T + new], the best of each prompt first.
+    sequences_scores: float32, with `output_scores`: sums of log probabilities, divided by new ** length_penalty.
+    beam_indices: int32 [.., new], the row among B * num_beams that each token continues; -1 after the last.
+    """
+
+    sequences: np.ndarray
+    sequences_scores: np.ndarray | None = None
+    beam_indices: np.ndarray | None = None

@@ -67,6 +67,8 @@ class TestFiles:
             {"max_length": 300, "max_new_tokens": 40, "use_cache": False, "my_own_key": {"a": 1}},
             {"do_sample": True, "num_return_sequences": 3, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 5},
             {"num_beams": 1, "typical_p": 1.0, "min_length": 0, "bad_words_ids": None, "length_penalty": 1.0},
+            {"num_beams": 4, "num_return_sequences": 2, "early_stopping": "never", "length_penalty": -0.5},
+            {"prompt_lookup_num_tokens": 7, "early_stopping": True},
         ],
     )
     def test_files_read_as_the_reference_reads_them(self, tmp_path, options):
@@ -114,7 +116,7 @@ class TestFiles:
             ('{"do_sample": true, "temperature": NaN}', "temperature: found nan; expected"),
             ('{"top_p": "most"}', "top_p: found 'most'; expected"),
             ('{"eos_token_id": [1, "</s>"]}', "eos_token_id: found [1, '</s>']; expected"),
-            ('{"num_beams": 4}', "num_beams: found 4; expected 1, because this option is not supported"),
+            ('{"num_beam_groups": 4}', "num_beam_groups: found 4; expected 1, because this option is not supported"),
         ],
     )
     def test_malformed_files_are_named(self, tmp_path, file, content, message):
@@ -152,6 +154,15 @@ class TestChecks:
             ({"max_new_tokens": 0}, "max_new_tokens: found 0; expected an integer of at least 1"),
             ({"num_return_sequences": 0}, "num_return_sequences: found 0"),
             ({"num_return_sequences": 2}, "num_return_sequences: found 2; expected 1 without do_sample=True"),
+            (
+                {"num_beams": 2, "num_return_sequences": 3},
+                "num_return_sequences: found 3; expected at most num_beams=2",
+            ),
+            ({"num_beams": 2, "do_sample": True}, "num_beams: found 2; expected 1 with do_sample=True"),
+            ({"num_beams": 2, "prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: found 3; expected nothing"),
+            ({"num_beams": 2, "stop_strings": "a"}, "stop_strings: found .*; expected none beside num_beams"),
+            ({"early_stopping": "always"}, "early_stopping: found 'always'; expected true, false or 'never'"),
+            ({"prompt_lookup_num_tokens": 65}, "prompt_lookup_num_tokens: found 65; expected an integer from 1 to 64"),
             ({"eos_token_id": -2}, r"eos_token_id: found \(-2,\); expected a list of integers of at least -1"),
             ({"pad_token_id": -1}, "pad_token_id: found -1"),
             ({"seed": 2**32}, "seed: found 4294967296; expected an integer from 0 to"),
@@ -176,7 +187,7 @@ class TestChecks:
     @pytest.mark.parametrize(
         ("name", "value", "harmless"),
         [
-            ("num_beams", 4, 1),
+            ("num_beam_groups", 4, 1),
             ("typical_p", 0.9, 1.0),
             ("min_length", 5, 0),
             ("begin_suppress_tokens", [1], None),

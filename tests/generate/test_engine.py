@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
-from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
@@ -409,6 +409,7 @@ def test_an_error_is_reported_as_soon_as_it_is_known(engine):
         (dict(preset="fast"), "preset: found 'fast'; expected one of cli"),
         (dict(temprature=1.0), "unknown 'temprature'"),
         (dict(num_return_sequences=2, do_sample=True), "num_return_sequences: found 2"),
+        (dict(num_beams=2, do_sample=False), "num_beams: found 2"),
         (dict(max_new_tokens=70_000), "max_new_tokens: found 70000"),
         (dict(think_budget=60_000, answer_budget=10_000), "think_budget: found 60,000"),
         (dict(answer_budget=5), "answer_budget: found 5; expected think_budget beside it"),
@@ -520,9 +521,10 @@ EXTREMES = [
     dict(sequence_bias={(5,): -float("inf")}), dict(sequence_bias={(5,): LARGEST}),
     dict(eos_token_id=[]), dict(eos_token_id=list(range(8))), dict(pad_token_id=0), dict(use_cache=False),
     dict(stop_strings="e"), dict(stop_strings=["x" * 10_000] * 100), dict(stop_repetition=True), dict(logprobs=0),
-    dict(logprobs=64), dict(think_budget=1, answer_budget=1), dict(think_budget=60, answer_budget=90),
+    dict(logprobs=64), dict(prompt_lookup_num_tokens=1), dict(prompt_lookup_num_tokens=64),
+    dict(think_budget=1, answer_budget=1), dict(think_budget=60, answer_budget=90),
 ]  # fmt: skip
-ELSEWHERE = {"logits_processor", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits"}
+ELSEWHERE = {"logits_processor", "num_return_sequences", *OF_THE_MODEL, *OF_BEAMS}
 
 
 @pytest.mark.slow

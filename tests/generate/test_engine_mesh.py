@@ -19,8 +19,9 @@ def keep_even(tokens, scores):
 
 
 def answers(engine):
-    """Tokens of prompts of all modalities through slots, and of a conversation's second turn."""
+    """Tokens of prompts of all modalities through slots, of a conversation's second turn, with lookup, and of beams."""
     from glm4v_jax.generate.engine import Request
+    from glm4v_jax.hf.generate import generate
 
     prompts = [inputs for inputs in random_requests(engine.model, 20, 3) if 64 < inputs["input_ids"].size <= 96]
     requests = [Request(inputs, dict(max_new_tokens=3 + 2 * i)) for i, inputs in enumerate(prompts)]
@@ -33,10 +34,19 @@ def answers(engine):
     constrained = {one.index: [entry.token for entry in one.logprobs] for one in again}
     talk = engine.conversation(max_new_tokens=5, **GREEDY)
     talk.send("Hello")
+    # A penalty below 1 makes a random model repeat what it has read.
+    repeating = dict(repetition_penalty=0.01, prompt_lookup_num_tokens=4)
+    copied = {one.index: list(one.tokens) for one in engine.generate_many(requests[:6], **GREEDY | repeating)}
+    beams = generate(
+        engine.runtime, **prompts[0], max_new_tokens=5, num_beams=3, num_return_sequences=3, no_repeat_ngram_size=2,
+        do_sample=False, eos_token_id=-1,
+    )  # fmt: skip
     return [
         *(found[i] for i in range(len(requests))),
         *(constrained[i] for i in range(len(some))),
         list(talk.send("Again").tokens),
+        *(copied[i] for i in range(6)),
+        *beams.tolist(),
     ]
 
 

@@ -11,13 +11,14 @@ from glm4v_jax.cli.chat.attachments import places
 from glm4v_jax.cli.chat.session import Session, UserMessage
 from glm4v_jax.cli.chat.transcript import save
 from glm4v_jax.config.checks import one_of
+from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.files import replacing
 
 _NOT_FOR_CHAT = (
-    "logits_processor", "logprobs", "max_length", "num_return_sequences", "output_logits", "output_scores",
-    "pad_token_id", "return_dict_in_generate", "use_cache",
+    *OF_THE_MODEL, *OF_BEAMS, "logits_processor", "logprobs", "max_length", "num_return_sequences", "pad_token_id",
+    "use_cache",
 )  # fmt: skip
 """Fields of `GenerationConfig` that change nothing, or nothing that is shown."""
 

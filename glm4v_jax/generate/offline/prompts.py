@@ -127,11 +127,11 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
         raise GenerationError("logprobs: found in a line; expected --logprobs for all prompts")
     if options.get("num_return_sequences", 1) != 1:
         raise GenerationError(f"num_return_sequences: found {options['num_return_sequences']!r}; expected 1")
-    from glm4v_jax.config.generation import OF_THE_MODEL
+    from glm4v_jax.config.generation import OF_ALL_REQUESTS, OF_BEAMS, OF_THE_MODEL
 
-    known = {field.name for field in dataclasses.fields(config)} - {*OF_THE_MODEL, "logits_processor"}
+    known = {field.name for field in dataclasses.fields(config)} - {*OF_THE_MODEL, *OF_BEAMS, *OF_ALL_REQUESTS}
     if unknown := [name for name in options if name not in known]:
-        expected = ", ".join([*_FIELDS, *sorted(known - {"logprobs", "num_return_sequences", "use_cache"})])
+        expected = ", ".join([*_FIELDS, *sorted(known - {"num_return_sequences", "use_cache"})])
         near = did_you_mean(unknown[0], [*_FIELDS, *known])
         raise MessageError(f"{unknown[0]}: found an unknown field; expected some of {expected}{near}")
     config.replace(**options)  # raises where one is out of range
