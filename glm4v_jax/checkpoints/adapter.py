@@ -6,6 +6,7 @@ and its B, so that heads are in the same order in an adapter as in its kernel.
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -15,7 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 from msgspec import Meta
 
@@ -33,11 +35,13 @@ from glm4v_jax.model.glm4v import Glm4v
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's two wrappers around the model
+_HEAD = "lm_head"
 
 # Options of PEFT that make more of a LoRA than A and B beside kernels; none of them is supported.
 _REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "use_qalora", "fan_in_fan_out",
+    "alora_invocation_tokens", "use_qalora", "fan_in_fan_out", "use_bdlora", "kasa_config", "arrow_config",
+    "monteclora_config",
 )  # fmt: skip
 
 
@@ -181,9 +185,10 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
 
     Where layers differ in rank the lower ones are padded with zeros, layers without an adapter get one of zeros, and
     where the two parts of a fused kernel have an A each the leaf has both, concatenated: the outputs stay the same.
+    A head that PEFT has saved beside its adapter replaces the model's, as it does in PEFT.
 
     Args:
-      model: without an adapter, in the current mesh.
+      model: without an adapter.
       directory: with adapter_config.json and adapter_model.safetensors.
 
     Raises:
@@ -205,7 +210,11 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
         if params.stacked_layers(found[0]) is not None:
             every = [(np.stack([a for a, _ in every]), np.stack([b for _, b in every]))]
         for linear, (a, b) in zip(found, every, strict=True):
-            lora.set_lora(linear, _put(a, (*linear.in_axes, None)), _put(b, (None, *linear.out_axes)), scale)
+            kernel = linear.kernel[...]
+            put = functools.partial(_put, devices=kernel.sharding.mesh)
+            lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
+            if path == _HEAD and (head := layers[0][0].base) is not None:
+                linear.kernel = nnx.Param(put(head.astype(kernel.dtype), (*linear.in_axes, *linear.out_axes)))
     return result
 
 
@@ -214,12 +223,14 @@ class _PartAdapter(NamedTuple):
 
     Attributes:
       position: of the module in the B of a fused leaf.
+      base: what replaces the module's kernel, if anything.
     """
 
     a: np.ndarray
     b: np.ndarray
     position: tuple[Any, ...]
     scale: float
+    base: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,16 +278,18 @@ class _Options:
 class Pair(NamedTuple):
     """One module's adapter as the file has it, float32: A [R, inputs], B [outputs, R], of a convolution with a window.
 
-    With it the module's weight W becomes W + scale B A.
+    With it the module's weight W becomes W + scale B A. PEFT also saves the W of a head: `base`, in its own dtype.
     """
 
     adapted: AdaptedModule
     a: np.ndarray
     b: np.ndarray
     scale: float
+    base: np.ndarray | None = None
 
     def added_to(self, weight: np.ndarray) -> np.ndarray:
-        """Return W + scale B A in float32, in the shape of the weight."""
+        """Return W + scale B A in float32, in the shape of the weight, which is W unless the adapter has its own."""
+        weight = weight if self.base is None else self.base.astype(np.float32)
         product = self.b.reshape(len(self.b), -1) @ self.a.reshape(len(self.a), -1)
         product *= np.float32(self.scale)
         product = product.reshape(weight.shape)
@@ -308,23 +321,30 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
             rank, scale = options.scale_of(re.sub(r"\.lora_[AB]\.weight$", "", name))
             present[module] = adapted, scale
             expected |= {key: rule.tensor_shape(_sizes(config, rank)) for key, rule in rules.items()}
+            if module == _HEAD and (base := f"{module}.base_layer.weight") in names:
+                expected[base] = hf_mapping.wanted(config)[f"{module}.weight"].rule.tensor_shape(_sizes(config, rank))
     found = hf_mapping.check_tensors(file.items(), expected, str(file.path), spell=spell, any_dtype=True)
 
     def tensor(key: str) -> np.ndarray:
         return file.read(found[key]).astype(lora.DTYPE)
 
     return {
-        f"{module}.weight": Pair(adapted, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale)
+        f"{module}.weight": Pair(
+            adapted, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale,
+            file.read(found[base]) if (base := f"{module}.base_layer.weight") in found else None,
+        )
         for module, (adapted, scale) in present.items()
-    }
+    }  # fmt: skip
 
 
 def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:
     """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter."""
     found: dict[str, dict[int, list[_PartAdapter]]] = {}
-    for adapted, a, b, scale in pairs:
+    for adapted, a, b, scale, base in pairs:
         sizes = _sizes(config, len(a))
-        part = _PartAdapter(adapted.a.to_leaf(a, sizes), adapted.b.to_leaf(b, sizes), adapted.b.index, scale)
+        if base is not None:
+            base = hf_mapping.wanted(config)[f"{_HEAD}.weight"].rule.to_leaf(base, sizes)
+        part = _PartAdapter(adapted.a.to_leaf(a, sizes), adapted.b.to_leaf(b, sizes), adapted.b.index, scale, base)
         found.setdefault(adapted.path, {}).setdefault(adapted.layer or 0, []).append(part)
     return found
 
@@ -354,10 +374,10 @@ def _padded(
     return a, b
 
 
-def _put(values: np.ndarray, axes: Sequence[str | None]) -> Array:
-    """Put values on the devices of the current mesh; each process fills its own."""
+def _put(values: np.ndarray, axes: Sequence[str | None], devices: Mesh) -> Array:
+    """Put values on the devices of a mesh; each process fills its own."""
     spec = PartitionSpec(*(None,) * (values.ndim - len(axes)), *mesh.spec(*axes))
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    sharding = NamedSharding(devices, spec)
     return jax.make_array_from_callback(values.shape, sharding, values.__getitem__, dtype=values.dtype)
 
 

@@ -4,6 +4,7 @@ The matrices are leaves of `nn.Linear`, stacked and sharded over the mesh as its
 model like any other. `add_lora` adds the leaves, `merge_lora` merges them into the kernels, `is_lora` finds them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, validate
@@ -50,6 +52,14 @@ def is_lora(path: str) -> bool:
     return path.endswith((".lora_a", ".lora_b"))
 
 
+def on_mesh_of(model: Glm4v) -> contextlib.AbstractContextManager[object]:
+    """Run the body in the mesh that a model is on; in the current one where its arrays are traced or abstract."""
+    sharding = getattr(jax.tree.leaves(model)[-1], "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return mesh.use_mesh(sharding.mesh)
+    return contextlib.nullcontext()
+
+
 def has_lora(model: Glm4v) -> bool:
     """Whether any layer has an adapter."""
     return any(linear.lora_a is not None for found in linears(model).values() for linear in found)
@@ -78,7 +88,7 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     its own, the same in both layouts and on every mesh; B is 0. Both are float32.
 
     Args:
-      model: in the current mesh; inside `jax.eval_shape` it may be abstract.
+      model: on its mesh; inside `jax.eval_shape` it may be abstract, in the current mesh.
       config: which layers, and of what size.
       seed: of the random numbers.
 
@@ -93,7 +103,9 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
         keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in chosen}
         return {path: _new(found, keys[path], config.rank) for path, found in chosen.items()}
 
-    for path, leaves in draw(jax.random.key(seed)).items():
+    with on_mesh_of(model):
+        drawn = draw(jax.random.key(seed))
+    for path, leaves in drawn.items():
         for linear, (a, b) in zip(chosen[path], leaves, strict=True):
             set_lora(linear, a, b, config.alpha / config.rank)
     return result
@@ -128,7 +140,9 @@ def merge_lora(model: Glm4v) -> Glm4v:
                         "quantised"
                     )
                 leaves = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
-                linear.kernel = nnx.Param(_merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes))
+                with on_mesh_of(model):
+                    merged = _merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes)
+                linear.kernel = nnx.Param(merged)
                 linear.lora_a = linear.lora_b = None
                 linear.lora_scale = 0.0
     return result

@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: written, read, and what PEFT itself makes of them."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from reference import CONFIGS, assert_close, load_theirs, random_tensors, their_
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import adaptable_modules, load_adapter, save_adapter
 from glm4v_jax.checkpoints.hf_write import tensors_of
+from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora
@@ -302,18 +304,95 @@ def test_peft_computes_the_same(ours, checkpoints, tmp_path, name):
 def test_an_adapter_that_peft_writes_computes_the_same(ours, checkpoints, tmp_path):
     theirs, torch = import_peft(), pytest.importorskip("torch")
     reference = load_theirs(checkpoints("base"))
-    modules = ["q_proj", "o_proj", "qkv", "attn.proj", "gate_proj", "up_proj", "gate_up_proj", "downsample"]
+    modules = ["q_proj", "o_proj", "qkv", "attn.proj", "gate_proj", "up_proj", "gate_up_proj", "downsample", "lm_head"]
     config = theirs.LoraConfig(
         r=4, lora_alpha=6, target_modules=modules, use_rslora=True, init_lora_weights=False,
         rank_pattern={"up_proj": 3}, alpha_pattern={"gate_proj": 5},
     )  # fmt: skip
     torch.manual_seed(0)
     wrapped = theirs.get_peft_model(reference, config).eval()
-    wrapped.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wrapped.base_model.model.lm_head.base_layer.weight *= 1.25
+    with pytest.warns(UserWarning, match="embedding layers found in `target_modules`"):
+        wrapped.save_pretrained(tmp_path)
     model = load_adapter(ours("base").module, tmp_path)
     batch, prompts = batch_of(model.config, IMAGE)
     expected = their_logits(wrapped.base_model.model, prompts)
     assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+
+
+HEAD, EMBEDDING = f"{PREFIX}lm_head.", f"{PREFIX}model.language_model.embed_tokens."
+
+
+def with_head(config, directory):
+    """An adapter of the head with the head itself, as PEFT writes it; the head's weight."""
+    random = np.random.RandomState(7)
+    a, b, weight = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 64), (320, 2), (320, 64)))
+    tensors = {"lora_A.weight": a, "lora_B.weight": b, "base_layer.weight": weight}
+    write_adapter(directory, {f"{HEAD}{name}": tensor for name, tensor in tensors.items()})
+    return weight + 1.5 * b @ a
+
+
+def write_adapter(directory, tensors, **options):
+    write_safetensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
+    options = dict(peft_type="LORA", r=2, lora_alpha=3) | options
+    (directory / "adapter_config.json").write_text(json.dumps(options))
+
+
+def test_a_head_beside_its_adapter_replaces_that_of_the_model(model, checkpoints, tmp_path):
+    """In memory, and in files."""
+    expected = with_head(model.config, tmp_path)
+    merged = lora.merge_lora(load_adapter(model, tmp_path))
+    assert_close(np.asarray(merged.lm_head.kernel[...]).T, expected, tolerance=5e-7)
+    tensors = merged_tensors(checkpoints("base"), tmp_path)
+    assert_close(np.asarray(tensors["lm_head.weight"]), expected, tolerance=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options"),
+    [
+        ({f"{EMBEDDING}lora_embedding_A": (2, 320), f"{EMBEDDING}lora_embedding_B": (64, 2)}, {}),
+        ({f"{EMBEDDING}base_layer.weight": (320, 64)}, {}),
+        ({f"{HEAD}weight": (320, 64), f"{EMBEDDING}weight": (320, 64)}, {}),  # of save_embedding_layers
+        ({f"{HEAD}base_layer.weight": (330, 64)}, {}),  # of a larger vocabulary
+        ({f"{HEAD}base_layer.bias": (320,)}, {}),
+        ({f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.base_layer.weight": (64, 64)}, {}),
+        ({f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_magnitude_vector": (64,)}, {}),
+        ({f"{HEAD}weight": (320, 64)}, {"modules_to_save": ["lm_head"]}),
+        ({}, {"trainable_token_indices": [1]}),
+        ({}, {"use_bdlora": {"nblocks": 2}}),
+        ({}, {"kasa_config": {}, "arrow_config": {"top_k": 3}}),
+    ],
+)
+def test_whatever_else_peft_saves_is_refused_by_name(model, tmp_path, tensors, options):
+    with_head(model.config, tmp_path)
+    file = SafetensorsFile(tmp_path / "adapter_model.safetensors")
+    every = {name: file.read(name).copy() for name in file}
+    every |= {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    write_adapter(tmp_path, every, **options)
+    with pytest.raises(CheckpointError) as error:
+        load_adapter(model, tmp_path)
+    set_options = [name for name, value in options.items() if value]
+    assert all(name in str(error.value) for name in set_options or tensors)
+
+
+def test_a_model_brings_its_mesh_along(model, tmp_path):
+    """As in a program of a user, where no mesh is set."""
+
+    def program():
+        assert jax.sharding.get_mesh().empty
+        adapted = lora.add_lora(model, lora.LoraConfig())
+        save_adapter(adapted, tmp_path)
+        return lora.merge_lora(load_adapter(model, tmp_path)), adapted
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        merged, adapted = threads.submit(program).result()
+    jax.tree.map(np.testing.assert_array_equal, merged, model)
+    again = load_adapter(model, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, adapted)
+    assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, again)) == jax.tree.leaves(
+        jax.tree.map(lambda x: x.sharding, adapted)
+    )
 
 
 def test_rules_of_a_and_b_keep_the_heads_in_order():
