@@ -1,6 +1,7 @@
 """Files: those beside a checkpoint's weights, fingerprints of large ones, and how any are read and written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -171,8 +172,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def set_dtype(path: pathlib.Path, dtype: str) -> None:
-    """Replace every dtype in a config.json by this one."""
-    write_json(path, _with_dtype(read_json_object(path), dtype))
+    """Replace every dtype in a config.json by this one, which it then has: other programs guess where none is named."""
+    config = _with_dtype(read_json_object(path), dtype)
+    if not config.keys() & {"dtype", "torch_dtype"}:
+        config["dtype"] = dtype
+    write_json(path, config)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -207,19 +211,22 @@ _ORBAX = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "state")
 
 _WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 12
 
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What the system says when it cannot take more of a file that is open."""
 
-def fingerprint(path: str | pathlib.Path) -> str:
+
+def fingerprint(path: str | pathlib.Path, whole: int = _WHOLE) -> str:
     """Return a digest of a file, or of all files of a directory, that changes with the content.
 
-    Of large files it covers the size and 64 samples of 4 KiB, so that a checkpoint takes no time: a change of a few
-    bytes may go unnoticed, a training step does not.
+    Of files of more than `whole` bytes it covers the size and 64 samples of 4 KiB, so that a checkpoint takes no time:
+    a change of a few bytes may go unnoticed, a training step does not.
 
     Raises:
       OSError: something cannot be read.
     """
     path = pathlib.Path(path)
     files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
-    return _fingerprint(path, files)
+    return _fingerprint(path, files, whole)
 
 
 def model_fingerprint(directory: str | pathlib.Path) -> str:
@@ -242,15 +249,16 @@ def model_fingerprint(directory: str | pathlib.Path) -> str:
     return _fingerprint(directory, [path for path in files if path.is_file()])
 
 
-def _fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path]) -> str:
+def _fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path], whole: int = _WHOLE) -> str:
     hashed = hashlib.blake2b(digest_size=8)
     for file in sorted(files):
         size = file.stat().st_size
         name = "" if file == root else str(file.relative_to(root))
         hashed.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
         with file.open("rb") as content:
-            if size <= _WHOLE:
-                hashed.update(content.read())
+            if size <= whole:
+                while block := content.read(_WHOLE):
+                    hashed.update(block)
                 continue
             for number in range(_SAMPLES):
                 content.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
@@ -267,8 +275,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield aside
-        os.replace(aside, path)
+        with naming_file(path):
+            yield aside
+            os.replace(aside, path)
     except BaseException as error:
         # On a read-only file system the first error says more.
         with contextlib.suppress(OSError):
@@ -276,6 +285,17 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         if isinstance(error, OSError) and error.errno is not None and str(error.filename) == str(aside):
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def naming_file(path: pathlib.Path) -> Iterator[None]:
+    """Name a file in an error of writing it: Python names one that it cannot open, and not one that a disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -1,6 +1,7 @@
 """Where a model is, fingerprints that change with the files of a model alone, and no file written in place."""
 
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -108,6 +109,33 @@ def test_a_file_is_replaced_by_what_was_written(tmp_path):
     with replacing(path) as aside:
         aside.write_text("new")
     assert (path.read_text(), os.listdir(tmp_path)) == ("new", ["sheet.png"])
+
+
+def test_a_disk_that_is_full_while_a_file_is_written_names_it(tmp_path):
+    """Python names a file that cannot be opened, and not one whose content the system refuses."""
+    path = tmp_path / "report.json"
+    (tmp_path / f".report.json.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught, replacing(path) as aside:
+        aside.write_text("{}")
+    assert one_line(caught.value) == f"{path}: No space left on device" and not os.listdir(tmp_path)
+
+
+def test_a_large_file_may_be_covered_whole(tmp_path):
+    (tmp_path / "rows").write_bytes(bytes(3 << 20))
+    before = [fingerprint(tmp_path / "rows", *whole) for whole in ((), (4 << 20,))]
+    with (tmp_path / "rows").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"1")
+    after = [fingerprint(tmp_path / "rows", *whole) for whole in ((), (4 << 20,))]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_a_dtype_is_added_where_none_is_named(tmp_path):
+    """Other programs guess one."""
+    for before, after in (({}, {"dtype": "float32"}), ({"torch_dtype": "bfloat16"}, {"torch_dtype": "float32"})):
+        (tmp_path / "config.json").write_text(json.dumps(before))
+        set_dtype(tmp_path / "config.json", "float32")
+        assert json.loads((tmp_path / "config.json").read_text()) == after
 
 
 def test_an_empty_name_is_visible_in_an_error():

@@ -1,22 +1,42 @@
 """What a job resumes from: Orbax checkpoints of its state, with the position in the data beside it."""
 
+import contextlib
+import errno
+import gc
 import json
+import logging
 import math
-from collections.abc import Mapping
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from glm4v_jax.devices.distributed import gathered
+from glm4v_jax.checkpoints.atomic_directory import FULL, free_bytes, full_disk
+from glm4v_jax.checkpoints.orbax_write import by_first, os_errors, without_orbax_log
+from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.files import size_text
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
 from train.state import Leaves, TrainState
 
-_STATE, _DATA, _JOB, _STEP = "state", "data", "job", "step"
+DATA_DIGEST = "content of the training data"
+"""Name of a digest in what must not have changed; checkpoints of earlier versions lack it."""
+
+_STATE, _DATA, _JOB = "state", "data", "job"
 _COUNTS = ("step", "skipped", "streak")
+
+# What TensorStore and the system say of files that can be read, and are not whole, is damage. This is not:
+_TROUBLE = re.compile("(RESOURCE_EXHAUSTED|UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
+_SAID = 160
+_GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_DAMAGED = ".damaged"
 
 
 class Restored(NamedTuple):
@@ -26,99 +46,237 @@ class Restored(NamedTuple):
     data: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of a job; each is complete, or absent. Every process calls the same methods."""
+class _DamagedError(CheckpointError):
+    """Files of a checkpoint are missing, or are not what was written."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig, job: Mapping[str, Any]):
+
+class Checkpoints:
+    """The checkpoints of a job; each is complete, or absent. Every process calls the same methods.
+
+    One whose files were damaged later, by a crash of the machine or a full disk of a network, is passed over: the job
+    resumes from the one before, and the damaged one is renamed.
+
+    Attributes:
+      evaluations: step -> `Evaluation.metrics` of the model after it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        job: Mapping[str, Any],
+        log: Callable[[str], None],
+        evaluations: Mapping[int, Mapping[str, float]] | None = None,
+    ):
         """Open the directory.
 
         Args:
           directory: of the checkpoints; created if need be.
           config: which to keep.
           job: what must not have changed for a job to resume, by name, as JSON; saved in every checkpoint.
+          log: called with log lines for a person.
+          evaluations: step -> `Evaluation.metrics` of the model after it, for all evaluations so far.
 
         Raises:
-          CheckpointError: the checkpoints are another job's, or not on a disk that all processes share.
+          CheckpointError: the checkpoints are another job's, all of them are damaged, or they are not on a disk that
+            all processes share.
         """
-        decisions, policies = ocp.training.save_decision_policies, ocp.training.preservation_policies
-        keep = [policies.LatestN(config.keep)]
-        if config.best is not None:
-            keep.append(policies.BestN(get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False))
         self._directory, self._config, self._job = directory, config, json.loads(json.dumps(job))
+        self._log = log
+        self.evaluations = dict(evaluations or {})
+        self._damaged: dict[int, str] = {}
         self._response: Any = None
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            # The caller decides when to save.
-            save_decision_policy=decisions.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
-        )
-        try:
+        self._written: int | None = None
+        self._before: int | None = None
+        self._has_failed = False
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_orbax_log())
+            self._checkpointer = self._open()
+            stack.callback(self._close_orbax)
             self._check()
-        except CheckpointError:
-            self._checkpointer.close()
-            raise
+            self._stack = stack.pop_all()
 
     @property
     def latest(self) -> int | None:
-        """The step of the latest one."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """The step of the latest one that is not known to be damaged."""
+        return next((step for step in reversed(self._steps()) if step not in self._damaged), None)
 
     @property
     def best(self) -> int | None:
         """The step of the best one, of equally good ones the first; None if none was evaluated."""
-        self.wait()
-        found = [info for info in self._checkpointer.checkpoints if self._config.best in (info.metrics or {})]
-        return max(found, key=lambda info: self._goodness(info.metrics)).step if found else None
+        return self._best(self._steps())
 
-    def save(self, state: TrainState, data: dict[str, Any], evaluation: Evaluation | None = None) -> None:
-        """Start to write a state, which may be donated as soon as this returns; waits for the one before."""
+    def tie(self) -> str | None:
+        """Return a log line where scores do not tell which is the best."""
+        scores = [found["score"] for found in self.evaluations.values() if "score" in found]
+        if self._config.best != "score" or len(scores) < 2 or len(set(scores)) > 1:
+            return None
+        return f"the score was {scores[0]:.1%} after all {len(scores)} evaluations: the smallest loss decides"
+
+    def check_room(self, state: TrainState, count: int, more: int = 0) -> None:
+        """Check that the disk has room for what is going to be written.
+
+        Args:
+          state: its arrays, or their shapes.
+          count: how many checkpoints will be saved.
+          more: bytes of other files.
+
+        Raises:
+          CheckpointError: it has not.
+        """
+        # One more than are kept: the oldest is removed when the new one is complete.
+        most = self._config.keep + (self._config.best is not None) + 1
+        count = min(count, max(1, most - len(self._steps()))) if count else 0
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        needed = count * size + more
+
+        def check() -> None:
+            if (free := free_bytes(self._directory)) < needed:
+                result = f" and {size_text(more)} for the result" if more else ""
+                raise CheckpointError(
+                    f"{self._directory}: found {size_text(free)} free on the disk; expected {size_text(needed)}: "
+                    f"{count} checkpoints of {size_text(size)}{result}; free some, or lower checkpoint.keep"
+                )
+
+        by_first(check)
+
+    def save(self, state: TrainState, data: dict[str, Any]) -> None:
+        """Start to write a state, which may be donated as soon as this returns; waits for the one before.
+
+        Raises:
+          CheckpointError: the disk is full; also raised by the methods that wait.
+          OSError: the disk refuses.
+        """
         self.wait()
         content = {"params": state.params, "opt_state": state.opt_state, "counts": _counts(state)}
         step = int(state.step)
-        metrics = None
-        if self._config.best is not None and evaluation is not None:
-            metrics = evaluation.metrics | {_STEP: step}
-        self._response = self._checkpointer.save_checkpointables_async(
-            step, {_STATE: content}, force=True, metrics=metrics, custom_metadata={_DATA: data, _JOB: self._job}
-        )
+        self._before = self.latest
+        with self._writing(step):
+            self._response = self._checkpointer.save_checkpointables_async(
+                step, {_STATE: content}, force=True, custom_metadata={_DATA: data, _JOB: self._job}
+            )
+            self._written = step
+
+    def evaluated(self, step: int, found: Evaluation) -> None:
+        """Note how good a checkpoint is, and remove those that are not kept for it."""
+        self.evaluations[step] = found.metrics
+        if self._config.best is None:
+            return
+        self.wait()
+        steps = self._steps()
+        for old in set(steps) - set(self._kept(steps)):
+            self._checkpointer.delete(old)
 
     def wait(self) -> None:
         """Wait until what is being written is on disk."""
         response, self._response = self._response, None
         if response is not None:
-            response.result()
+            assert self._written is not None
+            with self._writing(self._written):
+                response.result()
 
     def restore(self, like: TrainState) -> Restored:
-        """Load the latest one.
+        """Load the latest one; if it is damaged, the one before, and so on.
 
         Args:
           like: its arrays, abstract, sharded as they are to be loaded.
 
         Raises:
-          CheckpointError: it does not fit the job, or is damaged.
+          CheckpointError: it does not fit the job, or all are damaged; in several processes, one is.
         """
-        step = self.latest
         content = {"params": like.params, "opt_state": like.opt_state, "counts": _counts(like)}
-        found = self._load(step, content)
-        counts = found["counts"]
-        state = TrainState(found["params"], found["opt_state"], *(counts[name] for name in _COUNTS))
-        return Restored(state, self._metadata(step)[_DATA])
+        with _without_leftovers():  # which show while the next one is loaded
+            while (step := self.latest) is not None:
+                try:
+                    found = self._load(step, content)
+                    break
+                except _DamagedError as error:
+                    self._damaged[step] = str(error)
+                if several():  # the others wait for this one in Orbax
+                    self._end_damaged()
+            else:
+                raise self._all_damaged()
+            self._set_aside(step)
+            counts = found["counts"]
+            state = TrainState(found["params"], found["opt_state"], *(counts[name] for name in _COUNTS))
+            return Restored(state, self._metadata(step)[_DATA])
 
     def restore_params(self, like: Leaves, step: int) -> Leaves:
         """Load the trained parameters of one of them, and no more; see `restore`."""
+        self.wait()
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        with context:
-            return self._load(step, {"params": like})["params"]
+        try:
+            with context:
+                return self._load(step, {"params": like})["params"]
+        except _DamagedError as error:
+            raise CheckpointError(
+                f"{error}; remove this directory, and the same command exports the best of the others"
+            ) from error
 
     def close(self) -> None:
         """Wait for what is being written, and close."""
-        self.wait()
-        self._checkpointer.close()
+        with self._stack:
+            self.wait()
+
+    def _open(self) -> Any:
+        return ocp.training.Checkpointer(
+            self._directory.absolute(),
+            # The caller decides when to save.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=_Preservation(self._kept),
+            cleanup_tmp_directories=True,
+        )
+
+    def _close_orbax(self) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception:
+            if not self._has_failed:  # else it raises again what `wait` has
+                raise
+
+    def _steps(self) -> list[int]:
+        return [info.step for info in self._checkpointer.checkpoints]
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        found = [step for step in steps if self._config.best in self.evaluations.get(step, {})]
+        return max(found, key=self._goodness) if found else None
+
+    def _goodness(self, step: int) -> tuple[float, float, int]:
+        """Higher for a better one; of equal scores for the smaller loss, and then for the earlier."""
+        found = self.evaluations[step]
+        loss = found.get("loss", math.inf)
+        return found["score"] if self._config.best == "score" else 0.0, -loss, -step
+
+    def _kept(self, steps: Sequence[int]) -> Collection[int]:
+        """The steps, out of these in their order, that the job is to keep."""
+        best = self._best(steps)
+        return {*steps[-self._config.keep :], *([] if best is None else [best])}
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """Word the errors of writing a checkpoint."""
+        try:
+            with os_errors(self._directory / str(step)):
+                yield
+        except Exception as error:
+            self._has_failed = True
+            if not isinstance(error, OSError) or error.errno not in FULL:
+                raise
+            after = "none is complete yet" if self._before is None else f"the one of step {self._before} is complete"
+            safe = f"{after}; the same command resumes the job"
+            raise CheckpointError(full_disk(self._directory / str(step), safe)) from error
 
     def _check(self) -> None:
+        """Check that the latest one is this job's, of which the metadata is read."""
+        saved: dict[str, Any] = {}
+        while self.latest is not None:
+            try:
+                saved = self._metadata(self.latest)[_JOB]
+                break
+            except _DamagedError as error:
+                self._damaged[self.latest] = str(error)
         found = gathered(self.latest)
         if different := [index for index, step in enumerate(found) if step != found[0]]:
             raise CheckpointError(
@@ -126,9 +284,16 @@ class Checkpoints:
                 f"{different[0]}; expected one directory, on a disk that all processes share"
             )
         if self.latest is None:
+            if self._damaged:
+                raise self._all_damaged()
             return
-        saved = self._metadata(self.latest).get(_JOB, {})
         changed = [name for name in (*self._job, *(saved.keys() - self._job.keys())) if self._differs(name, saved)]
+        if DATA_DIGEST in changed and DATA_DIGEST not in saved:
+            changed.remove(DATA_DIGEST)
+            self._log(
+                f"{self._directory / str(self.latest)}: written by an earlier version, without a digest of the "
+                "training data: whether they are the same is not checked"
+            )
         if changed:
             faults = [
                 f"{name}: found {json.dumps(self._job.get(name))}; expected {json.dumps(saved.get(name))}, as saved"
@@ -142,32 +307,137 @@ class Checkpoints:
     def _differs(self, name: str, saved: Mapping[str, Any]) -> bool:
         return saved.get(name) != self._job.get(name)
 
-    def _metadata(self, step: int | None) -> dict[str, Any]:
+    def _metadata(self, step: int) -> dict[str, Any]:
         try:
-            return self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+            found = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+            return {name: found[name] for name in (_DATA, _JOB)}
         except Exception as error:  # Orbax has many
-            raise self._unusable(step, error) from error
+            problem = self._problem(step, error)
+        raise problem
 
-    def _load(self, step: int | None, content: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, step: int, content: dict[str, Any]) -> dict[str, Any]:
+        with _without_leftovers():
+            try:
+                return self._checkpointer.load_checkpointables(step, {_STATE: content})[_STATE]
+            except Exception as error:  # Orbax has many
+                misfit = self._misfit(step, content)
+                problem: Exception = self._problem(step, error)
+            # Only now: an error that refers to Orbax's would keep alive what that has left.
+            gc.collect()
+        if misfit is not None and isinstance(problem, _DamagedError):
+            problem = CheckpointError(
+                f"{self._directory / str(step)}: cannot resume from this checkpoint ({misfit}); expected one of a job "
+                "with the same model, frozen parts and optimizer"
+            )
+        raise problem
+
+    def _problem(self, step: int, error: BaseException) -> Exception:
+        """Return the error to raise for Orbax's: that of the machine, if it is one, or of a damaged checkpoint."""
+        path = self._directory / str(step)
+        while "incompatible handler" in str(error) and (inner := error.__cause__ or error.__context__) is not None:
+            error = inner  # says why
         try:
-            return self._checkpointer.load_checkpointables(step, {_STATE: content})[_STATE]
-        except Exception as error:  # Orbax has many
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise  # has nothing to do with the checkpoint
-            raise self._unusable(step, error) from error
+            with os_errors(path):
+                raise error
+        except (MemoryError, jax.errors.JaxRuntimeError) as trouble:
+            return trouble
+        except OSError as trouble:
+            if trouble.errno not in _GONE:
+                return trouble
+        except BaseException:
+            if _TROUBLE.match(str(error)):
+                return CheckpointError(f"{path}: found {_text(error)}; expected to read it")
+        return _DamagedError(f"{path}: found damaged files ({_text(error)}); expected a whole checkpoint")
 
-    def _unusable(self, step: int | None, error: Exception) -> CheckpointError:
-        reason = " ".join(str(error).split())[:300]
+    def _misfit(self, step: int, content: dict[str, Any]) -> str | None:
+        """Say which array of the job the checkpoint lacks, or has in another shape; None if it says that it has all."""
+        try:
+            saved = _shapes(self._checkpointer.checkpointables_metadata(step).metadata[_STATE])
+        except Exception:  # Orbax has many
+            return None
+        for name, shape in _shapes(content).items() if saved else ():
+            if saved.get(name) != shape:
+                return f"{name}: found {list(saved[name]) if name in saved else 'nothing'}; expected {list(shape)}"
+        return None
+
+    def _all_damaged(self) -> CheckpointError:
+        faults = [self._damaged[step] for step in sorted(self._damaged, reverse=True)]
         return CheckpointError(
-            f"{self._directory / str(step)}: cannot resume from this checkpoint ({reason}); expected one of a job with "
-            "the same model, frozen parts and optimizer"
+            f"{'; '.join(faults)}; no other is left: restore one of them, or choose another output directory to begin "
+            "anew",
+            faults,
         )
 
-    def _goodness(self, metrics: dict[str, float]) -> tuple[float, float]:
-        """Higher for a better one, and for the earlier of equals; models without the metric are the worst."""
-        best = self._config.best
-        value = metrics.get(best, math.nan) if best is not None else math.nan
-        return -math.inf if math.isnan(value) else -value if best == "loss" else value, -metrics.get(_STEP, 0)
+    def _end_damaged(self) -> None:
+        """Let the next start of this job in several processes pass over the damaged ones."""
+        if (latest := self.latest) is None:
+            raise self._all_damaged()
+        *_, said = self._damaged.values()
+        self._set_aside(latest)
+        raise CheckpointError(f"{said}: renamed; the same command resumes from step {latest}")
+
+    def _set_aside(self, latest: int) -> None:
+        """Rename the damaged ones, because their steps will be saved again."""
+        for step, said in sorted(self._damaged.items(), reverse=True):
+            aside = self._directory / f"{step}{_DAMAGED}"
+
+            def rename(step: int = step, aside: Path = aside) -> None:
+                shutil.rmtree(aside, ignore_errors=True)
+                (self._directory / str(step)).rename(aside)
+
+            if several():
+                with contextlib.suppress(OSError):  # another process may have done it
+                    rename()
+            else:
+                rename()
+            self._log(f"{said}: renamed to {aside.name}; the latest whole one is that of step {latest}")
+        if self._damaged and not several():
+            self._checkpointer.close()
+            self._checkpointer = self._open()
+        self._damaged = {}
+        self.evaluations = {step: found for step, found in self.evaluations.items() if step <= latest}
+
+
+class _Preservation:
+    """What Orbax asks which checkpoints to keep after a new one."""
+
+    def __init__(self, kept: Callable[[Sequence[int]], Collection[int]]):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Answer for each checkpoint, from the earliest to the latest."""
+        del context
+        steps = [info.step for info in checkpoints]
+        kept = self._kept(steps)
+        return [step in kept for step in steps]
+
+
+@contextlib.contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Keep Python from reporting what a failing load of Orbax leaves, one by one: tasks that nobody waits for."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = _ignore
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _ignore(unraisable: Any) -> None:
+    del unraisable
+
+
+def _text(error: BaseException) -> str:
+    """What an error says, in a line, without TensorStore's settings; of a long text, what stands last is the cause."""
+    said = " ".join(str(error).partition("[tensorstore_spec")[0].split())
+    if len(said) > _SAID:
+        said = f"{said.partition(':')[0]}: ... {said[-_SAID:]}"
+    return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) or not said else said
 
 
 def abstract(tree: Any) -> Any:
@@ -177,3 +447,11 @@ def abstract(tree: Any) -> Any:
 
 def _counts(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _COUNTS}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape, whatever kinds of nodes the tree has: Orbax keeps named tuples as dictionaries."""
+    return {
+        ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }

@@ -121,8 +121,8 @@ class CheckpointConfig:
     Attributes:
       every: steps between two checkpoints; there is one after the last step, too.
       keep: how many of the latest are kept.
-      best: keep also the best checkpoint by "loss" or "score" of the evaluation, and export that one; by default the
-        result is that of the last step.
+      best: keep also the best checkpoint by "loss" or "score" of the evaluation, of equal scores that of the smallest
+        loss, and export that one; by default the result is that of the last step.
     """
 
     every: Positive = 100
@@ -140,8 +140,8 @@ class EvalConfig:
     Attributes:
       files: held-out data, of the same format as the training data.
       share: instead of `files`, the fraction of the training data that is held out, drawn by the job's seed.
-      every: steps between two evaluations; there is one after the last step, too. With `checkpoint.best`, each is
-        followed by a checkpoint.
+      every: steps between two evaluations; there is one after the last step, too. With `checkpoint.best`, a checkpoint
+        is saved before each.
       max_samples: evaluate the first N records; every process keeps all their patches in memory, 4.7 kB each for the
         9B (39 MB for an image of 8,192).
       generate: how many of them to answer as well, greedily, and to compare with their last message. That takes a copy

@@ -30,13 +30,16 @@ from train.verify_export import Verified, compare, logits_of, prompt, tolerance_
 _CONTENT = "content"
 
 
-def check_result(base: str | Path, target: Path, *, is_whole: bool) -> None:
+def check_result(base: str | Path, target: Path, *, is_whole: bool) -> int:
     """Check that a result can be written; all processes call this.
 
     Args:
       base: the checkpoint that is trained.
       target: output directory.
       is_whole: whether the result is a model as large as its base; an adapter is small.
+
+    Returns:
+      Its bytes; 0 for an adapter.
 
     Raises:
       CheckpointError: something else is there, or too little disk space is left.
@@ -45,6 +48,7 @@ def check_result(base: str | Path, target: Path, *, is_whole: bool) -> None:
     if is_whole:
         needed = sum(info.nbytes for info in open_weights(base).values())
     by_first(lambda: check_room(Path(base), target, needed, overwrite=True))
+    return needed
 
 
 def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
@@ -95,8 +99,7 @@ def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Pa
     with _new(target, overwrite=True) as directory:
         save_pretrained(exported, GenerationConfig.from_pretrained(base), directory)
         if is_first():
-            copy_assets(base, directory)
-            config.save_pretrained(directory)
+            copy_assets(base, directory)  # config.json too, with fields that other programs read and this one does not
         by_first(_wait)
         found = logits_of(load_model(directory, config, dtype=dtype), batch)
         return compare(found, expected, tolerance=tolerance_of(config, "float32", dtype), where=target)

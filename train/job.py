@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +16,18 @@ from jax.sharding import Mesh
 from glm4v_jax.checkpoints.load import abstract_leaves, check_fits, device_bytes, load_model, resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, is_lora
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import as_config
 from glm4v_jax.planning.mesh_presets import mesh_for
-from train.checkpoints import abstract
+from train.checkpoints import DATA_DIGEST, abstract
 from train.config import ADAPTER, MODEL, TrainConfig
 from train.data.placement import check_batch, num_lanes
-from train.data.records import Record, read_records
+from train.data.records import Record, Records, read_records
 from train.evaluate import hold_out
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
@@ -40,12 +42,16 @@ _FREE = {
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
 
+_DIGESTED = 64
+"""Records, out of those that are not in files, whose content is compared when a job is resumed."""
+
 
 class Data(NamedTuple):
-    """Records to train on, and held-out ones, of which there may be none."""
+    """Records to train on, held-out ones, of which there may be none, and a digest of the former's content."""
 
     train: Sequence[Record]
     held_out: Sequence[Record]
+    digest: str
 
 
 def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
@@ -57,11 +63,34 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
     options = config.data
     if records is None:
         records = read_records(options.files, format=options.format, media_dir=options.media_dir)
+    digest = records.fingerprint() if isinstance(records, Records) else _digest(records)
     if config.eval is None:
-        return Data(records, ())
+        return Data(records, (), digest)
     if not config.eval.files:
-        return Data(*hold_out(records, config.eval.share, config.seed))
-    return Data(records, read_records(config.eval.files, format=options.format, media_dir=options.media_dir))
+        return Data(*hold_out(records, config.eval.share, config.seed), digest)
+    held_out = read_records(config.eval.files, format=options.format, media_dir=options.media_dir)
+    return Data(records, held_out, digest)
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """Digest some of the records that a caller has made: their texts, and the names of their media files."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for number in np.unique(np.linspace(0, len(records) - 1, _DIGESTED).astype(int)) if len(records) else ():
+        try:
+            record = records[int(number)]
+        except DataError:  # which training skips, or ends with
+            continue
+        items = [item for message in record.messages for item in (message["role"], *message["content"])]
+        hashed.update(repr([number, record.losses, *map(_essence, items)]).encode(errors="surrogatepass"))
+    return hashed.hexdigest()
+
+
+def _essence(item: Any) -> Any:
+    """A role, the text of an item, or its kind and the name of its file."""
+    if isinstance(item, str) or item["type"] == "text":
+        return item if isinstance(item, str) else item.get("text")
+    source = source_of(item)
+    return item["type"], os.path.basename(source) if isinstance(source, str | os.PathLike) else None
 
 
 def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
@@ -89,7 +118,7 @@ def check_same(config: TrainConfig, data: Data) -> None:
     if evaluation is not None and evaluation.files:
         evaluation = dataclasses.replace(evaluation, files=("",))
     same = dataclasses.replace(config, model="", out="", data=files, eval=evaluation)
-    text = repr((same, len(data.train), len(data.held_out)))
+    text = repr((same, len(data.train), len(data.held_out), data.digest))
     agree("the job or its data", hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
@@ -102,6 +131,7 @@ def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, A
         "config.json of the model": hashlib.blake2b(repr(model).encode(), digest_size=8).hexdigest(),
         "eval.share": config.eval.share if config.eval is not None else 0.0,
         "records to learn from": len(data.train),
+        DATA_DIGEST: data.digest,
         "optimizer.name": config.optimizer.name,
         "batch.lanes": num_lanes(config.batch),
     }
@@ -114,14 +144,17 @@ def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, A
     return fields
 
 
-def check_output(config: TrainConfig) -> None:
+def check_output(config: TrainConfig) -> int:
     """Check that the result can be written, before anything slow begins; all processes call this.
+
+    Returns:
+      About how many bytes the result will have; 0 for an adapter, which is small.
 
     Raises:
       CheckpointError: something else is in its place, or too little disk space is left.
     """
     name = MODEL if config.lora is None else ADAPTER
-    check_result(config.model, Path(config.out) / name, is_whole=config.lora is None)
+    return check_result(config.model, Path(config.out) / name, is_whole=config.lora is None)
 
 
 def check_step(step: int, config: TrainConfig) -> None:

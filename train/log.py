@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from glm4v_jax.devices.distributed import is_first
+from glm4v_jax.devices.distributed import gathered, is_first
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.files import replacing, to_json
+from glm4v_jax.files import naming_file, replacing, to_json
 from train.config import TrainConfig
 from train.evaluate import Evaluation
 from train.flops import Work
@@ -143,13 +143,19 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
-        if self._board is not None:
+        if self._board is None:
+            return
+        try:
             self._board.close()
+        except OSError as error:  # a full disk, of which the lines of JSON or a checkpoint may have told already
+            self._log(f"{self._directory / TENSORBOARD}: {error.strerror}: the last metrics are not there")
+            _abandon(self._board)
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
         if not is_first():
             return
-        with (self._directory / name).open("a", encoding="utf-8") as file:
+        path = self._directory / name
+        with naming_file(path), path.open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
         if self._board is not None:
             group = "train" if name == METRICS else "eval"
@@ -171,6 +177,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
+    """Return step -> `Evaluation.metrics` for every evaluation of a job; all processes get what the first one reads."""
+    lines = gathered(read_log(directory / EVALUATIONS) if is_first() else [])[0]
+    names = ("loss", "score")
+    return {line["step"]: {name: line[name] for name in names if line.get(name) is not None} for line in lines}
+
+
 def _truncate(path: Path, step: int) -> None:
     """Remove the lines after a step from a file."""
     kept = [line for line in read_log(path) if line["step"] <= step]
@@ -178,6 +191,15 @@ def _truncate(path: Path, step: int) -> None:
         return
     with replacing(path) as aside:
         aside.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _abandon(board: Any) -> None:
+    """Stop the thread of a writer of TensorBoard's files, and keep it from closing them again at the end of Python."""
+    for writer in board.all_writers.values():
+        events = writer.event_writer
+        if events._worker.is_alive():
+            events._worker.stop()
+        events._closed = True
 
 
 def _board(directory: Path, step: int) -> Any:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from glm4v_jax.checkpoints.atomic_directory import locked
+from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.progress import Programs
 from glm4v_jax.devices.compilation_cache import compile_times, compiling
@@ -23,9 +25,9 @@ from train.config import TrainConfig
 from train.data.placement import put
 from train.data.records import Record
 from train.data.stream import RowCounts, Stream, make_encoder
-from train.evaluate import Evaluation, Evaluator
+from train.evaluate import Evaluator
 from train.job import Job, check_output, check_same, check_step, identity, make_mesh, read_data
-from train.log import MetricsLog, Speed
+from train.log import MetricsLog, Speed, read_evaluations
 from train.preemption import Stopping
 from train.profiler import Profiler
 from train.state import TrainState
@@ -81,13 +83,16 @@ def train(
     mesh = make_mesh(config, model_config)
     data = read_data(config, records)
     check_same(config, data)
-    check_output(config)
-    processor = Glm4vProcessor.from_pretrained(config.model)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
-        kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, identity(config, model_config, data))
+        by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
+        result_bytes = check_output(config)
+        processor = Glm4vProcessor.from_pretrained(config.model)
+        evaluations = read_evaluations(out)
+        job_identity = identity(config, model_config, data)
+        kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log, evaluations)
         checkpoints = stack.enter_context(contextlib.closing(kept))
         if checkpoints.latest is not None:
             check_step(checkpoints.latest, config)
@@ -112,10 +117,15 @@ def train(
         metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
         steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log)
+        checkpoints.check_room(state, steps.count_saves(int(state.step)), result_bytes)
         state, is_complete = steps.run(state)
         number = int(state.step)
         if is_complete:
-            best = checkpoints.best if config.checkpoint.best is not None else None
+            best = None
+            if config.checkpoint.best is not None:
+                best = checkpoints.best
+                if (line := checkpoints.tie()) is not None:
+                    log(line)
             params = state.params
             del state  # the optimizer's state is not needed any more
             if best is not None and best != number:
@@ -151,6 +161,8 @@ class _Steps(NamedTuple):
         number = first = saved = int(state.step)
         lanes = None
         is_stopped = False
+        if number and self._is_evaluated(number) and number not in self.checkpoints.evaluations:
+            is_stopped = not self._evaluate(state)  # what it resumes after was saved, and then the job ended
         while number < config.steps and not (is_stopped or self.stopping.is_asked()):
             batch, lanes = next(self.stream)
             self.profiler.before_step()
@@ -160,15 +172,19 @@ class _Steps(NamedTuple):
             self.profiler.after_step(metrics)
             self.metrics_log.add(number, metrics, self._row_fields(lanes))
             self._check_streak()
-            evaluation = None
-            if self.evaluator is not None and (number % self.evaluator.every == 0 or number == config.steps):
-                evaluation = self._evaluate(self.evaluator, state, lanes)
-                is_stopped = evaluation is None
-            is_candidate = evaluation is not None and config.checkpoint.best is not None
-            if number % config.checkpoint.every == 0 or number == config.steps or is_candidate:
+            if self._is_saved(number):
                 self._flush()
-                self.checkpoints.save(state, _of_all_processes(lanes), evaluation)
+                self.checkpoints.save(state, _of_all_processes(lanes))
                 saved = number
+            if self._is_evaluated(number):
+                self._flush()
+                try:
+                    is_stopped = not self._evaluate(state)
+                except Exception:
+                    # Several processes may not all have come here, and saving would wait for the others for ever.
+                    if number > saved and not several():
+                        self.checkpoints.save(state, lanes)
+                    raise
         self._flush()
         self.profiler.end()
         if lanes is not None:
@@ -182,23 +198,32 @@ class _Steps(NamedTuple):
             )
         return state, number >= config.steps and not is_stopped
 
-    def _evaluate(self, evaluator: Evaluator, state: TrainState, lanes: dict[str, Any]) -> Evaluation | None:
-        """Evaluate, or return None if the job is asked to stop meanwhile."""
-        self._flush()
+    def count_saves(self, number: int) -> int:
+        """Return how many checkpoints come after a step."""
+        return sum(map(self._is_saved, range(number + 1, self.job.config.steps + 1)))
+
+    def _is_saved(self, number: int) -> bool:
+        """Whether a step is followed by a checkpoint: also one whose evaluation may find it to be the best."""
+        config = self.job.config
+        is_candidate = config.checkpoint.best is not None and self._is_evaluated(number)
+        return number % config.checkpoint.every == 0 or number == config.steps or is_candidate
+
+    def _is_evaluated(self, number: int) -> bool:
+        every = None if self.evaluator is None else self.evaluator.every
+        return every is not None and (number % every == 0 or number == self.job.config.steps)
+
+    def _evaluate(self, state: TrainState) -> bool:
+        """Evaluate, and return whether it was not stopped meanwhile."""
+        assert self.evaluator is not None
         number, since = self.metrics_log.step, time.perf_counter()
         answers = self.out / ANSWERS / f"step-{number:08d}.jsonl"
-        try:
-            found = evaluator(self.job.weights(state.params), answers, self.stopping.is_asked_now)
-        except Exception:
-            # Several processes may not all have come here, and saving would wait for the others for ever.
-            if not several():
-                self.checkpoints.save(state, lanes)
-            raise
+        found = self.evaluator(self.job.weights(state.params), answers, self.stopping.is_asked_now)
         if found is None:
             self.log(f"the evaluation after step {number} was stopped")
-        else:
-            self.metrics_log.evaluated(number, found, time.perf_counter() - since)
-        return found
+            return False
+        self.metrics_log.evaluated(number, found, time.perf_counter() - since)
+        self.checkpoints.evaluated(number, found)
+        return True
 
     def _row_fields(self, lanes: dict[str, Any]) -> dict[str, Any]:
         """Fields of metrics.jsonl about the rows that this process's lanes have read."""

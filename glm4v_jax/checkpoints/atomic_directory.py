@@ -12,8 +12,10 @@ import filelock
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import is_orbax
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk, or of a user's part of one, that has no room left."""
+
 _UNFINISHED, _REPLACED, _LOCK = ".unfinished", ".replaced", ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LISTED = 5
 
 
@@ -49,10 +51,14 @@ def check_room(source: Path | None, target: Path, needed: int, *, overwrite: boo
         the root of a file system, which cannot be renamed; or too little is free on the disk.
     """
     _check_target(source, target, overwrite=overwrite, dry_run=dry_run)
-    existing = next(parent for parent in place_of(target).parents if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    if (free := free_bytes(target)) < needed:
         raise CheckpointError(f"{target}: needs {needed:,} bytes, found {free:,} free on the disk; nothing was written")
+
+
+def free_bytes(target: Path) -> int:
+    """Return what is free on the disk of a directory, which need not exist."""
+    place = place_of(target)
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
 
 
 def _check_target(source: Path | None, target: Path, *, overwrite: bool, dry_run: bool) -> None:
@@ -111,7 +117,7 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     target = place_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, replaced = _beside(target, _UNFINISHED), _beside(target, _REPLACED)
-    with _locked(target):
+    with locked(target):
         renamed = False
         try:
             if unfinished.exists():
@@ -124,8 +130,10 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
             unfinished.rename(target)  # an empty directory may be in its place
             renamed = True
         except OSError as error:
-            if error.errno in _FULL:
-                raise CheckpointError(_full(target)) from error
+            if error.errno in FULL:
+                raise CheckpointError(
+                    full_disk(target, "what was written has been removed, the source is as it was")
+                ) from error
             raise
         finally:
             if not renamed:  # else what has this name now belongs to the next run
@@ -134,14 +142,26 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+def full_disk(target: Path, safe: str) -> str:
+    """Word the error of a disk that is full; `safe` says what is as it was."""
+    return f"{target}: found a full disk ({free_bytes(target):,} bytes free); expected room for the rest: {safe}"
+
+
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock of a directory, a file beside it, which ends with the process, however that ends.
+
+    Raises:
+      CheckpointError: another process holds it.
+    """
     lock = filelock.FileLock(_beside(target, _LOCK))
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise CheckpointError(f"{target}: found another process writing it; expected none") from error
+        raise CheckpointError(
+            f"{target}: found another process writing it, which holds {lock.lock_file}; expected none: wait for it to "
+            "end, or choose another output directory"
+        ) from error
     try:
         yield
     finally:
@@ -164,9 +184,3 @@ def _put_back(replaced: Path, target: Path) -> None:
 def _is_checkpoint(directory: Path) -> bool:
     """Return whether a directory holds a checkpoint, or what remains of one."""
     return is_orbax(directory) or (directory / "config.json").is_file() or any(directory.glob("*.safetensors"))
-
-
-def _full(target: Path) -> str:
-    free = shutil.disk_usage(target.parent).free
-    gone = "what was written has been removed, the source is as it was"
-    return f"{target}: found a full disk ({free:,} bytes free); expected room for the rest: {gone}"

@@ -4,6 +4,7 @@ Names, order and index are those that transformers 4.57 writes, so that what it 
 what comes out here; transformers 4.57 and 5.x load it.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -22,7 +23,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import is_first, to_host
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import replacing
+from glm4v_jax.files import replacing, set_dtype
 from glm4v_jax.model.glm4v import Glm4v
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -202,8 +203,28 @@ def save_pretrained(
             new.replace(directory / new.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    model.config.save_pretrained(directory)
+    save_config(model.config, directory, tensors)
     save_generation_config(generation_config, directory)
+
+
+def save_config(config: Glm4vConfig, directory: Path, tensors: Mapping[str, Any]) -> None:
+    """Write config.json; one that is there already and says the same keeps the fields that only other programs read.
+
+    Args:
+      config: of the model.
+      directory: exists.
+      tensors: name -> what has a dtype and bytes; the dtype of most of the bytes becomes the configuration's.
+    """
+    try:
+        is_there = Glm4vConfig.from_pretrained(directory) == config
+    except (CheckpointError, ConfigError):
+        is_there = False
+    if not is_there:
+        config.save_pretrained(directory)
+    nbytes = collections.Counter[str]()
+    for tensor in tensors.values():
+        nbytes[tensor.dtype.name] += tensor.nbytes
+    set_dtype(directory / "config.json", nbytes.most_common(1)[0][0])
 
 
 def save_generation_config(config: GenerationConfig, directory: Path) -> None:

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax import files
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
-from glm4v_jax.checkpoints.hf_write import save_generation_config
+from glm4v_jax.checkpoints.hf_write import save_config, save_generation_config
 from glm4v_jax.checkpoints.leaves import ModelLeaves, in_groups
 from glm4v_jax.checkpoints.orbax_read import FORMAT, METADATA_KEY
 from glm4v_jax.config.generation import GenerationConfig
@@ -78,7 +78,7 @@ class GroupWriter:
                 node = node.setdefault(parent, {})
             node[name] = leaf
         custom = None if metadata is None else {METADATA_KEY: metadata}
-        with self._context, _os_errors(self._directory):
+        with self._context, os_errors(self._directory):
             self._response = ocp.partial.save_async(self._directory / _ORBAX, tree, custom_metadata=custom)
 
     def wait(self) -> None:
@@ -89,7 +89,7 @@ class GroupWriter:
         """
         response, self._response = self._response, None
         if response is not None:
-            with _os_errors(self._directory):
+            with os_errors(self._directory):
                 response.result()
 
     def finish(self) -> None:
@@ -100,7 +100,7 @@ class GroupWriter:
           OSError: the disk refuses it.
         """
         self.wait()
-        with self._context, _os_errors(self._directory):
+        with self._context, os_errors(self._directory):
             ocp.partial.finalize(self._directory / _ORBAX)
         by_first(lambda: move_up(self._directory / _ORBAX))
 
@@ -129,7 +129,7 @@ def new_checkpoint(target: Path, *, overwrite: bool) -> Iterator[tuple[GroupWrit
     Raises:
       CheckpointError: another process is writing it, the disk is full, or the first process could not do its part.
     """
-    with _without_orbax_log(), contextlib.ExitStack() as stack:
+    with without_orbax_log(), contextlib.ExitStack() as stack:
         name = by_first(lambda: stack.enter_context(new_directory(target, overwrite=overwrite)).name)
         directory = place_of(target).parent / name
         writer = GroupWriter(directory)
@@ -211,7 +211,7 @@ def save_model(
         if jax.process_index() == 0:
             if assets is not None:
                 files.copy_assets(assets, folder)
-            model.config.save_pretrained(folder)
+            save_config(model.config, folder, leaves.infos)
             if generation_config is not None:
                 save_generation_config(generation_config, folder)
         groups = list(in_groups(leaves.infos, GROUP_BYTES))
@@ -228,7 +228,7 @@ def _version(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _os_errors(directory: Path) -> Iterator[None]:
+def os_errors(directory: Path) -> Iterator[None]:
     """Turn a TensorStore error about what the system refused into Python's `OSError`."""
     try:
         yield
@@ -241,7 +241,7 @@ def _os_errors(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_orbax_log() -> Iterator[None]:
+def without_orbax_log() -> Iterator[None]:
     """Silence Orbax's threads: each logs the error that ends it, traceback and all, besides raising it."""
     log = logging.getLogger("absl")
     level = log.level

@@ -7,7 +7,6 @@ program.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +25,7 @@ from glm4v_jax.config.checks import (
 )
 from glm4v_jax.config.rope_scaling import RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import assets_directory, check_config, read_json_object
+from glm4v_jax.files import assets_directory, check_config, read_json_object, write_json
 
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
@@ -313,9 +312,7 @@ class Glm4vConfig:
         """Write `config.json` into a directory, which is created if it does not exist."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        aside = directory / "config.json.part"
-        aside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        aside.replace(directory / "config.json")
+        write_json(directory / "config.json", self.to_dict())
 
     @classmethod
     def glm4_1v_9b(cls) -> Self:

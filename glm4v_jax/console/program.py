@@ -149,7 +149,9 @@ def run_program(
     except (Glm4vError, OSError) as error:
         if command.verbose:
             raise
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        is_refused = not _is_flushed()
+        place = "standard output: " if is_refused and isinstance(error, OSError) and error.filename is None else ""
+        print(f"{name}: error: {place}{one_line(error)}", file=sys.stderr)
         return command.trouble
     except KeyboardInterrupt as error:
         print(command.interrupted() or str(error) or f"{name}: interrupted", file=sys.stderr)
@@ -399,6 +401,16 @@ def discard_output() -> None:
     Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_flushed() -> bool:
+    """Flush standard output; discard it where that fails, as on a full disk: Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
+        return False
+    return True
 
 
 def _tidy_help(options: Any) -> None:

@@ -60,6 +60,19 @@ def test_the_dtype_of_the_model_is_written(checkpoints, tmp_path):
     model = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), dtype="bfloat16")
     model.save_pretrained(tmp_path)
     assert {tensor.dtype.name for tensor in read_all(tmp_path).values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_configuration_that_is_there_keeps_its_other_fields(ours, tmp_path):
+    """Of the same model; that of another one is replaced."""
+    for name in ("base", "odd"):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name] | {"of_tomorrow": 1, "torch_dtype": "float16"}))
+        ours("base").save_pretrained(tmp_path)
+        found = json.loads((tmp_path / "config.json").read_text())
+        if name == "base":
+            assert found == CONFIGS[name] | {"of_tomorrow": 1, "torch_dtype": "float32"}
+        else:
+            assert found == ours("base").config.to_dict() | {"dtype": "float32"}
 
 
 def test_other_files_are_kept_and_old_shards_removed(ours, tmp_path):

@@ -121,6 +121,14 @@ def test_quiet_and_verbose_exclude_each_other():
         ran("-q", "-v")
 
 
+def test_a_full_disk_behind_standard_output_is_one_line(capfd, monkeypatch):
+    """As in `glm4v eval tasks > file`; Python flushes once more at its end, which must not fail."""
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert ran("-q") == 2
+    assert capfd.readouterr().err == "it: error: standard output: [Errno 28] No space left on device\n"
+
+
 def test_an_unexpected_error_is_a_traceback(capfd, monkeypatch):
     """With the command's own status, where Python's 1 would be a result; else by Python itself."""
     assert ran(raises=RuntimeError("broken")) == 2

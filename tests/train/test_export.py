@@ -20,7 +20,7 @@ from glm4v_jax.checkpoints.merge_adapter import merged_tensors, write_merged
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, open_checkpoint
 from glm4v_jax.console.program import run_program
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import asset_files, read_json_object
 from glm4v_jax.model import lora, quantize
 from train import export, verify_export
 from train.export_command import Export
@@ -133,13 +133,26 @@ def test_an_exported_model_is_verified(base, tmp_path, monkeypatch):
     exported = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora.merge_lora(trained(base, lora.LoraConfig(rank=2))))
     verified = export.export_model(exported, jnp.float32, RANDOM_CHECKPOINT, tmp_path / "model")
     assert verified.difference <= 1e-6 and verified.tolerance < 2e-5 and verified.effect is None
-    assert (tmp_path / "model" / "tokenizer.json").is_file()
     again = load_model(tmp_path / "model", base.config, dtype="bfloat16")
     jax.tree.map(np.testing.assert_array_equal, again, exported)
     monkeypatch.setattr(export, "load_model", lambda *args, **kwargs: base)
     with pytest.raises(CheckpointError, match="model: found logits that differ"):
         export.export_model(exported, jnp.float32, RANDOM_CHECKPOINT, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_exported_model_has_all_fields_and_files_of_its_base(base, tmp_path):
+    """Those that this package does not read too: by `dtype`, and without it by a guess, servers choose theirs."""
+    source = tmp_path / "base"
+    shutil.copytree(RANDOM_CHECKPOINT, source)
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
+        before = read_json_object(source / name)
+        (source / name).write_text(json.dumps(before | {"dtype": "bfloat16", "of_tomorrow": {"a": [1, None]}}))
+    exported = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    export.export_model(exported, jnp.float32, source, tmp_path / "model")
+    assert len(asset_files(source)) > 6
+    for name in asset_files(source):
+        assert (tmp_path / "model" / name).read_bytes() == (source / name).read_bytes(), name
 
 
 def test_transformers_and_peft_compute_the_same(checkpoints, ours, tmp_path):

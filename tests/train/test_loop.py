@@ -1,8 +1,10 @@
 """Whole jobs with the random checkpoint: they train, and resume after a kill as if there had been none."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +27,9 @@ from glm4v_jax.errors import CheckpointError, DataError
 from glm4v_jax.model.lora import LoraConfig, is_lora
 from glm4v_jax.model.params import leaf_paths
 from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
-from train.evaluate import Evaluation
+from train.data.records import read_records
+from train.evaluate import Evaluation, Evaluator
+from train.job import read_data
 from train.log import EVALUATIONS, METRICS, TENSORBOARD, MetricsLog, read_log
 from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
 from train.optimizers import OptimizerConfig
@@ -77,6 +81,8 @@ def folder(tmp_path_factory):
     PIL.Image.fromarray(skimage.data.chelsea()).resize((168, 168)).save(folder / "large.png")
     large = rows[0] | {"images": ["large.png"]}
     (folder / "held.jsonl").write_text("\n".join(map(json.dumps, [rows[1], large, *rows[2:4]])), encoding="utf-8")
+    rows[-1]["messages"][0]["content"] += "!"
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "job.toml").write_text(JOB, encoding="utf-8")
     return folder
 
@@ -142,10 +148,10 @@ def test_the_result_is_a_checkpoint_with_frozen_parts_unchanged(folder, uninterr
 
 @pytest.fixture(scope="module")
 def failed_evaluation(folder):
-    """A job with an adapter whose evaluation fails after three steps."""
+    """A job with an adapter whose evaluation fails after a step that no checkpoint was due for."""
 
     class Broken:
-        every = 3
+        every = 1
 
         def __init__(self, *args):
             pass
@@ -165,7 +171,7 @@ def failed_evaluation(folder):
 def test_a_failed_evaluation_loses_no_step(failed_evaluation):
     told = []
     assert train(failed_evaluation, log=told.append) == (3, True)
-    assert told[1].startswith("resuming after step 3, ")
+    assert told[1].startswith("resuming after step 1, ")
 
 
 def test_a_job_with_lora_trains_an_adapter(folder, failed_evaluation, uninterrupted):
@@ -194,8 +200,23 @@ def test_a_job_stopped_by_sigterm_resumes_bit_for_bit(folder, uninterrupted):
     assert train(job(folder, "stopped", eval=looked), log=stop) == (4, False)
     assert "the evaluation after step 4 was stopped" in told and not read_log(folder / "stopped" / EVALUATIONS)
     assert steps(folder, "stopped") == uninterrupted[:4]
-    assert train(job(folder, "stopped")) == (STEPS, True)
+    assert train(job(folder, "stopped", eval=looked)) == (STEPS, True)
     assert steps(folder, "stopped") == uninterrupted
+    # And that evaluation is made up for.
+    assert [line["step"] for line in read_log(folder / "stopped" / EVALUATIONS)] == [4, 8, STEPS]
+
+
+def test_a_second_run_is_refused_while_the_first_goes_on(folder, uninterrupted):
+    """A job that is submitted twice, or started again while it still runs elsewhere."""
+
+    def start_again(line):
+        if line.startswith("step 2 "):
+            with pytest.raises(CheckpointError, match=r"twice.checkpoints: found another process writing it.*wait for"):
+                train(job(folder, "twice"))
+
+    assert train(job(folder, "twice", steps=3), log=start_again) == (3, True)
+    assert [line["step"] for line in steps(folder, "twice")] == [1, 2, 3]
+    assert not list((folder / "twice").glob(".*"))
 
 
 def test_a_killed_job_resumes_bit_for_bit(folder, uninterrupted):
@@ -222,15 +243,30 @@ def test_a_killed_job_resumes_bit_for_bit(folder, uninterrupted):
 
 @pytest.fixture(scope="module")
 def evaluated(folder):
-    """A job of five steps with evaluations, best checkpoint, profile and TensorBoard; and its messages."""
+    """A job of five steps with evaluations, best checkpoint, profile and TensorBoard.
+
+    Also its messages, and the checkpoints that are there, or being written, at the beginning of each evaluation.
+    """
     held_out = EvalConfig(files=(str(folder / "held.jsonl"),), every=2, generate=2, max_new_tokens=8)
     config = job(
         folder, "evaluated", eval=held_out, steps=5, checkpoint=CheckpointConfig(every=100, keep=1, best="loss"),
         optimizer=OptimizerConfig(learning_rate=0.3, warmup=1, schedule="constant", clip_norm=None), tensorboard=True,
     )  # fmt: skip
-    told = []
-    assert train(config, profile=1, log=told.append) == (5, True)
-    return config, told
+    told, there, evaluate = [], [], Evaluator.__call__
+
+    def look(*arguments):
+        there.append({int(path.name.partition(".")[0]) for path in (folder / "evaluated" / CHECKPOINTS).iterdir()})
+        return evaluate(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", look)
+        assert train(config, profile=1, log=told.append) == (5, True)
+    return config, told, there
+
+
+def test_a_step_is_saved_before_it_is_evaluated(evaluated):
+    """An evaluation takes long, and a job that is killed meanwhile loses no step before it."""
+    assert [max(steps) for steps in evaluated[2]] == [2, 4, 5]
 
 
 def test_evaluations_come_every_n_steps_and_after_the_last(folder, evaluated):
@@ -248,7 +284,7 @@ def test_answers_of_an_evaluation_are_written(folder, evaluated, step):
 
 
 def test_the_best_checkpoint_is_kept_and_exported(folder, evaluated):
-    config, told = evaluated
+    config, told, _ = evaluated
     found = read_log(folder / "evaluated" / EVALUATIONS)
     best = min(found, key=lambda line: line["loss"])
     kept = {int(path.name) for path in (folder / "evaluated" / CHECKPOINTS).iterdir()}
@@ -278,10 +314,13 @@ CHANGED = {
     "seed: found 7; expected 0": lambda job: dict(seed=7),
     "eval.share: found 0.5; expected 0.0": lambda job: dict(eval=EvalConfig(share=0.5)),
     "batch.length: found 80; expected 96": lambda job: dict(batch=dataclasses.replace(job.batch, length=80)),
-    "records to learn from: found 4; expected 12": lambda job: dict(
-        data=dataclasses.replace(job.data, files=(job.data.files[0].replace("data.jsonl", "held.jsonl"),))
-    ),
+    "records to learn from: found 4; expected 12": lambda job: dict(data=of_file(job, "held.jsonl")),
+    "content of the training data: found .*; expected .*": lambda job: dict(data=of_file(job, "other.jsonl")),
 }
+
+
+def of_file(job, name):
+    return dataclasses.replace(job.data, files=(job.data.files[0].replace("data.jsonl", name),))
 
 
 @pytest.mark.parametrize("message", CHANGED)
@@ -289,6 +328,26 @@ def test_a_changed_job_does_not_resume(folder, uninterrupted, message):
     changes = CHANGED[message](load_config(folder / "job.toml"))
     with pytest.raises(CheckpointError, match=f"cannot resume from this checkpoint: .*{message}"):
         train(job(folder, "whole", **changes))
+
+
+def test_the_content_of_data_counts_wherever_they_are(folder, tmp_path):
+    config = job(folder, "whole")
+    (tmp_path / "moved.jsonl").write_bytes((folder / "data.jsonl").read_bytes())
+    moved = dataclasses.replace(config.data, files=(str(tmp_path / "moved.jsonl"),))
+    digests = [
+        read_data(dataclasses.replace(config, data=data), records).digest
+        for data in (config.data, moved, of_file(config, "other.jsonl"))
+        for records in (None, list(read_good(data)))
+    ]
+    assert digests[:2] == digests[2:4] and len(set(digests)) == 4
+
+
+def read_good(data):
+    """The rows that can be read, as a caller may pass them."""
+    records = read_records(data.files)
+    for number in range(len(records)):
+        with contextlib.suppress(DataError):
+            yield records[number]
 
 
 def test_processes_agree_on_the_held_out_samples(folder, monkeypatch):
@@ -342,6 +401,13 @@ def test_a_bad_record_ends_a_strict_job(folder):
     data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
     with pytest.raises(DataError, match=r"data\.jsonl:5: images: found 0"):
         train(job(folder, "strict", data=data))
+
+
+def test_a_full_disk_names_the_file_of_metrics(folder, tmp_path):
+    log = MetricsLog(tmp_path, job(folder, "log"), 0, None, print)
+    (tmp_path / EVALUATIONS).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / EVALUATIONS}'")):
+        log.evaluated(3, Evaluation(1.0, 0.5, None), 1.0)
 
 
 def test_nan_is_written_as_null(folder):

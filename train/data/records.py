@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,14 @@ from glm4v_jax.config.checks import one_of
 from glm4v_jax.data.media import MediaItem, image_size, located
 from glm4v_jax.data.tables import Rows, find_files, open_rows
 from glm4v_jax.errors import DataError, MediaError
+from glm4v_jax.files import fingerprint
 from train.data import FormatName
 from train.data.conversations import Turns
 from train.data.dataset_info import read_entry, split_name
 from train.data.formats import FORMATS, Columns, conversation, detect, instruction, read_row
+
+_HASHED = 1 << 28
+"""Bytes of a file up to which its digest covers all of it, which takes half a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,11 @@ class Records(Sequence[Record]):
         """
         part, row = self._find(index)
         return part.formatting or detect(part.rows[row])
+
+    def fingerprint(self) -> str:
+        """Return a digest of the files' content; of large files, of their size and samples."""
+        digests = [fingerprint(part.rows.path, whole=_HASHED) for part in self._parts]
+        return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
     def _find(self, index: int) -> tuple[_Part, int]:
         try:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 import filelock
 
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.files import replacing, to_json
+from glm4v_jax.files import naming_file, replacing, to_json
 
 
 def open_answers(open_file: Callable[[], "AnswerFile"], keys: Mapping[int | str, str]) -> "AnswerFile":
@@ -95,16 +95,20 @@ class AnswerFile:
     def append(self, name: int | str, line: Mapping[str, Any]) -> None:
         """Write the answer to a prompt as a line."""
         assert self._file is not None
-        self._file.write(_encoded({self._field: name, "key": self._keys[name], **line}))
-        self._file.flush()
+        with naming_file(self._path):
+            self._file.write(_encoded({self._field: name, "key": self._keys[name], **line}))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file and remove the lock."""
-        if self._file is not None:
-            self._file.close()
-        if self._lock.is_locked:
-            pathlib.Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
+        try:
+            if self._file is not None:
+                with naming_file(self._path):
+                    self._file.close()  # a full disk refuses the rest once more
+        finally:
+            if self._lock.is_locked:
+                pathlib.Path(self._lock.lock_file).unlink(missing_ok=True)
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self

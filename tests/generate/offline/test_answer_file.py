@@ -41,6 +41,15 @@ def test_the_file_is_locked_before_it_is_read(monkeypatch):
     assert os.listdir() == ["out.jsonl"]
 
 
+def test_a_full_disk_names_the_file_and_leaves_no_lock():
+    with pytest.raises(OSError, match=r"No space left on device: 'out\.jsonl'"):  # noqa: SIM117
+        with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+            file._file.close()
+            file._file = open("/dev/full", "ab")  # noqa: SIM115
+            file.append(1, {"text": "a"})
+    assert os.listdir() == ["out.jsonl"]
+
+
 def test_a_link_and_a_mode_are_kept():
     pathlib.Path("real.jsonl").write_text('{"index": 1, "key')
     os.chmod("real.jsonl", 0o600)
