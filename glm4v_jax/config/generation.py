@@ -7,7 +7,7 @@ ignored.
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -55,6 +55,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0.0,),
     "prefix_allowed_tokens_fn": (),
     "remove_invalid_values": (False,),
+    "renormalize_logits": (False,),
     "stopping_criteria": ([],),
     "synced_gpus": (False,),
     "token_healing": (False,),
@@ -81,7 +82,7 @@ _NOT_OPTIONS = frozenset(
         "transformers_version", "_from_model_config", "_commit_hash", "bos_token_id", "decoder_start_token_id",
         "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
         "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
-        "renormalize_logits", "is_assistant", "cache_implementation", "cache_config", "return_legacy_cache",
+        "is_assistant", "cache_implementation", "cache_config", "return_legacy_cache",
         "prefill_chunk_size", "compile_config", "disable_compile", "generation_kwargs", "low_memory",
     }
 )  # fmt: skip
@@ -214,8 +215,10 @@ class GenerationConfig:
             expected = f"numbers from {-_LARGEST:g} to {_LARGEST:g}; -inf bans a sequence"
             _require(bias == -math.inf or abs(bias) <= _LARGEST, "sequence_bias", bias, expected)
         for processor in self.logits_processor:
-            usable = callable(processor) and not type(processor).__module__.startswith("transformers.")
-            _require(usable, "logits_processor", processor, "a JAX function (tokens, scores) -> scores, or several")
+            usable = callable(processor) and isinstance(processor, Hashable)
+            usable = usable and not type(processor).__module__.startswith("transformers.")
+            expected = "a hashable JAX function (tokens, scores) -> scores, or several"
+            _require(usable, "logits_processor", processor, expected)
         # -1 is not a token: it never stops a row.
         object.__setattr__(self, "eos_token_id", tuple(token for token in self.eos_token_id if token != -1))
         budgeted = self.answer_budget is None or self.think_budget is not None

@@ -157,12 +157,18 @@ def processed(
     """Call the user's functions.
 
     Raises:
-      GenerationError: one returns another shape.
+      GenerationError: one returns another shape, or cannot be compiled.
     """
 
     def call(tokens: Array, scores: Array) -> Array:
         for processor in processors:
-            new = jnp.asarray(processor(tokens, scores))
+            try:
+                new = jnp.asarray(processor(tokens, scores))
+            except jax.errors.JAXTypeError as error:
+                raise GenerationError(
+                    f"logits_processor: found {processor!r}, which needs the numbers while it is compiled; expected "
+                    "jax.numpy and jnp.where, and neither NumPy nor Python's if"
+                ) from error
             if new.shape != scores.shape:
                 raise GenerationError(
                     f"logits_processor: found scores {list(new.shape)}; expected {list(scores.shape)}, as they were"

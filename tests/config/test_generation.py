@@ -175,7 +175,7 @@ class TestChecks:
             ({"sequence_bias": {(5,): float("inf")}}, "sequence_bias: found inf; expected numbers from"),
             ({"sequence_bias": {(5,): float("nan")}}, "sequence_bias: found nan"),
             ({"sequence_bias": {(5,): -1e39}}, "sequence_bias: found -1e"),
-            ({"logits_processor": [3]}, "logits_processor: found 3; expected a JAX function"),
+            ({"logits_processor": [3]}, "logits_processor: found 3; expected a hashable JAX function"),
         ],
     )
     def test_invalid_values_are_refused(self, options, message):
@@ -241,7 +241,7 @@ class TestChecks:
         transformers = pytest.importorskip("transformers")
         pytest.importorskip("torch")
         processor = transformers.LogitsProcessorList([transformers.MinLengthLogitsProcessor(3, eos_token_id=1)])
-        with pytest.raises(GenerationError, match=r"logits_processor: found .*; expected a JAX function"):
+        with pytest.raises(GenerationError, match=r"logits_processor: found .*; expected a hashable JAX function"):
             GenerationConfig(logits_processor=processor)
 
     def test_every_unsupported_option_is_one_of_the_reference_and_harmless_at_its_default(self):
@@ -395,3 +395,13 @@ def test_a_configuration_of_transformers_goes_over_this_one():
 def test_what_a_given_configuration_cannot_ask_for_is_named(given, message):
     with pytest.raises(GenerationError, match=message):
         GenerationConfig().overridden(given)
+
+
+def test_bans_and_biases_of_transformers_are_taken_as_they_are():
+    options = dict(
+        min_new_tokens=3, no_repeat_ngram_size=2, bad_words_ids=[[1, 2]], suppress_tokens=[4], output_scores=True,
+        sequence_bias=[[[1], 2.0]], return_dict_in_generate=True,
+    )  # fmt: skip
+    given = _reference()(**options)
+    assert GenerationConfig().overridden(given) == GenerationConfig(**options)
+    assert GenerationConfig.from_dict(given.to_dict()) == GenerationConfig(**options)

@@ -415,6 +415,10 @@ def test_an_error_is_reported_as_soon_as_it_is_known(engine):
         (dict(answer_budget=5), "answer_budget: found 5; expected think_budget beside it"),
         (dict(stop_strings=[""]), "stop_strings"),
         (dict(logprobs=65), "logprobs: found 65"),
+        (dict(logprobs=-1), "logprobs: found -1"),
+        (dict(think_budget=0), "think_budget: found 0; expected an integer of at least 1"),
+        (dict(think_budget=1, answer_budget=0), "answer_budget: found 0; expected an integer of at least 1"),
+        (dict(suppress_tokens=[832]), "found 832; expected tokens below 832"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_computed(engine, options, message):

@@ -357,18 +357,18 @@ def test_stop_strings_end_rows_where_the_references_do(ours, theirs, tokenizers)
         assert end in (None, found.shape[1])
 
 
-def test_rows_that_meet_a_stop_string_are_padded(ours, tokenizers):
-    prompts = Prompts(CONFIG, ROWS["texts"], seed=7)
-    free = ours("base").generate(**prompts.inputs, max_new_tokens=24, **NEVER)[:, -24:]
-    string = next(text for text in map(tokenizers[0].decode, free[0, 3:, None].tolist()) if "\ufffd" not in text)
+def test_rows_that_meet_a_stop_string_are_padded(ours, plain, tokenizers):
+    inputs, rows = plain
+    texts = [tokenizers[0].decode([token]) for token in rows[0]]
+    string = next(text for text in texts[3:20] if "\ufffd" not in text)
     found = ours("base").generate(
-        **prompts.inputs, max_new_tokens=24, stop_strings=string, tokenizer=tokenizers[0], **NEVER, **WHOLE
+        **inputs, max_new_tokens=24, stop_strings=string, tokenizer=tokenizers[0], **NEVER, **WHOLE
     )
-    new = found.sequences[:, 28:]
-    ends = [next((i for i in range(24) if string in tokenizers[0].decode(row[: i + 1].tolist())), 23) for row in free]
+    ends = [next((i for i in range(24) if string in tokenizers[0].decode(row[: i + 1])), 23) for row in rows]
+    new = found.sequences[:, 13:]
     assert ends[0] < 23 and new.shape[1] == max(ends) + 1 == len(found.scores)
     for row, end in enumerate(ends):
-        assert new[row, : end + 1].tolist() == free[row, : end + 1].tolist()
+        assert new[row, : end + 1].tolist() == rows[row][: end + 1]
         assert not new[row, end + 1 :].any()
         assert not any(step[row].any() for step in found.scores[end + 1 :])
 
