@@ -479,6 +479,11 @@ CONSTRAINED = [
 
 @pytest.mark.slow
 def test_requests_with_and_without_constraints_share_slots(engine, lowerings):
+    def plain():
+        list(engine.generate_many(["Hello"] * 3, max_new_tokens=24, **GREEDY))
+        engine.generate("Hello", max_new_tokens=24, **GREEDY)
+
+    plain()
     prompts = random_requests(engine.model, 10, seed=21)
     requests = [Request(inputs, CONSTRAINED[i % 5]) for i, inputs in enumerate(prompts)]
     many = {one.index: one.tokens for one in engine.generate_many(requests, max_new_tokens=24, **GREEDY)}
@@ -494,8 +499,7 @@ def test_requests_with_and_without_constraints_share_slots(engine, lowerings):
     assert changed >= 5
     # Without such requests the ordinary programs run.
     with lowerings() as lowered:
-        list(engine.generate_many(["Hello"] * 3, max_new_tokens=24, **GREEDY))
-        engine.generate("Hello", max_new_tokens=24, **GREEDY)
+        plain()
     assert lowered == []
     assert all(slots._constraints is None for slots in engine._free[8, None] + engine._free[1, None])
 
