@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import os
 import signal
+import sys
 import types
 from pathlib import Path
 
@@ -85,6 +86,14 @@ def _names_in(code):
             yield from _names_in(constant)
         elif isinstance(constant, str) and "importorskip" in code.co_names:
             yield constant.partition(".")[0]
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between two files, drop programs before a process has too many: all tests together would exceed the limit."""
+    if nextitem is not None and nextitem.path != item.path and "jax" in sys.modules:
+        from glm4v_jax.devices.program_limit import drop_programs
+
+        drop_programs(0.5)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import platformdirs
 
+from glm4v_jax.devices.program_limit import COMPILED, limit_programs
 from glm4v_jax.errors import ConfigError
 
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
@@ -23,8 +24,6 @@ MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 """JAX's own environment variable: programs that compile faster are not kept."""
 MAX_BYTES = 4 * 2**30
 """Size limit of the cache in the user's cache directory, unless `MAX_SIZE` sets another."""
-COMPILED = "/jax/core/compile/backend_compile_duration"
-"""JAX's event of a program that is compiled: a scalar at the start, a duration at the end."""
 
 _PROGRAM, _LAST_USE = "-cache", "-atime"
 """Ends of the names of JAX's files: a program, and when it was last used, if there is a bound."""
@@ -36,10 +35,11 @@ def use_compilation_cache() -> None:
     A directory that the program has set in `jax.config` stays, with everything else that is set there. Otherwise the
     directory is $JAX_COMPILATION_CACHE_DIR, else `user_directory`, which grows to `MAX_BYTES` at most: the programs not
     used for longest are deleted. A directory that cannot be created or written means no cache, without a message.
-    JAX's other variables hold.
+    JAX's other variables hold. Programs in memory are limited as well, see `limit_programs`.
     """
     import jax
 
+    limit_programs()
     if DIRECTORY not in os.environ:
         if jax.config.jax_compilation_cache_dir is not None:
             return

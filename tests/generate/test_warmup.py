@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
+from glm4v_jax.devices.program_limit import COMPILED
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.feature_pool import medium_shape
 from glm4v_jax.generate.prefill_chunks import chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.generate.warmup import buckets, prompt_shapes, row_shapes, warmup
 from glm4v_jax.inputs.vision_rows import bucket
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @given(st.integers(1, 5000), st.integers(0, 5000), st.sampled_from([1, 32, 128]))
