@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from glm4v_jax.checkpoints.safetensors import in_chunks
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, counted
 
 
 def cast_chunks(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.ndarray]:
@@ -30,7 +30,7 @@ def cast_chunks(array: np.ndarray, dtype: np.dtype, name: str) -> Iterator[np.nd
             yield chunk
     if lost:
         raise CheckpointError(
-            f"{name}: found {lost:,} number{'s' * (lost != 1)} too large for {dtype.name}; expected none: use a dtype "
+            f"{name}: found {counted(lost, 'number')} too large for {dtype.name}; expected none: use a dtype "
             "that holds them"
         )
 

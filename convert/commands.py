@@ -17,6 +17,7 @@ from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import Command, JsonOptions, run_program
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table
+from glm4v_jax.errors import counted
 from glm4v_jax.files import decimal_size
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for, sizes_for
 
@@ -258,8 +259,8 @@ def _print_summary(summary: "Summary", as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(summary), default=str))
         return
-    files = "" if not summary.files else f" in {summary.files} file{'s' * (summary.files != 1)}"
-    content = f"{summary.tensors} tensors, {decimal_size(summary.nbytes)}{files}"
+    files = "" if not summary.files else f" in {counted(summary.files, 'file')}"
+    content = f"{counted(summary.tensors, 'tensor')}, {decimal_size(summary.nbytes)}{files}"
     if summary.dry_run:
         print(f"{summary.target}: nothing written; would have {content}")
     else:
@@ -290,7 +291,7 @@ def _print_report(report: "Report", tolerance: float) -> None:
     different = report.different(tolerance)
     if not different:
         within = f" within {tolerance:g}" if tolerance else ""
-        print(f"equal{within}: {len(report.tensors)} tensors, {decimal_size(report.nbytes)} compared")
+        print(f"equal{within}: {counted(len(report.tensors), 'tensor')}, {decimal_size(report.nbytes)} compared")
     else:
         columns = ("tensor", str(report.left), str(report.right), "numbers that differ", "by at most")
         rows = []
@@ -301,7 +302,7 @@ def _print_report(report: "Report", tolerance: float) -> None:
             rows.append((tensor.name, *sides, count, most))
         print_table(columns, rows, right=columns[3:])
         more = f", {LISTED} of them shown" if len(different) > LISTED else ""
-        print(f"different: {len(different)} of {len(report.tensors)} tensors{more}")
+        print(f"different: {len(different)} of {counted(len(report.tensors), 'tensor')}{more}")
     print(f"sha256 {report.left_checksum}  {report.left}")
     print(f"sha256 {report.right_checksum}  {report.right}")
 
@@ -326,6 +327,7 @@ def _print_inspection(inspection: "Inspection") -> None:
     print_table(("module", "parameters"), modules, right=["parameters"])
     mesh = ",".join(f"{axis}={size}" for axis, size in inspection.mesh.items())
     print(
-        f"{inspection.directory} ({inspection.format}): {inspection.tensors} tensors, {inspection.parameters:,} "
-        f"parameters, {inspection.nbytes:,} bytes; {inspection.device_bytes:,} on a device of {mesh}"
+        f"{inspection.directory} ({inspection.format}): {counted(inspection.tensors, 'tensor')}, "
+        f"{counted(inspection.parameters, 'parameter')}, {counted(inspection.nbytes, 'byte')}; "
+        f"{inspection.device_bytes:,} on a device of {mesh}"
     )

@@ -22,7 +22,7 @@ from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.safetensors import CHUNK_BYTES, LazyTensor
 from glm4v_jax.config.checks import fault
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import asset_files, read_json_object
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
@@ -83,7 +83,7 @@ def plan_like_released(config: Glm4vConfig, count: int) -> Plan:
     """
     layers = config.text_config.num_hidden_layers
     if not 1 <= count <= layers + 1:
-        raise ConfigError(fault("shards", count, f"1 to {layers + 1} for a decoder of {layers} layers"))
+        raise ConfigError(fault("shards", count, f"1 to {layers + 1} for a decoder of {counted(layers, 'layer')}"))
     each = layers // max(1, count - 1)
     plan = {shard_name(i, count): list[str]() for i in range(count)}
     for name, (rule, layer) in hf_mapping.tensor_rules(config).items():

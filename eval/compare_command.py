@@ -16,7 +16,7 @@ from eval.statistics import Difference
 from glm4v_jax.config.checks import Natural
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table, printable
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import to_json
 
 _LONGEST = 120
@@ -92,24 +92,24 @@ def _print_figures(comparison: Comparison) -> None:
     print_table((_short(comparison.task), "first", "second", "difference"), table)
     equal = comparison.count - comparison.higher - comparison.lower
     print(
-        f"second higher on {comparison.higher:,} items, lower on {comparison.lower:,}, equal on {equal:,}; "
+        f"second higher on {counted(comparison.higher, 'item')}, lower on {comparison.lower:,}, equal on {equal:,}; "
         f"right -> wrong {len(comparison.lost):,}, wrong -> right {len(comparison.gained):,}"
     )
     if comparison.asked_differently:
-        print(f"the prompts of {comparison.asked_differently:,} items differ")
+        print(f"the prompts of {counted(comparison.asked_differently, 'item')} differ")
     if comparison.settings:
         settings = (f"{name} {_setting(a)} and {_setting(b)}" for name, (a, b) in comparison.settings.items())
         print(printable(f"settings that differ: {'; '.join(settings)}"))
     errors = [side.categories.get("error", 0) for side in sides]
     if any(errors):
         print(
-            f"prompts that could not be prepared: {errors[0]:,} items of the first, {errors[1]:,} of the second; they "
-            "score as empty answers"
+            f"prompts that could not be prepared: {counted(errors[0], 'item')} of the first, {errors[1]:,} of "
+            "the second; they score as empty answers"
         )
     for name, side in (("first", first), ("second", second)):
         if side.only:
             ids = ", ".join(side.only[:_NAMED]) + (", ..." if len(side.only) > _NAMED else "")
-            print(printable(f"only in the {name}, not compared: {len(side.only):,} items: {_one_line(ids)}"))
+            print(printable(f"only in the {name}, not compared: {counted(len(side.only), 'item')}: {_one_line(ids)}"))
 
 
 def _print_flips(title: str, flips: Sequence[Flip], show: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from eval.data.items import Item
 from eval.metrics import Metric, Reference, Score
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.text.thinking import parse
 
@@ -82,7 +82,9 @@ def score_items(items: Sequence[Item], answers: Mapping[str, Mapping[str, Any]],
       DataError: an item has neither an answer nor an error.
     """
     if missing := [item.id for item in items if item.id not in answers]:
-        raise DataError(f"answers: found none for {len(missing)} items, such as {missing[0]!r}; expected all")
+        raise DataError(
+            f"answers: found none for {counted(len(missing), 'item')}, such as {missing[0]!r}; expected all"
+        )
     return [_result(item, answers[item.id], metric) for item in items]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def bootstrap_interval(
     scores = _checked(values, confidence)
     weights = np.ones_like(scores) if counts is None else _checked(counts, confidence)
     if len(weights) != len(scores):
-        raise DataError(f"counts: found {len(weights)} for {len(scores)} values; expected as many")
+        raise DataError(f"counts: found {len(weights)} for {counted(len(scores), 'value')}; expected as many")
     if np.any(weights < 0):
         raise DataError(f"counts: found {weights.min():g}; expected none below 0")
     if resamples < 1:

@@ -92,6 +92,15 @@ def not_there(place: str, expected: str, field: str = "", kind: str = "file") ->
     return f"{found} no such {kind}; expected {expected}"
 
 
+def counted(number: int, thing: str, plural: str = "") -> str:
+    """Return a number with what is counted.
+
+    >>> counted(1, "device"), counted(1024, "device"), counted(0, "batch", "batches")
+    ('1 device', '1,024 devices', '0 batches')
+    """
+    return f"{number:,} {thing if number == 1 else plural or f'{thing}s'}"
+
+
 def named(place: str) -> str:
     """A place as a message names it, which shows an empty one too."""
     return place if place.strip() else repr(place)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, counted
 
 ASSETS = "assets"
 """Folder of an Orbax checkpoint for the files that lie beside the weights in Hugging Face's layout."""
@@ -339,7 +339,7 @@ def decimal_size(nbytes: int, digits: int = 2) -> str:
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= size:
             return f"{nbytes / size:.{digits}f} {unit}"
-    return f"{nbytes} bytes"
+    return counted(nbytes, "byte")
 
 
 def is_same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:

@@ -17,7 +17,7 @@ from glm4v_jax.config.checks import (
     raise_faults,
     validate,
 )
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import is_hub_name
 from glm4v_jax.model.layers import Remat
 from glm4v_jax.model.lora import LoraConfig
@@ -163,7 +163,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         validate(self)
         if bool(self.files) == bool(self.share):
-            beside = f"beside {len(self.files)} files" if self.files else "and no files"
+            beside = f"beside {counted(len(self.files), 'file')}" if self.files else "and no files"
             raise_faults([f"share: found {self.share} {beside}; expected either share or files"])
 
 

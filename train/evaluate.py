@@ -23,7 +23,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, is_first
 from glm4v_jax.devices.mesh import platform
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.text.boxes import find_boxes
@@ -115,7 +115,7 @@ class Evaluator:
                 score(options.metric, expected, expected)  # fails now, not during the training
                 self._questions.append((record, messages, expected))
         if not self._samples:
-            raise DataError(f"eval: found no sample in {len(records)} records; expected at least one")
+            raise DataError(f"eval: found no sample in {counted(len(records), 'record')}; expected at least one")
         # The processes make batches of them together: one that could not read an image would leave the others waiting.
         agree("the records of eval", _digest(self._samples))
 
@@ -213,7 +213,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[Sub
       DataError: there are fewer than two.
     """
     if len(records) < 2:
-        raise DataError(f"eval.share: found {len(records)} records; expected at least two")
+        raise DataError(f"eval.share: found {counted(len(records), 'record')}; expected at least two")
     count = min(max(1, round(fraction * len(records))), len(records) - 1)
     numbers = np.random.default_rng(seed).permutation(len(records))
     return Subset(records, np.sort(numbers[count:])), Subset(records, np.sort(numbers[:count]))

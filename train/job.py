@@ -18,7 +18,7 @@ from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
-from glm4v_jax.errors import ConfigError, DataError
+from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, is_lora
 from glm4v_jax.model.params import default_dtype
@@ -255,9 +255,10 @@ class Job:
         held_out = f", {evaluated:,} held out to evaluate" if evaluated else ""
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         devices = f"{mesh.size} devices ({sizes})" if mesh.size > 1 else "one device"
+        records = f"{counted(len(data.train), 'record')} to train on{held_out}"
         return (
-            f"{trained:,} trained and {frozen:,} frozen parameters; {len(data.train):,} records to train on{held_out}; "
-            f"{devices}, {mesh.devices.flat[0].device_kind}"
+            f"{trained:,} trained and {frozen:,} frozen parameters; {records}; {devices}, "
+            f"{mesh.devices.flat[0].device_kind}"
         )
 
     def weights(self, params: Leaves) -> Weights:

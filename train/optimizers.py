@@ -9,7 +9,7 @@ import optax
 from msgspec import Meta
 
 from glm4v_jax.config.checks import NotNegative, PositiveNumber, validate
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 
@@ -73,7 +73,9 @@ def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
     """
     steps = round(config.warmup * num_steps) if config.warmup < 1 else int(config.warmup)
     if steps > num_steps:
-        raise ConfigError(f"warmup: found {config.warmup}; expected at most {num_steps} steps, or a fraction below 1")
+        raise ConfigError(
+            f"warmup: found {config.warmup}; expected at most {counted(num_steps, 'step')}, or a fraction below 1"
+        )
     return steps
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from glm4v_jax.errors import counted
+
 _SKIPPED = 2
 """Steps before the profile: the first compiles, the second still waits for its data."""
 
@@ -45,7 +47,7 @@ class Profiler:
         """Call this when all steps are computed."""
         self._stop()
         if self._seen < self._count:
-            found = f"has only {self._seen} steps" if self._seen else "was not written"
+            found = f"has only {counted(self._seen, 'step')}" if self._seen else "was not written"
             self._log(f"the profile {found}: it begins after the first {_SKIPPED} steps, and the run has ended")
 
     def _stop(self) -> None:

@@ -16,7 +16,7 @@ import PIL.Image
 from eval.data.items import Item
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.data.media import MediaItem, image_size, is_remote, located, source_of
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import fingerprint
 from glm4v_jax.inputs.media.fetch import file_url_path, is_address
 
@@ -155,7 +155,7 @@ def _content(text: str, media: Sequence[MediaItem], is_marked: bool) -> list[dic
         items = by_kind[kind]
         found = next(pending[kind], None) if number is None else dict(enumerate(items, 1)).get(int(number))
         if found is None:
-            raise DataError(f"prompt: found {marker[0]} with {len(items)} {kind}s in the row; expected as many")
+            raise DataError(f"prompt: found {marker[0]} with {counted(len(items), kind)} in the row; expected as many")
         content.append(found)
         end = marker.end()
     content.append({"type": "text", "text": text[end:]})

@@ -28,7 +28,7 @@ from eval.data import fields
 from eval.data.fields import Fields
 from eval.data.questions import Origin, Question
 from glm4v_jax.data.media import MediaItem, media_item, source_of
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _EXPECTED = ("answer", "answers", "boxes")
@@ -88,7 +88,7 @@ def _check_markers(question: str, media: list[MediaItem]) -> None:
     for kind in ("image", "video"):
         markers, given = question.count(f"<{kind}>"), sum(item["type"] == kind for item in media)
         if markers != given:
-            raise DataError(f"question: found {markers} <{kind}> for {given} {kind}s; expected as many")
+            raise DataError(f"question: found {markers} <{kind}> for {counted(given, kind)}; expected as many")
 
 
 def _is_json(value: Any) -> bool:

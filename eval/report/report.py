@@ -20,7 +20,7 @@ from eval.compare import RIGHT
 from eval.data.items import Item
 from eval.report.thumbnails import ShownMedia, show
 from eval.results import ItemResult
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.text.boxes import SCALE
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, parse
@@ -111,7 +111,8 @@ def write_report(
     """
     if [item.id for item in items] != [result.id for result in results]:
         raise DataError(
-            f"results: found {len(results)} of other items; expected those of the {len(items)} items in their order"
+            f"results: found {len(results)} of other items; expected those of the {counted(len(items), 'item')} in "
+            "their order"
         )
     if limit < 0:
         raise DataError(f"limit: found {limit}; expected at least 0")

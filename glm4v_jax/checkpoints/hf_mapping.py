@@ -20,7 +20,7 @@ import numpy as np
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,8 +338,12 @@ def check_tensors(
     if not any_dtype:
         faults += _stray_halves(infos)
     faults += [f"{key}: found nothing; expected {list(shape)}" for key, shape in expected.items() if key not in names]
-    raise_faults(sorted(faults), CheckpointError, where=f"{where}: {len(faults)} tensors do not fit the configuration")
+    raise_faults(sorted(faults), CheckpointError, where=f"{where}: {_misfits(len(faults))} the configuration")
     return names
+
+
+def _misfits(count: int) -> str:
+    return f"{counted(count, 'tensor')} {'does' if count == 1 else 'do'} not fit"
 
 
 def _in_file(info: TensorInfo) -> str:
@@ -353,7 +357,7 @@ def _stray_halves(infos: Mapping[str, TensorInfo]) -> Iterator[str]:
         usual, rare = (dtype for dtype, _ in count.most_common())
         for name, info in infos.items():
             if info.dtype.name == rare:
-                yield f"{name}: found {rare}{_in_file(info)}; expected {usual} like {count[usual]} others"
+                yield f"{name}: found {rare}{_in_file(info)}; expected {usual} like {counted(count[usual], 'other')}"
 
 
 _HALVES = ("bfloat16", "float16")

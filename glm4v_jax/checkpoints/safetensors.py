@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from glm4v_jax.checkpoints.strided_copy import in_order
 from glm4v_jax.config.checks import raise_faults
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, counted
 from glm4v_jax.files import read_json_object
 
 # In the library's order, which also sorts the tensors of a file that it writes. Sub-byte types have no NumPy layout.
@@ -267,7 +267,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
     for shard in sorted(set(weight_map.values())):
         if not (directory / shard).is_file():
             count = sum(1 for file in weight_map.values() if file == shard)
-            faults.append(f"{shard}: found no such file; expected a shard of {count} tensors")
+            faults.append(f"{shard}: found no such file; expected a shard of {counted(count, 'tensor')}")
             continue
         try:
             files[shard] = SafetensorsFile(directory / shard)
@@ -417,15 +417,15 @@ def _damage(path: Path) -> str:
     if start == _LFS_POINTER:
         return "found a Git LFS pointer; expected the file itself: run git lfs pull"
     if size < 8:
-        return f"found {size:,} bytes; expected at least 8, which hold the length of the header"
+        return f"found {counted(size, 'byte')}; expected at least 8, which hold the length of the header"
     if 8 + length > size:
-        return f"found {size:,} bytes; expected {8 + length:,} up to the end of the header, as the first 8 say"
+        return f"found {counted(size, 'byte')}; expected {8 + length:,} up to the end of the header, as the first 8 say"
     # The library's own message covers whatever else is wrong with the header.
     with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
         promised = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
         if promised != size:
-            return f"found {size:,} bytes; expected {promised:,}, as the header says"
+            return f"found {counted(size, 'byte')}; expected {promised:,}, as the header says"
     return "found a corrupt header; expected that of a safetensors file"
 
 

@@ -8,7 +8,7 @@ import pathlib
 
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.devices.compilation_cache import DIRECTORY, cache_files, size_bound, user_directory
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import size_text
 
 
@@ -40,7 +40,7 @@ class Cache(JsonOptions):
             return
         deleted = "deleted " if self.clear else ""
         limit = "no bound" if bound is None else f"at most {size_text(bound, 1)}"
-        print(f"{directory}: {deleted}{len(files)} file{'s' * (len(files) != 1)}, {size_text(nbytes, 1)}; {limit}")
+        print(f"{directory}: {deleted}{counted(len(files), 'file')}, {size_text(nbytes, 1)}; {limit}")
 
 
 def cache_directory() -> pathlib.Path:

@@ -15,7 +15,7 @@ from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.options import LongSamplingOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.progress import run_batch, status
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, counted
 from glm4v_jax.files import is_same_file, to_json
 from glm4v_jax.inputs.media.quiet import without_size_warnings
 
@@ -78,10 +78,10 @@ class Describe(JsonOptions):
         if not names:
             recursive = "" if self.recursive else ", or --recursive for its subdirectories"
             raise MediaError(
-                f"{self.directory}: found no image among {skipped} files; expected at least one{recursive}"
+                f"{self.directory}: found no image among {counted(skipped, 'file')}; expected at least one{recursive}"
             )
         if skipped:
-            print(f"skipped {skipped} file{'s' * (skipped != 1)} that are not images", file=sys.stderr)
+            print(f"skipped {counted(skipped, 'file')} that are not images", file=sys.stderr)
 
         from glm4v_jax.generate.offline.batch import PromptBatch
         from glm4v_jax.inputs.processor import Glm4vProcessor

@@ -13,7 +13,7 @@ from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table
 from glm4v_jax.devices.hardware import GIB, device_memory
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.planning.mesh_presets import PRESETS, check_text, parse_mesh, parse_preset
 
 if TYPE_CHECKING:
@@ -201,4 +201,4 @@ def _print_presets(presets: dict[str, "MemoryTable"]) -> None:
     first = next(iter(presets.values()))
     cache = f"a cache of {first.rows} x {first.capacity} tokens"
     beside = "gradients and optimizer state" if first.training else f"{cache}, for train gradients and optimizer state"
-    print(f"{first.num_devices} devices, {first.dtype}; besides weights: {beside}")
+    print(f"{counted(first.num_devices, 'device')}, {first.dtype}; besides weights: {beside}")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Natural, Positive, Seed, did_you_mean, fault, validate
-from glm4v_jax.errors import CheckpointError, GenerationError, naming
+from glm4v_jax.errors import CheckpointError, GenerationError, counted, naming
 from glm4v_jax.files import assets_directory, read_json_object
 
 # `max_length` of the reference when nobody sets it; it then counts *new* tokens (`_prepare_generated_length`).
@@ -327,14 +327,14 @@ class GenerationConfig:
             count, field, value = self.max_new_tokens, "max_new_tokens", self.max_new_tokens
         elif self.max_length is not None:
             count, field, value = self.max_length - prompt_length, "max_length", self.max_length
-            _require(count >= 1, field, value, f"more than the {prompt_length:,} tokens of the prompt")
+            _require(count >= 1, field, value, f"more than the {counted(prompt_length, 'token')} of the prompt")
         else:
             room = _DEFAULT_NEW_TOKENS if max_position_embeddings is None else max_position_embeddings - prompt_length
             count, field, value = max(1, min(_DEFAULT_NEW_TOKENS, room)), "max_new_tokens", None
         if max_position_embeddings is not None and prompt_length + count > max_position_embeddings:
             raise GenerationError(
-                f"{field}: found {value!r} with a prompt of {prompt_length:,} tokens; expected the prompt and at least "
-                f"{count:,} new tokens to fit max_position_embeddings={max_position_embeddings:,}"
+                f"{field}: found {value!r} with a prompt of {counted(prompt_length, 'token')}; expected the prompt and "
+                f"at least {counted(count, 'new token')} to fit max_position_embeddings={max_position_embeddings:,}"
             )
         return count
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glm4v_jax.devices import coordination
 from glm4v_jax.devices.failure import print_error, report_with, watch
 from glm4v_jax.devices.launchers import launcher
-from glm4v_jax.errors import ConfigError, MessageError
+from glm4v_jax.errors import ConfigError, MessageError, counted
 
 START_SECONDS = 300
 """How long processes wait for each other to start."""
@@ -190,7 +190,7 @@ def check_devices(mesh: Mesh) -> None:
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         raise ConfigError(
             f"mesh {sizes or 'of one device'}: found no device of process {idle[0]}; expected some of each of "
-            f"{jax.process_count()} processes, which have {jax.device_count()} devices"
+            f"{jax.process_count()} processes, which have {counted(jax.device_count(), 'device')}"
         )
 
 

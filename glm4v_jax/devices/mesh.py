@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 
 AXES = ("data", "fsdp", "kv", "q", "seq")
 
@@ -78,7 +78,7 @@ def make_mesh(
     devices = list(devices) if devices is not None else jax.devices()
     if len(devices) < needed:
         named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
-        raise ConfigError(f"mesh {named} needs {needed} devices, found {len(devices)}")
+        raise ConfigError(f"mesh {named} needs {counted(needed, 'device')}, found {len(devices)}")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices[:needed])
 
 

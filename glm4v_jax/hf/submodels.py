@@ -18,7 +18,7 @@ from glm4v_jax.batch import VisionRows
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.config.model import Glm4vTextConfig, Glm4vVisionConfig
 from glm4v_jax.devices.mesh import data_shards, reshard, round_up, use_mesh
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import MessageError, counted
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import BaseModelOutputWithPast, PastKeyValues
 from glm4v_jax.inputs.make_batch import (
@@ -309,7 +309,7 @@ class Glm4vTextModel:
         cache = past_key_values.cache
         if len(past_key_values.rope_deltas) != extent.batch:
             raise MessageError(
-                f"past_key_values: found {len(past_key_values.rope_deltas)} rows; expected {extent.batch}"
+                f"past_key_values: found {counted(len(past_key_values.rope_deltas), 'row')}; expected {extent.batch}"
             )
         return grow(cache, capacity) if cache.capacity < past + extent.columns else cache
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import MessageError, counted
 from glm4v_jax.inputs.medium import Medium, media_of
 from glm4v_jax.inputs.prompt import checked_ids, prompts_of
 from glm4v_jax.inputs.vision_rows import bucket, pack
@@ -80,7 +80,9 @@ def make_batch(
     rows = len(prompts) + -len(prompts) % batch_multiple
     columns = bucket(longest, MIN_LENGTH) if length is None else length
     if columns < longest:
-        raise MessageError(f"length: found {columns}; expected at least the longest prompt, {longest} tokens")
+        raise MessageError(
+            f"length: found {columns}; expected at least the longest prompt, {counted(longest, 'token')}"
+        )
 
     batch = Batch(
         input_ids=np.zeros((rows, columns), np.int32),

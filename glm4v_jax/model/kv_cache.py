@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax.config.model import Glm4vTextConfig
 from glm4v_jax.devices import mesh
-from glm4v_jax.errors import GenerationError
+from glm4v_jax.errors import GenerationError, counted
 
 
 class KVCache(NamedTuple):
@@ -72,7 +72,9 @@ def init_cache(
 
 def _check_slots(capacity: int) -> None:
     if capacity % (shards := mesh.shards("slots")):
-        raise GenerationError(f"capacity: found {capacity} slots; expected a multiple of mesh axis seq, {shards}")
+        raise GenerationError(
+            f"capacity: found {counted(capacity, 'slot')}; expected a multiple of mesh axis seq, {shards}"
+        )
 
 
 def write_segments(segments: Int[Array, "B S"], new: Int[Array, "B T"], start: Int[Array, " B"]) -> Int[Array, "B S"]:

@@ -23,7 +23,7 @@ from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import CHIPS, GIB
 from glm4v_jax.devices.mesh import AXES
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.feature_pool import pool_capacity
 from glm4v_jax.model.glm4v import Glm4v
@@ -64,7 +64,9 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     sizes = (data, fsdp, kv, q, seq)
     if len(found) != math.prod(sizes):
         needed = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"topology: {topology} has {len(found)} chips; expected as many as a mesh of {needed} needs")
+        raise ConfigError(
+            f"topology: {topology} has {counted(len(found), 'chip')}; expected as many as a mesh of {needed} needs"
+        )
     return Mesh(np.array(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

@@ -148,7 +148,7 @@ def test_a_finished_directory_needs_no_weights_and_refuses_another_prompt(folder
     [
         (["nowhere"], ["nowhere: Not a directory"]),
         (["photos/a.png"], ["photos/a.png: Not a directory"]),
-        (["empty"], ["empty", "found no image among 1 files", "--recursive"]),
+        (["empty"], ["empty", "found no image among 1 file", "--recursive"]),
         (["photos", "--slots", "0"], ["--slots", "0"]),
         (["photos", "--out", "photos/a.png"], ["--out: found photos/a.png, a file that is read"]),
         (["photos", "--out", "photos/a.png", "--restart"], ["--out: found photos/a.png, a file that is read"]),

@@ -111,7 +111,7 @@ def test_variants_with_the_same_metric_are_compared_with_their_settings(tmp_path
     assert "task chartqa chartqa@vlmevalkit" in lines
     settings = "preset greedy and bench; dtype bfloat16 and float32; think_budget none and 9"
     assert f"settings that differ: {settings}" in lines
-    assert any("could not be prepared: 1 items of the first, 0 of the second" in line for line in lines)
+    assert any("could not be prepared: 1 item of the first, 0 of the second" in line for line in lines)
     assert errors == ""
 
 
@@ -169,7 +169,7 @@ def test_figures_and_flips_are_printed(two, capsys):
     assert "model models/a models/b" in lines
     assert any(line.startswith("mean of the 5 common items 0.500 0.550 +0.050 (") for line in lines)
     assert any(line.endswith("right -> wrong 1, wrong -> right 1") for line in lines)
-    assert "only in the first, not compared: 1 items: old" in lines
+    assert "only in the first, not compared: 1 item: old" in lines
     assert "d Question d? 7 says 1.0 says 0.0" in lines and "e Question e? 7 says 0.0 says 1.0" in lines
     assert errors == ""
 

@@ -573,7 +573,7 @@ def test_arguments_of_the_wrong_kind_are_named(ours, change, message):
     [
         (dict(attention_mask=np.ones((1, 14), int)), r"attention_mask: .* expected \[1, 1\] or \[1, 15\]"),
         (dict(attention_mask=np.ones((1, 1, 1, 15), int)), r"attention_mask: found shape \[1, 1, 1, 15\]"),
-        (dict(input_ids=np.array([[5], [6]])), "past_key_values: found 1 rows; expected 2"),
+        (dict(input_ids=np.array([[5], [6]])), "past_key_values: found 1 row; expected 2"),
     ],
 )
 def test_steps_that_do_not_fit_their_cache_are_named(ours, change, message):

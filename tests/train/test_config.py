@@ -103,7 +103,7 @@ def test_invalid_fields_are_named(load, tmp_path, capsys, old, new, message):
     ("text", "message"),
     [
         ("[eval]", "eval.share: found 0.0 and no files; expected either share or files"),
-        ('[eval]\nfiles = ["a.jsonl"]\nshare = 0.5', "eval.share: found 0.5 beside 1 files; expected either"),
+        ('[eval]\nfiles = ["a.jsonl"]\nshare = 0.5', "eval.share: found 0.5 beside 1 file; expected either"),
         ("[eval]\nshare = 1.5", "eval.share: found 1.5; expected a number of at least 0 and below 1"),
         ("[eval]\nshare = 0.5\nevery = 0", "eval.every: found 0; expected an integer of at least 1"),
         ('[checkpoint]\nbest = "loss"', "checkpoint.best: found 'loss' without eval; expected both"),
@@ -135,7 +135,7 @@ def test_a_missing_file_is_named():
 def test_a_changed_copy_is_checked_too(load):
     with pytest.raises(ConfigError, match="steps: found 0"):
         dataclasses.replace(load(JOB), steps=0)
-    with pytest.raises(ConfigError, match=r"optimizer\.warmup: found 2\.0; expected at most 1 steps"):
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup: found 2\.0; expected at most 1 step"):
         dataclasses.replace(load(JOB), steps=1)
 
 

@@ -102,7 +102,7 @@ def uninterrupted(folder):
     told = []
     result = train(job(folder, "whole"), log=told.append)
     assert result == (STEPS, True)
-    assert sum("data.jsonl:5: images: found 0 for 1 <image> markers" in line for line in told) == 1
+    assert sum("data.jsonl:5: images: found 0 for 1 <image> marker" in line for line in told) == 1
     assert any(line.endswith("12 records to train on; one device, cpu") for line in told)
     assert "compiling 1 of 1: training step" in told
     first, *_, last = read_log(folder / "whole" / METRICS)
@@ -306,7 +306,7 @@ def test_profile_and_tensorboard_are_written(folder, evaluated):
 def test_held_out_records_that_fit_no_batch_are_skipped(evaluated):
     (large,) = [line for line in evaluated[1] if "held.jsonl:" in line]
     assert large.startswith("skipped in the evaluation: ")
-    assert "held.jsonl:2: found 1 images and frames of up to 144 patches" in large
+    assert "held.jsonl:2: found 1 image or frame of up to 144 patches" in large
 
 
 CHANGED = {
@@ -384,7 +384,7 @@ class TestBeforeTheModelIsLoaded:
     def test_a_bad_held_out_record_ends_a_strict_job(self, folder):
         held_out = EvalConfig(files=(str(folder / "held.jsonl"),))
         data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
-        with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 images and frames of up to 144 patches"):
+        with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 image or frame of up to 144 patches"):
             train(job(folder, "large", eval=held_out, data=data))
 
 

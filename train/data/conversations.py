@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.data.media import MediaItem, kind_of, media_item
 from glm4v_jax.data.tables import literal_list
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -66,11 +66,11 @@ class MediaFiles:
         self._taken[kind].append(item)
         return item
 
-    def finish(self, what: str = "<{kind}> markers", *, is_strict: bool = True) -> list[MediaItem]:
+    def finish(self, thing: str = "<{kind}> marker", things: str = "", *, is_strict: bool = True) -> list[MediaItem]:
         """Fill all items that were taken.
 
         Args:
-            what: words for them.
+            thing, things: words for one of them, and for several if an "s" is not enough.
             is_strict: whether as many files as items are needed; else the first files may be without one.
 
         Returns:
@@ -84,7 +84,8 @@ class MediaFiles:
             files = self._files[kind]
             more = len(files) - len(taken)
             if more < 0 or (more and is_strict):
-                raise invalid(self._names[kind], f"{len(files)} for {len(taken)} {what.format(kind=kind)}", "as many")
+                needed = counted(len(taken), thing.format(kind=kind), things.format(kind=kind))
+                raise invalid(self._names[kind], f"{len(files)} for {needed}", "as many")
             before = files[:more] + before
             for item, file in zip(taken, files[more:], strict=True):
                 item.update(file)

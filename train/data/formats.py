@@ -275,7 +275,8 @@ def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
         completion, losses = _half(row, "completion", "assistant", media)
         messages, losses, field = [*prompt, *completion], [False] * len(prompt) + losses, "completion"
     has_items = any(item["type"] != "text" for message in messages for item in message["content"])
-    items = media.finish("{kind} items without a source", is_strict=is_strict and has_items)
+    item = "{kind} item without a source", "{kind} items without a source"
+    items = media.finish(*item, is_strict=is_strict and has_items)
     if items and not any(message["role"] == "user" for message in messages):
         raise invalid(field, "no message of the user", "one for the images and videos")
     _put_first([message for message in messages if message["role"] == "user"], items)

@@ -10,6 +10,7 @@ from typing import Any
 
 from glm4v_jax.config.checks import fits
 from glm4v_jax.data.media import MediaItem, kind_of
+from glm4v_jax.errors import counted
 from glm4v_jax.generate.text.boxes import SCALE
 from train.data.conversations import Message, invalid
 
@@ -83,7 +84,7 @@ def _write_boxes(
             image = image_ids[index] if index < len(image_ids) else 0
             if not isinstance(image, int) or not 0 <= image < len(images):
                 raise invalid(
-                    field, f"a box of image {image!r} in a conversation with {len(images)} images",
+                    field, f"a box of image {image!r} in a conversation with {counted(len(images), 'image')}",
                     "an index of one of them in 'objects.image_id'",
                 )  # fmt: skip
             if image not in sizes:

@@ -11,7 +11,7 @@ import numpy as np
 
 from glm4v_jax.batch import Batch, VisionRows
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.inputs import vision_rows
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import RowPlace, first_fit
@@ -19,6 +19,7 @@ from train.data.samples import IGNORED, Sample
 
 VisionShape = tuple[int, int]
 """(R, L): vision rows of a batch, and patches of each."""
+_MEDIA = "image or frame", "images and frames"
 
 
 class TrainBatch(NamedTuple):
@@ -116,7 +117,7 @@ def _pack_vision(
     frames = np.concatenate([np.zeros((0, 2), np.int64), *(sample.frames for sample in samples)])
     if not vision_fits(frames, shape):
         raise DataError(
-            f"{_sources(samples)}: found {len(frames)} images and frames of {int(frames.prod(axis=1).sum())} patches; "
+            f"{_sources(samples)}: found {counted(len(frames), *_MEDIA)} of {int(frames.prod(axis=1).sum())} patches; "
             f"expected ones that fit vision rows of {shape}"
         )
     if shape is None:
@@ -243,11 +244,13 @@ class Packer:
           DataError: it does not.
         """
         if len(sample) > self._length:
-            raise DataError(f"{sample.source}: found {len(sample)} tokens; expected at most {self._length}, a row")
+            raise DataError(
+                f"{sample.source}: found {counted(len(sample), 'token')}; expected at most {self._length}, a row"
+            )
         if not vision_fits(sample.frames, self._vision_shape):
             sizes = sample.frames.prod(axis=1)
             raise DataError(
-                f"{sample.source}: found {len(sizes)} images and frames of up to {int(sizes.max())} patches, "
+                f"{sample.source}: found {counted(len(sizes), *_MEDIA)} of up to {int(sizes.max())} patches, "
                 f"{int(sizes.sum())} in all; expected ones that fit vision rows of {self._vision_shape}"
             )
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, validate
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError
+from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError, counted
 from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
@@ -158,10 +158,12 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
         if options.too_long == "drop":
             return None
         if options.too_long == "error":
-            raise DataError(f"found {len(sample)} tokens; expected at most max_length, {options.max_length}")
+            raise DataError(f"found {counted(len(sample), 'token')}; expected at most max_length, {options.max_length}")
         sample = _cut(sample, options.max_length, config)
         if not sample.num_targets:
-            raise DataError(f"found no target in the first {len(sample)} tokens, cut at max_length; expected some")
+            raise DataError(
+                f"found no target in the first {counted(len(sample), 'token')}, cut at max_length; expected some"
+            )
     return sample
 
 

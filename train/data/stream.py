@@ -17,7 +17,7 @@ import grain
 from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import DataError, Glm4vError, one_line
+from glm4v_jax.errors import DataError, Glm4vError, counted, one_line
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import BatchConfig, DataConfig
 from train.data.packing import Packer, TrainBatch, pack
@@ -190,7 +190,9 @@ class Lane:
             fruitless += 1
             if fruitless >= len(self._encoder.records):
                 reason = found or "too long"
-                raise DataError(f"found no sample in {fruitless} rows, a whole epoch; reason for the last: {reason}")
+                raise DataError(
+                    f"found no sample in {counted(fruitless, 'row')}, a whole epoch; reason for the last: {reason}"
+                )
 
     def get_state(self) -> dict[str, Any]:
         """Return its position, as JSON."""

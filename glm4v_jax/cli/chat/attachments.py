@@ -5,7 +5,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Any, Literal
 
-from glm4v_jax.errors import MediaError, not_there
+from glm4v_jax.errors import MediaError, counted, not_there
 
 if TYPE_CHECKING:
     from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -60,7 +60,7 @@ def _image(place: str, processor: "Glm4vProcessor") -> Attachment:
     except MediaError as error:
         raise MediaError(f"{place}: {str(error).removeprefix('image 0: ')}") from error
     tokens = _tokens(features["image_grid_thw"], processor.image_processor.merge_size)
-    return Attachment("image", place, image, f"{image.width} × {image.height} pixels, {tokens} tokens")
+    return Attachment("image", place, image, f"{image.width} × {image.height} pixels, {counted(tokens, 'token')}")
 
 
 def _video(place: str, processor: "Glm4vProcessor", fps: float | None) -> Attachment:
@@ -81,9 +81,8 @@ def _video(place: str, processor: "Glm4vProcessor", fps: float | None) -> Attach
     (metadata,) = features["video_metadata"]
     tokens = _tokens(features["video_grid_thw"], processor.video_processor.merge_size)
     taken = len(metadata.frames_indices or ())
-    about = (
-        f"{metadata.width} × {metadata.height} pixels, {taken} of {metadata.total_num_frames} frames, {tokens} tokens"
-    )
+    frames = f"{taken} of {counted(metadata.total_num_frames or 0, 'frame')}"
+    about = f"{metadata.width} × {metadata.height} pixels, {frames}, {counted(tokens, 'token')}"
     return Attachment("video", place, source, about)
 
 

@@ -11,7 +11,7 @@ from glm4v_jax.console.distributed import check_alone
 from glm4v_jax.console.options import LongSamplingOptions, MediaOptions, ModelOptions, generation_config, long_answer
 from glm4v_jax.console.program import Options
 from glm4v_jax.console.progress import status
-from glm4v_jax.errors import Glm4vError, MessageError, one_line
+from glm4v_jax.errors import Glm4vError, MessageError, counted, one_line
 from glm4v_jax.inputs.media.quiet import silent_decoders
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Chat(Options):
             elif name == "/undo":
                 lost = ""
         if failed:
-            raise MessageError(f"{failed} line{'s' * (failed != 1)} of the input failed")
+            raise MessageError(f"{counted(failed, 'line')} of the input failed")
 
     def _take(self, session: "Session", line: str) -> bool:
         """Handle a line; print what is wrong with it, and return whether nothing is."""

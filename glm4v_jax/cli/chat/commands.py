@@ -13,7 +13,7 @@ from glm4v_jax.cli.chat.transcript import save
 from glm4v_jax.config.checks import one_of
 from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL
 from glm4v_jax.config.presets import PRESETS
-from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.errors import GenerationError, MediaError, MessageError, counted
 from glm4v_jax.files import replacing
 
 _NOT_FOR_CHAT = (
@@ -133,7 +133,7 @@ def _save_to(session: Session, path: pathlib.Path, *, overwrite: bool) -> None:
     tokenizer = session.engine.processor.tokenizer
     save(path, session.model, session.conversation.system, session.turns, tokenizer, overwrite=overwrite)
     session.saved.add(path.absolute())
-    session.say(f"{path}: {len(session.turns)} turn{'s' * (len(session.turns) != 1)}")
+    session.say(f"{path}: {counted(len(session.turns), 'turn')}")
 
 
 def _boxes(session: Session, text: str) -> None:
@@ -144,7 +144,7 @@ def _boxes(session: Session, text: str) -> None:
     path = _path(text, "/boxes", ".png")
     images = session.images()
     if len(images) != 1:
-        raise MediaError(f"/boxes: found {len(images)} images in the conversation; expected one")
+        raise MediaError(f"/boxes: found {counted(len(images), 'image')} in the conversation; expected one")
     boxes = session.turns[-1].completion.boxes
     if not boxes:
         raise MediaError("/boxes: found no box in the last answer; expected at least one")

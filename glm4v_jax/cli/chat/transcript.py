@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.cli.chat.attachments import Attachment
 from glm4v_jax.console.answer_writer import AnswerTimes
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import MessageError, counted
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.text.thinking import without_thoughts
@@ -130,5 +130,5 @@ def _as_markdown(model: str, system: str | None, turns: Sequence[Turn]) -> str:
         if parsed.thought is not None:
             # Blank lines around it: otherwise a reader of Markdown takes the thought for HTML.
             blocks += ["<details>\n<summary>Thought</summary>", parsed.thought, "</details>"]
-        blocks += [parsed.answer, f"*{len(turn.completion.tokens)} tokens, {turn.completion.finish_reason}*"]
+        blocks += [parsed.answer, f"*{counted(len(turn.completion.tokens), 'token')}, {turn.completion.finish_reason}*"]
     return "\n\n".join(block for block in blocks if block) + "\n"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from glm4v_jax.errors import GenerationError
+from glm4v_jax.errors import GenerationError, counted
 from glm4v_jax.files import fingerprint, is_same_file, model_fingerprint
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.answer_file import AnswerFile, open_answers
@@ -182,7 +182,7 @@ class PromptBatch:
             if not pending:
                 return BatchSummary(self._out, total, earlier, things=self.things)
             if earlier:
-                progress.log(f"{self._out}: resuming after {earlier} of {total} answers")
+                progress.log(f"{self._out}: resuming after {earlier} of {counted(total, 'answer')}")
             return self._answer(pending, file, processor, load(), progress)
 
     def check(self) -> None:
@@ -239,8 +239,8 @@ class PromptBatch:
                         done += 1  # not earlier: Ctrl-C may come in between
                     progress.update(earlier + done + failed, total, len(completion.tokens), sum(compiled))
         except KeyboardInterrupt as error:
-            answers = _counted(earlier + done, "answer")
-            errors = f" and {_counted(failed, 'error')}" if failed else ""
+            answers = counted(earlier + done, "answer")
+            errors = f" and {counted(failed, 'error')}" if failed else ""
             raise KeyboardInterrupt(
                 f"interrupted: {answers}{errors} of {total} {self.things} are in {self._out}; the same command resumes"
             ) from error
@@ -273,10 +273,6 @@ def prompt_seed(prompt: BatchPrompt, seed: int) -> int:
     if prompt.options.get("seed") is not None:
         return prompt.options["seed"]
     return int.from_bytes(_digest({"seed": seed, "row": prompt.name})[:4], "little")
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _digest(value: Mapping[str, Any]) -> bytes:

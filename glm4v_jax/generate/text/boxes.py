@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from glm4v_jax.errors import GenerationError
+from glm4v_jax.errors import GenerationError, counted
 from glm4v_jax.generate.text.thinking import parse
 
 SCALE = 1000
@@ -107,7 +107,9 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[float]], labels: Seq
     """
     pixels = to_pixels(boxes, *image.size)
     if len(labels) > len(pixels):
-        raise GenerationError(f"labels: found {len(labels)} for {len(pixels)} boxes; expected at most one a box")
+        raise GenerationError(
+            f"labels: found {len(labels)} for {counted(len(pixels), 'box', 'boxes')}; expected at most one a box"
+        )
     drawn = image.convert("RGB") if image.mode != "RGB" else image.copy()
     draw = ImageDraw.Draw(drawn)
     line = max(1, round(min(drawn.size) / 200))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import MessageError, counted
 from glm4v_jax.inputs.media.load import VideoMetadata
 
 Row = str | list[str]
@@ -145,6 +145,6 @@ def count_token(row: Row, token: str) -> int:
 def _check_count(where: str, token: str, placeholders: int, name: str, given: int) -> None:
     if placeholders != given:
         raise MessageError(
-            f"{where}: found {placeholders} {token} placeholder{'s' * (placeholders != 1)} and {given} "
-            f"{name}{'s' * (given != 1)}; expected as many placeholders as {name}s"
+            f"{where}: found {counted(placeholders, f'{token} placeholder')} and {counted(given, name)}; "
+            f"expected as many placeholders as {name}s"
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, counted
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.antialias import FILTERS, resize_bytes
 
@@ -126,7 +126,7 @@ class Normalization:
             if not (self.fused and 1 in (channels, len(value))):
                 raise MediaError(
                     f"image_{name} must have {channels} elements if it is an iterable, got {len(value)}: it is "
-                    f"{list(value)}, and the image has {channels} channel{'s' if channels > 1 else ''}; set "
+                    f"{list(value)}, and the image has {counted(channels, 'channel')}; set "
                     f"image_{name} to one value or to {channels}"
                     + (", or convert the image to RGB" if channels != 3 and len(value) == 3 else "")
                 )

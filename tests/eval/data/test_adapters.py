@@ -300,7 +300,7 @@ def test_mathvista_as_published(tmp_path):
         ("mmmu", MMMU, {"answer": "D"}, r"answer: found 'D'; expected one of A, B, C"),
         ("mmmu", MMMU, {"options": "['$6"}, r"options: found \"\['\$6\"; expected a list"),
         ("mmmu", MMMU, {"question_type": "essay"}, r"question_type: found 'essay'; expected one of multiple"),
-        ("mmmu", MMMU, {"image_2": None}, r"prompt: found <image 2> with 1 images in the row"),
+        ("mmmu", MMMU, {"image_2": None}, r"prompt: found <image 2> with 1 image in the row"),
         ("mathvista", MATHVISTA_CHOICE, {"choices": ["35°"]}, r"answer: found '145°'; expected one of the"),
         ("mathvista", MATHVISTA_CHOICE, {"choices": None}, r"choices: found none for multi_choice"),
         ("mathvista", MATHVISTA, {"question_type": "essay"}, r"question_type: found 'essay'"),

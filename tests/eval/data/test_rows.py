@@ -129,7 +129,7 @@ def test_boxes_are_in_pixels_of_the_first_image_unless_there_is_a_size(folder, s
         ({**ROW, "video": ["file://c/c.png"]}, r"found the machine 'c'"),
         ({**ROW, "video": ["a.png"], "fps": 0}, r"fps: found the number 0; expected a number above 0"),
         ({**ROW, "video": ["a.png"], "fps": "2"}, r"fps: found '2'; expected a number above 0"),
-        ({**MARKED, "images": ["a.png"]}, r"question: found 2 <image> for 1 images; expected as many"),
+        ({**MARKED, "images": ["a.png"]}, r"question: found 2 <image> for 1 image; expected as many"),
         ([1], r"found a list; expected an object"),
     ],
 )

@@ -102,7 +102,7 @@ def test_bad_rows_are_reported_and_not_counted(data):
     assert told[3][1] == f"{directory}: found a directory; expected an image"
     assert told[4][1] == f"{directory}/none.mp4: found no such file; expected an image or a video"
     assert told[5][1] == f"{directory}/none.png: found no such file; expected an image or a video"
-    assert told[6][1] == "images: found 0 for 1 <image> markers; expected as many"
+    assert told[6][1] == "images: found 0 for 1 <image> marker; expected as many"
     assert told[7][1] == f"{directory}/none.png: found no such file; expected an image or a video"
 
 

@@ -434,13 +434,13 @@ def said(*messages, **fields):
 BROKEN = [
     ({}, "found the fields of nothing; expected 'messages'"),
     ({"text": "pre-training"}, "found the fields 'text'; expected 'messages'"),
-    (row_of(), "images: found 0 for 1 <image> markers; expected as many"),
-    (row_of(images=["a.png", "b.png"]), "images: found 2 for 1 <image> markers"),
+    (row_of(), "images: found 0 for 1 <image> marker; expected as many"),
+    (row_of(images=["a.png", "b.png"]), "images: found 2 for 1 <image> marker"),
     (row_of(images=["a.png"], videos=["b.mp4"]), "videos: found 1 for 0 <video> markers"),
     (row_of(images=["a.png"], image="a.png"), "image: found some beside 'images'; expected one of the two"),
     (row_of(images=[7]), r"images\[0\]'?: found the number 7"),
-    (row_of(images=["  "]), "images: found 0 for 1 <image> markers"),
-    (row_of(images=[None]), "images: found 0 for 1 <image> markers"),
+    (row_of(images=["  "]), "images: found 0 for 1 <image> marker"),
+    (row_of(images=[None]), "images: found 0 for 1 <image> marker"),
     (row_of(images=["a.png"], audios=["a.wav"]), "audios: found some; expected none"),
     (row_of(images=["a.png"], tools='[{"type": "function"}]'), "tools: found some; expected none"),
     ({"texts": [{"user": "a"}]}, r"texts\[0\].assistant: found none; expected a string"),
@@ -488,7 +488,7 @@ BROKEN = [
     ),
     (
         said({"role": "user", "content": [{"type": "image"}]}, turn("assistant", "a")),
-        "images: found 0 for 1 image items without a source; expected as many",
+        "images: found 0 for 1 image item without a source; expected as many",
     ),
     (
         said({"role": "user", "content": [image("a.png")]}, turn("assistant", "a"), images=["a.png"]),
@@ -515,7 +515,7 @@ BROKEN = [
     (objects([[30, 2, 3, 4]]), "the top left corner before the bottom right one"),
     (objects([[0, 0, 1, 1.5]], bbox_type="norm1"), "expected coordinates within 0 to 1"),
     (objects([[1, 2, 3, 4]], bbox_type="norm1000"), "objects.bbox_type: found 'norm1000'; expected 'real' or"),
-    (objects([[1, 2, 3, 4]], image_id=[1]), "found a box of image 1 in a conversation with 1 images"),
+    (objects([[1, 2, 3, 4]], image_id=[1]), "found a box of image 1 in a conversation with 1 image"),
     (objects("all"), "objects.bbox: found a string; expected a list"),
     (row_of(images=["a.png"], objects=[]), "objects: found a list; expected an object"),
 ]

@@ -303,7 +303,7 @@ def test_a_sample_that_fits_no_batch_is_refused():
     before = packer.get_state()
     for sample, message in (
         (made([31], seed=8), "made:8: found 31 tokens; expected at most 30, a row"),
-        (made([1, 1], [(6, 6)], 9), r"made:9: found 1 images and frames of up to 36 patches, 36 in all; exp"),
+        (made([1, 1], [(6, 6)], 9), r"made:9: found 1 image or frame of up to 36 patches, 36 in all; exp"),
         (made([1, 1, 1, 1], [(4, 4)] * 3, 7), r"made:7: found 3 .* 48 in all; expected ones that fit .* \(2, 24\)"),
     ):
         with pytest.raises(DataError, match=message):

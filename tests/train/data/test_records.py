@@ -105,7 +105,7 @@ def test_a_bad_row_is_named_and_does_not_affect_others(tmp_path):
     assert len(records) == 4
     with pytest.raises(DataError, match=r"data\.jsonl:3: found invalid JSON"):
         records[1]
-    with pytest.raises(DataError, match=r"data\.jsonl:4: images: found 0 for 1 <image> markers"):
+    with pytest.raises(DataError, match=r"data\.jsonl:4: images: found 0 for 1 <image> marker"):
         records[2]
     assert answer(records[3]) == "answer 1"
 

@@ -181,5 +181,5 @@ def test_without_vision_rows_samples_with_images_are_skipped(stream):
     assert {batch.batch.vision for batch in batches} == {batch.batch.vision_index for batch in batches} == {None}
     # Of records 0, 2, 4 and of 1, (3), 5, in turn.
     assert [rows_of(batch) for batch in batches] == [[[[0], [1]]], [[[2], [5]]], [[[4], [1]]], [[[0], [5]]]]
-    assert len(messages) == 1 and messages[0].startswith("data.jsonl:4: found 1 images and frames of up to 8 patches")
+    assert len(messages) == 1 and messages[0].startswith("data.jsonl:4: found 1 image or frame of up to 8 patches")
     assert set(states[0]) == {"0", "1"}
