@@ -144,7 +144,7 @@ def test_an_invalid_mesh_or_model_is_refused(capfd, arguments, problem):
         ("tp=2", ["tp=2", "data, fsdp, kv, q, seq"]),
         ("latency:0", ["latency:0"]),
         ("kv=4", ["kv_heads of 2", "4 devices"]),
-        ("data=4096", ["data=4096 needs 4096 devices"]),
+        ("data=4096", ["data=4096 needs 4,096 devices"]),
     ],
 )
 def test_a_mesh_is_checked_before_weights_are_read(capfd, mesh, words):

@@ -62,7 +62,7 @@ class TestBootstrap:
             (dict(values=[0.0, float("nan")]), "finite"),
             (dict(values=[1.0], confidence=1.0), "confidence"),
             (dict(values=[1.0], resamples=0), "resamples"),
-            (dict(values=[1.0], counts=[1.0, 2.0]), "found 2 for 1 values"),
+            (dict(values=[1.0], counts=[1.0, 2.0]), "found 2 for 1 value"),
             (dict(values=[1.0, 2.0], counts=[1.0, -2.0]), "none below 0"),
         ],
     )

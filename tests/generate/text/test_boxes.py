@@ -177,5 +177,5 @@ class TestDraw:
         image = Image.new("RGB", (300, 200), "gray")
         plain, labelled = draw_boxes(image, [BOX, BOX]), draw_boxes(image, [BOX, BOX], labels=["dog"])
         assert plain != labelled
-        with pytest.raises(GenerationError, match="labels: found 2 for 1 boxes"):
+        with pytest.raises(GenerationError, match="labels: found 2 for 1 box;"):
             draw_boxes(image, [BOX], labels=["a", "b"])
