@@ -173,9 +173,9 @@ class Glm4vProcessor:
             `is_split_into_words`, B lists of words.
           videos: a video or lists of videos, in the order of the placeholders; see `Glm4vVideoProcessor`.
           **kwargs: options of the tokenizer (`padding`, `max_length`, ...), of the image and the video processor
-            (`size`, `fps`, `video_metadata`, ...), by themselves or in `text_kwargs`, `images_kwargs`, `videos_kwargs`
-            and `common_kwargs`; `return_metadata` to get `video_metadata` back; `return_mm_token_type_ids`;
-            `return_tensors`, None or "np".
+            (`size`, `max_pixels`, `fps`, `video_metadata`, ...), by themselves or in `text_kwargs`, `images_kwargs`,
+            `videos_kwargs` and `common_kwargs`; `return_metadata` to get `video_metadata` back;
+            `return_mm_token_type_ids`; `return_tensors`, None or "np".
 
         Returns:
           `input_ids` and `attention_mask` [B, T] int64, arrays if all rows have the same length and lists of lists
@@ -327,7 +327,10 @@ class Glm4vProcessor:
         Args:
           conversation: messages with `role` and `content`, or B such conversations. Contents are text or lists of
             `{"type": "text", "text": ...}`, `{"type": "image", KEY: ...}` with KEY one of image, url, path, base64, and
-            `{"type": "video", KEY: ...}` with KEY one of video, url, path; OpenAI's `image_url` items are understood.
+            `{"type": "video", KEY: ...}` with KEY one of video, url, path; or have the shapes of OpenAI's clients, see
+            `normalise_messages`. Images and videos may have `min_pixels`, `max_pixels`, `resized_height` and
+            `resized_width` of their own, and videos `fps`: of frames the rate at which they were taken, of a file the
+            rate at which to take them.
           chat_template: the name of a template of the checkpoint, or a template.
           add_generation_prompt: end the prompt where the assistant begins to speak.
           continue_final_message: end it inside the last message, for the model to continue.
