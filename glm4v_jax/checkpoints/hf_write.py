@@ -235,7 +235,7 @@ def save_generation_config(config: GenerationConfig, directory: Path) -> None:
 
 
 def generation_options(config: GenerationConfig) -> dict[str, Any]:
-    """Return the options that are not at their defaults, as generation_config.json has them.
+    """Return the options that are not at their defaults, as generation_config.json has them; functions have no place.
 
     >>> generation_options(GenerationConfig(top_k=2, eos_token_id=(3, 5)))
     {'top_k': 2, 'eos_token_id': [3, 5]}
@@ -243,6 +243,6 @@ def generation_options(config: GenerationConfig) -> dict[str, Any]:
     options = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name != "seed" and value != field.default:
+        if field.name not in ("seed", "logits_processor") and value != field.default:
             options[field.name] = list(value) if isinstance(value, tuple) else value
     return options

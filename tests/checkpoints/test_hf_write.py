@@ -137,3 +137,15 @@ def test_generation_options_come_back(tmp_path):
     }  # fmt: skip
     assert GenerationConfig.from_dict(options) == config
     assert generation_options(GenerationConfig()) == {}
+
+
+def test_bans_and_biases_come_back_here_and_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    options = dict(
+        min_new_tokens=3, no_repeat_ngram_size=2, bad_words_ids=[[1, 2]], suppress_tokens=[4], eos_token_id=[7],
+        sequence_bias=[[[1], 2.0], [[5, 6], float("-inf")]], output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    hf_write.save_generation_config(GenerationConfig(**options, logits_processor=max), tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig(**options)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert {name: getattr(theirs, name) for name in options} == options

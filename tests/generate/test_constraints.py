@@ -69,7 +69,7 @@ def _configs(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     configs=st.tuples(*[_configs()] * ROWS),
     lengths=st.tuples(*[st.integers(PROMPT, CAPACITY)] * ROWS),

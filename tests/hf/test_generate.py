@@ -219,9 +219,7 @@ def only_even_in_torch(tokens, scores):
 SCENARIOS = {
     "nothing": lambda row: {},
     "min_new_tokens": lambda row: dict(min_new_tokens=9, eos_token_id=[row[1], row[4], row[11]]),
-    "no_repeat_ngram_size 1": lambda row: dict(no_repeat_ngram_size=1),
     "no_repeat_ngram_size 2": lambda row: dict(no_repeat_ngram_size=2),
-    "no_repeat_ngram_size 3": lambda row: dict(no_repeat_ngram_size=3),
     "bad_words_ids": lambda row: dict(bad_words_ids=[[row[0]], row[4:6], [row[8]]], eos_token_id=[row[8]]),
     "suppress_tokens": lambda row: dict(suppress_tokens=sorted(set(row[:6]))),
     "sequence_bias": lambda row: dict(sequence_bias=[[row[2:4], -4.5], [[row[1]], 0.5], [[299], 1.0]]),
