@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from reference import Prompts
 
 from glm4v_jax import make_batch
@@ -14,35 +15,45 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.hf.forward import causal_lm_loss
 from glm4v_jax.model import lora
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.params import leaf_paths, linears, stacked_layers
+from glm4v_jax.model.params import leaf_paths, matching_linears, sizes, stacked_layers
 
 EVERY = lora.LoraConfig(rank=3, alpha=4.5, target=".*")
 """An adapter beside every kernel; of an odd rank, and a scale that is not 1."""
 
 
 def trained(model: Glm4v, config: lora.LoraConfig = EVERY, seed: int = 5) -> Glm4v:
-    """The model with an adapter whose B is not 0: the same values in either layout and on every mesh."""
-    result = lora.add_lora(model, config, seed)
-    every = {path: found for path, found in linears(result).items() if found[0].lora_b is not None}
+    """The model with an adapter whose B is not 0: the same values in either layout and on every mesh.
 
-    @jax.jit
-    def draw(key: Any) -> dict[str, list[Any]]:
-        return {path: [_values(x, key, path, i) for i, x in enumerate(found)] for path, found in every.items()}
-
-    for path, values in draw(jax.random.key(seed)).items():
-        for linear, value in zip(every[path], values, strict=True):
-            linear.lora_b[...] = value
+    `lora.add_lora` draws on the devices, which takes a program for each structure of a model; here NumPy draws.
+    """
+    result = lora.copy_without_lora(model)
+    for path, found in matching_linears(result, config.target, "target").items():
+        for layer, linear in enumerate(found):
+            inputs, outputs = sizes(linear)
+            layers = stacked_layers(linear)
+            pairs = [
+                _pair(f"{path} {number} {seed}", inputs, config.rank, outputs)
+                for number in (range(layers) if layers else [layer])
+            ]
+            a, b = (np.stack(same) if layers else same[0] for same in zip(*pairs, strict=True))
+            axes = (*linear.in_axes, None), (None, *linear.out_axes)
+            a, b = (_put(x, names, linear.kernel[...].sharding.mesh) for x, names in zip((a, b), axes, strict=True))
+            lora.set_lora(linear, a, b, config.alpha / config.rank)
     return result
 
 
-def _values(linear: Any, key: Any, path: str, layer: int) -> Any:
-    """A normally distributed B, from one key for each layer."""
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    layers, shape = stacked_layers(linear), linear.lora_b.shape
-    keys = [jax.random.fold_in(key, i) for i in (range(layers) if layers else [layer])]
-    values = [0.2 * jax.random.normal(k, shape[1:] if layers else shape) for k in keys]
-    values = [mesh.reshard(value, None, *linear.out_axes) for value in values]
-    return jnp.stack(values) if layers else values[0]
+def _pair(name: str, inputs: Any, rank: int, outputs: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A as it is drawn for a new adapter, and a normally distributed B."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    a = random.uniform(-1, 1, (*inputs, rank)) / math.sqrt(math.prod(inputs))
+    return a.astype(np.float32), (0.2 * random.standard_normal((rank, *outputs))).astype(np.float32)
+
+
+def _put(values: np.ndarray, axes: Any, devices: Any) -> Any:
+    spec = jax.sharding.PartitionSpec(*(None,) * (values.ndim - len(axes)), *mesh.spec(*axes))
+    return jax.make_array_from_callback(
+        values.shape, jax.sharding.NamedSharding(devices, spec), values.__getitem__, dtype=values.dtype
+    )
 
 
 def leaves_of(model: Glm4v) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers_lora import batch_of, logits_of, trained
+from helpers_lora import EVERY, batch_of, logits_of, trained
 from helpers_transformers import import_transformers
 from reference import CONFIGS, assert_close, load_theirs, random_tensors, their_inputs
 
@@ -84,7 +84,11 @@ def assert_merges_to(model, expected):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_kernels_merge_to_what_the_adapter_says(ours, tmp_path, name, stacked):
     base = ours(name).module
-    adapter = trained(base.stacked() if stacked else base)
+    base = base.stacked() if stacked else base
+    adapter = trained(base)
+    new = jax.eval_shape(lambda model: lora.add_lora(model, EVERY), base)
+    assert jax.tree.structure(adapter) == jax.tree.structure(new)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(adapter)] == [(x.shape, x.dtype) for x in jax.tree.leaves(new)]
     save_adapter(adapter, tmp_path, "a/base")
     found = read(tmp_path)
     config = adapter.config

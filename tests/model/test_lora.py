@@ -63,7 +63,7 @@ def test_by_default_the_decoders_layers_have_an_adapter(model):
 
 def test_the_model_given_stays_as_it_is(model):
     before = leaves_of(model)
-    other = trained(model)
+    other = lora.add_lora(model, EVERY)
     assert lora.has_lora(other) and not lora.has_lora(model)
     assert leaves_of(model) == before
     for path, leaf in leaves_of(other).items():
@@ -247,7 +247,9 @@ def compute(directory, sizes):
     """Logits, gradients of the adapter, the adapter as drawn and as PEFT has it, and merged kernels."""
     with jax.set_mesh(mesh.make_mesh(**sizes)):
         model = Glm4vForConditionalGeneration.from_pretrained(directory, stacked=True).module
-        adapter = trained(model)
+        new, adapter = lora.add_lora(model, EVERY), trained(model)
+        for path, leaf in leaves_of(new).items():
+            assert leaf.sharding == leaves_of(adapter)[path].sharding, path
         batch, _ = batch_of(model.config, ROWS)
         params, frozen = split(adapter, lora.is_lora)
         layout = Layout.of(adapter)
@@ -264,7 +266,7 @@ def compute(directory, sizes):
         for leaf, old in zip(jax.tree.leaves(merged), jax.tree.leaves(model), strict=True):
             assert leaf.sharding == old.sharding and leaf.dtype == old.dtype
         return dict(
-            drawn={path: np.asarray(leaf) for path, leaf in params.items()}, tensors=adapter_tensors(adapter),
+            drawn={path: np.asarray(leaf) for path, leaf in leaves_of(new).items()}, tensors=adapter_tensors(adapter),
             logits={"": np.asarray(logits)[batch.segment_ids > 0]}, split=float(np.mean(is_split)),
             gradients={path: np.asarray(leaf) for path, leaf in gradients.items()},
             merged={path: np.asarray(leaf) for path, leaf in leaves_of(merged).items()},
