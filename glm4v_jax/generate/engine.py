@@ -15,7 +15,7 @@ from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
-from glm4v_jax.generate.prompt import prompt_of
+from glm4v_jax.generate.prompt import is_message, prompt_of
 from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
 from glm4v_jax.generate.sequence import SequenceState
@@ -24,6 +24,7 @@ from glm4v_jax.generate.warmup import (
     Warmed,
     check_ranges,
     largest_pool,
+    pair,
     prompt_shapes,
     run_all,
     show,
@@ -157,8 +158,9 @@ class Engine:
         """Generate from many prompts by continuous batching: a slot that is free takes the next prompt.
 
         Args:
-          prompts: any number, read as they are needed; each as `prompt` takes it, or a `Request`. Prompt number i
-            samples from (seed, i), whatever slot it is in and whatever else is in the batch.
+          prompts: any number, read as they are needed; each as `prompt` takes it, or a `Request`; or only one, which
+            needs no list. Prompt number i samples from (seed, i), whatever slot it is in and whatever else is in the
+            batch.
           preset, **options: see `stream`; for all prompts.
           skip_errors: yield a completion with `error` for a prompt that cannot be prepared, instead of raising.
 
@@ -182,7 +184,9 @@ class Engine:
             return self.new_sequence(prompt, config, index=index, number=number)
 
         def completions() -> Iterator[Completion]:
-            queue = PromptQueue(prompts, prepare, ahead=self.num_slots, skip_errors=skip_errors)
+            queue = PromptQueue(
+                [prompts] if _is_one(prompts) else prompts, prepare, ahead=self.num_slots, skip_errors=skip_errors
+            )
             steps = self.steps_per_dispatch or MAX_STEPS
             with (
                 contextlib.closing(queue),
@@ -209,8 +213,8 @@ class Engine:
     def warmup(
         self,
         *,
-        prompt_lengths: tuple[int, int],
-        vision_patches: tuple[int, int] | None = None,
+        prompt_lengths: tuple[int, int] | int,
+        vision_patches: tuple[int, int] | int | None = None,
         max_new_tokens: int = 128,
         one: bool = True,
         many: bool = True,
@@ -222,7 +226,7 @@ class Engine:
         The KV cache and the feature pool get the size of the largest such request at once.
 
         Args:
-          prompt_lengths: tokens of the shortest and of the longest prompt, or whole conversation.
+          prompt_lengths: tokens of the shortest and of the longest prompt, or whole conversation; one number for both.
           vision_patches: patches (before merging) of the smallest image, and of all images and frames of the largest
             request together; None for text alone.
           max_new_tokens: of the requests; with a think budget, that and the answer budget together.
@@ -238,6 +242,7 @@ class Engine:
         Raises:
           GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
         """
+        prompt_lengths, vision_patches = pair(prompt_lengths), pair(vision_patches)
         shortest, longest = prompt_lengths
         check_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
         config = self.config(**options)
@@ -304,3 +309,10 @@ class Engine:
             give_back()  # the stream was closed, the slots are intact
             raise
         give_back()
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether what should be many prompts is a single one: a text, a conversation, a message, inputs, a request."""
+    if isinstance(prompts, list | tuple):
+        return bool(prompts) and all(map(is_message, prompts))
+    return isinstance(prompts, str | Mapping | Prompt | Request)

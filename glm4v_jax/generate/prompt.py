@@ -12,12 +12,17 @@ from glm4v_jax.inputs.text.chat_template import choose_template
 from glm4v_jax.inputs.text.messages import extract_media
 
 
+def is_message(value: Any) -> bool:
+    """Whether a value is one message of a conversation."""
+    return isinstance(value, Mapping) and "role" in value
+
+
 def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Prompt:
     """Make one prompt ready.
 
     Args:
-      prompt: the user's text; or messages with `role` and `content`; or a processor's output for one prompt; or what
-        this returns.
+      prompt: the user's text; or messages, or one message, with `role` and `content`; or a processor's output for one
+        prompt; or what this returns.
       processor, config: of the model.
 
     Raises:
@@ -27,6 +32,8 @@ def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Pr
         return prompt
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    if is_message(prompt):
+        prompt = [prompt]
     sizes: tuple[tuple[int, int], ...] = ()
     if not isinstance(prompt, Mapping):
         media = processor.prepare_media(*extract_media(prompt, choose_template(processor.chat_template)))

@@ -7,7 +7,7 @@ run each program once, on zeros.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import rich.console
@@ -95,10 +95,10 @@ def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tupl
 def warmup(
     model: Runtime | HasRuntime,
     *,
-    prompt_lengths: tuple[int, int],
-    vision_patches: tuple[int, int] | None = None,
+    prompt_lengths: tuple[int, int] | int,
+    vision_patches: tuple[int, int] | int | None = None,
     max_new_tokens: int = 128,
-    batch_sizes: Sequence[int] = (1,),
+    batch_sizes: Sequence[int] | int = (1,),
     progress: Callable[[Warmed], None] | None = None,
     **options: Any,
 ) -> list[Warmed]:
@@ -111,7 +111,7 @@ def warmup(
 
     Args:
       model: a `Glm4vForConditionalGeneration`, or its runtime.
-      prompt_lengths: tokens of the shortest and of the longest prompt, image tokens included.
+      prompt_lengths: tokens of the shortest and of the longest prompt, image tokens included; one number for both.
       vision_patches: patches (before merging) of the smallest image, and of all images and frames of the largest
         request together; None for text alone.
       max_new_tokens: of the requests; it decides the size of the caches.
@@ -126,6 +126,8 @@ def warmup(
       GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
     """
     runtime = runtime_of(model)
+    prompt_lengths, vision_patches = pair(prompt_lengths), pair(vision_patches)
+    batch_sizes = (batch_sizes,) if isinstance(batch_sizes, int) else batch_sizes
     check_ranges(runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
     with use_mesh(runtime.mesh):
         shards = data_shards()
@@ -207,6 +209,15 @@ def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | Non
         if progress is not None:
             progress(warmed)
     return done
+
+
+@overload
+def pair(value: tuple[int, int] | int) -> tuple[int, int]: ...
+@overload
+def pair(value: tuple[int, int] | int | None) -> tuple[int, int] | None: ...
+def pair(value: tuple[int, int] | int | None) -> tuple[int, int] | None:
+    """A range, where one number may stand for both of its ends."""
+    return (value, value) if isinstance(value, int) else value
 
 
 def check_ranges(

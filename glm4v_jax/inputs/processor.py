@@ -413,15 +413,15 @@ class Glm4vProcessor:
 
     def get_num_multimodal_tokens(
         self,
-        image_sizes: Sequence[Sequence[int]] | None = None,
-        video_sizes: Sequence[Sequence[int]] | None = None,
+        image_sizes: Sequence[Sequence[int]] | Sequence[int] | None = None,
+        video_sizes: Sequence[Sequence[int]] | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> MultiModalData:
         """How many tokens and patches images and videos will have, from their sizes alone.
 
         Args:
-          image_sizes: (height, width) in pixels of each image.
-          video_sizes: (frames taken, height, width) of each video.
+          image_sizes: (height, width) in pixels of each image, or of one.
+          video_sizes: (frames taken, height, width) of each video, or of one.
           **kwargs: settings of the processors, such as `size`.
 
         Raises:
@@ -433,7 +433,8 @@ class Glm4vProcessor:
             chosen = options["images_kwargs"]
             merge_size = chosen.get("merge_size") or self.image_processor.merge_size
             patches = [
-                self.image_processor.get_number_of_image_patches(height, width, chosen) for height, width in image_sizes
+                self.image_processor.get_number_of_image_patches(height, width, chosen)
+                for height, width in _several(image_sizes)
             ]
             tokens = [count // merge_size**2 for count in patches]
         if video_sizes is not None:
@@ -441,7 +442,7 @@ class Glm4vProcessor:
             merge_size = chosen.get("merge_size") or self.video_processor.merge_size
             video_tokens = [
                 self.video_processor.get_num_of_video_patches(frames, height, width, chosen) // merge_size**2
-                for frames, height, width in video_sizes
+                for frames, height, width in _several(video_sizes)
             ]
         return MultiModalData(tokens, patches, video_tokens)
 
@@ -466,6 +467,11 @@ def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = [text] if isinstance(text, str) else list(text)
     check_text(rows, bool(options.get("is_split_into_words")))
     return rows
+
+
+def _several(sizes: Any) -> Sequence[Sequence[int]]:
+    """Sizes, of which there may be only one."""
+    return [sizes] if len(sizes) and not hasattr(sizes[0], "__len__") else sizes
 
 
 def _is_empty(media: Any) -> bool:

@@ -459,6 +459,18 @@ def test_what_only_the_model_returns_is_refused_where_it_is_asked_for(engine, ma
         engine.stream("Hello", **{name: True})
 
 
+def test_one_prompt_needs_no_list(engine, image):
+    conversation = ask(image, "What?")
+    inputs = engine.processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    options = {"max_new_tokens": 2, **GREEDY}
+    for one in ("What?", conversation, conversation[0], inputs, engine.prompt("What?"), Request("What?")):
+        (found,) = engine.generate_many(one, **options)
+        assert found.tokens == engine.generate(one.prompt if isinstance(one, Request) else one, **options).tokens
+    assert len(list(engine.generate_many(["a", conversation], **options))) == 2
+
+
 def test_boxes_are_pixels_of_the_original_image(engine, image):
     found = engine.generate(ask(image, "Where?"), max_new_tokens=2, **GREEDY)
     assert found.image_sizes == ((100, 70),)

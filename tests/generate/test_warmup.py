@@ -93,6 +93,10 @@ def test_requests_after_warmup_compile_nothing(model):
         (dict(prompt_lengths=(9, 8)), r"prompt_lengths: found \(9, 8\)"),
         (dict(prompt_lengths=(0, 8)), r"prompt_lengths: found \(0, 8\)"),
         (dict(prompt_lengths=(1, 8), vision_patches=(0, 4)), r"vision_patches: found \(0, 4\)"),
+        # One number is both ends of a range.
+        (dict(prompt_lengths=0), r"prompt_lengths: found \(0, 0\)"),
+        (dict(prompt_lengths=8, vision_patches=0), r"vision_patches: found \(0, 0\)"),
+        (dict(prompt_lengths=8, batch_sizes=0), r"batch_sizes \(0,\)"),
         (dict(prompt_lengths=(1, 8), max_new_tokens=0), "max_new_tokens 0"),
         (dict(prompt_lengths=(1, 8), batch_sizes=()), r"batch_sizes \(\)"),
         (dict(prompt_lengths=(1, 32700), max_new_tokens=69), "found 32769 in all; expected at most 32768"),

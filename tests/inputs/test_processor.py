@@ -362,6 +362,8 @@ def test_numbers_of_tokens_from_sizes(processor):
     shrunk = processor.get_num_multimodal_tokens(image_sizes=[(84, 140)], size=small)
     assert shrunk.num_image_patches == [processor(text=IMAGE, images=WIDE, size=small)["image_grid_thw"].prod()]
     assert processor.get_num_multimodal_tokens() == MultiModalData(None, None, None)
+    one = processor.get_num_multimodal_tokens(image_sizes=(84, 140), video_sizes=np.array((8, 56, 84)))
+    assert one == processor.get_num_multimodal_tokens(image_sizes=[(84, 140)], video_sizes=[(8, 56, 84)])
 
 
 @pytest.mark.filterwarnings("ignore:the frames per second")

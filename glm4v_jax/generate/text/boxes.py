@@ -7,6 +7,7 @@ which it was resized: x / width * 1000, y / height * 1000, top left before botto
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -62,11 +63,11 @@ def _groups(pattern: re.Pattern[str], text: str, limit: float) -> list[list[floa
     return [group for group in groups if all(math.isfinite(value) and 0 <= value <= limit for value in group)]
 
 
-def to_pixels(boxes: Iterable[Sequence[float]], width: int, height: int) -> list[tuple[int, ...]]:
+def to_pixels(boxes: Iterable[Sequence[float]] | Sequence[float], width: int, height: int) -> list[tuple[int, ...]]:
     """Scales boxes, or points, to pixels of the original image.
 
     Args:
-        boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000.
+        boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000; or only one.
         width, height: of the original image, in pixels.
 
     Returns:
@@ -80,7 +81,7 @@ def to_pixels(boxes: Iterable[Sequence[float]], width: int, height: int) -> list
     if width < 1 or height < 1:
         raise GenerationError(f"image: found {width} x {height} pixels; expected at least 1 x 1")
     pixels: list[tuple[int, ...]] = []
-    for box in boxes:
+    for box in _several(boxes):
         if len(box) not in (2, 4) or not all(math.isfinite(value) for value in box):
             raise GenerationError(f"box: found {tuple(box)}; expected 4 finite numbers, or 2 for a point")
         last = 0 if len(box) == 4 else 1
@@ -94,17 +95,26 @@ def _scaled(coordinate: float, size: int, last: int) -> int:
     return min(max(round(coordinate * size / SCALE), 0), last)
 
 
-def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[float]], labels: Sequence[str] = ()) -> Image.Image:
+def _several(boxes: Iterable[Sequence[float]] | Sequence[float]) -> Iterable[Sequence[float]]:
+    """Boxes, of which there may be only one."""
+    given: list[Any] = list(boxes)
+    return [given] if given and not hasattr(given[0], "__len__") else given
+
+
+def draw_boxes(
+    image: Image.Image, boxes: Iterable[Sequence[float]] | Sequence[float], labels: Sequence[str] | str = ()
+) -> Image.Image:
     """Draws boxes, and points as small crosses, on an RGB copy of an image, in bright colours with a black rim.
 
     Args:
         image: the original image, or the same at any other size.
-        boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000, as `find_boxes` and `find_points` return them.
-        labels: what to write next to the first, second, ... of them; there may be fewer.
+        boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000, as `find_boxes` and `find_points` return them; or only one.
+        labels: what to write next to the first, second, ... of them; there may be fewer. A text is that of the first.
 
     Raises:
         GenerationError: as `to_pixels` does, or there are more labels than boxes.
     """
+    labels = [labels] if isinstance(labels, str) else labels
     pixels = to_pixels(boxes, *image.size)
     if len(labels) > len(pixels):
         raise GenerationError(

@@ -168,6 +168,14 @@ class TestDraw:
     def test_modes(self, mode):
         assert draw_boxes(Image.new(mode, (40, 30)), [(0, 0, 1000, 1000)]).mode == "RGB"
 
+
+def test_one_box_and_one_label_need_no_list():
+    image, box = Image.new("RGB", (200, 100)), (100, 200, 500, 600)
+    assert to_pixels(box, 200, 100) == to_pixels([box], 200, 100)
+    assert to_pixels((100.0, 200), 200, 100) == to_pixels([(100, 200)], 200, 100)
+    assert draw_boxes(image, box, "cat").tobytes() == draw_boxes(image, [box], ["cat"]).tobytes()
+    assert draw_boxes(image, [box] * 3, "cat").tobytes() == draw_boxes(image, [box] * 3, ["cat"]).tobytes()
+
     @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 5), (3000, 20)])
     def test_small_pictures_and_empty_boxes(self, size):
         boxes = [(0, 0, 1000, 1000), (1000, 1000, 1000, 1000), (500, 500, 500, 500), (990, 0, 1000, 10), (999, 999)]
