@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from eval.data.items import Item
 from eval.metrics import Metric, Reference, Score
-from glm4v_jax.errors import DataError, counted
+from glm4v_jax.errors import DataError, counted, not_there
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.text.thinking import parse
 
@@ -120,7 +120,7 @@ def read_results(path: Path) -> list[ItemResult]:
                     found = f"{path}:{number}: found an invalid result ({error})"
                     raise DataError(f"{found}; expected the result of an item") from error
     except FileNotFoundError:
-        raise DataError(f"{path}: found no such file; expected the results of a run") from None
+        raise DataError(not_there(path, "the results of a run")) from None
     return results
 
 

@@ -27,7 +27,7 @@ from eval.results import (
 )
 from eval.statistics import clustered, score_interval
 from eval.tasks import Task
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, not_there
 from glm4v_jax.files import replacing
 
 CONFIDENCE = 0.95
@@ -150,6 +150,6 @@ def read_summary(directory: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: found no such file; expected the summary of a run") from None
+        raise DataError(not_there(path, "the summary of a run")) from None
     except ValueError as error:
         raise DataError(f"{path}: found invalid JSON ({error}); expected the summary of a run") from error

@@ -5,6 +5,7 @@ working, and every message names the file or field, what was found, and what was
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 
 
@@ -74,7 +75,7 @@ def raise_listed(problems: Sequence[Glm4vError], place: str, things: str) -> Non
         raise MessageError("\n".join([found, *faults[:_LISTED], *more]), faults)
 
 
-def not_there(place: str, expected: str, field: str = "", kind: str = "file") -> str:
+def not_there(place: str | os.PathLike[str], expected: str, field: str = "", kind: str = "file") -> str:
     """What to say of a file or directory that does not exist.
 
     >>> not_there("cat.png", "an image")
@@ -88,7 +89,8 @@ def not_there(place: str, expected: str, field: str = "", kind: str = "file") ->
       field: the option or field that names it.
       kind: "file" or "directory".
     """
-    found = f"{field}: found {named(place)}," if field else f"{named(place)}: found"
+    name = named(os.fspath(place))
+    found = f"{field}: found {name}," if field else f"{name}: found"
     return f"{found} no such {kind}; expected {expected}"
 
 
@@ -108,6 +110,9 @@ def named(place: str) -> str:
 
 def one_line(error: Exception) -> str:
     """What an error says, in a line; that of `raise_listed` in several."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        kind = str(error.strerror).lower().removeprefix("no such ")
+        return not_there(str(error.filename), "one", kind=kind)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{named(str(error.filename))}: {error.strerror}"
     lines = str(error).split("\n") if isinstance(error, Glm4vError) and len(error.faults) > 1 else [str(error)]

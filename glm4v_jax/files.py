@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from glm4v_jax.errors import CheckpointError, counted
+from glm4v_jax.errors import CheckpointError, counted, not_there
 
 ASSETS = "assets"
 """Folder of an Orbax checkpoint for the files that lie beside the weights in Hugging Face's layout."""
@@ -155,7 +155,7 @@ def read_json_object(path: pathlib.Path, part_of: str = "a checkpoint in Hugging
       CheckpointError: the file is missing, is not JSON, or holds something else than an object.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: found no such file; expected {part_of}")
+        raise CheckpointError(not_there(path, part_of))
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -139,7 +139,7 @@ def test_a_dtype_is_added_where_none_is_named(tmp_path):
 
 
 def test_an_empty_name_is_visible_in_an_error():
-    assert one_line(FileNotFoundError(errno.ENOENT, "No such file", "")) == "'': No such file"
+    assert one_line(FileNotFoundError(errno.ENOENT, "No such file", "")) == "'': found no such file; expected one"
 
 
 NAME = "zai-org/GLM-4.1V-9B-Thinking"

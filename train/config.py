@@ -17,7 +17,7 @@ from glm4v_jax.config.checks import (
     raise_faults,
     validate,
 )
-from glm4v_jax.errors import ConfigError, counted
+from glm4v_jax.errors import ConfigError, counted, not_there
 from glm4v_jax.files import is_hub_name
 from glm4v_jax.model.layers import Remat
 from glm4v_jax.model.lora import LoraConfig
@@ -237,7 +237,7 @@ def load_config(path: str | Path) -> TrainConfig:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: found no such file; expected a job's TOML file") from None
+        raise ConfigError(not_there(path, "a job's TOML file")) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     config = _checked(path, content)

@@ -14,7 +14,7 @@ from eval.data.questions import Origin, Question
 from eval.metrics.mmmu import domain_of, subject_of
 from eval.metrics.points import platform_and_kind
 from glm4v_jax.data.media import MediaItem, image_size, located
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import DataError, not_there
 
 Reader = Callable[[Fields, Origin], Iterator[Question]]
 """(row, where it stands) -> its questions; raises `DataError` that names the field, but not the place."""
@@ -38,7 +38,7 @@ def _file(origin: Origin, field: str, names: Sequence[str], folders: Sequence[st
             if (origin.path.parent / path).is_file():
                 return path
     places = ", ".join(os.path.normpath(origin.path.parent / folder) for folder in folders)
-    raise DataError(f"{field}: found {names[0]!r}, no such file; expected it in one of {places}")
+    raise DataError(not_there(names[0], f"it in one of {places}", field))
 
 
 def _image(row: Fields, origin: Origin, field: str, folders: Sequence[str], suffix: str = "") -> MediaItem:

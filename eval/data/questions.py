@@ -16,7 +16,7 @@ import PIL.Image
 from eval.data.items import Item
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.data.media import MediaItem, image_size, is_remote, located, source_of
-from glm4v_jax.errors import DataError, counted
+from glm4v_jax.errors import DataError, counted, not_there
 from glm4v_jax.files import fingerprint
 from glm4v_jax.inputs.media.fetch import file_url_path, is_address
 
@@ -170,7 +170,7 @@ def _checked(item: MediaItem) -> tuple[int, int] | None:
     for one in source if isinstance(source, list) else [source]:
         file = _file(one)
         if file is not None and not file.exists():
-            raise DataError(f"video: found {one!r}, no such file; expected a file")
+            raise DataError(not_there(one, "a video or a frame", "video"))
     return None
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from glm4v_jax.checkpoints.strided_copy import in_order
 from glm4v_jax.config.checks import raise_faults
-from glm4v_jax.errors import CheckpointError, counted
+from glm4v_jax.errors import CheckpointError, counted, not_there
 from glm4v_jax.files import read_json_object
 
 # In the library's order, which also sorts the tensors of a file that it writes. Sub-byte types have no NumPy layout.
@@ -267,7 +267,7 @@ def _open_shards(directory: Path, weight_map: dict[str, str]) -> CheckpointFiles
     for shard in sorted(set(weight_map.values())):
         if not (directory / shard).is_file():
             count = sum(1 for file in weight_map.values() if file == shard)
-            faults.append(f"{shard}: found no such file; expected a shard of {counted(count, 'tensor')}")
+            faults.append(not_there(shard, f"a shard of {counted(count, 'tensor')}"))
             continue
         try:
             files[shard] = SafetensorsFile(directory / shard)

@@ -24,7 +24,7 @@ from glm4v_jax.config.checks import (
     validate,
 )
 from glm4v_jax.config.rope_scaling import RopeScaling
-from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.errors import CheckpointError, ConfigError, not_there
 from glm4v_jax.files import assets_directory, check_config, read_json_object, write_json
 
 RELEASED_MROPE_SECTION = (8, 12, 12)
@@ -298,10 +298,10 @@ class Glm4vConfig:
         """
         path = assets_directory(directory) / "config.json"
         if not path.parent.is_dir():
-            found = "a file" if path.parent.is_file() else "no such directory"
-            raise CheckpointError(
-                f"{path.parent}: found {found}; expected the directory of a checkpoint (nothing is downloaded)"
-            )
+            expected = "the directory of a checkpoint (nothing is downloaded)"
+            if path.parent.is_file():
+                raise CheckpointError(f"{path.parent}: found a file; expected {expected}")
+            raise CheckpointError(not_there(path.parent, expected, kind="directory"))
         check_config(path.parent)
         try:
             return cls.from_dict(read_json_object(path))

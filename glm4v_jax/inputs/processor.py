@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from glm4v_jax.errors import CheckpointError, MessageError
+from glm4v_jax.errors import CheckpointError, MessageError, not_there
 from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
@@ -119,7 +119,7 @@ class Glm4vProcessor:
         """
         directory = assets_directory(pretrained_model_name_or_path)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
+            raise CheckpointError(not_there(directory, "a checkpoint in Hugging Face layout", kind="directory"))
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         refuse_area_options(overrides)
         media = {name: value for name, value in overrides.items() if name in Glm4vVideoProcessor.defaults}

@@ -69,7 +69,7 @@ def error_of(capfd, *arguments):
         (["Hello", "--slots", "2"], ["--slots", "--jsonl"]),
         (["Hello", "--restart"], ["--restart", "--jsonl"]),
         (["--jsonl", "x.jsonl", "--slots", "0"], ["--slots: found 0"]),
-        (["--jsonl", "x.jsonl"], ["x.jsonl: No such file"]),
+        (["--jsonl", "x.jsonl"], ["x.jsonl: found no such file"]),
         (["Hello", "--logprobs", "2"], ["--logprobs", "--json"]),
         (["Hello", "--json", "--logprobs", "65"], ["logprobs: found 65", "64"]),
         (["Hello", "--preset", "best"], ["best", *PRESETS]),

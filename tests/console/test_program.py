@@ -91,7 +91,7 @@ def test_the_status_is_what_run_returns(capfd):
     ("error", "status", "said"),
     [
         (Glm4vError("file:\n found none"), 2, "it: error: file: found none\n"),
-        (FileNotFoundError(2, "No such file", "a.toml"), 2, "it: error: a.toml: No such file\n"),
+        (FileNotFoundError(2, "No such file", "a.toml"), 2, "it: error: a.toml: found no such file; expected one\n"),
         (KeyboardInterrupt(), program.INTERRUPTED, "work: half done\n"),
         (Unsaid(), program.INTERRUPTED, "it: interrupted\n"),
         (Unsaid("3 of 4"), program.INTERRUPTED, "3 of 4\n"),

@@ -140,7 +140,7 @@ def test_misspelt_settings_are_named(directory):
 
 
 def test_wrong_directories_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+    with pytest.raises(CheckpointError, match="nowhere: found no such directory"):
         Glm4vProcessor.from_pretrained(tmp_path / "nowhere")
     write_small_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from glm4v_jax.data.media import image_size, is_remote, source_of
-from glm4v_jax.errors import DataError, Glm4vError, MediaError
+from glm4v_jax.errors import DataError, Glm4vError, MediaError, not_there
 from glm4v_jax.inputs.media.fetch import is_address
 from glm4v_jax.inputs.media.load import frame_files, load_image, load_video
 from train.data.histogram import percentile
@@ -142,7 +142,7 @@ def _check_media(item: Mapping[str, Any], decode: bool) -> bool:
         return False
     source = source_of(item)
     if "path" in item and not os.path.exists(source):
-        raise MediaError(f"{source}: found no such file; expected an image or a video")
+        raise MediaError(not_there(source, "an image or a video"))
     if item["type"] == "image":
         image_size(item)
         if decode:

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, not_there
 
 if TYPE_CHECKING:
     import urllib3
@@ -174,7 +174,7 @@ def decode_base64(text: str) -> bytes:
     else:
         payload = text
     if not _BASE64.match(payload):
-        raise MediaError(f"{name}: found no such file; expected a path, an http(s) address, a data URL or base64 text")
+        raise MediaError(not_there(name, "a path, an http(s) address, a data URL or base64 text"))
     payload = payload.rstrip("= \t\r\n")
     try:
         return base64.b64decode(payload + "=" * (-len("".join(payload.split())) % 4))
@@ -215,7 +215,7 @@ def open_source(
     if isinstance(source, os.PathLike):
         path = Path(source)
         if not path.exists():
-            raise MediaError(f"{path}: found no such file; expected an image or a video")
+            raise MediaError(not_there(path, "an image or a video"))
         return path
     if is_url(source):
         return read_url(source, max_bytes=max_bytes)

@@ -16,7 +16,7 @@ import tokenizers
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Size, checked
-from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError, naming
+from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError, naming, not_there
 from glm4v_jax.files import assets_directory, read_json_object, read_text, replacing, write_json
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.text.chat_template import save_chat_template, template_in
@@ -140,10 +140,10 @@ class Glm4vTokenizer(SpecialTokens):
             warnings.warn(f"{cls.__name__}: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
         directory = assets_directory(directory)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory; expected a checkpoint in Hugging Face layout")
+            raise CheckpointError(not_there(directory, "a checkpoint in Hugging Face layout", kind="directory"))
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; expected the tokenizer of the checkpoint")
+            raise CheckpointError(not_there(path, "the tokenizer of the checkpoint"))
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare `Exception`

@@ -51,7 +51,7 @@ def content(path=OUT):
     ("out", "words"),
     [
         ("prompts.jsonl", "--out: found prompts.jsonl, a file that is read"),
-        ("nowhere/out.jsonl", "nowhere: no such directory"),
+        ("nowhere/out.jsonl", "nowhere: found no such directory"),
         ("notes.txt", "notes.txt:1: found no answer of this command; expected one per line; pass --restart"),
         ("torn.txt", "torn.txt:1: found no answer of this command"),
         (".", "irectory"),

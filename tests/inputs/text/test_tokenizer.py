@@ -424,7 +424,7 @@ def test_corrupt_files_are_named(tmp_path, name, content, message):
 
 
 def test_a_missing_directory_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+    with pytest.raises(CheckpointError, match="nowhere: found no such directory"):
         Glm4vTokenizer.from_pretrained(tmp_path / "nowhere")
 
 

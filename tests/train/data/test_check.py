@@ -249,12 +249,12 @@ def test_a_histogram_is_drawn_unless_there_is_no_good_row(capfd, data, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["none.jsonl"], "none.jsonl: No such file or directory"),
+        (["none.jsonl"], "none.jsonl: found no such file or directory; expected one"),
         (["data.txt"], "data.txt: found the suffix '.txt'; expected .json, .jsonl, .ndjson, .csv"),
         ([], "DATA: found no file; expected at least one"),
         (["data.jsonl", "--model", "none"], "--model: found none"),
         (["data.jsonl", "--limit", "0"], "limit: found 0; expected at least 1"),
-        (["data.jsonl", "--histogram", "none/a.png"], "none/a.png: No such file or directory"),
+        (["data.jsonl", "--histogram", "none/a.png"], "none/a.png: found no such file or directory; expected one"),
     ],
 )
 def test_errors_are_one_line_with_exit_status_2(capfd, data, monkeypatch, arguments, says):
