@@ -6,6 +6,8 @@ import pathlib
 import re
 import shutil
 
+import numpy as np
+import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import save_noise
@@ -206,6 +208,13 @@ def test_the_answer_is_that_of_the_python_interface(answered, image):
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert answer["prompt_tokens"] == length
     assert answer["text"] == processor.decode(ids[0, length:], skip_special_tokens=True)
+
+
+def test_sixteen_bits_are_a_note_of_one_line(capfd):
+    PIL.Image.fromarray(np.full((56, 56), 60_000, np.uint16)).save("deep.png")
+    assert main.main(["generate", "--greedy", "--max-new-tokens", "1", "--image", "deep.png", "What?"]) == 0
+    (note,) = [line for line in capfd.readouterr().err.splitlines() if "deep.png" in line]
+    assert note.startswith("glm4v: note: deep.png: has values above 255 (mode I;16), which are clipped to 255")
 
 
 def test_the_seed_decides_what_is_sampled(answered):

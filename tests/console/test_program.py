@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tomllib
+import warnings
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -101,6 +102,32 @@ def test_what_the_user_can_mend_is_one_line(capfd, error, status, said):
     assert ran(raises=error) == status
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", f"log level 3\n{said}")
+
+
+def test_warnings_are_notes_of_one_line(capfd, monkeypatch):
+    def warn(times):
+        def run(work):
+            for index in range(times):
+                warnings.warn(f"scan {index}:\n 16 bits", stacklevel=1)
+            return 0
+
+        monkeypatch.setattr(Work, "run", run)
+
+    warn(2)
+    assert ran() == 0
+    assert capfd.readouterr().err == "it: note: scan 0: 16 bits\nit: note: scan 1: 16 bits\n"
+    warn(100)
+    assert ran() == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 21 and lines[-2:] == [
+        "it: note: scan 19: 16 bits",
+        "it: note: more of this kind are not shown",
+    ]
+    assert ran("-q") == 0
+    assert capfd.readouterr().err == ""
+    warn(1)
+    with pytest.warns(UserWarning, match="scan 0:"):
+        ran("-v")
 
 
 def test_quiet_leaves_answers_and_errors(capfd):

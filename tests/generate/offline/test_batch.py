@@ -12,7 +12,7 @@ import time
 
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_cli import ROOT, keyed, refuse_weights
+from helpers_cli import ROOT, keyed, refuse_weights, save_noise
 from helpers_terminal import Terminal
 
 from glm4v_jax.cli import main
@@ -160,6 +160,25 @@ def test_the_seed_in_a_line_samples_the_same_alone(capfd):
 def test_a_seed_of_zero_is_a_seed():
     assert prompt_seed(BatchPrompt(3, [], {}, {"seed": 0}), 7) == 0
     assert prompt_seed(BatchPrompt(3, [], {}), 7) != prompt_seed(BatchPrompt(3, [], {}), 8)
+
+
+def test_a_missing_and_a_truncated_file_fail_their_lines_alone(capfd, image):
+    pathlib.Path("cut.png").write_bytes(pathlib.Path(image).read_bytes()[:2000])
+    pathlib.Path("frames").mkdir()
+    for index in range(4):
+        save_noise(f"frames/{index}.png", seed=index)
+    frames = [f"frames/{index}.png" for index in range(4)]
+    rows = [{"image": "no.png"}, {"image": "cut.png"}, {"video": frames, "fps": 1}, {"video": "frames", "fps": 1}]
+    write(*({"prompt": "What?", **row} for row in rows))
+    assert run(*SHORT, "--greedy") == 1
+    err = capfd.readouterr().err
+    assert "prompts.jsonl:1: no.png: found no such file; expected an image or a video; 1 of 4 prompts will fail" in err
+    lines = by_index()
+    assert "no.png: found no such file" in lines[0]["error"] and "cut.png: found a truncated" in lines[1]["error"]
+    assert lines[2]["prompt_tokens"] == lines[3]["prompt_tokens"] and lines[2]["text"] == lines[3]["text"]
+    write({"prompt": "What?", "image": "no.png"}, path="none.jsonl")
+    assert run(*SHORT, path="none.jsonl") == 1
+    assert capfd.readouterr().err.startswith("glm4v: error: none.jsonl:1: no.png: found no such file")
 
 
 def test_decoders_are_quiet_and_other_libraries_are_heard(capfd, monkeypatch):

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 from helpers_media import PHOTO, PNG, every_tenth, package_file, png
 
+from glm4v_jax.data.media import image_size
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media import load
 from glm4v_jax.inputs.media.load import VideoMetadata, load_image, load_video
@@ -189,6 +191,20 @@ def test_clipped_images_warn_and_keep_the_numbers_of_the_reference(tmp_path, mod
     with pytest.warns(UserWarning, match=r"deep\.tiff: has values above 255 .* clipped .* scale the image to 8 bits"):
         image = load_image(path)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(PIL.Image.open(path).convert("RGB")))
+
+
+def test_why_an_image_cannot_be_opened_is_said(tmp_path):
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 2**21, zip=True)
+    path = tmp_path / "generated.png"
+    PIL.Image.fromarray(PHOTO).save(path, pnginfo=info)
+    reason = r"generated\.png: found no readable image \(Decompressed data too large .*\); expected an image"
+    with pytest.raises(MediaError, match=reason):
+        load_image(path)
+    with pytest.raises(MediaError, match=reason):
+        image_size({"type": "image", "path": str(path)})
+    with pytest.raises(MediaError, match="Decompressed data too large"):
+        load_video(path)
 
 
 def test_deep_images_of_small_values_do_not_warn(tmp_path, recwarn):
