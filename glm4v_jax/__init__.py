@@ -21,6 +21,7 @@ _EXPORTS = {
     "Glm4vTokenizer": "inputs.text.tokenizer",
     "GenerationConfig": "config.generation",
     "VideoMetadata": "inputs.media.decode",
+    "SampledVideo": "inputs.media.load",
     "Engine": "generate.engine",
     "Request": "generate.engine",
     "Conversation": "generate.conversation",

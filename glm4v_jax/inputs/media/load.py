@@ -51,10 +51,15 @@ _DEEP_MODES = ("I", "F")
 class SampledVideo:
     """Frames that have been sampled already: all of them are taken, whatever the options say.
 
-    frames: a list of images or a directory of them, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes
-        them.
-    fps: at how many a second they were taken, for their timestamps; None takes the rate at which the processor samples
-        videos.
+    >>> video = SampledVideo(np.zeros((4, 56, 56, 3), np.uint8), fps=4)
+    >>> video.metadata(2).timestamps
+    [0.0, 0.25, 0.5, 0.75]
+
+    Attributes:
+        frames: a list of images or a directory of them, or an array [T, H, W, C] or [T, C, H, W], as `load_video` takes
+            them.
+        fps: at how many a second they were taken, for their timestamps; None takes the rate at which the processor
+            samples videos.
     """
 
     frames: Any
@@ -70,7 +75,7 @@ class SampledVideo:
             checked("fps of the frames", self.fps, PositiveNumber, MediaError)
 
     def metadata(self, fps: float) -> VideoMetadata:
-        """Of a video that has these frames and no others, where they do not say their rate at `fps` a second."""
+        """The metadata of a video that has these frames and no others; `fps` counts where they have no rate."""
         files = frame_files(self.frames)
         is_one = isinstance(self.frames, PIL.Image.Image) or getattr(self.frames, "ndim", 4) < 4
         count = 1 if is_one else len(self.frames if files is None else files)
