@@ -24,6 +24,7 @@ from helpers_paths import ROOT
 import glm4v_jax
 from eval.metrics import METRICS
 from glm4v_jax.cli.main import main
+from glm4v_jax.generate import engine, prefill_chunks, slots, warmup
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
@@ -42,8 +43,9 @@ SMALL = {
     "every = 200": "every = 2",
     "generate = 64": "generate = 1",
     "share = 0.02": "share = 0.25",
+    "--slots 16": "--slots 8",
 }
-"""What a job in a page says -> what it says here."""
+"""What a job or a command in a page says -> what it says here."""
 
 _BLOCK = re.compile(
     r"^(?:<!-- (?P<kind>not run|file): (?P<note>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
@@ -89,6 +91,15 @@ def write_video(path):
         container.mux(stream.encode())
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Prompts, caches and images of few sizes: nearly all the time of this file is compiling for one more."""
+    for name, module in (("MIN_CAPACITY", slots), ("MIN_CAPACITY", engine), ("MIN_CAPACITY", warmup)):
+        monkeypatch.setattr(module, name, 256)
+    for module in (prefill_chunks, warmup):
+        monkeypatch.setattr(module, "MIN_LENGTH", 64)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A directory with the files that snippets name; the tiny model stands where a released one would."""
@@ -112,11 +123,12 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_file(block):
+def in_small(block):
+    """A block with the numbers of `SMALL`."""
     text = block.text
     for said, small in SMALL.items():
         text = text.replace(said, small)
-    Path(block.note).write_text(text)
+    return block._replace(text=text)
 
 
 def run_command(words, monkeypatch):
@@ -144,10 +156,10 @@ def run_command(words, monkeypatch):
     ],
 )
 def test_snippets_run(page, workplace, monkeypatch):
-    blocks = blocks_of(page)
+    blocks = [in_small(block) for block in blocks_of(page)]
     for block in blocks:
         if block.kind == "file":
-            write_file(block)
+            Path(block.note).write_text(block.text)
     namespace = {"__name__": "snippets"}
     for block in blocks:
         if block.kind is None and block.language == "sh":
