@@ -80,7 +80,7 @@ OF_ALL_REQUESTS = ("logprobs", "logits_processor", "prompt_lookup_num_tokens")
 _NOT_OPTIONS = frozenset(
     {
         "transformers_version", "_from_model_config", "_commit_hash", "bos_token_id", "decoder_start_token_id",
-        "early_stopping", "length_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "num_assistant_tokens", "num_assistant_tokens_schedule",
         "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
         "is_assistant", "cache_implementation", "cache_config", "return_legacy_cache",
         "prefill_chunk_size", "compile_config", "disable_compile", "generation_kwargs", "low_memory",

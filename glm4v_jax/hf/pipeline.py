@@ -117,7 +117,7 @@ class ImageTextToTextPipeline:
         call = _CallOptions.of({**self._defaults, **options}, self)
         given, images = (images, None) if text is None else (text, images)
         if isinstance(given, types.GeneratorType):
-            return (self._answer([_input(item)], call)[0] for item in given)
+            return (self._answer([_input(item)], call, number)[0] for number, item in enumerate(given))
         if not isinstance(given, list | tuple) or (given and isinstance(given[0], Mapping)):
             return self._answer([_input(given, images)], call)[0]
         if not given:
@@ -133,19 +133,20 @@ class ImageTextToTextPipeline:
         for _, group in itertools.groupby(inputs, key=lambda item: (type(item), call.is_continued(item))):
             alike = list(group)
             for start in range(0, len(alike), call.batch_size):
-                answers += self._answer(alike[start : start + call.batch_size], call)
+                answers += self._answer(alike[start : start + call.batch_size], call, len(answers))
         return answers
 
-    def _answer(self, batch: Sequence[_Chat | _Prompts], call: "_CallOptions") -> list[list[dict[str, Any]]]:
-        """For each input of a batch the records of what was generated."""
+    def _answer(
+        self, batch: Sequence[_Chat | _Prompts], call: "_CallOptions", number: int = 0
+    ) -> list[list[dict[str, Any]]]:
+        """For each input of a batch the records of what was generated; `number` inputs came before it."""
         asked = [item.messages if isinstance(item, _Chat) else item.text for item in batch]
         inputs = self._inputs(batch, asked, call)
-        options = {
-            "generation_config": self.generation_config,
-            "tokenizer": self.processor.tokenizer,
-            **call.generation,
-        }
-        ids = self.model.generate(**inputs, **options)
+        options = {"generation_config": self.generation_config, **call.generation}
+        config = self.model.generation_config.overridden(options["generation_config"])
+        # Equal inputs of a list are to draw differently.
+        options["seed"] = (options.get("seed", config.seed) + number) % 2**32
+        ids = self.model.generate(**inputs, **{"tokenizer": self.processor.tokenizer, **options})
         prompt_length = np.shape(inputs["input_ids"])[1]
         if isinstance(asked[0], list) and isinstance(batch[0], _Prompts):
             return [self._records(asked[0], ids, prompt_length, call)]

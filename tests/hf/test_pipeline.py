@@ -177,6 +177,12 @@ def test_inputs_of_a_list_run_together_where_asked(noted):
     assert [len(ids) for ids, _ in noted.model.calls[7:]] == [2, 1]
 
 
+def test_equal_inputs_draw_differently(noted):
+    noted(text=[ASKED] * 3, seed=7, do_sample=True)
+    list(noted(item for item in (QUESTION, QUESTION)))
+    assert [options["seed"] for _, options in noted.model.calls] == [7, 8, 9, 0, 1]
+
+
 def test_a_generator_is_answered_one_by_one(noted):
     results = noted(item for item in (QUESTION, ASKED))
     assert isinstance(results, types.GeneratorType) and not noted.model.calls

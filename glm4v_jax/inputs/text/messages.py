@@ -44,6 +44,7 @@ _MESSAGE_NOTES = frozenset(
 )  # fmt: skip
 # What would be missing from the prompt if the template does not print it.
 _MESSAGE_PARTS = ("tool_calls", "function_call", "audio")
+_MISPLACED = ("image", "images", "video", "videos")
 
 
 def mentions(source: str, word: str) -> bool:
@@ -122,6 +123,9 @@ def _message_fields(message: Message, source: str, where: str) -> dict[str, Any]
     for name in _MESSAGE_PARTS:
         if name in fields and not _reads(source, name):
             raise MessageError(f"{where}: field {name!r}: found some, which the chat template drops; expected none")
+    for name in _MISPLACED:
+        if name in fields:
+            raise MessageError(f"{where}: field {name!r}: found some; expected images and videos as items of 'content'")
     if "tool_calls" in fields:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{where}: field 'tool_calls'")
     unknown = [name for name in fields if not (name in _MESSAGE_NOTES or _reads(source, str(name)))]

@@ -123,6 +123,7 @@ def test_normalised_messages_stay_as_they_are():
         (calling("{}", content="B"), "field 'tool_calls': found some, which the chat template drops"),
         ({"role": "assistant", "content": "B", "function_call": {"name": "f"}}, "field 'function_call': found some"),
         ({"role": "assistant", "content": "B", "audio": {"id": "a"}}, "field 'audio': found some"),
+        ({**HI, "images": ["a.png"]}, "field 'images': found some; expected images and videos as items of 'content'"),
         (user({**IMAGE, "max_pixel": 9}), "item 0: found 'max_pixel' in an item of type 'image'; .* min_pixels, max_p"),
         (user({**IMAGE, "fps": 2}), "found 'fps' in an item of type 'image'"),
         (user({**IMAGE, "max_pixels": 0}), "item 0: max_pixels: found 0; expected an integer of at least 1"),
