@@ -229,20 +229,6 @@ def save_config(config: Glm4vConfig, directory: Path, tensors: Mapping[str, Any]
 
 def save_generation_config(config: GenerationConfig, directory: Path) -> None:
     """Write generation_config.json."""
-    text = json.dumps(generation_options(config), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config.changed(), indent=2, sort_keys=True) + "\n"
     with replacing(directory / "generation_config.json") as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def generation_options(config: GenerationConfig) -> dict[str, Any]:
-    """Return the options that are not at their defaults, as generation_config.json has them; functions have no place.
-
-    >>> generation_options(GenerationConfig(top_k=2, eos_token_id=(3, 5)))
-    {'top_k': 2, 'eos_token_id': [3, 5]}
-    """
-    options = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("seed", "logits_processor") and value != field.default:
-            options[field.name] = list(value) if isinstance(value, tuple) else value
-    return options

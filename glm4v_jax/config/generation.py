@@ -314,6 +314,19 @@ class GenerationConfig:
             raise GenerationError(f"generation options: found unknown {found}; expected some of {expected}")
         return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None and k in known})
 
+    def changed(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults, as generation_config.json has them; no functions.
+
+        >>> GenerationConfig(top_k=2, eos_token_id=(3, 5), seed=7).changed()
+        {'top_k': 2, 'eos_token_id': [3, 5]}
+        """
+        found = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (value, default) in found.items()
+            if value != default and name not in ("seed", "logits_processor")
+        }
+
     def new_tokens(self, prompt_length: int, max_position_embeddings: int | None = None) -> int:
         """Compute the most tokens to generate after a (padded) prompt of `prompt_length` tokens.
 

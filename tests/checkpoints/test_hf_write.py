@@ -12,7 +12,6 @@ from reference import CONFIGS, load_theirs, random_tensors
 
 from glm4v_jax import Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints import hf_write
-from glm4v_jax.checkpoints.hf_write import generation_options
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
@@ -131,12 +130,12 @@ def test_invalid_sizes_of_shards_are_refused(text):
 
 def test_generation_options_come_back(tmp_path):
     config = GenerationConfig(do_sample=True, top_k=2, top_p=0.6, temperature=0.8, eos_token_id=(3, 5), pad_token_id=3)
-    options = generation_options(config)
+    options = config.changed()
     assert options == {
         "do_sample": True, "top_k": 2, "top_p": 0.6, "temperature": 0.8, "eos_token_id": [3, 5], "pad_token_id": 3,
     }  # fmt: skip
     assert GenerationConfig.from_dict(options) == config
-    assert generation_options(GenerationConfig()) == {}
+    assert GenerationConfig().changed() == {}
 
 
 def test_bans_and_biases_come_back_here_and_in_transformers(tmp_path):

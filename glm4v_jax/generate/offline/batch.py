@@ -262,7 +262,8 @@ class PromptBatch:
         asked = {
             "model": self._model,
             "dtype": self._dtype,
-            "config": dataclasses.asdict(self._config.replace(**prompt.options)) | {"seed": self._seeds[prompt.name]},
+            # Of the options those that are set: a file of answers outlives new ones.
+            "config": self._config.replace(**prompt.options).changed() | {"seed": self._seeds[prompt.name]},
             "asked": prompt.asked,
         }
         return _digest(asked).hex()
