@@ -14,6 +14,7 @@ from glm4v_jax.console.options import DEFAULT_MODEL
 from glm4v_jax.console.program import JsonOptions, extras, requirements
 from glm4v_jax.console.table import print_table
 from glm4v_jax.devices.compilation_cache import cache_files, size_bound
+from glm4v_jax.devices.hardware import missing_device
 from glm4v_jax.devices.memory import Memory, cgroup_memory, device_free, host_memory
 from glm4v_jax.errors import ConfigError, one_line
 from glm4v_jax.files import decimal_size, size_text, to_json
@@ -63,14 +64,12 @@ def _version(package: str) -> str | None:
 
 def _devices() -> dict[str, Any]:
     """The devices that JAX finds; or why it finds none."""
-    try:
-        import jax
+    if (line := missing_device()) is not None:
+        return {"error": line}
+    import jax
 
-        devices = jax.local_devices()
-    except Exception as error:  # of a driver, of a plug-in, or of importing either
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
     listed = []
-    for device in devices:
+    for device in jax.local_devices():
         memory = device_free(device)
         listed.append({
             "id": device.id, "platform": device.platform, "kind": device.device_kind,
@@ -105,7 +104,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("packages", _pairs(found["packages"])))
     devices = found["devices"]
     if "error" in devices:
-        rows.append(("devices", f"none: {devices['error']}"))
+        rows.append(("devices", devices["error"]))
     else:
         rows.append(("devices", f"{devices['count']} of {devices['backend']}"))
     for device in devices.get("local", ()):

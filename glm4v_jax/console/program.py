@@ -32,6 +32,7 @@ import tyro
 
 from glm4v_jax.config.checks import convert, expectation, fault, hints, raise_faults
 from glm4v_jax.console.distributed import INTERRUPTED, LOG_LEVEL, READER_GONE, joined
+from glm4v_jax.devices.hardware import missing_device
 from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 
 PROGRAMS = {
@@ -159,6 +160,10 @@ def run_program(
     except Exception as error:
         if not command.verbose and isinstance(error, ModuleNotFoundError) and (line := missing(error, name)):
             print(f"{name}: error: {line}", file=sys.stderr)
+            return command.trouble
+        # What fails for want of a device says little, and each command has its own first use of JAX.
+        if not command.verbose and "jax" in sys.modules and (line := missing_device()):
+            print(f"{name}: error: {line}; `glm4v doctor` shows more", file=sys.stderr)
             return command.trouble
         if command.verbose or command.trouble == 1:
             raise

@@ -7,6 +7,7 @@ True
 """
 
 import dataclasses
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,20 @@ def peak_flops(device_kind: str) -> float | None:
     """bfloat16 operations per second of a device; None if that is not known."""
     chip = chip_of(device_kind)
     return chip.flops or None if chip else None
+
+
+def missing_device() -> str | None:
+    """Why JAX finds no device, in a line; None if it finds one."""
+    try:
+        import jax
+
+        jax.local_devices()
+    except Exception as error:  # of a driver, of a plug-in, or of importing either; some say nothing
+        platforms = os.environ.get("JAX_PLATFORMS")
+        asked = f"of $JAX_PLATFORMS, {platforms}" if platforms else "at all"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"JAX: found no device {asked} ({reason}); expected at least one"
+    return None
 
 
 def device_memory(device: "jax.Device") -> int | None:

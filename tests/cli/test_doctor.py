@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 
 import jax
+import pytest
 
 import glm4v_jax
 from glm4v_jax.cli import doctor
@@ -40,13 +41,31 @@ def test_the_table_has_the_same(capfd):
         assert word in text
 
 
-def test_a_device_that_jax_cannot_find_is_said(capfd, monkeypatch):
+@pytest.fixture
+def no_device(monkeypatch):
     def fail():
         raise RuntimeError("Unable to initialize backend 'cuda':\n no such device")
 
     monkeypatch.setattr(jax, "local_devices", fail)
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+@pytest.mark.usefixtures("no_device")
+def test_other_commands_say_so_in_a_line(capfd):
+    assert main(["generate", "Hello"]) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("glm4v: error: JAX: found no device of $JAX_PLATFORMS, cpu (Unable to initialize backend")
+    assert line.endswith("; `glm4v doctor` shows more")
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_device_that_jax_cannot_find_is_said(capfd):
     line = next(line for line in found_in(capfd).splitlines() if line.startswith("devices"))
-    assert line.split(maxsplit=1)[1] == "none: RuntimeError: Unable to initialize backend 'cuda': no such device"
+    assert line.split(maxsplit=1)[1] == (
+        "JAX: found no device of $JAX_PLATFORMS, cpu (Unable to initialize backend 'cuda': no such device); expected "
+        "at least one"
+    )
 
 
 def test_missing_packages_of_extras_are_named(capfd, monkeypatch):
