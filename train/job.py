@@ -20,7 +20,7 @@ from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import add_lora, is_lora
+from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import as_config
 from glm4v_jax.planning.mesh_presets import mesh_for
@@ -178,6 +178,20 @@ def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
     Raises:
       MemoryShortageError: they have not.
     """
+
+    def instead() -> dict[str, int]:
+        lora = dataclasses.replace(config, lora=config.lora or LoraConfig())
+        ways = {"lora": lora} | {
+            f'lora with quantize = "{kind}"': dataclasses.replace(lora, quantize=kind) for kind in ("int8", "int4")
+        }
+        return {name: _held_bytes(way, model_config) for name, way in ways.items() if way != config}
+
+    what = "weights, gradients and optimizer state"
+    check_fits(_held_bytes(config, model_config), what, str(config.model), instead, mesh_option="mesh")
+
+
+def _held_bytes(config: TrainConfig, model_config: Glm4vConfig) -> int:
+    """Bytes that a device holds during a job, temporaries apart."""
     dtype = resolve_dtype("auto", open_weights(config.model))
     leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=as_config(config.quantize))
 
@@ -188,8 +202,7 @@ def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
         return init_state(params, make_optimizer(config.optimizer, config.steps, model)), frozen
 
     state, frozen = jax.eval_shape(make, structure.unflatten(list(leaves.values())))
-    needed = device_bytes(jax.tree.leaves((state, frozen, state.params)))  # gradients are as large as the parameters
-    check_fits(needed, "weights, gradients and optimizer state", str(config.model), mesh_option="mesh")
+    return device_bytes(jax.tree.leaves((state, frozen, state.params)))  # gradients are as large as the parameters
 
 
 @dataclasses.dataclass

@@ -145,11 +145,12 @@ def load_model(
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
     abstract, structure = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
-    halved = [leaf.update(dtype=jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf for leaf in abstract.values()]
-    check_fits(
-        device_bytes(abstract.values()) + reserve, f"weights in {dtype.name}", str(directory),
-        {"--dtype bfloat16": device_bytes(halved) + reserve} if dtype == jnp.float32 else None,
-    )  # fmt: skip
+
+    def instead() -> dict[str, int]:
+        halved = [leaf.update(dtype=jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf for leaf in abstract.values()]
+        return {"--dtype bfloat16": device_bytes(halved) + reserve} if dtype == jnp.float32 else {}
+
+    check_fits(device_bytes(abstract.values()) + reserve, f"weights in {dtype.name}", str(directory), instead)
     axes = _axes(structure.unflatten(list(abstract.values()))) if quantize is not None else {}
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
@@ -204,7 +205,7 @@ def device_bytes(leaves: Iterable[Any]) -> int:
 
 
 def check_fits(
-    nbytes: int, what: str, place: str, instead: Mapping[str, int] | None = None, *, mesh_option: str = "--mesh"
+    nbytes: int, what: str, place: str, instead: Callable[[], Mapping[str, int]], *, mesh_option: str = "--mesh"
 ) -> None:
     """Check that this process's devices in the current mesh have room for what is to be loaded.
 
@@ -212,7 +213,7 @@ def check_fits(
       nbytes: that each device is to hold.
       what: they are for.
       place: starts the message.
-      instead: options -> bytes that each device would hold with them.
+      instead: returns options -> bytes that each device would hold with them.
       mesh_option: what sets the mesh.
 
     Raises:
@@ -223,7 +224,7 @@ def check_fits(
     shared = len(mesh.local_devices) if is_host else 1  # all devices of a CPU have one memory
 
     def advice(memory: Memory) -> str:
-        fitting = {name: shared * size for name, size in (instead or {}).items() if shared * size <= memory.free}
+        fitting = {name: shared * size for name, size in instead().items() if shared * size <= memory.free}
         found = [f"{name} ({decimal_size(size, 1)})" for name, size in fitting.items()]
         if not is_host and memory.free > 0:
             found.append(f"{mesh_option} with at least {mesh.size * -(-nbytes // memory.free)} such devices")

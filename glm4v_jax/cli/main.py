@@ -20,7 +20,15 @@ from glm4v_jax.cli.generate import Generate
 from glm4v_jax.cli.inspect import Inspect
 from glm4v_jax.cli.mesh import Mesh
 from glm4v_jax.console.distributed import INTERRUPTED
-from glm4v_jax.console.program import PROGRAMS, USAGE, Command, main_of, print_completion, run_program
+from glm4v_jax.console.program import (
+    PROGRAMS,
+    USAGE,
+    Command,
+    interrupt_between_imports,
+    main_of,
+    print_completion,
+    run_program,
+)
 from glm4v_jax.errors import ConfigError
 
 COMMANDS: dict[str, Callable[..., Command]] = {
@@ -72,6 +80,7 @@ def program() -> NoReturn:
     After Ctrl-C, exit at once, with what has been written flushed: a computation may still be running on XLA's threads,
     which do not survive the end of the interpreter that they call back into.
     """
+    interrupt_between_imports()
     try:
         status = main()
     except KeyboardInterrupt:

@@ -19,8 +19,10 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import types
 import typing
@@ -41,6 +43,8 @@ PROGRAMS = {
     "eval": "Score a checkpoint on benchmarks; compare two runs.",
 }
 """The programs beside this package: name -> description."""
+_PAUSE = 0.05
+"""Seconds until an interrupt in the middle of an import is tried again."""
 USAGE = 2
 """Exit status for unknown commands and options, and for a program that is not installed: 1 may be a result."""
 
@@ -315,11 +319,15 @@ def main_of(name: str) -> Callable[..., int]:
 
 def run_module(name: str) -> NoReturn:
     """`python -m NAME`: exit with the status of the program, or `USAGE` after a line that says why it is missing."""
+    interrupt_between_imports()
     try:
         main = main_of(name)
     except ConfigError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     sys.exit(main())
 
 
@@ -398,6 +406,29 @@ def escape_unencodable() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def interrupt_between_imports() -> None:
+    """Have Ctrl-C raise `KeyboardInterrupt` once no import is under way.
+
+    In the middle of an import it may come out as another error, such as that a package is missing, or end the process
+    with a segmentation fault (JAX's native code); in JAX's callback of the garbage collector it is lost.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    within = frame
+    while within is not None:
+        code = within.f_code
+        if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name == "_xla_gc_callback":
+            again = threading.Timer(_PAUSE, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        within = within.f_back
+    signal.default_int_handler(number, frame)
 
 
 def discard_output() -> None:
