@@ -13,7 +13,16 @@ from glm4v_jax.checkpoints.hf_write import save_generation_config
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, one_line
-from glm4v_jax.files import base_of, fingerprint, model_directory, model_fingerprint, replacing, set_dtype
+from glm4v_jax.files import (
+    base_of,
+    fingerprint,
+    model_directory,
+    model_fingerprint,
+    read_json_object,
+    read_text,
+    replacing,
+    set_dtype,
+)
 from glm4v_jax.inputs.processor import Glm4vProcessor
 
 STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
@@ -136,6 +145,13 @@ def test_a_dtype_is_added_where_none_is_named(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(before))
         set_dtype(tmp_path / "config.json", "float32")
         assert json.loads((tmp_path / "config.json").read_text()) == after
+
+
+def test_files_of_a_model_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json_object(tmp_path / "config.json") == {"a": 1}
+    (tmp_path / "chat_template.jinja").write_text("{{ a }}", encoding="utf-8-sig")
+    assert read_text(tmp_path / "chat_template.jinja") == "{{ a }}"
 
 
 def test_an_empty_name_is_visible_in_an_error():

@@ -1,6 +1,6 @@
 """Our own rows: questions in JSON, JSON lines, Parquet, Arrow, CSV or TSV files, for any metric.
 
-A row is an object with these fields; null is as if a field were missing:
+A row is an object with these fields; null is as if a field were missing, and so are images that are "" or [null]:
 
 - "question": the text; `<image>` and `<video>` in it say where images and videos go, in their order, else they stand
   before it. Required.
@@ -27,7 +27,8 @@ from typing import Any
 from eval.data import fields
 from eval.data.fields import Fields
 from eval.data.questions import Origin, Question
-from glm4v_jax.data.media import MediaItem, media_item, source_of
+from glm4v_jax.data.media import MediaItem, is_empty, media_item, source_of
+from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError, counted
 
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
@@ -66,10 +67,11 @@ def read(row: Fields, origin: Origin) -> Iterator[Question]:
 def _media(row: Fields) -> list[MediaItem]:
     found = []
     for name, kind in _MEDIA.items():
-        if row.get(name) is None:
-            continue
-        is_list = name.endswith("s")
-        for index, value in enumerate(fields.items_of(row, name) if is_list else [row[name]]):
+        values = literal_list(row.get(name))
+        is_list = name.endswith("s") and isinstance(values, list | tuple)
+        for index, value in enumerate(values if is_list else [values]):
+            if is_empty(value):
+                continue
             item = media_item(kind, value, f"{name}[{index}]" if is_list else name)
             # Of a video that is its frames, perhaps in a directory; the processor takes those of a list only with it.
             has_rate = kind == "video" and (row.get("fps") is not None or isinstance(source_of(item), list))

@@ -127,6 +127,15 @@ def _oriented_size(image: PIL.Image.Image) -> tuple[int, int]:
     return (height, width) if PIL.Image.Image.getexif(image).get(_ORIENTATION) in _SWAPPED else (width, height)
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing, as tables and exports write it: null, "", [], "[]", [null], {"bytes": null}."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null", "None")
+    if isinstance(value, Mapping):
+        return all(inner is None for inner in value.values())
+    return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
+
+
 def kind_of(value: Any) -> str:
     """Name the type of a value in JSON's words, for messages."""
     if isinstance(value, bool):

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from glm4v_jax.data.media import image_size, located, media_item
+from glm4v_jax.data.media import image_size, is_empty, located, media_item
 from glm4v_jax.errors import MediaError
 
 
@@ -32,6 +32,13 @@ def test_base64_bytes_and_objects_are_not_changed():
     assert media_item("image", {"image": array}, "images[0]")["image"] is array
     # Long paths are paths.
     assert "path" in media_item("image", "images/" * 30 + "a.png", "images[0]")
+
+
+def test_fields_of_tables_may_hold_nothing():
+    for value in (None, "", " ", "[]", "{}", "null", [], [None], ["", None], {"bytes": None, "path": None}):
+        assert is_empty(value), value
+    for value in ("a.png", ["a.png", None], {"bytes": b"abc", "path": None}, b"abc", 0, False, np.zeros((2, 2, 3))):
+        assert not is_empty(value), value
 
 
 def test_sizes_are_those_of_the_image_as_it_is_oriented(tmp_path):

@@ -64,7 +64,8 @@ def test_a_toml_file_is_a_task(tmp_path):
     path = tmp_path / "invoices.toml"
     path.write_text(
         'metric = "anls"\nprompt = """{{ question }}\nBriefly."""\nsystem = "You read invoices."\npreset = "greedy"\n'
-        "[options]\nmax_new_tokens = 64\n[variants.harness]\nmetric = 'anls-harness'\n"
+        "[options]\nmax_new_tokens = 64\n[variants.harness]\nmetric = 'anls-harness'\n",
+        encoding="utf-8-sig",  # as Windows writes it
     )
     task = find_task(str(path))
     assert task == Task(

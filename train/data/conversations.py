@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glm4v_jax.config.checks import did_you_mean
-from glm4v_jax.data.media import MediaItem, kind_of, media_item
+from glm4v_jax.data.media import MediaItem, is_empty, kind_of, media_item
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError, counted
 
@@ -90,15 +90,6 @@ class MediaFiles:
             for item, file in zip(taken, files[more:], strict=True):
                 item.update(file)
         return before
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing, as tables and exports write it: null, "", [], "[]", [null], {"bytes": null}."""
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null", "None")
-    if isinstance(value, Mapping):
-        return all(inner is None for inner in value.values())
-    return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
 
 
 def _listed(value: Any) -> list[Any]:

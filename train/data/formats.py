@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from glm4v_jax.config.checks import did_you_mean
-from glm4v_jax.data.media import MediaItem, image_size, kind_of
+from glm4v_jax.data.media import MediaItem, image_size, is_empty, kind_of
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
 from train.data import FormatName
@@ -29,7 +29,6 @@ from train.data.conversations import (
     check_supported,
     finished,
     invalid,
-    is_empty,
     items_list,
     loss_of,
     optional_string,

@@ -96,6 +96,17 @@ def test_fields_reach_the_metric_and_the_template(folder):
     assert item.reference == {"hint": "Look", "options": {"A": "red", "B": "blue"}, "answer": "B", "level": 2}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"images": "a.png"}, {"images": "['a.png']"}, {"images": ["a.png", None]}, {"image": "a.png", "images": [""]},
+        {"image": "a.png", "video": {"bytes": None, "path": None}, "videos": "[]"},
+    ],
+)  # fmt: skip
+def test_images_may_be_one_or_spelled_and_empty_ones_are_skipped(folder, fields):
+    assert one(folder, {"question": "What?", "answer": 3, **fields}).images == [str(folder / "a.png")]
+
+
 @pytest.mark.parametrize("size", [{}, {"width": 1000, "height": 1000}])
 def test_boxes_are_in_pixels_of_the_first_image_unless_there_is_a_size(folder, size):
     row = {"question": "it", "image": "a.png", "boxes": [[8, 4, 40, 20]], **size}
@@ -120,7 +131,7 @@ def test_boxes_are_in_pixels_of_the_first_image_unless_there_is_a_size(folder, s
         ({**ROW, "group": 3}, r"group: found the number 3"),
         ({**ROW, "image": "c.png"}, r"c\.png: found no such file"),
         ({**ROW, "image": 3}, r"image: found the number 3"),
-        ({**ROW, "images": "a.png"}, r"images: found 'a.png'; expected a list"),
+        ({**ROW, "images": 3}, r"images: found the number 3"),
         ({**ROW, "image": "v.mp4"}, r"v\.mp4: found no readable image"),
         ({**ROW, "video": "w.mp4"}, r"video: found .*w\.mp4, no such file"),
         ({**ROW, "video": ["a.png", "c.png"]}, r"video: found .*c\.png, no such file"),
