@@ -25,6 +25,7 @@ from helpers_processor import (
 )
 
 from glm4v_jax.errors import MediaError, MessageError
+from glm4v_jax.inputs.media.load import SampledVideo
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from tests.helpers_tokenizer import write_small_processor
 
@@ -120,6 +121,23 @@ def test_chat_with_a_video_file_and_with_frames(processor, tmp_path):
     )
     seconds = found["video_grid_thw"][0, 0]
     assert found["input_ids"].tolist()[0].count(BOI) == seconds > 3
+
+
+def test_a_directory_of_frames_may_hold_one_image_and_other_files(processor, tmp_path):
+    PIL.Image.fromarray(SQUARE).save(tmp_path / "0.png")
+    for name in ("Thumbs.db", "captions.json", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "inner").mkdir()
+    found = processor(text="<|video|>", videos=str(tmp_path))
+    expected = processor(text="<|video|>", videos=SampledVideo([SQUARE, SQUARE]))
+    np.testing.assert_array_equal(found.pixel_values_videos, expected.pixel_values_videos)
+    for source, message in ([], "item 0: found an empty list; expected at least one frame"), (
+        str(tmp_path / "0.png"), "found an image; expected a video; frames of a video are a directory",
+    ):  # fmt: skip
+        with pytest.raises((MessageError, MediaError), match=message):
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "video", "video": source}]}], tokenize=True
+            )
 
 
 @pytest.mark.parametrize("fps", [None, 1, 4])

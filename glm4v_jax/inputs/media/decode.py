@@ -294,7 +294,8 @@ def _check_kind(head: bytes, source: Path | bytes) -> None:
     elif is_still_image(source):
         found = "an image"
     if found is not None:
-        raise MediaError(f"found {found}; expected a video")
+        frames = "; frames of a video are a directory, or a list of several" if found == "an image" else ""
+        raise MediaError(f"found {found}; expected a video{frames}")
 
 
 def _is_text(head: bytes) -> bool:

@@ -98,7 +98,8 @@ def is_path_like(value: Any) -> bool:
 def frame_files(source: Any) -> list[Any] | None:
     """The images that a directory or a list of files holds, as frames of one video; None for other sources.
 
-    Those of a directory are in the order of their names, numbers in them by their values: 2.png is before 10.png.
+    Those of a directory are in the order of their names, numbers in them by their values: 2.png is before 10.png. Files
+    that are not named as images are skipped, if some are.
     """
     if isinstance(source, (list, tuple)):
         return list(source) if source and all(map(is_path_like, source)) else None
@@ -106,9 +107,12 @@ def frame_files(source: Any) -> list[Any] | None:
         source = file_url_path(source)
     if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
         return None
-    files = (path for path in Path(source).iterdir() if path.is_file() and not path.name.startswith("."))
+    files = [path for path in Path(source).iterdir() if path.is_file() and not path.name.startswith(".")]
+    known = PIL.Image.registered_extensions()
+    named = [path for path in files if path.suffix.lower() in known]
     return sorted(
-        files, key=lambda path: [int(part) if part.isdecimal() else part for part in _NUMBER.split(path.name)]
+        named or files,
+        key=lambda path: [int(part) if part.isdecimal() else part for part in _NUMBER.split(path.name)],
     )
 
 

@@ -251,6 +251,9 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
             media = item[key]
             if key == "base64" and isinstance(media, str) and not media.startswith("data:"):
                 media = "data:image/unknown;base64," + media
+            if isinstance(media, (list, tuple)) and not media:
+                expected = "at least one frame" if kind == "video" else "one image"
+                raise MessageError(f"{where}message {index}, item {position}: found an empty list; expected {expected}")
             with naming(f"{where}message {index}, item {position}", MessageError):
                 found[kind].append(_with_options(media, item, kind))
     return found["image"], found["video"]

@@ -273,6 +273,7 @@ class Glm4vVideoProcessor(MediaProcessor):
         elif sampling and metadata is None and frame_files(source) is not None:
             # Nobody says how fast they were taken: that is how fast videos are sampled.
             source = SampledVideo(source)
+        is_sampled = isinstance(source, SampledVideo)
         if isinstance(source, SampledVideo):
             source, metadata, sampling = source.frames, source.metadata(settings["fps"]), False
         if not sampling and metadata is not None and metadata.frames_indices is None and not is_path_like(source):
@@ -293,6 +294,9 @@ class Glm4vVideoProcessor(MediaProcessor):
             metadata=metadata,
             do_convert_rgb=settings["do_convert_rgb"],
         )
+        if is_sampled and len(frames) == 1:
+            # As where sampling finds no more than one.
+            frames = np.repeat(frames, settings["temporal_patch_size"], axis=0)
         given_as_arrays = is_array(source) or (isinstance(source, list) and is_array(source[0]))
         # Decoded frames and Pillow's have their channels last, whatever the arrays of the same batch have.
         frames = to_channels_last(frames, input_data_format if given_as_arrays else LAST)
