@@ -46,6 +46,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         self,
         pretrained: str = str(TINY_CHECKPOINT),
         *,
+        adapter: str | None = None,
         dtype: str | None = None,
         mesh: str | None = None,
         slots: int = 8,
@@ -62,7 +63,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
 
         Args:
           pretrained: directory of a checkpoint; the package's tiny model by default.
-          dtype, mesh, slots: as `glm4v eval` takes them.
+          adapter, dtype, mesh, slots: as `glm4v eval` takes them.
           preset: replaces the sampling options of tasks.
           system: the system message.
           max_new_tokens, think_budget, answer_budget: over those of the published benchmarks, 8192 tokens each; the
@@ -82,7 +83,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         from glm4v_jax.planning.mesh_presets import mesh_for
 
         on = None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained))
-        self._engine = Engine.from_pretrained(pretrained, num_slots=int(slots), dtype=dtype, mesh=on)
+        self._engine = Engine.from_pretrained(pretrained, num_slots=int(slots), adapter=adapter, dtype=dtype, mesh=on)
         self._form, self._preset, self._system = answer, preset, system
         given = {"max_new_tokens": max_new_tokens, "think_budget": think_budget, "answer_budget": answer_budget}
         budgets = {} if preset is not None or (max_new_tokens is not None and think_budget is None) else _BUDGETS

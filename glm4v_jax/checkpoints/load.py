@@ -77,7 +77,7 @@ def load_runtime(
 
     Args:
       directory: config.json, safetensors with their index if there are several, and generation_config.json; or what
-        `glm4v convert to-orbax` makes. Nothing is downloaded.
+        `glm4v convert to-orbax` makes; or the name of a model in the local Hugging Face cache. Nothing is downloaded.
       dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
       mesh: where the model lives (`devices.mesh.make_mesh`); one device by default.
       stacked: layout of the layers (see `model.layers`); by default one by one on a CPU, stacked elsewhere.

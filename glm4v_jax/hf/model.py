@@ -79,8 +79,9 @@ class Glm4vForConditionalGeneration:
         """Load a checkpoint, in Hugging Face layout or in Orbax format, the latter from whatever mesh it was saved on.
 
         Args:
-          pretrained_model_name_or_path: a directory (nothing is downloaded) with config.json, safetensors and their
-            index if there are several, generation_config.json; or what `convert to-orbax` and `save_orbax` make.
+          pretrained_model_name_or_path: a directory with config.json, safetensors and their index if there are several,
+            generation_config.json; or what `convert to-orbax` and `save_orbax` make; or the name of a model in the
+            local Hugging Face cache. Nothing is downloaded.
           dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
           mesh: where it lives (`mesh.make_mesh`); one device by default.
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
