@@ -23,7 +23,6 @@ from glm4v_jax.files import assets_directory, read_json_object
 _DEFAULT_NEW_TOKENS = 20
 
 MAX_LOGPROBS = 64
-MAX_LOOKUP = 64
 
 # Below this, dividing a float32 logit can overflow to infinity, and two infinities have no softmax.
 _SMALLEST_DIVISOR = 1e-30
@@ -142,9 +141,8 @@ class GenerationConfig:
     says when to stop after `num_beams` sequences have ended: at once (True), when better ones seem unlikely (False), or
     are impossible ("never").
 
-    `prompt_lookup_num_tokens` drafts up to so many tokens from what the prompt and the answer hold already, and keeps
-    those that would be chosen anyway: the same tokens in fewer decode steps, where an answer copies. Up to 7 are
-    cheapest.
+    `prompt_lookup_num_tokens` drafts up to so many tokens, but no more than 7, from what the prompt and the answer hold
+    already, and keeps those that would be chosen anyway: the same tokens in fewer decode steps, where an answer copies.
 
     `return_dict_in_generate`, with `output_scores` and `output_logits`, is for `model.generate` alone.
 
@@ -192,7 +190,7 @@ class GenerationConfig:
     early_stopping: Annotated[bool | Literal["never"], Meta(description="true, false or 'never'")] = False
     eos_token_id: tuple[Annotated[int, Meta(ge=-1)], ...] = ()
     pad_token_id: Natural | None = None
-    prompt_lookup_num_tokens: Annotated[int, Meta(ge=1, le=MAX_LOOKUP)] | None = None
+    prompt_lookup_num_tokens: Positive | None = None
     seed: Seed = 0
     use_cache: bool = True
     stop_strings: Annotated[

@@ -19,10 +19,10 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.generate.constraints import Constraints, pushed
-from glm4v_jax.generate.device_steps import RowState, SlotsState, Variant, constrain, map_cache, place_row
+from glm4v_jax.generate.device_steps import Chosen, RowState, SlotsState, Variant, constrain, map_cache, place_row, room
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.sampling import largest, mark_seen, penalised
-from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.generate.slots import MAX_STEPS, SCORED_STEPS, Slots
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import score
@@ -81,7 +81,7 @@ class SearchState(NamedTuple):
     is_over: Bool[Array, ""]
 
 
-def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) -> Beams:
+def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) -> tuple[Beams, list[Chosen]]:
     """Search from prompts.
 
     Args:
@@ -90,7 +90,7 @@ def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) 
       config: of all prompts.
 
     Returns:
-      The best beams, in NumPy.
+      The best beams, and what their rows were chosen from, [R, n, ...] of each dispatch; in NumPy.
     """
     limit = max(start.limit for start in starts.values())
     options = SearchOptions(
@@ -98,22 +98,26 @@ def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) 
         np.int32(2 if config.early_stopping == "never" else config.early_stopping),
     )  # fmt: skip
     text, head, variant = slots.runtime.text, slots.runtime.head, slots.variant
+    most = SCORED_STEPS if variant.scores or variant.logits else MAX_STEPS
     # The reference takes a padding token 0 for none.
     padding = np.int32(config.pad_token_id or (*config.eos_token_id, 0)[0])
-    *begun, constraints = slots.prefill(starts)
+    begun = slots.prefill(starts)
     with mesh.use_mesh(slots.runtime.mesh):
-        room = bucket(limit, _MIN_TOKENS)
-        state = _begin(
-            text, head, *begun, constraints, options, padding, num_beams=config.num_beams, room=room, variant=variant
+        length = bucket(limit, _MIN_TOKENS)
+        state, first = _begin(
+            text, head, *begun, options, padding, num_beams=config.num_beams, length=length, variant=variant
         )  # fmt: skip
         del begun
-        over = state.is_over
-        while not to_host(over):
-            state, over = _continue(text, head, state, options, num_steps=MAX_STEPS, variant=variant)
-    return to_host(state.finished)
+        made, is_over, blocks = to_host((state.step, state.is_over, [first]))
+        while not is_over:
+            state, found = _continue(text, head, state, options, num_steps=most, variant=variant)
+            step, is_over, chosen = to_host(found)
+            blocks.append(jax.tree.map(lambda x, count=step - made: x[:, :count], chosen))
+            made = step
+    return to_host(state.finished), blocks
 
 
-@functools.partial(jax.jit, static_argnames=("num_beams", "room", "variant"))
+@functools.partial(jax.jit, static_argnames=("num_beams", "length", "variant"))
 def _begin(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
@@ -124,13 +128,13 @@ def _begin(
     padding: Int[Array, ""],
     *,
     num_beams: int,
-    room: int,
+    length: int,
     variant: Variant,
-) -> SearchState:
+) -> tuple[SearchState, Chosen]:
     """Make M rows of each whose prompt is in the cache, and choose their first tokens; `row` is of all B."""
     slots = _map_rows(lambda x, axis: _repeat(x, num_beams, axis), state._replace(row=place_row(row)))
     shape = (len(row.done), num_beams)
-    empty = mesh.reshard(jnp.zeros((*shape, room), jnp.int32), "batch", None, None)
+    empty = mesh.reshard(jnp.zeros((*shape, length), jnp.int32), "batch", None, None)
     none = Beams(empty + padding, empty - 1, mesh.reshard(jnp.full(shape, _NEVER), "batch", None))
     # A prompt's rows are equal as yet: the first alone counts.
     running = none._replace(scores=jnp.where(jnp.arange(num_beams)[None] == 0, 0.0, none.scores))
@@ -139,7 +143,8 @@ def _begin(
     step, is_over = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool_)
     constraints = jax.tree.map(lambda x: _repeat(x, num_beams, 0), constraints)
     begun = SearchState(slots, constraints, running, none, is_finished, is_used, step, is_over)
-    return _extended(text.module, head, begun, options, variant)
+    begun, chosen = _extended(text.module, head, begun, options, variant)
+    return begun, jax.tree.map(lambda x: x[:, None], chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "variant"), donate_argnames="state")
@@ -151,11 +156,16 @@ def _continue(
     *,
     num_steps: int,
     variant: Variant,
-) -> tuple[SearchState, Bool[Array, ""]]:
-    """Up to `num_steps` more tokens; also returns whether the search is over."""
-    decoder = text.module
+) -> tuple[SearchState, tuple[Int[Array, ""], Bool[Array, ""], Chosen]]:
+    """Up to `num_steps` more tokens; also returns how many there are, whether the search is over, and the `Chosen`."""
+    decoder, begun = text.module, state.step
 
-    def step(state: SearchState) -> SearchState:
+    def is_running(carry: tuple[SearchState, Chosen]) -> Array:
+        state, _ = carry
+        return ~state.is_over & (state.step - begun < num_steps)
+
+    def step(carry: tuple[SearchState, Chosen]) -> tuple[SearchState, Chosen]:
+        state, out = carry
         cache, row = state.slots.cache, state.slots.row
         token = row.token[:, None]
         position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
@@ -165,11 +175,13 @@ def _continue(
         state = state._replace(slots=state.slots._replace(cache=written, hidden=hidden))
         if (known := state.constraints) is not None:
             state = state._replace(constraints=known._replace(tokens=pushed(known.tokens, row.token)))
-        return _extended(decoder, head, state, options, variant)
+        i = state.step - begun
+        state, chosen = _extended(decoder, head, state, options, variant)
+        return state, jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
 
-    begun = state.step
-    state = jax.lax.while_loop(lambda state: ~state.is_over & (state.step - begun < num_steps), step, state)
-    return state, jnp.copy(state.is_over)
+    state, out = jax.lax.while_loop(is_running, step, (state, room(state.slots, num_steps, variant)))
+    # Copies: the state is donated to the next dispatch.
+    return state, (jnp.copy(state.step), jnp.copy(state.is_over), out)
 
 
 def _extended(
@@ -178,8 +190,8 @@ def _extended(
     state: SearchState,
     options: SearchOptions,
     variant: Variant,
-) -> SearchState:
-    """One more token of each beam, chosen from the last hidden states."""
+) -> tuple[SearchState, Chosen]:
+    """One more token of each beam, chosen from the last hidden states, and what it was chosen from."""
     slots, num_beams = state.slots, state.running.tokens.shape[1]
     logits = score(decoder, None if head is None else head.module, slots.hidden)
     logits = mesh.reshard(logits[:, 0], "batch", "vocab")
@@ -194,6 +206,8 @@ def _extended(
     count = num_beams * max(2, 1 + len(options.eos))
     best, ids = largest(logprobs, min(count, logprobs.shape[-1]))
 
+    scored = logprobs if variant.scores else None
+    chosen = Chosen(slots.row.token, scores=scored, logits=logits.astype(jnp.float32) if variant.logits else None)
     rows, same = mesh.spec("batch"), mesh.spec()
     select = jax.shard_map(
         functools.partial(_select, count=count), in_specs=(rows, rows, rows, same, same), out_specs=rows,
@@ -207,7 +221,8 @@ def _extended(
     if constraints is not None:
         constraints = constraints._replace(tokens=_gather(constraints.tokens, parents, 0))
     is_over = ((options.early_stopping == 1) & jnp.all(is_finished)) | jnp.all(is_stuck)
-    return SearchState(slots, constraints, running, finished, is_finished, is_open, state.step + 1, is_over)
+    state = SearchState(slots, constraints, running, finished, is_finished, is_open, state.step + 1, is_over)
+    return state, chosen
 
 
 def _select(

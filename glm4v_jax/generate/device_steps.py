@@ -20,12 +20,15 @@ from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
 from glm4v_jax.generate.constraints import Constraints, banned, biased, processed, pushed
 from glm4v_jax.generate.sampling import choose, largest, mark_seen, penalised, row_keys, step_keys, warped
+from glm4v_jax.model.attention.attend import FEW_QUERIES
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import embed_with_vision, score
 from glm4v_jax.model.kv_cache import KVCache, init_cache
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.runtime import Flat
 
+MAX_DRAFT = FEW_QUERIES - 1
+"""Tokens of a draft at most: with the newest token as many as a decoder takes without copying the cache."""
 # Programs are compiled for these numbers of top log probabilities.
 _TOPS = (0, 5, 20, 64)
 
@@ -107,9 +110,10 @@ class Variant(NamedTuple):
         """The programs for requests with these options."""
         top = None if config.logprobs is None else next(top for top in _TOPS if top >= config.logprobs)
         whole = config.return_dict_in_generate
+        draft = config.prompt_lookup_num_tokens
         return cls(
             top, whole and config.output_scores, whole and config.output_logits, config.logits_processor,
-            config.prompt_lookup_num_tokens,
+            None if draft is None else min(draft, MAX_DRAFT),
         )  # fmt: skip
 
 

@@ -246,7 +246,7 @@ class Engine:
         shortest, longest = prompt_lengths
         check_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
         config = self.config(**options)
-        need = longest + max_new_tokens + (config.prompt_lookup_num_tokens or 0)
+        need = longest + max_new_tokens + (Variant.of(config).draft or 0)
         self._capacity = max(self._capacity, bucket(need, MIN_CAPACITY))
         self._free.clear()
         # Later turns, and answers after a think budget, prefill as little as one token.

@@ -76,9 +76,8 @@ def generate(
         raise GenerationError(
             f"stop_strings: found {config.stop_strings!r} without a tokenizer; expected tokenizer=processor.tokenizer"
         )
-    if config.num_beams > 1 and (streamer is not None or config.output_logits):
-        found = "streamer" if streamer is not None else "output_logits"
-        raise GenerationError(f"{found}: found beside num_beams={config.num_beams}; expected one of the two")
+    if config.num_beams > 1 and streamer is not None:
+        raise GenerationError(f"streamer: found one beside num_beams={config.num_beams}; expected one of the two")
     config.check_vocabulary(runtime.config.text_config.vocab_size)
     input_ids = token_array(input_ids)
     num_new = config.new_tokens(input_ids.shape[-1], runtime.config.text_config.max_position_embeddings)
@@ -97,7 +96,7 @@ def generate(
         shards = data_shards()
     slots = Slots(runtime, shards * bucket(-(-len(prompts) // shards)), variant=Variant.of(config))
     if config.num_beams > 1:
-        output = _best_beams(search(slots, starts, config), input_ids, config)
+        output = _best_beams(*search(slots, starts, config), input_ids, config)
         return output if config.return_dict_in_generate else output.sequences
     ends = list[TokenStops]()
     if tokenizer is not None and config.stop_strings:
@@ -186,7 +185,9 @@ def _joined(blocks: Sequence[Block]) -> Block:
     return jax.tree.map(lambda x: np.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1), joined)
 
 
-def _best_beams(beams: Beams, input_ids: np.ndarray, config: GenerationConfig) -> GenerateBeamDecoderOnlyOutput:
+def _best_beams(
+    beams: Beams, blocks: Sequence[Chosen], input_ids: np.ndarray, config: GenerationConfig
+) -> GenerateBeamDecoderOnlyOutput:
     """The prompts, each as often as asked for, and the tokens of their best beams."""
     count = config.num_return_sequences
     tokens, parents, scores = (x[: len(input_ids), :count] for x in beams)
@@ -195,7 +196,11 @@ def _best_beams(beams: Beams, input_ids: np.ndarray, config: GenerationConfig) -
     rows = parents + config.num_beams * np.arange(len(input_ids), dtype=np.int32)[:, None, None]
     tokens, rows = (x[..., :length].reshape(-1, length) for x in (tokens, np.where(parents < 0, -1, rows)))
     sequences = np.concatenate([np.repeat(input_ids, count, axis=0), tokens], axis=1).astype(np.int64)
-    return GenerateBeamDecoderOnlyOutput(sequences, scores.reshape(-1) if config.output_scores else None, rows)
+    used = len(input_ids) * config.num_beams
+    chosen = jax.tree.map(lambda *xs: tuple(np.concatenate(xs, axis=1)[:used].swapaxes(0, 1)), *blocks)
+    return GenerateBeamDecoderOnlyOutput(
+        sequences, scores.reshape(-1) if config.output_scores else None, chosen.scores, chosen.logits, rows
+    )
 
 
 def _steps(blocks: Sequence[Block], values: Sequence[Any]) -> tuple[np.ndarray, ...]:

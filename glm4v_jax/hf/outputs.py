@@ -107,9 +107,13 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 
     sequences: int64 [B * num_return_sequences, T + new], the best of each prompt first.
     sequences_scores: float32, with `output_scores`: sums of log probabilities, divided by new ** length_penalty.
+    scores: of each step float32 [B * num_beams, V], log probabilities of the tokens that continue each running beam.
+    logits: of each step float32 [B * num_beams, V], as the model gives them.
     beam_indices: int32 [.., new], the row among B * num_beams that each token continues; -1 after the last.
     """
 
     sequences: np.ndarray
     sequences_scores: np.ndarray | None = None
+    scores: tuple[np.ndarray, ...] | None = None
+    logits: tuple[np.ndarray, ...] | None = None
     beam_indices: np.ndarray | None = None

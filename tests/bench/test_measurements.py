@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 from helpers_transformers import import_transformers
 
-from bench import aot, aot_train, convert, engine, install, lmms_eval, memory, recompile
+from bench import aot, aot_train, convert, engine, install, lmms_eval, memory, models, prompt_lookup, recompile
 from bench import eval as evaluation
 from convert.synth import load_config
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
+from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("module", [aot, convert, engine, evaluation, install, lmms_eval, memory, recompile])
+@pytest.mark.parametrize(
+    "module", [aot, convert, engine, evaluation, install, lmms_eval, memory, prompt_lookup, recompile]
+)
 def test_help_measures_nothing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it", "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -68,6 +71,18 @@ def test_evaluations_give_the_same_answers(sides):
     ]
     assert all(line[side]["median"] > 0 for line in lines for side in sides)
     assert len(evaluation.table(lines, 2).rows) == 2
+
+
+def test_prompt_lookup_copies_what_a_prompt_holds(tmp_path):
+    config = models.PACKAGED
+    order = np.random.default_rng(0).permutation(config["text_config"]["vocab_size"])
+    successors = np.empty_like(order)
+    successors[order] = np.roll(order, -1)
+    runtime = load_runtime(models.write_checkpoint(tmp_path / "copying", config, successors=successors))
+    copy, edited, nothing = prompt_lookup.compare(runtime, successors, new_tokens=40, rounds=1)
+    assert copy["tokens_equal"] and edited["tokens_equal"] and nothing["tokens_equal"]
+    assert (copy["copied_tokens"], nothing["tokens_per_step"]) == (40, 1.0)
+    assert 1.0 < edited["tokens_per_step"] < copy["tokens_per_step"] <= 8
 
 
 def test_evaluations_with_other_answers_fail(sides):

@@ -69,6 +69,13 @@ def test_options_of_generation_pass(parity, processors, models):
     assert not any(parity.dataclasses.replace(lines[1], **changes).passed for changes in wrong)
 
 
+def test_beams_pass(parity, processors, models):
+    inputs = parity._prepare(processors[0], [parity._user(parity._text("Hi"))], "left")
+    lines = list(itertools.islice(parity.compare_beams(models, inputs, new_tokens=24), 4))  # those of one program
+    assert [line.case for line in lines if not line.passed] == []
+    assert len({line.tokens for line in lines}) > 1
+
+
 def test_a_configuration_without_a_processor_passes(parity, tmp_path):
     (line,) = parity.compare_configs(tmp_path, names=["base"], new_tokens=2)
     assert line.passed and line.inputs_equal is None and line.tokens > 500

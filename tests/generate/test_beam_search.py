@@ -9,7 +9,13 @@ from glm4v_jax.config.model import Glm4vConfig
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 ROWS = [[11], [2, ("image", (4, 6)), 3], [6, ("image", (2, 10)), ("image", (4, 4)), 5]]
 BEAMS = dict(
-    num_beams=3, max_new_tokens=24, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True
+    num_beams=3,
+    max_new_tokens=24,
+    do_sample=False,
+    pad_token_id=0,
+    return_dict_in_generate=True,
+    output_scores=True,
+    output_logits=True,
 )
 
 
@@ -68,3 +74,8 @@ def compare(ours, theirs, prompts, **options):
     assert np.array_equal(found.sequences, expected.sequences.numpy())
     assert np.array_equal(found.beam_indices, expected.beam_indices.numpy())
     np.testing.assert_allclose(found.sequences_scores, expected.sequences_scores.numpy(), rtol=TOLERANCE)
+    for name in ("scores", "logits"):
+        # Without the padding of prompts, token 0, which the reference's repetition penalty counts.
+        ours, theirs = (np.stack([np.asarray(step) for step in out[name]])[..., 1:] for out in (found, expected))
+        largest = np.abs(theirs[np.isfinite(theirs)]).max()
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * largest)

@@ -152,3 +152,12 @@ def test_logprobs_of_drafted_tokens_are_those_of_plain_decoding(engine):
 def test_lookup_is_of_all_requests(engine):
     with pytest.raises(GenerationError, match="prompt_lookup_num_tokens: found an option of one prompt"):
         next(engine.generate_many([Request("Hello", LOOKUP)]))
+
+
+def test_a_warm_engine_compiles_nothing_for_lookup(make_engine, lowerings):
+    engine = make_engine()
+    engine.warmup(prompt_lengths=(1, 32), max_new_tokens=40, many=False, progress=lambda _: None, **LOOKUP)
+    with lowerings() as lowered:
+        engine.generate("Again", max_new_tokens=40, **LOOKUP, **REPEATING, **GREEDY)
+        engine.generate("Hello", max_new_tokens=20, do_sample=True, seed=3, **LOOKUP)
+    assert lowered == []

@@ -407,7 +407,7 @@ def test_many_tokens_may_end_a_row(ours):
         (dict(top_kk=3), "top_kk"),
         (dict(temperature=-1.0), "temperature"),
         (dict(num_beam_groups=4), "num_beam_groups"),
-        (dict(num_beams=4, output_logits=True), "output_logits: found beside num_beams=4"),
+        (dict(num_beams=4, streamer=object()), "streamer: found one beside num_beams=4"),
         (dict(max_new_tokens=5000), "max_new_tokens"),
         (dict(stop_strings="a"), r"stop_strings: found \('a',\) without a tokenizer; expected tokenizer=processor"),
         (dict(suppress_tokens=[320]), "suppress_tokens or sequence_bias: found 320; expected tokens below 320"),
