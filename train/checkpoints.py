@@ -322,7 +322,8 @@ class Checkpoints:
             except Exception as error:  # Orbax has many
                 misfit = self._misfit(step, content)
                 problem: Exception = self._problem(step, error)
-            # Only now: an error that refers to Orbax's would keep alive what that has left.
+            # Only now: an error that refers to Orbax's would keep alive what that has left. Threads may add to it.
+            logging.getLogger("asyncio").addFilter(_is_not_leftover)
             gc.collect()
         if misfit is not None and isinstance(problem, _DamagedError):
             problem = CheckpointError(
@@ -415,21 +416,21 @@ class _Preservation:
 @contextlib.contextmanager
 def _without_leftovers() -> Iterator[None]:
     """Keep Python from reporting what a failing load of Orbax leaves, one by one: tasks that nobody waits for."""
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = _ignore
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             yield
     finally:
-        log.setLevel(level)
         sys.unraisablehook = hook
 
 
 def _ignore(unraisable: Any) -> None:
     del unraisable
+
+
+def _is_not_leftover(record: logging.LogRecord) -> bool:
+    return "tensorstore" not in record.getMessage()
 
 
 def _text(error: BaseException) -> str:

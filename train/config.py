@@ -226,6 +226,15 @@ class TrainConfig:
             faults.append("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")
         raise_faults(faults)
 
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether a step is followed by an evaluation."""
+        return self.eval is not None and (step % self.eval.every == 0 or step == self.steps)
+
+    def is_saved(self, step: int) -> bool:
+        """Return whether a step is followed by a checkpoint: also one whose evaluation may find it to be the best."""
+        is_candidate = self.checkpoint.best is not None and self.is_evaluated(step)
+        return step % self.checkpoint.every == 0 or step == self.steps or is_candidate
+
 
 def load_config(path: str | Path) -> TrainConfig:
     """Read a job file; relative paths in it are relative to the file.

@@ -64,10 +64,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """The held-out records, encoded once; every process has all of them.
-
-    every: steps between two evaluations.
-    """
+    """The held-out records, encoded once; every process has all of them."""
 
     def __init__(
         self,
@@ -94,7 +91,6 @@ class Evaluator:
             or its reference answer does not suit the metric.
           MessageError: other processes have other records.
         """
-        self.every = options.every
         self._config, self._job, self._options, self._mesh = config, job, options, mesh
         self._log, self._noted = log, 0.0
         encoder = make_encoder(records, processor, config, job.data, job.batch, lanes=1)

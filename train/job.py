@@ -192,6 +192,12 @@ def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
 
 def _held_bytes(config: TrainConfig, model_config: Glm4vConfig) -> int:
     """Bytes that a device holds during a job, temporaries apart."""
+    state, frozen = abstract_state(config, model_config)
+    return device_bytes(jax.tree.leaves((state, frozen, state.params)))  # gradients are as large as the parameters
+
+
+def abstract_state(config: TrainConfig, model_config: Glm4vConfig) -> tuple[TrainState, Leaves]:
+    """Return the shapes of a job's state and of its frozen leaves, sharded over the current mesh; no weight is read."""
     dtype = resolve_dtype("auto", open_weights(config.model))
     leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=as_config(config.quantize))
 
@@ -201,8 +207,7 @@ def _held_bytes(config: TrainConfig, model_config: Glm4vConfig) -> int:
         params, frozen = split(model, _is_trained(config))
         return init_state(params, make_optimizer(config.optimizer, config.steps, model)), frozen
 
-    state, frozen = jax.eval_shape(make, structure.unflatten(list(leaves.values())))
-    return device_bytes(jax.tree.leaves((state, frozen, state.params)))  # gradients are as large as the parameters
+    return jax.eval_shape(make, structure.unflatten(list(leaves.values())))
 
 
 @dataclasses.dataclass

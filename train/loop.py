@@ -26,7 +26,7 @@ from train.data.placement import put
 from train.data.records import Record
 from train.data.stream import RowCounts, Stream, make_encoder
 from train.evaluate import Evaluator
-from train.job import Job, check_output, check_same, check_step, identity, make_mesh, read_data
+from train.job import Job, abstract_state, check_output, check_same, check_step, identity, make_mesh, read_data
 from train.log import MetricsLog, Speed, read_evaluations
 from train.preemption import Stopping
 from train.profiler import Profiler
@@ -103,6 +103,8 @@ def train(
         if config.eval is not None:
             evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, log)
         stopping = stack.enter_context(Stopping(mesh))
+        saves = sum(map(config.is_saved, range((checkpoints.latest or 0) + 1, config.steps + 1)))
+        checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
         job, state = Job.start(config, model_config, progress)
         log(job.describe(data, mesh))
         if checkpoints.latest is not None:
@@ -117,14 +119,15 @@ def train(
         metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
         steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log)
-        checkpoints.check_room(state, steps.count_saves(int(state.step)), result_bytes)
         state, is_complete = steps.run(state)
         number = int(state.step)
         if is_complete:
             best = None
             if config.checkpoint.best is not None:
                 best = checkpoints.best
-                if (line := checkpoints.tie()) is not None:
+                if best is None:
+                    log(f"found no finite {config.checkpoint.best} of a checkpoint: exporting that of the last step")
+                elif (line := checkpoints.tie()) is not None:
                     log(line)
             params = state.params
             del state  # the optimizer's state is not needed any more
@@ -161,7 +164,7 @@ class _Steps(NamedTuple):
         number = first = saved = int(state.step)
         lanes = None
         is_stopped = False
-        if number and self._is_evaluated(number) and number not in self.checkpoints.evaluations:
+        if number and config.is_evaluated(number) and number not in self.checkpoints.evaluations:
             is_stopped = not self._evaluate(state)  # what it resumes after was saved, and then the job ended
         while number < config.steps and not (is_stopped or self.stopping.is_asked()):
             batch, lanes = next(self.stream)
@@ -172,11 +175,11 @@ class _Steps(NamedTuple):
             self.profiler.after_step(metrics)
             self.metrics_log.add(number, metrics, self._row_fields(lanes))
             self._check_streak()
-            if self._is_saved(number):
+            if config.is_saved(number):
                 self._flush()
                 self.checkpoints.save(state, _of_all_processes(lanes))
                 saved = number
-            if self._is_evaluated(number):
+            if config.is_evaluated(number):
                 self._flush()
                 try:
                     is_stopped = not self._evaluate(state)
@@ -197,20 +200,6 @@ class _Steps(NamedTuple):
                 f"of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
         return state, number >= config.steps and not is_stopped
-
-    def count_saves(self, number: int) -> int:
-        """Return how many checkpoints come after a step."""
-        return sum(map(self._is_saved, range(number + 1, self.job.config.steps + 1)))
-
-    def _is_saved(self, number: int) -> bool:
-        """Whether a step is followed by a checkpoint: also one whose evaluation may find it to be the best."""
-        config = self.job.config
-        is_candidate = config.checkpoint.best is not None and self._is_evaluated(number)
-        return number % config.checkpoint.every == 0 or number == config.steps or is_candidate
-
-    def _is_evaluated(self, number: int) -> bool:
-        every = None if self.evaluator is None else self.evaluator.every
-        return every is not None and (number % every == 0 or number == self.job.config.steps)
 
     def _evaluate(self, state: TrainState) -> bool:
         """Evaluate, and return whether it was not stopped meanwhile."""

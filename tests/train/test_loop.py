@@ -151,8 +151,6 @@ def failed_evaluation(folder):
     """A job with an adapter whose evaluation fails after a step that no checkpoint was due for."""
 
     class Broken:
-        every = 1
-
         def __init__(self, *args):
             pass
 
@@ -163,7 +161,7 @@ def failed_evaluation(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.loop.Evaluator", Broken)
         with pytest.raises(RuntimeError, match="no tokenizer"):
-            train(dataclasses.replace(config, eval=EvalConfig(files=(str(folder / "held.jsonl"),))))
+            train(dataclasses.replace(config, eval=EvalConfig(files=(str(folder / "held.jsonl"),), every=1)))
     assert not (folder / "adapter" / ADAPTER).exists()
     return config
 
@@ -381,6 +379,14 @@ class TestBeforeTheModelIsLoaded:
         with pytest.raises(CheckpointError, match=r"1,000 free"):
             train(job(folder, "full"))
 
+    def test_too_little_room_for_the_checkpoints_is_found(self, folder, monkeypatch):
+        """Two of them are kept while a third is written; the result comes on top."""
+        free = types.SimpleNamespace(free=2 << 20)
+        monkeypatch.setattr("glm4v_jax.checkpoints.atomic_directory.shutil.disk_usage", lambda path: free)
+        message = r"small.checkpoints: found 2\.00 MiB free .*: 3 checkpoints of .* MiB and .* KiB for the result; free"
+        with pytest.raises(CheckpointError, match=message):
+            train(job(folder, "small"))
+
     def test_a_bad_held_out_record_ends_a_strict_job(self, folder):
         held_out = EvalConfig(files=(str(folder / "held.jsonl"),))
         data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
@@ -408,6 +414,22 @@ def test_a_full_disk_names_the_file_of_metrics(folder, tmp_path):
     (tmp_path / EVALUATIONS).symlink_to("/dev/full")
     with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / EVALUATIONS}'")):
         log.evaluated(3, Evaluation(1.0, 0.5, None), 1.0)
+
+
+def test_a_full_disk_under_tensorboard_is_a_line(folder, tmp_path, monkeypatch):
+    """Its writer has a thread, and closes its files once more when Python ends."""
+    told = []
+    log = MetricsLog(tmp_path, job(folder, "log", tensorboard=True), 0, None, told.append)
+    (writer,) = log._board.all_writers.values()
+    thread = writer.event_writer._worker
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log._board, "close", full)
+    log.close()
+    assert told == [f"{tmp_path / TENSORBOARD}: No space left on device: the last metrics are not there"]
+    assert not thread.is_alive() and writer.event_writer._closed
 
 
 def test_nan_is_written_as_null(folder):
