@@ -332,7 +332,9 @@ def find_model(name: str) -> str:
                 f"found {named(name)}, which is not a directory; expected a checkpoint; download it first: hf "
                 "download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR"
             )
-        check_config(directory)
+        # A processor alone is enough for some commands.
+        if (directory / ADAPTER_CONFIG).is_file() or not any(directory.glob("*.json")):
+            check_config(directory)
     return str(directory)
 
 
