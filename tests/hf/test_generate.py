@@ -432,5 +432,6 @@ def test_stacked_layers_generate_the_same(ours, checkpoints):
     stacked = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), stacked=True)
     assert stacked.module.language_model.layers.is_stacked
     assert not ours("base").module.language_model.layers.is_stacked
-    found = stacked.generate(**prompts.inputs, max_new_tokens=24, **NEVER)
-    assert np.array_equal(found, ours("base").generate(**prompts.inputs, max_new_tokens=24, **NEVER))
+    for options in ({}, dict(prompt_lookup_num_tokens=4), dict(num_beams=3, num_return_sequences=3)):
+        asked = {**prompts.inputs, "max_new_tokens": 24, **NEVER, **options}
+        assert np.array_equal(stacked.generate(**asked), ours("base").generate(**asked))
