@@ -24,6 +24,7 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 | `python -m bench.recompile` | compilations after warm-up for requests of random images and videos; padding |
 | `python -m bench.memory` | peak memory against the number of patches and of tokens |
 | `python -m bench.engine` | host time per decode step, busy slots, cold start |
+| `python -m bench.prompt_lookup` | decoding with prompt lookup and without, where the answer copies its prompt |
 | `python -m bench.train` | training throughput beside transformers with torch's AdamW; padding |
 | `python -m bench.eval` | evaluation throughput beside transformers' `generate` in batches of 8 |
 | `python -m bench.lmms_eval --python ENV` | lmms-eval through this engine |
@@ -41,8 +42,8 @@ checkpoint:
 Pixel values: bit-identical to the reference's default (slow) image processor for {images}, and within one step of 8
 bits of its video processor for {videos}.
 
-Options of generation, from `min_new_tokens` to `stop_strings`: the reference's tokens, and its scores and logits within
-1e-5 of the largest, in {options}.
+Options of generation, from `min_new_tokens` to prompt lookup and beam search: the reference's tokens, and its scores and
+logits (for beams, scores of sequences) within 1e-5 of the largest, in {options}.
 
 ## CPU, beside transformers
 
