@@ -2,14 +2,11 @@
 
 import contextlib
 import errno
-import gc
 import json
-import logging
 import math
 import re
 import shutil
-import sys
-import warnings
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +16,9 @@ from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax.checkpoints.atomic_directory import FULL, free_bytes, full_disk
 from glm4v_jax.checkpoints.orbax_write import by_first, os_errors, without_orbax_log
-from glm4v_jax.devices.distributed import gathered, several
+from glm4v_jax.devices.distributed import gathered, is_first, several
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.files import size_text
+from glm4v_jax.files import replacing, size_text
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
 from train.state import Leaves, TrainState
@@ -31,10 +28,13 @@ DATA_DIGEST = "content of the training data"
 
 _STATE, _DATA, _JOB = "state", "data", "job"
 _COUNTS = ("step", "skipped", "streak")
+_SIZES = "sizes.json"
+"""File of a checkpoint: path of each other file -> its bytes. By it damage is found before anything is loaded."""
 
 # What TensorStore and the system say of files that can be read, and are not whole, is damage. This is not:
 _TROUBLE = re.compile("(RESOURCE_EXHAUSTED|UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
 _SAID = 160
+_NOTED_SECONDS = 60
 _GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _DAMAGED = ".damaged"
 
@@ -87,6 +87,7 @@ class Checkpoints:
         self._damaged: dict[int, str] = {}
         self._response: Any = None
         self._written: int | None = None
+        self._noted = threading.Event()
         self._before: int | None = None
         self._has_failed = False
         self._stack = contextlib.ExitStack()
@@ -157,6 +158,8 @@ class Checkpoints:
                 step, {_STATE: content}, force=True, custom_metadata={_DATA: data, _JOB: self._job}
             )
             self._written = step
+            self._noted.clear()
+            self._response.on_complete(lambda done: self._note_sizes(step))
 
     def evaluated(self, step: int, found: Evaluation) -> None:
         """Note how good a checkpoint is, and remove those that are not kept for it."""
@@ -175,6 +178,7 @@ class Checkpoints:
             assert self._written is not None
             with self._writing(self._written):
                 response.result()
+            self._noted.wait(_NOTED_SECONDS)
 
     def restore(self, like: TrainState) -> Restored:
         """Load the latest one; if it is damaged, the one before, and so on.
@@ -186,21 +190,20 @@ class Checkpoints:
           CheckpointError: it does not fit the job, or all are damaged; in several processes, one is.
         """
         content = {"params": like.params, "opt_state": like.opt_state, "counts": _counts(like)}
-        with _without_leftovers():  # which show while the next one is loaded
-            while (step := self.latest) is not None:
-                try:
-                    found = self._load(step, content)
-                    break
-                except _DamagedError as error:
-                    self._damaged[step] = str(error)
-                if several():  # the others wait for this one in Orbax
-                    self._end_damaged()
-            else:
-                raise self._all_damaged()
-            self._set_aside(step)
-            counts = found["counts"]
-            state = TrainState(found["params"], found["opt_state"], *(counts[name] for name in _COUNTS))
-            return Restored(state, self._metadata(step)[_DATA])
+        while (step := self.latest) is not None:
+            try:
+                found = self._load(step, content)
+                break
+            except _DamagedError as error:
+                self._damaged[step] = str(error)
+            if several():  # the others wait for this one in Orbax
+                self._end_damaged()
+        else:
+            raise self._all_damaged()
+        self._set_aside(step)
+        counts = found["counts"]
+        state = TrainState(found["params"], found["opt_state"], *(counts[name] for name in _COUNTS))
+        return Restored(state, self._metadata(step)[_DATA])
 
     def restore_params(self, like: Leaves, step: int) -> Leaves:
         """Load the trained parameters of one of them, and no more; see `restore`."""
@@ -208,6 +211,7 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
+            self._check_sizes(step)
             with context:
                 return self._load(step, {"params": like})["params"]
         except _DamagedError as error:
@@ -268,11 +272,38 @@ class Checkpoints:
             safe = f"{after}; the same command resumes the job"
             raise CheckpointError(full_disk(self._directory / str(step), safe)) from error
 
+    def _note_sizes(self, step: int) -> None:
+        path = self._directory / str(step)
+        try:
+            if is_first():
+                sizes = _sizes_in(path)
+                with replacing(path / _SIZES) as aside:
+                    aside.write_text(json.dumps(sizes), encoding="utf-8")
+        except OSError:
+            pass  # as where a process is killed first: loading finds damage too
+        finally:
+            self._noted.set()
+
+    def _check_sizes(self, step: int) -> None:
+        path = self._directory / str(step)
+        try:
+            expected = json.loads((path / _SIZES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # of an earlier version, or not noted, or damaged itself
+        found = _sizes_in(path)
+        for name, size in expected.items():
+            if found.get(name) != size:
+                bytes_found = f"{found[name]:,} bytes" if name in found else "nothing"
+                raise _DamagedError(
+                    f"{path}: found damaged files ({name}: {bytes_found} of {size:,}); expected a whole checkpoint"
+                )
+
     def _check(self) -> None:
         """Check that the latest one is this job's, of which the metadata is read."""
         saved: dict[str, Any] = {}
         while self.latest is not None:
             try:
+                self._check_sizes(self.latest)
                 saved = self._metadata(self.latest)[_JOB]
                 break
             except _DamagedError as error:
@@ -312,25 +343,19 @@ class Checkpoints:
             found = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
             return {name: found[name] for name in (_DATA, _JOB)}
         except Exception as error:  # Orbax has many
-            problem = self._problem(step, error)
-        raise problem
+            raise self._problem(step, error) from error
 
     def _load(self, step: int, content: dict[str, Any]) -> dict[str, Any]:
-        with _without_leftovers():
-            try:
-                return self._checkpointer.load_checkpointables(step, {_STATE: content})[_STATE]
-            except Exception as error:  # Orbax has many
-                misfit = self._misfit(step, content)
-                problem: Exception = self._problem(step, error)
-            # Only now: an error that refers to Orbax's would keep alive what that has left. Threads may add to it.
-            logging.getLogger("asyncio").addFilter(_is_not_leftover)
-            gc.collect()
-        if misfit is not None and isinstance(problem, _DamagedError):
-            problem = CheckpointError(
-                f"{self._directory / str(step)}: cannot resume from this checkpoint ({misfit}); expected one of a job "
-                "with the same model, frozen parts and optimizer"
-            )
-        raise problem
+        try:
+            return self._checkpointer.load_checkpointables(step, {_STATE: content})[_STATE]
+        except Exception as error:  # Orbax has many
+            problem = self._problem(step, error)
+            if isinstance(problem, _DamagedError) and (misfit := self._misfit(step, content)) is not None:
+                problem = CheckpointError(
+                    f"{self._directory / str(step)}: cannot resume from this checkpoint ({misfit}); expected one of a "
+                    "job with the same model, frozen parts and optimizer"
+                )
+            raise problem from error
 
     def _problem(self, step: int, error: BaseException) -> Exception:
         """Return the error to raise for Orbax's: that of the machine, if it is one, or of a damaged checkpoint."""
@@ -374,11 +399,11 @@ class Checkpoints:
         if (latest := self.latest) is None:
             raise self._all_damaged()
         *_, said = self._damaged.values()
-        self._set_aside(latest)
+        self._set_aside(latest, alone=True)
         raise CheckpointError(f"{said}: renamed; the same command resumes from step {latest}")
 
-    def _set_aside(self, latest: int) -> None:
-        """Rename the damaged ones, because their steps will be saved again."""
+    def _set_aside(self, latest: int, *, alone: bool = False) -> None:
+        """Rename the damaged ones, because their steps will be saved again; `alone` where this process finds them."""
         for step, said in sorted(self._damaged.items(), reverse=True):
             aside = self._directory / f"{step}{_DAMAGED}"
 
@@ -386,13 +411,13 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self._directory / str(step)).rename(aside)
 
-            if several():
+            if alone:
                 with contextlib.suppress(OSError):  # another process may have done it
                     rename()
             else:
-                rename()
+                by_first(rename)
             self._log(f"{said}: renamed to {aside.name}; the latest whole one is that of step {latest}")
-        if self._damaged and not several():
+        if self._damaged and not alone:
             self._checkpointer.close()
             self._checkpointer = self._open()
         self._damaged = {}
@@ -413,24 +438,9 @@ class _Preservation:
         return [step in kept for step in steps]
 
 
-@contextlib.contextmanager
-def _without_leftovers() -> Iterator[None]:
-    """Keep Python from reporting what a failing load of Orbax leaves, one by one: tasks that nobody waits for."""
-    hook, sys.unraisablehook = sys.unraisablehook, _ignore
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            yield
-    finally:
-        sys.unraisablehook = hook
-
-
-def _ignore(unraisable: Any) -> None:
-    del unraisable
-
-
-def _is_not_leftover(record: logging.LogRecord) -> bool:
-    return "tensorstore" not in record.getMessage()
+def _sizes_in(path: Path) -> dict[str, int]:
+    files = (file for file in path.rglob("*") if file.is_file() and _SIZES not in file.name)
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
 
 
 def _text(error: BaseException) -> str:

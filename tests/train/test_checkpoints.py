@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import logging
 import resource
 import shutil
@@ -138,7 +137,7 @@ def two(state, tmp_path_factory):
     return directory
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads that Orbax leaves
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # left by Orbax
 class TestDamage:
     """Of the latest checkpoint: a crash of the machine leaves names without blocks, files cut short, or fewer."""
 
@@ -146,13 +145,17 @@ class TestDamage:
     def directory(self, two, tmp_path):
         return shutil.copytree(two, tmp_path / "checkpoints")
 
+    @pytest.mark.parametrize("is_noted", [True, False])
     @pytest.mark.parametrize("kind", DAMAGES)
-    def test_the_one_before_is_used_or_the_damage_is_harmless(self, two, state, tmp_path, kind):
+    def test_the_one_before_is_used_or_the_damage_is_harmless(self, two, state, tmp_path, kind, is_noted):
+        """Whether the sizes of the files are known or not: a process may be killed before they are noted."""
         files = [path.relative_to(two) for path in sorted((two / "2").rglob("*")) if path.is_file()]
         used = {}
         for number, file in enumerate(files):
             directory, told = shutil.copytree(two, tmp_path / str(number)), []
             DAMAGES[kind](directory / file)
+            if not is_noted:
+                (directory / "2" / "sizes.json").unlink(missing_ok=True)
             with contextlib.closing(opened(directory, None, log=told.append)) as checkpoints:
                 found, data = checkpoints.restore(abstract(state))
             step = used[file.as_posix()] = int(found.step)
@@ -163,6 +166,8 @@ class TestDamage:
             assert len(told) == (step == 1)
             if told:
                 assert f"{directory / '2'}: found damaged files (" in told[0] and "that of step 1" in told[0]
+        if is_noted and kind != "zeros":
+            assert used.pop("2/sizes.json") == 2 and set(used.values()) == {1}
         assert used["2/_CHECKPOINT_METADATA"] == used["2/state/manifest.ocdbt"] == 1
         assert {step for file, step in used.items() if file.startswith("2/state/d/")} == {1}
 
@@ -201,24 +206,29 @@ class TestDamage:
                 checkpoints.restore(abstract(state))
         assert {path.name for path in directory.iterdir()} == {"1", "2"}
 
-    def test_several_processes_resume_from_the_one_before_at_their_next_start(self, directory, state, monkeypatch):
-        """One that finds damage cannot reach the others, which are waiting for it."""
-        (directory / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
-        with monkeypatch.context() as patch, contextlib.closing(opened(directory, None)) as checkpoints:
-            patch.setattr("train.checkpoints.several", lambda: True)
-            with pytest.raises(CheckpointError, match=r"2: found damaged .*the same command resumes from step 1"):
+    @pytest.mark.parametrize("is_noted", [True, False])
+    def test_several_processes_resume_at_once_or_at_their_next_start(self, directory, state, monkeypatch, is_noted):
+        """All see the sizes of files; one that finds damage later cannot reach the others, which wait for it."""
+        DAMAGES["empty" if is_noted else "zeros"](directory / "2" / "state" / "manifest.ocdbt")
+        monkeypatch.setattr("train.checkpoints.several", lambda: True)
+        with contextlib.closing(opened(directory, None, keep=2)) as checkpoints:
+            if is_noted:
                 checkpoints.restore(abstract(state))
+                checkpoints.save(at(state, 2), {})
+            else:
+                with pytest.raises(CheckpointError, match=r"2: found damaged .*the same command resumes from step 1"):
+                    checkpoints.restore(abstract(state))
         with contextlib.closing(opened(directory, None)) as checkpoints:
-            assert int(checkpoints.restore(abstract(state)).state.step) == 1
+            assert int(checkpoints.restore(abstract(state)).state.step) == (2 if is_noted else 1)
 
     def test_damage_is_one_line(self, directory, state, capfd, caplog):
-        """What Orbax leaves, tasks that nobody waits for, is not reported."""
         (directory / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
         told = []
         with contextlib.closing(opened(directory, None, log=told.append)) as checkpoints:
             checkpoints.restore(abstract(state))
-        gc.collect()
-        assert len(told) == 1 and "\n" not in told[0] and "Encoded length (0) is less than minimum length" in told[0]
+        damage = "found damaged files (state/manifest.ocdbt: 0 bytes of 113); expected a whole checkpoint"
+        latest = "renamed to 2.damaged; the latest whole one is that of step 1"
+        assert told == [f"{directory / '2'}: {damage}: {latest}"]
         assert capfd.readouterr() == ("", "") and not caplog.records
 
     @pytest.mark.parametrize(
