@@ -42,8 +42,8 @@ checkpoint:
 Pixel values: bit-identical to the reference's default (slow) image processor for {images}, and within one step of 8
 bits of its video processor for {videos}.
 
-Options of generation, from `min_new_tokens` to prompt lookup and beam search: the reference's tokens, and its scores and
-logits (for beams, scores of sequences) within 1e-5 of the largest, in {options}.
+Options of generation, from `min_new_tokens` to prompt lookup and beam search: the reference's tokens, and its scores
+and logits (for beams, scores of sequences) within 1e-5 of the largest, in {options}.
 
 ## CPU, beside transformers
 
