@@ -27,7 +27,7 @@ from typing import Any
 from eval.data import fields
 from eval.data.fields import Fields
 from eval.data.questions import Origin, Question
-from glm4v_jax.data.media import MediaItem, is_empty, media_item, source_of
+from glm4v_jax.data.media import MediaItem, is_empty, media_item, media_values, source_of
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError, counted
 
@@ -69,7 +69,7 @@ def _media(row: Fields) -> list[MediaItem]:
     for name, kind in _MEDIA.items():
         values = literal_list(row.get(name))
         is_list = name.endswith("s") and isinstance(values, list | tuple)
-        for index, value in enumerate(values if is_list else [values]):
+        for index, value in enumerate(media_values(kind, values) if is_list else [values]):
             if is_empty(value):
                 continue
             item = media_item(kind, value, f"{name}[{index}]" if is_list else name)

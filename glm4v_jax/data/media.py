@@ -15,7 +15,7 @@ import PIL.Image
 from glm4v_jax.errors import DataError, MediaError
 from glm4v_jax.inputs.media.decode import shortened
 from glm4v_jax.inputs.media.fetch import describe, is_address, is_url
-from glm4v_jax.inputs.media.load import is_array, load_image, open_image
+from glm4v_jax.inputs.media.load import is_array, is_named_still, load_image, open_image
 
 MediaItem = dict[str, Any]
 
@@ -67,6 +67,16 @@ def media_item(kind: str, value: Any, field: str) -> MediaItem:
         return {"type": kind, kind: value}
     expected = "a path, an address, base64 or bytes" + (", or a list of frames" if kind == "video" else "")
     raise DataError(f"{field}: found {kind_of(value)}; expected {expected}")
+
+
+def media_values(kind: str, value: Any) -> list[Any]:
+    """The images or videos of a field that may have one or several: a list of files of images is one video's frames.
+
+    >>> media_values("video", ["0.png", "1.png"]), media_values("video", ["a.mp4", ["0.png", "1.png"]])
+    ([['0.png', '1.png']], ['a.mp4', ['0.png', '1.png']])
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return [values] if kind == "video" and len(values) > 1 and all(map(is_named_still, values)) else values
 
 
 def _unwrapped(value: Any) -> Any:

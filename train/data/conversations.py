@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glm4v_jax.config.checks import did_you_mean
-from glm4v_jax.data.media import MediaItem, is_empty, kind_of, media_item
+from glm4v_jax.data.media import MediaItem, is_empty, kind_of, media_item, media_values
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError, counted
 
@@ -54,7 +54,7 @@ class MediaFiles:
             if len(given) > 1:
                 raise invalid(given[1], f"some beside {given[0]!r}", "one of the two")
             name = self._names[kind] = given[0] if given else names[0] or FILES[kind][0]
-            values = enumerate(_listed(literal_list(row[name])) if given else [])
+            values = enumerate(media_values(kind, literal_list(row[name])) if given else [])
             # Tables have a place for an image in every row, if only with null.
             self._files[kind] = [media_item(kind, value, f"{name}[{i}]") for i, value in values if not is_empty(value)]
         if not is_empty(row.get("audios")):
@@ -90,10 +90,6 @@ class MediaFiles:
             for item, file in zip(taken, files[more:], strict=True):
                 item.update(file)
         return before
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def split_markers(text: str, media: MediaFiles) -> list[MediaItem]:

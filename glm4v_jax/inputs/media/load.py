@@ -36,13 +36,13 @@ from glm4v_jax.inputs.media.fetch import (
 from glm4v_jax.inputs.media.threads import map_threads
 
 __all__ = [
-    "MAX_PIXELS", "SampledVideo", "VideoMetadata", "are_stills", "frame_files", "is_array", "is_path_like",
-    "load_image", "load_video", "open_image",
+    "MAX_PIXELS", "SampledVideo", "VideoMetadata", "are_stills", "frame_files", "is_array", "is_named_still",
+    "is_path_like", "load_image", "load_video", "open_image",
 ]  # fmt: skip
 
 _NUMBER = re.compile(r"(\d+)")
-# Of addresses; GIF may be a video, and the others hardly ever are.
-_STILL_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+# GIF and WebP are videos as often as not.
+_STILL_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 # Pillow's modes of more than 8 bits a value: I, I;16 and its byte orders, F.
 _DEEP_MODES = ("I", "F")
 
@@ -124,10 +124,15 @@ def are_stills(sources: Sequence[Any]) -> bool:
     return len(sources) > 1 and _is_still(sources[0]) and _is_still(sources[-1])
 
 
+def is_named_still(name: Any) -> bool:
+    """Whether a path or an address is by its name that of a single image."""
+    return isinstance(name, str) and name.lower().partition("?")[0].endswith(_STILL_SUFFIXES)
+
+
 def _is_still(source: Any) -> bool:
     """Whether a file, an address or bytes are a single image; an address is judged by its name."""
     if isinstance(source, str) and is_address(source) and not source.lower().startswith("file://"):
-        return source.lower().partition("?")[0].endswith(_STILL_SUFFIXES) or source.lower().startswith("data:image/")
+        return is_named_still(source)
     try:
         return is_still_image(open_source(source))
     except (MediaError, OSError):

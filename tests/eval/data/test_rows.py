@@ -75,12 +75,14 @@ def test_a_directory_of_frames_is_a_video(folder):
     for index in range(4):
         PIL.Image.new("RGB", (56, 56), (index, 0, 0)).save(folder / f"clip/{index}.png")
     items = [one(folder, {**ROW, "video": "clip", **more}) for more in ({}, {"fps": 0.5})]
+    names = [f"clip/{index}.png" for index in range(4)]
+    lists = [one(folder, {**ROW, field: names, "fps": 0.5}) for field in ("video", "videos")]
     processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
-    for item, rate in zip(items, (2, 0.5), strict=True):
+    for item, rate in zip([*items, *lists], (2, 0.5, 0.5, 0.5), strict=True):
         _, videos = extract_media(item.messages, source="")
         (metadata,) = processor.video_processor(videos=videos, return_metadata=True)["video_metadata"]
         assert (len(metadata.frames_indices), metadata.fps) == (4, rate)
-        assert item.asked["content"][0]["path"] == "clip"
+    assert [item.asked["content"][0]["path"] for item in items] == ["clip"] * 2
     PIL.Image.new("RGB", (56, 56)).save(folder / "clip/0.png")
     assert one(folder, {**ROW, "video": "clip"}).asked == items[0].asked
     PIL.Image.new("RGB", (56, 56), (9, 9, 9)).save(folder / "clip/0.png")

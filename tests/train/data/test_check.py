@@ -162,16 +162,17 @@ def test_token_counts_are_those_of_samples(data):
         content = [{"type": "video", **video}, {"type": "text", "text": "?"}]
         add(data, {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}]})
     add(data, row("<video>?", videos=["frames"]))
+    add(data, row("<video>?", videos=[f"frames/{index}.png" for index in range(8)]))
     processor = Glm4vProcessor.from_pretrained(RANDOM_CHECKPOINT)
     records = read_records(data)
     count = TokenCounter(processor)
-    assert len(records) == 10
+    assert len(records) == 11
     found = [samples.encode(record, processor, CONFIG, samples.EncodeOptions()) for record in records]
     assert [count(record) for record in records] == [len(sample.input_ids) for sample in found]
-    # A directory of frames is a video in every format; with its rate, where the row has one.
-    times = [processor.decode(sample.input_ids).split("<|end_of_image|>")[-4:] for sample in found[-3:]]
+    # A directory of frames, and a list of them, is a video in every format; with its rate, where the row has one.
+    times = [processor.decode(sample.input_ids).split("<|end_of_image|>")[-4:] for sample in found[-4:]]
     assert [[int(re.match(r"\d+", part)[0]) for part in parts] for parts in times] == [
-        [0, 1, 2, 3], [0, 200, 400, 600], [0, 1, 2, 3],
+        [0, 1, 2, 3], [0, 200, 400, 600], [0, 1, 2, 3], [0, 1, 2, 3],
     ]  # fmt: skip
     assert check(records, decode=True).bad == 0
     (data.parent / "frames/8.png").write_text("no image")
