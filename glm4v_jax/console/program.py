@@ -141,7 +141,7 @@ def run_program(
         if command.quiet and command.verbose:
             raise ConfigError("--quiet: found with --verbose; expected one of the two")
         with (
-            contextlib.nullcontext() if command.verbose else _notes(name),
+            contextlib.nullcontext() if command.verbose else _notes(name, quiet=command.quiet),
             _native_logs(command.verbose),
             joined(getattr(command, "distributed", None), name, command.trouble, debug=command.verbose),
             command.silence(),
@@ -182,13 +182,15 @@ _SHOWN_NOTES = 20
 
 
 @contextlib.contextmanager
-def _notes(name: str) -> Iterator[None]:
+def _notes(name: str, *, quiet: bool) -> Iterator[None]:
     """Print what libraries and this package warn of as lines of their own, without the place in Python's code."""
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
+        if quiet:
+            return
         counts[filename, lineno] += 1
         if counts[filename, lineno] <= _SHOWN_NOTES:
             print(f"{name}: note: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

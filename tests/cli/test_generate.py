@@ -215,6 +215,8 @@ def test_sixteen_bits_are_a_note_of_one_line(capfd):
     assert main.main(["generate", "--greedy", "--max-new-tokens", "1", "--image", "deep.png", "What?"]) == 0
     (note,) = [line for line in capfd.readouterr().err.splitlines() if "deep.png" in line]
     assert note.startswith("glm4v: note: deep.png: has values above 255 (mode I;16), which are clipped to 255")
+    assert main.main(["generate", "-q", "--greedy", "--max-new-tokens", "1", "--image", "deep.png", "What?"]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_the_seed_decides_what_is_sampled(answered):
