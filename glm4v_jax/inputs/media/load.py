@@ -194,6 +194,8 @@ def open_image(source: Any) -> PIL.Image.Image:
             found = "no such file, nor base64 of an image"
         elif not isinstance(error, PIL.UnidentifiedImageError):  # which says no more than that
             found = f"no readable image ({shortened(error)})"
+        elif is_still_image(opened):
+            found = "no readable image (of a kind that Pillow does not read, such as HEIC)"
         raise MediaError(f"{name}: found {found}; expected an image") from error
 
 

@@ -205,6 +205,8 @@ def test_why_an_image_cannot_be_opened_is_said(tmp_path):
         image_size({"type": "image", "path": str(path)})
     with pytest.raises(MediaError, match="Decompressed data too large"):
         load_video(path)
+    with pytest.raises(MediaError, match=r"no readable image \(of a kind that Pillow does not read, such as HEIC\)"):
+        load_image(b"\0\0\0\x18ftypheic" + bytes(500))
 
 
 def test_deep_images_of_small_values_do_not_warn(tmp_path, recwarn):
