@@ -144,7 +144,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with running(*generate(2, *ASKED), directories=(".", "elsewhere")) as processes:
         found = ended(processes)
-    missing = "--image: found noise.png, which does not exist; expected an image or a video"
+    missing = "--image: found noise.png, no such file; expected an image or a video"
     assert [status for status, _, _ in found] == [1, 1]
     assert [out for _, out, _ in found] == ["", ""]
     assert found[0][2][-1] == f"glm4v: error: process 1: {missing}"
