@@ -81,7 +81,7 @@ class Command(Protocol):
 class Options:
     """What every command has."""
 
-    verbose: Annotated[bool, tyro.conf.arg(aliases=("-v",))] = False
+    verbose: Annotated[bool, tyro.conf.arg(aliases=("-v", "--debug"))] = False
     """Show tracebacks of errors, messages of libraries, and what JAX compiles."""
 
     quiet: Annotated[bool, tyro.conf.arg(aliases=("-q",))] = False
