@@ -8,6 +8,7 @@ from glm4v_jax.config.model import Glm4vConfig
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 ROWS = [[11], [2, ("image", (4, 6)), 3], [6, ("image", (2, 10)), ("image", (4, 4)), 5]]
+pytestmark = pytest.mark.slow
 BEAMS = dict(
     num_beams=3,
     max_new_tokens=24,
