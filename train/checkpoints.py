@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from glm4v_jax.checkpoints.atomic_directory import FULL, free_bytes, full_disk
 from glm4v_jax.checkpoints.orbax_write import by_first, os_errors, without_orbax_log
 from glm4v_jax.devices.distributed import gathered, is_first, several
-from glm4v_jax.errors import CheckpointError
+from glm4v_jax.errors import CheckpointError, counted
 from glm4v_jax.files import replacing, size_text
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
@@ -97,6 +97,8 @@ class Checkpoints:
             stack.callback(self._close_orbax)
             self._check()
             self._stack = stack.pop_all()
+        # Those of steps to come, as of checkpoints that somebody has removed, would have better ones removed.
+        self._forget(after=self.latest or 0)
 
     @property
     def latest(self) -> int | None:
@@ -134,10 +136,11 @@ class Checkpoints:
 
         def check() -> None:
             if (free := free_bytes(self._directory)) < needed:
-                result = f" and {size_text(more)} for the result" if more else ""
+                parts = [f"{counted(count, 'checkpoint')} of {size_text(size)}"] if count else []
+                parts += [f"{size_text(more)} for the result"] if more else []
                 raise CheckpointError(
                     f"{self._directory}: found {size_text(free)} free on the disk; expected {size_text(needed)}: "
-                    f"{count} checkpoints of {size_text(size)}{result}; free some, or lower checkpoint.keep"
+                    f"{' and '.join(parts)}; free some, or lower checkpoint.keep"
                 )
 
         by_first(check)
@@ -421,7 +424,11 @@ class Checkpoints:
             self._checkpointer.close()
             self._checkpointer = self._open()
         self._damaged = {}
-        self.evaluations = {step: found for step, found in self.evaluations.items() if step <= latest}
+        self._forget(after=latest)
+
+    def _forget(self, after: int) -> None:
+        """Forget the evaluations after a step: the job will have others."""
+        self.evaluations = {step: found for step, found in self.evaluations.items() if step <= after}
 
 
 class _Preservation:

@@ -125,7 +125,7 @@ class Train(Options):
         from train.config import load_config
 
         config = load_config(self.config)
-        find_model(config.model)
+        find_model(config.model, f"{self.config}: model")
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from train.loop import train
 

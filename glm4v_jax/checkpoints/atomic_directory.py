@@ -153,6 +153,7 @@ def locked(target: Path) -> Iterator[None]:
 
     Raises:
       CheckpointError: another process holds it.
+      OSError: the disk has no locks, or cannot be written.
     """
     lock = filelock.FileLock(_beside(target, _LOCK))
     try:
@@ -162,6 +163,10 @@ def locked(target: Path) -> Iterator[None]:
             f"{target}: found another process writing it, which holds {lock.lock_file}; expected none: wait for it to "
             "end, or choose another output directory"
         ) from error
+    except OSError as error:
+        if error.filename is None:  # of the lock itself, as on NFS without locks
+            raise type(error)(error.errno, error.strerror, lock.lock_file) from error
+        raise
     try:
         yield
     finally:

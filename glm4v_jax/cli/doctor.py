@@ -16,7 +16,7 @@ from glm4v_jax.console.table import print_table
 from glm4v_jax.devices.compilation_cache import cache_files, size_bound
 from glm4v_jax.devices.hardware import missing_device
 from glm4v_jax.devices.memory import Memory, cgroup_memory, device_free, host_memory
-from glm4v_jax.errors import ConfigError, one_line
+from glm4v_jax.errors import ConfigError, counted, one_line
 from glm4v_jax.files import decimal_size, size_text, to_json
 
 PLUGINS = ("jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu")
@@ -52,7 +52,10 @@ class Doctor(JsonOptions):
             "hub": _hub(),
             "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
         }
-        print(to_json(found)) if self.as_json else print_table(("", ""), _rows(found), header=False)
+        if self.as_json:
+            print(to_json(found))
+        else:
+            print_table(("", ""), _rows(found), header=False)
 
 
 def _version(package: str) -> str | None:
@@ -117,9 +120,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     if "error" in cache:
         rows.append(("compiled programs", cache["error"]))
     else:
-        rows.append(
-            ("compiled programs", f"{cache['directory']}: {cache['files']} files, {size_text(cache['bytes'], 1)}")
-        )
+        files = counted(cache["files"], "file")
+        rows.append(("compiled programs", f"{cache['directory']}: {files}, {size_text(cache['bytes'], 1)}"))
     for extra, missing in found["extras"].items():
         rows.append((f"extra {extra}", f"missing: {', '.join(missing)}" if missing else "complete"))
     rows.append(("decoders", _pairs(found["decoders"])))

@@ -112,9 +112,8 @@ class Mesh(JsonOptions):
             if smallest is None:
                 print(f"{text} does not fit, and no mesh of such devices does")
                 continue
-            count = smallest.num_devices
             print(
-                f"{text} does not fit; the smallest mesh that does has {count} such device{'s' * (count != 1)}: "
+                f"{text} does not fit; the smallest mesh that does has {counted(smallest.num_devices, 'such device')}: "
                 f"{mesh_text(smallest.sizes)}, {size_text(smallest.device_bytes)} a device"
             )
 

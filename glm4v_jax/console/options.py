@@ -317,14 +317,18 @@ def generation_config(directory: str, preset_name: str | None, options: Mapping[
     return GenerationConfig.from_pretrained(directory).replace(**merged)
 
 
-def find_model(name: str) -> str:
+def find_model(name: str, field: str = "--model") -> str:
     """Find the directory of a model, before anything slow begins; see `model_directory`.
+
+    Args:
+      name: of a directory, or of a model in the local Hugging Face cache.
+      field: the option or field that names it, in errors.
 
     Raises:
       CheckpointError: there is none, or it holds something else than a model.
     """
-    option = f"${MODEL}" if name and name == os.environ.get(MODEL) else "--model"
-    with naming(option, CheckpointError):
+    is_default = field == "--model" and name and name == os.environ.get(MODEL)
+    with naming(f"${MODEL}" if is_default else field, CheckpointError):
         directory = model_directory(name)
         # Not pathlib: it takes an empty name for the current directory.
         if not name or not directory.is_dir():

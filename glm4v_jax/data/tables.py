@@ -240,7 +240,9 @@ class Arrow:
                     source.seek(0)
                     reader = pyarrow.ipc.open_stream(source)
                 self._table = reader.read_all()
-            except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError) as error:
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a file cut short
+                    raise
                 raise DataError(f"{self.path}: found invalid Arrow ({error}); expected an Arrow file") from error
         return self._table
 

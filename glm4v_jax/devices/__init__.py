@@ -8,4 +8,5 @@ launchers.py          whether Slurm, Open MPI, Kubernetes or Cloud TPU has start
 hardware.py           one table of chips: memory, FLOP/s, bandwidth
 memory.py             free memory of host, control group and devices; whether what is to be loaded fits
 compilation_cache.py  compiled programs kept on disk
+program_limit.py      compiled programs in memory: fewer than Linux lets a process have
 """

@@ -1,6 +1,7 @@
 """Directories that appear under their names when they are complete, and replace checkpoints only."""
 
 import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -166,6 +167,16 @@ def test_what_the_next_run_writes_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", and_the_next_begins)
     write(tmp_path / "out")
     assert content(tmp_path / "out") == "new" and os.listdir(tmp_path / ".out.unfinished") == ["next"]
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) as caught:
+        write(tmp_path / "out")
+    assert caught.value.errno == errno.ENOLCK and caught.value.filename == str(tmp_path / ".out.lock")
 
 
 def test_two_runs_into_one_directory_do_not_mix(tmp_path):

@@ -70,6 +70,15 @@ def test_of_equal_scores_the_smallest_loss_and_then_the_first_is_kept(directory)
         checkpoints.close()
 
 
+def test_evaluations_of_checkpoints_that_somebody_removed_do_not_count(tmp_path, state):
+    with contextlib.closing(opened(tmp_path, evaluations={2: {"score": 0.9, "loss": 1.0}})) as checkpoints:
+        checkpoints.save(at(state, 1), {})
+        checkpoints.evaluated(1, Evaluation(3.0, 0.0, 0.5))
+        checkpoints.save(at(state, 2), {})
+        checkpoints.wait()
+        assert checkpoints.best == 1
+
+
 def test_scores_that_differ_are_no_tie(directory):
     for scores in ([0.5], [0.5, 0.25], []):
         evaluations = {step: {"score": score} for step, score in enumerate(scores)}
@@ -292,7 +301,7 @@ def test_room_is_counted_before_the_first_step(directory, state, monkeypatch):
     with contextlib.closing(opened(directory)) as checkpoints:
         checkpoints.check_room(like, 5)  # the latest, the best, and the one that is being written
         checkpoints.check_room(like, 0, more=100)
-        with pytest.raises(CheckpointError, match="found 100 B free on the disk; expected 108 B: 1 checkpoints"):
+        with pytest.raises(CheckpointError, match="expected 108 B: 1 checkpoint of 88 B and 20 B for the result; free"):
             checkpoints.check_room(like, 1, more=20)
     with contextlib.closing(opened(directory, keep=4)) as checkpoints:
         with pytest.raises(CheckpointError, match="expected 264 B: 3 checkpoints"):

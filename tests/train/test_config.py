@@ -142,4 +142,5 @@ def test_a_changed_copy_is_checked_too(load):
 def test_the_command_names_a_model_that_is_missing(load, tmp_path, capsys):
     load(JOB.replace('"model"', json.dumps(str(RANDOM_CHECKPOINT) + "-none")))
     assert main([str(tmp_path / "job.toml")]) == 1
-    assert "-none, which is not a directory" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert f"{tmp_path / 'job.toml'}: model: found " in line and "-none, which is not a directory" in line

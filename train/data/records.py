@@ -20,7 +20,7 @@ from train.data.dataset_info import read_entry, split_name
 from train.data.formats import FORMATS, Columns, conversation, detect, instruction, read_row
 
 _HASHED = 1 << 28
-"""Bytes of a file up to which its digest covers all of it, which takes half a second."""
+"""Bytes of all files up to which their digest covers all of them, which takes half a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,10 @@ class Records(Sequence[Record]):
         return part.formatting or detect(part.rows[row])
 
     def fingerprint(self) -> str:
-        """Return a digest of the files' content; of large files, of their size and samples."""
-        digests = [fingerprint(part.rows.path, whole=_HASHED) for part in self._parts]
+        """Return a digest of the files' content; where there is much, of the size and samples of each."""
+        paths = [part.rows.path for part in self._parts]
+        limit = {"whole": _HASHED} if sum(path.stat().st_size for path in paths) <= _HASHED else {}
+        digests = [fingerprint(path, **limit) for path in paths]
         return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
 
     def _find(self, index: int) -> tuple[_Part, int]:

@@ -55,6 +55,19 @@ def test_records_of_several_files_are_one_sequence(tmp_path):
             records[index]
 
 
+def test_the_digest_covers_all_of_small_data_and_samples_of_large(tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    line = json.dumps(row(0)) + "\n"
+    text = line * (4 * 2**20 // len(line))
+    found = []
+    for limit in (2**28, 2**20):
+        monkeypatch.setattr("train.data.records._HASHED", limit)
+        for changed in (text, text[:1_030_000] + "X" + text[1_030_001:]):  # between two samples
+            path.write_text(changed)
+            found.append(read_records(path).fingerprint())
+    assert found[0] != found[1] and found[2] == found[3]
+
+
 def test_a_record_has_messages_losses_and_its_place(tmp_path):
     path = write(tmp_path / "data.jsonl", [shown("a.png")])
     (record,) = read_records(str(path))
