@@ -204,7 +204,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in _LISTS:
             value = getattr(self, name)
-            if value is None or isinstance(value, int | str | np.integer | Callable):
+            # A list of transformers' can be called too.
+            is_one = isinstance(value, int | str | np.integer | Callable) and not isinstance(value, list)
+            if value is None or is_one:
                 object.__setattr__(self, name, () if value is None else (value,))
         if isinstance(self.sequence_bias, Mapping):
             object.__setattr__(self, "sequence_bias", tuple(self.sequence_bias.items()))

@@ -46,8 +46,8 @@ class Request:
 
     Attributes:
       prompt: as `Engine.stream` takes it.
-      options: fields of `GenerationConfig` that differ from those of the whole batch; not `logprobs` and
-        `logits_processor`.
+      options: fields of `GenerationConfig` that differ from those of the whole batch; not those that all its requests
+        share (`OF_ALL_REQUESTS`).
     """
 
     prompt: Any

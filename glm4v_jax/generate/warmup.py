@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, overload
 import jax
 import rich.console
 
+from glm4v_jax.config.checks import fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, use_mesh
@@ -123,7 +124,8 @@ def warmup(
       The programs, in the order in which they ran.
 
     Raises:
-      GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
+      GenerationError: a range is empty or negative, the longest prompt leaves no room for the new tokens, or an option
+        is unknown or asks for beam search.
     """
     runtime = runtime_of(model)
     prompt_lengths, vision_patches = pair(prompt_lengths), pair(vision_patches)
@@ -132,6 +134,10 @@ def warmup(
     with use_mesh(runtime.mesh):
         shards = data_shards()
     config = runtime.generation_config.replace(**options)
+    if config.num_beams > 1:
+        raise GenerationError(fault("num_beams", config.num_beams, "1: a warm-up does not know beam search"))
+    variant = Variant.of(config)
+    batch_sizes = [size * config.num_return_sequences for size in batch_sizes]
     pools = [FeaturePool(runtime)]
     while vision_patches is not None and pools[-1].capacity < largest_pool(pools[0], vision_patches):
         pools.append(FeaturePool(runtime, pools[-1].capacity * GROWTH))
@@ -141,8 +147,9 @@ def warmup(
             if vision_patches is not None:
                 yield from warm_vision(pool, vision_patches)
             for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
-                for _, cache, length in prompt_shapes(*prompt_lengths, max_new_tokens):
-                    slots = Slots(runtime, rows, cache, pool=pool, variant=Variant.of(config))
+                # Drafts are written after the last token.
+                for _, cache, length in prompt_shapes(*prompt_lengths, max_new_tokens + (variant.draft or 0)):
+                    slots = Slots(runtime, rows, cache, pool=pool, variant=variant)
                     yield from warm_slots(slots, [length], max_new_tokens, config, together=True)
 
     return run_all(all_programs(), progress)
@@ -179,17 +186,20 @@ def warm_slots(
     If `config` has constraints, also what follows a prompt of a request with them.
     """
     plain = GenerationConfig()
+    asking = [plain, config] if config.is_constrained else [plain]
+    if slots.variant.processors:
+        asking = [config]  # no request is without the functions
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
         start = time.perf_counter()
-        chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), plain, 1)), together=together)
+        chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), asking[0], 1)), together=together)
         jax.block_until_ready(chosen)
         shape = f"B {slots.num_rows}, T {chunk_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
     if max_new_tokens == 1 and not config.is_constrained:
         return
     prompt = Prompt.of_text([0] * lengths[-1])
-    for asked in [plain, config] if config.is_constrained else [plain]:
+    for asked in asking:
         start = time.perf_counter()
         # Twice: the state that decoding returns may have another layout than the one that prefill returns.
         for _ in range(2):
@@ -197,7 +207,7 @@ def warm_slots(
             for _ in range(min(2, max_new_tokens - 1)):
                 slots.read(slots.decode(1))
         slots.stop(list(rows))
-        shape = f"B {slots.num_rows}, cache {slots.capacity}{', constraints' if asked is config else ''}"
+        shape = f"B {slots.num_rows}, cache {slots.capacity}{', constraints' if asked.is_constrained else ''}"
         yield Warmed("decode", shape, time.perf_counter() - start)
 
 

@@ -74,10 +74,7 @@ class ImageTextToTextPipeline:
           GenerationError, ConfigError: an option is unknown, torch's or out of its range, or contradicts another.
         """
         self.model, self.processor, self._defaults = model, processor, defaults
-        if defaults:
-            generation = _CallOptions.of(defaults, self).generation
-            of_call = inspect.signature(generate).parameters
-            self.generation_config.replace(**{k: v for k, v in generation.items() if k not in of_call})
+        _CallOptions.of(defaults, self)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -117,6 +114,8 @@ class ImageTextToTextPipeline:
         call = _CallOptions.of({**self._defaults, **options}, self)
         given, images = (images, None) if text is None else (text, images)
         if isinstance(given, types.GeneratorType):
+            if images is not None:
+                raise MessageError("images: found some beside a generator; expected them in what it yields")
             return (self._answer([_input(item)], call, number)[0] for number, item in enumerate(given))
         if not isinstance(given, list | tuple) or (given and isinstance(given[0], Mapping)):
             return self._answer([_input(given, images)], call)[0]
@@ -142,10 +141,9 @@ class ImageTextToTextPipeline:
         """For each input of a batch the records of what was generated; `number` inputs came before it."""
         asked = [item.messages if isinstance(item, _Chat) else item.text for item in batch]
         inputs = self._inputs(batch, asked, call)
-        options = {"generation_config": self.generation_config, **call.generation}
-        config = self.model.generation_config.overridden(options["generation_config"])
         # Equal inputs of a list are to draw differently.
-        options["seed"] = (options.get("seed", config.seed) + number) % 2**32
+        seed = (call.seed + number) % 2**32
+        options = {"generation_config": self.generation_config, **call.generation, "seed": seed}
         ids = self.model.generate(**inputs, **{"tokenizer": self.processor.tokenizer, **options})
         prompt_length = np.shape(inputs["input_ids"])[1]
         if isinstance(asked[0], list) and isinstance(batch[0], _Prompts):
@@ -170,15 +168,11 @@ class ImageTextToTextPipeline:
         self, asked: Sequence[Any], ids: np.ndarray, prompt_length: int, call: "_CallOptions"
     ) -> list[dict[str, Any]]:
         if call.returned == "tensors":
-            return [
-                {"input_text": one, "generated_token_ids": row} for one, row in zip(asked, ids, strict=True)
-            ]  # fmt: skip
+            return [{"input_text": one, "generated_token_ids": row} for one, row in zip(asked, ids, strict=True)]
         texts = self.processor.post_process_image_text_to_text(ids[:, prompt_length:], **call.decoding)
         if call.returned == "full_text":
             texts = [call.full_text(*pair) for pair in zip(asked, texts, strict=True)]
-        return [
-            {"input_text": one, "generated_text": text} for one, text in zip(asked, texts, strict=True)
-        ]  # fmt: skip
+        return [{"input_text": one, "generated_text": text} for one, text in zip(asked, texts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +181,7 @@ class _CallOptions:
 
     processing: dict[str, Any]
     generation: dict[str, Any]
+    seed: int
     decoding: dict[str, Any]
     returned: Returned
     continue_final_message: bool | None
@@ -226,11 +221,15 @@ class _CallOptions:
                 f"{', '.join(twice)}: found in generate_kwargs and beside it; expected one of the two"
             )
         generation |= left
+        of_call = inspect.signature(generate).parameters
+        config = pipe.model.generation_config.overridden(generation.get("generation_config", pipe.generation_config))
+        config = config.replace(**{name: value for name, value in generation.items() if name not in of_call})
         for name, off in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
-            if generation.get(name, off) != off:
+            if (found := getattr(config, name)) != off:
                 expected = f"{off!r}: a pipeline returns one text for each input; model.generate returns more"
-                raise GenerationError(fault(name, generation[name], expected))
-        return cls(processing, generation, decoding, returned, continued, checked("batch_size", batch_size, Positive))
+                raise GenerationError(fault(name, found, expected))
+        checked("batch_size", batch_size, Positive)
+        return cls(processing, generation, config.seed, decoding, returned, continued, batch_size)
 
     def is_continued(self, item: _Chat | _Prompts) -> bool:
         """Whether the model continues the last message of a conversation."""
@@ -245,15 +244,20 @@ class _CallOptions:
         if not self.is_continued(_Chat(asked)):
             return [*asked, {"role": "assistant", "content": new}]
         *before, last = asked
-        content = last["content"]
+        content = last.get("content") or ""
         if isinstance(content, str):
             return [*before, {**last, "content": content + new}]
         *items, end = content
-        return [*before, {**last, "content": [*items, {**end, "text": end["text"] + new}]}]
+        # Text may have another name, as in OpenAI's items of type 'refusal'.
+        ends = [{**end, "text": end["text"] + new}] if "text" in end else [end, {"type": "text", "text": new}]
+        return [*before, {**last, "content": [*items, *ends]}]
 
 
 def _first_token(sequence: str, pipe: ImageTextToTextPipeline) -> int:
-    first, *others = pipe.processor.tokenizer.encode(sequence, add_special_tokens=False)
+    tokens = pipe.processor.tokenizer.encode(sequence, add_special_tokens=False)
+    if not tokens:
+        raise GenerationError(fault("stop_sequence", sequence, "a text that is not empty"))
+    first, *others = tokens
     if others:
         found = f"{1 + len(others)} tokens in {sequence!r}"
         warnings.warn(f"stop_sequence: found {found}; the first ends the text, as in the reference", stacklevel=4)
@@ -282,13 +286,9 @@ def _input(given: Any, images: Any = None) -> _Chat | _Prompts:
         return _Chat(_with_images(given, images))
     if isinstance(given, PIL.Image.Image) or is_array(given):
         raise MessageError("text: found nothing beside images; expected a prompt")
-    found = (
-        "nothing"
-        if given is None
-        else f"an empty {type(given).__name__}"
-        if given in ([], ())
-        else type(given).__name__
-    )
+    found = "nothing" if given is None else type(given).__name__
+    if isinstance(given, list | tuple) and not given:
+        found = f"an empty {found}"
     raise MessageError(f"text: found {found}; expected a prompt or a conversation, or a list of them")
 
 

@@ -243,6 +243,7 @@ class TestChecks:
         processor = transformers.LogitsProcessorList([transformers.MinLengthLogitsProcessor(3, eos_token_id=1)])
         with pytest.raises(GenerationError, match=r"logits_processor: found .*; expected a hashable JAX function"):
             GenerationConfig(logits_processor=processor)
+        assert GenerationConfig(logits_processor=transformers.LogitsProcessorList()) == GenerationConfig()
 
     def test_every_unsupported_option_is_one_of_the_reference_and_harmless_at_its_default(self):
         from glm4v_jax.config.generation import _UNSUPPORTED

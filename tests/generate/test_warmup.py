@@ -87,6 +87,20 @@ def test_requests_after_warmup_compile_nothing(model):
         jax.monitoring.unregister_event_duration_listener(hear)
 
 
+def test_options_that_need_more_rows_and_slots_get_them(model, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(
+        "glm4v_jax.generate.warmup.warm_slots",
+        lambda slots, *_, **__: warmed.append((slots.num_rows, slots.capacity)) or iter(()),
+    )
+    lookup = dict(prompt_lookup_num_tokens=7)
+    copies = dict(num_return_sequences=3, do_sample=True)
+    for options in ({}, lookup, copies):
+        warmup(model, prompt_lengths=40, max_new_tokens=20, batch_sizes=2, **options)
+    # 40 + 20 fit 64 slots, and 7 more do not; as in a request.
+    assert warmed == [(2, 64), (2, 96), (6, 64)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -99,6 +113,7 @@ def test_requests_after_warmup_compile_nothing(model):
         (dict(prompt_lengths=8, batch_sizes=0), r"batch_sizes \(0,\)"),
         (dict(prompt_lengths=(1, 8), max_new_tokens=0), "max_new_tokens 0"),
         (dict(prompt_lengths=(1, 8), batch_sizes=()), r"batch_sizes \(\)"),
+        (dict(prompt_lengths=8, num_beams=2, do_sample=False), "num_beams: found 2; expected 1: a warm-up does not"),
         (dict(prompt_lengths=(1, 32700), max_new_tokens=69), "found 32769 in all; expected at most 32768"),
     ],
 )

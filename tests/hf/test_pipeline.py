@@ -11,6 +11,7 @@ from helpers_processor import IMAGE, SQUARE, WIDE, png
 from helpers_transformers import import_transformers
 
 from glm4v_jax import pipeline
+from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import ConfigError, GenerationError, MediaError, MessageError
 from glm4v_jax.hf.pipeline import MAX_NEW_TOKENS, ImageTextToTextPipeline
 
@@ -204,6 +205,12 @@ def test_contents_that_are_text_are_continued(noted):
     assert noted.processor.decode(noted.model.calls[0][0][0]).endswith("<|assistant|>\nOne, ")
 
 
+def test_text_of_another_name_is_continued(noted):
+    refusal = {"type": "refusal", "refusal": "No, "}
+    (record,) = noted(text=[said("user", "Count."), said("assistant", refusal)])
+    assert record["generated_text"][1]["content"] == [refusal, {"type": "text", "text": "a"}]
+
+
 def test_defaults_of_a_call_are_those_of_the_pipeline(pipes):
     model = _Model(pipes[0].model.generation_config)
     pipe = ImageTextToTextPipeline(model, pipes[0].processor, max_new_tokens=3, return_full_text=False)
@@ -241,6 +248,13 @@ def test_defaults_of_a_call_are_those_of_the_pipeline(pipes):
          "max_new_tokens: found in generate_kwargs and beside it"),
         ((), {"text": ASKED, "generate_kwargs": 3}, GenerationError, "generate_kwargs: found 3; expected a dictionary"),
         ((), {"text": ASKED, "num_return_sequences": 2}, GenerationError, "num_return_sequences: found 2"),
+        ((), {"text": ASKED, "generate_kwargs": {"generation_config": GenerationConfig(return_dict_in_generate=True)}},
+         GenerationError, "return_dict_in_generate: found True; expected False: a pipeline returns one text"),
+        ((), {"text": ASKED, "seed": "7"}, GenerationError, "seed: found '7'"),
+        ((), {"text": ASKED, "top_kk": 7}, GenerationError, "unknown 'top_kk'"),
+        ((), {"text": ASKED, "stop_sequence": ""}, GenerationError, "stop_sequence: found ''"),
+        ((), {"text": (item for item in (PROMPT,)), "images": [WIDE_IMAGE]}, MessageError,
+         "images: found some beside a generator"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_named(noted, args, kwargs, error, message):

@@ -348,7 +348,7 @@ def test_motion_jpeg_is_a_video(tmp_path):
     assert load_video(path)[0].shape == (3, 48, 64, 3)
 
 
-def test_decoders_words_areshortened():
+def test_decoders_words_are_shortened():
     from glm4v_jax.inputs.media.decode import shortened
 
     words = "[16:43:45] /github/workspace/src/video/video_reader.cc:151: Check failed: no stream\nStack trace"
