@@ -446,7 +446,9 @@ class _Preservation:
 
 
 def _sizes_in(path: Path) -> dict[str, int]:
-    files = (file for file in path.rglob("*") if file.is_file() and _SIZES not in file.name)
+    """Path of a file in a checkpoint -> its bytes; without those that NFS keeps while a process still reads them."""
+    names = (file for file in path.rglob("*") if _SIZES not in file.name and not file.name.startswith(".nfs"))
+    files = filter(Path.is_file, names)
     return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
 
 

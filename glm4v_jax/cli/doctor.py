@@ -10,8 +10,9 @@ from typing import Any
 
 from glm4v_jax import __version__
 from glm4v_jax.cli.cache import cache_directory
+from glm4v_jax.console.extras import extras, requirements
 from glm4v_jax.console.options import DEFAULT_MODEL
-from glm4v_jax.console.program import JsonOptions, extras, requirements
+from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table
 from glm4v_jax.devices.compilation_cache import cache_files, size_bound
 from glm4v_jax.devices.hardware import missing_device

@@ -5,7 +5,6 @@ the inputs are known to be good, so that help and errors are immediate.
 """
 
 import contextlib
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,15 +19,8 @@ from glm4v_jax.cli.generate import Generate
 from glm4v_jax.cli.inspect import Inspect
 from glm4v_jax.cli.mesh import Mesh
 from glm4v_jax.console.distributed import INTERRUPTED
-from glm4v_jax.console.program import (
-    PROGRAMS,
-    USAGE,
-    Command,
-    interrupt_between_imports,
-    main_of,
-    print_completion,
-    run_program,
-)
+from glm4v_jax.console.interrupts import interrupt_between_imports
+from glm4v_jax.console.program import PROGRAMS, USAGE, Command, find_program, print_completion, run_program
 from glm4v_jax.errors import ConfigError
 
 COMMANDS: dict[str, Callable[..., Command]] = {
@@ -60,17 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"glm4v {__version__}")
         return 0
-    if arguments and arguments[0].startswith("--tyro-"):
-        others = {name: importlib.import_module(f"{name}.commands").COMMANDS for name in PROGRAMS}
-        print_completion(COMMANDS | others, arguments, "glm4v")
-    if arguments and (name := arguments[0]) in PROGRAMS:
-        # They stand on this package and not the other way round.
-        try:
-            other = main_of(name)
-        except ConfigError as error:
-            print(f"glm4v: error: {error}", file=sys.stderr)
-            return USAGE
-        return other(arguments[1:], prog=f"glm4v {name}")
+    # The others stand on this package and not the other way round.
+    try:
+        if arguments and arguments[0].startswith("--tyro-"):
+            others = {name: find_program(name).COMMANDS for name in PROGRAMS}
+            print_completion(COMMANDS | others, arguments, "glm4v")
+        other = find_program(arguments[0]) if arguments and arguments[0] in PROGRAMS else None
+    except ConfigError as error:
+        print(f"glm4v: error: {error}", file=sys.stderr)
+        return USAGE
+    if other is not None:
+        status: int = other.main(arguments[1:], prog=f"glm4v {arguments[0]}")
+        return status
     return run_program(COMMANDS, arguments, name="glm4v", prog="glm4v", description=DESCRIPTION, others=PROGRAMS)
 
 

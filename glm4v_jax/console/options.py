@@ -57,8 +57,8 @@ class ModelOptions:
     """Checkpoint in Hugging Face or Orbax format: a directory, or a model's name in the local Hugging Face cache."""
 
     adapter: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Adapter in PEFT's format, as `glm4v train` writes it, applied beside the weights. Without --model, its base model
-    is loaded."""
+    """Adapter in PEFT's format, as `glm4v train` writes it, applied beside the weights. Without --model and
+    $GLM4V_MODEL, its base model is loaded."""
 
     dtype: Annotated[
         # Not a Literal with None: tyro would list None among the choices.

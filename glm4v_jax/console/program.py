@@ -5,35 +5,26 @@ beside this one, with an extra of their name in pyproject.toml where they need p
 and errors of options need none of these.
 """
 
-import ast
-import collections
 import contextlib
 import dataclasses
 import difflib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
-import io
-import itertools
-import os
-import re
-import shutil
-import signal
 import sys
-import textwrap
-import threading
 import traceback
-import types
 import typing
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, Protocol, TextIO
+from typing import Annotated, Any, NoReturn, Protocol
 
 import tyro
 
 from glm4v_jax.config.checks import convert, expectation, fault, hints, raise_faults
-from glm4v_jax.console.distributed import INTERRUPTED, LOG_LEVEL, READER_GONE, joined
+from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE, joined
+from glm4v_jax.console.extras import missing
+from glm4v_jax.console.interrupts import interrupt_between_imports
+from glm4v_jax.console.option_help import folded_help, tidy_help
+from glm4v_jax.console.streams import discard_output, escape_unencodable, is_flushed, native_logs, notes, silent_errors
 from glm4v_jax.devices.hardware import missing_device
 from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 
@@ -43,13 +34,8 @@ PROGRAMS = {
     "eval": "Score a checkpoint on benchmarks; compare two runs.",
 }
 """The programs beside this package: name -> description."""
-_PAUSE = 0.05
-"""Seconds until an interrupt in the middle of an import is tried again."""
 USAGE = 2
 """Exit status for unknown commands and options, and for a program that is not installed: 1 may be a result."""
-
-_HINTS = {"False": "", "None": "(default: none)"}
-"""What help says of defaults, other than themselves."""
 
 
 class Command(Protocol):
@@ -141,8 +127,8 @@ def run_program(
         if command.quiet and command.verbose:
             raise ConfigError("--quiet: found with --verbose; expected one of the two")
         with (
-            contextlib.nullcontext() if command.verbose else _notes(name, quiet=command.quiet),
-            _native_logs(command.verbose),
+            contextlib.nullcontext() if command.verbose else notes(name, quiet=command.quiet),
+            native_logs(command.verbose),
             joined(getattr(command, "distributed", None), name, command.trouble, debug=command.verbose),
             command.silence(),
         ):
@@ -154,7 +140,7 @@ def run_program(
     except (Glm4vError, OSError) as error:
         if command.verbose:
             raise
-        is_refused = not _is_flushed()
+        is_refused = not is_flushed()
         place = "standard output: " if is_refused and isinstance(error, OSError) and error.filename is None else ""
         print(f"{name}: error: {place}{one_line(error)}", file=sys.stderr)
         return command.trouble
@@ -175,31 +161,6 @@ def run_program(
         traceback.print_exc()
         return command.trouble
     return status or 0
-
-
-_SHOWN_NOTES = 20
-"""Of one kind; ten thousand files may have the same flaw."""
-
-
-@contextlib.contextmanager
-def _notes(name: str, *, quiet: bool) -> Iterator[None]:
-    """Print what libraries and this package warn of as lines of their own, without the place in Python's code."""
-    counts: collections.Counter[tuple[str, int]] = collections.Counter()
-
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
-        if quiet:
-            return
-        counts[filename, lineno] += 1
-        if counts[filename, lineno] <= _SHOWN_NOTES:
-            print(f"{name}: note: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-        if counts[filename, lineno] == _SHOWN_NOTES:
-            print(f"{name}: note: more of this kind are not shown", file=sys.stderr, flush=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 def parse(
@@ -231,14 +192,14 @@ def parse(
             expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(descriptions)}"
             print(f"{prog}: error: found command {name!r}; {expected}", file=sys.stderr)
             raise SystemExit(USAGE)
-        _tidy_help(commands[name])
+        tidy_help(commands[name])
         about = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(commands[name]) or "").split("\n\n"))
-        with _folded_help():
+        with folded_help():
             return tyro.cli(commands[name], prog=f"{prog} {name}", args=options, config=config, description=about)
     listed: dict[str, Callable[..., Any]] = {
         name: dataclasses.make_dataclass(name, [], namespace={"__doc__": text}) for name, text in descriptions.items()
     }
-    with _folded_help():
+    with folded_help():
         tyro.extras.subcommand_cli_from_dict(listed, prog=prog, description=description, args=arguments, config=config)
     raise AssertionError("the arguments name no command, which tyro exits for")
 
@@ -270,7 +231,7 @@ def _choice(tables: Mapping[str, Any]) -> Any:
         if isinstance(table, Mapping):
             table = dataclasses.make_dataclass(name, [("command", _choice(table))])
         else:
-            _tidy_help(table)
+            tidy_help(table)
         choices.append(Annotated[(table, tyro.conf.subcommand(name, prefix_name=False))])
     return typing.Union[tuple(choices)]  # noqa: UP007  # made of a list
 
@@ -296,8 +257,8 @@ def _faults(options: Any) -> Iterator[str]:
                 yield fault(f"--{name.replace('_', '-')}", value, expectation(hint))
 
 
-def main_of(name: str) -> Callable[..., int]:
-    """Find `main` of a program beside this package.
+def find_program(name: str) -> Any:
+    """Find a program beside this package: its module, with `main` and `COMMANDS`.
 
     Args:
       name: one of `PROGRAMS`.
@@ -310,7 +271,7 @@ def main_of(name: str) -> Callable[..., int]:
     if found is not None and found.submodule_search_locations is None:
         raise ConfigError(_hidden(name, found.origin))
     try:
-        return importlib.import_module(f"{name}.commands").main
+        return importlib.import_module(f"{name}.commands")
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.partition(".")[0] == name:
             raise ConfigError(_hidden(name, None if found is None else found.origin)) from error
@@ -323,7 +284,7 @@ def run_module(name: str) -> NoReturn:
     """`python -m NAME`: exit with the status of the program, or `USAGE` after a line that says why it is missing."""
     interrupt_between_imports()
     try:
-        main = main_of(name)
+        main = find_program(name).main
     except ConfigError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(USAGE)
@@ -331,212 +292,6 @@ def run_module(name: str) -> NoReturn:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(main())
-
-
-def missing(error: ModuleNotFoundError, program: str) -> str | None:
-    """What to do about a package that a program did not find; None if no extra brings it."""
-    root = (error.name or "").partition(".")[0]
-    bringing = [extra for extra, packages in extras().items() if root in map(module_of, packages)]
-    if not bringing:
-        return None
-    extra = program if program in bringing else bringing[0]
-    return f"found no package {root}; expected that of the {extra} extra: pip install 'glm4v_jax[{extra}]'"
-
-
-_MODULES = {
-    "scikit-image": "skimage", "scikit-learn": "sklearn", "scikit-video": "skvideo", "tensorboardx": "tensorboardX",
-}  # fmt: skip
-"""Packages that are imported by another name."""
-
-
-def module_of(package: str) -> str:
-    """The name that a package is imported by."""
-    return _MODULES.get(package.lower(), package.replace("-", "_"))
-
-
-def extras() -> dict[str, list[str]]:
-    """Extra -> the packages that it brings, without those of other extras that it includes."""
-    every = _required()
-    own = {extra: [package for package in packages if package not in every[""]] for extra, packages in every.items()}
-    return {extra: packages for extra, packages in own.items() if extra and packages}
-
-
-def requirements() -> list[str]:
-    """The packages that this one needs without any extra, decoders apart."""
-    return [package for package in _required()[""] if package not in ("decord", "av")]
-
-
-def _required() -> dict[str, list[str]]:
-    """Extra -> packages, with "" for no extra, from the metadata of this package; nothing where there is none."""
-    found: dict[str, list[str]] = {"": []}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for line in importlib.metadata.requires("glm4v_jax") or ():
-            package, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
-            if package is not None and module_of(package[0]) != "glm4v_jax":
-                found.setdefault("" if extra is None else extra[1], []).append(package[0])
-    return found
-
-
-@contextlib.contextmanager
-def silent_errors() -> Iterator[None]:
-    """Write what goes to standard error to nowhere."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
-
-
-@contextlib.contextmanager
-def _native_logs(verbose: bool) -> Iterator[None]:
-    """Have JAX, if it is imported in the body, log what it compiles; or hide what its native code logs.
-
-    That code calls a compilation of more than two minutes a probable bug of XLA, which is what a large model takes.
-    """
-    wanted = {"JAX_LOG_COMPILES": "1"} if verbose else {LOG_LEVEL: "3"}
-    added = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: wanted[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
-
-
-def escape_unencodable() -> None:
-    """Write what the encoding of standard output lacks as escapes, as standard error does, in place of failing.
-
-    That is most characters where it is ASCII (a C locale, PYTHONIOENCODING=ascii), and names of files that are not
-    valid Unicode everywhere.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def interrupt_between_imports() -> None:
-    """Have Ctrl-C raise `KeyboardInterrupt` once no import is under way.
-
-    In the middle of an import it may come out as another error, such as that a package is missing, or end the process
-    with a segmentation fault (JAX's native code); in JAX's callback of the garbage collector it is lost.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    within = frame
-    while within is not None:
-        code = within.f_code
-        if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name == "_xla_gc_callback":
-            again = threading.Timer(_PAUSE, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-            return
-        within = within.f_back
-    signal.default_int_handler(number, frame)
-
-
-def discard_output() -> None:
-    """Write standard output to nowhere, once nobody reads it.
-
-    Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
-    """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _is_flushed() -> bool:
-    """Flush standard output; discard it where that fails, as on a full disk: Python would complain at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard_output()
-        return False
-    return True
-
-
-def _tidy_help(options: Any) -> None:
-    """Set how tyro shows the options of a dataclass, and of the groups in it, where they do not say it themselves.
-
-    By itself it keeps the line breaks of docstrings, lists None among choices, and shows False and None as defaults.
-    """
-    classes: list[Any] = [cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]
-    for cls in classes:
-        (definition,) = typing.cast(Any, ast.parse(textwrap.dedent(inspect.getsource(cls)))).body
-        docstrings = {
-            ast.unparse(field.target): " ".join(str(ast.literal_eval(text.value)).split())
-            for field, text in itertools.pairwise(definition.body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        }
-        for name, hint in cls.__annotations__.items():
-            base, *given = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-            if dataclasses.is_dataclass(base):
-                _tidy_help(base)
-                continue
-            literals = [choice for choice in typing.get_args(base) if typing.get_origin(choice) is Literal]
-            choices = [str(value) for value in typing.get_args(literals[0])] if literals else None
-            shown = tyro.conf.arg(
-                help=docstrings.get(name),
-                metavar=f"{{{','.join(choices)}}}" if choices else None,
-                help_behavior_hint=_HINTS.get(str(getattr(cls, name, ""))),
-            )
-            read = [_number(hint)] if _kinds(hint) in ({int}, {float}) else []
-            cls.__annotations__[name] = Annotated[(base, shown, *read, *given)]
-
-
-def _kinds(hint: Any) -> set[Any]:
-    """The types that an annotation is made of, without None."""
-    if typing.get_origin(hint) is Annotated:
-        return _kinds(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return set().union(*map(_kinds, typing.get_args(hint)))
-    return {hint} - {type(None)}
-
-
-def _number(hint: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """How tyro reads a number: its own errors show annotations as Python writes them."""
-    (kind,) = _kinds(hint)
-
-    def read(words: list[str]) -> Any:
-        try:
-            return kind(words[0])
-        except ValueError:
-            raise ValueError(f"found {words[0]!r}; expected {expectation(hint)}") from None
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=kind.__name__.upper(),
-        instance_from_str=read,
-        is_instance=lambda value: value is None or isinstance(value, int | float),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-class _Held(io.StringIO):
-    """Holds what will be printed on a stream; tyro sees to what that stream can show."""
-
-    def __init__(self, stream: TextIO):
-        super().__init__()
-        self._stream = stream
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """That of the stream."""
-        return self._stream.encoding
-
-    def isatty(self) -> bool:
-        """Whether that is a terminal."""
-        return self._stream.isatty()
-
-
-@contextlib.contextmanager
-def _folded_help() -> Iterator[None]:
-    """Fold descriptions to the width of the terminal; tyro folds the text in its boxes alone."""
-    held = _Held(sys.stdout)
-    try:
-        with contextlib.redirect_stdout(held):
-            yield
-    finally:
-        fold = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_on_hyphens=False, break_long_words=False)
-        for line in held.getvalue().splitlines():
-            fold.subsequent_indent = " " * len("usage: ") * line.startswith("usage: ")
-            print(fold.fill(line) if line[:1].isalpha() else line)
 
 
 def _first_line(command: Callable[..., Any]) -> str:

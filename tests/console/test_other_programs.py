@@ -9,7 +9,8 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import ROOT
 
-from glm4v_jax.console.program import USAGE, missing
+from glm4v_jax.console.extras import missing
+from glm4v_jax.console.program import USAGE
 
 JOB = """
 model = "{model}"
@@ -82,12 +83,12 @@ def test_a_missing_module_of_our_own_stays_a_traceback():
     assert missing(ModuleNotFoundError("no name"), "train") is None
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_a_script_of_the_same_name_is_named_and_not_run(name):
+@pytest.mark.parametrize(("name", "command"), [("train", ["train"]), ("eval", ["--tyro-print-completion", "bash"])])
+def test_a_script_of_the_same_name_is_named_and_not_run(name, command):
     """`python -m` puts the directory that it is called in before all others."""
     script = pathlib.Path(f"{name}.py").absolute()
     script.write_text("print('run')\n")
-    status, out, lines = ended("-m", "glm4v_jax", name)
+    status, out, lines = ended("-m", "glm4v_jax", *command)
     assert (status, out, len(lines)) == (USAGE, "", 1)
     assert lines[0].startswith(f"glm4v: error: {script}: found another package {name}; expected that of glm4v_jax")
 

@@ -17,7 +17,7 @@ from helpers_paths import ROOT
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive
-from glm4v_jax.console import program
+from glm4v_jax.console import extras, program
 from glm4v_jax.console.table import print_table
 from glm4v_jax.errors import ConfigError, Glm4vError
 
@@ -255,15 +255,15 @@ def test_every_package_of_every_extra_is_known(monkeypatch):
         f"{line}; extra == '{extra}'" for extra, every in project["optional-dependencies"].items() for line in every
     )]  # fmt: skip
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
-    found = program.extras()
+    found = extras.extras()
     assert {"train", "eval", "demo", "test", "docs"} <= found.keys() and "rapidfuzz" in found["eval"]
-    assert "jax" in program.requirements() and not {"decord", "jax"} & set(itertools.chain(*found.values()))
+    assert "jax" in extras.requirements() and not {"decord", "jax"} & set(itertools.chain(*found.values()))
     for module, name, extra in (
         ("rapidfuzz.distance", "eval", "eval"), ("rapidfuzz", "train", "train"), ("sklearn", "glm4v", "eval"),
         ("skimage.io", "glm4v", "demo"), ("furo", "glm4v", "docs"),
     ):  # fmt: skip
-        line = program.missing(ModuleNotFoundError(name=module), name)
+        line = extras.missing(ModuleNotFoundError(name=module), name)
         root = module.partition(".")[0]
         assert line == f"found no package {root}; expected that of the {extra} extra: pip install 'glm4v_jax[{extra}]'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
-    assert program.missing(ModuleNotFoundError(name="rapidfuzz"), "eval") is None
+    assert extras.missing(ModuleNotFoundError(name="rapidfuzz"), "eval") is None

@@ -180,6 +180,15 @@ class TestDamage:
         assert used["2/_CHECKPOINT_METADATA"] == used["2/state/manifest.ocdbt"] == 1
         assert {step for file, step in used.items() if file.startswith("2/state/d/")} == {1}
 
+    def test_files_that_nfs_keeps_for_a_while_are_none_of_a_checkpoint(self, directory):
+        kept = directory / "2" / "state" / ".nfs0001"
+        kept.write_text("deleted while it is open")
+        with contextlib.closing(opened(directory, None)) as checkpoints:
+            checkpoints._note_sizes(2)
+        kept.unlink()
+        with contextlib.closing(opened(directory, None)) as checkpoints:
+            assert checkpoints.latest == 2
+
     def test_a_missing_state_is_damage(self, directory, state):
         shutil.rmtree(directory / "2" / "state")
         with contextlib.closing(opened(directory, None)) as checkpoints:

@@ -1,0 +1,87 @@
+"""Standard output and standard error of a command: what is dropped, escaped, or put into a line."""
+
+import collections
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from glm4v_jax.console.distributed import LOG_LEVEL
+
+_SHOWN_NOTES = 20
+"""Of one kind; ten thousand files may have the same flaw."""
+
+
+@contextlib.contextmanager
+def notes(name: str, *, quiet: bool) -> Iterator[None]:
+    """Print what libraries and this package warn of as lines of their own, without the place in Python's code."""
+    counts: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if quiet:
+            return
+        counts[filename, lineno] += 1
+        if counts[filename, lineno] <= _SHOWN_NOTES:
+            print(f"{name}: note: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        if counts[filename, lineno] == _SHOWN_NOTES:
+            print(f"{name}: note: more of this kind are not shown", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def silent_errors() -> Iterator[None]:
+    """Write what goes to standard error to nowhere."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def native_logs(verbose: bool) -> Iterator[None]:
+    """Have JAX, if it is imported in the body, log what it compiles; or hide what its native code logs.
+
+    That code calls a compilation of more than two minutes a probable bug of XLA, which is what a large model takes.
+    """
+    wanted = {"JAX_LOG_COMPILES": "1"} if verbose else {LOG_LEVEL: "3"}
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def escape_unencodable() -> None:
+    """Write what the encoding of standard output lacks as escapes, as standard error does, in place of failing.
+
+    That is most characters where it is ASCII (a C locale, PYTHONIOENCODING=ascii), and names of files that are not
+    valid Unicode everywhere.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Write standard output to nowhere, once nobody reads it.
+
+    Python flushes once more at its end, which must not fail; see the documentation of SIGPIPE in `signal`.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_flushed() -> bool:
+    """Flush standard output; discard it where that fails, as on a full disk: Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
+        return False
+    return True
