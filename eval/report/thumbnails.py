@@ -12,7 +12,7 @@ import PIL.Image
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_array, is_path_like, load_image, load_video
 from glm4v_jax.inputs.text.messages import Message, extract_media
-from glm4v_jax.inputs.vision.settings import MediaItem
+from glm4v_jax.inputs.vision.settings import MediaWithOptions
 
 LONGEST_SIDE, FRAME_SIDE = 512, 192
 """The longest side of an image and of a video's frame, in pixels."""
@@ -71,7 +71,7 @@ def show(messages: Sequence[Message]) -> list[ShownMedia]:
         images, videos = extract_media(messages, source="")
     except Glm4vError as error:
         return [ShownMedia("image", (), problem=str(error))]
-    images, videos = ([MediaItem.split(item)[0] for item in items] for items in (images, videos))
+    images, videos = ([MediaWithOptions.split(item)[0] for item in items] for items in (images, videos))
     return [*map(_show_image, images), *map(_show_video, videos)]
 
 

@@ -163,17 +163,19 @@ def processed(
     def call(tokens: Array, scores: Array) -> Array:
         for processor in processors:
             try:
-                new = jnp.asarray(processor(tokens, scores))
+                new = processor(tokens, scores)
             except jax.errors.JAXTypeError as error:
                 raise GenerationError(
                     f"logits_processor: found {processor!r}, which needs the numbers while it is compiled; expected "
                     "jax.numpy and jnp.where, and neither NumPy nor Python's if"
                 ) from error
-            if new.shape != scores.shape:
+            shape = getattr(new, "shape", None)
+            if shape != scores.shape:
+                found = type(new).__name__ if shape is None else f"scores {list(shape)}"
                 raise GenerationError(
-                    f"logits_processor: found scores {list(new.shape)}; expected {list(scores.shape)}, as they were"
+                    f"logits_processor: found {found}; expected scores {list(scores.shape)}, as they were"
                 )
-            scores = new.astype(scores.dtype)
+            scores = jnp.asarray(new, scores.dtype)
         return scores
 
     if not processors:

@@ -352,7 +352,9 @@ class Glm4vProcessor:
           CheckpointError: there is no template, or it does not parse.
         """
         source = choose_template(self.chat_template, chat_template)
-        marks = generation_marks() if return_assistant_tokens_mask and tokenize and return_dict else {}
+        marks = generation_marks() if return_assistant_tokens_mask else {}
+        if marks and not (tokenize and return_dict):
+            raise MessageError("return_assistant_tokens_mask: found alone; expected tokenize and return_dict with it")
         if marks and continue_final_message:
             raise MessageError(
                 "return_assistant_tokens_mask: found with continue_final_message; expected one of the two"

@@ -127,8 +127,10 @@ def test_functions_see_rows_without_padding_and_must_keep_the_shape(mesh):
 
     scores = jax.jit(lambda scores: constraints.processed(scores, tokens, (add_newest, add_newest)))(np.zeros((2, 4)))
     np.testing.assert_array_equal(scores, [[10] * 4, [18] * 4])
-    with pytest.raises(GenerationError, match=r"logits_processor: found scores \[2, 1\]; expected \[2, 4\]"):
+    with pytest.raises(GenerationError, match=r"logits_processor: found scores \[2, 1\]; expected scores \[2, 4\]"):
         constraints.processed(np.zeros((2, 4)), tokens, (lambda tokens, scores: scores[:, :1],))
+    with pytest.raises(GenerationError, match=r"logits_processor: found NoneType; expected scores \[2, 4\]"):
+        constraints.processed(np.zeros((2, 4)), tokens, (lambda tokens, scores: None,))
     for function in (lambda tokens, scores: np.array(scores), lambda tokens, scores: scores * bool(tokens[0, 0])):
         with pytest.raises(GenerationError, match=r"logits_processor: found .* while it is compiled"):
             constraints.processed(np.zeros((2, 4)), tokens, (function,))

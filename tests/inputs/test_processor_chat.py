@@ -268,6 +268,9 @@ def test_masks_are_zero_without_marks_as_in_the_reference(processor, reference):
     assert not found["assistant_masks"].any()
     with pytest.raises(MessageError, match="return_assistant_tokens_mask: found with continue_final_message"):
         processor.apply_chat_template(TURNS, MARKED, continue_final_message=True, **kwargs)
+    for missing in ("tokenize", "return_dict"):
+        with pytest.raises(MessageError, match="return_assistant_tokens_mask: found alone; expected tokenize and"):
+            processor.apply_chat_template(TURNS, MARKED, **{**kwargs, missing: False})
 
 
 def test_masks_stand_where_they_should_after_images(processor):

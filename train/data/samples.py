@@ -32,7 +32,7 @@ from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
 from glm4v_jax.inputs.text.chat_template import choose_template, render_template
 from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
-from glm4v_jax.inputs.vision.settings import MediaItem
+from glm4v_jax.inputs.vision.settings import MediaWithOptions
 from train.data.records import Record
 
 IGNORED = -100
@@ -300,12 +300,12 @@ def _media(
     parts = [processor.prepare_media([images], images_kwargs=image_options)] if images else []
     for video in videos:
         chosen = video_options | ({"fps": options.video_fps} if options.video_fps else {})
-        source, own = MediaItem.split(video)
+        source, own = MediaWithOptions.split(video)
         if not is_path_like(source):
             # Frames without a rate count as sampled.
             frames, rate = (source.frames, source.fps) if isinstance(source, SampledVideo) else (source, None)
             rate = rate or options.video_fps or processor.video_processor.fps
-            video = MediaItem(SampledVideo(frames, rate), own)
+            video = MediaWithOptions(SampledVideo(frames, rate), own)
         parts.append(processor.prepare_media(videos=[video], videos_kwargs=chosen))
     # A large image is 100 MB, which joining would copy.
     return parts[0] if len(parts) == 1 else PreparedMedia.joined(parts)

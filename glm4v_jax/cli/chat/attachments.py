@@ -66,14 +66,14 @@ def _image(place: str, processor: "Glm4vProcessor") -> Attachment:
 def _video(place: str, processor: "Glm4vProcessor", fps: float | None) -> Attachment:
     from glm4v_jax.inputs.media.fetch import is_address, open_source
     from glm4v_jax.inputs.media.load import SampledVideo, frame_files
-    from glm4v_jax.inputs.vision.settings import MediaItem
+    from glm4v_jax.inputs.vision.settings import MediaWithOptions
 
     # A remote one is not fetched a second time; a directory stays a path.
     source: Any = open_source(place) if is_address(place) else place
     if frame_files(source) is not None:
         source = SampledVideo(source, fps)
     elif fps is not None:
-        source = MediaItem(source, {"fps": fps, "do_sample_frames": True})
+        source = MediaWithOptions(source, {"fps": fps, "do_sample_frames": True})
     try:
         features = processor.video_processor(videos=source, return_metadata=True)
     except MediaError as error:

@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from glm4v_jax.config.checks import PositiveNumber, checked
-from glm4v_jax.errors import MediaError
+from glm4v_jax.errors import MediaError, counted
 from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
 from glm4v_jax.inputs.media.decode import (
     MAX_PIXELS,
@@ -75,9 +75,15 @@ class SampledVideo:
             checked("fps of the frames", self.fps, PositiveNumber, MediaError)
 
     def metadata(self, fps: float) -> VideoMetadata:
-        """The metadata of a video that has these frames and no others; `fps` counts where they have no rate."""
+        """The metadata of a video that has these frames and no others; `fps` counts where they have no rate.
+
+        Raises:
+            MediaError: the frames are neither of these.
+        """
         files = frame_files(self.frames)
         is_one = isinstance(self.frames, PIL.Image.Image) or getattr(self.frames, "ndim", 4) < 4
+        if files is None and not is_one and not hasattr(self.frames, "__len__"):
+            raise MediaError(f"frames: found {describe(self.frames)}; expected a list, a directory or an array of them")
         count = 1 if is_one else len(self.frames if files is None else files)
         rate = float(self.fps or fps)
         return VideoMetadata(total_num_frames=count, fps=rate, duration=count / rate, frames_indices=range(count))
@@ -377,6 +383,9 @@ def _metadata_of_frames(frames: np.ndarray, metadata: VideoMetadata | Mapping[st
         known = VideoMetadata(**{"total_num_frames": None, **metadata})
         if known.total_num_frames is None:
             known.total_num_frames = len(frames)
+        if known.frame_times is not None and len(known.frame_times) != known.total_num_frames:
+            found, expected = counted(len(known.frame_times), "time"), counted(known.total_num_frames, "frame")
+            raise MediaError(f"video_metadata: frame_times: found {found}; expected one for each of {expected}")
         if known.height is None and known.width is None:
             with contextlib.suppress(MediaError):
                 known.height, known.width = _sides(frames)

@@ -13,7 +13,7 @@ from typing import Any
 from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MessageError, naming
 from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_path_like
-from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaItem, checked_area
+from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaWithOptions, checked_area
 
 Message = Mapping[str, Any]
 
@@ -230,7 +230,7 @@ def extract_media(messages: Sequence[Message], source: str, where: str = "") -> 
     Returns:
       The images and the videos as the items have them: paths, URLs, base64 as a data URL, bytes, PIL, arrays, frames.
       Frames with a field `fps`, and frames in files, have been sampled, and are a `SampledVideo`. What else an item
-      asks for is in a `MediaItem`: `fps` of an encoded video, to be sampled at that rate, and `AREA_OPTIONS`.
+      asks for is in a `MediaWithOptions`: `fps` of an encoded video, to be sampled at that rate, and `AREA_OPTIONS`.
 
     Raises:
       MessageError: the conversation is malformed, a medium has no source, or the rate of frames is not a number.
@@ -267,7 +267,7 @@ def _with_options(media: Any, item: Mapping[str, Any], kind: str) -> Any:
             media = SampledVideo(media, item.get("fps"))
         elif "fps" in item:
             options |= {"fps": checked("fps", item["fps"], PositiveNumber), "do_sample_frames": True}
-    return MediaItem(media, options) if options else media
+    return MediaWithOptions(media, options) if options else media
 
 
 def user_messages(

@@ -25,8 +25,8 @@ from glm4v_jax.inputs.vision.patches import (
 from glm4v_jax.inputs.vision.settings import (
     AREA_OPTIONS,
     GENERAL_DEFAULTS,
-    MediaItem,
     MediaProcessor,
+    MediaWithOptions,
     area_of,
     check_sides,
 )
@@ -45,7 +45,7 @@ def flatten_images(images: Any) -> list[Any]:
     """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]
-    if isinstance(images, (PIL.Image.Image, MediaItem)) or is_path_like(images):
+    if isinstance(images, (PIL.Image.Image, MediaWithOptions)) or is_path_like(images):
         return [images]
     if is_array(images):
         array = np.asarray(images)
@@ -94,7 +94,7 @@ class _ImageProcessor(MediaProcessor):
             with naming_media("image", index, source):
                 return self._resized(source, {**settings, **own[index]}, input_data_format)
 
-        items = [MediaItem.split(image) for image in flatten_images(images)]
+        items = [MediaWithOptions.split(image) for image in flatten_images(images)]
         sources, own = [source for source, _ in items], [options for _, options in items]
         for index, source in enumerate(sources):
             # Pillow decodes lazily and not thread-safely, and one image may stand twice in the batch.

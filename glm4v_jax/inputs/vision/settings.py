@@ -47,7 +47,7 @@ ChannelValues = float | Annotated[tuple[float, ...], Meta(min_length=1, descript
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MediaItem:
+class MediaWithOptions:
     """An image or video with options of its own, which win over those of the call: `AREA_OPTIONS`, and of a video
     `fps` and `do_sample_frames`.
     """
@@ -58,7 +58,7 @@ class MediaItem:
     @staticmethod
     def split(media: Any) -> tuple[Any, Mapping[str, Any]]:
         """The source and the options of an image or video, which may have none."""
-        return (media.source, media.options) if isinstance(media, MediaItem) else (media, {})
+        return (media.source, media.options) if isinstance(media, MediaWithOptions) else (media, {})
 
 
 class MediaProcessor:

@@ -8,10 +8,11 @@ the videos. On top, frames are converted to RGB as documented, where the referen
 import bisect
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import PIL.Image
+from msgspec import Meta
 
 from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError
@@ -29,8 +30,16 @@ from glm4v_jax.inputs.media.load import (
 )
 from glm4v_jax.inputs.media.threads import map_threads
 from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
-from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaItem, MediaProcessor, area_of, check_sides
+from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaProcessor, MediaWithOptions, area_of, check_sides
 
+# How often, and how long: whether they make sense is judged where frames are sampled.
+_Number = Annotated[float, Meta(extra={"finite": False})]
+_METADATA: Mapping[str, Any] = {
+    "total_num_frames": int | None,
+    "fps": _Number | None,
+    "duration": _Number | None,
+    "frame_times": tuple[float, ...] | None,
+}
 # Half a tick of a clock of milliseconds, to which containers round the times of frames.
 _CLOCK_SECONDS = 0.0005
 
@@ -53,7 +62,7 @@ def flatten_videos(videos: Any) -> list[Any]:
 
 
 def _flatten_videos(videos: Any, depth: int) -> list[Any]:
-    if isinstance(videos, (SampledVideo, MediaItem)) or is_path_like(videos) or _is_frame(videos):
+    if isinstance(videos, (SampledVideo, MediaWithOptions)) or is_path_like(videos) or _is_frame(videos):
         return [videos]
     if is_array(videos):
         if videos.ndim == 4:
@@ -78,7 +87,7 @@ def flatten_metadata(video_metadata: Any, num_videos: int) -> list[VideoMetadata
     A dictionary need not have `total_num_frames`: it is None in the result then, and the number of frames given counts.
 
     Raises:
-        MediaError: unknown fields, or not one object a video.
+        MediaError: unknown fields, one that is no number, or not one object a video.
     """
     if video_metadata is None:
         return [None] * num_videos
@@ -91,10 +100,14 @@ def flatten_metadata(video_metadata: Any, num_videos: int) -> list[VideoMetadata
         elif item is None:
             flat.append(None)
         else:
+            where = f"video_metadata {len(flat)}: "
             try:
-                flat.append(VideoMetadata(**{"total_num_frames": None, **item}))
+                known = VideoMetadata(**{"total_num_frames": None, **item})
             except TypeError as error:
-                raise MediaError(f"video_metadata {len(flat)}: {error}; see VideoMetadata") from error
+                raise MediaError(f"{where}{error}; see VideoMetadata") from error
+            for name, hint in _METADATA.items():
+                checked(f"{where}{name}", getattr(known, name), hint, MediaError)
+            flat.append(known)
 
     collect(video_metadata)
     if len(flat) != num_videos:
@@ -252,7 +265,7 @@ class Glm4vVideoProcessor(MediaProcessor):
         metadata = flatten_metadata(settings["video_metadata"], len(sources))
         loaded = []
         for index, (item, known) in enumerate(zip(sources, metadata, strict=True)):
-            source, own = MediaItem.split(item)
+            source, own = MediaWithOptions.split(item)
             with naming_media("video", index, source):
                 loaded.append(self._load(source, known, {**settings, **own}))
         patches, grids = cut_patches(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4v_jax.errors import CheckpointError, ConfigError, MediaError
-from glm4v_jax.inputs.media.load import VideoMetadata, load_video
+from glm4v_jax.inputs.media.load import SampledVideo, VideoMetadata, load_video
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor, flatten_metadata, flatten_videos
 from tests.helpers_transformers import import_transformers
 
@@ -319,6 +319,10 @@ def test_nesting_of_videos():
         ([clip(), clip()], {"video_metadata": [metadata(8)]}, "1 entries for 2 videos"),
         (clip(), {"video_metadata": [metadata(8), metadata(8)]}, "2 entries for 1 videos"),
         (clip(), {"video_metadata": metadata(8, colour="red")}, "video_metadata 0: .*colour"),
+        (clip(), {"video_metadata": metadata(8, duration="2")}, "video_metadata 0: duration: found '2'"),
+        (clip(), {"video_metadata": metadata(8, frame_times=["1"])}, r"metadata 0: frame_times: found \['1'\]"),
+        (clip(), {"video_metadata": metadata(8, frame_times=[0, 1])}, "frame_times: found 2 times; .* of 8 frames"),
+        (SampledVideo(5), {}, "video 0: frames: found int object; expected a list, a directory or an array"),
         (clip(), {"video_metadata": metadata(30)}, "video_metadata: found 30 frames; expected 8"),
         (clip(), {"video_metadata": metadata(8), "do_sample_frames": False}, "lacks `frames_indices`"),
         (clip(1), {"do_sample_frames": False}, "t:1 must be larger than temporal_factor:2"),
