@@ -26,7 +26,7 @@ from train.state import Leaves, TrainState
 DATA_DIGEST = "content of the training data"
 """Name of a digest in what must not have changed; checkpoints of earlier versions lack it."""
 
-_STATE, _DATA, _JOB = "state", "data", "job"
+_STATE, _DATA, _JOB, _EVALUATIONS = "state", "data", "job", "evaluations"
 _COUNTS = ("step", "skipped", "streak")
 _SIZES = "sizes.json"
 """File of a checkpoint: path of each other file -> its bytes. By it damage is found before anything is loaded."""
@@ -75,7 +75,8 @@ class Checkpoints:
           config: which to keep.
           job: what must not have changed for a job to resume, by name, as JSON; saved in every checkpoint.
           log: called with log lines for a person.
-          evaluations: step -> `Evaluation.metrics` of the model after it, for all evaluations so far.
+          evaluations: step -> `Evaluation.metrics` of the model after it, for all evaluations so far; those before a
+            checkpoint are in it, too: a file of them may be lost in a crash, and with it which one is the best.
 
         Raises:
           CheckpointError: the checkpoints are another job's, all of them are damaged, or they are not on a disk that
@@ -156,9 +157,11 @@ class Checkpoints:
         content = {"params": state.params, "opt_state": state.opt_state, "counts": _counts(state)}
         step = int(state.step)
         self._before = self.latest
+        evaluations = {str(number): found for number, found in self.evaluations.items()}
+        metadata = {_DATA: data, _JOB: self._job, _EVALUATIONS: evaluations}
         with self._writing(step):
             self._response = self._checkpointer.save_checkpointables_async(
-                step, {_STATE: content}, force=True, custom_metadata={_DATA: data, _JOB: self._job}
+                step, {_STATE: content}, force=True, custom_metadata=metadata
             )
             self._written = step
             self._noted.clear()
@@ -307,7 +310,10 @@ class Checkpoints:
         while self.latest is not None:
             try:
                 self._check_sizes(self.latest)
-                saved = self._metadata(self.latest)[_JOB]
+                metadata = self._metadata(self.latest)
+                saved = metadata[_JOB]
+                evaluations = {int(step): found for step, found in metadata[_EVALUATIONS].items()}
+                self.evaluations = evaluations | self.evaluations
                 break
             except _DamagedError as error:
                 self._damaged[self.latest] = str(error)
@@ -344,7 +350,7 @@ class Checkpoints:
     def _metadata(self, step: int) -> dict[str, Any]:
         try:
             found = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-            return {name: found[name] for name in (_DATA, _JOB)}
+            return {name: found[name] for name in (_DATA, _JOB)} | {_EVALUATIONS: found.get(_EVALUATIONS) or {}}
         except Exception as error:  # Orbax has many
             raise self._problem(step, error) from error
 

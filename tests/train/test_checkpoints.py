@@ -70,6 +70,11 @@ def test_of_equal_scores_the_smallest_loss_and_then_the_first_is_kept(directory)
         checkpoints.close()
 
 
+def test_the_best_one_is_known_without_the_file_of_evaluations(directory):
+    with contextlib.closing(opened(directory)) as checkpoints:
+        assert checkpoints.best == 2
+
+
 def test_evaluations_of_checkpoints_that_somebody_removed_do_not_count(tmp_path, state):
     with contextlib.closing(opened(tmp_path, evaluations={2: {"score": 0.9, "loss": 1.0}})) as checkpoints:
         checkpoints.save(at(state, 1), {})
@@ -80,9 +85,9 @@ def test_evaluations_of_checkpoints_that_somebody_removed_do_not_count(tmp_path,
 
 
 def test_scores_that_differ_are_no_tie(directory):
-    for scores in ([0.5], [0.5, 0.25], []):
-        evaluations = {step: {"score": score} for step, score in enumerate(scores)}
-        with contextlib.closing(opened(directory, evaluations=evaluations)) as checkpoints:
+    with contextlib.closing(opened(directory)) as checkpoints:
+        for scores in ([0.5], [0.5, 0.25], []):
+            checkpoints.evaluations = {step: {"score": score} for step, score in enumerate(scores)}
             assert checkpoints.tie() is None
 
 
