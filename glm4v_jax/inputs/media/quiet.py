@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
 
 @contextlib.contextmanager
@@ -16,12 +17,22 @@ def silent_decoders() -> Iterator[None]:
     screen = os.dup(2)
     with open(screen, "w", encoding=sys.stderr.encoding) as python_stderr, open(os.devnull, "w") as nowhere:
         sys.stderr.flush()
+        # A program may have sent it elsewhere, as with --quiet.
+        redirected = contextlib.redirect_stderr(python_stderr) if _is_screen(sys.stderr) else contextlib.nullcontext()
         os.dup2(nowhere.fileno(), 2)
         try:
-            with contextlib.redirect_stderr(python_stderr), without_size_warnings():
+            with redirected, without_size_warnings():
                 yield
         finally:
             os.dup2(screen, 2)
+
+
+def _is_screen(stream: TextIO) -> bool:
+    """Whether a stream writes to file descriptor 2."""
+    try:
+        return stream.fileno() == 2
+    except (AttributeError, OSError, ValueError):  # of a notebook, or in memory
+        return False
 
 
 @contextlib.contextmanager
