@@ -22,9 +22,8 @@ from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
 from glm4v_jax.generate.warmup import (
     Warmed,
-    check_ranges,
+    checked_ranges,
     largest_pool,
-    pair,
     prompt_shapes,
     run_all,
     show,
@@ -242,9 +241,8 @@ class Engine:
         Raises:
           GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
         """
-        prompt_lengths, vision_patches = pair(prompt_lengths), pair(vision_patches)
-        shortest, longest = prompt_lengths
-        check_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens, (1,))
+        ranges = checked_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens)
+        (shortest, longest), patches = ranges.prompt_lengths, ranges.vision_patches
         config = self.config(**options)
         need = longest + max_new_tokens + (Variant.of(config).draft or 0)
         self._capacity = max(self._capacity, bucket(need, MIN_CAPACITY))
@@ -253,9 +251,9 @@ class Engine:
         lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
 
         def all_programs() -> Iterator[Warmed]:
-            if vision_patches is not None:
-                self.pool.reserve(largest_pool(self.pool, vision_patches, self.pool.shards if many else 1))
-                yield from warm_vision(self.pool, vision_patches)
+            if patches is not None:
+                self.pool.reserve(largest_pool(self.pool, patches, self.pool.shards if many else 1))
+                yield from warm_vision(self.pool, patches)
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self._slots(num_rows, config) as slots:
                     yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens, config)

@@ -24,7 +24,7 @@ _WINDOW = 64
 
 
 def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    """Returns float32 scores: penalised logits, and -inf at every token that the options rule out.
+    """Return float32 scores: penalised logits, and -inf at every token that the options rule out.
 
     Args:
         logits: of any float dtype; the arithmetic is float32.
@@ -36,7 +36,7 @@ def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool
 
 
 def warped(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
-    """Returns the scores of rows that sample after temperature and cuts, those of the others as they were."""
+    """Return the scores of rows that sample after temperature and cuts, those of the others as they were."""
     do_sample, temperature, _, _, min_p, _ = (jnp.asarray(param)[:, None] for param in params)
     scores = logits / jnp.where(do_sample, temperature, 1.0)
     cut_score, cut_id = _cuts(scores, params)
@@ -74,30 +74,30 @@ def choose(scores: Callable[[], Float[Array, "B V"]], params: SamplingParams, ke
 
 
 def penalised(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    """Returns the logits in float32, those of `seen` tokens made smaller by the repetition penalty."""
+    """Return the logits in float32, those of `seen` tokens made smaller by the repetition penalty."""
     logits, penalty = logits.astype(jnp.float32), jnp.asarray(params.repetition_penalty)[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def row_keys(seeds: Int[Array, "*B"] | int, numbers: Int[Array, "B"]) -> Key[Array, "B"]:
-    """Returns one key a row, which depends on its request's seed and its number in the request alone."""
+    """Return one key a row, which depends on its request's seed and its number in the request alone."""
     seeds = jnp.broadcast_to(jnp.asarray(seeds), jnp.shape(numbers))
     return jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))(seeds, numbers)
 
 
 def step_keys(keys: Key[Array, "B"], step: Int[Array, "*B"] | int) -> Key[Array, "B"]:
-    """Returns the keys of generation step `step`, a scalar or one number a row, counted in new tokens."""
+    """Return the keys of generation step `step`, a scalar or one number a row, counted in new tokens."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, 0 if jnp.ndim(step) else None))(keys, step)
 
 
 def mark_seen(seen: Bool[Array, "B V"], tokens: Int[Array, "B"]) -> Bool[Array, "B V"]:
-    """Returns `seen` with one more token in each row."""
+    """Return `seen` with one more token in each row."""
     # A comparison where a scatter would do: it is a fraction of the softmax's cost, and any sharding suits it.
     return seen | (jnp.arange(seen.shape[-1])[None] == tokens[:, None])
 
 
 def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Array, "B"], Int[Array, "B"]]:
-    """Returns the least (score, id) of each row that top-k and top-p keep, in the order of scores, then ids.
+    """Return the least (score, id) of each row that top-k and top-p keep, in the order of scores, then ids.
 
     Where the cut of top-p falls among equal scores, torch's unstable sort keeps any of them, and this the higher ids.
     """
@@ -121,7 +121,7 @@ def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Ar
 
 
 def largest(scores: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """Returns the `n` largest scores of each row and their ids, ascending; of equal ones the least ids, ascending."""
+    """Return the `n` largest scores of each row and their ids, ascending; of equal ones the least ids, ascending."""
     batch, vocab_size = scores.shape
     shards = _vocab_shards(scores)
     if shards == 1:
@@ -163,7 +163,7 @@ def _gathered(scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
 def _cut(
     scores: Float[Array, "W"], ids: Int[Array, "W"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Int[Array, ""], Float[Array, ""]]:
-    """Returns score and id of the first survivor among ascending candidates, and the threshold of top-k (-inf: off)."""
+    """Return score and id of the first survivor among ascending candidates, and the threshold of top-k (-inf: off)."""
     width = scores.shape[0]
     threshold = jnp.where(top_k > 0, scores[width - jnp.clip(top_k, 1, width)], -jnp.inf)
     below = jnp.sum(scores < threshold)

@@ -7,12 +7,14 @@ run each program once, on zeros.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Annotated, Any, NamedTuple
 
 import jax
+import numpy as np
 import rich.console
+from msgspec import Meta
 
-from glm4v_jax.config.checks import fault
+from glm4v_jax.config.checks import Positive, checked, expectation, fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, use_mesh
@@ -25,6 +27,9 @@ from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
+
+_Pair = Annotated[tuple[Positive, Positive], Meta(description="(low, high) with 1 <= low <= high, or one number")]
+_Sizes = Annotated[tuple[Positive, ...], Meta(min_length=1)]
 
 
 def programs(has_media: bool = True) -> dict[str, str]:
@@ -128,27 +133,26 @@ def warmup(
         is unknown or asks for beam search.
     """
     runtime = runtime_of(model)
-    prompt_lengths, vision_patches = pair(prompt_lengths), pair(vision_patches)
-    batch_sizes = (batch_sizes,) if isinstance(batch_sizes, int) else batch_sizes
-    check_ranges(runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes)
+    lengths, patches, sizes = checked_ranges(
+        runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes
+    )
     with use_mesh(runtime.mesh):
         shards = data_shards()
     config = runtime.generation_config.replace(**options)
     if config.num_beams > 1:
         raise GenerationError(fault("num_beams", config.num_beams, "1: a warm-up does not know beam search"))
     variant = Variant.of(config)
-    batch_sizes = [size * config.num_return_sequences for size in batch_sizes]
     pools = [FeaturePool(runtime)]
-    while vision_patches is not None and pools[-1].capacity < largest_pool(pools[0], vision_patches):
+    while patches is not None and pools[-1].capacity < largest_pool(pools[0], patches):
         pools.append(FeaturePool(runtime, pools[-1].capacity * GROWTH))
 
     def all_programs() -> Iterator[Warmed]:
         for pool in pools:
-            if vision_patches is not None:
-                yield from warm_vision(pool, vision_patches)
-            for rows in sorted({shards * bucket(-(-size // shards)) for size in batch_sizes}):
+            if patches is not None:
+                yield from warm_vision(pool, patches)
+            for rows in sorted({shards * bucket(-(-size * config.num_return_sequences // shards)) for size in sizes}):
                 # Drafts are written after the last token.
-                for _, cache, length in prompt_shapes(*prompt_lengths, max_new_tokens + (variant.draft or 0)):
+                for _, cache, length in prompt_shapes(*lengths, max_new_tokens + (variant.draft or 0)):
                     slots = Slots(runtime, rows, cache, pool=pool, variant=variant)
                     yield from warm_slots(slots, [length], max_new_tokens, config, together=True)
 
@@ -221,33 +225,43 @@ def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | Non
     return done
 
 
-@overload
-def pair(value: tuple[int, int] | int) -> tuple[int, int]: ...
-@overload
-def pair(value: tuple[int, int] | int | None) -> tuple[int, int] | None: ...
-def pair(value: tuple[int, int] | int | None) -> tuple[int, int] | None:
-    """A range, where one number may stand for both of its ends."""
-    return (value, value) if isinstance(value, int) else value
+class Ranges(NamedTuple):
+    """Ranges of requests: tokens of a prompt, patches of its images and videos, numbers of prompts."""
+
+    prompt_lengths: tuple[int, int]
+    vision_patches: tuple[int, int] | None
+    batch_sizes: tuple[int, ...]
 
 
-def check_ranges(
+def checked_ranges(
     config: Glm4vConfig,
-    prompt_lengths: tuple[int, int],
-    vision_patches: tuple[int, int] | None,
+    prompt_lengths: tuple[int, int] | int,
+    vision_patches: tuple[int, int] | int | None,
     max_new_tokens: int,
-    batch_sizes: Sequence[int],
-) -> None:
-    """Check ranges of requests.
+    batch_sizes: Sequence[int] | int = 1,
+) -> Ranges:
+    """Check ranges of requests; one number may stand for both ends of a range, and for one batch size.
 
     Raises:
       GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
     """
-    for name, (low, high) in (("prompt_lengths", prompt_lengths), ("vision_patches", vision_patches or (1, 1))):
-        if not 1 <= low <= high:
-            raise GenerationError(f"{name}: found {(low, high)}; expected (low, high) with 1 <= low <= high")
-    if max_new_tokens < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise GenerationError(
-            f"found max_new_tokens {max_new_tokens}, batch_sizes {batch_sizes}; expected numbers >= 1"
-        )
-    if (found := prompt_lengths[1] + max_new_tokens) > (limit := config.text_config.max_position_embeddings):
+    checked("max_new_tokens", max_new_tokens, Positive, GenerationError)
+    sizes = checked("batch_sizes", _several(batch_sizes, 1), _Sizes, GenerationError)
+    lengths = _range("prompt_lengths", prompt_lengths)
+    patches = None if vision_patches is None else _range("vision_patches", vision_patches)
+    if (found := lengths[1] + max_new_tokens) > (limit := config.text_config.max_position_embeddings):
         raise GenerationError(f"prompt_lengths and max_new_tokens: found {found} in all; expected at most {limit}")
+    return Ranges(lengths, patches, sizes)
+
+
+def _range(name: str, value: Any) -> tuple[int, int]:
+    low, high = checked(name, _several(value, 2), _Pair, GenerationError)
+    if low > high:
+        raise GenerationError(fault(name, (low, high), expectation(_Pair)))
+    return low, high
+
+
+def _several(value: Any, count: int) -> Any:
+    """Integers of Python in the place of NumPy's; of one number as many as asked for."""
+    value = np.asarray(value).tolist()
+    return [value] * count if isinstance(value, int) else value

@@ -96,7 +96,7 @@ def test_options_that_need_more_rows_and_slots_get_them(model, monkeypatch):
     lookup = dict(prompt_lookup_num_tokens=7)
     copies = dict(num_return_sequences=3, do_sample=True)
     for options in ({}, lookup, copies):
-        warmup(model, prompt_lengths=40, max_new_tokens=20, batch_sizes=2, **options)
+        warmup(model, prompt_lengths=np.int64(40), max_new_tokens=20, batch_sizes=2, **options)
     # 40 + 20 fit 64 slots, and 7 more do not; as in a request.
     assert warmed == [(2, 64), (2, 96), (6, 64)]
 
@@ -105,14 +105,16 @@ def test_options_that_need_more_rows_and_slots_get_them(model, monkeypatch):
     ("options", "message"),
     [
         (dict(prompt_lengths=(9, 8)), r"prompt_lengths: found \(9, 8\)"),
-        (dict(prompt_lengths=(0, 8)), r"prompt_lengths: found \(0, 8\)"),
-        (dict(prompt_lengths=(1, 8), vision_patches=(0, 4)), r"vision_patches: found \(0, 4\)"),
+        (dict(prompt_lengths=(0, 8)), r"prompt_lengths: found \[0, 8\]"),
+        (dict(prompt_lengths=(1, 8), vision_patches=(0, 4)), r"vision_patches: found \[0, 4\]"),
         # One number is both ends of a range.
-        (dict(prompt_lengths=0), r"prompt_lengths: found \(0, 0\)"),
-        (dict(prompt_lengths=8, vision_patches=0), r"vision_patches: found \(0, 0\)"),
-        (dict(prompt_lengths=8, batch_sizes=0), r"batch_sizes \(0,\)"),
-        (dict(prompt_lengths=(1, 8), max_new_tokens=0), "max_new_tokens 0"),
-        (dict(prompt_lengths=(1, 8), batch_sizes=()), r"batch_sizes \(\)"),
+        (dict(prompt_lengths=0), r"prompt_lengths: found \[0, 0\]"),
+        (dict(prompt_lengths=8, vision_patches=0), r"vision_patches: found \[0, 0\]"),
+        (dict(prompt_lengths=8, batch_sizes=0), r"batch_sizes: found \[0\]"),
+        (dict(prompt_lengths="8"), r"prompt_lengths: found '8'; expected \(low, high\) with 1 <= low <= high, or one"),
+        (dict(prompt_lengths=(1, 2, 3)), r"prompt_lengths: found \[1, 2, 3\]; expected \(low, high\)"),
+        (dict(prompt_lengths=(1, 8), max_new_tokens=0), "max_new_tokens: found 0"),
+        (dict(prompt_lengths=(1, 8), batch_sizes=()), r"batch_sizes: found \[\]"),
         (dict(prompt_lengths=8, num_beams=2, do_sample=False), "num_beams: found 2; expected 1: a warm-up does not"),
         (dict(prompt_lengths=(1, 32700), max_new_tokens=69), "found 32769 in all; expected at most 32768"),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.config.checks import PositiveNumber, checked, did_you_mean
-from glm4v_jax.data.media import is_base64, located, media_item
+from glm4v_jax.data.media import is_base64, kind_of, located, media_item
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, not_there, raise_listed
 from glm4v_jax.inputs.media.fetch import is_address, is_url
 from glm4v_jax.inputs.media.load import are_stills, is_path_like
@@ -94,14 +94,14 @@ def _read(
     except (ValueError, RecursionError) as error:
         raise MessageError(f"found invalid JSON ({error}); expected an object") from error
     if not isinstance(row, dict):
-        raise MessageError(f"found {_kind(row)}; expected an object")
+        raise MessageError(f"found {kind_of(row)}; expected an object")
     options = {name: value for name, value in row.items() if name not in _FIELDS}
     _check_options(options, config)
     if "messages" in row:
         if both := [name for name in _PROMPT_FIELDS if name in row]:
             raise MessageError(f"{both[0]}: found with 'messages'; expected one of the two")
         if not isinstance(row["messages"], list):
-            raise MessageError(f"messages: found {_kind(row['messages'])}; expected a list")
+            raise MessageError(f"messages: found {kind_of(row['messages'])}; expected a list")
         try:
             extract_media(row["messages"], template)
         except MessageError as error:
@@ -111,7 +111,7 @@ def _read(
             messages = [{"role": "system", "content": system}, *messages]
     else:
         if not isinstance(row.get("prompt"), str):
-            found = _kind(row["prompt"]) if "prompt" in row else "nothing"
+            found = kind_of(row["prompt"]) if "prompt" in row else "nothing"
             raise MessageError(f"prompt: found {found}; expected a string, or 'messages' instead")
         messages = user_messages(row["prompt"], _media(row, directory), system)
     asked = {name: value for name, value in row.items() if name not in options and name != "id"}
@@ -198,8 +198,3 @@ def _sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _is_file(place: str) -> bool:
     """Whether text is a path, and neither an address nor encoded."""
     return not is_address(place) and not is_base64(place)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -34,7 +34,7 @@ _RIM = "#000000"
 
 
 def find_boxes(text: str, limit: float = SCALE) -> list[tuple[float, float, float, float]]:
-    """Returns the boxes (x1, y1, x2, y2) that the answer in `text` names, from 0 to 1000, as and in the order written.
+    """Return the boxes (x1, y1, x2, y2) that the answer in `text` names, from 0 to 1000, as and in the order written.
 
     A box is four numbers in brackets of any style, `[]`, `()`, `<>` or `{}`, inside other brackets or not, with commas,
     semicolons or whitespace between them. Four numbers of which one is beyond 0 to 1000, such as years, are not a box.
@@ -48,7 +48,7 @@ def find_boxes(text: str, limit: float = SCALE) -> list[tuple[float, float, floa
 
 
 def find_points(text: str, limit: float = SCALE) -> list[tuple[float, float]]:
-    """Returns the points (x, y) that the answer in `text` names, two numbers in brackets; else as `find_boxes`."""
+    """Return the points (x, y) that the answer in `text` names, two numbers in brackets; else as `find_boxes`."""
     return [(x, y) for x, y in _find(_POINT, text, limit)]
 
 
@@ -64,7 +64,7 @@ def _groups(pattern: re.Pattern[str], text: str, limit: float) -> list[list[floa
 
 
 def to_pixels(boxes: Iterable[Sequence[float]] | Sequence[float], width: int, height: int) -> list[tuple[int, ...]]:
-    """Scales boxes, or points, to pixels of the original image.
+    """Scale boxes, or points, to pixels of the original image.
 
     Args:
         boxes: (x1, y1, x2, y2) or (x, y), from 0 to 1000; or only one.
@@ -104,7 +104,7 @@ def _several(boxes: Iterable[Sequence[float]] | Sequence[float]) -> Iterable[Seq
 def draw_boxes(
     image: Image.Image, boxes: Iterable[Sequence[float]] | Sequence[float], labels: Sequence[str] | str = ()
 ) -> Image.Image:
-    """Draws boxes, and points as small crosses, on an RGB copy of an image, in bright colours with a black rim.
+    """Draw boxes, and points as small crosses, on an RGB copy of an image, in bright colours with a black rim.
 
     Args:
         image: the original image, or the same at any other size.

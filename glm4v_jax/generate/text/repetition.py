@@ -22,7 +22,7 @@ class RepetitionGuard:
     """
 
     def __init__(self, window: int = 50, times: int = 10) -> None:
-        """Starts with an empty text.
+        """Start with an empty text.
 
         Raises:
             GenerationError: `window` is below 1 or `times` below 2.
@@ -42,7 +42,7 @@ class RepetitionGuard:
         self._loops = False
 
     def push(self, text: str) -> bool:
-        """Takes the next piece of text and returns whether the text loops, or has looped before."""
+        """Take the next piece of text and return whether the text loops, or has looped before."""
         tail = "".join(self._text[-self._window + 1 :]) if self._window > 1 else ""
         recent = tail + text
         for offset, character in enumerate(text, start=len(tail) + 1):
@@ -52,7 +52,7 @@ class RepetitionGuard:
         return self._loops
 
     def _take(self, character: str, window: str) -> None:
-        """Adds a character, with which `window` ends."""
+        """Add a character, with which `window` ends."""
         text = self._text
         text.append(character)
         if self._period and text[-1 - self._period] == character:

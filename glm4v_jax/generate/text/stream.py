@@ -33,7 +33,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Glm4vTokenizer, *, with_special: bool = False) -> None:
-        """Starts an empty text; `with_special` shows all special tokens.
+        """Start an empty text; `with_special` shows all special tokens.
 
         Raises:
             CheckpointError: the tokenizer's tokens do not stand for bytes.
@@ -50,7 +50,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes the next ids and returns the text that has become certain.
+        """Take the next ids and return the text that has become certain.
 
         Raises:
             Glm4vError: one of `ids` is negative.
@@ -58,7 +58,7 @@ class TextStream:
         return self._decoder.decode(b"".join(self._bytes_of(int(index)) for index in ids))
 
     def finish(self) -> str:
-        """Returns what is left, the bytes of an unfinished character as U+FFFD; the text ends here."""
+        """Return what is left, the bytes of an unfinished character as U+FFFD; the text ends here."""
         return self._decoder.decode(b"", final=True)
 
     def _bytes_of(self, index: int) -> bytes:
@@ -82,7 +82,7 @@ class StopStrings:
     """
 
     def __init__(self, strings: str | Sequence[str]) -> None:
-        """Looks for `strings`, one or several; without any, all text passes through.
+        """Look for `strings`, one or several; without any, all text passes through.
 
         Raises:
             GenerationError: one of them is empty or not a string.
@@ -96,7 +96,7 @@ class StopStrings:
         self._hit: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """Takes the next piece of text.
+        """Take the next piece of text.
 
         Returns:
             The text that may be shown now, and the stop string that was found or None. With a stop string the text ends
@@ -115,7 +115,7 @@ class StopStrings:
         return text[:cut], None
 
     def finish(self) -> str:
-        """Returns what was held back, which turned out to be no stop string; the text ends here."""
+        """Return what was held back, which turned out to be no stop string; the text ends here."""
         held, self._held = self._held, ""
         return held
 
@@ -134,7 +134,7 @@ class TokenStops:
     """
 
     def __init__(self, strings: Sequence[str], tokenizer: Glm4vTokenizer, prompt: Sequence[int]) -> None:
-        """Looks for `strings` after the tokens of `prompt`."""
+        """Look for `strings` after the tokens of `prompt`."""
         self._stream = TextStream(tokenizer, with_special=True)
         longest = max(map(len, strings), default=0)
         # A character has four bytes at most, and nearly every token at least one.
@@ -144,6 +144,6 @@ class TokenStops:
             stop.push(before[len(before) - min(len(before), len(string) - 1) :])
 
     def push(self, token: int) -> bool:
-        """Takes the next token; whether a string ends in it, or in one before it."""
+        """Take the next token; whether a string ends in it, or in one before it."""
         text = self._stream.push([token])
         return any(stop.push(text)[1] is not None for stop in self._stops)

@@ -97,7 +97,7 @@ class ThinkingParser:
         self._was_thought_closed = False
 
     def push(self, text: str) -> list[Part]:
-        """Takes the next piece of text and returns the parts that have become certain, neighbours of a kind as one."""
+        """Take the next piece of text and return the parts that have become certain, neighbours of a kind as one."""
         text = self._held + text
         cut = _start_of_unfinished_tag(text)
         self._held = text[cut:]
@@ -109,7 +109,7 @@ class ThinkingParser:
         return self._take_new()
 
     def finish(self) -> list[Part]:
-        """Returns what was held back; the text ends here."""
+        """Return what was held back; the text ends here."""
         if self._held:
             self._add_text(self._held)
             self._held = ""
@@ -126,7 +126,7 @@ class ThinkingParser:
         return self._region is Kind.THOUGHT or not (self._is_thought_closed or self._has_answer)
 
     def parsed(self) -> Parsed:
-        """Returns everything so far, without what is held back."""
+        """Return everything so far, without what is held back."""
         region = Kind.ANSWER if self._has_answer else Kind.TEXT
         return Parsed(
             thought=self._text_of(Kind.THOUGHT).strip() if self._has_thought else None,
@@ -137,7 +137,7 @@ class ThinkingParser:
         )
 
     def answer_with_boxes(self) -> str:
-        """Returns `parsed().answer` with its box tags."""
+        """Return `parsed().answer` with its box tags."""
         region = Kind.ANSWER if self._has_answer else Kind.TEXT
         return "".join(piece.text for piece in self._pieces if piece.region is region).strip()
 
@@ -205,12 +205,12 @@ class ThinkingParser:
 
 
 def parse(text: str) -> Parsed:
-    """Takes a finished text apart; `ThinkingParser` says by which rules. Never raises."""
+    """Take a finished text apart; `ThinkingParser` says by which rules. Never raises."""
     return _read(text).parsed()
 
 
 def without_thoughts(text: str) -> str:
-    """Returns what of an assistant's turn goes into the history: its answer.
+    """Return what of an assistant's turn goes into the history: its answer.
 
     As in the reference's `trans_infer_cli.py` that is the inside of `<answer>`, stripped, *with* its box tags, which
     are tokens of the answer that the model gave; but an unclosed answer counts too, and without `<answer>` the text

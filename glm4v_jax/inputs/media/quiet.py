@@ -10,7 +10,7 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def silent_decoders() -> Iterator[None]:
-    """Keeps what C libraries log to file descriptor 2 off the screen: the exception says it in words of ours.
+    """Keep what C libraries log to file descriptor 2 off the screen: the exception says it in words of ours.
 
     FFmpeg inside decord complains there before Python hears of it. Python's own standard error is not affected.
     """
@@ -37,7 +37,7 @@ def _is_screen(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def quiet_ffmpeg() -> Iterator[None]:
-    """Keeps FFmpeg inside decord from logging, and nothing else: what a library says before it aborts is still heard.
+    """Keep FFmpeg inside decord from logging, and nothing else: what a library says before it aborts is still heard.
 
     For long work, where `silent_decoders` would hide too much.
     """
@@ -55,7 +55,7 @@ def quiet_ffmpeg() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_size_warnings() -> Iterator[None]:
-    """Keeps Pillow from warning of images that are large, but not too large for this package."""
+    """Keep Pillow from warning of images that are large, but not too large for this package."""
     with warnings.catch_warnings():
         # Not by its class: Pillow is slow to import, and not every run shows an image.
         warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit of \d+ pixels, could be")

@@ -43,7 +43,7 @@ def message(**item):
         ("{not json", ["invalid JSON", "expected an object"]),
         ("[1]", ["found a list; expected an object"]),
         ({}, ["prompt: found nothing; expected a string"]),
-        ({"prompt": 3}, ["prompt: found a number; expected a string"]),
+        ({"prompt": 3}, ["prompt: found the number 3; expected a string"]),
         ({"prompt": "x", "messages": [USER]}, ["prompt: found with 'messages'; expected one of the two"]),
         ({"messages": [USER], "image": "x.png"}, ["image: found with 'messages'"]),
         ({"messages": "Hello"}, ["messages: found a string; expected a list"]),
@@ -84,8 +84,8 @@ def test_several_invalid_lines_are_listed(read, invalid, listed, more):
         read({"prompt": "good"}, *({"prompt": number} for number in range(invalid)))
     head, *rest = str(caught.value).splitlines()
     assert head == f"prompts.jsonl: found {invalid} invalid lines; expected none:"
-    fault = "prompt: found a number; expected a string, or 'messages' instead"
-    assert rest == [*(f"prompts.jsonl:{line}: {fault}" for line in range(2, 2 + listed)), *more]
+    fault = "prompt: found the number {}; expected a string, or 'messages' instead"
+    assert rest == [*(f"prompts.jsonl:{line}: {fault.format(line - 2)}" for line in range(2, 2 + listed)), *more]
     assert one_line(caught.value) == "\n  ".join([head, *rest])
 
 
@@ -99,7 +99,7 @@ def test_files_that_do_not_exist_fail_their_lines_only_unless_none_exists(read):
     with pytest.raises(MessageError, match=r"prompts\.jsonl: found 2 invalid lines") as caught:
         read(bad, {"prompt": "no image"}, bad)
     assert str(caught.value).count("no.png: found no such file") == 2
-    with pytest.raises(MessageError, match="prompt: found a number"):
+    with pytest.raises(MessageError, match="prompt: found the number 3"):
         read(good, bad, {"prompt": 3})
 
 
