@@ -161,7 +161,7 @@ def locked(target: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise CheckpointError(
             f"{target}: found another process writing it, which holds {lock.lock_file}; expected none: wait for it to "
-            "end, or choose another output directory"
+            "end, or choose another output directory; if it died with its host, remove that file"
         ) from error
     except OSError as error:
         if error.filename is None:  # of the lock itself, as on NFS without locks

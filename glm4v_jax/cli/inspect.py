@@ -38,7 +38,7 @@ class Inspect(JsonOptions):
     files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...", help_behavior_hint="")]
     """Images and videos: paths or http(s) addresses; a directory is a video of its images."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
+    model: Annotated[str, tyro.conf.arg(metavar="DIR|NAME", help_behavior_hint=DEFAULT_MODEL_HINT)] = DEFAULT_MODEL
     """Checkpoint whose processor is used."""
 
     out: Annotated[str, tyro.conf.arg(metavar="PNG")] = "inspect.png"

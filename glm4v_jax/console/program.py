@@ -7,7 +7,6 @@ and errors of options need none of these.
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +18,7 @@ from typing import Annotated, Any, NoReturn, Protocol
 
 import tyro
 
-from glm4v_jax.config.checks import convert, expectation, fault, hints, raise_faults
+from glm4v_jax.config.checks import convert, expectation, fault, hints, one_of, raise_faults
 from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE, joined
 from glm4v_jax.console.extras import missing
 from glm4v_jax.console.interrupts import interrupt_between_imports
@@ -188,9 +187,7 @@ def parse(
         # Not as a subcommand, so that errors name the help of this command and not that of the program.
         name, *options = arguments
         if name not in commands:
-            close = difflib.get_close_matches(name, descriptions, 1)
-            expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(descriptions)}"
-            print(f"{prog}: error: found command {name!r}; {expected}", file=sys.stderr)
+            print(f"{prog}: error: found command {name!r}; expected {one_of(descriptions, name)}", file=sys.stderr)
             raise SystemExit(USAGE)
         tidy_help(commands[name])
         about = "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(commands[name]) or "").split("\n\n"))

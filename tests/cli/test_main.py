@@ -68,7 +68,7 @@ def test_the_version_is_printed(capfd):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "glm4v: error: found command 'trian'; did you mean 'train'?"),
+        (["trian"], "doctor, convert, train, eval; did you mean 'train'?\n"),
         (["generate", "Hello", "--picture", "x.png"], "--picture"),
         (["generate", "--max-new-tokens", "abc", "Hello"], "glm4v generate --help"),
     ],
