@@ -35,7 +35,8 @@ from glm4v_jax.data.media import kind_of
 from glm4v_jax.errors import DataError
 
 INFO = "dataset_info.json"
-_NO_DATA = (INFO, "dataset_dict.json", "state.json")
+_STATE = "state.json"
+_NO_DATA = (INFO, "dataset_dict.json", _STATE)
 """Files about others in a directory of data, of LLaMA-Factory and of `save_to_disk` of Hugging Face's datasets."""
 
 _ARROW = (".arrow", ".feather", ".ipc")
@@ -432,12 +433,22 @@ def literal_list(value: Any) -> Any:
     return value
 
 
+def _saved(directory: Path) -> set[str] | None:
+    """Names of the files that `save_to_disk` has saved in a directory, beside which are caches; None in any other."""
+    try:
+        files = json.loads((directory / _STATE).read_text(encoding="utf-8"))["_data_files"]
+        return {file["filename"] for file in files}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def find_files(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """Find the data files that a source names.
 
     Args:
         source: a file; a pattern ("data/*.jsonl", "data/**/*.parquet"); a directory (its own files in the order of
-            names; .csv and .tsv only where there are no others); or several of these.
+            names; .csv and .tsv only where there are no others; of `save_to_disk` of Hugging Face's datasets those that
+            it has saved); or several of these.
 
     Raises:
         OSError: a file or directory does not exist.
@@ -460,6 +471,8 @@ def find_files(source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return
     files = sorted(file for file in path.iterdir() if _opener_of(file) is not None and file.name not in _NO_DATA)
+    if (saved := _saved(path)) is not None:
+        files = [file for file in files if file.name in saved]
     # Beside other data these tell about it: metadata.csv.
     files = [file for file in files if not _SEPARATED.keys() & {one.lower() for one in file.suffixes}] or files
     if not files:

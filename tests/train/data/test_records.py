@@ -277,14 +277,15 @@ def test_an_invalid_dataset_info_is_named(tmp_path, content, found):
         read_records(tmp_path)
 
 
-def test_a_directory_that_datasets_saved_is_data(tmp_path):
+def test_a_directory_that_datasets_saved_is_data_and_its_caches_are_not(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.ipc
 
     write(tmp_path / "dataset_info.json", {"features": {}, "citation": ""})
     write(tmp_path / "state.json", {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
     table = pa.Table.from_pylist([shown({"bytes": b"abc", "path": None})])
-    with pyarrow.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", table.schema) as writer:
-        writer.write_table(table)
+    for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
     (record,) = read_records(tmp_path)
     assert record.media() == [{"type": "image", "image": b"abc"}]
