@@ -324,6 +324,13 @@ def test_sides_that_an_item_asks_for_are_taken(processor):
     assert found["image_grid_thw"].tolist() == [[1, 8, 10]]  # 112 x 140
 
 
+@pytest.mark.parametrize("options", [{"min_pixels": 10**12}, {"size": {"shortest_edge": 1e12, "longest_edge": 1e13}}])
+def test_sizes_beyond_any_memory_are_refused(processor, options):
+    for item in ({"type": "image", "image": SQUARE}, {"type": "video", "video": clip(4), "fps": 2}):
+        with pytest.raises(MediaError, match=r"0: found .* to be resized to .* pixels; expected at most 178956970 pix"):
+            processor.apply_chat_template([{"role": "user", "content": [item]}], tokenize=True, **options)
+
+
 def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     write_small_processor(tmp_path)

@@ -15,10 +15,11 @@ import PIL.Image
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, checked, fault
-from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, naming
+from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, counted, naming
 from glm4v_jax.files import assets_directory, read_json_object, write_json
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
 from glm4v_jax.inputs.media.array_layout import FIRST, channel_format
+from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, MAX_PIXELS
 from glm4v_jax.inputs.vision.smart_resize import smart_resize
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ GENERAL_DEFAULTS: Mapping[str, Any] = {
 AREA_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Options of a call, or of one image or video, in Qwen's style: height times width of an image or a frame, and the
 sides to resize to, before they are rounded to merged patches. They win over `size`; see `area_of`."""
+
+# Of a resized frame: three channels of float32.
+_PIXEL_BYTES = 12
 
 Side = Annotated[int, Meta(ge=1, le=4096)]
 """Of a patch, in pixels; and the numbers of frames and of patches that are merged. Arrays of larger patches would
@@ -312,6 +316,9 @@ def area_of(settings: Mapping[str, Any], num_frames: int, height: int, width: in
 
     `min_pixels` and `max_pixels` count one image or frame, and `size` counts all frames, each of which an image has
     `temporal_patch_size` of: `max_pixels` may exceed `size` for an image, but not for all frames of a video.
+
+    Raises:
+        MediaError: the size is impossible, or so large that the frames would not fit into memory.
     """
     smallest, largest = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]
     if (asked := settings.get("max_pixels")) is not None:
@@ -322,7 +329,7 @@ def area_of(settings: Mapping[str, Any], num_frames: int, height: int, width: in
         largest = max(smallest, largest)
     if settings.get("resized_height") is not None:
         height, width = settings["resized_height"], settings["resized_width"]
-    return smart_resize(
+    height, width = smart_resize(
         num_frames=num_frames,
         height=height,
         width=width,
@@ -331,6 +338,12 @@ def area_of(settings: Mapping[str, Any], num_frames: int, height: int, width: in
         min_pixels=smallest,
         max_pixels=largest,
     )
+    if height * width > MAX_PIXELS or num_frames * height * width * _PIXEL_BYTES > MAX_DECODED_BYTES:
+        raise MediaError(
+            f"found {counted(num_frames, 'frame')} to be resized to {height} x {width} pixels; expected at most "
+            f"{MAX_PIXELS} pixels, and {MAX_DECODED_BYTES} bytes in all: lower {', '.join(AREA_OPTIONS)} or size"
+        )
+    return height, width
 
 
 def check_sides(settings: Mapping[str, Any], height: int, width: int) -> None:
