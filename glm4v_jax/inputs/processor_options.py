@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from glm4v_jax.config.checks import fault
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.batch_feature import check_device, check_return_tensors
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessorFast
@@ -60,8 +61,11 @@ def sort_options(options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]],
       {"text_kwargs": {...}, "images_kwargs": {...}, "videos_kwargs": {...}}, and `return_tensors`: None or "np".
 
     Raises:
-      ConfigError: an option is given twice for one part, or is one that only torch has.
+      ConfigError: an option is given twice for one part, or is one that only torch has, or a group is no dictionary.
     """
+    for group in GROUPS:
+        if not isinstance(options.get(group) or {}, Mapping):
+            raise ConfigError(fault(group, options[group], "a dictionary of options"))
     nested = {group: dict(options.get(group) or {}) for group in GROUPS}
     flat = {name: value for name, value in options.items() if name not in GROUPS} | nested.pop("common_kwargs")
     return_tensors = flat.pop("return_tensors", None)

@@ -24,6 +24,8 @@ def test_torch_options_are_refused(processor, options):
 
 
 def test_an_option_given_twice_is_refused(processor):
+    with pytest.raises(ConfigError, match="images_kwargs: found 5; expected a dictionary of options"):
+        processor(text="Hi", images_kwargs=5)
     with pytest.raises(ConfigError, match="padding passed two times: in text_kwargs"):
         processor(text="Hi", padding=True, text_kwargs={"padding": True})
 

@@ -206,9 +206,10 @@ def render_template(source: str, messages: Sequence[Message], **variables: Any) 
       MessageError: it fails, calls `raise_exception`, or tries what the sandbox forbids.
     """
     variables = {"tools": None, "documents": None, "add_generation_prompt": False} | variables
+    template = _compile(source)
     try:
-        return _compile(source).render(messages=messages, **variables)
-    except (jinja2.TemplateError, TypeError, OverflowError) as error:
+        return template.render(messages=messages, **variables)
+    except Exception as error:  # What a template calls raises what it likes: ValueError, ZeroDivisionError, ...
         raise MessageError(f"the chat template refuses the conversation: {error}") from error
 
 

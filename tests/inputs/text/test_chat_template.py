@@ -238,6 +238,9 @@ def test_continue_final_message_is_checked():
         "{{ range(999999999) | list }}",
         "{{ messages[0].nothing.more }}",
         "{{ strftime_now.__globals__['json'] }}",
+        "{{ 1 / 0 }}",
+        "{{ '{'.format() }}",
+        "{{ 'a'.index('b') }}",
     ],
 )
 def test_templates_that_fail_or_reach_out_are_stopped(template):
