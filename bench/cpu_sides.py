@@ -135,9 +135,7 @@ class Theirs(Photographs, turns.TorchSide):
 
         assert torch.get_num_threads() == threads
         buffer = torch.ones(megabytes * 250_000)
-        return {
-            f"torch {name}": buffer.nbytes / turns.seconds(getattr(buffer, name), 5) for name in ("sum", "max")
-        }  # fmt: skip
+        return {f"torch {name}": buffer.nbytes / turns.seconds(getattr(buffer, name), 5) for name in ("sum", "max")}
 
     def vision(self, rows: int, columns: int) -> dict[str, float]:
         """Seconds of one image through the ViT and merger."""

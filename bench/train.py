@@ -196,9 +196,7 @@ def main() -> int:
     ):
         directory = models.write_checkpoint(pathlib.Path(temporary), models.TRAINING, processor=True)
         samples = train_data.make_samples(directory, arguments.samples)
-        figures = run(
-            workers, directory, models.TRAINING, samples, steps=arguments.steps, rounds=arguments.rounds
-        )  # fmt: skip
+        figures = run(workers, directory, models.TRAINING, samples, steps=arguments.steps, rounds=arguments.rounds)
     out, (speeds, padding), losses = report.console(), tables(figures), figures["losses"]
     out.print(speeds, padding)
     worst = max(losses["packed"], losses["padded"])

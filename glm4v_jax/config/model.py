@@ -30,9 +30,7 @@ from glm4v_jax.files import assets_directory, check_config, read_json_object, wr
 RELEASED_MROPE_SECTION = (8, 12, 12)
 RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
 
-Activation = Literal[
-    "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"
-]  # fmt: skip
+Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"]
 """The values of `hidden_act`; `nn.activation` computes them."""
 
 

@@ -106,7 +106,7 @@ def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) 
         length = bucket(limit, _MIN_TOKENS)
         state, first = _begin(
             text, head, *begun, options, padding, num_beams=config.num_beams, length=length, variant=variant
-        )  # fmt: skip
+        )
         del begun
         made, is_over, blocks = to_host((state.step, state.is_over, [first]))
         while not is_over:

@@ -85,7 +85,7 @@ CALLS = {
     "options of the processor": dict(
         images=WIDE_IMAGE, text=PROMPT, size={"shortest_edge": 12544, "longest_edge": 14000}, return_tensors=True
     ),
-}  # fmt: skip
+}
 
 
 def called(pipe, args=(), **kwargs):

@@ -43,9 +43,7 @@ def first_values(prompts):
 @given(rows=row_lists, padding=st.sampled_from(["left", "right"]), left_align=st.booleans(), multiple=st.integers(1, 3))
 def test_any_batch(rows, padding, left_align, multiple):
     prompts = Prompts(CONFIG, rows, padding=padding)
-    batch, next_position = make_batch(
-        config=CONFIG, **prompts.inputs, left_align=left_align, batch_multiple=multiple
-    )  # fmt: skip
+    batch, next_position = make_batch(config=CONFIG, **prompts.inputs, left_align=left_align, batch_multiple=multiple)
     b, t = prompts.input_ids.shape
     new_b, new_t = batch.input_ids.shape
     longest = int(prompts.attention_mask.sum(axis=1).max())

@@ -303,7 +303,7 @@ def test_options_of_an_item_are_those_of_a_call_with_it_alone(processor, tmp_pat
         (film, {"min_pixels": 20_000}, bounds(80_000, 10**7)),
         (film, {"fps": 1}, {"fps": 1}),
         (film, {"fps": 0.5, "max_pixels": 3136}, {"fps": 0.5} | bounds(6272, 2 * 3136)),
-    ):  # fmt: skip
+    ):
         alone = processor.apply_chat_template([{"role": "user", "content": [item]}], **kwargs, **call)
         for found in (
             processor.apply_chat_template([{"role": "user", "content": [item]}], **kwargs, **options),

@@ -145,9 +145,7 @@ class TestStream:
         parts, _ = _stream(" \n<think>\n t\n</think>\n\n<answer> a </answer>\n")
         assert parts == [Part(Kind.THOUGHT, "\n t\n"), Part(Kind.ANSWER, " a ")]
         parts, _ = _stream("<think>t</think>\n a \n<|begin_of_box|>b<|end_of_box|> ", cuts=range(99))
-        assert _merged(parts) == [
-            (Kind.THOUGHT, "t"), (Kind.TEXT, "\n a \n"), (Kind.BOX, "b"), (Kind.TEXT, " ")
-        ]  # fmt: skip
+        assert _merged(parts) == [(Kind.THOUGHT, "t"), (Kind.TEXT, "\n a \n"), (Kind.BOX, "b"), (Kind.TEXT, " ")]
 
     @given(TEXTS, st.lists(st.integers(0, 150), max_size=12))
     def test_cuts_change_nothing(self, text, cuts):

@@ -138,7 +138,7 @@ def test_fields_of_other_types(directory, name):
         ("preprocessor_config.json", "image_mean", ["0.5"], r"image_mean: found \['0.5'\]; expected a number"),
         ("preprocessor_config.json", "rescale_factor", "0.5", "rescale_factor: found '0.5'; expected a number"),
     ],
-)  # fmt: skip
+)
 def test_the_file_and_the_field_are_named(directory, name, field, value, message):
     path = directory / name
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -138,7 +138,7 @@ def test_normalised_messages_stay_as_they_are():
         (user({"type": "input_audio", "input_audio": {"data": ""}}), "field 'type': found 'input_audio'"),
         (user({"type": "file", "file": {"file_id": "f"}}), "field 'type': found 'file'"),
     ],
-)  # fmt: skip
+)
 def test_what_would_be_ignored_is_refused_by_name(message, found):
     with pytest.raises(MessageError, match=found):
         render_conversation([message], TEMPLATE)
