@@ -113,7 +113,7 @@ def configured(config: "GenerationConfig", preset_name: str | None, options: Map
     Raises:
         GenerationError: an option or preset is unknown or out of its range, or asks for several sequences of a prompt.
     """
-    from glm4v_jax.config.generation import OF_THE_MODEL
+    from glm4v_jax.config.generation import OF_THE_MODEL, GenerationConfig
 
     if preset_name is not None:
         config = config.replace(**preset(preset_name))
@@ -125,4 +125,7 @@ def configured(config: "GenerationConfig", preset_name: str | None, options: Map
     for name in ("num_return_sequences", "num_beams"):
         if (found := getattr(config, name)) != 1:
             raise GenerationError(f"{name}: found {found}; expected 1; model.generate has more")
+    for name in ("length_penalty", "early_stopping"):
+        if (found := options.get(name)) is not None and found != getattr(GenerationConfig, name):
+            raise GenerationError(f"{name}: found {found!r}; expected none: of beam search, which model.generate has")
     return config

@@ -410,6 +410,8 @@ def test_an_error_is_reported_as_soon_as_it_is_known(engine):
         (dict(temprature=1.0), "unknown 'temprature'"),
         (dict(num_return_sequences=2, do_sample=True), "num_return_sequences: found 2"),
         (dict(num_beams=2, do_sample=False), "num_beams: found 2"),
+        (dict(length_penalty=2.0), "length_penalty: found 2.0; expected none: of beam search"),
+        (dict(early_stopping="never"), "early_stopping: found 'never'; expected none"),
         (dict(max_new_tokens=70_000), "max_new_tokens: found 70000"),
         (dict(think_budget=60_000, answer_budget=10_000), "think_budget: found 60,000"),
         (dict(answer_budget=5), "answer_budget: found 5; expected think_budget beside it"),
