@@ -183,9 +183,9 @@ def test_draws_follow_the_models_probabilities(ours):
     logits = np.asarray(model(**prompts.inputs).logits)[0, -1].astype(np.float64) / 0.7
     chances = np.exp(logits - logits.max())
     chances /= chances.sum()
-    drawn = model.generate(
-        **prompts.inputs, max_new_tokens=1, num_return_sequences=512, do_sample=True, top_k=0, temperature=0.7, **NEVER
-    )[:, -1]
+    options = dict(max_new_tokens=1, num_return_sequences=16, do_sample=True, top_k=0, temperature=0.7, **NEVER)
+    # In small batches: a program for 512 rows takes a minute to compile.
+    drawn = np.concatenate([model.generate(**prompts.inputs, seed=seed, **options)[:, -1] for seed in range(32)])
     counts = np.bincount(drawn, minlength=len(chances))
     often = np.flatnonzero(512 * chances >= 5)
     assert len(often) >= 5
