@@ -21,7 +21,7 @@ from glm4v_jax.errors import CheckpointError, counted
 from glm4v_jax.files import replacing, size_text
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
-from train.state import Leaves, TrainState
+from train.state import Leaves, TrainState, is_finite
 
 DATA_DIGEST = "content of the training data"
 """Name of a digest in what must not have changed; checkpoints of earlier versions lack it."""
@@ -54,7 +54,7 @@ class Checkpoints:
     """The checkpoints of a job; each is complete, or absent. Every process calls the same methods.
 
     One whose files were damaged later, by a crash of the machine or a full disk of a network, is passed over: the job
-    resumes from the one before, and the damaged one is renamed.
+    resumes from the one before, and the damaged one is renamed. Numbers that are not finite are damage, too.
 
     Attributes:
       evaluations: step -> `Evaluation.metrics` of the model after it.
@@ -110,6 +110,10 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step of the best one, of equally good ones the first; None if none was evaluated."""
         return self._best(self._steps())
+
+    def before(self, step: int) -> int | None:
+        """Return the step of the latest one before a step."""
+        return next((other for other in reversed(self._steps()) if other < step and other not in self._damaged), None)
 
     def tie(self) -> str | None:
         """Return a log line where scores do not tell which is the best."""
@@ -199,11 +203,15 @@ class Checkpoints:
         while (step := self.latest) is not None:
             try:
                 found = self._load(step, content)
-                break
             except _DamagedError as error:
                 self._damaged[step] = str(error)
-            if several():  # the others wait for this one in Orbax
-                self._end_damaged()
+                if several():  # the others wait for this one in Orbax
+                    self._end_damaged()
+                continue
+            if is_finite(found):
+                break
+            del found  # a device may not have room for two of them
+            self._damaged[step] = str(self._not_finite(step))
         else:
             raise self._all_damaged()
         self._set_aside(step)
@@ -219,7 +227,10 @@ class Checkpoints:
         try:
             self._check_sizes(step)
             with context:
-                return self._load(step, {"params": like})["params"]
+                found = self._load(step, {"params": like})["params"]
+            if not is_finite(found):
+                raise self._not_finite(step)
+            return found
         except _DamagedError as error:
             raise CheckpointError(
                 f"{error}; remove this directory, and the same command exports the best of the others"
@@ -394,6 +405,12 @@ class Checkpoints:
             if saved.get(name) != shape:
                 return f"{name}: found {list(saved[name]) if name in saved else 'nothing'}; expected {list(shape)}"
         return None
+
+    def _not_finite(self, step: int) -> _DamagedError:
+        return _DamagedError(
+            f"{self._directory / str(step)}: found damaged files (numbers that are not finite); expected a whole "
+            "checkpoint"
+        )
 
     def _all_damaged(self) -> CheckpointError:
         faults = [self._damaged[step] for step in sorted(self._damaged, reverse=True)]

@@ -183,7 +183,7 @@ class TrainConfig:
       remat: what of a layer is recomputed in the backward pass: "full", all but its input; "attention" and "dots" keep
         more, and "none" all.
       max_grad_norm: steps whose gradients have a larger norm are skipped.
-      max_skipped: the job ends after this number of skipped steps in a row.
+      max_skipped: the job ends after this number of skipped steps in a row; nothing is saved meanwhile.
       mesh: a preset or axes; see `glm4v mesh`.
       seed: of everything that is drawn.
       log_every: steps between two log lines; every step is a line of metrics.jsonl.

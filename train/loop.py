@@ -30,14 +30,14 @@ from train.job import Job, abstract_state, check_output, check_same, check_step,
 from train.log import MetricsLog, Speed, read_evaluations
 from train.preemption import Stopping
 from train.profiler import Profiler
-from train.state import TrainState
+from train.state import TrainState, is_finite
 
 CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
 """What a job writes to its output directory, besides its result and its metrics."""
 
 
 class TrainError(Glm4vError):
-    """A job cannot continue: its gradients are not finite, or too large, step after step."""
+    """A job cannot continue: its state is not finite, or its gradients are not or are too large, step after step."""
 
 
 class JobResult(NamedTuple):
@@ -76,7 +76,7 @@ def train(
 
     Raises:
       Glm4vError: what is wrong with the job, its model or its data.
-      TrainError: too many steps in a row had to be skipped.
+      TrainError: too many steps in a row had to be skipped, or the state is not finite.
     """
     log = log or _ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
@@ -118,7 +118,8 @@ def train(
         kept_metrics = MetricsLog(out, config, int(state.step), _speed(job, mesh), log, compiled)
         metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
-        steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log)
+        first = int(state.step)
+        steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log, first)
         state, is_complete = steps.run(state)
         number = int(state.step)
         if is_complete:
@@ -141,7 +142,7 @@ def train(
 
 
 class _Steps(NamedTuple):
-    """What the steps of a run need."""
+    """What the steps of a run need; `first` is the step that they come after."""
 
     job: Job
     stream: Stream
@@ -153,17 +154,19 @@ class _Steps(NamedTuple):
     mesh: Mesh
     out: Path
     log: Callable[[str], None]
+    first: int
 
     def run(self, state: TrainState) -> tuple[TrainState, bool]:
         """Take all remaining steps, or until the job is asked to stop; the state is donated.
 
         Returns:
-          The state after the last step, which is saved; and whether everything is done that comes before the export.
+          The state after the last step, which is saved unless that was skipped; and whether everything is done that
+          comes before the export.
         """
         config, job = self.job.config, self.job
-        number = first = saved = int(state.step)
+        number = saved = self.first
         lanes = None
-        is_stopped = False
+        is_due = is_stopped = False
         if number and config.is_evaluated(number) and number not in self.checkpoints.evaluations:
             is_stopped = not self._evaluate(state)  # what it resumes after was saved, and then the job ended
         while number < config.steps and not (is_stopped or self.stopping.is_asked()):
@@ -175,10 +178,11 @@ class _Steps(NamedTuple):
             self.profiler.after_step(metrics)
             self.metrics_log.add(number, metrics, self._row_fields(lanes))
             self._check_streak()
-            if config.is_saved(number):
+            is_due = is_due or config.is_saved(number)
+            if is_due:
                 self._flush()
-                self.checkpoints.save(state, _of_all_processes(lanes))
-                saved = number
+                if self._save(state, _of_all_processes(lanes)):
+                    saved, is_due = number, False
             if config.is_evaluated(number):
                 self._flush()
                 try:
@@ -186,20 +190,36 @@ class _Steps(NamedTuple):
                 except Exception:
                     # Several processes may not all have come here, and saving would wait for the others for ever.
                     if number > saved and not several():
-                        self.checkpoints.save(state, lanes)
+                        self._save(state, lanes)
                     raise
         self._flush()
         self.profiler.end()
         if lanes is not None:
             lanes = _of_all_processes(lanes)
-            if number > saved:
-                self.checkpoints.save(state, lanes)
+            if number > saved and not self._save(state, lanes):
+                self.log(f"step {number} was skipped, and is not saved")
             counts = RowCounts.of(lanes)
             self.log(
-                f"{number - first} steps in this run, {int(state.skipped)} of all skipped; rows read: {counts.rows:,}, "
-                f"of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
+                f"{number - self.first} steps in this run, {int(state.skipped)} of all skipped; rows read: "
+                f"{counts.rows:,}, of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
         return state, number >= config.steps and not is_stopped
+
+    def _save(self, state: TrainState, lanes: dict[str, Any]) -> bool:
+        """Save, unless the last step was skipped: its state may be bad, and a new checkpoint removes an old one.
+
+        Returns:
+          Whether it is saved.
+        """
+        if not is_finite(state):
+            raise TrainError(
+                f"step {self.metrics_log.step}: found parameters or an optimizer's state that are not finite, and not "
+                f"saved; expected finite ones; {self._way_back()}"
+            )
+        if self.metrics_log.streak:
+            return False
+        self.checkpoints.save(state, lanes)
+        return True
 
     def _evaluate(self, state: TrainState) -> bool:
         """Evaluate, and return whether it was not stopped meanwhile."""
@@ -230,8 +250,24 @@ class _Steps(NamedTuple):
         if found.streak >= config.max_skipped:
             raise TrainError(
                 f"step {found.step}: found gradients of norm {found.grad_norm}, the last of {config.max_skipped} "
-                f"skipped steps in a row; expected norms up to max_grad_norm = {config.max_grad_norm}"
+                f"skipped steps in a row; expected norms up to max_grad_norm = {config.max_grad_norm}; "
+                f"{self._way_back()}"
             )
+
+    def _way_back(self) -> str:
+        """Say which checkpoint is good, and what to do, after steps that came to nothing."""
+        self.checkpoints.wait()
+        latest, folder = self.checkpoints.latest, self.out / CHECKPOINTS
+        if latest is None:
+            return "no checkpoint was saved: lower the learning rate, or look at the data of these steps"
+        if latest > self.first:
+            return (
+                f"the newest good checkpoint is {folder / str(latest)}: the same command resumes from it; if it ends "
+                "here again, lower the learning rate, or look at the data of these steps"
+            )
+        older = self.checkpoints.before(latest)
+        instead = "begin anew" if older is None else f"resume from {folder / str(older)}"
+        return f"this run began with {folder / str(latest)}, which may be bad: move it away to {instead}"
 
 
 def _of_all_processes(lanes: dict[str, Any]) -> dict[str, Any]:

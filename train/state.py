@@ -1,6 +1,7 @@
 """What a step changes and what it leaves alone: a model's leaves by path, and the model made of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
@@ -111,3 +112,10 @@ def init_state(params: Leaves, optimizer: optax.GradientTransformation) -> Train
     """Return the state before the first step; the optimizer's arrays are sharded as the parameters are."""
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers, because steps donate them
     return TrainState(params, jax.jit(optimizer.init)(params), *zeros)
+
+
+@jax.jit
+def is_finite(tree: Any) -> Bool[Array, ""]:
+    """Return whether all numbers of a tree are finite."""
+    found = (jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
+    return functools.reduce(jnp.logical_and, found, jnp.bool_(True))

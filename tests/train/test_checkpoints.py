@@ -194,6 +194,22 @@ class TestDamage:
         with contextlib.closing(opened(directory, None)) as checkpoints:
             assert checkpoints.latest == 2
 
+    @pytest.mark.parametrize("where", ["params", "opt_state"])
+    def test_numbers_that_are_not_finite_are_damage(self, directory, state, where, monkeypatch):
+        monkeypatch.setattr("train.checkpoints.several", lambda: True)  # all processes find the same
+        bad = jax.tree.map(lambda x: x if x.ndim == 0 else x.at[0, 1].set(NAN), getattr(state, where))
+        shutil.rmtree(directory / "2")
+        told = []
+        with contextlib.closing(opened(directory, None, log=told.append, keep=2)) as checkpoints:
+            checkpoints.save(at(state, 2)._replace(**{where: bad}), {"at": 2})
+            checkpoints.wait()
+            if where == "params":
+                with pytest.raises(CheckpointError, match=r"2: found damaged files \(numbers that are not finite\)"):
+                    checkpoints.restore_params(abstract(state.params), 2)
+            assert int(checkpoints.restore(abstract(state)).state.step) == 1 == checkpoints.latest
+        assert "2: found damaged files (numbers that are not finite)" in told[0] and "that of step 1" in told[0]
+        assert {path.name for path in directory.iterdir()} == {"1", "2.damaged"}
+
     def test_a_missing_state_is_damage(self, directory, state):
         shutil.rmtree(directory / "2" / "state")
         with contextlib.closing(opened(directory, None)) as checkpoints:

@@ -209,8 +209,13 @@ def test_a_job_without_its_adapter_is_refused(job, capsys):
 
 def test_a_job_exports_its_adapter(adapter, job, capsys):
     shutil.copytree(adapter, job.parent / "adapter")
-    assert main(["export", str(job), "--no-verify"]) == 0
-    assert capsys.readouterr().out == f"{job.parent / 'model'}: not verified\n"
+    config = job.parent / "adapter" / "adapter_config.json"
+    for named, is_noted in ((str(RANDOM_CHECKPOINT), False), ("org/other", True)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+        assert main(["export", str(job), "--no-verify", "--overwrite"]) == 0
+        out, error = capsys.readouterr()
+        assert out == f"{job.parent / 'model'}: not verified\n"
+        assert (f"{named} as its base model; expected {RANDOM_CHECKPOINT}" in error) == is_noted
     files, expected = open_checkpoint(job.parent / "model"), merged_tensors(RANDOM_CHECKPOINT, adapter)
     assert all(np.array_equal(files.read(name), np.asarray(tensor)) for name, tensor in expected.items())
 

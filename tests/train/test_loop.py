@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,10 +398,36 @@ class TestBeforeTheModelIsLoaded:
 @pytest.mark.parametrize(("count", "out"), [(STEPS, "spikes"), (2, "last")])  # the last step is checked, too
 def test_skipped_steps_in_a_row_end_a_job(folder, count, out):
     with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, the last of 2 skipped steps in a row"):
-        train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=count))
+        train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=count, checkpoint=CheckpointConfig(every=1)))
+    assert not list((folder / out / CHECKPOINTS).iterdir())
     # Skipped steps do not advance the schedule.
     rates = [line["learning_rate"] for line in steps(folder, out)]
     assert rates == [pytest.approx(5e-4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "2 skipped steps in a row; .*this run began with {}, which may be bad: move it away to begin anew"),
+        ([False], "an optimizer's state that are not finite, .*this run began with {}, which may be bad"),
+        ([True, False], "not finite, .*newest good checkpoint is {}: the same command resumes from it"),
+    ],
+)
+def test_a_bad_state_replaces_no_checkpoint(folder, failed_evaluation, tmp_path, monkeypatch, found, message):
+    """Of a checkpoint that was damaged without a trace; or of a step that made it so."""
+    latest = max(int(path.name) for path in (folder / "adapter" / CHECKPOINTS).iterdir())
+    shutil.copytree(folder / "adapter" / CHECKPOINTS / str(latest), tmp_path / CHECKPOINTS / str(latest))
+    keep = CheckpointConfig(every=1, keep=1)
+    config = dataclasses.replace(failed_evaluation, out=str(tmp_path), checkpoint=keep, steps=latest + 3)
+    if found is None:
+        config = dataclasses.replace(config, max_grad_norm=1e-9, max_skipped=2)
+    else:
+        answers = iter(found)
+        monkeypatch.setattr("train.loop.is_finite", lambda state: next(answers))
+        latest += found.count(True)
+    with pytest.raises(TrainError, match=message.format(tmp_path / CHECKPOINTS / str(latest))):
+        train(config)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == [str(latest)]
 
 
 def test_a_bad_record_ends_a_strict_job(folder):
