@@ -21,12 +21,12 @@ from glm4v_jax.errors import CheckpointError, counted
 from glm4v_jax.files import replacing, size_text
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
-from train.state import Leaves, TrainState, is_finite
+from train.state import Leaves, TrainState, bit_sum, is_finite
 
 DATA_DIGEST = "content of the training data"
 """Name of a digest in what must not have changed; checkpoints of earlier versions lack it."""
 
-_STATE, _DATA, _JOB, _EVALUATIONS = "state", "data", "job", "evaluations"
+_STATE, _DATA, _JOB, _EVALUATIONS, _SUMS = "state", "data", "job", "evaluations", "checksums"
 _COUNTS = ("step", "skipped", "streak")
 _SIZES = "sizes.json"
 """File of a checkpoint: path of each other file -> its bytes. By it damage is found before anything is loaded."""
@@ -54,7 +54,8 @@ class Checkpoints:
     """The checkpoints of a job; each is complete, or absent. Every process calls the same methods.
 
     One whose files were damaged later, by a crash of the machine or a full disk of a network, is passed over: the job
-    resumes from the one before, and the damaged one is renamed. Numbers that are not finite are damage, too.
+    resumes from the one before, and the damaged one is renamed. Numbers that are not finite are damage, too, and
+    others than were saved.
 
     Attributes:
       evaluations: step -> `Evaluation.metrics` of the model after it.
@@ -162,7 +163,9 @@ class Checkpoints:
         step = int(state.step)
         self._before = self.latest
         evaluations = {str(number): found for number, found in self.evaluations.items()}
-        metadata = {_DATA: data, _JOB: self._job, _EVALUATIONS: evaluations}
+        # The format has none of its own for large arrays.
+        sums = {name: int(bit_sum(part)) for name, part in content.items()}
+        metadata = {_DATA: data, _JOB: self._job, _EVALUATIONS: evaluations, _SUMS: sums}
         with self._writing(step):
             self._response = self._checkpointer.save_checkpointables_async(
                 step, {_STATE: content}, force=True, custom_metadata=metadata
@@ -208,10 +211,10 @@ class Checkpoints:
                 if several():  # the others wait for this one in Orbax
                     self._end_damaged()
                 continue
-            if is_finite(found):
+            if (said := self._fault(step, found)) is None:
                 break
             del found  # a device may not have room for two of them
-            self._damaged[step] = str(self._not_finite(step))
+            self._damaged[step] = said
         else:
             raise self._all_damaged()
         self._set_aside(step)
@@ -227,10 +230,10 @@ class Checkpoints:
         try:
             self._check_sizes(step)
             with context:
-                found = self._load(step, {"params": like})["params"]
-            if not is_finite(found):
-                raise self._not_finite(step)
-            return found
+                found = self._load(step, {"params": like})
+            if (said := self._fault(step, found)) is not None:
+                raise _DamagedError(said)
+            return found["params"]
         except _DamagedError as error:
             raise CheckpointError(
                 f"{error}; remove this directory, and the same command exports the best of the others"
@@ -361,7 +364,8 @@ class Checkpoints:
     def _metadata(self, step: int) -> dict[str, Any]:
         try:
             found = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-            return {name: found[name] for name in (_DATA, _JOB)} | {_EVALUATIONS: found.get(_EVALUATIONS) or {}}
+            later = {name: found.get(name) or {} for name in (_EVALUATIONS, _SUMS)}  # earlier versions have none
+            return {name: found[name] for name in (_DATA, _JOB)} | later
         except Exception as error:  # Orbax has many
             raise self._problem(step, error) from error
 
@@ -406,11 +410,14 @@ class Checkpoints:
                 return f"{name}: found {list(saved[name]) if name in saved else 'nothing'}; expected {list(shape)}"
         return None
 
-    def _not_finite(self, step: int) -> _DamagedError:
-        return _DamagedError(
-            f"{self._directory / str(step)}: found damaged files (numbers that are not finite); expected a whole "
-            "checkpoint"
-        )
+    def _fault(self, step: int, found: dict[str, Any]) -> str | None:
+        """Say what is wrong with the numbers that were loaded; all processes get the same answer."""
+        sums = self._metadata(step)[_SUMS]
+        changed = [name for name, part in found.items() if name in sums and int(bit_sum(part)) != sums[name]]
+        what = f"other numbers than were saved: {', '.join(changed)}" if changed else "numbers that are not finite"
+        if not changed and is_finite(found):
+            return None
+        return f"{self._directory / str(step)}: found damaged files ({what}); expected a whole checkpoint"
 
     def _all_damaged(self) -> CheckpointError:
         faults = [self._damaged[step] for step in sorted(self._damaged, reverse=True)]

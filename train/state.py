@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
@@ -119,3 +119,10 @@ def is_finite(tree: Any) -> Bool[Array, ""]:
     """Return whether all numbers of a tree are finite."""
     found = (jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
     return functools.reduce(jnp.logical_and, found, jnp.bool_(True))
+
+
+@jax.jit
+def bit_sum(tree: Any) -> UInt32[Array, ""]:
+    """Return a checksum of a tree, the same however it is sharded: the sum of the bits of its numbers, as integers."""
+    bits = (jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in jax.tree.leaves(tree))
+    return functools.reduce(jnp.add, (jnp.sum(x.astype(jnp.uint32)) for x in bits), jnp.uint32(0))

@@ -210,6 +210,18 @@ class TestDamage:
         assert "2: found damaged files (numbers that are not finite)" in told[0] and "that of step 1" in told[0]
         assert {path.name for path in directory.iterdir()} == {"1", "2.damaged"}
 
+    def test_other_finite_numbers_are_damage(self, directory, state, monkeypatch):
+        load, told = Checkpoints._load, []
+
+        def changed(self, step, content):
+            found = load(self, step, content)
+            return found | {"params": jax.tree.map(lambda x: x.at[1, 2].add(step - 1), found["params"])}
+
+        monkeypatch.setattr(Checkpoints, "_load", changed)
+        with contextlib.closing(opened(directory, None, log=told.append)) as checkpoints:
+            assert int(checkpoints.restore(abstract(state)).state.step) == 1
+        assert "2: found damaged files (other numbers than were saved: params); expected" in told[0]
+
     def test_a_missing_state_is_damage(self, directory, state):
         shutil.rmtree(directory / "2" / "state")
         with contextlib.closing(opened(directory, None)) as checkpoints:
