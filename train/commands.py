@@ -88,7 +88,7 @@ class Check(JsonOptions):
         if self.as_json:
             print(to_json(report.to_dict()))
         else:
-            _print_report(report)
+            _print_report(report, self.decode)
         return BAD if report.bad else 0
 
     def _draw(self, report: "DataReport") -> None:
@@ -172,17 +172,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m train") 
     return run_program(COMMANDS, given, name="train", prog=prog, description=DESCRIPTION)
 
 
-def _print_report(report: "DataReport") -> None:
+def _print_report(report: "DataReport", decoded: bool) -> None:
     good = report.checked - report.bad
     checked = f"{report.checked:,}" if report.checked == report.total else f"{report.checked:,} of {report.total:,}"
     formats = ", ".join(f"{name} {count:,}" for name, count in report.formats.most_common())
     remote = f", {report.remote:,} of both at URLs and not checked" if report.remote else ""
+    unread = (
+        "" if decoded or not report.pictures + report.videos else "; not decoded: pass --decode to find damaged ones"
+    )
     lengths = ", ".join(f"{name} {value:,}" for name, value in report.summary.items())
     rows = [
         ("rows", f"{checked}: {good:,} good, {report.bad:,} bad"),
         ("formats", formats or "none"),
         ("messages", f"{report.messages:,}, of which {report.learned:,} contribute to the loss"),
-        ("media", f"images {report.pictures:,}, videos {report.videos:,}{remote}"),
+        ("media", f"images {report.pictures:,}, videos {report.videos:,}{remote}{unread}"),
         ("text only", f"{report.text_only:,}"),
         (report.unit, f"{lengths}; longest at {report.longest}" if lengths else "none"),
     ]

@@ -61,8 +61,13 @@ def did_you_mean(found: object, known: Iterable[object]) -> str:
 
     >>> did_you_mean("grdient", ["gradient", "loss"]), did_you_mean("x", ["gradient", "loss"])
     ("; did you mean 'gradient'?", '')
+    >>> did_you_mean("stop", ["top_p", "stop_strings"])
+    "; did you mean 'stop_strings'?"
     """
-    close = difflib.get_close_matches(str(found), map(str, known), n=1)
+    names = [str(name) for name in known]
+    # The beginning of a name is nearer to it than what difflib finds.
+    begun = [name for name in names if len(str(found)) > 2 and name.startswith(f"{found}_")]
+    close = begun or difflib.get_close_matches(str(found), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

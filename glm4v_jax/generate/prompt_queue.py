@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.errors import Glm4vError, naming
 from glm4v_jax.generate.scheduler import Failure
 from glm4v_jax.generate.sequence import SequenceState
 
@@ -68,7 +68,7 @@ class PromptQueue(Generic[T]):
           wait: until it is prepared.
 
         Raises:
-          Glm4vError, OSError: its prompt cannot be prepared.
+          Glm4vError, OSError: its prompt cannot be prepared; the message begins with its number.
         """
         if not self._ready:
             self.fill()
@@ -78,9 +78,12 @@ class PromptQueue(Generic[T]):
         try:
             return future.result()
         except (Glm4vError, OSError) as error:
-            if not self._skip_errors:
+            if self._skip_errors:
+                return Failure(index, error)
+            if not isinstance(error, Glm4vError):
                 raise
-            return Failure(index, error)
+            with naming(f"prompt {index}", type(error)):
+                raise
 
     def close(self) -> None:
         """Cancel what has not been taken."""

@@ -205,7 +205,7 @@ def test_the_command_prints_a_table(capfd, data):
         "rows 5: 5 good, 0 bad",
         "formats openai 4, swift 1",
         "messages 10, of which 5 contribute to the loss",
-        "media images 4, videos 1",
+        "media images 4, videos 1; not decoded: pass --decode to find damaged ones",
         "text only 1",
         f"characters min 7, median 28, p95 54, max 54, sum 142; longest at {data}:1",
     ]
