@@ -377,7 +377,7 @@ def broken_prompts(tmp_path):
 
 
 def test_a_prompt_that_cannot_be_prepared_is_an_error(engine, broken_prompts):
-    with pytest.raises(MediaError, match=r"none\.png"):
+    with pytest.raises(MediaError, match=r"prompt 1: .*none\.png"):
         list(engine.generate_many(broken_prompts, max_new_tokens=3, **GREEDY))
 
 
