@@ -1,22 +1,26 @@
-"""Ctrl-C while a program is importing."""
+"""Ctrl-C where Python or JAX would lose it: in an import, in callbacks of the garbage collector."""
 
 import os
 import signal
+import sys
 import threading
 import types
+from typing import Any
 
 _PAUSE = 0.05
-"""Seconds until an interrupt in the middle of an import is tried again."""
+"""Seconds until an interrupt that came at a bad moment is tried again."""
 
 
 def interrupt_between_imports() -> None:
-    """Have Ctrl-C raise `KeyboardInterrupt` once no import is under way.
+    """Have Ctrl-C raise `KeyboardInterrupt` once no import is under way, and where it is not ignored.
 
     In the middle of an import it may come out as another error, such as that a package is missing, or end the process
-    with a segmentation fault (JAX's native code); in JAX's callback of the garbage collector it is lost.
+    with a segmentation fault (JAX's native code). In callbacks of the garbage collector, of weak references and in
+    finalizers Python ignores exceptions.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
@@ -24,9 +28,20 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
     while within is not None:
         code = within.f_code
         if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name == "_xla_gc_callback":
-            again = threading.Timer(_PAUSE, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+            _again()
             return
         within = within.f_back
     signal.default_int_handler(number, frame)
+
+
+def _unraisable(ignored: Any) -> None:
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        _again()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
+def _again() -> None:
+    again = threading.Timer(_PAUSE, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
