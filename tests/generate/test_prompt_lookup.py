@@ -13,6 +13,8 @@ from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.prompt_lookup import _look_up
 from glm4v_jax.model.kv_cache import KVCache
 
+pytestmark = pytest.mark.slow
+
 LOOKUP = dict(prompt_lookup_num_tokens=4)
 # A penalty below 1 makes a random model repeat what it has read.
 REPEATING = dict(repetition_penalty=0.01)
@@ -83,7 +85,6 @@ def prompts(ours):
     return Prompts(ours("base").config, [[12], [3, ("image", (4, 6)), 9], [5]], seed=2)
 
 
-@pytest.mark.slow
 def test_tokens_are_those_of_the_references_prompt_lookup(ours, theirs, prompts):
     """Which takes one row."""
     import torch
@@ -95,7 +96,6 @@ def test_tokens_are_those_of_the_references_prompt_lookup(ours, theirs, prompts)
     assert np.array_equal(ours("base").generate(**prompts.inputs, **asked)[1:2], expected.numpy())
 
 
-@pytest.mark.slow
 def test_rows_that_copy_more_wait_for_the_others(ours, prompts):
     """In what `model.generate` returns and streams: every step has a token of each row that has not ended."""
     model = ours("base")

@@ -15,6 +15,8 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import ConfigError, GenerationError, MediaError, MessageError
 from glm4v_jax.hf.pipeline import MAX_NEW_TOKENS, ImageTextToTextPipeline
 
+pytestmark = pytest.mark.slow
+
 # That of the checkpoint prints lists of the assistant's as Python does (T15).
 _TEMPLATE = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% if m.content is string %}{{ m.content }}{% else %}"
