@@ -20,6 +20,13 @@ def parity():
 
 
 @pytest.fixture(scope="module")
+def parity_options(parity):
+    from bench import parity_options
+
+    return parity_options
+
+
+@pytest.fixture(scope="module")
 def models(parity, tmp_path_factory):
     directory = tmp_path_factory.mktemp("parity")
     return parity.load_models(parity.models.write_checkpoint(directory, parity.models.PACKAGED))
@@ -53,12 +60,12 @@ def test_any_difference_fails_a_model_line(parity, line, wrong):
     assert not parity.dataclasses.replace(line, **wrong).passed
 
 
-def test_options_of_generation_pass(parity, processors, models):
+def test_options_of_generation_pass(parity, parity_options, processors, models):
     inputs = parity._prepare(processors[0], [parity._user(parity._text("Hi"))], "left")
     tokenizers = tuple(each.tokenizer for each in processors)
-    assert len(list(parity.scenarios(list(range(64)), tokenizers))) >= 11
+    assert len(list(parity_options.scenarios(list(range(64)), tokenizers))) >= 11
     # Those that share a program.
-    lines = list(itertools.islice(parity.compare_options(models, inputs, tokenizers, new_tokens=24), 3))
+    lines = list(itertools.islice(parity_options.compare_options(models, inputs, tokenizers, new_tokens=24), 3))
     assert all(line.passed for line in lines)
     wrong = (
         dict(tokens_equal=23),
@@ -69,9 +76,10 @@ def test_options_of_generation_pass(parity, processors, models):
     assert not any(parity.dataclasses.replace(lines[1], **changes).passed for changes in wrong)
 
 
-def test_beams_pass(parity, processors, models):
+def test_beams_pass(parity, parity_options, processors, models):
     inputs = parity._prepare(processors[0], [parity._user(parity._text("Hi"))], "left")
-    lines = list(itertools.islice(parity.compare_beams(models, inputs, new_tokens=24), 4))  # those of one program
+    # Those that share a program.
+    lines = list(itertools.islice(parity_options.compare_beams(models, inputs, new_tokens=24), 4))
     assert [line.case for line in lines if not line.passed] == []
     assert len({line.tokens for line in lines}) > 1
 
