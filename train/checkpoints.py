@@ -1,10 +1,8 @@
 """What a job resumes from: Orbax checkpoints of its state, with the position in the data beside it."""
 
 import contextlib
-import errno
 import json
 import math
-import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,8 +16,9 @@ from glm4v_jax.checkpoints.atomic_directory import FULL, free_bytes, full_disk
 from glm4v_jax.checkpoints.orbax_write import by_first, os_errors, without_orbax_log
 from glm4v_jax.devices.distributed import gathered, is_first, several
 from glm4v_jax.errors import CheckpointError, counted
-from glm4v_jax.files import replacing, size_text
+from glm4v_jax.files import size_text
 from train.config import CheckpointConfig
+from train.damage import DamagedError, check_sizes, damaged, note_sizes, problem
 from train.evaluate import Evaluation
 from train.state import Leaves, TrainState, bit_sum, is_finite
 
@@ -28,14 +27,7 @@ DATA_DIGEST = "content of the training data"
 
 _STATE, _DATA, _JOB, _EVALUATIONS, _SUMS = "state", "data", "job", "evaluations", "checksums"
 _COUNTS = ("step", "skipped", "streak")
-_SIZES = "sizes.json"
-"""File of a checkpoint: path of each other file -> its bytes. By it damage is found before anything is loaded."""
-
-# What TensorStore and the system say of files that can be read, and are not whole, is damage. This is not:
-_TROUBLE = re.compile("(RESOURCE_EXHAUSTED|UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|ABORTED|CANCELLED)")
-_SAID = 160
 _NOTED_SECONDS = 60
-_GONE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _DAMAGED = ".damaged"
 
 
@@ -44,10 +36,6 @@ class Restored(NamedTuple):
 
     state: TrainState
     data: dict[str, Any]
-
-
-class _DamagedError(CheckpointError):
-    """Files of a checkpoint are missing, or are not what was written."""
 
 
 class Checkpoints:
@@ -206,15 +194,15 @@ class Checkpoints:
         while (step := self.latest) is not None:
             try:
                 found = self._load(step, content)
-            except _DamagedError as error:
+            except DamagedError as error:
                 self._damaged[step] = str(error)
                 if several():  # the others wait for this one in Orbax
                     self._end_damaged()
                 continue
-            if (said := self._fault(step, found)) is None:
+            if (fault := self._fault(step, found)) is None:
                 break
             del found  # a device may not have room for two of them
-            self._damaged[step] = said
+            self._damaged[step] = str(fault)
         else:
             raise self._all_damaged()
         self._set_aside(step)
@@ -228,13 +216,13 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
-            self._check_sizes(step)
+            check_sizes(self._path(step))
             with context:
                 found = self._load(step, {"params": like})
-            if (said := self._fault(step, found)) is not None:
-                raise _DamagedError(said)
+            if (fault := self._fault(step, found)) is not None:
+                raise fault
             return found["params"]
-        except _DamagedError as error:
+        except DamagedError as error:
             raise CheckpointError(
                 f"{error}; remove this directory, and the same command exports the best of the others"
             ) from error
@@ -243,6 +231,9 @@ class Checkpoints:
         """Wait for what is being written, and close."""
         with self._stack:
             self.wait()
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
 
     def _open(self) -> Any:
         return ocp.training.Checkpointer(
@@ -282,7 +273,7 @@ class Checkpoints:
     def _writing(self, step: int) -> Iterator[None]:
         """Word the errors of writing a checkpoint."""
         try:
-            with os_errors(self._directory / str(step)):
+            with os_errors(self._path(step)):
                 yield
         except Exception as error:
             self._has_failed = True
@@ -290,46 +281,29 @@ class Checkpoints:
                 raise
             after = "none is complete yet" if self._before is None else f"the one of step {self._before} is complete"
             safe = f"{after}; the same command resumes the job"
-            raise CheckpointError(full_disk(self._directory / str(step), safe)) from error
+            raise CheckpointError(full_disk(self._path(step), safe)) from error
 
     def _note_sizes(self, step: int) -> None:
-        path = self._directory / str(step)
         try:
             if is_first():
-                sizes = _sizes_in(path)
-                with replacing(path / _SIZES) as aside:
-                    aside.write_text(json.dumps(sizes), encoding="utf-8")
+                note_sizes(self._path(step))
         except OSError:
             pass  # as where a process is killed first: loading finds damage too
         finally:
             self._noted.set()
-
-    def _check_sizes(self, step: int) -> None:
-        path = self._directory / str(step)
-        try:
-            expected = json.loads((path / _SIZES).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return  # of an earlier version, or not noted, or damaged itself
-        found = _sizes_in(path)
-        for name, size in expected.items():
-            if found.get(name) != size:
-                bytes_found = f"{found[name]:,} bytes" if name in found else "nothing"
-                raise _DamagedError(
-                    f"{path}: found damaged files ({name}: {bytes_found} of {size:,}); expected a whole checkpoint"
-                )
 
     def _check(self) -> None:
         """Check that the latest one is this job's, of which the metadata is read."""
         saved: dict[str, Any] = {}
         while self.latest is not None:
             try:
-                self._check_sizes(self.latest)
+                check_sizes(self._path(self.latest))
                 metadata = self._metadata(self.latest)
                 saved = metadata[_JOB]
                 evaluations = {int(step): found for step, found in metadata[_EVALUATIONS].items()}
                 self.evaluations = evaluations | self.evaluations
                 break
-            except _DamagedError as error:
+            except DamagedError as error:
                 self._damaged[self.latest] = str(error)
         found = gathered(self.latest)
         if different := [index for index, step in enumerate(found) if step != found[0]]:
@@ -345,7 +319,7 @@ class Checkpoints:
         if DATA_DIGEST in changed and DATA_DIGEST not in saved:
             changed.remove(DATA_DIGEST)
             self._log(
-                f"{self._directory / str(self.latest)}: written by an earlier version, without a digest of the "
+                f"{self._path(self.latest)}: written by an earlier version, without a digest of the "
                 "training data: whether they are the same is not checked"
             )
         if changed:
@@ -354,7 +328,7 @@ class Checkpoints:
                 for name in changed
             ]
             raise CheckpointError(
-                f"{self._directory / str(self.latest)}: cannot resume from this checkpoint: {'; '.join(faults)}; "
+                f"{self._path(self.latest)}: cannot resume from this checkpoint: {'; '.join(faults)}; "
                 "restore the job file, or choose another output directory"
             )
 
@@ -367,37 +341,19 @@ class Checkpoints:
             later = {name: found.get(name) or {} for name in (_EVALUATIONS, _SUMS)}  # earlier versions have none
             return {name: found[name] for name in (_DATA, _JOB)} | later
         except Exception as error:  # Orbax has many
-            raise self._problem(step, error) from error
+            raise problem(self._path(step), error) from error
 
     def _load(self, step: int, content: dict[str, Any]) -> dict[str, Any]:
         try:
             return self._checkpointer.load_checkpointables(step, {_STATE: content})[_STATE]
         except Exception as error:  # Orbax has many
-            problem = self._problem(step, error)
-            if isinstance(problem, _DamagedError) and (misfit := self._misfit(step, content)) is not None:
-                problem = CheckpointError(
-                    f"{self._directory / str(step)}: cannot resume from this checkpoint ({misfit}); expected one of a "
-                    "job with the same model, frozen parts and optimizer"
+            found = problem(self._path(step), error)
+            if isinstance(found, DamagedError) and (misfit := self._misfit(step, content)) is not None:
+                found = CheckpointError(
+                    f"{self._path(step)}: cannot resume from this checkpoint ({misfit}); expected one of a job with "
+                    "the same model, frozen parts and optimizer"
                 )
-            raise problem from error
-
-    def _problem(self, step: int, error: BaseException) -> Exception:
-        """Return the error to raise for Orbax's: that of the machine, if it is one, or of a damaged checkpoint."""
-        path = self._directory / str(step)
-        while "incompatible handler" in str(error) and (inner := error.__cause__ or error.__context__) is not None:
-            error = inner  # says why
-        try:
-            with os_errors(path):
-                raise error
-        except (MemoryError, jax.errors.JaxRuntimeError) as trouble:
-            return trouble
-        except OSError as trouble:
-            if trouble.errno not in _GONE:
-                return trouble
-        except BaseException:
-            if _TROUBLE.match(str(error)):
-                return CheckpointError(f"{path}: found {_text(error)}; expected to read it")
-        return _DamagedError(f"{path}: found damaged files ({_text(error)}); expected a whole checkpoint")
+            raise found from error
 
     def _misfit(self, step: int, content: dict[str, Any]) -> str | None:
         """Say which array of the job the checkpoint lacks, or has in another shape; None if it says that it has all."""
@@ -410,20 +366,19 @@ class Checkpoints:
                 return f"{name}: found {list(saved[name]) if name in saved else 'nothing'}; expected {list(shape)}"
         return None
 
-    def _fault(self, step: int, found: dict[str, Any]) -> str | None:
-        """Say what is wrong with the numbers that were loaded; all processes get the same answer."""
+    def _fault(self, step: int, found: dict[str, Any]) -> DamagedError | None:
+        """Return what is wrong with the numbers that were loaded; all processes get the same answer."""
         sums = self._metadata(step)[_SUMS]
         changed = [name for name, part in found.items() if name in sums and int(bit_sum(part)) != sums[name]]
-        what = f"other numbers than were saved: {', '.join(changed)}" if changed else "numbers that are not finite"
-        if not changed and is_finite(found):
-            return None
-        return f"{self._directory / str(step)}: found damaged files ({what}); expected a whole checkpoint"
+        if changed:
+            return damaged(self._path(step), f"other numbers than were saved: {', '.join(changed)}")
+        return None if is_finite(found) else damaged(self._path(step), "numbers that are not finite")
 
     def _all_damaged(self) -> CheckpointError:
         faults = [self._damaged[step] for step in sorted(self._damaged, reverse=True)]
         return CheckpointError(
-            f"{'; '.join(faults)}; no other is left: restore one of them, or choose another output directory to begin "
-            "anew",
+            f"{'; '.join(faults)}; no other is left: restore one of them, or choose another output directory to "
+            "start again",
             faults,
         )
 
@@ -442,14 +397,14 @@ class Checkpoints:
 
             def rename(step: int = step, aside: Path = aside) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
-                (self._directory / str(step)).rename(aside)
+                (self._path(step)).rename(aside)
 
             if alone:
                 with contextlib.suppress(OSError):  # another process may have done it
                     rename()
             else:
                 by_first(rename)
-            self._log(f"{said}: renamed to {aside.name}; the latest whole one is that of step {latest}")
+            self._log(f"{said}: renamed to {aside.name}; the latest complete one is that of step {latest}")
         if self._damaged and not alone:
             self._checkpointer.close()
             self._checkpointer = self._open()
@@ -473,21 +428,6 @@ class _Preservation:
         steps = [info.step for info in checkpoints]
         kept = self._kept(steps)
         return [step in kept for step in steps]
-
-
-def _sizes_in(path: Path) -> dict[str, int]:
-    """Path of a file in a checkpoint -> its bytes; without those that NFS keeps while a process still reads them."""
-    names = (file for file in path.rglob("*") if _SIZES not in file.name and not file.name.startswith(".nfs"))
-    files = filter(Path.is_file, names)
-    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
-
-
-def _text(error: BaseException) -> str:
-    """What an error says, in a line, without TensorStore's settings; of a long text, what stands last is the cause."""
-    said = " ".join(str(error).partition("[tensorstore_spec")[0].split())
-    if len(said) > _SAID:
-        said = f"{said.partition(':')[0]}: ... {said[-_SAID:]}"
-    return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) or not said else said
 
 
 def abstract(tree: Any) -> Any:

@@ -266,7 +266,7 @@ class _Steps(NamedTuple):
                 "here again, lower the learning rate, or look at the data of these steps"
             )
         older = self.checkpoints.before(latest)
-        instead = "begin anew" if older is None else f"resume from {folder / str(older)}"
+        instead = "start again" if older is None else f"resume from {folder / str(older)}"
         return f"this run began with {folder / str(latest)}, which may be bad: move it away to {instead}"
 
 

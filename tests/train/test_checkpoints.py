@@ -277,8 +277,8 @@ class TestDamage:
         told = []
         with contextlib.closing(opened(directory, None, log=told.append)) as checkpoints:
             checkpoints.restore(abstract(state))
-        damage = "found damaged files (state/manifest.ocdbt: 0 bytes of 113); expected a whole checkpoint"
-        latest = "renamed to 2.damaged; the latest whole one is that of step 1"
+        damage = "found damaged files (state/manifest.ocdbt: 0 bytes of 113); expected a complete checkpoint"
+        latest = "renamed to 2.damaged; the latest complete one is that of step 1"
         assert told == [f"{directory / '2'}: {damage}: {latest}"]
         assert capfd.readouterr() == ("", "") and not caplog.records
 

@@ -408,7 +408,7 @@ def test_skipped_steps_in_a_row_end_a_job(folder, count, out):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (None, "2 skipped steps in a row; .*this run began with {}, which may be bad: move it away to begin anew"),
+        (None, "2 skipped steps in a row; .*this run began with {}, which may be bad: move it away to start again"),
         ([False], "an optimizer's state that are not finite, .*this run began with {}, which may be bad"),
         ([True, False], "not finite, .*newest good checkpoint is {}: the same command resumes from it"),
     ],
