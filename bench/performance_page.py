@@ -54,6 +54,14 @@ A model of {cpu_parameters}M parameters; median of {cpu_rounds} rounds, and the 
 Decoding reads {bytes_per_token:,.0f} MB per token at {bandwidth:.0%} of the machine's read bandwidth (target:
 {bandwidth_target:.0%}).
 
+## Prompt lookup
+
+A model of {lookup_parameters}M parameters that is constructed to write one given text, at batch 1, greedy, with
+`prompt_lookup_num_tokens={lookup_draft}`, beside decoding one by one; the tokens are equal. How much an answer of a
+real model copies depends on the task: this measures what a copied token saves.
+
+{lookup}
+
 ## Recompilation
 
 After a warm-up of {warm_programs} programs ({warm_seconds:.0f} s), {requests} requests of random images and videos
@@ -164,6 +172,7 @@ def compared(lines: Iterable[Any], first: str) -> str:
 def page() -> str:
     """The page."""
     parity, cpu, recompile, memory = read("parity"), read("cpu_vs_torch"), read("recompile"), read("memory")
+    lookup = read("prompt_lookup")
     engine, train, evaluation, lmms, install = (read(n) for n in ("engine", "train", "eval", "lmms_eval", "install"))
     slots, cold = engine["slots"], engine["cold_start"]
     padding = (RESULTS / "train.md").read_text(encoding="utf-8").partition("| padding of")
@@ -188,6 +197,16 @@ def page() -> str:
         bytes_per_token=cpu["bandwidth"]["bytes_per_token"] / 1e6,
         bandwidth=cpu["bandwidth"]["ratio"]["median"],
         bandwidth_target=cpu["bandwidth"]["aim"],
+        lookup_parameters=round(lookup["parameters"] / 1e6),
+        lookup_draft=lookup["draft"],
+        lookup=table(
+            ("answer", "tokens/s one by one", "tokens/s", "tokens a step", "ratio"),
+            (
+                (line["case"], number(line["plain_tokens_per_second"]), number(line["tokens_per_second"]),
+                 f"{line['tokens_per_step']:.1f}", "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]))
+                for line in lookup["lines"]
+            ),
+        ),
         warm_programs=len(recompile["warmup"]["programs"]),
         warm_seconds=recompile["warmup"]["seconds"],
         requests=len(recompile["requests"]),

@@ -119,6 +119,7 @@ def main() -> int:
     figures = {
         "machine": report.machine_facts("jax", "numpy"),
         "parameters": models.num_parameters(models.INFERENCE),
+        "draft": DRAFT,
         "lines": lines,
         "passed": all(line["passed"] for line in lines),
     }
