@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 def limit_programs() -> None:
     """From now on, drop JAX's compiled programs whenever the process nears its limit of memory maps.
 
-    What is needed again is compiled anew, or read from the persistent cache. Nothing happens where there is no such
+    What is needed again is compiled again, or read from the persistent cache. Nothing happens where there is no such
     limit, or where few programs are compiled: the tiny model's training and evaluation together use a tenth of it.
     """
     import jax

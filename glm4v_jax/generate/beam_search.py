@@ -1,6 +1,6 @@
 """Beam search: the likeliest M continuations of each prompt, as `_beam_search` of transformers finds them.
 
-Beams are rows of the batch. After every decode step the rows that go on, their caches and all, are gathered from those
+Beams are rows of the batch. After every decode step the rows that are kept, with their caches, are gathered from those
 that they continue. `search` is the host's side; the rest are programs of the device.
 
 B: prompts, M: beams of each, R = B * M: rows, L: new tokens at most, C: candidates, V: vocabulary.
@@ -228,10 +228,10 @@ def _extended(
 def _select(
     best: Float[Array, "R C"], ids: Int[Array, "R C"], beams: tuple, step: Array, options: SearchOptions, *, count: int
 ) -> tuple[tuple, Int[Array, "B M"], Int[Array, " R"], Bool[Array, " B"]]:
-    """Choose the beams that go on and those that are finished, from the best next tokens of each beam; of one shard.
+    """Choose the beams that continue and those that are finished, from the best next tokens of each beam; of one shard.
 
     Returns:
-      What `beams` are now; which beams those that go on continue; their new tokens; whether no beam can go on.
+      What `beams` are now; which beams the running ones continue; their new tokens; whether no beam can continue.
     """
     running, finished, is_finished, is_open = beams
     batch, num_beams, _ = running.tokens.shape
@@ -249,12 +249,12 @@ def _select(
         before = jnp.take_along_axis(running.parents, old[..., None], axis=1)
         return jnp.where(here, new[..., None], longer), jnp.where(here, old[..., None], before)
 
-    # What goes on: the best candidates that are not finished.
+    # Running: the best candidates that are not finished.
     sums_on, of = jax.lax.top_k(jnp.where(ends, sums + _NEVER, sums), num_beams)
     running_on = Beams(*extended(of), sums_on)
     parent, token = (jnp.take_along_axis(x, of, axis=1) for x in (parents, tokens))
 
-    # What is finished: of the best M candidates those that end, beside those that did before.
+    # Finished: of the best M candidates those that end, beside those that did before.
     lengths = jnp.where((options.early_stopping == 2) & (options.length_penalty > 0), options.limit, step + 1)
     scores = sums[:, :num_beams] / ((step + 1).astype(jnp.float32) ** options.length_penalty)
     is_full = (options.early_stopping == 1) & jnp.all(is_finished, axis=1)
@@ -266,7 +266,7 @@ def _select(
     _, of = jax.lax.top_k(both[0].scores, num_beams)
     finished, is_finished = jax.tree.map(lambda x: jax.vmap(lambda row, of: row[of])(x, of), both)
 
-    # Whether what goes on may still become better than what is finished: a guess of the reference's, but for "never".
+    # Whether a running beam may still become better than the finished: a guess of the reference's, but for "never".
     hoped = running_on.scores[:, :1] / (lengths.astype(jnp.float32) ** options.length_penalty)
     to_beat = jnp.where(is_finished, jnp.min(finished.scores, axis=1, keepdims=True), _NEVER)
     is_open &= jnp.any(hoped > to_beat, axis=1)

@@ -180,9 +180,9 @@ def processed(
 
     if not processors:
         return scores
-    # As whole arrays that are not sharded: a function need not know of meshes.
-    whole = [mesh.reshard(x, None, None) for x in (tokens, scores)]
-    scores = jax.shard_map(call, in_specs=(jax.P(), jax.P()), out_specs=jax.P(), check_vma=False)(*whole)
+    # Replicated: a function need not know of meshes.
+    replicated = [mesh.reshard(x, None, None) for x in (tokens, scores)]
+    scores = jax.shard_map(call, in_specs=(jax.P(), jax.P()), out_specs=jax.P(), check_vma=False)(*replicated)
     return mesh.reshard(scores, "batch", "vocab")
 
 
