@@ -151,9 +151,21 @@ def quantize_kernel(kernel: Array, in_axes: Axes, out_axes: Axes, config: QuantC
     # XLA's maximum on a CPU ignores NaN.
     scale = jnp.where(jnp.all(jnp.isfinite(values), axis=over, keepdims=True), scale, jnp.nan)
     # Not clipped: the largest over its scale is the largest integer up to float32's rounding.
-    integers = jnp.round(values / scale).astype(config.dtype)
+    integers = jnp.round(values / scale).astype(jnp.int8)
     integers = integers.reshape(kernel.shape, out_sharding=mesh.spec(*axes))
-    return integers, mesh.reshard(jnp.squeeze(scale, over), *scale_axes)
+    return quantized_leaves(integers, mesh.reshard(jnp.squeeze(scale, over), *scale_axes), last, config)
+
+
+def quantized_leaves(values: Array, scale: Array, axis: int, config: QuantConfig) -> tuple[Array, Array]:
+    """The two leaves of a quantised kernel, from integers that were rounded here or elsewhere.
+
+    Args:
+      values: int8 in the shape and partition of the kernel, -8 to 7 for int4.
+      scale: float32 of each output channel; or of each group of inputs, with as many dimensions as the kernel.
+      axis: the kernel's last input dimension.
+      config: the dtype.
+    """
+    return (values.astype(jnp.int4) if config.dtype == "int4" else values), scale
 
 
 def check_finite(scales: Mapping[str, Array], where: str) -> None:
