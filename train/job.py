@@ -22,7 +22,7 @@ from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
 from glm4v_jax.model.params import default_dtype
-from glm4v_jax.model.quantize import as_config
+from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import DATA_DIGEST, abstract
 from train.config import ADAPTER, MODEL, TrainConfig
@@ -199,7 +199,7 @@ def _held_bytes(config: TrainConfig, model_config: Glm4vConfig) -> int:
 def abstract_state(config: TrainConfig, model_config: Glm4vConfig) -> tuple[TrainState, Leaves]:
     """Return the shapes of a job's state and of its frozen leaves, sharded over the current mesh; no weight is read."""
     dtype = resolve_dtype("auto", open_weights(config.model))
-    leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=as_config(config.quantize))
+    leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=for_training(config.quantize))
 
     def make(model: Glm4v) -> tuple[TrainState, Leaves]:
         if config.lora is not None:
@@ -247,7 +247,7 @@ class Job:
           Glm4vError: what is wrong with the model, or with how it is to be trained.
           MemoryShortageError: there is too little memory; nothing has been read.
         """
-        quantize = as_config(config.quantize)
+        quantize = for_training(config.quantize)
         _check_memory(config, model_config)
         model = load_model(
             Path(config.model), model_config, dtype="auto", stacked=True, quantize=quantize, progress=progress

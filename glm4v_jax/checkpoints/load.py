@@ -27,7 +27,15 @@ from glm4v_jax.errors import ConfigError, MemoryShortageError, naming
 from glm4v_jax.files import decimal_size
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.params import Axes, default_dtype, leaf_paths, linears
-from glm4v_jax.model.quantize import QuantConfig, as_config, check_finite, is_scale, quantize_kernel, scale_path
+from glm4v_jax.model.quantize import (
+    QuantConfig,
+    check_finite,
+    for_inference,
+    is_scale,
+    quantize_embedding,
+    quantize_kernel,
+    scale_path,
+)
 from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Runtime
 
@@ -81,7 +89,8 @@ def load_runtime(
       dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
       mesh: where the model lives (`devices.mesh.make_mesh`); one device by default.
       stacked: layout of the layers (see `model.layers`); by default one by one on a CPU, stacked elsewhere.
-      quantize: keep the decoder's kernels as "int8" or "int4"; a `QuantConfig` says which, and how.
+      quantize: keep all that is large as "int8", or the decoder's kernels as "int4"; a `QuantConfig` says which, and
+        how.
       adapter: directory of an adapter in PEFT's format, which is applied beside the weights; see `load_adapter`.
       reserve: bytes that a device needs besides the weights, as for caches.
       progress: called with bytes read and bytes in all, after each leaf.
@@ -99,7 +108,7 @@ def load_runtime(
         if adapter is not None:
             read_adapter(adapter, config)  # an adapter that does not fit shows before the weights are read
         module = load_model(
-            directory, config, dtype=dtype, stacked=stacked, quantize=as_config(quantize), reserve=reserve,
+            directory, config, dtype=dtype, stacked=stacked, quantize=for_inference(quantize), reserve=reserve,
             progress=progress,
         )  # fmt: skip
         if adapter is not None:
@@ -140,7 +149,6 @@ def load_model(
       ConfigError: `quantize` fits no linear layer, or does not divide by the mesh.
       MemoryShortageError: see `check_fits`.
     """
-    quantize = as_config(quantize)
     files = open_weights(directory)
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
@@ -162,7 +170,12 @@ def load_model(
             made = {target: array_of(leaves, path, spec, dtype)}
         else:  # from the checkpoint's numbers, not rounded to `dtype` first
             kernel = array_of(leaves, path, spec, info.dtype)
-            pair = quantize_kernel(kernel, *axes[hf_mapping.stacked_path(path)[0].replace(".stacked.", ".")], quantize)
+            named = hf_mapping.stacked_path(path)[0].replace(".stacked.", ".")
+            if named in axes:
+                own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
+                pair = quantize_kernel(kernel, *axes[named], own)
+            else:
+                pair = quantize_embedding(kernel)
             made = dict(zip((target, scale_path(target)), pair, strict=True))
             del kernel
         for name, array in made.items():

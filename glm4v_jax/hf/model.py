@@ -85,8 +85,8 @@ class Glm4vForConditionalGeneration:
           dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
           mesh: where it lives (`mesh.make_mesh`); one device by default.
           stacked: layout of the layers (see `layers`); by default per layer on a CPU, stacked elsewhere.
-          quantize: keep the decoder's kernels as "int8" or "int4"; a `quantize.QuantConfig` says which, and how. Such a
-            model takes less memory and computes in `dtype`; it cannot be saved.
+          quantize: keep all that is large as "int8", or the decoder's kernels as "int4" and the rest as "int8"; a
+            `quantize.QuantConfig` says which, and how. Such a model computes in `dtype`; it cannot be saved.
           adapter: directory of an adapter in PEFT's format, which is applied beside the weights.
           progress: called with bytes read and bytes in all, after each leaf.
           torch_dtype: the old name of `dtype`.

@@ -5,17 +5,22 @@ constructor therefore yields the abstract, sharded tree that checkpoints are rea
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
+from glm4v_jax.model import cpu_matmul
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -77,15 +82,17 @@ def dequantized(kernel: Int[Array, "..."], scale: Float[Array, "..."], inputs: i
     """Dequantise a kernel: multiply in float32, round to `dtype` once.
 
     Args:
-      kernel: int8 or int4 [*inputs, *outputs], of one layer.
+      kernel: int8 or int4 [*inputs, *outputs] of one layer, the latter packed if it is uint8; see `cpu_matmul`.
       scale: float32 [*outputs]; or [*inputs but the last, G, *outputs], of G groups of equal size along the last input.
       inputs: how many dimensions are inputs.
       dtype: of the result [*inputs, *outputs].
     """
+    last, spec = inputs - 1, mesh.spec_of(kernel)
+    if kernel.dtype == jnp.uint8:
+        kernel = cpu_matmul.unpack_int4(kernel, last, spec)
     values = kernel.astype(jnp.float32)
     if scale.ndim < kernel.ndim:
         return (values * scale).astype(dtype)
-    last, spec = inputs - 1, mesh.spec_of(kernel)
     groups = (*kernel.shape[:last], scale.shape[last], -1, *kernel.shape[inputs:])
     values = values.reshape(groups, out_sharding=jax.P(*spec[:inputs], None, *spec[inputs:]))
     values = values * jnp.expand_dims(scale, inputs)
@@ -98,7 +105,8 @@ class Linear(nnx.Module):
     `inputs` and `outputs` map a logical axis to its size: `{"embed": 4096}` -> `{"kv_heads": 2, "q_groups": 16,
     "head_dim": 128}`. The kernel has one dimension for each, so that heads are never reshaped across devices.
 
-    A quantised kernel (`quantize.quantize`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`.
+    A quantised kernel (`quantize.quantize`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`. On a
+    CPU it is multiplied as `cpu_matmul` does, and so is one in bfloat16.
 
     With an adapter (`lora.add_lora`), `lora_scale * (x @ lora_a) @ lora_b` is added: `lora_a` is [*inputs, R], `lora_b`
     [R, *outputs], in the partitions of the kernel's dimensions.
@@ -127,27 +135,21 @@ class Linear(nnx.Module):
         """
         rows, own, *_ = mesh.spec_of(x)
         out = jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes))
-        if self.kernel_scale is None:
-            y = self._product(x, self.kernel[...], None, out)
-        else:
-            # Or the backward pass would keep the dequantised kernels of all layers: the whole model in floats.
-            product = jax.checkpoint(self._product, static_argnums=3)
-            y = product(x, self.kernel[...], self.kernel_scale[...], out)
-        if self.bias is not None:
-            y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
-        return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
-
-    def _product(
-        self, x: Float[Array, "B T ..."], kernel: Array, scale: Array | None, out: jax.sharding.PartitionSpec
-    ) -> Float[Array, "B T ..."]:
-        """`x @ kernel`, in the partition `out`; quantised kernels are gathered as integers."""
-        kernel = jax.sharding.reshard(kernel, mesh.gathered(*self.in_axes, *self.out_axes))
+        kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.in_axes, *self.out_axes))
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
         if scale is not None:
             axes = self.out_axes if scale.ndim < kernel.ndim else (*self.in_axes, *self.out_axes)
             scale = jax.sharding.reshard(scale, mesh.gathered(*axes))
-            kernel = dequantized(kernel, scale, len(self.in_axes), x.dtype)
-        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
-        return jnp.einsum(f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
+        if mesh.platform() == "cpu" and cpu_matmul.is_narrow(kernel):
+            y = _narrow_product(x, kernel, scale, len(self.in_axes), out)
+        elif scale is None:
+            y = _product(x, kernel, None, len(self.in_axes), out)
+        else:
+            # Or the backward pass would keep the dequantised kernels of all layers: the whole model in floats.
+            y = jax.checkpoint(_product, static_argnums=(3, 4))(x, kernel, scale, len(self.in_axes), out)
+        if self.bias is not None:
+            y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
+        return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
 
     def _lora(self, x: Float[Array, "B T ..."], out: jax.sharding.PartitionSpec) -> Float[Array, "B T ..."]:
         """What the adapter adds, in the partition `out`; between its two products the rank is replicated."""
@@ -158,6 +160,46 @@ class Linear(nnx.Module):
         exact = precision(x.dtype)
         low = jnp.einsum(f"bt{ins},{ins}r->btr", x, a, precision=exact, out_sharding=jax.P(*out[:2], None))
         return self.lora_scale * jnp.einsum(f"btr,r{outs}->bt{outs}", low, b, precision=exact, out_sharding=out)
+
+
+def _product(x: Array, kernel: Array, scale: Array | None, inputs: int, out: jax.P) -> Float[Array, "B T ..."]:
+    """`x @ kernel` over as many inputs, in the partition `out`; quantised kernels are dequantised first."""
+    if scale is not None:
+        kernel = dequantized(kernel, scale, inputs, x.dtype)
+    ins, outs = "ijkl"[:inputs], "mnop"[: kernel.ndim - inputs]
+    return jnp.einsum(f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _narrow_product(x: Array, kernel: Array, scale: Array | None, inputs: int, out: jax.P) -> Float[Array, "B T ..."]:
+    """`_product` on a CPU, by `cpu_matmul`, on every device alone."""
+    x_spec, kernel_spec = mesh.spec_of(x), mesh.spec_of(kernel)
+    summed = tuple(name for entry in kernel_spec[:inputs] for name in mesh.names_of(entry))
+
+    def local(x: Array, kernel: Array, scale: Array | None) -> Array:
+        rows, outs = x.shape[:2], kernel.shape[inputs:]
+        flat = kernel.reshape(1, math.prod(kernel.shape[:inputs]), -1)
+        if scale is not None:
+            grouped = scale.ndim == kernel.ndim
+            scale = scale.reshape((1, math.prod(scale.shape[:inputs]), -1) if grouped else (1, -1))
+        y = cpu_matmul.matmul(x.reshape(math.prod(rows), -1), flat, scale).reshape(*rows, *outs)
+        return jax.lax.psum(y, summed) if summed else y
+
+    # The kernel has the same axes in its inputs; rows and tokens stay where they are until the sum.
+    specs = jax.P(*x_spec[:2], *kernel_spec[:inputs]), kernel_spec, None if scale is None else mesh.spec_of(scale)
+    run = jax.shard_map(local, in_specs=specs, out_specs=jax.P(*x_spec[:2], *kernel_spec[inputs:]), check_vma=False)
+    return jax.sharding.reshard(run(jax.sharding.reshard(x, specs[0]), kernel, scale).astype(x.dtype), out)
+
+
+def _narrow_forward(x: Array, kernel: Array, scale: Array | None, inputs: int, out: jax.P) -> tuple[Array, Any]:
+    return _narrow_product(x, kernel, scale, inputs, out), (x, kernel, scale)
+
+
+def _narrow_backward(inputs: int, out: jax.P, saved: Any, gradient: Array) -> Any:
+    return jax.vjp(lambda x, kernel, scale: _product(x, kernel, scale, inputs, out), *saved)[1](gradient)
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -192,15 +234,25 @@ class LayerNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Token embedding; `attend` uses the same table as an output head."""
+    """Token embedding; `attend` uses the same table as an output head, unless it is quantised.
+
+    A quantised table (`quantize.quantize`) is int8 and has a float32 `embedding_scale` for each row.
+    """
 
     def __init__(self, vocab: int, dim: int, init: Init):
         self.embedding = init.normal((vocab, dim), ("vocab", "embed"))
+        self.embedding_scale: nnx.Param | None = nnx.data(None)
+        self.dtype: np.dtype | None = None  # of the result, where the table does not say
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up tokens."""
         table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
-        return table.at[mesh.reshard(ids, "batch", "length")].get(out_sharding=mesh.spec("batch", "length", None))
+        ids = mesh.reshard(ids, "batch", "length")
+        rows = table.at[ids].get(out_sharding=mesh.spec("batch", "length", None))
+        if self.embedding_scale is None:
+            return rows
+        scale = self.embedding_scale[...].at[ids].get(out_sharding=mesh.spec("batch", "length"))
+        return (rows.astype(jnp.float32) * scale[..., None]).astype(self.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Score the vocabulary: the tied head."""

@@ -94,9 +94,11 @@ def stacked_layers(linear: Linear) -> int | None:
 def sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The lengths of a linear layer's inputs and outputs."""
     shape = linear.kernel.shape[-len(linear.in_axes) - len(linear.out_axes) :]
-    return shape[: len(linear.in_axes)], shape[len(linear.in_axes) :]
+    *others, last = shape[: len(linear.in_axes)]
+    packed = 2 if linear.kernel.dtype == jnp.uint8 else 1  # see `cpu_matmul.pack_int4`
+    return (*others, packed * last), shape[len(linear.in_axes) :]
 
 
 def num_params(tree: object) -> int:
     """Count the parameters of a module, or of any tree of arrays, abstract ones too."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return sum((2 if leaf.dtype == jnp.uint8 else 1) * math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

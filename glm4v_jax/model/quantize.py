@@ -1,9 +1,10 @@
-"""Kernels as 8- or 4-bit integers: a frozen base in a half or a quarter of bfloat16's memory, for adapters (QLoRA).
+"""Kernels as 8- or 4-bit integers: a half or a quarter of bfloat16's memory, for inference and for adapters (QLoRA).
 
 A quantised kernel is two leaves of `nn.Linear`: integers, and the float32 scale of each output channel (int8) or of
 each group of inputs of it (int4). Both are stacked and split over the mesh as the kernel was. They are multiplied
-where the kernel is used, a layer at a time. Rounding is symmetric and to the nearest: a weight is off by half of its
-scale at most, which is the largest weight of the channel or group over 127 or 7.
+where the kernel is used, a layer at a time. A quantised embedding has a scale for each token. Rounding is symmetric and
+to the nearest: a weight is off by half of its scale at most, which is the largest weight of the channel or group over
+127 or 7.
 """
 
 import dataclasses
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from glm4v_jax.config.checks import Positive, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.model.cpu_matmul import pack_int4
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import copy_without_lora
 from glm4v_jax.model.nn import Linear
@@ -27,6 +29,7 @@ from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matchi
 
 _LARGEST = {"int8": 127, "int4": 7}
 _SCALE = "_scale"
+_EMBEDDING = "language_model.embed_tokens.embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,9 @@ class QuantConfig:
       dtype: "int8", a scale for each output channel; or "int4", a scale for each group of inputs of a channel.
       group: the most inputs of a group; the largest divisor of a kernel's last input dimension up to it is taken.
       target: regular expression that fits the whole path of a linear layer, as in `lora.LoraConfig`. By default the
-        decoder's projections and MLPs: norms and embeddings are not linear layers, and head and ViT stay as they are.
+        decoder's projections and MLPs.
+      rest: whether all else that is large becomes int8: the head, the ViT's linear layers, and the embedding of tokens
+        unless it is the head as well.
 
     Raises:
       ConfigError: a field is invalid.
@@ -46,28 +51,42 @@ class QuantConfig:
     dtype: Literal["int8", "int4"] = "int8"
     group: Positive = 64
     target: str = DECODER
+    rest: bool = False
 
     def __post_init__(self) -> None:
         validate(self, prefix="quantize.")
         check_pattern(self.target, "quantize.target")
 
 
-def as_config(quantize: "QuantConfig | str | None") -> QuantConfig | None:
-    """A configuration from itself or from its dtype alone.
+def for_inference(quantize: "QuantConfig | str | None") -> QuantConfig | None:
+    """The configuration that a scheme's name stands for where nothing is trained: everything is quantised.
 
     Raises:
-      ConfigError: the dtype is another.
+      ConfigError: there is no such scheme, or none on this platform.
     """
-    return QuantConfig(quantize) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
+    if quantize is None or quantize == "none":
+        return None
+    config = QuantConfig(quantize, rest=True) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
+    if config.dtype == "int4" and mesh.platform() == "tpu":
+        raise ConfigError(
+            "quantize: found 'int4'; expected 'int8' on a TPU, where int4 kernels are copied to float32 before each "
+            "product, at eight times the cost of int8"
+        )
+    return config
+
+
+def for_training(scheme: Literal["int8", "int4"] | None) -> QuantConfig | None:
+    """The configuration for training adapters: the decoder's kernels, which they stand beside."""
+    return None if scheme is None else QuantConfig(scheme)
 
 
 def is_scale(path: str) -> bool:
-    """Whether a leaf's path is that of a quantised kernel's scale."""
-    return path.endswith(f".kernel{_SCALE}")
+    """Whether a leaf's path is that of the scale of a quantised kernel or embedding."""
+    return path.endswith((f".kernel{_SCALE}", f".embedding{_SCALE}"))
 
 
 def scale_path(path: str) -> str:
-    """The path of the scale of a kernel at this path."""
+    """The path of the scale of a kernel or embedding at this path."""
     return f"{path}{_SCALE}"
 
 
@@ -90,14 +109,19 @@ def quantize(model: Glm4v, config: QuantConfig) -> Glm4v:
         by the mesh.
     """
     result = copy_without_lora(model)
-    for linear in chosen(result, config):
-        kernel, scale = quantize_kernel(linear.kernel[...], linear.in_axes, linear.out_axes, config)
+    for linear, own in chosen(result, config):
+        kernel, scale = quantize_kernel(linear.kernel[...], linear.in_axes, linear.out_axes, own)
         linear.kernel, linear.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+    if config.rest and result.lm_head is not None:
+        embed = result.language_model.embed_tokens
+        embed.dtype = jnp.dtype(embed.embedding.dtype)
+        table, scale = quantize_embedding(embed.embedding[...])
+        embed.embedding, embed.embedding_scale = nnx.Param(table), nnx.Param(scale)
     return result
 
 
-def chosen(model: Glm4v, config: QuantConfig) -> list[Linear]:
-    """The linear layers to quantise, after a check that all of them can be.
+def chosen(model: Glm4v, config: QuantConfig) -> list[tuple[Linear, QuantConfig]]:
+    """The linear layers to quantise, and how each is, after a check that all of them can be.
 
     Raises:
       ConfigError: see `quantize`.
@@ -113,7 +137,9 @@ def chosen(model: Glm4v, config: QuantConfig) -> list[Linear]:
                 f"quantize.group: found groups of {group} of {path}'s {size} inputs, which {count} devices share; "
                 f"expected a divisor of {size // count}, or int8, which has no groups"
             )
-    return [linear for same in found.values() for linear in same]
+    others = {path: same for path, same in linears(model).items() if config.rest and path not in found}
+    schemes = [(found, config), (others, QuantConfig("int8"))]
+    return [(linear, own) for paths, own in schemes for same in paths.values() for linear in same]
 
 
 def group_size(size: int, most: int) -> int:
@@ -146,10 +172,7 @@ def quantize_kernel(kernel: Array, in_axes: Axes, out_axes: Axes, config: QuantC
         shape = (*kernel.shape[:last], -1, group, *kernel.shape[last + 1 :])
         values = values.reshape(shape, out_sharding=mesh.spec(*axes[: last + 1], None, *axes[last + 1 :]))
         over, scale_axes = (last + 1,), axes
-    largest = jnp.max(jnp.abs(values), axis=over, keepdims=True)
-    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST[config.dtype])
-    # XLA's maximum on a CPU ignores NaN.
-    scale = jnp.where(jnp.all(jnp.isfinite(values), axis=over, keepdims=True), scale, jnp.nan)
+    scale = _scales(values, over, config.dtype)
     # Not clipped: the largest over its scale is the largest integer up to float32's rounding.
     integers = jnp.round(values / scale).astype(jnp.int8)
     integers = integers.reshape(kernel.shape, out_sharding=mesh.spec(*axes))
@@ -165,7 +188,27 @@ def quantized_leaves(values: Array, scale: Array, axis: int, config: QuantConfig
       axis: the kernel's last input dimension.
       config: the dtype.
     """
-    return (values.astype(jnp.int4) if config.dtype == "int4" else values), scale
+    if config.dtype != "int4":
+        return values, scale
+    is_even = values.shape[axis] // scale.shape[axis] % 2 == 0
+    if is_even and mesh.platform() == "cpu":  # which has no products with int4, and keeps a byte for each
+        return pack_int4(values, axis, mesh.spec_of(values)), scale
+    return values.astype(jnp.int4), scale
+
+
+@jax.jit
+def quantize_embedding(table: Float[Array, "V D"]) -> tuple[Int[Array, "V D"], Float[Array, " V"]]:
+    """Integers of an embedding, and the scale of each token; as `quantize_kernel` with int8."""
+    values = table.astype(jnp.float32)
+    scale = _scales(values, (1,), "int8")
+    return jnp.round(values / scale).astype(jnp.int8), mesh.reshard(jnp.squeeze(scale, 1), "vocab")
+
+
+def _scales(values: Float[Array, "..."], over: tuple[int, ...], dtype: str) -> Float[Array, "..."]:
+    largest = jnp.max(jnp.abs(values), axis=over, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST[dtype])
+    # XLA's maximum on a CPU ignores NaN.
+    return jnp.where(jnp.all(jnp.isfinite(values), axis=over, keepdims=True), scale, jnp.nan)
 
 
 def check_finite(scales: Mapping[str, Array], where: str) -> None:

@@ -3,6 +3,7 @@
 Run as a program, `python test_quantize.py CHECKPOINT`, this file computes with them on eight simulated devices.
 """
 
+import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,9 @@ from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora, nn, quantize
+from glm4v_jax.model.cpu_matmul import unpack_int4
 from glm4v_jax.model.params import linears, stacked_layers
+from glm4v_jax.model.params import sizes as sizes_of
 from train.state import Layout, split
 
 pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
@@ -34,6 +37,11 @@ BOTH = pytest.mark.parametrize("config", [INT8, INT4], ids=["int8", "int4"])
 TEXT = [[9], [30]]
 SMALL = lora.LoraConfig(rank=3)
 MESHES = [dict(), dict(fsdp=2, kv=2, q=2)]
+
+
+def integers_of(kernel, axis):
+    """A kernel's integers: those of 4 bits are packed along the last input dimension on a CPU, if they are even."""
+    return np.asarray(unpack_int4(kernel, axis) if kernel.dtype == jnp.uint8 else kernel, np.float32)
 
 
 def by_hand(kernel, inputs, config):
@@ -58,9 +66,9 @@ def in_floats(model):
         for linear in found:
             if linear.kernel_scale is None:
                 continue
-            kernel, scale = np.asarray(linear.kernel[...], np.float32), np.asarray(linear.kernel_scale[...])
             layers = bool(stacked_layers(linear))
             last = layers + len(linear.in_axes) - 1
+            kernel, scale = integers_of(linear.kernel[...], last), np.asarray(linear.kernel_scale[...])
             if scale.ndim == kernel.ndim:
                 scale = np.repeat(scale, kernel.shape[last] // scale.shape[last], axis=last)
             else:
@@ -84,9 +92,10 @@ def test_a_linear_layer_is_off_by_half_a_scale(mesh, config, ins, outs):
     before[..., 0] = 0  # a channel of zeros
     kernel, scale = quantize.quantize_kernel(jnp.asarray(before, jnp.float32), tuple(ins), tuple(outs), config)
     integers, kept, spread = by_hand(before + (before == 0) * 1e-30, len(ins), config)
-    assert kernel.dtype == config.dtype and scale.dtype == jnp.float32
-    assert kernel.shape == before.shape and scale.shape == kept.shape
-    found = np.asarray(kernel, np.float64)
+    is_packed = config is INT4 and before.shape[len(ins) - 1] % 2 == 0
+    assert kernel.dtype == (jnp.uint8 if is_packed else config.dtype) and scale.dtype == jnp.float32
+    assert kernel.size == before.size // (1 + is_packed) and scale.shape == kept.shape
+    found = integers_of(kernel, len(ins) - 1).astype(np.float64)
     assert np.array_equal(found, integers * (before != 0))  # a tie falls the other way with a chance of 1e-7
     np.testing.assert_allclose(np.asarray(scale)[..., 1:], kept[..., 1:], rtol=2e-7)
     assert (np.asarray(scale)[..., 0] == 1).all()
@@ -111,7 +120,7 @@ def test_by_default_the_decoders_kernels_are_quantised(model, config):
     names = ["mlp.down", "mlp.gate_up", *(f"self_attn.{name}_proj" for name in "koqv")]
     kernels = {f"language_model.layers.stacked.{name}.kernel" for name in names}
     assert changed == kernels | {quantize.scale_path(path) for path in kernels} and set(before) < set(found)
-    assert all(found[path].dtype == config.dtype for path in kernels)
+    assert all(found[path].dtype == (jnp.int8 if config is INT8 else jnp.uint8) for path in kernels)
     assert quantize.is_quantized(quantize.quantize(model, config)) and not quantize.is_quantized(model)
     everything = quantize.quantize(model, quantize.QuantConfig(config.dtype, target=".*"))
     assert {path for path, leaf in leaves_of(everything).items() if path.endswith(".kernel")} == {
@@ -167,15 +176,15 @@ def test_at_most_one_layer_is_dequantised_at_a_time(ours, config, remat):
         return jax.jit(jax.grad(loss)).lower(params, frozen, batch).compile().as_text()
 
     shapes = [
-        ",".join(map(str, found[0].kernel.shape))
+        (",".join(map(str, found[0].kernel.shape)), ",".join(map(str, (3, *itertools.chain(*sizes_of(found[0]))))))
         for found in linears(adapter).values()
         if found[0].kernel_scale is not None
     ]
-    assert len(shapes) == 6 and all(shape.startswith("3,") for shape in shapes)
+    assert len(shapes) == 6 and all(shape.startswith("3,") for shape, _ in shapes)
     text = program(adapter)
-    for shape in shapes:
-        assert f"{'s8' if config is INT8 else 's4'}[{shape}]" in text
-        assert f"f32[{shape}]" not in text
+    for shape, unpacked in shapes:
+        assert f"{'s8' if config is INT8 else 'u8'}[{shape}]" in text
+        assert f"f32[{unpacked}]" not in text
 
 
 @BOTH
@@ -212,7 +221,7 @@ def test_in_bfloat16_integers_scales_and_adapters_keep_their_dtypes(model):
     for path, leaf in half.items():
         kept = lora.is_lora(path) or quantize.is_scale(path)
         is_base = path.endswith(".kernel") and quantize.scale_path(path) in half
-        assert leaf.dtype == (jnp.int4 if is_base else jnp.float32 if kept else jnp.bfloat16), path
+        assert leaf.dtype == (jnp.uint8 if is_base else jnp.float32 if kept else jnp.bfloat16), path
     made = Layout.of(adapter).model(params, frozen, jnp.bfloat16)
     logits = logits_of(made, batch)
     assert logits.dtype == jnp.bfloat16
@@ -297,7 +306,7 @@ def abstract_9b(sizes, config):
 def test_int4_leaves_of_the_9b_are_sharded_as_their_kernels():
     layers = abstract_9b(dict(fsdp=8), quantize.QuantConfig("int4")).language_model.layers.stacked
     down = layers.mlp.down
-    assert down.kernel.dtype == jnp.int4 and down.kernel.shape == (40, 13696, 4096)
+    assert down.kernel.dtype == jnp.uint8 and down.kernel.shape == (40, 13696 // 2, 4096)  # packed, on a CPU
     assert down.kernel_scale.shape == (40, 214, 4096)
     for leaf in jax.tree.leaves((down.kernel, down.kernel_scale)):
         assert leaf.sharding.spec == mesh.spec(None, "mlp", "embed")
@@ -332,7 +341,7 @@ def compute(directory, sizes):
         base = load_model(directory, config, quantize=quantize.QuantConfig("int4", group=8))
         loss, gradients = gradients_of(trained(base, SMALL), batch_of(config, 2 * TEXT)[0])
         kept = {
-            path: leaf for path, leaf in leaves_of(base).items() if quantize.is_scale(path) or leaf.dtype == jnp.int4
+            path: leaf for path, leaf in leaves_of(base).items() if quantize.is_scale(path) or leaf.dtype == jnp.uint8
         }
         is_split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in kept.values()]
         return (
