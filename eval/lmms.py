@@ -48,6 +48,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         *,
         adapter: str | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
         mesh: str | None = None,
         slots: int = 8,
         preset: str | None = None,
@@ -63,7 +64,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
 
         Args:
           pretrained: directory of a checkpoint; the package's tiny model by default.
-          adapter, dtype, mesh, slots: as `glm4v eval` takes them.
+          adapter, dtype, quantize, mesh, slots: as `glm4v eval` takes them.
           preset: replaces the sampling options of tasks.
           system: the system message.
           max_new_tokens, think_budget, answer_budget: over those of the published benchmarks, 8192 tokens each; the
@@ -83,7 +84,9 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         from glm4v_jax.planning.mesh_presets import mesh_for
 
         on = None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained))
-        self._engine = Engine.from_pretrained(pretrained, num_slots=int(slots), adapter=adapter, dtype=dtype, mesh=on)
+        self._engine = Engine.from_pretrained(
+            pretrained, num_slots=int(slots), adapter=adapter, dtype=dtype, quantize=quantize, mesh=on
+        )
         self._form, self._preset, self._system = answer, preset, system
         given = {"max_new_tokens": max_new_tokens, "think_budget": think_budget, "answer_budget": answer_budget}
         budgets = {} if preset is not None or (max_new_tokens is not None and think_budget is None) else _BUDGETS

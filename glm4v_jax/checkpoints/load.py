@@ -25,6 +25,7 @@ from glm4v_jax.devices.memory import Memory, check_memory, memory_of
 from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.errors import ConfigError, MemoryShortageError, naming
 from glm4v_jax.files import decimal_size
+from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.params import Axes, default_dtype, leaf_paths, linears
 from glm4v_jax.model.quantize import (
@@ -154,15 +155,23 @@ def load_model(
     dtype = resolve_dtype(dtype, files)
     abstract, structure = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
 
-    def instead() -> dict[str, int]:
-        halved = [leaf.update(dtype=jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf for leaf in abstract.values()]
-        return {"--dtype bfloat16": device_bytes(halved) + reserve} if dtype == jnp.float32 else {}
+    needed = functools.partial(_needed, config, stacked=stacked, reserve=reserve)
 
-    check_fits(device_bytes(abstract.values()) + reserve, f"weights in {dtype.name}", str(directory), instead)
+    def instead() -> dict[str, int]:
+        ways: dict[str, tuple[Any, QuantConfig | None]] = {}
+        if dtype == jnp.float32:
+            ways["--dtype bfloat16"] = jnp.bfloat16, quantize
+        if quantize is None:
+            ways["--quantize int8"] = dtype, for_inference("int8")
+        return {option: needed(*way) for option, way in ways.items()}
+
+    what = f"weights in {dtype.name if quantize is None else quantize.dtype}"
+    check_fits(needed(dtype, quantize), what, str(directory), instead)
     axes = _axes(structure.unflatten(list(abstract.values()))) if quantize is not None else {}
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
-    for path, info in leaves.infos.items():
+    # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
+    for path, info in sorted(leaves.infos.items(), key=lambda item: -item[1].nbytes):
         target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
         spec = abstract[target].sharding.spec
         spec = spec if layer is None else PartitionSpec(*spec[1:])
@@ -207,6 +216,17 @@ def abstract_leaves(
     abstract = jax.eval_shape(make)
     leaves, structure = jax.tree.flatten(abstract)
     return dict(zip(leaf_paths(abstract), leaves, strict=True)), structure
+
+
+def _needed(config: Glm4vConfig, dtype: DTypeLike, quantize: QuantConfig | None, *, stacked: bool, reserve: int) -> int:
+    """Bytes that a device needs of the weights, of the copies that programs make of them, and to `reserve`."""
+    leaves, _ = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
+    copied = [
+        leaf.update(dtype=jnp.float32)
+        for path, leaf in leaves.items()
+        if platform() == "cpu" and path.endswith(".kernel") and cpu_matmul.is_copied(leaf)
+    ]
+    return device_bytes([*leaves.values(), *copied]) + reserve
 
 
 def device_bytes(leaves: Iterable[Any]) -> int:

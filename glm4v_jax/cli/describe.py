@@ -88,7 +88,7 @@ class Describe(JsonOptions):
 
         processor = Glm4vProcessor.from_pretrained(model)
         batch = PromptBatch(
-            [self._prompt(name) for name in names], out, config, self.model.sources, dtype=self.model.dtype,
+            [self._prompt(name) for name in names], out, config, self.model.sources, dtype=self.model.precision,
             name_field="file", answer_fields=_caption_fields, keep_others=True, things="images",
             sources=[os.path.join(self.directory, name) for name in names],
         )  # fmt: skip

@@ -126,7 +126,7 @@ class Generate(JsonOptions):
                 flush=True,
             )
         out = self.batch.out or f"{jsonl.removesuffix('.jsonl')}.answers.jsonl"
-        batch = PromptBatch(prompts, out, config, self.model.sources, dtype=self.model.dtype, sources=[jsonl])
+        batch = PromptBatch(prompts, out, config, self.model.sources, dtype=self.model.precision, sources=[jsonl])
         summary = run_batch(
             batch, processor, lambda: self.model.load(processor, self.batch.slots),
             restart=self.batch.restart, verbose=self.verbose,

@@ -67,6 +67,9 @@ class Mesh(JsonOptions):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Data type of weights and cache."""
 
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Weights as integers, for inference."""
+
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object, sizes in bytes."""
 
@@ -130,7 +133,13 @@ class Mesh(JsonOptions):
         """Options of `describe` for a mesh."""
         preset = parse_preset(text)
         is_training = self.train or (preset is not None and preset[0].name == "train")
-        return {"rows": self.rows, "capacity": self.capacity, "dtype": self.dtype, "is_training": is_training}
+        return {
+            "rows": self.rows,
+            "capacity": self.capacity,
+            "dtype": self.dtype,
+            "scheme": self.quantize,
+            "is_training": is_training,
+        }
 
     def _check(self) -> None:
         """Check what needs no JAX.

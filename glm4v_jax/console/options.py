@@ -28,6 +28,7 @@ MODEL = "GLM4V_MODEL"
 """The environment variable for the model where no option names it."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEMES = ("none", "int8", "int4")
 
 NEW_TOKENS = 2048
 """Enough for a thought and an answer, where there is no other limit."""
@@ -69,6 +70,12 @@ class ModelOptions:
     ] = None
     """Data type of weights and activations; auto is the checkpoint's."""
 
+    quantize: Annotated[
+        str | None, tyro.conf.arg(metavar=f"{{{','.join(SCHEMES)}}}", help_behavior_hint="(default: none)")
+    ] = None
+    """Weights as integers, for less memory: int8 is as good as exact; int4 takes half of it in the decoder, and costs
+    some quality."""
+
     mesh: Annotated[
         str | None,
         tyro.conf.arg(
@@ -91,6 +98,8 @@ class ModelOptions:
         self.directory = find_model(self.directory)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(fault("--dtype", self.dtype, one_of(DTYPES, self.dtype)))
+        if self.quantize is not None and self.quantize not in SCHEMES:
+            raise ConfigError(fault("--quantize", self.quantize, one_of(SCHEMES, self.quantize)))
         if self.mesh is not None:
             check_text(self.mesh)
 
@@ -98,6 +107,11 @@ class ModelOptions:
     def sources(self) -> list[str]:
         """The directories that answers depend on: the model's, and an adapter's."""
         return [self.directory, *([] if self.adapter is None else [self.adapter])]
+
+    @property
+    def precision(self) -> str | None:
+        """The options that say in which numbers the model computes; None if there are none."""
+        return " ".join(filter(None, (self.dtype, self.quantize))) or None
 
     def load(self, processor: "Glm4vProcessor", num_slots: int = 1, *, tokens: int = 0) -> "Engine":
         """Load the weights into an engine.
@@ -123,8 +137,8 @@ class ModelOptions:
         mesh = None if asked is None else mesh_for(asked, config)
         if mesh is not None:
             check_devices(mesh)
-            given = repr((mesh.shape, self.dtype, num_slots, config, self.adapter is None)).encode()
-            agree("mesh, model, adapter, dtype and slots", hashlib.blake2b(given, digest_size=16).digest())
+            given = repr((mesh.shape, self.precision, num_slots, config, self.adapter is None)).encode()
+            agree("mesh, model, adapter, dtype, quantize and slots", hashlib.blake2b(given, digest_size=16).digest())
             if mesh.size > 1:
                 from glm4v_jax.planning.parameter_layout import mesh_text
 
@@ -143,8 +157,8 @@ class ModelOptions:
         reserve = cache_bytes(config, sizes, num_slots, tokens, "bfloat16") if tokens else 0
         with Progress("loading the weights") as progress:
             runtime = load_runtime(
-                self.directory, dtype=self.dtype, mesh=mesh, adapter=self.adapter, reserve=reserve,
-                progress=progress.update,
+                self.directory, dtype=self.dtype, mesh=mesh, quantize=self.quantize, adapter=self.adapter,
+                reserve=reserve, progress=progress.update,
             )  # fmt: skip
         return Engine(runtime, processor, num_slots=num_slots)
 

@@ -110,8 +110,8 @@ class Engine:
     def from_pretrained(cls, directory: str | Path, *, num_slots: int = 8, **kwargs: Any) -> Self:
         """Load model and processor of a checkpoint directory; see `checkpoints.load.load_runtime` for the options.
 
-        Among them are `dtype`, `mesh`, and `adapter`, the directory of an adapter in PEFT's format. Compiled programs
-        are kept from one process to the next, see `use_compilation_cache`.
+        Among them are `dtype`, `quantize`, `mesh`, and `adapter`, the directory of an adapter in PEFT's format.
+        Compiled programs are kept from one process to the next, see `use_compilation_cache`.
         """
         use_compilation_cache()
         processor = Glm4vProcessor.from_pretrained(directory)

@@ -24,8 +24,12 @@ _BLOCK_ROWS = 256  # for so many tokens that the sums are larger than a block
 
 def is_narrow(kernel: Array) -> bool:
     """Whether a kernel is multiplied here rather than by XLA, on a CPU."""
-    # Before JAX 0.12, bfloat16 would be converted as a whole here too.
-    return kernel.dtype in (jnp.int8, jnp.uint8) or (kernel.dtype == jnp.bfloat16 and bool(FEW_TOKENS))
+    return kernel.dtype in (jnp.int8, jnp.uint8) or (kernel.dtype == jnp.bfloat16 and not is_copied(kernel))
+
+
+def is_copied(kernel: Array) -> bool:
+    """Whether programs for a CPU make a copy of a kernel in float32: of one in half precision, before JAX 0.12."""
+    return kernel.dtype == jnp.float16 or (kernel.dtype == jnp.bfloat16 and FEW_TOKENS == 0)
 
 
 def unpack_int4(packed: Array, axis: int, spec: PartitionSpec | None = None) -> Array:

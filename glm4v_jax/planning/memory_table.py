@@ -170,6 +170,7 @@ def describe(
     rows: int = 1,
     capacity: int = 4096,
     dtype: str = "bfloat16",
+    scheme: str = "none",
     memory: int | None = None,
     is_training: bool = False,
 ) -> MemoryTable:
@@ -181,6 +182,7 @@ def describe(
       rows: prompts in the cache.
       capacity: slots of each.
       dtype: of weights and cache; for training, of the frozen weights.
+      scheme: of quantised weights; training ignores it.
       memory: bytes that a device has, if that is known.
       is_training: count full fine-tuning with AdamW as `glm4v train` does it, all of it in float32, instead of a cache.
 
@@ -194,11 +196,12 @@ def describe(
     check_mesh(config, all_axes)
     itemsize = jnp.dtype(dtype).itemsize
     weights, trained, trained_on_device = [], 0, 0
-    for leaf in parameter_layout(config):
+    for leaf in parameter_layout(config, "none" if is_training else scheme):
         prefix, part = next((prefix, part) for prefix, part in _PARTS.items() if leaf.path.startswith(prefix))
         name = leaf.path.removeprefix(prefix)
         size = _FLOAT32 if is_training and part not in FROZEN else itemsize
-        nbytes, device_bytes = size * leaf.parameters, size * leaf.device_parameters(all_axes)
+        bits = 8 * size if leaf.bits is None else leaf.bits
+        nbytes, device_bytes = bits * leaf.parameters // 8, bits * leaf.device_parameters(all_axes) // 8
         if part not in FROZEN:
             trained, trained_on_device = trained + nbytes, trained_on_device + device_bytes
         weights.append(

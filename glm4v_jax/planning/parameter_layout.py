@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from glm4v_jax.config.model import Glm4vConfig
@@ -19,6 +21,7 @@ from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.params import leaf_paths
+from glm4v_jax.model.quantize import for_inference, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class LeafLayout:
     shape: of one of them.
     names: the logical name of each dimension, None where it has none.
     axes: the mesh axes that shard each dimension.
+    bits: of an element; None where it has the dtype of the model.
     """
 
     path: str
@@ -37,6 +41,7 @@ class LeafLayout:
     shape: tuple[int, ...]
     names: tuple[str | None, ...]
     axes: tuple[tuple[str, ...], ...]
+    bits: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -66,13 +71,15 @@ _TABLE_NAMES = {names_of(RULES[name]): name for name in ("vocab", "embed")}
 
 
 @functools.cache
-def parameter_layout(config: Glm4vConfig) -> tuple[LeafLayout, ...]:
-    """All parameters of the model, in the order of `jax.tree.leaves`."""
+def parameter_layout(config: Glm4vConfig, scheme: str = "none") -> tuple[LeafLayout, ...]:
+    """All parameters of the model, in the order of `jax.tree.leaves`; quantised by a scheme, for inference."""
     one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
     def make() -> Glm4v:
         with jax.sharding.use_abstract_mesh(one):
-            return jax.eval_shape(lambda: Glm4v.init(config))
+            chosen = for_inference(scheme)
+            model = jax.eval_shape(lambda: Glm4v.init(config, dtype=jnp.bfloat16))
+            return model if chosen is None else jax.eval_shape(lambda model: quantize(model, chosen), model)
 
     # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would take precedence.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -85,8 +92,14 @@ def parameter_layout(config: Glm4vConfig) -> tuple[LeafLayout, ...]:
         names = _logical_names(model, path, axes[first:])
         count = leaf.shape[0] if first else 1
         path = path.replace(".stacked.", ".")
-        found.append(LeafLayout(path, count, leaf.shape[first:], names, tuple(axes[first:])))
+        found.append(LeafLayout(path, count, leaf.shape[first:], names, tuple(axes[first:]), _bits(leaf.dtype)))
     return tuple(found)
+
+
+def _bits(dtype: np.dtype) -> int | None:
+    if dtype == jnp.bfloat16:  # as the model was made
+        return None
+    return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
@@ -121,8 +134,9 @@ def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int]) -> None:
 
 def _logical_names(model: Glm4v, path: str, axes: list[tuple[str, ...]]) -> tuple[str | None, ...]:
     """The logical names of a parameter's dimensions: those of its module, or of a table's two sides by their axes."""
-    *parents, leaf = path.split(".")
+    parents = path.split(".")[:-1]
     module = functools.reduce(getattr, parents, model)
     if isinstance(module, Linear):
-        return (*module.in_axes, *module.out_axes) if leaf == "kernel" else module.out_axes
+        every = (*module.in_axes, *module.out_axes)
+        return every if len(axes) == len(every) else module.out_axes
     return tuple(_TABLE_NAMES.get(along) for along in axes)

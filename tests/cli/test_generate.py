@@ -83,6 +83,7 @@ def error_of(capfd, *arguments):
         (["Hello", "--temperature", "nan"], ["temperature: found nan"]),
         (["Hello", "--temperature", "0"], ["--temperature: found 0", "--greedy"]),
         (["Hello", "--dtype", "int8"], ["--dtype: found 'int8'; expected one of auto, float32"]),
+        (["Hello", "--quantize", "int3"], ["--quantize: found 'int3'; expected one of none, int8, int4"]),
         (["Hello", "--top-p", "1.5"], ["top_p: found 1.5"]),
         (["Hello", "--top-k", "-1"], ["top_k: found -1"]),
         (["Hello", "--repetition-penalty", "0"], ["repetition_penalty: found 0"]),

@@ -128,6 +128,43 @@ def test_by_default_the_decoders_kernels_are_quantised(model, config):
     }
 
 
+@BOTH
+def test_for_inference_everything_large_is_quantised(checkpoints, config):
+    found = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), quantize=config.dtype)
+    leaves = leaves_of(found.module)
+    floats = {path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 1}
+    assert all(path.endswith((".scale", ".bias", "_scale", "visual.position_embedding")) for path in floats), floats
+    decoder = leaves["language_model.layers.0.mlp.down.kernel"]
+    assert decoder.dtype == (jnp.int8 if config is INT8 else jnp.uint8)
+    assert leaves["lm_head.kernel"].dtype == leaves["visual.patch_embed.kernel"].dtype == jnp.int8
+    table, scale = (
+        np.asarray(leaves[f"language_model.embed_tokens.{name}"]) for name in ("embedding", "embedding_scale")
+    )
+    exact = load_model(checkpoints("base"), found.config, dtype="float32").language_model.embed_tokens
+    assert np.abs(table * scale[:, None] - np.asarray(exact.embedding[...])).max() <= scale.max() / 2 * (1 + 1e-6)
+    np.testing.assert_array_equal(found.get_input_embeddings(np.asarray([[3, 5]]))[0], (table * scale[:, None])[[3, 5]])
+    assert found.num_parameters() == Glm4vForConditionalGeneration.from_pretrained(checkpoints("base")).num_parameters()
+
+
+def test_a_table_that_is_the_head_too_stays(ours):
+    model = ours("tester").module
+    embed = quantize.quantize(model, quantize.QuantConfig(rest=True)).language_model.embed_tokens
+    assert embed.embedding_scale is None and embed.embedding.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("scheme", ["int3", "INT8"])
+def test_unknown_schemes_are_refused(checkpoints, scheme):
+    with pytest.raises(ConfigError, match=rf"quantize\.dtype: found '{scheme}'; expected one of 'int8', 'int4'"):
+        Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), quantize=scheme)
+
+
+def test_int4_is_refused_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(mesh, "platform", lambda: "tpu")
+    with pytest.raises(ConfigError, match="quantize: found 'int4'; expected 'int8' on a TPU, where"):
+        quantize.for_inference("int4")
+    assert quantize.for_inference("int8").rest and quantize.for_inference("none") is None
+
+
 def test_loss_and_gradients_are_those_of_dequantised_kernels(model):
     """Loss, and an adapter's gradients."""
     batch, _ = batch_of(model.config, TEXT)

@@ -6,15 +6,18 @@ Run as a program, `python test_memory_table.py CHECKPOINT`, this file measures i
 import json
 import sys
 
+import jax
 import pytest
 from helpers_mesh import GROUPED, run_on_devices, write_grouped
 
+from glm4v_jax.checkpoints.load import device_bytes, load_runtime
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.planning.memory_table import COLUMNS, cache_bytes, describe, smallest_fit
 from glm4v_jax.planning.mesh_presets import PRESETS, sizes_for
 from glm4v_jax.planning.parameter_layout import mesh_text
+from glm4v_jax.tiny import TINY_CHECKPOINT
 
 RELEASED = Glm4vConfig.glm4_1v_9b()
 ROWS, CAPACITY = 3, 42
@@ -35,6 +38,17 @@ def test_one_device_holds_the_released_model():
     }
     assert all(total == device for total, device in found.parts().values())
     assert found.share is None
+
+
+@pytest.mark.parametrize(("scheme", "gigabytes"), [("none", 20.6), ("int8", 10.3), ("int4", 6.5)])
+def test_quantised_weights_are_counted_as_they_will_be(scheme, gigabytes):
+    found = describe(RELEASED, {}, scheme=scheme)
+    assert found.weight_bytes / 1e9 == pytest.approx(gigabytes, abs=0.25)
+    if scheme == "int8":
+        model = Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
+        assert describe(model, {}, dtype="float32", scheme=scheme).weight_bytes == device_bytes(
+            jax.tree.leaves(load_runtime(TINY_CHECKPOINT, dtype="float32", quantize=scheme).module)
+        )
 
 
 def test_eight_devices_share_the_released_model():

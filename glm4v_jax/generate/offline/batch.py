@@ -135,7 +135,7 @@ class PromptBatch:
           out: the file for the answers.
           config: for all of them.
           directories: that of the checkpoint, and that of its adapter if it has one; answers of others are not resumed.
-          dtype: the option for the weights; the same holds for it.
+          dtype: the options for the numbers of the weights; the same holds for them.
           name_field: the field of a line for its prompt's name.
           answer_fields: what to write of a completion; `completion_fields` by default.
           sources: files that `out` must not be.
