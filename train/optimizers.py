@@ -141,10 +141,10 @@ def kernel_dimensions(model: Glm4v) -> dict[str, Any]:
         for name in names[:-1]:
             module = getattr(module, name)
         if isinstance(module, Linear) and names[-1] == "kernel":
-            first = leaf.ndim - len(module.in_axes) - len(module.out_axes)
-            middle = first + len(module.in_axes)
-            dims = tuple(range(first, middle)), tuple(range(middle, leaf.ndim))
-            found[".".join(names)] = optax.contrib.MuonDimensionNumbers(*dims)
+            first = leaf.ndim - len(module.axes) + module.leading
+            inputs = range(first, first + len(module.in_axes))
+            outputs = (i for i in range(leaf.ndim - len(module.axes), leaf.ndim) if i not in inputs)
+            found[".".join(names)] = optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
     return found
 
 

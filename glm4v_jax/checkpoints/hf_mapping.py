@@ -25,7 +25,7 @@ from glm4v_jax.errors import CheckpointError, counted
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row of the table.
+    """One row of the table. The leaf has its inputs first, as on disk (`kernel_order`).
 
     Attributes:
       tensor: name in the checkpoint, without the leading "model."; `{i}` is the layer.
@@ -212,6 +212,15 @@ def stacked_path(path: str) -> tuple[str, int | None]:
     if (found := _LAYER.match(path)) is None:
         return path, None
     return f"{found[1]}stacked.{path[found.end() :]}", int(found[2])
+
+
+def layerless_path(path: str) -> str:
+    """Return the path of a layer's leaf without the layer, as the table has it.
+
+    >>> layerless_path("visual.blocks.3.norm1.scale")
+    'visual.blocks.norm1.scale'
+    """
+    return stacked_path(path)[0].replace(".stacked.", ".")
 
 
 _LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_GROUPS))})(\d+)\.")

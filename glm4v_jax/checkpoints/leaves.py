@@ -18,8 +18,9 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.kernel_order import in_order
 from glm4v_jax.model.lora import is_lora
-from glm4v_jax.model.params import leaf_paths
+from glm4v_jax.model.params import kernels, leaf_paths
 from glm4v_jax.model.quantize import is_scale
 
 # Where an array starts at a multiple of this, JAX on a CPU takes its memory over instead of copying it.
@@ -99,7 +100,7 @@ class TensorLeaves:
 
 
 class ModelLeaves:
-    """The leaves of a live model with its layers in either layout, for a checkpoint.
+    """The leaves of a live model, its layers and kernels in any layout, for a checkpoint: kernels inputs first.
 
     Raises:
       CheckpointError: some are of an adapter or quantised, which a checkpoint cannot hold.
@@ -120,14 +121,16 @@ class ModelLeaves:
             path: TensorInfo(shape, self._find(path)[0].dtype)
             for path, shape in hf_mapping.leaf_shapes(model.config).items()
         }
+        self._kernels = kernels(model)
 
     def array(self, path: str) -> Array:
-        """Return a leaf on its devices, a copy where it is a layer of a stacked one."""
+        """Return a leaf on its devices, a copy where it is a layer of a stacked one or in another order."""
         leaf, layer = self._find(path)
-        if layer is None:
-            return leaf
+        linear = self._kernels.get(hf_mapping.layerless_path(path))
         with use_mesh(leaf.sharding.mesh):
-            return _take(leaf, np.int32(layer))
+            if layer is not None:
+                leaf = _take(leaf, np.int32(layer))
+            return leaf if linear is None else in_order(leaf, linear, linear.leading, 0)
 
     def _find(self, path: str) -> tuple[Any, int | None]:
         """The leaf, and the layer in it if it is stacked."""

@@ -23,11 +23,14 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.memory import Memory, check_memory, memory_of
 from glm4v_jax.devices.mesh import platform, use_mesh
+from glm4v_jax.devices.mesh import spec as partition
 from glm4v_jax.errors import ConfigError, MemoryShortageError, naming
 from glm4v_jax.files import decimal_size
 from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.params import Axes, default_dtype, leaf_paths, linears
+from glm4v_jax.model.kernel_order import in_order
+from glm4v_jax.model.kernel_order import outputs_first as with_outputs_first
+from glm4v_jax.model.params import default_dtype, kernels, leaf_paths
 from glm4v_jax.model.quantize import (
     QuantConfig,
     check_finite,
@@ -106,11 +109,12 @@ def load_runtime(
     with use_mesh(mesh) as mesh:
         if stacked is None:
             stacked = platform() != "cpu"
+        outputs_first = platform() == "tpu"
         if adapter is not None:
             read_adapter(adapter, config)  # an adapter that does not fit shows before the weights are read
         module = load_model(
-            directory, config, dtype=dtype, stacked=stacked, quantize=for_inference(quantize), reserve=reserve,
-            progress=progress,
+            directory, config, dtype=dtype, stacked=stacked, outputs_first=outputs_first,
+            quantize=for_inference(quantize), reserve=reserve, progress=progress,
         )  # fmt: skip
         if adapter is not None:
             module = load_adapter(module, adapter)
@@ -126,6 +130,7 @@ def load_model(
     *,
     dtype: Any = None,
     stacked: bool = True,
+    outputs_first: bool = False,
     quantize: QuantConfig | None = None,
     reserve: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -140,6 +145,7 @@ def load_model(
       config: of the model.
       dtype: see `resolve_dtype`.
       stacked: the layout of the layers (see `layers`).
+      outputs_first: the order of kernels (see `kernel_order`).
       quantize: the kernels to quantise, one after the other: only one at a time exists in floats.
       reserve: bytes that a device needs besides the weights.
       progress: called with the bytes read so far and in all, after each leaf.
@@ -153,7 +159,9 @@ def load_model(
     files = open_weights(directory)
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
-    abstract, structure = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
+    abstract, structure = abstract_leaves(
+        config, dtype, stacked=stacked, outputs_first=outputs_first, quantize=quantize
+    )
 
     needed = functools.partial(_needed, config, stacked=stacked, reserve=reserve)
 
@@ -167,27 +175,31 @@ def load_model(
 
     what = f"weights in {dtype.name if quantize is None else quantize.dtype}"
     check_fits(needed(dtype, quantize), what, str(directory), instead)
-    axes = _axes(structure.unflatten(list(abstract.values()))) if quantize is not None else {}
+    linears = kernels(structure.unflatten(list(abstract.values())))
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
     # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
     for path, info in sorted(leaves.infos.items(), key=lambda item: -item[1].nbytes):
         target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
+        linear = linears.get(hf_mapping.layerless_path(path))
         spec = abstract[target].sharding.spec
         spec = spec if layer is None else PartitionSpec(*spec[1:])
+        if linear is not None:
+            spec = partition(*linear.in_axes, *linear.out_axes)
         if quantize is None or scale_path(target) not in abstract:
             made = {target: array_of(leaves, path, spec, dtype)}
         else:  # from the checkpoint's numbers, not rounded to `dtype` first
             kernel = array_of(leaves, path, spec, info.dtype)
-            named = hf_mapping.stacked_path(path)[0].replace(".stacked.", ".")
-            if named in axes:
+            if linear is not None:
                 own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
-                pair = quantize_kernel(kernel, *axes[named], own)
+                pair = quantize_kernel(kernel, linear.in_axes, linear.out_axes, own)
             else:
                 pair = quantize_embedding(kernel)
             made = dict(zip((target, scale_path(target)), pair, strict=True))
             del kernel
         for name, array in made.items():
+            if linear is not None and array.ndim == len(linear.axes):
+                array = in_order(array, linear, 0, linear.leading)
             arrays[name] = array if layer is None else _put_layer(arrays[name], array, layer)
         del made
         done += info.nbytes
@@ -203,7 +215,12 @@ def load_model(
 
 
 def abstract_leaves(
-    config: Glm4vConfig, dtype: DTypeLike, *, stacked: bool, quantize: QuantConfig | None = None
+    config: Glm4vConfig,
+    dtype: DTypeLike,
+    *,
+    stacked: bool,
+    outputs_first: bool = False,
+    quantize: QuantConfig | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree."""
 
@@ -211,6 +228,8 @@ def abstract_leaves(
         model = Glm4v.init(config, dtype=dtype)
         if quantize is not None:
             model = quantized(model, quantize)
+        if outputs_first:
+            model = with_outputs_first(model)
         return model if stacked else model.unstacked()
 
     abstract = jax.eval_shape(make)
@@ -265,11 +284,6 @@ def check_fits(
 
     with naming(place, MemoryShortageError):
         check_memory(shared * nbytes, what, memory_of(mesh.local_devices), advice)
-
-
-def _axes(model: Glm4v) -> dict[str, tuple[Axes, Axes]]:
-    """Path of a kernel, without the layer's number, -> the logical axes of its inputs and outputs."""
-    return {f"{path}.kernel": (found[0].in_axes, found[0].out_axes) for path, found in linears(model).items()}
 
 
 def _put_layer(stacked: Any, leaf: Array, layer: int) -> Array:

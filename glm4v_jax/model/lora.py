@@ -20,7 +20,7 @@ from glm4v_jax.config.checks import Positive, PositiveNumber, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.nn import Linear, subscripts
 from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matching_linears, sizes, stacked_layers
 
 DTYPE = jnp.float32
@@ -141,7 +141,7 @@ def merge_lora(model: Glm4v) -> Glm4v:
                     )
                 leaves = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
                 with on_mesh_of(model):
-                    merged = _merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes)
+                    merged = _merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes, linear.leading)
                 linear.kernel = nnx.Param(merged)
                 linear.lora_a = linear.lora_b = None
                 linear.lora_scale = 0.0
@@ -168,16 +168,17 @@ def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]
     return [(draw(jax.random.fold_in(key, i)), zeros()) for i in range(len(found))]
 
 
-@functools.partial(jax.jit, static_argnames=("in_axes", "out_axes"))
-def _merged(kernel: Array, a: Array, b: Array, scale: float, in_axes: Axes, out_axes: Axes) -> Array:
+@functools.partial(jax.jit, static_argnames=("in_axes", "out_axes", "leading"))
+def _merged(kernel: Array, a: Array, b: Array, scale: float, in_axes: Axes, out_axes: Axes, leading: int) -> Array:
     """Merge A and B into a kernel, in its dtype and partition; stacked layers one after the other."""
-    ins, outs = "ijkl"[: len(in_axes)], "mnop"[: len(out_axes)]
+    ins, outs, both = subscripts(len(in_axes), len(out_axes), leading)
+    axes = (*out_axes[:leading], *in_axes, *out_axes[leading:])
 
     def merge(leaves: tuple[Array, Array, Array]) -> Array:
         kernel, a, b = leaves
         product = jnp.einsum(
-            f"{ins}r,r{outs}->{ins}{outs}", a.astype(jnp.float32), b.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST, out_sharding=mesh.spec(*in_axes, *out_axes),
+            f"{ins}r,r{outs}->{both}", a.astype(jnp.float32), b.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST, out_sharding=mesh.spec(*axes),
         )  # fmt: skip
         return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
 

@@ -78,25 +78,52 @@ def gather_tokens(x: Float[Array, "B T *rest"]) -> Float[Array, "B T *rest"]:
     return jax.sharding.reshard(x, jax.P(rows, None, *rest))
 
 
-def dequantized(kernel: Int[Array, "..."], scale: Float[Array, "..."], inputs: int, dtype: DTypeLike) -> Array:
+def dequantized(
+    kernel: Int[Array, "..."], scale: Float[Array, "..."], inputs: int, dtype: DTypeLike, leading: int = 0
+) -> Array:
     """Dequantise a kernel: multiply in float32, round to `dtype` once.
 
     Args:
       kernel: int8 or int4 [*inputs, *outputs] of one layer, the latter packed if it is uint8; see `cpu_matmul`.
       scale: float32 [*outputs]; or [*inputs but the last, G, *outputs], of G groups of equal size along the last input.
       inputs: how many dimensions are inputs.
-      dtype: of the result [*inputs, *outputs].
+      dtype: of the result, in the kernel's shape.
+      leading: how many outputs stand before the inputs, in the kernel and in the scale of groups (`Linear`).
     """
-    last, spec = inputs - 1, mesh.spec_of(kernel)
+    last, spec = leading + inputs - 1, mesh.spec_of(kernel)
     if kernel.dtype == jnp.uint8:
         kernel = cpu_matmul.unpack_int4(kernel, last, spec)
-    values = kernel.astype(jnp.float32)
+    values, end = kernel.astype(jnp.float32), last + 1
     if scale.ndim < kernel.ndim:
-        return (values * scale).astype(dtype)
-    groups = (*kernel.shape[:last], scale.shape[last], -1, *kernel.shape[inputs:])
-    values = values.reshape(groups, out_sharding=jax.P(*spec[:inputs], None, *spec[inputs:]))
-    values = values * jnp.expand_dims(scale, inputs)
+        return (values * jnp.expand_dims(scale, range(leading, end))).astype(dtype)
+    groups = (*kernel.shape[:last], scale.shape[last], -1, *kernel.shape[end:])
+    values = values.reshape(groups, out_sharding=jax.P(*spec[:end], None, *spec[end:]))
+    values = values * jnp.expand_dims(scale, end)
     return values.reshape(kernel.shape, out_sharding=spec).astype(dtype)
+
+
+def subscripts(inputs: int, outputs: int, leading: int = 0) -> tuple[str, str, str]:
+    """Letters for `einsum` of the inputs, the outputs and the kernel.
+
+    >>> subscripts(1, 2), subscripts(1, 2, leading=1)
+    (('i', 'mn', 'imn'), ('i', 'mn', 'min'))
+    """
+    ins, outs = "ijkl"[:inputs], "mnop"[:outputs]
+    return ins, outs, outs[:leading] + ins + outs[leading:]
+
+
+def is_one_row(x: Float[Array, "B T ..."]) -> bool:
+    """Whether each device of a TPU multiplies a single row.
+
+    The compiler makes no matrix product of that, but a sum on the vector unit, which wants the kernel in another layout
+    (a copy of it in every call) and takes 2 to 3.7 times the cycles of eight rows by its own count.
+    """
+    return mesh.platform() == "tpu" and math.prod(jax.typeof(x).sharding.shard_shape(x.shape)[:2]) == 1
+
+
+def as_eight(x: Float[Array, "B 1 ..."]) -> Float[Array, "B 8 ..."]:
+    """Append seven tokens of zeros, behind a barrier, or the compiler would see through it."""
+    return jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, 7), *((0, 0),) * (x.ndim - 2))))
 
 
 class Linear(nnx.Module):
@@ -104,6 +131,9 @@ class Linear(nnx.Module):
 
     `inputs` and `outputs` map a logical axis to its size: `{"embed": 4096}` -> `{"kv_heads": 2, "q_groups": 16,
     "head_dim": 128}`. The kernel has one dimension for each, so that heads are never reshaped across devices.
+
+    The kernel is [*inputs, *outputs], as in checkpoints; for a TPU the first `leading` outputs stand before the inputs
+    (`kernel_order`).
 
     A quantised kernel (`quantize.quantize`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`. On a
     CPU it is multiplied as `cpu_matmul` does, and so is one in bfloat16.
@@ -127,26 +157,35 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.lora_scale = 0.0
+        self.leading = 0
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of the kernel's dimensions, in their order."""
+        return (*self.out_axes[: self.leading], *self.in_axes, *self.out_axes[self.leading :])
 
     def __call__(self, x: Float[Array, "B T ..."], length: Length = ...) -> Float[Array, "B T ..."]:
         """Map [B, T, *inputs] to [B, T, *outputs]; the result's embedding axis is replicated, as activations are.
 
         Rows and tokens stay sharded as in `x`; `length` shards the tokens in another way.
         """
+        if is_one_row(x):
+            return self(as_eight(x), length)[:, :1]
         rows, own, *_ = mesh.spec_of(x)
         out = jax.P(rows, own if length is ... else length, *mesh.gathered(*self.out_axes))
-        kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.in_axes, *self.out_axes))
+        kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.axes))
         scale = None if self.kernel_scale is None else self.kernel_scale[...]
         if scale is not None:
-            axes = self.out_axes if scale.ndim < kernel.ndim else (*self.in_axes, *self.out_axes)
+            axes = self.out_axes if scale.ndim < kernel.ndim else self.axes
             scale = jax.sharding.reshard(scale, mesh.gathered(*axes))
-        if mesh.platform() == "cpu" and cpu_matmul.is_narrow(kernel):
+        if mesh.platform() == "cpu" and not self.leading and cpu_matmul.is_narrow(kernel):
             y = _narrow_product(x, kernel, scale, len(self.in_axes), out)
         elif scale is None:
-            y = _product(x, kernel, None, len(self.in_axes), out)
+            y = _product(x, kernel, None, len(self.in_axes), out, self.leading)
         else:
             # Or the backward pass would keep the dequantised kernels of all layers: the whole model in floats.
-            y = jax.checkpoint(_product, static_argnums=(3, 4))(x, kernel, scale, len(self.in_axes), out)
+            product = jax.checkpoint(_product, static_argnums=(3, 4, 5))
+            y = product(x, kernel, scale, len(self.in_axes), out, self.leading)
         if self.bias is not None:
             y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
         return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
@@ -156,18 +195,20 @@ class Linear(nnx.Module):
         assert self.lora_a is not None and self.lora_b is not None
         a = jax.sharding.reshard(self.lora_a[...], mesh.gathered(*self.in_axes, None)).astype(x.dtype)
         b = jax.sharding.reshard(self.lora_b[...], mesh.gathered(None, *self.out_axes)).astype(x.dtype)
-        ins, outs = "ijkl"[: len(self.in_axes)], "mnop"[: len(self.out_axes)]
+        ins, outs, _ = subscripts(len(self.in_axes), len(self.out_axes))
         exact = precision(x.dtype)
         low = jnp.einsum(f"bt{ins},{ins}r->btr", x, a, precision=exact, out_sharding=jax.P(*out[:2], None))
         return self.lora_scale * jnp.einsum(f"btr,r{outs}->bt{outs}", low, b, precision=exact, out_sharding=out)
 
 
-def _product(x: Array, kernel: Array, scale: Array | None, inputs: int, out: jax.P) -> Float[Array, "B T ..."]:
+def _product(
+    x: Array, kernel: Array, scale: Array | None, inputs: int, out: jax.P, leading: int = 0
+) -> Float[Array, "B T ..."]:
     """`x @ kernel` over as many inputs, in the partition `out`; quantised kernels are dequantised first."""
     if scale is not None:
-        kernel = dequantized(kernel, scale, inputs, x.dtype)
-    ins, outs = "ijkl"[:inputs], "mnop"[: kernel.ndim - inputs]
-    return jnp.einsum(f"bt{ins},{ins}{outs}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
+        kernel = dequantized(kernel, scale, inputs, x.dtype, leading)
+    ins, outs, both = subscripts(inputs, kernel.ndim - inputs, leading)
+    return jnp.einsum(f"bt{ins},{both}->bt{outs}", x, kernel, precision=precision(x.dtype), out_sharding=out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -256,13 +297,15 @@ class Embed(nnx.Module):
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Score the vocabulary: the tied head."""
+        if is_one_row(x):
+            return self.attend(as_eight(x))[:, :1]
         table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
         out = mesh.spec("batch", "length", "vocab")
         return jnp.einsum("btd,vd->btv", x, table, precision=precision(x.dtype), out_sharding=out)
 
 
 class GatedMlp(nnx.Module):
-    """`down(act(gate(x)) * up(x))`, gate and up as one kernel [D, 2, F]."""
+    """`down(act(gate(x)) * up(x))`, gate and up as one kernel, [D, 2, F] or [2, D, F]."""
 
     def __init__(self, dim: int, hidden: int, act: str, init: Init):
         self.act = act

@@ -55,6 +55,11 @@ def linears(module: Any, path: str = "") -> dict[str, list[Linear]]:
     return found
 
 
+def kernels(model: Glm4v) -> dict[str, Linear]:
+    """Path of a kernel, without the layout and the number of its layer, -> the first linear layer that has it."""
+    return {f"{path}.kernel": found[0] for path, found in linears(model).items()}
+
+
 def matching_linears(model: Glm4v, pattern: str, field: str) -> dict[str, list[Linear]]:
     """The linear layers whose whole path fits a regular expression.
 
@@ -94,9 +99,10 @@ def stacked_layers(linear: Linear) -> int | None:
 def sizes(linear: Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The lengths of a linear layer's inputs and outputs."""
     shape = linear.kernel.shape[-len(linear.in_axes) - len(linear.out_axes) :]
-    *others, last = shape[: len(linear.in_axes)]
+    first, end = linear.leading, linear.leading + len(linear.in_axes)
+    *others, last = shape[first:end]
     packed = 2 if linear.kernel.dtype == jnp.uint8 else 1  # see `cpu_matmul.pack_int4`
-    return (*others, packed * last), shape[len(linear.in_axes) :]
+    return (*others, packed * last), (*shape[:first], *shape[end:])
 
 
 def num_params(tree: object) -> int:

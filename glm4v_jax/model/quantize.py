@@ -23,6 +23,7 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model.cpu_matmul import pack_int4
 from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.kernel_order import reorder
 from glm4v_jax.model.lora import copy_without_lora
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matching_linears, sizes
@@ -110,8 +111,11 @@ def quantize(model: Glm4v, config: QuantConfig) -> Glm4v:
     """
     result = copy_without_lora(model)
     for linear, own in chosen(result, config):
+        leading = linear.leading
+        reorder(linear, 0)
         kernel, scale = quantize_kernel(linear.kernel[...], linear.in_axes, linear.out_axes, own)
         linear.kernel, linear.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+        reorder(linear, leading)
     if config.rest and result.lm_head is not None:
         embed = result.language_model.embed_tokens
         embed.dtype = jnp.dtype(embed.embedding.dtype)

@@ -27,6 +27,7 @@ from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.feature_pool import pool_capacity
 from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.kernel_order import outputs_first
 from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.planning import hlo
 from glm4v_jax.planning.parameter_layout import parameter_layout
@@ -111,7 +112,7 @@ def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
     """The decode program: a step of `batch` rows, each with a cache of `slots`."""
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
-        text, head = _text_and_head(model)
+        text, head = _text_and_head(_served(model, mesh))
         make = lambda text: device_steps.init_state(text, batch, slots, NUM_EOS, stacked=True)  # noqa: E731
         state = placed(jax.eval_shape(make, text), mesh)
         number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -134,7 +135,7 @@ def prefill_program(
     """
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
-        text, _ = _text_and_head(model)
+        text, _ = _text_and_head(_served(model, mesh))
         make = lambda text: device_steps.init_state(text, state_rows or batch, slots, NUM_EOS, stacked=True)  # noqa: E731
         state = placed(jax.eval_shape(make, text), mesh)
         seen = jax.ShapeDtypeStruct((batch, state.seen.shape[1]), jnp.bool_)
@@ -157,9 +158,8 @@ def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> P
     vision = config.vision_config
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
-        del mesh
-        tokens = rows * length // vision.spatial_merge_size**2
-        return encode.lower(Flat.of(model.visual), abstract_vision_rows(config, rows, length), tokens)
+        visual, tokens = _served(model, mesh).visual, rows * length // vision.spatial_merge_size**2
+        return encode.lower(Flat.of(visual), abstract_vision_rows(config, rows, length), tokens)
 
     blocks, merged = _kernels(config, "visual.blocks."), _kernels(config, "visual.downsample.", "visual.merger.")
     attention = 4 * vision.depth * frame * vision.hidden_size
@@ -244,6 +244,11 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
         ),
         received, memory.peak_memory_in_bytes / GIB,
     )  # fmt: skip
+
+
+def _served(model: Glm4v, mesh: Mesh) -> Glm4v:
+    """The model as `load_runtime` reads it on a TPU."""
+    return placed(jax.eval_shape(outputs_first, model), mesh)
 
 
 def _text_and_head(model: Glm4v) -> tuple[Flat, Flat | None]:

@@ -137,6 +137,5 @@ def _logical_names(model: Glm4v, path: str, axes: list[tuple[str, ...]]) -> tupl
     parents = path.split(".")[:-1]
     module = functools.reduce(getattr, parents, model)
     if isinstance(module, Linear):
-        every = (*module.in_axes, *module.out_axes)
-        return every if len(axes) == len(every) else module.out_axes
+        return module.axes if len(axes) == len(module.axes) else module.out_axes
     return tuple(_TABLE_NAMES.get(along) for along in axes)
