@@ -25,7 +25,7 @@ from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import embed_with_vision, score
 from glm4v_jax.model.kv_cache import KVCache, init_cache
 from glm4v_jax.model.nn import Linear
-from glm4v_jax.model.runtime import Flat
+from glm4v_jax.model.runtime import Flat, compute_dtype
 
 MAX_DRAFT = FEW_QUERIES - 1
 """Tokens of a draft at most: with the newest token as many as a decoder takes without copying the cache."""
@@ -157,7 +157,7 @@ class Decoded(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
 def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> SlotsState:
     """`batch` free rows of `capacity` cache slots, all done."""
-    config, dtype = text.module.config, text.leaves[0].dtype
+    config, dtype = text.module.config, compute_dtype(text)
     row = place_row(RowState.free(batch, num_eos))
     seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
     hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
