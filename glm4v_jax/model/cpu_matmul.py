@@ -56,13 +56,13 @@ def pack_int4(values: Array, axis: int, spec: PartitionSpec | None = None) -> Ar
     return low | (high << 4)
 
 
-def matmul(x: Float[Array, "T K"], kernel: Array, scale: Array | None = None) -> Float[Array, "T M N"]:
+def matmul(x: Float[Array, "T K"], kernel: Array, scale: Array | None = None) -> Float[Array, "T N"]:
     """Multiply, in float32.
 
     Args:
       x: tokens, of any float dtype.
-      kernel: int8 or floats [M, K, N], M small; or uint8 [M, K / 2, N], see `pack_int4`.
-      scale: of integers: float32 [M, N], or [M, G, N] for G equal groups of rows.
+      kernel: int8 or floats [K, N]; or uint8 [K / 2, N], see `pack_int4`.
+      scale: of integers: float32 [N], or [G, N] for G equal groups of rows.
     """
     x = x.astype(jnp.float32)
     product = _few_tokens if len(x) <= FEW_TOKENS else _many_tokens
@@ -71,57 +71,53 @@ def matmul(x: Float[Array, "T K"], kernel: Array, scale: Array | None = None) ->
     return y if scale is None or grouped else y * scale
 
 
-def _few_tokens(x: Float[Array, "T K"], kernel: Array, scale: Float[Array, "M G N"] | None) -> Float[Array, "T M N"]:
-    group = x.shape[1] if scale is None else x.shape[1] // scale.shape[1]
+def _few_tokens(x: Float[Array, "T K"], kernel: Array, scale: Float[Array, "G N"] | None) -> Float[Array, "T N"]:
+    group = x.shape[1] if scale is None else x.shape[1] // len(scale)
     rows = _divisor(group, _ROWS)
     inputs = x.reshape(len(x), -1, rows).transpose(1, 2, 0)  # [K / rows, rows, T]
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
         values = lax.dynamic_index_in_dim(inputs, i, keepdims=False)
-        parts = [value[:, None, None] * weights for value, weights in zip(values, _rows(kernel, i, rows), strict=True)]
+        parts = [value[:, None] * weights for value, weights in zip(values, _rows(kernel, i, rows), strict=True)]
         while len(parts) > 1:  # as a tree, which takes half the time of a chain
             parts = [sum(parts[first : first + 2]) for first in range(0, len(parts), 2)]
         if scale is None:
             return total + parts[0], None
-        return total + parts[0] * lax.dynamic_index_in_dim(scale, i * rows // group, 1, keepdims=False), None
+        return total + parts[0] * lax.dynamic_index_in_dim(scale, i * rows // group, keepdims=False), None
 
-    empty = jnp.zeros((len(x), kernel.shape[0], kernel.shape[2]), jnp.float32)
-    return lax.scan(step, empty, jnp.arange(len(inputs)))[0]
+    return lax.scan(step, jnp.zeros((len(x), kernel.shape[1]), jnp.float32), jnp.arange(len(inputs)))[0]
 
 
-def _rows(kernel: Array, i: Array, count: int) -> list[Float[Array, "M N"]]:
+def _rows(kernel: Array, i: Array, count: int) -> list[Float[Array, " N"]]:
     """Rows i * count up to (i + 1) * count, one by one."""
     if kernel.dtype != jnp.uint8:
-        block = lax.dynamic_slice_in_dim(kernel, i * count, count, 1)
-        return [block[:, row].astype(jnp.float32) for row in range(count)]
-    block = lax.dynamic_slice_in_dim(kernel, i * (count // 2), count // 2, 1)
-    pairs = ((block[:, row] & 15, block[:, row] >> 4) for row in range(count // 2))
+        return list(lax.dynamic_slice_in_dim(kernel, i * count, count).astype(jnp.float32))
+    pairs = ((row & 15, row >> 4) for row in lax.dynamic_slice_in_dim(kernel, i * (count // 2), count // 2))
     return [half.astype(jnp.float32) - 8 for pair in pairs for half in pair]
 
 
-def _many_tokens(x: Float[Array, "T K"], kernel: Array, scale: Float[Array, "M G N"] | None) -> Float[Array, "T M N"]:
-    groups = x.shape[1] if scale is None else scale.shape[1]
+def _many_tokens(x: Float[Array, "T K"], kernel: Array, scale: Float[Array, "G N"] | None) -> Float[Array, "T N"]:
+    groups = x.shape[1] if scale is None else len(scale)
     group = x.shape[1] // groups
     most = _BLOCK_ROWS
     if len(x) < _BLOCK_ROWS // 8:
-        most = min(most, max(_ROWS, _BLOCK_BYTES // (4 * kernel.shape[0] * kernel.shape[2])))
+        most = min(most, max(_ROWS, _BLOCK_BYTES // (4 * kernel.shape[1])))
     count = _divisor(groups, max(most // group, 1))
     rows = count * group
     stored = rows // 2 if kernel.dtype == jnp.uint8 else rows
     inputs = x.reshape(len(x), -1, rows).transpose(1, 0, 2)  # [K / rows, T, rows]
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
-        block = lax.dynamic_slice_in_dim(kernel, i * stored, stored, 1)
-        weights = (unpack_int4(block, 1) if kernel.dtype == jnp.uint8 else block).astype(jnp.float32)
+        block = lax.dynamic_slice_in_dim(kernel, i * stored, stored)
+        weights = (unpack_int4(block, 0) if kernel.dtype == jnp.uint8 else block).astype(jnp.float32)
         if scale is not None:
-            factors = lax.dynamic_slice_in_dim(scale, i * count, count, 1)
-            weights = weights * jnp.repeat(factors, group, 1, total_repeat_length=rows)
+            factors = lax.dynamic_slice_in_dim(scale, i * count, count)
+            weights = weights * jnp.repeat(factors, group, 0, total_repeat_length=rows)
         weights = lax.optimization_barrier(weights)  # or the conversion would be part of the product, which is slow
         values = lax.dynamic_index_in_dim(inputs, i, keepdims=False)
-        return total + jnp.einsum("tk,mkn->tmn", values, weights, precision=lax.Precision.HIGHEST), None
+        return total + jnp.dot(values, weights, precision=lax.Precision.HIGHEST), None
 
-    empty = jnp.zeros((len(x), kernel.shape[0], kernel.shape[2]), jnp.float32)
-    return lax.scan(step, empty, jnp.arange(len(inputs)))[0]
+    return lax.scan(step, jnp.zeros((len(x), kernel.shape[1]), jnp.float32), jnp.arange(len(inputs)))[0]
 
 
 def _divisor(size: int, most: int) -> int:

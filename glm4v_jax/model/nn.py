@@ -219,10 +219,9 @@ def _narrow_product(x: Array, kernel: Array, scale: Array | None, inputs: int, o
 
     def local(x: Array, kernel: Array, scale: Array | None) -> Array:
         rows, outs = x.shape[:2], kernel.shape[inputs:]
-        flat = kernel.reshape(1, math.prod(kernel.shape[:inputs]), -1)
+        flat = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
         if scale is not None:
-            grouped = scale.ndim == kernel.ndim
-            scale = scale.reshape((1, math.prod(scale.shape[:inputs]), -1) if grouped else (1, -1))
+            scale = scale.reshape((math.prod(scale.shape[:inputs]), -1) if scale.ndim == kernel.ndim else -1)
         y = cpu_matmul.matmul(x.reshape(math.prod(rows), -1), flat, scale).reshape(*rows, *outs)
         return jax.lax.psum(y, summed) if summed else y
 

@@ -13,15 +13,15 @@ def drawn(num_tokens, inputs, kind, groups=1):
     """Tokens, kernel and scale as `matmul` takes them; and the product in float64."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((num_tokens, inputs)).astype(np.float32)
-    integers = rng.integers(-7, 8, (2, inputs, 6)).astype(np.int8)
+    integers = rng.integers(-7, 8, (inputs, 6)).astype(np.int8)
     if kind == "bfloat16":
-        return x, jnp.asarray(integers, jnp.bfloat16), None, np.einsum("tk,mkn->tmn", x.astype(float), integers)
-    scale = rng.random((2, groups, 6)).astype(np.float32)
-    kernel = integers * np.repeat(scale.astype(float), inputs // groups, 1)
-    expected = np.einsum("tk,mkn->tmn", x.astype(float), kernel)
+        return x, jnp.asarray(integers, jnp.bfloat16), None, np.einsum("tk,kn->tn", x.astype(float), integers)
+    scale = rng.random((groups, 6)).astype(np.float32)
+    kernel = integers * np.repeat(scale.astype(float), inputs // groups, 0)
+    expected = np.einsum("tk,kn->tn", x.astype(float), kernel)
     if kind == "int4":
-        return x, cpu_matmul.pack_int4(jnp.asarray(integers), 1), scale, expected
-    return x, jnp.asarray(integers), scale[:, 0], expected
+        return x, cpu_matmul.pack_int4(jnp.asarray(integers), 0), scale, expected
+    return x, jnp.asarray(integers), scale[0], expected
 
 
 @pytest.mark.parametrize("few", [0, 8])
@@ -48,12 +48,12 @@ def test_packed_integers_are_unpacked_as_they_were():
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_loop_holds_no_copy_of_a_kernel_in_floats(scheme, num_tokens):
     """As that of the decoder, out of which XLA would take the conversion."""
-    kernel, scale = jnp.ones((1, 1024, 1024), jnp.int8), jnp.ones((1, 1024))
+    kernel, scale = jnp.ones((1024, 1024), jnp.int8), jnp.ones(1024)
     if scheme == "int4":
-        kernel, scale = cpu_matmul.pack_int4(kernel, 1), jnp.ones((1, 16, 1024))
+        kernel, scale = cpu_matmul.pack_int4(kernel, 0), jnp.ones((16, 1024))
 
     def steps(x, kernel, scale):
-        return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(cpu_matmul.matmul(x, kernel, scale)[:, 0]), x)
+        return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(cpu_matmul.matmul(x, kernel, scale)), x)
 
     compiled = jax.jit(steps).lower(jnp.ones((num_tokens, 1024)), kernel, scale).compile()
     # In floats, the kernel has 4 MiB and a block of its rows one.
