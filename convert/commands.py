@@ -180,12 +180,16 @@ class InspectTensors(JsonOptions):
     mesh: Annotated[str, tyro.conf.arg(metavar="PRESET|AXES")] = "data=1,fsdp=1,kv=1,q=1,seq=1"
     """Mesh to shard it on: axes as fsdp=4,kv=2, or a preset with a number of devices, as latency:8."""
 
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Count the bytes per device of weights as integers, as `glm4v generate --quantize` makes them."""
+
     def run(self) -> None:
         """Read the headers and print tables."""
         from convert.inspect import inspect
 
         check_text(self.mesh)
-        inspection = inspect(self.source, sizes_for(self.mesh, Glm4vConfig.from_pretrained(self.source)))
+        sizes = sizes_for(self.mesh, Glm4vConfig.from_pretrained(self.source))
+        inspection = inspect(self.source, sizes, self.quantize)
         if self.as_json:
             print(json.dumps(inspection.to_dict()))
         else:

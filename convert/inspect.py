@@ -11,6 +11,7 @@ from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import AXES
+from glm4v_jax.model.quantize import scale_path
 from glm4v_jax.planning.parameter_layout import check_mesh, parameter_layout
 
 _MODULE = re.compile(r"^(lm_head|(?:language_model|visual)\.[a-z_]+)")
@@ -27,7 +28,7 @@ class Group:
       parameters, nbytes: of all of them.
       leaf: of the model, with the index after it of a part of a fused one, as `[:, 1]`.
       sharding: mesh axes of each dimension of the leaf, "-" where it is not sharded.
-      device_bytes: what one device of the mesh holds of all of them, in the checkpoint's dtype.
+      device_bytes: what one device of the mesh holds of all of them, in the checkpoint's dtype or quantised.
     """
 
     name: str
@@ -87,12 +88,13 @@ class Inspection:
         return {**head, **totals, "modules": self.modules, "groups": groups}
 
 
-def inspect(directory: str | Path, mesh: dict[str, int] | None = None) -> Inspection:
+def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize: str = "none") -> Inspection:
     """Read the headers of a checkpoint in either format; no data, and no devices are needed for the mesh.
 
     Args:
       directory: of the checkpoint.
       mesh: axis -> devices; one of each by default.
+      quantize: the scheme by which the weights will be quantised as they are loaded, for the bytes per device.
 
     Raises:
       CheckpointError: files are missing, truncated or corrupt, or tensors do not fit the configuration.
@@ -125,8 +127,25 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None) -> Inspec
                 device_bytes=sum(info.nbytes // leaf.shards(mesh) for info in infos),
             )
         )
+    if quantize != "none":
+        groups = _quantized(groups, config, quantize, mesh)
     kind = "orbax" if isinstance(files, OrbaxCheckpoint) else "safetensors"
     return Inspection(directory, kind, mesh, tuple(groups), _modules(groups))
+
+
+def _quantized(groups: list[Group], config: Glm4vConfig, scheme: str, mesh: dict[str, int]) -> list[Group]:
+    """The groups with what a device holds of them once they are integers with their scales."""
+    floats = {leaf.path: leaf for leaf in parameter_layout(config)}
+    layout = {leaf.path: leaf for leaf in parameter_layout(config, scheme)}
+    changed = []
+    for group in groups:
+        path = group.leaf.partition("[")[0]
+        if (scale := layout.get(scale_path(path))) is not None:
+            nbytes = sum(leaf.device_parameters(mesh) * (leaf.bits or 0) // 8 for leaf in (layout[path], scale))
+            # Of a fused leaf, the part that these tensors are.
+            group = dataclasses.replace(group, device_bytes=nbytes * group.parameters // floats[path].parameters)
+        changed.append(group)
+    return changed
 
 
 def _modules(groups: list[Group]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from glm4v_jax.model.quantize import (
     QuantConfig,
     check_finite,
     for_inference,
+    is_quantized,
     is_scale,
     quantize_embedding,
     quantize_kernel,
@@ -44,6 +45,12 @@ from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Runtime
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+
+INT4_QUALITY = (
+    "int4 by rounding costs quality: on the tiny model 96% of tokens are those of float32, of int8 99.5%; better are "
+    "int8, and checkpoints that AWQ or GPTQ quantised"
+)
+"""The warning beside `--quantize int4`, with the figures that `bench.quant_quality` measured."""
 
 # Pages of files that have been read count as this process's memory; they are given back this often.
 _RELEASE_BYTES = 512 << 20
@@ -119,9 +126,28 @@ def load_runtime(
         if adapter is not None:
             module = load_adapter(module, adapter)
         runtime = Runtime.of(module, mesh, generation_config)
-    if runtime.dtype == jnp.float16:
-        warnings.warn("float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32", stacklevel=3)
+        for note in _cautions(module, runtime.dtype, for_inference(quantize)):
+            warnings.warn(note, stacklevel=3)
     return runtime
+
+
+def _cautions(module: Glm4v, dtype: np.dtype, quantize: QuantConfig | None) -> Iterator[str]:
+    """What a user should know of a model in these numbers.
+
+    Args:
+      module: as it was loaded.
+      dtype: that it computes in.
+      quantize: how it was rounded here; None also for a checkpoint that others quantised.
+    """
+    if dtype == jnp.float16:
+        yield "float16 overflows in GLM-4 models of this size; prefer bfloat16 or float32"
+    if quantize is not None and quantize.dtype == "int4":
+        yield INT4_QUALITY
+    if platform() == "cpu" and not cpu_matmul.FEW_TOKENS and (is_quantized(module) or dtype == jnp.bfloat16):
+        yield (
+            f"jax {jax.__version__}: weights in bfloat16, int8 and int4 are slower on a CPU than with jax 0.12 or newer, "
+            "which needs Python 3.12"
+        )
 
 
 def load_model(

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,25 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_read(checkp
     free[0] = whole // 2
     with pytest.raises(MemoryShortageError, match=r"needs .* for weights in bfloat16"):
         load_runtime(checkpoints("base"), dtype="bfloat16", reserve=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "few", "expected"),
+    [
+        (dict(dtype="float32"), 0, []),
+        (dict(quantize="int8"), 2, []),
+        (dict(quantize="int8"), 0, ["slower on a CPU than with jax 0.12"]),
+        (dict(dtype="bfloat16"), 0, ["slower on a CPU than with jax 0.12"]),
+        (dict(quantize="int4"), 0, ["int4 by rounding costs quality", "slower on a CPU than with jax 0.12"]),
+    ],
+)
+def test_what_costs_quality_or_speed_is_said(checkpoints, monkeypatch, options, few, expected):
+    monkeypatch.setattr(cpu_matmul, "FEW_TOKENS", few)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), **options)
+    said = [str(one.message) for one in caught if one.filename == __file__]
+    assert len(said) == len(expected) and all(part in line for part, line in zip(expected, said, strict=True)), said
 
 
 def test_devices_that_are_too_small_need_a_mesh(checkpoints, monkeypatch):

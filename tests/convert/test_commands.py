@@ -60,7 +60,10 @@ def test_to_orbax_takes_presets_of_meshes(run, synthetic, tmp_path):
 
 def test_inspect_takes_presets_of_meshes(run, synthetic):
     status, out, _ = run("inspect", synthetic(), "--mesh", "latency:4", "--json")
-    assert status == 0 and json.loads(out)["mesh"] == dict(data=1, fsdp=1, kv=2, q=2, seq=1)
+    whole = json.loads(out)
+    assert status == 0 and whole["mesh"] == dict(data=1, fsdp=1, kv=2, q=2, seq=1)
+    status, out, _ = run("inspect", synthetic(), "--mesh", "latency:4", "--quantize", "int8", "--json")
+    assert status == 0 and 0.5 < json.loads(out)["device_bytes"] / whole["device_bytes"] < 0.6
 
 
 @pytest.mark.parametrize(

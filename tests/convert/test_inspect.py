@@ -13,6 +13,7 @@ from convert.to_orbax import to_orbax
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, open_checkpoint
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.planning.memory_table import describe
 from glm4v_jax.planning.mesh_presets import parse_mesh
 
 
@@ -74,6 +75,18 @@ def test_both_formats_list_the_same_tensors(synthetic, tmp_path):
     assert dataclasses.replace(theirs, directory=ours.directory, format=ours.format) == ours
     assert ours.nbytes == sum(info.nbytes for info in open_checkpoint(synthetic()).values())
     assert json.loads(json.dumps(ours.to_dict()))["parameters"] == ours.parameters
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_bytes_per_device_can_be_those_of_quantised_weights(full, synthetic, scheme):
+    found = inspect(full, quantize=scheme)
+    assert found.nbytes == inspect(full).nbytes
+    assert found.device_bytes == describe(Glm4vConfig.glm4_1v_9b(), {}, scheme=scheme).weight_bytes
+    sizes = parse_mesh("fsdp=2,kv=2")
+    split = inspect(synthetic(), sizes, scheme)
+    assert split.device_bytes == describe(Glm4vConfig.from_pretrained(synthetic()), sizes, scheme=scheme).weight_bytes
+    gates = [group for group in split.groups if group.leaf.startswith("visual.blocks.mlp.gate_up.kernel[")]
+    assert len({group.device_bytes for group in gates}) == 1 and len(gates) == 2
 
 
 def test_no_data_are_read(synthetic, monkeypatch):
