@@ -287,9 +287,10 @@ def test_the_pages_build_without_a_warning(tmp_path):
         assert not loaded, page
 
 
-def test_the_performance_page_has_the_results():
-    performance_page = importlib.import_module("bench.performance_page")
-    assert performance_page.PAGE.read_text(encoding="utf-8") == performance_page.page()
+@pytest.mark.parametrize("name", ["performance_page", "quantize_page"])
+def test_generated_pages_are_what_their_programs_write(name):
+    program = importlib.import_module(f"bench.{name}")
+    assert program.PAGE.read_text(encoding="utf-8") == program.page()
 
 
 def doctests():

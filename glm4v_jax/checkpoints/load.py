@@ -47,7 +47,7 @@ from glm4v_jax.model.runtime import Runtime
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 
 INT4_QUALITY = (
-    "int4 by rounding costs quality: on the tiny model 96% of tokens are those of float32, of int8 99.5%; better are "
+    "int4 by rounding costs quality: on the tiny model 98.8% of tokens are those of float32, of int8 99.8%; better are "
     "int8, and checkpoints that AWQ or GPTQ quantised"
 )
 """The warning beside `--quantize int4`, with the figures that `bench.quant_quality` measured."""
@@ -145,8 +145,8 @@ def _cautions(module: Glm4v, dtype: np.dtype, quantize: QuantConfig | None) -> I
         yield INT4_QUALITY
     if platform() == "cpu" and not cpu_matmul.FEW_TOKENS and (is_quantized(module) or dtype == jnp.bfloat16):
         yield (
-            f"jax {jax.__version__}: weights in bfloat16, int8 and int4 are slower on a CPU than with jax 0.12 or newer, "
-            "which needs Python 3.12"
+            f"jax {jax.__version__}: weights in bfloat16, int8 and int4 are slower on a CPU than with jax 0.12 or "
+            "newer, which needs Python 3.12"
         )
 
 

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from helpers_transformers import import_transformers
 
-from bench import aot, aot_train, convert, engine, install, lmms_eval, memory, models, prompt_lookup, recompile
+from bench import (
+    aot,
+    aot_train,
+    convert,
+    engine,
+    install,
+    lmms_eval,
+    memory,
+    models,
+    prompt_lookup,
+    quant_quality,
+    recompile,
+)
 from bench import eval as evaluation
 from convert.synth import load_config
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
@@ -20,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "module", [aot, convert, engine, evaluation, install, lmms_eval, memory, prompt_lookup, recompile]
+    "module", [aot, convert, engine, evaluation, install, lmms_eval, memory, prompt_lookup, quant_quality, recompile]
 )
 def test_help_measures_nothing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it", "--help"])
