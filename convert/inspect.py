@@ -105,7 +105,7 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
     files = open_weights(directory)
     matched = hf_mapping.match(config, files, str(directory))
     mesh = dict.fromkeys(AXES, 1) | (mesh or {})
-    check_mesh(config, mesh)
+    check_mesh(config, mesh, quantize)
     leaves = {leaf.path: leaf for leaf in parameter_layout(config)}
     names: dict[hf_mapping.Rule, list[str]] = {}
     for name, part in matched.items():

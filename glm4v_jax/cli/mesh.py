@@ -209,4 +209,4 @@ def _print_presets(presets: dict[str, "MemoryTable"]) -> None:
     first = next(iter(presets.values()))
     cache = f"a cache of {first.rows} x {first.capacity} tokens"
     beside = "gradients and optimizer state" if first.training else f"{cache}, for train gradients and optimizer state"
-    print(f"{counted(first.num_devices, 'device')}, {first.dtype}; besides weights: {beside}")
+    print(f"{counted(first.num_devices, 'device')}, {first.precision}; besides weights: {beside}")

@@ -6,6 +6,7 @@ Read from the abstract model; no devices are needed. Activations and temporaries
 `compile_for_topology` has them, from the compiled programs.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,7 @@ class MemoryTable:
     cache: keys and values; rows and slots are padded to what the mesh divides. Empty for training.
     memory: bytes that a device has, if that is known.
     training: gradients and the optimizer's state, for training.
+    scheme: of quantised weights.
     """
 
     sizes: dict[str, int]
@@ -85,6 +87,12 @@ class MemoryTable:
     cache: ArrayMemory
     memory: int | None
     training: tuple[ArrayMemory, ...] = ()
+    scheme: str = "none"
+
+    @property
+    def precision(self) -> str:
+        """The numbers that it is in, in words."""
+        return self.dtype if self.scheme == "none" else f"{self.scheme} and {self.dtype}"
 
     @property
     def arrays(self) -> tuple[ArrayMemory, ...]:
@@ -145,7 +153,7 @@ class MemoryTable:
             beside, together = " and ".join(sizes), f"{together} for full fine-tuning with AdamW"
         else:
             beside = f"{size_text(self.cache.device_bytes)} of a cache of {self.rows} x {self.capacity} slots"
-            together = f"{together} in {self.dtype}"
+            together = f"{together} in {self.precision}"
         weights = f"a device holds {size_text(self.weight_bytes)} of weights"
         return f"mesh {mesh_text(self.sizes)}: {weights}{', ' if self.training else ' and '}{beside}, {together}{share}"
 
@@ -154,6 +162,7 @@ class MemoryTable:
         names = ("dtype", "rows", "capacity", "num_devices", "weight_bytes", "device_bytes", "memory", "share", "fits")
         return {
             "mesh": self.sizes,
+            "quantize": self.scheme,
             **{name: getattr(self, name) for name in names},
             "cache_bytes": self.cache.device_bytes,
             "parts": {
@@ -187,16 +196,17 @@ def describe(
       is_training: count full fine-tuning with AdamW as `glm4v train` does it, all of it in float32, instead of a cache.
 
     Raises:
-      ConfigError: the model does not divide by the mesh, or a number is below 1.
+      ConfigError: the model or the groups of its integers do not divide by the mesh, or a number is below 1.
     """
     for name, number in (("rows", rows), ("capacity", capacity)):
         if number < 1:
             raise ConfigError(f"{name}: found {number}; expected at least 1")
     all_axes = dict.fromkeys(AXES, 1) | dict(sizes)
-    check_mesh(config, all_axes)
+    scheme = "none" if is_training else scheme
+    check_mesh(config, all_axes, scheme)
     itemsize = jnp.dtype(dtype).itemsize
     weights, trained, trained_on_device = [], 0, 0
-    for leaf in parameter_layout(config, "none" if is_training else scheme):
+    for leaf in parameter_layout(config, scheme):
         prefix, part = next((prefix, part) for prefix, part in _PARTS.items() if leaf.path.startswith(prefix))
         name = leaf.path.removeprefix(prefix)
         size = _FLOAT32 if is_training and part not in FROZEN else itemsize
@@ -213,7 +223,7 @@ def describe(
         for part, (name, count) in _STATE.items()
         if is_training
     )
-    return MemoryTable(all_axes, str(dtype), rows, capacity, tuple(weights), cache, memory, training)
+    return MemoryTable(all_axes, str(dtype), rows, capacity, tuple(weights), cache, memory, training, scheme)
 
 
 def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) -> MemoryTable | None:
@@ -227,9 +237,10 @@ def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) 
     """
     for number in COUNTS:
         sizes = sizes_for(f"{preset}:{number}", config, memory=memory)
-        found = describe(config, sizes, memory=memory, **options)
-        if found.fits:
-            return found
+        with contextlib.suppress(ConfigError):  # groups of integers may not divide where the model does
+            found = describe(config, sizes, memory=memory, **options)
+            if found.fits:
+                return found
     return None
 
 

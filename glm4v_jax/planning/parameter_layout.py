@@ -21,7 +21,7 @@ from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.params import leaf_paths
-from glm4v_jax.model.quantize import for_inference, quantize
+from glm4v_jax.model.quantize import for_inference, is_scale, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +118,27 @@ def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int]) -> None:
+def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "none") -> None:
     """Check that a mesh can keep every parameter of a model, before any of them is read.
 
     Args:
       config: of the model.
       sizes: axis -> devices, all axes.
+      scheme: by which it is quantised.
 
     Raises:
-      ConfigError: dimensions do not divide by the devices along their mesh axes; the message has all of them.
+      ConfigError: dimensions do not divide by the devices along their mesh axes; the message has all of them. Or groups
+        of a quantised kernel do not.
     """
     if found := misfits(config, sizes):
         raise ConfigError(f"mesh {mesh_text(sizes)}: {'; '.join(found)}")
+    for leaf in parameter_layout(config, scheme) if scheme != "none" else ():
+        for size, axes in zip(leaf.shape, leaf.axes, strict=True):
+            if is_scale(leaf.path) and size % (count := devices_along(axes, sizes)):
+                raise ConfigError(
+                    f"mesh {mesh_text(sizes)}: quantize: found {scheme}, with {size} groups of inputs of {leaf.path}, "
+                    f"which {count} devices share; expected int8, which has no groups"
+                )
 
 
 def _logical_names(model: Glm4v, path: str, axes: list[tuple[str, ...]]) -> tuple[str | None, ...]:
