@@ -29,6 +29,8 @@ from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.text.boxes import find_boxes
 from glm4v_jax.inputs.media.load import is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.kernel_order import outputs_first
 from glm4v_jax.model.runtime import Runtime
 from train.config import EvalConfig, TrainConfig
 from train.data.packing import TrainBatch
@@ -130,7 +132,7 @@ class Evaluator:
 
     def answers(self, weights: Weights) -> Generator[tuple[int, dict[str, Any]]]:
         """Yield the number of a question, and a line with the answer, the reference and the score, as answers end."""
-        module = jax.jit(Weights.model)(weights)
+        module = _module(weights)
         if platform() == "cpu":
             module = module.unstacked()
         runtime = Runtime.of(module, self._mesh, GenerationConfig.from_pretrained(self._job.model))
@@ -185,6 +187,12 @@ class Evaluator:
         if now - self._noted > _PERIOD:
             self._noted = now
             self._log(line)
+
+
+@jax.jit
+def _module(weights: Weights) -> Glm4v:
+    """The model in its compute dtype, on a TPU with its kernels as that decodes with them."""
+    return outputs_first(weights.model()) if platform() == "tpu" else weights.model()
 
 
 class Subset(Sequence[Record]):

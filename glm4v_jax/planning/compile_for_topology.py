@@ -28,6 +28,8 @@ from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.feature_pool import pool_capacity
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import outputs_first
+from glm4v_jax.model.quantize import for_inference
+from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.planning import hlo
 from glm4v_jax.planning.parameter_layout import parameter_layout
@@ -37,10 +39,14 @@ LARGE = 2**20
 """Copies of fewer bytes are not of a weight or cache of the 9B."""
 
 
+# GiB that programs may use, by what the compiler says when it refuses one; where it is less than the chip has.
+_AVAILABLE = {"v5e": 15.75, "v6e": 31.25}
+
 SLICES = {chip.generation: chip for chip in CHIPS if chip.links}
 """Generation of a TPU slice -> its chip."""
 
 _DECODER = "language_model.layers."
+_PARTS = ("visual", "language_model", "lm_head")
 _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
 
@@ -71,9 +77,15 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     return Mesh(np.array(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract_model(config: Glm4vConfig, mesh: Mesh) -> Glm4v:
-    """Make the abstract model in bfloat16, sharded, layers stacked; to be called within `mesh`."""
-    return placed(jax.eval_shape(lambda: Glm4v.init(config, dtype=jnp.bfloat16)), mesh)
+def abstract_model(config: Glm4vConfig, mesh: Mesh, quantize: str | None = None) -> Glm4v:
+    """Make the abstract model in bfloat16 or quantised, sharded, layers stacked; to be called within `mesh`."""
+    scheme = for_inference(quantize)
+
+    def make() -> Glm4v:
+        model = Glm4v.init(config, dtype=jnp.bfloat16)
+        return model if scheme is None else quantized(model, scheme)
+
+    return placed(jax.eval_shape(make), mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Program:
       flops: floating point operations of a run, on all chips together.
       parts: names of the model's parts whose weights it reads.
       loop: number of nested loops around an instruction that runs once per layer.
+      beside: (model, mesh) -> what else is on the chips while it runs, besides the weights of other parts.
     """
 
     name: str
@@ -95,6 +108,7 @@ class Program:
     flops: float
     parts: tuple[str, ...]
     loop: int
+    beside: Callable[[Glm4v, Mesh], Any] = lambda model, mesh: ()
 
 
 def abstract_vision_rows(config: Glm4vConfig, *shape: int) -> VisionRows:
@@ -113,8 +127,7 @@ def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, head = _text_and_head(_served(model, mesh))
-        make = lambda text: device_steps.init_state(text, batch, slots, NUM_EOS, stacked=True)  # noqa: E731
-        state = placed(jax.eval_shape(make, text), mesh)
+        state = _state(text, mesh, batch, slots)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         return device_steps.decode.lower(text, head, state, number, number, num_steps=STEPS)
 
@@ -136,8 +149,7 @@ def prefill_program(
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, _ = _text_and_head(_served(model, mesh))
-        make = lambda text: device_steps.init_state(text, state_rows or batch, slots, NUM_EOS, stacked=True)  # noqa: E731
-        state = placed(jax.eval_shape(make, text), mesh)
+        state = _state(text, mesh, state_rows or batch, slots)
         seen = jax.ShapeDtypeStruct((batch, state.seen.shape[1]), jnp.bool_)
         rows = jax.ShapeDtypeStruct((batch,), jnp.int32) if state_rows else None
         ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
@@ -153,8 +165,13 @@ def prefill_program(
     return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
 
 
-def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> Program:
-    """The ViT's program: `rows` rows of `length` patches, of images of `frame` patches."""
+def encode_program(
+    config: Glm4vConfig, rows: int, length: int, frame: int, state_rows: int = 0, slots: int = 0
+) -> Program:
+    """The ViT's program: `rows` rows of `length` patches, of images of `frame` patches.
+
+    Beside it is a state of `state_rows` rows, each with a cache of `slots`.
+    """
     vision = config.vision_config
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
@@ -164,7 +181,12 @@ def encode_program(config: Glm4vConfig, rows: int, length: int, frame: int) -> P
     blocks, merged = _kernels(config, "visual.blocks."), _kernels(config, "visual.downsample.", "visual.merger.")
     attention = 4 * vision.depth * frame * vision.hidden_size
     flops = rows * length * (2 * blocks + attention + 2 * merged / vision.spatial_merge_size**2)
-    return Program(f"encode {rows} x {length:,}", lower, 0, flops, ("visual",), 1)
+
+    def beside(model: Glm4v, mesh: Mesh) -> Any:
+        return _state(_text_and_head(model)[0], mesh, state_rows, slots) if state_rows else ()
+
+    name = f"encode {rows} x {length:,}" + (f", beside {state_rows} of {slots:,}" if state_rows else "")
+    return Program(name, lower, 0, flops, ("visual",), 1, beside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +197,7 @@ class Compiled:
       program, topology, mesh: what was compiled, and for what.
       seconds: time to compile.
       arguments, temporaries, outputs: GiB; outputs that alias donated arguments are not counted again.
-      hbm: GiB that the chip has.
+      hbm: GiB of the chip that programs may use.
       collectives: kind -> (in the layer loop, elsewhere).
       copies: weights or caches that are copied: (shape, whether in the layer loop).
       held: bytes that a chip holds of weights and caches, over its part of them if nothing were replicated.
@@ -183,6 +205,9 @@ class Compiled:
       received: GB that the chip receives from others in a run; in a step, of a program that ends when its tokens do.
       peak: the most GiB in use at a time, arguments included, as the compiler has laid them out; less than the sum
         where temporaries reuse the memory of donated arguments.
+      beside: GiB of what else is on the chip, such as the weights of other parts of the model.
+      megacycles: of a run or step, by the compiler's own estimate: a model of the chip, to compare programs with;
+        branches that may not be taken do not count.
     """
 
     program: str
@@ -199,15 +224,33 @@ class Compiled:
     floor_ms: tuple[float, float]
     received: float
     peak: float
+    beside: float
+    megacycles: float
 
     @property
     def fits(self) -> bool:
-        """Whether the chip has room for it."""
-        return self.peak <= self.hbm
+        """Whether the chip has room for it, and for what else is there."""
+        return self.peak + self.beside <= self.hbm
 
 
-def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: int = LARGE, **sizes: int) -> Compiled:
-    """Compile a program for a slice; `sizes` are those of the mesh, and copies below `large` bytes do not count.
+def compile_for(
+    program: Program,
+    config: Glm4vConfig,
+    topology: str,
+    *,
+    quantize: str | None = None,
+    large: int = LARGE,
+    **sizes: int,
+) -> Compiled:
+    """Compile a program for a slice.
+
+    Args:
+      program: to compile.
+      config: of the model.
+      topology: the slice.
+      quantize: "int8" for weights as `load_runtime` quantises them.
+      large: copies of fewer bytes do not count.
+      sizes: of the mesh.
 
     Raises:
       ConfigError: the slice is unknown, or a dimension of the model does not divide by the mesh.
@@ -215,7 +258,9 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
     mesh = topology_mesh(topology, **sizes)
     chip = SLICES[topology.partition(":")[0]]
     with jax.set_mesh(mesh):
-        model = abstract_model(config, mesh)
+        model = abstract_model(config, mesh, quantize)
+        others = [getattr(model, part) for part in _PARTS if part not in program.parts]
+        beside = _chip_bytes((others, program.beside(model, mesh)))
         lowered = program.lower(model, mesh)
         start = time.perf_counter()
         compiled = lowered.compile()
@@ -223,26 +268,28 @@ def compile_for(program: Program, config: Glm4vConfig, topology: str, *, large: 
     memory = compiled.memory_analysis()
     weights = sum(_bytes(getattr(model, part)) for part in program.parts)
     collectives: dict[str, tuple[int, int]] = {}
-    copies, received = [], 0.0
+    copies, received, cycles = [], 0.0, 0
     for found in hlo.instructions(compiled.as_text()):
         inside = found.loops >= program.loop
+        cycles += 0 if found.is_conditional else found.cycles * found.runs
         if found.opcode in hlo.COLLECTIVES:
             a, b = collectives.get(found.opcode, (0, 0))
             collectives[found.opcode] = (a + inside, b + (not inside))
             received += found.received * found.runs / 1e9
         elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= large and not found.is_conditional:
             copies.append((found.shape, inside))
-    chips = mesh.size
+    chips, name = mesh.size, program.name + (f", {quantize}" if quantize else "")
     return Compiled(
-        program.name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
+        name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
         memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
-        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB, chip.hbm / GIB, collectives, copies,
+        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB,
+        _AVAILABLE.get(chip.generation, chip.hbm / GIB), collectives, copies,
         memory.argument_size_in_bytes * chips / (weights + program.read),
         (
             1e3 * (weights + program.read) / chips / chip.bandwidth,
             1e3 * program.flops / chips / chip.flops,
         ),
-        received, memory.peak_memory_in_bytes / GIB,
+        received, memory.peak_memory_in_bytes / GIB, beside / GIB, cycles / 1e6,
     )  # fmt: skip
 
 
@@ -253,6 +300,11 @@ def _served(model: Glm4v, mesh: Mesh) -> Glm4v:
 
 def _text_and_head(model: Glm4v) -> tuple[Flat, Flat | None]:
     return Flat.of(model.language_model), None if model.lm_head is None else Flat.of(model.lm_head)
+
+
+def _state(text: Flat, mesh: Mesh, rows: int, slots: int) -> device_steps.SlotsState:
+    make = lambda text: device_steps.init_state(text, rows, slots, NUM_EOS, stacked=True)  # noqa: E731
+    return placed(jax.eval_shape(make, text), mesh)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
@@ -267,6 +319,11 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _chip_bytes(tree: Any) -> int:
+    """Bytes that a chip holds of placed arrays."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _cache_bytes(config: Glm4vConfig) -> int:

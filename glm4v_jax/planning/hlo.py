@@ -28,6 +28,7 @@ _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\
 _AXIS = re.compile(r"'([^']*)'=(\d+)")
 _LIMIT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _LESS = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ON_CHIP = "S(1)"  # the memory space of a core's own fast memory
 
 
@@ -42,6 +43,7 @@ class Instruction:
       in_hbm: whether the result is in HBM, not in a core's own memory.
       loops: number of loops around it.
       runs: how often it runs; loops without a constant trip count are counted once.
+      cycles: of a run, as the compiler of a TPU estimates them.
       received: bytes that a device receives from others in a run, of a collective; by rings, as TPUs do it.
       is_conditional: whether it is in a branch that may not be taken.
       channel: of a collective within a fusion.
@@ -57,6 +59,7 @@ class Instruction:
     channel: str = ""
     runs: int = 1
     received: float = 0.0
+    cycles: int = 0
 
 
 def instructions(text: str) -> Iterator[Instruction]:
@@ -96,11 +99,12 @@ def _walk(
         opcode = match[3]
         if opcode.endswith("-done"):
             continue
-        result = match[2]
+        result, cycles = match[2], _CYCLES.search(line)
         plain = opcode.removesuffix("-start")
         yield Instruction(
             match[1], plain, _nbytes(result), _first_shape(result), _ON_CHIP not in result, loops, is_conditional,
             runs=runs, received=_received(plain, line, _result_bytes(opcode, result)),
+            cycles=int(cycles[1]) if cycles else 0,
         )  # fmt: skip
         callees = _CALLEE.findall(line)
         if opcode == "fusion":

@@ -251,18 +251,29 @@ def test_the_whole_row_is_sorted_only_where_the_candidates_do_not_do():
     assert len(whole_rows) == 1, "one is the branch that is skipped; a second is XLA's way to get the candidates"
 
 
+def test_many_rows_are_cut_as_each_alone():
+    logits = np.random.default_rng(7).standard_normal((20, 100)).astype(np.float32)
+    params = _stack([GenerationConfig(do_sample=True, top_k=0, top_p=p) for p in np.linspace(0.3, 0.9, 20).tolist()])
+    seen = np.zeros(logits.shape, bool)
+    found = np.isfinite(_process(logits, params, seen))
+    each = [_process(logits[i : i + 1], jax.tree.map(lambda x, i=i: x[i : i + 1], params), seen[:1]) for i in range(20)]
+    assert np.array_equal(found, np.isfinite(np.concatenate(each))) and len(set(found.sum(1).tolist())) > 10
+
+
 def test_seen_grows_by_token():
     seen = _seen([[3, 4, 3], [5, 6, 7]], 10)
     grown = sampling.mark_seen(jnp.asarray(seen), jnp.array([0, 5]))
     assert [np.flatnonzero(row).tolist() for row in grown] == [[0, 3, 4], [5, 6, 7]]
 
 
-def test_it_runs_in_an_explicit_mesh():
+@pytest.mark.parametrize("batch", [2, 12])
+def test_it_runs_in_an_explicit_mesh(batch):
+    """As without one; a few of many rows at a time."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    logits = np.random.default_rng(6).standard_normal((2, 300)).astype(np.float32)
-    params = SamplingParams.of(GenerationConfig(do_sample=True, top_k=0, top_p=0.8, min_p=0.01), 2)
-    prompt, keys = _seen([[1, 2], [3, 4]], 300), sampling.row_keys(0, jnp.arange(2))
+    logits = np.random.default_rng(6).standard_normal((batch, 300)).astype(np.float32)
+    params = SamplingParams.of(GenerationConfig(do_sample=True, top_k=0, top_p=0.8, min_p=0.01), batch)
+    prompt, keys = _seen([[i, i + 1] for i in range(batch)], 300), sampling.row_keys(0, jnp.arange(batch))
 
     def step(logits, params, seen, keys):
         tokens = sampling.sample(logits, params, seen, sampling.step_keys(keys, 0))

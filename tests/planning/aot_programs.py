@@ -5,6 +5,7 @@ Run in an environment with libtpu, which has none of the test extra's packages; 
 
 import dataclasses
 import json
+from typing import Any
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.planning import compile_for_topology
@@ -27,7 +28,7 @@ def narrow(hidden: int) -> Glm4vConfig:
 
 
 def main() -> None:
-    """Compile decode and prefill on the mesh of latency, decode on that of long contexts, and a training step."""
+    """Compile decode and prefill on the mesh of latency and on those of others, quantised, and a training step."""
     wide, narrower = narrow(2048), narrow(1024)
     decode, prefill = (
         compile_for_topology.decode_program(wide, 8, 4096),
@@ -37,12 +38,15 @@ def main() -> None:
         compile_for_topology.prefill_program(wide, 1, 96, 4096, state_rows=8),
         compile_for_topology.prefill_program(wide, 32, 16, 1024),
     )
+    one = compile_for_topology.decode_program(wide, 1, 4096)
     step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))
-    for program, config, sizes in (
+    single: dict[str, Any] = dict(topology="v5e:1x1", quantize="int8")
+    for program, config, options in (
         (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
         (step, narrower, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, wide, dict(kv=2, q=2)),
+        (one, wide, single),
     ):  # fmt: skip
-        compiled = compile_for_topology.compile_for(program, config, "v5e:2x2", large=2**18, **sizes)
+        compiled = compile_for_topology.compile_for(program, config, **dict(topology="v5e:2x2") | options, large=2**18)
         print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201
 
 

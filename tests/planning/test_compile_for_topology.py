@@ -163,7 +163,10 @@ def compiled():
     command = [str(python), str(Path(__file__).with_name("aot_programs.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    names = ("decode", "prefill", "decode, slots split", "training step", "a row beside others", "many short rows")
+    names = (
+        "decode", "prefill", "decode, slots split", "training step", "a row beside others", "many short rows",
+        "a quantised row on one chip",
+    )  # fmt: skip
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
@@ -173,6 +176,14 @@ def test_decoding_sums_twice_per_layer_and_copies_nothing(compiled):
     assert {kind: inside for kind, (inside, _) in found["collectives"].items() if inside} == {"all-reduce": 2}
     assert found["copies"] == []
     assert found["temporaries"] * 2**10 <= FEW
+
+
+def test_a_single_row_copies_nothing_on_one_chip(compiled):
+    """Where key heads are not sharded, either, and kernels are integers; the other parts of the model fit beside it."""
+    found = compiled["a quantised row on one chip"]
+    assert found["copies"] == []
+    assert found["temporaries"] * 2**10 <= FEW
+    assert found["beside"] > 0.3 and found["megacycles"] > 0
 
 
 def test_prefill_gathers_and_scatters_twice_per_layer(compiled):
