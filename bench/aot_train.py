@@ -63,7 +63,7 @@ CASES: list[tuple[str, Step, str, dict[str, int]]] = [
 ]
 
 
-def compile_step(step: Step, topology: str, sizes: dict[str, int]) -> dict[str, Any]:
+def compile_step(step: Step, topology: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """Compile a step in this process."""
     from glm4v_jax.config.model import Glm4vConfig
     from glm4v_jax.model.lora import LoraConfig

@@ -80,6 +80,7 @@ LOOP = """
 
 %body (p: (s32[], bf16[8,256])) -> (s32[], bf16[8,256]) {
   %all-gather.1 = bf16[8,256]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %fusion.2 = bf16[8,256]{1,0} fusion(%all-gather.1), kind=kLoop, backend_config={"estimated_cycles":"721"}
   %collective-permute-start.1 = (bf16[4,256]{1,0}, bf16[4,256]{1,0}, u32[], u32[]) collective-permute-start(%y)
   %fusion.all-reduce-scatter = bf16[2,256]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
 }
@@ -104,6 +105,10 @@ def test_received_bytes_and_runs_of_collectives():
         "all-gather": (40, 3072), "collective-permute": (40, 2048), "reduce-scatter3": (40, 3072),
         "all-reduce": (1, 2 * 12), "reduce-scatter": (1, 7 * 1024),
     }  # fmt: skip
+
+
+def test_estimated_cycles_of_instructions_are_read():
+    assert [(one.name, one.cycles, one.runs) for one in hlo.instructions(LOOP) if one.cycles] == [("fusion.2", 721, 40)]
 
 
 def test_nested_loops_of_a_compiled_program_are_counted():
