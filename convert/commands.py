@@ -188,7 +188,7 @@ class InspectTensors(JsonOptions):
         from convert.inspect import inspect
 
         check_text(self.mesh)
-        sizes = sizes_for(self.mesh, Glm4vConfig.from_pretrained(self.source))
+        sizes = sizes_for(self.mesh, Glm4vConfig.from_pretrained(self.source), scheme=self.quantize)
         inspection = inspect(self.source, sizes, self.quantize)
         if self.as_json:
             print(json.dumps(inspection.to_dict()))

@@ -83,7 +83,9 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.planning.mesh_presets import mesh_for
 
-        on = None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained))
+        on = (
+            None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained), scheme=quantize or "none")
+        )
         self._engine = Engine.from_pretrained(
             pretrained, num_slots=int(slots), adapter=adapter, dtype=dtype, quantize=quantize, mesh=on
         )

@@ -175,7 +175,7 @@ class Mesh(JsonOptions):
             import jax
 
             number = jax.device_count()
-        sizes = sizes_for(text, config, number, memory)
+        sizes = sizes_for(text, config, number, memory, scheme=self.quantize)
         return describe(config, sizes, memory=memory, **self._counted(text))
 
 

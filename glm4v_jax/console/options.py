@@ -134,7 +134,7 @@ class ModelOptions:
 
         asked = self.mesh or ("latency" if several() else None)
         config = Glm4vConfig.from_pretrained(self.directory)
-        mesh = None if asked is None else mesh_for(asked, config)
+        mesh = None if asked is None else mesh_for(asked, config, scheme=self.quantize or "none")
         if mesh is not None:
             check_devices(mesh)
             given = repr((mesh.shape, self.precision, num_slots, config, self.adapter is None)).encode()

@@ -6,7 +6,6 @@ Read from the abstract model; no devices are needed. Activations and temporaries
 `compile_for_topology` has them, from the compiled programs.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -236,11 +235,10 @@ def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) 
       **options: of `describe`.
     """
     for number in COUNTS:
-        sizes = sizes_for(f"{preset}:{number}", config, memory=memory)
-        with contextlib.suppress(ConfigError):  # groups of integers may not divide where the model does
-            found = describe(config, sizes, memory=memory, **options)
-            if found.fits:
-                return found
+        sizes = sizes_for(f"{preset}:{number}", config, memory=memory, scheme=options.get("scheme", "none"))
+        found = describe(config, sizes, memory=memory, **options)
+        if found.fits:
+            return found
     return None
 
 

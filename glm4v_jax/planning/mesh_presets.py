@@ -30,9 +30,9 @@ MAX_FSDP = 64
 WEIGHTS_SHARE = 0.5
 """Fraction of a device's memory for the weights of a replica; the rest is for caches, which give throughput."""
 
-_BFLOAT16_BYTES = 2
+_BFLOAT16_BITS = 16
 Sizes = dict[str, int]
-Choose = Callable[["Glm4vConfig", int, int | None], Sizes]
+Choose = Callable[["Glm4vConfig", int, int | None, str], Sizes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class MeshPreset:
 
     name: in texts.
     description: what it is for and does, in a sentence.
-    choose: (configuration, number of devices, bytes of memory of a device or None) -> axis -> devices; all devices are
-      used, and every parameter divides.
+    choose: (configuration, number of devices, bytes of memory of a device or None, scheme of quantised weights) ->
+      axis -> devices; all devices are used, and every parameter divides.
     """
 
     name: str
@@ -103,7 +103,14 @@ def check_text(text: str) -> None:
         parse_mesh(text)
 
 
-def sizes_for(text: str, config: "Glm4vConfig", num_devices: int | None = None, memory: int | None = None) -> Sizes:
+def sizes_for(
+    text: str,
+    config: "Glm4vConfig",
+    num_devices: int | None = None,
+    memory: int | None = None,
+    *,
+    scheme: str = "none",
+) -> Sizes:
     """Compute the sizes of the mesh that a text names; no devices are needed.
 
     Args:
@@ -111,6 +118,7 @@ def sizes_for(text: str, config: "Glm4vConfig", num_devices: int | None = None, 
       config: of the model.
       num_devices: for a preset whose text has no number.
       memory: bytes that a device has, if that is known.
+      scheme: of quantised weights.
 
     Returns:
       axis -> devices, all axes.
@@ -129,17 +137,20 @@ def sizes_for(text: str, config: "Glm4vConfig", num_devices: int | None = None, 
             raise ConfigError(f"mesh {preset.name}: found no number of devices; expected one, as in {preset.name}:8")
         if not 1 <= number <= MAX_DEVICES:
             raise ConfigError(f"mesh {preset.name}: found {number:,} devices; expected from 1 to {MAX_DEVICES:,}")
-        sizes = preset.choose(config, number, memory)
-    check_mesh(config, sizes)
+        sizes = preset.choose(config, number, memory, scheme)
+    check_mesh(config, sizes, scheme)
     return sizes
 
 
-def mesh_for(text: str, config: "Glm4vConfig", *, devices: "Sequence[jax.Device] | None" = None) -> "Mesh":
+def mesh_for(
+    text: str, config: "Glm4vConfig", *, scheme: str = "none", devices: "Sequence[jax.Device] | None" = None
+) -> "Mesh":
     """Make the mesh that a text names, of the devices here; a preset takes all of them.
 
     Args:
       text: see `sizes_for`.
       config: of the model.
+      scheme: of quantised weights.
       devices: all of this process, or of all processes, by default.
 
     Raises:
@@ -153,35 +164,35 @@ def mesh_for(text: str, config: "Glm4vConfig", *, devices: "Sequence[jax.Device]
     # Devices of other processes do not report their memory.
     ours = [device for device in devices if device.process_index == jax.process_index()]
     memory = device_memory(ours[0]) if ours else None
-    return make_mesh(**sizes_for(text, config, len(devices), memory), devices=devices)
+    return make_mesh(**sizes_for(text, config, len(devices), memory, scheme=scheme), devices=devices)
 
 
-def _latency(config: "Glm4vConfig", num_devices: int, memory: int | None, *, rest: str = "q") -> Sizes:
+def _latency(config: "Glm4vConfig", num_devices: int, memory: int | None, scheme: str, *, rest: str = "q") -> Sizes:
     """As many devices on the tensor axes as the model divides by: first kv, then `rest`; the others on data."""
-    sizes = _largest("kv", {}, config, num_devices)
-    sizes = _largest(rest, sizes, config, num_devices)
+    sizes = _largest("kv", {}, config, num_devices, scheme)
+    sizes = _largest(rest, sizes, config, num_devices, scheme)
     return _with_rest(sizes, num_devices)
 
 
-def _throughput(config: "Glm4vConfig", num_devices: int, memory: int | None) -> Sizes:
+def _throughput(config: "Glm4vConfig", num_devices: int, memory: int | None, scheme: str) -> Sizes:
     """As few tensor devices as hold the weights; the most there can be if that is too few."""
     from glm4v_jax.planning.parameter_layout import parameter_layout
 
     if memory is None:
-        return _with_rest(_largest("kv", {}, config, num_devices), num_devices)
-    layout = parameter_layout(config)
-    most = _latency(config, num_devices, memory)
+        return _with_rest(_largest("kv", {}, config, num_devices, scheme), num_devices)
+    layout = parameter_layout(config, scheme)
+    most = _latency(config, num_devices, memory, scheme)
     for tensor in _divisors(most["kv"] * most["q"]):
-        sizes = _latency(config, tensor, memory)
-        held = _BFLOAT16_BYTES * sum(leaf.device_parameters(sizes) for leaf in layout)
+        sizes = _latency(config, tensor, memory, scheme)
+        held = sum((leaf.bits or _BFLOAT16_BITS) * leaf.device_parameters(sizes) for leaf in layout) // 8
         if sizes["data"] == 1 and held <= WEIGHTS_SHARE * memory:
             return sizes | {"data": num_devices // tensor}
     return most
 
 
-def _train(config: "Glm4vConfig", num_devices: int, memory: int | None) -> Sizes:
+def _train(config: "Glm4vConfig", num_devices: int, memory: int | None, scheme: str) -> Sizes:
     """As many devices on fsdp as still pay; the others on data."""
-    return _with_rest(_largest("fsdp", {}, config, num_devices, at_most=MAX_FSDP), num_devices)
+    return _with_rest(_largest("fsdp", {}, config, num_devices, scheme, at_most=MAX_FSDP), num_devices)
 
 
 PRESETS: Mapping[str, MeshPreset] = types.MappingProxyType(
@@ -215,7 +226,9 @@ PRESETS: Mapping[str, MeshPreset] = types.MappingProxyType(
 )
 
 
-def _largest(axis: str, sizes: Sizes, config: "Glm4vConfig", num_devices: int, at_most: int | None = None) -> Sizes:
+def _largest(
+    axis: str, sizes: Sizes, config: "Glm4vConfig", num_devices: int, scheme: str, *, at_most: int | None = None
+) -> Sizes:
     """`sizes`, with as many of the remaining devices along another axis as the model divides by."""
     from glm4v_jax.devices.mesh import AXES
     from glm4v_jax.planning.parameter_layout import misfits
@@ -223,7 +236,7 @@ def _largest(axis: str, sizes: Sizes, config: "Glm4vConfig", num_devices: int, a
     every = dict.fromkeys(AXES, 1) | sizes
     left = num_devices // math.prod(every.values())
     fitting = (every | {axis: size} for size in reversed(_divisors(left)) if at_most is None or size <= at_most)
-    return next(sizes for sizes in fitting if not misfits(config, sizes))
+    return next(sizes for sizes in fitting if not misfits(config, sizes, scheme))
 
 
 def _with_rest(sizes: Sizes, num_devices: int) -> Sizes:

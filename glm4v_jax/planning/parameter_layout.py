@@ -102,20 +102,28 @@ def _bits(dtype: np.dtype) -> int | None:
     return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
-def misfits(config: Glm4vConfig, sizes: Mapping[str, int]) -> list[str]:
-    """The dimensions of the model that do not divide by a mesh of these sizes, in words."""
+def misfits(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "none") -> list[str]:
+    """The dimensions of the model that do not divide by a mesh of these sizes, in words; and groups of its integers."""
     failing: dict[tuple[str | None, tuple[str, ...]], set[int]] = {}
     for leaf in parameter_layout(config):
         for size, name, axes in zip(leaf.shape, leaf.names, leaf.axes, strict=True):
             if size % devices_along(axes, sizes):
                 failing.setdefault((name, axes), set()).add(size)
+    groups = {
+        f"{size} groups of inputs of {leaf.path.removesuffix('_scale')} in {scheme} are not divisible by mesh axes "
+        f"{' x '.join(axes)} of {devices_along(axes, sizes)} devices; int8 has no groups"
+        for leaf in parameter_layout(config, scheme)
+        if is_scale(leaf.path)
+        for size, axes in zip(leaf.shape, leaf.axes, strict=True)
+        if size % devices_along(axes, sizes)
+    }
     return [
         misfit(name, size, axes, devices_along(axes, sizes))
         for (name, axes), found in failing.items()
         for size in sorted(found)
         # The 2,048 dimensions of 16 groups fail where the groups do: no need to name both.
         if not any(size % smaller == 0 for smaller in found if smaller < size)
-    ]
+    ] or sorted(groups)
 
 
 def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "none") -> None:
@@ -127,18 +135,10 @@ def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "non
       scheme: by which it is quantised.
 
     Raises:
-      ConfigError: dimensions do not divide by the devices along their mesh axes; the message has all of them. Or groups
-        of a quantised kernel do not.
+      ConfigError: dimensions do not divide by the devices along their mesh axes; the message has all of them.
     """
-    if found := misfits(config, sizes):
+    if found := misfits(config, sizes, scheme):
         raise ConfigError(f"mesh {mesh_text(sizes)}: {'; '.join(found)}")
-    for leaf in parameter_layout(config, scheme) if scheme != "none" else ():
-        for size, axes in zip(leaf.shape, leaf.axes, strict=True):
-            if is_scale(leaf.path) and size % (count := devices_along(axes, sizes)):
-                raise ConfigError(
-                    f"mesh {mesh_text(sizes)}: quantize: found {scheme}, with {size} groups of inputs of {leaf.path}, "
-                    f"which {count} devices share; expected int8, which has no groups"
-                )
 
 
 def _logical_names(model: Glm4v, path: str, axes: list[tuple[str, ...]]) -> tuple[str | None, ...]:

@@ -52,13 +52,11 @@ def test_quantised_weights_are_counted_as_they_will_be(scheme, gigabytes):
 
 
 def test_groups_that_do_not_divide_by_the_mesh_are_refused():
-    message = (
-        r"mesh kv=2,q=2: quantize: found int4, with 214 groups of inputs of .*\.down\.kernel_scale, which 4 devices"
-    )
+    message = r"mesh kv=2,q=2: 214 groups of inputs of .*\.down\.kernel in int4 are not divisible by mesh axes kv x q"
     with pytest.raises(ConfigError, match=message):
         describe(RELEASED, dict(kv=2, q=2), scheme="int4")
     assert describe(RELEASED, dict(kv=2), scheme="int4").precision == "int4 and bfloat16"
-    # Neither four such devices nor eight share the groups of each kernel.
+    # No more than two devices can share the groups of each kernel.
     assert smallest_fit(RELEASED, "latency", 2 * GIB, scheme="int4") is None
     assert smallest_fit(RELEASED, "latency", 5 * GIB, scheme="int4").num_devices == 2
 

@@ -54,6 +54,19 @@ def test_a_preset_shares_out_devices_for_the_released_model(name, gib, number, e
     assert tuple(sizes) == mesh.AXES
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "scheme", "expected"),
+    [
+        ("throughput", 24, "none", "data=4,kv=2"),
+        ("throughput", 24, "int8", "data=8"),
+        ("latency", None, "int8", "kv=2,q=4"),
+        ("latency", None, "int4", "data=4,kv=2"),  # 13,696 = 64 x 214 inputs in groups of 64
+    ],
+)
+def test_a_preset_knows_how_weights_are_quantised(name, gib, scheme, expected):
+    assert mesh_text(sizes_for(name, RELEASED, 8, gib and gib * GIB, scheme=scheme)) == expected
+
+
 @pytest.mark.parametrize("memory", [None, 2**20, 16 * GIB, 95 * GIB])
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("config", [RELEASED, Glm4vConfig.tiny(), Glm4vConfig.from_dict(GROUPED)])
