@@ -4,8 +4,9 @@
 
 Every variant is a process of its own: its peak memory is its own, and while one computes the others sleep. Decoding is
 greedy, one request at a time; temporaries are those of the program that decodes, as XLA plans them. The last variant
-splits the int8 model over as many devices as there are cores. Writes `bench/results/quant.json`; exits with status 1 if
-a target is missed. Before JAX 0.12, targets of speed do not hold.
+splits the int8 model over as many devices as there are cores. A token times a single matrix is measured as well, beside
+llama.cpp's products if pywhispercpp is installed. Writes `bench/results/quant.json`; exits with status 1 if a target is
+missed. Before JAX 0.12, targets of speed do not hold.
 """
 
 import argparse
@@ -15,14 +16,17 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from bench import memory, models, report, turns
+from bench import ggml, memory, models, report, turns
 
 VARIANTS = ("float32", "int8", "int4", "bfloat16", "int8, a device a core")
 PROMPT_TOKENS, PREFILL_TOKENS, NEW_TOKENS, ROUNDS = 64, 512, 65, 5
+INPUTS, OUTPUTS = 4096, 13696
+"""Of the matrix: an MLP's in the 9B."""
 SPEED, PREFILL, COMPILE, TEMPORARIES = 2.0, 1.3, 1.5, 10_000_000
 
 
@@ -45,6 +49,7 @@ class Variant:
             quantize=None if is_float else self._scheme,
         )  # fmt: skip
         self._slots: Any = None
+        self._product: Callable[[], Any] | None = None
         tokens, _ = self._generate()
         seconds, temporaries = self._compile()
         return {
@@ -62,6 +67,36 @@ class Variant:
     def prefill(self) -> float:
         """Seconds of a prompt, to its first token."""
         return self._start(PREFILL_TOKENS, 1)[1]
+
+    def product(self) -> float:
+        """Seconds of a token times a matrix."""
+        if self._product is None:
+            self._product = self._make_product()
+        return turns.seconds(self._product, 9)
+
+    def _make_product(self) -> Callable[[], Any]:
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from glm4v_jax.devices.mesh import use_mesh
+        from glm4v_jax.model.nn import Init, Linear
+        from glm4v_jax.model.quantize import QuantConfig, quantize_kernel
+
+        mesh, dtype = self._runtime.mesh, self._runtime.dtype
+        with use_mesh(mesh):
+            layer = Linear({"embed": INPUTS}, {"mlp": OUTPUTS}, Init(nnx.Rngs(params=0), dtype=dtype))
+            if self._scheme in ("int8", "int4"):
+                made = quantize_kernel(layer.kernel[...], ("embed",), ("mlp",), QuantConfig(self._scheme))  # type: ignore[arg-type]
+                layer.kernel, layer.kernel_scale = map(nnx.Param, made)
+            x, multiply = jnp.ones((1, 1, INPUTS), dtype), jax.jit(lambda layer, x: layer(x))
+
+        def product() -> None:
+            with use_mesh(mesh):
+                jax.block_until_ready(multiply(layer, x))
+
+        product()
+        return product
 
     def _generate(self) -> tuple[list[int], float]:
         tokens, _ = self._start(PROMPT_TOKENS, NEW_TOKENS)
@@ -101,21 +136,47 @@ class Variant:
             return time.perf_counter() - begun, compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure(directory: pathlib.Path, threads: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Variant -> what `Variant.load` says, and the median seconds of decoding and of prefill."""
+class Ggml:
+    """llama.cpp's products."""
+
+    def __init__(self, threads: int):
+        self._products = {kind: ggml.Product(kind, INPUTS, OUTPUTS, threads) for kind in ("Q8_0", "Q4_0")}
+
+    def product(self, kind: str) -> float:
+        """Seconds of a token times a matrix."""
+        return turns.seconds(self._products[kind].seconds, 9)
+
+
+def measure_products(workers: Mapping[str, turns.Worker], rounds: int) -> dict[str, list[float]]:
+    """Variant, or ggml's type -> seconds of a product in each round."""
+    works = [{name: turns.TimedTask("product", {}) for name in VARIANTS}]
+    if "ggml" in workers:
+        works += [{"ggml": turns.TimedTask("product", {"kind": kind})} for kind in ("Q8_0", "Q4_0")]
+    ours, *theirs = turns.measure(workers, works, rounds)
+    found = {name: [turn[name] for turn in ours] for name in VARIANTS}
+    return found | {
+        f"ggml {kind}": [turn["ggml"] for turn in each] for kind, each in zip(("Q8_0", "Q4_0"), theirs, strict=False)
+    }
+
+
+def measure(
+    directory: pathlib.Path, threads: int, rounds: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Variant -> what `Variant.load` says, and seconds of decoding and of prefill; and those of products."""
     found: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for name in VARIANTS:
+        workers: dict[str, turns.Worker] = {}
+        for name in (*VARIANTS, *(["ggml"] if ggml.available() else [])):
             command = [sys.executable, "-m", "bench.quant", "--variant", name, "--threads", str(threads)]
             workers[name] = turns.Worker(name, command)
             stack.callback(workers[name].close)
+        for name in VARIANTS:
             found[name] = workers[name]("load", directory=str(directory))
         works = [{name: turns.TimedTask(task, {}) for name in VARIANTS} for task in ("decode", "prefill")]
         for task, results in zip(("decode", "prefill"), turns.measure(workers, works, rounds), strict=True):
             for name in VARIANTS:
                 found[name][task] = [turn[name] for turn in results]
-    return found
+        return found, measure_products(workers, rounds)
 
 
 def lines(found: dict[str, dict[str, Any]], is_fast: bool) -> list[dict[str, Any]]:
@@ -154,25 +215,30 @@ def lines(found: dict[str, dict[str, Any]], is_fast: bool) -> list[dict[str, Any
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.quant", description="quantised weights on a CPU")
-    parser.add_argument("--variant", choices=VARIANTS, help="answer tasks as this variant")
+    parser.add_argument("--variant", choices=(*VARIANTS, "ggml"), help="answer tasks as this variant")
     parser.add_argument("--threads", type=int, default=2, help="cores, and devices of the last variant")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parsed = parser.parse_args()
     if parsed.variant is not None:
         turns.use_cores(parsed.threads)
+        if parsed.variant == "ggml":
+            turns.serve({"product": Ggml(parsed.threads).product})
+            return 0
         import jax
 
         if "," in parsed.variant:
             jax.config.update("jax_num_cpu_devices", parsed.threads)
         variant = Variant(parsed.variant, parsed.threads)
-        turns.serve({name: getattr(variant, name) for name in ("load", "decode", "prefill")})
+        turns.serve({name: getattr(variant, name) for name in ("load", "decode", "prefill", "product")})
         return 0
     from glm4v_jax.model.cpu_matmul import FEW_TOKENS
 
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_quant_") as name:
         path = models.write_checkpoint(pathlib.Path(name), models.INFERENCE)
-        found = lines(measure(path, parsed.threads, parsed.rounds), bool(FEW_TOKENS))
-    report.console().print(
+        each, products = measure(path, parsed.threads, parsed.rounds)
+    found = lines(each, bool(FEW_TOKENS))
+    out = report.console()
+    out.print(
         report.Table(
             f"{models.num_parameters(models.INFERENCE) / 1e6:.0f}M parameters, {parsed.threads} cores",
             ("weights as", "MB", "peak MB", "temporaries MB", "tokens/s", "of float32", "prefill", "compile", ""),
@@ -186,10 +252,18 @@ def main() -> int:
             ],
         )
     )  # fmt: skip
+    milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in products.items()}
+    out.print(
+        report.Table(
+            f"a token times a matrix of {INPUTS:,} x {OUTPUTS:,}", ("weights as", "ms", "of float32"),
+            [(name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items()],
+        )
+    )  # fmt: skip
     figures = {
         "machine": report.machine_facts("jax", "jaxlib", "numpy"),
         "parameters": models.num_parameters(models.INFERENCE),
         "lines": found,
+        "product_milliseconds": milliseconds,
         "passed": all(line["passed"] for line in found),
     }
     return report.finish("quant", figures)
