@@ -30,6 +30,7 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 | `python -m bench.lmms_eval --python ENV` | lmms-eval through this engine |
 | `python -m bench.convert` | peak memory and time of conversions beside `cp` |
 | `python -m bench.install` | a clean installation: size, import time, start to first token |
+| `python -m bench.quant` | speed and memory with weights in int8 and int4 on a CPU ([Quantize](quantize.md)) |
 | `python -m bench.quant_quality` | tokens and scores with weights in int8 and int4 ([Quantize](quantize.md)) |
 | `make aot` | the 9B compiled for TPU slices: memory, collectives, copies |
 

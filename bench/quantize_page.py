@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bench import quant
 from bench.performance_page import read, table
 from bench.report import ROOT
 from glm4v_jax.config.model import Glm4vConfig
@@ -75,10 +76,20 @@ What rounding costs a larger model, only a measurement of that model shows: `glm
 
 ## Speed
 
-- On a CPU a new token reads a quarter of float32's bytes with int8. With jax 0.12 or newer (Python 3.12 or newer) one
-  token is multiplied in a single pass over the integers; older versions are slower, and loading says so.
+A model of {parameters}M parameters on {cores} cores of a CPU, jax {jax}: new tokens of one request, and the time of a
+prompt of {prefill} tokens (`python -m bench.quant`). Temporaries are those of the program that decodes: nothing there
+holds a kernel in float32.
+
+{speed}
+
+A token times one matrix of {inputs:,} x {outputs:,}, an MLP's of the 9B, beside ggml, the library of llama.cpp:
+
+{products}
+
+- A single device multiplies a token in one pass over the integers, which runs on one core. For all cores, split the
+  model over as many devices: `JAX_NUM_CPU_DEVICES=2 glm4v generate --quantize int8 --mesh q=2`.
+- Before jax 0.12 (Python 3.12), integers are converted more slowly, and bfloat16 is not worth it; loading says so.
 - On TPU and GPU, int8 weights are converted within the product that reads them.
-- int4 saves memory, not time.
 """
 
 CONTEXT = 4096
@@ -149,6 +160,8 @@ def page() -> str:
     """The page."""
     quality = read("quant_quality")
     exact, *schemes = quality["lines"]
+    speed = read("quant")
+    milliseconds = speed["product_milliseconds"]
     return TEXT.format(
         schemes=table(("`--quantize`", "integers", "quality", "devices"), SCHEMES),
         context=CONTEXT,
@@ -173,6 +186,25 @@ def page() -> str:
         scores=table(
             ("", *exact["tasks"]),
             ((line["scheme"], *map(_score, line["tasks"].values())) for line in quality["lines"]),
+        ),
+        parameters=round(speed["parameters"] / 1e6),
+        cores=speed["machine"]["cores"],
+        jax=speed["machine"]["jax"],
+        prefill=quant.PREFILL_TOKENS,
+        speed=table(
+            ("weights in", "MB", "peak of the process, MB", "temporaries, MB", "tokens/s", "of float32", "prompt"),
+            (
+                (line["variant"], *(f"{line[key] / 1e6:,.0f}" for key in ("weights", "peak")),
+                 f"{line['temporaries'] / 1e6:.1f}", f"{line['tokens_per_second']:.0f}",
+                 f"{line['decode_ratio']:.2f}", f"{line['prefill_ratio']:.2f} of the time")
+                for line in speed["lines"]
+            ),
+        ),
+        inputs=quant.INPUTS,
+        outputs=quant.OUTPUTS,
+        products=table(
+            ("weights in", "ms", "speed of float32's"),
+            ((name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items()),
         ),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from bench import (
     memory,
     models,
     prompt_lookup,
+    quant,
     quant_quality,
     recompile,
 )
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "module", [aot, convert, engine, evaluation, install, lmms_eval, memory, prompt_lookup, quant_quality, recompile]
+    "module",
+    [aot, convert, engine, evaluation, install, lmms_eval, memory, prompt_lookup, quant, quant_quality, recompile],
 )
 def test_help_measures_nothing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it", "--help"])

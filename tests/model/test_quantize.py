@@ -368,11 +368,11 @@ def test_a_mesh_computes_what_one_device_does(tmp_path):
     write_grouped(tmp_path)
     (case,) = run_on_devices(__file__, str(tmp_path))
     assert case["mesh"] == MESHES[1] and case["equal"] and case["split"] > 0.9
-    assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4
+    assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4 and case["logits"] <= 1e-5
 
 
 def compute(directory, sizes):
-    """The quantised leaves, and loss and gradients of an adapter beside them."""
+    """Quantised leaves, loss and gradients of an adapter beside them; logits with everything in int8, of images too."""
     with jax.set_mesh(mesh.make_mesh(**sizes)):
         config = Glm4vConfig.from_pretrained(directory)
         base = load_model(directory, config, quantize=quantize.QuantConfig("int4", group=8))
@@ -380,21 +380,25 @@ def compute(directory, sizes):
         kept = {
             path: leaf for path, leaf in leaves_of(base).items() if quantize.is_scale(path) or leaf.dtype == jnp.uint8
         }
+        everything = load_model(directory, config, quantize=quantize.QuantConfig(rest=True), stacked=False)
+        logits = np.asarray(logits_of(everything, batch_of(config, ROWS)[0]))
         is_split = [leaf.addressable_shards[0].data.size < leaf.size for leaf in kept.values()]
         return (
             float(loss),
             jax.tree.map(np.asarray, gradients),
             jax.tree.map(np.asarray, kept),
             float(np.mean(is_split)),
+            logits,
         )
 
 
 def main(directory):
     one, *others = (compute(directory, sizes) for sizes in MESHES)
-    for sizes, (loss, gradients, kept, share) in zip(MESHES[1:], others, strict=True):
+    for sizes, (loss, gradients, kept, share, logits) in zip(MESHES[1:], others, strict=True):
         worst = max(float(np.abs(gradients[path] - x).max() / np.abs(x).max()) for path, x in one[1].items())
         equal = all(np.array_equal(kept[path], x) for path, x in one[2].items()) and kept.keys() == one[2].keys()
-        case = dict(mesh=sizes, loss=abs(loss - one[0]) / one[0], gradients=worst, equal=equal, split=share)
+        off = float(np.abs(logits - one[4]).max() / np.abs(one[4]).max())
+        case = dict(mesh=sizes, loss=abs(loss - one[0]) / one[0], gradients=worst, equal=equal, split=share, logits=off)
         print(json.dumps(case))  # noqa: T201
 
 
