@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
@@ -112,7 +112,7 @@ def subscripts(inputs: int, outputs: int, leading: int = 0) -> tuple[str, str, s
     return ins, outs, outs[:leading] + ins + outs[leading:]
 
 
-def is_one_row(x: Float[Array, "B T ..."]) -> bool:
+def is_one_row(x: Num[Array, "B T ..."]) -> bool:
     """Whether each device of a TPU multiplies a single row.
 
     The compiler makes no matrix product of that, but a sum on the vector unit, which wants the kernel in another layout
@@ -121,7 +121,7 @@ def is_one_row(x: Float[Array, "B T ..."]) -> bool:
     return mesh.platform() == "tpu" and math.prod(jax.typeof(x).sharding.shard_shape(x.shape)[:2]) == 1
 
 
-def as_eight(x: Float[Array, "B 1 ..."]) -> Float[Array, "B 8 ..."]:
+def as_eight(x: Num[Array, "B 1 ..."]) -> Num[Array, "B 8 ..."]:
     """Append seven tokens of zeros, behind a barrier, or the compiler would see through it."""
     return jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (0, 7), *((0, 0),) * (x.ndim - 2))))
 
@@ -286,8 +286,11 @@ class Embed(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look up tokens."""
-        table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
         ids = mesh.reshard(ids, "batch", "length")
+        if self.embedding_scale is not None and is_one_row(ids):
+            # A slice of one row wants the integers in another layout: a copy of the table for each token.
+            return self(as_eight(ids))[:, :1]
+        table = jax.sharding.reshard(self.embedding[...], mesh.gathered("vocab", "embed"))
         rows = table.at[ids].get(out_sharding=mesh.spec("batch", "length", None))
         if self.embedding_scale is None:
             return rows
