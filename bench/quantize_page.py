@@ -21,6 +21,8 @@ not this page.
 `--quantize int8` or `--quantize int4` loads a checkpoint's weights as integers, which take a half or less of bfloat16's
 memory. `generate`, `chat`, `describe` and `eval` have the option, as have `glm4v mesh` and `glm4v convert inspect`,
 which say what it saves; in Python it is `quantize`. Nothing is converted before: each weight is rounded as it is read.
+[`glm4v convert quantize`](convert.md#quantise) rounds them once instead, into a checkpoint of integers; those that
+others made with compressed-tensors load too.
 
 ```sh
 glm4v mesh latency --devices 1 --memory 16 --rows 8 --quantize int8

@@ -71,9 +71,6 @@ class _Conversion(_Writing):
     target: Target
     """Directory to make."""
 
-    dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: unchanged)")] = None
-    """Cast the weights."""
-
     @property
     def output(self) -> Path:
         """The directory to make."""
@@ -81,7 +78,48 @@ class _Conversion(_Writing):
 
 
 @dataclasses.dataclass(kw_only=True)
-class ToOrbax(_Conversion):
+class _Cast(_Conversion):
+    """Options of the subcommands that may change the dtype."""
+
+    dtype: Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint="(default: unchanged)")] = None
+    """Cast the weights."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Quantize(_Conversion):
+    """Quantise a checkpoint into safetensors that this package, vLLM and transformers load (compressed-tensors, W8A16).
+
+    Streams: host memory holds a few tensors. All other files of the checkpoint are copied.
+    """
+
+    to: Literal["int8", "int4"] = "int8"
+    """Integers of 8 bits, with a scale for each output channel; or of 4 bits, with a scale for each group of inputs,
+    half as large, with worse answers."""
+
+    group: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: 64)")] = None
+    """How many inputs share a scale in int4."""
+
+    layers: Literal["decoder", "all"] = "decoder"
+    """Linear layers to quantise: the decoder's; or the ViT's and the head too, which not every vLLM loads."""
+
+    max_shard_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "5GB"
+    """Size of a file, as 5GB, 200MiB or a number of bytes."""
+
+    def run(self) -> None:
+        """Convert and print a summary."""
+        from convert.quantize import quantize
+
+        with Progress("quantising") as progress:
+            summary = quantize(
+                self.source, self.target, to=self.to, group=self.group, layers=self.layers,
+                max_shard_size=self.max_shard_size, overwrite=self.overwrite, dry_run=self.dry_run,
+                progress=progress.update,
+            )  # fmt: skip
+        _print_summary(summary, self.as_json)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ToOrbax(_Cast):
     """Convert safetensors to an Orbax checkpoint, which `from_pretrained` loads onto any mesh.
 
     Streams: host memory holds a few tensors. Configuration, tokenizer and processor files are copied.
@@ -115,7 +153,7 @@ class ToOrbax(_Conversion):
 
 
 @dataclasses.dataclass(kw_only=True)
-class ToHf(_Conversion):
+class ToHf(_Cast):
     """Convert an Orbax checkpoint to safetensors, which transformers loads; or reshard or cast safetensors.
 
     Names, dtypes and bits are those of the safetensors that it was made from.
@@ -238,6 +276,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "inspect": InspectTensors,
     "to-orbax": ToOrbax,
     "to-hf": ToHf,
+    "quantize": Quantize,
     "verify": Verify,
     "synth": Synth,
 }

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ScaleLayout, match
+from glm4v_jax.checkpoints.load import check_scheme
 from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.model.quantize import scale_path
 from glm4v_jax.planning.parameter_layout import check_mesh, parameter_layout
@@ -25,8 +28,8 @@ class Group:
       name: as the table spells it, `{i}` for the layer.
       count: how many tensors.
       shape, dtype: of each; dtypes separated by "/" where the layers have several.
-      parameters, nbytes: of all of them.
-      leaf: of the model, with the index after it of a part of a fused one, as `[:, 1]`.
+      parameters, nbytes: of all of them; of a quantised weight, its integers have the parameters.
+      leaf: of the model, with the index after it of a part of a fused one, as `[:, 1]`; none of a weight's shape.
       sharding: mesh axes of each dimension of the leaf, "-" where it is not sharded.
       device_bytes: what one device of the mesh holds of all of them, in the checkpoint's dtype or quantised.
     """
@@ -103,7 +106,8 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
     directory = Path(directory)
     config = Glm4vConfig.from_pretrained(directory)
     files = open_weights(directory)
-    matched = hf_mapping.match(config, files, str(directory))
+    stored, sizes = stored_quantization(directory), hf_mapping.dimensions(config)
+    matched = match(config, files, str(directory), stored)
     mesh = dict.fromkeys(AXES, 1) | (mesh or {})
     check_mesh(config, mesh, quantize)
     leaves = {leaf.path: leaf for leaf in parameter_layout(config)}
@@ -114,20 +118,28 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
     for rule, members in names.items():
         infos = [files[name] for name in members]
         leaf = leaves[rule.leaf]
+        if stored is not None and rule.piece == SCALE:
+            dropped = ScaleLayout.of(rule, stored, sizes).dropped
+            kept = [names for axis, names in enumerate(leaf.axes) if axis not in dropped]
+            leaf = dataclasses.replace(leaf, path=scale_path(leaf.path), axes=tuple(kept))
+        if rule.piece == SHAPE:
+            leaf = dataclasses.replace(leaf, path="", axes=())
+        weights = 0 if rule.piece not in ("", WEIGHT, PACKED) else math.prod(rule.tensor_shape(sizes))
         groups.append(
             Group(
                 name=rule.tensor,
                 count=len(members),
                 shape=infos[0].shape,
                 dtype="/".join(sorted({info.dtype.name for info in infos})),
-                parameters=sum(math.prod(info.shape) for info in infos),
+                parameters=len(members) * weights,
                 nbytes=sum(info.nbytes for info in infos),
-                leaf=rule.leaf if rule.part is None else f"{rule.leaf}[{':, ' * rule.part[0]}{rule.part[1]}]",
+                leaf=leaf.path if rule.part is None else f"{leaf.path}[{':, ' * rule.part[0]}{rule.part[1]}]",
                 sharding=tuple("+".join(axes) or "-" for axes in leaf.axes),
-                device_bytes=sum(info.nbytes // leaf.shards(mesh) for info in infos),
+                device_bytes=0 if rule.piece == SHAPE else sum(info.nbytes // leaf.shards(mesh) for info in infos),
             )
         )
     if quantize != "none":
+        check_scheme(quantize, stored)
         groups = _quantized(groups, config, quantize, mesh)
     kind = "orbax" if isinstance(files, OrbaxCheckpoint) else "safetensors"
     return Inspection(directory, kind, mesh, tuple(groups), _modules(groups))
@@ -139,8 +151,8 @@ def _quantized(groups: list[Group], config: Glm4vConfig, scheme: str, mesh: dict
     layout = {leaf.path: leaf for leaf in parameter_layout(config, scheme)}
     changed = []
     for group in groups:
-        path = group.leaf.partition("[")[0]
-        if (scale := layout.get(scale_path(path))) is not None:
+        path, is_integer = group.leaf.partition("[")[0], group.dtype.startswith("int")
+        if not is_integer and (scale := layout.get(scale_path(path))) is not None:
             nbytes = sum(leaf.device_parameters(mesh) * (leaf.bits or 0) // 8 for leaf in (layout[path], scale))
             # Of a fused leaf, the part that these tensors are.
             group = dataclasses.replace(group, device_bytes=nbytes * group.parameters // floats[path].parameters)

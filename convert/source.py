@@ -1,10 +1,12 @@
-"""What the conversions share: the source's shards, and the figures of a conversion."""
+"""What the conversions share: the source's shards, whether it can be cast, and the figures of a conversion."""
 
 import dataclasses
 from pathlib import Path
 
 from glm4v_jax.checkpoints.hf_write import Plan, shard_name
 from glm4v_jax.checkpoints.orbax_read import Weights
+from glm4v_jax.config.quantization import StoredQuantization
+from glm4v_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,16 @@ class Summary:
     seconds: float
     dry_run: bool
     notes: tuple[str, ...] = ()
+
+
+def check_cast_of(source: Path, stored: StoredQuantization | None, dtype: object) -> None:
+    """Check that a source that is to be cast has floats.
+
+    Raises:
+      ConfigError: it is quantised.
+    """
+    if stored is not None and dtype is not None:
+        raise ConfigError(f"--dtype: found {dtype} for {source}, which is quantised ({stored}); expected nothing")
 
 
 def shards_of(files: Weights) -> Plan:

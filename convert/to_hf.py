@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from convert.casts import cast_chunks
-from convert.source import Summary, shards_of
-from glm4v_jax.checkpoints import hf_mapping
+from convert.source import Summary, check_cast_of, shards_of
 from glm4v_jax.checkpoints.atomic_directory import check_room, new_directory
+from glm4v_jax.checkpoints.compressed_tensors import match
 from glm4v_jax.checkpoints.hf_write import PYTORCH, plan_shards, total_bytes, write_shards
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import Weights, open_weights
 from glm4v_jax.checkpoints.safetensors import LazyTensor
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.files import asset_bytes, copy_assets, set_dtype
 
 AS_BEFORE = "original"
@@ -70,7 +71,9 @@ def to_hf(
     source, target = Path(source), Path(target)
     config = Glm4vConfig.from_pretrained(source)
     files = open_weights(source)
-    hf_mapping.match(config, files, str(source))
+    stored = stored_quantization(source)
+    match(config, files, str(source), stored)
+    check_cast_of(source, stored, dtype)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {name: CastTensor(info.shape, cast or info.dtype, files, name) for name, info in files.items()}
     plan = shards_of(files) if max_shard_size == AS_BEFORE else plan_shards(tensors, max_shard_size)

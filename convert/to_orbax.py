@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from convert.casts import check_cast
 from convert.hashes import hashing
-from convert.source import Summary
+from convert.source import Summary, check_cast_of
 from glm4v_jax.checkpoints import hf_mapping, orbax_write
 from glm4v_jax.checkpoints.atomic_directory import check_room
 from glm4v_jax.checkpoints.hf_write import PYTORCH
@@ -73,13 +73,14 @@ def to_orbax(
     files = open_weights(source)
     config = Glm4vConfig.from_pretrained(source)
     leaves = leaves_of(files, config)
+    check_cast_of(source, leaves.stored, dtype)
     cast = None if dtype is None else resolve_dtype(dtype, files)
     infos = {path: info._replace(dtype=cast or info.dtype) for path, info in leaves.infos.items()}
     nbytes = sum(info.nbytes for info in infos.values())
     if mesh is None:
         mesh = make_mesh(fsdp=jax.device_count() if jax.process_count() > 1 else 1)
     with use_mesh(mesh):
-        abstract, _ = abstract_leaves(config, np.float32, stacked=False)
+        abstract, _ = abstract_leaves(config, np.float32, stacked=False, leaves=leaves)
     needed = nbytes + asset_bytes(source) + _BYTES_BESIDE_A_LEAF * len(infos)
     orbax_write.by_first(lambda: check_room(source, target, needed, overwrite=overwrite, dry_run=dry_run))
     names, notes = _names(files, config)

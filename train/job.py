@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm4v_jax.checkpoints.load import abstract_leaves, check_fits, device_bytes, load_model, resolve_dtype
-from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError, DataError, counted
@@ -181,8 +182,11 @@ def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
 
     def instead() -> dict[str, int]:
         lora = dataclasses.replace(config, lora=config.lora or LoraConfig())
+        kinds: tuple[Literal["int8", "int4"], ...] = (
+            ("int8", "int4") if stored_quantization(config.model) is None else ()
+        )
         ways = {"lora": lora} | {
-            f'lora with quantize = "{kind}"': dataclasses.replace(lora, quantize=kind) for kind in ("int8", "int4")
+            f'lora with quantize = "{kind}"': dataclasses.replace(lora, quantize=kind) for kind in kinds
         }
         return {name: _held_bytes(way, model_config) for name, way in ways.items() if way != config}
 
@@ -197,9 +201,20 @@ def _held_bytes(config: TrainConfig, model_config: Glm4vConfig) -> int:
 
 
 def abstract_state(config: TrainConfig, model_config: Glm4vConfig) -> tuple[TrainState, Leaves]:
-    """Return the shapes of a job's state and of its frozen leaves, sharded over the current mesh; no weight is read."""
-    dtype = resolve_dtype("auto", open_weights(config.model))
-    leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=for_training(config.quantize))
+    """Return the shapes of a job's state and of its frozen leaves, sharded over the current mesh; no weight is read.
+
+    Raises:
+      ConfigError: integers would be trained.
+    """
+    files = open_weights(config.model)
+    weights, quantize = leaves_of(files, model_config), for_training(config.quantize)
+    if weights.stored is not None and config.lora is None:
+        raise ConfigError(
+            f"model: found {config.model}, which is quantised ({weights.stored}); expected floats, or lora: integers "
+            "cannot be trained"
+        )
+    dtype = resolve_dtype("auto", files)
+    leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=quantize, leaves=weights)
 
     def make(model: Glm4v) -> tuple[TrainState, Leaves]:
         if config.lora is not None:

@@ -11,6 +11,7 @@ exporting, adapters, inspection and Orbax alike, and a test can prove that nothi
 import collections
 import dataclasses
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,7 +19,7 @@ import einops
 import numpy as np
 
 from glm4v_jax.checkpoints.safetensors import TensorInfo
-from glm4v_jax.config.checks import raise_faults
+from glm4v_jax.config.checks import one_of, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, counted
 
@@ -32,17 +33,25 @@ class Rule:
       leaf: path in the model; a leaf under `layers` or `blocks` exists once for each layer.
       layout: einops pattern from the tensor to the leaf; capitals are the sizes that `dimensions` gives.
       part: (axis, number) if the tensor is one slice of a fused leaf; `layout` then gives that slice, without the axis.
+      piece: of one of the tensors that a quantised weight is stored as, the end of its name (see `compressed_tensors`);
+        `layout` is the weight's.
     """
 
     tensor: str
     leaf: str
     layout: str
     part: tuple[int, int] | None = None
+    piece: str = ""
 
     @property
     def layered(self) -> bool:
         """Whether the rule stands for one tensor per layer."""
         return "{i}" in self.tensor
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the tensor is the weight [out, in] of a linear layer."""
+        return self.leaf.endswith(".kernel") and len(self.axes()[0]) == 2
 
     @property
     def index(self) -> tuple[Any, ...]:
@@ -312,6 +321,7 @@ def check_tensors(
     *,
     spell: Callable[[str], str] = canonical,
     any_dtype: bool = False,
+    dtypes: Mapping[str, tuple[str, ...]] = types.MappingProxyType({}),
 ) -> dict[str, str]:
     """Compare the tensors, or leaves, of a checkpoint with those expected of it.
 
@@ -321,6 +331,7 @@ def check_tensors(
       where: names the checkpoint in errors.
       spell: returns the canonical name.
       any_dtype: whether other dtypes than `DTYPES`, or two kinds of half precision, are accepted.
+      dtypes: canonical name -> those of a tensor that are expected in place of `DTYPES`.
 
     Returns:
       Canonical name -> name found.
@@ -340,12 +351,13 @@ def check_tensors(
             faults.append(f"{name}: found{_in_file(info)} besides {first}; expected one of them")
         elif info.shape != expected[key]:
             faults.append(f"{name}: found shape {list(info.shape)}{_in_file(info)}; expected {list(expected[key])}")
-        elif not any_dtype and info.dtype.name not in DTYPES:
-            faults.append(f"{name}: found {info.dtype.name}{_in_file(info)}; expected one of {', '.join(DTYPES)}")
+        elif not any_dtype and info.dtype.name not in dtypes.get(key, DTYPES):
+            choices = one_of(dtypes.get(key, DTYPES))
+            faults.append(f"{name}: found {info.dtype.name}{_in_file(info)}; expected {choices}")
         if key not in names:
             names[key], infos[name] = name, info
     if not any_dtype:
-        faults += _stray_halves(infos)
+        faults += _stray_halves({key: info for key, info in infos.items() if key not in dtypes})
     faults += [f"{key}: found nothing; expected {list(shape)}" for key, shape in expected.items() if key not in names]
     raise_faults(sorted(faults), CheckpointError, where=f"{where}: {_misfits(len(faults))} the configuration")
     return names

@@ -12,16 +12,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.compressed_tensors import QuantizedWeight, ScaleLayout, match, quantized_leaves, signed
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
 from glm4v_jax.checkpoints.strided_copy import copy_in_squares
+from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import StoredQuantization, stored_quantization
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
 from glm4v_jax.model.lora import is_lora
 from glm4v_jax.model.params import kernels, leaf_paths
-from glm4v_jax.model.quantize import is_scale
+from glm4v_jax.model.quantize import is_scale, kernel_path, scale_path
 
 # Where an array starts at a multiple of this, JAX on a CPU takes its memory over instead of copying it.
 _ALIGNMENT = 64
@@ -34,9 +37,15 @@ Slices = tuple[slice, ...]
 
 
 class Leaves(Protocol):
-    """All leaves in a checkpoint, none of them read yet."""
+    """All leaves in a checkpoint, none of them read yet.
+
+    Attributes:
+      infos: path -> shape and dtype; a quantised kernel of either width is read as int8.
+      stored: the scheme of the kernels that have a scale; None if none has.
+    """
 
     infos: Mapping[str, TensorInfo]
+    stored: StoredQuantization | None
 
     def read(self, path: str, index: Slices) -> np.ndarray:
         """Return a slice of a leaf; possibly a view in any order, of memory that others may change."""
@@ -52,51 +61,92 @@ class TensorLeaves:
 
     Raises:
       CheckpointError: tensors do not fit the configuration; all of them are listed.
+      ConfigError: weights are quantised in a way that is not read here, or does not fit them.
     """
 
     def __init__(self, files: CheckpointFiles, config: Glm4vConfig):
         self._files = files
         self._sizes = hf_mapping.dimensions(config)
-        matched = hf_mapping.match(config, files, str(files.directory))
-        # Path -> tensors of the leaf, by name.
+        self.stored = stored_quantization(files.directory)
+        matched = match(config, files, str(files.directory), self.stored)
+        # Path -> weights of the leaf, by name.
         self._tensors: dict[str, dict[str, hf_mapping.LeafPart]] = {}
+        self._quantized: dict[str, QuantizedWeight] = {}
         for name in files:
-            if name in matched:  # and not a copy of a tied head
-                self._tensors.setdefault(matched[name].path, {})[name] = matched[name]
-        shapes = hf_mapping.leaf_shapes(config)
-        self.infos: Mapping[str, TensorInfo] = {
-            path: TensorInfo(shapes[path], self._dtype(tensors)) for path, tensors in self._tensors.items()
-        }
+            if (part := matched.get(name)) is None:  # a copy of a tied head
+                continue
+            if part.rule.piece and self.stored is not None:
+                name = name.removesuffix(f".{part.rule.piece}")
+                shape = part.rule.tensor_shape(self._sizes)
+                self._quantized[name] = QuantizedWeight(files, name, shape, self.stored)
+            self._tensors.setdefault(part.path, {})[name] = part
+        faults = [fault for weight in self._quantized.values() for fault in weight.faults()]
+        raise_faults(faults, CheckpointError, where=str(files.directory))
+        self.infos: Mapping[str, TensorInfo] = self._infos(config)
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def _infos(self, config: Glm4vConfig) -> dict[str, TensorInfo]:
+        shapes, infos = hf_mapping.leaf_shapes(config), dict[str, TensorInfo]()
+        kernels = [path for path, tensors in self._tensors.items() if not self._quantized.keys().isdisjoint(tensors)]
+        quantized = {} if self.stored is None else quantized_leaves(config, self.stored, kernels)
+        for path, tensors in self._tensors.items():
+            if path in quantized:
+                infos |= {leaf: quantized[leaf] for leaf in (path, scale_path(path))}
+            else:
+                infos[path] = TensorInfo(shapes[path], self._dtype(tensors))
+        return infos
 
     def _dtype(self, tensors: Mapping[str, Any]) -> np.dtype:
         dtype, *others = {self._files[name].dtype for name in tensors}
         return np.dtype(np.float32) if others else dtype  # float32 holds either half precision exactly
 
     def read(self, path: str, index: Slices) -> np.ndarray:
-        """Return a slice of a leaf: a view of the mapped file, except where a leaf is fused of several tensors."""
+        """Return a slice of a leaf: a view of the mapped file, except of quantised and of fused leaves."""
+        if is_scale(path):
+            return self._scales(path)[index]
         tensors = self._tensors[path]
         fused = next(iter(tensors.values())).rule.part
         if fused is None:
             (name,) = tensors
-            return self._in_layout(name, tensors[name])[index]
+            return signed(self._in_layout(name, tensors[name])[index])
         axis, info = fused[0], self.infos[path]
+        views = {name: self._in_layout(name, part) for name, part in tensors.items()}
+        dtypes = {view.dtype for view in views.values()}
         out = np.empty(
-            [len(range(*i.indices(length))) for i, length in zip(index, info.shape, strict=True)], info.dtype
+            [len(range(*i.indices(length))) for i, length in zip(index, info.shape, strict=True)],
+            dtypes.pop() if len(dtypes) == 1 else info.dtype,
         )
         wanted = range(*index[axis].indices(info.shape[axis]))
         for name, part in tensors.items():
             number = part.rule.index[-1]
             if number in wanted:
                 place = (*part.rule.index[:-1], wanted.index(number))
-                copy_in_squares(out[place], self._in_layout(name, part)[(*index[:axis], *index[axis + 1 :])])
-        return out
+                copy_in_squares(out[place], views[name][(*index[:axis], *index[axis + 1 :])])
+        return signed(out)
 
     def release(self) -> None:
         """Give back the pages of the files that have been read."""
+        self._last = None
         self._files.release()
 
     def _in_layout(self, name: str, part: hf_mapping.LeafPart) -> np.ndarray:
-        return part.rule.to_leaf(self._files.read(name), self._sizes)
+        return part.rule.to_leaf(self._weight(name), self._sizes)
+
+    def _weight(self, name: str) -> np.ndarray:
+        """A tensor, or its integers: those of 4 bits are kept, as slices of a leaf come one after another."""
+        if (weight := self._quantized.get(name)) is None:
+            return self._files.read(name)
+        if self._last is None or self._last[0] != name:
+            self._last = (name, weight.values())
+        return self._last[1]
+
+    def _scales(self, path: str) -> np.ndarray:
+        """The whole leaf, which is small."""
+        assert self.stored is not None
+        leaf = np.empty(self.infos[path].shape, np.float32)
+        for name, part in self._tensors[kernel_path(path)].items():
+            ScaleLayout.of(part.rule, self.stored, self._sizes).fill(leaf, self._quantized[name].scale())
+        return leaf
 
 
 class ModelLeaves:

@@ -16,11 +16,12 @@ from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import load_adapter, read_adapter
-from glm4v_jax.checkpoints.leaves import array_of
+from glm4v_jax.checkpoints.leaves import Leaves, array_of
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import StoredQuantization, stored_quantization
 from glm4v_jax.devices.memory import Memory, check_memory, memory_of
 from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.devices.mesh import spec as partition
@@ -37,9 +38,13 @@ from glm4v_jax.model.quantize import (
     for_inference,
     is_quantized,
     is_scale,
+    kernel_path,
     quantize_embedding,
     quantize_kernel,
+    quantized_leaves,
+    scale_axes,
     scale_path,
+    with_integers,
 )
 from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Runtime
@@ -68,7 +73,7 @@ def resolve_dtype(dtype: Any, files: Mapping[str, TensorInfo] | None = None) -> 
     if dtype is None:
         dtype = default_dtype()
     elif isinstance(dtype, str) and dtype == "auto" and files is not None:
-        dtype = next(iter(files.values())).dtype
+        dtype = next(info.dtype for info in files.values() if info.dtype.name in hf_mapping.DTYPES)
     name = str(dtype).removeprefix("torch.") if not isinstance(dtype, type | np.dtype) else jnp.dtype(dtype).name
     name = _ALIASES.get(name, name)
     if name not in hf_mapping.DTYPES:
@@ -101,7 +106,7 @@ def load_runtime(
       mesh: where the model lives (`devices.mesh.make_mesh`); one device by default.
       stacked: layout of the layers (see `model.layers`); by default one by one on a CPU, stacked elsewhere.
       quantize: keep all that is large as "int8", or the decoder's kernels as "int4"; a `QuantConfig` says which, and
-        how.
+        how. What a checkpoint has in integers stays as it is, and only the same scheme is accepted for the rest.
       adapter: directory of an adapter in PEFT's format, which is applied beside the weights; see `load_adapter`.
       reserve: bytes that a device needs besides the weights, as for caches.
       progress: called with bytes read and bytes in all, after each leaf.
@@ -117,6 +122,8 @@ def load_runtime(
         if stacked is None:
             stacked = platform() != "cpu"
         outputs_first = platform() == "tpu"
+        if (stored := stored_quantization(directory)) is not None:
+            for_inference(stored.dtype)  # which not every platform has
         if adapter is not None:
             read_adapter(adapter, config)  # an adapter that does not fit shows before the weights are read
         module = load_model(
@@ -172,31 +179,35 @@ def load_model(
       dtype: see `resolve_dtype`.
       stacked: the layout of the layers (see `layers`).
       outputs_first: the order of kernels (see `kernel_order`).
-      quantize: the kernels to quantise, one after the other: only one at a time exists in floats.
+      quantize: the kernels to quantise, one after the other: only one at a time exists in floats. What the checkpoint
+        has in integers is read as it is.
       reserve: bytes that a device needs besides the weights.
       progress: called with the bytes read so far and in all, after each leaf.
 
     Raises:
       CheckpointError: files are missing, truncated or corrupt, tensors do not fit the configuration, or numbers to
         quantise are not finite.
-      ConfigError: `quantize` fits no linear layer, or does not divide by the mesh.
+      ConfigError: `quantize` fits no linear layer, does not divide by the mesh, or is another scheme than that of the
+        checkpoint's integers.
       MemoryShortageError: see `check_fits`.
     """
     files = open_weights(directory)
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
     abstract, structure = abstract_leaves(
-        config, dtype, stacked=stacked, outputs_first=outputs_first, quantize=quantize
+        config, dtype, stacked=stacked, outputs_first=outputs_first, quantize=quantize, leaves=leaves
     )
 
-    needed = functools.partial(_needed, config, stacked=stacked, reserve=reserve)
+    needed = functools.partial(_needed, config, stacked=stacked, reserve=reserve, leaves=leaves)
+    stored = leaves.stored
 
     def instead() -> dict[str, int]:
         ways: dict[str, tuple[Any, QuantConfig | None]] = {}
         if dtype == jnp.float32:
             ways["--dtype bfloat16"] = jnp.bfloat16, quantize
         if quantize is None:
-            ways["--quantize int8"] = dtype, for_inference("int8")
+            scheme = "int8" if stored is None else f"int{stored.bits}"
+            ways[f"--quantize {scheme}"] = dtype, for_inference(scheme)
         return {option: needed(*way) for option, way in ways.items()}
 
     what = f"weights in {dtype.name if quantize is None else quantize.dtype}"
@@ -206,18 +217,30 @@ def load_model(
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
     # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
     for path, info in sorted(leaves.infos.items(), key=lambda item: -item[1].nbytes):
+        if is_scale(path):  # read with its kernel
+            continue
         target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
         linear = linears.get(hf_mapping.layerless_path(path))
         spec = abstract[target].sharding.spec
         spec = spec if layer is None else PartitionSpec(*spec[1:])
         if linear is not None:
             spec = partition(*linear.in_axes, *linear.out_axes)
-        if quantize is None or scale_path(target) not in abstract:
+        if scale_path(target) not in abstract:
             made = {target: array_of(leaves, path, spec, dtype)}
+        elif linear is not None and stored is not None and scale_path(path) in leaves.infos:
+            scale_info = leaves.infos[scale_path(path)]
+            kernel = array_of(leaves, path, spec, np.dtype(np.int8))
+            spec = partition(*scale_axes(linear, len(scale_info.shape)))
+            scale = array_of(leaves, scale_path(path), spec, scale_info.dtype)
+            pair = quantized_leaves(kernel, scale, len(linear.in_axes) - 1, QuantConfig(stored.dtype))
+            made = dict(zip((target, scale_path(target)), pair, strict=True))
+            done += scale_info.nbytes
+            del kernel, scale
         else:  # from the checkpoint's numbers, not rounded to `dtype` first
             kernel = array_of(leaves, path, spec, info.dtype)
             if linear is not None:
                 own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
+                assert own is not None
                 pair = quantize_kernel(kernel, linear.in_axes, linear.out_axes, own)
             else:
                 pair = quantize_embedding(kernel)
@@ -235,7 +258,7 @@ def load_model(
             released = done
         if progress is not None:
             progress(done, total)
-    if quantize is not None:
+    if quantize is not None or stored is not None:
         check_finite({path: array for path, array in arrays.items() if is_scale(path)}, str(directory))
     return jax.tree.unflatten(structure, [arrays[path] for path in abstract])
 
@@ -247,31 +270,75 @@ def abstract_leaves(
     stacked: bool,
     outputs_first: bool = False,
     quantize: QuantConfig | None = None,
+    leaves: Leaves | None = None,
 ) -> tuple[dict[str, Any], Any]:
-    """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree."""
+    """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree.
+
+    Args:
+      config: of the model.
+      dtype: of floats.
+      stacked: the layout of the layers.
+      outputs_first: the order of kernels.
+      quantize: the kernels to quantise.
+      leaves: of the checkpoint that is to be read, if some of its kernels are in integers.
+
+    Raises:
+      ConfigError: `quantize` fits no layer, or is another scheme than that of the checkpoint's integers; or groups do
+        not divide by the mesh.
+    """
+    stored = None if leaves is None else leaves.stored
+    if quantize is not None:
+        check_scheme(quantize.dtype, stored)
 
     def make() -> Glm4v:
         model = Glm4v.init(config, dtype=dtype)
         if quantize is not None:
             model = quantized(model, quantize)
+        if leaves is not None and stored is not None:
+            scales = {kernel_path(path): info.shape for path, info in leaves.infos.items() if is_scale(path)}
+            shapes = {
+                hf_mapping.layerless_path(path): (leaves.infos[path].shape, shape) for path, shape in scales.items()
+            }
+            model = with_integers(model, shapes, QuantConfig(stored.dtype))
         if outputs_first:
             model = with_outputs_first(model)
         return model if stacked else model.unstacked()
 
     abstract = jax.eval_shape(make)
-    leaves, structure = jax.tree.flatten(abstract)
-    return dict(zip(leaf_paths(abstract), leaves, strict=True)), structure
+    arrays, structure = jax.tree.flatten(abstract)
+    return dict(zip(leaf_paths(abstract), arrays, strict=True)), structure
 
 
-def _needed(config: Glm4vConfig, dtype: DTypeLike, quantize: QuantConfig | None, *, stacked: bool, reserve: int) -> int:
+def check_scheme(scheme: str, stored: StoredQuantization | None) -> None:
+    """Check that what a checkpoint has in floats may be quantised beside what it has in integers.
+
+    Raises:
+      ConfigError: these have another number of bits.
+    """
+    if stored is not None and scheme != (own := f"int{stored.bits}"):
+        raise ConfigError(
+            f"quantize: found {scheme!r} for a checkpoint that is quantised ({stored}); expected nothing, or {own!r} "
+            "for the rest of its weights"
+        )
+
+
+def _needed(
+    config: Glm4vConfig,
+    dtype: DTypeLike,
+    quantize: QuantConfig | None,
+    *,
+    stacked: bool,
+    reserve: int,
+    leaves: Leaves,
+) -> int:
     """Bytes that a device needs of the weights, of the copies that programs make of them, and to `reserve`."""
-    leaves, _ = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize)
+    arrays, _ = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize, leaves=leaves)
     copied = [
         leaf.update(dtype=jnp.float32)
-        for path, leaf in leaves.items()
+        for path, leaf in arrays.items()
         if platform() == "cpu" and path.endswith(".kernel") and cpu_matmul.is_copied(leaf)
     ]
-    return device_bytes([*leaves.values(), *copied]) + reserve
+    return device_bytes([*arrays.values(), *copied]) + reserve
 
 
 def device_bytes(leaves: Iterable[Any]) -> int:

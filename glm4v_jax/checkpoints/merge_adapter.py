@@ -51,7 +51,11 @@ def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> 
     """
     config = Glm4vConfig.from_pretrained(base)
     files = open_weights(base)
-    leaves_of(files, config)  # checks every tensor
+    if (stored := leaves_of(files, config).stored) is not None:  # and checks every tensor
+        raise CheckpointError(
+            f"{base}: found quantised weights ({stored}); expected floats: merge the adapter into the checkpoint that "
+            "they were made from"
+        )
     pairs = read_adapter(adapter, config)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {

@@ -8,8 +8,9 @@ TensorStore reads the leaves, not Orbax, whose reader materialises whole leaves:
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import tensorstore
@@ -17,15 +18,30 @@ from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import is_unfinished
+from glm4v_jax.checkpoints.compressed_tensors import (
+    PACKED,
+    SCALE,
+    SHAPE,
+    ExpectedTensors,
+    ScaleLayout,
+    expected_tensors,
+    pack,
+    quantized_leaves,
+)
 from glm4v_jax.checkpoints.leaves import Leaves, Slices, TensorLeaves
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, open_checkpoint
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import is_orbax, model_directory
+from glm4v_jax.model.quantize import is_scale, kernel_path, scale_path
 
 METADATA_KEY = "glm4v_jax"
 FORMAT = 1
+
+_Integers = Literal["int8", "int32", "int64"]
+"""Of the tensors that quantised weights are stored as."""
 
 
 Weights: TypeAlias = "CheckpointFiles | OrbaxCheckpoint"
@@ -61,10 +77,12 @@ class OrbaxLeaves:
     Raises:
       CheckpointError: it cannot be read, or its leaves are not those of a model of this configuration; all that do not
         fit are listed.
+      ConfigError: weights are quantised in a way that is not read here.
     """
 
     def __init__(self, directory: Path, config: Glm4vConfig):
         self._directory = directory
+        self.stored = stored_quantization(directory)
         self._context = tensorstore.Context()
         self._stores: dict[str, Any] = {}
         try:
@@ -77,8 +95,13 @@ class OrbaxLeaves:
             raise CheckpointError(f"{directory}: found damaged metadata; expected an Orbax checkpoint")
         self.custom_metadata: Mapping[str, Any] = described.custom_metadata or {}
         found = {path: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(described.metadata)}
-        expected = hf_mapping.leaf_shapes(config)
-        hf_mapping.check_tensors(found.items(), expected, str(directory), spell=str)
+        quantized: dict[str, TensorInfo] = {}
+        if self.stored is not None:
+            kernels = [kernel_path(path) for path in found if is_scale(path)]
+            quantized = quantized_leaves(config, self.stored, kernels)
+        expected = hf_mapping.leaf_shapes(config) | {path: info.shape for path, info in quantized.items()}
+        dtypes = {path: (info.dtype.name,) for path, info in quantized.items()}
+        hf_mapping.check_tensors(found.items(), expected, str(directory), spell=str, dtypes=dtypes)
         self.infos: Mapping[str, TensorInfo] = {path: found[path] for path in expected}
 
     def read(self, path: str, index: Slices) -> np.ndarray:
@@ -92,7 +115,8 @@ class OrbaxLeaves:
             # TensorStore wants bounds within the array, where NumPy counts from its end or clips them.
             bounds = [entry.indices(length) for entry, length in zip(index, self.infos[path].shape, strict=True)]
             within = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
-            return self._stores[path][within].read().result()
+            values = self._stores[path][within].read().result()
+            return values.astype(np.int8) if values.dtype == ml_dtypes.int4 else values
         except ValueError as error:
             raise CheckpointError(
                 f"{self._directory}: {path}: found unreadable data ({error}); expected an array"
@@ -125,16 +149,23 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
         if (version := self.provenance.get("format", FORMAT)) != FORMAT:
             raise CheckpointError(f"{directory}: found format {version}; expected {FORMAT}, or a newer glm4v_jax")
         self._sizes = hf_mapping.dimensions(self.config)
-        self._parts = hf_mapping.tensor_rules(self.config)
-        tensors: Any = [(name, self.leaves.infos[part.path].dtype.name, "") for name, part in self._parts.items()]
+        wanted = hf_mapping.wanted(self.config)
+        quantized = [name for name, part in wanted.items() if scale_path(part.path) in self.leaves.infos]
+        expected = expected_tensors(self.config, quantized, self.leaves.stored, str(directory))
         if self.provenance.get("tensors"):
-            tensors = _checked_tensors(self.directory, self.provenance, self._parts, self.config)
-            known = hf_mapping.wanted(self.config)
-            # Some checkpoints have a tied head a second time.
-            known.setdefault("lm_head.weight", known["language_model.embed_tokens.weight"])
-            self._parts = {name: known[hf_mapping.canonical(name)] for name, *_ in tensors}
+            tensors = _checked_tensors(self.directory, self.provenance, expected, self.config)
+        elif quantized:
+            raise CheckpointError(f"{directory}: {METADATA_KEY}: tensors: found nothing; expected those in safetensors")
+        else:
+            names = hf_mapping.tensor_rules(self.config).items()
+            tensors = [(name, self.leaves.infos[part.path].dtype.name, "") for name, part in names]
+        # Some checkpoints have a tied head a second time.
+        embedding = "language_model.embed_tokens.weight"
+        parts = {"lm_head.weight": expected.parts[embedding]} | expected.parts
+        shapes = {"lm_head.weight": expected.shapes[embedding]} | expected.shapes
+        self._parts = {name: parts[hf_mapping.canonical(name)] for name, *_ in tensors}
         self._infos = {
-            name: TensorInfo(self._parts[name].rule.tensor_shape(self._sizes), np.dtype(dtype), Path(file))
+            name: TensorInfo(shapes[hf_mapping.canonical(name)], np.dtype(dtype), Path(file))
             for name, dtype, file in tensors
         }
 
@@ -162,6 +193,8 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
           CheckpointError: the data are damaged.
         """
         rule, path = self._parts[name].rule, self._parts[name].path
+        if rule.piece:
+            return self._piece(name)[index]
         tensor_axes, leaf_axes = rule.axes()
         wanted = [slice(None)] * len(leaf_axes)
         sizes = self._sizes
@@ -178,12 +211,33 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
             leaf = leaf.squeeze(rule.part[0])
         return rule.to_tensor(leaf, sizes)[index].astype(self._infos[name].dtype, copy=False)
 
+    def _piece(self, name: str) -> np.ndarray:
+        """One of the tensors that a quantised weight is stored as."""
+        rule, path, stored = self._parts[name].rule, self._parts[name].path, self.leaves.stored
+        info, shape = self._infos[name], rule.tensor_shape(self._sizes)
+        assert stored is not None
+        if rule.piece == SHAPE:
+            return np.array(shape, info.dtype)
+        if rule.piece == SCALE:
+            layout = ScaleLayout.of(rule, stored, self._sizes)
+            return layout.read(self._leaf(scale_path(path)), info.shape[1]).astype(info.dtype)
+        if not stored.symmetric:
+            raise CheckpointError(
+                f"{self.directory}: {name}: found integers less their zero points; expected the safetensors that they "
+                "were converted from"
+            )
+        values = rule.to_tensor(self._leaf(path)[rule.index], self._sizes)
+        return pack(values, stored.bits) if rule.piece == PACKED else values
+
+    def _leaf(self, path: str) -> np.ndarray:
+        return self.leaves.read(path, (slice(None),) * len(self.leaves.infos[path].shape))
+
     def release(self) -> None:
         """Nothing is kept between reads."""
 
 
 def _checked_tensors(
-    directory: Path, provenance: Mapping[str, Any], parts: Mapping[str, hf_mapping.LeafPart], config: Glm4vConfig
+    directory: Path, provenance: Mapping[str, Any], expected: ExpectedTensors, config: Glm4vConfig
 ) -> list[tuple[str, str, str]]:
     """Name, dtype and file of the tensors that a checkpoint was converted from.
 
@@ -200,18 +254,18 @@ def _checked_tensors(
     tensors: list[tuple[str, str, str]] = []
     for entry in listed if isinstance(listed, list) else [listed]:
         try:
-            tensors.append(msgspec.convert(entry, tuple[str, hf_mapping.Dtype, str]))
+            tensors.append(msgspec.convert(entry, tuple[str, hf_mapping.Dtype | _Integers, str]))
         except msgspec.ValidationError:
-            expected = f"name, dtype ({', '.join(hf_mapping.DTYPES)}) and file of a tensor"
-            faults.append(fault("tensors", entry, expected))
+            fields = f"name, dtype ({', '.join(hf_mapping.DTYPES)}) and file of a tensor"
+            faults.append(fault("tensors", entry, fields))
     where = f"{directory}: {METADATA_KEY}"
     raise_faults(faults, CheckpointError, where=where)
-    sizes = hf_mapping.dimensions(config)
-    shapes = {hf_mapping.canonical(name): part.rule.tensor_shape(sizes) for name, part in parts.items()}
     found = (
-        (name, TensorInfo(shapes.get(hf_mapping.canonical(name), ()), np.dtype(dtype))) for name, dtype, _ in tensors
+        (name, TensorInfo(expected.shapes.get(hf_mapping.canonical(name), ()), np.dtype(dtype)))
+        for name, dtype, _ in tensors
     )
-    hf_mapping.check_tensors(hf_mapping.without_tied_head(config, found), shapes, f"{where}: tensors")
+    listed = hf_mapping.without_tied_head(config, found)
+    hf_mapping.check_tensors(listed, expected.shapes, f"{where}: tensors", dtypes=expected.dtypes)
     return tensors
 
 

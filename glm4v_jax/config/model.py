@@ -23,6 +23,7 @@ from glm4v_jax.config.checks import (
     object_of,
     validate,
 )
+from glm4v_jax.config.quantization import quantization_in
 from glm4v_jax.config.rope_scaling import RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError, not_there
 from glm4v_jax.files import assets_directory, check_config, read_json_object, write_json
@@ -260,14 +261,14 @@ class Glm4vConfig:
         `text_config` says (4.57.1); a top-level `tie_word_embeddings` counts only in that flat layout.
 
         Raises:
-          ConfigError: it is the configuration of another architecture, or contradicts itself.
+          ConfigError: it is the configuration of another architecture, contradicts itself, or is of weights that are
+            quantised in a way that is not read here.
         """
         model_type = data.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ConfigError(fault("model_type", model_type, f"{cls.model_type!r} (dense GLM-4.1V)"))
         fields = known_fields(cls, data)
-        if data.get("quantization_config"):
-            raise ConfigError("quantization_config: found a quantised checkpoint; expected plain weights")
+        quantization_in(data)
         if "text_config" not in data and "hidden_size" not in data:
             raise ConfigError("text_config: found nothing; expected an object")
         fields["text_config"] = Glm4vTextConfig.from_dict(object_of(data, "text_config") or data)

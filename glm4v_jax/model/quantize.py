@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax.config.checks import Positive, validate
 from glm4v_jax.devices import mesh
-from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.errors import CheckpointError, ConfigError, naming
 from glm4v_jax.model.cpu_matmul import pack_int4
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import reorder
@@ -91,6 +91,11 @@ def scale_path(path: str) -> str:
     return f"{path}{_SCALE}"
 
 
+def kernel_path(path: str) -> str:
+    """The path of the kernel or embedding of a scale at this path."""
+    return path.removesuffix(_SCALE)
+
+
 def is_quantized(model: Glm4v) -> bool:
     """Whether any kernel is quantised."""
     return any(linear.kernel_scale is not None for found in linears(model).values() for linear in found)
@@ -144,6 +149,43 @@ def chosen(model: Glm4v, config: QuantConfig) -> list[tuple[Linear, QuantConfig]
     others = {path: same for path, same in linears(model).items() if config.rest and path not in found}
     schemes = [(found, config), (others, QuantConfig("int8"))]
     return [(linear, own) for paths, own in schemes for same in paths.values() for linear in same]
+
+
+def with_integers(
+    model: Glm4v, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], config: QuantConfig
+) -> Glm4v:
+    """The model with the kernels in integers that a checkpoint has as such; abstract, inside `jax.eval_shape`.
+
+    Args:
+      model: in the current mesh, kernels inputs first; those that are quantised otherwise are replaced.
+      shapes: path of a kernel, without the layout and the number of the layer, -> its shape and that of its scale.
+      config: dtype of the integers.
+
+    Raises:
+      ConfigError: groups do not divide by the mesh.
+    """
+    result = copy_without_lora(model)
+    for path, found in linears(result).items():
+        if f"{path}.kernel" not in shapes:
+            continue
+        shape, scale_shape = shapes[f"{path}.kernel"]
+        axes = scale_axes(found[0], len(scale_shape))
+        with naming(path, ConfigError):
+            mesh.check_divides(scale_shape, axes)
+        for linear in found:
+            layers = linear.kernel.shape[: -len(shape)]
+            names: Axes = (None,) * len(layers)
+            spec = mesh.spec(*names, *linear.in_axes, *linear.out_axes)
+            values = jnp.zeros((*layers, *shape), jnp.int8, out_sharding=spec)
+            scale = jnp.zeros((*layers, *scale_shape), jnp.float32, out_sharding=mesh.spec(*names, *axes))
+            kernel, scale = quantized_leaves(values, scale, len(layers) + len(linear.in_axes) - 1, config)
+            linear.kernel, linear.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+    return result
+
+
+def scale_axes(linear: Linear, dimensions: int) -> Axes:
+    """Logical axes of a scale with so many dimensions: of each channel, or of groups along the last input."""
+    return linear.out_axes if dimensions == len(linear.out_axes) else (*linear.in_axes, *linear.out_axes)
 
 
 def group_size(size: int, most: int) -> int:
@@ -226,7 +268,7 @@ def check_finite(scales: Mapping[str, Array], where: str) -> None:
       CheckpointError: some were not.
     """
     found = _are_finite(dict(scales))
-    if wrong := [path.removesuffix(_SCALE) for path, is_finite in found.items() if not np.asarray(is_finite)]:
+    if wrong := [kernel_path(path) for path, is_finite in found.items() if not np.asarray(is_finite)]:
         raise CheckpointError(f"{where}: {wrong[0]}: found numbers that are not finite; expected finite ones")
 
 

@@ -175,7 +175,7 @@ LONGROPE = {"rope_type": "longrope", "mrope_section": [1, 1, 2]}
         (None, "text_config", "x", "text_config: found 'x'; expected an object"),
         (None, "text_config", ..., "text_config: found nothing"),
         (None, "vision_config", [1], r"vision_config: found \[1\]; expected an object"),
-        (None, "quantization_config", {"bits": 4}, "quantization_config: found a quantised checkpoint"),
+        (None, "quantization_config", {"bits": 4}, r"config\.quant_method: found None; expected 'compressed-tensors'"),
         ("text_config", "rope_scaling", "x", "rope_scaling: found 'x'; expected an object"),
         ("text_config", "rope_parameters", "x", "rope_parameters: found 'x'; expected an object"),
         (

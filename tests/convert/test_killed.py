@@ -14,9 +14,10 @@ from helpers_orbax import assert_same_weights, contents, environment
 
 from convert.synth import load_config, synth
 from convert.to_orbax import to_orbax
-from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.compressed_tensors import match
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.config.model import Glm4vConfig, Glm4vTextConfig
+from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.errors import CheckpointError
 
 KILLS = 10
@@ -24,12 +25,14 @@ KILLS = 10
 # Imports once; a child for each line on standard input, so that a run takes no longer than its work.
 SERVER = """
 import functools, os, sys
+from convert.quantize import quantize
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from glm4v_jax.checkpoints import orbax_write
 orbax_write.GROUP_BYTES = 500_000
 programs = {
     "to_hf": functools.partial(to_hf, max_shard_size="1MB"),
+    "quantize": functools.partial(quantize, max_shard_size="1MB"),
     "to_orbax": functools.partial(to_orbax, hash_files=False),
 }
 print("ready", flush=True)
@@ -48,7 +51,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """What each program converts: for `to_hf` some 15 MB; for `to_orbax`, which is slower, 5 MB."""
+    """What each program converts: some 15 MB; for `to_orbax`, which is slower, 5 MB."""
     directory = tmp_path_factory.mktemp("killed")
     tiny = load_config("tiny")
     text = Glm4vTextConfig.from_dict(tiny.text_config.to_dict() | {"num_hidden_layers": 12, "intermediate_size": 1500})
@@ -56,7 +59,7 @@ def checkpoints(tmp_path_factory):
     synth(config, directory / "hf", dtype="float32", count=3)
     to_orbax(directory / "hf", directory / "orbax")
     synth(tiny, directory / "small", dtype="float32", count=3)
-    return {"to_hf": directory / "orbax", "to_orbax": directory / "small"}
+    return {"to_hf": directory / "orbax", "quantize": directory / "hf", "to_orbax": directory / "small"}
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +104,21 @@ def written(directory):
 
 def passes_for_complete(directory):
     try:
-        hf_mapping.match(Glm4vConfig.from_pretrained(directory), open_weights(directory), str(directory))
+        match(
+            Glm4vConfig.from_pretrained(directory), open_weights(directory), str(directory),
+            stored_quantization(directory),
+        )  # fmt: skip
     except CheckpointError:
         return False
     return True
 
 
-@pytest.mark.parametrize("program", ["to_hf", "to_orbax"])
+@pytest.mark.parametrize("program", ["to_hf", "quantize", "to_orbax"])
 def test_a_kill_at_any_moment_leaves_nothing_that_passes_for_complete(server, checkpoints, tmp_path, program):
     source, target, whole = checkpoints[program], tmp_path / "target", tmp_path / "whole"
     assert convert(server, program, source, whole) == 0
+    if program != "quantize":
+        assert_same_weights(whole, source, ordered=False)
     before, size, moments, killed = contents(source), written(whole), random.Random(0), 0
     for kill in range(KILLS):
         killed += convert(server, program, source, target, moments.uniform(0, size)) == signal.SIGKILL
@@ -121,7 +129,7 @@ def test_a_kill_at_any_moment_leaves_nothing_that_passes_for_complete(server, ch
         if not target.exists() and kill % 2:
             assert convert(server, program, source, target) == 0
         if target.exists():
-            assert_same_weights(target, source, ordered=False)  # in Hugging Face layout they are sorted
+            assert_same_weights(target, whole, ordered=False)  # in Hugging Face layout they are sorted
             shutil.rmtree(target)
             assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     assert killed > KILLS // 2, "most runs were over before the kill"

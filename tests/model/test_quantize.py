@@ -1,6 +1,6 @@
 """Quantised kernels: how far they are off, what is computed with them, in which memory, on every layout and mesh.
 
-Run as a program, `python test_quantize.py CHECKPOINT`, this file computes with them on eight simulated devices.
+Run as a program, `python test_quantize.py CHECKPOINT INT4`, this file computes with them on eight simulated devices.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from helpers_mesh import ROWS, run_on_devices, write_grouped
 from jax.sharding import AbstractMesh, AxisType
 from reference import assert_close, random_tensors, write_checkpoint
 
+from convert import quantize as convert_quantize
 from glm4v_jax import Glm4v, Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.load import load_model
@@ -365,20 +366,28 @@ def test_groups_that_do_not_divide_by_the_mesh_are_refused():
 
 
 def test_a_mesh_computes_what_one_device_does(tmp_path):
-    write_grouped(tmp_path)
-    (case,) = run_on_devices(__file__, str(tmp_path))
+    """And reads what a checkpoint has in integers."""
+    (floats := tmp_path / "floats").mkdir()
+    write_grouped(floats)
+    convert_quantize.quantize(floats, tmp_path / "int4", to="int4", group=8)
+    (case,) = run_on_devices(__file__, str(floats), str(tmp_path / "int4"))
     assert case["mesh"] == MESHES[1] and case["equal"] and case["split"] > 0.9
     assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4 and case["logits"] <= 1e-5
 
 
-def compute(directory, sizes):
-    """Quantised leaves, loss and gradients of an adapter beside them; logits with everything in int8, of images too."""
+def compute(directory, integers, sizes):
+    """Quantised leaves, also those of a checkpoint of integers; loss and gradients of an adapter beside the former;
+    logits with everything in int8, of images too.
+    """
     with jax.set_mesh(mesh.make_mesh(**sizes)):
         config = Glm4vConfig.from_pretrained(directory)
         base = load_model(directory, config, quantize=quantize.QuantConfig("int4", group=8))
         loss, gradients = gradients_of(trained(base, SMALL), batch_of(config, 2 * TEXT)[0])
         kept = {
-            path: leaf for path, leaf in leaves_of(base).items() if quantize.is_scale(path) or leaf.dtype == jnp.uint8
+            f"{place}: {path}": leaf
+            for place, model in ((directory, base), (integers, load_model(integers, config)))
+            for path, leaf in leaves_of(model).items()
+            if quantize.is_scale(path) or leaf.dtype == jnp.uint8
         }
         everything = load_model(directory, config, quantize=quantize.QuantConfig(rest=True), stacked=False)
         logits = np.asarray(logits_of(everything, batch_of(config, ROWS)[0]))
@@ -392,8 +401,8 @@ def compute(directory, sizes):
         )
 
 
-def main(directory):
-    one, *others = (compute(directory, sizes) for sizes in MESHES)
+def main(*directories):
+    one, *others = (compute(*directories, sizes) for sizes in MESHES)
     for sizes, (loss, gradients, kept, share, logits) in zip(MESHES[1:], others, strict=True):
         worst = max(float(np.abs(gradients[path] - x).max() / np.abs(x).max()) for path, x in one[1].items())
         equal = all(np.array_equal(kept[path], x) for path, x in one[2].items()) and kept.keys() == one[2].keys()
@@ -403,4 +412,4 @@ def main(directory):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,13 +1,17 @@
-"""What a job starts with: memory is checked before weights are read."""
+"""What a job starts with: memory is checked before weights are read, and whether they can be trained."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
+from convert.quantize import quantize
 from glm4v_jax.checkpoints import load
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.memory import Memory
-from glm4v_jax.errors import MemoryShortageError
+from glm4v_jax.errors import ConfigError, MemoryShortageError
 from glm4v_jax.model.lora import LoraConfig
 from train import job
 from train.config import DataConfig, TrainConfig
@@ -31,3 +35,19 @@ def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch, lora)
     free[0] -= 1
     with pytest.raises(MemoryShortageError, match=r"checkpoint: needs .* for weights, gradients and optimizer state, "):
         job.Job.start(config, CONFIG)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_integers_of_a_checkpoint_are_a_base_of_adapters_and_not_trained(tmp_path):
+    quantize(RANDOM_CHECKPOINT, tmp_path / "int8")
+    config = TrainConfig(
+        model=str(tmp_path / "int8"), out="out", data=DataConfig(files=("data.jsonl",)), steps=2,
+        lora=LoraConfig(rank=2),
+    )  # fmt: skip
+    state, frozen = job.abstract_state(config, CONFIG)
+    assert frozen["language_model.layers.stacked.mlp.down.kernel"].dtype == jnp.int8
+    assert all(leaf.dtype == jnp.float32 for leaf in state.params.values())
+    with pytest.raises(
+        ConfigError, match=r"model: found .*int8, which is quantised \(8 bits, .*expected floats, or lora"
+    ):
+        job.abstract_state(dataclasses.replace(config, lora=None), CONFIG)

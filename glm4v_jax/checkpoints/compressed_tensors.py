@@ -1,0 +1,307 @@
+"""Quantised weights in compressed-tensors' layout: the tensors that stand for one, as integers and scales.
+
+A weight [out, in] of a linear layer is stored as several tensors, whose names end in place of `weight` in
+- `weight_packed`: int32 [out, in * bits / 32], the first integer in the lowest bits, each with half of its range added:
+  8 bits are bytes with the top bit flipped, 4 bits are 0 to 15 for -8 to 7;
+- `weight_scale`: floats [out, groups], one group where all inputs share a scale;
+- `weight_shape`: int64 [out, in];
+- `weight_zero_point`, if the scheme has them: integers to subtract, [out, groups], packed along `out`.
+In the formats that do not pack, `weight` is int8, and so are the zero points.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.safetensors import TensorInfo
+from glm4v_jax.config.checks import fault, raise_faults
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import FIELD, StoredQuantization
+from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.model.quantize import scale_path
+
+WEIGHT, PACKED, SCALE, SHAPE, ZERO_POINT = (
+    "weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+)  # fmt: skip
+_INTEGERS = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
+
+
+class Piece(NamedTuple):
+    """What one of the tensors must be: its shape, and one of these dtypes."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+
+
+class Files(Protocol):
+    """Tensors of a checkpoint."""
+
+    def __getitem__(self, name: str, /) -> TensorInfo: ...
+
+    def read(self, name: str, /) -> np.ndarray:
+        """Return a tensor."""
+        ...
+
+
+def pieces(shape: tuple[int, ...], stored: StoredQuantization) -> dict[str, Piece]:
+    """Return the ends of the names -> the tensors, of a weight [out, in]; groups divide the inputs."""
+    outputs, inputs = shape
+    groups = 1 if stored.group is None else inputs // stored.group
+    scale = Piece((outputs, groups), hf_mapping.DTYPES)
+    if not stored.packed:
+        found = {WEIGHT: Piece(shape, ("int8",)), SCALE: scale, ZERO_POINT: Piece((outputs, groups), ("int8",))}
+    else:
+        found = {
+            PACKED: Piece((outputs, packed_size(inputs, stored.bits)), ("int32",)),
+            SCALE: scale,
+            SHAPE: Piece((2,), ("int64", "int32")),
+            ZERO_POINT: Piece((packed_size(outputs, stored.bits), groups), ("int32",)),
+        }
+    if stored.symmetric:
+        del found[ZERO_POINT]
+    return found
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Return how many int32 hold so many integers."""
+    return math.ceil(count * bits / 32)
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack int8 [rows, count] into int32 [rows, count * bits / 32].
+
+    >>> pack(np.array([[-8, 7, 0]], np.int8), 4)
+    array([[2288]], dtype=int32)
+    """
+    rows, count = values.shape
+    biased = np.zeros((rows, packed_size(count, bits) * 32 // bits), np.uint8)
+    biased[:, :count] = values.view(np.uint8) ^ np.uint8(0x80) if bits == 8 else values + np.int8(8)
+    return (biased if bits == 8 else biased[:, 0::2] | (biased[:, 1::2] << 4)).view("<i4")
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Unpack int32 [rows, ...] into int8 [rows, count], the inverse of `pack`."""
+    words = np.ascontiguousarray(packed).view(np.uint8)
+    if bits == 8:
+        return (words[:, :count] ^ np.uint8(0x80)).view(np.int8)
+    values = np.empty((len(words), 2 * words.shape[1]), np.int8)
+    values[:, 0::2], values[:, 1::2] = words & 15, words >> 4
+    values -= np.int8(8)
+    return values[:, :count]
+
+
+@dataclasses.dataclass
+class QuantizedWeight:
+    """A weight of a checkpoint.
+
+    Attributes:
+      files: of the checkpoint.
+      name: of the weight, without the end that names one of its tensors.
+      shape: [out, in].
+      stored: its scheme.
+    """
+
+    files: Files
+    name: str
+    shape: tuple[int, ...]
+    stored: StoredQuantization
+
+    def values(self) -> np.ndarray:
+        """Return the integers less their zero points, int8 [out, in]; 8 bits as uint8 with the top one flipped.
+
+        That is a view of the file, to take a slice of before `signed` copies it.
+        """
+        outputs, inputs = self.shape
+        if not self.stored.packed:
+            values = self._read(WEIGHT)
+        elif self.stored.bits == 8:
+            return self._read(PACKED).view(np.uint8)[:, :inputs]
+        else:
+            values = unpack(self._read(PACKED), self.stored.bits, inputs)
+        if self.stored.symmetric:
+            return values
+        zeros = self._read(ZERO_POINT)
+        if self.stored.packed:
+            zeros = unpack(zeros.T, self.stored.bits, outputs).T
+        groups = values.reshape(outputs, zeros.shape[1], -1)
+        return (groups - zeros[:, :, None]).reshape(outputs, inputs)
+
+    def scale(self) -> np.ndarray:
+        """Return the scales, float32 [out, groups]."""
+        return self._read(SCALE).astype(np.float32)
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the shape in the checkpoint, if anything."""
+        found = list(map(int, self._read(SHAPE))) if self.stored.packed else list(self.shape)
+        return [] if found == list(self.shape) else [fault(f"{self.name}.{SHAPE}", found, str(list(self.shape)))]
+
+    def _read(self, piece: str) -> np.ndarray:
+        return self.files.read(f"{self.name}.{piece}")
+
+
+def signed(values: np.ndarray) -> np.ndarray:
+    """Return int8, in the same order, of what `QuantizedWeight.values` returns or of a slice of it."""
+    return (values ^ np.uint8(0x80)).view(np.int8) if values.dtype == np.uint8 else values
+
+
+class ScaleLayout(NamedTuple):
+    """How the scales [out, groups] of a quantised weight become the leaf beside the kernel.
+
+    Attributes:
+      rule: of the weight.
+      sizes: of the letters in its layout, with those of inputs counted in blocks that share a scale.
+      inputs: axes of the leaf to drop, because there is a scale for each output channel.
+    """
+
+    rule: hf_mapping.Rule
+    sizes: Mapping[str, int]
+    inputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rule: hf_mapping.Rule, stored: StoredQuantization, sizes: Mapping[str, int]) -> "ScaleLayout":
+        """A leaf has groups along the last input axis only: where groups span more axes, their scales are repeated."""
+        letters = rule.axes()[0][1]
+        if stored.group is None and stored.dtype == "int8":
+            inputs = (axis for axis, inner in enumerate(rule.axes()[1]) if set(inner) <= set(letters))
+            return cls(rule, {**sizes, **dict.fromkeys(letters, 1)}, tuple(inputs))
+        group = stored.group or rule.tensor_shape(sizes)[1]
+        block = math.gcd(group, sizes[letters[-1]])
+        return cls(rule, {**sizes, letters[-1]: sizes[letters[-1]] // block}, ())
+
+    def shape(self, kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the leaf beside a kernel of one layer, which may be fused."""
+        shape = list(self.rule.leaf_shape(self.sizes))
+        if self.rule.part is not None:
+            shape.insert(self.rule.part[0], kernel[self.rule.part[0]])
+        return tuple(size for axis, size in enumerate(shape) if axis not in self.dropped)
+
+    @property
+    def dropped(self) -> set[int]:
+        """The axes of the kernel, fused, that the leaf does not have."""
+        fused = len(self.rule.axes()[1]) if self.rule.part is None else self.rule.part[0]
+        return {axis + (axis >= fused) for axis in self.inputs}
+
+    def fill(self, leaf: np.ndarray, scale: np.ndarray) -> None:
+        """Write the scales [out, groups] of the weight into the leaf, or into its part of it."""
+        blocks, groups = self.rule.tensor_shape(self.sizes)[1], scale.shape[1]
+        self._part(leaf)[...] = self.rule.to_leaf(scale[:, np.arange(blocks) * groups // blocks], self.sizes)
+
+    def read(self, leaf: np.ndarray, groups: int) -> np.ndarray:
+        """Invert `fill`."""
+        blocks = self.rule.to_tensor(self._part(leaf), self.sizes)
+        return blocks[:, np.arange(groups) * blocks.shape[1] // groups]
+
+    def _part(self, leaf: np.ndarray) -> np.ndarray:
+        return np.expand_dims(leaf, tuple(self.dropped))[self.rule.index]
+
+
+def quantized_leaves(
+    config: Glm4vConfig, stored: StoredQuantization, kernels: Collection[str]
+) -> dict[str, TensorInfo]:
+    """Return path -> shape and dtype of kernels and their scales, where a checkpoint has these kernels quantised."""
+    sizes, shapes = hf_mapping.dimensions(config), hf_mapping.leaf_shapes(config)
+    found: dict[str, TensorInfo] = {}
+    for part in hf_mapping.wanted(config).values():
+        if (path := part.path) in kernels and path not in found:
+            found[path] = TensorInfo(shapes[path], _INTEGERS[stored.dtype])
+            scale = ScaleLayout.of(part.rule, stored, sizes).shape(shapes[path])
+            found[scale_path(path)] = TensorInfo(scale, np.dtype(np.float32))
+    return found
+
+
+def match(
+    config: Glm4vConfig, infos: Mapping[str, TensorInfo], where: str, stored: StoredQuantization | None = None
+) -> dict[str, hf_mapping.LeafPart]:
+    """Match a checkpoint's tensors against the table.
+
+    Args:
+      config: of the model.
+      infos: name -> shape, dtype and file of every tensor in the checkpoint.
+      where: names the checkpoint in errors.
+      stored: the scheme of the weights that have a scale; None if none may have.
+
+    Returns:
+      Name in the checkpoint -> what it fills, for every tensor that the model needs, in the table's order.
+
+    Raises:
+      CheckpointError: tensors are missing, unexpected, there twice, of a wrong shape or dtype; all of them are listed.
+      ConfigError: a group of the scheme does not divide a layer's inputs.
+    """
+    if stored is None:
+        return hf_mapping.match(config, infos, where)
+    found = {hf_mapping.canonical(name) for name in infos}
+    quantized = {
+        name for name, part in hf_mapping.wanted(config).items()
+        if part.rule.is_linear and not found.isdisjoint(_marks(name))
+    }  # fmt: skip
+    if not quantized:
+        raise CheckpointError(f"{where}: {FIELD}: found {stored}, but no quantised weight; expected some")
+    expected = expected_tensors(config, quantized, stored, where)
+    listed = hf_mapping.without_tied_head(config, infos.items())
+    names = hf_mapping.check_tensors(listed, expected.shapes, where, dtypes=expected.dtypes)
+    return {names[key]: part for key, part in expected.parts.items()}
+
+
+def _marks(name: str) -> list[str]:
+    """The tensors of which a weight has one if it is quantised."""
+    stem = name.removesuffix(WEIGHT)
+    return [stem + PACKED, stem + SCALE]
+
+
+class ExpectedTensors(NamedTuple):
+    """The tensors of a checkpoint, by canonical name.
+
+    Attributes:
+      parts: what each fills.
+      shapes: of each.
+      dtypes: of those for which they are not `hf_mapping.DTYPES`.
+    """
+
+    parts: dict[str, hf_mapping.LeafPart]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, tuple[str, ...]]
+
+
+def expected_tensors(
+    config: Glm4vConfig, quantized: Collection[str], stored: StoredQuantization | None, where: str
+) -> ExpectedTensors:
+    """Return the tensors of a checkpoint in which some weights are quantised.
+
+    Args:
+      config: of the model.
+      quantized: canonical names of these weights.
+      stored: their scheme.
+      where: names the checkpoint in errors.
+
+    Raises:
+      CheckpointError: of a kind of weights only some are quantised.
+      ConfigError: a group does not divide a layer's inputs.
+    """
+    sizes, expected = hf_mapping.dimensions(config), ExpectedTensors({}, {}, {})
+    for name, part in hf_mapping.wanted(config).items():
+        shape = part.rule.tensor_shape(sizes)
+        if stored is None or name not in quantized:
+            expected.parts[name], expected.shapes[name] = part, shape
+            continue
+        if stored.group is not None and shape[1] % stored.group:
+            divisor = f"a divisor of the {shape[1]} inputs of {name}"
+            raise ConfigError(fault(f"{where}: {FIELD}: group_size", stored.group, divisor))
+        for end, piece in pieces(shape, stored).items():
+            key = name.removesuffix(WEIGHT) + end
+            rule = dataclasses.replace(part.rule, tensor=part.rule.tensor.removesuffix(WEIGHT) + end, piece=end)
+            expected.parts[key], expected.shapes[key] = part._replace(rule=rule), piece.shape
+            expected.dtypes[key] = piece.dtypes
+    # The parts of a fused leaf are one array, and so are the layers of a stacked one.
+    rules = {key: part.rule for key, part in expected.parts.items()}
+    floats = {rule.leaf: key for key, rule in rules.items() if not rule.piece}
+    mixed = {rule.leaf: key for key, rule in rules.items() if rule.piece and rule.leaf in floats}
+    faults = [
+        f"{key}: found it beside {floats[leaf]} in floats; expected both quantised" for leaf, key in mixed.items()
+    ]
+    raise_faults(faults, CheckpointError, where=where)
+    return expected
