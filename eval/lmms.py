@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from eval.parse_answer import final_answer
-from glm4v_jax.config.checks import did_you_mean, one_of
+from glm4v_jax.config.checks import CacheDtype, did_you_mean, one_of
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.generate.completion import Completion
@@ -49,6 +49,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
         adapter: str | None = None,
         dtype: str | None = None,
         quantize: str | None = None,
+        cache_dtype: CacheDtype = "auto",
         mesh: str | None = None,
         slots: int = 8,
         preset: str | None = None,
@@ -64,7 +65,7 @@ class Glm4vJax(lmms):  # type: ignore[misc]
 
         Args:
           pretrained: directory of a checkpoint; the package's tiny model by default.
-          adapter, dtype, quantize, mesh, slots: as `glm4v eval` takes them.
+          adapter, dtype, quantize, cache_dtype, mesh, slots: as `glm4v eval` takes them.
           preset: replaces the sampling options of tasks.
           system: the system message.
           max_new_tokens, think_budget, answer_budget: over those of the published benchmarks, 8192 tokens each; the
@@ -87,7 +88,13 @@ class Glm4vJax(lmms):  # type: ignore[misc]
             None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained), scheme=quantize or "none")
         )
         self._engine = Engine.from_pretrained(
-            pretrained, num_slots=int(slots), adapter=adapter, dtype=dtype, quantize=quantize, mesh=on
+            pretrained,
+            num_slots=int(slots),
+            adapter=adapter,
+            dtype=dtype,
+            quantize=quantize,
+            cache_dtype=cache_dtype,
+            mesh=on,
         )
         self._form, self._preset, self._system = answer, preset, system
         given = {"max_new_tokens": max_new_tokens, "think_budget": think_budget, "answer_budget": answer_budget}

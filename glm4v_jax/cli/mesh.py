@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from glm4v_jax.config.checks import Positive, PositiveNumber
+from glm4v_jax.config.checks import CacheDtype, Positive, PositiveNumber
 from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table
@@ -69,6 +69,9 @@ class Mesh(JsonOptions):
 
     quantize: Literal["none", "int8", "int4"] = "none"
     """Weights as integers, for inference."""
+
+    cache_dtype: CacheDtype = "auto"
+    """Data type of the KV cache; auto is that of the weights."""
 
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object, sizes in bytes."""
@@ -137,6 +140,7 @@ class Mesh(JsonOptions):
             "rows": self.rows,
             "capacity": self.capacity,
             "dtype": self.dtype,
+            "cache_dtype": self.cache_dtype,
             "scheme": self.quantize,
             "is_training": is_training,
         }
@@ -207,6 +211,7 @@ def _print_presets(presets: dict[str, "MemoryTable"]) -> None:
         rows.append((name, mesh_text(found.sizes), *sizes, share, PRESETS[name].description))
     print_table(("preset", "mesh", *numeric, "for"), rows, right=numeric)
     first = next(iter(presets.values()))
-    cache = f"a cache of {first.rows} x {first.capacity} tokens"
+    kind = "a cache" if first.cache_dtype == "auto" else f"a cache in {first.cache_dtype}"
+    cache = f"{kind} of {first.rows} x {first.capacity} tokens"
     beside = "gradients and optimizer state" if first.training else f"{cache}, for train gradients and optimizer state"
     print(f"{counted(first.num_devices, 'device')}, {first.precision}; besides weights: {beside}")

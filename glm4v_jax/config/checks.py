@@ -29,7 +29,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -49,6 +49,8 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 AnyNumber = Annotated[float, Meta(extra={"finite": False})]
 """Infinities and NaN are refused in every other float."""
+CacheDtype = Literal["auto", "int8"]
+"""Keys and values in the cache: in the compute dtype, or as 8-bit integers with a scale per slot and head."""
 
 
 def fault(name: str, found: Any, expected: str) -> str:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
 from glm4v_jax.generate.constraints import Constraints, banned, biased, processed, pushed
@@ -154,14 +155,17 @@ class Decoded(NamedTuple):
     steps: Int[Array, ""] | None = None
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames="stacked")
-def init_state(text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool) -> SlotsState:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), static_argnames=("stacked", "cache_dtype"))
+def init_state(
+    text: Flat[TextDecoder], batch: int, capacity: int, num_eos: int, *, stacked: bool, cache_dtype: CacheDtype = "auto"
+) -> SlotsState:
     """`batch` free rows of `capacity` cache slots, all done."""
     config, dtype = text.module.config, compute_dtype(text)
     row = place_row(RowState.free(batch, num_eos))
     seen = mesh.reshard(jnp.zeros((batch, config.vocab_size), jnp.bool_), "batch", "vocab")
     hidden = mesh.reshard(jnp.zeros((batch, 1, config.hidden_size), dtype), "batch", None, None)
-    return SlotsState(init_cache(config, batch, capacity, dtype, stacked=stacked), seen, hidden, row)
+    cache = init_cache(config, batch, capacity, dtype if cache_dtype == "auto" else cache_dtype, stacked=stacked)
+    return SlotsState(cache, seen, hidden, row)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

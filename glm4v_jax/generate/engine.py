@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from glm4v_jax.checkpoints.load import load_runtime
+from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import OF_ALL_REQUESTS, GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
@@ -19,7 +20,7 @@ from glm4v_jax.generate.prompt import is_message, prompt_of
 from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
 from glm4v_jax.generate.sequence import SequenceState
-from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats
+from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats, check_cache_dtype
 from glm4v_jax.generate.warmup import (
     Warmed,
     checked_ranges,
@@ -71,7 +72,7 @@ class Engine:
       model, processor: what the constructor was given.
       runtime: the model's weights on their mesh.
       num_slots: sequences that `generate_many` decodes at a time.
-      steps_per_dispatch: as the constructor takes it.
+      steps_per_dispatch, cache_dtype: as the constructor takes them.
       pool: vision features of the images and videos encoded so far.
       stats: counts of tokens and dispatches so far.
     """
@@ -84,6 +85,7 @@ class Engine:
         num_slots: int = 8,
         capacity: int = MIN_CAPACITY,
         steps_per_dispatch: int | None = None,
+        cache_dtype: CacheDtype = "auto",
     ):
         """Create an engine.
 
@@ -95,6 +97,8 @@ class Engine:
             growth compiles programs again.
           steps_per_dispatch: decode steps per dispatch, at most 32; by default 32 for `generate_many`, and what makes
             a steady stream for `stream`. The completions do not depend on it.
+          cache_dtype: "int8" keeps keys and values as 8-bit integers with a scale per token and head, in about a half
+            of bfloat16's memory and a quarter of float32's; by default they are in the compute dtype.
         """
         if num_slots < 1:
             raise GenerationError(f"num_slots: found {num_slots}; expected at least 1")
@@ -102,20 +106,24 @@ class Engine:
             raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
         self.model, self.runtime, self.processor = model, runtime_of(model), processor
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
+        self.cache_dtype = check_cache_dtype(cache_dtype)
         self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()
         self._free: dict[tuple[int, int | None], list[Slots]] = {}
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, num_slots: int = 8, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, directory: str | Path, *, num_slots: int = 8, cache_dtype: CacheDtype = "auto", **kwargs: Any
+    ) -> Self:
         """Load model and processor of a checkpoint directory; see `checkpoints.load.load_runtime` for the options.
 
         Among them are `dtype`, `quantize`, `mesh`, and `adapter`, the directory of an adapter in PEFT's format.
         Compiled programs are kept from one process to the next, see `use_compilation_cache`.
         """
+        check_cache_dtype(cache_dtype)
         use_compilation_cache()
         processor = Glm4vProcessor.from_pretrained(directory)
-        return cls(load_runtime(directory, **kwargs), processor, num_slots=num_slots)
+        return cls(load_runtime(directory, **kwargs), processor, num_slots=num_slots, cache_dtype=cache_dtype)
 
     def config(self, preset: str | None = None, **options: Any) -> GenerationConfig:
         """The checkpoint's options, changed by a preset's, changed by `options`; None means "not given".
@@ -285,8 +293,9 @@ class Engine:
     def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
         """Create slots of this engine's model, which share its feature pool."""
         return Slots(
-            self.runtime, num_rows, self._capacity, pool=self.pool, variant=Variant.of(config), stats=self.stats
-        )
+            self.runtime, num_rows, self._capacity, pool=self.pool, variant=Variant.of(config), stats=self.stats,
+            cache_dtype=self.cache_dtype,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from glm4v_jax.config.checks import CacheDtype, checked
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
+from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate import device_steps, prompt_lookup
 from glm4v_jax.generate.constraints import Constraints, TableShape, constraints_of, grown, merged
 from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState, SlotsState, Variant
@@ -45,6 +47,15 @@ class Stats:
     """tokens that these generated: at most one each, more with prompt lookup"""
 
 
+def check_cache_dtype(name: str) -> CacheDtype:
+    """Return the option `cache_dtype` after a check.
+
+    Raises:
+      GenerationError: there is no such data type.
+    """
+    return checked("cache_dtype", name, CacheDtype, GenerationError)
+
+
 class Slots:
     """B rows of a model.
 
@@ -63,6 +74,7 @@ class Slots:
         pool: FeaturePool | None = None,
         variant: Variant | None = None,
         stats: Stats | None = None,
+        cache_dtype: CacheDtype = "auto",
     ):
         """Create free rows.
 
@@ -73,7 +85,12 @@ class Slots:
           pool: where vision tokens are kept; one of its own by default.
           variant: of the programs that choose tokens; by default they return tokens alone.
           stats: where to count.
+          cache_dtype: of keys and values.
+
+        Raises:
+          GenerationError: there is no such cache dtype.
         """
+        self._cache_dtype = check_cache_dtype(cache_dtype)
         with use_mesh(runtime.mesh):
             self.shards = data_shards()
             self.pool = pool if pool is not None else FeaturePool(runtime)
@@ -286,8 +303,9 @@ class Slots:
         if state is None:
             self._num_eos, self._capacity = num_eos, capacity
             self._state = device_steps.init_state(
-                self.runtime.text, self.num_rows, capacity, num_eos, stacked=self.runtime.is_stacked
-            )
+                self.runtime.text, self.num_rows, capacity, num_eos, stacked=self.runtime.is_stacked,
+                cache_dtype=self._cache_dtype,
+            )  # fmt: skip
             return
         if capacity > self._capacity:
             self._capacity = capacity

@@ -14,7 +14,7 @@ import numpy as np
 import rich.console
 from msgspec import Meta
 
-from glm4v_jax.config.checks import Positive, checked, expectation, fault
+from glm4v_jax.config.checks import CacheDtype, Positive, checked, expectation, fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, use_mesh
@@ -22,7 +22,7 @@ from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
 from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_length
-from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
+from glm4v_jax.generate.slots import MIN_CAPACITY, Slots, check_cache_dtype
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
@@ -106,6 +106,7 @@ def warmup(
     max_new_tokens: int = 128,
     batch_sizes: Sequence[int] | int = (1,),
     progress: Callable[[Warmed], None] | None = None,
+    cache_dtype: CacheDtype = "auto",
     **options: Any,
 ) -> list[Warmed]:
     """Compile and run once what `model.generate` will need, so that no request in these ranges compiles anything.
@@ -123,7 +124,7 @@ def warmup(
       max_new_tokens: of the requests; it decides the size of the caches.
       batch_sizes: numbers of prompts in a request.
       progress: called with each program as it has run.
-      **options: of the requests, as `model.generate` takes them; see `Engine.warmup`.
+      cache_dtype, **options: of the requests, as `model.generate` takes them; see `Engine.warmup`.
 
     Returns:
       The programs, in the order in which they ran.
@@ -133,6 +134,7 @@ def warmup(
         is unknown or asks for beam search.
     """
     runtime = runtime_of(model)
+    check_cache_dtype(cache_dtype)
     lengths, patches, sizes = checked_ranges(
         runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes
     )
@@ -153,7 +155,7 @@ def warmup(
             for rows in sorted({shards * bucket(-(-size * config.num_return_sequences // shards)) for size in sizes}):
                 # Drafts are written after the last token.
                 for _, cache, length in prompt_shapes(*lengths, max_new_tokens + (variant.draft or 0)):
-                    slots = Slots(runtime, rows, cache, pool=pool, variant=variant)
+                    slots = Slots(runtime, rows, cache, pool=pool, variant=variant, cache_dtype=cache_dtype)
                     yield from warm_slots(slots, [length], max_new_tokens, config, together=True)
 
     return run_all(all_programs(), progress)

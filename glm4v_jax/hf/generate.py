@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices.distributed import agree, spans_processes, to_host
 from glm4v_jax.devices.mesh import data_shards, use_mesh
@@ -15,7 +16,7 @@ from glm4v_jax.generate.beam_search import Beams, search
 from glm4v_jax.generate.device_steps import Chosen, Variant
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.scheduler import SHARED_STEPS, DispatchSize
-from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.generate.slots import MAX_STEPS, Slots, check_cache_dtype
 from glm4v_jax.generate.text.stream import TokenStops
 from glm4v_jax.hf.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from glm4v_jax.inputs.prompt import prompts_of, token_array
@@ -40,6 +41,7 @@ def generate(
     generation_config: Any = None,
     tokenizer: Glm4vTokenizer | None = None,
     streamer: Any = None,
+    cache_dtype: CacheDtype = "auto",
     **options: Any,
 ) -> Any:
     """Continue prompts.
@@ -54,6 +56,7 @@ def generate(
       tokenizer: for `stop_strings`; a row ends with the token that completes one, which may begin in its prompt.
       streamer: an object with `put(tokens)` and `end()`, such as transformers' `TextStreamer`; it is given the prompts
         [B, T], then the new tokens [B] of each step.
+      cache_dtype: see `Engine`.
       **options: fields of `GenerationConfig`, which win over it.
 
     Returns:
@@ -66,6 +69,7 @@ def generate(
         `max_position_embeddings`.
       MessageError: prompts and media do not match.
     """
+    check_cache_dtype(cache_dtype)
     for name in _NOT_NEEDED:
         options.pop(name, None)
     config = runtime.generation_config.overridden(generation_config).replace(**options)
@@ -87,14 +91,15 @@ def generate(
     }  # fmt: skip
     shared = spans_processes(runtime.mesh)
     if shared:
-        agree("inputs", _digest(inputs, config))
+        agree("inputs", _digest(inputs, config, cache_dtype))
     copies = config.num_return_sequences
     rows_of_each = copies if config.num_beams == 1 else 1
     prompts = [prompt for prompt in prompts_of(inputs, runtime.config) for _ in range(rows_of_each)]
     starts = {row: Start(prompt, config, num_new, number=row) for row, prompt in enumerate(prompts)}
     with use_mesh(runtime.mesh):
         shards = data_shards()
-    slots = Slots(runtime, shards * bucket(-(-len(prompts) // shards)), variant=Variant.of(config))
+    num_rows = shards * bucket(-(-len(prompts) // shards))
+    slots = Slots(runtime, num_rows, variant=Variant.of(config), cache_dtype=cache_dtype)
     if config.num_beams > 1:
         output = _best_beams(*search(slots, starts, config), input_ids, config)
         return output if config.return_dict_in_generate else output.sequences
@@ -209,9 +214,9 @@ def _steps(blocks: Sequence[Block], values: Sequence[Any]) -> tuple[np.ndarray, 
     return tuple(np.where(valid[:, i, None], value[:, i], 0) for valid, value in pairs for i in range(valid.shape[1]))
 
 
-def _digest(inputs: Mapping[str, Any], config: GenerationConfig) -> bytes:
+def _digest(inputs: Mapping[str, Any], *options: Any) -> bytes:
     """16 bytes, equal for equal requests."""
-    digest = hashlib.blake2b(repr(config).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
     for name, value in inputs.items():
         if value is not None:
             array = np.ascontiguousarray(value)

@@ -233,8 +233,8 @@ class Glm4vForConditionalGeneration:
         Args:
           input_ids: int [B, T], padded on either side where `attention_mask` is 0.
           **kwargs: the processor's other outputs (attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
-            video_grid_thw); `streamer`; `tokenizer`, for stop_strings; and options that override the checkpoint's
-            generation_config.json, the fields of `GenerationConfig`.
+            video_grid_thw); `streamer`; `tokenizer`, for stop_strings; `cache_dtype`; and options that override the
+            checkpoint's generation_config.json, the fields of `GenerationConfig`.
 
         Returns:
           int64 [B * num_return_sequences, T + new]: the prompts as given, then the new tokens; with

@@ -10,19 +10,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glm4v_jax.config.model import Glm4vTextConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.model import rope
 from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
-from glm4v_jax.model.kv_cache import KVCache, write_layer, write_layers, write_segments
+from glm4v_jax.model.kv_cache import (
+    KVCache,
+    Quantized,
+    as_cached,
+    dequantized,
+    layer_of,
+    write_layer,
+    write_layers,
+    write_segments,
+    write_slots,
+)
 from glm4v_jax.model.layers import Layers, Remat
 from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, gather_tokens
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
-NewKeys = tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]
-"""Keys (rotated) and values of the tokens of a call, heads first."""
+NewKeys = tuple[Float[Array, "B K T H"] | Quantized, Float[Array, "B K T H"] | Quantized]
+"""Keys (rotated) and values of the tokens of a call, heads first; as the cache has them, if there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +57,23 @@ class Captured(NamedTuple):
 class Past(NamedTuple):
     """What the cache of a layer holds.
 
-    k, v: [B, K, S, H].
+    k, v: [B, K, S, H], floats or integers with their scales.
     held: int32 [B, S], segments of the slots; 0 for those that nobody sees.
     length: int32 [B], the slot of each row's first new token.
     """
 
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S H"]
+    k: Float[Array, "B K S H"] | Quantized
+    v: Float[Array, "B K S H"] | Quantized
     held: Int[Array, "B S"]
     length: Int[Array, " B"]
 
-    def written(self, new: NewKeys, segments: Int[Array, "B T"]) -> tuple[Array, Array, Mask]:
+    def written(self, new: NewKeys, segments: Int[Array, "B T"], dtype: DTypeLike) -> tuple[Array, Array, Mask]:
         """Keys and values [B, S, K, H] with the new ones in their slots, slots gathered, and the mask for them."""
         sides = []
         for side, fresh in zip((self.k, self.v), new, strict=True):
-            layer = write_layers((side,), fresh[None], self.length)[0]
-            sides.append(jnp.moveaxis(mesh.reshard(layer, "batch", "kv_heads", None, None), 1, 2))
+            layer = dequantized(write_slots(side, fresh, self.length), dtype)
+            layer = mesh.reshard(layer, "batch", "kv_heads", None, None)
+            sides.append(jnp.moveaxis(layer, 1, 2))
         return sides[0], sides[1], Mask(segments, write_segments(self.held, segments, self.length), self.length)
 
 
@@ -138,10 +150,12 @@ class DecoderLayer(nnx.Module):
         length = mesh.spec_of(x)[1]
         q, k, v = self.self_attn.project(gather_tokens(self.input_layernorm(x)), cos_sin)
         new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        if past is not None:
+            new = as_cached(new[0], past.k), as_cached(new[1], past.v)
         dropout = Dropout(dropout_key, self.self_attn.dropout_rate) if dropout_key is not None else None
         weights = None
         if past is not None and (keep_weights or dropout is not None):
-            k, v, mask = past.written(new, segments)
+            k, v, mask = past.written(new, segments, q.dtype)
             out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
         elif past is not None:
             out = attend_cached(q, (past.k, past.v), new, segments, past.held)
@@ -207,7 +221,7 @@ class TextDecoder(nnx.Module):
             if cache is None or held is None:
                 return None
             k, v = (cache.k, cache.v) if late else sides
-            return Past(k[index], v[index], held, cache.length)
+            return Past(layer_of(k, index), layer_of(v, index), held, cache.length)
 
         def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, tuple]:
             x, sides = carry

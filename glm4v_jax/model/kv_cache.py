@@ -1,31 +1,77 @@
-"""The key and value cache: a pytree of static shape, written in place when it is donated."""
+"""The key and value cache: a pytree of static shape, written in place when it is donated.
 
+Keys and values are floats, or 8-bit integers with a float32 scale for each slot and head (`Quantized`): with heads of
+128 a half of bfloat16's memory and a quarter of float32's. A layer rounds its keys and values before anybody attends to
+them (`as_cached`), so that a token sees the same keys whichever tokens were computed together with it: prefill chunks,
+drafts and kept caches change nothing. Attention multiplies the integers and applies the scales to scores and
+probabilities.
+"""
+
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Int8, Num
 
 from glm4v_jax.config.model import Glm4vTextConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import GenerationError, counted
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Keys or values as integers: element (s, h) of a head is `integers[s, h] * scale[s]`."""
+
+    integers: Int8[Array, "*B S H"]
+    scale: Float32[Array, "*B S"]
+
+
+def quantized(x: Float[Array, "*B S H"]) -> Quantized:
+    """Round to the nearest of 255 multiples of a scale per slot and head: off by half of the scale at most.
+
+    What is not finite stays so: its slot's scale is not finite either.
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    # XLA's maximum on a CPU ignores NaN.
+    largest = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), largest, jnp.nan)
+    scale = largest / 127
+    return Quantized(jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale)
+
+
+def as_cached(x: Float[Array, "*B S H"], side: Array | Quantized) -> Array | Quantized:
+    """New keys or values in the form that a side of the cache has."""
+    return quantized(x) if isinstance(side, Quantized) else x
+
+
+def dequantized(side: Array | Quantized, dtype: DTypeLike) -> Float[Array, "*B S H"]:
+    """Keys or values as floats; of few slots only, or they take the memory that integers save."""
+    if not isinstance(side, Quantized):
+        return side
+    return (side.integers.astype(jnp.float32) * side.scale[..., None]).astype(dtype)
+
+
+Side: TypeAlias = Array | Quantized | tuple[jax.Array | Quantized, ...]
+"""Keys or values of all layers, see `KVCache`."""
+
+
 class KVCache(NamedTuple):
     """Keys and values of B rows of S slots each.
 
     k, v: either one array [N, B, K, S, H] for all N layers (a scanned stack carries it) or a tuple of N arrays
-    [B, K, S, H] (per-layer stacks; a stacked buffer would be sliced and copied at every step). Heads come before slots,
-    so that a head's keys are one matrix as they lie in memory: the other way round a decode step copies them first.
-    Slots may be sharded, see `mesh`.
+    [B, K, S, H] (per-layer stacks; a stacked buffer would be sliced and copied at every step); or `Quantized` in the
+    place of each array. Heads come before slots, so that a head's keys are one matrix as they lie in memory: the other
+    way round a decode step copies them first. Slots may be sharded, see `mesh`.
     segments: int32 [B, S], 0 for a slot that holds nothing or padding; replicated over the devices of a row.
     length: int32 [B], the slot that each row writes next.
     """
 
-    k: Float[Array, "N B K S H"] | tuple[Float[Array, "B K S H"], ...]
-    v: Float[Array, "N B K S H"] | tuple[Float[Array, "B K S H"], ...]
+    k: Side
+    v: Side
     segments: Int[Array, "B S"]
     length: Int[Array, " B"]
 
@@ -44,7 +90,7 @@ class KVCache(NamedTuple):
 def init_cache(
     config: Glm4vTextConfig, batch: int, capacity: int, dtype: DTypeLike, *, stacked: bool = True
 ) -> KVCache:
-    """Make an empty cache of `capacity` slots per row.
+    """Make an empty cache of `capacity` slots per row; int8 stands for `Quantized`.
 
     Raises:
       GenerationError: the slots do not divide by the mesh.
@@ -57,14 +103,20 @@ def init_cache(
     axes = ("batch", "kv_heads", "slots", None)
     n = config.num_hidden_layers
 
-    def zeros() -> Array | tuple[Array, ...]:
-        if stacked:
-            return jnp.zeros((n, *shape), dtype, out_sharding=mesh.spec("layers", *axes))
-        return tuple(jnp.zeros(shape, dtype, out_sharding=mesh.spec(*axes)) for _ in range(n))
+    def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array | Quantized:
+        if jnp.dtype(dtype) != jnp.int8:
+            return jnp.zeros(shape, dtype, out_sharding=mesh.spec(*axes))
+        return Quantized(
+            jnp.zeros(shape, jnp.int8, out_sharding=mesh.spec(*axes)),
+            jnp.zeros(shape[:-1], jnp.float32, out_sharding=mesh.spec(*axes[:-1])),
+        )
+
+    def side() -> Side:
+        return zeros((n, *shape), ("layers", *axes)) if stacked else tuple(zeros(shape, axes) for _ in range(n))
 
     return KVCache(
-        zeros(),
-        zeros(),
+        side(),
+        side(),
         jnp.zeros((batch, capacity), jnp.int32, out_sharding=mesh.spec("batch", None)),
         jnp.zeros((batch,), jnp.int32, out_sharding=mesh.spec("batch")),
     )
@@ -82,28 +134,36 @@ def write_segments(segments: Int[Array, "B S"], new: Int[Array, "B T"], start: I
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(segments, new, start)
 
 
-Side = Float[Array, "N B K S H"] | tuple[Float[Array, "B K S H"], ...]
+def layer_of(side: Side, index: Array | int) -> Array | Quantized:
+    """Keys or values of one layer."""
+    return side[index] if isinstance(side, tuple) else jax.tree.map(lambda x: x[index], side)
 
 
-def write_layer(side: Side, index: Array | int, new: Float[Array, "B K T H"], start: Int[Array, " B"]) -> Side:
-    """Write T slots of each row of one layer's keys (or values), from `start[b]` on."""
+def write_slots(layer: Array | Quantized, new: Array | Quantized, start: Int[Array, " B"]) -> Array | Quantized:
+    """Write T slots of each row of keys (or values) [B, K, S, H] of one layer, from `start[b]` on."""
+    return jax.tree.map(lambda x, new: _write(x[None], new[None], 0, start)[0], layer, new)
+
+
+def write_layer(side: Side, index: Array | int, new: Array | Quantized, start: Int[Array, " B"]) -> Side:
+    """Write T slots of each row of one layer's keys (or values) [B, K, T, H], from `start[b]` on."""
     if isinstance(side, tuple):
         assert isinstance(index, int)
-        return (*side[:index], _write(side[index][None], new[None], 0, start)[0], *side[index + 1 :])
-    return _write(side, new[None], index, start)
+        return (*side[:index], write_slots(side[index], new, start), *side[index + 1 :])
+    return jax.tree.map(lambda x, new: _write(x, new[None], index, start), side, new)
 
 
-def write_layers(side: Side, new: Float[Array, "N B K T H"], start: Int[Array, " B"]) -> Side:
-    """Write T slots of each row in all layers at once."""
+def write_layers(side: Side, new: Array | Quantized, start: Int[Array, " B"]) -> Side:
+    """Write T slots of each row in all layers at once: keys (or values) [N, B, K, T, H]."""
     if isinstance(side, tuple):
-        return tuple(_write(layer[None], new[i : i + 1], 0, start)[0] for i, layer in enumerate(side))
-    return _write(side, new, 0, start)
+        return tuple(write_slots(layer, layer_of(new, i), start) for i, layer in enumerate(side))
+    return jax.tree.map(lambda x, new: _write(x, new, 0, start), side, new)
 
 
 def _write(
-    buffer: Float[Array, "N B K S H"], new: Float[Array, "n B K T H"], layer: Array | int, start: Int[Array, " B"]
-) -> Float[Array, "N B K S H"]:
+    buffer: Num[Array, "N B K S *H"], new: Num[Array, "n B K T *H"], layer: Array | int, start: Int[Array, " B"]
+) -> Num[Array, "N B K S *H"]:
     """Write n layers from `layer` on, T slots of each row from `start[b]` on; the caller sees to it that they fit."""
+    inner = (0,) * (buffer.ndim - 4)
     split = mesh.shards("slots") > 1
     slots = mesh.spec("slots")[0]
 
@@ -114,8 +174,8 @@ def _write(
         def write_row(b: Array, buffer: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1)
             if split:
-                return _write_overlap(buffer, row, (layer, b, 0, start[b], 0))
-            return jax.lax.dynamic_update_slice(buffer, row, (layer, b, 0, start[b], 0))
+                return _write_overlap(buffer, row, (layer, b, 0, start[b], *inner))
+            return jax.lax.dynamic_update_slice(buffer, row, (layer, b, 0, start[b], *inner))
 
         rows, tokens = buffer.shape[1], new.shape[3]
         # Unrolled for prompts, because XLA's TPU compiler mistakes one operand of such a loop for another (8 rows of
@@ -124,8 +184,8 @@ def _write(
 
     # Each device its own rows, one after the other: a vmap over them makes a TPU move the whole cache to another
     # layout, and a CPU copy it.
-    old = mesh.spec("layers", "batch", "kv_heads", "slots", None)
-    fresh = mesh.spec("layers", "batch", "kv_heads", None, None)
+    old = mesh.spec("layers", "batch", "kv_heads", "slots", *(None for _ in inner))
+    fresh = mesh.spec("layers", "batch", "kv_heads", None, *(None for _ in inner))
     run = jax.shard_map(local, in_specs=(old, fresh, mesh.spec(), mesh.spec("batch")), out_specs=old, check_vma=False)
     new = jax.sharding.reshard(new.astype(buffer.dtype), fresh)
     return run(buffer, new, jnp.asarray(layer, jnp.int32), mesh.reshard(start, "batch"))
@@ -142,7 +202,7 @@ def _write_overlap(buffer: Array, new: Array, at: tuple[Array | int, ...]) -> Ar
     place = (*at[:3], first, *at[4:])
     old = jax.lax.dynamic_slice(buffer, place, part.shape)
     index = shift + jnp.arange(window)
-    inside = ((index >= 0) & (index < t))[:, None]
+    inside = ((index >= 0) & (index < t)).reshape(-1, *(1,) * (new.ndim - 4))
     return jax.lax.dynamic_update_slice(buffer, jnp.where(inside, part, old), place)
 
 
@@ -160,8 +220,6 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
         # Sharded slots move to other devices, which XLA does.
         return jax.sharding.auto_axes(lambda x: jnp.pad(x, widths), out_sharding=jax.typeof(x).sharding)(x)
 
-    if cache.is_stacked:
-        k, v = pad(cache.k, 3), pad(cache.v, 3)
-    else:
-        k, v = (tuple(pad(x, 2) for x in side) for side in (cache.k, cache.v))
+    axis = 3 if cache.is_stacked else 2
+    k, v = (jax.tree.map(lambda x: pad(x, axis), side) for side in (cache.k, cache.v))
     return KVCache(k, v, pad(cache.segments, 1), cache.length)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import AXES, RULES, names_of
 from glm4v_jax.errors import ConfigError
@@ -76,6 +77,7 @@ class MemoryTable:
     memory: bytes that a device has, if that is known.
     training: gradients and the optimizer's state, for training.
     scheme: of quantised weights.
+    cache_dtype: "int8" where the cache holds integers and their scales.
     """
 
     sizes: dict[str, int]
@@ -87,6 +89,7 @@ class MemoryTable:
     memory: int | None
     training: tuple[ArrayMemory, ...] = ()
     scheme: str = "none"
+    cache_dtype: CacheDtype = "auto"
 
     @property
     def precision(self) -> str:
@@ -151,16 +154,19 @@ class MemoryTable:
             sizes = [f"{size_text(device)} of {part}" for part, (_, device) in self.parts().items() if part in _STATE]
             beside, together = " and ".join(sizes), f"{together} for full fine-tuning with AdamW"
         else:
-            beside = f"{size_text(self.cache.device_bytes)} of a cache of {self.rows} x {self.capacity} slots"
+            kind = "a cache" if self.cache_dtype == "auto" else f"a cache in {self.cache_dtype}"
+            beside = f"{size_text(self.cache.device_bytes)} of {kind} of {self.rows} x {self.capacity} slots"
             together = f"{together} in {self.precision}"
         weights = f"a device holds {size_text(self.weight_bytes)} of weights"
         return f"mesh {mesh_text(self.sizes)}: {weights}{', ' if self.training else ' and '}{beside}, {together}{share}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("dtype", "rows", "capacity", "num_devices", "weight_bytes", "device_bytes", "memory", "share", "fits")
+        names = ("rows", "capacity", "num_devices", "weight_bytes", "device_bytes", "memory", "share", "fits")
         return {
             "mesh": self.sizes,
+            "dtype": self.dtype,
+            "cache_dtype": self.cache_dtype,
             "quantize": self.scheme,
             **{name: getattr(self, name) for name in names},
             "cache_bytes": self.cache.device_bytes,
@@ -179,6 +185,7 @@ def describe(
     capacity: int = 4096,
     dtype: str = "bfloat16",
     scheme: str = "none",
+    cache_dtype: CacheDtype = "auto",
     memory: int | None = None,
     is_training: bool = False,
 ) -> MemoryTable:
@@ -191,6 +198,7 @@ def describe(
       capacity: slots of each.
       dtype: of weights and cache; for training, of the frozen weights.
       scheme: of quantised weights; training ignores it.
+      cache_dtype: "int8" for a cache of integers with their scales.
       memory: bytes that a device has, if that is known.
       is_training: count full fine-tuning with AdamW as `glm4v train` does it, all of it in float32, instead of a cache.
 
@@ -216,13 +224,16 @@ def describe(
         weights.append(
             ArrayMemory(part, name, leaf.count, leaf.shape, _axes_texts(leaf.axes, all_axes), nbytes, device_bytes)
         )
-    cache = _cache(config, all_axes, 0 if is_training else rows, capacity, itemsize)
+    held = dtype if cache_dtype == "auto" else cache_dtype
+    cache = _cache(config, all_axes, 0 if is_training else rows, capacity, held)
     training = tuple(
         ArrayMemory(part, name, count, (), (), count * trained, count * trained_on_device)
         for part, (name, count) in _STATE.items()
         if is_training
     )
-    return MemoryTable(all_axes, str(dtype), rows, capacity, tuple(weights), cache, memory, training, scheme)
+    return MemoryTable(
+        all_axes, str(dtype), rows, capacity, tuple(weights), cache, memory, training, scheme, cache_dtype
+    )
 
 
 def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) -> MemoryTable | None:
@@ -242,24 +253,24 @@ def smallest_fit(config: Glm4vConfig, preset: str, memory: int, **options: Any) 
     return None
 
 
-def _cache(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: int, itemsize: int) -> ArrayMemory:
-    """Keys and values, as `KVCache` has them: [N, B, K, S, H]."""
+def _cache(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: int, dtype: str) -> ArrayMemory:
+    """Keys and values, as `KVCache` has them: [N, B, K, S, H], the scales of integers included."""
     text = config.text_config
     assert text.num_key_value_heads is not None
     axes = tuple(names_of(RULES[name]) for name in _KV_AXES)
     wanted = (text.num_hidden_layers, rows, text.num_key_value_heads, capacity, text.head_dim)
     along = [devices_along(names, sizes) for names in axes]
     shape = tuple(-(-size // shards) * shards for size, shards in zip(wanted, along, strict=True))
-    nbytes = 2 * itemsize * math.prod(shape)
-    return ArrayMemory(
-        "cache", "keys and values", 2, shape, _axes_texts(axes, sizes), nbytes, nbytes // math.prod(along)
-    )
+    slot = shape[-1] * jnp.dtype(dtype).itemsize + (_FLOAT32 if dtype == "int8" else 0)
+    nbytes = 2 * slot * math.prod(shape[:-1])
+    name = "keys and values, with scales" if dtype == "int8" else "keys and values"
+    return ArrayMemory("cache", name, 2, shape, _axes_texts(axes, sizes), nbytes, nbytes // math.prod(along))
 
 
 def cache_bytes(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: int, dtype: str) -> int:
-    """Return the bytes of a KV cache that a device of a mesh holds; see `describe`."""
+    """Return the bytes of a KV cache that a device of a mesh holds, of floats or of int8; see `describe`."""
     all_axes = dict.fromkeys(AXES, 1) | dict(sizes)
-    return _cache(config, all_axes, rows, capacity, jnp.dtype(dtype).itemsize).device_bytes
+    return _cache(config, all_axes, rows, capacity, dtype).device_bytes
 
 
 def _axes_texts(axes: Sequence[tuple[str, ...]], sizes: Mapping[str, int]) -> tuple[str, ...]:

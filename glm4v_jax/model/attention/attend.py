@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention import blockwise
-from glm4v_jax.model.attention.blockwise import Dropout, einsum, scores_of
+from glm4v_jax.model.attention.blockwise import Dropout, einsum, multiplied, scaled, scores_of
 from glm4v_jax.model.attention.mask import FLOOR, MASKED, Mask, visible
+from glm4v_jax.model.kv_cache import Quantized
 
 # Below this many queries the scores are linear in the number of keys anyway: decoding takes the direct path.
 FEW_QUERIES = 8
@@ -90,8 +91,8 @@ def attend_with_weights(
 
 def attend_cached(
     q: Float[Array, "B T K G H"],
-    cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
-    new: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]],
+    cached: tuple[Float[Array, "B K S H"] | Quantized, Float[Array, "B K S H"] | Quantized],
+    new: tuple[Float[Array, "B K T H"] | Quantized, Float[Array, "B K T H"] | Quantized],
     segments: Int[Array, "B T"],
     held: Int[Array, "B S"],
 ) -> Float[Array, "B T K G H"]:
@@ -102,7 +103,7 @@ def attend_cached(
     Args:
       q: queries of the new tokens.
       cached: keys and values of the cache, whose slots may be sharded.
-      new: those of the tokens.
+      new: those of the tokens, in the same form.
       segments: of the tokens; 0 is padding.
       held: of the slots; 0 for those that nobody sees.
     """
@@ -110,7 +111,8 @@ def attend_cached(
     rows, _, heads, *_ = spec
     slots = mesh.spec("slots")[0]
     split = mesh.shards("slots") > 1
-    caches, fresh = PartitionSpec(rows, heads, slots, None), PartitionSpec(rows, heads, None, None)
+    caches, fresh = PartitionSpec(rows, heads, slots), PartitionSpec(rows, heads)
+    in_blocks = isinstance(cached[0], Quantized) and mesh.platform() == "cpu"
     new = jax.tree.map(lambda x: jax.sharding.reshard(x, fresh), new)
     segments = jax.sharding.reshard(segments, PartitionSpec(rows, None))
     held = jax.sharding.reshard(held, PartitionSpec(rows, slots))
@@ -123,7 +125,7 @@ def attend_cached(
             q = jax.lax.all_gather(q, slots, axis=2, tiled=True)
             own = jnp.where(jax.lax.axis_index(slots) == 0, segments, 0)
         masks = Mask(segments, held), Mask(own, own)
-        if q.shape[-2] <= FEW_QUERIES:
+        if q.shape[-2] <= FEW_QUERIES and not in_blocks:
             out, log_total = _direct(q, (cached, new), masks)
         else:
             before = _kernel().partial(q, cached[0], cached[1], masks[0], causal=False)
@@ -160,17 +162,22 @@ def _direct(q: Array, sides: tuple, masks: tuple[Mask, Mask]) -> tuple[Array, Ar
     top = jnp.maximum(jnp.maximum(*(jnp.max(x, axis=-1, keepdims=True) for x in scores)), FLOOR)
     p = [jnp.exp(x - top) for x in scores]
     total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in p), jnp.finfo(jnp.float32).tiny)
-    out = sum(einsum("bkgts,bksh->bkgth", (x / total).astype(q.dtype), v) for x, (_, v) in zip(p, sides, strict=True))
+    values = (v for _, v in sides)
+    out = sum(
+        einsum("bkgts,bksh->bkgth", scaled(x / total, v).astype(q.dtype), multiplied(v, q.dtype))
+        for x, v in zip(p, values, strict=True)
+    )
     return out, (top + jnp.log(total))[..., 0]
 
 
 def _all_scores(
-    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], mask: Mask, causal: bool
+    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"] | Quantized, mask: Mask, causal: bool
 ) -> Float[Array, "B K G T S"]:
     """Scores of all pairs at once, `MASKED` where the query does not see the key."""
-    seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(k.shape[-2]), causal)[:, None, None]
+    seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(mask.kv_segments.shape[1]), causal)[:, None, None]
     # The keys are the matrix and the few queries the vectors: the other way round keys would be transposed first.
-    return jnp.where(seen, jnp.moveaxis(scores_of("bksh,bkgth->bksgt", k, q), 2, -1), MASKED)
+    scores = jnp.moveaxis(scores_of("bksh,bkgth->bksgt", multiplied(k, q.dtype), q), 2, -1)
+    return jnp.where(seen, scaled(scores, k), MASKED)
 
 
 def _own_key(key: Array, spec: PartitionSpec) -> Array:

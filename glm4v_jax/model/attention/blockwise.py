@@ -8,15 +8,17 @@ Arrays are those of one device, heads first: queries [B, K, G, T, H], keys and v
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention.mask import FLOOR, MASKED, Mask, reachable, visible
+from glm4v_jax.model.kv_cache import Quantized
 from glm4v_jax.model.nn import precision
 
 BLOCKS = (512, 384, 256)
@@ -55,8 +57,8 @@ def attention(
 
 def partial(
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S H"] | Quantized,
     mask: Mask,
     *,
     causal: bool,
@@ -72,12 +74,13 @@ def partial(
 
 
 def _blocked(
-    q: Array, k: Array, v: Array, mask: Mask, causal: bool
-) -> tuple[Array, Array, Array, Mask, tuple[int, int], int]:
+    q: Array, k: Array | Quantized, v: Array | Quantized, mask: Mask, causal: bool
+) -> tuple[Array, Any, Any, Mask, tuple[int, int], int]:
     """Pad everything to multiples of the blocks; the blocks; the number of queries before."""
-    t, s = q.shape[-2], k.shape[-2]
+    t, s = q.shape[-2], mask.kv_segments.shape[1]
     blocks = _block_size(t, causal), _block_size(s, causal)
-    q, k, v = pad(q, -2, blocks[0]), pad(k, -2, blocks[1]), pad(v, -2, blocks[1])
+    q = pad(q, -2, blocks[0])
+    k, v = jax.tree.map(lambda x: pad(x, 2, blocks[1]), (k, v))
     start = jnp.zeros_like(mask.q_segments[:, 0]) if mask.q_start is None else mask.q_start
     mask = Mask(pad(mask.q_segments, 1, blocks[0]), pad(mask.kv_segments, 1, blocks[1]), start)
     return q, k, v, mask, blocks, t
@@ -91,6 +94,16 @@ def einsum(equation: str, a: Array, b: Array) -> Array:
 def scores_of(equation: str, a: Array, b: Array) -> Array:
     """Products of queries and keys, scaled."""
     return einsum(equation, a, b) * (a.shape[-1] ** -0.5)
+
+
+def multiplied(side: Array | Quantized, dtype: DTypeLike) -> Array:
+    """What products take of keys or values: themselves, or their integers, which are exact in every float dtype."""
+    return side.integers.astype(dtype) if isinstance(side, Quantized) else side
+
+
+def scaled(x: Float[Array, "B K G T S"], side: Array | Quantized) -> Float[Array, "B K G T S"]:
+    """Apply the scales of keys to scores, or those of values to probabilities, so that no floats of them are made."""
+    return x * side.scale[:, :, None, None] if isinstance(side, Quantized) else x
 
 
 def keep(key: PRNGKeyArray, i: Array | int, j: Array | int, shape: tuple[int, ...], rate: float) -> Array:
@@ -155,14 +168,17 @@ def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyp
         def key_block(j, carry):  # type: ignore[no-untyped-def]
             out, top, total = carry
             seen = _mask_block(mask, i, j, blocks, causal)
-            scores = jnp.where(seen, scores_of(SCORES, q_i, _block(k, j, blocks[1])), MASKED)
+            k_j, v_j = jax.tree.map(lambda x: _block(x, j, blocks[1], 2), (k, v))
+            scores = scaled(scores_of(SCORES, q_i, multiplied(k_j, q.dtype)), k_j)
+            scores = jnp.where(seen, scores, MASKED)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             p = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
             total = total * shrink + jnp.sum(p, axis=-1)
             if rate > 0:
                 p = p * keep(key, i, j, p.shape, rate)
-            out = out * shrink[..., None] + einsum("bkgts,bksh->bkgth", p.astype(v.dtype), _block(v, j, blocks[1]))
+            values = multiplied(v_j, q.dtype)
+            out = out * shrink[..., None] + einsum("bkgts,bksh->bkgth", scaled(p, v_j).astype(values.dtype), values)
             return out, new_top, total
 
         carry = (empty, empty[..., 0] + FLOOR, empty[..., 0])

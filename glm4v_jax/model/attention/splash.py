@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax.model.attention.blockwise import SAVED, pad
 from glm4v_jax.model.attention.mask import FLOOR, Mask, reachable
+from glm4v_jax.model.kv_cache import Quantized, dequantized
 
 # Scores of 512 x 1,024 fit the 16 MiB that a v5e kernel may use (float32 and backward too), and 512 queries a key are
 # enough work to hide reading it: 512 FLOPs a byte, where a v5e does 240.
@@ -59,8 +60,8 @@ def attention(
 
 def partial(
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S H"] | Quantized,
     mask: Mask,
     *,
     causal: bool,
@@ -69,11 +70,13 @@ def partial(
     """`attention` to some of the keys, to be merged with that to the others: (out, log_total), float32, forward only.
 
     `out` is normalised over these keys (and went through q's dtype); `log_total` is the logarithm of the sum of their
-    exponentials, `FLOOR` where a row sees none.
+    exponentials, `FLOOR` where a row sees none. Integers become floats of q's dtype a row of the batch at a time: the
+    kernel takes no scales.
     """
 
-    def row(*args: Array) -> tuple[Array, Array]:
-        out, (log_total,) = _call(*args, causal=causal, residuals=True, interpret=interpret)
+    def row(q: Array, k: Array | Quantized, v: Array | Quantized, *masks: Array) -> tuple[Array, Array]:
+        k, v = dequantized(k, q.dtype), dequantized(v, q.dtype)
+        out, (log_total,) = _call(q, k, v, *masks, causal=causal, residuals=True, interpret=interpret)
         return out.astype(jnp.float32), log_total
 
     return _over_rows(row, q, k, v, mask)
@@ -97,12 +100,12 @@ _differentiable = jax.custom_vjp(_out, nondiff_argnums=(0, 1))
 _differentiable.defvjp(_forward, _backward)
 
 
-def _over_rows(row: Callable[..., Any], q: Array, k: Array, v: Array, mask: Mask) -> Any:
+def _over_rows(row: Callable[..., Any], q: Array, k: Any, v: Any, mask: Mask) -> Any:
     """Run rows one after the other, as a TPU core does anyway: each has its own blocks to visit."""
     start = jnp.zeros_like(mask.q_segments[:, 0]) if mask.q_start is None else mask.q_start
     args = (q, k, v, mask.q_segments, mask.kv_segments, start)
     if q.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], row(*(x[0] for x in args)))
+        return jax.tree.map(lambda x: x[None], row(*jax.tree.map(lambda x: x[0], args)))
     return jax.lax.map(lambda args: row(*args), args)
 
 
