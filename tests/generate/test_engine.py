@@ -2,18 +2,24 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
 from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig
+from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
-from glm4v_jax.generate.engine import Request
+from glm4v_jax.generate.engine import Engine, Request
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY
+from glm4v_jax.generate.warmup import warmup
+from glm4v_jax.hf.generate import generate
+from glm4v_jax.model.kv_cache import Quantized
 
 
 @pytest.mark.parametrize("is_text", [True, False])
@@ -571,6 +577,80 @@ def test_the_smallest_and_the_largest_of_every_option_run(engine, options):
 def test_every_option_is_run_with_its_extremes():
     fields = {field.name for field in dataclasses.fields(GenerationConfig)}
     assert {name for options in EXTREMES for name in options} | ELSEWHERE == fields
+
+
+@pytest.fixture(scope="module")
+def int8(make_engine):
+    """Two slots whose keys and values are integers."""
+    return make_engine(num_slots=2, cache_dtype="int8")
+
+
+def test_an_int8_cache_answers_alike_in_slots_in_chunks_and_alone(int8, monkeypatch):
+    """Nobody sees keys before they are rounded, so it does not matter what was computed together."""
+    rng = np.random.default_rng(22)
+    prompts = [random_request(int8.model, rng, text, [(8, 8), (4, 6)]) for text in (150, 161, 172)]
+    options = dict(max_new_tokens=24, **GREEDY)
+    found = {one.index: list(one.tokens) for one in int8.generate_many(prompts, **options)}
+    (slots,) = int8._free[2, None]
+    assert all(isinstance(side, Quantized) for side in (*slots._state.cache.k, *slots._state.cache.v))
+    for index, inputs in enumerate(prompts):
+        alone = generate(int8.runtime, **inputs, cache_dtype="int8", **options)
+        assert alone[0, inputs["input_ids"].shape[1] :].tolist() == found[index]
+    monkeypatch.setattr("glm4v_jax.generate.prefill_chunks.MAX_CHUNK", 64)
+    assert list(int8.generate(prompts[0], **options).tokens) == found[0]
+
+
+def test_a_conversation_with_an_int8_cache_answers_as_if_it_had_none(int8):
+    talk = int8.conversation(max_new_tokens=12, **GREEDY)
+    talk.send("Hello")
+    assert talk.in_cache is not None
+    again = talk.send("Again")
+    assert again.tokens == int8.generate(talk.messages[:-1], max_new_tokens=12, **GREEDY).tokens
+
+
+@pytest.mark.slow
+def test_drafts_and_beams_with_an_int8_cache(int8):
+    """Lookup gives what decoding one by one does; beams have the scores that the model gives them."""
+    inputs = random_request(int8.model, np.random.default_rng(23), 170, [(8, 8)])
+    # A penalty below 1 makes a random model repeat what it has read.
+    options = dict(max_new_tokens=24, repetition_penalty=0.01, **GREEDY)
+    assert int8.generate(inputs, prompt_lookup_num_tokens=4, **options) == int8.generate(inputs, **options)
+    beams = dict(num_beams=3, num_return_sequences=3, return_dict_in_generate=True, output_scores=True)
+    options = dict(max_new_tokens=6, cache_dtype="int8", **GREEDY)
+    found = generate(int8.runtime, **inputs, **options, **beams)
+    best = generate(int8.runtime, **inputs, **options, return_dict_in_generate=True, output_logits=True)
+    logprobs = [jax.nn.log_softmax(logits[0]) for logits in best.logits]
+    chosen = [x[token] for x, token in zip(logprobs, best.sequences[0, -6:], strict=True)]
+    assert np.isfinite(found.sequences_scores).all() and len(np.unique(found.sequences, axis=0)) == 3
+    assert found.sequences_scores[0] >= np.mean(chosen) - 1e-5
+
+
+def test_a_decode_step_makes_no_floats_of_an_int8_cache(int8):
+    """Floats of one of the two layers would take twice the memory of all integers."""
+    rows, slots = 2, 8192
+    text, head = int8.runtime.text, int8.runtime.head
+    with use_mesh(int8.runtime.mesh):
+        make = functools.partial(device_steps.init_state, stacked=False, cache_dtype="int8")
+        state = jax.eval_shape(lambda text: make(text, rows, slots, 8), text)
+        number = jax.ShapeDtypeStruct((), np.int32)
+        memory = device_steps.decode.lower(text, head, state, number, number, num_steps=4).compile().memory_analysis()
+    nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.cache.k, state.cache.v)))
+    config = int8.runtime.config.text_config
+    assert nbytes == 2 * rows * slots * config.num_hidden_layers * config.num_key_value_heads * (config.head_dim + 4)
+    assert memory.alias_size_in_bytes > nbytes  # written in place
+    assert memory.temp_size_in_bytes < nbytes
+
+
+def test_an_unknown_cache_dtype_is_refused(engine, make_engine):
+    message = "cache_dtype: found 'int4'; expected one of 'auto', 'int8'"
+    with pytest.raises(GenerationError, match=message):
+        make_engine(cache_dtype="int4")
+    with pytest.raises(GenerationError, match=message):
+        Engine.from_pretrained("nowhere", cache_dtype="int4")
+    with pytest.raises(GenerationError, match=message):
+        generate(engine.runtime, np.array([[1]]), cache_dtype="int4")
+    with pytest.raises(GenerationError, match=message):
+        warmup(engine.runtime, prompt_lengths=1, cache_dtype="int4")
 
 
 @pytest.mark.slow

@@ -19,8 +19,11 @@ def keep_even(tokens, scores):
 
 
 def answers(engine):
-    """Tokens of prompts of all modalities through slots, of a conversation's second turn, with lookup, and of beams."""
-    from glm4v_jax.generate.engine import Request
+    """Tokens of prompts of all modalities through slots, of a conversation's second turn, with lookup, and of beams.
+
+    Some through slots with an int8 cache.
+    """
+    from glm4v_jax.generate.engine import Engine, Request
     from glm4v_jax.hf.generate import generate
 
     prompts = [inputs for inputs in random_requests(engine.model, 20, 3) if 64 < inputs["input_ids"].size <= 96]
@@ -41,7 +44,10 @@ def answers(engine):
         engine.runtime, **prompts[0], max_new_tokens=5, num_beams=3, num_return_sequences=3, no_repeat_ngram_size=2,
         do_sample=False, eos_token_id=-1,
     )  # fmt: skip
+    own = Engine(engine.model, engine.processor, num_slots=4, capacity=256, cache_dtype="int8")
+    rounded = {one.index: list(one.tokens) for one in own.generate_many(requests[:6], **GREEDY)}
     return [
+        *(rounded[i] for i in range(6)),
         *(found[i] for i in range(len(requests))),
         *(constrained[i] for i in range(len(some))),
         list(talk.send("Again").tokens),

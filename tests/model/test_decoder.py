@@ -9,7 +9,7 @@ from reference import CONFIGS, assert_close
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model import rope
 from glm4v_jax.model.attention.attend import Mask, attend_with_weights
-from glm4v_jax.model.decoder import Capture
+from glm4v_jax.model.decoder import NOTHING, Capture
 from glm4v_jax.model.kv_cache import init_cache
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -110,6 +110,34 @@ def test_decoding_in_chunks_equals_all_at_once(ours, stacked):
     assert_close(np.concatenate(parts, axis=1), whole)
     assert cache.length.tolist() == [T, T]
     assert np.array_equal(cache.segments, np.arange(24) < np.full((B, 1), T))
+
+
+def test_chunks_do_not_show_in_an_int8_cache(ours):
+    """Tokens of one chunk see each other's rounded keys, as later ones do; where weights are returned as well."""
+    x, positions, _ = example("base", seed=5)
+    text = ours("base").module.stacked().language_model
+    step = jax.jit(
+        lambda text, x, p, cache, record: text(x, p, jnp.ones(x.shape[:2], jnp.int32), cache, record=record)[:2],
+        static_argnums=4,
+    )
+
+    def run(sizes, dtype, record=NOTHING):
+        cache, parts = init_cache(text_of("base"), B, 24, dtype), []
+        for start, n in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+            here = slice(start, start + n)
+            out, cache = step(text, x[:, here], positions[:, :, here], cache, record)
+            parts.append(np.asarray(out))
+        return np.concatenate(parts, axis=1)
+
+    def size(x):
+        return np.sqrt(np.mean(np.square(x)))
+
+    whole = run([T], "int8")
+    rounding = size(whole - run([T], "float32"))
+    assert 1e-4 < rounding / size(whole) < 1e-2
+    # Numbers halfway between two integers may be rounded to either.
+    assert size(run([1, 4, 8], "int8") - whole) <= 0.2 * rounding
+    assert size(run([T], "int8", Capture(attentions=True)) - whole) <= 0.2 * rounding
 
 
 def test_every_layer_has_its_own_dropout(ours):

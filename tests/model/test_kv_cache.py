@@ -7,7 +7,17 @@ import pytest
 from reference import CONFIGS
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.model.kv_cache import grow, init_cache, write_layer, write_layers, write_segments
+from glm4v_jax.model.kv_cache import (
+    Quantized,
+    dequantized,
+    grow,
+    init_cache,
+    layer_of,
+    quantized,
+    write_layer,
+    write_layers,
+    write_segments,
+)
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
@@ -65,3 +75,56 @@ def test_growing_keeps_the_content(stacked):
     assert larger.capacity == 9 and larger.is_stacked == stacked and larger.length.max() == 4
     assert k.shape == (3, 2, 4, 9, 16) and (k[..., :4, :] == 1).all() and not k[..., 4:, :].any()
     assert np.array_equal(larger.segments, np.repeat([[1] * 4 + [0] * 5], 2, axis=0))
+
+
+def test_integers_are_off_by_half_of_their_scale():
+    """A scale per slot and head: large keys of one do not coarsen those of another. Zeros stay zeros."""
+    size = 10.0 ** np.random.default_rng(0).integers(-6, 6, (2, 3, 5, 1))
+    keys = (size * np.random.default_rng(1).standard_normal((2, 3, 5, 16))).astype(np.float32)
+    keys[1, 2, 4] = 0
+    found = jax.jit(quantized)(keys)
+    assert found.integers.dtype == jnp.int8 and found.scale.shape == (2, 3, 5) and found.scale.dtype == jnp.float32
+    assert np.abs(found.integers).max(axis=-1).tolist() == np.where(keys.any(axis=-1), 127, 0).tolist()
+    error = np.abs(np.asarray(dequantized(found, jnp.float32), np.float64) - keys)
+    # Half of the scale, and float32's rounding of a quotient of up to 127 and of a product.
+    assert (error <= np.asarray(found.scale)[..., None] * (0.5 + 127 * 2.0**-22)).all()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_not_finite_stays_so(wrong):
+    keys = np.ones((2, 4), np.float32)
+    keys[0, 1] = wrong
+    found = np.asarray(dequantized(quantized(jnp.asarray(keys)), jnp.float32))
+    assert not np.isfinite(found[0]).any() and (found[1] == 1).all()
+
+
+def test_size_of_an_int8_cache():
+    text = Glm4vConfig.glm4_1v_9b().text_config
+    caches = [jax.eval_shape(lambda dtype=dtype: init_cache(text, 8, 4096, dtype)) for dtype in (jnp.float32, jnp.int8)]
+    of_floats, found = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one.k, one.v))) for one in caches)
+    assert found == of_floats * (1 + 4 / 128) / 4
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_integers_and_scales_are_written_and_grow_together(stacked):
+    """One layer, then a token of all; the rest of the slots stay as they were."""
+    cache = init_cache(TEXT, 2, 7, jnp.int8, stacked=stacked)
+    draw = np.random.default_rng(2).standard_normal
+    some, one = (draw(shape).astype(np.float32) for shape in ((2, 4, 2, 16), (3, 2, 4, 1, 16)))
+
+    @jax.jit
+    def written(cache):
+        side = write_layer(cache.k, 1, quantized(jnp.asarray(some)), jnp.array([1, 5]))
+        side = write_layers(side, quantized(jnp.asarray(one)), jnp.array([6, 2]))
+        return grow(cache._replace(k=side), 9)
+
+    larger = written(cache)
+    assert larger.is_stacked == stacked and larger.capacity == 9
+    expected = np.zeros((3, 2, 4, 9, 16), np.float32)
+    expected[1, 0, :, 1:3], expected[1, 1, :, 5:7] = some
+    expected[:, 0, :, 6], expected[:, 1, :, 2] = one[:, 0, :, 0], one[:, 1, :, 0]
+    expected = quantized(jnp.asarray(expected))
+    for i in range(3):
+        found = layer_of(larger.k, i)
+        assert isinstance(found, Quantized)
+        assert np.array_equal(found.integers, expected.integers[i]) and np.array_equal(found.scale, expected.scale[i])

@@ -89,6 +89,16 @@ def test_bytes_are_those_of_the_dtype(dtype):
     assert one.device_bytes * (1 if dtype == "float32" else 2) == other.device_bytes
 
 
+def test_an_int8_cache_has_its_scales():
+    one, other = (
+        describe(RELEASED, dict(kv=2), rows=8, capacity=65_536, cache_dtype=dtype) for dtype in ("auto", "int8")
+    )
+    assert other.cache.device_bytes == one.cache.device_bytes * (1 + 4 / 128) / 2
+    assert other.weights == one.weights and other.to_dict()["cache_dtype"] == "int8"
+    assert "5.16 GiB of a cache in int8 of 8 x 65536 slots, together" in other.summary()
+    assert cache_bytes(RELEASED, {"kv": 2}, 8, 65_536, "int8") == other.cache.device_bytes
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -186,10 +196,12 @@ def test_the_bytes_are_those_on_devices(tmp_path):
     config = Glm4vConfig.from_dict(GROUPED)
     for case in run_on_devices(__file__, str(tmp_path)):
         sizes = sizes_for(case["preset"], config, 8)
-        found = describe(config, sizes, rows=ROWS, capacity=CAPACITY, dtype="float32")
         assert case["mesh"] == mesh_text(sizes)
-        assert case["weights"] == [found.weight_bytes] * 8, case
-        assert case["cache"] == [found.cache.device_bytes] * 8, case
+        for cache_dtype, held in zip(("auto", "int8"), case["caches"], strict=True):
+            options = dict(rows=ROWS, capacity=CAPACITY, dtype="float32", cache_dtype=cache_dtype)
+            found = describe(config, sizes, **options)
+            assert case["weights"] == [found.weight_bytes] * 8, case
+            assert held == [found.cache.device_bytes] * 8, case
 
 
 def main(directory):
@@ -217,9 +229,9 @@ def main(directory):
                 -(-number // shards) * shards
                 for number, shards in ((ROWS, data_shards()), (CAPACITY, mesh.shape["seq"]))
             )
-            cache = init_cache(config.text_config, rows, capacity, np.float32)
+            caches = [init_cache(config.text_config, rows, capacity, dtype) for dtype in (np.float32, np.int8)]
         case = {"preset": preset, "mesh": mesh_text(mesh.shape)}
-        case |= {"weights": on_devices(model.module), "cache": on_devices((cache.k, cache.v))}
+        case |= {"weights": on_devices(model.module), "caches": [on_devices((cache.k, cache.v)) for cache in caches]}
         print(json.dumps(case))  # noqa: T201
 
 

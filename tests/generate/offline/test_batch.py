@@ -223,8 +223,9 @@ def test_a_finished_file_needs_no_weights(capfd, request):
         (["Hello", "You?"], [*SHORT, "--system", "Be brief."]),
         (["Hello", "You?"], [*SHORT, "--seed", 4]),
         (["Hello", "You?"], [*SHORT, "--dtype", "bfloat16"]),
+        (["Hello", "You?"], [*SHORT, "--cache-dtype", "int8"]),
     ],
-    ids=["prompt", "fewer", "tokens", "system", "seed", "dtype"],
+    ids=["prompt", "fewer", "tokens", "system", "seed", "dtype", "cache-dtype"],
 )
 def test_answers_to_something_else_are_not_resumed(capfd, request, prompts, options):
     write({"prompt": "Hello"}, {"prompt": "You?"})

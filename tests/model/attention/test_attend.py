@@ -12,8 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import assert_close
 
+from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention import blockwise
-from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_with_weights
+from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
+from glm4v_jax.model.kv_cache import dequantized, quantized
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
@@ -115,6 +117,51 @@ def test_few_queries_equal_dense_attention_over_a_cache(t):
     kv = (np.arange(40) < (start + t)[:, None]).astype(np.int32)
     mask = Mask(np.ones((BATCH, t), np.int32), kv, start)
     assert_close(compiled()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=2e-6)
+
+
+def cached_case(t, s=40):
+    """Queries, a cache with padding before it, the new tokens, and their segments: rows of different lengths."""
+    q, *cached = random_qkv(20, t, s)
+    new = random_qkv(21, t, t)[1:]
+    slots, fresh = mesh.spec("batch", "kv_heads", "slots"), mesh.spec("batch", "kv_heads")
+    cached, new = (
+        tuple(jax.device_put(x.swapaxes(1, 2), on) for x in sides) for sides, on in ((cached, slots), (new, fresh))
+    )
+    q = jax.device_put(q, mesh.spec("batch", None, "kv_heads", "q_groups"))
+    segments = np.ones((BATCH, t), np.int32)
+    segments[1, t - t // 2 :] = 0
+    held = ((np.arange(s) >= 2) & (np.arange(s) < [[s], [17]])).astype(np.int32)
+    return q, cached, new, segments, held
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("t", [1, FEW_QUERIES, FEW_QUERIES + 1])
+def test_an_int8_cache_equals_its_floats(small_blocks, monkeypatch, t, platform):
+    """In blocks on a CPU, at once elsewhere: scales on scores and probabilities are those on keys and values."""
+    q, cached, new, segments, held = cached_case(t)
+    cached, new = jax.tree.map(quantized, (cached, new))
+    with monkeypatch.context() as patch:
+        patch.setattr(mesh, "platform", lambda: platform)
+        # A function of its own, or what was traced for another platform would run.
+        found = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
+    floats = [tuple(dequantized(side, jnp.float32) for side in sides) for sides in (cached, new)]
+    expected = jax.jit(attend_cached)(q, *floats, segments, held)
+    assert_close(found, expected, np.asarray(segments) > 0, tolerance=2e-6)
+
+
+def test_an_int8_cache_is_off_by_its_rounding():
+    """Scores are off by |q|_1 * scale / 2 at most, so a probability by exp of twice that, and values by scale / 2."""
+    q, cached, new, segments, held = cached_case(4)
+    exact = jax.jit(attend_cached)(q, cached, new, segments, held)
+    rounded = jax.tree.map(quantized, (cached, new))
+    found = jax.jit(attend_cached)(q, *rounded, segments, held)
+    keys, values = (np.concatenate([np.asarray(x.scale), y.scale], axis=2) for x, y in zip(*rounded, strict=True))
+    norm = np.abs(q).sum(axis=-1).max(axis=(1, 3))  # of each row and key head
+    shift = norm * keys.max(axis=-1) / 2 / np.sqrt(HEAD_DIM)
+    largest = np.maximum(*(np.abs(x).max(axis=(2, 3)) for x in (cached[1], new[1])))
+    bound = np.expm1(2 * shift) * 2 * largest + values.max(axis=-1) / 2
+    error = np.abs(np.asarray(found) - np.asarray(exact)).max(axis=(1, 3, 4))
+    assert (error <= bound).all() and (error > bound / 1000).all()
 
 
 def test_block_sizes_pad_the_least(monkeypatch):

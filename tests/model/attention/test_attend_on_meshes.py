@@ -20,6 +20,8 @@ B, K, G, S, H = 2, 2, 4, 48, 8
 MESHES = [dict(seq=4), dict(data=2, kv=2, seq=2), dict(kv=2, q=2, seq=2)]
 LENGTHS = [1, 5, 12, 13, 20, 48]
 """New tokens: less than a shard of 12 slots has, as many, more; and as many as there are."""
+QUANTIZED = (1, 13)
+"""Those that are also written to, and attend to, a cache of integers."""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,7 @@ def written(sizes):
         placed = jax.device_put(old, spec)
         split = S // placed.addressable_shards[0].data.shape[3]
         write = jax.jit(kv_cache.write_layers)
+        integers = jax.jit(kv_cache.quantized)(placed)
         for t in LENGTHS:
             new = random.standard_normal((3, B, K, t, H)).astype(np.float32)
             for start in starts(t):
@@ -69,7 +72,20 @@ def written(sizes):
                     expected[:, row, :, at : at + t] = new[:, row]
                 found = write(placed, jnp.asarray(new), jnp.asarray(start))
                 worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max())  # which keeps NaN
+                if t in QUANTIZED:
+                    found = write(integers, kv_cache.quantized(jnp.asarray(new)), jnp.asarray(start))
+                    worst = np.maximum(worst, differing(found, kv_cache.quantized(jnp.asarray(expected))))
     return worst, split
+
+
+def differing(found, expected):
+    """The largest difference of two trees."""
+    return np.max(
+        [
+            np.abs(np.asarray(x) - np.asarray(y)).max()
+            for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        ]
+    )
 
 
 def attended(sizes):
@@ -91,16 +107,20 @@ def attended(sizes):
             segments[1, t // 2 + 1 :] = 0
             for start in starts(t):
                 seen = np.where(np.arange(S) < start[:, None], held, 0)
-                found = run(
-                    jax.device_put(q, places[0]), tuple(jax.device_put(x, places[1]) for x in cached),
-                    tuple(map(jnp.asarray, new)), segments, seen,
-                )  # fmt: skip
+                sides = tuple(jax.device_put(x, places[1]) for x in cached), tuple(map(jnp.asarray, new))
+                found = run(jax.device_put(q, places[0]), *sides, segments, seen)
                 keys = [np.concatenate(sides, axis=2).swapaxes(1, 2) for sides in zip(cached, new, strict=True)]
                 mask = Mask(segments, np.concatenate([seen, segments], axis=1), np.full(B, S))
                 with mesh.use_mesh(mesh.make_mesh()):
                     expected, _ = attend_with_weights(*map(jnp.asarray, (q, *keys)), mask, causal=True)
                     expected = np.asarray(expected)
                 worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+                if t in QUANTIZED:
+                    integers = jax.tree.map(kv_cache.quantized, sides)
+                    found = run(jax.device_put(q, places[0]), *integers, segments, seen)
+                    floats = (tuple(kv_cache.dequantized(x, jnp.float32) for x in pair) for pair in integers)
+                    expected = np.asarray(run(jax.device_put(q, places[0]), *floats, segments, seen))
+                    worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
     return worst
 
 
@@ -113,11 +133,12 @@ def grown(sizes):
         side = jax.device_put(old, mesh.spec("layers", "batch", "kv_heads", "slots", None))
         segments = jax.device_put(np.ones((B, S), np.int32), mesh.spec("batch", None))
         for capacity in (2 * S, 3 * S):
-            whole = kv_cache.KVCache(side, side, segments, segments[:, 0])
+            whole = kv_cache.KVCache(kv_cache.quantized(side), side, segments, segments[:, 0])
             larger = jax.jit(kv_cache.grow, static_argnums=1)(whole, capacity)
-            assert larger.k.sharding.spec == side.sharding.spec
+            assert larger.k.integers.sharding.spec == larger.v.sharding.spec == side.sharding.spec
             expected = np.pad(old, [(0, capacity - S if axis == 3 else 0) for axis in range(5)])
-            worst = np.maximum(worst, np.abs(np.asarray(larger.v) - expected).max())
+            both = larger.k, larger.v
+            worst = np.maximum(worst, differing(both, (kv_cache.quantized(jnp.asarray(expected)), expected)))
             assert np.asarray(larger.segments).sum() == B * S
     return worst
 

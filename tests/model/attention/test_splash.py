@@ -12,6 +12,7 @@ from reference import assert_close
 from glm4v_jax.model.attention import blockwise, splash
 from glm4v_jax.model.attention.attend import merge
 from glm4v_jax.model.attention.mask import FLOOR, Mask
+from glm4v_jax.model.kv_cache import dequantized, quantized
 
 HEAD_DIM = 16
 HALF = 2.0**-8
@@ -135,6 +136,17 @@ def test_attention_to_disjoint_keys_merges():
     assert all(x.dtype == jnp.float32 for x in (*cached, *own))
     # The row without a cache sees nothing there.
     assert not np.asarray(cached[0][1]).any() and (np.asarray(cached[1][1]) == np.float32(FLOOR)).all()
+
+
+def test_integers_equal_their_floats():
+    """The kernel gets the floats of a row at a time."""
+    t, s = 130, 260
+    q, k, v = random_qkv(8, 2, 1, 2, t, s)
+    mask = Mask(np.stack([runs(t, 0, t), runs(t, 60, t)]), np.stack([runs(s, 0, 190), runs(s, 0, s)]))
+    k, v = quantized(k), quantized(v)
+    expected = partial(q, dequantized(k, q.dtype), dequantized(v, q.dtype), mask, causal=False)
+    for x, y in zip(partial(q, k, v, mask, causal=False), expected, strict=True):
+        assert np.array_equal(x, y)
 
 
 def test_bfloat16_rounds_once():
