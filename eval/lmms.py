@@ -88,14 +88,9 @@ class Glm4vJax(lmms):  # type: ignore[misc]
             None if mesh is None else mesh_for(mesh, Glm4vConfig.from_pretrained(pretrained), scheme=quantize or "none")
         )
         self._engine = Engine.from_pretrained(
-            pretrained,
-            num_slots=int(slots),
-            adapter=adapter,
-            dtype=dtype,
-            quantize=quantize,
-            cache_dtype=cache_dtype,
+            pretrained, num_slots=int(slots), adapter=adapter, dtype=dtype, quantize=quantize, cache_dtype=cache_dtype,
             mesh=on,
-        )
+        )  # fmt: skip
         self._form, self._preset, self._system = answer, preset, system
         given = {"max_new_tokens": max_new_tokens, "think_budget": think_budget, "answer_budget": answer_budget}
         budgets = {} if preset is not None or (max_new_tokens is not None and think_budget is None) else _BUDGETS

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import tyro
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MODEL = "GLM4V_MODEL"
 """The environment variable for the model where no option names it."""
 
+CACHE_DTYPES = get_args(CacheDtype)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEMES = ("none", "int8", "int4")
 
@@ -76,9 +77,13 @@ class ModelOptions:
     """Weights as integers, for less memory: int8 is as good as exact; int4 takes half of it in the decoder, and costs
     some quality."""
 
-    cache_dtype: Annotated[CacheDtype, tyro.conf.arg(help_behavior_hint="(default: auto, that of the activations)")] = (
-        "auto"
-    )
+    cache_dtype: Annotated[
+        # Not a Literal, whose errors are not one line.
+        str,
+        tyro.conf.arg(
+            metavar=f"{{{','.join(CACHE_DTYPES)}}}", help_behavior_hint="(default: auto, that of the activations)"
+        ),
+    ] = "auto"
     """Data type of the KV cache. int8 takes about half the memory of bfloat16 and a quarter of float32's: for long
     contexts and many slots."""
 
@@ -106,6 +111,8 @@ class ModelOptions:
             raise ConfigError(fault("--dtype", self.dtype, one_of(DTYPES, self.dtype)))
         if self.quantize is not None and self.quantize not in SCHEMES:
             raise ConfigError(fault("--quantize", self.quantize, one_of(SCHEMES, self.quantize)))
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ConfigError(fault("--cache-dtype", self.cache_dtype, one_of(CACHE_DTYPES, self.cache_dtype)))
         if self.mesh is not None:
             check_text(self.mesh)
 
@@ -156,19 +163,21 @@ class ModelOptions:
                 file=sys.stderr,
                 flush=True,
             )
-        from glm4v_jax.checkpoints.load import load_runtime
+        from glm4v_jax.checkpoints.load import load_runtime, resolve_dtype
         from glm4v_jax.generate.engine import Engine
         from glm4v_jax.planning.memory_table import cache_bytes
 
         sizes = {} if mesh is None else dict(mesh.shape)
-        cache_dtype = "bfloat16" if self.cache_dtype == "auto" else self.cache_dtype
-        reserve = cache_bytes(config, sizes, num_slots, tokens, cache_dtype) if tokens else 0
+        dtype = self.cache_dtype
+        if dtype == "auto":
+            dtype = resolve_dtype("bfloat16" if self.dtype == "auto" else self.dtype).name
+        reserve = cache_bytes(config, sizes, num_slots, tokens, dtype) if tokens else 0
         with Progress("loading the weights") as progress:
             runtime = load_runtime(
                 self.directory, dtype=self.dtype, mesh=mesh, quantize=self.quantize, adapter=self.adapter,
                 reserve=reserve, progress=progress.update,
             )  # fmt: skip
-        return Engine(runtime, processor, num_slots=num_slots, cache_dtype=self.cache_dtype)
+        return Engine(runtime, processor, num_slots=num_slots, cache_dtype=cast(CacheDtype, self.cache_dtype))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -84,6 +84,7 @@ def error_of(capfd, *arguments):
         (["Hello", "--temperature", "0"], ["--temperature: found 0", "--greedy"]),
         (["Hello", "--dtype", "int8"], ["--dtype: found 'int8'; expected one of auto, float32"]),
         (["Hello", "--quantize", "int3"], ["--quantize: found 'int3'; expected one of none, int8, int4"]),
+        (["Hello", "--cache-dtype", "int4"], ["--cache-dtype: found 'int4'; expected one of auto, int8; did you mean"]),
         (["Hello", "--top-p", "1.5"], ["top_p: found 1.5"]),
         (["Hello", "--top-k", "-1"], ["top_k: found -1"]),
         (["Hello", "--repetition-penalty", "0"], ["repetition_penalty: found 0"]),
@@ -272,6 +273,26 @@ def test_an_answer_that_repeats_itself_can_be_ended(answered):
     answer = answered("--greedy", "--max-new-tokens", 2000, "--stop-repetition", "What is this?")
     assert answer["finish_reason"] == "repetition"
     assert answer["new_tokens"] < 2000
+
+
+def test_an_int8_cache_answers_and_its_memory_is_counted(answered, monkeypatch):
+    """The cache of a long answer is checked before the weights are read, in the numbers that it will have."""
+    from glm4v_jax.checkpoints import load
+
+    reserved, load_runtime = [], load.load_runtime
+    monkeypatch.setattr(
+        load,
+        "load_runtime",
+        lambda *args, **options: reserved.append(options["reserve"]) or load_runtime(*args, **options),
+    )
+    engine = glm4v_jax.Engine.from_pretrained(RANDOM_CHECKPOINT, cache_dtype="int8")
+    expected = engine.generate("Hello", do_sample=False, max_new_tokens=8)
+    for options in ([], ["--cache-dtype", "int8"]):
+        answer = answered("--greedy", "--max-new-tokens", 8, *options, "Hello")
+    assert answer["text"] == expected.text
+    text, tokens = engine.runtime.config.text_config, answer["prompt_tokens"] + 8
+    numbers = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    assert reserved[-2:] == [4 * numbers, numbers * (1 + 4 / text.head_dim)]
 
 
 def test_the_system_prompt_is_part_of_the_prompt(answered):

@@ -1,15 +1,21 @@
 """The packaged checkpoint: it knows its digits, its figures are its own, and it is a GLM-4.1V to the reference."""
 
+import functools
 import hashlib
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_transformers import import_transformers
 
 from glm4v_jax import Engine, Glm4vForConditionalGeneration
+from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.generate.text.thinking import parse
+from glm4v_jax.hf.outputs import PastKeyValues
+from glm4v_jax.model.kv_cache import init_cache
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import NUM_HELD_OUT, held_out
 from tools.digit_scores import score
@@ -57,6 +63,29 @@ def test_a_sample_is_answered_as_the_figures_say(engine, figures, task):
     # Two standard deviations of a sample's mean.
     expected = figures[NAMES[task]]["accuracy"]
     assert found.accuracy >= expected - 2 * np.sqrt(expected * (1 - expected) / SAMPLE) - 1 / SAMPLE
+
+
+@pytest.mark.slow
+def test_an_int8_cache_is_as_good_as_exact(engine):
+    """Next tokens of whole conversations, and greedy answers of a task: nearly all are those of a float32 cache."""
+    truth = [example for task in AIMS for example in held_out(task)[:12]]
+    inputs = engine.processor.apply_chat_template(
+        [list(example.messages) for example in truth], tokenize=True, return_dict=True, padding=True
+    )
+    model = Glm4vForConditionalGeneration(engine.runtime.config, runtime=engine.runtime)
+    with use_mesh(model.mesh):
+        make = functools.partial(init_cache, model.config.text_config, len(truth), 512, stacked=False)
+        past = PastKeyValues(make(jnp.int8), np.zeros((len(truth), 1), np.int32), 0)
+    given = dict(inputs, logits_to_keep=20)
+    exact, found = (
+        np.asarray(jax.nn.log_softmax(model(**given, past_key_values=cache).logits)) for cache in (None, past)
+    )
+    assert np.mean(exact.argmax(axis=-1) == found.argmax(axis=-1)) >= 0.99
+    assert 1e-6 < np.mean(np.sum(np.exp(exact) * (exact - found), axis=-1)) <= 5e-4
+    grounding = held_out("grounding2")[:SAMPLE]
+    own = Engine(engine.model, engine.processor, num_slots=SLOTS, cache_dtype="int8")
+    pairs = zip(answers(engine, grounding), answers(own, grounding), strict=True)
+    assert np.mean([one == other for one, other in pairs]) >= 0.9
 
 
 def test_scores_drop_without_the_order_of_frames_or_positions(engine):
