@@ -132,7 +132,7 @@ def _verify(
     logits = score(decoder, None if head is None else head.module, gather_tokens(hidden))
     logits = mesh.reshard(logits, "batch", None, "vocab")
     # What comes after the last token of a draft agrees with nothing.
-    expected = jnp.concatenate([draft, jnp.full_like(tokens[:, :1], -1)], axis=1)
+    expected = jnp.pad(draft, ((0, 0), (0, 1)), constant_values=-1)
 
     def more(carry: tuple) -> Array:
         i, agrees, *_ = carry
