@@ -30,8 +30,13 @@ def contents(directory):
 
 def environment(devices=1):
     """Of a process that sees so many devices; what else XLA is told, as in `conftest.py`, holds for it too."""
+    # On a busy machine a device may wait for a core longer than the 40 seconds after which the others end the process.
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
     return os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
