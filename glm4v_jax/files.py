@@ -67,18 +67,27 @@ def check_config(directory: pathlib.Path) -> None:
     """
     if (assets_directory(directory) / "config.json").is_file():
         return
+    refuse_adapter(directory)
     found = f"{directory}: found no config.json; expected the directory of a checkpoint"
-    if (directory / ADAPTER_CONFIG).is_file():
-        base = read_json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
-        found = (
-            f"{directory}: found an adapter; expected a model: pass --model {base} --adapter {directory}; in Python, "
-            f"from_pretrained({base!r}, adapter={str(directory)!r})"
-        )
     # What a training job and a conversion leave in their output directories.
     for name, file in (("model", "config.json"), ("adapter", ADAPTER_CONFIG)):
         if (directory / name / file).is_file():
             found = f"{found}; did you mean {directory / name}?"
     raise CheckpointError(found)
+
+
+def refuse_adapter(directory: pathlib.Path) -> None:
+    """Check that a directory that lacks a file of a model's is not that of an adapter.
+
+    Raises:
+      CheckpointError: it is.
+    """
+    if (directory / ADAPTER_CONFIG).is_file():
+        base = read_json_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+        raise CheckpointError(
+            f"{directory}: found an adapter; expected a model: pass --model {base} --adapter {directory}; in Python, "
+            f"from_pretrained({base!r}, adapter={str(directory)!r})"
+        )
 
 
 def base_of(adapter: str | pathlib.Path) -> str:

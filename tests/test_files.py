@@ -10,6 +10,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.checkpoints.hf_write import save_generation_config
+from glm4v_jax.checkpoints.safetensors import open_checkpoint
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, one_line
@@ -23,6 +24,7 @@ from glm4v_jax.files import (
     replacing,
     set_dtype,
 )
+from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.processor import Glm4vProcessor
 
 STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
@@ -199,6 +201,9 @@ def test_an_adapter_in_the_place_of_a_model_is_named_with_the_right_options(tmp_
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     with pytest.raises(CheckpointError, match=r"found an adapter; expected a model: pass --model base --adapter /.*"):
         Glm4vConfig.from_pretrained(tmp_path / "adapter")
+    for read in (Glm4vProcessor.from_pretrained, open_checkpoint, Engine.from_pretrained):
+        with pytest.raises(CheckpointError, match="found an adapter; expected a model"):
+            read(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"found no config.json; .*; did you mean .*/adapter\?$"):
         Glm4vConfig.from_pretrained(tmp_path)  # the output directory of a job
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from glm4v_jax.console.distributed import DistributedOptions
+from glm4v_jax.console.drawings import check_png, write_png
 from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table, printable
 from glm4v_jax.errors import DataError, counted
-from glm4v_jax.files import replacing, to_json
+from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 from train.data import FormatName
 from train.export_command import Export
@@ -71,6 +72,8 @@ class Check(JsonOptions):
 
         if not self.data:
             raise DataError("DATA: found no file; expected at least one")
+        if self.histogram is not None:
+            check_png("--histogram", self.histogram)
         measure, unit = count_characters, "characters"
         if self.model is not None:
             from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -100,8 +103,7 @@ class Check(JsonOptions):
             return
         title = f"{', '.join(os.path.basename(os.path.normpath(data)) for data in self.data)}: {len(report.lengths):,}"
         image = draw_histogram(report.lengths, report.unit, f"{title} records")
-        with replacing(path) as aside:
-            image.save(aside, "PNG")
+        write_png(image, path)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -145,6 +147,10 @@ class Train(Options):
         status = "done" if result.is_done else "stopped; the same command resumes the job"
         print(f"{config.out}: {result.step} of {counted(config.steps, 'step')}, {status}")
         return 0
+
+    def interrupted(self) -> str:
+        """Say that nothing is lost."""
+        return "train: interrupted; the same command resumes the job from its latest checkpoint, if there is one"
 
 
 COMMANDS: dict[str, Callable[..., Command]] = {"run": Train, "check": Check, "export": Export}

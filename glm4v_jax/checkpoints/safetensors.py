@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from glm4v_jax.checkpoints.strided_copy import in_order
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.errors import CheckpointError, counted, not_there
-from glm4v_jax.files import read_json_object
+from glm4v_jax.files import read_json_object, refuse_adapter
 
 # In the library's order, which also sorts the tensors of a file that it writes. Sub-byte types have no NumPy layout.
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -238,6 +238,7 @@ def open_checkpoint(directory: str | Path) -> CheckpointFiles:
     if (directory / _INDEX).is_file():
         return _open_shards(directory, _read_index(directory / _INDEX))
 
+    refuse_adapter(directory)
     expected = f"expected {_SINGLE}, or {_INDEX} and its shards"
     if shards := sorted(path.name for path in directory.glob("*.safetensors")):
         raise CheckpointError(f"{directory}: found {_listed(shards, 5)} without an index; {expected}")

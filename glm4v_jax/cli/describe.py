@@ -69,7 +69,8 @@ class Describe(JsonOptions):
         """Find the images, and only then load the weights and describe them."""
         self.model.check()
         if not os.path.isdir(self.directory):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.directory)
+            kind = errno.ENOTDIR if os.path.exists(self.directory) else errno.ENOENT
+            raise OSError(kind, os.strerror(kind), self.directory)
         model = self.model.directory
         config = generation_config(model, self.sampling.preset, self.sampling.given(long_answer(model)))
         out = self.out if self.out is not None else os.path.join(self.directory, CAPTIONS)

@@ -2,19 +2,18 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from glm4v_jax.console.drawings import check_png, write_png
 from glm4v_jax.console.options import DEFAULT_MODEL, DEFAULT_MODEL_HINT, check_files, find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.progress import status
-from glm4v_jax.errors import MediaError, named
-from glm4v_jax.files import is_same_file, replacing, to_json
+from glm4v_jax.errors import MediaError
+from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import silent_decoders
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from glm4v_jax.inputs.preview.placement import PlacedPrompt
 
 MAX_FILES = 100
-SOFTWARE = "glm4v inspect"
-"""In the metadata of a sheet, so that a later one may overwrite it."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,7 +55,7 @@ class Inspect(JsonOptions):
             raise MediaError(f"FILE: found {len(self.files)}; expected at most {MAX_FILES} for one sheet")
         self.model = find_model(self.model)
         check_files("FILE", self.files, directories=True)
-        _check_out(self.out, self.files, self.overwrite)
+        check_png("--out", self.out, self.files, overwrite=self.overwrite)
 
         from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
         from glm4v_jax.inputs.preview.preview import look
@@ -79,7 +76,7 @@ class Inspect(JsonOptions):
                 for item, place, fact in zip(seen, prompt.places, all_facts, strict=True)
             ]
             sheet = draw_sheet(cards)
-            _write(sheet, self.out)
+            write_png(sheet, self.out)
         if self.as_json:
             print(to_json(self._as_object(all_facts, prompt, sheet)))
         else:
@@ -172,47 +169,3 @@ def _shortened(times: Sequence[int]) -> list[Any]:
 def _count(number: int, name: str) -> str:
     plural = "es" if name.endswith("ch") else "s"
     return f"{number} {name}{plural if number != 1 else ''}"
-
-
-def _check_out(out: str, files: Sequence[str], overwrite: bool) -> None:
-    """Check the path of the sheet before anything slow begins.
-
-    Raises:
-      MediaError: it does not end in .png, or is one of the inputs.
-      OSError: its directory does not exist, or a file that is not a sheet has its name.
-    """
-    path = pathlib.Path(out)
-    if path.suffix.lower() != ".png":
-        raise MediaError(f"--out: found {named(out)}; expected a name that ends in .png")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-    if not path.exists():
-        return
-    if any(is_same_file(path, file) for file in files):
-        raise MediaError(f"--out: found {out}, one of the inputs; expected another name")
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "found a directory; expected the name of a PNG", out)
-    if not overwrite and not _is_sheet(path):
-        raise FileExistsError(
-            errno.EEXIST, "found a file that is not a sheet; expected none; pass --overwrite to overwrite it", out
-        )
-
-
-def _is_sheet(path: pathlib.Path) -> bool:
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(path) as image:
-            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
-    except Exception:  # Pillow's format readers raise many kinds of errors on other files.
-        return False
-
-
-def _write(sheet: "PIL.Image.Image", out: str) -> None:
-    """Write a sheet, completely or not at all."""
-    import PIL.PngImagePlugin
-
-    info = PIL.PngImagePlugin.PngInfo()
-    info.add_text("Software", SOFTWARE)
-    with replacing(pathlib.Path(out)) as aside:
-        sheet.save(aside, "PNG", optimize=True, pnginfo=info)

@@ -79,6 +79,24 @@ def one_of(known: Iterable[str], found: object = "") -> str:
     return f"one of {', '.join(names)}{did_you_mean(found, names)}"
 
 
+def refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keywords as Python does, with the one that is meant.
+
+    >>> refuse_unknown("from_pretrained", ["dtpye"], ["dtype", "mesh"])
+    Traceback (most recent call last):
+      ...
+    TypeError: from_pretrained: found an unknown 'dtpye'; expected some of dtype, mesh; did you mean 'dtype'?
+
+    Raises:
+      TypeError: there is one.
+    """
+    for name in unknown:
+        expected = sorted(known)
+        raise TypeError(
+            f"{where}: found an unknown {name!r}; expected some of {', '.join(expected)}{did_you_mean(name, expected)}"
+        )
+
+
 def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError, *, where: str = "") -> None:
     """Raise an error that lists all faults, if there are any; `where` goes before them, with a colon."""
     if faults:

@@ -47,7 +47,7 @@ def tidy_help(options: Any) -> None:
                 metavar=f"{{{','.join(choices)}}}" if choices else None,
                 help_behavior_hint=_HINTS.get(str(getattr(cls, name, ""))),
             )
-            read = [_number(hint)] if _kinds(hint) in ({int}, {float}) else []
+            read = [_number(hint)] if _kinds(hint) in ({int}, {float}) else [_choice(choices)] if choices else []
             cls.__annotations__[name] = Annotated[(base, shown, *read, *given)]
 
 
@@ -58,6 +58,18 @@ def _kinds(hint: Any) -> set[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return set().union(*map(_kinds, typing.get_args(hint)))
     return {hint} - {type(None)}
+
+
+def _choice(choices: list[str]) -> tyro.constructors.PrimitiveConstructorSpec[str]:
+    """How tyro reads one of several words, or none: its own reader takes None for one of them."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(choices)}}}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=tuple(choices),
+    )
 
 
 def _number(hint: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any]:

@@ -407,7 +407,7 @@ def check_files(option: str, places: Iterable[str], *, directories: bool = False
         if not place or not os.path.exists(place):
             faults.append(not_there(place, "an image or a video", option))
         elif os.path.isdir(place) and not directories:
-            faults.append(f"{option}: found {place}, a directory; expected an image or a video")
+            faults.append(f"{option}: found {place}, a directory; expected an image; frames of a video: --video")
     raise_faults(faults, MediaError)
 
 

@@ -23,7 +23,15 @@ from glm4v_jax.console.distributed import INTERRUPTED, READER_GONE, joined
 from glm4v_jax.console.extras import missing
 from glm4v_jax.console.interrupts import interrupt_between_imports
 from glm4v_jax.console.option_help import folded_help, tidy_help
-from glm4v_jax.console.streams import discard_output, escape_unencodable, is_flushed, native_logs, notes, silent_errors
+from glm4v_jax.console.streams import (
+    discard_output,
+    escape_unencodable,
+    is_flushed,
+    native_logs,
+    notes,
+    open_closed_output,
+    silent_errors,
+)
 from glm4v_jax.devices.hardware import missing_device
 from glm4v_jax.errors import ConfigError, Glm4vError, one_line
 
@@ -115,6 +123,7 @@ def run_program(
       traceback with `verbose` and for unexpected errors; 130 after Ctrl-C; 141 where nobody reads the output. Help and
       unknown options exit by `SystemExit`.
     """
+    open_closed_output()
     escape_unencodable()
     try:
         command = parse(commands, sys.argv[1:] if arguments is None else arguments, prog, description, others)
@@ -137,7 +146,8 @@ def run_program(
         discard_output()
         return READER_GONE
     except (Glm4vError, OSError) as error:
-        if command.verbose:
+        # With --quiet too, the error is that the two are given.
+        if command.verbose and not command.quiet:
             raise
         is_refused = not is_flushed()
         place = "standard output: " if is_refused and isinstance(error, OSError) and error.filename is None else ""

@@ -15,6 +15,13 @@ _SHOWN_NOTES = 20
 """Of one kind; ten thousand files may have the same flaw."""
 
 
+_CACHE_FAULTS = ("Error reading persistent compilation cache", "Error writing persistent compilation cache")
+"""What JAX warns of."""
+_CACHE_NOTE = (
+    "the cache of compiled programs fails, and programs are compiled again: `glm4v cache --clear` removes damaged files"
+)
+
+
 @contextlib.contextmanager
 def notes(name: str, *, quiet: bool) -> Iterator[None]:
     """Print what libraries and this package warn of as lines of their own, without the place in Python's code."""
@@ -26,6 +33,11 @@ def notes(name: str, *, quiet: bool) -> Iterator[None]:
         if quiet:
             return
         counts[filename, lineno] += 1
+        if str(message).startswith(_CACHE_FAULTS):  # one for each program
+            if counts[filename, lineno] == 1:
+                text = " ".join(str(message).partition(": ")[2].split())
+                print(f"{name}: note: {_CACHE_NOTE} ({text})", file=sys.stderr, flush=True)
+            return
         if counts[filename, lineno] <= _SHOWN_NOTES:
             print(f"{name}: note: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
         if counts[filename, lineno] == _SHOWN_NOTES:
@@ -57,6 +69,13 @@ def native_logs(verbose: bool) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def open_closed_output() -> None:
+    """Write to nowhere where standard output or standard error was closed (`>&-`), which Python has no stream for."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the process
 
 
 def escape_unencodable() -> None:

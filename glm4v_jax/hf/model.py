@@ -5,6 +5,7 @@ back to the caller's shapes. For `jax.grad`, custom loops and training take the 
 `make_batch`.
 """
 
+import inspect
 import operator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,6 +18,7 @@ from jaxtyping import Array
 from glm4v_jax.checkpoints.hf_write import save_pretrained
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.checkpoints.orbax_write import save_model
+from glm4v_jax.config.checks import refuse_unknown
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import use_mesh
@@ -75,6 +77,7 @@ class Glm4vForConditionalGeneration:
         progress: Any = None,
         torch_dtype: Any = None,
         attn_implementation: str | None = None,
+        **unknown: Any,
     ) -> Self:
         """Load a checkpoint, in Hugging Face layout or in Orbax format, the latter from whatever mesh it was saved on.
 
@@ -91,11 +94,14 @@ class Glm4vForConditionalGeneration:
           progress: called with bytes read and bytes in all, after each leaf.
           torch_dtype: the old name of `dtype`.
           attn_implementation: accepted for the reference's sake; there is one attention here.
+          **unknown: refused by name.
 
         Raises:
           CheckpointError: no such checkpoint, or its files or tensors are damaged or do not fit its configuration.
           ConfigError: its configuration is not a GLM-4.1V's, or `quantize` cannot be done.
         """
+        known = inspect.signature(cls.from_pretrained).parameters.keys() - {"pretrained_model_name_or_path", "unknown"}
+        refuse_unknown("from_pretrained", unknown, known)
         runtime = load_runtime(
             pretrained_model_name_or_path, dtype=dtype if dtype is not None else torch_dtype, mesh=mesh,
             stacked=stacked, quantize=quantize, adapter=adapter, progress=progress,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from glm4v_jax.errors import CheckpointError, MessageError, not_there
-from glm4v_jax.files import assets_directory, read_json_object
+from glm4v_jax.files import assets_directory, read_json_object, refuse_adapter
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
 from glm4v_jax.inputs.processor_options import OPTIONS, sort_options
@@ -459,6 +459,7 @@ def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], kno
         if found is not None and not (isinstance(found, str) and found in known):
             raise CheckpointError(f"{path}: {default.type_key}: found {found!r}; expected one of {', '.join(known)}")
         return default if found is None else known[found]
+    refuse_adapter(directory)
     raise CheckpointError(f"{directory}: has no {' or '.join(default.config_files)}")
 
 

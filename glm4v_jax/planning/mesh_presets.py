@@ -65,7 +65,8 @@ def parse_mesh(text: str) -> Sizes:
         if axis not in AXES or axis in seen or not re.fullmatch(r"[1-9]\d{0,18}", number):
             near = did_you_mean(axis, AXES) if axis not in AXES else ""
             raise ConfigError(
-                f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, as in fsdp=4,kv=2{near}"
+                f"mesh: found {part!r} in {text!r}; expected some of {', '.join(AXES)}, each once "
+                f"and with a number of devices, as in fsdp=4,kv=2{near}"
             )
         seen.add(axis)
         sizes[axis] = int(number)

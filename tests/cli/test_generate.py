@@ -66,7 +66,7 @@ def error_of(capfd, *arguments):
         (["Hello", "--video", "x.mp4", "--fps", "0"], ["--fps: found 0", "a number above 0"]),
         (["Hello", "--video", "x.mp4", "--fps", "nan"], ["--fps: found nan"]),
         (["--fps", "2", "--jsonl", "x.jsonl"], ["--fps: found with --jsonl; expected in the file"]),
-        (["Hello", "--image", "."], ["--image: found ., a directory; expected an image"]),
+        (["Hello", "--image", "."], ["--image: found ., a directory; expected an image; frames of a video: --video"]),
         (["Hello", "--out", "x.jsonl"], ["--out", "--jsonl"]),
         (["Hello", "--slots", "2"], ["--slots", "--jsonl"]),
         (["Hello", "--restart"], ["--restart", "--jsonl"]),

@@ -19,7 +19,7 @@ from msgspec import Meta
 from glm4v_jax.config.checks import Positive
 from glm4v_jax.console import extras, program
 from glm4v_jax.console.table import print_table
-from glm4v_jax.errors import ConfigError, Glm4vError
+from glm4v_jax.errors import Glm4vError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -130,6 +130,18 @@ def test_warnings_are_notes_of_one_line(capfd, monkeypatch):
         ran("-v")
 
 
+def test_a_compilation_cache_that_fails_is_one_note(capfd, monkeypatch):
+    def run(work):
+        for name in ("jit_prefill", "jit_decode"):
+            warnings.warn(f"Error reading persistent compilation cache entry for {name!r}: OSError: full", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(Work, "run", run)
+    assert ran() == 0
+    (note,) = capfd.readouterr().err.splitlines()
+    assert note.startswith("it: note: the cache of compiled programs fails") and note.endswith("(OSError: full)")
+
+
 def test_quiet_leaves_answers_and_errors(capfd):
     assert ran("-q", "--json") == 1
     assert capfd.readouterr() == ('{"json": true}\n', "")
@@ -143,9 +155,27 @@ def test_verbose_leaves_the_logs_of_native_code_alone(capfd):
     assert not {"TF_CPP_MIN_LOG_LEVEL", "JAX_LOG_COMPILES"} & os.environ.keys()
 
 
-def test_quiet_and_verbose_exclude_each_other():
-    with pytest.raises(ConfigError, match="--quiet: found with --verbose"):
-        ran("-q", "-v")
+def test_quiet_and_verbose_exclude_each_other(capfd):
+    assert ran("-q", "-v") == 2
+    assert capfd.readouterr() == ("", "it: error: --quiet: found with --verbose; expected one of the two\n")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_takes_what_is_written_to_it(capfd, monkeypatch, name):
+    """Python has None for a stream that the shell closed."""
+    monkeypatch.setattr(sys, name, None)
+    assert ran("--json") == 1
+    getattr(sys, name).close()
+    assert getattr(capfd.readouterr(), name.removeprefix("std")) == ""
+
+
+def test_an_unknown_choice_lists_the_choices_alone(capfd):
+    assert ran("--mode", "slow") == 1
+    with pytest.raises(SystemExit) as caught:
+        ran("--mode", "nope")
+    message = capfd.readouterr().err
+    assert caught.value.code == program.USAGE and "None" not in message
+    assert "'fast'" in message and "'slow'" in message
 
 
 def test_a_full_disk_behind_standard_output_is_one_line(capfd, monkeypatch):

@@ -63,7 +63,7 @@ def test_only_the_header_of_an_image_is_read(tmp_path):
     assert image_size(image(str(tmp_path / "cut.png"))) == (300, 200)
     (tmp_path / "text.png").write_text("no image")
     for path, says in (
-        ("text.png", "found no readable image"),
+        ("text.png", r"found no readable image \(text\)"),
         ("none.png", "no such file"),
         (".", "found a directory"),
     ):

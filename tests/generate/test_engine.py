@@ -8,17 +8,19 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
 
 from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.errors import GenerationError, MediaError, MessageError
+from glm4v_jax.errors import ConfigError, GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY
 from glm4v_jax.generate.warmup import warmup
 from glm4v_jax.hf.generate import generate
+from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 from glm4v_jax.model.kv_cache import Quantized
 
 
@@ -459,6 +461,23 @@ def test_special_tokens_that_a_user_types_are_text(engine, image):
 def test_an_engine_has_at_least_one_slot(make_engine):
     with pytest.raises(GenerationError, match="num_slots: found 0"):
         make_engine(num_slots=0)
+
+
+def test_64_bits_are_refused(make_engine):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with pytest.raises(ConfigError, match=r"JAX: found 64 bits .*; expected 32"):
+            make_engine()
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("cls", [Engine, Glm4vForConditionalGeneration])
+def test_an_unknown_option_of_loading_is_named(cls):
+    with pytest.raises(TypeError, match=r"from_pretrained: found an unknown 'dtpye'; .*; did you mean 'dtype'"):
+        cls.from_pretrained(RANDOM_CHECKPOINT, dtpye="float32")
+    with pytest.raises(TypeError, match=r"from_pretrained: found an unknown 'device_map'; expected some of adapter, "):
+        cls.from_pretrained(RANDOM_CHECKPOINT, device_map="auto")
 
 
 @pytest.mark.parametrize("name", ["output_scores", "output_logits", "return_dict_in_generate"])

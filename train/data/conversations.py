@@ -240,11 +240,14 @@ def finished(messages: Sequence[Message], losses: Sequence[bool], field: str) ->
     """Return a conversation that can be trained on.
 
     Raises:
-        DataError: no message contributes to the loss, one that does is empty, or a role other than the user's has
-            images or videos.
+        DataError: no message contributes to the loss, one that does is empty, the answer comes before the question, or
+            a role other than the user's has images or videos.
     """
     # The system message may come from a field of its own, before all others.
     losses = [False] * (len(messages) - len(losses)) + list(losses)
+    order = [message["role"] for message in messages if message["role"] != "system"]
+    if "user" in order and order[0] == "assistant":
+        raise invalid(field, "an answer before the first question", "a message of the user first")
     for index, (message, is_target) in enumerate(zip(messages, losses, strict=True)):
         for item in message["content"]:
             _check_characters(item.get("text", ""), f"{field}[{index}]")

@@ -55,6 +55,9 @@ _RESPONSES = (
 _SWIFT_KEYS = {"role", "from", *_SWIFT_ROLES}
 """Of a message or a pair: names of its role, or the roles themselves."""
 _FIELDS = (*_LISTS, "texts", *_QUERIES, *_RESPONSES)
+_MEDIA_FIELDS = (*FILES["image"], *FILES["video"])
+# What names of files end in.
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".mp4", ".mkv", ".webm", ".mov", ".avi")
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
 
 
@@ -111,10 +114,15 @@ def read_row(row: Row, name: FormatName | None, size_of: SizeOf = image_size) ->
         size_of: width and height of an image, for boxes in pixels.
 
     Raises:
-        DataError: a field is missing or wrong; there are more markers than files, or fewer where that matters.
+        DataError: a field is missing or wrong; there are more markers than files, or fewer where that matters; or files
+            are in a field that is not read.
     """
-    is_strict = name not in (None, "swift", "finevision")
-    name = name or detect(row)
+    turns = _read_row(row, name or detect(row), name not in (None, "swift", "finevision"), size_of)
+    _check_files_are_read(row, turns)
+    return turns
+
+
+def _read_row(row: Row, name: FormatName, is_strict: bool, size_of: SizeOf) -> Turns:
     if name == "hf":
         return typed_conversation(row, is_strict)
     if name == "alpaca":
@@ -293,7 +301,7 @@ def detect(row: Row) -> FormatName:
     name = _detect(given) or _detect(row)
     if name is None:
         expected = "'messages', 'conversations', 'texts', 'instruction', or a prompt and its completion"
-        near = next(filter(None, (did_you_mean(field, _FIELDS) for field in row)), "")
+        near = next(filter(None, (did_you_mean(field, _FIELDS) for field in row if field not in _FIELDS)), "")
         raise DataError(f"found the fields {', '.join(map(repr, row)) or 'of nothing'}; expected {expected}{near}")
     return name
 
@@ -349,6 +357,20 @@ def _read_messages(
         messages.append({"role": role, "content": items})
         losses.append(loss_of(message, role, where))
     return messages, losses
+
+
+def _check_files_are_read(row: Row, turns: Turns) -> None:
+    """Check that a conversation without images and videos has none in a field of another name, such as `imgs`."""
+    if any(item["type"] != "text" for message in turns.messages for item in message["content"]):
+        return
+    for name, value in row.items():
+        if name in _FIELDS or name in _MEDIA_FIELDS or name in ("id", "system") or name.endswith("_id"):
+            continue
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        is_content = isinstance(first, Mapping) and isinstance(first.get("bytes"), bytes)
+        is_name = isinstance(first, str) and first.lower().endswith(_SUFFIXES) and not any(map(str.isspace, first))
+        if is_content or is_name:
+            raise invalid(name, "files in a field that is not read", f"them in one of {', '.join(_MEDIA_FIELDS)}")
 
 
 def _check_row(row: Row, columns: Columns) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _PROMPT_FIELDS = ("prompt", *_MEDIA, "fps")
+_GZIP = b"\x1f\x8b"
 _FIELDS = ("messages", "id", *_PROMPT_FIELDS)
 
 
@@ -71,6 +72,8 @@ def read_prompts(
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            if number == 1 and line.startswith(_GZIP):
+                raise MessageError(f"{path}: found a compressed file; expected text: decompress it with gunzip")
             try:
                 prompt = _read(line, len(prompts), directory, config, template, system)
                 prompts.append(dataclasses.replace(prompt, place=f"{path}:{number}"))
@@ -89,6 +92,8 @@ def read_prompts(
 def _read(
     line: bytes, index: int, directory: str, config: "GenerationConfig", template: str, system: str | None
 ) -> BatchPrompt:
+    from glm4v_jax.inputs.text.chat_template import COMMON_ROLES, render_conversation
+
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -107,6 +112,8 @@ def _read(
         except MessageError as error:
             raise MessageError(f"messages: {error}") from error
         messages = [_located(message, directory) for message in normalise_messages(row["messages"], template)]
+        if any(message["role"] not in COMMON_ROLES for message in messages):
+            render_conversation(messages, template)  # raises where the template drops them
         if system is not None and messages[0].get("role") != "system":
             messages = [{"role": "system", "content": system}, *messages]
     else:

@@ -5,6 +5,8 @@ import io
 import logging
 import math
 import re
+import struct
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +36,14 @@ _DEFAULT_GIF_SECONDS = 0.1
 _HEAD_BYTES = 1024
 # As much of a JPEG as is read to distinguish a photo from a stream of them (Motion JPEG).
 _MOTION_JPEG_BYTES = 2**26
+# As much of Matroska as is read to find how long the film was when it was written.
+_HEADER_BYTES = 2**14
+# As much of its end may be missing: other tracks, and the pauses that they end with, are part of a container.
+_MISSING_SECONDS, _MISSING_FRACTION = 1.0, 0.05
 # Of a decoder's own words, what an error repeats.
 _PROBLEM_CHARACTERS = 120
 _INSTALL = "pip install 'glm4v_jax[video]'"
+_MATROSKA = b"\x1a\x45\xdf\xa3"
 _PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
 
 
@@ -286,16 +293,73 @@ def is_still_image(source: Path | bytes) -> bool:
 
 def _check_kind(head: bytes, source: Path | bytes) -> None:
     """Refuse files that are plainly not videos, before a decoder prints about them."""
-    found = None
-    if head.startswith(b"%PDF-"):
-        found = "a PDF"
-    elif _is_text(head):
-        found = "text"
-    elif is_still_image(source):
-        found = "an image"
-    if found is not None:
+    found = kind_of_file(source, head)
+    if found not in (None, "a video"):
         frames = "; frames of a video are a directory, or a list of several" if found == "an image" else ""
         raise MediaError(f"found {found}; expected a video{frames}")
+    # Of a truncated one in memory, decord ends the process.
+    if _is_avi(head):
+        expected = 8 + int.from_bytes(head[4:8], "little")
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if size < expected:
+            raise MediaError(f"found the end after {size} bytes; expected {expected} bytes, as the container says")
+
+
+def kind_of_file(source: Path | bytes, head: bytes | None = None) -> str | None:
+    """Say what a file is, by how it begins: "a video", "text", ...; None where that does not tell.
+
+    Args:
+        source: a file, or its content.
+        head: its beginning, where that has been read.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    head = _head(source) if head is None else head
+    if not head:
+        return "an empty file"
+    if head.startswith(b"%PDF-"):
+        return "a PDF"
+    if _is_text(head):
+        return "an SVG drawing" if b"<svg" in head else "text"
+    if is_still_image(source):
+        return "an image"
+    is_video = head.startswith((_MATROSKA, b"FLV\x01", b"\0\0\1\xba", b"OggS")) or head[4:8] in (b"ftyp", b"moov")
+    return "a video" if is_video or _is_avi(head) else None
+
+
+def _is_avi(head: bytes) -> bool:
+    return head[:4] == b"RIFF" and head[8:12] == b"AVI "
+
+
+def _claimed_seconds(source: Path | bytes) -> float | None:
+    """How long a Matroska or WebM file says it is; None of others, whose end decoders miss themselves.
+
+    decord does not tell, and PyAV may not be there.
+    """
+    head = _head(source, _HEADER_BYTES)
+    if not head.startswith(_MATROSKA):
+        return None
+    info = head.partition(b"\x15\x49\xa9\x66")[2]
+    found = re.search(rb"\x44\x89(?:\x88(.{8})|\x84(.{4}))", info, re.DOTALL)
+    if found is None:
+        return None
+    scale = re.search(rb"\x2a\xd7\xb1\x83(.{3})", info, re.DOTALL)
+    ticks = struct.unpack(">d", found[1])[0] if found[1] else struct.unpack(">f", found[2])[0]
+    return float(ticks * (int.from_bytes(scale[1], "big") if scale else 10**6) / 1e9)
+
+
+def _warn_if_cut_short(source: Path | bytes, name: str, metadata: VideoMetadata) -> None:
+    """Warn where the frames end long before the container says: the rest of a truncated file."""
+    claimed, seconds = _claimed_seconds(source), metadata.duration
+    if claimed is None or seconds is None or not math.isfinite(claimed):
+        return
+    if claimed - seconds > max(_MISSING_SECONDS, _MISSING_FRACTION * claimed):
+        warnings.warn(
+            f"{name}: found {seconds:.1f} s of video; expected {claimed:.1f} s, as the container says: the file is "
+            "probably truncated",
+            stacklevel=2,
+        )
 
 
 def _is_text(head: bytes) -> bool:
@@ -383,7 +447,8 @@ def decode_video(
     """Decode the frames that `sample_indices_fn` asks for, and no others into memory.
 
     Animated GIF, WebP and PNG go to Pillow, everything else to decord, or to PyAV where decord is not installed or
-    cannot read the file (AV1, or what browsers record).
+    cannot read the file (AV1, or what browsers record). A Matroska or WebM file that ends long before its
+    container says is read as far as it goes, with a warning.
 
     Args:
         source: a file, or its content.
@@ -436,13 +501,16 @@ def decode_video(
         except MediaError as error:
             raise MediaError(f"{name}: {error}") from error
         try:
-            return reader.read(metadata.frames_indices or ()), metadata
+            frames = reader.read(metadata.frames_indices or ())
         except Exception as error:  # As above.
             if isinstance(error, MediaError):
                 verdict = str(error)
             else:
                 problems.append(f"{candidate}: {shortened(error)}")
             cause = error
+            continue
+        _warn_if_cut_short(source, name, metadata)
+        return frames, metadata
     if cause is None:
         raise NoDecoderError(f"{name}: found no decoder; expected decord or PyAV: {_INSTALL}")
     details = f" ({'; '.join(problems)})" if problems else ""

@@ -216,19 +216,24 @@ def open_source(
         path = Path(source)
         if not path.exists():
             raise MediaError(not_there(path, "an image or a video"))
-        return path
+        return _read_once(path)
     if is_url(source):
         return read_url(source, max_bytes=max_bytes)
     if source.lower().startswith("file://"):
         return open_source(file_url_path(source))
     try:
         if os.path.exists(source):
-            return Path(source)
+            return _read_once(Path(source))
     except ValueError:  # A path cannot hold a null character; base64 text neither, so the check below names it.
         pass
     if _SCHEME.match(source):
         raise MediaError(f"{describe(source)}: found another scheme; expected http, https, file or data")
     return decode_base64(source)
+
+
+def _read_once(path: Path) -> Path | bytes:
+    """A path, or the content of a pipe, which cannot be read again from its beginning."""
+    return path.read_bytes() if path.is_fifo() else path
 
 
 def describe(source: Any) -> str:

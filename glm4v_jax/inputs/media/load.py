@@ -23,6 +23,7 @@ from glm4v_jax.inputs.media.decode import (
     VideoMetadata,
     decode_video,
     is_still_image,
+    kind_of_file,
     shortened,
 )
 from glm4v_jax.inputs.media.fetch import (
@@ -165,11 +166,16 @@ def warn_if_clipped(image: PIL.Image.Image, name: str = "") -> None:
         image: a decoded image.
         name: what to call it; "" is its file name or its size.
     """
-    if image.mode.startswith(_DEEP_MODES) and np.asarray(image).max() > 255:
+    if not image.mode.startswith(_DEEP_MODES):
+        return
+    largest = np.asarray(image).max()
+    # Fractions would be black.
+    if largest > 255 or (image.mode == "F" and largest <= 1):
         name = name or getattr(image, "filename", "") or f"Pillow image of {image.width} x {image.height} pixels"
         warnings.warn(
-            f"{name}: has values above 255 (mode {image.mode}), which are clipped to 255 as in the reference; scale "
-            "the image to 8 bits first",
+            f"{name}: has values {'above 255' if largest > 255 else 'up to 1'} (mode {image.mode}), which are "
+            f"{'clipped to 255' if largest > 255 else 'rounded down'} as in the reference; scale the image to 8 bits "
+            "first",
             stacklevel=2,
         )
 
@@ -200,9 +206,20 @@ def open_image(source: Any) -> PIL.Image.Image:
             found = "no such file, nor base64 of an image"
         elif not isinstance(error, PIL.UnidentifiedImageError):  # which says no more than that
             found = f"no readable image ({shortened(error)})"
-        elif is_still_image(opened):
-            found = "no readable image (of a kind that Pillow does not read, such as HEIC)"
-        raise MediaError(f"{name}: found {found}; expected an image") from error
+        else:
+            found = _unreadable(opened)
+        advice = "; a directory of frames is a video" if found == "a directory" else ""
+        raise MediaError(f"{name}: found {found}; expected an image{advice}") from error
+
+
+def _unreadable(opened: Path | bytes) -> str:
+    """What a file is that Pillow does not know."""
+    kind = kind_of_file(opened)
+    if kind == "an image":
+        kind = "of a kind that Pillow does not read, such as HEIC"
+    elif kind == "a video":
+        kind = "a video, which --video and videos= take"
+    return "no readable image" if kind is None else f"no readable image ({kind})"
 
 
 def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
@@ -366,10 +383,14 @@ def _stack_frames(sources: Sequence[Any], name: str, do_convert_rgb: bool) -> np
     for index, array in enumerate(frames):
         if array.shape != frames[0].shape:
             raise MediaError(
-                f"{name}: found frame {index} of shape {list(array.shape)} and frame 0 of {list(frames[0].shape)}; "
-                "expected one size"
+                f"{name}: found frame {index}{_in_brackets(sources[index])} of shape {list(array.shape)} and frame 0"
+                f"{_in_brackets(sources[0])} of {list(frames[0].shape)}; expected one size"
             )
     return np.stack(frames)
+
+
+def _in_brackets(source: Any) -> str:
+    return f" ({describe(source)})" if isinstance(source, (str, os.PathLike)) else ""
 
 
 def _sides(frames: np.ndarray) -> tuple[int, int]:

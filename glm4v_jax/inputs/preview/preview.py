@@ -16,8 +16,9 @@ import PIL.Image
 
 from glm4v_jax.errors import MediaError, not_there
 from glm4v_jax.inputs.batch_feature import BatchFeature
-from glm4v_jax.inputs.media.decode import VideoMetadata
+from glm4v_jax.inputs.media.decode import VideoMetadata, kind_of_file
 from glm4v_jax.inputs.media.fetch import describe, is_missing_path, open_source
+from glm4v_jax.inputs.media.load import open_image
 from glm4v_jax.inputs.prepared_media import PreparedMedia
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.vision.patches import normalization_of, patch_array
@@ -135,6 +136,8 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
         kind = "video" if isinstance(opened, Path) and opened.is_dir() else _kind_of(opened)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
+    if kind is None and kind_of_file(opened) == "an image":
+        open_image(source)  # raises, with the reason
     try:
         return _see(opened, kind or "video", processor, name)
     except MediaError as error:

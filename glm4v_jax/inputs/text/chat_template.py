@@ -23,7 +23,7 @@ from glm4v_jax.errors import CheckpointError, MessageError, naming
 from glm4v_jax.files import assets_directory, read_json_object, read_text, replacing
 from glm4v_jax.inputs.text.messages import Message, mentions, normalise_messages
 
-_COMMON_ROLES = ("system", "user", "assistant")
+COMMON_ROLES = ("system", "user", "assistant")
 
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
@@ -249,10 +249,10 @@ def render_conversation(
             f"{where}the chat template prints nothing of a user's message: it is empty or broken; expected that of a "
             "GLM-4.1V checkpoint (chat_template.jinja, or the field 'chat_template' of tokenizer_config.json)"
         )
-    known_roles = [role for role in _COMMON_ROLES if mentions(source, role)]
+    known_roles = [role for role in COMMON_ROLES if mentions(source, role)]
     for index, message in enumerate(messages):
         role, content = message["role"], message.get("content")
-        if role not in _COMMON_ROLES or not mentions(source, role):
+        if role not in COMMON_ROLES or not mentions(source, role):
             others = [*messages[:index], *messages[index + 1 :]]
             if _render_or_none(source, others, **variables) == prompt:
                 expected = f"; expected one of {', '.join(map(repr, known_roles))}" if known_roles else ""

@@ -54,7 +54,8 @@ def flatten_images(images: Any) -> list[Any]:
         if array.ndim == 4:
             return list(array)
         raise MediaError(f"Could not make a flat list of images from an array of shape {array.shape}")
-    raise MediaError(f"Could not make a flat list of images from {images!r}")
+    taken = "a path, an address, bytes, a Pillow image, an array, or a list of these"
+    raise MediaError(f"Could not make a flat list of images from {images!r}; expected {taken}")
 
 
 class _ImageProcessor(MediaProcessor):

@@ -42,12 +42,13 @@ def smart_resize(
         raise MediaError(f"t:{num_frames} must be larger than temporal_factor:{temporal_factor}")
     if height <= 0 or width <= 0:
         raise MediaError(f"height:{height} and width:{width} must be positive")
+    size = f"{height} x {width} pixels"
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
-        raise MediaError(f"absolute aspect ratio must be smaller than {MAX_ASPECT_RATIO}, got {ratio}")
+        raise MediaError(f"absolute aspect ratio must be smaller than {MAX_ASPECT_RATIO}, got {ratio}: {size}")
 
     # Python's round() goes to the even neighbour at one half: 98 x 126 becomes 112 x 112.
     resized_height = round(height / factor) * factor

@@ -1,5 +1,6 @@
 """Which lines of a file of prompts are refused, and how."""
 
+import gzip
 import json
 import pathlib
 
@@ -62,6 +63,7 @@ def message(**item):
         ({"prompt": "x", "image": None}, ["image: found null"]),
         ({"prompt": "x", "colour": "red"}, ["colour: found an unknown field; ", "prompt", "max_new_tokens"]),
         ({"prompt": "x", "max_new_tokens": 0}, ["max_new_tokens: found 0"]),
+        ({"messages": [{"role": "human", "content": "x"}]}, ["message 0: field 'role' is 'human'"]),
         ({"prompt": "x", "temperature": "hot"}, ["temperature: found 'hot'"]),
         ({"prompt": "x", "seed": -1}, ["seed: found -1"]),
         ({"prompt": "x", "logprobs": 2}, ["logprobs: found in a line; expected --logprobs"]),
@@ -76,6 +78,12 @@ def test_an_invalid_line_is_named_with_its_number(read, row, words):
         read({"prompt": "good"}, "", row, {"prompt": "good"})
     assert str(caught.value).startswith("prompts.jsonl:3: ")
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_compressed_file_is_named(processor):
+    pathlib.Path("prompts.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}'))
+    with pytest.raises(MessageError, match=r"prompts\.jsonl\.gz: found a compressed file; expected text"):
+        read_prompts("prompts.jsonl.gz", GenerationConfig(), processor)
 
 
 @pytest.mark.parametrize(("invalid", "listed", "more"), [(3, 3, []), (25, 20, ["and 5 more"])])

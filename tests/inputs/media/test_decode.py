@@ -269,6 +269,30 @@ def test_a_file_that_ends_before_its_index_says_so_is_truncated(tmp_path):
             load_video(content[: len(content) * 2 // 3], every_tenth, backend=backend)
 
 
+def test_a_video_that_ends_long_before_its_container_says_warns(tmp_path, recwarn):
+    pytest.importorskip("decord")
+    noise = RNG.integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
+    content = write_video(tmp_path / "v.mkv", noise).read_bytes()
+    assert load_video(content, every_tenth)[1].duration == pytest.approx(6) and not recwarn.list
+    with pytest.warns(
+        UserWarning, match=r": found \d\.\d s of video; expected 6\.0 s, as the container says: .*truncated"
+    ):
+        frames, metadata = load_video(content[: len(content) * 2 // 3], every_tenth)
+    assert 0 < len(frames) < 6 and metadata.duration < 5
+
+
+def test_a_truncated_avi_is_refused_before_a_decoder_crashes(tmp_path, clip):
+    path = write_video(tmp_path / "v.avi", clip)
+    content = path.read_bytes()
+    assert len(load_video(content, every_tenth)[0]) == 2
+    path.write_bytes(content[:-1000])
+    for source in (path, content[:-1000]):
+        with pytest.raises(
+            MediaError, match=rf"found the end after {len(content) - 1000} bytes; expected {len(content)} bytes"
+        ):
+            load_video(source)
+
+
 def test_limits_of_a_video(tmp_path, clip):
     path = write_video(tmp_path / "v.mp4", clip)
     with pytest.raises(MediaError, match="64 x 64 pixels; expected at most 1000"):

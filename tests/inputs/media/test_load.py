@@ -1,6 +1,8 @@
 """Images and videos load from every kind of source, as in the reference."""
 
 import base64
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,42 @@ def test_why_an_image_cannot_be_opened_is_said(tmp_path):
         load_video(path)
     with pytest.raises(MediaError, match=r"no readable image \(of a kind that Pillow does not read, such as HEIC\)"):
         load_image(b"\0\0\0\x18ftypheic" + bytes(500))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "an empty file"), (b"%PDF-1.7\n", "a PDF"), (b"notes", "text"),
+        (b"<?xml version='1.0'?>\n<svg/>", "an SVG drawing"), (b"\0\0\0\x18ftypisom", "a video, which --video and"),
+        (b"\x1a\x45\xdf\xa3\x9f", "a video, which --video and"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_is_called_what_it_is(content, kind):
+    with pytest.raises(MediaError, match=rf"found no readable image \({kind}"):
+        load_image(content)
+
+
+def test_frames_of_two_sizes_are_named(tmp_path):
+    for name, width in (("1.png", 56), ("2.png", 84)):
+        PIL.Image.new("RGB", (width, 56)).save(tmp_path / name)
+    with pytest.raises(MediaError, match=r"frame 1 \(.*2\.png\) of shape .* and frame 0 \(.*1\.png\)"):
+        load_video(tmp_path)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    other = PIL.Image.fromarray(255 - PHOTO)
+    content = png(PIL.Image.fromarray(PHOTO), format="GIF", save_all=True, append_images=[other])
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    assert load_video(str(tmp_path / "pipe"))[0].shape == (2, *PHOTO.shape)
+    writer.join()
+
+
+def test_images_of_fractions_warn_that_they_are_black(tmp_path):
+    PIL.Image.fromarray(PHOTO[:, :, 0] / np.float32(255)).save(tmp_path / "fractions.tiff")
+    with pytest.warns(UserWarning, match=r"fractions\.tiff: has values up to 1 \(mode F\), which are rounded down"):
+        assert np.asarray(load_image(tmp_path / "fractions.tiff")).max() <= 1
 
 
 def test_deep_images_of_small_values_do_not_warn(tmp_path, recwarn):

@@ -258,6 +258,11 @@ def test_facts_fit_together(processor, save):
     [
         ("notes.txt", b"neither an image nor a video\n" * 50, "found no readable image; as a video: found text"),
         ("empty.png", b"", "found no readable image; as a video: "),
+        (
+            "photo.heic",
+            b"\0\0\0\x18ftypheic" + bytes(500),
+            "found no readable image (of a kind that Pillow does not read",
+        ),
         ("head.png", b"\x89PNG\r\n\x1a\nxx", "found no readable image; as a video: "),
         ("video.mp4", bytes(range(256)) * 9, "found no readable image; as a video: found no readable video"),
     ],

@@ -98,8 +98,8 @@ def test_bad_rows_are_reported_and_not_counted(data):
     assert [place for place, _ in told] == [f"{data}:{line}" for line in range(6, 14)]
     assert "invalid JSON" in told[0][1]
     assert told[1][1] == f"{directory}/none.png: found no such file; expected an image or a video"
-    assert told[2][1] == f"{directory}/text.png: found no readable image; expected an image"
-    assert told[3][1] == f"{directory}: found a directory; expected an image"
+    assert told[2][1] == f"{directory}/text.png: found no readable image (text); expected an image"
+    assert told[3][1] == f"{directory}: found a directory; expected an image; a directory of frames is a video"
     assert told[4][1] == f"{directory}/none.mp4: found no such file; expected an image or a video"
     assert told[5][1] == f"{directory}/none.png: found no such file; expected an image or a video"
     assert told[6][1] == "images: found 0 for 1 <image> marker; expected as many"
@@ -234,6 +234,16 @@ def test_the_report_as_json(capfd, data):
     assert report["longest"] == f"{data}:2"
 
 
+def test_a_histogram_replaces_no_other_picture(capfd, data, tmp_path):
+    picture = tmp_path / "mine.png"
+    PIL.Image.new("RGB", (8, 8)).save(picture)
+    status, _, err = run(capfd, data, "--histogram", picture)
+    assert status == 2 and err.endswith(
+        "found a file that is not a drawing of this command; expected none; choose another name\n"
+    )
+    assert PIL.Image.open(picture).size == (8, 8)
+
+
 def test_a_histogram_is_drawn_unless_there_is_no_good_row(capfd, data, tmp_path):
     picture = tmp_path / "lengths.png"
     assert run(capfd, data, "--histogram", picture)[0] == 0
@@ -255,7 +265,7 @@ def test_a_histogram_is_drawn_unless_there_is_no_good_row(capfd, data, tmp_path)
         ([], "DATA: found no file; expected at least one"),
         (["data.jsonl", "--model", "none"], "--model: found none"),
         (["data.jsonl", "--limit", "0"], "limit: found 0; expected at least 1"),
-        (["data.jsonl", "--histogram", "none/a.png"], "none/a.png: found no such file or directory; expected one"),
+        (["data.jsonl", "--histogram", "none/a.png"], "none: found no such file or directory; expected one"),
     ],
 )
 def test_errors_are_one_line_with_exit_status_2(capfd, data, monkeypatch, arguments, says):

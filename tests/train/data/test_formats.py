@@ -39,6 +39,30 @@ def png(width, height):
     return file.getvalue()
 
 
+@pytest.mark.parametrize("name", ["imgs", "image_path"])
+@pytest.mark.parametrize("value", ["a.png", ["a.png", "b.png"], [{"bytes": b"", "path": None}]])
+def test_files_in_a_field_that_is_not_read_are_an_error(name, value):
+    row = {"instruction": "Name it.", "output": "cat.png", "id": "1.png", "licence": "see LICENCE"}
+    assert len(read_row(row, None).messages) == 2
+    assert len(read_row({**row, name: value, "images": ["c.png"]}, None).messages) == 2
+    with pytest.raises(
+        DataError, match=f"{name}: found files in a field that is not read; expected them in one of images"
+    ):
+        read_row({**row, name: value}, None)
+
+
+def test_an_answer_before_the_first_question_is_an_error():
+    question, answer = {"from": "human", "value": "Which?"}, {"from": "gpt", "value": "7"}
+    for turns in ([answer, question], [answer, question, answer]):
+        with pytest.raises(DataError, match="conversations: found an answer before the first question"):
+            read_row({"conversations": turns}, None)
+
+
+def test_a_known_field_is_no_suggestion_for_itself():
+    with pytest.raises(DataError, match=r"found the fields 'text'; expected .* completion$"):
+        detect({"text": "only"})
+
+
 # One row a format, as its project documents it.
 LLAMA_FACTORY = {
     "messages": [
