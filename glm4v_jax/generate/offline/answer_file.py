@@ -88,6 +88,7 @@ class AnswerFile:
                         aside.write_bytes(b"".join(lines))
                         shutil.copymode(target, aside)
             self._file = target.open("wb" if restart else "ab")
+            self._start = self._file.tell()
         except BaseException:
             self.close()
             raise
@@ -98,6 +99,14 @@ class AnswerFile:
         with naming_file(self._path):
             self._file.write(_encoded({self._field: name, "key": self._keys[name], **line}))
             self._file.flush()
+
+    def written(self) -> tuple[int, int]:
+        """Count answers and errors of this run in the file, also where Ctrl-C comes between a line and its count."""
+        with self._path.open("rb") as file:
+            file.seek(self._start)
+            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
+        failed = sum("error" in line for line in lines)
+        return len(lines) - failed, failed
 
     def close(self) -> None:
         """Close the file and remove the lock."""
@@ -185,6 +194,10 @@ class _UnwrittenAnswers(AnswerFile):
 
     def append(self, name: int | str, line: Mapping[str, Any]) -> None:
         """Leave it to the first process."""
+
+    def written(self) -> tuple[int, int]:
+        """There is nothing to count; the first process prints."""
+        return 0, 0
 
     def close(self) -> None:
         """There is nothing to close."""

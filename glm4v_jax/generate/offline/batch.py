@@ -236,9 +236,10 @@ class PromptBatch:
                         new_tokens += len(completion.tokens)
                         line = self._answer_fields(completion, processor)
                         file.append(prompt.name, {**prompt.fields, **line, "seed": self._seeds[prompt.name]})
-                        done += 1  # not earlier: Ctrl-C may come in between
+                        done += 1
                     progress.update(earlier + done + failed, total, len(completion.tokens), sum(compiled))
         except KeyboardInterrupt as error:
+            done, failed = file.written()
             answers = counted(earlier + done, "answer")
             errors = f" and {counted(failed, 'error')}" if failed else ""
             raise KeyboardInterrupt(

@@ -18,6 +18,7 @@ from helpers_terminal import Terminal
 from glm4v_jax.cli import main
 from glm4v_jax.console.distributed import INTERRUPTED
 from glm4v_jax.console.progress import Progress
+from glm4v_jax.generate.offline.answer_file import AnswerFile
 from glm4v_jax.generate.offline.batch import BatchPrompt, BatchSummary, prompt_seed
 
 pytestmark = pytest.mark.slow
@@ -357,6 +358,19 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_resume(uninterrupted):
     ]
     assert run(*SAMPLING) == 0
     assert by_index() == uninterrupted
+
+
+def test_an_interrupt_right_after_a_line_counts_it(capfd, monkeypatch):
+    def append(file, name, line):
+        written(file, name, line)
+        if name == 2:
+            raise KeyboardInterrupt
+
+    written = AnswerFile.append
+    monkeypatch.setattr(AnswerFile, "append", append)
+    write(*({"prompt": f"{number}?"} for number in range(4)))
+    assert run(*SHORT, "--slots", 1) == INTERRUPTED
+    assert "interrupted: 3 answers of 4 prompts are in" in capfd.readouterr().err and content().count(b"\n") == 3
 
 
 def test_an_interrupted_run_counts_errors_apart_from_answers(capfd, monkeypatch):
