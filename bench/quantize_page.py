@@ -95,10 +95,10 @@ A token times one matrix of {inputs:,} x {outputs:,}, an MLP's of the 9B, beside
 """
 
 CONTEXT = 4096
-HOST, DEVICE, SYSTEM, DRIVER = 0.75, 0.5, 2, 0.08
-"""GiB of a process beside weights and cache, measured on a CPU, and of programs' temporaries on other devices (0.3 and
-less by the page of performance); GiB that a computer's system takes, and the fraction of a GPU's memory that is not
-free."""
+HOST, DEVICE, SYSTEM, DRIVER = 1.0, 0.5, 2, 0.08
+"""GiB of a process beside weights and cache, 0.9 and less by `bench.quant`, and of programs' temporaries on other
+devices, 0.3 and less by the page of performance; GiB that a computer's system takes, and the fraction of a GPU's memory
+that is not free."""
 
 SCHEMES = (
     ("none", "nothing", "exact", "all"),
