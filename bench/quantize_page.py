@@ -39,7 +39,9 @@ engine = Engine.from_pretrained("path/to/GLM-4.1V-9B-Thinking", quantize="int8")
 
 {schemes}
 
-- Choose `int8` wherever the weights do not fit, or on a CPU. Choose `int4` only where int8 does not fit.
+- Choose `int8` wherever the weights do not fit, or on a CPU.
+- Choose `int4` only where int8 does not fit. Better than rounding is a checkpoint that AWQ or GPTQ made, which needs no
+  option ([what is read](convert.md#quantise)).
 - A checkpoint that is too large for the memory that is free is refused before anything is read, with what would fit.
 - Biases, norms and activations stay in `--dtype`: float32 on a CPU, bfloat16 elsewhere by default.
 - An adapter (`--adapter`) is applied beside the integers; it is not merged into them, and a quantised model is not
@@ -83,11 +85,7 @@ prompt of {prefill} tokens (`python -m bench.quant`). Temporaries are those of t
 holds a kernel in float32.
 
 {speed}
-
-A token times one matrix of {inputs:,} x {outputs:,}, an MLP's of the 9B, beside ggml, the library of llama.cpp:
-
 {products}
-
 - A single device multiplies a token in one pass over the integers, which runs on one core. For all cores, split the
   model over as many devices: `JAX_NUM_CPU_DEVICES=2 glm4v generate --quantize int8 --mesh q=2`.
 - Before jax 0.12 (Python 3.12), integers are converted more slowly, and bfloat16 is not worth it; loading says so.
@@ -163,7 +161,6 @@ def page() -> str:
     quality = read("quant_quality")
     exact, *schemes = quality["lines"]
     speed = read("quant")
-    milliseconds = speed["product_milliseconds"]
     return TEXT.format(
         schemes=table(("`--quantize`", "integers", "quality", "devices"), SCHEMES),
         context=CONTEXT,
@@ -202,13 +199,19 @@ def page() -> str:
                 for line in speed["lines"]
             ),
         ),
-        inputs=quant.INPUTS,
-        outputs=quant.OUTPUTS,
-        products=table(
-            ("weights in", "ms", "speed of float32's"),
-            ((name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items()),
-        ),
+        products=_products(speed.get("product_milliseconds")),
     )  # fmt: skip
+
+
+def _products(milliseconds: Mapping[str, float] | None) -> str:
+    """Figures of single products, where they were measured."""
+    if milliseconds is None:
+        return ""
+    rows = ((name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items())
+    return (
+        f"\nA token times one matrix of {quant.INPUTS:,} x {quant.OUTPUTS:,}, an MLP's of the 9B, beside ggml, the\n"
+        f"library of llama.cpp:\n\n{table(('weights in', 'ms', 'speed of float32'), rows)}\n"
+    )
 
 
 def _score(task: Mapping[str, Any]) -> str:

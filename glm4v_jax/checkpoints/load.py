@@ -53,7 +53,7 @@ _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "f
 
 INT4_QUALITY = (
     "int4 by rounding costs quality: on the tiny model 98.8% of tokens are those of float32, of int8 99.8%; better are "
-    "int8, and checkpoints that AWQ or GPTQ quantised"
+    "int8, and checkpoints of compressed-tensors that AWQ or GPTQ quantised"
 )
 """The warning beside `--quantize int4`, with the figures that `bench.quant_quality` measured."""
 
@@ -133,7 +133,7 @@ def load_runtime(
         if adapter is not None:
             module = load_adapter(module, adapter)
         runtime = Runtime.of(module, mesh, generation_config)
-        for note in _cautions(module, runtime.dtype, for_inference(quantize)):
+        for note in _cautions(module, runtime.dtype, None if stored else for_inference(quantize)):
             warnings.warn(note, stacklevel=3)
     return runtime
 

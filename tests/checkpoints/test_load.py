@@ -16,6 +16,7 @@ from glm4v_jax.checkpoints import load
 from glm4v_jax.checkpoints.load import device_bytes, load_model, load_runtime, resolve_dtype
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import StoredQuantization
 from glm4v_jax.devices.memory import Memory
 from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
 from glm4v_jax.model import cpu_matmul
@@ -251,11 +252,22 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_read(checkp
 )
 def test_what_costs_quality_or_speed_is_said(checkpoints, monkeypatch, options, few, expected):
     monkeypatch.setattr(cpu_matmul, "FEW_TOKENS", few)
+    said = warnings_of(checkpoints("base"), **options)
+    assert len(said) == len(expected) and all(part in line for part, line in zip(expected, said, strict=True)), said
+
+
+def test_int4_that_others_rounded_is_not_warned_of(checkpoints, monkeypatch):
+    monkeypatch.setattr(cpu_matmul, "FEW_TOKENS", 2)
+    monkeypatch.setattr(load, "stored_quantization", lambda _: StoredQuantization(4, 64))
+    assert warnings_of(checkpoints("base"), quantize="int4") == []
+
+
+def warnings_of(directory, **options):
+    """What loading says, a line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), **options)
-    said = [str(one.message) for one in caught if one.filename == __file__]
-    assert len(said) == len(expected) and all(part in line for part, line in zip(expected, said, strict=True)), said
+        Glm4vForConditionalGeneration.from_pretrained(directory, **options)
+    return [str(one.message) for one in caught if one.filename == __file__]
 
 
 def test_devices_that_are_too_small_need_a_mesh(checkpoints, monkeypatch):
