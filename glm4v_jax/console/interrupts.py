@@ -1,4 +1,4 @@
-"""Ctrl-C where Python or JAX would lose it: in an import, in callbacks of the garbage collector."""
+"""Ctrl-C where Python or native code would lose it: in an import, in callbacks of the garbage collector and of keys."""
 
 import os
 import signal
@@ -7,6 +7,8 @@ import threading
 import types
 from typing import Any
 
+_SWALLOWING = ("_xla_gc_callback", "__hash__", "__eq__")
+"""Functions that native code calls and whose errors it may drop, as `msgspec.convert` does in the hash of a type."""
 _PAUSE = 0.05
 """Seconds until an interrupt that came at a bad moment is tried again."""
 
@@ -16,7 +18,7 @@ def interrupt_between_imports() -> None:
 
     In the middle of an import it may come out as another error, such as that a package is missing, or end the process
     with a segmentation fault (JAX's native code). In callbacks of the garbage collector, of weak references and in
-    finalizers Python ignores exceptions.
+    finalizers Python ignores exceptions, and so does native code in those of a dictionary's keys.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -27,7 +29,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
     within = frame
     while within is not None:
         code = within.f_code
-        if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name == "_xla_gc_callback":
+        if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name in _SWALLOWING:
             _again()
             return
         within = within.f_back

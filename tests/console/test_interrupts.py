@@ -1,4 +1,4 @@
-"""Ctrl-C is not lost where Python ignores exceptions."""
+"""Ctrl-C is not lost where Python or native code ignores exceptions."""
 
 FINALIZING = """
 import os, signal, time
@@ -21,3 +21,34 @@ except KeyboardInterrupt:
 
 def test_an_interrupt_in_a_finalizer_is_not_lost(run_python):
     assert run_python(FINALIZING).strip() == "interrupted"
+
+
+HASHED = """
+import os, signal, time, typing
+import msgspec
+from glm4v_jax.console.interrupts import interrupt_between_imports
+
+interrupt_between_imports()
+
+class Key:
+    is_pressed = False
+
+    def __hash__(self):
+        if Key.is_pressed:
+            Key.is_pressed = False
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return 0
+
+hint = typing.Annotated[int, Key()]
+Key.is_pressed = True
+try:
+    msgspec.convert(1, hint)
+    time.sleep(3)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_in_the_hash_of_a_key_is_not_lost(run_python):
+    assert run_python(HASHED).strip() == "interrupted"
