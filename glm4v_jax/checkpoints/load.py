@@ -210,8 +210,10 @@ def load_model(
             ways[f"--quantize {scheme}"] = dtype, for_inference(scheme)
         return {option: needed(*way) for option, way in ways.items()}
 
-    what = f"weights in {dtype.name if quantize is None else quantize.dtype}"
-    check_fits(needed(dtype, quantize), what, str(directory), instead)
+    numbers = dtype.name if quantize is None else quantize.dtype
+    if quantize is None and stored is not None:
+        numbers = f"{stored.dtype} and {numbers}"
+    check_fits(needed(dtype, quantize), f"weights in {numbers}", str(directory), instead)
     linears = kernels(structure.unflatten(list(abstract.values())))
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())

@@ -14,6 +14,7 @@ from reference import CONFIGS, random_tensors
 from convert.quantize import quantize
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from glm4v_jax.checkpoints import load
 from glm4v_jax.checkpoints.adapter import save_adapter
 from glm4v_jax.checkpoints.compressed_tensors import pack, unpack
 from glm4v_jax.checkpoints.leaves import TensorLeaves
@@ -21,7 +22,8 @@ from glm4v_jax.checkpoints.load import load_model, load_runtime
 from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import open_checkpoint, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import CheckpointError, ConfigError
+from glm4v_jax.devices.memory import Memory
+from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
 from glm4v_jax.model.lora import LoraConfig
 from glm4v_jax.model.quantize import QuantConfig, for_inference, is_scale, scale_path
 
@@ -169,6 +171,14 @@ def test_only_its_own_scheme_is_accepted_for_the_rest(int8):
     assert own[path].dtype == np.int8
     for leaf in (path, scale_path(path)):
         np.testing.assert_array_equal(rest[leaf], own[leaf])
+
+
+def test_too_little_memory_is_refused_with_what_fits(int8, monkeypatch):
+    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("host memory", 250_000)])
+    with pytest.raises(
+        MemoryShortageError, match=r"needs .* for weights in int8 and float32.*what fits: --quantize int8 "
+    ):
+        load_model(int8, CONFIG, dtype="float32")
 
 
 def test_an_adapter_stands_beside_it_and_is_not_merged_into_it(int8, tmp_path):
