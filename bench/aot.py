@@ -30,6 +30,8 @@ CASES: list[tuple[str, Any, str, dict[str, Any]]] = [
     ("decode", (64, 4096), "v5e:4x4", dict(data=2, kv=2, q=4)),
     ("decode", (8, 65536), "v5e:2x2", LATENCY[4]),
     ("decode", (8, 65536), "v5e:2x2", LONG[4]),
+    ("decode", (8, 65536, "int8"), "v5e:2x2", LATENCY[4]),
+    ("decode", (8, 65536, "int8"), "v5e:2x2", LONG[4]),
     ("decode", (8, 65536), "v5e:2x4", LONG[8]),
     ("decode", (8, 65536), "v6e:2x4", LATENCY[8]),
     ("decode", (8, 4096), "v6e:1x1", {}),

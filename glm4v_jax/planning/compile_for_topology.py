@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from glm4v_jax.batch import VisionRows
+from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import CHIPS, GIB
 from glm4v_jax.devices.mesh import AXES
@@ -122,19 +123,20 @@ def abstract_vision_rows(config: Glm4vConfig, *shape: int) -> VisionRows:
     return VisionRows(of(jnp.float32, vision.patch_dim), of(jnp.int32), of(jnp.int32, 2), grid, grid)
 
 
-def decode_program(config: Glm4vConfig, batch: int, slots: int) -> Program:
+def decode_program(config: Glm4vConfig, batch: int, slots: int, cache_dtype: CacheDtype = "auto") -> Program:
     """The decode program: a step of `batch` rows, each with a cache of `slots`."""
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
         text, head = _text_and_head(_served(model, mesh))
-        state = _state(text, mesh, batch, slots)
+        state = _state(text, mesh, batch, slots, cache_dtype)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         return device_steps.decode.lower(text, head, state, number, number, num_steps=STEPS)
 
     text = config.text_config
     decoder, head = _kernels(config, _DECODER), text.hidden_size * text.vocab_size
+    name = f"decode B={batch} S={slots:,}" + (f", cache {cache_dtype}" if cache_dtype != "auto" else "")
     return Program(
-        f"decode B={batch} S={slots:,}", lower, batch * slots * _cache_bytes(config),
+        name, lower, batch * slots * _cache_bytes(config, cache_dtype),
         batch * (2 * (decoder + head) + _attention_flops(config, slots)), ("language_model", "lm_head"), 2,
     )  # fmt: skip
 
@@ -302,8 +304,10 @@ def _text_and_head(model: Glm4v) -> tuple[Flat, Flat | None]:
     return Flat.of(model.language_model), None if model.lm_head is None else Flat.of(model.lm_head)
 
 
-def _state(text: Flat, mesh: Mesh, rows: int, slots: int) -> device_steps.SlotsState:
-    make = lambda text: device_steps.init_state(text, rows, slots, NUM_EOS, stacked=True)  # noqa: E731
+def _state(text: Flat, mesh: Mesh, rows: int, slots: int, cache_dtype: CacheDtype = "auto") -> device_steps.SlotsState:
+    def make(text: Flat) -> device_steps.SlotsState:
+        return device_steps.init_state(text, rows, slots, NUM_EOS, stacked=True, cache_dtype=cache_dtype)
+
     return placed(jax.eval_shape(make, text), mesh)
 
 
@@ -326,11 +330,12 @@ def _chip_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _cache_bytes(config: Glm4vConfig) -> int:
-    """Bytes of a token in the caches of all layers, bfloat16."""
+def _cache_bytes(config: Glm4vConfig, dtype: CacheDtype = "auto") -> int:
+    """Bytes of a token in the caches of all layers, bfloat16 or integers with a float32 scale for each head."""
     text = config.text_config
     assert text.num_key_value_heads is not None
-    return 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    head = text.head_dim + 4 if dtype == "int8" else 2 * text.head_dim
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head
 
 
 def _kernels(config: Glm4vConfig, *prefixes: str) -> int:
