@@ -1,11 +1,13 @@
 """Load a checkpoint in either format: the model's leaves on their devices, one at a time."""
 
+import collections
+import concurrent.futures
 import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,8 @@ from glm4v_jax.model.quantize import (
 )
 from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Runtime
+
+T = TypeVar("T")
 
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 
@@ -217,29 +221,37 @@ def load_model(
     linears = kernels(structure.unflatten(list(abstract.values())))
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())
+
+    def spec_of(path: str) -> PartitionSpec:
+        if (linear := linears.get(hf_mapping.layerless_path(path))) is not None:
+            return partition(*linear.in_axes, *linear.out_axes)
+        target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
+        spec = abstract[target].sharding.spec
+        return spec if layer is None else PartitionSpec(*spec[1:])
+
+    def read(path: str) -> tuple[Array, Array]:
+        """The integers of a kernel, and their scale."""
+        linear, scale = linears[hf_mapping.layerless_path(path)], leaves.infos[scale_path(path)]
+        spec = partition(*scale_axes(linear, len(scale.shape)))
+        integers = array_of(leaves, path, spec_of(path), np.dtype(np.int8))
+        return integers, array_of(leaves, scale_path(path), spec, scale.dtype)
+
     # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
-    for path, info in sorted(leaves.infos.items(), key=lambda item: -item[1].nbytes):
-        if is_scale(path):  # read with its kernel
-            continue
+    paths = sorted((path for path in leaves.infos if not is_scale(path)), key=lambda path: -leaves.infos[path].nbytes)
+    in_integers = _ahead(read, [path for path in paths if scale_path(path) in leaves.infos])
+    for path in paths:
+        info = leaves.infos[path]
         target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
         linear = linears.get(hf_mapping.layerless_path(path))
-        spec = abstract[target].sharding.spec
-        spec = spec if layer is None else PartitionSpec(*spec[1:])
-        if linear is not None:
-            spec = partition(*linear.in_axes, *linear.out_axes)
         if scale_path(target) not in abstract:
-            made = {target: array_of(leaves, path, spec, dtype)}
-        elif linear is not None and stored is not None and scale_path(path) in leaves.infos:
-            scale_info = leaves.infos[scale_path(path)]
-            kernel = array_of(leaves, path, spec, np.dtype(np.int8))
-            spec = partition(*scale_axes(linear, len(scale_info.shape)))
-            scale = array_of(leaves, scale_path(path), spec, scale_info.dtype)
-            pair = quantized_leaves(kernel, scale, len(linear.in_axes) - 1, QuantConfig(stored.dtype))
+            made = {target: array_of(leaves, path, spec_of(path), dtype)}
+        elif scale_path(path) in leaves.infos:
+            assert linear is not None and stored is not None
+            pair = quantized_leaves(*next(in_integers), len(linear.in_axes) - 1, QuantConfig(stored.dtype))
             made = dict(zip((target, scale_path(target)), pair, strict=True))
-            done += scale_info.nbytes
-            del kernel, scale
+            done += leaves.infos[scale_path(path)].nbytes
         else:  # from the checkpoint's numbers, not rounded to `dtype` first
-            kernel = array_of(leaves, path, spec, info.dtype)
+            kernel = array_of(leaves, path, spec_of(path), info.dtype)
             if linear is not None:
                 own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
                 assert own is not None
@@ -379,6 +391,23 @@ def check_fits(
 
     with naming(place, MemoryShortageError):
         check_memory(shared * nbytes, what, memory_of(mesh.local_devices), advice)
+
+
+def _ahead(function: Callable[[str], T], items: Iterable[str], count: int = 2) -> Iterator[T]:
+    """Call a function that reads with each item, in order, in threads that are this many results ahead."""
+    mesh, pending = jax.sharding.get_mesh(), collections.deque[concurrent.futures.Future[T]]()
+
+    def call(item: str) -> T:
+        with use_mesh(mesh):  # a thread does not inherit it
+            return function(item)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:
+        for item in items:
+            pending.append(threads.submit(call, item))
+            if len(pending) > count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _put_layer(stacked: Any, leaf: Array, layer: int) -> Array:
