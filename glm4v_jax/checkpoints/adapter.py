@@ -32,6 +32,8 @@ from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import ADAPTER_CONFIG, read_json_object, replacing
 from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.quantize import QuantConfig, quantize_kernel
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's two wrappers around the model
@@ -185,7 +187,8 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
 
     Where layers differ in rank the lower ones are padded with zeros, layers without an adapter get one of zeros, and
     where the two parts of a fused kernel have an A each the leaf has both, concatenated: the outputs stay the same.
-    A head that PEFT has saved beside its adapter replaces the model's, as it does in PEFT.
+    A head that PEFT has saved beside its adapter replaces the model's, as it does in PEFT; where that is quantised, so
+    is this one.
 
     Args:
       model: without an adapter.
@@ -214,8 +217,20 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
             put = functools.partial(_put, devices=kernel.sharding.mesh)
             lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
             if path == _HEAD and (head := layers[0][0].base) is not None:
-                linear.kernel = nnx.Param(put(head.astype(kernel.dtype), (*linear.in_axes, *linear.out_axes)))
+                _replace(linear, head)
     return result
+
+
+def _replace(linear: Linear, kernel: np.ndarray) -> None:
+    """Give a linear layer another kernel, in floats; rounded to int8 where its own is quantised."""
+    own, axes = linear.kernel[...], (*linear.in_axes, *linear.out_axes)
+    if linear.kernel_scale is None:
+        linear.kernel = nnx.Param(_put(kernel.astype(own.dtype), axes, own.sharding.mesh))
+        return
+    with mesh.use_mesh(own.sharding.mesh):
+        made = _put(kernel, axes, own.sharding.mesh)
+        made, scale = quantize_kernel(made, linear.in_axes, linear.out_axes, QuantConfig("int8"))
+    linear.kernel, linear.kernel_scale = nnx.Param(made), nnx.Param(scale)
 
 
 class _PartAdapter(NamedTuple):

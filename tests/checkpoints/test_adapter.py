@@ -19,7 +19,7 @@ from glm4v_jax.checkpoints.hf_write import tensors_of
 from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.model import lora
+from glm4v_jax.model import lora, quantize
 
 pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
@@ -350,6 +350,17 @@ def test_a_head_beside_its_adapter_replaces_that_of_the_model(model, checkpoints
     assert_close(np.asarray(merged.lm_head.kernel[...]).T, expected, tolerance=5e-7)
     tensors = merged_tensors(checkpoints("base"), tmp_path)
     assert_close(np.asarray(tensors["lm_head.weight"]), expected, tolerance=5e-7)
+
+
+@pytest.mark.parametrize("config", [quantize.QuantConfig(rest=True), quantize.QuantConfig("int4", target=".*")])
+def test_a_head_replaces_a_quantised_one(model, tmp_path, config):
+    with_head(model.config, tmp_path)
+    expected = load_adapter(model, tmp_path).lm_head
+    found = load_adapter(quantize.quantize(model, config), tmp_path).lm_head
+    scale = np.asarray(found.kernel_scale[...])
+    error = np.abs(np.asarray(found.kernel[...]) * scale - np.asarray(expected.kernel[...]))
+    assert found.kernel.dtype == np.int8 and (error <= scale * 0.501).all()
+    assert np.array_equal(found.lora_a[...], expected.lora_a[...])
 
 
 @pytest.mark.parametrize(
