@@ -73,7 +73,9 @@ def matmul(x: Float[Array, "T K"], kernel: Array, scale: Array | None = None) ->
 
 def _few_tokens(x: Float[Array, "T K"], kernel: Array, scale: Float[Array, "G N"] | None) -> Float[Array, "T N"]:
     group = x.shape[1] if scale is None else x.shape[1] // len(scale)
-    rows = _divisor(group, _ROWS)
+    # Of packed integers an even number, as a group has.
+    packed = 2 if kernel.dtype == jnp.uint8 else 1
+    rows = packed * _divisor(group // packed, _ROWS // packed)
     inputs = x.reshape(len(x), -1, rows).transpose(1, 2, 0)  # [K / rows, rows, T]
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
