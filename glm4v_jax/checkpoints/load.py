@@ -127,7 +127,8 @@ def load_runtime(
             stacked = platform() != "cpu"
         outputs_first = platform() == "tpu"
         if (stored := stored_quantization(directory)) is not None:
-            for_inference(stored.dtype)  # which not every platform has
+            with naming(directory, ConfigError):
+                for_inference(stored.dtype)  # which not every platform has
         if adapter is not None:
             read_adapter(adapter, config)  # an adapter that does not fit shows before the weights are read
         module = load_model(

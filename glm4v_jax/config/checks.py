@@ -28,7 +28,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -79,8 +79,8 @@ def one_of(known: Iterable[str], found: object = "") -> str:
     return f"one of {', '.join(names)}{did_you_mean(found, names)}"
 
 
-def refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse keywords as Python does, with the one that is meant.
+def refuse_unknown(where: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse keywords that are not known, as Python does, with the one that is meant.
 
     >>> refuse_unknown("from_pretrained", ["dtpye"], ["dtype", "mesh"])
     Traceback (most recent call last):
@@ -90,10 +90,10 @@ def refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> 
     Raises:
       TypeError: there is one.
     """
-    for name in unknown:
-        expected = sorted(known)
+    if (first := next((name for name in given if name not in known), None)) is not None:
+        names = sorted(known)
         raise TypeError(
-            f"{where}: found an unknown {name!r}; expected some of {', '.join(expected)}{did_you_mean(name, expected)}"
+            f"{where}: found an unknown {first!r}; expected some of {', '.join(names)}{did_you_mean(first, names)}"
         )
 
 

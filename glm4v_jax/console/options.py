@@ -124,8 +124,9 @@ class ModelOptions:
     @property
     def precision(self) -> str | None:
         """The options that say in which numbers the model computes; None if there are none."""
+        scheme = None if self.quantize == "none" else self.quantize
         cache = None if self.cache_dtype == "auto" else f"cache {self.cache_dtype}"
-        return " ".join(filter(None, (self.dtype, self.quantize, cache))) or None
+        return " ".join(filter(None, (self.dtype, scheme, cache))) or None
 
     def load(self, processor: "Glm4vProcessor", num_slots: int = 1, *, tokens: int = 0) -> "Engine":
         """Load the weights into an engine.

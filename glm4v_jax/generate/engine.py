@@ -126,7 +126,7 @@ class Engine:
         Compiled programs are kept from one process to the next, see `use_compilation_cache`.
         """
         known = {*inspect.signature(load_runtime).parameters, "num_slots", "cache_dtype"} - {"directory"}
-        refuse_unknown("from_pretrained", kwargs.keys() - known, known)
+        refuse_unknown("from_pretrained", kwargs, known)
         check_cache_dtype(cache_dtype)
         use_compilation_cache()
         processor = Glm4vProcessor.from_pretrained(directory)

@@ -17,6 +17,7 @@ import glm4v_jax
 from glm4v_jax.cli import main
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.console.answer_writer import AnswerWriter
+from glm4v_jax.console.options import ModelOptions
 from glm4v_jax.errors import CheckpointError, MediaError
 
 pytestmark = pytest.mark.slow
@@ -293,6 +294,13 @@ def test_an_int8_cache_answers_and_its_memory_is_counted(answered, monkeypatch):
     text, tokens = engine.runtime.config.text_config, answer["prompt_tokens"] + 8
     numbers = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     assert reserved[-2:] == [4 * numbers, numbers * (1 + 4 / text.head_dim)]
+
+
+def test_options_that_change_no_number_name_no_precision():
+    """Answers of a file are resumed where the precision is the same."""
+    assert ModelOptions().precision is ModelOptions(quantize="none", cache_dtype="auto").precision is None
+    options = ModelOptions(dtype="bfloat16", quantize="int8", cache_dtype="int8")
+    assert options.precision == "bfloat16 int8 cache int8"
 
 
 def test_the_system_prompt_is_part_of_the_prompt(answered):

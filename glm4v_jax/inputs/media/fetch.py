@@ -205,10 +205,10 @@ def open_source(
 
     Args:
         source: path, `file://` or http(s) address, data URL, base64 text, or bytes.
-        max_bytes: limit for a download.
+        max_bytes: limit for a download, and for a pipe.
 
     Raises:
-        MediaError: the source cannot be found, fetched or decoded; the message names it.
+        MediaError: the source cannot be found, fetched or decoded, or passes the limit; the message names it.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -216,14 +216,14 @@ def open_source(
         path = Path(source)
         if not path.exists():
             raise MediaError(not_there(path, "an image or a video"))
-        return _read_once(path)
+        return _read_once(path, max_bytes)
     if is_url(source):
         return read_url(source, max_bytes=max_bytes)
     if source.lower().startswith("file://"):
-        return open_source(file_url_path(source))
+        return open_source(file_url_path(source), max_bytes=max_bytes)
     try:
         if os.path.exists(source):
-            return _read_once(Path(source))
+            return _read_once(Path(source), max_bytes)
     except ValueError:  # A path cannot hold a null character; base64 text neither, so the check below names it.
         pass
     if _SCHEME.match(source):
@@ -231,9 +231,15 @@ def open_source(
     return decode_base64(source)
 
 
-def _read_once(path: Path) -> Path | bytes:
+def _read_once(path: Path, max_bytes: int) -> Path | bytes:
     """A path, or the content of a pipe, which cannot be read again from its beginning."""
-    return path.read_bytes() if path.is_fifo() else path
+    if not path.is_fifo():
+        return path
+    with path.open("rb") as pipe:
+        content = pipe.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise MediaError(f"{path}: found more than {max_bytes} bytes; expected no more")
+    return content
 
 
 def describe(source: Any) -> str:

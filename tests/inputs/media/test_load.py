@@ -14,6 +14,7 @@ from helpers_media import PHOTO, PNG, every_tenth, package_file, png
 from glm4v_jax.data.media import image_size
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.media import load
+from glm4v_jax.inputs.media.fetch import open_source
 from glm4v_jax.inputs.media.load import VideoMetadata, load_image, load_video
 from tests.helpers_transformers import import_transformers
 
@@ -238,6 +239,15 @@ def test_a_pipe_is_read_once(tmp_path):
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
     writer.start()
     assert load_video(str(tmp_path / "pipe"))[0].shape == (2, *PHOTO.shape)
+    writer.join()
+
+
+def test_a_pipe_without_an_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(bytes(9),))
+    writer.start()
+    with pytest.raises(MediaError, match=r"pipe: found more than 8 bytes; expected no more"):
+        open_source(tmp_path / "pipe", max_bytes=8)
     writer.join()
 
 
