@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers_compressed import assert_equal, import_compressed_tensors, read_theirs, weights_of, write_theirs
 from helpers_convert import read_all
-from helpers_lora import leaves_of, trained
-from reference import CONFIGS, random_tensors
+from helpers_lora import batch_of, leaves_of, logits_of, trained
+from helpers_mesh import ROWS
+from reference import CONFIGS, assert_close, random_tensors
 
 from convert.quantize import quantize
 from convert.to_hf import to_hf
@@ -57,6 +58,17 @@ def test_what_they_wrote_is_read_bit_for_bit(tmp_path, scheme):
             tmp_path / "model.safetensors", layers, dtype, SCHEMES[scheme].get("format", "pack-quantized")
         )
         assert_equal(weights_of(jax.tree.map(lambda x: x, model), dtype), theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8 in groups", "int4 with zero points"])
+def test_groups_of_int8_compute_what_their_floats_do(tmp_path, scheme):
+    """Which no rounding here makes."""
+    write_theirs(tmp_path, CONFIG, random_tensors(CONFIG), **SCHEMES[scheme])
+    model = load_model(tmp_path, CONFIG, dtype="float32", stacked=False)
+    weights_of(floats := jax.tree.map(lambda x: x, model), "float32")
+    batch, _ = batch_of(CONFIG, ROWS)
+    assert_close(logits_of(model, batch), logits_of(floats, batch), np.asarray(batch.segment_ids) > 0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
