@@ -124,8 +124,11 @@ after {first_token_seconds:.1f} s without compiled programs on disk.
 
 ## Programs compiled for TPU slices
 
-The 9B in bfloat16, from `make aot`. Memory is GiB per chip; "x its part" is what a chip holds over an even
-division. The floor follows from memory bandwidth and peak arithmetic of the chip; it is not a measurement.
+The 9B in bfloat16, or quantised where a line says so, from `make aot` (jax {aot_jax}, libtpu {aot_libtpu}). Memory is
+GiB per chip; "beside" is what else lies there, such as the weights of other parts of the model, and "x its part" what a
+chip holds over an even division. The floor follows from memory bandwidth and peak arithmetic of the chip, cycles of a
+run or decode step are the compiler's own estimate, to compare programs with; neither is a measurement. Lines without
+a compile time were compiled on a busy machine, those without cycles by an earlier version.
 
 {aot}
 
@@ -267,6 +270,7 @@ def page() -> str:
         packages=install["packages"],
         megabytes=install["bytes"] / 1e6,
         **{name: install[name] for name in install if name.endswith("_seconds")},
+        **{f"aot_{name}": read("aot")["machine"][name] for name in ("jax", "libtpu")},
         aot=aot.strip(),
         aot_train=f"Training steps with AdamW{aot_train}".strip(),
     )  # fmt: skip
