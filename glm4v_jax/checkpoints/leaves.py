@@ -3,6 +3,7 @@
 Paths are those of a model that keeps its layers one by one: "language_model.layers.0.mlp.gate_up.kernel".
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ class TensorLeaves:
         faults = [fault for weight in self._quantized.values() for fault in weight.faults()]
         raise_faults(faults, CheckpointError, where=str(files.directory))
         self.infos: Mapping[str, TensorInfo] = self._infos(config)
-        self._last: tuple[str, np.ndarray] | None = None
+        self._kept = threading.local()  # threads read ahead, each another leaf
 
     def _infos(self, config: Glm4vConfig) -> dict[str, TensorInfo]:
         shapes, infos = hf_mapping.leaf_shapes(config), dict[str, TensorInfo]()
@@ -126,7 +127,7 @@ class TensorLeaves:
 
     def release(self) -> None:
         """Give back the pages of the files that have been read."""
-        self._last = None
+        self._kept.last = None
         self._files.release()
 
     def _in_layout(self, name: str, part: hf_mapping.LeafPart) -> np.ndarray:
@@ -136,9 +137,10 @@ class TensorLeaves:
         """A tensor, or its integers: those of 4 bits are kept, as slices of a leaf come one after another."""
         if (weight := self._quantized.get(name)) is None:
             return self._files.read(name)
-        if self._last is None or self._last[0] != name:
-            self._last = (name, weight.values())
-        return self._last[1]
+        last: tuple[str, np.ndarray] | None = getattr(self._kept, "last", None)
+        if last is None or last[0] != name:
+            self._kept.last = last = name, weight.values()
+        return last[1]
 
     def _scales(self, path: str) -> np.ndarray:
         """The whole leaf, which is small."""

@@ -176,7 +176,8 @@ def load_model(
     """Read a checkpoint into a model in the current mesh, whatever mesh it was written from.
 
     Every tensor is checked against the table before the first is read. Host memory holds this process's shards of one
-    leaf of one layer at a time; a device holds its shards of the model, and stacked leaves are filled in place.
+    leaf of one layer at a time, of integers those of a few; a device holds its shards of the model, and stacked leaves
+    are filled in place.
 
     Args:
       directory: a checkpoint, in Hugging Face layout or in Orbax format.
