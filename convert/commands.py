@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from glm4v_jax.config.checks import Natural
+from glm4v_jax.config.checks import Natural, Scheme
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import Command, JsonOptions, run_program
@@ -218,7 +218,7 @@ class InspectTensors(JsonOptions):
     mesh: Annotated[str, tyro.conf.arg(metavar="PRESET|AXES")] = "data=1,fsdp=1,kv=1,q=1,seq=1"
     """Mesh to shard it on: axes as fsdp=4,kv=2, or a preset with a number of devices, as latency:8."""
 
-    quantize: Literal["none", "int8", "int4"] = "none"
+    quantize: Scheme = "none"
     """Count the bytes per device of weights as integers, as `glm4v generate --quantize` makes them."""
 
     def run(self) -> None:

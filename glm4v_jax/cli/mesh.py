@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from glm4v_jax.config.checks import CacheDtype, Positive, PositiveNumber
+from glm4v_jax.config.checks import CacheDtype, Positive, PositiveNumber, Scheme
 from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table
@@ -67,7 +67,7 @@ class Mesh(JsonOptions):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Data type of weights and cache."""
 
-    quantize: Literal["none", "int8", "int4"] = "none"
+    quantize: Scheme = "none"
     """Weights as integers, for inference."""
 
     cache_dtype: CacheDtype = "auto"

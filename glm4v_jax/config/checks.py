@@ -51,6 +51,8 @@ AnyNumber = Annotated[float, Meta(extra={"finite": False})]
 """Infinities and NaN are refused in every other float."""
 CacheDtype = Literal["auto", "int8"]
 """Keys and values in the cache: in the compute dtype, or as 8-bit integers with a scale per slot and head."""
+Scheme = Literal["none", "int8", "int4"]
+"""Weights, as they are loaded for inference: as they are, or as integers."""
 
 
 def fault(name: str, found: Any, expected: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import tyro
 
-from glm4v_jax.config.checks import CacheDtype, PositiveNumber, fault, one_of, raise_faults
+from glm4v_jax.config.checks import CacheDtype, PositiveNumber, Scheme, fault, one_of, raise_faults
 from glm4v_jax.config.presets import PRESETS, preset
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named, naming, not_there
@@ -29,7 +29,7 @@ MODEL = "GLM4V_MODEL"
 
 CACHE_DTYPES = get_args(CacheDtype)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCHEMES = ("none", "int8", "int4")
+SCHEMES = get_args(Scheme)
 
 NEW_TOKENS = 2048
 """Enough for a thought and an answer, where there is no other limit."""
