@@ -358,11 +358,17 @@ def _needed(
 
 
 def device_bytes(leaves: Iterable[Any]) -> int:
-    """Return the bytes that a device of the mesh holds of arrays, abstract ones included."""
-    return sum(
-        leaf.dtype.itemsize * math.prod(leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
-        for leaf in leaves
-    )
+    """Return the bytes that a device of the mesh holds of arrays, abstract ones included.
+
+    Of int4 accelerators have two integers in a byte, a CPU has one.
+    """
+    together = 1 if platform() == "cpu" else 2
+
+    def nbytes(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return leaf.dtype.itemsize * math.prod(shape) // (together if leaf.dtype == jnp.int4 else 1)
+
+    return sum(map(nbytes, leaves))
 
 
 def check_fits(

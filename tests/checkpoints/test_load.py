@@ -275,3 +275,10 @@ def test_devices_that_are_too_small_need_a_mesh(checkpoints, monkeypatch):
     monkeypatch.setattr(load, "platform", lambda: "tpu")
     with pytest.raises(MemoryShortageError, match=r"what fits: --mesh with at least \d+ such devices; GLM4V_MEMORY"):
         load_model(checkpoints("base"), CONFIG, dtype="float32")
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", 16 + 8), ("gpu", 8 + 8), ("tpu", 8 + 8)])
+def test_accelerators_have_two_int4_in_a_byte(monkeypatch, platform, expected):
+    monkeypatch.setattr(load, "platform", lambda: platform)
+    leaves = [jax.ShapeDtypeStruct((8, 2), jnp.int4), jax.ShapeDtypeStruct((8,), jnp.int8)]
+    assert device_bytes(leaves) == expected
