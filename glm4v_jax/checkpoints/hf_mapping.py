@@ -357,7 +357,7 @@ def check_tensors(
         if key not in names:
             names[key], infos[name] = name, info
     if not any_dtype:
-        faults += _stray_halves({key: info for key, info in infos.items() if key not in dtypes})
+        faults += _stray_halves({name: info for name, info in infos.items() if spell(name) not in dtypes})
     faults += [f"{key}: found nothing; expected {list(shape)}" for key, shape in expected.items() if key not in names]
     raise_faults(sorted(faults), CheckpointError, where=f"{where}: {_misfits(len(faults))} the configuration")
     return names

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers_compressed import assert_equal, import_compressed_tensors, read_theirs, weights_of, write_theirs
@@ -141,6 +142,12 @@ def test_a_tensor_that_does_not_fit_is_named(int8, tmp_path, end, value, message
     directory = replaced(int8, tmp_path, {f"{K_PROJ}.{end}": value})
     with pytest.raises(CheckpointError, match=message):
         load_model(directory, CONFIG)
+
+
+def test_scales_may_be_in_the_other_half_precision(int8, tmp_path):
+    scale, norm, tensors = f"{K_PROJ}.weight_scale", "model.language_model.norm.weight", read_all(int8)
+    halves = {scale: tensors[scale].astype(np.float16), norm: tensors[norm].astype(ml_dtypes.bfloat16)}
+    load_model(replaced(int8, tmp_path, halves), CONFIG)
 
 
 def test_a_layer_in_floats_beside_quantised_ones_is_refused(int8, tmp_path):

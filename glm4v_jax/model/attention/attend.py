@@ -112,6 +112,7 @@ def attend_cached(
     slots = mesh.spec("slots")[0]
     split = mesh.shards("slots") > 1
     caches, fresh = PartitionSpec(rows, heads, slots), PartitionSpec(rows, heads)
+    # At once, XLA on a CPU would make floats of all integers first, in four times their memory.
     in_blocks = isinstance(cached[0], Quantized) and mesh.platform() == "cpu"
     new = jax.tree.map(lambda x: jax.sharding.reshard(x, fresh), new)
     segments = jax.sharding.reshard(segments, PartitionSpec(rows, None))
