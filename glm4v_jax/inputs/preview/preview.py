@@ -136,15 +136,16 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
         kind = "video" if isinstance(opened, Path) and opened.is_dir() else _kind_of(opened)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
-    if kind is None and kind_of_file(opened) == "an image":
-        open_image(source)  # raises, with the reason
+    is_unreadable = kind is None and kind_of_file(opened) == "an image"
     try:
+        if is_unreadable:
+            open_image(opened)  # raises, with the reason
         return _see(opened, kind or "video", processor, name)
     except MediaError as error:
         # What was opened may have another name, "812 bytes" for an address, and is the only one of its batch.
         known = re.escape(describe(opened))
         problem = re.sub(rf"^((image|video) 0( \({known}\))?: )?({known}: )?", "", str(error))
-        unknown = "found no readable image; as a video: " if kind is None else ""
+        unknown = "found no readable image; as a video: " if kind is None and not is_unreadable else ""
         raise MediaError(f"{name}: {unknown}{problem}") from error
 
 
