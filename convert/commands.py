@@ -87,7 +87,9 @@ class _Cast(_Conversion):
 
 @dataclasses.dataclass(kw_only=True)
 class Quantize(_Conversion):
-    """Quantise a checkpoint into safetensors that this package, vLLM and transformers load (compressed-tensors, W8A16).
+    """Quantise a checkpoint into safetensors that this package, vLLM and transformers load.
+
+    The layout is that of compressed-tensors: W8A16 or W4A16.
 
     Streams: host memory holds a few tensors. All other files of the checkpoint are copied.
     """

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,6 +83,8 @@ class Mesh(JsonOptions):
         from glm4v_jax.config.model import Glm4vConfig
 
         config = Glm4vConfig.glm4_1v_9b() if self.model == RELEASED else Glm4vConfig.from_pretrained(self.model)
+        if self.model != RELEASED:
+            self._count_stored()
         memory = self._memory()
         if self.mesh:
             found = self._describe(self.mesh[0], config, memory)
@@ -97,6 +100,28 @@ class Mesh(JsonOptions):
             return
         _print_presets(presets)
         self._print_smallest(presets, config)
+
+    def _count_stored(self) -> None:
+        """Count the integers of a checkpoint that has some.
+
+        Raises:
+          ConfigError: --quantize is another scheme.
+        """
+        from glm4v_jax.checkpoints.load import check_scheme
+        from glm4v_jax.config.quantization import stored_quantization
+
+        stored = stored_quantization(self.model)
+        if stored is None:
+            return
+        if self.quantize != "none":
+            check_scheme(self.quantize, stored)
+            return
+        self.quantize = stored.dtype
+        print(
+            f"{self.model} is quantised ({stored}): counted as with --quantize {stored.dtype}; "
+            "`glm4v convert inspect` counts what it has in floats as well",
+            file=sys.stderr,
+        )
 
     def _fields(self, text: str, found: "MemoryTable", config: "Glm4vConfig") -> dict[str, Any]:
         """What is known of a mesh, as JSON has it; of one that does not fit, with the smallest that does."""
@@ -153,6 +178,10 @@ class Mesh(JsonOptions):
         """
         if len(self.mesh) > 1:
             raise ConfigError(f"PRESET|AXES: found {len(self.mesh)}; expected at most one, as in fsdp=4,kv=2")
+        if self.train and self.quantize != "none":
+            raise ConfigError(
+                f"--quantize: found {self.quantize} with --train; expected none: integers are not trained"
+            )
         if self.model != RELEASED:
             self.model = find_model(self.model)
         if self.mesh:

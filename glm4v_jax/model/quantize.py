@@ -10,7 +10,7 @@ to the nearest: a weight is off by half of its scale at most, which is the large
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from glm4v_jax.config.checks import Positive, validate
+from glm4v_jax.config.checks import Positive, Scheme, fault, one_of, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError, naming
 from glm4v_jax.model.cpu_matmul import pack_int4
@@ -67,6 +67,8 @@ def for_inference(quantize: "QuantConfig | str | None") -> QuantConfig | None:
     """
     if quantize is None or quantize == "none":
         return None
+    if not isinstance(quantize, QuantConfig) and quantize not in get_args(Scheme):
+        raise ConfigError(fault("quantize", quantize, f"{one_of(get_args(Scheme), quantize)}, or a QuantConfig"))
     config = QuantConfig(quantize, rest=True) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
     if config.dtype == "int4" and mesh.platform() == "tpu":
         raise ConfigError(

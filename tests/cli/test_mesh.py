@@ -154,6 +154,19 @@ def test_a_mesh_is_checked_before_weights_are_read(capfd, mesh, words):
         assert word in line
 
 
+def test_a_quantised_checkpoint_is_counted_as_such(capfd, tmp_path):
+    assert glm4v(["convert", "quantize", str(RANDOM_CHECKPOINT), str(tmp_path / "int8"), "--layers", "all"]) == 0
+    capfd.readouterr()
+    asked = ["mesh", "latency", "--devices", "1", "--json", "--model"]
+    assert glm4v([*asked, str(RANDOM_CHECKPOINT), "--quantize", "int8"]) == 0
+    expected = json.loads(capfd.readouterr().out)
+    assert glm4v([*asked, str(tmp_path / "int8")]) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == expected and "is quantised (8 bits, a scale for each channel)" in captured.err
+    error = error_of(capfd, *asked[1:], tmp_path / "int8", "--quantize", "int4")
+    assert error.startswith("quantize: found 'int4' for a checkpoint that is quantised (8 bits")
+
+
 @pytest.mark.parametrize("command", ["generate", "chat", "describe"])
 def test_help_lists_the_presets(capfd, command):
     with pytest.raises(SystemExit):

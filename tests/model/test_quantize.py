@@ -5,6 +5,7 @@ Run as a program, `python test_quantize.py CHECKPOINT INT4`, this file computes 
 
 import itertools
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -153,9 +154,10 @@ def test_a_table_that_is_the_head_too_stays(ours):
     assert embed.embedding_scale is None and embed.embedding.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("scheme", ["int3", "INT8"])
+@pytest.mark.parametrize("scheme", ["int3", "INT8", "", 8, True, {"dtype": "int8"}])
 def test_unknown_schemes_are_refused(checkpoints, scheme):
-    with pytest.raises(ConfigError, match=rf"quantize\.dtype: found '{scheme}'; expected one of 'int8', 'int4'"):
+    expected = f"quantize: found {scheme!r}; expected one of none, int8, int4"
+    with pytest.raises(ConfigError, match=re.escape(expected)):
         Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), quantize=scheme)
 
 
