@@ -124,6 +124,8 @@ class QuantizedWeight:
         else:
             values = unpack(self._read(PACKED), self.stored.bits, inputs)
         if self.stored.symmetric:
+            if self.stored.bits == 4 and not -8 <= (low := values.min()) <= (high := values.max()) <= 7:
+                raise CheckpointError(f"{self.name}.{WEIGHT}: found integers from {low} to {high}; expected -8 to 7")
             return values
         zeros = self._read(ZERO_POINT)
         if self.stored.packed:

@@ -213,7 +213,8 @@ def load_model(
             ways["--dtype bfloat16"] = jnp.bfloat16, quantize
         if quantize is None:
             scheme = "int8" if stored is None else f"int{stored.bits}"
-            ways[f"--quantize {scheme}"] = dtype, for_inference(scheme)
+            if (scheme, platform()) != ("int4", "tpu"):  # which is refused
+                ways[f"--quantize {scheme}"] = dtype, for_inference(scheme)
         return {option: needed(*way) for option, way in ways.items()}
 
     numbers = dtype.name if quantize is None else quantize.dtype

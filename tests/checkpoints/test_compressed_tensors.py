@@ -18,12 +18,13 @@ from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from glm4v_jax.checkpoints import load
 from glm4v_jax.checkpoints.adapter import save_adapter
-from glm4v_jax.checkpoints.compressed_tensors import pack, unpack
+from glm4v_jax.checkpoints.compressed_tensors import QuantizedWeight, pack, unpack
 from glm4v_jax.checkpoints.leaves import TensorLeaves
 from glm4v_jax.checkpoints.load import load_model, load_runtime
 from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import open_checkpoint, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import StoredQuantization
 from glm4v_jax.devices.memory import Memory
 from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
 from glm4v_jax.model.lora import LoraConfig
@@ -236,3 +237,13 @@ def test_int4_goes_through_orbax_and_back_unless_zero_points_are_lost(tmp_path, 
         return
     to_hf(tmp_path / "orbax", tmp_path / "back")
     assert_equal(read_all(tmp_path / "back"), read_all(source))
+
+
+def test_integers_of_more_than_4_bits_are_refused():
+    class Files:
+        def read(self, name):
+            return np.array([[8, 0]], np.int8)
+
+    weight = QuantizedWeight(Files(), "down_proj", (1, 2), StoredQuantization(bits=4, packed=False))
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight: found integers from 0 to 8; expected -8 to 7"):
+        weight.values()

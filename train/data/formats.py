@@ -11,6 +11,7 @@ a format that is named, has to have as many.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -359,12 +360,17 @@ def _read_messages(
     return messages, losses
 
 
+_LIKE_MEDIA = re.compile("ima?g|pic|photo|vid|clip|frame|media|file|path", re.IGNORECASE)
+"""Names of fields that may hold images or videos."""
+
+
 def _check_files_are_read(row: Row, turns: Turns) -> None:
     """Check that a conversation without images and videos has none in a field of another name, such as `imgs`."""
     if any(item["type"] != "text" for message in turns.messages for item in message["content"]):
         return
     for name, value in row.items():
-        if name in _FIELDS or name in _MEDIA_FIELDS or name in ("id", "system") or name.endswith("_id"):
+        # Others may name where a text comes from, as "source": "page1.png".
+        if name in _FIELDS or name in _MEDIA_FIELDS or not _LIKE_MEDIA.search(name):
             continue
         first = value[0] if isinstance(value, list | tuple) and value else value
         is_content = isinstance(first, Mapping) and isinstance(first.get("bytes"), bytes)

@@ -42,7 +42,7 @@ def png(width, height):
 @pytest.mark.parametrize("name", ["imgs", "image_path"])
 @pytest.mark.parametrize("value", ["a.png", ["a.png", "b.png"], [{"bytes": b"", "path": None}]])
 def test_files_in_a_field_that_is_not_read_are_an_error(name, value):
-    row = {"instruction": "Name it.", "output": "cat.png", "id": "1.png", "licence": "see LICENCE"}
+    row = {"instruction": "Name it.", "output": "cat.png", "id": "1.png", "source": "page1.png"}
     assert len(read_row(row, None).messages) == 2
     assert len(read_row({**row, name: value, "images": ["c.png"]}, None).messages) == 2
     with pytest.raises(
