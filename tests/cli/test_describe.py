@@ -146,7 +146,7 @@ def test_a_finished_directory_needs_no_weights_and_refuses_another_prompt(folder
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], ["nowhere: Not a directory"]),
+        (["nowhere"], ["nowhere: found no such file or directory; expected one"]),
         (["photos/a.png"], ["photos/a.png: Not a directory"]),
         (["empty"], ["empty", "found no image among 1 file", "--recursive"]),
         (["photos", "--slots", "0"], ["--slots", "0"]),
