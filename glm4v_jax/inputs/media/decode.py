@@ -5,8 +5,6 @@ import io
 import logging
 import math
 import re
-import struct
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import PIL.Image
 import PIL.ImageSequence
 
 from glm4v_jax.errors import MediaError, naming
+from glm4v_jax.inputs.media.container import check_is_video, head_of, is_animated_image, warn_if_truncated
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +31,9 @@ MAX_PIXELS = 2 * (2**30 // 4 // 3)
 MAX_DECODED_BYTES = 16 * 2**30
 # What browsers show a GIF frame for when its file gives no time.
 _DEFAULT_GIF_SECONDS = 0.1
-# What of a file is read to find its kind; no video container has this many bytes without a control character.
-_HEAD_BYTES = 1024
-# As much of a JPEG as is read to distinguish a photo from a stream of them (Motion JPEG).
-_MOTION_JPEG_BYTES = 2**26
-# As much of Matroska as is read to find how long the film was when it was written.
-_HEADER_BYTES = 2**14
-# As much of its end may be missing: other tracks, and the pauses that they end with, are part of a container.
-_MISSING_SECONDS, _MISSING_FRACTION = 1.0, 0.05
 # Of a decoder's own words, what an error repeats.
 _PROBLEM_CHARACTERS = 120
 _INSTALL = "pip install 'glm4v_jax[video]'"
-_MATROSKA = b"\x1a\x45\xdf\xa3"
-_PILLOW_SIGNATURES = (b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")
 
 
 @dataclasses.dataclass
@@ -256,117 +245,6 @@ def _from_first(times: np.ndarray) -> np.ndarray | None:
     return times - times[0] if len(times) and (np.diff(times) > 0).all() else None
 
 
-def _head(source: Path | bytes, size: int = _HEAD_BYTES) -> bytes:
-    if isinstance(source, bytes):
-        return source[:size]
-    with source.open("rb") as file:
-        return file.read(size)
-
-
-def _is_animated_image(head: bytes) -> bool:
-    return head.startswith(_PILLOW_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-
-
-def is_still_image(source: Path | bytes) -> bool:
-    """Whether a file is one image, which FFmpeg would take for a video without size or of one frame.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    head = _head(source)
-    if head.startswith(b"\xff\xd8\xff"):
-        data = _head(source, _MOTION_JPEG_BYTES)
-        # Photos of several views (MPO) hold several images too, and say so.
-        return b"\xff\xd9\xff\xd8\xff" not in data or b"MPF\0" in data
-    if head.startswith((b"II*\0", b"MM\0*")) or (head[:2] == b"BM" and head[6:10] == bytes(4)):
-        return True
-    if head[4:8] == b"ftyp":
-        return head[8:12] in (b"avif", b"heic", b"heix", b"mif1")
-    if not _is_animated_image(head):
-        return False
-    try:
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return getattr(image, "n_frames", 1) == 1
-    except Exception:  # Broken: the reader will say how.
-        return False
-
-
-def _check_kind(head: bytes, source: Path | bytes) -> None:
-    """Refuse files that are plainly not videos, before a decoder prints about them."""
-    found = kind_of_file(source, head)
-    if found not in (None, "a video"):
-        frames = "; frames of a video are a directory, or a list of several" if found == "an image" else ""
-        raise MediaError(f"found {found}; expected a video{frames}")
-    # Of a truncated one in memory, decord ends the process.
-    if _is_avi(head):
-        expected = 8 + int.from_bytes(head[4:8], "little")
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size < expected:
-            raise MediaError(f"found the end after {size} bytes; expected {expected} bytes, as the container says")
-
-
-def kind_of_file(source: Path | bytes, head: bytes | None = None) -> str | None:
-    """Say what a file is, by how it begins: "a video", "text", ...; None where that does not tell.
-
-    Args:
-        source: a file, or its content.
-        head: its beginning, where that has been read.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    head = _head(source) if head is None else head
-    if not head:
-        return "an empty file"
-    if head.startswith(b"%PDF-"):
-        return "a PDF"
-    if _is_text(head):
-        return "an SVG drawing" if b"<svg" in head else "text"
-    if is_still_image(source):
-        return "an image"
-    is_video = head.startswith((_MATROSKA, b"FLV\x01", b"\0\0\1\xba", b"OggS")) or head[4:8] in (b"ftyp", b"moov")
-    return "a video" if is_video or _is_avi(head) else None
-
-
-def _is_avi(head: bytes) -> bool:
-    return head[:4] == b"RIFF" and head[8:12] == b"AVI "
-
-
-def _claimed_seconds(source: Path | bytes) -> float | None:
-    """How long a Matroska or WebM file says it is; None of others, whose end decoders miss themselves.
-
-    decord does not tell, and PyAV may not be there.
-    """
-    head = _head(source, _HEADER_BYTES)
-    if not head.startswith(_MATROSKA):
-        return None
-    info = head.partition(b"\x15\x49\xa9\x66")[2]
-    found = re.search(rb"\x44\x89(?:\x88(.{8})|\x84(.{4}))", info, re.DOTALL)
-    if found is None:
-        return None
-    scale = re.search(rb"\x2a\xd7\xb1\x83(.{3})", info, re.DOTALL)
-    ticks = struct.unpack(">d", found[1])[0] if found[1] else struct.unpack(">f", found[2])[0]
-    return float(ticks * (int.from_bytes(scale[1], "big") if scale else 10**6) / 1e9)
-
-
-def _warn_if_cut_short(source: Path | bytes, name: str, metadata: VideoMetadata) -> None:
-    """Warn where the frames end long before the container says: the rest of a truncated file."""
-    claimed, seconds = _claimed_seconds(source), metadata.duration
-    if claimed is None or seconds is None or not math.isfinite(claimed):
-        return
-    if claimed - seconds > max(_MISSING_SECONDS, _MISSING_FRACTION * claimed):
-        warnings.warn(
-            f"{name}: found {seconds:.1f} s of video; expected {claimed:.1f} s, as the container says: the file is "
-            "probably truncated",
-            stacklevel=2,
-        )
-
-
-def _is_text(head: bytes) -> bool:
-    """Whether a file begins as prose does. FFmpeg would show it as a video of a terminal."""
-    return bool(head) and not any(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
-
-
 def _plan(
     reader: _Reader, sample_indices_fn: SampleIndices | None, max_pixels: int, max_decoded_bytes: int
 ) -> VideoMetadata:
@@ -468,12 +346,12 @@ def decode_video(
     if backend is not None and backend not in _READERS:
         raise MediaError(f"backend: found {backend!r}; expected one of {', '.join(sorted(_READERS))}")
     try:
-        head = _head(source)
+        head = head_of(source)
         with naming(name, MediaError):
-            _check_kind(head, source)
+            check_is_video(head, source)
     except OSError as error:
         raise MediaError(f"{name}: found an unreadable file ({error}); expected a video") from error
-    backends = ("pillow",) if _is_animated_image(head) else ("decord", "pyav")
+    backends = ("pillow",) if is_animated_image(head) else ("decord", "pyav")
     verdict = "found no readable video, perhaps a truncated or corrupt one; expected a video"
     problems: list[str] = []
     hint = ""
@@ -509,7 +387,7 @@ def decode_video(
                 problems.append(f"{candidate}: {shortened(error)}")
             cause = error
             continue
-        _warn_if_cut_short(source, name, metadata)
+        warn_if_truncated(source, name, metadata.duration)
         return frames, metadata
     if cause is None:
         raise NoDecoderError(f"{name}: found no decoder; expected decord or PyAV: {_INSTALL}")

@@ -17,15 +17,8 @@ import PIL.ImageOps
 from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError, counted
 from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
-from glm4v_jax.inputs.media.decode import (
-    MAX_PIXELS,
-    SampleIndices,
-    VideoMetadata,
-    decode_video,
-    is_still_image,
-    kind_of_file,
-    shortened,
-)
+from glm4v_jax.inputs.media.container import is_still_image, kind_of_file
+from glm4v_jax.inputs.media.decode import MAX_PIXELS, SampleIndices, VideoMetadata, decode_video, shortened
 from glm4v_jax.inputs.media.fetch import (
     MAX_IMAGE_BYTES,
     describe,

@@ -16,7 +16,8 @@ import PIL.Image
 
 from glm4v_jax.errors import MediaError, not_there
 from glm4v_jax.inputs.batch_feature import BatchFeature
-from glm4v_jax.inputs.media.decode import VideoMetadata, kind_of_file
+from glm4v_jax.inputs.media.container import kind_of_file
+from glm4v_jax.inputs.media.decode import VideoMetadata
 from glm4v_jax.inputs.media.fetch import describe, is_missing_path, open_source
 from glm4v_jax.inputs.media.load import open_image
 from glm4v_jax.inputs.prepared_media import PreparedMedia
