@@ -348,7 +348,7 @@ def main() -> int:
     passed = all(line.passed for line in judged)
     figures = {
         "machine": facts, "models": _as_json(lines), "options": _as_json(options),
-        "pictures": _as_json(images), "videos": _as_json(videos),
+        "images": _as_json(images), "videos": _as_json(videos),
         "passed": passed,
     }  # fmt: skip
     largest = max(line.logit_difference for line in lines)

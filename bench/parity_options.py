@@ -112,14 +112,14 @@ def compare_options(
         theirs.model.rope_deltas = None
         with torch.no_grad():
             expected = theirs.generate(**to_torch(inputs), **whole, **{**base, **their_options})
-        heard: list[Any] = []
+        received: list[Any] = []
         found = ours.generate(
             **inputs, **whole, **{**base, "eos_token_id": -1, "pad_token_id": 0, **our_options},
-            streamer=types.SimpleNamespace(put=heard.append, end=functools.partial(heard.append, None)),
+            streamer=types.SimpleNamespace(put=received.append, end=functools.partial(received.append, None)),
         )  # fmt: skip
         sequences = expected.sequences.numpy()
         ids, new = found.sequences, sequences[:, length:]
-        streamed = heard[-1] is None and np.array_equal(np.stack(heard[1:-1], axis=1), ids[:, length:])
+        streamed = received[-1] is None and np.array_equal(np.stack(received[1:-1], axis=1), ids[:, length:])
         equal = int((ids[:, length:] == new).sum()) if streamed and ids.shape == sequences.shape else 0
         yield OptionLine(
             case=name,

@@ -193,7 +193,7 @@ def page() -> str:
                 for m in parity["models"]
             ),
         ),
-        images=f"{sum(p['pixel_difference'] == 0 for p in parity['pictures'])} of {len(parity['pictures'])} images",
+        images=f"{sum(p['pixel_difference'] == 0 for p in parity['images'])} of {len(parity['images'])} images",
         videos=f"{sum(v['max_steps'] <= 1 for v in parity['videos'])} of {len(parity['videos'])} videos",
         options=f"{sum(o['passed'] for o in parity['options'])} of {len(parity['options'])} scenarios",
         cpu_parameters=round(cpu["parameters"] / 1e6),

@@ -55,7 +55,7 @@ class Compilations:
 class RequestFacts:
     """What one request took."""
 
-    pictures: int
+    images: int
     videos: int
     prompt_tokens: int
     prompt_bucket: int
@@ -91,17 +91,20 @@ def random_messages(rng: np.random.Generator) -> tuple[list[dict[str, Any]], dic
 
 
 def send(
-    model: Glm4vForConditionalGeneration, processor: Glm4vProcessor, rng: np.random.Generator, heard: Compilations
+    model: Glm4vForConditionalGeneration,
+    processor: Glm4vProcessor,
+    rng: np.random.Generator,
+    compilations: Compilations,
 ) -> RequestFacts:
     """One random request through processor and model."""
     messages, options = random_messages(rng)
     kinds = collections.Counter(item["type"] for item in messages[0]["content"])
-    before, start = len(heard.names), time.perf_counter()
+    before, start = len(compilations.names), time.perf_counter()
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, **options
     )
     model.generate(**inputs, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
-    seconds, compiled = time.perf_counter() - start, heard.names[before:]
+    seconds, compiled = time.perf_counter() - start, compilations.names[before:]
     batch, _ = make_batch(
         inputs["input_ids"],
         model.config,
@@ -111,7 +114,7 @@ def send(
     shapes = collections.Counter(medium_shape(grid, 1) for grid in grids)
     calls = {shape: -(-count // wave_size(shape, 1)) for shape, count in shapes.items()}
     return RequestFacts(
-        pictures=kinds["image"],
+        images=kinds["image"],
         videos=kinds["video"],
         prompt_tokens=int(batch.segment_ids.sum()),
         prompt_bucket=batch.input_ids.shape[1],
@@ -144,13 +147,13 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    out, heard, rng = report.console(), Compilations(), np.random.default_rng(arguments.seed)
+    out, compilations, rng = report.console(), Compilations(), np.random.default_rng(arguments.seed)
     processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
     model = Glm4vForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
 
-    loaded, start = len(heard.names), time.perf_counter()
+    loaded, start = len(compilations.names), time.perf_counter()
     done = warmup(model, prompt_lengths=PROMPT_LENGTHS, vision_patches=VISION_PATCHES, max_new_tokens=NEW_TOKENS)
-    warm_seconds, warm_compiled = time.perf_counter() - start, len(heard.names) - loaded
+    warm_seconds, warm_compiled = time.perf_counter() - start, len(compilations.names) - loaded
     out.print(
         report.Table(
             "warm-up: prompts of {}-{} tokens, {}-{} patches, {} new tokens".format(
@@ -164,14 +167,14 @@ def main() -> int:
         out.print(f"{program}: {'; '.join(line.shape for line in done if line.program == program)}", style="dim")
     out.print(f"{warm_compiled} compilations in {warm_seconds:.1f} s\n")
 
-    requests = [send(model, processor, rng, heard) for _ in range(arguments.requests)]
+    requests = [send(model, processor, rng, compilations) for _ in range(arguments.requests)]
     out.print(
         report.Table(
             f"{len(requests)} requests",
-            ("request", "pictures", "videos", "prompt", "bucket", "patches", "calls", "padding", "seconds", "compiled"),
+            ("request", "images", "videos", "prompt", "bucket", "patches", "calls", "padding", "seconds", "compiled"),
             [
                 (
-                    number, r.pictures, r.videos, r.prompt_tokens, r.prompt_bucket, r.patches,
+                    number, r.images, r.videos, r.prompt_tokens, r.prompt_bucket, r.patches,
                     r.calls or "", f"{padded_share(r.patches, r.row_patches):.0%}" if r.calls else "",
                     f"{r.seconds:.2f}",
                     len(r.compiled),
