@@ -40,7 +40,8 @@ class Variant:
         """Load the model, compile, and say what that took."""
         import jax
 
-        from glm4v_jax.checkpoints.load import device_bytes, load_runtime
+        from glm4v_jax.checkpoints.load import load_runtime
+        from glm4v_jax.checkpoints.plan import device_bytes
         from glm4v_jax.devices.mesh import make_mesh
 
         is_float = self._scheme in ("float32", "bfloat16")

@@ -8,6 +8,7 @@ from bench.performance_page import read, table
 from bench.report import ROOT
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import GIB
+from glm4v_jax.planning.compile_for_topology import SLICES
 from glm4v_jax.planning.memory_table import describe
 
 PAGE = ROOT / "docs" / "guides" / "quantize.md"
@@ -123,6 +124,7 @@ class Place(NamedTuple):
     weights: Mapping[str, tuple[str, str]]
 
 
+AVAILABLE = {name: SLICES[name].available / GIB for name in ("v5e", "v6e")}
 PLACES = (
     Place(
         "CPU", HOST, {f"{size} GB": size - SYSTEM for size in (8, 12, 16, 24, 32, 48, 64)},
@@ -134,7 +136,7 @@ PLACES = (
         {"bfloat16": ("bfloat16", "none"), "int8": ("bfloat16", "int8"), "int4": ("bfloat16", "int4")},
     ),
     Place(
-        "TPU", DEVICE, {"v5e (15.75 GiB)": 15.75, "v6e (31.25 GiB)": 31.25},
+        "TPU", DEVICE, {f"{name} ({size} GiB)": size for name, size in AVAILABLE.items()},
         {"bfloat16": ("bfloat16", "none"), "int8": ("bfloat16", "int8")},
     ),
 )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ScaleLayout, match
-from glm4v_jax.checkpoints.load import check_scheme
 from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
+from glm4v_jax.checkpoints.plan import check_scheme
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.devices.mesh import AXES
@@ -118,13 +118,13 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
     for rule, members in names.items():
         infos = [files[name] for name in members]
         leaf = leaves[rule.leaf]
-        if stored is not None and rule.piece == SCALE:
+        if stored is not None and rule.suffix == SCALE:
             dropped = ScaleLayout.of(rule, stored, sizes).dropped
             kept = [names for axis, names in enumerate(leaf.axes) if axis not in dropped]
             leaf = dataclasses.replace(leaf, path=scale_path(leaf.path), axes=tuple(kept))
-        if rule.piece == SHAPE:
+        if rule.suffix == SHAPE:
             leaf = dataclasses.replace(leaf, path="", axes=())
-        weights = 0 if rule.piece not in ("", WEIGHT, PACKED) else math.prod(rule.tensor_shape(sizes))
+        weights = 0 if rule.suffix not in ("", WEIGHT, PACKED) else math.prod(rule.tensor_shape(sizes))
         groups.append(
             Group(
                 name=rule.tensor,
@@ -135,7 +135,7 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
                 nbytes=sum(info.nbytes for info in infos),
                 leaf=leaf.path if rule.part is None else f"{leaf.path}[{':, ' * rule.part[0]}{rule.part[1]}]",
                 sharding=tuple("+".join(axes) or "-" for axes in leaf.axes),
-                device_bytes=0 if rule.piece == SHAPE else sum(info.nbytes // leaf.shards(mesh) for info in infos),
+                device_bytes=0 if rule.suffix == SHAPE else sum(info.nbytes // leaf.shards(mesh) for info in infos),
             )
         )
     if quantize != "none":

@@ -17,7 +17,7 @@ from convert.source import Summary
 from convert.to_hf import CastTensor
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import check_room, new_directory
-from glm4v_jax.checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, pack, pieces
+from glm4v_jax.checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, pack, stored_tensors
 from glm4v_jax.checkpoints.hf_write import PYTORCH, plan_shards, total_bytes, write_shards
 from glm4v_jax.checkpoints.load import INT4_QUALITY
 from glm4v_jax.checkpoints.orbax_read import Weights, leaves_of, open_weights
@@ -122,13 +122,13 @@ def _tensors(files: Weights, config: Glm4vConfig, scheme: StoredQuantization, la
         if scheme.group is not None and info.shape[1] % scheme.group:
             raise ConfigError(fault("--group", scheme.group, f"a divisor of the {info.shape[1]} inputs of {name}"))
         weight = _Weight(files, name, scheme)
-        for end, piece in pieces(info.shape, scheme).items():
-            key = name.removesuffix(WEIGHT) + end
-            if end == SHAPE:
+        for suffix, tensor in stored_tensors(info.shape, scheme).items():
+            key = name.removesuffix(WEIGHT) + suffix
+            if suffix == SHAPE:
                 tensors[key] = np.array(info.shape, np.int64)
             else:
-                dtype = info.dtype if end == SCALE else np.dtype(piece.dtypes[0])
-                tensors[key] = _QuantizedTensor(piece.shape, dtype, weight, end)
+                dtype = info.dtype if suffix == SCALE else np.dtype(tensor.dtypes[0])
+                tensors[key] = _QuantizedTensor(tensor.shape, dtype, weight, suffix)
     return tensors
 
 
@@ -175,16 +175,16 @@ class _QuantizedTensor(LazyTensor):
     """The integers or the scales of a weight, made when their turn comes."""
 
     weight: _Weight
-    piece: str
+    suffix: str
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Return packed integers, or scales."""
         for start, values in self.weight.chunks():
             scale = self.weight.scale(start, values)
-            if self.piece == SCALE:
+            if self.suffix == SCALE:
                 yield scale
                 continue
-            assert self.piece == PACKED
+            assert self.suffix == PACKED
             values /= scale.astype(np.float32)[:, :, None]
             integers = np.rint(values, out=values).astype(np.int8)
             yield pack(integers.reshape(len(integers), -1), self.weight.scheme.bits)

@@ -20,8 +20,9 @@ from glm4v_jax.checkpoints import hf_mapping, orbax_write
 from glm4v_jax.checkpoints.atomic_directory import check_room
 from glm4v_jax.checkpoints.hf_write import PYTORCH
 from glm4v_jax.checkpoints.leaves import Leaves, array_of, in_groups
-from glm4v_jax.checkpoints.load import abstract_leaves, resolve_dtype
+from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, Weights, leaves_of, open_weights
+from glm4v_jax.checkpoints.plan import abstract_leaves
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import make_mesh, use_mesh

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from glm4v_jax.checkpoints.load import abstract_leaves, check_fits, device_bytes, load_model, resolve_dtype
+from glm4v_jax.checkpoints.load import load_model, resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
+from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, device_bytes
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.data.media import source_of

@@ -31,7 +31,7 @@ WEIGHT, PACKED, SCALE, SHAPE, ZERO_POINT = (
 _INTEGERS = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
 
 
-class Piece(NamedTuple):
+class StoredTensor(NamedTuple):
     """What one of the tensors must be: its shape, and one of these dtypes."""
 
     shape: tuple[int, ...]
@@ -48,19 +48,20 @@ class Files(Protocol):
         ...
 
 
-def pieces(shape: tuple[int, ...], stored: StoredQuantization) -> dict[str, Piece]:
+def stored_tensors(shape: tuple[int, ...], stored: StoredQuantization) -> dict[str, StoredTensor]:
     """Return the ends of the names -> the tensors, of a weight [out, in]; groups divide the inputs."""
     outputs, inputs = shape
     groups = 1 if stored.group is None else inputs // stored.group
-    scale = Piece((outputs, groups), hf_mapping.DTYPES)
+    scale = StoredTensor((outputs, groups), hf_mapping.DTYPES)
     if not stored.packed:
-        found = {WEIGHT: Piece(shape, ("int8",)), SCALE: scale, ZERO_POINT: Piece((outputs, groups), ("int8",))}
+        zero_point = StoredTensor((outputs, groups), ("int8",))
+        found = {WEIGHT: StoredTensor(shape, ("int8",)), SCALE: scale, ZERO_POINT: zero_point}
     else:
         found = {
-            PACKED: Piece((outputs, packed_size(inputs, stored.bits)), ("int32",)),
+            PACKED: StoredTensor((outputs, packed_size(inputs, stored.bits)), ("int32",)),
             SCALE: scale,
-            SHAPE: Piece((2,), ("int64", "int32")),
-            ZERO_POINT: Piece((packed_size(outputs, stored.bits), groups), ("int32",)),
+            SHAPE: StoredTensor((2,), ("int64", "int32")),
+            ZERO_POINT: StoredTensor((packed_size(outputs, stored.bits), groups), ("int32",)),
         }
     if stored.symmetric:
         del found[ZERO_POINT]
@@ -68,7 +69,7 @@ def pieces(shape: tuple[int, ...], stored: StoredQuantization) -> dict[str, Piec
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Return how many int32 hold so many integers."""
+    """Return the number of int32 that hold `count` integers."""
     return math.ceil(count * bits / 32)
 
 
@@ -142,8 +143,8 @@ class QuantizedWeight:
         found = list(map(int, self._read(SHAPE))) if self.stored.packed else list(self.shape)
         return [] if found == list(self.shape) else [fault(f"{self.name}.{SHAPE}", found, str(list(self.shape)))]
 
-    def _read(self, piece: str) -> np.ndarray:
-        return self.files.read(f"{self.name}.{piece}")
+    def _read(self, suffix: str) -> np.ndarray:
+        return self.files.read(f"{self.name}.{suffix}")
 
 
 def signed(values: np.ndarray) -> np.ndarray:
@@ -202,9 +203,7 @@ class ScaleLayout(NamedTuple):
         return np.expand_dims(leaf, tuple(self.dropped))[self.rule.index]
 
 
-def quantized_leaves(
-    config: Glm4vConfig, stored: StoredQuantization, kernels: Collection[str]
-) -> dict[str, TensorInfo]:
+def stored_leaves(config: Glm4vConfig, stored: StoredQuantization, kernels: Collection[str]) -> dict[str, TensorInfo]:
     """Return path -> shape and dtype of kernels and their scales, where a checkpoint has these kernels quantised."""
     sizes, shapes = hf_mapping.dimensions(config), hf_mapping.leaf_shapes(config)
     found: dict[str, TensorInfo] = {}
@@ -234,16 +233,26 @@ def match(
       CheckpointError: tensors are missing, unexpected, there twice, of a wrong shape or dtype; all of them are listed.
       ConfigError: a group of the scheme does not divide a layer's inputs.
     """
+    found = {hf_mapping.canonical(name): info for name, info in infos.items()}
     if stored is None:
+        if quantized_name := next((name for name in found if name.endswith((PACKED, SCALE))), None):
+            raise CheckpointError(f"{where}: {FIELD}: found nothing; expected the scheme of {quantized_name}")
         return hf_mapping.match(config, infos, where)
-    found = {hf_mapping.canonical(name) for name in infos}
     quantized = {
         name for name, part in hf_mapping.wanted(config).items()
-        if part.rule.is_linear and not found.isdisjoint(_marks(name))
+        if part.rule.is_linear and not found.keys().isdisjoint(_marks(name))
     }  # fmt: skip
     if not quantized:
         raise CheckpointError(f"{where}: {FIELD}: found {stored}, but no quantised weight; expected some")
     expected = expected_tensors(config, quantized, stored, where)
+    for suffix in (PACKED, SCALE):
+        shapes = {name: shape for name, shape in expected.shapes.items() if name.endswith(suffix) and name in found}
+        if shapes and all(found[name].shape != shape for name, shape in shapes.items()):  # not one damaged tensor
+            name, shape = next(iter(shapes.items()))
+            raise CheckpointError(
+                f"{where}: {FIELD}: found {stored}, of which {name} would be {list(shape)}; expected the scheme in "
+                f"which it is {list(found[name].shape)}"
+            )
     listed = hf_mapping.without_tied_head(config, infos.items())
     names = hf_mapping.check_tensors(listed, expected.shapes, where, dtypes=expected.dtypes)
     return {names[key]: part for key, part in expected.parts.items()}
@@ -293,15 +302,15 @@ def expected_tensors(
         if stored.group is not None and shape[1] % stored.group:
             divisor = f"a divisor of the {shape[1]} inputs of {name}"
             raise ConfigError(fault(f"{where}: {FIELD}: group_size", stored.group, divisor))
-        for end, piece in pieces(shape, stored).items():
-            key = name.removesuffix(WEIGHT) + end
-            rule = dataclasses.replace(part.rule, tensor=part.rule.tensor.removesuffix(WEIGHT) + end, piece=end)
-            expected.parts[key], expected.shapes[key] = part._replace(rule=rule), piece.shape
-            expected.dtypes[key] = piece.dtypes
+        for suffix, tensor in stored_tensors(shape, stored).items():
+            key = name.removesuffix(WEIGHT) + suffix
+            rule = dataclasses.replace(part.rule, tensor=part.rule.tensor.removesuffix(WEIGHT) + suffix, suffix=suffix)
+            expected.parts[key], expected.shapes[key] = part._replace(rule=rule), tensor.shape
+            expected.dtypes[key] = tensor.dtypes
     # The parts of a fused leaf are one array, and so are the layers of a stacked one.
     rules = {key: part.rule for key, part in expected.parts.items()}
-    floats = {rule.leaf: key for key, rule in rules.items() if not rule.piece}
-    mixed = {rule.leaf: key for key, rule in rules.items() if rule.piece and rule.leaf in floats}
+    floats = {rule.leaf: key for key, rule in rules.items() if not rule.suffix}
+    mixed = {rule.leaf: key for key, rule in rules.items() if rule.suffix and rule.leaf in floats}
     faults = [
         f"{key}: found it beside {floats[leaf]} in floats; expected both quantised" for leaf, key in mixed.items()
     ]

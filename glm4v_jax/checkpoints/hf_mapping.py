@@ -33,15 +33,15 @@ class Rule:
       leaf: path in the model; a leaf under `layers` or `blocks` exists once for each layer.
       layout: einops pattern from the tensor to the leaf; capitals are the sizes that `dimensions` gives.
       part: (axis, number) if the tensor is one slice of a fused leaf; `layout` then gives that slice, without the axis.
-      piece: of one of the tensors that a quantised weight is stored as, the end of its name (see `compressed_tensors`);
-        `layout` is the weight's.
+      suffix: the end of `tensor` if it is one of those that a quantised weight is stored as (see `compressed_tensors`),
+        else empty; `layout` is the weight's.
     """
 
     tensor: str
     leaf: str
     layout: str
     part: tuple[int, int] | None = None
-    piece: str = ""
+    suffix: str = ""
 
     @property
     def layered(self) -> bool:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.compressed_tensors import QuantizedWeight, ScaleLayout, match, quantized_leaves, signed
+from glm4v_jax.checkpoints.compressed_tensors import QuantizedWeight, ScaleLayout, match, signed, stored_leaves
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
 from glm4v_jax.checkpoints.strided_copy import copy_in_squares
 from glm4v_jax.config.checks import raise_faults
@@ -76,8 +76,8 @@ class TensorLeaves:
         for name in files:
             if (part := matched.get(name)) is None:  # a copy of a tied head
                 continue
-            if part.rule.piece and self.stored is not None:
-                name = name.removesuffix(f".{part.rule.piece}")
+            if part.rule.suffix and self.stored is not None:
+                name = name.removesuffix(f".{part.rule.suffix}")
                 shape = part.rule.tensor_shape(self._sizes)
                 self._quantized[name] = QuantizedWeight(files, name, shape, self.stored)
             self._tensors.setdefault(part.path, {})[name] = part
@@ -89,7 +89,7 @@ class TensorLeaves:
     def _infos(self, config: Glm4vConfig) -> dict[str, TensorInfo]:
         shapes, infos = hf_mapping.leaf_shapes(config), dict[str, TensorInfo]()
         kernels = [path for path, tensors in self._tensors.items() if not self._quantized.keys().isdisjoint(tensors)]
-        quantized = {} if self.stored is None else quantized_leaves(config, self.stored, kernels)
+        quantized = {} if self.stored is None else stored_leaves(config, self.stored, kernels)
         for path, tensors in self._tensors.items():
             if path in quantized:
                 infos |= {leaf: quantized[leaf] for leaf in (path, scale_path(path))}

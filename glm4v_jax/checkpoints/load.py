@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,42 +12,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import load_adapter, read_adapter
-from glm4v_jax.checkpoints.leaves import Leaves, array_of
+from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
+from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, needed_bytes
 from glm4v_jax.checkpoints.safetensors import TensorInfo
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.config.quantization import StoredQuantization, stored_quantization
-from glm4v_jax.devices.memory import Memory, check_memory, memory_of
+from glm4v_jax.config.quantization import stored_quantization
+from glm4v_jax.devices.hardware import check_32_bits
 from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.devices.mesh import spec as partition
-from glm4v_jax.errors import ConfigError, MemoryShortageError, naming
-from glm4v_jax.files import decimal_size
+from glm4v_jax.errors import ConfigError, naming
 from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
-from glm4v_jax.model.kernel_order import outputs_first as with_outputs_first
-from glm4v_jax.model.params import default_dtype, kernels, leaf_paths
+from glm4v_jax.model.params import default_dtype, kernels
 from glm4v_jax.model.quantize import (
     QuantConfig,
     check_finite,
     for_inference,
     is_quantized,
     is_scale,
-    kernel_path,
     quantize_embedding,
     quantize_kernel,
     quantized_leaves,
     scale_axes,
     scale_path,
-    with_integers,
 )
-from glm4v_jax.model.quantize import quantize as quantized
 from glm4v_jax.model.runtime import Runtime
 
 T = TypeVar("T")
@@ -194,9 +188,10 @@ def load_model(
       CheckpointError: files are missing, truncated or corrupt, tensors do not fit the configuration, or numbers to
         quantise are not finite.
       ConfigError: `quantize` fits no linear layer, does not divide by the mesh, or is another scheme than that of the
-        checkpoint's integers.
+        checkpoint's integers; or JAX has integers of 64 bits.
       MemoryShortageError: see `check_fits`.
     """
+    check_32_bits()
     files = open_weights(directory)
     leaves = leaves_of(files, config)
     dtype = resolve_dtype(dtype, files)
@@ -204,7 +199,7 @@ def load_model(
         config, dtype, stacked=stacked, outputs_first=outputs_first, quantize=quantize, leaves=leaves
     )
 
-    needed = functools.partial(_needed, config, stacked=stacked, reserve=reserve, leaves=leaves)
+    needed = functools.partial(needed_bytes, config, stacked=stacked, reserve=reserve, leaves=leaves)
     stored = leaves.stored
 
     def instead() -> dict[str, int]:
@@ -278,128 +273,6 @@ def load_model(
     if quantize is not None or stored is not None:
         check_finite({path: array for path, array in arrays.items() if is_scale(path)}, str(directory))
     return jax.tree.unflatten(structure, [arrays[path] for path in abstract])
-
-
-def abstract_leaves(
-    config: Glm4vConfig,
-    dtype: DTypeLike,
-    *,
-    stacked: bool,
-    outputs_first: bool = False,
-    quantize: QuantConfig | None = None,
-    leaves: Leaves | None = None,
-) -> tuple[dict[str, Any], Any]:
-    """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree.
-
-    Args:
-      config: of the model.
-      dtype: of floats.
-      stacked: the layout of the layers.
-      outputs_first: the order of kernels.
-      quantize: the kernels to quantise.
-      leaves: of the checkpoint that is to be read, if some of its kernels are in integers.
-
-    Raises:
-      ConfigError: `quantize` fits no layer, or is another scheme than that of the checkpoint's integers; or groups do
-        not divide by the mesh.
-    """
-    stored = None if leaves is None else leaves.stored
-    if quantize is not None:
-        check_scheme(quantize.dtype, stored)
-
-    def make() -> Glm4v:
-        model = Glm4v.init(config, dtype=dtype)
-        if quantize is not None:
-            model = quantized(model, quantize)
-        if leaves is not None and stored is not None:
-            scales = {kernel_path(path): info.shape for path, info in leaves.infos.items() if is_scale(path)}
-            shapes = {
-                hf_mapping.layerless_path(path): (leaves.infos[path].shape, shape) for path, shape in scales.items()
-            }
-            model = with_integers(model, shapes, QuantConfig(stored.dtype))
-        if outputs_first:
-            model = with_outputs_first(model)
-        return model if stacked else model.unstacked()
-
-    abstract = jax.eval_shape(make)
-    arrays, structure = jax.tree.flatten(abstract)
-    return dict(zip(leaf_paths(abstract), arrays, strict=True)), structure
-
-
-def check_scheme(scheme: str, stored: StoredQuantization | None) -> None:
-    """Check that what a checkpoint has in floats may be quantised beside what it has in integers.
-
-    Raises:
-      ConfigError: these have another number of bits.
-    """
-    if stored is not None and scheme != (own := f"int{stored.bits}"):
-        raise ConfigError(
-            f"quantize: found {scheme!r} for a checkpoint that is quantised ({stored}); expected nothing, or {own!r} "
-            "for the rest of its weights"
-        )
-
-
-def _needed(
-    config: Glm4vConfig,
-    dtype: DTypeLike,
-    quantize: QuantConfig | None,
-    *,
-    stacked: bool,
-    reserve: int,
-    leaves: Leaves,
-) -> int:
-    """Bytes that a device needs of the weights, of the copies that programs make of them, and to `reserve`."""
-    arrays, _ = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize, leaves=leaves)
-    copied = [
-        leaf.update(dtype=jnp.float32)
-        for path, leaf in arrays.items()
-        if platform() == "cpu" and path.endswith(".kernel") and cpu_matmul.is_copied(leaf)
-    ]
-    return device_bytes([*arrays.values(), *copied]) + reserve
-
-
-def device_bytes(leaves: Iterable[Any]) -> int:
-    """Return the bytes that a device of the mesh holds of arrays, abstract ones included.
-
-    Of int4 accelerators have two integers in a byte, a CPU has one.
-    """
-    together = 1 if platform() == "cpu" else 2
-
-    def nbytes(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        return leaf.dtype.itemsize * math.prod(shape) // (together if leaf.dtype == jnp.int4 else 1)
-
-    return sum(map(nbytes, leaves))
-
-
-def check_fits(
-    nbytes: int, what: str, place: str, instead: Callable[[], Mapping[str, int]], *, mesh_option: str = "--mesh"
-) -> None:
-    """Check that this process's devices in the current mesh have room for what is to be loaded.
-
-    Args:
-      nbytes: that each device is to hold.
-      what: they are for.
-      place: starts the message.
-      instead: returns options -> bytes that each device would hold with them.
-      mesh_option: what sets the mesh.
-
-    Raises:
-      MemoryShortageError: they have not; the message has both numbers, and what would fit.
-    """
-    mesh = jax.sharding.get_mesh()
-    is_host = platform() == "cpu"
-    shared = len(mesh.local_devices) if is_host else 1  # all devices of a CPU have one memory
-
-    def advice(memory: Memory) -> str:
-        fitting = {name: shared * size for name, size in instead().items() if shared * size <= memory.free}
-        found = [f"{name} ({decimal_size(size, 1)})" for name, size in fitting.items()]
-        if not is_host and memory.free > 0:
-            found.append(f"{mesh_option} with at least {mesh.size * -(-nbytes // memory.free)} such devices")
-        return f"what fits: {' or '.join(found)}" if found else ""
-
-    with naming(place, MemoryShortageError):
-        check_memory(shared * nbytes, what, memory_of(mesh.local_devices), advice)
 
 
 def _ahead(function: Callable[[str], T], items: Iterable[str], count: int = 2) -> Iterator[T]:

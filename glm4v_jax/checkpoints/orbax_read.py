@@ -26,7 +26,7 @@ from glm4v_jax.checkpoints.compressed_tensors import (
     ScaleLayout,
     expected_tensors,
     pack,
-    quantized_leaves,
+    stored_leaves,
 )
 from glm4v_jax.checkpoints.leaves import Leaves, Slices, TensorLeaves
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, open_checkpoint
@@ -98,7 +98,7 @@ class OrbaxLeaves:
         quantized: dict[str, TensorInfo] = {}
         if self.stored is not None:
             kernels = [kernel_path(path) for path in found if is_scale(path)]
-            quantized = quantized_leaves(config, self.stored, kernels)
+            quantized = stored_leaves(config, self.stored, kernels)
         expected = hf_mapping.leaf_shapes(config) | {path: info.shape for path, info in quantized.items()}
         dtypes = {path: (info.dtype.name,) for path, info in quantized.items()}
         hf_mapping.check_tensors(found.items(), expected, str(directory), spell=str, dtypes=dtypes)
@@ -193,8 +193,8 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
           CheckpointError: the data are damaged.
         """
         rule, path = self._parts[name].rule, self._parts[name].path
-        if rule.piece:
-            return self._piece(name)[index]
+        if rule.suffix:
+            return self._stored_tensor(name)[index]
         tensor_axes, leaf_axes = rule.axes()
         wanted = [slice(None)] * len(leaf_axes)
         sizes = self._sizes
@@ -211,14 +211,14 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
             leaf = leaf.squeeze(rule.part[0])
         return rule.to_tensor(leaf, sizes)[index].astype(self._infos[name].dtype, copy=False)
 
-    def _piece(self, name: str) -> np.ndarray:
+    def _stored_tensor(self, name: str) -> np.ndarray:
         """One of the tensors that a quantised weight is stored as."""
         rule, path, stored = self._parts[name].rule, self._parts[name].path, self.leaves.stored
         info, shape = self._infos[name], rule.tensor_shape(self._sizes)
         assert stored is not None
-        if rule.piece == SHAPE:
+        if rule.suffix == SHAPE:
             return np.array(shape, info.dtype)
-        if rule.piece == SCALE:
+        if rule.suffix == SCALE:
             layout = ScaleLayout.of(rule, stored, self._sizes)
             return layout.read(self._leaf(scale_path(path)), info.shape[1]).astype(info.dtype)
         if not stored.symmetric:
@@ -227,7 +227,7 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
                 "were converted from"
             )
         values = rule.to_tensor(self._leaf(path)[rule.index], self._sizes)
-        return pack(values, stored.bits) if rule.piece == PACKED else values
+        return pack(values, stored.bits) if rule.suffix == PACKED else values
 
     def _leaf(self, path: str) -> np.ndarray:
         return self.leaves.read(path, (slice(None),) * len(self.leaves.infos[path].shape))

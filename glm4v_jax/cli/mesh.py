@@ -107,7 +107,7 @@ class Mesh(JsonOptions):
         Raises:
           ConfigError: --quantize is another scheme.
         """
-        from glm4v_jax.checkpoints.load import check_scheme
+        from glm4v_jax.checkpoints.plan import check_scheme
         from glm4v_jax.config.quantization import stored_quantization
 
         stored = stored_quantization(self.model)

@@ -11,6 +11,8 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from glm4v_jax.errors import ConfigError
+
 if TYPE_CHECKING:
     import jax
 
@@ -28,6 +30,8 @@ class Chip:
       flops: bfloat16 operations per second of a device, dense.
       bandwidth: bytes per second from memory.
       links: bytes per second over all links to other chips.
+      available: bytes of its memory that programs may use, by what the compiler says when it refuses one; all of it
+        where that is not known.
     """
 
     kinds: tuple[str, ...]
@@ -36,6 +40,11 @@ class Chip:
     flops: float = 0.0
     bandwidth: float = 0.0
     links: float = 0.0
+    available: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.available:
+            object.__setattr__(self, "available", self.hbm)
 
 
 # cloud.google.com/tpu/docs/system-architecture-tpu-vm and its pages v4, v5e, v5p, v6e; NVIDIA's data sheets.
@@ -43,8 +52,8 @@ CHIPS = (
     Chip(("TPU v2",), "v2", 8 * GIB),
     Chip(("TPU v3",), "v3", 16 * GIB),
     Chip(("TPU v4",), "v4", 32 * GIB, 275e12),
-    Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9),
-    Chip(("TPU v6", "TPU v6e"), "v6e", 32 * GIB, 918e12, 1640e9, 448e9),
+    Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9, 63 * GIB // 4),
+    Chip(("TPU v6", "TPU v6e"), "v6e", 32 * GIB, 918e12, 1640e9, 448e9, 125 * GIB // 4),
     Chip(("TPU v5", "TPU v5p"), "v5p", 95 * GIB, 459e12, 2765e9, 600e9),
     Chip(("NVIDIA A100",), hbm=80 * GIB, flops=312e12),
     Chip(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), hbm=40 * GIB, flops=312e12),
@@ -88,6 +97,18 @@ def missing_device() -> str | None:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"JAX: found no device {asked} ({reason}); expected at least one"
     return None
+
+
+def check_32_bits() -> None:
+    """Check that JAX's integers have 32 bits, which the cache and sampling rely on.
+
+    Raises:
+      ConfigError: they have 64.
+    """
+    import jax
+
+    if jax.config.jax_enable_x64:
+        raise ConfigError("JAX: found 64 bits (jax_enable_x64, $JAX_ENABLE_X64); expected 32: switch them off")
 
 
 def device_memory(device: "jax.Device") -> int | None:

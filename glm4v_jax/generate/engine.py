@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.checks import CacheDtype, refuse_unknown
 from glm4v_jax.config.generation import OF_ALL_REQUESTS, GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
-from glm4v_jax.errors import ConfigError, GenerationError
+from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
@@ -107,8 +105,6 @@ class Engine:
             raise GenerationError(f"num_slots: found {num_slots}; expected at least 1")
         if steps_per_dispatch is not None and not 1 <= steps_per_dispatch <= MAX_STEPS:
             raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
-        if jax.config.jax_enable_x64:
-            raise ConfigError("JAX: found 64 bits (jax_enable_x64, $JAX_ENABLE_X64); expected 32: switch them off")
         self.model, self.runtime, self.processor = model, runtime_of(model), processor
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
         self.cache_dtype = check_cache_dtype(cache_dtype)

@@ -19,9 +19,9 @@ from glm4v_jax.model import rope
 from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
 from glm4v_jax.model.kv_cache import (
     KVCache,
-    Quantized,
+    QuantizedSide,
     as_cached,
-    dequantized,
+    dequantize_side,
     layer_of,
     write_layer,
     write_layers,
@@ -32,7 +32,7 @@ from glm4v_jax.model.layers import Layers, Remat
 from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, gather_tokens
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
-NewKeys = tuple[Float[Array, "B K T H"] | Quantized, Float[Array, "B K T H"] | Quantized]
+NewKeys = tuple[Float[Array, "B K T H"] | QuantizedSide, Float[Array, "B K T H"] | QuantizedSide]
 """Keys (rotated) and values of the tokens of a call, heads first; as the cache has them, if there is one."""
 
 
@@ -62,8 +62,8 @@ class Past(NamedTuple):
     length: int32 [B], the slot of each row's first new token.
     """
 
-    k: Float[Array, "B K S H"] | Quantized
-    v: Float[Array, "B K S H"] | Quantized
+    k: Float[Array, "B K S H"] | QuantizedSide
+    v: Float[Array, "B K S H"] | QuantizedSide
     held: Int[Array, "B S"]
     length: Int[Array, " B"]
 
@@ -71,7 +71,7 @@ class Past(NamedTuple):
         """Keys and values [B, S, K, H] with the new ones in their slots, slots gathered, and the mask for them."""
         sides = []
         for side, fresh in zip((self.k, self.v), new, strict=True):
-            layer = dequantized(write_slots(side, fresh, self.length), dtype)
+            layer = dequantize_side(write_slots(side, fresh, self.length), dtype)
             layer = mesh.reshard(layer, "batch", "kv_heads", None, None)
             sides.append(jnp.moveaxis(layer, 1, 2))
         return sides[0], sides[1], Mask(segments, write_segments(self.held, segments, self.length), self.length)

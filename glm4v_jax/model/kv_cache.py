@@ -1,9 +1,9 @@
 """The key and value cache: a pytree of static shape, written in place when it is donated.
 
-Keys and values are floats, or 8-bit integers with a float32 scale for each slot and head (`Quantized`): with heads of
-128 a half of bfloat16's memory and a quarter of float32's. A layer rounds its keys and values before anybody attends to
-them (`as_cached`), so that a token sees the same keys whichever tokens were computed together with it: prefill chunks,
-drafts and kept caches change nothing. Attention multiplies the integers and applies the scales to scores and
+Keys and values are floats, or 8-bit integers with a float32 scale for each slot and head (`QuantizedSide`): with heads
+of 128 a half of bfloat16's memory and a quarter of float32's. A layer rounds its keys and values before anybody attends
+to them (`as_cached`), so that a token sees the same keys whichever tokens were computed together with it: prefill
+chunks, drafts and kept caches change nothing. Attention multiplies the integers and applies the scales to scores and
 probabilities.
 """
 
@@ -23,14 +23,14 @@ from glm4v_jax.errors import GenerationError, counted
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class QuantizedSide:
     """Keys or values as integers: element (s, h) of a head is `integers[s, h] * scale[s]`."""
 
     integers: Int8[Array, "*B S H"]
     scale: Float32[Array, "*B S"]
 
 
-def quantized(x: Float[Array, "*B S H"]) -> Quantized:
+def quantize_side(x: Float[Array, "*B S H"]) -> QuantizedSide:
     """Round to the nearest of 255 multiples of a scale per slot and head: off by half of the scale at most.
 
     What is not finite stays so: its slot's scale is not finite either.
@@ -40,22 +40,22 @@ def quantized(x: Float[Array, "*B S H"]) -> Quantized:
     # XLA's maximum on a CPU ignores NaN.
     largest = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), largest, jnp.nan)
     scale = largest / 127
-    return Quantized(jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale)
+    return QuantizedSide(jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale)
 
 
-def as_cached(x: Float[Array, "*B S H"], side: Array | Quantized) -> Array | Quantized:
+def as_cached(x: Float[Array, "*B S H"], side: Array | QuantizedSide) -> Array | QuantizedSide:
     """New keys or values in the form that a side of the cache has."""
-    return quantized(x) if isinstance(side, Quantized) else x
+    return quantize_side(x) if isinstance(side, QuantizedSide) else x
 
 
-def dequantized(side: Array | Quantized, dtype: DTypeLike) -> Float[Array, "*B S H"]:
+def dequantize_side(side: Array | QuantizedSide, dtype: DTypeLike) -> Float[Array, "*B S H"]:
     """Keys or values as floats; of few slots only, or they take the memory that integers save."""
-    if not isinstance(side, Quantized):
+    if not isinstance(side, QuantizedSide):
         return side
     return (side.integers.astype(jnp.float32) * side.scale[..., None]).astype(dtype)
 
 
-Side: TypeAlias = Array | Quantized | tuple[jax.Array | Quantized, ...]
+Side: TypeAlias = Array | QuantizedSide | tuple[jax.Array | QuantizedSide, ...]
 """Keys or values of all layers, see `KVCache`."""
 
 
@@ -63,9 +63,9 @@ class KVCache(NamedTuple):
     """Keys and values of B rows of S slots each.
 
     k, v: either one array [N, B, K, S, H] for all N layers (a scanned stack carries it) or a tuple of N arrays
-    [B, K, S, H] (per-layer stacks; a stacked buffer would be sliced and copied at every step); or `Quantized` in the
-    place of each array. Heads come before slots, so that a head's keys are one matrix as they lie in memory: the other
-    way round a decode step copies them first. Slots may be sharded, see `mesh`.
+    [B, K, S, H] (per-layer stacks; a stacked buffer would be sliced and copied at every step); or `QuantizedSide` in
+    the place of each array. Heads come before slots, so that a head's keys are one matrix as they lie in memory: the
+    other way round a decode step copies them first. Slots may be sharded, see `mesh`.
     segments: int32 [B, S], 0 for a slot that holds nothing or padding; replicated over the devices of a row.
     length: int32 [B], the slot that each row writes next.
     """
@@ -90,7 +90,7 @@ class KVCache(NamedTuple):
 def init_cache(
     config: Glm4vTextConfig, batch: int, capacity: int, dtype: DTypeLike, *, stacked: bool = True
 ) -> KVCache:
-    """Make an empty cache of `capacity` slots per row; int8 stands for `Quantized`.
+    """Make an empty cache of `capacity` slots per row; int8 stands for `QuantizedSide`.
 
     Raises:
       GenerationError: the slots do not divide by the mesh.
@@ -103,10 +103,10 @@ def init_cache(
     axes = ("batch", "kv_heads", "slots", None)
     n = config.num_hidden_layers
 
-    def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array | Quantized:
+    def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array | QuantizedSide:
         if jnp.dtype(dtype) != jnp.int8:
             return jnp.zeros(shape, dtype, out_sharding=mesh.spec(*axes))
-        return Quantized(
+        return QuantizedSide(
             jnp.zeros(shape, jnp.int8, out_sharding=mesh.spec(*axes)),
             jnp.zeros(shape[:-1], jnp.float32, out_sharding=mesh.spec(*axes[:-1])),
         )
@@ -134,17 +134,19 @@ def write_segments(segments: Int[Array, "B S"], new: Int[Array, "B T"], start: I
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(segments, new, start)
 
 
-def layer_of(side: Side, index: Array | int) -> Array | Quantized:
+def layer_of(side: Side, index: Array | int) -> Array | QuantizedSide:
     """Keys or values of one layer."""
     return side[index] if isinstance(side, tuple) else jax.tree.map(lambda x: x[index], side)
 
 
-def write_slots(layer: Array | Quantized, new: Array | Quantized, start: Int[Array, " B"]) -> Array | Quantized:
+def write_slots(
+    layer: Array | QuantizedSide, new: Array | QuantizedSide, start: Int[Array, " B"]
+) -> Array | QuantizedSide:
     """Write T slots of each row of keys (or values) [B, K, S, H] of one layer, from `start[b]` on."""
     return jax.tree.map(lambda x, new: _write(x[None], new[None], 0, start)[0], layer, new)
 
 
-def write_layer(side: Side, index: Array | int, new: Array | Quantized, start: Int[Array, " B"]) -> Side:
+def write_layer(side: Side, index: Array | int, new: Array | QuantizedSide, start: Int[Array, " B"]) -> Side:
     """Write T slots of each row of one layer's keys (or values) [B, K, T, H], from `start[b]` on."""
     if isinstance(side, tuple):
         assert isinstance(index, int)
@@ -152,7 +154,7 @@ def write_layer(side: Side, index: Array | int, new: Array | Quantized, start: I
     return jax.tree.map(lambda x, new: _write(x, new[None], index, start), side, new)
 
 
-def write_layers(side: Side, new: Array | Quantized, start: Int[Array, " B"]) -> Side:
+def write_layers(side: Side, new: Array | QuantizedSide, start: Int[Array, " B"]) -> Side:
     """Write T slots of each row in all layers at once: keys (or values) [N, B, K, T, H]."""
     if isinstance(side, tuple):
         return tuple(write_slots(layer, layer_of(new, i), start) for i, layer in enumerate(side))

@@ -137,8 +137,8 @@ class Linear(nnx.Module):
     The kernel is [*inputs, *outputs], as in checkpoints; for a TPU the first `leading` outputs stand before the inputs
     (`kernel_order`).
 
-    A quantised kernel (`quantize.quantize`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`. On a
-    CPU it is multiplied as `cpu_matmul` does, and so is one in bfloat16.
+    A quantised kernel (`quantize.quantize_model`) is int8 or int4 and has a float32 `kernel_scale`; see `dequantized`.
+    On a CPU it is multiplied as `cpu_matmul` does, and so is one in bfloat16.
 
     With an adapter (`lora.add_lora`), `lora_scale * (x @ lora_a) @ lora_b` is added: `lora_a` is [*inputs, R], `lora_b`
     [R, *outputs], in the partitions of the kernel's dimensions.
@@ -278,7 +278,7 @@ class LayerNorm(nnx.Module):
 class Embed(nnx.Module):
     """Token embedding; `attend` uses the same table as an output head, unless it is quantised.
 
-    A quantised table (`quantize.quantize`) is int8 and has a float32 `embedding_scale` for each row.
+    A quantised table (`quantize.quantize_model`) is int8 and has a float32 `embedding_scale` for each row.
     """
 
     def __init__(self, vocab: int, dim: int, init: Init):

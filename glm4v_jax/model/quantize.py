@@ -103,7 +103,7 @@ def is_quantized(model: Glm4v) -> bool:
     return any(linear.kernel_scale is not None for found in linears(model).values() for linear in found)
 
 
-def quantize(model: Glm4v, config: QuantConfig) -> Glm4v:
+def quantize_model(model: Glm4v, config: QuantConfig) -> Glm4v:
     """The model with quantised kernels; new modules, and the arrays of all other leaves.
 
     The model stays in memory beside its quantised kernels; `load.load_model` quantises kernel by kernel as it reads.
@@ -135,7 +135,7 @@ def chosen(model: Glm4v, config: QuantConfig) -> list[tuple[Linear, QuantConfig]
     """The linear layers to quantise, and how each is, after a check that all of them can be.
 
     Raises:
-      ConfigError: see `quantize`.
+      ConfigError: see `quantize_model`.
     """
     if is_quantized(model):
         raise ConfigError("quantize: found a model that is quantised already; expected one in floats")

@@ -23,6 +23,7 @@ from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh as meshes
+from glm4v_jax.devices.hardware import check_32_bits
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
@@ -93,7 +94,12 @@ class Runtime:
 
     @classmethod
     def of(cls, module: Glm4v, mesh: Mesh | None = None, generation_config: GenerationConfig | None = None) -> Self:
-        """Flatten a module whose arrays are on `mesh`, by default the current one."""
+        """Flatten a module whose arrays are on `mesh`, by default the current one.
+
+        Raises:
+          ConfigError: JAX has integers of 64 bits.
+        """
+        check_32_bits()
         with meshes.use_mesh(mesh) as mesh:
             head = None if module.lm_head is None else Flat.of(module.lm_head)
             return cls(

@@ -29,8 +29,7 @@ from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.feature_pool import pool_capacity
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import outputs_first
-from glm4v_jax.model.quantize import for_inference
-from glm4v_jax.model.quantize import quantize as quantized
+from glm4v_jax.model.quantize import for_inference, quantize_model
 from glm4v_jax.model.runtime import Flat, encode
 from glm4v_jax.planning import hlo
 from glm4v_jax.planning.parameter_layout import parameter_layout
@@ -39,9 +38,6 @@ NUM_EOS, STEPS = 8, 32
 LARGE = 2**20
 """Copies of fewer bytes are not of a weight or cache of the 9B."""
 
-
-# GiB that programs may use, by what the compiler says when it refuses one; where it is less than the chip has.
-_AVAILABLE = {"v5e": 15.75, "v6e": 31.25}
 
 SLICES = {chip.generation: chip for chip in CHIPS if chip.links}
 """Generation of a TPU slice -> its chip."""
@@ -84,7 +80,7 @@ def abstract_model(config: Glm4vConfig, mesh: Mesh, quantize: str | None = None)
 
     def make() -> Glm4v:
         model = Glm4v.init(config, dtype=jnp.bfloat16)
-        return model if scheme is None else quantized(model, scheme)
+        return model if scheme is None else quantize_model(model, scheme)
 
     return placed(jax.eval_shape(make), mesh)
 
@@ -285,7 +281,7 @@ def compile_for(
         name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
         memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
         (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB,
-        _AVAILABLE.get(chip.generation, chip.hbm / GIB), collectives, copies,
+        chip.available / GIB, collectives, copies,
         memory.argument_size_in_bytes * chips / (weights + program.read),
         (
             1e3 * (weights + program.read) / chips / chip.bandwidth,

@@ -21,7 +21,7 @@ from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.params import leaf_paths
-from glm4v_jax.model.quantize import for_inference, is_scale, quantize
+from glm4v_jax.model.quantize import for_inference, is_scale, quantize_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def parameter_layout(config: Glm4vConfig, scheme: str = "none") -> tuple[LeafLay
         with jax.sharding.use_abstract_mesh(one):
             chosen = for_inference(scheme)
             model = jax.eval_shape(lambda: Glm4v.init(config, dtype=jnp.bfloat16))
-            return model if chosen is None else jax.eval_shape(lambda model: quantize(model, chosen), model)
+            return model if chosen is None else jax.eval_shape(lambda model: quantize_model(model, chosen), model)
 
     # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would take precedence.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

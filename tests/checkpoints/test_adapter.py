@@ -356,7 +356,7 @@ def test_a_head_beside_its_adapter_replaces_that_of_the_model(model, checkpoints
 def test_a_head_replaces_a_quantised_one(model, tmp_path, config):
     with_head(model.config, tmp_path)
     expected = load_adapter(model, tmp_path).lm_head
-    found = load_adapter(quantize.quantize(model, config), tmp_path).lm_head
+    found = load_adapter(quantize.quantize_model(model, config), tmp_path).lm_head
     scale = np.asarray(found.kernel_scale[...])
     error = np.abs(np.asarray(found.kernel[...]) * scale - np.asarray(expected.kernel[...]))
     assert found.kernel.dtype == np.int8 and (error <= scale * 0.501).all()

@@ -16,7 +16,7 @@ from reference import CONFIGS, assert_close, random_tensors
 from convert.quantize import quantize
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
-from glm4v_jax.checkpoints import load
+from glm4v_jax.checkpoints import plan
 from glm4v_jax.checkpoints.adapter import save_adapter
 from glm4v_jax.checkpoints.compressed_tensors import QuantizedWeight, pack, unpack
 from glm4v_jax.checkpoints.leaves import TensorLeaves
@@ -145,6 +145,20 @@ def test_a_tensor_that_does_not_fit_is_named(int8, tmp_path, end, value, message
         load_model(directory, CONFIG)
 
 
+def test_a_scheme_that_is_not_that_of_the_tensors_is_named(int8, tmp_path):
+    message = (
+        r"quantization_config: found 4 bits, .*weight_packed would be \[.*\]; expected the scheme in which it is \["
+    )
+    directory = replaced(int8, tmp_path, num_bits=4)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(directory, CONFIG)
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantization_config: found nothing; expected the scheme of "):
+        load_model(directory, CONFIG)
+
+
 def test_scales_may_be_in_the_other_half_precision(int8, tmp_path):
     scale, norm, tensors = f"{K_PROJ}.weight_scale", "model.language_model.norm.weight", read_all(int8)
     halves = {scale: tensors[scale].astype(np.float16), norm: tensors[norm].astype(ml_dtypes.bfloat16)}
@@ -194,7 +208,7 @@ def test_only_its_own_scheme_is_accepted_for_the_rest(int8):
 
 
 def test_too_little_memory_is_refused_with_what_fits(int8, monkeypatch):
-    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("host memory", 250_000)])
+    monkeypatch.setattr(plan, "memory_of", lambda devices: [Memory("host memory", 250_000)])
     with pytest.raises(
         MemoryShortageError, match=r"needs .* for weights in int8 and float32.*what fits: --quantize int8 "
     ):

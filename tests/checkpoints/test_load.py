@@ -12,8 +12,9 @@ import pytest
 from reference import CONFIGS, export, random_tensors
 
 from glm4v_jax import Glm4vForConditionalGeneration
-from glm4v_jax.checkpoints import load
-from glm4v_jax.checkpoints.load import device_bytes, load_model, load_runtime, resolve_dtype
+from glm4v_jax.checkpoints import load, plan
+from glm4v_jax.checkpoints.load import load_model, load_runtime, resolve_dtype
+from glm4v_jax.checkpoints.plan import device_bytes
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import StoredQuantization
@@ -22,6 +23,7 @@ from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
 from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import QuantConfig
+from glm4v_jax.model.runtime import Runtime
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 
@@ -222,7 +224,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_anything_is_read(checkp
     monkeypatch.setattr(cpu_matmul, "FEW_TOKENS", few)
     whole = sum(4 * tensor.size for tensor in random_tensors(CONFIG).values())
     free = [whole]
-    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("host memory", free[0])])
+    monkeypatch.setattr(plan, "memory_of", lambda devices: [Memory("host memory", free[0])])
     model = load_model(checkpoints("base"), CONFIG, dtype="float32", stacked=False)
     assert device_bytes(jax.tree.leaves(model)) == whole
     free[0] -= 1
@@ -271,14 +273,26 @@ def warnings_of(directory, **options):
 
 
 def test_devices_that_are_too_small_need_a_mesh(checkpoints, monkeypatch):
-    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("the memory of TPU v5e", 10_000)])
-    monkeypatch.setattr(load, "platform", lambda: "tpu")
+    monkeypatch.setattr(plan, "memory_of", lambda devices: [Memory("the memory of TPU v5e", 10_000)])
+    for module in (load, plan):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
     with pytest.raises(MemoryShortageError, match=r"what fits: --mesh with at least \d+ such devices; GLM4V_MEMORY"):
         load_model(checkpoints("base"), CONFIG, dtype="float32")
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", 16 + 8), ("gpu", 8 + 8), ("tpu", 8 + 8)])
 def test_accelerators_have_two_int4_in_a_byte(monkeypatch, platform, expected):
-    monkeypatch.setattr(load, "platform", lambda: platform)
+    monkeypatch.setattr(plan, "platform", lambda: platform)
     leaves = [jax.ShapeDtypeStruct((8, 2), jnp.int4), jax.ShapeDtypeStruct((8,), jnp.int8)]
     assert device_bytes(leaves) == expected
+
+
+def test_64_bits_are_refused(checkpoints):
+    model = load_model(checkpoints("base"), CONFIG)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        for make in (lambda: Runtime.of(model), lambda: load_model(checkpoints("base"), CONFIG)):
+            with pytest.raises(ConfigError, match=r"JAX: found 64 bits .*; expected 32"):
+                make()
+    finally:
+        jax.config.update("jax_enable_x64", False)

@@ -67,7 +67,7 @@ def test_a_checkpoint_is_read_in_either_order(checkpoints, stacked, config):
     expected = load_model(checkpoints("base"), CONFIG, stacked=stacked, quantize=config)
     assert_equal(read, outputs_first(expected))
     if config is not None and stacked:
-        assert_equal(read, quantize.quantize(outputs_first(load_model(checkpoints("base"), CONFIG)), config))
+        assert_equal(read, quantize.quantize_model(outputs_first(load_model(checkpoints("base"), CONFIG)), config))
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -8,12 +8,12 @@ from reference import CONFIGS
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model.kv_cache import (
-    Quantized,
-    dequantized,
+    QuantizedSide,
+    dequantize_side,
     grow,
     init_cache,
     layer_of,
-    quantized,
+    quantize_side,
     write_layer,
     write_layers,
     write_segments,
@@ -82,10 +82,10 @@ def test_integers_are_off_by_half_of_their_scale():
     size = 10.0 ** np.random.default_rng(0).integers(-6, 6, (2, 3, 5, 1))
     keys = (size * np.random.default_rng(1).standard_normal((2, 3, 5, 16))).astype(np.float32)
     keys[1, 2, 4] = 0
-    found = jax.jit(quantized)(keys)
+    found = jax.jit(quantize_side)(keys)
     assert found.integers.dtype == jnp.int8 and found.scale.shape == (2, 3, 5) and found.scale.dtype == jnp.float32
     assert np.abs(found.integers).max(axis=-1).tolist() == np.where(keys.any(axis=-1), 127, 0).tolist()
-    error = np.abs(np.asarray(dequantized(found, jnp.float32), np.float64) - keys)
+    error = np.abs(np.asarray(dequantize_side(found, jnp.float32), np.float64) - keys)
     # Half of the scale, and float32's rounding of a quotient of up to 127 and of a product.
     assert (error <= np.asarray(found.scale)[..., None] * (0.5 + 127 * 2.0**-22)).all()
 
@@ -94,7 +94,7 @@ def test_integers_are_off_by_half_of_their_scale():
 def test_what_is_not_finite_stays_so(wrong):
     keys = np.ones((2, 4), np.float32)
     keys[0, 1] = wrong
-    found = np.asarray(dequantized(quantized(jnp.asarray(keys)), jnp.float32))
+    found = np.asarray(dequantize_side(quantize_side(jnp.asarray(keys)), jnp.float32))
     assert not np.isfinite(found[0]).any() and (found[1] == 1).all()
 
 
@@ -114,8 +114,8 @@ def test_integers_and_scales_are_written_and_grow_together(stacked):
 
     @jax.jit
     def written(cache):
-        side = write_layer(cache.k, 1, quantized(jnp.asarray(some)), jnp.array([1, 5]))
-        side = write_layers(side, quantized(jnp.asarray(one)), jnp.array([6, 2]))
+        side = write_layer(cache.k, 1, quantize_side(jnp.asarray(some)), jnp.array([1, 5]))
+        side = write_layers(side, quantize_side(jnp.asarray(one)), jnp.array([6, 2]))
         return grow(cache._replace(k=side), 9)
 
     larger = written(cache)
@@ -123,8 +123,8 @@ def test_integers_and_scales_are_written_and_grow_together(stacked):
     expected = np.zeros((3, 2, 4, 9, 16), np.float32)
     expected[1, 0, :, 1:3], expected[1, 1, :, 5:7] = some
     expected[:, 0, :, 6], expected[:, 1, :, 2] = one[:, 0, :, 0], one[:, 1, :, 0]
-    expected = quantized(jnp.asarray(expected))
+    expected = quantize_side(jnp.asarray(expected))
     for i in range(3):
         found = layer_of(larger.k, i)
-        assert isinstance(found, Quantized)
+        assert isinstance(found, QuantizedSide)
         assert np.array_equal(found.integers, expected.integers[i]) and np.array_equal(found.scale, expected.scale[i])

@@ -117,14 +117,14 @@ def test_a_linear_layer_is_off_by_half_a_scale(mesh, config, ins, outs):
 
 @BOTH
 def test_by_default_the_decoders_kernels_are_quantised(model, config):
-    found, before = leaves_of(quantize.quantize(model, config)), leaves_of(model)
+    found, before = leaves_of(quantize.quantize_model(model, config)), leaves_of(model)
     changed = {path for path, leaf in found.items() if leaf is not before.get(path)}
     names = ["mlp.down", "mlp.gate_up", *(f"self_attn.{name}_proj" for name in "koqv")]
     kernels = {f"language_model.layers.stacked.{name}.kernel" for name in names}
     assert changed == kernels | {quantize.scale_path(path) for path in kernels} and set(before) < set(found)
     assert all(found[path].dtype == (jnp.int8 if config is INT8 else jnp.uint8) for path in kernels)
-    assert quantize.is_quantized(quantize.quantize(model, config)) and not quantize.is_quantized(model)
-    everything = quantize.quantize(model, quantize.QuantConfig(config.dtype, target=".*"))
+    assert quantize.is_quantized(quantize.quantize_model(model, config)) and not quantize.is_quantized(model)
+    everything = quantize.quantize_model(model, quantize.QuantConfig(config.dtype, target=".*"))
     assert {path for path, leaf in leaves_of(everything).items() if path.endswith(".kernel")} == {
         path.removesuffix("_scale") for path in leaves_of(everything) if quantize.is_scale(path)
     }
@@ -150,7 +150,7 @@ def test_for_inference_everything_large_is_quantised(checkpoints, config):
 
 def test_a_table_that_is_the_head_too_stays(ours):
     model = ours("tester").module
-    embed = quantize.quantize(model, quantize.QuantConfig(rest=True)).language_model.embed_tokens
+    embed = quantize.quantize_model(model, quantize.QuantConfig(rest=True)).language_model.embed_tokens
     assert embed.embedding_scale is None and embed.embedding.dtype == jnp.float32
 
 
@@ -171,7 +171,7 @@ def test_int4_is_refused_on_a_tpu(monkeypatch):
 def test_loss_and_gradients_are_those_of_dequantised_kernels(model):
     """Loss, and an adapter's gradients."""
     batch, _ = batch_of(model.config, TEXT)
-    adapter = trained(quantize.quantize(model, INT4), SMALL)
+    adapter = trained(quantize.quantize_model(model, INT4), SMALL)
     (expected, their), (found, ours) = (gradients_of(m, batch) for m in (in_floats(adapter), adapter))
     assert abs(found - expected) <= 1e-5 * abs(expected)
     assert ours.keys() == their.keys() and len(ours) == 2 * 6
@@ -182,7 +182,7 @@ def test_loss_and_gradients_are_those_of_dequantised_kernels(model):
 def test_vit_and_head_can_be_quantised(model):
     """With nothing but kernels in integers; and of layers one by one."""
     batch, _ = batch_of(model.config, ROWS)
-    everything = quantize.quantize(model, quantize.QuantConfig("int8", target=".*"))
+    everything = quantize.quantize_model(model, quantize.QuantConfig("int8", target=".*"))
     apart = everything.unstacked()
     jax.tree.map(np.testing.assert_array_equal, apart.stacked(), everything)
     assert_close(logits_of(apart, batch), logits_of(in_floats(everything), batch))
@@ -204,7 +204,7 @@ def test_at_most_one_layer_is_dequantised_at_a_time(ours, config, remat):
     """Nothing is hoisted out of the loop over layers, nor kept for the backward pass."""
     model = ours("mha").module.stacked()  # three layers, of which nothing else here has three
     batch, _ = batch_of(model.config, TEXT)
-    adapter = trained(quantize.quantize(model, config), SMALL)
+    adapter = trained(quantize.quantize_model(model, config), SMALL)
 
     def program(model):
         params, frozen = split(model, lora.is_lora)
@@ -246,7 +246,7 @@ def test_loading_quantises_leaf_by_leaf(checkpoints, config, stacked):
 
     found = load_model(directory, model_config, dtype="float32", stacked=stacked, quantize=config, progress=look)
     assert most <= 1
-    expected = quantize.quantize(load_model(directory, model_config, dtype="float32", stacked=stacked), config)
+    expected = quantize.quantize_model(load_model(directory, model_config, dtype="float32", stacked=stacked), config)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     again = Glm4vForConditionalGeneration.from_pretrained(directory, stacked=stacked, quantize=config).module
@@ -255,7 +255,7 @@ def test_loading_quantises_leaf_by_leaf(checkpoints, config, stacked):
 
 def test_in_bfloat16_integers_scales_and_adapters_keep_their_dtypes(model):
     batch, _ = batch_of(model.config, TEXT)
-    adapter = trained(quantize.quantize(model, INT4), SMALL)
+    adapter = trained(quantize.quantize_model(model, INT4), SMALL)
     params, frozen = split(adapter, lora.is_lora)
     half = leaves_of(Layout.of(adapter).model(params, frozen, jnp.bfloat16))
     for path, leaf in half.items():
@@ -272,7 +272,7 @@ def test_in_bfloat16_integers_scales_and_adapters_keep_their_dtypes(model):
 
 
 def test_an_adapter_goes_to_peft_and_back(model, tmp_path):
-    base = quantize.quantize(model, INT4)
+    base = quantize.quantize_model(model, INT4)
     adapter = trained(base, SMALL)
     save_adapter(adapter, tmp_path)
     again = load_adapter(base, tmp_path)
@@ -281,7 +281,7 @@ def test_an_adapter_goes_to_peft_and_back(model, tmp_path):
 
 
 def test_a_quantised_model_is_not_saved(model, tmp_path):
-    quantized = Glm4vForConditionalGeneration(model.config, module=quantize.quantize(model, INT8))
+    quantized = Glm4vForConditionalGeneration(model.config, module=quantize.quantize_model(model, INT8))
     message = r"down\.kernel_scale: found 6 quantised kernels; expected floats: save the original model"
     for save in (quantized.save_pretrained, quantized.save_orbax):
         with pytest.raises(CheckpointError, match=message):
@@ -291,14 +291,14 @@ def test_a_quantised_model_is_not_saved(model, tmp_path):
 
 def test_an_adapter_is_not_merged_into_integers(model):
     with pytest.raises(ConfigError, match=r"mlp\.down: found a quantised kernel; expected one in floats: merge into"):
-        lora.merge_lora(trained(quantize.quantize(model, INT8), SMALL))
+        lora.merge_lora(trained(quantize.quantize_model(model, INT8), SMALL))
 
 
 def test_a_model_with_integers_or_an_adapter_is_not_quantised(model):
     with pytest.raises(ConfigError, match="found a model that is quantised already"):
-        quantize.quantize(quantize.quantize(model, INT8), INT8)
+        quantize.quantize_model(quantize.quantize_model(model, INT8), INT8)
     with pytest.raises(ConfigError, match="found a model that has an adapter"):
-        quantize.quantize(trained(model, SMALL), INT8)
+        quantize.quantize_model(trained(model, SMALL), INT8)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def abstract_9b(sizes, config):
     def make():
         with jax.sharding.use_abstract_mesh(devices):
             released = Glm4vConfig.glm4_1v_9b()
-            return jax.eval_shape(lambda: quantize.quantize(Glm4v.init(released, dtype=jnp.bfloat16), config))
+            return jax.eval_shape(lambda: quantize.quantize_model(Glm4v.init(released, dtype=jnp.bfloat16), config))
 
     with ThreadPoolExecutor(1) as thread:  # which has no mesh yet
         return thread.submit(make).result()
@@ -371,7 +371,7 @@ def test_a_mesh_computes_what_one_device_does(tmp_path):
     """And reads what a checkpoint has in integers."""
     (floats := tmp_path / "floats").mkdir()
     write_grouped(floats)
-    convert_quantize.quantize(floats, tmp_path / "int4", to="int4", group=8)
+    convert_quantize.quantize_model(floats, tmp_path / "int4", to="int4", group=8)
     (case,) = run_on_devices(__file__, str(floats), str(tmp_path / "int4"))
     assert case["mesh"] == MESHES[1] and case["equal"] and case["split"] > 0.9
     assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4 and case["logits"] <= 1e-5

@@ -10,7 +10,8 @@ import jax
 import pytest
 from helpers_mesh import GROUPED, run_on_devices, write_grouped
 
-from glm4v_jax.checkpoints.load import device_bytes, load_runtime
+from glm4v_jax.checkpoints.load import load_runtime
+from glm4v_jax.checkpoints.plan import device_bytes
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.errors import ConfigError

@@ -117,7 +117,7 @@ def _with(tensor, scale):
 
 def test_an_exported_adapter_is_verified(base, tmp_path, monkeypatch):
     """That of a quantised base too, which is compared on that base."""
-    model = trained(quantize.quantize(base, quantize.QuantConfig("int4")), lora.LoraConfig(rank=2))
+    model = trained(quantize.quantize_model(base, quantize.QuantConfig("int4")), lora.LoraConfig(rank=2))
     verified = export.export_adapter(model, RANDOM_CHECKPOINT, tmp_path / "adapter")
     assert verified.difference <= 1e-6 and verified.effect > 0.05
     again = load_adapter(lora.drop_lora(model), tmp_path / "adapter")

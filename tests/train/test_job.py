@@ -8,7 +8,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from convert.quantize import quantize
-from glm4v_jax.checkpoints import load
+from glm4v_jax.checkpoints import plan
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.memory import Memory
 from glm4v_jax.errors import ConfigError, MemoryShortageError
@@ -29,7 +29,7 @@ def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch, lora)
     arrays = jax.tree.leaves((state.params, state.opt_state, started.frozen, state.params))
     held = sum(array.nbytes for array in arrays) + 12  # three numbers of the state
     free = [held]
-    monkeypatch.setattr(load, "memory_of", lambda devices: [Memory("host memory", free[0])])
+    monkeypatch.setattr(plan, "memory_of", lambda devices: [Memory("host memory", free[0])])
     monkeypatch.setattr(job, "load_model", lambda *_, **__: pytest.fail("weights were read"))
     job._check_memory(config, CONFIG)
     free[0] -= 1

@@ -21,7 +21,7 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention import blockwise
 from glm4v_jax.model.attention.blockwise import Dropout, einsum, multiplied, scaled, scores_of
 from glm4v_jax.model.attention.mask import FLOOR, MASKED, Mask, visible
-from glm4v_jax.model.kv_cache import Quantized
+from glm4v_jax.model.kv_cache import QuantizedSide
 
 # Below this many queries the scores are linear in the number of keys anyway: decoding takes the direct path.
 FEW_QUERIES = 8
@@ -91,8 +91,8 @@ def attend_with_weights(
 
 def attend_cached(
     q: Float[Array, "B T K G H"],
-    cached: tuple[Float[Array, "B K S H"] | Quantized, Float[Array, "B K S H"] | Quantized],
-    new: tuple[Float[Array, "B K T H"] | Quantized, Float[Array, "B K T H"] | Quantized],
+    cached: tuple[Float[Array, "B K S H"] | QuantizedSide, Float[Array, "B K S H"] | QuantizedSide],
+    new: tuple[Float[Array, "B K T H"] | QuantizedSide, Float[Array, "B K T H"] | QuantizedSide],
     segments: Int[Array, "B T"],
     held: Int[Array, "B S"],
 ) -> Float[Array, "B T K G H"]:
@@ -113,7 +113,7 @@ def attend_cached(
     split = mesh.shards("slots") > 1
     caches, fresh = PartitionSpec(rows, heads, slots), PartitionSpec(rows, heads)
     # At once, XLA on a CPU would make floats of all integers first, in four times their memory.
-    in_blocks = isinstance(cached[0], Quantized) and mesh.platform() == "cpu"
+    in_blocks = isinstance(cached[0], QuantizedSide) and mesh.platform() == "cpu"
     new = jax.tree.map(lambda x: jax.sharding.reshard(x, fresh), new)
     segments = jax.sharding.reshard(segments, PartitionSpec(rows, None))
     held = jax.sharding.reshard(held, PartitionSpec(rows, slots))
@@ -172,7 +172,7 @@ def _direct(q: Array, sides: tuple, masks: tuple[Mask, Mask]) -> tuple[Array, Ar
 
 
 def _all_scores(
-    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"] | Quantized, mask: Mask, causal: bool
+    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"] | QuantizedSide, mask: Mask, causal: bool
 ) -> Float[Array, "B K G T S"]:
     """Scores of all pairs at once, `MASKED` where the query does not see the key."""
     seen = visible(mask, jnp.arange(q.shape[-2]), jnp.arange(mask.kv_segments.shape[1]), causal)[:, None, None]

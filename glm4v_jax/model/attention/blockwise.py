@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention.mask import FLOOR, MASKED, Mask, reachable, visible
-from glm4v_jax.model.kv_cache import Quantized
+from glm4v_jax.model.kv_cache import QuantizedSide
 from glm4v_jax.model.nn import precision
 
 BLOCKS = (512, 384, 256)
@@ -57,8 +57,8 @@ def attention(
 
 def partial(
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K S H"] | Quantized,
-    v: Float[Array, "B K S H"] | Quantized,
+    k: Float[Array, "B K S H"] | QuantizedSide,
+    v: Float[Array, "B K S H"] | QuantizedSide,
     mask: Mask,
     *,
     causal: bool,
@@ -74,7 +74,7 @@ def partial(
 
 
 def _blocked(
-    q: Array, k: Array | Quantized, v: Array | Quantized, mask: Mask, causal: bool
+    q: Array, k: Array | QuantizedSide, v: Array | QuantizedSide, mask: Mask, causal: bool
 ) -> tuple[Array, Any, Any, Mask, tuple[int, int], int]:
     """Pad everything to multiples of the blocks; the blocks; the number of queries before."""
     t, s = q.shape[-2], mask.kv_segments.shape[1]
@@ -96,14 +96,14 @@ def scores_of(equation: str, a: Array, b: Array) -> Array:
     return einsum(equation, a, b) * (a.shape[-1] ** -0.5)
 
 
-def multiplied(side: Array | Quantized, dtype: DTypeLike) -> Array:
+def multiplied(side: Array | QuantizedSide, dtype: DTypeLike) -> Array:
     """What products take of keys or values: themselves, or their integers, which are exact in every float dtype."""
-    return side.integers.astype(dtype) if isinstance(side, Quantized) else side
+    return side.integers.astype(dtype) if isinstance(side, QuantizedSide) else side
 
 
-def scaled(x: Float[Array, "B K G T S"], side: Array | Quantized) -> Float[Array, "B K G T S"]:
+def scaled(x: Float[Array, "B K G T S"], side: Array | QuantizedSide) -> Float[Array, "B K G T S"]:
     """Apply the scales of keys to scores, or those of values to probabilities, so that no floats of them are made."""
-    return x * side.scale[:, :, None, None] if isinstance(side, Quantized) else x
+    return x * side.scale[:, :, None, None] if isinstance(side, QuantizedSide) else x
 
 
 def keep(key: PRNGKeyArray, i: Array | int, j: Array | int, shape: tuple[int, ...], rate: float) -> Array:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax.model.attention.blockwise import SAVED, pad
 from glm4v_jax.model.attention.mask import FLOOR, Mask, reachable
-from glm4v_jax.model.kv_cache import Quantized, dequantized
+from glm4v_jax.model.kv_cache import QuantizedSide, dequantize_side
 
 # Scores of 512 x 1,024 fit the 16 MiB that a v5e kernel may use (float32 and backward too), and 512 queries a key are
 # enough work to hide reading it: 512 FLOPs a byte, where a v5e does 240.
@@ -60,8 +60,8 @@ def attention(
 
 def partial(
     q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K S H"] | Quantized,
-    v: Float[Array, "B K S H"] | Quantized,
+    k: Float[Array, "B K S H"] | QuantizedSide,
+    v: Float[Array, "B K S H"] | QuantizedSide,
     mask: Mask,
     *,
     causal: bool,
@@ -74,8 +74,8 @@ def partial(
     kernel takes no scales.
     """
 
-    def row(q: Array, k: Array | Quantized, v: Array | Quantized, *masks: Array) -> tuple[Array, Array]:
-        k, v = dequantized(k, q.dtype), dequantized(v, q.dtype)
+    def row(q: Array, k: Array | QuantizedSide, v: Array | QuantizedSide, *masks: Array) -> tuple[Array, Array]:
+        k, v = dequantize_side(k, q.dtype), dequantize_side(v, q.dtype)
         out, (log_total,) = _call(q, k, v, *masks, causal=causal, residuals=True, interpret=interpret)
         return out.astype(jnp.float32), log_total
 

@@ -15,7 +15,7 @@ from reference import assert_close
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.attention import blockwise
 from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
-from glm4v_jax.model.kv_cache import dequantized, quantized
+from glm4v_jax.model.kv_cache import dequantize_side, quantize_side
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
@@ -139,12 +139,12 @@ def cached_case(t, s=40):
 def test_an_int8_cache_equals_its_floats(small_blocks, monkeypatch, t, platform):
     """In blocks on a CPU, at once elsewhere: scales on scores and probabilities are those on keys and values."""
     q, cached, new, segments, held = cached_case(t)
-    cached, new = jax.tree.map(quantized, (cached, new))
+    cached, new = jax.tree.map(quantize_side, (cached, new))
     with monkeypatch.context() as patch:
         patch.setattr(mesh, "platform", lambda: platform)
         # A function of its own, or what was traced for another platform would run.
         found = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
-    floats = [tuple(dequantized(side, jnp.float32) for side in sides) for sides in (cached, new)]
+    floats = [tuple(dequantize_side(side, jnp.float32) for side in sides) for sides in (cached, new)]
     expected = jax.jit(attend_cached)(q, *floats, segments, held)
     assert_close(found, expected, np.asarray(segments) > 0, tolerance=2e-6)
 
@@ -153,7 +153,7 @@ def test_an_int8_cache_is_off_by_its_rounding():
     """Scores are off by |q|_1 * scale / 2 at most, so a probability by exp of twice that, and values by scale / 2."""
     q, cached, new, segments, held = cached_case(4)
     exact = jax.jit(attend_cached)(q, cached, new, segments, held)
-    rounded = jax.tree.map(quantized, (cached, new))
+    rounded = jax.tree.map(quantize_side, (cached, new))
     found = jax.jit(attend_cached)(q, *rounded, segments, held)
     keys, values = (np.concatenate([np.asarray(x.scale), y.scale], axis=2) for x, y in zip(*rounded, strict=True))
     norm = np.abs(q).sum(axis=-1).max(axis=(1, 3))  # of each row and key head

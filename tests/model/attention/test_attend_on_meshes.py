@@ -63,7 +63,7 @@ def written(sizes):
         placed = jax.device_put(old, spec)
         split = S // placed.addressable_shards[0].data.shape[3]
         write = jax.jit(kv_cache.write_layers)
-        integers = jax.jit(kv_cache.quantized)(placed)
+        integers = jax.jit(kv_cache.quantize_side)(placed)
         for t in LENGTHS:
             new = random.standard_normal((3, B, K, t, H)).astype(np.float32)
             for start in starts(t):
@@ -73,8 +73,8 @@ def written(sizes):
                 found = write(placed, jnp.asarray(new), jnp.asarray(start))
                 worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max())  # which keeps NaN
                 if t in QUANTIZED:
-                    found = write(integers, kv_cache.quantized(jnp.asarray(new)), jnp.asarray(start))
-                    worst = np.maximum(worst, differing(found, kv_cache.quantized(jnp.asarray(expected))))
+                    found = write(integers, kv_cache.quantize_side(jnp.asarray(new)), jnp.asarray(start))
+                    worst = np.maximum(worst, differing(found, kv_cache.quantize_side(jnp.asarray(expected))))
     return worst, split
 
 
@@ -116,9 +116,9 @@ def attended(sizes):
                     expected = np.asarray(expected)
                 worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
                 if t in QUANTIZED:
-                    integers = jax.tree.map(kv_cache.quantized, sides)
+                    integers = jax.tree.map(kv_cache.quantize_side, sides)
                     found = run(jax.device_put(q, places[0]), *integers, segments, seen)
-                    floats = (tuple(kv_cache.dequantized(x, jnp.float32) for x in pair) for pair in integers)
+                    floats = (tuple(kv_cache.dequantize_side(x, jnp.float32) for x in pair) for pair in integers)
                     expected = np.asarray(run(jax.device_put(q, places[0]), *floats, segments, seen))
                     worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
     return worst
@@ -133,12 +133,12 @@ def grown(sizes):
         side = jax.device_put(old, mesh.spec("layers", "batch", "kv_heads", "slots", None))
         segments = jax.device_put(np.ones((B, S), np.int32), mesh.spec("batch", None))
         for capacity in (2 * S, 3 * S):
-            whole = kv_cache.KVCache(kv_cache.quantized(side), side, segments, segments[:, 0])
+            whole = kv_cache.KVCache(kv_cache.quantize_side(side), side, segments, segments[:, 0])
             larger = jax.jit(kv_cache.grow, static_argnums=1)(whole, capacity)
             assert larger.k.integers.sharding.spec == larger.v.sharding.spec == side.sharding.spec
             expected = np.pad(old, [(0, capacity - S if axis == 3 else 0) for axis in range(5)])
             both = larger.k, larger.v
-            worst = np.maximum(worst, differing(both, (kv_cache.quantized(jnp.asarray(expected)), expected)))
+            worst = np.maximum(worst, differing(both, (kv_cache.quantize_side(jnp.asarray(expected)), expected)))
             assert np.asarray(larger.segments).sum() == B * S
     return worst
 

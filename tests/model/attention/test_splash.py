@@ -12,7 +12,7 @@ from reference import assert_close
 from glm4v_jax.model.attention import blockwise, splash
 from glm4v_jax.model.attention.attend import merge
 from glm4v_jax.model.attention.mask import FLOOR, Mask
-from glm4v_jax.model.kv_cache import dequantized, quantized
+from glm4v_jax.model.kv_cache import dequantize_side, quantize_side
 
 HEAD_DIM = 16
 HALF = 2.0**-8
@@ -143,8 +143,8 @@ def test_integers_equal_their_floats():
     t, s = 130, 260
     q, k, v = random_qkv(8, 2, 1, 2, t, s)
     mask = Mask(np.stack([runs(t, 0, t), runs(t, 60, t)]), np.stack([runs(s, 0, 190), runs(s, 0, s)]))
-    k, v = quantized(k), quantized(v)
-    expected = partial(q, dequantized(k, q.dtype), dequantized(v, q.dtype), mask, causal=False)
+    k, v = quantize_side(k), quantize_side(v)
+    expected = partial(q, dequantize_side(k, q.dtype), dequantize_side(v, q.dtype), mask, causal=False)
     for x, y in zip(partial(q, k, v, mask, causal=False), expected, strict=True):
         assert np.array_equal(x, y)
 

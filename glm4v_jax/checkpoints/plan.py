@@ -1,0 +1,151 @@
+"""What a model will be in memory, before a weight of it is read: its leaves, their bytes, and whether they fit."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.leaves import Leaves
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import StoredQuantization
+from glm4v_jax.devices.memory import Memory, check_memory, memory_of
+from glm4v_jax.devices.mesh import platform
+from glm4v_jax.errors import ConfigError, MemoryShortageError, naming
+from glm4v_jax.files import decimal_size
+from glm4v_jax.model import cpu_matmul
+from glm4v_jax.model.glm4v import Glm4v
+from glm4v_jax.model.kernel_order import outputs_first as with_outputs_first
+from glm4v_jax.model.params import leaf_paths
+from glm4v_jax.model.quantize import (
+    QuantConfig,
+    is_scale,
+    kernel_path,
+    quantize_model,
+    with_integers,
+)
+
+
+def abstract_leaves(
+    config: Glm4vConfig,
+    dtype: DTypeLike,
+    *,
+    stacked: bool,
+    outputs_first: bool = False,
+    quantize: QuantConfig | None = None,
+    leaves: Leaves | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """Return path -> shape, dtype and sharding in the current mesh, in the order of `jax.tree.leaves`; and the tree.
+
+    Args:
+      config: of the model.
+      dtype: of floats.
+      stacked: the layout of the layers.
+      outputs_first: the order of kernels.
+      quantize: the kernels to quantise.
+      leaves: of the checkpoint that is to be read, if some of its kernels are in integers.
+
+    Raises:
+      ConfigError: `quantize` fits no layer, or is another scheme than that of the checkpoint's integers; or groups do
+        not divide by the mesh.
+    """
+    stored = None if leaves is None else leaves.stored
+    if quantize is not None:
+        check_scheme(quantize.dtype, stored)
+
+    def make() -> Glm4v:
+        model = Glm4v.init(config, dtype=dtype)
+        if quantize is not None:
+            model = quantize_model(model, quantize)
+        if leaves is not None and stored is not None:
+            scales = {kernel_path(path): info.shape for path, info in leaves.infos.items() if is_scale(path)}
+            shapes = {
+                hf_mapping.layerless_path(path): (leaves.infos[path].shape, shape) for path, shape in scales.items()
+            }
+            model = with_integers(model, shapes, QuantConfig(stored.dtype))
+        if outputs_first:
+            model = with_outputs_first(model)
+        return model if stacked else model.unstacked()
+
+    abstract = jax.eval_shape(make)
+    arrays, structure = jax.tree.flatten(abstract)
+    return dict(zip(leaf_paths(abstract), arrays, strict=True)), structure
+
+
+def check_scheme(scheme: str, stored: StoredQuantization | None) -> None:
+    """Check that what a checkpoint has in floats may be quantised beside what it has in integers.
+
+    Raises:
+      ConfigError: these have another number of bits.
+    """
+    if stored is not None and scheme != (own := f"int{stored.bits}"):
+        raise ConfigError(
+            f"quantize: found {scheme!r} for a checkpoint that is quantised ({stored}); expected nothing, or {own!r} "
+            "for the rest of its weights"
+        )
+
+
+def needed_bytes(
+    config: Glm4vConfig,
+    dtype: DTypeLike,
+    quantize: QuantConfig | None,
+    *,
+    stacked: bool,
+    reserve: int,
+    leaves: Leaves,
+) -> int:
+    """Return the bytes that a device needs: of weights, of the copies that programs make of them, and `reserve`."""
+    arrays, _ = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize, leaves=leaves)
+    copied = [
+        leaf.update(dtype=jnp.float32)
+        for path, leaf in arrays.items()
+        if platform() == "cpu" and path.endswith(".kernel") and cpu_matmul.is_copied(leaf)
+    ]
+    return device_bytes([*arrays.values(), *copied]) + reserve
+
+
+def device_bytes(leaves: Iterable[Any]) -> int:
+    """Return the bytes that a device of the mesh holds of arrays, abstract ones included.
+
+    Of int4 accelerators have two integers in a byte, a CPU has one.
+    """
+    together = 1 if platform() == "cpu" else 2
+
+    def nbytes(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return leaf.dtype.itemsize * math.prod(shape) // (together if leaf.dtype == jnp.int4 else 1)
+
+    return sum(map(nbytes, leaves))
+
+
+def check_fits(
+    nbytes: int, what: str, place: str, instead: Callable[[], Mapping[str, int]], *, mesh_option: str = "--mesh"
+) -> None:
+    """Check that this process's devices in the current mesh have room for what is to be loaded.
+
+    Args:
+      nbytes: that each device is to hold.
+      what: they are for.
+      place: starts the message.
+      instead: returns options -> bytes that each device would hold with them.
+      mesh_option: what sets the mesh.
+
+    Raises:
+      MemoryShortageError: they have not; the message has both numbers, and what would fit.
+    """
+    mesh = jax.sharding.get_mesh()
+    is_host = platform() == "cpu"
+    shared = len(mesh.local_devices) if is_host else 1  # all devices of a CPU have one memory
+
+    def advice(memory: Memory) -> str:
+        fitting = {name: shared * size for name, size in instead().items() if shared * size <= memory.free}
+        found = [f"{name} ({decimal_size(size, 1)})" for name, size in fitting.items()]
+        if not is_host and memory.free > 0:
+            found.append(f"{mesh_option} with at least {mesh.size * -(-nbytes // memory.free)} such devices")
+        return f"what fits: {' or '.join(found)}" if found else ""
+
+    with naming(place, MemoryShortageError):
+        check_memory(shared * nbytes, what, memory_of(mesh.local_devices), advice)
