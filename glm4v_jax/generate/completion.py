@@ -98,12 +98,14 @@ class Delta(NamedTuple):
       parts: the same by kind, without tags.
       tokens: new tokens.
       completion: with the last delta.
+      logprobs: one per new token, where requested.
     """
 
     text: str
     parts: tuple[Part, ...]
     tokens: tuple[int, ...]
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def last(deltas: Iterable[Delta]) -> Completion:

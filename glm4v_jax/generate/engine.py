@@ -136,9 +136,9 @@ class Engine:
         """
         return configured(self.runtime.generation_config, preset, options)
 
-    def prompt(self, prompt: Any) -> Prompt:
+    def prompt(self, prompt: Any, **variables: Any) -> Prompt:
         """Prepare a prompt, as every method that takes one does by itself; see `prompt_of`."""
-        return prompt_of(prompt, self.processor, self.runtime.config)
+        return prompt_of(prompt, self.processor, self.runtime.config, **variables)
 
     def stream(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Iterator[Delta]:
         """Generate from a prompt as a stream; closing the iterator cancels the request.

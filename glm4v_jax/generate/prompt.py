@@ -17,13 +17,14 @@ def is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and "role" in value
 
 
-def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Prompt:
+def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig, **variables: Any) -> Prompt:
     """Make one prompt ready.
 
     Args:
       prompt: the user's text; or messages, or one message, with `role` and `content`; or a processor's output for one
         prompt; or what this returns.
       processor, config: of the model.
+      **variables: for the chat template, such as `tools`; only messages have one.
 
     Raises:
       MessageError, MediaError: what is wrong with it.
@@ -37,7 +38,7 @@ def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig) -> Pr
     sizes: tuple[tuple[int, int], ...] = ()
     if not isinstance(prompt, Mapping):
         media = processor.prepare_media(*extract_media(prompt, choose_template(processor.chat_template)))
-        prompt, sizes = processor.prepare_turn(prompt, media), media.image_sizes
+        prompt, sizes = processor.prepare_turn(prompt, media, **variables), media.image_sizes
     prompts = prompts_of(prompt, config)
     if len(prompts) != 1:
         raise MessageError(f"input_ids: found {len(prompts)} prompts; expected one")

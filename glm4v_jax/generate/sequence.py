@@ -125,6 +125,7 @@ class SequenceState:
           What is new, with the completion if this ends the sequence; and what the row is restarted with, if the row is
           done and the sequence is not. A sequence may end (`finish_reason`) while its row is not done.
         """
+        known = len(self._logprobs)
         # An end token that cuts a thought short is not part of the sequence, which continues without it.
         held = 1 if done and self.may_continue and tokens and tokens[-1] in self.config.eos_token_id else 0
         taken, text, stop = self._read(tokens[: len(tokens) - held], logprobs)
@@ -146,7 +147,7 @@ class SequenceState:
             self.finish_reason = stop or ("stop" if ended else "length")
         self._text.append(text)
         completion = None if self.finish_reason is None else self.completion()
-        return Delta(text, tuple(parts), tuple(taken), completion), start
+        return Delta(text, tuple(parts), tuple(taken), completion, tuple(self._logprobs[known:])), start
 
     def completion(self) -> Completion:
         """The completion so far; one without a finish reason counts as cancelled."""

@@ -4,6 +4,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.generate.completion import TokenLogprob
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -113,3 +114,13 @@ def test_a_broken_character_at_the_end(tokenizer):
     assert len(half) == 2
     deltas, _ = feed(answer, [*tokenizer.encode("caf"), half[0]], 1)
     assert deltas[-1].completion.text == "caf\ufffd" == "".join(delta.text for delta in deltas)
+
+
+def test_deltas_have_the_log_probabilities_of_their_tokens(tokenizer):
+    answer = begin(tokenizer, max_new_tokens=9, logprobs=1)
+    tokens = [*tokenizer.encode("one two"), EOS]
+    entries = [TokenLogprob(token, -1.0, ((token, -1.0),)) for token in tokens]
+    first, _ = answer.take(tokens[:2], False, entries[:2])
+    last, _ = answer.take(tokens[2:], True, entries[2:])
+    assert first.logprobs == tuple(entries[:2]) and last.logprobs == tuple(entries[2:])
+    assert last.completion.logprobs == tuple(entries)

@@ -84,7 +84,9 @@ class ThinkingParser:
     whitespace stays; `Parsed` has it stripped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_box_tags: bool = False) -> None:
+        """Start an empty text; `with_box_tags` leaves the tags of boxes in the parts."""
+        self._with_box_tags = with_box_tags
         self._pieces: list[_Piece] = []
         self._new: list[Part] = []
         self._held = ""
@@ -165,6 +167,8 @@ class ThinkingParser:
             self._release_blank()
             self._depth = self._depth + 1 if tag == BOX else max(self._depth - 1, 0)
             self._pieces.append(_Piece(self._region, tag, True, self._depth))
+            if self._with_box_tags:
+                self._add_part(tag)
 
     def _close_thought(self) -> None:
         if self._region is not Kind.THOUGHT:
@@ -194,6 +198,9 @@ class ThinkingParser:
 
     def _show(self, text: str) -> None:
         self._pieces.append(_Piece(self._region, text, False, self._depth))
+        self._add_part(text)
+
+    def _add_part(self, text: str) -> None:
         kind = Kind.BOX if self._depth else self._region
         if self._new and self._new[-1].kind is kind:
             text = self._new.pop().text + text

@@ -136,6 +136,17 @@ class TestStream:
         assert parser.push("</think") == []
         assert parser.finish() == [Part(Kind.TEXT, "</think")]
 
+    @pytest.mark.parametrize("cuts", [(), range(200)])
+    @pytest.mark.parametrize(
+        "text", [RELEASED, "a<|begin_of_box|>b<|end_of_box|><|end_of_box|> c", "<|begin_of_box|>d"]
+    )
+    def test_box_tags_stay_where_they_are_asked_for(self, text, cuts):
+        parser = ThinkingParser(with_box_tags=True)
+        pieces = [text[start:end] for start, end in pairwise([0, *(cut for cut in cuts if cut < len(text)), len(text)])]
+        parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
+        assert "".join(part.text for part in parts if part.kind is not Kind.THOUGHT) == without_thoughts(text)
+        assert parser.parsed() == parse(text)
+
     def test_a_stray_end_cannot_be_taken_back_from_the_stream(self):
         parts, parser = _stream("t</think>a")
         assert parts == [Part(Kind.TEXT, "ta")]
