@@ -3,6 +3,7 @@
 From the outside in:
 
 - `engine`: `Engine`, what users call; `conversation`: turns that keep their KV cache; `warmup`: compile ahead.
+- `live`: requests that come at any time, answered by a thread.
 - `scheduler`: continuous batching: requests from `prompt_queue` into `slots`, results out of them.
 - `sequence`: the host's state of one request: text, stop strings, think budget; `completion`: its result.
 - `slots`: B rows on the device; `prefill_chunks`: prompts cut into chunks; `feature_pool`: vision features by content.

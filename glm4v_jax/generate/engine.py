@@ -200,7 +200,7 @@ class Engine:
             steps = self.steps_per_dispatch or MAX_STEPS
             with (
                 contextlib.closing(queue),
-                self._slots(self.num_slots, shared) as slots,
+                self.lend_slots(self.num_slots, shared) as slots,
                 contextlib.closing(run(slots, queue, steps=steps)) as updates,
             ):
                 for update in updates:
@@ -256,8 +256,7 @@ class Engine:
         (shortest, longest), patches = ranges.prompt_lengths, ranges.vision_patches
         config = self.config(**options)
         need = longest + max_new_tokens + (Variant.of(config).draft or 0)
-        self._capacity = max(self._capacity, bucket(need, MIN_CAPACITY))
-        self._free.clear()
+        self.reserve(need)
         # Later turns, and answers after a think budget, prefill as little as one token.
         lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
 
@@ -266,7 +265,7 @@ class Engine:
                 self.pool.reserve(largest_pool(self.pool, patches, self.pool.shards if many else 1))
                 yield from warm_vision(self.pool, patches)
             for num_rows in [1] * one + [self.num_slots] * many:
-                with self._slots(num_rows, config) as slots:
+                with self.lend_slots(num_rows, config) as slots:
                     yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens, config)
 
         return run_all(all_programs(), progress)
@@ -277,6 +276,12 @@ class Engine:
         limit = self.runtime.config.text_config.max_position_embeddings
         return SequenceState(prompt, config, self.processor.tokenizer, limit, **kwargs)
 
+    def reserve(self, capacity: int) -> None:
+        """Have slots hold at least `capacity` tokens of prompt and completion from now on."""
+        with self.pool.lock:
+            self._capacity = max(self._capacity, bucket(capacity, MIN_CAPACITY))
+            self._free.clear()
+
     def release(self) -> None:
         """Free the device memory that is kept for later requests: KV caches and vision features."""
         with self.pool.lock:
@@ -286,7 +291,7 @@ class Engine:
     def _stream(self, sequence: SequenceState, steps: int | None = None) -> Iterator[Delta]:
         steps = steps or self.steps_per_dispatch
         with (
-            self._slots(1, sequence.config) as slots,
+            self.lend_slots(1, sequence.config) as slots,
             contextlib.closing(run(slots, sequence.queue(), steps=steps)) as updates,
         ):
             for update in updates:
@@ -301,7 +306,7 @@ class Engine:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def _slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
+    def lend_slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
         """Lend slots, and keep them for the next request, unless a long prompt has made them large."""
         with self.pool.lock:
             variant = Variant.of(config)

@@ -1,5 +1,6 @@
 """Vision features of images and videos, encoded once and kept on the device while there is room."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -117,8 +118,11 @@ class FeaturePool:
         needed = list(distinct.values())
         with self.lock:
             new = sum(key not in self._spans or key in self._unused for key in distinct)
-            tries = (self._waves(needed, upcoming), self._waves(needed))
-            if not any(self._encode_waves(waves, distinct) for waves in tries):
+            try:
+                is_done = self._encode_waves(self._waves(needed, upcoming), distinct)
+            except Exception:  # perhaps because of what is only upcoming
+                is_done = False
+            if not is_done and not self._encode_waves(self._waves(needed), distinct):
                 self._encode_anew(needed)
             self._unused.difference_update(distinct)
             self.reused += len(media) - new
@@ -128,11 +132,11 @@ class FeaturePool:
         """Encode what will be needed soon, as far as it fills whole waves.
 
         It takes half of the pool at most: what is needed before then would overwrite it otherwise, and it would be
-        encoded twice.
+        encoded twice. What cannot be encoded raises nothing here, but when it is needed.
         """
         sizes = itertools.accumulate(map(self._size, upcoming))
         early = [medium for medium, size in zip(upcoming, sizes, strict=True) if size <= self.capacity // 2]
-        with self.lock:
+        with self.lock, contextlib.suppress(Exception):
             keys = {medium.key for medium in early}
             for wave in self._waves(early):
                 if len(wave.media) == self._most(wave.shape) and not self._encode_waves([wave], keys):

@@ -31,7 +31,11 @@ class RequestQueue(Protocol):
     """Requests that have not started."""
 
     def take(self, *, wait: bool) -> "SequenceState | Failure | None":
-        """The next one, or why it failed; None if there are no more, or with `wait` False none is ready yet."""
+        """The next one, or why it failed; None if there are no more, or none is ready yet.
+
+        With `wait` there is nothing else to do than to wait for one. A queue that does not know whether one will come
+        returns None all the same, and `run` ends if no slot is busy.
+        """
 
     def fill(self) -> None:
         """Prepare what comes next, while the device is busy."""
@@ -41,7 +45,7 @@ class RequestQueue(Protocol):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no more will come."""
+        """Whether no more will come, or none that is known of."""
 
 
 class Failure(NamedTuple):
@@ -144,7 +148,7 @@ def run(
                 tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)
                 if row in fresh:
                     tokens, logprobs = fresh[row][0] + tokens, fresh[row][1] + logprobs
-                if not tokens:
+                if not tokens and not sequence.is_cancelled:
                     if done[row]:
                         raise GenerationError("slots: found another user; expected one at a time")
                     continue

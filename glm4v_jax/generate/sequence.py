@@ -56,6 +56,7 @@ class SequenceState:
         self._stop_string: str | None = None
         self._text: list[str] = []
         self._is_forced = self._is_closed = False
+        self.is_cancelled = False
         self._since = time.perf_counter()
         self._next: Start | None = None  # what this is restarted with, until its tokens come
         self._sampled = 0
@@ -107,6 +108,10 @@ class SequenceState:
         self._since = time.perf_counter()
         return Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.max_total_tokens)
 
+    def cancel(self) -> None:
+        """End this with the next `take`, which drops its tokens; from any thread."""
+        self.is_cancelled = True
+
     def queue(self) -> "_SingleQueue":
         """A queue of this request alone."""
         return _SingleQueue(self)
@@ -125,6 +130,9 @@ class SequenceState:
           What is new, with the completion if this ends the sequence; and what the row is restarted with, if the row is
           done and the sequence is not. A sequence may end (`finish_reason`) while its row is not done.
         """
+        if self.is_cancelled:
+            self.finish_reason = "cancelled"
+            return Delta("", (), (), self.completion()), None
         known = len(self._logprobs)
         # An end token that cuts a thought short is not part of the sequence, which continues without it.
         held = 1 if done and self.may_continue and tokens and tokens[-1] in self.config.eos_token_id else 0
