@@ -1,7 +1,10 @@
 """The errors that a client sees, in the form of OpenAI's interface."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from glm4v_jax.errors import Glm4vError
 
 _TYPES = {
     400: "invalid_request_error",
@@ -12,6 +15,20 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+
+
+_NAMES = {
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "max_new_tokens": "max_tokens",
+    "think_budget": "thinking_token_budget",
+    "sequence_bias": "logit_bias",
+    "json_schema": "response_format",
+    "regex": "structured_outputs.regex",
+    "choices": "structured_outputs.choice",
+    "input_ids": "prompt",
+}
+"""What errors of the engine name -> what the client has called it."""
 
 
 class ApiError(Exception):
@@ -48,3 +65,41 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The body of the response, as OpenAI's clients read it."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def client_error(error: Glm4vError, param: str | None = None) -> ApiError:
+    """An error of the engine as one of the client, by the names of the client's fields, without what it has sent.
+
+    Args:
+      error: what the engine says.
+      param: the field that it is about, where the message names none.
+    """
+    message = re.sub(r"^(\w+)(?=: )", lambda match: _NAMES.get(match[1], match[1]), str(error))
+    name = re.match(r"[\w.]+(?=: )", message)
+    return ApiError(400, without_data(message), param=name[0] if name else param)
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: what a client has sent may be long, or private.
+
+    >>> shown(2), shown("auto"), shown([1, 2]), shown("x" * 1000)
+    ('2', "'auto'", 'a list', 'a string of 1000 characters')
+    """
+    if isinstance(value, str) and (len(value) > 60 or ":" in value):
+        return f"a string of {len(value)} characters"
+    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value)) or repr(value)[:60]
+
+
+def field_name(name: str) -> str:
+    """The name of a field, as long as it looks like one."""
+    return name if re.fullmatch(r"[\w.-]{1,60}", name) else "a field"
+
+
+def without_data(message: str) -> str:
+    """A message without addresses and data of the request.
+
+    >>> without_data("cannot read data:image/png;base64,AAAA and https://host/a?key=1")
+    'cannot read (data) and (address)'
+    """
+    message = re.sub(r"data:[^\s'\",]*,?[^\s'\"]*", "(data)", message)
+    return re.sub(r"\b(?:https?|file|ftp)://[^\s'\"]*", "(address)", message)[:2000]
