@@ -118,13 +118,14 @@ class Seen:
         return 0.0 if self.metadata is None else self.metadata.time_of(index) or 0.0
 
 
-def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
-    """Prepare an image or a video, whichever the file is, and read back what the model will see.
+def look(source: str | Path | bytes, processor: Glm4vProcessor, kind: Kind | None = None) -> Seen:
+    """Prepare an image or a video, and read back what the model will see.
 
     Args:
-      source: a path, or an http(s), file or data address. An animated GIF, PNG or WebP is a video, as is a directory of
-        images.
+      source: a path, an http(s), file or data address, or the bytes of a file.
       processor: of the checkpoint.
+      kind: what to take it for. By default, what the file is: an animated GIF, PNG or WebP is a video, as is a
+        directory of images.
 
     Raises:
       MediaError: it is neither, cannot be read, or cannot be prepared; the message names it.
@@ -134,7 +135,8 @@ def look(source: str | Path, processor: Glm4vProcessor) -> Seen:
         raise MediaError(not_there(name, "an image or a video"))
     opened = open_source(source)
     try:
-        kind = "video" if isinstance(opened, Path) and opened.is_dir() else _kind_of(opened)
+        if kind is None:
+            kind = "video" if isinstance(opened, Path) and opened.is_dir() else _kind_of(opened)
     except PIL.Image.DecompressionBombError as error:
         raise MediaError(f"{name}: found too large an image ({error}); expected a smaller one") from error
     is_unreadable = kind is None and kind_of_file(opened) == "an image"

@@ -94,6 +94,37 @@ def draw_sheet(cards: Sequence[Card]) -> PIL.Image.Image:
     return sheet
 
 
+def draw_frames(seen: Seen, longest: int, most: int = MAX_FRAMES) -> tuple[dict[int, PIL.Image.Image], str]:
+    """Draw an image, or each frame of a video by itself, between the lines of its tokens.
+
+    Args:
+      seen: what to draw.
+      longest: side of a drawing at most, in pixels.
+      most: temporal patches to draw, evenly spread.
+
+    Returns:
+      Number of the temporal patch -> drawing of its first frame; and what the lines are.
+    """
+    _, rows, columns = seen.token_grid
+    scale = _whole(longest / max(seen.seen_width, seen.seen_height))
+    shown = _evenly_spread(seen.grid_thw[0], most)
+    grids = {index: _with_grid(_scaled(seen.frames[index, 0], scale), rows, columns, seen) for index in shown}
+    token = seen.settings["patch_size"] * seen.settings["merge_size"]
+    legend = _legend(token * scale, seen) + _drawn_of(len(shown), seen)
+    return {index: PIL.Image.fromarray(pixels) for index, pixels in grids.items()}, legend
+
+
+def _evenly_spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` numbers from 0, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def _drawn_of(drawn: int, seen: Seen) -> str:
+    """What to add to a legend where not all temporal patches are drawn."""
+    t = seen.grid_thw[0]
+    return f"; {drawn} of {t} temporal patches drawn, evenly spread" if drawn < t else ""
+
+
 def _font(size: int) -> PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont:
     return PIL.ImageFont.load_default(size)
 
@@ -162,8 +193,7 @@ def _draw_image(seen: Seen, height: int) -> tuple[PIL.Image.Image, str]:
 
 def _draw_video(seen: Seen, timestamps: Sequence[int]) -> tuple[PIL.Image.Image, str]:
     """The first frame of every temporal patch with its times, and the others of it small below."""
-    t = seen.grid_thw[0]
-    shown = sorted({round(i) for i in np.linspace(0, t - 1, min(t, MAX_FRAMES))})
+    shown = _evenly_spread(seen.grid_thw[0], MAX_FRAMES)
     widest = next(width for most, width in _TILE_WIDTHS if len(shown) <= most)
     token = seen.settings["patch_size"] * seen.settings["merge_size"]
     scale = _whole(widest / max(seen.seen_width, seen.seen_height))
@@ -175,9 +205,7 @@ def _draw_video(seen: Seen, timestamps: Sequence[int]) -> tuple[PIL.Image.Image,
     temporal = seen.settings["temporal_patch_size"]
     others = "the other frame of the pair" if temporal == 2 else f"the other frames of the {temporal} in a patch"
     legend = f"{_legend(token * scale, seen)}; large number: the time in the prompt; small image: {others}"
-    if len(shown) < t:
-        legend += f"; {len(shown)} of {t} temporal patches drawn, evenly spread"
-    return _joined(rows, "down"), legend
+    return _joined(rows, "down"), legend + _drawn_of(len(shown), seen)
 
 
 def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Image.Image:

@@ -1,0 +1,69 @@
+"""`POST /v1/preview`: what the model will see of one image or video, with drawings for the chat page."""
+
+import base64
+import io
+from typing import Any, Literal
+
+import PIL.Image
+
+from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
+from glm4v_jax.inputs.preview.preview import Seen, look
+from glm4v_jax.inputs.preview.sheet import draw_frames
+from glm4v_jax.inputs.processor import Glm4vProcessor
+
+_LONGEST_IMAGE, _LONGEST_FRAME = 880, 260
+"""Sides of drawings, in pixels."""
+_MAX_DRAWINGS = 60
+
+
+def preview(kind: Literal["image", "video"], content: bytes, processor: Glm4vProcessor) -> dict[str, Any]:
+    """Prepare an image or a video as a chat would, and describe and draw what comes of it.
+
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    >>> file = io.BytesIO()
+    >>> PIL.Image.new("RGB", (90, 60)).save(file, "PNG")
+    >>> seen = preview("image", file.getvalue(), processor)
+    >>> seen["seen_width"], seen["seen_height"], seen["grid_thw"], seen["image_tokens"]
+    (140, 112, [1, 8, 10], 20)
+    >>> seen["drawings"][0]["url"][:22]
+    'data:image/png;base64,'
+
+    Args:
+      kind: what to take it for.
+      content: of the file.
+      processor: of the checkpoint.
+
+    Returns:
+      The facts of `glm4v inspect --json`; `drawings`, of an image or of the frames of a video; and `legend`, what their
+      lines are.
+
+    Raises:
+      MediaError: it cannot be read or prepared.
+    """
+    seen = look(content, processor, "picture" if kind == "image" else "video")
+    (place,) = place_in_prompt([seen], processor).places
+    longest = _LONGEST_IMAGE if kind == "image" else _LONGEST_FRAME
+    drawings, legend = draw_frames(seen, longest, _MAX_DRAWINGS)
+    told = facts(seen, place)
+    del told["file"]
+    drawn = [
+        {**_times(seen, index, place.timestamps), "url": _data_url(image), "width": image.width, "height": image.height}
+        for index, image in drawings.items()
+    ]
+    return told | {"object": "preview", "kind": kind, "drawings": drawn, "legend": legend}
+
+
+def _times(seen: Seen, index: int, timestamps: tuple[int, ...]) -> dict[str, Any]:
+    """Of a temporal patch of a video: what the prompt says of it, its frames in the file, and their seconds."""
+    if seen.kind != "video":
+        return {}
+    frames = seen.frame_indices[index]
+    seconds = [round(seen.time(frame), 3) for frame in frames]
+    return {"timestamp": timestamps[index], "frames": list(frames), "seconds": seconds}
+
+
+def _data_url(image: PIL.Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
