@@ -8,7 +8,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -102,6 +102,19 @@ class VideoMetadata(Mapping[str, Any]):
 
 
 SampleIndices = Callable[[VideoMetadata], Any]
+
+
+class VideoLimits(TypedDict, total=False):
+    """What a video may be at most, before it is decoded.
+
+    max_pixels: of a frame.
+    max_decoded_bytes: of the frames that are taken.
+    max_seconds: how long it may be.
+    """
+
+    max_pixels: int
+    max_decoded_bytes: int
+    max_seconds: float
 
 
 class NoDecoderError(MediaError, ImportError):
@@ -246,7 +259,11 @@ def _from_first(times: np.ndarray) -> np.ndarray | None:
 
 
 def _plan(
-    reader: _Reader, sample_indices_fn: SampleIndices | None, max_pixels: int, max_decoded_bytes: int
+    reader: _Reader,
+    sample_indices_fn: SampleIndices | None,
+    max_pixels: int,
+    max_decoded_bytes: int,
+    max_seconds: float,
 ) -> VideoMetadata:
     """The metadata of an open video, with the frames to take, within the limits."""
     if reader.total <= 0 or reader.height <= 0 or reader.width <= 0:
@@ -263,6 +280,8 @@ def _plan(
         ),
         reader,
     )
+    if (metadata.duration or 0) > max_seconds:
+        raise MediaError(f"found {metadata.duration:.0f} seconds of video; expected at most {max_seconds:g}")
     if sample_indices_fn is None:
         indices = list(range(reader.total))
     elif metadata.fps is None:
@@ -321,6 +340,7 @@ def decode_video(
     backend: str | None = None,
     max_pixels: int = MAX_PIXELS,
     max_decoded_bytes: int = MAX_DECODED_BYTES,
+    max_seconds: float = math.inf,
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the frames that `sample_indices_fn` asks for, and no others into memory.
 
@@ -335,6 +355,7 @@ def decode_video(
         backend: "decord", "pyav" or "pillow" to force one.
         max_pixels: largest frame.
         max_decoded_bytes: largest array of frames.
+        max_seconds: longest video.
 
     Returns:
         frames [T, H, W, 3] uint8 RGB, and the metadata with `frames_indices` set.
@@ -372,7 +393,7 @@ def decode_video(
             cause = error
             continue
         try:
-            metadata = _plan(reader, sample_indices_fn, max_pixels, max_decoded_bytes)
+            metadata = _plan(reader, sample_indices_fn, max_pixels, max_decoded_bytes, max_seconds)
         except _NoRateError as error:
             verdict, cause = str(error), error
             continue

@@ -3,15 +3,18 @@
 import base64
 import binascii
 import contextlib
+import http.client
 import os
 import re
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.errors import MediaError, not_there
+from glm4v_jax.inputs.media.hosts import AllowedHosts, normalised
 
 if TYPE_CHECKING:
     import urllib3
@@ -22,7 +25,7 @@ MAX_IMAGE_BYTES = 2**28
 DOWNLOAD_SECONDS = 60.0
 _CHUNK_BYTES = 2**16
 _MAX_REDIRECTS = 10
-_USER_AGENT = "glm4v_jax"
+_HEADERS = {"User-Agent": "glm4v_jax", "Accept-Encoding": "identity"}
 # No system takes a longer path, so longer text was not meant as one.
 _LONGEST_PATH = 4096
 _ADDRESS = re.compile(r"(https?|file)://|data:", re.IGNORECASE)
@@ -30,7 +33,14 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+\Z")
 
 
-def read_url(url: str, *, max_bytes: int = MAX_DOWNLOAD_BYTES, timeout: float = DOWNLOAD_SECONDS) -> bytes:
+def read_url(
+    url: str,
+    *,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    timeout: float = DOWNLOAD_SECONDS,
+    hosts: AllowedHosts | None = None,
+    name: str | None = None,
+) -> bytes:
     """Download an http or https address.
 
     Addresses may be written as people see them, with spaces and letters of any script; proxies and certificates are
@@ -40,42 +50,70 @@ def read_url(url: str, *, max_bytes: int = MAX_DOWNLOAD_BYTES, timeout: float = 
         url: the address.
         max_bytes: largest body accepted, announced or received, compressed or not.
         timeout: seconds for connecting, for each wait, and for the body as a whole.
+        hosts: for addresses of strangers. The address and those it is redirected to must name one of these hosts,
+            without a user; each is looked up once, and what is connected to is what was checked, never a proxy.
+        name: what to call the address in errors, which then say nothing of it.
 
     Raises:
         MediaError: the server is unreachable, answers with an error, redirects elsewhere than to http(s), or passes a
-            limit.
+            limit; or the address is not allowed.
     """
     import urllib3
 
     deadline = time.monotonic() + timeout
-    address = url.strip()
+    address, named = url.strip(), url if name is None else name
     try:
         for _ in range(_MAX_REDIRECTS + 1):
-            with _client(address) as client:
-                # The client would read the body of a redirect to its end before it follows.
-                response = client.request(
-                    "GET", address, timeout=max(deadline - time.monotonic(), 0.01), retries=False, redirect=False,
-                    preload_content=False, enforce_content_length=False,
-                )  # fmt: skip
-                try:
-                    target = response.get_redirect_location()
-                    if not target:
-                        return _body(response, url, max_bytes, timeout, deadline)
-                finally:
-                    response.close()
-            address = _redirected(address, target, url)
-        raise MediaError(f"{url}: found more than {_MAX_REDIRECTS} redirects; expected a file")
+            with _answered(address, hosts, deadline) as response:
+                target = response.get_redirect_location()
+                if not target:
+                    return _body(response, named, max_bytes, timeout, deadline)
+            address = _redirected(address, target, named)
+        raise MediaError(f"{named}: found more than {_MAX_REDIRECTS} redirects; expected a file")
+    except _RefusedError as error:
+        raise MediaError(f"{named}: {error}") from error
     except MediaError:
         raise
     except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         # An unreachable host is a timeout too, to this client.
         is_late = isinstance(error, urllib3.exceptions.TimeoutError | TimeoutError)
         if is_late and not isinstance(error, urllib3.exceptions.NewConnectionError):
-            raise MediaError(f"{url}: found no answer within {timeout:g} seconds; expected a file") from error
+            raise MediaError(f"{named}: found no answer within {timeout:g} seconds; expected a file") from error
         reason = re.sub(r"^\w+\(.*?\): ", "", str(error.args[-1] if error.args else error))
         is_damaged = isinstance(error, urllib3.exceptions.DecodeError)
         found = "a body that does not decompress" if is_damaged else "an unreachable address"
-        raise MediaError(f"{url}: found {found} ({reason}); expected a file") from error
+        details = f" ({reason})" if name is None else ""
+        raise MediaError(f"{named}: found {found}{details}; expected a file") from error
+
+
+class _RefusedError(MediaError):
+    """An address that is not allowed; the message does not name it."""
+
+
+@contextlib.contextmanager
+def _answered(address: str, hosts: AllowedHosts | None, deadline: float) -> Iterator["urllib3.BaseHTTPResponse"]:
+    """The answer to one request, with its body still to be read."""
+    import urllib3
+
+    clients: Sequence[tuple[urllib3.PoolManager | urllib3.HTTPConnectionPool, str]]
+    clients = [(_client(address), address)] if hosts is None else _pinned_clients(address, hosts, deadline)
+    for index, (client, target) in enumerate(clients):
+        with client:
+            try:
+                # The client would read the body of a redirect to its end before it follows.
+                response = client.request(
+                    "GET", target, timeout=max(deadline - time.monotonic(), 0.01), retries=False, redirect=False,
+                    preload_content=False, enforce_content_length=False,
+                )  # fmt: skip
+            except urllib3.exceptions.NewConnectionError:
+                if index == len(clients) - 1:
+                    raise
+                continue
+            try:
+                yield response
+            finally:
+                response.close()
+            return
 
 
 def _client(address: str) -> "urllib3.PoolManager":
@@ -83,7 +121,7 @@ def _client(address: str) -> "urllib3.PoolManager":
     import urllib3
 
     parts = urllib3.util.parse_url(address)
-    headers = {"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"}
+    headers = dict(_HEADERS)
     if parts.auth:
         headers |= urllib3.make_headers(basic_auth=urllib.parse.unquote(parts.auth))
     proxy = urllib.request.getproxies().get(parts.scheme or "")
@@ -95,7 +133,40 @@ def _client(address: str) -> "urllib3.PoolManager":
     return urllib3.ProxyManager(proxy, headers=headers, proxy_headers=credentials)
 
 
-def _redirected(address: str, target: str, url: str) -> str:
+def _pinned_clients(
+    address: str, hosts: AllowedHosts, deadline: float
+) -> list[tuple["urllib3.HTTPConnectionPool", str]]:
+    """Clients that connect to the IP addresses of an allowed host, the next if one does not answer, and their target.
+
+    Raises:
+        _RefusedError: the address is not allowed.
+    """
+    import urllib3
+
+    parts = urllib3.util.parse_url(address)
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise _RefusedError("found another kind of address; expected http or https")
+    if parts.auth is not None:
+        raise _RefusedError("found an address with a user; expected one without")
+    is_secure = parts.scheme == "https"
+    port = parts.port or (443 if is_secure else 80)
+    try:
+        found = hosts.addresses(parts.host, port, max(deadline - time.monotonic(), 0.01))
+    except MediaError as error:
+        raise _RefusedError(str(error)) from error
+    headers = {**_HEADERS, "Host": parts.netloc or ""}
+    host = normalised(parts.host)
+    clients: list[urllib3.HTTPConnectionPool] = [
+        # The certificate is to be that of the name.
+        urllib3.HTTPSConnectionPool(ip, port, headers=headers, server_hostname=host, assert_hostname=host)
+        if is_secure
+        else urllib3.HTTPConnectionPool(ip, port, headers=headers)
+        for ip in found
+    ]
+    return [(client, parts.request_uri) for client in clients]
+
+
+def _redirected(address: str, target: str, name: str) -> str:
     """The address that a redirect leads to.
 
     Raises:
@@ -104,38 +175,41 @@ def _redirected(address: str, target: str, url: str) -> str:
     with contextlib.suppress(UnicodeError):
         # Servers send bytes of UTF-8, which headers are not decoded as.
         target = target.encode("latin-1").decode()
-    if urllib.parse.urlsplit(target).scheme.lower() not in ("", "http", "https"):
-        raise MediaError(f"{url}: found a redirect to {target!r}; expected an http or https address")
+    scheme = urllib.parse.urlsplit(target).scheme.lower()
+    if scheme not in ("", "http", "https"):
+        raise MediaError(f"{name}: found a redirect to {scheme[:20]!r}; expected an http or https address")
     return urllib.parse.urljoin(address, target)
 
 
-def _body(response: "urllib3.BaseHTTPResponse", url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
+def _body(response: "urllib3.BaseHTTPResponse", name: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
     """The body of an answer, decompressed, within the limits.
 
     Raises:
         MediaError: the answer is an error or is compressed in an unknown way, or the body passes a limit.
     """
     if not 200 <= response.status < 300:
-        raise MediaError(f"{url}: found the status {response.status} {response.reason}; expected a file")
+        # In our words: what a server says may name whatever it likes.
+        phrase = http.client.responses.get(response.status, "")
+        raise MediaError(f"{name}: found the status {f'{response.status} {phrase}'.strip()}; expected a file")
     encodings = [name.strip() for name in response.headers.get("Content-Encoding", "").lower().split(",")]
     unknown = [name for name in encodings if name not in ("", "identity", *response.CONTENT_DECODERS)]
     if unknown:
         known = ", ".join(response.CONTENT_DECODERS)
-        raise MediaError(f"{url}: found the content encoding {unknown[0]!r}; expected none, or one of {known}")
+        raise MediaError(f"{name}: found the content encoding {unknown[0][:20]!r}; expected none, or one of {known}")
     announced = response.headers.get("Content-Length", "")
     if announced.isdigit() and int(announced) > max_bytes:
-        raise MediaError(f"{url}: found {announced} bytes; expected at most {max_bytes}")
+        raise MediaError(f"{name}: found {announced} bytes; expected at most {max_bytes}")
     body = bytearray()
     # read1() returns after one receive, so that a server which drips bytes meets the deadline; and it decompresses no
     # more than it returns, so that a bomb meets the limit.
     while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
         body += chunk
         if len(body) > max_bytes:
-            raise MediaError(f"{url}: found more than {max_bytes} bytes; expected no more")
+            raise MediaError(f"{name}: found more than {max_bytes} bytes; expected no more")
         if time.monotonic() > deadline:
-            raise MediaError(f"{url}: found {len(body)} bytes within {timeout:g} seconds; expected the whole file")
+            raise MediaError(f"{name}: found {len(body)} bytes within {timeout:g} seconds; expected the whole file")
     if announced.isdigit() and response.tell() < int(announced):
-        raise MediaError(f"{url}: found the end after {response.tell()} bytes; expected {announced} bytes")
+        raise MediaError(f"{name}: found the end after {response.tell()} bytes; expected {announced} bytes")
     return bytes(body)
 
 

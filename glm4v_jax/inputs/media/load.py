@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,14 @@ from glm4v_jax.config.checks import PositiveNumber, checked
 from glm4v_jax.errors import MediaError, counted
 from glm4v_jax.inputs.media.array_layout import FIRST, infer_channel_format
 from glm4v_jax.inputs.media.container import is_still_image, kind_of_file
-from glm4v_jax.inputs.media.decode import MAX_PIXELS, SampleIndices, VideoMetadata, decode_video, shortened
+from glm4v_jax.inputs.media.decode import (
+    MAX_PIXELS,
+    SampleIndices,
+    VideoLimits,
+    VideoMetadata,
+    decode_video,
+    shortened,
+)
 from glm4v_jax.inputs.media.fetch import (
     MAX_IMAGE_BYTES,
     describe,
@@ -30,8 +37,8 @@ from glm4v_jax.inputs.media.fetch import (
 from glm4v_jax.inputs.media.threads import map_threads
 
 __all__ = [
-    "MAX_PIXELS", "SampledVideo", "VideoMetadata", "are_stills", "frame_files", "is_array", "is_named_still",
-    "is_path_like", "load_image", "load_video", "open_image",
+    "MAX_PIXELS", "SampledVideo", "VideoLimits", "VideoMetadata", "are_stills", "frame_files", "is_array",
+    "is_named_still", "is_path_like", "load_image", "load_video", "open_image",
 ]  # fmt: skip
 
 _NUMBER = re.compile(r"(\d+)")
@@ -288,6 +295,7 @@ def load_video(
     metadata: VideoMetadata | Mapping[str, Any] | None = None,
     do_convert_rgb: bool = True,
     backend: str | None = None,
+    **limits: Unpack[VideoLimits],
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Load the frames of a video.
 
@@ -300,6 +308,7 @@ def load_video(
         metadata: what is known of a list or an array; an encoded video brings its own.
         do_convert_rgb: convert Pillow frames of other modes to RGB.
         backend: "decord", "pyav" or "pillow" to force a decoder.
+        **limits: of encoded videos; see `VideoLimits`.
 
     Returns:
         The frames: uint8 RGB [T, H, W, 3] from encoded videos and images, and arrays in the layout and type they
@@ -314,7 +323,7 @@ def load_video(
         opened = open_source(source)
         if not (isinstance(opened, Path) and opened.is_dir()):
             try:
-                return decode_video(opened, name, sample_indices_fn, backend=backend)
+                return decode_video(opened, name, sample_indices_fn, backend=backend, **limits)
             except MediaError as error:
                 if not isinstance(opened, bytes) or not is_missing_path(source):
                     raise

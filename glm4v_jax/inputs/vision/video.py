@@ -20,6 +20,7 @@ from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.media.array_layout import LAST, NONE, channel_format, to_channels_last
 from glm4v_jax.inputs.media.load import (
     SampledVideo,
+    VideoLimits,
     VideoMetadata,
     are_stills,
     frame_files,
@@ -153,6 +154,7 @@ class Glm4vVideoProcessor(MediaProcessor):
         video_metadata: default of the argument of `preprocess`.
         return_metadata: whether results hold `video_metadata`.
         input_data_format: "channels_first", "channels_last", "none" for grey [T, H, W], or None to guess.
+        limits: what an encoded video may be at most, for videos of strangers; an attribute and no setting.
         do_center_crop: no effect on GLM-4.1V, like `crop_size`, `size_divisor`, `default_to_square`.
     """
 
@@ -184,6 +186,7 @@ class Glm4vVideoProcessor(MediaProcessor):
     num_frames: int
     fps: float
     max_duration: float
+    limits: VideoLimits = VideoLimits()
 
     def sample_frames(
         self, metadata: VideoMetadata, fps: float | None = None, max_duration: float | None = None, **kwargs: Any
@@ -306,6 +309,7 @@ class Glm4vVideoProcessor(MediaProcessor):
             sample if sampling else None,
             metadata=metadata,
             do_convert_rgb=settings["do_convert_rgb"],
+            **self.limits,
         )
         if is_sampled and len(frames) == 1:
             # As where sampling finds no more than one.
