@@ -9,6 +9,9 @@ from glm4v_jax.errors import CheckpointError, GenerationError, Glm4vError
 from glm4v_jax.generate.text.thinking import TAGS
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
+TOOL_TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+"""What the call of a tool is written with, by checkpoints whose template has tools."""
+
 
 def _byte_of_character() -> dict[str, int]:
     """The alphabet in which byte-level BPE spells bytes: printable ones as themselves, the rest from U+0100 on."""
@@ -28,8 +31,8 @@ class TextStream:
     becomes U+FFFD as there. Every id costs the same, in a long run of broken bytes too, where decoding a window of the
     last ids again and again would not.
 
-    Special tokens are not shown, apart from the tags of thoughts and boxes, special or not; nor are ids without a
-    token, of which the released model's vocabulary has some.
+    Special tokens are not shown, apart from the tags of thoughts, boxes and tool calls, special or not; nor are ids
+    without a token, of which the released model's vocabulary has some.
     """
 
     def __init__(self, tokenizer: Glm4vTokenizer, *, with_special: bool = False) -> None:
@@ -45,7 +48,7 @@ class TextStream:
             )
         self._id_to_token = backend.id_to_token
         added = backend.get_added_tokens_decoder()
-        hidden = {index for index, token in added.items() if token.special and token.content not in TAGS}
+        hidden = {index for index, token in added.items() if token.special and token.content not in (*TAGS, *TOOL_TAGS)}
         self._hidden = set[int]() if with_special else hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
