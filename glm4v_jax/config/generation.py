@@ -16,6 +16,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Natural, Positive, Seed, did_you_mean, fault, validate
+from glm4v_jax.config.grammar import KINDS, grammar_of, schema_text
 from glm4v_jax.errors import CheckpointError, GenerationError, counted, naming
 from glm4v_jax.files import assets_directory, read_json_object
 
@@ -66,7 +67,9 @@ Token = Annotated[int, Meta(ge=0, lt=2**31)]
 Tokens = Annotated[tuple[Token, ...], Meta(min_length=1)]
 
 # One of them may stand for itself, and None for nothing.
-_LISTS = ("eos_token_id", "stop_strings", "bad_words_ids", "suppress_tokens", "sequence_bias", "logits_processor")
+_LISTS = (
+    "eos_token_id", "stop_strings", "bad_words_ids", "suppress_tokens", "sequence_bias", "logits_processor", "choices",
+)  # fmt: skip
 
 OF_THE_MODEL = ("return_dict_in_generate", "output_scores", "output_logits")
 """Options that only `Glm4vForConditionalGeneration.generate` has."""
@@ -146,10 +149,14 @@ class GenerationConfig:
 
     `return_dict_in_generate`, with `output_scores` and `output_logits`, is for `model.generate` alone.
 
-    `stop_strings` end the text. The other four are for `Engine` alone. After `think_budget` tokens thinking that is
+    `stop_strings` end the text. The others are for `Engine` alone. After `think_budget` tokens thinking that is
     still open is closed, and up to `answer_budget` more tokens follow (`max_new_tokens` by default, which then limits
     nothing else). `stop_repetition` ends a text that repeats itself. `logprobs` returns log probabilities of the
     sampled tokens and of the n likeliest.
+
+    `json_schema` (a mapping or its JSON text; {} for any JSON object), `regex` or `choices` restrict the answer, which
+    comes after the thought: `Completion.answer` is exactly such a text. At most one of them is given. They need the
+    `grammar` extra.
 
     Raises:
         GenerationError: an option is out of its range; the message names it, its value and what was expected.
@@ -200,14 +207,24 @@ class GenerationConfig:
     answer_budget: Positive | None = None
     stop_repetition: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    json_schema: Annotated[str, Meta(description="a JSON schema: a mapping, or its JSON text")] | None = None
+    regex: Annotated[str, Meta(min_length=1, description="a regular expression, not an empty one")] | None = None
+    choices: (
+        Annotated[
+            tuple[Annotated[str, Meta(min_length=1)], ...],
+            Meta(min_length=1, description="at least one string, none of them empty"),
+        ]
+        | None
+    ) = None
 
     def __post_init__(self) -> None:
         for name in _LISTS:
             value = getattr(self, name)
             # A list of transformers' can be called too.
             is_one = isinstance(value, int | str | np.integer | Callable) and not isinstance(value, list)
-            if value is None or is_one:
+            if is_one or (value is None and name != "choices"):
                 object.__setattr__(self, name, () if value is None else (value,))
+        object.__setattr__(self, "json_schema", schema_text(self.json_schema))
         if isinstance(self.sequence_bias, Mapping):
             object.__setattr__(self, "sequence_bias", tuple(self.sequence_bias.items()))
         validate(self, GenerationError)
@@ -221,6 +238,7 @@ class GenerationConfig:
             _require(usable, "logits_processor", processor, expected)
         # -1 is not a token: it never stops a row.
         object.__setattr__(self, "eos_token_id", tuple(token for token in self.eos_token_id if token != -1))
+        self._check_grammar()
         budgeted = self.answer_budget is None or self.think_budget is not None
         _require(budgeted, "answer_budget", self.answer_budget, "think_budget beside it")
         if self.do_sample:
@@ -242,6 +260,23 @@ class GenerationConfig:
                 count,
                 "1 without do_sample=True or num_beams: greedy sequences are equal",
             )
+
+    def _check_grammar(self) -> None:
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if not kinds:
+            return
+        if len(kinds) > 1:
+            raise GenerationError(f"{kinds[0]}: found beside {kinds[1]}; expected one of {', '.join(KINDS)}")
+        _require(self.num_beams == 1, "num_beams", self.num_beams, f"1 beside {kinds[0]}")
+        draft = self.prompt_lookup_num_tokens
+        _require(draft is None, "prompt_lookup_num_tokens", draft, f"nothing beside {kinds[0]}")
+        _ = self.grammar  # raises where it is invalid
+
+    @property
+    def grammar(self) -> str | None:
+        """What `json_schema`, `regex` or `choices` restrict the answer to, in llguidance's notation."""
+        given = ((kind, getattr(self, kind)) for kind in KINDS)
+        return next((grammar_of(kind, value) for kind, value in given if value is not None), None)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:

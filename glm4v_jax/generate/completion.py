@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
-from glm4v_jax.generate.text.thinking import END_THINK, Parsed, Part, parse
+from glm4v_jax.generate.text.thinking import END_ANSWER, END_THINK, Parsed, Part, parse
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
@@ -44,7 +44,8 @@ class Completion:
       stop_string: the one that ended it.
       logprobs: one per token, where requested.
       image_sizes: (width, height) of the prompt's images as given, in pixels.
-      error: why the prompt could not be prepared, where errors are not raised.
+      error: why the prompt could not be prepared, where errors are not raised; or why its grammar cannot be followed.
+      answer_span: where the answer begins and ends in `text`, of a request with a grammar: read as it is, without tags.
       is_forced: whether the thought was closed because its budget was used up.
       seconds: from the start of the request until its end, while other requests ran.
     """
@@ -58,17 +59,22 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()
     error: str | None = None
+    answer_span: tuple[int, int] | None = None
     is_forced: bool = False
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
     @property
     def parsed(self) -> Parsed:
         """Thought, answer and boxed answer of the text."""
-        return parse(self.text)
+        if self.answer_span is None:
+            return parse(self.text)
+        begin, end = self.answer_span
+        is_closed = self.text[end:].startswith(END_ANSWER)
+        return dataclasses.replace(parse(self.text[:begin]), answer=self.text[begin:end], is_answer_closed=is_closed)
 
     @property
     def answer(self) -> str:
-        """The answer without thought and tags."""
+        """The answer without thought and tags; of a request with a grammar exactly the text that the grammar allows."""
         return self.parsed.answer
 
     @property

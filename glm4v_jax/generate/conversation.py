@@ -195,6 +195,8 @@ class Conversation:
                 if self._slots is not None:
                     self.in_cache = sequence.in_cache
                 completion = sequence.completion()
-                self.messages += [message, {"role": "assistant", "content": without_thoughts(completion.text)}]
+                structured = completion.answer_span is not None
+                answer = completion.answer if structured else without_thoughts(completion.text)
+                self.messages += [message, {"role": "assistant", "content": answer}]
                 self._media.append(media)
                 self.completions.append(completion)

@@ -21,6 +21,7 @@ from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
 from glm4v_jax.generate.constraints import Constraints, banned, biased, processed, pushed
 from glm4v_jax.generate.sampling import choose, largest, mark_seen, penalised, row_keys, step_keys, warped
+from glm4v_jax.generate.token_masks import TokenMasks, allowed_tokens, is_held, placed, restricted
 from glm4v_jax.model.attention.attend import FEW_QUERIES
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import embed_with_vision, score
@@ -224,6 +225,7 @@ def choose_first(
     rows: Bool[Array, " B"],
     row: RowState,
     constraints: Constraints | None = None,
+    masks: TokenMasks | None = None,
     *,
     variant: Variant = _PLAIN,
 ) -> tuple[SlotsState, Chosen]:
@@ -235,6 +237,7 @@ def choose_first(
       rows: the rows to start; the others stay as they are.
       row: of all B; `token` is ignored, and no token is chosen for a row that is done.
       constraints: of all rows, with the tokens of prompts alone; None if no row has any.
+      masks: of all rows; None if none of those to start has a grammar.
       variant: what to return, and how to choose.
 
     Returns:
@@ -247,7 +250,10 @@ def choose_first(
 
     row = jax.tree.map(chosen_from, place_row(row), state.row)
     only_these = row._replace(done=row.done | ~rows)
-    (begun, seen), chosen = _choose(text.module, head, state.hidden, only_these, state.seen, constraints, variant)
+    logits = _logits(text.module, head, state.hidden)
+    masks = placed(masks)
+    allowed = None if masks is None else allowed_tokens(masks, only_these.step * 0, logits.shape[1])
+    (begun, seen), chosen = choose_from(logits, only_these, state.seen, constraints, variant, allowed)
     row = begun._replace(done=chosen_from(begun.done, row.done))
     return state._replace(row=row, seen=seen), chosen
 
@@ -260,20 +266,29 @@ def decode(
     limit: Int[Array, ""],
     idle: Int[Array, ""],
     constraints: Constraints | None = None,
+    masks: TokenMasks | None = None,
     *,
     num_steps: int,
     variant: Variant = _PLAIN,
 ) -> tuple[Decoded, SlotsState, Constraints | None]:
-    """Up to min(num_steps, limit) more tokens of every row that is not done; stops early when `idle` rows are done."""
-    decoder = text.module
+    """Up to min(num_steps, limit) more tokens of every row that is not done; stops early when `idle` rows are done.
+
+    Rows may choose what `masks` allow, and get no more tokens than these say.
+    """
+    decoder, begun, masks = text.module, state.row.step, placed(masks)
+
+    def waiting(row: RowState) -> RowState:
+        """The rows, done where they only wait for the next dispatch."""
+        return row if masks is None else row._replace(done=row.done | is_held(masks, row.step - begun, row.token))
 
     def is_running(carry: _Carry) -> Array:
         i, _, state, _ = carry
-        return (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
+        more = (i < jnp.minimum(num_steps, limit)) & (jnp.sum(state.row.done) < idle)
+        return more if masks is None else more & ~jnp.all(waiting(state.row).done)
 
     def step(carry: _Carry) -> _Carry:
         i, out, state, tokens = carry
-        cache, row = state.cache, state.row
+        cache, row = state.cache, waiting(state.row)
         token = row.token[:, None]
         position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
         # A row that is done writes into the slot after its last one, over and over, and never attends to it.
@@ -283,11 +298,16 @@ def decode(
         written = written._replace(length=jnp.where(row.done, cache.length, written.length))
         known = constraints
         if known is not None and tokens is not None:
-            tokens = pushed(tokens, row.token)
+            longer = pushed(tokens, row.token)
+            tokens = longer if masks is None else jnp.where(row.done[:, None], tokens, longer)
             known = known._replace(tokens=tokens)
-        (row, seen), chosen = _choose(decoder, head, hidden, row, state.seen, known, variant)
+        logits = _logits(decoder, head, hidden)
+        allowed = None if masks is None else allowed_tokens(masks, row.step - begun, logits.shape[1])
+        (chosen_row, seen), chosen = choose_from(logits, row, state.seen, known, variant, allowed)
+        if masks is not None:
+            chosen_row = chosen_row._replace(done=jnp.where(row.done, state.row.done, chosen_row.done))
         out = jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 1), out, chosen)
-        return i + 1, out, state._replace(cache=written, seen=seen, row=row), tokens
+        return i + 1, out, state._replace(cache=written, seen=seen, row=chosen_row), tokens
 
     out = room(state, num_steps, variant)
     # Of the constraints the loop carries the tokens alone: the rest never changes.
@@ -347,18 +367,10 @@ def store_features(
     return jax.lax.fori_loop(0, len(starts), write, pool)
 
 
-def _choose(
-    decoder: TextDecoder,
-    head: Flat[Linear] | None,
-    hidden: Float[Array, "B 1 D"],
-    row: RowState,
-    seen: Bool[Array, "B V"],
-    constraints: Constraints | None,
-    variant: Variant,
-) -> tuple[tuple[RowState, Bool[Array, "B V"]], Chosen]:
-    """Choose the next token of each row from its last hidden state; rows that are done keep theirs."""
+def _logits(decoder: TextDecoder, head: Flat[Linear] | None, hidden: Float[Array, "B 1 D"]) -> Num[Array, "B V"]:
+    """Of the next token of each row, from its last hidden state."""
     logits = score(decoder, None if head is None else head.module, hidden)
-    return choose_from(mesh.reshard(logits[:, 0], "batch", "vocab"), row, seen, constraints, variant)
+    return mesh.reshard(logits[:, 0], "batch", "vocab")
 
 
 def choose_from(
@@ -367,15 +379,17 @@ def choose_from(
     seen: Bool[Array, "B V"],
     constraints: Constraints | None,
     variant: Variant,
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> tuple[tuple[RowState, Bool[Array, "B V"]], Chosen]:
-    """Choose the next token of each row from its logits; rows that are done keep theirs."""
+    """Choose the next token of each row from its logits, one that is `allowed`; rows that are done keep theirs."""
     # Greedy for a row that is done: sampling would cost time for nothing.
     params = row.params._replace(do_sample=row.params.do_sample & ~row.done)
 
     constrained = None if constraints is None else constrain(logits, row, seen, constraints, variant)
 
     def scores() -> Array:
-        return penalised(logits, params, seen) if constrained is None else constrained
+        scores = penalised(logits, params, seen) if constrained is None else constrained
+        return scores if allowed is None else restricted(scores, allowed, logits)
 
     tokens = choose(scores, params, step_keys(row_keys(row.seed, row.number), row.step))
     tokens = jnp.where(row.done, row.token, tokens)

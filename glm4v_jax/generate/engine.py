@@ -244,7 +244,8 @@ class Engine:
           many: compile for `generate_many`.
           progress: called with each program and its seconds; by default they are printed to standard error.
           **options: of the requests, as `stream` takes them. Programs of their own belong to `logprobs`, to
-            `logits_processor`, to `prompt_lookup_num_tokens`, and to bans, biases and least lengths together.
+            `logits_processor`, to `prompt_lookup_num_tokens`, to bans, biases and least lengths together, and to
+            grammars (`json_schema={}` stands for all of them).
 
         Returns:
           The programs, in the order in which they ran.
@@ -255,6 +256,7 @@ class Engine:
         ranges = checked_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens)
         (shortest, longest), patches = ranges.prompt_lengths, ranges.vision_patches
         config = self.config(**options)
+        self.new_sequence(Prompt.of_text([0]), config.replace(max_new_tokens=1))  # prepares the tokenizer for grammars
         need = longest + max_new_tokens + (Variant.of(config).draft or 0)
         self.reserve(need)
         # Later turns, and answers after a think budget, prefill as little as one token.

@@ -7,6 +7,7 @@ import numpy as np
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.generate.device_steps import PrefillChunk
+from glm4v_jax.generate.token_masks import Turn
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.prompt import Prompt
@@ -27,6 +28,7 @@ class Start(NamedTuple):
       number: the row's number in its request, for sampling.
       step: new tokens before this, where a sequence is restarted.
       room: how many tokens may follow the prompt in all, where that is more than the limit.
+      turn: what the first token may be, where a grammar says it.
     """
 
     prompt: Prompt
@@ -36,6 +38,7 @@ class Start(NamedTuple):
     number: int = 0
     step: int = 0
     room: int = 0
+    turn: Turn | None = None
 
     @property
     def capacity(self) -> int:

@@ -117,8 +117,8 @@ def _cuts(scores: Float[Array, "B V"], params: SamplingParams) -> tuple[Float[Ar
     ascending, ids = largest(scores, _WINDOW)
     cut_score, cut_id, threshold = from_sorted(ascending, ids, top_k, top_p)
     idle = ~jnp.asarray(params.do_sample) | ((top_k == 0) & (top_p == 1))
-    # Above the smallest candidate the window is complete; at it, ties may lie outside.
-    complete = (top_k > 0) & (threshold > ascending[:, 0])
+    # Above the smallest candidate the window is complete; at it, ties may lie outside, unless it is ruled out already.
+    complete = ((top_k > 0) & (threshold > ascending[:, 0])) | jnp.isneginf(ascending[:, 0])
     return lax.cond(jnp.all(idle | complete), lambda: (cut_score, cut_id), from_all)
 
 

@@ -25,6 +25,8 @@ SHARED_STEPS = 8
 _FEW = 8
 # Decode steps a dispatch while a slot is free and the prompt for it is being prepared.
 _SOON = 4
+# The same while a row has a grammar: it takes one token a dispatch, besides forced ones.
+_WITH_GRAMMAR = 4
 
 
 class RequestQueue(Protocol):
@@ -134,7 +136,10 @@ def run(
             # because the next prompt is not ready.
             busy = bool(not waiting.is_empty or any(sequence.may_continue for sequence in active.values()))
             limit = min(pace.begin(), _SOON if free and not waiting.is_empty else MAX_STEPS)
-            decoded = slots.decode(limit, idle=slots.num_rows - len(active) + 1 if busy else None)
+            turns = {row: sequence.turn for row, sequence in active.items() if sequence.turn is not None}
+            if any(turn.allowed is not None for turn in turns.values()):
+                limit = min(limit, _WITH_GRAMMAR)
+            decoded = slots.decode(limit, idle=slots.num_rows - len(active) + 1 if busy else None, turns=turns)
             waiting.fill()
             slots.prefetch(_media(waiting))
             first = to_host(first)

@@ -12,10 +12,12 @@ import numpy as np
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
+from glm4v_jax.generate.grammar import Guide
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.text.repetition import RepetitionGuard
 from glm4v_jax.generate.text.stream import StopStrings, TextStream
-from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, ThinkingParser
+from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, Part, ThinkingParser
+from glm4v_jax.generate.token_masks import HELD, Turn
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
@@ -44,7 +46,7 @@ class SequenceState:
           keep: tokens of the prompt that the row's cache holds.
 
         Raises:
-          GenerationError: prompt and new tokens exceed `max_position_embeddings`.
+          GenerationError: prompt and new tokens exceed `max_position_embeddings`, or a grammar is too large.
         """
         self.prompt, self.config, self.index = prompt, config, index
         self.tokens: list[int] = []
@@ -60,7 +62,16 @@ class SequenceState:
         self._since = time.perf_counter()
         self._next: Start | None = None  # what this is restarted with, until its tokens come
         self._sampled = 0
-        self._close = tokenizer.encode(END_THINK + ANSWER) if config.think_budget is not None else []
+        self.turn: Turn | None = None
+        """what the row may do in the next dispatch, where a grammar says it"""
+        self._guide: Guide | None = None
+        if config.grammar is not None:
+            self._guide = Guide(config.grammar, tokenizer, prompt.input_ids, config.eos_token_id)
+        self._length = self._parsed = 0  # characters so far: decoded, and taken apart
+        self._answer_begin: int | None = None
+        self._answer_end: int | None = None
+        may_close = config.think_budget is not None or self._guide is not None
+        self._close = tokenizer.encode(END_THINK + ANSWER) if may_close else []
         self._first = config.new_tokens(len(prompt), max_position_embeddings)
         self._second = 0
         if config.think_budget is not None:
@@ -76,12 +87,13 @@ class SequenceState:
     @property
     def max_total_tokens(self) -> int:
         """The most tokens that may follow the prompt."""
-        return self._first + len(self._close) + self._second
+        return self._first + (0 if self.config.think_budget is None else len(self._close) + self._second)
 
     @property
     def may_continue(self) -> bool:
         """Whether the row may be restarted when it ends."""
-        return self.config.think_budget is not None and not self._is_forced
+        may_think = self.config.think_budget is not None or (self._guide is not None and self._guide.is_thinking)
+        return may_think and not self._is_forced
 
     @property
     def text(self) -> str:
@@ -106,7 +118,8 @@ class SequenceState:
     def start(self) -> Start:
         """Start the clock; returns what the row is started with."""
         self._since = time.perf_counter()
-        return Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.max_total_tokens)
+        start = Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.max_total_tokens)
+        return self._with_turn(start)
 
     def cancel(self) -> None:
         """End this with the next `take`, which drops its tokens; from any thread."""
@@ -137,22 +150,26 @@ class SequenceState:
         # An end token that cuts a thought short is not part of the sequence, which continues without it.
         held = 1 if done and self.may_continue and tokens and tokens[-1] in self.config.eos_token_id else 0
         taken, text, stop = self._read(tokens[: len(tokens) - held], logprobs)
-        parts = self._parser.push(text)
+        parts = self._parts(text)
         start: Start | None = None
         more, others = "", list[int]()
-        if self.may_continue and stop != "stop" and (done or stop is not None):
+        if self.may_continue and stop not in ("stop", "error") and (done or stop is not None):
             start, more, others = self._continue(stop, ended=bool(held))
             stop = "stop" if self._stop_string is not None else stop
         self._next = start
         if start is None and stop is None and held:
             others, more, stop = self._read(tokens[-1:], logprobs[-1:])
-        text, taken, parts = text + more, [*taken, *others], parts + self._parser.push(more)
+        text, taken, parts = text + more, [*taken, *others], parts + self._parts(more)
         if start is None and (stop is not None or done):
             rest = self._flush() if self._stop_string is None else ""
             text += rest
-            parts += self._parser.push(rest) + self._parser.finish()
+            parts += self._parts(rest) + self._parser.finish()
             ended = self._stop_string is not None or (bool(self.tokens) and self.tokens[-1] in self.config.eos_token_id)
+            if self._guide is not None and self._stop_string is None:
+                ended = self._guide.is_complete
             self.finish_reason = stop or ("stop" if ended else "length")
+        elif start is None and self._guide is not None:
+            self.turn = self._guide.turn()
         self._text.append(text)
         completion = None if self.finish_reason is None else self.completion()
         return Delta(text, tuple(parts), tuple(taken), completion, tuple(self._logprobs[known:])), start
@@ -162,33 +179,85 @@ class SequenceState:
         return Completion(
             self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
             self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
-            self.prompt.image_sizes, is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
+            self.prompt.image_sizes, error=None if self._guide is None else self._guide.error,
+            answer_span=self._answer_span, is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
         )  # fmt: skip
+
+    @property
+    def _answer_span(self) -> tuple[int, int] | None:
+        if self._answer_begin is None:
+            return None
+        length = len(self.text)
+        end = length if self._answer_end is None else min(self._answer_end, length)
+        return min(self._answer_begin, length), end
 
     def _read(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]
     ) -> tuple[list[int], str, FinishReason | None]:
         """The tokens that count, their text, and the finish reason if the text gives one."""
-        one_by_one = self.config.stop_strings or self.config.stop_repetition
+        one_by_one = self.config.stop_strings or self.config.stop_repetition or self._guide is not None
         text, taken = "", list[int]()
         for part in ([token] for token in tokens) if one_by_one else [tokens]:
             taken += part
-            certain, self._stop_string = self._stops.push(self._stream.push(part))
+            if self._guide is not None:
+                self._follow(self._guide, part[0])
+            certain = self._decode(part)
             text += certain
             if self._stop_string is not None or (self.config.stop_repetition and self._guard.push(certain)):
                 break
         self.tokens += taken
         self._sampled += len(taken)
         self._logprobs += logprobs[: len(taken)]
-        if self._stop_string is not None:
+        if self._stop_string is not None or (self._guide is not None and self._guide.is_complete):
             return taken, text, "stop"
+        if self._guide is not None and self._guide.error is not None:
+            return taken, text, "error"
         return taken, text, "repetition" if len(taken) < len(tokens) or self._guard.push("") else None
+
+    def _follow(self, guide: Guide, token: int) -> None:
+        """Take the next token of a sequence with a grammar, before its text."""
+        was_answering = guide.is_answering
+        guide.push(token)
+        if guide.is_answering and not was_answering:
+            self._answer_begin = self._length
+        elif was_answering and token in self.config.eos_token_id and guide.is_complete:
+            self._answer_end = self._length
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        """The text that has become certain with the next tokens; finds stop strings."""
+        text = self._stream.push(tokens)
+        self._length += len(text)
+        certain, self._stop_string = self._stops.push(text)
+        return certain
+
+    def _parts(self, text: str) -> list[Part]:
+        """Take the next text apart; what a grammar allows is an answer, whatever tags it seems to hold."""
+        before, self._parsed = self._parsed, self._parsed + len(text)
+        if self._answer_begin is None:
+            return self._parser.push(text)
+        begin = max(self._answer_begin - before, 0)
+        end = len(text) if self._answer_end is None else max(self._answer_end - before, 0)
+        parts = self._parser.push(text[:begin]) if text[:begin] else []
+        parts += self._parser.push_answer(text[begin:end]) if text[begin:end] else []
+        return parts + (self._parser.push(text[end:]) if text[end:] else [])
+
+    def _with_turn(self, start: Start) -> Start:
+        """What a row is started with; it is held until its first token is known."""
+        if self._guide is None:
+            return start
+        self.turn = HELD
+        return start._replace(turn=self._guide.turn())
 
     def _continue(self, stop: FinishReason | None, *, ended: bool) -> tuple[Start | None, str, list[int]]:
         """Close a thought whose budget is used up; or continue an answer that the think budget cut off."""
         self._is_forced = True
-        is_open = self._parser.is_thought_open
+        is_open = self._parser.is_thought_open if self._guide is None else self._guide.is_thinking
         if not is_open and (ended or stop == "repetition"):
+            return None, "", []
+        budget, sampled = self.config.think_budget, self._sampled + ended
+        # Without a budget what closes the thought is among the new tokens.
+        limit = self._first - len(self._close) if budget is None else sampled + self._second
+        if budget is None and (not ended or sampled >= limit):
             return None, "", []
         forced = list(self._close) if is_open else []
         # All but the newest token are in the cache; that one is dropped if it is what ended the row.
@@ -196,17 +265,19 @@ class SequenceState:
         text = ""
         if forced:
             self._is_closed = True
-            text, self._stop_string = self._stops.push(self._stream.push(forced))
+            text = self._decode(forced)
+            if self._guide is not None:
+                self._guide.close_thought()
             if self._stop_string is not None:
                 return None, text, []
             self._guard = RepetitionGuard()  # repetition in the thought must not stop the answer
         self.tokens += forced
         self._logprobs += [TokenLogprob(token, None, ()) for token in forced]
         start = Start(
-            self.prompt.extended(self.tokens), self.config, self._sampled + ended + self._second, in_cache,
-            self._number, step=self._sampled + ended, room=self._second,
+            self.prompt.extended(self.tokens), self.config, limit, in_cache, self._number, step=sampled,
+            room=self._second,
         )  # fmt: skip
-        return start, text, forced
+        return self._with_turn(start), text, forced
 
     def _flush(self) -> str:
         """The rest of the text: broken characters, and the beginning of what did not become a stop string."""

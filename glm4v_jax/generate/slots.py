@@ -20,6 +20,7 @@ from glm4v_jax.generate.constraints import Constraints, TableShape, constraints_
 from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState, SlotsState, Variant
 from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.generate.prefill_chunks import Start, chunk_arrays, chunk_bounds
+from glm4v_jax.generate.token_masks import TokenMasks, Turn, masks_of
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model import kv_cache
@@ -147,9 +148,11 @@ class Slots:
             assert self._state is not None
             text, head = self.runtime.text, self.runtime.head
             self._constrain(starts, rows)
+            masks = self._masks({row: start.turn for row, start in starts.items() if start.turn is not None})
             self._state, chosen = device_steps.choose_first(
-                text, head, self._state, rows | together, self._row_of(starts), self._constraints, variant=self.variant
-            )
+                text, head, self._state, rows | together, self._row_of(starts), self._constraints, masks,
+                variant=self.variant,
+            )  # fmt: skip
             if self.variant.draft is not None:
                 self._history = prompt_lookup.remember(self._history, rows, self._tokens(starts))
         if together:
@@ -173,10 +176,13 @@ class Slots:
         """Encode images and videos of prompts in the queue, while the device works."""
         self.pool.prefetch(upcoming)
 
-    def decode(self, limit: int = MAX_STEPS, *, idle: int | None = None) -> Decoded:
+    def decode(
+        self, limit: int = MAX_STEPS, *, idle: int | None = None, turns: Mapping[int, Turn] | None = None
+    ) -> Decoded:
         """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default).
 
-        With prompt lookup steps until a row has got so many tokens, perhaps a few more.
+        With prompt lookup steps until a row has got so many tokens, perhaps a few more. `turns`: row -> what its
+        grammar allows.
         """
         text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
@@ -186,7 +192,7 @@ class Slots:
         with use_mesh(self.runtime.mesh):
             if self.variant.draft is None:
                 decoded, self._state, self._constraints = device_steps.decode(
-                    *now, num_steps=most, variant=self.variant
+                    *now, self._masks(turns or {}), num_steps=most, variant=self.variant
                 )
             else:
                 assert self._history is not None
@@ -292,6 +298,9 @@ class Slots:
         vocab = self.runtime.config.text_config.vocab_size
         new = constraints_of(contents, self.num_rows, capacity, vocab, self._table)
         self._constraints = merged(rows, new, old)
+
+    def _masks(self, turns: Mapping[int, Turn]) -> TokenMasks | None:
+        return masks_of(turns, self.num_rows, self.runtime.config.text_config.vocab_size)
 
     def _make_room(self, starts: Mapping[int, Start]) -> None:
         """Create the state, or grow it to what these prompts need."""

@@ -23,6 +23,7 @@ from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
 from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots, check_cache_dtype
+from glm4v_jax.generate.token_masks import Turn
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
@@ -189,12 +190,13 @@ def warm_slots(
 ) -> Iterator[Warmed]:
     """Run prefill for prompts of each length, and decoding, in the slots as they are.
 
-    If `config` has constraints, also what follows a prompt of a request with them.
+    If `config` has constraints or a grammar, also what follows a prompt of a request with them.
     """
     plain = GenerationConfig()
     asking = [plain, config] if config.is_constrained else [plain]
     if slots.variant.processors:
         asking = [config]  # no request is without the functions
+    ways = [(asked, turn) for asked in asking for turn in ((None,) if config.grammar is None else (None, Turn()))]
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
         start = time.perf_counter()
@@ -202,18 +204,20 @@ def warm_slots(
         jax.block_until_ready(chosen)
         shape = f"B {slots.num_rows}, T {chunk_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
-    if max_new_tokens == 1 and not config.is_constrained:
+    if max_new_tokens == 1 and len(ways) == 1:
         return
     prompt = Prompt.of_text([0] * lengths[-1])
-    for asked in asking:
+    for asked, turn in ways:
         start = time.perf_counter()
+        turns = {} if turn is None else {0: turn}
         # Twice: the state that decoding returns may have another layout than the one that prefill returns.
         for _ in range(2):
-            slots.start({0: Start(prompt, asked, min(3, max_new_tokens))}, together=together)
+            slots.start({0: Start(prompt, asked, min(3, max_new_tokens), turn=turn)}, together=together)
             for _ in range(min(2, max_new_tokens - 1)):
-                slots.read(slots.decode(1))
+                slots.read(slots.decode(1, turns=turns))
         slots.stop(list(rows))
-        shape = f"B {slots.num_rows}, cache {slots.capacity}{', constraints' if asked.is_constrained else ''}"
+        shape = f"B {slots.num_rows}, cache {slots.capacity}"
+        shape += (", constraints" if asked.is_constrained else "") + (", grammar" if turns else "")
         yield Warmed("decode", shape, time.perf_counter() - start)
 
 

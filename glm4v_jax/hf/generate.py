@@ -9,6 +9,7 @@ import numpy as np
 
 from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.grammar import KINDS
 from glm4v_jax.devices.distributed import agree, spans_processes, to_host
 from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
@@ -26,7 +27,9 @@ from glm4v_jax.model.runtime import Runtime
 
 # Outputs of processors that generation does not need.
 _NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
-_OF_THE_ENGINE = {"think_budget": None, "stop_repetition": False, "logprobs": None}
+_OF_THE_ENGINE: dict[str, Any] = {
+    "think_budget": None, "stop_repetition": False, "logprobs": None, **dict.fromkeys(KINDS, None),
+}  # fmt: skip
 
 
 def generate(

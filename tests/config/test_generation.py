@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
+from glm4v_jax.config.grammar import KINDS
 from glm4v_jax.errors import CheckpointError, GenerationError
 
 
@@ -24,6 +25,10 @@ def _directory(path: Path, **files) -> Path:
     return path
 
 
+OWN = {"seed", "think_budget", "answer_budget", "stop_repetition", "logprobs", "logits_processor", *KINDS}
+"""Options that the reference does not have."""
+
+
 def _reference():
     pytest.importorskip("torch")
     return pytest.importorskip("transformers").GenerationConfig
@@ -31,8 +36,8 @@ def _reference():
 
 def _assert_equal_to_reference(ours, reference):
     for field in dataclasses.fields(ours):
-        if field.name in ("seed", "think_budget", "answer_budget", "stop_repetition", "logprobs", "logits_processor"):
-            continue  # this package's own
+        if field.name in OWN:
+            continue
         value, expected = getattr(ours, field.name), getattr(reference, field.name)
         if field.name == "eos_token_id":
             expected = () if expected is None else tuple(np.atleast_1d(expected).tolist())

@@ -560,7 +560,8 @@ EXTREMES = [
     dict(eos_token_id=[]), dict(eos_token_id=list(range(8))), dict(pad_token_id=0), dict(use_cache=False),
     dict(stop_strings="e"), dict(stop_strings=["x" * 10_000] * 100), dict(stop_repetition=True), dict(logprobs=0),
     dict(logprobs=64), dict(prompt_lookup_num_tokens=1), dict(prompt_lookup_num_tokens=2**40),
-    dict(think_budget=1, answer_budget=1), dict(think_budget=60, answer_budget=90),
+    dict(think_budget=1, answer_budget=1), dict(think_budget=60, answer_budget=90), dict(json_schema={}),
+    dict(regex="(.|\n)*"), dict(choices=[str(number) for number in range(1000)]),
 ]  # fmt: skip
 ELSEWHERE = {"logits_processor", "num_return_sequences", *OF_THE_MODEL, *OF_BEAMS}
 

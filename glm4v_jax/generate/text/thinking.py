@@ -110,6 +110,15 @@ class ThinkingParser:
                 self._add_text(piece)
         return self._take_new()
 
+    def push_answer(self, text: str) -> list[Part]:
+        """Take text that belongs to the answer, whatever tags it seems to hold, as `push` takes any."""
+        if self._held:
+            self._add_text(self._held)
+            self._held = ""
+        self._blank = None
+        self._show(text)
+        return self._take_new()
+
     def finish(self) -> list[Part]:
         """Return what was held back; the text ends here."""
         if self._held:
