@@ -155,11 +155,24 @@ class Counts:
         return f"{self.thought} of thought and {self.answer} of answer" if self.thought else ""
 
 
-def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
-    """A completion as a JSON object.
+def box_fields(completion: "Completion") -> dict[str, Any]:
+    """The boxes of a completion as fields of a JSON object.
 
-    `boxes` (0 to 1000) come with `pixel_boxes` where the prompt had exactly one image.
+    >>> text = "At <|begin_of_box|>[[0,0,500,500]]<|end_of_box|>"
+    >>> box_fields(Completion(0, text, (), 12, "stop", image_sizes=((640, 480),)))
+    {'boxes': [[0.0, 0.0, 500.0, 500.0]], 'pixel_boxes': [[0, 0, 320, 240]]}
+
+    `boxes` (0 to 1000) come with `pixel_boxes` where the prompt had exactly one image: a text does not say reliably
+    which of several images it speaks of.
     """
+    fields: dict[str, Any] = {"boxes": [list(box) for box in completion.boxes]}
+    if len(completion.image_sizes) == 1:
+        fields["pixel_boxes"] = [list(box) for box in completion.pixel_boxes()]
+    return fields
+
+
+def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
+    """A completion as a JSON object; see `box_fields` for the boxes."""
     parsed = completion.parsed
     counts = Counts.of(completion, tokenizer)
     fields: dict[str, Any] = {
@@ -167,11 +180,7 @@ def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> 
         "thought": parsed.thought,
         "answer": parsed.answer,
         "boxed": list(parsed.boxed),
-        "boxes": [list(box) for box in completion.boxes],
-    }
-    if len(completion.image_sizes) == 1:
-        fields["pixel_boxes"] = [list(box) for box in completion.pixel_boxes()]
-    fields |= {
+        **box_fields(completion),
         "finish_reason": completion.finish_reason,
         "stop_string": completion.stop_string,
         "is_forced": completion.is_forced,
