@@ -238,7 +238,7 @@ def render_conversation(
     """
     if continue_final_message and add_generation_prompt:
         raise MessageError(f"{where}continue_final_message and add_generation_prompt exclude each other, pass one")
-    messages = normalise_messages(messages, source, where)
+    messages = [_without_bytes(message) for message in normalise_messages(messages, source, where)]
     final_text = ""
     if continue_final_message:
         messages, final_text = _tag_final_message(messages, where)
@@ -269,6 +269,20 @@ def render_conversation(
     if continue_final_message:
         prompt = _cut_at_tag(prompt, final_text, where)
     return prompt
+
+
+def _without_bytes(message: Message) -> Message:
+    """A message whose images and videos are empty: a template may print what it gets, and files are megabytes."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [{key: _emptied(value) for key, value in item.items()} for item in content]}
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_emptied(item) for item in value]
+    return b"" if isinstance(value, bytes | bytearray | memoryview) else value
 
 
 def _render_or_none(source: str, messages: Sequence[Message], **variables: Any) -> str | None:

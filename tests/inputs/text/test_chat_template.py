@@ -219,6 +219,17 @@ def test_malformed_conversations_are_refused(conversation, message):
         render_conversation(conversation, TEMPLATE)
 
 
+def test_files_are_not_printed_where_a_template_prints_what_it_gets():
+    class File(bytes):
+        def __repr__(self):
+            raise AssertionError("printed")
+
+    items = [{"type": "image", "image": File(b"x")}, {"type": "video", "video": [File(b"x")]}, text("[{")]
+    with pytest.raises(MessageError, match="takes only text"):
+        render_conversation([A, {"role": "assistant", "content": items}], TEMPLATE)
+    assert "[{" in render_conversation([{"role": "user", "content": items}], TEMPLATE)
+
+
 def test_continue_final_message_is_checked():
     with pytest.raises(MessageError, match="exclude each other"):
         render_conversation([HI], TEMPLATE, continue_final_message=True, add_generation_prompt=True)
