@@ -58,13 +58,18 @@ class TextStream:
         Raises:
             Glm4vError: one of `ids` is negative.
         """
-        return self._decoder.decode(b"".join(self._bytes_of(int(index)) for index in ids))
+        return self._decoder.decode(b"".join(self.bytes_of(int(index)) for index in ids))
 
     def finish(self) -> str:
         """Return what is left, the bytes of an unfinished character as U+FFFD; the text ends here."""
         return self._decoder.decode(b"", final=True)
 
-    def _bytes_of(self, index: int) -> bytes:
+    def bytes_of(self, index: int) -> bytes:
+        """Return the bytes of one token, none of a token that is not shown.
+
+        Raises:
+            Glm4vError: `index` is negative.
+        """
         if index < 0:
             raise Glm4vError(f"token ids: found {index}; expected integers of at least 0")
         token = None if index in self._hidden else self._id_to_token(index)

@@ -1,0 +1,150 @@
+"""What clients read: streams say the same as bodies; tokens are written by hand in the place of a model."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.generate.completion import TokenLogprob
+from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.inputs.prompt import Prompt
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
+from glm4v_jax.serve.requests import ApiRequest
+from glm4v_jax.serve.responses import DONE, Reply, event
+
+EOS = 775  # <|user|>
+TEXT = "\n<think> two and two\n</think>\n<answer> It is <|begin_of_box|>4<|end_of_box|>, é. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT)
+
+
+def answered(tokenizer, text, *, request=None, prompt="Hello", size=1, end=(EOS,), **options):
+    """The body and the choices of a stream of one answer, whose tokens come `size` at a time."""
+    request = request or ApiRequest((), True, {})
+    prompt = Prompt.of_text(tokenizer.encode(prompt))
+    config = GenerationConfig(max_new_tokens=200, eos_token_id=EOS, logprobs=request.options.get("logprobs"), **options)
+    sequence = SequenceState(prompt, config, tokenizer, 1000)
+    reply = Reply(request, [prompt], "tiny", tokenizer)
+    stream, choices = reply.choice_stream(0), []
+    tokens = [*tokenizer.encode(text), *end]
+    for i in range(0, len(tokens), size):
+        some = tokens[i : i + size]
+        entries = [TokenLogprob(token, -0.5, ((token, -0.5), (7, -np.inf))) for token in some]
+        delta, _ = sequence.take(some, i + size >= len(tokens), entries if config.logprobs is not None else ())
+        choices += stream.push(delta)
+        if delta.completion is not None:
+            break
+    return reply.body([sequence.completion()]), choices
+
+
+def joined(choices, name):
+    return "".join(choice["delta"].get(name) or "" for choice in choices)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("text", "thought", "content"),
+    [
+        (TEXT, "two and two", "It is <|begin_of_box|>4<|end_of_box|>, é."),
+        ("<think>only a thought", "only a thought", ""),
+        ("just text\n", None, "just text"),
+        ("", None, ""),
+    ],
+)
+def test_a_stream_says_the_same_as_the_body(tokenizer, text, thought, content, size):
+    body, choices = answered(tokenizer, text, size=size)
+    (choice,) = body["choices"]
+    message = {"role": "assistant", "content": content, "reasoning": thought, "reasoning_content": thought}
+    assert choice == {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    assert (joined(choices, "reasoning"), joined(choices, "content")) == (thought or "", content)
+    assert joined(choices, "reasoning_content") == joined(choices, "reasoning")
+    assert [one["finish_reason"] for one in choices] == [None] * (len(choices) - 1) + ["stop"]
+    assert choices[-1]["delta"] == {}
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_template_may_open_the_thought(tokenizer, size):
+    body, choices = answered(tokenizer, "a thought</think>an answer", prompt="Hello<think>\n", size=size)
+    message = body["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("a thought", "an answer")
+    assert (joined(choices, "reasoning"), joined(choices, "content")) == ("a thought", "an answer")
+    body, _ = answered(tokenizer, "a thought", prompt="Hello<think>", end=())
+    assert body["choices"][0]["message"]["reasoning"] == "a thought"
+    count = body["usage"]["completion_tokens"]
+    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": count}
+
+
+def test_thoughts_are_left_out_where_they_are_not_wanted(tokenizer):
+    request = ApiRequest((), True, {}, with_reasoning=False)
+    body, choices = answered(tokenizer, TEXT, request=request)
+    assert body["choices"][0]["message"]["reasoning"] is None and joined(choices, "reasoning") == ""
+
+
+def test_usage_counts_the_tokens_of_the_thought(tokenizer):
+    body, _ = answered(tokenizer, TEXT, prompt="Hello")
+    thought = len(tokenizer.encode(TEXT.partition("</think>")[0] + "</think>"))
+    prompt, new = len(tokenizer.encode("Hello")), len(tokenizer.encode(TEXT)) + 1
+    assert body["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": 0, "vision_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": thought},
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_log_probabilities_of_a_chat(tokenizer, size):
+    body, choices = answered(tokenizer, TEXT, request=ApiRequest((), True, {"logprobs": 2}), size=size)
+    found = body["choices"][0]["logprobs"]["content"]
+    assert [entry for choice in choices for entry in (choice["logprobs"] or {"content": []})["content"]] == found
+    assert b"".join(bytes(entry["bytes"]) for entry in found[:-1]).decode() == TEXT
+    assert found[0]["logprob"] == -0.5
+    assert [entry["logprob"] for entry in found[0]["top_logprobs"]] == [-0.5, -9999.0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_texts_and_their_log_probabilities(tokenizer, size):
+    body, choices = answered(tokenizer, TEXT, request=ApiRequest((), False, {"logprobs": 2}), size=size)
+    assert body["object"] == "text_completion" and body["choices"][0]["text"] == TEXT
+    assert "".join(choice["text"] for choice in choices) == TEXT
+    found = body["choices"][0]["logprobs"]
+    offsets = [one for choice in choices for one in (choice["logprobs"] or {"text_offset": []})["text_offset"]]
+    assert len(found["tokens"]) == len(found["text_offset"]) == len(offsets) and offsets[0] == 0
+    assert found["text_offset"][1] == len(found["tokens"][0]) and found["top_logprobs"][0][found["tokens"][0]] == -0.5
+
+
+def test_finish_reasons(tokenizer):
+    def reason(text, **options):
+        choice = answered(tokenizer, text, **options)[0]["choices"][0]
+        return choice["finish_reason"], choice["stop_reason"]
+
+    assert reason("a b", end=()) == ("length", None)
+    assert reason("a STOP b", stop_strings=["STOP"]) == ("stop", "STOP")
+    assert reason("abc " * 200, stop_repetition=True) == ("stop", "repetition")
+
+
+def test_events_of_a_stream(tokenizer):
+    prompt = Prompt.of_text(tokenizer.encode("Hello"))
+    request = ApiRequest((), True, {}, n=2, is_stream=True, with_usage=True, warnings=("user: ignored",))
+    reply = Reply(request, [prompt], "tiny", tokenizer)
+    first = reply.first_chunks()
+    assert [chunk["choices"][0]["index"] for chunk in first] == [0, 1]
+    assert all(chunk["choices"][0]["delta"] == {"role": "assistant", "content": ""} for chunk in first)
+    assert first[0]["warnings"] == ["user: ignored"] and "warnings" not in first[1]
+    assert first[0]["usage"] is None and first[0]["object"] == "chat.completion.chunk"
+    completion = dataclasses.replace(begin(tokenizer).completion(), tokens=(1, 2))
+    (last,) = reply.last_chunks([completion, completion])
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
+    assert last["usage"]["prompt_tokens"] == len(prompt) and last["id"] == first[0]["id"]
+    assert json.loads(event(last).removeprefix(b"data: ")) == last and DONE == b"data: [DONE]\n\n"
+
+
+def begin(tokenizer):
+    return SequenceState(Prompt.of_text([5]), GenerationConfig(eos_token_id=EOS), tokenizer, 1000)
