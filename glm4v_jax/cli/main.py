@@ -18,6 +18,7 @@ from glm4v_jax.cli.doctor import Doctor
 from glm4v_jax.cli.generate import Generate
 from glm4v_jax.cli.inspect import Inspect
 from glm4v_jax.cli.mesh import Mesh
+from glm4v_jax.cli.serve import Serve
 from glm4v_jax.console.distributed import INTERRUPTED
 from glm4v_jax.console.interrupts import interrupt_between_imports
 from glm4v_jax.console.program import PROGRAMS, USAGE, Command, find_program, print_completion, run_program
@@ -26,6 +27,7 @@ from glm4v_jax.errors import ConfigError
 COMMANDS: dict[str, Callable[..., Command]] = {
     "generate": Generate,
     "chat": Chat,
+    "serve": Serve,
     "describe": Describe,
     "inspect": Inspect,
     "mesh": Mesh,

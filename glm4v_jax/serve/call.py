@@ -1,0 +1,138 @@
+"""One request while it is answered: updates of its sequences, from the engine's thread to the event loop's."""
+
+import asyncio
+import collections
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from glm4v_jax.errors import GenerationError, Glm4vError
+from glm4v_jax.generate.completion import Completion, Delta
+from glm4v_jax.generate.live import LiveEngine, LiveRequest
+from glm4v_jax.generate.scheduler import Failure, Update
+from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.serve.errors import ApiError, client_error
+from glm4v_jax.serve.metrics import Metrics
+from glm4v_jax.serve.responses import Reply
+
+MAX_UNREAD = 1024
+"""Updates of a stream that may wait for a slow reader."""
+
+
+class Call:
+    """A request that has been submitted; used in the event loop.
+
+    Attributes:
+      reply: what its responses share.
+    """
+
+    def __init__(self, reply: Reply, sequences: Sequence[SequenceState], metrics: Metrics, since: float):
+        """`since`: when the request arrived, of `time.perf_counter`."""
+        self.reply = reply
+        self._sequences, self._metrics, self._since = list(sequences), metrics, since
+        self._completions: dict[int, Completion] = {}
+        self._latest: dict[int, float] = {}
+        self._unread: collections.deque[tuple[int, Delta]] = collections.deque()
+        self._error: ApiError | None = None
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._request: LiveRequest | None = None
+
+    def submit(self, live: LiveEngine) -> None:
+        """Queue the sequences; raises as `LiveEngine.submit` does."""
+        self._request = live.submit(self._sequences, self._receive)
+
+    def cancel(self) -> None:
+        """End the sequences that have not ended."""
+        if self._request is not None and not self._is_done:
+            self._request.cancel()
+
+    async def completions(self) -> list[Completion]:
+        """Wait for all completions; cancels the request where the waiting is cancelled.
+
+        Raises:
+          ApiError: the engine failed.
+        """
+        try:
+            while not self._is_done:
+                await self._wait()
+        finally:
+            self.cancel()
+        return self.ended()
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Yield what each choice grows by, with its number; cancels the request where this is closed.
+
+        Raises:
+          ApiError: the engine failed, or this was not read for too long.
+        """
+        try:
+            while self._unread or not self._is_done:
+                if not self._unread:
+                    await self._wait()
+                while self._unread and self._error is None:
+                    yield self._unread.popleft()
+                if self._error is not None:
+                    raise self._error
+        finally:
+            self.cancel()
+
+    def ended(self) -> list[Completion]:
+        """The completions of a request that has ended, in their order.
+
+        Raises:
+          ApiError: the engine failed.
+        """
+        if self._error is not None:
+            raise self._error
+        return [self._completions[number] for number in range(len(self._sequences))]
+
+    @property
+    def _is_done(self) -> bool:
+        return self._error is not None or len(self._completions) == len(self._sequences)
+
+    async def _wait(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+
+    def _receive(self, sequence: SequenceState, update: Update | Failure) -> None:
+        """Take an update, in the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._take, sequence.index, update, time.perf_counter())
+
+    def _take(self, number: int, update: Update | Failure, now: float) -> None:
+        if isinstance(update, Failure):
+            self._fail(_failure(update.error))
+            return
+        delta = update.delta
+        self._note(number, delta, now)
+        if self._error is None and self.reply.request.is_stream:
+            self._unread.append((number, delta))
+            if len(self._unread) > MAX_UNREAD and not self._is_done:
+                self._unread.clear()
+                self._fail(ApiError(408, "stream: found a reader that is too slow; expected one that keeps up"))
+        self._changed.set()
+
+    def _note(self, number: int, delta: Delta, now: float) -> None:
+        if delta.tokens:
+            if (before := self._latest.get(number)) is None:
+                self._metrics.first_token(now - self._since)
+            else:
+                self._metrics.more_tokens(now - before, len(delta.tokens))
+            self._latest[number] = now
+        if (completion := delta.completion) is not None:
+            self._completions[number] = completion
+            self._metrics.ended(completion.finish_reason, seconds=now - self._since, tokens=len(completion.tokens))
+
+    def _fail(self, error: ApiError) -> None:
+        """End the request with an error, its other sequences too."""
+        self.cancel()
+        self._error = self._error or error
+        self._changed.set()
+
+
+def _failure(error: Exception) -> ApiError:
+    """What a client is told: `GenerationError` is the engine's fault, the others are about what was sent."""
+    if isinstance(error, Glm4vError) and not isinstance(error, GenerationError):
+        return client_error(error, "messages")
+    return ApiError(500, str(error) if isinstance(error, GenerationError) else "engine: found an error; expected none")

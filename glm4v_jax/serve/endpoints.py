@@ -1,0 +1,223 @@
+"""What answers each route."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from glm4v_jax import __version__
+from glm4v_jax.serve.bodies import parse_json
+from glm4v_jax.serve.call import Call
+from glm4v_jax.serve.errors import ApiError
+from glm4v_jax.serve.media import resolve
+from glm4v_jax.serve.metrics import CONTENT_TYPE
+from glm4v_jax.serve.preview import preview as preview_of
+from glm4v_jax.serve.requests import ApiRequest, Served, chat_request, text_request, tokenize_request
+from glm4v_jax.serve.responses import DONE, error_event, event, to_bytes
+from glm4v_jax.serve.service import Service
+
+T = TypeVar("T")
+
+_MESSAGES = {
+    "starting": "The server is starting.",
+    "ready": "The server is ready.",
+    "draining": "The server is ending.",
+    "failed": "The engine has failed.",
+    "closed": "The server has ended.",
+}
+
+
+class JsonResponse(Response):
+    """A response with a JSON body."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None):
+        super().__init__(to_bytes(content), status, headers)
+
+
+class EventStream(Response):
+    """A stream of events: the deltas of a call, until it ends, the client leaves, or its time is over."""
+
+    def __init__(self, call: Call, deadline: float):
+        """`deadline`: of the event loop's clock."""
+        self._call, self._deadline = call, deadline
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+        }
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+        timer = asyncio.get_running_loop().call_at(self._deadline, self._call.cancel)
+        try:
+            await unless_gone(receive, self._write(send))
+        finally:
+            timer.cancel()
+
+    async def _write(self, send: Send) -> None:
+        reply = self._call.reply
+
+        async def say(*chunks: Any) -> None:
+            await send({"type": "http.response.body", "body": b"".join(map(event, chunks)), "more_body": True})
+
+        streams = [reply.choice_stream(number) for number in range(len(reply.prompts) * reply.request.n)]
+        try:
+            await say(*reply.first_chunks())
+            async for number, delta in self._call.deltas():
+                if choices := streams[number].push(delta):
+                    await say(*(reply.chunk([choice]) for choice in choices))
+            await say(*reply.last_chunks(self._call.ended()))
+        except ApiError as error:
+            await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
+        finally:
+            self._call.cancel()
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+async def chat(request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    return await _generate(request, chat_request)
+
+
+async def text(request: Request) -> Response:
+    """POST /v1/completions."""
+    return await _generate(request, text_request)
+
+
+async def _generate(request: Request, read: Callable[[Mapping[str, Any], Served], ApiRequest]) -> Response:
+    service, since = _service(request), time.perf_counter()
+    seconds = service.settings.request_timeout
+    deadline = asyncio.get_running_loop().time() + seconds
+
+    async def call() -> Call:
+        asked = await service.prepare(lambda: read(parse_json(raw), service.served))
+        return await service.call(asked, since)
+
+    try:
+        async with asyncio.timeout_at(deadline):
+            raw = await request.body()
+            made = await unless_gone(request.receive, call())
+            if made.reply.request.is_stream:
+                return EventStream(made, deadline)
+            completions = await unless_gone(request.receive, made.completions())
+    except TimeoutError:
+        raise ApiError(
+            504, f"request: found it running after {seconds:g} s; expected an answer within them", type="timeout_error"
+        ) from None
+    return JsonResponse(made.reply.body(completions))
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize: the tokens of a prompt, or of messages with those of their images and videos."""
+    service, raw = _service(request), await request.body()
+
+    def tokens() -> dict[str, Any]:
+        asked, variables = tokenize_request(parse_json(raw), service.served)
+        tokenizer = service.engine.processor.tokenizer
+        if asked.messages is not None:
+            found = service.prompt_of(asked.messages, variables).input_ids.tolist()
+        else:
+            found = tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
+        strings = tokenizer.convert_ids_to_tokens(found) if asked.return_token_strs else None
+        length = service.settings.max_model_len
+        return {"count": len(found), "max_model_len": length, "tokens": found, "token_strs": strings}
+
+    return JsonResponse(await service.prepare(tokens))
+
+
+async def preview(request: Request) -> Response:
+    """POST /v1/preview: what the model sees of an image or a video, given as an item of a message."""
+    service, raw = _service(request), await request.body()
+
+    def seen() -> dict[str, Any]:
+        ((item,),) = [message["content"] for message in _resolved(parse_json(raw), service)]
+        if item["type"] not in ("image", "video"):
+            raise ApiError(400, "type: found text; expected an image or a video", param="type")
+        return preview_of(item["type"], item[item["type"]], service.engine.processor)
+
+    return JsonResponse(await service.prepare(seen))
+
+
+def _resolved(item: dict[str, Any], service: Service) -> Any:
+    return resolve([{"role": "user", "content": [item]}], service.settings.media)
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models."""
+    return JsonResponse({"object": "list", "data": [_model(_service(request))]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/NAME."""
+    found = _model(_service(request))
+    if request.path_params["name"] != found["id"]:
+        raise ApiError(404, f"model: found another; expected {found['id']!r}", param="model", code="model_not_found")
+    return JsonResponse(found)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.settings.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "glm4v_jax",
+        "root": service.settings.model,
+        "parent": None,
+        "max_model_len": service.settings.max_model_len,
+    }
+
+
+async def health(request: Request) -> Response:
+    """GET /health and /ping: 200 once requests are answered, and 503 before and after that."""
+    service = _service(request)
+    body = {"status": service.state, "message": _MESSAGES[service.state]}
+    if service.state == "starting":
+        body |= {"message": f"{body['message'][:-1]}: {service.progress}."}
+    return JsonResponse(body, 200 if service.state == "ready" else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics."""
+    return Response(_service(request).metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+async def version(request: Request) -> Response:
+    """GET /version."""
+    return JsonResponse({"version": __version__})
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do some work, unless the client leaves.
+
+    Raises:
+      ClientDisconnect: it has left; the work is cancelled.
+    """
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,111 @@
+"""What `/metrics` shows: the names of vLLM with the prefix `glm4v:`."""
+
+from collections.abc import Callable, Iterator
+
+import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+_REFUSALS = {
+    400: "invalid", 401: "key", 403: "origin", 404: "not_found", 413: "too_large", 429: "queue_full", 500: "error",
+    503: "not_ready", 504: "timeout",
+}  # fmt: skip
+"""Status -> what it is counted as."""
+
+Reading = tuple[str, str, Callable[[], float], type[Metric]]
+"""A name, what it is, where it is read, and its kind."""
+
+
+def gauge(name: str, text: str, read: Callable[[], float]) -> Reading:
+    """A number that is read when it is asked for."""
+    return name, text, read, GaugeMetricFamily
+
+
+def count(name: str, text: str, read: Callable[[], float]) -> Reading:
+    """A number that only grows, and is read when it is asked for."""
+    return name, text, read, CounterMetricFamily
+
+
+class Metrics:
+    """The numbers of one server, in a registry of their own.
+
+    >>> metrics = Metrics("tiny")
+    >>> metrics.add_readings([gauge("num_requests_running", "Sequences in slots.", lambda: 2)])
+    >>> metrics.ended("stop", seconds=0.5, tokens=8)
+    >>> lines = metrics.text().decode().splitlines()
+    >>> [line for line in lines if line.startswith(("glm4v:num_", "glm4v:generation_tokens_total"))]
+    ['glm4v:generation_tokens_total{model_name="tiny"} 8.0', 'glm4v:num_requests_running{model_name="tiny"} 2.0']
+    """
+
+    def __init__(self, model: str):
+        """`model`: its name, a label of all numbers."""
+        self._registry = prometheus_client.CollectorRegistry()
+        self._model = model
+
+        def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
+            return prometheus_client.Counter(f"glm4v:{name}", text, ("model_name", *labels), registry=self._registry)
+
+        def seconds(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> prometheus_client.Histogram:
+            made = prometheus_client.Histogram(
+                f"glm4v:{name}_seconds", text, ("model_name",), registry=self._registry, buckets=buckets
+            )
+            return made.labels(model)
+
+        self._ended = counter("request_success", "Choices that ended, by their finish reason.", "finished_reason")
+        self._refused = counter("requests_refused", "Requests that were refused or failed.", "reason")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.").labels(model)
+        self._new_tokens = counter("generation_tokens", "Generated tokens.").labels(model)
+        self._first = seconds("time_to_first_token", "From the arrival of a request to its first token.")
+        self._between = seconds(
+            "inter_token_latency",
+            "Between tokens. Those of one dispatch count as evenly spread over the time since the one before.",
+            _TOKEN_SECONDS,
+        )
+        self._whole = seconds("e2e_request_latency", "From the arrival of a request to its last token.")
+
+    def add_readings(self, readings: list[Reading]) -> None:
+        """Add numbers that somebody else counts."""
+        self._registry.register(_Readings(readings, self._model))
+
+    def began(self, prompt_tokens: int) -> None:
+        """Count the prompt of a request that is accepted."""
+        self._prompt_tokens.inc(prompt_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """Note the time until the first tokens of a choice."""
+        self._first.observe(seconds)
+
+    def more_tokens(self, seconds: float, tokens: int) -> None:
+        """Note the time between two updates of a choice, the second with so many tokens."""
+        for _ in range(tokens):
+            self._between.observe(seconds / tokens)
+
+    def ended(self, finish_reason: str, *, seconds: float, tokens: int) -> None:
+        """Count a choice that has ended."""
+        self._ended.labels(self._model, finish_reason).inc()
+        self._new_tokens.inc(tokens)
+        self._whole.observe(seconds)
+
+    def answered(self, status: int) -> None:
+        """Count a response, if it is an error."""
+        if status in _REFUSALS:
+            self._refused.labels(self._model, _REFUSALS[status]).inc()
+
+    def text(self) -> bytes:
+        """All numbers, as Prometheus reads them."""
+        return prometheus_client.generate_latest(self._registry)
+
+
+class _Readings:
+    def __init__(self, readings: list[Reading], model: str):
+        self._readings, self._model = readings, model
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, read, family in self._readings:
+            metric = family(f"glm4v:{name}", text, labels=["model_name"])  # type: ignore[call-arg]
+            metric.add_metric([self._model], read())  # type: ignore[attr-defined]
+            yield metric

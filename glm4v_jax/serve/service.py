@@ -1,0 +1,286 @@
+"""What stands behind the routes: the engine, from loading to draining, and the preparation of requests for it."""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.errors import Glm4vError
+from glm4v_jax.generate.engine import Engine
+from glm4v_jax.generate.live import LiveEngine, QueueFullError
+from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.generate.text.thinking import ANSWER, END_THINK
+from glm4v_jax.generate.warmup import Warmed, largest_pool
+from glm4v_jax.inputs.media.threads import num_workers
+from glm4v_jax.inputs.prompt import Prompt
+from glm4v_jax.inputs.text.chat_template import choose_template, template_variables
+from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
+from glm4v_jax.serve.call import Call
+from glm4v_jax.serve.errors import ApiError, client_error
+from glm4v_jax.serve.media import MediaPolicy, limit_videos, resolve
+from glm4v_jax.serve.metrics import Metrics, count, gauge
+from glm4v_jax.serve.requests import ApiRequest, Served, generation_config
+from glm4v_jax.serve.responses import Reply
+
+R = TypeVar("R")
+
+State = Literal["starting", "ready", "draining", "failed", "closed"]
+
+_WARM_TOKENS = 3
+"""New tokens of the requests that warm an engine: enough for each program."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How a server answers.
+
+    Attributes:
+      model: the name that clients ask for.
+      api_key: what clients send as a bearer token; None for no key.
+      preset: of the sampling options that a request may override.
+      max_model_len: the most tokens of prompt and completion together.
+      max_waiting: sequences that may wait for a slot, and requests that may be prepared at a time.
+      max_logprobs: the most log probabilities of a token that a request may ask for; None for none at all.
+      request_timeout: seconds that a request may take.
+      drain_seconds: for the requests that are running when the server is to end.
+      is_warmed: whether all programs are compiled before the server is ready.
+      media: what images and videos may be.
+    """
+
+    model: str
+    api_key: str | None = None
+    preset: str | None = None
+    max_model_len: int = 4096
+    max_waiting: int = 64
+    max_logprobs: int | None = None
+    request_timeout: float = 600.0
+    drain_seconds: float = 30.0
+    is_warmed: bool = True
+    media: MediaPolicy = dataclasses.field(default_factory=MediaPolicy)
+
+
+class Service:
+    """An engine that starts while the port is open, and the threads that prepare requests for it.
+
+    Attributes:
+      settings: see `ServeSettings`.
+      metrics: the server's numbers.
+      progress: what it does until it is ready.
+      error: why it could not start.
+      created: when it was created, in seconds since 1970.
+    """
+
+    def __init__(self, settings: ServeSettings, load: Callable[[], Engine]):
+        """Create a service; call `start`, and `close` in the end.
+
+        Args:
+          settings: how to answer.
+          load: returns the engine; called in a thread of its own.
+        """
+        self.settings, self._load = settings, load
+        self.metrics = Metrics(settings.model)
+        self.progress = "loading the model"
+        self.error: Exception | None = None
+        self._live: LiveEngine | None = None
+        self._engine: Engine | None = None
+        self._is_draining = False
+        self._preparing = 0
+        self.created = int(time.time())
+        workers = min(4, num_workers())
+        self._max_preparing = workers + settings.max_waiting
+        self._threads = concurrent.futures.ThreadPoolExecutor(workers, "prepare")
+        self._loader = threading.Thread(target=self._start, name="load", daemon=True)
+
+    @property
+    def state(self) -> State:
+        """What `/health` says."""
+        if self.error is not None:
+            return "failed"
+        if self._live is None:
+            return "draining" if self._is_draining else "starting"
+        return "draining" if self._is_draining and self._live.state == "ready" else self._live.state
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the engine is being loaded, which cannot be stopped."""
+        return self._loader.is_alive()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+          ApiError: it is not ready.
+        """
+        self._live_engine()
+        assert self._engine is not None
+        return self._engine
+
+    def start(self) -> None:
+        """Load and warm the engine in a thread."""
+        self._loader.start()
+
+    def drain(self) -> None:
+        """Accept no more requests."""
+        self._is_draining = True
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """End the engine: wait for what is running, then cancel it. Blocks; does nothing the second time."""
+        self.drain()
+        if self._live is not None:
+            self._live.close(drain_seconds)
+        self._threads.shutdown(wait=False)  # what is being prepared is refused when it is ready
+
+    async def call(self, request: ApiRequest, since: float) -> Call:
+        """Prepare a request and queue it.
+
+        Args:
+          request: what is asked.
+          since: when it arrived, of `time.perf_counter`.
+
+        Raises:
+          ApiError: the request is invalid, too many wait, or the server is not ready.
+        """
+        live = self._live_engine()
+        prompts, sequences = await self.prepare(self._sequences, request)
+        reply = Reply(request, prompts, self.settings.model, self.engine.processor.tokenizer)
+        call = Call(reply, sequences, self.metrics, since)
+        try:
+            call.submit(live)
+        except QueueFullError as error:
+            raise _busy(str(error)) from None
+        except Glm4vError as error:
+            self._live_engine()
+            raise client_error(error) from error
+        self.metrics.began(sum(map(len, prompts)))
+        return call
+
+    async def prepare(self, function: Callable[..., R], *arguments: Any) -> R:
+        """Run a function in one of few threads.
+
+        Raises:
+          ApiError: what the client has sent is invalid, or too many requests are being prepared.
+        """
+        if self._preparing >= self._max_preparing:
+            raise _busy(f"server: found {self._preparing} requests being prepared; expected fewer: send it again later")
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        except Glm4vError as error:
+            raise client_error(error, "messages") from error
+        finally:
+            self._preparing -= 1
+
+    def prompt_of(self, prompt: Any, variables: dict[str, Any]) -> Prompt:
+        """Prepare messages, a text, or a list of tokens; for `prepare`.
+
+        Raises:
+          ApiError, Glm4vError: what is wrong with it.
+        """
+        engine = self.engine
+        if isinstance(prompt, str):
+            prompt = engine.processor.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], int):
+            return engine.prompt({"input_ids": np.array([prompt])})
+        prepared = engine.prompt(resolve(prompt, self.settings.media), **variables)
+        for medium in prepared.media:
+            _ = medium.key  # hashed here, and not in the engine's thread
+        return prepared
+
+    @property
+    def served(self) -> Served:
+        """What of the model decides which requests are valid."""
+        template = choose_template(self.engine.processor.chat_template)
+        return Served(self.settings.model, self.settings.max_model_len, template_variables(template), template)
+
+    def _live_engine(self) -> LiveEngine:
+        if self.state != "ready" or self._live is None:
+            doing = f" ({self.progress})" if self.state == "starting" else ""
+            raise ApiError(
+                503, f"server: found it {self.state}{doing}; expected it ready", headers={"Retry-After": "5"}
+            )
+        return self._live
+
+    def _sequences(self, request: ApiRequest) -> tuple[list[Prompt], list[SequenceState]]:
+        engine = self.engine
+        base = engine.config(self.settings.preset, **request.options)
+        close = len(engine.processor.tokenizer.encode(END_THINK + ANSWER))
+        prompts, sequences = [], list[SequenceState]()
+        for asked in request.prompts:
+            prompt = self.prompt_of(asked, dict(request.variables))
+            config = generation_config(request, base, len(prompt), close, self.settings.max_model_len)
+            prompts.append(prompt)
+            sequences += [self._sequence(prompt, config, len(sequences), number) for number in range(request.n)]
+        return prompts, sequences
+
+    def _sequence(self, prompt: Prompt, config: GenerationConfig, first: int, number: int) -> SequenceState:
+        return self.engine.new_sequence(prompt, config, index=first + number, number=number)
+
+    def _start(self) -> None:
+        try:
+            engine = self._load()
+            limit_videos(engine.processor, self.settings.media)
+            if self.settings.is_warmed:
+                self._warm(engine)
+            settings = self.settings
+            live = LiveEngine(
+                engine,
+                max_waiting=settings.max_waiting,
+                logprobs=settings.max_logprobs,
+                capacity=settings.max_model_len,
+            )
+            self._add_readings(engine, live)
+            self._engine, self._live = engine, live
+            self.progress = "starting the engine"
+            live.start()
+        except Exception as error:
+            self.error = error
+
+    def _warm(self, engine: Engine) -> None:
+        """Compile what requests up to the model's length need.
+
+        Of images and videos what fits one row: what is larger comes in many shapes, and seldom.
+        """
+        longest = self.settings.max_model_len - _WARM_TOKENS
+        merged = engine.runtime.config.vision_config.spatial_merge_size**2
+
+        def show(warmed: Warmed) -> None:
+            self.progress = f"compiling: {warmed.program} {warmed.shape}"
+
+        patches = longest * merged
+        # The pool's size is part of the programs' shapes.
+        engine.pool.reserve(largest_pool(engine.pool, (merged, patches)))
+        engine.warmup(
+            prompt_lengths=(1, longest),
+            vision_patches=(merged, min(patches, MAX_ROW_LENGTH)),
+            max_new_tokens=_WARM_TOKENS,
+            one=False,
+            progress=show,
+            logprobs=self.settings.max_logprobs,
+        )
+
+    def _add_readings(self, engine: Engine, live: LiveEngine) -> None:
+        stats = engine.stats
+        self.metrics.add_readings(
+            [
+                gauge("num_requests_running", "Sequences in slots.", lambda: live.num_running),
+                gauge("num_requests_waiting", "Sequences that wait for a slot.", lambda: live.num_waiting),
+                count("engine_restarts", "Times that the slots were made anew after an error.", lambda: live.restarts),
+                count("prefix_cache_queries", "Prompt tokens of sequences that started.", lambda: stats.prompt_tokens),
+                count(
+                    "prefix_cache_hits",
+                    "Prompt tokens that were in the cache.",
+                    lambda: stats.prompt_tokens - stats.prefill_tokens,
+                ),
+            ]
+        )
+
+
+def _busy(message: str) -> ApiError:
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})

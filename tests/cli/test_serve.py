@@ -1,0 +1,74 @@
+"""`glm4v serve`: what is said before a model is loaded."""
+
+import importlib.metadata
+import socket
+import sys
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax.cli import main
+from glm4v_jax.serve import server
+
+
+@pytest.fixture
+def serve(capfd, monkeypatch):
+    """Runs `glm4v serve`; returns what it prints, and the service that would have run."""
+    services = []
+    monkeypatch.setattr(server, "run", lambda service, listener: services.append(service))
+    monkeypatch.delenv("GLM4V_API_KEY", raising=False)
+
+    def run(*arguments, status=0):
+        assert main.main(["serve", *arguments]) == status
+        return capfd.readouterr().err, services[-1] if services else None
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model", "nowhere"], "--model: found nowhere, which is not a directory"),
+        (["--host", "no.such.host.invalid"], "--host: found 'no.such.host.invalid'; expected a name or an address"),
+        (["--host", "192.0.2.1"], "--host: found '192.0.2.1'"),
+        (["--port", "70000"], "--port: found 70000; expected an integer from 0 to 65535"),
+        (["--api-key", " "], "--api-key: found an empty one"),
+        (["--preset", "greed"], "preset: found 'greed'; expected one of"),
+        (["--max-model-len", "100000"], "--max-model-len: found 100000; expected at most 65536"),
+        (["--max-logprobs", "21"], "--max-logprobs: found 21; expected an integer from -1 to 20"),
+        (["--slots", "0"], "--slots: found 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(serve, arguments, line):
+    found, service = serve(*arguments, status=1)
+    assert line in found and len(found.splitlines()) == 1 and service is None
+
+
+def test_a_port_that_is_taken(serve):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found, _ = serve("--port", str(port), status=1)
+    assert found == f"glm4v: error: --port: found {port}, which is in use; expected a free one, or 0 for any\n"
+
+
+def test_a_missing_package_is_named_with_its_extra(serve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["starlette>=1.10; extra == 'serve'"])
+    found, _ = serve("--port", "0", status=1)
+    assert "found no package starlette" in found and "pip install 'glm4v_jax[serve]'" in found
+
+
+def test_others_than_this_machine_need_a_key(serve):
+    assert "found 0.0.0.0 without --api-key" in serve("--host", "0.0.0.0", "--port", "0")[0]
+    assert "without" not in serve("--host", "0.0.0.0", "--port", "0", "--api-key", "secret")[0]
+    assert "without" not in serve("--port", "0")[0]
+
+
+def test_settings(serve, monkeypatch):
+    monkeypatch.setenv("GLM4V_API_KEY", "secret")
+    settings = serve("--port", "0", "--slots", "3", "--max-logprobs", "-1", "--no-warmup")[1].settings
+    assert (settings.model, settings.api_key, settings.max_model_len) == (RANDOM_CHECKPOINT.name, "secret", 16_384)
+    assert settings.max_logprobs is None and not settings.is_warmed
+    assert serve("--port", "0", "--served-model-name", "mine")[1].settings.model == "mine"

@@ -1,0 +1,400 @@
+"""The server as its users meet it: OpenAI's client, and plain HTTP, over a real port."""
+
+import concurrent.futures
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2 as httpx
+import openai
+import pytest
+from helpers_serve import MODEL, data_url, wait_until
+
+from glm4v_jax.generate.engine import Request
+from glm4v_jax.generate.slots import Slots
+from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.tiny import TINY_CHECKPOINT
+from glm4v_jax.tiny.digits import held_out
+
+LONG = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "ignore_eos": True}
+
+
+def question(example):
+    """The user's message of an example, as OpenAI's clients write it, and as the engine takes it."""
+    text = next(item["text"] for item in example.messages[0]["content"] if item["type"] == "text")
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(example.media)}},
+        {"type": "text", "text": text},
+    ]
+    return [{"role": "user", "content": content}], example.prompt
+
+
+def hello(text="Hello"):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Twelve chats: a message for the client, one for the engine, and options; every third is text alone."""
+    chats = []
+    for number in range(12):
+        task = ("reading", "grounding2", None)[number % 3]
+        sent, asked = (hello(f"Hello {number}"),) * 2 if task is None else question(held_out(task)[number])
+        chats.append((sent, asked, {"seed": number, "max_tokens": 24, "temperature": 0.8 if number % 2 else 0}))
+    return chats
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_engine, examples):
+    """What the engine says to them by itself."""
+    requests = [
+        Request(asked, {
+            "seed": options["seed"], "max_new_tokens": options["max_tokens"], "do_sample": bool(options["temperature"]),
+            "temperature": options["temperature"] or None,
+        })
+        for _, asked, options in examples
+    ]  # fmt: skip
+    found = tiny_engine.generate_many(requests, logprobs=3)
+    return [completion for _, completion in sorted((completion.index, completion) for completion in found)]
+
+
+def said(completion):
+    """Thought and content that a message is to have."""
+    return completion.thought, without_thoughts(completion.text).strip()
+
+
+@pytest.fixture
+def slow(monkeypatch, tiny_engine):
+    """A model that takes seconds for an answer."""
+    decode = Slots.decode
+
+    def wait(*arguments, **options):
+        time.sleep(0.02)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(Slots, "decode", wait)
+    monkeypatch.setattr(tiny_engine, "steps_per_dispatch", 1)
+
+
+def test_chats_are_what_the_engine_says(client, examples, expected, tiny_engine):
+    def ask(number):
+        messages, _, options = examples[number]
+        return client.chat.completions.create(model=MODEL, messages=messages, **options)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(ask, range(12)))
+    for answer, completion in zip(answers, expected, strict=True):
+        (choice,) = answer.choices
+        assert (choice.message.reasoning, choice.message.content) == said(completion)
+        assert choice.message.reasoning_content == choice.message.reasoning
+        assert choice.finish_reason == completion.finish_reason
+        assert answer.usage.prompt_tokens == completion.prompt_tokens
+        assert answer.usage.completion_tokens == len(completion.tokens)
+    assert any(completion.thought for completion in expected)
+    assert tiny_engine.generate(
+        examples[0][1], logprobs=3, seed=0, max_new_tokens=24, do_sample=False
+    ).text == expected[0].text  # fmt: skip
+
+
+def test_streams_say_the_same(client, examples, expected):
+    def ask(number):
+        messages, _, options = examples[number]
+        return list(
+            client.chat.completions.create(
+                model=MODEL, messages=messages, stream=True, stream_options={"include_usage": True}, **options
+            )
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        for chunks, completion in zip(threads.map(ask, range(12)), expected, strict=True):
+            *chunks, last = chunks
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+            thought, content = said(completion)
+            assert "".join(getattr(delta, "reasoning", None) or "" for delta in deltas) == (thought or "")
+            assert "".join(delta.content or "" for delta in deltas) == content
+            assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, completion.finish_reason]
+            assert not last.choices and last.usage.completion_tokens == len(completion.tokens)
+            assert last.usage.prompt_tokens == completion.prompt_tokens
+
+
+def test_texts_are_what_the_engine_says(client, tiny_engine):
+    prompts = ["Hello", [1, 2, 3]]
+    options = dict(temperature=0, max_tokens=6)
+    found = client.completions.create(model=MODEL, prompt=prompts[0], **options)
+    tokens = tiny_engine.processor.tokenizer.encode("Hello")
+    ((expected),) = tiny_engine.generate_many(
+        [{"input_ids": [tokens]}], max_new_tokens=6, do_sample=False, logprobs=3
+    )  # fmt: skip
+    assert found.object == "text_completion" and found.choices[0].text == expected.text
+    assert found.usage.prompt_tokens == len(tokens)
+    chunks = list(client.completions.create(model=MODEL, prompt=prompts[0], stream=True, **options))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
+    several = client.completions.create(model=MODEL, prompt=["Hello", "Hello"], **options)
+    assert [choice.text for choice in several.choices] == [expected.text] * 2
+    assert client.completions.create(model=MODEL, prompt=prompts[1], **options).usage.prompt_tokens == 3
+
+
+def test_options_of_sampling(client):
+    def ask(**options):
+        options = {"temperature": 1.5, "max_tokens": 12, "extra_body": {"top_k": 0, "top_p": 1.0}, **options}
+        return client.chat.completions.create(model=MODEL, messages=hello(), **options).choices
+
+    def texts(choices):
+        return [(choice.message.reasoning, choice.message.content) for choice in choices]
+
+    assert texts(ask(seed=7)) == texts(ask(seed=7))
+    assert texts(ask(seed=7, n=2))[:1] == texts(ask(seed=7))
+    assert len({str(texts(ask())) for _ in range(4)}) > 1
+    one, two = ask(n=2, seed=1, logprobs=True, top_logprobs=3)
+    assert (one.index, two.index) == (0, 1) and texts([one]) != texts([two])
+    assert all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in one.logprobs.content)
+    (whole,) = ask(temperature=0)
+    text = f"{whole.message.reasoning or ''}{whole.message.content}"
+    (cut,) = ask(temperature=0, stop=[text[3]])
+    assert f"{cut.message.reasoning or ''}{cut.message.content}" == text[: text.index(text[3])].strip()
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", text[3])
+
+
+def test_n_choices_in_a_stream(client):
+    whole = client.chat.completions.create(model=MODEL, messages=hello(), n=2, seed=1, max_tokens=8)
+    parts = {0: "", 1: ""}
+    for chunk in client.chat.completions.create(
+        model=MODEL, messages=hello(), n=2, seed=1, max_tokens=8, stream=True
+    ):  # fmt: skip
+        delta = chunk.choices[0].delta
+        parts[chunk.choices[0].index] += (getattr(delta, "reasoning", None) or "") + (delta.content or "")
+    assert parts == {
+        choice.index: (choice.message.reasoning or "") + choice.message.content for choice in whole.choices
+    }
+
+
+def test_a_thought_is_closed_when_its_budget_is_used_up(client):
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=question(held_out("reading")[0])[0],
+        max_tokens=20,
+        temperature=0,
+        extra_body={"thinking_token_budget": 3},
+    )
+    assert answer.choices[0].message.content
+    assert answer.usage.completion_tokens_details.reasoning_tokens <= 5 and answer.usage.completion_tokens <= 20
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(server, is_stream, slow):
+    service, address = server
+    live = service._live
+    body = LONG | {"stream": is_stream}
+    before = cancelled(service)
+    with httpx.Client(base_url=address) as http:
+        if is_stream:
+            with http.stream("POST", "/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+                wait_until(lambda: live.num_running == 1)
+        else:
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                sent = thread.submit(http.post, "/v1/chat/completions", json=body, timeout=0.15)
+                assert isinstance(sent.exception(), httpx.ReadTimeout)
+    wait_until(lambda: cancelled(service) == before + 1)
+    assert live.num_running == 0
+
+
+def cancelled(service):
+    """Choices that were cancelled so far."""
+    for line in service.metrics.text().decode().splitlines():
+        if line.startswith("glm4v:request_success_total") and '"cancelled"' in line:
+            return float(line.split()[-1])
+    return 0
+
+
+def test_a_full_queue_answers_429_and_the_others_are_right(serving, examples, expected):
+    sent, _, options = examples[0]
+    with serving(max_waiting=4) as (service, address), httpx.Client(base_url=address, timeout=60) as http:
+        wait_until(lambda: service.state == "ready")
+        with concurrent.futures.ThreadPoolExecutor(30) as threads:
+            body = {"messages": sent, **options}
+            found = list(threads.map(lambda _: http.post("/v1/chat/completions", json=body), range(30)))
+    assert {response.status_code for response in found} == {200, 429}
+    for response in found:
+        if response.status_code == 200:
+            message = response.json()["choices"][0]["message"]
+            assert (message["reasoning"], message["content"]) == said(expected[0])
+        else:
+            assert response.json()["error"]["code"] == "queue_full" and response.headers["Retry-After"] == "1"
+
+
+def test_a_bad_image_hurts_nobody_else(client, examples, expected):
+    bad = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
+
+    def ask(number):
+        messages, _, options = examples[number]
+        if number % 2:
+            messages = [{"role": "user", "content": bad}]
+        try:
+            return client.chat.completions.create(model=MODEL, messages=messages, **options)
+        except openai.BadRequestError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for number, answer in enumerate(threads.map(ask, range(8))):
+            if number % 2:
+                assert answer.param == "messages" and "iVBOR" not in str(answer)
+            else:
+                message = answer.choices[0].message
+                assert (message.reasoning, message.content) == said(expected[number])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "message"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400, "body: found invalid JSON"),
+        ("POST", "/v1/chat/completions", {"messages": []}, 400, "messages: found a list"),
+        ("POST", "/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "message 0: field 'content'"),
+        ("POST", "/v1/chat/completions", {"messages": hello(), "model": "x"}, 404, "model: found 'x'"),
+        ("POST", "/v1/chat/completions", {"messages": hello(), "max_tokens": 999}, 400, "expected at most 256 in all"),
+        ("POST", "/v1/chat/completions", {"messages": hello("a " * 400)}, 400, "expected at most 256 in all"),
+        ("POST", "/v1/chat/completions", {"messages": hello(), "top_p": 2}, 400, "top_p: found 2"),
+        ("POST", "/v1/completions", {"prompt": [10**6]}, 400, "prompt: found token 1000000"),
+        ("POST", "/v1/completions", {"prompt": "<|image|>"}, 400, "image"),
+        ("POST", "/tokenize", {}, 400, "found neither"),
+        ("GET", "/v1/models/other", None, 404, "model: found another"),
+        ("GET", "/nowhere", None, 404, "no such path"),
+        ("GET", "/v1/completions", None, 405, "another method"),
+    ],
+)
+def test_what_is_refused(server, method, path, body, status, message):
+    content = json.dumps(body) if isinstance(body, dict) else body
+    response = httpx.request(method, server[1] + path, content=content)
+    assert response.status_code == status and message in response.json()["error"]["message"]
+
+
+def test_models_versions_and_tokens(server, client, tiny_engine):
+    assert [model.id for model in client.models.list()] == [MODEL] == [client.models.retrieve(MODEL).id]
+    from glm4v_jax import __version__
+
+    assert httpx.get(f"{server[1]}/version").json() == {"version": __version__}
+    assert httpx.get(f"{server[1]}/ping").json()["status"] == "ready"
+    sent, asked = question(held_out("reading")[0])
+    found = httpx.post(f"{server[1]}/tokenize", json={"messages": sent, "return_token_strs": True}).json()
+    tokens = tiny_engine.prompt(asked).input_ids.tolist()
+    assert (found["tokens"], found["count"], found["max_model_len"]) == (tokens, len(tokens), 256)
+    assert found["token_strs"][-2] == "<|assistant|>"
+    text = httpx.post(f"{server[1]}/tokenize", json={"prompt": "Hello"}).json()
+    assert text["tokens"] == tiny_engine.processor.tokenizer.encode("Hello") and text["token_strs"] is None
+
+
+def test_the_page_and_what_the_model_sees(server):
+    found = httpx.get(server[1])
+    assert found.status_code == 200 and found.headers["content-type"].startswith("text/html")
+    assert "script-src 'self'" in found.headers["content-security-policy"]
+    item = question(held_out("reading")[0])[0][0]["content"][0]
+    seen = httpx.post(f"{server[1]}/v1/preview", json=item).json()
+    assert (seen["seen_width"], seen["kind"]) == (84, "image")
+    refused = httpx.post(f"{server[1]}/v1/preview", json={"type": "text", "text": "a"})
+    assert refused.status_code == 400
+
+
+def test_metrics_have_vllms_names(server, client):
+    client.chat.completions.create(model=MODEL, messages=hello(), max_tokens=3)
+    lines = httpx.get(f"{server[1]}/metrics").text.splitlines()
+    found = {line.partition("{")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+    for name in (
+        "num_requests_running", "num_requests_waiting", "request_success_total", "prompt_tokens_total",
+        "generation_tokens_total", "time_to_first_token_seconds_count", "inter_token_latency_seconds_count",
+        "e2e_request_latency_seconds_count", "engine_restarts_total", "prefix_cache_queries_total",
+    ):  # fmt: skip
+        assert f"glm4v:{name}" in found, name
+    assert found["glm4v:num_requests_running"] == 0 and found["glm4v:prompt_tokens_total"] > 0
+
+
+def test_a_server_with_a_key(serving):
+    with serving(api_key="secret") as (service, address):
+        wait_until(lambda: service.state == "ready")
+        for path in ("/v1/models", "/metrics", "/version"):
+            assert httpx.get(address + path).status_code == 401
+            assert httpx.get(address + path, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert httpx.get(f"{address}/health").status_code == httpx.get(address).status_code == 200
+        with pytest.raises(openai.AuthenticationError, match="found another key"):
+            openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_pages_of_other_sites_are_refused(server):
+    address = server[1]
+    assert httpx.get(f"{address}/version", headers={"Origin": "https://example.org"}).status_code == 403
+    assert httpx.get(f"{address}/version", headers={"Origin": address}).status_code == 200
+
+
+def test_until_it_is_ready_a_server_says_how_far_it_is(serving):
+    is_slow = threading.Event()
+
+    def load():
+        is_slow.wait()
+        raise OSError("no such model")
+
+    with serving(load) as (service, address):
+        found = httpx.get(f"{address}/health")
+        assert found.status_code == 503 and "loading the model" in found.json()["message"]
+        refused = httpx.post(f"{address}/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "5"
+        is_slow.set()
+        wait_until(lambda: service.state == "failed")
+        assert str(service.error) == "no such model"
+
+
+def test_a_request_may_take_only_so_long(serving, slow):
+    with serving(request_timeout=0.1) as (service, address), httpx.Client(base_url=address) as http:
+        wait_until(lambda: service.state == "ready")
+        assert http.post("/v1/chat/completions", json=LONG).status_code == 504
+        lines = http.post("/v1/chat/completions", json=LONG | {"stream": True}).text.split("\n\n")
+        assert json.loads(lines[-3].removeprefix("data: "))["choices"][0]["finish_reason"] == "cancelled"
+        assert lines[-2] == "data: [DONE]"
+
+
+def test_what_is_running_when_the_server_ends_is_cancelled(serving, slow):
+    body = LONG | {"stream": True}
+    with serving(drain_seconds=1) as (service, address), concurrent.futures.ThreadPoolExecutor(2) as threads:
+        wait_until(lambda: service.state == "ready")
+        sent = [threads.submit(httpx.post, f"{address}/v1/chat/completions", json=body) for _ in range(2)]
+        wait_until(lambda: service._live.num_running == 2)
+        service.drain()
+        assert httpx.get(f"{address}/health").json()["status"] == "draining"
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).status_code == 503
+        for response in sent:
+            text = response.result().text
+            assert '"finish_reason":"cancelled"' in text and text.endswith("data: [DONE]\n\n")
+
+
+def test_a_signal_lets_streams_finish(tmp_path):
+    """The command as a process of its own."""
+    command = [sys.executable, "-m", "glm4v_jax", "serve", "--port", "0", "--slots", "4", "--max-model-len", "256"]
+    options = ["--model", str(TINY_CHECKPOINT), "--no-warmup", "--max-logprobs", "3"]
+    log = tmp_path / "log"
+    with log.open("w") as stderr, subprocess.Popen([*command, *options], stderr=stderr) as process:
+        try:
+            wait_until(lambda: "http://" in log.read_text() or process.poll() is not None)
+            address = re.search(r"http://\S+", log.read_text())[0]
+            wait_until(lambda: httpx.get(f"{address}/health").status_code == 200)
+            has_begun = threading.Barrier(5)
+
+            def ask(_):
+                url, body = f"{address}/v1/chat/completions", LONG | {"stream": True}
+                with httpx.stream("POST", url, json=body, timeout=60) as response:
+                    lines = response.iter_lines()
+                    next(lines)
+                    has_begun.wait(60)
+                    return [line for line in lines if line]
+
+            with concurrent.futures.ThreadPoolExecutor(4) as threads:
+                streams = threads.map(ask, range(4))
+                has_begun.wait(60)
+                process.send_signal(signal.SIGTERM)
+                for lines in streams:
+                    assert lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert "SIGTERM: ending" in log.read_text() and "Traceback" not in log.read_text()
