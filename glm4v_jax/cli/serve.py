@@ -108,6 +108,8 @@ class Serve(Options):
             request_timeout=self.request_timeout,
             drain_seconds=self.drain_seconds,
             is_warmed=not self.no_warmup,
+            # A page whose name is made to lead to this machine asks under its own name.
+            hosts=_LOOPBACK if key is None and self.host in _LOOPBACK else (),
         )
         with bind(self.host, self.port) as listener:
             if key is None and self.host not in _LOOPBACK:

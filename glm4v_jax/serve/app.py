@@ -8,7 +8,6 @@ import re
 import sys
 import time
 import traceback
-import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from glm4v_jax.errors import Glm4vError
 from glm4v_jax.serve import endpoints, page
 from glm4v_jax.serve.endpoints import JsonResponse
 from glm4v_jax.serve.errors import ApiError, client_error
+from glm4v_jax.serve.limits import RequestLimits
 from glm4v_jax.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,11 @@ def create_app(service: Service) -> Starlette:
 
     app = Starlette(
         routes=[Route(place.path, place.endpoint, methods=[place.method]) for place in ROUTES],
-        middleware=[Middleware(AccessLog, service=service), Middleware(Key, api_key=service.settings.api_key)],
+        middleware=[
+            Middleware(AccessLog, service=service),
+            Middleware(Key, api_key=service.settings.api_key),
+            Middleware(RequestLimits, max_body_bytes=service.settings.max_body_bytes, hosts=service.settings.hosts),
+        ],
         exception_handlers={ApiError: _refused, Glm4vError: _refused, HTTPException: _refused},
         lifespan=lifespan,
     )
@@ -150,7 +154,7 @@ class AccessLog:
 
 
 class Key:
-    """Middleware that lets only those in who have the key, and no pages of other sites."""
+    """Middleware that lets only those in who have the key."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         """`api_key`: None lets everybody in."""
@@ -166,10 +170,6 @@ class Key:
 
     def _error(self, headers: Headers) -> ApiError | None:
         if self._key is None:
-            # A browser sends what any page asks it to, and says whose page it was.
-            origin = headers.get("origin")
-            if origin is not None and urllib.parse.urlsplit(origin).netloc != headers.get("host"):
-                return ApiError(403, "origin: found that of another site; expected this server's own", code="origin")
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key.encode()):

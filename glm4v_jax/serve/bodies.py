@@ -5,7 +5,6 @@ refused by name; any other that is unknown is ignored, and the response lists it
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -148,22 +147,6 @@ class TokenizeBody(TemplateBody):
     messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
-
-
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """Parse the body of a request.
-
-    Raises:
-      ApiError: it is not a JSON object.
-    """
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        place = f" ({error.msg}, line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise ApiError(400, f"body: found invalid JSON{place}; expected an object") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, f"body: found {shown(body)}; expected an object")
-    return body
 
 
 def checked_body(cls: type[T], body: Mapping[str, Any], model: str) -> tuple[T, list[str]]:

@@ -121,6 +121,8 @@ class Call:
                 self._metrics.more_tokens(now - before, len(delta.tokens))
             self._latest[number] = now
         if (completion := delta.completion) is not None:
+            if completion.finish_reason == "error":
+                self._fail(ApiError(400, f"response_format: {completion.error}", param="response_format"))
             self._completions[number] = completion
             self._metrics.ended(completion.finish_reason, seconds=now - self._since, tokens=len(completion.tokens))
 

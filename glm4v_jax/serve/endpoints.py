@@ -10,9 +10,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from glm4v_jax import __version__
-from glm4v_jax.serve.bodies import parse_json
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError
+from glm4v_jax.serve.limits import parse_body
 from glm4v_jax.serve.media import resolve
 from glm4v_jax.serve.metrics import CONTENT_TYPE
 from glm4v_jax.serve.preview import preview as preview_of
@@ -99,7 +99,7 @@ async def _generate(request: Request, read: Callable[[Mapping[str, Any], Served]
     deadline = asyncio.get_running_loop().time() + seconds
 
     async def call() -> Call:
-        asked = await service.prepare(lambda: read(parse_json(raw), service.served))
+        asked = await service.prepare(lambda: read(parse_body(raw), service.served))
         return await service.call(asked, since)
 
     try:
@@ -121,7 +121,7 @@ async def tokenize(request: Request) -> Response:
     service, raw = _service(request), await request.body()
 
     def tokens() -> dict[str, Any]:
-        asked, variables = tokenize_request(parse_json(raw), service.served)
+        asked, variables = tokenize_request(parse_body(raw), service.served)
         tokenizer = service.engine.processor.tokenizer
         if asked.messages is not None:
             found = service.prompt_of(asked.messages, variables).input_ids.tolist()
@@ -139,7 +139,7 @@ async def preview(request: Request) -> Response:
     service, raw = _service(request), await request.body()
 
     def seen() -> dict[str, Any]:
-        ((item,),) = [message["content"] for message in _resolved(parse_json(raw), service)]
+        ((item,),) = [message["content"] for message in _resolved(parse_body(raw), service)]
         if item["type"] not in ("image", "video"):
             raise ApiError(400, "type: found text; expected an image or a video", param="type")
         return preview_of(item["type"], item[item["type"]], service.engine.processor)

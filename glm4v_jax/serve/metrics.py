@@ -11,8 +11,8 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 _REFUSALS = {
-    400: "invalid", 401: "key", 403: "origin", 404: "not_found", 413: "too_large", 429: "queue_full", 500: "error",
-    503: "not_ready", 504: "timeout",
+    400: "invalid", 401: "key", 404: "not_found", 408: "slow", 413: "too_large", 415: "invalid", 421: "host",
+    429: "queue_full", 500: "error", 503: "not_ready", 504: "timeout",
 }  # fmt: skip
 """Status -> what it is counted as."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.grammar import KINDS
 from glm4v_jax.serve.bodies import (
     MAX_CHOICES,
     ChatBody,
@@ -81,6 +82,11 @@ class ApiRequest:
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the answer follows a grammar; what seem to be tags in it are text."""
+        return any(kind in self.options for kind in KINDS)
 
 
 def chat_request(body: Mapping[str, Any], served: Served) -> ApiRequest:

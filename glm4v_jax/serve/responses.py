@@ -14,11 +14,12 @@ from typing import Any
 
 from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob
 from glm4v_jax.generate.text.stream import TextStream
-from glm4v_jax.generate.text.thinking import THINK, Kind, ThinkingParser
+from glm4v_jax.generate.text.thinking import THINK, Kind, Part, ThinkingParser
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.requests import ApiRequest
+from glm4v_jax.serve.tool_calls import ToolCall, ToolCallParser
 
 DONE = b"data: [DONE]\n\n"
 _LOWEST = -9999.0
@@ -62,25 +63,40 @@ class _Trimmed:
 
 
 class _Message:
-    """The thought and the content of an answer, piece by piece: without tags, but for those of boxes."""
+    """Thought, content and tool calls of an answer, piece by piece: without tags, but for those of boxes."""
 
-    def __init__(self, is_thinking: bool):
+    def __init__(self, request: ApiRequest, *, is_thinking: bool):
         """`is_thinking`: whether the prompt has opened a thought."""
         self._parser = ThinkingParser(with_box_tags=True)
         if is_thinking:
             self._parser.push(THINK)
+        self._is_plain = request.has_grammar
+        self._tools = ToolCallParser(request.tools)
         self._thought, self._content = _Trimmed(), _Trimmed()
 
-    def push(self, text: str, *, is_last: bool) -> tuple[str, str]:
-        """Take the next piece; returns what is new of the thought and of the content."""
-        parts = self._parser.push(text) + (self._parser.finish() if is_last else [])
-        thought = "".join(part.text for part in parts if part.kind is Kind.THOUGHT)
+    def push(self, delta: Delta) -> tuple[str, list[str | ToolCall]]:
+        """Take what is new; returns that of the thought, and texts and calls of the content."""
+        is_last = delta.completion is not None
+        parts: Sequence[Part] = delta.parts  # which a grammar's answer is read into without looking for tags
+        if not self._is_plain:
+            parts = self._parser.push(delta.text) + (self._parser.finish() if is_last else [])
+        thought = self._thought.push("".join(part.text for part in parts if part.kind is Kind.THOUGHT))
         content = "".join(part.text for part in parts if part.kind is not Kind.THOUGHT)
-        return self._thought.push(thought), self._content.push(content)
+        if self._is_plain:
+            return thought, [content] if content else []
+        pieces = self._tools.push(content) + (self._tools.finish() if is_last else [])
+        shown = [self._content.push(piece) if isinstance(piece, str) else piece for piece in pieces]
+        return thought, [piece for piece in shown if piece]
 
-    def whole(self) -> tuple[str | None, str]:
-        """The thought, None where there is none, and the content."""
-        return self._parser.parsed().thought, self._parser.answer_with_boxes()
+    def whole(self, completion: Completion) -> tuple[str | None, str, list[ToolCall]]:
+        """Take a whole answer at once; returns its thought, None where there is none, its content and its calls."""
+        if self._is_plain:
+            return completion.thought, completion.answer, []
+        self._parser.push(completion.text)
+        self._parser.finish()
+        pieces = self._tools.push(self._parser.answer_with_boxes()) + self._tools.finish()
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        return self._parser.parsed().thought, "".join(texts).strip(), [x for x in pieces if isinstance(x, ToolCall)]
 
 
 @dataclasses.dataclass
@@ -151,7 +167,8 @@ class Reply:
 
     def message(self, number: int) -> _Message:
         """An empty message for choice `number`."""
-        return _Message(opens_thought(self.prompts[number // self.request.n], self.tokenizer))
+        is_thinking = opens_thought(self.prompts[number // self.request.n], self.tokenizer)
+        return _Message(self.request, is_thinking=is_thinking)
 
     def logprobs(self, entries: Iterable[TokenLogprob], offset: int = 0) -> dict[str, Any] | None:
         """Log probabilities of tokens; None where they were not asked for.
@@ -166,11 +183,13 @@ class Reply:
             return None
         return self._chat_logprobs(entries) if self.request.is_chat else self._text_logprobs(entries, offset)
 
-    def finish(self, completion: Completion) -> dict[str, Any]:
+    def finish(self, completion: Completion, *, has_calls: bool = False) -> dict[str, Any]:
         """Why a choice ended; repetition and stop strings count as "stop", and `stop_reason` has more."""
-        reason = completion.finish_reason
-        more = completion.stop_string if reason == "stop" else reason if reason == "repetition" else None
-        return {"finish_reason": "stop" if reason == "repetition" else reason, "stop_reason": more}
+        found: str = completion.finish_reason
+        more = completion.stop_string if found == "stop" else found if found == "repetition" else None
+        if found in ("stop", "repetition"):
+            found = "tool_calls" if has_calls else "stop"
+        return {"finish_reason": found, "stop_reason": more}
 
     def _envelope(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model, "choices": choices}
@@ -179,21 +198,19 @@ class Reply:
         return {"warnings": list(self.request.warnings)} if self.request.warnings else {}
 
     def _chat_choice(self, number: int, completion: Completion) -> dict[str, Any]:
-        message = self.message(number)
-        message.push(completion.text, is_last=True)
-        thought, content = message.whole()
+        thought, content, calls = self.message(number).whole(completion)
         thought = thought if self.request.with_reasoning else None
-        return {
-            "index": number,
-            "message": {
-                "role": "assistant",
-                "content": content,
-                "reasoning": thought,
-                "reasoning_content": thought,
-            },
-            "logprobs": self.logprobs(completion.logprobs or ()),
-            **self.finish(completion),
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content or (None if calls else ""),
+            "reasoning": thought,
+            "reasoning_content": thought,
         }
+        if calls:
+            message["tool_calls"] = [call.body() for call in calls]
+        logprobs = self.logprobs(completion.logprobs or ())
+        finish = self.finish(completion, has_calls=bool(calls))
+        return {"index": number, "message": message, "logprobs": logprobs, **finish}
 
     def _text_choice(self, number: int, completion: Completion) -> dict[str, Any]:
         logprobs = self.logprobs(completion.logprobs or ())
@@ -248,7 +265,7 @@ class ChoiceStream:
         """See `Reply.choice_stream`."""
         self._reply, self._number = reply, number
         self._message = reply.message(number)
-        self._offset = 0
+        self._offset = self._calls = 0
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         """The next choices."""
@@ -259,7 +276,7 @@ class ChoiceStream:
         self._offset += len(delta.text)
         if delta.completion is not None:
             nothing: dict[str, Any] = {"delta": {}} if self._reply.request.is_chat else {"text": ""}
-            finish = self._reply.finish(delta.completion)
+            finish = self._reply.finish(delta.completion, has_calls=bool(self._calls))
             choices.append(_chunk_choice(self._number, nothing) | finish)
         return choices
 
@@ -267,12 +284,16 @@ class ChoiceStream:
         return [{"text": delta.text}] if delta.text or delta.logprobs else []
 
     def _chat(self, delta: Delta) -> list[dict[str, Any]]:
-        thought, content = self._message.push(delta.text, is_last=delta.completion is not None)
+        thought, content = self._message.push(delta)
         found: list[dict[str, Any]] = []
         if thought and self._reply.request.with_reasoning:
             found.append({"delta": {"reasoning": thought, "reasoning_content": thought}})
-        if content:
-            found.append({"delta": {"content": content}})
+        for piece in content:
+            if isinstance(piece, str):
+                found.append({"delta": {"content": piece}})
+            else:
+                found += [{"delta": {"tool_calls": [call]}} for call in piece.deltas(self._calls)]
+                self._calls += 1
         return found or ([{"delta": {"content": ""}}] if delta.logprobs else [])
 
 

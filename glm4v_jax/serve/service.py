@@ -23,6 +23,7 @@ from glm4v_jax.inputs.text.chat_template import choose_template, template_variab
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError, client_error
+from glm4v_jax.serve.limits import MAX_BODY_BYTES
 from glm4v_jax.serve.media import MediaPolicy, limit_videos, resolve
 from glm4v_jax.serve.metrics import Metrics, count, gauge
 from glm4v_jax.serve.requests import ApiRequest, Served, generation_config
@@ -50,6 +51,8 @@ class ServeSettings:
       request_timeout: seconds that a request may take.
       drain_seconds: for the requests that are running when the server is to end.
       is_warmed: whether all programs are compiled before the server is ready.
+      max_body_bytes: of the body of a request.
+      hosts: the names under which the server may be asked; none for any.
       media: what images and videos may be.
     """
 
@@ -62,6 +65,8 @@ class ServeSettings:
     request_timeout: float = 600.0
     drain_seconds: float = 30.0
     is_warmed: bool = True
+    max_body_bytes: int = MAX_BODY_BYTES
+    hosts: tuple[str, ...] = ()
     media: MediaPolicy = dataclasses.field(default_factory=MediaPolicy)
 
 
@@ -263,6 +268,8 @@ class Service:
             one=False,
             progress=show,
             logprobs=self.settings.max_logprobs,
+            json_schema={},  # programs of all grammars
+            min_new_tokens=1,  # and those of bans and biases
         )
 
     def _add_readings(self, engine: Engine, live: LiveEngine) -> None:

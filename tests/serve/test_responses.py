@@ -32,7 +32,7 @@ def answered(tokenizer, text, *, request=None, prompt="Hello", size=1, end=(EOS,
     sequence = SequenceState(prompt, config, tokenizer, 1000)
     reply = Reply(request, [prompt], "tiny", tokenizer)
     stream, choices = reply.choice_stream(0), []
-    tokens = [*tokenizer.encode(text), *end]
+    tokens = [*(tokenizer.encode(text) if isinstance(text, str) else text), *end]
     for i in range(0, len(tokens), size):
         some = tokens[i : i + size]
         entries = [TokenLogprob(token, -0.5, ((token, -0.5), (7, -np.inf))) for token in some]
@@ -78,6 +78,33 @@ def test_a_template_may_open_the_thought(tokenizer, size):
     assert body["choices"][0]["message"]["reasoning"] == "a thought"
     count = body["usage"]["completion_tokens"]
     assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": count}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_tool_calls(tokenizer, size):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}}
+    call = "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>4</arg_value>\n</tool_call>"
+    request = ApiRequest((), True, {}, tools=(tool,))
+    for text, content in ((f"<think>hm</think>I add.\n{call}", "I add."), (call, None)):
+        body, choices = answered(tokenizer, text, request=request, size=size)
+        message = body["choices"][0]["message"]
+        (found,) = message["tool_calls"]
+        assert found["function"] == {"name": "add", "arguments": '{"a": 4}'} and message["content"] == content
+        assert body["choices"][0]["finish_reason"] == choices[-1]["finish_reason"] == "tool_calls"
+        calls = [one for choice in choices for one in choice["delta"].get("tool_calls", ())]
+        assert "".join(one["function"]["arguments"] for one in calls) == '{"a": 4}'
+        assert calls[0]["function"]["name"] == "add" and joined(choices, "content") == (content or "")
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_tags_in_an_answer_of_a_grammar_are_text(tokenizer, size):
+    request = ApiRequest((), True, {"choices": ("a <think> b", "c")})
+    # As text and not as the token of its name, which no grammar allows.
+    tokens = [*tokenizer.encode("<think>hm</think><answer>"), *(tokenizer.encode(x)[0] for x in "a <think> b")]
+    body, choices = answered(tokenizer, tokens, request=request, size=size, choices=("a <think> b", "c"))
+    message = body["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", "a <think> b")
+    assert (joined(choices, "reasoning"), joined(choices, "content")) == ("hm", "a <think> b")
 
 
 def test_thoughts_are_left_out_where_they_are_not_wanted(tokenizer):
