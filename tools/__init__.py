@@ -2,5 +2,6 @@
 
 - `train_tiny` (`make tiny`) trains the packaged model: on `digit_curriculum`, with `tiny_model`, `tiny_assets` and
   `tiny_text`; `score_tiny` and `digit_scores` measure it, `tiny_report` writes the page.
-- `make_random`: the random checkpoint of the tests. `make_chat_svg`, `make_report_png`: images of the docs.
+- `make_random`: the random checkpoint of the tests. `make_chat_svg`, `make_report_png`, `make_chat_page_png`: images of
+  the docs.
 """

@@ -6,10 +6,12 @@ The tiny model is asked where digits are. Needs a Chromium of the system's, and 
 """
 
 import argparse
+import contextlib
 import io
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import PIL.Image
 import playwright.sync_api
@@ -45,25 +47,40 @@ def main() -> None:
         items = read_items(find_task(TASK), (), limit=ITEMS)
         write_report(items, read_results(run / RESULTS), summary, run / REPORT)
         taken = picture_of(run / REPORT)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.open(io.BytesIO(taken)).convert("RGB").quantize(COLOURS).save(chosen.out, optimize=True)
-    print(f"{chosen.out}: {chosen.out.stat().st_size:,} bytes")
+    save(taken, chosen.out)
 
 
 def picture_of(page: pathlib.Path) -> bytes:
     """What a browser shows of a page, its lowest scores first, as PNG."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise SystemExit(f"found none of {', '.join(BROWSERS)}; expected one: apt-get install chromium")
-    with playwright.sync_api.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+    with browser() as chromium:
         opened = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         opened.goto(page.resolve().as_uri())
         opened.get_by_label("Sort").select_option("worst")
         opened.get_by_label("Sort").blur()
-        taken = opened.screenshot()
+        return opened.screenshot()
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[playwright.sync_api.Browser]:
+    """A Chromium of the system's.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        raise SystemExit(f"found none of {', '.join(BROWSERS)}; expected one: apt-get install chromium")
+    with playwright.sync_api.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
         chromium.close()
-    return taken
+
+
+def save(taken: bytes, path: pathlib.Path) -> None:
+    """Write a screenshot with few colours, which makes a small file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.open(io.BytesIO(taken)).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

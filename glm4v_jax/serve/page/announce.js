@@ -1,7 +1,8 @@
 // Reads an answer out: finished sentences go to a live region, once each.
 import { withoutMarks } from "./markdown.js";
 
-const SENTENCE_END = /[.!?:…](?=\s)|[。！？]|\n/g;
+// The number of a list's item ends no sentence.
+const SENTENCE_END = /(?<!(?:^|\n)\s*\d{1,3})[.!?:…](?=\s)|[。！？]|\n/g;
 const region = document.getElementById("live");
 
 export function say(text) {

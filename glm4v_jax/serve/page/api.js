@@ -1,5 +1,7 @@
 // Requests to the server that this page came from, and what went wrong with them.
 const KEY = "glm4v-api-key";
+// Of errors inside a stream, which have no status of their own.
+const STATUS_OF = { server_error: 500, service_unavailable_error: 503, rate_limit_error: 429 };
 
 export const apiKey = {
   get: () => sessionStorage.getItem(KEY) ?? "",
@@ -87,7 +89,7 @@ export async function* streamChat(body, signal) {
         break;
       }
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(Number(chunk.error.code) || 500, String(chunk.error.message));
+      if (chunk.error) throw new ServerError(STATUS_OF[chunk.error.type] ?? 400, String(chunk.error.message));
       yield chunk;
     }
   } catch (error) {

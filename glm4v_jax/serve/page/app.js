@@ -18,7 +18,7 @@ let attached = [];
 let reading = Promise.resolve();
 let running = null; // {exchange, controller}
 let model = "";
-let limits = { bytes: Infinity, pixels: Infinity, side: Infinity, images: Infinity, videos: Infinity };
+let limits = { bytes: Infinity, pixels: Infinity, images: Infinity, videos: Infinity };
 
 // What the server is.
 
@@ -226,7 +226,7 @@ async function waitForStart(exchange, error, signal) {
 function fail(exchange, error) {
   const isLost = error instanceof ConnectionLost;
   const { status } = error;
-  const settings = { label: "Open settings", action: () => openSettings("The server did not accept the API key.") };
+  const settings = { label: "Open settings", action: () => openSettings("This server asks for an API key.") };
   const problem = isLost ? "The connection to the server was lost. Retry when it is back." : problemOf(error);
   exchange.fail(problem, {
     isRefused: status >= 400 && status < 500 && status !== 401 && status !== 429,

@@ -9,6 +9,7 @@ const ENDINGS = {
   length: "Cut off at the limit of tokens. Raise Max tokens in Settings for longer answers.",
   cancelled: "The server ended this answer early.",
   stopped: "Stopped.",
+  empty: "The model ended without an answer.",
 };
 
 export class Exchange {
@@ -86,7 +87,7 @@ export class Exchange {
 
   /** Show what has come. */
   show() {
-    render(this.#part(".text"), this.isRunning ? withoutPartialTag(this.content) : this.content);
+    render(this.#part(".text"), this.finish ? this.content : withoutPartialTag(this.content));
     this.thoughtPart.hidden = !this.thought;
     this.thoughtPart.querySelector("summary").textContent = this.#thoughtTitle();
     if (this.hasBegun) this.wait("");
@@ -99,7 +100,7 @@ export class Exchange {
   }
 
   /** The answer is complete, or was stopped. `images` are those that its boxes may be about. */
-  end(images, ending = this.finish) {
+  end(images, ending = this.finish === "stop" && !this.content.trim() ? "empty" : this.finish) {
     this.#settle();
     this.#showBoxes(images);
     this.#part(".facts").textContent = [ENDINGS[ending], this.#facts()].filter(Boolean).join(" ");

@@ -43,7 +43,7 @@ async function withinLimits(file, limits) {
     return { blob: file, note: "" }; // The server may know the format.
   }
   const { width, height } = bitmap;
-  const scale = Math.min(1, Math.sqrt(limits.pixels / (width * height)), limits.side / Math.max(width, height));
+  const scale = Math.min(1, Math.sqrt(limits.pixels / (width * height)));
   if (scale === 1 && file.size <= limits.bytes) {
     bitmap.close();
     return { blob: file, note: "" };
