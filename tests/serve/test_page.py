@@ -4,10 +4,11 @@ The browser is a Chromium of the system's (`apt-get install chromium`), driven b
 downloads none here.
 """
 
+import asyncio
 import base64
+import dataclasses
 import io
 import json
-import os
 import re
 import shutil
 
@@ -15,8 +16,14 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers_media import png, write_video
+from helpers_serve import MODEL, wait_until
 
-from glm4v_jax.serve.page import FILES, FOLDER
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.presets import PRESETS
+from glm4v_jax.serve.call import Call
+from glm4v_jax.serve.media import MediaPolicy
+from glm4v_jax.serve.page import FILES, FOLDER, info
+from glm4v_jax.serve.requests import Served, chat_request
 from glm4v_jax.tiny.digits import held_out
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -39,12 +46,6 @@ def browser():
         )
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def server():
-    """The address of a server with the tiny model."""
-    return os.environ["STUB"]
 
 
 class Opened:
@@ -111,17 +112,17 @@ class Opened:
 @pytest.fixture
 def open_page(browser, server):
     """Pages of the server, closed in the end: none has met an error or asked another host."""
-    pages = []
+    pages, (_, address) = [], server
 
     def open_one(**options):
-        pages.append(Opened(browser, server, **options))
+        pages.append(Opened(browser, address, **options))
         return pages[-1]
 
     yield open_one
     for opened in pages:
         opened.context.close()
         assert opened.errors == []
-        assert [url for url in opened.requests if not url.startswith((server, "data:", "blob:"))] == []
+        assert [url for url in opened.requests if not url.startswith((address, "data:", "blob:"))] == []
 
 
 def stream(*deltas, finish="stop", **more):
@@ -193,19 +194,28 @@ def test_the_example_is_one_of_the_held_out_digits(open_page):
     assert opened.last.locator("rect.line").count() == 1
 
 
-def test_an_answer_can_be_stopped_and_asked_for_again(open_page):
-    opened = open_page()
+def test_an_answer_can_be_stopped_and_asked_for_again(open_page, server, monkeypatch):
+    opened, (service, _) = open_page(), server
+    deltas = Call.deltas
+
+    async def slow_deltas(call):
+        async for delta in deltas(call):
+            yield delta
+            await asyncio.sleep(0.3)
 
     def endless(route):
         route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
 
+    monkeypatch.setattr(Call, "deltas", slow_deltas)
     opened.page.route(CHAT, endless)
-    opened.ask("slow")
-    opened.last.locator(".text, .thought p").filter(has_text=re.compile(".")).first.wait_for(state="attached")
+    opened.ask("What digit is this?")
+    opened.last.locator(".text p, .thought p").filter(has_text=re.compile(".")).first.wait_for(state="attached")
     opened.page.get_by_role("button", name="Stop the answer").click()
     opened.answered()
     assert opened.last.locator(".facts").inner_text().startswith("Stopped.")
+    wait_until(lambda: service._live.num_running == 0)
     opened.plays_no_more()
+    monkeypatch.undo()
     opened.last.get_by_role("button", name="Retry").click()
     opened.last.locator(".facts", has_text="tokens in").wait_for()
     assert opened.page.locator(".exchange").count() == 1
@@ -221,6 +231,8 @@ def test_turns_are_sent_back(open_page):
     opened.page.get_by_label("System prompt").fill("Be short.")
     opened.page.get_by_label("Temperature").fill("0.5")
     opened.page.get_by_label("Max tokens").fill("12")
+    opened.page.get_by_label("Preset").select_option("bench")
+    assert "thinking capped at 8,192 tokens" in opened.page.get_by_role("dialog").inner_text()
     opened.page.get_by_role("button", name="Done").click()
     image = noise(84, 84)
     opened.attach(image)
@@ -243,6 +255,7 @@ def test_turns_are_sent_back(open_page):
     assert answer == {"role": "assistant", "content": "A **dog**."}
     assert second == {"role": "user", "content": "Which colour?"}
     assert (body["temperature"], body["max_tokens"], body["stream"]) == (0.5, 12, True)
+    assert (body["thinking_token_budget"], body["answer_budget"]) == (8192, 8192)
 
     opened.page.get_by_role("button", name="New chat").click()
     opened.ask("Anew")
@@ -252,6 +265,7 @@ def test_turns_are_sent_back(open_page):
     opened.page.reload()
     opened.page.get_by_role("button", name="Settings").click()
     assert opened.page.get_by_label("Temperature").input_value() == "0.5"
+    assert opened.page.get_by_label("Preset").input_value() == "bench"
 
 
 def test_what_the_model_sees(open_page, tmp_path):
@@ -287,7 +301,7 @@ def test_what_the_model_sees(open_page, tmp_path):
 def test_files_are_dropped_pasted_and_scaled_to_the_servers_limit(open_page):
     opened = open_page()
     about = opened.page.request.get(f"{opened.url}/page.json").json()
-    about["limits"] |= {"pixels": 10_000, "images": 2}
+    about["limits"] |= {"pixels": 10_000, "images": 2, "body": 2**20}
     opened.page.route("**/page.json", lambda route: route.fulfill(json=about))
     opened.page.reload()
     opened.page.locator("#model", has_text=re.compile(".")).wait_for()
@@ -306,7 +320,11 @@ def test_files_are_dropped_pasted_and_scaled_to_the_servers_limit(open_page):
     opened.page.evaluate(give, ["drop", "dropped.png", content])
     opened.page.evaluate(give, ["paste", "pasted.png", base64.b64encode(noise(28, 28)).decode()])
     opened.page.evaluate(give, ["drop", "third.png", content])
-    opened.page.get_by_role("alert").filter(has_text="found 3 images").wait_for()
+    alert = opened.page.get_by_role("alert")
+    alert.filter(has_text="third.png: found 3 images in this chat; the server takes 2. Start a new chat.").wait_for()
+    video = {"name": "long.mp4", "mimeType": "video/mp4", "buffer": bytes(10**6)}
+    opened.page.set_input_files("#files", video)
+    alert.filter(has_text="long.mp4: found 1.3 MiB of files in this chat; the server takes 1.0.").wait_for()
     assert opened.page.locator("#attached figcaption").all_inner_texts() == ["dropped.png", "pasted.png"]
     assert opened.page.locator("#attached .note").first.inner_text().startswith("Sent as 141 × 70 of 300 × 150 pixels")
     opened.plays(says("Seen."))
@@ -420,6 +438,22 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_alone(open_page):
     opened.last.get_by_role("button", name="Retry").click()
     assert opened.answered() == "Fine."
     assert opened.keys == [None, "Bearer secret"]
+    opened.expect_errors("401")
+
+    # Without a key in the tab, the page asks at once.
+    opened.page.evaluate("sessionStorage.clear()")
+    problem = error_body("authorization: found no key")
+    opened.page.route(
+        "**/v1/models",
+        lambda route: (
+            route.continue_() if route.request.headers.get("authorization") else route.fulfill(status=401, body=problem)
+        ),
+    )
+    opened.page.reload()
+    opened.page.get_by_text("The server asks for an API key.").wait_for()
+    opened.page.keyboard.type("secret")
+    opened.page.keyboard.press("Enter")
+    opened.page.locator("#model", has_text=MODEL).wait_for()
     assert "secret" not in opened.page.evaluate("JSON.stringify(localStorage)")
     opened.expect_errors("401")
 
@@ -565,6 +599,22 @@ def test_colours_have_contrast():
         for scheme in (0, 1):
             dark, light = sorted((luminance(colours[ink][scheme]), luminance(colours[ground][scheme])))
             assert (light + 0.05) / (dark + 0.05) >= least, (ink, ground, scheme)
+
+
+def test_presets_of_the_page_are_those_of_the_package():
+    base = GenerationConfig(do_sample=True, temperature=0.8, top_k=2)
+    for preset in info(MediaPolicy(), is_tiny=False)["presets"]:
+        body = {"messages": [{"role": "user", "content": "?"}], "seed": 0, **preset["options"]}
+        options = chat_request(body, Served("tiny", 1024)).options
+        expected = dataclasses.asdict(base.replace(**PRESETS[preset["name"]].options))
+        found = dataclasses.asdict(base.replace(**options))
+        limits = ("max_new_tokens", "think_budget", "answer_budget", "logprobs")
+        for name in limits:
+            found.pop(name), expected.pop(name)
+        if expected["do_sample"]:
+            assert found == expected, preset["name"]
+        else:
+            assert not found["do_sample"]
 
 
 def test_the_page_names_no_address_and_no_file_that_is_missing():

@@ -7,7 +7,14 @@
 - `settings.js`, `preview.js`: the dialogs. `announce.js`: what a screen reader reads out. `elements.js`: helpers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from glm4v_jax.config.presets import PRESETS, Preset
+from glm4v_jax.serve.limits import MAX_BODY_BYTES
+from glm4v_jax.serve.media import MediaPolicy
+from glm4v_jax.serve.requests import DIRECT
 
 FOLDER = Path(__file__).parent
 
@@ -37,3 +44,44 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 """Of every file of the page."""
+
+EXAMPLE = "Locate the 2."
+"""What the page offers to ask about `example.png`, where the model knows digits."""
+
+_BESIDE_FILES = 2**17
+"""Bytes of a request that are left for everything but files; these take 4 bytes for 3, as base64."""
+
+_FIELDS = {
+    **{option: field for field, option in DIRECT.items()},
+    **{name: name for name in ("temperature", "top_k", "answer_budget")},
+    "think_budget": "thinking_token_budget",
+}
+"""Option of a preset -> field of a request. The limit of all tokens is left to the server, which knows its room."""
+
+
+def info(media: MediaPolicy, *, is_tiny: bool) -> dict[str, Any]:
+    """What the page asks the server for: presets, limits of files, and whether it offers the example.
+
+    >>> found = info(MediaPolicy(), is_tiny=True)
+    >>> found["presets"][-1]["name"], found["presets"][-1]["options"], found["limits"]["images"]
+    ('greedy', {'temperature': 0}, 8)
+    """
+    presets = [
+        {"name": name, "description": preset.description, "options": _fields(preset)}
+        for name, preset in PRESETS.items()
+    ]
+    limits = {
+        "body": MAX_BODY_BYTES - _BESIDE_FILES,
+        "bytes": min(media.max_bytes, (MAX_BODY_BYTES - _BESIDE_FILES) * 3 // 4),
+        "pixels": media.max_pixels,
+        "images": media.max_images,
+        "videos": media.max_videos,
+    }
+    return {"presets": presets, "limits": limits, "example": {"text": EXAMPLE} if is_tiny else None}
+
+
+def _fields(preset: Preset) -> Mapping[str, Any]:
+    """The fields of a request that ask for what a preset sets."""
+    if not preset.options.get("do_sample", True):
+        return {"temperature": 0}
+    return {_FIELDS[option]: value for option, value in preset.options.items() if option in _FIELDS}

@@ -1,11 +1,11 @@
 // The chat: the composer, the conversation, and the way of a question to its answer.
 import { Announcer, say } from "./announce.js";
-import { ConnectionLost, getJson, health, ServerError, streamChat } from "./api.js";
+import { apiKey, ConnectionLost, getJson, health, ServerError, streamChat } from "./api.js";
 import { counted, fromTemplate } from "./elements.js";
 import { Exchange } from "./exchange.js";
 import { mediaElement, readFile, release } from "./media.js";
 import { showPreview } from "./preview.js";
-import { connectSettings, offerPresets, openSettings, requestOptions, systemPrompt } from "./settings.js";
+import { askForKey, connectSettings, offerPresets, requestOptions, systemPrompt } from "./settings.js";
 
 const POLL_MILLISECONDS = 1000;
 const MOST_BUSY_RETRIES = 8;
@@ -18,7 +18,7 @@ let attached = [];
 let reading = Promise.resolve();
 let running = null; // {exchange, controller}
 let model = "";
-let limits = { bytes: Infinity, pixels: Infinity, images: Infinity, videos: Infinity };
+let limits = { body: Infinity, bytes: Infinity, pixels: Infinity, images: Infinity, videos: Infinity };
 
 // What the server is.
 
@@ -63,7 +63,7 @@ async function introduce() {
     at("model").textContent = model;
     document.title = `${model} chat`;
   } catch (error) {
-    if (error.status === 401) openSettings("This server asks for an API key.");
+    if (error.status === 401) askForKey();
     else if (error instanceof ConnectionLost) watch();
     else refuse(error.message);
   }
@@ -92,19 +92,26 @@ function addFiles(files) {
 async function addFile(file) {
   try {
     const item = await readFile(file, limits);
-    const inChat = [...exchanges.flatMap((exchange) => exchange.media), ...attached, item];
-    for (const kind of ["image", "video"]) {
-      const number = inChat.filter((other) => other.kind === kind).length;
-      if (number > limits[`${kind}s`] && item.kind === kind) {
-        release([item]);
-        throw new Error(`found ${counted(number, kind)} in this chat; the server takes ${limits[`${kind}s`]}. Start a new chat.`);
-      }
+    const problem = beyondLimits([...exchanges.flatMap((exchange) => exchange.media), ...attached, item]);
+    if (problem) {
+      release([item]);
+      throw new Error(`${item.name}: ${problem}. Start a new chat.`);
     }
     attached.push(item);
     showAttached(item);
   } catch (error) {
     refuse(error.message);
   }
+}
+
+/** All files of a chat are sent with each of its questions. */
+function beyondLimits(media) {
+  const number = media.filter(({ kind }) => kind === media.at(-1).kind).length;
+  const [kind, most] = [media.at(-1).kind, limits[`${media.at(-1).kind}s`]];
+  if (number > most) return `found ${counted(number, kind)} in this chat; the server takes ${most}`;
+  const bytes = media.reduce((sum, { dataUrl }) => sum + dataUrl.length, 0);
+  const [found, room] = [bytes, limits.body].map((size) => (size / 2 ** 20).toFixed(1));
+  return bytes > limits.body ? `found ${found} MiB of files in this chat; the server takes ${room}` : "";
 }
 
 function showAttached(item) {
@@ -226,7 +233,7 @@ async function waitForStart(exchange, error, signal) {
 function fail(exchange, error) {
   const isLost = error instanceof ConnectionLost;
   const { status } = error;
-  const settings = { label: "Open settings", action: () => openSettings("This server asks for an API key.") };
+  const settings = { label: "Open settings", action: askForKey };
   const problem = isLost ? "The connection to the server was lost. Retry when it is back." : problemOf(error);
   exchange.fail(problem, {
     isRefused: status >= 400 && status < 500 && status !== 401 && status !== 429,
@@ -297,7 +304,7 @@ function copyCurl(exchange, button) {
   const url = new URL("v1/chat/completions", document.baseURI);
   const body = JSON.stringify({ ...requestOf(exchange), stream: true }, null, 1);
   const lines = [`curl -N ${url}`, "-H 'Content-Type: application/json'"];
-  if (sessionStorage.getItem("glm4v-api-key")) lines.push('-H "Authorization: Bearer $GLM4V_API_KEY"');
+  if (apiKey.get()) lines.push('-H "Authorization: Bearer $GLM4V_API_KEY"');
   // From standard input: an image is longer than an argument may be.
   copy(`${lines.join(" \\\n  ")} --data-binary @- <<'JSON'\n${body}\nJSON\n`, button);
 }
@@ -436,6 +443,6 @@ document.addEventListener("drop", (event) => {
   addFiles(Array.from(event.dataTransfer.files));
 });
 
-connectSettings({ onClose: () => !model && watch() });
+connectSettings({ onClose: () => !model && apiKey.get() && watch() });
 showRunning();
 watch();

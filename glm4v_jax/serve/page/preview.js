@@ -35,7 +35,8 @@ function facts(seen) {
     ["Original", `${seen.width} × ${seen.height} pixels`],
     ["Seen", `${seen.seen_width} × ${seen.seen_height} pixels, ${seen.why}`],
     ["Patches", patches],
-    ["Tokens", `${counted(seen.image_tokens, "image token")}, ${share}% of the most there may be; ${seen.prompt_tokens} in the prompt`],
+    ["Tokens", `${counted(seen.image_tokens, "image token")}, ${share}% of the most there may be`],
+    ["In the prompt", counted(seen.prompt_tokens, "token")],
   ];
   if (seen.kind === "video") rows.splice(1, 0, ["Sampled", sampled(seen)]);
   const entries = rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);

@@ -11,12 +11,12 @@ const presetField = document.getElementById("preset");
 const presetNote = document.getElementById("preset-note");
 let presets = new Map();
 
-/** Connect the dialog; `changed` is called with the API key's field when the dialog closes. */
+/** Connect the dialog; `onClose` is called when it closes. */
 export function connectSettings({ onClose }) {
   const stored = readStored();
   for (const field of fields) field.value = stored[field.dataset.setting] ?? "";
   keyField.value = apiKey.get();
-  document.getElementById("open-settings").addEventListener("click", () => openSettings());
+  document.getElementById("open-settings").addEventListener("click", openSettings);
   document.getElementById("reset").addEventListener("click", () => {
     for (const field of fields) field.value = "";
     store();
@@ -25,18 +25,24 @@ export function connectSettings({ onClose }) {
   dialog.addEventListener("close", onClose);
 }
 
-/** Open the dialog; with a problem of the key, at its field. */
-export function openSettings(problem = "") {
-  keyProblem.textContent = problem;
-  keyProblem.hidden = !problem;
+function openSettings() {
+  keyProblem.hidden = true;
   dialog.showModal();
-  if (problem) keyField.focus();
+}
+
+/** Open the dialog at the field of the key, which the server asks for. */
+export function askForKey() {
+  keyProblem.textContent = apiKey.get() ? "The server did not accept this API key." : "The server asks for an API key.";
+  if (!dialog.open) dialog.showModal();
+  keyProblem.hidden = false;
+  keyField.focus();
 }
 
 /** Offer the presets of the server: [{name, description, options}]. */
 export function offerPresets(found) {
   presets = new Map(found.map((preset) => [preset.name, preset]));
-  presetField.append(...found.map(({ name }) => element("option", { value: name }, name)));
+  const options = found.map(({ name }) => element("option", { value: name }, name));
+  presetField.replaceChildren(presetField.firstElementChild, ...options);
   presetField.value = presets.has(readStored().preset) ? readStored().preset : "";
   describePreset();
 }
@@ -51,7 +57,8 @@ export function requestOptions() {
 export const systemPrompt = () => document.getElementById("system").value.trim();
 
 function store() {
-  apiKey.set(keyField.value.trim());
+  // What a header cannot hold was pasted by mistake.
+  apiKey.set(keyField.value.replace(/[^\x21-\x7e]/g, ""));
   const filled = fields.filter((field) => field.value !== "");
   const values = Object.fromEntries(filled.map((field) => [field.dataset.setting, field.value]));
   try {
