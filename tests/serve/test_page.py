@@ -396,6 +396,15 @@ def test_boxes_of_the_response_come_before_those_of_the_text(open_page):
     assert figure.locator("figcaption").inner_text() == (
         "2 boxes, in pixels of the image: 30, 20 to 90, 40; 270, 80 to 150, 60"
     )
+    # Which of several images boxes are on, no text says.
+    for name in ("one.png", "two.png"):
+        opened.attach(noise(28, 28), name)
+    opened.ask("Where?")
+    opened.answered()
+    assert opened.last.locator("rect.line").count() == 0
+    opened.last.get_by_role("button", name="two.png").click()
+    opened.last.locator("figcaption", has_text="2 boxes").wait_for()
+    assert opened.last.locator(".boxes img").get_attribute("alt") == "two.png"
 
 
 FAILURES = [

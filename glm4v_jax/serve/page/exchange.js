@@ -131,8 +131,17 @@ export class Exchange {
   #showBoxes(images) {
     const boxes = (this.boxes ?? []).filter(isBox);
     const drawn = boxes.length ? boxes : boxesIn(this.content);
-    const item = images[0];
-    if (item && drawn.length) this.#part(".boxes").append(boxesFigure(item, drawn));
+    if (!images.length || !drawn.length) return;
+    const part = this.#part(".boxes");
+    if (images.length === 1) {
+      part.append(boxesFigure(images[0], drawn));
+      return;
+    }
+    // A text does not say reliably which of several images it speaks of.
+    const place = element("div");
+    const draw = (item) => place.replaceChildren(boxesFigure(item, drawn));
+    const buttons = images.map((item) => element("button", { type: "button", onclick: () => draw(item) }, item.name));
+    part.append(element("div", { className: "choice" }, `Draw ${counted(drawn.length, "box", "boxes")} on`, ...buttons), place);
   }
 
   #facts() {
