@@ -107,6 +107,7 @@ class Serve(Options):
             max_logprobs=None if self.max_logprobs < 0 else self.max_logprobs,
             request_timeout=self.request_timeout,
             drain_seconds=self.drain_seconds,
+            is_tiny=self._is_tiny,
             is_warmed=not self.no_warmup,
             # A page whose name is made to lead to this machine asks under its own name.
             hosts=_LOOPBACK if key is None and self.host in _LOOPBACK else (),
@@ -120,11 +121,15 @@ class Serve(Options):
             _log_to_standard_error()
             run(Service(settings, lambda: self.model.load(processor, self.slots, tokens=length)), listener)
 
+    @property
+    def _is_tiny(self) -> bool:
+        return os.path.samefile(self.model.directory, TINY_CHECKPOINT)
+
     def _length(self, most: int) -> int:
         if self.max_model_len is not None and self.max_model_len > most:
             expected = f"at most {most}, the max_position_embeddings of the model"
             raise ConfigError(fault("--max-model-len", self.max_model_len, expected))
-        default = _TINY_LENGTH if os.path.samefile(self.model.directory, TINY_CHECKPOINT) else _LENGTH
+        default = _TINY_LENGTH if self._is_tiny else _LENGTH
         return self.max_model_len or min(most, default)
 
 

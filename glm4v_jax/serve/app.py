@@ -64,6 +64,7 @@ ROUTES = (
     ApiRoute("/metrics", endpoints.metrics),
     ApiRoute("/version", endpoints.version),
     ApiRoute("/health", endpoints.health, is_public=True),
+    ApiRoute("/page.json", endpoints.page_info, is_public=True),
     ApiRoute("/ping", endpoints.health, is_public=True),
     *(ApiRoute(path, _page, is_public=True) for path in page.FILES),
 )

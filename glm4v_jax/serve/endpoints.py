@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from glm4v_jax import __version__
+from glm4v_jax.serve import page
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.limits import parse_body
@@ -174,6 +175,11 @@ def _model(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.settings.max_model_len,
     }
+
+
+async def page_info(request: Request) -> Response:
+    """GET /page.json: what the chat page has to know."""
+    return JsonResponse(page.info(_service(request).settings))
 
 
 async def health(request: Request) -> Response:

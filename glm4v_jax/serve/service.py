@@ -50,6 +50,7 @@ class ServeSettings:
       max_logprobs: the most log probabilities of a token that a request may ask for; None for none at all.
       request_timeout: seconds that a request may take.
       drain_seconds: for the requests that are running when the server is to end.
+      is_tiny: whether the model is the packaged one, about which the page says what it knows.
       is_warmed: whether all programs are compiled before the server is ready.
       max_body_bytes: of the body of a request.
       hosts: the names under which the server may be asked; none for any.
@@ -64,6 +65,7 @@ class ServeSettings:
     max_logprobs: int | None = None
     request_timeout: float = 600.0
     drain_seconds: float = 30.0
+    is_tiny: bool = False
     is_warmed: bool = True
     max_body_bytes: int = MAX_BODY_BYTES
     hosts: tuple[str, ...] = ()

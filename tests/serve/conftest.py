@@ -27,7 +27,7 @@ def serving(tiny_engine):
 
     @contextlib.contextmanager
     def serve(load=lambda: tiny_engine, **settings):
-        defaults = dict(model=MODEL, max_model_len=256, max_logprobs=3, is_warmed=False, drain_seconds=0)
+        defaults = dict(model=MODEL, max_model_len=256, max_logprobs=3, is_warmed=False, is_tiny=True, drain_seconds=0)
         service = Service(ServeSettings(**defaults | settings), load)
         listener = bind("127.0.0.1", 0)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"

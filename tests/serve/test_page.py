@@ -21,9 +21,9 @@ from helpers_serve import MODEL, wait_until
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.presets import PRESETS
 from glm4v_jax.serve.call import Call
-from glm4v_jax.serve.media import MediaPolicy
 from glm4v_jax.serve.page import FILES, FOLDER, info
 from glm4v_jax.serve.requests import Served, chat_request
+from glm4v_jax.serve.service import ServeSettings
 from glm4v_jax.tiny.digits import held_out
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -612,7 +612,7 @@ def test_colours_have_contrast():
 
 def test_presets_of_the_page_are_those_of_the_package():
     base = GenerationConfig(do_sample=True, temperature=0.8, top_k=2)
-    for preset in info(MediaPolicy(), is_tiny=False)["presets"]:
+    for preset in info(ServeSettings(model="tiny"))["presets"]:
         body = {"messages": [{"role": "user", "content": "?"}], "seed": 0, **preset["options"]}
         options = chat_request(body, Served("tiny", 1024)).options
         expected = dataclasses.asdict(base.replace(**PRESETS[preset["name"]].options))

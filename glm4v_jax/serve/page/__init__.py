@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from glm4v_jax.config.presets import PRESETS, Preset
-from glm4v_jax.serve.limits import MAX_BODY_BYTES
-from glm4v_jax.serve.media import MediaPolicy
 from glm4v_jax.serve.requests import DIRECT
+from glm4v_jax.serve.service import ServeSettings
 
 FOLDER = Path(__file__).parent
 
@@ -59,10 +58,10 @@ _FIELDS = {
 """Option of a preset -> field of a request. The limit of all tokens is left to the server, which knows its room."""
 
 
-def info(media: MediaPolicy, *, is_tiny: bool) -> dict[str, Any]:
-    """What the page asks the server for: presets, limits of files, and whether it offers the example.
+def info(settings: ServeSettings) -> dict[str, Any]:
+    """What the page asks the server for: presets, limits of files, and the example where it is one.
 
-    >>> found = info(MediaPolicy(), is_tiny=True)
+    >>> found = info(ServeSettings(model="tiny", is_tiny=True))
     >>> found["presets"][-1]["name"], found["presets"][-1]["options"], found["limits"]["images"]
     ('greedy', {'temperature': 0}, 8)
     """
@@ -70,14 +69,15 @@ def info(media: MediaPolicy, *, is_tiny: bool) -> dict[str, Any]:
         {"name": name, "description": preset.description, "options": _fields(preset)}
         for name, preset in PRESETS.items()
     ]
+    media, room = settings.media, settings.max_body_bytes - _BESIDE_FILES
     limits = {
-        "body": MAX_BODY_BYTES - _BESIDE_FILES,
-        "bytes": min(media.max_bytes, (MAX_BODY_BYTES - _BESIDE_FILES) * 3 // 4),
+        "body": room,
+        "bytes": min(media.max_bytes, room * 3 // 4),
         "pixels": media.max_pixels,
         "images": media.max_images,
         "videos": media.max_videos,
     }
-    return {"presets": presets, "limits": limits, "example": {"text": EXAMPLE} if is_tiny else None}
+    return {"presets": presets, "limits": limits, "example": {"text": EXAMPLE} if settings.is_tiny else None}
 
 
 def _fields(preset: Preset) -> Mapping[str, Any]:
