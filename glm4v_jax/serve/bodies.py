@@ -21,8 +21,11 @@ MAX_CHOICES = 128
 Count = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Tokens = Annotated[list[Natural], Meta(min_length=1)]
+_String = Annotated[str, Meta(max_length=256)]
 Strings = Annotated[
-    str | Annotated[list[str], Meta(max_length=64)], Meta(description="a string, or a list of up to 64")
+    # Every token is compared with them, in the engine's thread.
+    _String | Annotated[list[_String], Meta(max_length=16)],
+    Meta(description="a string, or a list of up to 16, each of at most 256 characters"),
 ]
 TokenBias = Annotated[
     dict[str, Annotated[float, Meta(ge=-100, le=100)]],
@@ -91,7 +94,7 @@ class GenerationBody(Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Natural | None = None
-    no_repeat_ngram_size: Natural | None = None
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, le=32)] | None = None
     stop_repetition: bool | None = None
     stop: Strings | None = None
     stop_token_ids: list[Natural] | None = None

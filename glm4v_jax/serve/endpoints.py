@@ -23,6 +23,9 @@ from glm4v_jax.serve.service import Service
 
 T = TypeVar("T")
 
+_LAST_SECONDS = 5.0
+"""After the deadline of a stream, for its end to be read."""
+
 _MESSAGES = {
     "starting": "The server is starting.",
     "ready": "The server is ready.",
@@ -60,7 +63,10 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": raw})
         timer = asyncio.get_running_loop().call_at(self._deadline, self._call.cancel)
         try:
-            await unless_gone(receive, self._write(send))
+            async with asyncio.timeout_at(self._deadline + _LAST_SECONDS):
+                await unless_gone(receive, self._write(send))
+        except TimeoutError:  # a reader that does not read: the connection is of no use
+            raise ClientDisconnect from None
         finally:
             timer.cancel()
 

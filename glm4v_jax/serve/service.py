@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class Service:
       metrics: the server's numbers.
       progress: what it does until it is ready.
       error: why it could not start.
+      live: the engine of requests, once it is there.
       created: when it was created, in seconds since 1970.
     """
 
@@ -94,7 +96,7 @@ class Service:
         self.metrics = Metrics(settings.model)
         self.progress = "loading the model"
         self.error: Exception | None = None
-        self._live: LiveEngine | None = None
+        self.live: LiveEngine | None = None
         self._engine: Engine | None = None
         self._is_draining = False
         self._preparing = 0
@@ -109,9 +111,9 @@ class Service:
         """What `/health` says."""
         if self.error is not None:
             return "failed"
-        if self._live is None:
+        if self.live is None:
             return "draining" if self._is_draining else "starting"
-        return "draining" if self._is_draining and self._live.state == "ready" else self._live.state
+        return "draining" if self._is_draining and self.live.state == "ready" else self.live.state
 
     @property
     def is_loading(self) -> bool:
@@ -125,7 +127,7 @@ class Service:
         Raises:
           ApiError: it is not ready.
         """
-        self._live_engine()
+        self._ready()
         assert self._engine is not None
         return self._engine
 
@@ -140,8 +142,8 @@ class Service:
     def close(self, drain_seconds: float = 0.0) -> None:
         """End the engine: wait for what is running, then cancel it. Blocks; does nothing the second time."""
         self.drain()
-        if self._live is not None:
-            self._live.close(drain_seconds)
+        if self.live is not None:
+            self.live.close(drain_seconds)
         self._threads.shutdown(wait=False)  # what is being prepared is refused when it is ready
 
     async def call(self, request: ApiRequest, since: float) -> Call:
@@ -154,7 +156,13 @@ class Service:
         Raises:
           ApiError: the request is invalid, too many wait, or the server is not ready.
         """
-        live = self._live_engine()
+        live = self._ready()
+        most = self.settings.max_waiting + self.engine.num_slots
+        if (found := len(request.prompts) * request.n) > most:
+            message = (
+                f"prompt, n: found {found} choices; expected at most {most}, as many as this server takes at a time"
+            )
+            raise ApiError(400, message, param="n")
         prompts, sequences = await self.prepare(self._sequences, request)
         reply = Reply(request, prompts, self.settings.model, self.engine.processor.tokenizer)
         call = Call(reply, sequences, self.metrics, since)
@@ -163,7 +171,7 @@ class Service:
         except QueueFullError as error:
             raise _busy(str(error)) from None
         except Glm4vError as error:
-            self._live_engine()
+            self._ready()
             raise client_error(error) from error
         self.metrics.began(sum(map(len, prompts)))
         return call
@@ -191,6 +199,13 @@ class Service:
           ApiError, Glm4vError: what is wrong with it.
         """
         engine = self.engine
+        if (found := _count_characters(prompt)) > self._max_characters:
+            raise ApiError(
+                400,
+                f"prompt: found {found:,} characters; expected at most {self.settings.max_model_len:,} tokens with the "
+                "completion, the length that this server was started with",
+                code="context_length_exceeded",
+            )
         if isinstance(prompt, str):
             prompt = engine.processor.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], int):
@@ -206,13 +221,18 @@ class Service:
         template = choose_template(self.engine.processor.chat_template)
         return Served(self.settings.model, self.settings.max_model_len, template_variables(template), template)
 
-    def _live_engine(self) -> LiveEngine:
-        if self.state != "ready" or self._live is None:
+    @functools.cached_property
+    def _max_characters(self) -> int:
+        """Of a text that may fit the model's length: tokenizing a longer one would be work for nothing."""
+        return self.settings.max_model_len * max(map(len, self.engine.processor.tokenizer.get_vocab()))
+
+    def _ready(self) -> LiveEngine:
+        if self.state != "ready" or self.live is None:
             doing = f" ({self.progress})" if self.state == "starting" else ""
             raise ApiError(
                 503, f"server: found it {self.state}{doing}; expected it ready", headers={"Retry-After": "5"}
             )
-        return self._live
+        return self.live
 
     def _sequences(self, request: ApiRequest) -> tuple[list[Prompt], list[SequenceState]]:
         engine = self.engine
@@ -243,7 +263,7 @@ class Service:
                 capacity=settings.max_model_len,
             )
             self._add_readings(engine, live)
-            self._engine, self._live = engine, live
+            self._engine, self.live = engine, live
             self.progress = "starting the engine"
             live.start()
         except Exception as error:
@@ -289,6 +309,16 @@ class Service:
                 ),
             ]
         )
+
+
+def _count_characters(prompt: Any) -> int:
+    """Characters of a text, or of the texts of messages."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    contents = [message.get("content") for message in prompt if isinstance(message, dict)]
+    items = [item for content in contents if isinstance(content, list) for item in content if isinstance(item, dict)]
+    texts = [*contents, *(item.get("text") for item in items)]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _busy(message: str) -> ApiError:

@@ -202,7 +202,7 @@ def test_an_answer_follows_a_schema(client):
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(server, is_stream, slow):
     service, address = server
-    live = service._live
+    live = service.live
     body = LONG | {"stream": is_stream}
     before = cancelled(service)
     with httpx.Client(base_url=address) as http:
@@ -272,6 +272,9 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
         ("POST", "/v1/chat/completions", {"messages": hello(), "model": "x"}, 404, "model: found 'x'"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "max_tokens": 999}, 400, "expected at most 256 in all"),
         ("POST", "/v1/chat/completions", {"messages": hello("a " * 400)}, 400, "expected at most 256 in all"),
+        ("POST", "/v1/chat/completions", {"messages": hello("a" * 100_000)}, 400, "found 100,000 characters"),
+        ("POST", "/v1/chat/completions", {"messages": hello(), "n": 80}, 400, "found 80 choices; expected at most 68"),
+        ("POST", "/v1/chat/completions", {"messages": hello(), "logprobs": True, "top_logprobs": 4}, 400, "at most 3"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "top_p": 2}, 400, "top_p: found 2"),
         ("POST", "/v1/completions", {"prompt": [10**6]}, 400, "prompt: found token 1000000"),
         ("POST", "/v1/completions", {"prompt": "<|image|>"}, 400, "image"),
@@ -374,7 +377,7 @@ def test_what_is_running_when_the_server_ends_is_cancelled(serving, slow):
     with serving(drain_seconds=1) as (service, address), concurrent.futures.ThreadPoolExecutor(2) as threads:
         wait_until(lambda: service.state == "ready")
         sent = [threads.submit(httpx.post, f"{address}/v1/chat/completions", json=body) for _ in range(2)]
-        wait_until(lambda: service._live.num_running == 2)
+        wait_until(lambda: service.live.num_running == 2)
         service.drain()
         assert httpx.get(f"{address}/health").json()["status"] == "draining"
         assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).status_code == 503
