@@ -1,0 +1,321 @@
+"""A server as a process, and clients that put load on it: closed loops, open loops, streams that are timed."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import httpx2
+import numpy as np
+import PIL.Image
+
+from bench import report
+
+START_SECONDS = 600.0
+"""What a server may take until it is ready: it compiles."""
+Body = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """What a client got.
+
+    Attributes:
+      status: of HTTP; 0 where the client left first, or the connection broke.
+      text: thought and answer.
+      tokens: as the server counts them.
+      first: seconds until the first text.
+      gaps: seconds between two pieces of text.
+      seconds: until the end.
+      error: the server's message.
+    """
+
+    status: int
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+    first: float = 0.0
+    gaps: tuple[float, ...] = ()
+    seconds: float = 0.0
+    error: str = ""
+
+
+class Client:
+    """Sends chats to a server and times the answers."""
+
+    def __init__(self, url: str):
+        """`url`: of the server."""
+        self._http = httpx2.AsyncClient(
+            base_url=url,
+            timeout=START_SECONDS,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+
+    async def __aenter__(self) -> "Client":
+        """Open nothing yet."""
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def chat(self, body: Mapping[str, Any], *, leave_after: int | None = None) -> Answer:
+        """Send a chat and read the answer as a stream; close it after `leave_after` pieces of text, if given."""
+        begun = time.perf_counter()
+        sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        texts, times = list[str](), list[float]()
+        tokens, reason = 0, None
+        try:
+            async with self._http.stream("POST", "/v1/chat/completions", json=sent) as response:
+                if response.status_code != 200:
+                    return Answer(response.status_code, error=_message(await response.aread()))
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        return Answer(500, "".join(texts), error=chunk["error"]["message"])
+                    tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+                    for choice in chunk["choices"]:
+                        reason = choice.get("finish_reason") or reason
+                        delta = choice["delta"]
+                        if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
+                            texts.append(text)
+                            times.append(time.perf_counter())
+                    if leave_after is not None and len(texts) > leave_after:
+                        return Answer(0, "".join(texts))
+        except httpx2.HTTPError as error:
+            return Answer(0, "".join(texts), error=repr(error))
+        ended = time.perf_counter()
+        first = (times[0] if times else ended) - begun
+        gaps = tuple(later - sooner for sooner, later in itertools.pairwise(times))
+        return Answer(200, "".join(texts), tokens, reason, first, gaps, ended - begun)
+
+    async def send(self, body: Mapping[str, Any] | bytes) -> Answer:
+        """Send a chat, or bytes in the place of one, and wait for the whole answer."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        begun = time.perf_counter()
+        headers = {"content-type": "application/json"}
+        response = await self._http.post("/v1/chat/completions", content=content, headers=headers)
+        if response.status_code != 200:
+            return Answer(response.status_code, error=_message(response.content))
+        found = response.json()
+        message, seconds = found["choices"][0]["message"], time.perf_counter() - begun
+        text = (message.get("reasoning_content") or "") + (message.get("content") or "")
+        tokens, reason = found["usage"]["completion_tokens"], found["choices"][0]["finish_reason"]
+        return Answer(200, text, tokens, reason, seconds, (), seconds)
+
+    async def metrics(self) -> dict[str, float]:
+        """Name -> value, of all labels together."""
+        return read_metrics((await self._http.get("/metrics")).text)
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    r"""Name without labels -> the sum of its values.
+
+    >>> read_metrics('# HELP a\na{x="1"} 2.0\na{x="2"} 3\n')
+    {'a': 5.0}
+    """
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, value = line.split("{", 1)[0].split(" ", 1)[0], line.rsplit(" ", 1)[1]
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
+
+
+def _message(content: bytes) -> str:
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return content.decode(errors="replace")[:200]
+
+
+async def closed_loop(client: Client, bodies: Sequence[Body], concurrency: int) -> tuple[list[Answer], float]:
+    """Have so many clients send one after the other; returns the answers, in order, and the seconds."""
+    answers: dict[int, Answer] = {}
+    work = iter(enumerate(bodies))
+
+    async def loop() -> None:
+        for i, body in work:
+            answers[i] = await client.chat(body)
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(loop() for _ in range(concurrency)))
+    return [answers[i] for i in range(len(bodies))], time.perf_counter() - begun
+
+
+async def open_loop(
+    client: Client, bodies: Sequence[Body], per_second: float, seed: int = 0
+) -> tuple[list[Answer], float]:
+    """Send at random times (a Poisson process), whether or not answers have come."""
+    rng, begun = random.Random(seed), time.perf_counter()
+    sent = []
+    for body in bodies:
+        sent.append(asyncio.create_task(client.chat(body)))
+        await asyncio.sleep(rng.expovariate(per_second))
+    return list(await asyncio.gather(*sent)), time.perf_counter() - begun
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50 and p99 in milliseconds; the nearest value above, so that few values give the largest.
+
+    >>> quantiles([0.001, 0.002, 0.5])
+    {'p50': 2.0, 'p99': 500.0}
+    """
+    ordered = sorted(seconds) or [float("nan")]
+    return {f"p{percent}": 1e3 * ordered[max(0, -(-len(ordered) * percent // 100) - 1)] for percent in (50, 99)}
+
+
+def summary(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
+    """Of the answers of a loop."""
+    wrong = [answer for answer in answers if answer.status != 200]
+    return {
+        "requests": len(answers),
+        "failed": len(wrong),
+        "requests_per_second": len(answers) / seconds,
+        "tokens_per_second": sum(answer.tokens for answer in answers) / seconds,
+        "first_ms": quantiles([answer.first for answer in answers if answer.status == 200]),
+        "between_ms": quantiles([gap for answer in answers for gap in answer.gaps]),
+        "errors": sorted({answer.error for answer in wrong})[:3],
+    }
+
+
+class Server:
+    """A server that runs as a process, from its start until the block ends."""
+
+    def __init__(self, command: Sequence[str], log: pathlib.Path, port: int, **environment: str):
+        """Start it; see `ready`."""
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self._file = log.open("wb")
+        self.process = subprocess.Popen(
+            command, cwd=report.ROOT, stdout=self._file, stderr=subprocess.STDOUT, env=os.environ | environment
+        )
+
+    def __enter__(self) -> "Server":
+        """Wait until it is ready."""
+        self.ready()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End it, and wait for that."""
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._file.close()
+
+    def ready(self) -> float:
+        """Wait until it is ready; returns the seconds.
+
+        Raises:
+          SystemExit: it ended, or takes too long.
+        """
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < START_SECONDS:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(self.url + "/health"):
+                return time.perf_counter() - begun
+            time.sleep(0.1)
+        self.process.kill()
+        raise SystemExit(f"the server did not start:\n{self.log.read_text(encoding='utf-8')[-2000:]}")
+
+    def resident_bytes(self) -> int:
+        """Of the process, as Linux counts."""
+        pages = pathlib.Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def logged(self, text: str) -> int:
+        """How often the log has a text so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace").count(text)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def serve(
+    directory: pathlib.Path, log: pathlib.Path, *options: object, main: str = "glm4v_jax.cli.main", **environment: str
+) -> Server:
+    """`glm4v serve` for a checkpoint."""
+    port = free_port()
+    command = [sys.executable, "-m", main, "serve", "--model", directory, "--port", port, *options]
+    return Server(list(map(str, command)), log, port, **environment)
+
+
+def data_url(pixels: np.ndarray) -> str:
+    """An image [H, W, 3] as a PNG in a URL."""
+    png = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(png, "png")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def message(text: str, *images: str) -> dict[str, Any]:
+    """A user's message."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+
+
+def run(work: Callable[[Client], Awaitable[Any]], server: Server) -> Any:
+    """Run a client's work against a server."""
+
+    async def main() -> Any:
+        async with Client(server.url) as client:
+            return await work(client)
+
+    return asyncio.run(main())
+
+
+def median_first(answers: Sequence[Answer]) -> float:
+    """Milliseconds to the first text."""
+    return 1e3 * statistics.median(answer.first for answer in answers)
+
+
+@contextlib.contextmanager
+def offline(directory: pathlib.Path, slots: int) -> Iterator[Callable[[Sequence[Body]], dict[str, float]]]:
+    """A process that does the same work through `Engine.generate_many`; what it yields has it do some."""
+    code = f"from bench.serve_client import work_offline; work_offline({str(directory)!r}, {slots})"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=report.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def work(bodies: Sequence[Body]) -> dict[str, float]:
+            stdin.write(json.dumps(list(bodies)) + "\n")
+            stdin.flush()
+            return dict(json.loads(stdout.readline()))
+
+        yield work
+        stdin.close()
+
+
+def work_offline(directory: str, slots: int) -> None:
+    """Answer requests that come as lines of JSON, in batches; says what each batch took."""
+    from glm4v_jax.generate.engine import Engine, Request
+
+    engine = Engine.from_pretrained(directory, num_slots=slots)
+    for line in sys.stdin:
+        requests = [Request(body["messages"], {"max_new_tokens": body["max_tokens"]}) for body in json.loads(line)]
+        begun = time.perf_counter()
+        tokens = sum(len(completion.tokens) for completion in engine.generate_many(requests))
+        print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - begun}), flush=True)
