@@ -234,7 +234,8 @@ class Server:
                 return time.perf_counter() - begun
             time.sleep(0.1)
         self.process.kill()
-        raise SystemExit(f"the server did not start:\n{self.log.read_text(encoding='utf-8')[-2000:]}")
+        said = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        raise SystemExit(f"the server did not start:\n{said[-2000:]}")
 
     def resident_bytes(self) -> int:
         """Of the process, as Linux counts."""
