@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from bench import models, report, serve_client
 from bench.serve_client import Answer, Body, Client, closed_loop, message, open_loop
@@ -109,7 +110,7 @@ class Prompts:
 
     def image(self) -> str:
         """A data URL."""
-        return serve_client.data_url(self._rng.integers(0, 256, (112, 168, 3), np.uint8))
+        return serve_client.data_url(PIL.Image.fromarray(self._rng.integers(0, 256, (112, 168, 3), np.uint8)))
 
     def chat(self, size: Size) -> Body:
         """A request of random lengths; one in four shows an image."""

@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx2
-import numpy as np
 import PIL.Image
 
 from bench import report
@@ -124,15 +123,15 @@ class Client:
 
 
 def read_metrics(text: str) -> dict[str, float]:
-    r"""Name without labels -> the sum of its values.
+    r"""Name without labels -> the sum of its values; without the buckets of histograms and times of creation.
 
     >>> read_metrics('# HELP a\na{x="1"} 2.0\na{x="2"} 3\n')
     {'a': 5.0}
     """
     found: dict[str, float] = {}
     for line in text.splitlines():
-        if line and not line.startswith("#"):
-            name, value = line.split("{", 1)[0].split(" ", 1)[0], line.rsplit(" ", 1)[1]
+        name, value = line.split("{", 1)[0].split(" ", 1)[0], line.rsplit(" ", 1)[-1]
+        if line and not line.startswith("#") and not name.endswith(("_bucket", "_created")):
             found[name] = found.get(name, 0.0) + float(value)
     return found
 
@@ -255,7 +254,7 @@ def free_port() -> int:
 
 
 def serve(
-    directory: pathlib.Path, log: pathlib.Path, *options: object, main: str = "glm4v_jax.cli.main", **environment: str
+    directory: pathlib.Path, log: pathlib.Path, *options: object, main: str = "glm4v_jax", **environment: str
 ) -> Server:
     """`glm4v serve` for a checkpoint."""
     port = free_port()
@@ -263,10 +262,10 @@ def serve(
     return Server(list(map(str, command)), log, port, **environment)
 
 
-def data_url(pixels: np.ndarray) -> str:
-    """An image [H, W, 3] as a PNG in a URL."""
+def data_url(image: PIL.Image.Image) -> str:
+    """An image as a PNG in a URL."""
     png = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(png, "png")
+    image.save(png, "png")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 

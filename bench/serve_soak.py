@@ -142,7 +142,7 @@ async def _until_idle(client: Client, running: int, limit: float = 10.0) -> floa
     return float("inf")
 
 
-def options(directory: pathlib.Path, log: str = "serve.log", main: str = "glm4v_jax.cli.main") -> Server:
+def options(directory: pathlib.Path, log: str = "serve.log", main: str = "glm4v_jax") -> Server:
     """A server of the packaged model, which logs what it compiles."""
     return serve_client.serve(
         TINY_CHECKPOINT, directory / log, "--slots", SLOTS, "--max-model-len", CONTEXT, main=main, JAX_LOG_COMPILES="1"
