@@ -14,6 +14,7 @@ from glm4v_jax.config.checks import Natural, NotNegative, Positive, PositiveNumb
 from glm4v_jax.config.presets import preset
 from glm4v_jax.console.options import ModelOptions
 from glm4v_jax.console.program import Options
+from glm4v_jax.console.streams import losing_errors
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
@@ -112,7 +113,7 @@ class Serve(Options):
             # A page whose name is made to lead to this machine asks under its own name.
             hosts=_LOOPBACK if key is None and self.host in _LOOPBACK else (),
         )
-        with bind(self.host, self.port) as listener:
+        with bind(self.host, self.port) as listener, losing_errors():
             if key is None and self.host not in _LOOPBACK:
                 found = f"{self.host} without --api-key"
                 warnings.warn(f"--host: found {found}; everybody who reaches this port can use it", stacklevel=1)

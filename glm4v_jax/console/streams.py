@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from glm4v_jax.console.distributed import LOG_LEVEL
 
@@ -52,6 +52,32 @@ def notes(name: str, *, quiet: bool) -> Iterator[None]:
 def silent_errors() -> Iterator[None]:
     """Write what goes to standard error to nowhere."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+class _Losing(io.TextIOBase):
+    """A stream that loses what cannot be written."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+@contextlib.contextmanager
+def losing_errors() -> Iterator[None]:
+    """Lose what cannot be written to standard error: a full disk for its log must not end a server."""
+    with contextlib.redirect_stderr(_Losing(sys.stderr)):
         yield
 
 

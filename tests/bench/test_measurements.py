@@ -21,6 +21,8 @@ from bench import (
     quant,
     quant_quality,
     recompile,
+    serve,
+    serve_soak,
 )
 from bench import eval as evaluation
 from convert.synth import load_config
@@ -34,7 +36,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "module",
-    [aot, convert, engine, evaluation, install, lmms_eval, memory, prompt_lookup, quant, quant_quality, recompile],
+    [
+        aot,
+        convert,
+        engine,
+        evaluation,
+        install,
+        lmms_eval,
+        memory,
+        prompt_lookup,
+        quant,
+        quant_quality,
+        recompile,
+        serve,
+        serve_soak,
+    ],
 )
 def test_help_measures_nothing(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["it", "--help"])

@@ -17,7 +17,7 @@ from helpers_paths import ROOT
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive
-from glm4v_jax.console import extras, program
+from glm4v_jax.console import extras, program, streams
 from glm4v_jax.console.table import print_table
 from glm4v_jax.errors import Glm4vError
 
@@ -184,6 +184,14 @@ def test_a_full_disk_behind_standard_output_is_one_line(capfd, monkeypatch):
         patch.setattr(sys, "stdout", full)
         assert ran("-q") == 2
     assert capfd.readouterr().err == "it: error: standard output: [Errno 28] No space left on device\n"
+
+
+def test_a_full_disk_behind_standard_error_does_not_end_a_server(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))  # noqa: SIM115  # closing it would fail
+        with streams.losing_errors():
+            sys.stderr.write("serving\n")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def test_an_unexpected_error_is_a_traceback(capfd, monkeypatch):
