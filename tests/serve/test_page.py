@@ -379,6 +379,21 @@ def test_markdown_becomes_elements(open_page):
     assert [code.rstrip("\n") for code in shown.locator("pre").all_inner_texts()] == ["x = `1`", "unfinished"]
     assert shown.locator("> p").last.inner_text() == "x < y 7"
     assert shown.locator(".boxed").all_inner_texts() == ["7"]
+    # None of these takes long, or more of the stack than there is.
+    long = ["**", "**a", "`", "`a`", "<|begin_of_box|>", "<|", "- ", "\n- a", "| ", "a|\n-|\n", " ", "\n```", "1. "]
+    texts = [one * 20_000 for one in long] + ["\n".join(f"{' ' * depth}- a" for depth in range(2000))]
+    lengths = opened.page.evaluate(
+        """async (texts) => {
+          const { render, withoutMarks, withoutPartialTag } = await import("/markdown.js");
+          return texts.map((text) => {
+            const target = document.createElement("div");
+            render(target, withoutPartialTag(text));
+            return target.textContent.length + withoutMarks(text).length;
+          });
+        }""",
+        texts,
+    )
+    assert len(lengths) == len(texts)
 
 
 def test_boxes_of_the_response_come_before_those_of_the_text(open_page):

@@ -6,7 +6,8 @@ const END_BOX = "<|end_of_box|>";
 const FENCE = /^\s{0,3}(`{3,}|~{3,})\s*(\S*)/;
 const HEADING = /^#{1,6}\s+(.*)$/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
-const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const TABLE_RULE = /^\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
+const DEEPEST_LIST = 8;
 
 /**
  * Show a text that may still grow: blocks that have not changed keep their elements, so that a selection stays, and a
@@ -80,12 +81,12 @@ function blockElement(lines) {
   const heading = HEADING.exec(first);
   if (heading) return inlineInto(element("h3"), heading[1]);
   if (ITEM.test(first)) return list(lines);
-  if (lines.length > 1 && first.includes("|") && TABLE_RULE.test(lines[1])) return table(lines);
+  if (lines.length > 1 && first.includes("|") && TABLE_RULE.test(lines[1].trim())) return table(lines);
   return inlineInto(element("p"), lines.join("\n"));
 }
 
-/** A list, whose items may hold lists that are indented further. */
-function list(lines) {
+/** A list, whose items may hold lists that are indented further; what is deeper than a page is wide is text. */
+function list(lines, depth = 1) {
   const [, indent, number] = ITEM.exec(lines[0]);
   const made = element(number === undefined ? "ul" : "ol");
   if (number !== undefined) made.start = Number(number);
@@ -99,10 +100,10 @@ function list(lines) {
       return !other || other[1].length > indent.length;
     };
     while (index < lines.length && isBelow(lines[index])) below.push(lines[index++]);
-    const nested = below.findIndex((line) => ITEM.test(line));
+    const nested = depth < DEEPEST_LIST ? below.findIndex((line) => ITEM.test(line)) : -1;
     const own = nested < 0 ? below : below.slice(0, nested);
     const entry = inlineInto(element("li"), [item[3], ...own.map((line) => line.trim())].join("\n"));
-    if (nested >= 0) entry.append(list(below.slice(nested)));
+    if (nested >= 0) entry.append(list(below.slice(nested), depth + 1));
     made.append(entry);
   }
   return made;
@@ -123,34 +124,28 @@ const SPANS = [
   { open: BOX, close: END_BOX, make: (inside) => inlineInto(element("span", { className: "boxed" }), inside) },
 ];
 
-/** Append a text, with its spans, to an element. Each span's end is looked for once, so that no text takes long. */
+/** Append a text, with its spans, to an element. Nothing is looked for twice, so that no text takes long. */
 function inlineInto(target, text) {
-  const missing = new Set();
-  let rest = text;
-  while (rest) {
-    const found = SPANS.filter((span) => !missing.has(span))
-      .map((span) => ({ span, at: rest.indexOf(span.open) }))
-      .filter(({ at }) => at >= 0)
-      .sort((a, b) => a.at - b.at)[0];
-    if (!found) break;
-    const { span, at } = found;
+  const next = new Map(SPANS.map((span) => [span, text.indexOf(span.open)]));
+  let shown = 0;
+  for (;;) {
+    for (const [span, at] of next) if (at >= 0 && at < shown) next.set(span, text.indexOf(span.open, shown));
+    const [span, at] = Array.from(next).filter(([, at]) => at >= 0).sort(([, a], [, b]) => a - b)[0] ?? [];
+    if (!span) break;
     const start = at + span.open.length;
-    const end = rest.indexOf(span.close, start);
-    if (end <= start) {
-      if (end < 0) {
-        missing.add(span);
-        continue;
-      }
+    const end = text.indexOf(span.close, start);
+    if (end < 0) {
+      next.set(span, -1);
+    } else if (end === start) {
       // Nothing between the marks: they are text.
-      appendText(target, rest.slice(0, end + span.close.length));
-      rest = rest.slice(end + span.close.length);
-      continue;
+      next.set(span, text.indexOf(span.open, end + span.close.length));
+    } else {
+      appendText(target, text.slice(shown, at));
+      target.append(span.make(text.slice(start, end)));
+      shown = end + span.close.length;
     }
-    appendText(target, rest.slice(0, at));
-    target.append(span.make(rest.slice(start, end)));
-    rest = rest.slice(end + span.close.length);
   }
-  appendText(target, rest);
+  appendText(target, text.slice(shown));
   return target;
 }
 
