@@ -12,15 +12,22 @@ from helpers_cli import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-NAMES = {"PIL": "pillow", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
+NAMES = {
+    "PIL": "pillow",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+    "prometheus_client": "prometheus-client",
+}
 """Of packages that are imported by another name."""
+EXTRAS = ("train", "eval", "grammar", "serve")
+"""Of packages that modules import."""
 OPTIONAL = {"lmms_eval"}
 """Looked for, and done without."""
 
 
 def declared():
     extras = PROJECT["project"]["optional-dependencies"]
-    asked = [*PROJECT["project"]["dependencies"], *extras["train"], *extras["eval"]]
+    asked = [*PROJECT["project"]["dependencies"], *(one for name in EXTRAS for one in extras[name])]
     return {"".join(c if c.isalnum() or c in "-_" else " " for c in one).split()[0] for one in asked}
 
 

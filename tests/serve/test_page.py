@@ -125,11 +125,11 @@ def open_page(browser, server):
         assert [url for url in opened.requests if not url.startswith((address, "data:", "blob:"))] == []
 
 
-def stream(*deltas, finish="stop", **more):
+def stream(*deltas, finish="stop", **last):
     """The body of a streamed answer."""
     chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     if finish:
-        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish, **more}]})
+        chunks.append({"choices": [{"index": 0, "delta": last, "finish_reason": finish}]})
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if finish else "")
 
 

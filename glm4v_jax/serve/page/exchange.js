@@ -73,7 +73,7 @@ export class Exchange {
     this.usage = chunk.usage ?? this.usage;
     const choice = chunk.choices?.[0];
     if (!choice) return;
-    const { content, reasoning_content: thought } = choice.delta ?? {};
+    const { content, reasoning_content: thought, boxes } = choice.delta ?? {};
     if (content || thought) this.firstAt ??= performance.now();
     if (content) this.thoughtUntil ??= performance.now();
     if (thought) {
@@ -82,7 +82,7 @@ export class Exchange {
     }
     this.content += content ?? "";
     this.finish = choice.finish_reason ?? this.finish;
-    this.boxes = choice.boxes ?? choice.delta?.boxes ?? chunk.boxes ?? this.boxes;
+    this.boxes = boxes ?? this.boxes;
   }
 
   /** Show what has come. */
