@@ -213,7 +213,7 @@ def test_an_answer_can_be_stopped_and_asked_for_again(open_page, server, monkeyp
     opened.page.get_by_role("button", name="Stop the answer").click()
     opened.answered()
     assert opened.last.locator(".facts").inner_text().startswith("Stopped.")
-    wait_until(lambda: service._live.num_running == 0)
+    wait_until(lambda: service.live.num_running == 0)
     opened.plays_no_more()
     monkeypatch.undo()
     opened.last.get_by_role("button", name="Retry").click()
