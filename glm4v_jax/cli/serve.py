@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from msgspec import Meta
@@ -15,14 +15,64 @@ from glm4v_jax.config.presets import preset
 from glm4v_jax.console.options import ModelOptions
 from glm4v_jax.console.program import Options
 from glm4v_jax.console.streams import losing_errors
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, naming
 from glm4v_jax.tiny import TINY_CHECKPOINT
+
+if TYPE_CHECKING:
+    from glm4v_jax.serve.media import MediaPolicy
 
 KEY = "GLM4V_API_KEY"
 """The environment variable for the key where no option names it."""
 
 _LENGTH, _TINY_LENGTH = 16_384, 2048
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestOptions:
+    """What requests may send."""
+
+    max_body_mib: Annotated[Positive, tyro.conf.arg(metavar="N")] = 64
+    """Size of a request at most, images and videos in it included, in MiB."""
+
+    max_images: Annotated[Natural, tyro.conf.arg(metavar="N")] = 8
+    """Images of a request at most, in all its messages; single frames count too."""
+
+    max_videos: Annotated[Natural, tyro.conf.arg(metavar="N")] = 1
+    """Videos of a request at most."""
+
+    max_image_pixels: Annotated[Positive, tyro.conf.arg(metavar="N")] = 2**26
+    """Pixels of an image, or of a frame of a video, at most; before it is decoded."""
+
+    max_video_seconds: Annotated[PositiveNumber, tyro.conf.arg(metavar="S")] = 600.0
+    """Length of a video at most."""
+
+    allow_media_domain: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="HOST")] = ()
+    """A host from which http and https addresses of images and videos are fetched, or *.HOST for all hosts below it.
+    By default there is none, and images and videos are data URLs."""
+
+    allow_private_media: bool = False
+    """Fetch from --allow-media-domain at private and loopback addresses too."""
+
+    def policy(self) -> "MediaPolicy":
+        """The options for images and videos.
+
+        Raises:
+          ConfigError: one of the hosts is none.
+        """
+        from glm4v_jax.inputs.media.hosts import AllowedHosts
+        from glm4v_jax.serve.media import MediaPolicy
+
+        with naming("--allow-media-domain", ConfigError):
+            hosts = AllowedHosts(self.allow_media_domain, self.allow_private_media)
+        return MediaPolicy(
+            hosts=hosts,
+            max_images=self.max_images,
+            max_videos=self.max_videos,
+            max_bytes=self.max_body_mib * 2**20,
+            max_pixels=self.max_image_pixels,
+            max_video_seconds=self.max_video_seconds,
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -77,6 +127,8 @@ class Serve(Options):
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
 
+    requests: RequestOptions = dataclasses.field(default_factory=RequestOptions)
+
     def run(self) -> None:
         """Check the options, open the port, and only then load the model."""
         typed = self.model.directory
@@ -86,6 +138,8 @@ class Serve(Options):
         key = self.api_key if self.api_key is not None else os.environ.get(KEY)
         if key is not None and not key.strip():
             raise ConfigError(f"--api-key: found an empty one; expected some text, or neither it nor ${KEY}")
+        if self.requests.allow_private_media and not self.requests.allow_media_domain:
+            raise ConfigError("--allow-private-media: found it alone; expected --allow-media-domain beside it")
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -110,6 +164,8 @@ class Serve(Options):
             drain_seconds=self.drain_seconds,
             is_tiny=self._is_tiny,
             is_warmed=not self.no_warmup,
+            max_body_bytes=self.requests.max_body_mib * 2**20,
+            media=self.requests.policy(),
             # A page whose name is made to lead to this machine asks under its own name.
             hosts=_LOOPBACK if key is None and self.host in _LOOPBACK else (),
         )

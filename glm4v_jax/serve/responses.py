@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob
+from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob, box_fields
 from glm4v_jax.generate.text.stream import TextStream
 from glm4v_jax.generate.text.thinking import THINK, Kind, Part, ThinkingParser
 from glm4v_jax.inputs.prompt import Prompt
@@ -208,6 +208,7 @@ class Reply:
         }
         if calls:
             message["tool_calls"] = [call.body() for call in calls]
+        message |= _boxes(completion)
         logprobs = self.logprobs(completion.logprobs or ())
         finish = self.finish(completion, has_calls=bool(calls))
         return {"index": number, "message": message, "logprobs": logprobs, **finish}
@@ -275,9 +276,10 @@ class ChoiceStream:
             choices[-1]["logprobs"] = self._reply.logprobs(delta.logprobs, self._offset)
         self._offset += len(delta.text)
         if delta.completion is not None:
-            nothing: dict[str, Any] = {"delta": {}} if self._reply.request.is_chat else {"text": ""}
+            is_chat = self._reply.request.is_chat
+            rest: dict[str, Any] = {"delta": _boxes(delta.completion)} if is_chat else {"text": ""}
             finish = self._reply.finish(delta.completion, has_calls=bool(self._calls))
-            choices.append(_chunk_choice(self._number, nothing) | finish)
+            choices.append(_chunk_choice(self._number, rest) | finish)
         return choices
 
     def _text(self, delta: Delta) -> list[dict[str, Any]]:
@@ -300,6 +302,12 @@ class ChoiceStream:
 def error_event(error: ApiError) -> bytes:
     """The event of a stream that fails after it has begun."""
     return event(error.body())
+
+
+def _boxes(completion: Completion) -> dict[str, Any]:
+    """The boxes that an answer names, which stay in its content too; nothing where there are none."""
+    fields = box_fields(completion)
+    return fields if fields["boxes"] else {}
 
 
 def _chunk_choice(number: int, fields: dict[str, Any]) -> dict[str, Any]:

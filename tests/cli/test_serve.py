@@ -8,7 +8,10 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.cli import main
+from glm4v_jax.inputs.media.hosts import AllowedHosts
 from glm4v_jax.serve import server
+from glm4v_jax.serve.limits import MAX_BODY_BYTES
+from glm4v_jax.serve.media import MediaPolicy
 
 
 @pytest.fixture
@@ -37,6 +40,9 @@ def serve(capfd, monkeypatch):
         (["--max-model-len", "100000"], "--max-model-len: found 100000; expected at most 65536"),
         (["--max-logprobs", "21"], "--max-logprobs: found 21; expected an integer from -1 to 20"),
         (["--slots", "0"], "--slots: found 0"),
+        (["--max-images", "-1"], "--max-images: found -1"),
+        (["--allow-media-domain", "http://x"], "--allow-media-domain: host: found 'http://x'; expected one such as"),
+        (["--allow-private-media"], "--allow-private-media: found it alone"),
     ],
 )
 def test_what_is_wrong_is_one_line(serve, arguments, line):
@@ -72,3 +78,14 @@ def test_settings(serve, monkeypatch):
     assert (settings.model, settings.api_key, settings.max_model_len) == (RANDOM_CHECKPOINT.name, "secret", 16_384)
     assert settings.max_logprobs is None and not settings.is_warmed
     assert serve("--port", "0", "--served-model-name", "mine")[1].settings.model == "mine"
+
+
+def test_what_requests_may_send(serve):
+    settings = serve("--port", "0")[1].settings
+    assert settings.media == MediaPolicy() and settings.max_body_bytes == MAX_BODY_BYTES
+    hosts = ("--allow-media-domain", "a.example", "--allow-media-domain", "*.b.example", "--allow-private-media")
+    sizes = ("--max-body-mib", "2", "--max-images", "3", "--max-video-seconds", "9")
+    settings = serve("--port", "0", *hosts, *sizes)[1].settings
+    assert settings.media.hosts == AllowedHosts(("a.example", "*.b.example"), allow_private=True)
+    assert (settings.media.max_images, settings.media.max_video_seconds) == (3, 9)
+    assert settings.max_body_bytes == settings.media.max_bytes == 2**21

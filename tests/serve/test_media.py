@@ -4,16 +4,19 @@ import base64
 import http.server
 import ipaddress
 import itertools
+import resource
 import socket
 import struct
 import threading
 import zlib
 
+import httpx2 as httpx
 import hypothesis.strategies as st
 import numpy as np
 import PIL.Image
 import pytest
 from helpers_media import PNG, png, write_video
+from helpers_serve import wait_until
 from hypothesis import given, settings
 
 from glm4v_jax.errors import ConfigError, MediaError
@@ -314,7 +317,7 @@ def test_a_resolver_that_does_not_answer_meets_the_deadline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "*", "a b", "http://x", "x/y", "x:80", "*.", "a@b", "x?y", "*.*.com"])
 def test_names_of_hosts_are_checked(name):
-    with pytest.raises(ConfigError, match="allowed host: found"):
+    with pytest.raises(ConfigError, match="host: found"):
         AllowedHosts((name,))
 
 
@@ -449,3 +452,38 @@ def test_videos_are_bounded_before_they_are_decoded(limits, tmp_path):
     limit_videos(processor, MediaPolicy(**limits))
     with pytest.raises(MediaError, match="expected at most"):
         processor.video_processor(source)
+
+
+def test_a_server_takes_nothing_else_from_strangers(serving, port, heard, names):
+    names["good.example"] = [["127.0.0.1"]]
+    policy = MediaPolicy(hosts=AllowedHosts(("good.example",), allow_private=True))
+    headers = {"Content-Type": "application/json"}
+    with serving(media=policy) as (service, address), httpx.Client(base_url=address, headers=headers) as client:
+        wait_until(lambda: service.state == "ready")
+
+        def post(messages):
+            return client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4, "temperature": 0})
+
+        by_address, by_data = post(shown(f"http://good.example:{port}/")), post(shown(data_url()))
+        assert by_address.status_code == by_data.status_code == 200
+        assert by_address.json()["choices"] == by_data.json()["choices"]
+        assert len(heard) == 1
+        heard.clear()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        bad = [shown(source.format(port)) for source in (*PLACES, *ADDRESSES)]
+        bad += [shown(data_url(sized_png(20_000, 20_000))), shown(data_url()) * 9, shown(data_url(PNG[:2000]))]
+        for messages in bad:
+            answer = post(messages)
+            assert answer.status_code == 400, messages
+            assert (
+                "127.0.0.1" not in answer.text
+                and "good.example" not in answer.text
+                and PATH not in answer.text
+                and "base64,iVBOR" not in answer.text
+            )
+        for content, status in ((b'{"a": ' * 10**6, 400), (b'{"a": "\xff"}', 400), (b" " * (65 * 2**20), 413)):
+            assert client.post("/v1/chat/completions", content=content).status_code == status
+        assert not heard
+        # In KiB; of what is refused, at most the body was there.
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 256 * 1024
+        assert post(shown(data_url())).json()["choices"] == by_data.json()["choices"]

@@ -24,10 +24,10 @@ def tokenizer():
     return Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT)
 
 
-def answered(tokenizer, text, *, request=None, prompt="Hello", size=1, end=(EOS,), **options):
+def answered(tokenizer, text, *, request=None, prompt="Hello", size=1, end=(EOS,), images=(), **options):
     """The body and the choices of a stream of one answer, whose tokens come `size` at a time."""
     request = request or ApiRequest((), True, {})
-    prompt = Prompt.of_text(tokenizer.encode(prompt))
+    prompt = dataclasses.replace(Prompt.of_text(tokenizer.encode(prompt)), image_sizes=images)
     config = GenerationConfig(max_new_tokens=200, eos_token_id=EOS, logprobs=request.options.get("logprobs"), **options)
     sequence = SequenceState(prompt, config, tokenizer, 1000)
     reply = Reply(request, [prompt], "tiny", tokenizer)
@@ -105,6 +105,24 @@ def test_tags_in_an_answer_of_a_grammar_are_text(tokenizer, size):
     message = body["choices"][0]["message"]
     assert (message["reasoning"], message["content"]) == ("hm", "a <think> b")
     assert (joined(choices, "reasoning"), joined(choices, "content")) == ("hm", "a <think> b")
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (((640, 480),), {"boxes": [[0, 0, 500, 500]], "pixel_boxes": [[0, 0, 320, 240]]}),
+        (((640, 480), (10, 10)), {"boxes": [[0, 0, 500, 500]]}),
+        ((), {"boxes": [[0, 0, 500, 500]]}),
+    ],
+)
+def test_boxes_are_fields_too(tokenizer, images, expected):
+    text = "<think>[[1,2,3,4]]</think><answer>At <|begin_of_box|>[[0,0,500,500]]<|end_of_box|>"
+    body, choices = answered(tokenizer, text, images=images)
+    message = body["choices"][0]["message"]
+    assert {name: message.get(name) for name in expected} == expected == choices[-1]["delta"]
+    assert "<|begin_of_box|>[[0,0,500,500]]<|end_of_box|>" in message["content"]
+    body, choices = answered(tokenizer, "No boxes.", images=images)
+    assert "boxes" not in body["choices"][0]["message"] and choices[-1]["delta"] == {}
 
 
 def test_thoughts_are_left_out_where_they_are_not_wanted(tokenizer):

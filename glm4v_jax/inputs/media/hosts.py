@@ -127,7 +127,7 @@ def _checked_name(name: str) -> str:
     except urllib3.exceptions.HTTPError:
         parts = None
     if parts is None or not parts.host or "*" in host or parts.url != f"http://{parts.host}":
-        raise ConfigError(fault("allowed host", name, "a host such as example.com, or *.example.com"))
+        raise ConfigError(fault("host", name, "one such as example.com, or *.example.com"))
     return wildcard + normalised(parts.host)
 
 
