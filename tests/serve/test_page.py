@@ -501,11 +501,14 @@ def test_a_busy_and_a_starting_server_are_waited_for(open_page):
         status, body = states.pop(0) if len(states) > 1 else states[0]
         route.fulfill(status=status, json=body)
 
+    opened.page.clock.install()
     opened.page.route(CHAT, reply)
     opened.page.route("**/health", health)
     opened.ask("?")
     opened.last.get_by_text("The server is busy. Asking again in 1 s").wait_for()
+    opened.page.clock.fast_forward(1000)
     opened.page.get_by_text("The server is starting: compiling.").wait_for()
+    opened.page.clock.fast_forward(1000)
     opened.last.get_by_text("At last.").wait_for()
     assert not opened.page.locator("#banner").is_visible()
     assert all("429" in error or "503" in error for error in opened.errors)
