@@ -16,7 +16,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Natural, Positive, Seed, did_you_mean, fault, validate
-from glm4v_jax.config.grammar import KINDS, grammar_of, schema_text
+from glm4v_jax.config.grammar import KINDS, Grammar, grammar_of, schema_text
 from glm4v_jax.errors import CheckpointError, GenerationError, counted, naming
 from glm4v_jax.files import assets_directory, read_json_object
 
@@ -273,8 +273,8 @@ class GenerationConfig:
         _ = self.grammar  # raises where it is invalid
 
     @property
-    def grammar(self) -> str | None:
-        """What `json_schema`, `regex` or `choices` restrict the answer to, in llguidance's notation."""
+    def grammar(self) -> Grammar | None:
+        """What `json_schema`, `regex` or `choices` restrict the answer to."""
         given = ((kind, getattr(self, kind)) for kind in KINDS)
         return next((grammar_of(kind, value) for kind, value in given if value is not None), None)
 
@@ -336,7 +336,7 @@ class GenerationConfig:
         return dataclasses.replace(self, **_fields_in(options), **seed)
 
     def replace(self, **overrides: Any) -> Self:
-        """Copy with the given options changed; None means "not given".
+        """Copy with the given options changed; None means "not given". One grammar takes the place of another.
 
         Raises:
             GenerationError: an option is unknown, not supported, or out of its range.
@@ -347,7 +347,9 @@ class GenerationConfig:
             found = ", ".join(map(repr, unknown))
             expected = f"{', '.join(sorted(known))}{did_you_mean(unknown[0], known)}"
             raise GenerationError(f"generation options: found unknown {found}; expected some of {expected}")
-        return dataclasses.replace(self, **{k: v for k, v in overrides.items() if v is not None and k in known})
+        given = {k: v for k, v in overrides.items() if v is not None and k in known}
+        others = dict.fromkeys(KINDS) if given.keys() & set(KINDS) else {}
+        return dataclasses.replace(self, **others | given)
 
     def changed(self) -> dict[str, Any]:
         """Return the options that are not at their defaults, as generation_config.json has them; no functions.

@@ -2,8 +2,8 @@
 
 import functools
 import json
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.config.checks import fault
 from glm4v_jax.errors import GenerationError
@@ -17,6 +17,14 @@ KINDS: tuple[Kind, ...] = ("json_schema", "regex", "choices")
 _WHITESPACE = r" |\n[ ]{0,20}"
 
 _SHOWN = 200  # characters of a schema in an error
+_LARGEST = 2**20  # characters of a schema: llguidance takes seconds to find that ten times as many are too many
+
+
+class Grammar(NamedTuple):
+    """A grammar in llguidance's notation, and the option that it is made of."""
+
+    kind: Kind
+    text: str
 
 
 def schema_text(schema: Any) -> Any:
@@ -31,17 +39,17 @@ def schema_text(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     try:
-        return json.dumps(dict(schema), allow_nan=False, ensure_ascii=False)
+        return json.dumps(dict(schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise GenerationError(f"json_schema: found {error}; expected what JSON can hold") from error
 
 
 @functools.lru_cache(maxsize=256)
-def grammar_of(kind: Kind, value: str | tuple[str, ...]) -> str:
-    r"""The grammar of an option, in llguidance's notation, after a check.
+def grammar_of(kind: Kind, value: str | tuple[str, ...]) -> Grammar:
+    """The grammar of an option, after a check.
 
-    >>> print(grammar_of("choices", ("yes", "no")))
-    start: "yes" | "no"
+    >>> grammar_of("choices", ("yes", "no")).text
+    'start: "yes" | "no"'
     >>> grammar_of("regex", "(a")
     Traceback (most recent call last):
       ...
@@ -52,31 +60,56 @@ def grammar_of(kind: Kind, value: str | tuple[str, ...]) -> str:
     """  # noqa: E501
     from llguidance import LLMatcher
 
-    if kind == "choices":
-        made, expected = _of_choices(value), "a list of strings"
-    elif kind == "regex":
-        made, expected = LLMatcher.grammar_from_regex(str(value)), _REGEX
-    else:
-        made = LLMatcher.grammar_from_json_schema(
-            _checked_schema(str(value)), overrides={"whitespace_pattern": _WHITESPACE, "lenient": False}
-        )
-        expected = "a JSON schema of keywords that llguidance supports"
-    if problem := LLMatcher.validate_grammar(made):
+    if (size := sum(map(len, value))) > _LARGEST:
+        raise GenerationError(f"{kind}: found {size:,} characters; expected at most {_LARGEST:,}")
+    try:
+        made = _MAKERS[kind](LLMatcher, value)
+        problem = LLMatcher.validate_grammar(made)
+    except ValueError as error:  # text that is not Unicode
+        if isinstance(error, GenerationError):
+            raise
+        made, problem = "", str(error)
+    if problem:
         # Of a regular expression's several lines the last says what is wrong.
         reason = problem.rpartition("error: ")[2] if kind == "regex" else problem
         reason = " ".join(reason.split("\n   1 |")[0].split())
+        expected = _EXPECTED[kind]
         raise GenerationError(f"{kind}: found {_short(value)}, which cannot be used ({reason}); expected {expected}")
-    return made
+    return Grammar(kind, made)
 
 
-_REGEX = "a regular expression without look-around and back-references"
+_EXPECTED = {
+    "json_schema": "a JSON schema of keywords that llguidance supports",
+    "regex": "a regular expression without look-around and back-references",
+    "choices": "a list of strings",
+}
 
 
-def _of_choices(choices: str | tuple[str, ...]) -> str:
+def _of_choices(matcher: Any, choices: tuple[str, ...]) -> str:
+    del matcher
     return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
-def _checked_schema(text: str) -> dict[str, Any]:
+def _of_regex(matcher: Any, regex: str) -> str:
+    return matcher.grammar_from_regex(regex)
+
+
+def _of_schema(matcher: Any, text: str) -> str:
+    overrides = {"whitespace_pattern": _WHITESPACE, "lenient": False}
+    return matcher.grammar_from_json_schema(_checked_schema(text), overrides=overrides)
+
+
+_MAKERS: dict[Kind, Callable[[Any, Any], str]] = {
+    "json_schema": _of_schema, "regex": _of_regex, "choices": _of_choices,
+}  # fmt: skip
+
+
+def _checked_schema(text: str) -> str:
+    """The schema, that of any object in the place of {}.
+
+    Raises:
+      GenerationError: the text is not JSON, or no object.
+    """
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -85,7 +118,7 @@ def _checked_schema(text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(schema, dict):
         raise GenerationError(fault("json_schema", schema, "an object; {} allows any JSON object"))
-    return schema or {"type": "object"}
+    return text if schema else '{"type": "object"}'
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import tyro
@@ -14,7 +15,7 @@ from glm4v_jax.config.checks import CacheDtype, PositiveNumber, Scheme, fault, o
 from glm4v_jax.config.presets import PRESETS, preset
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named, naming, not_there
-from glm4v_jax.files import ADAPTER_CONFIG, base_of, check_config, model_directory
+from glm4v_jax.files import ADAPTER_CONFIG, base_of, check_config, model_directory, read_text
 from glm4v_jax.planning.mesh_presets import PRESETS as MESH_PRESETS
 from glm4v_jax.planning.mesh_presets import check_text, mesh_for
 from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -250,6 +251,15 @@ class SamplingOptions:
     stop_repetition: bool = False
     """End when the text repeats itself."""
 
+    json_schema: Annotated[str | None, tyro.conf.arg(metavar="FILE|JSON")] = None
+    """Answer, after the thought, with JSON that this JSON schema allows; {} for any JSON object."""
+
+    regex: Annotated[str | None, tyro.conf.arg(metavar="REGEX")] = None
+    """Answer, after the thought, with a text that this regular expression matches."""
+
+    choice: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
+    """Answer, after the thought, with one of these texts."""
+
     do_sample: bool = False
     """Sample, whatever the preset and the checkpoint say."""
 
@@ -302,6 +312,9 @@ class SamplingOptions:
             "answer_budget": self.answer_budget,
             "stop_strings": self.stop or None,
             "stop_repetition": self.stop_repetition or None,
+            "json_schema": None if self.json_schema is None else read_schema(self.json_schema),
+            "regex": self.regex,
+            "choices": self.choice or None,
             "do_sample": True if self.do_sample else False if self.greedy else None,
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -311,6 +324,20 @@ class SamplingOptions:
             "seed": self.seed,
         }
         return {name: value for name, value in options.items() if value is not None}
+
+
+def read_schema(place: str) -> str:
+    """The JSON schema of `--json-schema`: in a file, or the option itself.
+
+    Raises:
+      GenerationError: there is no such file, or it is not text.
+    """
+    if place.lstrip().startswith("{"):
+        return place
+    with naming("--json-schema", GenerationError):
+        if not os.path.isfile(place):
+            raise GenerationError(f"found {named(place)}, no such file; expected a JSON schema, or a file with one")
+        return read_text(Path(place))
 
 
 @dataclasses.dataclass(kw_only=True)

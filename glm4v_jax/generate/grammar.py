@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from glm4v_jax.config.grammar import Grammar
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, THINK
 from glm4v_jax.generate.token_masks import Turn
@@ -82,33 +83,36 @@ def _vocabulary_of(tokenizer: Glm4vTokenizer) -> _Vocabulary:
 
 
 @functools.lru_cache(maxsize=64)
-def _beginning(vocabulary: _Vocabulary, grammar: str) -> tuple["LLMatcher", np.ndarray]:
+def _beginning(vocabulary: _Vocabulary, grammar: Grammar) -> tuple["LLMatcher", np.ndarray]:
     """A matcher before the first token, to be copied, and the bits of the tokens that may come first.
 
     Raises:
       GenerationError: the grammar is too large, or allows no text but an empty one.
     """
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0)
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(vocabulary.tokenizer, grammar.text, log_level=0, limits=limits)
     bits = _bits(matcher, vocabulary)
-    if matcher.is_error():
-        raise GenerationError(f"grammar: found {_reason(matcher)}; expected a smaller one")
+    if matcher.is_error() and matcher.stop_reason() != "NoExtensionBias":
+        raise GenerationError(_fault(grammar, matcher))
     if not bits.any():
-        raise GenerationError(f"grammar: found {grammar}, which no text fits but an empty one; expected some text")
+        raise GenerationError(f"{grammar.kind}: found what no text fits but an empty one; expected some text")
     return matcher, bits
 
 
 class Guide:
     """Follows one sequence, and says what may come next."""
 
-    def __init__(self, grammar: str, tokenizer: Glm4vTokenizer, prompt_ids: np.ndarray, eos_token_id: tuple[int, ...]):
+    def __init__(
+        self, grammar: Grammar, tokenizer: Glm4vTokenizer, prompt_ids: np.ndarray, eos_token_id: tuple[int, ...]
+    ):
         """Start after a prompt.
 
         Raises:
           GenerationError: the grammar cannot be used with this tokenizer.
         """
-        self._vocabulary = _vocabulary_of(tokenizer)
+        self._vocabulary, self._grammar = _vocabulary_of(tokenizer), grammar
         matcher, self._allowed = _beginning(self._vocabulary, grammar)
         with _lock:
             self._matcher = matcher.deep_copy()
@@ -197,9 +201,9 @@ class Guide:
         matcher.consume_tokens(self._pending)
         self._allowed = _bits(matcher, self._vocabulary)
         if matcher.is_error():
-            self.error = f"grammar: found {_reason(matcher)}; expected a simpler one"
+            self.error = _fault(self._grammar, matcher)
         elif self._is_at_end and not matcher.is_accepting():
-            self.error = "grammar: found a text that no token of the vocabulary continues; expected another grammar"
+            self.error = f"{self._grammar.kind}: found a text that no token continues; expected another grammar"
 
     def _mask(self) -> np.ndarray:
         """The bits of the tokens that may come, end tokens too where the text may end."""
@@ -246,5 +250,6 @@ def _last(ids: np.ndarray, token: int | None) -> int:
     return int(found[-1]) if found.size else -1
 
 
-def _reason(matcher: "LLMatcher") -> str:
-    return " ".join(matcher.get_error().split())[:200]
+def _fault(grammar: Grammar, matcher: "LLMatcher") -> str:
+    reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:200]
+    return f"{grammar.kind}: found what cannot be followed ({reason}); expected a simpler one"

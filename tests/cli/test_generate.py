@@ -76,6 +76,10 @@ def error_of(capfd, *arguments):
         (["Hello", "--logprobs", "2"], ["--logprobs", "--json"]),
         (["Hello", "--json", "--logprobs", "65"], ["logprobs: found 65", "64"]),
         (["Hello", "--preset", "best"], ["best", *PRESETS]),
+        (["Hello", "--json-schema", "nowhere.json"], ["--json-schema: found nowhere.json, no such file"]),
+        (["Hello", "--json-schema", '{"type": "strin"}'], ["json_schema", "Invalid type: strin"]),
+        (["Hello", "--regex", "(a"], ["regex: found '(a'", "unclosed group"]),
+        (["Hello", "--regex", "a", "--choice", "b"], ["regex: found beside choices"]),
         (["Hello", "--answer-budget", "5"], ["answer_budget", "think_budget"]),
         (["Hello", "--think-budget", "0"], ["think_budget: found 0"]),
         (["Hello", "--think-budget", "65000", "--answer-budget", "1000"], ["think_budget", "65,000", "65,536"]),
@@ -274,6 +278,21 @@ def test_an_answer_that_repeats_itself_can_be_ended(answered):
     answer = answered("--greedy", "--max-new-tokens", 2000, "--stop-repetition", "What is this?")
     assert answer["finish_reason"] == "repetition"
     assert answer["new_tokens"] < 2000
+
+
+def test_an_answer_keeps_to_its_grammar(answered, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["red", [7]]}')
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{}, {"choices": ["yes", "no"]}, {"regex": "[0-9]{3}"}]
+    prompts.write_text("".join(f"{json.dumps({'prompt': 'Hello', **line})}\n" for line in lines))
+    budget = ("--think-budget", 4, "--answer-budget", 60)
+    summary = answered("--jsonl", prompts, "--out", tmp_path / "out.jsonl", "--json-schema", schema, *budget)
+    assert summary["failed"] == 0
+    rows = sorted(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()), key=lambda row: row["index"])
+    first, second, third = (row["answer"] for row in rows)
+    assert json.loads(first) in ("red", [7])
+    assert second in ("yes", "no") and re.fullmatch("[0-9]{3}", third)
 
 
 def test_an_int8_cache_answers_and_its_memory_is_counted(answered, monkeypatch):
