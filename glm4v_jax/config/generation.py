@@ -348,7 +348,7 @@ class GenerationConfig:
             expected = f"{', '.join(sorted(known))}{did_you_mean(unknown[0], known)}"
             raise GenerationError(f"generation options: found unknown {found}; expected some of {expected}")
         given = {k: v for k, v in overrides.items() if v is not None and k in known}
-        others = dict.fromkeys(KINDS) if given.keys() & set(KINDS) else {}
+        others: dict[str, Any] = dict.fromkeys(KINDS) if given.keys() & set(KINDS) else {}
         return dataclasses.replace(self, **others | given)
 
     def changed(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from glm4v_jax.generate.device_steps import Chosen
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.generate.token_masks import steps_beside
 from glm4v_jax.inputs.medium import Medium
 
 # A stream takes as many decode steps a dispatch as fit into this time, in seconds: text flows, without bursts.
@@ -25,8 +26,6 @@ SHARED_STEPS = 8
 _FEW = 8
 # Decode steps a dispatch while a slot is free and the prompt for it is being prepared.
 _SOON = 4
-# The same while a row has a grammar: it takes one token a dispatch, besides forced ones.
-_WITH_GRAMMAR = 4
 
 
 class RequestQueue(Protocol):
@@ -137,8 +136,7 @@ def run(
             busy = bool(not waiting.is_empty or any(sequence.may_continue for sequence in active.values()))
             limit = min(pace.begin(), _SOON if free and not waiting.is_empty else MAX_STEPS)
             turns = {row: sequence.turn for row, sequence in active.items() if sequence.turn is not None}
-            if any(turn.allowed is not None for turn in turns.values()):
-                limit = min(limit, _WITH_GRAMMAR)
+            limit = min(limit, steps_beside(turns.values(), len(active)))
             decoded = slots.decode(limit, idle=slots.num_rows - len(active) + 1 if busy else None, turns=turns)
             waiting.fill()
             slots.prefetch(_media(waiting))

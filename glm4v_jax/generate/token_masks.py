@@ -4,7 +4,7 @@ A row with a grammar takes the tokens that the grammar forces and one of its cho
 dispatch, while other rows go on. B: rows, V: vocabulary, W: words of 32 bits, F: forced tokens, P: tokens of a pause.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from glm4v_jax.devices import mesh
 
 _FORCED = 16
 _PAUSES = 2
-_ANY = np.iinfo(np.int32).max
+_ANY = int(np.iinfo(np.int32).max)
+_STEPS = 4
 
 
 class Turn(NamedTuple):
@@ -43,6 +44,16 @@ class Turn(NamedTuple):
 
 HELD = Turn(most=0)
 """Nothing: what the row has chosen is not known yet."""
+
+
+def steps_beside(turns: Iterable[Turn], rows: int) -> int:
+    """Decode steps of a dispatch, of so many rows: few while some of them wait for its end, more the less they are.
+
+    >>> steps_beside([Turn.of(np.zeros(1, np.uint32), ())], 8), steps_beside([HELD] * 8, 8), steps_beside([], 8) > 99
+    (3, 1, True)
+    """
+    waiting = [turn.most for turn in turns if turn.most != _ANY]
+    return max(*waiting, _STEPS * (rows - len(waiting)) // rows, 1) if waiting else _ANY
 
 
 class TokenMasks(NamedTuple):
