@@ -10,15 +10,16 @@ sequence, token by token:
   is complete. An answer that no text can continue ends at once, without an end token.
 """
 
-import copy
 import dataclasses
 import enum
 import functools
+import json
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tokenizers
 
 from glm4v_jax.config.grammar import Grammar
 from glm4v_jax.errors import GenerationError
@@ -46,6 +47,8 @@ class _Vocabulary:
     """A tokenizer as llguidance takes it, and the tokens around an answer; those that are no single token are None."""
 
     tokenizer: "LLTokenizer"
+    added: np.ndarray
+    """bits of the tokens that are no text"""
     think: int | None
     end_think: int | None
     answer: int | None
@@ -54,20 +57,31 @@ class _Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Glm4vTokenizer) -> "_Vocabulary":
-        from llguidance import LLTokenizer
-
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        breaks = backend.encode("\n", add_special_tokens=False).ids
+        backend = tokenizer.backend_tokenizer
+        breaks = tokenizer.encode("\n", add_special_tokens=False)
         return cls(
-            LLTokenizer(backend.to_str(), eos_token=tokenizer.eos_token_id),
+            _text_tokenizer(backend),
+            added=_with(np.zeros(-(-len(tokenizer) // 32), np.uint32), list(tokenizer.added_tokens_decoder)),
             think=backend.token_to_id(THINK),
             end_think=backend.token_to_id(END_THINK),
             answer=backend.token_to_id(ANSWER),
             line_break=breaks[0] if len(breaks) == 1 else None,
             assistant=backend.token_to_id(_ASSISTANT),
         )
+
+
+def _text_tokenizer(backend: tokenizers.Tokenizer) -> "LLTokenizer":
+    """A tokenizer whose only added token is an end token, written as no text is.
+
+    What a grammar spells like a special token has to come as tokens of text.
+    """
+    from llguidance import LLTokenizer
+
+    content = json.loads(backend.to_str())
+    end: dict[str, Any] = {"id": len(content["model"]["vocab"]), "content": "<|\ue000|>", "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content |= {"added_tokens": [end], "post_processor": None, "padding": None, "truncation": None}
+    return LLTokenizer(json.dumps(content), eos_token=end["id"])
 
 
 _lock = threading.Lock()
@@ -223,9 +237,11 @@ class Guide:
 
 
 def _bits(matcher: "LLMatcher", vocabulary: _Vocabulary) -> np.ndarray:
-    """uint32 [W]: the tokens of text that may come next, without llguidance's end token."""
-    bits = np.frombuffer(matcher.compute_bitmask(), np.uint32)
-    return _without(bits, [vocabulary.tokenizer.eos_token])
+    """uint32 [W]: the tokens of text that may come next."""
+    found, bits = np.frombuffer(matcher.compute_bitmask(), np.uint32), np.zeros_like(vocabulary.added)
+    count = min(len(found), len(bits))
+    bits[:count] = found[:count]
+    return bits & ~vocabulary.added
 
 
 def _with(bits: np.ndarray, tokens: tuple[int, ...] | list[int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import jsonschema
 import numpy as np
@@ -14,6 +15,7 @@ from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.grammar import Guide
 from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.generate.slots import MIN_CAPACITY
 from glm4v_jax.generate.token_masks import HELD, masks_of
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -102,6 +104,77 @@ def test_rows_without_a_grammar_are_answered_as_alone(engine, answers):
     *_, free, completions = answers
     alone = {one.index: one.tokens for one in engine.generate_many(free, max_new_tokens=40, **GREEDY)}
     assert [one.tokens for one in completions] == [alone[i] for i in range(len(free))]
+
+
+def test_a_stream_has_the_same_text_and_the_model_s_log_probabilities(engine):
+    options = dict(regex="[a-z]{2,9} and [0-9]{3}", eos_token_id=EOS, max_new_tokens=60, logprobs=2)
+    prompt = after(engine, "Hello")
+    deltas = list(engine.stream(prompt, **{**GREEDY, **options}))
+    found = deltas[-1].completion
+    assert re.fullmatch(options["regex"], found.answer) and found.finish_reason == "stop"
+    assert said(deltas, "answer") + said(deltas, "text") == found.answer
+    assert "".join(delta.text for delta in deltas) == found.text
+    # Of the same tokens, one by one, in a model that may say anything.
+    whole = prompt.extended(found.tokens[:-1])
+    alone = engine.generate(whole, max_new_tokens=1, logprobs=2, **GREEDY).logprobs[0]
+    assert [token for token, _ in found.logprobs[-1].top] == [token for token, _ in alone.top]
+    assert all(entry.token == token for entry, token in zip(found.logprobs, found.tokens, strict=True))
+
+
+def test_options_beside_a_grammar(engine):
+    prompt, base = after(engine, "Hello"), {**GREEDY, "eos_token_id": EOS, "max_new_tokens": 60}
+    whole = engine.generate(prompt, regex="[a-z]{8} [a-z]{8}", **base)
+    stop = whole.answer[5:7]
+    cut = engine.generate(prompt, regex="[a-z]{8} [a-z]{8}", stop_strings=stop, **base)
+    assert (cut.answer, cut.stop_string) == (whole.answer[: whole.answer.index(stop)], stop)
+    # Bans give way where a grammar leaves nothing else, and end tokens wait for the least length where it does.
+    digits = engine.processor.tokenizer.encode("7")
+    assert engine.generate(prompt, regex="7", suppress_tokens=digits, **base).answer == "7"
+    short = engine.generate(prompt, regex="7+", suppress_tokens=digits, **base | {"max_new_tokens": 30})
+    assert set(short.answer) == {"7"}
+    least = engine.generate(prompt, regex="(7 )+", min_new_tokens=12, **base | {"max_new_tokens": 40})
+    assert len(least.tokens) >= 12
+    # Without any end token an answer ends where nothing can follow.
+    endless = engine.generate(prompt, choices=["one", "two"], **base | {"eos_token_id": -1})
+    assert endless.answer in ("one", "two") and endless.finish_reason == "stop"
+
+
+def test_a_thought_of_the_engine_is_closed_and_then_answered(engine):
+    prompt = after(engine, "Hello", "<think>")
+    found = engine.generate(prompt, choices=["yes", "no"], think_budget=12, answer_budget=20, **GREEDY)
+    free = engine.generate(prompt, max_new_tokens=12, **GREEDY)
+    assert found.tokens[:12] == free.tokens and found.is_forced
+    assert (found.answer in ("yes", "no"), found.finish_reason) == (True, "stop")
+    assert found.text == f"{free.text}</think><answer>{found.answer}"
+
+
+def test_a_conversation_has_the_answer_in_its_history(engine):
+    talk = engine.conversation(think_budget=6, answer_budget=30, **GREEDY)
+    first = talk.send("Hello", choices=["</answer>a", "</answer>b"])
+    assert first.answer in ("</answer>a", "</answer>b") and talk.messages[-1]["content"] == first.answer
+    assert talk.send("Again") == engine.generate(talk.messages[:-1], think_budget=6, answer_budget=30, **GREEDY)
+
+
+def test_one_grammar_takes_the_place_of_another():
+    config = GenerationConfig(json_schema={}, seed=3).replace(choices=["a"])
+    assert (config.json_schema, config.choices, config.seed) == (None, ("a",), 3)
+
+
+@pytest.mark.slow
+def test_requests_with_grammars_compile_nothing_after_a_warm_up_for_them(make_engine, lowerings):
+    own = make_engine(num_slots=2, capacity=MIN_CAPACITY)
+    done = own.warmup(prompt_lengths=(1, 32), max_new_tokens=20, json_schema={}, progress=lambda _: None)
+    assert sum("grammar" in line.shape for line in done) == 2
+    options = [{}, dict(json_schema={}), dict(choices=["a", "b"]), dict(regex="[a-z]{3}"), {}]
+    with lowerings() as lowered:
+        list(own.generate_many([Request("Hi", dict(max_new_tokens=20, **other)) for other in options], **GREEDY))
+        own.generate("Hi", regex="x{3}", max_new_tokens=20, do_sample=True)
+    assert lowered == []
+
+
+def test_generate_of_the_model_refuses_grammars_by_name(engine):
+    with pytest.raises(GenerationError, match="regex: found 'a'; expected None, or glm4v_jax\\.Engine"):
+        engine.model.generate(input_ids=np.array([[1]]), regex="a")
 
 
 @pytest.mark.parametrize(
