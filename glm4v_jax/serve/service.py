@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from glm4v_jax.serve.media import MediaPolicy, limit_videos, resolve
 from glm4v_jax.serve.metrics import Metrics, count, gauge
 from glm4v_jax.serve.requests import ApiRequest, Served, generation_config
 from glm4v_jax.serve.responses import Reply
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -277,13 +280,15 @@ class Service:
         longest = self.settings.max_model_len - _WARM_TOKENS
         merged = engine.runtime.config.vision_config.spatial_merge_size**2
 
+        since = time.perf_counter()
+
         def show(warmed: Warmed) -> None:
             self.progress = f"compiling: {warmed.program} {warmed.shape}"
 
         patches = longest * merged
         # The pool's size is part of the programs' shapes.
         engine.pool.reserve(largest_pool(engine.pool, (merged, patches)))
-        engine.warmup(
+        warmed = engine.warmup(
             prompt_lengths=(1, longest),
             vision_patches=(merged, min(patches, MAX_ROW_LENGTH)),
             max_new_tokens=_WARM_TOKENS,
@@ -293,6 +298,7 @@ class Service:
             json_schema={},  # programs of all grammars
             min_new_tokens=1,  # and those of bans and biases
         )
+        logger.info("server: %d programs in %.0f s", len(warmed), time.perf_counter() - since)
 
     def _add_readings(self, engine: Engine, live: LiveEngine) -> None:
         stats = engine.stats

@@ -416,3 +416,27 @@ def test_a_signal_lets_streams_finish(tmp_path):
         finally:
             process.kill()
     assert "SIGTERM: ending" in log.read_text() and "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_warm_server_compiles_nothing(serving, lowerings):
+    from glm4v_jax.generate.engine import Engine
+
+    def load():
+        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2)
+
+    with serving(load, is_warmed=True, max_model_len=64) as (service, address):
+        wait_until(lambda: service.state in ("ready", "failed"), 300)
+        assert service.error is None
+        image = question(held_out("reading")[0])[0]
+        with httpx.Client(base_url=address, timeout=60) as http, lowerings() as names:
+            for fields in (
+                {"messages": hello(), "max_tokens": 4},
+                {"messages": hello("a b c "), "max_tokens": 20, "n": 2, "temperature": 1.0},
+                {"messages": image, "max_tokens": 20, "logprobs": True, "top_logprobs": 2},
+                {"messages": image, "max_tokens": 20, "response_format": {"type": "json_object"}},
+                {"messages": hello(), "max_tokens": 6, "logit_bias": {"5": -100}, "min_tokens": 2},
+                {"messages": hello(), "max_tokens": 20, "thinking_token_budget": 2},
+            ):
+                assert http.post("/v1/chat/completions", json=fields).status_code == 200
+    assert names == []
