@@ -1,6 +1,7 @@
 """The jitted programs of generation, over B rows (slots) of which each runs one sequence.
 
 `prefill` writes a chunk of tokens after what a row's cache holds: of a prompt, or of a conversation's next turn.
+`copy_rows` gives a row what another holds, for prompts that begin alike.
 `choose_first` chooses the first tokens after them, of all rows at once, and `decode` many more, in a loop on the
 device.
 
@@ -217,6 +218,38 @@ def prefill(
     return state._replace(cache=written, seen=seen, hidden=last)
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def copy_rows(
+    state: SlotsState,
+    sources: Int[Array, " n"],
+    targets: Int[Array, " n"],
+    keep: Int[Array, " n"],
+    seen: Bool[Array, "n V"],
+) -> SlotsState:
+    """Give one row of each of the n shards of the batch what another row of its shard holds of a prompt.
+
+    Args:
+      state: of all B rows.
+      sources, targets: the rows, counted within their shard; -1 for none. A row may be both: it is rewound.
+      keep: slots that are kept.
+      seen: all tokens of the prompts.
+
+    Returns:
+      The state; a row that keeps its source's whole prompt is ready for `choose_first`.
+    """
+    cache = state.cache
+    axis = 1 if cache.is_stacked else 0
+    keep = mesh.reshard(keep, "batch")
+    old = _take_cache(cache, sources, axis)
+    kept = mesh.reshard(jnp.arange(cache.capacity)[None], None, None) < keep[:, None]
+    rewound = old._replace(segments=jnp.where(kept, old.segments, 0), length=keep)
+    return state._replace(
+        cache=_put_cache(cache, targets, rewound, axis),
+        seen=_put(state.seen, targets, mesh.reshard(seen, "batch", "vocab"), 0),
+        hidden=_put(state.hidden, targets, _take(state.hidden, sources, 0), 0),
+    )
+
+
 @functools.partial(jax.jit, static_argnames="variant", donate_argnames="state")
 def choose_first(
     text: Flat[TextDecoder],
@@ -291,7 +324,8 @@ def decode(
         cache, row = state.cache, waiting(state.row)
         token = row.token[:, None]
         position = jnp.broadcast_to((cache.length + row.delta)[None, :, None], (3, *token.shape))
-        # A row that is done writes into the slot after its last one, over and over, and never attends to it.
+        # A row that is done writes into the slot after its last one, over and over, and never attends to it. So does
+        # one that is being prefilled: the next chunk begins there.
         segment_ids = jnp.where(row.done, 0, 1)[:, None]
         hidden, written, _ = decoder(decoder.embed_tokens(token), position, segment_ids, cache)
         assert written is not None

@@ -3,20 +3,24 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from glm4v_jax.checkpoints.load import load_runtime
-from glm4v_jax.config.checks import CacheDtype, refuse_unknown
+from glm4v_jax.config.checks import CacheDtype, Positive, checked, refuse_unknown
 from glm4v_jax.config.generation import OF_ALL_REQUESTS, GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
+from glm4v_jax.devices.distributed import spans_processes
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
+from glm4v_jax.generate.prefill_chunks import CHUNK
 from glm4v_jax.generate.prompt import is_message, prompt_of
 from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
@@ -24,14 +28,16 @@ from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats, check_cache_dtype
 from glm4v_jax.generate.warmup import (
     Warmed,
+    buckets,
     checked_ranges,
     largest_pool,
-    prompt_shapes,
     run_all,
     show,
+    time_chunks,
     warm_slots,
     warm_vision,
 )
+from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
@@ -55,6 +61,23 @@ class Request:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class _Prepared:
+    """A request whose prompt is prepared once, by the first thread that asks for it."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self._lock = threading.Lock()
+        self._prompt: Prompt | None = None
+
+    def prompt(self, prepare: Callable[[Any], Prompt]) -> Prompt:
+        with self._lock:
+            if self._prompt is None:
+                self._prompt = prepare(self.request.prompt)
+                for medium in self._prompt.media:
+                    _ = medium.key  # hashed here, in the preparing thread
+            return self._prompt
+
+
 class Engine:
     """A model and its processor, ready for requests; may be used from several threads, each with slots of its own.
 
@@ -73,7 +96,9 @@ class Engine:
       model, processor: what the constructor was given.
       runtime: the model's weights on their mesh.
       num_slots: sequences that `generate_many` decodes at a time.
-      steps_per_dispatch, cache_dtype: as the constructor takes them.
+      steps_per_dispatch, cache_dtype, reuse_prefixes: as the constructor takes them.
+      chunk: the most tokens of a prompt that are prefilled at a time while others decode (`LiveEngine`). `warmup`
+        lowers it to what takes as long as a dispatch; not where several processes share the mesh.
       pool: vision features of the images and videos encoded so far.
       stats: counts of tokens and dispatches so far.
     """
@@ -87,6 +112,7 @@ class Engine:
         capacity: int = MIN_CAPACITY,
         steps_per_dispatch: int | None = None,
         cache_dtype: CacheDtype = "auto",
+        reuse_prefixes: bool = True,
     ):
         """Create an engine.
 
@@ -100,6 +126,8 @@ class Engine:
             a steady stream for `stream`. The completions do not depend on it.
           cache_dtype: "int8" keeps keys and values as 8-bit integers with a scale per token and head, in about a half
             of bfloat16's memory and a quarter of float32's; by default they are in the compute dtype.
+          reuse_prefixes: where a prompt begins like one before it whose keys and values are still in a slot, keep or
+            copy them. The completions are the same without.
         """
         if num_slots < 1:
             raise GenerationError(f"num_slots: found {num_slots}; expected at least 1")
@@ -107,7 +135,8 @@ class Engine:
             raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
         self.model, self.runtime, self.processor = model, runtime_of(model), processor
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
-        self.cache_dtype = check_cache_dtype(cache_dtype)
+        self.cache_dtype, self.reuse_prefixes = check_cache_dtype(cache_dtype), reuse_prefixes
+        self.chunk = CHUNK
         self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()
         self._free: dict[tuple[int, int | None], list[Slots]] = {}
@@ -163,7 +192,13 @@ class Engine:
         return last(self._stream(sequence, self.steps_per_dispatch or MAX_STEPS))
 
     def generate_many(
-        self, prompts: Iterable[Any], *, preset: str | None = None, skip_errors: bool = False, **options: Any
+        self,
+        prompts: Iterable[Any],
+        *,
+        preset: str | None = None,
+        skip_errors: bool = False,
+        samples: int = 1,
+        **options: Any,
     ) -> Iterator[Completion]:
         """Generate from many prompts by continuous batching: a slot that is free takes the next prompt.
 
@@ -173,6 +208,8 @@ class Engine:
             batch.
           preset, **options: see `stream`; for all prompts.
           skip_errors: yield a completion with `error` for a prompt that cannot be prepared, instead of raising.
+          samples: completions of each prompt, as if it were given so many times in a row: sample j of prompt i has the
+            number i * samples + j. It is prepared once, and prefilled once where its slots are of one shard.
 
         Yields:
           Completions in the order in which they finish; `index` is the number of the prompt.
@@ -181,22 +218,23 @@ class Engine:
           Glm4vError: an option or a prompt is invalid.
         """
         shared = self.config(preset, **options)
+        checked("samples", samples, Positive, GenerationError)
 
-        def prepare(index: int, item: Any) -> SequenceState:
-            request = item if isinstance(item, Request) else Request(item)
+        def prepare(index: int, item: _Prepared) -> SequenceState:
+            request = item.request
             if shared_options := [name for name in OF_ALL_REQUESTS if name in request.options]:
                 raise GenerationError(f"{shared_options[0]}: found an option of one prompt; expected one for all")
             config = configured(shared, None, request.options)
-            number = 0 if "seed" in request.options else index
-            prompt = self.prompt(request.prompt)
-            for medium in prompt.media:
-                _ = medium.key  # hashed here, in the preparing thread
-            return self.new_sequence(prompt, config, index=index, number=number)
+            number = index % samples if "seed" in request.options else index
+            return self.new_sequence(item.prompt(self.prompt), config, index=index, number=number)
+
+        def items() -> Iterator[_Prepared]:
+            for item in [prompts] if _is_one(prompts) else prompts:
+                prepared = _Prepared(item if isinstance(item, Request) else Request(item))
+                yield from itertools.repeat(prepared, samples)
 
         def completions() -> Iterator[Completion]:
-            queue = PromptQueue(
-                [prompts] if _is_one(prompts) else prompts, prepare, ahead=self.num_slots, skip_errors=skip_errors
-            )
+            queue = PromptQueue(items(), prepare, ahead=self.num_slots, skip_errors=skip_errors)
             steps = self.steps_per_dispatch or MAX_STEPS
             with (
                 contextlib.closing(queue),
@@ -254,13 +292,13 @@ class Engine:
           GenerationError: a range is empty or negative, or the longest prompt leaves no room for the new tokens.
         """
         ranges = checked_ranges(self.runtime.config, prompt_lengths, vision_patches, max_new_tokens)
-        (shortest, longest), patches = ranges.prompt_lengths, ranges.vision_patches
+        (_, longest), patches = ranges.prompt_lengths, ranges.vision_patches
         config = self.config(**options)
         self.new_sequence(Prompt.of_text([0]), config.replace(max_new_tokens=1))  # prepares the tokenizer for grammars
         need = longest + max_new_tokens + (Variant.of(config).draft or 0)
         self.reserve(need)
-        # Later turns, and answers after a think budget, prefill as little as one token.
-        lengths = {t: length for t, _, length in reversed(prompt_shapes(1 if one else shortest, longest, 1))}
+        # Later turns, answers after a think budget, and what follows a prefix prefill as little as one token.
+        lengths = [min(t, longest) for t in buckets(1, min(longest, CHUNK), MIN_LENGTH)]
 
         def all_programs() -> Iterator[Warmed]:
             if patches is not None:
@@ -268,7 +306,9 @@ class Engine:
                 yield from warm_vision(self.pool, patches)
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self.lend_slots(num_rows, config) as slots:
-                    yield from warm_slots(slots, sorted(lengths.values()), max_new_tokens, config)
+                    yield from warm_slots(slots, lengths, max_new_tokens, config)
+                    if num_rows > 1 and not spans_processes(self.runtime.mesh):
+                        self.chunk = time_chunks(slots, lengths, config)
 
         return run_all(all_programs(), progress)
 
@@ -304,17 +344,24 @@ class Engine:
         """Create slots of this engine's model, which share its feature pool."""
         return Slots(
             self.runtime, num_rows, self._capacity, pool=self.pool, variant=Variant.of(config), stats=self.stats,
-            cache_dtype=self.cache_dtype,
+            cache_dtype=self.cache_dtype, reuse_prefixes=self.reuse_prefixes,
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def lend_slots(self, num_rows: int, config: GenerationConfig) -> Iterator[Slots]:
-        """Lend slots, and keep them for the next request, unless a long prompt has made them large."""
+    def lend_slots(self, num_rows: int, config: GenerationConfig, *, chunk: int = CHUNK) -> Iterator[Slots]:
+        """Lend slots, and keep them for the next request, unless a long prompt has made them large.
+
+        Args:
+          num_rows: how many, at least.
+          config: of the requests, for its programs.
+          chunk: tokens of a prefill chunk at most, a power of two.
+        """
         with self.pool.lock:
             variant = Variant.of(config)
             free = self._free.setdefault((num_rows, variant.top), [])
             slots = free.pop() if free else self.new_slots(num_rows, config)
             slots.variant = variant
+            slots.use_chunks(chunk)
 
         def give_back() -> None:
             if slots.capacity <= slots.capacity_for(self._capacity):

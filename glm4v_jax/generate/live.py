@@ -233,10 +233,10 @@ class LiveEngine:
         try:
             if self.restarts:
                 engine.pool.forget()
-            with engine.lend_slots(engine.num_slots, self._config) as slots:
+            with engine.lend_slots(engine.num_slots, self._config, chunk=engine.chunk) as slots:
                 self._become_ready()
                 while self._wait():
-                    for update in run(slots, self._queue, steps=engine.steps_per_dispatch):
+                    for update in run(slots, self._queue, steps=engine.steps_per_dispatch, interleave=True):
                         assert isinstance(update, Update)
                         self._deliver(update.sequence, update)
         except Exception as error:

@@ -9,12 +9,15 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.generate.device_steps import PrefillChunk
 from glm4v_jax.generate.token_masks import Turn
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
-from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 
 MAX_CHUNK = 1024
-"""The longest chunk, in tokens; it bounds the activation memory of a long prompt."""
+"""The longest chunk of rows that start together, in tokens; it bounds the activation memory of a long prompt."""
+CHUNK = 512
+"""The longest chunk of a row that starts alone: with fewer tokens, accelerators spend their time on reading weights."""
+MIN_SHARED = 256
+"""Tokens of a chunk that ends where an image or video does, at least: prompts that go on differently share it."""
 
 
 class Start(NamedTuple):
@@ -50,11 +53,6 @@ class Start(NamedTuple):
         """Prompt tokens that the cache does not hold yet."""
         return len(self.prompt) - self.keep
 
-    @property
-    def media(self) -> list[Medium]:
-        """The images and videos that these tokens stand for."""
-        return self.prompt.media_from(self.keep)
-
 
 def chunk_length(left: int) -> int:
     """The length of the chunks that `left` tokens are cut into: equal, for few lengths and little padding."""
@@ -88,6 +86,27 @@ def chunk_bounds(starts: Mapping[int, Start], capacity: int) -> list[ChunkBounds
         done = {i: end for i, (_, end) in bounds.items()}
         result.append(ChunkBounds(t, bounds))
     return result
+
+
+def chunk_ends(prompt: Prompt, longest: int) -> list[int]:
+    """Where the chunks of a prompt end that has a row of its own, but for the last chunk of a prompt that ends before.
+
+    Each depends on what comes before it alone, so that prompts with a common prefix have its chunks in common. Then
+    they have equal keys too, to the last bit: a chunk is always run with the same shapes.
+
+    Args:
+      prompt: the prompt.
+      longest: tokens of a chunk at most.
+    """
+    last = [np.flatnonzero(prompt.medium_of == number) for number in range(len(prompt.media))]
+    media_ends = [int(tokens[-1]) + 1 for tokens in last if len(tokens)]
+    ends = [0]
+    while True:
+        limit = ends[-1] + longest
+        end = next((end for end in media_ends if ends[-1] + MIN_SHARED <= end < limit), limit)
+        if end > len(prompt):
+            return ends[1:]
+        ends.append(end)
 
 
 def chunk_arrays(

@@ -18,8 +18,10 @@ from glm4v_jax.generate.slots import MAX_STEPS, Slots
 from glm4v_jax.generate.token_masks import steps_beside
 from glm4v_jax.inputs.medium import Medium
 
-# A stream takes as many decode steps a dispatch as fit into this time, in seconds: text flows, without bursts.
-_STREAM_PERIOD = 0.05
+STREAM_PERIOD = 0.05
+"""A stream takes as many decode steps a dispatch as fit into this time, in seconds: text flows, without bursts."""
+# Prefill chunks between two dispatches at most.
+_MAX_CHUNKS = 32
 # Or this number where there are several processes: their clocks differ, and their numbers of steps must not.
 SHARED_STEPS = 8
 # Requests to wait for while no slot is busy.
@@ -64,11 +66,17 @@ class Update(NamedTuple):
 
 
 class DispatchSize:
-    """Decode steps per dispatch: a fixed number, or one that makes a steady stream."""
+    """What is dispatched at a time: decode steps, a fixed number or a steady stream; prefill chunks between them.
 
-    def __init__(self, steps: int | None):
-        self.steps = steps or 1
-        self._fixed = steps is not None
+    Attributes:
+      steps: decode steps.
+      chunks: prefill chunks before them, as many as fit into a stream's period.
+    """
+
+    def __init__(self, steps: int | None, *, is_clocked: bool = True):
+        """`steps`: None for a steady stream; without a clock a single chunk goes between dispatches."""
+        self.steps, self.chunks = steps or 1, 1
+        self._fixed, self._is_clocked = steps is not None, is_clocked
         self._began = 0.0
 
     def begin(self) -> int:
@@ -76,19 +84,24 @@ class DispatchSize:
         self._began = time.perf_counter()
         return self.steps
 
-    def end(self) -> None:
-        """Stop timing, and adapt the number."""
-        if self._fixed:
-            return
+    def end(self, chunks: int = 0) -> None:
+        """Stop timing, and adapt the number of steps, or after `chunks` prefill chunks that of these."""
         seconds = time.perf_counter() - self._began
-        if seconds < _STREAM_PERIOD / 2:
-            self.steps = min(2 * self.steps, MAX_STEPS)
-        elif seconds > 2 * _STREAM_PERIOD:
-            self.steps = max(self.steps // 2, 1)
+        if chunks:
+            # Beside decode steps of half a period to two. After fewer chunks than allowed, more are no guess to make.
+            if self._is_clocked and seconds < 1.5 * STREAM_PERIOD and chunks == self.chunks:
+                self.chunks = min(2 * chunks, _MAX_CHUNKS)
+            elif self._is_clocked and seconds > 3 * STREAM_PERIOD:
+                self.chunks = max(self.chunks // 2, 1)
+        elif not self._fixed:
+            if seconds < STREAM_PERIOD / 2:
+                self.steps = min(2 * self.steps, MAX_STEPS)
+            elif seconds > 2 * STREAM_PERIOD:
+                self.steps = max(self.steps // 2, 1)
 
 
 def run(
-    slots: Slots, waiting: RequestQueue, *, steps: int | None = MAX_STEPS
+    slots: Slots, waiting: RequestQueue, *, steps: int | None = MAX_STEPS, interleave: bool = False
 ) -> Generator[Update | Failure, None, None]:
     """Run requests through slots; closing the iterator cancels those that are running.
 
@@ -98,6 +111,8 @@ def run(
       slots: all free.
       waiting: the requests.
       steps: decode steps per dispatch; None finds a number that makes a steady stream.
+      interleave: prefill new prompts chunk by chunk between dispatches, so that those which are running never wait for
+        a whole prompt. Otherwise prompts are prefilled as soon as there is a slot, which keeps more slots busy.
 
     Yields:
       What each sequence has grown by, in the order of slots, the last update of each with its completion; and the
@@ -105,11 +120,10 @@ def run(
     """
     active: dict[int, SequenceState] = {}
     restarts: dict[int, Start] = {}
-    taken: list[int] = []  # rows of `active` that have not been prefilled
     shared = spans_processes(slots.runtime.mesh)
     if shared:
         waiting = SharedQueue(waiting, slots.shards)
-    pace = DispatchSize(SHARED_STEPS if steps is None and shared else steps)
+    pace = DispatchSize(SHARED_STEPS if steps is None and shared else steps, is_clocked=not shared)
     try:
         while True:
             starts = restarts
@@ -123,53 +137,72 @@ def run(
                 if isinstance(sequence, Failure):
                     yield sequence
                     continue
-                row = free.pop(0)
-                active[row], starts[row] = sequence, sequence.start()
-                taken.append(row)
+                start = sequence.start()
+                row = slots.place(start, free)
+                free.remove(row)
+                active[row], starts[row] = sequence, start
             restarts = {}
             if not active:
                 return
-            first = slots.start(starts, upcoming=_media(waiting)) if starts else None
-            taken.clear()
+            slots.admit(starts)
+            pace.begin()
+            # While nothing runs, nobody waits for the chunks of a prompt: until one is complete, if the others may not.
+            is_running = len(active) > len(slots.prefilling)
+            most = pace.chunks if interleave and is_running else None
+            begun, chunks = _prefill(slots, _media(waiting), most, one=interleave and not is_running)
+            first = slots.choose_first(begun) if begun else None
             # Return at the first row that ends, if there is a request to take its slot; and soon if a slot is free
             # because the next prompt is not ready.
             busy = bool(not waiting.is_empty or any(sequence.may_continue for sequence in active.values()))
-            limit = min(pace.begin(), _SOON if free and not waiting.is_empty else MAX_STEPS)
-            turns = {row: sequence.turn for row, sequence in active.items() if sequence.turn is not None}
-            limit = min(limit, steps_beside(turns.values(), len(active)))
-            decoded = slots.decode(limit, idle=slots.num_rows - len(active) + 1 if busy else None, turns=turns)
+            limit = min(pace.steps, _SOON if free and not waiting.is_empty else MAX_STEPS)
+            running = {row: sequence for row, sequence in active.items() if row not in slots.prefilling}
+            turns = {row: sequence.turn for row, sequence in running.items() if sequence.turn is not None}
+            limit = min(limit, steps_beside(turns.values(), len(running)))
+            decoded = slots.decode(limit, idle=slots.num_rows - len(running) + 1 if busy else None, turns=turns)
             waiting.fill()
             slots.prefetch(_media(waiting))
             first = to_host(first)
-            fresh = {row: _take(first, row, 1, active[row].config.logprobs) for row in starts}
+            fresh = {row: _take(first, row, 1, active[row].config.logprobs) for row in begun}
             chosen, counts, done = slots.read(decoded)
             if shared:  # the processes may communicate next, while no other program may be running
                 jax.block_until_ready(slots.pool.array)
-            pace.end()
-            surplus, updates = [], []
+            pace.end(chunks)
+            surplus, updates = list[int](), list[Update]()
             for row, sequence in list(active.items()):
                 tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)
                 if row in fresh:
                     tokens, logprobs = fresh[row][0] + tokens, fresh[row][1] + logprobs
                 if not tokens and not sequence.is_cancelled:
-                    if done[row]:
+                    if done[row] and row not in slots.prefilling:
                         raise GenerationError("slots: found another user; expected one at a time")
                     continue
-                delta, start = sequence.take(tokens, bool(done[row]), logprobs)
-                if start is not None:
-                    restarts[row] = start
+                delta, restart = sequence.take(tokens, bool(done[row]), logprobs)
+                if restart is not None:
+                    restarts[row] = restart
                 elif sequence.finish_reason is not None:
                     del active[row]
-                    if not done[row]:
+                    if not done[row] or row in slots.prefilling:
                         surplus.append(row)
                 updates.append(Update(sequence, delta))
             if surplus:
                 slots.stop(surplus)
             yield from updates
     except GeneratorExit:
-        if going := [row for row in active if row not in taken]:
-            slots.stop(going)
+        slots.stop(list(active))
         raise
+
+
+def _prefill(slots: Slots, upcoming: Sequence[Medium], most: int | None, *, one: bool) -> tuple[dict[int, Start], int]:
+    """Prefill `most` chunks, or all; with `one`, until a prompt is complete.
+
+    Returns:
+      The rows whose prompts are complete, and the number of chunks.
+    """
+    ready, chunks = dict[int, Start](), 0
+    while slots.prefilling and chunks != most and not (one and ready):
+        ready |= slots.advance(upcoming)
+        chunks += 1
+    return ready, chunks
 
 
 class SharedQueue:

@@ -6,7 +6,7 @@ that a warm engine compiles nothing.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,8 +19,10 @@ from glm4v_jax.generate import device_steps, prompt_lookup
 from glm4v_jax.generate.constraints import Constraints, TableShape, constraints_of, grown, merged
 from glm4v_jax.generate.device_steps import Chosen, Decoded, RowState, SlotsState, Variant
 from glm4v_jax.generate.feature_pool import FeaturePool
-from glm4v_jax.generate.prefill_chunks import Start, chunk_arrays, chunk_bounds
+from glm4v_jax.generate.prefill_chunks import CHUNK, ChunkBounds, Start, chunk_arrays, chunk_bounds
+from glm4v_jax.generate.prefix_reuse import Prefix, RowContents
 from glm4v_jax.generate.token_masks import TokenMasks, Turn, masks_of
+from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model import kv_cache
@@ -41,6 +43,8 @@ class Stats:
     prompt_tokens: int = 0
     prefill_tokens: int = 0
     """those of them that were not in the cache"""
+    reused_tokens: int = 0
+    """those of them that a row held of another prompt"""
     dispatches: int = 0
     slot_steps: int = 0
     """decode steps times rows"""
@@ -57,6 +61,15 @@ def check_cache_dtype(name: str) -> CacheDtype:
     return checked("cache_dtype", name, CacheDtype, GenerationError)
 
 
+@dataclasses.dataclass
+class _Prefilling:
+    """A row whose prompt is being prefilled: how many of its tokens are in the cache, None before its first chunk."""
+
+    start: Start
+    prefix: Prefix
+    done: int | None = None
+
+
 class Slots:
     """B rows of a model.
 
@@ -64,6 +77,8 @@ class Slots:
       num_rows: B.
       shards: number of shards of the batch.
       variant: of the programs that choose tokens; may be changed while all rows are free.
+      prefilling: the rows that are being prefilled, in their order.
+      reuses: whether rows keep what others can use.
     """
 
     def __init__(
@@ -76,6 +91,7 @@ class Slots:
         variant: Variant | None = None,
         stats: Stats | None = None,
         cache_dtype: CacheDtype = "auto",
+        reuse_prefixes: bool = True,
     ):
         """Create free rows.
 
@@ -87,6 +103,7 @@ class Slots:
           variant: of the programs that choose tokens; by default they return tokens alone.
           stats: where to count.
           cache_dtype: of keys and values.
+          reuse_prefixes: keep and copy what rows hold of prompts that begin alike; see `prefix_reuse`.
 
         Raises:
           GenerationError: there is no such cache dtype.
@@ -111,6 +128,10 @@ class Slots:
         self._history: jax.Array | None = None
         """[B, capacity]: the tokens of each row, where they are looked up"""
         self._table = TableShape()
+        self.prefilling: dict[int, _Prefilling] = {}
+        self._chunk = CHUNK
+        self.reuses = reuse_prefixes
+        self._contents = RowContents(self.num_rows, self.shards)
 
     def capacity_for(self, need: int) -> int:
         """Round a number of cache slots up to one of few numbers, which the mesh can split."""
@@ -121,6 +142,22 @@ class Slots:
     def capacity(self) -> int:
         """Cache slots of a row."""
         return self._capacity
+
+    def use_chunks(self, longest: int) -> None:
+        """Prefill rows in chunks of `longest` tokens at most, a power of two; call it while all rows are free."""
+        if longest != self._chunk:
+            self._chunk = longest
+            self._contents.forget()
+
+    def forget(self) -> None:
+        """Forget what rows hold of earlier prompts."""
+        self._contents.forget()
+
+    def place(self, start: Start, free: Sequence[int]) -> int:
+        """Choose one of the rows `free` for a prompt: where most of it can be reused and the least is lost."""
+        if start.keep or not self.reuses:
+            return free[0]
+        return self._contents.choose(Prefix.of(start.prompt, self._chunk), free)
 
     def start(self, starts: Mapping[int, Start], *, together: bool = False, upcoming: Sequence[Medium] = ()) -> Chosen:
         """Prefill rows, each with its prompt, and choose their first tokens.
@@ -134,38 +171,76 @@ class Slots:
         Returns:
           The tokens, [B], perhaps still being computed; valid for the rows of `starts`.
         """
-        rows = np.isin(np.arange(self.num_rows), list(starts))
-        # Until the prefill programs have been dispatched with the pool, no other thread may write it.
-        with use_mesh(self.runtime.mesh), self.pool.lock:
+        if together:
+            with use_mesh(self.runtime.mesh), self.pool.lock:
+                self._make_room(starts)
+                self._prefill(starts, upcoming)
+            self._steps[:] = 0
+            self._count(starts)
+            return self.choose_first(starts, together=True)
+        self.admit(starts)
+        while self.prefilling:
+            self.advance(upcoming)
+        return self.choose_first(starts)
+
+    def admit(self, starts: Mapping[int, Start]) -> None:
+        """Queue rows, each with its prompt, for `advance`; those that are restarted come first."""
+        if not starts:
+            return
+        with use_mesh(self.runtime.mesh):
             self._make_room(starts)
-            if together or self.num_rows == 1:
-                self._prefill(starts, None, upcoming)
-            else:
-                waves = list(self._waves(starts))
-                for number, wave in enumerate(waves):
-                    later = (start.media for rest, _ in waves[number + 1 :] for start in rest.values())
-                    self._prefill(*wave, [*itertools.chain.from_iterable(later), *upcoming])
-            assert self._state is not None
-            text, head = self.runtime.text, self.runtime.head
+        new = {row: _Prefilling(start, Prefix.of(start.prompt, self._chunk)) for row, start in starts.items()}
+        self._contents.used(new)
+        self._count(starts)
+        # Where rows of several shards go together, longest first: what goes together is as long as its longest.
+        order = sorted(new, key=lambda row: -new[row].start.new_tokens if self.shards > 1 else 0)
+        self.prefilling |= {row: new[row] for row in order}
+        first = sorted(self.prefilling, key=lambda row: self.prefilling[row].start.step == 0)
+        self.prefilling = {row: self.prefilling[row] for row in first}
+
+    def advance(self, upcoming: Sequence[Medium] = ()) -> dict[int, Start]:
+        """Prefill a chunk of the first row of each shard that is being prefilled.
+
+        Meanwhile other rows may decode between chunks: on the device this row is done.
+
+        Args:
+          upcoming: see `start`.
+
+        Returns:
+          The rows whose prompts are complete now, ready for `choose_first`.
+        """
+        per_shard = self.num_rows // self.shards
+        wave: dict[int, int] = {}
+        for row in self.prefilling:
+            wave.setdefault(row // per_shard, row)
+        # Until the programs have been dispatched with the pool, no other thread may write it.
+        with use_mesh(self.runtime.mesh), self.pool.lock:
+            self._reuse([row for row in wave.values() if self.prefilling[row].done is None])
+            self._prefill_wave({i: row for i, row in wave.items() if self._left(self.prefilling[row])}, upcoming)
+        ready = [row for row in wave.values() if not self._left(self.prefilling[row])]
+        return {row: self.prefilling.pop(row).start for row in ready}
+
+    def choose_first(self, starts: Mapping[int, Start], *, together: bool = False) -> Chosen:
+        """Choose the first tokens of rows that have been prefilled; see `start`."""
+        rows = np.isin(np.arange(self.num_rows), list(starts))
+        assert self._state is not None
+        with use_mesh(self.runtime.mesh):
             self._constrain(starts, rows)
             masks = self._masks({row: start.turn for row, start in starts.items() if start.turn is not None})
             self._state, chosen = device_steps.choose_first(
-                text, head, self._state, rows | together, self._row_of(starts), self._constraints, masks,
-                variant=self.variant,
+                self.runtime.text, self.runtime.head, self._state, rows | together, self._row_of(starts),
+                self._constraints, masks, variant=self.variant,
             )  # fmt: skip
             if self.variant.draft is not None:
                 self._history = prompt_lookup.remember(self._history, rows, self._tokens(starts))
-        if together:
-            self._steps[:] = 0
         self._steps[rows] = [starts[row].step + 1 for row in sorted(starts)]
-        self._count(starts)
         return chosen
 
     def prefill(self, starts: Mapping[int, Start]) -> tuple[SlotsState, RowState, Constraints | None]:
         """Prefill all rows at once without choosing tokens, and give the state away: what `choose_first` takes."""
         with use_mesh(self.runtime.mesh), self.pool.lock:
             self._make_room(starts)
-            self._prefill(starts, None, ())
+            self._prefill(starts, ())
             self._constrain(starts, np.ones(self.num_rows, np.bool_))
         self._count(starts)
         state, self._state = self._state, None
@@ -208,14 +283,18 @@ class Slots:
         counts = step - self._steps
         self._steps = step.copy()
         self._constrained -= set(np.flatnonzero(done).tolist())
+        self._contents.used(np.flatnonzero(counts).tolist())
         self.stats.slot_steps += int(counts.max() if steps is None else steps) * self.num_rows
         self.stats.busy_steps += int(counts.sum())
         return chosen, counts, done
 
     def stop(self, rows: list[int]) -> None:
-        """End rows before they are done."""
-        assert self._state is not None
+        """End rows before they are done, or before they have been prefilled."""
         self._constrained -= set(rows)
+        for row in rows:
+            self.prefilling.pop(row, None)
+        if self._state is None or not rows:
+            return
         with use_mesh(self.runtime.mesh):
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
@@ -223,27 +302,82 @@ class Slots:
         self.stats.prompt_tokens += sum(len(start.prompt) for start in starts.values())
         self.stats.prefill_tokens += sum(start.new_tokens for start in starts.values())
 
-    def _waves(self, starts: Mapping[int, Start]) -> Iterator[tuple[dict[int, Start], np.ndarray]]:
-        """One row of each shard at a time: shard -> its prompt, and the row of each shard, -1 for none."""
-        per_shard = self.num_rows // self.shards
-        # Longest first: what goes together is as long as its longest.
-        rows = sorted(starts, key=lambda row: -starts[row].new_tokens)
-        queues = [[row for row in rows if row // per_shard == i] for i in range(self.shards)]
-        while any(queues):
-            wave = [queue.pop(0) if queue else None for queue in queues]
-            slots = np.array([-1 if row is None else row % per_shard for row in wave], np.int32)
-            yield {i: starts[row] for i, row in enumerate(wave) if row is not None}, slots
+    def _left(self, one: _Prefilling) -> int:
+        """Tokens that a row has still to be prefilled with."""
+        return len(one.start.prompt) - (one.done or 0)
 
-    def _prefill(self, starts: Mapping[int, Start], slots: np.ndarray | None, upcoming: Sequence[Medium]) -> None:
-        """Prefill prompts: all B rows by their number (`slots` None), or one of each shard by the shard's number."""
-        n = self.num_rows if slots is None else len(slots)
-        chunks = chunk_bounds(starts, self._capacity)
-        vision = self._encode_vision(starts, {i: min(chunk.bounds[i][0] for chunk in chunks) for i in starts}, upcoming)
-        text, seen = self.runtime.text, self._seen(starts, n)
-        for chunk in chunks:
+    def _reuse(self, rows: Iterable[int]) -> None:
+        """Give each of these rows, of different shards, what some row of its shard holds of its prompt."""
+        n = self.shards
+        sources, targets, keep = np.full(n, -1, np.int32), np.full(n, -1, np.int32), np.zeros(n, np.int32)
+        copies: dict[int, Start] = {}
+        for row in rows:
+            one = self.prefilling[row]
+            one.done = one.start.keep
+            if one.done or not self.reuses:
+                continue
+            source, count = self._contents.source(one.prefix, row)
+            one.done = count
+            self.stats.reused_tokens += count
+            self.stats.prefill_tokens -= count
+            if count and (source != row or count == one.prefix.length):
+                i, per_shard = row // (self.num_rows // n), self.num_rows // n
+                sources[i], targets[i], keep[i] = source % per_shard, row % per_shard, count
+                copies[i] = one.start
+                self._contents.copied(one.prefix, row, count)
+        if copies:
             assert self._state is not None
-            arrays = chunk_arrays(chunk, starts, vision, n)
-            self._state = device_steps.prefill(text, self._state, slots, arrays, seen, self.pool.array)
+            self._state = device_steps.copy_rows(self._state, sources, targets, keep, self._seen(copies, n))
+
+    def _prefill_wave(self, wave: Mapping[int, int], upcoming: Sequence[Medium]) -> None:
+        """Prefill the next chunk of these rows, at most one of each shard: shard -> row."""
+        if not wave:
+            return
+        n, per_shard = self.shards, self.num_rows // self.shards
+        ones = {i: self.prefilling[row] for i, row in wave.items()}
+        starts = {i: one.start for i, one in ones.items()}
+        bounds, lengths = {}, {}
+        for i, one in ones.items():
+            begin = one.done or 0
+            bounds[i] = begin, next((end for end in one.prefix.ends if end > begin), len(one.start.prompt))
+            lengths[i] = bucket(bounds[i][1] - begin, MIN_LENGTH)
+        t = max(lengths.values())
+        for i, (begin, end) in bounds.items():
+            if begin + t > self._capacity:  # its padding would not fit
+                bounds[i] = max(0, min(begin, end - t)), end
+            self._contents.cut(wave[i], bounds[i][0])
+        later = (
+            medium
+            for one in self.prefilling.values()
+            for medium in one.start.prompt.media_from(one.start.keep if one.done is None else one.done)
+        )
+        slots = _slots_of(wave, n, per_shard)
+        self._dispatch(ChunkBounds(t, bounds), starts, n, slots, itertools.chain(later, upcoming))
+        for i, (begin, end) in bounds.items():
+            ones[i].done = end
+            if bucket(end - begin, MIN_LENGTH) == t:
+                self._contents.written(ones[i].prefix, wave[i], begin, end)
+
+    def _prefill(self, starts: Mapping[int, Start], upcoming: Sequence[Medium]) -> None:
+        """Prefill prompts in all B rows at once."""
+        self._contents.forget()
+        for chunk in chunk_bounds(starts, self._capacity):
+            self._dispatch(chunk, starts, self.num_rows, None, upcoming)
+
+    def _dispatch(
+        self,
+        chunk: ChunkBounds,
+        starts: Mapping[int, Start],
+        n: int,
+        slots: np.ndarray | None,
+        upcoming: Iterable[Medium],
+    ) -> None:
+        """Prefill a chunk: of all B rows by their number (`slots` None), or of one of each shard by its number."""
+        assert self._state is not None
+        arrays = chunk_arrays(chunk, starts, self._encode_vision(chunk, starts, upcoming), n)
+        self._state = device_steps.prefill(
+            self.runtime.text, self._state, slots, arrays, self._seen(starts, n), self.pool.array
+        )
 
     def _seen(self, starts: Mapping[int, Start], n: int) -> np.ndarray:
         """Bool [n, V]: the tokens of each row's prompt."""
@@ -260,10 +394,10 @@ class Slots:
         return tokens
 
     def _encode_vision(
-        self, starts: Mapping[int, Start], first: Mapping[int, int], upcoming: Sequence[Medium]
+        self, chunk: ChunkBounds, starts: Mapping[int, Start], upcoming: Iterable[Medium]
     ) -> dict[int, np.ndarray]:
-        """int32 [T] of each row, valid from token `first` on: -1 for text, otherwise the token's index in the pool."""
-        media = [medium for i, start in starts.items() for medium in start.prompt.media_from(first[i])]
+        """int32 [T] of each row, valid in its chunk: -1 for text, otherwise the token's index in the pool."""
+        media = [medium for i, bounds in chunk.bounds.items() for medium in starts[i].prompt.media_from(*bounds)]
         begins = self.pool.encode(media, upcoming) if media else []
         merged = self.runtime.config.vision_config.spatial_merge_size**2
         features = {
@@ -318,8 +452,16 @@ class Slots:
             return
         if capacity > self._capacity:
             self._capacity = capacity
+            self._contents.forget()  # attention to more slots may round differently
             state = state._replace(cache=kv_cache.grow(state.cache, capacity))
         if num_eos > self._num_eos:
             self._num_eos = num_eos
             state = state._replace(row=state.row._replace(eos=device_steps.grow_eos(state.row.eos, num_eos)))
         self._state = state
+
+
+def _slots_of(wave: Mapping[int, int], n: int, per_shard: int) -> np.ndarray | None:
+    """int32 [n]: the row of each shard, counted within it, -1 for none; None where there is but one row."""
+    if n == per_shard == 1:
+        return None
+    return np.array([wave[i] % per_shard if i in wave else -1 for i in range(n)], np.int32)

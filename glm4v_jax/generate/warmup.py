@@ -5,6 +5,7 @@ Prefill chunks, KV caches, vision rows and feature pools have shapes from small 
 run each program once, on zeros.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -21,7 +22,8 @@ from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
-from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, Start, chunk_length
+from glm4v_jax.generate.prefill_chunks import CHUNK, MAX_CHUNK, Start, chunk_length
+from glm4v_jax.generate.scheduler import STREAM_PERIOD
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots, check_cache_dtype
 from glm4v_jax.generate.token_masks import Turn
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
@@ -200,10 +202,18 @@ def warm_slots(
     rows = range(slots.num_rows if together else 1)
     for length in lengths:
         start = time.perf_counter()
+        slots.forget()
         chosen = slots.start(dict.fromkeys(rows, Start(Prompt.of_text([0] * length), asking[0], 1)), together=together)
         jax.block_until_ready(chosen)
         shape = f"B {slots.num_rows}, T {chunk_length(length)}, cache {slots.capacity}"
         yield Warmed("prefill", shape, time.perf_counter() - start)
+    # The second takes what the first holds.
+    pair = {row: Start(Prompt.of_text([0] * lengths[0]), asking[0], 1) for row in range(min(2, slots.num_rows))}
+    if slots.reuses and not together:
+        start = time.perf_counter()
+        for _ in range(2):
+            jax.block_until_ready(slots.start(pair))
+        yield Warmed("copy", f"B {slots.num_rows}, cache {slots.capacity}", time.perf_counter() - start)
     if max_new_tokens == 1 and len(ways) == 1:
         return
     prompt = Prompt.of_text([0] * lengths[-1])
@@ -212,13 +222,46 @@ def warm_slots(
         turns = {} if turn is None else {0: turn}
         # Twice: the state that decoding returns may have another layout than the one that prefill returns.
         for _ in range(2):
+            slots.forget()
             slots.start({0: Start(prompt, asked, min(3, max_new_tokens), turn=turn)}, together=together)
             for _ in range(min(2, max_new_tokens - 1)):
                 slots.read(slots.decode(1, turns=turns))
+        if slots.reuses and not together:
+            slots.start({0: Start(prompt, asked, 1, turn=turn)})
         slots.stop(list(rows))
         shape = f"B {slots.num_rows}, cache {slots.capacity}"
         shape += (", constraints" if asked.is_constrained else "") + (", grammar" if turns else "")
         yield Warmed("decode", shape, time.perf_counter() - start)
+    slots.forget()
+
+
+def time_chunks(slots: Slots, lengths: Sequence[int], config: GenerationConfig) -> int:
+    """Find the longest prefill chunk that takes no longer than a stream's period, or than a decode step.
+
+    Args:
+      slots: warm, and free.
+      lengths: of prompts that they are warm for.
+      config: of the requests.
+    """
+
+    def seconds(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        return time.perf_counter() - start
+
+    def prefill(length: int) -> Any:
+        slots.forget()
+        return slots.start({0: Start(Prompt.of_text([0] * length), plain, 1)})
+
+    plain = config if slots.variant.processors else GenerationConfig()
+    prefill(lengths[0])
+    most = max(STREAM_PERIOD, min(seconds(lambda: slots.decode(1)) for _ in range(3)))
+    chunks = [t for t in (MIN_LENGTH << i for i in range(CHUNK.bit_length())) if t <= min(lengths[-1], CHUNK)]
+    fitting = [t for t in chunks if min(seconds(functools.partial(prefill, t)) for _ in range(2)) <= most]
+    slots.forget()
+    if len(fitting) == len(chunks):
+        return CHUNK
+    return max(fitting, default=MIN_LENGTH)
 
 
 def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:

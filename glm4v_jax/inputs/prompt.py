@@ -82,9 +82,9 @@ class Prompt:
             offset_of=self.offset_of[:length],
         )
 
-    def media_from(self, start: int) -> list[Medium]:
-        """The images and videos that the tokens from `start` on stand for."""
-        return [self.media[number] for number in np.unique(self.medium_of[start:]) if number >= 0]
+    def media_from(self, start: int, end: int | None = None) -> list[Medium]:
+        """The images and videos that the tokens from `start` on, or those before `end`, stand for."""
+        return [self.media[number] for number in np.unique(self.medium_of[start:end]) if number >= 0]
 
     def vision_index(self, features: Mapping[Medium, np.ndarray]) -> np.ndarray:
         """int32 [T]: where the features of each vision token stand, -1 for text.

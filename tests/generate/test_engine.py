@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_generation import GREEDY, ask, random_request, random_requests, their_tokens
+from helpers_generation import GREEDY, Ready, ask, random_request, random_requests, their_tokens
 
 from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig
 from glm4v_jax.devices.mesh import use_mesh
@@ -17,6 +17,7 @@ from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
+from glm4v_jax.generate.scheduler import run
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY
 from glm4v_jax.generate.warmup import warmup
 from glm4v_jax.hf.generate import generate
@@ -322,7 +323,7 @@ def test_a_full_pool_drops_features_and_grows(engine, make_engine):
 
 
 def test_features_of_images_in_turn_are_kept_until_released(engine, make_engine):
-    own = make_engine()
+    own = make_engine(reuse_prefixes=False)
     rng = np.random.default_rng(17)
     images = [rng.integers(0, 256, (504, 504, 3), np.uint8) for _ in range(5)]
     list(own.generate_many([ask(images[i % 5], "What?") for i in range(30)], max_new_tokens=2, **GREEDY))
@@ -679,9 +680,15 @@ def test_an_engine_compiles_nothing_after_warm_up(engine, lowerings, image, make
     own = make_engine(capacity=MIN_CAPACITY)
     told = []
     done = own.warmup(prompt_lengths=(1, 128), vision_patches=(4, 256), max_new_tokens=40, progress=told.append)
-    assert told == done and {line.program for line in done} == {"encode", "prefill", "decode"}
+    assert told == done and {line.program for line in done} == {"encode", "prefill", "copy", "decode"}
+    requests = [*random_requests(own.model, 12, seed=16), "Hello", "Hello"]
+    config = own.config(max_new_tokens=9, **GREEDY)
     with lowerings() as lowered:
-        list(own.generate_many([*random_requests(own.model, 12, seed=16), "Hello"], max_new_tokens=40, **GREEDY))
+        list(own.generate_many(requests, max_new_tokens=40, **GREEDY))
+        with own.lend_slots(8, config, chunk=32) as slots:
+            sequences = [own.new_sequence(own.prompt(request), config) for request in requests * 2]
+            list(run(slots, Ready(sequences), interleave=True))
+        assert own.stats.reused_tokens > 0
         own.generate(ask(image, "What?"), max_new_tokens=9, do_sample=True, seed=3)
         talk = own.conversation(max_new_tokens=4, do_sample=True)
         talk.send("Look", images=[image])

@@ -7,7 +7,7 @@ import json
 import sys
 
 import jax.numpy as jnp
-from helpers_generation import GREEDY, random_requests
+from helpers_generation import GREEDY, Ready, random_requests
 from helpers_orbax import run_program
 
 MESH = dict(fsdp=2, kv=2, q=2)
@@ -21,9 +21,10 @@ def keep_even(tokens, scores):
 def answers(engine):
     """Tokens of prompts of all modalities through slots, of a conversation's second turn, with lookup, and of beams.
 
-    Some through slots with an int8 cache.
+    Some through slots with an int8 cache, some chunk by chunk between dispatches, with keys of each other.
     """
     from glm4v_jax.generate.engine import Engine, Request
+    from glm4v_jax.generate.scheduler import run
     from glm4v_jax.hf.generate import generate
 
     prompts = [inputs for inputs in random_requests(engine.model, 20, 3) if 64 < inputs["input_ids"].size <= 96]
@@ -46,7 +47,14 @@ def answers(engine):
     )  # fmt: skip
     own = Engine(engine.model, engine.processor, num_slots=4, capacity=256, cache_dtype="int8")
     rounded = {one.index: list(one.tokens) for one in own.generate_many(requests[:6], **GREEDY)}
+    reused = own.stats.reused_tokens
+    config = own.config(max_new_tokens=6, **GREEDY)
+    joined = [own.new_sequence(own.prompt(inputs), config) for inputs in (*prompts[:4], *prompts[:4])]
+    with own.lend_slots(own.num_slots, config, chunk=32) as slots:
+        list(run(slots, Ready(joined), interleave=True))
+    assert own.stats.reused_tokens > reused and joined[0].tokens == joined[4].tokens
     return [
+        *(one.tokens for one in joined),
         *(rounded[i] for i in range(6)),
         *(found[i] for i in range(len(requests))),
         *(constrained[i] for i in range(len(some))),

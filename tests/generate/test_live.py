@@ -139,7 +139,7 @@ def test_an_error_in_the_slots_fails_what_is_running_and_nothing_else(start, mon
 
 
 def test_an_engine_that_fails_again_and_again_gives_up(start, monkeypatch):
-    monkeypatch.setattr(Slots, "start", fail)
+    monkeypatch.setattr(Slots, "advance", fail)
     caller = start(started=False)
     _, sequences = caller.send(*["Hi"] * (8 * (MAX_RESTARTS + 1) + 1))
     caller.live.start()
