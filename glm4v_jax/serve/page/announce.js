@@ -29,6 +29,8 @@ export class Announcer {
 
   #tell(text) {
     this.#said += text.length;
-    say(text.replace(/[*`#|]+/g, ""));
+    // Marks of Markdown are no words.
+    const lines = text.replace(/[*`#|]+/g, "").split("\n");
+    say(lines.filter((line) => /[\p{L}\p{N}]/u.test(line)).join("\n"));
   }
 }

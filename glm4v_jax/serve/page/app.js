@@ -4,7 +4,7 @@ import { apiKey, ConnectionLost, getJson, health, ServerError, streamChat } from
 import { counted, fromTemplate } from "./elements.js";
 import { Exchange } from "./exchange.js";
 import { mediaElement, readFile, release } from "./media.js";
-import { showPreview } from "./preview.js";
+import { previewButton } from "./preview.js";
 import { askForKey, connectSettings, offerPresets, requestOptions, systemPrompt } from "./settings.js";
 
 const POLL_MILLISECONDS = 1000;
@@ -119,7 +119,7 @@ function showAttached(item) {
   entry.querySelector("figure").prepend(mediaElement(item));
   entry.querySelector("figcaption").textContent = item.name;
   entry.querySelector(".note").textContent = item.note;
-  entry.querySelector(".look").addEventListener("click", () => showPreview(item));
+  entry.querySelector(".look").replaceWith(previewButton(item));
   const remove = entry.querySelector(".remove");
   remove.ariaLabel = `Remove ${item.name}`;
   remove.addEventListener("click", () => {

@@ -2,7 +2,7 @@
 import { counted, element, fromTemplate } from "./elements.js";
 import { render, withoutMarks, withoutPartialTag } from "./markdown.js";
 import { boxesFigure, boxesIn, isBox, mediaElement, partOf } from "./media.js";
-import { showPreview } from "./preview.js";
+import { previewButton } from "./preview.js";
 
 /** What to say where an answer did not end by itself. */
 const ENDINGS = {
@@ -168,7 +168,7 @@ const seconds = (milliseconds) =>
   milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
 
 function shownMedium(item) {
-  const look = element("button", { type: "button", onclick: () => showPreview(item) }, "What the model sees");
+  const look = previewButton(item);
   const caption = element("figcaption", {}, item.name);
   return element("li", {}, element("figure", {}, mediaElement(item), caption), look);
 }

@@ -12,8 +12,14 @@ dialog.addEventListener("close", () => {
   content.replaceChildren();
 });
 
+/** A button that opens the dialog. */
+export function previewButton(item) {
+  const ariaLabel = `What the model sees of ${item.name}`;
+  return element("button", { type: "button", ariaLabel, onclick: () => showPreview(item) }, "What the model sees");
+}
+
 /** Ask the server, and show its answer or what went wrong. */
-export async function showPreview(item) {
+async function showPreview(item) {
   running?.abort();
   const own = (running = new AbortController());
   dialog.querySelector("h2").textContent = `What the model sees of ${item.name}`;
