@@ -67,7 +67,7 @@ export async function postJson(path, body, signal) {
   return (await request(path, body, signal)).json();
 }
 
-/** Whether the server answers, and how far it is until then: {isReady, isReachable, message, progress}. */
+/** Whether the server answers, and how far it is until then: {isReady, isReachable, message}. */
 export async function health() {
   try {
     const response = await fetch("health", { cache: "no-store" });

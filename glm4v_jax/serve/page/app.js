@@ -22,36 +22,34 @@ let limits = { body: Infinity, bytes: Infinity, pixels: Infinity, images: Infini
 
 // What the server is.
 
-let isWatching = false;
+let watching = null;
 
-/** Show how far the server is until it answers. */
-async function watch() {
-  if (isWatching) return;
-  isWatching = true;
+/** Show how far the server is until it answers; whoever waits for that, waits for the same. */
+function watch() {
+  watching ??= untilReady().finally(() => (watching = null));
+  return watching;
+}
+
+async function untilReady() {
   for (;;) {
     const state = await health();
     showState(state);
-    if (state.isReady) break;
+    if (state.isReady && (model || (await introduce()))) return;
     await pause(POLL_MILLISECONDS);
   }
-  isWatching = false;
-  if (!model) await introduce();
 }
 
-function showState({ isReady, isReachable, message, progress }) {
+function showState({ isReady, isReachable, message }) {
   const banner = at("banner");
   banner.hidden = isReady;
   if (isReady) return;
-  const bar = banner.querySelector("progress");
   const words = isReachable ? message || "The server is starting." : "The server cannot be reached. Trying again.";
   // A status that is written anew is read out anew.
   if (banner.firstElementChild.textContent !== words) banner.firstElementChild.textContent = words;
-  bar.hidden = !isReachable;
-  if (typeof progress === "number") bar.value = progress;
-  else bar.removeAttribute("value");
+  banner.querySelector("progress").hidden = !isReachable;
 }
 
-/** Ask for the model's name, the presets and the limits. */
+/** Ask for the model's name, the presets and the limits; returns whether the server answered. */
 async function introduce() {
   try {
     const about = await getJson("page.json");
@@ -64,9 +62,10 @@ async function introduce() {
     document.title = `${model} chat`;
   } catch (error) {
     if (error.status === 401) askForKey();
-    else if (error instanceof ConnectionLost) watch();
+    else if (error instanceof ConnectionLost) return false;
     else refuse(error.message);
   }
+  return true;
 }
 
 function showExample(example) {
@@ -179,13 +178,15 @@ async function run(exchange) {
 
 /** Stream an answer; a server that is busy or starts is waited for. */
 async function answered(exchange, signal, announcer) {
+  // The settings are known once the server has said what it is.
+  if (!model) await waitForStart(exchange, signal);
   for (let attempt = 1; ; attempt += 1) {
     try {
       return await streamed(exchange, signal, announcer);
     } catch (error) {
       if (signal.aborted || exchange.hasBegun) throw error;
       if (error.status === 429 && attempt <= MOST_BUSY_RETRIES) await waitForPlace(exchange, error.retryAfter ?? 1, signal);
-      else if (error.status === 503) await waitForStart(exchange, error, signal);
+      else if (error.status === 503) await waitForStart(exchange, signal);
       else throw error;
     }
   }
@@ -219,15 +220,9 @@ async function waitForPlace(exchange, seconds, signal) {
   }
 }
 
-async function waitForStart(exchange, error, signal) {
+async function waitForStart(exchange, signal) {
   exchange.wait("Waiting for the server to start …");
-  for (;;) {
-    const state = await health();
-    showState(state);
-    if (state.isReady) return;
-    if (!state.isReachable) throw new ConnectionLost(error.message);
-    await pause(POLL_MILLISECONDS, signal);
-  }
+  await Promise.race([watch(), pause(Infinity, signal)]);
 }
 
 function fail(exchange, error) {
@@ -380,9 +375,10 @@ const grown = new ResizeObserver(() => isAtEnd && scrollToEnd());
 grown.observe(turns);
 grown.observe(composer);
 
+/** Wait so long, or for ever; a signal ends it with an error. */
 function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, milliseconds);
+    const timer = Number.isFinite(milliseconds) ? setTimeout(resolve, milliseconds) : 0;
     signal?.addEventListener("abort", () => {
       clearTimeout(timer);
       reject(new DOMException("stopped", "AbortError"));
