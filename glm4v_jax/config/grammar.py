@@ -87,7 +87,8 @@ _EXPECTED = {
 
 def _of_choices(matcher: Any, choices: tuple[str, ...]) -> str:
     del matcher
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    # Escaped as in JSON, which leaves one control character as it is.
+    return "start: " + " | ".join(json.dumps(choice).replace("\x7f", "\\u007f") for choice in choices)
 
 
 def _of_regex(matcher: Any, regex: str) -> str:

@@ -31,9 +31,12 @@ def answers(engine):
     requests = [Request(inputs, dict(max_new_tokens=3 + 2 * i)) for i, inputs in enumerate(prompts)]
     assert len(requests) >= 8 and {"pixel_values", "pixel_values_videos"} <= {name for one in prompts for name in one}
     found = {one.index: list(one.tokens) for one in engine.generate_many(requests, **GREEDY)}
-    # A batch of rows with and without constraints, on shards of the vocabulary.
-    options = [{}, dict(no_repeat_ngram_size=2, suppress_tokens=[*range(0, 832, 3)]), dict(sequence_bias={(9, 9): 4.0})]
-    some = [Request(inputs, dict(options[i % 3], max_new_tokens=9)) for i, inputs in enumerate(prompts)]
+    # A batch of rows with and without constraints and grammars, on shards of the vocabulary.
+    options = [
+        {}, dict(no_repeat_ngram_size=2, suppress_tokens=[*range(0, 832, 3)]), dict(sequence_bias={(9, 9): 4.0}),
+        dict(regex="[a-z]{3,5}(, [0-9]{2}){4}"),
+    ]  # fmt: skip
+    some = [Request(inputs, dict(options[i % 4], max_new_tokens=9)) for i, inputs in enumerate(prompts)]
     again = engine.generate_many(some, logprobs=0, logits_processor=keep_even, **GREEDY)
     constrained = {one.index: [entry.token for entry in one.logprobs] for one in again}
     talk = engine.conversation(max_new_tokens=5, **GREEDY)

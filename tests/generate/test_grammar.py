@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_generation import GREEDY, random_requests
+from hypothesis import given
+from hypothesis import strategies as st
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import GenerationError
@@ -16,6 +18,7 @@ from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.grammar import Guide
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MIN_CAPACITY
+from glm4v_jax.generate.text.stream import TextStream
 from glm4v_jax.generate.token_masks import HELD, masks_of
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -277,6 +280,19 @@ def test_an_answer_may_look_like_tags(tokenizer):
         found = deltas[-1].completion
         assert (found.thought, found.answer, found.finish_reason) == ("a", text, "stop")
         assert said(deltas, "answer") == text
+
+
+@given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=4), st.randoms())
+def test_choices_are_any_texts(tokenizer, choices, rng):
+    guide = Guide(GenerationConfig(choices=choices).grammar, tokenizer, np.array([1]), EOS)
+    guide.close_thought()
+    stream, text = TextStream(tokenizer), ""
+    while not guide.is_complete:
+        turn = guide.turn()
+        token = rng.choice(sorted(allowed(turn)))
+        guide.push(token)
+        text += stream.push([] if token in EOS and not turn.forced else [token])
+    assert text in choices
 
 
 def test_forced_tokens_come_together(tokenizer):
