@@ -371,7 +371,7 @@ def test_a_mesh_computes_what_one_device_does(tmp_path):
     """And reads what a checkpoint has in integers."""
     (floats := tmp_path / "floats").mkdir()
     write_grouped(floats)
-    convert_quantize.quantize_model(floats, tmp_path / "int4", to="int4", group=8)
+    convert_quantize.quantize(floats, tmp_path / "int4", to="int4", group=8)
     (case,) = run_on_devices(__file__, str(floats), str(tmp_path / "int4"))
     assert case["mesh"] == MESHES[1] and case["equal"] and case["split"] > 0.9
     assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4 and case["logits"] <= 1e-5
