@@ -1,10 +1,12 @@
 """`glm4v serve`: a server with OpenAI's interface and a chat page."""
 
+import contextlib
 import dataclasses
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -169,13 +171,12 @@ class Serve(Options):
             # A page whose name is made to lead to this machine asks under its own name.
             hosts=_LOOPBACK if key is None and self.host in _LOOPBACK else (),
         )
-        with bind(self.host, self.port) as listener, losing_errors():
+        with bind(self.host, self.port) as listener, losing_errors(), _logging_to_standard_error():
             if key is None and self.host not in _LOOPBACK:
                 found = f"{self.host} without --api-key"
                 warnings.warn(f"--host: found {found}; everybody who reaches this port can use it", stacklevel=1)
             host = f"[{self.host}]" if ":" in self.host else self.host
             print(f"serving {settings.model} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
-            _log_to_standard_error()
             run(Service(settings, lambda: self.model.load(processor, self.slots, tokens=length)), listener)
 
     @property
@@ -198,10 +199,18 @@ def _name(model: str) -> str:
     return model
 
 
-def _log_to_standard_error() -> None:
+@contextlib.contextmanager
+def _logging_to_standard_error() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger = logging.getLogger("glm4v_jax")
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

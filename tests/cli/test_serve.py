@@ -1,6 +1,7 @@
 """`glm4v serve`: what is said before a model is loaded."""
 
 import importlib.metadata
+import logging
 import socket
 import sys
 
@@ -22,7 +23,10 @@ def serve(capfd, monkeypatch):
     monkeypatch.delenv("GLM4V_API_KEY", raising=False)
 
     def run(*arguments, status=0):
+        logger = logging.getLogger("glm4v_jax")
+        before = logger.level, logger.propagate, list(logger.handlers)
         assert main.main(["serve", *arguments]) == status
+        assert (logger.level, logger.propagate, logger.handlers) == before
         return capfd.readouterr().err, services[-1] if services else None
 
     return run
