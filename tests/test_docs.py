@@ -5,12 +5,17 @@ as `glm4v` does. A comment before a block changes that: `<!-- not run: why -->` 
 still exist), `<!-- file: NAME -->` makes it a file that the others find.
 """
 
+import contextlib
 import doctest
 import importlib
 import io
 import json
+import os
 import re
 import shlex
+import shutil
+import socket
+import threading
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +25,13 @@ import numpy as np
 import pytest
 import sphinx.cmd.build
 from helpers_paths import ROOT
+from helpers_serve import wait_until
 
 import glm4v_jax
 from eval.metrics import METRICS
 from glm4v_jax.cli.main import main
 from glm4v_jax.generate import engine, prefill_chunks, slots, warmup
+from glm4v_jax.serve import server
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
@@ -32,7 +39,7 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"))
 )
-NOT_RUN = 16
+NOT_RUN = 17
 """Blocks that cannot run here; a new one is to be justified."""
 
 SMALL = {
@@ -46,6 +53,9 @@ SMALL = {
     "--slots 16": "--slots 8",
 }
 """What a job or a command in a page says -> what it says here."""
+
+PORT = 8000
+"""At which `glm4v serve` listens."""
 
 _BLOCK = re.compile(
     r"^(?:<!-- (?P<kind>not run|file): (?P<note>.+?) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
@@ -123,12 +133,40 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def in_small(block):
-    """A block with the numbers of `SMALL`."""
+def in_small(block, more):
+    """A block with the numbers of `SMALL`, and some more."""
     text = block.text
-    for said, small in SMALL.items():
+    for said, small in (SMALL | more).items():
         text = text.replace(said, small)
     return block._replace(text=text)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(words, port):
+    """Run `glm4v serve ...` in a thread until the page ends; yields when it answers."""
+    servers = []
+
+    def run(service, listener):
+        servers.append(server.Server(service))
+        servers[0].run(sockets=[listener])
+
+    small = ["--port", str(port), "--slots", "2", "--max-model-len", "512", "--no-warmup"]
+    thread = threading.Thread(target=main, args=([*words[1:], *small, "--model", str(TINY_CHECKPOINT)],))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "run", run)
+        thread.start()
+        try:
+            wait_until(lambda: servers and servers[0].started and servers[0]._service.state == "ready")
+            yield
+        finally:
+            servers[0].should_exit = True
+            thread.join()
 
 
 def run_command(words, monkeypatch):
@@ -136,6 +174,10 @@ def run_command(words, monkeypatch):
 
     In tests $GLM4V_MODEL, read when the commands are imported, is a random model, which hardly ever stops.
     """
+    if words[0] == "curl":
+        if shutil.which("curl") is not None:
+            assert os.system(shlex.join(words)) == 0
+        return
     assert words[0] == "glm4v", f"{shlex.join(words)}: cannot be run here; put <!-- not run: why --> before its block"
     if "--model" not in words and words[1] in ("generate", "chat", "describe", "inspect", "eval"):
         words = [*words, *(() if words[2:3] in (["compare"], ["tasks"]) else ("--model", str(TINY_CHECKPOINT)))]
@@ -156,17 +198,22 @@ def run_command(words, monkeypatch):
     ],
 )
 def test_snippets_run(page, workplace, monkeypatch):
-    blocks = [in_small(block) for block in blocks_of(page)]
+    port = free_port()
+    blocks = [in_small(block, {f"127.0.0.1:{PORT}": f"127.0.0.1:{port}"}) for block in blocks_of(page)]
     for block in blocks:
         if block.kind == "file":
             Path(block.note).write_text(block.text)
     namespace = {"__name__": "snippets"}
-    for block in blocks:
-        if block.kind is None and block.language == "sh":
-            for words in commands_of(block):
-                run_command(words, monkeypatch)
-        elif block.kind is None and block.language == "python":
-            exec(compile(block.text, page, "exec"), namespace)
+    with contextlib.ExitStack() as running:
+        for block in blocks:
+            if block.kind is None and block.language == "sh":
+                for words in commands_of(block):
+                    if words[:2] == ["glm4v", "serve"]:
+                        running.enter_context(serving(words, port))
+                    else:
+                        run_command(words, monkeypatch)
+            elif block.kind is None and block.language == "python":
+                exec(compile(block.text, page, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES)
