@@ -7,6 +7,7 @@ shows something anew, from bytes that it has looked at; an item that it does not
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import io
 import re
@@ -18,13 +19,13 @@ import PIL.Image
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, validate
-from glm4v_jax.errors import MediaError, counted
+from glm4v_jax.errors import Glm4vError, MediaError, counted
 from glm4v_jax.inputs.media.container import head_of, is_animated_image
 from glm4v_jax.inputs.media.fetch import is_url, read_url
 from glm4v_jax.inputs.media.hosts import AllowedHosts
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.vision.settings import AREA_OPTIONS
-from glm4v_jax.serve.errors import ApiError
+from glm4v_jax.serve.errors import ApiError, field_name, shown
 
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _KINDS = {
@@ -45,7 +46,8 @@ _MATROSKA = re.compile(
     rb"\x1a\x45\xdf\xa3(?P<size>[\x81-\xbf]|\x01[\0-\xff]{7}).*?\x42\x82(\x88matroska|\x84webm)", re.S
 )
 _HEADER_CHARACTERS = 256
-_MAX_ANIMATION_FRAMES = 4096
+# All frames of an animated image are composed to get at any: 43 of 1920 x 1080 pixels, 340 of 512 x 512.
+_MAX_ANIMATION_FRAMES, _MAX_ANIMATION_BYTES = 4096, 2**28
 # The largest values of an item's options: beyond, they would only cost memory. An area is one of about 10,000 tokens.
 _MAX_AREA = 2**23
 _MAX_OPTIONS = {
@@ -101,11 +103,14 @@ def limit_videos(processor: Glm4vProcessor, policy: MediaPolicy) -> None:
     }
 
 
-def resolve(messages: Any, policy: MediaPolicy) -> Any:
+def resolve(
+    messages: Any, policy: MediaPolicy, processor: Glm4vProcessor | None = None, max_tokens: int | None = None
+) -> Any:
     """Replace every image and video of messages by its bytes, in the shape that `Engine.prompt` takes.
 
     It may take as long as fetching does: call it in a thread. What is not a message at all is left to the engine, which
-    says what is wrong with it.
+    says what is wrong with it. With a processor, images of more than `max_tokens` tokens together are refused before
+    they are decoded.
 
     >>> url = "data:image/gif;base64,R0lGODdhAQABAIAAAP///////ywAAAAAAQABAAACAkQBADs="
     >>> message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
@@ -119,7 +124,7 @@ def resolve(messages: Any, policy: MediaPolicy) -> Any:
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         return messages
-    reader = _Reader(policy)
+    reader = _Reader(policy, processor, max_tokens)
     return [reader.message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
@@ -130,10 +135,10 @@ def _refuse(where: str, found: str, expected: str) -> NoReturn:
 class _Reader:
     """The images and videos of one request, counted while they are read."""
 
-    def __init__(self, policy: MediaPolicy) -> None:
-        self._policy = policy
+    def __init__(self, policy: MediaPolicy, processor: Glm4vProcessor | None, max_tokens: int | None) -> None:
+        self._policy, self._processor, self._max_tokens = policy, processor, max_tokens
         self._counts = {"image": 0, "video": 0}
-        self._decoded_bytes = self._downloaded_bytes = 0
+        self._decoded_bytes = self._downloaded_bytes = self._tokens = 0
         self._deadline: float | None = None
 
     def message(self, message: Any, where: str) -> Any:
@@ -167,14 +172,20 @@ class _Reader:
             source = source.get("url")
             if stray := [key for key in _SOURCES if key in options]:
                 _refuse(f"{where}.{field}", repr(stray[0]), "'url'")
-        for name, most in _MAX_OPTIONS[kind].items():
-            if isinstance(value := options.get(name), int | float) and not value <= most:
+        for name, value in options.items():
+            if field_name(name) != name:
+                _refuse(where, "an unknown field", "'type', and an image or a video")
+            if (most := _MAX_OPTIONS[kind].get(name)) is None:
+                continue
+            if not isinstance(value, int | float):
+                _refuse(f"{where}.{name}", shown(value), "a number")
+            if not value <= most:
                 _refuse(f"{where}.{name}", "too large a number", f"at most {most}")
         self._count(kind)
         place = f"{where}.{field}"
         read: Any
         if kind == "image":
-            read = self._image(source, place)
+            read = self._image(source, place, options)
         elif isinstance(source, list):
             read = self._frames(source, place)
         else:
@@ -193,10 +204,11 @@ class _Reader:
             self._count("image")
             if isinstance(source, Mapping):
                 source = source.get("url")
-            frames.append(self._image(source, f"{where}[{index}]"))
+            frames.append(self._image(source, f"{where}[{index}]", None))
         return frames
 
-    def _image(self, source: Any, where: str) -> bytes:
+    def _image(self, source: Any, where: str, options: Mapping[str, Any] | None) -> bytes:
+        """An image, or with None for its options a frame."""
         data = self._read(source, where)
         try:
             with PIL.Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
@@ -210,7 +222,24 @@ class _Reader:
         self._decoded_bytes += 3 * width * height
         if self._decoded_bytes > self._policy.max_decoded_bytes:
             _refuse("messages", f"images of more than {self._policy.max_decoded_bytes} bytes, decoded", "no more")
+        if options is not None:
+            self._count_tokens(height, width, options)
         return data
+
+    def _count_tokens(self, height: int, width: int, options: Mapping[str, Any]) -> None:
+        if self._processor is None or self._max_tokens is None:
+            return
+        images = self._processor.image_processor
+        with contextlib.suppress(Glm4vError):  # which is said when the image is prepared
+            self._tokens += images.get_number_of_image_patches(height, width, options) // images.merge_size**2
+        if self._tokens > self._max_tokens:
+            raise ApiError(
+                400,
+                f"messages: found images of {self._tokens:,} tokens; expected at most {self._max_tokens:,} in all, the "
+                "length that this server was started with",
+                param="messages",
+                code="context_length_exceeded",
+            )
 
     def _video(self, source: Any, where: str) -> bytes:
         data = self._read(source, where)
@@ -226,7 +255,8 @@ class _Reader:
         try:
             with PIL.Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
                 width, height = image.size
-                most = min(_MAX_ANIMATION_FRAMES, self._policy.max_decoded_bytes // (3 * width * height))
+                decoded = min(self._policy.max_decoded_bytes, _MAX_ANIMATION_BYTES)
+                most = min(_MAX_ANIMATION_FRAMES, decoded // (3 * width * height))
                 if width * height <= self._policy.max_pixels:
                     image.seek(most)
         except EOFError:  # It has no such frame.

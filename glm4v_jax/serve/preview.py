@@ -25,7 +25,7 @@ def preview(kind: Literal["image", "video"], content: bytes, processor: Glm4vPro
     >>> PIL.Image.new("RGB", (90, 60)).save(file, "PNG")
     >>> seen = preview("image", file.getvalue(), processor)
     >>> seen["seen_width"], seen["seen_height"], seen["grid_thw"], seen["image_tokens"]
-    (140, 112, [1, 8, 10], 20)
+    (112, 84, [1, 6, 8], 12)
     >>> seen["drawings"][0]["url"][:22]
     'data:image/png;base64,'
 

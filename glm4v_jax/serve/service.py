@@ -213,7 +213,9 @@ class Service:
             prompt = engine.processor.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], int):
             return engine.prompt({"input_ids": np.array([prompt])})
-        prepared = engine.prompt(resolve(prompt, self.settings.media), **variables)
+        prepared = engine.prompt(
+            resolve(prompt, self.settings.media, engine.processor, self.settings.max_model_len), **variables
+        )
         for medium in prepared.media:
             _ = medium.key  # hashed here, and not in the engine's thread
         return prepared

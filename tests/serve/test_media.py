@@ -394,6 +394,23 @@ def test_images_and_options_arrive_as_they_are_in_every_shape():
     )
 
 
+def test_images_of_too_many_tokens_are_refused_before_they_are_decoded():
+    large = shown(data_url(sized_png(5600, 5600)))
+    assert resolve(large, MediaPolicy(), PROCESSOR, 10**6)
+    tokens = PROCESSOR.image_processor.get_number_of_image_patches(5600, 5600) // 4
+    with pytest.raises(ApiError, match=f"found images of {2 * tokens:,} tokens; expected at most {tokens:,}") as caught:
+        resolve(large * 2, MediaPolicy(), PROCESSOR, tokens)
+    assert caught.value.code == "context_length_exceeded"
+    small = {"type": "image_url", "image_url": {"url": data_url(sized_png(5600, 5600)), "max_pixels": 10_000}}
+    resolve([{"role": "user", "content": [small] * 2}], MediaPolicy(), PROCESSOR, tokens)
+
+
+@pytest.mark.parametrize("options", [{"fps": "x" * 100}, {"max_pixels": [1]}, {"x" * 100: 1}, {"a b": 1}])
+def test_what_is_no_option_is_not_repeated(options):
+    item = {"type": "video_url", "video_url": {"url": data_url()}, **options}
+    assert "xxx" not in refused([{"role": "user", "content": [item]}])
+
+
 @pytest.mark.parametrize(
     "options", [{"max_pixels": 10**9}, {"min_pixels": 10**5}, {"resized_height": 10**400}, {"fps": 1e300}]
 )
