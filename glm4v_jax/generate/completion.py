@@ -47,6 +47,7 @@ class Completion:
       error: why the prompt could not be prepared, where errors are not raised; or why its grammar cannot be followed.
       answer_span: where the answer begins and ends in `text`, of a request with a grammar: read as it is, without tags.
       is_forced: whether the thought was closed because its budget was used up.
+      reused_tokens: tokens of the prompt whose keys and values were those of another request's.
       seconds: from the start of the request until its end, while other requests ran.
     """
 
@@ -61,6 +62,7 @@ class Completion:
     error: str | None = None
     answer_span: tuple[int, int] | None = None
     is_forced: bool = False
+    reused_tokens: int = dataclasses.field(default=0, compare=False)
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
     @property

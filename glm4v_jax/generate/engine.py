@@ -307,6 +307,9 @@ class Engine:
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self.lend_slots(num_rows, config) as slots:
                     yield from warm_slots(slots, lengths, max_new_tokens, config)
+                    if slots.variant.top is not None:  # dispatches without a request for them
+                        slots.variant = slots.variant._replace(top=None)
+                        yield from warm_slots(slots, lengths[-1:], max_new_tokens, config)
                     if num_rows > 1 and not spans_processes(self.runtime.mesh):
                         self.chunk = time_chunks(slots, lengths, config)
 

@@ -120,6 +120,7 @@ def run(
     """
     active: dict[int, SequenceState] = {}
     restarts: dict[int, Start] = {}
+    variant = slots.variant
     shared = spans_processes(slots.runtime.mesh)
     if shared:
         waiting = SharedQueue(waiting, slots.shards)
@@ -145,11 +146,16 @@ def run(
             if not active:
                 return
             slots.admit(starts)
+            # Log probabilities cost every row of a dispatch, and few requests want them.
+            is_told = any(sequence.config.logprobs is not None for sequence in active.values())
+            slots.variant = variant if is_told else variant._replace(top=None)
             pace.begin()
             # While nothing runs, nobody waits for the chunks of a prompt: until one is complete, if the others may not.
             is_running = len(active) > len(slots.prefilling)
             most = pace.chunks if interleave and is_running else None
             begun, chunks = _prefill(slots, _media(waiting), most, one=interleave and not is_running)
+            for row in begun:
+                active[row].reused_tokens += slots.reused.pop(row, 0)
             first = slots.choose_first(begun) if begun else None
             # Return at the first row that ends, if there is a request to take its slot; and soon if a slot is free
             # because the next prompt is not ready.
@@ -190,6 +196,8 @@ def run(
     except GeneratorExit:
         slots.stop(list(active))
         raise
+    finally:
+        slots.variant = variant
 
 
 def _prefill(slots: Slots, upcoming: Sequence[Medium], most: int | None, *, one: bool) -> tuple[dict[int, Start], int]:

@@ -59,6 +59,7 @@ class SequenceState:
         self._text: list[str] = []
         self._is_forced = self._is_closed = False
         self.is_cancelled = False
+        self.reused_tokens = 0
         self._since = time.perf_counter()
         self._next: Start | None = None  # what this is restarted with, until its tokens come
         self._sampled = 0
@@ -180,7 +181,8 @@ class SequenceState:
             self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
             self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
             self.prompt.image_sizes, error=None if self._guide is None else self._guide.error,
-            answer_span=self._answer_span, is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
+            answer_span=self._answer_span, reused_tokens=self.reused_tokens, is_forced=self._is_closed,
+            seconds=time.perf_counter() - self._since,
         )  # fmt: skip
 
     @property

@@ -76,8 +76,9 @@ class Slots:
     Attributes:
       num_rows: B.
       shards: number of shards of the batch.
-      variant: of the programs that choose tokens; may be changed while all rows are free.
+      variant: of the programs that choose tokens; `top` may be changed at any time, the rest while all rows are free.
       prefilling: the rows that are being prefilled, in their order.
+      reused: row -> tokens of its prompt that it took from what a row held of another.
       reuses: whether rows keep what others can use.
     """
 
@@ -129,6 +130,7 @@ class Slots:
         """[B, capacity]: the tokens of each row, where they are looked up"""
         self._table = TableShape()
         self.prefilling: dict[int, _Prefilling] = {}
+        self.reused: dict[int, int] = {}
         self._chunk = CHUNK
         self.reuses = reuse_prefixes
         self._contents = RowContents(self.num_rows, self.shards)
@@ -319,6 +321,7 @@ class Slots:
             source, count = self._contents.source(one.prefix, row)
             one.done = count
             self.stats.reused_tokens += count
+            self.reused[row] = count
             self.stats.prefill_tokens -= count
             if count and (source != row or count == one.prefix.length):
                 i, per_shard = row // (self.num_rows // n), self.num_rows // n

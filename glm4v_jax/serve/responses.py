@@ -156,12 +156,13 @@ class Reply:
         prompt = sum(map(len, self.prompts))
         new = sum(len(completion.tokens) for completion in completions)
         reasoning = sum(self._reasoning_tokens(number, one) for number, one in enumerate(completions))
+        cached = sum(one.reused_tokens for one in completions[:: self.request.n])
         vision = sum(int((prompt.medium_of >= 0).sum()) for prompt in self.prompts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": 0, "vision_tokens": vision},
+            "prompt_tokens_details": {"cached_tokens": cached, "vision_tokens": vision},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 

@@ -223,3 +223,18 @@ def test_log_probabilities_are_given_to_those_that_ask(engine, start):
     with_some, without = caller.answer("Hi", logprobs=3, max_new_tokens=3), caller.answer("Hi", max_new_tokens=3)
     assert with_some.tokens == without.tokens and without.logprobs is None
     assert [len(token.top) for token in with_some.logprobs] == [3, 3, 3]
+
+
+def test_log_probabilities_are_computed_where_one_asks(start, monkeypatch):
+    decode, tops = Slots.decode, []
+
+    def note(slots, *arguments, **options):
+        tops.append(slots.variant.top)
+        return decode(slots, *arguments, **options)
+
+    monkeypatch.setattr(Slots, "decode", note)
+    caller = start(logprobs=5)
+    for logprobs, top in ((None, None), (0, 5), (None, None)):
+        caller.answer("Hi", logprobs=logprobs, max_new_tokens=3)
+        assert set(tops) == {top}
+        tops.clear()

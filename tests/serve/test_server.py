@@ -172,6 +172,13 @@ def test_n_choices_in_a_stream(client):
     }
 
 
+def test_usage_counts_what_was_in_the_cache(client):
+    sent = hello("one two three four five six seven eight nine ten eleven twelve " * 3)
+    for is_second in (False, True):
+        usage = client.chat.completions.create(model=MODEL, messages=sent, max_tokens=2, n=2).usage
+        assert (usage.prompt_tokens_details.cached_tokens > 0) == is_second
+
+
 def test_a_thought_is_closed_when_its_budget_is_used_up(client):
     answer = client.chat.completions.create(
         model=MODEL,
