@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KEY = "GLM4V_API_KEY"
 """The environment variable for the key where no option names it."""
 
-_LENGTH, _TINY_LENGTH = 16_384, 2048
+_LENGTH, _TINY_LENGTH = 16_384, 1024
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 

@@ -37,6 +37,8 @@ R = TypeVar("R")
 
 State = Literal["starting", "ready", "draining", "failed", "closed"]
 
+_WORTH_A_LINE = 1.0
+"""Seconds of a program's compilation that are worth a line in the log."""
 _WARM_TOKENS = 3
 """New tokens of the requests that warm an engine: enough for each program."""
 
@@ -284,8 +286,10 @@ class Service:
 
         since = time.perf_counter()
 
-        def show(warmed: Warmed) -> None:
-            self.progress = f"compiling: {warmed.program} {warmed.shape}"
+        def show(one: Warmed) -> None:
+            self.progress = f"compiling: {one.program} {one.shape}"
+            if one.seconds >= _WORTH_A_LINE:
+                logger.info("server: compiled %s %s in %.1f s", one.program, one.shape, one.seconds)
 
         patches = longest * merged
         # The pool's size is part of the programs' shapes.

@@ -14,9 +14,12 @@ import openai
 import pytest
 from helpers_serve import MODEL, data_url, wait_until
 
+from glm4v_jax.errors import CheckpointError
 from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.serve.server import bind, run
+from glm4v_jax.serve.service import ServeSettings, Service
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
@@ -368,6 +371,28 @@ def test_until_it_is_ready_a_server_says_how_far_it_is(serving):
         is_slow.set()
         wait_until(lambda: service.state == "failed")
         assert str(service.error) == "no such model"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server():
+    def load():
+        raise CheckpointError("model: found none; expected one")
+
+    with pytest.raises(CheckpointError, match="found none"):
+        run(Service(ServeSettings(model=MODEL), load), bind("127.0.0.1", 0))
+
+
+def test_an_engine_that_fails_again_and_again_ends_the_server(serving):
+    with serving() as (service, address):
+        wait_until(lambda: service.state == "ready")
+        service.live.state = "failed"
+        wait_until(lambda: not is_reachable(address))
+
+
+def is_reachable(address):
+    try:
+        return httpx.get(f"{address}/health").status_code
+    except httpx.ConnectError:
+        return None
 
 
 def test_a_request_may_take_only_so_long(serving, slow):
