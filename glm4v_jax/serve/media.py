@@ -94,8 +94,15 @@ class MediaPolicy:
         validate(self)
 
 
-def limit_videos(processor: Glm4vProcessor, policy: MediaPolicy) -> None:
-    """Have a processor refuse videos that a policy does not allow: how large one is shows when it is opened."""
+def limit_videos(processor: Glm4vProcessor, policy: MediaPolicy, max_tokens: int | None = None) -> None:
+    """Have a processor refuse videos that a policy does not allow: how large one is shows when it is opened.
+
+    Args:
+      processor: that will prepare them.
+      policy: what is allowed.
+      max_tokens: of a video in the prompt.
+    """
+    processor.video_processor.max_tokens = max_tokens
     processor.video_processor.limits = {
         "max_pixels": policy.max_pixels,
         "max_decoded_bytes": policy.max_decoded_bytes,

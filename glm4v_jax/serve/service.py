@@ -259,7 +259,7 @@ class Service:
     def _start(self) -> None:
         try:
             engine = self._load()
-            limit_videos(engine.processor, self.settings.media)
+            limit_videos(engine.processor, self.settings.media, self.settings.max_model_len)
             if self.settings.is_warmed:
                 self._warm(engine)
             settings = self.settings

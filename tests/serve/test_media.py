@@ -20,6 +20,7 @@ from helpers_serve import wait_until
 from hypothesis import given, settings
 
 from glm4v_jax.errors import ConfigError, MediaError
+from glm4v_jax.inputs.media import decode
 from glm4v_jax.inputs.media.hosts import AllowedHosts, is_public
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.text.chat_template import choose_template
@@ -468,6 +469,20 @@ def test_videos_are_bounded_before_they_are_decoded(limits, tmp_path):
     assert len(processor.video_processor(source).video_grid_thw) == 1
     limit_videos(processor, MediaPolicy(**limits))
     with pytest.raises(MediaError, match="expected at most"):
+        processor.video_processor(source)
+
+
+def test_videos_of_too_many_tokens_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
+    source = write_video(tmp_path / "a.mp4", np.zeros((20, 64, 64, 3), np.uint8)).read_bytes()
+    tokens = len(processor.video_processor(source).pixel_values_videos) // 4
+    limit_videos(processor, MediaPolicy(), tokens)
+    processor.video_processor(source)
+    limit_videos(processor, MediaPolicy(), tokens - 1)
+    monkeypatch.setattr(decode._DecordReader, "read", None)
+    with pytest.raises(
+        MediaError, match=rf"video 0: .*found {tokens} tokens of 4 frames; expected at most {tokens - 1}"
+    ):
         processor.video_processor(source)
 
 

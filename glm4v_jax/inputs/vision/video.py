@@ -154,7 +154,8 @@ class Glm4vVideoProcessor(MediaProcessor):
         video_metadata: default of the argument of `preprocess`.
         return_metadata: whether results hold `video_metadata`.
         input_data_format: "channels_first", "channels_last", "none" for grey [T, H, W], or None to guess.
-        limits: what an encoded video may be at most, for videos of strangers; an attribute and no setting.
+        limits, max_tokens: what an encoded video may be at most, before it is decoded, for videos of strangers;
+            attributes and no settings.
         do_center_crop: no effect on GLM-4.1V, like `crop_size`, `size_divisor`, `default_to_square`.
     """
 
@@ -187,6 +188,7 @@ class Glm4vVideoProcessor(MediaProcessor):
     fps: float
     max_duration: float
     limits: VideoLimits = VideoLimits()
+    max_tokens: int | None = None
 
     def sample_frames(
         self, metadata: VideoMetadata, fps: float | None = None, max_duration: float | None = None, **kwargs: Any
@@ -302,7 +304,9 @@ class Glm4vVideoProcessor(MediaProcessor):
             source, input_data_format = np.asarray(source)[..., None], LAST
 
         def sample(whole: VideoMetadata) -> np.ndarray:
-            return self.sample_frames(whole, fps=settings["fps"], max_duration=settings["max_duration"])
+            indices = self.sample_frames(whole, fps=settings["fps"], max_duration=settings["max_duration"])
+            self._check_tokens(whole, len(indices), settings)
+            return indices
 
         frames, taken = load_video(
             source,
@@ -320,6 +324,13 @@ class Glm4vVideoProcessor(MediaProcessor):
         if settings["do_convert_rgb"]:
             frames = blend_on_white(frames)
         return self._resized(frames, settings), taken
+
+    def _check_tokens(self, metadata: VideoMetadata, num_frames: int, settings: Mapping[str, Any]) -> None:
+        if self.max_tokens is None or not metadata.height or not metadata.width:
+            return
+        patches = self._num_patches(num_frames, metadata.height, metadata.width, settings)
+        if (tokens := patches // settings["merge_size"] ** 2) > self.max_tokens:
+            raise MediaError(f"found {tokens:,} tokens of {num_frames} frames; expected at most {self.max_tokens:,}")
 
     def _resized(self, frames: np.ndarray, settings: Mapping[str, Any]) -> list[np.ndarray]:
         count, height, width, _ = frames.shape
