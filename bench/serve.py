@@ -21,12 +21,13 @@ with few requests, judges nothing but the answers and writes nothing. `--soak SE
 import argparse
 import asyncio
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,6 @@ class Size:
     long_prompt: int
     prefix: int
     streamed: int
-    joining: int
     turns: int
     rounds: int = ROUNDS
     prompts: tuple[int, int] = (32, 160)
@@ -67,14 +67,14 @@ class Size:
 PACKAGED_IDS = {name: value for name, value in models.PACKAGED.items() if name.endswith("token_id")}
 TINY = Size(
     "tiny", models.PACKAGED, slots=8, requests=160, context=4096, long_prompt=2048, prefix=1500, streamed=400,
-    joining=12, turns=20,
+    turns=20,
 )  # fmt: skip
 LARGE = Size(
-    "250M", models.INFERENCE | PACKAGED_IDS, slots=4, requests=32, context=4096, long_prompt=2048, prefix=1500,
-    streamed=160, joining=3, turns=5,
+    "250M", models.INFERENCE | PACKAGED_IDS, slots=4, requests=24, context=4096, long_prompt=2048, prefix=1500,
+    streamed=160, turns=5, rounds=2,
 )  # fmt: skip
 QUICK = dataclasses.replace(
-    TINY, requests=12, context=1024, long_prompt=512, prefix=300, streamed=60, joining=2, turns=2, rounds=1
+    TINY, requests=12, context=1024, long_prompt=512, prefix=300, streamed=60, turns=2, rounds=1
 )
 
 
@@ -138,30 +138,28 @@ async def loads(client: Client, bodies: Sequence[Body], size: Size) -> dict[str,
 async def joining(client: Client, size: Size, prompts: Prompts) -> dict[str, Any]:
     """Streams in all slots but one, alone and while long prompts come into that one."""
 
-    async def streams() -> list[Answer]:
+    async def streams(begun: Callable[[], None] | None = None) -> list[Answer]:
         bodies = [body([message(prompts.text(32))], size.streamed) for _ in range(size.slots - 1)]
-        answers, _ = await closed_loop(client, bodies, len(bodies))
-        return answers
-
-    async def join(done: asyncio.Event) -> list[Answer]:
-        found = list[Answer]()
-        while not done.is_set() and len(found) < size.joining:
-            found.append(await client.chat(body([message(prompts.text(size.long_prompt))], 2)))
-        return found
+        return list(await asyncio.gather(*(client.chat(body, begun=begun) for body in bodies)))
 
     alone = await streams()
-    done = asyncio.Event()
-    task = asyncio.create_task(join(done))
-    joined = await streams()
-    done.set()
-    long = await task
+    begun = list[None]()
+    joined_streams = asyncio.create_task(streams(lambda: begun.append(None)))
+    while len(begun) < size.slots - 1 and not joined_streams.done():
+        await asyncio.sleep(0.001)
+    long = list[Answer]()
+    while not joined_streams.done():
+        long.append(await client.chat(body([message(prompts.text(size.long_prompt))], 2)))
+    joined = await joined_streams
+    sides = {"alone": alone, "joined": joined}
     gaps = {
         name: serve_client.quantiles([gap for answer in answers for gap in answer.gaps])
-        for name, answers in (("alone", alone), ("joined", joined))
+        for name, answers in sides.items()
     }
     return {
         **gaps,
         "joining_prompts": len(long),
+        "longest_ms": {name: 1e3 * max(gap for a in answers for gap in a.gaps) for name, answers in sides.items()},
         "prompt_tokens": size.long_prompt,
         "first_ms": serve_client.quantiles([answer.first for answer in long]),
         "failed": sum(answer.status != 200 for answer in (*alone, *joined, *long)),
@@ -203,9 +201,9 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
     """Everything about one model."""
     path, prompts = write_model(directory / size.name, size.config), Prompts()
     bodies = [prompts.chat(size) for _ in range(size.requests)]
-    options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v"]
+    options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v", "--no-warmup"]
     with (
-        serve_client.offline(path, size.slots) as offline,
+        serve_client.offline(path, size.slots, size.context) as offline,
         serve_client.serve(path, directory / f"{size.name}.log", *options) as server,
     ):
 
@@ -213,7 +211,11 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
             answers, seconds = serve_client.run(lambda client: closed_loop(client, bodies, 3 * size.slots), server)
             return {"tokens": sum(answer.tokens for answer in answers), "seconds": seconds}
 
-        offline(bodies), saturated()  # compiles, and fills caches
+        # Compiles what is measured, and no more; a warm-up for images of all sizes takes minutes on a CPU.
+        offline(bodies), saturated()
+        few = dataclasses.replace(size, streamed=16, turns=1)
+        for part in (joining, prefixes):
+            serve_client.run(functools.partial(part, size=few, prompts=prompts), server)
         pairs = [(offline(bodies), saturated()) for _ in range(size.rounds)]
         assert all(mine["tokens"] == theirs["tokens"] for mine, theirs in pairs), pairs
         speeds = [[run["tokens"] / run["seconds"] for run in pair] for pair in pairs]

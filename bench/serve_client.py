@@ -71,9 +71,17 @@ class Client:
         """Close the connections."""
         await self._http.aclose()
 
-    async def chat(self, body: Mapping[str, Any], *, leave_after: int | None = None) -> Answer:
-        """Send a chat and read the answer as a stream; close it after `leave_after` pieces of text, if given."""
-        begun = time.perf_counter()
+    async def chat(
+        self, body: Mapping[str, Any], *, leave_after: int | None = None, begun: Callable[[], None] | None = None
+    ) -> Answer:
+        """Send a chat and read the answer as a stream.
+
+        Args:
+          body: of the request.
+          leave_after: pieces of text after which the stream is closed.
+          begun: called with the first.
+        """
+        since = time.perf_counter()
         sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
         texts, times = list[str](), list[float]()
         tokens, reason = 0, None
@@ -94,14 +102,16 @@ class Client:
                         if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
                             texts.append(text)
                             times.append(time.perf_counter())
+                            if len(times) == 1 and begun is not None:
+                                begun()
                     if leave_after is not None and len(texts) > leave_after:
                         return Answer(0, "".join(texts))
         except httpx2.HTTPError as error:
             return Answer(0, "".join(texts), error=repr(error))
         ended = time.perf_counter()
-        first = (times[0] if times else ended) - begun
+        first = (times[0] if times else ended) - since
         gaps = tuple(later - sooner for sooner, later in itertools.pairwise(times))
-        return Answer(200, "".join(texts), tokens, reason, first, gaps, ended - begun)
+        return Answer(200, "".join(texts), tokens, reason, first, gaps, ended - since)
 
     async def send(self, body: Mapping[str, Any] | bytes) -> Answer:
         """Send a chat, or bytes in the place of one, and wait for the whole answer."""
@@ -291,9 +301,11 @@ def median_first(answers: Sequence[Answer]) -> float:
 
 
 @contextlib.contextmanager
-def offline(directory: pathlib.Path, slots: int) -> Iterator[Callable[[Sequence[Body]], dict[str, float]]]:
-    """A process that does the same work through `Engine.generate_many`; what it yields has it do some."""
-    code = f"from bench.serve_client import work_offline; work_offline({str(directory)!r}, {slots})"
+def offline(
+    directory: pathlib.Path, slots: int, capacity: int
+) -> Iterator[Callable[[Sequence[Body]], dict[str, float]]]:
+    """A process that does the same work through `Engine.generate_many`, in slots of the same size."""
+    code = f"from bench.serve_client import work_offline; work_offline({str(directory)!r}, {slots}, {capacity})"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=report.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -309,11 +321,12 @@ def offline(directory: pathlib.Path, slots: int) -> Iterator[Callable[[Sequence[
         stdin.close()
 
 
-def work_offline(directory: str, slots: int) -> None:
+def work_offline(directory: str, slots: int, capacity: int) -> None:
     """Answer requests that come as lines of JSON, in batches; says what each batch took."""
     from glm4v_jax.generate.engine import Engine, Request
 
     engine = Engine.from_pretrained(directory, num_slots=slots)
+    engine.reserve(capacity)
     for line in sys.stdin:
         requests = [Request(body["messages"], {"max_new_tokens": body["max_tokens"]}) for body in json.loads(line)]
         begun = time.perf_counter()
