@@ -117,6 +117,11 @@ def test_prompt_lookup_copies_what_a_prompt_holds(tmp_path):
     assert 1.0 < edited["tokens_per_step"] < copy["tokens_per_step"] <= 8
 
 
+def test_the_server_answers_what_is_measured(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["it", "--quick"])
+    assert serve.main() == 0
+
+
 def test_evaluations_with_other_answers_fail(sides):
     def theirs(task, **arguments):
         found = sides["theirs"](task, **arguments)
