@@ -147,9 +147,7 @@ async def preview(request: Request) -> Response:
 
     def seen() -> dict[str, Any]:
         ((item,),) = [message["content"] for message in _resolved(parse_body(raw), service)]
-        if item["type"] not in ("image", "video"):
-            raise ApiError(400, "type: found text; expected an image or a video", param="type")
-        return preview_of(item["type"], item[item["type"]], service.engine.processor)
+        return preview_of(item, service.engine.processor)
 
     return JsonResponse(await service.prepare(seen))
 

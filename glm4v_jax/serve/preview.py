@@ -2,7 +2,8 @@
 
 import base64
 import io
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import PIL.Image
 
@@ -10,28 +11,29 @@ from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
 from glm4v_jax.inputs.preview.preview import Seen, look
 from glm4v_jax.inputs.preview.sheet import draw_frames
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.vision.settings import AREA_OPTIONS
+from glm4v_jax.serve.errors import ApiError
 
 _LONGEST_IMAGE, _LONGEST_FRAME = 880, 260
 """Sides of drawings, in pixels."""
 _MAX_DRAWINGS = 60
 
 
-def preview(kind: Literal["image", "video"], content: bytes, processor: Glm4vProcessor) -> dict[str, Any]:
+def preview(item: Mapping[str, Any], processor: Glm4vProcessor) -> dict[str, Any]:
     """Prepare an image or a video as a chat would, and describe and draw what comes of it.
 
     >>> from glm4v_jax.tiny import TINY_CHECKPOINT
     >>> processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
     >>> file = io.BytesIO()
     >>> PIL.Image.new("RGB", (90, 60)).save(file, "PNG")
-    >>> seen = preview("image", file.getvalue(), processor)
+    >>> seen = preview({"type": "image", "image": file.getvalue()}, processor)
     >>> seen["seen_width"], seen["seen_height"], seen["grid_thw"], seen["image_tokens"]
     (112, 84, [1, 6, 8], 12)
     >>> seen["drawings"][0]["url"][:22]
     'data:image/png;base64,'
 
     Args:
-      kind: what to take it for.
-      content: of the file.
+      item: of a message, with the bytes of a file: what `media.resolve` returns.
       processor: of the checkpoint.
 
     Returns:
@@ -39,8 +41,16 @@ def preview(kind: Literal["image", "video"], content: bytes, processor: Glm4vPro
       lines are.
 
     Raises:
+      ApiError: the item is a text, a list of frames, or has options.
       MediaError: it cannot be read or prepared.
     """
+    kind = item.get("type", "text")
+    content = item.get(kind)
+    if kind not in ("image", "video") or not isinstance(content, bytes):
+        found = "a list" if isinstance(content, list) else kind
+        raise ApiError(400, f"type: found {found}; expected an image or a video, as one file", param="type")
+    if option := next((name for name in (*AREA_OPTIONS, "fps") if name in item), None):
+        raise ApiError(400, f"{option}: found some; expected none: a preview is of the server's settings", param=option)
     seen = look(content, processor, "picture" if kind == "image" else "video")
     (place,) = place_in_prompt([seen], processor).places
     longest = _LONGEST_IMAGE if kind == "image" else _LONGEST_FRAME

@@ -11,6 +11,7 @@ from helpers_media import png, write_video
 
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.preview import preview
 
 
@@ -29,7 +30,7 @@ def drawn(drawing):
 
 def test_an_image_is_drawn_between_its_lines(processor):
     pixels = noise(112, 168)
-    seen = preview("image", png(PIL.Image.fromarray(pixels)), processor)
+    seen = preview({"type": "image", "image": png(PIL.Image.fromarray(pixels))}, processor)
     assert (seen["kind"], seen["grid_thw"], seen["image_tokens"]) == ("image", [1, 8, 12], 24)
     assert "file" not in seen
     (drawing,) = seen["drawings"]
@@ -45,7 +46,7 @@ def test_an_image_is_drawn_between_its_lines(processor):
 def test_frames_of_a_video_have_their_times(processor, tmp_path):
     frames = np.stack([np.full((56, 84, 3), 20 * index, np.uint8) for index in range(8)])
     video = write_video(tmp_path / "video.mp4", frames, rate=2).read_bytes()
-    seen = preview("video", video, processor)
+    seen = preview({"type": "video", "video": video}, processor)
     assert seen["kind"] == "video"
     assert len(seen["drawings"]) == seen["grid_thw"][0] == 4
     assert [drawing["timestamp"] for drawing in seen["drawings"]] == seen["timestamps"]
@@ -58,14 +59,16 @@ def test_frames_of_a_video_have_their_times(processor, tmp_path):
 def test_an_image_part_is_an_image_even_if_it_moves(processor):
     first, second = (PIL.Image.fromarray(noise(56, 56)) for _ in range(2))
     content = png(first, format="GIF", save_all=True, append_images=[second])
-    assert preview("image", content, processor)["kind"] == "image"
+    assert preview({"type": "image", "image": content}, processor)["kind"] == "image"
 
 
 def test_large_images_and_long_videos_stay_small(processor, tmp_path):
-    large = preview("image", png(PIL.Image.new("RGB", (1300, 1000))), processor)
+    large = preview({"type": "image", "image": png(PIL.Image.new("RGB", (1300, 1000)))}, processor)
     assert max(large["drawings"][0]["width"], large["drawings"][0]["height"]) <= 880
     frames = np.zeros((130, 32, 32, 3), np.uint8)
-    long = preview("video", write_video(tmp_path / "long.mp4", frames, rate=2).read_bytes(), processor)
+    long = preview(
+        {"type": "video", "video": write_video(tmp_path / "long.mp4", frames, rate=2).read_bytes()}, processor
+    )
     assert len(long["drawings"]) == 60 < long["grid_thw"][0]
     assert "60 of" in long["legend"]
 
@@ -73,4 +76,19 @@ def test_large_images_and_long_videos_stay_small(processor, tmp_path):
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_what_cannot_be_read_is_an_error(processor, kind):
     with pytest.raises(MediaError, match="found"):
-        preview(kind, b"neither", processor)
+        preview({"type": kind, kind: b"neither"}, processor)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"text": "?"},
+        {"type": "video", "video": [b"a frame"]},
+        {"type": "image", "image": b"", "max_pixels": 3136},
+        {"type": "video", "video": b"", "fps": 1},
+    ],
+)
+def test_what_a_preview_would_not_show_is_refused(processor, item):
+    with pytest.raises(ApiError, match="found") as error:
+        preview(item, processor)
+    assert error.value.status == 400

@@ -252,10 +252,9 @@ function problemOf(error) {
 function requestOf(exchange) {
   const until = exchanges.slice(0, exchanges.indexOf(exchange)).flatMap((other) => other.messages);
   const system = systemPrompt();
-  const [question] = Object.assign(Object.create(exchange), { content: "", isRefused: false }).messages;
   return {
     model,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...until, question],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...until, exchange.question],
     ...requestOptions(),
     stream: true,
     stream_options: { include_usage: true },

@@ -56,12 +56,16 @@ export class Exchange {
     return this.firstAt !== null;
   }
 
+  /** The message that asks. */
+  get question() {
+    const parts = [...this.media.map(partOf), ...(this.text ? [{ type: "text", text: this.text }] : [])];
+    return { role: "user", content: this.media.length ? parts : this.text };
+  }
+
   /** What a later request says of this exchange. What the server refused would be refused again. */
   get messages() {
     if (this.isRefused) return [];
-    const parts = [...this.media.map(partOf), ...(this.text ? [{ type: "text", text: this.text }] : [])];
-    const question = { role: "user", content: this.media.length ? parts : this.text };
-    return this.content ? [question, { role: "assistant", content: this.content }] : [question];
+    return [this.question, ...(this.content ? [{ role: "assistant", content: this.content }] : [])];
   }
 
   wait(text) {
