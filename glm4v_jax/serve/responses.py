@@ -162,7 +162,7 @@ class Reply:
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": cached, "vision_tokens": vision},
+            "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": vision},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 

@@ -139,7 +139,7 @@ def test_usage_counts_the_tokens_of_the_thought(tokenizer):
         "prompt_tokens": prompt,
         "completion_tokens": new,
         "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": 0, "vision_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": thought},
     }
 
