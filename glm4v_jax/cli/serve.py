@@ -113,7 +113,7 @@ class Serve(Options):
     """Number of answers that may wait for a slot; more get status 429."""
 
     max_logprobs: Annotated[int, Meta(ge=-1, le=20), tyro.conf.arg(metavar="N")] = 20
-    """Log probabilities that a request may ask for at each token; -1 for none, which saves some time."""
+    """Log probabilities that a request may ask for at each token; -1 for none, which leaves programs uncompiled."""
 
     request_timeout: Annotated[PositiveNumber, tyro.conf.arg(metavar="S")] = 600.0
     """Seconds that a request may take."""

@@ -418,6 +418,7 @@ def test_what_is_running_when_the_server_ends_is_cancelled(serving, slow):
             assert '"finish_reason":"cancelled"' in text and text.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.slow
 def test_a_signal_lets_streams_finish(tmp_path):
     """The command as a process of its own."""
     command = [sys.executable, "-m", "glm4v_jax", "serve", "--port", "0", "--slots", "4", "--max-model-len", "256"]
