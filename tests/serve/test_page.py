@@ -54,7 +54,7 @@ class Opened:
     def __init__(self, browser, url, **options):
         self.url = url
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(60_000)
         self.page = self.context.new_page()
         self.errors, self.requests, self.sent, self.keys = [], [], [], []
         self.page.on("console", self.note)
