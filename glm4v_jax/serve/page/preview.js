@@ -42,7 +42,7 @@ function facts(seen) {
     ["Seen", `${seen.seen_width} × ${seen.seen_height} pixels, ${seen.why}`],
     ["Patches", patches],
     ["Tokens", `${counted(seen.image_tokens, "image token")}, ${share}% of the most there may be`],
-    ["In the prompt", counted(seen.prompt_tokens, "token")],
+    ["Prompt", `${counted(seen.prompt_tokens, "token")}, tags${seen.kind === "video" ? " and times" : ""} included`],
   ];
   if (seen.kind === "video") rows.splice(1, 0, ["Sampled", sampled(seen)]);
   const entries = rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
