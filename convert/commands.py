@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from glm4v_jax.config.checks import Natural, Scheme
+from glm4v_jax.config.checks import Natural
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.quantization import Scheme
 from glm4v_jax.console.distributed import DistributedOptions
 from glm4v_jax.console.program import Command, JsonOptions, run_program
 from glm4v_jax.console.progress import Progress

@@ -2,13 +2,12 @@
 
 import collections
 import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.compressed_tensors import PACKED, SCALE, SHAPE, WEIGHT, ScaleLayout, match
+from glm4v_jax.checkpoints.compressed_tensors import SCALE, SHAPE, ScaleLayout, match, parameters_of
 from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
 from glm4v_jax.checkpoints.plan import check_scheme
 from glm4v_jax.config.model import Glm4vConfig
@@ -124,14 +123,13 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
             leaf = dataclasses.replace(leaf, path=scale_path(leaf.path), axes=tuple(kept))
         if rule.suffix == SHAPE:
             leaf = dataclasses.replace(leaf, path="", axes=())
-        weights = 0 if rule.suffix not in ("", WEIGHT, PACKED) else math.prod(rule.tensor_shape(sizes))
         groups.append(
             Group(
                 name=rule.tensor,
                 count=len(members),
                 shape=infos[0].shape,
                 dtype="/".join(sorted({info.dtype.name for info in infos})),
-                parameters=len(members) * weights,
+                parameters=len(members) * parameters_of(rule, sizes),
                 nbytes=sum(info.nbytes for info in infos),
                 leaf=leaf.path if rule.part is None else f"{leaf.path}[{':, ' * rule.part[0]}{rule.part[1]}]",
                 sharding=tuple("+".join(axes) or "-" for axes in leaf.axes),

@@ -5,6 +5,7 @@ kept in the dtype of the weights, as those programs keep it, and what is rounded
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,7 +95,11 @@ def quantize(
     check_room(source, target, needed, overwrite=overwrite, dry_run=dry_run)
     if not dry_run:
         with new_directory(target, overwrite=overwrite) as directory:
-            write_shards(directory, tensors, plan, metadata=PYTORCH | files.metadata, progress=progress)
+            parameters = sum(math.prod(info.shape) for info in files.values())
+            write_shards(
+                directory, tensors, plan,
+                metadata=PYTORCH | files.metadata, parameters=parameters, progress=progress,
+            )  # fmt: skip
             copy_assets(source, directory)
             ignore = [] if layers == "all" else ["re:.*visual.*"]
             if layers != "all" or config.text_config.tie_word_embeddings:

@@ -10,8 +10,9 @@ import numpy as np
 
 from convert.casts import cast_chunks
 from convert.source import Summary, check_cast_of, shards_of
+from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import check_room, new_directory
-from glm4v_jax.checkpoints.compressed_tensors import match
+from glm4v_jax.checkpoints.compressed_tensors import match, parameters_of
 from glm4v_jax.checkpoints.hf_write import PYTORCH, plan_shards, total_bytes, write_shards
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import Weights, open_weights
@@ -72,7 +73,7 @@ def to_hf(
     config = Glm4vConfig.from_pretrained(source)
     files = open_weights(source)
     stored = stored_quantization(source)
-    match(config, files, str(source), stored)
+    matched, sizes = match(config, files, str(source), stored), hf_mapping.dimensions(config)
     check_cast_of(source, stored, dtype)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {name: CastTensor(info.shape, cast or info.dtype, files, name) for name, info in files.items()}
@@ -81,7 +82,10 @@ def to_hf(
     check_room(source, target, nbytes + asset_bytes(source), overwrite=overwrite, dry_run=dry_run)
     if not dry_run:
         with new_directory(target, overwrite=overwrite) as directory:
-            write_shards(directory, tensors, plan, metadata=PYTORCH | files.metadata, progress=progress)
+            held = None if stored is None else sum(parameters_of(part.rule, sizes) for part in matched.values())
+            write_shards(
+                directory, tensors, plan, metadata=PYTORCH | files.metadata, parameters=held, progress=progress
+            )
             copy_assets(source, directory)
             if cast is not None:
                 set_dtype(directory / "config.json", cast.name)

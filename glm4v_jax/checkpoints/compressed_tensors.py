@@ -10,9 +10,12 @@ In the formats that do not pack, `weight` is int8, and so are the zero points.
 """
 
 import dataclasses
+import json
 import math
-from collections.abc import Collection, Mapping
-from typing import NamedTuple, Protocol
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -66,6 +69,11 @@ def stored_tensors(shape: tuple[int, ...], stored: StoredQuantization) -> dict[s
     if stored.symmetric:
         del found[ZERO_POINT]
     return found
+
+
+def parameters_of(rule: hf_mapping.Rule, sizes: Mapping[str, int]) -> int:
+    """Return the number of parameters in a tensor; of a quantised weight, its integers have them."""
+    return math.prod(rule.tensor_shape(sizes)) if rule.suffix in ("", WEIGHT, PACKED) else 0
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -126,7 +134,8 @@ class QuantizedWeight:
             values = unpack(self._read(PACKED), self.stored.bits, inputs)
         if self.stored.symmetric:
             if self.stored.bits == 4 and not -8 <= (low := values.min()) <= (high := values.max()) <= 7:
-                raise CheckpointError(f"{self.name}.{WEIGHT}: found integers from {low} to {high}; expected -8 to 7")
+                expected = f"-8 to 7, or num_bits 8 in {FIELD}"
+                raise CheckpointError(f"{self.name}.{WEIGHT}: found integers from {low} to {high}; expected {expected}")
             return values
         zeros = self._read(ZERO_POINT)
         if self.stored.packed:
@@ -230,32 +239,100 @@ def match(
       Name in the checkpoint -> what it fills, for every tensor that the model needs, in the table's order.
 
     Raises:
-      CheckpointError: tensors are missing, unexpected, there twice, of a wrong shape or dtype; all of them are listed.
+      CheckpointError: see `hf_mapping.match`; or a field of the scheme is not that of the tensors.
       ConfigError: a group of the scheme does not divide a layer's inputs.
     """
     found = {hf_mapping.canonical(name): info for name, info in infos.items()}
+    hf_mapping.check_depths(config, found, where)
     if stored is None:
         if quantized_name := next((name for name in found if name.endswith((PACKED, SCALE))), None):
             raise CheckpointError(f"{where}: {FIELD}: found nothing; expected the scheme of {quantized_name}")
         return hf_mapping.match(config, infos, where)
+    sizes = hf_mapping.dimensions(config)
     quantized = {
-        name for name, part in hf_mapping.wanted(config).items()
+        name: part.rule.tensor_shape(sizes) for name, part in hf_mapping.wanted(config).items()
         if part.rule.is_linear and not found.keys().isdisjoint(_marks(name))
     }  # fmt: skip
     if not quantized:
         raise CheckpointError(f"{where}: {FIELD}: found {stored}, but no quantised weight; expected some")
     expected = expected_tensors(config, quantized, stored, where)
-    for suffix in (PACKED, SCALE):
-        shapes = {name: shape for name, shape in expected.shapes.items() if name.endswith(suffix) and name in found}
-        if shapes and all(found[name].shape != shape for name, shape in shapes.items()):  # not one damaged tensor
-            name, shape = next(iter(shapes.items()))
-            raise CheckpointError(
-                f"{where}: {FIELD}: found {stored}, of which {name} would be {list(shape)}; expected the scheme in "
-                f"which it is {list(found[name].shape)}"
-            )
+    _check_scheme(stored, quantized, found, where)
     listed = hf_mapping.without_tied_head(config, infos.items())
     names = hf_mapping.check_tensors(listed, expected.shapes, where, dtypes=expected.dtypes)
     return {names[key]: part for key, part in expected.parts.items()}
+
+
+def _check_scheme(
+    stored: StoredQuantization, quantized: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo], where: str
+) -> None:
+    """Check the fields of the scheme against the weights: where all of these agree on a value, it is the field's.
+
+    Raises:
+      CheckpointError: a field has another value; all such are listed.
+    """
+    told = [_told(found, name, shape) for name, shape in quantized.items()]
+    fields = {
+        "num_bits": stored.bits,
+        "group_size": stored.group,
+        "symmetric": stored.symmetric,
+        "format": stored.format,
+    }
+    faults = []
+    for field, value in fields.items():
+        possible = set[Any].intersection(*(values[field] for values in told))
+        if possible and value not in possible:
+            (expected,) = possible if len(possible) == 1 else (None,)  # of a group with all inputs, a channel
+            faults.append(fault(field, value, f"{json.dumps(expected)}, the scheme of {next(iter(quantized))}"))
+    raise_faults(faults, CheckpointError, where=f"{where}: {FIELD}")
+
+
+def _told(found: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> dict[str, set[Any]]:
+    """Return field of the scheme -> values that it may have, as the tensors of a weight [out, in] tell."""
+    stem, inputs = name.removesuffix(WEIGHT), shape[1]
+    packed, scale = (found[stem + suffix].shape if stem + suffix in found else () for suffix in (PACKED, SCALE))
+    told: dict[str, set[Any]] = {
+        "num_bits": {bits for bits in (8, 4) if not packed or packed[-1] == packed_size(inputs, bits)},
+        "group_size": set(),
+        "symmetric": {stem + ZERO_POINT not in found},
+        "format": {"pack-quantized" if packed else "int-quantized"},
+    }
+    if len(scale) == 2 and scale[1] and inputs % scale[1] == 0:
+        told["group_size"] = {None, inputs} if scale[1] == 1 else {inputs // scale[1]}
+    return told
+
+
+def check_ignored(config: Glm4vConfig, ignored: Sequence[str], quantized: Collection[str], where: str) -> None:
+    """Check the layers that a checkpoint says are in floats; warn of those that the model does not have.
+
+    Args:
+      config: of the model.
+      ignored: names, classes and, after "re:", patterns of the beginnings of names.
+      quantized: canonical names of layers in integers.
+      where: names the checkpoint in errors.
+
+    Raises:
+      CheckpointError: one of these is among them.
+    """
+    names = {name.rpartition(".")[0] for name in hf_mapping.wanted(config)} | {"lm_head"}
+    modules = names | {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
+    for entry in ignored:
+        matching = [name for name in sorted(modules) if any(_matches(entry, spelled) for spelled in _spellings(name))]
+        if found := [name for name in matching if name in quantized]:
+            expected = f"{found[0]}, which it matches, in floats"
+            raise CheckpointError(f"{where}: {FIELD}: {fault('ignore', entry, expected)}")
+        if not matching and not entry[:1].isupper():  # of a class
+            warnings.warn(f"{where}: {FIELD}: ignore: found {entry!r}, which matches no layer", stacklevel=2)
+
+
+def _matches(entry: str, name: str) -> bool:
+    """Whether an entry means a layer, as compressed-tensors reads it."""
+    return re.match(entry[3:], name) is not None if entry.startswith("re:") else entry == name
+
+
+def _spellings(name: str) -> list[str]:
+    """The names in a checkpoint of which `hf_mapping.canonical` makes one."""
+    found = [name, name.removeprefix("language_model.")]
+    return found + [f"model.{spelled}" for spelled in found]
 
 
 def _marks(name: str) -> list[str]:

@@ -19,7 +19,7 @@ import einops
 import numpy as np
 
 from glm4v_jax.checkpoints.safetensors import TensorInfo
-from glm4v_jax.config.checks import one_of, raise_faults
+from glm4v_jax.config.checks import fault, one_of, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, counted
 
@@ -303,6 +303,7 @@ def match(config: Glm4vConfig, infos: Mapping[str, TensorInfo], where: str) -> d
       CheckpointError: tensors are missing, unexpected, there twice, of a wrong shape or dtype; all of them are listed.
     """
     sizes, expected = dimensions(config), wanted(config)
+    check_depths(config, map(canonical, infos), where)
     shapes = {name: part.rule.tensor_shape(sizes) for name, part in expected.items()}
     names = check_tensors(without_tied_head(config, infos.items()), shapes, where)
     return {names[key]: part for key, part in expected.items()}
@@ -337,7 +338,8 @@ def check_tensors(
       Canonical name -> name found.
 
     Raises:
-      CheckpointError: any of them is missing, unexpected, there twice, of a wrong shape or dtype; all are listed.
+      CheckpointError: any of them is missing, unexpected, there twice, of a wrong shape or dtype; all are in
+        `faults`, the first in the message.
     """
     names: dict[str, str] = {}
     infos: dict[str, TensorInfo] = {}
@@ -359,8 +361,40 @@ def check_tensors(
     if not any_dtype:
         faults += _stray_halves({name: info for name, info in infos.items() if spell(name) not in dtypes})
     faults += [f"{key}: found nothing; expected {list(shape)}" for key, shape in expected.items() if key not in names]
-    raise_faults(sorted(faults), CheckpointError, where=f"{where}: {_misfits(len(faults))} the configuration")
+    place = f"{where}: {_misfits(len(faults))} the configuration"
+    raise_faults(sorted(faults), CheckpointError, where=place, shown=_SHOWN)
     return names
+
+
+_SHOWN = 8
+"""Faults in a message, which counts the others: a field that was edited gives one for every layer."""
+
+
+def check_depths(config: Glm4vConfig, names: Iterable[str], where: str) -> None:
+    """Check the numbers of layers, which name the field that is wrong where a list of their tensors would not.
+
+    Args:
+      config: of the model.
+      names: canonical ones of tensors, or paths of leaves.
+      where: names the checkpoint in errors.
+
+    Raises:
+      CheckpointError: there are other numbers of complete layers.
+    """
+    counts: dict[str, collections.Counter[int]] = {group: collections.Counter() for group in LAYER_GROUPS}
+    for name in names:
+        if (layer := _LAYER.match(name)) is not None:
+            counts[layer[1]][int(layer[2])] += 1
+    fields = {
+        "text_config.num_hidden_layers": config.text_config.num_hidden_layers,
+        "vision_config.depth": config.vision_config.depth,
+    }
+    faults = []
+    for (field, wanted), count in zip(fields.items(), counts.values(), strict=True):
+        there, whole = len(count), set(range(len(count))) == set(count)
+        if there not in (0, wanted) and whole and count[there - 1] == count[0]:
+            faults.append(fault(field, wanted, f"{there}: the tensors are of {counted(there, 'layer')}"))
+    raise_faults(faults, CheckpointError, where=where)
 
 
 def _misfits(count: int) -> str:

@@ -93,6 +93,7 @@ def write_shards(
     plan: Plan,
     *,
     metadata: Mapping[str, str] = PYTORCH,
+    parameters: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the files of a plan, and last their index if the plan has several.
@@ -102,6 +103,7 @@ def write_shards(
       tensors: name -> what to write; each is asked for its values once, when its turn comes.
       plan: see `plan_shards`.
       metadata: of every file.
+      parameters: how many the tensors hold, for the index; by default one for each number.
       progress: called with the bytes written so far and in all.
 
     Raises:
@@ -119,7 +121,8 @@ def write_shards(
     for file, names in plan.items():
         write_safetensors(directory / file, {name: tensors[name] for name in names}, metadata, advance)
     if list(plan) != [SINGLE]:
-        parameters = sum(math.prod(tensors[name].shape) for names in plan.values() for name in names)
+        if parameters is None:
+            parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
         index = {
             "metadata": {"total_parameters": parameters, "total_size": total},
             "weight_map": {name: file for file, names in plan.items() for name in names},

@@ -13,12 +13,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.compressed_tensors import QuantizedWeight, ScaleLayout, match, signed, stored_leaves
+from glm4v_jax.checkpoints.compressed_tensors import (
+    QuantizedWeight,
+    ScaleLayout,
+    check_ignored,
+    match,
+    signed,
+    stored_leaves,
+)
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
 from glm4v_jax.checkpoints.strided_copy import copy_in_squares
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.config.quantization import StoredQuantization, stored_quantization
+from glm4v_jax.config.quantization import StoredQuantization, ignored_layers, stored_quantization
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.model.glm4v import Glm4v
@@ -81,6 +88,9 @@ class TensorLeaves:
                 shape = part.rule.tensor_shape(self._sizes)
                 self._quantized[name] = QuantizedWeight(files, name, shape, self.stored)
             self._tensors.setdefault(part.path, {})[name] = part
+        if self.stored is not None:
+            quantized = map(hf_mapping.canonical, self._quantized)
+            check_ignored(config, ignored_layers(files.directory), set(quantized), str(files.directory))
         faults = [fault for weight in self._quantized.values() for fault in weight.faults()]
         raise_faults(faults, CheckpointError, where=str(files.directory))
         self.infos: Mapping[str, TensorInfo] = self._infos(config)

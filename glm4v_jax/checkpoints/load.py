@@ -2,9 +2,10 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -236,60 +237,72 @@ def load_model(
 
     # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
     paths = sorted((path for path in leaves.infos if not is_scale(path)), key=lambda path: -leaves.infos[path].nbytes)
-    in_integers = _ahead(read, [path for path in paths if scale_path(path) in leaves.infos])
-    for path in paths:
-        info = leaves.infos[path]
-        target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
-        linear = linears.get(hf_mapping.layerless_path(path))
-        if scale_path(target) not in abstract:
-            made = {target: array_of(leaves, path, spec_of(path), dtype)}
-        elif scale_path(path) in leaves.infos:
-            assert linear is not None and stored is not None
-            pair = quantized_leaves(*next(in_integers), len(linear.in_axes) - 1, QuantConfig(stored.dtype))
-            made = dict(zip((target, scale_path(target)), pair, strict=True))
-            done += leaves.infos[scale_path(path)].nbytes
-        else:  # from the checkpoint's numbers, not rounded to `dtype` first
-            kernel = array_of(leaves, path, spec_of(path), info.dtype)
-            if linear is not None:
-                own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
-                assert own is not None
-                pair = quantize_kernel(kernel, linear.in_axes, linear.out_axes, own)
-            else:
-                pair = quantize_embedding(kernel)
-            made = dict(zip((target, scale_path(target)), pair, strict=True))
-            del kernel
-        for name, array in made.items():
-            if linear is not None and array.ndim == len(linear.axes):
-                array = in_order(array, linear, 0, linear.leading)
-            arrays[name] = array if layer is None else _put_layer(arrays[name], array, layer)
-        del made
-        done += info.nbytes
-        if done - released > _RELEASE_BYTES:
-            jax.block_until_ready(arrays[target])
-            leaves.release()
-            released = done
-        if progress is not None:
-            progress(done, total)
+    quantised = [path for path in paths if scale_path(path) in leaves.infos]
+    with contextlib.closing(_ahead(read, quantised)) as in_integers:
+        for path in paths:
+            info = leaves.infos[path]
+            target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
+            linear = linears.get(hf_mapping.layerless_path(path))
+            if scale_path(target) not in abstract:
+                made = {target: array_of(leaves, path, spec_of(path), dtype)}
+            elif scale_path(path) in leaves.infos:
+                assert linear is not None and stored is not None
+                pair = quantized_leaves(*next(in_integers), len(linear.in_axes) - 1, QuantConfig(stored.dtype))
+                made = dict(zip((target, scale_path(target)), pair, strict=True))
+                done += leaves.infos[scale_path(path)].nbytes
+            else:  # from the checkpoint's numbers, not rounded to `dtype` first
+                kernel = array_of(leaves, path, spec_of(path), info.dtype)
+                if linear is not None:
+                    own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
+                    assert own is not None
+                    pair = quantize_kernel(kernel, linear.in_axes, linear.out_axes, own)
+                else:
+                    pair = quantize_embedding(kernel)
+                made = dict(zip((target, scale_path(target)), pair, strict=True))
+                del kernel
+            for name, array in made.items():
+                if linear is not None and array.ndim == len(linear.axes):
+                    array = in_order(array, linear, 0, linear.leading)
+                arrays[name] = array if layer is None else _put_layer(arrays[name], array, layer)
+            del made
+            done += info.nbytes
+            if done - released > _RELEASE_BYTES:
+                jax.block_until_ready(arrays[target])
+                leaves.release()
+                released = done
+            if progress is not None:
+                progress(done, total)
     if quantize is not None or stored is not None:
         check_finite({path: array for path, array in arrays.items() if is_scale(path)}, str(directory))
     return jax.tree.unflatten(structure, [arrays[path] for path in abstract])
 
 
-def _ahead(function: Callable[[str], T], items: Iterable[str], count: int = 2) -> Iterator[T]:
-    """Call a function that reads with each item, in order, in threads that are this many results ahead."""
+def _ahead(function: Callable[[str], T], items: Iterable[str], count: int = 2) -> Generator[T, None, None]:
+    """Call a function that reads with each item, in order, in threads that are this many results ahead.
+
+    An error of the function is raised in the place of its result; no thread outlives the iterator.
+    """
     mesh, pending = jax.sharding.get_mesh(), collections.deque[concurrent.futures.Future[T]]()
 
     def call(item: str) -> T:
         with use_mesh(mesh):  # a thread does not inherit it
             return function(item)
 
-    with concurrent.futures.ThreadPoolExecutor(count) as threads:
-        for item in items:
-            pending.append(threads.submit(call, item))
-            if len(pending) > count:
+    with concurrent.futures.ThreadPoolExecutor(count, _READER) as threads:
+        try:
+            for item in items:
+                pending.append(threads.submit(call, item))
+                if len(pending) > count:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+_READER = "glm4v-read-ahead"
+"""How the names of threads that read begin."""
 
 
 def _put_layer(stacked: Any, leaf: Array, layer: int) -> Array:

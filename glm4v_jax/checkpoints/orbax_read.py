@@ -8,7 +8,7 @@ TensorStore reads the leaves, not Orbax, whose reader materialises whole leaves:
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import ml_dtypes
 import msgspec
@@ -32,7 +32,7 @@ from glm4v_jax.checkpoints.leaves import Leaves, Slices, TensorLeaves
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, open_checkpoint
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.config.quantization import stored_quantization
+from glm4v_jax.config.quantization import FIELD, StoredQuantization, stored_quantization
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.files import is_orbax, model_directory
 from glm4v_jax.model.quantize import is_scale, kernel_path, scale_path
@@ -95,10 +95,15 @@ class OrbaxLeaves:
             raise CheckpointError(f"{directory}: found damaged metadata; expected an Orbax checkpoint")
         self.custom_metadata: Mapping[str, Any] = described.custom_metadata or {}
         found = {path: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(described.metadata)}
+        hf_mapping.check_depths(config, found, str(directory))
+        scales = [path for path in found if is_scale(path)]
+        if bool(scales) != (self.stored is not None):
+            expected_field = f"the scheme of {scales[0]}" if scales else "nothing: no weight is quantised"
+            raise CheckpointError(f"{directory}: {FIELD}: found {self.stored or 'nothing'}; expected {expected_field}")
         quantized: dict[str, TensorInfo] = {}
         if self.stored is not None:
-            kernels = [kernel_path(path) for path in found if is_scale(path)]
-            quantized = stored_leaves(config, self.stored, kernels)
+            quantized = stored_leaves(config, self.stored, [kernel_path(path) for path in scales])
+            _check_scheme(self.stored, quantized, found, f"{directory}: {FIELD}")
         expected = hf_mapping.leaf_shapes(config) | {path: info.shape for path, info in quantized.items()}
         dtypes = {path: (info.dtype.name,) for path, info in quantized.items()}
         hf_mapping.check_tensors(found.items(), expected, str(directory), spell=str, dtypes=dtypes)
@@ -124,6 +129,28 @@ class OrbaxLeaves:
 
     def release(self) -> None:
         """Nothing is kept between reads."""
+
+
+def _check_scheme(
+    stored: StoredQuantization, quantized: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], where: str
+) -> None:
+    """Check that the scheme is that of some quantised leaf: where it is that of none, it is no leaf that is wrong.
+
+    Raises:
+      CheckpointError: it is not.
+    """
+    for of_scales in (False, True):
+        pairs = [
+            (path, info, found[path])
+            for path, info in quantized.items()
+            if is_scale(path) == of_scales and path in found
+        ]
+        if pairs and all((info.shape, info.dtype) != (own.shape, own.dtype) for _, info, own in pairs):
+            path, info, own = pairs[0]
+            would, is_ = (f"{each.dtype.name} {list(each.shape)}" for each in (info, own))
+            raise CheckpointError(
+                f"{where}: found {stored}, of which {path} would be {would}; expected the scheme in which it is {is_}"
+            )
 
 
 class OrbaxCheckpoint(Mapping[str, TensorInfo]):
@@ -256,7 +283,8 @@ def _checked_tensors(
         try:
             tensors.append(msgspec.convert(entry, tuple[str, hf_mapping.Dtype | _Integers, str]))
         except msgspec.ValidationError:
-            fields = f"name, dtype ({', '.join(hf_mapping.DTYPES)}) and file of a tensor"
+            dtypes = ", ".join(hf_mapping.DTYPES + get_args(_Integers))
+            fields = f"name, dtype ({dtypes}) and file of a tensor"
             faults.append(fault("tensors", entry, fields))
     where = f"{directory}: {METADATA_KEY}"
     raise_faults(faults, CheckpointError, where=where)

@@ -22,6 +22,7 @@ from glm4v_jax.model.kernel_order import outputs_first as with_outputs_first
 from glm4v_jax.model.params import leaf_paths
 from glm4v_jax.model.quantize import (
     QuantConfig,
+    bits_of,
     is_scale,
     kernel_path,
     quantize_model,
@@ -110,13 +111,13 @@ def needed_bytes(
 def device_bytes(leaves: Iterable[Any]) -> int:
     """Return the bytes that a device of the mesh holds of arrays, abstract ones included.
 
-    Of int4 accelerators have two integers in a byte, a CPU has one.
+    A CPU keeps every integer in bytes of its own (`quantize.bits_of`).
     """
-    together = 1 if platform() == "cpu" else 2
+    in_bytes = platform() == "cpu"
 
     def nbytes(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        return leaf.dtype.itemsize * math.prod(shape) // (together if leaf.dtype == jnp.int4 else 1)
+        return (8 * leaf.dtype.itemsize if in_bytes else bits_of(leaf.dtype)) * math.prod(shape) // 8
 
     return sum(map(nbytes, leaves))
 

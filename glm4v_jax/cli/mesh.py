@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from glm4v_jax.config.checks import CacheDtype, Positive, PositiveNumber, Scheme
+from glm4v_jax.config.checks import CacheDtype, Positive, PositiveNumber
+from glm4v_jax.config.quantization import Scheme
 from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import print_table

@@ -51,8 +51,6 @@ AnyNumber = Annotated[float, Meta(extra={"finite": False})]
 """Infinities and NaN are refused in every other float."""
 CacheDtype = Literal["auto", "int8"]
 """Keys and values in the cache: in the compute dtype, or as 8-bit integers with a scale per slot and head."""
-Scheme = Literal["none", "int8", "int4"]
-"""Weights, as they are loaded for inference: as they are, or as integers."""
 
 
 def fault(name: str, found: Any, expected: str) -> str:
@@ -99,10 +97,29 @@ def refuse_unknown(where: str, given: Iterable[str], known: Collection[str]) -> 
         )
 
 
-def raise_faults(faults: typing.Sequence[str], error: type[Glm4vError] = ConfigError, *, where: str = "") -> None:
-    """Raise an error that lists all faults, if there are any; `where` goes before them, with a colon."""
+def raise_faults(
+    faults: typing.Sequence[str],
+    error: type[Glm4vError] = ConfigError,
+    *,
+    where: str = "",
+    shown: int | None = None,
+) -> None:
+    """Raise an error that lists all faults, if there are any; `where` goes before them, with a colon.
+
+    >>> raise_faults(["a: found 1; expected 2", "b: found 3; expected 4", "c: found 5; expected 6"], shown=1)
+    Traceback (most recent call last):
+      ...
+    glm4v_jax.errors.ConfigError: a: found 1; expected 2; and 2 more
+
+    Args:
+      faults: what is wrong, one by one.
+      error: what to raise.
+      where: names the place.
+      shown: how many the message lists; `faults` of the error has all.
+    """
     if faults:
-        line = "; ".join(faults).replace("\n", " ")
+        more = [f"and {len(faults) - shown:,} more"] if shown is not None and len(faults) > shown else []
+        line = "; ".join([*faults[:shown], *more]).replace("\n", " ")
         raise error(f"{where}: {line}" if where else line, faults)
 
 

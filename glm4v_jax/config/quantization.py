@@ -7,6 +7,7 @@ programs' layouts) is refused by the name of the field.
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
@@ -19,6 +20,8 @@ from glm4v_jax.files import assets_directory, read_json_object
 FIELD = "quantization_config"
 METHOD = "compressed-tensors"
 
+Scheme = Literal["none", "int8", "int4"]
+"""Weights, as they are loaded for inference: as they are, or as integers."""
 Format = Literal["pack-quantized", "int-quantized", "naive-quantized"]
 """The first packs integers into int32, the others keep each as an int8."""
 
@@ -46,6 +49,11 @@ class StoredQuantization(NamedTuple):
         """What holds an integer less its zero point: the difference of two integers of 4 bits has 5."""
         return "int4" if self.bits == 4 and self.symmetric else "int8"
 
+    @property
+    def format(self) -> Format:
+        """How integers are stored, as it is written."""
+        return "pack-quantized" if self.packed else "int-quantized"
+
     def __str__(self) -> str:
         shared = "a scale for each channel" if self.group is None else f"groups of {self.group}"
         return f"{self.bits} bits, {shared}{'' if self.symmetric else ' and zero points'}"
@@ -61,11 +69,15 @@ class StoredQuantization(NamedTuple):
             expected = f"{METHOD!r}: load the weights that it was made from, with --quantize"
             raise ConfigError(fault(f"{FIELD}.quant_method", method, expected))
         written = from_mapping(_Written, data, where=f"{FIELD}.", ignore_unknown=True)
+        # compressed-tensors ignores what it does not know here, but an object is about the numbers, like all it knows.
+        objects = {name for name, value in data.items() if value and isinstance(value, Mapping)}
+        if unknown := sorted(objects - {field.name for field in dataclasses.fields(_Written)}):
+            raise ConfigError(fault(f"{FIELD}.{unknown[0]}", data[unknown[0]], "no such field"))
         schemes: dict[str, Self] = {}
         for name, group in written.config_groups.items():
             where = f"{FIELD}.config_groups.{name}."
-            found = from_mapping(_ConfigGroup, group, where=where, ignore_unknown=True)
-            weights = from_mapping(_Weights, found.weights, where=f"{where}weights.", ignore_unknown=True)
+            found = from_mapping(_ConfigGroup, _without_nulls(group), where=where)
+            weights = from_mapping(_Weights, _without_nulls(found.weights), where=f"{where}weights.")
             stored_as = found.format or written.format
             if stored_as == "mixed-precision":
                 raise ConfigError(f"{where}format: found nothing; expected one of {', '.join(get_args(Format))}")
@@ -91,7 +103,7 @@ class StoredQuantization(NamedTuple):
         return {
             "quant_method": METHOD,
             "quantization_status": "compressed",
-            "format": "pack-quantized" if self.packed else "int-quantized",
+            "format": self.format,
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, **activations}},
             "ignore": list(ignore),
             "kv_cache_scheme": None,
@@ -123,6 +135,17 @@ def stored_quantization(directory: str | pathlib.Path) -> StoredQuantization | N
         return quantization_in(read_json_object(path))
 
 
+def ignored_layers(directory: str | pathlib.Path) -> tuple[str, ...]:
+    """Return the names and patterns of layers that a quantised checkpoint says it has in floats."""
+    data = object_of(read_json_object(assets_directory(directory) / "config.json"), FIELD)
+    return tuple(data.get("ignore") or ())
+
+
+def _without_nulls(data: Any) -> Any:
+    """What an object says: a null is a field that is not used, perhaps of a newer version."""
+    return {key: value for key, value in data.items() if value is not None} if isinstance(data, Mapping) else data
+
+
 @dataclasses.dataclass(frozen=True)
 class _Written:
     """Fields of the object that concern all weights."""
@@ -133,9 +156,15 @@ class _Written:
     kv_cache_scheme: None = None
     sparsity_config: Any = None
     transform_config: Any = None
+    ignore: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         validate(self)
+        for index, entry in enumerate(self.ignore or ()):
+            try:
+                re.compile(entry.removeprefix("re:") if entry.startswith("re:") else "")
+            except re.error as error:
+                raise ConfigError(fault(f"ignore[{index}]", entry, f"a regular expression ({error})")) from error
         for name in ("sparsity_config", "transform_config"):
             value = getattr(self, name)
             if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
@@ -144,9 +173,10 @@ class _Written:
 
 @dataclasses.dataclass(frozen=True)
 class _ConfigGroup:
-    """One of `config_groups`."""
+    """One of `config_groups`; which layers are its targets, the names of their tensors say."""
 
-    weights: Any
+    weights: Any = None
+    targets: Any = None
     format: Format | None = None
     input_activations: None = None
     output_activations: None = None
@@ -166,6 +196,13 @@ class _Weights:
     group_size: Annotated[int, Meta(ge=-1, description="how many inputs share a scale, or -1")] | None = None
     dynamic: bool = False
     actorder: Any = None
+    block_structure: None = None
+    scale_dtype: Any = None
+    """That of the tensors counts."""
+    zp_dtype: Any = None
+    observer: Any = None
+    """How scales were found, as its arguments."""
+    observer_kwargs: Any = None
 
     def __post_init__(self) -> None:
         validate(self)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import tyro
 
-from glm4v_jax.config.checks import CacheDtype, PositiveNumber, Scheme, fault, one_of, raise_faults
+from glm4v_jax.config.checks import CacheDtype, PositiveNumber, fault, one_of, raise_faults
 from glm4v_jax.config.presets import PRESETS, preset
+from glm4v_jax.config.quantization import Scheme
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.errors import CheckpointError, ConfigError, GenerationError, MediaError, named, naming, not_there
 from glm4v_jax.files import ADAPTER_CONFIG, base_of, check_config, model_directory, read_text

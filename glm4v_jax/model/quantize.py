@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from glm4v_jax.config.checks import Positive, Scheme, fault, one_of, validate
+from glm4v_jax.config.checks import Positive, fault, one_of, validate
+from glm4v_jax.config.quantization import Scheme
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import CheckpointError, ConfigError, naming
 from glm4v_jax.model.cpu_matmul import pack_int4
@@ -91,6 +92,15 @@ def is_scale(path: str) -> bool:
 def scale_path(path: str) -> str:
     """The path of the scale of a kernel or embedding at this path."""
     return f"{path}{_SCALE}"
+
+
+def bits_of(dtype: np.dtype) -> int:
+    """Return the bits of an element: two of int4 share a byte on accelerators, on a CPU each has its own.
+
+    >>> bits_of(jnp.dtype("int4")), bits_of(jnp.dtype("bfloat16"))
+    (4, 16)
+    """
+    return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def kernel_path(path: str) -> str:

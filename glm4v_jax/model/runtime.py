@@ -145,9 +145,11 @@ def random_module(config: Glm4vConfig, seed: int, dtype: DTypeLike) -> Glm4v:
     return jax.jit(lambda key: Glm4v.init(config, rngs=nnx.Rngs(params=key), dtype=dtype))(jax.random.key(seed))
 
 
-def compute_dtype(part: Flat[Any]) -> np.dtype:
-    """The dtype of a part's last leaf, that of a norm, which is never quantised."""
-    return part.leaves[-1].dtype
+def compute_dtype(part: Flat[TextDecoder] | Flat[VisionEncoder]) -> np.dtype:
+    """The dtype of a part's last norm, which is never quantised."""
+    module = part.module
+    norm = module.norm if isinstance(module, TextDecoder) else module.post_layernorm
+    return norm.scale[...].dtype
 
 
 def encode_rows(

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from glm4v_jax.config.model import Glm4vConfig
@@ -21,7 +20,7 @@ from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.model.params import leaf_paths
-from glm4v_jax.model.quantize import for_inference, is_scale, quantize_model
+from glm4v_jax.model.quantize import bits_of, for_inference, is_scale, quantize_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +90,10 @@ def parameter_layout(config: Glm4vConfig, scheme: str = "none") -> tuple[LeafLay
         first = int(".stacked." in path)
         names = _logical_names(model, path, axes[first:])
         count = leaf.shape[0] if first else 1
+        bits = None if leaf.dtype == jnp.bfloat16 else bits_of(leaf.dtype)  # the dtype that the model was made in
         path = path.replace(".stacked.", ".")
-        found.append(LeafLayout(path, count, leaf.shape[first:], names, tuple(axes[first:]), _bits(leaf.dtype)))
+        found.append(LeafLayout(path, count, leaf.shape[first:], names, tuple(axes[first:]), bits))
     return tuple(found)
-
-
-def _bits(dtype: np.dtype) -> int | None:
-    if dtype == jnp.bfloat16:  # as the model was made
-        return None
-    return int(jnp.iinfo(dtype).bits) if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
 
 def misfits(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "none") -> list[str]:

@@ -39,6 +39,14 @@ def test_a_new_directory_has_another_name_until_it_is_complete(tmp_path):
     assert os.listdir(tmp_path / "sub") == ["out"] and not is_unfinished(tmp_path / "sub" / "out")
 
 
+def test_parents_that_were_made_go_with_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyError), new_directory(tmp_path / "there" / "a" / "b" / "new", overwrite=False):
+        assert (tmp_path / "there" / "a" / "b").is_dir()
+        raise KeyError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
 def test_an_empty_directory_is_filled(tmp_path):
     check_target(None, tmp_path, overwrite=False)
     write(tmp_path)

@@ -1,7 +1,9 @@
 """Checkpoints that compressed-tensors made are read bit for bit; wrong ones are refused by tensor and field."""
 
 import json
+import re
 import shutil
+from types import MappingProxyType
 
 import jax
 import ml_dtypes
@@ -27,6 +29,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import StoredQuantization
 from glm4v_jax.devices.memory import Memory
 from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
+from glm4v_jax.files import assets_directory
 from glm4v_jax.model.lora import LoraConfig
 from glm4v_jax.model.quantize import QuantConfig, for_inference, is_scale, scale_path
 
@@ -111,12 +114,25 @@ def int8(tmp_path_factory, checkpoints):
 
 def replaced(int8, tmp_path, tensors=None, **fields):
     """A copy with other tensors, None for no tensor, and other fields in the configuration of weights."""
-    directory = shutil.copytree(int8, tmp_path / "copy")
+    directory = shutil.copytree(int8, tmp_path / "copy", dirs_exist_ok=True)
     changed = {name: array for name, array in (read_all(int8) | (tensors or {})).items() if array is not None}
     write_safetensors(directory / "model.safetensors", changed)
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"] |= fields
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def with_config(directory, weights=MappingProxyType({}), **fields):
+    """Change the scheme of a checkpoint: fields of its weights and of the whole; None for no scheme."""
+    path = assets_directory(directory) / "config.json"
+    config = json.loads(path.read_text())
+    if weights is None:
+        del config["quantization_config"]
+    else:
+        config["quantization_config"] |= fields
+        config["quantization_config"]["config_groups"]["group_0"]["weights"] |= weights
+    path.write_text(json.dumps(config))
     return directory
 
 
@@ -145,18 +161,58 @@ def test_a_tensor_that_does_not_fit_is_named(int8, tmp_path, end, value, message
         load_model(directory, CONFIG)
 
 
-def test_a_scheme_that_is_not_that_of_the_tensors_is_named(int8, tmp_path):
-    message = (
-        r"quantization_config: found 4 bits, .*weight_packed would be \[.*\]; expected the scheme in which it is \["
+def refused(directory):
+    with pytest.raises(CheckpointError) as raised:
+        load_model(directory, CONFIG)
+    return str(raised.value).removeprefix(f"{directory}: ")
+
+
+def test_a_scheme_that_is_not_that_of_the_tensors_is_named_by_its_field(int8, tmp_path):
+    assert re.match(
+        r"quantization_config: num_bits: found 4; expected 8, the scheme of language_model\..*_proj\.weight$",
+        refused(replaced(int8, tmp_path, num_bits=4)),
     )
-    directory = replaced(int8, tmp_path, num_bits=4)
-    with pytest.raises(CheckpointError, match=message):
-        load_model(directory, CONFIG)
-    config = json.loads((directory / "config.json").read_text())
-    del config["quantization_config"]
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantization_config: found nothing; expected the scheme of "):
-        load_model(directory, CONFIG)
+    assert refused(replaced(int8, tmp_path, strategy="group", group_size=16)).startswith(
+        "quantization_config: group_size: found 16; expected null, the scheme of "
+    )
+    assert re.match(
+        r"quantization_config: num_bits: found 4; expected 8, the scheme of language_model\.[^;]*; "
+        r"symmetric: found False; expected true, the scheme of ",
+        refused(replaced(int8, tmp_path, num_bits=4, symmetric=False)),
+    )
+    assert refused(with_config(replaced(int8, tmp_path), format="int-quantized")).startswith(
+        "quantization_config: format: found 'int-quantized'; expected \"pack-quantized\", the scheme of "
+    )
+    assert refused(with_config(replaced(int8, tmp_path), None)).startswith(
+        "quantization_config: found nothing; expected the scheme of "
+    )
+
+
+def test_layers_that_are_missing_are_one_fault_of_quantised_checkpoints_too(int8):
+    fields = CONFIG.to_dict()
+    fields["text_config"]["num_hidden_layers"] += 1
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers: found 3; expected 2: the tensors are of 2 layers$"):
+        load_model(int8, Glm4vConfig.from_dict(fields))
+
+
+def test_a_scheme_is_compared_with_the_leaves_of_orbax_too(int8, tmp_path):
+    to_orbax(int8, orbax := tmp_path / "orbax")
+    assert refused(with_config(orbax, {"num_bits": 4})).startswith(
+        "quantization_config: found 4 bits, a scale for each channel, of which language_model."
+    )
+    assert refused(with_config(orbax, {"num_bits": 8, "strategy": "group", "group_size": 16})).startswith(
+        "quantization_config: found 8 bits, groups of 16, of which language_model."
+    )
+    assert refused(with_config(orbax, None)).startswith("quantization_config: found nothing; expected the scheme of ")
+
+
+def test_ignored_layers_are_in_floats_and_exist(int8, tmp_path):
+    with pytest.raises(CheckpointError, match=r"ignore: found 're:.*k_proj'; expected language_model\.layers\.0\.self"):
+        load_model(with_config(replaced(int8, tmp_path), ignore=["lm_head", r"re:model\.lang.*k_proj"]), CONFIG)
+    with pytest.warns(UserWarning, match="ignore: found 're:vision_tower', which matches no layer") as warned:
+        given = ["re:.*visual", "model.visual.merger.proj", "Conv3d", "re:vision_tower"]
+        load_model(with_config(replaced(int8, tmp_path), ignore=given), CONFIG)
+    assert len(warned) == 1
 
 
 def test_scales_may_be_in_the_other_half_precision(int8, tmp_path):
@@ -251,6 +307,14 @@ def test_int4_goes_through_orbax_and_back_unless_zero_points_are_lost(tmp_path, 
         return
     to_hf(tmp_path / "orbax", tmp_path / "back")
     assert_equal(read_all(tmp_path / "back"), read_all(source))
+
+
+def test_an_error_of_reading_ahead_names_its_tensor(tmp_path):
+    (source := tmp_path / "theirs").mkdir()
+    write_theirs(source, CONFIG, random_tensors(CONFIG), num_bits=4, strategy="channel", format="int-quantized")
+    directory = replaced(source, tmp_path, {f"{K_PROJ}.weight": np.full((32, 64), 9, np.int8)})
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight: found integers from 9 to 9; expected -8 to 7, or num_"):
+        load_model(directory, CONFIG)
 
 
 def test_integers_of_more_than_4_bits_are_refused():

@@ -143,6 +143,40 @@ def test_all_faults_are_reported_together():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "vision", "faults"),
+    [
+        (3, 2, ["text_config.num_hidden_layers: found 3; expected 2: the tensors are of 2 layers"]),
+        (1, 2, ["text_config.num_hidden_layers: found 1; expected 2: the tensors are of 2 layers"]),
+        (2, 1, ["vision_config.depth: found 1; expected 2: the tensors are of 2 layers"]),
+        (
+            42,
+            26,
+            [
+                "text_config.num_hidden_layers: found 42; expected 2: the tensors are of 2 layers",
+                "vision_config.depth: found 26; expected 2: the tensors are of 2 layers",
+            ],
+        ),
+    ],
+)
+def test_another_number_of_layers_is_one_fault(text, vision, faults):
+    fields = BASE.to_dict()
+    fields["text_config"]["num_hidden_layers"], fields["vision_config"]["depth"] = text, vision
+    with pytest.raises(CheckpointError) as raised:
+        hf_mapping.match(Glm4vConfig.from_dict(fields), infos_of(BASE), "somewhere")
+    assert str(raised.value) == f"somewhere: {'; '.join(faults)}" and list(raised.value.faults) == faults
+
+
+def test_a_message_counts_what_it_does_not_list():
+    infos = {name: info for name, info in infos_of(BASE).items() if "layers.0." not in name}
+    with pytest.raises(CheckpointError) as raised:
+        hf_mapping.match(BASE, infos, "somewhere")
+    count = len(raised.value.faults)
+    assert count == len(infos_of(BASE)) - len(infos) > 10
+    assert str(raised.value).startswith(f"somewhere: {count} tensors do not fit the configuration: language_model.")
+    assert str(raised.value).count("found nothing") == 8 and str(raised.value).endswith(f"; and {count - 8} more")
+
+
 def test_an_empty_checkpoint_misses_every_tensor():
     with pytest.raises(CheckpointError) as raised:
         hf_mapping.match(BASE, {}, "somewhere")

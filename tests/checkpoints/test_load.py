@@ -1,7 +1,10 @@
 """Checkpoints on disk -> the model, exactly: dtypes, shards, damage, and what is checked before anything is read."""
 
+import contextlib
+import itertools
 import json
 import pickle
+import threading
 import warnings
 
 import jax
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from reference import CONFIGS, export, random_tensors
 
+from convert.quantize import quantize
 from glm4v_jax import Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints import load, plan
 from glm4v_jax.checkpoints.load import load_model, load_runtime, resolve_dtype
@@ -285,6 +289,59 @@ def test_accelerators_have_two_int4_in_a_byte(monkeypatch, platform, expected):
     monkeypatch.setattr(plan, "platform", lambda: platform)
     leaves = [jax.ShapeDtypeStruct((8, 2), jnp.int4), jax.ShapeDtypeStruct((8,), jnp.int8)]
     assert device_bytes(leaves) == expected
+
+
+@pytest.mark.usefixtures("mesh")
+class TestReadingAhead:
+    """`_ahead`, by which quantised kernels are read."""
+
+    def test_results_come_in_order_two_ahead(self):
+        started, may_end = [], {item: threading.Event() for item in "abcde"}
+
+        def read(item):
+            started.append(item)
+            assert may_end[item].wait(30)
+            return item.upper()
+
+        may_end["b"].set()  # before the one that comes first
+        results = load._ahead(read, "abcde")
+        may_end["a"].set()
+        assert next(results) == "A" and len(started) <= 3 and set(started) <= set("abc")
+        for event in may_end.values():
+            event.set()
+        assert list(results) == list("BCDE") and not readers()
+
+    def test_an_error_takes_the_place_of_its_result(self):
+        def read(item):
+            if item == "b":
+                raise CheckpointError(f"{item}: found a fault")
+            return item
+
+        results = load._ahead(read, "abcdefgh")
+        assert next(results) == "a"
+        with pytest.raises(CheckpointError, match=r"^b: found a fault$"):
+            next(results)
+        assert next(results, None) is None and not readers()
+
+    def test_what_is_not_wanted_any_more_is_not_read(self):
+        done = []
+        with contextlib.closing(load._ahead(lambda item: done.append(item) or item, itertools.count())) as results:
+            assert next(results) == 0
+        assert len(done) <= 3 and not readers()
+
+    def test_a_load_that_fails_leaves_no_thread(self, checkpoints, tmp_path):
+        quantize(checkpoints("base"), tmp_path / "int8")
+
+        def stop(done, total):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            load_model(tmp_path / "int8", CONFIG, progress=stop)
+        assert not readers() and raised.value is not None  # which keeps the frame
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith(load._READER)]
 
 
 def test_64_bits_are_refused(checkpoints):

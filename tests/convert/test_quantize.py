@@ -15,6 +15,7 @@ from convert.commands import main
 from convert.inspect import inspect
 from convert.quantize import quantize
 from convert.synth import load_config
+from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from convert.verify import verify
 from glm4v_jax.checkpoints import safetensors
@@ -58,6 +59,17 @@ def test_transformers_reads_the_same_weights(quantized, name, dtype):
     }
     ours = load_model(quantized(name), TINY, dtype=dtype, stacked=False)
     assert_equal(weights_of(ours, dtype), expected)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_the_index_counts_parameters_and_not_words(synthetic, tmp_path):
+    expected = sum(tensor.size for tensor in read_all(synthetic()).values())
+    quantize(synthetic(), tmp_path / "int4", **WAYS["int4"], max_shard_size="100KB")
+    to_orbax(tmp_path / "int4", tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_size="100KB")
+    for name in ("int4", "back"):
+        index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_parameters"] == expected
 
 
 @pytest.mark.parametrize(("name", "largest"), [("int8", 127), ("int4", 7)])

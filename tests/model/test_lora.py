@@ -3,6 +3,7 @@
 Run as a program, `python test_lora.py CHECKPOINT`, this file computes with one on eight simulated devices.
 """
 
+import functools
 import json
 import sys
 
@@ -31,6 +32,12 @@ MESHES = [dict(), dict(fsdp=2, kv=2, q=2), dict(kv=2, seq=4)]
 @pytest.fixture(scope="module")
 def batch(model):
     return batch_of(model.config, ROWS)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients_of(layout, params, frozen, batch):
+    """Compiled once for all tests of a layout, with the frozen leaves as arguments: constants take long to compile."""
+    return jax.grad(lambda params: loss_of(layout.model(params, frozen, jnp.float32), batch))(params)
 
 
 def test_a_linear_layer_adds_the_product(mesh):
@@ -116,8 +123,7 @@ def test_only_the_adapter_is_trained(model, batch):
     params, frozen = split(adapter, lora.is_lora)
     assert set(params) == {path for path in leaves_of(adapter) if path.endswith(("lora_a", "lora_b"))}
     assert set(frozen) == set(leaves_of(model)) and len(params) == 2 * len(linears(model))
-    layout = Layout.of(adapter)
-    gradients = jax.jit(jax.grad(lambda params: loss_of(layout.model(params, frozen, jnp.float32), batch)))(params)
+    gradients = gradients_of(Layout.of(adapter), params, frozen, batch)
     of_all = leaves_of(jax.jit(jax.grad(loss_of))(adapter, batch))
     for path, gradient in gradients.items():
         assert np.abs(gradient).max() > 0, path
@@ -125,9 +131,9 @@ def test_only_the_adapter_is_trained(model, batch):
 
 
 def test_the_first_step_changes_b_alone(model, batch):
-    params, frozen = split(lora.add_lora(model, EVERY), lora.is_lora)
-    layout = Layout.of(lora.add_lora(model, EVERY))
-    gradients = jax.jit(jax.grad(lambda params: loss_of(layout.model(params, frozen, jnp.float32), batch)))(params)
+    adapter = lora.add_lora(model, EVERY)
+    params, frozen = split(adapter, lora.is_lora)
+    gradients = gradients_of(Layout.of(adapter), params, frozen, batch)
     for path, gradient in gradients.items():
         assert np.abs(gradient).max() > 0 if path.endswith("b") else not np.any(gradient), path
 
