@@ -27,7 +27,7 @@ from glm4v_jax.console.program import Command, JsonOptions, run_program
 from glm4v_jax.console.progress import run_batch
 from glm4v_jax.console.table import print_table
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.files import fingerprint, model_fingerprint, to_json
+from glm4v_jax.files import fingerprint, made_directory, model_fingerprint, to_json
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.batch import PromptBatch
 from glm4v_jax.generate.offline.prompts import BatchPrompt
@@ -122,9 +122,9 @@ class RunTasks(JsonOptions):
         summaries: dict[str, dict[str, Any]] = {}
         batches = []
         for job in jobs:
-            job.out.mkdir(parents=True, exist_ok=True)
             load = functools.partial(self._load, processor, job.out)
-            batches.append(run_batch(job.batch, processor, load, restart=self.restart, verbose=self.verbose))
+            with made_directory(job.out):
+                batches.append(run_batch(job.batch, processor, load, restart=self.restart, verbose=self.verbose))
             if is_first():  # which has written the answers
                 summaries[job.task.name] = self._score(job)
         if summaries:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -273,6 +274,29 @@ def _fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path], whole: int =
                 content.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
                 hashed.update(content.read(_SAMPLE))
     return hashed.hexdigest()
+
+
+@contextlib.contextmanager
+def made_directory(path: pathlib.Path) -> Iterator[None]:
+    """Make a directory; if the body fails, remove what is still empty of it and of the parents that were made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     with contextlib.suppress(KeyError), made_directory(pathlib.Path(directory, "runs", "first")):
+    ...         raise KeyError
+    ...     os.listdir(directory)
+    []
+    """
+    place = pathlib.Path(os.path.abspath(path))
+    missing = list(itertools.takewhile(lambda each: not each.exists(), (place, *place.parents)))
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it
+            for directory in missing:
+                directory.rmdir()
+        raise
 
 
 @contextlib.contextmanager

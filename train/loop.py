@@ -18,6 +18,7 @@ from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import Glm4vError
+from glm4v_jax.files import made_directory
 from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.checkpoints import Checkpoints, abstract
@@ -84,9 +85,10 @@ def train(
     data = read_data(config, records)
     check_same(config, data)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
+        by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))  # a refused job leaves nothing
+        out.mkdir(parents=True, exist_ok=True)  # of the other processes, whose disk may be another
         by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
         result_bytes = check_output(config)
         processor = Glm4vProcessor.from_pretrained(config.model)

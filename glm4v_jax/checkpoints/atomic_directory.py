@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 
 from glm4v_jax.errors import CheckpointError
-from glm4v_jax.files import is_orbax
+from glm4v_jax.files import is_orbax, made_directory
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a disk, or of a user's part of one, that has no room left."""
@@ -115,9 +115,8 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
       CheckpointError: another process is writing it, or the disk is full.
     """
     target = place_of(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished, replaced = _beside(target, _UNFINISHED), _beside(target, _REPLACED)
-    with locked(target):
+    with made_directory(target.parent), locked(target):
         renamed = False
         try:
             if unfinished.exists():

@@ -125,7 +125,7 @@ class Generate(JsonOptions):
                 file=sys.stderr,
                 flush=True,
             )
-        out = self.batch.out or f"{jsonl.removesuffix('.jsonl')}.answers.jsonl"
+        out = self.batch.out or f"{jsonl.removesuffix('.gz').removesuffix('.jsonl')}.answers.jsonl"
         batch = PromptBatch(prompts, out, config, self.model.sources, dtype=self.model.precision, sources=[jsonl])
         summary = run_batch(
             batch, processor, lambda: self.model.load(processor, self.batch.slots),

@@ -15,7 +15,7 @@ import PIL.Image
 from glm4v_jax.errors import DataError, MediaError
 from glm4v_jax.inputs.media.decode import shortened
 from glm4v_jax.inputs.media.fetch import describe, is_address, is_url
-from glm4v_jax.inputs.media.load import is_array, is_named_still, load_image, open_image
+from glm4v_jax.inputs.media.load import are_frames, is_array, load_image, open_image
 
 MediaItem = dict[str, Any]
 
@@ -76,7 +76,7 @@ def media_values(kind: str, value: Any) -> list[Any]:
     ([['0.png', '1.png']], ['a.mp4', ['0.png', '1.png']])
     """
     values = list(value) if isinstance(value, list | tuple) else [value]
-    return [values] if kind == "video" and len(values) > 1 and all(map(is_named_still, values)) else values
+    return [values] if kind == "video" and are_frames(values, by_name=True) else values
 
 
 def _unwrapped(value: Any) -> Any:

@@ -308,6 +308,17 @@ def _opener_of(path: Path) -> Callable[[Path], Rows] | None:
     return (_TEXTS | _TABLES).get(path.suffix.lower())
 
 
+def open_text(path: str | Path) -> BinaryIO:
+    """Open a text file to read it in UTF-8, decompressed where its suffix is one of `.gz`, `.bz2` and `.xz`.
+
+    Raises:
+        OSError: the file cannot be read.
+        DataError: it is not what its suffix or byte order mark says.
+    """
+    text = _text_in_memory(Path(path))
+    return open(path, "rb") if text is None else io.BytesIO(text)
+
+
 def _text_in_memory(path: Path) -> bytes | None:
     """The text of a file in UTF-8, where it is compressed or in another encoding; None if it can be read as it is.
 
@@ -375,12 +386,9 @@ def _read_separated(path: Path) -> Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     suffix = next(suffix for suffix in reversed(path.suffixes) if suffix.lower() in _SEPARATED).lower()
-    text = _text_in_memory(path)
     before = csv.field_size_limit(sys.maxsize)  # an image is one cell
     try:
-        with io.TextIOWrapper(
-            open(path, "rb") if text is None else io.BytesIO(text), encoding="utf-8-sig", newline=""
-        ) as file:
+        with io.TextIOWrapper(open_text(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=_SEPARATED[suffix], restkey="", restval=None)
             for row in reader:
                 if "" in row:

@@ -8,7 +8,6 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
-from glm4v_jax.inputs.text.chat_template import choose_template
 from glm4v_jax.inputs.text.messages import extract_media
 
 
@@ -37,7 +36,7 @@ def prompt_of(prompt: Any, processor: Glm4vProcessor, config: Glm4vConfig, **var
         prompt = [prompt]
     sizes: tuple[tuple[int, int], ...] = ()
     if not isinstance(prompt, Mapping):
-        media = processor.prepare_media(*extract_media(prompt, choose_template(processor.chat_template)))
+        media = processor.prepare_media(*extract_media(prompt, processor.template()))
         prompt, sizes = processor.prepare_turn(prompt, media, **variables), media.image_sizes
     prompts = prompts_of(prompt, config)
     if len(prompts) != 1:

@@ -86,6 +86,7 @@ class Glm4vProcessor:
         self.tokenizer = tokenizer
         self.video_processor = video_processor
         self.chat_template = chat_template
+        self._directory: pathlib.Path | None = None
         self.image_token = str(tokenizer.special_tokens_map.get("image_token", "<|image|>"))
         self.video_token = str(tokenizer.special_tokens_map.get("video_token", "<|video|>"))
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -131,12 +132,22 @@ class Glm4vProcessor:
             image_class = Glm4vImageProcessorFast if use_fast else Glm4vImageProcessor
         video_class = _processor_class(directory, Glm4vVideoProcessor, _VIDEO_PROCESSORS)
         of_images = {name: value for name, value in media.items() if name in image_class.defaults}
-        return cls(
+        processor = cls(
             image_class.from_pretrained(directory, **of_images),
             Glm4vTokenizer.from_pretrained(directory, **settings),
             video_class.from_pretrained(directory, **media),
             chat_template=load_chat_template(directory) if chat_template is None else chat_template,
         )
+        processor._directory = directory
+        return processor
+
+    def template(self, wanted: str | None = None) -> str:
+        """Return the source of the chat template to render, by name, as source or the default one.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        return choose_template(self.chat_template, wanted, where=self._directory or "chat_template")
 
     def save_pretrained(self, save_directory: str | pathlib.Path) -> None:
         """Write the files of the parts and the chat template, which `from_pretrained` here and in transformers loads.
@@ -253,7 +264,7 @@ class Glm4vProcessor:
         literals = Literals(self.tokenizer)
         variables = {name: literals.marked_value(value) for name, value in variables.items()}
         # In their final form: JSON can hide a special token in escapes.
-        messages = literals.marked(normalise_messages(messages, choose_template(self.chat_template)))
+        messages = literals.marked(normalise_messages(messages, self.template()))
         prompt = self.apply_chat_template(messages, add_generation_prompt=True, **variables)
         check_text([prompt], is_split_into_words=False)
         bos = self.tokenizer.bos_token
@@ -351,7 +362,7 @@ class Glm4vProcessor:
           MediaError: an image or video cannot be loaded or prepared.
           CheckpointError: there is no template, or it does not parse.
         """
-        source = choose_template(self.chat_template, chat_template)
+        source = self.template(chat_template)
         marks = generation_marks() if return_assistant_tokens_mask else {}
         if marks and not (tokenize and return_dict):
             raise MessageError("return_assistant_tokens_mask: found alone; expected tokenize and return_dict with it")

@@ -19,6 +19,7 @@ from eval.commands import RunTasks, main
 from eval.results import ANSWERS, REPORT, RESULTS, SUMMARY, read_results
 from eval.tasks import find_task
 from glm4v_jax.console.options import ModelOptions, SamplingOptions
+from glm4v_jax.errors import MemoryShortageError
 
 COUNT = 12
 TASK = """
@@ -205,10 +206,14 @@ def test_options_of_the_command_replace_those_of_the_task():
         (["--task", "nothing"], "--task: found 'nothing'; expected"),
         (["--task", "digits-vqa"], "--data: found with 2 tasks; expected it with one --task"),
         (["--preset", "nothing"], "nothing"),
+        ([], "found 1 MB; expected 2 MB"),
     ],
 )
 def test_errors_come_before_the_model_is_loaded(folder, monkeypatch, capsys, more, message):
-    monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", pytest.fail)
+    def load(*_):  # without an error before it
+        raise MemoryShortageError("found 1 MB; expected 2 MB")
+
+    monkeypatch.setattr("glm4v_jax.console.options.ModelOptions.load", load)
     assert main(arguments(folder, "never", *more)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("eval: error: ") and message in line

@@ -372,6 +372,7 @@ class TestBeforeTheModelIsLoaded:
         (folder / "taken" / MODEL / "thesis.txt").touch()
         with pytest.raises(CheckpointError, match=r"found thesis\.txt"):
             train(job(folder, "taken"))
+        assert os.listdir(folder / "taken") == [MODEL]
 
     def test_a_full_disk_is_found(self, folder, monkeypatch):
         monkeypatch.setattr(
@@ -379,6 +380,7 @@ class TestBeforeTheModelIsLoaded:
         )
         with pytest.raises(CheckpointError, match=r"1,000 free"):
             train(job(folder, "full"))
+        assert not (folder / "full").exists()
 
     def test_too_little_room_for_the_checkpoints_is_found(self, folder, monkeypatch):
         """Two of them are kept while a third is written; the result comes on top."""
@@ -387,12 +389,14 @@ class TestBeforeTheModelIsLoaded:
         message = r"small.checkpoints: found 2\.00 MiB free .*: 3 checkpoints of .* MiB and .* KiB for the result; free"
         with pytest.raises(CheckpointError, match=message):
             train(job(folder, "small"))
+        assert not (folder / "small").exists()
 
     def test_a_bad_held_out_record_ends_a_strict_job(self, folder):
         held_out = EvalConfig(files=(str(folder / "held.jsonl"),))
         data = dataclasses.replace(load_config(folder / "job.toml").data, bad_rows="error")
         with pytest.raises(DataError, match=r"held\.jsonl:2: found 1 image or frame of up to 144 patches"):
             train(job(folder, "large", eval=held_out, data=data))
+        assert not (folder / "large").exists()
 
 
 @pytest.mark.parametrize(("count", "out"), [(STEPS, "spikes"), (2, "last")])  # the last step is checked, too

@@ -30,7 +30,7 @@ from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
-from glm4v_jax.inputs.text.chat_template import choose_template, render_template
+from glm4v_jax.inputs.text.chat_template import render_template
 from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
 from glm4v_jax.inputs.vision.settings import MediaWithOptions
 from train.data.records import Record
@@ -220,7 +220,7 @@ class _Template:
     """What a chat template writes around turns, found by rendering conversations that end earlier."""
 
     def __init__(self, processor: Glm4vProcessor) -> None:
-        self.source = choose_template(processor.chat_template)
+        self.source = processor.template()
         self._processor = processor
 
     def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:

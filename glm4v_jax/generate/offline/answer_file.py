@@ -56,7 +56,7 @@ class AnswerFile:
           path: of the file, which need not exist.
           field: the field of a line for its prompt's name, as "index" or "file".
           keys: name -> digest of what is asked, for all prompts.
-          restart: empty the file instead of resuming.
+          restart: replace the content, with the first answer, instead of resuming.
           keep_others: keep finished lines of names that are not in `keys`; refuse them otherwise.
 
         Raises:
@@ -78,6 +78,10 @@ class AnswerFile:
         except filelock.Timeout as error:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process is writing it", path) from error
         self._file: BinaryIO | None = None
+        self._new: pathlib.Path | None = None
+        """Removed if nothing is written to it: whatever ended the run, as too little memory, leaves no trace."""
+        self._replaced: pathlib.Path | None = None
+        """Emptied with the first answer, and not before."""
         try:
             if restart:
                 self._check_own()
@@ -87,8 +91,11 @@ class AnswerFile:
                     with replacing(target) as aside:
                         aside.write_bytes(b"".join(lines))
                         shutil.copymode(target, aside)
-            self._file = target.open("wb" if restart else "ab")
-            self._start = self._file.tell()
+            is_new = not target.exists()
+            self._file = target.open("ab")
+            self._new = target if is_new else None
+            self._replaced = target if restart and not is_new else None
+            self._start = 0 if restart else self._file.tell()
         except BaseException:
             self.close()
             raise
@@ -97,11 +104,17 @@ class AnswerFile:
         """Write the answer to a prompt as a line."""
         assert self._file is not None
         with naming_file(self._path):
+            if self._replaced is not None:
+                self._file.close()
+                self._file, self._replaced = self._replaced.open("wb"), None
+            self._new = None
             self._file.write(_encoded({self._field: name, "key": self._keys[name], **line}))
             self._file.flush()
 
     def written(self) -> tuple[int, int]:
         """Count answers and errors of this run in the file, also where Ctrl-C comes between a line and its count."""
+        if self._replaced is not None:
+            return 0, 0
         with self._path.open("rb") as file:
             file.seek(self._start)
             lines = [json.loads(line) for line in file if line.endswith(b"\n")]
@@ -114,6 +127,8 @@ class AnswerFile:
             if self._file is not None:
                 with naming_file(self._path):
                     self._file.close()  # a full disk refuses the rest once more
+                if self._new is not None:
+                    self._new.unlink()
         finally:
             if self._lock.is_locked:
                 pathlib.Path(self._lock.lock_file).unlink(missing_ok=True)

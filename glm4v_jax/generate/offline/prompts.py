@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.config.checks import PositiveNumber, checked, did_you_mean
 from glm4v_jax.data.media import is_base64, kind_of, located, media_item
+from glm4v_jax.data.tables import open_text
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, not_there, raise_listed
 from glm4v_jax.inputs.media.fetch import is_address, is_url
-from glm4v_jax.inputs.media.load import are_stills, is_path_like
+from glm4v_jax.inputs.media.load import are_frames
 from glm4v_jax.inputs.text.messages import SOURCE_KEYS, extract_media, normalise_messages, user_messages
 
 if TYPE_CHECKING:
@@ -62,18 +63,16 @@ def read_prompts(
       Glm4vError: what is wrong with a line; with several, see `raise_listed`. Files that do not exist are no fault of a
         line, unless none of those that the lines show exists.
     """
-    from glm4v_jax.inputs.text.chat_template import choose_template
-
-    template = choose_template(processor.chat_template)
+    template = processor.template()
     directory = os.path.dirname(path)
     prompts: list[BatchPrompt] = []
     problems: list[Glm4vError] = []
-    with open(path, "rb") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             if number == 1 and line.startswith(_GZIP):
-                raise MessageError(f"{path}: found a compressed file; expected text: decompress it with gunzip")
+                raise MessageError(f"{path}: found a compressed file; expected text: name it {path}.gz")
             try:
                 prompt = _read(line, len(prompts), directory, config, template, system)
                 prompts.append(dataclasses.replace(prompt, place=f"{path}:{number}"))
@@ -161,7 +160,7 @@ def _media(row: Mapping[str, Any], directory: str) -> list[dict[str, Any]]:
         if kind == "video" and isinstance(value, list):
             # Of single images: the frames of one video, as for a processor.
             places = [_place(place, directory) for place in value]
-            value = [value] if value and all(map(is_path_like, places)) and are_stills(places) else value
+            value = [value] if are_frames(places) else value
         for index, one in enumerate(value if isinstance(value, list) else [value]):
             item = media_item(kind, one, f"{field}[{index}]" if isinstance(value, list) else field)
             found[kind].append(located(item, directory))

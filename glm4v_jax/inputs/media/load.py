@@ -37,8 +37,8 @@ from glm4v_jax.inputs.media.fetch import (
 from glm4v_jax.inputs.media.threads import map_threads
 
 __all__ = [
-    "MAX_PIXELS", "SampledVideo", "VideoLimits", "VideoMetadata", "are_stills", "frame_files", "is_array",
-    "is_named_still", "is_path_like", "load_image", "load_video", "open_image",
+    "MAX_PIXELS", "SampledVideo", "VideoLimits", "VideoMetadata", "are_frames", "frame_files", "is_array",
+    "is_path_like", "load_image", "load_video", "open_image",
 ]  # fmt: skip
 
 _NUMBER = re.compile(r"(\d+)")
@@ -123,15 +123,23 @@ def frame_files(source: Any) -> list[Any] | None:
     )
 
 
-def are_stills(sources: Sequence[Any]) -> bool:
-    """Whether several files are single images and no videos.
+def are_frames(sources: Sequence[Any], *, by_name: bool = False) -> bool:
+    """Whether a list of videos is one: several files of single images are its frames.
 
-    The first and the last stand for all: looking into a thousand takes a while.
+    >>> are_frames(["0.png", "1.png"], by_name=True), are_frames(["0.png"], by_name=True)
+    (True, False)
+
+    Args:
+        sources: whatever a list of videos may have.
+        by_name: judge all by their names, of files that may be elsewhere; else the first and the last of them are
+            looked into: a thousand would take a while.
     """
-    return len(sources) > 1 and _is_still(sources[0]) and _is_still(sources[-1])
+    if len(sources) < 2 or not all(map(is_path_like, sources)):
+        return False
+    return all(map(_is_named_still, sources)) if by_name else _is_still(sources[0]) and _is_still(sources[-1])
 
 
-def is_named_still(name: Any) -> bool:
+def _is_named_still(name: Any) -> bool:
     """Whether a path or an address is by its name that of a single image."""
     return isinstance(name, str) and name.lower().partition("?")[0].endswith(_STILL_SUFFIXES)
 
@@ -139,7 +147,7 @@ def is_named_still(name: Any) -> bool:
 def _is_still(source: Any) -> bool:
     """Whether a file, an address or bytes are a single image; an address is judged by its name."""
     if isinstance(source, str) and is_address(source) and not source.lower().startswith("file://"):
-        return is_named_still(source)
+        return _is_named_still(source)
     try:
         return is_still_image(open_source(source))
     except (MediaError, OSError):

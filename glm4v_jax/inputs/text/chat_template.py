@@ -25,6 +25,10 @@ from glm4v_jax.inputs.text.messages import Message, mentions, normalise_messages
 
 COMMON_ROLES = ("system", "user", "assistant")
 
+_FILES = "chat_template.jinja", "chat_template.json"
+_CONFIGS = "processor_config.json", "tokenizer_config.json"
+"""Files that have one in a field."""
+
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -41,19 +45,18 @@ def load_chat_template(directory: str | pathlib.Path) -> str | dict[str, str] | 
       CheckpointError: one of the files is corrupt, or its template is not a string.
     """
     directory = assets_directory(directory)
-    legacy = directory / "chat_template.json"
+    source, legacy = (directory / name for name in _FILES)
     if legacy.is_file():
         template = read_json_object(legacy).get("chat_template")
         if not isinstance(template, str):
             raise CheckpointError(f"{legacy}: chat_template: found {type(template).__name__}; expected a string")
         return template
     named = {path.stem: read_text(path) for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        named["default"] = read_text(path)
+    if source.is_file():
+        named["default"] = read_text(source)
     if named:
         return named["default"] if list(named) == ["default"] else named
-    for path in (directory / "processor_config.json", directory / "tokenizer_config.json"):
+    for path in (directory / name for name in _CONFIGS):
         if not path.is_file():
             continue
         content = read_json_object(path)
@@ -98,8 +101,15 @@ def template_in(config: Mapping[str, Any]) -> str | dict[str, str] | None:
     return dict(pairs)
 
 
-def choose_template(template: str | Mapping[str, str] | None, wanted: str | None = None) -> str:
+def choose_template(
+    template: str | Mapping[str, str] | None, wanted: str | None = None, *, where: object = "chat_template"
+) -> str:
     """The source to render: `wanted` by name or as source, else the default of `template`.
+
+    Args:
+      template: what `load_chat_template` returns.
+      wanted: a name, or a source.
+      where: the checkpoint, for errors.
 
     Raises:
       CheckpointError: there is no template, or several and none is called "default".
@@ -109,10 +119,11 @@ def choose_template(template: str | Mapping[str, str] | None, wanted: str | None
     if isinstance(template, str):
         return template
     if template is None:
-        raise CheckpointError("the checkpoint has no chat template; expected chat_template.jinja or chat_template=...")
+        files = f"{', '.join(_FILES)} or the field chat_template of {' or '.join(_CONFIGS)}"
+        raise CheckpointError(f"{where}: found no chat template; expected {files}")
     if "default" not in template:
         names = ", ".join(template)
-        raise CheckpointError(f"the checkpoint has the chat templates {names}, none is 'default': pass chat_template=")
+        raise CheckpointError(f"{where}: found the chat templates {names}; expected one that is called 'default'")
     return template["default"]
 
 

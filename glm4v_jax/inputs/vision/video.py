@@ -22,7 +22,7 @@ from glm4v_jax.inputs.media.load import (
     SampledVideo,
     VideoLimits,
     VideoMetadata,
-    are_stills,
+    are_frames,
     frame_files,
     is_array,
     is_path_like,
@@ -74,7 +74,7 @@ def _flatten_videos(videos: Any, depth: int) -> list[Any]:
     if isinstance(videos, (list, tuple)):
         if videos and all(_is_frame(item) for item in videos):
             return [list(videos)]
-        if videos and all(is_path_like(item) for item in videos) and (depth >= 2 or are_stills(videos)):
+        if are_frames(videos) or (depth >= 2 and videos and all(map(is_path_like, videos))):
             return [list(videos)]
         return [video for item in videos for video in _flatten_videos(item, depth + 1)]
     raise MediaError(

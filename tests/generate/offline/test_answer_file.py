@@ -41,6 +41,29 @@ def test_the_file_is_locked_before_it_is_read(monkeypatch):
     assert os.listdir() == ["out.jsonl"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_that_answers_nothing_leaves_what_was_there(restart):
+    """As one for which memory is too small."""
+    AnswerFile("out.jsonl", "index", KEYS, restart=restart).close()
+    assert not os.listdir()
+    with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:
+        file.append(1, {"text": "a"})
+    before = pathlib.Path("out.jsonl").read_bytes()
+    with AnswerFile("out.jsonl", "index", KEYS, restart=restart) as file:
+        assert file.written() == (0, 0)
+    assert pathlib.Path("out.jsonl").read_bytes() == before
+
+
+def test_a_restart_replaces_the_file_with_its_first_answer():
+    pathlib.Path("out.jsonl").write_text('{"index": 1, "key": "key 1", "text": "a"}\n' * 3)
+    with AnswerFile("out.jsonl", "index", KEYS, restart=True) as file:
+        file.append(2, {"text": "b"})
+        file.append(3, {"text": "c"})
+        assert file.written() == (2, 0)
+    lines = pathlib.Path("out.jsonl").read_text().splitlines()
+    assert lines == [f'{{"index": {i}, "key": "key {i}", "text": "{text}"}}' for i, text in ((2, "b"), (3, "c"))]
+
+
 def test_a_full_disk_names_the_file_and_leaves_no_lock():
     with pytest.raises(OSError, match=r"No space left on device: 'out\.jsonl'"):  # noqa: SIM117
         with AnswerFile("out.jsonl", "index", KEYS, restart=False) as file:

@@ -80,10 +80,27 @@ def test_an_invalid_line_is_named_with_its_number(read, row, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_compressed_file_is_named(processor):
-    pathlib.Path("prompts.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}'))
-    with pytest.raises(MessageError, match=r"prompts\.jsonl\.gz: found a compressed file; expected text"):
-        read_prompts("prompts.jsonl.gz", GenerationConfig(), processor)
+def test_a_compressed_file_is_read(processor):
+    pathlib.Path("prompts.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "x"}\n\n{"prompt": "y"}'))
+    prompts = read_prompts("prompts.jsonl.gz", GenerationConfig(), processor)
+    assert [(prompt.place, prompt.messages[-1]["content"][-1]["text"]) for prompt in prompts] == [
+        ("prompts.jsonl.gz:1", "x"), ("prompts.jsonl.gz:3", "y")
+    ]  # fmt: skip
+
+
+def test_a_compressed_file_that_is_not_named_so_or_damaged_is_named(processor):
+    content = gzip.compress(b'{"prompt": "x"}')
+    for name, data, message in (
+        (
+            "prompts.jsonl",
+            content,
+            r"prompts\.jsonl: found a compressed file; expected text: name it prompts\.jsonl\.gz",
+        ),
+        ("prompts.jsonl.gz", content[:-9], r"prompts\.jsonl\.gz: cannot be read \(Compressed file ended"),
+    ):
+        pathlib.Path(name).write_bytes(data)
+        with pytest.raises(Glm4vError, match=message):
+            read_prompts(name, GenerationConfig(), processor)
 
 
 @pytest.mark.parametrize(("invalid", "listed", "more"), [(3, 3, []), (25, 20, ["and 5 more"])])

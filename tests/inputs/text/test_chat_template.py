@@ -344,9 +344,11 @@ def test_choice_among_templates():
     assert choose_template(several, "rag") == "r"
     assert choose_template(several, "{{ messages }}") == "{{ messages }}"
     assert choose_template(None, "s") == "s"
-    with pytest.raises(CheckpointError, match="no chat template"):
-        choose_template(None)
-    with pytest.raises(CheckpointError, match="chat templates rag, none is 'default'"):
+    with pytest.raises(CheckpointError, match=r"ckpt: found no chat template; expected chat_template\.jinja, "):
+        choose_template(None, where="ckpt")
+    with pytest.raises(
+        CheckpointError, match="chat_template: found the chat templates rag; expected one that is called 'default'"
+    ):
         choose_template({"rag": "r"})
 
 
