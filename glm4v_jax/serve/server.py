@@ -30,7 +30,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def bind(host: str, port: int) -> socket.socket:
     """Open the port; connections wait until the server runs.
 
-    >>> with bind("127.0.0.1", 0) as listener:
+    >>> with bind("localhost", 0) as listener:
     ...     listener.getsockname()[0]
     '127.0.0.1'
 
@@ -42,9 +42,9 @@ def bind(host: str, port: int) -> socket.socket:
       ConfigError: it cannot be opened.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Of both, as localhost has them, the one that clients expect.
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     except (OSError, UnicodeError):
         raise ConfigError(f"--host: found {host!r}; expected a name or an address of this machine") from None
     listener = socket.socket(family, kind, protocol)

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -182,6 +183,25 @@ def test_usage_counts_what_was_in_the_cache(client):
         assert (usage.prompt_tokens_details.cached_tokens > 0) == is_second
 
 
+def test_a_template_with_tools_and_a_switch_for_thinking(server, monkeypatch, tiny_engine):
+    template = tiny_engine.processor.chat_template
+    switch = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    monkeypatch.setattr(tiny_engine.processor, "chat_template", tools + template + switch)
+
+    def tokens(**fields):
+        body = {"messages": hello(), "return_token_strs": True, **fields}
+        return httpx.post(f"{server[1]}/tokenize", json=body).json()["token_strs"]
+
+    plain = tokens()
+    assert tokens(chat_template_kwargs={"enable_thinking": False}) == [*plain, "<think>", "</think>"]
+    tool = {"type": "function", "function": {"name": "add"}}
+    assert len(tokens(tools=[tool])) > len(plain) == len(tokens(tools=[tool], tool_choice="none"))
+    body = {"messages": hello(), "max_tokens": 4, "reasoning_effort": "none"}
+    message = httpx.post(f"{server[1]}/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert message["reasoning"] is None
+
+
 def test_a_thought_is_closed_when_its_budget_is_used_up(client):
     answer = client.chat.completions.create(
         model=MODEL,
@@ -212,20 +232,15 @@ def test_an_answer_follows_a_schema(client):
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(server, is_stream, slow):
     service, address = server
-    live = service.live
-    body = LONG | {"stream": is_stream}
     before = cancelled(service)
-    with httpx.Client(base_url=address) as http:
-        if is_stream:
-            with http.stream("POST", "/v1/chat/completions", json=body) as response:
-                next(response.iter_lines())
-                wait_until(lambda: live.num_running == 1)
-        else:
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                sent = thread.submit(http.post, "/v1/chat/completions", json=body, timeout=0.15)
-                assert isinstance(sent.exception(), httpx.ReadTimeout)
+    body = json.dumps(LONG | {"stream": is_stream})
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
+        wait_until(lambda: service.live.num_running == 1)
     wait_until(lambda: cancelled(service) == before + 1)
-    assert live.num_running == 0
+    assert service.live.num_running == 0
 
 
 def cancelled(service):
@@ -236,7 +251,7 @@ def cancelled(service):
     return 0
 
 
-def test_a_full_queue_answers_429_and_the_others_are_right(serving, examples, expected):
+def test_a_full_queue_answers_429_and_the_others_are_right(serving, examples, expected, slow):
     sent, _, options = examples[0]
     with serving(max_waiting=4) as (service, address), httpx.Client(base_url=address, timeout=60) as http:
         wait_until(lambda: service.state == "ready")
@@ -396,7 +411,7 @@ def is_reachable(address):
 
 
 def test_a_request_may_take_only_so_long(serving, slow):
-    with serving(request_timeout=0.1) as (service, address), httpx.Client(base_url=address) as http:
+    with serving(request_timeout=0.7) as (service, address), httpx.Client(base_url=address) as http:
         wait_until(lambda: service.state == "ready")
         assert http.post("/v1/chat/completions", json=LONG).status_code == 504
         lines = http.post("/v1/chat/completions", json=LONG | {"stream": True}).text.split("\n\n")
