@@ -22,7 +22,7 @@ from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Update, run
 from glm4v_jax.generate.sequence import SequenceState
 
-ROWS, NEW_TOKENS, ROUNDS = 8, 65, 5
+ROWS, NEW_TOKENS, ROUNDS = 8, 65, 3
 WITH_GRAMMAR = (0, 1, 4, 7)
 """Rows with a grammar, of each case."""
 AIMS = {1: 0.9}
@@ -39,7 +39,7 @@ def rates(engine: Engine, constrained: int, new_tokens: int) -> tuple[float, flo
     def prepare(index: int, text: str) -> SequenceState:
         return engine.new_sequence(engine.prompt(text), configs[index], index=index)
 
-    counts, begun, seconds = [0] * ROWS, 0.0, 0.0
+    counts, begun, seconds, running = [0] * ROWS, 0.0, 0.0, ROWS - constrained
     queue = PromptQueue([f"Question {row}" for row in range(ROWS)], prepare, ahead=ROWS)
     with (
         contextlib.closing(queue),
@@ -53,7 +53,8 @@ def rates(engine: Engine, constrained: int, new_tokens: int) -> tuple[float, flo
                 seconds = time.perf_counter() - begun
             elif update.sequence.index == ROWS - 1:  # the last row's first tokens: all have begun
                 begun = time.perf_counter()
-            if update.delta.completion is not None:
+            running -= update.delta.completion is not None
+            if not running:
                 break
     of_free, of_bound = sum(counts[constrained:]), sum(counts[:constrained])
     return of_free / (ROWS - constrained) / seconds, of_bound / max(constrained, 1) / seconds
