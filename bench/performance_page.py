@@ -25,6 +25,7 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 | `python -m bench.memory` | peak memory against the number of patches and of tokens |
 | `python -m bench.engine` | host time per decode step, busy slots, cold start |
 | `python -m bench.prompt_lookup` | decoding with prompt lookup and without, where the answer copies its prompt |
+| `python -m bench.grammar` | what rows with a grammar cost the other rows of a batch |
 | `python -m bench.train` | training throughput beside transformers with torch's AdamW; padding |
 | `python -m bench.eval` | evaluation throughput beside transformers' `generate` in batches of 8 |
 | `python -m bench.lmms_eval --python ENV` | lmms-eval through this engine |
@@ -63,6 +64,14 @@ A model of {lookup_parameters}M parameters that is constructed to write one give
 real model copies depends on the task: this measures what a copied token saves.
 
 {lookup}
+
+## Structured output
+
+A model of {grammar_parameters}M parameters, {grammar_rows} rows of which some have a grammar: tokens per second of a
+row. A row with a grammar takes one token a dispatch, besides forced ones, and dispatches are shorter while there is one
+(at most 4 decode steps of 32). Each dispatch costs the host as much as the table under Engine says.
+
+{grammar}
 
 ## Recompilation
 
@@ -177,7 +186,7 @@ def compared(lines: Iterable[Any], first: str) -> str:
 def page() -> str:
     """The page."""
     parity, cpu, recompile, memory = read("parity"), read("cpu_vs_torch"), read("recompile"), read("memory")
-    lookup = read("prompt_lookup")
+    lookup, grammar = read("prompt_lookup"), read("grammar")
     engine, train, evaluation, lmms, install = (read(n) for n in ("engine", "train", "eval", "lmms_eval", "install"))
     slots, cold = engine["slots"], engine["cold_start"]
     padding = (RESULTS / "train.md").read_text(encoding="utf-8").partition("| padding of")
@@ -210,6 +219,17 @@ def page() -> str:
                 (line["case"], number(line["plain_tokens_per_second"]), number(line["tokens_per_second"]),
                  f"{line['tokens_per_step']:.1f}", "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]))
                 for line in lookup["lines"]
+            ),
+        ),
+        grammar_parameters=round(grammar["parameters"] / 1e6),
+        grammar_rows=grammar["rows"],
+        grammar=table(
+            ("rows with a grammar", "tokens/s of the others", "tokens/s of these", "others, to a batch without any"),
+            (
+                (line["with_grammar"], number(line["tokens_per_second"]),
+                 number(line["tokens_per_second_with_grammar"]) if line["with_grammar"] else "",
+                 "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]) if line["with_grammar"] else "")
+                for line in grammar["lines"]
             ),
         ),
         warm_programs=len(recompile["warmup"]["programs"]),
