@@ -195,7 +195,7 @@ class GenerationConfig:
     num_beams: Positive = 1
     length_penalty: float = 1.0
     early_stopping: Annotated[bool | Literal["never"], Meta(description="true, false or 'never'")] = False
-    eos_token_id: tuple[Annotated[int, Meta(ge=-1)], ...] = ()
+    eos_token_id: tuple[Annotated[int, Meta(ge=-1, lt=2**31)], ...] = ()
     pad_token_id: Natural | None = None
     prompt_lookup_num_tokens: Positive | None = None
     seed: Seed = 0

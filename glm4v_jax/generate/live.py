@@ -8,7 +8,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import jax
@@ -21,6 +21,7 @@ from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.generate.scheduler import Failure, Update, run
 from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.generate.slots import MIN_EOS
 from glm4v_jax.inputs.medium import Medium
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ Receive = Callable[[SequenceState, Update | Failure], None]
 MAX_RESTARTS = 3
 """Restarts within `RESTART_PERIOD` seconds after which an engine gives up."""
 RESTART_PERIOD = 60.0
+MAX_MEDIA_BYTES = 4 << 30
+"""Patches of all requests that have not ended, in host memory; a request alone may have more."""
 
 
 class QueueFullError(GenerationError):
@@ -149,6 +152,12 @@ class LiveEngine:
                     f"engine: found {len(self._requests)} requests running or waiting, and {len(sequences)} more; "
                     f"expected at most {self._max_live}: send it again later"
                 )
+            held, more = _media_bytes(self._requests), _media_bytes(sequences)
+            if held and more and held + more > MAX_MEDIA_BYTES:
+                raise QueueFullError(
+                    f"engine: found requests running or waiting with {held / 2**30:.1f} GiB of images and videos; "
+                    f"expected at most {MAX_MEDIA_BYTES / 2**30:g} GiB with this one: send it again later"
+                )
             self._requests |= dict.fromkeys(sequences, receive)
             self._queue.waiting.extend(sequences)
             self._changed.notify_all()
@@ -188,6 +197,9 @@ class LiveEngine:
             if found != most and (name != "logprobs" or (found is not None and (most is None or found > most))):
                 expected = f"at most {most}" if name == "logprobs" and most is not None else f"{most}"
                 raise GenerationError(fault(name, found, f"{expected}, as the engine was started with"))
+        if len(config.eos_token_id) > MIN_EOS:
+            found = f"{len(config.eos_token_id)} end tokens"
+            raise GenerationError(f"eos_token_id: found {found}; expected at most {MIN_EOS}, the model's own included")
         total = len(sequence.prompt) + sequence.max_total_tokens
         if self.capacity is not None and total > self.capacity:
             raise GenerationError(
@@ -327,16 +339,26 @@ class _LiveQueue:
         """Encode the images and videos of a request; returns why that failed."""
         if not media:
             return None
-        try:
-            self._pool.encode(media, (medium for sequence in self.ready() for medium in sequence.prompt.media))
-            jax.block_until_ready(self._pool.array)  # an error of the device shows here, and not in everybody's prefill
-        except Exception as error:
-            logger.exception("engine: an image or video cannot be encoded; its request fails")
-            self._pool.forget()
-            return MediaError(
-                f"images and videos: found some that cannot be encoded ({type(error).__name__}); expected smaller ones"
-            )
-        return None
+        upcoming = [medium for sequence in self.ready() for medium in sequence.prompt.media]
+        # An error may be that of another request's, which was to fill a wave: once more without them.
+        for others in (upcoming, []):
+            try:
+                self._pool.encode(media, others)
+                # An error of the device shows here, and not in everybody's prefill.
+                jax.block_until_ready(self._pool.array)
+            except Exception as error:
+                logger.exception("engine: an image or video cannot be encoded")
+                self._pool.forget()
+                found = f"some that cannot be encoded ({type(error).__name__})"
+            else:
+                return None
+        return MediaError(f"images and videos: found {found}; expected smaller ones")
+
+
+def _media_bytes(sequences: Iterable[SequenceState]) -> int:
+    """Host memory of the images and videos of sequences; those of one request share them."""
+    media = {id(medium): medium for sequence in sequences for medium in sequence.prompt.media}
+    return sum(medium.patches.nbytes for medium in media.values())
 
 
 def _ignore(sequence: SequenceState, update: Update | Failure) -> None:

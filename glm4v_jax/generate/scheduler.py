@@ -131,6 +131,7 @@ def run(
             free = [row for row in range(slots.num_rows) if row not in active]
             # With no slot busy, wait for a few: what starts together is encoded and decoded together.
             few = 0 if active else _FEW
+            is_running = len(active) > len(slots.prefilling)
             while free:
                 sequence = waiting.take(wait=not active or len(starts) < few)
                 if sequence is None:
@@ -142,6 +143,8 @@ def run(
                 row = slots.place(start, free)
                 free.remove(row)
                 active[row], starts[row] = sequence, start
+                if interleave and is_running and sequence.prompt.media:
+                    break  # a live queue encodes them as they are taken: one request's between two dispatches
             restarts = {}
             if not active:
                 return
@@ -150,10 +153,11 @@ def run(
             is_told = any(sequence.config.logprobs is not None for sequence in active.values())
             slots.variant = variant if is_told else variant._replace(top=None)
             pace.begin()
-            # While nothing runs, nobody waits for the chunks of a prompt: until one is complete, if the others may not.
-            is_running = len(active) > len(slots.prefilling)
-            most = pace.chunks if interleave and is_running else None
-            begun, chunks = _prefill(slots, _media(waiting), most, one=interleave and not is_running)
+            # Also while nothing runs: a prompt may be cancelled before its last chunk. Then the first that is complete
+            # does not wait for the chunks of others.
+            most = pace.chunks if interleave else None
+            one = interleave and len(active) == len(slots.prefilling)
+            begun, chunks = _prefill(slots, _media(waiting), most, one=one)
             for row in begun:
                 active[row].reused_tokens += slots.reused.pop(row, 0)
             first = slots.choose_first(begun) if begun else None

@@ -29,7 +29,7 @@ from glm4v_jax.model import kv_cache
 from glm4v_jax.model.runtime import Runtime
 
 MIN_CAPACITY = 64
-MIN_EOS = 8
+MIN_EOS = 16
 MAX_STEPS = 32
 """Decode steps of a dispatch at most."""
 SCORED_STEPS = 8

@@ -27,9 +27,12 @@ Strings = Annotated[
     _String | Annotated[list[_String], Meta(max_length=16)],
     Meta(description="a string, or a list of up to 16, each of at most 256 characters"),
 ]
+StopTokens = Annotated[
+    list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(max_length=8, description="a list of at most 8 token ids")
+]
 TokenBias = Annotated[
     dict[str, Annotated[float, Meta(ge=-100, le=100)]],
-    Meta(description="an object of token ids, with numbers from -100 to 100"),
+    Meta(max_length=300, description="an object of at most 300 token ids, with numbers from -100 to 100"),
 ]
 Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, description="a list of at least one message")]
 Prompts = Annotated[
@@ -97,7 +100,7 @@ class GenerationBody(Body):
     no_repeat_ngram_size: Annotated[int, Meta(ge=0, le=32)] | None = None
     stop_repetition: bool | None = None
     stop: Strings | None = None
-    stop_token_ids: list[Natural] | None = None
+    stop_token_ids: StopTokens | None = None
     ignore_eos: bool = False
     seed: int | None = None
     logit_bias: TokenBias | None = None

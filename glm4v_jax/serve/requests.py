@@ -170,7 +170,7 @@ def generation_config(
         answer = min(request.answer_budget or base.answer_budget or (rest if asked is not None else new_tokens), rest)
         if answer < 1:  # the limit comes before the budget
             thought = answer = None
-    eos = (*base.eos_token_id, *request.stop_tokens)
+    eos = tuple(dict.fromkeys((*base.eos_token_id, *request.stop_tokens)))
     return dataclasses.replace(
         base, max_new_tokens=new_tokens, think_budget=thought, answer_budget=answer, eos_token_id=eos
     )

@@ -2,13 +2,13 @@
 
 import concurrent.futures
 import contextlib
-import threading
 
 import numpy as np
 import pytest
 from helpers_generation import GREEDY, ask, random_requests
 
 from glm4v_jax.errors import GenerationError, MediaError
+from glm4v_jax.generate import live
 from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.generate.live import MAX_RESTARTS, LiveEngine, QueueFullError
 from glm4v_jax.generate.scheduler import Failure
@@ -95,11 +95,10 @@ def test_sequences_of_a_request_differ_by_their_number(start):
 
 
 def test_a_cancelled_sequence_ends_and_frees_its_row(start):
-    started = threading.Event()
-    caller = start(lambda sequence, update: started.set())
+    sent = concurrent.futures.Future()
+    caller = start(lambda sequence, update: sent.result(TIMEOUT).cancel())  # with the first tokens
     request, [(_, future)] = caller.send("Tell me", max_new_tokens=150)
-    assert started.wait(TIMEOUT)
-    request.cancel()
+    sent.set_result(request)
     completion = future.result(TIMEOUT)
     assert completion.finish_reason == "cancelled" and 0 < len(completion.tokens) < 150
     assert caller.live.num_running == 0
@@ -123,6 +122,16 @@ def test_what_waits_can_be_cancelled_and_the_queue_can_be_full(start):
 
 def fail(*args, **options):
     raise RuntimeError("the device is gone")
+
+
+def test_what_waits_may_hold_only_so_much_memory(start, monkeypatch, image):
+    monkeypatch.setattr(live, "MAX_MEDIA_BYTES", 0)
+    caller = start(started=False)
+    shown = caller.engine.prompt(ask(image, "What?"))
+    caller.send(shown, shown, max_new_tokens=1)  # a request alone may have more
+    caller.send("Hi")
+    with pytest.raises(QueueFullError, match=r"GiB of images and videos; .* send it again later"):
+        caller.send(shown)
 
 
 def test_an_error_in_the_slots_fails_what_is_running_and_nothing_else(start, monkeypatch):
@@ -211,6 +220,7 @@ def test_a_request_must_fit_the_slots(start):
         (dict(logprobs=6), "logprobs: found 6; expected at most 5"),
         (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens: found 3; expected None"),
         (dict(max_new_tokens=100), "max_new_tokens: found 100 after a prompt of"),
+        (dict(eos_token_id=list(range(20))), "eos_token_id: found 20 end tokens; expected at most 16"),
     ]:
         with pytest.raises(GenerationError, match=message):
             caller.send("Hi", **options)
