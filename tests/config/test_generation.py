@@ -168,7 +168,7 @@ class TestChecks:
             ({"num_beams": 2, "stop_strings": "a"}, "stop_strings: found .*; expected none beside num_beams"),
             ({"early_stopping": "always"}, "early_stopping: found 'always'; expected true, false or 'never'"),
             ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens: found 0; expected an integer of at least 1"),
-            ({"eos_token_id": -2}, r"eos_token_id: found \(-2,\); expected a list of integers of at least -1"),
+            ({"eos_token_id": -2}, r"eos_token_id: found \(-2,\); expected a list of integers from -1 to 2147483647"),
             ({"pad_token_id": -1}, "pad_token_id: found -1"),
             ({"seed": 2**32}, "seed: found 4294967296; expected an integer from 0 to"),
             ({"do_sample": 1}, "do_sample: found 1; expected true or false"),
