@@ -87,9 +87,11 @@ def train(
     out = Path(config.out)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
-        by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))  # a refused job leaves nothing
+        by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
         out.mkdir(parents=True, exist_ok=True)  # of the other processes, whose disk may be another
         by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
+        # Not before the lock: else a second job that is refused might remove it from under the first.
+        by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))
         result_bytes = check_output(config)
         processor = Glm4vProcessor.from_pretrained(config.model)
         evaluations = read_evaluations(out)
