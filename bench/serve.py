@@ -21,7 +21,6 @@ with few requests, judges nothing but the answers and writes nothing. `--soak SE
 import argparse
 import asyncio
 import dataclasses
-import functools
 import json
 import pathlib
 import statistics
@@ -40,6 +39,8 @@ from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 ROUNDS = 3
+MAX_PATCHES = 256
+"""Of an image: those of the measurement have 96."""
 SHARE = 0.7
 """Of the requests per second at saturation, in the open loop."""
 MIN_OF_OFFLINE, MAX_STALL, MIN_SOONER = 0.85, 3.0, 3.0
@@ -89,6 +90,10 @@ def write_model(directory: pathlib.Path, config: dict[str, Any]) -> pathlib.Path
     successors = np.empty_like(chain)
     successors[chain] = np.roll(chain, -1)
     models.write_checkpoint(directory, config, processor=True, successors=successors)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):  # few shapes to compile ahead
+        settings = json.loads((directory / name).read_text(encoding="utf-8"))
+        settings["size"]["longest_edge"] = 2 * 14 * 14 * MAX_PATCHES
+        (directory / name).write_text(json.dumps(settings), encoding="utf-8")
     options = {"do_sample": False, "eos_token_id": [vocab - 1]}  # the last of the chain
     (directory / "generation_config.json").write_text(json.dumps(options), encoding="utf-8")
     return directory
@@ -201,7 +206,7 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
     """Everything about one model."""
     path, prompts = write_model(directory / size.name, size.config), Prompts()
     bodies = [prompts.chat(size) for _ in range(size.requests)]
-    options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v", "--no-warmup"]
+    options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v"]
     with (
         serve_client.offline(path, size.slots, size.context) as offline,
         serve_client.serve(path, directory / f"{size.name}.log", *options) as server,
@@ -211,11 +216,7 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
             answers, seconds = serve_client.run(lambda client: closed_loop(client, bodies, 3 * size.slots), server)
             return {"tokens": sum(answer.tokens for answer in answers), "seconds": seconds}
 
-        # Compiles what is measured, and no more; a warm-up for images of all sizes takes minutes on a CPU.
-        offline(bodies), saturated()
-        few = dataclasses.replace(size, streamed=16, turns=1)
-        for part in (joining, prefixes):
-            serve_client.run(functools.partial(part, size=few, prompts=prompts), server)
+        offline(bodies), saturated()  # one of them compiles
         pairs = [(offline(bodies), saturated()) for _ in range(size.rounds)]
         assert all(mine["tokens"] == theirs["tokens"] for mine, theirs in pairs), pairs
         speeds = [[run["tokens"] / run["seconds"] for run in pair] for pair in pairs]

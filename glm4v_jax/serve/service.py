@@ -20,6 +20,7 @@ from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK
 from glm4v_jax.generate.warmup import Warmed, largest_pool
 from glm4v_jax.inputs.media.threads import num_workers
+from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.chat_template import choose_template, template_variables
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
@@ -279,7 +280,8 @@ class Service:
     def _warm(self, engine: Engine) -> None:
         """Compile what requests up to the model's length need.
 
-        Of images and videos what fits one row: what is larger comes in many shapes, and seldom.
+        Of images and videos what the processor makes and what fits one row: what is larger comes in many shapes, and
+        seldom.
         """
         longest = self.settings.max_model_len - _WARM_TOKENS
         merged = engine.runtime.config.vision_config.spatial_merge_size**2
@@ -296,7 +298,7 @@ class Service:
         engine.pool.reserve(largest_pool(engine.pool, (merged, patches)))
         warmed = engine.warmup(
             prompt_lengths=(1, longest),
-            vision_patches=(merged, min(patches, MAX_ROW_LENGTH)),
+            vision_patches=(merged, min(patches, MAX_ROW_LENGTH, max(merged, most_patches(engine.processor)))),
             max_new_tokens=_WARM_TOKENS,
             one=False,
             progress=show,
@@ -329,6 +331,17 @@ def _count_characters(prompt: Any) -> int:
     items = [item for content in contents if isinstance(content, list) for item in content if isinstance(item, dict)]
     texts = [*contents, *(item.get("text") for item in items)]
     return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def most_patches(processor: Glm4vProcessor) -> int:
+    """Patches of the largest image or video that a processor makes, unless a message says otherwise.
+
+    >>> from glm4v_jax.tiny import TINY_CHECKPOINT
+    >>> most_patches(Glm4vProcessor.from_pretrained(TINY_CHECKPOINT))  # of a video
+    120000
+    """
+    sides = (processor.image_processor, processor.video_processor)
+    return max(int(side.size["longest_edge"]) // (side.patch_size**2 * side.temporal_patch_size) for side in sides)
 
 
 def _busy(message: str) -> ApiError:
