@@ -4,7 +4,12 @@ import base64
 import io
 import time
 
+import httpx2
+
 MODEL = "glm4v-tiny"
+
+http = httpx2.Client(timeout=120)
+"""A client that waits while programs are compiled."""
 
 
 def wait_until(condition, seconds=60.0):

@@ -490,7 +490,10 @@ def test_a_server_takes_nothing_else_from_strangers(serving, port, heard, names)
     names["good.example"] = [["127.0.0.1"]]
     policy = MediaPolicy(hosts=AllowedHosts(("good.example",), allow_private=True))
     headers = {"Content-Type": "application/json"}
-    with serving(media=policy) as (service, address), httpx.Client(base_url=address, headers=headers) as client:
+    with (
+        serving(media=policy) as (service, address),
+        httpx.Client(base_url=address, headers=headers, timeout=120) as client,
+    ):
         wait_until(lambda: service.state == "ready")
 
         def post(messages):
