@@ -84,8 +84,13 @@ class DispatchSize:
         self._began = time.perf_counter()
         return self.steps
 
-    def end(self, chunks: int = 0) -> None:
-        """Stop timing, and adapt the number of steps, or after `chunks` prefill chunks that of these."""
+    def end(self, chunks: int = 0, *, is_cut: bool = False) -> None:
+        """Stop timing, and adapt the number of steps, or after `chunks` prefill chunks that of these.
+
+        Args:
+          chunks: prefill chunks that were dispatched.
+          is_cut: whether fewer decode steps than `steps` were dispatched, whose time does not speak for more.
+        """
         seconds = time.perf_counter() - self._began
         if chunks:
             # Beside decode steps of half a period to two. After fewer chunks than allowed, more are no guess to make.
@@ -94,7 +99,7 @@ class DispatchSize:
             elif self._is_clocked and seconds > 3 * STREAM_PERIOD:
                 self.chunks = max(self.chunks // 2, 1)
         elif not self._fixed:
-            if seconds < STREAM_PERIOD / 2:
+            if seconds < STREAM_PERIOD / 2 and not is_cut:
                 self.steps = min(2 * self.steps, MAX_STEPS)
             elif seconds > 2 * STREAM_PERIOD:
                 self.steps = max(self.steps // 2, 1)
@@ -176,7 +181,7 @@ def run(
             chosen, counts, done = slots.read(decoded)
             if shared:  # the processes may communicate next, while no other program may be running
                 jax.block_until_ready(slots.pool.array)
-            pace.end(chunks)
+            pace.end(chunks, is_cut=limit < pace.steps)
             surplus, updates = list[int](), list[Update]()
             for row, sequence in list(active.items()):
                 tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)

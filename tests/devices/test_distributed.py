@@ -92,6 +92,7 @@ def test_several_processes_answer_a_file_of_prompts_as_one_does(tmp_path, capfd)
     rows = [{"prompt": f"What is {n}?", "id": n} for n in range(3)]
     rows += [{"prompt": "And this?", "image": "noise.png"}, {"prompt": "This?", "image": "broken.png"}]
     rows += [{"prompt": "Draw", "do_sample": True, "temperature": 1.0, "seed": 5}]
+    rows += [{"prompt": "Is it?", "choices": ["yes", "no"], "think_budget": 4, "answer_budget": 4}]
     (tmp_path / "broken.png").write_text("not an image")
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     options = ["--jsonl", "rows.jsonl", "--max-new-tokens", "9", "--slots", "4"]
@@ -100,11 +101,11 @@ def test_several_processes_answer_a_file_of_prompts_as_one_does(tmp_path, capfd)
     with running(*generate(2, *options, "--out", "two.jsonl")) as processes:
         (status, out, errors), (other, other_out, other_errors) = ended(processes, 120)
     assert (status, other, out, other_out) == (1, 1, "", "")
-    failed = "1 of 6 prompts failed; see 'error' in two.jsonl"
+    failed = "1 of 7 prompts failed; see 'error' in two.jsonl"
     assert errors[-1] == f"glm4v: error: {failed}"
     assert other_errors == [f"glm4v: error: process 0: {failed}"]
     one, two = (sorted(Path(name).read_text().splitlines()) for name in ("one.jsonl", "two.jsonl"))
-    assert one == two and len(two) == 6
+    assert one == two and len(two) == 7
 
 
 @pytest.mark.parametrize("victim", [0, 1])

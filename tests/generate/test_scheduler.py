@@ -7,7 +7,7 @@ import pytest
 from helpers_generation import GREEDY, Ready, random_request
 
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.scheduler import Failure, SharedQueue, run
+from glm4v_jax.generate.scheduler import DispatchSize, Failure, SharedQueue, run
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
 
 
@@ -166,3 +166,11 @@ def test_processes_agree_on_prompts_ahead_of_their_turn(engine):
     assert reported.number == 9 and "broken" in str(reported.error)
     assert [agreed.take(wait=False) for _ in range(3)] == [*answers[3:], None]
     assert agreed.is_empty
+
+
+def test_short_dispatches_say_nothing_of_longer_ones():
+    pace = DispatchSize(None)
+    for is_cut, steps in ((True, 1), (True, 1), (False, 2)):
+        pace.begin()
+        pace.end(is_cut=is_cut)
+        assert pace.steps == steps
