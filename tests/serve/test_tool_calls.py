@@ -259,6 +259,6 @@ def test_a_client_calls_a_tool_and_sends_back_what_it_says(serving, scripted, ti
         history += [choice.message, {"role": "tool", "tool_call_id": first.id, "content": "It is noon."}]
         assert client.chat.completions.create(**asked).choices[0].message.content == "Noon."
         history[1] = choice.message.model_dump(exclude_none=True)
-        shown = httpx.post(f"{address}/tokenize", json={"messages": history}).json()
+        shown = httpx.post(f"{address}/tokenize", json={"messages": history}, timeout=60).json()
     text = tiny_engine.processor.tokenizer.decode(shown["tokens"]).replace("\n", "")
     assert written("f", text="é", count=2).replace("\n", "") in text and "<|observation|>It is noon." in text
