@@ -93,10 +93,10 @@ class DispatchSize:
         """
         seconds = time.perf_counter() - self._began
         if chunks:
-            # Beside decode steps of half a period to two. After fewer chunks than allowed, more are no guess to make.
-            if self._is_clocked and seconds < 1.5 * STREAM_PERIOD and chunks == self.chunks:
+            # Together with decode steps, which take half a period to two. Fewer chunks than allowed tell nothing of more.
+            if self._is_clocked and seconds < STREAM_PERIOD and chunks == self.chunks:
                 self.chunks = min(2 * chunks, _MAX_CHUNKS)
-            elif self._is_clocked and seconds > 3 * STREAM_PERIOD:
+            elif self._is_clocked and seconds > 2 * STREAM_PERIOD:
                 self.chunks = max(self.chunks // 2, 1)
         elif not self._fixed:
             if seconds < STREAM_PERIOD / 2 and not is_cut:

@@ -163,6 +163,18 @@ def prefill_program(
     return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
 
 
+def copy_program(config: Glm4vConfig, slots: int, state_rows: int) -> Program:
+    """The program that gives a row of `state_rows`, each with a cache of `slots`, what another holds."""
+
+    def lower(model: Glm4v, mesh: Mesh) -> Any:
+        state = _state(_text_and_head(_served(model, mesh))[0], mesh, state_rows, slots)
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+        seen = jax.ShapeDtypeStruct((1, state.seen.shape[1]), jnp.bool_)
+        return device_steps.copy_rows.lower(state, row, row, row, seen)
+
+    return Program(f"copy 1 of {state_rows} x {slots:,}", lower, slots * _cache_bytes(config), 0, (), 0)
+
+
 def encode_program(
     config: Glm4vConfig, rows: int, length: int, frame: int, state_rows: int = 0, slots: int = 0
 ) -> Program:

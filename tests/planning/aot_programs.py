@@ -44,7 +44,7 @@ def main() -> None:
     for program, config, options in (
         (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
         (step, narrower, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, wide, dict(kv=2, q=2)),
-        (one, wide, single),
+        (one, wide, single), (compile_for_topology.copy_program(wide, 4096, 8), wide, dict(kv=2, q=2)),
     ):  # fmt: skip
         compiled = compile_for_topology.compile_for(program, config, **dict(topology="v5e:2x2") | options, large=2**18)
         print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201

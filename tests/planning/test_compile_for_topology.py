@@ -170,7 +170,7 @@ def compiled():
     assert done.returncode == 0, done.stderr[-4000:]
     names = (
         "decode", "prefill", "decode, slots split", "training step", "a row beside others", "many short rows",
-        "a quantised row on one chip",
+        "a quantised row on one chip", "a copy of a row",
     )  # fmt: skip
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -205,6 +205,13 @@ def test_short_prompts_do_not_copy_the_cache(compiled, name):
     """And compile at all: a loop over rows in the writing of the cache does not."""
     assert compiled[name]["copies"] == []
     assert compiled[name]["temporaries"] * 2**10 <= 2 * FEW
+
+
+def test_a_copy_of_a_row_takes_the_memory_of_a_row(compiled):
+    """And exchanges nothing."""
+    found = compiled["a copy of a row"]
+    assert found["copies"] == [] and found["collectives"] == {}
+    assert found["temporaries"] * 2**10 <= FEW
 
 
 def test_sharded_slots_are_not_replicated(compiled):
