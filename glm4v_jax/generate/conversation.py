@@ -176,6 +176,7 @@ class Conversation:
     def _turn(self, message: dict[str, Any], media: _Media, sequence: SequenceState) -> Generator[Delta, None, None]:
         if self._slots is None:
             self._slots = self._engine.new_slots(1, sequence.config)
+            self._slots.reuses = False  # a conversation keeps more, answers too, and always in the first row
         self._slots.variant = Variant.of(sequence.config)
         # What the cache holds for certain if the turn ends before its first token.
         self.in_cache = sequence.prompt.truncated(sequence.start().keep)

@@ -15,12 +15,13 @@ from glm4v_jax.config.generation import OF_ALL_REQUESTS, GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.devices.distributed import spans_processes
+from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
-from glm4v_jax.generate.prefill_chunks import CHUNK
+from glm4v_jax.generate.prefill_chunks import CHUNK, MAX_LIVE_CHUNK, MIN_LIVE_CHUNK
 from glm4v_jax.generate.prompt import is_message, prompt_of
 from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
@@ -97,8 +98,8 @@ class Engine:
       runtime: the model's weights on their mesh.
       num_slots: sequences that `generate_many` decodes at a time.
       steps_per_dispatch, cache_dtype, reuse_prefixes: as the constructor takes them.
-      chunk: the most tokens of a prompt that are prefilled at a time while others decode (`LiveEngine`). `warmup`
-        lowers it to what takes as long as a dispatch; not where several processes share the mesh.
+      chunk: the most tokens of a prompt that are prefilled at a time while others decode (`LiveEngine`). `warmup` sets
+        it to what takes as long as a dispatch; not where several processes share the mesh.
       pool: vision features of the images and videos encoded so far.
       stats: counts of tokens and dispatches so far.
     """
@@ -136,7 +137,8 @@ class Engine:
         self.model, self.runtime, self.processor = model, runtime_of(model), processor
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
         self.cache_dtype, self.reuse_prefixes = check_cache_dtype(cache_dtype), reuse_prefixes
-        self.chunk = CHUNK
+        with use_mesh(self.runtime.mesh):
+            self.chunk = MIN_LIVE_CHUNK if platform() == "cpu" else MAX_LIVE_CHUNK
         self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()
         self._free: dict[tuple[int, int | None], list[Slots]] = {}

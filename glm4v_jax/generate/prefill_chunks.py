@@ -16,6 +16,8 @@ MAX_CHUNK = 1024
 """The longest chunk of rows that start together, in tokens; it bounds the activation memory of a long prompt."""
 CHUNK = 512
 """The longest chunk of a row that starts alone: with fewer tokens, accelerators spend their time on reading weights."""
+MIN_LIVE_CHUNK, MAX_LIVE_CHUNK = 32, 256
+"""The same where chunks take turns with decode steps: on a CPU, whose arithmetic is slow, and on accelerators."""
 MIN_SHARED = 256
 """Tokens of a chunk that ends where an image or video does, at least: prompts that go on differently share it."""
 

@@ -20,8 +20,6 @@ from glm4v_jax.inputs.medium import Medium
 
 STREAM_PERIOD = 0.05
 """A stream takes as many decode steps a dispatch as fit into this time, in seconds: text flows, without bursts."""
-# Prefill chunks between two dispatches at most.
-_MAX_CHUNKS = 32
 # Or this number where there are several processes: their clocks differ, and their numbers of steps must not.
 SHARED_STEPS = 8
 # Requests to wait for while no slot is busy.
@@ -66,43 +64,27 @@ class Update(NamedTuple):
 
 
 class DispatchSize:
-    """What is dispatched at a time: decode steps, a fixed number or a steady stream; prefill chunks between them.
+    """Decode steps per dispatch, or prefill chunks between two: a fixed number, or one that makes a steady stream."""
 
-    Attributes:
-      steps: decode steps.
-      chunks: prefill chunks before them, as many as fit into a stream's period.
-    """
-
-    def __init__(self, steps: int | None, *, is_clocked: bool = True):
-        """`steps`: None for a steady stream; without a clock a single chunk goes between dispatches."""
-        self.steps, self.chunks = steps or 1, 1
-        self._fixed, self._is_clocked = steps is not None, is_clocked
+    def __init__(self, steps: int | None):
+        self.steps = steps or 1
+        self._fixed = steps is not None
         self._began = 0.0
 
     def begin(self) -> int:
-        """Start timing a dispatch; returns its number of steps."""
+        """Start timing; returns the number."""
         self._began = time.perf_counter()
         return self.steps
 
-    def end(self, chunks: int = 0, *, is_cut: bool = False) -> None:
-        """Stop timing, and adapt the number of steps, or after `chunks` prefill chunks that of these.
-
-        Args:
-          chunks: prefill chunks that were dispatched.
-          is_cut: whether fewer decode steps than `steps` were dispatched, whose time does not speak for more.
-        """
+    def end(self, *, is_cut: bool = False) -> None:
+        """Stop timing, and adapt the number; `is_cut`: fewer were dispatched, whose time does not speak for more."""
+        if self._fixed:
+            return
         seconds = time.perf_counter() - self._began
-        if chunks:
-            # Together with decode steps, which take half a period to two. Fewer chunks than allowed tell nothing of more.
-            if self._is_clocked and seconds < STREAM_PERIOD and chunks == self.chunks:
-                self.chunks = min(2 * chunks, _MAX_CHUNKS)
-            elif self._is_clocked and seconds > 2 * STREAM_PERIOD:
-                self.chunks = max(self.chunks // 2, 1)
-        elif not self._fixed:
-            if seconds < STREAM_PERIOD / 2 and not is_cut:
-                self.steps = min(2 * self.steps, MAX_STEPS)
-            elif seconds > 2 * STREAM_PERIOD:
-                self.steps = max(self.steps // 2, 1)
+        if seconds < STREAM_PERIOD / 2 and not is_cut:
+            self.steps = min(2 * self.steps, MAX_STEPS)
+        elif seconds > 2 * STREAM_PERIOD:
+            self.steps = max(self.steps // 2, 1)
 
 
 def run(
@@ -129,7 +111,8 @@ def run(
     shared = spans_processes(slots.runtime.mesh)
     if shared:
         waiting = SharedQueue(waiting, slots.shards)
-    pace = DispatchSize(SHARED_STEPS if steps is None and shared else steps, is_clocked=not shared)
+    pace = DispatchSize(SHARED_STEPS if steps is None and shared else steps)
+    chunks = DispatchSize(1 if shared else None)
     try:
         while True:
             starts = restarts
@@ -157,19 +140,21 @@ def run(
             # Log probabilities cost every row of a dispatch, and few requests want them.
             is_told = any(sequence.config.logprobs is not None for sequence in active.values())
             slots.variant = variant if is_told else variant._replace(top=None)
-            pace.begin()
             # Also while nothing runs: a prompt may be cancelled before its last chunk. Then the first that is complete
             # does not wait for the chunks of others.
-            most = pace.chunks if interleave else None
+            most = chunks.begin() if interleave else None
             one = interleave and len(active) == len(slots.prefilling)
-            begun, chunks = _prefill(slots, _media(waiting), most, one=one)
+            begun, count = _prefill(slots, _media(waiting), most, one=one)
+            if count == most and not shared:  # timed for itself, or prompts that always join would get too little time
+                slots.wait()
+                chunks.end()
             for row in begun:
                 active[row].reused_tokens += slots.reused.pop(row, 0)
             first = slots.choose_first(begun) if begun else None
             # Return at the first row that ends, if there is a request to take its slot; and soon if a slot is free
             # because the next prompt is not ready.
             busy = bool(not waiting.is_empty or any(sequence.may_continue for sequence in active.values()))
-            limit = min(pace.steps, _SOON if free and not waiting.is_empty else MAX_STEPS)
+            limit = min(pace.begin(), _SOON if free and not waiting.is_empty else MAX_STEPS)
             running = {row: sequence for row, sequence in active.items() if row not in slots.prefilling}
             turns = {row: sequence.turn for row, sequence in running.items() if sequence.turn is not None}
             limit = min(limit, steps_beside(turns.values(), len(running)))
@@ -181,7 +166,7 @@ def run(
             chosen, counts, done = slots.read(decoded)
             if shared:  # the processes may communicate next, while no other program may be running
                 jax.block_until_ready(slots.pool.array)
-            pace.end(chunks, is_cut=limit < pace.steps)
+            pace.end(is_cut=limit < pace.steps)
             surplus, updates = list[int](), list[Update]()
             for row, sequence in list(active.items()):
                 tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)
@@ -215,11 +200,11 @@ def _prefill(slots: Slots, upcoming: Sequence[Medium], most: int | None, *, one:
     Returns:
       The rows whose prompts are complete, and the number of chunks.
     """
-    ready, chunks = dict[int, Start](), 0
-    while slots.prefilling and chunks != most and not (one and ready):
+    ready, count = dict[int, Start](), 0
+    while slots.prefilling and count != most and not (one and ready):
         ready |= slots.advance(upcoming)
-        chunks += 1
-    return ready, chunks
+        count += 1
+    return ready, count
 
 
 class SharedQueue:

@@ -222,6 +222,11 @@ class Slots:
         ready = [row for row in wave.values() if not self._left(self.prefilling[row])]
         return {row: self.prefilling.pop(row).start for row in ready}
 
+    def wait(self) -> None:
+        """Wait until what has been dispatched is done."""
+        assert self._state is not None
+        jax.block_until_ready(self._state.hidden)
+
     def choose_first(self, starts: Mapping[int, Start], *, together: bool = False) -> Chosen:
         """Choose the first tokens of rows that have been prefilled; see `start`."""
         rows = np.isin(np.arange(self.num_rows), list(starts))

@@ -22,7 +22,7 @@ from glm4v_jax.devices.mesh import data_shards, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
-from glm4v_jax.generate.prefill_chunks import CHUNK, MAX_CHUNK, Start, chunk_length
+from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, MAX_LIVE_CHUNK, MIN_LIVE_CHUNK, Start, chunk_length
 from glm4v_jax.generate.scheduler import STREAM_PERIOD
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots, check_cache_dtype
 from glm4v_jax.generate.token_masks import Turn
@@ -256,12 +256,13 @@ def time_chunks(slots: Slots, lengths: Sequence[int], config: GenerationConfig) 
     plain = config if slots.variant.processors else GenerationConfig()
     prefill(lengths[0])
     most = max(STREAM_PERIOD, min(seconds(lambda: slots.decode(1)) for _ in range(3)))
-    chunks = [t for t in (MIN_LENGTH << i for i in range(CHUNK.bit_length())) if t <= min(lengths[-1], CHUNK)]
+    sizes = [MIN_LIVE_CHUNK << i for i in range((MAX_LIVE_CHUNK // MIN_LIVE_CHUNK).bit_length())]
+    chunks = [t for t in sizes if t <= lengths[-1]]
     fitting = [t for t in chunks if min(seconds(functools.partial(prefill, t)) for _ in range(2)) <= most]
     slots.forget()
     if len(fitting) == len(chunks):
-        return CHUNK
-    return max(fitting, default=MIN_LENGTH)
+        return MAX_LIVE_CHUNK
+    return max(fitting, default=MIN_LIVE_CHUNK)
 
 
 def run_all(programs: Iterator[Warmed], progress: Callable[[Warmed], None] | None) -> list[Warmed]:

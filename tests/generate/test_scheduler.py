@@ -87,7 +87,7 @@ def join(make_engine, monkeypatch):
             log.append(next(iter(slots.prefilling)))
             return advance(slots, upcoming)
 
-        monkeypatch.setattr("glm4v_jax.generate.scheduler._MAX_CHUNKS", 1)
+        monkeypatch.setattr("glm4v_jax.generate.scheduler.STREAM_PERIOD", 0)
         monkeypatch.setattr(Slots, "advance", logged_advance)
         monkeypatch.setattr(Slots, "decode", lambda *args, **idle: log.append("decode") or decode(*args, **idle))
         sequences = [
