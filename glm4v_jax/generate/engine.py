@@ -21,7 +21,7 @@ from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
-from glm4v_jax.generate.prefill_chunks import CHUNK, MAX_LIVE_CHUNK, MIN_LIVE_CHUNK
+from glm4v_jax.generate.prefill_chunks import CHUNK, live_chunk
 from glm4v_jax.generate.prompt import is_message, prompt_of
 from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
@@ -98,8 +98,8 @@ class Engine:
       runtime: the model's weights on their mesh.
       num_slots: sequences that `generate_many` decodes at a time.
       steps_per_dispatch, cache_dtype, reuse_prefixes: as the constructor takes them.
-      chunk: the most tokens of a prompt that are prefilled at a time while others decode (`LiveEngine`). `warmup` sets
-        it to what takes as long as a dispatch; not where several processes share the mesh.
+      chunk: the most tokens of a prompt that are prefilled at a time while others decode (`LiveEngine`): about what
+        takes as long as a dispatch, by the size of the model; `warmup` measures it, in a single process.
       pool: vision features of the images and videos encoded so far.
       stats: counts of tokens and dispatches so far.
     """
@@ -138,7 +138,7 @@ class Engine:
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
         self.cache_dtype, self.reuse_prefixes = check_cache_dtype(cache_dtype), reuse_prefixes
         with use_mesh(self.runtime.mesh):
-            self.chunk = MIN_LIVE_CHUNK if platform() == "cpu" else MAX_LIVE_CHUNK
+            self.chunk = live_chunk(sum(leaf.size for leaf in self.runtime.text.leaves), platform())
         self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()
         self._free: dict[tuple[int, int | None], list[Slots]] = {}

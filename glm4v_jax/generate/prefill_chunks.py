@@ -17,7 +17,9 @@ MAX_CHUNK = 1024
 CHUNK = 512
 """The longest chunk of a row that starts alone: with fewer tokens, accelerators spend their time on reading weights."""
 MIN_LIVE_CHUNK, MAX_LIVE_CHUNK = 32, 256
-"""The same where chunks take turns with decode steps: on a CPU, whose arithmetic is slow, and on accelerators."""
+"""The same where chunks take turns with decode dispatches: `live_chunk` is between these."""
+# Multiplications and additions of a chunk that a CPU does in about the time of a dispatch.
+_CPU_WORK = 2.5e9
 MIN_SHARED = 256
 """Tokens of a chunk that ends where an image or video does, at least: prompts that go on differently share it."""
 
@@ -88,6 +90,18 @@ def chunk_bounds(starts: Mapping[int, Start], capacity: int) -> list[ChunkBounds
         done = {i: end for i, (_, end) in bounds.items()}
         result.append(ChunkBounds(t, bounds))
     return result
+
+
+def live_chunk(parameters: int, platform: str) -> int:
+    """The longest chunk, for a decoder of so many parameters, that about takes the time of a dispatch.
+
+    >>> live_chunk(250_000_000, "cpu"), live_chunk(1_000_000, "cpu"), live_chunk(9_000_000_000, "tpu")
+    (32, 256, 256)
+    """
+    if platform != "cpu":
+        return MAX_LIVE_CHUNK
+    fitting = int(_CPU_WORK / (2 * parameters))
+    return max(MIN_LIVE_CHUNK, min(MAX_LIVE_CHUNK, 1 << max(fitting.bit_length() - 1, 0)))
 
 
 def chunk_ends(prompt: Prompt, longest: int) -> list[int]:
