@@ -27,6 +27,8 @@ KEY = "GLM4V_API_KEY"
 """The environment variable for the key where no option names it."""
 
 _LENGTH, _TINY_LENGTH = 16_384, 1024
+_SHORTEST = 64
+"""Tokens of a short question, with what the chat template adds, and of a short answer."""
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -105,7 +107,8 @@ class Serve(Options):
     """Number of answers that are generated at a time."""
 
     max_model_len: Annotated[
-        Positive | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {_LENGTH}, or the model's)")
+        Annotated[int, Meta(ge=_SHORTEST)] | None,
+        tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {_LENGTH}, or the model's)"),
     ] = None
     """Tokens of prompt and answer together at most; the KV cache of each slot holds as many."""
 
@@ -176,7 +179,10 @@ class Serve(Options):
                 found = f"{self.host} without --api-key"
                 warnings.warn(f"--host: found {found}; everybody who reaches this port can use it", stacklevel=1)
             host = f"[{self.host}]" if ":" in self.host else self.host
-            print(f"serving {settings.model} at http://{host}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+            address = f"http://{host}:{listener.getsockname()[1]}"
+            print(
+                f"starting {settings.model} at {address} (/health says when it is ready)", file=sys.stderr, flush=True
+            )
             run(Service(settings, lambda: self.model.load(processor, self.slots, tokens=length)), listener)
 
     @property

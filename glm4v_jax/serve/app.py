@@ -148,8 +148,10 @@ class AccessLog:
                 raise
             await error_response(ApiError(500, "server: found an error; expected none"))(scope, receive, noting)
         finally:
-            self._service.metrics.answered(status)
-            if scope["path"] not in PUBLIC:
+            is_public = scope["path"] in PUBLIC
+            if not (is_public and status == 503):  # a probe that asks whether the server is ready
+                self._service.metrics.answered(status)
+            if not is_public:
                 path, seconds = _printable(scope["path"]), time.perf_counter() - since
                 logger.info("%s %s %s %.3f s", scope["method"], path, status, seconds)
 

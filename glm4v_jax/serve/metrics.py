@@ -26,8 +26,16 @@ def gauge(name: str, text: str, read: Callable[[], float]) -> Reading:
 
 
 def count(name: str, text: str, read: Callable[[], float]) -> Reading:
-    """A number that only grows, and is read when it is asked for."""
-    return name, text, read, CounterMetricFamily
+    """A number that only grows, and is read when it is asked for: what it has grown by since now.
+
+    >>> metrics, total = Metrics("tiny"), [18704]
+    >>> metrics.add_readings([count("prefix_cache_queries", "Prompt tokens.", lambda: total[0])])
+    >>> total[0] += 12
+    >>> metrics.text().decode().splitlines()[-1]
+    'glm4v:prefix_cache_queries_total{model_name="tiny"} 12.0'
+    """
+    before = read()
+    return name, text, lambda: read() - before, CounterMetricFamily
 
 
 class Metrics:

@@ -258,8 +258,11 @@ class Service:
         return self.engine.new_sequence(prompt, config, index=first + number, number=number)
 
     def _start(self) -> None:
+        since = time.perf_counter()
+        logger.info("server: %s", self.progress)
         try:
             engine = self._load()
+            logger.info("server: loaded in %.0f s", time.perf_counter() - since)
             limit_videos(engine.processor, self.settings.media, self.settings.max_model_len)
             if self.settings.is_warmed:
                 self._warm(engine)
@@ -287,6 +290,8 @@ class Service:
         merged = engine.runtime.config.vision_config.spatial_merge_size**2
 
         since = time.perf_counter()
+        self.progress = "compiling"
+        logger.info("server: compiling its programs, which may take minutes")
 
         def show(one: Warmed) -> None:
             self.progress = f"compiling: {one.program} {one.shape}"

@@ -42,6 +42,7 @@ def serve(capfd, monkeypatch):
         (["--api-key", " "], "--api-key: found an empty one"),
         (["--preset", "greed"], "preset: found 'greed'; expected one of"),
         (["--max-model-len", "100000"], "--max-model-len: found 100000; expected at most 65536"),
+        (["--max-model-len", "3"], "--max-model-len: found 3; expected an integer of at least 64"),
         (["--max-logprobs", "21"], "--max-logprobs: found 21; expected an integer from -1 to 20"),
         (["--slots", "0"], "--slots: found 0"),
         (["--max-images", "-1"], "--max-images: found -1"),
@@ -52,6 +53,11 @@ def serve(capfd, monkeypatch):
 def test_what_is_wrong_is_one_line(serve, arguments, line):
     found, service = serve(*arguments, status=1)
     assert line in found and len(found.splitlines()) == 1 and service is None
+
+
+def test_a_server_that_starts_is_not_said_to_serve(serve):
+    (line,) = serve("--port", "0")[0].splitlines()
+    assert line.startswith(f"starting {RANDOM_CHECKPOINT.name} at http://127.0.0.1:") and "/health says" in line
 
 
 def test_a_port_that_is_taken(serve):

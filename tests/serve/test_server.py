@@ -383,6 +383,7 @@ def test_until_it_is_ready_a_server_says_how_far_it_is(serving):
         assert found.status_code == 503 and "loading the model" in found.json()["message"]
         refused = http.post(f"{address}/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "5"
+        wait_until(lambda: refusals(service) == 1)  # and not those who ask for its health
         is_slow.set()
         wait_until(lambda: service.state == "failed")
         assert str(service.error) == "no such model"
@@ -401,6 +402,12 @@ def test_an_engine_that_fails_again_and_again_ends_the_server(serving):
         wait_until(lambda: service.state == "ready")
         service.live.state = "failed"
         wait_until(lambda: not is_reachable(address))
+
+
+def refusals(service):
+    """Requests that came before the server was ready."""
+    lines = service.metrics.text().decode().splitlines()
+    return next((float(line.split()[-1]) for line in lines if 'reason="not_ready"' in line and "_total" in line), 0)
 
 
 def is_reachable(address):
