@@ -171,8 +171,8 @@ class Serve(Options):
             is_warmed=not self.no_warmup,
             max_body_bytes=self.requests.max_body_mib * 2**20,
             media=self.requests.policy(),
-            # A page whose name is made to lead to this machine asks under its own name.
-            hosts=_LOOPBACK if key is None and self.host in _LOOPBACK else (),
+            # A web page whose name is made to lead to this server asks under its own name.
+            hosts=("localhost", self.host) if key is None else (),
         )
         with bind(self.host, self.port) as listener, losing_errors(), _logging_to_standard_error():
             if key is None and self.host not in _LOOPBACK:

@@ -86,8 +86,8 @@ def create_app(service: Service) -> Starlette:
         routes=[Route(place.path, place.endpoint, methods=[place.method]) for place in ROUTES],
         middleware=[
             Middleware(AccessLog, service=service),
-            Middleware(Key, api_key=service.settings.api_key),
             Middleware(RequestLimits, max_body_bytes=service.settings.max_body_bytes, hosts=service.settings.hosts),
+            Middleware(Key, api_key=service.settings.api_key),
         ],
         exception_handlers={ApiError: _refused, Glm4vError: _refused, HTTPException: _refused},
         lifespan=lifespan,

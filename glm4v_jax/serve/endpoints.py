@@ -14,7 +14,7 @@ from glm4v_jax.serve import page
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.limits import parse_body
-from glm4v_jax.serve.media import resolve
+from glm4v_jax.serve.media import has_media, resolve
 from glm4v_jax.serve.metrics import CONTENT_TYPE
 from glm4v_jax.serve.preview import preview as preview_of
 from glm4v_jax.serve.requests import ApiRequest, Served, chat_request, text_request, tokenize_request
@@ -126,9 +126,9 @@ async def _generate(request: Request, read: Callable[[Mapping[str, Any], Served]
 async def tokenize(request: Request) -> Response:
     """POST /tokenize: the tokens of a prompt, or of messages with those of their images and videos."""
     service, raw = _service(request), await request.body()
+    asked, variables = await service.prepare(lambda: tokenize_request(parse_body(raw), service.served))
 
     def tokens() -> dict[str, Any]:
-        asked, variables = tokenize_request(parse_body(raw), service.served)
         tokenizer = service.engine.processor.tokenizer
         if asked.messages is not None:
             found = service.prompt_of(asked.messages, variables).input_ids.tolist()
@@ -138,7 +138,7 @@ async def tokenize(request: Request) -> Response:
         length = service.settings.max_model_len
         return {"count": len(found), "max_model_len": length, "tokens": found, "token_strs": strings}
 
-    return JsonResponse(await service.prepare(tokens))
+    return JsonResponse(await service.prepare(tokens, with_media=has_media(asked.messages or ())))
 
 
 async def preview(request: Request) -> Response:
@@ -146,14 +146,13 @@ async def preview(request: Request) -> Response:
     service, raw = _service(request), await request.body()
 
     def seen() -> dict[str, Any]:
-        ((item,),) = [message["content"] for message in _resolved(parse_body(raw), service)]
-        return preview_of(item, service.engine.processor)
+        settings, processor = service.settings, service.engine.processor
+        messages = [{"role": "user", "content": [parse_body(raw)]}]
+        (message,) = resolve(messages, settings.media, processor, settings.max_model_len)
+        (item,) = message["content"]
+        return preview_of(item, processor)
 
-    return JsonResponse(await service.prepare(seen))
-
-
-def _resolved(item: dict[str, Any], service: Service) -> Any:
-    return resolve([{"role": "user", "content": [item]}], service.settings.media)
+    return JsonResponse(await service.prepare(seen, with_media=True))
 
 
 async def models(request: Request) -> Response:

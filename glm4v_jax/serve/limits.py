@@ -1,6 +1,8 @@
 """What a request may weigh: its body, counted while it comes in, and the JSON in it."""
 
 import asyncio
+import contextlib
+import ipaddress
 import time
 from collections.abc import Collection
 from typing import Any
@@ -85,11 +87,11 @@ class RequestLimits:
           app: the application.
           max_body_bytes: largest body.
           body_seconds: within which it must have come.
-          hosts: names under which the server may be asked, without a port; none allows all. For a server on loopback
-            without a key: a page whose name is made to lead to this machine asks under its own name.
+          hosts: names under which the server may be asked besides addresses, without a port; none allows all. For a
+            server without a key: a web page whose name is made to lead to the server asks under its own name.
         """
         self.app = app
-        self._max_bytes, self._seconds, self._hosts = max_body_bytes, body_seconds, frozenset(hosts)
+        self._max_bytes, self._seconds, self._hosts = max_body_bytes, body_seconds, frozenset(map(str.lower, hosts))
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,8 +142,13 @@ class RequestLimits:
     def _check(self, headers: Headers, *, has_body: bool) -> None:
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        if self._hosts and name.strip("[]").lower() not in self._hosts:
-            raise ApiError(421, "Host: found another name; expected one of this server", code="unknown_host")
+        if self._hosts and not (_is_address(name.strip("[]")) or name.lower() in self._hosts):
+            raise ApiError(
+                421,
+                "Host: found another name; expected an address, localhost or the --host of this server, which has no "
+                "key: with one, any name will do",
+                code="unknown_host",
+            )
         if not has_body:
             return
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -151,6 +158,12 @@ class RequestLimits:
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self._max_bytes:
             raise self._too_large()
+
+
+def _is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
 
 
 class _Body:

@@ -110,6 +110,17 @@ def limit_videos(processor: Glm4vProcessor, policy: MediaPolicy, max_tokens: int
     }
 
 
+def has_media(messages: Any) -> bool:
+    """Whether messages may show images or videos; what is no message shows none.
+
+    >>> has_media([{"role": "user", "content": "Hello"}]), has_media([{"content": [{"type": "image_url"}]}])
+    (False, True)
+    """
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    items = [item for content in contents if isinstance(content, list) for item in content]
+    return any(not isinstance(item, Mapping) or item.get("type") not in _TEXTS for item in items)
+
+
 def resolve(
     messages: Any, policy: MediaPolicy, processor: Glm4vProcessor | None = None, max_tokens: int | None = None
 ) -> Any:

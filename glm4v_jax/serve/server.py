@@ -75,16 +75,16 @@ def run(service: Service, listener: socket.socket) -> None:
         warnings.simplefilter("ignore")  # of what clients send
         server = Server(service)
         server.run(sockets=[listener])
-    if service.is_loading:
-        # The interpreter cannot end while XLA's threads call back into it.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(0)
     if service.error is not None:
         raise service.error
     if server.has_failed:
         raise GenerationError("engine: found errors again and again; expected none: see the log")
+    if service.is_busy:
+        # The interpreter would wait for threads that decode, and cannot end while XLA's call back into it.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(0)
 
 
 class Server(uvicorn.Server):

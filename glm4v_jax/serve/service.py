@@ -1,7 +1,5 @@
 """What stands behind the routes: the engine, from loading to draining, and the preparation of requests for it."""
 
-import asyncio
-import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -22,15 +20,16 @@ from glm4v_jax.generate.warmup import Warmed, largest_pool
 from glm4v_jax.inputs.media.threads import num_workers
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
-from glm4v_jax.inputs.text.chat_template import choose_template, template_variables
+from glm4v_jax.inputs.text.chat_template import template_variables
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError, client_error
 from glm4v_jax.serve.limits import MAX_BODY_BYTES
-from glm4v_jax.serve.media import MediaPolicy, limit_videos, resolve
+from glm4v_jax.serve.media import MediaPolicy, has_media, limit_videos, resolve
 from glm4v_jax.serve.metrics import Metrics, count, gauge
 from glm4v_jax.serve.requests import ApiRequest, Served, generation_config
 from glm4v_jax.serve.responses import Reply
+from glm4v_jax.serve.workers import Workers, busy
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ R = TypeVar("R")
 
 State = Literal["starting", "ready", "draining", "failed", "closed"]
 
+_READERS = 2
+"""Threads that read bodies and texts."""
 _WORTH_A_LINE = 1.0
 """Seconds of a program's compilation that are worth a line in the log."""
 _WARM_TOKENS = 3
@@ -105,11 +106,9 @@ class Service:
         self.live: LiveEngine | None = None
         self._engine: Engine | None = None
         self._is_draining = False
-        self._preparing = 0
         self.created = int(time.time())
-        workers = min(4, num_workers())
-        self._max_preparing = workers + settings.max_waiting
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, "prepare")
+        self._readers = Workers(_READERS, settings.max_waiting, "read")
+        self._decoders = Workers(min(4, num_workers()), settings.max_waiting, "decode")
         self._loader = threading.Thread(target=self._start, name="load", daemon=True)
 
     @property
@@ -122,9 +121,9 @@ class Service:
         return "draining" if self._is_draining and self.live.state == "ready" else self.live.state
 
     @property
-    def is_loading(self) -> bool:
-        """Whether the engine is being loaded, which cannot be stopped."""
-        return self._loader.is_alive()
+    def is_busy(self) -> bool:
+        """Whether the engine is being loaded, or a request prepared, which cannot be stopped."""
+        return self._loader.is_alive() or self._readers.is_busy or self._decoders.is_busy
 
     @property
     def engine(self) -> Engine:
@@ -150,7 +149,8 @@ class Service:
         self.drain()
         if self.live is not None:
             self.live.close(drain_seconds)
-        self._threads.shutdown(wait=False)  # what is being prepared is refused when it is ready
+        for workers in (self._readers, self._decoders):  # what is being prepared is refused when it is ready
+            workers.close()
 
     async def call(self, request: ApiRequest, since: float) -> Call:
         """Prepare a request and queue it.
@@ -169,34 +169,37 @@ class Service:
                 f"prompt, n: found {found} choices; expected at most {most}, as many as this server takes at a time"
             )
             raise ApiError(400, message, param="n")
-        prompts, sequences = await self.prepare(self._sequences, request)
+        with_media = request.is_chat and any(map(has_media, request.prompts))
+        prompts, sequences = await self.prepare(self._sequences, request, with_media=with_media)
         reply = Reply(request, prompts, self.settings.model, self.engine.processor.tokenizer)
         call = Call(reply, sequences, self.metrics, since)
         try:
             call.submit(live)
         except QueueFullError as error:
-            raise _busy(str(error)) from None
+            raise busy(str(error)) from None
         except Glm4vError as error:
             self._ready()
             raise client_error(error) from error
         self.metrics.began(sum(map(len, prompts)))
         return call
 
-    async def prepare(self, function: Callable[..., R], *arguments: Any) -> R:
+    async def prepare(self, function: Callable[..., R], *arguments: Any, with_media: bool = False) -> R:
         """Run a function in one of few threads.
+
+        Args:
+          function: what is to be run.
+          arguments: of it.
+          with_media: whether it may read images and videos, for which there are other threads: so texts and bodies do
+            not wait until slow videos are decoded.
 
         Raises:
           ApiError: what the client has sent is invalid, or too many requests are being prepared.
         """
-        if self._preparing >= self._max_preparing:
-            raise _busy(f"server: found {self._preparing} requests being prepared; expected fewer: send it again later")
-        self._preparing += 1
+        workers = self._decoders if with_media else self._readers
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+            return await workers.run(function, *arguments)
         except Glm4vError as error:
             raise client_error(error, "messages") from error
-        finally:
-            self._preparing -= 1
 
     def prompt_of(self, prompt: Any, variables: dict[str, Any]) -> Prompt:
         """Prepare messages, a text, or a list of tokens; for `prepare`.
@@ -226,7 +229,7 @@ class Service:
     @property
     def served(self) -> Served:
         """What of the model decides which requests are valid."""
-        template = choose_template(self.engine.processor.chat_template)
+        template = self.engine.processor.template()
         return Served(self.settings.model, self.settings.max_model_len, template_variables(template), template)
 
     @functools.cached_property
@@ -347,7 +350,3 @@ def most_patches(processor: Glm4vProcessor) -> int:
     """
     sides = (processor.image_processor, processor.video_processor)
     return max(int(side.size["longest_edge"]) // (side.patch_size**2 * side.temporal_patch_size) for side in sides)
-
-
-def _busy(message: str) -> ApiError:
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})

@@ -93,12 +93,13 @@ def test_slow_bodies_are_refused():
         ({"content_encoding": "gzip"}, (415, "unsupported_type")),
         ({"host": "evil.example"}, (421, "unknown_host")),
         ({"host": "evil.example:8000"}, (421, "unknown_host")),
+        ({"host": "127.0.0.1.evil.example"}, (421, "unknown_host")),
     ],
 )
 def test_what_a_web_page_could_send_is_refused(headers, expected):
-    limits = RequestLimits(app, hosts=("localhost", "127.0.0.1", "::1"))
+    limits = RequestLimits(app, hosts=("localhost", "Gpu.example"))
     assert code_of(asked(limits, [], **{"host": "localhost"} | headers)) == expected
-    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]", "[::1]:8000"):
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]", "[::1]:8000", "10.0.0.1:80", "gpu.example"):
         assert asked(limits, [], host=host, content_type="application/json; charset=utf-8")[0] == 200
 
 

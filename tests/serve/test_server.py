@@ -19,6 +19,7 @@ from glm4v_jax.errors import CheckpointError
 from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.slots import Slots
 from glm4v_jax.generate.text.thinking import without_thoughts
+from glm4v_jax.serve.media import has_media, resolve
 from glm4v_jax.serve.server import bind, run
 from glm4v_jax.serve.service import ServeSettings, Service
 from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -233,14 +234,22 @@ def test_an_answer_follows_a_schema(client):
 def test_a_client_that_leaves_frees_its_row(server, is_stream, slow):
     service, address = server
     before = cancelled(service)
-    body = json.dumps(LONG | {"stream": is_stream})
-    host, _, port = address.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port))) as connection:
-        head = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode())
+    body = json.dumps(LONG | {"stream": is_stream}).encode()
+    with connected(address) as connection:
+        connection.sendall(head_of_post(f"Content-Length: {len(body)}") + body)
         wait_until(lambda: service.live.num_running == 1)
     wait_until(lambda: cancelled(service) == before + 1)
     assert service.live.num_running == 0
+
+
+def connected(address):
+    host, _, port = address.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def head_of_post(field):
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{field}"
+    return head.encode() + b"\r\n\r\n"
 
 
 def cancelled(service):
@@ -265,6 +274,30 @@ def test_a_full_queue_answers_429_and_the_others_are_right(serving, examples, ex
             assert (message["reasoning"], message["content"]) == said(expected[0])
         else:
             assert response.json()["error"]["code"] == "queue_full" and response.headers["Retry-After"] == "1"
+
+
+def test_texts_do_not_wait_for_images(server, client, examples, monkeypatch):
+    end, begun = threading.Event(), threading.Event()
+
+    def slowly(messages, *arguments):
+        if has_media(messages):
+            begun.set()
+            end.wait(60)
+        return resolve(messages, *arguments)
+
+    def ask(messages):
+        return client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2).choices
+
+    monkeypatch.setattr("glm4v_jax.serve.service.resolve", slowly)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        slow = [threads.submit(ask, examples[0][0]) for _ in range(8)]
+        try:
+            assert begun.wait(60) and ask(hello())
+            assert http.post(f"{server[1]}/tokenize", json={"messages": hello()}).status_code == 200
+            assert not any(one.done() for one in slow)
+        finally:
+            end.set()
+        assert all(one.result() for one in slow)
 
 
 def test_a_bad_image_hurts_nobody_else(client, examples, expected):
@@ -365,8 +398,15 @@ def test_a_server_with_a_key(serving):
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
 
 
+def test_a_body_is_not_taken_without_the_key(serving):
+    with serving(api_key="secret") as (_, address), connected(address) as connection:
+        connection.sendall(head_of_post("Transfer-Encoding: chunked") + b"1\r\na\r\n")
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert b" 401 " in answer.splitlines()[0] and b"connection: close" in answer.lower()
+
+
 def test_a_server_of_this_machine_has_its_names(serving):
-    with serving(hosts=("127.0.0.1", "localhost")) as (_, address):
+    with serving(hosts=("localhost",)) as (_, address):
         assert http.get(f"{address}/version").status_code == 200
         assert http.get(f"{address}/version", headers={"Host": "rebound.example.org"}).status_code == 421
 
