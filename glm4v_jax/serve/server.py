@@ -15,6 +15,7 @@ import uvicorn
 
 from glm4v_jax.errors import ConfigError, GenerationError
 from glm4v_jax.serve.app import create_app
+from glm4v_jax.serve.connections import Watch
 from glm4v_jax.serve.service import Service
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ _KEEP_ALIVE = 75
 _LAST_SECONDS = 5
 """For responses to be sent once the engine has ended."""
 _WATCH = 0.1
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_MAX_CONNECTIONS = 768
+"""Below the 1,024 files that a process may often have open."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -120,8 +122,10 @@ class Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Watch the service until the server is to end."""
         was = None
+        watch = Watch(_KEEP_ALIVE, _MAX_CONNECTIONS)
         while not self.should_exit:
             await super().on_tick(0)
+            watch.cut(self.server_state.connections)
             state = self._service.state
             if state != was and state in ("ready", "failed"):
                 logger.info("server: %s", state)

@@ -405,6 +405,18 @@ def test_a_body_is_not_taken_without_the_key(serving):
     assert b" 401 " in answer.splitlines()[0] and b"connection: close" in answer.lower()
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /heal", b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\nGET /ve"])
+def test_connections_that_do_nothing_are_cut(serving, monkeypatch, sent):
+    monkeypatch.setattr("glm4v_jax.serve.server._KEEP_ALIVE", 0.5)
+    with serving() as (_, address), connected(address) as connection:
+        connection.sendall(sent)
+        try:
+            while connection.recv(2**16):
+                pass
+        except ConnectionResetError:
+            pass
+
+
 def test_a_server_of_this_machine_has_its_names(serving):
     with serving(hosts=("localhost",)) as (_, address):
         assert http.get(f"{address}/version").status_code == 200
