@@ -47,6 +47,12 @@ class Call:
         if self._request is not None and not self._is_done:
             self._request.cancel()
 
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error, all its sequences."""
+        self.cancel()
+        self._error = self._error or error
+        self._changed.set()
+
     async def completions(self) -> list[Completion]:
         """Wait for all completions; cancels the request where the waiting is cancelled.
 
@@ -70,10 +76,10 @@ class Call:
             while self._unread or not self._is_done:
                 if not self._unread:
                     await self._wait()
-                while self._unread and self._error is None:
+                while self._unread:
                     yield self._unread.popleft()
-                if self._error is not None:
-                    raise self._error
+            if self._error is not None:
+                raise self._error
         finally:
             self.cancel()
 
@@ -102,7 +108,7 @@ class Call:
 
     def _take(self, number: int, update: Update | Failure, now: float) -> None:
         if isinstance(update, Failure):
-            self._fail(_failure(update.error))
+            self.fail(_failure(update.error))
             return
         delta = update.delta
         self._note(number, delta, now)
@@ -110,7 +116,7 @@ class Call:
             self._unread.append((number, delta))
             if len(self._unread) > MAX_UNREAD and not self._is_done:
                 self._unread.clear()
-                self._fail(ApiError(408, "stream: found a reader that is too slow; expected one that keeps up"))
+                self.fail(ApiError(408, "stream: found a reader that is too slow; expected one that keeps up"))
         self._changed.set()
 
     def _note(self, number: int, delta: Delta, now: float) -> None:
@@ -122,15 +128,11 @@ class Call:
             self._latest[number] = now
         if (completion := delta.completion) is not None:
             if completion.finish_reason == "error":
-                self._fail(ApiError(400, f"response_format: {completion.error}", param="response_format"))
+                self.fail(ApiError(400, f"response_format: {completion.error}", param="response_format"))
+            elif completion.finish_reason == "cancelled":  # by the engine: nobody reads what a client cancels
+                self.fail(ApiError(503, "server: found it ending; expected it to run until the answer is whole"))
             self._completions[number] = completion
             self._metrics.ended(completion.finish_reason, seconds=now - self._since, tokens=len(completion.tokens))
-
-    def _fail(self, error: ApiError) -> None:
-        """End the request with an error, its other sequences too."""
-        self.cancel()
-        self._error = self._error or error
-        self._changed.set()
 
 
 def _failure(error: Exception) -> ApiError:

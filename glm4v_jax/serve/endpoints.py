@@ -47,9 +47,9 @@ class JsonResponse(Response):
 class EventStream(Response):
     """A stream of events: the deltas of a call, until it ends, the client leaves, or its time is over."""
 
-    def __init__(self, call: Call, deadline: float):
-        """`deadline`: of the event loop's clock."""
-        self._call, self._deadline = call, deadline
+    def __init__(self, call: Call, deadline: float, late: ApiError):
+        """`deadline`: of the event loop's clock; `late`: what the stream ends with then."""
+        self._call, self._deadline, self._late = call, deadline, late
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +61,7 @@ class EventStream(Response):
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
-        timer = asyncio.get_running_loop().call_at(self._deadline, self._call.cancel)
+        timer = asyncio.get_running_loop().call_at(self._deadline, self._call.fail, self._late)
         try:
             async with asyncio.timeout_at(self._deadline + _LAST_SECONDS):
                 await unless_gone(receive, self._write(send))
@@ -104,6 +104,9 @@ async def _generate(request: Request, read: Callable[[Mapping[str, Any], Served]
     service, since = _service(request), time.perf_counter()
     seconds = service.settings.request_timeout
     deadline = asyncio.get_running_loop().time() + seconds
+    late = ApiError(
+        504, f"request: found it running after {seconds:g} s; expected an answer within them", type="timeout_error"
+    )
 
     async def call() -> Call:
         asked = await service.prepare(lambda: read(parse_body(raw), service.served))
@@ -114,12 +117,10 @@ async def _generate(request: Request, read: Callable[[Mapping[str, Any], Served]
             raw = await request.body()
             made = await unless_gone(request.receive, call())
             if made.reply.request.is_stream:
-                return EventStream(made, deadline)
+                return EventStream(made, deadline, late)
             completions = await unless_gone(request.receive, made.completions())
     except TimeoutError:
-        raise ApiError(
-            504, f"request: found it running after {seconds:g} s; expected an answer within them", type="timeout_error"
-        ) from None
+        raise late from None
     return JsonResponse(made.reply.body(completions))
 
 

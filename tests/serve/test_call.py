@@ -104,6 +104,21 @@ def test_a_grammar_that_cannot_be_followed_is_the_clients_error(tokenizer):
     run(tokenizer, check)
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_what_the_server_cancels_never_seems_whole(tokenizer, is_stream):
+    async def check(call, engine):
+        sequence, found = engine.sequences[0], []
+        engine.send((0, Update(sequence, Delta("a", (), (5,)))), (0, ended(sequence, finish_reason="cancelled")))
+        with pytest.raises(ApiError, match="ending") as raised:
+            if not is_stream:
+                await call.completions()
+            async for _, delta in call.deltas():
+                found.append(delta.text)
+        assert raised.value.status == 503 and found == ["a"] * is_stream
+
+    run(tokenizer, check, is_stream=is_stream)
+
+
 def test_who_waits_no_more_cancels(tokenizer):
     async def check(call, engine):
         waiting = asyncio.create_task(call.completions())

@@ -1,7 +1,7 @@
 // Requests to the server that this page came from, and what went wrong with them.
 const KEY = "glm4v-api-key";
 // Of errors inside a stream, which have no status of their own.
-const STATUS_OF = { server_error: 500, service_unavailable_error: 503, rate_limit_error: 429 };
+const STATUS_OF = { server_error: 500, service_unavailable_error: 503, rate_limit_error: 429, timeout_error: 504 };
 
 export const apiKey = {
   get: () => sessionStorage.getItem(KEY) ?? "",

@@ -7,7 +7,6 @@ import { previewButton } from "./preview.js";
 /** What to say where an answer did not end by itself. */
 const ENDINGS = {
   length: "Cut off at Max tokens of the settings, or at the length that the server was started with.",
-  cancelled: "The server ended this answer early.",
   stopped: "Stopped.",
   empty: "The model ended without an answer.",
 };
