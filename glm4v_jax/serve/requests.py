@@ -101,7 +101,7 @@ def chat_request(body: Mapping[str, Any], served: Served) -> ApiRequest:
       ApiError: a field is invalid, or is not built and would change the answer.
     """
     given, warnings = checked_body(ChatBody, body, served.name)
-    if given.top_logprobs is not None and not given.logprobs:
+    if given.top_logprobs and not given.logprobs:
         raise _invalid("top_logprobs", given.top_logprobs, "logprobs: true beside it")
     tools = _tools(given, served)
     return _request(

@@ -135,12 +135,12 @@ class Reply:
         return self._envelope(name, choices) | usage | more
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
-        if not self.request.is_chat:
-            return [self.chunk([], **self._warnings())] if self.request.warnings else []
-        role = {"role": "assistant", "content": ""}
-        count = len(self.prompts) * self.request.n
-        chunks = [self.chunk([_chunk_choice(number, {"delta": role})]) for number in range(count)]
+        """What a stream begins with, if anything but tokens."""
+        first = {"delta": {"role": "assistant", "content": ""}} if self.request.is_chat else {"text": ""}
+        if not self.request.is_chat and not self.request.warnings:
+            return []
+        count = len(self.prompts) * self.request.n if self.request.is_chat else 1
+        chunks = [self.chunk([_chunk_choice(number, first)]) for number in range(count)]
         return [chunks[0] | self._warnings(), *chunks[1:]]
 
     def last_chunks(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
@@ -185,9 +185,13 @@ class Reply:
         return self._chat_logprobs(entries) if self.request.is_chat else self._text_logprobs(entries, offset)
 
     def finish(self, completion: Completion, *, has_calls: bool = False) -> dict[str, Any]:
-        """Why a choice ended; repetition and stop strings count as "stop", and `stop_reason` has more."""
+        """Why a choice ended; repetition, stop strings and tokens count as "stop", and `stop_reason` has more."""
         found: str = completion.finish_reason
-        more = completion.stop_string if found == "stop" else found if found == "repetition" else None
+        more: str | int | None = completion.stop_string if found == "stop" else None
+        if found == "repetition":
+            more = found
+        elif found == "stop" and more is None:
+            more = next((int(last) for last in completion.tokens[-1:] if last in self.request.stop_tokens), None)
         if found in ("stop", "repetition"):
             found = "tool_calls" if has_calls else "stop"
         return {"finish_reason": found, "stop_reason": more}

@@ -173,6 +173,7 @@ def test_finish_reasons(tokenizer):
     assert reason("a b", end=()) == ("length", None)
     assert reason("a STOP b", stop_strings=["STOP"]) == ("stop", "STOP")
     assert reason("abc " * 200, stop_repetition=True) == ("stop", "repetition")
+    assert reason("a b", request=ApiRequest((), True, {}, stop_tokens=(EOS,))) == ("stop", EOS)
 
 
 def test_events_of_a_stream(tokenizer):
@@ -189,6 +190,12 @@ def test_events_of_a_stream(tokenizer):
     assert last["choices"] == [] and last["usage"]["completion_tokens"] == 4
     assert last["usage"]["prompt_tokens"] == len(prompt) and last["id"] == first[0]["id"]
     assert json.loads(event(last).removeprefix(b"data: ")) == last and DONE == b"data: [DONE]\n\n"
+
+
+def test_every_chunk_but_that_of_token_counts_has_a_choice(tokenizer):
+    request = ApiRequest((), False, {}, n=2, is_stream=True, warnings=("user: ignored",))
+    (chunk,) = Reply(request, [Prompt.of_text([5])], "tiny", tokenizer).first_chunks()
+    assert chunk["warnings"] == ["user: ignored"] and chunk["choices"][0]["text"] == ""
 
 
 def begin(tokenizer):

@@ -497,7 +497,7 @@ def test_what_is_running_when_the_server_ends_gets_an_error(serving, slow):
 def test_a_signal_lets_streams_finish(tmp_path):
     """The command as a process of its own."""
     command = [sys.executable, "-m", "glm4v_jax", "serve", "--port", "0", "--slots", "4", "--max-model-len", "256"]
-    options = ["--model", str(TINY_CHECKPOINT), "--no-warmup", "--max-logprobs", "3"]
+    options = ["--model", str(TINY_CHECKPOINT), "--no-warmup", "--max-logprobs", "3", "--drain-seconds", "120"]
     log = tmp_path / "log"
     with log.open("w") as stderr, subprocess.Popen([*command, *options], stderr=stderr) as process:
         try:
@@ -510,17 +510,17 @@ def test_a_signal_lets_streams_finish(tmp_path):
                 url, body = f"{address}/v1/chat/completions", LONG | {"stream": True}
                 with http.stream("POST", url, json=body) as response:
                     lines = response.iter_lines()
-                    next(lines)
-                    has_begun.wait(60)
+                    next(line for line in lines if re.search('"(content|reasoning)":"[^"]', line))  # all is compiled
+                    has_begun.wait(120)
                     return [line for line in lines if line]
 
             with concurrent.futures.ThreadPoolExecutor(4) as threads:
                 streams = threads.map(ask, range(4))
-                has_begun.wait(60)
+                has_begun.wait(120)
                 process.send_signal(signal.SIGTERM)
                 for lines in streams:
                     assert lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
     assert "SIGTERM: ending" in log.read_text() and "Traceback" not in log.read_text()
