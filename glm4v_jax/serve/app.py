@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.serve import endpoints, page
 from glm4v_jax.serve.endpoints import JsonResponse
-from glm4v_jax.serve.errors import ApiError, client_error
+from glm4v_jax.serve.errors import ApiError, client_error, is_plain
 from glm4v_jax.serve.limits import RequestLimits
 from glm4v_jax.serve.service import Service
 
@@ -97,17 +97,28 @@ def create_app(service: Service) -> Starlette:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    return error_response(_as_api_error(error))
+    return error_response(_as_api_error(request, error))
 
 
-def _as_api_error(error: Exception) -> ApiError:
+def _as_api_error(request: Request, error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Glm4vError):
         return client_error(error)
     assert isinstance(error, HTTPException)
-    found = {404: "no such path", 405: "another method"}.get(error.status_code, error.detail)
-    return ApiError(error.status_code, f"request: found {found}; expected one of the paths of this server")
+    if error.status_code == 405:
+        allowed = (error.headers or {})["Allow"]
+        found = request.method if is_plain(request.method) else "another method"
+        return ApiError(
+            405,
+            f"method: found {found}; expected {' or '.join(sorted(allowed.split(', ')))}",
+            headers={"Allow": allowed},
+        )
+    if error.status_code == 404:
+        found = request.url.path if is_plain(request.url.path) else "another path"
+        paths = ", ".join(place.path for place in ROUTES if place.path not in page.FILES)
+        return ApiError(404, f"path: found {found}; expected one of /, {paths}", code="unknown_path")
+    return ApiError(error.status_code, f"request: found {error.detail}; expected a valid one")
 
 
 def error_response(error: ApiError) -> Response:
@@ -177,7 +188,7 @@ class Key:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key.encode()):
             return None
-        found = "another key" if given else "no key"
+        found = "no key" if not given else "another key" if scheme.lower() == "bearer" else "a scheme other than Bearer"
         return ApiError(
             401,
             f"authorization: found {found}; expected `Authorization: Bearer KEY` with the key of this server",

@@ -18,7 +18,6 @@ T = TypeVar("T", bound="Body")
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 
-Count = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 Tokens = Annotated[list[Natural], Meta(min_length=1)]
 _String = Annotated[str, Meta(max_length=256)]
@@ -38,7 +37,12 @@ Messages = Annotated[list[dict[str, Any]], Meta(min_length=1, description="a lis
 Prompts = Annotated[
     str | list[Any], Meta(description="a string, a list of token ids, or a list of strings or of such lists")
 ]
-Choices = Annotated[list[str], Meta(min_length=1)]
+Choices = Annotated[list[str], Meta(min_length=1, description="a list of at least one string")]
+ThinkBudget = Annotated[
+    int,
+    Meta(ge=1, description="an integer of at least 1; where the chat template has enable_thinking, "
+         '{"chat_template_kwargs": {"enable_thinking": false}} switches thoughts off'),
+]  # fmt: skip
 
 _OFF: tuple[Any, ...] = (None, 0, False, "", [], {})
 
@@ -88,8 +92,8 @@ class GenerationBody(Body):
 
     stream: bool = False
     stream_options: dict[str, Any] | None = None
-    n: Count = 1
-    best_of: Count | None = None
+    n: Positive = 1
+    best_of: Positive | None = None
     max_tokens: Positive | None = None
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: float | None = None
@@ -104,8 +108,8 @@ class GenerationBody(Body):
     ignore_eos: bool = False
     seed: int | None = None
     logit_bias: TokenBias | None = None
-    thinking_token_budget: Positive | None = None
-    think_budget: Positive | None = None
+    thinking_token_budget: ThinkBudget | None = None
+    think_budget: ThinkBudget | None = None
     answer_budget: Positive | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -121,7 +125,7 @@ class TemplateBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     thinking: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Meta(description="a list of objects")] | None = None
     tool_choice: str | dict[str, Any] | None = None
 
 

@@ -82,12 +82,23 @@ def client_error(error: Glm4vError, param: str | None = None) -> ApiError:
 def shown(value: Any) -> str:
     """A value as errors show it: what a client has sent may be long, or private.
 
-    >>> shown(2), shown("auto"), shown([1, 2]), shown("x" * 1000)
-    ('2', "'auto'", 'a list', 'a string of 1000 characters')
+    >>> shown(2), shown("auto"), shown([1, 2]), shown([]), shown("x" * 1000)
+    ('2', "'auto'", 'a list', '[]', 'a string of 1000 characters')
     """
-    if isinstance(value, str) and (len(value) > 60 or ":" in value):
+    if isinstance(value, str) and value and not is_plain(value):
         return f"a string of {len(value)} characters"
-    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value)) or repr(value)[:60]
+    if isinstance(value, dict | list) and value:
+        return "an object" if isinstance(value, dict) else "a list"
+    return "null" if value is None else repr(value)[:60]
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is a short plain word, as names of paths and types are, which an error may show.
+
+    >>> is_plain("/v1/models"), is_plain("text/plain"), is_plain("my secret"), is_plain("http://a")
+    (True, True, False, False)
+    """
+    return re.fullmatch(r"[A-Za-z0-9_/.-]{1,40}", text) is not None
 
 
 def field_name(name: str) -> str:

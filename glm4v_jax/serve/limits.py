@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import re
 import time
 from collections.abc import Collection
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glm4v_jax.serve.errors import ApiError
+from glm4v_jax.serve.errors import ApiError, is_plain
 
 MAX_BODY_BYTES = 2**26
 BODY_SECONDS = 60.0
@@ -42,8 +43,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
         content = msgspec.json.decode(body)
     except RecursionError:
         raise _invalid("JSON that is nested deeply", f"at most {_MAX_DEPTH} levels") from None
-    except (msgspec.DecodeError, ValueError, UnicodeError):
-        raise _invalid("no valid JSON", "a JSON object") from None
+    except (msgspec.DecodeError, ValueError, UnicodeError) as error:
+        raise _invalid(f"no valid JSON{_place(error)}", "a JSON object") from None
     if not isinstance(content, dict):
         raise _invalid(f"a JSON {type(content).__name__}", "a JSON object")
     level: list[Any] = [content]
@@ -57,6 +58,12 @@ def parse_body(body: bytes) -> dict[str, Any]:
         if not level:
             return content
     raise _invalid("JSON that is nested deeply", f"at most {_MAX_DEPTH} levels")
+
+
+def _place(error: Exception) -> str:
+    """Where an error of the parser stands, if it says so."""
+    found = re.search(r"\(byte (\d{1,9})\)", str(error))
+    return f" (at byte {found[1]})" if found else " (it ends too early)" if "truncated" in str(error) else ""
 
 
 def _invalid(found: str, expected: str) -> ApiError:
@@ -151,10 +158,12 @@ class RequestLimits:
             )
         if not has_body:
             return
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "Content-Type: found another one; expected application/json", code="unsupported_type")
-        if headers.get("content-encoding", "identity").lower() != "identity":
-            raise ApiError(415, "Content-Encoding: found some; expected none", code="unsupported_type")
+        if (kind := headers.get("content-type", "").partition(";")[0].strip().lower()) != "application/json":
+            found = (kind if is_plain(kind) else "another one") if kind else "none"
+            raise ApiError(415, f"Content-Type: found {found}; expected application/json", code="unsupported_type")
+        if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
+            found = coding if is_plain(coding) else "some"
+            raise ApiError(415, f"Content-Encoding: found {found}; expected none", code="unsupported_type")
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self._max_bytes:
             raise self._too_large()

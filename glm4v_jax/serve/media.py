@@ -314,7 +314,7 @@ def _kind_of(item: Mapping[str, Any], where: str) -> str:
     if kind in _TEXTS:
         return "text"
     if not isinstance(kind, str) or kind not in _KINDS:
-        _refuse(f"{where}.type", "another one", "'text', 'image_url' or 'video_url'")
+        _refuse(f"{where}.type", "none" if kind is None else shown(kind), "'text', 'image_url' or 'video_url'")
     return _KINDS[kind]
 
 

@@ -41,12 +41,14 @@ class Served:
       max_model_len: the most tokens of prompt and completion together.
       variables: what the chat template reads besides messages.
       template: its source.
+      max_choices: of a request.
     """
 
     name: str
     max_model_len: int
     variables: frozenset[str] = frozenset()
     template: str = ""
+    max_choices: int = MAX_CHOICES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,7 @@ def chat_request(body: Mapping[str, Any], served: Served) -> ApiRequest:
     tools = _tools(given, served)
     return _request(
         given,
+        served,
         (given.messages if "reasoning_content" not in served.template else _with_thoughts(given.messages),),
         warnings,
         is_chat=True,
@@ -121,7 +124,13 @@ def text_request(body: Mapping[str, Any], served: Served) -> ApiRequest:
     """Read the body of POST /v1/completions; raises as `chat_request` does."""
     given, warnings = checked_body(TextBody, body, served.name)
     return _request(
-        given, _prompts(given.prompt), warnings, is_chat=False, logprobs=given.logprobs, max_tokens=given.max_tokens
+        given,
+        served,
+        _prompts(given.prompt),
+        warnings,
+        is_chat=False,
+        logprobs=given.logprobs,
+        max_tokens=given.max_tokens,
     )
 
 
@@ -178,6 +187,7 @@ def generation_config(
 
 def _request(
     given: GenerationBody,
+    served: Served,
     prompts: Sequence[Any],
     warnings: list[str],
     *,
@@ -188,14 +198,19 @@ def _request(
 ) -> ApiRequest:
     if given.best_of not in (None, given.n):
         raise _invalid("best_of", given.best_of, "n")
-    if len(prompts) * given.n > MAX_CHOICES:
-        raise ApiError(
-            400, f"prompt, n: found {len(prompts) * given.n} choices; expected at most {MAX_CHOICES}", param="n"
-        )
+    if (found := len(prompts) * given.n) > served.max_choices:
+        field = "n" if len(prompts) == 1 else "prompt, n"
+        expected = f"at most {served.max_choices}, as many as this server takes at a time"
+        raise ApiError(400, f"{field}: found {shown(found)} choices; expected {expected}", param="n")
     options = {option: getattr(given, field) for field, option in DIRECT.items()}
     options |= _sampling(given) | _stops(given) | _grammar(given)
     options["logprobs"] = logprobs
     stream_options = given.stream_options or {}
+    if stream_options and not given.stream:
+        raise _invalid("stream_options", stream_options, "stream: true beside it")
+    with_usage = stream_options.get("include_usage")
+    if with_usage is not None and not isinstance(with_usage, bool):
+        raise _invalid("stream_options.include_usage", with_usage, "true or false")
     if unknown := [name for name in stream_options if name != "include_usage"]:
         warnings.append(f"stream_options: ignored, but for include_usage: {len(unknown)} more")
     return ApiRequest(
@@ -208,7 +223,7 @@ def _request(
         tuple(given.stop_token_ids or ()),
         given.n,
         given.stream,
-        bool(stream_options.get("include_usage")),
+        bool(with_usage),
         warnings=tuple(warnings),
         **more,
     )
@@ -273,7 +288,7 @@ def _grammar(given: GenerationBody) -> dict[str, Any]:
         raise ApiError(400, f"{found[1][0]}: found beside {found[0][0]}; expected one of them", param=found[1][0])
     for field, option, value in found:
         if option == "choices" and not (value and isinstance(value, list) and all(isinstance(x, str) for x in value)):
-            raise _invalid(field, value, "a list of strings")
+            raise _invalid(field, value, "a list of at least one string")
     return {option: tuple(value) if option == "choices" else value for _, option, value in found}
 
 

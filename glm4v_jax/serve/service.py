@@ -22,6 +22,7 @@ from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.chat_template import template_variables
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
+from glm4v_jax.serve.bodies import MAX_CHOICES
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError, client_error
 from glm4v_jax.serve.limits import MAX_BODY_BYTES
@@ -163,12 +164,6 @@ class Service:
           ApiError: the request is invalid, too many wait, or the server is not ready.
         """
         live = self._ready()
-        most = self.settings.max_waiting + self.engine.num_slots
-        if (found := len(request.prompts) * request.n) > most:
-            message = (
-                f"prompt, n: found {found} choices; expected at most {most}, as many as this server takes at a time"
-            )
-            raise ApiError(400, message, param="n")
         with_media = request.is_chat and any(map(has_media, request.prompts))
         prompts, sequences = await self.prepare(self._sequences, request, with_media=with_media)
         reply = Reply(request, prompts, self.settings.model, self.engine.processor.tokenizer)
@@ -230,7 +225,8 @@ class Service:
     def served(self) -> Served:
         """What of the model decides which requests are valid."""
         template = self.engine.processor.template()
-        return Served(self.settings.model, self.settings.max_model_len, template_variables(template), template)
+        choices = min(MAX_CHOICES, self.settings.max_waiting + self.engine.num_slots)
+        return Served(self.settings.model, self.settings.max_model_len, template_variables(template), template, choices)
 
     @functools.cached_property
     def _max_characters(self) -> int:

@@ -48,7 +48,10 @@ class Workers:
           ApiError: too many requests wait.
         """
         if self._count >= self._most:
-            raise busy(f"server: found {self._count} requests being prepared; expected fewer: send it again later")
+            raise busy(
+                f"server: found {self._count} requests being prepared; expected fewer than {self._most}, by its "
+                "--max-waiting: send it again later"
+            )
         self._count += 1
         try:
             await self._free.acquire()

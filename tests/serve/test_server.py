@@ -324,8 +324,8 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "message"),
     [
-        ("POST", "/v1/chat/completions", b"{", 400, "body: found no valid JSON"),
-        ("POST", "/v1/chat/completions", {"messages": []}, 400, "messages: found a list"),
+        ("POST", "/v1/chat/completions", b"{", 400, "body: found no valid JSON (it ends too early)"),
+        ("POST", "/v1/chat/completions", {"messages": []}, 400, "messages: found []"),
         ("POST", "/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "message 0: field 'content'"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "model": "x"}, 404, "model: found 'x'"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "max_tokens": 999}, 400, "expected at most 256 in all"),
@@ -338,14 +338,17 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
         ("POST", "/v1/completions", {"prompt": "<|image|>"}, 400, "image"),
         ("POST", "/tokenize", {}, 400, "found neither"),
         ("GET", "/v1/models/other", None, 404, "model: found another"),
-        ("GET", "/nowhere", None, 404, "no such path"),
-        ("GET", "/v1/completions", None, 405, "another method"),
+        ("GET", "/nowhere", None, 404, "path: found /nowhere; expected one of /, /v1/chat/completions, "),
+        ("GET", "/my%20secret", None, 404, "path: found another path; "),
+        ("GET", "/v1/completions", None, 405, "method: found GET; expected POST"),
+        ("POST", "/v1/models/x", b"{}", 405, "method: found POST; expected GET or HEAD"),
     ],
 )
 def test_what_is_refused(server, method, path, body, status, message):
     content = json.dumps(body) if isinstance(body, dict) else body
     response = http.request(method, server[1] + path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == status and message in response.json()["error"]["message"]
+    assert ("Allow" in response.headers) == (status == 405)
 
 
 def test_models_versions_and_tokens(server, client, tiny_engine):
@@ -394,6 +397,8 @@ def test_a_server_with_a_key(serving):
             assert http.get(address + path).status_code == 401
             assert http.get(address + path, headers={"Authorization": "Bearer secret"}).status_code == 200
         assert http.get(f"{address}/health").status_code == http.get(address).status_code == 200
+        basic = http.get(f"{address}/version", headers={"Authorization": "Basic secret"}).json()["error"]["message"]
+        assert "found a scheme other than Bearer" in basic and "secret" not in basic
         with pytest.raises(openai.AuthenticationError, match="found another key"):
             openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
 
