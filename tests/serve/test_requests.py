@@ -42,7 +42,7 @@ def refusal(served=SERVED, read=chat_request, **fields):
         (dict(min_tokens=3), dict(min_new_tokens=3)),
         (dict(logprobs=True), dict(logprobs=0)),
         (dict(logprobs=True, top_logprobs=4), dict(logprobs=4)),
-        (dict(logprobs=False, top_logprobs=0), dict(logprobs=None)),
+        (dict(logprobs=False, top_logprobs=0), {}),
         (dict(response_format={"type": "text"}), {}),
         (dict(response_format={"type": "json_object"}), dict(json_schema={})),
         (
