@@ -143,6 +143,8 @@ class Serve(Options):
         key = self.api_key if self.api_key is not None else os.environ.get(KEY)
         if key is not None and not key.strip():
             raise ConfigError(f"--api-key: found an empty one; expected some text, or neither it nor ${KEY}")
+        if self.served_model_name is not None and not self.served_model_name.strip():
+            raise ConfigError("--served-model-name: found an empty one; expected a name")
         if self.requests.allow_private_media and not self.requests.allow_media_domain:
             raise ConfigError("--allow-private-media: found it alone; expected --allow-media-domain beside it")
         from glm4v_jax.config.model import Glm4vConfig
@@ -150,6 +152,7 @@ class Serve(Options):
 
         config = Glm4vConfig.from_pretrained(self.model.directory)
         length = self._length(config.text_config.max_position_embeddings)
+        self.model.placed(config)
         processor = Glm4vProcessor.from_pretrained(self.model.directory)
 
         import starlette  # noqa: F401  # missing ones are named before anything slow

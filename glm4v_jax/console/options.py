@@ -1,5 +1,6 @@
 """The options that commands share, in groups: the model, what it is shown, and how it generates."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -22,7 +23,10 @@ from glm4v_jax.planning.mesh_presets import check_text, mesh_for
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from glm4v_jax.config.generation import GenerationConfig
+    from glm4v_jax.config.model import Glm4vConfig
     from glm4v_jax.generate.engine import Engine
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
@@ -118,6 +122,22 @@ class ModelOptions:
         if self.mesh is not None:
             check_text(self.mesh)
 
+    def placed(self, config: "Glm4vConfig", default: str | None = None) -> "Mesh | None":
+        """The mesh of these devices that is asked for.
+
+        Args:
+          config: of the model.
+          default: the mesh where no option names one.
+
+        Raises:
+          ConfigError: it needs more devices than there are, or does not divide the model.
+        """
+        asked = self.mesh or default
+        if asked is None:
+            return None
+        with contextlib.nullcontext() if self.mesh is None else naming("--mesh", ConfigError):
+            return mesh_for(asked, config, scheme=self.quantize or "none")
+
     @property
     def sources(self) -> list[str]:
         """The directories that answers depend on: the model's, and an adapter's."""
@@ -149,9 +169,8 @@ class ModelOptions:
         use_compilation_cache()
         from glm4v_jax.devices.distributed import agree, check_devices, several
 
-        asked = self.mesh or ("latency" if several() else None)
         config = Glm4vConfig.from_pretrained(self.directory)
-        mesh = None if asked is None else mesh_for(asked, config, scheme=self.quantize or "none")
+        mesh = self.placed(config, "latency" if several() else None)
         if mesh is not None:
             check_devices(mesh)
             given = repr((mesh.shape, self.precision, num_slots, config, self.adapter is None)).encode()

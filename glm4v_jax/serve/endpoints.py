@@ -14,7 +14,7 @@ from glm4v_jax.serve import page
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.limits import parse_body
-from glm4v_jax.serve.media import has_media, resolve
+from glm4v_jax.serve.media import has_media, resolve_item
 from glm4v_jax.serve.metrics import CONTENT_TYPE
 from glm4v_jax.serve.preview import preview as preview_of
 from glm4v_jax.serve.requests import ApiRequest, Served, chat_request, text_request, tokenize_request
@@ -148,9 +148,7 @@ async def preview(request: Request) -> Response:
 
     def seen() -> dict[str, Any]:
         settings, processor = service.settings, service.engine.processor
-        messages = [{"role": "user", "content": [parse_body(raw)]}]
-        (message,) = resolve(messages, settings.media, processor, settings.max_model_len)
-        (item,) = message["content"]
+        item = resolve_item(parse_body(raw), settings.media, processor, settings.max_model_len)
         return preview_of(item, processor)
 
     return JsonResponse(await service.prepare(seen, with_media=True))

@@ -31,6 +31,13 @@ _NAMES = {
 """What errors of the engine name -> what the client has called it."""
 
 
+_PLACE = re.compile(
+    r"message (\d+)(?:, item (\d+))?(?:: field '(\w+)')?(?: is (['\"].*['\"])(?=, which the chat template))?", re.S
+)
+_DECODERS = re.compile(r" \((?:decord|pyav|pillow): .*\)", re.S)
+"""What libraries say of a video."""
+
+
 class ApiError(Exception):
     """An error that is answered with a status and an object that says what is wrong.
 
@@ -74,9 +81,19 @@ def client_error(error: Glm4vError, param: str | None = None) -> ApiError:
       error: what the engine says.
       param: the field that it is about, where the message names none.
     """
-    message = re.sub(r"^(\w+)(?=: )", lambda match: _NAMES.get(match[1], match[1]), str(error))
+    message = re.sub(r"^(\w+)(?=: )", lambda match: _NAMES.get(match[1], match[1]), _placed(str(error)))
+    message = _DECODERS.sub("", message)
     name = re.match(r"[\w.]+(?=: )", message)
     return ApiError(400, without_data(message), param=name[0] if name else param)
+
+
+def _placed(message: str) -> str:
+    """A message about messages with the path of what it is about, as the client's JSON has it."""
+    if (found := _PLACE.match(message)) is None:
+        return message
+    index, item, field, role = found.groups()
+    path = f"messages[{index}]" + (f".content[{item}]" if item else "") + (f".{field}" if field else "")
+    return path + ("" if role is None else f": found {shown(role[1:-1])}") + message[found.end() :]
 
 
 def shown(value: Any) -> str:

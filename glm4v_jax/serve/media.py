@@ -146,8 +146,14 @@ def resolve(
     return [reader.message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
+def resolve_item(item: Any, policy: MediaPolicy, processor: Glm4vProcessor, max_tokens: int) -> dict[str, Any]:
+    """Replace the image or video of an item, which is a body by itself, by its bytes; as `resolve` does, and raises."""
+    return _Reader(policy, processor, max_tokens).item(item, "body")
+
+
 def _refuse(where: str, found: str, expected: str) -> NoReturn:
-    raise ApiError(400, f"{where}: found {found}; expected {expected}", param="messages", code="invalid_media")
+    param = None if where.startswith("body") else "messages"
+    raise ApiError(400, f"{where}: found {found}; expected {expected}", param=param, code="invalid_media")
 
 
 class _Reader:
@@ -166,10 +172,11 @@ class _Reader:
             return message
         if isinstance(content, Mapping) or not isinstance(content, Sequence):
             _refuse(f"{where}.content", type(content).__name__, "a string or a list of items")
-        items = [self._item(item, f"{where}.content[{index}]") for index, item in enumerate(content)]
+        items = [self.item(item, f"{where}.content[{index}]") for index, item in enumerate(content)]
         return {**message, "content": items}
 
-    def _item(self, item: Any, where: str) -> dict[str, Any]:
+    def item(self, item: Any, where: str) -> dict[str, Any]:
+        """An item of a message with bytes in place of addresses."""
         if not isinstance(item, Mapping):
             _refuse(where, type(item).__name__, "an object with 'type'")
         given = {key: value for key, value in item.items() if value is not None}

@@ -46,7 +46,9 @@ def serve(capfd, monkeypatch):
         (["--max-logprobs", "21"], "--max-logprobs: found 21; expected an integer from -1 to 20"),
         (["--slots", "0"], "--slots: found 0"),
         (["--max-images", "-1"], "--max-images: found -1"),
-        (["--allow-media-domain", "http://x"], "--allow-media-domain: host: found 'http://x'; expected one such as"),
+        (["--allow-media-domain", "http://x"], "--allow-media-domain: found 'http://x'; expected a host such as"),
+        (["--served-model-name", ""], "--served-model-name: found an empty one; expected a name"),
+        (["--mesh", "data=64"], "--mesh: mesh data=64 needs 64 devices, found"),
         (["--allow-private-media"], "--allow-private-media: found it alone"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.errors import GenerationError, MediaError
+from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.serve.errors import ApiError, client_error
 from glm4v_jax.serve.requests import Served, chat_request, generation_config, text_request, tokenize_request
 
@@ -232,3 +232,22 @@ def test_errors_of_the_engine_name_the_clients_fields():
     error = client_error(GenerationError("stop_strings: found ''; expected strings"))
     assert (error.param, error.message) == ("stop", "stop: found ''; expected strings")
     assert client_error(MediaError("image 0: found nothing"), "messages").param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("message 1, item 2: field 'text': found nothing", "messages[1].content[2].text: found nothing"),
+        (
+            "message 0: field 'content': found dict; expected a string",
+            "messages[0].content: found dict; expected a string",
+        ),
+        (
+            "message 0: field 'role' is \"my 'secret\", which the chat template drops silently",
+            "messages[0].role: found a string of 10 characters, which the chat template drops silently",
+        ),
+        ("video 0: found no readable video (decord: [x] at (y); pyav: z)", "video 0: found no readable video"),
+    ],
+)
+def test_errors_of_the_processor_have_the_paths_of_the_client(message, shown):
+    assert client_error(MessageError(message), "messages").message == shown

@@ -326,7 +326,7 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
     [
         ("POST", "/v1/chat/completions", b"{", 400, "body: found no valid JSON (it ends too early)"),
         ("POST", "/v1/chat/completions", {"messages": []}, 400, "messages: found []"),
-        ("POST", "/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "message 0: field 'content'"),
+        ("POST", "/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content: found nothing"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "model": "x"}, 404, "model: found 'x'"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "max_tokens": 999}, 400, "expected at most 256 in all"),
         ("POST", "/v1/chat/completions", {"messages": hello("a " * 400)}, 400, "expected at most 256 in all"),
@@ -375,6 +375,8 @@ def test_the_page_and_what_the_model_sees(server):
     assert (seen["seen_width"], seen["kind"]) == (84, "image")
     refused = http.post(f"{server[1]}/v1/preview", json={"type": "text", "text": "a"})
     assert refused.status_code == 400
+    refused = http.post(f"{server[1]}/v1/preview", json={"type": "image_url", "image_url": "cat.png"})
+    assert refused.json()["error"]["message"] == "body.image_url: found no data URL; expected data:<type>;base64,<data>"
 
 
 def test_metrics_have_vllms_names(server, client):

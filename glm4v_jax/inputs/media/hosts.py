@@ -7,7 +7,6 @@ import socket
 import threading
 from typing import Any
 
-from glm4v_jax.config.checks import fault
 from glm4v_jax.errors import ConfigError, MediaError
 
 _IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -127,7 +126,7 @@ def _checked_name(name: str) -> str:
     except urllib3.exceptions.HTTPError:
         parts = None
     if parts is None or not parts.host or "*" in host or parts.url != f"http://{parts.host}":
-        raise ConfigError(fault("host", name, "one such as example.com, or *.example.com"))
+        raise ConfigError(f"found {name!r}; expected a host such as example.com, or *.example.com")
     return wildcard + normalised(parts.host)
 
 
