@@ -34,8 +34,14 @@ _NAMES = {
 _PLACE = re.compile(
     r"message (\d+)(?:, item (\d+))?(?:: field '(\w+)')?(?: is (['\"].*['\"])(?=, which the chat template))?", re.S
 )
-_DECODERS = re.compile(r" \((?:decord|pyav|pillow): .*\)", re.S)
-"""What libraries say of a video."""
+_REWORDED = (
+    (re.compile(r" \((?:decord|pyav|pillow): .*\)", re.S), ""),  # what libraries say of a video
+    (
+        re.compile(r"absolute aspect ratio must be smaller than (\d+), got [\d.]+: (\d+ x \d+ pixels)"),
+        r"found \2; expected sides of at most \1 to 1",
+    ),
+)
+"""What errors of the processor say -> what clients read; the reference words the second."""
 
 
 class ApiError(Exception):
@@ -82,7 +88,8 @@ def client_error(error: Glm4vError, param: str | None = None) -> ApiError:
       param: the field that it is about, where the message names none.
     """
     message = re.sub(r"^(\w+)(?=: )", lambda match: _NAMES.get(match[1], match[1]), _placed(str(error)))
-    message = _DECODERS.sub("", message)
+    for pattern, words in _REWORDED:
+        message = pattern.sub(words, message)
     name = re.match(r"[\w.]+(?=: )", message)
     return ApiError(400, without_data(message), param=name[0] if name else param)
 

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import PIL.Image
@@ -144,6 +144,36 @@ def resolve(
         return messages
     reader = _Reader(policy, processor, max_tokens)
     return [reader.message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+@contextlib.contextmanager
+def naming_items(messages: Any) -> Iterator[None]:
+    """Put the path of an image or video in a request before media errors of the body, in place of its number.
+
+    >>> with naming_items([{"role": "user", "content": [{"type": "text"}, {"type": "image"}]}]):
+    ...     raise MediaError("image 0: 200 bytes: found no readable image; expected one")
+    Traceback (most recent call last):
+      ...
+    glm4v_jax.errors.MediaError: messages[0].content[1]: found no readable image; expected one
+
+    Args:
+      messages: what `resolve` returns.
+    """
+    try:
+        yield
+    except MediaError as error:
+        if (found := re.match(r"(image|video) (\d+)(?:: [\d,]+ bytes)?(?=: )", str(error))) is None:
+            raise
+        contents = [message.get("content") for message in messages]
+        places = [
+            f"messages[{index}].content[{position}]"
+            for index, content in enumerate(contents)
+            for position, item in enumerate(content if isinstance(content, list) else ())
+            if item.get("type") == found[1]
+        ]
+        if (number := int(found[2])) >= len(places):
+            raise
+        raise MediaError(f"{places[number]}{str(error)[found.end() :]}") from error
 
 
 def resolve_item(item: Any, policy: MediaPolicy, processor: Glm4vProcessor, max_tokens: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from glm4v_jax.serve.bodies import MAX_CHOICES
 from glm4v_jax.serve.call import Call
 from glm4v_jax.serve.errors import ApiError, client_error
 from glm4v_jax.serve.limits import MAX_BODY_BYTES
-from glm4v_jax.serve.media import MediaPolicy, has_media, limit_videos, resolve
+from glm4v_jax.serve.media import MediaPolicy, has_media, limit_videos, naming_items, resolve
 from glm4v_jax.serve.metrics import Metrics, count, gauge
 from glm4v_jax.serve.requests import ApiRequest, Served, generation_config
 from glm4v_jax.serve.responses import Reply
@@ -214,9 +214,9 @@ class Service:
             prompt = engine.processor.tokenizer.encode(prompt)
         if prompt and isinstance(prompt[0], int):
             return engine.prompt({"input_ids": np.array([prompt])})
-        prepared = engine.prompt(
-            resolve(prompt, self.settings.media, engine.processor, self.settings.max_model_len), **variables
-        )
+        messages = resolve(prompt, self.settings.media, engine.processor, self.settings.max_model_len)
+        with naming_items(messages):
+            prepared = engine.prompt(messages, **variables)
         for medium in prepared.media:
             _ = medium.key  # hashed here, and not in the engine's thread
         return prepared

@@ -246,6 +246,10 @@ def test_errors_of_the_engine_name_the_clients_fields():
             "message 0: field 'role' is \"my 'secret\", which the chat template drops silently",
             "messages[0].role: found a string of 10 characters, which the chat template drops silently",
         ),
+        (
+            "image 0: absolute aspect ratio must be smaller than 200, got 666.64: 3 x 2000 pixels",
+            "image 0: found 3 x 2000 pixels; expected sides of at most 200 to 1",
+        ),
         ("video 0: found no readable video (decord: [x] at (y); pyav: z)", "video 0: found no readable video"),
     ],
 )

@@ -12,6 +12,7 @@ import time
 
 import httpx2
 import openai
+import PIL.Image
 import pytest
 from helpers_serve import MODEL, data_url, http, wait_until
 
@@ -25,6 +26,7 @@ from glm4v_jax.serve.service import ServeSettings, Service
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
+SLIVER = {"type": "image_url", "image_url": {"url": data_url(PIL.Image.new("L", (2000, 1)))}}
 LONG = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "ignore_eos": True}
 
 
@@ -334,6 +336,13 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
         ("POST", "/v1/chat/completions", {"messages": hello(), "n": 80}, 400, "found 80 choices; expected at most 68"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "logprobs": True, "top_logprobs": 4}, 400, "at most 3"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "top_p": 2}, 400, "top_p: found 2"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"messages": [*hello(), {"role": "user", "content": [{"type": "text", "text": "?"}, SLIVER]}]},
+            400,
+            "messages[1].content[1]: found 1 x 2000 pixels; expected sides of at most 200 to 1",
+        ),
         ("POST", "/v1/completions", {"prompt": [10**6]}, 400, "prompt: found token 1000000"),
         ("POST", "/v1/completions", {"prompt": "<|image|>"}, 400, "image"),
         ("POST", "/tokenize", {}, 400, "found neither"),
