@@ -40,6 +40,7 @@ _REWORDED = (
         re.compile(r"absolute aspect ratio must be smaller than (\d+), got [\d.]+: (\d+ x \d+ pixels)"),
         r"found \2; expected sides of at most \1 to 1",
     ),
+    (re.compile(r"of role ('.*?'|\".*?\")(?=, found)", re.S), "of this role"),
 )
 """What errors of the processor say -> what clients read; the reference words the second."""
 
@@ -127,7 +128,7 @@ def is_plain(text: str) -> bool:
 
 def field_name(name: str) -> str:
     """The name of a field, as long as it looks like one."""
-    return name if re.fullmatch(r"[\w.-]{1,60}", name) else "a field"
+    return name if is_plain(name) else "a field"
 
 
 def without_data(message: str) -> str:

@@ -211,6 +211,8 @@ class _Reader:
             _refuse(where, type(item).__name__, "an object with 'type'")
         given = {key: value for key, value in item.items() if value is not None}
         kind = _kind_of(given, where)
+        if any(field_name(name) != name for name in given):
+            _refuse(where, "an unknown field", "'type', and a text, an image or a video")
         sources = [key for key in _SOURCES if key in given]
         if kind == "text":
             if sources:

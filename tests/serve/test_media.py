@@ -182,6 +182,19 @@ def test_paths_and_loopback_are_refused_wherever_they_stand(role, port, heard):
     assert not heard
 
 
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"type": "pic"}, "messages[0].content[0].type: found 'pic'; expected 'text', "),
+        ({"type": "my secret"}, "messages[0].content[0].type: found a string of 9 characters; "),
+        ({"type": "text", "text": "a", "my secret": 1}, "messages[0].content[0]: found an unknown field; "),
+        ({**shown(data_url())[0]["content"][0], "my secret": 1}, "messages[0].content[0]: found an unknown field; "),
+    ],
+)
+def test_only_plain_words_come_back(item, message):
+    assert refused([{"role": "user", "content": [item]}]).startswith(message)
+
+
 _KEYS = ["type", "text", "image", "image_url", "video", "video_url", "url", "path", "base64", "input_image", "fps"]
 _VALUES = st.recursive(
     st.sampled_from(["image", "video", "image_url", "video_url", "text", PATH, data_url(), 7, None]),

@@ -123,6 +123,7 @@ def test_what_changes_nothing_is_ignored():
     found = asked(user="me", metadata={}, frequency_penalty=0, presence_penalty=0.0, modalities=["text"], foo=1)
     assert found.options == {"seed": 1}
     assert found.warnings == ("user: ignored", "metadata: ignored", "foo: ignored")
+    assert asked(**{"my secret": 1}).warnings == ("a field: ignored",)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,10 @@ def test_errors_of_the_engine_name_the_clients_fields():
         (
             "image 0: absolute aspect ratio must be smaller than 200, got 666.64: 3 x 2000 pixels",
             "image 0: found 3 x 2000 pixels; expected sides of at most 200 to 1",
+        ),
+        (
+            "message 0: the chat template takes only text as 'content' of role 'my secret', found a list with image",
+            "messages[0]: the chat template takes only text as 'content' of this role, found a list with image",
         ),
         ("video 0: found no readable video (decord: [x] at (y); pyav: z)", "video 0: found no readable video"),
     ],
