@@ -134,6 +134,7 @@ async def tokenize(request: Request) -> Response:
         if asked.messages is not None:
             found = service.prompt_of(asked.messages, variables).input_ids.tolist()
         else:
+            service.check_length(asked.prompt)
             found = tokenizer.encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
         strings = tokenizer.convert_ids_to_tokens(found) if asked.return_token_strs else None
         length = service.settings.max_model_len

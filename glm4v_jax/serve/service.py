@@ -203,23 +203,32 @@ class Service:
           ApiError, Glm4vError: what is wrong with it.
         """
         engine = self.engine
-        if (found := _count_characters(prompt)) > self._max_characters:
+        if isinstance(prompt, str):
+            self.check_length(prompt)
+            prompt = engine.processor.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], int):
+            return engine.prompt({"input_ids": np.array([prompt])})
+        messages = resolve(prompt, self.settings.media, engine.processor, self.settings.max_model_len)
+        self.check_length([messages, variables])
+        with naming_items(messages):
+            prepared = engine.prompt(messages, **variables)
+        for medium in prepared.media:
+            _ = medium.key  # hashed here, and not in the engine's thread
+        return prepared
+
+    def check_length(self, texts: Any) -> None:
+        """Check that texts may fit the model's length, wherever they stand: rendering others would be work for nothing.
+
+        Raises:
+          ApiError: they do not.
+        """
+        if (found := _count_characters(texts)) > self._max_characters:
             raise ApiError(
                 400,
                 f"prompt: found {found:,} characters; expected at most {self.settings.max_model_len:,} tokens with the "
                 "completion, the length that this server was started with",
                 code="context_length_exceeded",
             )
-        if isinstance(prompt, str):
-            prompt = engine.processor.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], int):
-            return engine.prompt({"input_ids": np.array([prompt])})
-        messages = resolve(prompt, self.settings.media, engine.processor, self.settings.max_model_len)
-        with naming_items(messages):
-            prepared = engine.prompt(messages, **variables)
-        for medium in prepared.media:
-            _ = medium.key  # hashed here, and not in the engine's thread
-        return prepared
 
     @property
     def served(self) -> Served:
@@ -230,7 +239,7 @@ class Service:
 
     @functools.cached_property
     def _max_characters(self) -> int:
-        """Of a text that may fit the model's length: tokenizing a longer one would be work for nothing."""
+        """Of a text that may fit the model's length."""
         return self.settings.max_model_len * max(map(len, self.engine.processor.tokenizer.get_vocab()))
 
     def _ready(self) -> LiveEngine:
@@ -327,14 +336,13 @@ class Service:
         )
 
 
-def _count_characters(prompt: Any) -> int:
-    """Characters of a text, or of the texts of messages."""
-    if isinstance(prompt, str):
-        return len(prompt)
-    contents = [message.get("content") for message in prompt if isinstance(message, dict)]
-    items = [item for content in contents if isinstance(content, list) for item in content if isinstance(item, dict)]
-    texts = [*contents, *(item.get("text") for item in items)]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _count_characters(value: Any) -> int:
+    """Characters of all texts in a value of JSON, names of fields included."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_count_characters, (*value, *value.values())))
+    return sum(map(_count_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def most_patches(processor: Glm4vProcessor) -> int:

@@ -27,6 +27,7 @@ from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
 SLIVER = {"type": "image_url", "image_url": {"url": data_url(PIL.Image.new("L", (2000, 1)))}}
+LONG_TEXT = "a" * 100_000
 LONG = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 200, "ignore_eos": True}
 
 
@@ -332,7 +333,15 @@ def test_a_bad_image_hurts_nobody_else(client, examples, expected):
         ("POST", "/v1/chat/completions", {"messages": hello(), "model": "x"}, 404, "model: found 'x'"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "max_tokens": 999}, 400, "expected at most 256 in all"),
         ("POST", "/v1/chat/completions", {"messages": hello("a " * 400)}, 400, "expected at most 256 in all"),
-        ("POST", "/v1/chat/completions", {"messages": hello("a" * 100_000)}, 400, "found 100,000 characters"),
+        ("POST", "/v1/chat/completions", {"messages": hello(LONG_TEXT)}, 400, "characters; expected at most 256"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"messages": [{"role": "assistant", "content": "", "reasoning_content": LONG_TEXT}]},
+            400,
+            "characters",
+        ),
+        ("POST", "/tokenize", {"prompt": LONG_TEXT}, 400, "found 100,000 characters"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "n": 80}, 400, "found 80 choices; expected at most 68"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "logprobs": True, "top_logprobs": 4}, 400, "at most 3"),
         ("POST", "/v1/chat/completions", {"messages": hello(), "top_p": 2}, 400, "top_p: found 2"),

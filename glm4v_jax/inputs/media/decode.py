@@ -105,9 +105,9 @@ SampleIndices = Callable[[VideoMetadata], Any]
 
 
 class VideoLimits(TypedDict, total=False):
-    """What a video may be at most, before it is decoded.
+    """What a video may be at most, before its frames are decoded.
 
-    max_pixels: of a frame.
+    max_pixels: of a frame; where PyAV is not installed, one frame is decoded to know its size.
     max_decoded_bytes: of the frames that are taken.
     max_seconds: how long it may be.
     """
@@ -258,6 +258,23 @@ def _from_first(times: np.ndarray) -> np.ndarray | None:
     return times - times[0] if len(times) and (np.diff(times) > 0).all() else None
 
 
+def _check_pixels(height: int, width: int, most: int) -> None:
+    if height * width > most:
+        raise MediaError(f"found frames of {height} x {width} pixels; expected at most {most} pixels")
+
+
+def _claimed_size(source: Path | bytes) -> tuple[int, int]:
+    """Height and width that the container claims, without a frame decoded; zeros where PyAV cannot say."""
+    try:
+        import av
+
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), mode="r") as container:
+            context = container.streams.video[0].codec_context
+            return context.height or 0, context.width or 0
+    except Exception:  # Not installed; or a file that a decoder will say more of.
+        return 0, 0
+
+
 def _plan(
     reader: _Reader,
     sample_indices_fn: SampleIndices | None,
@@ -270,10 +287,7 @@ def _plan(
         raise MediaError(
             f"found {reader.total} frames of {reader.height} x {reader.width} pixels; expected at least one"
         )
-    if reader.height * reader.width > max_pixels:
-        raise MediaError(
-            f"found frames of {reader.height} x {reader.width} pixels; expected at most {max_pixels} pixels"
-        )
+    _check_pixels(reader.height, reader.width, max_pixels)
     metadata = _timed(
         VideoMetadata(
             total_num_frames=reader.total, width=reader.width, height=reader.height, video_backend=reader.backend
@@ -373,6 +387,9 @@ def decode_video(
     except OSError as error:
         raise MediaError(f"{name}: found an unreadable file ({error}); expected a video") from error
     backends = ("pillow",) if is_animated_image(head) else ("decord", "pyav")
+    if "pillow" not in backends:  # The readers decode a frame to know its size.
+        with naming(name, MediaError):
+            _check_pixels(*_claimed_size(source), max_pixels)
     verdict = "found no readable video, perhaps a truncated or corrupt one; expected a video"
     problems: list[str] = []
     hint = ""

@@ -9,6 +9,7 @@ import pytest
 from helpers_media import PHOTO, RNG, every_tenth, package_file, png, write_video
 
 from glm4v_jax.errors import MediaError
+from glm4v_jax.inputs.media import decode
 from glm4v_jax.inputs.media.decode import decode_video
 from glm4v_jax.inputs.media.load import VideoMetadata, load_video
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
@@ -291,6 +292,15 @@ def test_a_truncated_avi_is_refused_before_a_decoder_crashes(tmp_path, clip):
             MediaError, match=rf"found the end after {len(content) - 1000} bytes; expected {len(content)} bytes"
         ):
             load_video(source)
+
+
+def test_a_frame_that_is_too_large_is_not_decoded(tmp_path, clip, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", clip)
+    for name in ("decord", "pyav"):
+        monkeypatch.setitem(decode._READERS, name, None)
+    for source in (path, path.read_bytes()):
+        with pytest.raises(MediaError, match=r"v\.mp4: found frames of 64 x 64 pixels; expected at most 1000"):
+            decode_video(source, "v.mp4", max_pixels=1000)
 
 
 def test_limits_of_a_video(tmp_path, clip):
