@@ -441,7 +441,7 @@ def test_videos_are_videos(tmp_path):
     clip = np.zeros((4, 32, 32, 3), np.uint8)
     sources = [animation(3)] + [
         write_video(tmp_path / name, clip, codec=codec).read_bytes()
-        for name, codec in (("a.mp4", "libx264"), ("a.mov", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mkv", "libx264"))
+        for name, codec in (("a.mp4", "libx264"), ("a.mov", "libx264"), ("a.webm", "libsvtav1"), ("a.mkv", "libx264"))
     ]
     for source in sources:
         assert media_of(resolve(shown(data_url(source), "video"), MediaPolicy())) == ([], [source])
