@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.serve import endpoints, page
-from glm4v_jax.serve.endpoints import JsonResponse
 from glm4v_jax.serve.errors import ApiError, client_error, is_plain
 from glm4v_jax.serve.limits import RequestLimits
+from glm4v_jax.serve.sending import JsonResponse
 from glm4v_jax.serve.service import Service
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glm4v_jax.serve.errors import ApiError, is_plain
+from glm4v_jax.serve.sending import JsonResponse
 
 MAX_BODY_BYTES = 2**26
 BODY_SECONDS = 60.0
@@ -115,7 +115,7 @@ class RequestLimits:
         except ApiError as error:
             if body.is_answered:
                 raise
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, body.send)
+            await JsonResponse(error.body(), error.status, error.headers)(scope, receive, body.send)
         finally:
             body.release()
 

@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.engine import Engine
-from glm4v_jax.generate.live import LiveEngine, QueueFullError
+from glm4v_jax.generate.live import LiveEngine, QueueFullError, State
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.text.thinking import ANSWER, END_THINK
 from glm4v_jax.generate.warmup import Warmed, largest_pool
@@ -35,8 +35,6 @@ from glm4v_jax.serve.workers import Workers, busy
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-State = Literal["starting", "ready", "draining", "failed", "closed"]
 
 _READERS = 2
 """Threads that read bodies and texts."""
