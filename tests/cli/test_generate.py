@@ -164,15 +164,18 @@ def test_a_truncated_shard_is_named(capfd, checkpoint):
     assert shard.name in error_of(capfd, "--model", checkpoint, "Hello")
 
 
-def test_missing_tensors_are_all_named(capfd, checkpoint):
+def test_missing_tensors_are_named_and_counted(capfd, checkpoint):
     index = checkpoint / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     (checkpoint / "model-00001-of-00002.safetensors").unlink()
     kept = {name: shard for name, shard in content["weight_map"].items() if shard.startswith("model-00002")}
     index.write_text(json.dumps({**content, "weight_map": kept}))
     line = error_of(capfd, "--model", checkpoint, "Hello")
-    for name in content["weight_map"].keys() - kept.keys():
-        assert name.removeprefix("model.") in line
+    missing = content["weight_map"].keys() - kept.keys()
+    named = sum(f"{name.removeprefix('model.')}: found nothing" in line for name in missing)
+    assert (
+        3 <= named < len(missing) and f" {len(missing)} tensors " in line and f"and {len(missing) - named} more" in line
+    )
 
 
 @pytest.mark.parametrize(

@@ -109,16 +109,16 @@ def test_a_second_interrupt_before_the_first_token_leaves_the_conversation_as_it
     session, engine, monkeypatch, image
 ):
     run(session, "Hello", f"/image {image}")
-    start = Slots.start
+    choose_first = Slots.choose_first
 
     def interrupted(*arguments, **options):
-        chosen = start(*arguments, **options)
+        chosen = choose_first(*arguments, **options)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         return chosen
 
     with monkeypatch.context() as patch:
-        patch.setattr(Slots, "start", interrupted)
+        patch.setattr(Slots, "choose_first", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(session, "What is this?")
     assert [turn.text for turn in session.turns] == ["Hello"]
