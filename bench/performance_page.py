@@ -26,6 +26,8 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 | `python -m bench.engine` | host time per decode step, busy slots, cold start |
 | `python -m bench.prompt_lookup` | decoding with prompt lookup and without, where the answer copies its prompt |
 | `python -m bench.grammar` | what rows with a grammar cost the other rows of a batch |
+| `python -m bench.serve` | `glm4v serve` beside `generate_many`; prompts that join, and that begin alike |
+| `python -m bench.serve_soak` | the server at saturation for ten minutes; faults put into it |
 | `python -m bench.train` | training throughput beside transformers with torch's AdamW; padding |
 | `python -m bench.eval` | evaluation throughput beside transformers' `generate` in batches of 8 |
 | `python -m bench.lmms_eval --python ENV` | lmms-eval through this engine |
