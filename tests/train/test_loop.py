@@ -253,8 +253,15 @@ def evaluated(folder):
     )  # fmt: skip
     told, there, evaluate = [], [], Evaluator.__call__
 
+    def found():
+        return {int(path.name.partition(".")[0]) for path in (folder / "evaluated" / CHECKPOINTS).iterdir()}
+
     def look(*arguments):
-        there.append({int(path.name.partition(".")[0]) for path in (folder / "evaluated" / CHECKPOINTS).iterdir()})
+        # A thread of Orbax's begins to write, soon after it has been told to.
+        deadline, last = time.monotonic() + 60, max(there[-1]) if there else 0
+        while not any(step > last for step in found()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        there.append(found())
         return evaluate(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -403,7 +410,7 @@ class TestBeforeTheModelIsLoaded:
 def test_skipped_steps_in_a_row_end_a_job(folder, count, out):
     with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, the last of 2 skipped steps in a row"):
         train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=count, checkpoint=CheckpointConfig(every=1)))
-    assert not list((folder / out / CHECKPOINTS).iterdir())
+    assert not (folder / out / CHECKPOINTS).exists()
     # Skipped steps do not advance the schedule.
     rates = [line["learning_rate"] for line in steps(folder, out)]
     assert rates == [pytest.approx(5e-4)] * 2
