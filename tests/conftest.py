@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import inspect
 import os
+import shutil
 import signal
 import sys
 import types
@@ -114,6 +115,26 @@ def _failed_if_skipped_in_ci(report):
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
         report.outcome, report.longrepr = "failed", f"not to be skipped where CI=true: {report.longrepr[-1]}"
     return report
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium of the system's, driven by playwright (the `test` extra), which downloads none here.
+
+    Of a module, not of the session: while playwright runs, no other test of the process may have an event loop.
+    """
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

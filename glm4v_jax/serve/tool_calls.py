@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from glm4v_jax.generate.text.stream import TOOL_TAGS
+from glm4v_jax.generate.text.thinking import start_of_unfinished_tag
 
 CALL, END_CALL, KEY, END_KEY, VALUE, END_VALUE = TOOL_TAGS
 _SPLIT = re.compile("(" + "|".join(map(re.escape, TOOL_TAGS)) + ")")
@@ -89,7 +90,7 @@ class ToolCallParser:
     def push(self, text: str) -> list[str | ToolCall]:
         """Take the next piece, and return the texts and calls that have become certain."""
         text = self._held + text
-        cut = _start_of_unfinished_tag(text)
+        cut = start_of_unfinished_tag(text, TOOL_TAGS)
         self._held = text[cut:]
         for index, piece in enumerate(_SPLIT.split(text[:cut])):
             if piece:
@@ -176,14 +177,6 @@ class ToolCallParser:
     def _take_new(self) -> list[str | ToolCall]:
         new, self._new = self._new, []
         return new
-
-
-def _start_of_unfinished_tag(text: str) -> int:
-    """Index of the end of `text` that may become a tag; the length of `text` if there is no such end."""
-    start = text.rfind("<")
-    if start >= 0 and any(len(tag) > len(text) - start and tag.startswith(text[start:]) for tag in TOOL_TAGS):
-        return start
-    return len(text)
 
 
 def _typed(text: str, parameters: Any, name: str) -> Any:

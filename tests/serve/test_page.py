@@ -1,8 +1,4 @@
-"""The chat page in a real browser, over a real server with the tiny model.
-
-The browser is a Chromium of the system's (`apt-get install chromium`), driven by playwright (the `test` extra), which
-downloads none here.
-"""
+"""The chat page in a real browser, over a real server with the tiny model."""
 
 import asyncio
 import base64
@@ -10,7 +6,6 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import PIL.Image
@@ -26,26 +21,10 @@ from glm4v_jax.serve.requests import Served, chat_request
 from glm4v_jax.serve.service import ServeSettings
 from glm4v_jax.tiny.digits import held_out
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 INJECTION = '<img src=x onerror="window.broken = 1">'
 CHAT = "**/v1/chat/completions"
 EXAMPLE = 1
 """The held-out question that the page offers."""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
-        )
-        yield browser
-        browser.close()
 
 
 class Opened:

@@ -8,6 +8,7 @@ while it is written, `parse` a finished one; both are the same machine.
 import dataclasses
 import enum
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 THINK, END_THINK = "<think>", "</think>"
@@ -101,7 +102,7 @@ class ThinkingParser:
     def push(self, text: str) -> list[Part]:
         """Take the next piece of text and return the parts that have become certain, neighbours of a kind as one."""
         text = self._held + text
-        cut = _start_of_unfinished_tag(text)
+        cut = start_of_unfinished_tag(text, TAGS)
         self._held = text[cut:]
         for index, piece in enumerate(_SPLIT.split(text[:cut])):
             if index % 2:
@@ -260,10 +261,14 @@ def _read(text: str) -> ThinkingParser:
     return parser
 
 
-def _start_of_unfinished_tag(text: str) -> int:
-    """Index of the end of `text` that may become a tag; the length of `text` if there is no such end."""
+def start_of_unfinished_tag(text: str, tags: Sequence[str]) -> int:
+    """Return the index of the end of `text` that may become one of `tags`; its length if there is no such end.
+
+    >>> start_of_unfinished_tag("4</ans", TAGS), start_of_unfinished_tag("4 < 5", TAGS)
+    (1, 5)
+    """
     start = text.rfind("<")
-    if start >= 0 and any(len(tag) > len(text) - start and tag.startswith(text[start:]) for tag in TAGS):
+    if start >= 0 and any(len(tag) > len(text) - start and tag.startswith(text[start:]) for tag in tags):
         return start
     return len(text)
 

@@ -1,14 +1,9 @@
-"""The page of a run, in a browser if one is installed.
-
-The browser is a Chromium of the system's (`apt-get install chromium`), driven by playwright (the `test` extra), which
-downloads none here.
-"""
+"""The page of a run, in a browser if one is installed."""
 
 import base64
 import io
 import os
 import re
-import shutil
 
 import numpy as np
 import PIL.Image
@@ -18,8 +13,6 @@ from eval.report.report import split_thought, write_report
 from eval.report.thumbnails import LONGEST_SIDE, MAX_FRAMES, show
 from glm4v_jax.errors import DataError
 from tests.eval.helpers_eval import INJECTION, item, result, summary_of
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 BOXES = {"boxes": [[100, 50, 300, 150]], "width": 400, "height": 200}
 
@@ -157,20 +150,6 @@ def test_a_video_file_is_shown(tmp_path):
     (video,) = show([{"role": "user", "content": [{"type": "video", "video": str(tmp_path / "video.gif")}]}])
     assert video.problem is None and video.frames == 12 and len(video.thumbnails) == MAX_FRAMES
     assert video.thumbnails[-1].time == pytest.approx(11 * 0.25)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
-        )
-        yield browser
-        browser.close()
 
 
 class Opened:
