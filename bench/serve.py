@@ -108,7 +108,7 @@ class Prompts:
         self._encode = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT).tokenizer.encode
 
     def text(self, tokens: int) -> str:
-        """Words of about so many tokens; the first differ from text to text, so that nothing is shared."""
+        """Words of about this many tokens; the first differ from text to text, so that nothing is shared."""
         words = [str(self._rng.integers(10**9)), *self._rng.choice(WORDS.split(), tokens)]
         each = len(self._encode(" ".join(words))) / len(words)
         return " ".join(words[: max(2, round(tokens / each))])

@@ -154,7 +154,7 @@ def _message(content: bytes) -> str:
 
 
 async def closed_loop(client: Client, bodies: Sequence[Body], concurrency: int) -> tuple[list[Answer], float]:
-    """Have so many clients send one after the other; returns the answers, in order, and the seconds."""
+    """Have this many clients each send one request after the other; returns the answers, in order, and the seconds."""
     answers: dict[int, Answer] = {}
     work = iter(enumerate(bodies))
 

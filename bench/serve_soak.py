@@ -71,7 +71,7 @@ def requests(count: int = REQUESTS) -> list[Body]:
 
 
 async def soak(client: Client, server: Server, bodies: Sequence[Body], seconds: float) -> dict[str, Any]:
-    """Ask at random for so many seconds."""
+    """Ask at random for this many seconds."""
     expected = [(await client.chat(body)).text for body in bodies]
     assert any(expected)
     whole = [(await client.send(body)).text for body in bodies]

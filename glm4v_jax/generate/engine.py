@@ -210,7 +210,7 @@ class Engine:
             batch.
           preset, **options: see `stream`; for all prompts.
           skip_errors: yield a completion with `error` for a prompt that cannot be prepared, instead of raising.
-          samples: completions of each prompt, as if it were given so many times in a row: sample j of prompt i has the
+          samples: completions of each prompt, as if it were given as many times in a row: sample j of prompt i has the
             number i * samples + j. It is prepared once, and prefilled once where its slots are of one shard.
 
         Yields:

@@ -71,7 +71,7 @@ class LiveEngine:
     What fails hurts as few requests as it can:
 
     - An image or video that cannot be encoded: the requests that show it.
-    - An error in the slots: the requests that are running. Slots and feature pool are made anew; requests that wait
+    - An error in the slots: the requests that are running. Slots and feature pool are rebuilt; requests that wait
       notice nothing.
     - More than `MAX_RESTARTS` of these within `RESTART_PERIOD` seconds: all; the state is "failed".
     - An error in `receive`: the request whose it is; it is cancelled.
@@ -79,7 +79,7 @@ class LiveEngine:
     Attributes:
       state: "starting" until the slots are there, "draining" once `close` has been called.
       capacity: the most tokens of prompt and completion of a request; None for no limit but the model's.
-      restarts: how often the slots were made anew after an error.
+      restarts: how often the slots were rebuilt after an error.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ MIN_LIVE_CHUNK, MAX_LIVE_CHUNK = 32, 256
 # Multiplications and additions of a chunk that a CPU does in about the time of a dispatch.
 _CPU_WORK = 2.5e9
 MIN_SHARED = 256
-"""Tokens of a chunk that ends where an image or video does, at least: prompts that go on differently share it."""
+"""Tokens of a chunk that ends where an image or video does, at least: prompts that continue differently share it."""
 
 
 class Start(NamedTuple):
@@ -93,7 +93,7 @@ def chunk_bounds(starts: Mapping[int, Start], capacity: int) -> list[ChunkBounds
 
 
 def live_chunk(parameters: int, platform: str) -> int:
-    """The longest chunk, for a decoder of so many parameters, that about takes the time of a dispatch.
+    """Return the longest chunk that takes a decoder with this many parameters about as long as a dispatch.
 
     >>> live_chunk(250_000_000, "cpu"), live_chunk(1_000_000, "cpu"), live_chunk(9_000_000_000, "tpu")
     (32, 256, 256)

@@ -263,7 +263,7 @@ class Slots:
     ) -> Decoded:
         """Dispatch up to `limit` decode steps of every row, fewer once `idle` rows are done (all by default).
 
-        With prompt lookup steps until a row has got so many tokens, perhaps a few more. `turns`: row -> what its
+        With prompt lookup steps until a row has `limit` tokens, perhaps a few more. `turns`: row -> what its
         grammar allows.
         """
         text, head = self.runtime.text, self.runtime.head

@@ -1,7 +1,9 @@
 """Which tokens a row may choose next, as arrays of the device: what grammars (`grammar.py`) ask of decode steps.
 
 A row with a grammar takes the tokens that the grammar forces and one of its choice, and then waits for the next
-dispatch, while other rows go on. B: rows, V: vocabulary, W: words of 32 bits, F: forced tokens, P: tokens of a pause.
+dispatch, while other rows continue.
+
+B: rows, V: vocabulary, W: words of 32 bits, F: forced tokens, P: tokens of a pause.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,7 +49,7 @@ HELD = Turn(most=0)
 
 
 def steps_beside(turns: Iterable[Turn], rows: int) -> int:
-    """Decode steps of a dispatch, of so many rows: few while some of them wait for its end, more the less they are.
+    """Decode steps of a dispatch of `rows` rows: the more of them wait for its end, the fewer.
 
     >>> steps_beside([Turn.of(np.zeros(1, np.uint32), ())], 8), steps_beside([HELD] * 8, 8), steps_beside([], 8) > 99
     (3, 1, True)
@@ -94,12 +96,12 @@ def placed(masks: TokenMasks | None) -> TokenMasks | None:
 
 
 def is_held(masks: TokenMasks, taken: Int[Array, " B"], newest: Int[Array, " B"]) -> Bool[Array, " B"]:
-    """Whether rows that have taken so many tokens in this dispatch wait for the next one."""
+    """Whether rows wait for the next dispatch, after `taken` tokens of this one."""
     return (taken >= masks.most) | jnp.any(newest[:, None] == masks.pause, axis=1)
 
 
 def allowed_tokens(masks: TokenMasks, taken: Int[Array, " B"], vocab: int) -> Bool[Array, "B V"]:
-    """The tokens that rows may choose after so many of this dispatch."""
+    """The tokens that rows may choose after `taken` tokens of this dispatch."""
     words = masks.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]
     allowed = ((words & 1) > 0).reshape(words.shape[0], -1)[:, :vocab]
     at = jnp.arange(_FORCED)[None] == taken[:, None]

@@ -88,7 +88,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def more_tokens(self, seconds: float, tokens: int) -> None:
-        """Note the time between two updates of a choice, the second with so many tokens."""
+        """Note the time between two updates of a choice, the second with `tokens` tokens."""
         for _ in range(tokens):
             self._between.observe(seconds / tokens)
 

@@ -325,7 +325,7 @@ class Service:
             [
                 gauge("num_requests_running", "Sequences in slots.", lambda: live.num_running),
                 gauge("num_requests_waiting", "Sequences that wait for a slot.", lambda: live.num_waiting),
-                count("engine_restarts", "Times that the slots were made anew after an error.", lambda: live.restarts),
+                count("engine_restarts", "Times that the slots were rebuilt after an error.", lambda: live.restarts),
                 count("prefix_cache_queries", "Prompt tokens of sequences that started.", lambda: stats.prompt_tokens),
                 count("prefix_cache_hits", "Those of them that a row held already.", lambda: stats.reused_tokens),
                 count("vision_encoded", "Images and videos that were encoded.", lambda: engine.pool.encoded),

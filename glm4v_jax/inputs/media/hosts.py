@@ -56,7 +56,7 @@ class AllowedHosts:
 
         Raises:
           MediaError: the host is not allowed, or one of its addresses is not.
-          OSError: it has none, or none within so many seconds.
+          OSError: it has none, or none within `seconds`.
         """
         host = normalised(host)
         if not self.allows(host):

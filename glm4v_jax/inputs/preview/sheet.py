@@ -115,7 +115,7 @@ def draw_frames(seen: Seen, longest: int, most: int = MAX_FRAMES) -> tuple[dict[
 
 
 def _evenly_spread(count: int, most: int) -> list[int]:
-    """At most so many of `count` numbers from 0, the first and the last among them."""
+    """At most `most` of `count` numbers from 0, the first and the last among them."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
