@@ -61,6 +61,7 @@ class Size:
     streamed: int
     turns: int
     rounds: int = ROUNDS
+    is_warmed: bool = True
     prompts: tuple[int, int] = (32, 160)
     answers: tuple[int, int] = (24, 96)
 
@@ -75,8 +76,9 @@ LARGE = Size(
     streamed=160, turns=5, rounds=2,
 )  # fmt: skip
 QUICK = dataclasses.replace(
-    TINY, requests=12, context=1024, long_prompt=512, prefix=300, streamed=60, turns=2, rounds=1
-)
+    TINY, slots=4, requests=8, context=256, long_prompt=128, prefix=100, streamed=30, turns=2, rounds=1,
+    is_warmed=False,
+)  # fmt: skip
 
 
 def write_model(directory: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
@@ -207,6 +209,7 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
     path, prompts = write_model(directory / size.name, size.config), Prompts()
     bodies = [prompts.chat(size) for _ in range(size.requests)]
     options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v"]
+    options += [] if size.is_warmed else ["--no-warmup"]
     with (
         serve_client.offline(path, size.slots, size.context) as offline,
         serve_client.serve(path, directory / f"{size.name}.log", *options) as server,
