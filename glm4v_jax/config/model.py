@@ -2,11 +2,12 @@
 
 The names and defaults are those of `Glm4vConfig`, `Glm4vTextConfig` and `Glm4vVisionConfig` in transformers 4.57.1;
 files written by 4.57 (`rope_theta`, `partial_rotary_factor`, `rope_scaling`) and by 5.x (`rope_parameters`) are both
-read. All three are frozen and hashable: they are static metadata of the modules and part of the key of every compiled
-program.
+read, and those of the other members of the family, whose structure follows from their `model_type` (`family`). All
+three are frozen and hashable: they are static metadata of the modules and part of the key of every compiled program.
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -23,13 +24,20 @@ from glm4v_jax.config.checks import (
     object_of,
     validate,
 )
+from glm4v_jax.config.family import (
+    ARCHITECTURES,
+    TEXT,
+    VISION,
+    Architecture,
+    TextStructure,
+    VisionStructure,
+    architecture_of,
+    refuse_part,
+)
 from glm4v_jax.config.quantization import quantization_in
 from glm4v_jax.config.rope_scaling import RopeScaling
 from glm4v_jax.errors import CheckpointError, ConfigError, not_there
 from glm4v_jax.files import assets_directory, check_config, read_json_object, write_json
-
-RELEASED_MROPE_SECTION = (8, 12, 12)
-RELEASED_PARTIAL_ROTARY_FACTOR = 0.5
 
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "sigmoid", "silu", "swish", "tanh"]
 """The values of `hidden_act`; `nn.activation` computes them."""
@@ -39,7 +47,11 @@ Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "selu", "s
 class Glm4vVisionConfig:
     """The ViT and its merger.
 
-    `intermediate_size` is the merger's; the ViT's own MLPs are `out_hidden_size` wide (trap T5).
+    >>> Glm4vVisionConfig().mlp_width, Glm4vVisionConfig(model_type="glm_ocr_vision").mlp_width
+    (4096, 13696)
+
+    In GLM-4.1V `intermediate_size` is the merger's, and the blocks' MLPs are `out_hidden_size` wide (trap T5); read
+    `mlp_width` and `merger_width`. `rope_theta` is what 5.x writes into `rope_parameters`.
     """
 
     depth: Size = 24
@@ -57,11 +69,12 @@ class Glm4vVisionConfig:
     out_hidden_size: Size = 4096
     intermediate_size: Size = 13696
     initializer_range: NotNegative = 0.02
-
-    model_type = "glm4v_vision"
+    rope_theta: PositiveNumber = 10000.0
+    model_type: str = "glm4v"
 
     def __post_init__(self) -> None:
         validate(self, prefix="vision_config.")
+        _check_structure("vision_config.model_type", self.model_type, VISION)
         _check_divides(self, "vision_config.", "num_heads", "hidden_size")
         if self.image_size < self.patch_size:
             expected = f"at least patch_size, {self.patch_size}"
@@ -76,23 +89,49 @@ class Glm4vVisionConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def structure(self) -> VisionStructure:
+        """What the ViT is beyond these fields."""
+        return VISION[self.model_type]
+
+    @property
+    def mlp_bias(self) -> bool:
+        """Whether the attention's output projection and the MLP have biases, as q, k and v have by `attention_bias`."""
+        return self.attention_bias and self.structure.mlp_bias
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the blocks' MLP."""
+        return math.prod(getattr(self, name) for name in self.structure.mlp_width)
+
+    @property
+    def merger_width(self) -> int:
+        """Width of the merger's MLP."""
+        return math.prod(getattr(self, name) for name in self.structure.merger_width)
+
+    @property
     def patch_dim(self) -> int:
         """Values in a flattened patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def position_grid(self) -> int:
-        """Side of the learned, square position table."""
-        return self.image_size // self.patch_size
+        """Side of the learned, square position table; 0 without one."""
+        return self.image_size // self.patch_size if self.structure.position_table else 0
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read the `vision_config` object of `config.json`; other keys are ignored."""
+        model_type = _known(data.get("model_type"), VISION, cls.model_type)
+        rope = {k: v for k, v in object_of(data, "rope_parameters").items() if k == "rope_theta"}
+        data = {**VISION[model_type].defaults, **data, **rope, "model_type": model_type}
         return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
-        """Write the `vision_config` object of `config.json`, in the spelling of 4.57."""
-        return {"model_type": "glm4v", **dataclasses.asdict(self)}
+        """Write the `vision_config` object of `config.json`, in the spelling of 4.57 if its rope has the usual base."""
+        data = {"model_type": self.model_type, **dataclasses.asdict(self)}
+        if data.pop("rope_theta") != type(self).rope_theta:
+            data["rope_parameters"] = {"rope_type": "axial", "rope_theta": self.rope_theta}
+        return data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +140,10 @@ class Glm4vTextConfig:
 
     `rope_scaling` may be given as a dict or a `RopeScaling`. With neither it nor `partial_rotary_factor`, the released
     checkpoint's values hold (4.57.1's own default configuration cannot run forward); with `rope_scaling` alone the
-    whole head rotates, as in the reference.
+    whole head rotates, as in the reference. Without `head_dim`, heads share `hidden_size`.
+
+    `num_nextn_predict_layers` counts layers after the last that predict further tokens (MTP); they are kept in
+    checkpoints, and not run.
     """
 
     vocab_size: Size = 151552
@@ -126,22 +168,29 @@ class Glm4vTextConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] | int | None = None
-
-    model_type = "glm4v_text"
+    head_dim: Size = None  # type: ignore[assignment]  # an integer once the configuration is made
+    num_nextn_predict_layers: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    model_type: str = "glm4v_text"
 
     def __post_init__(self) -> None:
+        _check_structure("text_config.model_type", self.model_type, TEXT)
         freeze = object.__setattr__
         if self.num_key_value_heads is None:
             freeze(self, "num_key_value_heads", self.num_attention_heads)
         if self.partial_rotary_factor is None:
             released = self.rope_scaling is None
-            freeze(self, "partial_rotary_factor", RELEASED_PARTIAL_ROTARY_FACTOR if released else 1.0)
+            freeze(self, "partial_rotary_factor", self.structure.partial_rotary_factor if released else 1.0)
         scaling = self.rope_scaling if self.rope_scaling is not None else {}
         if not isinstance(scaling, RopeScaling):
             scaling = RopeScaling.from_dict(scaling)
         freeze(self, "rope_scaling", scaling)
+        own_head_dim = self.head_dim is not None
+        if not own_head_dim:
+            freeze(self, "head_dim", 1)  # until hidden_size has been checked
         validate(self, prefix="text_config.")
-        _check_divides(self, "text_config.", "num_attention_heads", "hidden_size")
+        if not own_head_dim:
+            _check_divides(self, "text_config.", "num_attention_heads", "hidden_size")
+            freeze(self, "head_dim", self.hidden_size // self.num_attention_heads)
         _check_divides(self, "text_config.", "num_key_value_heads", "num_attention_heads")
         for name in ("short_factor", "long_factor"):
             factors = getattr(scaling, name)
@@ -153,9 +202,9 @@ class Glm4vTextConfig:
         _ = self.mrope_section
 
     @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def structure(self) -> TextStructure:
+        """What the decoder is beyond these fields."""
+        return TEXT[self.model_type]
 
     @property
     def num_key_value_groups(self) -> int:
@@ -182,7 +231,7 @@ class Glm4vTextConfig:
         Raises:
           ConfigError: they do not.
         """
-        section = self.rope.mrope_section or RELEASED_MROPE_SECTION
+        section = self.rope.mrope_section or self.structure.mrope_section
         if 2 * sum(section) != self.rotary_dim:
             raise ConfigError(
                 f"text_config.rope_scaling.mrope_section: found {list(section)}, which sums to {sum(section)}; "
@@ -194,7 +243,8 @@ class Glm4vTextConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read the `text_config` object of `config.json`, in the spelling of 4.57 or of 5.x."""
-        data = dict(data)
+        model_type = _known(data.get("model_type"), TEXT, cls.model_type)
+        data = {**TEXT[model_type].defaults, **data, "model_type": model_type}
         if data.get("rope_parameters") is not None:
             parameters = dict(object_of(data, "rope_parameters"))
             for name in ("rope_theta", "partial_rotary_factor"):
@@ -204,13 +254,21 @@ class Glm4vTextConfig:
         return cls(**known_fields(cls, data))
 
     def to_dict(self) -> dict[str, Any]:
-        """Write the `text_config` object of `config.json`, in the spelling of 4.57 (5.x reads it too)."""
+        """Write the `text_config` object of `config.json`, in the spelling of 4.57 where that has the model."""
         data = dataclasses.asdict(self)
         data["rope_scaling"] = {**self.rope.to_dict(), "mrope_section": list(self.mrope_section)}
+        if self.structure.rope_parameters:
+            names = ("rope_theta", "partial_rotary_factor")
+            data["rope_parameters"] = data.pop("rope_scaling") | {name: data.pop(name) for name in names}
+            data["attention_bias"] = self.structure.attention_bias
         if isinstance(self.eos_token_id, tuple):
             data["eos_token_id"] = list(self.eos_token_id)
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            del data["head_dim"]
         optional = ("original_max_position_embeddings", "image_token_id", "video_token_id")
-        return {"model_type": self.model_type, **{k: v for k, v in data.items() if v is not None or k not in optional}}
+        absent = {name for name in optional if data[name] is None}
+        absent |= {name for name in ("num_nextn_predict_layers",) if not data[name]}
+        return {"model_type": self.model_type, **{k: v for k, v in data.items() if k not in absent}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +290,10 @@ class Glm4vConfig:
     image_end_token_id: int = 151340
     video_start_token_id: int = 151341
     video_end_token_id: int = 151342
-
-    model_type = "glm4v"
+    model_type: str = "glm4v"
 
     def __post_init__(self) -> None:
+        architecture_of(self.model_type)
         if isinstance(self.text_config, Mapping):
             object.__setattr__(self, "text_config", Glm4vTextConfig.from_dict(self.text_config))
         if isinstance(self.vision_config, Mapping):
@@ -253,33 +311,46 @@ class Glm4vConfig:
         if text != vision:
             raise ConfigError(fault("vision_config.out_hidden_size", vision, f"text_config.hidden_size, {text}"))
 
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the family's table."""
+        return ARCHITECTURES[self.model_type]
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Read the object of `config.json`.
 
         Text fields at the top level (an old flat layout) are read where there is no `text_config`. A tied head is what
-        `text_config` says (4.57.1); a top-level `tie_word_embeddings` counts only in that flat layout.
+        `text_config` says (4.57.1); a top-level `tie_word_embeddings` counts only in that flat layout, and in models
+        that only 5.x knows. Ends of a text are read from the top level where `text_config` has none.
 
         Raises:
           ConfigError: it is the configuration of another architecture, contradicts itself, or is of weights that are
             quantised in a way that is not read here.
         """
-        model_type = data.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ConfigError(fault("model_type", model_type, f"{cls.model_type!r} (dense GLM-4.1V)"))
-        fields = known_fields(cls, data)
+        row = architecture_of(data.get("model_type", cls.model_type))
+        fields = known_fields(cls, {**row.defaults, **data})
         quantization_in(data)
         if "text_config" not in data and "hidden_size" not in data:
             raise ConfigError("text_config: found nothing; expected an object")
-        fields["text_config"] = Glm4vTextConfig.from_dict(object_of(data, "text_config") or data)
-        fields["vision_config"] = Glm4vVisionConfig.from_dict(object_of(data, "vision_config"))
+        text = {k: data[k] for k in ("eos_token_id", "pad_token_id") if k in data}
+        text |= {k: v for k, v in (object_of(data, "text_config") or data).items() if k not in text or v is not None}
+        if row.tied_at_top and data.get("tie_word_embeddings"):
+            text["tie_word_embeddings"] = data["tie_word_embeddings"]
+        vision = object_of(data, "vision_config")
+        for name, part, table in (("text", text, TEXT), ("vision", vision, VISION)):
+            refuse_part(f"{name}_config.model_type", found := part.get("model_type"))
+            if _known(found, table, expected := getattr(row, name)) != expected:
+                raise ConfigError(fault(f"{name}_config.model_type", found, repr(expected)))
+        fields["text_config"] = Glm4vTextConfig.from_dict({**text, "model_type": row.text})
+        fields["vision_config"] = Glm4vVisionConfig.from_dict({**vision, "model_type": row.vision})
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """Write the object of `config.json`, in the spelling of 4.57; `from_dict` reads an equal configuration."""
+        """Write the object of `config.json`, in the spelling of 4.57 where that has the model; `from_dict` reads it."""
         ids = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("token_id")}
         return {
-            "architectures": ["Glm4vForConditionalGeneration"],
+            "architectures": [self.architecture.model_class],
             "model_type": self.model_type,
             "tie_word_embeddings": self.text_config.tie_word_embeddings,
             **ids,
@@ -318,8 +389,8 @@ class Glm4vConfig:
         """The released GLM-4.1V-9B-Thinking: 10,292,777,472 parameters."""
         text = Glm4vTextConfig(
             max_position_embeddings=65536,
-            rope_scaling=RopeScaling(mrope_section=RELEASED_MROPE_SECTION),
-            partial_rotary_factor=RELEASED_PARTIAL_ROTARY_FACTOR,
+            rope_scaling=RopeScaling(mrope_section=TEXT["glm4v_text"].mrope_section),
+            partial_rotary_factor=TEXT["glm4v_text"].partial_rotary_factor,
             pad_token_id=151329,
             eos_token_id=(151329, 151336, 151338, 151348),
         )
@@ -347,3 +418,13 @@ def _check_divides(config: Any, prefix: str, divisor: str, dividend: str) -> Non
     number = getattr(config, divisor)
     if (value := getattr(config, dividend)) % number:
         raise ConfigError(fault(f"{prefix}{dividend}", value, f"a multiple of {divisor}, {number}"))
+
+
+def _check_structure(field: str, model_type: Any, table: Mapping[str, Any]) -> None:
+    if model_type not in table:
+        raise ConfigError(fault(field, model_type, f"one of {', '.join(map(repr, table))}"))
+
+
+def _known(model_type: Any, table: Mapping[str, Any], default: str) -> str:
+    """The `model_type` of a part if it is one of the table; 4.57 writes others too, and reads none."""
+    return model_type if isinstance(model_type, str) and model_type in table else default
