@@ -38,12 +38,20 @@ _DIGITS: Mapping[str, Any] = {
     "source": "held-out digits of scikit-learn's load_digits, glm4v_jax/tiny/digits.py",
 }
 
+_OCR: Mapping[str, Any] = {
+    "reader": "images",
+    "preset": "ocr",
+    "data": "files of rows as eval/data/rows.py describes them, with an image and its answer; no question is needed",
+    "source": "prompts: zai-org/GLM-OCR, glmocr/config.yaml",
+}
+
 ENTRIES: Mapping[str, Mapping[str, Any]] = {
     "digits-vqa": {
         **_DIGITS,
         "description": "which handwritten digit an image shows (in the package)",
         "reader": "digits-vqa",
         "metric": "exact_match",
+        "variants": {"ocr": {"metric": "edit_distance"}},
     },
     "digits-grounding": {
         **_DIGITS,
@@ -75,6 +83,30 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "prompt": _PINPOINT,
         "preset": "bench",
         "source": "prompt: arXiv 2507.01006",
+    },
+    "ocr-text": {
+        **_OCR,
+        "description": "your own images of text, asked as GLM-OCR is: normalised edit distance",
+        "metric": "edit_distance",
+        "prompt": "Text Recognition:",
+        "variants": {
+            "omnidocbench": {"metric": "edit_distance-omnidocbench"},
+            "cer": {"metric": "cer"},
+            "wer": {"metric": "wer"},
+        },
+    },
+    "ocr-table": {
+        **_OCR,
+        "description": "your own images of tables with their HTML, asked as GLM-OCR is: TEDS",
+        "metric": "teds",
+        "prompt": "Table Recognition:",
+        "variants": {"omnidocbench": {"metric": "teds-omnidocbench"}},
+    },
+    "ocr-formula": {
+        **_OCR,
+        "description": "your own images of formulas with their LaTeX, asked as GLM-OCR is: edit distance",
+        "metric": "formula_edit_distance",
+        "prompt": "Formula Recognition:",
     },
     "refcoco": {
         "description": "RefCOCO, RefCOCO+, RefCOCOg: the box of the object that an expression means",

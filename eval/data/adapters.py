@@ -3,6 +3,7 @@
 The answers of the test splits of DocVQA, InfographicVQA, TextVQA, MMMU and MathVista are not public.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,6 +283,7 @@ def _without_letters(options: dict[str, str]) -> dict[str, str]:
 
 READERS: Mapping[str, Reader] = {
     "rows": rows.read,
+    "images": functools.partial(rows.read, is_question_needed=False),
     "chartqa": _chartqa,
     "docvqa": _docvqa,
     "mathvista": _mathvista,

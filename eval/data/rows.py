@@ -3,7 +3,7 @@
 A row is an object with these fields; null is as if a field were missing, and so are images that are "" or [null]:
 
 - "question": the text; `<image>` and `<video>` in it say where images and videos go, in their order, else they stand
-  before it. Required.
+  before it. Required, but by tasks that always ask the same (the reader "images").
 - "image", "images", "video", "videos": one or a list, each a path relative to the file, an http(s), file or data
   address, base64 text, or `{"bytes": ..., "path": ...}` as in tables of Hugging Face; a video also a directory or a
   list of such images, its frames, all of which are shown.
@@ -37,13 +37,13 @@ _FPS = 2
 """Frames per second of a video given as frames, where the row has no "fps"."""
 
 
-def read(row: Fields, origin: Origin) -> Iterator[Question]:
-    """Read the question of a row.
+def read(row: Fields, origin: Origin, is_question_needed: bool = True) -> Iterator[Question]:
+    """Read the question of a row; without one, where none is needed, it is empty.
 
     Raises:
       DataError: a field is missing or invalid; the message does not name the place.
     """
-    question = fields.text(row, "question")
+    question = fields.text(row, "question") if is_question_needed or row.get("question") is not None else ""
     known: dict[str, Any] = {name: value for name, value in row.items() if name not in _MEDIA and _is_json(value)}
     fields.first(known, *_EXPECTED)
     if known.get("options") is not None:

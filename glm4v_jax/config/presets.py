@@ -41,9 +41,8 @@ class Preset:
         options = self.options
         if not options:
             return "the checkpoint's generation_config.json"
-        if not options.get("do_sample", True):
-            return "greedy decoding"
-        parts = [f"{word} {options[name] or 'off'}" for name, word in _WORDS.items() if name in options]
+        parts = [] if options.get("do_sample", True) else ["greedy decoding"]
+        parts += [f"{word} {options[name] or 'off'}" for name, word in _WORDS.items() if name in options]
         if "think_budget" in options:
             parts.append(f"thinking capped at {options['think_budget']:,} tokens")
             parts.append(f"the answer at {options['answer_budget']:,}")
@@ -87,6 +86,11 @@ PRESETS: Mapping[str, Preset] = types.MappingProxyType(
             # The paper wants rare tokens to be drawn too, which the checkpoint's top_k of 2 would prevent.
             dict(do_sample=True, top_p=1.0, top_k=0),
             "arXiv 2507.01006, section 5.3.2 (top_p; that no top_k is set follows from its reasons)",
+        ),
+        "ocr": Preset(
+            # The same as its temperature 0 and top_k 1.
+            dict(do_sample=False, repetition_penalty=1.1, max_new_tokens=8192),
+            "zai-org/GLM-OCR, glmocr/config.yaml",
         ),
         "greedy": Preset(
             dict(do_sample=False),

@@ -39,6 +39,7 @@ def test_every_preset_is_valid_and_keeps_the_rest(released, name):
         ("agent", (True, 0.001, 0.6, 2, 1.0, 8192)),
         ("hf", (True, 0.8, 0.6, 2, 1.0, None)),
         ("rollouts", (True, 0.8, 1.0, 0, 1.0, None)),
+        ("ocr", (False, 0.8, 0.6, 2, 1.1, 8192)),
         ("greedy", (False, 0.8, 0.6, 2, 1.0, None)),
     ],
 )
@@ -55,6 +56,7 @@ def test_numbers_are_those_of_the_source(released, name, expected):
         ("bench", "temperature 0.1, thinking capped at 8,192 tokens, the answer at 8,192"),
         ("hf", "the checkpoint's generation_config.json"),
         ("rollouts", "top-p 1.0, top-k off"),
+        ("ocr", "greedy decoding, repetition penalty 1.1, at most 8,192 tokens"),
         ("greedy", "greedy decoding"),
     ],
 )

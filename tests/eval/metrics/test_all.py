@@ -14,11 +14,14 @@ from glm4v_jax.generate.text.thinking import TAGS
 BOX = {"boxes": [[20.0, 10.0, 120.0, 60.0]], "width": 200, "height": 100}
 CHOICES = {"options": {"A": "a cat", "B": "a dog"}, "answer": "B"}
 TEXT = {"answer": "blue"}
+TABLE = {"answer": "<table><tr><td>a</td><td>b</td></tr></table>"}
 
 
 def item_of(name):
     if METRICS[name].fields == ("boxes", "width", "height"):
         return BOX
+    if name.startswith("teds"):
+        return TABLE
     return CHOICES if "options" in METRICS[name].fields else TEXT
 
 
@@ -96,7 +99,24 @@ class TestEvery:
             json.dumps([score.parsed, dict(score.parts)], allow_nan=False)
 
     def test_time_is_bounded(self, name):
-        for piece in ("[", "-", "(1,", "1,111", "1", ".", "-1e", "'", "[[1,2,3,4],", "answer is ", " ", "A ", "a\n"):
+        for piece in (
+            "[",
+            "-",
+            "(1,",
+            "1,111",
+            "1",
+            ".",
+            "-1e",
+            "'",
+            "[[1,2,3,4],",
+            "answer is ",
+            " ",
+            "A ",
+            "a\n",
+            "<td>",
+            "<b>",
+            "\\tag{",
+        ):
             text = (piece * 20_000)[:20_000]
             start = time.process_time()
             METRICS[name].score(text, item_of(name))
