@@ -213,7 +213,7 @@ def prefill(
     seen = mesh.reshard(seen, "batch", "vocab")
     last = mesh.reshard(last.astype(state.hidden.dtype), "batch", None, None)
     if slots is not None:
-        written = _put_cache(cache, slots, written, axis)
+        written = _put_chunk(cache, slots, written, axis, keep, segment_ids.shape[1])
         seen, last = _put(state.seen, slots, seen, 0), _put(state.hidden, slots, last, 0)
     return state._replace(cache=written, seen=seen, hidden=last)
 
@@ -503,3 +503,31 @@ def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
 
 def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
     return map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)
+
+
+def _put_chunk(
+    cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int, keep: Int[Array, " n"], tokens: int
+) -> KVCache:
+    """`_put_cache` of rows in which only the `tokens` slots from `keep[i]` on are new: a row may have thousands."""
+
+    def put(x: Array, new: Array) -> Array:
+        spec = mesh.spec_of(x)
+        names = spec[axis + 2]
+
+        def local(x: Array, slots: Array, new: Array, keep: Array) -> Array:
+            length = x.shape[axis + 2]
+            count = min(length, tokens)
+            first = keep[0] if names is None else keep[0] - jax.lax.axis_index(names) * length
+            begin, sizes = [0] * x.ndim, list(x.shape)
+            begin[axis + 2], sizes[axis], sizes[axis + 2] = jnp.clip(first, 0, length - count), 1, count
+            part = jax.lax.dynamic_slice(new, begin, sizes)
+            begin[axis] = jnp.maximum(slots[0], 0)
+            old = jax.lax.dynamic_slice(x, begin, sizes)
+            return jax.lax.dynamic_update_slice(x, jnp.where(slots[0] < 0, old, part), begin)
+
+        batch = mesh.spec("batch")
+        run = jax.shard_map(local, in_specs=(spec, batch, spec, batch), out_specs=spec, check_vma=False)
+        return run(x, mesh.reshard(slots, "batch"), jax.sharding.reshard(new, spec), keep)
+
+    k, v = (jax.tree.map(put, *sides) for sides in ((cache.k, new.k), (cache.v, new.v)))
+    return KVCache(k, v, _put(cache.segments, slots, new.segments, 0), _put(cache.length, slots, new.length, 0))

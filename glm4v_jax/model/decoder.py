@@ -236,8 +236,7 @@ class TextDecoder(nnx.Module):
         (x, sides), (new, captured) = self.layers.run(step, (x, sides), remat=remat)
         if cache is not None:
             if late:
-                # In this order, or XLA keeps the cache as it was for whoever reads it last.
-                x, new = jax.lax.optimization_barrier((x, new))
+                x, new = _in_order(x, new)
                 sides = tuple(
                     write_layers(side, one, cache.length) for side, one in zip((cache.k, cache.v), new, strict=True)
                 )
@@ -245,6 +244,24 @@ class TextDecoder(nnx.Module):
             k, v = sides
             cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
         return self.norm(x), cache, captured
+
+
+def _in_order(x: Float[Array, "B T D"], new: Any) -> tuple[Array, Any]:
+    """Have `new` depend on `x`, or XLA keeps the cache as it was for the layer that reads it last.
+
+    A barrier says so everywhere but on CPUs, where XLA drops it before it decides what to copy. There the values go
+    through one array with a number that comes from `x`.
+    """
+    if mesh.platform() != "cpu":
+        return jax.lax.optimization_barrier((x, new))
+    number = jnp.sum(x)
+
+    def behind(values: Array) -> Array:
+        tail = values[:, :, :, :1] * 0 + number.astype(values.dtype)
+        return jnp.concatenate([values, tail], axis=3)
+
+    x, longer = jax.lax.optimization_barrier((x, jax.tree.map(behind, new)))
+    return x, jax.tree.map(lambda values, longer: longer[:, :, :, : values.shape[3]], new, longer)
 
 
 def _slots(cache: KVCache) -> Int[Array, "1 S"]:

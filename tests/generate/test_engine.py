@@ -23,6 +23,7 @@ from glm4v_jax.generate.warmup import warmup
 from glm4v_jax.hf.generate import generate
 from glm4v_jax.hf.model import Glm4vForConditionalGeneration
 from glm4v_jax.model.kv_cache import QuantizedSide
+from glm4v_jax.planning.hlo import MOVES, instructions
 
 
 @pytest.mark.parametrize("is_text", [True, False])
@@ -33,6 +34,23 @@ def test_greedy_tokens_are_the_references(engine, their_tiny, image, is_text):
     assert list(found.tokens) == their_tokens(their_tiny, inputs, 48)
     assert found.prompt_tokens == inputs["input_ids"].shape[1]
     assert found.finish_reason == "length"
+
+
+def test_a_dispatch_copies_no_cache(engine, monkeypatch):
+    """On a CPU too, where XLA keeps what it believes is read after it was written."""
+    texts = []
+    decode = device_steps.decode
+
+    def spy(*args, **kwargs):
+        texts.append(decode.lower(*args, **kwargs).compile().as_text())
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(device_steps, "decode", spy)
+    engine.generate("Hello", max_new_tokens=3, **GREEDY)
+    config = engine.runtime.config.text_config
+    layer = 4 * config.num_key_value_heads * engine._capacity * config.head_dim  # of one row, in bytes
+    moved = [one for one in instructions(texts[0]) if one.opcode in MOVES and one.nbytes >= layer]
+    assert [one for one in moved if one.loops] == []
 
 
 SAMPLED = dict(max_new_tokens=45, temperature=3.0, top_k=0, top_p=1.0, do_sample=True, seed=5)

@@ -25,6 +25,9 @@ from glm4v_jax.model.kv_cache import QuantizedSide
 
 # Below this many queries the scores are linear in the number of keys anyway: decoding takes the direct path.
 FEW_QUERIES = 8
+_LARGE_CACHE = 1024
+"""Slots from which a decode step on a CPU reads those alone that are used, in blocks, while half are free at least: 0.2
+of the time with a tenth of 4,096 slots in use. With all in use blocks would take up to twice the time."""
 
 
 def attend(
@@ -126,11 +129,21 @@ def attend_cached(
             q = jax.lax.all_gather(q, slots, axis=2, tiled=True)
             own = jnp.where(jax.lax.axis_index(slots) == 0, segments, 0)
         masks = Mask(segments, held), Mask(own, own)
-        if q.shape[-2] <= FEW_QUERIES and not in_blocks:
-            out, log_total = _direct(q, (cached, new), masks)
-        else:
+
+        def at_once() -> tuple[Array, Array]:
+            return _direct(q, (cached, new), masks)
+
+        def blocks() -> tuple[Array, Array]:
             before = _kernel().partial(q, cached[0], cached[1], masks[0], causal=False)
-            out, log_total = merge(before, _kernel().partial(q, new[0], new[1], masks[1], causal=True))
+            return merge(before, _kernel().partial(q, new[0], new[1], masks[1], causal=True))
+
+        if q.shape[-2] > FEW_QUERIES or in_blocks:
+            out, log_total = blocks()
+        elif mesh.platform() == "cpu" and held.shape[1] >= _LARGE_CACHE:
+            used = jnp.max(jnp.where(held > 0, jnp.arange(held.shape[1]) + 1, 0))
+            out, log_total = jax.lax.cond(used * 4 <= held.shape[1], blocks, at_once)
+        else:
+            out, log_total = at_once()
         if split:
             out = _merge_shards(out, log_total, slots)
         return jnp.moveaxis(out, 3, 1).astype(q.dtype)

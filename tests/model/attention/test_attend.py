@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from reference import assert_close
 
 from glm4v_jax.devices import mesh
+from glm4v_jax.model.attention import attend as attend_module
 from glm4v_jax.model.attention import blockwise
 from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
 from glm4v_jax.model.kv_cache import dequantize_side, quantize_side
@@ -132,6 +133,17 @@ def cached_case(t, s=40):
     segments[1, t - t // 2 :] = 0
     held = ((np.arange(s) >= 2) & (np.arange(s) < [[s], [17]])).astype(np.int32)
     return q, cached, new, segments, held
+
+
+@pytest.mark.parametrize("used", [0, 60, 120])
+def test_a_large_cache_is_read_as_far_as_it_is_used(small_blocks, monkeypatch, used):
+    """In blocks where most of it is free, at once otherwise: the same result."""
+    q, cached, new, segments, held = cached_case(2, 256)
+    held = held * (np.arange(256) < used)
+    expected = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
+    monkeypatch.setattr(attend_module, "_LARGE_CACHE", 256)
+    found = jax.jit(lambda *args: attend_cached(*args))(q, cached, new, segments, held)
+    assert_close(found, expected, np.asarray(segments) > 0, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
