@@ -72,7 +72,7 @@ class Inspect(JsonOptions):
         all_facts = [facts(item, place) for item, place in zip(seen, prompt.places, strict=True)]
         with status("drawing"):
             cards = [
-                draw_card(_title(item.name), item, place.timestamps, sheet_lines(fact), fact["warning"], len(seen))
+                draw_card(_title(item.name), item, place.time_texts, sheet_lines(fact), fact["warning"], len(seen))
                 for item, place, fact in zip(seen, prompt.places, all_facts, strict=True)
             ]
             sheet = draw_sheet(cards)
@@ -126,7 +126,7 @@ def rows(fact: dict[str, Any]) -> list[tuple[str, str]]:
         if len(taken) > len(set(taken)):
             why = "too short for a second sample" if len(set(taken)) == 1 else "frames are taken in pairs"
             lines.append(("note", f"the last frame is taken twice: {why}"))
-        lines.append(("times", f"{', '.join(map(str, _shortened(fact['timestamps'])))} s in the prompt"))
+        lines.append(("times", f"{', '.join(_shortened(fact['time_texts']))} in the prompt"))
     lines.append(("seen", seen if fact["why"] == "as it is" else f"{seen}: {scale}; {fact['why']}"))
     lines.append(("grid_thw", f"{t} × {h} × {w} = {_count(fact['patches'], 'patch')}"))
     share = f"{fact['share_of_budget']:.1%} of the budget of {fact['budget_tokens']}"
@@ -161,7 +161,7 @@ def _title(name: str) -> str:
     return os.path.basename(name) or name
 
 
-def _shortened(times: Sequence[int]) -> list[Any]:
+def _shortened(times: Sequence[str]) -> list[str]:
     """Return the first and the last of many."""
     return list(times) if len(times) <= 12 else [*times[:8], "...", *times[-3:]]
 

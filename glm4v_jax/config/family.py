@@ -13,9 +13,9 @@ The structure is that of transformers 5.24 (`models/{glm4v,glm46v,glmga,glm_ocr}
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from glm4v_jax.config.checks import fault
+from glm4v_jax.config.checks import fault, one_of
 from glm4v_jax.errors import ConfigError
 
 
@@ -174,3 +174,98 @@ def refuse_part(field: str, model_type: Any) -> None:
 
 
 _EXPECTED = f"one of {', '.join(map(repr, ARCHITECTURES))} (the dense models of GLM-4.1V's family)"
+
+
+ProcessorField = Literal["processor_class", "image_processor_type", "video_processor_type"]
+"""What a checkpoint's files call the class of its processor, and of the parts for images and videos."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processors:
+    """What a processor and its parts do differently, and what a checkpoint's files call their classes.
+
+    Attributes:
+      processor: name of the processor's class.
+      pillow, torchvision: names of the classes for images: those that resize and round as Pillow does, and those that
+        do as torchvision. The first of each is the one to write.
+      video: name of the class for videos.
+      sampler: which frames of a video are taken, a key of `inputs.vision.frame_sampling.SAMPLERS`.
+      time_text: what stands after each frame in a prompt; `{seconds}` is its time, and `{whole}` that without fraction.
+      image_settings, video_settings: settings that GLM-4.1V's have not, and other defaults.
+    """
+
+    processor: str
+    pillow: tuple[str, ...]
+    torchvision: tuple[str, ...]
+    video: str
+    sampler: Literal["rate", "length", "capped_rate"]
+    time_text: str
+    image_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    video_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def classes(self, field: ProcessorField) -> tuple[str, ...]:
+        """The names that a field of a checkpoint's files may have."""
+        if field == "image_processor_type":
+            return self.pillow + self.torchvision
+        return (self.video,) if field == "video_processor_type" else (self.processor,)
+
+    def settings(self, field: ProcessorField) -> Mapping[str, Any]:
+        """The settings of a part that are not those of GLM-4.1V."""
+        return self.image_settings if field == "image_processor_type" else self.video_settings
+
+
+PROCESSORS: Mapping[str, Processors] = {
+    "glm4v": Processors(
+        processor="Glm4vProcessor",
+        # The last is what 5.x calls the class that Pillow does; its numbers are those of 4.57.1's default.
+        pillow=("Glm4vImageProcessor", "Glm4vImageProcessorPil"),
+        torchvision=("Glm4vImageProcessorFast",),
+        video="Glm4vVideoProcessor",
+        sampler="rate",
+        time_text="{whole}",
+    ),
+    "glm46v": Processors(
+        processor="Glm46VProcessor",
+        pillow=("Glm46VImageProcessorPil",),
+        torchvision=("Glm46VImageProcessor", "Glm46VImageProcessorFast"),
+        video="Glm46VVideoProcessor",
+        sampler="length",
+        time_text="{seconds:.1f} seconds",
+    ),
+    "glmga": Processors(
+        processor="Glm46VProcessor",
+        pillow=("GlmgaImageProcessorPil",),
+        torchvision=("GlmgaImageProcessor", "GlmgaImageProcessorFast"),
+        video="GlmgaVideoProcessor",
+        sampler="capped_rate",
+        time_text="{seconds:.1f} seconds",
+        image_settings={"patch_expand_factor": 1},
+        video_settings={
+            "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 55790},
+            "patch_expand_factor": 1,
+            "max_frames": 640,
+        },
+    ),
+}
+"""What prepares images, videos and prompts, chosen by the class names in a checkpoint's files. Source: transformers
+5.24, `models/{glm4v,glm46v,glmga}/*process*.py`."""
+
+
+def processors_of(field: ProcessorField, name: Any) -> Processors:
+    """Return the row of a class name in a checkpoint's files.
+
+    >>> processors_of("video_processor_type", "GlmgaVideoProcessor").sampler
+    'capped_rate'
+    >>> processors_of("processor_class", "Qwen2_5_VLProcessor")
+    Traceback (most recent call last):
+      ...
+    glm4v_jax.errors.ConfigError: processor_class: found 'Qwen2_5_VLProcessor'; expected one of Glm4vProcessor, Glm46VProcessor
+
+    Raises:
+      ConfigError: it is another family's.
+    """  # noqa: E501
+    for row in PROCESSORS.values():
+        if isinstance(name, str) and name in row.classes(field):
+            return row
+    known = dict.fromkeys(name for row in PROCESSORS.values() for name in row.classes(field))
+    raise ConfigError(fault(field, name, one_of(known, name)))

@@ -1,16 +1,18 @@
 """`Glm4vProcessor`: messages, images and videos to what the model takes.
 
 The names, arguments and results are those of `Glm4vProcessor` in transformers 4.57.1, with NumPy arrays in the place of
-torch tensors and the error handling of 5.x; images and videos may stand in one prompt in any order.
+torch tensors and the error handling of 5.x; images and videos may stand in one prompt in any order. Which member of the
+family it is for, it reads from the checkpoint's files: `PROCESSORS` in `config/family.py`.
 """
 
 import pathlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from glm4v_jax.errors import CheckpointError, MessageError, not_there
-from glm4v_jax.files import assets_directory, read_json_object, refuse_adapter
+from glm4v_jax.config.family import processors_of
+from glm4v_jax.errors import CheckpointError, MessageError, naming, not_there
+from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
 from glm4v_jax.inputs.processor_options import OPTIONS, sort_options
@@ -30,18 +32,16 @@ from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, expand_
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.text.tokenizer_options import check_text
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
-from glm4v_jax.inputs.vision.settings import MediaProcessor, refuse_area_options, settings_in
+from glm4v_jax.inputs.vision.settings import PROCESSOR_FILE, MediaProcessor, refuse_area_options
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 
 ImageProcessor = Glm4vImageProcessor | Glm4vImageProcessorFast
+Part = TypeVar("Part", bound=MediaProcessor)
 
-# The last is what 5.x calls the processor that Pillow does; its numbers are those of 4.57.1's default.
-_IMAGE_PROCESSORS: Mapping[str, type[ImageProcessor]] = {
-    "Glm4vImageProcessor": Glm4vImageProcessor,
-    "Glm4vImageProcessorFast": Glm4vImageProcessorFast,
-    "Glm4vImageProcessorPil": Glm4vImageProcessor,
-}
-_VIDEO_PROCESSORS = {"Glm4vVideoProcessor": Glm4vVideoProcessor}
+# Where a processor's class may be named, in the order in which the reference looks for it.
+_PROCESSOR_FILES = (
+    PROCESSOR_FILE, "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
+)  # fmt: skip
 
 _PerRow = tuple[Sequence[int] | None, Sequence[int] | None]
 """How many images, and how many videos, belong to each prompt, where that is known."""
@@ -68,6 +68,7 @@ class Glm4vProcessor:
       image_processor, tokenizer, video_processor: the parts.
       chat_template: template source, {name: source}, or None.
       image_token, image_token_id, video_token, video_token_id: the placeholders.
+      row: what the processor of this member of the family does differently.
     """
 
     def __init__(
@@ -76,12 +77,16 @@ class Glm4vProcessor:
         tokenizer: Glm4vTokenizer,
         video_processor: Glm4vVideoProcessor,
         chat_template: str | dict[str, str] | None = None,
+        processor_class: str | None = None,
     ) -> None:
-        """Put the parts together.
+        """Put the parts together; `processor_class` is what a checkpoint's files say, if not what their parts go by.
 
         Raises:
           CheckpointError: the tokenizer lacks a placeholder.
+          ConfigError: the class is another family's.
         """
+        named = processor_class is not None
+        self.row = processors_of("processor_class", processor_class) if named else video_processor.row
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.video_processor = video_processor
@@ -110,7 +115,8 @@ class Glm4vProcessor:
           pretrained_model_name_or_path: a directory (nothing is downloaded) with `tokenizer.json`,
             `tokenizer_config.json`, `preprocessor_config.json`, and if need be `video_preprocessor_config.json` and
             `chat_template.jinja`; or `processor_config.json` of 5.x.
-          use_fast: choose between `Glm4vImageProcessorFast` and `Glm4vImageProcessor`; None is what the files say.
+          use_fast: choose between `Glm4vImageProcessorFast` and `Glm4vImageProcessor`, which resize as torchvision and
+            as Pillow; None is what the files say.
           chat_template: wins over that of the files.
           **overrides: settings of the parts, such as `size` or `padding_side`.
 
@@ -123,20 +129,16 @@ class Glm4vProcessor:
             raise CheckpointError(not_there(directory, "a checkpoint in Hugging Face layout", kind="directory"))
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         refuse_area_options(overrides)
-        media = {name: value for name, value in overrides.items() if name in Glm4vVideoProcessor.defaults}
-        unknown = sorted(set(overrides) - set(settings) - set(media))
-        if unknown:
+        image_processor = _part(_image_class(directory, use_fast), directory, overrides)
+        video_processor = _part(Glm4vVideoProcessor, directory, overrides)
+        if unknown := sorted(set(overrides) - {*settings, *image_processor.defaults, *video_processor.defaults}):
             warnings.warn(f"unknown settings of the processor are ignored: {', '.join(unknown)}", stacklevel=2)
-        image_class = _processor_class(directory, Glm4vImageProcessor, _IMAGE_PROCESSORS)
-        if use_fast is not None:
-            image_class = Glm4vImageProcessorFast if use_fast else Glm4vImageProcessor
-        video_class = _processor_class(directory, Glm4vVideoProcessor, _VIDEO_PROCESSORS)
-        of_images = {name: value for name, value in media.items() if name in image_class.defaults}
         processor = cls(
-            image_class.from_pretrained(directory, **of_images),
+            image_processor,
             Glm4vTokenizer.from_pretrained(directory, **settings),
-            video_class.from_pretrained(directory, **media),
+            video_processor,
             chat_template=load_chat_template(directory) if chat_template is None else chat_template,
+            processor_class=_processor_class(directory),
         )
         processor._directory = directory
         return processor
@@ -156,6 +158,7 @@ class Glm4vProcessor:
           save_directory: made if need be; other files in it stay.
         """
         for part in (self.tokenizer, self.image_processor, self.video_processor):
+            part.processor_class = self.row.processor
             part.save_pretrained(save_directory)
         save_chat_template(save_directory, self.chat_template)
 
@@ -286,7 +289,7 @@ class Glm4vProcessor:
             features |= self.video_processor(videos, **{**video_options, "return_metadata": True})
             merge_size = video_options.get("merge_size") or self.video_processor.merge_size
             video_expansions = [
-                expand_video(grid, metadata, merge_size, self.image_token)
+                expand_video(grid, metadata, merge_size, self.image_token, self.row.time_text)
                 for grid, metadata in zip(features["video_grid_thw"], features["video_metadata"], strict=True)
             ]
             if not video_options.get("return_metadata"):
@@ -460,18 +463,36 @@ class Glm4vProcessor:
         return MultiModalData(tokens, patches, video_tokens)
 
 
-def _processor_class(directory: pathlib.Path, default: type[MediaProcessor], known: Mapping[str, Any]) -> Any:
-    """The class that a checkpoint names; `default` where it names none."""
-    for name in default.config_files:
-        path = directory / name
-        if not path.is_file():
-            continue
-        found = settings_in(read_json_object(path), path, default.nested_key).get(default.type_key)
-        if found is not None and not (isinstance(found, str) and found in known):
-            raise CheckpointError(f"{path}: {default.type_key}: found {found!r}; expected one of {', '.join(known)}")
-        return default if found is None else known[found]
-    refuse_adapter(directory)
-    raise CheckpointError(f"{directory}: has no {' or '.join(default.config_files)}")
+def _image_class(directory: pathlib.Path, use_fast: bool | None) -> type[ImageProcessor]:
+    """The class for images that a checkpoint names, or `use_fast` asks for."""
+    if use_fast is None:
+        file, settings = Glm4vImageProcessor.settings_of(directory)
+        with naming(file, CheckpointError):
+            row = Glm4vImageProcessor.row_in(settings)
+        use_fast = settings.get("image_processor_type") in row.torchvision
+    return Glm4vImageProcessorFast if use_fast else Glm4vImageProcessor
+
+
+def _part(cls: type[Part], directory: pathlib.Path, overrides: Mapping[str, Any]) -> Part:
+    """The part of a checkpoint's processor, with those of the overrides that it knows."""
+    file, settings = cls.settings_of(directory)
+    with naming(file, CheckpointError):
+        known = cls.defaults_of(cls.row_in(settings))
+        return cls.from_dict(settings, **{name: value for name, value in overrides.items() if name in known})
+
+
+def _processor_class(directory: pathlib.Path) -> str | None:
+    """The class of its processor that a checkpoint names.
+
+    Raises:
+      CheckpointError: it is another family's.
+    """
+    for path in (directory / name for name in _PROCESSOR_FILES):
+        found = read_json_object(path).get("processor_class") if path.is_file() else None
+        if found is not None:
+            with naming(path, CheckpointError):
+                return processors_of("processor_class", found).processor
+    return None
 
 
 def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:

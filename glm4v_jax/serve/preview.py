@@ -7,7 +7,7 @@ from typing import Any
 
 import PIL.Image
 
-from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
+from glm4v_jax.inputs.preview.placement import MediaPlacement, facts, place_in_prompt
 from glm4v_jax.inputs.preview.preview import Seen, look
 from glm4v_jax.inputs.preview.sheet import draw_frames
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -58,19 +58,20 @@ def preview(item: Mapping[str, Any], processor: Glm4vProcessor) -> dict[str, Any
     told = facts(seen, place)
     del told["file"]
     drawn = [
-        {**_times(seen, index, place.timestamps), "url": _data_url(image), "width": image.width, "height": image.height}
+        {**_times(seen, index, place), "url": _data_url(image), "width": image.width, "height": image.height}
         for index, image in drawings.items()
     ]
     return told | {"object": "preview", "kind": kind, "drawings": drawn, "legend": legend}
 
 
-def _times(seen: Seen, index: int, timestamps: tuple[int, ...]) -> dict[str, Any]:
+def _times(seen: Seen, index: int, place: MediaPlacement) -> dict[str, Any]:
     """Of a temporal patch of a video: what the prompt says of it, its frames in the file, and their seconds."""
     if seen.kind != "video":
         return {}
     frames = seen.frame_indices[index]
     seconds = [round(seen.time(frame), 3) for frame in frames]
-    return {"timestamp": timestamps[index], "frames": list(frames), "seconds": seconds}
+    told = {"timestamp": place.timestamps[index], "time_text": place.time_texts[index]}
+    return told | {"frames": list(frames), "seconds": seconds}
 
 
 def _data_url(image: PIL.Image.Image) -> str:

@@ -85,7 +85,7 @@ def test_text_has_the_same_facts(capfd, image, video):
         "video.gif (video)",
         "  original  84 × 56 pixels, 4 frames, 2 per second, 2.00 s",
         "  sampled   4 frames, from 0.00 to 1.50 s; 2 temporal patches",
-        "  times     0, 1 s in the prompt",
+        "  times     0, 1 in the prompt",
     ):
         assert f"{line}\n" in out
     assert "prompt:" not in out
@@ -103,7 +103,7 @@ def test_a_directory_is_a_video_of_its_images(capfd):
         "frames (video)",
         "  original  84 × 56 pixels, 11 frames, 2 per second, 5.50 s",
         "  sampled   11 frames, from 0.00 to 5.00 s; 6 temporal patches",
-        "  times     0, 1, 2, 3, 4, 5 s in the prompt",
+        "  times     0, 1, 2, 3, 4, 5 in the prompt",
     ):
         assert f"{line}\n" in out
 

@@ -50,6 +50,7 @@ def test_frames_of_a_video_have_their_times(processor, tmp_path):
     assert seen["kind"] == "video"
     assert len(seen["drawings"]) == seen["grid_thw"][0] == 4
     assert [drawing["timestamp"] for drawing in seen["drawings"]] == seen["timestamps"]
+    assert [drawing["time_text"] for drawing in seen["drawings"]] == seen["time_texts"]
     assert [index for drawing in seen["drawings"] for index in drawing["frames"]] == seen["frames_indices"]
     assert [time for drawing in seen["drawings"] for time in drawing["seconds"]] == seen["frames_seconds"]
     brightness = [drawn(drawing).mean() for drawing in seen["drawings"]]

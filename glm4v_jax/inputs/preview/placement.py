@@ -4,7 +4,7 @@ T is the number of tokens of a prompt.
 """
 
 import dataclasses
-import re
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +14,9 @@ from glm4v_jax.inputs.mrope import TokenIds, place_rows
 from glm4v_jax.inputs.prepared_media import PreparedMedia
 from glm4v_jax.inputs.preview.preview import Seen, warning, why_scaled
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.text.placeholders import IMAGE_TAGS, VIDEO_TAGS
 
-_STARTS = {"picture": "<|begin_of_image|>", "video": "<|begin_of_video|>"}
-_ENDS = {"picture": "<|end_of_image|>", "video": "<|end_of_video|>"}
-_TIME_OF_A_FRAME = re.compile(r"<\|end_of_image\|>(\d+)")
+_TAGS = {"picture": IMAGE_TAGS, "video": VIDEO_TAGS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +26,17 @@ class MediaPlacement:
     Attributes:
       tokens: image tokens with the tags and times that belong to them.
       positions: first and last M-RoPE position of its image tokens, for each of t, h and w.
-      timestamps: what the prompt says of each temporal patch of a video, in seconds.
+      time_texts: what stands after each temporal patch of a video, such as `12` or `12.0 seconds`.
     """
 
     tokens: int
     positions: dict[str, tuple[int, int]]
-    timestamps: tuple[int, ...] = ()
+    time_texts: tuple[str, ...] = ()
+
+    @property
+    def timestamps(self) -> list[float]:
+        """The seconds that `time_texts` say."""
+        return [json.loads(text.partition(" ")[0]) for text in self.time_texts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +82,10 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
     inputs = processor.prepare_turn([{"role": "user", "content": content}], media)
     input_ids = inputs["input_ids"][0]
 
-    tags = {tag: processor.tokenizer.convert_tokens_to_ids(tag) for tag in (*_STARTS.values(), *_ENDS.values())}
+    tags = {kind: tuple(processor.tokenizer.convert_tokens_to_ids(tag) for tag in pair) for kind, pair in _TAGS.items()}
     (placed,) = place_rows(
         [input_ids],
-        TokenIds(processor.image_token_id, tags[_STARTS["video"]], tags[_ENDS["video"]]),
+        TokenIds(processor.image_token_id, *tags["video"]),
         inputs.get("image_grid_thw", ()),
         inputs.get("video_grid_thw", ()),
         processor.image_processor.merge_size,
@@ -90,14 +94,14 @@ def place_in_prompt(seen: Sequence[Seen], processor: Glm4vProcessor, text: str |
     for number, item in enumerate(seen):
         own = np.flatnonzero(placed.medium_of == number)
         (expansion,) = (*item.media.images, *item.media.videos)
-        first, last = _with_tags(input_ids, own, tags[_STARTS[item.kind]], tags[_ENDS[item.kind]])
+        first, last = _with_tags(input_ids, own, *tags[item.kind])
         positions = placed.position_ids[:, own]
         lows, highs = positions.min(axis=1), positions.max(axis=1)
         places.append(
             MediaPlacement(
                 tokens=last + 1 - first,
                 positions={axis: (int(low), int(high)) for axis, low, high in zip("thw", lows, highs, strict=True)},
-                timestamps=tuple(int(time) for time in _TIME_OF_A_FRAME.findall(expansion.text)),
+                time_texts=expansion.times,
             )
         )
     return PlacedPrompt(input_ids, placed.position_ids, tuple(places))
@@ -140,6 +144,7 @@ def facts(seen: Seen, place: MediaPlacement) -> dict[str, Any]:
             "video_backend": seen.metadata.video_backend,
             "frames_indices": [int(index) for index in seen.metadata.frames_indices or ()],
             "frames_seconds": [round(time, 3) for time in seen.metadata.timestamps],
-            "timestamps": list(place.timestamps),
+            "timestamps": place.timestamps,
+            "time_texts": list(place.time_texts),
         }
     return found

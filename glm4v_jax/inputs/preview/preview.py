@@ -231,7 +231,7 @@ def why_scaled(seen: Seen) -> str:
     settings = seen.settings
     if (seen.seen_height, seen.seen_width) == (seen.height, seen.width):
         return "as it is"
-    factor = settings["patch_size"] * settings["merge_size"]
+    factor = settings["resize_factor"]
     num_frames = seen.grid_thw[0] * settings["temporal_patch_size"]
     without_budget = {**settings, "size": {"shortest_edge": 0, "longest_edge": math.inf}}
     height, width = area_of(without_budget, num_frames, seen.height, seen.width)

@@ -58,20 +58,20 @@ class Card:
 
 
 def draw_card(
-    title: str, seen: Seen, timestamps: Sequence[int], lines: Sequence[str], warning: str | None, files: int
+    title: str, seen: Seen, time_texts: Sequence[str], lines: Sequence[str], warning: str | None, files: int
 ) -> Card:
     """Draw an image or video.
 
     Args:
       title: what to write above it.
       seen: what to draw.
-      timestamps: what the prompt says of each temporal patch of a video, in seconds.
+      time_texts: what the prompt says of each temporal patch of a video.
       lines: what to write under the title; what the lines of the grid are is added.
       warning: likewise, in another colour.
       files: how many there are on the sheet.
     """
     if seen.kind == "video":
-        drawing, legend = _draw_video(seen, timestamps)
+        drawing, legend = _draw_video(seen, time_texts)
     else:
         height = next(height for most, height in HEIGHTS if files <= most)
         drawing, legend = _draw_image(seen, height)
@@ -191,24 +191,24 @@ def _draw_image(seen: Seen, height: int) -> tuple[PIL.Image.Image, str]:
     return _joined(pieces, "right" if down else "down"), legend
 
 
-def _draw_video(seen: Seen, timestamps: Sequence[int]) -> tuple[PIL.Image.Image, str]:
+def _draw_video(seen: Seen, time_texts: Sequence[str]) -> tuple[PIL.Image.Image, str]:
     """The first frame of every temporal patch with its times, and the others of it small below."""
     shown = _evenly_spread(seen.grid_thw[0], MAX_FRAMES)
     widest = next(width for most, width in _TILE_WIDTHS if len(shown) <= most)
     token = seen.settings["patch_size"] * seen.settings["merge_size"]
     scale = _whole(widest / max(seen.seen_width, seen.seen_height))
-    tiles = [_draw_tile(seen, index, timestamps[index], scale) for index in shown]
+    tiles = [_draw_tile(seen, index, time_texts[index], scale) for index in shown]
     across = max(1, (WIDTH + _GAP) // (tiles[0].width + _GAP))
     # As many in each row as evenly fills the rows that are needed anyway.
     across = math.ceil(len(tiles) / math.ceil(len(tiles) / across))
     rows = [_joined(tiles[start : start + across], "right") for start in range(0, len(tiles), across)]
     temporal = seen.settings["temporal_patch_size"]
     others = "the other frame of the pair" if temporal == 2 else f"the other frames of the {temporal} in a patch"
-    legend = f"{_legend(token * scale, seen)}; large number: the time in the prompt; small image: {others}"
+    legend = f"{_legend(token * scale, seen)}; large text: the time in the prompt; small image: {others}"
     return _joined(rows, "down"), legend + _drawn_of(len(shown), seen)
 
 
-def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Image.Image:
+def _draw_tile(seen: Seen, index: int, time_text: str, scale: float) -> PIL.Image.Image:
     """One temporal patch: its first frame, the time in the prompt, real times, and its other frames."""
     _, rows, columns = seen.token_grid
     first, *others = seen.frames[index]
@@ -218,6 +218,7 @@ def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Imag
     line = round(1.35 * _SMALL)
     under = max(round(1.3 * _TIME) + line * len(lines), *(PIL.Image.fromarray(other).height for other in small))
     text_width = math.ceil(max(_font(_SMALL).getlength(text) for text in lines))
+    text_width = max(text_width, math.ceil(_font(_TIME).getlength(time_text)))
     width = max(largest.shape[1], text_width + sum(other.shape[1] + 4 for other in small) + 4)
     tile = PIL.Image.new("RGB", (width, largest.shape[0] + 5 + under), _PAPER)
     tile.paste(PIL.Image.fromarray(largest), (0, 0))
@@ -227,7 +228,7 @@ def _draw_tile(seen: Seen, index: int, timestamp: int, scale: float) -> PIL.Imag
         tile.paste(PIL.Image.fromarray(other), (right, top))
         right -= 4
     draw = PIL.ImageDraw.Draw(tile)
-    draw.text((0, top - 3), f"{timestamp} s", fill=_INK, font=_font(_TIME))
+    draw.text((0, top - 3), time_text, fill=_INK, font=_font(_TIME))
     top += round(1.3 * _TIME)
     for text in lines:
         draw.text((0, top), text, fill=_FAINT, font=_font(_SMALL))

@@ -2,8 +2,9 @@
 
 An image of grid (t, h, w) becomes t * h * w / merge_size**2 image tokens. A video becomes, for each of its t temporal
 patches, one image of h * w / merge_size**2 image tokens between `<|begin_of_image|>` and `<|end_of_image|>`, followed
-by its time in whole seconds. Both as `Glm4vProcessor` of transformers 4.57.1 does, save that a prompt is gone through
-once, from left to right: 4.57.1 expands images and then videos, and garbles a prompt with an image before a video.
+by its time: `12` of GLM-4.1V, `12.0 seconds` of GLM-4.6V. Both as `Glm4vProcessor` of transformers 4.57.1 and
+`Glm46VProcessor` of 5.24 do, save that a prompt is gone through once, from left to right: 4.57.1 expands images and
+then videos, and garbles a prompt with an image before a video.
 """
 
 import dataclasses
@@ -20,6 +21,10 @@ Row = str | list[str]
 
 DEFAULT_FPS = 24
 
+# Around the image tokens of an image and of every frame; a video has its own around all of it.
+IMAGE_TAGS = ("<|begin_of_image|>", "<|end_of_image|>")
+VIDEO_TAGS = ("<|begin_of_video|>", "<|end_of_video|>")
+
 # What `mm_token_type_ids` calls a token, as in transformers 5.x.
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
@@ -31,10 +36,12 @@ class Expansion:
     Attributes:
       text: the text to put in its place.
       num_tokens: the image tokens in it.
+      times: what it says after each frame of a video.
     """
 
     text: str
     num_tokens: int
+    times: tuple[str, ...] = ()
 
 
 def expand_image(grid: np.ndarray, merge_size: int, image_token: str) -> Expansion:
@@ -43,7 +50,9 @@ def expand_image(grid: np.ndarray, merge_size: int, image_token: str) -> Expansi
     return Expansion(image_token * count, count)
 
 
-def expand_video(grid: np.ndarray, metadata: VideoMetadata, merge_size: int, image_token: str) -> Expansion:
+def expand_video(
+    grid: np.ndarray, metadata: VideoMetadata, merge_size: int, image_token: str, time_text: str = "{whole}"
+) -> Expansion:
     """The expansion of a video of grid [3] (t, h, w), in patches.
 
     Args:
@@ -52,6 +61,7 @@ def expand_video(grid: np.ndarray, metadata: VideoMetadata, merge_size: int, ima
         warning.
       merge_size: patches a side that make one token.
       image_token: frames are images to the model.
+      time_text: what stands after each frame: `{seconds}`, or `{whole}` ones.
 
     Raises:
       MediaError: `frames_indices` is unknown.
@@ -68,9 +78,9 @@ def expand_video(grid: np.ndarray, metadata: VideoMetadata, merge_size: int, ima
     times = metadata.timestamps[::2][:num_frames]
     times += [times[-1] if times else 0] * (num_frames - len(times))
     tokens_a_frame = height * width // merge_size**2
-    frame = image_token * tokens_a_frame
-    text = "".join(f"<|begin_of_image|>{frame}<|end_of_image|>{int(time)}" for time in times)
-    return Expansion(text, num_frames * tokens_a_frame)
+    frame = IMAGE_TAGS[0] + image_token * tokens_a_frame + IMAGE_TAGS[1]
+    texts = tuple(time_text.format(seconds=time, whole=int(time)) for time in times)
+    return Expansion("".join(frame + text for text in texts), num_frames * tokens_a_frame, texts)
 
 
 class Expander:

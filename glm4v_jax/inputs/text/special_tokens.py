@@ -45,7 +45,12 @@ def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str | list[str] | 
         value = config.get(name)
         special[name] = None if value is None else _content(value, name)
     extra = config.get("extra_special_tokens")
-    named = extra if isinstance(extra, Mapping) else {}
+    # 5.x also names tokens of one model by fields of their own.
+    named = {name: value for name, value in config.items() if name.endswith("_token") and isinstance(value, str)}
+    named = {name: value for name, value in named.items() if name not in NAMED_SPECIAL_TOKENS}
+    more_named = config.get("model_specific_special_tokens")
+    named |= more_named if isinstance(more_named, Mapping) else {}
+    named |= extra if isinstance(extra, Mapping) else {}
     # 5.x saves under this name, as a list, what 4.57.1 calls additional_special_tokens.
     more = [] if isinstance(extra, Mapping) else token_list(config, "extra_special_tokens")
     special["additional_special_tokens"] = [

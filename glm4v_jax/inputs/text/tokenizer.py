@@ -119,6 +119,7 @@ class Glm4vTokenizer(SpecialTokens):
         self.clean_up_tokenization_spaces = bool(config.get("clean_up_tokenization_spaces", False))
         self.split_special_tokens = bool(config.get("split_special_tokens", False))
         self.chat_template: str | dict[str, str] | None = template_in(config)
+        self.processor_class = str(config.get("processor_class") or "Glm4vProcessor")
         self._special_tokens = special_tokens_of(config)
         self._add_tokens(config.get("added_tokens_decoder", {}))
 
@@ -192,7 +193,7 @@ class Glm4vTokenizer(SpecialTokens):
             "model_input_names": self.model_input_names,
             "model_max_length": self.model_max_length,
             "padding_side": self.padding_side,
-            "processor_class": "Glm4vProcessor",
+            "processor_class": self.processor_class,
             "split_special_tokens": self.split_special_tokens,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "truncation_side": self.truncation_side,

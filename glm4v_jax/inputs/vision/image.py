@@ -1,6 +1,8 @@
-"""Images to patches: `Glm4vImageProcessor` and `Glm4vImageProcessorFast`.
+"""Images to patches: `Glm4vImageProcessor` and `Glm4vImageProcessorFast`, of every member of the family.
 
 The numbers of both are those of transformers 4.57.1, bit for bit for images of bytes; see `pixels` for other types.
+5.24 calls GLM-4.6V's and GLM-GA's that resize as Pillow does `...Pil`, and those that do as torchvision by a name
+without suffix.
 """
 
 import logging
@@ -10,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import PIL.Image
 
+from glm4v_jax.config.family import Processors
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
 from glm4v_jax.inputs.media.array_layout import FIRST, LAST, channel_format, to_channels_last
@@ -62,11 +65,15 @@ class _ImageProcessor(MediaProcessor):
     """What both processors do; they differ in how they resize and round."""
 
     model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_thw"]
-    config_files = ("preprocessor_config.json", "processor_config.json")
+    config_files = ("preprocessor_config.json",)
     nested_key = "image_processor"
     type_key = "image_processor_type"
     # Whether to do the fast processor's arithmetic, in resizing and in normalising.
     _fused: ClassVar[bool]
+
+    @classmethod
+    def _class_names(cls, row: Processors) -> tuple[str, ...]:
+        return row.torchvision if cls._fused else row.pillow
 
     def prepare_with_sizes(
         self, images: Any, overrides: Mapping[str, Any]
@@ -229,7 +236,7 @@ class Glm4vImageProcessorFast(_ImageProcessor):
     do not change the result, and asking for a crop or padding is logged as a warning.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
+    defaults: Mapping[str, Any] = {
         **MediaProcessor.defaults,
         **GENERAL_DEFAULTS,
         "do_pad": None,

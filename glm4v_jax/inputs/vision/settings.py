@@ -15,8 +15,9 @@ import PIL.Image
 from msgspec import Meta
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, checked, fault
+from glm4v_jax.config.family import PROCESSORS, ProcessorField, Processors, processors_of
 from glm4v_jax.errors import CheckpointError, ConfigError, MediaError, counted, naming
-from glm4v_jax.files import assets_directory, read_json_object, write_json
+from glm4v_jax.files import assets_directory, read_json_object, refuse_adapter, write_json
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_device, check_return_tensors
 from glm4v_jax.inputs.media.array_layout import FIRST, channel_format
 from glm4v_jax.inputs.media.decode import MAX_DECODED_BYTES, MAX_PIXELS
@@ -36,6 +37,9 @@ GENERAL_DEFAULTS: Mapping[str, Any] = {
     "data_format": FIRST,
     "input_data_format": None,
 }
+
+PROCESSOR_FILE = "processor_config.json"
+"""Where 5.x writes the settings of both, each under a key of its own."""
 
 AREA_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Options of a call, or of one image or video, in Qwen's style: height times width of an image or a frame, and the
@@ -68,6 +72,9 @@ class MediaWithOptions:
 class MediaProcessor:
     """Settings as attributes, each overridable in a call, and `from_pretrained`.
 
+    Which member's processor it is, it takes from the class name among the settings, such as `image_processor_type`;
+    without one it is GLM-4.1V's.
+
     Attributes:
         do_resize: whether to resize; if not, sides must be multiples of `patch_size * merge_size`.
         size: {"shortest_edge": smallest, "longest_edge": largest} volume in pixels; see `smart_resize`.
@@ -81,9 +88,13 @@ class MediaProcessor:
         patch_size: rows and columns of a patch, in pixels.
         temporal_patch_size: frames of a patch.
         merge_size: patches a side that the model merges into one token.
+        patch_expand_factor: of GLM-GA: sides are multiples of so many merged patches.
+        row: what this member's processor does differently.
+        class_name: what a checkpoint's files call the class.
+        defaults: the settings of this member, and their defaults; of the class, those of GLM-4.1V.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
+    defaults: Mapping[str, Any] = {
         "do_resize": True,
         "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000},
         "resample": PIL.Image.Resampling.BICUBIC,
@@ -101,17 +112,19 @@ class MediaProcessor:
         "patch_size": Side,
         "temporal_patch_size": Side,
         "merge_size": Side,
+        "patch_expand_factor": Side,
         "rescale_factor": float,
         "image_mean": ChannelValues,
         "image_std": ChannelValues,
     }
-    # Whether the settings include `GENERAL_DEFAULTS`, and calls take any settings, log unknown ones and refuse torch's.
+    # Whether it is torchvision's class in the reference: settings include `GENERAL_DEFAULTS`; calls take any settings,
+    # log unknown ones and refuse torch's; and `patch_expand_factor` counts, which Pillow's classes have and ignore.
     is_general: ClassVar[bool] = False
-    # Where a checkpoint keeps the settings; the first file there is wins.
+    # Where a checkpoint keeps the settings, if not in `PROCESSOR_FILE`; the first file there is wins.
     config_files: ClassVar[tuple[str, ...]] = ()
     # The key of the settings inside a processor_config.json, and the key of the class name.
     nested_key: ClassVar[str] = ""
-    type_key: ClassVar[str] = ""
+    type_key: ClassVar[ProcessorField]
 
     preprocess: Callable[..., BatchFeature]
     do_resize: bool
@@ -126,14 +139,22 @@ class MediaProcessor:
     patch_size: int
     temporal_patch_size: int
     merge_size: int
+    row: Processors
+    class_name: str
 
     def __init__(self, **settings: Any) -> None:
         """Take the given settings, and the class's defaults for the others and for None; warn of unknown ones.
 
         Raises:
-            ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
+            ConfigError: a setting has an impossible value, the class name is another family's, or `device` or
+                `return_tensors` is one of torch's.
         """
         refuse_area_options(settings)
+        self.row = self.row_in(settings)
+        names, named = self._class_names(self.row), settings.get(self.type_key)
+        self.class_name = named if named in names else names[0]
+        self.processor_class = settings.get("processor_class") or self.row.processor
+        self.defaults = self.defaults_of(self.row)
         unknown = sorted(set(settings) - {*self.defaults, "device", "return_tensors", self.type_key, "processor_class"})
         if unknown:
             warnings.warn(f"{type(self).__name__}: unknown settings are ignored: {', '.join(unknown)}", stacklevel=2)
@@ -145,16 +166,43 @@ class MediaProcessor:
             setattr(self, name, copy.deepcopy(default if value is None else value))
         self.resolve({})
 
+    @classmethod
+    def row_in(cls, settings: Mapping[str, Any]) -> Processors:
+        """The row that settings, or a checkpoint's file, name by a class; GLM-4.1V's where they name none.
+
+        A file for images and videos names the class of the first alone; the processor's is the last resort.
+
+        Raises:
+            ConfigError: the class is another family's.
+        """
+        fields: tuple[ProcessorField, ...] = (cls.type_key, "image_processor_type", "processor_class")
+        field = next((field for field in fields if settings.get(field) is not None), None)
+        return PROCESSORS["glm4v"] if field is None else processors_of(field, settings[field])
+
+    @classmethod
+    def _class_names(cls, row: Processors) -> tuple[str, ...]:
+        """What a member's files may call a processor of this class, the name to write first."""
+        return row.classes(cls.type_key)
+
+    @classmethod
+    def defaults_of(cls, row: Processors) -> dict[str, Any]:
+        """The settings of a member, and their defaults."""
+        return {**cls.defaults, **row.settings(cls.type_key)}
+
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of one call: those of the instance, with those of the call that are not None on top.
+
+        `resize_factor` is among them, in pixels: what sides are multiples of after resizing.
 
         Raises:
             ConfigError: a setting has an impossible value; the message names it.
         """
         settings = {name: getattr(self, name) for name in self.defaults}
         settings.update({name: value for name, value in overrides.items() if value is not None})
-        for name, hint in self.constraints.items():
-            settings[name] = checked(name, settings[name], hint)
+        for name in self.constraints.keys() & settings.keys():
+            settings[name] = checked(name, settings[name], self.constraints[name])
+        expansion = settings.get("patch_expand_factor", 1) if self.is_general else 1
+        settings["resize_factor"] = settings["patch_size"] * settings["merge_size"] * expansion
         settings["size"] = _area_bounds(settings["size"])
         checked_area(settings)
         for name, is_used in (("image_std", settings["do_normalize"]), ("rescale_factor", settings["do_rescale"])):
@@ -199,7 +247,10 @@ class MediaProcessor:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **overrides: Any) -> Self:
         """Make a processor from a checkpoint's settings, which may be others' too; keyword arguments win over them."""
-        return cls(**{name: value for name, value in settings.items() if name in cls.defaults} | overrides)
+        row = cls.row_in(settings)
+        known = {*cls.defaults_of(row), "processor_class"}
+        named = {cls.type_key: settings.get(cls.type_key) or cls._class_names(row)[0]}
+        return cls(**named | {name: value for name, value in settings.items() if name in known} | overrides)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -214,50 +265,64 @@ class MediaProcessor:
             ConfigError: an override is one of `AREA_OPTIONS`.
         """
         refuse_area_options(overrides)
-        path = assets_directory(Path(os.fspath(path)))
-        candidates = [path] if path.is_file() else [path / name for name in cls.config_files]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if file is None:
-            raise CheckpointError(f"{path}: has no {' or '.join(cls.config_files)}")
-        content = settings_in(read_json_object(file), file, cls.nested_key)
+        file, settings = cls.settings_of(assets_directory(Path(os.fspath(path))))
         with naming(file, CheckpointError):
-            return cls.from_dict(content, **overrides)
+            return cls.from_dict(settings, **overrides)
+
+    @classmethod
+    def settings_of(cls, path: Path) -> tuple[Path, Mapping[str, Any]]:
+        """The file of a checkpoint that has the settings, and what it has.
+
+        Those in a processor_config.json, as 5.x writes it, win over files of their own, as they do there.
+
+        Args:
+            path: the checkpoint's directory, or the file itself.
+
+        Raises:
+            CheckpointError: there is no such file, or it holds no settings; the message names it.
+        """
+        for file in [path] if path.is_file() else [path / PROCESSOR_FILE, *(path / name for name in cls.config_files)]:
+            if file.is_file():
+                content = read_json_object(file)
+                settings = content.get(cls.nested_key, content)
+                if not isinstance(settings, Mapping):
+                    found = type(settings).__name__
+                    raise CheckpointError(
+                        f"{file}: field {cls.nested_key!r} is a {found}; expected an object of settings"
+                    )
+                if settings is not content or file.name != PROCESSOR_FILE or path.is_file():
+                    return file, settings
+        refuse_adapter(path)
+        missing = f"{' or '.join(cls.config_files)}, and no {PROCESSOR_FILE} with {cls.nested_key!r}"
+        raise CheckpointError(f"{path}: has no {missing}")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the settings as a file that `from_pretrained` here and in transformers loads.
 
         Args:
-            save_directory: made if need be; gets `preprocessor_config.json` or `video_preprocessor_config.json`.
+            save_directory: made if need be; gets `preprocessor_config.json` or `video_preprocessor_config.json`, except
+                that a `processor_config.json` of 5.x in it, whose settings would be read, gets them instead.
         """
         directory = Path(os.fspath(save_directory))
         directory.mkdir(parents=True, exist_ok=True)
         settings = {name: value for name, value in self.to_dict().items() if value is not None}
-        write_json(directory / self.config_files[0], settings | {"processor_class": "Glm4vProcessor"})
+        shared = directory / PROCESSOR_FILE
+        content = read_json_object(shared) if shared.is_file() else {}
+        if self.nested_key in content:
+            write_json(shared, content | {self.nested_key: settings, "processor_class": self.processor_class})
+        else:
+            write_json(directory / self.config_files[0], settings | {"processor_class": self.processor_class})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and the class name, as `preprocessor_config.json` holds them."""
         settings = {name: copy.deepcopy(getattr(self, name)) for name in self.defaults}
         settings["resample"] = int(settings["resample"])
-        return {**settings, self.type_key: type(self).__name__}
+        return {**settings, self.type_key: self.class_name}
 
     def __repr__(self) -> str:
         """The class name and its settings."""
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.defaults)
         return f"{type(self).__name__}({settings})"
-
-
-def settings_in(content: Mapping[str, Any], file: Path, nested_key: str) -> Mapping[str, Any]:
-    """The settings in a file: under a key of their own, or all of it.
-
-    Raises:
-        CheckpointError: the value of the key is not an object of settings.
-    """
-    settings = content.get(nested_key, content)
-    if not isinstance(settings, Mapping):
-        raise CheckpointError(
-            f"{file}: field {nested_key!r} is a {type(settings).__name__}; expected an object of settings"
-        )
-    return settings
 
 
 def _check_general(settings: Mapping[str, Any]) -> None:
@@ -334,7 +399,7 @@ def area_of(settings: Mapping[str, Any], num_frames: int, height: int, width: in
         height=height,
         width=width,
         temporal_factor=settings["temporal_patch_size"],
-        factor=settings["patch_size"] * settings["merge_size"],
+        factor=settings["resize_factor"],
         min_pixels=smallest,
         max_pixels=largest,
     )

@@ -1,12 +1,12 @@
-"""Videos to patches: `Glm4vVideoProcessor` of transformers 4.57.1, with the repairs of 5.x.
+"""Videos to patches: `Glm4vVideoProcessor` of transformers 4.57.1, with the repairs of 5.x, and its siblings' of 5.24.
 
 The numbers are the reference's bit for bit for frames of bytes; see `pixels` for other types. The repairs: a clip too
 short for one sample keeps its first frame; padding is right for `temporal_patch_size > 2`; metadata is counted against
 the videos. On top, frames are converted to RGB as documented, where the reference fails.
 """
 
-import bisect
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 from msgspec import Meta
 
-from glm4v_jax.config.checks import PositiveNumber, checked
+from glm4v_jax.config.checks import Positive, PositiveNumber, checked
 from glm4v_jax.errors import MediaError
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.media.array_layout import LAST, NONE, channel_format, to_channels_last
@@ -30,6 +30,7 @@ from glm4v_jax.inputs.media.load import (
     naming_media,
 )
 from glm4v_jax.inputs.media.threads import map_threads
+from glm4v_jax.inputs.vision.frame_sampling import SAMPLERS, Clip, take_frames
 from glm4v_jax.inputs.vision.patches import cut_patches, normalization_of, resize_planes
 from glm4v_jax.inputs.vision.settings import GENERAL_DEFAULTS, MediaProcessor, MediaWithOptions, area_of, check_sides
 
@@ -41,8 +42,8 @@ _METADATA: Mapping[str, Any] = {
     "duration": _Number | None,
     "frame_times": tuple[float, ...] | None,
 }
-# Half a tick of a clock of milliseconds, to which containers round the times of frames.
-_CLOCK_SECONDS = 0.0005
+# What a call may say about which frames are taken.
+_SAMPLING_OPTIONS = ("fps", "max_duration", "max_frames")
 
 
 def _is_frame(value: Any) -> bool:
@@ -136,6 +137,28 @@ def blend_on_white(frames: np.ndarray) -> np.ndarray:
     return (1 - alpha) * 255 + alpha * frames[..., :3]
 
 
+def _whole_clip(metadata: VideoMetadata | None) -> Clip:
+    """What a sampler needs of a whole video.
+
+    Raises:
+        MediaError: the metadata lacks the frame rate, or is nonsense.
+    """
+    if metadata is None or metadata.fps is None:
+        raise MediaError(
+            "Asked to sample frames per second but no video metadata was provided which is required when sampling "
+            "in GLM4V. Please pass in `VideoMetadata` object or set `do_sample_frames=False`: for frames in a list "
+            "or an array, video_metadata=VideoMetadata(total_num_frames=..., fps=...), with VideoMetadata from "
+            "glm4v_jax, says how fast they were taken"
+        )
+    total, rate = metadata.total_num_frames, metadata.fps
+    if total is None or total < 1 or not (math.isfinite(rate) and rate > 0):
+        raise MediaError(f"video_metadata has {total} frames at {rate} a second; expected both to be positive")
+    duration = metadata.duration or round((total - 1) / rate) + 1
+    if not (math.isfinite(duration) and duration > 0):
+        raise MediaError(f"video_metadata has a duration of {duration} seconds; expected a positive number")
+    return Clip(total, rate, duration, metadata.frame_times)
+
+
 class Glm4vVideoProcessor(MediaProcessor):
     """Sample, resize, normalise and cut videos into patches.
 
@@ -147,10 +170,11 @@ class Glm4vVideoProcessor(MediaProcessor):
     Its arguments are settings, those of `MediaProcessor` and:
 
     Attributes:
-        do_sample_frames: whether to take `fps` frames a second, or all.
-        fps: frames to take from a second.
-        max_duration: seconds; longer videos get `max_duration * fps` frames spread over their whole length.
-        num_frames: kept for its name; the sampling of GLM-4.1V goes by `fps` alone, in the reference as here.
+        do_sample_frames: whether to take some frames, as the member's sampler does (`frame_sampling`), or all.
+        fps: frames to take from a second; GLM-4.6V-Flash and GLM-OCR go by the length of a video alone.
+        max_duration: seconds; longer videos of GLM-4.1V get `max_duration * fps` frames over their whole length.
+        max_frames: frames of GLM-GA at most.
+        num_frames: kept for its name; no sampler goes by it, in the reference as here.
         video_metadata: default of the argument of `preprocess`.
         return_metadata: whether results hold `video_metadata`.
         input_data_format: "channels_first", "channels_last", "none" for grey [T, H, W], or None to guess.
@@ -160,10 +184,10 @@ class Glm4vVideoProcessor(MediaProcessor):
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values_videos", "video_grid_thw"]
-    config_files = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+    config_files = ("video_preprocessor_config.json", "preprocessor_config.json")
     nested_key = "video_processor"
     type_key = "video_processor_type"
-    defaults: ClassVar[Mapping[str, Any]] = {
+    defaults: Mapping[str, Any] = {
         **MediaProcessor.defaults,
         **GENERAL_DEFAULTS,
         "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000},
@@ -181,6 +205,7 @@ class Glm4vVideoProcessor(MediaProcessor):
         **MediaProcessor.constraints,
         "fps": PositiveNumber,
         "max_duration": PositiveNumber,
+        "max_frames": Positive,
     }
 
     do_sample_frames: bool
@@ -191,14 +216,20 @@ class Glm4vVideoProcessor(MediaProcessor):
     max_tokens: int | None = None
 
     def sample_frames(
-        self, metadata: VideoMetadata, fps: float | None = None, max_duration: float | None = None, **kwargs: Any
+        self,
+        metadata: VideoMetadata,
+        fps: float | None = None,
+        max_duration: float | None = None,
+        max_frames: int | None = None,
+        **kwargs: Any,
     ) -> np.ndarray:
         """Choose the frames to take: pixels and timestamps both follow these indices.
 
         Args:
             metadata: of the whole video; `total_num_frames` and `fps` are needed, `duration` is guessed without.
-            fps: frames to take from a second; None takes the setting.
-            max_duration: seconds sampled at that rate; None takes the setting.
+            fps: frames to take from a second; None takes the setting. GLM-4.6V's sampler ignores it, with a warning.
+            max_duration: seconds sampled at that rate; None takes the setting. Only GLM-4.1V's obeys it.
+            max_frames: frames at most; None takes the setting. Only GLM-GA's obeys it.
             **kwargs: ignored, `num_frames` among them, as in the reference.
 
         Returns:
@@ -206,45 +237,20 @@ class Glm4vVideoProcessor(MediaProcessor):
 
         Raises:
             MediaError: the metadata lacks the frame rate, or is nonsense.
-            ConfigError: `fps` is not a positive number.
+            ConfigError: an option is not a positive number.
         """
-        if metadata is None or metadata.fps is None:
-            raise MediaError(
-                "Asked to sample frames per second but no video metadata was provided which is required when sampling "
-                "in GLM4V. Please pass in `VideoMetadata` object or set `do_sample_frames=False`: for frames in a list "
-                "or an array, video_metadata=VideoMetadata(total_num_frames=..., fps=...), with VideoMetadata from "
-                "glm4v_jax, says how fast they were taken"
+        clip = _whole_clip(metadata)
+        sampler = SAMPLERS[self.row.sampler]
+        options = {"fps": fps, "max_duration": max_duration, "max_frames": max_frames}
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in sorted(given.keys() - sampler.settings):
+            warnings.warn(
+                f"{name}: found {given[name]}, which the frame sampler of {self.class_name} ignores; pass frames that "
+                "are sampled already to choose them yourself",
+                stacklevel=2,
             )
-        requested = checked("fps", self.fps if fps is None else fps, PositiveNumber)
-        total, rate = metadata.total_num_frames, metadata.fps
-        if total is None or total < 1 or not (math.isfinite(rate) and rate > 0):
-            raise MediaError(f"video_metadata has {total} frames at {rate} a second; expected both to be positive")
-        last = total - 1
-        duration = metadata.duration or round(last / rate) + 1
-        if not (math.isfinite(duration) and duration > 0):
-            raise MediaError(f"video_metadata has a duration of {duration} seconds; expected a positive number")
-
-        def frame_at(seconds: float, position: float) -> int:
-            """The first frame from a time on; `position` is the time in frames of a constant rate."""
-            if metadata.frame_times is None:
-                return min(last, math.ceil(position))
-            return min(last, bisect.bisect_left(metadata.frame_times, seconds - _CLOCK_SECONDS))
-
-        longest = self.max_duration if max_duration is None else max_duration
-        if duration <= longest:
-            count = math.floor(duration * requested)
-            taken = [frame_at(i / requested, i * rate / requested) for i in range(count)]
-        else:
-            count = int(longest * requested)
-            if count >= total:
-                taken = list(range(total))
-            else:
-                seconds = np.linspace(0, duration, count, endpoint=True)
-                taken = [frame_at(t, t * rate) for t in seconds]
-        taken = list(dict.fromkeys(taken)) or [0]
-        if len(taken) % 2:
-            taken.append(taken[-1])
-        return np.array(taken, dtype=np.int64)
+        settings = {name: given.get(name, getattr(self, name)) for name in sampler.settings}
+        return take_frames(sampler, clip, {k: checked(k, v, self.constraints[k]) for k, v in settings.items()})
 
     def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """Decode, sample, resize, normalise and cut videos into patches, on all cores.
@@ -264,15 +270,15 @@ class Glm4vVideoProcessor(MediaProcessor):
             MediaError: a video cannot be loaded, sampled or prepared; the message says which.
             ConfigError: a setting has an impossible value, or `device` or `return_tensors` is one of torch's.
         """
-        settings = self.resolve(self.known(kwargs))
-
+        options = self.known(kwargs)
+        settings = self.resolve(options)
         sources = flatten_videos(videos)
         metadata = flatten_metadata(settings["video_metadata"], len(sources))
         loaded = []
         for index, (item, known) in enumerate(zip(sources, metadata, strict=True)):
             source, own = MediaWithOptions.split(item)
             with naming_media("video", index, source):
-                loaded.append(self._load(source, known, {**settings, **own}))
+                loaded.append(self._load(source, known, {**settings, **own}, {**options, **own}))
         patches, grids = cut_patches(
             [frames for frames, _ in loaded], settings, normalization_of(settings, fused=True), "video"
         )
@@ -282,9 +288,9 @@ class Glm4vVideoProcessor(MediaProcessor):
         return features
 
     def _load(
-        self, source: Any, metadata: VideoMetadata | None, settings: Mapping[str, Any]
+        self, source: Any, metadata: VideoMetadata | None, settings: Mapping[str, Any], asked: Mapping[str, Any]
     ) -> tuple[list[np.ndarray], VideoMetadata]:
-        """The taken frames of a video, resized: T arrays [H, W, C]."""
+        """The taken frames of a video, resized: T arrays [H, W, C]; `asked` are the settings that a call gave."""
         sampling = settings["do_sample_frames"]
         if isinstance(source, SampledVideo) and source.fps is None and (metadata is not None or not sampling):
             source = source.frames
@@ -304,7 +310,7 @@ class Glm4vVideoProcessor(MediaProcessor):
             source, input_data_format = np.asarray(source)[..., None], LAST
 
         def sample(whole: VideoMetadata) -> np.ndarray:
-            indices = self.sample_frames(whole, fps=settings["fps"], max_duration=settings["max_duration"])
+            indices = self.sample_frames(whole, **{name: asked.get(name) for name in _SAMPLING_OPTIONS})
             self._check_tokens(whole, len(indices), settings)
             return indices
 

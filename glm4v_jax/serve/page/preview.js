@@ -63,7 +63,7 @@ function frames(seen) {
     const image = element("img", { src: drawing.url, alt });
     if (!isVideo) return element("figure", {}, image);
     const times = drawing.frames.map((frame, index) => `#${frame} at ${drawing.seconds[index].toFixed(2)} s`);
-    const caption = element("figcaption", {}, element("strong", {}, `${drawing.timestamp} s`), ` ${times.join(", ")}`);
+    const caption = element("figcaption", {}, element("strong", {}, drawing.time_text), ` ${times.join(", ")}`);
     return element("figure", {}, image, caption);
   });
   const note = element("p", { className: "note" }, seen.legend);

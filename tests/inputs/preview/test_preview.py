@@ -122,7 +122,7 @@ def test_frames_and_times_of_a_video(processor, save):
     assert (np.ptp(seen.frames, axis=(2, 3, 4)) == 0).all()
     np.testing.assert_array_equal(seen.frames[:, :, 0, 0, 0], [[0, 10], [20, 30], [40, 50], [60, 60]])
     (place,) = place_in_prompt([seen], processor).places
-    assert place.timestamps == (0, 1, 2, 3)
+    assert place.time_texts == ("0", "1", "2", "3")
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
@@ -195,7 +195,7 @@ def test_places_of_a_mixed_prompt_by_hand(processor, save):
     assert first.positions == {"t": (5, 5), "h": (5, 8), "w": (5, 9)}
     # Then the end of the image at 10, the beginning of the video at 11, that of its first frame at 12. Three frames
     # of 2 x 3 tokens, each followed by its end, a digit, and but for the last the beginning of the next: 3 + 3 further.
-    assert video.timestamps == (0, 1, 2)
+    assert video.time_texts == ("0", "1", "2") and video.timestamps == [0, 1, 2]
     assert video.tokens == 1 + 3 * (1 + 6 + 1 + 1) + 1
     assert video.positions == {"t": (13, 25), "h": (13, 26), "w": (13, 27)}
     # After it: the end of the frame, a digit, the end of the video, the beginning of the image.
@@ -305,7 +305,7 @@ def test_an_image_too_large_to_decode_is_named(processor, save, monkeypatch):
 def card_of(path, processor, files=1):
     seen = look(path, processor)
     (place,) = place_in_prompt([seen], processor).places
-    return seen, draw_card("title", seen, place.timestamps, ["a line"], None, files)
+    return seen, draw_card("title", seen, place.time_texts, ["a line"], None, files)
 
 
 def test_a_drawing_shows_the_image_between_its_lines(processor, save):

@@ -1,0 +1,86 @@
+"""The samplers of GLM-4.6V and GLM-GA beside transformers 5.24's; GLM-4.1V's is tested in test_video.py."""
+
+import json
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from helpers_paths import GOLDEN
+
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.inputs.media.load import VideoMetadata
+from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
+
+# Made by tests/golden/make_frame_goldens.py.
+FRAMES = json.loads((GOLDEN / "family/frames.json").read_text())
+CLASSES = {"glm46v": "Glm46VVideoProcessor", "glmga": "GlmgaVideoProcessor"}
+
+
+def of(member, **settings):
+    return Glm4vVideoProcessor(video_processor_type=CLASSES[member], **settings)
+
+
+def whole(frames, fps, duration=None, **more):
+    return VideoMetadata(total_num_frames=frames, fps=fps, duration=duration, **more)
+
+
+@pytest.mark.parametrize("member", CLASSES)
+def test_frames_are_those_of_the_reference_index_for_index(member):
+    processor = of(member)
+    assert len(FRAMES["chosen"]) == 19
+    for case in FRAMES["chosen"]:
+        # Where the reference takes no frame, the first is taken, twice to make a pair.
+        assert processor.sample_frames(whole(*case["clip"])).tolist() == (case[member] or [0, 0]), case["clip"]
+
+
+@pytest.mark.parametrize("member", CLASSES)
+def test_frames_of_random_videos_are_those_of_the_reference(member):
+    processor, empty = of(member), 0
+    for case in FRAMES["random"]:
+        *clip, fps = case["clip"]
+        taken = processor.sample_frames(whole(*clip), fps=fps if member == "glmga" else None)
+        if case[member][0] == 0:
+            empty += 1
+            assert taken.tolist() == [0, 0]
+        else:
+            assert [len(taken), zlib.crc32(taken.astype("<i8").tobytes())] == case[member], case["clip"]
+    assert empty > 10
+
+
+@pytest.mark.parametrize("member", CLASSES)
+@pytest.mark.parametrize("hours", [0.7, 30])
+def test_long_videos_get_640_frames(member, hours):
+    taken = of(member).sample_frames(whole(int(hours * 3600 * 30), 30.0))
+    assert len(taken) == len(set(taken.tolist())) == 640
+
+
+def test_a_rate_that_the_sampler_ignores_is_warned_of():
+    known = whole(60, 30.0, 2.0)
+    with pytest.warns(UserWarning, match="fps: found 1, which the frame sampler of Glm46VVideoProcessor ignores"):
+        taken = of("glm46v").sample_frames(known, fps=1)
+    clip = np.zeros((60, 28, 28, 3), np.uint8)
+    with pytest.warns(UserWarning, match="fps: found 1"):
+        result = of("glm46v")(clip, video_metadata=dict(known), fps=1)
+    assert result.video_grid_thw[0, 0] == len(taken) // 2 == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of("glm46v")(clip, video_metadata=dict(known))
+        assert len(of("glmga").sample_frames(known, fps=1)) == 2
+
+
+def test_the_most_frames_of_a_video_are_a_setting():
+    known = whole(3000, 30.0, 100.0)
+    assert len(of("glmga", max_frames=10).sample_frames(known)) == 10
+    assert len(of("glmga").sample_frames(known, max_frames=12)) == 12
+    with pytest.raises(ConfigError, match="max_frames: found 0; expected an integer of at least 1"):
+        of("glmga", max_frames=0)
+
+
+def test_frames_with_times_of_their_own_are_taken_by_them():
+    """The second half of the frames is taken in a tenth of the time: a phone that drops frames in the dark."""
+    times = [i * 0.1 for i in range(20)] + [2 + i * 0.01 for i in range(100)]
+    known = whole(120, 40.0, 3.0, frame_times=times)
+    taken = of("glmga").sample_frames(known).tolist()
+    assert [round(times[index], 2) for index in taken] == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert taken == [0, 5, 10, 15, 20, 70]
