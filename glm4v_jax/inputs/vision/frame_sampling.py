@@ -35,6 +35,13 @@ class Clip(NamedTuple):
         of_one = 1 / self.rate
         return bisect.bisect_left(range(self.total), seconds, min(start, self.total), key=lambda i: i * of_one)
 
+    def spread(self, first: int, last: int, count: int) -> list[int]:
+        """As many frames, evenly from one to another: in number, as the reference has it, or where known in time."""
+        if self.frame_times is None:
+            return np.linspace(first, last, count, dtype=int).tolist()
+        seconds = np.linspace(self.frame_times[first], self.frame_times[last], count)
+        return [bisect.bisect_right(self.frame_times, at + _CLOCK_SECONDS, first, last + 1) - 1 for at in seconds]
+
 
 def _by_rate(clip: Clip, *, fps: float, max_duration: float) -> list[int]:
     """GLM-4.1V's: `fps` frames a second; of longer videos `max_duration * fps`, spread over their whole length."""
@@ -60,9 +67,9 @@ def _by_length(clip: Clip, *, temporal_patch_size: int) -> list[int]:
     rate = next(rate for most, rate in _RATES_BY_SECONDS if seconds <= most)
     count = min(int(seconds * rate * temporal_patch_size), _MOST_FRAMES_BY_LENGTH)
     if clip.total < count:
-        return _spread(0, clip.total - 1, count)
+        return np.linspace(0, clip.total - 1, count, dtype=int).tolist()
     taken = _every(clip, 1 / (temporal_patch_size * rate), stop=int(clip.duration), most=count)
-    return _fitted(taken, count, clip.total)
+    return _fitted(clip, taken, count)
 
 
 def _by_capped_rate(clip: Clip, *, fps: float, max_frames: int) -> list[int]:
@@ -71,7 +78,7 @@ def _by_capped_rate(clip: Clip, *, fps: float, max_frames: int) -> list[int]:
     if clip.total < count:
         return [i * clip.total // count for i in range(count)]
     taken = _every(clip, 1 / fps, stop=clip.duration - 1 / fps, most=count)
-    return _fitted(taken, count, clip.total)
+    return _fitted(clip, taken, count)
 
 
 def _every(clip: Clip, interval: float, stop: float, most: int) -> list[int]:
@@ -89,15 +96,11 @@ def _every(clip: Clip, interval: float, stop: float, most: int) -> list[int]:
     return taken
 
 
-def _fitted(taken: list[int], count: int, total: int) -> list[int]:
+def _fitted(clip: Clip, taken: list[int], count: int) -> list[int]:
     """As many frames as wanted: those taken, or as many evenly spread over them or, of too many, over the video."""
     if len(taken) < count:
-        return _spread(taken[0], taken[-1], count)
-    return taken if len(taken) == count else _spread(0, total - 1, count)
-
-
-def _spread(first: int, last: int, count: int) -> list[int]:
-    return np.linspace(first, last, count, dtype=int).tolist()
+        return clip.spread(taken[0], taken[-1], count)
+    return taken if len(taken) == count else clip.spread(0, clip.total - 1, count)
 
 
 class Sampler(NamedTuple):

@@ -281,17 +281,17 @@ class MediaProcessor:
         Raises:
             CheckpointError: there is no such file, or it holds no settings; the message names it.
         """
-        for file in [path] if path.is_file() else [path / PROCESSOR_FILE, *(path / name for name in cls.config_files)]:
-            if file.is_file():
-                content = read_json_object(file)
-                settings = content.get(cls.nested_key, content)
-                if not isinstance(settings, Mapping):
-                    found = type(settings).__name__
-                    raise CheckpointError(
-                        f"{file}: field {cls.nested_key!r} is a {found}; expected an object of settings"
-                    )
-                if settings is not content or file.name != PROCESSOR_FILE or path.is_file():
-                    return file, settings
+        files = [path] if path.is_file() else [path / name for name in (PROCESSOR_FILE, *cls.config_files)]
+        for file in files:
+            content = read_json_object(file) if file.is_file() else {}
+            settings = content.get(cls.nested_key)
+            if isinstance(settings, Mapping):
+                return file, {"processor_class": content.get("processor_class"), **settings}
+            if settings is not None:
+                found = f"is a {type(settings).__name__}; expected an object of settings"
+                raise CheckpointError(f"{file}: field {cls.nested_key!r} {found}")
+            if file.is_file() and (file == path or file.name != PROCESSOR_FILE):
+                return file, content
         refuse_adapter(path)
         missing = f"{' or '.join(cls.config_files)}, and no {PROCESSOR_FILE} with {cls.nested_key!r}"
         raise CheckpointError(f"{path}: has no {missing}")
