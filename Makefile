@@ -9,6 +9,7 @@
 #   make lint types
 #   make docs    the pages of docs/ in build/docs; a warning is an error
 #   make aot     the 9B compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
+#   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny` and `aot`, PYTEST_ARGS=... to pytest (two
 # processes by default: compiling, most of the time, uses one core each). PIP_FIND_LINKS, PIP_INDEX_URL,
@@ -34,7 +35,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot clean
+.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot family-goldens clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -108,6 +109,20 @@ tiny: $(VENV)/test.stamp
 aot: .venv-aot/aot.stamp
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m bench.aot $(ARGS)
 
+# The judge of the sibling models wants other versions of its dependencies than that of GLM-4.1V.
+.venv-5x/stamp: Makefile
+	"$$(command -v $(PYTHON))" -m venv .venv-5x
+	.venv-5x/bin/python -m pip install --quiet --disable-pip-version-check \
+		transformers==5.24.0 torch==2.13.0 pillow jinja2 safetensors av
+	.venv-5x/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	@touch $@
+
+.PHONY: .venv-5x
+.venv-5x: .venv-5x/stamp
+
+family-goldens: .venv-5x/stamp
+	PYTHONPATH=.:tests .venv-5x/bin/python -m tests.golden.make_family_goldens
+
 clean:
-	rm -rf $(VENV) .venv-aot .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-aot .venv-5x .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

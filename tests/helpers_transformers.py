@@ -2,13 +2,13 @@
 
 from types import ModuleType
 
-import pytest
-
 _LIBRARIES: list[object] = []
 
 
 def import_transformers() -> ModuleType:
     """`transformers`, with torchvision usable for resizing; skips the test where the reference is not installed."""
+    import pytest  # not above: the environment of transformers 5.24 has none, and needs the other function
+
     pytest.importorskip("torch")
     define_torchvision_operators()
     pytest.importorskip("torchvision")

@@ -12,7 +12,7 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,28 +72,31 @@ def bias(name: str, features: int) -> Tensor:
 
 def decoder_layers(text: dict[str, Any]) -> Iterator[Tensor]:
     """The tensors of the decoder's layers."""
-    width, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
-    kv_width = width // heads * text["num_key_value_heads"]
     for index in range(text["num_hidden_layers"]):
-        layer = f"model.language_model.layers.{index}"
-        for norm in ("input", "post_self_attn", "post_attention", "post_mlp"):
-            yield scale(f"{layer}.{norm}_layernorm", width)
-        for projection, features in (("q", width), ("k", kv_width), ("v", kv_width)):
-            yield linear(f"{layer}.self_attn.{projection}_proj", features, width)
+        yield from decoder_layer(f"model.language_model.layers.{index}", text)
+
+
+def decoder_layer(layer: str, text: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of one layer of the decoder."""
+    width, inner, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    head_width = text.get("head_dim", width // heads)
+    q_width, kv_width = heads * head_width, text["num_key_value_heads"] * head_width
+    for norm in ("input", "post_self_attn", "post_attention", "post_mlp"):
+        yield scale(f"{layer}.{norm}_layernorm", width)
+    for projection, features in (("q", q_width), ("k", kv_width), ("v", kv_width)):
+        yield linear(f"{layer}.self_attn.{projection}_proj", features, width)
+        if text["attention_bias"]:
             yield bias(f"{layer}.self_attn.{projection}_proj", features)
-        yield linear(f"{layer}.self_attn.o_proj", width, width)
-        yield linear(f"{layer}.mlp.gate_up_proj", 2 * inner, width)
-        yield linear(f"{layer}.mlp.down_proj", width, inner)
+    yield linear(f"{layer}.self_attn.o_proj", width, q_width)
+    yield linear(f"{layer}.mlp.gate_up_proj", 2 * inner, width)
+    yield linear(f"{layer}.mlp.down_proj", width, inner)
 
 
 def vision_tower(vision: dict[str, Any]) -> Iterator[Tensor]:
     """The tensors of the vision transformer, the downsampling and the merger."""
-    width, out, inner = vision["hidden_size"], vision["out_hidden_size"], vision["intermediate_size"]
-    frames, patch, merge = vision["temporal_patch_size"], vision["patch_size"], vision["spatial_merge_size"]
-    side = vision["image_size"] // patch
+    width, out, side = vision["hidden_size"], vision["out_hidden_size"], vision["image_size"] // vision["patch_size"]
     yield Tensor("model.visual.embeddings.position_embedding.weight", (side * side, width), 1.0)
-    yield linear("model.visual.patch_embed.proj", width, vision["in_channels"], frames, patch, patch)
-    yield bias("model.visual.patch_embed.proj", width)
+    yield from patches(vision)
     yield scale("model.visual.post_conv_layernorm", width)
     for index in range(vision["depth"]):
         block = f"model.visual.blocks.{index}"
@@ -105,6 +108,20 @@ def vision_tower(vision: dict[str, Any]) -> Iterator[Tensor]:
         yield linear(f"{block}.mlp.gate_proj", out, width)
         yield linear(f"{block}.mlp.up_proj", out, width)
         yield linear(f"{block}.mlp.down_proj", width, out)
+    yield from merger(vision, vision["intermediate_size"])
+
+
+def patches(vision: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors of the patch embedding."""
+    frames, patch = vision["temporal_patch_size"], vision["patch_size"]
+    name, width = "model.visual.patch_embed.proj", vision["hidden_size"]
+    yield linear(name, width, vision["in_channels"], frames, patch, patch)
+    yield bias(name, width)
+
+
+def merger(vision: dict[str, Any], inner: int) -> Iterator[Tensor]:
+    """The tensors after the blocks: last norm, downsampling, and the merger that is `inner` wide."""
+    width, out, merge = vision["hidden_size"], vision["out_hidden_size"], vision["spatial_merge_size"]
     yield scale("model.visual.post_layernorm", width)
     yield linear("model.visual.downsample", out, width, merge, merge)
     yield bias("model.visual.downsample", out)
@@ -163,11 +180,16 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
 
 def weight_files(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, bytes]:
     """The two shards, decoder layers first as in the release, and their index."""
-    text = config["text_config"]
+    text, vision = config["text_config"], config["vision_config"]
+    return shard_files((decoder_layers(text), (*vision_tower(vision), *ends(text))), tokenizer)
+
+
+def shard_files(parts: Iterable[Iterable[Tensor]], tokenizer: Tokenizer) -> dict[str, bytes]:
+    """A shard of the tensors of each part, and their index."""
     # Tokens that are not plain text get a row of zeros: they stay far below the best of the others.
     muted = ~printable(tokenizer)
     shards = []
-    for part in (decoder_layers(text), (*vision_tower(config["vision_config"]), *ends(text))):
+    for part in parts:
         shard = {tensor.name: draw(tensor) for tensor in part}
         if "lm_head.weight" in shard:
             shard["lm_head.weight"][muted] = 0
