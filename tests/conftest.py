@@ -6,6 +6,7 @@ tests of the host side must not import JAX.
 
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import inspect
 import os
@@ -33,6 +34,9 @@ _XLA_FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse to start for a flag they do not know
     _XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_XLA_FLAGS))
+# For models this small, threads of torch's wait for each other longer than they compute: with two processes of tests on
+# two cores, three times as long as one thread takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Commands that name no model: what they print is not to change with every training of the packaged one.
 os.environ["GLM4V_MODEL"] = str(RANDOM_CHECKPOINT)
@@ -90,6 +94,13 @@ def _names_in(code):
             yield from _names_in(constant)
         elif isinstance(constant, str) and "importorskip" in code.co_names:
             yield constant.partition(".")[0]
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what stays to the end: looking through all of it took a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_runtest_teardown(item, nextitem):
