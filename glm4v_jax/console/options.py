@@ -215,8 +215,8 @@ class MediaOptions:
     fps: Annotated[
         PositiveNumber | None, tyro.conf.arg(metavar="F", help_behavior_hint="(default: the processor's, 2)")
     ] = None
-    """Frames per second: as many are taken from a video file; those of a directory are all taken, and this is the rate
-    they were made at."""
+    """Frames per second: as many are taken from a video file, except by GLM-4.6V-Flash and GLM-OCR, which go by its
+    length; those of a directory are all taken, and this is the rate they were made at."""
 
     def check(self) -> None:
         """Check that the files exist, before anything slow begins.

@@ -135,6 +135,7 @@ class Engine:
         if steps_per_dispatch is not None and not 1 <= steps_per_dispatch <= MAX_STEPS:
             raise GenerationError(f"steps_per_dispatch: found {steps_per_dispatch}; expected 1 to {MAX_STEPS}")
         self.model, self.runtime, self.processor = model, runtime_of(model), processor
+        processor.check_ids(self.runtime.config)
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
         self.cache_dtype, self.reuse_prefixes = check_cache_dtype(cache_dtype), reuse_prefixes
         with use_mesh(self.runtime.mesh):

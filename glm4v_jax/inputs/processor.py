@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
+from glm4v_jax.config.checks import fault
 from glm4v_jax.config.family import processors_of
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, MessageError, naming, not_there
 from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
@@ -28,7 +30,7 @@ from glm4v_jax.inputs.text.chat_template import (
 from glm4v_jax.inputs.text.encode import encode_prompts
 from glm4v_jax.inputs.text.literals import Literals
 from glm4v_jax.inputs.text.messages import Message, extract_media, normalise_messages
-from glm4v_jax.inputs.text.placeholders import Expander, Expansion, Row, expand_image, expand_video
+from glm4v_jax.inputs.text.placeholders import VIDEO_TAGS, Expander, Expansion, Row, expand_image, expand_video
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.text.tokenizer_options import check_text
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
@@ -142,6 +144,20 @@ class Glm4vProcessor:
         )
         processor._directory = directory
         return processor
+
+    def check_ids(self, config: Glm4vConfig) -> None:
+        """Check that a model looks for images and videos where this processor puts them.
+
+        Raises:
+          CheckpointError: a token has one id in config.json and another in the tokenizer's files.
+        """
+        tokens = {"image_token_id": self.image_token}
+        tokens |= dict(zip(("video_start_token_id", "video_end_token_id"), VIDEO_TAGS, strict=True))
+        for field, token in tokens.items():
+            found, index = getattr(config, field), self.tokenizer.convert_tokens_to_ids(token)
+            if index not in (found, None, self.tokenizer.unk_token_id):
+                place = self._directory / "config.json" if self._directory else "config.json"
+                raise CheckpointError(f"{place}: " + fault(field, found, f"{index}, as the tokenizer has {token}"))
 
     def template(self, wanted: str | None = None) -> str:
         """Return the source of the chat template to render, by name, as source or the default one.

@@ -1,12 +1,15 @@
 """Processors of the family's other members: which one, by the names in a checkpoint's files, and what it does."""
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
-from helpers_processor import BOV, EOV, HEAD, VIDEO, clip, edit, image_tokens, metadata
+from helpers_processor import BOV, EOV, HEAD, IMG, VIDEO, clip, edit, image_tokens, metadata
 
 from glm4v_jax.config.family import PROCESSORS
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.inputs.preview.placement import facts, place_in_prompt
 from glm4v_jax.inputs.preview.preview import look
@@ -156,6 +159,16 @@ def test_a_preview_says_what_the_prompt_says(flash, tmp_path):
     (place,) = place_in_prompt([seen], flash).places
     told = facts(seen, place)
     assert told["time_texts"] == ["0.0 seconds", "0.5 seconds"] and told["timestamps"] == [0.0, 0.5]
+
+
+def test_ids_of_the_configuration_are_those_of_the_tokenizer(flash, tmp_path):
+    ids = {"image_token_id": IMG, "video_start_token_id": BOV, "video_end_token_id": EOV}
+    config = dataclasses.replace(Glm4vConfig.tiny(), **ids)
+    flash.check_ids(config)
+    for field, token in zip(ids, ("<|image|>", "<|begin_of_video|>", "<|end_of_video|>"), strict=True):
+        fault = f"{tmp_path}/config.json: {field}: found 7; expected {ids[field]}, as the tokenizer has {token}"
+        with pytest.raises(CheckpointError, match=re.escape(fault)):
+            flash.check_ids(dataclasses.replace(config, **{field: 7}))
 
 
 def test_placeholders_that_version_5_names(tmp_path):

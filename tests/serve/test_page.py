@@ -264,8 +264,8 @@ def test_what_the_model_sees(open_page, tmp_path):
     opened.page.get_by_role("button", name="What the model sees").click()
     dialog.locator("img").nth(1).wait_for()
     assert dialog.locator("figcaption").all_inner_texts() == [
-        "0 s #0 at 0.00 s, #1 at 0.50 s",
-        "1 s #2 at 1.00 s, #3 at 1.50 s",
+        "0 #0 at 0.00 s, #1 at 0.50 s",
+        "1 #2 at 1.00 s, #3 at 1.50 s",
     ]
     opened.page.keyboard.press("Escape")
     opened.attach(b"no image", "bad.png")
