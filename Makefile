@@ -122,6 +122,7 @@ aot: .venv-aot/aot.stamp
 
 family-goldens: .venv-5x/stamp
 	PYTHONPATH=.:tests .venv-5x/bin/python -m tests.golden.make_family_goldens
+	PYTHONPATH=.:tests .venv-5x/bin/python -m tests.golden.make_frame_goldens
 
 clean:
 	rm -rf $(VENV) .venv-aot .venv-5x .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

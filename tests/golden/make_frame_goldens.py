@@ -1,8 +1,8 @@
-"""Makes `family/frames.json`: which frames the samplers of GLM-4.6V and GLM-GA take, from transformers 5.24.
+"""Makes `family/frames.json`: which frames of random videos the samplers of transformers 5.24 take.
 
-    .venv-5x/bin/python tests/golden/make_frame_goldens.py
+    make family-goldens
 
-Of 19 chosen videos all indices are kept, of random ones their number and checksum.
+Their number and checksum are kept; of the chosen videos in `family/sample_frames_5.24.json` all indices are.
 """
 
 import json
@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from helpers_transformers import define_torchvision_operators
 
-# A torchvision wheel beside a torch of another build has no compiled operators, and wants two at import.
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+define_torchvision_operators()
 
 from transformers.models.glm46v.video_processing_glm46v import Glm46VVideoProcessor  # noqa: E402
 from transformers.models.glmga.video_processing_glmga import GlmgaVideoProcessor  # noqa: E402
 from transformers.video_utils import VideoMetadata  # noqa: E402
 
 HERE = Path(__file__).parent / "family"
-CHOSEN = [
-    (12, 30, 0.4), (24, 30, 0.8), (60, 30, 2), (32, 8, 4), (300, 30, 10), (899, 29.97, None), (900, 30, 30),
-    (930, 30, 31), (1440, 24, 60), (3600, 30, 120), (9000, 30, 300), (9030, 30, 301), (18000, 30, 600),
-    (60000, 25, 2400), (90000, 25, 3600), (7, 1, 7), (5, 2, 2.5), (100, 10, None), (1, 1, 1),
-]  # fmt: skip
 RANDOM = 400
 
 
@@ -59,14 +51,13 @@ def brief(indices: list[int]) -> list[int]:
 def main() -> None:
     """Write the file."""
     by_length, capped = Glm46VVideoProcessor(), GlmgaVideoProcessor()
-    chosen = [{"clip": clip, "glm46v": taken(by_length, *clip), "glmga": taken(capped, *clip)} for clip in CHOSEN]
-    drawn = [
+    rows = [
         {"clip": clip, "glm46v": brief(taken(by_length, *clip[:3])), "glmga": brief(taken(capped, *clip))}
         for clip in random_clips()
     ]
     HERE.mkdir(exist_ok=True)
-    text = json.dumps({"chosen": chosen, "random": drawn}, separators=(",", ":"))
-    (HERE / "frames.json").write_text(text.replace('{"clip"', '\n{"clip"') + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+    (HERE / "frames.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
