@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from glm4v_jax.config.checks import Natural
+from glm4v_jax.config.members import find_member
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import Scheme
 from glm4v_jax.console.distributed import DistributedOptions
@@ -244,8 +245,12 @@ class Synth(_Writing):
     out: Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
     """Directory to make."""
 
-    config: Annotated[str, tyro.conf.arg(metavar="full|tiny|FILE")] = "tiny"
-    """Model: the 9B, the package's tiny one, or that of a config.json."""
+    config: Annotated[str, tyro.conf.arg(metavar="NAME|tiny|FILE")] = "tiny"
+    """Model: a released checkpoint (GLM-4.6V-Flash, GLM-OCR, ...; full is GLM-4.1V), the package's tiny one, or that of
+    a config.json."""
+
+    tiny: bool = False
+    """Make the released checkpoint at tiny size, with a tokenizer."""
 
     dtype: Dtype = "bfloat16"
     """Dtype of the weights."""
@@ -269,8 +274,9 @@ class Synth(_Writing):
 
         with Progress("writing") as progress:
             summary = synth(
-                load_config(self.config), self.out, dtype=self.dtype, seed=self.seed, count=self.shards,
-                overwrite=self.overwrite, dry_run=self.dry_run, progress=progress.update,
+                load_config(self.config, self.tiny), self.out, dtype=self.dtype, seed=self.seed, count=self.shards,
+                member=find_member(self.config), overwrite=self.overwrite, dry_run=self.dry_run,
+                progress=progress.update,
             )  # fmt: skip
         _print_summary(summary, self.as_json)
 

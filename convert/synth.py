@@ -21,14 +21,18 @@ from glm4v_jax.checkpoints.hf_write import Plan, shard_name, tensor_shapes, tota
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.safetensors import CHUNK_BYTES, LazyTensor
 from glm4v_jax.config.checks import fault
+from glm4v_jax.config.family import PROCESSORS
+from glm4v_jax.config.members import DEFAULT, MEMBERS, Member, find_member
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError, counted
-from glm4v_jax.files import asset_files, read_json_object
-from glm4v_jax.tiny import TINY_CHECKPOINT
+from glm4v_jax.files import read_json_object
+from glm4v_jax.tiny import FAMILY_TEMPLATE, TINY_CHECKPOINT
 
-RELEASED_SHARDS = 4
-_RELEASED_SAMPLING = {"_from_model_config": True, "do_sample": True, "temperature": 0.8, "top_k": 2, "top_p": 0.6}
-_OWN = ("config.json", "generation_config.json")
+_TOOL_TOKENS = (
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<arg_key>", "</arg_key>", "<arg_value>",
+    "</arg_value>", "/nothink",
+)  # fmt: skip
+"""Tokens of the family's tokenizers that the packaged one, GLM-4.1V's, does not have."""
 _LEVELS = 1 << 16
 
 
@@ -100,21 +104,23 @@ def synth(
     dtype: Any = "bfloat16",
     seed: int = 0,
     count: int | None = None,
+    member: Member | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Write a checkpoint of a configuration, tensor by tensor; the same bytes for the same seed.
 
-    With it go config.json, generation_config.json, the released processor files and template, and the tiny tokenizer
-    of this package where the configuration has its vocabulary.
+    With it go config.json, generation_config.json, processor files and a template as the released checkpoint has them,
+    and the tiny tokenizer of this package where the configuration has its vocabulary.
 
     Args:
       config: of the model.
       target: the directory to make.
       dtype: float32, bfloat16 or float16.
       seed: of the numbers.
-      count: of shards; by default 4 as in the release, or as many as the layers allow.
+      count: of shards; by default as in the release, or as many as the layers allow.
+      member: whose files go with it; by default those of the first with the configuration's `model_type`.
       overwrite: replace a checkpoint that is at `target`.
       dry_run: check everything and write nothing.
       progress: called with bytes written and bytes in all.
@@ -127,30 +133,38 @@ def synth(
     target, dtype = Path(target), resolve_dtype(dtype)
     deviation = config.text_config.initializer_range
     tensors = {name: RandomTensor(shape, dtype, name, deviation, seed) for name, shape in tensor_shapes(config).items()}
+    if member is None:
+        member = next((one for one in MEMBERS.values() if one.model_type == config.model_type), MEMBERS[DEFAULT])
     layers = config.text_config.num_hidden_layers
-    plan = plan_like_released(config, min(RELEASED_SHARDS, layers + 1) if count is None else count)
+    plan = plan_like_released(config, min(member.shards, layers + 1) if count is None else count)
     nbytes = total_bytes(tensors)
     check_room(None, target, nbytes, overwrite=overwrite, dry_run=dry_run)
     if not dry_run:
         with new_directory(target, overwrite=overwrite) as directory:
             write_shards(directory, tensors, plan, progress=progress)
-            _write_assets(directory, config, dtype)
+            _write_assets(directory, config, dtype, member)
     notes = () if _has_tiny_vocabulary(config) else ("no tokenizer: this package has none with that vocabulary",)
     seconds = time.perf_counter() - started
     return Summary(target, target, len(tensors), nbytes, 0, len(plan), seconds, dry_run, notes)
 
 
-def load_config(name: str) -> Glm4vConfig:
-    """Return the configuration named "full" or "tiny", or that of a config.json or its directory.
+def load_config(name: str, tiny: bool = False) -> Glm4vConfig:
+    """Return the configuration of a member of the family, the one named "full" or "tiny", or that of a config.json.
+
+    Args:
+      name: of a member, of a file or its directory; "full" is GLM-4.1V, "tiny" the packaged model.
+      tiny: take the member at tiny size.
 
     Raises:
       CheckpointError: there is no such file.
-      ConfigError: it is not a GLM-4.1V's.
+      ConfigError: it is not of the family, or there is no tiny one.
     """
-    if name == "full":
-        return Glm4vConfig.glm4_1v_9b()
     if name == "tiny":
         return Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
+    if member := find_member(DEFAULT if name == "full" else name):
+        return member.config(tiny=tiny)
+    if tiny:
+        raise ConfigError(fault("--tiny with --config", name, f"one of {', '.join(MEMBERS)}"))
     path = Path(name)
     if path.is_dir():
         return Glm4vConfig.from_pretrained(path)
@@ -160,17 +174,48 @@ def load_config(name: str) -> Glm4vConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _write_assets(directory: Path, config: Glm4vConfig, dtype: np.dtype) -> None:
+def _write_assets(directory: Path, config: Glm4vConfig, dtype: np.dtype, member: Member) -> None:
     """Write what goes beside the weights."""
-    for path in asset_files(TINY_CHECKPOINT):
-        if path.name not in _OWN and (not path.name.startswith("tokenizer") or _has_tiny_vocabulary(config)):
-            shutil.copyfile(TINY_CHECKPOINT / path, directory / path)
     content = config.to_dict()
     content["text_config"]["dtype"] = dtype.name
     ends = {name: content["text_config"].get(name) for name in ("eos_token_id", "pad_token_id")}
-    generation = _RELEASED_SAMPLING | {name: ids for name, ids in ends.items() if ids is not None}
-    for name, data in (("config.json", content), ("generation_config.json", generation)):
-        (directory / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    files = {"config.json": content, **_processor_files(member)}
+    files["generation_config.json"] = {"_from_model_config": True, **member.sampling} | {
+        name: ids for name, ids in ends.items() if ids is not None
+    }
+    is_family = member.template == "family"
+    if _has_tiny_vocabulary(config):
+        shutil.copyfile(TINY_CHECKPOINT / "tokenizer.json", directory / "tokenizer.json")
+        files["tokenizer_config.json"] = _tokenizer_config(member, _TOOL_TOKENS if is_family else ())
+    for name, data in files.items():
+        (directory / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    template = "chat_template.jinja"
+    shutil.copyfile(FAMILY_TEMPLATE if is_family else TINY_CHECKPOINT / template, directory / template)
+
+
+def _processor_files(member: Member) -> dict[str, Any]:
+    """Return the files of the processors, as the member has them; only names and sizes are not GLM-4.1V's."""
+    row = PROCESSORS[member.processors]
+    image, video = (read_json_object(TINY_CHECKPOINT / f"{kind}preprocessor_config.json") for kind in ("", "video_"))
+    owner = {"processor_class": row.processor}
+    image |= {"image_processor_type": row.video.replace("Video", "Image"), **owner, **row.image_settings}
+    video |= {"video_processor_type": row.video, **owner, **row.video_settings}
+    files = {
+        "preprocessor_config.json": image,
+        "video_preprocessor_config.json": video,
+        "processor_config.json": {"image_processor": image, **owner, "video_processor": video},
+    }
+    return {name: files[name] for name in member.processor_files}
+
+
+def _tokenizer_config(member: Member, more: tuple[str, ...]) -> dict[str, Any]:
+    """Return tokenizer_config.json of the packaged tokenizer with more tokens after its last."""
+    content = read_json_object(TINY_CHECKPOINT / "tokenizer_config.json")
+    content["processor_class"] = PROCESSORS[member.processors].processor
+    known = content["added_tokens_decoder"]
+    last = max(known, key=int)
+    known |= {str(number): {**known[last], "content": token} for number, token in enumerate(more, int(last) + 1)}
+    return content
 
 
 def _has_tiny_vocabulary(config: Glm4vConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from glm4v_jax.config.checks import CacheDtype, Positive, PositiveNumber
+from glm4v_jax.config.members import DEFAULT, find_member
 from glm4v_jax.config.quantization import Scheme
 from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
@@ -21,9 +22,6 @@ from glm4v_jax.planning.mesh_presets import PRESETS, check_text, parse_mesh, par
 if TYPE_CHECKING:
     from glm4v_jax.config.model import Glm4vConfig
     from glm4v_jax.planning.memory_table import MemoryTable
-
-RELEASED = "9b"
-"""The released model as `--model`; none of its files is needed."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,8 +51,8 @@ class Mesh(JsonOptions):
     ] = None
     """Memory of a device, in GiB."""
 
-    model: Annotated[str, tyro.conf.arg(metavar=f"DIR|{RELEASED}")] = RELEASED
-    """Checkpoint, or the released 9B model, which need not be there."""
+    model: Annotated[str, tyro.conf.arg(metavar="DIR|NAME")] = DEFAULT
+    """Checkpoint, or the name of a released one, as GLM-OCR, which need not be there."""
 
     train: bool = False
     """Count gradients and optimizer state of full fine-tuning with AdamW instead of a KV cache, as for the preset
@@ -83,8 +81,10 @@ class Mesh(JsonOptions):
         self._check()
         from glm4v_jax.config.model import Glm4vConfig
 
-        config = Glm4vConfig.glm4_1v_9b() if self.model == RELEASED else Glm4vConfig.from_pretrained(self.model)
-        if self.model != RELEASED:
+        if member := find_member(self.model):
+            config = member.config()
+        else:
+            config = Glm4vConfig.from_pretrained(self.model)
             self._count_stored()
         memory = self._memory()
         if self.mesh:
@@ -183,7 +183,7 @@ class Mesh(JsonOptions):
             raise ConfigError(
                 f"--quantize: found {self.quantize} with --train; expected none: integers are not trained"
             )
-        if self.model != RELEASED:
+        if find_member(self.model) is None:
             self.model = find_model(self.model)
         if self.mesh:
             check_text(self.mesh[0])

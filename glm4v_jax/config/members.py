@@ -14,10 +14,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.config.family import ARCHITECTURES, TEXT
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import ConfigError
 
 DEFAULT = "GLM-4.1V-9B-Thinking"
 """The model of this package."""
@@ -152,13 +150,10 @@ MEMBERS: Mapping[str, Member] = {
 """Released checkpoints by name, without the owner's. Sources: their config.json and generation_config.json."""
 
 
-def member_of(name: str, field: str = "model") -> Member:
-    """Return a member by name, whatever the case.
+def find_member(name: str) -> Member | None:
+    """Return the member of a name, whatever the case; None where it is no member's.
 
-    Raises:
-      ConfigError: there is none; `field` is what the name was given as.
+    >>> find_member("glm-ocr").repository
+    'zai-org/GLM-OCR'
     """
-    for known, member in MEMBERS.items():
-        if known.casefold() == name.casefold():
-            return member
-    raise ConfigError(f"{field}: found {name!r}; expected one of {', '.join(MEMBERS)}{did_you_mean(name, MEMBERS)}")
+    return next((member for known, member in MEMBERS.items() if known.casefold() == name.casefold()), None)
