@@ -108,6 +108,22 @@ ENTRIES: Mapping[str, Mapping[str, Any]] = {
         "metric": "formula_edit_distance",
         "prompt": "Formula Recognition:",
     },
+    **{
+        f"omnidocbench-{kind}": {
+            **_OCR,
+            "description": f"OmniDocBench: {what} cut out of pages, {score}",
+            "reader": f"omnidocbench-{kind}",
+            "metric": metric,
+            "prompt": f"{kind.capitalize()} Recognition:",
+            "data": "OmniDocBench.json of https://huggingface.co/datasets/opendatalab/OmniDocBench beside its images/",
+            "source": "arXiv 2412.07626, evaluation of single modules; prompts: zai-org/GLM-OCR, glmocr/config.yaml",
+        }
+        for kind, what, metric, score in (
+            ("text", "blocks of text", "edit_distance-omnidocbench", "normalised edit distance"),
+            ("table", "tables", "teds-omnidocbench", "TEDS"),
+            ("formula", "display formulas", "formula_edit_distance", "edit distance (not CDM)"),
+        )
+    },
     "refcoco": {
         "description": "RefCOCO, RefCOCO+, RefCOCOg: the box of the object that an expression means",
         "reader": "refcoco",

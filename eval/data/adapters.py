@@ -4,6 +4,7 @@ The answers of the test splits of DocVQA, InfographicVQA, TextVQA, MMMU and Math
 """
 
 import functools
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,10 @@ from eval.data.fields import Fields
 from eval.data.questions import Origin, Question
 from eval.metrics.mmmu import domain_of, subject_of
 from eval.metrics.points import platform_and_kind
+from glm4v_jax.config.checks import fits
 from glm4v_jax.data.media import MediaItem, image_size, located
 from glm4v_jax.errors import DataError, not_there
+from glm4v_jax.inputs.media.load import open_image
 
 Reader = Callable[[Fields, Origin], Iterator[Question]]
 """(row, where it stands) -> its questions; raises `DataError` that names the field, but not the place."""
@@ -247,6 +250,49 @@ def _textvqa(row: Fields, origin: Origin) -> Iterator[Question]:
     yield Question(fields.identifier(row, "question_id"), question, reference, [image])
 
 
+_OMNIDOCBENCH = {"text": (None, "text"), "table": ("table", "html"), "formula": ("equation_isolated", "latex")}
+"""Kind of block -> the "category_type" it has, any for text, and the field with what it says."""
+
+
+def _omnidocbench(row: Fields, origin: Origin, kind: str) -> Iterator[Question]:
+    """Read the blocks of a page of OmniDocBench, each cut out of it, as its evaluation of single modules does.
+
+    As published (https://huggingface.co/datasets/opendatalab/OmniDocBench): OmniDocBench.json, a list with "page_info"
+    ("image_path", "page_attribute") and "layout_dets", blocks with "category_type", "poly" (the corners, in pixels) and
+    "text", "html" or "latex"; images in images/ beside it. The whole list was not at hand.
+    """
+    category, field = _OMNIDOCBENCH[kind]
+    page = fields.first(row, "page_info")[1]
+    if not isinstance(page, Mapping):
+        raise fields.invalid("page_info", page, "an object")
+    blocks = [block for block in fields.items_of(row, "layout_dets") if isinstance(block, Mapping) and block.get(field)]
+    blocks = [block for block in blocks if category in (None, block.get("category_type"))]
+    if not blocks:
+        return
+    name = fields.text(page, "image_path").rsplit("/", 1)[-1]
+    path = origin.path.parent / _file(origin, "page_info.image_path", [name], ["images", "."])
+    attributes = page.get("page_attribute")
+    group = attributes.get("data_source") if isinstance(attributes, Mapping) else None
+    with open_image(path) as image:
+        pixels = image.convert("RGB")
+    for number, block in enumerate(blocks):
+        reference = {"answer": fields.text(block, field), "page": name, **fields.present(block, "attribute")}
+        cut = io.BytesIO()  # of 20,000 blocks, pixels would not fit into memory
+        pixels.crop(_corners(block)).save(cut, "PNG")
+        media: MediaItem = {"type": "image", "image": cut.getvalue()}
+        identifier = f"{name}:{block.get('anno_id', number)}"
+        yield Question(identifier, {"question": ""}, reference, [media], group if isinstance(group, str) else None)
+
+
+def _corners(block: Fields) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of a block, in whole pixels, at least one each way."""
+    poly = fields.first(block, "poly")[1]
+    if not isinstance(poly, list) or len(poly) != 8 or not all(fits(one, float) for one in poly):
+        raise fields.invalid("poly", poly, "eight numbers")
+    (left, right), (top, bottom) = sorted((poly[0], poly[2])), sorted((poly[1], poly[5]))
+    return round(left), round(top), max(round(right), round(left) + 1), max(round(bottom), round(top) + 1)
+
+
 _VIDEOMME_FOLDERS = [f"{above}{folder}" for above in ("", "../") for folder in ("data", "video", "videos", ".")]
 _VIDEOMME_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
 _LETTER = re.compile(r"\s*([A-Z])[.)]\s*")
@@ -289,6 +335,7 @@ READERS: Mapping[str, Reader] = {
     "mathvista": _mathvista,
     "mmmu": _mmmu,
     "ocrbench": _ocrbench,
+    **{f"omnidocbench-{kind}": functools.partial(_omnidocbench, kind=kind) for kind in _OMNIDOCBENCH},
     "refcoco": _refcoco,
     "screenspot": _screenspot,
     "textvqa": _textvqa,

@@ -12,6 +12,7 @@ import pytest
 from eval.metrics import METRICS
 from eval.read_items import read_items
 from eval.tasks import find_task
+from glm4v_jax.data.media import image_size
 from glm4v_jax.errors import DataError
 from tests.eval.helpers_eval import png
 
@@ -163,6 +164,34 @@ def test_ocrbench_in_parquet(tmp_path):
     assert (item.question, item.group, item.reference["dataset"]) == (ASKED.strip(), REGULAR, "IIIT5K")
     check("ocrbench", path, ["x^2"], "X^2", 2, 1)
     check("ocrbench@lmms-eval", path, ["ＣＥＮＴＲＥ"], "center", 2)
+
+
+def test_blocks_of_omnidocbench_are_cut_out_of_their_page(tmp_path):
+    put(tmp_path / "images" / "page.png", content=png(200, 100))
+
+    def block(category, left, top, right, bottom, **answer):
+        poly = [left, top, right, top, right, bottom, left, bottom]
+        return {"category_type": category, "poly": poly, "ignore": False, "anno_id": left, **answer}
+
+    table = "<table><tr><td>A</td><td>B</td></tr></table>"
+    blocks = [
+        block("text_block", 10.0, 20.0, 60.4, 40.0, text="Invoice 12.", attribute={"text_language": "text_en"}),
+        block("title", 5, 5, 50, 15, text="Bill"),
+        block("table", 0, 50, 100, 90, html=table, latex="x"),
+        block("equation_isolated", 100, 50, 180, 60, latex="$$ x^2 $$"),
+        block("figure", 0, 0, 10, 10),
+    ]
+    page = {"image_path": "images/page.png", "width": 200, "height": 100, "page_attribute": {"data_source": "book"}}
+    path = put(tmp_path / "OmniDocBench.json", {"layout_dets": blocks, "page_info": page, "extra": {}})
+    item = check("omnidocbench-text", path, ["Invoice 12.", "Invoice, 12"], "#", 2)
+    assert (item.id, item.group, item.question) == ("page.png:10.0", "book", "Text Recognition:")
+    assert [image_size({"image": image}) for image in item.images] == [(50, 20)]
+    item = check("omnidocbench-table", path, [table, table.replace("td>", "th>")], "A B")
+    assert image_size({"image": item.images[0]}) == (100, 40) and item.question == "Table Recognition:"
+    check("omnidocbench-formula", path, ["x^2", r"\[ x^2 \]"], "-")
+    with pytest.raises(DataError, match=r"bad.json\[0\]: poly: found \[1\]; expected eight numbers"):
+        bad = {"layout_dets": [{"text": "a", "poly": [1]}], "page_info": page}
+        read_items(find_task("omnidocbench-text"), [put(tmp_path / "bad.json", bad)])
 
 
 def test_ocrbench_in_json_and_tsv(tmp_path):
