@@ -11,7 +11,7 @@ random checkpoints (`glm4v convert synth`), memory tables (`glm4v mesh`), compil
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from glm4v_jax.config.family import ARCHITECTURES, TEXT
@@ -80,7 +80,7 @@ class Member:
         }  # fmt: skip
         content = {"model_type": self.model_type, **tokens, "text_config": text, "vision_config": {}}
         config = Glm4vConfig.from_dict(content)
-        return _tiny(config, first) if tiny else config
+        return _tiny(config, self.ends) if tiny else config
 
 
 _STARTS = ("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id")
@@ -88,17 +88,17 @@ _TINY_FIRST, _TINY_IMAGE = 896, 910
 """Ids of `<|endoftext|>` and `<|image|>` in the packaged tokenizer, whose special tokens are in the same order."""
 
 
-def _tiny(config: Glm4vConfig, first: int) -> Glm4vConfig:
+def _tiny(config: Glm4vConfig, ends: Sequence[int]) -> Glm4vConfig:
     data, text = config.to_dict(), config.text_config
     factor = text.partial_rotary_factor
-    rope = {"rope_theta": text.rope_theta, "partial_rotary_factor": factor}
-    rope["mrope_section"] = [4, 6, 6] if factor == 1 else [2, 3, 3]
+    section = [4, 6, 6] if factor == 1 else [2, 3, 3]
+    rope = {"rope_theta": text.rope_theta, "partial_rotary_factor": factor, "mrope_section": section}
     is_square = text.head_dim * text.num_attention_heads == text.hidden_size
     data["text_config"] |= {
         "vocab_size": 960, "hidden_size": 128 if is_square else 96, "intermediate_size": 256, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "initializer_range": 0.06,
         "rope_parameters": rope, "rope_scaling": None, "pad_token_id": _TINY_FIRST,
-        "eos_token_id": [_TINY_FIRST + end - first for end in text.eos_token_id],
+        "eos_token_id": [_TINY_FIRST + end - ends[0] for end in ends],
     }  # fmt: skip
     data["vision_config"] |= {
         "depth": 3, "hidden_size": 96, "num_heads": 4, "image_size": 112, "intermediate_size": 256,

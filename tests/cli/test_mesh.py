@@ -53,6 +53,13 @@ def test_a_preset_of_the_released_model(capfd):
     )
 
 
+def test_a_released_checkpoint_by_name(capfd):
+    small, large = (
+        json.loads(shown(capfd, "data=1", "--model", name, "--json")) for name in ("glm-ocr", "GLM-4.6V-Flash")
+    )
+    assert small["device_bytes"] < large["device_bytes"] / 8
+
+
 def test_axes_and_another_model(capfd):
     out = shown(capfd, "fsdp=2,kv=2", "--model", RANDOM_CHECKPOINT, "--dtype", "float32", "--capacity", 64, "--json")
     found = json.loads(out)

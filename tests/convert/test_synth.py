@@ -1,5 +1,6 @@
 """Random checkpoints: sharded like the released one, the same everywhere, and sane."""
 
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ from convert.verify import verify
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
 from glm4v_jax.checkpoints.safetensors import CHUNK_BYTES
+from glm4v_jax.config.family import ARCHITECTURES
 from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.members import MEMBERS
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, ConfigError
 
@@ -76,6 +79,54 @@ def test_the_tiny_one_loads_with_its_processor(synthetic):
     model = Glm4vForConditionalGeneration.from_pretrained(synthetic())
     logits = model(np.arange(3, 19)[None]).logits
     assert bool(jnp.isfinite(logits).all()) and 0.01 < float(jnp.std(logits)) < 10
+
+
+@pytest.fixture(scope="session")
+def member_checkpoint(tmp_path_factory):
+    """name -> directory of a released checkpoint at tiny size."""
+    directory = tmp_path_factory.mktemp("members")
+
+    @functools.cache
+    def get(name):
+        synth(load_config(name, tiny=True), directory / name, member=MEMBERS[name])
+        return directory / name
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "time"),
+    [
+        ("GLM-4.1V-9B-Thinking", ("preprocessor", "video_preprocessor"), "{whole}"),
+        ("GLM-4.6V-Flash", ("preprocessor", "video_preprocessor"), "{seconds:.1f} seconds"),
+        ("GLM-GA", ("processor",), "{seconds:.1f} seconds"),
+        ("GLM-OCR", ("preprocessor",), "{seconds:.1f} seconds"),
+    ],
+)
+def test_a_member_has_its_own_files(member_checkpoint, name, files, time):
+    directory, member = member_checkpoint(name), MEMBERS[name]
+    assert {path.stem.removesuffix("_config") for path in directory.glob("*processor_config.json")} == set(files)
+    content = json.loads((directory / "config.json").read_text())
+    assert content["model_type"] == member.model_type
+    assert content["architectures"] == [ARCHITECTURES[member.model_type].model_class]
+    assert len(list(directory.glob("*.safetensors"))) == member.shards
+    config, processor = load_config(name, tiny=True), Glm4vProcessor.from_pretrained(directory)
+    assert Glm4vConfig.from_pretrained(directory) == config
+    generation = GenerationConfig.from_pretrained(directory)
+    assert generation.eos_token_id == config.text_config.eos_token_id
+    assert generation.do_sample == (name != "GLM-OCR")
+    assert processor.row.time_text == time
+    has_tools = "<tool_call>" in (directory / "chat_template.jinja").read_text()
+    assert has_tools == (name != "GLM-4.1V-9B-Thinking")
+    # Special tokens are tokens of their own, and images those of the configuration.
+    tokens = processor.tokenizer("<tool_call>").input_ids
+    assert (len(tokens[0] if isinstance(tokens[0], list) else tokens) == 1) == has_tools
+    assert processor.image_token_id == config.image_token_id
+
+
+def test_only_released_checkpoints_have_a_tiny_size():
+    with pytest.raises(ConfigError, match=r"--tiny with --config: found 'a.json'; expected one of GLM-4.1V"):
+        load_config("a.json", tiny=True)
 
 
 def test_another_vocabulary_has_no_tokenizer(tmp_path):
