@@ -158,7 +158,9 @@ class Generate(JsonOptions):
 
         from glm4v_jax.generate.sequence import SequenceState
 
-        SequenceState(prompt, config, processor.tokenizer, limit)  # raises where the budgets are too large
+        SequenceState(
+            prompt, config, processor.tokenizer, limit, thinking=processor.thinking
+        )  # raises where the budgets are too large
         engine = self.model.load(processor, tokens=len(prompt) + new_tokens)
 
         from glm4v_jax.devices.compilation_cache import compile_times

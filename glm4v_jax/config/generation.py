@@ -149,10 +149,10 @@ class GenerationConfig:
 
     `return_dict_in_generate`, with `output_scores` and `output_logits`, is for `model.generate` alone.
 
-    `stop_strings` end the text. The others are for `Engine` alone. After `think_budget` tokens thinking that is
-    still open is closed, and up to `answer_budget` more tokens follow (`max_new_tokens` by default, which then limits
-    nothing else). `stop_repetition` ends a text that repeats itself. `logprobs` returns log probabilities of the
-    sampled tokens and of the n likeliest.
+    `stop_strings` end the text. The others are for `Engine` alone. After `think_budget` tokens thinking that is still
+    open is closed, and up to `answer_budget` more tokens follow (`max_new_tokens` by default, which then limits nothing
+    else); 0 is no thought at all. `stop_repetition` ends a text that repeats itself. `logprobs` returns log
+    probabilities of the sampled tokens and of the n likeliest.
 
     `json_schema` (a mapping or its JSON text; {} for any JSON object), `regex` or `choices` restrict the answer, which
     comes after the thought: `Completion.answer` is exactly such a text. At most one of them is given. They need the
@@ -203,7 +203,7 @@ class GenerationConfig:
     stop_strings: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...], Meta(description="a string or several, none of them empty")
     ] = ()
-    think_budget: Positive | None = None
+    think_budget: Natural | None = None
     answer_budget: Positive | None = None
     stop_repetition: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
+from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
 from glm4v_jax.generate.text.thinking import END_ANSWER, END_THINK, Parsed, Part, parse
@@ -46,6 +47,7 @@ class Completion:
       image_sizes: (width, height) of the prompt's images as given, in pixels.
       error: why the prompt could not be prepared, where errors are not raised; or why its grammar cannot be followed.
       answer_span: where the answer begins and ends in `text`, of a request with a grammar: read as it is, without tags.
+      thinking: how the model writes thoughts.
       is_forced: whether the thought was closed because its budget was used up.
       reused_tokens: tokens of the prompt whose keys and values were those of another request's.
       seconds: from the start of the request until its end, while other requests ran.
@@ -61,6 +63,7 @@ class Completion:
     image_sizes: tuple[tuple[int, int], ...] = ()
     error: str | None = None
     answer_span: tuple[int, int] | None = None
+    thinking: ThinkingFormat = THINKING["tagged"]
     is_forced: bool = False
     reused_tokens: int = dataclasses.field(default=0, compare=False)
     seconds: float = dataclasses.field(default=0.0, compare=False)
@@ -69,10 +72,11 @@ class Completion:
     def parsed(self) -> Parsed:
         """Thought, answer and boxed answer of the text."""
         if self.answer_span is None:
-            return parse(self.text)
+            return parse(self.text, self.thinking)
         begin, end = self.answer_span
         is_closed = self.text[end:].startswith(END_ANSWER)
-        return dataclasses.replace(parse(self.text[:begin]), answer=self.text[begin:end], is_answer_closed=is_closed)
+        before = parse(self.text[:begin], self.thinking)
+        return dataclasses.replace(before, answer=self.text[begin:end], is_answer_closed=is_closed)
 
     @property
     def answer(self) -> str:
@@ -87,7 +91,7 @@ class Completion:
     @property
     def boxes(self) -> list[tuple[float, float, float, float]]:
         """Boxes (x1, y1, x2, y2) that the answer names, 0 to 1000 of width and height."""
-        return find_boxes(self.text)
+        return find_boxes(self.text, thinking=self.thinking)
 
     def pixel_boxes(self, image: int = 0) -> list[tuple[int, ...]]:
         """`boxes` in pixels of the prompt's image number `image`, at its original size.

@@ -22,7 +22,7 @@ from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import KEPT, FeaturePool
 from glm4v_jax.generate.prefill_chunks import CHUNK, live_chunk
-from glm4v_jax.generate.prompt import is_message, prompt_of
+from glm4v_jax.generate.prompt import chat_variables, is_message, prompt_of, split_options
 from glm4v_jax.generate.prompt_queue import PromptQueue
 from glm4v_jax.generate.scheduler import Failure, Update, run
 from glm4v_jax.generate.sequence import SequenceState
@@ -54,8 +54,8 @@ class Request:
 
     Attributes:
       prompt: as `Engine.stream` takes it.
-      options: fields of `GenerationConfig` that differ from those of the whole batch; not those that all its requests
-        share (`OF_ALL_REQUESTS`).
+      options: as `Engine.stream` takes them, where they differ from those of the whole batch; not those that all its
+        requests share (`OF_ALL_REQUESTS`).
     """
 
     prompt: Any
@@ -178,7 +178,8 @@ class Engine:
         Args:
           prompt: see `prompt`.
           preset: name of published sampling options (`presets.PRESETS`), which override the checkpoint's.
-          **options: fields of `GenerationConfig`, which override both.
+          **options: fields of `GenerationConfig`, which override both; and for messages `tools`, the functions that the
+            model may call, and `enable_thinking`, of which False is the same as `think_budget=0`.
 
         Yields:
           Text as it is generated; the last delta holds the completion.
@@ -186,13 +187,16 @@ class Engine:
         Raises:
           Glm4vError: the prompt or an option is invalid; before anything is computed.
         """
-        sequence = self.new_sequence(self.prompt(prompt), self.config(preset, **options))
-        return self._stream(sequence)
+        return self._stream(self._sequence(prompt, preset, options))
 
     def generate(self, prompt: Any, *, preset: str | None = None, **options: Any) -> Completion:
         """Generate from a prompt and wait for the completion; see `stream`."""
-        sequence = self.new_sequence(self.prompt(prompt), self.config(preset, **options))
-        return last(self._stream(sequence, self.steps_per_dispatch or MAX_STEPS))
+        return last(self._stream(self._sequence(prompt, preset, options), self.steps_per_dispatch or MAX_STEPS))
+
+    def _sequence(self, prompt: Any, preset: str | None, options: Mapping[str, Any]) -> SequenceState:
+        variables, options = split_options(options)
+        config = self.config(preset, **options)
+        return self.new_sequence(self.prompt(prompt, **chat_variables(variables, config, self.processor)), config)
 
     def generate_many(
         self,
@@ -220,6 +224,7 @@ class Engine:
         Raises:
           Glm4vError: an option or a prompt is invalid.
         """
+        shared_variables, options = split_options(options)
         shared = self.config(preset, **options)
         checked("samples", samples, Positive, GenerationError)
 
@@ -227,9 +232,12 @@ class Engine:
             request = item.request
             if shared_options := [name for name in OF_ALL_REQUESTS if name in request.options]:
                 raise GenerationError(f"{shared_options[0]}: found an option of one prompt; expected one for all")
-            config = configured(shared, None, request.options)
-            number = index % samples if "seed" in request.options else index
-            return self.new_sequence(item.prompt(self.prompt), config, index=index, number=number)
+            own_variables, own = split_options(request.options)
+            config = configured(shared, None, own)
+            variables = chat_variables(shared_variables | own_variables, config, self.processor)
+            number = index % samples if "seed" in own else index
+            prompt = item.prompt(lambda one: self.prompt(one, **variables))
+            return self.new_sequence(prompt, config, index=index, number=number)
 
         def items() -> Iterator[_Prepared]:
             for item in [prompts] if _is_one(prompts) else prompts:
@@ -259,7 +267,8 @@ class Engine:
           system: the system message.
           preset, **options: see `stream`; for all turns.
         """
-        return Conversation(self, system, self.config(preset, **options))
+        variables, options = split_options(options)
+        return Conversation(self, system, self.config(preset, **options), **variables)
 
     def warmup(
         self,
@@ -322,7 +331,8 @@ class Engine:
         """Create the state of a request that has not started; see `SequenceState`."""
         config.check_vocabulary(self.runtime.config.text_config.vocab_size)
         limit = self.runtime.config.text_config.max_position_embeddings
-        return SequenceState(prompt, config, self.processor.tokenizer, limit, **kwargs)
+        processor = self.processor
+        return SequenceState(prompt, config, processor.tokenizer, limit, thinking=processor.thinking, **kwargs)
 
     def reserve(self, capacity: int) -> None:
         """Have slots hold at least `capacity` tokens of prompt and completion from now on."""

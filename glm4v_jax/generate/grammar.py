@@ -23,14 +23,12 @@ import tokenizers
 
 from glm4v_jax.config.grammar import Grammar
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, THINK
+from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, THINK, thought_before
 from glm4v_jax.generate.token_masks import Turn
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-
-_ASSISTANT = "<|assistant|>"
 
 
 class _Phase(enum.Enum):
@@ -53,7 +51,6 @@ class _Vocabulary:
     end_think: int | None
     answer: int | None
     line_break: int | None
-    assistant: int | None
 
     @classmethod
     def of(cls, tokenizer: Glm4vTokenizer) -> "_Vocabulary":
@@ -66,7 +63,6 @@ class _Vocabulary:
             end_think=backend.token_to_id(END_THINK),
             answer=backend.token_to_id(ANSWER),
             line_break=breaks[0] if len(breaks) == 1 else None,
-            assistant=backend.token_to_id(_ASSISTANT),
         )
 
 
@@ -132,7 +128,7 @@ class Guide:
             self._matcher = matcher.deep_copy()
         self._eos = eos_token_id
         self._pending: list[int] = []  # forced tokens that have not come yet; the matcher knows them
-        self._phase = self._phase_after(prompt_ids)
+        self._phase = self._phase_after(prompt_ids, tokenizer)
         self._may_break = self._vocabulary.line_break is not None
         self.error: str | None = None
 
@@ -225,15 +221,15 @@ class Guide:
             return _with(self._allowed, self._eos)
         return _without(self._allowed, self._eos)
 
-    def _phase_after(self, prompt_ids: np.ndarray) -> _Phase:
+    def _phase_after(self, prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> _Phase:
         """Where a prompt ends: some templates open a thought, or open and close it."""
         words = self._vocabulary
         if words.think is None or words.end_think is None:
             return _Phase.BEFORE
-        assistant, think, end = (_last(prompt_ids, token) for token in (words.assistant, words.think, words.end_think))
-        if max(think, end) <= assistant:
+        is_open = thought_before(prompt_ids, tokenizer)
+        if is_open is None:
             return _Phase.OPEN
-        return _Phase.THOUGHT if think > end else _Phase.BEFORE
+        return _Phase.THOUGHT if is_open else _Phase.BEFORE
 
 
 def _bits(matcher: "LLMatcher", vocabulary: _Vocabulary) -> np.ndarray:
@@ -258,12 +254,6 @@ def _without(bits: np.ndarray, tokens: tuple[int, ...] | list[int]) -> np.ndarra
 
 def _has(bits: np.ndarray, token: int) -> bool:
     return bool(bits[token // 32] >> np.uint32(token % 32) & 1)
-
-
-def _last(ids: np.ndarray, token: int | None) -> int:
-    """The place of the last of these tokens, -1 for none."""
-    found = np.flatnonzero(ids == (-1 if token is None else token))
-    return int(found[-1]) if found.size else -1
 
 
 def _fault(grammar: Grammar, matcher: "LLMatcher") -> str:

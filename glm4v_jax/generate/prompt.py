@@ -2,13 +2,57 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from glm4v_jax.config.checks import checked
+from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import MessageError
+from glm4v_jax.errors import GenerationError, MessageError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
 from glm4v_jax.inputs.text.messages import extract_media
+
+_CHAT_OPTIONS: Mapping[str, Any] = {
+    "tools": Annotated[list[dict[str, Any]], Meta(description="a list of objects with 'function'")],
+    "enable_thinking": bool,
+}
+CHAT_OPTIONS = tuple(_CHAT_OPTIONS)
+"""Options of a request that are for the chat template: the functions that the model may call, whether it may think."""
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split the options of a request into those for the chat template, and fields of `GenerationConfig`.
+
+    >>> split_options({"tools": [], "enable_thinking": False, "seed": 7})
+    ({'tools': [], 'enable_thinking': False}, {'seed': 7, 'think_budget': 0})
+
+    Raises:
+      GenerationError: one for the template is not what it should be.
+    """
+    variables = {
+        name: checked(name, options[name], hint, GenerationError)
+        for name, hint in _CHAT_OPTIONS.items()
+        if options.get(name) is not None
+    }
+    others = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
+    if variables.get("enable_thinking") is False:
+        others["think_budget"] = 0
+    return variables, others
+
+
+def chat_variables(variables: Mapping[str, Any], config: GenerationConfig, processor: Glm4vProcessor) -> dict[str, Any]:
+    """What the chat template is given: the switch of thoughts only where it has one.
+
+    Without one, `SequenceState` puts the end of an empty thought before the answer.
+    """
+    variables = dict(variables)
+    if config.think_budget == 0:
+        variables["enable_thinking"] = False
+    if "enable_thinking" not in processor.template_variables:
+        variables.pop("enable_thinking", None)
+    return variables
 
 
 def is_message(value: Any) -> bool:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
 from glm4v_jax.generate.grammar import Guide
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.text.repetition import RepetitionGuard
 from glm4v_jax.generate.text.stream import StopStrings, TextStream
-from glm4v_jax.generate.text.thinking import ANSWER, END_THINK, Part, ThinkingParser
+from glm4v_jax.generate.text.thinking import THINK, Part, ThinkingParser, thought_before
 from glm4v_jax.generate.token_masks import HELD, Turn
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -32,6 +33,7 @@ class SequenceState:
         tokenizer: Glm4vTokenizer,
         max_position_embeddings: int,
         *,
+        thinking: ThinkingFormat = THINKING["tagged"],
         index: int = 0,
         number: int = 0,
         keep: int = 0,
@@ -40,7 +42,7 @@ class SequenceState:
 
         Args:
           prompt, config: the request.
-          tokenizer, max_position_embeddings: of the model.
+          tokenizer, max_position_embeddings, thinking: of the model.
           index: number of the prompt among others, for the completion.
           number: number of the row in its request, for sampling.
           keep: tokens of the prompt that the row's cache holds.
@@ -53,7 +55,8 @@ class SequenceState:
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._number, self._keep = tokenizer, number, keep
         self._logprobs: list[TokenLogprob] = []
-        self._stream, self._parser = TextStream(tokenizer), ThinkingParser()
+        self._thinking = thinking
+        self._stream, self._parser = TextStream(tokenizer), ThinkingParser(thinking)
         self._stops, self._guard = StopStrings(config.stop_strings), RepetitionGuard()
         self._stop_string: str | None = None
         self._text: list[str] = []
@@ -71,29 +74,39 @@ class SequenceState:
         self._length = self._parsed = 0  # characters so far: decoded, and taken apart
         self._answer_begin: int | None = None
         self._answer_end: int | None = None
-        may_close = config.think_budget is not None or self._guide is not None
-        self._close = tokenizer.encode(END_THINK + ANSWER) if may_close else []
+        budget, is_open = config.think_budget, thought_before(prompt.input_ids, tokenizer)
+        self._close = tokenizer.encode(thinking.close) if budget is not None or self._guide is not None else []
+        self._begin: list[int] = []
+        """tokens that stand for a thought which is not to be, until the first are sampled"""
+        if budget == 0 and is_open is not False:
+            self._begin = self._close if is_open else tokenizer.encode(THINK + thinking.close)
+            if self._guide is not None:
+                self._guide.close_thought()
         self._first = config.new_tokens(len(prompt), max_position_embeddings)
         self._second = 0
-        if config.think_budget is not None:
+        self._is_budgeted = bool(budget) and is_open is not False
+        """whether a thought may still have to be closed"""
+        if budget is not None:
             self._second = config.answer_budget or self._first
-            self._first = config.think_budget
+            self._first = budget
+            if not self._is_budgeted:
+                self._first, self._second = self._second, 0
             if (total := len(prompt) + self.max_total_tokens) > max_position_embeddings:
                 raise GenerationError(
-                    f"think_budget: found {self._first:,}, with {self._second:,} for the answer and a prompt of "
-                    f"{len(prompt):,} tokens; expected no more than max_position_embeddings="
+                    f"think_budget: found {budget:,}, with {self._second or self._first:,} for the answer and a prompt "
+                    f"of {len(prompt):,} tokens; expected no more than max_position_embeddings="
                     f"{max_position_embeddings:,} in all, not {total:,}"
                 )
 
     @property
     def max_total_tokens(self) -> int:
         """The most tokens that may follow the prompt."""
-        return self._first + (0 if self.config.think_budget is None else len(self._close) + self._second)
+        return len(self._begin) + self._first + (len(self._close) + self._second if self._is_budgeted else 0)
 
     @property
     def may_continue(self) -> bool:
         """Whether the row may be restarted when it ends."""
-        may_think = self.config.think_budget is not None or (self._guide is not None and self._guide.is_thinking)
+        may_think = self._is_budgeted or (self._guide is not None and self._guide.is_thinking)
         return may_think and not self._is_forced
 
     @property
@@ -119,8 +132,9 @@ class SequenceState:
     def start(self) -> Start:
         """Start the clock; returns what the row is started with."""
         self._since = time.perf_counter()
-        start = Start(self.prompt, self.config, self._first, self._keep, self._number, room=self.max_total_tokens)
-        return self._with_turn(start)
+        prompt = self.prompt.extended(self._begin) if self._begin else self.prompt
+        room = self.max_total_tokens - len(self._begin)
+        return self._with_turn(Start(prompt, self.config, self._first, self._keep, self._number, room=room))
 
     def cancel(self) -> None:
         """End this with the next `take`, which drops its tokens; from any thread."""
@@ -148,6 +162,8 @@ class SequenceState:
             self.finish_reason = "cancelled"
             return Delta("", (), (), self.completion()), None
         known = len(self._logprobs)
+        begun, before = self._put_begin()
+        begun_parts = self._parts(begun)
         # An end token that cuts a thought short is not part of the sequence, which continues without it.
         held = 1 if done and self.may_continue and tokens and tokens[-1] in self.config.eos_token_id else 0
         taken, text, stop = self._read(tokens[: len(tokens) - held], logprobs)
@@ -171,6 +187,7 @@ class SequenceState:
             self.finish_reason = stop or ("stop" if ended else "length")
         elif start is None and self._guide is not None:
             self.turn = self._guide.turn()
+        text, parts, taken = begun + text, _joined(begun_parts, parts), [*before, *taken]
         self._text.append(text)
         completion = None if self.finish_reason is None else self.completion()
         return Delta(text, tuple(parts), tuple(taken), completion, tuple(self._logprobs[known:])), start
@@ -181,8 +198,8 @@ class SequenceState:
             self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
             self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
             self.prompt.image_sizes, error=None if self._guide is None else self._guide.error,
-            answer_span=self._answer_span, reused_tokens=self.reused_tokens, is_forced=self._is_closed,
-            seconds=time.perf_counter() - self._since,
+            answer_span=self._answer_span, thinking=self._thinking, reused_tokens=self.reused_tokens,
+            is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
         )  # fmt: skip
 
     @property
@@ -256,10 +273,10 @@ class SequenceState:
         is_open = self._parser.is_thought_open if self._guide is None else self._guide.is_thinking
         if not is_open and (ended or stop == "repetition"):
             return None, "", []
-        budget, sampled = self.config.think_budget, self._sampled + ended
+        sampled = self._sampled + ended
         # Without a budget what closes the thought is among the new tokens.
-        limit = self._first - len(self._close) if budget is None else sampled + self._second
-        if budget is None and (not ended or sampled >= limit):
+        limit = sampled + self._second if self._is_budgeted else self._first - len(self._close)
+        if not self._is_budgeted and (not ended or sampled >= limit):
             return None, "", []
         forced = list(self._close) if is_open else []
         # All but the newest token are in the cache; that one is dropped if it is what ended the row.
@@ -273,18 +290,37 @@ class SequenceState:
             if self._stop_string is not None:
                 return None, text, []
             self._guard = RepetitionGuard()  # repetition in the thought must not stop the answer
-        self.tokens += forced
-        self._logprobs += [TokenLogprob(token, None, ()) for token in forced]
+        self._add_forced(forced)
         start = Start(
             self.prompt.extended(self.tokens), self.config, limit, in_cache, self._number, step=sampled,
             room=self._second,
         )  # fmt: skip
         return self._with_turn(start), text, forced
 
+    def _put_begin(self) -> tuple[str, list[int]]:
+        """Add what stands for a thought that is not to be, before the first sampled token; no stop string is in it."""
+        begin, self._begin = self._begin, []
+        text = self._stream.push(begin)
+        self._length += len(text)
+        self._add_forced(begin)
+        return text, begin
+
+    def _add_forced(self, tokens: Sequence[int]) -> None:
+        """Add tokens that were not sampled."""
+        self.tokens += tokens
+        self._logprobs += [TokenLogprob(token, None, ()) for token in tokens]
+
     def _flush(self) -> str:
         """The rest of the text: broken characters, and the beginning of what did not become a stop string."""
         certain, self._stop_string = self._stops.push(self._stream.finish())
         return certain if self._stop_string is not None else certain + self._stops.finish()
+
+
+def _joined(parts: list[Part], others: list[Part]) -> list[Part]:
+    """Parts of two texts that follow each other, neighbours of a kind as one."""
+    if parts and others and parts[-1].kind is others[0].kind:
+        parts, others = [*parts[:-1], Part(parts[-1].kind, parts[-1].text + others[0].text)], others[1:]
+    return parts + others
 
 
 class _SingleQueue:

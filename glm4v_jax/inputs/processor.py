@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from glm4v_jax.config.checks import fault
 from glm4v_jax.config.family import processors_of
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.thinking import ThinkingFormat, thinking_format
 from glm4v_jax.errors import CheckpointError, MessageError, naming, not_there
 from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
@@ -166,6 +167,20 @@ class Glm4vProcessor:
           CheckpointError: there is none.
         """
         return choose_template(self.chat_template, wanted, where=self._directory or "chat_template")
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the default chat template reads besides messages; nothing where there is none."""
+        template = self._default_template()
+        return frozenset() if template is None else template_variables(template)
+
+    @property
+    def thinking(self) -> ThinkingFormat:
+        """How the model writes thoughts, by its chat template and tokenizer."""
+        return thinking_format(self._default_template(), self.tokenizer.get_added_vocab().__contains__)
+
+    def _default_template(self) -> str | None:
+        return self.chat_template.get("default") if isinstance(self.chat_template, dict) else self.chat_template
 
     def save_pretrained(self, save_directory: str | pathlib.Path) -> None:
         """Write the files of the parts and the chat template, which `from_pretrained` here and in transformers loads.

@@ -6,7 +6,7 @@ From the outside in:
 - `endpoints`: what answers each route. `service`: the engine behind them, and the preparation of requests; `call`: one
   request while it is answered.
 - `bodies`, `requests`: fields of requests to messages and options; `media`: images and videos to bytes.
-- `responses`, `tool_calls`: completions to bodies and events.
+- `responses`: completions to bodies and events.
 - `metrics`: what `/metrics` shows; `errors`: `ApiError`, every error that a client sees.
 - `page`: the chat page; `preview`: what the model sees of an image or video.
 """

@@ -15,11 +15,11 @@ from typing import Any
 from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob, box_fields
 from glm4v_jax.generate.text.stream import TextStream
 from glm4v_jax.generate.text.thinking import THINK, Kind, Part, ThinkingParser
+from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.requests import ApiRequest
-from glm4v_jax.serve.tool_calls import ToolCall, ToolCallParser
 
 DONE = b"data: [DONE]\n\n"
 _LOWEST = -9999.0

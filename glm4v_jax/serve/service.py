@@ -15,7 +15,6 @@ from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.live import LiveEngine, QueueFullError, State
 from glm4v_jax.generate.sequence import SequenceState
-from glm4v_jax.generate.text.thinking import ANSWER, END_THINK
 from glm4v_jax.generate.warmup import Warmed, largest_pool
 from glm4v_jax.inputs.media.threads import num_workers
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -251,7 +250,7 @@ class Service:
     def _sequences(self, request: ApiRequest) -> tuple[list[Prompt], list[SequenceState]]:
         engine = self.engine
         base = engine.config(self.settings.preset, **request.options)
-        close = len(engine.processor.tokenizer.encode(END_THINK + ANSWER))
+        close = len(engine.processor.tokenizer.encode(engine.processor.thinking.close))
         prompts, sequences = [], list[SequenceState]()
         for asked in request.prompts:
             prompt = self.prompt_of(asked, dict(request.variables))

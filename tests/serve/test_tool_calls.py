@@ -15,8 +15,8 @@ from tokenizers import AddedToken
 
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.text.stream import TOOL_TAGS, TextStream
+from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
-from glm4v_jax.serve.tool_calls import ToolCall, ToolCallParser
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 PARAMETERS = {

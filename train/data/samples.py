@@ -30,8 +30,8 @@ from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
-from glm4v_jax.inputs.text.chat_template import render_template
-from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
+from glm4v_jax.inputs.text.chat_template import printable_messages, render_template
+from glm4v_jax.inputs.text.messages import extract_media
 from glm4v_jax.inputs.vision.settings import MediaWithOptions
 from train.data.records import Record
 
@@ -229,7 +229,7 @@ class _Template:
 
     def spans(self, messages: Sequence[Mapping[str, Any]], targets: Sequence[int], text: str) -> list[tuple[int, int]]:
         """Return (start, stop) of the answers of turns `targets` in `text`: from the prompt for each to its end."""
-        messages = normalise_messages(messages, self.source)
+        messages = printable_messages(messages, self.source)
         spans = []
         for index in targets:
             before, after = self._render(messages[:index], True), self._render(messages[: index + 1])

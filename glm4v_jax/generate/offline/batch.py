@@ -14,6 +14,7 @@ from glm4v_jax.files import fingerprint, is_same_file, model_fingerprint
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.generate.offline.answer_file import AnswerFile, open_answers
 from glm4v_jax.generate.offline.prompts import BatchPrompt, asks_network
+from glm4v_jax.generate.prompt import split_options
 
 if TYPE_CHECKING:
     from glm4v_jax.config.generation import GenerationConfig
@@ -264,7 +265,8 @@ class PromptBatch:
             "model": self._model,
             "dtype": self._dtype,
             # Of the options those that are set: a file of answers outlives new ones.
-            "config": self._config.replace(**prompt.options).changed() | {"seed": self._seeds[prompt.name]},
+            "config": self._config.replace(**split_options(prompt.options)[1]).changed()
+            | {"seed": self._seeds[prompt.name]},
             "asked": prompt.asked,
         }
         return _digest(asked).hex()

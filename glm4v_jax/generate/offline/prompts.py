@@ -91,6 +91,7 @@ def read_prompts(
 def _read(
     line: bytes, index: int, directory: str, config: "GenerationConfig", template: str, system: str | None
 ) -> BatchPrompt:
+    from glm4v_jax.generate.prompt import CHAT_OPTIONS
     from glm4v_jax.inputs.text.chat_template import COMMON_ROLES, render_conversation
 
     try:
@@ -120,7 +121,7 @@ def _read(
             found = kind_of(row["prompt"]) if "prompt" in row else "nothing"
             raise MessageError(f"prompt: found {found}; expected a string, or 'messages' instead")
         messages = user_messages(row["prompt"], _media(row, directory), system)
-    asked = {name: value for name, value in row.items() if name not in options and name != "id"}
+    asked = {name: value for name, value in row.items() if name in CHAT_OPTIONS or name not in {*options, "id"}}
     missing = next((place for place in _sources(messages) if _is_file(place) and not os.path.exists(place)), None)
     return BatchPrompt(
         index, messages, asked | {"system": system}, options, {"id": row["id"]} if "id" in row else {},
@@ -134,13 +135,14 @@ def _check_options(options: Mapping[str, Any], config: "GenerationConfig") -> No
     if options.get("num_return_sequences", 1) != 1:
         raise GenerationError(f"num_return_sequences: found {options['num_return_sequences']!r}; expected 1")
     from glm4v_jax.config.generation import OF_ALL_REQUESTS, OF_BEAMS, OF_THE_MODEL
+    from glm4v_jax.generate.prompt import CHAT_OPTIONS, split_options
 
     known = {field.name for field in dataclasses.fields(config)} - {*OF_THE_MODEL, *OF_BEAMS, *OF_ALL_REQUESTS}
-    if unknown := [name for name in options if name not in known]:
-        expected = ", ".join([*_FIELDS, *sorted(known - {"num_return_sequences", "use_cache"})])
-        near = did_you_mean(unknown[0], [*_FIELDS, *known])
+    if unknown := [name for name in options if name not in {*known, *CHAT_OPTIONS}]:
+        expected = ", ".join([*_FIELDS, *CHAT_OPTIONS, *sorted(known - {"num_return_sequences", "use_cache"})])
+        near = did_you_mean(unknown[0], [*_FIELDS, *CHAT_OPTIONS, *known])
         raise MessageError(f"{unknown[0]}: found an unknown field; expected some of {expected}{near}")
-    config.replace(**options)  # raises where one is out of range
+    config.replace(**split_options(options)[1])  # raises where one is out of range
 
 
 def asks_network(prompt: BatchPrompt) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.errors import GenerationError, counted
 from glm4v_jax.generate.text.thinking import parse
 
@@ -33,7 +34,9 @@ _COLOURS = ("#ffe119", "#42d4f4", "#f58231", "#bfef45", "#ff8fd8", "#ffffff")
 _RIM = "#000000"
 
 
-def find_boxes(text: str, limit: float = SCALE) -> list[tuple[float, float, float, float]]:
+def find_boxes(
+    text: str, limit: float = SCALE, *, thinking: ThinkingFormat = THINKING["tagged"]
+) -> list[tuple[float, float, float, float]]:
     """Return the boxes (x1, y1, x2, y2) that the answer in `text` names, from 0 to 1000, as and in the order written.
 
     A box is four numbers in brackets of any style, `[]`, `()`, `<>` or `{}`, inside other brackets or not, with commas,
@@ -43,17 +46,20 @@ def find_boxes(text: str, limit: float = SCALE) -> list[tuple[float, float, floa
     Args:
         text: all that was generated.
         limit: the largest coordinate, for answers of another scale: 1 for shares, `math.inf` for pixels.
+        thinking: how the model writes thoughts.
     """
-    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in _find(_BOX, text, limit)]
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in _find(_BOX, text, limit, thinking)]
 
 
-def find_points(text: str, limit: float = SCALE) -> list[tuple[float, float]]:
+def find_points(
+    text: str, limit: float = SCALE, *, thinking: ThinkingFormat = THINKING["tagged"]
+) -> list[tuple[float, float]]:
     """Return the points (x, y) that the answer in `text` names, two numbers in brackets; else as `find_boxes`."""
-    return [(x, y) for x, y in _find(_POINT, text, limit)]
+    return [(x, y) for x, y in _find(_POINT, text, limit, thinking)]
 
 
-def _find(pattern: re.Pattern[str], text: str, limit: float) -> list[list[float]]:
-    parsed = parse(text)
+def _find(pattern: re.Pattern[str], text: str, limit: float, thinking: ThinkingFormat) -> list[list[float]]:
+    parsed = parse(text, thinking)
     return _groups(pattern, "\n".join(parsed.boxed), limit) or _groups(pattern, parsed.answer, limit)
 
 

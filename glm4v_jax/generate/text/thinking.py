@@ -1,8 +1,9 @@
 """What a generated text consists of: thought, answer, and what the answer puts in a box.
 
-The model writes `<think>…</think>`, then `<answer>… <|begin_of_box|>FINAL<|end_of_box|> …</answer>`. `</answer>` ends a
-generation, so the last tag is usually missing, and a cut text misses more. `ThinkingParser` reads a text piece by piece
-while it is written, `parse` a finished one; both are the same machine.
+GLM-4.1V writes `<think>…</think>`, then `<answer>… <|begin_of_box|>FINAL<|end_of_box|> …</answer>`. `</answer>` ends a
+generation, so the last tag is usually missing, and a cut text misses more. Later models write no tags around their
+answer (`config.thinking.THINKING`). `ThinkingParser` reads a text piece by piece while it is written, `parse` a
+finished one; both are the same machine.
 """
 
 import dataclasses
@@ -10,6 +11,11 @@ import enum
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+
+from glm4v_jax.config.thinking import THINKING, ThinkingFormat
+from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
@@ -20,7 +26,12 @@ TAGS = (THINK, END_THINK, ANSWER, END_ANSWER, BOX, END_BOX)
 # Split at a group, and the tags stay in the list: text, tag, text, tag, ..., text.
 _SPLIT = re.compile("(" + "|".join(re.escape(tag) for tag in TAGS) + ")")
 
-_WELL_FORMED = re.compile(r"^<think>(.*?)</think>\s*<answer>(.*?)</answer>$", re.DOTALL | re.IGNORECASE)
+_WELL_FORMED = {
+    True: re.compile(r"^<think>(.*?)</think>\s*<answer>(.*?)</answer>$", re.DOTALL | re.IGNORECASE),
+    False: re.compile(r"^<think>(.*?)</think>\s*(\S.*)$", re.DOTALL | re.IGNORECASE),
+}
+
+_ASSISTANT = "<|assistant|>"
 
 
 class Kind(enum.StrEnum):
@@ -80,13 +91,16 @@ class ThinkingParser:
     - `<answer>` opens an answer, in a thought that nobody closed too. `</answer>` closes it.
     - Box tags mark a part of an answer, or of text outside all tags. In a thought they mean nothing.
     - A tag that means nothing is left out like any other.
+    - In a format without tags of answers these are text. So are the tags of thoughts after the first thought, of which
+      an answer may speak.
 
     A section outside all tags is omitted if it is only whitespace, as between `</think>` and `<answer>`. Other
     whitespace stays; `Parsed` has it stripped.
     """
 
-    def __init__(self, *, with_box_tags: bool = False) -> None:
-        """Start an empty text; `with_box_tags` leaves the tags of boxes in the parts."""
+    def __init__(self, thinking: ThinkingFormat = THINKING["tagged"], *, with_box_tags: bool = False) -> None:
+        """Start an empty text of a format; `with_box_tags` leaves the tags of boxes in the parts."""
+        self._has_answer_tags = thinking.has_answer_tags
         self._with_box_tags = with_box_tags
         self._pieces: list[_Piece] = []
         self._new: list[Part] = []
@@ -161,8 +175,16 @@ class ThinkingParser:
     def _text_of(self, region: Kind) -> str:
         return "".join(piece.text for piece in self._pieces if piece.region is region and not piece.is_tag)
 
+    def _is_text(self, tag: str) -> bool:
+        """Whether a tag is none here."""
+        if self._has_answer_tags or tag in (BOX, END_BOX):
+            return False
+        return tag in (ANSWER, END_ANSWER) or self._was_thought_closed
+
     def _read_tag(self, tag: str) -> None:
-        if tag == THINK and self._region is not Kind.ANSWER:
+        if self._is_text(tag):
+            self._add_text(tag)
+        elif tag == THINK and self._region is not Kind.ANSWER:
             self._enter(Kind.THOUGHT)
             self._has_thought, self._is_thought_closed = True, False
         elif tag == END_THINK:
@@ -221,12 +243,18 @@ class ThinkingParser:
         return new
 
 
-def parse(text: str) -> Parsed:
-    """Take a finished text apart; `ThinkingParser` says by which rules. Never raises."""
-    return _read(text).parsed()
+def parse(text: str, thinking: ThinkingFormat = THINKING["tagged"]) -> Parsed:
+    r"""Take a finished text apart; `ThinkingParser` says by which rules. Never raises.
+
+    The default reads texts of either format, as long as an answer without tags does not speak of `<answer>`.
+
+    >>> parse("<think>4</think>\nIt is four.").answer
+    'It is four.'
+    """
+    return _read(text, thinking).parsed()
 
 
-def without_thoughts(text: str) -> str:
+def without_thoughts(text: str, thinking: ThinkingFormat = THINKING["tagged"]) -> str:
     """Return what of an assistant's turn goes into the history: its answer.
 
     As in the reference's `trans_infer_cli.py` that is the inside of `<answer>`, stripped, *with* its box tags, which
@@ -234,18 +262,19 @@ def without_thoughts(text: str) -> str:
     outside the thought does. A text without tags of a thought or an answer stays as it is. A turn that was cut off in
     its thought leaves an empty string.
     """
-    parser = _read(text)
+    parser = _read(text, thinking)
     return parser.answer_with_boxes() if parser.has_tags else text
 
 
-def is_well_formed(text: str) -> bool:
+def is_well_formed(text: str, thinking: ThinkingFormat = THINKING["tagged"]) -> bool:
     """Whether `text` keeps to the format for which training rewarded the model (`check_answer_format`).
 
     That is one thought and one closed answer with nothing but whitespace between them and nothing around them, none of
     their tags inside, at most one box and no LaTeX one; upper and lower case do not matter. `</answer>` must be in the
-    text, which ends the generation and may therefore have to be put back.
+    text, which ends the generation and may therefore have to be put back. In a format without tags of answers, it is
+    one thought with some text after it, by the same rules.
     """
-    match = _WELL_FORMED.search(text)
+    match = _WELL_FORMED[thinking.has_answer_tags].search(text)
     if match is None:
         return False
     thought, answer = (group.lower() for group in match.groups())
@@ -254,8 +283,24 @@ def is_well_formed(text: str) -> bool:
     return answer.count(BOX) <= 1 and answer.count(END_BOX) <= 1 and "\\boxed{" not in answer
 
 
-def _read(text: str) -> ThinkingParser:
-    parser = ThinkingParser()
+def thought_before(prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> bool | None:
+    """Whether a prompt ends within a thought, True, or after the one of this turn, False; None if it has none.
+
+    Some chat templates open a thought; those that know `enable_thinking` open and close it to switch it off.
+    """
+    to_id = tokenizer.backend_tokenizer.token_to_id
+    assistant, think, end = (_last(prompt_ids, to_id(token)) for token in (_ASSISTANT, THINK, END_THINK))
+    return None if max(think, end) <= assistant else think > end
+
+
+def _last(ids: np.ndarray, token: int | None) -> int:
+    """The place of the last of these tokens, -1 for none."""
+    found = np.flatnonzero(ids == (-1 if token is None else token))
+    return int(found[-1]) if found.size else -1
+
+
+def _read(text: str, thinking: ThinkingFormat) -> ThinkingParser:
+    parser = ThinkingParser(thinking)
     parser.push(text)
     parser.finish()
     return parser

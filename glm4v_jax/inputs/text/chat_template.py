@@ -249,7 +249,7 @@ def render_conversation(
     """
     if continue_final_message and add_generation_prompt:
         raise MessageError(f"{where}continue_final_message and add_generation_prompt exclude each other, pass one")
-    messages = [_without_bytes(message) for message in normalise_messages(messages, source, where)]
+    messages = printable_messages(messages, source, where)
     final_text = ""
     if continue_final_message:
         messages, final_text = _tag_final_message(messages, where)
@@ -261,9 +261,11 @@ def render_conversation(
             "GLM-4.1V checkpoint (chat_template.jinja, or the field 'chat_template' of tokenizer_config.json)"
         )
     known_roles = [role for role in COMMON_ROLES if mentions(source, role)]
+    checked_roles = set(known_roles)
     for index, message in enumerate(messages):
         role, content = message["role"], message.get("content")
-        if role not in COMMON_ROLES or not mentions(source, role):
+        if role not in checked_roles:
+            checked_roles.add(role)  # a conversation may hold hundreds of tools' results
             others = [*messages[:index], *messages[index + 1 :]]
             if _render_or_none(source, others, **variables) == prompt:
                 expected = f"; expected one of {', '.join(map(repr, known_roles))}" if known_roles else ""
@@ -282,11 +284,35 @@ def render_conversation(
     return prompt
 
 
-def _without_bytes(message: Message) -> Message:
-    """A message whose images and videos are empty: a template may print what it gets, and files are megabytes."""
+_PROBE = "probe-5b1f"
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_items(source: str, role: str) -> bool:
+    """Whether a template prints the texts of a list of items; `{{ message.content }}` prints its Python repr."""
+    items = [{"type": "text", "text": _PROBE}]
+    prompt = _render_or_none(source, [{"role": "user", "content": "?"}, {"role": role, "content": items}])
+    return prompt is not None and _PROBE in prompt and f"'text': '{_PROBE}'" not in prompt
+
+
+def printable_messages(messages: Sequence[Message], source: str, where: str = "") -> list[Message]:
+    """Messages of `normalise_messages` as a template can print them: texts alone are a string where it takes no items.
+
+    Images and videos are empty: a template may print what it gets, and files are megabytes.
+
+    Raises:
+      MessageError: as `normalise_messages` does.
+    """
+    return [_printable(message, source) for message in normalise_messages(messages, source, where)]
+
+
+def _printable(message: Message, source: str) -> Message:
     content = message.get("content")
     if not isinstance(content, list):
         return message
+    is_text = message["role"] != "user" and all(item["type"] == "text" for item in content)
+    if is_text and not _takes_items(source, message["role"]):
+        return {**message, "content": "".join(item["text"] for item in content)}
     return {**message, "content": [{key: _emptied(value) for key, value in item.items()} for item in content]}
 
 

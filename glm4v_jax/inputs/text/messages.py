@@ -35,11 +35,12 @@ _OTHER_VIDEO_OPTIONS = ("nframes", "num_frames", "min_frames", "max_frames", "to
 # What clients add that does not change what the model is shown: OpenAI's `detail` asks for a resolution of its own
 # models, the others are for caches and programs.
 _ITEM_NOTES = frozenset({"detail", "format", "cache_control", "annotations", "logprobs", "id", "index", "uuid"})
+_THOUGHTS = ("reasoning_content", "reasoning")
 _MESSAGE_NOTES = frozenset(
     {
         "name", "tool_call_id", "refusal", "annotations", "id", "index", "status", "type", "cache_control",
         # Thoughts are not part of the history, unless the template has a place for them.
-        "reasoning_content", "reasoning",
+        *_THOUGHTS,
     }
 )  # fmt: skip
 # What would be missing from the prompt if the template does not print it.
@@ -60,10 +61,10 @@ def _reads(source: str, field: str) -> bool:
 def normalise_messages(messages: Sequence[Message], source: str, where: str = "") -> list[dict[str, Any]]:
     """A conversation in the one form that chat templates understand.
 
-    Contents that are lists of text become a string wherever the role is not `user` (a template prints their Python repr
-    otherwise). OpenAI's shapes become those of transformers: `image_url`, `video_url`, `input_image` and `input_text`
-    items are images, videos and texts; arguments of `tool_calls` that are JSON become objects, and null beside them
-    becomes an empty content; `developer` is `system`. Items without a type get one, and keys without a value go.
+    OpenAI's shapes become those of transformers: `image_url`, `video_url`, `input_image` and `input_text` items are
+    images, videos and texts; arguments of `tool_calls` that are JSON become objects; a content that is null beside them
+    or beside a thought becomes an empty one; `reasoning` gets the name `reasoning_content` where the template reads
+    that; `developer` is `system`. Items without a type get one, and keys without a value go.
 
     Args:
       messages: messages with `role` and `content`: a string, or a list of items of type `text`, `image` or `video`.
@@ -96,8 +97,8 @@ def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
         role = "system"
     fields = _message_fields(message, source, where)
     if content is None:
-        # A turn that only calls tools says nothing.
-        if "tool_calls" not in fields:
+        # A turn that only calls tools, or was cut off in its thought, says nothing.
+        if not any(name in fields for name in ("tool_calls", *_THOUGHTS)):
             raise MessageError(f"{where}: field 'content': found nothing; expected a string or a list of items")
         content = ""
     if isinstance(content, str):
@@ -107,8 +108,6 @@ def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
     items: list[dict[str, Any]] = [
         _normalise_item(item, source, f"{where}, item {index}") for index, item in enumerate(content)
     ]
-    if role != "user" and all(item["type"] == "text" for item in items):
-        return {"role": role, "content": "".join(item["text"] for item in items), **fields}
     return {"role": role, "content": items, **fields}
 
 
@@ -126,6 +125,9 @@ def _message_fields(message: Message, source: str, where: str) -> dict[str, Any]
     for name in _MISPLACED:
         if name in fields:
             raise MessageError(f"{where}: field {name!r}: found some; expected images and videos as items of 'content'")
+    if "reasoning" in fields and _reads(source, "reasoning_content"):
+        # Servers disagree about the name; templates read this one.
+        fields.setdefault("reasoning_content", fields.pop("reasoning"))
     if "tool_calls" in fields:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{where}: field 'tool_calls'")
     unknown = [name for name in fields if not (name in _MESSAGE_NOTES or _reads(source, str(name)))]
@@ -174,7 +176,8 @@ def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
             found = " and ".join(kinds) or "neither 'text' nor 'image' nor 'video'"
             raise MessageError(f"{where}: field 'type' is missing and the item has {found}; expected one of them")
         kind = kinds[0]
-    if kind in _URL_TYPES and not mentions(source, kind):
+    if kind in _URL_TYPES and (mentions(source, _URL_TYPES[kind][0]) or not mentions(source, kind)):
+        # Also where a template knows both: that of GLM-4.6V does for a tool's result, and drops it in a user's message.
         kind, item = _from_openai(kind, item, where)
     elif kind in _TEXT_TYPES and not (kind != "text" and mentions(source, kind)):
         text = item.pop(_TEXT_TYPES[kind], None)

@@ -8,11 +8,12 @@ from glm4v_jax.errors import CheckpointError, MessageError
 from glm4v_jax.inputs.text.chat_template import (
     choose_template,
     load_chat_template,
+    printable_messages,
     render_conversation,
     render_template,
     template_variables,
 )
-from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
+from glm4v_jax.inputs.text.messages import extract_media
 from tests.helpers_tokenizer import GOLDEN
 
 TEMPLATE = (GOLDEN / "checkpoint" / "chat_template.jinja").read_text()
@@ -314,9 +315,11 @@ def test_an_image_without_a_source_can_be_rendered():
     assert render_conversation([user({"type": "image"}, text("t"))], TEMPLATE) == f"[gMASK]<sop><|user|>\n{IMAGE_TAGS}t"
 
 
-def test_normalise_keeps_other_fields():
+def test_texts_are_joined_where_the_template_takes_no_items():
     message = {"role": "assistant", "metadata": "m", "content": [text("a"), text("b")]}
-    assert normalise_messages([message], TEMPLATE) == [{"role": "assistant", "metadata": "m", "content": "ab"}]
+    assert printable_messages([message], TEMPLATE) == [{"role": "assistant", "metadata": "m", "content": "ab"}]
+    with_items = "{% for m in messages %}{{ m.metadata }}{% for x in m.content %}{{ x.text }}|{% endfor %}{% endfor %}"
+    assert render_conversation([message], with_items) == "ma|b|"
 
 
 def test_where_templates_are_found(tmp_path):

@@ -7,7 +7,7 @@ from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.media.load import SampledVideo
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.text.literals import Literals, has_literals
-from tests.helpers_tokenizer import write_small_processor
+from tests.helpers_tokenizer import FAMILY_TEMPLATE, write_small_processor
 
 IMAGE = {"type": "image", "image": SQUARE}
 
@@ -75,17 +75,23 @@ def test_tags_of_thoughts_stay_tokens(processor):
     assert [index for index in ids if index >= 272] == [272, 273, 274, 275]
 
 
-def test_tools_and_calls_are_text(processor):
-    processor = Glm4vProcessor(
-        processor.image_processor, processor.tokenizer, processor.video_processor,
-        "<|user|>{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    )  # fmt: skip
-    # JSON may write any character as an escape.
+def test_tools_calls_and_their_results_are_text(processor):
+    parts = processor.image_processor, processor.tokenizer, processor.video_processor
+    processor = Glm4vProcessor(*parts, FAMILY_TEMPLATE)
     call = {"function": {"name": "<|user|>", "arguments": '{"<|image|>": "\\u003c|image|\\u003e"}'}}
-    ids = turn(processor, [{"role": "assistant", "content": None, "tool_calls": [call]}], tools=[{"name": "<|user|>"}])
-    assert [index for index in ids if index >= 256] == [263, 264]
-    assert processor.decode(ids).count("<|image|>") == 2
+    messages = [
+        said("Hi"),
+        # JSON may write any character as an escape.
+        {"role": "assistant", "content": None, "reasoning_content": "<|image|>", "tool_calls": [call]},
+        {"role": "tool", "content": "<|image|> <|user|>"},
+        {"role": "tool", "content": [{"type": "text", "text": "<|assistant|>"}, IMAGE]},
+    ]
+    ids = turn(processor, messages, SQUARE, tools=[{"name": "<|user|>"}])
+    tokens = processor.tokenizer.convert_ids_to_tokens([index for index in ids if index >= 256 and index != IMG])
+    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|assistant|>"]
+    assert [token for token in tokens if token.startswith("<|") and "_of_" not in token] == roles
+    assert ids.count(IMG) == 9 and processor.decode(ids).count("<|user|>") == 4
+    assert processor.decode(ids).count("<|image|>") == 4 + 9
 
 
 def test_text_that_looks_like_a_mark_is_itself(processor):

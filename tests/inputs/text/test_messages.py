@@ -9,6 +9,7 @@ from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.text.chat_template import render_conversation
 from glm4v_jax.inputs.text.messages import extract_media, normalise_messages
 from glm4v_jax.inputs.vision.settings import AREA_OPTIONS
+from tests.helpers_tokenizer import FAMILY_TEMPLATE
 
 TEMPLATE = (GOLDEN / "checkpoint" / "chat_template.jinja").read_text()
 # As those of siblings that call tools; `content` that is null would print "None", JSON arguments would fail.
@@ -67,6 +68,33 @@ def test_answers_that_clients_send_back_are_rendered(message):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert render_conversation([HI, message], TEMPLATE).endswith("Hi<|assistant|>\nB")
+
+
+IMAGE_TAGS = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_images_of_openai_clients_are_shown_by_a_template_that_knows_both_spellings(role):
+    """That of GLM-4.6V knows `image_url` in a tool's result, and would drop it in a user's message."""
+    items = [{"type": "image_url", "image_url": {"url": PLACE}}, {"type": "text", "text": "A map."}]
+    messages = [HI, calling('{"a": 1}', content=None), {"role": role, "tool_call_id": "call_1", "content": items}]
+    prompt = render_conversation(messages, FAMILY_TEMPLATE)
+    assert prompt.count(IMAGE_TAGS) == 1 and "A map." in prompt.split(IMAGE_TAGS)[1]
+    assert extract_media(messages, FAMILY_TEMPLATE) == ([PLACE], [])
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_thoughts_go_where_the_template_has_a_place_for_them(field):
+    """It keeps those of the turns since the user has spoken; a turn may be cut off in its thought."""
+    call = calling('{"a": 1}', content=None, **{field: "I add."})
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "3"}
+    assert "<|assistant|>\n<think>I add.</think>\n<tool_call>add\n" in render_conversation(
+        [HI, call, result], FAMILY_TEMPLATE
+    )
+    assert "I add." not in render_conversation([HI, call, result, HI], FAMILY_TEMPLATE)
+    cut = [HI, {"role": "assistant", "content": None, field: "Hm"}]
+    assert render_conversation(cut, FAMILY_TEMPLATE).endswith("<think>Hm</think>")
+    assert render_conversation(cut, TEMPLATE).endswith("<|assistant|>\n")
 
 
 def test_developer_is_system():

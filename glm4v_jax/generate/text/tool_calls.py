@@ -1,4 +1,4 @@
-"""Tool calls in what the model writes -> those of OpenAI's interface.
+"""Calls of tools in what the model writes.
 
 Checkpoints whose chat template has tools write a call as
 
@@ -58,6 +58,24 @@ class ToolCall:
         function = body["function"]
         first = {**body, "function": {"name": function["name"], "arguments": ""}}
         return [{"index": index, **first}, {"index": index, "function": {"arguments": function["arguments"]}}]
+
+
+def split_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[ToolCall]]:
+    """Split an answer into its text and the calls in it; see `ToolCallParser`.
+
+    >>> said = "I add. <tool_call>add <arg_key>a</arg_key> <arg_value>1</arg_value> </tool_call>"
+    >>> text, calls = split_calls(said, [{"type": "function", "function": {"name": "add"}}])
+    >>> text, calls[0].name, calls[0].arguments
+    ('I add.', 'add', {'a': 1})
+
+    Args:
+      text: an answer, without its thought (`Completion.answer`).
+      tools: the functions that the prompt has named, objects with `function`.
+    """
+    parser = ToolCallParser(tools)
+    pieces = parser.push(text) + parser.finish()
+    texts = "".join(piece for piece in pieces if isinstance(piece, str))
+    return texts.strip(), [piece for piece in pieces if isinstance(piece, ToolCall)]
 
 
 class ToolCallParser:

@@ -1,0 +1,48 @@
+"""How checkpoints write a thought and the answer after it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+_END_THINK, _ANSWER = "</think>", "<answer>"
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingFormat:
+    r"""What stands around a thought and an answer.
+
+    >>> THINKING["tagged"].close, THINKING["plain"].close
+    ('</think><answer>', '</think>\n')
+
+    Attributes:
+      close: what ends a thought and begins an answer.
+      has_answer_tags: whether `<answer>` and `</answer>` are tags; else they are text, and so are the tags of thoughts
+        once a thought has ended.
+    """
+
+    close: str
+    has_answer_tags: bool
+
+
+THINKING: Mapping[str, ThinkingFormat] = {
+    # <think>...</think><answer>...</answer>: GLM-4.1V
+    "tagged": ThinkingFormat(_END_THINK + _ANSWER, has_answer_tags=True),
+    # <think>...</think>, and the answer is text: GLM-4.6V-Flash and those after it
+    "plain": ThinkingFormat(_END_THINK + "\n", has_answer_tags=False),
+}
+
+
+def thinking_format(template: str | None, has_token: Callable[[str], bool]) -> ThinkingFormat:
+    """Return how a checkpoint writes thoughts, by what its files say.
+
+    >>> thinking_format("{{ m.content }}", {"<think>", "<answer>"}.__contains__) is THINKING["tagged"]
+    True
+    >>> thinking_format("<think></think>{{ m.content }}", {"<think>"}.__contains__) is THINKING["plain"]
+    True
+
+    Args:
+      template: the chat template. One that writes thoughts itself, as for turns of the history, decides.
+      has_token: whether a text is a token of its own. A model that tags its answers has one for the tag.
+    """
+    template = template or ""
+    is_tagged = _ANSWER in template if _END_THINK in template else has_token(_ANSWER)
+    return THINKING["tagged" if is_tagged else "plain"]
