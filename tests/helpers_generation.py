@@ -73,3 +73,21 @@ class Ready:
 
     def take(self, *, wait):
         return self.answers.pop(0) if self.answers else None
+
+
+def script(monkeypatch, tokenizer):
+    """Have sequences say what is put into the list that this returns, in the place of a model."""
+    from glm4v_jax.generate.sequence import SequenceState
+
+    take, texts = SequenceState.take, []
+
+    def say(self, tokens, done, logprobs=()):
+        del tokens, done, logprobs
+        if hasattr(self, "rest"):
+            return take(self, self.rest, True)
+        said = tokenizer.encode(texts.pop(0))
+        self.rest = [*said[5:], self.config.eos_token_id[0]]
+        return take(self, said[:5], False)
+
+    monkeypatch.setattr(SequenceState, "take", say)
+    return texts

@@ -1,13 +1,15 @@
 """Results of generation: deltas while a sequence is generated, and its completion at the end."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate.text.actions import Action, find_action
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
 from glm4v_jax.generate.text.thinking import END_ANSWER, END_THINK, Parsed, Part, parse
+from glm4v_jax.generate.text.tool_calls import ToolCall, split_calls
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
@@ -87,6 +89,15 @@ class Completion:
     def thought(self) -> str | None:
         """The thought; None where the model did not think."""
         return self.parsed.thought
+
+    @property
+    def action(self) -> Action | None:
+        """The action of an agent that the text names; see `text.actions`."""
+        return find_action(self.text, thinking=self.thinking)
+
+    def tool_calls(self, tools: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
+        """The calls of `tools`, those that the prompt has named, in the answer; see `text.tool_calls`."""
+        return [] if self.answer_span is not None else split_calls(self.answer, tools)[1]
 
     @property
     def boxes(self) -> list[tuple[float, float, float, float]]:

@@ -38,11 +38,7 @@ Prompts = Annotated[
     str | list[Any], Meta(description="a string, a list of token ids, or a list of strings or of such lists")
 ]
 Choices = Annotated[list[str], Meta(min_length=1, description="a list of at least one string")]
-ThinkBudget = Annotated[
-    int,
-    Meta(ge=1, description="an integer of at least 1; where the chat template has enable_thinking, "
-         '{"chat_template_kwargs": {"enable_thinking": false}} switches thoughts off'),
-]  # fmt: skip
+ThinkBudget = Annotated[int, Meta(ge=0, description="an integer of at least 0; 0 switches thoughts off")]
 
 _OFF: tuple[Any, ...] = (None, 0, False, "", [], {})
 

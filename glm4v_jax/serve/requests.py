@@ -40,14 +40,12 @@ class Served:
       name: of the model.
       max_model_len: the most tokens of prompt and completion together.
       variables: what the chat template reads besides messages.
-      template: its source.
       max_choices: of a request.
     """
 
     name: str
     max_model_len: int
     variables: frozenset[str] = frozenset()
-    template: str = ""
     max_choices: int = MAX_CHOICES
 
 
@@ -106,18 +104,20 @@ def chat_request(body: Mapping[str, Any], served: Served) -> ApiRequest:
     if given.top_logprobs and not given.logprobs:
         raise _invalid("top_logprobs", given.top_logprobs, "logprobs: true beside it")
     tools = _tools(given, served)
-    return _request(
+    variables, thinks = _variables(given, served, warnings, tools)
+    request = _request(
         given,
         served,
-        (given.messages if "reasoning_content" not in served.template else _with_thoughts(given.messages),),
+        (given.messages,),
         warnings,
         is_chat=True,
         logprobs=(given.top_logprobs or 0) if given.logprobs else None,
         max_tokens=given.max_tokens if given.max_completion_tokens is None else given.max_completion_tokens,
         with_reasoning=given.include_reasoning,
-        variables=_variables(given, served, warnings, tools),
+        variables=variables,
         tools=tuple(tools),
     )
+    return request if thinks else dataclasses.replace(request, think_budget=0)
 
 
 def text_request(body: Mapping[str, Any], served: Served) -> ApiRequest:
@@ -140,7 +140,7 @@ def tokenize_request(body: Mapping[str, Any], served: Served) -> tuple[TokenizeB
     if (given.prompt is None) == (given.messages is None):
         found = "neither" if given.prompt is None else "both"
         raise ApiError(400, f"prompt, messages: found {found}; expected one of the two", param="prompt")
-    return given, _variables(given, served, warnings, _tools(given, served))
+    return given, _variables(given, served, warnings, _tools(given, served))[0]
 
 
 def generation_config(
@@ -154,7 +154,7 @@ def generation_config(
       request: what is asked.
       base: the server's options, changed by those of the request.
       prompt_tokens: of the prompt.
-      close_tokens: what closing a thought takes.
+      close_tokens: what closing a thought takes, or beginning without one.
       max_model_len: see `Served`.
 
     Raises:
@@ -173,12 +173,14 @@ def generation_config(
         )
     limit = room if asked is None else asked
     new_tokens = limit if asked is not None else min(base.max_new_tokens or room, room)
-    thought, answer = request.think_budget or base.think_budget, None
+    thought, answer = base.think_budget if request.think_budget is None else request.think_budget, None
     if thought is not None:
         rest = limit - thought - close_tokens
         answer = min(request.answer_budget or base.answer_budget or (rest if asked is not None else new_tokens), rest)
-        if answer < 1:  # the limit comes before the budget
+        if answer < 1 and thought:  # the limit comes before the budget
             thought = answer = None
+        elif answer < 1:
+            answer = 1
     eos = tuple(dict.fromkeys((*base.eos_token_id, *request.stop_tokens)))
     return dataclasses.replace(
         base, max_new_tokens=new_tokens, think_budget=thought, answer_budget=answer, eos_token_id=eos
@@ -218,7 +220,7 @@ def _request(
         is_chat,
         {name: value for name, value in options.items() if value is not None},
         max_tokens,
-        given.think_budget if given.thinking_token_budget is None else given.thinking_token_budget,
+        _think_budget(given),
         given.answer_budget,
         tuple(given.stop_token_ids or ()),
         given.n,
@@ -227,6 +229,10 @@ def _request(
         warnings=tuple(warnings),
         **more,
     )
+
+
+def _think_budget(given: GenerationBody) -> int | None:
+    return given.think_budget if given.thinking_token_budget is None else given.thinking_token_budget
 
 
 def _sampling(given: GenerationBody) -> dict[str, Any]:
@@ -308,23 +314,13 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _with_thoughts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages whose thoughts have the name that templates read, whichever of the two the client uses."""
-    return [
-        {**message, "reasoning_content": message["reasoning"]}
-        if message.get("reasoning") and not message.get("reasoning_content")
-        else message
-        for message in messages
-    ]
-
-
 _OF_THE_SERVER = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 def _variables(
     given: TemplateBody, served: Served, warnings: list[str], tools: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What the chat template is given besides the messages."""
+) -> tuple[dict[str, Any], bool]:
+    """What the chat template is given besides the messages, and whether the model may think."""
     variables = dict(given.chat_template_kwargs or {})
     if given.thinking is not None:
         variables.setdefault("enable_thinking", given.thinking.get("type") != "disabled")
@@ -332,23 +328,26 @@ def _variables(
         variables.setdefault("enable_thinking", False)
     elif given.reasoning_effort is not None and "reasoning_effort" not in served.variables:
         warnings.append("reasoning_effort: ignored; thinking_token_budget caps a thought")
-    for name in list(variables):
+    if isinstance(given, GenerationBody) and _think_budget(given) == 0:
+        variables["enable_thinking"] = False
+    thinks = variables.get("enable_thinking", True)
+    if not isinstance(thinks, bool):
+        raise _invalid("chat_template_kwargs.enable_thinking", thinks, "true or false")
+    if "enable_thinking" not in served.variables:
+        variables.pop("enable_thinking", None)
+    for name in variables:
         if name in served.variables - _OF_THE_SERVER:
-            continue
-        if name == "enable_thinking" and variables[name] is True:
-            del variables[name]  # as it is anyway
             continue
         field = f"chat_template_kwargs.{field_name(name)}"
         known = sorted(served.variables - _OF_THE_SERVER)
-        hint = "; thinking_token_budget caps a thought" if name == "enable_thinking" else ""
         expected = f"some of {', '.join(known)}" if known else "none"
         raise ApiError(
             400,
             f"{field}: found {shown(variables[name])}, which the chat template of this model does not know; "
-            f"expected {expected}{hint}",
+            f"expected {expected}",
             param="chat_template_kwargs",
         )
-    return variables | ({"tools": list(tools)} if tools else {})
+    return variables | ({"tools": list(tools)} if tools else {}), thinks
 
 
 def _tools(given: TemplateBody, served: Served) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob, box_fields
 from glm4v_jax.generate.text.stream import TextStream
-from glm4v_jax.generate.text.thinking import THINK, Kind, Part, ThinkingParser
+from glm4v_jax.generate.text.thinking import THINK, Kind, Part, ThinkingParser, thought_before
 from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -24,7 +25,6 @@ from glm4v_jax.serve.requests import ApiRequest
 DONE = b"data: [DONE]\n\n"
 _LOWEST = -9999.0
 """What OpenAI's interface has for a probability of zero."""
-_TAIL = 8
 
 
 def event(content: Any) -> bytes:
@@ -39,11 +39,6 @@ def event(content: Any) -> bytes:
 def to_bytes(content: Any) -> bytes:
     """A JSON body."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
-
-
-def opens_thought(prompt: Prompt, tokenizer: Glm4vTokenizer) -> bool:
-    """Whether a prompt ends with the tag that begins a thought, as some chat templates have it."""
-    return str(tokenizer.decode(prompt.input_ids[-_TAIL:].tolist())).rstrip().endswith(THINK)
 
 
 class _Trimmed:
@@ -65,9 +60,9 @@ class _Trimmed:
 class _Message:
     """Thought, content and tool calls of an answer, piece by piece: without tags, but for those of boxes."""
 
-    def __init__(self, request: ApiRequest, *, is_thinking: bool):
-        """`is_thinking`: whether the prompt has opened a thought."""
-        self._parser = ThinkingParser(with_box_tags=True)
+    def __init__(self, request: ApiRequest, thinking: ThinkingFormat, *, is_thinking: bool):
+        """`thinking`: the model's; `is_thinking`: whether the prompt has opened a thought."""
+        self._parser = ThinkingParser(thinking, with_box_tags=True)
         if is_thinking:
             self._parser.push(THINK)
         self._is_plain = request.has_grammar
@@ -107,7 +102,7 @@ class Reply:
       request: what was asked.
       prompts: the prepared prompts.
       model: its name.
-      tokenizer: of the model.
+      tokenizer, thinking: of the model.
       id, created: of the response.
     """
 
@@ -115,6 +110,7 @@ class Reply:
     prompts: Sequence[Prompt]
     model: str
     tokenizer: Glm4vTokenizer
+    thinking: ThinkingFormat = THINKING["tagged"]
     id: str = ""
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -168,8 +164,7 @@ class Reply:
 
     def message(self, number: int) -> _Message:
         """An empty message for choice `number`."""
-        is_thinking = opens_thought(self.prompts[number // self.request.n], self.tokenizer)
-        return _Message(self.request, is_thinking=is_thinking)
+        return _Message(self.request, self.thinking, is_thinking=self._opens_thought(number))
 
     def logprobs(self, entries: Iterable[TokenLogprob], offset: int = 0) -> dict[str, Any] | None:
         """Log probabilities of tokens; None where they were not asked for.
@@ -223,9 +218,13 @@ class Reply:
         return {"index": number, "text": completion.text, "logprobs": logprobs, **self.finish(completion)}
 
     def _reasoning_tokens(self, number: int, completion: Completion) -> int:
-        if completion.thought is None and opens_thought(self.prompts[number // self.request.n], self.tokenizer):
+        if completion.thought is None and self._opens_thought(number):
             return len(completion.tokens)
         return Counts.of(completion, self.tokenizer).thought
+
+    def _opens_thought(self, number: int) -> bool:
+        """Whether the prompt of choice `number` ends within a thought, as some chat templates have it."""
+        return thought_before(self.prompts[number // self.request.n].input_ids, self.tokenizer) is True
 
     def _chat_logprobs(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
         def one(token: int, value: float | None) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from glm4v_jax.errors import Glm4vError
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.live import LiveEngine, QueueFullError, State
 from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.generate.text.thinking import THINK, thought_before
 from glm4v_jax.generate.warmup import Warmed, largest_pool
 from glm4v_jax.inputs.media.threads import num_workers
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
-from glm4v_jax.inputs.text.chat_template import template_variables
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
 from glm4v_jax.serve.bodies import MAX_CHOICES
 from glm4v_jax.serve.call import Call
@@ -163,7 +163,8 @@ class Service:
         live = self._ready()
         with_media = request.is_chat and any(map(has_media, request.prompts))
         prompts, sequences = await self.prepare(self._sequences, request, with_media=with_media)
-        reply = Reply(request, prompts, self.settings.model, self.engine.processor.tokenizer)
+        processor = self.engine.processor
+        reply = Reply(request, prompts, self.settings.model, processor.tokenizer, processor.thinking)
         call = Call(reply, sequences, self.metrics, since)
         try:
             call.submit(live)
@@ -230,9 +231,10 @@ class Service:
     @property
     def served(self) -> Served:
         """What of the model decides which requests are valid."""
-        template = self.engine.processor.template()
         choices = min(MAX_CHOICES, self.settings.max_waiting + self.engine.num_slots)
-        return Served(self.settings.model, self.settings.max_model_len, template_variables(template), template, choices)
+        return Served(
+            self.settings.model, self.settings.max_model_len, self.engine.processor.template_variables, choices
+        )
 
     @functools.cached_property
     def _max_characters(self) -> int:
@@ -250,10 +252,12 @@ class Service:
     def _sequences(self, request: ApiRequest) -> tuple[list[Prompt], list[SequenceState]]:
         engine = self.engine
         base = engine.config(self.settings.preset, **request.options)
-        close = len(engine.processor.tokenizer.encode(engine.processor.thinking.close))
+        tokenizer, thinking = engine.processor.tokenizer, engine.processor.thinking
         prompts, sequences = [], list[SequenceState]()
         for asked in request.prompts:
             prompt = self.prompt_of(asked, dict(request.variables))
+            is_closed = thought_before(prompt.input_ids, tokenizer) is False
+            close = 0 if is_closed else len(tokenizer.encode(THINK + thinking.close))
             config = generation_config(request, base, len(prompt), close, self.settings.max_model_len)
             prompts.append(prompt)
             sequences += [self._sequence(prompt, config, len(sequences), number) for number in range(request.n)]

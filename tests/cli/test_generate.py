@@ -81,7 +81,7 @@ def error_of(capfd, *arguments):
         (["Hello", "--regex", "(a"], ["regex: found '(a'", "unclosed group"]),
         (["Hello", "--regex", "a", "--choice", "b"], ["regex: found beside choices"]),
         (["Hello", "--answer-budget", "5"], ["answer_budget", "think_budget"]),
-        (["Hello", "--think-budget", "0"], ["think_budget: found 0"]),
+        (["Hello", "--think-budget", "-1"], ["think_budget: found -1"]),
         (["Hello", "--think-budget", "65000", "--answer-budget", "1000"], ["think_budget", "65,000", "65,536"]),
         (["Hello", "--stop", ""], ["stop_strings"]),
         (["Hello", "--temperature", "-0.5"], ["temperature: found -0.5"]),

@@ -3,7 +3,7 @@
 import numpy as np
 import PIL.Image
 import pytest
-from helpers_generation import GREEDY, their_tokens
+from helpers_generation import GREEDY, script, their_tokens
 
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate.completion import last
@@ -192,3 +192,34 @@ def test_the_system_may_change(engine):
 def test_turns_draw_differently(engine):
     talk = engine.conversation(max_new_tokens=8, do_sample=True, temperature=50.0, top_k=0, eos_token_id=-1)
     assert talk.send("Hello").tokens != talk.send("Hello").tokens
+
+
+def test_results_of_tools_answer_the_calls_of_a_turn(engine, monkeypatch, pictures):
+    """Calls and thoughts go into the history apart, for the template; results may hold images."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.reasoning_content }}"
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for item in m.content %}"
+        "{% if item.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% endif %}{{ item.text }}{% endfor %}"
+        "{% endif %}{% for call in m.tool_calls or [] %}{{ call.function.arguments.a }}{% endfor %}{% endfor %}"
+        "{# tools </think> #}"
+    )
+    monkeypatch.setattr(engine.processor, "chat_template", template)
+    call = "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+    texts = script(monkeypatch, engine.processor.tokenizer)
+    texts += [f"<think>Hm.</think>\nI look.\n{call}{call}", "<think></think>\nOne."]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    talk = engine.conversation(tools=tools, max_new_tokens=60, do_sample=False)
+    talk.send("Hello")
+    said = talk.messages[-1]
+    assert (said["content"], said["reasoning_content"], len(said["tool_calls"])) == ("I look.", "Hm.", 2)
+    with pytest.raises(MessageError, match=r"results: found 1 result; expected as many as .* calls, 2"):
+        talk.reply(["A"])
+    items = [{"type": "text", "text": "B"}, {"type": "image", "image": pictures[0]}]
+    found = last(talk.reply(["A", items]))
+    assert found.answer == talk.messages[-1]["content"] == "One."
+    assert [m["role"] for m in talk.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert found.prompt_tokens == len(engine.prompt(talk.messages[:-1])) and len(found.image_sizes) == 1
+    with pytest.raises(MessageError, match="calls, 0"):
+        talk.reply([])
+    talk.undo()
+    assert talk.messages[-1] is said

@@ -245,6 +245,39 @@ def test_think_budgets_in_a_batch_with_prompts_without(engine, budgeted):
         assert other.tokens == (free if other.index % 2 else deltas[-1].completion).tokens
 
 
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think></think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("has_switch", [False, True])
+def test_no_thought_is_the_templates_to_write_or_put_before_the_answer(engine, monkeypatch, has_switch):
+    monkeypatch.setattr(engine.processor, "chat_template", engine.processor.chat_template + has_switch * SWITCH)
+    encode, options = engine.processor.tokenizer.encode, dict(max_new_tokens=4, **GREEDY)
+    empty = encode("<think></think>\n" if has_switch else "<think></think><answer>")
+    prompt = engine.prompt("Hello")
+    expected = engine.generate(prompt.extended(empty), **options)
+    found = engine.generate("Hello", enable_thinking=False, **options)
+    assert found.prompt_tokens == len(prompt) + has_switch * len(empty)
+    assert list(found.tokens) == ([] if has_switch else empty) + list(expected.tokens)
+    assert found == engine.generate("Hello", think_budget=0, **options)
+    many = [Request("Hello", {"enable_thinking": False}), Request("Hello", {"think_budget": 0}), "Hello"]
+    first, second, third = sorted(engine.generate_many(many, **options), key=lambda one: one.index)
+    assert first.tokens == second.tokens == found.tokens and third.prompt_tokens == len(prompt)
+    talk = engine.conversation(enable_thinking=False, **options)
+    assert talk.send("Hello") == found and talk.messages[-1]["content"] == found.answer
+
+
+def test_tools_are_an_option_of_a_request(engine, monkeypatch):
+    monkeypatch.setattr(engine.processor, "chat_template", "{{ tools }}" + engine.processor.chat_template)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    length = len(engine.prompt("Hello", tools=tools))
+    assert length > len(engine.prompt("Hello")) + 10
+    options = dict(max_new_tokens=1, **GREEDY)
+    assert engine.generate("Hello", tools=tools, **options).prompt_tokens == length
+    (one,) = engine.generate_many([Request("Hello", {"tools": tools})], **options)
+    (two,) = engine.generate_many("Hello", tools=tools, **options)
+    assert one.prompt_tokens == two.prompt_tokens == length
+
+
 @pytest.mark.parametrize("stop", ["</think>", "<answer>"])
 def test_a_stop_string_in_what_closes_a_thought_ends_the_answer(engine, stop):
     free = engine.generate("Think", max_new_tokens=9, **GREEDY)
@@ -445,7 +478,9 @@ def test_an_error_is_reported_as_soon_as_it_is_known(engine):
         (dict(stop_strings=[""]), "stop_strings"),
         (dict(logprobs=65), "logprobs: found 65"),
         (dict(logprobs=-1), "logprobs: found -1"),
-        (dict(think_budget=0), "think_budget: found 0; expected an integer of at least 1"),
+        (dict(think_budget=-1), "think_budget: found -1; expected an integer of at least 0"),
+        (dict(enable_thinking="no"), "enable_thinking: found 'no'"),
+        (dict(tools="add"), "tools: found 'add'; expected a list of objects"),
         (dict(think_budget=1, answer_budget=0), "answer_budget: found 0; expected an integer of at least 1"),
         (dict(suppress_tokens=[832]), "found 832; expected tokens below 832"),
     ],

@@ -4,12 +4,14 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.thinking import THINKING
 from glm4v_jax.generate.completion import TokenLogprob
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 EOS = 775  # <|user|>
+TAGGED, PLAIN = THINKING["tagged"], THINKING["plain"]
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +19,9 @@ def tokenizer():
     return Glm4vTokenizer.from_pretrained(RANDOM_CHECKPOINT)
 
 
-def begin(tokenizer, **options):
-    return SequenceState(
-        Prompt.of_text(range(5)), GenerationConfig(**{"eos_token_id": (EOS, 787), **options}), tokenizer, 1000
-    )
+def begin(tokenizer, prompt=range(5), thinking=TAGGED, **options):
+    config = GenerationConfig(**{"eos_token_id": (EOS, 787), **options})
+    return SequenceState(Prompt.of_text(prompt), config, tokenizer, 1000, thinking=thinking)
 
 
 def feed(answer, tokens, size, done=True):
@@ -85,6 +86,54 @@ def test_an_open_thought_is_closed(tokenizer, ended):
     found = deltas[-1].completion
     assert start is None and (found.thought, found.answer) == ("a b c", "d")
     assert found.tokens == (*body, *close, *tokenizer.encode("d"), EOS)
+
+
+def test_a_format_without_tags_of_answers_gets_none(tokenizer):
+    body, close = tokenizer.encode("<think>a b c"), tokenizer.encode("</think>\n")
+    answer = begin(tokenizer, thinking=PLAIN, think_budget=len(body), answer_budget=7)
+    deltas, start = feed(answer, body, 100)
+    assert deltas[-1].text == "<think>a b c</think>\n" and start.prompt.input_ids[5:].tolist() == [*body, *close]
+    deltas, _ = feed(answer, [*tokenizer.encode("<answer> d"), EOS], 1)
+    found = deltas[-1].completion
+    assert (found.thought, found.answer, found.is_forced) == ("a b c", "<answer> d", True)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+@pytest.mark.parametrize(
+    ("thinking", "prompt", "put"),
+    [
+        (TAGGED, "", "<think></think><answer>"),
+        (PLAIN, "", "<think></think>\n"),
+        (TAGGED, "<think>\n", "</think><answer>"),
+        (PLAIN, "<think></think>\n", ""),
+        (PLAIN, "<think>a</think>b<|assistant|>", "<think></think>\n"),
+    ],
+)
+def test_no_thought_at_all(tokenizer, thinking, prompt, put, size):
+    """The end of an empty thought comes before the first token, unless the prompt has it."""
+    prompt = [0, *tokenizer.encode(prompt)]
+    answer = begin(tokenizer, prompt, thinking=thinking, think_budget=0, max_new_tokens=9, logprobs=0)
+    forced = tokenizer.encode(put)
+    start = answer.start()
+    assert start.prompt.input_ids.tolist() == [*prompt, *forced] and (start.step, start.limit) == (0, 9)
+    assert answer.max_total_tokens == len(forced) + 9 and not answer.may_continue
+    tokens = [*tokenizer.encode("four"), EOS]
+    deltas = []
+    for i in range(0, len(tokens), size):
+        entries = [TokenLogprob(token, -1.0, ()) for token in tokens[i : i + size]]
+        deltas.append(answer.take(tokens[i : i + size], i + size >= len(tokens), entries)[0])
+    found = deltas[-1].completion
+    assert found.text == put + "four" == "".join(delta.text for delta in deltas)
+    assert found.tokens == (*forced, *tokens) == tuple(t for delta in deltas for t in delta.tokens)
+    assert [entry.logprob for entry in found.logprobs] == [None] * len(forced) + [-1.0] * len(tokens)
+    assert (found.answer, found.thought or "") == ("four", "") and not found.is_forced
+    assert "".join(part.text for delta in deltas for part in delta.parts).strip() == "four"
+
+
+def test_a_thought_that_the_prompt_has_closed_needs_no_budget(tokenizer):
+    prompt = [0, *tokenizer.encode("<think></think>\n")]
+    answer = begin(tokenizer, prompt, thinking=PLAIN, think_budget=3, answer_budget=9)
+    assert (answer.start().limit, answer.max_total_tokens, answer.may_continue) == (9, 9, False)
 
 
 def test_an_end_after_a_closed_thought_is_the_end(tokenizer):

@@ -10,7 +10,7 @@ from glm4v_jax.serve.errors import ApiError, client_error
 from glm4v_jax.serve.requests import Served, chat_request, generation_config, text_request, tokenize_request
 
 SERVED = Served("tiny", 1000)
-THINKING = Served("tiny", 1000, frozenset({"messages", "enable_thinking", "tools"}), "{{ m.reasoning_content }}")
+THINKING = Served("tiny", 1000, frozenset({"messages", "enable_thinking", "tools"}))
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
@@ -80,7 +80,7 @@ def test_without_a_seed_answers_may_differ():
             "stream_options.include_usage",
             "found 1; expected true",
         ),
-        (dict(thinking_token_budget=0), "thinking_token_budget", '{"enable_thinking": false}} switches thoughts off'),
+        (dict(thinking_token_budget=-1), "thinking_token_budget", "at least 0; 0 switches thoughts off"),
         (dict(tools="f"), "tools", "tools: found 'f'; expected a list of objects"),
         (dict(guided_choice=[]), "guided_choice", "guided_choice: found []; expected a list of at least one string"),
         (dict(n=True), "n", "n: found True"),
@@ -101,8 +101,8 @@ def test_without_a_seed_answers_may_differ():
         (dict(structured_outputs={"choice": "a"}), "structured_outputs.choice", "a list of at least one string"),
         (dict(guided_regex="a", guided_choice=["b"]), "guided_choice", "found beside guided_regex"),
         (dict(tools=[TOOL]), "tools", "no place for them"),
-        (dict(chat_template_kwargs={"enable_thinking": False}), "chat_template_kwargs", "thinking_token_budget caps"),
-        (dict(reasoning_effort="none"), "chat_template_kwargs", "enable_thinking: found False"),
+        (dict(chat_template_kwargs={"enable_thinking": "no"}), "chat_template_kwargs.enable_thinking", "true or false"),
+        (dict(chat_template_kwargs={"thinking": False}), "chat_template_kwargs", "thinking: found False"),
         (dict(messages=[]), "messages", "messages: found []; expected a list of at least one message"),
         (dict(messages=None), "messages", "messages: found nothing"),
         (dict(messages=["a"]), "messages", "messages: found a list"),
@@ -127,11 +127,19 @@ def test_what_changes_nothing_is_ignored():
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(chat_template_kwargs={"enable_thinking": False}), dict(thinking={"type": "disabled"})]
+    "fields",
+    [
+        dict(chat_template_kwargs={"enable_thinking": False}),
+        dict(thinking={"type": "disabled"}),
+        dict(reasoning_effort="none"),
+        dict(thinking_token_budget=0),
+    ],
 )
-def test_thinking_is_switched_off_where_the_template_can(fields):
-    assert asked(THINKING, **fields).variables == {"enable_thinking": False}
-    assert asked(chat_template_kwargs={"enable_thinking": True}).variables == {}
+def test_thinking_is_switched_off_by_the_template_where_it_can(fields):
+    on, off = asked(THINKING, **fields), asked(**fields)
+    assert (on.variables, on.think_budget) == ({"enable_thinking": False}, 0)
+    assert (off.variables, off.think_budget) == ({}, 0)
+    assert asked(chat_template_kwargs={"enable_thinking": True}).think_budget is None
 
 
 def test_the_template_gets_no_variables_of_the_servers():
@@ -145,13 +153,6 @@ def test_tools_are_shown_where_the_template_has_a_place():
     assert asked(THINKING, tools=[TOOL], tool_choice="none").variables == {}
     assert refusal(THINKING, tools=[TOOL], tool_choice="required").param == "tool_choice"
     assert refusal(THINKING, tools=[{"type": "function"}]).param == "tools"
-
-
-@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-def test_thoughts_of_the_history_reach_a_template_that_reads_them(name):
-    history = [*HELLO, {"role": "assistant", "content": "Hi", name: "a greeting"}, *HELLO]
-    (messages,) = asked(THINKING, messages=history).prompts
-    assert messages[1]["reasoning_content"] == "a greeting"
 
 
 def config(base=None, prompt=100, close=2, **fields):
@@ -171,6 +172,8 @@ def config(base=None, prompt=100, close=2, **fields):
         ({}, dict(max_tokens=50, thinking_token_budget=20), (50, 20, 28)),
         ({}, dict(max_tokens=50, think_budget=20, answer_budget=5), (50, 20, 5)),
         ({}, dict(max_tokens=50, think_budget=60), (50, None, None)),
+        ({}, dict(max_tokens=50, think_budget=0), (50, 0, 48)),
+        (dict(think_budget=300), dict(max_tokens=1, think_budget=0), (1, 0, 1)),
         (dict(max_new_tokens=300, think_budget=300, answer_budget=300), {}, (300, 300, 300)),
         (dict(max_new_tokens=8192, think_budget=8192, answer_budget=8192), {}, (900, None, None)),
     ],

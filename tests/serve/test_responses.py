@@ -3,9 +3,14 @@
 import dataclasses
 import json
 
+import httpx2
 import numpy as np
+import openai
+import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
+from helpers_generation import script
+from helpers_serve import MODEL, data_url, wait_until
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.generate.completion import TokenLogprob
@@ -14,6 +19,7 @@ from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.serve.requests import ApiRequest
 from glm4v_jax.serve.responses import DONE, Reply, event
+from tests.helpers_tokenizer import FAMILY_TEMPLATE
 
 EOS = 775  # <|user|>
 TEXT = "\n<think> two and two\n</think>\n<answer> It is <|begin_of_box|>4<|end_of_box|>, é. "
@@ -200,3 +206,38 @@ def test_every_chunk_but_that_of_token_counts_has_a_choice(tokenizer):
 
 def begin(tokenizer):
     return SequenceState(Prompt.of_text([5]), GenerationConfig(eos_token_id=EOS), tokenizer, 1000)
+
+
+def test_a_client_calls_a_tool_and_sends_back_what_it_shows(serving, monkeypatch, tiny_engine):
+    """With the template of the siblings: thought, text and calls, then a result with an image in it."""
+    monkeypatch.setattr(tiny_engine.processor, "chat_template", FAMILY_TEMPLATE)
+    tokenizer, texts = tiny_engine.processor.tokenizer, script(monkeypatch, tiny_engine.processor.tokenizer)
+    call = "\n<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>é</arg_value>\n</tool_call>"
+    said = f"<think>Hm.</think>\nOne <answer>.{call}{call}"
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"properties": {}}}}]
+    history = [{"role": "user", "content": "What time is it?"}]
+    asked = {"model": MODEL, "messages": history, "temperature": 0}
+    with (
+        serving(max_model_len=512) as (service, address),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client,
+    ):
+        wait_until(lambda: service.state == "ready")
+        texts += [said, said, "Noon."]
+        (choice,) = client.chat.completions.create(**asked, tools=tools).choices
+        with client.chat.completions.stream(**asked, tools=tools) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        for found in (choice, streamed):
+            assert found.finish_reason == "tool_calls" and found.message.content == "One <answer>."
+            assert [one.function.name for one in found.message.tool_calls] == ["look", "look"]
+            assert json.loads(found.message.tool_calls[0].function.arguments) == {"at": "é"}
+        assert choice.message.reasoning == "Hm."
+        image = {"type": "image_url", "image_url": {"url": data_url(PIL.Image.new("RGB", (56, 56)))}}
+        result = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "It is noon."}
+        history += [choice.message, result, {**result, "content": [{"type": "text", "text": "A clock."}, image]}]
+        off = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert client.chat.completions.create(**asked, extra_body=off).choices[0].message.content == "Noon."
+        history[1] = choice.message.model_dump(exclude_none=True)
+        shown = httpx2.post(f"{address}/tokenize", json={"messages": history, **off}, timeout=60).json()
+    text = tokenizer.decode(shown["tokens"])
+    assert f"/nothink<|assistant|>\n<think>Hm.</think>\nOne <answer>.{call}{call}<|observation|>" in text
+    assert text.count("<|image|>") == 4 and text.endswith("\n</tool_response><|assistant|>\n<think></think>\n")

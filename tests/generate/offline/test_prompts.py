@@ -66,6 +66,8 @@ def message(**item):
         ({"messages": [{"role": "human", "content": "x"}]}, ["message 0: field 'role' is 'human'"]),
         ({"prompt": "x", "temperature": "hot"}, ["temperature: found 'hot'"]),
         ({"prompt": "x", "seed": -1}, ["seed: found -1"]),
+        ({"prompt": "x", "tools": "f"}, ["tools: found 'f'; expected a list of objects"]),
+        ({"prompt": "x", "enable_thinking": 0}, ["enable_thinking: found 0"]),
         ({"prompt": "x", "logprobs": 2}, ["logprobs: found in a line; expected --logprobs"]),
         ({"prompt": "x", "num_beams": 4}, ["num_beams"]),
         ({"prompt": "x", "bad_words_ids": [3]}, ["bad_words_ids: found [3]; expected a list of lists"]),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm4v_jax.config.thinking import THINKING
 from glm4v_jax.generate.text.thinking import (
     ANSWER,
     BOX,
@@ -24,6 +25,7 @@ from glm4v_jax.generate.text.thinking import (
     without_thoughts,
 )
 
+PLAIN = THINKING["plain"]
 RELEASED = (
     "\n<think>Got it, let's look at the image.</think>\n<answer>The dog is at "
     "<|begin_of_box|>[1, 2, 3, 4]<|end_of_box|>, left."
@@ -116,6 +118,38 @@ class TestParse:
         closed = parse(RELEASED + "</answer>")
         assert closed.is_answer_closed
         assert parse(RELEASED) == Parsed(closed.thought, closed.answer, closed.boxed, True, False)
+
+
+class TestPlain:
+    """The format without tags of answers."""
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("<think>t</think>\n a ", Parsed("t", "a", (), True, False)),
+            ("<think>t", Parsed("t", "", (), False, False)),
+            ("no thought", Parsed(None, "no thought", (), False, False)),
+            ("t</think>a", Parsed("t", "a", (), True, False)),
+            ("<think>t <answer></think>\na", Parsed("t <answer>", "a", (), True, False)),
+            # An answer may speak of tags.
+            ("<think>t</think><answer>a</answer>", Parsed("t", "<answer>a</answer>", (), True, False)),
+            ("<think>t</think>of <think> and </think>", Parsed("t", "of <think> and </think>", (), True, False)),
+            ("<think>t</think>\n<|begin_of_box|>4<|end_of_box|>.", Parsed("t", "4.", ("4",), True, False)),
+        ],
+    )
+    def test_cases(self, text, expected):
+        assert parse(text, PLAIN) == expected
+        parser = ThinkingParser(PLAIN)
+        for character in text:
+            parser.push(character)
+        parser.finish()
+        assert parser.parsed() == expected
+
+    def test_history_and_form(self):
+        assert without_thoughts("<think>t</think>\n<answer>a", PLAIN) == "<answer>a"
+        assert is_well_formed("<think>t</think>\na", PLAIN) and not is_well_formed("<think>t</think>\na")
+        for text in ("<think>t</think>\n", "a", "<think>t</think>\n<think>a", "a<think>t</think>b"):
+            assert not is_well_formed(text, PLAIN)
 
 
 class TestStream:

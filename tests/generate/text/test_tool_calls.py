@@ -4,20 +4,18 @@ import itertools
 import json
 import types
 
-import httpx2 as httpx
 import hypothesis.strategies as st
-import openai
 import pytest
 import tokenizers
-from helpers_serve import wait_until
 from hypothesis import given
 from tokenizers import AddedToken
 
-from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.text.stream import TOOL_TAGS, TextStream
-from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser
+from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser, split_calls
+from glm4v_jax.inputs.text.chat_template import render_conversation
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.tiny import TINY_CHECKPOINT
+from tests.helpers_tokenizer import FAMILY_TEMPLATE
 
 PARAMETERS = {
     "type": "object",
@@ -212,53 +210,14 @@ def test_tags_of_calls_are_text_even_where_they_are_special_tokens():
     assert TextStream(types.SimpleNamespace(backend_tokenizer=backend)).push(ids) == text
 
 
-TEMPLATE = """[gMASK]<sop>{% for tool in tools or [] %}<|system|>{{ tool | tojson }}{% endfor %}{% for m in messages %}
-<|{{ 'observation' if m.role == 'tool' else m.role }}|>{{ m.content }}{% for call in m.tool_calls or [] %}
-<tool_call>{{ call.function.name }}{% for key, value in call.function.arguments.items() %}
-<arg_key>{{ key }}</arg_key>
-<arg_value>{{ value if value is string else value | tojson }}</arg_value>{% endfor %}
-</tool_call>{% endfor %}{% endfor %}<|assistant|>
-"""
+def test_a_finished_answer_is_split():
+    text, calls = split_calls("One moment." + written("f", count=1) + written("now"), TOOLS)
+    assert text == "One moment." and calls == [ToolCall("f", {"count": 1}), ToolCall("now", {})]
 
 
-@pytest.fixture
-def scripted(tiny_engine, monkeypatch):
-    """An engine with tools in its template, that says what it is told; returns the list of that."""
-    monkeypatch.setattr(tiny_engine.processor, "chat_template", TEMPLATE)
-    take, script = SequenceState.take, []
-    tokenizer = tiny_engine.processor.tokenizer
-
-    def say(self, tokens, done, logprobs=()):
-        if hasattr(self, "rest"):
-            return take(self, self.rest, True)
-        said = tokenizer.encode(script.pop(0))
-        self.rest = [*said[5:], self.config.eos_token_id[0]]
-        return take(self, said[:5], False)
-
-    monkeypatch.setattr(SequenceState, "take", say)
-    return script
-
-
-def test_a_client_calls_a_tool_and_sends_back_what_it_says(serving, scripted, tiny_engine):
-    answer = "<think>Hm.</think>One moment." + written("f", text="é", count=2) + written("now")
-    fields = {name: PARAMETERS["properties"][name] for name in ("text", "count")}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": fields}}}, TOOLS[1]]
-    scripted += [answer, answer, "Noon."]
-    history = [{"role": "user", "content": "What time is it?"}]
-    asked = {"model": "glm4v-tiny", "messages": history, "temperature": 0}
-    with serving() as (service, address), openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        wait_until(lambda: service.state == "ready")
-        (choice,) = client.chat.completions.create(**asked, tools=tools).choices
-        with client.chat.completions.stream(**asked, tools=tools) as stream:
-            streamed = stream.get_final_completion().choices[0]
-        for found in (choice, streamed):
-            assert found.finish_reason == "tool_calls" and found.message.content == "One moment."
-            first, second = found.message.tool_calls
-            assert (first.function.name, json.loads(first.function.arguments)) == ("f", {"text": "é", "count": 2})
-            assert (second.function.name, second.function.arguments) == ("now", "{}")
-        history += [choice.message, {"role": "tool", "tool_call_id": first.id, "content": "It is noon."}]
-        assert client.chat.completions.create(**asked).choices[0].message.content == "Noon."
-        history[1] = choice.message.model_dump(exclude_none=True)
-        shown = httpx.post(f"{address}/tokenize", json={"messages": history}, timeout=60).json()
-    text = tiny_engine.processor.tokenizer.decode(shown["tokens"]).replace("\n", "")
-    assert written("f", text="é", count=2).replace("\n", "") in text and "<|observation|>It is noon." in text
+def test_a_call_is_read_as_the_family_template_writes_it():
+    """What a model was trained to write is what the template makes of a call in the history."""
+    call = ToolCall("f", FULL)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So.", "tool_calls": [call.body()]}]
+    said = render_conversation(messages, FAMILY_TEMPLATE, tools=TOOLS).rpartition("</think>")[2]
+    assert split_calls(said, TOOLS) == ("So.", [call])
