@@ -235,7 +235,7 @@ class PromptBatch:
                     else:
                         prompt_tokens += completion.prompt_tokens
                         new_tokens += len(completion.tokens)
-                        line = self._answer_fields(completion, processor)
+                        line = self._answer_fields(completion, processor) | _calls(completion, prompt)
                         file.append(prompt.name, {**prompt.fields, **line, "seed": self._seeds[prompt.name]})
                         done += 1
                     progress.update(earlier + done + failed, total, len(completion.tokens), sum(compiled))
@@ -281,6 +281,13 @@ def prompt_seed(prompt: BatchPrompt, seed: int) -> int:
 
 def _digest(value: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
+
+
+def _calls(completion: "Completion", prompt: BatchPrompt) -> dict[str, Any]:
+    """The calls in an answer to a prompt that has tools."""
+    if not (tools := prompt.options.get("tools")):
+        return {}
+    return {"tool_calls": [{"name": one.name, "arguments": one.arguments} for one in completion.tool_calls(tools)]}
 
 
 def _all_fields(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:
