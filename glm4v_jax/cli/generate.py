@@ -28,7 +28,8 @@ class BatchOptions:
     jsonl: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Answer many prompts, one JSON object per line: "prompt" with "image" or "images", "video" or "videos" (paths from
     the directory of the file, or addresses), or "messages"; "id", which is copied to the answer; "tools" and
-    "enable_thinking" for the chat template; and options for the line such as "seed" or "max_new_tokens". The same command resumes an interrupted run."""
+    "enable_thinking" for the chat template; and options for the line such as "seed" or "max_new_tokens". The same
+    command resumes an interrupted run."""
 
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: FILE.answers.jsonl)")] = None
     """The file of answers, one JSON object per line, in the order of completion."""

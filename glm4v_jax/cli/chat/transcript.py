@@ -102,7 +102,9 @@ def _as_object(model: str, system: str | None, turns: Sequence[Turn], tokenizer:
     for turn in turns:
         items = [{"type": item.kind, "url": item.place} for item in turn.attachments]
         messages.append({"role": "user", "content": [*items, {"type": "text", "text": turn.text}]})
-        messages.append({"role": "assistant", "content": without_thoughts(turn.completion.text, turn.completion.thinking)})
+        messages.append(
+            {"role": "assistant", "content": without_thoughts(turn.completion.text, turn.completion.thinking)}
+        )
     completions = [
         {
             **completion_fields(turn.completion, tokenizer),
