@@ -65,6 +65,7 @@ class ApiRequest:
       with_reasoning: whether thoughts are sent.
       variables: for the chat template.
       tools: functions that the model may call.
+      has_single_call: whether calls after the first are left out.
       warnings: fields that are ignored.
     """
 
@@ -81,6 +82,7 @@ class ApiRequest:
     with_reasoning: bool = True
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+    has_single_call: bool = False
     warnings: tuple[str, ...] = ()
 
     @property
@@ -116,6 +118,7 @@ def chat_request(body: Mapping[str, Any], served: Served) -> ApiRequest:
         with_reasoning=given.include_reasoning,
         variables=variables,
         tools=tuple(tools),
+        has_single_call=not given.parallel_tool_calls,
     )
     return request if thinks else dataclasses.replace(request, think_budget=0)
 

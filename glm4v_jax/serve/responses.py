@@ -66,7 +66,7 @@ class _Message:
         if is_thinking:
             self._parser.push(THINK)
         self._is_plain = request.has_grammar
-        self._tools = ToolCallParser(request.tools)
+        self._tools = ToolCallParser(request.tools, is_single=request.has_single_call)
         self._thought, self._content = _Trimmed(), _Trimmed()
 
     def push(self, delta: Delta) -> tuple[str, list[str | ToolCall]]:

@@ -149,6 +149,7 @@ def test_the_template_gets_no_variables_of_the_servers():
 
 def test_tools_are_shown_where_the_template_has_a_place():
     found = asked(THINKING, tools=[TOOL], tool_choice="auto")
+    assert asked(THINKING, tools=[TOOL], parallel_tool_calls=False).has_single_call and not found.has_single_call
     assert found.tools == (TOOL,) and found.variables == {"tools": [TOOL]}
     assert asked(THINKING, tools=[TOOL], tool_choice="none").variables == {}
     assert refusal(THINKING, tools=[TOOL], tool_choice="required").param == "tool_choice"

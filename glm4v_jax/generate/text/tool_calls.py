@@ -92,8 +92,14 @@ class ToolCallParser:
     calls belongs to them.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Start an empty content; `tools` are those of the request, objects with `function`."""
+    def __init__(self, tools: Sequence[Mapping[str, Any]], *, is_single: bool = False) -> None:
+        """Start an empty content.
+
+        Args:
+          tools: those of the request, objects with `function`.
+          is_single: leave out calls after the first.
+        """
+        self._is_single = is_single
         self._schemas = {
             tool["function"]["name"]: tool["function"].get("parameters") for tool in tools if tool.get("function")
         }
@@ -103,7 +109,7 @@ class ToolCallParser:
         self._call: list[str] | None = None
         self._expected: tuple[str, ...] = ()
         self._new: list[str | ToolCall] = []
-        self._is_after_call = False
+        self._has_called = self._is_after_call = False
 
     def push(self, text: str) -> list[str | ToolCall]:
         """Take the next piece, and return the texts and calls that have become certain."""
@@ -155,8 +161,10 @@ class ToolCallParser:
             if call is None:
                 self._give_up()
             else:
-                self._new.append(call)
-                self._raw, self._call, self._is_after_call = [], None, True
+                if not (self._is_single and self._has_called):
+                    self._new.append(call)
+                self._raw, self._call = [], None
+                self._has_called = self._is_after_call = True
             return
         self._call.append("")
         following = {KEY: (END_KEY,), END_KEY: (VALUE,), VALUE: (END_VALUE,), END_VALUE: (KEY, END_CALL)}

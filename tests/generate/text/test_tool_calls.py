@@ -215,6 +215,11 @@ def test_a_finished_answer_is_split():
     assert text == "One moment." and calls == [ToolCall("f", {"count": 1}), ToolCall("now", {})]
 
 
+def test_one_call_may_be_all_that_is_wanted():
+    parser = ToolCallParser(TOOLS, is_single=True)
+    assert parser.push("A" + written("now") + written("f", count=1) + "B") == ["A", ToolCall("now", {}), "B"]
+
+
 def test_a_call_is_read_as_the_family_template_writes_it():
     """What a model was trained to write is what the template makes of a call in the history."""
     call = ToolCall("f", FULL)
