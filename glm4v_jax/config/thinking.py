@@ -17,10 +17,13 @@ class ThinkingFormat:
       close: what ends a thought and begins an answer.
       has_answer_tags: whether `<answer>` and `</answer>` are tags; else they are text, and so are the tags of thoughts
         once a thought has ended.
+      begins_open: whether a text begins within a thought, True, or after one, False, as some prompts end; None for
+        neither.
     """
 
     close: str
     has_answer_tags: bool
+    begins_open: bool | None = None
 
 
 THINKING: Mapping[str, ThinkingFormat] = {

@@ -49,7 +49,7 @@ class Completion:
       image_sizes: (width, height) of the prompt's images as given, in pixels.
       error: why the prompt could not be prepared, where errors are not raised; or why its grammar cannot be followed.
       answer_span: where the answer begins and ends in `text`, of a request with a grammar: read as it is, without tags.
-      thinking: how the model writes thoughts.
+      thinking: how the model writes thoughts, after this prompt.
       is_forced: whether the thought was closed because its budget was used up.
       reused_tokens: tokens of the prompt whose keys and values were those of another request's.
       seconds: from the start of the request until its end, while other requests ran.

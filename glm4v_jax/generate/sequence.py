@@ -17,7 +17,7 @@ from glm4v_jax.generate.grammar import Guide
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.text.repetition import RepetitionGuard
 from glm4v_jax.generate.text.stream import StopStrings, TextStream
-from glm4v_jax.generate.text.thinking import THINK, Part, ThinkingParser, thought_before
+from glm4v_jax.generate.text.thinking import THINK, Part, ThinkingParser, format_after
 from glm4v_jax.generate.token_masks import HELD, Turn
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -55,7 +55,7 @@ class SequenceState:
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._number, self._keep = tokenizer, number, keep
         self._logprobs: list[TokenLogprob] = []
-        self._thinking = thinking
+        thinking = self._thinking = format_after(thinking, prompt.input_ids, tokenizer)
         self._stream, self._parser = TextStream(tokenizer), ThinkingParser(thinking)
         self._stops, self._guard = StopStrings(config.stop_strings), RepetitionGuard()
         self._stop_string: str | None = None
@@ -74,7 +74,7 @@ class SequenceState:
         self._length = self._parsed = 0  # characters so far: decoded, and taken apart
         self._answer_begin: int | None = None
         self._answer_end: int | None = None
-        budget, is_open = config.think_budget, thought_before(prompt.input_ids, tokenizer)
+        budget, is_open = config.think_budget, thinking.begins_open
         self._close = tokenizer.encode(thinking.close) if budget is not None or self._guide is not None else []
         self._begin: list[int] = []
         """tokens that stand for a thought which is not to be, until the first are sampled"""

@@ -15,7 +15,7 @@ from typing import Any
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob, box_fields
 from glm4v_jax.generate.text.stream import TextStream
-from glm4v_jax.generate.text.thinking import THINK, Kind, Part, ThinkingParser, thought_before
+from glm4v_jax.generate.text.thinking import Kind, Part, ThinkingParser, format_after
 from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -60,11 +60,9 @@ class _Trimmed:
 class _Message:
     """Thought, content and tool calls of an answer, piece by piece: without tags, but for those of boxes."""
 
-    def __init__(self, request: ApiRequest, thinking: ThinkingFormat, *, is_thinking: bool):
-        """`thinking`: the model's; `is_thinking`: whether the prompt has opened a thought."""
+    def __init__(self, request: ApiRequest, thinking: ThinkingFormat):
+        """`thinking`: how the model writes thoughts, after the prompt."""
         self._parser = ThinkingParser(thinking, with_box_tags=True)
-        if is_thinking:
-            self._parser.push(THINK)
         self._is_plain = request.has_grammar
         self._tools = ToolCallParser(request.tools, is_single=request.has_single_call)
         self._thought, self._content = _Trimmed(), _Trimmed()
@@ -151,7 +149,7 @@ class Reply:
         """Token counts. A prompt counts once, however many choices it has."""
         prompt = sum(map(len, self.prompts))
         new = sum(len(completion.tokens) for completion in completions)
-        reasoning = sum(self._reasoning_tokens(number, one) for number, one in enumerate(completions))
+        reasoning = sum(Counts.of(one, self.tokenizer).thought for one in completions)
         cached = sum(one.reused_tokens for one in completions[:: self.request.n])
         vision = sum(int((prompt.medium_of >= 0).sum()) for prompt in self.prompts)
         return {
@@ -164,7 +162,8 @@ class Reply:
 
     def message(self, number: int) -> _Message:
         """An empty message for choice `number`."""
-        return _Message(self.request, self.thinking, is_thinking=self._opens_thought(number))
+        prompt = self.prompts[number // self.request.n]
+        return _Message(self.request, format_after(self.thinking, prompt.input_ids, self.tokenizer))
 
     def logprobs(self, entries: Iterable[TokenLogprob], offset: int = 0) -> dict[str, Any] | None:
         """Log probabilities of tokens; None where they were not asked for.
@@ -216,15 +215,6 @@ class Reply:
     def _text_choice(self, number: int, completion: Completion) -> dict[str, Any]:
         logprobs = self.logprobs(completion.logprobs or ())
         return {"index": number, "text": completion.text, "logprobs": logprobs, **self.finish(completion)}
-
-    def _reasoning_tokens(self, number: int, completion: Completion) -> int:
-        if completion.thought is None and self._opens_thought(number):
-            return len(completion.tokens)
-        return Counts.of(completion, self.tokenizer).thought
-
-    def _opens_thought(self, number: int) -> bool:
-        """Whether the prompt of choice `number` ends within a thought, as some chat templates have it."""
-        return thought_before(self.prompts[number // self.request.n].input_ids, self.tokenizer) is True
 
     def _chat_logprobs(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
         def one(token: int, value: float | None) -> dict[str, Any]:

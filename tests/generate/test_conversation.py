@@ -201,7 +201,7 @@ def test_results_of_tools_answer_the_calls_of_a_turn(engine, monkeypatch, pictur
         "{% if m.content is string %}{{ m.content }}{% else %}{% for item in m.content %}"
         "{% if item.type == 'image' %}<|begin_of_image|><|image|><|end_of_image|>{% endif %}{{ item.text }}{% endfor %}"
         "{% endif %}{% for call in m.tool_calls or [] %}{{ call.function.arguments.a }}{% endfor %}{% endfor %}"
-        "{# tools </think> #}"
+        "{% if tools %}{% endif %}{# </think> #}"
     )
     monkeypatch.setattr(engine.processor, "chat_template", template)
     call = "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"

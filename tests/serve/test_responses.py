@@ -240,4 +240,4 @@ def test_a_client_calls_a_tool_and_sends_back_what_it_shows(serving, monkeypatch
         shown = httpx2.post(f"{address}/tokenize", json={"messages": history, **off}, timeout=60).json()
     text = tokenizer.decode(shown["tokens"])
     assert f"/nothink<|assistant|>\n<think>Hm.</think>\nOne <answer>.{call}{call}<|observation|>" in text
-    assert text.count("<|image|>") == 4 and text.endswith("\n</tool_response><|assistant|>\n<think></think>\n")
+    assert text.count("<|image|>") == 9 and text.endswith("\n</tool_response><|assistant|>\n<think></think>\n")

@@ -111,7 +111,9 @@ class ThinkingParser:
         self._blank: list[str] | None = []
         self._has_thought = self._has_answer = False
         self._is_thought_closed = self._is_answer_closed = False
-        self._was_thought_closed = False
+        self._was_thought_closed = thinking.begins_open is False
+        if thinking.begins_open:
+            self._read_tag(THINK)
 
     def push(self, text: str) -> list[Part]:
         """Take the next piece of text and return the parts that have become certain, neighbours of a kind as one."""
@@ -149,7 +151,8 @@ class ThinkingParser:
         opened; true again where another thought begins. The rule of the reference's `trans_infer_bench.py`: what lacks
         `</think>` gets it.
         """
-        return self._region is Kind.THOUGHT or not (self._is_thought_closed or self._has_answer)
+        is_over = self._was_thought_closed or self._is_thought_closed or self._has_answer
+        return self._region is Kind.THOUGHT or not is_over
 
     def parsed(self) -> Parsed:
         """Return everything so far, without what is held back."""
@@ -281,6 +284,11 @@ def is_well_formed(text: str, thinking: ThinkingFormat = THINKING["tagged"]) -> 
     if any(tag in part for tag in (THINK, END_THINK, ANSWER, END_ANSWER) for part in (thought, answer)):
         return False
     return answer.count(BOX) <= 1 and answer.count(END_BOX) <= 1 and "\\boxed{" not in answer
+
+
+def format_after(thinking: ThinkingFormat, prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> ThinkingFormat:
+    """Return the format of what a model writes after a prompt, which may end within a thought or after one."""
+    return dataclasses.replace(thinking, begins_open=thought_before(prompt_ids, tokenizer))
 
 
 def thought_before(prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> bool | None:

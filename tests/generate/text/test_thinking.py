@@ -1,5 +1,6 @@
 """Thought, answer and box of a text, whole and piece by piece."""
 
+import dataclasses
 import re
 from itertools import pairwise
 
@@ -144,6 +145,15 @@ class TestPlain:
             parser.push(character)
         parser.finish()
         assert parser.parsed() == expected
+
+    def test_a_text_may_begin_within_a_thought_or_after_one(self):
+        within, after = (dataclasses.replace(PLAIN, begins_open=is_open) for is_open in (True, False))
+        assert parse("t", within) == Parsed("t", "", (), False, False)
+        assert parse("t</think>\na", within) == Parsed("t", "a", (), True, False)
+        assert parse("a</think>b<think>", after) == Parsed(None, "a</think>b<think>", (), False, False)
+        assert ThinkingParser(within).is_thought_open and not ThinkingParser(after).is_thought_open
+        tagged = dataclasses.replace(THINKING["tagged"], begins_open=False)
+        assert parse("a</think>b", tagged) == Parsed(None, "ab", (), False, False)
 
     def test_history_and_form(self):
         assert without_thoughts("<think>t</think>\n<answer>a", PLAIN) == "<answer>a"
