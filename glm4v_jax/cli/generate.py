@@ -146,14 +146,14 @@ class Generate(JsonOptions):
         options = self._options()
         config = generation_config(self.model.directory, self.sampling.preset, options)
 
-        from glm4v_jax.generate.prompt import prompt_of
+        from glm4v_jax.generate.prompt import chat_variables, prompt_of
         from glm4v_jax.inputs.processor import Glm4vProcessor
         from glm4v_jax.inputs.text.messages import user_messages
 
         with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing the inputs"):
             processor = Glm4vProcessor.from_pretrained(self.model.directory)
             messages = user_messages(text, self.media.items(), self.sampling.system)
-            prompt = prompt_of(messages, processor, model_config)
+            prompt = prompt_of(messages, processor, model_config, **chat_variables({}, config, processor))
         limit = model_config.text_config.max_position_embeddings
         new_tokens = config.new_tokens(len(prompt), limit)
 
