@@ -57,9 +57,9 @@ def quantize(
 
     By default the decoder's linear layers are quantised, which are most of the weights: vLLM loads a quantised head in
     its newer versions only, and others who publish such checkpoints leave the ViT in floats. Norms, biases,
-    convolutions and the embedding are copied in any case, and so are the files beside the weights. The directory
-    appears under its name when it is complete; until then it is `.NAME.unfinished`. Host memory holds a tensor and some
-    chunks.
+    convolutions, the embedding and extra layers (`hf_mapping`) are copied in any case, and so are the files beside the
+    weights. The directory appears under its name when it is complete; until then it is `.NAME.unfinished`. Host memory
+    holds a tensor and some chunks.
 
     Args:
       source: a directory with safetensors, or an Orbax checkpoint.
@@ -104,6 +104,9 @@ def quantize(
             ignore = [] if layers == "all" else ["re:.*visual.*"]
             if layers != "all" or config.text_config.tie_word_embeddings:
                 ignore.append("lm_head")
+            last = config.text_config.num_hidden_layers
+            extra = range(last, last + config.text_config.extra_layers)
+            ignore += [f"re:.*[.]layers[.]{layer}[.].*" for layer in extra]
             content = read_json_object(directory / "config.json") | {FIELD: scheme.to_dict(ignore)}
             write_json(directory / "config.json", content)
     read = 0 if dry_run else sum(info.nbytes for info in files.values())

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from convert.casts import check_cast
@@ -76,7 +76,8 @@ def to_orbax(
     leaves = leaves_of(files, config)
     check_cast_of(source, leaves.stored, dtype)
     cast = None if dtype is None else resolve_dtype(dtype, files)
-    infos = {path: info._replace(dtype=cast or info.dtype) for path, info in leaves.infos.items()}
+    found = {**leaves.infos, **leaves.extras}
+    infos = {path: info._replace(dtype=cast or info.dtype) for path, info in found.items()}
     nbytes = sum(info.nbytes for info in infos.values())
     if mesh is None:
         mesh = make_mesh(fsdp=jax.device_count() if jax.process_count() > 1 else 1)
@@ -101,7 +102,7 @@ def to_orbax(
                 copy_assets(source, assets)
                 if cast is not None:
                     set_dtype(assets / "config.json", cast.name)
-            done, total = 0, sum(info.nbytes for info in leaves.infos.values())
+            done, total = 0, sum(info.nbytes for info in found.values())
             groups = list(in_groups(infos, orbax_write.GROUP_BYTES))
             for group in groups:
                 large = sum(infos[path].nbytes for path in group) > orbax_write.GROUP_BYTES
@@ -110,14 +111,14 @@ def to_orbax(
                 with use_mesh(mesh):
                     arrays = _read(leaves, infos, abstract, group, count)
                     if cast is not None:
-                        _check_casts(files, config, leaves, arrays)
+                        _check_casts(files, config, found, arrays)
                 last = group is groups[-1]
                 writer.write(arrays, _provenance(files, names, cast, hashes) if last else None)
                 if large:
                     writer.wait()
                 del arrays
                 release_memory()
-                done += sum(leaves.infos[path].nbytes for path in group)
+                done += sum(found[path].nbytes for path in group)
                 if progress is not None:
                     progress(done, total)
     seconds = time.perf_counter() - started
@@ -148,28 +149,31 @@ def _read(
     arrays = {}
     for path in group:
         with np.errstate(over="ignore"):  # `_check_casts` reports it
-            arrays[path] = array_of(leaves, path, abstract[path].sharding.spec, infos[path].dtype, count=count)
+            # Of an extra layer nothing says how it would be sharded.
+            spec = abstract[path].sharding.spec if path in abstract else PartitionSpec()
+            arrays[path] = array_of(leaves, path, spec, infos[path].dtype, count=count)
         jax.block_until_ready(arrays[path])
     leaves.release()
     return arrays
 
 
-def _check_casts(files: Weights, config: Glm4vConfig, leaves: Leaves, arrays: Mapping[str, Array]) -> None:
+def _check_casts(
+    files: Weights, config: Glm4vConfig, found: Mapping[str, TensorInfo], arrays: Mapping[str, Array]
+) -> None:
     """Refuse leaves with numbers that a cast made infinite; only tensors of leaves with infinities are read again.
 
     Raises:
       CheckpointError: in all processes; the message names the tensor.
     """
-    suspects = {
-        path for path, array in arrays.items() if array.dtype != leaves.infos[path].dtype and not _is_finite(array)
-    }
+    suspects = {path for path, array in arrays.items() if array.dtype != found[path].dtype and not _is_finite(array)}
     if not suspects:
         return
     parts = hf_mapping.wanted(config)
     for name in files:
-        part = parts.get(hf_mapping.canonical(name))
-        if part is not None and part.path in suspects:
-            check_cast(files.read(name), arrays[part.path].dtype, name)
+        key = hf_mapping.canonical(name)
+        path = parts[key].path if key in parts else f"{hf_mapping.EXTRA}{key}"
+        if path in suspects:
+            check_cast(files.read(name), arrays[path].dtype, name)
 
 
 @jax.jit

@@ -30,7 +30,7 @@ class VisionRows(NamedTuple):
     coords: np.ndarray
     """int32 [R, L, 2]: row and column of the patch in its frame, for the 2-D rope"""
     weights_h: np.ndarray
-    """float32 [R, L, S]: bicubic weights of the rows of the S x S position table"""
+    """float32 [R, L, S]: bicubic weights of the rows of the S x S position table; S is 0 where there is none"""
     weights_w: np.ndarray
     """float32 [R, L, S]: bicubic weights of its columns"""
 

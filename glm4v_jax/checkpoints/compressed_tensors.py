@@ -257,7 +257,7 @@ def match(
         raise CheckpointError(f"{where}: {FIELD}: found {stored}, but no quantised weight; expected some")
     expected = expected_tensors(config, quantized, stored, where)
     _check_scheme(stored, quantized, found, where)
-    listed = hf_mapping.without_tied_head(config, infos.items())
+    listed = hf_mapping.without_unused(config, infos.items())
     names = hf_mapping.check_tensors(listed, expected.shapes, where, dtypes=expected.dtypes)
     return {names[key]: part for key, part in expected.parts.items()}
 
@@ -313,7 +313,9 @@ def check_ignored(config: Glm4vConfig, ignored: Sequence[str], quantized: Collec
     Raises:
       CheckpointError: one of these is among them.
     """
+    last, extra = config.text_config.num_hidden_layers, config.text_config.extra_layers
     names = {name.rpartition(".")[0] for name in hf_mapping.wanted(config)} | {"lm_head"}
+    names |= {f"{hf_mapping.LAYER_GROUPS[0]}{layer}.eh_proj" for layer in range(last, last + extra)}
     modules = names | {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
     for entry in ignored:
         matching = [name for name in sorted(modules) if any(_matches(entry, spelled) for spelled in _spellings(name))]

@@ -4,6 +4,9 @@ A rule names a tensor, a leaf, and the rearrangement between them in einops nota
 shape in PyTorch's layout, the right side the leaf's. Read left to right it loads a checkpoint, right to left it
 exports one. Every tensor matches one rule, and every leaf is filled exactly once; all faults are reported together.
 
+Extra layers, after the decoder's last, predict further tokens (MTP). Their tensors are in no rule, as nothing here runs
+them: conversions keep them as they are, whatever their names and shapes.
+
 The table is ours, and no conversion script like those of other libraries, because one bijective table serves loading,
 exporting, adapters, inspection and Orbax alike, and a test can prove that nothing is lost in it.
 """
@@ -132,6 +135,16 @@ def _gated_mlp(tensor: str, leaf: str, dim: str, hidden: str) -> list[Rule]:
     ]
 
 
+def _gated_biases(tensor: str, leaf: str, dim: str, hidden: str) -> list[Rule]:
+    """Those of `_gated_mlp`; that of gate and up is [2, hidden]."""
+    fused = _bias(f"{tensor}gate_proj", f"{hidden} -> {hidden}", f"{leaf}gate_up")
+    return [
+        dataclasses.replace(fused, part=(0, 0)),
+        dataclasses.replace(fused, tensor=f"{tensor}up_proj.bias", part=(0, 1)),
+        _bias(f"{tensor}down_proj", f"{dim} -> {dim}", f"{leaf}down"),
+    ]
+
+
 TABLE: tuple[Rule, ...] = (
     _kernel("lm_head", "V D -> D V"),
     Rule("language_model.embed_tokens.weight", "language_model.embed_tokens.embedding", "V D -> V D"),
@@ -157,8 +170,12 @@ TABLE: tuple[Rule, ...] = (
     _norm(_VIT + "norm2", "E"),
     _kernel(_VIT + "attn.qkv", "(Three N J) E -> E Three N J"),
     _bias(_VIT + "attn.qkv", "(Three N J) -> Three N J"),
+    _norm(_VIT + "attn.q_norm", "J"),
+    _norm(_VIT + "attn.k_norm", "J"),
     _kernel(_VIT + "attn.proj", "E (N J) -> N J E"),
-    *_gated_mlp(_VIT + "mlp.", _VIT + "mlp.", "E", "D"),
+    _bias(_VIT + "attn.proj", "E -> E"),
+    *_gated_mlp(_VIT + "mlp.", _VIT + "mlp.", "E", "W"),
+    *_gated_biases(_VIT + "mlp.", _VIT + "mlp.", "E", "W"),
     _norm("visual.post_layernorm", "E"),
     _kernel("visual.downsample", "D E M1 M2 -> (M1 M2 E) D"),
     _bias("visual.downsample", "D -> D"),
@@ -178,19 +195,25 @@ def dimensions(config: Glm4vConfig) -> dict[str, int]:
         "V": text.vocab_size, "D": text.hidden_size, "Din": text.hidden_size, "F": text.intermediate_size,
         "K": text.num_key_value_heads, "G": text.num_key_value_groups, "H": text.head_dim, "Two": 2,
         "E": vision.hidden_size, "N": vision.num_heads, "J": vision.head_dim, "Three": 3, "S": vision.position_grid**2,
-        "I": vision.intermediate_size, "C": vision.in_channels, "T": vision.temporal_patch_size,
+        "W": vision.mlp_width, "I": vision.merger_width, "C": vision.in_channels, "T": vision.temporal_patch_size,
         "P1": patch, "P2": patch, "M1": merge, "M2": merge,
     }  # fmt: skip
 
 
 def rules(config: Glm4vConfig) -> list[Rule]:
     """Return the table's rows that a model of this configuration has."""
-    absent = set()
-    if config.text_config.tie_word_embeddings:
-        absent.add("lm_head.kernel")
-    if not config.vision_config.attention_bias:
-        absent.add("visual.blocks.attn.qkv.bias")
-    return [rule for rule in TABLE if rule.leaf not in absent]
+    text, vision, structure = config.text_config, config.vision_config, config.vision_config.structure
+    # What a model of another member of the family, or with other switches, does not have.
+    present = {
+        "lm_head.kernel": not text.tie_word_embeddings,
+        **{f"language_model.layers.self_attn.{x}_proj.bias": text.structure.attention_bias for x in "qkv"},
+        "visual.position_embedding": structure.position_table,
+        "visual.post_conv_layernorm.scale": structure.post_conv_norm,
+        "visual.blocks.attn.qkv.bias": vision.attention_bias,
+        **{f"visual.blocks.attn.{x}_norm.scale": structure.qk_norm for x in "qk"},
+        **{f"visual.blocks.{x}.bias": vision.mlp_bias for x in ("attn.proj", "mlp.gate_up", "mlp.down")},
+    }
+    return [rule for rule in TABLE if present.get(rule.leaf, True)]
 
 
 class LeafPart(NamedTuple):
@@ -305,7 +328,7 @@ def match(config: Glm4vConfig, infos: Mapping[str, TensorInfo], where: str) -> d
     sizes, expected = dimensions(config), wanted(config)
     check_depths(config, map(canonical, infos), where)
     shapes = {name: part.rule.tensor_shape(sizes) for name, part in expected.items()}
-    names = check_tensors(without_tied_head(config, infos.items()), shapes, where)
+    names = check_tensors(without_unused(config, infos.items()), shapes, where)
     return {names[key]: part for key, part in expected.items()}
 
 
@@ -313,6 +336,30 @@ def without_tied_head(config: Glm4vConfig, infos: Iterable[tuple[str, Any]]) -> 
     """Skip a copy of the embedding that stands for a tied head; the reference ignores it too."""
     tied = config.text_config.tie_word_embeddings
     return (item for item in infos if not (tied and canonical(item[0]) == "lm_head.weight"))
+
+
+EXTRA = "extra."
+"""How paths of leaves begin that hold tensors of extra layers, by their canonical names."""
+
+
+def is_extra(config: Glm4vConfig, name: str) -> bool:
+    """Whether a tensor, by its canonical name, is of an extra layer."""
+    last, layer = config.text_config.num_hidden_layers, _LAYER.match(name)
+    if layer is None or layer[1] != LAYER_GROUPS[0]:
+        return False
+    return last <= int(layer[2]) < last + config.text_config.extra_layers
+
+
+def extra_part(name: str, dimensions: int) -> LeafPart:
+    """Return what a tensor of an extra layer fills: a leaf in its own layout."""
+    axes = " ".join(f"x{axis}" for axis in range(dimensions))
+    name = canonical(name)
+    return LeafPart(Rule(name, f"{EXTRA}{name}", f"{axes} -> {axes}"), None)
+
+
+def without_unused(config: Glm4vConfig, infos: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Skip what a model does not run: a copy of the embedding (`without_tied_head`), and extra layers."""
+    return (item for item in without_tied_head(config, infos) if not is_extra(config, canonical(item[0])))
 
 
 def check_tensors(
@@ -390,6 +437,10 @@ def check_depths(config: Glm4vConfig, names: Iterable[str], where: str) -> None:
         "vision_config.depth": config.vision_config.depth,
     }
     faults = []
+    decoder, last = counts[LAYER_GROUPS[0]], config.text_config.num_hidden_layers
+    for extra in range(last, last + config.text_config.extra_layers):
+        if decoder[extra] != decoder[0]:  # or it is one of the decoder's
+            del decoder[extra]
     for (field, wanted), count in zip(fields.items(), counts.values(), strict=True):
         there, whole = len(count), set(range(len(count))) == set(count)
         if there not in (0, wanted) and whole and count[there - 1] == count[0]:

@@ -49,10 +49,12 @@ class Leaves(Protocol):
 
     Attributes:
       infos: path -> shape and dtype; a quantised kernel of either width is read as int8.
+      extras: those of tensors of extra layers, which no model has (`hf_mapping.EXTRA`).
       stored: the scheme of the kernels that have a scale; None if none has.
     """
 
     infos: Mapping[str, TensorInfo]
+    extras: Mapping[str, TensorInfo]
     stored: StoredQuantization | None
 
     def read(self, path: str, index: Slices) -> np.ndarray:
@@ -81,7 +83,7 @@ class TensorLeaves:
         self._tensors: dict[str, dict[str, hf_mapping.LeafPart]] = {}
         self._quantized: dict[str, QuantizedWeight] = {}
         for name in files:
-            if (part := matched.get(name)) is None:  # a copy of a tied head
+            if (part := matched.get(name)) is None:  # a copy of a tied head, or of an extra layer
                 continue
             if part.rule.suffix and self.stored is not None:
                 name = name.removesuffix(f".{part.rule.suffix}")
@@ -94,6 +96,12 @@ class TensorLeaves:
         faults = [fault for weight in self._quantized.values() for fault in weight.faults()]
         raise_faults(faults, CheckpointError, where=str(files.directory))
         self.infos: Mapping[str, TensorInfo] = self._infos(config)
+        self.extras: Mapping[str, TensorInfo] = {}
+        for name, info in files.items():
+            if hf_mapping.is_extra(config, hf_mapping.canonical(name)):
+                part = hf_mapping.extra_part(name, len(info.shape))
+                self._tensors[part.path] = {name: part}
+                self.extras[part.path] = TensorInfo(info.shape, info.dtype)
         self._kept = threading.local()  # threads read ahead, each another leaf
 
     def _infos(self, config: Glm4vConfig) -> dict[str, TensorInfo]:
@@ -224,7 +232,7 @@ def array_of(
       dtype: that it gets.
       count: called with the number of bytes read, for each slice.
     """
-    info = leaves.infos[path]
+    info = leaves.infos.get(path) or leaves.extras[path]
     read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
     def slice_of(index: Slices) -> np.ndarray:

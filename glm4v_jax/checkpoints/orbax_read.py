@@ -95,6 +95,10 @@ class OrbaxLeaves:
             raise CheckpointError(f"{directory}: found damaged metadata; expected an Orbax checkpoint")
         self.custom_metadata: Mapping[str, Any] = described.custom_metadata or {}
         found = {path: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(described.metadata)}
+        self.extras: Mapping[str, TensorInfo] = {
+            path: info for path, info in found.items() if path.startswith(hf_mapping.EXTRA)
+        }
+        found = {path: info for path, info in found.items() if path not in self.extras}
         hf_mapping.check_depths(config, found, str(directory))
         scales = [path for path in found if is_scale(path)]
         if bool(scales) != (self.stored is not None):
@@ -118,7 +122,8 @@ class OrbaxLeaves:
                 spec = {"driver": "zarr3", "kvstore": kvstore}
                 self._stores[path] = tensorstore.open(spec, open=True, read=True, context=self._context).result()
             # TensorStore wants bounds within the array, where NumPy counts from its end or clips them.
-            bounds = [entry.indices(length) for entry, length in zip(index, self.infos[path].shape, strict=True)]
+            info = self.infos.get(path) or self.extras[path]
+            bounds = [entry.indices(length) for entry, length in zip(index, info.shape, strict=True)]
             within = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
             values = self._stores[path][within].read().result()
             return values.astype(np.int8) if values.dtype == ml_dtypes.int4 else values
@@ -179,6 +184,10 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
         wanted = hf_mapping.wanted(self.config)
         quantized = [name for name, part in wanted.items() if scale_path(part.path) in self.leaves.infos]
         expected = expected_tensors(self.config, quantized, self.leaves.stored, str(directory))
+        for path, info in self.leaves.extras.items():
+            part = hf_mapping.extra_part(path.removeprefix(hf_mapping.EXTRA), len(info.shape))
+            expected.parts[part.rule.tensor], expected.shapes[part.rule.tensor] = part, info.shape
+            expected.dtypes[part.rule.tensor] = (info.dtype.name,)
         if self.provenance.get("tensors"):
             tensors = _checked_tensors(self.directory, self.provenance, expected, self.config)
         elif quantized:

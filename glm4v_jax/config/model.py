@@ -207,6 +207,11 @@ class Glm4vTextConfig:
         return TEXT[self.model_type]
 
     @property
+    def extra_layers(self) -> int:
+        """Layers after the last that a checkpoint may have; their tensors are kept, and not run."""
+        return max(self.num_nextn_predict_layers, self.structure.extra_layers)
+
+    @property
     def num_key_value_groups(self) -> int:
         """Query heads that share a key and value head."""
         assert self.num_key_value_heads is not None

@@ -67,7 +67,7 @@ def pack(
     Args:
       media: at least one; grid sides are multiples of merge_size.
       merge_size: merged tokens are merge_size x merge_size patches.
-      position_grid: side S of the learned position table.
+      position_grid: side S of the learned position table; 0 where there is none.
       row_multiple: the number of rows is a multiple of it.
       shape: (R, L) to use instead of the best fitting one, for a caller that wants one shape for many batches.
 
@@ -139,6 +139,8 @@ def bicubic_weights(target: int, source: int) -> np.ndarray:
     base = np.floor(position)
     t = position - base
     weights = np.zeros((target, source), np.float32)
+    if not source:
+        return weights  # of a model without a position table
     for tap, coefficient in enumerate((_outer(t + one), _inner(t), _inner(one - t), _outer(np.float32(2) - t))):
         index = np.clip(base.astype(np.int64) + tap - 1, 0, source - 1)
         np.add.at(weights, (np.arange(target), index), coefficient)

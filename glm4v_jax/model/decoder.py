@@ -78,11 +78,12 @@ class Past(NamedTuple):
 
 
 class TextAttention(nnx.Module):
-    """Grouped-query attention; q, k, v have biases, the output projection has none (trap T6)."""
+    """Grouped-query attention; q, k, v have biases in most models, the output projection has none (trap T6)."""
 
     def __init__(self, config: Glm4vTextConfig, init: Init):
         assert config.num_key_value_heads is not None
         self.dropout_rate = config.attention_dropout
+        bias = config.structure.attention_bias
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         embed: dict[str | None, int] = {"embed": config.hidden_size}
         kv: dict[str | None, int] = {"kv_heads": kv_heads, "head_dim": head_dim}
@@ -96,9 +97,9 @@ class TextAttention(nnx.Module):
         mesh.check_divides((config.num_key_value_groups,), ("q_groups",))
         self.num_groups = config.num_key_value_groups
         groups: dict[str | None, int] = {"kv_heads": kv_heads, "q_groups": self.num_groups * head_dim}
-        self.q_proj = Linear(embed, groups, init, bias=True)
-        self.k_proj = Linear(embed, kv, init, bias=True)
-        self.v_proj = Linear(embed, kv, init, bias=True)
+        self.q_proj = Linear(embed, groups, init, bias=bias)
+        self.k_proj = Linear(embed, kv, init, bias=bias)
+        self.v_proj = Linear(embed, kv, init, bias=bias)
         self.o_proj = Linear(heads, embed, init)
 
     def project(

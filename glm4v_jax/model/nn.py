@@ -311,10 +311,10 @@ class Embed(nnx.Module):
 class GatedMlp(nnx.Module):
     """`down(act(gate(x)) * up(x))`, gate and up as one kernel, [D, 2, F] or [2, D, F]."""
 
-    def __init__(self, dim: int, hidden: int, act: str, init: Init):
+    def __init__(self, dim: int, hidden: int, act: str, init: Init, *, bias: bool = False):
         self.act = act
-        self.gate_up = Linear({"embed": dim}, {None: 2, "mlp": hidden}, init)
-        self.down = Linear({"mlp": hidden}, {"embed": dim}, init)
+        self.gate_up = Linear({"embed": dim}, {None: 2, "mlp": hidden}, init, bias=bias)
+        self.down = Linear({"mlp": hidden}, {"embed": dim}, init, bias=bias)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP; tokens stay sharded as in `x`."""

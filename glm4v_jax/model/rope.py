@@ -12,8 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from glm4v_jax.config.model import Glm4vTextConfig
 
-VISION_ROPE_THETA = 10000.0
-
 
 def apply_interleaved(
     x: Float[Array, "B T *heads H"], cos: Float[Array, "B T F"], sin: Float[Array, "B T F"]
@@ -39,10 +37,12 @@ def apply_half(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def vision_cos_sin(coords: Int[Array, "R L 2"], head_dim: int) -> tuple[Float[Array, "R L F"], Float[Array, "R L F"]]:
+def vision_cos_sin(
+    coords: Int[Array, "R L 2"], head_dim: int, theta: float = 10000.0
+) -> tuple[Float[Array, "R L F"], Float[Array, "R L F"]]:
     """Cosines and sines of patch coordinates (row, column), which have half of the F = head_dim / 2 angles each."""
     dim = head_dim // 2
-    angles = coords.astype(jnp.float32)[..., None] * _powers(VISION_ROPE_THETA, dim)
+    angles = coords.astype(jnp.float32)[..., None] * _powers(theta, dim)
     angles = angles.reshape(*coords.shape[:-1], dim)
     return jnp.cos(angles), jnp.sin(angles)
 

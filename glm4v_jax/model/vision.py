@@ -1,4 +1,4 @@
-"""The ViT and its merger (`Glm4vVisionModel`), on packed rows of static shape.
+"""The ViT and its merger (`Glm4vVisionModel`, `GlmOcrVisionModel`), on packed rows of static shape.
 
 Attention stays inside an image or frame through segment ids. The learned position table is sampled with bicubic weights
 that the host has computed (`inputs.vision_rows`). Convolutions whose stride is their kernel are matrix products.
@@ -21,13 +21,17 @@ MERGER_NORM_EPS = 1e-5  # torch's LayerNorm default, which the reference's merge
 
 
 class VisionAttention(nnx.Module):
-    """Multi-head attention with 2-D rope, inside segments."""
+    """Multi-head attention with 2-D rope, inside segments; queries and keys may be normed before they rotate."""
 
     def __init__(self, config: Glm4vVisionConfig, init: Init):
+        def norm() -> RMSNorm | None:
+            return RMSNorm(config.head_dim, config.rms_norm_eps, init) if config.structure.qk_norm else None
+
         self.dropout_rate = config.attention_dropout
         heads: dict[str | None, int] = {"heads": config.num_heads, "head_dim": config.head_dim}
         self.qkv = Linear({"embed": config.hidden_size}, {None: 3, **heads}, init, bias=config.attention_bias)
-        self.proj = Linear(heads, {"embed": config.hidden_size}, init)
+        self.q_norm, self.k_norm = norm(), norm()
+        self.proj = Linear(heads, {"embed": config.hidden_size}, init, bias=config.mlp_bias)
 
     def __call__(
         self,
@@ -38,7 +42,10 @@ class VisionAttention(nnx.Module):
     ) -> Float[Array, "R L D"]:
         """Attend inside the segments of a row."""
         qkv = self.qkv(x)
-        q, k = rope.apply_half(qkv[:, :, 0], *cos_sin), rope.apply_half(qkv[:, :, 1], *cos_sin)
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope.apply_half(q, *cos_sin), rope.apply_half(k, *cos_sin)
         dropout = Dropout(dropout_key, self.dropout_rate) if dropout_key is not None else None
         out = attend(q[:, :, :, None], k, qkv[:, :, 2], mask, causal=False, dropout=dropout)
         return self.proj(out[:, :, :, 0])
@@ -51,7 +58,7 @@ class VisionBlock(nnx.Module):
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
         self.attn = VisionAttention(config, init)
-        self.mlp = GatedMlp(config.hidden_size, config.out_hidden_size, config.hidden_act, init)
+        self.mlp = GatedMlp(config.hidden_size, config.mlp_width, config.hidden_act, init, bias=config.mlp_bias)
 
     def __call__(
         self,
@@ -72,7 +79,7 @@ class PatchMerger(nnx.Module):
         dim = config.out_hidden_size
         self.proj = Linear({"embed": dim}, {None: dim}, init)
         self.post_projection_norm = LayerNorm(dim, MERGER_NORM_EPS, init)
-        self.mlp = GatedMlp(dim, config.intermediate_size, config.hidden_act, init)
+        self.mlp = GatedMlp(dim, config.merger_width, config.hidden_act, init)
 
     def __call__(self, x: Float[Array, "R M D"]) -> Float[Array, "R M D"]:
         """Project downsampled patches."""
@@ -84,10 +91,11 @@ class VisionEncoder(nnx.Module):
 
     def __init__(self, config: Glm4vVisionConfig, init: Init):
         self.config = config
-        d, m = config.hidden_size, config.spatial_merge_size
+        d, m, structure = config.hidden_size, config.spatial_merge_size, config.structure
         self.patch_embed = Linear({None: config.patch_dim}, {"embed": d}, init, bias=True)
-        self.position_embedding = init.normal((config.position_grid**2, d), (None, "embed"))
-        self.post_conv_layernorm = RMSNorm(d, config.rms_norm_eps, init)
+        cells = config.position_grid**2
+        self.position_embedding = init.normal((cells, d), (None, "embed")) if structure.position_table else None
+        self.post_conv_layernorm = RMSNorm(d, config.rms_norm_eps, init) if structure.post_conv_norm else None
         self.blocks = Layers.init(lambda init: VisionBlock(config, init), config.depth, init)
         self.post_layernorm = RMSNorm(d, config.rms_norm_eps, init)
         self.downsample = Linear({None: m * m * d}, {"embed": config.out_hidden_size}, init, bias=True)
@@ -115,10 +123,13 @@ class VisionEncoder(nnx.Module):
         patches = config.spatial_merge_size**2
         length = "length" if rows.patches.shape[1] % (patches * mesh.shards("patches")) else "patches"
         rows = VisionRows(*(mesh.reshard(x, "rows", length, *(None,) * (x.ndim - 2)) for x in rows))
-        dtype = self.post_conv_layernorm.scale[...].dtype
-        x = self.post_conv_layernorm(self.patch_embed(rows.patches.astype(dtype)))
-        x = x + self._positions(rows).astype(dtype)
-        cos_sin = rope.vision_cos_sin(rows.coords, config.head_dim)
+        dtype = self.post_layernorm.scale[...].dtype
+        x = self.patch_embed(rows.patches.astype(dtype))
+        if self.post_conv_layernorm is not None:
+            x = self.post_conv_layernorm(x)
+        if self.position_embedding is not None:
+            x = x + self._positions(rows).astype(dtype)
+        cos_sin = rope.vision_cos_sin(rows.coords, config.head_dim, config.rope_theta)
         mask = Mask(rows.segment_ids, rows.segment_ids)
 
         def step(block: VisionBlock, index: Array | int, x: Array) -> tuple[Array, None]:
@@ -136,6 +147,7 @@ class VisionEncoder(nnx.Module):
 
         The outer product of the weights comes first: contracting one of them with the table would make L x S x D.
         """
+        assert self.position_embedding is not None
         weights = rows.weights_h[..., :, None] * rows.weights_w[..., None, :]
         weights = weights.reshape(*weights.shape[:2], -1)
         table = jax.sharding.reshard(self.position_embedding[...], mesh.gathered(None, "embed")).astype(jnp.float32)
