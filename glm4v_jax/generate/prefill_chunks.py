@@ -16,8 +16,8 @@ MAX_CHUNK = 1024
 """The longest chunk of rows that start together, in tokens; it bounds the activation memory of a long prompt."""
 CHUNK = 512
 """The longest chunk of a row that starts alone: with fewer tokens, accelerators spend their time on reading weights."""
-MIN_LIVE_CHUNK, MAX_LIVE_CHUNK = 32, 256
-"""The same where chunks take turns with decode dispatches: `live_chunk` is between these."""
+MIN_LIVE_CHUNK = 32
+"""The same where chunks take turns with decode dispatches, at least; at most `longest_live_chunk`."""
 # Multiplications and additions of a chunk that a CPU does in about the time of a dispatch.
 _CPU_WORK = 2.5e9
 MIN_SHARED = 256
@@ -92,16 +92,22 @@ def chunk_bounds(starts: Mapping[int, Start], capacity: int) -> list[ChunkBounds
     return result
 
 
+def longest_live_chunk(platform: str) -> int:
+    """Return the length from which longer chunks would take as long for a token: prompts share whole chunks alone."""
+    return 128 if platform == "cpu" else 256
+
+
 def live_chunk(parameters: int, platform: str) -> int:
     """Return the longest chunk that takes a decoder with this many parameters about as long as a dispatch.
 
     >>> live_chunk(250_000_000, "cpu"), live_chunk(1_000_000, "cpu"), live_chunk(9_000_000_000, "tpu")
-    (32, 256, 256)
+    (32, 128, 256)
     """
+    longest = longest_live_chunk(platform)
     if platform != "cpu":
-        return MAX_LIVE_CHUNK
+        return longest
     fitting = int(_CPU_WORK / (2 * parameters))
-    return max(MIN_LIVE_CHUNK, min(MAX_LIVE_CHUNK, 1 << max(fitting.bit_length() - 1, 0)))
+    return max(MIN_LIVE_CHUNK, min(longest, 1 << max(fitting.bit_length() - 1, 0)))
 
 
 def chunk_ends(prompt: Prompt, longest: int) -> list[int]:

@@ -66,8 +66,10 @@ class Update(NamedTuple):
 class DispatchSize:
     """Decode steps per dispatch, or prefill chunks between two: a fixed number, or one that makes a steady stream."""
 
-    def __init__(self, steps: int | None):
+    def __init__(self, steps: int | None, longest: float = 2 * STREAM_PERIOD):
+        """`longest`: of a dispatch, in seconds, where the number is not fixed."""
         self.steps = steps or 1
+        self._longest = longest
         self._fixed = steps is not None
         self._began = 0.0
 
@@ -81,9 +83,9 @@ class DispatchSize:
         if self._fixed:
             return
         seconds = time.perf_counter() - self._began
-        if seconds < STREAM_PERIOD / 2 and not is_cut:
+        if seconds < self._longest / 4 and not is_cut:
             self.steps = min(2 * self.steps, MAX_STEPS)
-        elif seconds > 2 * STREAM_PERIOD:
+        elif seconds > self._longest:
             self.steps = max(self.steps // 2, 1)
 
 
@@ -112,7 +114,7 @@ def run(
     if shared:
         waiting = SharedQueue(waiting, slots.shards)
     pace = DispatchSize(SHARED_STEPS if steps is None and shared else steps)
-    chunks = DispatchSize(1 if shared else None)
+    chunks = DispatchSize(1 if shared else None, STREAM_PERIOD / 2)  # what runs waits for its own dispatch besides
     try:
         while True:
             starts = restarts

@@ -18,11 +18,11 @@ from msgspec import Meta
 from glm4v_jax.config.checks import CacheDtype, Positive, checked, expectation, fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import data_shards, use_mesh
+from glm4v_jax.devices.mesh import data_shards, platform, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
-from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, MAX_LIVE_CHUNK, MIN_LIVE_CHUNK, Start, chunk_length
+from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, MIN_LIVE_CHUNK, Start, chunk_length, longest_live_chunk
 from glm4v_jax.generate.scheduler import STREAM_PERIOD
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots, check_cache_dtype
 from glm4v_jax.generate.token_masks import Turn
@@ -256,12 +256,14 @@ def time_chunks(slots: Slots, lengths: Sequence[int], config: GenerationConfig) 
     plain = config if slots.variant.processors else GenerationConfig()
     prefill(lengths[0])
     most = max(STREAM_PERIOD, min(seconds(lambda: slots.decode(1)) for _ in range(3)))
-    sizes = [MIN_LIVE_CHUNK << i for i in range((MAX_LIVE_CHUNK // MIN_LIVE_CHUNK).bit_length())]
+    with use_mesh(slots.runtime.mesh):
+        longest = longest_live_chunk(platform())
+    sizes = [MIN_LIVE_CHUNK << i for i in range((longest // MIN_LIVE_CHUNK).bit_length())]
     chunks = [t for t in sizes if t <= lengths[-1]]
     fitting = [t for t in chunks if min(seconds(functools.partial(prefill, t)) for _ in range(2)) <= most]
     slots.forget()
     if len(fitting) == len(chunks):
-        return MAX_LIVE_CHUNK
+        return longest
     return max(fitting, default=MIN_LIVE_CHUNK)
 
 
