@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import sys
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import tyro
 from glm4v_jax.config.checks import Positive
 from glm4v_jax.console.answer_writer import AnswerWriter, Stopwatch, after_status, figures
 from glm4v_jax.console.distributed import DistributedOptions
-from glm4v_jax.console.options import MediaOptions, ModelOptions, SamplingOptions, generation_config
+from glm4v_jax.console.options import MediaOptions, ModelOptions, SamplingOptions, generation_config, json_text
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.progress import run_batch, status
 from glm4v_jax.errors import GenerationError
@@ -66,6 +67,10 @@ class Generate(JsonOptions):
     logprobs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """With --json or --jsonl: log probabilities of the chosen and of the N most likely tokens."""
 
+    tools: Annotated[str | None, tyro.conf.arg(metavar="FILE|JSON")] = None
+    """Functions that the model may call, for models whose chat template has tools: a JSON list in the shape of OpenAI's
+    interface. With --json, the field "tool_calls" has the calls in the answer."""
+
     media: MediaOptions = dataclasses.field(default_factory=MediaOptions)
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -103,12 +108,30 @@ class Generate(JsonOptions):
         options = self.sampling.given()
         return options if self.logprobs is None else {**options, "logprobs": self.logprobs}
 
+    def _tools(self) -> list[Any]:
+        """The functions of --tools.
+
+        Raises:
+          GenerationError: they are not a JSON list.
+        """
+        if self.tools is None:
+            return []
+        text = json_text("--tools", self.tools)
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GenerationError(f"--tools: found invalid JSON ({error}); expected a list of functions") from error
+        from glm4v_jax.generate.prompt import split_options
+
+        return split_options({"tools": found})[0].get("tools", [])
+
     def _run_batch(self, jsonl: str) -> None:
         given = {
             "PROMPT": bool(self.prompt),
             "--image": bool(self.media.image),
             "--video": bool(self.media.video),
             "--fps": self.media.fps is not None,
+            "--tools": self.tools is not None,
         }
         if found := [option for option, is_given in given.items() if is_given]:
             raise GenerationError(f"{', '.join(found)}: found with --jsonl; expected in the file")
@@ -142,6 +165,7 @@ class Generate(JsonOptions):
             raise GenerationError("--fps: found without --video; expected together with it")
         from glm4v_jax.config.model import Glm4vConfig
 
+        tools = self._tools()
         model_config = Glm4vConfig.from_pretrained(self.model.directory)
         options = self._options()
         config = generation_config(self.model.directory, self.sampling.preset, options)
@@ -153,7 +177,8 @@ class Generate(JsonOptions):
         with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing the inputs"):
             processor = Glm4vProcessor.from_pretrained(self.model.directory)
             messages = user_messages(text, self.media.items(), self.sampling.system)
-            prompt = prompt_of(messages, processor, model_config, **chat_variables({}, config, processor))
+            variables = chat_variables({"tools": tools} if tools else {}, config, processor)
+            prompt = prompt_of(messages, processor, model_config, **variables)
         limit = model_config.text_config.max_position_embeddings
         new_tokens = config.new_tokens(len(prompt), limit)
 
@@ -165,7 +190,7 @@ class Generate(JsonOptions):
         engine = self.model.load(processor, tokens=len(prompt) + new_tokens)
 
         from glm4v_jax.devices.compilation_cache import compile_times
-        from glm4v_jax.generate.completion import Counts, completion_fields
+        from glm4v_jax.generate.completion import Counts, call_fields, completion_fields
         from glm4v_jax.generate.warmup import programs
 
         writer = None if self.as_json else AnswerWriter()
@@ -186,6 +211,7 @@ class Generate(JsonOptions):
             return
         fields = {
             **completion_fields(completion, processor.tokenizer),
+            **({"tool_calls": call_fields(completion, tools)} if tools else {}),
             "seconds": round(times.seconds, 3),
             "compile_seconds": round(times.compiled, 3),
             "first_token_seconds": round(times.first, 3),

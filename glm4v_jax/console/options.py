@@ -332,7 +332,7 @@ class SamplingOptions:
             "answer_budget": self.answer_budget,
             "stop_strings": self.stop or None,
             "stop_repetition": self.stop_repetition or None,
-            "json_schema": None if self.json_schema is None else read_schema(self.json_schema),
+            "json_schema": None if self.json_schema is None else json_text("--json-schema", self.json_schema),
             "regex": self.regex,
             "choices": self.choice or None,
             "do_sample": True if self.do_sample else False if self.greedy else None,
@@ -346,17 +346,17 @@ class SamplingOptions:
         return {name: value for name, value in options.items() if value is not None}
 
 
-def read_schema(place: str) -> str:
-    """The JSON schema of `--json-schema`: in a file, or the option itself.
+def json_text(option: str, place: str) -> str:
+    """The JSON text of an option: in a file, or the option itself.
 
     Raises:
       GenerationError: there is no such file, or it is not text.
     """
-    if place.lstrip().startswith("{"):
+    if place.lstrip().startswith(("{", "[")):
         return place
-    with naming("--json-schema", GenerationError):
+    with naming(option, GenerationError):
         if not os.path.isfile(place):
-            raise GenerationError(f"found {named(place)}, no such file; expected a JSON schema, or a file with one")
+            raise GenerationError(f"found {named(place)}, no such file; expected JSON, or a file with it")
         return read_text(Path(place))
 
 

@@ -188,6 +188,11 @@ def box_fields(completion: "Completion") -> dict[str, Any]:
     return fields
 
 
+def call_fields(completion: "Completion", tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The calls of `tools` in a completion as a JSON list: their names and arguments."""
+    return [{"name": call.name, "arguments": dict(call.arguments)} for call in completion.tool_calls(tools)]
+
+
 def completion_fields(completion: "Completion", tokenizer: "Glm4vTokenizer") -> dict[str, Any]:
     """A completion as a JSON object; see `box_fields` for the boxes."""
     parsed = completion.parsed

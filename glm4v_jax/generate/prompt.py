@@ -46,8 +46,16 @@ def chat_variables(variables: Mapping[str, Any], config: GenerationConfig, proce
     """What the chat template is given: the switch of thoughts only where it has one.
 
     Without one, `SequenceState` puts the end of an empty thought before the answer.
+
+    Raises:
+      MessageError: there are tools, and the template has no place for them.
     """
     variables = dict(variables)
+    if variables.get("tools") and "tools" not in processor.template_variables:
+        found = len(variables["tools"])
+        raise MessageError(
+            f"tools: found {found}; expected none: the chat template of this model has no place for them"
+        )
     if config.think_budget == 0:
         variables["enable_thinking"] = False
     if "enable_thinking" not in processor.template_variables:

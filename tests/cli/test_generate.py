@@ -68,6 +68,11 @@ def error_of(capfd, *arguments):
         (["Hello", "--video", "x.mp4", "--fps", "nan"], ["--fps: found nan"]),
         (["--fps", "2", "--jsonl", "x.jsonl"], ["--fps: found with --jsonl; expected in the file"]),
         (["Hello", "--image", "."], ["--image: found ., a directory; expected an image; frames of a video: --video"]),
+        (["Hello", "--tools", "no.json"], ["--tools: found no.json, no such file; expected JSON"]),
+        (["Hello", "--tools", "[{"], ["--tools: found invalid JSON"]),
+        (["Hello", "--tools", '{"name": "f"}'], ["tools: found {'name': 'f'}; expected a list of objects"]),
+        (["Hello", "--tools", '[{"type": "function"}]'], ["tools: found 1; expected none", "no place for them"]),
+        (["--tools", "[]", "--jsonl", "x.jsonl"], ["--tools: found with --jsonl; expected in the file"]),
         (["Hello", "--out", "x.jsonl"], ["--out", "--jsonl"]),
         (["Hello", "--slots", "2"], ["--slots", "--jsonl"]),
         (["Hello", "--restart"], ["--restart", "--jsonl"]),
@@ -188,6 +193,16 @@ def test_verbose_raises_the_error(checkpoint, options, error):
 
 
 # What is answered.
+
+
+def test_calls_of_tools_are_a_field_of_the_answer(answered, checkpoint):
+    """And the template writes the empty thought that is asked for, where it can."""
+    template = "{% if tools %}{{ tools }}{% endif %}Hi{% if enable_thinking == false %}<think></think>{% endif %}"
+    (checkpoint / "chat_template.jinja").write_text(template)
+    tools = '[{"type": "function", "function": {"name": "f"}}]'
+    options = ("--tools", tools, "--think-budget", "0", "--max-new-tokens", 2, "--greedy", "Hello")
+    answer = answered("--model", checkpoint, *options)
+    assert answer["tool_calls"] == [] and answer["new_tokens"] <= 2 and answer["thought"] is None
 
 
 def test_images_and_videos_are_answered_in_one_prompt(answered, image, video):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from glm4v_jax.errors import GenerationError, counted
 from glm4v_jax.files import fingerprint, is_same_file, model_fingerprint
-from glm4v_jax.generate.completion import completion_fields
+from glm4v_jax.generate.completion import call_fields, completion_fields
 from glm4v_jax.generate.offline.answer_file import AnswerFile, open_answers
 from glm4v_jax.generate.offline.prompts import BatchPrompt, asks_network
 from glm4v_jax.generate.prompt import split_options
@@ -235,7 +235,9 @@ class PromptBatch:
                     else:
                         prompt_tokens += completion.prompt_tokens
                         new_tokens += len(completion.tokens)
-                        line = self._answer_fields(completion, processor) | _calls(completion, prompt)
+                        line = self._answer_fields(completion, processor)
+                        if tools := prompt.options.get("tools"):
+                            line["tool_calls"] = call_fields(completion, tools)
                         file.append(prompt.name, {**prompt.fields, **line, "seed": self._seeds[prompt.name]})
                         done += 1
                     progress.update(earlier + done + failed, total, len(completion.tokens), sum(compiled))
@@ -281,13 +283,6 @@ def prompt_seed(prompt: BatchPrompt, seed: int) -> int:
 
 def _digest(value: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).digest()
-
-
-def _calls(completion: "Completion", prompt: BatchPrompt) -> dict[str, Any]:
-    """The calls in an answer to a prompt that has tools."""
-    if not (tools := prompt.options.get("tools")):
-        return {}
-    return {"tool_calls": [{"name": one.name, "arguments": one.arguments} for one in completion.tool_calls(tools)]}
 
 
 def _all_fields(completion: "Completion", processor: "Glm4vProcessor") -> dict[str, Any]:
