@@ -52,10 +52,8 @@ def chat_variables(variables: Mapping[str, Any], config: GenerationConfig, proce
     """
     variables = dict(variables)
     if variables.get("tools") and "tools" not in processor.template_variables:
-        found = len(variables["tools"])
-        raise MessageError(
-            f"tools: found {found}; expected none: the chat template of this model has no place for them"
-        )
+        expected = "none: the chat template of this model has no place for them"
+        raise MessageError(f"tools: found {len(variables['tools'])}; expected {expected}")
     if config.think_budget == 0:
         variables["enable_thinking"] = False
     if "enable_thinking" not in processor.template_variables:
