@@ -10,12 +10,14 @@ import dataclasses
 import enum
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
-from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
+
+if TYPE_CHECKING:  # help of commands does not wait for them
+    import numpy as np
+
+    from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 THINK, END_THINK = "<think>", "</think>"
 ANSWER, END_ANSWER = "<answer>", "</answer>"
@@ -286,12 +288,12 @@ def is_well_formed(text: str, thinking: ThinkingFormat = THINKING["tagged"]) -> 
     return answer.count(BOX) <= 1 and answer.count(END_BOX) <= 1 and "\\boxed{" not in answer
 
 
-def format_after(thinking: ThinkingFormat, prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> ThinkingFormat:
+def format_after(thinking: ThinkingFormat, prompt_ids: "np.ndarray", tokenizer: "Glm4vTokenizer") -> ThinkingFormat:
     """Return the format of what a model writes after a prompt, which may end within a thought or after one."""
     return dataclasses.replace(thinking, begins_open=thought_before(prompt_ids, tokenizer))
 
 
-def thought_before(prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> bool | None:
+def thought_before(prompt_ids: "np.ndarray", tokenizer: "Glm4vTokenizer") -> bool | None:
     """Whether a prompt ends within a thought, True, or after the one of this turn, False; None if it has none.
 
     Some chat templates open a thought; those that know `enable_thinking` open and close it to switch it off.
@@ -301,9 +303,9 @@ def thought_before(prompt_ids: np.ndarray, tokenizer: Glm4vTokenizer) -> bool | 
     return None if max(think, end) <= assistant else think > end
 
 
-def _last(ids: np.ndarray, token: int | None) -> int:
+def _last(ids: "np.ndarray", token: int | None) -> int:
     """The place of the last of these tokens, -1 for none."""
-    found = np.flatnonzero(ids == (-1 if token is None else token))
+    (found,) = (ids == (-1 if token is None else token)).nonzero()
     return int(found[-1]) if found.size else -1
 
 
