@@ -197,7 +197,8 @@ def test_verbose_raises_the_error(checkpoint, options, error):
 
 def test_calls_of_tools_are_a_field_of_the_answer(answered, checkpoint):
     """And the template writes the empty thought that is asked for, where it can."""
-    template = "{% if tools %}{{ tools }}{% endif %}{{ messages }}{% if enable_thinking == false %}<think></think>{% endif %}"
+    switch = "{% if enable_thinking is defined %}<think></think>{% endif %}"
+    template = "{% if tools %}{{ tools }}{% endif %}{{ messages[0].content[0].text }}" + switch
     (checkpoint / "chat_template.jinja").write_text(template)
     tools = '[{"type": "function", "function": {"name": "f"}}]'
     options = ("--tools", tools, "--think-budget", "0", "--max-new-tokens", 2, "--greedy", "Hello")
