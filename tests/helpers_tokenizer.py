@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from glm4v_jax import tiny
 from tools.tiny_assets import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # GLM-OCR's; that of GLM-4.6V-Flash is of the same family: tools, thoughts, and a switch that turns these off.
-FAMILY_TEMPLATE = (pathlib.Path(__file__).parents[1] / "tools" / "family_chat_template.jinja").read_text()
+FAMILY_TEMPLATE = tiny.FAMILY_TEMPLATE.read_text()
 
 # The released tokenizer.json ends with <|end_of_video|>; the rest is in tokenizer_config.json alone.
 IN_TOKENIZER_JSON = 14

@@ -32,7 +32,7 @@ from eval.metrics import METRICS
 from glm4v_jax.cli.main import main
 from glm4v_jax.generate import engine, prefill_chunks, slots, warmup
 from glm4v_jax.serve import server
-from glm4v_jax.tiny import TINY_CHECKPOINT
+from glm4v_jax.tiny import FAMILY_TEMPLATE, TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import held_out
 
 PAGES = sorted(
@@ -118,7 +118,7 @@ def workplace(tmp_path, monkeypatch):
     model.parent.mkdir(parents=True)
     model.symlink_to(TINY_CHECKPOINT)
     shutil.copytree(TINY_CHECKPOINT, "path/to/GLM-4.6V-Flash")
-    shutil.copy(ROOT / "tools/family_chat_template.jinja", "path/to/GLM-4.6V-Flash/chat_template.jinja")
+    shutil.copy(FAMILY_TEMPLATE, "path/to/GLM-4.6V-Flash/chat_template.jinja")
     digit = held_out("reading")[0].media
     for name in ("digit.png", "photo.jpg", "other.jpg", "holiday/beach.png"):
         Path(name).parent.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ from tools import make_random
 from tools.make_random import Tensor, bias, linear, scale
 from tools.tiny_assets import json_bytes
 
-TEMPLATE = Path(__file__).parent / "family_chat_template.jinja"
+TEMPLATE = Path(__file__).parents[1] / "glm4v_jax" / "tiny" / "family_chat_template.jinja"
 """chat_template.jinja of GLM-OCR (MIT licence), character for character; its siblings' are of the same family."""
 
 LEARNED = make_random.VOCABULARY.learned
