@@ -34,6 +34,7 @@ _TOOL_TOKENS = (
 )  # fmt: skip
 """Tokens of the family's tokenizers that the packaged one, GLM-4.1V's, does not have."""
 _LEVELS = 1 << 16
+_LAYERS = "model.language_model.layers."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,29 @@ def plan_like_released(config: Glm4vConfig, count: int) -> Plan:
         raise ConfigError(fault("shards", count, f"1 to {layers + 1} for a decoder of {counted(layers, 'layer')}"))
     each = layers // max(1, count - 1)
     plan = {shard_name(i, count): list[str]() for i in range(count)}
+    plan[shard_name(count - 1, count)] += _extra_shapes(config)
     for name, (rule, layer) in hf_mapping.tensor_rules(config).items():
         in_decoder = layer is not None and rule.leaf.startswith("language_model.")
         number = min(layer // each, count - 1) if in_decoder and layer is not None else count - 1
         plan[shard_name(number, count)].append(name)
     return plan
+
+
+def _extra_shapes(config: Glm4vConfig) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of layers after the last that predict further tokens, as GLM-OCR has them: name -> shape.
+
+    Each is a layer like the others, with norms and a projection before it, and an embedding and a head of its own.
+    """
+    text, shapes = config.text_config, tensor_shapes(config)
+    width, found = text.hidden_size, dict[str, tuple[int, ...]]()
+    for layer in range(text.num_hidden_layers, text.num_hidden_layers + text.num_nextn_predict_layers):
+        prefix = f"{_LAYERS}{layer}."
+        like = {name: shape for name, shape in shapes.items() if name.startswith(f"{_LAYERS}0.")}
+        found |= {name.replace(f"{_LAYERS}0.", prefix): shape for name, shape in like.items()}
+        found |= {f"{prefix}{norm}.weight": (width,) for norm in ("enorm", "hnorm", "shared_head.norm")}
+        found[f"{prefix}eh_proj.weight"] = (width, 2 * width)
+        found |= {f"{prefix}{name}.weight": (text.vocab_size, width) for name in ("embed_tokens", "shared_head.head")}
+    return found
 
 
 def synth(
@@ -132,7 +151,8 @@ def synth(
     started = time.perf_counter()
     target, dtype = Path(target), resolve_dtype(dtype)
     deviation = config.text_config.initializer_range
-    tensors = {name: RandomTensor(shape, dtype, name, deviation, seed) for name, shape in tensor_shapes(config).items()}
+    shapes = {**tensor_shapes(config), **_extra_shapes(config)}
+    tensors = {name: RandomTensor(shape, dtype, name, deviation, seed) for name, shape in shapes.items()}
     if member is None:
         member = next((one for one in MEMBERS.values() if one.model_type == config.model_type), MEMBERS[DEFAULT])
     layers = config.text_config.num_hidden_layers

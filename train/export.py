@@ -15,7 +15,7 @@ from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
 from glm4v_jax.checkpoints.hf_write import save_pretrained, total_bytes
 from glm4v_jax.checkpoints.load import load_model
-from glm4v_jax.checkpoints.merge_adapter import MergedTensor, merged_tensors, write_merged
+from glm4v_jax.checkpoints.merge_adapter import MergedTensor, extra_tensors, merged_tensors, write_merged
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.generation import GenerationConfig
@@ -80,7 +80,8 @@ def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
 def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Path) -> Verified:
     """Write a trained model in Hugging Face layout, with all other files of its base.
 
-    All processes call this, in the models' mesh; the first one writes. To verify, devices hold the model twice.
+    Layers of the base that only predict further tokens are copied, as nothing here runs them. All processes call this,
+    in the models' mesh; the first one writes. To verify, devices hold the model twice.
 
     Args:
       exported: the model in the dtypes to write, so that both sides of the comparison are rounded alike.
@@ -97,7 +98,8 @@ def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Pa
     batch = prompt(base, config)
     expected = logits_of(jax.tree.map(lambda leaf: leaf.astype(dtype), exported), batch)
     with _new(target, overwrite=True) as directory:
-        save_pretrained(exported, GenerationConfig.from_pretrained(base), directory)
+        generation, extras = GenerationConfig.from_pretrained(base), extra_tensors(base, config)
+        save_pretrained(exported, generation, directory, extras=extras)
         if is_first():
             copy_assets(base, directory)  # config.json too, with fields that other programs read and this one does not
         by_first(_wait)

@@ -173,10 +173,12 @@ def save_pretrained(
     directory: str | Path,
     *,
     max_shard_size: int | str = "5GB",
+    extras: Mapping[str, LazyTensor] | None = None,
 ) -> None:
     """Write weights, config.json and generation_config.json; see `Glm4vForConditionalGeneration.save_pretrained`.
 
     Where several processes hold the model, all of them call this; the first one writes, and holds a tensor at a time.
+    `extras` are tensors beside the model's, such as those of extra layers (`hf_mapping`).
 
     Raises:
       CheckpointError: see `ModelLeaves`; or the directory is a file.
@@ -184,7 +186,7 @@ def save_pretrained(
       OSError: the disk refuses.
     """
     directory = Path(directory)
-    tensors = tensors_of(model)
+    tensors = {**tensors_of(model), **(extras or {})}
     plan = plan_shards(tensors, max_shard_size)
     if not is_first():
         for names in plan.values():

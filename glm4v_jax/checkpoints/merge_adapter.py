@@ -67,6 +67,16 @@ def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> 
     return tensors
 
 
+def extra_tensors(base: str | Path, config: Glm4vConfig) -> dict[str, MergedTensor]:
+    """Return the tensors of a checkpoint that belong to extra layers, which no model has (`hf_mapping`)."""
+    files = open_weights(base)
+    return {
+        name: MergedTensor(info.shape, info.dtype, files, name, None)
+        for name, info in files.items()
+        if hf_mapping.is_extra(config, hf_mapping.canonical(name))
+    }
+
+
 def write_merged(
     base: str | Path,
     tensors: Mapping[str, MergedTensor],
