@@ -2,7 +2,6 @@
 
 import cProfile
 import functools
-import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,18 +64,8 @@ class Ours(Photographs, turns.JaxSide):
         self.processors = {"slow": Glm4vImageProcessor(), "fast": Glm4vImageProcessorFast()}
 
     def bandwidth(self, megabytes: int, threads: int) -> dict[str, float]:
-        """Bytes read a second by NumPy's maximum of a buffer, in parts, one to a thread."""
-        buffer = np.ones(megabytes * 250_000, np.float32)
-        parts = np.array_split(buffer, threads)
-
-        def read() -> None:
-            readers = [threading.Thread(target=np.max, args=(part,)) for part in parts]
-            for reader in readers:
-                reader.start()
-            for reader in readers:
-                reader.join()
-
-        return {"numpy": buffer.nbytes / turns.seconds(read, 5)}
+        """See `turns.read_bandwidth`."""
+        return {"numpy": turns.read_bandwidth(megabytes, threads)}
 
     def vision(self, rows: int, columns: int) -> dict[str, float]:
         """Seconds of one image through the ViT and merger."""

@@ -11,8 +11,6 @@ memory would hide the program's. Writes `bench/results/memory.json`; exits with 
 import argparse
 import dataclasses
 import os
-import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import report
+from bench.turns import peak_bytes
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration, Glm4vTextConfig, Glm4vVisionConfig, Glm4vVisionModel
 
 MEGABYTE = 1_000_000
@@ -116,16 +115,6 @@ PLANS = {
         f"patches of a picture, gradient of {GRADIENT_DEPTH} ViT layers", 1024, (3072, 6144, 12288), False
     ),
 }
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():  # getrusage there counts what the parent had before this program took its place
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure(task: str, size: int) -> tuple[int, float]:

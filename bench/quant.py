@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import ggml, memory, models, report, turns
+from bench import ggml, models, report, turns
 
 VARIANTS = ("float32", "int8", "int4", "bfloat16", "int8, a device a core")
 PROMPT_TOKENS, PREFILL_TOKENS, NEW_TOKENS, ROUNDS = 64, 512, 65, 5
@@ -58,7 +58,7 @@ class Variant:
             "temporaries": temporaries,
             "compile_seconds": seconds,
             "tokens": tokens,
-            "peak": memory.peak_bytes(),
+            "peak": turns.peak_bytes(),
         }
 
     def decode(self) -> float:

@@ -12,14 +12,18 @@ import json
 import operator
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from bench import report
 
@@ -158,13 +162,18 @@ def main(ours: "type[JaxSide]", theirs: "type[TorchSide]", arguments: Sequence[s
     parser.add_argument("--side", choices=("ours", "theirs"), required=True)
     parser.add_argument("--threads", type=int, required=True)
     parsed = parser.parse_args(arguments)
-    use_cores(parsed.threads)
-    if parsed.side == "theirs":
+    run_side(ours if parsed.side == "ours" else theirs, parsed.side, parsed.threads)
+
+
+def run_side(made: Callable[..., Any], side: str, threads: int, *arguments: Any) -> None:
+    """Confine this process to `threads` cores, make a side, and do its tasks: its public methods."""
+    use_cores(threads)
+    if side == "theirs":
         import torch
 
-        torch.set_num_threads(parsed.threads)
-    side = ours() if parsed.side == "ours" else theirs()
-    serve({name: getattr(side, name) for name in dir(side) if not name.startswith("_") and name != "packages"})
+        torch.set_num_threads(threads)
+    worker = made(*arguments)
+    serve({name: getattr(worker, name) for name in dir(worker) if not name.startswith("_") and name != "packages"})
 
 
 class JaxSide:
@@ -242,6 +251,31 @@ def use_cores(count: int) -> None:
     if len(cores) < count:
         raise SystemExit(f"--threads: found {len(cores)} cores; expected {count}")
     os.sched_setaffinity(0, cores[:count])
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage there counts what the parent had before this program took its place
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_bandwidth(megabytes: int, threads: int) -> float:
+    """Bytes read a second by NumPy's maximum of a buffer, in parts, one to a thread; the median of five reads."""
+    buffer = np.ones(megabytes * 250_000, np.float32)
+    parts = np.array_split(buffer, threads)
+
+    def read() -> None:
+        readers = [threading.Thread(target=np.max, args=(part,)) for part in parts]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+
+    return buffer.nbytes / seconds(read, 5)
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:

@@ -57,3 +57,24 @@ def reachable(mask: Mask, blocks: tuple[int, int], causal: bool) -> Bool[Array, 
         last_query = start[:, None] + (1 + jnp.arange(q_low.shape[1])) * blocks[0] - 1
         overlap &= last_query[:, :, None] >= jnp.arange(k_low.shape[1]) * blocks[1]
     return overlap
+
+
+def covered(mask: Mask, blocks: tuple[int, int], causal: bool) -> Bool[Array, "B NQ NK"]:
+    """True only where every query of a block sees every key of another: there the scores need no mask.
+
+    Args:
+      mask, blocks, causal: as for `reachable`.
+    """
+
+    def ranges(segments: Array, block: int) -> tuple[Array, Array]:
+        segments = segments.reshape(segments.shape[0], -1, block)
+        return jnp.min(segments, axis=-1), jnp.max(segments, axis=-1)
+
+    (q_low, q_high), (k_low, k_high) = ranges(mask.q_segments, blocks[0]), ranges(mask.kv_segments, blocks[1])
+    same = (q_low[:, :, None] == k_high[:, None]) & (q_high[:, :, None] == k_low[:, None]) & (k_low[:, None] > 0)
+    same &= (q_low == q_high)[:, :, None]
+    if causal:
+        start = jnp.zeros_like(q_low[:, 0]) if mask.q_start is None else mask.q_start
+        first_query = start[:, None] + jnp.arange(q_low.shape[1]) * blocks[0]
+        same &= first_query[:, :, None] >= (1 + jnp.arange(k_low.shape[1])) * blocks[1] - 1
+    return same
