@@ -155,9 +155,9 @@ class Ours(turns.JaxSide):
         decoder.layers, decoder.config = few, dataclasses.replace(decoder.config, num_hidden_layers=layers)
         width = decoder.config.hidden_size
         with use_mesh(runtime.mesh):
-            join = Linear({"embed": 2 * width}, {"embed": width}, Init(nnx.Rngs(params=0), dtype=jnp.float32))
+            join = Linear({None: 2 * width}, {"embed": width}, Init(nnx.Rngs(params=0), dtype=jnp.float32))
             if self._scheme is not None:
-                quantized = quantize_kernel(join.kernel[...], ("embed",), ("embed",), QuantConfig(self._scheme))  # type: ignore[arg-type]
+                quantized = quantize_kernel(join.kernel[...], (None,), ("embed",), QuantConfig(self._scheme))  # type: ignore[arg-type]
                 join.kernel, join.kernel_scale = map(nnx.Param, quantized)
         return Flat.of(decoder), runtime.head, Flat.of(join)
 

@@ -125,3 +125,18 @@ def test_kernels_are_normal_and_scales_are_ones():
 def test_float32_is_multiplied_as_float32():
     assert nn.precision(jnp.float32) == jax.lax.Precision.HIGHEST
     assert nn.precision(jnp.bfloat16) == jax.lax.Precision.DEFAULT
+
+
+@pytest.mark.parametrize(("length", "in_tiles"), [(12, True), (10, False)])
+def test_many_tokens_go_through_an_mlp_in_tiles(monkeypatch, length, in_tiles):
+    """On a CPU, where a tile divides a row: the same values and gradients."""
+    mlp, x = nn.GatedMlp(24, 40, "silu", init()), jnp.asarray(normal(2, length, 24))
+
+    def square(x):
+        return jnp.sum(mlp(x) ** 2)
+
+    expected = mlp(x), jax.grad(square)(x)
+    monkeypatch.setattr(nn, "_TILES", (8, 6))
+    assert ("scan" in str(jax.make_jaxpr(mlp)(x))) == in_tiles
+    assert_close(mlp(x), expected[0], tolerance=EPS)
+    assert_close(jax.grad(square)(x), expected[1], tolerance=EPS)

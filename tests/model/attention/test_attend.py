@@ -104,8 +104,10 @@ def _any_mask(q, k, v, mask):
         return attend(q, k, v, mask, causal=True)
 
 
-@pytest.mark.parametrize(("kv_heads", "groups"), [(1, 1), (1, 3), (3, 1), (2, 2)])
-def test_any_number_of_heads_equals_dense_attention(small_blocks, kv_heads, groups):
+@pytest.mark.parametrize(("kv_heads", "groups", "core_scores"), [(1, 1, 10**6), (1, 3, 10**6), (3, 1, 1), (2, 2, 1)])
+def test_any_number_of_heads_equals_dense_attention(small_blocks, monkeypatch, kv_heads, groups, core_scores):
+    """Heads in one block of scores, and in blocks of their own."""
+    monkeypatch.setattr(blockwise, "_CORE_SCORES", core_scores)
     qkv, mask = random_qkv(2, 20, 20, kv_heads, groups), random_mask(3, 20, 20)
     assert_close(compiled()(*qkv, mask, causal=True), dense(*qkv, mask, True)[0], tolerance=2e-6)
 
