@@ -174,7 +174,7 @@ def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.ocr", description="GLM-OCR beside transformers 5.24")
     parser.add_argument("--theirs-python", default=".venv-5x/bin/python", help="interpreter with transformers 5.24")
-    parser.add_argument("--config", default="GLM-OCR", help="of the model, as `glm4v convert synth` takes it")
+    parser.add_argument("--tiny", action="store_true", help="measure the tiny model, to try this program")
     parser.add_argument("--checkpoint", help="a directory that has it already")
     parser.add_argument("--bfloat16", action="store_true", help="measure transformers in bfloat16 as well")
     parser.add_argument("--size", type=int, nargs=2, default=(WIDTH, HEIGHT), metavar=("WIDTH", "HEIGHT"))
@@ -189,7 +189,7 @@ def main() -> int:
         directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glm4v_jax_ocr_")))
         if parsed.checkpoint is None:
             checkpoint = directory / "checkpoint"
-            synth(load_config(parsed.config), checkpoint, dtype="float32")
+            synth(load_config("GLM-OCR", tiny=parsed.tiny), checkpoint, dtype="float32")
         else:
             checkpoint = pathlib.Path(parsed.checkpoint)
         page = directory / "page.npz"
