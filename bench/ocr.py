@@ -7,8 +7,8 @@ A checkpoint of random weights in float32 (`glm4v convert synth --config GLM-OCR
 1,240 x 1,754 pixels: 2,772 tokens. Here the weights are in float32 and in int8; transformers has float32, scaled
 dot-product attention, and bare forward passes, which are faster than its `generate`; `--bfloat16` measures it with
 half of the bytes as well. Every variant is a process of its own on two threads, and they take turns. Decoding goes on
-after the page, in rounds; the pixels are made before. Compiling is not part of the time to the first token: it is shown
-beside it, as it is read from disk after the first time.
+after the page, in rounds; the pixels are made before. The time to the first token is that of the first page of a
+process, without compiling, which is read from disk after the first time.
 
 Of speculative decoding with the checkpoint's MTP layer, which is kept and not run, this measures what random weights
 can say: what a step costs that verifies a draft, and one of such a layer. Writes `bench/results/ocr.json`; exits with

@@ -41,7 +41,8 @@ class Ours(turns.JaxSide):
         begun = time.perf_counter()
         self._runtime = load_runtime(directory, dtype="float32", quantize=self._scheme)
         (self._prompt,) = prompts_of(read_page(page), self._runtime.config)
-        self._new_tokens, self._slots = new_tokens, None
+        self._new_tokens = new_tokens
+        self._slots: Any = None
         weights = device_bytes(jax.tree.leaves(self._runtime.module))
         return {"seconds": time.perf_counter() - begun, "weights": weights}
 
@@ -211,7 +212,8 @@ class Theirs(turns.TorchSide):
 
         begun = time.perf_counter()
         transformers.logging.set_verbosity_error()
-        self._model = transformers.GlmOcrForConditionalGeneration.from_pretrained(
+        made: Any = transformers  # other versions lack this class
+        self._model = made.GlmOcrForConditionalGeneration.from_pretrained(
             directory, dtype=getattr(torch, self._dtype), attn_implementation="sdpa"
         ).eval()
         inputs = {name: torch.from_numpy(array) for name, array in read_page(page).items()}

@@ -167,8 +167,8 @@ def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyp
         return _forward_heads(q, k, v, mask, key, blocks, causal, rate)
 
     def heads(_, n):  # type: ignore[no-untyped-def]
-        some = jax.tree.map(lambda x: _block(x, n, together, 1), (q, k, v))
-        return None, _forward_heads(*some, mask, key, blocks, causal, rate)
+        some_q, some_k, some_v = jax.tree.map(lambda x: _block(x, n, together, 1), (q, k, v))
+        return None, _forward_heads(some_q, some_k, some_v, mask, key, blocks, causal, rate)
 
     _, (out, log_total) = jax.lax.scan(heads, None, jnp.arange(q.shape[1] // together))
     return _merge_blocks(out, -4), _merge_blocks(log_total, -3)
