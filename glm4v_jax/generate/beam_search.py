@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.devices.distributed import to_host
+from glm4v_jax.generate.cache_rows import map_cache
 from glm4v_jax.generate.constraints import Constraints, pushed
-from glm4v_jax.generate.device_steps import Chosen, RowState, SlotsState, Variant, constrain, map_cache, place_row, room
+from glm4v_jax.generate.device_steps import Chosen, RowState, SlotsState, Variant, constrain, place_row, room
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.sampling import largest, mark_seen, penalised
 from glm4v_jax.generate.slots import MAX_STEPS, SCORED_STEPS, Slots
@@ -276,7 +277,7 @@ def _select(
 
 def _map_rows(function: Callable[[Array, int], Array], slots: SlotsState) -> SlotsState:
     """Map (array, axis of the rows) -> array over everything that rows have."""
-    cache = map_cache(function, slots.cache, axis=1 if slots.cache.is_stacked else 0)
+    cache = map_cache(function, slots.cache)
     rest = jax.tree.map(lambda x: function(x, 0), slots._replace(cache=None))  # type: ignore[arg-type]
     return rest._replace(cache=cache)
 

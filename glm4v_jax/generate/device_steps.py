@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
+from glm4v_jax.generate.cache_rows import put, put_chunk, put_rows, take, take_rows
 from glm4v_jax.generate.constraints import Constraints, banned, biased, processed, pushed
 from glm4v_jax.generate.sampling import choose, largest, mark_seen, penalised, row_keys, step_keys, warped
 from glm4v_jax.generate.token_masks import TokenMasks, allowed_tokens, is_held, placed, restricted
@@ -196,10 +197,9 @@ def prefill(
       The state; after the last chunk of a prompt, its row is ready for `choose_first`.
     """
     decoder, cache = text.module, state.cache
-    axis = 1 if cache.is_stacked else 0
     segment_ids = mesh.reshard(chunk.segment_ids, "batch", "length")
     keep = mesh.reshard(chunk.keep, "batch")
-    old = cache if slots is None else _take_cache(cache, slots, axis)
+    old = cache if slots is None else take_rows(cache, slots)
     kept = mesh.reshard(jnp.arange(cache.capacity)[None], None, None) < keep[:, None]
     rewound = old._replace(segments=jnp.where(kept, old.segments, 0), length=keep)
     embeds = embed_with_vision(decoder, chunk.input_ids, pool, chunk.vision_index)
@@ -213,8 +213,8 @@ def prefill(
     seen = mesh.reshard(seen, "batch", "vocab")
     last = mesh.reshard(last.astype(state.hidden.dtype), "batch", None, None)
     if slots is not None:
-        written = _put_chunk(cache, slots, written, axis, keep, segment_ids.shape[1])
-        seen, last = _put(state.seen, slots, seen, 0), _put(state.hidden, slots, last, 0)
+        written = put_chunk(cache, slots, written, keep, segment_ids.shape[1])
+        seen, last = put(state.seen, slots, seen, 0), put(state.hidden, slots, last, 0)
     return state._replace(cache=written, seen=seen, hidden=last)
 
 
@@ -238,15 +238,14 @@ def copy_rows(
       The state; a row that keeps its source's whole prompt is ready for `choose_first`.
     """
     cache = state.cache
-    axis = 1 if cache.is_stacked else 0
     keep = mesh.reshard(keep, "batch")
-    old = _take_cache(cache, sources, axis)
+    old = take_rows(cache, sources)
     kept = mesh.reshard(jnp.arange(cache.capacity)[None], None, None) < keep[:, None]
     rewound = old._replace(segments=jnp.where(kept, old.segments, 0), length=keep)
     return state._replace(
-        cache=_put_cache(cache, targets, rewound, axis),
-        seen=_put(state.seen, targets, mesh.reshard(seen, "batch", "vocab"), 0),
-        hidden=_put(state.hidden, targets, _take(state.hidden, sources, 0), 0),
+        cache=put_rows(cache, targets, rewound),
+        seen=put(state.seen, targets, mesh.reshard(seen, "batch", "vocab"), 0),
+        hidden=put(state.hidden, targets, take(state.hidden, sources, 0), 0),
     )
 
 
@@ -458,76 +457,3 @@ def constrain(
 def place_row(row: RowState) -> RowState:
     """Shard the rows' state over the batch."""
     return jax.tree.map(lambda x: mesh.reshard(jnp.asarray(x), "batch", *(None,) * (jnp.ndim(x) - 1)), row)
-
-
-def _take(x: Array, slots: Int[Array, " n"], axis: int) -> Array:
-    """Row `slots[i]` of shard i, for each i: [..., B, ...] -> [..., n, ...]."""
-
-    def local(x: Array, slots: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, jnp.maximum(slots[0], 0), 1, axis)
-
-    # Each device works on its own rows: over slices of a sharded array, XLA would copy the cache.
-    spec = mesh.spec_of(x)
-    return jax.shard_map(local, in_specs=(spec, mesh.spec("batch")), out_specs=spec, check_vma=False)(
-        x, mesh.reshard(slots, "batch")
-    )
-
-
-def _put(x: Array, slots: Int[Array, " n"], new: Array, axis: int) -> Array:
-    """The inverse of `_take`; a slot of -1 changes nothing."""
-
-    def local(x: Array, slots: Array, new: Array) -> Array:
-        i = jnp.maximum(slots[0], 0)
-        old = jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
-        return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(slots[0] < 0, old, new), i, axis)
-
-    spec = mesh.spec_of(x)
-    return jax.shard_map(local, in_specs=(spec, mesh.spec("batch"), spec), out_specs=spec, check_vma=False)(
-        x, mesh.reshard(slots, "batch"), jax.sharding.reshard(new, spec)
-    )
-
-
-def map_cache(function: Any, cache: KVCache, *others: KVCache, axis: int) -> KVCache:
-    """Map (arrays, axis of the rows) -> array over caches; `axis` is that of keys and values."""
-    sides = [
-        jax.tree.map(lambda *xs: function(*xs, axis), cache.k, *(other.k for other in others)),
-        jax.tree.map(lambda *xs: function(*xs, axis), cache.v, *(other.v for other in others)),
-    ]
-    rest = [function(*xs, 0) for xs in zip(cache[2:], *(other[2:] for other in others), strict=True)]
-    return KVCache(*sides, *rest)
-
-
-def _take_cache(cache: KVCache, slots: Int[Array, " n"], axis: int) -> KVCache:
-    return map_cache(lambda x, axis: _take(x, slots, axis), cache, axis=axis)
-
-
-def _put_cache(cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int) -> KVCache:
-    return map_cache(lambda x, y, axis: _put(x, slots, y, axis), cache, new, axis=axis)
-
-
-def _put_chunk(
-    cache: KVCache, slots: Int[Array, " n"], new: KVCache, axis: int, keep: Int[Array, " n"], tokens: int
-) -> KVCache:
-    """`_put_cache` of rows in which only the `tokens` slots from `keep[i]` on are new: a row may have thousands."""
-
-    def put(x: Array, new: Array) -> Array:
-        spec = mesh.spec_of(x)
-        names = spec[axis + 2]
-
-        def local(x: Array, slots: Array, new: Array, keep: Array) -> Array:
-            length = x.shape[axis + 2]
-            count = min(length, tokens)
-            first = keep[0] if names is None else keep[0] - jax.lax.axis_index(names) * length
-            begin, sizes = [0] * x.ndim, list(x.shape)
-            begin[axis + 2], sizes[axis], sizes[axis + 2] = jnp.clip(first, 0, length - count), 1, count
-            part = jax.lax.dynamic_slice(new, begin, sizes)
-            begin[axis] = jnp.maximum(slots[0], 0)
-            old = jax.lax.dynamic_slice(x, begin, sizes)
-            return jax.lax.dynamic_update_slice(x, jnp.where(slots[0] < 0, old, part), begin)
-
-        batch = mesh.spec("batch")
-        run = jax.shard_map(local, in_specs=(spec, batch, spec, batch), out_specs=spec, check_vma=False)
-        return run(x, mesh.reshard(slots, "batch"), jax.sharding.reshard(new, spec), keep)
-
-    k, v = (jax.tree.map(put, *sides) for sides in ((cache.k, new.k), (cache.v, new.v)))
-    return KVCache(k, v, _put(cache.segments, slots, new.segments, 0), _put(cache.length, slots, new.length, 0))
