@@ -37,7 +37,7 @@ class TokenCounter:
 
     def _count(self, record: Record) -> int:
         processor = self._processor
-        text = processor.apply_chat_template(target_turns(record, "last")[0])
+        text = processor.apply_chat_template(target_turns(record, "last", processor.thinking)[0])
         sizes = [image_size(item)[::-1] for item in record.media("image")]
         counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
         images = [Expansion(processor.image_token * count, count) for count in counts]

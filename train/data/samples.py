@@ -25,6 +25,7 @@ import numpy as np
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, validate
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.thinking import ThinkingFormat
 from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError, counted
 from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
@@ -139,7 +140,7 @@ def encode(
 
 
 def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions) -> Sample | None:
-    messages, targets = target_turns(record, options.keep_thoughts)
+    messages, targets = target_turns(record, options.keep_thoughts, processor.thinking)
     text = processor.apply_chat_template(messages)
     turns = _Template(processor)
     stop = turns.stop_token(config)
@@ -167,8 +168,15 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
     return sample
 
 
-def target_turns(record: Record, keep_thoughts: str) -> tuple[list[dict[str, Any]], list[int]]:
+def target_turns(
+    record: Record, keep_thoughts: str, thinking: ThinkingFormat
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the messages with the thoughts that are kept, and the indices of those that contribute to the loss.
+
+    Args:
+      record: a conversation.
+      keep_thoughts: see `EncodeOptions`.
+      thinking: how the model writes thoughts.
 
     Raises:
       DataError: none contributes, or one that does is empty or not the assistant's.
@@ -188,7 +196,7 @@ def target_turns(record: Record, keep_thoughts: str) -> tuple[list[dict[str, Any
         said = _plain_text(message)
         if message.get("role") != "assistant" or said is None:
             continue
-        answer = without_thoughts(said)
+        answer = without_thoughts(said, thinking)
         is_bare = keep_thoughts == "none" or (keep_thoughts == "last" and index != last)
         if keep_thoughts == "last" and index != last and answer != said and index in targets:
             targets.remove(index)

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_tokenizer import GOLDEN, write_small_tokenizer
+from helpers_tokenizer import FAMILY_TEMPLATE, GOLDEN, write_small_tokenizer
 from helpers_transformers import import_transformers
 
 from glm4v_jax.config.model import Glm4vConfig
@@ -256,6 +256,16 @@ def test_keep_thoughts_chooses_thoughts_and_targets(processor):
     assert found["last"] == (["No." + STOP, THOUGHT + STOP], 1)
     assert found["all"] == ([THOUGHT + STOP, "No." + STOP, THOUGHT + STOP], 2)
     assert found["none"] == ([BARE + STOP, "No." + STOP, BARE + STOP], 0)
+
+
+def test_a_template_that_writes_thoughts_says_how(processor):
+    """An answer without tags may speak of them; a turn without a thought has an empty one."""
+    parts = processor.image_processor, processor.tokenizer, processor.video_processor
+    family, said = Glm4vProcessor(*parts, FAMILY_TEMPLATE), "<think>Hm.</think>\nAn <answer> tag."
+    conversation = record(user("one"), assistant(said), user("two"), assistant(said))
+    for keep, thought in (("last", "Hm."), ("none", "")):
+        sample = encode(conversation, family, CONFIG, EncodeOptions(keep_thoughts=keep))
+        assert learned(sample, family.tokenizer)[-1] == f"<think>{thought}</think>\nAn <answer> tag.{STOP}"
 
 
 def test_losses_choose_the_target_turns(processor):
