@@ -2,13 +2,15 @@
 
 import collections
 import dataclasses
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.compressed_tensors import SCALE, SHAPE, ScaleLayout, match, parameters_of
-from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, open_weights
+from glm4v_jax.checkpoints.orbax_read import OrbaxCheckpoint, Weights, open_weights
 from glm4v_jax.checkpoints.plan import check_scheme
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
@@ -28,7 +30,8 @@ class Group:
       count: how many tensors.
       shape, dtype: of each; dtypes separated by "/" where the layers have several.
       parameters, nbytes: of all of them; of a quantised weight, its integers have the parameters.
-      leaf: of the model, with the index after it of a part of a fused one, as `[:, 1]`; none of a weight's shape.
+      leaf: of the model, with the index after it of a part of a fused one, as `[:, 1]`; none of a weight's shape, or of
+        an extra layer (`hf_mapping`).
       sharding: mesh axes of each dimension of the leaf, "-" where it is not sharded.
       device_bytes: what one device of the mesh holds of all of them, in the checkpoint's dtype or quantised.
     """
@@ -136,11 +139,21 @@ def inspect(directory: str | Path, mesh: dict[str, int] | None = None, quantize:
                 device_bytes=0 if rule.suffix == SHAPE else sum(info.nbytes // leaf.shards(mesh) for info in infos),
             )
         )
+    groups += _extras(config, files)
     if quantize != "none":
         check_scheme(quantize, stored)
         groups = _quantized(groups, config, quantize, mesh)
     kind = "orbax" if isinstance(files, OrbaxCheckpoint) else "safetensors"
     return Inspection(directory, kind, mesh, tuple(groups), _modules(groups))
+
+
+def _extras(config: Glm4vConfig, files: Weights) -> Iterator[Group]:
+    """The tensors of extra layers, one by one: no leaf has them."""
+    for name, info in files.items():
+        key = hf_mapping.canonical(name)
+        if hf_mapping.is_extra(config, key):
+            size = math.prod(info.shape)
+            yield Group(key, 1, info.shape, info.dtype.name, size, info.nbytes, "", ("-",) * len(info.shape), 0)
 
 
 def _quantized(groups: list[Group], config: Glm4vConfig, scheme: str, mesh: dict[str, int]) -> list[Group]:

@@ -71,8 +71,8 @@ def to_orbax(
     """
     started = time.perf_counter()
     source, target = Path(source), Path(target)
-    files = open_weights(source)
     config = Glm4vConfig.from_pretrained(source)
+    files = open_weights(source)
     leaves = leaves_of(files, config)
     check_cast_of(source, leaves.stored, dtype)
     cast = None if dtype is None else resolve_dtype(dtype, files)

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from glm4v_jax.checkpoints.hf_write import save_pretrained
 from glm4v_jax.checkpoints.load import load_runtime
+from glm4v_jax.checkpoints.merge_adapter import extra_tensors
 from glm4v_jax.checkpoints.orbax_write import save_model
 from glm4v_jax.config.checks import refuse_unknown
 from glm4v_jax.config.generation import GenerationConfig
@@ -63,6 +64,7 @@ class Glm4vForConditionalGeneration:
         )
         self.mesh, self.lm_head = self.runtime.mesh, self.runtime.head
         self.model = Glm4vModel(config, runtime=self.runtime)
+        self.name_or_path = ""
 
     @classmethod
     def from_pretrained(
@@ -106,14 +108,17 @@ class Glm4vForConditionalGeneration:
             pretrained_model_name_or_path, dtype=dtype if dtype is not None else torch_dtype, mesh=mesh,
             stacked=stacked, quantize=quantize, adapter=adapter, progress=progress,
         )  # fmt: skip
-        return cls(runtime.config, runtime=runtime)
+        model = cls(runtime.config, runtime=runtime)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        return model
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint in Hugging Face layout, which `from_pretrained` here and in transformers loads.
 
         Weights in safetensors of this model's dtype, streamed tensor by tensor, config.json and generation_config.json;
         other files of the directory, such as a processor's, stay. Weights of an earlier call are replaced once the new
-        ones are complete.
+        ones are complete. GLM-OCR's layer that predicts a further token, which is not run here, is copied from the
+        checkpoint that was loaded (`name_or_path`).
 
         Args:
           save_directory: made if need be.
@@ -125,7 +130,12 @@ class Glm4vForConditionalGeneration:
           OSError: writing failed; the old weights are then untouched.
         """
         with use_mesh(self.mesh):
-            save_pretrained(self.module, self.generation_config, save_directory, max_shard_size=max_shard_size)
+            # Looked for where they can be only: the checkpoint may be gone.
+            has_extras = self.name_or_path and self.config.text_config.extra_layers
+            save_pretrained(
+                self.module, self.generation_config, save_directory, max_shard_size=max_shard_size,
+                extras=extra_tensors(self.name_or_path, self.config) if has_extras else None,
+            )  # fmt: skip
 
     def save_orbax(
         self, save_directory: str | Path, *, assets: str | Path | None = None, overwrite: bool = False

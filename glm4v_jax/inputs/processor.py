@@ -5,16 +5,17 @@ torch tensors and the error handling of 5.x; images and videos may stand in one 
 family it is for, it reads from the checkpoint's files: `PROCESSORS` in `config/family.py`.
 """
 
+import contextlib
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from glm4v_jax.config.checks import fault
-from glm4v_jax.config.family import processors_of
+from glm4v_jax.config.family import architecture_of, processors_of
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.thinking import ThinkingFormat, thinking_format
-from glm4v_jax.errors import CheckpointError, MessageError, naming, not_there
+from glm4v_jax.errors import CheckpointError, ConfigError, MessageError, naming, not_there
 from glm4v_jax.files import assets_directory, read_json_object
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
@@ -125,23 +126,27 @@ class Glm4vProcessor:
 
         Raises:
           CheckpointError: a file is missing or corrupt, or is that of another kind of model.
-          ConfigError: `min_pixels` and the like, which calls and items of messages take.
+          ConfigError: `min_pixels` and the like, which calls and items of messages take; or config.json is that of a
+            model that does not run here.
         """
         directory = assets_directory(pretrained_model_name_or_path)
         if not directory.is_dir():
             raise CheckpointError(not_there(directory, "a checkpoint in Hugging Face layout", kind="directory"))
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         refuse_area_options(overrides)
-        image_processor = _part(_image_class(directory, use_fast), directory, overrides)
-        video_processor = _part(Glm4vVideoProcessor, directory, overrides)
+        with _other_models_named(directory):
+            image_processor = _part(_image_class(directory, use_fast), directory, overrides)
+            video_processor = _part(Glm4vVideoProcessor, directory, overrides)
+            tokenizer = Glm4vTokenizer.from_pretrained(directory, **settings)
+            processor_class = _processor_class(directory)
         if unknown := sorted(set(overrides) - {*settings, *image_processor.defaults, *video_processor.defaults}):
             warnings.warn(f"unknown settings of the processor are ignored: {', '.join(unknown)}", stacklevel=2)
         processor = cls(
             image_processor,
-            Glm4vTokenizer.from_pretrained(directory, **settings),
+            tokenizer,
             video_processor,
             chat_template=load_chat_template(directory) if chat_template is None else chat_template,
-            processor_class=_processor_class(directory),
+            processor_class=processor_class,
         )
         processor._directory = directory
         return processor
@@ -492,6 +497,22 @@ class Glm4vProcessor:
                 for frames, height, width in _several(video_sizes)
             ]
         return MultiModalData(tokens, patches, video_tokens)
+
+
+@contextlib.contextmanager
+def _other_models_named(directory: pathlib.Path) -> Iterator[None]:
+    """Name the model where files are not those of one of the family: that says more than the file that does not fit.
+
+    Raises:
+      ConfigError: of a model that does not run here.
+    """
+    try:
+        yield
+    except CheckpointError:
+        if (path := directory / "config.json").is_file():
+            with naming(path, ConfigError):
+                architecture_of(read_json_object(path).get("model_type", Glm4vConfig.model_type))
+        raise
 
 
 def _image_class(directory: pathlib.Path, use_fast: bool | None) -> type[ImageProcessor]:

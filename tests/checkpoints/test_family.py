@@ -1,18 +1,28 @@
 """Checkpoints of each structural kind of the family: tensors of their own, and layers that are kept but not run."""
 
 import json
+import warnings
 
+import jax
 import numpy as np
 import pytest
+from helpers_convert import read_all
 from reference import IDS, random_tensors
 
+from convert.inspect import inspect
+from convert.quantize import quantize
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
+from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
+from glm4v_jax.model.lora import LoraConfig, add_lora
+from glm4v_jax.model.params import linears
 
 # GLM-OCR's structure: heads wider than their share of the hidden size, all of each rotated; no biases in the decoder.
 OCR = {
@@ -119,3 +129,54 @@ def test_another_number_of_layers_is_refused(tmp_path, layers, message):
     (source / "config.json").write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         load_runtime(source)
+
+
+def test_inspection_lists_a_layer_after_the_last_apart(tmp_path):
+    found = inspect(write("ocr", tmp_path / "source"))
+    assert found.tensors == len(tensors_of("ocr"))
+    (projection,) = (group for group in found.groups if group.name.endswith("layers.2.eh_proj.weight"))
+    assert (projection.leaf, projection.device_bytes, projection.shape) == ("", 0, (48, 96))
+
+
+def test_a_saved_model_has_the_layer_after_the_last_of_its_checkpoint(tmp_path):
+    source = write("ocr", tmp_path / "source")
+    Glm4vForConditionalGeneration.from_pretrained(source, dtype="float32").save_pretrained(tmp_path / "saved")
+    saved = read_all(tmp_path / "saved")
+    for name, expected in tensors_of("ocr").items():
+        np.testing.assert_array_equal(saved.pop(name), expected)
+    assert not saved
+    assert Glm4vConfig.from_pretrained(tmp_path / "saved") == Glm4vConfig.from_dict(OCR)
+
+
+@pytest.mark.parametrize(("to", "group"), [("int8", None), ("int4", 16)])
+def test_a_quantised_checkpoint_keeps_floats_where_they_are_not_run(tmp_path, to, group):
+    source = write("ocr", tmp_path / "source")
+    quantize(source, tmp_path / to, to=to, group=group, layers="all")
+    found = read_all(tmp_path / to)
+    for name, expected in tensors_of("ocr").items():
+        if name.startswith(LAYER):
+            np.testing.assert_array_equal(found[name], expected)
+    assert found["model.visual.blocks.0.mlp.down_proj.weight_packed"].dtype == np.int32
+    to_orbax(tmp_path / to, tmp_path / "orbax")
+    to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_size="original")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / to / name).read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "jax .*: weights in")
+        runtime = load_runtime(tmp_path / to, dtype="float32")  # every entry of `ignore` is known
+    assert runtime.config.text_config.head_dim == 16
+
+
+def test_an_adapter_of_the_decoder_and_of_a_vit_with_biases_comes_back(tmp_path):
+    model = Glm4vForConditionalGeneration(Glm4vConfig.from_dict(OCR), dtype="float32")
+    target = r"language_model\.layers\..*|visual\.blocks\..*"
+    with use_mesh(model.mesh):
+        adapted = add_lora(model.module, LoraConfig(rank=4, target=target))
+        for layer in (linear for found in linears(adapted).values() for linear in found):
+            if layer.lora_b is not None:
+                layer.lora_b[...] = layer.lora_b[...] + 0.5
+        save_adapter(adapted, tmp_path, "base")
+        again = load_adapter(model.module, tmp_path)
+    for one, other in zip(jax.tree.leaves(adapted), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
