@@ -10,6 +10,7 @@ import pytest
 from helpers_mesh import GROUPED
 
 from glm4v_jax import Glm4v
+from glm4v_jax.config.members import MEMBERS
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.devices.hardware import GIB
@@ -52,6 +53,14 @@ def test_a_preset_shares_out_devices_for_the_released_model(name, gib, number, e
     sizes = sizes_for(name, RELEASED, number, gib and gib * GIB)
     assert mesh_text(sizes) == expected
     assert tuple(sizes) == mesh.AXES
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "expected"),
+    [("latency", 8, "kv=8"), ("latency", 32, "data=2,kv=8,q=2"), ("long-context", 16, "kv=8,seq=2")],
+)
+def test_a_preset_uses_the_key_heads_of_glm_ocr(name, number, expected):
+    assert mesh_text(sizes_for(name, MEMBERS["GLM-OCR"].config(), number)) == expected
 
 
 @pytest.mark.parametrize(
