@@ -12,13 +12,14 @@
 #   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny` and `aot`, PYTEST_ARGS=... to pytest (two
-# processes by default: compiling, most of the time, uses one core each). PIP_FIND_LINKS, PIP_INDEX_URL,
-# PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as well as by pip.
+# processes by default, as compiling, most of the time, uses one core each; the tests of a file stay together, so that
+# what they share is made once). PIP_FIND_LINKS, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as
+# well as by pip.
 
 MODERN := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(MODERN)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 ENV_PYTHON := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
 
