@@ -151,6 +151,17 @@ def test_a_thought_of_the_engine_is_closed_and_then_answered(engine):
     assert found.text == f"{free.text}</think><answer>{found.answer}"
 
 
+@pytest.mark.parametrize(
+    ("tail", "put"),
+    [("", "<think></think><answer>"), ("<think>", "</think><answer>"), ("<think></think>", "")],
+)
+def test_an_answer_without_a_thought(engine, tail, put):
+    prompt = after(engine, "Hello", tail)
+    found = engine.generate(prompt, choices=["yes", "no"], think_budget=0, answer_budget=20, **GREEDY)
+    assert (found.answer in ("yes", "no"), found.finish_reason) == (True, "stop")
+    assert found.text.removeprefix("<answer>") == (put + found.answer).removeprefix("<answer>") and not found.thought
+
+
 def test_a_conversation_has_the_answer_in_its_history(engine):
     talk = engine.conversation(think_budget=6, answer_budget=30, **GREEDY)
     first = talk.send("Hello", choices=["</answer>a", "</answer>b"])
