@@ -110,9 +110,8 @@ def chat_of(kind: str, case: dict[str, Any]) -> dict[str, Any]:
     chat = {name: case[name] for name in ("messages", "tools", "enable_thinking") if name in case}
     messages = chat.pop("messages")
     if kind == "glm4v":
-        roles = {"tool": "user"}
-        messages = [{**message, "role": roles.get(message["role"], message["role"])} for message in messages]
-        chat = {}
+        roles, chat = {"tool": "user"}, {}
+        messages = [{"role": roles.get(m["role"], m["role"]), "content": m["content"]} for m in messages]
     return {"conversation": messages, **chat}
 
 
@@ -156,10 +155,13 @@ CHATS: dict[str, dict[str, Any]] = {
         "messages": [*ERRANDS, {"role": "assistant", "content": "Here it is."}, user("Thanks!")],
         "tools": [SEARCH],
     },
-    "a result of another shape": {
+    "a result with a URL": {
         "messages": [
             *ERRANDS[:3],
-            {"role": "tool", "content": [{"output": "one"}, {"type": "json", "n": 1}, {"type": "image_url"}]},
+            {
+                "role": "tool",
+                "content": [text("one"), {"type": "image_url", "image_url": {"url": "a.png"}}, text("two")],
+            },
         ],
         "tools": [SEARCH],
     },
