@@ -80,6 +80,29 @@ def test_prompts_grids_frames_pixels_and_positions_equal(ours, case):
     assert np.array_equal(np.ravel(deltas), expected["rope_deltas"][0])
 
 
+def test_messages_that_hold_their_images_and_videos_make_the_same_inputs(ours):
+    """Also where these stand in what a tool answers."""
+    case = CASES["everything"]
+    media = {name: iter(case[f"{name}s"]) for name in ("image", "video")}
+
+    def filled(item):
+        return {**item, item["type"]: next(media[item["type"]])} if item["type"] in media else item
+
+    chat = chat_of(ours.kind, case)
+    conversation = [
+        {**m, "content": [filled(item) for item in m["content"]] if isinstance(m["content"], list) else m["content"]}
+        for m in chat.pop("conversation")
+    ]
+    found = ours.processor.apply_chat_template(
+        conversation, **chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+        video_metadata=case["metadata"], do_sample_frames=True,
+    )  # fmt: skip
+    expected = ours.expected("everything")
+    assert found.input_ids[0].tolist() == expected["input_ids"].tolist()
+    for name in PIXELS:
+        assert pixel_digest(found[name]) == expected[f"{name}.sha256"].tobytes()
+
+
 def pixel_digest(pixels):
     """As that of the goldens: the hash of the eight bits that normalised pixels were."""
     mean = np.array([0.48145466, 0.4578275, 0.40821073])[:, None]

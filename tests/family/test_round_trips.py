@@ -50,6 +50,7 @@ def skeleton(shapes):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_load_in_peft_and_mean_the_same(kind, family_checkpoint, mesh, tmp_path):
     import_transformers()  # PEFT wants it to be importable
@@ -59,7 +60,9 @@ def test_adapters_load_in_peft_and_mean_the_same(kind, family_checkpoint, mesh, 
     adapter = trained(model, lora.LoraConfig(rank=3, alpha=4.5, target=r".*\.(attn|self_attn|mlp|merger)\..*"))
     save_adapter(adapter, tmp_path, str(source))
     files = open_checkpoint(source)
-    kernels = {name: files.read(name) for name in files if name.endswith(".weight") and len(files[name].shape) == 2}
+    # As in the reference, there is no layer after the last.
+    names = [name for name in files if name.endswith(".weight") and ".layers.2." not in name]
+    kernels = {name: files.read(name) for name in names if len(files[name].shape) == 2}
     theirs = skeleton({name: value.shape for name, value in kernels.items()})
     theirs.load_state_dict({name: torch.tensor(value.astype(np.float32)) for name, value in kernels.items()})
     merged = peft.PeftModel.from_pretrained(theirs, tmp_path).merge_and_unload().state_dict()
