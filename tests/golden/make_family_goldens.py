@@ -24,6 +24,13 @@ import transformers  # noqa: E402
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 from transformers.video_utils import VideoMetadata  # noqa: E402
 
+VIDEOS = (
+    (12, 30, 0.4), (24, 30, 0.8), (60, 30, 2), (32, 8, 4), (300, 30, 10), (899, 29.97, None), (900, 30, 30),
+    (930, 30, 31), (1440, 24, 60), (3600, 30, 120), (9000, 30, 300), (9030, 30, 301), (18000, 30, 600),
+    (60000, 25, 2400), (90000, 25, 3600), (7, 1, 7), (5, 2, 2.5), (100, 10, None), (1, 1, 1), (3, 30, 0.1),
+)  # fmt: skip
+"""Frames, frames per second, seconds: what the samplers choose from."""
+
 
 def load_processor(directory: Path) -> Any:
     """The processor that the files name, but with Pillow for its images: torchvision resizes a little differently."""
@@ -100,6 +107,17 @@ def greedy(model: Any, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     return prompt.numpy(), torch.stack(tokens).numpy()
 
 
+def samples() -> list[dict[str, Any]]:
+    """What both samplers choose; of the shortest clips GLM-GA's chooses nothing."""
+    processors = {"glm46v": transformers.Glm46VVideoProcessor(), "glmga": transformers.GlmgaVideoProcessor()}
+    rows = []
+    for total, fps, duration in VIDEOS:
+        known = VideoMetadata(total_num_frames=total, fps=fps, duration=duration)
+        chosen = {name: processor.sample_frames(known).tolist() for name, processor in processors.items()}
+        rows.append({"total_num_frames": total, "fps": fps, "duration": duration, **chosen})
+    return rows
+
+
 def renders(processor: Any) -> dict[str, str]:
     """The family's template applied to the conversations."""
     rendered = {}
@@ -110,10 +128,22 @@ def renders(processor: Any) -> dict[str, str]:
     return rendered
 
 
+def dumped(value: Any) -> str:
+    """JSON without spaces."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def write_lines(name: str, rows: list[str], brackets: str) -> None:
+    """A line for each entry, so that changes can be read."""
+    content = f"{brackets[0]}\n" + ",\n".join(rows) + f"\n{brackets[1]}\n"
+    (GOLDEN / name).write_text(content, encoding="utf-8")
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     GOLDEN.mkdir(exist_ok=True)
+    write_lines("sample_frames_5.24.json", [dumped(row) for row in samples()], "[]")
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as directory:
             path = checkpoint(kind, Path(directory))
@@ -125,10 +155,9 @@ def main() -> None:
                 arrays[f"{name}/{key}"] = value
         np.savez_compressed(GOLDEN / f"{kind}.npz", **arrays)
         if kind == "flash":
-            rendered = renders(processor)
-            # A line for each, so that changes can be read.
-            lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in rendered.items()]
-            (GOLDEN / "chat_renders.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            write_lines(
+                "chat_renders.json", [f"{dumped(key)}: {dumped(x)}" for key, x in renders(processor).items()], "{}"
+            )
 
 
 if __name__ == "__main__":
