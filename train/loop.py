@@ -94,6 +94,7 @@ def train(
         by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))
         result_bytes = check_output(config)
         processor = Glm4vProcessor.from_pretrained(config.model)
+        processor.check_ids(model_config)
         evaluations = read_evaluations(out)
         job_identity = identity(config, model_config, data)
         kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log, evaluations)
