@@ -139,9 +139,9 @@ The 9B in bfloat16, or quantised where a line says so, and GLM-OCR, from `make a
 {aot_libtpu}). GLM-4.6V-Flash and the others of the 9B's structure run the same programs but for the base of their rope,
 which changes no shape. Memory is GiB per chip; "beside" is what else lies there, such as the weights of other parts of
 the model, and "x its part" what a chip holds over an even division. The floor follows from memory bandwidth and peak
-arithmetic of the chip, cycles of a run or decode step are the compiler's own estimate, to compare programs with; neither
-is a measurement. Lines without a compile time were compiled on a busy machine, those without cycles by an earlier
-version.
+arithmetic of the chip, cycles of a run or decode step are the compiler's own estimate, to compare programs with;
+neither is a measurement. Lines without a compile time were compiled on a busy machine, those without cycles by an
+earlier version.
 
 {aot}
 

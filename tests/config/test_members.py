@@ -4,6 +4,7 @@ import doctest
 import json
 
 import pytest
+from helpers_paths import ROOT
 
 from glm4v_jax.config import members
 from glm4v_jax.config.family import ARCHITECTURES, PROCESSORS
@@ -71,6 +72,18 @@ def test_every_member_is_a_row_of_both_tables_at_both_sizes(name):
         assert text.pad_token_id == text.eos_token_id[0] and len(text.eos_token_id) == len(member.ends)
     assert tiny.text_config.rope_theta == full.text_config.rope_theta
     assert tiny.text_config.num_nextn_predict_layers == full.text_config.num_nextn_predict_layers
+
+
+def test_the_page_has_every_member_as_it_is():
+    rows = [line.split("|") for line in (ROOT / "docs/models.md").read_text().splitlines() if line.startswith("|")]
+    told = {cells[1].strip(): [cell.strip().replace("`", "") for cell in cells[2:]] for cells in rows}
+    for name, member in MEMBERS.items():
+        works = told[f"[{name}](https://huggingface.co/{member.repository})"]
+        assert works[0] == "yes" and ("not at hand" in works[1]) == member.is_base
+        answers, tools, _, time, *_ = told[name]
+        assert (answers, tools) == (member.thinking, member.tools)
+        text = PROCESSORS[member.processors].time_text
+        assert time == text.format(whole=12, seconds=12)
 
 
 def test_names_are_found_whatever_the_case():
