@@ -199,8 +199,9 @@ class MediaProcessor:
         """
         settings = {name: getattr(self, name) for name in self.defaults}
         settings.update({name: value for name, value in overrides.items() if value is not None})
-        for name in self.constraints.keys() & settings.keys():
-            settings[name] = checked(name, settings[name], self.constraints[name])
+        for name, hint in self.constraints.items():
+            if name in settings:
+                settings[name] = checked(name, settings[name], hint)
         expansion = settings.get("patch_expand_factor", 1) if self.is_general else 1
         settings["resize_factor"] = settings["patch_size"] * settings["merge_size"] * expansion
         settings["size"] = _area_bounds(settings["size"])
