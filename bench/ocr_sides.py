@@ -7,6 +7,7 @@ without JAX.
 """
 
 import argparse
+import functools
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from bench import turns
 
-STEPS = 8
+STEPS = 4
 """Decode steps of a dispatch of `Ours.steps`."""
 
 
@@ -104,36 +105,32 @@ class Ours(turns.JaxSide):
         """Forget the page, to make room for `steps`."""
         self._slots = None
 
-    def steps(self, tokens: int, layers: int | None = None, rounds: int = 1) -> dict[str, float]:
+    def steps(self, tokens: int, mtp: bool = False) -> dict[str, float]:
         """Seconds of a decode step of `tokens` tokens, head included, after the page.
 
         Args:
           tokens: that the step runs: two are one and a draft to verify.
-          layers: of the decoder: all by default; one is the step of an MTP layer, with the projection that joins the
-            last hidden state and the token's embedding before it.
-          rounds: dispatches, of which the median counts.
+          mtp: run an MTP layer instead of the decoder: such a layer, and before it the projection that joins the last
+            hidden state with the token's embedding.
         """
         import jax
 
         from glm4v_jax.devices.mesh import use_mesh
         from glm4v_jax.model.kv_cache import init_cache
 
-        text, head, join = self._parts(layers)
+        text, join = self._mtp if mtp else (self._runtime.text, None)
         with use_mesh(self._runtime.mesh):
-            config, capacity = text.module.config, len(self._prompt) + self._new_tokens
-            cache = init_cache(config, 1, capacity, "float32", stacked=False)
+            cache = init_cache(text.module.config, 1, len(self._prompt) + self._new_tokens, "float32", stacked=False)
             cache = cache._replace(segments=cache.segments + 1, length=cache.length + len(self._prompt))
             ids = np.ones((1, tokens), np.int32)
-            times = []
-            for _ in range(rounds + 1):
-                begun = time.perf_counter()
-                ids, cache = _run_steps(text, head, join, ids, cache)
-                jax.block_until_ready(ids)
-                times.append((time.perf_counter() - begun) / STEPS)
-        return {"step": sorted(times[1:])[rounds // 2]}
+            jax.block_until_ready(cache)
+            begun = time.perf_counter()
+            jax.block_until_ready(_run_steps(text, self._runtime.head, join, ids, cache))
+        return {"step": (time.perf_counter() - begun) / STEPS}
 
-    def _parts(self, layers: int | None) -> tuple[Any, Any, Any]:
-        """Decoder, head, and the projection before the layer where there is but one."""
+    @functools.cached_property
+    def _mtp(self) -> tuple[Any, Any]:
+        """A decoder of one layer, and a projection of two embeddings to one."""
         import dataclasses
 
         import jax
@@ -146,21 +143,17 @@ class Ours(turns.JaxSide):
         from glm4v_jax.model.quantize import QuantConfig, quantize_kernel
         from glm4v_jax.model.runtime import Flat
 
-        runtime = self._runtime
-        if layers is None:
-            return runtime.text, runtime.head, None
-        decoder = jax.tree.map(lambda x: x, runtime.text.module)
-        few = Layers(layers)
-        for i in range(layers):
-            setattr(few, str(i), getattr(decoder.layers, str(i)))
-        decoder.layers, decoder.config = few, dataclasses.replace(decoder.config, num_hidden_layers=layers)
+        decoder = jax.tree.map(lambda x: x, self._runtime.text.module)
+        first = getattr(decoder.layers, "0")
+        decoder.layers, decoder.config = Layers(1), dataclasses.replace(decoder.config, num_hidden_layers=1)
+        setattr(decoder.layers, "0", first)
         width = decoder.config.hidden_size
-        with use_mesh(runtime.mesh):
+        with use_mesh(self._runtime.mesh):
             join = Linear({None: 2 * width}, {"embed": width}, Init(nnx.Rngs(params=0), dtype=jnp.float32))
             if self._scheme is not None:
                 quantized = quantize_kernel(join.kernel[...], (None,), ("embed",), QuantConfig(self._scheme))  # type: ignore[arg-type]
                 join.kernel, join.kernel_scale = map(nnx.Param, quantized)
-        return Flat.of(decoder), runtime.head, Flat.of(join)
+        return Flat.of(decoder), Flat.of(join)
 
 
 def _run_steps(text: Any, head: Any, join: Any, ids: Any, cache: Any) -> tuple[Any, Any]:
