@@ -111,7 +111,7 @@ def run(
         "new_tokens": len(answers["float32"]),
         "lines": lines,
         "memory": memory,
-        "drafts": [draft_costs(name, workers[name], rounds) for name in OURS],
+        "drafts": [draft_costs(name, workers[name], rounds) for name in OURS if name in workers],
         "same_greedy_answer": equal,
         "passed": equal and all(line["passed"] for line in lines),
     }
@@ -182,6 +182,7 @@ def main() -> int:
     parser.add_argument("--theirs-python", default=".venv-5x/bin/python", help="interpreter with transformers 5.24")
     parser.add_argument("--tiny", action="store_true", help="measure the tiny model, to try this program")
     parser.add_argument("--checkpoint", help="a directory that has it already")
+    parser.add_argument("--no-int8", action="store_true", help="measure the package in float32 alone")
     parser.add_argument("--bfloat16", action="store_true", help="measure transformers in bfloat16 as well")
     parser.add_argument("--size", type=int, nargs=2, default=(WIDTH, HEIGHT), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -201,8 +202,8 @@ def main() -> int:
         page = directory / "page.npz"
         write_page(page, Glm4vConfig.from_pretrained(checkpoint), draw_page(*parsed.size))
         workers = {}
-        theirs = dict(list(THEIRS.items())[: 1 + parsed.bfloat16])
-        for side, python, variants in (("ours", sys.executable, OURS), ("theirs", parsed.theirs_python, theirs)):
+        ours, theirs = dict(list(OURS.items())[: 2 - parsed.no_int8]), dict(list(THEIRS.items())[: 1 + parsed.bfloat16])
+        for side, python, variants in (("ours", sys.executable, ours), ("theirs", parsed.theirs_python, theirs)):
             for name, weights in variants.items():
                 command = [python, "-m", "bench.ocr_sides", "--side", side, "--variant", weights,
                            "--threads", str(parsed.threads)]  # fmt: skip
