@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from bench.ocr import ACCEPTED
 from bench.report import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "guides" / "performance.md"
@@ -21,6 +22,7 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 |---|---|
 | `python -m bench.parity` | logits, greedy tokens, pixels, token ids, grids and positions against transformers |
 | `python -m bench.cpu_vs_torch` | decoding, prefill, ViT and preprocessing beside transformers on a CPU |
+| `python -m bench.ocr` | GLM-OCR at its full size beside transformers 5.24 on a CPU; the cost of its MTP layer |
 | `python -m bench.recompile` | compilations after warm-up for requests of random images and videos; padding |
 | `python -m bench.memory` | peak memory against the number of patches and of tokens |
 | `python -m bench.engine` | host time per decode step, busy slots, cold start |
@@ -58,6 +60,25 @@ A model of {cpu_parameters}M parameters; median of {cpu_rounds} rounds, and the 
 
 Decoding reads {bytes_per_token:,.0f} MB per token at {bandwidth:.0%} of the machine's read bandwidth (target:
 {bandwidth_target:.0%}).
+
+## GLM-OCR
+
+Random weights in the released size, and a page of {ocr_patches:,} patches: {ocr_tokens:,} tokens with the question.
+transformers 5.24 runs bare forward passes with scaled dot-product attention. The first token is without compiling;
+ratios of tokens per second are to transformers in float32, the median of {ocr_rounds} rounds, and their range.
+{ocr_load}
+
+{ocr}
+
+A token reads {ocr_weights:,.0f} MB of weights in float32 and {ocr_cache:,.0f} MB of keys and values, at
+{ocr_bandwidth:.0%} of the machine's read bandwidth.
+
+The checkpoint's layer for multi-token prediction (MTP) is kept by conversions and not run. What a draft of one token
+would cost is a step of that layer with the head, and the decode step of two tokens that verifies it: it pays where more
+than this fraction is accepted. Random weights do not say how many are; published are {ocr_receipt:.0%} on a receipt and
+{ocr_accepted:.0%} on a page ([vLLM](https://github.com/vllm-project/vllm/issues/37551)), which would give these speeds:
+
+{ocr_drafts}
 
 ## Prompt lookup
 
@@ -190,6 +211,7 @@ def compared(lines: Iterable[Any], first: str) -> str:
 def page() -> str:
     """The page."""
     parity, cpu, recompile, memory = read("parity"), read("cpu_vs_torch"), read("recompile"), read("memory")
+    ocr = read("ocr")
     lookup, grammar = read("prompt_lookup"), read("grammar")
     engine, train, evaluation, lmms, install = (read(n) for n in ("engine", "train", "eval", "lmms_eval", "install"))
     slots, cold = engine["slots"], engine["cold_start"]
@@ -215,6 +237,7 @@ def page() -> str:
         bytes_per_token=cpu["bandwidth"]["bytes_per_token"] / 1e6,
         bandwidth=cpu["bandwidth"]["ratio"]["median"],
         bandwidth_target=cpu["bandwidth"]["aim"],
+        **_ocr(ocr),
         lookup_parameters=round(lookup["parameters"] / 1e6),
         lookup_draft=lookup["draft"],
         lookup=table(
@@ -298,6 +321,43 @@ def page() -> str:
         aot=aot.strip(),
         aot_train=f"Training steps with AdamW{aot_train}".strip(),
     )  # fmt: skip
+
+
+def _ocr(ocr: Any) -> dict[str, Any]:
+    """What the page says of GLM-OCR."""
+    exact, memory = ocr["lines"][0], ocr["memory"]
+    read_bytes = (memory["weights"] + memory["cache"]) * exact["tokens_per_second"]["median"]
+    return {
+        "ocr_load": f"The machine had a load of {load:.1f} before." if (load := ocr["load_before"] or 0) > 1 else "",
+        "ocr_patches": ocr["patches"],
+        "ocr_tokens": ocr["prompt_tokens"],
+        "ocr_rounds": ocr["rounds"],
+        "ocr_weights": memory["weights"] / 1e6,
+        "ocr_cache": memory["cache"] / 1e6,
+        "ocr_receipt": ACCEPTED["a receipt"],
+        "ocr_accepted": ACCEPTED["a page"],
+        "ocr_bandwidth": read_bytes / memory["numpy"],
+        "ocr": table(
+            ("weights in", "MB", "first token, s", "tokens/s", "ratio", "target", "peak of the process, MB"),
+            (
+                (line["variant"], f"{line['weights'] / 1e6:,.0f}", f"{line['first_token_seconds']:.1f}",
+                 number(line["tokens_per_second"]["median"]),
+                 "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]),
+                 "" if line["aim"] is None else f"{line['aim']:g}" if line["passed"] else f"{line['aim']:g} (missed)",
+                 f"{line['peak'] / 1e6:,.0f}")
+                for line in ocr["lines"]
+            ),
+        ),
+        "ocr_drafts": table(
+            ("weights in", "1 token, ms", "2 tokens, ms", "MTP layer, ms", "pays above", *ACCEPTED),
+            (
+                (line["variant"], *(f"{line[f'{work}_ms']:.1f}" for work in ("one", "two", "layer")),
+                 "{median:.0%} [{min:.0%}, {max:.0%}]".format_map(line["pays_above"]),
+                 *(f"{line['speed'][what]['median']:.2f} times" for what in ACCEPTED))
+                for line in ocr["drafts"]
+            ),
+        ),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
