@@ -42,10 +42,11 @@ class VisionAttention(nnx.Module):
     ) -> Float[Array, "R L D"]:
         """Attend inside the segments of a row."""
         qkv = self.qkv(x)
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope.apply_half(q, *cos_sin), rope.apply_half(k, *cos_sin)
+
+        def rotated(x: Array, norm: RMSNorm | None) -> Array:
+            return rope.apply_half(x if norm is None else norm(x), *cos_sin)
+
+        q, k = rotated(qkv[:, :, 0], self.q_norm), rotated(qkv[:, :, 1], self.k_norm)
         dropout = Dropout(dropout_key, self.dropout_rate) if dropout_key is not None else None
         out = attend(q[:, :, :, None], k, qkv[:, :, 2], mask, causal=False, dropout=dropout)
         return self.proj(out[:, :, :, 0])

@@ -17,6 +17,8 @@ from helpers_orbax import assert_same_weights, contents, run_program
 from orbax.checkpoint import v1 as ocp
 from reference import CONFIGS, Prompts, export, random_tensors, write_checkpoint
 
+from convert.to_hf import to_hf
+from convert.to_orbax import to_orbax
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
 from glm4v_jax.checkpoints.load import load_model
@@ -328,6 +330,14 @@ def main(directory):
                 bits=all(np.array_equal(exported[name], tensor) for name, tensor in tensors.items()),
             )
         )  # fmt: skip
+    from test_family import write  # beside this file, when it runs as a program
+
+    source = write("ocr", directory / "ocr", "bfloat16")
+    for i, sizes in enumerate([dict(kv=2, q=2, fsdp=2), dict(data=2, kv=2, seq=2)]):
+        to_orbax(source, directory / f"ocr-{i}", mesh=mesh.make_mesh(**sizes))
+        to_hf(directory / f"ocr-{i}", directory / f"ocr-{i}-back", max_shard_size="original")
+        back, original = (path / "model.safetensors" for path in (directory / f"ocr-{i}-back", source))
+        assert back.read_bytes() == original.read_bytes(), sizes
     print(json.dumps(report))  # noqa: T201
 
 
