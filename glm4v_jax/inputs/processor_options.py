@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from glm4v_jax.config.checks import fault
+from glm4v_jax.config.family import PROCESSORS
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.batch_feature import check_device, check_return_tensors
 from glm4v_jax.inputs.vision.image import Glm4vImageProcessorFast
@@ -29,8 +30,13 @@ TEXT_OPTIONS = frozenset(
         "return_mm_token_type_ids",
     }
 )
-IMAGE_OPTIONS = frozenset({*MediaProcessor.defaults, *AREA_OPTIONS, "data_format", "input_data_format"})
-VIDEO_OPTIONS = IMAGE_OPTIONS | {"do_sample_frames", "video_metadata", "num_frames", "fps", "return_metadata"}
+IMAGE_OPTIONS = frozenset({*MediaProcessor.defaults, *AREA_OPTIONS, "data_format", "input_data_format"}).union(
+    *(row.image_settings for row in PROCESSORS.values())
+)
+VIDEO_OPTIONS = IMAGE_OPTIONS.union(
+    {"do_sample_frames", "video_metadata", "num_frames", "fps", "return_metadata"},
+    *(row.video_settings for row in PROCESSORS.values()),
+)
 
 # The reference's names for nested options, and what each is known to take.
 GROUPS: Mapping[str, Collection[str]] = {

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from helpers_family import CASES, GOLDEN, KINDS, NEW, chat_of, digest
+from helpers_family import CASES, GOLDEN, KINDS, NEW, chat_of, digest, video
 from reference import TOLERANCE
 
 from glm4v_jax import Glm4vForConditionalGeneration
@@ -78,6 +78,17 @@ def test_prompts_grids_frames_pixels_and_positions_equal(ours, case):
     positions, deltas = rope_index(found.input_ids, config, *grids, found.attention_mask, merge)
     assert np.array_equal(positions[:, 0], expected["position_ids"])
     assert np.array_equal(np.ravel(deltas), expected["rope_deltas"][0])
+
+
+@pytest.mark.parametrize(("options", "grid"), [({}, [1, 8, 6]), ({"patch_expand_factor": 2}, [1, 8, 4])])
+def test_an_option_of_glm_ga_alone_reaches_its_processors(family_checkpoint, options, grid):
+    """The grids are the reference's, of a video as of an image of this size."""
+    processor = Glm4vProcessor.from_pretrained(family_checkpoint("glmga"))
+    frames = video(5, 78, 43, 1)
+    prompt = "<|begin_of_image|><|image|><|end_of_image|><|begin_of_video|><|video|><|end_of_video|>"
+    clip = [{"total_num_frames": 5, "fps": 10}]
+    made = processor(images=[frames[0]], text=[prompt], videos=[frames], video_metadata=clip, **options)
+    assert made.video_grid_thw.tolist() == made.image_grid_thw.tolist() == [grid]
 
 
 def test_messages_that_hold_their_images_and_videos_make_the_same_inputs(ours):
