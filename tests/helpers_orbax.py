@@ -1,5 +1,6 @@
 """Comparing checkpoints, and models on simulated devices and in several processes."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 from glm4v_jax.checkpoints.orbax_read import open_weights
 
 TESTS = Path(__file__).parent
+
+if str(getattr(sys.modules["__main__"], "__file__", "")).startswith(str(TESTS)):
+    gc.disable()  # a program that a test has started ends before there is much garbage
 
 
 def assert_same_weights(one, other, *, ordered=True):
