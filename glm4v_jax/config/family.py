@@ -69,6 +69,8 @@ class Architecture:
     Attributes:
       model_class: name in `architectures`.
       text, vision: `model_type` of the parts, keys of `TEXT` and `VISION`.
+      written_vision: what config.json says of the ViT. Where 5.x chooses a class by it, "glm4v" would mean a whole
+        GLM-4.1V of the default size.
       defaults: of token ids that a file may leave out, where they are not those of `Glm4vConfig`.
       tied_at_top: a tied head may be said at the top of the file as well as in its text part.
     """
@@ -76,6 +78,7 @@ class Architecture:
     model_class: str
     text: str = "glm4v_text"
     vision: str = "glm4v"
+    written_vision: str = "glm4v"
     defaults: Mapping[str, int] = dataclasses.field(default_factory=dict)
     tied_at_top: bool = False
 
@@ -108,6 +111,7 @@ VISION: Mapping[str, VisionStructure] = {
 
 _GLM46V = Architecture(
     model_class="Glm46VForConditionalGeneration",
+    written_vision="glm4v_vision",
     defaults={"video_start_token_id": 151361, "video_end_token_id": 151362},
     tied_at_top=True,
 )
@@ -118,6 +122,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glmga": _GLM46V,
     "glm_ocr": Architecture(
         model_class="GlmOcrForConditionalGeneration", text="glm_ocr_text", vision="glm_ocr_vision",
+        written_vision="glm_ocr_vision",
         defaults={
             "image_token_id": 59280, "video_token_id": 59281, "image_start_token_id": 59256,
             "image_end_token_id": 59257, "video_start_token_id": 59258, "video_end_token_id": 59259,

@@ -360,7 +360,7 @@ class Glm4vConfig:
             "tie_word_embeddings": self.text_config.tie_word_embeddings,
             **ids,
             "text_config": self.text_config.to_dict(),
-            "vision_config": self.vision_config.to_dict(),
+            "vision_config": self.vision_config.to_dict() | {"model_type": self.architecture.written_vision},
         }
 
     @classmethod

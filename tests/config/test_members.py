@@ -74,6 +74,15 @@ def test_every_member_is_a_row_of_both_tables_at_both_sizes(name):
     assert tiny.text_config.num_nextn_predict_layers == full.text_config.num_nextn_predict_layers
 
 
+@pytest.mark.parametrize(
+    ("name", "vision"),
+    [(DEFAULT, "glm4v"), ("GLM-4.6V-Flash", "glm4v"), ("GLM-GA", "glm4v_vision"), ("GLM-OCR", "glm_ocr_vision")],
+)
+def test_the_vit_is_written_under_the_name_that_transformers_knows_it_by(name, vision):
+    """4.57 writes "glm4v"; for GLM-GA 5.24 chooses the class of the part by it, and would make a second 9B of that."""
+    assert MEMBERS[name].config().to_dict()["vision_config"]["model_type"] == vision
+
+
 def test_the_page_has_every_member_as_it_is():
     rows = [line.split("|") for line in (ROOT / "docs/models.md").read_text().splitlines() if line.startswith("|")]
     told = {cells[1].strip(): [cell.strip().replace("`", "") for cell in cells[2:]] for cells in rows}
