@@ -194,10 +194,11 @@ def _forward_heads(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
         empty = jnp.zeros_like(q_i, jnp.float32)
 
         def key_block(j, carry):  # type: ignore[no-untyped-def]
-            k_j, v_j = jax.tree.map(lambda x: _block(x, j, blocks[1], 2), (k, v))
-            scores = scaled(einsum(SCORES, q_i, multiplied(k_j, q.dtype)), k_j)
-
-            def add(scores, out, top, total):  # type: ignore[no-untyped-def]
+            def add(is_masked, out, top, total):  # type: ignore[no-untyped-def]
+                k_j, v_j = jax.tree.map(lambda x: _block(x, j, blocks[1], 2), (k, v))
+                scores = scaled(einsum(SCORES, q_i, multiplied(k_j, q.dtype)), k_j)
+                if is_masked:
+                    scores = jnp.where(_mask_block(mask, i, j, blocks, causal), scores, MASKED)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
                 # Scaled here, where it costs no pass of its own.
                 p = jnp.exp((scores - new_top[..., None]) * scale)
@@ -209,10 +210,9 @@ def _forward_heads(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
                 out = out * shrink[..., None] + einsum("bkgts,bksh->bkgth", scaled(p, v_j).astype(values.dtype), values)
                 return out, new_top, total
 
-            def add_seen(scores, *carry):  # type: ignore[no-untyped-def]
-                return add(jnp.where(_mask_block(mask, i, j, blocks, causal), scores, MASKED), *carry)
-
-            return jax.lax.cond(is_covered[i, j], add, add_seen, scores, *carry)
+            # All of it in the branches: scores would be copied to get there.
+            branches = (functools.partial(add, is_masked) for is_masked in (False, True))
+            return jax.lax.cond(is_covered[i, j], *branches, *carry)
 
         carry = (empty, empty[..., 0] + FLOOR, empty[..., 0])
         out, top, total = jax.lax.fori_loop(*_span(seen_blocks[i]), key_block, carry)
