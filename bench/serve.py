@@ -77,7 +77,7 @@ LARGE = Size(
 )  # fmt: skip
 QUICK = dataclasses.replace(
     TINY, slots=4, requests=8, context=256, long_prompt=128, prefix=100, streamed=30, turns=2, rounds=1,
-    is_warmed=False,
+    is_warmed=False, prompts=(32, 56), answers=(8, 24),
 )  # fmt: skip
 
 
