@@ -324,6 +324,7 @@ def test_api_pages_have_every_exported_name():
     assert set(re.findall(r"^\.\. auto\w+:: (\w+)$", text, re.M)) == set(glm4v_jax.__all__)
 
 
+@pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path):
     arguments = ["-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
     assert sphinx.cmd.build.build_main(arguments) == 0

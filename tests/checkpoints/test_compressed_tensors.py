@@ -49,6 +49,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_they_wrote_is_read_bit_for_bit(tmp_path, scheme):
     layers = write_theirs(tmp_path, CONFIG, random_tensors(CONFIG), **SCHEMES[scheme])

@@ -37,6 +37,7 @@ def quantized(tmp_path_factory, synthetic):
     return lambda name: directory / name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mesh")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", WAYS)

@@ -373,6 +373,7 @@ def test_a_full_pool_drops_features_and_grows(engine, make_engine):
     assert own.pool.capacity > 128
 
 
+@pytest.mark.slow
 def test_features_of_images_in_turn_are_kept_until_released(engine, make_engine):
     own = make_engine(reuse_prefixes=False)
     rng = np.random.default_rng(17)
@@ -650,6 +651,7 @@ def int8(make_engine):
     return make_engine(num_slots=2, cache_dtype="int8")
 
 
+@pytest.mark.slow
 def test_an_int8_cache_answers_alike_in_slots_in_chunks_and_alone(int8, monkeypatch):
     """Nobody sees keys before they are rounded, so it does not matter what was computed together."""
     rng = np.random.default_rng(22)

@@ -96,6 +96,7 @@ def test_samples_are_prompts_given_several_times(engine, make_engine):
         own.generate_many(prompts, samples=0)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_family_get_what_they_get_without(engine, answers):
     """Random beginnings of few prompts, with random ends; integers in the cache do not matter."""
     rng = np.random.default_rng(43)

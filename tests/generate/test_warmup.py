@@ -64,6 +64,7 @@ def request(model, seed, text, grids):
     return inputs
 
 
+@pytest.mark.slow
 def test_requests_after_warmup_compile_nothing(model):
     compiled = []
 

@@ -510,6 +510,7 @@ def test_parts_of_the_model_name_what_is_wrong(ours, call, message):
         call(ours("base"))
 
 
+@pytest.mark.slow
 def test_fresh_models_are_made_from_a_seed(mesh):
     config, ids = config_of("tester"), np.arange(10, 24)[None]
     models = [Glm4vForConditionalGeneration(config, seed=seed) for seed in (3, 3, 4)]

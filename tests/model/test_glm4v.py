@@ -85,6 +85,7 @@ def test_gradients_equal(checkpoints, theirs, name, rows, stacked):
         assert np.abs(found[tensor] - value).max() <= 1e-4 * np.abs(value).max(), tensor
 
 
+@pytest.mark.slow
 def test_recomputed_gradients_equal(checkpoints):
     model = load_model(checkpoints("base"), config_of("base"))
     batch, labels, _ = training_example("base", ROWS, seed=1)

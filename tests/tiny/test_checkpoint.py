@@ -54,6 +54,7 @@ def test_the_figures_reach_the_aims(figures):
         assert figures[f"{name}, positions flat"]["accuracy"] < figures[name]["accuracy"] - 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", AIMS)
 def test_a_sample_is_answered_as_the_figures_say(engine, figures, task):
     truth = held_out(task)[:SAMPLE]
@@ -112,6 +113,7 @@ def test_it_is_small_and_has_the_released_files():
     assert config["text_config"]["vocab_size"] == VOCABULARY.rows
 
 
+@pytest.mark.slow
 def test_the_reference_says_the_same(engine):
     """Tokens, and logits of an image's question with its answer."""
     transformers = import_transformers()
