@@ -128,6 +128,14 @@ def renders(processor: Any) -> dict[str, str]:
     return rendered
 
 
+def saved_files(model: Any, processor: Any, directory: Path) -> dict[str, Any]:
+    """The configurations as 5.24 writes them, where these are not the release's."""
+    model.config.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    names = ("config.json", "processor_config.json", "tokenizer_config.json")
+    return {name: json.loads((directory / name).read_text(encoding="utf-8")) for name in names}
+
+
 def dumped(value: Any) -> str:
     """JSON without spaces."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -144,11 +152,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     GOLDEN.mkdir(exist_ok=True)
     write_lines("sample_frames_5.24.json", [dumped(row) for row in samples()], "[]")
+    files = {}
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as directory:
             path = checkpoint(kind, Path(directory))
             processor = load_processor(path)
             model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager", dtype="float32")
+            files[kind] = saved_files(model, AutoProcessor.from_pretrained(path), Path(directory) / "saved")
             arrays = {"checkpoint": np.array(digest(path))}
         for name, case in CASES.items():
             for key, value in results(model.eval(), prepare(processor, kind, case)).items():
@@ -158,6 +168,7 @@ def main() -> None:
             write_lines(
                 "chat_renders.json", [f"{dumped(key)}: {dumped(x)}" for key, x in renders(processor).items()], "{}"
             )
+    write_lines("saved_files.json", [f"{dumped(kind)}: {dumped(saved)}" for kind, saved in files.items()], "{}")
 
 
 if __name__ == "__main__":
