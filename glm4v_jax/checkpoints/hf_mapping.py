@@ -441,6 +441,8 @@ def check_depths(config: Glm4vConfig, names: Iterable[str], where: str) -> None:
     for extra in range(last, last + config.text_config.extra_layers):
         if decoder[extra] != decoder[0]:  # or it is one of the decoder's
             del decoder[extra]
+    if config.text_config.extra_layers and decoder and decoder[final := max(decoder)] > decoder[0]:
+        del decoder[final]  # it is extra, and not where the configuration has it
     for (field, wanted), count in zip(fields.items(), counts.values(), strict=True):
         there, whole = len(count), set(range(len(count))) == set(count)
         if there not in (0, wanted) and whole and count[there - 1] == count[0]:

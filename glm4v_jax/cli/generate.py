@@ -120,7 +120,10 @@ class Generate(JsonOptions):
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise GenerationError(f"--tools: found invalid JSON ({error}); expected a list of functions") from error
+            place = "" if text == self.tools else f" of {self.tools}"
+            raise GenerationError(
+                f"--tools{place}: found invalid JSON ({error}); expected a list of functions"
+            ) from error
         from glm4v_jax.generate.prompt import split_options
 
         return split_options({"tools": found})[0].get("tools", [])
@@ -176,6 +179,7 @@ class Generate(JsonOptions):
 
         with silent_decoders() if not self.verbose else contextlib.nullcontext(), status("preparing the inputs"):
             processor = Glm4vProcessor.from_pretrained(self.model.directory)
+            processor.check_ids(model_config)
             messages = user_messages(text, self.media.items(), self.sampling.system)
             variables = chat_variables({"tools": tools} if tools else {}, config, processor)
             prompt = prompt_of(messages, processor, model_config, **variables)

@@ -238,8 +238,9 @@ class Glm4vTextConfig:
         """
         section = self.rope.mrope_section or self.structure.mrope_section
         if 2 * sum(section) != self.rotary_dim:
+            field = "rope_parameters" if self.structure.rope_parameters else "rope_scaling"
             raise ConfigError(
-                f"text_config.rope_scaling.mrope_section: found {list(section)}, which sums to {sum(section)}; "
+                f"text_config.{field}.mrope_section: found {list(section)}, which sums to {sum(section)}; "
                 f"expected {self.rotary_dim / 2:g}: half of the {self.rotary_dim} rotated dimensions "
                 f"(head_dim {self.head_dim} x partial_rotary_factor {self.partial_rotary_factor})"
             )
@@ -346,7 +347,8 @@ class Glm4vConfig:
         for name, part, table in (("text", text, TEXT), ("vision", vision, VISION)):
             refuse_part(f"{name}_config.model_type", found := part.get("model_type"))
             if _known(found, table, expected := getattr(row, name)) != expected:
-                raise ConfigError(fault(f"{name}_config.model_type", found, repr(expected)))
+                whole = f"model_type {data.get('model_type', cls.model_type)!r}"
+                raise ConfigError(fault(f"{name}_config.model_type", found, f"{expected!r}, as of {whole}"))
         fields["text_config"] = Glm4vTextConfig.from_dict({**text, "model_type": row.text})
         fields["vision_config"] = Glm4vVisionConfig.from_dict({**vision, "model_type": row.vision})
         return cls(**fields)

@@ -411,14 +411,23 @@ def find_model(name: str, field: str = "--model") -> str:
         directory = model_directory(name)
         # Not pathlib: it takes an empty name for the current directory.
         if not name or not directory.is_dir():
-            raise CheckpointError(
-                f"found {named(name)}, which is not a directory; expected a checkpoint; download it first: hf "
-                "download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR"
-            )
+            raise CheckpointError(f"found {named(name)}, {_no_directory(directory)}")
         # A processor alone is enough for some commands.
         if (directory / ADAPTER_CONFIG).is_file() or not any(directory.glob("*.json")):
             check_config(directory)
     return str(directory)
+
+
+def _no_directory(path: Path) -> str:
+    """Say what is at a path that is no checkpoint, and what to do."""
+    if path.is_file():
+        return "which is a file; expected the directory of a checkpoint"
+    from glm4v_jax.config.members import DEFAULT, MEMBERS, find_member
+
+    repository = (find_member(path.name) or MEMBERS[DEFAULT]).repository
+    return (
+        f"which is not a directory; expected a checkpoint; download it first: hf download {repository} --local-dir DIR"
+    )
 
 
 def check_adapter(directory: str) -> None:

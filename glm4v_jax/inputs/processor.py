@@ -141,13 +141,12 @@ class Glm4vProcessor:
             processor_class = _processor_class(directory)
         if unknown := sorted(set(overrides) - {*settings, *image_processor.defaults, *video_processor.defaults}):
             warnings.warn(f"unknown settings of the processor are ignored: {', '.join(unknown)}", stacklevel=2)
-        processor = cls(
-            image_processor,
-            tokenizer,
-            video_processor,
-            chat_template=load_chat_template(directory) if chat_template is None else chat_template,
-            processor_class=processor_class,
-        )
+        templates = load_chat_template(directory) if chat_template is None else chat_template
+        with naming(directory, CheckpointError):
+            processor = cls(
+                image_processor, tokenizer, video_processor, chat_template=templates, processor_class=processor_class
+            )
+            processor.template_variables  # noqa: B018  that it is a template
         processor._directory = directory
         return processor
 

@@ -14,10 +14,11 @@ from convert.quantize import quantize
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.checkpoints.orbax_read import open_weights
-from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.checkpoints.safetensors import TensorInfo, write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
@@ -89,6 +90,15 @@ def test_a_round_trip_keeps_every_bit(tmp_path, kind, dtype):
     to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_size="original")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_another_number_of_layers_is_one_fault_beside_an_extra_layer_too(layers):
+    config = Glm4vConfig.from_dict(OCR | {"text_config": OCR["text_config"] | {"num_hidden_layers": layers}})
+    infos = {name: TensorInfo(x.shape, x.dtype) for name, x in tensors_of("ocr").items()}
+    fault = f"text_config.num_hidden_layers: found {layers}; expected 2: the tensors are of 2 layers"
+    with pytest.raises(CheckpointError, match=f"^somewhere: {fault}$"):
+        hf_mapping.match(config, infos, "somewhere")
 
 
 def test_glm_ocr_has_the_tensors_of_its_structure():

@@ -70,6 +70,7 @@ def error_of(capfd, *arguments):
         (["Hello", "--image", "."], ["--image: found ., a directory; expected an image; frames of a video: --video"]),
         (["Hello", "--tools", "no.json"], ["--tools: found no.json, no such file; expected JSON"]),
         (["Hello", "--tools", "[{"], ["--tools: found invalid JSON"]),
+        (["Hello", "--tools", __file__], [f"--tools of {__file__}: found invalid JSON"]),
         (["Hello", "--tools", '{"name": "f"}'], ["tools: found {'name': 'f'}; expected a list of objects"]),
         (["Hello", "--tools", '[{"type": "function"}]'], ["tools: found 1; expected none", "no place for them"]),
         (["--tools", "[]", "--jsonl", "x.jsonl"], ["--tools: found with --jsonl; expected in the file"]),
@@ -131,10 +132,17 @@ def test_an_image_with_an_extreme_aspect_ratio_is_refused(refused):
     assert "200" in refused("--image", "sliver.png", "Hello")
 
 
-@pytest.mark.parametrize("name", ["", "./nowhere/at/all", __file__])
-def test_a_model_that_is_not_a_directory_is_named(refused, name):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("", "not a directory; expected a checkpoint; download it first: hf download zai-org/GLM-4.1V-9B-Thinking"),
+        ("./at/GLM-OCR", "not a directory; expected a checkpoint; download it first: hf download zai-org/GLM-OCR"),
+        (__file__, "a file; expected the directory of a checkpoint"),
+    ],
+)
+def test_a_model_that_is_not_a_directory_is_named(refused, name, what):
     line = refused("--model", name, "Hello")
-    assert f"--model: found {name or repr(name)}, which is not a directory" in line
+    assert f"--model: found {name or repr(name)}, which is {what}" in line
 
 
 def test_a_model_of_the_hub_is_not_downloaded(refused, monkeypatch):
@@ -161,6 +169,12 @@ def test_a_directory_that_is_not_a_checkpoint_is_named(refused, tmp_path):
 def checkpoint(tmp_path):
     """A copy of the random checkpoint, to be damaged."""
     return shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "checkpoint")
+
+
+def test_an_id_that_the_tokenizer_has_otherwise_is_named(refused, checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token_id": 7}))
+    assert f"{path}: image_token_id: found 7; expected " in refused("--model", checkpoint, "Hello")
 
 
 def test_a_truncated_shard_is_named(capfd, checkpoint):

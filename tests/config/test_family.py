@@ -108,7 +108,11 @@ def test_every_row_names_parts_that_are_there():
         ),
         (
             FLASH | {"vision_config": {"model_type": "glm_ocr_vision"}},
-            "vision_config.model_type: found 'glm_ocr_vision'; expected 'glm4v'",
+            "vision_config.model_type: found 'glm_ocr_vision'; expected 'glm4v', as of model_type 'glm4v'",
+        ),
+        (
+            {"text_config": {"model_type": "glm_ocr_text"}},
+            "text_config.model_type: found 'glm_ocr_text'; expected 'glm4v_text', as of model_type 'glm4v'",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """The processor that a checkpoint directory describes."""
 
+import re
+
 import numpy as np
 import pytest
 from helpers_processor import IMG, ONE_STEP, PAD, SQUARE, VIDEO_IDS, assert_same, clip, edit, metadata
@@ -143,9 +145,18 @@ def test_wrong_directories_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: found no such directory"):
         Glm4vProcessor.from_pretrained(tmp_path / "nowhere")
     write_small_tokenizer(tmp_path)
-    with pytest.raises(CheckpointError, match=r"has no preprocessor_config\.json"):
+    with pytest.raises(CheckpointError, match=r"settings of the processor; expected preprocessor_config\.json or"):
         Glm4vProcessor.from_pretrained(tmp_path)
     write_small_processor(tmp_path)
     edit(tmp_path, "tokenizer_config.json", added_tokens_decoder={}, additional_special_tokens=[])
-    with pytest.raises(CheckpointError, match=r"the tokenizer lacks <\|image\|>"):
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path))}: the tokenizer lacks <\|image\|>"):
         Glm4vProcessor.from_pretrained(tmp_path)
+
+
+def test_the_place_of_a_broken_chat_template_is_named(tmp_path):
+    write_small_processor(tmp_path)
+    write_small_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m.content }")
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path))}: chat template, line 2: unexpected"):
+        Glm4vProcessor.from_pretrained(tmp_path)
+    assert Glm4vProcessor.from_pretrained(tmp_path, chat_template="{{ messages }}").template() == "{{ messages }}"

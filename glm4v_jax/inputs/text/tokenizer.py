@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from msgspec import Meta
 
-from glm4v_jax.config.checks import Size, checked
+from glm4v_jax.config.checks import Size, checked, raise_faults
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError, naming, not_there
 from glm4v_jax.files import assets_directory, read_json_object, read_text, replacing, write_json
 from glm4v_jax.inputs.batch_feature import BatchFeature, check_return_tensors
@@ -225,8 +225,7 @@ class Glm4vTokenizer(SpecialTokens):
             for index, got in sorted(found.items())
             if got != index
         ]
-        if wrong:
-            raise CheckpointError(f"added_tokens_decoder does not continue tokenizer.json: {'; '.join(wrong)}")
+        raise_faults(wrong, CheckpointError, where="added_tokens_decoder does not continue tokenizer.json", shown=3)
 
     def __call__(
         self,

@@ -289,13 +289,12 @@ class MediaProcessor:
             if isinstance(settings, Mapping):
                 return file, {"processor_class": content.get("processor_class"), **settings}
             if settings is not None:
-                found = f"is a {type(settings).__name__}; expected an object of settings"
-                raise CheckpointError(f"{file}: field {cls.nested_key!r} {found}")
+                raise CheckpointError(f"{file}: " + fault(cls.nested_key, settings, "an object of settings"))
             if file.is_file() and (file == path or file.name != PROCESSOR_FILE):
                 return file, content
         refuse_adapter(path)
-        missing = f"{' or '.join(cls.config_files)}, and no {PROCESSOR_FILE} with {cls.nested_key!r}"
-        raise CheckpointError(f"{path}: has no {missing}")
+        expected = f"{', '.join(cls.config_files)} or {PROCESSOR_FILE} with {cls.nested_key!r}"
+        raise CheckpointError(f"{path}: found no settings of the processor; expected {expected}")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the settings as a file that `from_pretrained` here and in transformers loads.

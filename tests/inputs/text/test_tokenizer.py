@@ -398,7 +398,7 @@ def test_a_gap_in_the_added_ids_is_refused(tmp_path):
         added_tokens_decoder=config["added_tokens_decoder"],
         additional_special_tokens=[],
     )
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*'<\|video\|>' has id 270, expected 271"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json.*'<\|video\|>' has id 270, .*; and \d+ more$"):
         Glm4vTokenizer.from_pretrained(tmp_path)
 
 
