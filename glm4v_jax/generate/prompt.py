@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from glm4v_jax.config.checks import checked
+from glm4v_jax.config.checks import checked, fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import GenerationError, MessageError
+from glm4v_jax.generate.text.tool_calls import has_name
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
 from glm4v_jax.inputs.text.messages import extract_media
@@ -36,6 +37,9 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         for name, hint in _CHAT_OPTIONS.items()
         if options.get(name) is not None
     }
+    for tool in variables.get("tools", ()):
+        if not has_name(tool):
+            raise GenerationError(fault("tools", tool, "objects with function.name"))
     others = {name: value for name, value in options.items() if name not in CHAT_OPTIONS}
     if variables.get("enable_thinking") is False:
         others["think_budget"] = 0

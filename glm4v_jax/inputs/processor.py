@@ -410,6 +410,8 @@ class Glm4vProcessor:
             )
         if marks and not has_generation_blocks(source):
             warnings.warn("return_assistant_tokens_mask: the chat template has no {% generation %} block", stacklevel=2)
+        if tools and (isinstance(tools, Mapping) or not all(isinstance(tool, Mapping) for tool in tools)):
+            raise MessageError(fault("tools", tools, "a list of objects"))
         options = {name: value for name, value in kwargs.items() if name in OPTIONS}
         variables = {name: value for name, value in kwargs.items() if name not in OPTIONS}
         given = {name for name, value in (("tools", tools), ("documents", documents)) if value}

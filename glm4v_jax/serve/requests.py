@@ -8,6 +8,7 @@ from typing import Any
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.grammar import KINDS
+from glm4v_jax.generate.text.tool_calls import has_name
 from glm4v_jax.serve.bodies import (
     MAX_CHOICES,
     ChatBody,
@@ -363,8 +364,7 @@ def _tools(given: TemplateBody, served: Served) -> list[dict[str, Any]]:
     if given.tool_choice not in (None, "auto"):
         raise _invalid("tool_choice", given.tool_choice, "'auto' or 'none'")
     for tool in given.tools:
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not has_name(tool):
             raise _invalid("tools", tool, "objects with function.name")
     return given.tools
 

@@ -72,7 +72,11 @@ def error_of(capfd, *arguments):
         (["Hello", "--tools", "[{"], ["--tools: found invalid JSON"]),
         (["Hello", "--tools", __file__], [f"--tools of {__file__}: found invalid JSON"]),
         (["Hello", "--tools", '{"name": "f"}'], ["tools: found {'name': 'f'}; expected a list of objects"]),
-        (["Hello", "--tools", '[{"type": "function"}]'], ["tools: found 1; expected none", "no place for them"]),
+        (["Hello", "--tools", '[{"type": "function", "name": "f"}]'], ["tools: found {", "objects with function.name"]),
+        (
+            ["Hello", "--tools", '[{"type": "function", "function": {"name": "f"}}]'],
+            ["tools: found 1; expected none", "no place for them"],
+        ),
         (["--tools", "[]", "--jsonl", "x.jsonl"], ["--tools: found with --jsonl; expected in the file"]),
         (["Hello", "--out", "x.jsonl"], ["--out", "--jsonl"]),
         (["Hello", "--slots", "2"], ["--slots", "--jsonl"]),

@@ -482,6 +482,7 @@ def test_an_error_is_reported_as_soon_as_it_is_known(engine):
         (dict(think_budget=-1), "think_budget: found -1; expected an integer of at least 0"),
         (dict(enable_thinking="no"), "enable_thinking: found 'no'"),
         (dict(tools="add"), "tools: found 'add'; expected a list of objects"),
+        (dict(tools=[{"function": {}}]), r"tools: found \{'function': \{\}\}; expected objects with function.name"),
         (dict(think_budget=1, answer_budget=0), "answer_budget: found 0; expected an integer of at least 1"),
         (dict(suppress_tokens=[832]), "found 832; expected tokens below 832"),
     ],

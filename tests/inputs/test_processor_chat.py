@@ -3,6 +3,7 @@
 import base64
 import json
 import pathlib
+import re
 import warnings
 
 import numpy as np
@@ -191,6 +192,9 @@ def test_variables_of_the_template(processor):
     assert processor.apply_chat_template(conversation, template, mood="calm", tools=[{"name": "f"}]) == (
         "Hi calm <|endoftext|> [{'name': 'f'}]'user'"
     )
+    for tools in ("f", [str], {"name": "f"}):
+        with pytest.raises(MessageError, match=f"tools: found {re.escape(repr(tools))}; expected a list of objects"):
+            processor.apply_chat_template(conversation, template, tools=tools)
     with pytest.warns(UserWarning, match="unknown to the processor and to the chat template, and ignored: mood"):
         processor.apply_chat_template(conversation, mood="calm")
     with warnings.catch_warnings():

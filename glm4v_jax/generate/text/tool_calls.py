@@ -60,6 +60,16 @@ class ToolCall:
         return [{"index": index, **first}, {"index": index, "function": {"arguments": function["arguments"]}}]
 
 
+def has_name(tool: Mapping[str, Any]) -> bool:
+    """Whether a tool is a function with a name, without which no call of it is found.
+
+    >>> has_name({"type": "function", "function": {"name": "add"}}), has_name({"type": "function", "name": "add"})
+    (True, False)
+    """
+    function = tool.get("function")
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
 def split_calls(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, list[ToolCall]]:
     """Split an answer into its text and the calls in it; see `ToolCallParser`.
 
