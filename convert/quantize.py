@@ -104,9 +104,7 @@ def quantize(
             ignore = [] if layers == "all" else ["re:.*visual.*"]
             if layers != "all" or config.text_config.tie_word_embeddings:
                 ignore.append("lm_head")
-            last = config.text_config.num_hidden_layers
-            extra = range(last, last + config.text_config.extra_layers)
-            ignore += [f"re:.*[.]layers[.]{layer}[.].*" for layer in extra]
+            ignore += [f"re:.*[.]layers[.]{layer}[.].*" for layer in config.text_config.extra_layers]
             content = read_json_object(directory / "config.json") | {FIELD: scheme.to_dict(ignore)}
             write_json(directory / "config.json", content)
     read = 0 if dry_run else sum(info.nbytes for info in files.values())

@@ -133,11 +133,10 @@ class _Reader(HTMLParser):
                 if self._inside.pop() == tag:
                     break
         elif any(node.tag == tag for node in self._open):
-            self._close_cell(is_end=tag in _CELLS)
-            while self._open and self._open[-1].tag != tag and tag not in _CELLS:
-                self._open.pop()
+            self._close_cell()
             if tag not in _CELLS:
-                self._open.pop()
+                while self._open.pop().tag != tag:
+                    pass
             self._is_closed = not self._open
 
     def handle_data(self, data: str) -> None:
@@ -163,7 +162,7 @@ class _Reader(HTMLParser):
             if not (is_space and self._cell.content[-1:] == [" "]):
                 self._cell.content.append(" " if is_space else character)
 
-    def _close_cell(self, is_end: bool = True) -> None:
+    def _close_cell(self) -> None:
         """End the cell that is open, if one is, and what is open in it."""
         if self._cell is not None:
             self._cell.content += [f"</{tag}>" for tag in reversed(self._inside)]

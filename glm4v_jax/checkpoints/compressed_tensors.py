@@ -313,9 +313,8 @@ def check_ignored(config: Glm4vConfig, ignored: Sequence[str], quantized: Collec
     Raises:
       CheckpointError: one of these is among them.
     """
-    last, extra = config.text_config.num_hidden_layers, config.text_config.extra_layers
     names = {name.rpartition(".")[0] for name in hf_mapping.wanted(config)} | {"lm_head"}
-    names |= {f"{hf_mapping.LAYER_GROUPS[0]}{layer}.eh_proj" for layer in range(last, last + extra)}
+    names |= {f"{hf_mapping.LAYER_GROUPS[0]}{layer}.eh_proj" for layer in config.text_config.extra_layers}
     modules = names | {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
     for entry in ignored:
         matching = [name for name in sorted(modules) if any(_matches(entry, spelled) for spelled in _spellings(name))]

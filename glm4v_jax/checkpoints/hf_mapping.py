@@ -344,10 +344,8 @@ EXTRA = "extra."
 
 def is_extra(config: Glm4vConfig, name: str) -> bool:
     """Whether a tensor, by its canonical name, is of an extra layer."""
-    last, layer = config.text_config.num_hidden_layers, _LAYER.match(name)
-    if layer is None or layer[1] != LAYER_GROUPS[0]:
-        return False
-    return last <= int(layer[2]) < last + config.text_config.extra_layers
+    layer = _LAYER.match(name)
+    return layer is not None and layer[1] == LAYER_GROUPS[0] and int(layer[2]) in config.text_config.extra_layers
 
 
 def extra_part(name: str, dimensions: int) -> LeafPart:
@@ -437,8 +435,8 @@ def check_depths(config: Glm4vConfig, names: Iterable[str], where: str) -> None:
         "vision_config.depth": config.vision_config.depth,
     }
     faults = []
-    decoder, last = counts[LAYER_GROUPS[0]], config.text_config.num_hidden_layers
-    for extra in range(last, last + config.text_config.extra_layers):
+    decoder = counts[LAYER_GROUPS[0]]
+    for extra in config.text_config.extra_layers:
         if decoder[extra] != decoder[0]:  # or it is one of the decoder's
             del decoder[extra]
     if config.text_config.extra_layers and decoder and decoder[final := max(decoder)] > decoder[0]:

@@ -207,9 +207,10 @@ class Glm4vTextConfig:
         return TEXT[self.model_type]
 
     @property
-    def extra_layers(self) -> int:
-        """Layers after the last that a checkpoint may have; their tensors are kept, and not run."""
-        return max(self.num_nextn_predict_layers, self.structure.extra_layers)
+    def extra_layers(self) -> range:
+        """Numbers of the layers after the last that a checkpoint may have; their tensors are kept, and not run."""
+        count = max(self.num_nextn_predict_layers, self.structure.extra_layers)
+        return range(self.num_hidden_layers, self.num_hidden_layers + count)
 
     @property
     def num_key_value_groups(self) -> int:

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-_END_THINK, _ANSWER = "</think>", "<answer>"
+THINK, END_THINK = "<think>", "</think>"
+ANSWER, END_ANSWER = "<answer>", "</answer>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,9 @@ class ThinkingFormat:
 
 THINKING: Mapping[str, ThinkingFormat] = {
     # <think>...</think><answer>...</answer>: GLM-4.1V
-    "tagged": ThinkingFormat(_END_THINK + _ANSWER, has_answer_tags=True),
+    "tagged": ThinkingFormat(END_THINK + ANSWER, has_answer_tags=True),
     # <think>...</think>, and the answer is text: GLM-4.6V-Flash and those after it
-    "plain": ThinkingFormat(_END_THINK + "\n", has_answer_tags=False),
+    "plain": ThinkingFormat(END_THINK + "\n", has_answer_tags=False),
 }
 
 
@@ -47,5 +48,5 @@ def thinking_format(template: str | None, has_token: Callable[[str], bool]) -> T
       has_token: whether a text is a token of its own. A model that tags its answers has one for the tag.
     """
     template = template or ""
-    is_tagged = _ANSWER in template if _END_THINK in template else has_token(_ANSWER)
+    is_tagged = ANSWER in template if END_THINK in template else has_token(ANSWER)
     return THINKING["tagged" if is_tagged else "plain"]

@@ -257,11 +257,11 @@ def _in_order(x: Float[Array, "B T D"], new: Any) -> tuple[Array, Any]:
         return jax.lax.optimization_barrier((x, new))
     number = jnp.sum(x)
 
-    def behind(values: Array) -> Array:
+    def with_number(values: Array) -> Array:
         tail = values[:, :, :, :1] * 0 + number.astype(values.dtype)
         return jnp.concatenate([values, tail], axis=3)
 
-    x, longer = jax.lax.optimization_barrier((x, jax.tree.map(behind, new)))
+    x, longer = jax.lax.optimization_barrier((x, jax.tree.map(with_number, new)))
     return x, jax.tree.map(lambda values, longer: longer[:, :, :, : values.shape[3]], new, longer)
 
 

@@ -12,15 +12,13 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from glm4v_jax.config.thinking import THINKING, ThinkingFormat
+from glm4v_jax.config.thinking import ANSWER, END_ANSWER, END_THINK, THINK, THINKING, ThinkingFormat
 
 if TYPE_CHECKING:  # help of commands does not wait for them
     import numpy as np
 
     from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
-THINK, END_THINK = "<think>", "</think>"
-ANSWER, END_ANSWER = "<answer>", "</answer>"
 BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
 
 TAGS = (THINK, END_THINK, ANSWER, END_ANSWER, BOX, END_BOX)
