@@ -1,4 +1,7 @@
-"""Checkpoints of each structural kind of the family: tensors of their own, and layers that are kept but not run."""
+"""GLM-OCR's structure in checkpoints: tensors of its own, and a layer that is kept but not run.
+
+All kinds of the family, with all their files: `tests/family/test_round_trips.py`.
+"""
 
 import json
 import warnings
@@ -41,51 +44,33 @@ OCR = {
         "image_size": 70, "out_hidden_size": 48, "intermediate_size": 80,
     },
 }  # fmt: skip
-GA = {
-    "architectures": ["Glm46VForConditionalGeneration"], "model_type": "glmga", **IDS,
-    "text_config": {
-        "model_type": "glm4v_text", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True,
-        "rope_parameters": {
-            "rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5, "rope_theta": 500000.0,
-        },
-    },
-    "vision_config": {
-        "model_type": "glm4v_vision", "depth": 2, "hidden_size": 32, "num_heads": 4, "image_size": 70,
-        "out_hidden_size": 64, "intermediate_size": 96,
-    },
-}  # fmt: skip
-KINDS = {"ga": GA, "ocr": OCR}
 LAYER = "model.language_model.layers.2."
 
 
-def tensors_of(kind: str) -> dict[str, np.ndarray]:
-    """Random tensors, those of a layer that predicts a further token among them where the kind has one."""
-    config = Glm4vConfig.from_dict(KINDS[kind])
+def tensors_of_ocr() -> dict[str, np.ndarray]:
+    """Random tensors, those of the layer that predicts a further token among them."""
+    config = Glm4vConfig.from_dict(OCR)
     tensors = random_tensors(config)
-    if kind == "ocr":
-        random = np.random.RandomState(0)
-        width, vocabulary = config.text_config.hidden_size, config.text_config.vocab_size
-        shapes = {name.replace("layers.1.", "layers.2."): x.shape for name, x in tensors.items() if "layers.1." in name}
-        shapes |= {LAYER + "eh_proj.weight": (width, 2 * width), LAYER + "enorm.weight": (width,)}
-        shapes |= {LAYER + "shared_head.head.weight": (vocabulary, width)}
-        tensors |= {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return tensors
+    random = np.random.RandomState(0)
+    width, vocabulary = config.text_config.hidden_size, config.text_config.vocab_size
+    shapes = {name.replace("layers.1.", "layers.2."): x.shape for name, x in tensors.items() if "layers.1." in name}
+    shapes |= {LAYER + "eh_proj.weight": (width, 2 * width), LAYER + "enorm.weight": (width,)}
+    shapes |= {LAYER + "shared_head.head.weight": (vocabulary, width)}
+    return tensors | {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write(kind, directory, dtype="float32", tensors=None):
+def write(directory, dtype="float32", tensors=None):
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(KINDS[kind]), encoding="utf-8")
-    tensors = tensors_of(kind) if tensors is None else tensors
+    (directory / "config.json").write_text(json.dumps(OCR), encoding="utf-8")
+    tensors = tensors_of_ocr() if tensors is None else tensors
     tensors = {name: x.astype(np.dtype(dtype)) for name, x in tensors.items()}
     write_safetensors(directory / "model.safetensors", tensors, {"format": "pt"})
     return directory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_round_trip_keeps_every_bit(tmp_path, kind, dtype):
-    source = write(kind, tmp_path / "source", dtype)
+def test_a_round_trip_keeps_every_bit(tmp_path):
+    """Of float32; in bfloat16, with all files: `tests/family/test_round_trips.py`."""
+    source = write(tmp_path / "source")
     to_orbax(source, tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_size="original")
     for name in ("model.safetensors", "config.json"):
@@ -102,7 +87,7 @@ def test_another_number_of_layers_is_one_fault_beside_an_extra_layer_too(layers)
 
 
 def test_glm_ocr_has_the_tensors_of_its_structure():
-    names = {name for name in tensors_of("ocr") if not name.startswith(LAYER)}
+    names = {name for name in tensors_of_ocr() if not name.startswith(LAYER)}
     block = "model.visual.blocks.1."
     of_block = {name.removeprefix(block) for name in names if name.startswith(block)}
     assert {"attn.q_norm.weight", "attn.k_norm.weight", "attn.proj.bias", "mlp.up_proj.bias"} <= of_block
@@ -110,10 +95,10 @@ def test_glm_ocr_has_the_tensors_of_its_structure():
 
 
 def test_a_layer_after_the_last_is_not_run_and_may_be_absent(tmp_path):
-    tensors = tensors_of("ocr")
-    source = write("ocr", tmp_path / "source")
+    tensors = tensors_of_ocr()
+    source = write(tmp_path / "source")
     kept = {name: x for name, x in tensors.items() if not name.startswith(LAYER)}
-    bare = write("ocr", tmp_path / "bare", tensors=kept)
+    bare = write(tmp_path / "bare", tensors=kept)
     runtimes = [load_runtime(path, dtype="float32") for path in (source, bare)]
     to_orbax(source, tmp_path / "orbax")
     assert set(open_weights(tmp_path / "orbax")) == tensors.keys()
@@ -132,8 +117,8 @@ def test_a_layer_after_the_last_is_not_run_and_may_be_absent(tmp_path):
     ],
 )
 def test_another_number_of_layers_is_refused(tmp_path, layers, message):
-    tensors = {name: x for name, x in tensors_of("ocr").items() if layers < 3 or not name.startswith(LAYER)}
-    source = write("ocr", tmp_path / "source", tensors=tensors)
+    tensors = {name: x for name, x in tensors_of_ocr().items() if layers < 3 or not name.startswith(LAYER)}
+    source = write(tmp_path / "source", tensors=tensors)
     data = json.loads((source / "config.json").read_text(encoding="utf-8"))
     data["text_config"]["num_hidden_layers"] = layers
     (source / "config.json").write_text(json.dumps(data), encoding="utf-8")
@@ -142,17 +127,17 @@ def test_another_number_of_layers_is_refused(tmp_path, layers, message):
 
 
 def test_inspection_lists_a_layer_after_the_last_apart(tmp_path):
-    found = inspect(write("ocr", tmp_path / "source"))
-    assert found.tensors == len(tensors_of("ocr"))
+    found = inspect(write(tmp_path / "source"))
+    assert found.tensors == len(tensors_of_ocr())
     (projection,) = (group for group in found.groups if group.name.endswith("layers.2.eh_proj.weight"))
     assert (projection.leaf, projection.device_bytes, projection.shape) == ("", 0, (48, 96))
 
 
 def test_a_saved_model_has_the_layer_after_the_last_of_its_checkpoint(tmp_path):
-    source = write("ocr", tmp_path / "source")
+    source = write(tmp_path / "source")
     Glm4vForConditionalGeneration.from_pretrained(source, dtype="float32").save_pretrained(tmp_path / "saved")
     saved = read_all(tmp_path / "saved")
-    for name, expected in tensors_of("ocr").items():
+    for name, expected in tensors_of_ocr().items():
         np.testing.assert_array_equal(saved.pop(name), expected)
     assert not saved
     assert Glm4vConfig.from_pretrained(tmp_path / "saved") == Glm4vConfig.from_dict(OCR)
@@ -160,10 +145,10 @@ def test_a_saved_model_has_the_layer_after_the_last_of_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(("to", "group"), [("int8", None), ("int4", 16)])
 def test_a_quantised_checkpoint_keeps_floats_where_they_are_not_run(tmp_path, to, group):
-    source = write("ocr", tmp_path / "source")
+    source = write(tmp_path / "source")
     quantize(source, tmp_path / to, to=to, group=group, layers="all")
     found = read_all(tmp_path / to)
-    for name, expected in tensors_of("ocr").items():
+    for name, expected in tensors_of_ocr().items():
         if name.startswith(LAYER):
             np.testing.assert_array_equal(found[name], expected)
     assert found["model.visual.blocks.0.mlp.down_proj.weight_packed"].dtype == np.int32

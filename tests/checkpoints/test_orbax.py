@@ -332,7 +332,7 @@ def main(directory):
         )  # fmt: skip
     from test_family import write  # beside this file, when it runs as a program
 
-    source = write("ocr", directory / "ocr", "bfloat16")
+    source = write(directory / "ocr", "bfloat16")
     for i, sizes in enumerate([dict(kv=2, q=2, fsdp=2), dict(data=2, kv=2, seq=2)]):
         to_orbax(source, directory / f"ocr-{i}", mesh=mesh.make_mesh(**sizes))
         to_hf(directory / f"ocr-{i}", directory / f"ocr-{i}-back", max_shard_size="original")

@@ -1,11 +1,10 @@
 """Each kind of checkpoint against transformers 5.24; see `tests/golden/make_family_goldens.py`."""
 
 import functools
-import hashlib
 
 import numpy as np
 import pytest
-from helpers_family import CASES, GOLDEN, KINDS, NEW, chat_of, digest, video
+from helpers_family import CASES, GOLDEN, KINDS, NEW, chat_of, digest, pixel_digest, video
 from reference import TOLERANCE
 
 from glm4v_jax import Glm4vForConditionalGeneration
@@ -112,14 +111,6 @@ def test_messages_that_hold_their_images_and_videos_make_the_same_inputs(ours):
     assert found.input_ids[0].tolist() == expected["input_ids"].tolist()
     for name in PIXELS:
         assert pixel_digest(found[name]) == expected[f"{name}.sha256"].tobytes()
-
-
-def pixel_digest(pixels):
-    """As that of the goldens: the hash of the eight bits that normalised pixels were."""
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])[:, None]
-    deviation = np.array([0.26862954, 0.26130258, 0.27577711])[:, None]
-    bits = (pixels.reshape(len(pixels), 3, -1).astype(np.float64) * deviation + mean) * 255
-    return hashlib.sha256(np.rint(bits).astype(np.uint8).tobytes()).digest()
 
 
 def test_time_texts(ours):

@@ -6,7 +6,6 @@ It runs in an environment of its own (.venv-5x), which has neither JAX nor this 
 come from frozen generators (`tests/helpers_family.py`), so that only results are kept, and of the large ones samples.
 """
 
-import hashlib
 import json
 import tempfile
 import warnings
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers_family import CASES, CHATS, GOLDEN, KINDS, NEW, chat_of, checkpoint, digest
+from helpers_family import CASES, CHATS, GOLDEN, KINDS, NEW, chat_of, checkpoint, digest, pixel_digest
 from helpers_transformers import define_torchvision_operators
 
 define_torchvision_operators()
@@ -70,14 +69,6 @@ def results(model: Any, inputs: Any) -> dict[str, np.ndarray]:
     logits, tokens = greedy(model, inputs)
     rows = np.linspace(0, len(logits) - 1, 12).astype(int)
     return {**made, "rows": rows.astype(np.int16), "logits": logits[rows, ::13], "tokens": tokens.astype(np.int16)}
-
-
-def pixel_digest(pixels: np.ndarray) -> bytes:
-    """Of pixels that are normalised, the hash of the eight bits that they were."""
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])[:, None]
-    deviation = np.array([0.26862954, 0.26130258, 0.27577711])[:, None]
-    bits = (pixels.reshape(len(pixels), 3, -1).astype(np.float64) * deviation + mean) * 255
-    return hashlib.sha256(np.rint(bits).astype(np.uint8).tobytes()).digest()
 
 
 @torch.no_grad()
