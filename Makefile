@@ -8,7 +8,7 @@
 #   make coverage     lines and branches that the tests run, and those that they do not
 #   make lint types
 #   make docs    the pages of docs/ in build/docs; a warning is an error
-#   make aot     the 9B compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
+#   make aot     the 9B and GLM-OCR compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
 #   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny` and `aot`, PYTEST_ARGS=... to pytest (two
