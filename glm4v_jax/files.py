@@ -105,6 +105,24 @@ def base_of(adapter: str | pathlib.Path) -> str:
     return name
 
 
+def other_base(adapter: str | pathlib.Path, model: str | pathlib.Path) -> str | None:
+    """Return the model that an adapter names as its base, if that is not `model` by its place or its name.
+
+    A copy elsewhere has the same name, in the local Hugging Face cache as "models--OWNER--NAME".
+
+    Raises:
+      CheckpointError: there is no adapter.
+    """
+    named = read_json_object(pathlib.Path(adapter) / ADAPTER_CONFIG, "an adapter of PEFT").get(
+        "base_model_name_or_path"
+    )
+    if not isinstance(named, str) or not named:
+        return None
+    base, place = pathlib.Path(named), pathlib.Path(model).resolve()
+    is_same = any(part == base.name or part.endswith(f"--{base.name}") for part in place.parts)
+    return None if is_same or base.resolve() == place else named
+
+
 def is_orbax(directory: str | pathlib.Path) -> bool:
     """Return whether a directory holds a checkpoint in Orbax format, complete or not."""
     directory = pathlib.Path(directory)

@@ -19,6 +19,7 @@ from glm4v_jax.files import (
     fingerprint,
     model_directory,
     model_fingerprint,
+    other_base,
     read_json_object,
     read_text,
     replacing,
@@ -216,3 +217,18 @@ def test_the_base_of_an_adapter_is_what_it_names_if_that_is_here(tmp_path):
         config.write_text(f'{{"base_model_name_or_path": {name}}}')
         with pytest.raises(CheckpointError, match="--model: found nothing"):
             base_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("named", "model", "is_other"),
+    [
+        ("zai-org/GLM-OCR", "models/GLM-OCR", False),
+        ("zai-org/GLM-OCR", "hub/models--zai-org--GLM-OCR/snapshots/1a", False),
+        ("zai-org/GLM-4.6V-Flash", "models/GLM-4.1V-9B-Thinking", True),
+        ("models/../models/GLM-OCR", "models/GLM-OCR/../GLM-OCR", False),
+        (None, "models/GLM-OCR", False),
+    ],
+)
+def test_another_base_of_an_adapter_is_told_by_place_and_name(tmp_path, named, model, is_other):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    assert other_base(tmp_path, model) == (named if is_other else None)

@@ -28,6 +28,7 @@ from glm4v_jax.devices.hardware import check_32_bits
 from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.devices.mesh import spec as partition
 from glm4v_jax.errors import ConfigError, naming
+from glm4v_jax.files import other_base
 from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
@@ -133,9 +134,22 @@ def load_runtime(
         if adapter is not None:
             module = load_adapter(module, adapter)
         runtime = Runtime.of(module, mesh, generation_config)
+        for note in _doubts(directory, adapter, runtime):
+            warnings.warn(note, stacklevel=3)
         for note in _cautions(module, runtime.dtype, None if stored else for_inference(quantize)):
             warnings.warn(note, stacklevel=3)
     return runtime
+
+
+def _doubts(directory: str | Path, adapter: str | Path | None, runtime: Runtime) -> Iterator[str]:
+    """What files that can be loaded say of each other all the same, as those of several models do."""
+    if adapter is not None and (named := other_base(adapter, directory)) is not None:
+        said = f"{adapter}: found {named} as its base model; expected {directory}"
+        yield f"{said}: it is of use only if both have the same weights"
+    ends, size = runtime.generation_config.eos_token_id, runtime.config.text_config.vocab_size
+    if ends and min(ends) >= size:
+        said = f"{directory}: eos_token_id: found {list(ends)}; expected ids below {size}, the size of the vocabulary"
+        yield f"{said}: no answer will end by itself"
 
 
 def _cautions(module: Glm4v, dtype: np.dtype, quantize: QuantConfig | None) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`--adapter`: what is applied, what is refused, and that answers of another adapter are not resumed."""
 
 import json
+import shutil
 
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
@@ -51,6 +52,18 @@ def test_answers_are_those_of_the_model_that_it_is_merged_into(answered, adapter
     assert engine.generate("Hello", do_sample=False, max_new_tokens=8).tokens == expected.tokens
     plain = answered()
     assert plain["text"] != expected.text and "adapter" not in plain
+
+
+def test_an_adapter_of_another_model_and_ends_of_another_vocabulary_are_told(adapter, tmp_path):
+    model, other = shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "model"), shutil.copytree(adapter, tmp_path / "other")
+    options = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(options | {"base_model_name_or_path": "zai-org/GLM-OCR"}))
+    (model / "generation_config.json").write_text('{"eos_token_id": [151329, 151336]}')
+    with pytest.warns(UserWarning) as warned:
+        load_runtime(model, adapter=other)
+    notes = [str(one.message) for one in warned]
+    assert f"{other}: found zai-org/GLM-OCR as its base model; expected {model}: it is of use only if both" in notes[0]
+    assert "eos_token_id: found [151329, 151336]; expected ids below 832, the size of the vocabulary: no" in notes[1]
 
 
 def test_without_a_model_the_base_that_it_names_is_loaded(adapter, monkeypatch):
