@@ -5,20 +5,26 @@ torch tensors and the error handling of 5.x; images and videos may stand in one 
 family it is for, it reads from the checkpoint's files: `PROCESSORS` in `config/family.py`.
 """
 
-import contextlib
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from glm4v_jax.config.checks import fault
-from glm4v_jax.config.family import architecture_of, processors_of
+from glm4v_jax.config.family import processors_of
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.thinking import ThinkingFormat, thinking_format
-from glm4v_jax.errors import CheckpointError, ConfigError, MessageError, naming, not_there
-from glm4v_jax.files import assets_directory, read_json_object
+from glm4v_jax.errors import CheckpointError, MessageError, naming, not_there
+from glm4v_jax.files import assets_directory
 from glm4v_jax.inputs.batch_feature import BatchFeature
 from glm4v_jax.inputs.prepared_media import MultiModalData, PreparedMedia
+from glm4v_jax.inputs.processor_files import (
+    ImageProcessor,
+    image_class,
+    other_models_named,
+    processor_class_in,
+    read_part,
+)
 from glm4v_jax.inputs.processor_options import OPTIONS, sort_options
 from glm4v_jax.inputs.text.chat_template import (
     choose_template,
@@ -35,17 +41,8 @@ from glm4v_jax.inputs.text.messages import Message, extract_media, normalise_mes
 from glm4v_jax.inputs.text.placeholders import VIDEO_TAGS, Expander, Expansion, Row, expand_image, expand_video
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.inputs.text.tokenizer_options import check_text
-from glm4v_jax.inputs.vision.image import Glm4vImageProcessor, Glm4vImageProcessorFast
-from glm4v_jax.inputs.vision.settings import PROCESSOR_FILE, MediaProcessor, refuse_area_options
+from glm4v_jax.inputs.vision.settings import refuse_area_options
 from glm4v_jax.inputs.vision.video import Glm4vVideoProcessor
-
-ImageProcessor = Glm4vImageProcessor | Glm4vImageProcessorFast
-Part = TypeVar("Part", bound=MediaProcessor)
-
-# Where a processor's class may be named, in the order in which the reference looks for it.
-_PROCESSOR_FILES = (
-    PROCESSOR_FILE, "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
-)  # fmt: skip
 
 _PerRow = tuple[Sequence[int] | None, Sequence[int] | None]
 """How many images, and how many videos, belong to each prompt, where that is known."""
@@ -134,11 +131,11 @@ class Glm4vProcessor:
             raise CheckpointError(not_there(directory, "a checkpoint in Hugging Face layout", kind="directory"))
         settings = {name: value for name, value in overrides.items() if name in _TOKENIZER_SETTINGS}
         refuse_area_options(overrides)
-        with _other_models_named(directory):
-            image_processor = _part(_image_class(directory, use_fast), directory, overrides)
-            video_processor = _part(Glm4vVideoProcessor, directory, overrides)
+        with other_models_named(directory):
+            image_processor = read_part(image_class(directory, use_fast), directory, overrides)
+            video_processor = read_part(Glm4vVideoProcessor, directory, overrides)
             tokenizer = Glm4vTokenizer.from_pretrained(directory, **settings)
-            processor_class = _processor_class(directory)
+            processor_class = processor_class_in(directory)
         if unknown := sorted(set(overrides) - {*settings, *image_processor.defaults, *video_processor.defaults}):
             warnings.warn(f"unknown settings of the processor are ignored: {', '.join(unknown)}", stacklevel=2)
         templates = load_chat_template(directory) if chat_template is None else chat_template
@@ -498,54 +495,6 @@ class Glm4vProcessor:
                 for frames, height, width in _several(video_sizes)
             ]
         return MultiModalData(tokens, patches, video_tokens)
-
-
-@contextlib.contextmanager
-def _other_models_named(directory: pathlib.Path) -> Iterator[None]:
-    """Name the model where files are not those of one of the family: that says more than the file that does not fit.
-
-    Raises:
-      ConfigError: of a model that does not run here.
-    """
-    try:
-        yield
-    except CheckpointError:
-        if (path := directory / "config.json").is_file():
-            with naming(path, ConfigError):
-                architecture_of(read_json_object(path).get("model_type", Glm4vConfig.model_type))
-        raise
-
-
-def _image_class(directory: pathlib.Path, use_fast: bool | None) -> type[ImageProcessor]:
-    """The class for images that a checkpoint names, or `use_fast` asks for."""
-    if use_fast is None:
-        file, settings = Glm4vImageProcessor.settings_of(directory)
-        with naming(file, CheckpointError):
-            row = Glm4vImageProcessor.row_in(settings)
-        use_fast = settings.get("image_processor_type") in row.torchvision
-    return Glm4vImageProcessorFast if use_fast else Glm4vImageProcessor
-
-
-def _part(cls: type[Part], directory: pathlib.Path, overrides: Mapping[str, Any]) -> Part:
-    """The part of a checkpoint's processor, with those of the overrides that it knows."""
-    file, settings = cls.settings_of(directory)
-    with naming(file, CheckpointError):
-        known = cls.defaults_of(cls.row_in(settings))
-        return cls.from_dict(settings, **{name: value for name, value in overrides.items() if name in known})
-
-
-def _processor_class(directory: pathlib.Path) -> str | None:
-    """The class of its processor that a checkpoint names.
-
-    Raises:
-      CheckpointError: it is another family's.
-    """
-    for path in (directory / name for name in _PROCESSOR_FILES):
-        found = read_json_object(path).get("processor_class") if path.is_file() else None
-        if found is not None:
-            with naming(path, CheckpointError):
-                return processors_of("processor_class", found).processor
-    return None
 
 
 def _checked_text(text: Any, options: Mapping[str, Any]) -> list[Row]:
