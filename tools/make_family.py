@@ -22,7 +22,7 @@ from tools.make_random import Tensor, bias, linear, scale
 from tools.tiny_assets import json_bytes
 
 TEMPLATE = Path(__file__).parents[1] / "glm4v_jax" / "tiny" / "family_chat_template.jinja"
-"""chat_template.jinja of GLM-OCR (MIT licence), character for character; its siblings' are of the same family."""
+"""chat_template.jinja of GLM-OCR (MIT license), character for character; its siblings' are of the same family."""
 
 LEARNED = make_random.VOCABULARY.learned
 

@@ -23,6 +23,9 @@ from glm4v_jax.errors import ConfigError
 class TextStructure:
     """What a decoder is, beyond the fields of its `text_config`.
 
+    >>> TEXT["glm4v_text"].attention_bias, TEXT["glm_ocr_text"].attention_bias
+    (True, False)
+
     Attributes:
       defaults: of fields that a file may leave out, where they are not those of `Glm4vTextConfig`.
       attention_bias: q, k and v have biases. Files have a field of this name too, which the reference does not read.
@@ -43,6 +46,9 @@ class TextStructure:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionStructure:
     """What a ViT and its merger are, beyond the fields of their `vision_config`.
+
+    >>> VISION["glm4v"].position_table, VISION["glm_ocr_vision"].position_table
+    (True, False)
 
     Attributes:
       defaults: of fields that a file may leave out, where they are not those of `Glm4vVisionConfig`.
@@ -188,6 +194,11 @@ ProcessorField = Literal["processor_class", "image_processor_type", "video_proce
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processors:
     """What a processor and its parts do differently, and what a checkpoint's files call their classes.
+
+    >>> PROCESSORS["glm46v"].time_text.format(seconds=1.25, whole=1)
+    '1.2 seconds'
+    >>> PROCESSORS["glm4v"].classes("video_processor_type")
+    ('Glm4vVideoProcessor',)
 
     Attributes:
       processor: name of the processor's class.

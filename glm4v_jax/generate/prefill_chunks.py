@@ -93,7 +93,11 @@ def chunk_bounds(starts: Mapping[int, Start], capacity: int) -> list[ChunkBounds
 
 
 def longest_live_chunk(platform: str) -> int:
-    """Return the length from which longer chunks would take as long for a token: prompts share whole chunks alone."""
+    """Return the length from which longer chunks would take as long for a token: prompts share whole chunks alone.
+
+    >>> longest_live_chunk("cpu"), longest_live_chunk("tpu")
+    (128, 256)
+    """
     return 128 if platform == "cpu" else 256
 
 

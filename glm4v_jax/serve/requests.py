@@ -66,7 +66,7 @@ class ApiRequest:
       with_reasoning: whether thoughts are sent.
       variables: for the chat template.
       tools: functions that the model may call.
-      has_single_call: whether calls after the first are left out.
+      has_single_call: whether calls after the first are dropped.
       warnings: fields that are ignored.
     """
 

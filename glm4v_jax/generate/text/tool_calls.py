@@ -107,7 +107,7 @@ class ToolCallParser:
 
         Args:
           tools: those of the request, objects with `function`.
-          is_single: leave out calls after the first.
+          is_single: drop calls after the first.
         """
         self._is_single = is_single
         self._schemas = {
