@@ -170,6 +170,11 @@ class Glm4vProcessor:
         return choose_template(self.chat_template, wanted, where=self._directory or "chat_template")
 
     @property
+    def has_template(self) -> bool:
+        """Whether there is a default chat template."""
+        return self._default_template() is not None
+
+    @property
     def template_variables(self) -> frozenset[str]:
         """What the default chat template reads besides messages; nothing where there is none."""
         template = self._default_template()

@@ -42,12 +42,14 @@ class Served:
       max_model_len: the most tokens of prompt and completion together.
       variables: what the chat template reads besides messages.
       max_choices: of a request.
+      has_template: whether there is a chat template: base models have none.
     """
 
     name: str
     max_model_len: int
     variables: frozenset[str] = frozenset()
     max_choices: int = MAX_CHOICES
+    has_template: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +327,9 @@ def _variables(
     given: TemplateBody, served: Served, warnings: list[str], tools: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], bool]:
     """What the chat template is given besides the messages, and whether the model may think."""
+    if not (served.has_template or (isinstance(given, TokenizeBody) and given.messages is None)):
+        expected = "'prompt' for /v1/completions: this model has no chat template"
+        raise ApiError(400, f"messages: found a chat; expected {expected}", param="messages")
     variables = dict(given.chat_template_kwargs or {})
     if given.thinking is not None:
         variables.setdefault("enable_thinking", given.thinking.get("type") != "disabled")

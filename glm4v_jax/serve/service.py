@@ -232,8 +232,13 @@ class Service:
     def served(self) -> Served:
         """What of the model decides which requests are valid."""
         choices = min(MAX_CHOICES, self.settings.max_waiting + self.engine.num_slots)
+        processor = self.engine.processor
         return Served(
-            self.settings.model, self.settings.max_model_len, self.engine.processor.template_variables, choices
+            self.settings.model,
+            self.settings.max_model_len,
+            processor.template_variables,
+            choices,
+            has_template=processor.has_template,
         )
 
     @functools.cached_property

@@ -1,5 +1,6 @@
 """Bodies of requests: what is asked of the engine, what is refused by name, and what is ignored with a warning."""
 
+import dataclasses
 import json
 
 import pytest
@@ -264,3 +265,10 @@ def test_errors_of_the_engine_name_the_clients_fields():
 )
 def test_errors_of_the_processor_have_the_paths_of_the_client(message, shown):
     assert client_error(MessageError(message), "messages").message == shown
+
+
+def test_a_model_without_a_template_does_not_chat():
+    served = dataclasses.replace(SERVED, has_template=False)
+    with pytest.raises(ApiError, match="messages: found a chat; expected 'prompt' for /v1/completions"):
+        chat_request({"messages": [{"role": "user", "content": "Hello"}]}, served)
+    assert text_request({"prompt": "Hello"}, served).prompts
