@@ -169,10 +169,13 @@ def count_products(jaxpr: Any) -> tuple[float, dict[str, int]]:
 
 
 def _equations(jaxpr: Any, runs: int) -> Iterator[tuple[Any, int]]:
-    """Yield all equations, and how often each runs."""
+    """Yield all equations, and how often each runs; of a conditional's branches those of the last."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation, runs
         if equation.primitive.name == "pallas_call":
+            continue
+        if equation.primitive.name == "cond":
+            yield from _equations(equation.params["branches"][-1], runs)
             continue
         inner = runs * equation.params["length"] if equation.primitive.name == "scan" else runs
         for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):

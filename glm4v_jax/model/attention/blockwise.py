@@ -198,7 +198,7 @@ def _forward_heads(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
                 k_j, v_j = jax.tree.map(lambda x: _block(x, j, blocks[1], 2), (k, v))
                 scores = scaled(einsum(SCORES, q_i, multiplied(k_j, q.dtype)), k_j)
                 if is_masked:
-                    scores = jnp.where(_mask_block(mask, i, j, blocks, causal), scores, MASKED)
+                    scores = jnp.where(_mask_block(mask, i, j, blocks, causal), scores, MASKED / scale)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
                 # Scaled here, where it costs no pass of its own.
                 p = jnp.exp((scores - new_top[..., None]) * scale)
@@ -214,7 +214,7 @@ def _forward_heads(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
             branches = (functools.partial(add, is_masked) for is_masked in (False, True))
             return jax.lax.cond(is_covered[i, j], *branches, *carry)
 
-        carry = (empty, empty[..., 0] + FLOOR, empty[..., 0])
+        carry = (empty, empty[..., 0] + FLOOR / scale, empty[..., 0])
         out, top, total = jax.lax.fori_loop(*_span(seen_blocks[i]), key_block, carry)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return None, (out / total[..., None], top * scale + jnp.log(total))
