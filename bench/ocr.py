@@ -18,6 +18,7 @@ status 1 if a target is missed.
 import argparse
 import contextlib
 import pathlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -189,6 +190,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="ocr", help="of the file in bench/results")
     parsed = parser.parse_args()
+    if shutil.which(parsed.theirs_python) is None:
+        parser.error(f"--theirs-python: found no {parsed.theirs_python}; expected an interpreter (`make .venv-5x`)")
     from convert.synth import load_config, synth
     from glm4v_jax.config.model import Glm4vConfig
 

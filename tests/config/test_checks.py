@@ -1,7 +1,6 @@
 """Constraints of settings: what fits, what does not, and how it is reported."""
 
 import dataclasses
-import doctest
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -43,10 +42,6 @@ class Whole:
 
     def __post_init__(self) -> None:
         validate(self)
-
-
-def test_examples_of_the_module_run():
-    assert doctest.testmod(checks).failed == 0
 
 
 def test_values_are_kept_as_their_annotations_say():

@@ -1,14 +1,12 @@
 """Presets: valid options over those of the released checkpoint, and what they amount to in the reference."""
 
 import dataclasses
-import doctest
 import json
 
 import pytest
 from helpers_released import GENERATION_CONFIG
 from helpers_transformers import import_transformers
 
-from glm4v_jax.config import presets
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.presets import PRESETS, preset
 from glm4v_jax.errors import GenerationError
@@ -77,10 +75,6 @@ def test_no_temperature_is_temperature_one_in_the_reference():
     processors = generation.GenerationMixin()._get_logits_processor(theirs, input_ids_seq_length=1)
     names = [type(processor).__name__ for processor in processors]
     assert names == ["TopKLogitsWarper", "TopPLogitsWarper"]
-
-
-def test_the_example_runs():
-    assert doctest.testmod(presets).failed == 0
 
 
 def test_a_preset_is_a_copy():
