@@ -6,8 +6,8 @@
 A checkpoint of random weights in float32 (`glm4v convert synth --config GLM-OCR`), and the image of a page of text,
 1,240 x 1,754 pixels: 2,772 tokens. Here the weights are in float32 and in int8; transformers has float32, scaled
 dot-product attention, and bare forward passes, which are faster than its `generate`; `--bfloat16` measures it with
-half of the bytes as well. Every variant is a process of its own on two threads, and they take turns. Decoding goes on
-after the page, in rounds; the pixels are made before. The time to the first token is that of the first page of a
+half of the bytes as well. Every variant is a process of its own on two threads, and they take turns. Decoding follows
+the page, in rounds; the pixels are made before. The time to the first token is that of the first page of a
 process, without compiling, which is read from disk after the first time.
 
 Of speculative decoding with the checkpoint's MTP layer, which is kept and not run, this measures what random weights
@@ -37,7 +37,7 @@ AIM = 1.5
 BUFFER_MEGABYTES = 500
 ACCEPTED = {"a receipt": 0.69, "a page": 0.81}
 """Fractions of drafts of one token that are published for GLM-OCR, by https://github.com/vllm-project/vllm/issues/37551."""
-OURS, THEIRS = {"float32": "float32", "int8": "int8"}, {"transformers": "float32", "transformers bfloat16": "bfloat16"}
+OURS = ("float32", "int8")
 
 
 def draw_page(width: int = WIDTH, height: int = HEIGHT) -> PIL.Image.Image:
@@ -87,11 +87,10 @@ def run(
         lines.append(
             {
                 "variant": name,
-                **loads[name],
+                "weights": loads[name]["weights"],
                 "load_seconds": loads[name]["seconds"],
                 "first_token_seconds": pages[name]["seconds"],
                 "compile_seconds": pages[name]["compile"],
-                "first_token_ratio": pages["transformers"]["seconds"] / pages[name]["seconds"],
                 "peak": workers[name]("peak"),
                 "tokens_per_second": compared["ours"],
                 "equal_tokens": sum(a == b for a, b in zip(answers[name], answers["transformers"], strict=True)),
@@ -205,13 +204,15 @@ def main() -> int:
         page = directory / "page.npz"
         write_page(page, Glm4vConfig.from_pretrained(checkpoint), draw_page(*parsed.size))
         workers = {}
-        ours, theirs = dict(list(OURS.items())[: 2 - parsed.no_int8]), dict(list(THEIRS.items())[: 1 + parsed.bfloat16])
-        for side, python, variants in (("ours", sys.executable, ours), ("theirs", parsed.theirs_python, theirs)):
-            for name, weights in variants.items():
-                command = [python, "-m", "bench.ocr_sides", "--side", side, "--variant", weights,
-                           "--threads", str(parsed.threads)]  # fmt: skip
-                workers[name] = turns.Worker(name, command)
-                stack.callback(workers[name].close)
+        sides = [("ours", sys.executable, name, name) for name in OURS if not (name == "int8" and parsed.no_int8)]
+        sides.append(("theirs", parsed.theirs_python, "transformers", "float32"))
+        if parsed.bfloat16:
+            sides.append(("theirs", parsed.theirs_python, "transformers bfloat16", "bfloat16"))
+        for side, python, name, weights in sides:
+            command = [python, "-m", "bench.ocr_sides", "--side", side, "--variant", weights,
+                       "--threads", str(parsed.threads)]  # fmt: skip
+            workers[name] = turns.Worker(name, command)
+            stack.callback(workers[name].close)
         figures = run(workers, checkpoint, page, parsed.rounds, parsed.threads)
     out = report.console()
     out.print(*tables(figures))
