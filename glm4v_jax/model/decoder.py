@@ -5,6 +5,7 @@ a donated cache stays where it is (`kv_cache`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +29,14 @@ from glm4v_jax.model.kv_cache import (
     write_segments,
     write_slots,
 )
-from glm4v_jax.model.layers import Layers, Remat
+from glm4v_jax.model.layers import Layers, Remat, stacked_outputs
 from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, gather_tokens
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
+Attention = Callable[
+    [Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], tuple[Float[Array, "B T K G H"], Any]
+]
+"""Queries and keys (rotated) and values -> what the queries attend to, and whatever the caller wants of the layer."""
 NewKeys = tuple[Float[Array, "B K T H"] | QuantizedSide, Float[Array, "B K T H"] | QuantizedSide]
 """Keys (rotated) and values of the tokens of a call, heads first; as the cache has them, if there is one."""
 
@@ -75,6 +80,41 @@ class Past(NamedTuple):
             layer = mesh.reshard(layer, "batch", "kv_heads", None, None)
             sides.append(jnp.moveaxis(layer, 1, 2))
         return sides[0], sides[1], Mask(segments, write_segments(self.held, segments, self.length), self.length)
+
+
+def attention_to_tokens(
+    segments: Int[Array, "B T"], dropout: Dropout | None = None, keep_weights: bool = False
+) -> Attention:
+    """Attention of a call's tokens to each other; beside the result the weights [B, K, G, T, T], if they are kept."""
+
+    def attention(q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
+        mask = Mask(segments, segments)
+        if keep_weights:
+            return attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
+        return attend(q, k, v, mask, causal=True, dropout=dropout), None
+
+    return attention
+
+
+def attention_to_cache(
+    past: Past, segments: Int[Array, "B T"], dropout: Dropout | None = None, keep_weights: bool = False
+) -> Attention:
+    """Attention to a cache, which is only read, and to the tokens of the call.
+
+    Beside the result: the tokens' keys and values as the cache has them, and the weights over the S slots with the new
+    tokens in them, [B, K, G, T, S], if they are kept.
+    """
+
+    def attention(q: Array, k: Array, v: Array) -> tuple[Array, tuple[NewKeys, Array | None]]:
+        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+        new = as_cached(new[0], past.k), as_cached(new[1], past.v)
+        if not keep_weights and dropout is None:
+            return attend_cached(q, (past.k, past.v), new, segments, past.held), (new, None)
+        k, v, mask = past.written(new, segments, q.dtype)
+        out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
+        return out, (new, weights)
+
+    return attention
 
 
 class TextAttention(nnx.Module):
@@ -127,45 +167,22 @@ class DecoderLayer(nnx.Module):
         self.post_mlp_layernorm = norm()
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        cos_sin: CosSin,
-        segments: Int[Array, "B T"],
-        past: Past | None = None,
-        dropout_key: Array | None = None,
-        keep_weights: bool = False,
-    ) -> tuple[Float[Array, "B T D"], NewKeys, Float[Array, "B K G T S"] | None]:
+        self, x: Float[Array, "B T D"], cos_sin: CosSin, attention: Attention
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Run one layer.
 
         Args:
           x: the residual stream; its tokens may be sharded over the tensor axis.
           cos_sin: of the tokens' M-RoPE positions.
-          segments: of the tokens; 0 is padding.
-          past: what this layer's cache holds; it is only read.
-          dropout_key: enables attention dropout, for training.
-          keep_weights: return the attention weights too: over the S slots with the new tokens in them, or the T tokens.
+          attention: from queries, keys and values to what the queries attend to.
 
         Returns:
-          The residual stream, the tokens' keys and values, the attention weights.
+          The residual stream, and what `attention` returned beside its result.
         """
         length = mesh.spec_of(x)[1]
-        q, k, v = self.self_attn.project(gather_tokens(self.input_layernorm(x)), cos_sin)
-        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-        if past is not None:
-            new = as_cached(new[0], past.k), as_cached(new[1], past.v)
-        dropout = Dropout(dropout_key, self.self_attn.dropout_rate) if dropout_key is not None else None
-        weights = None
-        if past is not None and (keep_weights or dropout is not None):
-            k, v, mask = past.written(new, segments, q.dtype)
-            out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
-        elif past is not None:
-            out = attend_cached(q, (past.k, past.v), new, segments, past.held)
-        elif keep_weights:
-            out, weights = attend_with_weights(q, k, v, Mask(segments, segments), causal=True, dropout=dropout)
-        else:
-            out = attend(q, k, v, Mask(segments, segments), causal=True, dropout=dropout)
+        out, kept = attention(*self.self_attn.project(gather_tokens(self.input_layernorm(x)), cos_sin))
         x = x + self.post_self_attn_layernorm(self.self_attn.o_proj(out, length))
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))), new, weights
+        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x))), kept
 
 
 class TextDecoder(nnx.Module):
@@ -218,23 +235,29 @@ class TextDecoder(nnx.Module):
         late = segment_ids.shape[1] <= FEW_QUERIES
         held = None if cache is None else jnp.where(_slots(cache) < cache.length[:, None], cache.segments, 0)
 
-        def past(index: Array | int, sides: Any) -> Past | None:
-            if cache is None or held is None:
-                return None
-            k, v = (cache.k, cache.v) if late else sides
-            return Past(layer_of(k, index), layer_of(v, index), held, cache.length)
-
         def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, tuple]:
             x, sides = carry
-            key = jax.random.fold_in(dropout_key, index) if dropout_key is not None else None
-            y, new, weights = layer(x, cos_sin, segment_ids, past(index, sides), key, record.attentions)
-            if sides is not None and cache is not None:
-                sides = tuple(write_layer(side, index, one, cache.length) for side, one in zip(sides, new, strict=True))
-            captured = Captured(x if record.hidden_states else None, weights)
-            return (y, sides), (new if late and cache is not None else None, captured)
+            dropout = None
+            if dropout_key is not None:
+                dropout = Dropout(jax.random.fold_in(dropout_key, index), layer.self_attn.dropout_rate)
+            new = None
+            if cache is None or held is None:
+                y, weights = layer(x, cos_sin, attention_to_tokens(segment_ids, dropout, record.attentions))
+            else:
+                k, v = (layer_of(side, index) for side in ((cache.k, cache.v) if late else sides))
+                past = Past(k, v, held, cache.length)
+                attention = attention_to_cache(past, segment_ids, dropout, record.attentions)
+                y, (new, weights) = layer(x, cos_sin, attention)
+                if not late:
+                    sides = tuple(
+                        write_layer(side, index, one, cache.length) for side, one in zip(sides, new, strict=True)
+                    )
+                    new = None
+            return (y, sides), (new, Captured(x if record.hidden_states else None, weights))
 
         sides: Any = None if cache is None or late else (cache.k, cache.v)
-        (x, sides), (new, captured) = self.layers.run(step, (x, sides), remat=remat)
+        (x, sides), outputs = self.layers.run(step, (x, sides), remat=remat)
+        new, captured = stacked_outputs(outputs)
         if cache is not None:
             if late:
                 x, new = _in_order(x, new)
@@ -245,6 +268,51 @@ class TextDecoder(nnx.Module):
             k, v = sides
             cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
         return self.norm(x), cache, captured
+
+    def run(
+        self, x: Float[Array, "B T D"], cos_sin: CosSin, attention_of_layer: Callable[[Any], Attention]
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Run the layers and the last norm with another attention, such as an inference engine's.
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from glm4v_jax import Glm4v, Glm4vConfig, use_mesh
+        >>> from glm4v_jax.model.rope import mrope_cos_sin
+        >>> config = Glm4vConfig.tiny()
+        >>> def attention_of_layer(index):
+        ...     def attention(q, k, v):
+        ...         scores = jnp.einsum("btkgh,bskh->bkgts", q, k) / q.shape[-1] ** 0.5
+        ...         weights = jax.nn.softmax(jnp.where(jnp.tri(q.shape[1]), scores, -jnp.inf))
+        ...         return jnp.einsum("bkgts,bskh->btkgh", weights, v), (k, v)
+        ...     return attention
+        >>> with use_mesh():
+        ...     decoder = Glm4v.init(config).unstacked().language_model
+        ...     x = decoder.embed_tokens(jnp.array([[5, 6, 7]]))
+        ...     positions = jnp.broadcast_to(jnp.arange(3), (3, 1, 3))
+        ...     cos_sin = mrope_cos_sin(positions, config.text_config)
+        ...     hidden, kept = decoder.run(x, cos_sin, attention_of_layer)
+        >>> print(hidden.shape, [k.shape for k, v in kept])
+        (1, 3, 64) [(1, 3, 2, 16), (1, 3, 2, 16)]
+
+        Nothing else looks from one token to another: several sequences may lie one behind the other in one row,
+        [1, T, D], if each token has its position and attention keeps them apart.
+
+        Args:
+          x: embedded tokens.
+          cos_sin: of their M-RoPE positions (`rope.mrope_cos_sin`).
+          attention_of_layer: index of a layer -> its attention, which is not scaled beforehand. The index is traced
+            where layers are stacked, an int where they are one by one.
+
+        Returns:
+          Hidden states after the last norm, and what the layers' attention returned beside its results: a list where
+          layers are one by one, stacked along a new first dimension otherwise.
+        """
+
+        def step(layer: DecoderLayer, index: Array | int, x: Array) -> tuple[Array, Any]:
+            return layer(x, cos_sin, attention_of_layer(index))
+
+        x, kept = self.layers.run(step, x)
+        return self.norm(x), kept
 
 
 def _in_order(x: Float[Array, "B T D"], new: Any) -> tuple[Array, Any]:

@@ -53,7 +53,8 @@ class Layers(nnx.Module):
           remat: what the backward pass recomputes.
 
         Returns:
-          The last carry, and the layers' outputs stacked along a new first dimension.
+          The last carry, and the layers' outputs: stacked along a new first dimension, or a list if layers are kept
+          per layer.
 
         Raises:
           ConfigError: `remat` is unknown.
@@ -66,7 +67,12 @@ class Layers(nnx.Module):
         for i in range(self.num_layers):
             carry, output = step(getattr(self, str(i)), i, carry)
             outputs.append(output)
-        return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
+        return carry, outputs
+
+
+def stacked_outputs(outputs: Any) -> Any:
+    """Outputs of `Layers.run`, stacked along a new first dimension in both layouts."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *outputs) if isinstance(outputs, list) else outputs
 
 
 def _rematerialised(step: Step, remat: Remat, is_stacked: bool) -> Step:

@@ -9,7 +9,7 @@ from reference import CONFIGS, assert_close
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model import rope
 from glm4v_jax.model.attention.attend import Mask, attend_with_weights
-from glm4v_jax.model.decoder import NOTHING, Capture
+from glm4v_jax.model.decoder import NOTHING, Capture, attention_to_tokens
 from glm4v_jax.model.kv_cache import init_cache
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -56,11 +56,9 @@ def test_attention_and_layer_equal(ours, theirs, name):
     assert_close(layer.self_attn.o_proj(out), attended, real)
     found_weights = np.asarray(found_weights).reshape(B, -1, T, T)
     assert_close(found_weights.swapaxes(1, 2), weights.transpose(1, 2), real)
-    found, new, kept = jax.jit(lambda layer, x: layer(x, cos_sin, jnp.asarray(segments)))(layer, x)
+    attention = attention_to_tokens(jnp.asarray(segments))
+    found, kept = jax.jit(lambda layer, x: layer(x, cos_sin, attention))(layer, x)
     assert kept is None
-    _, *keys = layer.self_attn.project(layer.input_layernorm(jnp.asarray(x)), cos_sin)
-    for one, other in zip(new, keys, strict=True):
-        assert_close(one, np.moveaxis(np.asarray(other), 1, 2))
     assert_close(found, expected, real)
 
 
@@ -89,6 +87,41 @@ def test_decoder_and_its_intermediates_equal(ours, theirs, stacked):
     again, _, nothing = run(text, Capture())
     assert_close(again, hidden, real)
     assert nothing == (None, None)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_sequences_in_one_row_with_another_attention_equal_rows_of_their_own(ours, stacked):
+    """As an inference engine runs the layers: tokens one behind the other, and its attention keeps them apart."""
+    x, positions, segments = example("base", seed=6)
+    module = ours("base").module
+    text = (module.stacked() if stacked else module).language_model
+    real = segments > 0
+    sequence = np.nonzero(real)[0]
+    seen = np.tri(len(sequence), dtype=bool) & (sequence[:, None] == sequence)
+
+    def attention_of_layer(index):
+        def attention(q, k, v):
+            scores = jnp.einsum("tkgh,skh->kgts", q[0], k[0]) / np.sqrt(q.shape[-1])
+            weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+            return jnp.einsum("kgts,skh->tkgh", weights, v[0])[None], (index, k[0])
+
+        return attention
+
+    def flat(text):
+        cos_sin = rope.mrope_cos_sin(positions[:, real][:, None], text_of("base"))
+        return text.run(jnp.asarray(x[real][None]), cos_sin, attention_of_layer)
+
+    hidden, kept = jax.jit(flat)(text)
+    expected, cache, _ = jax.jit(
+        lambda text: text(x, positions, segments, init_cache(text_of("base"), B, T, jnp.float32, stacked=stacked))
+    )(text)
+    np.testing.assert_allclose(hidden[0], np.asarray(expected)[real], rtol=0, atol=1e-5)
+    layers = range(text.layers.num_layers)
+    assert isinstance(kept, list) != stacked  # arrays of single layers are never copied to one
+    for layer, (index, k) in zip(layers, zip(*kept, strict=True) if stacked else kept, strict=True):
+        assert index == layer
+        cached = np.moveaxis(np.asarray(cache.k[layer]), 1, 2)
+        np.testing.assert_allclose(k, cached[real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
