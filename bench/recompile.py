@@ -22,8 +22,8 @@ import numpy as np
 from bench import report
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor, make_batch
 from glm4v_jax.devices.program_limit import COMPILED
-from glm4v_jax.generate.feature_pool import medium_shape, wave_size
 from glm4v_jax.generate.warmup import Warmed, warmup
+from glm4v_jax.inputs.vision_waves import medium_shape, wave_size
 from glm4v_jax.tiny import TINY_CHECKPOINT
 
 REQUESTS = 40

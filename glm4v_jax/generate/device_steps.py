@@ -381,23 +381,22 @@ def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
 
 @functools.partial(jax.jit, donate_argnames="pool")
 def store_features(
-    pool: Float[Array, "P D"], features: Float[Array, "N D"], order: Int[Array, "M U"], starts: Int[Array, " M"]
+    pool: Float[Array, "P D"], features: Float[Array, "M U D"], starts: Int[Array, " M"], count: Int[Array, ""]
 ) -> Float[Array, "P D"]:
-    """Write the merged tokens of M images or videos into the pool.
+    """Write the merged tokens of the first `count` images or videos of a wave into the pool.
 
     Args:
       pool: donated.
-      features: as `runtime.encode` returns them.
-      order: indices into `features` of each image or video, in the order of its tokens; entries after its last token
-        are written too, and overwritten by the next.
+      features: as `encode_media.run_wave` returns them; entries after the last token of one are written too, and
+        overwritten by the next.
       starts: where each begins in the pool; the caller ensures that there is room.
+      count: those after it are padding.
     """
 
     def write(i: Array, pool: Array) -> Array:
-        tokens = features.at[order[i]].get(out_sharding=mesh.spec(None, None))
-        return jax.lax.dynamic_update_slice_in_dim(pool, tokens.astype(pool.dtype), starts[i], axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(pool, features[i].astype(pool.dtype), starts[i], axis=0)
 
-    return jax.lax.fori_loop(0, len(starts), write, pool)
+    return jax.lax.fori_loop(0, count, write, pool)
 
 
 def _logits(decoder: TextDecoder, head: Flat[Linear] | None, hidden: Float[Array, "B 1 D"]) -> Num[Array, "B V"]:

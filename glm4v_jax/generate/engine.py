@@ -29,7 +29,6 @@ from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats, check_cache_dtype
 from glm4v_jax.generate.warmup import (
     Warmed,
-    buckets,
     checked_ranges,
     largest_pool,
     run_all,
@@ -41,7 +40,7 @@ from glm4v_jax.generate.warmup import (
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
-from glm4v_jax.inputs.vision_rows import bucket
+from glm4v_jax.inputs.vision_rows import bucket, buckets
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 

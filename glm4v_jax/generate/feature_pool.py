@@ -1,23 +1,21 @@
 """Vision features of images and videos, encoded once and kept on the device while there is room."""
 
+import collections
 import contextlib
-import functools
 import itertools
-import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from glm4v_jax.batch import VisionRows
 from glm4v_jax.devices.mesh import data_shards, reshard, use_mesh
 from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.encode_media import run_wave
 from glm4v_jax.inputs.medium import Medium
-from glm4v_jax.inputs.vision_rows import bucket, choose_shape, empty_rows, fill
+from glm4v_jax.inputs.vision_waves import Shape, Wave, medium_shape, vision_shapes, wave_size, waves_of
 from glm4v_jax.model.runtime import Runtime, compute_dtype
 
 MIN_POOL = 2048
@@ -25,20 +23,6 @@ MIN_POOL = 2048
 KEPT = 8192
 """Merged tokens of an engine's pool: 64 MiB of the 9B's in bfloat16."""
 GROWTH = 4
-MIN_IMAGE_PATCHES = 32
-"""Patches of the smallest image that the released processor makes."""
-ENOUGH = 256
-"""Patches that are worth a dispatch: with fewer, reading the weights takes longer than using them (a TPU v5e does 240
-multiplications in the time in which it reads a bfloat16 from memory)."""
-
-Shape = tuple[int, int]
-
-
-class Wave(NamedTuple):
-    """Images or videos of one shape that are encoded together."""
-
-    shape: Shape
-    media: list[Medium]
 
 
 def pool_capacity(num_tokens: int) -> int:
@@ -47,32 +31,6 @@ def pool_capacity(num_tokens: int) -> int:
     while capacity < num_tokens:
         capacity *= GROWTH
     return capacity
-
-
-def medium_shape(grid: np.ndarray, shards: int) -> Shape:
-    """(R, L) of the rows of an image or video with `grid`, int [3], whatever else is encoded with it.
-
-    An image has one row; the frames of a video are packed into rows, and spread over the shards.
-    """
-    return _grid_shape(*map(int, grid), shards)
-
-
-@functools.lru_cache(maxsize=256)
-def _grid_shape(t: int, h: int, w: int, shards: int) -> Shape:
-    if t == 1:
-        return 1, bucket(h * w, MIN_IMAGE_PATCHES)
-    return choose_shape([h * w] * t, shards)
-
-
-def wave_size(shape: Shape, shards: int) -> int:
-    """How many images or videos of this shape are encoded in one dispatch.
-
-    Enough to give every shard a row; of small ones a power of two times as many, up to `ENOUGH` patches a shard.
-    """
-    rows, length = shape
-    least = shards // math.gcd(rows, shards)
-    times = max(1, ENOUGH * shards // (least * rows * length))
-    return least << (times.bit_length() - 1)
 
 
 class FeaturePool:
@@ -151,6 +109,10 @@ class FeaturePool:
             finally:
                 self.forget()
 
+    def shapes(self, patches: tuple[int, int]) -> list[Shape]:
+        """The shapes of images and videos of `patches` (fewest, most); see `vision_shapes`."""
+        return vision_shapes(self._config, patches, shards=self.shards)
+
     def room_for(self, patches: int, shapes: Iterable[Shape]) -> int:
         """The capacity for images and videos of this many patches in all, in rows of these shapes."""
         return pool_capacity(self._tokens(patches) + max(self._tokens(rows * length) for rows, length in shapes))
@@ -176,22 +138,14 @@ class FeaturePool:
 
     def _waves(self, media: Iterable[Medium], upcoming: Iterable[Medium] = ()) -> list[Wave]:
         """Waves of those of `media` that are not there yet, in order; the last of a shape is filled from `upcoming`."""
-        by_shape: dict[Shape, dict[bytes, Medium]] = {}
-        order: dict[bytes, int] = {}
-        for medium in media:
-            if medium.key not in self._spans:
-                by_shape.setdefault(medium_shape(medium.grid, self.shards), {})[medium.key] = medium
-                order.setdefault(medium.key, len(order))
+        new = {medium.key: medium for medium in media if medium.key not in self._spans}
+        counts = collections.Counter(medium_shape(medium.grid, self.shards) for medium in new.values())
         for medium in upcoming:
             shape = medium_shape(medium.grid, self.shards)
-            same = by_shape.get(shape, {})
-            if len(same) % self._most(shape) and medium.key not in self._spans:
-                same[medium.key] = medium
-        waves = []
-        for shape, same in by_shape.items():
-            size, queue = self._most(shape), list(same.values())
-            waves += [Wave(shape, queue[i : i + size]) for i in range(0, len(queue), size)]
-        return sorted(waves, key=lambda wave: order[wave.media[0].key])
+            if counts[shape] % self._most(shape) and medium.key not in self._spans and medium.key not in new:
+                new[medium.key] = medium
+                counts[shape] += 1
+        return waves_of(new.values(), self.shards, self._most)
 
     def _encode_waves(self, waves: Sequence[Wave], keep: Collection[bytes]) -> bool:
         """Encode waves; False, and nothing is done, where that would need the room of media in `keep`, or more."""
@@ -235,18 +189,14 @@ class FeaturePool:
 
     def _store(self, wave: Wave, begins: Sequence[int]) -> None:
         """Encode a wave, and write its features where its images or videos begin."""
-        config, (num_rows, length) = self._config, wave.shape
-        count, room = wave_size(wave.shape, self.shards), self._tokens(num_rows * length)
-        rows = empty_rows(count * num_rows, length, config.patch_dim, config.position_grid)
-        # Padding is written first, and overwritten by the first image or video.
-        order, starts = np.zeros((count, room), np.int32), np.full(count, begins[0] if begins else 0, np.int32)
-        for i, medium, begin in zip(range(count - len(begins), count), wave.media, begins, strict=True):
-            own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
-            index = fill(own, [medium], merge_size=config.spatial_merge_size)[medium]
-            order[i, : len(index)], starts[i] = index + i * room, begin
         with use_mesh(self._runtime.mesh):
-            self.array = device_steps.store_features(self.array, self._runtime.encode(rows), order, starts)
-        low, high = starts[0], (begins[-1] + room if begins else room)
+            features = run_wave(self._runtime.visual, self._config, wave)
+            starts = np.zeros(len(features), np.int32)
+            starts[: len(begins)] = begins
+            self.array = device_steps.store_features(self.array, features, starts, np.int32(len(begins)))
+        if not begins:
+            return
+        low, high = begins[0], begins[-1] + features.shape[1]
         for key in [key for key, span in self._spans.items() if span[0] < high and low < span[1]]:
             del self._spans[key]
             self._unused.discard(key)

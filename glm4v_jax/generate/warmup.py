@@ -1,6 +1,6 @@
 """Compile ahead of the first request: every program that requests of given lengths and image sizes will run.
 
-Prefill chunks, KV caches, vision rows and feature pools have shapes from small bucket sets (`inputs.vision_rows`,
+Prefill chunks, KV caches, vision rows and feature pools have shapes from small bucket sets (`inputs.vision_waves`,
 `prefill_chunks`, `slots` and `feature_pool`). These functions list the buckets that a range of requests can reach, and
 run each program once, on zeros.
 """
@@ -21,14 +21,15 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import data_shards, platform, use_mesh
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.device_steps import Variant
-from glm4v_jax.generate.feature_pool import GROWTH, MIN_IMAGE_PATCHES, FeaturePool, Shape, wave_size
+from glm4v_jax.generate.feature_pool import GROWTH, FeaturePool
 from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, MIN_LIVE_CHUNK, Start, chunk_length, longest_live_chunk
 from glm4v_jax.generate.scheduler import STREAM_PERIOD
 from glm4v_jax.generate.slots import MIN_CAPACITY, Slots, check_cache_dtype
 from glm4v_jax.generate.token_masks import Turn
 from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.prompt import Prompt
-from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH, MIN_ROW_LENGTH, bucket
+from glm4v_jax.inputs.vision_rows import bucket, buckets
+from glm4v_jax.inputs.vision_waves import wave_size
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 _Pair = Annotated[tuple[Positive, Positive], Meta(description="(low, high) with 1 <= low <= high, or one number")]
@@ -37,7 +38,7 @@ _Sizes = Annotated[tuple[Positive, ...], Meta(min_length=1)]
 
 def programs(has_media: bool = True) -> dict[str, str]:
     """Return the jitted functions that a request runs, in their order, and what a person calls them."""
-    vision = {"encode": "vision encoder", "store_features": "vision features"} if has_media else {}
+    vision = {"encode_wave": "vision encoder", "store_features": "vision features"} if has_media else {}
     return {"init_state": "cache", **vision, "prefill": "prefill", "choose_first": "first token", "decode": "decode"}
 
 
@@ -47,43 +48,6 @@ class Warmed(NamedTuple):
     program: str
     shape: str
     seconds: float
-
-
-def buckets(low: int, high: int, minimum: int = 1) -> list[int]:
-    """The buckets of all numbers from `low` to `high`, ascending."""
-    found = [bucket(low, minimum)]
-    while found[-1] < high:
-        found.append(bucket(found[-1] + 1, minimum))
-    return found
-
-
-def row_shapes(low: int, high: int, shards: int = 1) -> list[Shape]:
-    """The (R, L) of images and videos of `low` to `high` patches (`feature_pool.medium_shape`), ascending by area."""
-    images = {(1, length) for length in buckets(low, high, MIN_IMAGE_PATCHES)}
-    shapes = images | _packed_shapes(low, high, 1) | _packed_shapes(low, high, shards)
-    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
-
-
-def _packed_shapes(low: int, high: int, row_multiple: int) -> set[Shape]:
-    """What `vision_rows.choose_shape` gives frames of `low` to `high` patches in all.
-
-    One row as long as the bucket of the total always fits, up to `MAX_ROW_LENGTH` patches, and more rows win only where
-    they are smaller together. Beyond that, and with several shards, this is a superset: it depends on the frames.
-    """
-    longest = bucket(high, MIN_ROW_LENGTH)
-    one_row_fits = row_multiple == 1 and longest <= MAX_ROW_LENGTH
-    largest = longest if one_row_fits else longest * max(2, row_multiple)
-    shapes = set()
-    for length in buckets(MIN_ROW_LENGTH, longest):
-        for rows in buckets(1, max(1, largest // (length * row_multiple))):
-            area = rows * length * row_multiple
-            if not low <= area <= largest:
-                continue
-            as_one_row = bucket(area, MIN_ROW_LENGTH)
-            if row_multiple == 1 and rows > 1 and as_one_row <= MAX_ROW_LENGTH and area >= as_one_row:
-                continue
-            shapes.add((rows * row_multiple, length))
-    return shapes
 
 
 def prompt_shapes(shortest: int, longest: int, max_new_tokens: int) -> list[tuple[int, int, int]]:
@@ -173,12 +137,12 @@ def show(warmed: Warmed) -> None:
 
 def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int], requests: int = 1) -> int:
     """The capacity that requests of `vision_patches` (fewest, most) need, `requests` of them at a time."""
-    return pool.room_for(requests * vision_patches[1], row_shapes(*vision_patches, pool.shards))
+    return pool.room_for(requests * vision_patches[1], pool.shapes(vision_patches))
 
 
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
     """Run the ViT for images and videos of `vision_patches` (fewest, most), as far as the pool can hold them."""
-    for shape in row_shapes(*vision_patches, pool.shards):
+    for shape in pool.shapes(vision_patches):
         if pool.room_for(1, [shape]) > pool.capacity:
             continue
         start = time.perf_counter()

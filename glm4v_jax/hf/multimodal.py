@@ -19,7 +19,6 @@ from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import Glm4vModelOutputWithPast, PastKeyValues
 from glm4v_jax.hf.submodels import Extent, Glm4vTextModel, Glm4vVisionModel, PaddedOutput, check_mask
 from glm4v_jax.inputs.make_batch import make_batch
-from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.inputs.prompt import token_array
 from glm4v_jax.model.glm4v import Glm4v
@@ -93,7 +92,7 @@ class Glm4vModel:
         Raises:
           MessageError: there are no grids, or they count other patches.
         """
-        return self._features(pixel_values, image_grid_thw, "pixel_values", "image_grid_thw")
+        return tuple(self.visual.features(pixel_values, image_grid_thw, "pixel_values", "image_grid_thw"))
 
     def get_video_features(self, pixel_values_videos: np.ndarray, video_grid_thw: np.ndarray) -> tuple[Array, ...]:
         """Merged tokens of each video, [tokens, D].
@@ -101,13 +100,7 @@ class Glm4vModel:
         Raises:
           MessageError: there are no grids, or they count other patches.
         """
-        return self._features(pixel_values_videos, video_grid_thw, "pixel_values_videos", "video_grid_thw")
-
-    def _features(self, pixel_values: Any, grid_thw: Any, name: str, grid_name: str) -> tuple[Array, ...]:
-        config = self.config.vision_config
-        media = split_media(pixel_values, grid_thw, config, name, grid_name)
-        sizes = [len(medium.patches) // config.spatial_merge_size**2 for medium in media]
-        return tuple(jnp.split(self.visual(pixel_values, grid_thw), np.cumsum(sizes)[:-1].tolist()))
+        return tuple(self.visual.features(pixel_values_videos, video_grid_thw, "pixel_values_videos", "video_grid_thw"))
 
     def embed(self, batch: Batch, dropout_key: Array | None = None) -> Array:
         """[B, T, D] embeddings of a batch, with its images and videos in place."""

@@ -19,6 +19,7 @@ from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.config.model import Glm4vTextConfig, Glm4vVisionConfig
 from glm4v_jax.devices.mesh import data_shards, reshard, round_up, use_mesh
 from glm4v_jax.errors import MessageError, counted
+from glm4v_jax.generate.encode_media import encode_media
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import BaseModelOutputWithPast, PastKeyValues
 from glm4v_jax.inputs.make_batch import (
@@ -27,7 +28,7 @@ from glm4v_jax.inputs.make_batch import (
 )
 from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.prompt import in_vocabulary, token_array
-from glm4v_jax.inputs.vision_rows import bucket, pack
+from glm4v_jax.inputs.vision_rows import bucket
 from glm4v_jax.model.decoder import Capture, Captured, TextDecoder
 from glm4v_jax.model.kv_cache import KVCache, grow, init_cache
 from glm4v_jax.model.nn import Init
@@ -130,18 +131,15 @@ class Glm4vVisionModel:
         Raises:
           MessageError: there are no grids, or they count other patches.
         """
-        config = self.config
-        media = split_media(hidden_states, grid_thw, config, "hidden_states", "grid_thw")
+        return jnp.concatenate(self.features(hidden_states, grid_thw, "hidden_states", "grid_thw"))
+
+    def features(self, pixel_values: Any, grid_thw: Any, name: str, grid_name: str) -> list[Array]:
+        """Merged tokens of each image or video; errors as `__call__` has them, which say `name` and `grid_name`."""
+        media = split_media(pixel_values, grid_thw, self.config, name, grid_name)
         if not media:
-            raise MessageError("grid_thw: found no grids; expected at least one")
+            raise MessageError(f"{grid_name}: found no grids; expected at least one")
         with use_mesh(self.mesh):
-            rows, features = pack(
-                media,
-                merge_size=config.spatial_merge_size,
-                position_grid=config.position_grid,
-                row_multiple=data_shards(),
-            )
-            return self.encode(rows)[np.concatenate([features[medium] for medium in media])]
+            return encode_media(self.flat, self.config, media)
 
     def encode(self, rows: VisionRows, dropout_key: Array | None = None) -> Array:
         """See `runtime.encode_rows`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,27 @@ class Medium:
         digest = hashlib.blake2b(np.asarray(self.grid, np.int64).tobytes(), digest_size=16)
         digest.update(np.ascontiguousarray(self.patches, np.float32).data)
         return digest.digest()
+
+
+def without_invalid(media: Iterable[Medium]) -> tuple[list[Medium], list[int]]:
+    """Replace patch values that are NaN or infinite by zeros; also returns which of `media` had some, for a log.
+
+    For servers where an error would end more than the request: nothing that an image contains raises while it is
+    encoded, but invalid values would become invalid logits.
+
+    >>> good, bad = (Medium(np.full((4, 3), value), np.array([1, 2, 2])) for value in (1.0, np.nan))
+    >>> media, invalid = without_invalid([good, bad])
+    >>> media[0] is good, media[1].patches.sum().item(), invalid
+    (True, 0.0, [1])
+    """
+    found, invalid = [], []
+    for i, medium in enumerate(media):
+        patches = np.asarray(medium.patches, np.float32)
+        if not np.isfinite(patches).all():
+            medium = Medium(np.nan_to_num(patches, nan=0.0, posinf=0.0, neginf=0.0), medium.grid)
+            invalid.append(i)
+        found.append(medium)
+    return found, invalid
 
 
 def media_of(inputs: Mapping[str, Any], config: Glm4vConfig) -> tuple[list[Medium], list[Medium]]:

@@ -27,6 +27,14 @@ def bucket(n: int, minimum: int = 1) -> int:
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
+def buckets(low: int, high: int, minimum: int = 1) -> list[int]:
+    """The buckets of all numbers from `low` to `high`, ascending."""
+    found = [bucket(low, minimum)]
+    while found[-1] < high:
+        found.append(bucket(found[-1] + 1, minimum))
+    return found
+
+
 def choose_shape(lengths: Sequence[int], row_multiple: int = 1) -> tuple[int, int]:
     """The (R, L) of the bucket set that holds frames of these lengths with the least padding.
 
@@ -36,11 +44,9 @@ def choose_shape(lengths: Sequence[int], row_multiple: int = 1) -> tuple[int, in
     lower = bucket(longest, MIN_ROW_LENGTH)
     upper = max(lower, min(bucket(-(-total // row_multiple), MIN_ROW_LENGTH), MAX_ROW_LENGTH))
     shapes = []
-    length = upper
-    while length >= lower:
+    for length in buckets(lower, upper):
         rows = _num_rows(lengths, length)
         shapes.append((row_multiple * bucket(-(-rows // row_multiple)), length))
-        length = length * 2 // 3 if length & (length - 1) else length * 3 // 4
     return min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
 
 

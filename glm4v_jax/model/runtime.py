@@ -123,10 +123,6 @@ class Runtime:
         """Whether the decoder's layers are stacked and scanned."""
         return self.text.module.layers.is_stacked
 
-    def encode(self, rows: VisionRows) -> Float[Array, "N D"]:
-        """See `encode_rows`."""
-        return encode_rows(self.visual, self.config.vision_config.spatial_merge_size, rows)
-
 
 class HasRuntime(Protocol):
     """What the transformers-shaped classes are to the rooms below them."""
@@ -155,7 +151,7 @@ def compute_dtype(part: Flat[TextDecoder] | Flat[VisionEncoder]) -> np.dtype:
 def encode_rows(
     visual: Flat[VisionEncoder], merge_size: int, rows: VisionRows, dropout_key: Array | None = None
 ) -> Float[Array, "N D"]:
-    """Encode packed rows [R, L] of patches, in the current mesh.
+    """Encode packed rows [R, L] of patches of a batch, in the current mesh; `encode_media` encodes one by one.
 
     Returns:
       Merged tokens, N the power of two that holds the flattened [R * L / merge_size^2].

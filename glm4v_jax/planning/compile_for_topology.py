@@ -26,11 +26,12 @@ from glm4v_jax.devices.hardware import CHIPS, GIB
 from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.encode_media import encode_wave
 from glm4v_jax.generate.feature_pool import pool_capacity
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import outputs_first
 from glm4v_jax.model.quantize import for_inference, quantize_model
-from glm4v_jax.model.runtime import Flat, encode
+from glm4v_jax.model.runtime import Flat
 from glm4v_jax.planning import hlo
 from glm4v_jax.planning.parameter_layout import parameter_layout
 
@@ -185,8 +186,9 @@ def encode_program(
     vision = config.vision_config
 
     def lower(model: Glm4v, mesh: Mesh) -> Any:
-        visual, tokens = _served(model, mesh).visual, rows * length // vision.spatial_merge_size**2
-        return encode.lower(Flat.of(visual), abstract_vision_rows(config, rows, length), tokens)
+        order = jax.ShapeDtypeStruct((rows, length // vision.spatial_merge_size**2), jnp.int32)
+        visual = Flat.of(_served(model, mesh).visual)
+        return encode_wave.lower(visual, abstract_vision_rows(config, rows, length), order)
 
     blocks, merged = _kernels(config, "visual.blocks."), _kernels(config, "visual.downsample.", "visual.merger.")
     attention = 4 * vision.depth * frame * vision.hidden_size

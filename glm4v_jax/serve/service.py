@@ -20,6 +20,7 @@ from glm4v_jax.generate.warmup import Warmed, largest_pool
 from glm4v_jax.inputs.media.threads import num_workers
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
+from glm4v_jax.inputs.vision.smart_resize import patch_range
 from glm4v_jax.inputs.vision_rows import MAX_ROW_LENGTH
 from glm4v_jax.serve.bodies import MAX_CHOICES
 from glm4v_jax.serve.call import Call
@@ -359,4 +360,4 @@ def most_patches(processor: Glm4vProcessor) -> int:
     120000
     """
     sides = (processor.image_processor, processor.video_processor)
-    return max(int(side.size["longest_edge"]) // (side.patch_size**2 * side.temporal_patch_size) for side in sides)
+    return max(patch_range(side.size, side.patch_size, side.temporal_patch_size)[1] for side in sides)

@@ -1,14 +1,12 @@
 """The pool of vision tokens: what a picture is encoded beside changes nothing, and what comes later has to wait."""
 
-import math
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from glm4v_jax.generate.feature_pool import ENOUGH, FeaturePool, medium_shape, wave_size
+from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.generate.feature_pool import FeaturePool
 from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.vision_rows import pack
 
 SIZES = [(6, 6), (4, 4), (6, 8), (2, 20), (6, 6), (8, 8), (6, 6)]
 """Rows of 48 patches for all but (4, 4), of 32, and (8, 8), of 64."""
@@ -42,11 +40,19 @@ def tokens(pool, medium):
     return np.asarray(pool.array)[begin : begin + len(medium.patches) // 4]
 
 
+def encoded(visual, medium):
+    """The tokens of one image or video, packed alone."""
+    config = visual.config
+    rows, features = pack([medium], merge_size=config.spatial_merge_size, position_grid=config.position_grid)
+    with use_mesh(visual.mesh):
+        return np.asarray(visual.encode(rows))[features[medium]]
+
+
 def test_tokens_are_the_encoders(pool, visual):
     pictures, videos = media(visual, SIZES), media(visual, [(4, 6), (2, 2)], 1, frames=3)
     pool.encode([*pictures, *videos])
     for medium in [*pictures, *videos]:
-        expected = np.asarray(visual(medium.patches, medium.grid[None]))
+        expected = encoded(visual, medium)
         np.testing.assert_allclose(tokens(pool, medium), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     assert pool.encoded == len(pictures) + len(videos)
 
@@ -135,16 +141,3 @@ def test_an_error_leaves_an_empty_pool(pool, visual, monkeypatch):
             pool.warm((1, 32))
     pool.encode(pictures)
     assert pool.encoded == 2 + len(pictures)
-
-
-@given(st.integers(1, 40), *[st.integers(1, 60)] * 2, st.sampled_from([1, 2, 4, 6, 8, 32]))
-def test_waves_give_every_shard_enough(t, h, w, shards):
-    grid = np.array([t, 2 * h, 2 * w])
-    rows, length = medium_shape(grid, shards)
-    assert rows * length >= math.prod(grid) and length >= 4 * h * w
-    size = wave_size((rows, length), shards)
-    assert size * rows % shards == 0
-    of_a_shard = size * rows * length // shards
-    least = math.lcm(rows, shards) * length // shards
-    assert of_a_shard == least or ENOUGH // 2 < of_a_shard <= ENOUGH
-    assert wave_size((1, length), 1) == 1 or length <= ENOUGH // 2

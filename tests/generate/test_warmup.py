@@ -1,7 +1,5 @@
 """Warm-up knows every shape that a request can have, and leaves nothing to compile."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -11,30 +9,10 @@ from hypothesis import strategies as st
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.devices.program_limit import COMPILED
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.feature_pool import medium_shape
 from glm4v_jax.generate.prefill_chunks import chunk_length
 from glm4v_jax.generate.slots import MIN_CAPACITY
-from glm4v_jax.generate.warmup import buckets, prompt_shapes, row_shapes, warmup
+from glm4v_jax.generate.warmup import prompt_shapes, warmup
 from glm4v_jax.inputs.vision_rows import bucket
-
-
-@given(st.integers(1, 5000), st.integers(0, 5000), st.sampled_from([1, 32, 128]))
-def test_buckets_are_those_of_all_numbers_in_between(low, extra, minimum):
-    assert buckets(low, low + extra, minimum) == sorted({bucket(n, minimum) for n in range(low, low + extra + 1)})
-
-
-@given(st.tuples(*[st.integers(1, 40)] * 3), st.sampled_from([1, 2, 4]))
-def test_row_shapes_hold_what_media_take(grid, shards):
-    total = 4 * math.prod(grid)
-    shape = medium_shape(np.array(grid) * [1, 2, 2], shards)
-    assert shape in row_shapes(1, total, shards)
-    assert shape in row_shapes(total, 2 * total, shards)
-
-
-def test_row_shapes_are_few_where_one_row_fits():
-    assert row_shapes(4, 512) == [(1, length) for length in (32, 48, 64, 96, 128, 192, 256, 384, 512)]
-    assert [shape for shape in row_shapes(4, 8192) if shape[0] == 1] == [(1, length) for length in buckets(32, 8192)]
-    assert len(row_shapes(4, 8192)) < 2 * len(buckets(32, 8192))
 
 
 @given(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 600))

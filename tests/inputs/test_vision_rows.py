@@ -11,6 +11,7 @@ from glm4v_jax.inputs.vision_rows import (
     MIN_ROW_LENGTH,
     bicubic_weights,
     bucket,
+    buckets,
     choose_shape,
     merge_order,
     pack,
@@ -31,6 +32,11 @@ def test_buckets_are_the_next_member(n, minimum):
     found = bucket(n, minimum)
     assert found == min(m for m in members(2**21) if m >= max(n, minimum))
     assert found < 1.5 * max(n, minimum) or n <= 2
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.sampled_from([1, 32, 128]))
+def test_buckets_are_those_of_all_numbers_in_between(low, extra, minimum):
+    assert buckets(low, low + extra, minimum) == sorted({bucket(n, minimum) for n in range(low, low + extra + 1)})
 
 
 def media_of_frames(pixels, frames):

@@ -1,6 +1,7 @@
 """The size an image or video is resized to before it is cut into patches."""
 
 import math
+from collections.abc import Mapping
 
 from glm4v_jax.errors import MediaError
 
@@ -63,3 +64,15 @@ def smart_resize(
         resized_height = math.ceil(height * beta / factor) * factor
         resized_width = math.ceil(width * beta / factor) * factor
     return resized_height, resized_width
+
+
+def patch_range(size: Mapping[str, float], patch_size: int, temporal_patch_size: int) -> tuple[int, int]:
+    """The fewest and the most patches of an image or video that a processor of this `size` makes.
+
+    Only one that is very long and thin has more; `smart_resize` says why.
+
+    >>> patch_range({"shortest_edge": 12_544, "longest_edge": 9_633_792}, 14, 2)
+    (32, 24576)
+    """
+    pixels = patch_size**2 * temporal_patch_size
+    return int(size["shortest_edge"]) // pixels, int(size["longest_edge"]) // pixels
