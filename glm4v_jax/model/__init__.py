@@ -2,7 +2,8 @@
 
 glm4v.py      `Glm4v`, the whole model: encode images and video frames, embed tokens, decode, score
 vision.py     the ViT and its merger (`Glm4vVisionModel`)
-decoder.py    the GLM-4 decoder (`Glm4vTextModel`)
+decoder.py    the GLM-4 decoder (`Glm4vTextModel`); `TextDecoder.run` takes another attention, as an engine has it
+layer_attention.py  what the decoder's layers attend to: the tokens of a call, a cache
 nn.py         the building blocks: every parameter is created here
 layers.py     a stack of equal layers, scanned or one by one; rematerialisation
 rope.py       2-D rope of the ViT, M-RoPE of the decoder, rope scaling

@@ -1,7 +1,6 @@
 """The GLM-4 decoder (`Glm4vTextModel`): four norms per layer, grouped-query attention with M-RoPE, and a gated MLP.
 
-A cache is only read inside the loop over layers; a few new tokens are written after it, in all layers at once, so that
-a donated cache stays where it is (`kv_cache`).
+What queries attend to is passed to a layer (`layer_attention.Attention`).
 """
 
 import dataclasses
@@ -9,36 +8,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from glm4v_jax.config.model import Glm4vTextConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.model import rope
-from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout, Mask, attend, attend_cached, attend_with_weights
-from glm4v_jax.model.kv_cache import (
-    KVCache,
-    QuantizedSide,
-    as_cached,
-    dequantize_side,
-    layer_of,
-    write_layer,
-    write_layers,
-    write_segments,
-    write_slots,
-)
+from glm4v_jax.model.attention.attend import FEW_QUERIES, Dropout
+from glm4v_jax.model.kv_cache import KVCache
+from glm4v_jax.model.layer_attention import Attention, CachedCall, attention_to_tokens
 from glm4v_jax.model.layers import Layers, Remat, stacked_outputs
 from glm4v_jax.model.nn import Embed, GatedMlp, Init, Linear, RMSNorm, gather_tokens
 
 CosSin = tuple[Float[Array, "B T F"], Float[Array, "B T F"]]
-Attention = Callable[
-    [Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]], tuple[Float[Array, "B T K G H"], Any]
-]
-"""Queries and keys (rotated) and values -> what the queries attend to, and whatever the caller wants of the layer."""
-NewKeys = tuple[Float[Array, "B K T H"] | QuantizedSide, Float[Array, "B K T H"] | QuantizedSide]
-"""Keys (rotated) and values of the tokens of a call, heads first; as the cache has them, if there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,64 +39,6 @@ class Captured(NamedTuple):
 
     hidden_states: Float[Array, "N B T D"] | None
     attentions: Float[Array, "N B K G T S"] | None
-
-
-class Past(NamedTuple):
-    """What the cache of a layer holds.
-
-    k, v: [B, K, S, H], floats or integers with their scales.
-    held: int32 [B, S], segments of the slots; 0 for those that nobody sees.
-    length: int32 [B], the slot of each row's first new token.
-    """
-
-    k: Float[Array, "B K S H"] | QuantizedSide
-    v: Float[Array, "B K S H"] | QuantizedSide
-    held: Int[Array, "B S"]
-    length: Int[Array, " B"]
-
-    def written(self, new: NewKeys, segments: Int[Array, "B T"], dtype: DTypeLike) -> tuple[Array, Array, Mask]:
-        """Keys and values [B, S, K, H] with the new ones in their slots, slots gathered, and the mask for them."""
-        sides = []
-        for side, fresh in zip((self.k, self.v), new, strict=True):
-            layer = dequantize_side(write_slots(side, fresh, self.length), dtype)
-            layer = mesh.reshard(layer, "batch", "kv_heads", None, None)
-            sides.append(jnp.moveaxis(layer, 1, 2))
-        return sides[0], sides[1], Mask(segments, write_segments(self.held, segments, self.length), self.length)
-
-
-def attention_to_tokens(
-    segments: Int[Array, "B T"], dropout: Dropout | None = None, keep_weights: bool = False
-) -> Attention:
-    """Attention of a call's tokens to each other; beside the result the weights [B, K, G, T, T], if they are kept."""
-
-    def attention(q: Array, k: Array, v: Array) -> tuple[Array, Array | None]:
-        mask = Mask(segments, segments)
-        if keep_weights:
-            return attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
-        return attend(q, k, v, mask, causal=True, dropout=dropout), None
-
-    return attention
-
-
-def attention_to_cache(
-    past: Past, segments: Int[Array, "B T"], dropout: Dropout | None = None, keep_weights: bool = False
-) -> Attention:
-    """Attention to a cache, which is only read, and to the tokens of the call.
-
-    Beside the result: the tokens' keys and values as the cache has them, and the weights over the S slots with the new
-    tokens in them, [B, K, G, T, S], if they are kept.
-    """
-
-    def attention(q: Array, k: Array, v: Array) -> tuple[Array, tuple[NewKeys, Array | None]]:
-        new = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-        new = as_cached(new[0], past.k), as_cached(new[1], past.v)
-        if not keep_weights and dropout is None:
-            return attend_cached(q, (past.k, past.v), new, segments, past.held), (new, None)
-        k, v, mask = past.written(new, segments, q.dtype)
-        out, weights = attend_with_weights(q, k, v, mask, causal=True, dropout=dropout)
-        return out, (new, weights)
-
-    return attention
 
 
 class TextAttention(nnx.Module):
@@ -230,43 +154,26 @@ class TextDecoder(nnx.Module):
         tokens = inputs_embeds.shape[1]
         shared = tokens > FEW_QUERIES and tokens % mesh.shards("tokens") == 0
         x = mesh.reshard(inputs_embeds, "batch", "tokens" if shared else "length", None)
-        # A few tokens are written after the last layer, in all layers at once: a loop that only reads a cache leaves it
-        # where it is.
-        late = segment_ids.shape[1] <= FEW_QUERIES
-        held = None if cache is None else jnp.where(_slots(cache) < cache.length[:, None], cache.segments, 0)
+        call = None if cache is None else CachedCall.of(cache, segment_ids)
 
         def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, tuple]:
-            x, sides = carry
+            x, carried = carry
             dropout = None
             if dropout_key is not None:
                 dropout = Dropout(jax.random.fold_in(dropout_key, index), layer.self_attn.dropout_rate)
-            new = None
-            if cache is None or held is None:
-                y, weights = layer(x, cos_sin, attention_to_tokens(segment_ids, dropout, record.attentions))
+            if call is None:
+                attention = attention_to_tokens(segment_ids, dropout, record.attentions)
             else:
-                k, v = (layer_of(side, index) for side in ((cache.k, cache.v) if late else sides))
-                past = Past(k, v, held, cache.length)
-                attention = attention_to_cache(past, segment_ids, dropout, record.attentions)
-                y, (new, weights) = layer(x, cos_sin, attention)
-                if not late:
-                    sides = tuple(
-                        write_layer(side, index, one, cache.length) for side, one in zip(sides, new, strict=True)
-                    )
-                    new = None
-            return (y, sides), (new, Captured(x if record.hidden_states else None, weights))
+                attention = call.attention(index, carried, dropout, record.attentions)
+            y, (new, weights) = layer(x, cos_sin, attention)
+            if call is not None:
+                carried, new = call.after_layer(index, carried, new)
+            return (y, carried), (new, Captured(x if record.hidden_states else None, weights))
 
-        sides: Any = None if cache is None or late else (cache.k, cache.v)
-        (x, sides), outputs = self.layers.run(step, (x, sides), remat=remat)
+        (x, carried), outputs = self.layers.run(step, (x, None if call is None else call.carried), remat=remat)
         new, captured = stacked_outputs(outputs)
-        if cache is not None:
-            if late:
-                x, new = _in_order(x, new)
-                sides = tuple(
-                    write_layers(side, one, cache.length) for side, one in zip((cache.k, cache.v), new, strict=True)
-                )
-            segments = write_segments(cache.segments, segment_ids, cache.length)
-            k, v = sides
-            cache = KVCache(k, v, segments, cache.length + segment_ids.shape[1])
+        if call is not None:
+            x, cache = call.written(x, carried, new)
         return self.norm(x), cache, captured
 
     def run(
@@ -313,25 +220,3 @@ class TextDecoder(nnx.Module):
 
         x, kept = self.layers.run(step, x)
         return self.norm(x), kept
-
-
-def _in_order(x: Float[Array, "B T D"], new: Any) -> tuple[Array, Any]:
-    """Have `new` depend on `x`, or XLA keeps the cache as it was for the layer that reads it last.
-
-    A barrier says so everywhere but on CPUs, where XLA drops it before it decides what to copy. There the values go
-    through one array with a number that comes from `x`.
-    """
-    if mesh.platform() != "cpu":
-        return jax.lax.optimization_barrier((x, new))
-    number = jnp.sum(x)
-
-    def with_number(values: Array) -> Array:
-        tail = values[:, :, :, :1] * 0 + number.astype(values.dtype)
-        return jnp.concatenate([values, tail], axis=3)
-
-    x, longer = jax.lax.optimization_barrier((x, jax.tree.map(with_number, new)))
-    return x, jax.tree.map(lambda values, longer: longer[:, :, :, : values.shape[3]], new, longer)
-
-
-def _slots(cache: KVCache) -> Int[Array, "1 S"]:
-    return mesh.reshard(jnp.arange(cache.capacity)[None], None, None)
