@@ -75,7 +75,7 @@ OF_THE_MODEL = ("return_dict_in_generate", "output_scores", "output_logits")
 """Options that only `Glm4vForConditionalGeneration.generate` has."""
 OF_BEAMS = ("num_beams", "length_penalty", "early_stopping")
 """Options of beam search, which only `Glm4vForConditionalGeneration.generate` has too."""
-OF_ALL_REQUESTS = ("logprobs", "logits_processor", "prompt_lookup_num_tokens")
+OF_ALL_REQUESTS = ("logprobs", "logprobs_of", "logits_processor", "prompt_lookup_num_tokens")
 """Options that all requests of one batch share: each is a set of programs."""
 
 # What a configuration of the reference has besides options, or has no effect without one of the above.
@@ -152,7 +152,8 @@ class GenerationConfig:
     `stop_strings` end the text. The others are for `Engine` alone. After `think_budget` tokens thinking that is still
     open is closed, and up to `answer_budget` more tokens follow (`max_new_tokens` by default, which then limits nothing
     else); 0 is no thought at all. `stop_repetition` ends a text that repeats itself. `logprobs` returns log
-    probabilities of the sampled tokens and of the n likeliest.
+    probabilities of the sampled tokens and of the n likeliest: those of the model, or with `logprobs_of="sampling"` of
+    the distribution that tokens are drawn from, after penalties, bans, temperature and cuts.
 
     `json_schema` (a mapping or its JSON text; {} for any JSON object), `regex` or `choices` restrict the answer, which
     comes after the thought: `Completion.answer` is exactly such a text. At most one of them is given. They need the
@@ -207,6 +208,7 @@ class GenerationConfig:
     answer_budget: Positive | None = None
     stop_repetition: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs_of: Literal["model", "sampling"] = "model"
     json_schema: Annotated[str, Meta(description="a JSON schema: a mapping, or its JSON text")] | None = None
     regex: Annotated[str, Meta(min_length=1, description="a regular expression, not an empty one")] | None = None
     choices: (

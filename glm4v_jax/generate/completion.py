@@ -4,27 +4,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.text.actions import Action, find_action
 from glm4v_jax.generate.text.boxes import find_boxes, to_pixels
 from glm4v_jax.generate.text.thinking import END_ANSWER, END_THINK, Parsed, Part, parse
 from glm4v_jax.generate.text.tool_calls import ToolCall, split_calls
+from glm4v_jax.generate.token_logprobs import TokenLogprob, TokenLogprobs
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "error"]
-
-
-class TokenLogprob(NamedTuple):
-    """Log probability of a token under the model, before repetition penalty, temperature and cuts.
-
-    logprob: None for a token that the engine inserted (the end of a thought whose budget is used up).
-    top: the most likely tokens with their log probabilities, best first.
-    """
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Completion:
       finish_reason: "stop" for an end token or stop string, "length" for the limit of tokens, "repetition" for
         repetitive text, "cancelled" for a stream that was closed, "error" for a prompt that could not be prepared.
       stop_string: the one that ended it.
-      logprobs: one per token, where requested.
+      logprobs: one per token, where requested; a `TokenLogprobs`, so that they are also there as arrays.
       image_sizes: (width, height) of the prompt's images as given, in pixels.
       error: why the prompt could not be prepared, where errors are not raised; or why its grammar cannot be followed.
       answer_span: where the answer begins and ends in `text`, of a request with a grammar: read as it is, without tags.
@@ -61,7 +52,7 @@ class Completion:
     prompt_tokens: int
     finish_reason: FinishReason
     stop_string: str | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
+    logprobs: Sequence[TokenLogprob] | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()
     error: str | None = None
     answer_span: tuple[int, int] | None = None
@@ -89,6 +80,26 @@ class Completion:
     def thought(self) -> str | None:
         """The thought; None where the model did not think."""
         return self.parsed.thought
+
+    @property
+    def logprob_array(self) -> np.ndarray:
+        """float32 [tokens]: the log probabilities of the tokens, NaN where they were not sampled.
+
+        Raises:
+          GenerationError: they were not requested.
+        """
+        return self._token_logprobs.values
+
+    @property
+    def is_sampled(self) -> np.ndarray:
+        """bool [tokens]: False for tokens that the engine inserted; see `logprob_array`."""
+        return self._token_logprobs.is_sampled
+
+    @property
+    def _token_logprobs(self) -> TokenLogprobs:
+        if self.logprobs is None:
+            raise GenerationError("logprobs: found none in a completion; expected logprobs=0 or more when generating")
+        return self.logprobs if isinstance(self.logprobs, TokenLogprobs) else TokenLogprobs.of(self.logprobs)
 
     @property
     def action(self) -> Action | None:
@@ -128,7 +139,7 @@ class Delta(NamedTuple):
     parts: tuple[Part, ...]
     tokens: tuple[int, ...]
     completion: Completion | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 def last(deltas: Iterable[Delta]) -> Completion:

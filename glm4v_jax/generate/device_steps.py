@@ -101,6 +101,7 @@ class Variant(NamedTuple):
       scores, logits: whether to return these of the whole vocabulary.
       processors: functions of the user (`GenerationConfig.logits_processor`).
       draft: tokens that prompt lookup drafts for a decode step; None for decoding one by one.
+      of_draws: whether log probabilities are of the distribution that tokens are drawn from, and not the model's.
     """
 
     top: int | None = None
@@ -108,6 +109,7 @@ class Variant(NamedTuple):
     logits: bool = False
     processors: tuple[Callable[..., Any], ...] = ()
     draft: int | None = None
+    of_draws: bool = False
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Variant":
@@ -117,8 +119,13 @@ class Variant(NamedTuple):
         draft = config.prompt_lookup_num_tokens
         return cls(
             top, whole and config.output_scores, whole and config.output_logits, config.logits_processor,
-            None if draft is None else min(draft, MAX_DRAFT),
+            None if draft is None else min(draft, MAX_DRAFT), top is not None and config.logprobs_of == "sampling",
         )  # fmt: skip
+
+    @property
+    def untold(self) -> "Variant":
+        """The programs that return no log probabilities."""
+        return self._replace(top=None, of_draws=False)
 
 
 _PLAIN = Variant()
@@ -128,7 +135,7 @@ class Chosen(NamedTuple):
     """Chosen tokens, and what their `Variant` asks for.
 
     Attributes:
-      logprobs, top_tokens, top_logprobs: log probabilities before penalty, temperature and top-k/p cuts.
+      logprobs, top_tokens, top_logprobs: log probabilities before penalty, temperature and top-k/p cuts, or after.
       scores, logits: what tokens were chosen from, after everything and before it.
     """
 
@@ -429,7 +436,8 @@ def choose_from(
     done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
     chosen = Chosen(tokens)
     if variant.top is not None:
-        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        told = warped(scores(), row.params) if variant.of_draws else logits.astype(jnp.float32)
+        logprobs = jax.nn.log_softmax(told, axis=-1)
         # A comparison instead of a gather, which would need an explicit output sharding.
         of_token = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
         if variant.top:

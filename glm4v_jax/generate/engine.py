@@ -319,7 +319,7 @@ class Engine:
                 with self.lend_slots(num_rows, config) as slots:
                     yield from warm_slots(slots, lengths, max_new_tokens, config)
                     if slots.variant.top is not None:  # dispatches without a request for them
-                        slots.variant = slots.variant._replace(top=None)
+                        slots.variant = slots.variant.untold
                         yield from warm_slots(slots, lengths[-1:], max_new_tokens, config)
                     if num_rows > 1 and not spans_processes(self.runtime.mesh):
                         self.chunk = time_chunks(slots, lengths, config)

@@ -10,11 +10,12 @@ import numpy as np
 
 from glm4v_jax.devices.distributed import agree, spans_processes, to_host
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.completion import Delta, TokenLogprob
+from glm4v_jax.generate.completion import Delta
 from glm4v_jax.generate.device_steps import Chosen
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.slots import MAX_STEPS, Slots
+from glm4v_jax.generate.token_logprobs import TokenLogprobs
 from glm4v_jax.generate.token_masks import steps_beside
 from glm4v_jax.inputs.medium import Medium
 
@@ -141,7 +142,7 @@ def run(
             slots.admit(starts)
             # Log probabilities cost every row of a dispatch, and few requests want them.
             is_told = any(sequence.config.logprobs is not None for sequence in active.values())
-            slots.variant = variant if is_told else variant._replace(top=None)
+            slots.variant = variant if is_told else variant.untold
             # Also while nothing runs: a prompt may be cancelled before its last chunk. Then the first that is complete
             # does not wait for the chunks of others.
             most = chunks.begin() if interleave else None
@@ -173,7 +174,8 @@ def run(
             for row, sequence in list(active.items()):
                 tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)
                 if row in fresh:
-                    tokens, logprobs = fresh[row][0] + tokens, fresh[row][1] + logprobs
+                    tokens = fresh[row][0] + tokens
+                    logprobs = None if logprobs is None else TokenLogprobs.joined([fresh[row][1], logprobs])
                 if not tokens and not sequence.is_cancelled:
                     if done[row] and row not in slots.prefilling:
                         raise GenerationError("slots: found another user; expected one at a time")
@@ -266,15 +268,13 @@ def _media(waiting: RequestQueue) -> list[Medium]:
     return [medium for sequence in waiting.ready() for medium in sequence.prompt.media]
 
 
-def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], list[TokenLogprob]]:
+def _take(chosen: Chosen, row: int, count: int, top: int | None) -> tuple[list[int], TokenLogprobs | None]:
     """The first `count` tokens of a row of NumPy's `chosen`, [B, K], or the only one of [B]; with `top` logprobs."""
-    tokens = chosen.tokens[row].reshape(-1)[:count].tolist()
+    tokens = np.asarray(chosen.tokens)[row].reshape(-1)[:count]
     if chosen.logprobs is None or top is None:
-        return tokens, []
+        return tokens.tolist(), None
     values, ids, tops = (np.asarray(x)[row] for x in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
     values = values.reshape(-1)
-    ids, tops = (x.reshape(len(values), x.shape[-1]) for x in (ids, tops))
-    return tokens, [
-        TokenLogprob(token, float(values[i]), tuple(zip(ids[i, :top].tolist(), tops[i, :top].tolist(), strict=True)))
-        for i, token in enumerate(tokens)
-    ]
+    # Copies: a view would keep the arrays of all rows for as long as the completion.
+    ids, tops = (x.reshape(len(values), x.shape[-1])[:count, :top].copy() for x in (ids, tops))
+    return tokens.tolist(), TokenLogprobs.sampled(tokens.copy(), values[:count].copy(), ids, tops)

@@ -12,12 +12,13 @@ import numpy as np
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.errors import GenerationError
-from glm4v_jax.generate.completion import Completion, Delta, FinishReason, TokenLogprob
+from glm4v_jax.generate.completion import Completion, Delta, FinishReason
 from glm4v_jax.generate.grammar import Guide
 from glm4v_jax.generate.prefill_chunks import Start
 from glm4v_jax.generate.text.repetition import RepetitionGuard
 from glm4v_jax.generate.text.stream import StopStrings, TextStream
 from glm4v_jax.generate.text.thinking import THINK, Part, ThinkingParser, format_after
+from glm4v_jax.generate.token_logprobs import TokenLogprob, TokenLogprobs
 from glm4v_jax.generate.token_masks import HELD, Turn
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
@@ -54,7 +55,7 @@ class SequenceState:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._number, self._keep = tokenizer, number, keep
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs: list[TokenLogprobs] = []
         thinking = self._thinking = format_after(thinking, prompt.input_ids, tokenizer)
         self._stream, self._parser = TextStream(tokenizer), ThinkingParser(thinking)
         self._stops, self._guard = StopStrings(config.stop_strings), RepetitionGuard()
@@ -145,14 +146,14 @@ class SequenceState:
         return _SingleQueue(self)
 
     def take(
-        self, tokens: Sequence[int], done: bool, logprobs: Sequence[TokenLogprob] = ()
+        self, tokens: Sequence[int], done: bool, logprobs: TokenLogprobs | None = None
     ) -> tuple[Delta, Start | None]:
         """Take the next tokens of the row.
 
         Args:
           tokens: in their order.
           done: whether the row is done with the last of them.
-          logprobs: one a token, or none.
+          logprobs: of the tokens, where they are requested.
 
         Returns:
           What is new, with the completion if this ends the sequence; and what the row is restarted with, if the row is
@@ -175,7 +176,7 @@ class SequenceState:
             stop = "stop" if self._stop_string is not None else stop
         self._next = start
         if start is None and stop is None and held:
-            others, more, stop = self._read(tokens[-1:], logprobs[-1:])
+            others, more, stop = self._read(tokens[-1:], None if logprobs is None else logprobs[-1:])
         text, taken, parts = text + more, [*taken, *others], parts + self._parts(more)
         if start is None and (stop is not None or done):
             rest = self._flush() if self._stop_string is None else ""
@@ -190,17 +191,21 @@ class SequenceState:
         text, parts, taken = begun + text, _joined(begun_parts, parts), [*before, *taken]
         self._text.append(text)
         completion = None if self.finish_reason is None else self.completion()
-        return Delta(text, tuple(parts), tuple(taken), completion, tuple(self._logprobs[known:])), start
+        return Delta(text, tuple(parts), tuple(taken), completion, self._told(known)), start
 
     def completion(self) -> Completion:
         """The completion so far; one without a finish reason counts as cancelled."""
         return Completion(
             self.index, self.text, tuple(self.tokens), len(self.prompt), self.finish_reason or "cancelled",
-            self._stop_string, tuple(self._logprobs) if self.config.logprobs is not None else None,
+            self._stop_string, self._told() if self.config.logprobs is not None else None,
             self.prompt.image_sizes, error=None if self._guide is None else self._guide.error,
             answer_span=self._answer_span, thinking=self._thinking, reused_tokens=self.reused_tokens,
             is_forced=self._is_closed, seconds=time.perf_counter() - self._since,
         )  # fmt: skip
+
+    def _told(self, known: int = 0) -> Sequence[TokenLogprob]:
+        """The log probabilities of the tokens so far, without the first `known` parts of them."""
+        return TokenLogprobs.joined(self._logprobs[known:]) if self._logprobs[known:] else ()
 
     @property
     def _answer_span(self) -> tuple[int, int] | None:
@@ -211,7 +216,7 @@ class SequenceState:
         return min(self._answer_begin, length), end
 
     def _read(
-        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]
+        self, tokens: Sequence[int], logprobs: TokenLogprobs | None
     ) -> tuple[list[int], str, FinishReason | None]:
         """The tokens that count, their text, and the finish reason if the text gives one."""
         one_by_one = self.config.stop_strings or self.config.stop_repetition or self._guide is not None
@@ -226,7 +231,8 @@ class SequenceState:
                 break
         self.tokens += taken
         self._sampled += len(taken)
-        self._logprobs += logprobs[: len(taken)]
+        if logprobs is not None:
+            self._logprobs.append(logprobs[: len(taken)])
         if self._stop_string is not None or (self._guide is not None and self._guide.is_complete):
             return taken, text, "stop"
         if self._guide is not None and self._guide.error is not None:
@@ -308,7 +314,8 @@ class SequenceState:
     def _add_forced(self, tokens: Sequence[int]) -> None:
         """Add tokens that were not sampled."""
         self.tokens += tokens
-        self._logprobs += [TokenLogprob(token, None, ()) for token in tokens]
+        if self.config.logprobs is not None:
+            self._logprobs.append(TokenLogprobs.inserted(tokens))
 
     def _flush(self) -> str:
         """The rest of the text: broken characters, and the beginning of what did not become a stop string."""

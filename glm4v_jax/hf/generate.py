@@ -28,7 +28,8 @@ from glm4v_jax.model.runtime import Runtime
 # Outputs of processors that generation does not need.
 _NOT_NEEDED = ("mm_token_type_ids", "token_type_ids", "video_metadata", "rope_deltas", "use_cache")
 _OF_THE_ENGINE: dict[str, Any] = {
-    "think_budget": None, "stop_repetition": False, "logprobs": None, **dict.fromkeys(KINDS, None),
+    "think_budget": None, "stop_repetition": False, "logprobs": None, "logprobs_of": "model",
+    **dict.fromkeys(KINDS, None),
 }  # fmt: skip
 
 

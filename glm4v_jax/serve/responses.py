@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
-from glm4v_jax.generate.completion import Completion, Counts, Delta, TokenLogprob, box_fields
+from glm4v_jax.generate.completion import Completion, Counts, Delta, box_fields
 from glm4v_jax.generate.text.stream import TextStream
 from glm4v_jax.generate.text.thinking import Kind, Part, ThinkingParser, format_after
 from glm4v_jax.generate.text.tool_calls import ToolCall, ToolCallParser
+from glm4v_jax.generate.token_logprobs import TokenLogprob
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.serve.errors import ApiError

@@ -25,7 +25,9 @@ def _directory(path: Path, **files) -> Path:
     return path
 
 
-OWN = {"seed", "think_budget", "answer_budget", "stop_repetition", "logprobs", "logits_processor", *KINDS}
+OWN = {
+    "seed", "think_budget", "answer_budget", "stop_repetition", "logprobs", "logprobs_of", "logits_processor", *KINDS,
+}  # fmt: skip
 """Options that the reference does not have."""
 
 

@@ -8,7 +8,8 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax import Glm4vProcessor
 from glm4v_jax.files import to_json
-from glm4v_jax.generate.completion import Completion, Counts, TokenLogprob, completion_fields
+from glm4v_jax.generate.completion import Completion, Counts, completion_fields
+from glm4v_jax.generate.token_logprobs import TokenLogprob
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_generation import GREEDY, Ready, ask, random_request, random_requests, their_tokens
 
-from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig
+from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig, SamplingParams
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
+from glm4v_jax.generate.sampling import process_logits
 from glm4v_jax.generate.scheduler import run
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY
 from glm4v_jax.generate.warmup import warmup
@@ -180,6 +181,29 @@ def test_logprobs_are_the_models(engine, image):
         assert [other for other, _ in entry.top] == np.argsort(-row, kind="stable")[:3].tolist()
         assert [value for _, value in entry.top] == pytest.approx(np.sort(row)[::-1][:3].tolist(), rel=1e-5)
     assert engine.generate(prompt, max_new_tokens=2).logprobs is None
+
+
+def test_logprobs_of_sampling_are_those_of_the_distribution_drawn_from(engine, image):
+    """After penalty, bans, temperature and cuts; the tokens are the same."""
+    prompt = engine.processor.apply_chat_template(
+        ask(image, "Why?"), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    options = dict(max_new_tokens=9, do_sample=True, temperature=1.7, repetition_penalty=1.2, top_k=30, top_p=0.9)
+    free = engine.generate(prompt, **options)
+    options |= dict(suppress_tokens=free.tokens[:3], eos_token_id=-1)
+    found = engine.generate(prompt, logprobs=1, logprobs_of="sampling", **options)
+    assert found.tokens == engine.generate(prompt, **options).tokens and not set(found.tokens) & set(free.tokens[:3])
+    ids = np.concatenate([prompt["input_ids"], [found.tokens]], axis=1)
+    logits = np.array(engine.model(**{**prompt, "input_ids": ids, "attention_mask": np.ones_like(ids)}).logits)[0]
+    config = engine.config(**options)
+    for i, at in enumerate(range(prompt["input_ids"].shape[1] - 1, ids.shape[1] - 1)):
+        logits[at, list(config.suppress_tokens)] = -np.inf
+        seen = np.isin(np.arange(logits.shape[1]), ids[0, : at + 1])[None]
+        scores = np.asarray(process_logits(logits[at][None], SamplingParams.of(config, 1), seen))[0].astype(np.float64)
+        expected = scores - np.log(np.exp(scores).sum())
+        assert found.logprob_array[i] == pytest.approx(expected[found.tokens[i]], rel=1e-4, abs=1e-5)
+        assert found.logprobs[i].top[0][1] == pytest.approx(expected.max(), rel=1e-4, abs=1e-5)
+    assert found.is_sampled.all() and found.logprob_array.dtype == np.float32
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """What a row's tokens mean, with tokens written by hand in the place of a model."""
 
+import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.thinking import THINKING
-from glm4v_jax.generate.completion import TokenLogprob
 from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.generate.token_logprobs import TokenLogprob, TokenLogprobs
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 
@@ -121,10 +122,12 @@ def test_no_thought_at_all(tokenizer, thinking, prompt, put, size):
     deltas = []
     for i in range(0, len(tokens), size):
         entries = [TokenLogprob(token, -1.0, ()) for token in tokens[i : i + size]]
-        deltas.append(answer.take(tokens[i : i + size], i + size >= len(tokens), entries)[0])
+        deltas.append(answer.take(tokens[i : i + size], i + size >= len(tokens), TokenLogprobs.of(entries))[0])
     found = deltas[-1].completion
     assert found.text == put + "four" == "".join(delta.text for delta in deltas)
     assert found.tokens == (*forced, *tokens) == tuple(t for delta in deltas for t in delta.tokens)
+    assert found.is_sampled.tolist() == [False] * len(forced) + [True] * len(tokens)
+    assert np.isnan(found.logprob_array[: len(forced)]).all()
     assert [entry.logprob for entry in found.logprobs] == [None] * len(forced) + [-1.0] * len(tokens)
     assert (found.answer, found.thought or "") == ("four", "") and not found.is_forced
     assert "".join(part.text for delta in deltas for part in delta.parts).strip() == "four"
@@ -169,7 +172,7 @@ def test_deltas_have_the_log_probabilities_of_their_tokens(tokenizer):
     answer = begin(tokenizer, max_new_tokens=9, logprobs=1)
     tokens = [*tokenizer.encode("one two"), EOS]
     entries = [TokenLogprob(token, -1.0, ((token, -1.0),)) for token in tokens]
-    first, _ = answer.take(tokens[:2], False, entries[:2])
-    last, _ = answer.take(tokens[2:], True, entries[2:])
+    first, _ = answer.take(tokens[:2], False, TokenLogprobs.of(entries[:2]))
+    last, _ = answer.take(tokens[2:], True, TokenLogprobs.of(entries[2:]))
     assert first.logprobs == tuple(entries[:2]) and last.logprobs == tuple(entries[2:])
     assert last.completion.logprobs == tuple(entries)

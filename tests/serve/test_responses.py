@@ -13,8 +13,8 @@ from helpers_generation import script
 from helpers_serve import MODEL, data_url, wait_until
 
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.generate.completion import TokenLogprob
 from glm4v_jax.generate.sequence import SequenceState
+from glm4v_jax.generate.token_logprobs import TokenLogprob, TokenLogprobs
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.serve.requests import ApiRequest
@@ -42,7 +42,8 @@ def answered(tokenizer, text, *, request=None, prompt="Hello", size=1, end=(EOS,
     for i in range(0, len(tokens), size):
         some = tokens[i : i + size]
         entries = [TokenLogprob(token, -0.5, ((token, -0.5), (7, -np.inf))) for token in some]
-        delta, _ = sequence.take(some, i + size >= len(tokens), entries if config.logprobs is not None else ())
+        told = None if config.logprobs is None else TokenLogprobs.of(entries)
+        delta, _ = sequence.take(some, i + size >= len(tokens), told)
         choices += stream.push(delta)
         if delta.completion is not None:
             break

@@ -17,8 +17,8 @@ from glm4v_jax.errors import GenerationError, MediaError, MessageError, counted
 from glm4v_jax.files import replacing
 
 _NOT_FOR_CHAT = (
-    *OF_THE_MODEL, *OF_BEAMS, "logits_processor", "logprobs", "max_length", "num_return_sequences", "pad_token_id",
-    "use_cache",
+    *OF_THE_MODEL, *OF_BEAMS, "logits_processor", "logprobs", "logprobs_of", "max_length", "num_return_sequences",
+    "pad_token_id", "use_cache",
 )  # fmt: skip
 """Fields of `GenerationConfig` that change nothing, or nothing that is shown."""
 
