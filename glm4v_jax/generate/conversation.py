@@ -49,6 +49,7 @@ class ConversationEngine(Protocol):
     runtime: Runtime
     processor: Glm4vProcessor
     steps_per_dispatch: int | None
+    updates: int
 
     def config(self, preset: str | None = None, **options: Any) -> GenerationConfig:
         """See `Engine.config`."""
@@ -58,6 +59,9 @@ class ConversationEngine(Protocol):
 
     def new_slots(self, num_rows: int, config: GenerationConfig) -> Slots:
         """See `Engine.new_slots`."""
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """See `Engine.running`."""
 
 
 class Conversation:
@@ -87,7 +91,7 @@ class Conversation:
         """Start; see `Engine.conversation`, of whose options `variables` are those for the chat template."""
         self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.completions: list[Completion] = []
-        self._engine = engine
+        self._engine, self._updates = engine, engine.updates
         self._config = config or engine.config()
         self._variables = variables
         self._media: list[_Media] = []  # of each of the user's turns
@@ -164,6 +168,10 @@ class Conversation:
         options: Mapping[str, Any],
     ) -> Iterator[Delta]:
         """Begin a turn of these messages, with their images and videos."""
+        if self._engine.updates != self._updates:
+            raise GenerationError(
+                "conversation: found one that began with other weights; expected one that began after Engine.update"
+            )
         variables, options = split_options(options)
         config = configured(self._config, preset, options)
         if config.logprobs != self._config.logprobs:
@@ -240,7 +248,7 @@ class Conversation:
         self.in_cache = sequence.prompt.truncated(sequence.start().keep)
         try:
             updates = run(self._slots, sequence.queue(), steps=self._engine.steps_per_dispatch)
-            with contextlib.closing(updates):
+            with self._engine.running(), contextlib.closing(updates):
                 for update in updates:
                     if isinstance(update, Update):
                         yield update.delta

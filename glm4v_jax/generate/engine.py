@@ -16,7 +16,7 @@ from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.devices.distributed import spans_processes
 from glm4v_jax.devices.mesh import platform, use_mesh
-from glm4v_jax.errors import GenerationError
+from glm4v_jax.errors import GenerationError, counted
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
 from glm4v_jax.generate.device_steps import Variant
@@ -41,6 +41,7 @@ from glm4v_jax.inputs.make_batch import MIN_LENGTH
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket, buckets
+from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.runtime import HasRuntime, Runtime, runtime_of
 
 
@@ -93,8 +94,9 @@ class Engine:
     methods with the same arguments, from one thread, and all get the same completions.
 
     Attributes:
-      model, processor: what the constructor was given.
+      model, processor: what the constructor was given; after an `update` the model is the runtime.
       runtime: the model's weights on their mesh.
+      updates: how often they were replaced.
       num_slots: sequences that `generate_many` decodes at a time.
       steps_per_dispatch, cache_dtype, reuse_prefixes: as the constructor takes them.
       chunk: the most tokens of a prompt that are prefilled at a time while others decode (`LiveEngine`): about what
@@ -141,7 +143,9 @@ class Engine:
             self.chunk = live_chunk(sum(leaf.size for leaf in self.runtime.text.leaves), platform())
         self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()
+        self.updates = 0
         self._free: dict[tuple[int, int | None], list[Slots]] = {}
+        self._running = 0
 
     @classmethod
     def from_pretrained(
@@ -339,11 +343,67 @@ class Engine:
             self._capacity = max(self._capacity, bucket(capacity, MIN_CAPACITY))
             self._free.clear()
 
-    def release(self) -> None:
-        """Free the device memory that is kept for later requests: KV caches and vision features."""
+    def release(self, *, weights: bool = False) -> None:
+        """Free the device memory that is kept for later requests: KV caches and vision features.
+
+        Args:
+          weights: those of the model as well, as far as nothing else holds them; requests fail until the next `update`.
+
+        Raises:
+          GenerationError: with `weights`, while requests are running.
+        """
         with self.pool.lock:
+            if weights:
+                self._check_idle()
+                self.runtime = self.model = self.runtime.released()
             self._free.clear()
-            self.pool.forget()
+            self.pool.use(self.runtime)
+
+    def update(self, module: Glm4v) -> None:
+        """Take other weights of the same structure, such as those of the next training step; nothing is compiled.
+
+        What depends on the old ones is forgotten: vision features, and the keys and values that slots keep.
+        Conversations that began before raise in their next turn. The runtime is a new one: a model that this engine was
+        made of, and other engines of that model, keep theirs.
+
+        Args:
+          module: the functional model (`Runtime.module`), in the dtypes, the layout and the shardings of the old one.
+
+        Raises:
+          GenerationError: requests are running.
+          ConfigError: a leaf has another shape, dtype or sharding, or is missing; the message names it.
+        """
+        with self.pool.lock:
+            self._check_idle()
+            self.runtime = self.model = self.runtime.updated(module)
+            self.updates += 1
+            self.pool.use(self.runtime)
+            for slots in itertools.chain.from_iterable(self._free.values()):
+                slots.use(self.runtime)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep the weights from being replaced or released while the body runs.
+
+        Raises:
+          GenerationError: they were released.
+        """
+        with self.pool.lock:
+            if self.runtime.is_released:
+                raise GenerationError(
+                    "engine: found its weights released; expected an update with others before requests"
+                )
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self.pool.lock:
+                self._running -= 1
+
+    def _check_idle(self) -> None:
+        if self._running:
+            found = counted(self._running, "user")
+            raise GenerationError(f"engine: found {found} of its slots; expected none: end or close what is generating")
 
     def _stream(self, sequence: SequenceState, steps: int | None = None) -> Iterator[Delta]:
         steps = steps or self.steps_per_dispatch
@@ -371,23 +431,24 @@ class Engine:
           config: of the requests, for its programs.
           chunk: tokens of a prefill chunk at most, a power of two.
         """
-        with self.pool.lock:
-            variant = Variant.of(config)
-            free = self._free.setdefault((num_rows, variant.top), [])
-            slots = free.pop() if free else self.new_slots(num_rows, config)
-            slots.variant = variant
-            slots.use_chunks(chunk)
+        with self.running():
+            with self.pool.lock:
+                variant = Variant.of(config)
+                free = self._free.setdefault((num_rows, variant.top), [])
+                slots = free.pop() if free else self.new_slots(num_rows, config)
+                slots.variant = variant
+                slots.use_chunks(chunk)
 
-        def give_back() -> None:
-            if slots.capacity <= slots.capacity_for(self._capacity):
-                free.append(slots)
+            def give_back() -> None:
+                if slots.capacity <= slots.capacity_for(self._capacity):
+                    free.append(slots)
 
-        try:
-            yield slots
-        except GeneratorExit:
-            give_back()  # the stream was closed, the slots are intact
-            raise
-        give_back()
+            try:
+                yield slots
+            except GeneratorExit:
+                give_back()  # the stream was closed, the slots are intact
+                raise
+            give_back()
 
 
 def _is_one(prompts: Any) -> bool:

@@ -128,6 +128,12 @@ class FeaturePool:
             self._spans, self._unused, self._next = {}, set(), 0
             self.array = self._empty(capacity if capacity is not None else self.capacity)
 
+    def use(self, runtime: Runtime) -> None:
+        """Encode with another model of the same structure from now on, and forget what was encoded so far."""
+        with self.lock:
+            self._runtime = runtime
+            self.forget()
+
     def _tokens(self, patches: int) -> int:
         return patches // self._config.spatial_merge_size**2
 

@@ -174,8 +174,10 @@ def run(
             for row, sequence in list(active.items()):
                 tokens, logprobs = _take(chosen, row, int(counts[row]), sequence.config.logprobs)
                 if row in fresh:
-                    tokens = fresh[row][0] + tokens
-                    logprobs = None if logprobs is None else TokenLogprobs.joined([fresh[row][1], logprobs])
+                    token, told = fresh[row]
+                    tokens = token + tokens
+                    if told is not None and logprobs is not None:
+                        logprobs = TokenLogprobs.joined([told, logprobs])
                 if not tokens and not sequence.is_cancelled:
                     if done[row] and row not in slots.prefilling:
                         raise GenerationError("slots: found another user; expected one at a time")

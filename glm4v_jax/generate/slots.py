@@ -155,6 +155,11 @@ class Slots:
         """Forget what rows hold of earlier prompts."""
         self._contents.forget()
 
+    def use(self, runtime: Runtime) -> None:
+        """Run another model of the same structure from now on; call it while all rows are free."""
+        self.runtime = runtime
+        self.forget()
+
     def place(self, start: Start, free: Sequence[int]) -> int:
         """Choose one of the rows `free` for a prompt: where most of it can be reused and the least is lost."""
         if start.keep or not self.reuses:

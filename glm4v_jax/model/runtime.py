@@ -9,6 +9,7 @@ Dimensions: B sequences, T tokens, D hidden size, R vision rows of L patches, N 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import jax
@@ -20,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from glm4v_jax.batch import VisionRows
+from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh as meshes
@@ -27,6 +29,7 @@ from glm4v_jax.devices.hardware import check_32_bits
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.params import leaf_paths
 from glm4v_jax.model.vision import VisionEncoder
 
 M = TypeVar("M")
@@ -65,6 +68,11 @@ class Flat(Generic[M]):
     def module(self) -> M:
         """The module itself, around the same arrays."""
         return jax.tree.unflatten(self.structure.treedef, self.leaves)
+
+    def released(self) -> "Flat[M]":
+        """The same without arrays: shapes, dtypes and shardings stand for them."""
+        leaves: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in self.leaves]
+        return Flat(leaves, self.structure)
 
 
 @dataclasses.dataclass
@@ -123,6 +131,45 @@ class Runtime:
         """Whether the decoder's layers are stacked and scanned."""
         return self.text.module.layers.is_stacked
 
+    def updated(self, module: Glm4v) -> Self:
+        """The same model with other weights: compiled programs take them as they took these.
+
+        Raises:
+          ConfigError: a leaf is missing or new, or has another shape, dtype or sharding; the message names it.
+        """
+        old, new = (dict(zip(leaf_paths(one), jax.tree.leaves(one), strict=True)) for one in (self.module, module))
+        raise_faults(_misfits(old, new))
+        updated = self.of(module, self.mesh, self.generation_config)
+        if jax.tree.structure(updated.module) != jax.tree.structure(self.module):
+            raise_faults(["module: found a model of another structure; expected that of the one it replaces"])
+        return updated
+
+    def released(self) -> Self:
+        """The same model without weights, so that their memory is free; `updated` gives it others."""
+        head = None if self.head is None else self.head.released()
+        return dataclasses.replace(self, visual=self.visual.released(), text=self.text.released(), head=head)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether there are no weights."""
+        return isinstance(self.text.leaves[0], jax.ShapeDtypeStruct)
+
+
+def _misfits(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What is wrong with leaves that are to replace others."""
+    faults = [f"{path}: found no such leaf; expected one" for path in old.keys() - new.keys()]
+    faults += [f"{path}: found a leaf that the model has not; expected none" for path in new.keys() - old.keys()]
+    for path in (path for path in old if path in new):
+        before, after = old[path], new[path]
+        (found, expected) = (f"{leaf.dtype.name} {list(leaf.shape)}" for leaf in (after, before))
+        if found == expected and not after.sharding.is_equivalent_to(before.sharding, after.ndim):
+            found, expected = (
+                f"{leaf.sharding.spec} of mesh {dict(leaf.sharding.mesh.shape)}" for leaf in (after, before)
+            )
+        if found != expected:
+            faults.append(f"{path}: found {found}; expected {expected}")
+    return sorted(faults)
+
 
 class HasRuntime(Protocol):
     """What the transformers-shaped classes are to the rooms below them."""
@@ -145,7 +192,7 @@ def compute_dtype(part: Flat[TextDecoder] | Flat[VisionEncoder]) -> np.dtype:
     """The dtype of a part's last norm, which is never quantised."""
     module = part.module
     norm = module.norm if isinstance(module, TextDecoder) else module.post_layernorm
-    return norm.scale[...].dtype
+    return norm.scale.dtype
 
 
 def encode_rows(

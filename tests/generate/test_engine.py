@@ -643,7 +643,7 @@ EXTREMES = [
     dict(think_budget=1, answer_budget=1), dict(think_budget=60, answer_budget=90), dict(json_schema={}),
     dict(regex="(.|\n)*"), dict(choices=[str(number) for number in range(1000)]),
 ]  # fmt: skip
-ELSEWHERE = {"logits_processor", "num_return_sequences", *OF_THE_MODEL, *OF_BEAMS}
+ELSEWHERE = {"logprobs_of", "logits_processor", "num_return_sequences", *OF_THE_MODEL, *OF_BEAMS}
 
 
 @pytest.mark.slow
