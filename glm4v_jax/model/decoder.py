@@ -207,12 +207,12 @@ class TextDecoder(nnx.Module):
         Args:
           x: embedded tokens.
           cos_sin: of their M-RoPE positions (`rope.mrope_cos_sin`).
-          attention_of_layer: index of a layer -> its attention, which is not scaled beforehand. The index is traced
-            where layers are stacked, an int where they are one by one.
+          attention_of_layer: index of a layer -> its attention. Queries come unscaled. The index is an int where layers
+            are one by one, traced where they are stacked.
 
         Returns:
-          Hidden states after the last norm, and what the layers' attention returned beside its results: a list where
-          layers are one by one, stacked along a new first dimension otherwise.
+          Hidden states after the last norm, and what the layers' attention returned beside its results, such as the
+          pages of an engine's cache: a list where layers are one by one, otherwise stacked along a new first dimension.
         """
 
         def step(layer: DecoderLayer, index: Array | int, x: Array) -> tuple[Array, Any]:
