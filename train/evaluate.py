@@ -31,6 +31,7 @@ from glm4v_jax.inputs.media.load import is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import outputs_first
+from glm4v_jax.model.lora import fix_magnitudes
 from glm4v_jax.model.runtime import Runtime
 from train.config import EvalConfig, TrainConfig
 from train.data.packing import TrainBatch
@@ -192,7 +193,8 @@ class Evaluator:
 @jax.jit
 def _module(weights: Weights) -> Glm4v:
     """The model in its compute dtype, on a TPU with its kernels as that decodes with them."""
-    return outputs_first(weights.model()) if platform() == "tpu" else weights.model()
+    model = fix_magnitudes(weights.model())
+    return outputs_first(model) if platform() == "tpu" else model
 
 
 class Subset(Sequence[Record]):

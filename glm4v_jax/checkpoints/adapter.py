@@ -1,7 +1,8 @@
 """Adapters in PEFT's format, written and read: adapter_model.safetensors and adapter_config.json. No torch.
 
 Names and layouts follow from the table in `hf_mapping`: a kernel's rule, cut in two at the rank, gives those of its A
-and its B, so that heads are in the same order in an adapter as in its kernel.
+and its B, so that heads are in the same order in an adapter as in its kernel; its outputs alone, those of DoRA's
+magnitude.
 """
 
 import collections
@@ -38,22 +39,24 @@ from glm4v_jax.model.quantize import QuantConfig, quantize_kernel
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's two wrappers around the model
 _HEAD = "lm_head"
+_MAGNITUDE = "lora_magnitude_vector"
 
 # Options of PEFT that make more of a LoRA than A and B beside kernels; none of them is supported.
 _REFUSED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
+    "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "fan_in_fan_out", "use_bdlora", "kasa_config", "arrow_config",
     "monteclora_config",
 )  # fmt: skip
 
 
 class AdaptedModule(NamedTuple):
-    """A linear module of the reference: its full name, its layer, and the rules of its A and its B."""
+    """A linear module of the reference: its full name, its layer, and the rules of its A, its B and its magnitude."""
 
     module: str
     layer: int | None
     a: hf_mapping.Rule
     b: hf_mapping.Rule
+    magnitude: hf_mapping.Rule
 
     @property
     def path(self) -> str:
@@ -76,11 +79,12 @@ def adaptable_modules(config: Glm4vConfig) -> list[AdaptedModule]:
     ]
 
 
-def adapter_rules(rule: hf_mapping.Rule) -> tuple[hf_mapping.Rule, hf_mapping.Rule]:
-    """Return the rules of A and B that go with a kernel's.
+def adapter_rules(rule: hf_mapping.Rule) -> tuple[hf_mapping.Rule, hf_mapping.Rule, hf_mapping.Rule]:
+    """Return the rules of A, B and magnitude that go with a kernel's.
 
-    "(K G H) D -> D K (G H)" gives "R D -> D R" and "(K G H) R -> R K (G H)". The B of a convolution has a window of
-    1 x 1. Both parts of a fused kernel share its A.
+    "(K G H) D -> D K (G H)" gives "R D -> D R", "(K G H) R -> R K (G H)" and "(K G H) -> K (G H)". The B of a
+    convolution has a window of 1 x 1, and its magnitude all dimensions of a kernel. Both parts of a fused kernel share
+    its A.
     """
     (outputs, *inputs), leaf = rule.axes()
     of_outputs = [axis for axis in leaf if set(axis) <= set(outputs)]
@@ -88,12 +92,17 @@ def adapter_rules(rule: hf_mapping.Rule) -> tuple[hf_mapping.Rule, hf_mapping.Ru
     ones = " 1" * (len(inputs) - 1)
     part = None if rule.part is None else (rule.part[0] - len(of_inputs) + 1, rule.part[1])
     tensor, path = rule.tensor.removesuffix(".weight"), rule.leaf.removesuffix(".kernel")
+    magnitude = f"1 {_text([outputs])}{ones}" if ones else _text([outputs])
     return (
         hf_mapping.Rule(f"{tensor}.lora_A.weight", f"{path}.lora_a", f"R {_text(inputs)} -> {_text(of_inputs)} R"),
         hf_mapping.Rule(
             f"{tensor}.lora_B.weight", f"{path}.lora_b", f"{_text([outputs])} R{ones} -> R {_text(of_outputs)}", part
         ),
-    )
+        hf_mapping.Rule(
+            f"{tensor}.{_MAGNITUDE}", f"{path}.lora_magnitude", f"{magnitude} -> {_text(of_outputs)}",
+            None if part is None else (part[0] - 1, part[1]),
+        ),
+    )  # fmt: skip
 
 
 def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> None:
@@ -125,25 +134,27 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
 
 
 def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
-    """Return name, as PEFT writes it, -> A [R, inputs] or B [outputs, R] of every module with an adapter, on the host.
+    """Return name, as PEFT writes it, -> A [R, inputs], B [outputs, R] or magnitude of every adapter, on the host.
 
     Where several processes hold the model, all of them call this.
     """
     linears, tensors = params.linears(model), {}
     leaves = {
-        path: [to_host([_leaf(linear.lora_a), _leaf(linear.lora_b)]) for linear in found]
+        path: [to_host([_leaf(x) for x in (linear.lora_a, linear.lora_b, linear.lora_magnitude)]) for linear in found]
         for path, found in linears.items()
     }
     for adapted in adaptable_modules(model.config):
         stacked = params.stacked_layers(linears[adapted.path][0]) is not None
-        a, b = leaves[adapted.path][0 if stacked else adapted.layer or 0]
-        if a is None:
+        of_layer = leaves[adapted.path][0 if stacked else adapted.layer or 0]
+        if of_layer[0] is None:
             continue
-        if stacked:
-            a, b = a[adapted.layer], b[adapted.layer]
+        a, b, magnitude = (x[adapted.layer] if stacked and x is not None else x for x in of_layer)
         sizes = _sizes(model.config, a.shape[-1])
         tensors[f"{_PREFIX}{adapted.module}.lora_A.weight"] = adapted.a.to_tensor(a, sizes)
         tensors[f"{_PREFIX}{adapted.module}.lora_B.weight"] = adapted.b.to_tensor(b[adapted.b.index], sizes)
+        if magnitude is not None:
+            of_part = magnitude[adapted.magnitude.index]
+            tensors[f"{_PREFIX}{adapted.module}.{_MAGNITUDE}"] = adapted.magnitude.to_tensor(of_part, sizes)
     return tensors
 
 
@@ -151,6 +162,7 @@ def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
     """Return the content of adapter_config.json: options that PEFT has had since 0.8."""
     linears = params.linears(model)
     found: dict[str, tuple[int, float]] = {}
+    has_magnitudes = any(linear.lora_magnitude is not None for every in linears.values() for linear in every)
     for adapted in adaptable_modules(model.config):
         every = linears[adapted.path]
         linear = every[0 if len(every) == 1 else adapted.layer or 0]
@@ -177,8 +189,8 @@ def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
         "revision": None,
         "target_modules": "|".join(found),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": has_magnitudes,
+        "use_rslora": False,  # a scale is a scale: alpha says it for this rank
     }
 
 
@@ -209,16 +221,30 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
         fused = {layer: _fused(parts, outputs, scale) for layer, parts in layers.items()}
         rank = max(a.shape[-1] for a, _ in fused.values())
         count = params.stacked_layers(found[0]) or len(found)
-        every = [_padded(fused.get(i), rank, inputs, outputs) for i in range(count)]
+        every = [
+            (*_padded(fused.get(i), rank, inputs, outputs), _magnitude(layers.get(i, ()), outputs))
+            for i in range(count)
+        ]
         if params.stacked_layers(found[0]) is not None:
-            every = [(np.stack([a for a, _ in every]), np.stack([b for _, b in every]))]
-        for linear, (a, b) in zip(found, every, strict=True):
+            every = [tuple(np.stack(same) for same in zip(*every, strict=True))]
+        for linear, (a, b, magnitude) in zip(found, every, strict=True):
             kernel = linear.kernel[...]
             put = functools.partial(_put, devices=kernel.sharding.mesh)
             lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
             if path == _HEAD and (head := layers[0][0].base) is not None:
                 _replace(linear, head)
+            if not np.isnan(magnitude).all():
+                lora.set_magnitude(linear, put(magnitude, linear.out_axes))
     return result
+
+
+def _magnitude(parts: Sequence["_PartAdapter"], outputs: Sequence[int]) -> np.ndarray:
+    """The magnitude of a fused kernel from those of its parts; NaN where there is none."""
+    found = np.full(outputs, np.nan, lora.DTYPE)
+    for part in parts:
+        if part.magnitude is not None:
+            found[part.position[1:]] = part.magnitude
+    return found
 
 
 def _replace(linear: Linear, kernel: np.ndarray) -> None:
@@ -239,6 +265,7 @@ class _PartAdapter(NamedTuple):
     Attributes:
       position: of the module in the B of a fused leaf.
       base: what replaces the module's kernel, if anything.
+      magnitude: of its outputs, with DoRA.
     """
 
     a: np.ndarray
@@ -246,6 +273,7 @@ class _PartAdapter(NamedTuple):
     position: tuple[Any, ...]
     scale: float
     base: np.ndarray | None
+    magnitude: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +289,7 @@ class _Options:
     rank_pattern: Annotated[dict[str, Positive] | None, Meta(description="an object of patterns and ranks")] = None
     alpha_pattern: Annotated[dict[str, float] | None, Meta(description="an object of patterns and numbers")] = None
     use_rslora: bool | None = False
+    use_dora: bool | None = False
     bias: Annotated[Literal["none"], Meta(description="'none': it is not supported")] = "none"
     init_lora_weights: Annotated[
         bool | Literal["gaussian", "eva", "orthogonal"] | None, Meta(description="true: this one changes the base")
@@ -293,7 +322,8 @@ class _Options:
 class Pair(NamedTuple):
     """One module's adapter as the file has it, float32: A [R, inputs], B [outputs, R], of a convolution with a window.
 
-    With it the module's weight W becomes W + scale B A. PEFT also saves the W of a head: `base`, in its own dtype.
+    With it the module's weight W becomes W + scale B A; with DoRA each output of that gets its `magnitude` as its norm.
+    PEFT also saves the W of a head: `base`, in its own dtype.
     """
 
     adapted: AdaptedModule
@@ -301,14 +331,18 @@ class Pair(NamedTuple):
     b: np.ndarray
     scale: float
     base: np.ndarray | None = None
+    magnitude: np.ndarray | None = None
 
     def added_to(self, weight: np.ndarray) -> np.ndarray:
-        """Return W + scale B A in float32, in the shape of the weight, which is W unless the adapter has its own."""
+        """Return what becomes of the weight, in float32 and in its shape; it is W unless the adapter has its own."""
         weight = weight if self.base is None else self.base.astype(np.float32)
         product = self.b.reshape(len(self.b), -1) @ self.a.reshape(len(self.a), -1)
         product *= np.float32(self.scale)
         product = product.reshape(weight.shape)
         product += weight
+        if self.magnitude is not None:
+            norms = np.linalg.norm(product.reshape(len(product), -1), axis=1)
+            product *= (self.magnitude.ravel() / norms).reshape(-1, *(1,) * (product.ndim - 1))
         return product
 
 
@@ -330,10 +364,12 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
     expected: dict[str, tuple[int, ...]] = {}
     for adapted in adaptable_modules(config):
         module = hf_mapping.canonical(adapted.module)
-        rules = {f"{module}.lora_{side}.weight": rule for side, rule in (("A", adapted.a), ("B", adapted.b))}
+        rules = {f"{module}.lora_A.weight": adapted.a, f"{module}.lora_B.weight": adapted.b}
+        if options.use_dora:
+            rules[f"{module}.{_MAGNITUDE}"] = adapted.magnitude
         # PEFT's patterns are for names as they are in the file.
         if (name := next((names[key] for key in rules if key in names), None)) is not None:
-            rank, scale = options.scale_of(re.sub(r"\.lora_[AB]\.weight$", "", name))
+            rank, scale = options.scale_of(re.sub(r"\.lora_[^.]*(\.weight)?$", "", name))
             present[module] = adapted, scale
             expected |= {key: rule.tensor_shape(_sizes(config, rank)) for key, rule in rules.items()}
             if module == _HEAD and (base := f"{module}.base_layer.weight") in names:
@@ -347,6 +383,7 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
         f"{module}.weight": Pair(
             adapted, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale,
             file.read(found[base]) if (base := f"{module}.base_layer.weight") in found else None,
+            tensor(name) if (name := f"{module}.{_MAGNITUDE}") in found else None,
         )
         for module, (adapted, scale) in present.items()
     }  # fmt: skip
@@ -355,11 +392,15 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
 def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:
     """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter."""
     found: dict[str, dict[int, list[_PartAdapter]]] = {}
-    for adapted, a, b, scale, base in pairs:
+    for adapted, a, b, scale, base, magnitude in pairs:
         sizes = _sizes(config, len(a))
         if base is not None:
             base = hf_mapping.wanted(config)[f"{_HEAD}.weight"].rule.to_leaf(base, sizes)
-        part = _PartAdapter(adapted.a.to_leaf(a, sizes), adapted.b.to_leaf(b, sizes), adapted.b.index, scale, base)
+        if magnitude is not None:
+            magnitude = adapted.magnitude.to_leaf(magnitude, sizes)
+        part = _PartAdapter(
+            adapted.a.to_leaf(a, sizes), adapted.b.to_leaf(b, sizes), adapted.b.index, scale, base, magnitude
+        )
         found.setdefault(adapted.path, {}).setdefault(adapted.layer or 0, []).append(part)
     return found
 

@@ -32,6 +32,7 @@ from glm4v_jax.files import other_base
 from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
+from glm4v_jax.model.lora import fix_magnitudes
 from glm4v_jax.model.params import default_dtype, kernels
 from glm4v_jax.model.quantize import (
     QuantConfig,
@@ -132,7 +133,7 @@ def load_runtime(
             quantize=for_inference(quantize), reserve=reserve, progress=progress,
         )  # fmt: skip
         if adapter is not None:
-            module = load_adapter(module, adapter)
+            module = fix_magnitudes(load_adapter(module, adapter))
         runtime = Runtime.of(module, mesh, generation_config)
         for note in _doubts(directory, adapter, runtime):
             warnings.warn(note, stacklevel=3)

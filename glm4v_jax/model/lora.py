@@ -2,13 +2,15 @@
 
 The matrices are leaves of `nn.Linear`, stacked and sharded over the mesh as its kernel is: a model with an adapter is a
 model like any other. `add_lora` adds the leaves, `merge_lora` merges them into the kernels, `is_lora` finds them.
+With DoRA a magnitude of each output is trained beside them (arXiv 2402.09353), with rsLoRA the product is scaled by
+alpha / sqrt(rank) (arXiv 2312.03732).
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear, subscripts
-from glm4v_jax.model.params import DECODER, Axes, check_pattern, linears, matching_linears, sizes, stacked_layers
+from glm4v_jax.model.params import DECODER, check_pattern, linears, matching_linears, sizes, stacked_layers
 
 DTYPE = jnp.float32
 """Of an adapter, whatever the compute dtype is: steps of learning rates of 1e-4 and below are lost in bfloat16."""
@@ -36,20 +38,29 @@ class LoraConfig:
       alpha: the product of the matrices is scaled by alpha / rank.
       target: regular expression that fits the whole path of a linear layer, layers without their numbers:
         "language_model.layers.self_attn.q_proj", "visual.blocks.mlp.gate_up", "visual.merger.proj", "lm_head".
+      rslora: scale by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly.
+      dora: train a magnitude for each output as well; every step then reads the frozen kernels twice.
     """
 
     rank: Positive = 8
     alpha: PositiveNumber = 16.0
     target: str = DECODER
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         validate(self)
         check_pattern(self.target, "target")
 
+    @property
+    def scale(self) -> float:
+        """What the product of the matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
 
 def is_lora(path: str) -> bool:
-    """Whether a leaf's path is that of a matrix of an adapter."""
-    return path.endswith((".lora_a", ".lora_b"))
+    """Whether a leaf's path is that of a part of an adapter."""
+    return path.endswith((".lora_a", ".lora_b", ".lora_magnitude"))
 
 
 def on_mesh_of(model: Glm4v) -> contextlib.AbstractContextManager[object]:
@@ -81,6 +92,63 @@ def set_lora(linear: Linear, a: Array, b: Array, scale: float) -> None:
     linear.lora_a, linear.lora_b, linear.lora_scale = nnx.Param(a), nnx.Param(b), scale
 
 
+def set_magnitude(linear: Linear, magnitude: Array) -> None:
+    """Give the adapter of a linear layer a magnitude [*outputs] (DoRA); where it is NaN, the norm of its kernel."""
+    with mesh.use_mesh(magnitude.sharding.mesh):
+        linear.lora_magnitude = nnx.Param(jnp.where(jnp.isnan(magnitude), output_norms(linear), magnitude))
+
+
+def unset_lora(linear: Linear) -> None:
+    """Leave a linear layer without its adapter."""
+    linear.lora_a = linear.lora_b = linear.lora_magnitude = linear.lora_gain = linear.lora_key = None
+    linear.lora_scale = linear.lora_dropout = 0.0
+
+
+@jax.jit
+def output_norms(linear: Linear) -> Array:
+    """`Linear.output_norms`, of stacked layers one after the other: [*outputs], with the layers first."""
+    return _each(Linear.output_norms, linear)
+
+
+def _each(function: Callable[[Linear], Array], linear: Linear) -> Array:
+    """Call a function with a linear layer, or with each of those that are stacked in it."""
+    return function(linear) if stacked_layers(linear) is None else jax.lax.map(function, linear)
+
+
+def fix_magnitudes(model: Glm4v) -> Glm4v:
+    """Replace the magnitudes of DoRA by what they come to, for inference: a number for each output.
+
+    New modules around the same arrays. Kernels are read once more, here, and no longer in every forward pass.
+    """
+    result = jax.tree.map(lambda x: x, model)
+    for found in linears(result).values():
+        for linear in found:
+            if linear.lora_magnitude is not None:
+                with on_mesh_of(model):
+                    gain = linear.lora_magnitude[...] / output_norms(linear)
+                linear.lora_magnitude, linear.lora_gain = None, nnx.Param(gain)
+    return result
+
+
+def with_dropout(model: Glm4v, key: Array, rate: float) -> Glm4v:
+    """Let what adapters see of their inputs drop out at a rate, for a training step; new modules, the same arrays.
+
+    Args:
+      model: with an adapter.
+      key: of this step; every layer gets one of its own.
+      rate: from 0 to 1.
+    """
+    result = jax.tree.map(lambda x: x, model)
+    for path, found in linears(result).items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        for index, linear in enumerate(found):
+            if linear.lora_a is not None:
+                layers = stacked_layers(linear)
+                keys = jax.random.fold_in(own, index) if layers is None else jax.random.split(own, layers)
+                linear.lora_key, linear.lora_dropout = nnx.Param(keys), rate
+    return result
+
+
 def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     """Add a new adapter, which does not change what the model computes yet; new modules around the same arrays.
 
@@ -107,7 +175,10 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
         drawn = draw(jax.random.key(seed))
     for path, leaves in drawn.items():
         for linear, (a, b) in zip(chosen[path], leaves, strict=True):
-            set_lora(linear, a, b, config.alpha / config.rank)
+            set_lora(linear, a, b, config.scale)
+            if config.dora:  # that of the kernel, as B is 0
+                with on_mesh_of(model):
+                    linear.lora_magnitude = nnx.Param(output_norms(linear))
     return result
 
 
@@ -116,14 +187,14 @@ def drop_lora(model: Glm4v) -> Glm4v:
     result = jax.tree.map(lambda x: x, model)
     for found in linears(result).values():
         for linear in found:
-            linear.lora_a = linear.lora_b = None
-            linear.lora_scale = 0.0
+            unset_lora(linear)
     return result
 
 
 def merge_lora(model: Glm4v) -> Glm4v:
     """Merge the adapter into its kernels, `W + scale A B` in float32, cast back; without one, copy the modules.
 
+    With DoRA each output's column of that sum gets its magnitude as its norm.
     New modules; kernels without an adapter are the same arrays. Old and new kernels are in memory, and one layer's in
     float32.
 
@@ -139,12 +210,9 @@ def merge_lora(model: Glm4v) -> Glm4v:
                         f"{path}: found a quantised kernel; expected one in floats: merge into the model that was "
                         "quantised"
                     )
-                leaves = linear.kernel[...], linear.lora_a[...], linear.lora_b[...]
                 with on_mesh_of(model):
-                    merged = _merged(*leaves, linear.lora_scale, linear.in_axes, linear.out_axes, linear.leading)
-                linear.kernel = nnx.Param(merged)
-                linear.lora_a = linear.lora_b = None
-                linear.lora_scale = 0.0
+                    linear.kernel = nnx.Param(_merged(linear))
+                unset_lora(linear)
     return result
 
 
@@ -168,19 +236,23 @@ def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]
     return [(draw(jax.random.fold_in(key, i)), zeros()) for i in range(len(found))]
 
 
-@functools.partial(jax.jit, static_argnames=("in_axes", "out_axes", "leading"))
-def _merged(kernel: Array, a: Array, b: Array, scale: float, in_axes: Axes, out_axes: Axes, leading: int) -> Array:
-    """Merge A and B into a kernel, in its dtype and partition; stacked layers one after the other."""
-    ins, outs, both = subscripts(len(in_axes), len(out_axes), leading)
-    axes = (*out_axes[:leading], *in_axes, *out_axes[leading:])
+@jax.jit
+def _merged(linear: Linear) -> Array:
+    """The kernel with its adapter in it, in its dtype and partition; stacked layers one after the other."""
+    inputs = len(linear.in_axes)
+    ins, outs, both = subscripts(inputs, len(linear.out_axes), linear.leading)
 
-    def merge(leaves: tuple[Array, Array, Array]) -> Array:
-        kernel, a, b = leaves
+    def merge(linear: Linear) -> Array:
+        assert linear.lora_a is not None and linear.lora_b is not None
+        kernel = linear.kernel[...]
         product = jnp.einsum(
-            f"{ins}r,r{outs}->{both}", a.astype(jnp.float32), b.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST, out_sharding=mesh.spec(*axes),
+            f"{ins}r,r{outs}->{both}", linear.lora_a[...].astype(jnp.float32), linear.lora_b[...].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST, out_sharding=mesh.spec(*linear.axes),
         )  # fmt: skip
-        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+        merged = kernel.astype(jnp.float32) + linear.lora_scale * product
+        if (gain := linear.gain()) is not None:
+            gain = mesh.reshard(gain, *linear.out_axes)
+            merged *= jnp.expand_dims(gain, tuple(range(linear.leading, linear.leading + inputs)))
+        return merged.astype(kernel.dtype)
 
-    leaves = kernel, a, b
-    return merge(leaves) if kernel.ndim == len(in_axes) + len(out_axes) else jax.lax.map(merge, leaves)
+    return _each(merge, linear)

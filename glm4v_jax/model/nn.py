@@ -141,7 +141,8 @@ class Linear(nnx.Module):
     On a CPU it is multiplied as `cpu_matmul` does, and so is one in bfloat16.
 
     With an adapter (`lora.add_lora`), `lora_scale * (x @ lora_a) @ lora_b` is added: `lora_a` is [*inputs, R], `lora_b`
-    [R, *outputs], in the partitions of the kernel's dimensions.
+    [R, *outputs], in the partitions of the kernel's dimensions. With a `lora_magnitude` [*outputs] each output of that
+    sum is then scaled, so that its column of the kernel has this norm (DoRA, arXiv 2402.09353).
     """
 
     def __init__(
@@ -158,7 +159,10 @@ class Linear(nnx.Module):
         self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
-        self.lora_scale = 0.0
+        self.lora_magnitude: nnx.Param | None = nnx.data(None)
+        self.lora_gain: nnx.Param | None = nnx.data(None)  # magnitude by norm, where neither changes any more
+        self.lora_key: nnx.Param | None = nnx.data(None)  # of dropout, in training alone
+        self.lora_scale = self.lora_dropout = 0.0
         self.leading = 0
 
     @property
@@ -188,19 +192,62 @@ class Linear(nnx.Module):
             # Or the backward pass would keep the dequantised kernels of all layers: the whole model in floats.
             product = jax.checkpoint(_product, static_argnums=(3, 4, 5))
             y = product(x, kernel, scale, len(self.in_axes), out, self.leading)
+        gain = self.gain()
+        if gain is not None:
+            y = (y + self._lora(x, mesh.spec_of(y))) * gain.astype(y.dtype)
         if self.bias is not None:
             y = y + jax.sharding.reshard(self.bias[...], mesh.gathered(*self.out_axes))
-        return y if self.lora_a is None else y + self._lora(x, mesh.spec_of(y))
+        return y if self.lora_a is None or gain is not None else y + self._lora(x, mesh.spec_of(y))
+
+    def gain(self) -> Float[Array, "..."] | None:
+        """What the outputs of kernel and adapter are scaled by, float32 [*outputs]; None for an adapter without."""
+        if self.lora_gain is not None:
+            return jax.sharding.reshard(self.lora_gain[...], mesh.gathered(*self.out_axes))
+        if self.lora_magnitude is None:
+            return None
+        magnitude = jax.sharding.reshard(self.lora_magnitude[...], mesh.gathered(*self.out_axes))
+        return magnitude / jax.lax.stop_gradient(self.output_norms())
+
+    def output_norms(self) -> Float[Array, "..."]:
+        """Norm of each output's column of `kernel + lora_scale * lora_a @ lora_b`, float32 [*outputs].
+
+        By the binomial theorem, which needs no sum as large as the kernel.
+        """
+        assert self.lora_a is not None and self.lora_b is not None
+        kernel = jax.sharding.reshard(self.kernel[...], mesh.gathered(*self.axes))
+        if self.kernel_scale is not None:
+            axes = self.out_axes if self.kernel_scale.ndim < kernel.ndim else self.axes
+            scale = jax.sharding.reshard(self.kernel_scale[...], mesh.gathered(*axes))
+            kernel = dequantized(kernel, scale, len(self.in_axes), jnp.float32, self.leading)
+        kernel = kernel.astype(jnp.float32)
+        a = jax.sharding.reshard(self.lora_a[...], mesh.gathered(*self.in_axes, None))
+        b = jax.sharding.reshard(self.lora_b[...], mesh.gathered(None, *self.out_axes))
+        ins, outs, both = subscripts(len(self.in_axes), len(self.out_axes), self.leading)
+        out = mesh.gathered(*self.out_axes)
+        einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        squares = einsum(f"{both},{both}->{outs}", kernel, kernel, out_sharding=out)
+        mixed = einsum(f"{both},{ins}r->r{outs}", kernel, a, out_sharding=jax.P(None, *out))
+        gram = einsum(f"{ins}r,{ins}s->rs", a, a, out_sharding=jax.P(None, None))
+        added = 2 * mixed + self.lora_scale * einsum(f"rs,s{outs}->r{outs}", gram, b, out_sharding=jax.P(None, *out))
+        return jnp.sqrt(jnp.maximum(squares + self.lora_scale * jnp.sum(added * b, axis=0), 0.0))
 
     def _lora(self, x: Float[Array, "B T ..."], out: jax.sharding.PartitionSpec) -> Float[Array, "B T ..."]:
         """What the adapter adds, in the partition `out`; between its two products the rank is replicated."""
         assert self.lora_a is not None and self.lora_b is not None
         a = jax.sharding.reshard(self.lora_a[...], mesh.gathered(*self.in_axes, None)).astype(x.dtype)
         b = jax.sharding.reshard(self.lora_b[...], mesh.gathered(None, *self.out_axes)).astype(x.dtype)
+        if self.lora_key is not None:
+            x = dropped(x, self.lora_key[...], self.lora_dropout)
         ins, outs, _ = subscripts(len(self.in_axes), len(self.out_axes))
         exact = precision(x.dtype)
         low = jnp.einsum(f"bt{ins},{ins}r->btr", x, a, precision=exact, out_sharding=jax.P(*out[:2], None))
         return self.lora_scale * jnp.einsum(f"btr,r{outs}->bt{outs}", low, b, precision=exact, out_sharding=out)
+
+
+def dropped(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:
+    """Put zeros in the place of a share `rate` of the numbers, and scale the others up by as much."""
+    bits = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=mesh.spec_of(x))
+    return jnp.where(bits >= np.uint32(rate * 2**32), x / (1 - rate), 0).astype(x.dtype)
 
 
 def _product(
