@@ -106,8 +106,8 @@ def unset_lora(linear: Linear) -> None:
 
 @jax.jit
 def output_norms(linear: Linear) -> Array:
-    """`Linear.output_norms`, of stacked layers one after the other: [*outputs], with the layers first."""
-    return _each(Linear.output_norms, linear)
+    """`Linear.output_norms` in the partition of a parameter, [*outputs]; of stacked layers with the layers first."""
+    return _each(lambda linear: mesh.reshard(linear.output_norms(), *linear.out_axes), linear)
 
 
 def _each(function: Callable[[Linear], Array], linear: Linear) -> Array:

@@ -20,6 +20,7 @@ from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora, quantize
+from glm4v_jax.model.params import linears
 
 pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 
@@ -183,14 +184,13 @@ def test_ranks_and_scales_may_differ_between_modules(ours, tmp_path, stacked, by
     ("options", "message"),
     [
         (dict(peft_type="IA3"), "peft_type: found 'IA3'; expected 'LORA'"),
-        (dict(use_dora=True), "use_dora: found True; expected none"),
         (dict(modules_to_save=["lm_head"]), r"modules_to_save: found \['lm_head'\]; expected none"),
         (dict(bias="all"), "bias: found 'all'; expected 'none'"),
         (dict(init_lora_weights="pissa"), "init_lora_weights: found 'pissa'; expected true: this one changes the base"),
         (dict(r=None), "r: found None; expected an integer of at least 1"),
         (dict(lora_alpha="3"), "lora_alpha: found '3'; expected a number"),
         (dict(rank_pattern={"q_proj": 0}), "rank_pattern: found {'q_proj': 0}; expected an object of patterns"),
-        (dict(bias="all", use_dora=True, r=0), "r: found 0; .*bias: found 'all'; .*use_dora: found True"),
+        (dict(bias="all", lora_bias=True, r=0), "r: found 0; .*bias: found 'all'; .*lora_bias: found True"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused(model, tmp_path, options, message):
@@ -323,6 +323,72 @@ def test_an_adapter_that_peft_writes_computes_the_same(ours, checkpoints, tmp_pa
     batch, prompts = batch_of(model.config, IMAGE)
     expected = their_logits(wrapped.base_model.model, prompts)
     assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+
+
+def with_magnitudes(model, seed=3):
+    """The model with an adapter, and with a magnitude up to a quarter more or less than each output's norm."""
+    result, random = jax.tree.map(lambda x: x, model), np.random.RandomState(seed)
+    for found in linears(result).values():
+        for linear in found:
+            if linear.lora_a is not None:
+                norms = lora.output_norms(linear)
+                factor = random.uniform(0.75, 1.25, norms.shape).astype(np.float32)
+                lora.set_magnitude(linear, norms * jax.device_put(factor, norms.sharding))
+    return result
+
+
+def test_peft_computes_the_same_with_magnitudes(ours, checkpoints, tmp_path):
+    theirs = import_peft()
+    plain = trained(ours("base").module)
+    adapter = with_magnitudes(plain)
+    batch, prompts = batch_of(adapter.config, IMAGE)
+    save_adapter(adapter, tmp_path)
+    wrapped = theirs.PeftModel.from_pretrained(load_theirs(checkpoints("base")), tmp_path).eval()
+    magnitudes = [name for name, _ in wrapped.named_parameters() if "lora_magnitude_vector" in name]
+    assert len(magnitudes) == len(adaptable_modules(adapter.config))
+    expected = their_logits(wrapped.base_model.model, prompts)
+
+    def check(model):
+        assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+
+    check(adapter)
+    check(lora.fix_magnitudes(adapter))
+    check(lora.merge_lora(adapter))
+    check(load_adapter(ours("base").module, tmp_path))
+    on_disk = merged_tensors(checkpoints("base"), tmp_path)
+    assert_merges_to(adapter, {name: np.asarray(tensor) for name, tensor in on_disk.items()})
+    assert np.abs(np.asarray(logits_of(plain, batch))[:2, : expected.shape[1]] - expected)[prompts.real].max() > 0.01
+
+
+def test_magnitudes_that_peft_writes_compute_the_same(ours, checkpoints, tmp_path):
+    """Of one part of a fused kernel, of some layers, of convolutions."""
+    theirs, torch = import_peft(), pytest.importorskip("torch")
+    modules = ["q_proj", "qkv", "gate_proj", "down_proj", "gate_up_proj", "downsample"]
+    torch.manual_seed(0)
+    config = theirs.LoraConfig(
+        r=4, lora_alpha=6, target_modules=modules, use_dora=True, init_lora_weights=False,
+        exclude_modules=r".*layers\.0\.self_attn\.q_proj",
+    )  # fmt: skip
+    wrapped = theirs.get_peft_model(load_theirs(checkpoints("base")), config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter *= 0.75 + 0.5 * torch.rand_like(parameter)
+    wrapped.save_pretrained(tmp_path)
+    model = load_adapter(ours("base").module.stacked(), tmp_path)
+    batch, prompts = batch_of(model.config, IMAGE)
+    expected = their_logits(wrapped.base_model.model, prompts)
+    assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+
+
+def test_a_new_adapter_with_magnitudes_changes_nothing_and_quantised_kernels_have_norms(model):
+    config = lora.LoraConfig(rank=16, dora=True, rslora=True)
+    batch, _ = batch_of(model.config, IMAGE)
+    adapter = lora.add_lora(model, config)
+    assert config.scale == 4.0
+    assert_close(logits_of(adapter, batch), np.asarray(logits_of(model, batch)))
+    small = quantize.quantize_model(model, quantize.QuantConfig("int8"))
+    assert_close(logits_of(lora.add_lora(small, config), batch), np.asarray(logits_of(small, batch)))
 
 
 HEAD, EMBEDDING = f"{PREFIX}lm_head.", f"{PREFIX}model.language_model.embed_tokens."
