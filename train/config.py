@@ -11,6 +11,7 @@ from glm4v_jax.config.checks import (
     AnyNumber,
     Natural,
     Positive,
+    PositiveNumber,
     Seed,
     fault,
     from_mapping,
@@ -115,6 +116,19 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig(LoraConfig):
+    """An adapter to train; see `LoraConfig` for the fields that are not listed here.
+
+    Attributes:
+      dropout: share of what the adapter sees of its inputs that is left out, drawn anew in every step.
+      adapter: directory of an adapter to go on from, of this package's or PEFT's. Rank, alpha and layers are its own.
+    """
+
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    adapter: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Which checkpoints a job keeps besides its result.
 
@@ -184,6 +198,8 @@ class TrainConfig:
         more, and "none" all.
       max_grad_norm: steps whose gradients have a larger norm are skipped.
       max_skipped: the job ends after this number of skipped steps in a row; nothing is saved meanwhile.
+      neftune: add noise to the embeddings of text, uniform up to `neftune / sqrt(tokens x hidden size)` of a sample
+        (arXiv 2310.05914; 5 is usual).
       mesh: a preset or axes; see `glm4v mesh`.
       seed: of everything that is drawn.
       log_every: steps between two log lines; every step is a line of metrics.jsonl.
@@ -199,12 +215,13 @@ class TrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig | None = None
     freeze: Annotated[tuple[Group, ...], Meta(description="a list of some of 'vision', 'merger', 'llm'")] = ("vision",)
-    lora: LoraConfig | None = None
+    lora: AdapterConfig | None = None
     quantize: Literal["int8", "int4"] | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     remat: Remat = "full"
     max_grad_norm: Annotated[AnyNumber, Meta(gt=0)] = float("inf")
     max_skipped: Positive = 10
+    neftune: PositiveNumber | None = None
     mesh: str = "train"
     seed: Seed = 0
     log_every: Positive = 1
@@ -259,10 +276,15 @@ def load_config(path: str | Path) -> TrainConfig:
     evaluation = config.eval
     if evaluation is not None:
         evaluation = dataclasses.replace(evaluation, files=tuple(str(here / file) for file in evaluation.files))
+    lora = config.lora
+    if lora is not None and lora.adapter is not None:
+        lora = dataclasses.replace(lora, adapter=str(here / lora.adapter))
     model = here / config.model
     if not model.exists() and is_hub_name(config.model):
         model = Path(config.model)
-    return dataclasses.replace(config, model=str(model), out=str(here / config.out), data=data, eval=evaluation)
+    return dataclasses.replace(
+        config, model=str(model), out=str(here / config.out), data=data, eval=evaluation, lora=lora
+    )
 
 
 def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
@@ -272,6 +294,12 @@ def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
             f"freeze: found {content['freeze']!r} beside lora; expected one of them: an adapter freezes the whole "
             "model, and lora.target chooses its layers"
         )
+    if isinstance(lora := content.get("lora"), dict) and "adapter" in lora:
+        faults += [
+            f"lora.{name}: found {value!r} beside lora.adapter; expected one of them: the adapter has its own"
+            for name, value in lora.items()
+            if name not in ("adapter", "dropout")
+        ]
     if isinstance(data := content.get("data"), dict) and data.get("files") == []:
         faults.append("data.files: found []; expected a list of at least one path")
     try:

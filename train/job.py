@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.load import load_model, resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, device_bytes
@@ -22,17 +23,18 @@ from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
+from glm4v_jax.model.lora import add_lora, is_lora
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import DATA_DIGEST, abstract
-from train.config import ADAPTER, MODEL, TrainConfig
+from train.config import ADAPTER, MODEL, AdapterConfig, TrainConfig
 from train.data.placement import check_batch, num_lanes
 from train.data.records import Record, Records, read_records
 from train.evaluate import hold_out
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
+from train.noise import Noise
 from train.optimizers import group_of, learning_rate, make_optimizer
 from train.state import Layout, Leaves, TrainState, Weights, init_state, split
 from train.step import Step, make_step
@@ -41,8 +43,12 @@ from train.verify_export import Verified
 _FREE = {
     "model", "out", "steps", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every", "tensorboard",
     "checkpoint", "data.files", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes", "optimizer", "eval",
+    "lora.adapter",
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
+
+_LATER = {"neftune": None, "lora.rslora": False, "lora.dora": False, "lora.dropout": 0.0}
+"""Fields that checkpoints of earlier versions lack, with what they stand for there."""
 
 _DIGESTED = 64
 """Records, out of those that are not in files, whose content is compared when a job is resumed."""
@@ -143,7 +149,7 @@ def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, A
             fields |= {key: item for key, item in of_table.items() if key not in _FREE}
     if config.lora is not None:
         del fields["freeze"]  # has no effect beside it
-    return fields
+    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
 
 def check_output(config: TrainConfig) -> int:
@@ -169,6 +175,20 @@ def check_step(step: int, config: TrainConfig) -> None:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 
 
+def _adapted(model: Glm4v, config: TrainConfig) -> Glm4v:
+    """The model with the adapter that a job trains, if it does: a new one, or the one that it goes on from."""
+    if config.lora is None:
+        return model
+    if config.lora.adapter is not None:
+        return load_adapter(model, config.lora.adapter)
+    return add_lora(model, config.lora, config.seed)
+
+
+def _noise(config: TrainConfig) -> Noise | None:
+    dropout = 0.0 if config.lora is None else config.lora.dropout
+    return Noise(config.seed, dropout, config.neftune) if dropout or config.neftune else None
+
+
 def _is_trained(config: TrainConfig) -> Callable[[str], bool]:
     """Whether a job changes the leaf of a path."""
     return lambda path: is_lora(path) if config.lora is not None else group_of(path) not in config.freeze
@@ -182,7 +202,7 @@ def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
     """
 
     def instead() -> dict[str, int]:
-        lora = dataclasses.replace(config, lora=config.lora or LoraConfig())
+        lora = dataclasses.replace(config, lora=config.lora or AdapterConfig())
         kinds: tuple[Literal["int8", "int4"], ...] = (
             ("int8", "int4") if stored_quantization(config.model) is None else ()
         )
@@ -218,9 +238,7 @@ def abstract_state(config: TrainConfig, model_config: Glm4vConfig) -> tuple[Trai
     leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=quantize, leaves=weights)
 
     def make(model: Glm4v) -> tuple[TrainState, Leaves]:
-        if config.lora is not None:
-            model = add_lora(model, config.lora, config.seed)
-        params, frozen = split(model, _is_trained(config))
+        params, frozen = split(_adapted(model, config), _is_trained(config))
         return init_state(params, make_optimizer(config.optimizer, config.steps, model)), frozen
 
     return jax.eval_shape(make, structure.unflatten(list(leaves.values())))
@@ -268,8 +286,7 @@ class Job:
         model = load_model(
             Path(config.model), model_config, dtype="auto", stacked=True, quantize=quantize, progress=progress
         )
-        if config.lora is not None:
-            model = add_lora(model, config.lora, config.seed)
+        model = _adapted(model, config)
         layout = Layout.of(model)
         dtypes = dict(zip(layout.paths, (leaf.dtype for leaf in jax.tree.leaves(model)), strict=True))
         params, frozen = split(model, _is_trained(config))
@@ -277,7 +294,7 @@ class Job:
         dtype = jnp.dtype(config.dtype or default_dtype())
         step = make_step(
             layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
-            learning_rate=learning_rate(config.optimizer, config.steps),
+            learning_rate=learning_rate(config.optimizer, config.steps), noise=_noise(config),
         )  # fmt: skip
         job = cls(config, model_config, layout, frozen, dtypes, abstract(params), step, dtype)
         return job, init_state(params, optimizer)

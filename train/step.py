@@ -15,6 +15,7 @@ from glm4v_jax.model.layers import Remat
 from train.data.packing import TrainBatch
 from train.flops import Work, work_of
 from train.loss import CHUNK, Sums, cross_entropy
+from train.noise import Noise
 from train.state import Layout, Leaves, TrainState
 
 
@@ -48,9 +49,20 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, Leaves, TrainBatch], tuple[TrainState, Metrics]]
 
 
-def loss_sums(model: Glm4v, batch: TrainBatch, *, remat: Remat = "none", chunk: int = CHUNK) -> Sums:
-    """Return the loss of a batch, before it is divided by the weight."""
-    hidden = model(batch.batch, remat=remat)
+def loss_sums(
+    model: Glm4v,
+    batch: TrainBatch,
+    *,
+    remat: Remat = "none",
+    chunk: int = CHUNK,
+    noise: Noise | None = None,
+    key: Array | None = None,
+) -> Sums:
+    """Return the loss of a batch, before it is divided by the weight; with `noise`, drawn with `key`."""
+    if noise is None or key is None:
+        hidden = model(batch.batch, remat=remat)
+    else:
+        hidden = noise.hidden(model, batch.batch, key, remat)
     return cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
 
 
@@ -63,6 +75,7 @@ def make_step(
     chunk: int = CHUNK,
     max_grad_norm: float = float("inf"),
     learning_rate: optax.Schedule | None = None,
+    noise: Noise | None = None,
 ) -> Step:
     """Return the jitted step.
 
@@ -74,6 +87,7 @@ def make_step(
       chunk: see `loss.cross_entropy`.
       max_grad_norm: a step whose gradients have a larger norm, or one that is not finite, is skipped.
       learning_rate: the optimizer's, by the number of earlier updates; for the metrics alone.
+      noise: what is drawn in every step; by default nothing.
 
     Returns:
       (state, frozen leaves, batch) -> (state, metrics). The state is donated. Every array of the batch has a first
@@ -81,25 +95,28 @@ def make_step(
       gradients of one large batch.
     """
 
-    def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch) -> tuple[Array, Sums]:
-        sums = loss_sums(layout.model(params, frozen, dtype), batch, remat=remat, chunk=chunk)
+    def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch, key: Array | None) -> tuple[Array, Sums]:
+        model = layout.model(params, frozen, dtype)
+        sums = loss_sums(model, batch, remat=remat, chunk=chunk, noise=noise, key=key)
         return sums.loss, sums
 
     gradients_of = jax.grad(sums_of, has_aux=True)
 
     def accumulate(
-        params: Leaves, frozen: Leaves, carry: tuple[Leaves, Sums], batch: TrainBatch
+        params: Leaves, frozen: Leaves, carry: tuple[Leaves, Sums], drawn: tuple[TrainBatch, Array | None]
     ) -> tuple[tuple[Leaves, Sums], None]:
-        gradients, sums = gradients_of(params, frozen, batch)
+        gradients, sums = gradients_of(params, frozen, *drawn)
         return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, frozen: Leaves, batches: TrainBatch) -> tuple[TrainState, Metrics]:
-        if batches.targets.shape[0] == 1:
-            gradients, sums = gradients_of(state.params, frozen, jax.tree.map(lambda x: x[0], batches))
+        count = batches.targets.shape[0]
+        drawn = batches, None if noise is None else noise.keys(state.step, count)
+        if count == 1:
+            gradients, sums = gradients_of(state.params, frozen, *jax.tree.map(lambda x: x[0], drawn))
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params), Sums.zero()
-            (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, batches)
+            (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, drawn)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
         norm = optax.tree.norm(gradients)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 from msgspec import Meta
 
@@ -211,8 +212,14 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
         more than A and B beside kernels.
       ConfigError: the model has an adapter already.
     """
-    result = lora.copy_without_lora(model)
     adapters = _by_leaf(read_adapter(directory, model.config).values(), model.config)
+    with lora.on_mesh_of(model):
+        return _with_adapters(model, adapters)
+
+
+def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_PartAdapter"]]]) -> Glm4v:
+    """See `load_adapter`; in the model's mesh."""
+    result = lora.copy_without_lora(model)
     for path, found in params.linears(result).items():
         if path not in adapters:
             continue
@@ -226,10 +233,10 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
             for i in range(count)
         ]
         if params.stacked_layers(found[0]) is not None:
-            every = [tuple(np.stack(same) for same in zip(*every, strict=True))]
+            a, b, magnitude = (np.stack(same) for same in zip(*every, strict=True))
+            every = [(a, b, magnitude)]
         for linear, (a, b, magnitude) in zip(found, every, strict=True):
-            kernel = linear.kernel[...]
-            put = functools.partial(_put, devices=kernel.sharding.mesh)
+            put = functools.partial(_put, like=linear.kernel[...])
             lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
             if path == _HEAD and (head := layers[0][0].base) is not None:
                 _replace(linear, head)
@@ -251,11 +258,9 @@ def _replace(linear: Linear, kernel: np.ndarray) -> None:
     """Give a linear layer another kernel, in floats; rounded to int8 where its own is quantised."""
     own, axes = linear.kernel[...], (*linear.in_axes, *linear.out_axes)
     if linear.kernel_scale is None:
-        linear.kernel = nnx.Param(_put(kernel.astype(own.dtype), axes, own.sharding.mesh))
+        linear.kernel = nnx.Param(_put(kernel.astype(own.dtype), axes, own))
         return
-    with mesh.use_mesh(own.sharding.mesh):
-        made = _put(kernel, axes, own.sharding.mesh)
-        made, scale = quantize_kernel(made, linear.in_axes, linear.out_axes, QuantConfig("int8"))
+    made, scale = quantize_kernel(_put(kernel, axes, own), linear.in_axes, linear.out_axes, QuantConfig("int8"))
     linear.kernel, linear.kernel_scale = nnx.Param(made), nnx.Param(scale)
 
 
@@ -430,10 +435,12 @@ def _padded(
     return a, b
 
 
-def _put(values: np.ndarray, axes: Sequence[str | None], devices: Mesh) -> Array:
-    """Put values on the devices of a mesh; each process fills its own."""
-    spec = PartitionSpec(*(None,) * (values.ndim - len(axes)), *mesh.spec(*axes))
-    sharding = NamedSharding(devices, spec)
+def _put(values: np.ndarray, axes: Sequence[str | None], like: Array) -> Array:
+    """Put values where a kernel is; each process fills its own. Beside an abstract kernel they are abstract, too."""
+    names = (*(None,) * (values.ndim - len(axes)), *axes)
+    if isinstance(like, jax.core.Tracer):
+        return mesh.reshard(jnp.asarray(values), *names)
+    sharding = NamedSharding(like.sharding.mesh, mesh.spec(*names))
     return jax.make_array_from_callback(values.shape, sharding, values.__getitem__, dtype=values.dtype)
 
 

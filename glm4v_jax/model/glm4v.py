@@ -3,6 +3,7 @@
 `inputs` makes its arrays from text and media; the classes of `hf` have the reference's names and call shapes.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -121,6 +122,7 @@ class Glm4v(nnx.Module):
         record: Capture = NOTHING,
         dropout_key: Array | None = None,
         remat: Remat = "none",
+        change_embeds: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "B T D"]:
         """Run the forward pass of a `Batch` without a cache; hidden states after the last norm.
 
@@ -131,12 +133,15 @@ class Glm4v(nnx.Module):
           record: intermediates to compute as well (`TextDecoder.__call__` returns them).
           dropout_key: enables attention dropout, for training.
           remat: what the backward pass recomputes (`layers.Remat`).
+          change_embeds: called with embedded tokens, vision features in their places; returns others, as with noise.
         """
         features = None
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         if batch.vision is not None:
             features = self.encode(batch.vision, dropout_key=keys[0], remat=remat)
         embeds = self.embed(batch.input_ids, features, batch.vision_index)
+        if change_embeds is not None:
+            embeds = change_embeds(embeds)
         hidden, _, _ = self.decode(
             embeds, batch.position_ids, batch.segment_ids, record=record, dropout_key=keys[1], remat=remat
         )

@@ -94,8 +94,7 @@ def set_lora(linear: Linear, a: Array, b: Array, scale: float) -> None:
 
 def set_magnitude(linear: Linear, magnitude: Array) -> None:
     """Give the adapter of a linear layer a magnitude [*outputs] (DoRA); where it is NaN, the norm of its kernel."""
-    with mesh.use_mesh(magnitude.sharding.mesh):
-        linear.lora_magnitude = nnx.Param(jnp.where(jnp.isnan(magnitude), output_norms(linear), magnitude))
+    linear.lora_magnitude = nnx.Param(jnp.where(jnp.isnan(magnitude), output_norms(linear), magnitude))
 
 
 def unset_lora(linear: Linear) -> None:

@@ -12,8 +12,7 @@ from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.model.lora import LoraConfig
-from train.config import ADAPTER, MODEL, BatchConfig, DataConfig, TrainConfig
+from train.config import ADAPTER, MODEL, AdapterConfig, BatchConfig, DataConfig, TrainConfig
 from train.log import METRICS, read_log
 from train.loop import train
 from train.optimizers import OptimizerConfig
@@ -47,7 +46,7 @@ def job(model, out, data, lora):
 @pytest.mark.parametrize(("kind", "lora"), [("flash", True), ("ocr", True), ("ocr", False)])
 def test_a_few_steps_lower_the_loss_and_the_result_loads(kind, lora, data, tmp_path, family_checkpoint):
     source = family_checkpoint(kind)
-    assert train(job(source, tmp_path, data, LoraConfig(rank=2) if lora else None)).is_done
+    assert train(job(source, tmp_path, data, AdapterConfig(rank=2) if lora else None)).is_done
     losses = [line["loss"] for line in read_log(tmp_path / METRICS)]
     assert len(losses) == STEPS and losses[-1] < 0.9 * losses[0]
     config = Glm4vConfig.from_pretrained(source)

@@ -87,6 +87,17 @@ def test_fields_are_of_their_types(load):
         ("warmup = 2", "warmup = 10", "optimizer.warmup: found 10.0; expected at most 9 steps, or a fraction below 1"),
         ('freeze = ["vision"]', "lora = { rank = 0 }", "lora.rank: found 0; expected an integer of at least 1"),
         ('freeze = ["vision"]', 'freeze = ["vision"]\nlora = {}', r"freeze: found \['vision'\] beside lora"),
+        (
+            'freeze = ["vision"]',
+            'lora = { adapter = "a", rank = 4, dropout = 0.1 }',
+            "lora.rank: found 4 beside lora.adapter; expected one of them",
+        ),
+        (
+            'freeze = ["vision"]',
+            "lora = { dropout = 1 }",
+            "lora.dropout: found 1; expected a number of at least 0 and below 1",
+        ),
+        ("steps =", "neftune = 0\nsteps =", "neftune: found 0; expected a number above 0"),
         ("steps =", 'quantize = "int8"\nsteps =', "quantize: found 'int8' without lora; expected both"),
     ],
 )

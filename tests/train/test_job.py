@@ -12,15 +12,14 @@ from glm4v_jax.checkpoints import plan
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.memory import Memory
 from glm4v_jax.errors import ConfigError, MemoryShortageError
-from glm4v_jax.model.lora import LoraConfig
 from train import job
-from train.config import DataConfig, TrainConfig
+from train.config import AdapterConfig, DataConfig, TrainConfig
 
 CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
 
 
 @pytest.mark.usefixtures("mesh")
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, AdapterConfig(rank=2)], ids=["full", "lora"])
 def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch, lora):
     config = TrainConfig(
         model=str(RANDOM_CHECKPOINT), out="out", data=DataConfig(files=("data.jsonl",)), steps=2, lora=lora
@@ -42,7 +41,7 @@ def test_integers_of_a_checkpoint_are_a_base_of_adapters_and_not_trained(tmp_pat
     quantize(RANDOM_CHECKPOINT, tmp_path / "int8")
     config = TrainConfig(
         model=str(tmp_path / "int8"), out="out", data=DataConfig(files=("data.jsonl",)), steps=2,
-        lora=LoraConfig(rank=2),
+        lora=AdapterConfig(rank=2),
     )  # fmt: skip
     state, frozen = job.abstract_state(config, CONFIG)
     assert frozen["language_model.layers.stacked.mlp.down.kernel"].dtype == jnp.int8

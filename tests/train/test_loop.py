@@ -23,11 +23,12 @@ from glm4v_jax import Engine, Glm4vConfig
 from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.safetensors import SafetensorsFile
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError, DataError
-from glm4v_jax.model.lora import LoraConfig, is_lora
+from glm4v_jax.model.lora import is_lora
 from glm4v_jax.model.params import leaf_paths
-from train.config import ADAPTER, MODEL, CheckpointConfig, EvalConfig, load_config
+from train.config import ADAPTER, MODEL, AdapterConfig, CheckpointConfig, EvalConfig, load_config
 from train.data.records import read_records
 from train.evaluate import Evaluation, Evaluator
 from train.job import read_data
@@ -158,7 +159,7 @@ def failed_evaluation(folder):
         def __call__(self, *args):
             raise RuntimeError("no tokenizer")
 
-    config = job(folder, "adapter", lora=LoraConfig(rank=2, alpha=4.0), steps=3)
+    config = job(folder, "adapter", lora=AdapterConfig(rank=2, alpha=4.0), steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.loop.Evaluator", Broken)
         with pytest.raises(RuntimeError, match="no tokenizer"):
@@ -184,6 +185,25 @@ def test_a_job_with_lora_trains_an_adapter(folder, failed_evaluation, uninterrup
     assert {path for path in leaf_paths(adapted) if is_lora(path)}
     found = np.asarray(adapted.language_model.layers.stacked.self_attn.q_proj.lora_b[...])
     assert np.abs(found).max() > 0
+
+
+def test_a_job_goes_on_from_an_adapter(folder, failed_evaluation):
+    """With dropout and noise, which change its losses, and with steps of almost nothing it stays what it was."""
+    train(failed_evaluation)
+    first = folder / "adapter" / ADAPTER
+    config = job(
+        folder, "further", lora=AdapterConfig(adapter=str(first), dropout=0.5), steps=2, neftune=5.0,
+        optimizer=OptimizerConfig(learning_rate=1e-12, weight_decay=0.0),
+    )  # fmt: skip
+    assert train(config) == (2, True)
+    files = [SafetensorsFile(path / "adapter_model.safetensors") for path in (first, folder / "further" / ADAPTER)]
+    assert set(files[0]) == set(files[1])
+    for name in files[0]:
+        np.testing.assert_allclose(files[1].read(name), files[0].read(name), rtol=0, atol=1e-10)
+    options = [json.loads((path.path.parent / "adapter_config.json").read_text()) for path in files]
+    assert options[0] == options[1]
+    losses = [line["loss"] for line in steps(folder, "further")]
+    assert losses[0] > steps(folder, "adapter")[1]["loss"]
 
 
 def test_a_job_stopped_by_sigterm_resumes_bit_for_bit(folder, uninterrupted):
