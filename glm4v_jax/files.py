@@ -39,15 +39,16 @@ def is_hub_name(name: str | pathlib.Path) -> bool:
 def model_directory(name: str | pathlib.Path) -> pathlib.Path:
     """Return the directory of a model: `name` itself, or where the local Hugging Face cache has the model `name`.
 
-    Nothing is downloaded. What is neither is returned as it is, for its reader to refuse, unless it reads like a name
-    on the hub.
+    The `assets` of an Orbax checkpoint stand for the checkpoint: programs that know the Hugging Face layout alone are
+    given that folder. Nothing is downloaded. What is neither is returned as it is, for its reader to refuse, unless it
+    reads like a name on the hub.
 
     Raises:
       CheckpointError: it reads like a name on the hub, of a model that has not been downloaded.
     """
     directory = pathlib.Path(name)
     if directory.exists() or not is_hub_name(name):
-        return directory
+        return _around_assets(directory)
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -58,6 +59,14 @@ def model_directory(name: str | pathlib.Path) -> pathlib.Path:
             f"found {name}, which is neither a directory nor in the local Hugging Face cache; expected a checkpoint; "
             f"download it first: hf download {name}"
         ) from error
+
+
+def _around_assets(directory: pathlib.Path) -> pathlib.Path:
+    """The Orbax checkpoint that a folder is the assets of, or the folder itself."""
+    for place in (directory, directory.resolve()):
+        if place.name == ASSETS and is_orbax(place.parent) and not is_orbax(place):
+            return place.parent
+    return directory
 
 
 def check_config(directory: pathlib.Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.checkpoints.hf_write import save_generation_config
+from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.safetensors import open_checkpoint
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import CheckpointError, one_line
 from glm4v_jax.files import (
+    assets_directory,
     base_of,
     fingerprint,
     model_directory,
@@ -58,6 +60,27 @@ def test_stray_files_do_not_change_the_fingerprint_of_a_model(request, layout):
             (directory / name).write_text("stray")
             assert model_fingerprint(directory) == before, name
             assert fingerprint(directory) != before
+
+
+def test_the_assets_of_an_orbax_checkpoint_stand_for_it(orbax, checkpoint, tmp_path, monkeypatch):
+    assert model_directory(orbax / "assets") == model_directory(orbax) == orbax
+    assert model_fingerprint(orbax / "assets") == model_fingerprint(orbax)
+    (tmp_path / "link").symlink_to(orbax / "assets")
+    assert model_directory(tmp_path / "link") == orbax
+    monkeypatch.chdir(orbax / "assets")
+    assert model_directory(".") == orbax
+    # Elsewhere it is a name like others.
+    other = checkpoint.rename(tmp_path / "assets")
+    assert model_directory(other) == assets_directory(other) == other and open_checkpoint(other)
+    (orbax / "assets" / "_CHECKPOINT_METADATA").touch()
+    assert model_directory(orbax / "assets") == orbax / "assets"
+
+
+def test_assets_without_their_checkpoint_are_refused_by_that(orbax, tmp_path):
+    copied = shutil.copytree(orbax / "assets", tmp_path / "copied")
+    expected = f"{copied}: found no weights; expected model.safetensors.*; assets of an Orbax checkpoint .* inside it"
+    with pytest.raises(CheckpointError, match=expected):
+        open_weights(copied)
 
 
 def test_other_safetensors_do_not_count_beside_a_single_file(checkpoint):

@@ -247,6 +247,8 @@ def open_checkpoint(directory: str | Path) -> CheckpointFiles:
             f"{directory}: found pickled weights only ({_listed(pickled, 5)}), which are never loaded because "
             f"unpickling runs code from the file; {expected}"
         )
+    if (directory / "config.json").is_file():
+        expected = f"{expected}; assets of an Orbax checkpoint have their weights only where they are, inside it"
     raise CheckpointError(f"{directory}: found no weights; {expected}")
 
 

@@ -284,7 +284,7 @@ def test_the_processor_of_an_orbax_checkpoint_is_that_of_its_source(with_assets)
 
 def test_an_engine_loads_an_orbax_checkpoint(with_assets):
     model, directory = with_assets
-    engine = Engine.from_pretrained(directory)
+    engine = Engine.from_pretrained(directory / "assets")
     assert engine.model.generation_config == model.generation_config
     jax.tree.map(np.testing.assert_array_equal, engine.model.module, model.module)
 
