@@ -17,9 +17,10 @@ NAMES = {
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",
     "prometheus_client": "prometheus-client",
+    "tpu_inference": "tpu-inference",
 }
 """Of packages that are imported by another name."""
-EXTRAS = ("train", "eval", "grammar", "serve")
+EXTRAS = ("train", "eval", "grammar", "serve", "vllm-tpu")
 """Of packages that modules import."""
 OPTIONAL = {"lmms_eval"}
 """Looked for, and done without."""

@@ -1,0 +1,218 @@
+"""The class that tpu-inference's runner loads and calls, with its names and argument orders (0.32.0).
+
+Source of the contract: tpu_inference/models/common/model_loader.py, runner/{tpu_runner,multimodal_manager}.py.
+
+Dimensions: T tokens of all sequences of a step, one behind the other and padded; N query heads, K key and value heads
+of size H; D hidden size; V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from glm4v_jax.checkpoints.load import load_runtime
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices import mesh as meshes
+from glm4v_jax.files import model_directory
+from glm4v_jax.inputs.mrope import rope_index
+from glm4v_jax.model import rope
+from glm4v_jax.model.decoder import TextDecoder
+from glm4v_jax.model.glm4v import score
+from glm4v_jax.model.nn import Linear
+from glm4v_jax.serve.vllm_plugin.media import VisionPrograms, log, media_in
+from glm4v_jax.serve.vllm_plugin.settings import VllmSettings, check_heads, check_same_model, refuse
+
+
+class _Engine:
+    """What the model knows of its engine and is no array of a step; compared by identity, as a static attribute is.
+
+    Attributes:
+      vllm_config: vLLM's configuration.
+      mesh: tpu-inference's mesh, of automatic axes.
+      settings: this package's part of `--additional-config`.
+      config: of the model, once it is loaded; and so `vision`, the ViT.
+    """
+
+    config: Glm4vConfig
+    vision: VisionPrograms
+
+    def __init__(self, vllm_config: Any, mesh: Mesh):
+        refuse(vllm_config, mesh)
+        self.vllm_config, self.mesh = vllm_config, mesh
+        self.settings = VllmSettings.read(vllm_config.additional_config)
+
+
+class Glm4vForVllm(nnx.Module):
+    """A model of the family, as tpu-inference's runner sees one.
+
+    The decoder runs in the engine's mesh of automatic axes, where XLA partitions it as its weights are. The ViT is not
+    part of the step: it runs when images come, on a mesh of explicit axes, so that its attention is sharded too.
+
+    Raises:
+      ConfigError: vLLM's options ask for what is not built.
+    """
+
+    def __init__(self, vllm_config: Any, rng_key: Any, mesh: Mesh):
+        self.engine = nnx.static(_Engine(vllm_config, mesh))
+        self.text: TextDecoder | None = nnx.data(None)
+        self.head: Linear | None = nnx.data(None)
+
+    def load_weights(self, rng_key: Any) -> None:
+        """Read the weights onto the devices of the engine's mesh.
+
+        Raises:
+          CheckpointError: there is no checkpoint, or it is damaged.
+          ConfigError: it is another model's than vLLM has planned for, or does not divide by the devices.
+        """
+        engine, model = self.engine, self.engine.vllm_config.model_config
+        planned = model_directory(model.model)
+        directory = model_directory(engine.settings.glm4v_checkpoint or planned)
+        engine.config = config = Glm4vConfig.from_pretrained(directory)
+        check_heads(config, engine.mesh)
+        check_same_model(config, Glm4vConfig.from_pretrained(planned), str(directory))
+        twin = _explicit(engine.mesh)
+        with _use_rules(_TENSOR):
+            runtime = load_runtime(
+                directory, dtype=model.dtype, mesh=twin, stacked=False,
+                quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
+            )  # fmt: skip
+        engine.vision = VisionPrograms(runtime.visual.module, config, twin, lambda: _use_rules(_TENSOR))
+        self.text = _placed_on(runtime.text.module, engine.mesh)
+        self.head = None if runtime.head is None else _placed_on(runtime.head.module, engine.mesh)
+
+    def __call__(
+        self,
+        kv_caches: list[Array],
+        input_ids: Int[Array, " T"] | None,
+        attention_metadata: Any,
+        inputs_embeds: Float[Array, "T D"] | None = None,
+        input_positions: Any = None,
+        layer_name_to_kvcache_index: Sequence[tuple[str, int]] = (),
+        lora_metadata: Any = None,
+        intermediate_tensors: Any = None,
+        is_first_rank: bool = True,
+        is_last_rank: bool = True,
+    ) -> tuple[list[Array], Float[Array, "T D"], list[Array], None]:
+        """Run a step: tokens of several sequences, whose earlier keys and values are in pages.
+
+        Args:
+          kv_caches: pages of each layer; they are donated.
+          input_ids: of the step; None where there are `inputs_embeds`.
+          attention_metadata: positions [3, T], and where which sequence's pages are.
+          inputs_embeds: what `embed_input_ids` has made.
+          input_positions: unused: those of the metadata are M-RoPE's.
+          layer_name_to_kvcache_index: which of `kv_caches` is a layer's.
+          lora_metadata, intermediate_tensors, is_first_rank, is_last_rank: of what `settings` refuses.
+
+        Returns:
+          kv_caches, hidden states after the last norm, and two results of features that are not built.
+        """
+        text, paged = self.text, _paged_attention()
+        assert text is not None
+        index = dict(layer_name_to_kvcache_index)
+        caches = list(kv_caches)
+        with _use_rules(_REPLICATED):
+            x = text.embed_tokens(input_ids[None]) if inputs_embeds is None else inputs_embeds[None]
+            cos_sin = rope.mrope_cos_sin(attention_metadata.input_positions[:, None], text.config)
+            for i in range(text.layers.num_layers):
+                here, layer = index.get(f"layer.{i}", i), getattr(text.layers, str(i))
+                q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos_sin)
+                flat = q.reshape(q.shape[1], -1, q.shape[-1])
+                caches[here], out = paged(caches[here], flat, k[0], v[0], attention_metadata, self.engine.mesh)
+                x = x + layer.post_self_attn_layernorm(layer.self_attn.o_proj(out.reshape(q.shape)))
+                x = x + layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(x)))
+            return caches, text.norm(x)[0], [], None
+
+    def compute_logits(self, hidden_states: Float[Array, "N D"]) -> Float[Array, "N V"]:
+        """Score the vocabulary."""
+        assert self.text is not None
+        with _use_rules(_REPLICATED):
+            return score(self.text, self.head, hidden_states[None])[0]
+
+    def embed_input_ids(
+        self,
+        input_ids: Int[Array, " T"],
+        mm_embeds: Float[Array, "T D"] | None = None,
+        *,
+        is_multimodal: Bool[Array, " T"] | None = None,
+    ) -> Float[Array, "T D"]:
+        """Embed tokens, and put vision features in their places.
+
+        Args:
+          input_ids: of the step.
+          mm_embeds: features of the step's images and videos, in order and padded.
+          is_multimodal: which tokens they stand for; ids do not say that, as video frames have those of images.
+        """
+        assert self.text is not None
+        with _use_rules(_REPLICATED):
+            embeds = self.text.embed_tokens(input_ids[None])[0]
+        if mm_embeds is None or is_multimodal is None:
+            return embeds
+        placed = mm_embeds.astype(embeds.dtype)[jnp.maximum(jnp.cumsum(is_multimodal) - 1, 0)]
+        return jnp.where(is_multimodal[:, None], placed, embeds)
+
+    def embed_multimodal(self, **kwargs: Any) -> tuple[Float[Array, "M D"], ...]:
+        """Encode images or videos of one step; called outside `jax.jit`, with tensors on the CPU (`media.media_in`)."""
+        media = media_in(kwargs, self.engine.config)
+        return tuple(self.engine.vision.encode(media, self.engine.mesh))
+
+    def precompile_vision_encoder(self, run_compilation_fn: Callable[..., Any]) -> None:
+        """Hand the runner what to compile before the server is ready: the ViT at each shape of its images."""
+        engine = self.engine
+        for shape in engine.vision.shapes(engine.vllm_config.scheduler_config.max_num_batched_tokens):
+            run_compilation_fn("glm4v_vision", engine.vision.warm, shape, rows=shape[0], patches=shape[1])
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[np.ndarray, int]:
+        """Compute the positions [3, T] of a prompt, and how far those after it are from its length."""
+        grids: Mapping[str, list[Any]] = {"image": [], "video": []}
+        # Only where vLLM has put an image or video: a user may write any token, and an error here would end the engine.
+        tokens, found = np.full((1, len(input_tokens)), -1), np.asarray(input_tokens)
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            place = slice(feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
+            tokens[0, place] = found[place]
+            grids[feature.modality].append(np.asarray(feature.data[f"{feature.modality}_grid_thw"].data).reshape(3))
+        images, videos = (np.array(of_kind, np.int64).reshape(-1, 3) for of_kind in grids.values())
+        config = self.engine.config
+        merge_size = config.vision_config.spatial_merge_size
+        positions, deltas = rope_index(tokens, config, images, videos, merge_size=merge_size)
+        return positions[:, 0], int(deltas[0, 0])
+
+    def modules(self) -> list[Any]:
+        """Nothing: vLLM looks for layers of PyTorch when it shuts down."""
+        return []
+
+
+def _paged_attention() -> Callable[..., tuple[Array, Array]]:
+    """tpu-inference's attention over pages; imported here alone."""
+    from tpu_inference.layers.common.attention_interface import attention
+
+    return attention
+
+
+_TENSOR = {"vocab": "model", "kv_heads": "model", "heads": "model", "mlp": "model"}
+_REPLICATED: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def _use_rules(table: Mapping[str, str]) -> Iterator[None]:
+    rules = meshes.RULES
+    meshes.RULES = {axis: table.get(axis or "") for axis in rules}
+    try:
+        yield
+    finally:
+        meshes.RULES = rules
+
+
+def _explicit(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+
+def _placed_on(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), tree)
