@@ -23,7 +23,7 @@ from glm4v_jax.devices import mesh as meshes
 from glm4v_jax.files import model_directory
 from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.model import rope
-from glm4v_jax.model.decoder import TextDecoder
+from glm4v_jax.model.decoder import Attention, TextDecoder
 from glm4v_jax.model.glm4v import score
 from glm4v_jax.model.nn import Linear
 from glm4v_jax.serve.vllm_plugin.media import VisionPrograms, log, media_in
@@ -114,21 +114,25 @@ class Glm4vForVllm(nnx.Module):
         Returns:
           kv_caches, hidden states after the last norm, and two results of features that are not built.
         """
-        text, paged = self.text, _paged_attention()
-        assert text is not None
-        index = dict(layer_name_to_kvcache_index)
-        caches = list(kv_caches)
-        with _use_rules(_REPLICATED):
-            x = text.embed_tokens(input_ids[None]) if inputs_embeds is None else inputs_embeds[None]
-            cos_sin = rope.mrope_cos_sin(attention_metadata.input_positions[:, None], text.config)
-            for i in range(text.layers.num_layers):
-                here, layer = index.get(f"layer.{i}", i), getattr(text.layers, str(i))
-                q, k, v = layer.self_attn.project(layer.input_layernorm(x), cos_sin)
+        assert self.text is not None
+        paged, caches, places = _paged_attention(), list(kv_caches), dict(layer_name_to_kvcache_index)
+
+        def attention_of_layer(layer: int) -> Attention:
+            place = places.get(f"layer.{layer}", layer)
+
+            def attention(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                # A key head's queries stand together in N, as they do in [K, G].
                 flat = q.reshape(q.shape[1], -1, q.shape[-1])
-                caches[here], out = paged(caches[here], flat, k[0], v[0], attention_metadata, self.engine.mesh)
-                x = x + layer.post_self_attn_layernorm(layer.self_attn.o_proj(out.reshape(q.shape)))
-                x = x + layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(x)))
-            return caches, text.norm(x)[0], [], None
+                caches[place], out = paged(caches[place], flat, k[0], v[0], attention_metadata, self.engine.mesh)
+                return out.reshape(q.shape), None
+
+            return attention
+
+        with _use_rules(_REPLICATED):
+            x = self.text.embed_tokens(input_ids[None]) if inputs_embeds is None else inputs_embeds[None]
+            cos_sin = rope.mrope_cos_sin(attention_metadata.input_positions[:, None], self.text.config)
+            hidden, _ = self.text.run(x, cos_sin, attention_of_layer)
+        return caches, hidden[0], [], None
 
     def compute_logits(self, hidden_states: Float[Array, "N D"]) -> Float[Array, "N V"]:
         """Score the vocabulary."""
