@@ -20,7 +20,9 @@ PAGES, MAX_SEQUENCES = 24, 4
 def vllm_config(directory, **options):
     """What the model reads of vLLM's configuration; `options` are the attributes of the parts that have them."""
     limits = options.pop("limit_per_prompt", {})
-    media = SimpleNamespace(limit_per_prompt=limits, enable_mm_embeds=False, video_pruning_rate=None)
+    media = SimpleNamespace(
+        limit_per_prompt=limits, enable_mm_embeds=False, video_pruning_rate=None, mm_processor_kwargs=None
+    )
     parts = {
         "model_config": dict(model=str(directory), dtype="float32", runner_type="generate", multimodal_config=media),
         "parallel_config": dict(pipeline_parallel_size=1),
@@ -30,7 +32,7 @@ def vllm_config(directory, **options):
     }
     whole = {name: options.pop(name, None) for name in ("lora_config", "speculative_config", "additional_config")}
     for name, value in options.items():
-        owner = next((part for part in [*parts.values(), vars(media)] if name in part))
+        owner = next(part for part in [*parts.values(), vars(media)] if name in part)
         owner[name] = value
     return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
 
@@ -124,7 +126,7 @@ class Runner:
         def merged(leaves):
             return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
 
-        self.merged = lambda: merged(self.leaves)
+        self.model = merged(self.leaves)
         text = model.engine.config.text_config
         shape = (PAGES, PAGE, 2 * text.num_key_value_heads, 1, LANES)
         sharding = NamedSharding(self.mesh, P("data", None, "model"))
@@ -155,12 +157,12 @@ class Runner:
         tables = np.zeros((MAX_SEQUENCES, PAGES // MAX_SEQUENCES), np.int32)
         mask, features = np.zeros(width, bool), []
         with jax.set_mesh(self.mesh):
-            model = self.merged()
+            model = self.model
             for row, (sequence, count) in enumerate(scheduled):
                 begin, end = sequence.done, sequence.done + count
                 here = slice(starts[row], starts[row] + count)
                 ids[here] = sequence.tokens[begin:end]
-                own, delta = model.get_mrope_input_positions(sequence.tokens, sequence.features)
+                own, _ = model.get_mrope_input_positions(sequence.tokens, sequence.features)
                 positions[:, here] = own[:, begin:end]
                 while len(sequence.pages) * PAGE < end:
                     sequence.pages.append(self.free.pop())

@@ -25,8 +25,8 @@ CLASSES = ("Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration")
 _LOADER = "tpu_inference.models.common.model_loader"
 _TABLE, _LOOK_UP = "_MODEL_REGISTRY", "_get_model_architecture"
 
-# A child of vLLM's logger, whose handlers it has.
 log = logging.getLogger("vllm.glm4v_jax")
+"""A child of vLLM's logger, whose handlers it has."""
 
 
 def register() -> None:

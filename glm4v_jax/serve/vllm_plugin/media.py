@@ -1,127 +1,104 @@
 """Images and videos of a step of vLLM's engine: its tensors to our media, and media to vision features.
 
 An exception here would end the engine and with it every request, so nothing that an image contains raises one. Shapes
-are those of vLLM's processor, which has checked them before a request is accepted.
+are those of vLLM's processor, which has made them before a request is accepted.
 """
 
-import functools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from glm4v_jax.batch import VisionRows
-from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.config.model import Glm4vConfig, Glm4vVisionConfig
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.generate.feature_pool import MIN_IMAGE_PATCHES, Shape, medium_shape, wave_size
-from glm4v_jax.inputs.medium import Medium, media_of
-from glm4v_jax.inputs.vision_rows import bucket, empty_rows, fill
+from glm4v_jax.generate.encode_media import encode_media, run_wave
+from glm4v_jax.inputs.medium import Medium, media_of, without_invalid
+from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.inputs.vision.smart_resize import patch_range
+from glm4v_jax.inputs.vision_waves import Shape, Wave, vision_shapes
 from glm4v_jax.model.runtime import Flat
 from glm4v_jax.model.vision import VisionEncoder
-
-log = logging.getLogger("vllm.glm4v_jax")
+from glm4v_jax.serve.vllm_plugin import log
 
 
 def media_in(kwargs: Mapping[str, Any], config: Glm4vConfig) -> list[Medium]:
-    """The images or videos that vLLM hands to `embed_multimodal`, in order, with pixels that are finite.
+    """Return the images or videos of a call of `embed_multimodal`, in order; zeros replace pixels that are not finite.
 
+    >>> config = Glm4vConfig.tiny()
     >>> grids = np.array([[1, 2, 2], [1, 2, 4]])
-    >>> pixels = np.zeros((12, Glm4vConfig.tiny().vision_config.patch_dim))
-    >>> [len(medium.patches) for medium in media_in({"pixel_values": pixels, "image_grid_thw": grids}, Glm4vConfig.tiny())]
+    >>> pixels = np.zeros((12, config.vision_config.patch_dim))
+    >>> [len(medium.patches) for medium in media_in({"pixel_values": pixels, "image_grid_thw": grids}, config)]
     [4, 8]
 
     Args:
       kwargs: `pixel_values` [patches, P] and `image_grid_thw` [N, 3], or those of videos: tensors on the CPU, or lists
         of them.
       config: of the model.
-    """  # noqa: E501
+    """
     images, videos = media_of({name: _array(values) for name, values in kwargs.items()}, config)
-    return [_finite(medium) for medium in images + videos]
+    media, invalid = without_invalid(images + videos)
+    if invalid:
+        log.warning("%d of %d images or videos have pixel values that are not finite; zeros replace them",
+                    len(invalid), len(media))  # fmt: skip
+    return media
 
 
-def _array(values: Any) -> np.ndarray | None:
+def _array(values: Any) -> np.ndarray:
     if isinstance(values, list | tuple):
         return np.concatenate([np.atleast_2d(_array(value)) for value in values])
     if hasattr(values, "detach"):  # of PyTorch; NumPy has no bfloat16 of its own
         values = values.detach()
         values = (values.float() if values.is_floating_point() else values).numpy()
-    return values
+    return np.asarray(values)
 
 
-def _finite(medium: Medium) -> Medium:
-    valid = np.isfinite(medium.patches)
-    if valid.all():
-        return medium
-    log.warning("an image or video has %d pixel values that are not finite; zeros replace them", np.sum(~valid))
-    return Medium(np.where(valid, medium.patches, 0), medium.grid)
+def shapes_of(directory: Path, config: Glm4vVisionConfig, vllm_config: Any) -> list[Shape]:
+    """List the shapes of all images and videos that vLLM's processor makes and its scheduler accepts.
+
+    Args:
+      directory: with the files of the processor.
+      config: of the ViT.
+      vllm_config: vLLM's configuration of the engine.
+    """
+    processor, media = Glm4vProcessor.from_pretrained(directory), vllm_config.model_config.multimodal_config
+    sizes = (media.mm_processor_kwargs or {}).get("size") or {}
+    most = vllm_config.scheduler_config.max_num_batched_tokens * config.spatial_merge_size**2
+    shapes: set[Shape] = set()
+    for kind, part in (("image", processor.image_processor), ("video", processor.video_processor)):
+        limit = media.limit_per_prompt.get(kind)
+        low, high = patch_range({**part.size, **sizes}, part.patch_size, part.temporal_patch_size)
+        if limit is None or limit.count:
+            frames = 1 if kind == "image" else None
+            shapes |= set(vision_shapes(config, (min(low, most), min(high, most)), frames=frames))
+    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
 
 
-class VisionPrograms:
-    """The ViT on its own mesh: the devices of the engine's, heads and MLPs sharded over them.
+class VllmVision:
+    """The ViT on a mesh of explicit axes, with heads and MLPs sharded, and its features on the engine's mesh.
 
-    Images and videos of a call are encoded in waves of one shape. The shapes come from a small set (`shapes`), which
-    `warm` compiles.
+    Attributes:
+      visual, config: the ViT.
+      mesh, rules: what it runs on.
+      engine_mesh: where features go.
     """
 
-    def __init__(self, visual: VisionEncoder, config: Glm4vConfig, mesh: Mesh, context: Callable[[], Any]):
-        self._visual, self._config, self._mesh, self._context = Flat.of(visual), config.vision_config, mesh, context
+    def __init__(
+        self, visual: Flat[VisionEncoder], config: Glm4vVisionConfig, mesh: Mesh, rules: Any, engine_mesh: Mesh
+    ):
+        self.visual, self.config, self.mesh, self.rules = visual, config, mesh, rules
+        self.engine_mesh = engine_mesh
 
-    def encode(self, media: Sequence[Medium], mesh: Mesh) -> list[Float[Array, "M D"]]:
-        """Encode images and videos; the merged tokens of each are replicated over `mesh`."""
-        found: dict[Medium, Array] = {}
-        for shape, wave in _waves(media):
-            rows, order = self._rows(shape, wave)
-            features = self._run(rows, order)
-            found |= {medium: feature for medium, feature in zip(wave, features, strict=False)}
-        merge = self._config.spatial_merge_size**2
-        replicated = NamedSharding(mesh, PartitionSpec())
-        return [jax.device_put(found[medium], replicated)[: len(medium.patches) // merge] for medium in media]
+    def encode(self, media: Sequence[Medium]) -> list[Float[Array, "M D"]]:
+        """Encode images and videos, those of one shape together; returns the merged tokens of each, replicated."""
+        with use_mesh(self.mesh), self.rules():
+            features = encode_media(self.visual, self.config, media)
+        return jax.device_put(features, NamedSharding(self.engine_mesh, PartitionSpec()))
 
-    def warm(self, shape: Shape) -> list[Array]:
-        """Compile the program of a shape, and run it."""
-        return self._run(*self._rows(shape, []))
-
-    def shapes(self, tokens: int) -> list[Shape]:
-        """The shapes of all images of up to `tokens` merged tokens."""
-        merge = self._config.spatial_merge_size**2
-        lengths = [MIN_IMAGE_PATCHES]
-        while lengths[-1] < tokens * merge:
-            lengths.append(bucket(lengths[-1] + 1))
-        return [(1, length) for length in lengths]
-
-    def _rows(self, shape: Shape, wave: Sequence[Medium]) -> tuple[VisionRows, np.ndarray]:
-        (num_rows, length), config = shape, self._config
-        merge, count = config.spatial_merge_size, wave_size(shape, 1)
-        room = num_rows * length // merge**2
-        rows = empty_rows(count * num_rows, length, config.patch_dim, config.position_grid)
-        order = np.zeros((count, room), np.int32)
-        for i, medium in enumerate(wave):
-            own = VisionRows(*(x[i * num_rows : (i + 1) * num_rows] for x in rows))
-            index = fill(own, [medium], merge_size=merge)[medium]
-            order[i, : len(index)] = index + i * room
-        return rows, order
-
-    def _run(self, rows: VisionRows, order: np.ndarray) -> list[Array]:
-        with use_mesh(self._mesh), self._context():
-            return _encode(self._visual, rows, order)
-
-
-@functools.partial(jax.jit)
-def _encode(visual: Flat[VisionEncoder], rows: VisionRows, order: Array) -> list[Array]:
-    features = jax.sharding.reshard(visual.module(rows), PartitionSpec(None, None, None))
-    flat = features.reshape(-1, features.shape[-1])
-    return [jnp.take(flat, index, axis=0) for index in order]
-
-
-def _waves(media: Sequence[Medium]) -> Iterator[tuple[Shape, list[Medium]]]:
-    by_shape: dict[Shape, list[Medium]] = {}
-    for medium in media:
-        by_shape.setdefault(medium_shape(medium.grid, 1), []).append(medium)
-    for shape, same in by_shape.items():
-        size = wave_size(shape, 1)
-        yield from ((shape, same[i : i + size]) for i in range(0, len(same), size))
+    def warm(self, shape: Shape) -> Array:
+        """Compile the program of a shape, and run it on padding."""
+        with use_mesh(self.mesh), self.rules():
+            return run_wave(self.visual, self.config, Wave(shape, []))

@@ -26,7 +26,7 @@ from glm4v_jax.model import rope
 from glm4v_jax.model.decoder import Attention, TextDecoder
 from glm4v_jax.model.glm4v import score
 from glm4v_jax.model.nn import Linear
-from glm4v_jax.serve.vllm_plugin.media import VisionPrograms, log, media_in
+from glm4v_jax.serve.vllm_plugin.media import VllmVision, media_in, shapes_of
 from glm4v_jax.serve.vllm_plugin.settings import VllmSettings, check_heads, check_same_model, refuse
 
 
@@ -41,7 +41,7 @@ class _Engine:
     """
 
     config: Glm4vConfig
-    vision: VisionPrograms
+    vision: VllmVision
 
     def __init__(self, vllm_config: Any, mesh: Mesh):
         refuse(vllm_config, mesh)
@@ -83,14 +83,14 @@ class Glm4vForVllm(nnx.Module):
                 directory, dtype=model.dtype, mesh=twin, stacked=False,
                 quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
             )  # fmt: skip
-        engine.vision = VisionPrograms(runtime.visual.module, config, twin, lambda: _use_rules(_TENSOR))
+        engine.vision = VllmVision(runtime.visual, config.vision_config, twin, lambda: _use_rules(_TENSOR), engine.mesh)
         self.text = _placed_on(runtime.text.module, engine.mesh)
         self.head = None if runtime.head is None else _placed_on(runtime.head.module, engine.mesh)
 
     def __call__(
         self,
         kv_caches: list[Array],
-        input_ids: Int[Array, " T"] | None,
+        input_ids: Int[Array, " T"],
         attention_metadata: Any,
         inputs_embeds: Float[Array, "T D"] | None = None,
         input_positions: Any = None,
@@ -129,7 +129,7 @@ class Glm4vForVllm(nnx.Module):
             return attention
 
         with _use_rules(_REPLICATED):
-            x = self.text.embed_tokens(input_ids[None]) if inputs_embeds is None else inputs_embeds[None]
+            x = self.embed_input_ids(input_ids)[None] if inputs_embeds is None else inputs_embeds[None]
             cos_sin = rope.mrope_cos_sin(attention_metadata.input_positions[:, None], self.text.config)
             hidden, _ = self.text.run(x, cos_sin, attention_of_layer)
         return caches, hidden[0], [], None
@@ -164,13 +164,13 @@ class Glm4vForVllm(nnx.Module):
 
     def embed_multimodal(self, **kwargs: Any) -> tuple[Float[Array, "M D"], ...]:
         """Encode images or videos of one step; called outside `jax.jit`, with tensors on the CPU (`media.media_in`)."""
-        media = media_in(kwargs, self.engine.config)
-        return tuple(self.engine.vision.encode(media, self.engine.mesh))
+        return tuple(self.engine.vision.encode(media_in(kwargs, self.engine.config)))
 
     def precompile_vision_encoder(self, run_compilation_fn: Callable[..., Any]) -> None:
-        """Hand the runner what to compile before the server is ready: the ViT at each shape of its images."""
+        """Hand the runner what to run before the server is ready: the ViT, once for each shape that images can have."""
         engine = self.engine
-        for shape in engine.vision.shapes(engine.vllm_config.scheduler_config.max_num_batched_tokens):
+        directory = model_directory(engine.vllm_config.model_config.model)
+        for shape in shapes_of(directory, engine.config.vision_config, engine.vllm_config):
             run_compilation_fn("glm4v_vision", engine.vision.warm, shape, rows=shape[0], patches=shape[1])
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[np.ndarray, int]:

@@ -2,13 +2,18 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 from helpers_mesh import run_on_devices
-from helpers_vllm import Runner, Sequence, feature
+from helpers_vllm import Runner, Sequence, feature, vllm_config
 from reference import Prompts
 
-from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.inputs.mrope import rope_index
+from glm4v_jax.serve.vllm_plugin import model as model_file
+from glm4v_jax.serve.vllm_plugin.model import Glm4vForVllm
+from glm4v_jax.serve.vllm_plugin.settings import VllmSettings
 
 ROWS = [[12], [4, ("image", (4, 6)), 3, ("image", (8, 4)), 2], [3, ("video", (2, 4, 4)), 2], [35]]
 TEXT, IMAGES, VIDEO, LONG = range(4)
@@ -42,10 +47,9 @@ def sequences(prompts):
     return found
 
 
-def logits_of(directory, devices):
-    """Name of a case -> logits [tokens, V] that the adapter gives, of row `int(name[-1])`."""
-    runner = Runner(directory, devices)
-    text, images, video, long = sequences(prompts_of(Glm4vConfig.from_pretrained(directory)))
+def logits_of(runner):
+    """Name of a case -> logits [tokens, V] of the model in the engine, of row `int(name[-1])`."""
+    text, images, video, long = sequences(prompts_of(runner.model.engine.config))
     found = {}
     (found[f"one prefill {IMAGES}"],) = runner.run([(images, len(images.tokens))], 32)
     parts = [runner.run([(long, count)], 16)[0] for count in (16, 13, 1, 1, 4)]
@@ -69,8 +73,13 @@ def assert_equal_logits(found, expected):
         np.testing.assert_allclose(logits, expected[int(name[-1])], rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_logits_on_one_device_are_those_of_the_model(checkpoints, expected):
-    assert_equal_logits(logits_of(checkpoints("base"), 1), expected)
+@pytest.fixture(scope="module")
+def runner(checkpoints):
+    return Runner(checkpoints("base"), 1)
+
+
+def test_logits_on_one_device_are_those_of_the_model(runner, expected):
+    assert_equal_logits(logits_of(runner), expected)
 
 
 def test_logits_on_two_devices_are_those_of_the_model(checkpoints, expected, tmp_path):
@@ -79,5 +88,85 @@ def test_logits_on_two_devices_are_those_of_the_model(checkpoints, expected, tmp
         assert_equal_logits(dict(found), expected)
 
 
+def test_positions_are_those_of_the_rope_index(runner):
+    prompts = prompts_of(runner.model.engine.config)
+    grids = prompts.image_grid_thw, prompts.video_grid_thw
+    expected, deltas = rope_index(prompts.input_ids, prompts.config, *grids, prompts.attention_mask)
+    for row, sequence in enumerate(sequences(prompts)):
+        positions, delta = runner.model.get_mrope_input_positions(sequence.tokens, sequence.features)
+        assert np.array_equal(positions, expected[:, row, prompts.real[row]])
+        # That of the reference counts padding.
+        assert delta == deltas[row, 0] + prompts.input_ids.shape[1] - len(sequence.tokens)
+
+
+def test_tokens_that_a_user_writes_are_no_images(runner):
+    config = runner.model.engine.config
+    written = [5, config.video_start_token_id, config.image_token_id, 6]
+    positions, delta = runner.model.get_mrope_input_positions(written, [])
+    assert positions.tolist() == [[0, 1, 2, 3]] * 3 and delta == 0
+    _, images, *_ = sequences(prompts_of(config))
+    for image in images.features:
+        image.mm_position.offset += len(written)
+    after, _ = runner.model.get_mrope_input_positions(written + images.tokens, images.features)
+    for image in images.features:
+        image.mm_position.offset -= len(written)
+    alone, _ = runner.model.get_mrope_input_positions(images.tokens, images.features)
+    assert np.array_equal(after[:, len(written) :], alone + len(written))
+
+
+def test_images_of_a_call_are_encoded_as_alone_and_invalid_pixels_are_zeros(runner, caplog):
+    prompts = prompts_of(runner.model.engine.config)
+    pixels, grids = prompts.pixel_values.copy(), prompts.image_grid_thw
+    first, second = grids.prod(axis=1)
+    with jax.set_mesh(runner.mesh):
+        together = runner.model.embed_multimodal(pixel_values=pixels, image_grid_thw=grids)
+        (alone,) = runner.model.embed_multimodal(pixel_values=pixels[first:], image_grid_thw=grids[1:])
+        assert not caplog.records
+        pixels[3, 7], pixels[4, 8] = np.nan, np.inf
+        invalid = runner.model.embed_multimodal(pixel_values=pixels, image_grid_thw=grids)
+        pixels[3, 7] = pixels[4, 8] = 0
+        zeros = runner.model.embed_multimodal(pixel_values=pixels, image_grid_thw=grids)
+    assert [features.shape[0] for features in together] == [first // 4, second // 4]
+    assert np.array_equal(together[1], alone) and np.array_equal(invalid[1], alone)
+    assert np.array_equal(invalid[0], zeros[0]) and not np.array_equal(invalid[0], together[0])
+    assert {features.sharding.mesh for features in together} == {runner.mesh}
+    assert "1 of 2 images or videos" in caplog.text
+
+
+def test_options_that_are_refused_are_refused_before_anything_is_read(runner):
+    with pytest.raises(ConfigError, match="--pipeline-parallel-size: found 2"):
+        Glm4vForVllm(vllm_config("absent", pipeline_parallel_size=2), None, runner.mesh)
+
+
+def test_weights_are_read_where_and_as_the_settings_say(runner, checkpoints, monkeypatch):
+    seen = {}
+
+    def load(directory, **options):
+        seen.update(options, directory=directory)
+        raise InterruptedError
+
+    monkeypatch.setattr(model_file, "load_runtime", load)
+    settings = {"glm4v_checkpoint": str(checkpoints("base")), "glm4v_quantize": "int8", "glm4v_adapter": "adapter"}
+    model = Glm4vForVllm(vllm_config(checkpoints("base"), additional_config=settings), None, runner.mesh)
+    with pytest.raises(InterruptedError):
+        model.load_weights(None)
+    assert seen["directory"] == checkpoints("base") and seen["dtype"] == "float32" and not seen["stacked"]
+    assert (seen["quantize"], seen["adapter"]) == ("int8", "adapter")
+    model.engine.settings = VllmSettings(glm4v_checkpoint=str(checkpoints("odd")))
+    with pytest.raises(ConfigError, match="num_key_value_heads: found 1; expected 2"):
+        model.load_weights(None)
+
+
+def test_every_shape_of_the_vit_is_handed_to_the_runner(runner, monkeypatch):
+    monkeypatch.setattr(model_file, "shapes_of", lambda *_: [(1, 32), (2, 128)])
+    handed = []
+    runner.model.precompile_vision_encoder(lambda *args, **labels: handed.append((args, labels)))
+    assert [(args[0], args[2]) for args, _ in handed] == [("glm4v_vision", (1, 32)), ("glm4v_vision", (2, 128))]
+    assert handed[1][1] == {"rows": 2, "patches": 128}
+    (_, run, shape), _ = handed[0]
+    with jax.set_mesh(runner.mesh):
+        assert run(shape).shape == (8, 8, 64)
+
+
 if __name__ == "__main__":
-    np.savez(sys.argv[2], **logits_of(sys.argv[1], 2))
+    np.savez(sys.argv[2], **logits_of(Runner(sys.argv[1], 2)))
