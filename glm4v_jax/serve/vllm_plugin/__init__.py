@@ -25,8 +25,7 @@ CLASSES = ("Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration")
 _LOADER = "tpu_inference.models.common.model_loader"
 _TABLE, _LOOK_UP = "_MODEL_REGISTRY", "_get_model_architecture"
 
-log = logging.getLogger("vllm.glm4v_jax")
-"""A child of vLLM's logger, whose handlers it has."""
+_log = logging.getLogger("vllm.glm4v_jax")  # a child of vLLM's logger, whose handlers it has
 
 
 def register() -> None:
@@ -85,11 +84,11 @@ def _extend(module: ModuleType) -> None:
 
         with_family.glm4v_jax = True  # type: ignore[attr-defined]
         setattr(module, _LOOK_UP, with_family)
-        log.info("glm4v_jax serves %s", " and ".join(CLASSES))
+        _log.info("glm4v_jax serves %s", " and ".join(CLASSES))
 
 
 def _serve_without(found: str, expected: str) -> None:
-    log.warning(
+    _log.warning(
         "glm4v_jax: found %s; expected %s: vLLM's own classes serve GLM-4V models. Install 'glm4v_jax[vllm-tpu]'.",
         found, expected,
     )  # fmt: skip

@@ -4,6 +4,7 @@ An exception here would end the engine and with it every request, so nothing tha
 are those of vLLM's processor, which has made them before a request is accepted.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from glm4v_jax.inputs.vision.smart_resize import patch_range
 from glm4v_jax.inputs.vision_waves import Shape, Wave, vision_shapes
 from glm4v_jax.model.runtime import Flat
 from glm4v_jax.model.vision import VisionEncoder
-from glm4v_jax.serve.vllm_plugin import log
+
+_log = logging.getLogger("vllm.glm4v_jax")
 
 
 def media_in(kwargs: Mapping[str, Any], config: Glm4vConfig) -> list[Medium]:
@@ -42,7 +44,7 @@ def media_in(kwargs: Mapping[str, Any], config: Glm4vConfig) -> list[Medium]:
     images, videos = media_of({name: _array(values) for name, values in kwargs.items()}, config)
     media, invalid = without_invalid(images + videos)
     if invalid:
-        log.warning("%d of %d images or videos have pixel values that are not finite; zeros replace them",
+        _log.warning("%d of %d images or videos have pixel values that are not finite; zeros replace them",
                     len(invalid), len(media))  # fmt: skip
     return media
 
