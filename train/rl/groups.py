@@ -14,7 +14,7 @@ from glm4v_jax.inputs.prompt import Prompt
 AdvantageName = Literal["mean_std", "mean"]
 
 MIN_STD = 1e-4
-"""Rewards of a smaller standard deviation say nothing: with a reward such as an IoU no two are equal to the last bit."""
+"""Rewards of a smaller standard deviation say nothing: of a reward such as an IoU no two are equal to the last bit."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
