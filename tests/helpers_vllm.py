@@ -7,6 +7,7 @@ attention_metadata}.py`, `runner/{tpu_runner,kv_cache}.py`. JAX is imported in t
 import dataclasses
 import functools
 import math
+import re
 import sys
 import types
 from types import SimpleNamespace
@@ -182,12 +183,23 @@ class Runner:
                 embeds = self.embed(self.leaves, ids, flat, mask)
             distribution = np.array([0, 0, len(scheduled)], np.int32)
             metadata = metadata_class()(positions, tables.ravel(), lengths, starts, distribution)
-            self.caches, hidden, _, _ = self.step(
-                self.leaves, self.caches, None if features else ids, metadata, embeds, None, self.layers, None, None,
-                True, True,
-            )  # fmt: skip
+            arguments = self.arguments(None if features else ids, metadata, embeds)
+            self.caches, hidden, _, _ = self.step(*arguments)
             logits = np.asarray(self.logits(self.leaves, hidden))
         return [logits[starts[row] : starts[row + 1]] for row in range(len(scheduled))]
+
+    def arguments(self, ids, metadata, embeds=None):
+        return self.leaves, self.caches, ids, metadata, embeds, None, self.layers, None, None, True, True
+
+    def collectives(self, width):
+        """The collectives of a compiled step of `width` tokens, by their names in XLA."""
+        import jax
+
+        rows, tables = np.zeros(MAX_SEQUENCES, np.int32), np.zeros(PAGES, np.int32)
+        metadata = metadata_class()(np.zeros((3, width), np.int32), tables, rows, np.zeros(5, np.int32), rows[:3])
+        with jax.set_mesh(self.mesh):
+            step = self.step.lower(*self.arguments(np.zeros(width, np.int32), metadata)).compile()
+        return re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", step.as_text())
 
 
 def feature(modality, grid, offset, tokens, pixels, image_token_id):

@@ -41,12 +41,15 @@ def media_in(kwargs: Mapping[str, Any], config: Glm4vConfig) -> list[Medium]:
         of them.
       config: of the model.
     """
-    images, videos = media_of({name: _array(values) for name, values in kwargs.items()}, config)
+    images, videos = media_of({name: _array(kwargs[name]) for name in _FIELDS if name in kwargs}, config)
     media, invalid = without_invalid(images + videos)
     if invalid:
         _log.warning("%d of %d images or videos have pixel values that are not finite; zeros replace them",
                     len(invalid), len(media))  # fmt: skip
     return media
+
+
+_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 def _array(values: Any) -> np.ndarray:

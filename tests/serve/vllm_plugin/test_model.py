@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from helpers_mesh import run_on_devices
 from helpers_vllm import Runner, Sequence, feature, vllm_config
-from reference import Prompts
+from reference import CONFIGS, Prompts
 
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.serve.vllm_plugin import model as model_file
@@ -82,10 +83,27 @@ def test_logits_on_one_device_are_those_of_the_model(runner, expected):
     assert_equal_logits(logits_of(runner), expected)
 
 
-def test_logits_on_two_devices_are_those_of_the_model(checkpoints, expected, tmp_path):
-    run_on_devices(__file__, str(checkpoints("base")), str(tmp_path / "found.npz"), count=2)
-    with np.load(tmp_path / "found.npz") as found:
-        assert_equal_logits(dict(found), expected)
+@pytest.fixture(scope="module")
+def two_devices(checkpoints, tmp_path_factory):
+    """Name -> array that this file prints as a program."""
+    path = tmp_path_factory.mktemp("two") / "found.npz"
+    run_on_devices(__file__, str(checkpoints("base")), str(path), count=2)
+    with np.load(path) as found:
+        return dict(found)
+
+
+def test_logits_on_two_devices_are_those_of_the_model(two_devices, expected):
+    assert_equal_logits({name: found for name, found in two_devices.items() if name[-1].isdigit()}, expected)
+
+
+def test_two_devices_exchange_two_sums_in_a_layer_and_one_of_the_embedding(two_devices):
+    layers = Glm4vConfig.from_dict(CONFIGS["base"]).text_config.num_hidden_layers
+    assert two_devices["collectives"].tolist() == ["all-reduce"] * (2 * layers + 1)
+
+
+def test_the_vit_is_sharded_over_two_devices(two_devices):
+    whole, own = two_devices["qkv"]
+    assert (whole // own).tolist() == [1, 1, 2, 1]
 
 
 def test_positions_are_those_of_the_rope_index(runner):
@@ -169,4 +187,9 @@ def test_every_shape_of_the_vit_is_handed_to_the_runner(runner, monkeypatch):
 
 
 if __name__ == "__main__":
-    np.savez(sys.argv[2], **logits_of(Runner(sys.argv[1], 2)))
+    engine = Runner(sys.argv[1], 2)
+    kernel = getattr(engine.model.engine.vision.visual.module.blocks, "0").attn.qkv.kernel[...]
+    np.savez(
+        sys.argv[2], **logits_of(engine), collectives=engine.collectives(16),
+        qkv=[kernel.shape, kernel.addressable_shards[0].data.shape],
+    )  # fmt: skip
