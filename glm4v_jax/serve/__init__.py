@@ -9,4 +9,6 @@ From the outside in:
 - `responses`: completions to bodies and events.
 - `metrics`: what `/metrics` shows; `errors`: `ApiError`, every error that a client sees.
 - `page`: the chat page; `preview`: what the model sees of an image or video.
+
+Apart from these, `vllm_plugin` is the model in vLLM's engine, for many machines.
 """

@@ -15,12 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from glm4v_jax.config.model import Glm4vConfig, Glm4vVisionConfig
-from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.devices.mesh import platform, use_mesh
 from glm4v_jax.generate.encode_media import encode_media, run_wave
 from glm4v_jax.inputs.medium import Medium, media_of, without_invalid
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.vision.smart_resize import patch_range
 from glm4v_jax.inputs.vision_waves import Shape, Wave, vision_shapes
+from glm4v_jax.model.layers import stack
 from glm4v_jax.model.runtime import Flat
 from glm4v_jax.model.vision import VisionEncoder
 
@@ -85,17 +86,20 @@ def shapes_of(directory: Path, config: Glm4vVisionConfig, vllm_config: Any) -> l
 class VllmVision:
     """The ViT on a mesh of explicit axes, with heads and MLPs sharded, and its features on the engine's mesh.
 
+    Its blocks are stacked but on a CPU: every shape then compiles in the time of one block.
+
     Attributes:
       visual, config: the ViT.
       mesh, rules: what it runs on.
       engine_mesh: where features go.
     """
 
-    def __init__(
-        self, visual: Flat[VisionEncoder], config: Glm4vVisionConfig, mesh: Mesh, rules: Any, engine_mesh: Mesh
-    ):
-        self.visual, self.config, self.mesh, self.rules = visual, config, mesh, rules
-        self.engine_mesh = engine_mesh
+    def __init__(self, visual: VisionEncoder, config: Glm4vVisionConfig, mesh: Mesh, rules: Any, engine_mesh: Mesh):
+        self.config, self.mesh, self.rules, self.engine_mesh = config, mesh, rules, engine_mesh
+        with use_mesh(mesh), rules():
+            if platform() != "cpu":
+                visual.blocks = stack(visual.blocks)
+            self.visual = Flat.of(visual)
 
     def encode(self, media: Sequence[Medium]) -> list[Float[Array, "M D"]]:
         """Encode images and videos, those of one shape together; returns the merged tokens of each, replicated."""

@@ -83,7 +83,9 @@ class Glm4vForVllm(nnx.Module):
                 directory, dtype=model.dtype, mesh=twin, stacked=False,
                 quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
             )  # fmt: skip
-        engine.vision = VllmVision(runtime.visual, config.vision_config, twin, lambda: _use_rules(_TENSOR), engine.mesh)
+        engine.vision = VllmVision(
+            runtime.visual.module, config.vision_config, twin, lambda: _use_rules(_TENSOR), engine.mesh
+        )
         self.text = _placed_on(runtime.text.module, engine.mesh)
         self.head = None if runtime.head is None else _placed_on(runtime.head.module, engine.mesh)
 
