@@ -17,10 +17,11 @@ NAMES = {
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",
     "prometheus_client": "prometheus-client",
+    "math_verify": "math-verify",
     "tpu_inference": "tpu-inference",
 }
 """Of packages that are imported by another name."""
-EXTRAS = ("train", "eval", "grammar", "serve", "vllm-tpu")
+EXTRAS = ("train", "eval", "grammar", "serve", "vllm-tpu", "rl")
 """Of packages that modules import."""
 OPTIONAL = {"lmms_eval"}
 """Looked for, and done without."""

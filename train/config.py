@@ -25,6 +25,7 @@ from glm4v_jax.model.lora import LoraConfig
 from train.data import FormatName
 from train.data.samples import EncodeOptions
 from train.optimizers import Group, OptimizerConfig, warmup_steps
+from train.rl.config import RLConfig
 
 MODEL, ADAPTER = "model", "adapter"
 """The result of a job, in its output directory."""
@@ -47,6 +48,7 @@ class DataConfig(EncodeOptions):
       bad_rows: "skip" skips rows that cannot be read or do not fit, logs each once and counts them; "error" ends the
         job.
       threads: how many encode samples.
+      levels: with `rl`, pass rates of the problems, files that `glm4v train levels` has written; of several the mean.
     """
 
     files: tuple[str, ...]
@@ -56,6 +58,7 @@ class DataConfig(EncodeOptions):
     too_long: Literal["error", "drop", "cut"] = "drop"
     bad_rows: Literal["skip", "error"] = "skip"
     threads: Positive = 4
+    levels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         validate(self)
@@ -189,6 +192,7 @@ class TrainConfig:
       model: directory of the checkpoint to start from, in either format; or its name in the local Hugging Face cache.
       out: output directory of the job: checkpoints, metrics, and the trained model.
       data, batch, optimizer, checkpoint, eval: see there.
+      rl: learn by reward instead of from answers; see `train.rl`.
       steps: of the whole training.
       freeze: parts of the model that are not trained: "vision", "merger", "llm"; not with `lora`.
       lora: train an adapter instead; the whole model is frozen.
@@ -214,6 +218,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig | None = None
+    rl: RLConfig | None = None
     freeze: Annotated[tuple[Group, ...], Meta(description="a list of some of 'vision', 'merger', 'llm'")] = ("vision",)
     lora: AdapterConfig | None = None
     quantize: Literal["int8", "int4"] | None = None
@@ -241,7 +246,18 @@ class TrainConfig:
             faults.append(f"checkpoint.best: found {best!r} without eval; expected both")
         elif best == "score" and self.eval is not None and not self.eval.generate:
             faults.append("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")
-        raise_faults(faults)
+        raise_faults(faults + self._faults_of_rl())
+
+    def _faults_of_rl(self) -> list[str]:
+        """What of `rl` does not fit the rest."""
+        levels = [] if self.rl or not self.data.levels else ["data.levels: found some without rl; expected both"]
+        if self.rl is not None and (longest := self.rl.sampling.longest) >= self.batch.length:
+            budgets = "rl.sampling.think_budget + answer_budget"
+            return [
+                *levels,
+                fault(budgets, longest, f"less than batch.length, {self.batch.length}: a row has a prompt, too"),
+            ]
+        return levels
 
     def is_evaluated(self, step: int) -> bool:
         """Return whether a step is followed by an evaluation."""
@@ -271,6 +287,7 @@ def load_config(path: str | Path) -> TrainConfig:
     data = dataclasses.replace(
         config.data,
         files=tuple(str(here / file) for file in config.data.files),
+        levels=tuple(str(here / file) for file in config.data.levels),
         media_dir=None if config.data.media_dir is None else str(here / config.data.media_dir),
     )
     evaluation = config.eval

@@ -42,12 +42,12 @@ from train.verify_export import Verified
 
 _FREE = {
     "model", "out", "steps", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every", "tensorboard",
-    "checkpoint", "data.files", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes", "optimizer", "eval",
-    "lora.adapter",
+    "checkpoint", "data.files", "data.levels", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes",
+    "optimizer", "eval", "lora.adapter",
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
 
-_LATER = {"neftune": None, "lora.rslora": False, "lora.dora": False, "lora.dropout": 0.0}
+_LATER = {"neftune": None, "rl": None, "lora.rslora": False, "lora.dora": False, "lora.dropout": 0.0}
 """Fields that checkpoints of earlier versions lack, with what they stand for there."""
 
 _DIGESTED = 64

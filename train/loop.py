@@ -17,7 +17,7 @@ from glm4v_jax.devices.compilation_cache import compile_times, compiling
 from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.errors import ConfigError, Glm4vError
 from glm4v_jax.files import made_directory
 from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -79,6 +79,8 @@ def train(
       Glm4vError: what is wrong with the job, its model or its data.
       TrainError: too many steps in a row had to be skipped, or the state is not finite.
     """
+    if config.rl is not None:
+        raise ConfigError("rl: found a table; expected none: jobs that learn by reward cannot be run yet")
     log = log or _ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)

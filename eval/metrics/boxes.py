@@ -109,8 +109,10 @@ def aggregate_refcoco(scores: Scores) -> dict[str, float]:
     return {**mean(scores), "mean_iou": mean_part(scores, "iou"), **macro, **splits}
 
 
-def match_boxes(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> list[tuple[int, int, float]]:
-    """Pair boxes one to one, the pair of the highest IoU first, down to an IoU of 0.5.
+def match_boxes(
+    found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]], least: float = IOU
+) -> list[tuple[int, int, float]]:
+    """Pair boxes one to one, the pair of the highest IoU first, down to an IoU of `least`.
 
     Of equal pairs the one found first, then the one expected first, goes first.
 
@@ -118,7 +120,7 @@ def match_boxes(found: Sequence[Sequence[float]], expected: Sequence[Sequence[fl
         (index in `found`, index in `expected`, IoU) in the order of pairing.
     """
     pairs = [(iou(box, other), i, j) for i, box in enumerate(found) for j, other in enumerate(expected)]
-    pairs = sorted((-overlap, i, j) for overlap, i, j in pairs if overlap >= IOU)
+    pairs = sorted((-overlap, i, j) for overlap, i, j in pairs if overlap >= least)
     matched: list[tuple[int, int, float]] = []
     used, taken = set[int](), set[int]()
     for negative, i, j in pairs:

@@ -21,18 +21,18 @@ _LONGEST_LIST = 10_000
 _WORD = re.compile(r"(?<!['\w])\w['\w]*+")
 
 
-def is_relaxed_equal(answer: str, target: str) -> bool:
+def is_relaxed_equal(answer: str, target: str, tolerance: float = TOLERANCE) -> bool:
     """Compare two texts by ChartQA's rule (arXiv 2203.10244, section 5.1; pix2struct/metrics.py).
 
-    A number may be off by 5 % of the target, and a per cent sign divides by 100; texts are equal but for case. As in
-    all harnesses a target of 0 is compared as text, and "1,000" is not a number.
+    A number may be off by 5 % of the target, or another `tolerance`, and a per cent sign divides by 100; texts are
+    equal but for case. As in all harnesses a target of 0 is compared as text, and "1,000" is not a number.
 
     >>> is_relaxed_equal("104", "100"), is_relaxed_equal("106", "100")
     (True, False)
     """
     value, expected = _percent(answer), _percent(target)
     if value is not None and expected:
-        return abs(value - expected) / abs(expected) <= TOLERANCE
+        return abs(value - expected) / abs(expected) <= tolerance
     return answer.lower() == target.lower()
 
 

@@ -1,4 +1,4 @@
-"""Levenshtein's distance, by rapidfuzz: imported with the first use, so that help of commands does not need it."""
+"""Edit distances, by rapidfuzz: imported with the first use, so that help of commands does not need it."""
 
 from collections.abc import Sequence
 
@@ -15,3 +15,10 @@ def normalized_similarity(first: Sequence[str], second: Sequence[str]) -> float:
     from rapidfuzz.distance import Levenshtein
 
     return Levenshtein.normalized_similarity(first, second)
+
+
+def common_subsequence(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return the length of the longest common subsequence by the longer length; 1 where both are empty."""
+    from rapidfuzz.distance import LCSseq
+
+    return LCSseq.normalized_similarity(first, second)

@@ -182,6 +182,16 @@ def from_mapping(
             except Glm4vError as problem:
                 faults += [f"{where}{line}" for line in problem.faults]
                 continue
+        elif (entry := _entry_in(hints(cls)[name])) and isinstance(value, Mapping):
+            entries: dict[str, Any] = {}
+            for key, item in value.items():
+                try:
+                    entries[key] = from_mapping(
+                        entry, item, error, where=f"{name}.{key}.", ignore_unknown=ignore_unknown
+                    )
+                except Glm4vError as problem:
+                    faults += [f"{where}{line}" for line in problem.faults]
+            value = entries
         values[name] = value
     if faults:
         # What else is wrong shows only in the fields by themselves: the instance cannot be made.
@@ -349,6 +359,13 @@ def _union(hint: Any) -> tuple[Any, ...]:
 def _dataclasses_in(hint: Any) -> tuple[type, ...]:
     base, _ = _bare(hint)
     return tuple(choice for choice in _union(base) or (base,) if dataclasses.is_dataclass(choice))  # type: ignore[misc]
+
+
+def _entry_in(hint: Any) -> type | None:
+    """The dataclass of the entries of a table: X of dict[str, X]."""
+    base, _ = _bare(hint)
+    is_table = typing.get_origin(base) is dict and dataclasses.is_dataclass(typing.get_args(base)[1])
+    return typing.get_args(base)[1] if is_table else None
 
 
 def _allows_infinity(hint: Any) -> bool:
