@@ -119,24 +119,44 @@ def make_step(
             (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, drawn)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
-        norm = optax.tree.norm(gradients)
-        is_good = jnp.isfinite(norm) & jnp.isfinite(sums.loss) & (norm <= max_grad_norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        changed = optax.apply_updates(state.params, updates), opt_state
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_good, new, old), changed, (state.params, state.opt_state)
-        )
-        skipped = 1 - is_good.astype(jnp.int32)
-        streak = (state.streak + skipped) * skipped
+        updated, norm, is_good = update(state, gradients, sums.loss, optimizer, max_grad_norm)
         vision = batches.batch.vision
         work = work_of(batches.batch.segment_ids, None if vision is None else vision.segment_ids)
-        updates_before = state.step - state.skipped  # as the optimizer counts them
-        rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))
         samples = jnp.sum(jnp.max(batches.batch.segment_ids, axis=-1))  # a row's are numbered from 1 on
-        skipped = state.skipped + skipped
         metrics = Metrics(
-            sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, skipped, streak, rate, samples, work
-        )
-        return TrainState(params, opt_state, state.step + 1, skipped, streak), metrics
+            sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, updated.skipped, updated.streak,
+            rate_of(state, learning_rate), samples, work,
+        )  # fmt: skip
+        return updated, metrics
 
     return step
+
+
+def update(
+    state: TrainState,
+    gradients: Leaves,
+    loss: Float[Array, ""],
+    optimizer: optax.GradientTransformation,
+    max_grad_norm: float,
+) -> tuple[TrainState, Float[Array, ""], Bool[Array, ""]]:
+    """Take an optimizer's step, or skip it where the loss or the gradients are not finite, or the latter too large.
+
+    Returns:
+      The state, the norm of the gradients, and whether the step was taken.
+    """
+    norm = optax.tree.norm(gradients)
+    is_good = jnp.isfinite(norm) & jnp.isfinite(loss) & (norm <= max_grad_norm)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    changed = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_good, new, old), changed, (state.params, state.opt_state)
+    )
+    skipped = 1 - is_good.astype(jnp.int32)
+    streak = (state.streak + skipped) * skipped
+    return TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak), norm, is_good
+
+
+def rate_of(state: TrainState, learning_rate: optax.Schedule | None) -> Float[Array, ""]:
+    """Return the learning rate of the update after `state`; NaN without a schedule."""
+    updates_before = state.step - state.skipped  # as the optimizer counts them
+    return jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))

@@ -60,7 +60,7 @@ class Prompt:
         """What to add to the number of tokens so far for the position of the next."""
         return self.next_position - len(self)
 
-    def extended(self, tokens: Sequence[int]) -> Self:
+    def extended(self, tokens: Sequence[int] | np.ndarray) -> Self:
         """The same prompt with more text after it."""
         more = self.of_text(tokens)
         return dataclasses.replace(

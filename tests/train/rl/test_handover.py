@@ -1,0 +1,59 @@
+"""Trained parameters as the engine's model: the same numbers, in memory of their own, frozen leaves where they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import CONFIGS
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
+from glm4v_jax.model.params import leaf_paths
+from glm4v_jax.model.runtime import random_module
+from train.optimizers import group_of
+from train.rl.handover import Handover
+from train.state import Layout, split
+
+CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
+
+
+def buffers(tree):
+    return {leaf.addressable_data(0).unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["full", "lora", "frozen"])
+def test_the_engine_gets_what_was_trained(mesh, lowerings, kind, dtype):
+    model = random_module(CONFIG, 0, "float32")
+    if kind == "lora":
+        model = add_lora(model, LoraConfig(), 0)
+    rules = {"full": lambda path: True, "lora": is_lora, "frozen": lambda path: group_of(path) != "vision"}
+    params, frozen = split(model, rules[kind])
+    layout = Layout.of(model)
+    handover = Handover(layout, params, frozen, dtype, mesh)
+    first = handover(params)
+    params = {path: x + 1 for path, x in params.items()}
+    with lowerings() as lowered:
+        found = handover(params)
+    assert not lowered
+    expected = layout.model(params, frozen, dtype).unstacked()
+    assert list(leaf_paths(found)) == list(leaf_paths(expected))
+    for path, one, other in zip(leaf_paths(found), *map(jax.tree.leaves, (found, expected)), strict=True):
+        assert one.dtype == other.dtype, path
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32), err_msg=path)
+    assert not buffers(found) & buffers(params)
+    # Of those that are frozen no second copy is made.
+    shared = buffers(found) & buffers(first)
+    assert len(shared) == sum(jnp.shape(x) is not None for x in jax.tree.leaves(found)) - changed(found, params)
+    if dtype == "float32":
+        assert bool(shared & buffers(frozen)) == (kind != "full")
+
+
+def changed(model, params):
+    """How many leaves of a model with its layers one by one are made of trained parameters."""
+    trained = {path.replace(".stacked", "") for path in params}
+
+    def plain(path):
+        return ".".join(part for part in path.split(".") if not part.isdigit())
+
+    return sum(plain(path) in trained for path in leaf_paths(model))

@@ -1,0 +1,169 @@
+"""Groups of sampled answers -> micro-batches of static shape, in which the answers to one prompt share its images.
+
+The tokens are those of the prompt and those that were sampled; nothing is decoded and encoded again. An answer's
+positions follow its prompt's, whatever its tokens are: a sampled token of an image is text like any other, as it was
+when it was sampled.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glm4v_jax.batch import Batch
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import DataError, counted
+from glm4v_jax.inputs import vision_rows
+from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.prompt import Prompt
+from train.config import BatchConfig
+from train.data import placement
+from train.data.packing import TrainBatch, place, vision_fits
+from train.data.samples import IGNORED
+from train.rl.groups import AdvantageName, Group, Rollout
+
+
+class RolloutBatch(NamedTuple):
+    """A micro-batch of sampled answers; a JAX pytree.
+
+    train: tokens and targets. The weights of an answer's sampled tokens add up to 1 where the loss is an average over
+      answers; those of tokens that the engine inserted are 0.
+    advantages: float32 [B, T], of the answer that a target belongs to.
+    logprobs: float32 [B, T], of each target under the distribution that it was drawn from; 0 where none was.
+    """
+
+    train: TrainBatch
+    advantages: np.ndarray
+    logprobs: np.ndarray
+
+
+class Answer(NamedTuple):
+    """One answer of a group, to be packed."""
+
+    prompt: Prompt
+    rollout: Rollout
+    advantage: float
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model takes: the last one is a target only."""
+        return len(self.prompt) + len(self.rollout) - 1
+
+
+def micro_batches(
+    groups: Sequence[Group],
+    batch: BatchConfig,
+    config: Glm4vConfig,
+    *,
+    average: str = "sample",
+    advantage: AdvantageName = "mean_std",
+) -> list[RolloutBatch]:
+    """Pack groups into as few micro-batches as a greedy search finds, all of one shape.
+
+    A group is kept together where it fits a micro-batch, so that its images are encoded once; one that does not is
+    divided. Which answers share a micro-batch changes no number but by rounding.
+
+    Args:
+      groups: of any number; answers from which nothing can be learned take no room.
+      batch: shape of a micro-batch.
+      config: of the model.
+      average: what the loss is an average over, see `train.data.packing.pack`.
+      advantage: see `Group.advantages`.
+
+    Raises:
+      DataError: a prompt with its answer is longer than a row, or its images do not fit the vision rows.
+    """
+    bins: list[list[Answer]] = []
+    for part in sorted(_parts(groups, batch, advantage), key=lambda part: -sum(answer.length for answer in part)):
+        room = next((held for held in bins if _fits([*held, *part], batch)), None)
+        if room is None:
+            bins.append(list(part))
+        else:
+            room += part
+    return [_packed(held, batch, config, average) for held in bins]
+
+
+def put(batch: RolloutBatch, mesh: Mesh) -> RolloutBatch:
+    """Put a micro-batch on the devices, its arrays with a first dimension of 1; every process has the whole of it."""
+    partition = placement.PARTITION.weights
+
+    def rows(array: np.ndarray) -> jax.Array:
+        sharding = jax.sharding.NamedSharding(mesh, partition)
+        return jax.make_array_from_callback((1, *array.shape), sharding, array[None].__getitem__)
+
+    train = placement.put(placement.stacked([batch.train]), mesh)
+    return RolloutBatch(train, rows(batch.advantages), rows(batch.logprobs))
+
+
+def _parts(groups: Sequence[Group], batch: BatchConfig, advantage: AdvantageName) -> list[list[Answer]]:
+    """The answers of each group, in as many parts as it takes for each to fit a micro-batch."""
+    parts: list[list[Answer]] = []
+    for group in groups:
+        answers = [
+            Answer(group.prompt, rollout, float(value))
+            for rollout, value in zip(group.rollouts, group.advantages(advantage), strict=True)
+            if rollout.num_sampled
+        ]
+        part: list[Answer] = []
+        for answer in sorted(answers, key=lambda answer: -answer.length):
+            if not _fits([answer], batch):
+                raise DataError(
+                    f"{group.key}: found {counted(answer.length, 'token')} and {_patches(answer)} patches of images "
+                    f"and videos; expected at most batch.length = {batch.length:,} tokens, and images that fit vision "
+                    f"rows of {batch.vision_shape}"
+                )
+            if not _fits([*part, answer], batch):
+                parts.append(part)
+                part = []
+            part.append(answer)
+        if part:
+            parts.append(part)
+    return parts
+
+
+def _patches(answer: Answer) -> int:
+    return sum(len(medium.patches) for medium in answer.prompt.media)
+
+
+def _media(answers: Sequence[Answer]) -> dict[bytes, Medium]:
+    """The images and videos of these answers, each once."""
+    return {medium.key: medium for answer in answers for medium in answer.prompt.media}
+
+
+def _fits(answers: Sequence[Answer], batch: BatchConfig) -> bool:
+    lengths = [answer.length for answer in answers]
+    frames = [medium.frames for medium in _media(answers).values()]
+    fits_vision = vision_fits(np.concatenate([np.zeros((0, 2), np.int64), *frames]), batch.vision_shape)
+    return fits_vision and place(lengths, batch.rows, batch.length, batch.per_row) is not None
+
+
+def _packed(answers: Sequence[Answer], batch: BatchConfig, config: Glm4vConfig, average: str) -> RolloutBatch:
+    shape, vision, features = (batch.rows, batch.length), None, dict[bytes, np.ndarray]()
+    if batch.vision_shape is not None:
+        settings = config.vision_config
+        vision = vision_rows.empty_rows(*batch.vision_shape, settings.patch_dim, settings.position_grid)
+        own = _media(answers)
+        found = vision_rows.fill(vision, list(own.values()), merge_size=settings.spatial_merge_size)
+        features = {key: found[medium] for key, medium in own.items()}
+    input_ids, segment_ids, position_ids = (np.zeros(s, np.int32) for s in (shape, shape, (3, *shape)))
+    position_ids += 1
+    vision_index, targets = np.full(shape, -1, np.int32), np.full(shape, IGNORED, np.int32)
+    weights, advantages, logprobs = (np.zeros(shape, np.float32) for _ in range(3))
+    places = place([answer.length for answer in answers], *shape, batch.per_row)
+    assert places is not None
+    for answer, (row, start, segment) in zip(answers, places, strict=True):
+        rollout, prompt = answer.rollout, answer.prompt.extended(answer.rollout.tokens[:-1])
+        here = np.s_[row, start : start + answer.length]
+        input_ids[here], segment_ids[here] = prompt.input_ids, segment
+        position_ids[:, *here] = prompt.position_ids
+        vision_index[here] = prompt.vision_index({medium: features[medium.key] for medium in prompt.media})
+        # A token is predicted from the one before it, the first from the last of the prompt.
+        said = np.s_[row, start + len(answer.prompt) - 1 : start + answer.length]
+        targets[said] = rollout.tokens
+        weights[said] = rollout.is_sampled / np.float32(1 if average == "token" else rollout.num_sampled)
+        advantages[said] = answer.advantage
+        logprobs[said] = np.where(rollout.is_sampled, rollout.logprobs, 0)
+    inputs = Batch(input_ids, segment_ids, position_ids, None if vision is None else vision_index, vision)
+    return RolloutBatch(TrainBatch(inputs, targets, weights), advantages, logprobs)

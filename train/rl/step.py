@@ -1,0 +1,129 @@
+"""A step on sampled answers: gradients of micro-batches added up, divided once, and the update."""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from glm4v_jax.model.layers import Remat
+from train.loss import CHUNK
+from train.rl.loss import Objective, PolicySums, policy_loss
+from train.rl.packing import RolloutBatch
+from train.state import Layout, Leaves, TrainState
+from train.step import rate_of, update
+
+
+class PolicyMetrics(NamedTuple):
+    """Metrics of a step, before its update; means over the tokens that were learned from.
+
+    loss: about 0 in a first step, whatever is learned: the advantages of a group add up to 0.
+    tokens: how many were learned from.
+    ratio_mean, ratio_dev, ratio_max: mean of the ratios, and mean and largest of their distances from 1.
+    clipped_low, clipped_high: fractions that were clipped below, and above.
+    divergence, entropy: see `PolicySums`.
+    grad_norm, is_skipped, skipped, streak, learning_rate: see `train.step.Metrics`.
+    """
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    ratio_mean: Float[Array, ""]
+    ratio_dev: Float[Array, ""]
+    ratio_max: Float[Array, ""]
+    clipped_low: Float[Array, ""]
+    clipped_high: Float[Array, ""]
+    divergence: Float[Array, ""]
+    entropy: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    is_skipped: Bool[Array, ""]
+    skipped: Int[Array, ""]
+    streak: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+class PolicyStep:
+    """A step on the micro-batches of some groups: the same two programs, whatever their number.
+
+    Attributes:
+      gradients: (gradients and sums, params, frozen leaves, micro-batch) -> these with the micro-batch's, jitted;
+        the first are donated.
+      update: (state, gradients, sums, count) -> (state, metrics), jitted; the state is donated.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        optimizer: optax.GradientTransformation,
+        objective: Objective,
+        *,
+        dtype: DTypeLike = jnp.bfloat16,
+        remat: Remat = "full",
+        chunk: int = CHUNK,
+        max_grad_norm: float = float("inf"),
+        learning_rate: optax.Schedule | None = None,
+    ):
+        """Make the programs.
+
+        Args:
+          layout, optimizer, dtype, remat, chunk, max_grad_norm, learning_rate: see `train.step.make_step`.
+          objective: of the loss.
+        """
+
+        def sums_of(params: Leaves, frozen: Leaves, batch: RolloutBatch) -> tuple[Array, PolicySums]:
+            model, batch = layout.model(params, frozen, dtype), jax.tree.map(lambda x: x[0], batch)
+            hidden = model(batch.train.batch, remat=remat)
+            sums = policy_loss(model, hidden, batch, objective, chunk=chunk)
+            return sums.loss, sums
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def policy_gradients(
+            found: tuple[Leaves, PolicySums], params: Leaves, frozen: Leaves, batch: RolloutBatch
+        ) -> tuple[Leaves, PolicySums]:
+            gradients, sums = jax.grad(sums_of, has_aux=True)(params, frozen, batch)
+            return jax.tree.map(jnp.add, found[0], gradients), found[1].plus(sums)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def policy_update(
+            state: TrainState, gradients: Leaves, sums: PolicySums, count: Array
+        ) -> tuple[TrainState, PolicyMetrics]:
+            gradients = jax.tree.map(lambda x: x / count, gradients)
+            updated, norm, is_good = update(state, gradients, sums.loss, optimizer, max_grad_norm)
+            tokens = jnp.maximum(sums.tokens, 1)
+            metrics = PolicyMetrics(
+                sums.loss / count, sums.tokens, sums.ratio / tokens, sums.deviation / tokens, sums.largest,
+                sums.low / tokens, sums.high / tokens, sums.divergence / tokens, sums.entropy / tokens, norm, ~is_good,
+                updated.skipped, updated.streak, rate_of(state, learning_rate),
+            )  # fmt: skip
+            return updated, metrics
+
+        self.gradients, self.update = policy_gradients, policy_update
+
+    def __call__(
+        self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float
+    ) -> tuple[TrainState, PolicyMetrics]:
+        """Take a step.
+
+        Args:
+          state: of the training; donated.
+          frozen: leaves that are not trained.
+          batches: micro-batches as `packing.put` returns them, which are taken one by one.
+          count: what their loss is divided by: all answers that are learned from (`groups.num_samples`), or all their
+            tokens where it is an average over these.
+
+        Returns:
+          The state, and the metrics of the step.
+        """
+        found = nothing(state.params)
+        for batch in batches:
+            found = self.gradients(found, state.params, frozen, batch)
+        return self.update(state, *found, jnp.float32(count))
+
+
+@jax.jit
+def nothing(params: Leaves) -> tuple[Leaves, PolicySums]:
+    """Return the gradients and the sums of no micro-batch."""
+    return jax.tree.map(jnp.zeros_like, params), PolicySums.zero()
