@@ -115,11 +115,10 @@ class Ours(turns.JaxSide):
         """
         import jax
 
-        from glm4v_jax.devices.mesh import use_mesh
         from glm4v_jax.model.kv_cache import init_cache
 
         text, join = self._mtp if mtp else (self._runtime.text, None)
-        with use_mesh(self._runtime.mesh):
+        with self._runtime.on_mesh():
             cache = init_cache(text.module.config, 1, len(self._prompt) + self._new_tokens, "float32", stacked=False)
             cache = cache._replace(segments=cache.segments + 1, length=cache.length + len(self._prompt))
             ids = np.ones((1, tokens), np.int32)
@@ -137,7 +136,6 @@ class Ours(turns.JaxSide):
         import jax.numpy as jnp
         from flax import nnx
 
-        from glm4v_jax.devices.mesh import use_mesh
         from glm4v_jax.model.layers import Layers
         from glm4v_jax.model.nn import Init, Linear
         from glm4v_jax.model.quantize import QuantConfig, quantize_kernel
@@ -148,7 +146,7 @@ class Ours(turns.JaxSide):
         decoder.layers, decoder.config = Layers(1), dataclasses.replace(decoder.config, num_hidden_layers=1)
         setattr(decoder.layers, "0", first)
         width = decoder.config.hidden_size
-        with use_mesh(self._runtime.mesh):
+        with self._runtime.on_mesh():
             join = Linear({None: 2 * width}, {"embed": width}, Init(nnx.Rngs(params=0), dtype=jnp.float32))
             if self._scheme is not None:
                 quantized = quantize_kernel(join.kernel[...], (None,), ("embed",), QuantConfig(self._scheme))  # type: ignore[arg-type]

@@ -124,11 +124,10 @@ class Variant:
         """Seconds to compile the program that decodes, and bytes of its temporaries."""
         import jax
 
-        from glm4v_jax.devices.mesh import use_mesh
         from glm4v_jax.generate import device_steps
 
         runtime = self._runtime
-        with use_mesh(runtime.mesh):
+        with runtime.on_mesh():
             state = device_steps.init_state(runtime.text, 1, 1024, 1, stacked=False)
             number = jax.ShapeDtypeStruct((), "int32")
             lowered = device_steps.decode.lower(runtime.text, runtime.head, state, number, number, num_steps=16)

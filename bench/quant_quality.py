@@ -28,7 +28,6 @@ from eval.results import score_items
 from eval.summary import summarize
 from eval.tasks import TASKS
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
-from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.generate.completion import completion_fields
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
@@ -149,7 +148,7 @@ def measure(prompts: int, items: int) -> list[dict[str, Any]]:
     for scheme in SCHEMES:
         model = load(scheme)
         figures = compare(expected, log_probabilities(model, batches))
-        with use_mesh(model.mesh):
+        with model.runtime.on_mesh():
             figures["weight_error"] = weight_error(exact.module, model.module)
         found = {task: evaluate(model, processor, task, items) for task in EVALUATED}
         within = [low <= found[task]["score"] <= high for task, (low, high) in _intervals(scores).items()]

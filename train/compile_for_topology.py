@@ -131,16 +131,17 @@ def least_sent(config: Glm4vConfig, params: Leaves, frozen: Leaves, shapes: Shap
     and reduces its results, forward and backward. The ViT's blocks are not counted there.
     """
     leaves = {**params, **frozen}
-    sizes = next(iter(leaves.values())).sharding.mesh.shape
+    sizes, rules = next(iter(leaves.values())).sharding.mesh.shape, mesh.current_rules()
+    gathered = mesh.names_of(rules["embed"])
     fsdp, data, tensor = (
-        math.prod(sizes[name] for name in mesh.names_of(mesh.RULES[axis])) for axis in ("embed", "batch", "tokens")
+        math.prod(sizes[name] for name in mesh.names_of(rules[axis])) for axis in ("embed", "batch", "tokens")
     )
     replicas = data // fsdp
     total = 0.0
     for path, leaf in leaves.items():
         split_by = [name for entry in leaf.sharding.spec for name in mesh.names_of(entry)]
-        kept = math.prod(leaf.shape) / math.prod(sizes[name] for name in split_by if name != "fsdp")
-        if "fsdp" in split_by:
+        kept = math.prod(leaf.shape) / math.prod(sizes[name] for name in split_by if name not in gathered)
+        if set(gathered) & set(split_by):
             is_once = path.startswith(("lm_head.", "language_model.embed_tokens."))
             passes = 1 + (has_input_gradient(path, params) and not is_once) + (path in params)
             total += 2 * kept * passes * (fsdp - 1) / fsdp

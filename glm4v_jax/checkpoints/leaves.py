@@ -26,7 +26,6 @@ from glm4v_jax.checkpoints.strided_copy import copy_in_squares
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import StoredQuantization, ignored_layers, stored_quantization
-from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
@@ -197,7 +196,7 @@ class ModelLeaves:
         """Return a leaf on its devices, a copy where it is a layer of a stacked one or in another order."""
         leaf, layer = self._find(path)
         linear = self._kernels.get(hf_mapping.layerless_path(path))
-        with use_mesh(leaf.sharding.mesh):
+        with jax.set_mesh(leaf.sharding.mesh):
             if layer is not None:
                 leaf = _take(leaf, np.int32(layer))
             return leaf if linear is None else in_order(leaf, linear, linear.leading, 0)

@@ -25,7 +25,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.devices.hardware import check_32_bits
-from glm4v_jax.devices.mesh import platform, use_mesh
+from glm4v_jax.devices.mesh import current_rules, platform, use_mesh
 from glm4v_jax.devices.mesh import spec as partition
 from glm4v_jax.errors import ConfigError, naming
 from glm4v_jax.files import other_base
@@ -297,10 +297,11 @@ def _ahead(function: Callable[[str], T], items: Iterable[str], count: int = 2) -
 
     An error of the function is raised in the place of its result; no thread outlives the iterator.
     """
-    mesh, pending = jax.sharding.get_mesh(), collections.deque[concurrent.futures.Future[T]]()
+    mesh, rules = jax.sharding.get_mesh(), current_rules()
+    pending = collections.deque[concurrent.futures.Future[T]]()
 
     def call(item: str) -> T:
-        with use_mesh(mesh):  # a thread does not inherit it
+        with use_mesh(mesh, rules):  # a thread does not inherit them
             return function(item)
 
     with concurrent.futures.ThreadPoolExecutor(count, _READER) as threads:

@@ -1,7 +1,8 @@
-"""The device mesh, and the one table from logical axis names to mesh axes.
+"""The device mesh, and the table from logical axis names to mesh axes.
 
-Every array of the model has logical axis names ("embed", "kv_heads", ...). `RULES` maps them to the mesh axes
-`data, fsdp, kv, q, seq`; nothing else in the package names a mesh axis. The tensor axis is split in three because the
+Every array of the model has logical axis names ("embed", "kv_heads", ...). The current rules, by default `RULES`, map
+them to mesh axes, by default `data, fsdp, kv, q, seq`; nothing else in the package names a mesh axis, and `use_rules`
+sets others for a mesh of other axes. The tensor axis is split in three because the
 9B has only two key and value heads: one axis wider than that makes the partitioner split and copy the cache at every
 step. Weights and query heads are sharded alike over `q` and `seq`. Along `q` keys and values are replicated; along
 `seq` the slots of the cache are sharded, for long contexts: less of the cache to hold and to read, for two more small
@@ -12,7 +13,7 @@ A mesh of one device is the default, so that there is a single code path.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -22,28 +23,104 @@ from glm4v_jax.errors import ConfigError, counted
 AXES = ("data", "fsdp", "kv", "q", "seq")
 
 TENSOR = ("kv", "q", "seq")
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    None: None,
+MeshAxes = str | tuple[str, ...] | None
+
+NAMES = (
     # activations
-    "batch": ("data", "fsdp"),
-    "rows": ("data", "fsdp"),
-    "length": None,
+    *("batch", "rows", "length", "tokens", "patches", "slots"),
+    # parameters, and the activations that follow them
+    *("layers", "embed", "vocab", "kv_heads", "q_groups", "heads", "head_dim", "mlp"),
+)
+"""The logical names of dimensions."""
+
+
+class Rules(Mapping[str | None, MeshAxes]):
+    """Logical name -> mesh axes, immutable; a name that is left out is sharded along none.
+
+    >>> rules = Rules(heads="model", mlp=("data", "model"))
+    >>> rules["mlp"], rules["embed"], rules.axes
+    (('data', 'model'), None, ('model', 'data'))
+
+    Attributes:
+      axes: the mesh axes that it names.
+
+    Raises:
+      ConfigError: a name is not in `NAMES`.
+    """
+
+    def __init__(self, **axes: MeshAxes):
+        for name in axes:
+            if name not in NAMES:
+                raise ConfigError(f"rules: found {name!r}; expected some of {', '.join(NAMES)}")
+        self._axes: dict[str | None, MeshAxes] = {name: axes.get(name or "") for name in (None, *NAMES)}
+        self.axes = tuple(dict.fromkeys(axis for entry in self._axes.values() for axis in names_of(entry)))
+        self._key = hash(tuple(self._axes.items()))  # jit asks for it at every call
+
+    def __getitem__(self, name: str | None) -> MeshAxes:
+        return self._axes[name]
+
+    def __iter__(self) -> Iterator[str | None]:
+        return iter(self._axes)
+
+    def __len__(self) -> int:
+        return len(self._axes)
+
+    def __hash__(self) -> int:
+        return self._key
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Rules) and self._axes == other._axes)
+
+    def __repr__(self) -> str:
+        return f"Rules({', '.join(f'{name}={entry!r}' for name, entry in self._axes.items() if entry is not None)})"
+
+
+def names_of(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a partition."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+RULES = Rules(
+    batch=("data", "fsdp"),
+    rows=("data", "fsdp"),
     # Work on tokens that all devices of the tensor axis would repeat is sharded: the residual stream between blocks,
     # and attention of the ViT, whose heads take only a part of that axis.
-    "tokens": TENSOR,
-    "patches": ("q", "seq"),
-    "slots": "seq",
-    # parameters, and the activations that follow them
-    "layers": None,
-    "embed": "fsdp",
-    "vocab": TENSOR,
-    "kv_heads": "kv",
-    "q_groups": ("q", "seq"),
+    tokens=TENSOR,
+    patches=("q", "seq"),
+    slots="seq",
+    embed="fsdp",
+    vocab=TENSOR,
+    kv_heads="kv",
+    q_groups=("q", "seq"),
     # The ViT's heads, 12 in the 9B, divide by kv alone; its MLPs, most of its work, by the whole tensor axis.
-    "heads": "kv",
-    "head_dim": None,
-    "mlp": TENSOR,
-}
+    heads="kv",
+    mlp=TENSOR,
+)
+"""The rules of meshes that `make_mesh` makes."""
+
+REPLICATED = Rules()
+"""Rules that shard nothing: of programs in a mesh of Auto axes, which XLA partitions as their arrays are."""
+
+_current = jax.make_user_context(RULES)  # of a thread, and a part of the keys of programs that jit keeps
+
+
+def current_rules() -> Rules:
+    """The rules of this thread: those of the innermost `use_rules`, or `RULES`."""
+    return _current.value
+
+
+@contextlib.contextmanager
+def use_rules(rules: Rules) -> Iterator[Rules]:
+    """Run the body with other rules; programs compiled with one table are never called with another.
+
+    >>> with use_rules(Rules(heads="model")):
+    ...     spec("heads", "mlp")
+    P('model', None)
+
+    A thread that the body starts has `RULES` again: hand `current_rules()` on to it.
+    """
+    with _current(rules):
+        yield rules
 
 
 def make_mesh(
@@ -83,44 +160,54 @@ def make_mesh(
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh | None = None) -> Iterator[Mesh]:
+def use_mesh(mesh: Mesh | None = None, rules: Rules | None = None) -> Iterator[Mesh]:
     """Run the body inside `mesh`, or the mesh that is already set, or a mesh of one of this process's devices.
 
     >>> with use_mesh() as mesh:
     ...     mesh.size
     1
+
+    Args:
+      mesh: of which the rules name Explicit axes.
+      rules: by default those that are already set.
+
+    Raises:
+      ConfigError: the rules name another axis.
     """
     if mesh is None:
         current = jax.sharding.get_mesh()
         mesh = current if not current.empty else make_mesh(devices=jax.local_devices())
-    with jax.set_mesh(mesh):
+    rules = current_rules() if rules is None else rules
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if foreign := [axis for axis in rules.axes if types.get(axis) != AxisType.Explicit]:
+        raise ConfigError(
+            f"rules: found mesh axes {', '.join(foreign)}; expected Explicit ones of the mesh {mesh.shape_tuple}: "
+            "see devices.mesh.use_rules"
+        )
+    with jax.set_mesh(mesh), use_rules(rules):
         yield mesh
 
 
 def spec(*axes: str | None) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names."""
-    return PartitionSpec(*(RULES[axis] for axis in axes))
+    rules = current_rules()
+    return PartitionSpec(*(rules[axis] for axis in axes))
 
 
 def gathered(*axes: str | None) -> PartitionSpec:
-    """As `spec`, with the `fsdp` shards of a parameter gathered: how it is used, as opposed to how it is kept."""
-    return PartitionSpec(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in axes))
+    """As `spec`, with the shards of `embed` gathered: how a parameter is used, as opposed to how it is kept."""
+    return spec(*(None if axis == "embed" else axis for axis in axes))
 
 
 def shards(axis: str | None) -> int:
     """Number of shards of a dimension of this logical name in the current mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[name] for name in names_of(RULES[axis]))
+    return math.prod(sizes[name] for name in names_of(current_rules()[axis]))
 
 
 def round_up(size: int, axis: str) -> int:
     """The smallest size, `size` or above, of a dimension of this name that divides by the current mesh."""
     return size + -size % shards(axis)
-
-
-def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension of a partition."""
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:
@@ -130,8 +217,9 @@ def spec_of(x: jax.Array) -> PartitionSpec:
 
 
 def used(x: jax.Array) -> jax.Array:
-    """Gather the `fsdp` shards of a parameter, whatever its logical axes are; see `gathered`."""
-    return jax.sharding.reshard(x, PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec_of(x))))
+    """Gather a parameter along the mesh axes of `embed`, whatever its logical axes are; see `gathered`."""
+    kept = current_rules()["embed"]
+    return jax.sharding.reshard(x, PartitionSpec(*(None if entry == kept else entry for entry in spec_of(x))))
 
 
 def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
@@ -142,7 +230,7 @@ def check_divides(shape: Sequence[int], axes: Sequence[str | None]) -> None:
     """
     for size, axis in zip(shape, axes, strict=True):
         if size % (count := shards(axis)):
-            raise ConfigError(misfit(axis, size, names_of(RULES[axis]), count))
+            raise ConfigError(misfit(axis, size, names_of(current_rules()[axis]), count))
 
 
 def misfit(name: str | None, size: int, axes: Sequence[str], devices: int) -> str:

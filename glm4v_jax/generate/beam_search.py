@@ -103,7 +103,7 @@ def search(slots: Slots, starts: Mapping[int, Start], config: GenerationConfig) 
     # The reference takes a padding token 0 for none.
     padding = np.int32(config.pad_token_id or (*config.eos_token_id, 0)[0])
     begun = slots.prefill(starts)
-    with mesh.use_mesh(slots.runtime.mesh):
+    with slots.runtime.on_mesh():
         length = bucket(limit, _MIN_TOKENS)
         state, first = _begin(
             text, head, *begun, options, padding, num_beams=config.num_beams, length=length, variant=variant

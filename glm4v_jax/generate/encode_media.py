@@ -29,7 +29,7 @@ def encode_media(
     >>> runtime = Glm4vForConditionalGeneration(Glm4vConfig.tiny(), dtype="float32").runtime
     >>> config = runtime.config.vision_config
     >>> image, video = (Medium(np.ones((t * 24, config.patch_dim)), np.array([t, 4, 6])) for t in (1, 3))
-    >>> with mesh.use_mesh(runtime.mesh):
+    >>> with runtime.on_mesh():
     ...     [features.shape for features in encode_media(runtime.visual, config, [image, video])]
     [(6, 64), (18, 64)]
 

@@ -15,7 +15,7 @@ from glm4v_jax.config.generation import OF_ALL_REQUESTS, GenerationConfig
 from glm4v_jax.config.presets import configured
 from glm4v_jax.devices.compilation_cache import use_compilation_cache
 from glm4v_jax.devices.distributed import spans_processes
-from glm4v_jax.devices.mesh import platform, use_mesh
+from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import GenerationError, counted
 from glm4v_jax.generate.completion import Completion, Delta, last
 from glm4v_jax.generate.conversation import Conversation
@@ -139,7 +139,7 @@ class Engine:
         processor.check_ids(self.runtime.config)
         self.num_slots, self.steps_per_dispatch, self._capacity = num_slots, steps_per_dispatch, capacity
         self.cache_dtype, self.reuse_prefixes = check_cache_dtype(cache_dtype), reuse_prefixes
-        with use_mesh(self.runtime.mesh):
+        with self.runtime.on_mesh():
             self.chunk = live_chunk(sum(leaf.size for leaf in self.runtime.text.leaves), platform())
         self.pool = FeaturePool(self.runtime, KEPT)
         self.stats = Stats()

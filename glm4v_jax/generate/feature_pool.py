@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from glm4v_jax.devices.mesh import data_shards, reshard, use_mesh
+from glm4v_jax.devices.mesh import data_shards, reshard
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.encode_media import run_wave
 from glm4v_jax.inputs.medium import Medium
@@ -52,7 +52,7 @@ class FeaturePool:
         """Make an empty pool of `capacity` merged tokens for what a model's ViT encodes."""
         self._runtime, self._config = runtime, runtime.config.vision_config
         self.lock = threading.RLock()
-        with use_mesh(runtime.mesh):
+        with runtime.on_mesh():
             self.shards = data_shards()
         self._spans: dict[bytes, tuple[int, int]] = {}
         self._unused: set[bytes] = set()  # those of them that no prompt has used yet
@@ -195,7 +195,7 @@ class FeaturePool:
 
     def _store(self, wave: Wave, begins: Sequence[int]) -> None:
         """Encode a wave, and write its features where its images or videos begin."""
-        with use_mesh(self._runtime.mesh):
+        with self._runtime.on_mesh():
             features = run_wave(self._runtime.visual, self._config, wave)
             starts = np.zeros(len(features), np.int32)
             starts[: len(begins)] = begins
@@ -215,6 +215,6 @@ class FeaturePool:
         return self._tokens(len(medium.patches))
 
     def _empty(self, capacity: int) -> Array:
-        with use_mesh(self._runtime.mesh):
+        with self._runtime.on_mesh():
             zeros = jnp.zeros((capacity, self._config.out_hidden_size), compute_dtype(self._runtime.visual))
             return reshard(zeros, None, None)

@@ -13,7 +13,7 @@ import numpy as np
 
 from glm4v_jax.config.checks import CacheDtype, checked
 from glm4v_jax.devices.distributed import to_host
-from glm4v_jax.devices.mesh import data_shards, round_up, use_mesh
+from glm4v_jax.devices.mesh import data_shards, round_up
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate import device_steps, prompt_lookup
 from glm4v_jax.generate.constraints import Constraints, TableShape, constraints_of, grown, merged
@@ -110,7 +110,7 @@ class Slots:
           GenerationError: there is no such cache dtype.
         """
         self._cache_dtype = check_cache_dtype(cache_dtype)
-        with use_mesh(runtime.mesh):
+        with runtime.on_mesh():
             self.shards = data_shards()
             self.pool = pool if pool is not None else FeaturePool(runtime)
         self.runtime = runtime
@@ -137,7 +137,7 @@ class Slots:
 
     def capacity_for(self, need: int) -> int:
         """Round a number of cache slots up to one of few numbers, which the mesh can split."""
-        with use_mesh(self.runtime.mesh):
+        with self.runtime.on_mesh():
             return round_up(bucket(need, MIN_CAPACITY), "slots")
 
     @property
@@ -179,7 +179,7 @@ class Slots:
           The tokens, [B], perhaps still being computed; valid for the rows of `starts`.
         """
         if together:
-            with use_mesh(self.runtime.mesh), self.pool.lock:
+            with self.runtime.on_mesh(), self.pool.lock:
                 self._make_room(starts)
                 self._prefill(starts, upcoming)
             self._steps[:] = 0
@@ -194,7 +194,7 @@ class Slots:
         """Queue rows, each with its prompt, for `advance`; those that are restarted come first."""
         if not starts:
             return
-        with use_mesh(self.runtime.mesh):
+        with self.runtime.on_mesh():
             self._make_room(starts)
         new = {row: _Prefilling(start, Prefix.of(start.prompt, self._chunk)) for row, start in starts.items()}
         self._contents.used(new)
@@ -221,7 +221,7 @@ class Slots:
         for row in self.prefilling:
             wave.setdefault(row // per_shard, row)
         # Until the programs have been dispatched with the pool, no other thread may write it.
-        with use_mesh(self.runtime.mesh), self.pool.lock:
+        with self.runtime.on_mesh(), self.pool.lock:
             self._reuse([row for row in wave.values() if self.prefilling[row].done is None])
             self._prefill_wave({i: row for i, row in wave.items() if self._left(self.prefilling[row])}, upcoming)
         ready = [row for row in wave.values() if not self._left(self.prefilling[row])]
@@ -236,7 +236,7 @@ class Slots:
         """Choose the first tokens of rows that have been prefilled; see `start`."""
         rows = np.isin(np.arange(self.num_rows), list(starts))
         assert self._state is not None
-        with use_mesh(self.runtime.mesh):
+        with self.runtime.on_mesh():
             self._constrain(starts, rows)
             masks = self._masks({row: start.turn for row, start in starts.items() if start.turn is not None})
             self._state, chosen = device_steps.choose_first(
@@ -250,7 +250,7 @@ class Slots:
 
     def prefill(self, starts: Mapping[int, Start]) -> tuple[SlotsState, RowState, Constraints | None]:
         """Prefill all rows at once without choosing tokens, and give the state away: what `choose_first` takes."""
-        with use_mesh(self.runtime.mesh), self.pool.lock:
+        with self.runtime.on_mesh(), self.pool.lock:
             self._make_room(starts)
             self._prefill(starts, ())
             self._constrain(starts, np.ones(self.num_rows, np.bool_))
@@ -276,7 +276,7 @@ class Slots:
         most = SCORED_STEPS if self.variant.scores or self.variant.logits else MAX_STEPS
         bounds = np.int32(min(limit, most)), np.int32(min(idle or self.num_rows, self.num_rows))
         now = text, head, self._state, *bounds, self._constraints
-        with use_mesh(self.runtime.mesh):
+        with self.runtime.on_mesh():
             if self.variant.draft is None:
                 decoded, self._state, self._constraints = device_steps.decode(
                     *now, self._masks(turns or {}), num_steps=most, variant=self.variant
@@ -307,7 +307,7 @@ class Slots:
             self.prefilling.pop(row, None)
         if self._state is None or not rows:
             return
-        with use_mesh(self.runtime.mesh):
+        with self.runtime.on_mesh():
             self._state = device_steps.stop(self._state, np.isin(np.arange(self.num_rows), rows))
 
     def _count(self, starts: Mapping[int, Start]) -> None:

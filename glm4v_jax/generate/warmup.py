@@ -18,7 +18,7 @@ from msgspec import Meta
 from glm4v_jax.config.checks import CacheDtype, Positive, checked, expectation, fault
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import data_shards, platform, use_mesh
+from glm4v_jax.devices.mesh import data_shards, platform
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.device_steps import Variant
 from glm4v_jax.generate.feature_pool import GROWTH, FeaturePool
@@ -105,7 +105,7 @@ def warmup(
     lengths, patches, sizes = checked_ranges(
         runtime.config, prompt_lengths, vision_patches, max_new_tokens, batch_sizes
     )
-    with use_mesh(runtime.mesh):
+    with runtime.on_mesh():
         shards = data_shards()
     config = runtime.generation_config.replace(**options)
     if config.num_beams > 1:
@@ -220,7 +220,7 @@ def time_chunks(slots: Slots, lengths: Sequence[int], config: GenerationConfig) 
     plain = config if slots.variant.processors else GenerationConfig()
     prefill(lengths[0])
     most = max(STREAM_PERIOD, min(seconds(lambda: slots.decode(1)) for _ in range(3)))
-    with use_mesh(slots.runtime.mesh):
+    with slots.runtime.on_mesh():
         longest = longest_live_chunk(platform())
     sizes = [MIN_LIVE_CHUNK << i for i in range((longest // MIN_LIVE_CHUNK).bit_length())]
     chunks = [t for t in sizes if t <= lengths[-1]]

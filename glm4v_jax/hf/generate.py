@@ -11,7 +11,7 @@ from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.grammar import KINDS
 from glm4v_jax.devices.distributed import agree, spans_processes, to_host
-from glm4v_jax.devices.mesh import data_shards, use_mesh
+from glm4v_jax.devices.mesh import data_shards
 from glm4v_jax.errors import GenerationError
 from glm4v_jax.generate.beam_search import Beams, search
 from glm4v_jax.generate.device_steps import Chosen, Variant
@@ -100,7 +100,7 @@ def generate(
     rows_of_each = copies if config.num_beams == 1 else 1
     prompts = [prompt for prompt in prompts_of(inputs, runtime.config) for _ in range(rows_of_each)]
     starts = {row: Start(prompt, config, num_new, number=row) for row, prompt in enumerate(prompts)}
-    with use_mesh(runtime.mesh):
+    with runtime.on_mesh():
         shards = data_shards()
     num_rows = shards * bucket(-(-len(prompts) // shards))
     slots = Slots(runtime, num_rows, variant=Variant.of(config), cache_dtype=cache_dtype)

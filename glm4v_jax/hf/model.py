@@ -22,7 +22,6 @@ from glm4v_jax.checkpoints.orbax_write import save_model
 from glm4v_jax.config.checks import refuse_unknown
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import MessageError
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.forward import IGNORED_LABEL
@@ -129,7 +128,7 @@ class Glm4vForConditionalGeneration:
           ConfigError: max_shard_size is not a size.
           OSError: writing failed; the old weights are then untouched.
         """
-        with use_mesh(self.mesh):
+        with self.runtime.on_mesh():
             # Looked for where they can be only: the checkpoint may be gone.
             has_extras = self.name_or_path and self.config.text_config.extra_layers
             save_pretrained(
@@ -226,7 +225,7 @@ class Glm4vForConditionalGeneration:
         Raises:
           MessageError: the inputs contradict each other.
         """
-        with use_mesh(self.mesh):
+        with self.runtime.on_mesh():
             run, deltas = self.model.run(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, *args, **kwargs
             )

@@ -56,9 +56,10 @@ class Glm4vModel:
     ):  # fmt: skip
         """Hold a runtime; or make one around a module, or around random weights."""
         runtime = runtime or runtime_around(config, module, seed=seed, dtype=dtype, mesh=mesh)
-        self.config, self.mesh = config, runtime.mesh
-        self.visual = Glm4vVisionModel(config.vision_config, mesh=self.mesh, flat=runtime.visual)
-        self.language_model = Glm4vTextModel(config.text_config, mesh=self.mesh, flat=runtime.text)
+        self.config, self.mesh, self.rules = config, runtime.mesh, runtime.rules
+        with runtime.on_mesh():
+            self.visual = Glm4vVisionModel(config.vision_config, flat=runtime.visual)
+            self.language_model = Glm4vTextModel(config.text_config, flat=runtime.text)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -113,7 +114,7 @@ class Glm4vModel:
         Returns:
           The output, or with return_dict=False the tuple of its fields that are not None.
         """
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             run, deltas = self.run(*args, **kwargs)
             out = Glm4vModelOutputWithPast(
                 run.extent.cut(run.hidden), run.past_key_values, run.hidden_states(), run.attentions(), deltas

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.config.model import Glm4vTextConfig, Glm4vVisionConfig
-from glm4v_jax.devices.mesh import data_shards, reshard, round_up, use_mesh
+from glm4v_jax.devices.mesh import current_rules, data_shards, reshard, round_up, use_mesh
 from glm4v_jax.errors import MessageError, counted
 from glm4v_jax.generate.encode_media import encode_media
 from glm4v_jax.hf import forward
@@ -102,7 +102,7 @@ class Glm4vVisionModel:
         self, config: Glm4vVisionConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
         flat: Flat[VisionEncoder] | None = None,
     ):  # fmt: skip
-        self.config = config
+        self.config, self.rules = config, current_rules()
         with use_mesh(mesh) as self.mesh:
             self.flat = flat or Flat.of(
                 VisionEncoder(config, Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype)))
@@ -138,7 +138,7 @@ class Glm4vVisionModel:
         media = split_media(pixel_values, grid_thw, self.config, name, grid_name)
         if not media:
             raise MessageError(f"{grid_name}: found no grids; expected at least one")
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             return encode_media(self.flat, self.config, media)
 
     def encode(self, rows: VisionRows, dropout_key: Array | None = None) -> Array:
@@ -159,7 +159,7 @@ class Glm4vTextModel:
         self, config: Glm4vTextConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
         flat: Flat[TextDecoder] | None = None,
     ):  # fmt: skip
-        self.config = config
+        self.config, self.rules = config, current_rules()
         with use_mesh(mesh) as self.mesh:
             self.flat = flat or Flat.of(
                 TextDecoder(config, Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype)))
@@ -184,7 +184,7 @@ class Glm4vTextModel:
         """
         if input_ids is None:
             return self.get_input_embeddings
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             input_ids = in_vocabulary(token_array(input_ids), self.config.vocab_size)
             extent = Extent.of(input_ids.shape)
             return extent.cut(forward.embed(self.flat, extent.pad(input_ids), None, None))
@@ -217,7 +217,7 @@ class Glm4vTextModel:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise MessageError("input_ids and inputs_embeds: found both or neither; expected exactly one")
-        with use_mesh(self.mesh):
+        with use_mesh(self.mesh, self.rules):
             if inputs_embeds is not None:
                 extent = Extent.of(np.shape(inputs_embeds))
                 embeds = self.pad_embeds(extent, inputs_embeds)

@@ -7,6 +7,7 @@ structure share compiled programs.
 Dimensions: B sequences, T tokens, D hidden size, R vision rows of L patches, N merged vision tokens.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -89,6 +90,7 @@ class Runtime:
     Attributes:
       config: of the model.
       mesh: where the leaves are.
+      rules: of the programs on it.
       visual, text, head: ViT with merger, decoder, and head; no head where it is tied to the embedding.
       generation_config: the checkpoint's defaults for generation.
     """
@@ -99,10 +101,11 @@ class Runtime:
     text: Flat[TextDecoder]
     head: Flat[Linear] | None
     generation_config: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    rules: meshes.Rules = dataclasses.field(default_factory=meshes.current_rules)
 
     @classmethod
     def of(cls, module: Glm4v, mesh: Mesh | None = None, generation_config: GenerationConfig | None = None) -> Self:
-        """Flatten a module whose arrays are on `mesh`, by default the current one.
+        """Flatten a module whose arrays are on `mesh`, by default the current one, for the current rules.
 
         Raises:
           ConfigError: JAX has integers of 64 bits.
@@ -131,6 +134,10 @@ class Runtime:
         """Whether the decoder's layers are stacked and scanned."""
         return self.text.module.layers.is_stacked
 
+    def on_mesh(self) -> contextlib.AbstractContextManager[Mesh]:
+        """Run the body in the runtime's mesh and rules, whatever this thread has set."""
+        return meshes.use_mesh(self.mesh, self.rules)
+
     def updated(self, module: Glm4v) -> Self:
         """The same model with other weights: compiled programs take them as they took these.
 
@@ -139,7 +146,8 @@ class Runtime:
         """
         old, new = (dict(zip(leaf_paths(one), jax.tree.leaves(one), strict=True)) for one in (self.module, module))
         raise_faults(_misfits(old, new))
-        updated = self.of(module, self.mesh, self.generation_config)
+        with self.on_mesh():
+            updated = self.of(module, self.mesh, self.generation_config)
         if jax.tree.structure(updated.module) != jax.tree.structure(self.module):
             raise_faults(["module: found a model of another structure; expected that of the one it replaces"])
         return updated

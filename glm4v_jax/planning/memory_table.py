@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import AXES, RULES, names_of
+from glm4v_jax.devices.mesh import AXES, current_rules, names_of
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import size_text
 from glm4v_jax.planning.mesh_presets import sizes_for
@@ -257,7 +257,8 @@ def _cache(config: Glm4vConfig, sizes: Mapping[str, int], rows: int, capacity: i
     """Keys and values, as `KVCache` has them: [N, B, K, S, H], the scales of integers included."""
     text = config.text_config
     assert text.num_key_value_heads is not None
-    axes = tuple(names_of(RULES[name]) for name in _KV_AXES)
+    rules = current_rules()
+    axes = tuple(names_of(rules[name]) for name in _KV_AXES)
     wanted = (text.num_hidden_layers, rows, text.num_key_value_heads, capacity, text.head_dim)
     along = [devices_along(names, sizes) for names in axes]
     shape = tuple(-(-size // shards) * shards for size, shards in zip(wanted, along, strict=True))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.mesh import AXES, RULES, misfit, names_of
+from glm4v_jax.devices.mesh import AXES, Rules, current_rules, misfit, names_of, use_rules
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
@@ -66,20 +66,23 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
 
 
-_TABLE_NAMES = {names_of(RULES[name]): name for name in ("vocab", "embed")}
+def parameter_layout(config: Glm4vConfig, scheme: str = "none") -> tuple[LeafLayout, ...]:
+    """All parameters of the model, in the order of `jax.tree.leaves`; quantised by a scheme, for inference."""
+    return _layout(config, scheme, current_rules())
 
 
 @functools.cache
-def parameter_layout(config: Glm4vConfig, scheme: str = "none") -> tuple[LeafLayout, ...]:
-    """All parameters of the model, in the order of `jax.tree.leaves`; quantised by a scheme, for inference."""
-    one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+def _layout(config: Glm4vConfig, scheme: str, rules: Rules) -> tuple[LeafLayout, ...]:
+    every = tuple(dict.fromkeys((*AXES, *rules.axes)))
+    one = AbstractMesh((1,) * len(every), every, axis_types=(AxisType.Explicit,) * len(every))
 
     def make() -> Glm4v:
-        with jax.sharding.use_abstract_mesh(one):
+        with jax.sharding.use_abstract_mesh(one), use_rules(rules):
             chosen = for_inference(scheme)
             model = jax.eval_shape(lambda: Glm4v.init(config, dtype=jnp.bfloat16))
             return model if chosen is None else jax.eval_shape(lambda model: quantize_model(model, chosen), model)
 
+    tables = {names_of(rules[name]): name for name in ("vocab", "embed")}
     # In a thread of its own: a mesh that the caller has set holds for the caller's thread, and would take precedence.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         model = thread.submit(make).result()
@@ -88,7 +91,7 @@ def parameter_layout(config: Glm4vConfig, scheme: str = "none") -> tuple[LeafLay
         axes = [names_of(axis) for axis in leaf.sharding.spec]
         axes += [()] * (leaf.ndim - len(axes))
         first = int(".stacked." in path)
-        names = _logical_names(model, path, axes[first:])
+        names = _logical_names(model, path, axes[first:], tables)
         count = leaf.shape[0] if first else 1
         bits = None if leaf.dtype == jnp.bfloat16 else bits_of(leaf.dtype)  # the dtype that the model was made in
         path = path.replace(".stacked.", ".")
@@ -135,10 +138,12 @@ def check_mesh(config: Glm4vConfig, sizes: Mapping[str, int], scheme: str = "non
         raise ConfigError(f"mesh {mesh_text(sizes)}: {'; '.join(found)}")
 
 
-def _logical_names(model: Glm4v, path: str, axes: list[tuple[str, ...]]) -> tuple[str | None, ...]:
+def _logical_names(
+    model: Glm4v, path: str, axes: list[tuple[str, ...]], tables: Mapping[tuple[str, ...], str]
+) -> tuple[str | None, ...]:
     """The logical names of a parameter's dimensions: those of its module, or of a table's two sides by their axes."""
     parents = path.split(".")[:-1]
     module = functools.reduce(getattr, parents, model)
     if isinstance(module, Linear):
         return module.axes if len(axes) == len(module.axes) else module.out_axes
-    return tuple(_TABLE_NAMES.get(along) for along in axes)
+    return tuple(tables.get(along) for along in axes)

@@ -4,6 +4,7 @@ Run as a program, `python test_mesh.py CHECKPOINT`, this file computes them on e
 process are fixed when JAX starts, so the test starts another.
 """
 
+import concurrent.futures
 import json
 import sys
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from helpers_mesh import compare, compute, run_on_devices
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from glm4v_jax import Glm4v, Glm4vConfig
@@ -41,6 +43,44 @@ def test_the_current_mesh_is_kept():
     with mesh.use_mesh() as outer, mesh.use_mesh() as inner:
         assert inner == outer and mesh.data_shards() == 1
         assert inner.axis_names == mesh.AXES
+
+
+def test_a_program_is_compiled_for_each_table_of_rules():
+    devices = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:1])
+    traced = []
+
+    @jax.jit
+    def place(x):
+        traced.append(mesh.current_rules())
+        return mesh.reshard(x, "heads", "embed")
+
+    def spec(rules):
+        with mesh.use_mesh(devices, rules):
+            return place(np.ones((2, 2))).sharding.spec
+
+    heads, embed = mesh.Rules(heads="model"), mesh.Rules(embed=("data", "model"))
+    expected = {heads: P("model", None), embed: P(None, ("data", "model")), mesh.REPLICATED: P(None, None)}
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        assert [*map(spec, expected), *threads.map(spec, expected)] == [*expected.values()] * 2
+        assert traced == list(expected)
+        with mesh.use_rules(heads):
+            assert mesh.current_rules() == mesh.Rules(heads="model") != mesh.RULES
+            assert threads.submit(mesh.current_rules).result() is mesh.RULES
+    assert mesh.current_rules() is mesh.RULES
+
+
+def test_rules_name_explicit_axes_of_the_mesh():
+    shared = mesh.Rules(heads="model", batch=("data", "model"))
+    assert shared.axes == ("data", "model") and hash(shared) == hash(mesh.Rules(**dict(list(shared.items())[1:])))
+    with pytest.raises(ConfigError, match="rules: found 'head'; expected some of batch, rows,"):
+        mesh.Rules(head="model")
+    with pytest.raises(ConfigError, match="rules: found mesh axes model; expected Explicit ones of the mesh"):
+        mesh.use_mesh(mesh.make_mesh(), shared).__enter__()
+    auto = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    with pytest.raises(ConfigError, match="rules: found mesh axes data, model; expected Explicit"):
+        mesh.use_mesh(auto, shared).__enter__()
+    with mesh.use_mesh(auto, mesh.REPLICATED):
+        assert mesh.data_shards() == 1
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,6 @@ from glm4v_jax.errors import ConfigError
 from train.config import BatchConfig
 from train.data.packing import TrainBatch
 
-_ROWS = PartitionSpec(None, *axes.spec("batch"))
-_VISION_ROWS = PartitionSpec(None, *axes.spec("rows"))
-PARTITION = TrainBatch(
-    Batch(_ROWS, _ROWS, PartitionSpec(None, None, *axes.spec("batch")), _ROWS, VisionRows(*[_VISION_ROWS] * 5)),
-    _ROWS,
-    _ROWS,
-)
-"""Partitions of a step's arrays, first by micro-batch: [N, B, T], [N, R, L], positions [N, 3, B, T]."""
-
 
 def num_lanes(batch: BatchConfig) -> int:
     """Return into how many lanes a batch is divided: `batch.lanes`, by default as many as its rows allow."""
@@ -35,7 +26,7 @@ def check_batch(batch: BatchConfig, mesh: Mesh) -> None:
     Raises:
       ConfigError: it cannot.
     """
-    shards = math.prod(mesh.shape[name] for name in axes.names_of(axes.RULES["batch"]))
+    shards = math.prod(mesh.shape[name] for name in axes.names_of(axes.current_rules()["batch"]))
     for name, rows in (("batch.rows", batch.rows), ("batch.vision_rows", batch.vision_rows)):
         if rows % shards:
             raise ConfigError(f"{name}: found {rows}; expected a multiple of {shards}, the data shards of the mesh")
@@ -93,10 +84,13 @@ def abstract(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
     return jax.tree.map(place, _partition(batch), batch, is_leaf=_is_partition)
 
 
-def _partition(batch: TrainBatch) -> TrainBatch:
-    if batch.batch.vision is not None:
-        return PARTITION
-    return PARTITION._replace(batch=PARTITION.batch._replace(vision_index=None, vision=None))
+def _partition(batch: TrainBatch) -> Any:
+    """Partitions of a step's arrays, first by micro-batch: [N, B, T], [N, R, L], positions [N, 3, B, T]."""
+    rows, vision_rows = axes.spec(None, "batch"), axes.spec(None, "rows")
+    has_vision = batch.batch.vision is not None
+    vision = VisionRows(*[vision_rows] * 5) if has_vision else None
+    vision_index = rows if has_vision else None
+    return TrainBatch(Batch(rows, rows, axes.spec(None, None, "batch"), vision_index, vision), rows, rows)
 
 
 def _is_partition(node: object) -> bool:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from glm4v_jax.batch import Batch
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import spec
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.inputs import vision_rows
 from glm4v_jax.inputs.medium import Medium
@@ -87,7 +88,7 @@ def micro_batches(
 
 def put(batch: RolloutBatch, mesh: Mesh) -> RolloutBatch:
     """Put a micro-batch on the devices, its arrays with a first dimension of 1; every process has the whole of it."""
-    partition = placement.PARTITION.weights
+    partition = spec(None, "batch")
 
     def rows(array: np.ndarray) -> jax.Array:
         sharding = jax.sharding.NamedSharding(mesh, partition)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from glm4v_jax.config.model import Glm4vConfig, Glm4vVisionConfig
-from glm4v_jax.devices.mesh import platform, use_mesh
+from glm4v_jax.devices.mesh import Rules, platform, use_mesh
 from glm4v_jax.generate.encode_media import encode_media, run_wave
 from glm4v_jax.inputs.medium import Medium, media_of, without_invalid
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -94,20 +94,20 @@ class VllmVision:
       engine_mesh: where features go.
     """
 
-    def __init__(self, visual: VisionEncoder, config: Glm4vVisionConfig, mesh: Mesh, rules: Any, engine_mesh: Mesh):
+    def __init__(self, visual: VisionEncoder, config: Glm4vVisionConfig, mesh: Mesh, rules: Rules, engine_mesh: Mesh):
         self.config, self.mesh, self.rules, self.engine_mesh = config, mesh, rules, engine_mesh
-        with use_mesh(mesh), rules():
+        with use_mesh(mesh, rules):
             if platform() != "cpu":
                 visual.blocks = stack(visual.blocks)
             self.visual = Flat.of(visual)
 
     def encode(self, media: Sequence[Medium]) -> list[Float[Array, "M D"]]:
         """Encode images and videos, those of one shape together; returns the merged tokens of each, replicated."""
-        with use_mesh(self.mesh), self.rules():
+        with use_mesh(self.mesh, self.rules):
             features = encode_media(self.visual, self.config, media)
         return jax.device_put(features, NamedSharding(self.engine_mesh, PartitionSpec()))
 
     def warm(self, shape: Shape) -> Array:
         """Compile the program of a shape, and run it on padding."""
-        with use_mesh(self.mesh), self.rules():
+        with use_mesh(self.mesh, self.rules):
             return run_wave(self.visual, self.config, Wave(shape, []))

@@ -6,8 +6,7 @@ Dimensions: T tokens of all sequences of a step, one behind the other and padded
 of size H; D hidden size; V vocabulary.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,14 +77,12 @@ class Glm4vForVllm(nnx.Module):
         check_heads(config, engine.mesh)
         check_same_model(config, Glm4vConfig.from_pretrained(planned), str(directory))
         twin = _explicit(engine.mesh)
-        with _use_rules(_TENSOR):
+        with meshes.use_rules(_TENSOR):
             runtime = load_runtime(
                 directory, dtype=model.dtype, mesh=twin, stacked=False,
                 quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
             )  # fmt: skip
-        engine.vision = VllmVision(
-            runtime.visual.module, config.vision_config, twin, lambda: _use_rules(_TENSOR), engine.mesh
-        )
+        engine.vision = VllmVision(runtime.visual.module, config.vision_config, twin, _TENSOR, engine.mesh)
         self.text = _placed_on(runtime.text.module, engine.mesh)
         self.head = None if runtime.head is None else _placed_on(runtime.head.module, engine.mesh)
 
@@ -130,7 +127,7 @@ class Glm4vForVllm(nnx.Module):
 
             return attention
 
-        with _use_rules(_REPLICATED):
+        with meshes.use_rules(meshes.REPLICATED):
             x = self.embed_input_ids(input_ids)[None] if inputs_embeds is None else inputs_embeds[None]
             cos_sin = rope.mrope_cos_sin(attention_metadata.input_positions[:, None], self.text.config)
             hidden, _ = self.text.run(x, cos_sin, attention_of_layer)
@@ -139,7 +136,7 @@ class Glm4vForVllm(nnx.Module):
     def compute_logits(self, hidden_states: Float[Array, "N D"]) -> Float[Array, "N V"]:
         """Score the vocabulary."""
         assert self.text is not None
-        with _use_rules(_REPLICATED):
+        with meshes.use_rules(meshes.REPLICATED):
             return score(self.text, self.head, hidden_states[None])[0]
 
     def embed_input_ids(
@@ -157,7 +154,7 @@ class Glm4vForVllm(nnx.Module):
           is_multimodal: which tokens they stand for; ids do not say that, as video frames have those of images.
         """
         assert self.text is not None
-        with _use_rules(_REPLICATED):
+        with meshes.use_rules(meshes.REPLICATED):
             embeds = self.text.embed_tokens(input_ids[None])[0]
         if mm_embeds is None or is_multimodal is None:
             return embeds
@@ -202,18 +199,7 @@ def _paged_attention() -> Callable[..., tuple[Array, Array]]:
     return attention
 
 
-_TENSOR = {"vocab": "model", "kv_heads": "model", "heads": "model", "mlp": "model"}
-_REPLICATED: dict[str, str] = {}
-
-
-@contextlib.contextmanager
-def _use_rules(table: Mapping[str, str]) -> Iterator[None]:
-    rules = meshes.RULES
-    meshes.RULES = {axis: table.get(axis or "") for axis in rules}
-    try:
-        yield
-    finally:
-        meshes.RULES = rules
+_TENSOR = meshes.Rules(vocab="model", kv_heads="model", heads="model", mlp="model")
 
 
 def _explicit(mesh: Mesh) -> Mesh:
