@@ -30,7 +30,6 @@ from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY, Slots, Stats, chec
 from glm4v_jax.generate.warmup import (
     Warmed,
     checked_ranges,
-    largest_pool,
     run_all,
     show,
     time_chunks,
@@ -317,7 +316,7 @@ class Engine:
 
         def all_programs() -> Iterator[Warmed]:
             if patches is not None:
-                self.pool.reserve(largest_pool(self.pool, patches, self.pool.shards if many else 1))
+                self.pool.reserve(self.pool.needed(patches, self.pool.shards if many else 1))
                 yield from warm_vision(self.pool, patches)
             for num_rows in [1] * one + [self.num_slots] * many:
                 with self.lend_slots(num_rows, config) as slots:

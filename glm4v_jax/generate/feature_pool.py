@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
 
@@ -113,9 +114,14 @@ class FeaturePool:
         """The shapes of images and videos of `patches` (fewest, most); see `vision_shapes`."""
         return vision_shapes(self._config, patches, shards=self.shards)
 
-    def room_for(self, patches: int, shapes: Iterable[Shape]) -> int:
-        """The capacity for images and videos of this many patches in all, in rows of these shapes."""
-        return pool_capacity(self._tokens(patches) + max(self._tokens(rows * length) for rows, length in shapes))
+    def needed(self, patches: tuple[int, int], requests: int = 1) -> int:
+        """The capacity for requests of `patches` (fewest, most) each, `requests` of them at a time."""
+        largest = max(map(math.prod, self.shapes(patches)))
+        return pool_capacity(self._tokens(requests * patches[1]) + self._tokens(largest))
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether an image or video of this shape fits."""
+        return self._tokens(math.prod(shape)) <= self.capacity
 
     def reserve(self, capacity: int) -> None:
         """Grow to at least `capacity` merged tokens; growing empties the pool."""

@@ -112,7 +112,7 @@ def warmup(
         raise GenerationError(fault("num_beams", config.num_beams, "1: a warm-up does not know beam search"))
     variant = Variant.of(config)
     pools = [FeaturePool(runtime)]
-    while patches is not None and pools[-1].capacity < largest_pool(pools[0], patches):
+    while patches is not None and pools[-1].capacity < pools[0].needed(patches):
         pools.append(FeaturePool(runtime, pools[-1].capacity * GROWTH))
 
     def all_programs() -> Iterator[Warmed]:
@@ -135,15 +135,10 @@ def show(warmed: Warmed) -> None:
     )
 
 
-def largest_pool(pool: FeaturePool, vision_patches: tuple[int, int], requests: int = 1) -> int:
-    """The capacity that requests of `vision_patches` (fewest, most) need, `requests` of them at a time."""
-    return pool.room_for(requests * vision_patches[1], pool.shapes(vision_patches))
-
-
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
     """Run the ViT for images and videos of `vision_patches` (fewest, most), as far as the pool can hold them."""
     for shape in pool.shapes(vision_patches):
-        if pool.room_for(1, [shape]) > pool.capacity:
+        if not pool.holds(shape):
             continue
         start = time.perf_counter()
         pool.warm(shape)

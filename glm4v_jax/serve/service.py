@@ -16,7 +16,7 @@ from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.live import LiveEngine, QueueFullError, State
 from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.generate.text.thinking import THINK, thought_before
-from glm4v_jax.generate.warmup import Warmed, largest_pool
+from glm4v_jax.generate.warmup import Warmed
 from glm4v_jax.inputs.media.threads import num_workers
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
@@ -315,7 +315,7 @@ class Service:
 
         patches = longest * merged
         # The pool's size is part of the programs' shapes.
-        engine.pool.reserve(largest_pool(engine.pool, (merged, patches)))
+        engine.pool.reserve(engine.pool.needed((merged, patches)))
         warmed = engine.warmup(
             prompt_lengths=(1, longest),
             vision_patches=(merged, min(patches, MAX_ROW_LENGTH, max(merged, most_patches(engine.processor)))),

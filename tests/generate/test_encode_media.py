@@ -1,4 +1,7 @@
-"""Vision as a function: each image alone, in one program for each shape."""
+"""Vision as a function: each image alone, in one program for each shape.
+
+`tests/serve/vllm_plugin/test_model.py` has it on two devices.
+"""
 
 import numpy as np
 import pytest

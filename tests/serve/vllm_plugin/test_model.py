@@ -101,6 +101,22 @@ def test_two_devices_exchange_two_sums_in_a_layer_and_one_of_the_embedding(two_d
     assert two_devices["collectives"].tolist() == ["all-reduce"] * (2 * layers + 1)
 
 
+def features_of(runner):
+    """Features of the prompts' images and video, one after the other."""
+    prompts = prompts_of(runner.model.engine.config)
+    calls = (
+        dict(pixel_values=prompts.pixel_values, image_grid_thw=prompts.image_grid_thw),
+        dict(pixel_values_videos=prompts.pixel_values_videos, video_grid_thw=prompts.video_grid_thw),
+    )
+    with jax.set_mesh(runner.mesh):
+        return np.concatenate([features for call in calls for features in runner.model.embed_multimodal(**call)])
+
+
+def test_features_on_two_devices_are_those_on_one(two_devices, runner):
+    expected = features_of(runner)
+    np.testing.assert_allclose(two_devices["features"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_the_vit_is_sharded_over_two_devices(two_devices):
     whole, own = two_devices["qkv"]
     assert (whole // own).tolist() == [1, 1, 2, 1]
@@ -190,6 +206,6 @@ if __name__ == "__main__":
     engine = Runner(sys.argv[1], 2)
     kernel = getattr(engine.model.engine.vision.visual.module.blocks, "0").attn.qkv.kernel[...]
     np.savez(
-        sys.argv[2], **logits_of(engine), collectives=engine.collectives(16),
+        sys.argv[2], **logits_of(engine), collectives=engine.collectives(16), features=features_of(engine),
         qkv=[kernel.shape, kernel.addressable_shards[0].data.shape],
     )  # fmt: skip
