@@ -5,7 +5,7 @@ It runs in the current mesh and under its rules, in waves (`inputs.vision_waves`
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.model import Glm4vVisionConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.inputs.medium import Medium
-from glm4v_jax.inputs.vision_waves import Shape, Wave, wave_rows, waves_of
+from glm4v_jax.inputs.vision_waves import Wave, wave_rows, waves_of
 from glm4v_jax.model.runtime import Flat
 from glm4v_jax.model.vision import VisionEncoder
 
@@ -44,14 +44,11 @@ def encode_media(
     return [found[medium] for medium in media]
 
 
-def warm(visual: Flat[VisionEncoder], config: Glm4vVisionConfig, shapes: Iterable[Shape]) -> None:
-    """Run the program of each shape once, on padding, in the current mesh."""
-    for shape in shapes:
-        jax.block_until_ready(run_wave(visual, config, Wave(shape, [])))
-
-
 def run_wave(visual: Flat[VisionEncoder], config: Glm4vVisionConfig, wave: Wave) -> Float[Array, "M U D"]:
-    """Encode a wave; its images and videos, and the tokens of each, come first among M and U."""
+    """Encode a wave, in the current mesh; its images and videos, and the tokens of each, come first among M and U.
+
+    One without images and videos, `Wave(shape, [])`, compiles the program of its shape.
+    """
     return encode_wave(visual, *wave_rows(wave, config, mesh.data_shards()))
 
 

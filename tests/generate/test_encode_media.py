@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.generate.encode_media import encode_media, encode_wave, warm
+from glm4v_jax.generate.encode_media import encode_media, encode_wave, run_wave
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import pack
-from glm4v_jax.inputs.vision_waves import vision_shapes
+from glm4v_jax.inputs.vision_waves import Wave, vision_shapes
 from glm4v_jax.model.runtime import encode_rows
 
 GRIDS = [(1, 6, 6), (1, 4, 4), (1, 6, 8), (3, 4, 6), (1, 2, 20), (1, 6, 6), (1, 8, 8), (3, 2, 2), (1, 6, 6)]
@@ -59,7 +59,8 @@ def test_features_do_not_depend_on_what_is_encoded_beside_them(encode):
 
 def test_after_warming_their_shapes_no_size_compiles_the_encoder(encode):
     with use_mesh(encode.runtime.mesh):
-        warm(encode.runtime.visual, encode.config, vision_shapes(encode.config, (4, 64), frames=3))
+        for shape in vision_shapes(encode.config, (4, 64), frames=3):
+            run_wave(encode.runtime.visual, encode.config, Wave(shape, []))
     before = encode_wave._cache_size()
     encode([encode.random(grid) for grid in (*GRIDS, (1, 2, 2), (2, 4, 8), (3, 2, 10), (1, 4, 16))])
     assert encode_wave._cache_size() == before
