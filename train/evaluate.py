@@ -20,14 +20,12 @@ from eval.metrics import METRICS
 from eval.parse_answer import final_answer
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, is_first
 from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.generate.text.boxes import find_boxes
-from glm4v_jax.inputs.media.load import is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import outputs_first
@@ -36,7 +34,7 @@ from glm4v_jax.model.runtime import Runtime
 from train.config import EvalConfig, TrainConfig
 from train.data.packing import TrainBatch
 from train.data.placement import put, stacked
-from train.data.records import Record
+from train.data.records import Record, question_of
 from train.data.samples import Sample, limited
 from train.data.stream import encode_options, make_encoder, packed, packer_of
 from train.loss import Sums
@@ -249,31 +247,6 @@ def _digest(samples: Sequence[Sample]) -> bytes:
         (os.path.basename(sample.source), sample.input_ids.tobytes(), sample.frames.tobytes()) for sample in samples
     ]
     return hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
-
-
-def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], str]:
-    """Return the messages before the last one of the assistant, and its text.
-
-    Args:
-      record: a conversation.
-      fps: frame rate of videos that are given as frames without one.
-
-    Raises:
-      DataError: no message of the assistant follows another one.
-    """
-    last = max((i for i, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
-    if not last:
-        raise DataError(f"{record.source}: found no answer after a question; expected one, for eval.generate")
-    said = "".join(item.get("text", "") for item in record.messages[last]["content"])
-    messages: list[Mapping[str, Any]] = [
-        {**message, "content": [_timed(item, fps) for item in message["content"]]} for message in record.messages[:last]
-    ]
-    return messages, said
-
-
-def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:
-    is_frames = item["type"] == "video" and "fps" not in item and not is_path_like(source_of(item))
-    return {**item, "fps": fps} if is_frames else item
 
 
 @jax.jit

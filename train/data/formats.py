@@ -46,16 +46,16 @@ FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SWIFT_ROLES = SHAREGPT_ROLES | {"bot": "assistant"}
-_LISTS = ("messages", "conversations", "conversation")
+LISTS = ("messages", "conversations", "conversation")
 # `ResponsePreprocessor` of ms-swift, swift/dataset/preprocessor/core.py.
-_QUERIES = ("query", "prompt", "input", "instruction", "question", "problem")
-_RESPONSES = (
+QUERIES = ("query", "prompt", "input", "instruction", "question", "problem")
+RESPONSES = (
     "response", "answer", "output", "targets", "target", "answer_key", "answers", "solution", "text", "completion",
     "content",
 )  # fmt: skip
 _SWIFT_KEYS = {"role", "from", *_SWIFT_ROLES}
 """Of a message or a pair: names of its role, or the roles themselves."""
-_FIELDS = (*_LISTS, "texts", *_QUERIES, *_RESPONSES)
+_FIELDS = (*LISTS, "texts", *QUERIES, *RESPONSES)
 _MEDIA_FIELDS = (*FILES["image"], *FILES["video"])
 # What names of files end in.
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".mp4", ".mkv", ".webm", ".mov", ".avi")
@@ -188,11 +188,11 @@ def _swift(row: Row) -> Turns:
     """Read what ms-swift's `AutoPreprocessor` reads."""
     system = "system" if row.get("system") is not None else "system_prompt"
     columns = dataclasses.replace(DEFAULT, system=system, roles=_SWIFT_ROLES)
-    name = next((name for name in _LISTS if row.get(name) is not None), None)
+    name = next((name for name in LISTS if row.get(name) is not None), None)
     if name is None:
         if "instruction" in row and "input" in row:
             return instruction(row, columns, is_strict=False)
-        query, response = _only(row, _QUERIES) or "query", _only(row, _RESPONSES) or "response"
+        query, response = only_field(row, QUERIES) or "query", only_field(row, RESPONSES) or "response"
         columns = dataclasses.replace(columns, prompt=query, query="", response=response)
         return instruction(row, columns, is_strict=False)
     columns = dataclasses.replace(columns, messages=name, role_tag="", content_tag="")
@@ -215,7 +215,7 @@ def _with_tags(columns: Columns, messages: Sequence[Any]) -> Columns:
     return dataclasses.replace(columns, role_tag=role_tag, content_tag=content_tag)
 
 
-def _only(row: Row, names: Sequence[str]) -> str | None:
+def only_field(row: Row, names: Sequence[str]) -> str | None:
     """The only field among these; with several ms-swift takes none, except its own, the first."""
     given = [name for name in names if row.get(name) is not None]
     return given[0] if len(given) == 1 or names[0] in given else None
@@ -308,7 +308,7 @@ def detect(row: Row) -> FormatName:
 
 
 def _detect(row: Row) -> FormatName | None:
-    name = next((name for name in _LISTS if name in row), None)
+    name = next((name for name in LISTS if name in row), None)
     if name is not None:
         given = literal_list(row[name])
         given = given if isinstance(given, list | tuple) else []
@@ -328,7 +328,7 @@ def _detect(row: Row) -> FormatName | None:
         return "hf"
     if ("instruction" in row and "output" in row) or ("query" in row and "response" in row):
         return "alpaca"
-    if _only(row, _QUERIES) and _only(row, _RESPONSES):
+    if only_field(row, QUERIES) and only_field(row, RESPONSES):
         return "swift"
     return "alpaca" if "instruction" in row else None
 

@@ -5,19 +5,22 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from glm4v_jax.config.checks import one_of
-from glm4v_jax.data.media import MediaItem, image_size, located
+from glm4v_jax.data.media import MediaItem, image_size, located, source_of
 from glm4v_jax.data.tables import Rows, find_files, open_rows
-from glm4v_jax.errors import DataError, MediaError
+from glm4v_jax.errors import DataError, MediaError, naming
 from glm4v_jax.files import fingerprint
+from glm4v_jax.inputs.media.load import is_path_like
 from train.data import FormatName
 from train.data.conversations import Turns
 from train.data.dataset_info import read_entry, split_name
 from train.data.formats import FORMATS, Columns, conversation, detect, instruction, read_row
+
+Change = Callable[[Mapping[str, Any], Columns | None], Mapping[str, Any]]
 
 _HASHED = 1 << 28
 """Bytes of all files up to which their digest covers all of them, which takes half a second."""
@@ -54,12 +57,14 @@ class _Part:
         directory: what paths in it are relative to.
         formatting: the format of all rows; None detects that of each row.
         columns: the names of the rows' fields, if a dataset_info.json has them.
+        change: row and columns -> the row that is read in its place.
     """
 
     rows: Rows
     directory: str
     formatting: FormatName | None
     columns: Columns | None
+    change: Change | None = None
 
 
 class Records(Sequence[Record]):
@@ -103,6 +108,16 @@ class Records(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
+    def row(self, index: int) -> Mapping[str, Any]:
+        """Return a row as it is in its file.
+
+        Raises:
+            DataError: it is not an object; the message names its place.
+        """
+        part, row = self._find(index)
+        with naming(part.rows.place(row), DataError):
+            return part.rows[row]
+
     def place(self, index: int) -> str:
         """Return the place of a row, without reading it."""
         part, row = self._find(index)
@@ -133,7 +148,10 @@ class Records(Sequence[Record]):
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
 
-def _turns(part: _Part, row: dict[str, Any]) -> Turns:
+def _turns(part: _Part, row: Mapping[str, Any]) -> Turns:
+    if part.change is not None:
+        row = part.change(row, part.columns)
+
     def size_of(item: MediaItem) -> tuple[int, int]:
         return image_size(located(item, part.directory))
 
@@ -142,11 +160,37 @@ def _turns(part: _Part, row: dict[str, Any]) -> Turns:
     return read_row(row, part.formatting, size_of)
 
 
+def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], str]:
+    """Return the messages before the last one of the assistant, and its text.
+
+    Args:
+      record: a conversation.
+      fps: frame rate of videos that are given as frames without one.
+
+    Raises:
+      DataError: no message of the assistant follows another one.
+    """
+    last = max((i for i, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
+    if not last:
+        raise DataError(f"{record.source}: found no answer after a question; expected one, for eval.generate")
+    said = "".join(item.get("text", "") for item in record.messages[last]["content"])
+    messages: list[Mapping[str, Any]] = [
+        {**message, "content": [_timed(item, fps) for item in message["content"]]} for message in record.messages[:last]
+    ]
+    return messages, said
+
+
+def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:
+    is_frames = item["type"] == "video" and "fps" not in item and not is_path_like(source_of(item))
+    return {**item, "fps": fps} if is_frames else item
+
+
 def read_records(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     format: FormatName | None = None,
     media_dir: str | os.PathLike[str] | None = None,
+    change: Change | None = None,
 ) -> Records:
     """Return the records of files of training data.
 
@@ -157,6 +201,7 @@ def read_records(
             fields, and reads one with fewer markers than files as ms-swift does: the missing ones go before its query.
             A dataset_info.json has its own.
         media_dir: what paths of images and videos are relative to; None is the directory of the data file.
+        change: row, and the names of its fields where a dataset_info.json has them -> the row that is read instead.
 
     Raises:
         OSError: a file cannot be read.
@@ -167,11 +212,13 @@ def read_records(
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
         raise DataError("source: found no file; expected at least one")
-    parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir)]
+    parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir, change)]
     return Records(parts)
 
 
-def _parts(source: str, format: FormatName | None, media_dir: str | os.PathLike[str] | None) -> Iterator[_Part]:
+def _parts(
+    source: str, format: FormatName | None, media_dir: str | os.PathLike[str] | None, change: Change | None
+) -> Iterator[_Part]:
     described = split_name(source)
     columns = None
     path = Path(source)
@@ -181,4 +228,4 @@ def _parts(source: str, format: FormatName | None, media_dir: str | os.PathLike[
     for file in find_files(path):
         # LLaMA-Factory's paths are relative to its data directory, wherever in it the file is.
         directory = media_dir or (file.parent if described is None else described[0].parent)
-        yield _Part(open_rows(file), os.fspath(directory), format, columns)
+        yield _Part(open_rows(file), os.fspath(directory), format, columns, change)
