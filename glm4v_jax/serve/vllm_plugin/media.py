@@ -18,6 +18,7 @@ from glm4v_jax.config.model import Glm4vConfig, Glm4vVisionConfig
 from glm4v_jax.devices.mesh import Rules, platform, use_mesh
 from glm4v_jax.generate.encode_media import encode_media, run_wave
 from glm4v_jax.inputs.medium import Medium, media_of, without_invalid
+from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.vision.smart_resize import patch_range
 from glm4v_jax.inputs.vision_waves import Shape, Wave, vision_shapes
@@ -60,6 +61,39 @@ def _array(values: Any) -> np.ndarray:
         values = values.detach()
         values = (values.float() if values.is_floating_point() else values).numpy()
     return np.asarray(values)
+
+
+def positions_of(tokens: Sequence[int], features: Sequence[Any], config: Glm4vConfig) -> tuple[np.ndarray, int]:
+    """Compute M-RoPE positions of a prompt where vLLM has put images and videos.
+
+    Any other token counts as text, as a user may write any: an error here would end the engine too. So does an image or
+    video that has another number of tokens in the prompt than its grid says, which is logged: vLLM 0.32 gives a video
+    of less than half a second a grid of one frame, and a prompt of none.
+
+    Args:
+      tokens: of the prompt.
+      features: vLLM's `MultiModalFeatureSpec` of each image and video.
+      config: of the model.
+
+    Returns:
+      int32 [3, T], and how far the positions of tokens after the prompt are from their place.
+    """
+    grids: dict[str, list[np.ndarray]] = {"image": [], "video": []}
+    found, kept = np.asarray(tokens), np.full(len(tokens), -1)
+    merge_size = config.vision_config.spatial_merge_size
+    for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
+        place = slice(feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
+        grid = np.asarray(feature.data[f"{feature.modality}_grid_thw"].data, np.int64).reshape(3)
+        held, expected = np.sum(found[place] == config.image_token_id), grid.prod() // merge_size**2
+        if held == expected:
+            kept[place] = found[place]
+            grids[feature.modality].append(grid)
+        else:
+            _log.warning("%s: found %d tokens in its prompt; expected %d, as its grid says: they count as text",
+                         feature.modality, held, expected)  # fmt: skip
+    images, videos = (np.array(of_kind, np.int64).reshape(-1, 3) for of_kind in grids.values())
+    positions, deltas = rope_index(kept[None], config, images, videos, merge_size=merge_size)
+    return positions[:, 0], int(deltas[0, 0])
 
 
 def shapes_of(directory: Path, config: Glm4vVisionConfig, vllm_config: Any) -> list[Shape]:

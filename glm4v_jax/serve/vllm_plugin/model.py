@@ -20,12 +20,11 @@ from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh as meshes
 from glm4v_jax.files import model_directory
-from glm4v_jax.inputs.mrope import rope_index
 from glm4v_jax.model import rope
 from glm4v_jax.model.decoder import Attention, TextDecoder
 from glm4v_jax.model.glm4v import score
 from glm4v_jax.model.nn import Linear
-from glm4v_jax.serve.vllm_plugin.media import VllmVision, media_in, shapes_of
+from glm4v_jax.serve.vllm_plugin.media import VllmVision, media_in, positions_of, shapes_of
 from glm4v_jax.serve.vllm_plugin.settings import VllmSettings, check_heads, check_same_model, refuse
 
 
@@ -173,19 +172,8 @@ class Glm4vForVllm(nnx.Module):
             run_compilation_fn("glm4v_vision", engine.vision.warm, shape, rows=shape[0], patches=shape[1])
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[np.ndarray, int]:
-        """Compute the positions [3, T] of a prompt, and how far those after it are from its length."""
-        grids: Mapping[str, list[Any]] = {"image": [], "video": []}
-        # Only where vLLM has put an image or video: a user may write any token, and an error here would end the engine.
-        tokens, found = np.full((1, len(input_tokens)), -1), np.asarray(input_tokens)
-        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            place = slice(feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
-            tokens[0, place] = found[place]
-            grids[feature.modality].append(np.asarray(feature.data[f"{feature.modality}_grid_thw"].data).reshape(3))
-        images, videos = (np.array(of_kind, np.int64).reshape(-1, 3) for of_kind in grids.values())
-        config = self.engine.config
-        merge_size = config.vision_config.spatial_merge_size
-        positions, deltas = rope_index(tokens, config, images, videos, merge_size=merge_size)
-        return positions[:, 0], int(deltas[0, 0])
+        """Compute the positions of a prompt (`media.positions_of`); called outside `jax.jit`."""
+        return positions_of(input_tokens, mm_features, self.engine.config)
 
     def modules(self) -> list[Any]:
         """Nothing: vLLM looks for layers of PyTorch when it shuts down."""

@@ -148,6 +148,16 @@ def test_tokens_that_a_user_writes_are_no_images(runner):
     assert np.array_equal(after[:, len(written) :], alone + len(written))
 
 
+def test_a_video_whose_prompt_has_no_frame_is_text(runner, caplog):
+    """As vLLM 0.32 writes a video of less than half a second: its grid has one frame, its prompt none."""
+    config = runner.model.engine.config
+    marks = [config.video_start_token_id, config.video_end_token_id]
+    short = feature("video", (1, 4, 4), 2, marks, None, config.image_token_id)
+    positions, delta = runner.model.get_mrope_input_positions([5, 6, *marks, 7], [short])
+    assert positions.tolist() == [[0, 1, 2, 3, 4]] * 3 and delta == 0
+    assert "video: found 0 tokens in its prompt; expected 4" in caplog.text
+
+
 def test_images_of_a_call_are_encoded_as_alone_and_invalid_pixels_are_zeros(runner, caplog):
     prompts = prompts_of(runner.model.engine.config)
     pixels, grids = prompts.pixel_values.copy(), prompts.image_grid_thw
