@@ -6,7 +6,7 @@ Dimensions: T tokens of all sequences of a step, one behind the other and padded
 of size H; D hidden size; V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
