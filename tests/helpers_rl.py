@@ -17,6 +17,7 @@ from train.rl.groups import Group, Rollout, num_samples
 from train.rl.handover import Handover
 from train.rl.loss import Objective
 from train.rl.packing import micro_batches, put
+from train.rl.rollouts import media_tokens
 from train.rl.step import PolicyStep, nothing
 from train.state import Layout, init_state, split
 
@@ -47,11 +48,8 @@ class Learner:
         self.layout = Layout.of(model)
         self.params, self.frozen = split(model, lambda path: True)
         self.optimizer = optax.adam(1e-3)
-        banned = sorted({
-            self.config.image_token_id, self.config.image_start_token_id, self.config.image_end_token_id,
-            self.config.video_token_id, self.config.video_start_token_id, self.config.video_end_token_id,
-        })  # fmt: skip
-        self.objective = Objective(banned=tuple(banned))
+        banned = media_tokens(self.config)
+        self.objective = Objective(banned=banned)
         self.step = PolicyStep(self.layout, self.optimizer, self.objective, dtype=jnp.float32, remat="none")
         self.handover = Handover(self.layout, self.params, self.frozen, jnp.float32, mesh, engine_mesh)
         runtime = Runtime.of(self.handover(self.params), engine_mesh or mesh, GenerationConfig())

@@ -8,5 +8,5 @@
 - curriculum.py: which problems a step draws.
 - groups.py: sampled answers, their rewards and advantages; which groups are learned from.
 - packing.py: groups to micro-batches of static shape. loss.py: the clipped objective. step.py: a step over them.
-- handover.py: trained weights to the engine that samples.
+- rollouts.py: answers from the engine. handover.py: trained weights to it. cycle.py: all of that, step by step.
 """

@@ -1,0 +1,102 @@
+"""Whole steps: a reward rises, a step can be taken again, and one that has nothing to learn changes nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers_rl import messages
+
+from glm4v_jax.inputs.prompt import Prompt
+from train.rl.config import RLConfig, SamplingConfig, VerifierConfig
+from train.rl.cycle import Cycle, DriftError
+from train.rl.rollouts import Answers, seed_of
+
+CONFIG = RLConfig(
+    verifiers={"digits": VerifierConfig(kind="counting")}, prompts=6, samples=8, max_ratio_drift=2e-6,
+    sampling=SamplingConfig(think_budget=0, answer_budget=6),
+)  # fmt: skip
+
+
+def sevens(texts):
+    return [float("7" in text) for _, text in texts]
+
+
+@pytest.fixture
+def cycle(learner):
+    """Afterwards the engine has the first weights again."""
+    yield Cycle(
+        learner.engine, learner.step, learner.handover, learner.frozen, CONFIG, learner.batch, learner.config,
+        learner.mesh,
+    )  # fmt: skip
+    learner.engine.update(learner.handover(learner.params))
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return [(f"problem {number}", messages(number)) for number in range(8)]
+
+
+@pytest.mark.slow
+def test_a_reward_rises(learner, cycle, problems):
+    state, lines = learner.state(), []
+    for number in range(6):
+        state, found = cycle(state, problems, sevens, seed_of(0, number))
+        lines.append(found.metrics())
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.3
+    line = lines[0]
+    assert 0 < line["valid"] <= 1 and line["groups"] == 8 and line["learned"] <= 6
+    assert (
+        line["cut"] < 1
+        and line["seconds_rollout"] > 0
+        and line["entropy"] > 0
+        and np.isfinite(list(line.values())).all()
+    )
+
+
+@pytest.mark.slow
+def test_a_step_taken_again_is_the_same_to_the_last_bit(learner, cycle, problems):
+    """From what is saved between two steps: the state alone."""
+    state, _ = cycle(learner.state(), problems, sevens, seed_of(0, 0))
+    saved = jax.tree.map(np.asarray, state)
+    found, results = [], []
+    for _ in range(2):
+        state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), saved, state)
+        learner.engine.update(learner.handover(state.params))
+        state, result = cycle(state, problems, sevens, seed_of(0, 1))
+        found.append(jax.tree.map(np.asarray, state))
+        results.append([one.completions for one in result.answers])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert [[one.tokens for one in of] for of in results[0]] == [[one.tokens for one in of] for of in results[1]]
+
+
+@pytest.mark.slow
+def test_where_no_rewards_differ_nothing_is_learned(learner, cycle, problems):
+    state = learner.state()
+    before = jax.tree.map(np.asarray, state)
+    state, found = cycle(state, problems[:2], lambda texts: [1.0] * len(texts), 0)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
+    assert not found.updates and not found.learned and found.metrics()["all_right"] == 1
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_the_one_that_sampled_is_an_error(learner, cycle, problems):
+    state = learner.state()
+    state = state._replace(params={path: x * 1.01 for path, x in state.params.items()})
+    with pytest.raises(DriftError, match=r"rl.max_ratio_drift: found a mean \|ratio - 1\| of 0\.\d+ before the first"):
+        cycle(state, problems, sevens, 0)
+
+
+def test_what_becomes_of_answers_that_were_cut():
+    from glm4v_jax.generate.completion import Completion
+    from glm4v_jax.generate.token_logprobs import TokenLogprob
+
+    said = (TokenLogprob(5, -1.0, ()), TokenLogprob(6, -1.0, ()))
+    whole = Completion(0, "", (5, 6), 1, "stop", logprobs=said)
+    answers = Answers(Prompt.of_text([1]), (whole, dataclasses.replace(whole, finish_reason="length")))
+    rewards, sampled = {}, {}
+    for truncated in ("force", "mask", "zero"):
+        group = answers.group("a", [1.0, 1.0], truncated)
+        rewards[truncated], sampled[truncated] = group.rewards.tolist(), [one.num_sampled for one in group.rollouts]
+    assert rewards == {"force": [1, 1], "mask": [1, 1], "zero": [1, 0]}
+    assert sampled == {"force": [2, 2], "mask": [2, 0], "zero": [2, 2]}

@@ -1,0 +1,160 @@
+"""A step of learning by reward: sample answers, score them, learn from the groups that say most, hand the weights over.
+
+Synchronous: answers are always sampled from the weights of the moment. A step is a function of the training's state,
+the problems, their rewards and the seed, so that a job resumes bit for bit from what it saved between two steps.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import Glm4vError
+from glm4v_jax.generate.engine import Engine
+from train.config import BatchConfig
+from train.rl.config import RLConfig
+from train.rl.groups import Group, most_balanced, num_samples
+from train.rl.handover import Handover
+from train.rl.packing import micro_batches, put
+from train.rl.rollouts import Answers, sample
+from train.rl.step import PolicyMetrics, PolicyStep
+from train.state import Leaves, TrainState
+
+Score = Callable[[Sequence[tuple[int, str]]], Sequence[float]]
+"""[(number of the problem in this step, the text of an answer to it)] -> their rewards, in this order."""
+
+
+class DriftError(Glm4vError):
+    """The model does not give what was sampled the probability that the engine did."""
+
+
+class CycleResult(NamedTuple):
+    """What a step has found.
+
+    groups: all that were sampled, in the order of the problems.
+    learned: those that were learned from, in the order of their keys.
+    answers: what was sampled, as `groups`.
+    updates: metrics of each update; none where there was nothing to learn.
+    seconds: of each phase.
+    """
+
+    groups: list[Group]
+    learned: list[Group]
+    answers: list[Answers]
+    updates: list[PolicyMetrics]
+    seconds: dict[str, float]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures of the step's line in metrics.jsonl, without those of domains and tiers."""
+        rewards = np.stack([group.rewards for group in self.groups])
+        lengths = np.array([len(rollout) for group in self.groups for rollout in group.rollouts])
+        completions = [one for answers in self.answers for one in answers.completions]
+        found = {
+            "reward": rewards.mean(), "right": (rewards == 1).mean(), "all_right": (rewards == 1).all(axis=1).mean(),
+            "all_wrong": (rewards == 0).all(axis=1).mean(), "valid": np.mean([group.is_valid for group in self.groups]),
+            "groups": len(self.groups), "learned": len(self.learned),
+            "cut": np.mean([one.finish_reason == "length" for one in completions]),
+            "forced": np.mean([one.is_forced for one in completions]),
+            "length": lengths.mean(), "length_p95": np.quantile(lengths, 0.95), "length_max": lengths.max(),
+        }  # fmt: skip
+        if self.updates:
+            first, last = self.updates[0], self.updates[-1]
+            found |= {f"ratio_first_{name}": getattr(first, f"ratio_{name}") for name in ("mean", "dev", "max")}
+            names = ("ratio_dev", "clipped_low", "clipped_high", "divergence", "entropy", "grad_norm", "learning_rate")
+            found |= {name: getattr(last, name) for name in names}
+            found |= {"skipped": last.skipped, "tokens": sum(float(one.tokens) for one in self.updates)}
+        found |= {f"seconds_{name}": value for name, value in self.seconds.items()}
+        return {name: float(value) for name, value in found.items()}
+
+
+@dataclasses.dataclass
+class Cycle:
+    """What the steps of a job need.
+
+    Attributes:
+      engine: samples; it has the weights of the state that the next step is given.
+      step, handover: made of the same layout.
+      frozen: leaves that are not trained.
+      config: of learning by reward.
+      batch: shape of a micro-batch.
+      model: of the model.
+      mesh: of the training.
+      releases: whether the engine's weights and caches are freed while a step learns, so that a device needs room for
+        the larger of both, and not for their sum.
+    """
+
+    engine: Engine
+    step: PolicyStep
+    handover: Handover
+    frozen: Leaves
+    config: RLConfig
+    batch: BatchConfig
+    model: Glm4vConfig
+    mesh: Mesh
+    releases: bool = True
+
+    def __call__(
+        self, state: TrainState, problems: Sequence[tuple[str, Any]], score: Score, seed: int
+    ) -> tuple[TrainState, CycleResult]:
+        """Take a step; the state is donated.
+
+        Args:
+          state: of the training.
+          problems: (key, prompt as `Engine.prompt` takes it), in the same order in all processes.
+          score: gives rewards, the same in all processes.
+          seed: of the answers, see `rollouts.seed_of`.
+
+        Raises:
+          DriftError: the ratios before the first update are not 1: something that was sampled is not what was learned.
+          Glm4vError: a prompt cannot be prepared, or does not fit a row.
+        """
+        seconds: dict[str, float] = {}
+        since = time.perf_counter()
+
+        def measure(phase: str) -> None:
+            nonlocal since
+            seconds[phase], since = time.perf_counter() - since, time.perf_counter()
+
+        answers = sample(self.engine, [prompt for _, prompt in problems], self.config, seed)
+        measure("rollout")
+        texts = [(number, one.text) for number, found in enumerate(answers) for one in found.completions]
+        rewards = np.reshape(score(texts), (len(problems), self.config.samples))
+        measure("scoring")
+        groups = [
+            found.group(key, own.tolist(), self.config.truncated)
+            for (key, _), found, own in zip(problems, answers, rewards, strict=True)
+        ]
+        learned = most_balanced(groups, self.config.prompts)
+        updates = list[PolicyMetrics]()
+        if learned:
+            state, updates = self._learn(state, learned)
+            jax.block_until_ready(state.params)
+            measure("learning")
+            self.engine.update(self.handover(state.params))
+            jax.block_until_ready(self.engine.runtime.text.leaves)
+            measure("handover")
+        return state, CycleResult(groups, learned, answers, updates, seconds)
+
+    def _learn(self, state: TrainState, groups: list[Group]) -> tuple[TrainState, list[PolicyMetrics]]:
+        """Take the updates of a step, each on its part of the groups."""
+        if self.releases:
+            self.engine.release(weights=True)
+        config, count = self.config, min(self.config.updates, len(groups))
+        found = list[PolicyMetrics]()
+        for part in (groups[i::count] for i in range(count)):
+            packed = micro_batches(part, self.batch, self.model, average=config.average, advantage=config.advantage)
+            tokens = sum(rollout.num_sampled for group in part for rollout in group.rollouts)
+            total = num_samples(part) if config.average == "sample" else tokens
+            state, metrics = self.step(state, self.frozen, (put(one, self.mesh) for one in packed), total)
+            found.append(metrics)
+            if len(found) == 1 and not (drift := float(metrics.ratio_dev)) <= config.max_ratio_drift:
+                raise DriftError(
+                    f"rl.max_ratio_drift: found a mean |ratio - 1| of {drift:.2g} before the first update; expected at "
+                    f"most {config.max_ratio_drift:g}: the engine and the training compute different probabilities"
+                )
+        return state, found

@@ -1,0 +1,89 @@
+"""Answers to the prompts of a step, sampled by the engine from the weights of the moment."""
+
+import concurrent.futures
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.generate.completion import Completion
+from glm4v_jax.generate.engine import Engine
+from glm4v_jax.generate.prompt import chat_variables
+from glm4v_jax.inputs.prompt import Prompt
+from train.rl.config import RLConfig
+from train.rl.groups import Group, Rollout
+
+
+class Answers(NamedTuple):
+    """The sampled answers to one prompt, in the order of their numbers."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+    def group(self, key: str, rewards: Sequence[float], truncated: str) -> Group:
+        """Return what is learned from.
+
+        Args:
+          key: of the problem.
+          rewards: of the answers.
+          truncated: what becomes of answers that were cut at the limit of tokens, see `RLConfig`.
+        """
+        rollouts, values = list[Rollout](), list[float]()
+        for one, reward in zip(self.completions, rewards, strict=True):
+            is_cut = one.finish_reason == "length"
+            rollout = Rollout.of(one)
+            rollouts.append(rollout.masked() if is_cut and truncated == "mask" else rollout)
+            values.append(0.0 if is_cut and truncated == "zero" else reward)
+        return Group(key, self.prompt, tuple(rollouts), np.array(values))
+
+
+def media_tokens(config: Glm4vConfig) -> tuple[int, ...]:
+    """Return the tokens of images and videos, which answers must not have: as text they mean nothing."""
+    names = (f"{kind}{part}_token_id" for kind in ("image", "video") for part in ("", "_start", "_end"))
+    return tuple(sorted({getattr(config, name) for name in names}))
+
+
+def options_of(config: RLConfig, model: Glm4vConfig) -> dict[str, Any]:
+    """Return the options of all rollouts; those of the checkpoint's generation_config.json that matter are replaced."""
+    sampling = config.sampling
+    budgets: dict[str, Any] = {"max_new_tokens": sampling.longest}
+    if config.truncated == "force" or not sampling.think_budget:
+        budgets = {"think_budget": sampling.think_budget, "answer_budget": sampling.answer_budget}
+    return {
+        "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
+        "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "bad_words_ids": (),
+        "sequence_bias": (), "suppress_tokens": media_tokens(model), "logprobs": 0, "logprobs_of": "sampling",
+        **budgets,
+    }  # fmt: skip
+
+
+def sample(engine: Engine, prompts: Sequence[Any], config: RLConfig, seed: int, *, threads: int = 4) -> list[Answers]:
+    """Sample `config.samples` answers to each prompt, from one prefill.
+
+    Args:
+      engine: with the weights to sample from.
+      prompts: as `Engine.prompt` takes them.
+      config: of the job.
+      seed: answer j to prompt i depends on (seed, i, j) alone, besides the weights.
+      threads: how many prepare prompts.
+
+    Raises:
+      Glm4vError: a prompt cannot be prepared.
+    """
+    options = options_of(config, engine.runtime.config)
+    variables = chat_variables({}, engine.config(**options), engine.processor)
+    with concurrent.futures.ThreadPoolExecutor(threads, "prompts") as pool:
+        prepared = [pool.submit(engine.prompt, prompt, **variables) for prompt in prompts]
+        found = list(
+            engine.generate_many((one.result() for one in prepared), samples=config.samples, seed=seed, **options)
+        )
+    found.sort(key=lambda one: one.index)
+    n = config.samples
+    return [Answers(one.result(), tuple(found[i * n : (i + 1) * n])) for i, one in enumerate(prepared)]
+
+
+def seed_of(seed: int, step: int) -> int:
+    """Return the seed of a step's rollouts, so that it depends on the job's seed and the step's number alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=4).digest(), "little")
