@@ -34,25 +34,26 @@ class Outcome(NamedTuple):
     Attributes:
       key: of the problem.
       mean: of the rewards of its rollouts.
-      count: how many rollouts had one.
+      samples: how many rollouts had one.
       is_valid: whether the group can be learned from.
     """
 
     key: str
     mean: float
-    count: int
+    samples: int
     is_valid: bool
 
 
 class Curriculum:
     """The problems of a job with what is known of their pass rates.
 
-    >>> curriculum = Curriculum(["a", "b", "c"], ["it"] * 3, CurriculumConfig(), prompts=2, rates={"a": 1.0})
-    >>> curriculum.draw(step=1)
-    [1, 2]
-    >>> curriculum.update([Outcome("b", 0.5, 8, True), Outcome("c", 0.0, 8, False)])
-    >>> round(curriculum.expansion, 2)
-    1.3
+    >>> rates = {"easy": 1.0, "half": 0.5, "hard": 0.0}
+    >>> curriculum = Curriculum(list(rates), ["it"] * 3, CurriculumConfig(), prompts=1, rates=rates)
+    >>> [curriculum.draw(step) for step in range(5)]
+    [[1], [1], [1], [1], [1]]
+    >>> curriculum.update([Outcome("half", 1.0, 8, False)])
+    >>> curriculum.pass_rates().round(2).tolist(), round(curriculum.expansion, 2)
+    ([0.98, 0.83, 0.02], 1.9)
     """
 
     def __init__(
@@ -113,10 +114,10 @@ class Curriculum:
           DataError: `max_empty` steps in a row had no group to learn from; the message has the pass rates by tier.
         """
         config = self._config
-        for key, mean, count, _ in outcomes:
+        for key, mean, samples, _ in outcomes:
             number = self._numbers[key]
-            self._right[number] = config.memory * self._right[number] + mean * count
-            self._tried[number] = config.memory * self._tried[number] + count
+            self._right[number] = config.memory * self._right[number] + mean * samples
+            self._tried[number] = config.memory * self._tried[number] + samples
         valid = sum(outcome.is_valid for outcome in outcomes)
         ratio = min(len(outcomes) / valid, config.expansion_most) if valid else config.expansion_most
         self.expansion = config.expansion_decay * self.expansion + (1 - config.expansion_decay) * ratio
