@@ -49,8 +49,8 @@ class Curriculum:
 
     >>> rates = {"easy": 1.0, "half": 0.5, "hard": 0.0}
     >>> curriculum = Curriculum(list(rates), ["it"] * 3, CurriculumConfig(), prompts=1, rates=rates)
-    >>> [curriculum.draw(step) for step in range(5)]
-    [[1], [1], [1], [1], [1]]
+    >>> [sum(curriculum.draw(step) == [number] for step in range(1000)) for number in range(3)]
+    [80, 853, 67]
     >>> curriculum.update([Outcome("half", 1.0, 8, False)])
     >>> curriculum.pass_rates().round(2).tolist(), round(curriculum.expansion, 2)
     ([0.98, 0.83, 0.02], 1.9)
