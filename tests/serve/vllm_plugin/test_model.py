@@ -5,10 +5,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers_family import checkpoint
 from helpers_mesh import run_on_devices
 from helpers_vllm import Runner, Sequence, feature, vllm_config
 from reference import CONFIGS, Prompts
 
+from glm4v_jax import Glm4vForConditionalGeneration
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.mrope import rope_index
@@ -120,6 +122,23 @@ def test_features_on_two_devices_are_those_on_one(two_devices, runner):
 def test_the_vit_is_sharded_over_two_devices(two_devices):
     whole, own = two_devices["qkv"]
     assert (whole // own).tolist() == [1, 1, 2, 1]
+
+
+class WordPrompts(Prompts):
+    """Without the special tokens of the tiny tokenizer, which are the last ones."""
+
+    def text(self, n):
+        return self.random.choice(800, n).tolist()
+
+
+def test_logits_of_glm_ocr_are_those_of_the_model(tmp_path):
+    """The member of the family of another structure that vLLM has a processor for."""
+    directory = checkpoint("ocr", tmp_path)
+    model, runner = Glm4vForConditionalGeneration.from_pretrained(directory), Runner(directory, 1)
+    prompts = WordPrompts(model.config, [[4, ("image", (4, 6)), 3]])
+    (sequence,) = sequences(prompts)
+    (logits,) = runner.run([(sequence, len(sequence.tokens))], 32)
+    np.testing.assert_allclose(logits, model(**prompts.inputs).logits[0], rtol=0, atol=1e-4)
 
 
 def test_positions_are_those_of_the_rope_index(runner):
