@@ -25,6 +25,7 @@ from glm4v_jax.model.lora import LoraConfig
 from train.data import FormatName
 from train.data.samples import EncodeOptions
 from train.optimizers import Group, OptimizerConfig, warmup_steps
+from train.preference import PreferenceConfig
 from train.rl.config import RLConfig
 
 MODEL, ADAPTER = "model", "adapter"
@@ -194,6 +195,7 @@ class TrainConfig:
       data, batch, optimizer, checkpoint, eval: see there.
       rl: learn by reward instead of from answers; see `train.rl`.
       steps: of the whole training.
+      preference: learn which of two answers is preferred, from data with both; see there.
       freeze: parts of the model that are not trained: "vision", "merger", "llm"; not with `lora`.
       lora: train an adapter instead; the whole model is frozen.
       quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.model.quantize`.
@@ -221,6 +223,7 @@ class TrainConfig:
     rl: RLConfig | None = None
     freeze: Annotated[tuple[Group, ...], Meta(description="a list of some of 'vision', 'merger', 'llm'")] = ("vision",)
     lora: AdapterConfig | None = None
+    preference: PreferenceConfig | None = None
     quantize: Literal["int8", "int4"] | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     remat: Remat = "full"
@@ -246,6 +249,8 @@ class TrainConfig:
             faults.append(f"checkpoint.best: found {best!r} without eval; expected both")
         elif best == "score" and self.eval is not None and not self.eval.generate:
             faults.append("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")
+        if self.preference is not None and self.data.too_long == "cut":
+            faults.append("data.too_long: found 'cut' beside preference; expected 'drop' or 'error'")
         raise_faults(faults + self._faults_of_rl())
 
     def _faults_of_rl(self) -> list[str]:

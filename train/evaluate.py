@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -38,6 +39,8 @@ from train.data.records import Record, question_of
 from train.data.samples import Sample, limited
 from train.data.stream import encode_options, make_encoder, packed, packer_of
 from train.loss import Sums
+from train.preference import PreferenceConfig
+from train.references import compute
 from train.state import Weights
 from train.step import loss_sums
 
@@ -51,11 +54,13 @@ class Evaluation:
 
     loss, accuracy: as of a training step, over all of them.
     score: mean of the metric over the answers; None where none were asked for.
+    margin: of preferences, as of a training step.
     """
 
     loss: float
     accuracy: float
     score: float | None
+    margin: float | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -116,18 +121,26 @@ class Evaluator:
         # The processes make batches of them together: one that could not read an image would leave the others waiting.
         agree("the records of eval", _digest(self._samples))
 
-    def loss(self, weights: Weights, is_stopped: Callable[[], bool]) -> tuple[float, float] | None:
-        """Return mean cross entropy and accuracy of the targets; None if stopped between two batches."""
-        sums = Sums.zero()
+    def compare_with(self, weights: Weights) -> None:
+        """Compare pairs with this model, that before the training; all processes call this."""
+        samples, batch = self._samples, self._job.batch
+        for number, found in compute(weights, enumerate(samples), batch, self._config, self._mesh):
+            samples[number] = dataclasses.replace(samples[number], reference=found)
+
+    def loss(self, weights: Weights, is_stopped: Callable[[], bool]) -> Evaluation | None:
+        """Evaluate what a training step minimises, without answers; None if stopped between two batches."""
+        preference = self._job.preference
+        sums = Sums.zero(preference is not None)
         number = 0
         for batch, count in self._batches():
             if is_stopped():
                 return None
             number += count
-            sums = evaluation_loss(sums, weights, batch)
+            sums = evaluation_loss(sums, weights, batch, preference)
             self._note(f"evaluating: {number} of {len(self._samples)} samples")
         weight = float(sums.weight)
-        return float(sums.loss) / weight, float(sums.correct) / weight
+        margin = None if sums.margin is None else float(sums.margin) / weight
+        return Evaluation(float(sums.loss) / weight, float(sums.correct) / weight, None, margin)
 
     def answers(self, weights: Weights) -> Generator[tuple[int, dict[str, Any]]]:
         """Yield the number of a question, and a line with the answer, the reference and the score, as answers end."""
@@ -158,7 +171,7 @@ class Evaluator:
         self._noted = time.perf_counter()
         found = self.loss(weights, is_stopped)
         if found is None or not self._questions:
-            return None if found is None else Evaluation(*found, None)
+            return found
         lines: dict[int, dict[str, Any]] = {}
         with contextlib.closing(self.answers(weights)) as answered:
             for number, line in answered:
@@ -172,7 +185,7 @@ class Evaluator:
                 text = "".join(to_json(lines[number], ensure_ascii=False) + "\n" for number in sorted(lines))
                 # Half a surrogate pair, which a model may generate, is written as JSON's escape.
                 aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        return Evaluation(*found, statistics.fmean(line["score"] for line in lines.values()))
+        return dataclasses.replace(found, score=statistics.fmean(line["score"] for line in lines.values()))
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
         """Batches, and how many samples each has."""
@@ -249,8 +262,10 @@ def _digest(samples: Sequence[Sample]) -> bytes:
     return hashlib.blake2b(repr(found).encode(), digest_size=16).digest()
 
 
-@jax.jit
-def evaluation_loss(sums: Sums, weights: Weights, batches: TrainBatch) -> Sums:
+@functools.partial(jax.jit, static_argnames="preference")
+def evaluation_loss(
+    sums: Sums, weights: Weights, batches: TrainBatch, preference: PreferenceConfig | None = None
+) -> Sums:
     """Add the sums of a step's one micro-batch."""
     batch = jax.tree.map(lambda x: x[0], batches)
-    return jax.tree.map(jnp.add, sums, loss_sums(weights.model(), batch))
+    return jax.tree.map(jnp.add, sums, loss_sums(weights.model(), batch, preference=preference))

@@ -1,6 +1,7 @@
 """What a job starts with: its records; and the model, optimizer and step on their mesh."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -47,7 +48,14 @@ _FREE = {
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
 
-_LATER = {"neftune": None, "rl": None, "lora.rslora": False, "lora.dora": False, "lora.dropout": 0.0}
+_LATER = {
+    "preference": None,
+    "neftune": None,
+    "rl": None,
+    "lora.rslora": False,
+    "lora.dora": False,
+    "lora.dropout": 0.0,
+}
 """Fields that checkpoints of earlier versions lack, with what they stand for there."""
 
 _DIGESTED = 64
@@ -69,15 +77,17 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
       DataError: files cannot be read, or there are too few records.
     """
     options = config.data
+    read = functools.partial(
+        read_records, format=options.format, media_dir=options.media_dir, is_preference=config.preference is not None
+    )
     if records is None:
-        records = read_records(options.files, format=options.format, media_dir=options.media_dir)
+        records = read(options.files)
     digest = records.fingerprint() if isinstance(records, Records) else _digest(records)
     if config.eval is None:
         return Data(records, (), digest)
     if not config.eval.files:
         return Data(*hold_out(records, config.eval.share, config.seed), digest)
-    held_out = read_records(config.eval.files, format=options.format, media_dir=options.media_dir)
-    return Data(records, held_out, digest)
+    return Data(records, read(config.eval.files), digest)
 
 
 def _digest(records: Sequence[Record]) -> str:
@@ -295,6 +305,7 @@ class Job:
         step = make_step(
             layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
             learning_rate=learning_rate(config.optimizer, config.steps), noise=_noise(config),
+            preference=config.preference,
         )  # fmt: skip
         job = cls(config, model_config, layout, frozen, dtypes, abstract(params), step, dtype)
         return job, init_state(params, optimizer)

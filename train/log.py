@@ -110,6 +110,7 @@ class MetricsLog:
             "step": step,
             "loss": float(found.loss),
             "accuracy": float(found.accuracy),
+            **({} if found.margin is None else {"margin": float(found.margin)}),
             "targets": float(found.weight),
             "grad_norm": self.grad_norm,
             "learning_rate": float(found.learning_rate),
@@ -127,17 +128,24 @@ class MetricsLog:
         }
         self._write(METRICS, line)
         if step % self._config.log_every == 0 or step == self._config.steps:
+            accuracy = f"{line['accuracy']:.1%}" + (
+                "" if found.margin is None else f", margin {float(found.margin):.3g}"
+            )
             mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.1%}"
             self._log(
-                f"step {step} of {self._config.steps}: loss {line['loss']:.4f}, accuracy {line['accuracy']:.1%}, "
+                f"step {step} of {self._config.steps}: loss {line['loss']:.4f}, accuracy {accuracy}, "
                 f"gradient norm {self.grad_norm:.3g}, {seconds:.2f} s, {line['tokens_per_second']:,.0f} tokens/s{mfu}, "
                 f"padding {line['padding']:.1%}{', skipped' if line['is_skipped'] else ''}"
             )
 
     def evaluated(self, step: int, found: Evaluation, seconds: float) -> None:
         """Write an evaluation; its time does not count for the next step."""
-        self._write(EVALUATIONS, {"step": step, **dataclasses.asdict(found), "seconds": round(seconds, 3)})
+        fields = dataclasses.asdict(found)
+        if found.margin is None:
+            del fields["margin"]
+        self._write(EVALUATIONS, {"step": step, **fields, "seconds": round(seconds, 3)})
         score = "" if found.score is None else f", score {found.score:.1%}"
+        score += "" if found.margin is None else f", margin {found.margin:.3g}"
         self._log(f"evaluation after step {step}: loss {found.loss:.4f}, accuracy {found.accuracy:.1%}{score}")
         self._begin()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,9 +32,10 @@ from train.job import Job, abstract_state, check_output, check_same, check_step,
 from train.log import MetricsLog, Speed, read_evaluations
 from train.preemption import Stopping
 from train.profiler import Profiler
+from train.references import compute, encoded, table_of
 from train.state import TrainState, is_finite
 
-CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
+CHECKPOINTS, ANSWERS, PROFILE, REFERENCES = "checkpoints", "answers", "profile", "references.npz"
 """What a job writes to its output directory, besides its result and its metrics."""
 
 
@@ -114,6 +116,17 @@ def train(
         checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
         job, state = Job.start(config, model_config, progress)
         log(job.describe(data, mesh))
+        if config.preference is not None and config.preference.has_reference:
+            weights = job.weights(state.params)
+            digest = hashlib.blake2b(repr(job_identity).encode(), digest_size=16).hexdigest()
+            samples = functools.partial(encoded, encoder, config.data.threads)
+            encoder.references = table_of(
+                out / REFERENCES, digest, len(data.train),
+                lambda: compute(weights, samples(), config.batch, model_config, mesh), log,
+            )  # fmt: skip
+            if evaluator is not None:
+                evaluator.compare_with(weights)
+            del weights
         if checkpoints.latest is not None:
             like = abstract(state)
             del state  # a device may not have room for two of them

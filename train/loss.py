@@ -28,16 +28,19 @@ class Sums(NamedTuple):
     loss: sum of each target's weight times its cross entropy, float32.
     weight: sum of the weights.
     correct: sum of the weights of targets that are the most likely token.
+    margin: of preferences, sum of how much more the preferred answers are preferred; None otherwise.
     """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
     correct: Float[Array, ""]
+    margin: Float[Array, ""] | None = None
 
     @classmethod
-    def zero(cls) -> "Sums":
+    def zero(cls, is_preference: bool = False) -> "Sums":
         """Return the sums of nothing."""
-        return cls(*[jnp.zeros((), jnp.float32)] * 3)
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, zero, zero, zero if is_preference else None)
 
 
 def cross_entropy(

@@ -16,6 +16,7 @@ from train.data.packing import TrainBatch
 from train.flops import Work, work_of
 from train.loss import CHUNK, Sums, cross_entropy
 from train.noise import Noise
+from train.preference import PreferenceConfig, preference_sums
 from train.state import Layout, Leaves, TrainState
 
 
@@ -30,8 +31,9 @@ class Metrics(NamedTuple):
     skipped: how many steps of the training have been skipped, this one included.
     streak: how many of them in a row, up to this one.
     learning_rate: of its update; NaN where `make_step` got none.
-    samples: how many the batch has.
+    samples: how many the batch has; a pair has two.
     work: what was not padding.
+    margin: of preferences, mean of how much more the preferred answers are preferred (`preference_loss`).
     """
 
     loss: Float[Array, ""]
@@ -44,6 +46,7 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, ""]
     samples: Int[Array, ""]
     work: Work
+    margin: Float[Array, ""] | None = None
 
 
 Step = Callable[[TrainState, Leaves, TrainBatch], tuple[TrainState, Metrics]]
@@ -57,12 +60,23 @@ def loss_sums(
     chunk: int = CHUNK,
     noise: Noise | None = None,
     key: Array | None = None,
+    preference: PreferenceConfig | None = None,
 ) -> Sums:
-    """Return the loss of a batch, before it is divided by the weight; with `noise`, drawn with `key`."""
+    """Return the loss of a batch, before it is divided by the weight.
+
+    Args:
+      model: with the batch's parameters.
+      batch: arrays [B, ...].
+      remat, chunk: see `make_step`.
+      noise: what is drawn, with `key`.
+      preference: the loss of pairs; by default it is the cross entropy of the targets.
+    """
     if noise is None or key is None:
         hidden = model(batch.batch, remat=remat)
     else:
         hidden = noise.hidden(model, batch.batch, key, remat)
+    if preference is not None:
+        return preference_sums(model, hidden, batch, preference, chunk=chunk)
     return cross_entropy(model, hidden, batch.targets, batch.weights, chunk=chunk)
 
 
@@ -76,6 +90,7 @@ def make_step(
     max_grad_norm: float = float("inf"),
     learning_rate: optax.Schedule | None = None,
     noise: Noise | None = None,
+    preference: PreferenceConfig | None = None,
 ) -> Step:
     """Return the jitted step.
 
@@ -88,6 +103,7 @@ def make_step(
       max_grad_norm: a step whose gradients have a larger norm, or one that is not finite, is skipped.
       learning_rate: the optimizer's, by the number of earlier updates; for the metrics alone.
       noise: what is drawn in every step; by default nothing.
+      preference: how pairs are learned from; by default the loss is the cross entropy of the targets.
 
     Returns:
       (state, frozen leaves, batch) -> (state, metrics). The state is donated. Every array of the batch has a first
@@ -97,7 +113,7 @@ def make_step(
 
     def sums_of(params: Leaves, frozen: Leaves, batch: TrainBatch, key: Array | None) -> tuple[Array, Sums]:
         model = layout.model(params, frozen, dtype)
-        sums = loss_sums(model, batch, remat=remat, chunk=chunk, noise=noise, key=key)
+        sums = loss_sums(model, batch, remat=remat, chunk=chunk, noise=noise, key=key, preference=preference)
         return sums.loss, sums
 
     gradients_of = jax.grad(sums_of, has_aux=True)
@@ -115,7 +131,7 @@ def make_step(
         if count == 1:
             gradients, sums = gradients_of(state.params, frozen, *jax.tree.map(lambda x: x[0], drawn))
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params), Sums.zero()
+            zeros = jax.tree.map(jnp.zeros_like, state.params), Sums.zero(preference is not None)
             (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, drawn)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
@@ -125,7 +141,7 @@ def make_step(
         samples = jnp.sum(jnp.max(batches.batch.segment_ids, axis=-1))  # a row's are numbered from 1 on
         metrics = Metrics(
             sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, updated.skipped, updated.streak,
-            rate_of(state, learning_rate), samples, work,
+            rate_of(state, learning_rate), samples, work, None if sums.margin is None else sums.margin / weight,
         )  # fmt: skip
         return updated, metrics
 

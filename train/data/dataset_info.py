@@ -14,10 +14,22 @@ from train.data import FormatName
 from train.data.formats import SHAREGPT_ROLES, Columns
 
 FORMATTING: tuple[FormatName, ...] = ("alpaca", "sharegpt", "openai")
-_KNOWN_COLUMNS = {"messages", "prompt", "query", "response", "history", "system", "tools", "images", "videos"}
-_REFUSED_COLUMNS = ("chosen", "rejected", "kto_tag", "audios")
+_KNOWN_COLUMNS = {
+    "messages",
+    "prompt",
+    "query",
+    "response",
+    "history",
+    "system",
+    "tools",
+    "images",
+    "videos",
+    "chosen",
+    "rejected",
+}
+_REFUSED_COLUMNS = ("kto_tag", "audios")
 # Options that a file alone cannot satisfy.
-_REFUSED = ("ranking", "num_samples")
+_REFUSED = ("num_samples",)
 _USER, _ASSISTANT, _SYSTEM = "user_tag", "assistant_tag", "system_tag"
 _DEFAULT_TAGS = {_USER: "human", _ASSISTANT: "gpt", _SYSTEM: "system"}
 _TAGS = {*_DEFAULT_TAGS, "role_tag", "content_tag", "observation_tag", "function_tag"}

@@ -71,6 +71,7 @@ class Columns:
         images, videos: fields that list files; the first that a row has counts.
         role_tag, content_tag: fields of a message; empty for those of the first message, OpenAI's or ShareGPT's.
         roles: name of a role -> system, user or assistant.
+        chosen, rejected: fields of the answers of preference data.
     """
 
     messages: str = "conversations"
@@ -85,6 +86,8 @@ class Columns:
     role_tag: str = "from"
     content_tag: str = "value"
     roles: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(SHAREGPT_ROLES))
+    chosen: str = "chosen"
+    rejected: str = "rejected"
 
     def media(self, row: Row) -> MediaFiles:
         """Return the files that a row lists."""
@@ -385,4 +388,4 @@ def _check_row(row: Row, columns: Columns) -> None:
         raise invalid(columns.tools, "some", "none: tools are not supported")
     for name in _PREFERENCES:
         if not is_empty(row.get(name)):
-            raise invalid(name, "preferences", "conversations to train on")
+            raise invalid(name, "preferences", "conversations to train on, or a job with [preference]")

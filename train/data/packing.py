@@ -28,11 +28,14 @@ class TrainBatch(NamedTuple):
     batch: the model's input.
     targets: int32 [B, T], the token to predict at each position, -100 where there is none.
     weights: float32 [B, T], of each target in the loss; 0 where there is none.
+    reference: float32 [B, T], of preference data: each answer's log probability under the model that it is compared
+      with, divided among its targets. There the conversations of a pair are segments 2 n - 1 and 2 n.
     """
 
     batch: Batch
     targets: np.ndarray
     weights: np.ndarray
+    reference: np.ndarray | None = None
 
 
 class Padding(NamedTuple):
@@ -93,7 +96,7 @@ def pack(
     input_ids, segment_ids = (np.zeros((rows, length), np.int32) for _ in range(2))
     position_ids = np.ones((3, rows, length), np.int32)
     vision_index, targets = np.full((rows, length), -1, np.int32), np.full((rows, length), IGNORED, np.int32)
-    weights = np.zeros((rows, length), np.float32)
+    weights, reference = (np.zeros((rows, length), np.float32) for _ in range(2))
     for sample, (row, start, segment) in zip(samples, places, strict=True):
         here = np.s_[row, start : start + len(sample)]
         input_ids[here], segment_ids[here], targets[here] = sample.input_ids, segment, sample.targets
@@ -101,8 +104,13 @@ def pack(
         is_target = sample.targets != IGNORED
         weights[here] = is_target / np.float32(1 if average == "token" else max(is_target.sum(), 1))
         vision_index[here] = sample.prompt.vision_index(features)
+        if sample.second:
+            is_second = np.arange(len(sample)) >= sample.second
+            segment_ids[here] = 2 * segment - 1 + is_second
+            for part, value in zip((is_target & ~is_second, is_target & is_second), sample.reference, strict=True):
+                reference[here] += part * np.float32(value / part.sum())
     batch = Batch(input_ids, segment_ids, position_ids, None if vision is None else vision_index, vision)
-    return TrainBatch(batch, targets, weights)
+    return TrainBatch(batch, targets, weights, reference)
 
 
 def _sources(samples: Sequence[Sample]) -> str:

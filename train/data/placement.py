@@ -90,7 +90,8 @@ def _partition(batch: TrainBatch) -> Any:
     has_vision = batch.batch.vision is not None
     vision = VisionRows(*[vision_rows] * 5) if has_vision else None
     vision_index = rows if has_vision else None
-    return TrainBatch(Batch(rows, rows, axes.spec(None, None, "batch"), vision_index, vision), rows, rows)
+    reference = None if batch.reference is None else rows
+    return TrainBatch(Batch(rows, rows, axes.spec(None, None, "batch"), vision_index, vision), rows, rows, reference)
 
 
 def _is_partition(node: object) -> bool:

@@ -19,6 +19,7 @@ from train.data import FormatName
 from train.data.conversations import Turns
 from train.data.dataset_info import read_entry, split_name
 from train.data.formats import FORMATS, Columns, conversation, detect, instruction, read_row
+from train.data.preferences import compared, pair_of
 
 Change = Callable[[Mapping[str, Any], Columns | None], Mapping[str, Any]]
 
@@ -36,11 +37,13 @@ class Record:
             `path`, `url`, or `image` or `video` for what is in memory; as chat templates take them.
         losses: of each message, whether it contributes to the loss.
         source: its place in the data, "data.jsonl:12".
+        rejected: of preference data, the conversation that this one is preferred to.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     losses: tuple[bool, ...]
     source: str
+    rejected: "Record | None" = None
 
     def media(self, kind: str | None = None) -> list[Mapping[str, Any]]:
         """Return the items of images and videos in their order; with `kind`, "image" or "video", only those."""
@@ -73,8 +76,9 @@ class Records(Sequence[Record]):
     Only the offsets of lines, JSON lists and the latest row group of a table are kept in memory. Can be pickled.
     """
 
-    def __init__(self, parts: Sequence[_Part]):
+    def __init__(self, parts: Sequence[_Part], is_preference: bool = False):
         self._parts = tuple(parts)
+        self._is_preference = is_preference
         self._ends = list(itertools.accumulate(len(part.rows) for part in self._parts))
 
     def __len__(self) -> int:
@@ -96,14 +100,14 @@ class Records(Sequence[Record]):
         part, row = self._find(index)
         place = part.rows.place(row)
         try:
-            turns = _turns(part, part.rows[row])
+            if not self._is_preference:
+                return _record(_turns(part, part.rows[row]), part, place)
+            names = () if part.columns is None else (part.columns.chosen, part.columns.rejected, part.columns.messages)
+            both = (_turns(part, one) for one in pair_of(part.rows[row], *names))
+            chosen, rejected = (_record(turns, part, place) for turns in compared(*both))
         except (DataError, MediaError) as error:
             raise DataError(f"{place}: {error}") from error
-        messages = tuple(
-            message | {"content": [located(item, part.directory) for item in message["content"]]}
-            for message in turns.messages
-        )
-        return Record(messages, turns.losses, place)
+        return dataclasses.replace(chosen, rejected=rejected)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
@@ -146,6 +150,14 @@ class Records(Sequence[Record]):
             raise IndexError(f"record {index} of {len(self)}") from None
         number = bisect.bisect_right(self._ends, index)
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def _record(turns: Turns, part: _Part, place: str) -> Record:
+    messages = tuple(
+        message | {"content": [located(item, part.directory) for item in message["content"]]}
+        for message in turns.messages
+    )
+    return Record(messages, turns.losses, place)
 
 
 def _turns(part: _Part, row: Mapping[str, Any]) -> Turns:
@@ -191,6 +203,7 @@ def read_records(
     format: FormatName | None = None,
     media_dir: str | os.PathLike[str] | None = None,
     change: Change | None = None,
+    is_preference: bool = False,
 ) -> Records:
     """Return the records of files of training data.
 
@@ -202,6 +215,7 @@ def read_records(
             A dataset_info.json has its own.
         media_dir: what paths of images and videos are relative to; None is the directory of the data file.
         change: row, and the names of its fields where a dataset_info.json has them -> the row that is read instead.
+        is_preference: whether rows have a preferred and a rejected answer (`preferences.pair_of`).
 
     Raises:
         OSError: a file cannot be read.
@@ -213,7 +227,7 @@ def read_records(
     if not sources:
         raise DataError("source: found no file; expected at least one")
     parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir, change)]
-    return Records(parts)
+    return Records(parts, is_preference)
 
 
 def _parts(

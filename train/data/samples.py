@@ -84,11 +84,15 @@ class Sample:
       prompt: its tokens, positions, images and videos.
       targets: int32 [T], the token to predict after each, -100 where there is none.
       source: place of the record.
+      second: of a preferred and a rejected conversation, which share their images, where the latter begins; else 0.
+      reference: log probabilities of both of their answers under the model that they are compared with.
     """
 
     prompt: Prompt
     targets: np.ndarray
     source: str
+    second: int = 0
+    reference: tuple[float, float] = (0.0, 0.0)
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -134,7 +138,9 @@ def encode(
     """
     options = options or EncodeOptions()
     try:
-        return _encode(record, processor, config, options)
+        if record.rejected is None:
+            return _encode(record, processor, config, options)
+        return _pair(record, record.rejected, processor, config, options)
     except (DataError, MediaError, MessageError) as error:
         raise DataError(f"{record.source}: {error}") from error
 
@@ -166,6 +172,30 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
                 f"found no target in the first {counted(len(sample), 'token')}, cut at max_length; expected some"
             )
     return sample
+
+
+def _pair(
+    chosen: Record, rejected: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions
+) -> Sample | None:
+    """Encode two conversations one behind the other; the second one's images are those of the first."""
+    alone = dataclasses.replace(options, max_length=None)
+    first, second = (_encode(record, processor, config, alone) for record in (chosen, rejected))
+    assert first is not None and second is not None
+    if [medium.key for medium in first.prompt.media] != [medium.key for medium in second.prompt.media]:
+        raise DataError("rejected: found other images or videos than in the chosen conversation; expected the same")
+    length = len(first) + len(second)
+    if options.max_length is not None and length > options.max_length:
+        if options.too_long == "drop":
+            return None
+        raise DataError(f"found {length} tokens of both answers; expected at most max_length, {options.max_length}")
+    prompt = dataclasses.replace(
+        first.prompt,
+        input_ids=np.concatenate([first.input_ids, second.input_ids]),
+        position_ids=np.concatenate([first.position_ids, second.position_ids], axis=1),
+        medium_of=np.concatenate([first.prompt.medium_of, second.prompt.medium_of]),
+        offset_of=np.concatenate([first.prompt.offset_of, second.prompt.offset_of]),
+    )
+    return Sample(prompt, np.concatenate([first.targets, second.targets]), first.source, len(first))
 
 
 def target_turns(

@@ -9,11 +9,13 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
@@ -59,7 +61,7 @@ class RowCounts:
         return cls(*(sum(one[field.name] for one in counts) for field in dataclasses.fields(cls)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Encoder:
     """Record number -> its sample; called in threads, so that errors are returned and not raised.
 
@@ -67,12 +69,14 @@ class Encoder:
     encode: record -> sample, None if it is too long; see `samples.encode`.
     check: raises `DataError` for a sample that fits no batch; see `Packer.check`.
     pauses: seconds before each further attempt to read a record.
+    references: of preference data, what pairs are compared with, [records, 2] (`references.table_of`).
     """
 
     records: Sequence[Record]
     encode: Callable[[Record], Sample | None]
     check: Callable[[Sample], None]
     pauses: Sequence[float] = _PAUSES
+    references: np.ndarray | None = None
 
     def __call__(self, number: int) -> tuple[int, Outcome]:
         """Return the number and what became of the record."""
@@ -81,15 +85,25 @@ class Encoder:
             record = self._read(number)
             place = record.source
             sample = self.encode(record)
-            if sample is not None:
-                self.check(sample)
-            return number, sample
+            if sample is None:
+                return number, None
+            self.check(sample)
+            return number, sample if self.references is None else self._compared(number, sample)
         except Glm4vError as error:
             return number, DataError(str(error))
         except OSError as error:
             return number, DataError(f"{place}: {one_line(error)}")
         except Exception as error:  # of a media decoder that fails in its own way, for one
             return number, DataError(f"{place}: {type(error).__name__}: {error}")
+
+    def _compared(self, number: int, sample: Sample) -> Sample:
+        assert self.references is not None
+        chosen, rejected = self.references[number].tolist()
+        if math.isnan(chosen):
+            raise DataError(
+                f"{sample.source}: found it readable, which it was not before the training; expected no change"
+            )
+        return dataclasses.replace(sample, reference=(chosen, rejected))
 
     def again(self, number: int) -> Sample:
         """Encode a record once more that had become a sample.

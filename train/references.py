@@ -1,0 +1,117 @@
+"""Log probabilities of preference data under the model before the training: computed once, and kept in a file."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glm4v_jax.checkpoints.orbax_write import by_first
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.distributed import gathered, is_first, to_host
+from glm4v_jax.files import replacing
+from train.config import BatchConfig
+from train.data.packing import TrainBatch, place
+from train.data.placement import put, stacked
+from train.data.samples import Sample
+from train.data.stream import Encoder, packed, packer_of
+from train.preference import pairs_of
+from train.state import Weights
+
+_PERIOD = 10.0
+"""Seconds between two lines that say how far it is."""
+
+Numbered = Iterable[tuple[int, Sample]]
+
+
+def encoded(encoder: Encoder, threads: int) -> Iterator[tuple[int, Sample]]:
+    """Yield the number and the sample of every record that becomes one, encoded in threads."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    for number, found in grain.MapDataset.source(range(len(encoder.records))).map(encoder).to_iter_dataset(options):
+        if isinstance(found, Sample):
+            yield number, found
+
+
+def compute(
+    weights: Weights, samples: Numbered, batch: BatchConfig, config: Glm4vConfig, mesh: Mesh
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Yield the number of each pair with the log probabilities of its two answers; all processes call this.
+
+    Args:
+      weights: of the model before the training.
+      samples: number -> pair.
+      batch: shape of the batches that they are packed into.
+      config: of the model.
+      mesh: that it is on.
+    """
+    packer, numbers = packer_of(batch), dict[int, int]()
+
+    def finished(done: list[Sample]) -> Iterator[tuple[int, tuple[float, float]]]:
+        logprobs = to_host(_logprobs(weights, put(stacked([packed(done, batch, config)]), mesh)))
+        places = place([len(sample) for sample in done], batch.rows, batch.length, batch.per_row)
+        assert places is not None
+        for sample, (row, _, segment) in zip(done, places, strict=True):
+            chosen, rejected = logprobs[row, segment - 1].tolist()
+            yield numbers.pop(id(sample)), (chosen, rejected)
+
+    for number, sample in samples:
+        numbers[id(sample)] = number
+        if (done := packer.push(sample, number)) is not None:
+            yield from finished(done)
+    for done in packer.finish():
+        yield from finished(done)
+
+
+@jax.jit
+def _logprobs(weights: Weights, batches: TrainBatch) -> jax.Array:
+    batch, model = jax.tree.map(lambda x: x[0], batches), weights.model()
+    return pairs_of(model, model(batch.batch), batch).logprobs
+
+
+def table_of(
+    path: Path,
+    digest: str,
+    count: int,
+    computed: Callable[[], Iterable[tuple[int, tuple[float, float]]]],
+    log: Callable[[str], None],
+) -> np.ndarray:
+    """Return the log probabilities of all pairs, float32 [count, 2], from the file if it has them; all processes call this.
+
+    Args:
+      path: of the file.
+      digest: of what decides them; another one in the file makes it useless.
+      count: of the records.
+      computed: yields number and log probabilities of each pair; those of records that are not pairs stay NaN.
+      log: called with how far it is.
+
+    Raises:
+      OSError: the disk refuses.
+    """  # noqa: E501
+    found = gathered(_read(path, digest, count) if is_first() else None)[0]
+    if found is not None:
+        return found
+    table, noted = np.full((count, 2), np.nan, np.float32), time.perf_counter()
+    for done, (number, logprobs) in enumerate(computed(), 1):
+        table[number] = logprobs
+        if time.perf_counter() - noted > _PERIOD:
+            noted = time.perf_counter()
+            log(f"log probabilities before the training: {done:,} of {count:,} pairs")
+    by_first(lambda: _write(path, digest, table))
+    return table
+
+
+def _read(path: Path, digest: str, count: int) -> np.ndarray | None:
+    try:
+        with np.load(path) as file:
+            table = file["logprobs"]
+            return table if str(file["digest"]) == digest and table.shape == (count, 2) else None
+    except (OSError, ValueError, KeyError, EOFError):  # none, or a damaged one
+        return None
+
+
+def _write(path: Path, digest: str, table: np.ndarray) -> None:
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.savez(file, logprobs=table, digest=np.array(digest))
