@@ -43,11 +43,13 @@ class DataSet:
         path: its file or directory.
         formatting: "alpaca", "sharegpt" or "openai".
         columns: the names of its rows' fields.
+        is_preference: whether its rows have a preferred and a rejected answer.
     """
 
     path: Path
     formatting: FormatName
     columns: Columns
+    is_preference: bool = False
 
 
 def split_name(source: str) -> tuple[Path, str | None] | None:
@@ -122,7 +124,8 @@ def _read(path: Path, where: str, entry: Any) -> DataSet:
         columns_of_row = dataclasses.replace(
             columns_of_row, messages=messages, role_tag="", content_tag="", roles=SHAREGPT_ROLES
         )
-    return DataSet(path.parent / entry["file_name"], formatting, columns_of_row)
+    is_preference = bool(entry.get("ranking")) or not {"chosen", "rejected"}.isdisjoint(columns)
+    return DataSet(path.parent / entry["file_name"], formatting, columns_of_row, is_preference)
 
 
 def _strings(where: str, field: str, value: Any, known: set[str]) -> dict[str, str]:

@@ -226,12 +226,16 @@ def read_records(
     sources = [source] if isinstance(source, str | os.PathLike) else list(source)
     if not sources:
         raise DataError("source: found no file; expected at least one")
-    parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir, change)]
+    parts = [part for one in sources for part in _parts(os.fspath(one), format, media_dir, change, is_preference)]
     return Records(parts, is_preference)
 
 
 def _parts(
-    source: str, format: FormatName | None, media_dir: str | os.PathLike[str] | None, change: Change | None
+    source: str,
+    format: FormatName | None,
+    media_dir: str | os.PathLike[str] | None,
+    change: Change | None,
+    is_preference: bool,
 ) -> Iterator[_Part]:
     described = split_name(source)
     columns = None
@@ -239,6 +243,10 @@ def _parts(
     if described is not None:
         entry = read_entry(*described)
         path, format, columns = entry.path, entry.formatting, entry.columns
+        if entry.is_preference and not is_preference:
+            raise DataError(
+                f"{source}: found preferences; expected conversations to train on, or a job with [preference]"
+            )
     for file in find_files(path):
         # LLaMA-Factory's paths are relative to its data directory, wherever in it the file is.
         directory = media_dir or (file.parent if described is None else described[0].parent)

@@ -187,7 +187,7 @@ def test_packed_equals_unpacked_to_the_model(scores, real_samples):
     for sample, a, b in zip(real_samples, found["packed"], found["alone"], strict=True):
         assert np.abs(a - b).max() <= TOLERANCE * np.abs(b).max(), sample.source
     for average in ("token", "sample"):
-        for a, b in zip(found["packed", average], found["alone", average], strict=True):
+        for a, b in zip(*(jax.tree.leaves(found[name, average]) for name in ("packed", "alone")), strict=True):
             np.testing.assert_allclose(a, b, rtol=TOLERANCE)
     # And both are what the model says to the sample by itself, prepared in the way of inference.
     for sample, b in zip(real_samples, found["alone"], strict=True):

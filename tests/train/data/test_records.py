@@ -246,11 +246,11 @@ def test_dataset_info_names_the_columns(described):
     ("name", "says"),
     [
         (":hub", "dataset_info.json:hub: file_name: found none; expected a file: nothing is downloaded"),
-        (":preferences", "ranking: found True; expected none"),
+        (":preferences", "found preferences; expected .*, or a job with .preference."),
         (":wrong", "formatting: found 'chatml'; expected one of alpaca, sharegpt, openai"),
         (":unknown", "columns.question: found an unknown field; expected some of .*prompt, query"),
         (":untyped", "columns: found a list; expected an object of strings"),
-        (":chosen", "columns.chosen: found one; expected none"),
+        (":chosen", "found preferences; expected conversations"),
         (":none", "found the name 'none'; expected .*dataset_info.json:NAME with one of mllm_demo, alpaca_own"),
         ("", "found no name of a data set; expected .*dataset_info.json:NAME with one of"),
     ],
