@@ -25,7 +25,16 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.devices.hardware import check_32_bits
-from glm4v_jax.devices.mesh import current_rules, platform, use_mesh
+from glm4v_jax.devices.mesh import (
+    REPLICATED,
+    Rules,
+    current_mesh,
+    current_rules,
+    explicit,
+    placed_on,
+    platform,
+    use_mesh,
+)
 from glm4v_jax.devices.mesh import spec as partition
 from glm4v_jax.errors import ConfigError, naming
 from glm4v_jax.files import other_base
@@ -46,6 +55,7 @@ from glm4v_jax.model.quantize import (
     scale_axes,
     scale_path,
 )
+from glm4v_jax.model.rules import rules_for
 from glm4v_jax.model.runtime import Runtime
 
 T = TypeVar("T")
@@ -88,6 +98,7 @@ def load_runtime(
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
+    rules: Rules | None = None,
     stacked: bool | None = None,
     quantize: QuantConfig | str | None = None,
     adapter: str | Path | None = None,
@@ -104,7 +115,9 @@ def load_runtime(
       directory: config.json, safetensors with their index if there are several, and generation_config.json; or what
         `glm4v convert to-orbax` makes; or the name of a model in the local Hugging Face cache. Nothing is downloaded.
       dtype: float32, bfloat16 or float16; "auto" for the checkpoint's; by default float32 on a CPU, else bfloat16.
-      mesh: where the model lives (`devices.mesh.make_mesh`); one device by default.
+      mesh: where the model lives (`devices.mesh.make_mesh`), its axes Explicit or Auto; one device by default.
+      rules: by which the weights are sharded; by default the current ones, or `rules_for` where the mesh does not have
+        their axes. Programs on Auto axes have none: they are partitioned as their weights are.
       stacked: layout of the layers (see `model.layers`); by default one by one on a CPU, stacked elsewhere.
       quantize: keep all that is large as "int8", or the decoder's kernels as "int4"; a `QuantConfig` says which, and
         how. What a checkpoint has in integers stays as it is, and only the same scheme is accepted for the rest.
@@ -119,7 +132,11 @@ def load_runtime(
       MemoryShortageError: it does not fit into memory; nothing has been read.
     """
     config, generation_config = Glm4vConfig.from_pretrained(directory), GenerationConfig.from_pretrained(directory)
-    with use_mesh(mesh) as mesh:
+    mesh = current_mesh() if mesh is None else mesh
+    if rules is None:
+        current = current_rules()
+        rules = current if set(current.axes) <= set(mesh.axis_names) else rules_for(config, mesh)
+    with use_mesh(explicit(mesh), rules) as read_on:
         if stacked is None:
             stacked = platform() != "cpu"
         outputs_first = platform() == "tpu"
@@ -134,7 +151,8 @@ def load_runtime(
         )  # fmt: skip
         if adapter is not None:
             module = fix_magnitudes(load_adapter(module, adapter))
-        runtime = Runtime.of(module, mesh, generation_config)
+        with use_mesh(mesh, rules if mesh == read_on else REPLICATED):
+            runtime = Runtime.of(placed_on(module, mesh), generation_config=generation_config)
         for note in _doubts(directory, adapter, runtime):
             warnings.warn(note, stacklevel=3)
         for note in _cautions(module, runtime.dtype, None if stored else for_inference(quantize)):

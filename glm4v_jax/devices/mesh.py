@@ -14,11 +14,14 @@ A mesh of one device is the default, so that there is a single code path.
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm4v_jax.errors import ConfigError, counted
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "kv", "q", "seq")
 
@@ -159,6 +162,12 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices[:needed])
 
 
+def current_mesh() -> Mesh:
+    """The mesh that is set, or one of one of this process's devices."""
+    current = jax.sharding.get_mesh()
+    return make_mesh(devices=jax.local_devices()) if current.empty else current
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None = None, rules: Rules | None = None) -> Iterator[Mesh]:
     """Run the body inside `mesh`, or the mesh that is already set, or a mesh of one of this process's devices.
@@ -174,9 +183,7 @@ def use_mesh(mesh: Mesh | None = None, rules: Rules | None = None) -> Iterator[M
     Raises:
       ConfigError: the rules name another axis.
     """
-    if mesh is None:
-        current = jax.sharding.get_mesh()
-        mesh = current if not current.empty else make_mesh(devices=jax.local_devices())
+    mesh = current_mesh() if mesh is None else mesh
     rules = current_rules() if rules is None else rules
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if foreign := [axis for axis in rules.axes if types.get(axis) != AxisType.Explicit]:
@@ -186,6 +193,26 @@ def use_mesh(mesh: Mesh | None = None, rules: Rules | None = None) -> Iterator[M
         )
     with jax.set_mesh(mesh), use_rules(rules):
         yield mesh
+
+
+def explicit(mesh: Mesh) -> Mesh:
+    """The mesh of the same devices and axes with Explicit types: itself where it has them.
+
+    >>> explicit(jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])).axis_types
+    (Explicit,)
+    """
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+
+def placed_on(tree: T, mesh: Mesh) -> T:
+    """The same arrays, not copied, on a mesh of the same devices and axes, whose types may be others."""
+
+    def placed(x: jax.Array) -> jax.Array:
+        assert isinstance(x.sharding, NamedSharding)
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), shards)
+
+    return jax.tree.map(placed, tree)
 
 
 def spec(*axes: str | None) -> PartitionSpec:

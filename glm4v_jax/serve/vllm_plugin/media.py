@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from glm4v_jax.config.model import Glm4vConfig, Glm4vVisionConfig
-from glm4v_jax.devices.mesh import Rules, platform, use_mesh
+from glm4v_jax.devices.mesh import Rules, explicit, placed_on, platform, use_mesh
 from glm4v_jax.generate.encode_media import encode_media, run_wave
 from glm4v_jax.inputs.medium import Medium, media_of, without_invalid
 from glm4v_jax.inputs.mrope import rope_index
@@ -128,9 +128,11 @@ class VllmVision:
       engine_mesh: where features go.
     """
 
-    def __init__(self, visual: VisionEncoder, config: Glm4vVisionConfig, mesh: Mesh, rules: Rules, engine_mesh: Mesh):
-        self.config, self.mesh, self.rules, self.engine_mesh = config, mesh, rules, engine_mesh
-        with use_mesh(mesh, rules):
+    def __init__(self, visual: VisionEncoder, config: Glm4vVisionConfig, engine_mesh: Mesh, rules: Rules):
+        """Take the ViT as it lies on the engine's mesh."""
+        self.config, self.mesh, self.rules, self.engine_mesh = config, explicit(engine_mesh), rules, engine_mesh
+        visual = placed_on(visual, self.mesh)
+        with use_mesh(self.mesh, rules):
             if platform() != "cpu":
                 visual.blocks = stack(visual.blocks)
             self.visual = Flat.of(visual)

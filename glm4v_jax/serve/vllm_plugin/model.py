@@ -9,11 +9,10 @@ of size H; D hidden size; V vocabulary.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax.checkpoints.load import load_runtime
@@ -24,6 +23,7 @@ from glm4v_jax.model import rope
 from glm4v_jax.model.decoder import Attention, TextDecoder
 from glm4v_jax.model.glm4v import score
 from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.rules import rules_for
 from glm4v_jax.serve.vllm_plugin.media import VllmVision, media_in, positions_of, shapes_of
 from glm4v_jax.serve.vllm_plugin.settings import VllmSettings, check_heads, check_same_model, refuse
 
@@ -75,15 +75,13 @@ class Glm4vForVllm(nnx.Module):
         engine.config = config = Glm4vConfig.from_pretrained(directory)
         check_heads(config, engine.mesh)
         check_same_model(config, Glm4vConfig.from_pretrained(planned), str(directory))
-        twin = _explicit(engine.mesh)
-        with meshes.use_rules(_TENSOR):
-            runtime = load_runtime(
-                directory, dtype=model.dtype, mesh=twin, stacked=False,
-                quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
-            )  # fmt: skip
-        engine.vision = VllmVision(runtime.visual.module, config.vision_config, twin, _TENSOR, engine.mesh)
-        self.text = _placed_on(runtime.text.module, engine.mesh)
-        self.head = None if runtime.head is None else _placed_on(runtime.head.module, engine.mesh)
+        rules = rules_for(config, engine.mesh)
+        runtime = load_runtime(
+            directory, dtype=model.dtype, mesh=engine.mesh, rules=rules, stacked=False,
+            quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
+        )  # fmt: skip
+        engine.vision = VllmVision(runtime.visual.module, config.vision_config, engine.mesh, rules)
+        self.text, self.head = runtime.text.module, None if runtime.head is None else runtime.head.module
 
     def __call__(
         self,
@@ -185,14 +183,3 @@ def _paged_attention() -> Callable[..., tuple[Array, Array]]:
     from tpu_inference.layers.common.attention_interface import attention
 
     return attention
-
-
-_TENSOR = meshes.Rules(vocab="model", kv_heads="model", heads="model", mlp="model")
-
-
-def _explicit(mesh: Mesh) -> Mesh:
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
-
-
-def _placed_on(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), tree)
