@@ -5,5 +5,6 @@
 - checkpoints.py, damage.py, log.py, preemption.py, profiler.py, flops.py: what a job keeps, reports and measures.
 - evaluate.py: held-out loss and scored answers. export.py, verify_export.py: the result, verified by its logits.
 - compile_for_topology.py: the step on a TPU slice that is not there.
-- commands.py, export_command.py: the command line.
+- rl/: learning by reward.
+- commands.py, export_command.py, levels_command.py: the command line.
 """

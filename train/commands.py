@@ -24,6 +24,7 @@ from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 from train.data import FormatName
 from train.export_command import Export
+from train.levels_command import MeasureLevels
 
 if TYPE_CHECKING:
     from train.data.check import DataReport
@@ -153,7 +154,7 @@ class Train(Options):
         return "train: interrupted; the same command resumes the job from its latest checkpoint, if there is one"
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"run": Train, "check": Check, "export": Export}
+COMMANDS: dict[str, Callable[..., Command]] = {"run": Train, "check": Check, "levels": MeasureLevels, "export": Export}
 
 DESCRIPTION = (
     "Fine-tune GLM-4.1V on your own images, videos and conversations. `train JOB.toml` is short for `train run "

@@ -1,7 +1,8 @@
 """Learning by reward: groups of sampled answers to one prompt, scored by rules, and the steps that learn from them.
 
 - config.py: the tables `[rl]`, `[rl.sampling]`, `[rl.curriculum]` and `[rl.verifiers]` of a job file.
-- problems.py: rows of data files -> `Problem`, a prompt and its reference. levels.py: how hard each was for a model.
+- problems.py: rows of data files -> `Problem`, a prompt and its reference. levels.py: how hard each was for a model,
+  which measure.py measures.
 - verifiers.py: (text, reference) -> `Reward`, by domain; rules.py and actions.py have what each kind compares.
   self_test.py refuses weak ones before a job starts. judging.py scores many texts, those that may take long in
   processes that it can kill (second_opinion.py).

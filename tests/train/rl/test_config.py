@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from helpers_paths import ROOT
 
 from glm4v_jax.errors import ConfigError
 from train import loop
 from train.config import load_config
-from train.rl.config import VerifierConfig
+from train.rl.config import FIELDS, VerifierConfig
 
 JOB = """
 model = "model"
@@ -106,3 +107,12 @@ def test_what_is_wrong_is_one_line_with_field_and_value(load, old, new, message)
 
 def test_choices_can_be_allowed(load):
     assert load("[rl]", "[rl]\nallow_choice = true").rl.allow_choice
+
+
+def test_the_page_has_a_row_for_each_kind():
+    rows = (ROOT / "docs/guides/reward.md").read_text(encoding="utf-8").partition("## Verifiers")[2].splitlines()
+    first = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    assert [name.strip(" `") for names in first for name in names.split(",")] == [
+        "math", "units", "chart", "counting", "ocr", "vqa", "video", "grounding", "gui", "choice",
+    ]  # fmt: skip
+    assert len(FIELDS) == 10
