@@ -9,12 +9,13 @@
 #   make lint types
 #   make docs    the pages of docs/ in build/docs; a warning is an error
 #   make aot     the 9B and GLM-OCR compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
+#   make aot-vllm     the vLLM plug-in's programs compiled for them, with tpu-inference's attention (.venv-vllm, 10 GB)
 #   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
-# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny` and `aot`, PYTEST_ARGS=... to pytest (two
-# processes by default, as compiling, most of the time, uses one core each; the tests of a file stay together, so that
-# what they share is made once). PIP_FIND_LINKS, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are honoured by uv as
-# well as by pip.
+# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny`, `aot` and `aot-vllm`, PYTEST_ARGS=... to
+# pytest (two processes by default, as compiling, most of the time, uses one core each; the tests of a file stay
+# together, so that what they share is made once). PIP_FIND_LINKS, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are
+# honoured by uv as well as by pip.
 
 MODERN := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(MODERN)' 2>/dev/null && echo $$p && break; done)
@@ -36,7 +37,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot family-goldens clean
+.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot aot-vllm family-goldens clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -110,6 +111,15 @@ tiny: $(VENV)/test.stamp
 aot: .venv-aot/aot.stamp
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m bench.aot $(ARGS)
 
+# vLLM and tpu-inference pin a jax that Python 3.12 is the first to have.
+.venv-vllm/stamp: pyproject.toml
+	python3.12 -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm-tpu]'
+	@touch $@
+
+aot-vllm: .venv-vllm/stamp
+	JAX_PLATFORMS=cpu .venv-vllm/bin/python -m bench.aot_vllm $(ARGS)
+
 # The judge of the sibling models wants other versions of its dependencies than that of GLM-4.1V.
 .venv-5x/stamp: Makefile
 	"$$(command -v $(PYTHON))" -m venv .venv-5x
@@ -126,5 +136,5 @@ family-goldens: .venv-5x/stamp
 	PYTHONPATH=.:tests .venv-5x/bin/python -m tests.golden.make_frame_goldens
 
 clean:
-	rm -rf $(VENV) .venv-aot .venv-5x .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-aot .venv-5x .venv-vllm .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -77,7 +77,9 @@ MAX_ARGUMENTS = {("decode", (8, 4096), "v5e:1x1"): 11.3}
 
 def aot_environment() -> dict[str, str]:
     """The environment of libtpu where there is no TPU, and where others compile at the same time."""
-    return {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    libtpu = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    # Or a note of JAX's is the last line of an error.
+    return libtpu | {"JAX_TRACEBACK_FILTERING": "off"}
 
 
 def compile_case(number: int) -> dict[str, Any]:
@@ -99,6 +101,18 @@ def compile_case(number: int) -> dict[str, Any]:
     compiled = compile_for_topology.compile_for(makers[kind](config, *numbers), config, topology, **others)
     found = dataclasses.asdict(compiled) | {"fits": compiled.fits}
     return found if model == DEFAULT else found | {"program": f"{model}: {compiled.program}"}
+
+
+def in_process(module: str, number: int) -> dict[str, Any] | str:
+    """What `python -m MODULE --case NUMBER` compiles, in a process of its own; or the last line of its error."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--case", str(number)], env=os.environ | aot_environment(),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no output"])[-1]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def meets_targets(found: dict[str, Any]) -> bool:
@@ -144,22 +158,16 @@ def main() -> int:
     out, lines, failed = report.console(), [], []
     broken: list[dict[str, str]] = []
     megacycles: dict[Any, float] = {}
-    environment = os.environ | aot_environment()
     for number, (kind, numbers, topology, sizes) in enumerate(CASES):
         title = f"{kind} {numbers} on {topology} {sizes}"
         if arguments.only not in title:
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.aot", "--case", str(number)], env=environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        if done.returncode:
+        found = in_process("bench.aot", number)
+        if isinstance(found, str):
             failed.append(title)
-            said = done.stderr.strip().splitlines() or ["no output"]
-            broken.append({"case": title, "error": said[-1]})
-            out.print(f"{title}: {said[-1]}", style="red", markup=False)
+            broken.append({"case": title, "error": found})
+            out.print(f"{title}: {found}", style="red", markup=False)
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
         passed = passes(CASES[number], found, megacycles)
         out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
         lines.append(found | {"passed": passed} | ({"seconds": None} if arguments.busy else {}))

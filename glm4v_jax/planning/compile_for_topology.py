@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,11 @@ _PARTS = ("visual", "language_model", "lm_head")
 _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
 
-def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
-    """Make a mesh of the chips of a slice such as "v5e:2x4", on a machine without them.
+def topology_devices(topology: str) -> list[jax.Device]:
+    """The chips of a slice such as "v5e:2x4", on a machine without them.
 
     Raises:
-      ConfigError: the slice is unknown, or has another number of chips.
+      ConfigError: the slice is unknown.
     """
     from jax.experimental import topologies
 
@@ -63,10 +63,18 @@ def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q
     if math.prod(int(side) for side in layout.split("x")) == 1:
         options = dict(chips_per_host_bounds=(1, 1, 1), num_slices=1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"topology: found {topology!r}, which the compiler refuses ({error})") from error
-    sizes = (data, fsdp, kv, q, seq)
+
+
+def topology_mesh(topology: str, *, data: int = 1, fsdp: int = 1, kv: int = 1, q: int = 1, seq: int = 1) -> Mesh:
+    """Make a mesh of the chips of a slice such as "v5e:2x4", on a machine without them.
+
+    Raises:
+      ConfigError: the slice is unknown, or has another number of chips.
+    """
+    found, sizes = topology_devices(topology), (data, fsdp, kv, q, seq)
     if len(found) != math.prod(sizes):
         needed = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ConfigError(
@@ -245,6 +253,37 @@ class Compiled:
         return self.peak + self.beside <= self.hbm
 
 
+class Traffic(NamedTuple):
+    """What a compiled program moves, and how long it takes by the compiler's estimate; fields as in `Compiled`."""
+
+    collectives: dict[str, tuple[int, int]]
+    copies: list[tuple[str, bool]]
+    received: float
+    megacycles: float
+
+
+def traffic(text: str, *, loop: int, large: int = LARGE) -> Traffic:
+    """Read what a program moves from the text of its optimised HLO.
+
+    Args:
+      text: of the module.
+      loop: number of nested loops around an instruction that runs once per layer.
+      large: copies of fewer bytes do not count.
+    """
+    collectives: dict[str, tuple[int, int]] = {}
+    copies, received, cycles = [], 0.0, 0
+    for found in hlo.instructions(text):
+        inside = found.loops >= loop
+        cycles += 0 if found.is_conditional else found.cycles * found.runs
+        if found.opcode in hlo.COLLECTIVES:
+            a, b = collectives.get(found.opcode, (0, 0))
+            collectives[found.opcode] = (a + inside, b + (not inside))
+            received += found.received * found.runs / 1e9
+        elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= large and not found.is_conditional:
+            copies.append((found.shape, inside))
+    return Traffic(collectives, copies, received, cycles / 1e6)
+
+
 def compile_for(
     program: Program,
     config: Glm4vConfig,
@@ -272,36 +311,26 @@ def compile_for(
     with jax.set_mesh(mesh):
         model = abstract_model(config, mesh, quantize)
         others = [getattr(model, part) for part in _PARTS if part not in program.parts]
-        beside = _chip_bytes((others, program.beside(model, mesh)))
+        beside = chip_bytes((others, program.beside(model, mesh)))
         lowered = program.lower(model, mesh)
         start = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     weights = sum(_bytes(getattr(model, part)) for part in program.parts)
-    collectives: dict[str, tuple[int, int]] = {}
-    copies, received, cycles = [], 0.0, 0
-    for found in hlo.instructions(compiled.as_text()):
-        inside = found.loops >= program.loop
-        cycles += 0 if found.is_conditional else found.cycles * found.runs
-        if found.opcode in hlo.COLLECTIVES:
-            a, b = collectives.get(found.opcode, (0, 0))
-            collectives[found.opcode] = (a + inside, b + (not inside))
-            received += found.received * found.runs / 1e9
-        elif found.opcode in hlo.MOVES and found.in_hbm and found.nbytes >= large and not found.is_conditional:
-            copies.append((found.shape, inside))
+    moved = traffic(compiled.as_text(), loop=program.loop, large=large)
     chips, name = mesh.size, program.name + (f", {quantize}" if quantize else "")
     return Compiled(
         name, topology, {k: v for k, v in mesh.shape.items() if v > 1}, seconds,
         memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
         (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GIB,
-        chip.available / GIB, collectives, copies,
+        chip.available / GIB, moved.collectives, moved.copies,
         memory.argument_size_in_bytes * chips / (weights + program.read),
         (
             1e3 * (weights + program.read) / chips / chip.bandwidth,
             1e3 * program.flops / chips / chip.flops,
         ),
-        received, memory.peak_memory_in_bytes / GIB, beside / GIB, cycles / 1e6,
+        moved.received, memory.peak_memory_in_bytes / GIB, beside / GIB, moved.megacycles,
     )  # fmt: skip
 
 
@@ -335,7 +364,7 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _chip_bytes(tree: Any) -> int:
+def chip_bytes(tree: Any) -> int:
     """Bytes that a chip holds of placed arrays."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

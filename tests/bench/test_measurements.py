@@ -11,6 +11,7 @@ from helpers_transformers import import_transformers
 from bench import (
     aot,
     aot_train,
+    aot_vllm,
     convert,
     engine,
     grammar,
@@ -40,6 +41,7 @@ pytestmark = pytest.mark.slow
     "module",
     [
         aot,
+        aot_vllm,
         convert,
         engine,
         evaluation,
