@@ -201,7 +201,13 @@ def merge_lora(model: Glm4v) -> Glm4v:
       ConfigError: a kernel with an adapter is quantised, and would be rounded again.
     """
     result = jax.tree.map(lambda x: x, model)
-    for path, found in linears(result).items():
+    merge_in_place(result)
+    return result
+
+
+def merge_in_place(model: Glm4v) -> None:
+    """As `merge_lora`, in the modules themselves: kernels that nothing else holds are freed one after the other."""
+    for path, found in linears(model).items():
         for linear in found:
             if linear.lora_a is not None and linear.lora_b is not None:
                 if linear.kernel_scale is not None:
@@ -212,7 +218,6 @@ def merge_lora(model: Glm4v) -> Glm4v:
                 with on_mesh_of(model):
                     linear.kernel = nnx.Param(_merged(linear))
                 unset_lora(linear)
-    return result
 
 
 def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]]:

@@ -129,7 +129,7 @@ class VllmVision:
     """
 
     def __init__(self, visual: VisionEncoder, config: Glm4vVisionConfig, engine_mesh: Mesh, rules: Rules):
-        """Take the ViT as it lies on the engine's mesh."""
+        """Take the ViT as it lies on the engine's devices."""
         self.config, self.mesh, self.rules, self.engine_mesh = config, explicit(engine_mesh), rules, engine_mesh
         visual = placed_on(visual, self.mesh)
         with use_mesh(self.mesh, rules):

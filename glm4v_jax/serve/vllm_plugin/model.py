@@ -17,12 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices import mesh as meshes
+from glm4v_jax.devices.mesh import REPLICATED, explicit, placed_on, use_rules
 from glm4v_jax.files import model_directory
 from glm4v_jax.model import rope
 from glm4v_jax.model.decoder import Attention, TextDecoder
 from glm4v_jax.model.glm4v import score
+from glm4v_jax.model.lora import has_lora, merge_in_place
 from glm4v_jax.model.nn import Linear
+from glm4v_jax.model.quantize import is_quantized
 from glm4v_jax.model.rules import rules_for
 from glm4v_jax.serve.vllm_plugin.media import VllmVision, media_in, positions_of, shapes_of
 from glm4v_jax.serve.vllm_plugin.settings import VllmSettings, check_heads, check_same_model, refuse
@@ -76,12 +78,15 @@ class Glm4vForVllm(nnx.Module):
         check_heads(config, engine.mesh)
         check_same_model(config, Glm4vConfig.from_pretrained(planned), str(directory))
         rules = rules_for(config, engine.mesh)
-        runtime = load_runtime(
-            directory, dtype=model.dtype, mesh=engine.mesh, rules=rules, stacked=False,
+        module = load_runtime(
+            directory, dtype=model.dtype, mesh=explicit(engine.mesh), rules=rules, stacked=False,
             quantize=engine.settings.glm4v_quantize, adapter=engine.settings.glm4v_adapter,
-        )  # fmt: skip
-        engine.vision = VllmVision(runtime.visual.module, config.vision_config, engine.mesh, rules)
-        self.text, self.head = runtime.text.module, None if runtime.head is None else runtime.head.module
+        ).module  # fmt: skip
+        if has_lora(module) and not is_quantized(module):  # beside integers it stays what it is
+            with use_rules(rules):
+                merge_in_place(module)
+        engine.vision = VllmVision(module.visual, config.vision_config, engine.mesh, rules)
+        self.text, self.head = placed_on((module.language_model, module.lm_head), engine.mesh)
 
     def __call__(
         self,
@@ -124,7 +129,7 @@ class Glm4vForVllm(nnx.Module):
 
             return attention
 
-        with meshes.use_rules(meshes.REPLICATED):
+        with use_rules(REPLICATED):
             x = self.embed_input_ids(input_ids)[None] if inputs_embeds is None else inputs_embeds[None]
             cos_sin = rope.mrope_cos_sin(attention_metadata.input_positions[:, None], self.text.config)
             hidden, _ = self.text.run(x, cos_sin, attention_of_layer)
@@ -133,7 +138,7 @@ class Glm4vForVllm(nnx.Module):
     def compute_logits(self, hidden_states: Float[Array, "N D"]) -> Float[Array, "N V"]:
         """Score the vocabulary."""
         assert self.text is not None
-        with meshes.use_rules(meshes.REPLICATED):
+        with use_rules(REPLICATED):
             return score(self.text, self.head, hidden_states[None])[0]
 
     def embed_input_ids(
@@ -151,7 +156,7 @@ class Glm4vForVllm(nnx.Module):
           is_multimodal: which tokens they stand for; ids do not say that, as video frames have those of images.
         """
         assert self.text is not None
-        with meshes.use_rules(meshes.REPLICATED):
+        with use_rules(REPLICATED):
             embeds = self.text.embed_tokens(input_ids[None])[0]
         if mm_embeds is None or is_multimodal is None:
             return embeds

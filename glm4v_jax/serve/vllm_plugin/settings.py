@@ -32,7 +32,7 @@ class VllmSettings:
     Attributes:
       glm4v_checkpoint: where the weights are, in either format; by default where vLLM's `--model` is.
       glm4v_quantize: "int8" quantises them when they are loaded.
-      glm4v_adapter: directory of an adapter in PEFT's format, which is applied to every request.
+      glm4v_adapter: directory of an adapter in PEFT's format: merged into weights in floats, beside integers.
 
     Raises:
       ConfigError: a value is of another type.

@@ -6,14 +6,17 @@ import jax
 import numpy as np
 import pytest
 from helpers_family import checkpoint
+from helpers_lora import trained
 from helpers_mesh import run_on_devices
 from helpers_vllm import Runner, Sequence, feature, vllm_config
 from reference import CONFIGS, Prompts
 
 from glm4v_jax import Glm4vForConditionalGeneration
+from glm4v_jax.checkpoints.adapter import save_adapter
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.inputs.mrope import rope_index
+from glm4v_jax.model.lora import merge_lora
 from glm4v_jax.serve.vllm_plugin import model as model_file
 from glm4v_jax.serve.vllm_plugin.model import Glm4vForVllm
 from glm4v_jax.serve.vllm_plugin.settings import VllmSettings
@@ -139,6 +142,18 @@ def test_logits_of_glm_ocr_are_those_of_the_model(tmp_path):
     (sequence,) = sequences(prompts)
     (logits,) = runner.run([(sequence, len(sequence.tokens))], 32)
     np.testing.assert_allclose(logits, model(**prompts.inputs).logits[0], rtol=0, atol=1e-4)
+
+
+def test_an_adapter_is_merged_into_the_weights(ours, checkpoints, runner, tmp_path):
+    model = ours("base")
+    adapted = trained(model.module)
+    save_adapter(adapted, tmp_path)
+    with_adapter = Runner(checkpoints("base"), 1, additional_config={"glm4v_adapter": str(tmp_path)})
+    assert [leaf.shape for leaf in with_adapter.leaves] == [leaf.shape for leaf in runner.leaves]
+    (text, *_), prompts = sequences(prompts_of(model.config)), Prompts(model.config, [ROWS[TEXT]], seed=5)
+    (logits,) = with_adapter.run([(text, len(text.tokens))], 16)
+    merged = Glm4vForConditionalGeneration(model.config, module=merge_lora(adapted))
+    np.testing.assert_allclose(logits, merged(**prompts.inputs).logits[0], rtol=0, atol=1e-4)
 
 
 def test_positions_are_those_of_the_rope_index(runner):
