@@ -19,7 +19,7 @@ from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table, printable
-from glm4v_jax.errors import DataError, counted
+from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 from train.data import FormatName
@@ -144,7 +144,14 @@ class Train(Options):
                 if done == total:
                     progress.close()
 
-            result = train(config, profile=self.profile, log=log, progress=loading)
+            if config.rl is not None:
+                from train.rl.loop import learn
+
+                if self.profile:
+                    raise ConfigError("--profile: found it beside rl; expected a job without")
+                result = learn(config, log=log, progress=loading)
+            else:
+                result = train(config, profile=self.profile, log=log, progress=loading)
         status = "done" if result.is_done else "stopped; the same command resumes the job"
         print(f"{config.out}: {result.step} of {counted(config.steps, 'step')}, {status}")
         return 0

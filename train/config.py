@@ -241,7 +241,7 @@ class TrainConfig:
         if self.quantize is not None and self.lora is None:
             faults.append(f"quantize: found {self.quantize!r} without lora; expected both: integers cannot be trained")
         try:
-            warmup_steps(self.optimizer, self.steps)
+            warmup_steps(self.optimizer, self.num_updates)
         except ConfigError as error:
             faults.append(f"optimizer.{error}")
         best = self.checkpoint.best
@@ -255,14 +255,22 @@ class TrainConfig:
 
     def _faults_of_rl(self) -> list[str]:
         """What of `rl` does not fit the rest."""
-        levels = [] if self.rl or not self.data.levels else ["data.levels: found some without rl; expected both"]
-        if self.rl is not None and (longest := self.rl.sampling.longest) >= self.batch.length:
+        faults = [] if self.rl or not self.data.levels else ["data.levels: found some without rl; expected both"]
+        if self.rl is None:
+            return faults
+        others = {"eval": self.eval, "neftune": self.neftune, "tensorboard": self.tensorboard or None}
+        others |= {"lora.dropout": (self.lora and self.lora.dropout) or None}
+        faults += [fault(name, value, "none beside rl") for name, value in others.items() if value is not None]
+        if (longest := self.rl.sampling.longest) >= self.batch.length:
             budgets = "rl.sampling.think_budget + answer_budget"
-            return [
-                *levels,
-                fault(budgets, longest, f"less than batch.length, {self.batch.length}: a row has a prompt, too"),
-            ]
-        return levels
+            expected = f"less than batch.length, {self.batch.length}: a row has a prompt, too"
+            faults.append(fault(budgets, longest, expected))
+        return faults
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the optimizer in the whole training."""
+        return self.steps * (1 if self.rl is None else self.rl.updates)
 
     def is_evaluated(self, step: int) -> bool:
         """Return whether a step is followed by an evaluation."""

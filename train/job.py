@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from glm4v_jax.checkpoints.adapter import load_adapter
@@ -111,6 +112,13 @@ def _essence(item: Any) -> Any:
     return item["type"], os.path.basename(source) if isinstance(source, str | os.PathLike) else None
 
 
+def describe_data(config: TrainConfig, data: Data) -> str:
+    """Return how many records there are, for a log line."""
+    evaluated = 0 if config.eval is None else min(len(data.held_out), config.eval.max_samples)
+    held_out = f", {evaluated:,} held out to evaluate" if evaluated else ""
+    return f"{counted(len(data.train), 'record')} to train on{held_out}"
+
+
 def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
     """Return a job's mesh.
 
@@ -140,7 +148,7 @@ def check_same(config: TrainConfig, data: Data) -> None:
     agree("the job or its data", hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
-def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, Any]:
+def identity(config: TrainConfig, model: Glm4vConfig, count: int, digest: str) -> dict[str, Any]:
     """Return what a job must keep to resume from its checkpoints, by name: what decides its model and its batches.
 
     The names are part of the checkpoints' format.
@@ -148,8 +156,8 @@ def identity(config: TrainConfig, model: Glm4vConfig, data: Data) -> dict[str, A
     fields: dict[str, Any] = {
         "config.json of the model": hashlib.blake2b(repr(model).encode(), digest_size=8).hexdigest(),
         "eval.share": config.eval.share if config.eval is not None else 0.0,
-        "records to learn from": len(data.train),
-        DATA_DIGEST: data.digest,
+        "records to learn from": count,
+        DATA_DIGEST: digest,
         "optimizer.name": config.optimizer.name,
         "batch.lanes": num_lanes(config.batch),
     }
@@ -249,7 +257,7 @@ def abstract_state(config: TrainConfig, model_config: Glm4vConfig) -> tuple[Trai
 
     def make(model: Glm4v) -> tuple[TrainState, Leaves]:
         params, frozen = split(_adapted(model, config), _is_trained(config))
-        return init_state(params, make_optimizer(config.optimizer, config.steps, model)), frozen
+        return init_state(params, make_optimizer(config.optimizer, config.num_updates, model)), frozen
 
     return jax.eval_shape(make, structure.unflatten(list(leaves.values())))
 
@@ -261,6 +269,7 @@ class Job:
     config, model: of the job and of its model.
     layout, frozen, dtypes: of the model's leaves; `dtypes` are those they were loaded in.
     shapes: of the trained parameters.
+    optimizer: of the trained parameters.
     step: see `make_step`.
     dtype: compute dtype.
     """
@@ -271,6 +280,7 @@ class Job:
     frozen: Leaves
     dtypes: dict[str, np.dtype]
     shapes: dict[str, jax.ShapeDtypeStruct]
+    optimizer: optax.GradientTransformation
     step: Step
     dtype: np.dtype
 
@@ -300,26 +310,23 @@ class Job:
         layout = Layout.of(model)
         dtypes = dict(zip(layout.paths, (leaf.dtype for leaf in jax.tree.leaves(model)), strict=True))
         params, frozen = split(model, _is_trained(config))
-        optimizer = make_optimizer(config.optimizer, config.steps, model)
+        optimizer = make_optimizer(config.optimizer, config.num_updates, model)
         dtype = jnp.dtype(config.dtype or default_dtype())
         step = make_step(
             layout, optimizer, dtype=dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
-            learning_rate=learning_rate(config.optimizer, config.steps), noise=_noise(config),
+            learning_rate=learning_rate(config.optimizer, config.num_updates), noise=_noise(config),
             preference=config.preference,
         )  # fmt: skip
-        job = cls(config, model_config, layout, frozen, dtypes, abstract(params), step, dtype)
+        job = cls(config, model_config, layout, frozen, dtypes, abstract(params), optimizer, step, dtype)
         return job, init_state(params, optimizer)
 
-    def describe(self, data: Data, mesh: Mesh) -> str:
+    def describe(self, data: str, mesh: Mesh) -> str:
         """Return a log line: what is trained, on what data and what devices."""
         trained, frozen = (sum(math.prod(leaf.shape) for leaf in part.values()) for part in (self.shapes, self.frozen))
-        evaluated = 0 if self.config.eval is None else min(len(data.held_out), self.config.eval.max_samples)
-        held_out = f", {evaluated:,} held out to evaluate" if evaluated else ""
         sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         devices = f"{mesh.size} devices ({sizes})" if mesh.size > 1 else "one device"
-        records = f"{counted(len(data.train), 'record')} to train on{held_out}"
         return (
-            f"{trained:,} trained and {frozen:,} frozen parameters; {records}; {devices}, "
+            f"{trained:,} trained and {frozen:,} frozen parameters; {data}; {devices}, "
             f"{mesh.devices.flat[0].device_kind}"
         )
 

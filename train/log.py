@@ -73,7 +73,7 @@ class MetricsLog:
         if is_first():
             self._board = _board(directory / TENSORBOARD, step) if config.tensorboard else None
             for name in (METRICS, EVALUATIONS):
-                _truncate(directory / name, step)
+                truncate(directory / name, step)
         self.step, self.streak, self.grad_norm = step, 0, 0.0
         self._compiled = compiled
         self._begin()
@@ -192,8 +192,8 @@ def read_evaluations(directory: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: {name: line[name] for name in names if line.get(name) is not None} for line in lines}
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Remove the lines after a step from a file."""
+def truncate(path: Path, step: int) -> None:
+    """Remove the lines after a step from a file of metrics."""
     kept = [line for line in read_log(path) if line["step"] <= step]
     if not kept and not path.exists():
         return

@@ -28,7 +28,17 @@ from train.data.placement import put
 from train.data.records import Record
 from train.data.stream import RowCounts, Stream, make_encoder
 from train.evaluate import Evaluator
-from train.job import Job, abstract_state, check_output, check_same, check_step, identity, make_mesh, read_data
+from train.job import (
+    Job,
+    abstract_state,
+    check_output,
+    check_same,
+    check_step,
+    describe_data,
+    identity,
+    make_mesh,
+    read_data,
+)
 from train.log import MetricsLog, Speed, read_evaluations
 from train.preemption import Stopping
 from train.profiler import Profiler
@@ -82,7 +92,7 @@ def train(
       TrainError: too many steps in a row had to be skipped, or the state is not finite.
     """
     if config.rl is not None:
-        raise ConfigError("rl: found a table; expected none: jobs that learn by reward cannot be run yet")
+        raise ConfigError("rl: found a table; expected none: such a job is run by train.rl.loop.learn")
     log = log or _ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)
@@ -100,7 +110,7 @@ def train(
         processor = Glm4vProcessor.from_pretrained(config.model)
         processor.check_ids(model_config)
         evaluations = read_evaluations(out)
-        job_identity = identity(config, model_config, data)
+        job_identity = identity(config, model_config, len(data.train), data.digest)
         kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log, evaluations)
         checkpoints = stack.enter_context(contextlib.closing(kept))
         if checkpoints.latest is not None:
@@ -115,7 +125,7 @@ def train(
         saves = sum(map(config.is_saved, range((checkpoints.latest or 0) + 1, config.steps + 1)))
         checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
         job, state = Job.start(config, model_config, progress)
-        log(job.describe(data, mesh))
+        log(job.describe(describe_data(config, data), mesh))
         if config.preference is not None and config.preference.has_reference:
             weights = job.weights(state.params)
             digest = hashlib.blake2b(repr(job_identity).encode(), digest_size=16).hexdigest()

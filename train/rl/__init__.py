@@ -10,4 +10,5 @@
 - groups.py: sampled answers, their rewards and advantages; which groups are learned from.
 - packing.py: groups to micro-batches of static shape. loss.py: the clipped objective. step.py: a step over them.
 - rollouts.py: answers from the engine. handover.py: trained weights to it. cycle.py: all of that, step by step.
+- loop.py: a job from its file to its result. log.py: what it writes about its steps.
 """

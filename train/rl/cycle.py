@@ -7,26 +7,29 @@ the problems, their rewards and the seed, so that a job resumes bit for bit from
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.errors import DataError, Glm4vError, counted
 from glm4v_jax.generate.engine import Engine
+from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig
 from train.rl.config import RLConfig
 from train.rl.groups import Group, most_balanced, num_samples
 from train.rl.handover import Handover
 from train.rl.packing import micro_batches, put
+from train.rl.problems import Problem
 from train.rl.rollouts import Answers, sample
 from train.rl.step import PolicyMetrics, PolicyStep
+from train.rl.verifiers import Reward
 from train.state import Leaves, TrainState
 
-Score = Callable[[Sequence[tuple[int, str]]], Sequence[float]]
-"""[(number of the problem in this step, the text of an answer to it)] -> their rewards, in this order."""
+Score = Callable[[Sequence[tuple[Problem, str]]], Sequence[Reward]]
+"""[(problem, the text of an answer to it)] -> their rewards, in this order."""
 
 
 class DriftError(Glm4vError):
@@ -38,7 +41,7 @@ class CycleResult(NamedTuple):
 
     groups: all that were sampled, in the order of the problems.
     learned: those that were learned from, in the order of their keys.
-    answers: what was sampled, as `groups`.
+    answers, rewards: what was sampled, and the reward of each, as `groups`.
     updates: metrics of each update; none where there was nothing to learn.
     seconds: of each phase.
     """
@@ -46,6 +49,7 @@ class CycleResult(NamedTuple):
     groups: list[Group]
     learned: list[Group]
     answers: list[Answers]
+    rewards: list[list[Reward]]
     updates: list[PolicyMetrics]
     seconds: dict[str, float]
 
@@ -99,13 +103,13 @@ class Cycle:
     releases: bool = True
 
     def __call__(
-        self, state: TrainState, problems: Sequence[tuple[str, Any]], score: Score, seed: int
+        self, state: TrainState, problems: Sequence[Problem], score: Score, seed: int
     ) -> tuple[TrainState, CycleResult]:
         """Take a step; the state is donated.
 
         Args:
           state: of the training.
-          problems: (key, prompt as `Engine.prompt` takes it), in the same order in all processes.
+          problems: in the same order in all processes.
           score: gives rewards, the same in all processes.
           seed: of the answers, see `rollouts.seed_of`.
 
@@ -120,14 +124,22 @@ class Cycle:
             nonlocal since
             seconds[phase], since = time.perf_counter() - since, time.perf_counter()
 
-        answers = sample(self.engine, [prompt for _, prompt in problems], self.config, seed)
+        def check(number: int, prompt: Prompt) -> None:
+            if len(prompt) + self.config.sampling.longest > self.batch.length:
+                raise DataError(
+                    f"{problems[number].source}: found a prompt of {counted(len(prompt), 'token')}; expected at most "
+                    f"{self.batch.length - self.config.sampling.longest:,}: a row, batch.length, also has the answer"
+                )
+
+        answers = sample(self.engine, [list(one.messages) for one in problems], self.config, seed, check)
         measure("rollout")
-        texts = [(number, one.text) for number, found in enumerate(answers) for one in found.completions]
-        rewards = np.reshape(score(texts), (len(problems), self.config.samples))
+        n = self.config.samples
+        scored = score([(one, said.text) for one, of in zip(problems, answers, strict=True) for said in of.completions])
+        rewards = [list(scored[i * n : (i + 1) * n]) for i in range(len(problems))]
         measure("scoring")
         groups = [
-            found.group(key, own.tolist(), self.config.truncated)
-            for (key, _), found, own in zip(problems, answers, rewards, strict=True)
+            found.group(problem.key, [reward.value for reward in own], self.config.truncated)
+            for problem, found, own in zip(problems, answers, rewards, strict=True)
         ]
         learned = most_balanced(groups, self.config.prompts)
         updates = list[PolicyMetrics]()
@@ -138,7 +150,7 @@ class Cycle:
             self.engine.update(self.handover(state.params))
             jax.block_until_ready(self.engine.runtime.text.leaves)
             measure("handover")
-        return state, CycleResult(groups, learned, answers, updates, seconds)
+        return state, CycleResult(groups, learned, answers, rewards, updates, seconds)
 
     def _learn(self, state: TrainState, groups: list[Group]) -> tuple[TrainState, list[PolicyMetrics]]:
         """Take the updates of a step, each on its part of the groups."""

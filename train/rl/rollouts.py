@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +59,15 @@ def options_of(config: RLConfig, model: Glm4vConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sample(engine: Engine, prompts: Sequence[Any], config: RLConfig, seed: int, *, threads: int = 4) -> list[Answers]:
+def sample(
+    engine: Engine,
+    prompts: Sequence[Any],
+    config: RLConfig,
+    seed: int,
+    check: Callable[[int, Prompt], None] = lambda number, prompt: None,
+    *,
+    threads: int = 4,
+) -> list[Answers]:
     """Sample `config.samples` answers to each prompt, from one prefill.
 
     Args:
@@ -67,6 +75,7 @@ def sample(engine: Engine, prompts: Sequence[Any], config: RLConfig, seed: int, 
       prompts: as `Engine.prompt` takes them.
       config: of the job.
       seed: answer j to prompt i depends on (seed, i, j) alone, besides the weights.
+      check: called with the number of each prompt and what it is made to; may raise.
       threads: how many prepare prompts.
 
     Raises:
@@ -74,8 +83,14 @@ def sample(engine: Engine, prompts: Sequence[Any], config: RLConfig, seed: int, 
     """
     options = options_of(config, engine.runtime.config)
     variables = chat_variables({}, engine.config(**options), engine.processor)
+
+    def prepare(number: int, asked: Any) -> Prompt:
+        prompt = engine.prompt(asked, **variables)
+        check(number, prompt)
+        return prompt
+
     with concurrent.futures.ThreadPoolExecutor(threads, "prompts") as pool:
-        prepared = [pool.submit(engine.prompt, prompt, **variables) for prompt in prompts]
+        prepared = [pool.submit(prepare, *one) for one in enumerate(prompts)]
         found = list(
             engine.generate_many((one.result() for one in prepared), samples=config.samples, seed=seed, **options)
         )

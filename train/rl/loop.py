@@ -1,0 +1,247 @@
+"""A job that learns by reward, from its file to its result; it can be stopped at any point, and resumed."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from glm4v_jax.checkpoints.atomic_directory import locked
+from glm4v_jax.checkpoints.orbax_write import by_first
+from glm4v_jax.config.generation import GenerationConfig
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.compilation_cache import compile_times
+from glm4v_jax.devices.distributed import agree, check_devices, gathered, several
+from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.errors import ConfigError, counted
+from glm4v_jax.files import made_directory
+from glm4v_jax.generate.engine import Engine
+from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.model.runtime import Runtime
+from glm4v_jax.planning.mesh_presets import mesh_for
+from train.checkpoints import Checkpoints, abstract
+from train.config import TrainConfig
+from train.data.samples import limited
+from train.data.stream import encode_options
+from train.job import Job, abstract_state, check_output, check_step, identity, make_mesh
+from train.loop import CHECKPOINTS, JobResult, TrainError
+from train.optimizers import learning_rate
+from train.preemption import Stopping
+from train.rl.config import RLConfig
+from train.rl.curriculum import Curriculum, Outcome
+from train.rl.cycle import Cycle, CycleResult
+from train.rl.handover import Handover
+from train.rl.judging import Judges, Task, check_failures, score_shared
+from train.rl.levels import read_levels
+from train.rl.log import RewardLog
+from train.rl.loss import Objective
+from train.rl.problems import Problem, Problems, read_problems
+from train.rl.rollouts import media_tokens, seed_of
+from train.rl.self_test import self_test
+from train.rl.step import PolicyStep
+from train.rl.verifiers import Reward, make_verifiers
+from train.state import TrainState, is_finite
+
+
+def learn(
+    config: TrainConfig,
+    *,
+    log: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> JobResult:
+    """Run a job with `rl`, from its latest checkpoint if there is one.
+
+    The metrics of every step are a line of `metrics.jsonl` in `config.out`, some of its answers lines of
+    `rollouts.jsonl`; the result is beside them, a checkpoint `model` or an `adapter`. SIGTERM makes it save and return
+    after the step that is under way. Where several processes share the devices, all of them call this.
+
+    Args:
+      config: of the job.
+      log: called with log lines for a person.
+      progress: called with bytes of weights read and bytes in all, while the model is loaded.
+
+    Raises:
+      Glm4vError: what is wrong with the job, its model, its problems or their verifiers.
+      TrainError: too many steps in a row had to be skipped, or the state is not finite.
+    """
+    rl = config.rl
+    if rl is None:
+        raise ConfigError("rl: found none; expected the table of a job that learns by reward")
+    log = log or _ignore
+    model_config = Glm4vConfig.from_pretrained(config.model)
+    mesh = make_mesh(config, model_config)
+    engine_mesh = mesh
+    if rl.sampling.engine_mesh != "same":
+        engine_mesh = mesh_for(rl.sampling.engine_mesh, model_config)
+        check_devices(engine_mesh)
+    problems = read_problems(
+        config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir
+    )  # fmt: skip
+    rates = read_levels(config.data.levels, problems.keys)
+    job_identity = _identity(config, model_config, problems, rates)
+    agree("the job or its problems", hashlib.blake2b(repr(job_identity).encode(), digest_size=16).digest())
+    processor = Glm4vProcessor.from_pretrained(config.model)
+    processor.check_ids(model_config)
+    verifiers = make_verifiers(rl.verifiers, processor.thinking)
+    curriculum = Curriculum(
+        problems.keys, problems.domains, rl.curriculum, prompts=rl.prompts, seed=config.seed, levels=problems.levels,
+        rates=rates,
+    )  # fmt: skip
+    out = Path(config.out)
+    with contextlib.ExitStack() as stack, use_mesh(mesh):
+        judges = stack.enter_context(Judges(verifiers))
+        judges.start()
+        self_test(verifiers, problems.examples(), judges.score)
+        by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
+        out.mkdir(parents=True, exist_ok=True)
+        by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
+        by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))
+        result_bytes = check_output(config)
+        kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log)
+        checkpoints = stack.enter_context(contextlib.closing(kept))
+        stopping = stack.enter_context(Stopping(mesh))
+        saves = sum(map(config.is_saved, range(1, config.steps + 1)))
+        checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
+        job, state = Job.start(config, model_config, progress)
+        log(_describe(job, problems, mesh))
+        step = 0
+        if checkpoints.latest is not None:
+            like = abstract(state)
+            del state  # a device may not have room for two of them
+            state, saved = checkpoints.restore(like)
+            step = int(saved["step"])
+            check_step(step, config)
+            curriculum.set_state(saved["curriculum"])
+            log(f"resuming after step {step}, from {out / CHECKPOINTS}")
+        limits = limited(processor, encode_options(config.data, config.batch))
+        compiled = stack.enter_context(compile_times())
+        reward_log = RewardLog(out, step, config.steps, config.log_every, log)
+        scorer = _Scorer(judges, rl)
+        cycle = make_cycle(job, state, limits, mesh, engine_mesh)
+        steps = _Steps(cycle, problems, curriculum, scorer, checkpoints, reward_log, stopping, config, compiled)
+        state, step = steps.run(state, step)
+        is_complete = step >= config.steps
+        if is_complete:
+            params = state.params
+            del state  # the optimizer's state is not needed any more
+            cycle.engine.release(weights=True)
+            checkpoints.wait()
+            log(f"exported: {job.export(params, out)}")
+    return JobResult(step, is_complete)
+
+
+def make_cycle(job: Job, state: TrainState, processor: Glm4vProcessor, mesh: Mesh, engine_mesh: Mesh) -> Cycle:
+    """Return the steps of a job, with an engine that has the weights of `state`."""
+    config, rl = job.config, job.config.rl
+    assert rl is not None
+    objective = Objective(rl.clip_low, rl.clip_high, rl.sampling.temperature, media_tokens(job.model))
+    step = PolicyStep(
+        job.layout, job.optimizer, objective, dtype=job.dtype, remat=config.remat, max_grad_norm=config.max_grad_norm,
+        learning_rate=learning_rate(config.optimizer, config.num_updates),
+    )  # fmt: skip
+    handover = Handover(job.layout, state.params, job.frozen, job.dtype, mesh, engine_mesh)
+    runtime = Runtime.of(handover(state.params), engine_mesh, GenerationConfig.from_pretrained(config.model))
+    engine = Engine(runtime, processor, num_slots=rl.sampling.slots)
+    engine.reserve(config.batch.length)  # of the longest prompt with its answer: each growth would compile
+    return Cycle(engine, step, handover, job.frozen, rl, config.batch, job.model, mesh)
+
+
+class _Scorer:
+    """Scores the answers of a step, a share in each process."""
+
+    def __init__(self, judges: Judges, config: RLConfig):
+        self._judges, self._most = judges, config.max_failures
+
+    def __call__(self, texts: Sequence[tuple[Problem, str]]) -> Sequence[Reward]:
+        tasks = [Task(problem.domain, text, problem.item) for problem, text in texts]
+        share = {"index": jax.process_index(), "count": jax.process_count(), "gather": gathered} if several() else {}
+        rewards = score_shared(self._judges.score, tasks, **share)
+        check_failures(tasks, rewards, self._most)
+        return rewards
+
+
+@dataclasses.dataclass
+class _Steps:
+    """What the steps of a run need."""
+
+    cycle: Cycle
+    problems: Problems
+    curriculum: Curriculum
+    score: _Scorer
+    checkpoints: Checkpoints
+    log: RewardLog
+    stopping: Stopping
+    config: TrainConfig
+    compiled: Sequence[float]
+
+    def run(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Take all remaining steps, or until the job is asked to stop; the state is donated.
+
+        Returns:
+          The state after the last step, which is saved, and its number.
+        """
+        saved = step
+        is_due = False
+        while step < self.config.steps and not self.stopping.is_asked_now():
+            step += 1
+            programs = len(self.compiled)
+            drawn = [self.problems[number] for number in self.curriculum.draw(step)]
+            state, found = self.cycle(state, drawn, self.score, seed_of(self.config.seed, step))
+            self._agree(step, found)
+            self._check(step, state)
+            samples = self.cycle.config.samples
+            self.curriculum.update(
+                [Outcome(group.key, float(group.rewards.mean()), samples, group.is_valid) for group in found.groups]
+            )
+            self.log.add(step, drawn, found, self.curriculum, compiles=len(self.compiled) - programs)
+            is_due = is_due or self.config.is_saved(step)
+            if is_due and self._save(state, step):
+                saved, is_due = step, False
+        if step > saved:
+            self._save(state, step)
+        return state, step
+
+    def _save(self, state: TrainState, step: int) -> bool:
+        """Save, unless the last update was skipped or nothing has changed since the latest checkpoint."""
+        if not is_finite(state):
+            raise TrainError(
+                f"step {step}: found parameters or an optimizer's state that are not finite, and not saved; expected "
+                "finite ones: the same command resumes from the latest checkpoint"
+            )
+        if int(state.streak) or int(state.step) == self.checkpoints.latest:
+            return False
+        self.checkpoints.save(state, {"step": step, "curriculum": self.curriculum.state()})
+        return True
+
+    def _check(self, step: int, state: TrainState) -> None:
+        if int(state.streak) >= self.config.max_skipped:
+            raise TrainError(
+                f"step {step}: found the last of {self.config.max_skipped} skipped updates in a row; expected finite "
+                f"gradients of norms up to max_grad_norm = {self.config.max_grad_norm}: lower the learning rate"
+            )
+
+    def _agree(self, step: int, found: CycleResult) -> None:
+        """Check that all processes have the same rewards, and learn from the same groups."""
+        if several():
+            same = [(group.key, group.rewards.tolist()) for group in (*found.groups, *found.learned)]
+            agree(f"the rewards of step {step}", hashlib.blake2b(repr(same).encode(), digest_size=16).digest())
+
+
+def _identity(config: TrainConfig, model: Glm4vConfig, problems: Problems, rates: dict[str, float]) -> dict[str, Any]:
+    """Return what a job must keep to resume from its checkpoints, by name."""
+    levels = hashlib.blake2b(repr(sorted(rates.items())).encode(), digest_size=8).hexdigest()
+    found = identity(config, model, len(problems), problems.fingerprint())
+    return found | {"pass rates of data.levels": levels}
+
+
+def _describe(job: Job, problems: Problems, mesh: Mesh) -> str:
+    domains = ", ".join(f"{problems.domains.count(name):,} of {name}" for name in sorted(set(problems.domains)))
+    return job.describe(f"{counted(len(problems), 'problem')} ({domains})", mesh)
+
+
+def _ignore(line: str) -> None:
+    del line
