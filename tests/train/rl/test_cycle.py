@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from helpers_rl import messages
 
+from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.prompt import Prompt
 from train.rl.config import RLConfig, SamplingConfig, VerifierConfig
 from train.rl.cycle import Cycle, DriftError
+from train.rl.problems import Problem
 from train.rl.rollouts import Answers, seed_of
+from train.rl.verifiers import Reward
 
 CONFIG = RLConfig(
     verifiers={"digits": VerifierConfig(kind="counting")}, prompts=6, samples=8, max_ratio_drift=2e-6,
@@ -19,7 +22,7 @@ CONFIG = RLConfig(
 
 
 def sevens(texts):
-    return [float("7" in text) for _, text in texts]
+    return [Reward(float("7" in text), None, "right" if "7" in text else "wrong") for _, text in texts]
 
 
 @pytest.fixture
@@ -34,7 +37,10 @@ def cycle(learner):
 
 @pytest.fixture(scope="module")
 def problems():
-    return [(f"problem {number}", messages(number)) for number in range(8)]
+    return [
+        Problem(tuple(messages(number)), {"answer": 7}, "digits", None, f"problem {number}", f"data.jsonl:{number + 1}")
+        for number in range(8)
+    ]
 
 
 @pytest.mark.slow
@@ -46,12 +52,8 @@ def test_a_reward_rises(learner, cycle, problems):
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.3
     line = lines[0]
     assert 0 < line["valid"] <= 1 and line["groups"] == 8 and line["learned"] <= 6
-    assert (
-        line["cut"] < 1
-        and line["seconds_rollout"] > 0
-        and line["entropy"] > 0
-        and np.isfinite(list(line.values())).all()
-    )
+    assert line["forced"] == 0 and line["seconds_rollout"] > 0 and line["entropy"] > 0
+    assert np.isfinite(list(line.values())).all()
 
 
 @pytest.mark.slow
@@ -74,7 +76,7 @@ def test_a_step_taken_again_is_the_same_to_the_last_bit(learner, cycle, problems
 def test_where_no_rewards_differ_nothing_is_learned(learner, cycle, problems):
     state = learner.state()
     before = jax.tree.map(np.asarray, state)
-    state, found = cycle(state, problems[:2], lambda texts: [1.0] * len(texts), 0)
+    state, found = cycle(state, problems[:2], lambda texts: [Reward(1.0, None, "right")] * len(texts), 0)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
     assert not found.updates and not found.learned and found.metrics()["all_right"] == 1
 
@@ -85,6 +87,13 @@ def test_a_model_that_is_not_the_one_that_sampled_is_an_error(learner, cycle, pr
     state = state._replace(params={path: x * 1.01 for path, x in state.params.items()})
     with pytest.raises(DriftError, match=r"rl.max_ratio_drift: found a mean \|ratio - 1\| of 0\.\d+ before the first"):
         cycle(state, problems, sevens, 0)
+
+
+@pytest.mark.slow
+def test_a_prompt_that_leaves_no_room_in_a_row_is_named(learner, cycle, problems):
+    cycle.batch = dataclasses.replace(cycle.batch, length=16)
+    with pytest.raises(DataError, match=r"data.jsonl:[12]: found a prompt of \d+ tokens; expected at most 10: a row"):
+        cycle(learner.state(), problems, sevens, 0)
 
 
 def test_what_becomes_of_answers_that_were_cut():
