@@ -258,8 +258,8 @@ class TrainConfig:
         faults = [] if self.rl or not self.data.levels else ["data.levels: found some without rl; expected both"]
         if self.rl is None:
             return faults
-        others = {"eval": self.eval, "neftune": self.neftune, "tensorboard": self.tensorboard or None}
-        others |= {"lora.dropout": (self.lora and self.lora.dropout) or None}
+        others = {"eval": self.eval, "neftune": self.neftune, "preference": self.preference}
+        others |= {"lora.dropout": (self.lora and self.lora.dropout) or None, "tensorboard": self.tensorboard or None}
         faults += [fault(name, value, "none beside rl") for name, value in others.items() if value is not None]
         if (longest := self.rl.sampling.longest) >= self.batch.length:
             budgets = "rl.sampling.think_budget + answer_budget"
