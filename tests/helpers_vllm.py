@@ -6,7 +6,6 @@ attention_metadata}.py`, `runner/{tpu_runner,kv_cache}.py`. JAX is imported in t
 
 import dataclasses
 import functools
-import math
 import re
 import sys
 import types
@@ -38,36 +37,46 @@ def vllm_config(directory, **options):
     return SimpleNamespace(**{name: SimpleNamespace(**part) for name, part in parts.items()}, **whole)
 
 
-def fake_attention(cache, q, k, v, metadata, mesh):
-    """Attention over pages in plain operations, on the heads of each device; as `attention_interface.attention`.
+def paged_attention(q, k, v, cache, lengths, tables, starts, distribution, *, sm_scale=None, **options):
+    """Attention over pages in plain operations, as tpu-inference's kernel `ragged_paged_attention`.
 
-    cache: [pages, page, 2K, 1, lanes], a head's keys beside its values. q: [T, N, H]. k, v: [T, K, H].
+    q: [T, N, H]. k, v: [T, K, H]. cache: [pages, page, 2K / packing, packing, lanes], a head's keys beside its values.
+    Returns [T, N, H] and the cache.
     """
     import jax
     import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
 
-    def local(q, k, v, cache, lengths, tables, starts, distribution):
-        (tokens, heads, size), kv_heads, live = q.shape, k.shape[1], distribution[2]
-        tables = tables.reshape(len(lengths), -1)
-        token = jnp.arange(tokens)
-        row = jnp.minimum(jnp.searchsorted(starts[1:], token, side="right"), len(lengths) - 1)
-        position = lengths[row] - starts[row + 1] + token
-        slot = jnp.where(token < starts[live], tables[row, position // PAGE] * PAGE + position % PAGE, PAGES * PAGE)
-        new = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, 1, size)
-        new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, LANES - size)))
-        flat = cache.reshape(PAGES * PAGE, *cache.shape[2:]).at[slot].set(new, mode="drop")
-        cache = flat.reshape(cache.shape)
-        held = cache[tables[row]].reshape(tokens, -1, kv_heads, 2, LANES)[..., :size]
-        scores = jnp.einsum("tkgh,tskh->tkgs", q.reshape(tokens, kv_heads, -1, size), held[..., 0, :])
-        seen = jnp.arange(held.shape[1]) <= position[:, None]
-        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores / math.sqrt(size), -1e30))
-        return jnp.einsum("tkgs,tskh->tkgh", weights, held[..., 1, :]).reshape(tokens, heads, size), cache
+    (tokens, heads, size), kv_heads, live = q.shape, k.shape[1], distribution[2]
+    (pages, page), lanes = cache.shape[:2], cache.shape[-1]
+    tables = tables.reshape(len(lengths), -1)
+    token = jnp.arange(tokens)
+    row = jnp.minimum(jnp.searchsorted(starts[1:], token, side="right"), len(lengths) - 1)
+    position = lengths[row] - starts[row + 1] + token
+    slot = jnp.where(token < starts[live], tables[row, position // page] * page + position % page, pages * page)
+    new = jnp.pad(jnp.stack([k, v], axis=2), ((0, 0), (0, 0), (0, 0), (0, lanes - size)))
+    new = new.reshape(tokens, *cache.shape[2:]).astype(cache.dtype)
+    flat = cache.reshape(pages * page, *cache.shape[2:]).at[slot].set(new, mode="drop")
+    cache = flat.reshape(cache.shape)
+
+    def of_token(token):
+        q, row, position = token
+        keys, values = jnp.moveaxis(cache[tables[row]].reshape(-1, kv_heads, 2, lanes)[..., :size], 2, 0)
+        scores = jnp.einsum("kgh,skh->kgs", q.reshape(kv_heads, -1, size), keys) * (sm_scale or size**-0.5)
+        weights = jax.nn.softmax(jnp.where(jnp.arange(len(keys)) <= position, scores, -1e30))
+        return jnp.einsum("kgs,skh->kgh", weights, values).reshape(heads, size).astype(q.dtype)
+
+    return jax.lax.map(of_token, (q, row, position), batch_size=32), cache
+
+
+def fake_attention(cache, q, k, v, metadata, mesh):
+    """`paged_attention` on the heads of each device; as `attention_interface.attention`."""
+    import jax
+    from jax.sharding import PartitionSpec as P
 
     heads, pages, data = P("data", "model", None), P("data", None, "model", None, None), P("data")
     out, cache = jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, pages, data, data, data, data), out_specs=(heads, pages),
-        check_vma=False,
+        paged_attention, mesh=mesh, in_specs=(heads, heads, heads, pages, data, data, data, data),
+        out_specs=(heads, pages), check_vma=False,
     )(q, k, v, cache, metadata.seq_lens, metadata.block_tables, metadata.query_start_loc,
       metadata.request_distribution)  # fmt: skip
     return cache, out
