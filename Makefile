@@ -10,6 +10,7 @@
 #   make docs    the pages of docs/ in build/docs; a warning is an error
 #   make aot     the 9B and GLM-OCR compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
 #   make aot-vllm     the vLLM plug-in's programs compiled for them, with tpu-inference's attention (.venv-vllm, 10 GB)
+#   make serve-vllm   the plug-in in vLLM's engine and server on a CPU, with the tiny model; about 10 minutes (.venv-vllm)
 #   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny`, `aot` and `aot-vllm`, PYTEST_ARGS=... to
@@ -37,7 +38,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot aot-vllm family-goldens clean
+.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot aot-vllm serve-vllm family-goldens clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -113,12 +114,20 @@ aot: .venv-aot/aot.stamp
 
 # vLLM and tpu-inference pin a jax that Python 3.12 is the first to have.
 .venv-vllm/stamp: pyproject.toml
+	@echo "installing into .venv-vllm, once: a few minutes, about 10 GB"
 	python3.12 -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[vllm-tpu]'
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[vllm-tpu,demo,video]' 'pytest>=9' 'hypothesis>=6.150' 'openai>=3.57'
 	@touch $@
 
 aot-vllm: .venv-vllm/stamp
 	JAX_PLATFORMS=cpu .venv-vllm/bin/python -m bench.aot_vllm $(ARGS)
+
+# A process for each file: in one, vLLM changes PyTorch and JAX for all that follows.
+serve-vllm: .venv-vllm/stamp
+	for name in reference llm serve; do \
+		.venv-vllm/bin/python -m pytest -q tests/serve/vllm_engine/check_$$name.py || exit 1; \
+	done
 
 # The judge of the sibling models wants other versions of its dependencies than that of GLM-4.1V.
 .venv-5x/stamp: Makefile
