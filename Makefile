@@ -128,6 +128,7 @@ serve-vllm: .venv-vllm/stamp
 	for name in reference llm serve; do \
 		.venv-vllm/bin/python -m pytest -q tests/serve/vllm_engine/check_$$name.py || exit 1; \
 	done
+	.venv-vllm/bin/python -m pytest -q tests/serve/vllm_plugin/test_guide.py
 
 # The judge of the sibling models wants other versions of its dependencies than that of GLM-4.1V.
 .venv-5x/stamp: Makefile

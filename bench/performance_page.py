@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from bench import aot_vllm
 from bench.ocr import ACCEPTED
 from bench.report import RESULTS, ROOT
 
@@ -169,6 +170,16 @@ earlier version.
 ## Training steps compiled for TPU slices
 
 {aot_train}
+
+## The vLLM plug-in's programs compiled for TPU slices
+
+The 9B in [vLLM](vllm.md), from `make aot-vllm` (jax {vllm_jax}, libtpu {vllm_libtpu}, tpu-inference
+{vllm_tpu-inference}): the plug-in's class as tpu-inference jits it, with its own kernel of paged attention, which runs
+twice a layer, for sequences that decode and for others. Memory is GiB per chip. Pages fill what weights leave of
+{vllm_utilization:.0%} of it (those of two layers are a fixed number); the sum is that of weights, pages, and what the
+program takes beside them.
+
+{aot_vllm}
 """
 
 
@@ -319,6 +330,9 @@ def page() -> str:
         **{name: install[name] for name in install if name.endswith("_seconds")},
         **{f"aot_{name}": read("aot")["machine"][name] for name in ("jax", "libtpu")},
         aot=aot.strip(),
+        **{f"vllm_{name}": value for name, value in read("aot_vllm")["machine"].items()},
+        vllm_utilization=aot_vllm.UTILIZATION,
+        aot_vllm=aot_vllm.table(read("aot_vllm")["programs"]).markdown(),
         aot_train=f"Training steps with AdamW{aot_train}".strip(),
     )  # fmt: skip
 
