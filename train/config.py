@@ -124,8 +124,8 @@ class AdapterConfig(LoraConfig):
     """An adapter to train; see `LoraConfig` for the fields that are not listed here.
 
     Attributes:
-      dropout: share of what the adapter sees of its inputs that is left out, drawn anew in every step.
-      adapter: directory of an adapter to go on from, of this package's or PEFT's. Rank, alpha and layers are its own.
+      dropout: fraction of the adapter's inputs that is set to zero, drawn again in every step.
+      adapter: directory of an adapter to start from, of this package's or PEFT's. Rank, alpha and layers are its own.
     """
 
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0

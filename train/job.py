@@ -194,7 +194,7 @@ def check_step(step: int, config: TrainConfig) -> None:
 
 
 def _adapted(model: Glm4v, config: TrainConfig) -> Glm4v:
-    """The model with the adapter that a job trains, if it does: a new one, or the one that it goes on from."""
+    """The model with the adapter that a job trains, if it does: a new one, or the one that it starts from."""
     if config.lora is None:
         return model
     if config.lora.adapter is not None:

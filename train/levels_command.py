@@ -59,22 +59,32 @@ class MeasureLevels(Options):
         path = pathlib.Path(self.out) if self.out else pathlib.Path(self.config).parent / LEVELS
         if path.is_dir() or not path.parent.is_dir():
             raise ConfigError(f"--out: found {path}; expected a file in a directory that exists")
+        from glm4v_jax.inputs.processor import Glm4vProcessor
+        from train.data.samples import limited
+        from train.data.stream import encode_options
         from train.rl.judging import Judges
         from train.rl.problems import read_problems
         from train.rl.self_test import self_test
         from train.rl.verifiers import make_verifiers
 
-        problems = read_problems(job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir)
-        verifiers = make_verifiers(job.rl.verifiers)
+        processor = limited(Glm4vProcessor.from_pretrained(directory), encode_options(job.data, job.batch))
+        problems = read_problems(
+            job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir,
+            fps=processor.video_processor.fps,
+        )  # fmt: skip
+        verifiers = make_verifiers(job.rl.verifiers, processor.thinking)
         with Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
             judges.start()
             self_test(verifiers, problems.examples(), judges.score)
+            from glm4v_jax.checkpoints.load import load_runtime
             from glm4v_jax.config.model import Glm4vConfig
+            from glm4v_jax.devices.compilation_cache import use_compilation_cache
             from glm4v_jax.devices.distributed import check_devices, is_first
             from glm4v_jax.files import model_fingerprint
             from glm4v_jax.generate.engine import Engine
             from glm4v_jax.planning.mesh_presets import mesh_for
-            from train.rl.measure import Levels, measure, sampling_options
+            from train.rl.measure import Levels, measure
+            from train.rl.rollouts import sampling_options
 
             levels = Levels(path, model_fingerprint(directory), self.samples)
             if self.restart and is_first():
@@ -82,12 +92,18 @@ class MeasureLevels(Options):
             levels.done()  # fails before the model is loaded
             sampling = job.rl.sampling
             text = job.mesh if sampling.engine_mesh == "same" else sampling.engine_mesh
-            mesh = mesh_for(text, Glm4vConfig.from_pretrained(directory))
+            model_config = Glm4vConfig.from_pretrained(directory)
+            mesh = mesh_for(text, model_config)
             check_devices(mesh)
-            engine = Engine.from_pretrained(directory, mesh=mesh, dtype=job.dtype, num_slots=sampling.slots)
-            options = sampling_options(sampling, is_forced=job.rl.truncated == "force")
+            use_compilation_cache()
+            runtime = load_runtime(directory, mesh=mesh, dtype=job.dtype)
+            engine = Engine(runtime, processor, num_slots=sampling.slots)
+            options = sampling_options(job.rl, model_config)
             with Progress("measuring", "problems") as progress:
-                measure(levels, problems, engine, judges.score, options, seed=self.seed, progress=progress.update)
+                measure(
+                    levels, problems, engine, judges.score, options, truncated=job.rl.truncated, seed=self.seed,
+                    progress=progress.update,
+                )  # fmt: skip
         if is_first():
             print(printable(f"{path}: pass rates of {len(problems):,} problems"))
         return 0

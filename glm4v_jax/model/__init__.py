@@ -10,6 +10,7 @@ rope.py       2-D rope of the ViT, M-RoPE of the decoder, rope scaling
 kv_cache.py   keys and values of earlier tokens
 attention/    one entry point over the kernels of CPU, GPU and TPU
 params.py     parameters by path
+rules.py      sharding rules for meshes that others make, as serving engines do
 lora.py       adapters beside kernels
 quantize.py   kernels as 8- or 4-bit integers
 runtime.py    the modules as compiled programs take them

@@ -201,7 +201,7 @@ class TextDecoder(nnx.Module):
         >>> print(hidden.shape, [k.shape for k, v in kept])
         (1, 3, 64) [(1, 3, 2, 16), (1, 3, 2, 16)]
 
-        Nothing else looks from one token to another: several sequences may lie one behind the other in one row,
+        Nothing else looks from one token to another: several sequences may lie one after the other in one row,
         [1, T, D], if each token has its position and attention keeps them apart.
 
         Args:

@@ -245,7 +245,7 @@ class Linear(nnx.Module):
 
 
 def dropped(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:
-    """Put zeros in the place of a share `rate` of the numbers, and scale the others up by as much."""
+    """Set a fraction `rate` of the numbers to zero, and divide the others by 1 - rate."""
     bits = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=mesh.spec_of(x))
     return jnp.where(bits >= np.uint32(rate * 2**32), x / (1 - rate), 0).astype(x.dtype)
 

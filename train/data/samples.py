@@ -177,7 +177,7 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
 def _pair(
     chosen: Record, rejected: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions
 ) -> Sample | None:
-    """Encode two conversations one behind the other; the second one's images are those of the first."""
+    """Encode two conversations one after the other; the second one's images are those of the first."""
     alone = dataclasses.replace(options, max_length=None)
     first, second = (_encode(record, processor, config, alone) for record in (chosen, rejected))
     assert first is not None and second is not None

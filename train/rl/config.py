@@ -128,7 +128,7 @@ class CurriculumConfig:
 
     Attributes:
       mode: "rlcs" prefers problems of which some rollouts are right and some wrong; "uniform" draws all alike.
-      floor: the least share of the draws for every tier and every domain.
+      floor: the least fraction of the draws for every tier and every domain.
       tiers: of equal widths of the pass rate.
       prior: the offline pass rate, or that of similar problems, counts as so many rollouts.
       memory: the fraction of its earlier counts that a problem keeps when it is drawn again.
@@ -168,7 +168,7 @@ class RLConfig:
       truncated: of rollouts at the limit: "force" closes the thought and rewards the answer; "mask" does not learn from
         them; "zero" gives them reward 0.
       allow_choice: allow verifiers of kind "choice", whose answers can be guessed.
-      max_failures: the job ends where verifiers fail for a larger share of the rollouts of a step.
+      max_failures: the job ends where verifiers fail for a larger fraction of the rollouts of a step.
       sampling, curriculum: see there.
     """
 

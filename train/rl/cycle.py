@@ -23,12 +23,12 @@ from train.rl.groups import Group, most_balanced, num_samples
 from train.rl.handover import Handover
 from train.rl.packing import micro_batches, put
 from train.rl.problems import Problem
-from train.rl.rollouts import Answers, sample
+from train.rl.rollouts import Answers, answer_text, is_cut, sample
 from train.rl.step import PolicyMetrics, PolicyStep
 from train.rl.verifiers import Reward
 from train.state import Leaves, TrainState
 
-Score = Callable[[Sequence[tuple[Problem, str]]], Sequence[Reward]]
+ScoreAnswers = Callable[[Sequence[tuple[Problem, str]]], Sequence[Reward]]
 """[(problem, the text of an answer to it)] -> their rewards, in this order."""
 
 
@@ -62,7 +62,7 @@ class CycleResult(NamedTuple):
             "reward": rewards.mean(), "right": (rewards == 1).mean(), "all_right": (rewards == 1).all(axis=1).mean(),
             "all_wrong": (rewards == 0).all(axis=1).mean(), "valid": np.mean([group.is_valid for group in self.groups]),
             "groups": len(self.groups), "learned": len(self.learned),
-            "cut": np.mean([one.finish_reason == "length" for one in completions]),
+            "cut": np.mean([is_cut(one) for one in completions]),
             "forced": np.mean([one.is_forced for one in completions]),
             "length": lengths.mean(), "length_p95": np.quantile(lengths, 0.95), "length_max": lengths.max(),
         }  # fmt: skip
@@ -103,7 +103,7 @@ class Cycle:
     releases: bool = True
 
     def __call__(
-        self, state: TrainState, problems: Sequence[Problem], score: Score, seed: int
+        self, state: TrainState, problems: Sequence[Problem], score: ScoreAnswers, seed: int
     ) -> tuple[TrainState, CycleResult]:
         """Take a step; the state is donated.
 
@@ -134,7 +134,8 @@ class Cycle:
         answers = sample(self.engine, [list(one.messages) for one in problems], self.config, seed, check)
         measure("rollout")
         n = self.config.samples
-        scored = score([(one, said.text) for one, of in zip(problems, answers, strict=True) for said in of.completions])
+        texts = [(one, answer_text(said)) for one, of in zip(problems, answers, strict=True) for said in of.completions]
+        scored = score(texts)
         rewards = [list(scored[i * n : (i + 1) * n]) for i in range(len(problems))]
         measure("scoring")
         groups = [

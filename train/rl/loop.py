@@ -78,14 +78,16 @@ def learn(
     if rl.sampling.engine_mesh != "same":
         engine_mesh = mesh_for(rl.sampling.engine_mesh, model_config)
         check_devices(engine_mesh)
+    processor = Glm4vProcessor.from_pretrained(config.model)
+    processor.check_ids(model_config)
+    limits = limited(processor, encode_options(config.data, config.batch))
     problems = read_problems(
-        config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir
+        config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
+        fps=limits.video_processor.fps,
     )  # fmt: skip
     rates = read_levels(config.data.levels, problems.keys)
     job_identity = _identity(config, model_config, problems, rates)
     agree("the job or its problems", hashlib.blake2b(repr(job_identity).encode(), digest_size=16).digest())
-    processor = Glm4vProcessor.from_pretrained(config.model)
-    processor.check_ids(model_config)
     verifiers = make_verifiers(rl.verifiers, processor.thinking)
     curriculum = Curriculum(
         problems.keys, problems.domains, rl.curriculum, prompts=rl.prompts, seed=config.seed, levels=problems.levels,
@@ -117,7 +119,6 @@ def learn(
             check_step(step, config)
             curriculum.set_state(saved["curriculum"])
             log(f"resuming after step {step}, from {out / CHECKPOINTS}")
-        limits = limited(processor, encode_options(config.data, config.batch))
         compiled = stack.enter_context(compile_times())
         reward_log = RewardLog(out, step, config.steps, config.log_every, log)
         scorer = _Scorer(judges, rl)

@@ -251,10 +251,10 @@ def _domain_of(row: Mapping[str, Any], domains: Collection[str]) -> str:
     domain = row.get("domain")
     if domain is None and len(domains) == 1:
         return next(iter(domains))
-    if domain not in domains:
+    if not isinstance(domain, str) or domain not in domains:
         found = "none" if domain is None else repr(domain)
         raise DataError(f"domain: found {found}; expected {one_of(domains, domain)}, which have verifiers")
-    return str(domain)
+    return domain
 
 
 def _digest(messages: Sequence[Mapping[str, Any]], item: Reference) -> str:

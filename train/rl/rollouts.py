@@ -32,11 +32,25 @@ class Answers(NamedTuple):
         """
         rollouts, values = list[Rollout](), list[float]()
         for one, reward in zip(self.completions, rewards, strict=True):
-            is_cut = one.finish_reason == "length"
             rollout = Rollout.of(one)
-            rollouts.append(rollout.masked() if is_cut and truncated == "mask" else rollout)
-            values.append(0.0 if is_cut and truncated == "zero" else reward)
+            rollouts.append(rollout.masked() if is_cut(one) and truncated == "mask" else rollout)
+            values.append(value_of(one, reward, truncated))
         return Group(key, self.prompt, tuple(rollouts), np.array(values))
+
+
+def is_cut(completion: Completion) -> bool:
+    """Return whether an answer ended at the limit of tokens."""
+    return completion.finish_reason == "length"
+
+
+def value_of(completion: Completion, reward: float, truncated: str) -> float:
+    """Return what an answer's reward counts; see `RLConfig.truncated`."""
+    return 0.0 if is_cut(completion) and truncated == "zero" else reward
+
+
+def answer_text(completion: Completion) -> str:
+    """Return what verifiers read: the text, after the begin of a thought that the prompt has opened."""
+    return ("<think>" if completion.thinking.begins_open else "") + completion.text
 
 
 def media_tokens(config: Glm4vConfig) -> tuple[int, ...]:
@@ -45,8 +59,15 @@ def media_tokens(config: Glm4vConfig) -> tuple[int, ...]:
     return tuple(sorted({getattr(config, name) for name in names}))
 
 
-def options_of(config: RLConfig, model: Glm4vConfig) -> dict[str, Any]:
-    """Return the options of all rollouts; those of the checkpoint's generation_config.json that matter are replaced."""
+def sampling_options(config: RLConfig, model: Glm4vConfig) -> dict[str, Any]:
+    """Return the options of all rollouts; those of the checkpoint's generation_config.json that matter are replaced.
+
+    >>> from train.rl.config import SamplingConfig, VerifierConfig
+    >>> sampling = SamplingConfig(think_budget=6, answer_budget=4)
+    >>> config = RLConfig(verifiers={"math": VerifierConfig(kind="math")}, sampling=sampling, truncated="mask")
+    >>> sampling_options(config, Glm4vConfig.tiny())["max_new_tokens"]
+    10
+    """
     sampling = config.sampling
     budgets: dict[str, Any] = {"max_new_tokens": sampling.longest}
     if config.truncated == "force" or not sampling.think_budget:
@@ -54,8 +75,7 @@ def options_of(config: RLConfig, model: Glm4vConfig) -> dict[str, Any]:
     return {
         "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
         "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "bad_words_ids": (),
-        "sequence_bias": (), "suppress_tokens": media_tokens(model), "logprobs": 0, "logprobs_of": "sampling",
-        **budgets,
+        "sequence_bias": (), "suppress_tokens": media_tokens(model), **budgets,
     }  # fmt: skip
 
 
@@ -81,7 +101,7 @@ def sample(
     Raises:
       Glm4vError: a prompt cannot be prepared.
     """
-    options = options_of(config, engine.runtime.config)
+    options = sampling_options(config, engine.runtime.config) | {"logprobs": 0, "logprobs_of": "sampling"}
     variables = chat_variables({}, engine.config(**options), engine.processor)
 
     def prepare(number: int, asked: Any) -> Prompt:
@@ -99,6 +119,6 @@ def sample(
     return [Answers(one.result(), tuple(found[i * n : (i + 1) * n])) for i, one in enumerate(prepared)]
 
 
-def seed_of(seed: int, step: int) -> int:
-    """Return the seed of a step's rollouts, so that it depends on the job's seed and the step's number alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=4).digest(), "little")
+def seed_of(seed: int, of: int | str) -> int:
+    """Return the seed of the rollouts of a step, by its number, or of a problem, by its key."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {of}".encode(), digest_size=4).digest(), "little")

@@ -2,7 +2,7 @@
 
 Source of the contract: tpu_inference/models/common/model_loader.py, runner/{tpu_runner,multimodal_manager}.py.
 
-Dimensions: T tokens of all sequences of a step, one behind the other and padded; N query heads, K key and value heads
+Dimensions: T tokens of all sequences of a step, one after the other and padded; N query heads, K key and value heads
 of size H; D hidden size; V vocabulary.
 """
 

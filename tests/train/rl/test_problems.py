@@ -115,6 +115,7 @@ def test_a_derived_key_is_of_the_content_and_not_of_its_place(read):
             "domain: found 'ti'; expected one of it, them, which",
         ),
         ({"query": "Which?", "response": "7"}, "domain: found none; expected one of it, them"),
+        ({"query": "Which?", "response": "7", "domain": ["it"]}, r"domain: found \['it'\]; expected one of it, them"),
         (
             {"messages": ASKED[:1], "images": ["a.png"], "domain": "it"},
             "answer: found none; expected one of answer, answers, solution, boxes, or an an",
