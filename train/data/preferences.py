@@ -11,8 +11,7 @@ from typing import Any
 from glm4v_jax.data.media import is_empty, kind_of
 from glm4v_jax.data.tables import literal_list
 from train.data.conversations import Row, Turns, invalid
-
-_LISTS = ("messages", "conversations", "conversation")
+from train.data.formats import LISTS
 
 
 def pair_of(row: Row, chosen: str = "chosen", rejected: str = "rejected", messages: str = "") -> tuple[Row, Row]:
@@ -35,7 +34,7 @@ def pair_of(row: Row, chosen: str = "chosen", rejected: str = "rejected", messag
         if is_empty(row.get(name)):
             raise invalid(name, "none", "an answer, of preference data")
     base = {key: value for key, value in row.items() if key not in (chosen, rejected)}
-    field = next((name for name in (messages, *_LISTS) if name and not is_empty(base.get(name))), None)
+    field = next((name for name in (messages, *LISTS) if name and not is_empty(base.get(name))), None)
     first, second = (_with_answer(base, row[answer], answer, field) for answer in (chosen, rejected))
     return first, second
 
@@ -43,7 +42,7 @@ def pair_of(row: Row, chosen: str = "chosen", rejected: str = "rejected", messag
 def _of_swift(row: Row) -> tuple[Row, Row]:
     fields = ("rejected_messages", "rejected_response")
     base = {key: value for key, value in row.items() if key not in fields}
-    name = next((name for name in _LISTS if not is_empty(base.get(name))), None)
+    name = next((name for name in LISTS if not is_empty(base.get(name))), None)
     if not is_empty(row.get("rejected_messages")):
         if name is None:
             raise invalid("rejected_messages", "it without messages", "both")

@@ -184,7 +184,7 @@ def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], st
     """
     last = max((i for i, message in enumerate(record.messages) if message["role"] == "assistant"), default=0)
     if not last:
-        raise DataError(f"{record.source}: found no answer after a question; expected one, for eval.generate")
+        raise DataError(f"{record.source}: found no answer after a question; expected one to compare with")
     said = "".join(item.get("text", "") for item in record.messages[last]["content"])
     messages: list[Mapping[str, Any]] = [
         {**message, "content": [_timed(item, fps) for item in message["content"]]} for message in record.messages[:last]
