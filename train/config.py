@@ -36,11 +36,33 @@ MetricName = Literal["exact_match", "box_iou", "anls", "relaxed_accuracy", "cer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSetConfig:
+    """One of several data sets.
+
+    Attributes:
+      files: as those of `DataConfig`.
+      share: of the samples, relative to the shares of the others; each set is repeated in an order of its own.
+      num_samples: take only so many of its rows, drawn by the job's seed.
+    """
+
+    files: tuple[str, ...]
+    share: PositiveNumber = 1.0
+    num_samples: Positive | None = None
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if not self.files:
+            raise_faults([fault("files", [], "a list of at least one path")])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(EncodeOptions):
     """The training data, and how it is encoded; see `EncodeOptions` for the fields that are not listed here.
 
     Attributes:
-      files: see `records.read_records`; relative to the job file. Empty only where `loop.train` gets records.
+      files: see `records.read_records`; relative to the job file. Empty only beside `sets`, or where `loop.train` gets
+        records.
+      sets: name -> a data set, instead of `files`, for shares that are not those of their rows.
       format: format of all rows; by default that of each row is found from its fields.
       media_dir: directory that paths in the rows are relative to; by default that of the data file.
       shuffle: draw a new order for every epoch; otherwise keep the order of the files.
@@ -52,7 +74,8 @@ class DataConfig(EncodeOptions):
       levels: with `rl`, pass rates of the problems, files that `glm4v train levels` has written; of several the mean.
     """
 
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    sets: dict[str, DataSetConfig] = dataclasses.field(default_factory=dict)
     format: FormatName | None = None
     media_dir: str | None = None
     shuffle: bool = True
@@ -63,6 +86,8 @@ class DataConfig(EncodeOptions):
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.files and self.sets:
+            raise_faults([fault("files", list(self.files), "none beside sets")])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +276,10 @@ class TrainConfig:
             faults.append("checkpoint.best: found 'score' with eval.generate = 0; expected some answers to score")
         if self.preference is not None and self.data.too_long == "cut":
             faults.append("data.too_long: found 'cut' beside preference; expected 'drop' or 'error'")
+        if self.data.sets and self.eval is not None and self.eval.share:
+            faults.append(f"eval.share: found {self.eval.share} beside data.sets; expected eval.files")
+        if self.data.sets and self.rl is not None:
+            faults.append("data.sets: found some beside rl; expected data.files: the curriculum decides the shares")
         raise_faults(faults + self._faults_of_rl())
 
     def _faults_of_rl(self) -> list[str]:
@@ -300,6 +329,10 @@ def load_config(path: str | Path) -> TrainConfig:
     data = dataclasses.replace(
         config.data,
         files=tuple(str(here / file) for file in config.data.files),
+        sets={
+            name: dataclasses.replace(one, files=tuple(str(here / file) for file in one.files))
+            for name, one in config.data.sets.items()
+        },
         levels=tuple(str(here / file) for file in config.data.levels),
         media_dir=None if config.data.media_dir is None else str(here / config.data.media_dir),
     )
@@ -330,8 +363,9 @@ def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
             for name, value in lora.items()
             if name not in ("adapter", "dropout")
         ]
-    if isinstance(data := content.get("data"), dict) and data.get("files") == []:
-        faults.append("data.files: found []; expected a list of at least one path")
+    if isinstance(data := content.get("data"), dict) and not data.get("files") and not data.get("sets"):
+        found = "[]" if "files" in data else "nothing"
+        faults.append(f"data.files: found {found}; expected a list of at least one path, or data.sets")
     try:
         config = from_mapping(TrainConfig, content)
     except ConfigError as error:

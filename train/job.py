@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.load import load_model, resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, device_bytes
+from glm4v_jax.config.checks import fault
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.data.media import source_of
@@ -30,9 +31,10 @@ from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import DATA_DIGEST, abstract
-from train.config import ADAPTER, MODEL, AdapterConfig, TrainConfig
+from train.config import ADAPTER, MODEL, AdapterConfig, DataSetConfig, TrainConfig
 from train.data.placement import check_batch, num_lanes
 from train.data.records import Record, Records, read_records
+from train.data.stream import Draws
 from train.evaluate import hold_out
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
@@ -53,6 +55,7 @@ _LATER = {
     "preference": None,
     "neftune": None,
     "rl": None,
+    "data.sets": {},
     "lora.rslora": False,
     "lora.dora": False,
     "lora.dropout": 0.0,
@@ -64,11 +67,15 @@ _DIGESTED = 64
 
 
 class Data(NamedTuple):
-    """Records to train on, held-out ones, of which there may be none, and a digest of the former's content."""
+    """Records to train on, held-out ones, of which there may be none, and a digest of the former's content.
+
+    `draws` has the numbers of the former's sets, with their shares; none where there are no sets.
+    """
 
     train: Sequence[Record]
     held_out: Sequence[Record]
     digest: str
+    draws: Draws = ()
 
 
 def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
@@ -81,14 +88,39 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
     read = functools.partial(
         read_records, format=options.format, media_dir=options.media_dir, is_preference=config.preference is not None
     )
-    if records is None:
+    draws: Draws = ()
+    if records is None and options.sets:
+        sets = {name: read(one.files) for name, one in options.sets.items()}
+        records, draws = Records.joined(list(sets.values())), _draws(options.sets, sets, config.seed)
+    elif records is None:
         records = read(options.files)
     digest = records.fingerprint() if isinstance(records, Records) else _digest(records)
     if config.eval is None:
-        return Data(records, (), digest)
+        return Data(records, (), digest, draws)
     if not config.eval.files:
         return Data(*hold_out(records, config.eval.share, config.seed), digest)
-    return Data(records, read(config.eval.files), digest)
+    return Data(records, read(config.eval.files), digest, draws)
+
+
+def _draws(configs: Mapping[str, DataSetConfig], sets: Mapping[str, Records], seed: int) -> Draws:
+    """The numbers of each set's rows among all, with its share.
+
+    Raises:
+      DataError: a set has fewer rows than are to be taken.
+    """
+    found = []
+    start = 0
+    for place, (name, records) in enumerate(sets.items()):
+        wanted = configs[name].num_samples
+        numbers = np.arange(len(records))
+        if wanted is not None:
+            if wanted > len(records):
+                expected = f"at most the {counted(len(records), 'row')} of its files"
+                raise DataError(fault(f"data.sets.{name}.num_samples", wanted, expected))
+            numbers = np.sort(np.random.default_rng([seed, place]).permutation(numbers)[:wanted])
+        found.append((start + numbers, configs[name].share))
+        start += len(records)
+    return tuple(found)
 
 
 def _digest(records: Sequence[Record]) -> str:
@@ -139,7 +171,8 @@ def check_same(config: TrainConfig, data: Data) -> None:
     """
     if not several():
         return
-    files = dataclasses.replace(config.data, files=(), media_dir=None)
+    sets = {name: dataclasses.replace(one, files=("",)) for name, one in config.data.sets.items()}
+    files = dataclasses.replace(config.data, files=(), sets=sets, media_dir=None)
     evaluation = config.eval
     if evaluation is not None and evaluation.files:
         evaluation = dataclasses.replace(evaluation, files=("",))
@@ -165,6 +198,8 @@ def identity(config: TrainConfig, model: Glm4vConfig, count: int, digest: str) -
         of_table = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         if name not in _FREE:
             fields |= {key: item for key, item in of_table.items() if key not in _FREE}
+    # Files may move.
+    fields["data.sets"] = {name: [one.share, one.num_samples] for name, one in config.data.sets.items()}
     if config.lora is not None:
         del fields["freeze"]  # has no effect beside it
     return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}

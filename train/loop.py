@@ -116,7 +116,9 @@ def train(
         if checkpoints.latest is not None:
             check_step(checkpoints.latest, config)
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
-        stream = Stream(encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log)
+        stream = Stream(
+            encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log, draws=data.draws
+        )
         stack.callback(stream.close)
         evaluator = None
         if config.eval is not None:

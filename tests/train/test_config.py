@@ -73,7 +73,27 @@ def test_fields_are_of_their_types(load):
         ('["vision"]', '"vision"', "freeze: found 'vision'; expected a list"),
         ('"float32"', '"int8"', "dtype: found 'int8'; expected one of 'float32', 'bfloat16'"),
         ('["data.jsonl"]', "[]", r"data.files: found \[\]; expected a list of at least one path"),
-        ('files = ["data.jsonl"]', "", "data.files: found nothing; expected a list of strings"),
+        ('files = ["data.jsonl"]', "", "data.files: found nothing; expected a list of at least one path, or data.s"),
+        (
+            '["data.jsonl"]',
+            '["d"]\n[data.sets.a]\nfiles = ["a"]',
+            r"data.files: found \['d'\]; expected none beside sets",
+        ),
+        (
+            'files = ["data.jsonl"]',
+            "[data.sets.a]\nfiles = []",
+            r"data.sets.a.files: found \[\]; expected a list of at least",
+        ),
+        (
+            'files = ["data.jsonl"]',
+            '[data.sets.a]\nfiles = ["a"]\nshare = 0',
+            "data.sets.a.share: found 0; expected a number above 0",
+        ),
+        (
+            'files = ["data.jsonl"]',
+            '[data.sets.a]\nfiles = ["a"]\n[eval]\nshare = 0.1',
+            "eval.share: found 0.1 beside data.sets; expected eval.files",
+        ),
         ('["data.jsonl"]', '["d"]\nmax_length = 0', "data.max_length: found 0; expected an integer of at least 1"),
         ('["data.jsonl"]', '["d"]\nformat = "csv"', "data.format: found 'csv'; expected one of 'openai', "),
         ("rows = 2", "rows = true", "batch.rows: found True; expected an integer"),

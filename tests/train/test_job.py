@@ -1,6 +1,7 @@
 """What a job starts with: memory is checked before weights are read, and whether they can be trained."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from convert.quantize import quantize
 from glm4v_jax.checkpoints import plan
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.memory import Memory
-from glm4v_jax.errors import ConfigError, MemoryShortageError
+from glm4v_jax.errors import ConfigError, DataError, MemoryShortageError
 from train import job
-from train.config import AdapterConfig, DataConfig, TrainConfig
+from train.config import AdapterConfig, DataConfig, DataSetConfig, TrainConfig
 
 CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
 
@@ -50,3 +51,28 @@ def test_integers_of_a_checkpoint_are_a_base_of_adapters_and_not_trained(tmp_pat
         ConfigError, match=r"model: found .*int8, which is quantised \(8 bits, .*expected floats, or lora"
     ):
         job.abstract_state(dataclasses.replace(config, lora=None), CONFIG)
+
+
+def test_data_sets_have_the_numbers_of_their_rows(tmp_path):
+    for name, count in (("a", 5), ("b", 3)):
+        rows = [{"query": f"{name}{number}?", "response": "yes"} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(**b):
+        sets = {
+            "a": DataSetConfig(files=(str(tmp_path / "a.jsonl"),)),
+            "b": DataSetConfig(files=(str(tmp_path / "b.jsonl"),), share=2.0, **b),
+        }
+        config = TrainConfig(model=str(RANDOM_CHECKPOINT), out="out", data=DataConfig(sets=sets), steps=2)
+        return config, job.read_data(config, None)
+
+    config, data = read()
+    assert [(numbers.tolist(), share) for numbers, share in data.draws] == [([0, 1, 2, 3, 4], 1.0), ([5, 6, 7], 2.0)]
+    assert data.train[5].messages[0]["content"][0]["text"] == "b0?"
+    assert job.identity(config, CONFIG, data)["data.sets"] == {"a": [1.0, None], "b": [2.0, None]}
+    _, data = read(num_samples=2)
+    assert len(data.draws[1][0]) == 2 and set(data.draws[1][0].tolist()) < {5, 6, 7}
+    with pytest.raises(
+        DataError, match=r"data\.sets\.b\.num_samples: found 4; expected at most the 3 rows of its files"
+    ):
+        read(num_samples=4)

@@ -112,6 +112,11 @@ class Records(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
+    @classmethod
+    def joined(cls, several: Sequence["Records"]) -> "Records":
+        """Return the records of several, one after the other."""
+        return cls([part for one in several for part in one._parts])
+
     def row(self, index: int) -> Mapping[str, Any]:
         """Return a row as it is in its file.
 

@@ -34,6 +34,9 @@ _PAUSES = (0.5, 2.0)
 """Seconds before a record is read again that a disk, or the network, has refused."""
 _PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
+Draws = Sequence[tuple[np.ndarray, float]]
+"""Of several sets the numbers of their records, and their shares of what is drawn."""
+
 Outcome = Sample | DataError | None
 """What became of a record: a sample; None where it is too long and is dropped; or an error that names it."""
 
@@ -165,6 +168,7 @@ class Lane:
         threads: int,
         seed: int,
         log: Callable[[str], None],
+        draws: Draws = (),
     ):
         """Start at the beginning.
 
@@ -176,14 +180,14 @@ class Lane:
           threads: how many encode samples.
           seed: of the order, which is the same for all lanes.
           log: called with one message for every record that is skipped.
+          draws: sets and their shares; by default all records are one.
         """
         self._encoder, self._packer, self._data, self._log = encoder, packer, data, log
         self.counts = RowCounts()
         self._reported: set[int] = set()
-        numbers = grain.MapDataset.source(range(len(encoder.records))).seed(seed)
-        numbers = (numbers.shuffle() if data.shuffle else numbers).repeat()
+        numbers = in_order(draws or [(range(len(encoder.records)), 1.0)], data.shuffle, seed, index, count)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-        self._reader = iter(numbers[index::count].map(encoder).to_iter_dataset(options))
+        self._reader = iter(numbers.map(encoder).to_iter_dataset(options))
 
     def __next__(self) -> list[Sample]:
         """Return the samples of the next batch.
@@ -236,6 +240,32 @@ class Lane:
             self._log(str(error))
 
 
+def in_order(
+    draws: Sequence[tuple[Sequence[int] | np.ndarray, float]], shuffle: bool, seed: int, index: int, count: int
+) -> Any:
+    """Return the numbers of a lane's records in their order, without end: a dataset of grain.
+
+    Each set is repeated, in a new order every time; together the lanes have each record once before any has it again.
+    The sets alternate so that each lane has the shares at any time, to within a record.
+
+    >>> numbers = in_order([([0, 1, 2], 3.0), ([3], 1.0)], False, 0, index=0, count=1)
+    >>> [int(numbers[place]) for place in range(9)]
+    [0, 1, 2, 3, 0, 1, 2, 3, 0]
+
+    Args:
+      draws: the numbers of each set, and its share, relative to the others.
+      shuffle: whether sets are read in an order that the seed decides, or as they are.
+      seed: of the order.
+      index, count: which lane this is, and of how many.
+    """
+    sets = []
+    for place, (numbers, _) in enumerate(draws):
+        one = grain.MapDataset.source(numbers).seed(seed + place)
+        # Of each set by itself: lanes would otherwise take turns with the sets.
+        sets.append((one.shuffle() if shuffle else one).repeat()[index::count])
+    return sets[0] if len(sets) == 1 else grain.MapDataset.mix(sets, [share for _, share in draws])
+
+
 class Stream:
     """Batches of steps without end: those of all lanes of this process."""
 
@@ -249,6 +279,7 @@ class Stream:
         *,
         seed: int = 0,
         log: Callable[[str], None],
+        draws: Draws = (),
     ):
         """Start at the beginning.
 
@@ -259,6 +290,7 @@ class Stream:
           mesh: whose devices take the batches.
           seed: of the order.
           log: called with one message for every record that is skipped.
+          draws: see `Lane`.
 
         Raises:
           DataError: there are no records.
@@ -266,13 +298,13 @@ class Stream:
         if not len(encoder.records):
             raise DataError(f"{', '.join(data.files)}: found no rows; expected some to train on")
         self._config, self._batch, self._count = config, batch, num_lanes(batch)
-        self._records = len(encoder.records)
+        self._records = sum(len(numbers) for numbers, _ in draws) or len(encoder.records)
         here = lanes_here(batch, mesh)
         threads = max(1, data.threads // len(here))
         self._lanes = {
             index: Lane(
                 encoder, packer_of(batch, self._count), data, index=index, count=self._count, threads=threads,
-                seed=seed, log=log,
+                seed=seed, log=log, draws=draws,
             )
             for index in here
         }  # fmt: skip

@@ -17,7 +17,7 @@ from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig, DataConfig
 from train.data.packing import Packer
 from train.data.samples import Sample
-from train.data.stream import Encoder, Lane, RowCounts, Stream, packer_of
+from train.data.stream import Encoder, Lane, RowCounts, Stream, in_order, packer_of
 
 DATA = DataConfig(files=("data.jsonl",), shuffle=False, threads=1)
 CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
@@ -183,3 +183,40 @@ def test_without_vision_rows_samples_with_images_are_skipped(stream):
     assert [rows_of(batch) for batch in batches] == [[[[0], [1]]], [[[2], [5]]], [[[4], [1]]], [[[0], [5]]]]
     assert len(messages) == 1 and messages[0].startswith("data.jsonl:4: found 1 image or frame of up to 8 patches")
     assert set(states[0]) == {"0", "1"}
+
+
+def test_an_epoch_has_each_record_once_whatever_the_lanes_are():
+    for count in (1, 2, 3):
+        lanes = [in_order([(range(12), 1.0)], True, 5, index, count) for index in range(count)]
+        for epoch in range(3):
+            places = range(epoch * 12 // count, (epoch + 1) * 12 // count)
+            assert sorted(lane[place] for lane in lanes for place in places) == list(range(12))
+
+
+def test_sets_have_their_shares_in_every_lane_and_each_record_of_a_set_once_an_epoch_of_it():
+    draws = [(np.arange(100), 0.7), (np.arange(100, 130), 0.25), (np.arange(130, 137), 0.05)]
+    lanes = [in_order(draws, True, 0, index, 2) for index in range(2)]
+    drawn = [[int(lane[place]) for place in range(1000)] for lane in lanes]
+    for numbers, share in draws:
+        for lane in drawn:
+            is_of_set = np.cumsum(np.isin(lane, numbers))
+            assert np.abs(is_of_set - share * np.arange(1, 1001)).max() <= 1  # of any number of draws
+    first = [[number for number in lane if number < 100][:50] for lane in drawn]
+    assert sorted(number for lane in first for number in lane) == list(range(100))
+
+
+def test_sets_resume_at_any_record():
+    def lane():
+        packer = Packer(rows=1, length=8)
+        encoder = Encoder([Row(i % 6) for i in range(20)], made, packer.check)
+        draws = [(np.arange(15), 2.0), (np.arange(15, 20), 1.0)]
+        return Lane(encoder, packer, DATA, index=0, count=1, threads=1, seed=0, log=print, draws=draws)
+
+    def sources(samples):
+        return [sample.source for sample in samples]
+
+    one, other = lane(), lane()
+    for _ in range(5):
+        next(one)
+    other.set_state(one.get_state())
+    assert [sources(next(one)) for _ in range(9)] == [sources(next(other)) for _ in range(9)]
