@@ -51,7 +51,7 @@ _FREE = {
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
 
-_LATER = {
+_LATER: dict[str, Any] = {
     "preference": None,
     "neftune": None,
     "rl": None,
