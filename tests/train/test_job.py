@@ -69,7 +69,8 @@ def test_data_sets_have_the_numbers_of_their_rows(tmp_path):
     config, data = read()
     assert [(numbers.tolist(), share) for numbers, share in data.draws] == [([0, 1, 2, 3, 4], 1.0), ([5, 6, 7], 2.0)]
     assert data.train[5].messages[0]["content"][0]["text"] == "b0?"
-    assert job.identity(config, CONFIG, len(data.train), data.digest)["data.sets"] == {"a": [1.0, None], "b": [2.0, None]}
+    kept = job.identity(config, CONFIG, len(data.train), data.digest)["data.sets"]
+    assert kept == {"a": [1.0, None], "b": [2.0, None]}
     _, data = read(num_samples=2)
     assert len(data.draws[1][0]) == 2 and set(data.draws[1][0].tolist()) < {5, 6, 7}
     with pytest.raises(
