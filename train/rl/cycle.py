@@ -168,6 +168,7 @@ class Cycle:
             if len(found) == 1 and not (drift := float(metrics.ratio_dev)) <= config.max_ratio_drift:
                 raise DriftError(
                     f"rl.max_ratio_drift: found a mean |ratio - 1| of {drift:.2g} before the first update; expected at "
-                    f"most {config.max_ratio_drift:g}: the engine and the training compute different probabilities"
+                    f"most {config.max_ratio_drift:g} (bfloat16 needs about 2e-2): the engine and the training compute "
+                    "different probabilities"
                 )
         return state, found
