@@ -164,7 +164,8 @@ class RLConfig:
       clip_low, clip_high: the ratio counts from 1 - clip_low to 1 + clip_high.
       average: the objective is a mean over rollouts ("sample"), or over tokens ("token").
       advantage: rewards less their mean in the group, divided by their deviation ("mean_std"), or not ("mean").
-      max_ratio_drift: the job ends where the mean of |ratio - 1| before the first update of a step is larger.
+      max_ratio_drift: the job ends where the mean of |ratio - 1| before the first update of a step is larger; by
+        default 1e-3 where the model computes in float32, and 2e-2 in bfloat16.
       truncated: of rollouts at the limit: "force" closes the thought and rewards the answer; "mask" does not learn from
         them; "zero" gives them reward 0.
       allow_choice: allow verifiers of kind "choice", whose answers can be guessed.
@@ -180,7 +181,7 @@ class RLConfig:
     clip_high: PositiveNumber = 0.28
     average: Literal["sample", "token"] = "sample"
     advantage: Literal["mean_std", "mean"] = "mean_std"
-    max_ratio_drift: PositiveNumber = 1e-3
+    max_ratio_drift: PositiveNumber | None = None
     truncated: Literal["force", "mask", "zero"] = "force"
     allow_choice: bool = False
     max_failures: Fraction = 0.01

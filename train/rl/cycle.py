@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -165,10 +166,10 @@ class Cycle:
             total = num_samples(part) if config.average == "sample" else tokens
             state, metrics = self.step(state, self.frozen, (put(one, self.mesh) for one in packed), total)
             found.append(metrics)
-            if len(found) == 1 and not (drift := float(metrics.ratio_dev)) <= config.max_ratio_drift:
+            limit = config.max_ratio_drift or (1e-3 if self.engine.runtime.dtype == jnp.float32 else 2e-2)
+            if len(found) == 1 and not (drift := float(metrics.ratio_dev)) <= limit:
                 raise DriftError(
                     f"rl.max_ratio_drift: found a mean |ratio - 1| of {drift:.2g} before the first update; expected at "
-                    f"most {config.max_ratio_drift:g} (bfloat16 needs about 2e-2): the engine and the training compute "
-                    "different probabilities"
+                    f"most {limit:g}: the engine and the training compute different probabilities"
                 )
         return state, found
