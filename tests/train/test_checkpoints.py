@@ -153,6 +153,13 @@ def two(state, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # left by Orbax
+def forget_other_tests(capfd, caplog):
+    """What Orbax could not read in other tests is told of when it is collected, which may be at any time."""
+    gc.collect()
+    capfd.readouterr()
+    caplog.clear()
+
+
 class TestDamage:
     """Of the latest checkpoint: a crash of the machine leaves names without blocks, files cut short, or fewer."""
 
@@ -276,6 +283,7 @@ class TestDamage:
     def test_damage_is_one_line(self, directory, state, capfd, caplog):
         (directory / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
         told = []
+        forget_other_tests(capfd, caplog)
         with contextlib.closing(opened(directory, None, log=told.append)) as checkpoints:
             checkpoints.restore(abstract(state))
         damage = "found damaged files (state/manifest.ocdbt: 0 bytes of 113); expected a complete checkpoint"
@@ -324,9 +332,7 @@ def test_a_full_disk_is_one_line_and_loses_no_complete_checkpoint(directory, sta
     directory = shutil.copytree(directory, tmp_path / "checkpoints")
     before = logging.getLogger("absl").level
     large = {"kernel": jax.random.normal(jax.random.key(0), (64, 128))}
-    gc.collect()  # what Orbax could not read in other tests is told of when it is collected, which may be at any time
-    capfd.readouterr()
-    caplog.clear()
+    forget_other_tests(capfd, caplog)
     with contextlib.closing(opened(directory)) as checkpoints:
         request.getfixturevalue("limited_files")
         checkpoints.save(at(state, 7)._replace(params=large), {"at": 7})
