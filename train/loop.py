@@ -43,7 +43,7 @@ from train.log import MetricsLog, Speed, read_evaluations
 from train.preemption import Stopping
 from train.profiler import Profiler
 from train.references import compute, encoded, table_of
-from train.state import TrainState, is_finite
+from train.state import TrainState, bit_sum, is_finite
 
 CHECKPOINTS, ANSWERS, PROFILE, REFERENCES = "checkpoints", "answers", "profile", "references.npz"
 """What a job writes to its output directory, besides its result and its metrics."""
@@ -130,7 +130,8 @@ def train(
         log(job.describe(describe_data(config, data), mesh))
         if config.preference is not None and config.preference.has_reference:
             weights = job.weights(state.params)
-            digest = hashlib.blake2b(repr(job_identity).encode(), digest_size=16).hexdigest()
+            model_sum = int(bit_sum((state.params, job.frozen)))  # of whatever model, and adapter, the job starts from
+            digest = hashlib.blake2b(repr((job_identity, model_sum)).encode(), digest_size=16).hexdigest()
             samples = functools.partial(encoded, encoder, config.data.threads)
             encoder.references = table_of(
                 out / REFERENCES, digest, len(data.train),

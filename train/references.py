@@ -1,6 +1,7 @@
 """Log probabilities of preference data under the model before the training: computed once, and kept in a file."""
 
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def _read(path: Path, digest: str, count: int) -> np.ndarray | None:
         with np.load(path) as file:
             table = file["logprobs"]
             return table if str(file["digest"]) == digest and table.shape == (count, 2) else None
-    except (OSError, ValueError, KeyError, EOFError):  # none, or a damaged one
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or a damaged one
         return None
 
 

@@ -24,6 +24,7 @@ from train.data.samples import IGNORED, encode
 from train.log import EVALUATIONS, METRICS, read_log
 from train.loop import REFERENCES, train
 from train.preference import LOSSES, Pairs, PreferenceConfig, pairs_of, preference_loss
+from train.references import table_of
 from train.step import loss_sums
 
 pytestmark = pytest.mark.usefixtures("mesh")
@@ -229,6 +230,20 @@ def test_a_job_learns_which_answer_is_preferred(tmp_path):
         patch.setattr("train.references.compute", lambda *_: pytest.fail("computed again"))
         patch.setattr("train.loop.compute", lambda *_: pytest.fail("computed again"))
         assert train(changed).step == 13
+
+
+def test_a_table_of_another_model_or_a_damaged_one_is_computed_again(tmp_path):
+    path, found = tmp_path / "references.npz", [(0, (-1.0, -2.0))]
+
+    def table(digest, computed=lambda: found):
+        return table_of(path, digest, 1, computed, lambda line: None).tolist()
+
+    assert table("a") == table("a", lambda: pytest.fail("computed again")) == [[-1.0, -2.0]]
+    found = [(0, (-3.0, -4.0))]
+    assert table("b") == [[-3.0, -4.0]]
+    for damaged in (b"PK", path.read_bytes()[:100], b""):
+        path.write_bytes(damaged)
+        assert table("b") == [[-3.0, -4.0]]
 
 
 def test_samples_are_not_cut_and_options_are_checked(tmp_path):

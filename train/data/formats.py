@@ -59,7 +59,7 @@ _FIELDS = (*LISTS, "texts", *QUERIES, *RESPONSES)
 _MEDIA_FIELDS = (*FILES["image"], *FILES["video"])
 # What names of files end in.
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".mp4", ".mkv", ".webm", ".mov", ".avi")
-_PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
+_PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,8 @@ class Records(Sequence[Record]):
     @classmethod
     def joined(cls, several: Sequence["Records"]) -> "Records":
         """Return the records of several, one after the other."""
-        return cls([part for one in several for part in one._parts])
+        is_preference = any(one._is_preference for one in several)
+        return cls([part for one in several for part in one._parts], is_preference)
 
     def row(self, index: int) -> Mapping[str, Any]:
         """Return a row as it is in its file.

@@ -7,7 +7,7 @@ import pytest
 
 from glm4v_jax.errors import DataError
 from train.data.preferences import pair_of
-from train.data.records import read_records
+from train.data.records import Records, read_records
 
 IMAGE = [{"type": "image"}, {"type": "text", "text": "Which?"}]
 ASKED, SAID = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "seven"}
@@ -98,6 +98,18 @@ def test_a_dataset_info_names_the_fields(read, tmp_path):
 def test_rows_that_are_no_pairs_are_refused(read, row, message):
     with pytest.raises(DataError, match=rf"data\.jsonl:1: {message}"):
         read(row)[0]
+
+
+def test_data_sets_that_are_joined_stay_preferences(read):
+    (record,) = Records.joined([read(LAYOUTS["alpaca"])])
+    assert record.rejected is not None
+
+
+@pytest.mark.parametrize("name", ["swift", "swift messages"])
+def test_supervised_training_refuses_rejected_answers(tmp_path, read, name):
+    read(LAYOUTS[name])
+    with pytest.raises(DataError, match=r"found preferences; expected .*a job with \[preference\]"):
+        read_records(tmp_path / "data.jsonl")[0]
 
 
 def test_supervised_training_refuses_preferences(tmp_path, read):
