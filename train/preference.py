@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from msgspec import Meta
 
-from glm4v_jax.config.checks import PositiveNumber, validate
+from glm4v_jax.config.checks import PositiveNumber, fault, raise_faults, validate
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.glm4v import Glm4v
 from train.data.packing import TrainBatch
@@ -23,6 +23,7 @@ from train.loss import CHUNK, Sums, scan_logits, scores_of
 
 LossName = Literal["dpo", "dpo_norm", "ipo", "hinge", "simpo", "cpo", "orpo"]
 
+_SMOOTHED = ("dpo", "dpo_norm", "simpo", "cpo")
 _SHORTEST = 8
 """Tokens of the shortest conversation with an answer; a chat template alone writes about as many."""
 
@@ -49,6 +50,13 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         validate(self)
+        raise_faults(
+            [
+                fault(name, getattr(self, name), f"0 with loss {self.loss!r}, which does not have it")
+                for name, has_it in (("margin", self.loss == "simpo"), ("label_smoothing", self.loss in _SMOOTHED))
+                if getattr(self, name) and not has_it
+            ]
+        )
 
     @property
     def has_reference(self) -> bool:

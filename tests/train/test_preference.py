@@ -33,6 +33,12 @@ CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
 OPTIONS = dict(beta=0.3, margin=0.4, label_smoothing=0.1, sft=0.2)
 
 
+def options_of(name):
+    """What a loss has of the options."""
+    without = {"simpo": set(), "dpo": {"margin"}, "dpo_norm": {"margin"}, "cpo": {"margin"}}
+    return {key: value for key, value in OPTIONS.items() if key not in without.get(name, {"margin", "label_smoothing"})}
+
+
 def their_loss(name, logprobs, reference, lengths):
     """The losses as TRL 0.24 computes them (DPOTrainer.dpo_loss, CPOTrainer.cpo_loss, ORPOTrainer.odds_ratio_loss)."""
     torch = pytest.importorskip("torch")
@@ -52,7 +58,7 @@ def their_loss(name, logprobs, reference, lengths):
         elif name == "hinge":
             loss = torch.relu(1 - beta * logits)
         else:
-            logits = logits - OPTIONS["margin"] / beta
+            logits = logits - (OPTIONS["margin"] / beta if name == "simpo" else 0)
             smoothing = OPTIONS["label_smoothing"]
             loss = -sigmoid(beta * logits) * (1 - smoothing) - sigmoid(-beta * logits) * smoothing
     return loss - OPTIONS["sft"] * means[:, 0]
@@ -68,7 +74,7 @@ def test_losses_and_their_gradients_equal(name):
     theirs = torch.tensor(logprobs, dtype=torch.float64, requires_grad=True)
     expected = their_loss(name, theirs, torch.tensor(reference), torch.tensor(lengths))
     expected.sum().backward()
-    options = PreferenceConfig(loss=name, **OPTIONS)
+    options = PreferenceConfig(loss=name, **options_of(name))
 
     def total(logprobs):
         loss, _ = preference_loss(Pairs(logprobs, jnp.asarray(reference), jnp.asarray(lengths)), options)
@@ -253,6 +259,9 @@ def test_samples_are_not_cut_and_options_are_checked(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "job.toml")
     assert "preference.loss: found 'dop'" in str(error.value) and "preference.beta: found 0" in str(error.value)
+    for loss, option in (("dpo", "margin"), ("ipo", "label_smoothing")):
+        with pytest.raises(ConfigError, match=f"{option}: found 0.1; expected 0 with loss '{loss}'"):
+            PreferenceConfig(**{"loss": loss, option: 0.1})
     (tmp_path / "job.toml").write_text(JOB.replace("[data]", '[data]\ntoo_long = "cut"'))
     with pytest.raises(ConfigError, match="too_long: found 'cut' beside preference; expected 'drop' or 'error'"):
         load_config(tmp_path / "job.toml")
