@@ -104,8 +104,8 @@ class Encoder:
         chosen, rejected = self.references[number].tolist()
         if math.isnan(chosen):
             raise DataError(
-                f"{sample.source}: found it readable, which it was not before the training; expected no change: without "
-                "references.npz in its output directory, the job computes again what answers are compared with"
+                f"{sample.source}: found it readable, which it was not before the training; expected no change: remove "
+                "references.npz from the output directory, and the job computes again what answers are compared with"
             )
         return dataclasses.replace(sample, reference=(chosen, rejected))
 
