@@ -1,8 +1,8 @@
 """The vLLM plug-in's programs compiled for TPU slices that are not here, with tpu-inference's attention kernel.
 
 Run by `make aot-vllm`, in the environment of `make serve-vllm`. Steps and logits are the programs that tpu-inference
-jits, with its options of the compiler. The model is abstract, the engine's configuration is a stub, and the kernel is
-told the generation of the chip, which it asks of the devices of the process.
+jits, with its options of the compiler. The model is abstract, the engine's configuration is a stub, and the kernel gets
+the generation of the chip from this program, as it would read it from the devices of the process.
 
 A line fails if it does not fit its chips beside the rest of the model and the pages; if a step has collectives other
 than two all-reduces a layer and one of the embedding; and if a step or logits copy weights or pages.
@@ -141,7 +141,7 @@ def _is_of_tokens(shape: str, tokens: int) -> bool:
 
 @contextlib.contextmanager
 def _kernel_for(generation: str) -> Iterator[None]:
-    """Tell tpu-inference's kernel which chip it is for: it asks the devices of the process."""
+    """Give tpu-inference's kernel the chip that it is compiled for; it would ask the devices of this process."""
     from tpu_inference.kernels.ragged_paged_attention.v3 import kernel, tuned_block_sizes
 
     with contextlib.ExitStack() as patches:

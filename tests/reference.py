@@ -6,6 +6,7 @@ golden files hold results only, and the tests that read them need neither torch 
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,21 @@ def assert_close(found: Any, expected: Any, where: np.ndarray | None = None, *, 
     assert np.isfinite(scale) and scale > 0
     worst = np.abs(found.astype(np.float64) - expected).max() / scale
     assert worst <= tolerance, f"differs by {worst:.3g} of the largest magnitude, {scale:.3g}"
+
+
+def assert_gradients_equal(gradients: Mapping[str, Any], model: Any) -> None:
+    """Each parameter's gradient is that of the reference, which is then cleared: norms and numbers to 1e-4.
+
+    Where the reference has none, as of a ViT that was not run, it is 0.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert not np.any(gradients[name]), name
+            continue
+        norm = float(parameter.grad.norm())
+        assert abs(np.linalg.norm(gradients[name]) - norm) <= 1e-4 * norm, name
+        assert_close(gradients[name], parameter.grad, tolerance=1e-4)
+    model.zero_grad(set_to_none=True)
 
 
 def export(module: Any, config: Glm4vConfig) -> dict[str, np.ndarray]:

@@ -57,6 +57,9 @@ class Check(JsonOptions):
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Check only the first N rows."""
 
+    preference: bool = False
+    """Rows have a preferred and a rejected answer; lengths are of both together, as they have to fit a row."""
+
     decode: bool = False
     """Decode every image and video, remote ones too; otherwise only check that files exist."""
 
@@ -81,7 +84,7 @@ class Check(JsonOptions):
 
             measure, unit = TokenCounter(Glm4vProcessor.from_pretrained(find_model(self.model))), "tokens"
         decoding = self.decode or self.model is not None
-        records = read_records(self.data, format=self.format, media_dir=self.media_dir)
+        records = read_records(self.data, format=self.format, media_dir=self.media_dir, is_preference=self.preference)
         quiet = quiet_ffmpeg() if decoding else contextlib.nullcontext()
         with quiet, without_size_warnings(), Progress("checking", "rows") as progress:
             report = check(

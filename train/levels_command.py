@@ -77,6 +77,7 @@ class MeasureLevels(Options):
             judges.start()
             self_test(verifiers, problems.examples(), judges.score)
             from glm4v_jax.checkpoints.load import load_runtime
+            from glm4v_jax.checkpoints.orbax_write import by_first
             from glm4v_jax.config.model import Glm4vConfig
             from glm4v_jax.devices.compilation_cache import use_compilation_cache
             from glm4v_jax.devices.distributed import check_devices, is_first
@@ -87,8 +88,8 @@ class MeasureLevels(Options):
             from train.rl.rollouts import sampling_options
 
             levels = Levels(path, model_fingerprint(directory), self.samples)
-            if self.restart and is_first():
-                path.unlink(missing_ok=True)
+            if self.restart:
+                by_first(lambda: path.unlink(missing_ok=True))
             levels.done()  # fails before the model is loaded
             sampling = job.rl.sampling
             text = job.mesh if sampling.engine_mesh == "same" else sampling.engine_mesh

@@ -436,8 +436,8 @@ def choose_from(
     done = row.done | jnp.any(tokens[:, None] == row.eos, axis=1) | (step >= row.limit)
     chosen = Chosen(tokens)
     if variant.top is not None:
-        told = warped(scores(), row.params) if variant.of_draws else logits.astype(jnp.float32)
-        logprobs = jax.nn.log_softmax(told, axis=-1)
+        of_tokens = warped(scores(), row.params) if variant.of_draws else logits.astype(jnp.float32)
+        logprobs = jax.nn.log_softmax(of_tokens, axis=-1)
         # A comparison instead of a gather, which would need an explicit output sharding.
         of_token = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == tokens[:, None], logprobs, 0.0), axis=-1)
         if variant.top:

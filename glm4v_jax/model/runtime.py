@@ -166,7 +166,7 @@ class Runtime:
 def _misfits(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What is wrong with leaves that are to replace others."""
     faults = [f"{path}: found no such leaf; expected one" for path in old.keys() - new.keys()]
-    faults += [f"{path}: found a leaf that the model has not; expected none" for path in new.keys() - old.keys()]
+    faults += [f"{path}: found a leaf that the model does not have; expected none" for path in new.keys() - old.keys()]
     for path in (path for path in old if path in new):
         before, after = old[path], new[path]
         (found, expected) = (f"{leaf.dtype.name} {list(leaf.shape)}" for leaf in (after, before))

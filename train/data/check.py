@@ -109,7 +109,7 @@ def check(
         try:
             record = records[index]
             remote = sum(not _check_media(item, decode) for item in record.media())
-            length = measure(record)
+            length = measure(record) + (0 if record.rejected is None else measure(record.rejected))
         except (Glm4vError, OSError) as error:
             report.bad += 1
             if len(report.problems) < LISTED:

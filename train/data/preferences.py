@@ -28,6 +28,8 @@ def pair_of(row: Row, chosen: str = "chosen", rejected: str = "rejected", messag
     Raises:
       DataError: an answer is missing or of another kind.
     """
+    if not is_empty(row.get("rejected_images")):
+        raise invalid("rejected_images", "some", "none: both answers are about the same images")
     if not is_empty(row.get("rejected_messages")) or not is_empty(row.get("rejected_response")):
         return _of_swift(row)
     for name in (chosen, rejected):

@@ -102,8 +102,7 @@ class Records(Sequence[Record]):
         try:
             if not self._is_preference:
                 return _record(_turns(part, part.rows[row]), part, place)
-            names = () if part.columns is None else (part.columns.chosen, part.columns.rejected, part.columns.messages)
-            both = (_turns(part, one) for one in pair_of(part.rows[row], *names))
+            both = (_turns(part, one) for one in self._pair(part, row))
             chosen, rejected = (_record(turns, part, place) for turns in compared(*both))
         except (DataError, MediaError) as error:
             raise DataError(f"{place}: {error}") from error
@@ -140,7 +139,7 @@ class Records(Sequence[Record]):
             DataError: it is unknown; the message does not name the place.
         """
         part, row = self._find(index)
-        return part.formatting or detect(part.rows[row])
+        return part.formatting or detect(self._pair(part, row)[0] if self._is_preference else part.rows[row])
 
     def fingerprint(self) -> str:
         """Return a digest of the files' content; where there is much, of the size and samples of each."""
@@ -148,6 +147,11 @@ class Records(Sequence[Record]):
         limit = {"whole": _HASHED} if sum(path.stat().st_size for path in paths) <= _HASHED else {}
         digests = [fingerprint(path, **limit) for path in paths]
         return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+
+    def _pair(self, part: _Part, row: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The rows with the preferred and with the rejected answer."""
+        names = () if part.columns is None else (part.columns.chosen, part.columns.rejected, part.columns.messages)
+        return pair_of(part.rows[row], *names)
 
     def _find(self, index: int) -> tuple[_Part, int]:
         try:

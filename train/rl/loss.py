@@ -102,9 +102,8 @@ def policy_loss(
         is_low = counts & (advantage < 0) & (ratio < 1 - objective.low)
         is_high = counts & (advantage > 0) & (ratio > 1 + objective.high)
         clipped = jnp.where(is_low, 1 - objective.low, jnp.where(is_high, 1 + objective.high, ratio))
-        told = jax.lax.stop_gradient((scores, found.log_z, ratio, log_ratio))
-        entropy = _entropy(*told[:2])
-        ratio, log_ratio = told[2:]
+        scores, log_z, ratio, log_ratio = jax.lax.stop_gradient((scores, found.log_z, ratio, log_ratio))
+        entropy = _entropy(scores, log_z)
         of_tokens = (counts, ratio, jnp.abs(ratio - 1), is_low, is_high, ratio - 1 - log_ratio, entropy)
         tokens, total, deviation, low, high, divergence, entropy = (
             jnp.sum(jnp.where(counts, x, 0.0)) for x in of_tokens

@@ -92,7 +92,7 @@ def measure(
     """Answer each problem that is not done some times, score the answers, and write its line.
 
     The draws of a problem depend on its key and the seed alone. Where several processes share the devices, all of them
-    call this, and the first one writes.
+    call this, and the first one scores and writes.
 
     Args:
       levels: the file.
@@ -120,9 +120,9 @@ def measure(
         if len(of_one) < levels.samples:
             continue
         del completions[number]
-        item, key = problems.items[number], problems.keys[number]
-        rewards = score([Task(problems.domains[number], answer_text(one), item) for one in of_one])
         if is_first():
+            item, key = problems.items[number], problems.keys[number]
+            rewards = score([Task(problems.domains[number], answer_text(one), item) for one in of_one])
             scored = zip(of_one, rewards, strict=True)
             levels.add(key, [value_of(one, reward.value, truncated) for one, reward in scored])
         finished += 1

@@ -6,6 +6,8 @@ import PIL.Image
 import pytest
 
 from glm4v_jax.errors import DataError
+from train.commands import main
+from train.data.check import check
 from train.data.preferences import pair_of
 from train.data.records import Records, read_records
 
@@ -62,6 +64,7 @@ def test_every_layout_gives_the_two_conversations(read, tmp_path, row):
         assert [item["type"] for item in asked["content"]] == ["image", "text"]
         assert asked["content"][0]["path"] == str(tmp_path / "a.png") and asked["content"][1]["text"] == "Which?"
         assert said == {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        assert read(row).format(0) in ("sharegpt", "alpaca", "openai", "swift", "hf")
         assert found.losses == (False, True) and found.source.endswith(":1")
 
 
@@ -89,6 +92,7 @@ def test_a_dataset_info_names_the_fields(read, tmp_path):
     ("row", "message"),
     [
         ({"messages": [ASKED, SAID]}, "chosen: found none; expected an answer, of preference data"),
+        ({**LAYOUTS["swift"], "rejected_images": ["a.png"]}, "rejected_images: found some; expected none"),
         ({"prompt": "a", "chosen": "b"}, "rejected: found none; expected an answer"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "rejected: found the number 3; expected text or messages"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "rejected: found the same answer as the chosen one"),
@@ -98,6 +102,15 @@ def test_a_dataset_info_names_the_fields(read, tmp_path):
 def test_rows_that_are_no_pairs_are_refused(read, row, message):
     with pytest.raises(DataError, match=rf"data\.jsonl:1: {message}"):
         read(row)[0]
+
+
+def test_a_check_counts_both_answers(read, tmp_path, capsys):
+    good = {"prompt": "Which?", "chosen": "seven", "rejected": "one"}
+    report = check(read(good, {"prompt": "Which?", "chosen": "seven"}))
+    assert report.lengths == [2 * len("Which?") + len("seven") + len("one")]
+    assert report.bad == 1 and "rejected: found none" in report.problems[0].reason
+    assert main(["check", "--preference", str(tmp_path / "data.jsonl")]) == 1
+    assert "1 bad" in capsys.readouterr().out
 
 
 def test_data_sets_that_are_joined_stay_preferences(read):
