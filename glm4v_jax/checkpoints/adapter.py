@@ -117,11 +117,13 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
       base_name: of the model that the adapter belongs to, a directory or a name on the hub.
 
     Raises:
-      ConfigError: the model has no adapter.
+      ConfigError: the model has no adapter, or its magnitudes are fixed (`lora.fix_magnitudes`).
       OSError: the disk refuses.
     """
     if not lora.has_lora(model):
         raise ConfigError("found a model without an adapter; expected one of lora.add_lora or adapter.load_adapter")
+    if any(linear.lora_gain is not None for found in params.linears(model).values() for linear in found):
+        raise ConfigError("found an adapter whose magnitudes are fixed for inference; expected that of load_adapter")
     tensors, options = adapter_tensors(model), adapter_options(model, base_name)
     if is_first():
         directory = Path(directory)

@@ -352,7 +352,9 @@ def test_peft_computes_the_same_with_magnitudes(ours, checkpoints, tmp_path):
         assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
 
     check(adapter)
-    check(lora.fix_magnitudes(adapter))
+    check(fixed := lora.fix_magnitudes(adapter))
+    with pytest.raises(ConfigError, match="magnitudes are fixed for inference"):
+        save_adapter(fixed, tmp_path)
     check(lora.merge_lora(adapter))
     check(load_adapter(ours("base").module, tmp_path))
     on_disk = merged_tensors(checkpoints("base"), tmp_path)
