@@ -125,10 +125,9 @@ aot-vllm: .venv-vllm/stamp
 
 # A process for each file: in one, vLLM changes PyTorch and JAX for all that follows.
 serve-vllm: .venv-vllm/stamp
-	for name in reference llm serve; do \
+	for name in reference llm serve guide; do \
 		.venv-vllm/bin/python -m pytest -q tests/serve/vllm_engine/check_$$name.py || exit 1; \
 	done
-	.venv-vllm/bin/python -m pytest -q tests/serve/vllm_plugin/test_guide.py
 
 # The judge of the sibling models wants other versions of its dependencies than that of GLM-4.1V.
 .venv-5x/stamp: Makefile

@@ -1,6 +1,6 @@
 """Scores of many texts: in order, each with a limit that nothing escapes, and few failures."""
 
-import importlib.util
+import os
 
 import pytest
 
@@ -82,15 +82,15 @@ def test_no_process_starts_where_the_rule_is_all(monkeypatch):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is not None, reason="math-verify is installed")
-def test_without_math_verify_a_job_that_needs_it_is_refused():
+def test_without_math_verify_a_job_that_needs_it_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     verifiers = make_verifiers({"algebra": VerifierConfig(kind="math")})
     with Judges(verifiers) as judges, pytest.raises(ConfigError, match=r"rl\.verifiers\.algebra: symbolic: .*pip inst"):
         judges.start()
 
 
 @pytest.mark.multiprocess
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
 def test_expressions_are_compared_by_math_verify_and_bombs_are_killed():
     item = {"answer": r"\frac{\sqrt{3}}{2}"}
     answers = [r"\sqrt{3}/2", r"\frac{3}{2\sqrt{3}}", "1", r"9^{9^{9^{9}}}", r"\frac{" * 60 + "1" + "}{2}" * 60, "x +"]

@@ -1,6 +1,4 @@
-"""What docs/guides/vllm.md and examples/serve say to vLLM: manifests are whole, and vLLM knows every option."""
-
-import shlex
+"""The files of examples/serve for vLLM: manifests are whole, and say the same to Kubernetes and to Ray."""
 
 import pytest
 import yaml
@@ -12,18 +10,6 @@ MANIFEST, RAY = (ROOT / "examples" / "serve" / name for name in ("vllm_tpu.yaml"
 @pytest.fixture(scope="module")
 def manifest():
     return {(part["kind"], part["metadata"]["name"]): part for part in yaml.safe_load_all(MANIFEST.read_text())}
-
-
-def commands():
-    """Options of `vllm serve` in the guide and the manifest."""
-    guide = (ROOT / "docs" / "guides" / "vllm.md").read_text().replace("\\\n", " ")
-    for line in guide.splitlines():
-        _, found, options = line.partition("vllm serve ")
-        if found and "--" in options and "`" not in line:
-            yield shlex.split(options)
-    for part in yaml.safe_load_all(MANIFEST.read_text()):
-        if part["kind"] == "StatefulSet":
-            yield part["spec"]["template"]["spec"]["containers"][0]["args"]
 
 
 def test_replicas_get_requests_once_they_are_ready_and_finish_them(manifest):
@@ -71,16 +57,3 @@ def test_an_engine_of_ray_has_the_options_of_the_manifest(manifest):
     for name, value in given.items():
         if options[name]:
             assert yaml.safe_load(options[name]) in (value, *(value if isinstance(value, list) else ()))
-
-
-def test_vllm_knows_every_option():
-    parsing = pytest.importorskip("vllm.entrypoints.launchers.cli_args", reason="in the environment of make serve-vllm")
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    found = list(commands())
-    assert len(found) == 3
-    for words in found:
-        parser = parsing.make_arg_parser(FlexibleArgumentParser())
-        known, unknown = parser.parse_known_args(["serve", *words] if parser.prog == "vllm" else words)
-        assert not unknown, unknown
-        assert known.disable_chunked_mm_input or "--tensor-parallel-size" not in words
