@@ -9,10 +9,11 @@ package's side on an interpreter that torch has no wheel for; a newer jax may be
 
 Decoding is also compared with the memory's speed, measured in the same rounds: the best of several reads of a large
 buffer, by both sides, on all threads. Prints a table, and for a missed aim where both sides spend the time; writes
-`bench/results/cpu_vs_torch.json`; exits with status 1 if an aim is missed.
+`bench/results/cpu_vs_torch.json`, which keeps the ratios of other processors; exits with status 1 if an aim is missed.
 """
 
 import argparse
+import json
 import pathlib
 import statistics
 import sys
@@ -136,6 +137,22 @@ def run(
     }
 
 
+def ratios(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run once another processor or jax was measured."""
+    ours = figures["machine"]["ours"]
+    lines = {line["what"]: line["ratio"] for line in (*figures["lines"], figures["bandwidth"])}
+    return {"processor": ours.get("processor"), "jax": ours["jax"], "rounds": figures["rounds"], "ratios": lines}
+
+
+def others(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The runs of other processors and versions of jax in the record that this run replaces."""
+    if before is None:
+        return []
+    kept = {(run["processor"], run["jax"]): run for run in (*before["others"], ratios(before))}
+    kept.pop((figures["machine"]["ours"]["processor"], figures["machine"]["ours"]["jax"]), None)
+    return list(kept.values())
+
+
 def table(figures: Mapping[str, Any]) -> report.Table:
     """The comparisons."""
     ours, theirs = (figures["machine"][side] for side in ("ours", "theirs"))
@@ -174,7 +191,9 @@ def main() -> int:
     out.print(table(figures))
     out.print(f"greedy answers agree: {'yes' if figures['same_greedy_answer'] else 'NO'}")
     out.print(*report.profile_tables(figures["profiles"]))
-    return report.finish(arguments.name, figures)
+    record = report.RESULTS / f"{arguments.name}.json"
+    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    return report.finish(arguments.name, figures | {"others": others(figures, before)})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """docs/guides/performance.md from bench/results: `python -m bench.performance_page`, after a measurement."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bench import aot_vllm
+from bench import aot_vllm, cpu_vs_torch
 from bench.ocr import ACCEPTED
 from bench.report import RESULTS, ROOT
 
@@ -61,6 +61,10 @@ A model of {cpu_parameters}M parameters; median of {cpu_rounds} rounds, and the 
 
 Decoding reads {bytes_per_token:,.0f} MB per token at {bandwidth:.0%} of the machine's read bandwidth (target:
 {bandwidth_target:.0%}).
+
+Ratios depend on the processor, for XLA and oneDNN use its vectors differently. The run above, and those of others:
+
+{cpu_others}
 
 ## GLM-OCR
 
@@ -219,6 +223,20 @@ def compared(lines: Iterable[Any], first: str) -> str:
     return table((first, "this package", "transformers", "ratio", "target"), rows)
 
 
+def processors(cpu: Mapping[str, Any]) -> str:
+    """Ratios to transformers on all processors that were measured."""
+    runs = [cpu_vs_torch.ratios(cpu), *cpu["others"]]
+
+    def cell(ratio: Mapping[str, float] | None) -> str:
+        if ratio is None:
+            return ""
+        return "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(ratio) if "min" in ratio else f"{ratio['median']:.2f}"
+
+    names = [f"{run['processor'] or 'not recorded'}, jax {run['jax']}, {run['rounds']} rounds" for run in runs]
+    whats = (what for what in runs[0]["ratios"] if any(what in run["ratios"] for run in runs[1:]))
+    return table(("", *names), ((words(what), *(cell(run["ratios"].get(what)) for run in runs)) for what in whats))
+
+
 def page() -> str:
     """The page."""
     parity, cpu, recompile, memory = read("parity"), read("cpu_vs_torch"), read("recompile"), read("memory")
@@ -248,6 +266,7 @@ def page() -> str:
         bytes_per_token=cpu["bandwidth"]["bytes_per_token"] / 1e6,
         bandwidth=cpu["bandwidth"]["ratio"]["median"],
         bandwidth_target=cpu["bandwidth"]["aim"],
+        cpu_others=processors(cpu),
         **_ocr(ocr),
         lookup_parameters=round(lookup["parameters"] / 1e6),
         lookup_draft=lookup["draft"],

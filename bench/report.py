@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import rich.text
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+"""Flags that Linux lists -> instruction sets, the widest first."""
 
 
 class Table(NamedTuple):
@@ -40,9 +43,22 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in plain)
 
 
+def processor() -> str:
+    """Model of the CPU and its widest vectors, which decide the speed of products: "AMD EPYC, AVX-512"."""
+    try:
+        facts = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", facts, re.MULTILINE))
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    vectors = next((name for flag, name in VECTORS.items() if flag in flags), None)
+    return ", ".join(filter(None, (fields.get("model name", platform.machine()), vectors)))
+
+
 def machine_facts(*packages: str) -> dict[str, Any]:
-    """Processor cores, operating system, and the versions of Python and of these packages."""
+    """Processor and its cores, operating system, and the versions of Python and of these packages."""
     return {
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -128,3 +128,18 @@ def test_a_run_profiles_what_missed_its_aim(monkeypatch, seconds, passed):
     assert [title.split()[0] for title in figures["profiles"]] == (["decode"] if passed else ["work", "decode"])
     assert json.loads(json.dumps(figures)) == figures
     assert len(cpu_vs_torch.table(figures).rows) == 2
+
+
+def test_a_record_keeps_the_ratios_of_other_processors():
+    def run(processor, ratio, **more):
+        line = {"what": "it", "ratio": {"median": ratio}}
+        facts = {"processor": processor, "jax": "1"}
+        return {"machine": {"ours": facts}, "rounds": 3, "lines": [line], "bandwidth": line | {"what": "reads"}, **more}
+
+    assert cpu_vs_torch.others(run("a", 1.0), None) == []
+    first = run("a", 1.0, others=[])
+    second = run("b", 2.0)
+    second["others"] = cpu_vs_torch.others(second, first)
+    assert [(one["processor"], one["ratios"]["it"]["median"]) for one in second["others"]] == [("a", 1.0)]
+    # A run replaces the one of its own processor.
+    assert [one["processor"] for one in cpu_vs_torch.others(run("a", 3.0), second)] == ["b"]

@@ -67,7 +67,7 @@ def test_a_result_is_json_without_names_of_this_machine(tmp_path):
         report.finish("some", {"machine": facts, "passed": False}, markdown=table.markdown(), directory=tmp_path) == 1
     )
     assert json.loads((tmp_path / "some.json").read_text()) == {"machine": facts, "passed": False}
-    assert set(facts) == {"cores", "system", "python", "jax", "numpy"}
+    assert set(facts) == {"processor", "cores", "system", "python", "jax", "numpy"}
     assert (tmp_path / "some.md").read_text() == "|  | speed |\n| --- | --- |\n| packed / padded | pass |"
 
 
