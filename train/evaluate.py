@@ -25,7 +25,7 @@ from glm4v_jax.devices.distributed import agree, is_first
 from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
-from glm4v_jax.generate.engine import Engine
+from glm4v_jax.generate.engine import Engine, Request
 from glm4v_jax.generate.text.boxes import find_boxes
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.glm4v import Glm4v
@@ -111,8 +111,10 @@ class Evaluator:
                 log(f"skipped in the evaluation: {found or f'{records[number].source}: too long'}")
                 continue
             self._samples.append(found)
-            if len(self._questions) < options.generate:
-                record = records[number]
+            record = records[number]
+            if len(self._questions) < options.generate and record.ends_in_call:
+                log(f"not answered in the evaluation: {record.source}: ends with a call of a tool, which has no score")
+            elif len(self._questions) < options.generate:
                 messages, expected = question_of(record, self._processor.video_processor.fps)
                 score(options.metric, expected, expected)  # fails now, not during the training
                 self._questions.append((record, messages, expected))
@@ -149,7 +151,7 @@ class Evaluator:
             module = module.unstacked()
         runtime = Runtime.of(module, self._mesh, GenerationConfig.from_pretrained(self._job.model))
         engine = Engine(runtime, self._processor, num_slots=self._options.slots)
-        prompts = [messages for _, messages, _ in self._questions]
+        prompts = [Request(messages, {"tools": list(record.tools)}) for record, messages, _ in self._questions]
         completions = engine.generate_many(prompts, do_sample=False, max_new_tokens=self._options.max_new_tokens)
         for completion in completions:
             record, _, expected = self._questions[completion.index]

@@ -132,7 +132,10 @@ def _digest(records: Sequence[Record]) -> str:
         except DataError:  # which training skips, or ends with
             continue
         items = [item for message in record.messages for item in (message["role"], *message["content"])]
-        hashed.update(repr([number, record.losses, *map(_essence, items)]).encode(errors="surrogatepass"))
+        keys = ("tool_calls", "reasoning_content")
+        more = [message[key] for message in record.messages for key in keys if key in message] + [*record.tools]
+        found = [number, record.losses, *map(_essence, items), *more]
+        hashed.update(repr(found).encode(errors="surrogatepass"))
     return hashed.hexdigest()
 
 

@@ -26,6 +26,17 @@ class ThinkingFormat:
     has_answer_tags: bool
     begins_open: bool | None = None
 
+    def written(self, thought: str, answer: str) -> str:
+        """Return the text of a turn with a thought.
+
+        >>> THINKING["tagged"].written("1 + 1.", "2")
+        '<think>1 + 1.</think><answer>2</answer>'
+        """
+        begin = THINK + thought.strip()
+        if not self.has_answer_tags:
+            return begin + self.close + answer
+        return begin + (END_THINK + answer if answer.startswith(ANSWER) else self.close + answer + END_ANSWER)
+
 
 THINKING: Mapping[str, ThinkingFormat] = {
     # <think>...</think><answer>...</answer>: GLM-4.1V

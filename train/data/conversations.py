@@ -1,5 +1,6 @@
 """What the formats of conversations have in common: roles, contents, markers, and which messages are targets."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +19,8 @@ _MARKER = re.compile("|".join(MARKERS))
 FILES = {"image": ("images", "image"), "video": ("videos", "video")}
 """Fields of a row that list its images and videos."""
 ROLES = ("system", "user", "assistant")
-_TOOL_ROLES = ("tool", "tools", "observation", "function", "function_call", "tool_call", "tool_response", "ipython")
 # Training on the rest of such a message would silently lose them.
-_UNSUPPORTED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "audio")
+_UNSUPPORTED = ("thinking", "audio")
 _SOURCES = ("path", "url", "image", "video", "base64", "image_url", "video_url", "source")
 _TYPES = {"image": "image", "video": "video", "image_url": "image", "video_url": "video"}
 
@@ -29,12 +29,15 @@ class Turns(NamedTuple):
     """A conversation, and which of its messages contribute to the loss.
 
     Attributes:
-        messages: `{"role": ..., "content": [items]}`, the items typed as in Hugging Face.
+        messages: `{"role": ..., "content": [items]}`, the items typed as in Hugging Face; those of the assistant may
+            have `reasoning_content`, a text, and `tool_calls` (`train.data.tools`).
         losses: one per message.
+        tools: the functions that the assistant may call.
     """
 
     messages: tuple[Message, ...]
     losses: tuple[bool, ...]
+    tools: tuple[Row, ...] = ()
 
 
 def invalid(field: str, found: str, expected: str) -> DataError:
@@ -181,30 +184,29 @@ def role_of(message: Any, key: str, names: Mapping[str, str], where: str) -> str
     Args:
         message: of a row.
         key: its field with the role.
-        names: role in the format -> system, user or assistant.
+        names: role in the format -> system, user, assistant, or a role of `train.data.tools`.
         where: names the message in errors.
 
     Raises:
-        DataError: it has none, or one of tools, or an unknown one.
+        DataError: it has none, or an unknown one.
     """
     if not isinstance(message, Mapping):
         raise invalid(where, kind_of(message), f"an object with {key!r}")
     found = string(message, key, where)
     if found in names:
         return names[found]
-    reason = ": conversations with tools are not supported" if found in _TOOL_ROLES else did_you_mean(found, names)
-    raise invalid(f"{where}.{key}", repr(found), f"one of {', '.join(names)}{reason}")
+    raise invalid(f"{where}.{key}", repr(found), f"one of {', '.join(names)}{did_you_mean(found, names)}")
 
 
 def loss_of(message: Row, role: str, where: str) -> bool:
-    """Return whether a message contributes to the loss: those of the assistant, unless a field says otherwise.
+    """Return whether a message contributes to the loss: those that the assistant writes, unless a field says otherwise.
 
     The fields are `loss` and `loss_scale` of ms-swift and `weight` of OpenAI.
 
     Raises:
         DataError: one of them is neither true nor false, or true for a message that is not the assistant's.
     """
-    is_target = role == "assistant"
+    is_target = role in ("assistant", "tool_call")
     for name in ("loss", "loss_scale", "weight"):
         value = message.get(name)
         if value is None:
@@ -236,12 +238,12 @@ def with_system(messages: Iterable[Message], system: str) -> list[Message]:
     return [{"role": "system", "content": [text_item(system)]}, *messages]
 
 
-def finished(messages: Sequence[Message], losses: Sequence[bool], field: str) -> Turns:
+def finished(messages: Sequence[Message], losses: Sequence[bool], field: str, tools: Sequence[Row] = ()) -> Turns:
     """Return a conversation that can be trained on.
 
     Raises:
         DataError: no message contributes to the loss, one that does is empty, the answer comes before the question, or
-            a role other than the user's has images or videos.
+            a role other than the user's and the tools' has images or videos.
     """
     # The system message may come from a field of its own, before all others.
     losses = [False] * (len(messages) - len(losses)) + list(losses)
@@ -249,17 +251,20 @@ def finished(messages: Sequence[Message], losses: Sequence[bool], field: str) ->
     if "user" in order and order[0] == "assistant":
         raise invalid(field, "an answer before the first question", "a message of the user first")
     for index, (message, is_target) in enumerate(zip(messages, losses, strict=True)):
-        for item in message["content"]:
-            _check_characters(item.get("text", ""), f"{field}[{index}]")
+        texts = [message.get("reasoning_content", ""), *(item.get("text", "") for item in message["content"])]
+        for text in (*texts, json.dumps(message.get("tool_calls"), ensure_ascii=False)):
+            _check_characters(text, f"{field}[{index}]")
         shown = next((item["type"] for item in message["content"] if item["type"] != "text"), None)
-        if shown and message["role"] != "user":
+        if shown and message["role"] not in ("user", "tool"):
             found = f"an item of type {shown} in message {index} of role {message['role']}"
             raise invalid(field, found, "it in a message of the user")
-        if is_target and not any(item.get("text", "").strip() for item in message["content"]):
+        is_blank = "tool_calls" not in message and not any(i.get("text", "").strip() for i in message["content"])
+        if is_target and is_blank:
             raise invalid(field, f"an empty message {index} of the assistant", "text to train on")
+    _check_characters(json.dumps(tools, ensure_ascii=False), "tools")
     if not any(losses):
         raise invalid(field, "no message that contributes to the loss", "at least one of the assistant")
-    return Turns(tuple(messages), tuple(losses))
+    return Turns(tuple(messages), tuple(losses), tuple(tools))
 
 
 def _check_characters(text: str, field: str) -> None:

@@ -12,6 +12,7 @@ from glm4v_jax.data.tables import INFO
 from glm4v_jax.errors import DataError
 from train.data import FormatName
 from train.data.formats import SHAREGPT_ROLES, Columns
+from train.data.tools import CALLS, TOOL
 
 FORMATTING: tuple[FormatName, ...] = ("alpaca", "sharegpt", "openai")
 _KNOWN_COLUMNS = {
@@ -30,9 +31,15 @@ _KNOWN_COLUMNS = {
 _REFUSED_COLUMNS = ("kto_tag", "audios")
 # Options that a file alone cannot satisfy.
 _REFUSED = ("num_samples",)
-_USER, _ASSISTANT, _SYSTEM = "user_tag", "assistant_tag", "system_tag"
-_DEFAULT_TAGS = {_USER: "human", _ASSISTANT: "gpt", _SYSTEM: "system"}
-_TAGS = {*_DEFAULT_TAGS, "role_tag", "content_tag", "observation_tag", "function_tag"}
+_ROLES = {
+    "observation_tag": TOOL, "function_tag": CALLS, "system_tag": "system", "user_tag": "user",
+    "assistant_tag": "assistant",
+}  # fmt: skip
+_DEFAULT_TAGS = {
+    "system_tag": "system", "user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
+    "function_tag": "function_call",
+}  # fmt: skip
+_TAGS = {*_DEFAULT_TAGS, "role_tag", "content_tag"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +123,7 @@ def _read(path: Path, where: str, entry: Any) -> DataSet:
         videos=(columns.get("videos", ""),),
         role_tag=tags.get("role_tag", "from"),
         content_tag=tags.get("content_tag", "value"),
-        roles={roles[_SYSTEM]: "system", roles[_USER]: "user", roles[_ASSISTANT]: "assistant"},
+        roles={roles[tag]: role for tag, role in _ROLES.items()},
     )
     if formatting == "openai" and not tags:
         # Without tags LLaMA-Factory expects ShareGPT's names; here OpenAI's will do.

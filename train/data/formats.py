@@ -19,7 +19,7 @@ from glm4v_jax.config.checks import did_you_mean
 from glm4v_jax.data.media import MediaItem, image_size, is_empty, kind_of
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError
-from train.data import FormatName
+from train.data import FormatName, tools
 from train.data.conversations import (
     FILES,
     ROLES,
@@ -45,6 +45,7 @@ from train.data.grounding import SizeOf, place_objects
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+SHAREGPT_ROLES |= tools.ROLES
 _SWIFT_ROLES = SHAREGPT_ROLES | {"bot": "assistant"}
 LISTS = ("messages", "conversations", "conversation")
 # `ResponsePreprocessor` of ms-swift, swift/dataset/preprocessor/core.py.
@@ -70,7 +71,7 @@ class Columns:
         messages, prompt, query, response, history, system, tools: fields of a row.
         images, videos: fields that list files; the first that a row has counts.
         role_tag, content_tag: fields of a message; empty for those of the first message, OpenAI's or ShareGPT's.
-        roles: name of a role -> system, user or assistant.
+        roles: name of a role -> system, user, assistant, or a role of `train.data.tools`.
         chosen, rejected: fields of the answers of preference data.
     """
 
@@ -95,15 +96,17 @@ class Columns:
 
 
 DEFAULT = Columns()
-OPENAI = Columns(messages="messages", role_tag="role", content_tag="content", roles={role: role for role in ROLES})
+OPENAI = Columns(
+    messages="messages", role_tag="role", content_tag="content", roles={role: role for role in ROLES} | tools.ROLES
+)
 QUERY_RESPONSE = Columns(prompt="query", query="", response="response")
 
 
 def read_row(row: Row, name: FormatName | None, size_of: SizeOf = image_size) -> Turns:
     """Read a row of a format.
 
-    - `openai`: `messages` of `role` and `content`, with markers; `images`, `videos`.
-    - `sharegpt`: `conversations` of `from` and `value`, with markers; `images`, `videos`, `system`.
+    - `openai`: `messages` of `role` and `content`, with markers; `images`, `videos`, `tools`.
+    - `sharegpt`: `conversations` of `from` and `value`, with markers; `images`, `videos`, `system`, `tools`.
     - `llava`: the same, with one `image` or `video`; `id` is not used.
     - `swift`: what ms-swift reads: the formats above with role and text by any of their names, and with `loss` of each
       message; `conversation` of `human` and `assistant`; `query` and `response` by any of its names. Boxes are in
@@ -156,9 +159,11 @@ def conversation(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     _check_row(row, columns)
     media = columns.media(row)
     given = items_list(row, columns.messages)
-    messages, losses = _read_messages(given, _with_tags(columns, given), media, columns.messages)
+    functions = tools.read_tools(row, columns.tools)
+    messages, losses = _read_messages(given, _with_tags(columns, given), media, columns.messages, functions)
     _put_first(messages, media.finish(is_strict=is_strict))
-    return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.messages)
+    messages = with_system(messages, optional_string(row, columns.system))
+    return finished(messages, losses, columns.messages, functions)
 
 
 def pairs(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
@@ -184,7 +189,8 @@ def pairs(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
             messages.append({"role": role, "content": split_markers(string(pair, key, where), media)})
     _put_first(messages, media.finish(is_strict=is_strict))
     losses = [message["role"] == "assistant" for message in messages]
-    return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.messages)
+    messages = with_system(messages, optional_string(row, columns.system))
+    return finished(messages, losses, columns.messages, tools.read_tools(row, columns.tools))
 
 
 def _swift(row: Row) -> Turns:
@@ -260,7 +266,8 @@ def instruction(row: Row, columns: Columns, is_strict: bool = True) -> Turns:
     ]
     _put_first(messages, media.finish(is_strict=is_strict))
     losses = [message["role"] == "assistant" for message in messages]
-    return finished(with_system(messages, optional_string(row, columns.system)), losses, columns.response)
+    messages = with_system(messages, optional_string(row, columns.system))
+    return finished(messages, losses, columns.response, tools.read_tools(row, columns.tools))
 
 
 def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
@@ -277,13 +284,14 @@ def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
         DataError: a field is missing or wrong; items and files are not as many.
     """
     _check_row(row, OPENAI)
-    media = OPENAI.media(row)
+    media, functions = OPENAI.media(row), tools.read_tools(row, OPENAI.tools)
     if "messages" in row:
-        messages, losses = _read_messages(items_list(row, "messages"), OPENAI, media, "messages", markers=False)
+        given = items_list(row, "messages")
+        messages, losses = _read_messages(given, OPENAI, media, "messages", functions, markers=False)
         field = "messages"
     else:
-        prompt, _ = _half(row, "prompt", "user", media)
-        completion, losses = _half(row, "completion", "assistant", media)
+        prompt, _ = _half(row, "prompt", "user", media, functions)
+        completion, losses = _half(row, "completion", "assistant", media, functions)
         messages, losses, field = [*prompt, *completion], [False] * len(prompt) + losses, "completion"
     has_items = any(item["type"] != "text" for message in messages for item in message["content"])
     item = "{kind} item without a source", "{kind} items without a source"
@@ -291,7 +299,7 @@ def typed_conversation(row: Row, is_strict: bool = True) -> Turns:
     if items and not any(message["role"] == "user" for message in messages):
         raise invalid(field, "no message of the user", "one for the images and videos")
     _put_first([message for message in messages if message["role"] == "user"], items)
-    return finished(messages, losses, field)
+    return finished(messages, losses, field, functions)
 
 
 def detect(row: Row) -> FormatName:
@@ -336,15 +344,22 @@ def _detect(row: Row) -> FormatName | None:
     return "alpaca" if "instruction" in row else None
 
 
-def _half(row: Row, name: str, role: str, media: MediaFiles) -> tuple[list[Message], list[bool]]:
+def _half(
+    row: Row, name: str, role: str, media: MediaFiles, functions: Sequence[Row]
+) -> tuple[list[Message], list[bool]]:
     """Read `prompt` or `completion`, messages or only a text."""
     if isinstance(row.get(name), str):
         return [{"role": role, "content": [text_item(row[name])]}], [role == "assistant"]
-    return _read_messages(items_list(row, name), OPENAI, media, name, markers=False)
+    return _read_messages(items_list(row, name), OPENAI, media, name, functions, markers=False)
 
 
 def _read_messages(
-    given: Sequence[Any], columns: Columns, media: MediaFiles, field: str, markers: bool = True
+    given: Sequence[Any],
+    columns: Columns,
+    media: MediaFiles,
+    field: str,
+    functions: Sequence[Row],
+    markers: bool = True,
 ) -> tuple[list[Message], list[bool]]:
     messages: list[Message] = []
     losses = []
@@ -352,15 +367,21 @@ def _read_messages(
         where = f"{field}[{index}]"
         role = role_of(message, columns.role_tag, columns.roles, where)
         check_supported(message, where)
-        content = message.get(columns.content_tag)
+        content, calls = message.get(columns.content_tag), None
+        if role == tools.CALLS:
+            content, calls = tools.split_thought(string(message, columns.content_tag, where))
+        more = tools.read_more(message, role, calls, where)
+        if content is None and more:  # a turn that only calls tools
+            content = ""
         if isinstance(content, list | tuple):
             items = typed_items(content, media, f"{where}.{columns.content_tag}")
         else:
-            text = string(message, columns.content_tag, where)
+            text = string({columns.content_tag: content} if more else message, columns.content_tag, where)
             items = split_markers(text, media) if markers else [text_item(text)]
-        messages.append({"role": role, "content": items})
+        messages.append({"role": role, "content": items, **more})
         losses.append(loss_of(message, role, where))
-    return messages, losses
+    tools.check_turns(messages, functions, field)
+    return tools.joined(messages, losses, field)
 
 
 _LIKE_MEDIA = re.compile("ima?g|pic|photo|vid|clip|frame|media|file|path", re.IGNORECASE)
@@ -384,8 +405,6 @@ def _check_files_are_read(row: Row, turns: Turns) -> None:
 
 def _check_row(row: Row, columns: Columns) -> None:
     """Check for fields that supervised training cannot use."""
-    if not is_empty(row.get(columns.tools)):
-        raise invalid(columns.tools, "some", "none: tools are not supported")
     for name in _PREFERENCES:
         if not is_empty(row.get(name)):
             raise invalid(name, "preferences", "conversations to train on, or a job with [preference]")

@@ -10,7 +10,7 @@ from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.text.placeholders import Expansion
 from train.data.records import Record
-from train.data.samples import target_turns
+from train.data.turns import target_turns
 
 
 def count_characters(record: Record) -> int:
@@ -37,7 +37,8 @@ class TokenCounter:
 
     def _count(self, record: Record) -> int:
         processor = self._processor
-        text = processor.apply_chat_template(target_turns(record, "last", processor.thinking)[0])
+        messages, _ = target_turns(record, "last", processor)
+        text = processor.apply_chat_template(messages, tools=list(record.tools) or None)
         sizes = [image_size(item)[::-1] for item in record.media("image")]
         counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
         images = [Expansion(processor.image_token * count, count) for count in counts]

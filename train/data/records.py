@@ -11,7 +11,7 @@ from typing import Any, overload
 
 from glm4v_jax.config.checks import one_of
 from glm4v_jax.data.media import MediaItem, image_size, located, source_of
-from glm4v_jax.data.tables import Rows, find_files, open_rows
+from glm4v_jax.data.tables import Arrow, Parquet, Rows, find_files, open_rows
 from glm4v_jax.errors import DataError, MediaError, naming
 from glm4v_jax.files import fingerprint
 from glm4v_jax.inputs.media.load import is_path_like
@@ -32,18 +32,27 @@ class Record:
     """A conversation to train on.
 
     Attributes:
-        messages: `{"role": "system" | "user" | "assistant", "content": [items]}` with items
+        messages: `{"role": "system" | "user" | "assistant" | "tool", "content": [items]}` with items
             `{"type": "text", "text": ...}`, `{"type": "image", KEY: ...}` and `{"type": "video", KEY: ...}`, KEY being
-            `path`, `url`, or `image` or `video` for what is in memory; as chat templates take them.
+            `path`, `url`, or `image` or `video` for what is in memory; as chat templates take them. Those of the
+            assistant may have `tool_calls` and `reasoning_content`.
         losses: of each message, whether it contributes to the loss.
         source: its place in the data, "data.jsonl:12".
         rejected: of preference data, the conversation that this one is preferred to.
+        tools: the functions that the assistant may call, as chat templates take them.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     losses: tuple[bool, ...]
     source: str
     rejected: "Record | None" = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def ends_in_call(self) -> bool:
+        """Whether the last message of the assistant calls a tool."""
+        said = [message for message in self.messages if message["role"] == "assistant"]
+        return bool(said) and "tool_calls" in said[-1]
 
     def media(self, kind: str | None = None) -> list[Mapping[str, Any]]:
         """Return the items of images and videos in their order; with `kind`, "image" or "video", only those."""
@@ -167,10 +176,12 @@ def _record(turns: Turns, part: _Part, place: str) -> Record:
         message | {"content": [located(item, part.directory) for item in message["content"]]}
         for message in turns.messages
     )
-    return Record(messages, turns.losses, place)
+    return Record(messages, turns.losses, place, tools=turns.tools)
 
 
 def _turns(part: _Part, row: Mapping[str, Any]) -> Turns:
+    if isinstance(part.rows, Parquet | Arrow):
+        row = {name: _without_nulls(value) for name, value in row.items()}
     if part.change is not None:
         row = part.change(row, part.columns)
 
@@ -180,6 +191,16 @@ def _turns(part: _Part, row: Mapping[str, Any]) -> Turns:
     if part.columns is not None:
         return (instruction if part.formatting == "alpaca" else conversation)(row, part.columns)
     return read_row(row, part.formatting, size_of)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the fields that objects in tables have only because others have them.
+
+    A chat template would print them as arguments of a call, or as what a tool takes.
+    """
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], str]:
@@ -197,9 +218,21 @@ def question_of(record: Record, fps: float) -> tuple[list[Mapping[str, Any]], st
         raise DataError(f"{record.source}: found no answer after a question; expected one to compare with")
     said = "".join(item.get("text", "") for item in record.messages[last]["content"])
     messages: list[Mapping[str, Any]] = [
-        {**message, "content": [_timed(item, fps) for item in message["content"]]} for message in record.messages[:last]
+        as_sent({**message, "content": [_timed(item, fps) for item in message["content"]]})
+        for message in record.messages[:last]
     ]
     return messages, said
+
+
+def as_sent(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message as clients send it: what a tool answers is a string where it is only text.
+
+    Chat templates print a list of one text differently.
+    """
+    content = message["content"]
+    if message["role"] != "tool" or isinstance(content, str) or any(item["type"] != "text" for item in content):
+        return message
+    return {**message, "content": "".join(item["text"] for item in content)}
 
 
 def _timed(item: Mapping[str, Any], fps: float) -> Mapping[str, Any]:

@@ -4,20 +4,21 @@ On the host, in NumPy. The tokens are exactly those that the processor's `apply_
 conversation, since that is what the model sees when it answers. The targets are:
 
 - In the assistant's turns that contribute to the loss (`Record.losses`): every token of the text, `<think>` and
-  `<answer>` with their closing tags included, and after the last of them the *stop token*.
-- Nowhere else: not in other turns, not in the header `<|assistant|>\n`, not in images and videos.
+  `<answer>` with their closing tags and calls of tools included, and after the last of them the *stop token*.
+- Nowhere else: not in other turns, what tools answer among them, not in the header `<|assistant|>\n`, not in images and
+  videos.
 
-The stop token is the one with which the chat template continues where the user speaks next: `<|user|>` for GLM-4.1V,
-which is among the `eos_token_id` of the released generation_config.json and the only end that an answer without
-`</answer>` can have in a conversation. (LLaMA-Factory has the same target between turns, and `<|endoftext|>` after the
-last.) It is a target after `</answer>` too, although our engine and transformers stop at that one: other engines do
-not, and it is one token. After the last turn it is a target only, so the tokens stay those of the template.
+The stop token is the one with which the chat template continues where the user speaks next, or a tool after a call:
+`<|user|>` for GLM-4.1V, which is among the `eos_token_id` of the released generation_config.json and the only end that
+an answer without `</answer>` can have in a conversation. (LLaMA-Factory has the same target between turns, and
+`<|endoftext|>` after the last.) It is a target after `</answer>` too, although our engine and transformers stop at that
+one: other engines do not, and it is one token. After the last turn it is a target only, so the tokens stay those of the
+template.
 """
 
 import copy
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,23 +26,17 @@ import numpy as np
 
 from glm4v_jax.config.checks import Positive, PositiveNumber, validate
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.config.thinking import ThinkingFormat
 from glm4v_jax.errors import CheckpointError, DataError, MediaError, MessageError, counted
-from glm4v_jax.generate.text.thinking import without_thoughts
 from glm4v_jax.inputs.media.load import SampledVideo, is_path_like
 from glm4v_jax.inputs.processor import Glm4vProcessor, PreparedMedia
 from glm4v_jax.inputs.prompt import Prompt, prompts_of
-from glm4v_jax.inputs.text.chat_template import printable_messages, render_template
 from glm4v_jax.inputs.text.messages import extract_media
 from glm4v_jax.inputs.vision.settings import MediaWithOptions
 from train.data.records import Record
+from train.data.turns import Template, target_turns
 
 IGNORED = -100
 """The target where there is none, as `labels` of the reference have it."""
-
-# Line breaks at the start of an answer would fuse with the one that ends the header `<|assistant|>\n`, in the released
-# tokenizer, to a token that a prompt for generation does not have.
-_BLANK_LINES = re.compile(r"\s*[\r\n]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +47,10 @@ class EncodeOptions:
       max_length: the most tokens of a sample; None is no limit.
       too_long: what to do with a longer one: "error" raises, "drop" drops it (`encode` returns None), "cut" keeps the
         first `max_length` tokens, fewer where that would cut an image or video.
-      keep_thoughts: which of the assistant's turns keep `<think>...</think>`. "last" is as in generation: earlier turns
-        have answers alone (`without_thoughts`), and the last target keeps its thought. Turns that lose a thought in
-        this way are context and not targets: they would teach to answer without one. "all" changes nothing; "none"
-        removes the thoughts of every turn, so that targets are answers alone.
+      keep_thoughts: which of the assistant's turns keep `<think>...</think>`. "last" is as in generation: turns before
+        the last question have answers alone (`without_thoughts`), and those after it, to the last target, keep their
+        thoughts. Turns that lose a thought in this way are context and not targets: they would teach to answer without
+        one. "all" changes nothing; "none" removes the thoughts of every turn, so that targets are answers alone.
       image_max_pixels: the most pixels of an image, height x width after resizing; None is the checkpoint's limit.
       video_max_pixels: the same for a video, frames x height x width.
       video_fps: frames per second sampled from a file; None is the checkpoint's rate. A video given as frames is not
@@ -146,10 +141,10 @@ def encode(
 
 
 def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, options: EncodeOptions) -> Sample | None:
-    messages, targets = target_turns(record, options.keep_thoughts, processor.thinking)
-    text = processor.apply_chat_template(messages)
-    turns = _Template(processor)
-    stop = turns.stop_token(config)
+    messages, targets = target_turns(record, options.keep_thoughts, processor)
+    text = processor.apply_chat_template(messages, tools=list(record.tools) or None)
+    turns = Template(processor, record.tools)
+    stops = [turns.stop_token(config, after_call="tool_calls" in messages[index]) for index in targets]
     pieces = [text[start:end] for start, end in _alternating(turns.spans(messages, targets, text), len(text))]
     media = _media(messages, turns.source, processor, options)
     inputs = processor.assemble([text], media)
@@ -160,7 +155,7 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
         raise DataError(
             "found a token across the start or the end of an answer; expected a tokenizer that separates them"
         )
-    sample = Sample(prompt, _targets(parts, stop), record.source)
+    sample = Sample(prompt, _targets(parts, stops), record.source)
     if options.max_length is not None and len(sample) > options.max_length:
         if options.too_long == "drop":
             return None
@@ -198,114 +193,6 @@ def _pair(
     return Sample(prompt, np.concatenate([first.targets, second.targets]), first.source, len(first))
 
 
-def target_turns(
-    record: Record, keep_thoughts: str, thinking: ThinkingFormat
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the messages with the thoughts that are kept, and the indices of those that contribute to the loss.
-
-    Args:
-      record: a conversation.
-      keep_thoughts: see `EncodeOptions`.
-      thinking: how the model writes thoughts.
-
-    Raises:
-      DataError: none contributes, or one that does is empty or not the assistant's.
-    """
-    if len(record.losses) != len(record.messages):
-        raise DataError(f"losses: found {len(record.losses)}; expected one per message, {len(record.messages)}")
-    messages = [dict(message) for message in record.messages]
-    targets = [index for index, loss in enumerate(record.losses) if loss]
-    if not targets:
-        raise DataError("losses: found no message that contributes to the loss; expected one of the assistant")
-    for index in targets:
-        if messages[index].get("role") != "assistant":
-            role = messages[index].get("role")
-            raise DataError(f"message {index}: found loss on role {role!r}; expected it on turns of the assistant only")
-    last = targets[-1]
-    for index, message in enumerate(messages):
-        said = _plain_text(message)
-        if message.get("role") != "assistant" or said is None:
-            continue
-        answer = without_thoughts(said, thinking)
-        is_bare = keep_thoughts == "none" or (keep_thoughts == "last" and index != last)
-        if keep_thoughts == "last" and index != last and answer != said and index in targets:
-            targets.remove(index)
-        message["content"] = answer if is_bare else said
-        if index in targets:
-            message["content"] = _without_blank_lines(message["content"])
-            if not message["content"]:
-                raise DataError(f"message {index}: found an empty answer; expected text")
-    return messages, targets
-
-
-def _without_blank_lines(text: str) -> str:
-    """`text` from its first line on that is not blank."""
-    blank = _BLANK_LINES.match(text)
-    return text[blank.end() :] if blank else text
-
-
-def _plain_text(message: Mapping[str, Any]) -> str | None:
-    """The text of a message; None if it has other items, which the processor checks."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    items = content if isinstance(content, Sequence) else [None]
-    texts = [item.get("text") if isinstance(item, Mapping) and item.get("type") == "text" else None for item in items]
-    return "".join(text for text in texts if text is not None) if all(isinstance(t, str) for t in texts) else None
-
-
-class _Template:
-    """What a chat template writes around turns, found by rendering conversations that end earlier."""
-
-    def __init__(self, processor: Glm4vProcessor) -> None:
-        self.source = processor.template()
-        self._processor = processor
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        variables = self._processor.tokenizer.special_tokens_map
-        return render_template(self.source, messages, add_generation_prompt=add_generation_prompt, **variables)
-
-    def spans(self, messages: Sequence[Mapping[str, Any]], targets: Sequence[int], text: str) -> list[tuple[int, int]]:
-        """Return (start, stop) of the answers of turns `targets` in `text`: from the prompt for each to its end."""
-        messages = printable_messages(messages, self.source)
-        spans = []
-        for index in targets:
-            before, after = self._render(messages[:index], True), self._render(messages[: index + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                raise DataError(
-                    f"found a chat template that writes message {index} or earlier ones differently before later ones; "
-                    "expected one whose prompts are prefixes of the conversation"
-                )
-            spans.append((len(before), len(after)))
-        return spans
-
-    def stop_token(self, config: Glm4vConfig) -> int:
-        """Return the id of the first token after an answer where the user speaks next.
-
-        Or the tokenizer's `eos_token`, if generation would not stop at the former (`eos_token_id` of the config).
-
-        Raises:
-          CheckpointError: generation would stop at neither.
-        """
-        says = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-        answered, asked = self._render(says[:2]), self._render(says)
-        if not (asked.startswith(answered) and answered.endswith("x")):
-            raise CheckpointError("found a chat template that writes text after an answer; expected none")
-        tokenizer = self._processor.tokenizer
-        follows = tokenizer(asked[len(answered) :], add_special_tokens=False)["input_ids"][0]
-        ends = config.text_config.eos_token_id
-        if ends is None:
-            return follows
-        ends = (ends,) if isinstance(ends, int) else ends
-        for index in (follows, tokenizer.eos_token_id):
-            if index in ends:
-                return index
-        raise CheckpointError(
-            f"eos_token_id: found {list(ends)}; expected {follows} ({tokenizer.convert_ids_to_tokens(follows)}) among "
-            f"them, with which the chat template continues after an answer, or the tokenizer's eos_token"
-        )
-
-
 def _alternating(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:
     """Yield spans and the gaps before, between and after them: even entries are the gaps, odd ones the spans."""
     done = 0
@@ -316,15 +203,15 @@ def _alternating(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tupl
     yield done, length
 
 
-def _targets(parts: Sequence[np.ndarray], stop: int) -> np.ndarray:
-    """int32 [T]: the targets of a text in parts, of which every second one is an answer."""
+def _targets(parts: Sequence[np.ndarray], stops: Sequence[int]) -> np.ndarray:
+    """int32 [T]: the targets of a text in parts, of which every second one is an answer, with the token after each."""
     targets = np.full(sum(map(len, parts)), IGNORED, np.int32)
     done = 0
     for index, part in enumerate(parts):
         if index % 2:
             # A token is predicted from the one before it, the first of an answer from the last of its header.
             targets[done - 1 : done + len(part) - 1] = part
-            targets[done + len(part) - 1] = stop
+            targets[done + len(part) - 1] = stops[index // 2]
         done += len(part)
     return targets
 

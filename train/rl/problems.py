@@ -97,6 +97,8 @@ class Problems(Sequence[Problem]):
     def _add(self, number: int, domains: Collection[str], places: dict[str, str]) -> None:
         row, record = self._records.row(number), self._records[number]
         try:
+            if record.tools:
+                raise DataError("tools: found some; expected none: answers that call tools are not judged")
             messages, said = question_of(record, self._fps)
             item = reference_of(row, said, record)
             domain = _domain_of(row, domains)
@@ -261,7 +263,10 @@ def _digest(messages: Sequence[Mapping[str, Any]], item: Reference) -> str:
     """Digest what a problem is: texts, names or contents of its media, and the reference; not where its files are."""
     hashed = hashlib.blake2b(repr(sorted(item.items())).encode(errors="surrogatepass"), digest_size=12)
     for message in messages:
-        for part in message["content"]:
+        more = {name: message[name] for name in ("tool_calls", "reasoning_content") if name in message}
+        hashed.update(repr(more).encode(errors="surrogatepass") if more else b"")
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             essence = part["text"] if part["type"] == "text" else _essence(source_of(part))
             text = essence if isinstance(essence, bytes) else str(essence).encode(errors="surrogatepass")
             hashed.update(f"\0{message['role']}\0{part['type']}\0".encode() + text)

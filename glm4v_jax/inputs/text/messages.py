@@ -36,6 +36,7 @@ _OTHER_VIDEO_OPTIONS = ("nframes", "num_frames", "min_frames", "max_frames", "to
 # models, the others are for caches and programs.
 _ITEM_NOTES = frozenset({"detail", "format", "cache_control", "annotations", "logprobs", "id", "index", "uuid"})
 _THOUGHTS = ("reasoning_content", "reasoning")
+_THINK = "<think>"
 _MESSAGE_NOTES = frozenset(
     {
         "name", "tool_call_id", "refusal", "annotations", "id", "index", "status", "type", "cache_control",
@@ -53,7 +54,7 @@ def mentions(source: str, word: str) -> bool:
     return re.search(rf"(['\"]){re.escape(word)}\1", source) is not None
 
 
-def _reads(source: str, field: str) -> bool:
+def reads(source: str, field: str) -> bool:
     """Whether a template may read a field of a message or of an item."""
     return re.search(rf"\b{re.escape(field)}\b", source) is not None
 
@@ -63,8 +64,8 @@ def normalise_messages(messages: Sequence[Message], source: str, where: str = ""
 
     OpenAI's shapes become those of transformers: `image_url`, `video_url`, `input_image` and `input_text` items are
     images, videos and texts; arguments of `tool_calls` that are JSON become objects; a content that is null beside them
-    or beside a thought becomes an empty one; `reasoning` gets the name `reasoning_content` where the template reads
-    that; `developer` is `system`. Items without a type get one, and keys without a value go.
+    or beside a thought becomes an empty one; a thought (`thought_of`) gets the name `reasoning_content` where the
+    template reads that; `developer` is `system`. Items without a type get one, and keys without a value go.
 
     Args:
       messages: messages with `role` and `content`: a string, or a list of items of type `text`, `image` or `video`.
@@ -98,7 +99,7 @@ def _normalise_message(message: Any, source: str, where: str) -> dict[str, Any]:
     fields = _message_fields(message, source, where)
     if content is None:
         # A turn that only calls tools, or was cut off in its thought, says nothing.
-        if not any(name in fields for name in ("tool_calls", *_THOUGHTS)):
+        if "tool_calls" not in fields and all(message.get(name) is None for name in _THOUGHTS):
             raise MessageError(f"{where}: field 'content': found nothing; expected a string or a list of items")
         content = ""
     if isinstance(content, str):
@@ -120,17 +121,19 @@ def _message_fields(message: Message, source: str, where: str) -> dict[str, Any]
         if name not in ("role", "content") and value is not None and not (isinstance(value, list) and not value)
     }
     for name in _MESSAGE_PARTS:
-        if name in fields and not _reads(source, name):
+        if name in fields and not reads(source, name):
             raise MessageError(f"{where}: field {name!r}: found some, which the chat template drops; expected none")
     for name in _MISPLACED:
         if name in fields:
             raise MessageError(f"{where}: field {name!r}: found some; expected images and videos as items of 'content'")
-    if "reasoning" in fields and _reads(source, "reasoning_content"):
+    if reads(source, "reasoning_content"):
         # Servers disagree about the name; templates read this one.
-        fields.setdefault("reasoning_content", fields.pop("reasoning"))
+        thought = thought_of(message, where) if message["role"] == "assistant" else ""
+        fields = {name: value for name, value in fields.items() if name not in _THOUGHTS}
+        fields |= {"reasoning_content": thought} if thought else {}
     if "tool_calls" in fields:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], f"{where}: field 'tool_calls'")
-    unknown = [name for name in fields if not (name in _MESSAGE_NOTES or _reads(source, str(name)))]
+    unknown = [name for name in fields if not (name in _MESSAGE_NOTES or reads(source, str(name)))]
     if unknown:
         warnings.warn(
             f"{where}: unknown to the chat template, and ignored: {', '.join(map(str, unknown))}", stacklevel=2
@@ -142,17 +145,29 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
     """Tool calls as templates take them, with arguments that are objects: OpenAI's API has them as JSON."""
     if isinstance(calls, (str, bytes, Mapping)) or not isinstance(calls, Sequence):
         raise MessageError(f"{where}: found {type(calls).__name__}; expected a list")
-    return [_with_arguments(call, f"{where}[{index}]") for index, call in enumerate(calls)]
+    return [checked_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
 
 
-def _with_arguments(call: Any, where: str) -> Any:
+def checked_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call of a tool whose arguments, where it has some, are an object; its own or those of its `function`.
+
+    >>> checked_call({"name": "add", "arguments": '{"a": 1}'}, "tool_calls[0]")
+    {'name': 'add', 'arguments': {'a': 1}}
+
+    Raises:
+      MessageError: it has no name, or its arguments are not an object.
+    """
     if not isinstance(call, Mapping):
         raise MessageError(f"{where}: found {type(call).__name__}; expected an object with 'function'")
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(call["function"], f"{where}.function")}
+        return {**call, "function": checked_call(call["function"], f"{where}.function")}
+    if not isinstance(call.get("name"), str) or not call["name"].strip():
+        raise MessageError(f"{where}.name: found {call.get('name')!r}; expected the name of a tool")
     arguments = call.get("arguments")
-    if not isinstance(arguments, str):
+    if arguments is None or isinstance(arguments, Mapping):
         return dict(call)
+    if not isinstance(arguments, str):
+        raise MessageError(f"{where}.arguments: found {type(arguments).__name__}; expected an object")
     try:
         parsed = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError) as error:
@@ -160,6 +175,32 @@ def _with_arguments(call: Any, where: str) -> Any:
     if not isinstance(parsed, Mapping):
         raise MessageError(f"{where}.arguments: found a JSON {type(parsed).__name__}; expected an object")
     return {**call, "arguments": parsed}
+
+
+def thought_of(message: Message, where: str) -> str:
+    """Return the thought that a message of the assistant has in a field of its own; empty if it has none.
+
+    >>> thought_of({"role": "assistant", "reasoning": "1 + 1.", "content": "2"}, "message 1")
+    '1 + 1.'
+
+    Raises:
+      MessageError: it is not text, another one has the field's other name, or there is one in the content, too.
+    """
+    found = {name: message[name] for name in _THOUGHTS if message.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise MessageError(f"{where}: field {name!r}: found {type(value).__name__}; expected a string")
+    thoughts = {name: value for name, value in found.items() if value.strip()}
+    if len(set(thoughts.values())) > 1:
+        fields = " and ".join(map(repr, thoughts))
+        raise MessageError(f"{where}: found {fields} with different texts; expected one of them")
+    content = message.get("content")
+    if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
+        content = content[0].get("text")
+    if thoughts and isinstance(content, str) and content.lstrip().startswith(_THINK):
+        (name, *_) = thoughts
+        raise MessageError(f"{where}: found {_THINK} in 'content' beside {name!r}; expected the thought in one of them")
+    return next(iter(thoughts.values()), "")
 
 
 def _normalise_item(item: Any, source: str, where: str) -> dict[str, Any]:
@@ -214,7 +255,7 @@ def _from_openai(kind: str, item: dict[str, Any], where: str) -> tuple[str, dict
 def _check_item_options(item: Mapping[str, Any], kind: str, source: str, where: str) -> None:
     known = {"type", "text", *SOURCE_KEYS.get(kind, ()), *_ITEM_OPTIONS[kind]}
     for name in item:
-        if name in known or name in _ITEM_NOTES or _reads(source, str(name)):
+        if name in known or name in _ITEM_NOTES or reads(source, str(name)):
             continue
         expected = ", ".join(("text",) if kind == "text" else (*SOURCE_KEYS[kind], *_ITEM_OPTIONS[kind]))
         if kind == "video" and name in _OTHER_VIDEO_OPTIONS:

@@ -185,6 +185,35 @@ def test_arguments_that_are_no_objects_are_named(arguments, found):
         render_conversation([HI, calling(arguments)], WITH_TOOLS)
 
 
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        (
+            {"content": "<think>a</think>b", "reasoning_content": "c"},
+            "message 1: found <think> in 'content' beside 'reasoning_content'; expected the thought in one of them",
+        ),
+        (
+            {"content": [{"type": "text", "text": " <think>a</think>b"}], "reasoning": "c"},
+            "<think> in 'content' beside 'reasoning'",
+        ),
+        ({"content": "b", "reasoning_content": "c", "reasoning": "d"}, "'reasoning_content' and 'reasoning' with diff"),
+        ({"content": "b", "reasoning_content": ["c"]}, "field 'reasoning_content': found list; expected a string"),
+        (
+            {"content": None, "tool_calls": [{"arguments": {}}]},
+            r"'tool_calls'\[0\].name: found None; expected the name",
+        ),
+    ],
+)
+def test_a_thought_is_there_once_and_a_call_has_a_name(message, found):
+    with pytest.raises(MessageError, match=found):
+        render_conversation([HI, {"role": "assistant", **message}], FAMILY_TEMPLATE)
+
+
+def test_a_blank_thought_is_none():
+    said = {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": " ", "reasoning": ""}
+    assert render_conversation([HI, said], FAMILY_TEMPLATE).endswith("<think>a</think>\nb")
+
+
 def test_unknown_fields_of_messages_are_named_in_a_warning():
     with pytest.warns(UserWarning, match="message 0: unknown to the chat template, and ignored: contents"):
         render_conversation([{**HI, "contents": "?"}], TEMPLATE)

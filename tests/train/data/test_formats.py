@@ -130,7 +130,7 @@ TRL_COMPLETION = {
 
 
 def test_llama_factory_conversations_read():
-    messages, losses = read_row(LLAMA_FACTORY, "openai")
+    messages, losses, _ = read_row(LLAMA_FACTORY, "openai")
     assert messages == (
         turn("user", image("mllm_demo_data/1.jpg"), "Who are they?"),
         turn("assistant", "They're Kane and Gretzka from Bayern Munich."),
@@ -138,12 +138,12 @@ def test_llama_factory_conversations_read():
         turn("assistant", "They are celebrating on the soccer field."),
     )
     assert losses == (False, True, False, True)
-    messages, _ = read_row(LLAMA_FACTORY_VIDEO, "openai")
+    messages, _, _ = read_row(LLAMA_FACTORY_VIDEO, "openai")
     assert messages[0] == turn("user", video("mllm_demo_data/1.mp4"), "Why is this video funny?")
 
 
 def test_sharegpt_rows_read():
-    messages, losses = read_row(SHAREGPT, "sharegpt")
+    messages, losses, _ = read_row(SHAREGPT, "sharegpt")
     assert messages == (
         turn("system", "You are terse."),
         turn("user", image("cat.png"), "\nWhat is it?"),
@@ -154,14 +154,14 @@ def test_sharegpt_rows_read():
 
 def test_a_system_message_in_the_conversation_wins():
     talk = [{"from": "system", "value": "Be long."}, *SHAREGPT["conversations"]]
-    messages, losses = read_row(SHAREGPT | {"conversations": talk}, "sharegpt")
+    messages, losses, _ = read_row(SHAREGPT | {"conversations": talk}, "sharegpt")
     assert messages[0] == turn("system", "Be long.")
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert losses == (False, False, True)
 
 
 def test_llava_rows_read():
-    messages, losses = read_row(LLAVA, "llava")
+    messages, losses, _ = read_row(LLAVA, "llava")
     assert messages[0] == turn(
         "user", image("coco/train2017/000000033471.jpg"), "\nWhat are the colors of the bus in the image?"
     )
@@ -170,7 +170,7 @@ def test_llava_rows_read():
 
 
 def test_alpaca_rows_read():
-    messages, losses = read_row(ALPACA, "alpaca")
+    messages, losses, _ = read_row(ALPACA, "alpaca")
     assert messages == (
         turn("system", "You are terse."),
         turn("user", "Hello"),
@@ -186,7 +186,7 @@ def test_alpaca_rows_read():
 
 
 def test_swift_boxes_become_thousandths_of_their_image():
-    messages, _ = read_row(SWIFT, "swift", lambda item: {"/xxx/x.jpg": (600, 800)}[item["path"]])
+    messages, _, _ = read_row(SWIFT, "swift", lambda item: {"/xxx/x.jpg": (600, 800)}[item["path"]])
     assert messages[1:] == (
         turn("user", image("/xxx/x.jpg"), "Find the sheep in the image"),
         # 90.9 / 600, 160.8 / 800, ...
@@ -217,7 +217,7 @@ def test_swift_boxes_belong_to_the_image_of_their_id():
         "objects": {"ref": None, "bbox": [[10, 10, 20, 20], [10, 10, 20, 20]], "image_id": [1, 0]},
     }
     sizes = {"a.png": (100, 100), "b.png": (20, 40)}
-    messages, _ = read_row(row, "swift", lambda item: sizes[item["path"]])
+    messages, _, _ = read_row(row, "swift", lambda item: sizes[item["path"]])
     assert messages[1] == turn("assistant", "[500,250,1000,500] and [100,100,200,200]")
 
 
@@ -418,8 +418,8 @@ SHAPES = {
 @pytest.mark.parametrize(("row", "name", "expected"), SHAPES.values(), ids=SHAPES)
 def test_rows_of_every_shape_are_read(row, name, expected):
     assert detect(row) == name
-    messages, losses = read_row(row, None)
-    assert expected is None or messages == expected
+    messages, losses, functions = read_row(row, None)
+    assert (expected is None or messages == expected) and not functions
     assert losses == tuple(message["role"] == "assistant" for message in messages)
 
 
@@ -466,7 +466,6 @@ BROKEN = [
     (row_of(images=["  "]), "images: found 0 for 1 <image> marker"),
     (row_of(images=[None]), "images: found 0 for 1 <image> marker"),
     (row_of(images=["a.png"], audios=["a.wav"]), "audios: found some; expected none"),
-    (row_of(images=["a.png"], tools='[{"type": "function"}]'), "tools: found some; expected none"),
     ({"texts": [{"user": "a"}]}, r"texts\[0\].assistant: found none; expected a string"),
     ({"texts": ["a"]}, r"texts\[0\]: found a string; expected an object with 'user'"),
     ({"conversation": [{"human": 7, "assistant": "b"}]}, r"conversation\[0\].human: found the number 7; expected a"),
@@ -479,10 +478,10 @@ BROKEN = [
     (said({"role": "user"}), r"messages\[0\].content: found none; expected a string"),
     (said({"role": "user", "content": 7}), r"messages\[0\].content: found the number 7; expected a string"),
     (said({"role": "bot", "content": "a"}), r"messages\[0\].role: found 'bot'; expected one of system, user, assist"),
-    (said({"role": "tool", "content": "a"}), "found 'tool'; .*: conversations with tools are not supported"),
-    ({"conversations": [{"from": "observation", "value": "a"}]}, "found 'observation'; .* tools are not supported"),
-    (said({"role": "assistant", "content": "a", "tool_calls": [1]}), r"messages\[0\].tool_calls: found some"),
-    (said({"role": "assistant", "content": "a", "reasoning_content": "b"}), "reasoning_content: found some"),
+    (
+        said({"role": "assistant", "content": "a", "thinking": "b"}),
+        r"messages\[0\].thinking: found some; expected none",
+    ),
     (said({"role": "user", "content": "a"}), "messages: found no message that contributes to the loss"),
     (said({"role": "assistant", "content": "a", "loss": False}), "found no message that contributes"),
     (said({"role": "assistant", "content": " \n"}), "found an empty message 0 of the assistant"),
@@ -578,7 +577,7 @@ def test_any_row_is_read_or_refused_with_the_field(data):
         value = value[key]
     value[last] = data.draw(JSON)
     try:
-        messages, losses = read_row(row, detect(row), lambda item: (60, 80))
+        messages, losses, _ = read_row(row, detect(row), lambda item: (60, 80))
     except DataError as error:
         assert re.match(r"(field ')?[\w.\[\]]+'?: found ", str(error))
     else:
@@ -628,7 +627,7 @@ def test_one_conversation_reads_alike_in_every_format(pairs, system):
     }
     given = {name: read_row(row, detect(row)) for name, row in rows.items()}
     for name, turns in given.items():
-        assert turns == (tuple(messages), tuple(m["role"] == "assistant" for m in messages)), name
+        assert turns == (tuple(messages), tuple(m["role"] == "assistant" for m in messages), ()), name
     sourceless = [
         m | {"content": [{"type": "image"} if i["type"] == "image" else i for i in m["content"]]} for m in messages
     ]
