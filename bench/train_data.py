@@ -51,7 +51,9 @@ def make_samples(directory: pathlib.Path, count: int) -> list[Sample]:
 
 def packed(samples: Sequence[Sample], shape: Shape) -> list[list[Sample]]:
     """The full batches that a job makes of a stream; batches that are still open after its last sample are dropped."""
-    packer = Packer(rows=shape.rows, length=shape.length, vision_shape=shape.vision, open_batches=OPEN_BATCHES)
+    packer: Packer[Sample] = Packer(
+        rows=shape.rows, length=shape.length, vision_shape=shape.vision, open_batches=OPEN_BATCHES
+    )
     done = (packer.push(sample) for sample in samples)
     return [batch for batch in done if batch is not None]
 

@@ -100,6 +100,12 @@ class Checkpoints:
         """The step of the best one, of equally good ones the first; None if none was evaluated."""
         return self._best(self._steps())
 
+    @property
+    def stale(self) -> int:
+        """How many evaluations in a row, up to the latest, have found no better model than one before them."""
+        best = self._best(list(self.evaluations))
+        return sum(best is None or step > best for step in self.evaluations)
+
     def before(self, step: int) -> int | None:
         """Return the step of the latest one before a step."""
         return next((other for other in reversed(self._steps()) if other < step and other not in self._damaged), None)

@@ -156,7 +156,8 @@ class Train(Options):
             else:
                 result = train(config, profile=self.profile, log=log, progress=loading)
         status = "done" if result.is_done else "stopped; the same command resumes the job"
-        print(f"{config.out}: {result.step} of {counted(config.steps, 'step')}, {status}")
+        of = f"{result.step} of {counted(config.steps, 'step')}" if config.steps else counted(result.step, "step")
+        print(f"{config.out}: {of}, {status}")
         return 0
 
     def interrupted(self) -> str:

@@ -185,6 +185,8 @@ class EvalConfig:
       share: instead of `files`, the fraction of the training data that is held out, drawn by the job's seed.
       every: steps between two evaluations; there is one after the last step, too. With `checkpoint.best`, a checkpoint
         is saved before each.
+      patience: the job ends after so many evaluations in a row without a better model by `checkpoint.best`, which is
+        then "loss" unless it says otherwise; the result is the best.
       max_samples: evaluate the first N records; every process keeps all their patches in memory, 4.7 kB each for the
         9B (39 MB for an image of 8,192).
       generate: how many of them to answer as well, greedily, and to compare with their last message. That takes a copy
@@ -197,6 +199,7 @@ class EvalConfig:
     files: tuple[str, ...] = ()
     share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     every: Positive = 100
+    patience: Positive | None = None
     max_samples: Positive = 64
     generate: Natural = 0
     metric: MetricName = "exact_match"
@@ -219,7 +222,9 @@ class TrainConfig:
       out: output directory of the job: checkpoints, metrics, and the trained model.
       data, batch, optimizer, checkpoint, eval: see there.
       rl: learn by reward instead of from answers; see `train.rl`.
-      steps: of the whole training.
+      steps: of the whole training. Either these or `epochs`.
+      epochs: how often each record is seen. Before the first step all records are encoded once, to count the steps;
+        the last batches are partly filled.
       preference: learn which of two answers is preferred, from data with both; see there.
       freeze: parts of the model that are not trained: "vision", "merger", "llm"; not with `lora`.
       lora: train an adapter instead; the whole model is frozen.
@@ -240,7 +245,8 @@ class TrainConfig:
     model: str
     out: str
     data: DataConfig
-    steps: Positive
+    steps: Annotated[Natural, Meta(description="an integer of at least 1")] = 0
+    epochs: Annotated[Natural, Meta(description="an integer of at least 1")] = 0
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -263,12 +269,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         validate(self)
         faults = []
+        if bool(self.steps) == bool(self.epochs):
+            beside = f" beside epochs = {self.epochs}" if self.epochs else ""
+            faults.append(f"steps: found {self.steps}{beside}; expected an integer of at least 1, or epochs")
         if self.quantize is not None and self.lora is None:
             faults.append(f"quantize: found {self.quantize!r} without lora; expected both: integers cannot be trained")
         try:
-            warmup_steps(self.optimizer, self.num_updates)
+            if self.steps:
+                warmup_steps(self.optimizer, self.num_updates)
         except ConfigError as error:
             faults.append(f"optimizer.{error}")
+        if self.eval is not None and self.eval.patience is not None and self.checkpoint.best is None:
+            object.__setattr__(self, "checkpoint", dataclasses.replace(self.checkpoint, best="loss"))
         best = self.checkpoint.best
         if best is not None and self.eval is None:
             faults.append(f"checkpoint.best: found {best!r} without eval; expected both")
@@ -278,6 +290,8 @@ class TrainConfig:
             faults.append("data.too_long: found 'cut' beside preference; expected 'drop' or 'error'")
         if self.data.sets and self.eval is not None and self.eval.share:
             faults.append(f"eval.share: found {self.eval.share} beside data.sets; expected eval.files")
+        if self.data.sets and self.epochs:
+            faults.append(f"epochs: found {self.epochs} beside data.sets; expected steps: sets end at different times")
         if self.data.sets and self.rl is not None:
             faults.append("data.sets: found some beside rl; expected data.files: the curriculum decides the shares")
         raise_faults(faults + self._faults_of_rl())
@@ -288,7 +302,11 @@ class TrainConfig:
         if self.rl is None:
             return faults
         others = {"eval": self.eval, "neftune": self.neftune, "preference": self.preference}
-        others |= {"lora.dropout": (self.lora and self.lora.dropout) or None, "tensorboard": self.tensorboard or None}
+        others |= {
+            "epochs": self.epochs or None,
+            "lora.dropout": (self.lora and self.lora.dropout) or None,
+            "tensorboard": self.tensorboard or None,
+        }
         faults += [fault(name, value, "none beside rl") for name, value in others.items() if value is not None]
         if (longest := self.rl.sampling.longest) >= self.batch.length:
             budgets = "rl.sampling.think_budget + answer_budget"
@@ -366,6 +384,9 @@ def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
     if isinstance(data := content.get("data"), dict) and not data.get("files") and not data.get("sets"):
         found = "[]" if "files" in data else "nothing"
         faults.append(f"data.files: found {found}; expected a list of at least one path, or data.sets")
+    if "steps" not in content and "epochs" not in content:
+        faults.append("steps: found nothing; expected an integer of at least 1, or epochs")
+        content = content | {"steps": 1 << 31}  # the rest is checked, too
     try:
         config = from_mapping(TrainConfig, content)
     except ConfigError as error:

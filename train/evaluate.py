@@ -37,7 +37,7 @@ from train.data.packing import TrainBatch
 from train.data.placement import put, stacked
 from train.data.records import Record, question_of
 from train.data.samples import Sample, limited
-from train.data.stream import encode_options, make_encoder, packed, packer_of
+from train.data.stream import TOO_LONG, encode_options, make_encoder, packed, packer_of
 from train.loss import Sums
 from train.preference import PreferenceConfig
 from train.references import compute
@@ -108,7 +108,7 @@ class Evaluator:
             if not isinstance(found, Sample):
                 if found is not None and job.data.bad_rows == "error":
                     raise found
-                log(f"skipped in the evaluation: {found or f'{records[number].source}: too long'}")
+                log(f"skipped in the evaluation: {found or f'{records[number].source}: {TOO_LONG}'}")
                 continue
             self._samples.append(found)
             record = records[number]

@@ -45,9 +45,9 @@ from train.step import Step, make_step
 from train.verify_export import Verified
 
 _FREE = {
-    "model", "out", "steps", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every", "tensorboard",
-    "checkpoint", "data.files", "data.levels", "data.media_dir", "data.bad_rows", "data.threads", "batch.lanes",
-    "optimizer", "eval", "lora.adapter",
+    "model", "out", "steps", "epochs", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every",
+    "tensorboard", "checkpoint", "data.files", "data.levels", "data.media_dir", "data.bad_rows", "data.threads",
+    "batch.lanes", "optimizer", "eval", "lora.adapter",
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
 
@@ -250,7 +250,7 @@ def _is_trained(config: TrainConfig) -> Callable[[str], bool]:
     return lambda path: is_lora(path) if config.lora is not None else group_of(path) not in config.freeze
 
 
-def _check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
+def check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
     """Check that devices have room for weights, gradients and the optimizer's state, before anything is read.
 
     Raises:
@@ -340,7 +340,7 @@ class Job:
           MemoryShortageError: there is too little memory; nothing has been read.
         """
         quantize = for_training(config.quantize)
-        _check_memory(config, model_config)
+        check_memory(config, model_config)
         model = load_model(
             Path(config.model), model_config, dtype="auto", stacked=True, quantize=quantize, progress=progress
         )

@@ -1,6 +1,7 @@
 """A training job from its file to its result; it can be stopped at any point, and resumed."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import time
@@ -18,12 +19,13 @@ from glm4v_jax.devices.compilation_cache import compile_times, compiling
 from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.errors import ConfigError, Glm4vError
+from glm4v_jax.errors import ConfigError, Glm4vError, counted
 from glm4v_jax.files import made_directory
 from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.checkpoints import Checkpoints, abstract
 from train.config import TrainConfig
+from train.data.epochs import count_steps, read_steps, write_steps
 from train.data.placement import put
 from train.data.records import Record
 from train.data.stream import RowCounts, Stream, make_encoder
@@ -31,6 +33,7 @@ from train.evaluate import Evaluator
 from train.job import (
     Job,
     abstract_state,
+    check_memory,
     check_output,
     check_same,
     check_step,
@@ -45,7 +48,8 @@ from train.profiler import Profiler
 from train.references import compute, encoded, table_of
 from train.state import TrainState, bit_sum, is_finite
 
-CHECKPOINTS, ANSWERS, PROFILE, REFERENCES = "checkpoints", "answers", "profile", "references.npz"
+CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
+REFERENCES, EPOCHS = "references.npz", "epochs.json"
 """What a job writes to its output directory, besides its result and its metrics."""
 
 
@@ -113,28 +117,39 @@ def train(
         job_identity = identity(config, model_config, len(data.train), data.digest)
         kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log, evaluations)
         checkpoints = stack.enter_context(contextlib.closing(kept))
-        if checkpoints.latest is not None:
-            check_step(checkpoints.latest, config)
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
         stream = Stream(
-            encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log, draws=data.draws
-        )
+            encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log, draws=data.draws,
+            epochs=config.epochs,
+        )  # fmt: skip
         stack.callback(stream.close)
         evaluator = None
         if config.eval is not None:
             evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, log)
+        epochs_digest = _digest(job_identity, config.epochs)
+        if epochs := config.epochs:
+            # All records are encoded next. Memory is the same for any number of steps.
+            check_memory(dataclasses.replace(config, steps=1 << 30, epochs=0), model_config)
+            steps = read_steps(out / EPOCHS, epochs_digest) or count_steps(
+                encoder, config.data, config.batch, mesh, epochs, seed=config.seed, log=log
+            )
+            config = dataclasses.replace(config, steps=steps, epochs=0)
+            log(f"{counted(epochs, 'epoch')} of {counted(len(data.train), 'record')} in {counted(steps, 'step')}")
+        if checkpoints.latest is not None:
+            check_step(checkpoints.latest, config)
         stopping = stack.enter_context(Stopping(mesh))
         saves = sum(map(config.is_saved, range((checkpoints.latest or 0) + 1, config.steps + 1)))
         checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
+        compiled = stack.enter_context(compile_times())
+        stack.enter_context(compiling(Programs(_programs(config), lambda text: log(text) if text else None)))
         job, state = Job.start(config, model_config, progress)
         log(job.describe(describe_data(config, data), mesh))
         if config.preference is not None and config.preference.has_reference:
             weights = job.weights(state.params)
             model_sum = int(bit_sum((state.params, job.frozen)))  # of whatever model, and adapter, the job starts from
-            digest = hashlib.blake2b(repr((job_identity, model_sum)).encode(), digest_size=16).hexdigest()
             samples = functools.partial(encoded, encoder, config.data.threads)
             encoder.references = table_of(
-                out / REFERENCES, digest, len(data.train),
+                out / REFERENCES, _digest(job_identity, model_sum), len(data.train),
                 lambda: compute(weights, samples(), config.batch, model_config, mesh), log,
             )  # fmt: skip
             if evaluator is not None:
@@ -146,14 +161,14 @@ def train(
             state, lanes = checkpoints.restore(like)
             stream.set_state(lanes)
             log(f"resuming after step {int(state.step)}, from {out / CHECKPOINTS}")
-        compiled = stack.enter_context(compile_times())
-        stack.enter_context(compiling(Programs(_programs(config), lambda text: log(text) if text else None)))
         kept_metrics = MetricsLog(out, config, int(state.step), _speed(job, mesh), log, compiled)
         metrics_log = stack.enter_context(contextlib.closing(kept_metrics))
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
+        if epochs:
+            by_first(lambda: write_steps(out / EPOCHS, epochs_digest, config.steps))
         first = int(state.step)
-        steps = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log, first)
-        state, is_complete = steps.run(state)
+        run = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log, first)
+        state, is_complete = run.run(state)
         number = int(state.step)
         if is_complete:
             best = None
@@ -202,7 +217,7 @@ class _Steps(NamedTuple):
         is_due = is_stopped = False
         if number and config.is_evaluated(number) and number not in self.checkpoints.evaluations:
             is_stopped = not self._evaluate(state)  # what it resumes after was saved, and then the job ended
-        while number < config.steps and not (is_stopped or self.stopping.is_asked()):
+        while number < config.steps and not (is_stopped or self._is_over() or self.stopping.is_asked()):
             batch, lanes = next(self.stream)
             self.profiler.before_step()
             state, metrics = job.step(state, job.frozen, put(batch, self.mesh))
@@ -236,7 +251,15 @@ class _Steps(NamedTuple):
                 f"{number - self.first} steps in this run, {int(state.skipped)} of all skipped; rows read: "
                 f"{counts.rows:,}, of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
-        return state, number >= config.steps and not is_stopped
+        if (is_over := self._is_over()) and number < config.steps:
+            found = counted(self.checkpoints.stale, "evaluation")
+            self.log(f"ended after step {number} of {config.steps}: {found} without a better {config.checkpoint.best}")
+        return state, (number >= config.steps or is_over) and not is_stopped
+
+    def _is_over(self) -> bool:
+        """Whether evaluations have found no better model for too long."""
+        options = self.job.config.eval
+        return options is not None and options.patience is not None and self.checkpoints.stale >= options.patience
 
     def _save(self, state: TrainState, lanes: dict[str, Any]) -> bool:
         """Save, unless the last step was skipped: its state may be bad, and a new checkpoint removes an old one.
@@ -303,6 +326,10 @@ class _Steps(NamedTuple):
         return f"this run began with {folder / str(latest)}, which may be bad: move it away to {instead}"
 
 
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
 def _of_all_processes(lanes: dict[str, Any]) -> dict[str, Any]:
     """The states of the lanes of all processes."""
     return functools.reduce(dict.__or__, gathered(lanes))
@@ -317,6 +344,8 @@ def _speed(job: Job, mesh: Mesh) -> Speed:
 def _programs(config: TrainConfig) -> dict[str, str]:
     """The jitted functions that a job runs, and what a person calls them."""
     found = {"step": "training step"}
+    if config.preference is not None and config.preference.has_reference:
+        found |= {"_logprobs": "log probabilities before the training"}
     if config.eval is not None:
         found["evaluation_loss"] = "loss of the evaluation"
         found |= programs() if config.eval.generate else {}

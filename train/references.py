@@ -5,7 +5,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -13,12 +12,13 @@ from jax.sharding import Mesh
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import gathered, is_first, to_host
+from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing
 from train.config import BatchConfig
 from train.data.packing import TrainBatch, place
 from train.data.placement import put, stacked
 from train.data.samples import Sample
-from train.data.stream import Encoder, packed, packer_of
+from train.data.stream import TOO_LONG, Encoder, outcomes, packed, packer_of
 from train.preference import pairs_of
 from train.state import Weights
 
@@ -29,11 +29,20 @@ Numbered = Iterable[tuple[int, Sample]]
 
 
 def encoded(encoder: Encoder, threads: int) -> Iterator[tuple[int, Sample]]:
-    """Yield the number and the sample of every record that becomes one, encoded in threads."""
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    for number, found in grain.MapDataset.source(range(len(encoder.records))).map(encoder).to_iter_dataset(options):
+    """Yield the number and the sample of every record that becomes one, encoded in threads.
+
+    Raises:
+      DataError: none does.
+    """
+    is_any, reason = False, TOO_LONG
+    for number, found in outcomes(encoder, threads):
         if isinstance(found, Sample):
+            is_any = True
             yield number, found
+        elif found is not None:
+            reason = str(found)
+    if not is_any:
+        raise DataError(f"found no pair in {counted(len(encoder.records), 'row')}; reason for the last: {reason}")
 
 
 def compute(

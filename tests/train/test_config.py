@@ -65,7 +65,14 @@ def test_fields_are_of_their_types(load):
     [
         ("steps =", "stepps =", "stepps: found an unknown field; expected some of model, out"),
         ("steps = 9", "steps = 1.5", "steps: found 1.5; expected an integer of at least 1"),
-        ("steps = 9", "steps = 0", "steps: found 0; expected an integer of at least 1"),
+        ("steps = 9", "steps = 0", "steps: found 0; expected an integer of at least 1, or epochs"),
+        (
+            "steps = 9",
+            "steps = 9\nepochs = 2",
+            "steps: found 9 beside epochs = 2; expected an integer of at least 1, or",
+        ),
+        ("steps = 9", "epochs = -1", "epochs: found -1; expected an integer of at least 1"),
+        ("steps = 9\n", "", "job.toml: steps: found nothing; expected an integer of at least 1, or epochs$"),
         ("steps =", "seed = -1\nsteps =", "seed: found -1; expected an integer from 0 to 4294967295"),
         ("steps =", "seed = 4294967296\nsteps =", "seed: found 4294967296; expected an integer from 0 to 4294967295"),
         ("steps =", "[data]\nsteps =", r"Cannot declare \('data',\) twice"),
@@ -88,6 +95,11 @@ def test_fields_are_of_their_types(load):
             'files = ["data.jsonl"]',
             '[data.sets.a]\nfiles = ["a"]\nshare = 0',
             "data.sets.a.share: found 0; expected a number above 0",
+        ),
+        (
+            'steps = 9\nfreeze = ["vision"]\ndtype = "float32"\n\n[data]\nfiles = ["data.jsonl"]',
+            'epochs = 1\n[data.sets.a]\nfiles = ["a"]',
+            "epochs: found 1 beside data.sets; expected steps",
         ),
         (
             'files = ["data.jsonl"]',
@@ -136,6 +148,7 @@ def test_invalid_fields_are_named(load, tmp_path, capsys, old, new, message):
         ("[eval]", "eval.share: found 0.0 and no files; expected either share or files"),
         ('[eval]\nfiles = ["a.jsonl"]\nshare = 0.5', "eval.share: found 0.5 beside 1 file; expected either"),
         ("[eval]\nshare = 1.5", "eval.share: found 1.5; expected a number of at least 0 and below 1"),
+        ("[eval]\nshare = 0.5\npatience = 0", "eval.patience: found 0; expected an integer of at least 1"),
         ("[eval]\nshare = 0.5\nevery = 0", "eval.every: found 0; expected an integer of at least 1"),
         ('[checkpoint]\nbest = "loss"', "checkpoint.best: found 'loss' without eval; expected both"),
         ('[checkpoint]\nbest = "score"\n[eval]\nshare = 0.5', "checkpoint.best: found 'score' with eval.generate = 0"),

@@ -31,7 +31,7 @@ def test_too_little_memory_is_refused_before_anything_is_read(monkeypatch, lora)
     free = [held]
     monkeypatch.setattr(plan, "memory_of", lambda devices: [Memory("host memory", free[0])])
     monkeypatch.setattr(job, "load_model", lambda *_, **__: pytest.fail("weights were read"))
-    job._check_memory(config, CONFIG)
+    job.check_memory(config, CONFIG)
     free[0] -= 1
     with pytest.raises(MemoryShortageError, match=r"checkpoint: needs .* for weights, gradients and optimizer state, "):
         job.Job.start(config, CONFIG)

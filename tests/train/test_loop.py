@@ -290,6 +290,42 @@ def evaluated(folder):
     return config, told, there
 
 
+def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_model_end_a_job(folder, monkeypatch):
+    """Interrupted, and then with another epoch: steps are counted once, and evaluations over all runs."""
+    losses = iter([4.0, 5.0, 3.0, 2.0, 2.5, float("nan")])
+
+    class Known:
+        def __init__(self, *args):
+            pass
+
+        def __call__(self, *args):
+            return Evaluation(next(losses), 0.5, None)
+
+    monkeypatch.setattr("train.loop.Evaluator", Known)
+    looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=1, patience=2)
+    config = job(folder, "epochs", steps=0, epochs=1, eval=looked, lora=AdapterConfig(rank=2, alpha=4.0))
+    assert config.checkpoint.best == "loss"
+    told = []
+
+    def stop(line):
+        told.append(line)
+        if line.startswith("evaluation after step 2:"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(config, log=stop) == (2, False)
+    assert "1 epoch of 12 records in 4 steps" in told
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop.count_steps", None)
+        assert train(config) == (4, True)
+    lines = steps(folder, "epochs")
+    assert sum(line["samples"] for line in lines) == 11 and lines[-1]["epoch"] == 1
+    # A warm-up of two steps, and a cosine of two.
+    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+    assert train(dataclasses.replace(config, epochs=2), log=told.append) == (6, True)
+    assert "ended after step 6 of 8: 2 evaluations without a better loss" in told
+    assert "exporting step 4, the best by loss" in told
+
+
 def test_a_step_is_saved_before_it_is_evaluated(evaluated):
     """An evaluation takes long, and a job that is killed meanwhile loses no step before it."""
     assert [max(steps) for steps in evaluated[2]] == [2, 4, 5]

@@ -15,7 +15,7 @@ from reference import CONFIGS, Prompts, assert_close, assert_gradients_equal, ex
 from glm4v_jax.batch import Batch
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.config import load_config
 from train.data.packing import TrainBatch, pack
@@ -220,6 +220,7 @@ def test_a_job_learns_which_answer_is_preferred(tmp_path):
     (tmp_path / "job.toml").write_text(JOB)
     config, told = load_config(tmp_path / "job.toml"), []
     assert train(config, log=told.append) == (12, True)
+    assert "compiling 1 of 3: log probabilities before the training" in told
     lines, (first, last) = read_log(tmp_path / "out" / METRICS), read_log(tmp_path / "out" / EVALUATIONS)
     assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-4) and lines[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert last["margin"] > first["margin"] > 0 and last["loss"] < 0.6 and last["accuracy"] >= 0.75, told
@@ -230,6 +231,21 @@ def test_a_job_learns_which_answer_is_preferred(tmp_path):
         patch.setattr("train.references.compute", lambda *_: pytest.fail("computed again"))
         patch.setattr("train.loop.compute", lambda *_: pytest.fail("computed again"))
         assert train(changed).step == 13
+
+
+@pytest.mark.slow
+def test_pairs_that_are_all_too_long_leave_nothing(tmp_path):
+    PIL.Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    said = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "red"}]
+    row = {"messages": said, "rejected_response": "blue", "images": ["a.png"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    text = JOB.replace("length = 128\nvision_rows", "length = 16\nvision_rows").replace(
+        '[eval]\nfiles = ["held.jsonl"]', ""
+    )
+    (tmp_path / "job.toml").write_text(text.replace("every = 6\n[checkpoint]", "[checkpoint]"))
+    with pytest.raises(DataError, match=r"found no pair in 1 row; .*too long: found more tokens than batch\.length"):
+        train(load_config(tmp_path / "job.toml"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_table_of_another_model_or_a_damaged_one_is_computed_again(tmp_path):

@@ -5,7 +5,7 @@ the batch's vision rows. The model computes for a sample what it computes for it
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -142,7 +142,24 @@ def padding_of(batch: TrainBatch) -> Padding:
     return Padding(tokens, None if vision is None else vision_rows.padded_share(vision))
 
 
-class Packer:
+class Packable(Protocol):
+    """What a packer knows of a sample, whose `len` is its tokens; see `Sample` for the fields."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def source(self) -> str:
+        """Place of the record."""
+
+    @property
+    def frames(self) -> np.ndarray:
+        """int64 [F, 2]: height and width of its images and frames, in patches."""
+
+
+P = TypeVar("P", bound=Packable)
+
+
+class Packer(Generic[P]):
     """Put a stream of samples together to batches that fit.
 
     A few batches are open at a time; a sample goes to the first of them that has room for its tokens and its images.
@@ -171,10 +188,10 @@ class Packer:
         self._rows, self._length, self._per_row = rows, length, per_row
         self._vision_shape = vision_shape
         self._limit = open_batches
-        self._open: list[list[tuple[Any, Sample]]] = []
+        self._open: list[list[tuple[Any, P]]] = []
         self._pushed = 0
 
-    def push(self, sample: Sample, key: Any = None) -> list[Sample] | None:
+    def push(self, sample: P, key: Any = None) -> list[P] | None:
         """Take the next sample.
 
         Args:
@@ -202,12 +219,12 @@ class Packer:
         self._pushed += 1
         return None if done is None else _samples(done)
 
-    def finish(self) -> Iterator[list[Sample]]:
+    def finish(self) -> Iterator[list[P]]:
         """Yield the batches that are not full, oldest first, until the packer is empty."""
         while self._open:
             yield _samples(self._open.pop(0))
 
-    def batches(self, stream: Iterable[Sample]) -> Iterator[list[Sample]]:
+    def batches(self, stream: Iterable[P]) -> Iterator[list[P]]:
         """Yield all batches of a stream, with numbers as keys; `get_state` is that after the last push."""
         for sample in stream:
             if (done := self.push(sample)) is not None:
@@ -218,7 +235,7 @@ class Packer:
         """Return {"pushed": samples so far, "open": the keys of those that wait, a list per batch}."""
         return {"pushed": self._pushed, "open": [[key for key, _ in batch] for batch in self._open]}
 
-    def set_state(self, state: Mapping[str, Any], sample_of: Callable[[Any], Sample]) -> None:
+    def set_state(self, state: Mapping[str, Any], sample_of: Callable[[Any], P]) -> None:
         """Continue from the state of another packer with the same arguments.
 
         Args:
@@ -239,13 +256,13 @@ class Packer:
             raise DataError(f"state of the packer: found {len(opened)} open batches; expected at most {self._limit}")
         self._open, self._pushed = opened, int(state["pushed"])
 
-    def _fits(self, samples: Sequence[Sample]) -> bool:
+    def _fits(self, samples: Sequence[P]) -> bool:
         lengths = [len(sample) for sample in samples]
         if place(lengths, self._rows, self._length, self._per_row) is None:
             return False
         return vision_fits(np.concatenate([sample.frames for sample in samples]), self._vision_shape)
 
-    def check(self, sample: Sample) -> None:
+    def check(self, sample: Packable) -> None:
         """Check that a sample fits an empty batch.
 
         Raises:
@@ -263,9 +280,9 @@ class Packer:
             )
 
 
-def _samples(batch: Sequence[tuple[Any, Sample]]) -> list[Sample]:
+def _samples(batch: Sequence[tuple[Any, P]]) -> list[P]:
     return [sample for _, sample in batch]
 
 
-def _num_tokens(batch: Sequence[tuple[Any, Sample]]) -> int:
+def _num_tokens(batch: Sequence[tuple[Any, Packable]]) -> int:
     return sum(len(sample) for _, sample in batch)

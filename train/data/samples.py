@@ -160,7 +160,7 @@ def _encode(record: Record, processor: Glm4vProcessor, config: Glm4vConfig, opti
         if options.too_long == "drop":
             return None
         if options.too_long == "error":
-            raise DataError(f"found {counted(len(sample), 'token')}; expected at most max_length, {options.max_length}")
+            raise DataError(f"found {counted(len(sample), 'token')}; {_expected(options)}")
         sample = _cut(sample, options.max_length, config)
         if not sample.num_targets:
             raise DataError(
@@ -182,7 +182,7 @@ def _pair(
     if options.max_length is not None and length > options.max_length:
         if options.too_long == "drop":
             return None
-        raise DataError(f"found {length} tokens of both answers; expected at most max_length, {options.max_length}")
+        raise DataError(f"found {length} tokens of both answers; {_expected(options)}")
     prompt = dataclasses.replace(
         first.prompt,
         input_ids=np.concatenate([first.input_ids, second.input_ids]),
@@ -191,6 +191,10 @@ def _pair(
         offset_of=np.concatenate([first.prompt.offset_of, second.prompt.offset_of]),
     )
     return Sample(prompt, np.concatenate([first.targets, second.targets]), first.source, len(first))
+
+
+def _expected(options: EncodeOptions) -> str:
+    return f"expected at most {options.max_length}: batch.length, or data.max_length where that is less"
 
 
 def _alternating(spans: Sequence[tuple[int, int]], length: int) -> Iterator[tuple[int, int]]:

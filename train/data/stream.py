@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -36,6 +36,9 @@ _PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permissi
 
 Draws = Sequence[tuple[np.ndarray, float]]
 """Of several sets the numbers of their records, and their shares of what is drawn."""
+
+TOO_LONG = "too long: found more tokens than batch.length, or data.max_length where that is less"
+"""Why a record is dropped."""
 
 Outcome = Sample | DataError | None
 """What became of a record: a sample; None where it is too long and is dropped; or an error that names it."""
@@ -73,6 +76,7 @@ class Encoder:
     check: raises `DataError` for a sample that fits no batch; see `Packer.check`.
     pauses: seconds before each further attempt to read a record.
     references: of preference data, what pairs are compared with, [records, 2] (`references.table_of`).
+    reported: numbers of the bad records that have been named: each once, and not by every lane and in every epoch.
     """
 
     records: Sequence[Record]
@@ -80,6 +84,7 @@ class Encoder:
     check: Callable[[Sample], None]
     pauses: Sequence[float] = _PAUSES
     references: np.ndarray | None = None
+    reported: set[int] = dataclasses.field(default_factory=set)
 
     def __call__(self, number: int) -> tuple[int, Outcome]:
         """Return the number and what became of the record."""
@@ -118,7 +123,7 @@ class Encoder:
         _, found = self(number)
         if isinstance(found, Sample):
             return found
-        raise DataError(f"row {number}: found {found or 'a sample that is too long'}; expected the sample it was")
+        raise DataError(f"row {number}: found {found or TOO_LONG}; expected the sample it was")
 
     def _read(self, number: int) -> Record:
         for pause in self.pauses:
@@ -151,8 +156,20 @@ def make_encoder(
     return Encoder(records, encoding, packer_of(batch, lanes or num_lanes(batch)).check)
 
 
+def outcomes(encoder: Encoder, threads: int, index: int = 0, count: int = 1) -> Iterator[tuple[int, Outcome]]:
+    """Yield what becomes of every `count`-th record from the `index`-th on, in their order, encoded in threads."""
+    numbers = grain.MapDataset.source(range(index, len(encoder.records), count))
+    yield from numbers.map(encoder).to_iter_dataset(_reading(threads))
+
+
+def _reading(threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+
+
 class Lane:
-    """Every `count`-th record from the `index`-th on, in an order that a seed decides, packed without end.
+    """Every `count`-th record from the `index`-th on, in an order that a seed decides, packed; see `in_order`.
+
+    After the last epoch come the batches that are not full, and then empty ones: other lanes may have more.
 
     Attributes:
       counts: of its rows so far.
@@ -170,6 +187,7 @@ class Lane:
         seed: int,
         log: Callable[[str], None],
         draws: Draws = (),
+        epochs: int = 0,
     ):
         """Start at the beginning.
 
@@ -182,23 +200,25 @@ class Lane:
           seed: of the order, which is the same for all lanes.
           log: called with one message for every record that is skipped.
           draws: sets and their shares; by default all records are one.
+          epochs: how often each record is read; 0 is without end.
         """
         self._encoder, self._packer, self._data, self._log = encoder, packer, data, log
         self.counts = RowCounts()
-        self._reported: set[int] = set()
-        numbers = in_order(draws or [(range(len(encoder.records)), 1.0)], data.shuffle, seed, index, count)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-        self._reader = iter(numbers.map(encoder).to_iter_dataset(options))
+        numbers = in_order(draws or [(range(len(encoder.records)), 1.0)], data.shuffle, seed, index, count, epochs)
+        self._reader = iter(numbers.map(encoder).to_iter_dataset(_reading(threads)))
 
     def __next__(self) -> list[Sample]:
-        """Return the samples of the next batch.
+        """Return the samples of the next batch, none after the last one.
 
         Raises:
           DataError: a record is bad and the job says that this ends it, or a whole epoch has brought no sample.
         """
         fruitless = 0
         while True:
-            number, found = next(self._reader)
+            try:
+                number, found = next(self._reader)
+            except StopIteration:
+                return next(self._packer.finish(), [])
             if isinstance(found, Sample):
                 fruitless = 0
                 self.counts.samples += 1
@@ -208,7 +228,7 @@ class Lane:
             self._leave_out(number, found)
             fruitless += 1
             if fruitless >= len(self._encoder.records):
-                reason = found or "too long"
+                reason = found or TOO_LONG
                 raise DataError(
                     f"found no sample in {counted(fruitless, 'row')}, a whole epoch; reason for the last: {reason}"
                 )
@@ -236,15 +256,20 @@ class Lane:
         if self._data.bad_rows == "error":
             raise error
         self.counts.skipped += 1
-        if number not in self._reported:
-            self._reported.add(number)  # once, not in every epoch
+        if number not in self._encoder.reported:
+            self._encoder.reported.add(number)
             self._log(str(error))
 
 
 def in_order(
-    draws: Sequence[tuple[Sequence[int] | np.ndarray, float]], shuffle: bool, seed: int, index: int, count: int
+    draws: Sequence[tuple[Sequence[int] | np.ndarray, float]],
+    shuffle: bool,
+    seed: int,
+    index: int,
+    count: int,
+    epochs: int = 0,
 ) -> Any:
-    """Return the numbers of a lane's records in their order, without end: a dataset of grain.
+    """Return the numbers of a lane's records in their order: a dataset of grain.
 
     Each set is repeated, in a new order every time; together the lanes have each record once before any has it again.
     The sets alternate so that each lane has the shares at any time, to within a record.
@@ -258,17 +283,18 @@ def in_order(
       shuffle: whether sets are read in an order that the seed decides, or as they are.
       seed: of the order.
       index, count: which lane this is, and of how many.
+      epochs: how often each record is read, of one set; 0 is without end.
     """
     sets = []
     for place, (numbers, _) in enumerate(draws):
         one = grain.MapDataset.source(numbers).seed(seed + place)
         # Of each set by itself: lanes would otherwise take turns with the sets.
-        sets.append((one.shuffle() if shuffle else one).repeat()[index::count])
+        sets.append((one.shuffle() if shuffle else one).repeat(epochs or None)[index::count])
     return sets[0] if len(sets) == 1 else grain.MapDataset.mix(sets, [share for _, share in draws])
 
 
 class Stream:
-    """Batches of steps without end: those of all lanes of this process."""
+    """Batches of steps: those of all lanes of this process."""
 
     def __init__(
         self,
@@ -281,6 +307,7 @@ class Stream:
         seed: int = 0,
         log: Callable[[str], None],
         draws: Draws = (),
+        epochs: int = 0,
     ):
         """Start at the beginning.
 
@@ -291,7 +318,7 @@ class Stream:
           mesh: whose devices take the batches.
           seed: of the order.
           log: called with one message for every record that is skipped.
-          draws: see `Lane`.
+          draws, epochs: see `Lane`.
 
         Raises:
           DataError: there are no records.
@@ -305,7 +332,7 @@ class Stream:
         self._lanes = {
             index: Lane(
                 encoder, packer_of(batch, self._count), data, index=index, count=self._count, threads=threads,
-                seed=seed, log=log, draws=draws,
+                seed=seed, log=log, draws=draws, epochs=epochs,
             )
             for index in here
         }  # fmt: skip

@@ -92,7 +92,7 @@ def test_a_record_that_is_gone_is_named_by_its_row():
     ("found", "reason", "counts"),
     [
         (DataError("no image"), "no image", RowCounts(skipped=3)),
-        (None, "too long", RowCounts(dropped=3)),
+        (None, "too long: found more tokens than batch.length", RowCounts(dropped=3)),
         (made(Row(8)), "data.jsonl:9: found 9 tokens; expected at most 8, a row", RowCounts(skipped=3)),
     ],
 )

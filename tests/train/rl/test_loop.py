@@ -112,6 +112,7 @@ def test_an_interrupted_job_resumes_bit_for_bit(folder):
         (("answer_budget = 8", "answer_budget = 128"), ConfigError, r"think_budget \+ answer_budget: found 128"),
         (("[rl]", "[eval]\nshare = 0.5\n[rl]"), ConfigError, "eval: found .*; expected none beside rl"),
         (("steps = 3", "steps = 3\nneftune = 5.0"), ConfigError, "neftune: found 5.0; expected none beside rl"),
+        (("steps = 3", "epochs = 3"), ConfigError, "epochs: found 3; expected none beside rl"),
         (('kind = "counting"', 'kind = "chart"\ntolerance = 9.0'), ConfigError, "rl.verifiers.digits: found a reward"),
         (('"problems.jsonl"', '"bad.jsonl"'), DataError, r"bad.jsonl:1: domain: found 'maths'; expected"),
     ],

@@ -1,0 +1,149 @@
+"""Epochs: each record is seen as often as a job says, by any lanes and processes, in as many steps as are counted."""
+
+import collections
+import concurrent.futures
+import threading
+import types
+
+import pytest
+from helpers_checkpoints import RANDOM_CHECKPOINT
+
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.errors import DataError
+from glm4v_jax.inputs.prompt import Prompt
+from train.config import BatchConfig, DataConfig
+from train.data import epochs, stream
+from train.data.epochs import count_steps, read_steps, write_steps
+from train.data.samples import Sample
+from train.data.stream import Encoder, Stream, packer_of
+
+RECORDS, EPOCHS = 11, 3
+CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
+DATA = DataConfig(files=("data.jsonl",), threads=1)
+
+
+def made(record):
+    """A sample of `number + 1` tokens, all of them `number`."""
+    prompt = Prompt.of_text([record.number] * (record.number + 1))
+    return Sample(prompt, prompt.input_ids, record.source)
+
+
+def job(mesh, *, encode=made, bad_rows="skip", **fields):
+    """A stream with its messages as `told`, and what counts its steps."""
+    batch = BatchConfig(**{"rows": 2, "length": 12, "vision_rows": 0, **fields})
+    records = [types.SimpleNamespace(number=number, source=f"data.jsonl:{number + 1}") for number in range(RECORDS)]
+    encoder, data = Encoder(records, encode, packer_of(batch).check), DataConfig(files=DATA.files, bad_rows=bad_rows)
+    told = []
+    one = Stream(encoder, CONFIG, data, batch, mesh, seed=3, log=told.append, epochs=EPOCHS)
+    one.told = told
+    return one, lambda: count_steps(encoder, data, batch, mesh, EPOCHS, seed=3, log=print)
+
+
+def seen(one, steps, lanes=None):
+    """Of so many steps, how often each record is in them; of two `lanes` of one row each, or of all rows."""
+    found = []
+    for _ in range(steps):
+        batch, _ = next(one)
+        ids, segments = batch.batch.input_ids[:, lanes], batch.batch.segment_ids[:, lanes]
+        tokens = collections.Counter(ids[segments > 0].tolist())
+        found.append(collections.Counter({number: count // (number + 1) for number, count in tokens.items()}))
+    return found
+
+
+def total(counters):
+    return dict(sum(counters, collections.Counter()))
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize("fields", [dict(lanes=1), dict(lanes=2), dict(lanes=2, micro_batches=3), dict(pack=False)])
+def test_each_record_is_seen_once_an_epoch(mesh, fields):
+    one, count = job(mesh, **fields)
+    steps = count()
+    found = seen(one, steps + 2, ALL)
+    one.close()
+    assert total(found) == dict.fromkeys(range(RECORDS), EPOCHS)
+    assert found[steps - 1] and not found[steps] and not found[steps + 1]
+
+
+def test_two_processes_see_together_what_one_sees(mesh, monkeypatch):
+    """Each encodes half of the records to count them, and reads a lane of its own."""
+    alone, count = job(mesh, lanes=2)
+    expected = count()
+    of_one = seen(alone, expected, ALL)
+    alone.close()
+    here, told, barrier = threading.local(), {}, threading.Barrier(2, timeout=60)
+
+    def gathered(value):
+        told[here.index] = value
+        barrier.wait()
+        found = [told[0], told[1]]
+        barrier.wait()
+        return found
+
+    monkeypatch.setattr(epochs, "gathered", gathered)
+    monkeypatch.setattr(epochs, "process_index", lambda: here.index)
+    monkeypatch.setattr(epochs, "process_count", lambda: 2)
+    for module in (epochs, stream):
+        monkeypatch.setattr(module, "lanes_here", lambda batch, mesh: [here.index])
+    encoded = ([], [])
+
+    def run(index):
+        here.index = index
+        one, count = job(mesh, lanes=2, encode=lambda record: encoded[index].append(record.number) or made(record))
+        steps = count()
+        counting = sorted(encoded[index])
+        found = seen(one, steps, slice(index, index + 1))
+        one.close()
+        return steps, counting, found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        (steps, first, one), (same, second, other) = pool.map(run, range(2))
+    assert steps == same == expected
+    assert sorted(first + second) == list(range(RECORDS))
+    assert [a + b for a, b in zip(one, other, strict=True)] == of_one
+
+
+def test_a_stream_resumes_in_the_middle_of_an_epoch_and_in_its_last_batches(mesh):
+    one, count = job(mesh, lanes=2)
+    steps = count()
+    batches = [next(one) for _ in range(steps)]
+    one.close()
+    for done in (1, steps // 2, steps - 1):
+        again, _ = job(mesh, lanes=2)
+        again.set_state(batches[done - 1][1])
+        for batch, state in batches[done:]:
+            found = next(again)
+            assert (found[0].batch.input_ids == batch.batch.input_ids).all() and found[1] == state
+        again.close()
+
+
+def test_rows_that_become_no_sample_take_no_step(mesh):
+    def encode(record):
+        if record.number == 4:
+            raise DataError("data.jsonl:5: no image")
+        return None if record.number % 2 else made(record)
+
+    one, count = job(mesh, encode=encode, lanes=2)
+    found = seen(one, count(), ALL)
+    one.close()
+    assert one.told == ["data.jsonl:5: no image"]  # once, although both lanes have read it
+    assert total(found) == dict.fromkeys((0, 2, 6, 8, 10), EPOCHS) and found[-1]
+    one, count = job(mesh, encode=encode, bad_rows="error")
+    one.close()
+    with pytest.raises(DataError, match=r"^data\.jsonl:5: no image$"):
+        count()
+    one, count = job(mesh, encode=lambda record: None)
+    one.close()
+    with pytest.raises(DataError, match="found no sample in 11 rows; reason for the last: too long"):
+        count()
+
+
+def test_counted_steps_are_kept_for_the_same_job_alone(tmp_path):
+    path = tmp_path / "epochs.json"
+    assert read_steps(path, "a") is None
+    write_steps(path, "a", 12)
+    assert read_steps(path, "a") == 12 and read_steps(path, "b") is None
+    path.write_text("{")
+    assert read_steps(path, "a") is None

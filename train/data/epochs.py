@@ -1,0 +1,127 @@
+"""How many steps so many epochs are: batches are put together without their content, from the sizes of all samples."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax import process_count, process_index
+from jax.sharding import Mesh
+
+from glm4v_jax.devices.distributed import gathered, is_first
+from glm4v_jax.errors import DataError, counted
+from glm4v_jax.files import replacing, to_json
+from train.config import BatchConfig, DataConfig
+from train.data.placement import lanes_here, num_lanes
+from train.data.samples import Sample
+from train.data.stream import TOO_LONG, Encoder, in_order, outcomes, packer_of
+
+_PERIOD = 10.0
+"""Seconds between two lines that say how far it is."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Size:
+    """Size of a sample, for a packer; see `Sample` for the fields."""
+
+    length: int
+    frames: np.ndarray
+    source: str = ""
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def count_steps(
+    encoder: Encoder,
+    data: DataConfig,
+    batch: BatchConfig,
+    mesh: Mesh,
+    epochs: int,
+    *,
+    seed: int = 0,
+    log: Callable[[str], None],
+) -> int:
+    """Return in how many steps a `Stream` with the same arguments has each record `epochs` times; all processes call this.
+
+    Every record is encoded once, a share of them in each process.
+
+    Args:
+      encoder: of all records.
+      data, batch: see there.
+      mesh: whose devices take the batches.
+      epochs: how often each record is seen.
+      seed: of the order.
+      log: called with how far it is.
+
+    Raises:
+      DataError: no record becomes a sample; or one is bad, and the job says that this ends it.
+    """  # noqa: E501
+    sizes = _sizes(encoder, data, log)
+    count = num_lanes(batch)
+
+    def batches(lane: int) -> int:
+        packer, number_of_full = packer_of(batch, count), 0
+        for number in in_order([(range(len(encoder.records)), 1.0)], data.shuffle, seed, lane, count, epochs):
+            size = sizes.get(int(number))
+            number_of_full += size is not None and packer.push(size, int(number)) is not None
+        return number_of_full + sum(1 for _ in packer.finish())
+
+    most = max(gathered(max(batches(lane) for lane in lanes_here(batch, mesh))))
+    return math.ceil(most / batch.micro_batches)
+
+
+def _sizes(encoder: Encoder, data: DataConfig, log: Callable[[str], None]) -> Mapping[int, Size]:
+    """Record number -> size of its sample, of those that become one."""
+    total, noted = len(encoder.records), time.perf_counter()
+    own: list[tuple[int, int, Any]] = []
+    failed, reason = None, TOO_LONG
+    for done, (number, found) in enumerate(
+        outcomes(encoder, data.threads, process_index(), process_count()), process_index() + 1
+    ):
+        if isinstance(found, Sample):
+            own.append((number, len(found), found.frames.tolist()))
+        elif found is not None:
+            reason = str(found)
+            if data.bad_rows == "error":
+                failed = reason
+                break
+        if time.perf_counter() - noted > _PERIOD:
+            noted = time.perf_counter()
+            log(f"counting the steps of an epoch: {done * process_count():,} of {counted(total, 'row')}")
+    everyone = gathered([own, failed, reason])
+    for _, failed, _ in everyone:  # of any process: the others would wait for it
+        if failed is not None:
+            raise DataError(failed)
+    sizes = {
+        number: Size(length, np.array(frames, np.int64).reshape(-1, 2))
+        for of_process, _, _ in everyone
+        for number, length, frames in of_process
+    }
+    if not sizes:
+        raise DataError(f"found no sample in {counted(total, 'row')}; reason for the last: {reason}")
+    return sizes
+
+
+def read_steps(path: Path, digest: str) -> int | None:
+    """Return the steps that `write_steps` has kept; None if there are none, or of another job."""
+    found: Sequence[Any] = gathered(_read(path) if is_first() else None)[0] or (None, None)
+    return found[1] if found[0] == digest else None
+
+
+def write_steps(path: Path, digest: str, steps: int) -> None:
+    """Keep the number of steps of what a digest says, so that a job that resumes need not count again."""
+    with replacing(path) as aside:
+        aside.write_text(to_json({"digest": digest, "steps": steps}) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> tuple[str, int] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return str(found["digest"]), int(found["steps"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        return None
