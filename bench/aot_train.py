@@ -13,7 +13,7 @@ from glm4v_jax.model.layers import Remat
 
 COLUMNS = (
     "step", "slice", "mesh", "compile s", "arguments", "temporaries", "peak", "of HBM", "in the layer loop",
-    "elsewhere", "GB received", "least", "TFLOP a chip", "least", "attention forward", "floor ms", "",
+    "elsewhere", "GB received", "least", "TFLOP a chip", "least", "attention forward", "floor ms", "estimated ms", "",
 )  # fmt: skip
 
 CAPTION = """\
@@ -85,7 +85,7 @@ def finished(compiled: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]
     State is read and written once, products are those of the model alone, and all links of a chip are in use.
     """
     from glm4v_jax.devices.hardware import GIB
-    from glm4v_jax.planning.compile_for_topology import SLICES
+    from glm4v_jax.planning.compile_for_topology import SLICES, estimated_ms
 
     chip, chips = SLICES[compiled["topology"].partition(":")[0]], math.prod(compiled["mesh"].values())
     floors = {
@@ -93,8 +93,9 @@ def finished(compiled: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]
         "FLOP/s": counts["model_flops"] / chips / chip.flops * 1e3,
         "links": counts["least_sent"] / chip.links * 1e3,
     }
+    estimated = estimated_ms(chip, compiled["megacycles"], compiled["received"], counts["kernel_flops"] / chips)
     fits = compiled["peak"] <= compiled["hbm"]
-    return compiled | {"floor_ms": floors, "fits": fits, "train": counts}
+    return compiled | {"floor_ms": floors, "estimated_ms": estimated, "fits": fits, "train": counts}
 
 
 def mesh_cell(line: dict[str, Any]) -> str:
@@ -114,10 +115,11 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
     made = (counts["model_flops"] + counts["recomputed_flops"]) / chips / 1e12
     bound = max(floors, key=lambda name: floors[name])
     forward = sum(runs for name, runs in counts["kernels"].items() if "_fwd_" in name)
+    seconds, estimated = ("" if line.get(name) is None else f"{line[name]:.0f}" for name in ("seconds", "estimated_ms"))
     return (
         line["program"], line["topology"], mesh_cell(line),
-        f"{line['seconds']:.0f}", f"{line['arguments']:.2f}", f"{line['temporaries']:.2f}", f"{line['peak']:.2f}",
+        seconds, f"{line['arguments']:.2f}", f"{line['temporaries']:.2f}", f"{line['peak']:.2f}",
         f"{line['hbm']:.0f}", collectives(line, 0), collectives(line, 1), f"{line['received']:.1f}",
         f"{counts['least_sent'] / 1e9:.1f}", f"{made:.1f}", f"{least:.1f}", f"{forward}",
-        f"{floors[bound]:.0f} ({bound})", report.verdict(line["passed"]),
+        f"{floors[bound]:.0f} ({bound})", estimated, report.verdict(line["passed"]),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
 from glm4v_jax.planning import compile_for_topology
 from train.data.packing import TrainBatch
 from train.data.placement import abstract
-from train.flops import Work, has_input_gradient, recomputed_flops, step_flops
+from train.flops import Work, has_input_gradient, kernel_flops, recomputed_flops, step_flops
 from train.optimizers import OptimizerConfig, group_of, make_optimizer
 from train.state import Layout, Leaves, init_state, split
 from train.step import make_step
@@ -55,6 +55,7 @@ class StepCost:
       recomputed_flops: `flops.recomputed_flops`.
       dot_flops: of all products in the traced program, those in attention kernels excluded.
       kernels: name of an attention kernel -> how often it runs.
+      kernel_flops: `flops.kernel_flops`.
       least_sent: bytes that a device has to receive from others; see `least_sent`.
     """
 
@@ -62,6 +63,7 @@ class StepCost:
     recomputed_flops: float
     dot_flops: float
     kernels: dict[str, int]
+    kernel_flops: float
     least_sent: float
 
 
@@ -85,7 +87,7 @@ def step_program(
       report: called with the cost of the traced step.
     """
 
-    def lower(model: Glm4v, devices: Mesh) -> Any:
+    def trace(model: Glm4v, devices: Mesh) -> jax.stages.Traced:
         if lora is not None:
             model = compile_for_topology.placed(jax.eval_shape(lambda model: add_lora(model, lora), model), devices)
 
@@ -100,24 +102,25 @@ def step_program(
             jax.eval_shape(lambda params: init_state(params, optimizer), params), devices
         )
         step: Any = make_step(Layout.of(model), optimizer, remat=remat)
-        traced = step.trace(state, frozen, abstract(_batch(config, shapes), devices))
+        traced: jax.stages.Traced = step.trace(state, frozen, abstract(_batch(config, shapes), devices))
         if report is not None:
             dots, kernels = count_products(traced.jaxpr)
             work = shapes.work
             report(
                 StepCost(
                     step_flops(config, params, frozen, work), recomputed_flops(config, params, frozen, work, remat),
-                    dots, kernels, least_sent(config, params, frozen, shapes),
+                    dots, kernels, kernel_flops(config, params, work, remat),
+                    least_sent(config, params, frozen, shapes),
                 )
             )  # fmt: skip
-        return traced.lower()
+        return traced
 
     name = f"{'full' if lora is None else f'LoRA r={lora.rank}'}, {shapes.rows} x {shapes.length:,}"
     if shapes.vision_rows:
         name += f" + {shapes.vision_rows} x {shapes.vision_length:,}"
     name += f" x {shapes.micro_batches}" if shapes.micro_batches > 1 else ""
     return compile_for_topology.Program(
-        name=f"{name}, remat {remat}", lower=lower, read=0, flops=0.0, parts=("visual", "language_model", "lm_head"),
+        name=f"{name}, remat {remat}", trace=trace, read=0, flops=0.0, parts=("visual", "language_model", "lm_head"),
         loop=1,
     )  # fmt: skip
 

@@ -98,6 +98,16 @@ def recomputed_flops(
     return total
 
 
+def kernel_flops(config: Glm4vConfig, params: Mapping[str, Any], work: Work, remat: Remat) -> float:
+    """Return the operations of attention kernels in a step: two products forward, and seven backward, in two kernels.
+
+    As `step_flops` has them, but with what the kernels recompute.
+    """
+    first = _first_stage(params)
+    backward = 3.5 + (remat == "full")
+    return sum(flops * (1 + backward * (stage >= first)) for stage, flops in _attention(config, work).items())
+
+
 def has_input_gradient(path: str, params: Iterable[str]) -> bool:
     """Return whether the gradient goes through a kernel, on its way to some of the trained parameters."""
     first = _first_stage(params)

@@ -32,6 +32,8 @@ class Chip:
       links: bytes per second over all links to other chips.
       available: bytes of its memory that programs may use, by what the compiler says when it refuses one; all of it
         where that is not known.
+      clock: cycles per second of a core: `flops` by those of a cycle, of 4 matrix units of 128 x 128 in a v5e, 8 of
+        them in a v5p, and 4 of 256 x 256 in a v6e.
     """
 
     kinds: tuple[str, ...]
@@ -41,6 +43,7 @@ class Chip:
     bandwidth: float = 0.0
     links: float = 0.0
     available: int = 0
+    clock: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.available:
@@ -52,9 +55,9 @@ CHIPS = (
     Chip(("TPU v2",), "v2", 8 * GIB),
     Chip(("TPU v3",), "v3", 16 * GIB),
     Chip(("TPU v4",), "v4", 32 * GIB, 275e12),
-    Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9, 63 * GIB // 4),
-    Chip(("TPU v6", "TPU v6e"), "v6e", 32 * GIB, 918e12, 1640e9, 448e9, 125 * GIB // 4),
-    Chip(("TPU v5", "TPU v5p"), "v5p", 95 * GIB, 459e12, 2765e9, 600e9),
+    Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9, 63 * GIB // 4, 1.5e9),
+    Chip(("TPU v6", "TPU v6e"), "v6e", 32 * GIB, 918e12, 1640e9, 448e9, 125 * GIB // 4, 1.75e9),
+    Chip(("TPU v5", "TPU v5p"), "v5p", 95 * GIB, 459e12, 2765e9, 600e9, clock=1.75e9),
     Chip(("NVIDIA A100",), hbm=80 * GIB, flops=312e12),
     Chip(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), hbm=40 * GIB, flops=312e12),
     Chip(("NVIDIA H100",), hbm=80 * GIB, flops=989e12),

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.hardware import CHIPS, GIB
+from glm4v_jax.devices.hardware import CHIPS, GIB, Chip
 from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.generate import device_steps
@@ -100,21 +100,23 @@ class Program:
 
     Attributes:
       name: for the reader.
-      lower: (model, mesh) -> the lowered program; called within the mesh.
+      trace: (model, mesh) -> the traced program; called within the mesh.
       read: bytes that a run has to read at least, on all chips together, besides the weights of `parts`.
       flops: floating point operations of a run, on all chips together.
+      kernel_flops: those of them in attention kernels, whose cycles the compiler does not estimate.
       parts: names of the model's parts whose weights it reads.
       loop: number of nested loops around an instruction that runs once per layer.
       beside: (model, mesh) -> what else is on the chips while it runs, besides the weights of other parts.
     """
 
     name: str
-    lower: Callable[[Glm4v, Mesh], Any]
+    trace: Callable[[Glm4v, Mesh], jax.stages.Traced]
     read: int
     flops: float
     parts: tuple[str, ...]
     loop: int
     beside: Callable[[Glm4v, Mesh], Any] = lambda model, mesh: ()
+    kernel_flops: float = 0.0
 
 
 def abstract_vision_rows(config: Glm4vConfig, *shape: int) -> VisionRows:
@@ -131,17 +133,17 @@ def abstract_vision_rows(config: Glm4vConfig, *shape: int) -> VisionRows:
 def decode_program(config: Glm4vConfig, batch: int, slots: int, cache_dtype: CacheDtype = "auto") -> Program:
     """The decode program: a step of `batch` rows, each with a cache of `slots`."""
 
-    def lower(model: Glm4v, mesh: Mesh) -> Any:
+    def trace(model: Glm4v, mesh: Mesh) -> jax.stages.Traced:
         text, head = _text_and_head(_served(model, mesh))
         state = _state(text, mesh, batch, slots, cache_dtype)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        return device_steps.decode.lower(text, head, state, number, number, num_steps=STEPS)
+        return device_steps.decode.trace(text, head, state, number, number, num_steps=STEPS)
 
     text = config.text_config
     decoder, head = _kernels(config, _DECODER), text.hidden_size * text.vocab_size
     name = f"decode B={batch} S={slots:,}" + (f", cache {cache_dtype}" if cache_dtype != "auto" else "")
     return Program(
-        name, lower, batch * slots * _cache_bytes(config, cache_dtype),
+        name, trace, batch * slots * _cache_bytes(config, cache_dtype),
         batch * (2 * (decoder + head) + _attention_flops(config, slots)), ("language_model", "lm_head"), 2,
     )  # fmt: skip
 
@@ -154,7 +156,7 @@ def prefill_program(
     The prompts are the whole batch, or one row of each shard of a state of `state_rows` rows.
     """
 
-    def lower(model: Glm4v, mesh: Mesh) -> Any:
+    def trace(model: Glm4v, mesh: Mesh) -> jax.stages.Traced:
         text, _ = _text_and_head(_served(model, mesh))
         state = _state(text, mesh, state_rows or batch, slots)
         seen = jax.ShapeDtypeStruct((batch, state.seen.shape[1]), jnp.bool_)
@@ -164,24 +166,26 @@ def prefill_program(
         chunk = device_steps.PrefillChunk(ids, positions, ids, ids, jax.ShapeDtypeStruct((batch,), jnp.int32))
         shape = (pool_capacity(vision_tokens), config.text_config.hidden_size)
         pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(None, None)))
-        return device_steps.prefill.lower(text, state, rows, chunk, seen, pool)
+        return device_steps.prefill.trace(text, state, rows, chunk, seen, pool)
 
     before = slots - tokens
-    flops = batch * tokens * (2 * _kernels(config, _DECODER) + _attention_flops(config, before + tokens / 2))
+    attention = batch * tokens * _attention_flops(config, before + tokens / 2)
+    flops = batch * tokens * 2 * _kernels(config, _DECODER) + attention
     name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {state_rows}" if state_rows else "")
-    return Program(name, lower, batch * slots * _cache_bytes(config), flops, ("language_model",), 1)
+    read = batch * slots * _cache_bytes(config)
+    return Program(name, trace, read, flops, ("language_model",), 1, kernel_flops=attention)
 
 
 def copy_program(config: Glm4vConfig, slots: int, state_rows: int) -> Program:
     """The program that gives a row of `state_rows`, each with a cache of `slots`, what another holds."""
 
-    def lower(model: Glm4v, mesh: Mesh) -> Any:
+    def trace(model: Glm4v, mesh: Mesh) -> jax.stages.Traced:
         state = _state(_text_and_head(_served(model, mesh))[0], mesh, state_rows, slots)
         row = jax.ShapeDtypeStruct((1,), jnp.int32)
         seen = jax.ShapeDtypeStruct((1, state.seen.shape[1]), jnp.bool_)
-        return device_steps.copy_rows.lower(state, row, row, row, seen)
+        return device_steps.copy_rows.trace(state, row, row, row, seen)
 
-    return Program(f"copy 1 of {state_rows} x {slots:,}", lower, slots * _cache_bytes(config), 0, (), 0)
+    return Program(f"copy 1 of {state_rows} x {slots:,}", trace, slots * _cache_bytes(config), 0, (), 0)
 
 
 def encode_program(
@@ -193,20 +197,20 @@ def encode_program(
     """
     vision = config.vision_config
 
-    def lower(model: Glm4v, mesh: Mesh) -> Any:
+    def trace(model: Glm4v, mesh: Mesh) -> jax.stages.Traced:
         order = jax.ShapeDtypeStruct((rows, length // vision.spatial_merge_size**2), jnp.int32)
         visual = Flat.of(_served(model, mesh).visual)
-        return encode_wave.lower(visual, abstract_vision_rows(config, rows, length), order)
+        return encode_wave.trace(visual, abstract_vision_rows(config, rows, length), order)
 
     blocks, merged = _kernels(config, "visual.blocks."), _kernels(config, "visual.downsample.", "visual.merger.")
-    attention = 4 * vision.depth * frame * vision.hidden_size
-    flops = rows * length * (2 * blocks + attention + 2 * merged / vision.spatial_merge_size**2)
+    attention = rows * length * 4 * vision.depth * frame * vision.hidden_size
+    flops = attention + rows * length * 2 * (blocks + merged / vision.spatial_merge_size**2)
 
     def beside(model: Glm4v, mesh: Mesh) -> Any:
         return _state(_text_and_head(model)[0], mesh, state_rows, slots) if state_rows else ()
 
     name = f"encode {rows} x {length:,}" + (f", beside {state_rows} of {slots:,}" if state_rows else "")
-    return Program(name, lower, 0, flops, ("visual",), 1, beside)
+    return Program(name, trace, 0, flops, ("visual",), 1, beside, attention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +230,8 @@ class Compiled:
       peak: the most GiB in use at a time, arguments included, as the compiler has laid them out; less than the sum
         where temporaries reuse the memory of donated arguments.
       beside: GiB of what else is on the chip, such as the weights of other parts of the model.
-      megacycles: of a run or step, by the compiler's own estimate: a model of the chip, to compare programs with;
-        branches that may not be taken do not count.
+      megacycles: of a run or step, by the compiler's own estimate; see `Traffic`.
+      estimated_ms: see `estimated_ms`.
     """
 
     program: str
@@ -246,6 +250,7 @@ class Compiled:
     peak: float
     beside: float
     megacycles: float
+    estimated_ms: float
 
     @property
     def fits(self) -> bool:
@@ -254,7 +259,11 @@ class Compiled:
 
 
 class Traffic(NamedTuple):
-    """What a compiled program moves, and how long it takes by the compiler's estimate; fields as in `Compiled`."""
+    """What a compiled program moves and computes; fields as in `Compiled`.
+
+    megacycles: as the compiler estimates them for each instruction but collectives, kernels, and copies that run beside
+      others; branches that may not be taken do not count.
+    """
 
     collectives: dict[str, tuple[int, int]]
     copies: list[tuple[str, bool]]
@@ -312,7 +321,7 @@ def compile_for(
         model = abstract_model(config, mesh, quantize)
         others = [getattr(model, part) for part in _PARTS if part not in program.parts]
         beside = chip_bytes((others, program.beside(model, mesh)))
-        lowered = program.lower(model, mesh)
+        lowered = program.trace(model, mesh).lower()
         start = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
@@ -331,7 +340,23 @@ def compile_for(
             1e3 * program.flops / chips / chip.flops,
         ),
         moved.received, memory.peak_memory_in_bytes / GIB, beside / GIB, moved.megacycles,
+        estimated_ms(chip, moved.megacycles, moved.received, program.kernel_flops / chips),
     )  # fmt: skip
+
+
+def estimated_ms(chip: Chip, megacycles: float, received: float, kernel_flops: float = 0.0) -> float:
+    """Estimate the time of a run, one part after the other: a model to compare programs with, not a measurement.
+
+    >>> round(estimated_ms(SLICES["v5e"], megacycles=15, received=0.2, kernel_flops=197e9), 1)
+    12.0
+
+    Args:
+      chip: with its clock.
+      megacycles: see `Traffic`; each instruction has the compiler's overhead of about 2,000 cycles in them.
+      received: GB, over all links of the chip at their full rate: no latency, and no overlap with the rest.
+      kernel_flops: on this chip, at its full rate.
+    """
+    return 1e3 * (megacycles * 1e6 / chip.clock + received * 1e9 / chip.links + kernel_flops / chip.flops)
 
 
 def _served(model: Glm4v, mesh: Mesh) -> Glm4v:

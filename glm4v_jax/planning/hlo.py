@@ -26,8 +26,11 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 # The devices of a group: [groups, devices]<=..., {{0, 1, ...}, ...}, or mesh[axes' sizes] {axes}.
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
 _AXIS = re.compile(r"'([^']*)'=(\d+)")
-_LIMIT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
-_LESS = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
+_NUMBER = re.compile(r"^\s+%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+_ELEMENT = re.compile(r"^\s+%?([\w.\-]+) = .* get-tuple-element\(.*\), index=(\d+)")
+_RESULTS = re.compile(r"^\s+ROOT .* tuple\((.*?)\)")
+_SUM = re.compile(r"^\s+%?([\w.\-]+) = [su]32\[\]\S* add\(%?([\w.\-]+), %?([\w.\-]+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ON_CHIP = "S(1)"  # the memory space of a core's own fast memory
 
@@ -140,13 +143,34 @@ def _fused_collectives(computations: dict[str, tuple[bool, list[str]]], callees:
 
 
 def _trip_count(computations: dict[str, tuple[bool, list[str]]], callees: list[str]) -> int:
-    """Trip count of a loop that counts from 0 up to a constant of its condition; 1 of another."""
+    """Trip count of a loop that counts from 0 up to a constant of its condition; 1 of another.
+
+    A loop that the compiler has unrolled counts in steps.
+    """
     for callee in callees:
-        limits = {found[1]: found[2] for line in computations[callee][1] if (found := _LIMIT.match(line))}
-        for line in computations[callee][1]:
-            if (less := _LESS.search(line)) and less[1] in limits:
-                return int(limits[less[1]])
+        lines = computations[callee][1]
+        limits, elements = _matches(_NUMBER, lines), _matches(_ELEMENT, lines)
+        for line in lines:
+            if (less := _LESS.search(line)) and less[2] in limits:
+                steps = (_step(computations[body][1], elements.get(less[1])) for body in callees if body != callee)
+                return -(-int(limits[less[2]]) // max(1, *steps))
     return 1
+
+
+def _step(body: list[str], index: str | None) -> int:
+    """What the body of a loop adds to the number in its state of this index; 1 where it says something else."""
+    numbers = _matches(_NUMBER, body)
+    sums = {found[1]: found.groups()[1:] for line in body if (found := _SUM.match(line))}
+    for line in body:
+        if index is not None and (results := _RESULTS.match(line)):
+            names = [name.split("%")[-1].strip() for name in results[1].split(",")]
+            added = [numbers[name] for name in sums.get(names[int(index)], ()) if name in numbers]
+            return int(added[0]) if added else 1
+    return 1
+
+
+def _matches(pattern: re.Pattern[str], lines: list[str]) -> dict[str, str]:
+    return {found[1]: found[2] for line in lines if (found := pattern.match(line))}
 
 
 def _result_bytes(opcode: str, result: str) -> int:

@@ -79,7 +79,7 @@ def test_a_traced_step_multiplies_as_much(trained, remat):
     found = []
     with use_mesh() as mesh:
         model = jax.eval_shape(lambda: Glm4v.init(CONFIG))
-        step_program(CONFIG, SHAPES, lora=lora, freeze=freeze, remat=remat, report=found.append).lower(model, mesh)
+        step_program(CONFIG, SHAPES, lora=lora, freeze=freeze, remat=remat, report=found.append).trace(model, mesh)
     (counts,) = found
     every = leaves(CONFIG, is_lora if lora else lambda path: group_of(path) not in freeze, lora)
     assert counts.model_flops == step_flops(CONFIG, *every, SHAPES.work)
