@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bench import aot_changes, aot_train, report
+from bench import aot_changes, aot_rl, aot_train, report
 
 # (program, its numbers, slice, mesh and scheme of weights). Images of 4K have 24,576 patches, small ones 256.
 LATENCY = {4: dict(kv=2, q=2), 8: dict(kv=2, q=4), 16: dict(kv=2, q=8)}
@@ -64,6 +64,7 @@ CASES: list[tuple[str, Any, str, dict[str, Any]]] = [
     ("prefill", (1, 1024, 4096, 4096, 8), "v5e:1x1", OCR),
     ("encode", (1, 12288, 12288, 8, 4096), "v5e:1x1", OCR),
     *aot_train.CASES,
+    *aot_rl.CASES,
 ]
 COLUMNS = (
     "program", "slice", "mesh", "compile s", "arguments", "temporaries", "outputs", "beside", "of HBM",
@@ -91,6 +92,8 @@ def compile_case(number: int) -> dict[str, Any]:
     kind, numbers, topology, sizes = CASES[number]
     if kind == "train":
         return aot_train.compile_step(numbers, topology, sizes)
+    if kind in aot_rl.KINDS:
+        return aot_rl.compile_case(kind, numbers)
     makers: dict[str, Callable[..., compile_for_topology.Program]] = {
         "decode": compile_for_topology.decode_program,
         "prefill": compile_for_topology.prefill_program,
@@ -136,6 +139,8 @@ def passes(case: tuple[str, Any, str, dict[str, Any]], found: dict[str, Any], me
     """
     kind, numbers, topology, _ = case
     faults = [not found["fits"], found["arguments"] > MAX_ARGUMENTS.get((kind, numbers, topology), math.inf)]
+    if "rollout" in kind:
+        faults += [bool(found["copies"]), found["temporaries"] > MAX_TEMPORARIES]
     if kind == "decode":
         batch, *slots = numbers
         megacycles[batch, *slots, topology] = found["megacycles"]
@@ -161,7 +166,7 @@ def main() -> int:
     broken: list[dict[str, str]] = []
     megacycles: dict[Any, float] = {}
     for number, (kind, numbers, topology, sizes) in enumerate(CASES):
-        title = f"{kind} {numbers} on {topology} {sizes}"
+        title = f"{kind} {'' if kind in aot_rl.KINDS else numbers} on {topology} {sizes}"
         if arguments.only not in title:
             continue
         found = in_process("bench.aot", number)

@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from glm4v_jax.batch import Batch
@@ -21,7 +22,7 @@ from train.data.packing import TrainBatch
 from train.data.placement import abstract
 from train.flops import Work, has_input_gradient, kernel_flops, recomputed_flops, step_flops
 from train.optimizers import OptimizerConfig, group_of, make_optimizer
-from train.state import Layout, Leaves, init_state, split
+from train.state import Layout, Leaves, TrainState, init_state, split
 from train.step import make_step
 
 STEPS = 1000
@@ -67,6 +68,31 @@ class StepCost:
     least_sent: float
 
 
+class Training(NamedTuple):
+    """What a job holds on its devices: abstract arrays, sharded as a job has them; AdamW."""
+
+    state: TrainState
+    frozen: Leaves
+    layout: Layout
+    optimizer: optax.GradientTransformation
+
+
+def abstract_training(
+    model: Glm4v, devices: Mesh, *, lora: LoraConfig | None = None, freeze: tuple[str, ...] = ()
+) -> Training:
+    """Make the abstract state of a training of `model` on a mesh, within which this is called; see `step_program`."""
+    if lora is not None:
+        model = compile_for_topology.placed(jax.eval_shape(lambda model: add_lora(model, lora), model), devices)
+
+    def is_trained(path: str) -> bool:
+        return is_lora(path) if lora is not None else group_of(path) not in freeze
+
+    params, frozen = compile_for_topology.placed(jax.eval_shape(lambda model: split(model, is_trained), model), devices)
+    optimizer = make_optimizer(OptimizerConfig(), STEPS, model)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    return Training(compile_for_topology.placed(state, devices), frozen, Layout.of(model), optimizer)
+
+
 def step_program(
     config: Glm4vConfig,
     shapes: Shapes,
@@ -88,31 +114,12 @@ def step_program(
     """
 
     def trace(model: Glm4v, devices: Mesh) -> jax.stages.Traced:
-        if lora is not None:
-            model = compile_for_topology.placed(jax.eval_shape(lambda model: add_lora(model, lora), model), devices)
-
-        def is_trained(path: str) -> bool:
-            return is_lora(path) if lora is not None else group_of(path) not in freeze
-
-        params, frozen = compile_for_topology.placed(
-            jax.eval_shape(lambda model: split(model, is_trained), model), devices
-        )
-        optimizer = make_optimizer(OptimizerConfig(), STEPS, model)
-        state = compile_for_topology.placed(
-            jax.eval_shape(lambda params: init_state(params, optimizer), params), devices
-        )
-        step: Any = make_step(Layout.of(model), optimizer, remat=remat)
-        traced: jax.stages.Traced = step.trace(state, frozen, abstract(_batch(config, shapes), devices))
+        training = abstract_training(model, devices, lora=lora, freeze=freeze)
+        step: Any = make_step(training.layout, training.optimizer, remat=remat)
+        batch = abstract(abstract_batch(config, shapes), devices)
+        traced: jax.stages.Traced = step.trace(training.state, training.frozen, batch)
         if report is not None:
-            dots, kernels = count_products(traced.jaxpr)
-            work = shapes.work
-            report(
-                StepCost(
-                    step_flops(config, params, frozen, work), recomputed_flops(config, params, frozen, work, remat),
-                    dots, kernels, kernel_flops(config, params, work, remat),
-                    least_sent(config, params, frozen, shapes),
-                )
-            )  # fmt: skip
+            report(step_cost(config, training, shapes, remat, traced))
         return traced
 
     name = f"{'full' if lora is None else f'LoRA r={lora.rank}'}, {shapes.rows} x {shapes.length:,}"
@@ -122,6 +129,18 @@ def step_program(
     return compile_for_topology.Program(
         name=f"{name}, remat {remat}", trace=trace, read=0, flops=0.0, parts=("visual", "language_model", "lm_head"),
         loop=1,
+    )  # fmt: skip
+
+
+def step_cost(
+    config: Glm4vConfig, training: Training, shapes: Shapes, remat: Remat, traced: jax.stages.Traced
+) -> StepCost:
+    """Return what a traced step computes and communicates."""
+    params, frozen, work = training.state.params, training.frozen, shapes.work
+    dots, kernels = count_products(traced.jaxpr)
+    return StepCost(
+        step_flops(config, params, frozen, work), recomputed_flops(config, params, frozen, work, remat), dots, kernels,
+        kernel_flops(config, params, work, remat), least_sent(config, params, frozen, shapes),
     )  # fmt: skip
 
 
@@ -191,8 +210,8 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
-def _batch(config: Glm4vConfig, shapes: Shapes) -> TrainBatch:
-    """Abstract arrays, with the first dimension of micro-batches."""
+def abstract_batch(config: Glm4vConfig, shapes: Shapes) -> TrainBatch:
+    """Make the abstract arrays of a batch, with the first dimension of micro-batches."""
     count, tokens = shapes.micro_batches, (shapes.rows, shapes.length)
     ids: Any = jax.ShapeDtypeStruct((count, *tokens), jnp.int32)
     positions: Any = jax.ShapeDtypeStruct((count, 3, *tokens), jnp.int32)

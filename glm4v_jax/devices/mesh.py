@@ -204,6 +204,27 @@ def explicit(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
 
+def reshaped(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
+    """Make a mesh of other sizes of the same devices in the same order: a program can then take arrays from both.
+
+    `make_mesh` may order the chips of a TPU slice anew for other sizes.
+
+    >>> dict(reshaped(make_mesh(), {"kv": 1}).shape)
+    {'data': 1, 'fsdp': 1, 'kv': 1, 'q': 1, 'seq': 1}
+
+    Raises:
+      ConfigError: it is of another number of devices.
+    """
+    counts = [sizes.get(axis, 1) for axis in AXES]
+    if math.prod(counts) != mesh.size:
+        named = " ".join(f"{axis}={size}" for axis, size in zip(AXES, counts, strict=True) if size > 1)
+        raise ConfigError(
+            f"mesh {named or 'of one device'}: found {counted(mesh.size, 'device')} in the other mesh; "
+            f"expected {math.prod(counts)}, the same devices in both"
+        )
+    return Mesh(mesh.devices.reshape(counts), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
 def placed_on(tree: T, mesh: Mesh) -> T:
     """The same arrays, not copied, on a mesh of the same devices and axes, whose types may be others."""
 

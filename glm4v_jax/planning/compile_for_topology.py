@@ -130,14 +130,21 @@ def abstract_vision_rows(config: Glm4vConfig, *shape: int) -> VisionRows:
     return VisionRows(of(jnp.float32, vision.patch_dim), of(jnp.int32), of(jnp.int32, 2), grid, grid)
 
 
-def decode_program(config: Glm4vConfig, batch: int, slots: int, cache_dtype: CacheDtype = "auto") -> Program:
+def decode_program(
+    config: Glm4vConfig,
+    batch: int,
+    slots: int,
+    cache_dtype: CacheDtype = "auto",
+    variant: device_steps.Variant | None = None,
+) -> Program:
     """The decode program: a step of `batch` rows, each with a cache of `slots`."""
 
     def trace(model: Glm4v, mesh: Mesh) -> jax.stages.Traced:
         text, head = _text_and_head(_served(model, mesh))
         state = _state(text, mesh, batch, slots, cache_dtype)
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        return device_steps.decode.trace(text, head, state, number, number, num_steps=STEPS)
+        options = {"num_steps": STEPS, "variant": variant or device_steps.Variant()}
+        return device_steps.decode.trace(text, head, state, number, number, **options)
 
     text = config.text_config
     decoder, head = _kernels(config, _DECODER), text.hidden_size * text.vocab_size

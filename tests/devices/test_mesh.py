@@ -45,6 +45,14 @@ def test_the_current_mesh_is_kept():
         assert inner.axis_names == mesh.AXES
 
 
+def test_a_reshaped_mesh_keeps_the_order_of_its_devices():
+    """Or a program with arrays of both is refused: `make_mesh` orders a v5p:2x2x1 anew for kv=2 q=2 after fsdp=4."""
+    made = mesh.make_mesh(devices=jax.devices()[:1])
+    assert list(mesh.reshaped(made, {"kv": 1}).devices.flat) == list(made.devices.flat)
+    with pytest.raises(ConfigError, match="mesh kv=2: found 1 device in the other mesh; expected 2, the same devices"):
+        mesh.reshaped(made, {"kv": 2})
+
+
 def test_a_program_is_compiled_for_each_table_of_rules():
     devices = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:1])
     traced = []

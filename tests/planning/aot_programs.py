@@ -10,6 +10,7 @@ from typing import Any
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.planning import compile_for_topology
 from train.compile_for_topology import Shapes, step_program
+from train.rl.compile_for_topology import RewardJob, handover_program
 
 LAYERS = 2
 
@@ -27,7 +28,7 @@ def narrow(hidden: int, vocabulary: int) -> Glm4vConfig:
 
 
 def main() -> None:
-    """Compile decode and prefill on the mesh of latency and on those of others, quantised, and a training step."""
+    """Compile decode and prefill on the mesh of latency and on others, quantised, a training step, and a handover."""
     # What samples compiles in less than half the time where it sorts 1,024 numbers.
     wide, narrower = narrow(2048, 1024), narrow(1024, 8192)
     decode, prefill = (
@@ -40,11 +41,13 @@ def main() -> None:
     )
     one = compile_for_topology.decode_program(wide, 1, 4096)
     step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))
+    handover = handover_program(RewardJob(wide, dict(fsdp=2, kv=2), dict(kv=2, q=2)))
     single: dict[str, Any] = dict(topology="v5e:1x1", quantize="int8")
     for program, config, options in (
         (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
         (step, narrower, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, wide, dict(kv=2, q=2)),
         (one, wide, single), (compile_for_topology.copy_program(wide, 4096, 8), wide, dict(kv=2, q=2)),
+        (handover, wide, dict(fsdp=2, kv=2)),
     ):  # fmt: skip
         compiled = compile_for_topology.compile_for(program, config, **dict(topology="v5e:2x2") | options, large=2**18)
         print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201

@@ -198,7 +198,7 @@ def compiled():
     assert done.returncode == 0, done.stderr[-4000:]
     names = (
         "decode", "prefill", "decode, slots split", "training step", "a row beside others", "many short rows",
-        "a quantised row on one chip", "a copy of a row",
+        "a quantised row on one chip", "a copy of a row", "handover",
     )  # fmt: skip
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -263,3 +263,10 @@ def test_a_training_step_gathers_weights_and_scatters_gradients(compiled):
     assert not any(inside for _, inside in found["copies"])
     # Weights and gradients in bfloat16 are a third of the weights and two moments in float32.
     assert found["temporaries"] <= 0.5 * found["arguments"]
+
+
+def test_a_handover_gathers_layer_by_layer(compiled):
+    """At once, copies of all gathered layers would be there beside the result, or whole weights of all layers."""
+    found = compiled["handover"]
+    assert found["collectives"]["all-gather"][0] > 0
+    assert found["temporaries"] < found["outputs"]

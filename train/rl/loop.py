@@ -16,7 +16,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.compilation_cache import compile_times
 from glm4v_jax.devices.distributed import agree, check_devices, gathered, several
-from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.devices.mesh import reshaped, use_mesh
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import made_directory
 from glm4v_jax.generate.engine import Engine
@@ -76,7 +76,7 @@ def learn(
     mesh = make_mesh(config, model_config)
     engine_mesh = mesh
     if rl.sampling.engine_mesh != "same":
-        engine_mesh = mesh_for(rl.sampling.engine_mesh, model_config)
+        engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
         check_devices(engine_mesh)
     processor = Glm4vProcessor.from_pretrained(config.model)
     processor.check_ids(model_config)
