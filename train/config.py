@@ -31,6 +31,9 @@ from train.rl.config import RLConfig
 MODEL, ADAPTER = "model", "adapter"
 """The result of a job, in its output directory."""
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+"""What metrics can be written to beside the files of a job; see `train.trackers`."""
+
 MetricName = Literal["exact_match", "box_iou", "anls", "relaxed_accuracy", "cer"]
 """Metrics that need no more than the reference answer."""
 
@@ -239,7 +242,9 @@ class TrainConfig:
       mesh: a preset or axes; see `glm4v mesh`.
       seed: of everything that is drawn.
       log_every: steps between two log lines; every step is a line of metrics.jsonl.
-      tensorboard: write the metrics for TensorBoard, too.
+      trackers: write the metrics to "tensorboard", "wandb" or "trackio", too; to Weights & Biases offline, unless the
+        environment's WANDB_MODE says otherwise.
+      tensorboard: the same as "tensorboard" among the trackers.
     """
 
     model: str
@@ -264,6 +269,9 @@ class TrainConfig:
     mesh: str = "train"
     seed: Seed = 0
     log_every: Positive = 1
+    trackers: Annotated[
+        tuple[TrackerName, ...], Meta(description="a list of some of 'tensorboard', 'wandb', 'trackio'")
+    ] = ()
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -302,17 +310,18 @@ class TrainConfig:
         if self.rl is None:
             return faults
         others = {"eval": self.eval, "neftune": self.neftune, "preference": self.preference}
-        others |= {
-            "epochs": self.epochs or None,
-            "lora.dropout": (self.lora and self.lora.dropout) or None,
-            "tensorboard": self.tensorboard or None,
-        }
+        others |= {"lora.dropout": (self.lora and self.lora.dropout) or None, "epochs": self.epochs or None}
         faults += [fault(name, value, "none beside rl") for name, value in others.items() if value is not None]
         if (longest := self.rl.sampling.longest) >= self.batch.length:
             budgets = "rl.sampling.think_budget + answer_budget"
             expected = f"less than batch.length, {self.batch.length}: a row has a prompt, too"
             faults.append(fault(budgets, longest, expected))
         return faults
+
+    @property
+    def tracked(self) -> tuple[TrackerName, ...]:
+        """The trackers, each once."""
+        return tuple(dict.fromkeys((*self.trackers, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def num_updates(self) -> int:

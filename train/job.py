@@ -46,8 +46,8 @@ from train.verify_export import Verified
 
 _FREE = {
     "model", "out", "steps", "epochs", "mesh", "remat", "dtype", "max_grad_norm", "max_skipped", "log_every",
-    "tensorboard", "checkpoint", "data.files", "data.levels", "data.media_dir", "data.bad_rows", "data.threads",
-    "batch.lanes", "optimizer", "eval", "lora.adapter",
+    "trackers", "tensorboard", "checkpoint", "data.files", "data.levels", "data.media_dir", "data.bad_rows",
+    "data.threads", "batch.lanes", "optimizer", "eval", "lora.adapter",
 }  # fmt: skip
 """Fields that may change when a job is resumed; `identity` adds what of some must not."""
 

@@ -1,4 +1,4 @@
-"""Metrics of steps and evaluations: one JSON line each, log lines for a person, and TensorBoard."""
+"""Metrics of steps and evaluations: one JSON line each, log lines for a person, and trackers."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from typing import Any
 import jax
 
 from glm4v_jax.devices.distributed import gathered, is_first
-from glm4v_jax.errors import ConfigError
 from glm4v_jax.files import naming_file, replacing, to_json
 from train.config import TrainConfig
 from train.evaluate import Evaluation
 from train.flops import Work
 from train.step import Metrics
+from train.trackers import Trackers
 
-METRICS, EVALUATIONS, TENSORBOARD = "metrics.jsonl", "eval.jsonl", "tensorboard"
+METRICS, EVALUATIONS = "metrics.jsonl", "eval.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +63,11 @@ class MetricsLog:
           speed: of its steps.
           log: called with a log line every `config.log_every` steps.
           compiled: seconds of each program compiled so far, which count for no step; see `compile_times`.
-
-        Raises:
-          ConfigError: TensorBoard is asked for, and its writer is not installed.
         """
         self._directory, self._config, self._speed, self._log = directory, config, speed, log
         self._pending: tuple[int, Metrics, Mapping[str, Any]] | None = None
-        self._board = None
+        self._trackers = Trackers(config, directory, step, log)
         if is_first():
-            self._board = _board(directory / TENSORBOARD, step) if config.tensorboard else None
             for name in (METRICS, EVALUATIONS):
                 truncate(directory / name, step)
         self.step, self.streak, self.grad_norm = step, 0, 0.0
@@ -150,14 +146,8 @@ class MetricsLog:
         self._begin()
 
     def close(self) -> None:
-        """Close the files."""
-        if self._board is None:
-            return
-        try:
-            self._board.close()
-        except OSError as error:  # a full disk, of which the lines of JSON or a checkpoint may have told already
-            self._log(f"{self._directory / TENSORBOARD}: {error.strerror}: the last metrics are not there")
-            _abandon(self._board)
+        """Close the trackers."""
+        self._trackers.close()
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
         if not is_first():
@@ -165,11 +155,7 @@ class MetricsLog:
         path = self._directory / name
         with naming_file(path), path.open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
-        if self._board is not None:
-            group = "train" if name == METRICS else "eval"
-            for key, value in line.items():
-                if key != "step" and value is not None:
-                    self._board.add_scalar(f"{group}/{key}", value, line["step"])
+        self._trackers.write("train" if name == METRICS else "eval", line)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -199,23 +185,3 @@ def truncate(path: Path, step: int) -> None:
         return
     with replacing(path) as aside:
         aside.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
-
-
-def _abandon(board: Any) -> None:
-    """Stop the thread of a writer of TensorBoard's files, and keep it from closing them again at the end of Python."""
-    for writer in board.all_writers.values():
-        events = writer.event_writer
-        if events._worker.is_alive():
-            events._worker.stop()
-        events._closed = True
-
-
-def _board(directory: Path, step: int) -> Any:
-    """A writer of TensorBoard's files, which hide what earlier ones have after this step."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "tensorboard: found true without the package tensorboardX; expected both: pip install 'glm4v_jax[train]'"
-        ) from error
-    return SummaryWriter(str(directory), purge_step=step + 1)

@@ -43,10 +43,12 @@ from train.job import (
     read_data,
 )
 from train.log import MetricsLog, Speed, read_evaluations
+from train.plot import draw_metrics
 from train.preemption import Stopping
 from train.profiler import Profiler
 from train.references import compute, encoded, table_of
 from train.state import TrainState, bit_sum, is_finite
+from train.trackers import check_trackers
 
 CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
 REFERENCES, EPOCHS = "references.npz", "epochs.json"
@@ -97,6 +99,7 @@ def train(
     """
     if config.rl is not None:
         raise ConfigError("rl: found a table; expected none: such a job is run by train.rl.loop.learn")
+    check_trackers(config)
     log = log or _ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)
@@ -186,6 +189,7 @@ def train(
                 del params
                 params = checkpoints.restore_params(shapes, best)
             log(f"exported: {job.export(params, out)}")
+        draw_metrics(out, log)
     return JobResult(number, is_complete)
 
 

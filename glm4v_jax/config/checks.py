@@ -139,7 +139,7 @@ def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str =
     faults = []
     for name, hint in hints(type(instance)).items():
         value = getattr(instance, name)
-        if dataclasses.is_dataclass(value) and isinstance(value, _dataclasses_in(hint)):
+        if dataclasses.is_dataclass(value) and isinstance(value, dataclasses_in(hint)):
             continue
         try:
             object.__setattr__(instance, name, convert(value, hint))
@@ -175,14 +175,14 @@ def from_mapping(
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 faults.append(f"{where}{name}: found nothing; expected {expectation(hints(cls)[name])}")
             continue
-        value, nested = content[name], _dataclasses_in(hints(cls)[name])
+        value, nested = content[name], dataclasses_in(hints(cls)[name])
         if nested and isinstance(value, Mapping):
             try:
                 value = from_mapping(nested[0], value, error, where=f"{name}.", ignore_unknown=ignore_unknown)
             except Glm4vError as problem:
                 faults += [f"{where}{line}" for line in problem.faults]
                 continue
-        elif (entry := _entry_in(hints(cls)[name])) and isinstance(value, Mapping):
+        elif (entry := entry_in(hints(cls)[name])) and isinstance(value, Mapping):
             entries: dict[str, Any] = {}
             for key, item in value.items():
                 try:
@@ -356,12 +356,13 @@ def _union(hint: Any) -> tuple[Any, ...]:
     return tuple(choice for choice in typing.get_args(hint) if choice is not type(None))
 
 
-def _dataclasses_in(hint: Any) -> tuple[type, ...]:
+def dataclasses_in(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that an annotation allows: X of X | None."""
     base, _ = _bare(hint)
     return tuple(choice for choice in _union(base) or (base,) if dataclasses.is_dataclass(choice))  # type: ignore[misc]
 
 
-def _entry_in(hint: Any) -> type | None:
+def entry_in(hint: Any) -> type | None:
     """The dataclass of the entries of a table: X of dict[str, X]."""
     base, _ = _bare(hint)
     is_table = typing.get_origin(base) is dict and dataclasses.is_dataclass(typing.get_args(base)[1])

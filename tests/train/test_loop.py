@@ -32,10 +32,11 @@ from train.config import ADAPTER, MODEL, AdapterConfig, CheckpointConfig, EvalCo
 from train.data.records import read_records
 from train.evaluate import Evaluation, Evaluator
 from train.job import read_data
-from train.log import EVALUATIONS, METRICS, TENSORBOARD, MetricsLog, read_log
+from train.log import EVALUATIONS, METRICS, MetricsLog, read_log
 from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
 from train.optimizers import OptimizerConfig
 from train.profiler import Profiler
+from train.trackers import TENSORBOARD
 
 pytestmark = pytest.mark.slow
 
@@ -360,9 +361,10 @@ def test_the_best_checkpoint_is_kept_and_exported(folder, evaluated):
     assert line["loss"] == pytest.approx(best["loss"], rel=2**-6)
 
 
-def test_profile_and_tensorboard_are_written(folder, evaluated):
+def test_profile_tensorboard_and_curves_are_written(folder, evaluated):
     assert list((folder / "evaluated" / PROFILE).rglob("*.xplane.pb"))
     assert list((folder / "evaluated" / TENSORBOARD).iterdir())
+    assert PIL.Image.open(folder / "evaluated" / "loss.png").width == 960
 
 
 def test_held_out_records_that_fit_no_batch_are_skipped(evaluated):
@@ -508,22 +510,6 @@ def test_a_full_disk_names_the_file_of_metrics(folder, tmp_path):
     (tmp_path / EVALUATIONS).symlink_to("/dev/full")
     with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / EVALUATIONS}'")):
         log.evaluated(3, Evaluation(1.0, 0.5, None), 1.0)
-
-
-def test_a_full_disk_under_tensorboard_is_a_line(folder, tmp_path, monkeypatch):
-    """Its writer has a thread, and closes its files once more when Python ends."""
-    told = []
-    log = MetricsLog(tmp_path, job(folder, "log", tensorboard=True), 0, None, told.append)
-    (writer,) = log._board.all_writers.values()
-    thread = writer.event_writer._worker
-
-    def full():
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(log._board, "close", full)
-    log.close()
-    assert told == [f"{tmp_path / TENSORBOARD}: No space left on device: the last metrics are not there"]
-    assert not thread.is_alive() and writer.event_writer._closed
 
 
 def test_nan_is_written_as_null(folder):

@@ -24,7 +24,7 @@ def percentile(values: Sequence[int], percent: float) -> int:
 
 def bins(values: Sequence[int]) -> tuple[int, np.ndarray]:
     """Return the width w of a bin, 1, 2 or 5 times a power of ten, and how many values are in [0, w), [w, 2 w), ..."""
-    width = math.ceil(_round_step((max(values) + 1) / _BARS))
+    width = math.ceil(round_step((max(values) + 1) / _BARS))
     return width, np.bincount(np.asarray(values) // width)
 
 
@@ -72,12 +72,12 @@ def draw_histogram(values: Sequence[int], unit: str, title: str) -> PIL.Image.Im
     return image
 
 
-def _round_step(least: float) -> float:
+def round_step(least: float) -> float:
     """The smallest of 1, 2 or 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= least)
 
 
 def _ticks(end: int) -> list[int]:
-    step = max(1, round(_round_step(end / _TICKS)))
+    step = max(1, round(round_step(end / _TICKS)))
     return list(range(0, end + 1, step))

@@ -8,11 +8,13 @@ from typing import Any
 
 from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.files import naming_file, to_json
+from train.config import TrainConfig
 from train.log import METRICS, truncate
 from train.rl.curriculum import Curriculum
 from train.rl.cycle import CycleResult
 from train.rl.problems import Problem
 from train.rl.verifiers import FAILURES, UNREADABLE
+from train.trackers import Trackers
 
 ROLLOUTS = "rollouts.jsonl"
 _SHOWN = 2
@@ -25,17 +27,17 @@ class RewardLog:
     Only the first process writes.
     """
 
-    def __init__(self, directory: Path, step: int, steps: int, every: int, log: Callable[[str], None]):
+    def __init__(self, config: TrainConfig, directory: Path, step: int, log: Callable[[str], None]):
         """Resume after a step.
 
         Args:
+          config: of the job.
           directory: of the files.
           step: the last one that counts.
-          steps: of the whole job.
-          every: steps between two log lines.
-          log: called with these.
+          log: called with a log line every `config.log_every` steps.
         """
-        self._directory, self._steps, self._every, self._log = directory, steps, every, log
+        self._directory, self._config, self._log = directory, config, log
+        self._trackers = Trackers(config, directory, step, log)
         if is_first():
             for name in (METRICS, ROLLOUTS):
                 truncate(directory / name, step)
@@ -65,16 +67,21 @@ class RewardLog:
         line |= {f"reward/{domain}": statistics.fmean(values) for domain, values in sorted(by_domain.items())}
         line["tiers"] = [[count, None if rate != rate else rate] for count, rate in curriculum.by_tier()]
         self._write(METRICS, line)
+        self._trackers.write("train", line)
         for number in range(min(_SHOWN, len(problems))):
             self._write(ROLLOUTS, _shown(step, problems[number], found, number))
-        if step % self._every == 0 or step == self._steps:
+        if step % self._config.log_every == 0 or step == self._config.steps:
             drift = line.get("ratio_first_dev")
             learned = "nothing to learn from" if drift is None else f"ratios off by {drift:.1e}"
             self._log(
-                f"step {step} of {self._steps}: reward {line['reward']:.3f}, {line['valid']:.0%} of "
+                f"step {step} of {self._config.steps}: reward {line['reward']:.3f}, {line['valid']:.0%} of "
                 f"{line['groups']:.0f} groups valid, {line['length']:.0f} tokens an answer, {learned}, rollout "
                 f"{line['seconds_rollout']:.1f} s, learning {line.get('seconds_learning', 0.0):.1f} s"
             )
+
+    def close(self) -> None:
+        """Close the trackers."""
+        self._trackers.close()
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
         if is_first():

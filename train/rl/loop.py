@@ -30,6 +30,7 @@ from train.data.stream import encode_options
 from train.job import Job, abstract_state, check_output, check_step, identity, make_mesh
 from train.loop import CHECKPOINTS, JobResult, TrainError
 from train.optimizers import learning_rate
+from train.plot import draw_metrics
 from train.preemption import Stopping
 from train.rl.config import RLConfig
 from train.rl.curriculum import Curriculum, Outcome
@@ -45,6 +46,7 @@ from train.rl.self_test import self_test
 from train.rl.step import PolicyStep
 from train.rl.verifiers import Reward, make_verifiers
 from train.state import TrainState, is_finite
+from train.trackers import check_trackers
 
 
 def learn(
@@ -71,6 +73,7 @@ def learn(
     rl = config.rl
     if rl is None:
         raise ConfigError("rl: found none; expected the table of a job that learns by reward")
+    check_trackers(config)
     log = log or _ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)
@@ -120,7 +123,7 @@ def learn(
             curriculum.set_state(saved["curriculum"])
             log(f"resuming after step {step}, from {out / CHECKPOINTS}")
         compiled = stack.enter_context(compile_times())
-        reward_log = RewardLog(out, step, config.steps, config.log_every, log)
+        reward_log = stack.enter_context(contextlib.closing(RewardLog(config, out, step, log)))
         scorer = _Scorer(judges, rl)
         cycle = make_cycle(job, state, limits, mesh, engine_mesh)
         steps = _Steps(cycle, problems, curriculum, scorer, checkpoints, reward_log, stopping, config, compiled)
@@ -132,6 +135,7 @@ def learn(
             cycle.engine.release(weights=True)
             checkpoints.wait()
             log(f"exported: {job.export(params, out)}")
+        draw_metrics(out, log)
     return JobResult(step, is_complete)
 
 

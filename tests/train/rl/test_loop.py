@@ -12,6 +12,7 @@ from train.config import MODEL, load_config
 from train.log import METRICS, read_log
 from train.rl.log import ROLLOUTS
 from train.rl.loop import learn
+from train.trackers import TENSORBOARD
 
 JOB = f"""
 model = {json.dumps(str(TINY_CHECKPOINT))}
@@ -21,6 +22,7 @@ freeze = []
 dtype = "float32"
 remat = "none"
 mesh = "data=1"
+trackers = ["tensorboard"]
 
 [data]
 files = ["problems.jsonl"]
@@ -104,6 +106,8 @@ def test_an_interrupted_job_resumes_bit_for_bit(folder):
     first, *_, last = read_log(folder / "whole" / METRICS)
     assert first["ratio_first_dev"] <= 2e-6 and last["compiles"] == 0 and 0 <= first["reward/digits"] <= 1
     assert sum(count for count, _ in last["tiers"]) == 10
+    assert list((folder / "whole" / TENSORBOARD).iterdir())
+    assert PIL.Image.open(folder / "whole" / "reward.png").width == 960
 
 
 @pytest.mark.parametrize(
