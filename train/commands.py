@@ -24,6 +24,7 @@ from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 from train.data import FormatName
 from train.export_command import Export
+from train.init_command import Init
 from train.levels_command import MeasureLevels
 
 if TYPE_CHECKING:
@@ -165,7 +166,9 @@ class Train(Options):
         return "train: interrupted; the same command resumes the job from its latest checkpoint, if there is one"
 
 
-COMMANDS: dict[str, Callable[..., Command]] = {"run": Train, "check": Check, "levels": MeasureLevels, "export": Export}
+COMMANDS: dict[str, Callable[..., Command]] = {
+    "run": Train, "init": Init, "check": Check, "levels": MeasureLevels, "export": Export,
+}  # fmt: skip
 
 DESCRIPTION = (
     "Fine-tune GLM-4.1V on your own images, videos and conversations. `train JOB.toml` is short for `train run "

@@ -63,8 +63,8 @@ class DataConfig(EncodeOptions):
     """The training data, and how it is encoded; see `EncodeOptions` for the fields that are not listed here.
 
     Attributes:
-      files: see `records.read_records`; relative to the job file. Empty only beside `sets`, or where `loop.train` gets
-        records.
+      files: data files, directories of them, or patterns such as "data/*.jsonl"; relative to the job file. Empty only
+        beside `sets`, or where `loop.train` gets records.
       sets: name -> a data set, instead of `files`, for shares that are not those of their rows.
       format: format of all rows; by default that of each row is found from its fields.
       media_dir: directory that paths in the rows are relative to; by default that of the data file.
@@ -228,7 +228,7 @@ class TrainConfig:
       steps: of the whole training. Either these or `epochs`.
       epochs: how often each record is seen. Before the first step all records are encoded once, to count the steps;
         the last batches are partly filled.
-      preference: learn which of two answers is preferred, from data with both; see there.
+      preference: learn which of two answers is preferred, from data with both.
       freeze: parts of the model that are not trained: "vision", "merger", "llm"; not with `lora`.
       lora: train an adapter instead; the whole model is frozen.
       quantize: with `lora`, keep the decoder's kernels as "int8" or "int4"; see `glm4v_jax.model.quantize`.

@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.config.checks import dataclasses_in, entry_in, expectation, hints
 from train.config import TrainConfig
-
-JobKind = Literal["sft", "lora", "preference", "rl"]
+from train.init_command import JobKind
 
 _WIDTH = 118
 _FIELDS = re.compile(r"^  (\w+(?:, \w+)*): ((?:.+\n?)(?:^    .+\n?)*)", re.M)
@@ -94,7 +93,11 @@ def _table(cls: type, path: str, values: Mapping[str, Any], without: Sequence[st
         below = [key.removeprefix(f"{name}.") for key in values if key.startswith(f"{name}.")]
         is_set = bool(below) or (field.default is dataclasses.MISSING and not is_entry)
         name += f".{below[0].partition('.')[0] if below else 'NAME'}" if is_entry else ""
-        yield from ("", *_comment(texts[field.name].replace("see there", _first_line(inner_class))))
+        text = texts[field.name]
+        yield from (
+            "",
+            *_comment(f"{field.name}: {_first_line(inner_class)}" if text.endswith(": see there.") else text),
+        )
         yield f"{'' if is_set else '#'}[{name}]"
         yield from _table(inner_class, f"{name}.", values, without)
 

@@ -21,7 +21,7 @@ _SCALE = 2
 _WIDTH, _LEFT, _RIGHT, _TOP, _GAP, _BOTTOM = (_SCALE * size for size in (960, 92, 24, 52, 40, 60))
 _INK, _PALE, _GRID = "#222222", "#a9c3dd", "#dddddd"
 _FIRST, _SECOND, _THIRD = "#225588", "#cc5511", "#228833"
-_SMOOTHED = 20
+_SMOOTHED = 100
 """A curve of more steps than this is shown with its moving average."""
 
 Points = Sequence[tuple[int, float]]
@@ -83,12 +83,12 @@ def _points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """Return the exponential moving average over ten points, of many over one in fifty, without a bias to the first.
+    """Return the exponential moving average over about one point in fifty, without a bias to the first.
 
-    >>> [round(value, 2) for _, value in smoothed([(1, 1.0), (2, 0.0), (3, 1.0), (4, 0.0)])]
-    [1.0, 0.47, 0.67, 0.47]
+    >>> [round(value, 2) for _, value in smoothed([(step, float(step % 2)) for step in range(1, 101)])[-2:]]
+    [0.67, 0.33]
     """
-    decay = 1 - 1 / max(10.0, len(points) / 50)
+    decay = max(0.0, 1 - 50 / len(points))
     found, total, weight = [], 0.0, 0.0
     for step, value in points:
         total, weight = decay * total + value, decay * weight + 1

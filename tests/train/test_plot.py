@@ -40,11 +40,11 @@ def places(path, color):
 
 
 def test_loss_held_out_loss_and_learning_rate_are_drawn_over_steps(tmp_path, said):
-    metrics = [{"step": step, "loss": 4.0 - step / 25, "learning_rate": 1e-4} for step in range(1, 51)]
+    metrics = [{"step": step, "loss": 4.0 - step / 75, "learning_rate": 1e-4} for step in range(1, 151)]
     metrics[7]["loss"] = None  # was not finite
-    assert drawn(tmp_path, metrics, [{"step": 10, "loss": 3.5}, {"step": 50, "loss": 2.25}]) == ["loss.png"]
-    title = f"{tmp_path.name}: loss 2, held-out 2.25 after 50 steps"
-    for text in (title, "loss", "learning rate", "step", "10", "50", "moving average", "held-out data", "0.0001"):
+    assert drawn(tmp_path, metrics, [{"step": 10, "loss": 3.5}, {"step": 150, "loss": 2.25}]) == ["loss.png"]
+    title = f"{tmp_path.name}: loss 2, held-out 2.25 after 150 steps"
+    for text in (title, "loss", "learning rate", "step", "20", "140", "moving average", "held-out data", "0.0001"):
         assert text in said
     loss, held_out, rate = (places(tmp_path / "loss.png", color) for color in (BLUE, ORANGE, GREEN))
     assert loss[:, 0].min() < 100 and loss[:, 0].max() > 900  # from the first step to the last
