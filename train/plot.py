@@ -139,7 +139,8 @@ def _draw_panel(
         points = [place(*point) for point in curve.points]
         draw.line(points, fill=curve.color, width=2 * _SCALE, joint="curve")
         for x, y in points if curve.has_dots or len(points) == 1 else ():
-            draw.circle((x, y), 4 * _SCALE, fill=curve.color)
+            radius = 4 * _SCALE
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=curve.color)
     draw.line((_LEFT, top, _LEFT, base, right, base), fill=_INK, width=_SCALE)
     names = [(curve.name, curve.color) for curve in panel.curves if len(panel.curves) > 1]
     for row, (name, color) in enumerate(names):

@@ -326,6 +326,7 @@ class Stream:
         if not len(encoder.records):
             raise DataError(f"{', '.join(data.files)}: found no rows; expected some to train on")
         self._config, self._batch, self._count = config, batch, num_lanes(batch)
+        self._epochs = epochs
         self._records = sum(len(numbers) for numbers, _ in draws) or len(encoder.records)
         here = lanes_here(batch, mesh)
         threads = max(1, data.threads // len(here))
@@ -368,6 +369,11 @@ class Stream:
     def epochs(self, state: Mapping[str, Any]) -> float:
         """Return how many epochs the lanes of this process have read, at one of their states."""
         return RowCounts.of(state).rows * self._count / (self._records * len(self._lanes))
+
+    def left(self, state: Mapping[str, Any]) -> int:
+        """Return how many rows of all epochs are in no batch yet, at a state of all lanes; 0 where there is no end."""
+        waiting = sum(len(samples) for lane in state.values() for samples in lane["packer"]["open"])
+        return self._epochs * self._records - RowCounts.of(state).rows + waiting if self._epochs else 0
 
     def close(self) -> None:
         """Stop preparing batches."""

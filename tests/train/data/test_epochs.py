@@ -140,6 +140,27 @@ def test_rows_that_become_no_sample_take_no_step(mesh):
         count()
 
 
+def test_what_is_left_after_the_counted_steps_is_known(mesh):
+    """As where a disk has come back since they were counted."""
+    is_there = False
+
+    def encode(record):
+        if record.number > 4 and not is_there:
+            raise DataError(f"{record.source}: no image")
+        return made(record)
+
+    one, count = job(mesh, encode=encode, lanes=1)
+    steps = count()
+    is_there = True
+    for _ in range(steps):
+        _, state = next(one)
+    assert one.left(state) > 0
+    while one.left(state):
+        _, state = next(one)
+    one.close()
+    assert state["0"]["counts"] == {"samples": EPOCHS * RECORDS, "dropped": 0, "skipped": 0}
+
+
 def test_counted_steps_are_kept_for_the_same_job_alone(tmp_path):
     path = tmp_path / "epochs.json"
     assert read_steps(path, "a") is None
