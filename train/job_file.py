@@ -118,7 +118,7 @@ def _setting(path: str, field: Any, hint: Any, values: Mapping[str, Any]) -> str
 
 def explanations(cls: type) -> dict[str, str]:
     """Return field -> what the docstrings of a dataclass, and of those that it inherits from, say of it."""
-    found = {}
+    found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, attributes = (inspect.getdoc(base) or "").partition("\nAttributes:\n")
         for names, text in _FIELDS.findall(attributes):
