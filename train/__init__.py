@@ -11,3 +11,8 @@
 - rl/: learning by reward.
 - commands.py, export_command.py, init_command.py (with job_file.py), levels_command.py: the command line.
 """
+
+from typing import Literal
+
+JobKind = Literal["sft", "lora", "preference", "rl"]
+"""Kinds of job files that `glm4v train init` prints; here, because the command line must not import what a job is."""

@@ -1,14 +1,12 @@
 """`glm4v train init`: a job file to begin with."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from glm4v_jax.console.program import Options
-
-JobKind = Literal["sft", "lora", "preference", "rl"]
-"""Here, because the command line must not import what a job is made of."""
+from train import JobKind
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from glm4v_jax.config.checks import dataclasses_in, entry_in, expectation, hints
+from train import JobKind
 from train.config import TrainConfig
-from train.init_command import JobKind
 
 _WIDTH = 118
 _FIELDS = re.compile(r"^  (\w+(?:, \w+)*): ((?:.+\n?)(?:^    .+\n?)*)", re.M)

@@ -8,9 +8,9 @@ import typing
 import pytest
 
 from glm4v_jax.config.checks import dataclasses_in, entry_in, hints
+from train import JobKind
 from train.commands import main
 from train.config import TrainConfig, load_config
-from train.init_command import JobKind
 from train.job_file import explanations, job_file
 
 KINDS = typing.get_args(JobKind)
