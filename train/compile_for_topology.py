@@ -16,7 +16,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.layers import Remat
-from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
+from glm4v_jax.model.lora import LoraConfig, add_lora, is_adapted
 from glm4v_jax.planning import compile_for_topology
 from train.data.packing import TrainBatch
 from train.data.placement import abstract
@@ -85,7 +85,7 @@ def abstract_training(
         model = compile_for_topology.placed(jax.eval_shape(lambda model: add_lora(model, lora), model), devices)
 
     def is_trained(path: str) -> bool:
-        return is_lora(path) if lora is not None else group_of(path) not in freeze
+        return is_adapted(model, path) if lora is not None else group_of(path) not in freeze
 
     params, frozen = compile_for_topology.placed(jax.eval_shape(lambda model: split(model, is_trained), model), devices)
     optimizer = make_optimizer(OptimizerConfig(), STEPS, model)

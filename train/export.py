@@ -14,17 +14,18 @@ from jax.typing import DTypeLike
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.atomic_directory import check_room, move_up, new_directory, place_of
 from glm4v_jax.checkpoints.hf_write import save_pretrained, total_bytes
+from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.merge_adapter import MergedTensor, extra_tensors, merged_tensors, write_merged
-from glm4v_jax.checkpoints.orbax_read import open_weights
+from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.distributed import is_first
 from glm4v_jax.files import copy_assets
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import drop_lora
-from glm4v_jax.model.params import default_dtype
+from glm4v_jax.model.lora import drop_lora, leaf_prefixes
+from glm4v_jax.model.params import default_dtype, leaf_paths
 from train.verify_export import Verified, compare, logits_of, prompt, tolerance_of
 
 _CONTENT = "content"
@@ -67,7 +68,7 @@ def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
     """
     by_first(lambda: check_room(Path(base), target, 0, overwrite=True))
     dtype = model.language_model.norm.scale[...].dtype
-    batch, plain = prompt(base, model.config), drop_lora(model)
+    batch, plain = prompt(base, model.config), _base_of(model, base)
     trained, before = logits_of(model, batch), logits_of(plain, batch)
     with _new(target, overwrite=True) as directory:
         save_adapter(model, directory, str(base))
@@ -75,6 +76,21 @@ def export_adapter(model: Glm4v, base: str | Path, target: Path) -> Verified:
         found = logits_of(load_adapter(plain, directory), batch)
         tolerance = tolerance_of(model.config, "float32", dtype)
         return compare(found, trained, tolerance=tolerance, where=target, before=before)
+
+
+def _base_of(model: Glm4v, base: str | Path) -> Glm4v:
+    """The model without its adapter, with the modules of its base where the adapter has whole ones."""
+    plain = drop_lora(model)
+    if not model.modules_to_save:
+        return plain
+    leaves, prefixes = leaves_of(open_weights(base), model.config), leaf_prefixes(model.modules_to_save)
+
+    def own(path: str, leaf: jax.Array) -> jax.Array:
+        is_saved = path.startswith(prefixes)
+        return array_of(leaves, path, jax.typeof(leaf).sharding.spec, leaf.dtype) if is_saved else leaf
+
+    found, structure = jax.tree.flatten(plain)
+    return structure.unflatten(own(*one) for one in zip(leaf_paths(plain), found, strict=True))
 
 
 def export_model(exported: Glm4v, dtype: DTypeLike, base: str | Path, target: Path) -> Verified:

@@ -26,7 +26,7 @@ from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import add_lora, is_lora
+from glm4v_jax.model.lora import add_lora, is_adapted
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
@@ -59,6 +59,7 @@ _LATER: dict[str, Any] = {
     "lora.rslora": False,
     "lora.dora": False,
     "lora.dropout": 0.0,
+    "lora.modules_to_save": (),
 }
 """Fields that checkpoints of earlier versions lack, with what they stand for there."""
 
@@ -245,9 +246,11 @@ def _noise(config: TrainConfig) -> Noise | None:
     return Noise(config.seed, dropout, config.neftune) if dropout or config.neftune else None
 
 
-def _is_trained(config: TrainConfig) -> Callable[[str], bool]:
+def _is_trained(config: TrainConfig, model: Glm4v) -> Callable[[str], bool]:
     """Whether a job changes the leaf of a path."""
-    return lambda path: is_lora(path) if config.lora is not None else group_of(path) not in config.freeze
+    if config.lora is not None:
+        return functools.partial(is_adapted, model)
+    return lambda path: group_of(path) not in config.freeze
 
 
 def check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
@@ -294,7 +297,8 @@ def abstract_state(config: TrainConfig, model_config: Glm4vConfig) -> tuple[Trai
     leaves, structure = abstract_leaves(model_config, dtype, stacked=True, quantize=quantize, leaves=weights)
 
     def make(model: Glm4v) -> tuple[TrainState, Leaves]:
-        params, frozen = split(_adapted(model, config), _is_trained(config))
+        model = _adapted(model, config)
+        params, frozen = split(model, _is_trained(config, model))
         return init_state(params, make_optimizer(config.optimizer, config.num_updates, model)), frozen
 
     return jax.eval_shape(make, structure.unflatten(list(leaves.values())))
@@ -347,7 +351,7 @@ class Job:
         model = _adapted(model, config)
         layout = Layout.of(model)
         dtypes = dict(zip(layout.paths, (leaf.dtype for leaf in jax.tree.leaves(model)), strict=True))
-        params, frozen = split(model, _is_trained(config))
+        params, frozen = split(model, _is_trained(config, model))
         optimizer = make_optimizer(config.optimizer, config.num_updates, model)
         dtype = jnp.dtype(config.dtype or default_dtype())
         step = make_step(

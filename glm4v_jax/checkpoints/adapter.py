@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 from msgspec import Meta
@@ -26,6 +25,7 @@ from msgspec import Meta
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.hf_write import PYTORCH
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
+from glm4v_jax.checkpoints.saved_modules import named_modules, parts_of, put_saved, replace_kernel, saved_tensors
 from glm4v_jax.config.checks import Positive, fault, from_mapping, raise_faults, validate
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
@@ -34,8 +34,6 @@ from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.files import ADAPTER_CONFIG, read_json_object, replacing
 from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.nn import Linear
-from glm4v_jax.model.quantize import QuantConfig, quantize_kernel
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's two wrappers around the model
@@ -44,7 +42,7 @@ _MAGNITUDE = "lora_magnitude_vector"
 
 # Options of PEFT that make more of a LoRA than A and B beside kernels; none of them is supported.
 _REFUSED = (
-    "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
+    "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "use_qalora", "fan_in_fan_out", "use_bdlora", "kasa_config", "arrow_config",
     "monteclora_config",
 )  # fmt: skip
@@ -109,7 +107,7 @@ def adapter_rules(rule: hf_mapping.Rule) -> tuple[hf_mapping.Rule, hf_mapping.Ru
 def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> None:
     """Write a model's adapter for `peft.PeftModel.from_pretrained(base, directory)`.
 
-    All processes call this; the first one writes. Tensors are float32, as the leaves are.
+    All processes call this; the first one writes. Tensors are float32, those of whole modules of the leaves' dtype.
 
     Args:
       model: with an adapter.
@@ -139,9 +137,12 @@ def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> No
 def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
     """Return name, as PEFT writes it, -> A [R, inputs], B [outputs, R] or magnitude of every adapter, on the host.
 
+    And the tensors of whole modules.
+
     Where several processes hold the model, all of them call this.
     """
-    linears, tensors = params.linears(model), {}
+    linears = params.linears(model)
+    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in saved_tensors(model).items()}
     leaves = {
         path: [to_host([_leaf(x) for x in (linear.lora_a, linear.lora_b, linear.lora_magnitude)]) for linear in found]
         for path, found in linears.items()
@@ -185,7 +186,7 @@ def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
         "layers_to_transform": None,
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(model.modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {pattern: r for pattern, (r, _) in found.items() if r != rank},
@@ -202,8 +203,8 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
 
     Where layers differ in rank the lower ones are padded with zeros, layers without an adapter get one of zeros, and
     where the two parts of a fused kernel have an A each the leaf has both, concatenated: the outputs stay the same.
-    A head that PEFT has saved beside its adapter replaces the model's, as it does in PEFT; where that is quantised, so
-    is this one.
+    A head that PEFT has saved beside its adapter replaces the model's, as it does in PEFT, and so do whole modules
+    (`modules_to_save`); where the model's are quantised, so are these.
 
     Args:
       model: without an adapter.
@@ -214,9 +215,11 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
         more than A and B beside kernels.
       ConfigError: the model has an adapter already.
     """
-    adapters = _by_leaf(read_adapter(directory, model.config).values(), model.config)
+    pairs, modules, saved = read_adapter(directory, model.config)
     with lora.on_mesh_of(model):
-        return _with_adapters(model, adapters)
+        result = _with_adapters(model, _by_leaf(pairs.values(), model.config))
+        put_saved(result, modules, saved)
+        return result
 
 
 def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_PartAdapter"]]]) -> Glm4v:
@@ -241,7 +244,7 @@ def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_
             put = functools.partial(_put, like=linear.kernel[...])
             lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
             if path == _HEAD and (head := layers[0][0].base) is not None:
-                _replace(linear, head)
+                replace_kernel(linear, head)
             if not np.isnan(magnitude).all():
                 lora.set_magnitude(linear, put(magnitude, linear.out_axes))
     return result
@@ -254,16 +257,6 @@ def _magnitude(parts: Sequence["_PartAdapter"], outputs: Sequence[int]) -> np.nd
         if part.magnitude is not None:
             found[part.position[1:]] = part.magnitude
     return found
-
-
-def _replace(linear: Linear, kernel: np.ndarray) -> None:
-    """Give a linear layer another kernel, in floats; rounded to int8 where its own is quantised."""
-    own, axes = linear.kernel[...], (*linear.in_axes, *linear.out_axes)
-    if linear.kernel_scale is None:
-        linear.kernel = nnx.Param(_put(kernel.astype(own.dtype), axes, own))
-        return
-    made, scale = quantize_kernel(_put(kernel, axes, own), linear.in_axes, linear.out_axes, QuantConfig("int8"))
-    linear.kernel, linear.kernel_scale = nnx.Param(made), nnx.Param(scale)
 
 
 class _PartAdapter(NamedTuple):
@@ -297,6 +290,7 @@ class _Options:
     alpha_pattern: Annotated[dict[str, float] | None, Meta(description="an object of patterns and numbers")] = None
     use_rslora: bool | None = False
     use_dora: bool | None = False
+    modules_to_save: Annotated[list[str] | None, Meta(description="a list of modules")] = None
     bias: Annotated[Literal["none"], Meta(description="'none': it is not supported")] = "none"
     init_lora_weights: Annotated[
         bool | Literal["gaussian", "eva", "orthogonal"] | None, Meta(description="true: this one changes the base")
@@ -353,8 +347,22 @@ class Pair(NamedTuple):
         return product
 
 
-def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
-    """Return name of a weight, as `hf_mapping.canonical` spells it, -> the adapter beside it.
+class Adapter(NamedTuple):
+    """What the files of an adapter hold, by the names of weights as `hf_mapping.canonical` spells them.
+
+    Attributes:
+      pairs: the adapter beside a weight.
+      modules: names in `lora.MODULES_TO_SAVE` of those that replace the model's.
+      saved: their tensors, views of the file.
+    """
+
+    pairs: dict[str, Pair]
+    modules: tuple[str, ...]
+    saved: dict[str, np.ndarray]
+
+
+def read_adapter(directory: str | Path, config: Glm4vConfig) -> Adapter:
+    """Read the files of an adapter.
 
     Raises:
       CheckpointError: as of `load_adapter`.
@@ -368,9 +376,13 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
 
     names = {spell(name): name.removeprefix(_PREFIX) for name in file}
     present: dict[str, tuple[AdaptedModule, float]] = {}
-    expected: dict[str, tuple[int, ...]] = {}
+    modules = named_modules(options.modules_to_save or (), config, str(Path(directory) / CONFIG))
+    whole = {hf_mapping.canonical(name): part.rule for name, part in parts_of(config, modules)}
+    expected = {key: rule.tensor_shape(hf_mapping.dimensions(config)) for key, rule in whole.items()}
     for adapted in adaptable_modules(config):
         module = hf_mapping.canonical(adapted.module)
+        if f"{module}.weight" in whole:
+            continue
         rules = {f"{module}.lora_A.weight": adapted.a, f"{module}.lora_B.weight": adapted.b}
         if options.use_dora:
             rules[f"{module}.{_MAGNITUDE}"] = adapted.magnitude
@@ -386,7 +398,7 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
     def tensor(key: str) -> np.ndarray:
         return file.read(found[key]).astype(lora.DTYPE)
 
-    return {
+    pairs = {
         f"{module}.weight": Pair(
             adapted, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale,
             file.read(found[base]) if (base := f"{module}.base_layer.weight") in found else None,
@@ -394,6 +406,7 @@ def read_adapter(directory: str | Path, config: Glm4vConfig) -> dict[str, Pair]:
         )
         for module, (adapted, scale) in present.items()
     }  # fmt: skip
+    return Adapter(pairs, modules, {key: file.read(found[key]) for key in whole})
 
 
 def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:

@@ -23,15 +23,16 @@ from glm4v_jax.files import copy_assets, set_dtype
 
 @dataclasses.dataclass(frozen=True)
 class MergedTensor(LazyTensor):
-    """A tensor of a checkpoint, plus what an adapter adds to it; read when its turn comes."""
+    """A tensor of a checkpoint, plus what an adapter adds to it, or that of the adapter; read when its turn comes."""
 
     files: Weights
     name: str
     pair: Pair | None
+    saved: np.ndarray | None = None
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Return the sum, made in float32 and rounded once."""
-        tensor = self.files.read(self.name)
+        tensor = self.files.read(self.name) if self.saved is None else self.saved
         if self.pair is not None:
             tensor = self.pair.added_to(tensor.astype(np.float32))
         yield from in_chunks(tensor.astype(self.dtype, copy=False))
@@ -56,14 +57,19 @@ def merged_tensors(base: str | Path, adapter: str | Path, dtype: Any = None) -> 
             f"{base}: found quantised weights ({stored}); expected floats: merge the adapter into the checkpoint that "
             "they were made from"
         )
-    pairs = read_adapter(adapter, config)
+    pairs, _, saved = read_adapter(adapter, config)
     cast = None if dtype is None else resolve_dtype(dtype)
     tensors = {
-        name: MergedTensor(info.shape, cast or info.dtype, files, name, pairs.pop(hf_mapping.canonical(name), None))
+        name: MergedTensor(
+            info.shape, cast or info.dtype, files, name, pairs.pop(hf_mapping.canonical(name), None),
+            saved.pop(hf_mapping.canonical(name), None),
+        )
         for name, info in files.items()
-    }
-    if pairs:
-        raise CheckpointError(f"{adapter}: {next(iter(pairs))}: found an adapter for it; expected {base} to have it")
+    }  # fmt: skip
+    if pairs or saved:
+        raise CheckpointError(
+            f"{adapter}: {next(iter(pairs | saved))}: found an adapter for it; expected {base} to have it"
+        )
     return tensors
 
 

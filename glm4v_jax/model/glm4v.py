@@ -69,6 +69,7 @@ class Glm4v(nnx.Module):
         self.visual = visual
         self.language_model = language_model
         self.lm_head = lm_head
+        self.modules_to_save: tuple[str, ...] = ()  # what an adapter has as whole modules; see `lora`
 
     @classmethod
     def init(cls, config: Glm4vConfig, *, rngs: nnx.Rngs | None = None, dtype: DTypeLike = jnp.float32) -> Self:

@@ -3,27 +3,45 @@
 The matrices are leaves of `nn.Linear`, stacked and sharded over the mesh as its kernel is: a model with an adapter is a
 model like any other. `add_lora` adds the leaves, `merge_lora` merges them into the kernels, `is_lora` finds them.
 With DoRA a magnitude of each output is trained beside them (arXiv 2402.09353), with rsLoRA the product is scaled by
-alpha / sqrt(rank) (arXiv 2312.03732).
+alpha / sqrt(rank) (arXiv 2312.03732). Whole modules may be trained as well (`modules_to_save`): then their own leaves
+change, and the files of the adapter have them (`checkpoints.saved_modules`).
 """
 
 import contextlib
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
+from msgspec import Meta
 
-from glm4v_jax.config.checks import Positive, PositiveNumber, validate
+from glm4v_jax.config.checks import Positive, PositiveNumber, fault, raise_faults, validate
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear, subscripts
-from glm4v_jax.model.params import DECODER, check_pattern, linears, matching_linears, sizes, stacked_layers
+from glm4v_jax.model.params import (
+    DECODER,
+    check_pattern,
+    leaf_paths,
+    linears,
+    matching_linears,
+    sizes,
+    stacked_layers,
+)
+
+SavedModule = Literal["lm_head", "embed_tokens", "merger"]
+MODULES_TO_SAVE: Mapping[SavedModule, str] = {
+    "lm_head": "lm_head.", "embed_tokens": "language_model.embed_tokens.", "merger": "visual.merger.",
+}  # fmt: skip
+"""Modules that may be trained whole beside an adapter -> how paths of their leaves begin."""
 
 DTYPE = jnp.float32
 """Of an adapter, whatever the compute dtype is: steps of learning rates of 1e-4 and below are lost in bfloat16."""
@@ -40,6 +58,7 @@ class LoraConfig:
         "language_model.layers.self_attn.q_proj", "visual.blocks.mlp.gate_up", "visual.merger.proj", "lm_head".
       rslora: scale by alpha / sqrt(rank) instead, so that a larger rank does not learn more slowly.
       dora: train a magnitude for each output as well; every step then reads the frozen kernels twice.
+      modules_to_save: train these modules whole, some of "lm_head", "embed_tokens", "merger"; as PEFT does.
     """
 
     rank: Positive = 8
@@ -47,6 +66,9 @@ class LoraConfig:
     target: str = DECODER
     rslora: bool = False
     dora: bool = False
+    modules_to_save: Annotated[
+        tuple[SavedModule, ...], Meta(description="a list of some of 'lm_head', 'embed_tokens', 'merger'")
+    ] = ()
 
     def __post_init__(self) -> None:
         validate(self)
@@ -63,6 +85,30 @@ def is_lora(path: str) -> bool:
     return path.endswith((".lora_a", ".lora_b", ".lora_magnitude"))
 
 
+def leaf_prefixes(modules: Iterable[str]) -> tuple[str, ...]:
+    """How paths of the leaves of `MODULES_TO_SAVE` begin."""
+    return tuple(prefix for name, prefix in MODULES_TO_SAVE.items() if name in modules)
+
+
+def is_adapted(model: Glm4v, path: str) -> bool:
+    """Whether a leaf, by its path, is one that a model's adapter has: one of its matrices, or of a whole module."""
+    return is_lora(path) or path.startswith(leaf_prefixes(model.modules_to_save))
+
+
+def faults_of_modules(modules: Sequence[str], config: Glm4vConfig) -> list[str]:
+    """What keeps these `MODULES_TO_SAVE` of a model from being others than its own."""
+    tied = [name for name in ("lm_head", "embed_tokens") if name in modules]
+    if not tied or not config.text_config.tie_word_embeddings:
+        return []
+    expected = "neither lm_head nor embed_tokens: in this model the two are one (tie_word_embeddings)"
+    return [fault("modules_to_save", ", ".join(tied), expected)]
+
+
+def integer_leaves(leaves: Mapping[str, Array]) -> list[str]:
+    """Paths of leaves that are quantised."""
+    return [path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
 def on_mesh_of(model: Glm4v) -> contextlib.AbstractContextManager[object]:
     """Run the body in the mesh that a model is on; in the current one where its arrays are traced or abstract."""
     sharding = getattr(jax.tree.leaves(model)[-1], "sharding", None)
@@ -72,8 +118,10 @@ def on_mesh_of(model: Glm4v) -> contextlib.AbstractContextManager[object]:
 
 
 def has_lora(model: Glm4v) -> bool:
-    """Whether any layer has an adapter."""
-    return any(linear.lora_a is not None for found in linears(model).values() for linear in found)
+    """Whether any layer has an adapter, or a module is that of one."""
+    return bool(model.modules_to_save) or any(
+        linear.lora_a is not None for found in linears(model).values() for linear in found
+    )
 
 
 def copy_without_lora(model: Glm4v) -> Glm4v:
@@ -160,10 +208,13 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
       seed: of the random numbers.
 
     Raises:
-      ConfigError: the pattern matches no linear layer, or there is an adapter already.
+      ConfigError: the pattern matches no linear layer, or one of a module that is trained whole; such a module is
+        quantised, or the model has none of its own; or there is an adapter already.
     """
     result = copy_without_lora(model)
     chosen = matching_linears(result, config.target, "target")
+    _check_modules(result, config, chosen)
+    result.modules_to_save = config.modules_to_save
 
     @jax.jit  # one program: each draw would be compiled by itself
     def draw(key: Array) -> dict[str, list[tuple[Array, Array]]]:
@@ -181,9 +232,25 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     return result
 
 
+def _check_modules(model: Glm4v, config: LoraConfig, chosen: Iterable[str]) -> None:
+    """Check that modules can be trained whole beside adapters of the chosen linear layers."""
+    prefixes = leaf_prefixes(config.modules_to_save)
+    if not prefixes:
+        return
+    faults = faults_of_modules(config.modules_to_save, model.config)
+    leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
+    own = {path: leaf for path, leaf in leaves.items() if path.startswith(prefixes)}
+    if integers := integer_leaves(own):
+        faults.append(fault("modules_to_save", integers[0], "one in floats: integers cannot be trained"))
+    if both := [path for path in chosen if f"{path}.".startswith(prefixes)]:
+        faults.append(fault("target", both[0], "no layer of modules_to_save, which are trained whole"))
+    raise_faults(faults)
+
+
 def drop_lora(model: Glm4v) -> Glm4v:
-    """Remove the adapter; new modules around the same arrays."""
+    """Remove the matrices of the adapter, and keep its whole modules; new modules around the same arrays."""
     result = jax.tree.map(lambda x: x, model)
+    result.modules_to_save = ()
     for found in linears(result).values():
         for linear in found:
             unset_lora(linear)
@@ -207,6 +274,7 @@ def merge_lora(model: Glm4v) -> Glm4v:
 
 def merge_in_place(model: Glm4v) -> None:
     """As `merge_lora`, in the modules themselves: kernels that nothing else holds are freed one after the other."""
+    model.modules_to_save = ()
     for path, found in linears(model).items():
         for linear in found:
             if linear.lora_a is not None and linear.lora_b is not None:

@@ -184,7 +184,10 @@ def test_ranks_and_scales_may_differ_between_modules(ours, tmp_path, stacked, by
     ("options", "message"),
     [
         (dict(peft_type="IA3"), "peft_type: found 'IA3'; expected 'LORA'"),
-        (dict(modules_to_save=["lm_head"]), r"modules_to_save: found \['lm_head'\]; expected none"),
+        (
+            dict(modules_to_save=["norm"]),
+            r"modules_to_save: found 'norm'; expected some of lm_head, embed_tokens, merger",
+        ),
         (dict(bias="all"), "bias: found 'all'; expected 'none'"),
         (dict(init_lora_weights="pissa"), "init_lora_weights: found 'pissa'; expected true: this one changes the base"),
         (dict(r=None), "r: found None; expected an integer of at least 1"),

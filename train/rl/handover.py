@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from glm4v_jax.devices.mesh import platform, shards, use_mesh, used
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import outputs_first
+from glm4v_jax.model.lora import fix_magnitudes
 from glm4v_jax.model.params import leaf_paths
 from train.state import Layout, Leaves
 
@@ -56,7 +57,8 @@ class Handover:
             in_steps = other is not None and shards("embed") > 1 and shards("tokens") > 1
 
             def made(params: Leaves, frozen: Leaves) -> Glm4v:
-                model = layout.model(params, frozen, dtype)
+                # Or every decode step would compute the norms of DoRA's kernels.
+                model = fix_magnitudes(layout.model(params, frozen, dtype))
                 if platform() == "cpu":  # as each decodes fastest
                     return model.unstacked()
                 return outputs_first(model) if platform() == "tpu" else model
@@ -65,7 +67,7 @@ class Handover:
             self._structure = jax.tree.structure(model)
             self._paths = tuple(leaf_paths(model))
             leaves = dict(zip(self._paths, jax.tree.leaves(model), strict=True))
-            trained = {_LAYOUT.sub("", path) for path in params}
+            trained = {_LAYOUT.sub("", path).replace(".lora_magnitude", ".lora_gain") for path in params}
 
             def program(paths: list[str]) -> Any:
                 """Of these leaves alone: `jax.jit` drops the arguments that only others are made of."""

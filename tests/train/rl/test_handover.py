@@ -1,5 +1,7 @@
 """Trained parameters as the engine's model: the same numbers, in memory of their own, frozen leaves where they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from reference import CONFIGS
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.model.lora import LoraConfig, add_lora, is_lora
+from glm4v_jax.model.lora import LoraConfig, add_lora, fix_magnitudes, is_adapted
 from glm4v_jax.model.params import leaf_paths
 from glm4v_jax.model.runtime import random_module
 from train.optimizers import group_of
@@ -22,13 +24,13 @@ def buffers(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["full", "lora", "frozen"])
+@pytest.mark.parametrize("kind", ["full", "dora", "frozen"])
 def test_the_engine_gets_what_was_trained(mesh, lowerings, kind, dtype):
     model = random_module(CONFIG, 0, "float32")
-    if kind == "lora":
-        model = add_lora(model, LoraConfig(), 0)
-    rules = {"full": lambda path: True, "lora": is_lora, "frozen": lambda path: group_of(path) != "vision"}
-    params, frozen = split(model, rules[kind])
+    if kind == "dora":
+        model = add_lora(model, LoraConfig(dora=True, modules_to_save=("merger",)), 0)
+    rules = {"full": lambda path: True, "frozen": lambda path: group_of(path) != "vision"}
+    params, frozen = split(model, rules.get(kind, functools.partial(is_adapted, model)))
     layout = Layout.of(model)
     handover = Handover(layout, params, frozen, dtype, mesh)
     first = handover(params)
@@ -36,11 +38,13 @@ def test_the_engine_gets_what_was_trained(mesh, lowerings, kind, dtype):
     with lowerings() as lowered:
         found = handover(params)
     assert not lowered
-    expected = layout.model(params, frozen, dtype).unstacked()
+    expected = jax.jit(fix_magnitudes)(layout.model(params, frozen, dtype)).unstacked()
+    assert any(path.endswith("lora_gain") for path in leaf_paths(found)) == (kind == "dora")
     assert list(leaf_paths(found)) == list(leaf_paths(expected))
     for path, one, other in zip(leaf_paths(found), *map(jax.tree.leaves, (found, expected)), strict=True):
         assert one.dtype == other.dtype, path
-        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32), err_msg=path)
+        tolerance = 1e-6 if path.endswith("lora_gain") else 0
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), tolerance, err_msg=path)
     assert not buffers(found) & buffers(params)
     # Of those that are frozen no second copy is made.
     shared = buffers(found) & buffers(first)
@@ -51,7 +55,7 @@ def test_the_engine_gets_what_was_trained(mesh, lowerings, kind, dtype):
 
 def changed(model, params):
     """How many leaves of a model with its layers one by one are made of trained parameters."""
-    trained = {path.replace(".stacked", "") for path in params}
+    trained = {path.replace(".stacked", "").replace("lora_magnitude", "lora_gain") for path in params}
 
     def plain(path):
         return ".".join(part for part in path.split(".") if not part.isdigit())
