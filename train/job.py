@@ -26,7 +26,7 @@ from glm4v_jax.data.media import source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
-from glm4v_jax.model.lora import add_lora, is_adapted
+from glm4v_jax.model.lora import add_lora, check_modules, is_adapted
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
@@ -237,7 +237,9 @@ def _adapted(model: Glm4v, config: TrainConfig) -> Glm4v:
     if config.lora is None:
         return model
     if config.lora.adapter is not None:
-        return load_adapter(model, config.lora.adapter)
+        model = load_adapter(model, config.lora.adapter, keep_dtype=True)
+        check_modules(model)
+        return model
     return add_lora(model, config.lora, config.seed)
 
 

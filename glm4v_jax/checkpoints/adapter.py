@@ -198,7 +198,7 @@ def adapter_options(model: Glm4v, base_name: str) -> dict[str, Any]:
     }
 
 
-def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
+def load_adapter(model: Glm4v, directory: str | Path, *, keep_dtype: bool = False) -> Glm4v:
     """Return the model with an adapter that PEFT, or `save_adapter`, has written; new modules around the same arrays.
 
     Where layers differ in rank the lower ones are padded with zeros, layers without an adapter get one of zeros, and
@@ -209,6 +209,7 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
     Args:
       model: without an adapter.
       directory: with adapter_config.json and adapter_model.safetensors.
+      keep_dtype: let whole modules have the dtypes of the file, for training; by default they get those of the model's.
 
     Raises:
       CheckpointError: files are missing or corrupt, tensors do not fit the model (all are listed), or the adapter is
@@ -218,7 +219,7 @@ def load_adapter(model: Glm4v, directory: str | Path) -> Glm4v:
     pairs, modules, saved = read_adapter(directory, model.config)
     with lora.on_mesh_of(model):
         result = _with_adapters(model, _by_leaf(pairs.values(), model.config))
-        put_saved(result, modules, saved)
+        put_saved(result, modules, saved, keep_dtype=keep_dtype)
         return result
 
 
@@ -244,7 +245,8 @@ def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_
             put = functools.partial(_put, like=linear.kernel[...])
             lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
             if path == _HEAD and (head := layers[0][0].base) is not None:
-                replace_kernel(linear, head)
+                is_integer = linear.kernel_scale is not None
+                replace_kernel(linear, head if is_integer else head.astype(linear.kernel.dtype))
             if not np.isnan(magnitude).all():
                 lora.set_magnitude(linear, put(magnitude, linear.out_axes))
     return result

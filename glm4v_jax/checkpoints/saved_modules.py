@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -76,13 +77,16 @@ def saved_tensors(model: Glm4v) -> dict[str, np.ndarray]:
     }
 
 
-def put_saved(model: Glm4v, modules: Sequence[str], tensors: Mapping[str, np.ndarray]) -> None:
+def put_saved(
+    model: Glm4v, modules: Sequence[str], tensors: Mapping[str, np.ndarray], *, keep_dtype: bool = False
+) -> None:
     """Replace modules of a model, in place; rounded to int8 where its own are quantised.
 
     Args:
       model: in its mesh; an abstract one keeps its leaves, which have the same shapes.
       modules: names in `lora.MODULES_TO_SAVE`.
       tensors: canonical name -> tensor, of all of them.
+      keep_dtype: keep the tensors' dtypes, for training, where the model's own are floats of others.
     """
     model.modules_to_save = tuple(modules)
     sizes, shapes = hf_mapping.dimensions(model.config), hf_mapping.leaf_shapes(model.config)
@@ -99,21 +103,26 @@ def put_saved(model: Glm4v, modules: Sequence[str], tensors: Mapping[str, np.nda
         module: Any = model
         for name in names:
             module = getattr(module, name)
+        own = getattr(module, last)[...]
+        if not keep_dtype and jnp.issubdtype(own.dtype, jnp.floating):
+            values = values.astype(own.dtype)
         if isinstance(module, Linear) and last == "kernel":
             replace_kernel(module, values)
         elif isinstance(module, Embed):
             _replace_table(module, values)
         else:
-            own = getattr(module, last)[...]
-            setattr(module, last, nnx.Param(_put_like(values.astype(own.dtype), own)))
+            setattr(module, last, nnx.Param(_put_like(values, own)))
 
 
 def replace_kernel(linear: Linear, kernel: np.ndarray) -> None:
-    """Give a linear layer another kernel, in floats, inputs first; rounded to int8 where its own is quantised."""
+    """Give a linear layer another kernel, in floats, inputs first; rounded to int8 where its own is quantised.
+
+    It keeps its dtype otherwise.
+    """
     own = linear.kernel[...]
     if isinstance(own, jax.core.Tracer):
         return
-    new = _put(kernel if linear.kernel_scale is not None else kernel.astype(own.dtype), linear, own)
+    new = _put(kernel, linear, own)
     if linear.kernel_scale is not None:
         new, scale = quantize_kernel(new, linear.in_axes, linear.out_axes, QuantConfig("int8"))
         linear.kernel_scale = nnx.Param(scale)
@@ -125,7 +134,7 @@ def _replace_table(embed: Embed, table: np.ndarray) -> None:
     if isinstance(own, jax.core.Tracer):
         return
     if embed.embedding_scale is None:
-        embed.embedding = nnx.Param(_put_like(table.astype(own.dtype), own))
+        embed.embedding = nnx.Param(_put_like(table, own))
         return
     new, scale = quantize_embedding(_put_like(table, own))
     embed.embedding, embed.embedding_scale = nnx.Param(new), nnx.Param(scale)

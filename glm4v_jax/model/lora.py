@@ -213,8 +213,8 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     """
     result = copy_without_lora(model)
     chosen = matching_linears(result, config.target, "target")
-    _check_modules(result, config, chosen)
     result.modules_to_save = config.modules_to_save
+    check_modules(result, chosen)
 
     @jax.jit  # one program: each draw would be compiled by itself
     def draw(key: Array) -> dict[str, list[tuple[Array, Array]]]:
@@ -232,15 +232,18 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     return result
 
 
-def _check_modules(model: Glm4v, config: LoraConfig, chosen: Iterable[str]) -> None:
-    """Check that modules can be trained whole beside adapters of the chosen linear layers."""
-    prefixes = leaf_prefixes(config.modules_to_save)
+def check_modules(model: Glm4v, chosen: Iterable[str] = ()) -> None:
+    """Check that a model's whole modules can be trained beside adapters of the chosen linear layers.
+
+    Raises:
+      ConfigError: one is quantised, the model's head is its embedding, or a layer of one is chosen.
+    """
+    prefixes = leaf_prefixes(model.modules_to_save)
     if not prefixes:
         return
-    faults = faults_of_modules(config.modules_to_save, model.config)
+    faults = faults_of_modules(model.modules_to_save, model.config)
     leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
-    own = {path: leaf for path, leaf in leaves.items() if path.startswith(prefixes)}
-    if integers := integer_leaves(own):
+    if integers := integer_leaves({path: leaf for path, leaf in leaves.items() if path.startswith(prefixes)}):
         faults.append(fault("modules_to_save", integers[0], "one in floats: integers cannot be trained"))
     if both := [path for path in chosen if f"{path}.".startswith(prefixes)]:
         faults.append(fault("target", both[0], "no layer of modules_to_save, which are trained whole"))

@@ -444,7 +444,6 @@ def test_a_head_replaces_a_quantised_one(model, tmp_path, config):
         ({f"{HEAD}base_layer.bias": (320,)}, {}),
         ({f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.base_layer.weight": (64, 64)}, {}),
         ({f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_magnitude_vector": (64,)}, {}),
-        ({f"{HEAD}weight": (320, 64)}, {"modules_to_save": ["lm_head"]}),
         ({}, {"trainable_token_indices": [1]}),
         ({}, {"use_bdlora": {"nblocks": 2}}),
         ({}, {"kasa_config": {}, "arrow_config": {"top_k": 3}}),

@@ -173,6 +173,24 @@ def test_integers_and_tied_heads_are_not_trained(model, ours):
         lora.add_lora(ours("tester").module, lora.LoraConfig(modules_to_save=("embed_tokens",)))
 
 
+def test_matrices_beside_a_whole_module_are_refused(model, tmp_path):
+    save_adapter(trained(model, lora.LoraConfig(rank=2, target="lm_head|.*q_proj")), tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+    with pytest.raises(CheckpointError, match="3 tensors do not fit") as error:
+        load_adapter(model, tmp_path)
+    assert "lm_head.weight: found nothing; expected [320, 64]" in error.value.faults
+
+
+def test_going_on_keeps_the_numbers_of_the_file(model, saved):
+    """Training has float32 of its modules, whatever the checkpoint's dtype is; inference that of the model."""
+    directory, adapter = saved
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    kept, cast = (load_adapter(half, directory, keep_dtype=keep).lm_head.kernel[...] for keep in (True, False))
+    np.testing.assert_array_equal(kept, adapter.lm_head.kernel[...])
+    assert cast.dtype == jnp.bfloat16 and kept.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -160,7 +160,7 @@ def failed_evaluation(folder):
         def __call__(self, *args):
             raise RuntimeError("no tokenizer")
 
-    config = job(folder, "adapter", lora=AdapterConfig(rank=2, alpha=4.0), steps=3)
+    config = job(folder, "adapter", lora=AdapterConfig(rank=2, alpha=4.0, modules_to_save=("lm_head",)), steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.loop.Evaluator", Broken)
         with pytest.raises(RuntimeError, match="no tokenizer"):
@@ -186,6 +186,8 @@ def test_a_job_with_lora_trains_an_adapter(folder, failed_evaluation, uninterrup
     assert {path for path in leaf_paths(adapted) if is_lora(path)}
     found = np.asarray(adapted.language_model.layers.stacked.self_attn.q_proj.lora_b[...])
     assert np.abs(found).max() > 0
+    assert adapted.modules_to_save == ("lm_head",)
+    assert not np.array_equal(adapted.lm_head.kernel[...], model.lm_head.kernel[...])
 
 
 def test_a_job_goes_on_from_an_adapter(folder, failed_evaluation):
@@ -198,7 +200,7 @@ def test_a_job_goes_on_from_an_adapter(folder, failed_evaluation):
     )  # fmt: skip
     assert train(config) == (2, True)
     files = [SafetensorsFile(path / "adapter_model.safetensors") for path in (first, folder / "further" / ADAPTER)]
-    assert set(files[0]) == set(files[1])
+    assert set(files[0]) == set(files[1]) and "base_model.model.lm_head.weight" in files[0]
     for name in files[0]:
         np.testing.assert_allclose(files[1].read(name), files[0].read(name), rtol=0, atol=1e-10)
     options = [json.loads((path.path.parent / "adapter_config.json").read_text()) for path in files]

@@ -99,6 +99,8 @@ def _calls_of(message: Row, text: str | None, where: str) -> list[Any]:
 
 
 def _call(call: Any, where: str) -> Message:
+    if not isinstance(call, Mapping):
+        raise invalid(where, kind_of(call), "an object with 'name' and 'arguments'")
     found = checked_call(call, where)
     function = found["function"] if isinstance(found.get("function"), Mapping) else found
     if function.get("arguments") is None:
