@@ -29,7 +29,7 @@ from convert.quantize import quantize
 from convert.to_hf import to_hf
 from convert.to_orbax import to_orbax
 from glm4v_jax.checkpoints import orbax_write
-orbax_write.GROUP_BYTES = 500_000
+orbax_write.GROUP_BYTES = 1_000_000
 programs = {
     "to_hf": functools.partial(to_hf, max_shard_size="1MB"),
     "quantize": functools.partial(quantize, max_shard_size="1MB"),

@@ -1,4 +1,4 @@
-"""One device and many: the same logits, tokens and gradients on any mesh.
+"""One device and many: the same results of calls on any mesh.
 
 Run as a program, `python test_mesh.py CHECKPOINT`, this file computes them on eight simulated devices; the devices of a
 process are fixed when JAX starts, so the test starts another.
@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers_mesh import compare, compute, run_on_devices
+from helpers_mesh import run_on_devices
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -19,8 +19,8 @@ from glm4v_jax import Glm4v, Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import ConfigError
 
-MESHES = [dict(), dict(fsdp=2, kv=2, seq=2)]
-CALL_MESHES = [dict(), dict(data=2), dict(fsdp=2, kv=2, q=2), dict(kv=2, seq=2)]
+CALLS = [(dict(data=2), (1, 3)), (dict(fsdp=2, kv=2, q=2), (1, 3)), (dict(kv=2, seq=2), (3,))]
+"""Meshes, and sizes of batches: those that the data axes do not divide, where there are such axes."""
 
 
 def test_logical_names_become_mesh_axes():
@@ -93,30 +93,20 @@ def test_rules_name_explicit_axes_of_the_mesh():
 
 @pytest.fixture(scope="module")
 def on_eight_devices(mesh, checkpoints):
-    """What `main` prints: differences of programs, differences of calls, a refusal."""
+    """What `main` prints: differences of calls, a refusal."""
     return run_on_devices(__file__, str(checkpoints("base")))
 
 
-def test_programs_are_the_same_on_every_mesh(on_eight_devices):
-    cases = on_eight_devices[0]
-    assert [case["mesh"] for case in cases] == MESHES[1:]
-    for case in cases:
-        assert case["tokens_equal"]
-        assert case["logits"] <= 1e-5 and case["loss"] <= 1e-6
-        assert case["gradients"] <= 1e-4, case["worst_gradient"]
-        assert case["split"] > 0.9  # of the parameters; or the meshes would be the same in all but name
-
-
 def test_calls_are_the_same_on_every_mesh(on_eight_devices):
-    cases = on_eight_devices[1]
-    assert [(case["mesh"], case["batch"]) for case in cases] == [(m, b) for m in CALL_MESHES[1:] for b in (1, 3)]
+    cases = on_eight_devices[0]
+    assert [(case["mesh"], case["batch"]) for case in cases] == [(sizes, b) for sizes, some in CALLS for b in some]
     for case in cases:
         assert case["names"] == ["loss", "logits", "step", "embedded", *["hidden state"] * 3]
         assert np.max(case["differences"]) <= 1e-5, case
 
 
 def test_a_mesh_that_key_heads_do_not_divide_by_is_refused(on_eight_devices):
-    assert on_eight_devices[2] == "kv_heads of 2 is not divisible by mesh axes kv of 4 devices"
+    assert on_eight_devices[1] == "kv_heads of 2 is not divisible by mesh axes kv of 4 devices"
 
 
 def parts_of_calls(model, batch):
@@ -147,15 +137,16 @@ def compare_calls(directory):
     """Differences of `parts_of_calls` from one device's, relative to the largest magnitude."""
     from glm4v_jax import Glm4vForConditionalGeneration
 
-    models = [
-        Glm4vForConditionalGeneration.from_pretrained(directory, mesh=mesh.make_mesh(**sizes)) for sizes in CALL_MESHES
-    ]
-    one = {batch: parts_of_calls(models[0], batch) for batch in (1, 3)}
-    report = []
-    for sizes, model in zip(CALL_MESHES[1:], models[1:], strict=True):
-        for batch, expected in one.items():
+    def on(sizes):
+        return Glm4vForConditionalGeneration.from_pretrained(directory, mesh=mesh.make_mesh(**sizes))
+
+    one, report = on({}), []
+    expected = {batch: parts_of_calls(one, batch) for batch in (1, 3)}
+    for sizes, batches in CALLS:
+        model = on(sizes)
+        for batch in batches:
             found = parts_of_calls(model, batch)
-            pairs = [(a, b) for (_, a), (_, b) in zip(found, expected, strict=True)]
+            pairs = [(a, b) for (_, a), (_, b) in zip(found, expected[batch], strict=True)]
             differences = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
             names = [name for name, _ in found]
             report.append({"mesh": sizes, "batch": batch, "names": names, "differences": differences})
@@ -176,9 +167,7 @@ def released_model_on_meshes():
 
 
 def main(directory):
-    one = compute(directory, mesh.make_mesh(**MESHES[0]))
-    report = [{"mesh": m, **compare(compute(directory, mesh.make_mesh(**m)), one)} for m in MESHES[1:]]
-    for part in (report, compare_calls(directory), released_model_on_meshes()):
+    for part in (compare_calls(directory), released_model_on_meshes()):
         print(json.dumps(part))  # noqa: T201
 
 

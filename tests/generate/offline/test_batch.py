@@ -289,7 +289,7 @@ def test_a_failed_prompt_is_tried_again_and_a_torn_line_is_cut_off(image):
     assert sorted(os.listdir()) == sorted([image, OUT, "prompts.jsonl"])
 
 
-MANY, LAST = 24, 4
+MANY, LAST = 24, 2
 SAMPLING = ("--slots", 2, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 100)
 
 
