@@ -1,6 +1,7 @@
 """Fine-tuning: `glm4v train`, and its training loop.
 
-- config.py: the job file. loop.py: a job from its file to its result; job.py: what it starts with.
+- config.py: the job file. loop.py: a job from its file to its result; job.py: what it starts with; output.py: where it
+  writes.
 - data/: from files to batches. step.py, loss.py, optimizers.py, state.py: the training step.
 - preference.py: losses of preferences; references.py: log probabilities of the model before the training, kept in a
   file. noise.py: dropout of adapters, NEFTune.

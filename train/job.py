@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +21,7 @@ from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, device_bytes
 from glm4v_jax.config.checks import fault
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
-from glm4v_jax.data.media import source_of
+from glm4v_jax.data.media import file_name, source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.model.glm4v import Glm4v
@@ -144,8 +143,7 @@ def _essence(item: Any) -> Any:
     """A role, the text of an item, or its kind and the name of its file."""
     if isinstance(item, str) or item["type"] == "text":
         return item if isinstance(item, str) else item.get("text")
-    source = source_of(item)
-    return item["type"], os.path.basename(source) if isinstance(source, str | os.PathLike) else None
+    return item["type"], file_name(source_of(item))
 
 
 def describe_data(config: TrainConfig, data: Data) -> str:

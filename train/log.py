@@ -99,7 +99,8 @@ class MetricsLog:
         compiled = sum(self._compiled) - self._compiled_before
         seconds = max(time.perf_counter() - self._since - compiled, 1e-9)
         self._begin()
-        self.step, self.streak, self.grad_norm = step, int(found.streak), float(found.grad_norm)
+        update = found.update
+        self.step, self.streak, self.grad_norm = step, int(update.streak), float(update.grad_norm)
         tokens, patches = int(found.work.tokens), int(found.work.patches)
         flops = self._speed.flops(found.work)
         line = {
@@ -109,8 +110,8 @@ class MetricsLog:
             **({} if found.margin is None else {"margin": float(found.margin)}),
             "targets": float(found.weight),
             "grad_norm": self.grad_norm,
-            "learning_rate": float(found.learning_rate),
-            "is_skipped": bool(found.is_skipped),
+            "learning_rate": float(update.learning_rate),
+            "is_skipped": bool(update.is_skipped),
             "samples": int(found.samples),
             **rows,
             "tokens": tokens,

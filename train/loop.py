@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from glm4v_jax.checkpoints.atomic_directory import locked
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.progress import Programs
@@ -19,11 +18,10 @@ from glm4v_jax.devices.compilation_cache import compile_times, compiling
 from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.errors import ConfigError, Glm4vError, counted
-from glm4v_jax.files import made_directory
+from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
-from train.checkpoints import Checkpoints, abstract
+from train.checkpoints import abstract
 from train.config import TrainConfig
 from train.data.epochs import count_steps, read_steps, write_steps
 from train.data.placement import put
@@ -32,9 +30,7 @@ from train.data.stream import RowCounts, Stream, make_encoder
 from train.evaluate import Evaluator
 from train.job import (
     Job,
-    abstract_state,
     check_memory,
-    check_output,
     check_same,
     check_step,
     describe_data,
@@ -42,32 +38,25 @@ from train.job import (
     make_mesh,
     read_data,
 )
-from train.log import MetricsLog, Speed, read_evaluations
+from train.log import MetricsLog, Speed
+from train.output import (
+    ANSWERS,
+    CHECKPOINTS,
+    EPOCHS,
+    PROFILE,
+    REFERENCES,
+    JobResult,
+    Saver,
+    check_room,
+    ignore,
+    open_checkpoints,
+)
 from train.plot import draw_metrics
 from train.preemption import Stopping
 from train.profiler import Profiler
 from train.references import compute, encoded, table_of
-from train.state import TrainState, bit_sum, is_finite
+from train.state import TrainState, bit_sum
 from train.trackers import check_trackers
-
-CHECKPOINTS, ANSWERS, PROFILE = "checkpoints", "answers", "profile"
-REFERENCES, EPOCHS = "references.npz", "epochs.json"
-"""What a job writes to its output directory, besides its result and its metrics."""
-
-
-class TrainError(Glm4vError):
-    """A job cannot continue: its state is not finite, or its gradients are not or are too large, step after step."""
-
-
-class JobResult(NamedTuple):
-    """How a job ended.
-
-    step: the last one.
-    is_done: whether that was the last of all; otherwise it was asked to stop.
-    """
-
-    step: int
-    is_done: bool
 
 
 def train(
@@ -100,7 +89,7 @@ def train(
     if config.rl is not None:
         raise ConfigError("rl: found a table; expected none: such a job is run by train.rl.loop.learn")
     check_trackers(config)
-    log = log or _ignore
+    log = log or ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)
     data = read_data(config, records)
@@ -108,18 +97,10 @@ def train(
     out = Path(config.out)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
-        by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
-        out.mkdir(parents=True, exist_ok=True)  # of the other processes, whose disk may be another
-        by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
-        # Not before the lock: else a second job that is refused might remove it from under the first.
-        by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))
-        result_bytes = check_output(config)
+        job_identity = identity(config, model_config, len(data.train), data.digest)
+        checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
         processor = Glm4vProcessor.from_pretrained(config.model)
         processor.check_ids(model_config)
-        evaluations = read_evaluations(out)
-        job_identity = identity(config, model_config, len(data.train), data.digest)
-        kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log, evaluations)
-        checkpoints = stack.enter_context(contextlib.closing(kept))
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
         stream = Stream(
             encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log, draws=data.draws,
@@ -141,8 +122,7 @@ def train(
         if checkpoints.latest is not None:
             check_step(checkpoints.latest, config)
         stopping = stack.enter_context(Stopping(mesh))
-        saves = sum(map(config.is_saved, range((checkpoints.latest or 0) + 1, config.steps + 1)))
-        checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
+        check_room(config, model_config, checkpoints)
         compiled = stack.enter_context(compile_times())
         stack.enter_context(compiling(Programs(_programs(config), lambda text: log(text) if text else None)))
         job, state = Job.start(config, model_config, progress)
@@ -169,8 +149,8 @@ def train(
         profiler = stack.enter_context(Profiler(out / PROFILE, profile, log))
         if epochs:
             by_first(lambda: write_steps(out / EPOCHS, epochs_digest, config.steps))
-        first = int(state.step)
-        run = _Steps(job, stream, evaluator, checkpoints, metrics_log, stopping, profiler, mesh, out, log, first)
+        saver = Saver(checkpoints, config, int(state.step))
+        run = _Steps(job, stream, evaluator, saver, metrics_log, stopping, profiler, mesh, out, log)
         state, is_complete = run.run(state)
         number = int(state.step)
         if is_complete:
@@ -194,19 +174,18 @@ def train(
 
 
 class _Steps(NamedTuple):
-    """What the steps of a run need; `first` is the step that they come after."""
+    """What the steps of a run need."""
 
     job: Job
     stream: Stream
     evaluator: Evaluator | None
-    checkpoints: Checkpoints
+    saver: Saver
     metrics_log: MetricsLog
     stopping: Stopping
     profiler: Profiler
     mesh: Mesh
     out: Path
     log: Callable[[str], None]
-    first: int
 
     def run(self, state: TrainState) -> tuple[TrainState, bool]:
         """Take all remaining steps, or until the job is asked to stop; the state is donated.
@@ -216,10 +195,10 @@ class _Steps(NamedTuple):
           comes before the export.
         """
         config, job = self.job.config, self.job
-        number = saved = self.first
+        number = saved = self.saver.first
         lanes = None
         is_due = is_stopped = False
-        if number and config.is_evaluated(number) and number not in self.checkpoints.evaluations:
+        if number and config.is_evaluated(number) and number not in self.saver.checkpoints.evaluations:
             is_stopped = not self._evaluate(state)  # what it resumes after was saved, and then the job ended
         while number < config.steps and not (is_stopped or self._is_over() or self.stopping.is_asked()):
             batch, lanes = next(self.stream)
@@ -252,36 +231,24 @@ class _Steps(NamedTuple):
                 self.log(f"step {number} was skipped, and is not saved")
             counts = RowCounts.of(lanes)
             self.log(
-                f"{number - self.first} steps in this run, {int(state.skipped)} of all skipped; rows read: "
+                f"{number - self.saver.first} steps in this run, {int(state.skipped)} of all skipped; rows read: "
                 f"{counts.rows:,}, of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
             if number >= config.steps and (left := self.stream.left(lanes)):
                 self.log(f"{counted(left, 'row')} left: some could not be read when steps were counted, and can now")
         if (is_over := self._is_over()) and number < config.steps:
-            found = counted(self.checkpoints.stale, "evaluation")
+            found = counted(self.saver.checkpoints.stale, "evaluation")
             self.log(f"ended after step {number} of {config.steps}: {found} without a better {config.checkpoint.best}")
         return state, (number >= config.steps or is_over) and not is_stopped
 
     def _is_over(self) -> bool:
         """Whether evaluations have found no better model for too long."""
         options = self.job.config.eval
-        return options is not None and options.patience is not None and self.checkpoints.stale >= options.patience
+        return options is not None and options.patience is not None and self.saver.checkpoints.stale >= options.patience
 
     def _save(self, state: TrainState, lanes: dict[str, Any]) -> bool:
-        """Save, unless the last step was skipped: its state may be bad, and a new checkpoint removes an old one.
-
-        Returns:
-          Whether it is saved.
-        """
-        if not is_finite(state):
-            raise TrainError(
-                f"step {self.metrics_log.step}: found parameters or an optimizer's state that are not finite, and not "
-                f"saved; expected finite ones; {self._way_back()}"
-            )
-        if self.metrics_log.streak:
-            return False
-        self.checkpoints.save(state, lanes)
-        return True
+        """Save, see `Saver.save`."""
+        return self.saver.save(self.metrics_log.step, state, self.metrics_log.streak, lanes)
 
     def _evaluate(self, state: TrainState) -> bool:
         """Evaluate, and return whether it was not stopped meanwhile."""
@@ -293,7 +260,7 @@ class _Steps(NamedTuple):
             self.log(f"the evaluation after step {number} was stopped")
             return False
         self.metrics_log.evaluated(number, found, time.perf_counter() - since)
-        self.checkpoints.evaluated(number, found)
+        self.saver.checkpoints.evaluated(number, found)
         return True
 
     def _row_fields(self, lanes: dict[str, Any]) -> dict[str, Any]:
@@ -308,28 +275,8 @@ class _Steps(NamedTuple):
 
     def _check_streak(self) -> None:
         """Check the steps whose metrics have been read."""
-        config, found = self.job.config, self.metrics_log
-        if found.streak >= config.max_skipped:
-            raise TrainError(
-                f"step {found.step}: found gradients of norm {found.grad_norm}, the last of {config.max_skipped} "
-                f"skipped steps in a row; expected norms up to max_grad_norm = {config.max_grad_norm}; "
-                f"{self._way_back()}"
-            )
-
-    def _way_back(self) -> str:
-        """Say which checkpoint is good, and what to do, after steps that came to nothing."""
-        self.checkpoints.wait()
-        latest, folder = self.checkpoints.latest, self.out / CHECKPOINTS
-        if latest is None:
-            return "no checkpoint was saved: lower the learning rate, or look at the data of these steps"
-        if latest > self.first:
-            return (
-                f"the newest good checkpoint is {folder / str(latest)}: the same command resumes from it; if it ends "
-                "here again, lower the learning rate, or look at the data of these steps"
-            )
-        older = self.checkpoints.before(latest)
-        instead = "start again" if older is None else f"resume from {folder / str(older)}"
-        return f"this run began with {folder / str(latest)}, which may be bad: move it away to {instead}"
+        found = self.metrics_log
+        self.saver.check_streak(found.step, found.streak, found.grad_norm)
 
 
 def _digest(*parts: Any) -> str:
@@ -356,7 +303,3 @@ def _programs(config: TrainConfig) -> dict[str, str]:
         found["evaluation_loss"] = "loss of the evaluation"
         found |= programs() if config.eval.generate else {}
     return found
-
-
-def _ignore(line: str) -> None:
-    del line

@@ -20,17 +20,30 @@ from train.preference import PreferenceConfig, preference_sums
 from train.state import Layout, Leaves, TrainState
 
 
+class UpdateMetrics(NamedTuple):
+    """What became of an optimizer's step.
+
+    grad_norm: of all parameters together, before it is clipped.
+    is_skipped: whether the step was skipped.
+    skipped: how many steps of the training have been skipped, this one included.
+    streak: how many of them in a row, up to this one.
+    learning_rate: of the step; NaN without a schedule.
+    """
+
+    grad_norm: Float[Array, ""]
+    is_skipped: Bool[Array, ""]
+    skipped: Int[Array, ""]
+    streak: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
 class Metrics(NamedTuple):
     """Metrics of a step, before its update.
 
     loss: mean over the weights of all micro-batches.
     accuracy: fraction of the weights whose target is the most likely token.
     weight: sum of the weights.
-    grad_norm: of all parameters together, before it is clipped.
-    is_skipped: whether the step was skipped.
-    skipped: how many steps of the training have been skipped, this one included.
-    streak: how many of them in a row, up to this one.
-    learning_rate: of its update; NaN where `make_step` got none.
+    update: what became of it.
     samples: how many the batch has; a pair has two.
     work: what was not padding.
     margin: of preferences, mean of how much more the preferred answers are preferred (`preference_loss`).
@@ -39,11 +52,7 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]
     accuracy: Float[Array, ""]
     weight: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    is_skipped: Bool[Array, ""]
-    skipped: Int[Array, ""]
-    streak: Int[Array, ""]
-    learning_rate: Float[Array, ""]
+    update: UpdateMetrics
     samples: Int[Array, ""]
     work: Work
     margin: Float[Array, ""] | None = None
@@ -135,13 +144,13 @@ def make_step(
             (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, drawn)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
-        updated, norm, is_good = update(state, gradients, sums.loss, optimizer, max_grad_norm)
+        updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate)
         vision = batches.batch.vision
         work = work_of(batches.batch.segment_ids, None if vision is None else vision.segment_ids)
         samples = jnp.sum(jnp.max(batches.batch.segment_ids, axis=-1))  # a row's are numbered from 1 on
         metrics = Metrics(
-            sums.loss / weight, sums.correct / weight, sums.weight, norm, ~is_good, updated.skipped, updated.streak,
-            rate_of(state, learning_rate), samples, work, None if sums.margin is None else sums.margin / weight,
+            sums.loss / weight, sums.correct / weight, sums.weight, taken, samples, work,
+            None if sums.margin is None else sums.margin / weight,
         )  # fmt: skip
         return updated, metrics
 
@@ -154,12 +163,9 @@ def update(
     loss: Float[Array, ""],
     optimizer: optax.GradientTransformation,
     max_grad_norm: float,
-) -> tuple[TrainState, Float[Array, ""], Bool[Array, ""]]:
-    """Take an optimizer's step, or skip it where the loss or the gradients are not finite, or the latter too large.
-
-    Returns:
-      The state, the norm of the gradients, and whether the step was taken.
-    """
+    learning_rate: optax.Schedule | None,
+) -> tuple[TrainState, UpdateMetrics]:
+    """Take an optimizer's step, or skip it where the loss or the gradients are not finite, or the latter too large."""
     norm = optax.tree.norm(gradients)
     is_good = jnp.isfinite(norm) & jnp.isfinite(loss) & (norm <= max_grad_norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -169,10 +175,7 @@ def update(
     )
     skipped = 1 - is_good.astype(jnp.int32)
     streak = (state.streak + skipped) * skipped
-    return TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak), norm, is_good
-
-
-def rate_of(state: TrainState, learning_rate: optax.Schedule | None) -> Float[Array, ""]:
-    """Return the learning rate of the update after `state`; NaN without a schedule."""
     updates_before = state.step - state.skipped  # as the optimizer counts them
-    return jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))
+    rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))
+    updated = TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak)
+    return updated, UpdateMetrics(norm, ~is_good, updated.skipped, updated.streak, rate)

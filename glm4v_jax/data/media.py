@@ -94,6 +94,11 @@ def source_of(item: Mapping[str, Any]) -> Any:
     return next(item[key] for key in ("path", "url", "image", "video") if key in item)
 
 
+def file_name(source: Any) -> str | None:
+    """Return the name of the file that a source is, wherever it lies; None for what is in memory."""
+    return os.path.basename(source) if isinstance(source, str | os.PathLike) else None
+
+
 def located(item: MediaItem, directory: str | Path) -> MediaItem:
     """Return an item whose paths are joined to `directory`, which they were relative to."""
     files = {key: item[key] for key in ("path", "video") if key in item}

@@ -33,8 +33,9 @@ from train.data.records import read_records
 from train.evaluate import Evaluation, Evaluator
 from train.job import read_data
 from train.log import EVALUATIONS, METRICS, MetricsLog, read_log
-from train.loop import ANSWERS, CHECKPOINTS, PROFILE, TrainError, train
+from train.loop import train
 from train.optimizers import OptimizerConfig
+from train.output import ANSWERS, CHECKPOINTS, PROFILE, TrainError
 from train.profiler import Profiler
 from train.trackers import TENSORBOARD
 
@@ -494,7 +495,7 @@ def test_a_bad_state_replaces_no_checkpoint(folder, failed_evaluation, tmp_path,
         config = dataclasses.replace(config, max_grad_norm=1e-9, max_skipped=2)
     else:
         answers = iter(found)
-        monkeypatch.setattr("train.loop.is_finite", lambda state: next(answers))
+        monkeypatch.setattr("train.output.is_finite", lambda state: next(answers))
         latest += found.count(True)
     with pytest.raises(TrainError, match=message.format(tmp_path / CHECKPOINTS / str(latest))):
         train(config)

@@ -22,7 +22,8 @@ from train.data.packing import TrainBatch, pack
 from train.data.records import Record
 from train.data.samples import IGNORED, encode
 from train.log import EVALUATIONS, METRICS, read_log
-from train.loop import REFERENCES, train
+from train.loop import train
+from train.output import REFERENCES
 from train.preference import LOSSES, Pairs, PreferenceConfig, pairs_of, preference_loss
 from train.references import table_of
 from train.step import loss_sums

@@ -119,7 +119,7 @@ def test_micro_batches_weigh_as_one_batch(checkpoints):
     apart, others = step(state, frozen, stacked(*parts))
     np.testing.assert_allclose(metrics.loss, others.loss, rtol=1e-6)
     assert float(metrics.weight) == float(others.weight) == float(text.weights.sum())
-    np.testing.assert_allclose(metrics.grad_norm, others.grad_norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics.update.grad_norm, others.update.grad_norm, rtol=1e-5)
     assert parts[0].weights.sum() != parts[1].weights.sum() and whole.batch.vision is not None
     for path, value in together.params.items():
         # Adam divides by the gradient's own size: what is nearly 0 in it may come out with either sign.
@@ -181,13 +181,13 @@ def test_a_bad_step_changes_nothing(checkpoints, bad):
     before = jax.tree.map(np.asarray, (state.params, state.opt_state))
     for number in (1, 2):
         state, metrics = step(state, frozen, stacked(batch))
-        assert bool(metrics.is_skipped)
+        assert bool(metrics.update.is_skipped)
         assert (int(state.step), int(state.skipped), int(state.streak)) == (number, number, number)
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True):
         np.testing.assert_array_equal(one, other)
     if bad == "nan":
         state, metrics = step(state, frozen, stacked(example()[0]))
-        assert not bool(metrics.is_skipped) and (int(state.skipped), int(state.streak)) == (2, 0)
+        assert not bool(metrics.update.is_skipped) and (int(state.skipped), int(state.streak)) == (2, 0)
 
 
 def test_frozen_parameters_are_not_in_the_state(checkpoints):

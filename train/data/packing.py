@@ -9,11 +9,12 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from glm4v_jax.batch import Batch, VisionRows
+from glm4v_jax.batch import Batch
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.inputs import vision_rows
 from glm4v_jax.inputs.medium import Medium
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import RowPlace, first_fit
 from train.data.samples import IGNORED, Sample
 
@@ -92,47 +93,82 @@ def pack(
     if places is None:
         found = ", ".join(str(len(sample)) for sample in samples)
         raise DataError(f"{_sources(samples)}: found {found} tokens; expected ones that fit {rows} x {length}")
-    vision, features = _pack_vision(samples, vision_shape, config)
-    input_ids, segment_ids = (np.zeros((rows, length), np.int32) for _ in range(2))
-    position_ids = np.ones((3, rows, length), np.int32)
-    vision_index, targets = np.full((rows, length), -1, np.int32), np.full((rows, length), IGNORED, np.int32)
-    weights, reference = (np.zeros((rows, length), np.float32) for _ in range(2))
-    for sample, (row, start, segment) in zip(samples, places, strict=True):
-        here = np.s_[row, start : start + len(sample)]
-        input_ids[here], segment_ids[here], targets[here] = sample.input_ids, segment, sample.targets
-        position_ids[:, row, start : start + len(sample)] = sample.position_ids
+    frames = np.concatenate([np.zeros((0, 2), np.int64), *(sample.frames for sample in samples)])
+    if not vision_fits(frames, vision_shape):
+        raise DataError(
+            f"{_sources(samples)}: found {counted(len(frames), *_MEDIA)} of {int(frames.prod(axis=1).sum())} patches; "
+            f"expected ones that fit vision rows of {vision_shape}"
+        )
+    media = [medium for sample in samples for medium in sample.prompt.media]
+    writer = RowWriter(rows, length, media, vision_shape, config, average)
+    reference = np.zeros((rows, length), np.float32)
+    for sample, at in zip(samples, places, strict=True):
         is_target = sample.targets != IGNORED
-        weights[here] = is_target / np.float32(1 if average == "token" else max(is_target.sum(), 1))
-        vision_index[here] = sample.prompt.vision_index(features)
+        here = writer.write(at, sample.prompt, sample.targets, is_target)
         if sample.second:
             is_second = np.arange(len(sample)) >= sample.second
-            segment_ids[here] = 2 * segment - 1 + is_second
+            writer.batch.batch.segment_ids[here] = 2 * at.segment - 1 + is_second
             for part, value in zip((is_target & ~is_second, is_target & is_second), sample.reference, strict=True):
                 reference[here] += part * np.float32(value / part.sum())
-    batch = Batch(input_ids, segment_ids, position_ids, None if vision is None else vision_index, vision)
-    return TrainBatch(batch, targets, weights, reference)
+    return writer.batch._replace(reference=reference)
+
+
+class RowWriter:
+    """Writes prompts with their targets into a batch.
+
+    Attributes:
+      batch: what has been written so far.
+      features: where the merged tokens of each image and video are in the encoder's output.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        media: Sequence[Medium],
+        vision_shape: VisionShape | None,
+        config: Glm4vConfig,
+        average: str,
+    ):
+        """Start an empty batch with the vision rows of these images and videos, which fit.
+
+        Args:
+          media: of all prompts.
+          rows, length, vision_shape, config, average: see `pack`.
+        """
+        vision, self.features, self._average = None, dict[Medium, np.ndarray](), average
+        if vision_shape is not None:
+            settings = config.vision_config
+            vision = vision_rows.empty_rows(*vision_shape, settings.patch_dim, settings.position_grid)
+            self.features = vision_rows.fill(vision, media, merge_size=settings.spatial_merge_size)
+        shape = rows, length
+        index = None if vision is None else np.full(shape, -1, np.int32)
+        ids, segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.ones((3, *shape), np.int32)
+        targets, weights = np.full(shape, IGNORED, np.int32), np.zeros(shape, np.float32)
+        self.batch = TrainBatch(Batch(ids, segments, positions, index, vision), targets, weights)
+
+    def write(self, found: RowPlace, prompt: Prompt, targets: np.ndarray, counts: np.ndarray) -> tuple[int, slice]:
+        """Write a prompt of T tokens, and return where it is.
+
+        Args:
+          found: its place.
+          prompt: tokens, positions, images and videos.
+          targets: int [T], the token to predict after each.
+          counts: bool [T], which of them have a weight.
+        """
+        here = np.s_[found.row, found.start : found.start + len(prompt)]
+        batch = self.batch.batch
+        batch.input_ids[here], batch.segment_ids[here] = prompt.input_ids, found.segment
+        batch.position_ids[:, *here] = prompt.position_ids
+        if batch.vision_index is not None:
+            batch.vision_index[here] = prompt.vision_index(self.features)
+        self.batch.targets[here] = targets
+        self.batch.weights[here] = counts / np.float32(1 if self._average == "token" else max(counts.sum(), 1))
+        return here
 
 
 def _sources(samples: Sequence[Sample]) -> str:
     return f"samples from {samples[0].source} on"
-
-
-def _pack_vision(
-    samples: Sequence[Sample], shape: VisionShape | None, config: Glm4vConfig
-) -> tuple[VisionRows | None, dict[Medium, np.ndarray]]:
-    """The vision rows of all samples, and where the merged tokens of each medium are in the encoder's output."""
-    vision = config.vision_config
-    frames = np.concatenate([np.zeros((0, 2), np.int64), *(sample.frames for sample in samples)])
-    if not vision_fits(frames, shape):
-        raise DataError(
-            f"{_sources(samples)}: found {counted(len(frames), *_MEDIA)} of {int(frames.prod(axis=1).sum())} patches; "
-            f"expected ones that fit vision rows of {shape}"
-        )
-    if shape is None:
-        return None, {}
-    rows = vision_rows.empty_rows(*shape, vision.patch_dim, vision.position_grid)
-    media = [medium for sample in samples for medium in sample.prompt.media]
-    return rows, vision_rows.fill(rows, media, merge_size=vision.spatial_merge_size)
 
 
 def padding_of(batch: TrainBatch) -> Padding:

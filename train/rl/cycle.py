@@ -70,9 +70,10 @@ class CycleResult(NamedTuple):
         if self.updates:
             first, last = self.updates[0], self.updates[-1]
             found |= {f"ratio_first_{name}": getattr(first, f"ratio_{name}") for name in ("mean", "dev", "max")}
-            names = ("ratio_dev", "clipped_low", "clipped_high", "divergence", "entropy", "grad_norm", "learning_rate")
+            names = ("ratio_dev", "clipped_low", "clipped_high", "divergence", "entropy")
             found |= {name: getattr(last, name) for name in names}
-            found |= {"skipped": last.skipped, "tokens": sum(float(one.tokens) for one in self.updates)}
+            found |= {name: getattr(last.update, name) for name in ("grad_norm", "learning_rate", "skipped")}
+            found |= {"tokens": sum(float(one.tokens) for one in self.updates)}
         found |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         return {name: float(value) for name, value in found.items()}
 
@@ -118,12 +119,7 @@ class Cycle:
           DriftError: the ratios before the first update are not 1: something that was sampled is not what was learned.
           Glm4vError: a prompt cannot be prepared, or does not fit a row.
         """
-        seconds: dict[str, float] = {}
-        since = time.perf_counter()
-
-        def measure(phase: str) -> None:
-            nonlocal since
-            seconds[phase], since = time.perf_counter() - since, time.perf_counter()
+        phases = _Phases()
 
         def check(number: int, prompt: Prompt) -> None:
             if len(prompt) + self.config.sampling.longest > self.batch.length:
@@ -133,12 +129,12 @@ class Cycle:
                 )
 
         answers = sample(self.engine, [list(one.messages) for one in problems], self.config, seed, check)
-        measure("rollout")
+        phases.end("rollout")
         n = self.config.samples
         texts = [(one, answer_text(said)) for one, of in zip(problems, answers, strict=True) for said in of.completions]
         scored = score(texts)
         rewards = [list(scored[i * n : (i + 1) * n]) for i in range(len(problems))]
-        measure("scoring")
+        phases.end("scoring")
         groups = [
             found.group(problem.key, [reward.value for reward in own], self.config.truncated)
             for problem, found, own in zip(problems, answers, rewards, strict=True)
@@ -146,22 +142,26 @@ class Cycle:
         learned = most_balanced(groups, self.config.prompts)
         updates = list[PolicyMetrics]()
         if learned:
-            state, updates = self._learn(state, learned)
+            state, updates = self._learn(state, learned, phases)
             jax.block_until_ready(state.params)
-            measure("learning")
+            phases.end("learning")
             self.engine.update(self.handover(state.params))
             jax.block_until_ready(self.engine.runtime.text.leaves)
-            measure("handover")
-        return state, CycleResult(groups, learned, answers, rewards, updates, seconds)
+            phases.end("handover")
+        return state, CycleResult(groups, learned, answers, rewards, updates, phases.seconds)
 
-    def _learn(self, state: TrainState, groups: list[Group]) -> tuple[TrainState, list[PolicyMetrics]]:
+    def _learn(
+        self, state: TrainState, groups: list[Group], phases: "_Phases"
+    ) -> tuple[TrainState, list[PolicyMetrics]]:
         """Take the updates of a step, each on its part of the groups."""
         if self.releases:
             self.engine.release(weights=True)
         config, count = self.config, min(self.config.updates, len(groups))
         found = list[PolicyMetrics]()
         for part in (groups[i::count] for i in range(count)):
+            phases.end("learning")
             packed = micro_batches(part, self.batch, self.model, average=config.average, advantage=config.advantage)
+            phases.end("packing")
             tokens = sum(rollout.num_sampled for group in part for rollout in group.rollouts)
             total = num_samples(part) if config.average == "sample" else tokens
             state, metrics = self.step(state, self.frozen, (put(one, self.mesh) for one in packed), total)
@@ -173,3 +173,16 @@ class Cycle:
                     f"most {limit:g}: the engine and the training compute different probabilities"
                 )
         return state, found
+
+
+class _Phases:
+    """Seconds of the phases of a step, each from the end of the one before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now

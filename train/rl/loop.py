@@ -10,26 +10,23 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from glm4v_jax.checkpoints.atomic_directory import locked
-from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.compilation_cache import compile_times
 from glm4v_jax.devices.distributed import agree, check_devices, gathered, several
 from glm4v_jax.devices.mesh import reshaped, use_mesh
 from glm4v_jax.errors import ConfigError, counted
-from glm4v_jax.files import made_directory
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.planning.mesh_presets import mesh_for
-from train.checkpoints import Checkpoints, abstract
+from train.checkpoints import abstract
 from train.config import TrainConfig
 from train.data.samples import limited
 from train.data.stream import encode_options
-from train.job import Job, abstract_state, check_output, check_step, identity, make_mesh
-from train.loop import CHECKPOINTS, JobResult, TrainError
+from train.job import Job, check_step, identity, make_mesh
 from train.optimizers import learning_rate
+from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
 from train.plot import draw_metrics
 from train.preemption import Stopping
 from train.rl.config import RLConfig
@@ -45,7 +42,7 @@ from train.rl.rollouts import media_tokens, seed_of
 from train.rl.self_test import self_test
 from train.rl.step import PolicyStep
 from train.rl.verifiers import Reward, make_verifiers
-from train.state import TrainState, is_finite
+from train.state import TrainState
 from train.trackers import check_trackers
 
 
@@ -74,7 +71,7 @@ def learn(
     if rl is None:
         raise ConfigError("rl: found none; expected the table of a job that learns by reward")
     check_trackers(config)
-    log = log or _ignore
+    log = log or ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
     mesh = make_mesh(config, model_config)
     engine_mesh = mesh
@@ -101,16 +98,9 @@ def learn(
         judges = stack.enter_context(Judges(verifiers))
         judges.start()
         self_test(verifiers, problems.examples(), judges.score)
-        by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
-        out.mkdir(parents=True, exist_ok=True)
-        by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
-        by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))
-        result_bytes = check_output(config)
-        kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, job_identity, log)
-        checkpoints = stack.enter_context(contextlib.closing(kept))
+        checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
+        check_room(config, model_config, checkpoints)
         stopping = stack.enter_context(Stopping(mesh))
-        saves = sum(map(config.is_saved, range(1, config.steps + 1)))
-        checkpoints.check_room(abstract_state(config, model_config)[0], saves, result_bytes)
         job, state = Job.start(config, model_config, progress)
         log(_describe(job, problems, mesh))
         step = 0
@@ -126,7 +116,8 @@ def learn(
         reward_log = stack.enter_context(contextlib.closing(RewardLog(config, out, step, log)))
         scorer = _Scorer(judges, rl)
         cycle = make_cycle(job, state, limits, mesh, engine_mesh)
-        steps = _Steps(cycle, problems, curriculum, scorer, checkpoints, reward_log, stopping, config, compiled)
+        saver = Saver(checkpoints, config, int(state.step))
+        steps = _Steps(cycle, problems, curriculum, scorer, saver, reward_log, stopping, config, compiled)
         state, step = steps.run(state, step)
         is_complete = step >= config.steps
         if is_complete:
@@ -177,7 +168,7 @@ class _Steps:
     problems: Problems
     curriculum: Curriculum
     score: _Scorer
-    checkpoints: Checkpoints
+    saver: Saver
     log: RewardLog
     stopping: Stopping
     config: TrainConfig
@@ -197,7 +188,8 @@ class _Steps:
             drawn = [self.problems[number] for number in self.curriculum.draw(step)]
             state, found = self.cycle(state, drawn, self.score, seed_of(self.config.seed, step))
             self._agree(step, found)
-            self._check(step, state)
+            if found.updates:
+                self.saver.check_streak(step, int(state.streak), float(found.updates[-1].update.grad_norm))
             samples = self.cycle.config.samples
             self.curriculum.update(
                 [Outcome(group.key, float(group.rewards.mean()), samples, group.is_valid) for group in found.groups]
@@ -211,23 +203,10 @@ class _Steps:
         return state, step
 
     def _save(self, state: TrainState, step: int) -> bool:
-        """Save, unless the last update was skipped or nothing has changed since the latest checkpoint."""
-        if not is_finite(state):
-            raise TrainError(
-                f"step {step}: found parameters or an optimizer's state that are not finite, and not saved; expected "
-                "finite ones: the same command resumes from the latest checkpoint"
-            )
-        if int(state.streak) or int(state.step) == self.checkpoints.latest:
+        """Save, see `Saver.save`, unless nothing has changed since the latest checkpoint."""
+        if int(state.step) == self.saver.checkpoints.latest:
             return False
-        self.checkpoints.save(state, {"step": step, "curriculum": self.curriculum.state()})
-        return True
-
-    def _check(self, step: int, state: TrainState) -> None:
-        if int(state.streak) >= self.config.max_skipped:
-            raise TrainError(
-                f"step {step}: found the last of {self.config.max_skipped} skipped updates in a row; expected finite "
-                f"gradients of norms up to max_grad_norm = {self.config.max_grad_norm}: lower the learning rate"
-            )
+        return self.saver.save(step, state, int(state.streak), {"step": step, "curriculum": self.curriculum.state()})
 
     def _agree(self, step: int, found: CycleResult) -> None:
         """Check that all processes have the same rewards, and learn from the same groups."""
@@ -246,7 +225,3 @@ def _identity(config: TrainConfig, model: Glm4vConfig, problems: Problems, rates
 def _describe(job: Job, problems: Problems, mesh: Mesh) -> str:
     domains = ", ".join(f"{problems.domains.count(name):,} of {name}" for name in sorted(set(problems.domains)))
     return job.describe(f"{counted(len(problems), 'problem')} ({domains})", mesh)
-
-
-def _ignore(line: str) -> None:
-    del line

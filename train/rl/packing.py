@@ -12,16 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from glm4v_jax.batch import Batch
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.mesh import spec
 from glm4v_jax.errors import DataError, counted
-from glm4v_jax.inputs import vision_rows
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig
 from train.data import placement
-from train.data.packing import TrainBatch, place, vision_fits
+from train.data.packing import RowWriter, TrainBatch, place, vision_fits
 from train.data.samples import IGNORED
 from train.rl.groups import AdvantageName, Group, Rollout
 
@@ -141,30 +139,21 @@ def _fits(answers: Sequence[Answer], batch: BatchConfig) -> bool:
 
 
 def _packed(answers: Sequence[Answer], batch: BatchConfig, config: Glm4vConfig, average: str) -> RolloutBatch:
-    shape, vision, features = (batch.rows, batch.length), None, dict[bytes, np.ndarray]()
-    if batch.vision_shape is not None:
-        settings = config.vision_config
-        vision = vision_rows.empty_rows(*batch.vision_shape, settings.patch_dim, settings.position_grid)
-        own = _media(answers)
-        found = vision_rows.fill(vision, list(own.values()), merge_size=settings.spatial_merge_size)
-        features = {key: found[medium] for key, medium in own.items()}
-    input_ids, segment_ids, position_ids = (np.zeros(s, np.int32) for s in (shape, shape, (3, *shape)))
-    position_ids += 1
-    vision_index, targets = np.full(shape, -1, np.int32), np.full(shape, IGNORED, np.int32)
-    weights, advantages, logprobs = (np.zeros(shape, np.float32) for _ in range(3))
+    shape, own = (batch.rows, batch.length), _media(answers)
+    writer = RowWriter(*shape, list(own.values()), batch.vision_shape, config, average)
+    shared = {medium: writer.features[own[medium.key]] for answer in answers for medium in answer.prompt.media}
+    writer.features |= shared
+    advantages, logprobs = (np.zeros(shape, np.float32) for _ in range(2))
     places = place([answer.length for answer in answers], *shape, batch.per_row)
     assert places is not None
-    for answer, (row, start, segment) in zip(answers, places, strict=True):
-        rollout, prompt = answer.rollout, answer.prompt.extended(answer.rollout.tokens[:-1])
-        here = np.s_[row, start : start + answer.length]
-        input_ids[here], segment_ids[here] = prompt.input_ids, segment
-        position_ids[:, *here] = prompt.position_ids
-        vision_index[here] = prompt.vision_index({medium: features[medium.key] for medium in prompt.media})
+    for answer, found in zip(answers, places, strict=True):
+        rollout = answer.rollout
         # A token is predicted from the one before it, the first from the last of the prompt.
-        said = np.s_[row, start + len(answer.prompt) - 1 : start + answer.length]
-        targets[said] = rollout.tokens
-        weights[said] = rollout.is_sampled / np.float32(1 if average == "token" else rollout.num_sampled)
+        first = len(answer.prompt) - 1
+        targets = np.concatenate([np.full(first, IGNORED, np.int32), rollout.tokens])
+        counts = np.concatenate([np.zeros(first, bool), rollout.is_sampled])
+        row, here = writer.write(found, answer.prompt.extended(rollout.tokens[:-1]), targets, counts)
+        said = np.s_[row, here.start + first : here.stop]
         advantages[said] = answer.advantage
         logprobs[said] = np.where(rollout.is_sampled, rollout.logprobs, 0)
-    inputs = Batch(input_ids, segment_ids, position_ids, None if vision is None else vision_index, vision)
-    return RolloutBatch(TrainBatch(inputs, targets, weights), advantages, logprobs)
+    return RolloutBatch(writer.batch, advantages, logprobs)

@@ -12,14 +12,13 @@ a label of how hard the problem is; and "key", its name, by default a digest of 
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
 from eval.metrics import Reference
 from eval.parse_answer import final_answer
 from glm4v_jax.config.checks import one_of, raise_faults
-from glm4v_jax.data.media import image_size, source_of
+from glm4v_jax.data.media import file_name, image_size, source_of
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError, Glm4vError, MediaError, one_line
 from glm4v_jax.generate.text.boxes import SCALE, find_boxes
@@ -276,6 +275,6 @@ def _digest(messages: Sequence[Mapping[str, Any]], item: Reference) -> str:
 def _essence(source: Any) -> Any:
     if isinstance(source, list | tuple):
         return [_essence(frame) for frame in source]
-    if isinstance(source, str | os.PathLike):
-        return os.path.basename(source)
+    if (name := file_name(source)) is not None:
+        return name
     return bytes(source) if isinstance(source, bytes | bytearray | memoryview) else source.tobytes()

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from glm4v_jax.model.layers import Remat
 from train.loss import CHUNK
 from train.rl.loss import Objective, PolicySums, policy_loss
 from train.rl.packing import RolloutBatch
 from train.state import Layout, Leaves, TrainState
-from train.step import rate_of, update
+from train.step import UpdateMetrics, update
 
 
 class PolicyMetrics(NamedTuple):
@@ -26,7 +26,7 @@ class PolicyMetrics(NamedTuple):
     ratio_mean, ratio_dev, ratio_max: mean of the ratios, and mean and largest of their distances from 1.
     clipped_low, clipped_high: fractions that were clipped below, and above.
     divergence, entropy: see `PolicySums`.
-    grad_norm, is_skipped, skipped, streak, learning_rate: see `train.step.Metrics`.
+    update: what became of it.
     """
 
     loss: Float[Array, ""]
@@ -38,11 +38,7 @@ class PolicyMetrics(NamedTuple):
     clipped_high: Float[Array, ""]
     divergence: Float[Array, ""]
     entropy: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    is_skipped: Bool[Array, ""]
-    skipped: Int[Array, ""]
-    streak: Int[Array, ""]
-    learning_rate: Float[Array, ""]
+    update: UpdateMetrics
 
 
 class PolicyStep:
@@ -91,12 +87,11 @@ class PolicyStep:
             state: TrainState, gradients: Leaves, sums: PolicySums, count: Array
         ) -> tuple[TrainState, PolicyMetrics]:
             gradients = jax.tree.map(lambda x: x / count, gradients)
-            updated, norm, is_good = update(state, gradients, sums.loss, optimizer, max_grad_norm)
+            updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate)
             tokens = jnp.maximum(sums.tokens, 1)
             metrics = PolicyMetrics(
                 sums.loss / count, sums.tokens, sums.ratio / tokens, sums.deviation / tokens, sums.largest,
-                sums.low / tokens, sums.high / tokens, sums.divergence / tokens, sums.entropy / tokens, norm, ~is_good,
-                updated.skipped, updated.streak, rate_of(state, learning_rate),
+                sums.low / tokens, sums.high / tokens, sums.divergence / tokens, sums.entropy / tokens, taken,
             )  # fmt: skip
             return updated, metrics
 
