@@ -40,7 +40,7 @@ def messages(number, *, video=False):
 class Learner:
     """The packaged model with all of its parameters trained, and an engine with its weights."""
 
-    def __init__(self, mesh, engine_mesh=None, batch=BATCH):
+    def __init__(self, mesh, batch=BATCH):
         self.mesh, self.batch = mesh, batch
         self.config = Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
         self.processor = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT)
@@ -51,8 +51,8 @@ class Learner:
         banned = media_tokens(self.config)
         self.objective = Objective(banned=banned)
         self.step = PolicyStep(self.layout, self.optimizer, self.objective, dtype=jnp.float32, remat="none")
-        self.handover = Handover(self.layout, self.params, self.frozen, jnp.float32, mesh, engine_mesh)
-        runtime = Runtime.of(self.handover(self.params), engine_mesh or mesh, GenerationConfig())
+        self.handover = Handover(self.layout, self.params, self.frozen, jnp.float32, mesh)
+        runtime = Runtime.of(self.handover(self.params), mesh, GenerationConfig())
         self.engine = Engine(runtime, self.processor, num_slots=16, capacity=256)
         self.options = dict(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, suppress_tokens=banned, logprobs=0,

@@ -90,9 +90,12 @@ class SamplingConfig:
     Attributes:
       engine_mesh: "same" as the job's, or axes over the same devices, such as "data=2,kv=2,q=4".
       slots: how many answers are generated at a time.
-      think_budget: the most tokens of a thought; 0 for models that do not think.
+      think_budget: the most tokens of a thought. With 0 every answer begins with an empty thought: a model that thinks
+        learns to answer without one.
       answer_budget: the most tokens after it.
-      temperature, top_p, top_k: of the draws; rollouts are drawn from the whole distribution of the model.
+      temperature: of the draws, and of the distribution whose probabilities are learned.
+      top_p, top_k: 1 and 0, no cut: what a cut leaves changes with the weights, and the ratio of a token that was left
+        to one that no longer is would be 0.
     """
 
     engine_mesh: str = "same"
@@ -105,13 +108,13 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         validate(self)
-        # The ratio of the objective would be that of another distribution than the one that was drawn from.
-        expected = "{}: log probabilities are those of the whole distribution"
-        whole = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        expected = (
+            "{}, no cut: its tokens change with the weights, and the model would have to be cut alike in training"
+        )
         raise_faults(
             [
                 fault(name, getattr(self, name), expected.format(only))
-                for name, only in whole.items()
+                for name, only in {"top_p": 1, "top_k": 0}.items()
                 if getattr(self, name) != only
             ]
         )

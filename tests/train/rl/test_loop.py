@@ -1,15 +1,31 @@
-"""A job that learns by reward, from its file to its result: interrupted anywhere, it is the uninterrupted one."""
+"""A job that learns by reward, from its file to its result: killed anywhere, and on eight devices, it is the same job.
 
+Run as a program, this file is a job that is killed, or one of the processes of a job.
+"""
+
+import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from helpers_orbax import environment, free_port
+from helpers_paths import ROOT
 
+from glm4v_jax.devices.distributed import init_distributed, is_first, to_host
 from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.config import MODEL, load_config
+from train.job import Job
 from train.log import METRICS, read_log
+from train.output import Saver
+from train.rl import log as reward_log
+from train.rl.cycle import Cycle
 from train.rl.log import ROLLOUTS
 from train.rl.loop import learn
 from train.trackers import TENSORBOARD
@@ -17,7 +33,7 @@ from train.trackers import TENSORBOARD
 JOB = f"""
 model = {json.dumps(str(TINY_CHECKPOINT))}
 out = "out"
-steps = 3
+steps = 2
 freeze = []
 dtype = "float32"
 remat = "none"
@@ -34,7 +50,8 @@ vision_rows = 4
 vision_length = 128
 
 [optimizer]
-learning_rate = 1e-3
+learning_rate = 1e-4
+eps = 1e-3
 
 [checkpoint]
 every = 1
@@ -45,69 +62,194 @@ samples = 6
 updates = 2
 
 [rl.sampling]
+engine_mesh = "same"
 slots = 16
 think_budget = 0
 answer_budget = 8
+temperature = 1.5
 
 [rl.verifiers.digits]
-kind = "counting"
+kind = "ocr"
 boxed = false
 """
+# The large eps: where a gradient is nothing but rounding, Adam's steps would be as large as elsewhere, and of any sign.
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noise to find digits in, and a job."""
+    """Noise to find digits in, in images and videos, and a job."""
     folder, rng = tmp_path_factory.mktemp("job"), np.random.default_rng(0)
     rows = []
     for number in range(10):
         PIL.Image.fromarray(rng.integers(0, 256, (56, 56, 3), np.uint8)).save(folder / f"{number}.png")
-        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "Which digit is this?"}]
-        rows.append({"messages": [{"role": "user", "content": content}], "answer": number, "key": f"digit {number}"})
+        shown = {"type": "image", "image": f"{number}.png"}
+        if number % 5 == 4:
+            shown = {"type": "video", "video": [f"{frame}.png" for frame in range(number - 3, number + 1)], "fps": 2}
+        content = [shown, {"type": "text", "text": "Which digit is this?"}]
+        messages = [{"role": "user", "content": content}]
+        rows.append({"messages": messages, "answer": f"8{number}", "key": f"digit {number}"})
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "job.toml").write_text(JOB)
     return folder
 
 
-def job(folder, out):
+def job(folder, out, mesh="data=1", engine_mesh="same"):
     path = folder / f"{out}.toml"
-    path.write_text(JOB.replace('out = "out"', f"out = {json.dumps(out)}"))
+    text = JOB.replace('out = "out"', f"out = {json.dumps(out)}").replace("data=1", mesh)
+    path.write_text(text.replace('engine_mesh = "same"', f"engine_mesh = {json.dumps(engine_mesh)}"))
     return load_config(path)
 
 
-class KilledError(Exception):
-    pass
-
-
-@pytest.mark.slow
-def test_an_interrupted_job_resumes_bit_for_bit(folder):
-    """After a step that was not saved: it is taken again, with the same draws, answers and rewards."""
-    whole, cut = job(folder, "whole"), job(folder, "cut")
+def run(config, is_exported=True):
+    """The job, with all of its answers in its log, and its parameters as they were trained; returns its log lines."""
     lines = []
-    result = learn(whole, log=lines.append)
-    assert result.is_done and result.step == 3 and any(line.startswith("step 3 of 3: reward") for line in lines)
+    with pytest.MonkeyPatch.context() as patch:
+        export = Job.export
 
-    def kill(line):
-        if line.startswith("step 2 of 3"):
-            raise KilledError
+        def export_too(self, params, out):
+            found = to_host(params)
+            if is_first():
+                np.savez(out / "params.npz", **found)
+            return export(self, params, out) if is_exported else None
 
-    with pytest.raises(KilledError):
-        learn(cut, log=kill)
-    learn(cut, log=lines.append)
-    assert any(line.startswith("resuming after step 1") for line in lines)
-    for name in (METRICS, ROLLOUTS):
-        found, expected = (
-            [{key: value for key, value in line.items() if not key.startswith(("seconds", "compiles"))} for line in of]
-            for of in (read_log(folder / out / name) for out in ("cut", "whole"))
-        )
-        assert found == expected and len(found) == (3 if name == METRICS else 6)
-    weights = [(folder / out / MODEL / "model.safetensors").read_bytes() for out in ("whole", "cut")]
-    assert weights[0] == weights[1]
-    first, *_, last = read_log(folder / "whole" / METRICS)
+        patch.setattr(Job, "export", export_too)
+        patch.setattr(reward_log, "_SHOWN", 100)
+        result = learn(config, log=lines.append)
+    assert result.is_done and result.step == 2
+    return lines
+
+
+def written(folder, out, name):
+    """Lines of a log, without what depends on the clock."""
+    clock = ("seconds", "compiles")
+    return [{k: v for k, v in one.items() if not k.startswith(clock)} for one in read_log(folder / out / name)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """An uninterrupted run, at a temperature."""
+    lines = run(job(folder, "whole"))
+    assert any(line.startswith("step 2 of 2: reward") for line in lines)
+    first, last = read_log(folder / "whole" / METRICS)
     assert first["ratio_first_dev"] <= 2e-6 and last["compiles"] == 0 and 0 <= first["reward/digits"] <= 1
+    assert first["grad_norm"] > 0 and last["learned"] >= 2  # an update for each of two parts
     assert sum(count for count, _ in last["tiers"]) == 10
     assert list((folder / "whole" / TENSORBOARD).iterdir())
     assert PIL.Image.open(folder / "whole" / "reward.png").width == 960
+    return "whole"
+
+
+@pytest.mark.slow
+def test_a_job_killed_in_any_phase_resumes_bit_for_bit(folder, whole):
+    """With kill -9 in the second step. No phase changes a file, so what resumes after one resumes after any."""
+    job(folder, "killed")
+    program = [sys.executable, "-W", "ignore", __file__, "kill", str(folder / "killed.toml")]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    phases, digests = zip(*map(str.split, done.stdout.splitlines()), strict=True)
+    assert phases == ("rollout", "scoring", "step", "handover") and set(digests) == {digest(folder / "killed")}
+    assert any(line.startswith("resuming after step 1") for line in run(job(folder, "killed")))
+    for name in (METRICS, ROLLOUTS):
+        assert written(folder, "killed", name) == written(folder, whole, name)
+    found, expected = (np.load(folder / out / "params.npz") for out in ("killed", whole))
+    assert set(found) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    weights = [(folder / out / MODEL / "model.safetensors").read_bytes() for out in ("killed", whole)]
+    assert weights[0] == weights[1]
+
+
+def digest(directory):
+    """Of all files and their contents, but for TensorBoard's, which a thread writes, and nothing reads."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and TENSORBOARD not in path.parts):
+        found.update(f"{path.relative_to(directory)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def kill_in_the_second_step(out):
+    """Have this process say what is on disk in the middle of each phase of the second step, and be killed in the last.
+
+    A checkpoint is written meanwhile, and complete or absent; here it is complete.
+    """
+    step, save = Cycle.__call__, Saver.save
+
+    def save_whole(self, *arguments):
+        is_saved = save(self, *arguments)
+        self.checkpoints.wait()
+        return is_saved
+
+    def second(self, state, problems, score, seed):
+        if not int(state.step):
+            return step(self, state, problems, score, seed)
+        engine, policy = self.engine, self.step
+        generate, update, gradients = engine.generate_many, policy.update, policy.gradients
+
+        def tell(phase):
+            sys.stdout.write(f"{phase} {digest(out)}\n")
+            sys.stdout.flush()
+
+        def generate_many(*arguments, **options):
+            for number, answer in enumerate(generate(*arguments, **options)):
+                if number == 5:
+                    tell("rollout")
+                yield answer
+
+        def score_all(texts):
+            some = score(texts[:5])
+            tell("scoring")
+            return [*some, *score(texts[5:])]
+
+        def first_update(*arguments):  # of two: then there are gradients of the second
+            policy.gradients, policy.update = some_gradients, update
+            return update(*arguments)
+
+        def some_gradients(*arguments):
+            policy.gradients, found = gradients, gradients(*arguments)
+            tell("step")
+            return found
+
+        def update_engine(module):
+            tell("handover")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        engine.generate_many, policy.update, engine.update = generate_many, first_update, update_engine
+        return step(self, state, problems, score_all, seed)
+
+    Cycle.__call__, Saver.save = second, save_whole
+
+
+@pytest.mark.slow
+def test_two_processes_with_eight_devices_learn_as_one_device_does(folder, whole):
+    """The same answers to all problems of both steps, the same rewards, and the same weights within rounding.
+
+    The engine has another mesh of the devices than the training.
+    """
+    job(folder, "two", "data=2,fsdp=2,kv=2", "data=2,kv=2,q=2")
+    program = [sys.executable, "-W", "ignore", __file__, f"127.0.0.1:{free_port()}", str(folder / "two.toml")]
+    processes = [
+        subprocess.Popen([*program, str(index)], env=environment(4), stderr=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors[0][-4000:] + errors[1][-4000:]
+    assert written(folder, "two", ROLLOUTS) == written(folder, whole, ROLLOUTS)
+    for found, expected in zip(written(folder, "two", METRICS), written(folder, whole, METRICS), strict=True):
+        assert found.pop("tiers") == expected.pop("tiers") and set(found) == set(expected)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    lines = read_log(folder / "two" / METRICS)
+    assert all(line["ratio_first_dev"] <= 2e-6 and line["ratio_first_max"] <= 1e-4 for line in lines)
+    assert lines[1]["compiles"] == 0
+    found, expected = (np.load(folder / out / "params.npz") for out in ("two", whole))
+    for name in expected:
+        largest = np.abs(expected[name]).max()
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +257,9 @@ def test_an_interrupted_job_resumes_bit_for_bit(folder):
     [
         (("answer_budget = 8", "answer_budget = 128"), ConfigError, r"think_budget \+ answer_budget: found 128"),
         (("[rl]", "[eval]\nshare = 0.5\n[rl]"), ConfigError, "eval: found .*; expected none beside rl"),
-        (("steps = 3", "steps = 3\nneftune = 5.0"), ConfigError, "neftune: found 5.0; expected none beside rl"),
-        (("steps = 3", "epochs = 3"), ConfigError, "epochs: found 3; expected none beside rl"),
-        (('kind = "counting"', 'kind = "chart"\ntolerance = 9.0'), ConfigError, "rl.verifiers.digits: found a reward"),
+        (("steps = 2", "steps = 2\nneftune = 5.0"), ConfigError, "neftune: found 5.0; expected none beside rl"),
+        (("steps = 2", "epochs = 2"), ConfigError, "epochs: found 2; expected none beside rl"),
+        (('kind = "ocr"', 'kind = "chart"\ntolerance = 9.0'), ConfigError, "rl.verifiers.digits: found a reward"),
         (('"problems.jsonl"', '"bad.jsonl"'), DataError, r"bad.jsonl:1: domain: found 'maths'; expected"),
     ],
 )
@@ -131,3 +273,15 @@ def test_a_bad_job_ends_before_its_model_is_loaded(folder, monkeypatch, change, 
     with pytest.raises(error, match=message):
         learn(load_config(folder / "bad.toml"))
     assert not (folder / "refused").exists()
+
+
+def main(command, path, *index):
+    if command == "kill":
+        kill_in_the_second_step(Path(load_config(path).out))
+    else:
+        init_distributed(command, 2, int(*index))
+    run(load_config(path), is_exported=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
