@@ -370,7 +370,7 @@ def _read_messages(
         content, calls = message.get(columns.content_tag), None
         if role == tools.CALLS:
             content, calls = tools.split_thought(string(message, columns.content_tag, where))
-        more = tools.read_more(message, role, calls, where)
+        more = tools.read_more(message, content, role, calls, where)
         if content is None and more:  # a turn that only calls tools
             content = ""
         if isinstance(content, list | tuple):

@@ -6,6 +6,7 @@ read: `tool_calls` of the assistant's message, messages of role `tool`, and `{"t
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ ROLES = {
 ANSWERED = "tool_call_id"
 """Of what a tool answers, the id of the call."""
 
-_END_THINK = "</think>"
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 
 
 def read_tools(row: Row, name: str) -> tuple[Row, ...]:
@@ -56,13 +57,14 @@ def read_tools(row: Row, name: str) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def read_more(message: Row, role: str, calls: str | None, where: str) -> Message:
+def read_more(message: Row, content: Any, role: str, calls: str | None, where: str) -> Message:
     """Return what a message has besides its content: `tool_calls`, `reasoning_content`, or of an answer `tool_call_id`.
 
     Args:
         message: of a row.
+        content: of the message, under any name, without calls.
         role: see `Turns` and `ROLES`.
-        calls: the text of a message that is calls, without what is said before them.
+        calls: the text of a message that is calls; else None.
         where: names the message in errors.
 
     Raises:
@@ -74,7 +76,7 @@ def read_more(message: Row, role: str, calls: str | None, where: str) -> Message
                 raise invalid(f"{where}.{name}", f"some in a message of {role}", "it in one of the assistant")
         return {ANSWERED: message[ANSWERED]} if role == TOOL and isinstance(message.get(ANSWERED), str) else {}
     try:
-        found, thought = _calls_of(message, calls, where), thought_of(message, where)
+        found, thought = _calls_of(message, calls, where), thought_of({**message, "content": content}, where)
     except MessageError as error:
         raise DataError(str(error)) from error
     return ({"tool_calls": found} if found else {}) | ({"reasoning_content": thought} if thought else {})
@@ -110,13 +112,13 @@ def _call(call: Any, where: str) -> Message:
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    r"""Split the text of calls into the thought and other words before them, and the calls.
+    r"""Split the text of calls into the thought before them, with its tags, and the calls.
 
-    >>> split_thought('<think>I add.</think>\\n{"name": "add"}')
+    >>> split_thought('<think>I add.</think>\n{"name": "add"}')
     ('<think>I add.</think>', '{"name": "add"}')
     """
-    before, end, calls = text.rpartition(_END_THINK)
-    return before + end, calls.strip()
+    thought = _THOUGHT.match(text)
+    return (thought[0], text[thought.end() :].strip()) if thought else ("", text)
 
 
 def joined(messages: Sequence[Message], losses: Sequence[bool], field: str) -> tuple[list[Message], list[bool]]:

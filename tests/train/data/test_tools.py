@@ -202,6 +202,15 @@ def test_tokens_are_those_of_the_template_and_only_what_the_assistant_writes_is_
     assert "<|observation|>\n<tool_response>\n3\n</tool_response>" in flash[0].decode(sample.input_ids)
 
 
+def test_a_thought_may_stand_before_the_json_of_calls(flash):
+    """As LLaMA-Factory has it; tags in arguments are text."""
+    arguments = {"a": "</think>"}
+    called = {"role": "tool_call", "content": f"<think>I add.</think>\n{calls_text(arguments)}"}
+    sample = encode(record_of(HI, called, tools=[FUNCTION]), *flash)
+    said = "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value></think></arg_value>\n</tool_call><|observation|>"
+    assert learned(sample, flash[0]) == [f"<think>I add.</think>\n{said}"]
+
+
 def test_a_conversation_may_end_with_a_call_and_losses_choose_the_turns(flash):
     ends = record_of(*OPENAI["messages"][:2], tools=[FUNCTION])
     assert learned(encode(ends, *flash), flash[0]) == [CALLED]
@@ -271,6 +280,13 @@ def test_preferences_may_be_calls(flash, tmp_path):
     assert learned(sample, flash[0]) == [f"<think>I add.</think>\n{called.format(a)}" for a in (1, 2)]
 
 
+def test_the_reference_of_a_problem_is_no_thought(tmp_path):
+    row = {"messages": [HI, AGAIN[1], *AGAIN]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    (problem,) = read_problems([str(tmp_path / "data.jsonl")], ["math"])
+    assert problem.item == {"answer": "Three."} and problem.messages[1]["reasoning_content"] == "Still."
+
+
 def test_problems_with_tools_are_refused(tmp_path):
     row = {"messages": [HI], "answer": 3, "tools": [ADD]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
@@ -334,6 +350,11 @@ BROKEN = [
         said({"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "c"}),
         r"messages\[1\]: found <think> in 'content' beside 'reasoning_content'; expected the thought in one of them",
     ),
+    (
+        {"conversations": [{"from": "gpt", "value": "<think>b</think>c", "reasoning": "d"}]},
+        r"conversations\[0\]: found <think> in 'content' beside 'reasoning'",
+    ),
+    (said(calling(f"<think>a</think>{calls_text(FIRST)}", reasoning="b")), "found <think> in 'content' beside"),
     ({"messages": [{**HI, "reasoning": "b"}, DONE]}, r"messages\[0\].reasoning: found some in a message of user"),
     (said({**GOOD, "tool_calls": [call({"a": "\ud83d"})]}), "half of a character"),
 ]  # fmt: skip
