@@ -13,8 +13,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import ml_dtypes
 import msgspec
 import numpy as np
-import tensorstore
-from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.atomic_directory import is_unfinished
@@ -81,6 +79,9 @@ class OrbaxLeaves:
     """
 
     def __init__(self, directory: Path, config: Glm4vConfig):
+        import tensorstore  # where they are used: importing both takes as long as reading the tiny model
+        from orbax.checkpoint import v1 as ocp
+
         self._directory = directory
         self.stored = stored_quantization(directory)
         self._context = tensorstore.Context()
@@ -115,6 +116,8 @@ class OrbaxLeaves:
 
     def read(self, path: str, index: Slices) -> np.ndarray:
         """Return a slice, without steps, of a leaf as a new array; only the chunks that it needs are read."""
+        import tensorstore
+
         try:
             if path not in self._stores:
                 base = (self._directory / "state").absolute().as_uri()

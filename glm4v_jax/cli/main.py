@@ -22,6 +22,7 @@ from glm4v_jax.cli.serve import Serve
 from glm4v_jax.console.distributed import INTERRUPTED
 from glm4v_jax.console.interrupts import interrupt_between_imports
 from glm4v_jax.console.program import PROGRAMS, USAGE, Command, find_program, print_completion, run_program
+from glm4v_jax.devices.compilation_cache import keep_executables
 from glm4v_jax.errors import ConfigError
 
 COMMANDS: dict[str, Callable[..., Command]] = {
@@ -76,6 +77,7 @@ def program() -> NoReturn:
     which do not survive the end of the interpreter that they call back into.
     """
     interrupt_between_imports()
+    keep_executables()
     try:
         status = main()
     except KeyboardInterrupt:

@@ -25,6 +25,8 @@ MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 MAX_BYTES = 4 * 2**30
 """Size limit of the cache in the user's cache directory, unless `MAX_SIZE` sets another."""
 
+_keeps_executables = False
+
 _PROGRAM, _LAST_USE = "-cache", "-atime"
 """Ends of the names of JAX's files: a program, and when it was last used, if there is a bound."""
 
@@ -56,6 +58,16 @@ def use_compilation_cache() -> None:
             jax.config.update("jax_compilation_cache_max_size", bound)
     if MIN_SECONDS not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if _keeps_executables:
+        from glm4v_jax.devices.stored_programs import use_stored_programs
+
+        use_stored_programs()
+
+
+def keep_executables() -> None:
+    """Have `use_compilation_cache` enable `stored_programs` as well: for a process of this package alone."""
+    global _keeps_executables
+    _keeps_executables = True
 
 
 def user_directory() -> pathlib.Path:
@@ -138,14 +150,21 @@ def compiling(note: Callable[[str | None], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compile_times() -> Iterator[list[float]]:
-    """Collect seconds per program that XLA compiles, or JAX reads from the cache, inside the `with` block."""
+    """Collect seconds per program that XLA compiles, or that is read from the cache, inside the `with` block.
+
+    Of programs that are compiled at the same time each counts from the end of the one before: the sum is a time span.
+    """
     import jax
 
     times: list[float] = []
+    last = time.perf_counter()
 
     def listen(event: str, duration: float, **details: Any) -> None:
+        nonlocal last
         if event == COMPILED:
-            times.append(duration)
+            now = time.perf_counter()
+            times.append(max(0.0, min(duration, now - last)))
+            last = now
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

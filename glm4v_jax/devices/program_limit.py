@@ -17,6 +17,9 @@ FRACTION = 0.75
 CHECK_EVERY = 64
 """Programs compiled between two counts: a count takes up to 50 ms."""
 
+OTHER_PROGRAMS: list[dict[Any, Any]] = []
+"""Programs besides those that `jax.jit` keeps; see `stored_programs`."""
+
 _MAPS = pathlib.Path("/proc/self/maps")
 _MAX_MAPS = pathlib.Path("/proc/sys/vm/max_map_count")
 _logger = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ def drop_programs(fraction: float) -> bool:
     import jax
 
     jax.clear_caches()
+    for programs in OTHER_PROGRAMS:
+        programs.clear()
     _logger.warning(
         "compiled programs used %d of this process's %d memory maps and were dropped; a larger vm.max_map_count "
         "keeps more of them (sysctl -w vm.max_map_count=262144)",

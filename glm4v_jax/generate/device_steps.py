@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.generation import GenerationConfig, SamplingParams
 from glm4v_jax.devices import mesh
+from glm4v_jax.devices.stored_programs import stored
 from glm4v_jax.generate.cache_rows import put, put_chunk, put_rows, take, take_rows
 from glm4v_jax.generate.constraints import Constraints, banned, biased, processed, pushed
 from glm4v_jax.generate.sampling import choose, largest, mark_seen, penalised, row_keys, step_keys, warped
@@ -178,6 +179,7 @@ def init_state(
     return SlotsState(cache, seen, hidden, row)
 
 
+@stored()
 @functools.partial(jax.jit, donate_argnames="state")
 def prefill(
     text: Flat[TextDecoder],
@@ -225,6 +227,7 @@ def prefill(
     return state._replace(cache=written, seen=seen, hidden=last)
 
 
+@stored()
 @functools.partial(jax.jit, donate_argnames="state")
 def copy_rows(
     state: SlotsState,
@@ -256,6 +259,7 @@ def copy_rows(
     )
 
 
+@stored("variant")
 @functools.partial(jax.jit, static_argnames="variant", donate_argnames="state")
 def choose_first(
     text: Flat[TextDecoder],
@@ -297,6 +301,7 @@ def choose_first(
     return state._replace(row=row, seen=seen), chosen
 
 
+@stored("num_steps", "variant")
 @functools.partial(jax.jit, static_argnames=("num_steps", "variant"), donate_argnames="state")
 def decode(
     text: Flat[TextDecoder],
@@ -373,6 +378,7 @@ def room(state: SlotsState, num_steps: int, variant: Variant) -> Chosen:
     return out
 
 
+@stored()
 @functools.partial(jax.jit, donate_argnames="state")
 def stop(state: SlotsState, rows: Bool[Array, " B"]) -> SlotsState:
     """End these rows."""
@@ -386,6 +392,7 @@ def grow_eos(eos: Int[Array, "B E"], num_eos: int) -> Int[Array, "B num_eos"]:
     return jnp.pad(eos, ((0, 0), (0, num_eos - eos.shape[1])), constant_values=-1)
 
 
+@stored()
 @functools.partial(jax.jit, donate_argnames="pool")
 def store_features(
     pool: Float[Array, "P D"], features: Float[Array, "M U D"], starts: Int[Array, " M"], count: Int[Array, ""]

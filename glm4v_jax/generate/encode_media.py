@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.model import Glm4vVisionConfig
 from glm4v_jax.devices import mesh
+from glm4v_jax.devices.stored_programs import stored
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_waves import Wave, wave_rows, waves_of
 from glm4v_jax.model.runtime import Flat
@@ -52,6 +53,7 @@ def run_wave(visual: Flat[VisionEncoder], config: Glm4vVisionConfig, wave: Wave)
     return encode_wave(visual, *wave_rows(wave, config, mesh.data_shards()))
 
 
+@stored()
 @jax.jit
 def encode_wave(visual: Flat[VisionEncoder], rows: VisionRows, order: Int[Array, "M U"]) -> Float[Array, "M U D"]:
     """Rows of a wave -> merged tokens, replicated; arguments as `vision_waves.wave_rows` returns them."""

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from glm4v_jax.devices import stored_programs
 from glm4v_jax.devices.mesh import data_shards, reshard
 from glm4v_jax.generate import device_steps
-from glm4v_jax.generate.encode_media import run_wave
+from glm4v_jax.generate.encode_media import encode_wave, run_wave
 from glm4v_jax.inputs.medium import Medium
-from glm4v_jax.inputs.vision_waves import Shape, Wave, medium_shape, vision_shapes, wave_size, waves_of
+from glm4v_jax.inputs.vision_waves import Shape, Wave, medium_shape, vision_shapes, wave_rows, wave_size, waves_of
 from glm4v_jax.model.runtime import Runtime, compute_dtype
 
 MIN_POOL = 2048
@@ -86,6 +87,19 @@ class FeaturePool:
             self._unused.difference_update(distinct)
             self.reused += len(media) - new
             return [self._spans[medium.key][0] for medium in media]
+
+    def prepare(self, media: Sequence[Medium]) -> None:
+        """Have the ViT's programs for these read or compiled at the same time."""
+        with self.lock:
+            self.prepare_shapes({wave.shape: None for wave in self._waves(media)})
+
+    def prepare_shapes(self, shapes: Iterable[Shape]) -> None:
+        """The same for images and videos of these shapes."""
+        if not stored_programs.is_used():
+            return
+        with self._runtime.on_mesh():
+            for shape in shapes:
+                encode_wave.prepare(self._runtime.visual, *wave_rows(Wave(shape, []), self._config, self.shards))
 
     def prefetch(self, upcoming: Sequence[Medium]) -> None:
         """Encode what will be needed soon, as far as it fills whole waves.

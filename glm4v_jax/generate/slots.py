@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from glm4v_jax.config.checks import CacheDtype, checked
+from glm4v_jax.devices import stored_programs
 from glm4v_jax.devices.distributed import to_host
 from glm4v_jax.devices.mesh import data_shards, round_up
 from glm4v_jax.errors import GenerationError
@@ -145,6 +146,11 @@ class Slots:
         """Cache slots of a row."""
         return self._capacity
 
+    @property
+    def _most(self) -> int:
+        """Decode steps of a dispatch at most."""
+        return SCORED_STEPS if self.variant.scores or self.variant.logits else MAX_STEPS
+
     def use_chunks(self, longest: int) -> None:
         """Prefill rows in chunks of `longest` tokens at most, a power of two; call it while all rows are free."""
         if longest != self._chunk:
@@ -194,9 +200,13 @@ class Slots:
         """Queue rows, each with its prompt, for `advance`; those that are restarted come first."""
         if not starts:
             return
+        new = {row: _Prefilling(start, Prefix.of(start.prompt, self._chunk)) for row, start in starts.items()}
+        if self._state is None:
+            self.pool.prepare([medium for start in starts.values() for medium in start.prompt.media_from(start.keep)])
+            ends = ([0, *one.prefix.ends, len(one.start.prompt)] for one in new.values())
+            self.prepare(starts, (end - begin for own in ends for begin, end in itertools.pairwise(own) if end > begin))
         with self.runtime.on_mesh():
             self._make_room(starts)
-        new = {row: _Prefilling(start, Prefix.of(start.prompt, self._chunk)) for row, start in starts.items()}
         self._contents.used(new)
         self._count(starts)
         # Where rows of several shards go together, longest first: what goes together is as long as its longest.
@@ -204,6 +214,25 @@ class Slots:
         self.prefilling |= {row: new[row] for row in order}
         first = sorted(self.prefilling, key=lambda row: self.prefilling[row].start.step == 0)
         self.prefilling = {row: self.prefilling[row] for row in first}
+
+    def prepare(self, starts: Mapping[int, Start], lengths: Iterable[int]) -> None:
+        """Have the programs of such rows read or compiled at the same time; prompts are in chunks of these lengths."""
+        if not stored_programs.is_used():
+            return
+        with self.runtime.on_mesh(), self.pool.lock:
+            self._make_room(starts)
+            assert self._state is not None
+            text, head, state, variant = self.runtime.text, self.runtime.head, self._state, self.variant
+            slots = None if self.num_rows == 1 else np.zeros(self.shards, np.int32)
+            for t in dict.fromkeys(bucket(length, MIN_LENGTH) for length in lengths):
+                chunk = chunk_arrays(ChunkBounds(t, {}), {}, {}, self.shards)
+                device_steps.prefill.prepare(text, state, slots, chunk, self._seen({}, self.shards), self.pool.array)
+            if variant.draft is not None or any(start.config.is_constrained or start.turn for start in starts.values()):
+                return
+            rows = np.ones(self.num_rows, np.bool_)
+            device_steps.choose_first.prepare(text, head, state, rows, self._row_of({}), None, None, variant=variant)
+            one = np.int32(1)
+            device_steps.decode.prepare(text, head, state, one, one, None, None, num_steps=self._most, variant=variant)
 
     def advance(self, upcoming: Sequence[Medium] = ()) -> dict[int, Start]:
         """Prefill a chunk of the first row of each shard that is being prefilled.
@@ -273,7 +302,7 @@ class Slots:
         """
         text, head = self.runtime.text, self.runtime.head
         assert self._state is not None
-        most = SCORED_STEPS if self.variant.scores or self.variant.logits else MAX_STEPS
+        most = self._most
         bounds = np.int32(min(limit, most)), np.int32(min(idle or self.num_rows, self.num_rows))
         now = text, head, self._state, *bounds, self._constraints
         with self.runtime.on_mesh():

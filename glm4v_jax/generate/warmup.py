@@ -137,9 +137,9 @@ def show(warmed: Warmed) -> None:
 
 def warm_vision(pool: FeaturePool, vision_patches: tuple[int, int]) -> Iterator[Warmed]:
     """Run the ViT for images and videos of `vision_patches` (fewest, most), as far as the pool can hold them."""
-    for shape in pool.shapes(vision_patches):
-        if not pool.holds(shape):
-            continue
+    shapes = [shape for shape in pool.shapes(vision_patches) if pool.holds(shape)]
+    pool.prepare_shapes(shapes)
+    for shape in shapes:
         start = time.perf_counter()
         pool.warm(shape)
         count = wave_size(shape, pool.shards)
@@ -159,6 +159,8 @@ def warm_slots(
         asking = [config]  # no request is without the functions
     ways = [(asked, turn) for asked in asking for turn in ((None,) if config.grammar is None else (None, Turn()))]
     rows = range(slots.num_rows if together else 1)
+    if not together:
+        slots.prepare({0: Start(Prompt.of_text([0] * lengths[-1]), asking[0], max_new_tokens)}, lengths)
     for length in lengths:
         start = time.perf_counter()
         slots.forget()

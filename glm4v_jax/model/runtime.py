@@ -45,6 +45,9 @@ class Structure:
     def __init__(self, treedef: Any):
         self.treedef = treedef
 
+    def __repr__(self) -> str:
+        return f"Structure({self.treedef})"
+
 
 @functools.cache
 def _structure(treedef: Any) -> Structure:

@@ -1,0 +1,150 @@
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm4v_jax.devices import stored_programs
+from glm4v_jax.devices.compilation_cache import compile_times
+from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.devices.program_limit import drop_programs
+from glm4v_jax.devices.stored_programs import StoredProgram
+
+
+class Files(dict):
+    """A cache in memory."""
+
+    def put(self, name, data):
+        self[name] = data
+
+
+@pytest.fixture
+def files(monkeypatch):
+    files = Files()
+    monkeypatch.setattr(stored_programs, "_cache", lambda: files)
+    monkeypatch.setattr(stored_programs, "is_used", lambda: True)
+    return files
+
+
+def program(traced, value=2.0):
+    """A new process' view of one function: with a tree, a donated argument, a static one and one of NumPy."""
+
+    @functools.partial(jax.jit, static_argnames="power", donate_argnames="state")
+    def step(state, x, *, power):
+        traced.append(power)
+        return {"x": state["x"] + value * x**power, "n": state["n"] + 1}, jnp.max(x)
+
+    return StoredProgram(step, ("power",))
+
+
+def run(step, power=2, dtype=np.float32):
+    with use_mesh():
+        state = {"x": jnp.ones((2, 3), dtype), "n": jnp.zeros((), jnp.int32)}
+        state, most = step(state, np.arange(3, dtype=dtype), power=power)
+        return jax.tree.map(np.asarray, step(state, np.arange(3, dtype=dtype), power=power)[0]), float(most)
+
+
+def test_second_process_runs_without_tracing(files):
+    traced = []
+    first, second = run(program(traced)), run(program(traced))
+    assert traced == [2]
+    assert [name.split("-")[0] for name in files] == ["glm4v_step"]
+    np.testing.assert_array_equal(first[0]["x"], second[0]["x"])
+    np.testing.assert_array_equal(second[0]["x"], 1 + 2 * 2.0 * np.arange(3) ** 2 * np.ones((2, 1)))
+    assert second[0]["n"] == 2 and first[1] == second[1] == 2
+
+
+def test_static_arguments_dtypes_and_settings_have_keys_of_their_own(files):
+    traced = []
+    step = program(traced)
+    run(step)
+    run(step, power=3)
+    run(step, dtype=np.float16)
+    with jax.default_matmul_precision("highest"):
+        run(step)
+    assert len(files) == 4 == len(traced)
+
+
+@pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
+def test_flags_have_keys_of_their_own(files, monkeypatch, name):
+    run(program([]))
+    stored_programs._machine.cache_clear()
+    monkeypatch.setenv(name, "--xla_some_flag")
+    traced = []
+    run(program(traced))
+    stored_programs._machine.cache_clear()
+    assert traced == [2]
+
+
+def test_damaged_file_is_reported_and_its_program_compiled(files, caplog):
+    run(program([]))
+    (name,) = files
+    files[name] = files[name][:100]
+    traced = []
+    assert run(program(traced))[0]["n"] == 2
+    assert traced == [2]
+    assert f"{name}-cache" in caplog.text and "glm4v cache --clear" in caplog.text
+    stored_programs._useless.clear()
+
+
+def test_cache_that_cannot_be_written_costs_no_result(files):
+    def put(name, data):
+        raise OSError("No space left on device")
+
+    files.put = put
+    assert run(program([]))[0]["n"] == 2
+
+
+def test_static_function_is_compiled_and_not_stored(files):
+    traced = []
+    step = StoredProgram(jax.jit(lambda x, *, f: traced.append(f) or f(x), static_argnames="f"), ("f",))
+    assert step(np.float32(2), f=lambda x: 3 * x) == 6
+    assert step(np.float32(2), f=lambda x: 4 * x) == 8
+    assert len(traced) == 2 and not files
+
+
+def test_call_inside_another_program_is_traced_into_it(files):
+    step = StoredProgram(jax.jit(lambda x: 2 * x))
+    assert jax.jit(lambda x: step(x) + 1)(np.float32(2)) == 5
+    assert not files
+
+
+def test_prepared_program_is_compiled_in_another_thread(files, monkeypatch):
+    threads = []
+    compiled = stored_programs._compiled_anew
+    monkeypatch.setattr(
+        stored_programs, "_compiled_anew", lambda *args: threads.append(threading.current_thread()) or compiled(*args)
+    )
+    traced = []
+    step = program(traced)
+    with use_mesh(), compile_times() as times:
+        state = {"x": jnp.ones((2, 3)), "n": jnp.zeros((), jnp.int32)}
+        step.prepare(state, np.arange(3, dtype=np.float32), power=2)
+        assert run(step)[0]["n"] == 2
+    assert traced == [2] and threads[0] is not threading.main_thread() and len(threads) == 1
+    assert times
+
+
+def test_error_of_tracing_is_raised_at_every_call(files):
+    step = StoredProgram(jax.jit(lambda x: x.no_such_attribute))
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="no_such_attribute"):
+            step(np.float32(1))
+
+
+def test_nothing_is_stored_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(stored_programs, "_cache", lambda: pytest.fail("used"))
+    assert run(program([]))[0]["n"] == 2
+    assert not stored_programs.is_used()
+
+
+def test_programs_are_dropped_with_those_of_jax(files):
+    traced = []
+    step = program(traced)
+    run(step)
+    drop_programs(0.0)
+    files.clear()
+    run(step)
+    assert traced == [2, 2]
