@@ -23,7 +23,7 @@ from glm4v_jax.model import lora
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
 from glm4v_jax.model.nn import Embed, Linear
-from glm4v_jax.model.params import leaf_paths
+from glm4v_jax.model.params import kernels, leaf_paths
 from glm4v_jax.model.quantize import QuantConfig, quantize_embedding, quantize_kernel
 
 
@@ -70,6 +70,9 @@ def saved_tensors(model: Glm4v) -> dict[str, np.ndarray]:
     }
     if lora.integer_leaves(leaves):
         raise ConfigError("modules_to_save: found a quantised module, which was rounded; expected one in floats")
+    linears = kernels(model)
+    with lora.on_mesh_of(model):
+        leaves |= {path: in_order(leaves[path], one, one.leading, 0) for path, one in linears.items() if path in leaves}
     host = dict(zip(leaves, to_host(list(leaves.values())), strict=True))
     return {
         name: part.rule.to_tensor(host[part.path][part.rule.index], sizes)

@@ -16,8 +16,10 @@ from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
 from glm4v_jax.checkpoints.hf_write import tensors_of
 from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile
+from glm4v_jax.checkpoints.saved_modules import saved_tensors
 from glm4v_jax.errors import CheckpointError, ConfigError
 from glm4v_jax.model import lora, quantize
+from glm4v_jax.model.kernel_order import outputs_first
 from glm4v_jax.model.params import leaf_paths
 
 pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
@@ -81,6 +83,13 @@ def test_files_are_those_of_peft(saved):
         f"{PREFIX}model.language_model.embed_tokens.weight",
         *(f"{PREFIX}model.visual.merger.{name}" for name in merger),
     }
+
+
+def test_the_order_of_kernels_is_that_of_files(saved):
+    """As a TPU has them, outputs come first."""
+    _, adapter = saved
+    expected, found = saved_tensors(adapter), saved_tensors(outputs_first(adapter))
+    assert all(np.array_equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_peft_computes_the_same(model, saved, checkpoints):
