@@ -32,6 +32,7 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 | `python -m bench.serve` | `glm4v serve` beside `generate_many`; prompts that join, and that begin alike |
 | `python -m bench.serve_soak` | the server at saturation for ten minutes; faults put into it |
 | `python -m bench.train` | training throughput beside transformers with torch's AdamW; padding |
+| `python -m bench.rl` | learning by reward: what groups share, the phases of a step, compilations |
 | `python -m bench.eval` | evaluation throughput beside transformers' `generate` in batches of 8 |
 | `python -m bench.lmms_eval --python ENV` | lmms-eval through this engine |
 | `python -m bench.convert` | peak memory and time of conversions beside `cp` |
@@ -138,6 +139,21 @@ Padding, as a fraction of all positions:
 
 {padding}
 
+## Learning by reward
+
+A model of {rl_parameters}M parameters, {rl_groups} groups of {rl_n} answers, {rl_rounds} rounds. Prompts of text have
+{rl_prompt} tokens and their answers {rl_answer}; images are {rl_image} x {rl_image} pixels.
+
+{rl}
+
+The ViT encodes, where a group shares its image and where each answer has its own:
+
+{rl_vision}
+
+A job of the tiny model, which locates digits, after its first step; phases as shares of its time:
+
+{rl_job}
+
 ## Evaluation
 
 The tiny model, items per second, with equal answers; transformers generates in batches of {eval_batch}:
@@ -241,8 +257,8 @@ def words(text: str) -> str:
     return text
 
 
-def compared(lines: Iterable[Any], first: str) -> str:
-    """Figures beside those of transformers."""
+def compared(lines: Iterable[Any], first: str, sides: tuple[str, str] = ("this package", "transformers")) -> str:
+    """Figures of two sides, by default those of transformers."""
     rows = []
     for line in lines:
         ratio, aim = line["ratio"], line["aim"]
@@ -250,7 +266,7 @@ def compared(lines: Iterable[Any], first: str) -> str:
         values = (number(line[side]["median"]) for side in ("ours", "theirs"))
         label = words(line.get("what") or f"`{line['task']}`") + (f", {words(line['unit'])}" if "unit" in line else "")
         rows.append((label, *values, f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]", target))
-    return table((first, "this package", "transformers", "ratio", "target"), rows)
+    return table((first, *sides, "ratio", "target"), rows)
 
 
 def processors(cpu: Mapping[str, Any]) -> str:
@@ -360,6 +376,7 @@ def page() -> str:
         train_tokens=train["data"]["timed_tokens"],
         train=compared(train["lines"], "tokens/s"),
         padding="".join(padding[1:]).strip(),
+        **_rl(read("rl")),
         eval_batch=evaluation["batch"],
         eval=compared(evaluation["lines"], "task"),
         lmms=lmms["lmms_eval"],
@@ -384,6 +401,42 @@ def page() -> str:
         aot_vllm=aot_vllm.table(read("aot_vllm")["programs"]).markdown(),
         aot_train=f"Training steps with AdamW{aot_train}".strip(),
     )  # fmt: skip
+
+
+def range_of(values: Iterable[float]) -> str:
+    """From the least to the most."""
+    return " to ".join(f"{round(value, 1):g}" for value in values)
+
+
+def _rl(rl: Any) -> dict[str, Any]:
+    """What the page says of learning by reward."""
+    job, vision = rl["job"], rl["vision"]
+    found = {
+        **{name: rl["sizes"][name] for name in ("groups", "n", "prompt", "answer", "image")},
+        "parameters": round(rl["parameters"] / 1e6),
+        "rounds": rl["rounds"],
+        "": compared(rl["lines"], "what", ("shared", "each its own")),
+        "vision": table(
+            ("what", "shared", "each its own", "ratio", "target"),
+            (
+                (name.replace("_", " "), *map("{:,}".format, vision[name]), f"{ratio:g}", vision["aim"])
+                for name, ratio in vision["ratios"].items()
+            ),
+        ),
+        "job": table(
+            ("what", "figure", "target"),
+            [
+                ("steps; seconds a step", f"{job['steps']}; {job['seconds_per_step']:.2f}", ""),
+                ("groups; tokens an answer", f"{range_of(job['groups'])}; {range_of(job['tokens'])}", ""),
+                ("answers a second of rollout", number(job["answers_per_second"]), ""),
+                ("samples a second of learning", number(job["samples_per_second"]), ""),
+                *((name, f"{share:.1%}", "") for name, share in job["shares"].items()),
+                ("handover, the median of the steps", f"{job['handover']:.1%}", f"at most {job['aim']:.0%}"),
+                ("programs compiled", job["compilations_after_the_first_step"], 0),
+            ],
+        ),
+    }  # fmt: skip
+    return {f"rl_{name}".rstrip("_"): value for name, value in found.items()}
 
 
 def _ocr(ocr: Any) -> dict[str, Any]:

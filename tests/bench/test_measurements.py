@@ -24,6 +24,7 @@ from bench import (
     quant,
     quant_quality,
     recompile,
+    rl,
     serve,
     serve_soak,
 )
@@ -54,6 +55,7 @@ pytestmark = pytest.mark.slow
         quant,
         quant_quality,
         recompile,
+        rl,
         serve,
         serve_soak,
     ],
