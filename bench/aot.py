@@ -10,6 +10,7 @@ Other members of the family run the programs of the 9B but for the base of the r
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -208,10 +209,7 @@ def _tables(lines: list[dict[str, Any]]) -> tuple[report.Table, report.Table]:
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:
-    def figure(name: str, form: str) -> str:
-        """Write a number; a line of an earlier version, or of a busy machine, may lack it."""
-        return "" if line.get(name) is None else format(line[name], form)
-
+    figure = functools.partial(aot_train.figure, line)
     bandwidth, flops = line["floor_ms"]
     return (
         line["program"], line["topology"], aot_train.mesh_cell(line),

@@ -109,6 +109,11 @@ def collectives(line: dict[str, Any], where: int) -> str:
     return ", ".join(f"{counts[where]} {kind}" for kind, counts in line["collectives"].items() if counts[where])
 
 
+def figure(line: dict[str, Any], name: str, form: str) -> str:
+    """Write a number; a line of an earlier version, or of a busy machine, may lack it."""
+    return "" if line.get(name) is None else format(line[name], form)
+
+
 def row(line: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
     counts, chips, floors = line["train"], math.prod(line["mesh"].values()), line["floor_ms"]
@@ -116,11 +121,10 @@ def row(line: dict[str, Any]) -> tuple[str, ...]:
     made = (counts["model_flops"] + counts["recomputed_flops"]) / chips / 1e12
     bound = max(floors, key=lambda name: floors[name])
     forward = sum(runs for name, runs in counts["kernels"].items() if "_fwd_" in name)
-    seconds, estimated = ("" if line.get(name) is None else f"{line[name]:.0f}" for name in ("seconds", "estimated_ms"))
     return (
         line["program"], line["topology"], mesh_cell(line),
-        seconds, f"{line['arguments']:.2f}", f"{line['temporaries']:.2f}", f"{line['peak']:.2f}",
-        f"{line['hbm']:.0f}", collectives(line, 0), collectives(line, 1), f"{line['received']:.1f}",
+        figure(line, "seconds", ".0f"), f"{line['arguments']:.2f}", f"{line['temporaries']:.2f}", f"{line['peak']:.2f}",
+        f"{line['hbm']:.0f}", collectives(line, 0), collectives(line, 1), figure(line, "received", ".1f"),
         f"{counts['least_sent'] / 1e9:.1f}", f"{made:.1f}", f"{least:.1f}", f"{forward}",
-        f"{floors[bound]:.0f} ({bound})", estimated, report.verdict(line["passed"]),
+        f"{floors[bound]:.0f} ({bound})", figure(line, "estimated_ms", ".0f"), report.verdict(line["passed"]),
     )  # fmt: skip
