@@ -7,8 +7,8 @@ with the optimizer's state beside them. The engine's weights and caches are rele
 import dataclasses
 from typing import Any, NamedTuple
 
-SHAPE = (4, 8192, 4, 8192)
-"""Rows, tokens, vision rows and patches of a micro-batch."""
+LENGTH = 8192
+"""Tokens of a row, and patches of a vision row; as many rows of both as the mesh divides a batch into."""
 
 
 class Slice(NamedTuple):
@@ -53,7 +53,8 @@ def compile_case(kind: str, number: int) -> dict[str, Any]:
     job = programs.RewardJob(config, one.training, engine, lora)
     program: Program
     if kind == "policy step":
-        program = programs.policy_program(job, Shapes(*SHAPE), counts.append)
+        rows = one.training["fsdp"]
+        program = programs.policy_program(job, Shapes(rows, LENGTH, rows, LENGTH), counts.append)
     elif kind == "policy update":
         program = programs.update_program(job)
     elif kind == "handover":

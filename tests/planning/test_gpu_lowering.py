@@ -21,9 +21,17 @@ from glm4v_jax.devices.mesh import AXES
 from glm4v_jax.model.lora import LoraConfig
 from glm4v_jax.planning import compile_for_topology as topology
 from train.compile_for_topology import Shapes, step_program
+from train.rl.compile_for_topology import (
+    RewardJob,
+    handover_program,
+    policy_program,
+    rollout_program,
+    update_program,
+)
 
 CONFIG = Glm4vConfig.tiny()
 SHAPES = Shapes(2, 32, 2, 64)
+REWARD = RewardJob(CONFIG, dict(fsdp=2, kv=2), dict(kv=2, q=2), LoraConfig(rank=4))
 CUDNN = 91002
 """Version of cuDNN that JAX's check is told of; it would ask the library."""
 CUDNN_CALLS = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
@@ -83,7 +91,12 @@ PROGRAMS = {
     "encode": (topology.encode_program(CONFIG, 2, 64, 64), {}),
     "training step on a mesh": (step_program(CONFIG, SHAPES), dict(fsdp=2, kv=2)),
     "LoRA step": (step_program(CONFIG, SHAPES, lora=LoraConfig(rank=4)), {}),
+    "rollout": (rollout_program(REWARD, 8, 64), REWARD.engine),
+    "policy step": (policy_program(REWARD, SHAPES), REWARD.training),
+    "policy update": (update_program(REWARD), REWARD.training),
+    "handover": (handover_program(dataclasses.replace(REWARD, lora=None)), REWARD.training),
 }
+NO_PRODUCTS = ("copy", "policy update", "handover")
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +108,11 @@ def lowered():
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_have_neither_float64_nor_callbacks(lowered, name):
     found = lowered[name]
-    assert "bf16" in found.dtypes and not any("f64" in dtype for dtype in found.dtypes)
+    assert "f32" in found.dtypes and not any("f64" in dtype for dtype in found.dtypes)
     assert set(found.calls) <= CUDNN_CALLS
 
 
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "copy"])
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in NO_PRODUCTS])
 def test_products_are_of_bfloat16(lowered, name):
     """Of integers too once they are dequantised; the ViT's position table alone is float32."""
     operands = re.findall(r"dot_general.* : \(tensor<([^>]*)>, tensor<([^>]*)>\)", lowered[name].text)
@@ -115,13 +128,19 @@ def test_attention_is_by_cudnn_where_rows_may_be_plain(lowered):
     trained, adapted = calls["training step on a mesh"], calls["LoRA step"]
     assert trained == {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 2}
     assert adapted == {"__cudnn$fmhaSoftmax": 3, "__cudnn$fmhaSoftmaxBackward": 1}
-    assert not any(calls[name] for name in calls if name.startswith(("decode", "prefill", "copy")))
+    assert calls["policy step"] == adapted
+    assert not any(calls[name] for name in calls if name.startswith(("decode", "prefill", "rollout", *NO_PRODUCTS)))
     masks = re.findall(r"mask_type\\22: \\22(\w+)\\22", lowered["LoRA step"].text)
     assert set(masks) == {"PADDING", "PADDING_CAUSAL"}
 
 
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "encode"])
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ("encode", "handover")])
 def test_what_is_donated_is_reused(lowered, name):
     """State of slots and of a training step: a result takes the memory of each array."""
     found = lowered[name]
     assert found.reused == found.donated > 10
+
+
+def test_a_handover_reuses_nothing(lowered):
+    """The engine's weights share no memory with the trained ones, which the next step donates."""
+    assert lowered["handover"].donated == 0
