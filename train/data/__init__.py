@@ -5,7 +5,7 @@
   and a rejected answer) and dataset_info.py (LLaMA-Factory's file of column names).
 - samples.py: `Sample`, a record as tokens, targets and patches. turns.py: which turns of a record are targets.
 - stream.py: `Stream`, the batches of steps, in an order that a seed decides; packing.py makes batches of samples, and
-  placement.py shards them over a mesh. epochs.py: how many steps epochs are.
+  placement.py shards them over a mesh. epochs.py counts the steps that epochs take.
 - check.py, lengths.py, histogram.py: `glm4v train check`.
 """
 

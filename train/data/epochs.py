@@ -1,4 +1,4 @@
-"""How many steps so many epochs are: batches are put together without their content, from the sizes of all samples."""
+"""Count the steps that epochs take: samples are packed by their sizes alone."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ _PERIOD = 10.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Size:
-    """Size of a sample, for a packer; see `Sample` for the fields."""
+    """Size of a sample, which is all that a packer looks at; see `Sample` for the fields."""
 
     length: int
     frames: np.ndarray

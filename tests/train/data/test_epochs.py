@@ -1,4 +1,4 @@
-"""Epochs: each record is seen as often as a job says, by any lanes and processes, in as many steps as are counted."""
+"""Epochs: each record is seen as often as a job says, by any lanes and processes, in the steps that are counted."""
 
 import collections
 import concurrent.futures
