@@ -11,6 +11,7 @@
 #   make aot     the 9B and GLM-OCR compiled for TPU slices that are not here, in an environment of its own (.venv-aot)
 #   make aot-vllm     the vLLM plug-in's programs compiled for them, with tpu-inference's attention (.venv-vllm, 10 GB)
 #   make serve-vllm   the plug-in in vLLM's engine and server on a CPU, with the tiny model; about 10 minutes (.venv-vllm)
+#   make device-wheels   what bench.device needs beside JAX, Flax, Optax and Orbax where there is no network, in wheels/
 #   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
 # PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny`, `aot` and `aot-vllm`, PYTEST_ARGS=... to
@@ -38,7 +39,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot aot-vllm serve-vllm family-goldens clean
+.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot aot-vllm serve-vllm device-wheels family-goldens clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -129,6 +130,17 @@ serve-vllm: .venv-vllm/stamp
 		.venv-vllm/bin/python -m pytest -q tests/serve/vllm_engine/check_$$name.py || exit 1; \
 	done
 
+# Of a machine with Python 3.12, jax, flax, optax, orbax-checkpoint, safetensors and tokenizers; their dependencies go
+# with them. tests/bench/test_device.py checks that no others are imported.
+DEVICE_WHEELS = einops jaxtyping jinja2 markupsafe msgspec pillow platformdirs
+
+device-wheels:
+	rm -rf wheels
+	"$$(command -v $(PYTHON))" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
+		--platform manylinux2014_x86_64 --dest wheels $(DEVICE_WHEELS)
+	@du -sh wheels
+
 # The judge of the sibling models wants other versions of its dependencies than that of GLM-4.1V.
 .venv-5x/stamp: Makefile
 	"$$(command -v $(PYTHON))" -m venv .venv-5x
@@ -145,5 +157,5 @@ family-goldens: .venv-5x/stamp
 	PYTHONPATH=.:tests .venv-5x/bin/python -m tests.golden.make_frame_goldens
 
 clean:
-	rm -rf $(VENV) .venv-aot .venv-5x .venv-vllm .cache build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-aot .venv-5x .venv-vllm .cache build dist wheels *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,8 @@ Written by `python -m bench.performance_page` from `bench/results/`; change that
 
 Every table comes from a program in `bench/` that prints it, keeps it as JSON and fails where its target is missed.
 Unless a table says otherwise: two cores of a CPU, float32, beside transformers 4.57.1 with PyTorch 2.13 in the same
-run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled and inspected, not timed.
+run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled and inspected, not timed. What is
+measured on an accelerator, and what is not yet, is in [Speed on accelerators](../performance.md).
 
 | program | measures |
 |---|---|
@@ -39,6 +40,7 @@ run. Nothing here was measured on a TPU or GPU: programs for TPUs are compiled a
 | `python -m bench.install` | a clean installation: size, import time, start to first token |
 | `python -m bench.quant` | speed and memory with weights in int8 and int4 on a CPU ([Quantize](quantize.md)) |
 | `python -m bench.quant_quality` | tokens and scores with weights in int8 and int4 ([Quantize](quantize.md)) |
+| `python -m bench.device` | one accelerator, in nine minutes ([Speed on accelerators](../performance.md)) |
 | `make aot` | the 9B and GLM-OCR compiled for TPU slices: memory, collectives, copies |
 
 ## Parity

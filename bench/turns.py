@@ -187,7 +187,7 @@ class JaxSide:
 
     def profile(self, work: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         """The operations on XLA's threads that take the most time while a task is done."""
-        return slowest(_xla_operations(lambda: getattr(self, work)(**arguments)))
+        return slowest(xla_operations(lambda: getattr(self, work)(**arguments)))
 
 
 class TorchSide:
@@ -208,8 +208,8 @@ class TorchSide:
         return slowest((event.key, event.count, event.self_cpu_time_total / 1e3) for event in profiler.key_averages())
 
 
-def _xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, int, float]]:
-    """Operations on XLA's threads during a call, and how many milliseconds each took."""
+def xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, int, float]]:
+    """Operations during a call, and how many milliseconds each took: on XLA's threads, or on a GPU or TPU."""
     import jax
 
     with tempfile.TemporaryDirectory() as directory:
@@ -217,9 +217,13 @@ def _xla_operations(function: Callable[[], Any]) -> Iterator[tuple[str, int, flo
             function()
         file = next(pathlib.Path(directory).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(file))
-    for plane in data.planes:
+    planes = list(data.planes)
+    devices = [plane for plane in planes if plane.name.startswith(("/device:GPU", "/device:TPU"))]
+    for plane in devices or planes:
         for line in plane.lines:
-            for event in line.events if "XLA" in line.name else ():
+            # Of a GPU its streams; of a TPU its operations, and not the modules and steps that they make up.
+            is_counted = line.name.startswith(("Stream", "XLA Ops")) if devices else "XLA" in line.name
+            for event in line.events if is_counted else ():
                 # These enclose others.
                 if not event.name.startswith(("ThunkExecutor", "end: ", "while", "call")):
                     yield event.name.rstrip(".0123456789"), 1, event.duration_ns / 1e6

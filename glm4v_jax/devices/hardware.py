@@ -58,15 +58,15 @@ CHIPS = (
     Chip(("TPU v5 lite", "TPU v5e"), "v5e", 16 * GIB, 197e12, 819e9, 200e9, 63 * GIB // 4, 1.5e9),
     Chip(("TPU v6", "TPU v6e"), "v6e", 32 * GIB, 918e12, 1640e9, 448e9, 125 * GIB // 4, 1.75e9),
     Chip(("TPU v5", "TPU v5p"), "v5p", 95 * GIB, 459e12, 2765e9, 600e9, clock=1.75e9),
-    Chip(("NVIDIA A100",), hbm=80 * GIB, flops=312e12),
-    Chip(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), hbm=40 * GIB, flops=312e12),
-    Chip(("NVIDIA H100",), hbm=80 * GIB, flops=989e12),
-    Chip(("NVIDIA H100 PCIe",), hbm=80 * GIB, flops=756e12),
-    Chip(("NVIDIA H200",), hbm=141 * GIB, flops=989e12),
+    Chip(("NVIDIA A100",), hbm=80 * GIB, flops=312e12, bandwidth=2039e9),
+    Chip(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), hbm=40 * GIB, flops=312e12, bandwidth=1555e9),
+    Chip(("NVIDIA H100",), hbm=80 * GIB, flops=989e12, bandwidth=3350e9),
+    Chip(("NVIDIA H100 PCIe",), hbm=80 * GIB, flops=756e12, bandwidth=2000e9),
+    Chip(("NVIDIA H200",), hbm=141 * GIB, flops=989e12, bandwidth=4800e9),
     Chip(("NVIDIA GH200",), flops=989e12),
     Chip(("NVIDIA B200",), flops=2250e12),
-    Chip(("NVIDIA L4",), hbm=24 * GIB, flops=121e12),
-    Chip(("NVIDIA L40S",), hbm=48 * GIB, flops=362e12),
+    Chip(("NVIDIA L4",), hbm=24 * GIB, flops=121e12, bandwidth=300e9),
+    Chip(("NVIDIA L40S",), hbm=48 * GIB, flops=362e12, bandwidth=864e9),
 )
 
 

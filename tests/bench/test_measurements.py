@@ -29,6 +29,7 @@ from bench import (
     serve_soak,
 )
 from bench import eval as evaluation
+from bench.device import __main__ as device
 from convert.synth import load_config
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.slow
         aot,
         aot_vllm,
         convert,
+        device,
         engine,
         evaluation,
         grammar,
