@@ -46,7 +46,9 @@ def attended(segment_ids: Int[Array, "*B T"]) -> tuple[Float[Array, ""], Float[A
     Segments are contiguous. Without a causal mask there are `2 * pairs - positions` pairs.
     """
     index = jnp.arange(segment_ids.shape[-1])
-    before = jnp.concatenate([segment_ids[..., :1], segment_ids[..., :-1]], axis=-1)
+    # Not a concatenation, whose slices have different partitions in jax 0.11; what stands before the first is not used.
+    shift = [(0, 0, 0)] * (segment_ids.ndim - 1) + [(1, -1, 0)]
+    before = jax.lax.pad(segment_ids, jnp.zeros((), segment_ids.dtype), shift)
     start = jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=segment_ids.ndim - 1)
     is_real = segment_ids > 0
     return jnp.sum(is_real, dtype=jnp.float32), jnp.sum(jnp.where(is_real, index - start + 1, 0), dtype=jnp.float32)
