@@ -2,6 +2,7 @@
 #
 #   make demo    digits read, found and followed by the tiny model in the package; a photograph and a video shown to it
 #   make tiny    that model trained from scratch in about ten minutes on two cores
+#   make rl      that model taught by reward what it was never taught, beside controls that must not; six CPU minutes
 #   make eval    scores of the tiny model on digits it has not seen; a report in eval-out
 #   make test    all tests, against the reference implementation
 #   make test-quick   those of one process that compile little; under three minutes on two cores
@@ -14,8 +15,8 @@
 #   make device-wheels   what bench.device needs beside JAX, Flax, Optax and Orbax where there is no network, in wheels/
 #   make family-goldens   what tests of the sibling models compare with, from transformers 5.24 in .venv-5x
 #
-# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny`, `aot` and `aot-vllm`, PYTEST_ARGS=... to
-# pytest (two processes by default, as compiling, most of the time, uses one core each; the tests of a file stay
+# PYTHON=... chooses the interpreter, ARGS=... goes to the demo, `eval`, `tiny`, `rl`, `aot` and `aot-vllm`, PYTEST_ARGS=...
+# to pytest (two processes by default, as compiling, most of the time, uses one core each; the tests of a file stay
 # together, so that what they share is made once). PIP_FIND_LINKS, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_CERT are
 # honoured by uv as well as by pip.
 
@@ -39,7 +40,7 @@ INSTALL = $(ENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 endif
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval test test-quick coverage lint types docs tiny aot aot-vllm serve-vllm device-wheels family-goldens clean
+.PHONY: help setup demo eval test test-quick coverage lint types docs tiny rl aot aot-vllm serve-vllm device-wheels family-goldens clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -103,6 +104,10 @@ docs: $(VENV)/docs.stamp
 # Trains the packaged checkpoint from scratch, prints what it can do, and packages it if that is what is aimed at.
 tiny: $(VENV)/test.stamp
 	JAX_PLATFORMS=cpu $(ENV_PYTHON) -m tools.train_tiny $(ARGS)
+
+# Learning by reward through `glm4v train`; ARGS=--all also compares curricula, and writes docs/leftmost.md.
+rl: $(VENV)/test.stamp
+	JAX_PLATFORMS=cpu $(ENV_PYTHON) -m tools.reward_study $(ARGS)
 
 # libtpu must not sit where other JAX programs run on a CPU.
 .venv-aot/aot.stamp: pyproject.toml

@@ -134,6 +134,13 @@ def held_out(task: Task) -> list[Example]:
     return list(examples(task, "held-out", NUM_HELD_OUT, seed=0))
 
 
+def put_digit(canvas: np.ndarray, pixels: np.ndarray, size: int, left: int, top: int) -> None:
+    """Draw a digit, uint8 [8, 8] from 0 to 16, into a canvas uint8 [H, W] as a square, light on what is dark."""
+    tile = PIL.Image.fromarray((pixels.astype(np.float32) * (255 / 16)).round().astype(np.uint8))
+    there = canvas[top : top + size, left : left + size]
+    np.maximum(there, np.asarray(tile.resize((size, size), PIL.Image.Resampling.BILINEAR)), out=there)
+
+
 def _check_task(task: Task) -> None:
     if task not in TASKS:
         raise DataError(f"task: found {task!r}; expected one of {', '.join(TASKS)}")
@@ -150,7 +157,7 @@ def _reading(data: Digits, index: int, draw: np.random.Generator, source: str) -
     size = int(draw.integers(44, 73))
     left, top = draw.integers(0, READING_SIZE - size + 1, 2)
     canvas = np.zeros((READING_SIZE, READING_SIZE), np.uint8)
-    _draw(canvas, data.pixels[index], size, int(left), int(top))
+    put_digit(canvas, data.pixels[index], size, int(left), int(top))
     label = str(data.labels[index])
     return _example({"type": "image", "image": _rgb(canvas)}, "What digit is this?", "One digit.", label, (), source)
 
@@ -170,7 +177,7 @@ def _grounding(data: Digits, indices: list[int], draw: np.random.Generator, sour
     canvas = np.zeros((GROUNDING_SIZE, GROUNDING_SIZE), np.uint8)
     boxes = []
     for index, size, (left, top) in zip(indices, sizes, corners, strict=True):
-        _draw(canvas, data.pixels[index], size, left, top)
+        put_digit(canvas, data.pixels[index], size, left, top)
         boxes.append(_box(data.pixels[index], size, left, top))
     labels = [str(label) for label in data.labels[indices]]
     answer = f"[[{','.join(map(str, boxes[0]))}]]"
@@ -204,7 +211,7 @@ def _motion(data: Digits, index: int, draw: np.random.Generator, source: str) ->
     for number in range(NUM_FRAMES):
         left, top = (at + step * pace * number for at, step in zip(start, DIRECTIONS[name], strict=True))
         frame = np.zeros((MOTION_SIZE, MOTION_SIZE), np.uint8)
-        _draw(frame, data.pixels[index], size, left, top)
+        put_digit(frame, data.pixels[index], size, left, top)
         frames.append(np.asarray(_rgb(frame)))
     item = {"type": "video", "video": frames, "fps": FRAMES_PER_SECOND}
     return _example(item, "Which way does it move?", "It moves.", name, (), source)
@@ -220,13 +227,6 @@ def _apart(sizes: list[int], draw: np.random.Generator) -> list[tuple[int, int]]
         (one, other), (size, other_size) = corners, sizes
         if any(a + size <= b or b + other_size <= a for a, b in zip(one, other, strict=True)):
             return corners
-
-
-def _draw(canvas: np.ndarray, pixels: np.ndarray, size: int, left: int, top: int) -> None:
-    """Draws a digit as a square of `size` pixels, light on what is dark."""
-    tile = PIL.Image.fromarray((pixels.astype(np.float32) * (255 / 16)).round().astype(np.uint8))
-    there = canvas[top : top + size, left : left + size]
-    np.maximum(there, np.asarray(tile.resize((size, size), PIL.Image.Resampling.BILINEAR)), out=there)
 
 
 def _box(pixels: np.ndarray, size: int, left: int, top: int) -> Box:

@@ -45,12 +45,16 @@ from train.rl.verifiers import Reward, make_verifiers
 from train.state import TrainState
 from train.trackers import check_trackers
 
+Control = Callable[[Sequence[Task], Sequence[Reward]], Sequence[Reward]]
+"""What was scored in a step, all answers to a problem after one another, and its rewards -> those to learn from."""
+
 
 def learn(
     config: TrainConfig,
     *,
     log: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    control: Control | None = None,
 ) -> JobResult:
     """Run a job with `rl`, from its latest checkpoint if there is one.
 
@@ -62,6 +66,8 @@ def learn(
       config: of the job.
       log: called with log lines for a person.
       progress: called with bytes of weights read and bytes in all, while the model is loaded.
+      control: for experiments: gives the rewards to learn from instead of the verifiers', which alone the test at the
+        start is about. A job file cannot name one. It depends on its arguments alone, or the job does not resume.
 
     Raises:
       Glm4vError: what is wrong with the job, its model, its problems or their verifiers.
@@ -114,7 +120,7 @@ def learn(
             log(f"resuming after step {step}, from {out / CHECKPOINTS}")
         compiled = stack.enter_context(compile_times())
         reward_log = stack.enter_context(contextlib.closing(RewardLog(config, out, step, log)))
-        scorer = _Scorer(judges, rl)
+        scorer = _Scorer(judges, rl, control)
         cycle = make_cycle(job, state, limits, mesh, engine_mesh)
         saver = Saver(checkpoints, config, int(state.step))
         steps = _Steps(cycle, problems, curriculum, scorer, saver, reward_log, stopping, config, compiled)
@@ -149,15 +155,15 @@ def make_cycle(job: Job, state: TrainState, processor: Glm4vProcessor, mesh: Mes
 class _Scorer:
     """Scores the answers of a step, a share in each process."""
 
-    def __init__(self, judges: Judges, config: RLConfig):
-        self._judges, self._most = judges, config.max_failures
+    def __init__(self, judges: Judges, config: RLConfig, control: Control | None = None):
+        self._judges, self._most, self._control = judges, config.max_failures, control
 
     def __call__(self, texts: Sequence[tuple[Problem, str]]) -> Sequence[Reward]:
         tasks = [Task(problem.domain, text, problem.item) for problem, text in texts]
         share = {"index": jax.process_index(), "count": jax.process_count(), "gather": gathered} if several() else {}
         rewards = score_shared(self._judges.score, tasks, **share)
         check_failures(tasks, rewards, self._most)
-        return rewards
+        return rewards if self._control is None else self._control(tasks, rewards)
 
 
 @dataclasses.dataclass

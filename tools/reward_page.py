@@ -1,0 +1,350 @@
+"""docs/leftmost.md and its figure from docs/leftmost.json, which `make rl ARGS=--all` measures.
+
+python -m tools.reward_page
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import scipy.stats
+
+from tools.leftmost_digits import NEW, QUESTION, TIERS, Tier
+from tools.line_chart import Line, Panel, draw
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "docs" / "leftmost.json"
+PAGE, FIGURE = DATA.with_suffix(".md"), ROOT / "docs" / "images" / "leftmost.svg"
+
+LEARNS, UNIFORM, WARM, STILL, OTHERS, ANY = (
+    "learns", "uniform draws", "with a warm-up", "learning rate 0", "rewards of another group", "any box is paid",
+)  # fmt: skip
+"""Arms of the study."""
+NEW_AIM, SOLVED_AIM, CONTROL_RISE, ROLLOUTS = 0.65, 0.85, 0.1, 4500
+"""At least so much of the new, so much of the known; at most so much more in a control; at most so many answers."""
+COLORS = {LEARNS: "#1f77b4", WARM: "#2ca02c", UNIFORM: "#ff7f0e", STILL: "#7f7f7f", OTHERS: "#9467bd", ANY: "#d62728"}
+ANY_DIGIT = (1 + 1 / 2 + 1 / 3) / 3
+"""Accuracy of who reads one of the digits, any of them, without fault."""
+
+
+class Step(NamedTuple):
+    """A step of a job; `rollouts` and `updates` are those so far, `valid` is the fraction of its groups."""
+
+    rollouts: int
+    updates: int
+    reward: float
+    valid: float
+
+
+class Measured(NamedTuple):
+    """Accuracy on held-out digits by tier, after so many rollouts."""
+
+    rollouts: int
+    accuracy: dict[Tier, float]
+
+    @property
+    def new(self) -> float:
+        """The mean of what was never taught."""
+        return float(np.mean([self.accuracy[tier] for tier in NEW]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A job; `seconds` of CPU were for its training, `curve` begins with the packaged model."""
+
+    arm: str
+    seed: int
+    seconds: float
+    steps: tuple[Step, ...]
+    curve: tuple[Measured, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        steps = {name: [getattr(step, name) for step in self.steps] for name in Step._fields}
+        curve = [{"rollouts": one.rollouts, **one.accuracy} for one in self.curve]
+        return {"arm": self.arm, "seed": self.seed, "seconds": self.seconds, "steps": steps, "curve": curve}
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Self:
+        """Return what `as_json` has."""
+        steps = tuple(itertools.starmap(Step, zip(*(found["steps"][name] for name in Step._fields), strict=True)))
+        curve = tuple(Measured(one["rollouts"], {tier: one[tier] for tier in TIERS}) for one in found["curve"])
+        return cls(found["arm"], found["seed"], found["seconds"], steps, curve)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All runs; `settings` in words, `held_out` questions of each tier."""
+
+    settings: str
+    held_out: int
+    runs: tuple[Run, ...]
+
+    def as_json(self) -> str:
+        """Return it as JSON."""
+        runs = [run.as_json() for run in self.runs]
+        return json.dumps({"settings": self.settings, "held_out": self.held_out, "runs": runs}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what `as_json` has returned."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(found["settings"], found["held_out"], tuple(map(Run.of, found["runs"])))
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return what the runs reached in Markdown, a line each, after the model that all begin with."""
+    names = ["run", "seed", "answers", *TIERS, "mean of the new", "reward, last step", "CPU s"]
+    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    rows = [("the packaged model", "", runs[0].curve[0], "", "")]
+    rows += [(r.arm, str(r.seed), r.curve[-1], f"{r.steps[-1].reward:.2f}", f"{r.seconds:.0f}") for r in runs]
+    for name, seed, end, reward, seconds in rows:
+        tiers = [f"{end.accuracy[tier]:.1%}" for tier in TIERS]
+        lines.append(f"| {' | '.join([name, seed, f'{end.rollouts:,}', *tiers, f'{end.new:.1%}', reward, seconds])} |")
+    return "\n".join(lines)
+
+
+def paid(runs: Sequence[Run]) -> str:
+    """Return in Markdown what a verifier that pays for any box paid, and how much of it was right."""
+    run = next(run for run in runs if run.arm == ANY)
+    rewards = {step.rollouts: f"{step.reward:.2f}" for step in run.steps}
+    rows = [("answers", [f"{one.rollouts:,}" for one in run.curve])]
+    rows += [("---", ["---"] * len(run.curve))]
+    rows += [("reward", [rewards.get(one.rollouts, "") for one in run.curve])]
+    rows += [("held-out accuracy", [f"{one.new:.1%}" for one in run.curve])]
+    return "\n".join(f"| {' | '.join([name, *cells])} |" for name, cells in rows)
+
+
+def missed(runs: Sequence[Run]) -> list[str]:
+    """Return what of the aims is not reached, one line each."""
+    found = []
+    for one in runs:
+        name, base, end = f"{one.arm}, seed {one.seed}", one.curve[0], one.curve[-1]
+        if one.arm == LEARNS:
+            if end.new < NEW_AIM:
+                found.append(f"{name}: found {end.new:.1%} of left1 to left3; expected at least {NEW_AIM:.0%}")
+            if end.accuracy["reading"] < SOLVED_AIM:
+                found.append(
+                    f"{name}: found {end.accuracy['reading']:.1%} of reading; expected at least {SOLVED_AIM:.0%}"
+                )
+            if end.rollouts > ROLLOUTS:
+                found.append(f"{name}: found {end.rollouts:,} answers; expected at most {ROLLOUTS:,}")
+        if one.arm == STILL and end.accuracy != base.accuracy:
+            found.append(f"{name}: found {end.accuracy}; expected no change from {base.accuracy}")
+        if one.arm in (OTHERS, ANY) and end.new > base.new + CONTROL_RISE:
+            found.append(f"{name}: found {end.new:.1%}; expected at most {base.new + CONTROL_RISE:.1%}")
+        if one.arm == ANY and one.steps[-1].reward < 0.9:
+            found.append(f"{name}: found reward {one.steps[-1].reward:.2f}; expected at least 0.9: it is easy to get")
+    return found
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95 % interval, of Student's t."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Return that of some values, at least two."""
+        error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+        return cls(float(np.mean(values)), float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} ± {100 * self.half:.1f}"
+
+
+def compared(runs: Sequence[Run]) -> str:
+    """Return the curriculum beside uniform draws in Markdown, by numbers of answers."""
+    both = _both(runs)
+    grid = _grid(runs)
+    lines = ["| draws | " + " | ".join(f"{count:,} answers" for count in grid) + " | valid groups | reading |"]
+    lines.append("|" + " --- |" * (len(grid) + 3))
+    for arm in (LEARNS, UNIFORM):
+        cells = [str(Interval.of([_at(run, count) for run in both[arm]])) for count in grid]
+        cells.append(str(Interval.of([valid_share(run) for run in both[arm]])))
+        cells.append(str(Interval.of([run.curve[-1].accuracy["reading"] for run in both[arm]])))
+        lines.append(f"| {'rlcs' if arm == LEARNS else 'uniform'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """Return in words which draws were better, by the differences of runs of the same seed."""
+    both, grid, found = _both(runs), _grid(runs), []
+
+    def average(run: Run) -> float:
+        return float(np.mean([_at(run, rollouts) for rollouts in np.linspace(0, grid[-1], 50)]))
+
+    for name, of in (("at the end", lambda run: _at(run, grid[-1])), ("on average over the answers", average)):
+        gain = Interval.of([of(one) - of(other) for one, other in zip(both[LEARNS], both[UNIFORM], strict=True)])
+        words = "no difference beyond chance" if abs(gain.mean) <= gain.half else "better" if gain.mean > 0 else "worse"
+        found.append(f"{name}, {100 * gain.mean:+.1f} ± {100 * gain.half:.1f} points ({words})")
+    return "; ".join(found)
+
+
+def valid_share(run: Run) -> float:
+    """Return the fraction of a run's groups that could be learned from."""
+    return float(np.mean([step.valid for step in run.steps]))
+
+
+def _both(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs with the curriculum and without, of the same seeds in the same order."""
+    found = {arm: sorted((r for r in runs if r.arm == arm), key=lambda r: r.seed) for arm in (LEARNS, UNIFORM)}
+    shared = {run.seed for run in found[LEARNS]} & {run.seed for run in found[UNIFORM]}
+    return {arm: [run for run in some if run.seed in shared] for arm, some in found.items()}
+
+
+def _grid(runs: Sequence[Run]) -> list[int]:
+    """Numbers of answers that all of both have reached."""
+    least = min(run.curve[-1].rollouts for some in _both(runs).values() for run in some)
+    return [round(least * part / 4) for part in range(1, 5)]
+
+
+def _at(run: Run, rollouts: float) -> float:
+    """The accuracy of the new after so many answers, between two measurements in proportion."""
+    return float(np.interp(rollouts, [one.rollouts for one in run.curve], [one.new for one in run.curve]))
+
+
+def figure(runs: Sequence[Run]) -> str:
+    """Return the curves as SVG."""
+
+    def curve(run: Run, name: str, of: Callable[[Measured], float], *, is_dashed: bool = False) -> Line:
+        return Line(name, COLORS[run.arm], [(one.rollouts, of(one)) for one in run.curve], is_dashed=is_dashed)
+
+    def new(one: Measured) -> float:
+        return one.new
+
+    own = [run for run in runs if run.arm == LEARNS]
+    controls = [run for run in runs if run.arm in (STILL, OTHERS, ANY)]
+    tiers = [
+        Line(tier, color, [(one.rollouts, one.accuracy[tier]) for one in own[0].curve])
+        for tier, color in zip(TIERS, ("#1f77b4", "#2ca02c", "#17becf", "#222222"), strict=True)
+    ]
+    paid = next(run for run in runs if run.arm == ANY)
+    panels = [
+        Panel(
+            "Held-out accuracy of what was never taught",
+            [curve(run, "" if run.seed else f"learns, {len(own)} seeds", new, is_dashed=run.seed > 0) for run in own]
+            + [curve(run, {STILL: "rate 0", OTHERS: "others", ANY: "any box"}[run.arm], new) for run in controls],
+        ),
+        Panel(f"By task, seed {own[0].seed}", tiers),
+        Panel(
+            "A verifier that pays for any box",
+            [
+                Line("reward", COLORS[ANY], [(step.rollouts, step.reward) for step in paid.steps], is_dashed=True),
+                curve(paid, "held-out accuracy", new),
+            ],
+        ),
+        Panel("Draws: mean of the seeds, 95 % interval", [_mean_line(runs, arm) for arm in (LEARNS, UNIFORM)]),
+    ]
+    return draw(panels)
+
+
+def _mean_line(runs: Sequence[Run], arm: str) -> Line:
+    some = _both(runs)[arm]
+    grid = [0.0, *(float(x) for x in np.linspace(0, _grid(runs)[-1], 9)[1:])]
+    found = [(x, Interval.of([_at(run, x) for run in some])) for x in grid]
+    band = [(x, max(0.0, one.mean - one.half), min(1.0, one.mean + one.half)) for x, one in found]
+    name = "rlcs" if arm == LEARNS else "uniform"
+    return Line(name, COLORS[arm], [(x, one.mean) for x, one in found], band)
+
+
+_ARMS = {
+    LEARNS: """\
+- **learns** is the job: {settings}.""",
+    WARM: """\
+- **with a warm-up**: the learning rate rises in the first fifth of the updates.""",
+    STILL: """\
+- **learning rate 0** samples and scores alike, and changes nothing: what it began with, to the digit.""",
+    OTHERS: """\
+- **rewards of another group**: each answer has the reward of an answer to another problem, with the
+  warm-up.""",
+    ANY: """\
+- **any box is paid**: a verifier that does not look at what is in the box. Its reward rises to 1, and its accuracy
+  does not follow: a curve of rewards alone does not show what is learned. No job file can name such a verifier; the
+  test at the start of every job refuses it, and the control goes around the test (`learn(control=)`):""",
+}
+"""What is said about each."""
+TEXT = """\
+# Learning by reward, shown
+
+Written by `python -m tools.reward_page` from `docs/leftmost.json`, which `make rl ARGS=--all` measures; change that
+program, not this page.
+
+The packaged [tiny model](tiny.md) reads one digit in an image. Nobody taught it to answer "{question}"
+about an image of one, two or three digits: `left1`, `left2`, `left3`. Jobs with [`[rl]`](guides/reward.md), through
+`glm4v train`, learn it from answers that a rule finds right or wrong. What they are asked here are {held_out}
+held-out digits a task, greedily; `reading` is what the model could do before.
+
+![Accuracy by the number of sampled answers: it rises with rewards of its own, and with none of the controls](\
+images/leftmost.svg)
+
+## What it learns
+
+{table}
+
+Who reads a digit of the image without fault, whichever, has {any_digit:.0%} of left1 to left3 on average: what is
+above it is the place.
+
+{arms}
+
+{paid}
+
+`make rl` takes the first two seeds and the controls; a training takes about {minutes:.0f} CPU minute. It fails where
+the mean of left1 to left3 ends below {new_aim:.0%} or reading below {solved_aim:.0%} after at most {most:,} answers, or
+a control rises by more than {rise:.0f} points. Of these aims the runs of this page miss:
+
+{missed}
+
+Whether a seed learns left2 and left3 in so few answers is a matter of chance: as long as hardly one answer to them is
+right, hardly one of their groups has anything to learn from. A warm-up of the learning rate does not change that.
+
+## Curriculum and uniform draws
+
+Problems drawn by what is known of their pass rates (`mode = "rlcs"`), and all alike (`"uniform"`). The problems are the
+same, and half of them, `reading`, are solved from the start; {seeds} seeds each. The mean of left1 to left3 after as
+many answers, the fraction of groups whose rewards differ, and what was left of `reading` at the end, with intervals of
+95 %, of Student's t over the seeds.
+
+{compared}
+
+The curriculum less uniform draws, seed by seed: {verdict}.
+Of its groups {ratio:.2f} times as many could be learned from.
+{all_minutes:.0f} CPU minutes for all trainings on this page.
+"""
+
+
+def page(study: Study) -> str:
+    """Return the page."""
+    both = _both(study.runs)
+    shares = {arm: float(np.mean([valid_share(run) for run in some])) for arm, some in both.items()}
+    order = list(_ARMS)
+    shown = [run for run in study.runs if run.arm in order]
+    shown.sort(key=lambda run: (order.index(run.arm), run.seed))
+    minutes = [run.seconds / 60 for run in study.runs]
+    names = {run.arm for run in shown}
+    arms = "\n".join(text.format(settings=study.settings) for arm, text in _ARMS.items() if arm in names)
+    return TEXT.format(
+        question=QUESTION, held_out=study.held_out, table=table(shown), paid=paid(study.runs), any_digit=ANY_DIGIT,
+        arms=arms, new_aim=NEW_AIM, solved_aim=SOLVED_AIM, rise=100 * CONTROL_RISE, most=ROLLOUTS,
+        minutes=float(np.mean(minutes)), seeds=len(both[LEARNS]), compared=compared(study.runs),
+        missed="\n".join(f"- {line}" for line in missed(study.runs)) or "- none", verdict=verdict(study.runs),
+        ratio=shares[LEARNS] / shares[UNIFORM], all_minutes=sum(minutes),
+    )  # fmt: skip
+
+
+def write(data: Path = DATA) -> None:
+    """Write the page and its figure beside their figures in JSON."""
+    study = Study.read(data)
+    data.with_suffix(".md").write_text(page(study), encoding="utf-8")
+    drawn = data.parent / FIGURE.relative_to(DATA.parent)
+    drawn.parent.mkdir(exist_ok=True)
+    drawn.write_text(figure(study.runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
