@@ -2,7 +2,7 @@
 
 JAX's cache saves compiling alone: a function is traced and lowered to find its key. For the tiny model that is three
 quarters of the time to the first token of an image. Here the key is made of what a trace depends on: this package's
-sources, versions, JAX's settings, devices, static arguments, and the shapes, dtypes and shardings of the others.
+sources, versions, JAX's settings, devices, cores, static arguments, and the shapes, dtypes and shardings of the others.
 
 Off until `use_stored_programs`: a process that patches modules, as tests do, would store what its key does not say.
 """
@@ -47,6 +47,7 @@ def use_stored_programs() -> None:
     """
     global _is_used
     _is_used = True
+    _loaded_sources()
 
 
 def is_used() -> bool:
@@ -110,25 +111,26 @@ class StoredProgram:
     ) -> "_Program":
         """The program, which may still be read or compiled; the result is None if what was read is of no use here."""
         with self._lock:
-            if call.key in self._programs:
-                return self._programs[call.key]
+            known = self._programs.get(call.key)  # at once: `drop_programs` clears them in any thread
+            if known is not None:
+                return known
             program = self._programs[call.key] = _Program()
         try:
-            name, cache = self._file_name(call), _cache()
-            data = None if name is None or cache is None or name in _useless else cache.get(name)
+            name = self._file_name(call)
+            data = None if name is None or name in _useless else _from_cache(name)
             if name is not None and data is not None:
                 get = functools.partial(self._read, call, name, data)
             else:
                 get = functools.partial(self._compiled, self._jitted.lower(*args, **kwargs), name)
         except BaseException:
-            del self._programs[call.key]
+            self._programs.pop(call.key, None)
             raise
 
         def work() -> None:
             try:
                 found = get()
                 if found is None:
-                    del self._programs[call.key]
+                    self._programs.pop(call.key, None)
                 program.set_result(found)
             except BaseException as error:
                 self._programs.pop(call.key, None)
@@ -168,6 +170,8 @@ class StoredProgram:
         if name is None or cache is None:
             return lowered.compile()
         compiled = _compiled_anew(lowered, name)
+        if _sources() != _loaded_sources():  # edited since: the modules in memory are neither these nor those
+            return compiled
         try:
             executable, _, tree = serialize_executable.serialize(compiled)
             outputs = jax.tree.unflatten(tree, [0] * tree.num_leaves)
@@ -248,6 +252,17 @@ def _cache() -> Any:
         return None
 
 
+def _from_cache(name: str) -> bytes | None:
+    """What JAX's cache has under this name; None where it cannot be read: that costs a compilation, and no request."""
+    cache = _cache()
+    try:
+        data: bytes | None = None if cache is None else cache.get(name)
+    except Exception as error:  # a lock held for long, or a full disk: a bounded cache notes when a file was used
+        _logger.debug("%s is not read from the cache of programs: %s", name, error)
+        return None
+    return data
+
+
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
     """Compilers: a program takes one core for most of the time."""
@@ -257,6 +272,8 @@ def _threads() -> concurrent.futures.ThreadPoolExecutor:
 @functools.cache
 def _is_possible() -> bool:
     # On accelerators this has not been run yet; JAX's own cache works there as before.
+    if "xla_disable_hlo_passes" in os.environ.get("XLA_FLAGS", ""):  # `_compiled_anew` would set them anew
+        return False
     return jax.default_backend() == "cpu" and jax.process_count() == 1 and _cache() is not None
 
 
@@ -266,21 +283,38 @@ def _has_layouts() -> bool:
     return jax.default_backend() != "cpu"
 
 
-@functools.cache
-def _machine(device_kind: str) -> str:
-    """Everything outside of the call that decides what is compiled: code, versions, settings and processor."""
+def _sources() -> str:
+    """A hash of this package's sources on disk."""
     sources = hashlib.sha256()
     for path in sorted(_SOURCES.rglob("*.py")):
         sources.update(path.read_bytes())
+    return sources.hexdigest()
+
+
+@functools.cache
+def _loaded_sources() -> str:
+    """The hash when this process enabled `use_stored_programs`, near the import of the modules."""
+    return _sources()
+
+
+def _cores() -> int | None:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@functools.cache
+def _machine(device_kind: str) -> str:
+    """Everything outside of the call that decides what is compiled: code, versions, settings, processor and cores."""
     versions: Mapping[str, Any] = {
         name: getattr(sys.modules.get(name), "__version__", None) for name in ("jax", "jaxlib", "flax", "numpy")
     }
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
     client = jax.devices()[0].client
-    processor = [platform.machine(), platform.processor()]
+    # XLA divides the work of an operation among as many threads as there are when it compiles.
+    processor = [platform.machine(), platform.processor(), _cores()]
     if client.platform == "cpu" and (info := pathlib.Path("/proc/cpuinfo")).exists():
         lines = info.read_text().partition("\n\n")[0].splitlines()
         processor += [line for line in lines if line.startswith(("model name", "flags", "Features"))]
     environment = [os.environ.get(name) for name in _ENVIRONMENT]
-    known = (sources.hexdigest(), sys.version, versions, sorted(settings.items()), environment, processor)
+    known = (_loaded_sources(), sys.version, versions, sorted(settings.items()), environment, processor)
     return repr((*known, client.platform, client.platform_version, device_kind))

@@ -78,6 +78,41 @@ def test_flags_have_keys_of_their_own(files, monkeypatch, name):
     assert traced == [2]
 
 
+def test_numbers_of_cores_have_keys_of_their_own(files, monkeypatch):
+    run(program([]))
+    stored_programs._machine.cache_clear()
+    monkeypatch.setattr(stored_programs, "_cores", lambda: 4096)
+    traced = []
+    run(program(traced))
+    stored_programs._machine.cache_clear()
+    assert traced == [2]
+
+
+def test_sources_have_keys_of_their_own_and_code_edited_since_is_not_stored(files, monkeypatch, tmp_path):
+    def restarted():
+        stored_programs._loaded_sources.cache_clear()
+        stored_programs._machine.cache_clear()
+
+    source = tmp_path / "model.py"
+    source.write_text("scale = 1")
+    monkeypatch.setattr(stored_programs, "_SOURCES", tmp_path)
+    monkeypatch.setattr(stored_programs, "_is_used", False)
+    restarted()
+    stored_programs.use_stored_programs()
+    source.write_text("scale = 2")
+    run(program([]))
+    assert not files  # this process has run the code before the edit
+    restarted()
+    run(program([]))
+    assert len(files) == 1
+    source.write_text("scale = 3")
+    restarted()
+    traced = []
+    run(program(traced))
+    assert traced == [2] and len(files) == 2
+    restarted()
+
+
 def test_damaged_file_is_reported_and_its_program_compiled(files, caplog):
     run(program([]))
     (name,) = files
@@ -95,6 +130,22 @@ def test_cache_that_cannot_be_written_costs_no_result(files):
 
     files.put = put
     assert run(program([]))[0]["n"] == 2
+
+
+def test_cache_that_cannot_be_read_costs_no_result(files):
+    def get(name):
+        raise OSError("No space left on device")  # a bounded cache writes when a file was used
+
+    files.get = get
+    assert run(program([]))[0]["n"] == 2
+
+
+def test_disabled_passes_of_the_user_stay_disabled(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=fusion")
+    monkeypatch.setattr(stored_programs, "_cache", dict)
+    assert not stored_programs._is_possible.__wrapped__()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert stored_programs._is_possible.__wrapped__()
 
 
 def test_static_function_is_compiled_and_not_stored(files):
