@@ -210,7 +210,8 @@ def gathered(value: Any) -> list[Any]:
         return [value]
     own = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(own.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    # Each size is a program to compile: in learning by reward it was one a step.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
     padded[: own.size] = own
     everyone = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(text[:size])) for text, size in zip(everyone, sizes, strict=True)]
