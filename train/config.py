@@ -153,7 +153,8 @@ class AdapterConfig(LoraConfig):
 
     Attributes:
       dropout: fraction of the adapter's inputs that is set to zero, drawn again in every step.
-      adapter: directory of an adapter to start from, of this package's or PEFT's. Rank, alpha and layers are its own.
+      adapter: directory of an adapter to start from, of this package's or PEFT's. Rank, alpha, layers and
+        whole modules are its own.
     """
 
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0

@@ -111,10 +111,12 @@ class Evaluator:
                 log(f"skipped in the evaluation: {found or f'{records[number].source}: {TOO_LONG}'}")
                 continue
             self._samples.append(found)
+            if len(self._questions) >= options.generate:
+                continue
             record = records[number]
-            if len(self._questions) < options.generate and record.ends_in_call:
+            if record.ends_in_call:
                 log(f"not answered in the evaluation: {record.source}: ends with a call of a tool, which has no score")
-            elif len(self._questions) < options.generate:
+            else:
                 messages, expected = question_of(record, self._processor.video_processor.fps)
                 score(options.metric, expected, expected)  # fails now, not during the training
                 self._questions.append((record, messages, expected))

@@ -86,7 +86,7 @@ def put_saved(
     """Replace modules of a model, in place; rounded to int8 where its own are quantised.
 
     Args:
-      model: in its mesh; an abstract one keeps its leaves, which have the same shapes.
+      model: in its mesh; an abstract one gets abstract leaves.
       modules: names in `lora.MODULES_TO_SAVE`.
       tensors: canonical name -> tensor, of all of them.
       keep_dtype: keep the tensors' dtypes, for training, where the model's own are floats of others.
@@ -124,6 +124,7 @@ def replace_kernel(linear: Linear, kernel: np.ndarray) -> None:
     """
     own = linear.kernel[...]
     if isinstance(own, jax.core.Tracer):
+        linear.kernel = nnx.Param(_abstract_like(kernel, own))
         return
     new = _put(kernel, linear, own)
     if linear.kernel_scale is not None:
@@ -135,6 +136,7 @@ def replace_kernel(linear: Linear, kernel: np.ndarray) -> None:
 def _replace_table(embed: Embed, table: np.ndarray) -> None:
     own = embed.embedding[...]
     if isinstance(own, jax.core.Tracer):
+        embed.embedding = nnx.Param(_abstract_like(table, own))
         return
     if embed.embedding_scale is None:
         embed.embedding = nnx.Param(_put_like(table, own))
@@ -149,8 +151,13 @@ def _put(kernel: np.ndarray, linear: Linear, own: Array) -> Array:
     return jax.make_array_from_callback(kernel.shape, sharding, kernel.__getitem__, dtype=kernel.dtype)
 
 
+def _abstract_like(values: np.ndarray, own: Array) -> Array:
+    """The leaf of an abstract model that these values replace: it stays an integer where it is one."""
+    return own.astype(values.dtype) if jnp.issubdtype(own.dtype, jnp.floating) else own
+
+
 def _put_like(values: np.ndarray, own: Array) -> Array:
     """Values in the partition of a leaf of the same shape."""
     if isinstance(own, jax.core.Tracer):
-        return own
+        return _abstract_like(values, own)
     return jax.make_array_from_callback(values.shape, own.sharding, values.__getitem__, dtype=values.dtype)

@@ -149,14 +149,18 @@ def test_modules_are_rounded_where_those_of_the_model_are(model, saved):
         save_adapter(found, directory / "again")
 
 
-def test_abstract_models_get_the_same_leaves(model, saved):
+@pytest.mark.parametrize("keep_dtype", [False, True])
+def test_abstract_models_get_the_same_leaves(model, saved, keep_dtype):
     """As a job counts its memory before anything is read."""
-    directory, adapter = saved
-    found = jax.eval_shape(lambda model: load_adapter(model, directory), model)
+    directory, _ = saved
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    expected = load_adapter(base, directory, keep_dtype=keep_dtype)
+    found = jax.eval_shape(lambda model: load_adapter(model, directory, keep_dtype=keep_dtype), base)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(found)] == [
-        (x.shape, x.dtype) for x in jax.tree.leaves(adapter)
+        (x.shape, x.dtype) for x in jax.tree.leaves(expected)
     ]
     assert found.modules_to_save == MODULES
+    assert expected.lm_head.kernel[...].dtype == (jnp.float32 if keep_dtype else jnp.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -206,14 +206,14 @@ def loss_of(message: Row, role: str, where: str) -> bool:
     Raises:
         DataError: one of them is neither true nor false, or true for a message that is not the assistant's.
     """
-    is_target = role in ("assistant", "tool_call")
+    is_target = is_said = role in ("assistant", "tool_call")
     for name in ("loss", "loss_scale", "weight"):
         value = message.get(name)
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise invalid(f"{where}.{name}", repr(value), "true or false")
-        if value and role != "assistant":
+        if value and not is_said:
             raise invalid(f"{where}.{name}", f"{value!r} in a message of {role}", "it in one of the assistant")
         is_target = is_target and bool(value)
     return is_target

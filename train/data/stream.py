@@ -367,8 +367,15 @@ class Stream:
             lane.set_state(state[str(index)])
 
     def epochs(self, state: Mapping[str, Any]) -> float:
-        """Return how many epochs the lanes of this process have read, at one of their states."""
-        return RowCounts.of(state).rows * self._count / (self._records * len(self._lanes))
+        """Return how many epochs lanes have read, at their states, which may be those of this process alone.
+
+        Where epochs end, each lane has read all of them at its end, although some have a row more than others.
+        """
+        rows = RowCounts.of(state).rows
+        if not self._epochs:
+            return rows * self._count / (self._records * len(state))
+        own = sum(len(range(int(index), self._epochs * self._records, self._count)) for index in state)
+        return rows * self._epochs / own if own else float(self._epochs)
 
     def left(self, state: Mapping[str, Any]) -> int:
         """Return how many rows of all epochs are in no batch yet, at a state of all lanes; 0 where there is no end."""

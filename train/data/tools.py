@@ -130,7 +130,8 @@ def joined(messages: Sequence[Message], losses: Sequence[bool], field: str) -> t
     found: list[Message] = []
     are_targets: list[bool] = []
     for index, (message, loss) in enumerate(zip(messages, losses, strict=True)):
-        is_alone = message["role"] == CALLS and not any(item["text"].strip() for item in message["content"])
+        has_text = "reasoning_content" in message or any(item.get("text", "").strip() for item in message["content"])
+        is_alone = message["role"] == CALLS and not has_text
         if message["role"] == CALLS:
             message = message | {"role": "assistant"}
         if not is_alone or not found or found[-1]["role"] != "assistant":

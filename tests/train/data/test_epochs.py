@@ -105,6 +105,16 @@ def test_two_processes_see_together_what_one_sees(mesh, monkeypatch):
     assert [a + b for a, b in zip(one, other, strict=True)] == of_one
 
 
+def test_epochs_of_the_lanes_of_one_process_end_with_a_whole_number(mesh):
+    """Although one of them has a row more than the other: 17 and 16."""
+    one, count = job(mesh, lanes=2)
+    states = [next(one)[1] for _ in range(count())]
+    one.close()
+    for lanes in ("01", "0", "1"):
+        read = [one.epochs({lane: state[lane] for lane in lanes}) for state in states]
+        assert read == sorted(read) and read[-1] == EPOCHS and 0 < read[0] < EPOCHS
+
+
 def test_a_stream_resumes_in_the_middle_of_an_epoch_and_in_its_last_batches(mesh):
     one, count = job(mesh, lanes=2)
     steps = count()

@@ -108,6 +108,13 @@ def test_every_layout_reads_alike(name):
     assert losses == (False, True, False, False, True) and functions == (FUNCTION,)
 
 
+def test_calls_may_have_a_loss_and_a_thought_of_their_own():
+    called = {"role": "tool_call", "content": calls_text(FIRST), "loss": True, "reasoning": "I add."}
+    messages, losses, _ = read_row({"messages": [HI, {**DONE, "loss": True}, called]}, "openai")
+    assert messages[1] == text("assistant", "Three.") and losses == (False, True, True)
+    assert messages[2]["reasoning_content"] == "I add." and messages[2]["tool_calls"] == [call(FIRST)]
+
+
 def test_names_of_a_dataset_info_are_read(tmp_path):
     tags = {"role_tag": "r", "content_tag": "c", "user_tag": "u", "assistant_tag": "a", "observation_tag": "o",
             "function_tag": "f"}  # fmt: skip
