@@ -235,7 +235,10 @@ class _Steps(NamedTuple):
                 f"{counts.rows:,}, of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
             if number >= config.steps and (left := self.stream.left(lanes)):
-                self.log(f"{counted(left, 'row')} left: some could not be read when steps were counted, and can now")
+                self.log(
+                    f"{counted(left, 'row')} left: some could not be read when steps were counted, or epochs were "
+                    "added to a complete job, whose last batches were partly filled"
+                )
         if (is_over := self._is_over()) and number < config.steps:
             found = counted(self.saver.checkpoints.stale, "evaluation")
             self.log(f"ended after step {number} of {config.steps}: {found} without a better {config.checkpoint.best}")

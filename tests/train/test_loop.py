@@ -26,13 +26,14 @@ from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import CheckpointError, DataError
+from glm4v_jax.files import to_json
 from glm4v_jax.model.lora import is_lora
 from glm4v_jax.model.params import leaf_paths
 from train.config import ADAPTER, MODEL, AdapterConfig, CheckpointConfig, EvalConfig, load_config
 from train.data.records import read_records
 from train.evaluate import Evaluation, Evaluator
 from train.job import read_data
-from train.log import EVALUATIONS, METRICS, MetricsLog, read_log
+from train.log import EVALUATIONS, METRICS, MetricsLog, read_log, truncate
 from train.loop import train
 from train.optimizers import OptimizerConfig
 from train.output import ANSWERS, CHECKPOINTS, PROFILE, TrainError
@@ -333,6 +334,17 @@ def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_mo
 def test_a_step_is_saved_before_it_is_evaluated(evaluated):
     """An evaluation takes long, and a job that is killed meanwhile loses no step before it."""
     assert [max(steps) for steps in evaluated[2]] == [2, 4, 5]
+
+
+def test_a_log_that_was_cut_off_in_a_character_keeps_the_lines_before(tmp_path):
+    """Characters in answers that end a line elsewhere, end none."""
+    lines = [{"step": step, "text": "数\u2028\x85"} for step in (1, 2, 3)]
+    whole = "".join(to_json(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    path = tmp_path / "rollouts.jsonl"
+    path.write_bytes(whole[: whole.rindex("数".encode()) + 1])
+    assert read_log(path) == lines[:2]
+    truncate(path, 1)
+    assert read_log(path) == lines[:1] and path.read_bytes().endswith(b"\n")
 
 
 def test_evaluations_come_every_n_steps_and_after_the_last(folder, evaluated):
