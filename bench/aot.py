@@ -163,11 +163,16 @@ def main() -> int:
     if arguments.case is not None:
         print(json.dumps(compile_case(arguments.case)))
         return 0
+    titles = [
+        f"{kind} {'' if kind in aot_rl.KINDS else numbers} on {slice_} {sizes}"
+        for kind, numbers, slice_, sizes in CASES
+    ]
+    if not any(arguments.only in title for title in titles):
+        parser.error(f"--only: found {arguments.only!r}; expected a part of a description, such as {titles[0]!r}")
     out, lines, failed = report.console(), [], []
     broken: list[dict[str, str]] = []
     megacycles: dict[Any, float] = {}
-    for number, (kind, numbers, topology, sizes) in enumerate(CASES):
-        title = f"{kind} {'' if kind in aot_rl.KINDS else numbers} on {topology} {sizes}"
+    for number, title in enumerate(titles):
         if arguments.only not in title:
             continue
         found = in_process("bench.aot", number)

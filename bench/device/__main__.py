@@ -139,7 +139,7 @@ def measure(parts: Sequence[Part], results: Results, tiny: bool, seconds: float)
     log, worker = results.path.with_suffix(".log"), None
     with contextlib.ExitStack() as workers:
         for part in parts:
-            begin, error = time.monotonic(), None
+            begin, error, measured = time.monotonic(), None, set[str]()
             if part.in_own_process:
                 workers.close()
                 worker = None
@@ -157,8 +157,11 @@ def measure(parts: Sequence[Part], results: Results, tiny: bool, seconds: float)
                     if not figure:
                         break
                     results.take(part.name, figure)
+                    measured.add(figure["what"])
                     shown = f"{1e3 * figure['seconds']:,.2f} ms" if "seconds" in figure else figure.get("error", "")
                     out.print(f"  {figure['what']}: {shown}  {figure.get('note', '')}", markup=False, highlight=False)
+                # A part ends between two figures where its time is up: the next run measures it again.
+                error = error or _not_measured(results.content["workloads"], part.name, measured)
             except Gone as gone:
                 workers.close()
                 worker, error = None, str(gone)
@@ -169,6 +172,12 @@ def measure(parts: Sequence[Part], results: Results, tiny: bool, seconds: float)
             results.end(part.name, taken, error)
             line = f"{part.name}: {taken:.0f} s, {max(0, left):.0f} s left" + (f"; {error}" if error else "")
             out.print(line, style="red" if error else "dim", markup=False)
+
+
+def _not_measured(workloads: Mapping[str, Any], part: str, measured: set[str]) -> str | None:
+    """Which workloads of a part have no figure of this run; None if all have one."""
+    missing = [what for what, (of, *_) in workloads.items() if of == part and what not in measured]
+    return f"no time left for {', '.join(missing)}" if missing else None
 
 
 def _programs(path: pathlib.Path, part: Part) -> pathlib.Path:

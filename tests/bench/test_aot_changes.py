@@ -80,3 +80,9 @@ def test_a_worse_program_fails_and_leaves_the_table_until_it_is_accepted(table, 
     assert run(monkeypatch, line | {"estimated_ms": 9.0}, "--accept") == 0
     (written,) = json.loads(path.read_text())["programs"]
     assert written["estimated_ms"] == 9.0 and written["passed"]
+
+
+def test_a_description_of_no_case_is_an_error(table, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, table[1], "--only", "decoding")
+    assert "--only: found 'decoding'" in capsys.readouterr().err

@@ -82,6 +82,19 @@ def test_a_second_run_measures_what_is_missing(stub, monkeypatch):
     assert status == 0 and set(results["parts"]) == {"fine"}
 
 
+def test_a_part_that_ends_between_two_figures_is_measured_again(stub, monkeypatch):
+    cut = STUB.replace("works = {", 'works = {"later": ["fine", 8, 8, 1, "", None, False]} | {')
+    cut = cut.replace("works = {", 'works = {"fine": ["fine", 8, 8, 1, "", None, False]} | {', 1)
+    monkeypatch.setattr(device, "COMMAND", (sys.executable, "-c", cut))
+    status, results = stub("--only", "fine")
+    assert results["parts"]["fine"]["error"] == "no time left for later" and status == 1
+    assert results["figures"]["fine"]["seconds"] == 0.5
+    whole = cut.replace("reply(done=True)", 'reply(figure={"what": "later", "seconds": 1.0}); reply(done=True)')
+    monkeypatch.setattr(device, "COMMAND", (sys.executable, "-c", whole))
+    status, results = stub("--only", "fine")
+    assert results["parts"]["fine"]["error"] is None and status == 0
+
+
 def test_no_part_begins_after_the_time(stub):
     status, results = stub("--seconds", "-1")
     assert status == 1
@@ -170,13 +183,14 @@ def test_it_needs_no_packages_but_those_that_are_carried():
 def test_every_part_measures_what_it_should_at_tiny_size():
     """In one process, so that parts share programs; `test_a_part_that_fails_...` has the processes."""
     tiny, figures = model.Device(tiny=True, started=time.time()), {}
+    works = work.workloads(tiny=True)
     for part in worker.PARTS:
         found = list(worker.measure(part.where, tiny))
         assert found, part.name
+        assert {what for what, one in works.items() if one.part == part.name} <= {one["what"] for one in found}
         figures |= {part.name if one["what"] == "start" else one["what"]: one for one in found}
     failed = {what: one["error"] for what, one in figures.items() if "error" in one}
     assert not failed
-    works = work.workloads(tiny=True)
     assert set(works) <= set(figures)
     assert all(one["seconds"] > 0 for what, one in figures.items() if not what.startswith("profile"))
     assert all(one["passed"] for what, one in figures.items() if what.startswith(("attention", "training")))
