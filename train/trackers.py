@@ -85,7 +85,9 @@ def check_trackers(config: TrainConfig) -> None:
     """
     for name in config.tracked:
         package, extra, _ = TRACKERS[name]
-        if importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        # A directory such as wandb/, of the files of earlier runs, counts as a package without a file.
+        if found is None or (found.origin is None and found.submodule_search_locations is not None):
             raise ConfigError(
                 f"trackers: found {name!r} without the package {package}; expected both: "
                 f"pip install 'glm4v_jax[{extra}]'"

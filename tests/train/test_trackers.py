@@ -13,7 +13,7 @@ from train.config import DataConfig, TrainConfig
 from train.loop import train
 from train.rl.config import RLConfig, SamplingConfig, VerifierConfig
 from train.rl.loop import learn
-from train.trackers import TENSORBOARD, Trackers
+from train.trackers import TENSORBOARD, TRACKERS, Trackers, check_trackers
 
 LINE = {"step": 3, "loss": 0.5, "is_skipped": False, "mfu": None, "tiers": [[1, 0.5]], "reward/digits": 1}
 WRITTEN = {"train/loss": 0.5, "train/is_skipped": 0.0, "train/reward/digits": 1.0}
@@ -106,6 +106,14 @@ def test_a_full_disk_under_tensorboard_is_a_line(tmp_path, monkeypatch):
     trackers.close()
     assert len(told) == 1 and told[0].startswith("tensorboard: [Errno 28] No space left on device: further metrics are")
     assert not thread.is_alive() and writer.event_writer._closed
+
+
+def test_a_directory_of_earlier_runs_is_no_library(tmp_path, monkeypatch):
+    (tmp_path / "no_such_library").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(TRACKERS, "wandb", TRACKERS["wandb"]._replace(package="no_such_library"))
+    with pytest.raises(ConfigError, match=r"trackers: found 'wandb' without the package no_such_library"):
+        check_trackers(job(tmp_path, "wandb"))
 
 
 @pytest.mark.parametrize("run", [train, learn])
