@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.distributed import gathered, is_first, to_host
+from glm4v_jax.devices.distributed import gathered, is_first, shared, to_host
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing
 from train.config import BatchConfig
@@ -100,9 +100,9 @@ def table_of(
     Raises:
       OSError: the disk refuses.
     """  # noqa: E501
-    found = gathered(_read(path, digest, count) if is_first() else None)[0]
-    if found is not None:
-        return found
+    found = _read(path, digest, count) if is_first() else None
+    if gathered(found is not None)[0]:
+        return shared(np.zeros((count, 2), np.float32) if found is None else found)
     table, noted = np.full((count, 2), np.nan, np.float32), time.perf_counter()
     for done, (number, logprobs) in enumerate(computed(), 1):
         table[number] = logprobs

@@ -17,6 +17,7 @@ from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from train import references
 from train.config import load_config
 from train.data.packing import TrainBatch, pack
 from train.data.records import Record
@@ -261,6 +262,22 @@ def test_a_table_of_another_model_or_a_damaged_one_is_computed_again(tmp_path):
     for damaged in (b"PK", path.read_bytes()[:100], b""):
         path.write_bytes(damaged)
         assert table("b") == [[-3.0, -4.0]]
+
+
+def test_a_table_is_the_same_in_all_processes(tmp_path, monkeypatch):
+    """Where a job resumes: the first one has read it, and the others have not."""
+    path, told = tmp_path / "references.npz", []
+    arguments = path, "a", 2, lambda: [(1, (-1.0, -2.0))], lambda line: None
+    first = table_of(*arguments)
+    monkeypatch.setattr(references, "gathered", lambda value: told.append(json.loads(json.dumps(value))) or [True])
+    monkeypatch.setattr(references, "shared", lambda table: told.append(table) or first)
+    for is_first in (True, False):
+        monkeypatch.setattr(references, "is_first", lambda is_first=is_first: is_first)
+        assert table_of(*arguments) is first
+    (is_there, own), (is_elsewhere, other) = told[:2], told[2:]
+    assert is_there is True and is_elsewhere is False
+    np.testing.assert_array_equal(own, first)
+    assert (other.shape, other.dtype) == (own.shape, own.dtype) == ((2, 2), np.float32)
 
 
 def test_samples_are_not_cut_and_options_are_checked(tmp_path):
