@@ -89,8 +89,15 @@ class FeaturePool:
             return [self._spans[medium.key][0] for medium in media]
 
     def prepare(self, media: Sequence[Medium]) -> None:
-        """Have the ViT's programs for these read or compiled at the same time."""
+        """Have the ViT's programs for these read or compiled at the same time, and grow to what each of them needs.
+
+        Its capacity is part of the shapes of the programs that are prepared next.
+        """
+        if not stored_programs.is_used():
+            return
         with self.lock:
+            for medium in media:
+                self.reserve(self._capacity_for(self._waves([medium])))
             self.prepare_shapes({wave.shape: None for wave in self._waves(media)})
 
     def prepare_shapes(self, shapes: Iterable[Shape]) -> None:
@@ -207,11 +214,16 @@ class FeaturePool:
     def _encode_anew(self, media: Sequence[Medium]) -> None:
         """Empty the pool, grow it if needed, and encode."""
         self.forget()
-        waves, capacity = self._waves(media), self.capacity
+        waves = self._waves(media)
+        self.reserve(self._capacity_for(waves))
+        self._encode_waves(waves, ())
+
+    def _capacity_for(self, waves: Sequence[Wave]) -> int:
+        """The capacity that holds these waves if nothing else is there; at least what it is now."""
+        capacity = self.capacity
         while self._plan(waves, capacity, 0, []) is None:
             capacity *= GROWTH
-        self.reserve(capacity)
-        self._encode_waves(waves, ())
+        return capacity
 
     def _store(self, wave: Wave, begins: Sequence[int]) -> None:
         """Encode a wave, and write its features where its images or videos begin."""

@@ -12,7 +12,9 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_generation import GREEDY, Ready, ask, random_request, random_requests, their_tokens
 
 from glm4v_jax.config.generation import OF_BEAMS, OF_THE_MODEL, GenerationConfig, SamplingParams
+from glm4v_jax.devices import stored_programs
 from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.devices.stored_programs import StoredProgram
 from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
@@ -52,6 +54,33 @@ def test_a_dispatch_copies_no_cache(engine, monkeypatch):
     layer = 4 * config.num_key_value_heads * engine._capacity * config.head_dim  # of one row, in bytes
     moved = [one for one in instructions(texts[0]) if one.opcode in MOVES and one.nbytes >= layer]
     assert [one for one in moved if one.loops] == []
+
+
+def test_a_first_request_prepares_the_programs_that_it_runs_and_no_others(make_engine, image, monkeypatch):
+    monkeypatch.setattr(stored_programs, "is_used", lambda: True)
+    monkeypatch.setattr(stored_programs, "_cache", lambda: None)
+    events, run, prepare = [], StoredProgram.__call__, StoredProgram.prepare
+
+    def noted(self, event, args, kwargs):
+        events.append((event, self.__name__, self._described(args, kwargs).key))
+
+    monkeypatch.setattr(
+        StoredProgram,
+        "__call__",
+        lambda self, *args, **kwargs: noted(self, "run", args, kwargs) or run(self, *args, **kwargs),
+    )
+    monkeypatch.setattr(
+        StoredProgram,
+        "prepare",
+        lambda self, *args, **kwargs: noted(self, "prepared", args, kwargs) or prepare(self, *args, **kwargs),
+    )
+    engine = make_engine()
+    engine.pool.forget(4)  # less than the image needs: programs are those of the pool after it has grown
+    engine.generate(ask(image, "What is this?"), max_new_tokens=8, **GREEDY)
+    assert engine.pool.capacity > 4
+    prepared, ran = ({(name, key) for event, name, key in events if event == kind} for kind in ("prepared", "run"))
+    assert {name for name, _ in prepared} == {"encode_wave", "prefill", "choose_first", "decode"}
+    assert prepared <= ran
 
 
 SAMPLED = dict(max_new_tokens=45, temperature=3.0, top_k=0, top_p=1.0, do_sample=True, seed=5)
