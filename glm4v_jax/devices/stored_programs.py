@@ -274,6 +274,8 @@ def _is_possible() -> bool:
     # On accelerators this has not been run yet; JAX's own cache works there as before.
     if "xla_disable_hlo_passes" in os.environ.get("XLA_FLAGS", ""):  # `_compiled_anew` would set them anew
         return False
+    if next(_SOURCES.rglob("*.py"), None) is None:  # bytecode alone, whose changes the key would not show
+        return False
     return jax.default_backend() == "cpu" and jax.process_count() == 1 and _cache() is not None
 
 

@@ -148,6 +148,12 @@ def test_disabled_passes_of_the_user_stay_disabled(monkeypatch):
     assert stored_programs._is_possible.__wrapped__()
 
 
+def test_nothing_is_stored_for_a_package_without_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(stored_programs, "_cache", dict)
+    monkeypatch.setattr(stored_programs, "_SOURCES", tmp_path)
+    assert not stored_programs._is_possible.__wrapped__()
+
+
 def test_static_function_is_compiled_and_not_stored(files):
     traced = []
     step = StoredProgram(jax.jit(lambda x, *, f: traced.append(f) or f(x), static_argnames="f"), ("f",))
