@@ -218,7 +218,8 @@ def _kind(leaf: Any) -> Hashable:
     if isinstance(leaf, jax.core.Tracer):
         return None
     if isinstance(leaf, jax.Array):
-        return leaf.aval, leaf.format if _has_layouts() else leaf.sharding
+        # Not `aval`: JAX 0.12 compares it by identity, and a result of an executable that was read has one of its own.
+        return leaf.shape, leaf.dtype, leaf.weak_type, leaf.format if _has_layouts() else leaf.sharding
     return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray | np.generic) else None
 
 

@@ -48,8 +48,10 @@ def run(step, power=2, dtype=np.float32):
 
 def test_second_process_runs_without_tracing(files):
     traced = []
-    first, second = run(program(traced)), run(program(traced))
+    first, reader = run(program(traced)), program(traced)
+    second = run(reader)
     assert traced == [2]
+    assert len(reader._programs) == 1, "read again for a state that it has returned"
     assert [name.split("-")[0] for name in files] == ["glm4v_step"]
     np.testing.assert_array_equal(first[0]["x"], second[0]["x"])
     np.testing.assert_array_equal(second[0]["x"], 1 + 2 * 2.0 * np.arange(3) ** 2 * np.ones((2, 1)))
