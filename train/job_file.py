@@ -17,7 +17,7 @@ from train.config import TrainConfig
 _WIDTH = 118
 _FIELDS = re.compile(r"^  (\w+(?:, \w+)*): ((?:.+\n?)(?:^    .+\n?)*)", re.M)
 """Of a section of attributes: their names, and what is said of them."""
-_EITHER = {"steps": "or epochs", "epochs": "or steps", "data.files": "or data.sets"}
+_EITHER = {"steps": "epochs", "epochs": "steps", "data.files": "data.sets"}
 """Fields that have a default, and that a job needs all the same; and what may stand in their place."""
 
 
@@ -88,7 +88,7 @@ def _table(cls: type, path: str, values: Mapping[str, Any], without: Sequence[st
         if texts[field.name] != said:
             yield from ("", *_comment(texts[field.name]))
         said = texts[field.name]
-        yield _setting(name, field, hint, values)
+        yield _setting(name, field, hint, values, without)
     for name, inner_class, is_entry, field in tables:
         below = [key.removeprefix(f"{name}.") for key in values if key.startswith(f"{name}.")]
         is_set = bool(below) or (field.default is dataclasses.MISSING and not is_entry)
@@ -102,14 +102,16 @@ def _table(cls: type, path: str, values: Mapping[str, Any], without: Sequence[st
         yield from _table(inner_class, f"{name}.", values, without)
 
 
-def _setting(path: str, field: Any, hint: Any, values: Mapping[str, Any]) -> str:
+def _setting(path: str, field: Any, hint: Any, values: Mapping[str, Any], without: Sequence[str]) -> str:
     """Return the line of a field."""
+    other = _EITHER.get(path)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     is_required = default is dataclasses.MISSING
-    notes = [f"required, {_EITHER[path]}"] if path in _EITHER else ["required"] if is_required else []
+    instead = f", or {other}" if other and other not in without else ""
+    notes = [f"required{instead}"] if other or is_required else []
     if path in values:
         return f"{field.name} = {toml(values[path])}{_note(notes)}"
-    if is_required or default is None or path in _EITHER:
+    if is_required or default is None or other:
         return f"#{field.name} ={_note([expectation(hint), *(notes or ['not set'])])}"
     if typing.get_origin(hint) is Literal:
         notes.append(expectation(hint))

@@ -86,3 +86,9 @@ def test_another_kind_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["init", "dpo"])
     assert "preference" in capsys.readouterr().err
+
+
+def test_no_field_is_offered_that_a_job_must_not_have():
+    lines = job_file("rl").splitlines()
+    assert "steps = 500  # required" in lines and 'files = ["problems.jsonl"]  # required' in lines
+    assert "epochs = 3  # required, or steps" in job_file("lora").splitlines()
