@@ -175,7 +175,7 @@ def _verified(
     trained = logits_of(load_adapter(model, adapter), batch)
     del model
     found = logits_of(load_model(directory, config, dtype=dtype), batch)
-    written = next(tensor.dtype for tensor in tensors.values() if tensor.pair is not None)
+    written = next((tensor.dtype for tensor in tensors.values() if tensor.pair is not None), dtype)
     return compare(found, trained, tolerance=tolerance_of(config, written, dtype), where=target, before=before)
 
 

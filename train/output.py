@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from glm4v_jax.checkpoints.atomic_directory import locked
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import Glm4vError
+from glm4v_jax.errors import CheckpointError, Glm4vError
 from glm4v_jax.files import made_directory
 from train.checkpoints import Checkpoints
 from train.config import TrainConfig
@@ -56,8 +56,11 @@ def open_checkpoints(
     """
     out = Path(config.out)
     with contextlib.ExitStack() as stack:
-        by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
-        out.mkdir(parents=True, exist_ok=True)  # of the other processes, whose disk may be another
+        try:
+            by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
+            out.mkdir(parents=True, exist_ok=True)  # of the other processes, whose disk may be another
+        except OSError as error:
+            raise CheckpointError(f"out: found {config.out}: {error.strerror}; expected a directory to write") from None
         by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
         # Not before the lock: else a second job that is refused might remove it from under the first.
         by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))

@@ -8,6 +8,7 @@ Off until `use_stored_programs`: a process that patches modules, as tests do, wo
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import logging
@@ -153,11 +154,13 @@ class StoredProgram:
                 executable, call.key[0], jax.tree.structure(outputs), devices[0].client, devices
             )
         except Exception as error:  # cut off, or written by something else
-            _logger.warning(
-                "%s-cache in the cache of programs: found %s; expected an executable: `glm4v cache --clear` removes it",
-                name, error,
+            _logger.log(
+                logging.DEBUG if _useless else logging.WARNING,  # one line, however many there are
+                "%s-cache in the cache of programs: found %s; expected an executable; it is compiled again", name,
+                error,
             )  # fmt: skip
             _useless.add(name)
+            _remove(name)
             return None
         finally:
             jax.monitoring.record_event_duration_secs(COMPILED, time.perf_counter() - start, fun_name=function)
@@ -262,6 +265,14 @@ def _from_cache(name: str) -> bytes | None:
         _logger.debug("%s is not read from the cache of programs: %s", name, error)
         return None
     return data
+
+
+def _remove(name: str) -> None:
+    """Remove a file of JAX's cache, which replaces none."""
+    path = getattr(_cache(), "path", None)
+    if path is not None:
+        with contextlib.suppress(OSError):
+            (path / f"{name}-cache").unlink()
 
 
 @functools.cache

@@ -115,15 +115,25 @@ def test_sources_have_keys_of_their_own_and_code_edited_since_is_not_stored(file
     restarted()
 
 
-def test_damaged_file_is_reported_and_its_program_compiled(files, caplog):
-    run(program([]))
-    (name,) = files
-    files[name] = files[name][:100]
+def test_damaged_files_are_one_line_and_replaced(files, caplog, tmp_path, monkeypatch):
+    from jax._src.lru_cache import LRUCache
+
+    monkeypatch.setattr(stored_programs, "_useless", set())
+    monkeypatch.setattr(stored_programs, "_cache", lambda: LRUCache(str(tmp_path), max_size=-1))
+    for power in (2, 3):
+        run(program([]), power)
+    found = sorted(tmp_path.glob("*-cache"))
+    assert len(found) == 2
+    for path in found:
+        path.write_bytes(path.read_bytes()[:100])
     traced = []
-    assert run(program(traced))[0]["n"] == 2
-    assert traced == [2]
-    assert f"{name}-cache" in caplog.text and "glm4v cache --clear" in caplog.text
-    stored_programs._useless.clear()
+    anew = program(traced)
+    assert [run(anew, power)[0]["n"] for power in (2, 3)] == [2, 2]
+    assert traced == [2, 3] and caplog.text.count("-cache in the cache of programs: found") == 1
+    assert all(path.stat().st_size > 100 for path in found)
+    stored_programs._useless.clear()  # as in a new process
+    run(program(traced))
+    assert traced == [2, 3]
 
 
 def test_cache_that_cannot_be_written_costs_no_result(files):

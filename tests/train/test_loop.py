@@ -454,6 +454,14 @@ class TestBeforeTheModelIsLoaded:
             train(job(folder, "taken"))
         assert os.listdir(folder / "taken") == [MODEL]
 
+    @pytest.mark.parametrize("out", ["file", "file/below"])
+    def test_a_directory_that_cannot_be_made_is_named_as_out(self, folder, out):
+        (folder / "file").touch()
+        with pytest.raises(
+            CheckpointError, match=rf"^out: found .*{out}: (File exists|Not a directory); expected a dir"
+        ):
+            train(job(folder, out))
+
     def test_a_full_disk_is_found(self, folder, monkeypatch):
         monkeypatch.setattr(
             "glm4v_jax.checkpoints.atomic_directory.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000)
