@@ -18,7 +18,7 @@ def sampled(learner):
     """Answers about images, texts and a video; some whose thought was closed; and one with a token of an image."""
     from helpers_rl import messages
 
-    groups = learner.groups([*map(messages, range(12)), messages(20, video=True)])
+    groups = learner.groups([*map(messages, range(20)), messages(20, video=True)])
     forced = learner.groups([messages(21), messages(22)], think_budget=3, answer_budget=12, seed=1)
     return groups + forced + [planted(learner, groups[1])]
 
@@ -51,7 +51,7 @@ def test_ratios_are_one_before_any_update(learner, sampled):
     assert sum(len(one) - one.num_sampled for one in sampled[-2].rollouts) > 0  # which closed a thought
     assert {len(group.prompt.media) for group in sampled} == {0, 1}
     sums = assert_ratios_are_one(learner, learner.params, sampled)
-    assert float(sums.tokens) >= 1200 and float(sums.low) == float(sums.high) == 0
+    assert float(sums.tokens) >= 2000 and float(sums.low) == float(sums.high) == 0
     assert abs(float(sums.divergence)) <= 1e-4 and 0 < float(sums.entropy / sums.tokens) < np.log(800)
 
 
