@@ -32,8 +32,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # users do.
 _XLA_FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse to start for a flag they do not know
-    # One LLVM module for a program, not many for the threads of a large machine: 15% less time again.
-    _XLA_FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    _XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_XLA_FLAGS))
 # For models this small, threads of torch's wait for each other longer than they compute: with two processes of tests on
 # two cores, three times as long as one thread takes.

@@ -21,7 +21,7 @@ NAMES = {
     "tpu_inference": "tpu-inference",
 }
 """Of packages that are imported by another name."""
-EXTRAS = ("train", "eval", "grammar", "serve", "vllm-tpu", "rl")
+EXTRAS = ("train", "wandb", "trackio", "eval", "grammar", "serve", "vllm-tpu", "rl")
 """Of packages that modules import."""
 OPTIONAL = {"lmms_eval"}
 """Looked for, and done without."""
