@@ -1,6 +1,7 @@
 """docs/guides/performance.md from bench/results: `python -m bench.performance_page`, after a measurement."""
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -175,7 +176,9 @@ Beside `cp`, on one disk; the peak is that of the whole process.
 
 A clean installation for CPU: {packages} packages, {megabytes:.0f} MB, {install_seconds:.0f} s. `import glm4v_jax`
 takes {import_seconds:.2f} s, the model class {import_model_seconds:.2f} s. The first token about an image comes
-after {first_token_seconds:.1f} s without compiled programs on disk.
+after {first_token_seconds:.1f} s without compiled programs on disk, and after {started_seconds:.1f} s with those
+of the start before. In turns with these a version that traced its programs at every start took {before_cold:.1f} s
+and {before_warm:.1f} s.
 
 ## Programs compiled for TPU slices
 
@@ -399,6 +402,12 @@ def page() -> str:
         packages=install["packages"],
         megabytes=install["bytes"] / 1e6,
         **{name: install[name] for name in install if name.endswith("_seconds")},
+        **{
+            name: statistics.median(install["starts"][start]["seconds"])
+            for name, start in (
+                ("started_seconds", "this, warm"), ("before_cold", "other, cold"), ("before_warm", "other, warm"),
+            )
+        },
         **{f"aot_{name}": read("aot")["machine"][name] for name in ("jax", "libtpu")},
         aot=aot.strip(),
         **{f"vllm_{name}": value for name, value in read("aot_vllm")["machine"].items()},
