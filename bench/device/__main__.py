@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench import report
@@ -114,11 +114,13 @@ class Results:
         Raises:
           SystemExit: the file is of another machine.
         """
-        if (old := self.content["machine"]) and old != machine:
-            name = next(key for key in machine if old.get(key) != machine[key])
-            raise SystemExit(
-                f"{self.path}: found figures of {name} {old.get(name)!r}; expected {machine[name]!r}: pass --restart"
-            )
+        old = self.content["machine"] or machine
+        for name in {**machine, **old}:
+            if old.get(name) != machine.get(name):
+                raise SystemExit(
+                    f"{self.path}: found figures of {name} {old.get(name)!r}; expected {machine.get(name)!r}: "
+                    "pass --restart"
+                )
         self.content |= {"machine": machine, "workloads": workloads}
 
     def take(self, part: str, figure: Mapping[str, Any]) -> None:
@@ -139,7 +141,7 @@ def measure(parts: Sequence[Part], results: Results, tiny: bool, seconds: float)
     log, worker = results.path.with_suffix(".log"), None
     with contextlib.ExitStack() as workers:
         for part in parts:
-            begin, error, measured = time.monotonic(), None, set[str]()
+            begin = time.monotonic()
             if part.in_own_process:
                 workers.close()
                 worker = None
@@ -151,17 +153,7 @@ def measure(parts: Sequence[Part], results: Results, tiny: bool, seconds: float)
                     workers.callback(worker.close)
                     results.begin(**next(worker.replies(min(START, deadline - begin))))
                 limit = max(LEAST, min(part.seconds, deadline - time.monotonic()))
-                for reply in worker.ask(part.name, limit):
-                    figure = reply.get("figure", {})
-                    error = reply.get("error") or figure.get("error") or error
-                    if not figure:
-                        break
-                    results.take(part.name, figure)
-                    measured.add(figure["what"])
-                    shown = f"{1e3 * figure['seconds']:,.2f} ms" if "seconds" in figure else figure.get("error", "")
-                    out.print(f"  {figure['what']}: {shown}  {figure.get('note', '')}", markup=False, highlight=False)
-                # A part ends between two figures where its time is up: the next run measures it again.
-                error = error or _not_measured(results.content["workloads"], part.name, measured)
+                error = _take(part.name, worker.ask(part.name, limit), results)
             except Gone as gone:
                 workers.close()
                 worker, error = None, str(gone)
@@ -174,10 +166,23 @@ def measure(parts: Sequence[Part], results: Results, tiny: bool, seconds: float)
             out.print(line, style="red" if error else "dim", markup=False)
 
 
-def _not_measured(workloads: Mapping[str, Any], part: str, measured: set[str]) -> str | None:
-    """Which workloads of a part have no figure of this run; None if all have one."""
-    missing = [what for what, (of, *_) in workloads.items() if of == part and what not in measured]
-    return f"no time left for {', '.join(missing)}" if missing else None
+def _take(part: str, replies: Iterable[dict[str, Any]], results: Results) -> str | None:
+    """Keep and print the figures of a part; return why it failed, or what it had no time for, None if it is whole."""
+    error: str | None = None
+    measured = set[str]()
+    for reply in replies:
+        figure = reply.get("figure", {})
+        error = reply.get("error") or figure.get("error") or error
+        if not figure:
+            break
+        results.take(part, figure)
+        measured.add(figure["what"])
+        shown = f"{1e3 * figure['seconds']:,.2f} ms" if "seconds" in figure else figure.get("error", "")
+        line = f"  {figure['what']}: {shown}  {figure.get('note', '')}"
+        report.console().print(line, markup=False, highlight=False)
+    # A part ends between two figures where its time is up: the next run measures it again.
+    missing = [what for what, (of, *_) in results.content["workloads"].items() if of == part and what not in measured]
+    return error or (f"no time left for {', '.join(missing)}" if missing else None)
 
 
 def _programs(path: pathlib.Path, part: Part) -> pathlib.Path:

@@ -82,6 +82,16 @@ def test_a_second_run_measures_what_is_missing(stub, monkeypatch):
     assert status == 0 and set(results["parts"]) == {"fine"}
 
 
+def test_facts_that_another_version_does_not_record(stub, monkeypatch):
+    stub("--only", "fine")
+    monkeypatch.setattr(device, "COMMAND", (sys.executable, "-c", STUB.replace('"pid": 0', '"pid": 0, "memory": None')))
+    status, _ = stub("--only", "fine")
+    assert status == 0
+    monkeypatch.setattr(device, "COMMAND", (sys.executable, "-c", STUB.replace(', "pid": 0', "")))
+    with pytest.raises(SystemExit, match=r"found figures of pid 0; expected None: pass --restart"):
+        stub("--only", "fine")
+
+
 def test_a_part_that_ends_between_two_figures_is_measured_again(stub, monkeypatch):
     cut = STUB.replace("works = {", 'works = {"later": ["fine", 8, 8, 1, "", None, False]} | {')
     cut = cut.replace("works = {", 'works = {"fine": ["fine", 8, 8, 1, "", None, False]} | {', 1)
