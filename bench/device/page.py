@@ -5,6 +5,7 @@ Without that file the page has the workloads, their floors and aims, and says th
 
 import html
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ TPUs without having one, is in [Performance](guides/performance.md).
 
 ## How it is measured
 
-- `python -m bench.device` measures on one accelerator of 80 GB or more, in {minutes} minutes; `--only PART,...` some of
+- `python -m bench.device` measures on one accelerator of 80 GB or more, in nine minutes; `--only PART,...` some of
   it. Figures are kept as they come, a second run measures what is missing, and a part that fails is one line.
 - `python -m bench.device.page` writes this page and the chart.
 - For a machine without a network, `make device-wheels` fills `wheels/` on another one: 8 MB for Linux, x86-64 and
@@ -36,14 +37,14 @@ TPUs without having one, is in [Performance](guides/performance.md).
   `python -m pip install --no-index --no-deps --target build/site wheels/*.whl`, and `PYTHONPATH=build/site:.` before
   the command.
 
-GLM-4.1V-9B with random weights, made on the device by its own program. Contents are never zeros. A time is the median
-of up to eight runs, each waited for, after two that compile and warm up.
+GLM-4.1V-9B with random weights, made on the device by its own program; inputs are random too: some chips multiply
+zeros faster. A time is the median of up to eight runs, each waited for, after two that compile and warm up.
 
 What runs:
 
 - **decode**: `generate.device_steps.decode`, greedy, for B = {batches}: {steps} steps a dispatch, {slots:,} cache slots
-  a row, nearly all of them in use. One row also with layers one by one in the program, and not as turns of a loop that
-  slices stacked weights, which XLA may copy.
+  a row, nearly all of them in use. One row also runs with the loop over layers unrolled: the loop slices stacked
+  weights, which XLA may copy.
 - **prefill**: a prompt of text in a row alone, from tokens on the host to the first new token on the device, in the
   engine's chunks of {chunk} tokens, and in longer ones.
 - **int8**: both, with all kernels and the embedding in int8.
@@ -135,10 +136,11 @@ def page() -> str:
     """The page."""
     results, sizes = read(), work.FULL
     return TEXT.format(
-        state=_state(results), minutes=9, batches=", ".join(map(str, sizes.batches)), steps=sizes.steps,
-        slots=sizes.slots, chunk=CHUNK, patches=48 * 48, rows=sizes.rows, length=sizes.length, layers=sizes.layers,
-        vision_rows=sizes.vision_rows, vision_length=sizes.vision_length, requests=sizes.requests, text=sizes.text,
-        side=14 * sizes.side, new=sizes.new, num_slots=sizes.num_slots, floors=_floors(), chart=CHART.name,
+        state=_state(results), batches=", ".join(map(str, sizes.batches)), steps=sizes.steps, slots=sizes.slots,
+        chunk=CHUNK, patches=math.prod(sizes.images["672 x 672"]), rows=sizes.rows, length=sizes.length,
+        layers=sizes.layers, vision_rows=sizes.vision_rows, vision_length=sizes.vision_length,
+        requests=sizes.requests, text=sizes.text, side=14 * sizes.side, new=sizes.new, num_slots=sizes.num_slots,
+        floors=_floors(), chart=CHART.name,
         figures="Not measured yet." if results is None else _figures(results),
         others=markdown(
             ("what", "published", "source"),
@@ -150,8 +152,8 @@ def page() -> str:
 def _state(results: dict[str, Any] | None) -> str:
     if results is None:
         return (
-            "**Nothing here is measured yet: no accelerator was at hand.** Workloads, floors and aims are on paper;\n"
-            "the program that measures them runs at tiny size on a CPU."
+            "**Nothing here is measured yet: no accelerator was at hand.** Workloads, floors and aims are computed;\n"
+            "the program that measures them is tested at tiny size on a CPU."
         )
     facts = results["machine"]
     return (
@@ -202,10 +204,7 @@ def bars(results: dict[str, Any] | None) -> Iterator[Bar]:
         for what, one in work.workloads(tiny=False).items():
             if what.startswith(part) and "int8" not in what:
                 line = measured.get(what)
-                seconds = line and line.seconds
-                found = None
-                if line is not None and seconds:
-                    found = line.of_floor if part == "prefill" else line.of_peak
+                found = line and (line.of_floor if part == "prefill" else line.of_peak)
                 yield Bar(what, found, one.aim and one.aim.least, "" if found else "not measured yet")
         yield from (Bar(one.what, one.fraction, is_ours=False) for one in OTHERS if one.of == part)
 
