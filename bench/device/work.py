@@ -22,7 +22,7 @@ from glm4v_jax.planning import compile_for_topology
 from glm4v_jax.planning.parameter_layout import parameter_layout
 from train.compile_for_topology import Shapes
 from train.flops import step_flops
-from train.state import split
+from train.state import Leaves, split
 
 
 class Sizes(NamedTuple):
@@ -145,9 +145,10 @@ def _vision(sizes: Sizes, config: Glm4vConfig) -> _Named:
         program = compile_for_topology.encode_program(config, count, height * width, height * width)
         yield f"ViT, {name}", Workload("vision", 0, program.flops, count, "images")
     text, vision = config.text_config, config.vision_config
-    heads, (tokens, patches) = 4 * text.num_attention_heads * text.head_dim, sizes.attention
+    tokens, patches = sizes.attention
     for kernel in KERNELS:
-        yield f"attention, {tokens:,} tokens, {kernel}", Workload("attention", 0, heads * tokens**2 / 2)
+        flops = 4 * text.num_attention_heads * text.head_dim * tokens**2 / 2
+        yield f"attention, {tokens:,} tokens, {kernel}", Workload("attention", 0, flops)
         if patches:
             flops = 4 * vision.hidden_size * patches**2
             yield f"attention, {patches:,} patches, {kernel}", Workload("attention", 0, flops)
@@ -158,20 +159,24 @@ KERNELS = ("the device's kernel", "blocks")
 
 
 def _training(sizes: Sizes, config: Glm4vConfig) -> _Named:
+    tokens, aim, lora = sizes.rows * sizes.length, Aim("FLOP/s", 0.45), LoraConfig(rank=sizes.rank)
+    flops = _step_flops(sizes, config, lora)
+    yield f"training, LoRA of rank {sizes.rank}", Workload("lora", 0, flops, tokens, "tokens", aim)
+    flops = _step_flops(sizes, shortened(config, sizes.layers))
+    yield f"training, all weights, {sizes.layers} layers", Workload("full", 0, flops, tokens, "tokens", aim)
+
+
+def _step_flops(sizes: Sizes, config: Glm4vConfig, lora: LoraConfig | None = None) -> float:
+    """Operations of a step that trains an adapter, or all weights without one."""
+
+    def made() -> tuple[Leaves, Leaves]:
+        model = Glm4v.init(config)
+        return split(model, lambda path: True) if lora is None else split(add_lora(model, lora), is_lora)
+
+    with use_mesh():
+        params, frozen = jax.eval_shape(made)
     work = Shapes(sizes.rows, sizes.length, sizes.vision_rows, sizes.vision_length).work
-    name = f"training, LoRA of rank {sizes.rank}"
-    for what, part, own, lora in (
-        (name, "lora", config, LoraConfig(rank=sizes.rank)),
-        (f"training, all weights, {sizes.layers} layers", "full", shortened(config, sizes.layers), None),
-    ):
-        with use_mesh():
-            model = jax.eval_shape(lambda own=own: Glm4v.init(own))
-            if lora is not None:
-                model = jax.eval_shape(lambda model, lora=lora: add_lora(model, lora), model)
-            is_trained = is_lora if lora is not None else bool
-            params, frozen = jax.eval_shape(lambda model, is_trained=is_trained: split(model, is_trained), model)
-        flops = step_flops(own, params, frozen, work)
-        yield what, Workload(part, 0, flops, sizes.rows * sizes.length, "tokens", Aim("FLOP/s", 0.45))
+    return step_flops(config, params, frozen, work)
 
 
 def shortened(config: Glm4vConfig, layers: int) -> Glm4vConfig:
