@@ -51,12 +51,11 @@ def ceilings(device: Device) -> Figures:
 def attention(device: Device) -> Figures:
     """The device's attention kernel and the one in blocks: equal to attention in float32, and how long each takes."""
     text, vit = device.config.text_config, device.config.vision_config
-    key_heads = text.num_key_value_heads or text.num_attention_heads
     tokens, patches = device.sizes.attention
-    heads = vit.hidden_size // vit.num_heads
+    groups = text.num_key_value_groups
     for what, shape, causal in (
-        (f"{tokens:,} tokens", (1, key_heads, text.num_attention_heads // key_heads, tokens, text.head_dim), True),
-        (f"{patches:,} patches", (1, vit.num_heads, 1, patches, heads), False),
+        (f"{tokens:,} tokens", (1, text.num_attention_heads // groups, groups, tokens, text.head_dim), True),
+        (f"{patches:,} patches", (1, vit.num_heads, 1, patches, vit.head_dim), False),
     ):
         for kernel in KERNELS if shape[3] else ():
             yield measured(f"attention, {what}, {kernel}", functools.partial(_attention, kernel, shape, causal))
