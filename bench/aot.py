@@ -186,7 +186,7 @@ def main() -> int:
         lines.append(found | {"passed": passed} | ({"seconds": None} if arguments.busy else {}))
         failed += [] if passed else [title]
     out.print(*_tables(lines))
-    record = json.loads((report.RESULTS / "aot.json").read_text(encoding="utf-8"))
+    record = report.read("aot")
     if not arguments.accept:
         worse = aot_changes.regressions(record["programs"], lines)
         for fault in worse:

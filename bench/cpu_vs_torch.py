@@ -13,7 +13,6 @@ buffer, by both sides, on all threads. Prints a table, and for a missed aim wher
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -192,7 +191,7 @@ def main() -> int:
     out.print(f"greedy answers agree: {'yes' if figures['same_greedy_answer'] else 'NO'}")
     out.print(*report.profile_tables(figures["profiles"]))
     record = report.RESULTS / f"{arguments.name}.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    before = report.read(arguments.name) if record.is_file() else None
     return report.finish(arguments.name, figures | {"others": others(figures, before)})
 
 

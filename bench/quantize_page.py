@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bench import quant
-from bench.performance_page import read, table
-from bench.report import ROOT
+from bench.report import ROOT, markdown, read
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import GIB
 from glm4v_jax.planning.compile_for_topology import SLICES
@@ -165,18 +164,18 @@ def page() -> str:
     exact, *schemes = quality["lines"]
     speed = read("quant")
     return TEXT.format(
-        schemes=table(("`--quantize`", "integers", "quality", "devices"), SCHEMES),
+        schemes=markdown(("`--quantize`", "integers", "quality", "devices"), SCHEMES),
         context=CONTEXT,
         host=HOST,
         device=DEVICE,
         system=SYSTEM,
         driver=DRIVER,
-        memory=table(
+        memory=markdown(
             ("on", "weights in", "weights", "cache of 1", "cache of 8", "in all with 1: fits", "in all with 8: fits"),
             fits(),
         ),
         tokens=schemes[0]["tokens"],
-        divergence=table(
+        divergence=markdown(
             ("", "error of the decoder's kernels", "KL divergence, mean", "99th percentile", "same token"),
             (
                 (line["scheme"], f"{line['weight_error']:.2%}", f"{line['kl_mean']:.1e}", f"{line['kl_p99']:.1e}",
@@ -185,7 +184,7 @@ def page() -> str:
             ),
         ),
         items=next(iter(exact["tasks"].values()))["count"],
-        scores=table(
+        scores=markdown(
             ("", *exact["tasks"]),
             ((line["scheme"], *map(_score, line["tasks"].values())) for line in quality["lines"]),
         ),
@@ -193,7 +192,7 @@ def page() -> str:
         cores=speed["machine"]["cores"],
         jax=speed["machine"]["jax"],
         prefill=quant.PREFILL_TOKENS,
-        speed=table(
+        speed=markdown(
             ("weights in", "MB", "peak of the process, MB", "temporaries, MB", "tokens/s", "of float32", "prompt"),
             (
                 (line["variant"], *(f"{line[key] / 1e6:,.0f}" for key in ("weights", "peak")),
@@ -213,7 +212,7 @@ def _products(milliseconds: Mapping[str, float] | None) -> str:
     rows = ((name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items())
     return (
         f"\nA token times one matrix of {quant.INPUTS:,} x {quant.OUTPUTS:,}, an MLP's of the 9B, beside ggml, the\n"
-        f"library of llama.cpp:\n\n{table(('weights in', 'ms', 'speed of float32'), rows)}\n"
+        f"library of llama.cpp:\n\n{markdown(('weights in', 'ms', 'speed of float32'), rows)}\n"
     )
 
 

@@ -91,6 +91,18 @@ def console() -> rich.console.Console:
     return out if out.is_terminal else rich.console.Console(width=140)
 
 
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table of Markdown's own text, links among it; `Table.markdown` is for cells with Rich's markup."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def read(name: str) -> Any:
+    """What `finish` has written as `<name>.json`."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def finish(
     name: str, figures: Mapping[str, Any], *, markdown: str | None = None, directory: pathlib.Path = RESULTS
 ) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bench import report
 from bench.device import table, work
-from bench.performance_page import table as markdown
+from bench.report import markdown
 from glm4v_jax.generate.prefill_chunks import CHUNK
 
 PAGE = report.ROOT / "docs" / "performance.md"
