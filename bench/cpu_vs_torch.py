@@ -147,7 +147,7 @@ def others(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> list
     """The runs of other processors and versions of jax in the record that this run replaces."""
     if before is None:
         return []
-    kept = {(run["processor"], run["jax"]): run for run in (*before["others"], ratios(before))}
+    kept = {(run["processor"], run["jax"]): run for run in (*before.get("others", ()), ratios(before))}
     kept.pop((figures["machine"]["ours"]["processor"], figures["machine"]["ours"]["jax"]), None)
     return list(kept.values())
 

@@ -177,7 +177,6 @@ def measure(directory: pathlib.Path, other: pathlib.Path | None) -> dict[str, An
         "install_seconds": install_seconds,
         "import_seconds": environment.import_seconds("import glm4v_jax"),
         "import_model_seconds": environment.import_seconds("from glm4v_jax import Glm4vForConditionalGeneration"),
-        "first_token_seconds": statistics.median(starts["this, cold"].seconds),
         "starts": {name: figures._asdict() for name, figures in starts.items()},
         "reference_packages_found": json.loads(environment.run("-c", FIND_REFERENCE)),
         "load_average_before": load,

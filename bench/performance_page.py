@@ -18,6 +18,17 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def spread(ratio: Mapping[str, float]) -> str:
+    """Median, smallest and largest; runs of other processors may lack some of it."""
+    form = "{median:.2f} [{min:.2f}, {max:.2f}]" if "min" in ratio else "{median:.2f}" if ratio else ""
+    return form.format_map(ratio)
+
+
+def target(line: Mapping[str, Any]) -> str:
+    """The aim of a line, and whether it is missed."""
+    return "" if line["aim"] is None else f"{line['aim']:g}" + ("" if line["passed"] else " (missed)")
+
+
 def words(text: str) -> str:
     """The terms of the pages, for labels in older results."""
     for old, new in (("a picture", "an image"), ("picture", "image"), (" | ", " / ")):
@@ -29,26 +40,19 @@ def compared(lines: Iterable[Any], first: str, sides: tuple[str, str] = ("this p
     """Figures of two sides, by default those of transformers."""
     rows = []
     for line in lines:
-        ratio, aim = line["ratio"], line["aim"]
-        target = "" if aim is None else f"{aim:g}" if line["passed"] else f"{aim:g} (missed)"
         values = (number(line[side]["median"]) for side in ("ours", "theirs"))
         label = words(line.get("what") or f"`{line['task']}`") + (f", {words(line['unit'])}" if "unit" in line else "")
-        rows.append((label, *values, f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]", target))
+        rows.append((label, *values, spread(line["ratio"]), target(line)))
     return markdown((first, *sides, "ratio", "target"), rows)
 
 
 def processors(cpu: Mapping[str, Any]) -> str:
     """Ratios to transformers on all processors that were measured."""
     runs = [cpu_vs_torch.ratios(cpu), *cpu["others"]]
-
-    def cell(ratio: Mapping[str, float] | None) -> str:
-        if ratio is None:
-            return ""
-        return "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(ratio) if "min" in ratio else f"{ratio['median']:.2f}"
-
     names = [f"{run['processor'] or 'not recorded'}, jax {run['jax']}, {run['rounds']} rounds" for run in runs]
     whats = (what for what in runs[0]["ratios"] if any(what in run["ratios"] for run in runs[1:]))
-    return markdown(("", *names), ((words(what), *(cell(run["ratios"].get(what)) for run in runs)) for what in whats))
+    rows = ((words(what), *(spread(run["ratios"].get(what, {})) for run in runs)) for what in whats)
+    return markdown(("", *names), rows)
 
 
 def page() -> str:
@@ -88,7 +92,7 @@ def page() -> str:
             ("answer", "tokens/s one by one", "tokens/s", "tokens a step", "ratio"),
             (
                 (line["case"], number(line["plain_tokens_per_second"]), number(line["tokens_per_second"]),
-                 f"{line['tokens_per_step']:.1f}", "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]))
+                 f"{line['tokens_per_step']:.1f}", spread(line["ratio"]))
                 for line in lookup["lines"]
             ),
         ),
@@ -99,7 +103,7 @@ def page() -> str:
             (
                 (line["with_grammar"], number(line["tokens_per_second"]),
                  number(line["tokens_per_second_with_grammar"]) if line["with_grammar"] else "",
-                 "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]) if line["with_grammar"] else "")
+                 spread(line["ratio"]) if line["with_grammar"] else "")
                 for line in grammar["lines"]
             ),
         ),
@@ -162,12 +166,7 @@ def page() -> str:
         packages=install["packages"],
         megabytes=install["bytes"] / 1e6,
         **{name: install[name] for name in install if name.endswith("_seconds")},
-        **{
-            name: statistics.median(install["starts"][start]["seconds"])
-            for name, start in (
-                ("started_seconds", "this, warm"), ("before_cold", "other, cold"), ("before_warm", "other, warm"),
-            )
-        },
+        **_starts(install),
         **{f"aot_{name}": read("aot")["machine"][name] for name in ("jax", "libtpu")},
         aot=aot.strip(),
         **{f"vllm_{name}": value for name, value in read("aot_vllm")["machine"].items()},
@@ -185,19 +184,19 @@ def range_of(values: Iterable[float]) -> str:
 def _rl(rl: Any) -> dict[str, Any]:
     """What the page says of learning by reward."""
     job, vision = rl["job"], rl["vision"]
-    found = {
-        **{name: rl["sizes"][name] for name in ("groups", "n", "prompt", "answer", "image")},
-        "parameters": round(rl["parameters"] / 1e6),
-        "rounds": rl["rounds"],
-        "": compared(rl["lines"], "what", ("shared", "each its own")),
-        "vision": markdown(
+    return {
+        **{f"rl_{name}": rl["sizes"][name] for name in ("groups", "n", "prompt", "answer", "image")},
+        "rl_parameters": round(rl["parameters"] / 1e6),
+        "rl_rounds": rl["rounds"],
+        "rl": compared(rl["lines"], "what", ("shared", "each its own")),
+        "rl_vision": markdown(
             ("what", "shared", "each its own", "ratio", "target"),
             (
                 (name.replace("_", " "), *map("{:,}".format, vision[name]), f"{ratio:g}", vision["aim"])
                 for name, ratio in vision["ratios"].items()
             ),
         ),
-        "job": markdown(
+        "rl_job": markdown(
             ("what", "figure", "target"),
             [
                 ("steps; seconds a step", f"{job['steps']}; {job['seconds_per_step']:.2f}", ""),
@@ -210,7 +209,18 @@ def _rl(rl: Any) -> dict[str, Any]:
             ],
         ),
     }  # fmt: skip
-    return {f"rl_{name}".rstrip("_"): value for name, value in found.items()}
+
+
+def _starts(install: Any) -> dict[str, Any]:
+    """What the page says of starts; only some measurements have another checkout beside this one."""
+    seconds = {start: statistics.median(one["seconds"]) for start, one in install["starts"].items()}
+    before = ""
+    if "other, cold" in seconds:
+        before = (
+            "A version that traced its programs at every start, in turns with this one, took "
+            f"{seconds['other, cold']:.1f} s and {seconds['other, warm']:.1f} s."
+        )
+    return {"start_cold": seconds["this, cold"], "start_warm": seconds["this, warm"], "start_before": before}
 
 
 def _ocr(ocr: Any) -> dict[str, Any]:
@@ -231,9 +241,7 @@ def _ocr(ocr: Any) -> dict[str, Any]:
             ("weights in", "MB", "first token, s", "tokens/s", "ratio", "target", "peak of the process, MB"),
             (
                 (line["variant"], f"{line['weights'] / 1e6:,.0f}", f"{line['first_token_seconds']:.1f}",
-                 number(line["tokens_per_second"]["median"]),
-                 "{median:.2f} [{min:.2f}, {max:.2f}]".format_map(line["ratio"]),
-                 "" if line["aim"] is None else f"{line['aim']:g}" if line["passed"] else f"{line['aim']:g} (missed)",
+                 number(line["tokens_per_second"]["median"]), spread(line["ratio"]), target(line),
                  f"{line['peak'] / 1e6:,.0f}")
                 for line in ocr["lines"]
             ),

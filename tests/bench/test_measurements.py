@@ -20,6 +20,7 @@ from bench import (
     memory,
     models,
     ocr,
+    performance_page,
     prompt_lookup,
     quant,
     quant_quality,
@@ -232,3 +233,17 @@ def test_requests_are_mixed():
 def test_lmms_eval_is_given_a_task_of_local_files(tmp_path):
     lmms_eval.write_task(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"items.parquet", "digits_local.yaml", "utils.py"}
+
+
+def test_the_page_of_an_installation_without_another_checkout_is_written(monkeypatch):
+    read = performance_page.read
+
+    def read_alone(name):
+        found = read(name)
+        if name == "install":
+            found["starts"] = {start: one for start, one in found["starts"].items() if start.startswith("this")}
+        return found
+
+    assert "traced its programs at every start" in performance_page.page()
+    monkeypatch.setattr(performance_page, "read", read_alone)
+    assert "traced its programs at every start" not in performance_page.page()
