@@ -10,7 +10,7 @@ import tomllib
 import pytest
 
 from bench.device import __main__ as device
-from bench.device import model, page, table, work, worker
+from bench.device import model, page, table, train, work, worker
 from bench.device.table import Aim, Workload
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -171,6 +171,21 @@ def test_a_page_of_results_has_figures_in_the_places_of_words(monkeypatch, tmp_p
     assert "Measured on one NVIDIA H200 with jax 0.11.2" in text and "- int8: ended after 120 seconds" in text
     assert "| decode, B = 1 | 4.2 | 238 tokens/s | 4.43 | 106% | 88% | 83% of bandwidth | pass |" in text
     assert ">88% (aim 83%)<" in page.chart()
+
+
+@pytest.mark.parametrize(("memory", "tried"), [(80e9, ["attention", "full"]), (141e9, ["none", "attention", "full"])])
+def test_a_step_that_runs_out_of_memory_recomputes_more(monkeypatch, memory, tried):
+    monkeypatch.setattr(train, "device_memory", lambda device: memory)
+    ways = []
+
+    def measure(remat):
+        ways.append(remat)
+        if remat != "full":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+        return {"seconds": 1.0}
+
+    assert train._with_memory("it", measure) == {"what": "it", "seconds": 1.0, "note": "remat full"}
+    assert ways == tried
 
 
 def test_it_needs_no_packages_but_those_that_are_carried():
