@@ -135,8 +135,8 @@ serve-vllm: .venv-vllm/stamp
 		.venv-vllm/bin/python -m pytest -q tests/serve/vllm_engine/check_$$name.py || exit 1; \
 	done
 
-# Of a machine with Python 3.12, jax, flax, optax, orbax-checkpoint, safetensors and tokenizers; their dependencies go
-# with them. tests/bench/test_device.py checks that no others are imported.
+# What a machine lacks that has Python 3.12, jax, flax, optax, orbax-checkpoint, safetensors, tokenizers and what these
+# depend on. tests/bench/test_device.py checks that nothing else is imported.
 DEVICE_WHEELS = einops jaxtyping jinja2 markupsafe msgspec pillow platformdirs
 
 device-wheels:
