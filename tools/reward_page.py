@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import scipy.stats
 
+from glm4v_jax.errors import counted
 from tools.leftmost_digits import NEW, QUESTION, TIERS, Tier
 from tools.line_chart import Line, Panel, draw
 
@@ -27,8 +28,10 @@ LEARNS, UNIFORM, WARM, STILL, OTHERS, ANY = (
 NEW_AIM, SOLVED_AIM, CONTROL_RISE, ROLLOUTS = 0.65, 0.85, 0.1, 4500
 """At least so much of the new, so much of the known; at most so much more in a control; at most so many answers."""
 COLORS = {LEARNS: "#1f77b4", WARM: "#2ca02c", UNIFORM: "#ff7f0e", STILL: "#7f7f7f", OTHERS: "#9467bd", ANY: "#d62728"}
+_DRAWS = {LEARNS: "rlcs", UNIFORM: "uniform"}
+"""Arms that differ in their draws alone -> mode of the curriculum."""
 ANY_DIGIT = (1 + 1 / 2 + 1 / 3) / 3
-"""Accuracy of who reads one of the digits, any of them, without fault."""
+"""Accuracy of reading one of the digits, whichever, without fault."""
 
 
 class Step(NamedTuple):
@@ -98,25 +101,32 @@ class Study:
 
 def table(runs: Sequence[Run]) -> str:
     """Return what the runs reached in Markdown, a line each, after the model that all begin with."""
-    names = ["run", "seed", "answers", *TIERS, "mean of the new", "reward, last step", "CPU s"]
-    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-    rows = [("the packaged model", "", runs[0].curve[0], "", "")]
-    rows += [(r.arm, str(r.seed), r.curve[-1], f"{r.steps[-1].reward:.2f}", f"{r.seconds:.0f}") for r in runs]
-    for name, seed, end, reward, seconds in rows:
-        tiers = [f"{end.accuracy[tier]:.1%}" for tier in TIERS]
-        lines.append(f"| {' | '.join([name, seed, f'{end.rollouts:,}', *tiers, f'{end.new:.1%}', reward, seconds])} |")
-    return "\n".join(lines)
+
+    def row(name: str, seed: str, end: Measured, *last: str) -> list[str]:
+        tiers = (f"{end.accuracy[tier]:.1%}" for tier in TIERS)
+        return [name, seed, f"{end.rollouts:,}", *tiers, f"{end.new:.1%}", *last]
+
+    return _markdown(
+        ["run", "seed", "answers", *TIERS, "mean of the new", "reward, last step", "CPU s"],
+        row("the packaged model", "", runs[0].curve[0], "", ""),
+        *(row(r.arm, str(r.seed), r.curve[-1], f"{r.steps[-1].reward:.2f}", f"{r.seconds:.0f}") for r in runs),
+    )
 
 
 def paid(runs: Sequence[Run]) -> str:
     """Return in Markdown what a verifier that pays for any box paid, and how much of it was right."""
     run = next(run for run in runs if run.arm == ANY)
     rewards = {step.rollouts: f"{step.reward:.2f}" for step in run.steps}
-    rows = [("answers", [f"{one.rollouts:,}" for one in run.curve])]
-    rows += [("---", ["---"] * len(run.curve))]
-    rows += [("reward", [rewards.get(one.rollouts, "") for one in run.curve])]
-    rows += [("held-out accuracy", [f"{one.new:.1%}" for one in run.curve])]
-    return "\n".join(f"| {' | '.join([name, *cells])} |" for name, cells in rows)
+    return _markdown(
+        ["answers", *(f"{one.rollouts:,}" for one in run.curve)],
+        ["reward", *(rewards.get(one.rollouts, "") for one in run.curve)],
+        ["held-out accuracy", *(f"{one.new:.1%}" for one in run.curve)],
+    )
+
+
+def _markdown(columns: Sequence[str], *rows: Sequence[str]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def missed(runs: Sequence[Run]) -> list[str]:
@@ -160,16 +170,16 @@ class Interval(NamedTuple):
 
 def compared(runs: Sequence[Run]) -> str:
     """Return the curriculum beside uniform draws in Markdown, by numbers of answers."""
-    both = _both(runs)
-    grid = _grid(runs)
-    lines = ["| draws | " + " | ".join(f"{count:,} answers" for count in grid) + " | valid groups | reading |"]
-    lines.append("|" + " --- |" * (len(grid) + 3))
-    for arm in (LEARNS, UNIFORM):
-        cells = [str(Interval.of([_at(run, count) for run in both[arm]])) for count in grid]
-        cells.append(str(Interval.of([valid_share(run) for run in both[arm]])))
-        cells.append(str(Interval.of([run.curve[-1].accuracy["reading"] for run in both[arm]])))
-        lines.append(f"| {'rlcs' if arm == LEARNS else 'uniform'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    both, grid = _both(runs), _grid(runs)
+
+    def row(arm: str) -> list[str]:
+        values = [[_at(run, count) for run in both[arm]] for count in grid]
+        values.append([valid_share(run) for run in both[arm]])
+        values.append([run.curve[-1].accuracy["reading"] for run in both[arm]])
+        return [_DRAWS[arm], *(str(Interval.of(some)) for some in values)]
+
+    columns = ["draws", *(f"{count:,} answers" for count in grid), "valid groups", "reading"]
+    return _markdown(columns, *map(row, _DRAWS))
 
 
 def verdict(runs: Sequence[Run]) -> str:
@@ -193,7 +203,7 @@ def valid_share(run: Run) -> float:
 
 def _both(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs with the curriculum and without, of the same seeds in the same order."""
-    found = {arm: sorted((r for r in runs if r.arm == arm), key=lambda r: r.seed) for arm in (LEARNS, UNIFORM)}
+    found = {arm: sorted((r for r in runs if r.arm == arm), key=lambda r: r.seed) for arm in _DRAWS}
     shared = {run.seed for run in found[LEARNS]} & {run.seed for run in found[UNIFORM]}
     return {arm: [run for run in some if run.seed in shared] for arm, some in found.items()}
 
@@ -224,7 +234,7 @@ def figure(runs: Sequence[Run]) -> str:
         Line(tier, color, [(one.rollouts, one.accuracy[tier]) for one in own[0].curve])
         for tier, color in zip(TIERS, ("#1f77b4", "#2ca02c", "#17becf", "#222222"), strict=True)
     ]
-    paid = next(run for run in runs if run.arm == ANY)
+    any_box = next(run for run in runs if run.arm == ANY)
     panels = [
         Panel(
             "Held-out accuracy of what was never taught",
@@ -235,11 +245,11 @@ def figure(runs: Sequence[Run]) -> str:
         Panel(
             "A verifier that pays for any box",
             [
-                Line("reward", COLORS[ANY], [(step.rollouts, step.reward) for step in paid.steps], is_dashed=True),
-                curve(paid, "held-out accuracy", new),
+                Line("reward", COLORS[ANY], [(step.rollouts, step.reward) for step in any_box.steps], is_dashed=True),
+                curve(any_box, "held-out accuracy", new),
             ],
         ),
-        Panel("Draws: mean of the seeds, 95 % interval", [_mean_line(runs, arm) for arm in (LEARNS, UNIFORM)]),
+        Panel("Draws: mean of the seeds, 95 % interval", [_mean_line(runs, arm) for arm in _DRAWS]),
     ]
     return draw(panels)
 
@@ -249,8 +259,7 @@ def _mean_line(runs: Sequence[Run], arm: str) -> Line:
     grid = [0.0, *(float(x) for x in np.linspace(0, _grid(runs)[-1], 9)[1:])]
     found = [(x, Interval.of([_at(run, x) for run in some])) for x in grid]
     band = [(x, max(0.0, one.mean - one.half), min(1.0, one.mean + one.half)) for x, one in found]
-    name = "rlcs" if arm == LEARNS else "uniform"
-    return Line(name, COLORS[arm], [(x, one.mean) for x, one in found], band)
+    return Line(_DRAWS[arm], COLORS[arm], [(x, one.mean) for x, one in found], band)
 
 
 _ARMS = {
@@ -277,7 +286,7 @@ program, not this page.
 
 The packaged [tiny model](tiny.md) reads one digit in an image. Nobody taught it to answer "{question}"
 about an image of one, two or three digits: `left1`, `left2`, `left3`. Jobs with [`[rl]`](guides/reward.md), through
-`glm4v train`, learn it from answers that a rule finds right or wrong. What they are asked here are {held_out}
+`glm4v train`, learn it from answers that a rule finds right or wrong. Here they are asked about {held_out}
 held-out digits a task, greedily; `reading` is what the model could do before.
 
 ![Accuracy by the number of sampled answers: it rises with rewards of its own, and with none of the controls](\
@@ -287,14 +296,14 @@ images/leftmost.svg)
 
 {table}
 
-Who reads a digit of the image without fault, whichever, has {any_digit:.0%} of left1 to left3 on average: what is
-above it is the place.
+Reading a digit of the image without fault, whichever, gives {any_digit:.0%} of left1 to left3 on average: what is
+above that is knowing the place.
 
 {arms}
 
 {paid}
 
-`make rl` takes the first two seeds and the controls; a training takes about {minutes:.0f} CPU minute. It fails where
+`make rl` takes the first two seeds and the controls; a training takes about {minutes}. It fails where
 the mean of left1 to left3 ends below {new_aim:.0%} or reading below {solved_aim:.0%} after at most {most:,} answers, or
 a control rises by more than {rise:.0f} points. Of these aims the runs of this page miss:
 
@@ -331,9 +340,9 @@ def page(study: Study) -> str:
     return TEXT.format(
         question=QUESTION, held_out=study.held_out, table=table(shown), paid=paid(study.runs), any_digit=ANY_DIGIT,
         arms=arms, new_aim=NEW_AIM, solved_aim=SOLVED_AIM, rise=100 * CONTROL_RISE, most=ROLLOUTS,
-        minutes=float(np.mean(minutes)), seeds=len(both[LEARNS]), compared=compared(study.runs),
-        missed="\n".join(f"- {line}" for line in missed(study.runs)) or "- none", verdict=verdict(study.runs),
-        ratio=shares[LEARNS] / shares[UNIFORM], all_minutes=sum(minutes),
+        minutes=counted(round(float(np.mean(minutes))), "CPU minute"), all_minutes=sum(minutes),
+        missed="\n".join(f"- {line}" for line in missed(study.runs)) or "- none", seeds=len(both[LEARNS]),
+        compared=compared(study.runs), verdict=verdict(study.runs), ratio=shares[LEARNS] / shares[UNIFORM],
     )  # fmt: skip
 
 
