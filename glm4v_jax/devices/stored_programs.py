@@ -84,6 +84,7 @@ class StoredProgram:
         call = self._described(args, kwargs) if is_used() else None
         if call is None:
             return self._jitted(*args, **kwargs)
+        # Without a result a file was of no use, which the second call does not read again.
         program = self._program(call, args, kwargs).result() or self._program(call, args, kwargs).result()
         assert program is not None
         return program(*args, **call.dynamic)
@@ -278,7 +279,7 @@ def _remove(name: str) -> None:
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
     """Compilers: a program takes one core for most of the time."""
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
+    return concurrent.futures.ThreadPoolExecutor(_cores(), thread_name_prefix="compile")
 
 
 @functools.cache
