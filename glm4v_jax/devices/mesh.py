@@ -222,7 +222,7 @@ def reshaped(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
             f"mesh {named or 'of one device'}: found {counted(mesh.size, 'device')} in the other mesh; "
             f"expected {math.prod(counts)}, the same devices in both"
         )
-    return Mesh(mesh.devices.reshape(counts), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return explicit(Mesh(mesh.devices.reshape(counts), AXES))
 
 
 def placed_on(tree: T, mesh: Mesh) -> T:
