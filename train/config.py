@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,11 +155,30 @@ class AdapterConfig(LoraConfig):
     Attributes:
       dropout: fraction of the adapter's inputs that is set to zero, drawn again in every step.
       adapter: directory of an adapter to start from, of this package's or PEFT's. Rank, alpha, layers and
-        whole modules are its own.
+        whole modules are its own, and must not be set beside it.
     """
 
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter is not None:
+            given = {name: getattr(self, name) for name in _OF_LORA}
+            given = {name: value for name, value in given.items() if value != _OF_LORA[name]}
+            raise_faults(_beside_adapter(given))
+
+
+_OF_LORA = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+"""Fields of an adapter that one to start from has itself, and their defaults."""
+
+
+def _beside_adapter(given: Mapping[str, Any], table: str = "") -> list[str]:
+    """Faults of fields that an adapter to start from has itself; `table` goes before their names."""
+    return [
+        f"{table}{name}: found {value!r} beside {table}adapter; expected one of them: the adapter has its own"
+        for name, value in given.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,11 +406,9 @@ def _checked(path: Path, content: dict[str, Any]) -> TrainConfig:
             "model, and lora.target chooses its layers"
         )
     if isinstance(lora := content.get("lora"), dict) and "adapter" in lora:
-        faults += [
-            f"lora.{name}: found {value!r} beside lora.adapter; expected one of them: the adapter has its own"
-            for name, value in lora.items()
-            if name not in ("adapter", "dropout")
-        ]
+        given = {name: value for name, value in lora.items() if name in _OF_LORA}
+        faults += _beside_adapter(given, "lora.")
+        content = content | {"lora": {name: value for name, value in lora.items() if name not in given}}
     if isinstance(data := content.get("data"), dict) and not data.get("files") and not data.get("sets"):
         found = "[]" if "files" in data else "nothing"
         faults.append(f"data.files: found {found}; expected a list of at least one path, or data.sets")

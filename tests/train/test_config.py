@@ -8,7 +8,7 @@ from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.errors import ConfigError
 from train.commands import main
-from train.config import load_config
+from train.config import AdapterConfig, load_config
 
 JOB = """
 model = "model"
@@ -126,6 +126,11 @@ def test_fields_are_of_their_types(load):
         ),
         (
             'freeze = ["vision"]',
+            'lora = { adapter = "a", rank = 8, alpha = 1, rnak = 4 }',
+            "lora.rank: found 8 beside lora.adapter; .*; lora.alpha: found 1 beside .*; lora.rnak: found an unknown",
+        ),
+        (
+            'freeze = ["vision"]',
             "lora = { dropout = 1 }",
             "lora.dropout: found 1; expected a number of at least 0 and below 1",
         ),
@@ -169,6 +174,14 @@ def test_all_faults_are_in_one_error(load):
         "dtype: found 'float64'",
     ):
         assert field in str(error.value)
+
+
+def test_an_adapter_to_start_from_is_refused_beside_a_rank():
+    assert AdapterConfig(adapter="a", dropout=0.1).adapter == "a"
+    with pytest.raises(
+        ConfigError, match=r"^rank: found 16 beside adapter; expected one of them: the adapter has its own$"
+    ):
+        AdapterConfig(adapter="a", rank=16)
 
 
 def test_a_missing_file_is_named():
