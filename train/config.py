@@ -186,7 +186,8 @@ class CheckpointConfig:
     """Which checkpoints a job keeps besides its result.
 
     Attributes:
-      every: steps between two checkpoints; there is one after the last step, too.
+      every: steps between two checkpoints; there is one after the last step, too. With `rl` there is none after a
+        step that had no group to learn from: a job that resumes takes that step again.
       keep: how many of the latest are kept.
       best: keep also the best checkpoint by "loss" or "score" of the evaluation, of equal scores that of the smallest
         loss, and export that one; by default the result is that of the last step.
