@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm4v_jax.config.thinking import END_THINK, THINK
 from glm4v_jax.data.media import is_empty, kind_of
 from glm4v_jax.errors import DataError, MessageError, counted
 from glm4v_jax.inputs.text.messages import checked_call, thought_of
@@ -25,7 +26,7 @@ ROLES = {
 ANSWERED = "tool_call_id"
 """Of what a tool answers, the id of the call."""
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT = re.compile(rf"\s*{THINK}.*?{END_THINK}", re.DOTALL)
 
 
 def read_tools(row: Row, name: str) -> tuple[Row, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm4v_jax.config.checks import PositiveNumber, checked
+from glm4v_jax.config.thinking import THINK
 from glm4v_jax.errors import MessageError, naming
 from glm4v_jax.inputs.media.load import SampledVideo, frame_files, is_path_like
 from glm4v_jax.inputs.vision.settings import AREA_OPTIONS, MediaWithOptions, checked_area
@@ -36,7 +37,6 @@ _OTHER_VIDEO_OPTIONS = ("nframes", "num_frames", "min_frames", "max_frames", "to
 # models, the others are for caches and programs.
 _ITEM_NOTES = frozenset({"detail", "format", "cache_control", "annotations", "logprobs", "id", "index", "uuid"})
 _THOUGHTS = ("reasoning_content", "reasoning")
-_THINK = "<think>"
 _MESSAGE_NOTES = frozenset(
     {
         "name", "tool_call_id", "refusal", "annotations", "id", "index", "status", "type", "cache_control",
@@ -197,9 +197,9 @@ def thought_of(message: Message, where: str) -> str:
     content = message.get("content")
     if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
         content = content[0].get("text")
-    if thoughts and isinstance(content, str) and content.lstrip().startswith(_THINK):
+    if thoughts and isinstance(content, str) and content.lstrip().startswith(THINK):
         (name, *_) = thoughts
-        raise MessageError(f"{where}: found {_THINK} in 'content' beside {name!r}; expected the thought in one of them")
+        raise MessageError(f"{where}: found {THINK} in 'content' beside {name!r}; expected the thought in one of them")
     return next(iter(thoughts.values()), "")
 
 
