@@ -88,6 +88,8 @@ def _calls_of(message: Row, text: str | None, where: str) -> list[Any]:
     if text is not None:
         value = _parsed(text, where, "calls as JSON, objects with 'name' and 'arguments'")
         every = value if isinstance(value, list) else [value]
+        if not every:
+            raise invalid(where, "no call", "at least one")
         given += [(call, where if value is not every else f"{where}[{index}]") for index, call in enumerate(every)]
     if not is_empty(message.get("tool_calls")):
         value, field = message["tool_calls"], f"{where}.tool_calls"

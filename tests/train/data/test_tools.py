@@ -338,6 +338,7 @@ BROKEN = [
     (said(GOOD, {**ANSWER, "tool_call_id": "2"}), r"messages\[2\].tool_call_id: found '2'; expected the id .*, '1'"),
     (said(GOOD, {"role": "tool", "content": {"sum": 3}}), r"messages\[2\].content: found an object; expected a string"),
     (said(calling("add(1, 2)")), r"messages\[1\]: found invalid JSON .*; expected calls as JSON, objects with 'name'"),
+    (said(calling("[]")), r"messages\[1\]: found no call; expected at least one"),
     (said(calling('"add"')), r"messages\[1\]: found a string; expected an object with"),
     (said(calling('{"arguments": {}}')), r"messages\[1\].name: found None; expected the name of a tool"),
     (said(calling('{"name": "add"}')), r"messages\[1\].arguments: found nothing; expected an object"),
