@@ -19,6 +19,7 @@ from glm4v_jax.devices.distributed import gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import ConfigError, counted
+from glm4v_jax.files import model_fingerprint
 from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.checkpoints import abstract
@@ -110,8 +111,9 @@ def train(
         evaluator = None
         if config.eval is not None:
             evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, log)
-        epochs_digest = _digest(job_identity, config.epochs)
         if epochs := config.epochs:
+            # Tokenizer, chat template and processors of the model decide how long samples are, too.
+            epochs_digest = _digest(job_identity, epochs, model_fingerprint(config.model))
             # All records are encoded next. Memory is the same for any number of steps.
             check_memory(dataclasses.replace(config, steps=1 << 30, epochs=0), model_config)
             steps = read_steps(out / EPOCHS, epochs_digest) or count_steps(

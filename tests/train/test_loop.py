@@ -295,7 +295,9 @@ def evaluated(folder):
     return config, told, there
 
 
-def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_model_end_a_job(folder, monkeypatch):
+def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_model_end_a_job(
+    folder, tmp_path, monkeypatch
+):
     """Interrupted, and then with another epoch: steps are counted once, and evaluations over all runs."""
     losses = iter([2.0, 2.5, float("nan")])
 
@@ -310,6 +312,9 @@ def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_mo
     looked = EvalConfig(files=(str(folder / "held.jsonl"),), every=2, patience=2)
     config = job(folder, "epochs", steps=0, epochs=1, eval=looked, lora=AdapterConfig(rank=2, alpha=4.0))
     assert config.checkpoint.best == "loss"
+    other = shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "other")
+    with (other / "chat_template.jinja").open("a") as file:
+        file.write("{# changed #}")
     told = []
 
     def stop(line):
@@ -322,6 +327,8 @@ def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_mo
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.count_steps", None)
         assert train(config) == (4, True)
+        with pytest.raises(TypeError, match="not callable"):  # how long samples are depends on the template, too
+            train(dataclasses.replace(config, model=str(other)))
     lines = steps(folder, "epochs")
     assert sum(line["samples"] for line in lines) == 11 and lines[-1]["epoch"] == 1
     # A warm-up of two steps, and a cosine of two.

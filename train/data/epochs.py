@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def count_steps(
 ) -> int:
     """Return in how many steps a `Stream` with the same arguments has each record `epochs` times; all processes call this.
 
-    Every record is encoded once, a share of them in each process.
+    Every record is encoded once, by one of the processes.
 
     Args:
       encoder: of all records.
@@ -108,9 +108,12 @@ def _sizes(encoder: Encoder, data: DataConfig, log: Callable[[str], None]) -> Ma
 
 
 def read_steps(path: Path, digest: str) -> int | None:
-    """Return the steps that `write_steps` has kept; None if there are none, or of another job."""
-    found: Sequence[Any] = gathered(_read(path) if is_first() else None)[0] or (None, None)
-    return found[1] if found[0] == digest else None
+    """Return the steps that `write_steps` has kept; None if there are none, or those of another job.
+
+    All processes call this; the first one reads.
+    """
+    found: int | None = gathered(_read(path, digest) if is_first() else None)[0]
+    return found
 
 
 def write_steps(path: Path, digest: str, steps: int) -> None:
@@ -119,9 +122,9 @@ def write_steps(path: Path, digest: str, steps: int) -> None:
         aside.write_text(to_json({"digest": digest, "steps": steps}) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> tuple[str, int] | None:
+def _read(path: Path, digest: str) -> int | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return str(found["digest"]), int(found["steps"])
+        return int(found["steps"]) if found["digest"] == digest else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
         return None
