@@ -135,10 +135,7 @@ def replace_kernel(linear: Linear, kernel: np.ndarray) -> None:
 
 def _replace_table(embed: Embed, table: np.ndarray) -> None:
     own = embed.embedding[...]
-    if isinstance(own, jax.core.Tracer):
-        embed.embedding = nnx.Param(_abstract_like(table, own))
-        return
-    if embed.embedding_scale is None:
+    if embed.embedding_scale is None or isinstance(own, jax.core.Tracer):
         embed.embedding = nnx.Param(_put_like(table, own))
         return
     new, scale = quantize_embedding(_put_like(table, own))

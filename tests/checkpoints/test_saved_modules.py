@@ -144,6 +144,10 @@ def test_modules_are_rounded_where_those_of_the_model_are(model, saved):
     table, theirs = found.language_model.embed_tokens, adapter.language_model.embed_tokens
     scale = np.asarray(table.embedding_scale[...])[:, None]
     assert (np.abs(np.asarray(table.embedding[...]) * scale - np.asarray(theirs.embedding[...])) <= scale * 0.501).all()
+    abstract = jax.eval_shape(lambda model: load_adapter(model, directory), small)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(abstract)] == [
+        (x.shape, x.dtype) for x in jax.tree.leaves(found)
+    ]
     assert jax.tree.structure(load_adapter(small, directory)) == jax.tree.structure(found)
     with pytest.raises(ConfigError, match="modules_to_save: found a quantised module"):
         save_adapter(found, directory / "again")
