@@ -8,8 +8,8 @@
   current mesh.
 - `hf_write`: shards and index in Hugging Face layout, of any tensors or of a live model.
 - `orbax_read`, `orbax_write`: checkpoints in Orbax format.
-- `adapter`, `saved_modules`, `merge_adapter`: adapters in PEFT's format, whole modules in them, and their sum with a
-  checkpoint.
+- `adapter_files`, `adapter`, `saved_modules`, `merge_adapter`: adapters in PEFT's format as their files have them, from
+  and into a model, whole modules in them, and their sum with a checkpoint.
 - `atomic_directory`: directories that appear when they are complete.
 - `strided_copy`: fast copies into another order of axes.
 """

@@ -1,107 +1,40 @@
-"""Adapters in PEFT's format, written and read: adapter_model.safetensors and adapter_config.json. No torch.
-
-Names and layouts follow from the table in `hf_mapping`: a kernel's rule, cut in two at the rank, gives those of its A
-and its B, so that heads are in the same order in an adapter as in its kernel; its outputs alone, those of DoRA's
-magnitude.
-"""
+"""Adapters in PEFT's format: written from a model, and loaded into one. No torch."""
 
 import collections
-import dataclasses
 import functools
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
-from msgspec import Meta
 
 from glm4v_jax.checkpoints import hf_mapping
+from glm4v_jax.checkpoints.adapter_files import (
+    CONFIG,
+    HEAD,
+    MAGNITUDE,
+    PREFIX,
+    WEIGHTS,
+    Pair,
+    adaptable_modules,
+    read_adapter,
+    sizes_of,
+)
 from glm4v_jax.checkpoints.hf_write import PYTORCH
-from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
-from glm4v_jax.checkpoints.saved_modules import named_modules, parts_of, put_saved, replace_kernel, saved_tensors
-from glm4v_jax.config.checks import Positive, fault, from_mapping, raise_faults, validate
+from glm4v_jax.checkpoints.safetensors import write_safetensors
+from glm4v_jax.checkpoints.saved_modules import put_saved, replace_kernel, saved_tensors
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh
 from glm4v_jax.devices.distributed import is_first, to_host
-from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import ADAPTER_CONFIG, read_json_object, replacing
+from glm4v_jax.errors import ConfigError
+from glm4v_jax.files import replacing
 from glm4v_jax.model import lora, params
 from glm4v_jax.model.glm4v import Glm4v
-
-CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # PEFT's two wrappers around the model
-_HEAD = "lm_head"
-_MAGNITUDE = "lora_magnitude_vector"
-
-# Options of PEFT that make more of a LoRA than A and B beside kernels; none of them is supported.
-_REFUSED = (
-    "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "use_qalora", "fan_in_fan_out", "use_bdlora", "kasa_config", "arrow_config",
-    "monteclora_config",
-)  # fmt: skip
-
-
-class AdaptedModule(NamedTuple):
-    """A linear module of the reference: its full name, its layer, and the rules of its A, its B and its magnitude."""
-
-    module: str
-    layer: int | None
-    a: hf_mapping.Rule
-    b: hf_mapping.Rule
-    magnitude: hf_mapping.Rule
-
-    @property
-    def path(self) -> str:
-        """Of the linear layer here, without the layer's number (`params.linears`)."""
-        return self.a.leaf.removesuffix(".lora_a")
-
-    @property
-    def pattern(self) -> str:
-        """Regular expression for this module in every layer."""
-        name = re.escape(self.module)
-        return name if self.layer is None else name.replace(rf"\.{self.layer}\.", r"\.\d+\.", 1)
-
-
-def adaptable_modules(config: Glm4vConfig) -> list[AdaptedModule]:
-    """Return every module of the reference that can have an adapter, convolutions included."""
-    return [
-        AdaptedModule(name.removesuffix(".weight"), layer, *adapter_rules(rule))
-        for name, (rule, layer) in hf_mapping.tensor_rules(config).items()
-        if rule.leaf.endswith(".kernel")
-    ]
-
-
-def adapter_rules(rule: hf_mapping.Rule) -> tuple[hf_mapping.Rule, hf_mapping.Rule, hf_mapping.Rule]:
-    """Return the rules of A, B and magnitude that go with a kernel's.
-
-    "(K G H) D -> D K (G H)" gives "R D -> D R", "(K G H) R -> R K (G H)" and "(K G H) -> K (G H)". The B of a
-    convolution has a window of 1 x 1, and its magnitude all dimensions of a kernel. Both parts of a fused kernel share
-    its A.
-    """
-    (outputs, *inputs), leaf = rule.axes()
-    of_outputs = [axis for axis in leaf if set(axis) <= set(outputs)]
-    of_inputs = [axis for axis in leaf if axis not in of_outputs]
-    ones = " 1" * (len(inputs) - 1)
-    part = None if rule.part is None else (rule.part[0] - len(of_inputs) + 1, rule.part[1])
-    tensor, path = rule.tensor.removesuffix(".weight"), rule.leaf.removesuffix(".kernel")
-    magnitude = f"1 {_text([outputs])}{ones}" if ones else _text([outputs])
-    return (
-        hf_mapping.Rule(f"{tensor}.lora_A.weight", f"{path}.lora_a", f"R {_text(inputs)} -> {_text(of_inputs)} R"),
-        hf_mapping.Rule(
-            f"{tensor}.lora_B.weight", f"{path}.lora_b", f"{_text([outputs])} R{ones} -> R {_text(of_outputs)}", part
-        ),
-        hf_mapping.Rule(
-            f"{tensor}.{_MAGNITUDE}", f"{path}.lora_magnitude", f"{magnitude} -> {_text(of_outputs)}",
-            None if part is None else (part[0] - 1, part[1]),
-        ),
-    )  # fmt: skip
 
 
 def save_adapter(model: Glm4v, directory: str | Path, base_name: str = "") -> None:
@@ -142,7 +75,7 @@ def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
     Where several processes hold the model, all of them call this.
     """
     linears = params.linears(model)
-    tensors = {f"{_PREFIX}{name}": tensor for name, tensor in saved_tensors(model).items()}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in saved_tensors(model).items()}
     leaves = {
         path: [to_host([_leaf(x) for x in (linear.lora_a, linear.lora_b, linear.lora_magnitude)]) for linear in found]
         for path, found in linears.items()
@@ -153,12 +86,12 @@ def adapter_tensors(model: Glm4v) -> dict[str, np.ndarray]:
         if of_layer[0] is None:
             continue
         a, b, magnitude = (x[adapted.layer] if stacked and x is not None else x for x in of_layer)
-        sizes = _sizes(model.config, a.shape[-1])
-        tensors[f"{_PREFIX}{adapted.module}.lora_A.weight"] = adapted.a.to_tensor(a, sizes)
-        tensors[f"{_PREFIX}{adapted.module}.lora_B.weight"] = adapted.b.to_tensor(b[adapted.b.index], sizes)
+        sizes = sizes_of(model.config, a.shape[-1])
+        tensors[f"{PREFIX}{adapted.module}.lora_A.weight"] = adapted.a.to_tensor(a, sizes)
+        tensors[f"{PREFIX}{adapted.module}.lora_B.weight"] = adapted.b.to_tensor(b[adapted.b.index], sizes)
         if magnitude is not None:
             of_part = magnitude[adapted.magnitude.index]
-            tensors[f"{_PREFIX}{adapted.module}.{_MAGNITUDE}"] = adapted.magnitude.to_tensor(of_part, sizes)
+            tensors[f"{PREFIX}{adapted.module}.{MAGNITUDE}"] = adapted.magnitude.to_tensor(of_part, sizes)
     return tensors
 
 
@@ -244,7 +177,7 @@ def _with_adapters(model: Glm4v, adapters: Mapping[str, Mapping[int, Sequence["_
         for linear, (a, b, magnitude) in zip(found, every, strict=True):
             put = functools.partial(_put, like=linear.kernel[...])
             lora.set_lora(linear, put(a, (*linear.in_axes, None)), put(b, (None, *linear.out_axes)), scale)
-            if path == _HEAD and (head := layers[0][0].base) is not None:
+            if path == HEAD and (head := layers[0][0].base) is not None:
                 is_integer = linear.kernel_scale is not None
                 replace_kernel(linear, head if is_integer else head.astype(linear.kernel.dtype))
             if not np.isnan(magnitude).all():
@@ -278,146 +211,13 @@ class _PartAdapter(NamedTuple):
     magnitude: np.ndarray | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """What adapter_config.json says of ranks and scales, and of what must be as it is supported.
-
-    Initialisers other than these (PiSSA, OLoRA, LoftQ, ...) change the base's kernels, and need that base.
-    """
-
-    peft_type: Literal["LORA"]
-    r: Positive
-    lora_alpha: float
-    rank_pattern: Annotated[dict[str, Positive] | None, Meta(description="an object of patterns and ranks")] = None
-    alpha_pattern: Annotated[dict[str, float] | None, Meta(description="an object of patterns and numbers")] = None
-    use_rslora: bool | None = False
-    use_dora: bool | None = False
-    modules_to_save: Annotated[list[str] | None, Meta(description="a list of modules")] = None
-    bias: Annotated[Literal["none"], Meta(description="'none': it is not supported")] = "none"
-    init_lora_weights: Annotated[
-        bool | Literal["gaussian", "eva", "orthogonal"] | None, Meta(description="true: this one changes the base")
-    ] = True
-
-    def __post_init__(self) -> None:
-        validate(self, CheckpointError)
-
-    @classmethod
-    def read(cls, path: Path) -> "_Options":
-        options = read_json_object(path, "an adapter of PEFT")
-        faults = [fault(name, options[name], "none: it is not supported") for name in _REFUSED if options.get(name)]
-        try:
-            found = from_mapping(cls, options, CheckpointError, ignore_unknown=True)
-        except CheckpointError as error:
-            faults = [*error.faults, *faults]
-        raise_faults(faults, CheckpointError, where=str(path))
-        return found
-
-    def scale_of(self, module: str) -> tuple[int, float]:
-        """Return rank and scale of a module, as PEFT finds them (`get_pattern_key`)."""
-
-        def found(patterns: Mapping[str, Any] | None, default: Any) -> Any:
-            return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-        rank, alpha = found(self.rank_pattern, self.r), found(self.alpha_pattern, self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-class Pair(NamedTuple):
-    """One module's adapter as the file has it, float32: A [R, inputs], B [outputs, R], of a convolution with a window.
-
-    With it the module's weight W becomes W + scale B A; with DoRA each output of that gets its `magnitude` as its norm.
-    PEFT also saves the W of a head: `base`, in its own dtype.
-    """
-
-    adapted: AdaptedModule
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-    base: np.ndarray | None = None
-    magnitude: np.ndarray | None = None
-
-    def added_to(self, weight: np.ndarray) -> np.ndarray:
-        """Return what becomes of the weight, in float32 and in its shape; it is W unless the adapter has its own."""
-        weight = weight if self.base is None else self.base.astype(np.float32)
-        product = self.b.reshape(len(self.b), -1) @ self.a.reshape(len(self.a), -1)
-        product *= np.float32(self.scale)
-        product = product.reshape(weight.shape)
-        product += weight
-        if self.magnitude is not None:
-            norms = np.linalg.norm(product.reshape(len(product), -1), axis=1)
-            product *= (self.magnitude.ravel() / norms).reshape(-1, *(1,) * (product.ndim - 1))
-        return product
-
-
-class Adapter(NamedTuple):
-    """What the files of an adapter hold, by the names of weights as `hf_mapping.canonical` spells them.
-
-    Attributes:
-      pairs: the adapter beside a weight.
-      modules: names in `lora.MODULES_TO_SAVE` of those that replace the model's.
-      saved: their tensors, views of the file.
-    """
-
-    pairs: dict[str, Pair]
-    modules: tuple[str, ...]
-    saved: dict[str, np.ndarray]
-
-
-def read_adapter(directory: str | Path, config: Glm4vConfig) -> Adapter:
-    """Read the files of an adapter.
-
-    Raises:
-      CheckpointError: as of `load_adapter`.
-    """
-    options, file = _Options.read(Path(directory) / CONFIG), SafetensorsFile(Path(directory) / WEIGHTS)
-    if not file:
-        raise CheckpointError(f"{file.path}: found no tensors; expected those of an adapter")
-
-    def spell(name: str) -> str:
-        return hf_mapping.canonical(name.removeprefix(_PREFIX))
-
-    names = {spell(name): name.removeprefix(_PREFIX) for name in file}
-    present: dict[str, tuple[AdaptedModule, float]] = {}
-    modules = named_modules(options.modules_to_save or (), config, str(Path(directory) / CONFIG))
-    whole = {hf_mapping.canonical(name): part.rule for name, part in parts_of(config, modules)}
-    expected = {key: rule.tensor_shape(hf_mapping.dimensions(config)) for key, rule in whole.items()}
-    for adapted in adaptable_modules(config):
-        module = hf_mapping.canonical(adapted.module)
-        if f"{module}.weight" in whole:
-            continue
-        rules = {f"{module}.lora_A.weight": adapted.a, f"{module}.lora_B.weight": adapted.b}
-        if options.use_dora:
-            rules[f"{module}.{_MAGNITUDE}"] = adapted.magnitude
-        # PEFT's patterns are for names as they are in the file.
-        if (name := next((names[key] for key in rules if key in names), None)) is not None:
-            rank, scale = options.scale_of(re.sub(r"\.lora_[^.]*(\.weight)?$", "", name))
-            present[module] = adapted, scale
-            expected |= {key: rule.tensor_shape(_sizes(config, rank)) for key, rule in rules.items()}
-            if module == _HEAD and (base := f"{module}.base_layer.weight") in names:
-                expected[base] = hf_mapping.wanted(config)[f"{module}.weight"].rule.tensor_shape(_sizes(config, rank))
-    found = hf_mapping.check_tensors(file.items(), expected, str(file.path), spell=spell, any_dtype=True)
-
-    def tensor(key: str) -> np.ndarray:
-        return file.read(found[key]).astype(lora.DTYPE)
-
-    pairs = {
-        f"{module}.weight": Pair(
-            adapted, tensor(f"{module}.lora_A.weight"), tensor(f"{module}.lora_B.weight"), scale,
-            file.read(found[base]) if (base := f"{module}.base_layer.weight") in found else None,
-            tensor(name) if (name := f"{module}.{_MAGNITUDE}") in found else None,
-        )
-        for module, (adapted, scale) in present.items()
-    }  # fmt: skip
-    return Adapter(pairs, modules, {key: file.read(found[key]) for key in whole})
-
-
 def _by_leaf(pairs: Iterable[Pair], config: Glm4vConfig) -> dict[str, dict[int, list[_PartAdapter]]]:
     """Path of a linear layer -> number of the layer (0 if it exists once) -> its parts that have an adapter."""
     found: dict[str, dict[int, list[_PartAdapter]]] = {}
     for adapted, a, b, scale, base, magnitude in pairs:
-        sizes = _sizes(config, len(a))
+        sizes = sizes_of(config, len(a))
         if base is not None:
-            base = hf_mapping.wanted(config)[f"{_HEAD}.weight"].rule.to_leaf(base, sizes)
+            base = hf_mapping.wanted(config)[f"{HEAD}.weight"].rule.to_leaf(base, sizes)
         if magnitude is not None:
             magnitude = adapted.magnitude.to_leaf(magnitude, sizes)
         part = _PartAdapter(
@@ -463,16 +263,6 @@ def _put(values: np.ndarray, axes: Sequence[str | None], like: Array) -> Array:
 
 def _leaf(parameter: Any) -> Array | None:
     return None if parameter is None else parameter[...]
-
-
-def _sizes(config: Glm4vConfig, rank: int) -> dict[str, int]:
-    """Sizes of the letters in the rules of A and B, and of axes of length 1."""
-    return hf_mapping.dimensions(config) | {"R": rank, "1": 1}
-
-
-def _text(axes: Sequence[Sequence[str]]) -> str:
-    """Axes in einops notation."""
-    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in axes)
 
 
 def _number(value: float) -> int | float:

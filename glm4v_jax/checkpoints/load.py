@@ -16,7 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.adapter import load_adapter, read_adapter
+from glm4v_jax.checkpoints.adapter import load_adapter
+from glm4v_jax.checkpoints.adapter_files import read_adapter
 from glm4v_jax.checkpoints.leaves import array_of
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, needed_bytes

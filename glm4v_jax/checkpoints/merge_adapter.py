@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from glm4v_jax.checkpoints import hf_mapping
-from glm4v_jax.checkpoints.adapter import Pair, read_adapter
+from glm4v_jax.checkpoints.adapter_files import Pair, read_adapter
 from glm4v_jax.checkpoints.hf_write import plan_shards, write_shards
 from glm4v_jax.checkpoints.load import resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import Weights, leaves_of, open_weights

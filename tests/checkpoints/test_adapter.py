@@ -14,7 +14,8 @@ from helpers_transformers import import_transformers
 from reference import CONFIGS, assert_close, load_theirs, random_tensors, their_inputs
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
-from glm4v_jax.checkpoints.adapter import adaptable_modules, load_adapter, save_adapter
+from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
+from glm4v_jax.checkpoints.adapter_files import adaptable_modules
 from glm4v_jax.checkpoints.hf_write import tensors_of
 from glm4v_jax.checkpoints.merge_adapter import merged_tensors
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile, write_safetensors
