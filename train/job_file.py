@@ -18,7 +18,7 @@ _WIDTH = 118
 _FIELDS = re.compile(r"^  (\w+(?:, \w+)*): ((?:.+\n?)(?:^    .+\n?)*)", re.M)
 """Of a section of attributes: their names, and what is said of them."""
 _EITHER = {"steps": "epochs", "epochs": "steps", "data.files": "data.sets"}
-"""Fields that have a default, and that a job needs all the same; and what may stand in their place."""
+"""Field that a job needs although it has a default -> the field that may be set instead."""
 
 
 class _Job(NamedTuple):

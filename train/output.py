@@ -51,8 +51,8 @@ def open_checkpoints(
       log: called with log lines for a person.
 
     Raises:
-      CheckpointError: another process holds it, its checkpoints are another job's, something else is in the place of
-        the result, or too little disk space is left.
+      CheckpointError: another process holds it, its checkpoints are another job's, the path of the result has
+        other files, or too little disk space is left.
     """
     out = Path(config.out)
     with contextlib.ExitStack() as stack:

@@ -47,7 +47,7 @@ class Panel(NamedTuple):
 def draw_metrics(directory: Path, log: Callable[[str], None]) -> None:
     """Draw the metrics of a job to `loss.png` in its output directory, or `reward.png` where it learns by reward.
 
-    The first process does. It is no error where nothing can be drawn, or not be written, of which `log` gets a line.
+    The first process does. Without metrics nothing is drawn; a file that cannot be written is a line of the log.
     """
     if not is_first():
         return

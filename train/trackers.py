@@ -35,8 +35,8 @@ class Tracker(Protocol):
 class Trackers:
     """The trackers of a job, in the first process.
 
-    One that fails, because there is no network for instance, is named in the log, and left alone from then on: the
-    training continues.
+    One that fails, because there is no network for instance, is named in the log and not used any more; the training
+    continues.
     """
 
     def __init__(self, config: TrainConfig, directory: Path, step: int, log: Callable[[str], None]):

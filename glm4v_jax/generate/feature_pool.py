@@ -89,7 +89,7 @@ class FeaturePool:
             return [self._spans[medium.key][0] for medium in media]
 
     def prepare(self, media: Sequence[Medium]) -> None:
-        """Have the ViT's programs for these read or compiled at the same time, and grow to what each of them needs.
+        """Read or compile the ViT's programs for these concurrently, and grow to what each of them needs.
 
         Its capacity is part of the shapes of the programs that are prepared next.
         """
@@ -101,7 +101,7 @@ class FeaturePool:
             self.prepare_shapes({wave.shape: None for wave in self._waves(media)})
 
     def prepare_shapes(self, shapes: Iterable[Shape]) -> None:
-        """The same for images and videos of these shapes."""
+        """Read or compile the ViT's programs for images and videos of these shapes concurrently."""
         if not stored_programs.is_used():
             return
         with self._runtime.on_mesh():

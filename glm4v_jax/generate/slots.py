@@ -216,7 +216,7 @@ class Slots:
         self.prefilling = {row: self.prefilling[row] for row in first}
 
     def prepare(self, starts: Mapping[int, Start], lengths: Iterable[int]) -> None:
-        """Have the programs of such rows read or compiled at the same time; prompts are in chunks of these lengths."""
+        """Read or compile the programs of such rows concurrently; prompts are in chunks of these lengths."""
         if not stored_programs.is_used():
             return
         with self.runtime.on_mesh(), self.pool.lock:

@@ -86,7 +86,7 @@ def is_lora(path: str) -> bool:
 
 
 def leaf_prefixes(modules: Iterable[str]) -> tuple[str, ...]:
-    """How paths of the leaves of `MODULES_TO_SAVE` begin."""
+    """Return how paths of the leaves of these `MODULES_TO_SAVE` begin."""
     return tuple(prefix for name, prefix in MODULES_TO_SAVE.items() if name in modules)
 
 
@@ -96,7 +96,7 @@ def is_adapted(model: Glm4v, path: str) -> bool:
 
 
 def faults_of_modules(modules: Sequence[str], config: Glm4vConfig) -> list[str]:
-    """What keeps these `MODULES_TO_SAVE` of a model from being others than its own."""
+    """Return why these `MODULES_TO_SAVE` cannot replace those of a model; empty if they can."""
     tied = [name for name in ("lm_head", "embed_tokens") if name in modules]
     if not tied or not config.text_config.tie_word_embeddings:
         return []
@@ -105,7 +105,7 @@ def faults_of_modules(modules: Sequence[str], config: Glm4vConfig) -> list[str]:
 
 
 def integer_leaves(leaves: Mapping[str, Array]) -> list[str]:
-    """Paths of leaves that are quantised."""
+    """Return the paths of leaves that are quantised."""
     return [path for path, leaf in leaves.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
@@ -118,7 +118,7 @@ def on_mesh_of(model: Glm4v) -> contextlib.AbstractContextManager[object]:
 
 
 def has_lora(model: Glm4v) -> bool:
-    """Whether any layer has an adapter, or a module is that of one."""
+    """Whether any layer has an adapter, or a whole module belongs to one."""
     return bool(model.modules_to_save) or any(
         linear.lora_a is not None for found in linears(model).values() for linear in found
     )

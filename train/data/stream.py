@@ -225,7 +225,7 @@ class Lane:
                 if (done := self._packer.push(found, number)) is not None:
                     return done
                 continue
-            self._leave_out(number, found)
+            self._skip(number, found)
             fruitless += 1
             if fruitless >= len(self._encoder.records):
                 reason = found or TOO_LONG
@@ -249,7 +249,7 @@ class Lane:
         self._packer.set_state(state["packer"], self._encoder.again)
         self.counts = RowCounts(**state["counts"])
 
-    def _leave_out(self, number: int, error: DataError | None) -> None:
+    def _skip(self, number: int, error: DataError | None) -> None:
         if error is None:
             self.counts.dropped += 1
             return

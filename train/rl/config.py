@@ -94,8 +94,8 @@ class SamplingConfig:
         learns to answer without one.
       answer_budget: the most tokens after it.
       temperature: of the draws, and of the distribution whose probabilities are learned.
-      top_p, top_k: 1 and 0, no cut: what a cut leaves changes with the weights, and the ratio of a token that was left
-        to one that no longer is would be 0.
+      top_p, top_k: must be 1 and 0, no cut. The tokens that a cut keeps change with the weights, and the ratio of a
+        sampled token that is no longer among them would be 0.
     """
 
     engine_mesh: str = "same"

@@ -52,8 +52,8 @@ class Handover:
         other = None if engine_mesh in (None, mesh) else engine_mesh
         self._mesh, self._source = mesh, frozen
         with use_mesh(mesh):
-            # From shards of both kinds to those of another mesh XLA would go by whole weights of all layers: 23.6 GiB
-            # of temporaries for the 9B on a v5e:4x4, in the place of 3.9. Shards of fsdp alone it exchanges well.
+            # Between shards of both kinds on two meshes XLA would gather the weights of all layers: 23.6 GiB of
+            # temporaries for the 9B on a v5e:4x4 instead of 3.9. It exchanges shards of fsdp alone well.
             in_steps = other is not None and shards("embed") > 1 and shards("tokens") > 1
 
             def made(params: Leaves, frozen: Leaves) -> Glm4v:
