@@ -28,6 +28,9 @@ from train.step import make_step
 STEPS = 1000
 """Of the schedule; it does not change the program."""
 
+PARTS = ("visual", "language_model", "lm_head")
+"""Of the model, whose weights a step reads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
@@ -38,6 +41,13 @@ class Shapes:
     vision_rows: int = 0
     vision_length: int = 0
     micro_batches: int = 1
+
+    @property
+    def text(self) -> str:
+        """For the name of a program."""
+        found = f"{self.rows} x {self.length:,}"
+        found += f" + {self.vision_rows} x {self.vision_length:,}" if self.vision_rows else ""
+        return found + (f" x {self.micro_batches}" if self.micro_batches > 1 else "")
 
     @property
     def work(self) -> Work:
@@ -66,6 +76,11 @@ class StepCost:
     kernels: dict[str, int]
     kernel_flops: float
     least_sent: float
+
+
+def trained_text(lora: LoraConfig | None) -> str:
+    """Return what is trained, for the name of a program."""
+    return "full" if lora is None else f"LoRA r={lora.rank}"
 
 
 class Training(NamedTuple):
@@ -122,14 +137,9 @@ def step_program(
             report(step_cost(config, training, shapes, remat, traced))
         return traced
 
-    name = f"{'full' if lora is None else f'LoRA r={lora.rank}'}, {shapes.rows} x {shapes.length:,}"
-    if shapes.vision_rows:
-        name += f" + {shapes.vision_rows} x {shapes.vision_length:,}"
-    name += f" x {shapes.micro_batches}" if shapes.micro_batches > 1 else ""
     return compile_for_topology.Program(
-        name=f"{name}, remat {remat}", trace=trace, read=0, flops=0.0, parts=("visual", "language_model", "lm_head"),
-        loop=1,
-    )  # fmt: skip
+        name=f"{trained_text(lora)}, {shapes.text}, remat {remat}", trace=trace, read=0, flops=0.0, parts=PARTS, loop=1
+    )
 
 
 def step_cost(

@@ -18,12 +18,14 @@ from glm4v_jax.model.lora import LoraConfig
 from glm4v_jax.planning import compile_for_topology
 from glm4v_jax.planning.compile_for_topology import Program
 from train.compile_for_topology import (
+    PARTS,
     Shapes,
     StepCost,
     Training,
     abstract_batch,
     abstract_training,
     step_cost,
+    trained_text,
 )
 from train.data.placement import abstract
 from train.rl.handover import Handover
@@ -32,7 +34,6 @@ from train.rl.packing import RolloutBatch
 from train.rl.rollouts import media_tokens
 from train.rl.step import PolicyStep, nothing
 
-_PARTS = ("visual", "language_model", "lm_head")
 DRAWN = Variant(top=0, of_draws=True)
 """Rollouts return the log probability of each token under the distribution that it was drawn from."""
 
@@ -57,7 +58,7 @@ class RewardJob:
     @property
     def name(self) -> str:
         """What is trained."""
-        return "full" if self.lora is None else f"LoRA r={self.lora.rank}"
+        return trained_text(self.lora)
 
     def on_training_mesh(self, devices: Mesh) -> Training:
         """Return the state of the training on the devices of any mesh."""
@@ -100,9 +101,7 @@ def policy_program(job: RewardJob, shapes: Shapes, report: Callable[[StepCost], 
             report(step_cost(config, training, shapes, job.remat, traced))
         return traced
 
-    name = f"policy step {job.name}, {shapes.rows} x {shapes.length:,}"
-    name += f" + {shapes.vision_rows} x {shapes.vision_length:,}" if shapes.vision_rows else ""
-    return Program(name, trace, 0, 0.0, _PARTS, 1, _without_params(job))
+    return _program(f"policy step {job.name}, {shapes.text}", trace, _without_params(job))
 
 
 def update_program(job: RewardJob) -> Program:
@@ -113,7 +112,7 @@ def update_program(job: RewardJob) -> Program:
         found = compile_for_topology.placed(jax.eval_shape(nothing, training.state.params), devices)
         return _policy_step(job, training).update.trace(training.state, *found, jax.ShapeDtypeStruct((), jnp.float32))
 
-    return Program(f"policy update {job.name}", trace, 0, 0.0, _PARTS, 1, _frozen_of(job))
+    return _program(f"policy update {job.name}", trace, _frozen_of(job))
 
 
 def handover_program(job: RewardJob) -> Program:
@@ -132,7 +131,13 @@ def handover_program(job: RewardJob) -> Program:
     def beside(model: Glm4v, devices: Mesh) -> Any:
         return job.on_training_mesh(devices).state._replace(params={})
 
-    return Program(f"handover {job.name}", trace, 0, 0.0, _PARTS, 1, beside)
+    return _program(f"handover {job.name}", trace, beside)
+
+
+def _program(
+    name: str, trace: Callable[[Glm4v, Mesh], jax.stages.Traced], beside: Callable[[Glm4v, Mesh], Any]
+) -> Program:
+    return Program(name, trace, read=0, flops=0.0, parts=PARTS, loop=1, beside=beside)
 
 
 def _policy_step(job: RewardJob, training: Training) -> Any:
