@@ -33,11 +33,11 @@ from glm4v_jax.model.kernel_order import outputs_first
 from glm4v_jax.model.lora import fix_magnitudes
 from glm4v_jax.model.runtime import Runtime
 from train.config import EvalConfig, TrainConfig
+from train.data.encoder import TOO_LONG, encode_options, make_encoder
 from train.data.packing import TrainBatch
-from train.data.placement import put, stacked
+from train.data.placement import packed, packer_of, put, stacked
 from train.data.records import Record, question_of
 from train.data.samples import Sample, limited
-from train.data.stream import TOO_LONG, encode_options, make_encoder, packed, packer_of
 from train.loss import Sums
 from train.preference import PreferenceConfig
 from train.references import compute

@@ -60,8 +60,8 @@ class MeasureLevels(Options):
         if path.is_dir() or not path.parent.is_dir():
             raise ConfigError(f"--out: found {path}; expected a file in a directory that exists")
         from glm4v_jax.inputs.processor import Glm4vProcessor
+        from train.data.encoder import encode_options
         from train.data.samples import limited
-        from train.data.stream import encode_options
         from train.rl.judging import Judges
         from train.rl.problems import read_problems
         from train.rl.self_test import self_test

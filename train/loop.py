@@ -24,10 +24,11 @@ from glm4v_jax.generate.warmup import programs
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.checkpoints import abstract
 from train.config import TrainConfig
+from train.data.encoder import make_encoder
 from train.data.epochs import count_steps, read_steps, write_steps
 from train.data.placement import put
 from train.data.records import Record
-from train.data.stream import RowCounts, Stream, make_encoder
+from train.data.stream import RowCounts, Stream
 from train.evaluate import Evaluator
 from train.job import (
     Job,

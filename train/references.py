@@ -15,10 +15,10 @@ from glm4v_jax.devices.distributed import gathered, is_first, shared, to_host
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing
 from train.config import BatchConfig
+from train.data.encoder import TOO_LONG, Encoder, outcomes
 from train.data.packing import TrainBatch, place
-from train.data.placement import put, stacked
+from train.data.placement import packed, packer_of, put, stacked
 from train.data.samples import Sample
-from train.data.stream import TOO_LONG, Encoder, outcomes, packed, packer_of
 from train.preference import pairs_of
 from train.state import Weights
 

@@ -14,8 +14,8 @@ from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.planning.mesh_presets import sizes_for
 from train.commands import main
 from train.config import ADAPTER, MODEL, load_config
+from train.data.encoder import encode_options
 from train.data.records import read_records
-from train.data.stream import encode_options
 from train.log import METRICS, read_log
 from train.loop import train
 

@@ -16,9 +16,10 @@ from glm4v_jax.devices.distributed import gathered, is_first
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
 from train.config import BatchConfig, DataConfig
-from train.data.placement import lanes_here, num_lanes
+from train.data.encoder import TOO_LONG, Encoder, outcomes
+from train.data.placement import lanes_here, num_lanes, packer_of
 from train.data.samples import Sample
-from train.data.stream import TOO_LONG, Encoder, in_order, outcomes, packer_of
+from train.data.stream import in_order
 
 _PERIOD = 10.0
 """Seconds between two lines that say how far it is."""

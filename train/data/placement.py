@@ -1,4 +1,4 @@
-"""Sharding of batches: rows over the data axes of the mesh, each process with its own."""
+"""Batches in lanes, and their sharding: rows over the data axes of the mesh, each process with its own."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm4v_jax.batch import Batch, VisionRows
+from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh as axes
 from glm4v_jax.errors import ConfigError
 from train.config import BatchConfig
-from train.data.packing import TrainBatch
+from train.data.packing import Packer, TrainBatch, pack
+from train.data.samples import Sample
 
 
 def num_lanes(batch: BatchConfig) -> int:
@@ -41,6 +43,32 @@ def lanes_here(batch: BatchConfig, mesh: Mesh) -> list[int]:
         start, stop, _ = rows.indices(batch.rows)
         held |= set(range(start * count // batch.rows, -(-stop * count // batch.rows)))
     return sorted(held)
+
+
+def packer_of(batch: BatchConfig, lanes: int = 1) -> Packer:
+    """Return the packer of one of `lanes` lanes."""
+    # Without packing the first batch that is open takes every sample until it is full.
+    return Packer(**lane_shape(batch, lanes), open_batches=batch.open_batches if batch.pack else 1)
+
+
+def packed(samples: Sequence[Sample], batch: BatchConfig, config: Glm4vConfig, lanes: int = 1) -> TrainBatch:
+    """Return one lane's part of a batch, of samples that `packer_of` has put together.
+
+    Raises:
+      DataError: the samples do not fit.
+    """
+    return pack(samples, **lane_shape(batch, lanes), config=config, average=batch.average)
+
+
+def lane_shape(batch: BatchConfig, lanes: int) -> dict[str, Any]:
+    """Arguments of `pack` for one lane's part of a batch."""
+    vision = batch.vision_shape
+    return {
+        "rows": batch.rows // lanes,
+        "length": batch.length,
+        "vision_shape": None if vision is None else (vision[0] // lanes, vision[1]),
+        "per_row": batch.per_row,
+    }
 
 
 def joined(parts: Mapping[int, TrainBatch], count: int, merged_tokens: int) -> TrainBatch:

@@ -7,11 +7,8 @@ take. The lanes follow from the job file alone: another mesh, or other processes
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import json
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,29 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import DataError, Glm4vError, counted, one_line
-from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.errors import DataError, counted
 from train.config import BatchConfig, DataConfig
-from train.data.packing import Packer, TrainBatch, pack
-from train.data.placement import joined, lanes_here, num_lanes, stacked
-from train.data.records import Record
-from train.data.samples import EncodeOptions, Sample, encode
+from train.data.encoder import TOO_LONG, Encoder, reading
+from train.data.packing import Packer, TrainBatch
+from train.data.placement import joined, lane_shape, lanes_here, num_lanes, packed, packer_of, stacked
+from train.data.samples import Sample
 
 AHEAD = 2
 """Steps whose batches are prepared while another is computed."""
 
-_PAUSES = (0.5, 2.0)
-"""Seconds before a record is read again that a disk, or the network, has refused."""
-_PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-
 Draws = Sequence[tuple[np.ndarray, float]]
 """Of several sets the numbers of their records, and their shares of what is drawn."""
-
-TOO_LONG = "too long: found more tokens than batch.length, or data.max_length where that is less"
-"""Why a record is dropped."""
-
-Outcome = Sample | DataError | None
-"""What became of a record: a sample; None where it is too long and is dropped; or an error that names it."""
 
 
 @dataclasses.dataclass
@@ -65,105 +51,6 @@ class RowCounts:
         """The sums over lanes, from their states."""
         counts = [lane["counts"] for lane in state.values()]
         return cls(*(sum(one[field.name] for one in counts) for field in dataclasses.fields(cls)))
-
-
-@dataclasses.dataclass
-class Encoder:
-    """Record number -> its sample; called in threads, so that errors are returned and not raised.
-
-    records: by their number.
-    encode: record -> sample, None if it is too long; see `samples.encode`.
-    check: raises `DataError` for a sample that fits no batch; see `Packer.check`.
-    pauses: seconds before each further attempt to read a record.
-    references: of preference data, what pairs are compared with, [records, 2] (`references.table_of`).
-    reported: numbers of the bad records that have been named: each once, and not by every lane and in every epoch.
-    """
-
-    records: Sequence[Record]
-    encode: Callable[[Record], Sample | None]
-    check: Callable[[Sample], None]
-    pauses: Sequence[float] = _PAUSES
-    references: np.ndarray | None = None
-    reported: set[int] = dataclasses.field(default_factory=set)
-
-    def __call__(self, number: int) -> tuple[int, Outcome]:
-        """Return the number and what became of the record."""
-        number, place = int(number), f"row {number}"
-        try:
-            record = self._read(number)
-            place = record.source
-            sample = self.encode(record)
-            if sample is None:
-                return number, None
-            self.check(sample)
-            return number, sample if self.references is None else self._compared(number, sample)
-        except Glm4vError as error:
-            return number, DataError(str(error))
-        except OSError as error:
-            return number, DataError(f"{place}: {one_line(error)}")
-        except Exception as error:  # of a media decoder that fails in its own way, for one
-            return number, DataError(f"{place}: {type(error).__name__}: {error}")
-
-    def _compared(self, number: int, sample: Sample) -> Sample:
-        assert self.references is not None
-        chosen, rejected = self.references[number].tolist()
-        if math.isnan(chosen):
-            raise DataError(
-                f"{sample.source}: found it readable, which it was not before the training; expected no change: remove "
-                "references.npz from the output directory, and the job computes again what answers are compared with"
-            )
-        return dataclasses.replace(sample, reference=(chosen, rejected))
-
-    def again(self, number: int) -> Sample:
-        """Encode a record once more that had become a sample.
-
-        Raises:
-          DataError: it no longer does.
-        """
-        _, found = self(number)
-        if isinstance(found, Sample):
-            return found
-        raise DataError(f"row {number}: found {found or TOO_LONG}; expected the sample it was")
-
-    def _read(self, number: int) -> Record:
-        for pause in self.pauses:
-            try:
-                return self.records[number]
-            except _PERMANENT:
-                raise
-            except OSError:
-                time.sleep(pause)
-        return self.records[number]
-
-
-def make_encoder(
-    records: Sequence[Record],
-    processor: Glm4vProcessor,
-    config: Glm4vConfig,
-    data: DataConfig,
-    batch: BatchConfig,
-    lanes: int | None = None,
-) -> Encoder:
-    """Return the encoder of a job's records.
-
-    Args:
-      records: by their number.
-      processor, config: of the model.
-      data, batch: see there.
-      lanes: into how many a batch is divided, each of which has room for less; by default as the job says.
-    """
-    encoding = functools.partial(encode, processor=processor, config=config, options=encode_options(data, batch))
-    return Encoder(records, encoding, packer_of(batch, lanes or num_lanes(batch)).check)
-
-
-def outcomes(encoder: Encoder, threads: int, index: int = 0, count: int = 1) -> Iterator[tuple[int, Outcome]]:
-    """Yield what becomes of every `count`-th record from the `index`-th on, in their order, encoded in threads."""
-    numbers = grain.MapDataset.source(range(index, len(encoder.records), count))
-    yield from numbers.map(encoder).to_iter_dataset(_reading(threads))
-
-
-def _reading(threads: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
 
 
 class Lane:
@@ -205,7 +92,7 @@ class Lane:
         self._encoder, self._packer, self._data, self._log = encoder, packer, data, log
         self.counts = RowCounts()
         numbers = in_order(draws or [(range(len(encoder.records)), 1.0)], data.shuffle, seed, index, count, epochs)
-        self._reader = iter(numbers.map(encoder).to_iter_dataset(_reading(threads)))
+        self._reader = iter(numbers.map(encoder).to_iter_dataset(reading(threads)))
 
     def __next__(self) -> list[Sample]:
         """Return the samples of the next batch, none after the last one.
@@ -399,36 +286,5 @@ class Stream:
 
     @property
     def _merged_tokens(self) -> int:
-        rows, length = _shape(self._batch, self._count)["vision_shape"] or (0, 0)
+        rows, length = lane_shape(self._batch, self._count)["vision_shape"] or (0, 0)
         return rows * length // self._config.vision_config.spatial_merge_size**2
-
-
-def packer_of(batch: BatchConfig, lanes: int = 1) -> Packer:
-    """Return the packer of one of `lanes` lanes."""
-    # Without packing the first batch that is open takes every sample until it is full.
-    return Packer(**_shape(batch, lanes), open_batches=batch.open_batches if batch.pack else 1)
-
-
-def packed(samples: Sequence[Sample], batch: BatchConfig, config: Glm4vConfig, lanes: int = 1) -> TrainBatch:
-    """Return one lane's part of a batch, of samples that `packer_of` has put together.
-
-    Raises:
-      DataError: the samples do not fit.
-    """
-    return pack(samples, **_shape(batch, lanes), config=config, average=batch.average)
-
-
-def _shape(batch: BatchConfig, lanes: int) -> dict[str, Any]:
-    """Arguments of `pack` for one lane's part of a batch."""
-    vision = batch.vision_shape
-    return {
-        "rows": batch.rows // lanes,
-        "length": batch.length,
-        "vision_shape": None if vision is None else (vision[0] // lanes, vision[1]),
-        "per_row": batch.per_row,
-    }
-
-
-def encode_options(data: DataConfig, batch: BatchConfig) -> EncodeOptions:
-    """Return a job's options for its records: samples are no longer than a row."""
-    return dataclasses.replace(data, max_length=min(data.max_length or batch.length, batch.length))

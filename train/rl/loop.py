@@ -22,8 +22,8 @@ from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import abstract
 from train.config import TrainConfig
+from train.data.encoder import encode_options
 from train.data.samples import limited
-from train.data.stream import encode_options
 from train.job import Job, check_step, identity, make_mesh
 from train.optimizers import learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints

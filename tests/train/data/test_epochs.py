@@ -13,9 +13,11 @@ from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig, DataConfig
 from train.data import epochs, stream
+from train.data.encoder import Encoder
 from train.data.epochs import count_steps, read_steps, write_steps
+from train.data.placement import packer_of
 from train.data.samples import Sample
-from train.data.stream import Encoder, Stream, packer_of
+from train.data.stream import Stream
 
 RECORDS, EPOCHS = 11, 3
 CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)

@@ -15,9 +15,11 @@ from glm4v_jax.errors import DataError
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig, DataConfig
+from train.data.encoder import Encoder
 from train.data.packing import Packer
+from train.data.placement import packer_of
 from train.data.samples import Sample
-from train.data.stream import Encoder, Lane, RowCounts, Stream, in_order, packer_of
+from train.data.stream import Lane, RowCounts, Stream, in_order
 
 DATA = DataConfig(files=("data.jsonl",), shuffle=False, threads=1)
 CONFIG = Glm4vConfig.from_pretrained(RANDOM_CHECKPOINT)
