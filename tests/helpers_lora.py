@@ -1,13 +1,16 @@
-"""What the tests of adapters share: adapters that do something, and what a model with one computes."""
+"""What the tests of adapters share: adapters that do something, and what a model with one computes, or PEFT."""
 
 import math
 import zlib
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from reference import Prompts
+import pytest
+from helpers_transformers import import_transformers
+from reference import Prompts, assert_close, their_inputs
 
 from glm4v_jax import make_batch
 from glm4v_jax.config.model import Glm4vConfig
@@ -19,6 +22,8 @@ from glm4v_jax.model.params import leaf_paths, matching_linears, sizes, stacked_
 
 EVERY = lora.LoraConfig(rank=3, alpha=4.5, target=".*")
 """An adapter beside every kernel; of an odd rank, and a scale that is not 1."""
+IMAGE = [[4, ("image", (4, 6)), 3], [9]]
+"""Rows for `batch_of`, one of them with an image."""
 
 
 def trained(model: Glm4v, config: lora.LoraConfig = EVERY, seed: int = 5) -> Glm4v:
@@ -72,6 +77,26 @@ def batch_of(config: Glm4vConfig, rows: list[list[Any]], seed: int = 1) -> tuple
 def logits_of(model: Glm4v, batch: Any) -> Any:
     """[B, T, V]."""
     return model.logits(model(batch))
+
+
+def import_peft() -> ModuleType:
+    """PEFT, which wants transformers to be importable; skips the test where either is not installed."""
+    import_transformers()
+    return pytest.importorskip("peft")
+
+
+def their_logits(model: Any, prompts: Prompts) -> np.ndarray:
+    """[B, T, V] of a model of transformers."""
+    import torch
+
+    with torch.no_grad():
+        return model(**their_inputs(model, prompts)).logits.numpy()
+
+
+def assert_logits(model: Glm4v, batch: Any, prompts: Prompts, expected: np.ndarray) -> None:
+    """The model computes these logits, of `their_logits`."""
+    rows, tokens, _ = expected.shape
+    assert_close(np.asarray(logits_of(model, batch))[:rows, :tokens], expected, prompts.real)
 
 
 def loss_of(model: Glm4v, batch: Any) -> Any:

@@ -9,9 +9,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers_lora import EVERY, batch_of, logits_of, trained
-from helpers_transformers import import_transformers
-from reference import CONFIGS, assert_close, load_theirs, random_tensors, their_inputs
+from helpers_lora import EVERY, IMAGE, assert_logits, batch_of, import_peft, logits_of, their_logits, trained
+from reference import CONFIGS, assert_close, load_theirs, random_tensors
 
 from glm4v_jax import Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
@@ -36,7 +35,6 @@ MODULES = {
     "model.visual.downsample", "model.visual.merger.proj",
     *(f"model.visual.merger.{name}_proj" for name in ("gate", "up", "down")),
 }  # fmt: skip
-IMAGE = [[4, ("image", (4, 6)), 3], [9]]
 
 
 @pytest.fixture(scope="module")
@@ -279,19 +277,6 @@ def test_an_interrupted_save_leaves_no_weights_with_another_scale(model, tmp_pat
     assert all((tmp_path / "here" / name).read_bytes() == (same / name).read_bytes() for name in names)
 
 
-def import_peft():
-    """PEFT, which wants transformers to be importable; skips the test where either is not installed."""
-    import_transformers()
-    return pytest.importorskip("peft")
-
-
-def their_logits(model, prompts):
-    import torch
-
-    with torch.no_grad():
-        return model(**their_inputs(model, prompts)).logits.numpy()
-
-
 @pytest.mark.parametrize("name", ["base", "odd", "mha", "tester"])
 def test_peft_computes_the_same(ours, checkpoints, tmp_path, name):
     theirs = import_peft()
@@ -305,7 +290,7 @@ def test_peft_computes_the_same(ours, checkpoints, tmp_path, name):
     file = SafetensorsFile(tmp_path / "adapter_model.safetensors")
     assert parameters.keys() == {name.replace(".weight", ".default.weight") for name in file}
     expected = their_logits(wrapped.base_model.model, prompts)
-    assert_close(np.asarray(logits_of(adapter, batch))[:2, : expected.shape[1]], expected, prompts.real)
+    assert_logits(adapter, batch, prompts, expected)
     assert np.abs(before - expected)[prompts.real].max() > 0.05 * np.abs(before).max()
 
 
@@ -326,7 +311,7 @@ def test_an_adapter_that_peft_writes_computes_the_same(ours, checkpoints, tmp_pa
     model = load_adapter(ours("base").module, tmp_path)
     batch, prompts = batch_of(model.config, IMAGE)
     expected = their_logits(wrapped.base_model.model, prompts)
-    assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+    assert_logits(model, batch, prompts, expected)
 
 
 def with_magnitudes(model, seed=3):
@@ -353,7 +338,7 @@ def test_peft_computes_the_same_with_magnitudes(ours, checkpoints, tmp_path):
     expected = their_logits(wrapped.base_model.model, prompts)
 
     def check(model):
-        assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+        assert_logits(model, batch, prompts, expected)
 
     check(adapter)
     check(fixed := lora.fix_magnitudes(adapter))
@@ -384,7 +369,7 @@ def test_magnitudes_that_peft_writes_compute_the_same(ours, checkpoints, tmp_pat
     model = load_adapter(ours("base").module.stacked(), tmp_path)
     batch, prompts = batch_of(model.config, IMAGE)
     expected = their_logits(wrapped.base_model.model, prompts)
-    assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
+    assert_logits(model, batch, prompts, expected)
 
 
 def test_a_new_adapter_with_magnitudes_changes_nothing_and_quantised_kernels_have_norms(model):

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_lora import batch_of, logits_of, trained
-from helpers_transformers import import_transformers
-from reference import assert_close, load_theirs, their_inputs
+from helpers_lora import IMAGE, assert_logits, batch_of, import_peft, their_logits, trained
+from reference import assert_close, load_theirs
 
 from glm4v_jax import Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import load_adapter, save_adapter
@@ -27,7 +26,6 @@ pytestmark = [pytest.mark.usefixtures("mesh"), pytest.mark.slow]
 MODULES = ("lm_head", "embed_tokens", "merger")
 PREFIX = "base_model.model."
 TARGET = lora.LoraConfig(rank=3, alpha=4.5, target=r"language_model\.layers\..*q_proj")
-IMAGE = [[4, ("image", (4, 6)), 3], [9]]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +42,6 @@ def changed(model, modules=MODULES):
     prefixes = lora.leaf_prefixes(modules)
     found = [x * 1.25 if path.startswith(prefixes) else x for path, x in zip(leaf_paths(result), leaves, strict=True)]
     return structure.unflatten(found)
-
-
-def import_peft():
-    import_transformers()
-    return pytest.importorskip("peft")
-
-
-def their_logits(model, prompts):
-    import torch
-
-    with torch.no_grad():
-        return model(**their_inputs(model, prompts)).logits.numpy()
-
-
-def assert_logits(model, batch, prompts, expected):
-    assert_close(np.asarray(logits_of(model, batch))[:2, : expected.shape[1]], expected, prompts.real)
 
 
 @pytest.fixture(scope="module")

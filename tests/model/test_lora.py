@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers_lora import EVERY, batch_of, leaves_of, logits_of, loss_of, trained
+from helpers_lora import EVERY, IMAGE, assert_logits, batch_of, leaves_of, logits_of, loss_of, their_logits, trained
 from helpers_mesh import ROWS, run_on_devices, write_grouped
-from reference import CONFIGS, assert_close, load_theirs, their_inputs
+from reference import CONFIGS, assert_close, load_theirs
 
 from glm4v_jax import Glm4v, Glm4vConfig, Glm4vForConditionalGeneration
 from glm4v_jax.checkpoints.adapter import adapter_tensors
@@ -180,18 +180,13 @@ def test_merging_changes_kernels_with_an_adapter_alone(model):
 
 @pytest.mark.parametrize("name", ["base", "odd", "mha", "tester"])
 def test_transformers_computes_the_same_from_a_merged_export(ours, theirs, tmp_path, name):
-    torch = pytest.importorskip("torch")
     adapter = trained(ours(name).module)
-    vision = [4, ("image", (4, 6)), 3], [9]
-    batch, prompts = batch_of(adapter.config, list(vision))
+    batch, prompts = batch_of(adapter.config, IMAGE)
     model = Glm4vForConditionalGeneration(adapter.config, module=lora.merge_lora(adapter))
     model.save_pretrained(tmp_path)
-    merged = load_theirs(tmp_path)
-    with torch.no_grad():
-        expected, unmerged = (m(**their_inputs(m, prompts)).logits.numpy() for m in (merged, theirs(name)))
-    found = np.asarray(logits_of(adapter, batch))[: len(vision), : expected.shape[1]]
-    assert_close(found, expected, prompts.real)
-    assert np.abs(found - unmerged)[prompts.real].max() > 0.05 * np.abs(unmerged).max()
+    expected, unmerged = (their_logits(m, prompts) for m in (load_theirs(tmp_path), theirs(name)))
+    assert_logits(adapter, batch, prompts, expected)
+    assert np.abs(expected - unmerged)[prompts.real].max() > 0.05 * np.abs(unmerged).max()
 
 
 def test_a_model_with_an_adapter_is_not_saved(model, tmp_path):
