@@ -45,6 +45,12 @@ def changed(model, modules=MODULES):
 
 
 @pytest.fixture(scope="module")
+def small(model):
+    """The model with all of its modules in int8."""
+    return quantize.quantize_model(model, quantize.QuantConfig(rest=True))
+
+
+@pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     """An adapter that this package has saved, and its model."""
     directory = tmp_path_factory.mktemp("ours")
@@ -91,7 +97,10 @@ def test_what_peft_saves_computes_the_same(model, checkpoints, tmp_path):
     """Named as people name them; every module changed on its own."""
     theirs, torch = import_peft(), pytest.importorskip("torch")
     names = ["lm_head", "language_model.embed_tokens", "visual.merger"]
-    config = theirs.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=names, init_lora_weights=False)
+    config = theirs.LoraConfig(  # of the same shapes as `saved`, and so of the same program
+        r=TARGET.rank, lora_alpha=TARGET.alpha, target_modules=["q_proj"], modules_to_save=names,
+        init_lora_weights=False,
+    )  # fmt: skip
     torch.manual_seed(0)
     wrapped = theirs.get_peft_model(load_theirs(checkpoints("base")), config).eval()
     with torch.no_grad():
@@ -115,9 +124,8 @@ def test_merged_files_have_the_modules(model, saved, checkpoints):
         assert_close(np.asarray(tensor), expected[name], tolerance=5e-7)
 
 
-def test_modules_are_rounded_where_those_of_the_model_are(model, saved):
+def test_modules_are_rounded_where_those_of_the_model_are(small, saved, tmp_path):
     directory, adapter = saved
-    small = quantize.quantize_model(model, quantize.QuantConfig(rest=True))
     found = load_adapter(small, directory)
     for own, other in ((found.lm_head, adapter.lm_head), (found.visual.merger.proj, adapter.visual.merger.proj)):
         scale = np.asarray(own.kernel_scale[...])
@@ -132,7 +140,7 @@ def test_modules_are_rounded_where_those_of_the_model_are(model, saved):
     ]
     assert jax.tree.structure(load_adapter(small, directory)) == jax.tree.structure(found)
     with pytest.raises(ConfigError, match="modules_to_save: found a quantised module"):
-        save_adapter(found, directory / "again")
+        save_adapter(found, tmp_path)
 
 
 @pytest.mark.parametrize("keep_dtype", [False, True])
@@ -164,8 +172,7 @@ def test_modules_that_cannot_be_trained_are_named(model, options, says):
         lora.add_lora(model, lora.LoraConfig(**options))
 
 
-def test_integers_and_tied_heads_are_not_trained(model, ours):
-    small = quantize.quantize_model(model, quantize.QuantConfig(rest=True))
+def test_integers_and_tied_heads_are_not_trained(small, ours):
     with pytest.raises(ConfigError, match=r"modules_to_save: found 'lm_head\.kernel'; expected one in floats"):
         lora.add_lora(small, lora.LoraConfig(modules_to_save=("lm_head",)))
     with pytest.raises(ConfigError, match=r"found 'embed_tokens'; expected neither .* \(tie_word_embeddings\)"):
