@@ -17,6 +17,7 @@ from train.rl.handover import Handover
 from train.state import Layout, split
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
+ADAPTERS = {"lora": LoraConfig(), "dora": LoraConfig(dora=True, modules_to_save=("merger",))}
 
 
 def buffers(tree):
@@ -24,11 +25,11 @@ def buffers(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["full", "dora", "frozen"])
+@pytest.mark.parametrize("kind", ["full", "lora", "dora", "frozen"])
 def test_the_engine_gets_what_was_trained(mesh, lowerings, kind, dtype):
     model = random_module(CONFIG, 0, "float32")
-    if kind == "dora":
-        model = add_lora(model, LoraConfig(dora=True, modules_to_save=("merger",)), 0)
+    if kind in ADAPTERS:
+        model = add_lora(model, ADAPTERS[kind], 0)
     rules = {"full": lambda path: True, "frozen": lambda path: group_of(path) != "vision"}
     params, frozen = split(model, rules.get(kind, functools.partial(is_adapted, model)))
     layout = Layout.of(model)

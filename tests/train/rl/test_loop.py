@@ -134,6 +134,7 @@ def whole(folder):
     assert first["ratio_first_dev"] <= 2e-6 and last["compiles"] == 0 and 0 <= first["reward/digits"] <= 1
     assert first["grad_norm"] > 0 and last["learned"] >= 2  # an update for each of two parts
     assert sum(count for count, _ in last["tiers"]) == 10
+    assert len(read_log(folder / "whole" / ROLLOUTS)) == first["groups"] + last["groups"]
     assert list((folder / "whole" / TENSORBOARD).iterdir())
     assert PIL.Image.open(folder / "whole" / "reward.png").width == 960
     return "whole"
@@ -245,6 +246,7 @@ def test_two_processes_with_eight_devices_learn_as_one_device_does(folder, whole
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
     lines = read_log(folder / "two" / METRICS)
     assert all(line["ratio_first_dev"] <= 2e-6 and line["ratio_first_max"] <= 1e-4 for line in lines)
+    assert lines[-1]["compiles"] == 0
     found, expected = (np.load(folder / out / "params.npz") for out in ("two", whole))
     for name in expected:
         largest = np.abs(expected[name]).max()
