@@ -88,7 +88,7 @@ def test_another_kind_is_refused(capsys):
     assert "preference" in capsys.readouterr().err
 
 
-def test_no_field_is_offered_that_a_job_must_not_have():
+def test_epochs_are_offered_in_place_of_steps_where_a_job_may_have_them():
     lines = job_file("rl").splitlines()
     assert "steps = 500  # required" in lines and 'files = ["problems.jsonl"]  # required' in lines
     assert "epochs = 3  # required, or steps" in job_file("lora").splitlines()

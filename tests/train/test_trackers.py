@@ -1,4 +1,4 @@
-"""Trackers get a job's numbers by their own libraries; one that is missing is named first, one that fails stops nothing."""  # noqa: E501
+"""Trackers get numbers by their own libraries; a missing one is named first, and one that fails stops nothing."""
 
 import dataclasses
 import importlib.machinery
