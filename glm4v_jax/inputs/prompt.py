@@ -93,20 +93,26 @@ class Prompt:
           features: for each medium int [M], where each of its merged tokens stands; tokens of others are -1.
         """
         index = np.full(len(self), -1, np.int32)
-        for number, medium in enumerate(self.media):
-            if medium in features:
-                here = self.medium_of == number
-                index[here] = features[medium][self.offset_of[here]]
+        known = [medium in features for medium in self.media]
+        if any(known):
+            parts = [features[medium] for medium in self.media if medium in features]
+            begins = np.cumsum([0, *(len(part) for part in parts)])[np.cumsum(known) - 1]
+            here = np.append(known, False)[self.medium_of]  # text has the number -1
+            index[here] = np.concatenate(parts)[begins[self.medium_of[here]] + self.offset_of[here]]
         return index
 
     def common_prefix(self, other: "Prompt") -> int:
         """How many tokens from the start are the same in both, and stand for the same parts of the same media."""
         n = min(len(self), len(other))
         equal = self.input_ids[:n] == other.input_ids[:n]
-        keys = [{-1: None} | {i: medium.key for i, medium in enumerate(prompt.media)} for prompt in (self, other)]
-        same = {(i, j) for i, a in keys[0].items() for j, b in keys[1].items() if a == b}
-        pairs = zip(self.medium_of[:n].tolist(), other.medium_of[:n].tolist(), strict=True)
-        equal &= np.fromiter((pair in same for pair in pairs), np.bool_, n)
+        numbers: dict[bytes | None, int] = {}
+        contents = [
+            np.array(
+                [numbers.setdefault(key, len(numbers)) for key in (*(medium.key for medium in prompt.media), None)]
+            )
+            for prompt in (self, other)
+        ]
+        equal &= contents[0][self.medium_of[:n]] == contents[1][other.medium_of[:n]]
         equal &= self.offset_of[:n] == other.offset_of[:n]
         equal &= (self.position_ids[:, :n] == other.position_ids[:, :n]).all(axis=0)
         return n if equal.all() else int(np.argmin(equal))

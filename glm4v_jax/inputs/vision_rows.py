@@ -5,7 +5,7 @@ number of shards of the data axes). Padding to the next member wastes 16% on ave
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +52,13 @@ def choose_shape(lengths: Sequence[int], row_multiple: int = 1) -> tuple[int, in
 
 def fits(lengths: Sequence[int], shape: tuple[int, int]) -> bool:
     """Whether frames of these lengths, in patches, fit rows of shape (R, L)."""
-    return not lengths or (max(lengths) <= shape[1] and _num_rows(lengths, shape[1]) <= shape[0])
+    if not lengths:
+        return True
+    (rows, length), longest, total = shape, max(lengths), sum(lengths)
+    if longest > length or total > rows * length:
+        return False
+    # A row is opened only where every one before it has less room than the longest needs.
+    return total <= rows * (length - longest + 1) or _num_rows(lengths, length) <= rows
 
 
 def pack(
@@ -178,30 +184,56 @@ class RowPlace(NamedTuple):
     segment: int
 
 
-def first_fit(lengths: Iterable[int], row_length: int, per_row: int | None = None) -> list[RowPlace]:
-    """Place items in their order, each in the first row with room; more items do not move those that have a place.
+class FirstFit:
+    """Rows that take items in their order, each in the first one with room; more items do not move those with a place.
 
-    >>> first_fit([5, 4, 3], row_length=8)
-    [RowPlace(row=0, start=0, segment=1), RowPlace(row=1, start=0, segment=1), RowPlace(row=0, start=5, segment=2)]
+    >>> rows = FirstFit(2, row_length=8)
+    >>> [rows.add(length) for length in (5, 4, 6)]
+    [RowPlace(row=0, start=0, segment=1), RowPlace(row=1, start=0, segment=1), None]
 
-    Args:
-      lengths: none longer than a row.
-      row_length: of all rows, which are as many as needed.
-      per_row: the most items of a row; None is no limit.
+    A tree over the rows has the most room below each of its nodes: an item takes log2(rows) steps, where looking at one
+    row after the other took 2 s for 8,192 frames of 5,000 patches.
     """
-    used: list[int] = []
-    counts: list[int] = []
-    places = []
-    for length in lengths:
-        rooms = (r for r in range(len(used)) if used[r] + length <= row_length and counts[r] != per_row)
-        row = next(rooms, len(used))
-        if row == len(used):
-            used.append(0)
-            counts.append(0)
-        counts[row] += 1
-        places.append(RowPlace(row, used[row], counts[row]))
-        used[row] += length
-    return places
+
+    def __init__(self, rows: int, row_length: int, per_row: int | None = None):
+        """Start with empty rows.
+
+        Args:
+          rows: how many, at least one.
+          row_length: of all of them.
+          per_row: the most items of a row; None is no limit.
+        """
+        self._length, self._per_row = row_length, per_row
+        self._leaves = 1 << (rows - 1).bit_length()
+        self._counts = [0] * rows
+        self._room = [-1] * self._leaves + [row_length] * rows + [-1] * (self._leaves - rows)
+        for node in range(self._leaves - 1, 0, -1):
+            self._room[node] = max(self._room[2 * node], self._room[2 * node + 1])
+
+    def has_room(self, length: int) -> bool:
+        """Whether `add` has a place for an item."""
+        return length <= self._room[1]
+
+    def add(self, length: int) -> RowPlace | None:
+        """Place the next item; None, and nothing changes, where no row has room."""
+        room, node = self._room, 1
+        if length > room[node]:
+            return None
+        while node < self._leaves:
+            node = 2 * node + (room[2 * node] < length)
+        row, start = node - self._leaves, self._length - room[node]
+        self._counts[row] += 1
+        room[node] = -1 if self._counts[row] == self._per_row else room[node] - length
+        while node := node // 2:
+            room[node] = max(room[2 * node], room[2 * node + 1])
+        return RowPlace(row, start, self._counts[row])
+
+
+def first_fit(lengths: Sequence[int], row_length: int) -> list[RowPlace]:
+    """Place items, none longer than a row, in as many rows as they need; see `FirstFit`."""
+    # Two rows after each other hold more than one row could: so there are at most this many.
+    rows = FirstFit(2 * (sum(lengths) // (row_length + 1)) + 1, row_length)
+    return [place for length in lengths if (place := rows.add(length)) is not None]
 
 
 def _num_rows(lengths: Sequence[int], row_length: int) -> int:
@@ -212,6 +244,6 @@ def _starts(lengths: Sequence[int], row_length: int) -> list[int]:
     """Where each frame begins in the flattened rows: longest first; ties keep their order."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     starts = [0] * len(lengths)
-    for i, place in zip(order, first_fit((lengths[i] for i in order), row_length), strict=True):
+    for i, place in zip(order, first_fit([lengths[i] for i in order], row_length), strict=True):
         starts[i] = place.row * row_length + place.start
     return starts

@@ -9,7 +9,9 @@ from reference import CONFIGS, Prompts
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import MessageError
 from glm4v_jax.inputs.make_batch import MIN_LENGTH, make_batch
+from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.mrope import rope_index
+from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
 
 CONFIG = Glm4vConfig.from_dict(CONFIGS["base"])
@@ -127,3 +129,44 @@ def test_copies_of_the_inputs_are_made():
 def test_wrong_inputs_are_named(change, message):
     with pytest.raises(MessageError, match=message):
         make_batch(**{"input_ids": np.ones((1, 5), int), "config": CONFIG, **change})
+
+
+parts = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), max_size=6)
+
+
+def prompt_of(parts):
+    """Text and images in turns: of each the number of tokens of text, and of the image after it, which is its value."""
+    media, medium_of, offset_of = [], [], []
+    for number, (text, value) in enumerate(parts):
+        media.append(Medium(np.full((4 * value, 3), value, np.float32), np.array([1, 2, 2 * value])))
+        medium_of += [-1] * text + [number] * value
+        offset_of += [-1] * text + list(range(value))
+    arrays = (np.array(values, np.int32) for values in (medium_of, offset_of))
+    length = len(medium_of)
+    return Prompt(np.zeros(length, np.int32), np.tile(np.arange(length, dtype=np.int32), (3, 1)), tuple(media), *arrays)
+
+
+@given(parts, parts)
+def test_prompts_share_what_is_equal_token_by_token(one, other):
+    prompts = prompt_of(one), prompt_of(other)
+    tokens = [
+        [(p.media[m].key if m >= 0 else None, int(o)) for m, o in zip(p.medium_of, p.offset_of, strict=True)]
+        for p in prompts
+    ]
+    equal = [a == b for a, b in zip(*tokens, strict=False)]
+    assert prompts[0].common_prefix(prompts[1]) == (equal.index(False) if False in equal else len(equal))
+
+
+@given(parts, st.sets(st.integers(0, 5)))
+def test_vision_tokens_find_the_features_that_are_there(parts, missing):
+    prompt = prompt_of(parts)
+    features = {
+        medium: 100 * number + np.arange(len(medium.patches) // 4)
+        for number, medium in enumerate(prompt.media)
+        if number not in missing
+    }
+    expected = [
+        100 * m + o if m >= 0 and m not in missing else -1
+        for m, o in zip(prompt.medium_of.tolist(), prompt.offset_of.tolist(), strict=True)
+    ]
+    assert prompt.vision_index(features).tolist() == expected

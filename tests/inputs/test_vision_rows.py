@@ -9,10 +9,13 @@ from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.vision_rows import (
     MAX_ROW_LENGTH,
     MIN_ROW_LENGTH,
+    FirstFit,
     bicubic_weights,
     bucket,
     buckets,
     choose_shape,
+    first_fit,
+    fits,
     merge_order,
     pack,
     padded_share,
@@ -157,3 +160,28 @@ def test_two_axes_equal_grid_sample(grid):
 def test_weights_of_the_same_size_are_the_identity():
     assert np.array_equal(bicubic_weights(1, 1), [[1]])
     np.testing.assert_allclose(bicubic_weights(24, 24), np.eye(24), atol=1e-5)
+
+
+items = st.lists(st.integers(0, 12), min_size=1, max_size=40)
+
+
+@given(items, st.integers(1, 9), st.sampled_from([None, 1, 3]))
+def test_items_go_to_the_first_row_with_room(lengths, count, per_row):
+    rows, used, counts = FirstFit(count, 10, per_row), [0] * count, [0] * count
+    for length in lengths:
+        room = [row for row in range(count) if used[row] + length <= 10 and counts[row] != per_row]
+        assert rows.has_room(length) == bool(room)
+        if not room:
+            assert rows.add(length) is None
+            continue
+        row = room[0]
+        counts[row] += 1
+        assert rows.add(length) == (row, used[row], counts[row])
+        used[row] += length
+
+
+@given(items, st.integers(1, 9))
+def test_frames_fit_where_they_have_places(lengths, rows):
+    places = first_fit(sorted(lengths, reverse=True), 12)
+    assert fits(lengths, (rows, 12)) == (max(place.row for place in places) < rows)
+    assert not fits([*lengths, 13], (rows, 12)) and fits([], (rows, 12))

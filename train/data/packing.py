@@ -15,7 +15,7 @@ from glm4v_jax.errors import DataError, counted
 from glm4v_jax.inputs import vision_rows
 from glm4v_jax.inputs.medium import Medium
 from glm4v_jax.inputs.prompt import Prompt
-from glm4v_jax.inputs.vision_rows import RowPlace, first_fit
+from glm4v_jax.inputs.vision_rows import FirstFit, RowPlace
 from train.data.samples import IGNORED, Sample
 
 VisionShape = tuple[int, int]
@@ -54,9 +54,12 @@ def place(lengths: Sequence[int], rows: int, length: int, per_row: int | None = 
       rows, length: of the batch, B and T.
       per_row: the most samples of a row; None is no limit, 1 is no packing.
     """
-    places = first_fit(lengths, length, per_row)
-    fit = max(lengths, default=0) <= length and max((place.row for place in places), default=-1) < rows
-    return places if fit else None
+    batch, places = FirstFit(rows, length, per_row), list[RowPlace]()
+    for size in lengths:
+        if (found := batch.add(size)) is None:
+            return None
+        places.append(found)
+    return places
 
 
 def vision_fits(frames: np.ndarray, shape: VisionShape | None) -> bool:
@@ -224,7 +227,7 @@ class Packer(Generic[P]):
         self._rows, self._length, self._per_row = rows, length, per_row
         self._vision_shape = vision_shape
         self._limit = open_batches
-        self._open: list[list[tuple[Any, P]]] = []
+        self._open: list[_OpenBatch[P]] = []
         self._pushed = 0
 
     def push(self, sample: P, key: Any = None) -> list[P] | None:
@@ -242,23 +245,21 @@ class Packer(Generic[P]):
           DataError: it fits no batch, not even alone; the packer is not changed.
         """
         key = self._pushed if key is None else key
-        target = next((batch for batch in self._open if self._fits([*_samples(batch), sample])), None)
         done = None
-        if target is None:
+        if not any(batch.add(key, sample) for batch in self._open):
             self.check(sample)
             if len(self._open) == self._limit:
-                done = max(self._open, key=_num_tokens)  # of equally full ones the oldest
+                done = max(self._open, key=_OpenBatch.num_tokens)  # of equally full ones the oldest
                 self._open.remove(done)
-            target = []
-            self._open.append(target)
-        target.append((key, sample))
+            self._open.append(self._new())
+            self._open[-1].add(key, sample)
         self._pushed += 1
-        return None if done is None else _samples(done)
+        return None if done is None else done.samples
 
     def finish(self) -> Iterator[list[P]]:
         """Yield the batches that are not full, oldest first, until the packer is empty."""
         while self._open:
-            yield _samples(self._open.pop(0))
+            yield self._open.pop(0).samples
 
     def batches(self, stream: Iterable[P]) -> Iterator[list[P]]:
         """Yield all batches of a stream, with numbers as keys; `get_state` is that after the last push."""
@@ -269,7 +270,7 @@ class Packer(Generic[P]):
 
     def get_state(self) -> dict[str, Any]:
         """Return {"pushed": samples so far, "open": the keys of those that wait, a list per batch}."""
-        return {"pushed": self._pushed, "open": [[key for key, _ in batch] for batch in self._open]}
+        return {"pushed": self._pushed, "open": [batch.keys for batch in self._open]}
 
     def set_state(self, state: Mapping[str, Any], sample_of: Callable[[Any], P]) -> None:
         """Continue from the state of another packer with the same arguments.
@@ -281,22 +282,20 @@ class Packer(Generic[P]):
         Raises:
           DataError: the samples do not fit as they did: the arguments, the data or the options differ.
         """
-        opened = [[(key, sample_of(key)) for key in keys] for keys in state["open"]]
-        for batch in opened:
-            if not self._fits(_samples(batch)):
+        opened = []
+        for keys in state["open"]:
+            opened.append(self._new())
+            if not all(opened[-1].add(key, sample_of(key)) for key in keys):
                 raise DataError(
-                    f"state of the packer: found samples {[key for key, _ in batch]}, which no longer fit a batch; "
-                    "expected the data and options with which it was saved"
+                    f"state of the packer: found samples {keys}, which no longer fit a batch; expected the data and "
+                    "options with which it was saved"
                 )
         if len(opened) > self._limit:
             raise DataError(f"state of the packer: found {len(opened)} open batches; expected at most {self._limit}")
         self._open, self._pushed = opened, int(state["pushed"])
 
-    def _fits(self, samples: Sequence[P]) -> bool:
-        lengths = [len(sample) for sample in samples]
-        if place(lengths, self._rows, self._length, self._per_row) is None:
-            return False
-        return vision_fits(np.concatenate([sample.frames for sample in samples]), self._vision_shape)
+    def _new(self) -> "_OpenBatch[P]":
+        return _OpenBatch(FirstFit(self._rows, self._length, self._per_row), self._vision_shape)
 
     def check(self, sample: Packable) -> None:
         """Check that a sample fits an empty batch.
@@ -316,9 +315,27 @@ class Packer(Generic[P]):
             )
 
 
-def _samples(batch: Sequence[tuple[Any, P]]) -> list[P]:
-    return [sample for _, sample in batch]
+class _OpenBatch(Generic[P]):
+    """Samples that have places in a batch, by their keys."""
 
+    def __init__(self, rows: FirstFit, vision_shape: VisionShape | None):
+        self.samples: list[P] = []
+        self.keys: list[Any] = []
+        self._rows, self._vision_shape = rows, vision_shape
+        self._frames: list[int] = []
 
-def _num_tokens(batch: Sequence[tuple[Any, Packable]]) -> int:
-    return sum(len(sample) for _, sample in batch)
+    def add(self, key: Any, sample: P) -> bool:
+        """Take a sample, if it fits beside the others."""
+        if not self._rows.has_room(len(sample)):
+            return False
+        more = sample.frames.prod(axis=1).tolist()
+        if more and (self._vision_shape is None or not vision_rows.fits([*self._frames, *more], self._vision_shape)):
+            return False
+        self._rows.add(len(sample))
+        self.samples.append(sample)
+        self.keys.append(key)
+        self._frames += more
+        return True
+
+    def num_tokens(self) -> int:
+        return sum(map(len, self.samples))

@@ -261,11 +261,13 @@ def render_conversation(
             "GLM-4.1V checkpoint (chat_template.jinja, or the field 'chat_template' of tokenizer_config.json)"
         )
     known_roles = [role for role in COMMON_ROLES if mentions(source, role)]
-    checked_roles = set(known_roles)
+    # Once each: a conversation may have hundreds of turns, or of tools' results.
+    checked_roles, checked_kinds = set(known_roles), set()
+    may_have_lists = "[{" in prompt  # `{{ message.content }}` of a list is its Python repr
     for index, message in enumerate(messages):
         role, content = message["role"], message.get("content")
         if role not in checked_roles:
-            checked_roles.add(role)  # a conversation may hold hundreds of tools' results
+            checked_roles.add(role)
             others = [*messages[:index], *messages[index + 1 :]]
             if _render_or_none(source, others, **variables) == prompt:
                 expected = f"; expected one of {', '.join(map(repr, known_roles))}" if known_roles else ""
@@ -273,12 +275,15 @@ def render_conversation(
                     f"{where}message {index}: field 'role' is {role!r}, which the chat template drops silently"
                     f"{expected}"
                 )
-        # `{{ message.content }}` of a list is its Python repr.
-        if isinstance(content, list) and "[{" in prompt and str(content) in prompt:
+        if not may_have_lists or not isinstance(content, list):
+            continue
+        types = tuple(sorted({str(item.get("type")) for item in content}))
+        if (role, types) not in checked_kinds and str(content) in prompt:
             raise MessageError(
                 f"{where}message {index}: the chat template takes only text as 'content' of role {role!r}, "
-                f"found a list with {', '.join(sorted({str(item.get('type')) for item in content}))}"
+                f"found a list with {', '.join(types)}"
             )
+        checked_kinds.add((role, types))
     if continue_final_message:
         prompt = _cut_at_tag(prompt, final_text, where)
     return prompt
