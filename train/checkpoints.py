@@ -96,6 +96,11 @@ class Checkpoints:
         return next((step for step in reversed(self._steps()) if step not in self._damaged), None)
 
     @property
+    def data(self) -> dict[str, Any] | None:
+        """The position in the data of the latest one, before that is restored; None if there is none."""
+        return None if self.latest is None else self._metadata(self.latest)[_DATA]
+
+    @property
     def best(self) -> int | None:
         """The step of the best one, of equally good ones the first; None if none was evaluated."""
         return self._best(self._steps())
@@ -145,8 +150,13 @@ class Checkpoints:
 
         by_first(check)
 
-    def save(self, state: TrainState, data: dict[str, Any]) -> None:
+    def save(self, state: TrainState, data: dict[str, Any], number: int | None = None) -> None:
         """Start to write a state, which may be donated as soon as this returns; waits for the one before.
+
+        Args:
+          state: of the job.
+          data: the position in the data after its last step, as JSON.
+          number: of the checkpoint, larger than those before; by default the state's step.
 
         Raises:
           CheckpointError: the disk is full; also raised by the methods that wait.
@@ -154,7 +164,7 @@ class Checkpoints:
         """
         self.wait()
         content = {"params": state.params, "opt_state": state.opt_state, "counts": _counts(state)}
-        step = int(state.step)
+        step = int(state.step) if number is None else number
         self._before = self.latest
         evaluations = {str(number): found for number, found in self.evaluations.items()}
         # The format has none of its own for large arrays.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax import process_index
 from jax.sharding import Mesh
 
 from glm4v_jax.checkpoints.orbax_write import by_first
@@ -101,6 +102,7 @@ def train(
     with stack, use_mesh(mesh):
         job_identity = identity(config, model_config, len(data.train), data.digest)
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
+        digest = functools.partial(_digest, job_identity, model_fingerprint(config.model))
         processor = Glm4vProcessor.from_pretrained(config.model)
         processor.check_ids(model_config)
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
@@ -113,13 +115,13 @@ def train(
         if config.eval is not None:
             evaluator = Evaluator(data.held_out, processor, model_config, config, config.eval, mesh, log)
         if epochs := config.epochs:
-            # Tokenizer, chat template and processors of the model decide how long samples are, too.
-            epochs_digest = _digest(job_identity, epochs, model_fingerprint(config.model))
+            epochs_digest = digest(epochs)
             # All records are encoded next. Memory is the same for any number of steps.
             check_memory(dataclasses.replace(config, steps=1 << 30, epochs=0), model_config)
             steps = read_steps(out / EPOCHS, epochs_digest) or count_steps(
-                encoder, config.data, config.batch, mesh, epochs, seed=config.seed, log=log
-            )
+                encoder, config.data, config.batch, mesh, epochs, seed=config.seed, log=log,
+                step=checkpoints.latest or 0, lanes=checkpoints.data,
+            )  # fmt: skip
             config = dataclasses.replace(config, steps=steps, epochs=0)
             log(f"{counted(epochs, 'epoch')} of {counted(len(data.train), 'record')} in {counted(steps, 'step')}")
         if checkpoints.latest is not None:
@@ -135,7 +137,7 @@ def train(
             model_sum = int(bit_sum((state.params, job.frozen)))  # of whatever model, and adapter, the job starts from
             samples = functools.partial(encoded, encoder, config.data.threads)
             encoder.references = table_of(
-                out / REFERENCES, _digest(job_identity, model_sum), len(data.train),
+                out / REFERENCES, digest(model_sum), len(data.train),
                 lambda: compute(weights, samples(), config.batch, model_config, mesh), log,
             )  # fmt: skip
             if evaluator is not None:
@@ -153,7 +155,7 @@ def train(
         if epochs:
             by_first(lambda: write_steps(out / EPOCHS, epochs_digest, config.steps))
         saver = Saver(checkpoints, config, int(state.step))
-        run = _Steps(job, stream, evaluator, saver, metrics_log, stopping, profiler, mesh, out, log)
+        run = _Steps(job, stream, evaluator, saver, metrics_log, stopping, profiler, mesh, out, log, set())
         state, is_complete = run.run(state)
         number = int(state.step)
         if is_complete:
@@ -189,6 +191,8 @@ class _Steps(NamedTuple):
     mesh: Mesh
     out: Path
     log: Callable[[str], None]
+    named: set[int]
+    """Processes whose first bad row has been named."""
 
     def run(self, state: TrainState) -> tuple[TrainState, bool]:
         """Take all remaining steps, or until the job is asked to stop; the state is donated.
@@ -215,7 +219,7 @@ class _Steps(NamedTuple):
             is_due = is_due or config.is_saved(number)
             if is_due:
                 self._flush()
-                if self._save(state, _of_all_processes(lanes)):
+                if self._save(state, self.of_all_processes(lanes)):
                     saved, is_due = number, False
             if config.is_evaluated(number):
                 self._flush()
@@ -229,7 +233,7 @@ class _Steps(NamedTuple):
         self._flush()
         self.profiler.end()
         if lanes is not None:
-            lanes = _of_all_processes(lanes)
+            lanes = self.of_all_processes(lanes)
             if number > saved and not self._save(state, lanes):
                 self.log(f"step {number} was skipped, and is not saved")
             counts = RowCounts.of(lanes)
@@ -238,10 +242,7 @@ class _Steps(NamedTuple):
                 f"{counts.rows:,}, of which {counts.dropped:,} were too long and {counts.skipped:,} could not be read"
             )
             if number >= config.steps and (left := self.stream.left(lanes)):
-                self.log(
-                    f"{counted(left, 'row')} left: some could not be read when steps were counted, or epochs were "
-                    "added to a complete job, whose last batches were partly filled"
-                )
+                self.log(f"{counted(left, 'row')} left: some could not be read when steps were counted")
         if (is_over := self._is_over()) and number < config.steps:
             found = counted(self.saver.checkpoints.stale, "evaluation")
             self.log(f"ended after step {number} of {config.steps}: {found} without a better {config.checkpoint.best}")
@@ -269,6 +270,16 @@ class _Steps(NamedTuple):
         self.saver.checkpoints.evaluated(number, found)
         return True
 
+    def of_all_processes(self, lanes: dict[str, Any]) -> dict[str, Any]:
+        """Return the states of the lanes of all processes, and log the first bad row of each but this one."""
+        everyone = gathered(lanes)
+        for process, states in enumerate(everyone):
+            bad = next((lane["bad"] for lane in states.values() if lane["bad"]), None)
+            if bad is not None and process != process_index() and process not in self.named:
+                self.named.add(process)
+                self.log(f"process {process}: {bad}")
+        return functools.reduce(dict.__or__, everyone)
+
     def _row_fields(self, lanes: dict[str, Any]) -> dict[str, Any]:
         """Fields of metrics.jsonl about the rows that this process's lanes have read."""
         counts = RowCounts.of(lanes)
@@ -286,12 +297,11 @@ class _Steps(NamedTuple):
 
 
 def _digest(*parts: Any) -> str:
+    """Digest what decides a file of a job: its identity, the files of its model, and more.
+
+    Tokenizer, chat template and processors are among those of the model: they decide how records are encoded.
+    """
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _of_all_processes(lanes: dict[str, Any]) -> dict[str, Any]:
-    """The states of the lanes of all processes."""
-    return functools.reduce(dict.__or__, gathered(lanes))
 
 
 def _speed(job: Job, mesh: Mesh) -> Speed:

@@ -76,7 +76,7 @@ def check_room(config: TrainConfig, model: Glm4vConfig, checkpoints: Checkpoints
     Raises:
       CheckpointError: it has not.
     """
-    done = (checkpoints.latest or 0) * config.steps // config.num_updates  # steps; where some were empty, more
+    done = (checkpoints.latest or 0) * config.steps // config.num_updates  # steps; where some were empty, more or less
     saves = sum(map(config.is_saved, range(done + 1, config.steps + 1)))
     checkpoints.check_room(abstract_state(config, model)[0], saves, check_output(config))
 
@@ -94,7 +94,7 @@ class Saver:
     config: TrainConfig
     first: int
 
-    def save(self, step: int, state: TrainState, streak: int, data: dict[str, Any]) -> bool:
+    def save(self, step: int, state: TrainState, streak: int, data: dict[str, Any], number: int | None = None) -> bool:
         """Save, unless the last step was skipped: its state may be bad, and a new checkpoint removes an old one.
 
         Args:
@@ -102,6 +102,7 @@ class Saver:
           state: after it.
           streak: how many skipped steps in a row end with it.
           data: to resume with, as JSON.
+          number: of the checkpoint, see `Checkpoints.save`.
 
         Returns:
           Whether it is saved.
@@ -116,7 +117,7 @@ class Saver:
             )
         if streak:
             return False
-        self.checkpoints.save(state, data)
+        self.checkpoints.save(state, data, number)
         return True
 
     def check_streak(self, step: int, streak: int, grad_norm: float) -> None:

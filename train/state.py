@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     params: the trained leaves, float32 whatever the model computes in.
     opt_state: the optimizer's state for these.
     step: int32, batches taken.
-    skipped: int32, how many of them were skipped because of their gradients.
+    skipped: int32, how many of them were skipped because of their gradients, or had no target.
     streak: int32, how many of them in a row until now.
     """
 

@@ -26,7 +26,7 @@ class UpdateMetrics(NamedTuple):
     grad_norm: of all parameters together, before it is clipped.
     is_skipped: whether the step was skipped.
     skipped: how many steps of the training have been skipped, this one included.
-    streak: how many of them in a row, up to this one.
+    streak: how many of them in a row, up to this one; those without a target do not count.
     learning_rate: of the step; NaN without a schedule.
     """
 
@@ -144,7 +144,7 @@ def make_step(
             (gradients, sums), _ = jax.lax.scan(functools.partial(accumulate, state.params, frozen), zeros, drawn)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         gradients = jax.tree.map(lambda x: x / weight, gradients)
-        updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate)
+        updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate, sums.weight)
         vision = batches.batch.vision
         work = work_of(batches.batch.segment_ids, None if vision is None else vision.segment_ids)
         samples = jnp.sum(jnp.max(batches.batch.segment_ids, axis=-1))  # a row's are numbered from 1 on
@@ -164,18 +164,24 @@ def update(
     optimizer: optax.GradientTransformation,
     max_grad_norm: float,
     learning_rate: optax.Schedule | None,
+    weight: Float[Array, ""],
 ) -> tuple[TrainState, UpdateMetrics]:
-    """Take an optimizer's step, or skip it where the loss or the gradients are not finite, or the latter too large."""
+    """Take an optimizer's step, or skip it.
+
+    It is skipped where the loss or the gradients are not finite, or the latter too large; and where nothing has a
+    weight, as where all rows of a batch have become unreadable: weight decay and momentum would move the parameters.
+    """
     norm = optax.tree.norm(gradients)
     is_good = jnp.isfinite(norm) & jnp.isfinite(loss) & (norm <= max_grad_norm)
+    is_taken = is_good & (weight > 0)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     changed = optax.apply_updates(state.params, updates), opt_state
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_good, new, old), changed, (state.params, state.opt_state)
+        lambda new, old: jnp.where(is_taken, new, old), changed, (state.params, state.opt_state)
     )
-    skipped = 1 - is_good.astype(jnp.int32)
-    streak = (state.streak + skipped) * skipped
+    skipped = 1 - is_taken.astype(jnp.int32)
+    streak = jnp.where(is_taken, 0, state.streak + 1 - is_good.astype(jnp.int32))
     updates_before = state.step - state.skipped  # as the optimizer counts them
     rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(updates_before))
     updated = TrainState(params, opt_state, state.step + 1, state.skipped + skipped, streak)
-    return updated, UpdateMetrics(norm, ~is_good, updated.skipped, updated.streak, rate)
+    return updated, UpdateMetrics(norm, ~is_taken, updated.skipped, updated.streak, rate)

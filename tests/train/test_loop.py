@@ -34,7 +34,7 @@ from train.data.records import read_records
 from train.evaluate import Evaluation, Evaluator
 from train.job import read_data
 from train.log import EVALUATIONS, METRICS, MetricsLog, read_log, truncate
-from train.loop import train
+from train.loop import _Steps, train
 from train.optimizers import OptimizerConfig
 from train.output import ANSWERS, CHECKPOINTS, PROFILE, TrainError
 from train.profiler import Profiler
@@ -401,6 +401,9 @@ CHANGED = {
     "eval.share: found 0.5; expected 0.0": lambda job: dict(eval=EvalConfig(share=0.5)),
     "batch.length: found 80; expected 96": lambda job: dict(batch=dataclasses.replace(job.batch, length=80)),
     "records to learn from: found 4; expected 12": lambda job: dict(data=of_file(job, "held.jsonl")),
+    'data.keep_thoughts: found "all"; expected "last"': lambda job: dict(
+        data=dataclasses.replace(job.data, keep_thoughts="all")
+    ),
     "content of the training data: found .*; expected .*": lambda job: dict(data=of_file(job, "other.jsonl")),
 }
 
@@ -527,6 +530,18 @@ def test_a_bad_state_replaces_no_checkpoint(folder, failed_evaluation, tmp_path,
     with pytest.raises(TrainError, match=message.format(tmp_path / CHECKPOINTS / str(latest))):
         train(config)
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == [str(latest)]
+
+
+def test_the_first_bad_row_of_every_other_process_is_named_once(monkeypatch):
+    of_processes = [{"0": "a.jsonl:3: bad", "1": None}, {"2": None, "3": "a.jsonl:7: bad"}, {"4": None, "5": None}]
+    found = [{lane: {"bad": bad} for lane, bad in lanes.items()} for lanes in of_processes]
+    monkeypatch.setattr("train.loop.gathered", lambda lanes: found)
+    told = []
+    steps = _Steps(*[None] * 9, log=told.append, named=set())
+    assert steps.of_all_processes(found[0]).keys() == set("012345") and told == ["process 1: a.jsonl:7: bad"]
+    found[2]["4"]["bad"] = "a.jsonl:9: bad"
+    steps.of_all_processes(found[0])
+    assert told[1:] == ["process 2: a.jsonl:9: bad"]
 
 
 def test_a_bad_record_ends_a_strict_job(folder):

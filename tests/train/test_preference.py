@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,12 @@ def test_a_job_learns_which_answer_is_preferred(tmp_path):
         patch.setattr("train.references.compute", lambda *_: pytest.fail("computed again"))
         patch.setattr("train.loop.compute", lambda *_: pytest.fail("computed again"))
         assert train(changed).step == 13
+        # What the answers are as tokens depends on the chat template, too.
+        other = shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "other")
+        with (other / "chat_template.jinja").open("a") as file:
+            file.write("{# changed #}")
+        with pytest.raises(pytest.fail.Exception, match="computed again"):
+            train(dataclasses.replace(changed, model=str(other)))
 
 
 @pytest.mark.slow

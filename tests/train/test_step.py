@@ -188,6 +188,12 @@ def test_a_bad_step_changes_nothing(checkpoints, bad):
     if bad == "nan":
         state, metrics = step(state, frozen, stacked(example()[0]))
         assert not bool(metrics.update.is_skipped) and (int(state.skipped), int(state.streak)) == (2, 0)
+        # Nor does one without a target, as where all its rows have become unreadable, and it is not a bad state's.
+        before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+        state, metrics = step(state, frozen, stacked(batch._replace(weights=np.zeros_like(batch.weights))))
+        assert bool(metrics.update.is_skipped) and (int(state.skipped), int(state.streak)) == (3, 0)
+        for one, other in zip(jax.tree.leaves(before), jax.tree.leaves((state.params, state.opt_state)), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_frozen_parameters_are_not_in_the_state(checkpoints):

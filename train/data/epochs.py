@@ -13,13 +13,13 @@ from jax import process_count, process_index
 from jax.sharding import Mesh
 
 from glm4v_jax.devices.distributed import gathered, is_first
-from glm4v_jax.errors import DataError, counted
+from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.files import replacing, to_json
 from train.config import BatchConfig, DataConfig
 from train.data.encoder import TOO_LONG, Encoder, outcomes
 from train.data.placement import lanes_here, num_lanes, packer_of
 from train.data.samples import Sample
-from train.data.stream import in_order
+from train.data.stream import RowCounts, in_order
 
 _PERIOD = 10.0
 """Seconds between two lines that say how far it is."""
@@ -46,10 +46,12 @@ def count_steps(
     *,
     seed: int = 0,
     log: Callable[[str], None],
+    step: int = 0,
+    lanes: Mapping[str, Any] | None = None,
 ) -> int:
-    """Return in how many steps a `Stream` with the same arguments has each record `epochs` times; all processes call this.
+    """Return after how many steps a `Stream` with the same arguments has had each record `epochs` times.
 
-    Every record is encoded once, by one of the processes.
+    All processes call this. Every record is encoded once, by one of the processes.
 
     Args:
       encoder: of all records.
@@ -58,22 +60,39 @@ def count_steps(
       epochs: how often each record is seen.
       seed: of the order.
       log: called with how far it is.
+      step, lanes: of the checkpoint that the job resumes from, with the states of its lanes. The steps are counted from
+        there on: the last batches of a job that was complete with fewer epochs were partly filled.
 
     Raises:
-      DataError: no record becomes a sample; or one is bad, and the job says that this ends it.
-    """  # noqa: E501
+      ConfigError: the checkpoint has begun more epochs.
+      DataError: no record becomes a sample; or one is bad, and the job says that this ends it; or the samples do not
+        fit as they did.
+    """
     sizes = _sizes(encoder, data, log)
     count = num_lanes(batch)
 
+    def known(number: int) -> Size:
+        if number in sizes:
+            return sizes[number]
+        raise DataError(f"row {number}: found it unreadable, or too long; expected the sample it was")
+
     def batches(lane: int) -> int:
-        packer, number_of_full = packer_of(batch, count), 0
-        for number in in_order([(range(len(encoder.records)), 1.0)], data.shuffle, seed, lane, count, epochs):
+        packer, number_of_full, done = packer_of(batch, count), 0, 0
+        numbers = in_order([(range(len(encoder.records)), 1.0)], data.shuffle, seed, lane, count, epochs)
+        if lanes is not None:
+            state = lanes[str(lane)]
+            packer.set_state(state["packer"], known)
+            done = RowCounts.of({str(lane): state}).rows
+            if done > len(numbers):
+                begun = (lane + (done - 1) * count) // len(encoder.records) + 1
+                raise ConfigError(f"epochs: found {epochs}; expected at least {begun}: the checkpoint has begun these")
+        for number in numbers[done:]:
             size = sizes.get(int(number))
             number_of_full += size is not None and packer.push(size, int(number)) is not None
         return number_of_full + sum(1 for _ in packer.finish())
 
     most = max(gathered(max(batches(lane) for lane in lanes_here(batch, mesh))))
-    return math.ceil(most / batch.micro_batches)
+    return step + math.ceil(most / batch.micro_batches)
 
 
 def _sizes(encoder: Encoder, data: DataConfig, log: Callable[[str], None]) -> Mapping[int, Size]:

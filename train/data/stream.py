@@ -60,6 +60,7 @@ class Lane:
 
     Attributes:
       counts: of its rows so far.
+      bad: what is wrong with the first of them that was skipped; None if none was.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Lane:
         """
         self._encoder, self._packer, self._data, self._log = encoder, packer, data, log
         self.counts = RowCounts()
+        self.bad: str | None = None
         numbers = in_order(draws or [(range(len(encoder.records)), 1.0)], data.shuffle, seed, index, count, epochs)
         self._reader = iter(numbers.map(encoder).to_iter_dataset(reading(threads)))
 
@@ -124,7 +126,7 @@ class Lane:
         """Return its position, as JSON."""
         counts = dataclasses.asdict(self.counts)
         state = {"reader": self._reader.get_state(), "packer": self._packer.get_state(), "counts": counts}
-        return json.loads(json.dumps(state))
+        return json.loads(json.dumps(state | {"bad": self.bad}))
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Resume from another one's position.
@@ -135,6 +137,7 @@ class Lane:
         self._reader.set_state(state["reader"])
         self._packer.set_state(state["packer"], self._encoder.again)
         self.counts = RowCounts(**state["counts"])
+        self.bad = state.get("bad")  # earlier versions have none
 
     def _skip(self, number: int, error: DataError | None) -> None:
         if error is None:
@@ -143,6 +146,7 @@ class Lane:
         if self._data.bad_rows == "error":
             raise error
         self.counts.skipped += 1
+        self.bad = self.bad or str(error)
         if number not in self._encoder.reported:
             self._encoder.reported.add(number)
             self._log(str(error))

@@ -105,6 +105,8 @@ def learn(
         judges.start()
         self_test(verifiers, problems.examples(), judges.score)
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
+        if (position := checkpoints.data) is not None:
+            check_step(int(position["step"]), config)
         check_room(config, model_config, checkpoints)
         stopping = stack.enter_context(Stopping(mesh))
         job, state = Job.start(config, model_config, progress)
@@ -115,17 +117,21 @@ def learn(
             del state  # a device may not have room for two of them
             state, saved = checkpoints.restore(like)
             step = int(saved["step"])
-            check_step(step, config)
             curriculum.set_state(saved["curriculum"])
             log(f"resuming after step {step}, from {out / CHECKPOINTS}")
         compiled = stack.enter_context(compile_times())
         reward_log = stack.enter_context(contextlib.closing(RewardLog(config, out, step, log)))
         scorer = _Scorer(judges, rl, control)
         cycle = make_cycle(job, state, limits, mesh, engine_mesh)
-        saver = Saver(checkpoints, config, int(state.step))
+        saver = Saver(checkpoints, config, checkpoints.latest or 0)
         steps = _Steps(cycle, problems, curriculum, scorer, saver, reward_log, stopping, config, compiled)
         state, step = steps.run(state, step)
         is_complete = step >= config.steps
+        if not int(state.step) and step:
+            log(
+                f"warning: {counted(step, 'step')}: found no group whose answers have different rewards; nothing was "
+                "learned, and the weights are those that the job started with"
+            )
         if is_complete:
             params = state.params
             del state  # the optimizer's state is not needed any more
@@ -187,6 +193,7 @@ class _Steps:
           The state after the last step, which is saved, and its number.
         """
         saved = step
+        number = self.saver.first  # of the checkpoint: counts updates, and steps that had nothing to learn from
         is_due = False
         while step < self.config.steps and not self.stopping.is_asked_now():
             step += 1
@@ -194,6 +201,7 @@ class _Steps:
             drawn = [self.problems[number] for number in self.curriculum.draw(step)]
             state, found = self.cycle(state, drawn, self.score, seed_of(self.config.seed, step))
             self._agree(step, found)
+            number += max(len(found.updates), 1)
             if found.updates:
                 self.saver.check_streak(step, int(state.streak), float(found.updates[-1].update.grad_norm))
             samples = self.cycle.config.samples
@@ -202,17 +210,16 @@ class _Steps:
             )
             self.log.add(step, drawn, found, self.curriculum, compiles=len(self.compiled) - programs)
             is_due = is_due or self.config.is_saved(step)
-            if is_due and self._save(state, step):
+            if is_due and self._save(state, step, number):
                 saved, is_due = step, False
         if step > saved:
-            self._save(state, step)
+            self._save(state, step, number)
         return state, step
 
-    def _save(self, state: TrainState, step: int) -> bool:
-        """Save, see `Saver.save`, unless nothing has changed since the latest checkpoint."""
-        if int(state.step) == self.saver.checkpoints.latest:
-            return False
-        return self.saver.save(step, state, int(state.streak), {"step": step, "curriculum": self.curriculum.state()})
+    def _save(self, state: TrainState, step: int, number: int) -> bool:
+        """Save, see `Saver.save`."""
+        data = {"step": step, "curriculum": self.curriculum.state()}
+        return self.saver.save(step, state, int(state.streak), data, number)
 
     def _agree(self, step: int, found: CycleResult) -> None:
         """Check that all processes have the same rewards, and learn from the same groups."""

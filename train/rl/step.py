@@ -87,7 +87,7 @@ class PolicyStep:
             state: TrainState, gradients: Leaves, sums: PolicySums, count: Array
         ) -> tuple[TrainState, PolicyMetrics]:
             gradients = jax.tree.map(lambda x: x / count, gradients)
-            updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate)
+            updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate, count)
             tokens = jnp.maximum(sums.tokens, 1)
             metrics = PolicyMetrics(
                 sums.loss / count, sums.tokens, sums.ratio / tokens, sums.deviation / tokens, sums.largest,

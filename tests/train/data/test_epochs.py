@@ -9,7 +9,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.errors import DataError
+from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig, DataConfig
 from train.data import epochs, stream
@@ -30,22 +30,28 @@ def made(record):
     return Sample(prompt, prompt.input_ids, record.source)
 
 
-def job(mesh, *, encode=made, bad_rows="skip", **fields):
+def job(mesh, *, encode=made, bad_rows="skip", epochs=EPOCHS, **fields):
     """A stream with its messages as `told`, and what counts its steps."""
     batch = BatchConfig(**{"rows": 2, "length": 12, "vision_rows": 0, **fields})
     records = [types.SimpleNamespace(number=number, source=f"data.jsonl:{number + 1}") for number in range(RECORDS)]
     encoder, data = Encoder(records, encode, packer_of(batch).check), DataConfig(files=DATA.files, bad_rows=bad_rows)
     told = []
-    one = Stream(encoder, CONFIG, data, batch, mesh, seed=3, log=told.append, epochs=EPOCHS)
+    one = Stream(encoder, CONFIG, data, batch, mesh, seed=3, log=told.append, epochs=epochs)
     one.told = told
-    return one, lambda: count_steps(encoder, data, batch, mesh, EPOCHS, seed=3, log=print)
+    return one, lambda **resumed: count_steps(encoder, data, batch, mesh, epochs, seed=3, log=print, **resumed)
 
 
-def seen(one, steps, lanes=None):
-    """Of so many steps, how often each record is in them; of two `lanes` of one row each, or of all rows."""
+ALL = slice(None)
+
+
+def seen(one, steps, lanes=ALL):
+    """Of so many steps, how often each record is in them; of two `lanes` of one row each, or of all rows.
+
+    The state after them is kept as `one.state`.
+    """
     found = []
     for _ in range(steps):
-        batch, _ = next(one)
+        batch, one.state = next(one)
         ids, segments = batch.batch.input_ids[:, lanes], batch.batch.segment_ids[:, lanes]
         tokens = collections.Counter(ids[segments > 0].tolist())
         found.append(collections.Counter({number: count // (number + 1) for number, count in tokens.items()}))
@@ -56,9 +62,6 @@ def total(counters):
     return dict(sum(counters, collections.Counter()))
 
 
-ALL = slice(None)
-
-
 @pytest.mark.parametrize("fields", [dict(lanes=1), dict(lanes=2), dict(lanes=2, micro_batches=3), dict(pack=False)])
 def test_each_record_is_seen_once_an_epoch(mesh, fields):
     one, count = job(mesh, **fields)
@@ -67,6 +70,28 @@ def test_each_record_is_seen_once_an_epoch(mesh, fields):
     one.close()
     assert total(found) == dict.fromkeys(range(RECORDS), EPOCHS)
     assert found[steps - 1] and not found[steps] and not found[steps + 1]
+
+
+@pytest.mark.parametrize("fields", [dict(lanes=1), dict(lanes=2), dict(lanes=2, micro_batches=3)])
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_more_epochs_see_each_record_exactly_as_often(mesh, fields, stopped):
+    """After a job that was complete, whose last batches were partly filled, or that stopped a step before its end."""
+    one, count = job(mesh, epochs=1, **fields)
+    steps = count() - stopped
+    lanes, first = None, []
+    for _ in range(steps):
+        first += seen(one, 1)
+        lanes = one.state
+    one.close()
+    more, count = job(mesh, **fields)
+    if lanes is not None:
+        more.set_state(lanes)
+    found = seen(more, count(step=steps, lanes=lanes) - steps)
+    more.close()
+    assert total(first + found) == dict.fromkeys(range(RECORDS), EPOCHS) and found[-1] and not more.left(more.state)
+    _, fewer = job(mesh, epochs=2, **fields)
+    with pytest.raises(ConfigError, match="epochs: found 2; expected at least 3: the checkpoint has begun these"):
+        fewer(step=9, lanes=more.state)
 
 
 def test_two_processes_see_together_what_one_sees(mesh, monkeypatch):
@@ -141,6 +166,8 @@ def test_rows_that_become_no_sample_take_no_step(mesh):
     found = seen(one, count(), ALL)
     one.close()
     assert one.told == ["data.jsonl:5: no image"]  # once, although both lanes have read it
+    for lane in one.state.values():  # for the other processes
+        assert lane["bad"] == ("data.jsonl:5: no image" if lane["counts"]["skipped"] else None)
     assert total(found) == dict.fromkeys((0, 2, 6, 8, 10), EPOCHS) and found[-1]
     one, count = job(mesh, encode=encode, bad_rows="error")
     one.close()

@@ -3,6 +3,7 @@
 Run as a program, this file is a job that is killed, or one of the processes of a job.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -251,6 +252,32 @@ def test_two_processes_with_eight_devices_learn_as_one_device_does(folder, whole
     for name in expected:
         largest = np.abs(expected[name]).max()
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5 * largest, err_msg=name)
+
+
+@pytest.mark.slow
+def test_steps_that_learn_nothing_are_not_taken_again(folder, monkeypatch):
+    """Two of them: the job says so, and a second start has nothing to do; fewer steps are refused before it loads."""
+    config, problems = job(folder, "empty"), folder / "texts.jsonl"
+    row = {"messages": [{"role": "user", "content": "Which digit?"}], "answer": "8"}
+    problems.write_text("".join(json.dumps(row | {"key": str(number)}) + "\n" for number in range(2)))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, files=(str(problems),)), trackers=(),
+        batch=dataclasses.replace(config.batch, vision_rows=0, rows=1),
+        rl=dataclasses.replace(config.rl, prompts=1, samples=2),
+    )  # fmt: skip
+    lines = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "export", lambda self, params, out: None)
+        for told in (lines, again := []):
+            found = learn(config, log=told.append, control=lambda tasks, rewards: [rewards[0]] * len(tasks))
+            assert found == (2, True)
+    warning = "warning: 2 steps: found no group whose answers have different rewards; nothing was learned"
+    assert sum(line.startswith(warning) for line in lines) == 1
+    assert any(line.startswith("resuming after step 2,") for line in again)
+    assert [line["step"] for line in read_log(folder / "empty" / METRICS)] == [1, 2]
+    monkeypatch.setattr(Job, "start", None)
+    with pytest.raises(ConfigError, match="steps: found 1; expected at least 2, the step of the latest checkpoint"):
+        learn(dataclasses.replace(config, steps=1))
 
 
 @pytest.mark.parametrize(
