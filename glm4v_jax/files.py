@@ -117,7 +117,8 @@ def base_of(adapter: str | pathlib.Path) -> str:
 def other_base(adapter: str | pathlib.Path, model: str | pathlib.Path) -> str | None:
     """Return the model that an adapter names as its base, if that is not `model` by its place or its name.
 
-    A copy elsewhere has the same name, in the local Hugging Face cache as "models--OWNER--NAME".
+    A copy elsewhere has the same name, in the local Hugging Face cache as "models--OWNER--NAME"; but every training job
+    names its result "model".
 
     Raises:
       CheckpointError: there is no adapter.
@@ -129,7 +130,14 @@ def other_base(adapter: str | pathlib.Path, model: str | pathlib.Path) -> str | 
         return None
     base, place = pathlib.Path(named), pathlib.Path(model).resolve()
     is_same = any(part == base.name or part.endswith(f"--{base.name}") for part in place.parts)
-    return None if is_same or base.resolve() == place else named
+    return None if (is_same and base.name != "model") or base.resolve() == place else named
+
+
+def doubt_of_base(adapter: str | pathlib.Path, model: str | pathlib.Path) -> str | None:
+    """Return a warning where an adapter names another model as its base, see `other_base`."""
+    named = other_base(adapter, model)
+    said = f"{adapter}: found {named} as its base model; expected {model}"
+    return None if named is None else f"{said}: it is of use only if both have the same weights"
 
 
 def is_orbax(directory: str | pathlib.Path) -> bool:

@@ -250,6 +250,8 @@ def test_the_base_of_an_adapter_is_what_it_names_if_that_is_here(tmp_path):
         ("zai-org/GLM-4.6V-Flash", "models/GLM-4.1V-9B-Thinking", True),
         ("models/../models/GLM-OCR", "models/GLM-OCR/../GLM-OCR", False),
         (None, "models/GLM-OCR", False),
+        ("one/out/model", "other/out/model", True),
+        ("one/out/model", "one/out/model", False),
     ],
 )
 def test_another_base_of_an_adapter_is_told_by_place_and_name(tmp_path, named, model, is_other):

@@ -135,13 +135,19 @@ class Train(Options):
         find_model(config.model, f"{self.config}: model")
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from train.loop import train
+        from train.naming import naming_job
 
         use_compilation_cache()
 
         def log(line: str) -> None:
             print(printable(line), file=sys.stderr, flush=True)
 
-        with quiet_ffmpeg(), without_size_warnings(), Progress("loading the weights") as progress:
+        with (
+            naming_job(self.config),
+            quiet_ffmpeg(),
+            without_size_warnings(),
+            Progress("loading the weights") as progress,
+        ):
 
             def loading(done: int, total: int) -> None:
                 progress.update(done, total)

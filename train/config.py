@@ -372,8 +372,11 @@ def load_config(path: str | Path) -> TrainConfig:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(not_there(path, "a job's TOML file")) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: found an unreadable file ({error}); expected a job's TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        found = f"found invalid TOML: {str(error)[:1].lower()}{str(error)[1:]}"
+        raise ConfigError(f"{path}: {found}; expected fields as `glm4v train init` writes them") from error
     config = _checked(path, content)
     here = path.absolute().parent
     data = dataclasses.replace(

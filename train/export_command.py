@@ -12,7 +12,7 @@ from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import JsonOptions
 from glm4v_jax.console.table import printable
 from glm4v_jax.errors import CheckpointError, ConfigError
-from glm4v_jax.files import ADAPTER_CONFIG, base_of, is_same_file, model_directory, read_json_object, to_json
+from glm4v_jax.files import ADAPTER_CONFIG, base_of, doubt_of_base, is_same_file, to_json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,10 +64,8 @@ class Export(JsonOptions):
         model = find_model(model)
         if not (adapter / ADAPTER_CONFIG).is_file():
             raise CheckpointError(f"{adapter}: found no {ADAPTER_CONFIG}; expected a trained adapter")
-        named = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if isinstance(named, str) and named not in ("", model) and not is_same_file(_place(named), model):
-            said = f"{adapter}: found {named} as its base model; expected {model}"
-            warnings.warn(f"{said}: the result is of use only if both have the same weights", stacklevel=1)
+        if (note := doubt_of_base(adapter, model)) is not None:
+            warnings.warn(note, stacklevel=1)
         from glm4v_jax.config.model import Glm4vConfig
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from glm4v_jax.devices.distributed import check_devices, is_first, several
@@ -111,11 +109,3 @@ class Export(JsonOptions):
         if is_same_file(adapter, self.out):
             raise ConfigError(f"--out: found the adapter's own directory, {self.out}; expected another")
         return adapter, self.model or base_of(adapter), pathlib.Path(self.out)
-
-
-def _place(named: str) -> pathlib.Path:
-    """Return the directory of a model that an adapter names, which need not be on this machine."""
-    try:
-        return model_directory(named)
-    except CheckpointError:
-        return pathlib.Path(named)

@@ -18,12 +18,13 @@ from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.load import load_model, resolve_dtype
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, device_bytes
-from glm4v_jax.config.checks import fault
+from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.data.media import file_name, source_of
 from glm4v_jax.devices.distributed import agree, check_devices, several
-from glm4v_jax.errors import ConfigError, DataError, counted
+from glm4v_jax.errors import ConfigError, DataError, counted, not_there
+from glm4v_jax.files import doubt_of_base
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, check_modules, is_adapted
 from glm4v_jax.model.params import default_dtype
@@ -37,6 +38,7 @@ from train.data.stream import Draws
 from train.evaluate import hold_out
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
+from train.naming import naming_field
 from train.noise import Noise
 from train.optimizers import group_of, learning_rate, make_optimizer
 from train.state import Layout, Leaves, TrainState, Weights, init_state, split
@@ -89,17 +91,24 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
         read_records, format=options.format, media_dir=options.media_dir, is_preference=config.preference is not None
     )
     draws: Draws = ()
+    if options.media_dir is not None and not Path(options.media_dir).is_dir():
+        raise DataError(not_there(options.media_dir, "that of images and videos", "data.media_dir", "directory"))
     if records is None and options.sets:
-        sets = {name: read(one.files) for name, one in options.sets.items()}
+        sets = {}
+        for name, one in options.sets.items():
+            with naming_field(f"data.sets.{name}.files"):
+                sets[name] = read(one.files)
         records, draws = Records.joined(list(sets.values())), _draws(options.sets, sets, config.seed)
     elif records is None:
-        records = read(options.files)
+        with naming_field("data.files"):
+            records = read(options.files)
     digest = records.fingerprint() if isinstance(records, Records) else _digest(records)
     if config.eval is None:
         return Data(records, (), digest, draws)
     if not config.eval.files:
         return Data(*hold_out(records, config.eval.share, config.seed), digest)
-    return Data(records, read(config.eval.files), digest, draws)
+    with naming_field("eval.files"):
+        return Data(records, read(config.eval.files), digest, draws)
 
 
 def _draws(configs: Mapping[str, DataSetConfig], sets: Mapping[str, Records], seed: int) -> Draws:
@@ -159,8 +168,9 @@ def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
     Raises:
       ConfigError: it does not fit the devices, the model or the batches.
     """
-    mesh = mesh_for(config.mesh, model)
-    check_devices(mesh)
+    with naming_field("mesh"):
+        mesh = mesh_for(config.mesh, model)
+        check_devices(mesh)
     check_batch(config.batch, mesh)
     return mesh
 
@@ -230,15 +240,35 @@ def check_step(step: int, config: TrainConfig) -> None:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 
 
+def note_base(config: TrainConfig, log: Callable[[str], None]) -> None:
+    """Log a warning where the adapter that a job starts from names another model as its base.
+
+    Raises:
+      CheckpointError: there is no adapter.
+    """
+    adapter = None if config.lora is None else config.lora.adapter
+    if adapter is None:
+        return
+    with naming_field("lora.adapter"):
+        note = doubt_of_base(adapter, config.model)
+    if note is not None:
+        log(f"warning: lora.adapter: {note}")
+
+
 def _adapted(model: Glm4v, config: TrainConfig) -> Glm4v:
     """The model with the adapter that a job trains, if it does: a new one, or the one that it starts from."""
     if config.lora is None:
         return model
     if config.lora.adapter is not None:
-        model = load_adapter(model, config.lora.adapter, keep_dtype=True)
-        check_modules(model)
+        with naming_field("lora.adapter"):
+            model = load_adapter(model, config.lora.adapter, keep_dtype=True)
+            check_modules(model)
         return model
-    return add_lora(model, config.lora, config.seed)
+    try:
+        return add_lora(model, config.lora, config.seed)
+    except ConfigError as error:
+        raise_faults([f"lora.{line}" for line in error.faults])
+        raise
 
 
 def _noise(config: TrainConfig) -> Noise | None:

@@ -62,18 +62,20 @@ class MeasureLevels(Options):
         from glm4v_jax.inputs.processor import Glm4vProcessor
         from train.data.encoder import encode_options
         from train.data.samples import limited
+        from train.naming import naming_field, naming_job
         from train.rl.judging import Judges
         from train.rl.problems import read_problems
         from train.rl.self_test import self_test
         from train.rl.verifiers import make_verifiers
 
         processor = limited(Glm4vProcessor.from_pretrained(directory), encode_options(job.data, job.batch))
-        problems = read_problems(
-            job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir,
-            fps=processor.video_processor.fps,
-        )  # fmt: skip
+        with naming_job(self.config), naming_field("data.files"):
+            problems = read_problems(
+                job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir,
+                fps=processor.video_processor.fps,
+            )  # fmt: skip
         verifiers = make_verifiers(job.rl.verifiers, processor.thinking)
-        with Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
+        with naming_job(self.config), Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
             judges.start()
             self_test(verifiers, problems.examples(), judges.score)
             from glm4v_jax.checkpoints.load import load_runtime
@@ -94,8 +96,9 @@ class MeasureLevels(Options):
             sampling = job.rl.sampling
             text = job.mesh if sampling.engine_mesh == "same" else sampling.engine_mesh
             model_config = Glm4vConfig.from_pretrained(directory)
-            mesh = mesh_for(text, model_config)
-            check_devices(mesh)
+            with naming_field("mesh" if sampling.engine_mesh == "same" else "rl.sampling.engine_mesh"):
+                mesh = mesh_for(text, model_config)
+                check_devices(mesh)
             use_compilation_cache()
             runtime = load_runtime(directory, mesh=mesh, dtype=job.dtype)
             engine = Engine(runtime, processor, num_slots=sampling.slots)

@@ -39,6 +39,7 @@ from train.job import (
     describe_data,
     identity,
     make_mesh,
+    note_base,
     read_data,
 )
 from train.log import MetricsLog, Speed
@@ -94,6 +95,7 @@ def train(
     check_trackers(config)
     log = log or ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
+    note_base(config, log)
     mesh = make_mesh(config, model_config)
     data = read_data(config, records)
     check_same(config, data)

@@ -38,7 +38,7 @@ from glm4v_jax.devices.mesh import (
 )
 from glm4v_jax.devices.mesh import spec as partition
 from glm4v_jax.errors import ConfigError, naming
-from glm4v_jax.files import other_base
+from glm4v_jax.files import doubt_of_base
 from glm4v_jax.model import cpu_matmul
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.kernel_order import in_order
@@ -163,9 +163,8 @@ def load_runtime(
 
 def _doubts(directory: str | Path, adapter: str | Path | None, runtime: Runtime) -> Iterator[str]:
     """What files that can be loaded say of each other all the same, as those of several models do."""
-    if adapter is not None and (named := other_base(adapter, directory)) is not None:
-        said = f"{adapter}: found {named} as its base model; expected {directory}"
-        yield f"{said}: it is of use only if both have the same weights"
+    if adapter is not None and (note := doubt_of_base(adapter, directory)) is not None:
+        yield note
     ends, size = runtime.generation_config.eos_token_id, runtime.config.text_config.vocab_size
     if ends and min(ends) >= size:
         said = f"{directory}: eos_token_id: found {list(ends)}; expected ids below {size}, the size of the vocabulary"

@@ -7,6 +7,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.errors import ConfigError
+from train import trackers
 from train.commands import main
 from train.config import AdapterConfig, load_config
 
@@ -75,7 +76,7 @@ def test_fields_are_of_their_types(load):
         ("steps = 9\n", "", "job.toml: steps: found nothing; expected an integer of at least 1, or epochs$"),
         ("steps =", "seed = -1\nsteps =", "seed: found -1; expected an integer from 0 to 4294967295"),
         ("steps =", "seed = 4294967296\nsteps =", "seed: found 4294967296; expected an integer from 0 to 4294967295"),
-        ("steps =", "[data]\nsteps =", r"Cannot declare \('data',\) twice"),
+        ("steps =", "[data]\nsteps =", r"found invalid TOML: cannot declare \('data',\) twice .*; expected fields as"),
         ('["vision"]', '["vit"]', r"freeze: found \['vit'\]; expected a list of some of 'vision', 'merger', 'llm'"),
         ('["vision"]', '"vision"', "freeze: found 'vision'; expected a list"),
         ('"float32"', '"int8"', "dtype: found 'int8'; expected one of 'float32', 'bfloat16'"),
@@ -164,6 +165,51 @@ def test_invalid_fields_are_named(load, tmp_path, capsys, old, new, message):
     assert str(error.value).startswith(f"{tmp_path / 'job.toml'}: ")
     assert main([str(tmp_path / "job.toml")]) == 1
     assert capsys.readouterr().err == f"train: error: {error.value}\n"
+
+
+TARGET = 'lora = {{ target = "{}", modules_to_save = ["lm_head"] }}'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "steps =",
+            'trackers = ["tensorboard"]\nsteps =',
+            "trackers: found 'tensorboard' without the package nothing;",
+        ),
+        ("steps =", 'mesh = "data=64"\nsteps =', "mesh: mesh data=64 needs 64 devices, found "),
+        ("steps =", 'mesh = "fast"\nsteps =', "mesh: found 'fast'; expected one of the presets"),
+        ('freeze = ["vision"]', TARGET.format("nope"), "lora.target: found 'nope'; expected a pattern of some of "),
+        (
+            'freeze = ["vision"]',
+            TARGET.format("lm_head"),
+            "lora.target: found 'lm_head'; expected no layer of modules_",
+        ),
+        ('freeze = ["vision"]', 'lora = { adapter = "." }', "lora.adapter: {here}/adapter_config.json: found no such"),
+        ('["data.jsonl"]', '["none.jsonl"]', "data.files: {here}/none.jsonl: found no such file"),
+        (
+            '["data.jsonl"]',
+            '["data.jsonl"]\nmedia_dir = "none"',
+            "data.media_dir: found {here}/none, no such directory",
+        ),
+        (
+            'files = ["data.jsonl"]',
+            '[data.sets.a]\nfiles = ["data.jsonl"]\nnum_samples = 9',
+            "data.sets.a.num_samples: found 9; expected at most the 1 row",
+        ),
+        ('"out"', '"data.jsonl"', "out: found {here}/data.jsonl: File exists; expected a directory"),
+    ],
+)
+def test_errors_of_a_job_name_its_file_and_field(load, tmp_path, capsys, monkeypatch, old, new, message):
+    """Those that only its model, its data or the machine show, before anything is loaded."""
+    monkeypatch.setattr("train.loop.Job.start", None)
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", trackers.TRACKERS["tensorboard"]._replace(package="nothing"))
+    row = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    (tmp_path / "job.toml").write_text(JOB.replace('"model"', json.dumps(str(RANDOM_CHECKPOINT))).replace(old, new, 1))
+    assert main([str(tmp_path / "job.toml")]) == 1
+    assert capsys.readouterr().err.startswith(f"train: error: {tmp_path / 'job.toml'}: {message.format(here=tmp_path)}")
 
 
 def test_all_faults_are_in_one_error(load):

@@ -25,7 +25,7 @@ from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.checkpoints.orbax_read import open_weights
 from glm4v_jax.checkpoints.safetensors import SafetensorsFile
 from glm4v_jax.devices.mesh import use_mesh
-from glm4v_jax.errors import CheckpointError, DataError
+from glm4v_jax.errors import CheckpointError, ConfigError, DataError
 from glm4v_jax.files import to_json
 from glm4v_jax.model.lora import is_lora
 from glm4v_jax.model.params import leaf_paths
@@ -196,11 +196,12 @@ def test_a_job_goes_on_from_an_adapter(folder, failed_evaluation):
     """With dropout and noise, which change its losses, and with steps of almost nothing it stays what it was."""
     train(failed_evaluation)
     first = folder / "adapter" / ADAPTER
+    (told, other), path = ([], []), first / "adapter_config.json"
     config = job(
         folder, "further", lora=AdapterConfig(adapter=str(first), dropout=0.5), steps=2, neftune=5.0,
         optimizer=OptimizerConfig(learning_rate=1e-12, weight_decay=0.0),
     )  # fmt: skip
-    assert train(config) == (2, True)
+    assert train(config, log=told.append) == (2, True)
     files = [SafetensorsFile(path / "adapter_model.safetensors") for path in (first, folder / "further" / ADAPTER)]
     assert set(files[0]) == set(files[1]) and "base_model.model.lm_head.weight" in files[0]
     for name in files[0]:
@@ -209,6 +210,11 @@ def test_a_job_goes_on_from_an_adapter(folder, failed_evaluation):
     assert options[0] == options[1]
     losses = [line["loss"] for line in steps(folder, "further")]
     assert losses[0] > steps(folder, "adapter")[1]["loss"]
+    path.write_text(json.dumps(options[0] | {"base_model_name_or_path": "org/other"}))
+    with pytest.raises(ConfigError, match="steps: found 1"):
+        train(dataclasses.replace(config, steps=1), log=other.append)
+    note = f"warning: lora.adapter: {first}: found org/other as its base model; expected {RANDOM_CHECKPOINT}: it is of"
+    assert other[0].startswith(note) and not any("base model" in line for line in told)
 
 
 def test_a_job_stopped_by_sigterm_resumes_bit_for_bit(folder, uninterrupted):

@@ -24,7 +24,8 @@ from train.checkpoints import abstract
 from train.config import TrainConfig
 from train.data.encoder import encode_options
 from train.data.samples import limited
-from train.job import Job, check_step, identity, make_mesh
+from train.job import Job, check_step, identity, make_mesh, note_base
+from train.naming import naming_field
 from train.optimizers import learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
 from train.plot import draw_metrics
@@ -79,19 +80,23 @@ def learn(
     check_trackers(config)
     log = log or ignore
     model_config = Glm4vConfig.from_pretrained(config.model)
+    note_base(config, log)
     mesh = make_mesh(config, model_config)
     engine_mesh = mesh
     if rl.sampling.engine_mesh != "same":
-        engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
-        check_devices(engine_mesh)
+        with naming_field("rl.sampling.engine_mesh"):
+            engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
+            check_devices(engine_mesh)
     processor = Glm4vProcessor.from_pretrained(config.model)
     processor.check_ids(model_config)
     limits = limited(processor, encode_options(config.data, config.batch))
-    problems = read_problems(
-        config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
-        fps=limits.video_processor.fps,
-    )  # fmt: skip
-    rates = read_levels(config.data.levels, problems.keys)
+    with naming_field("data.files"):
+        problems = read_problems(
+            config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
+            fps=limits.video_processor.fps,
+        )  # fmt: skip
+    with naming_field("data.levels"):
+        rates = read_levels(config.data.levels, problems.keys)
     job_identity = _identity(config, model_config, problems, rates)
     agree("the job or its problems", hashlib.blake2b(repr(job_identity).encode(), digest_size=16).digest())
     verifiers = make_verifiers(rl.verifiers, processor.thinking)
