@@ -285,7 +285,7 @@ def _steps(out: Path) -> Iterator[Step]:
     rollouts = updates = 0
     for line in read_log(out / METRICS):
         rollouts += round(line["groups"]) * SAMPLES
-        updates += min(UPDATES, round(line["learned"]))
+        updates += round(line["updates"])
         yield Step(rollouts, updates, line["reward"], line["valid"])
 
 

@@ -56,6 +56,7 @@ _LATER: dict[str, Any] = {
     "preference": None,
     "neftune": None,
     "rl": None,
+    "rl.min_groups": None,
     "data.sets": {},
     "lora.rslora": False,
     "lora.dora": False,

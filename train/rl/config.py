@@ -133,8 +133,9 @@ class CurriculumConfig:
       mode: "rlcs" prefers problems of which some rollouts are right and some wrong; "uniform" draws all alike.
       floor: the least fraction of the draws for every tier and every domain.
       tiers: of equal widths of the pass rate.
-      prior: the offline pass rate, or that of similar problems, counts as so many rollouts.
-      memory: the fraction of its earlier counts that a problem keeps when it is drawn again.
+      prior: the rate that is expected of a problem before its own rollouts counts as so many of them.
+      memory: the fraction of its earlier counts that a problem keeps when it is drawn again; likewise a domain with a
+        level.
       expansion_decay: of the moving average of the expansion, by which more problems are drawn than are needed.
       expansion_most: its cap.
       max_empty: the job ends after so many steps in a row without a group to learn from.
@@ -163,7 +164,11 @@ class RLConfig:
       verifiers: domain -> how its answers are verified.
       prompts: groups of a step that are learned from.
       samples: rollouts of a group.
-      updates: optimizer steps for the rollouts of a step; more than one are off-policy.
+      updates: optimizer steps for the rollouts of `prompts` groups, and for fewer groups fewer; more than one are
+        off-policy.
+      min_groups: without as many groups with different rewards no optimizer step is taken: they wait for those of the
+        next steps, which the same weights sample. By default half of `prompts`. Adam's steps are equally long whatever
+        they are from, and one from a few groups is mostly noise.
       clip_low, clip_high: the ratio counts from 1 - clip_low to 1 + clip_high.
       average: the objective is a mean over rollouts ("sample"), or over tokens ("token").
       advantage: rewards less their mean in the group, divided by their deviation ("mean_std"), or not ("mean").
@@ -180,6 +185,7 @@ class RLConfig:
     prompts: Positive = 64
     samples: Annotated[int, Meta(ge=2)] = 16
     updates: Positive = 1
+    min_groups: Positive | None = None
     clip_low: Annotated[float, Meta(gt=0, lt=1)] = 0.2
     clip_high: PositiveNumber = 0.28
     average: Literal["sample", "token"] = "sample"
@@ -203,4 +209,11 @@ class RLConfig:
                 for domain, verifier in self.verifiers.items()
                 if verifier.kind == "choice"
             ]
+        if (self.min_groups or 0) > self.prompts:
+            faults.append(fault("min_groups", self.min_groups, f"at most prompts, {self.prompts}"))
         raise_faults(faults)
+
+    @property
+    def least_groups(self) -> int:
+        """How many groups an optimizer step waits for."""
+        return -(-self.prompts // 2) if self.min_groups is None else self.min_groups

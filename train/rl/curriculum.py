@@ -4,8 +4,11 @@ The idea is Reinforcement Learning with Curriculum Sampling (arXiv 2507.01006, s
 rate, offline and online, weighted towards the middle; and more of them drawn than needed, by a moving average of what
 share had a signal. The report does not disclose its formulas; these are ours:
 
-- The pass rate of a problem is a Beta posterior of its own. Its prior is the offline rate, or that of the problems of
-  its domain and level, and counts as `prior` rollouts; earlier rollouts fade by `memory` when it is drawn again.
+- The pass rate of a problem is a Beta posterior of its own, whose prior counts as `prior` rollouts. The mean of the
+  prior is the offline rate, its odds multiplied by those of the latest rollouts of problems of the same domain and
+  level, and divided by the odds that the offline rates of these gave: it follows a model that learns. Where there are
+  no offline rates it is the rate of these rollouts. Earlier rollouts, of a problem as of a domain and level, fade by
+  `memory` when there are new ones.
 - Its weight is the expected p (1 - p). Tiers are equal parts of the mean of p. Weights of tiers and domains below their
   floor are raised until all have it: solved problems are forgotten otherwise, and hard ones never met.
 - A step draws each problem at most once, with probabilities in proportion to the weights, by systematic sampling over
@@ -92,9 +95,9 @@ class Curriculum:
         alike = list(zip(domains, levels if levels is not None else [None] * len(self._keys), strict=True))
         similar = {group: place for place, group in enumerate(dict.fromkeys(alike))}
         self._similar = np.array([similar[group] for group in alike], np.int64)
-        rates = rates or {}
-        self._rates = np.array([rates.get(key, math.nan) for key in self._keys])
+        self._rates = _offline(self._keys, self._similar, rates or {})
         self._right, self._tried = np.zeros(len(self._keys)), np.zeros(len(self._keys))
+        self._recent = np.zeros((3, len(similar)))  # of each domain and level: right, right by the offline rates, tried
         self.expansion = 1.0
         self.num_empty = 0
         """Steps in a row without a group to learn from."""
@@ -114,8 +117,10 @@ class Curriculum:
           DataError: `max_empty` steps in a row had no group to learn from; the message has the pass rates by tier.
         """
         config = self._config
-        for key, mean, samples, _ in outcomes:
-            number = self._numbers[key]
+        drawn = [self._numbers[outcome.key] for outcome in outcomes]
+        self._recent[:, np.unique(self._similar[drawn])] *= config.memory
+        for number, (_, mean, samples, _) in zip(drawn, outcomes, strict=True):
+            self._recent[:, self._similar[number]] += samples * np.array([mean, self._rates[number], 1.0])
             self._right[number] = config.memory * self._right[number] + mean * samples
             self._tried[number] = config.memory * self._tried[number] + samples
         valid = sum(outcome.is_valid for outcome in outcomes)
@@ -149,7 +154,8 @@ class Curriculum:
         """Return what a checkpoint keeps, as JSON."""
         seen = np.flatnonzero(self._tried).tolist()
         counts = {self._keys[number]: [float(self._right[number]), float(self._tried[number])] for number in seen}
-        return {"counts": counts, "expansion": self.expansion, "num_empty": self.num_empty}
+        more = {"recent": self._recent.tolist(), "expansion": self.expansion, "num_empty": self.num_empty}
+        return {"counts": counts, **more}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state` has returned.
@@ -163,14 +169,18 @@ class Curriculum:
         self._right[:] = self._tried[:] = 0
         for key, (right, tried) in state["counts"].items():
             self._right[self._numbers[key]], self._tried[self._numbers[key]] = right, tried
+        if "recent" in state:
+            self._recent[:] = state["recent"]
+        else:  # earlier versions took all counts
+            of_all = (self._right, self._rates * self._tried, self._tried)
+            self._recent[:] = [np.bincount(self._similar, one, self._recent.shape[1]) for one in of_all]
         self.expansion, self.num_empty = float(state["expansion"]), int(state["num_empty"])
 
     def _posterior(self) -> tuple[np.ndarray, np.ndarray]:
         """The parameters of each problem's Beta distribution, of right and of wrong rollouts."""
-        right = np.bincount(self._similar, self._right, minlength=1)
-        tried = np.bincount(self._similar, self._tried, minlength=1)
-        of_similar = ((right + 1) / (tried + 2))[self._similar]
-        mean = np.clip(np.where(np.isnan(self._rates), of_similar, self._rates), _SURE, 1 - _SURE)
+        right, expected, tried = self._recent
+        shift = _logit((right + 1) / (tried + 2)) - _logit((expected + 1) / (tried + 2))
+        mean = np.clip(1 / (1 + np.exp(-_logit(self._rates) - shift[self._similar])), _SURE, 1 - _SURE)
         prior = self._config.prior
         return prior * mean + self._right, prior * (1 - mean) + self._tried - self._right
 
@@ -188,6 +198,21 @@ class Curriculum:
         factor = np.divide(raised, sums, out=np.zeros_like(sums), where=sums > 0)
         shares = weights / weights.sum() * factor[cells]
         return shares / shares.sum()
+
+
+def _offline(keys: Sequence[str], similar: np.ndarray, rates: Mapping[str, float]) -> np.ndarray:
+    """Offline pass rates; where a problem has none, the mean of those of its domain and level, or else 1/2."""
+    found = np.clip(np.array([rates.get(key, math.nan) for key in keys]), _SURE, 1 - _SURE)
+    is_known = ~np.isnan(found)
+    known = np.bincount(similar[is_known], found[is_known], similar.max(initial=-1) + 1)
+    count = np.bincount(similar[is_known], minlength=len(known))
+    means = np.divide(known, count, out=np.full(len(known), 0.5), where=count > 0)
+    return np.where(is_known, found, means[similar])
+
+
+def _logit(x: np.ndarray) -> np.ndarray:
+    """The logarithm of the odds."""
+    return np.log(x / (1 - x))
 
 
 def _with_floors(shares: np.ndarray, floor: float) -> np.ndarray:

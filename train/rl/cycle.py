@@ -41,7 +41,8 @@ class CycleResult(NamedTuple):
     """What a step has found.
 
     groups: all that were sampled, in the order of the problems.
-    learned: those that were learned from, in the order of their keys.
+    learned: those that were learned from, earlier ones that had waited among them, in the order of their keys.
+    waiting: number of those that wait for more, see `RLConfig.min_groups`.
     answers, rewards: what was sampled, and the reward of each, as `groups`.
     updates: metrics of each update; none where there was nothing to learn.
     seconds: of each phase.
@@ -49,6 +50,7 @@ class CycleResult(NamedTuple):
 
     groups: list[Group]
     learned: list[Group]
+    waiting: int
     answers: list[Answers]
     rewards: list[list[Reward]]
     updates: list[PolicyMetrics]
@@ -62,7 +64,8 @@ class CycleResult(NamedTuple):
         found = {
             "reward": rewards.mean(), "right": (rewards == 1).mean(), "all_right": (rewards == 1).all(axis=1).mean(),
             "all_wrong": (rewards == 0).all(axis=1).mean(), "valid": np.mean([group.is_valid for group in self.groups]),
-            "groups": len(self.groups), "learned": len(self.learned),
+            "groups": len(self.groups), "learned": len(self.learned), "waiting": self.waiting,
+            "updates": len(self.updates),
             "cut": np.mean([is_cut(one) for one in completions]),
             "forced": np.mean([one.is_forced for one in completions]),
             "length": lengths.mean(), "length_p95": np.quantile(lengths, 0.95), "length_max": lengths.max(),
@@ -92,6 +95,7 @@ class Cycle:
       mesh: of the training.
       releases: whether the engine's weights and caches are freed while a step learns, so that a device needs room for
         the larger of both, and not for their sum.
+      waiting: groups of earlier steps that are still to be learned from; the weights have not changed since.
     """
 
     engine: Engine
@@ -103,6 +107,7 @@ class Cycle:
     model: Glm4vConfig
     mesh: Mesh
     releases: bool = True
+    waiting: list[Group] = dataclasses.field(default_factory=list)
 
     def __call__(
         self, state: TrainState, problems: Sequence[Problem], score: ScoreAnswers, seed: int
@@ -139,7 +144,9 @@ class Cycle:
             found.group(problem.key, [reward.value for reward in own], self.config.truncated)
             for problem, found, own in zip(problems, answers, rewards, strict=True)
         ]
-        learned = most_balanced(groups, self.config.prompts)
+        learned = most_balanced([*self.waiting, *groups], self.config.prompts)
+        is_enough = len(learned) >= self.config.least_groups
+        self.waiting, learned = ([], learned) if is_enough else (learned, [])
         updates = list[PolicyMetrics]()
         if learned:
             state, updates = self._learn(state, learned, phases)
@@ -148,15 +155,16 @@ class Cycle:
             self.engine.update(self.handover(state.params))
             jax.block_until_ready(self.engine.runtime.text.leaves)
             phases.end("handover")
-        return state, CycleResult(groups, learned, answers, rewards, updates, phases.seconds)
+        return state, CycleResult(groups, learned, len(self.waiting), answers, rewards, updates, phases.seconds)
 
     def _learn(
         self, state: TrainState, groups: list[Group], phases: "_Phases"
     ) -> tuple[TrainState, list[PolicyMetrics]]:
-        """Take the updates of a step, each on its part of the groups."""
+        """Take the updates of a step, each on its part of the groups: of fewer than `prompts` groups fewer updates."""
         if self.releases:
             self.engine.release(weights=True)
-        config, count = self.config, min(self.config.updates, len(groups))
+        config = self.config
+        count = max(round(config.updates * len(groups) / config.prompts), 1)
         found = list[PolicyMetrics]()
         for part in (groups[i::count] for i in range(count)):
             phases.end("learning")

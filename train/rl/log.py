@@ -72,7 +72,7 @@ class RewardLog:
             self._write(ROLLOUTS, _shown(step, problems[number], found, number))
         if step % self._config.log_every == 0 or step == self._config.steps:
             drift = line.get("ratio_first_dev")
-            learned = "nothing to learn from" if drift is None else f"ratios off by {drift:.1e}"
+            learned = f"ratios off by {drift:.1e}" if drift is not None else f"{found.waiting} wait"
             self._log(
                 f"step {step} of {self._config.steps}: reward {line['reward']:.3f}, {line['valid']:.0%} of "
                 f"{line['groups']:.0f} groups valid, {line['length']:.0f} tokens an answer, {learned}, rollout "

@@ -197,9 +197,9 @@ class _Steps:
         Returns:
           The state after the last step, which is saved, and its number.
         """
-        saved = step
+        saved, is_due = step, False
         number = self.saver.first  # of the checkpoint: counts updates, and steps that had nothing to learn from
-        is_due = False
+        settled = step, number, self.curriculum.state()
         while step < self.config.steps and not self.stopping.is_asked_now():
             step += 1
             programs = len(self.compiled)
@@ -214,16 +214,25 @@ class _Steps:
                 [Outcome(group.key, float(group.rewards.mean()), samples, group.is_valid) for group in found.groups]
             )
             self.log.add(step, drawn, found, self.curriculum, compiles=len(self.compiled) - programs)
+            if not found.waiting or step == self.config.steps:
+                settled = step, number, self.curriculum.state()
             is_due = is_due or self.config.is_saved(step)
-            if is_due and self._save(state, step, number):
-                saved, is_due = step, False
-        if step > saved:
-            self._save(state, step, number)
+            if is_due and settled[0] > saved and self._save(state, *settled):
+                saved, is_due = settled[0], False
+        if settled[0] > saved:
+            self._save(state, *settled)
         return state, step
 
-    def _save(self, state: TrainState, step: int, number: int) -> bool:
-        """Save, see `Saver.save`."""
-        data = {"step": step, "curriculum": self.curriculum.state()}
+    def _save(self, state: TrainState, step: int, number: int, curriculum: dict[str, Any]) -> bool:
+        """Save, see `Saver.save`.
+
+        Args:
+          state: of the training; the same since `step`.
+          step: the last one after which no groups waited: a job that resumes samples those that do again.
+          number: of the checkpoint.
+          curriculum: its state after that step.
+        """
+        data = {"step": step, "curriculum": curriculum}
         return self.saver.save(step, state, int(state.streak), data, number)
 
     def _agree(self, step: int, found: CycleResult) -> None:

@@ -103,11 +103,42 @@ def test_steps_without_a_signal_end_the_job_with_the_pass_rates():
 
 
 def test_offline_rates_are_a_prior_that_rollouts_outvote():
-    _, curriculum = made(np.full(4, 0.5), rates={"k0": 0.9, "k1": 0.1})
-    assert curriculum.pass_rates() == pytest.approx([0.9, 0.1, 0.5, 0.5])
+    domains = ["first", "second", "first", "third"]
+    _, curriculum = made(np.full(4, 0.5), domains=domains, rates={"k0": 0.5, "k1": 0.1, "k2": 0.9})
+    assert curriculum.pass_rates() == pytest.approx([0.5, 0.1, 0.9, 0.5])
     for _ in range(4):
-        curriculum.update([Outcome("k0", 0.0, 16, False), Outcome("k2", 0.5, 16, True)])
-    assert curriculum.pass_rates()[0] < 0.15 and curriculum.pass_rates()[1] == pytest.approx(0.1)
+        curriculum.update([Outcome("k0", 0.9, 16, True), Outcome("k2", 0.5, 16, True)])
+    first, second, third, _ = curriculum.pass_rates()
+    assert first > 0.8 and second == pytest.approx(0.1) and third < 0.6
+
+
+def test_offline_rates_move_with_what_becomes_of_the_problems_of_their_domain():
+    rates = {"k0": 0.2, "k1": 0.2, "k2": 0.4, "k3": 0.3}
+    _, curriculum = made(np.full(5, 0.5), domains=["it"] * 3 + ["other", "it"], rates=rates)
+    assert curriculum.pass_rates()[4] == pytest.approx(0.8 / 3)  # without a rate of its own: the mean of its domain
+    for _ in range(4):
+        curriculum.update([Outcome("k0", 0.8, 16, True)])
+    _, again, easier, other, unknown = curriculum.pass_rates()
+    assert again == pytest.approx(0.8, abs=0.05) and easier > again > 0.7 and unknown > again
+    assert other == pytest.approx(0.3)
+
+
+def test_the_rate_of_problems_never_drawn_follows_a_model_that_learns():
+    chances = np.full(400, 0.1)
+    keys, curriculum = made(chances)
+    for step in range(13):
+        if step == 10:
+            before, chances = curriculum.pass_rates(), np.full(400, 0.9)
+        played(curriculum, keys, chances, step)
+    tried = set(curriculum.state()["counts"])
+    never = [number for number, key in enumerate(keys) if key not in tried]
+    assert never and before[never].max() < 0.2 and curriculum.pass_rates()[never].min() > 0.7
+
+
+def test_the_state_of_an_earlier_version_resumes_with_the_rates_that_it_had():
+    keys, curriculum = made(np.full(4, 0.5))
+    curriculum.set_state({"counts": {"k0": [6.0, 8.0], "k2": [3.0, 4.0]}, "expansion": 1.5, "num_empty": 0})
+    assert curriculum.pass_rates()[1] == pytest.approx(10 / 14) and keys[1] not in curriculum.state()["counts"]
 
 
 def test_problems_that_were_never_drawn_are_taken_for_those_of_their_domain_and_level():

@@ -25,6 +25,10 @@ def sevens(texts):
     return [Reward(float("7" in text), None, "right" if "7" in text else "wrong") for _, text in texts]
 
 
+def every_other(texts):
+    return [Reward(1.0, "7", "right") if number % 2 else Reward(0.0, "8", "wrong") for number in range(len(texts))]
+
+
 @pytest.fixture
 def cycle(learner):
     """Afterwards the engine has the first weights again."""
@@ -79,6 +83,29 @@ def test_where_no_rewards_differ_nothing_is_learned(learner, cycle, problems):
     state, found = cycle(state, problems[:2], lambda texts: [Reward(1.0, None, "right")] * len(texts), 0)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
     assert not found.updates and not found.learned and found.metrics()["all_right"] == 1
+
+
+@pytest.mark.slow
+def test_too_few_groups_wait_for_those_of_the_next_step(learner, cycle, problems):
+    cycle.config = dataclasses.replace(CONFIG, min_groups=4)
+    state = learner.state()
+    before = jax.tree.map(np.asarray, state)
+    state, first = cycle(state, problems[:3], every_other, 0)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
+    assert not first.updates and not first.learned and first.metrics()["waiting"] == 3
+    state, second = cycle(state, problems[3:5], every_other, 1)
+    assert [group.key for group in second.learned] == [problem.key for problem in problems[:5]]
+    assert len(second.updates) == 1 and int(state.step) == 1 and not cycle.waiting
+    assert second.metrics()["ratio_first_dev"] < 2e-6  # of all five
+
+
+@pytest.mark.slow
+def test_of_fewer_groups_there_are_fewer_updates(learner, cycle, problems):
+    cycle.config = dataclasses.replace(CONFIG, updates=3, min_groups=1)
+    for count, expected in ((1, 1), (4, 2)):
+        _, found = cycle(learner.state(), problems[:count], every_other, 0)
+        assert len(found.updates) == expected
+        learner.engine.update(learner.handover(learner.params))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -26,9 +27,11 @@ from train.job import Job
 from train.log import METRICS, read_log
 from train.output import Saver
 from train.rl import log as reward_log
+from train.rl.config import CurriculumConfig
+from train.rl.curriculum import Curriculum
 from train.rl.cycle import Cycle
 from train.rl.log import ROLLOUTS
-from train.rl.loop import learn
+from train.rl.loop import _Steps, learn
 from train.trackers import TENSORBOARD
 
 JOB = f"""
@@ -280,12 +283,40 @@ def test_steps_that_learn_nothing_are_not_taken_again(folder, monkeypatch):
         learn(dataclasses.replace(config, steps=1))
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpoint_is_of_the_last_step_after_which_no_groups_wait(every):
+    """Those that wait are not saved: a job that resumes samples them again. After the last step nothing waits."""
+    problems = [SimpleNamespace(key=f"k{number}") for number in range(4)]
+    curriculum = Curriculum([one.key for one in problems], ["it"] * 4, CurriculumConfig(), prompts=2)
+    waiting, states, saved = [0, 1, 2, 0, 1, 2], [], []  # after each step
+
+    def cycle(state, drawn, score, seed):
+        wait = waiting[len(states)]
+        states.append(curriculum.state())  # before the step
+        groups = [SimpleNamespace(key=one.key, rewards=np.array([1.0, 0.0]), is_valid=True) for one in drawn]
+        updates = [] if wait else [SimpleNamespace(update=SimpleNamespace(grad_norm=1.0))] * 2
+        return state, SimpleNamespace(groups=groups, learned=groups, waiting=wait, updates=updates)
+
+    def save(step, state, streak, data, number):
+        saved.append((number, step, data["step"], data["curriculum"]))
+        return True
+
+    cycle.config = SimpleNamespace(samples=2)
+    saver = SimpleNamespace(save=save, first=0, check_streak=lambda *arguments: None)
+    config = SimpleNamespace(steps=6, seed=0, is_saved=lambda step: step % every == 0)
+    log, stopping = SimpleNamespace(add=lambda *_, **more: None), SimpleNamespace(is_asked_now=lambda: False)
+    _Steps(cycle, problems, curriculum, None, saver, log, stopping, config, []).run(SimpleNamespace(streak=0), 0)
+    states.append(curriculum.state())
+    assert saved == [(number, step, step, states[step]) for number, step in ((2, 1), (6, 4), (8, 6))]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (("answer_budget = 8", "answer_budget = 128"), ConfigError, r"think_budget \+ answer_budget: found 128"),
         (("[rl]", "[eval]\nshare = 0.5\n[rl]"), ConfigError, "eval: found .*; expected none beside rl"),
         (("steps = 2", "steps = 2\nneftune = 5.0"), ConfigError, "neftune: found 5.0; expected none beside rl"),
+        (("updates = 2", "min_groups = 5"), ConfigError, "rl.*min_groups: found 5; expected at most prompts, 4"),
         (("steps = 2", "epochs = 2"), ConfigError, "epochs: found 2; expected none beside rl"),
         (('kind = "ocr"', 'kind = "chart"\ntolerance = 9.0'), ConfigError, "rl.verifiers.digits: found a reward"),
         (('"problems.jsonl"', '"bad.jsonl"'), DataError, r"bad.jsonl:1: domain: found 'maths'; expected"),
