@@ -35,7 +35,10 @@ ANY_DIGIT = (1 + 1 / 2 + 1 / 3) / 3
 
 
 class Step(NamedTuple):
-    """A step of a job; `rollouts` and `updates` are those so far, `valid` is the fraction of its groups."""
+    """A step of a job; `rollouts` and `updates` are those so far, `valid` is the fraction of its groups.
+
+    A step without an update counts as one, as in the numbers of checkpoints.
+    """
 
     rollouts: int
     updates: int

@@ -285,7 +285,7 @@ def _steps(out: Path) -> Iterator[Step]:
     rollouts = updates = 0
     for line in read_log(out / METRICS):
         rollouts += round(line["groups"]) * SAMPLES
-        updates += round(line["updates"])
+        updates += max(round(line["updates"]), 1)
         yield Step(rollouts, updates, line["reward"], line["valid"])
 
 

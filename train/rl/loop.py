@@ -133,9 +133,11 @@ def learn(
         state, step = steps.run(state, step)
         is_complete = step >= config.steps
         if not int(state.step) and step:
+            least = rl.least_groups
             log(
-                f"warning: {counted(step, 'step')}: found no group whose answers have different rewards; nothing was "
-                "learned, and the weights are those that the job started with"
+                f"warning: {counted(step, 'step')}: found {f'fewer than {least} groups' if least > 1 else 'no group'} "
+                "whose answers have different rewards; nothing was learned, and the weights are those that the job "
+                "started with"
             )
         if is_complete:
             params = state.params
