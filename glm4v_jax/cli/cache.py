@@ -7,7 +7,7 @@ import os
 import pathlib
 
 from glm4v_jax.console.program import JsonOptions
-from glm4v_jax.devices.compilation_cache import DIRECTORY, cache_files, size_bound, user_directory
+from glm4v_jax.devices.compilation_cache import DIRECTORY, MAX_BYTES, MAX_SIZE, cache_files, size_bound, user_directory
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import size_text
 
@@ -40,6 +40,8 @@ class Cache(JsonOptions):
             return
         deleted = "deleted " if self.clear else ""
         limit = "no bound" if bound is None else f"at most {size_text(bound, 1)}"
+        if bound is None and MAX_SIZE not in os.environ:
+            limit += f" but {size_text(MAX_BYTES, 1)} of executables"
         print(f"{directory}: {deleted}{counted(len(files), 'file')}, {size_text(nbytes, 1)}; {limit}")
 
 

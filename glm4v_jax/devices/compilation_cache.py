@@ -25,6 +25,9 @@ MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 MAX_BYTES = 4 * 2**30
 """Size limit of the cache in the user's cache directory, unless `MAX_SIZE` sets another."""
 
+EXECUTABLES = "glm4v_jax"
+"""Directory of stored executables below that of a cache without a bound; see `stored_programs`."""
+
 _keeps_executables = False
 
 _PROGRAM, _LAST_USE = "-cache", "-atime"
@@ -54,7 +57,7 @@ def use_compilation_cache() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(directory))
         if MAX_SIZE not in os.environ and (bound := size_bound()) is not None:
-            _note_last_uses(directory)
+            note_last_uses(directory)
             jax.config.update("jax_compilation_cache_max_size", bound)
     if MIN_SECONDS not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -94,12 +97,12 @@ def size_bound() -> int | None:
 
 
 def cache_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The files in a directory that JAX wrote for compiled programs; none if the directory does not exist.
+    """The files in a directory that JAX wrote for compiled programs, and below it; none if it does not exist.
 
     Raises:
       OSError: the directory cannot be read.
     """
-    found = directory.iterdir() if directory.exists() else ()
+    found = [path for place in (directory, directory / EXECUTABLES) if place.exists() for path in place.iterdir()]
     # Programs first: JAX 0.10 stops keeping programs where it finds one without its time.
     return sorted((path for path in found if path.name.endswith((_PROGRAM, _LAST_USE))), key=_is_last_use)
 
@@ -108,7 +111,7 @@ def _is_last_use(path: pathlib.Path) -> bool:
     return path.name.endswith(_LAST_USE)
 
 
-def _note_last_uses(directory: pathlib.Path) -> None:
+def note_last_uses(directory: pathlib.Path) -> None:
     """Write a time for programs that lack one: without it JAX 0.10 cannot make room, and keeps no more programs.
 
     They lack one if they were written without a bound, or if the process ended between writing the two.
