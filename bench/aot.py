@@ -2,8 +2,9 @@
 
 Run by `make aot`, in an environment of its own with libtpu. A line fails if the program does not fit its chips beside
 what else is there, if it decodes and copies weights or a cache, or has temporaries of more than MAX_TEMPORARIES, where
-it misses targets of its own, and where it is worse than in the committed table (`aot_changes`). With --accept the table
-is written, and nothing compared; with --only, these cases alone are compiled, and the others keep their lines.
+it misses targets of its own, and where it is worse than in the committed table (`aot_changes`); so does the run where
+a program of the table is not compiled any more. With --accept the table is written, and nothing compared; with --only,
+these cases alone are compiled, and the others keep their lines and their verdicts.
 
 Other members of the family run the programs of the 9B but for the base of the rope, which changes no shape.
 """
@@ -167,13 +168,14 @@ def main() -> int:
         f"{kind} {'' if kind in aot_rl.KINDS else numbers} on {slice_} {sizes}"
         for kind, numbers, slice_, sizes in CASES
     ]
-    if not any(arguments.only in title for title in titles):
+    chosen = {title for title in titles if arguments.only in title}
+    if not chosen:
         parser.error(f"--only: found {arguments.only!r}; expected a part of a description, such as {titles[0]!r}")
     out, lines, failed = report.console(), [], []
     broken: list[dict[str, str]] = []
     megacycles: dict[Any, float] = {}
     for number, title in enumerate(titles):
-        if arguments.only not in title:
+        if title not in chosen:
             continue
         found = in_process("bench.aot", number)
         if isinstance(found, str):
@@ -183,22 +185,24 @@ def main() -> int:
             continue
         passed = passes(CASES[number], found, megacycles)
         out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
-        lines.append(found | {"passed": passed} | ({"seconds": None} if arguments.busy else {}))
+        lines.append(found | {"case": title, "passed": passed} | ({"seconds": None} if arguments.busy else {}))
         failed += [] if passed else [title]
     out.print(*_tables(lines))
     record = report.read("aot")
     if not arguments.accept:
         worse = aot_changes.regressions(record["programs"], lines)
+        worse += aot_changes.missing(record["programs"], lines, chosen if arguments.only else None)
         for fault in worse:
             out.print(fault, style="red", markup=False, soft_wrap=True)
         out.print("not written: pass --accept to write the table", style="dim")
         return 1 if failed or worse else 0
     if arguments.only:
-        merged = {aot_changes.key(line): line for line in [*record["programs"], *lines]}
-        lines = list(merged.values())
+        lines = aot_changes.merged(record["programs"], lines, chosen)
+        broken += [one for one in record["not_compiled"] if one["case"] not in chosen]
     facts = record["machine"] if arguments.only else report.machine_facts("jax", "libtpu")
     tables = _tables(lines)
-    figures = {"machine": facts, "programs": lines, "not_compiled": broken, "passed": not failed}
+    figures = {"machine": facts, "programs": lines, "not_compiled": broken}
+    figures["passed"] = not broken and all(line["passed"] for line in lines)
     inference, training = (table.markdown() for table in tables)
     markdown = f"{inference}\n\n{aot_train.CAPTION}\n{training}\n"
     return report.finish("aot", figures, markdown=markdown, directory=report.RESULTS)

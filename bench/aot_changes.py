@@ -5,7 +5,7 @@ Two runs of the same versions of JAX and libtpu give the same figures but for es
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 FIGURES = {
@@ -43,6 +43,28 @@ def regressions(before: Iterable[Line], now: Iterable[Line]) -> list[str]:
         if (was := known.get(key(line))) is not None
         for fault in _faults(was, line)
     ]
+
+
+def missing(before: Iterable[Line], now: Iterable[Line], chosen: Collection[str] | None = None) -> list[str]:
+    """List the programs of a table that are not compiled any more, or have another name, a sentence each.
+
+    Args:
+      before, now: lines of both tables.
+      chosen: the cases that were compiled, where those were not all; lines of earlier versions do not say theirs.
+    """
+    known = {key(line) for line in now}
+    return [
+        f"{_title(line)}: found no such program; expected it, as in the table"
+        for line in before
+        if key(line) not in known and (chosen is None or line.get("case") in chosen)
+    ]
+
+
+def merged(before: Iterable[Line], now: Iterable[Line], chosen: Collection[str]) -> list[Line]:
+    """Return the lines of a table with those of the chosen cases replaced."""
+    known = {key(line): line for line in now}
+    kept = [known.pop(key(line), line) for line in before if key(line) in known or line.get("case") not in chosen]
+    return [*kept, *known.values()]
 
 
 def _title(line: Line) -> str:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from bench import aot, report
-from bench.aot_changes import regressions
+from bench.aot_changes import missing, regressions
 
 LINE = {
     "program": "decode B=8 S=4,096", "topology": "v5e:2x4", "mesh": {"kv": 2, "q": 4},
@@ -60,7 +60,8 @@ def table(tmp_path, monkeypatch):
         "fits": True,
     }  # fmt: skip
     path = tmp_path / "aot.json"
-    path.write_text(json.dumps({"machine": {"jax": "0"}, "programs": [known | {"copies": [], "passed": True}]}))
+    path.write_text(json.dumps({"machine": {"jax": "0"}, "programs": [known | {"copies": [], "passed": True}],
+        "not_compiled": []}))  # fmt: skip
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     return path, known | {"copies": []}
 
@@ -80,6 +81,38 @@ def test_a_worse_program_fails_and_leaves_the_table_until_it_is_accepted(table, 
     assert run(monkeypatch, line | {"estimated_ms": 9.0}, "--accept") == 0
     (written,) = json.loads(path.read_text())["programs"]
     assert written["estimated_ms"] == 9.0 and written["passed"]
+
+
+def test_an_accepted_part_replaces_its_own_lines_and_keeps_the_verdict_of_the_others(table, monkeypatch):
+    path, line = table
+    failed = line | {"program": "prefill", "case": "another", "passed": False}
+    broken = [{"case": "a third", "error": "out of memory"}]
+    committed = json.loads(path.read_text())
+    committed["programs"].insert(0, failed)
+
+    def accepted(found, not_compiled=()):
+        path.write_text(json.dumps(committed | {"not_compiled": [*not_compiled]}))
+        status = run(monkeypatch, found, "--accept")
+        return status, json.loads(path.read_text())
+
+    status, written = accepted(line, broken)
+    assert status == 1 and not written["passed"] and written["not_compiled"] == broken
+    assert [one["program"] for one in written["programs"]] == ["prefill", "decode B=8 S=4,096"]
+    committed["programs"] = [failed | {"passed": True}, *written["programs"][1:]]
+    status, written = accepted(line | {"program": "decode anew"})
+    assert status == 0 and written["passed"]
+    assert [one["program"] for one in written["programs"]] == ["prefill", "decode anew"]
+
+
+def test_a_program_that_is_not_compiled_any_more_or_has_another_name_is_named(table, monkeypatch, capsys):
+    _, line = table
+    assert run(monkeypatch, line, "--accept") == 0  # the table knows the case of each line
+    assert run(monkeypatch, line | {"program": "decode anew"}) == 1
+    assert "decode B=8 S=4,096 on v5e:2x4 kv=2 q=4: found no such program; expected it" in capsys.readouterr().out
+    assert missing([LINE, OTHER], [LINE]) == [
+        "decode B=8 S=4,096 on v5e:2x2 kv=2 q=2: found no such program; expected it, as in the table"
+    ]
+    assert missing([LINE | {"case": "a"}, OTHER], [], {"b"}) == []
 
 
 def test_a_description_of_no_case_is_an_error(table, monkeypatch, capsys):
