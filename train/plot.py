@@ -21,6 +21,8 @@ _SCALE = 2
 _WIDTH, _LEFT, _RIGHT, _TOP, _GAP, _BOTTOM = (_SCALE * size for size in (960, 92, 24, 52, 40, 60))
 _INK, _PALE, _GRID = "#222222", "#a9c3dd", "#dddddd"
 _FIRST, _SECOND, _THIRD = "#225588", "#cc5511", "#228833"
+_DOTS = 20
+"""The values of a curve of no more steps than this are marked."""
 _SMOOTHED = 100
 """A curve of more steps than this is shown with its moving average."""
 
@@ -103,13 +105,15 @@ def draw_curves(title: str, panels: Sequence[Panel]) -> PIL.Image.Image:
     draw = PIL.ImageDraw.Draw(image)
     draw.text((_LEFT, _SCALE * 14), title, fill=_INK, font=_font(18))
     steps = [step for panel in panels for curve in panel.curves for step, _ in curve.points]
-    first, last = min(steps), max(max(steps), min(steps) + 1)
+    first, last = min(steps), max(steps)
+    if first == last:  # in the middle
+        first, last = first - 1, last + 1
     top = _TOP
     for panel in panels:
         _draw_panel(image, draw, panel, top, (first, last))
         top += _SCALE * panel.height + _GAP
     base = top - _GAP
-    for step in _ticks(first, last, 10, whole=True):
+    for step in _ticks(first, last, max(1, round_step((last - first) / 10))) if len(set(steps)) > 1 else steps[:1]:
         x = _LEFT + (step - first) / (last - first) * (_WIDTH - _RIGHT - _LEFT)
         draw.line((x, base, x, base + _SCALE * 5), fill=_INK, width=_SCALE)
         draw.text((x, base + _SCALE * 9), f"{step:,.0f}", fill=_INK, font=_font(14), anchor="ma")
@@ -125,7 +129,9 @@ def _draw_panel(
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    ticks = _ticks(low, high, 8 if panel.height > 200 else 3)
+    step = round_step((high - low) / (8 if panel.height > 200 else 3))
+    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    ticks = _ticks(low, high, step)
 
     def place(step: float, value: float) -> tuple[float, float]:
         x = _LEFT + (step - steps[0]) / (steps[1] - steps[0]) * (right - _LEFT)
@@ -138,15 +144,16 @@ def _draw_panel(
     for curve in panel.curves:
         points = [place(*point) for point in curve.points]
         draw.line(points, fill=curve.color, width=2 * _SCALE, joint="curve")
-        for x, y in points if curve.has_dots or len(points) == 1 else ():
+        for x, y in points if curve.has_dots or len(points) <= _DOTS else ():
             radius = 4 * _SCALE
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=curve.color)
     draw.line((_LEFT, top, _LEFT, base, right, base), fill=_INK, width=_SCALE)
     names = [(curve.name, curve.color) for curve in panel.curves if len(panel.curves) > 1]
-    for row, (name, color) in enumerate(names):
-        y = top + _SCALE * (10 + 20 * row)
-        draw.line((right - _SCALE * 36, y, right - _SCALE * 8, y), fill=color, width=3 * _SCALE)
-        draw.text((right - _SCALE * 44, y), name, fill=_INK, font=_font(14), anchor="rm")
+    y = top - _SCALE * 14
+    for name, color in reversed(names):  # above the panel, where no curve is
+        draw.line((right - _SCALE * 28, y, right, y), fill=color, width=3 * _SCALE)
+        draw.text((right - _SCALE * 36, y), name, fill=_INK, font=_font(14), anchor="rm")
+        right -= _SCALE * 56 + math.ceil(draw.textlength(name, font=_font(14)))
     _draw_upwards(image, panel.label, (_SCALE * 16, (top + base) // 2))
 
 
@@ -163,8 +170,6 @@ def _font(size: int) -> Any:
     return PIL.ImageFont.load_default(_SCALE * size)
 
 
-def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Return round numbers from `low` to `high`, at most about `count`."""
-    step = round_step((high - low) / count)
-    step = max(1.0, step) if whole else step
+def _ticks(low: float, high: float, step: float) -> list[float]:
+    """Return the multiples of `step` from `low` to `high`."""
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

@@ -61,6 +61,26 @@ def test_a_job_that_learns_by_reward_has_its_rewards_drawn(tmp_path, said):
     assert rewards[rewards[:, 0] < 200][:, 1].mean() > rewards[rewards[:, 0] > 800][:, 1].mean()  # it rises
 
 
+@pytest.mark.parametrize(
+    ("losses", "ticks"),
+    [
+        ([2.3456], ["1", "2.5", "4"]),
+        ([0.6, 1.4], ["0.6", "1", "1.4"]),
+        ([2.31, 2.29, 2.33], ["2.29", "2.31", "2.33"]),
+    ],
+)
+def test_a_short_job_has_marked_values_at_its_steps_between_ticks(tmp_path, said, losses, ticks):
+    metrics = [{"step": 9 + n, "loss": loss, "learning_rate": 0.6 + 0.8 * (n % 2)} for n, loss in enumerate(losses)]
+    assert drawn(tmp_path, metrics) == ["loss.png"]
+    assert set(ticks) <= set(said)  # of the loss
+    assert {text for text in said if text.isdecimal() and int(text) > 4} == {str(line["step"]) for line in metrics}
+    for color, (top, bottom) in ((BLUE, (52, 392)), (GREEN, (432, 552))):
+        found = places(tmp_path / "loss.png", color)
+        assert found[:, 1].min() >= top - 5 and found[:, 1].max() <= bottom + 5
+        for x in np.linspace(92, 936, len(losses)) if len(losses) > 1 else [514]:
+            assert np.ptp(found[abs(found[:, 0] - x) <= 4][:, 1]) >= 6  # a dot, not a line of two pixels
+
+
 @pytest.mark.parametrize(("lines", "names"), [([], []), ([{"step": 1, "loss": 2.0}], ["loss.png"])])
 def test_little_or_nothing_is_no_error(tmp_path, lines, names):
     assert drawn(tmp_path, lines) == names
