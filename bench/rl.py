@@ -40,8 +40,10 @@ from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.tiny import TINY_CHECKPOINT, digits
-from train.config import BatchConfig, load_config
+from train.config import BatchConfig, CheckpointConfig, DataConfig, TrainConfig
 from train.log import METRICS, read_log
+from train.optimizers import OptimizerConfig
+from train.rl.config import RLConfig, SamplingConfig, VerifierConfig
 from train.rl.groups import Group, Rollout
 from train.rl.handover import Handover
 from train.rl.loop import learn
@@ -72,38 +74,6 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(n=8, groups=2, prompt=512, answer=128, image=336, image_answer=32, steps=21, problems=64, prompts=8)
 QUICK = Sizes(n=2, groups=1, prompt=24, answer=6, image=84, image_answer=4, steps=3, problems=24, prompts=2)
-
-JOB = """
-model = {model}
-out = "out"
-steps = {steps}
-freeze = []
-dtype = "float32"
-remat = "none"
-mesh = "data=1"
-[data]
-files = ["problems.jsonl"]
-[batch]
-rows = 8
-length = 128
-vision_rows = 4
-vision_length = 256
-[optimizer]
-learning_rate = 1e-4
-[checkpoint]
-every = 1000
-[rl]
-prompts = {prompts}
-samples = {n}
-[rl.sampling]
-slots = 32
-think_budget = 16
-answer_budget = 48
-temperature = 1.2
-[rl.verifiers.digits]
-kind = "grounding"
-threshold = 0.7
-"""
 
 
 class Model:
@@ -246,6 +216,29 @@ def vision_work(model: Model) -> dict[str, Any]:
     return {**counts, "ratios": ratios, "aim": model.sizes.n, "passed": min(ratios.values()) >= model.sizes.n}
 
 
+def _job(directory: pathlib.Path, sizes: Sizes) -> TrainConfig:
+    """The job that is measured: the packaged model learns to find digits."""
+    return TrainConfig(
+        model=str(TINY_CHECKPOINT),
+        out=str(directory / "out"),
+        data=DataConfig(files=(str(directory / "problems.jsonl"),)),
+        steps=sizes.steps,
+        batch=BatchConfig(rows=8, length=128, vision_rows=4, vision_length=256),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        checkpoint=CheckpointConfig(every=1000),
+        rl=RLConfig(
+            verifiers={"digits": VerifierConfig(kind="grounding", threshold=0.7)},
+            prompts=sizes.prompts,
+            samples=sizes.n,
+            sampling=SamplingConfig(slots=32, think_budget=16, answer_budget=48, temperature=1.2),
+        ),
+        freeze=(),
+        dtype="float32",
+        remat="none",
+        mesh="data=1",
+    )
+
+
 def run_job(directory: pathlib.Path, sizes: Sizes, log: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Run a job of the packaged model, and say where the time of its steps after the first goes."""
     rows = []
@@ -255,10 +248,7 @@ def run_job(directory: pathlib.Path, sizes: Sizes, log: Callable[[str], None] | 
         row = {"messages": [{"role": "user", "content": content}], "boxes": [list(example.boxes[0])]}
         rows.append(row | {"width": 1000, "height": 1000, "domain": "digits"})
     (directory / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    path = directory / "job.toml"
-    settings = {"model": json.dumps(str(TINY_CHECKPOINT)), "steps": sizes.steps, "prompts": sizes.prompts, "n": sizes.n}
-    path.write_text(JOB.format(**settings), encoding="utf-8")
-    learn(load_config(path), log=log)
+    learn(_job(directory, sizes), log=log)
     lines = [line for line in read_log(directory / "out" / METRICS)[1:] if line["learned"]]
     seconds = {name: sum(line[f"seconds_{name}"] for line in lines) for name in PHASES}
     whole = sum(seconds.values())

@@ -569,6 +569,12 @@ def test_a_warm_server_compiles_nothing(serving, lowerings):
                 {"messages": image, "max_tokens": 20, "logprobs": True, "top_logprobs": 2},
                 {"messages": image, "max_tokens": 20, "response_format": {"type": "json_object"}},
                 {"messages": hello(), "max_tokens": 6, "logit_bias": {"5": -100}, "min_tokens": 2},
+                {
+                    "messages": hello(),
+                    "max_tokens": 6,
+                    "logit_bias": {"5": 1},
+                    "response_format": {"type": "json_object"},
+                },
                 {"messages": hello(), "max_tokens": 20, "thinking_token_budget": 2},
             ):
                 assert http.post(f"{address}/v1/chat/completions", json=fields).status_code == 200

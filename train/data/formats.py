@@ -97,8 +97,9 @@ class Columns:
 
 DEFAULT = Columns()
 OPENAI = Columns(
-    messages="messages", role_tag="role", content_tag="content", roles={role: role for role in ROLES} | tools.ROLES
-)
+    messages="messages", role_tag="role", content_tag="content",
+    roles={role: role for role in ROLES} | tools.ROLES | {"developer": "system"},  # as in conversations to answer
+)  # fmt: skip
 QUERY_RESPONSE = Columns(prompt="query", query="", response="response")
 
 

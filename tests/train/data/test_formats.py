@@ -160,6 +160,12 @@ def test_a_system_message_in_the_conversation_wins():
     assert losses == (False, False, True)
 
 
+def test_developer_is_system():
+    talk = [{"role": "developer", "content": "Be short."}, *LLAMA_FACTORY["messages"]]
+    messages, losses, _ = read_row(LLAMA_FACTORY | {"messages": talk}, "openai")
+    assert messages[0] == turn("system", "Be short.") and not losses[0]
+
+
 def test_llava_rows_read():
     messages, losses, _ = read_row(LLAVA, "llava")
     assert messages[0] == turn(
