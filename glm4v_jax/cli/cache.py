@@ -7,7 +7,8 @@ import os
 import pathlib
 
 from glm4v_jax.console.program import JsonOptions
-from glm4v_jax.devices.compilation_cache import DIRECTORY, MAX_BYTES, MAX_SIZE, cache_files, size_bound, user_directory
+from glm4v_jax.devices.cache_bound import MAX_BYTES, MAX_SIZE
+from glm4v_jax.devices.compilation_cache import DIRECTORY, cache_files, size_bound, user_directory
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import size_text
 

@@ -13,25 +13,16 @@ from typing import Any
 
 import platformdirs
 
+from glm4v_jax.devices.cache_bound import EXECUTABLES, LAST_USE, MAX_BYTES, MAX_SIZE, PROGRAM, note_last_uses
 from glm4v_jax.devices.program_limit import COMPILED, limit_programs
 from glm4v_jax.errors import ConfigError
 
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
 """JAX's own environment variable: a directory or an address; empty for no cache."""
-MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
-"""JAX's own environment variable: bytes; -1 for no bound."""
 MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 """JAX's own environment variable: programs that compile faster are not kept."""
-MAX_BYTES = 4 * 2**30
-"""Size limit of the cache in the user's cache directory, unless `MAX_SIZE` sets another."""
-
-EXECUTABLES = "glm4v_jax"
-"""Directory of stored executables below that of a cache without a bound; see `stored_programs`."""
 
 _keeps_executables = False
-
-_PROGRAM, _LAST_USE = "-cache", "-atime"
-"""Ends of the names of JAX's files: a program, and when it was last used, if there is a bound."""
 
 
 def use_compilation_cache() -> None:
@@ -104,24 +95,11 @@ def cache_files(directory: pathlib.Path) -> list[pathlib.Path]:
     """
     found = [path for place in (directory, directory / EXECUTABLES) if place.exists() for path in place.iterdir()]
     # Programs first: JAX 0.10 stops keeping programs where it finds one without its time.
-    return sorted((path for path in found if path.name.endswith((_PROGRAM, _LAST_USE))), key=_is_last_use)
+    return sorted((path for path in found if path.name.endswith((PROGRAM, LAST_USE))), key=_is_last_use)
 
 
 def _is_last_use(path: pathlib.Path) -> bool:
-    return path.name.endswith(_LAST_USE)
-
-
-def note_last_uses(directory: pathlib.Path) -> None:
-    """Write a time for programs that lack one: without it JAX 0.10 cannot make room, and keeps no more programs.
-
-    They lack one if they were written without a bound, or if the process ended between writing the two.
-    """
-    with contextlib.suppress(OSError):
-        for program in directory.glob(f"*{_PROGRAM}"):
-            noted = program.with_name(program.name.removesuffix(_PROGRAM) + _LAST_USE)
-            if not noted.exists():
-                seconds = min(program.stat().st_mtime, time.time())
-                noted.write_bytes(int(seconds * 1e9).to_bytes(8, "little"))
+    return path.name.endswith(LAST_USE)
 
 
 @contextlib.contextmanager

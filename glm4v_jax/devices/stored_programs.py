@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import jax
 import numpy as np
 
-from glm4v_jax.devices.compilation_cache import EXECUTABLES, MAX_BYTES, MAX_SIZE, note_last_uses
+from glm4v_jax.devices.cache_bound import with_bound
 from glm4v_jax.devices.program_limit import COMPILED, OTHER_PROGRAMS
 
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_XLA_FLAGS")
@@ -45,7 +45,7 @@ def use_stored_programs() -> None:
     """Store and read executables from now on, if JAX's persistent cache is used and this is the only process of a job.
 
     The command line calls this. It takes effect on CPUs alone. The files lie in the directory of JAX's cache, under its
-    bound; where it has none, in a directory below it that grows to `MAX_BYTES`, as every change of a source adds some.
+    bound; where it has none, in a directory below it that has one (`cache_bound`): every change of a source adds some.
     Like JAX's own they are code: whoever can write there runs programs as this user.
     """
     global _is_used
@@ -253,29 +253,10 @@ def _cache() -> Any:
         from jax._src import compilation_cache
 
         _trace_context()
-        return _with_bound(compilation_cache._get_cache(jax.devices()[0].client))
+        return with_bound(compilation_cache._get_cache(jax.devices()[0].client))
     except Exception as error:
         _logger.debug("programs are not stored: %s", error)
         return None
-
-
-def _with_bound(cache: Any) -> Any:
-    """A cache of JAX's, if it has a bound; else one below its directory, of which the oldest programs go first."""
-    path = str(getattr(cache, "path", ""))
-    if MAX_SIZE in os.environ or getattr(cache, "eviction_enabled", True) or not os.path.isdir(path):
-        return cache
-    return _own(pathlib.Path(path, EXECUTABLES))
-
-
-@functools.cache
-def _own(directory: pathlib.Path) -> Any:
-    from jax._src.lru_cache import LRUCache
-
-    if not os.access(directory.parent, os.W_OK):  # as in an image of a container: nothing grows, no use can be noted
-        return LRUCache(str(directory), max_size=-1)
-    cache = LRUCache(str(directory), max_size=MAX_BYTES)
-    note_last_uses(directory)
-    return cache
 
 
 def _from_cache(name: str) -> bytes | None:

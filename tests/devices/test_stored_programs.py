@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glm4v_jax.devices import stored_programs
-from glm4v_jax.devices.compilation_cache import EXECUTABLES, MAX_SIZE, cache_files, compile_times
+from glm4v_jax.devices.compilation_cache import compile_times
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.devices.program_limit import drop_programs
 from glm4v_jax.devices.stored_programs import StoredProgram
@@ -134,27 +134,6 @@ def test_damaged_files_are_one_line_and_replaced(files, caplog, tmp_path, monkey
     stored_programs._useless.clear()  # as in a new process
     run(program(traced))
     assert traced == [2, 3]
-
-
-def test_cache_without_a_bound_has_one_for_executables(monkeypatch, tmp_path):
-    """As where a variable names the directory: of its programs those that were not used for longest go."""
-    from jax._src.lru_cache import LRUCache
-
-    monkeypatch.delenv(MAX_SIZE, raising=False)
-    monkeypatch.setattr(stored_programs, "MAX_BYTES", 25)
-    (tmp_path / EXECUTABLES).mkdir()
-    (tmp_path / EXECUTABLES / "killed-cache").write_bytes(bytes(10))  # before the time of its use was written
-    unbounded = LRUCache(str(tmp_path), max_size=-1)
-    cache = stored_programs._with_bound(unbounded)
-    for name in "ab":
-        cache.put(name, bytes(10))
-    assert cache.get("a") and cache is stored_programs._with_bound(unbounded)
-    cache.put("c", bytes(10))
-    assert sorted(path.name for path in cache_files(tmp_path)) == ["a-atime", "a-cache", "c-atime", "c-cache"]
-    bounded = LRUCache(str(tmp_path), max_size=100)
-    assert stored_programs._with_bound(bounded) is bounded
-    monkeypatch.setenv(MAX_SIZE, "-1")  # wanted
-    assert stored_programs._with_bound(unbounded) is unbounded
 
 
 def test_cache_that_cannot_be_written_costs_no_result(files):
