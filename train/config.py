@@ -188,7 +188,7 @@ class CheckpointConfig:
     Attributes:
       every: steps between two checkpoints; there is one after the last step, too, but none after a step that was
         skipped (`max_grad_norm`). With `rl` they are numbered by updates, of which a step without a group to learn from
-        counts as one.
+        counts as one; there is none while groups wait (`rl.min_groups`).
       keep: how many of the latest are kept.
       best: keep also the best checkpoint by "loss" or "score" of the evaluation, of equal scores that of the smallest
         loss, and export that one; by default the result is that of the last step.

@@ -1,6 +1,6 @@
 """Lengths of records: in tokens, from the sizes of images alone, or in characters where there is no model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from glm4v_jax.data.media import image_size, source_of
@@ -36,14 +36,30 @@ class TokenCounter:
             raise DataError(f"{record.source}: {error}") from error
 
     def _count(self, record: Record) -> int:
+        messages, _ = target_turns(record, "last", self._processor)
+        return self.of(messages, record.media("image"), record.media("video"), record.tools)
+
+    def of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Iterable[Mapping[str, Any]],
+        videos: Iterable[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> int:
+        """Return the number of tokens of messages, as chat templates take them, with their items that are media.
+
+        Raises:
+            Glm4vError: they cannot be encoded.
+        """
         processor = self._processor
-        messages, _ = target_turns(record, "last", processor)
-        text = processor.apply_chat_template(messages, tools=list(record.tools) or None)
-        sizes = [image_size(item)[::-1] for item in record.media("image")]
+        text = processor.apply_chat_template(messages, tools=list(tools) or None)
+        sizes = [image_size(item)[::-1] for item in images]
         counts = processor.get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or []
-        images = [Expansion(processor.image_token * count, count) for count in counts]
-        videos = [expansion for item in record.media("video") for expansion in self._prepare_video(item)]
-        media = PreparedMedia(BatchFeature(), images, videos)
+        media = PreparedMedia(
+            BatchFeature(),
+            [Expansion(processor.image_token * count, count) for count in counts],
+            [expansion for item in videos for expansion in self._prepare_video(item)],
+        )
         return len(processor.assemble([text], media)["input_ids"][0])
 
     def _prepare_video(self, item: Mapping[str, Any]) -> list[Expansion]:

@@ -38,7 +38,7 @@ from train.rl.judging import Judges, Task, check_failures, score_shared
 from train.rl.levels import read_levels
 from train.rl.log import RewardLog
 from train.rl.loss import Objective
-from train.rl.problems import Problem, Problems, read_problems
+from train.rl.problems import Problem, Problems, check_lengths, read_problems
 from train.rl.rollouts import media_tokens, seed_of
 from train.rl.self_test import self_test
 from train.rl.step import PolicyStep
@@ -112,6 +112,8 @@ def learn(
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
         if (position := checkpoints.data) is not None:
             check_step(int(position["step"]), config)
+        else:
+            check_lengths(problems, limits, config.batch.length - rl.sampling.longest)
         check_room(config, model_config, checkpoints)
         stopping = stack.enter_context(Stopping(mesh))
         job, state = Job.start(config, model_config, progress)

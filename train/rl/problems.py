@@ -18,12 +18,14 @@ from typing import Any, overload
 from eval.metrics import Reference
 from eval.parse_answer import final_answer
 from glm4v_jax.config.checks import one_of, raise_faults
-from glm4v_jax.data.media import file_name, image_size, source_of
+from glm4v_jax.data.media import file_name, image_size, is_remote, source_of
 from glm4v_jax.data.tables import literal_list
-from glm4v_jax.errors import DataError, Glm4vError, MediaError, one_line
+from glm4v_jax.errors import DataError, Glm4vError, MediaError, counted, one_line
 from glm4v_jax.generate.text.boxes import SCALE, find_boxes
+from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.data import FormatName
 from train.data.formats import LISTS, QUERIES, RESPONSES, Columns, only_field
+from train.data.lengths import TokenCounter
 from train.data.records import Record, Records, question_of, read_records
 from train.rl.self_test import Example
 
@@ -176,6 +178,34 @@ def read_problems(
     """
     records = read_records(files, format=format, media_dir=media_dir, change=answered)
     return Problems(records, domains, fps)
+
+
+def check_lengths(problems: Problems, processor: Glm4vProcessor, longest: int) -> None:
+    """Check that prompts fit a row beside their answers, before a step draws one that does not, and the job ends.
+
+    Images are not decoded. Problems with a video, or files of other machines, are passed over: those take long.
+
+    Args:
+      problems: of the job.
+      processor: of the model, with the limits of the job.
+      longest: tokens that a prompt may have.
+
+    Raises:
+      DataError: prompts are longer, or an image of one cannot be read; by file and row.
+    """
+    count, faults = TokenCounter(processor), []
+    for problem in problems:
+        contents = [one["content"] for one in problem.messages if not isinstance(one["content"], str)]
+        media = [item for content in contents for item in content if item["type"] != "text"]
+        if any(item["type"] != "image" or is_remote(item) for item in media):
+            continue
+        try:
+            if (length := count.of(problem.messages, media)) > longest:
+                expected = f"at most {longest:,}: a row, batch.length, also has the answer"
+                raise DataError(f"found a prompt of at least {counted(length, 'token')}; expected {expected}")
+        except Glm4vError as error:
+            faults.append(f"{problem.source}: {error}")
+    raise_faults(faults, DataError, shown=_SHOWN)
 
 
 def answered(row: Mapping[str, Any], columns: Columns | None = None) -> Mapping[str, Any]:
