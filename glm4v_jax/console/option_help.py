@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -29,26 +30,32 @@ def tidy_help(options: Any) -> None:
     """
     classes: list[Any] = [cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]
     for cls in classes:
-        (definition,) = typing.cast(Any, ast.parse(textwrap.dedent(inspect.getsource(cls)))).body
-        docstrings = {
-            ast.unparse(field.target): " ".join(str(ast.literal_eval(text.value)).split())
-            for field, text in itertools.pairwise(definition.body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        }
-        for name, hint in cls.__annotations__.items():
-            base, *given = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-            if dataclasses.is_dataclass(base):
-                tidy_help(base)
-                continue
-            literals = [choice for choice in typing.get_args(base) if typing.get_origin(choice) is Literal]
-            choices = [str(value) for value in typing.get_args(literals[0])] if literals else None
-            shown = tyro.conf.arg(
-                help=docstrings.get(name),
-                metavar=f"{{{','.join(choices)}}}" if choices else None,
-                help_behavior_hint=_HINTS.get(str(getattr(cls, name, ""))),
-            )
-            read = [_number(hint)] if _kinds(hint) in ({int}, {float}) else [_choice(choices)] if choices else []
-            cls.__annotations__[name] = Annotated[(base, shown, *read, *given)]
+        _tidy_fields(cls)
+
+
+@functools.cache
+def _tidy_fields(cls: Any) -> None:
+    """Do so for the fields of one class, once: commands share classes, and each reading of a source takes 10 ms."""
+    (definition,) = typing.cast(Any, ast.parse(textwrap.dedent(inspect.getsource(cls)))).body
+    docstrings = {
+        ast.unparse(field.target): " ".join(str(ast.literal_eval(text.value)).split())
+        for field, text in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    for name, hint in cls.__annotations__.items():
+        base, *given = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        if dataclasses.is_dataclass(base):
+            tidy_help(base)
+            continue
+        literals = [choice for choice in typing.get_args(base) if typing.get_origin(choice) is Literal]
+        choices = [str(value) for value in typing.get_args(literals[0])] if literals else None
+        shown = tyro.conf.arg(
+            help=docstrings.get(name),
+            metavar=f"{{{','.join(choices)}}}" if choices else None,
+            help_behavior_hint=_HINTS.get(str(getattr(cls, name, ""))),
+        )
+        read = [_number(hint)] if _kinds(hint) in ({int}, {float}) else [_choice(choices)] if choices else []
+        cls.__annotations__[name] = Annotated[(base, shown, *read, *given)]
 
 
 def _kinds(hint: Any) -> set[Any]:

@@ -241,6 +241,14 @@ def test_help_of_an_option_has_no_line_breaks_no_none_and_no_default_of_a_flag(c
     assert "--is-dry Do nothing." in lines
 
 
+def test_a_process_prepares_the_options_of_a_command_once(capfd):
+    """Or each command that it runs would make the next one slower to read."""
+    ran()
+    prepared = [dict(cls.__annotations__) for cls in Work.__mro__ if dataclasses.is_dataclass(cls)]
+    ran("--is-dry")
+    assert [dict(cls.__annotations__) for cls in Work.__mro__ if dataclasses.is_dataclass(cls)] == prepared
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_help_is_as_wide_as_the_terminal(capfd, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
