@@ -49,16 +49,20 @@ def test_attention_and_layer_equal(ours, theirs, name):
         attended, weights = text.layers[0].self_attn(torch.tensor(x), **at)
         expected = text.layers[0](torch.tensor(x), **at)
     layer = getattr(ours(name).language_model.module.layers, "0")
-    cos_sin = rope.mrope_cos_sin(jnp.asarray(positions), text_of(name))
-    mask = Mask(segments, segments, np.zeros(B, np.int32))
-    q, k, v = layer.self_attn.project(jnp.asarray(x), cos_sin)
-    out, found_weights = attend_with_weights(q, k, v, mask, causal=True)
+
+    @jax.jit
+    def run(layer, x):
+        cos_sin = rope.mrope_cos_sin(jnp.asarray(positions), text_of(name))
+        q, k, v = layer.self_attn.project(x, cos_sin)
+        out, weights = attend_with_weights(q, k, v, Mask(segments, segments, np.zeros(B, np.int32)), causal=True)
+        attention = attention_to_tokens(jnp.asarray(segments))
+        return layer.self_attn.o_proj(out), weights, layer(x, cos_sin, attention)
+
+    out, found_weights, (found, kept) = run(layer, x)
     real = segments > 0
-    assert_close(layer.self_attn.o_proj(out), attended, real)
+    assert_close(out, attended, real)
     found_weights = np.asarray(found_weights).reshape(B, -1, T, T)
     assert_close(found_weights.swapaxes(1, 2), weights.transpose(1, 2), real)
-    attention = attention_to_tokens(jnp.asarray(segments))
-    found, kept = jax.jit(lambda layer, x: layer(x, cos_sin, attention))(layer, x)
     assert kept == (None, None)
     assert_close(found, expected, real)
 

@@ -92,7 +92,8 @@ def test_a_linear_layer_is_off_by_half_a_scale(mesh, config, ins, outs):
     layer = nn.Linear(ins, outs, nn.Init(nnx.Rngs(params=0), 0.5), bias=True)
     before = np.asarray(layer.kernel[...], np.float64)
     before[..., 0] = 0  # a channel of zeros
-    kernel, scale = quantize.quantize_kernel(jnp.asarray(before, jnp.float32), tuple(ins), tuple(outs), config)
+    quantized = jax.jit(quantize.quantize_kernel, static_argnums=(1, 2, 3))
+    kernel, scale = quantized(jnp.asarray(before, jnp.float32), tuple(ins), tuple(outs), config)
     integers, kept, spread = by_hand(before + (before == 0) * 1e-30, len(ins), config)
     is_packed = config is INT4 and before.shape[len(ins) - 1] % 2 == 0
     assert kernel.dtype == (jnp.uint8 if is_packed else config.dtype) and scale.dtype == jnp.float32
@@ -108,9 +109,10 @@ def test_a_linear_layer_is_off_by_half_a_scale(mesh, config, ins, outs):
     layer.kernel, layer.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
     x = np.random.RandomState(0).standard_normal((2, 3, *ins.values())).astype(np.float32)
     expected = np.tensordot(np.asarray(x, np.float64), found * spread, len(ins))
-    assert_close(layer(jnp.asarray(x)), expected, tolerance=1e-6)
+    run = jax.jit(lambda layer, x: layer(x))
+    assert_close(run(layer, jnp.asarray(x)), expected, tolerance=1e-6)
     layer.bias = nnx.Param(layer.bias[...].astype(jnp.bfloat16))
-    rounded = layer(jnp.asarray(x, jnp.bfloat16))
+    rounded = run(layer, jnp.asarray(x, jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
     assert_close(rounded.astype(jnp.float32), expected, tolerance=3 * 2**-8)  # input, kernel and result, rounded once
 
