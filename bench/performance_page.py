@@ -85,6 +85,7 @@ def page() -> str:
         bandwidth=cpu["bandwidth"]["ratio"]["median"],
         bandwidth_target=cpu["bandwidth"]["aim"],
         cpu_others=processors(cpu),
+        **_preprocess(read("preprocess")),
         **_ocr(ocr),
         lookup_parameters=round(lookup["parameters"] / 1e6),
         lookup_draft=lookup["draft"],
@@ -179,6 +180,30 @@ def page() -> str:
 def range_of(values: Iterable[float]) -> str:
     """From the least to the most."""
     return " to ".join(f"{round(value, 1):g}" for value in values)
+
+
+def _preprocess(found: Any) -> dict[str, Any]:
+    """What the page says of preprocessing."""
+    return {
+        **{f"preprocess_{name}": found[name] for name in ("cores", "count", "rounds")},
+        **{f"preprocess_{name}": 1e3 * found["overlap"][name] for name in ("data", "both")},
+        "preprocess_hidden": found["overlap"]["hidden"],
+        "preprocess": markdown(
+            ("what", "this package", "beside it", "", "ratio", "target"),
+            (
+                (f"{line['what']}, {line['unit']}", number(line["ours"]["median"]), line["other"],
+                 number(line["theirs"]["median"]), spread(line["ratio"]), target(line))
+                for line in found["lines"]
+            ),
+        ),
+        "preprocess_scaling": markdown(
+            ("in", "one, images/s", "two, images/s", "ratio"),
+            (
+                (line["way"], number(line["theirs"]["median"]), number(line["ours"]["median"]), spread(line["ratio"]))
+                for line in found["scaling"]
+            ),
+        ),
+    }  # fmt: skip
 
 
 def _rl(rl: Any) -> dict[str, Any]:

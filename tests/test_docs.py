@@ -335,7 +335,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
         assert not loaded, page
 
 
-@pytest.mark.parametrize("name", ["performance_page", "quantize_page", "device.page"])
+@pytest.mark.parametrize("name", ["performance_page", "quantize_page", "device.page", "growth_page"])
 def test_generated_pages_are_what_their_programs_write(name):
     program = importlib.import_module(f"bench.{name}")
     assert program.PAGE.read_text(encoding="utf-8") == program.page()

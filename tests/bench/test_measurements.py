@@ -15,12 +15,14 @@ from bench import (
     convert,
     engine,
     grammar,
+    growth,
     install,
     lmms_eval,
     memory,
     models,
     ocr,
     performance_page,
+    preprocess,
     prompt_lookup,
     quant,
     quant_quality,
@@ -50,10 +52,12 @@ pytestmark = pytest.mark.slow
         engine,
         evaluation,
         grammar,
+        growth,
         install,
         lmms_eval,
         memory,
         ocr,
+        preprocess,
         prompt_lookup,
         quant,
         quant_quality,
@@ -113,6 +117,21 @@ def test_evaluations_give_the_same_answers(sides):
     ]
     assert all(line[side]["median"] > 0 for line in lines for side in sides)
     assert len(evaluation.table(lines, 2).rows) == 2
+
+
+@pytest.mark.parametrize("kind", ["one size", "files"])
+def test_photographs_have_the_patches_of_the_reference(kind):
+    found = [side().images(kind, 2) for side in (preprocess.Ours, preprocess.Theirs)]
+    assert found[0]["digest"] == found[1]["digest"] and all(one["seconds"] > 0 for one in found)
+
+
+def test_a_stream_prepares_batches_beside_steps():
+    ours = preprocess.Ours()
+    found = ours.overlap(batches=1)
+    assert min(found.values()) > 0 and found["both"] >= found["step"]
+    frames = [ours.decode(decoder)["amount"] for decoder in ("ours", "decord", "PyAV")]
+    assert len(set(frames)) == 1 and frames[0] > 100
+    assert ours.scaled("threads", 2, 2)["amount"] == 2
 
 
 def test_prompt_lookup_copies_what_a_prompt_holds(tmp_path):
