@@ -20,13 +20,11 @@ import numpy as np
 
 from bench import growth_page, report
 from bench.growth_host import Work
-from bench.growth_series import SERIES, Series
+from bench.growth_series import SERIES, TOLERANCE, Series
 from glm4v_jax.files import replacing, to_json
 
 RUNS, LEAST_SECONDS = 3, 0.01
 """Runs of which the best counts; a run repeats the work until it has taken so long."""
-TOLERANCE = 0.2
-"""By which a slope may exceed what is expected: caches of the processor end between two sizes."""
 TINY_SIZES = 2
 RESULTS = report.RESULTS / "growth.json"
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.growth_series import SERIES, Panel, Series, Unit
+from bench.growth_series import SERIES, TOLERANCE, Panel, Series, Unit
 from bench.report import ROOT, markdown, read
 
 PAGE, CHART = ROOT / "docs" / "growth.md", ROOT / "docs" / "images" / "growth.svg"
@@ -62,8 +62,6 @@ def amount(value: float, unit: Unit) -> str:
 
 def page() -> str:
     """The page."""
-    from bench.growth import TOLERANCE
-
     results = read("growth")
     facts, series = results["machine"], results["series"]
     rows = (

@@ -9,6 +9,9 @@ from bench.growth_host import Work
 
 Unit = Literal["s", "bytes"]
 
+TOLERANCE = 0.2
+"""By which a slope may exceed what is expected: caches of the processor end between two sizes."""
+
 
 class Panel(NamedTuple):
     """A part of the chart: series over the same unit.

@@ -47,12 +47,12 @@ FILTERS = frozenset(_FILTERS)
 
 
 @functools.lru_cache(maxsize=128)
-def _bands(size: int, new_size: int, resample: int) -> tuple[list[tuple[int, int, np.ndarray]], int]:
+def _bands(size: int, new_size: int, resample: int) -> list[tuple[int, int, np.ndarray]]:
     """The resampling as matrices, each for the next `_OUTPUTS` outputs.
 
     Returns:
-        (low, high, weights [outputs, high - low]) for each, to multiply inputs low..high with, whole numbers in
-        floating point; and the number of bits after their binary point.
+        (low, high, weights [outputs, high - low]) for each, to multiply inputs low..high with: multiples of 2**-bits in
+        floating point.
     """
     support, kernel = _FILTERS[PIL.Image.Resampling(resample)]
     scale = size / new_size
@@ -70,7 +70,7 @@ def _bands(size: int, new_size: int, resample: int) -> tuple[list[tuple[int, int
     weights *= 1 << bits
     weights = np.trunc(np.where(weights < 0, weights - 0.5, weights + 0.5))
 
-    # Sums of products of whole numbers are exact in floating point up to 24 bits, or 53.
+    # Sums of products of whole numbers are exact in floating point up to 24 bits, or 53; also divided by 2**bits.
     exact = np.abs(weights).sum(axis=1).max() * 255 + (1 << bits) < 2**24
     bands = []
     for start in range(0, new_size, _OUTPUTS):
@@ -79,14 +79,14 @@ def _bands(size: int, new_size: int, resample: int) -> tuple[list[tuple[int, int
         # Taps past the end have no weight; one spare column takes them.
         band = np.zeros((len(first[outputs]), high - low + 1), np.float32 if exact else np.float64)
         columns = np.minimum(taps[outputs] - low, high - low)
-        band[np.arange(len(band))[:, None], columns] = weights[outputs]
+        band[np.arange(len(band))[:, None], columns] = weights[outputs] / (1 << bits)
         bands.append((low, high, np.ascontiguousarray(band[:, :-1])))
-    return bands, bits
+    return bands
 
 
 def _resize_lines(lines: np.ndarray, new_size: int, resample: int) -> np.ndarray:
     """Resample [size, N] bytes along the first axis to [new_size, N]."""
-    bands, bits = _bands(lines.shape[0], new_size, resample)
+    bands = _bands(lines.shape[0], new_size, resample)
     values = lines.astype(bands[0][2].dtype)
     resized = np.empty((new_size, lines.shape[1]), np.uint8)
     for index, (low, high, weights) in enumerate(bands):
@@ -94,9 +94,8 @@ def _resize_lines(lines: np.ndarray, new_size: int, resample: int) -> np.ndarray
         step = max(1, _PRODUCT // weights.size)
         for start in range(0, lines.shape[1], step):
             sums = weights @ values[low:high, start : start + step]
-            sums += 1 << (bits - 1)
-            sums *= 1.0 / (1 << bits)
-            target[:, start : start + step] = np.clip(np.floor(sums, out=sums), 0, 255, out=sums)
+            sums += 0.5
+            target[:, start : start + step] = sums.clip(0, 255, out=sums)  # as bytes, the fraction is dropped
     return resized
 
 
