@@ -296,7 +296,7 @@ SAMPLING = ("--slots", 2, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 100)
 def many():
     """Short answers, and then some that take so long that a watcher of the file is in time to interrupt them."""
     short = [{"prompt": f"Tell me about {i}."} for i in range(MANY - LAST)]
-    return [*short, *({"prompt": f"Count to {i}.", "do_sample": False, "max_new_tokens": 2500} for i in range(LAST))]
+    return [*short, *({"prompt": f"Count to {i}.", "do_sample": False, "max_new_tokens": 1200} for i in range(LAST))]
 
 
 @pytest.fixture(scope="module")
