@@ -20,8 +20,15 @@ from glm4v_jax.cli.inspect import Inspect
 from glm4v_jax.cli.mesh import Mesh
 from glm4v_jax.cli.serve import Serve
 from glm4v_jax.console.distributed import INTERRUPTED
-from glm4v_jax.console.interrupts import interrupt_between_imports
-from glm4v_jax.console.program import PROGRAMS, USAGE, Command, find_program, print_completion, run_program
+from glm4v_jax.console.program import (
+    PROGRAMS,
+    USAGE,
+    Command,
+    find_program,
+    print_completion,
+    run_program,
+    start_process,
+)
 from glm4v_jax.devices.compilation_cache import keep_executables
 from glm4v_jax.errors import ConfigError
 
@@ -76,7 +83,7 @@ def program() -> NoReturn:
     After Ctrl-C, exit at once, with what has been written flushed: a computation may still be running on XLA's threads,
     which do not survive the end of the interpreter that they call back into.
     """
-    interrupt_between_imports()
+    start_process()
     keep_executables()
     try:
         status = main()

@@ -7,6 +7,7 @@ and errors of options need none of these.
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -287,9 +288,17 @@ def find_program(name: str) -> Any:
         raise ConfigError(line) from error
 
 
+def start_process() -> None:
+    """Prepare a process of its own before it imports JAX: Ctrl-C, and the garbage collector."""
+    interrupt_between_imports()
+    # Imports and traced programs stay; looking through them after every 700 new objects took 11% of the CPU time of
+    # `glm4v generate` with a tiny model (2.29 s; 2.04 s after every 50,000).
+    gc.set_threshold(50_000)
+
+
 def run_module(name: str) -> NoReturn:
     """`python -m NAME`: exit with the status of the program, or `USAGE` after a line that says why it is missing."""
-    interrupt_between_imports()
+    start_process()
     try:
         main = find_program(name).main
     except ConfigError as error:
