@@ -44,6 +44,9 @@ os.environ["GLM4V_MODEL"] = str(RANDOM_CHECKPOINT)
 # A shell starts what runs in the background with Ctrl-C ignored; the processes that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Imports, collected tests and traced programs stay, so that there is little garbage to look for.
+gc.set_threshold(100_000, 20, 20)
+
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 # That they are slow on a busy machine is no failure.
 hypothesis.settings.register_profile(
@@ -100,7 +103,6 @@ def pytest_collection_finish():
     """Spare the garbage collector what stays to the end: looking through all of it took a tenth of the tests' time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_runtest_teardown(item, nextitem):
