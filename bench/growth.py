@@ -4,7 +4,7 @@
 
 Each series of `bench.growth_series` does one piece of work at sizes that double: seconds are
 the best of three runs after one that compiles, bytes are what compiled programs or processes take. The slope of a
-series on log-log paper, over the larger half of its sizes, is compared with what it should be. Figures go to
+series on log-log scales, over the larger half of its sizes, is compared with what it should be. Figures go to
 `bench/results/growth.json` after each series, and a run that was interrupted measures what is missing; then
 `docs/growth.md` and its chart are written. Exits with status 1 if something grows faster than it should.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from bench import growth_page, report
 from bench.growth_host import Work
 from bench.growth_series import SERIES, TOLERANCE, Series
-from glm4v_jax.files import replacing, to_json
+from glm4v_jax.files import replacing
 
 RUNS, LEAST_SECONDS = 3, 0.01
 """Runs of which the best counts; a run repeats the work until it has taken so long."""
@@ -143,7 +143,8 @@ def _keep(machine: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     kept = {one.key: results[one.key] for one in SERIES if one.key in results}
     passed = all(found["passed"] for found in kept.values())
     with replacing(RESULTS) as aside:
-        aside.write_text(to_json({"machine": machine, "series": kept, "passed": passed}) + "\n", encoding="utf-8")
+        found = {"machine": machine, "series": kept, "passed": passed}
+        aside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

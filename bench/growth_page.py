@@ -23,14 +23,14 @@ TEXT = """\
 
 Written by `python -m bench.growth`; change that program, not this page.
 
-What takes twice as long for twice as much is no surprise. What takes four times as long is harmless in a test and a
-fault with a user's data. Here time and memory are measured over sizes that double, on log-log paper, where the slope
-is the exponent: 1 is linear, 2 quadratic, 0 constant.
+Work that grows with the square of its input is fast in a test and slow with a user's data. Here time and memory are
+measured over sizes that double. On log-log scales the slope is the exponent: 1 is linear, 2 quadratic, 0 constant.
 
 ![Time and memory over sizes, on log-log scales]({chart})
 
-Lines are measured; beside their names is the slope of the larger half of the sizes. Dotted lines have the slope that
-is wished for: 1, or 0 or -1. Where attention makes it two, dotted are both parts of the fit `a n + b n²`.
+Lines are measured; beside their names is the slope over the larger half of the sizes. Dotted lines have the ideal
+slope: 1, or 0, or -1 over devices; 2 where the table says so. For attention, both parts of the fit `a n + b n²` are
+dotted.
 
 ## Slopes
 
@@ -149,7 +149,7 @@ def _points(found: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
 def _expected(series: Series, found: Mapping[str, Any], least: float) -> Iterator[list[tuple[float, float]]]:
     """Lines of the slopes that are expected, from the first size to the last, cut where they leave the panel."""
     first, last = found["sizes"][0], found["sizes"][-1]
-    power = round(series.slope)
+    power = -1 if series.slope < 0 else round(series.slope)
     terms = [(found["values"][-1] / last**power, power)]
     if series.is_sum:
         terms = [(found["linear"], 1), (found["quadratic"], 2)]

@@ -193,7 +193,7 @@ def _stream_seconds(directory: pathlib.Path, batches: int, step: float) -> float
     encoder = make_encoder(read_records(path), processor, config, data, batch)
     stream = Stream(encoder, config, data, batch, make_mesh(), log=print)
     try:
-        for _ in range(2 * AHEAD):
+        for _ in range(min(2 * AHEAD, batches)):
             next(stream)
         start = time.perf_counter()
         for _ in range(batches):
