@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "leftmost.json"
 PAGE, FIGURE = DATA.with_suffix(".md"), ROOT / "docs" / "images" / "leftmost.svg"
 
-LEARNS, UNIFORM, WARM, STILL, OTHERS, ANY = (
-    "learns", "uniform draws", "with a warm-up", "learning rate 0", "rewards of another group", "any box is paid",
+LEARNS, UNIFORM, STILL, OTHERS, ANY = (
+    "learns", "uniform draws", "learning rate 0", "rewards of another group", "any box is paid",
 )  # fmt: skip
 """Arms of the study."""
 NEW_AIM, SOLVED_AIM, CONTROL_RISE, ROLLOUTS = 0.65, 0.85, 0.1, 4500
 """At least so much of the new, so much of the known; at most so much more in a control; at most so many answers."""
-COLORS = {LEARNS: "#1f77b4", WARM: "#2ca02c", UNIFORM: "#ff7f0e", STILL: "#7f7f7f", OTHERS: "#9467bd", ANY: "#d62728"}
+COLORS = {LEARNS: "#1f77b4", UNIFORM: "#ff7f0e", STILL: "#7f7f7f", OTHERS: "#9467bd", ANY: "#d62728"}
 _DRAWS = {LEARNS: "rlcs", UNIFORM: "uniform"}
 """Arms that differ in their draws alone -> mode of the curriculum."""
 ANY_DIGIT = (1 + 1 / 2 + 1 / 3) / 3
@@ -268,16 +268,14 @@ def _mean_line(runs: Sequence[Run], arm: str) -> Line:
 _ARMS = {
     LEARNS: """\
 - **learns** is the job: {settings}.""",
-    WARM: """\
-- **with a warm-up**: the learning rate rises in the first fifth of the updates.""",
     STILL: """\
 - **learning rate 0** samples and scores alike, and changes nothing: what it began with, to the digit.""",
     OTHERS: """\
-- **rewards of another group**: each answer has the reward of an answer to another problem, with the
-  warm-up.""",
+- **rewards of another group**: each answer has the reward of an answer to another problem.""",
     ANY: """\
 - **any box is paid**: a verifier that does not look at what is in the box. Its reward rises to 1, and its accuracy
-  does not follow: a curve of rewards alone does not show what is learned. No job file can name such a verifier; the
+  does not follow: a curve of rewards alone does not show what is learned. It learns to give one digit as its answer,
+  and some of these are right. No job file can name such a verifier; the
   test at the start of every job refuses it, and the control goes around the test (`learn(control=)`):""",
 }
 """What is said about each."""
@@ -292,8 +290,8 @@ about an image of one, two or three digits: `left1`, `left2`, `left3`. Jobs with
 `glm4v train`, learn it from answers that a rule finds right or wrong. Here they are asked about {held_out}
 held-out digits a task, greedily; `reading` is what the model could do before.
 
-![Accuracy by the number of sampled answers: it rises with rewards of its own, and with none of the controls](\
-images/leftmost.svg)
+![Accuracy by the number of sampled answers: it rises with rewards of its own, far less where any box is paid, and not \
+with the other controls](images/leftmost.svg)
 
 ## What it learns
 
@@ -312,8 +310,32 @@ a control rises by more than {rise:.0f} points. Of these aims the runs of this p
 
 {missed}
 
-Whether a seed learns left2 and left3 in so few answers is a matter of chance: as long as hardly one answer to them is
-right, hardly one of their groups has anything to learn from. A warm-up of the learning rate does not change that.
+## Why these settings
+
+What was in the way, in the order in which it was found, and the mean of left1 to left3 at the end, by seed, of runs
+that were taken once. A line has the changes of those above it, too; the last four are other ways.
+Of five seeds four reach the aim: it is still in part a matter of chance which thought is paid for first.
+
+| changed | 0 | 1 | 2 | 3 | 4 |
+| --- | --- | --- | --- | --- | --- |
+| 2 updates from any number of groups; temperature 1; thoughts cut at 16 tokens, and their answers rewarded | 76.7% | \
+41.7% | 73.9% | | |
+| an update waits for 8 groups (`min_groups`) | 36.7% | 49.7% | 70.8% | 40.6% | 36.4% |
+| pass rates of the curriculum follow the latest answers | 0.3% | 35.6% | 68.9% | 39.7% | 65.8% |
+| answers that are cut, at 20 tokens, have no reward | | 38.6% | | 77.8% | |
+| 4 groups are enough; temperature 1.5: the settings of this page | 73.6% | 67.8% | 65.3% | 44.4% | 66.7% |
+| as the line above, but 35 steps of up to 8 groups, 1 update a step | | 59.4% | | 67.2% | |
+| as this page, temperature 2 | | | | 53.9% | |
+| learning rate 1e-3, temperature 1, 8 groups | | 39.7% | | 58.9% | |
+| cut at 12 tokens, 4 groups, temperature 1; 1.5 | | 44.4%; 36.4% | | | |
+
+- The first steps have two or three groups of different rewards. Two updates from two groups, each as long as any of
+  Adam's, cost seed 1 what the model could do: after 944 answers reading was at 76%, left1 at 8%.
+- Then the curriculum drew left1 long after it was learned: it took the mean of all answers so far for its pass rate.
+- One run had rewards of 0.9, and 0.3% on held-out digits: it had learned thoughts that only the limit ended, and the
+  questions here have no limit. With `truncated = "zero"` that is not paid.
+- At temperature 1 the model settles for the first thought that is paid for, often that of another task, "Only one
+  digit", with the same answer eight times: few groups then have different rewards.
 
 ## Curriculum and uniform draws
 

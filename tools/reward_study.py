@@ -45,7 +45,6 @@ from tools.reward_page import (
     OTHERS,
     STILL,
     UNIFORM,
-    WARM,
     Measured,
     Run,
     Step,
@@ -69,7 +68,7 @@ from train.rl.loop import Control, learn
 from train.rl.verifiers import Reward
 from train.state import Layout, Leaves, split
 
-SAMPLES, UPDATES = 8, 2
+SAMPLES, UPDATES, TEMPERATURE = 8, 2, 1.5
 JOB = """\
 model = {model}
 out = "out"
@@ -92,7 +91,7 @@ vision_length = 64
 [optimizer]
 learning_rate = 5e-4
 schedule = "constant"
-warmup = {warmup}
+warmup = 0.0
 b2 = 0.98
 {optimizer}
 
@@ -104,11 +103,14 @@ keep = 100
 prompts = {prompts}
 samples = {samples}
 updates = {updates}
+min_groups = {least}
+truncated = "zero"
 
 [rl.sampling]
 slots = 32
-think_budget = 16
+think_budget = 8
 answer_budget = 12
+temperature = {temperature}
 
 [rl.curriculum]
 mode = "{mode}"
@@ -128,7 +130,7 @@ class Size(NamedTuple):
     """
 
     steps: int = 17
-    every: int = 5
+    every: int = 6
     prompts: int = 16
     problems: tuple[int, ...] = (200, 200, 200, 600)
     held_out: int = 120
@@ -138,8 +140,15 @@ class Size(NamedTuple):
         """The job in words."""
         return (
             f"{self.steps} steps of up to {self.prompts} groups of {SAMPLES} answers that are learned from, {UPDATES} "
-            "updates a step, clipped at 0.2 and 0.28, AdamW at\n  5e-4 with b2 = 0.98"
+            f"updates a step and none from fewer than\n  {self.least} groups, clipped at 0.2 and 0.28, AdamW at 5e-4 "
+            f"with b2 = 0.98. Answers are sampled at temperature {TEMPERATURE:g}, and\n  those that are cut, at 20 "
+            "tokens, have no reward"
         )
+
+    @property
+    def least(self) -> int:
+        """Groups that an update needs."""
+        return max(self.prompts // 4, 1)
 
 
 QUICK = Size(steps=2, every=1, prompts=2, problems=(3, 3, 3, 3), held_out=2)
@@ -162,13 +171,11 @@ class Arm(NamedTuple):
     """What is compared.
 
     mode: of the curriculum.
-    warmup: fraction of the updates.
     optimizer: further lines of the job.
     control: gives other rewards than the verifiers.
     """
 
     mode: str = "rlcs"
-    warmup: float = 0.0
     optimizer: str = ""
     control: Control | None = None
 
@@ -176,14 +183,13 @@ class Arm(NamedTuple):
 ARMS = {
     LEARNS: Arm(),
     UNIFORM: Arm(mode="uniform"),
-    WARM: Arm(warmup=0.2),
     STILL: Arm(optimizer="group_learning_rates = { vision = 0, merger = 0, llm = 0 }"),
-    OTHERS: Arm(warmup=0.2, control=other_groups),
+    OTHERS: Arm(control=other_groups),
     ANY: Arm(control=any_box),
 }
 SHORT = [(LEARNS, 0), (LEARNS, 1), (STILL, 0), (OTHERS, 0), (ANY, 0)]
 """(arm, seed) of `make rl`."""
-ALL = [*SHORT, (LEARNS, 2), *((UNIFORM, seed) for seed in range(3)), (WARM, 0), (WARM, 1)]
+ALL = [*SHORT, (LEARNS, 2), *((UNIFORM, seed) for seed in range(3))]
 
 
 def write_job(directory: Path, arm: Arm, seed: int, size: Size) -> Path:
@@ -191,7 +197,8 @@ def write_job(directory: Path, arm: Arm, seed: int, size: Size) -> Path:
     write_problems(directory, dict(zip(TIERS, size.problems, strict=True)), seed)
     text = JOB.format(
         model=json.dumps(str(TINY_CHECKPOINT)), steps=size.steps, seed=seed, optimizer=arm.optimizer, every=size.every,
-        prompts=size.prompts, samples=SAMPLES, updates=UPDATES, mode=arm.mode, warmup=arm.warmup,
+        prompts=size.prompts, samples=SAMPLES, updates=UPDATES, least=size.least, mode=arm.mode,
+        temperature=TEMPERATURE,
         verifiers="\n".join(f'{tier} = {{ kind = "counting" }}' for tier in TIERS),
     )  # fmt: skip
     path = directory / "job.toml"

@@ -15,7 +15,6 @@ from tools.reward_page import (
     OTHERS,
     STILL,
     UNIFORM,
-    WARM,
     Interval,
     Measured,
     Run,
@@ -39,7 +38,7 @@ def made(arm, seed, new, reading=0.9, reward=0.8, valid=0.5):
 
 
 RUNS = (
-    made(LEARNS, 0, 0.7), made(LEARNS, 1, 0.72), made(WARM, 0, 0.5),
+    made(LEARNS, 0, 0.7), made(LEARNS, 1, 0.72),
     Run(STILL, 0, 50.0, (Step(4000, 4, 0.1, 0.5),), (BASE, BASE)),
     made(OTHERS, 0, 0.15), made(ANY, 0, 0.0, reward=1.0),
     made(UNIFORM, 1, 0.64, valid=0.25), made(UNIFORM, 0, 0.6, valid=0.25),
@@ -52,13 +51,16 @@ def test_the_page_and_its_figure_are_what_the_program_writes(path):
     assert path.read_text(encoding="utf-8") == (figure(study.runs) if path == FIGURE else page(study))
 
 
-def test_the_page_says_which_aims_are_missed_and_the_controls_learn_nothing():
+def test_the_page_says_which_aims_are_missed_and_what_the_controls_learn():
+    """Where any box is paid, the answer becomes a digit, which may be right: far less often than where that is paid."""
     study = Study.read(DATA)
     said = (DATA.with_suffix(".md")).read_text(encoding="utf-8")
     assert all(f"- {line}" in said for line in missed(study.runs))
-    assert all(line.startswith(LEARNS) for line in missed(study.runs))
+    assert not missed([run for run in study.runs if run.arm != ANY])
+    ends = {(run.arm, run.seed): run.curve[-1].new for run in study.runs}
+    assert ends[ANY, 0] < 0.5 * min(ends[LEARNS, seed] for seed in range(3))
     assert all(sum(run.arm == arm for run in study.runs) >= 3 for arm in (LEARNS, UNIFORM))
-    assert {STILL, OTHERS, ANY, WARM} <= {run.arm for run in study.runs}
+    assert {STILL, OTHERS, ANY} <= {run.arm for run in study.runs}
 
 
 def test_figures_are_read_as_they_were_written(tmp_path):
