@@ -31,7 +31,7 @@ from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
 from train.checkpoints import DATA_DIGEST, abstract
-from train.config import ADAPTER, MODEL, AdapterConfig, DataSetConfig, TrainConfig
+from train.config import ADAPTER, MODEL, AdapterConfig, DataConfig, DataSetConfig, TrainConfig
 from train.data.placement import check_batch, num_lanes
 from train.data.records import Record, Records, read_records
 from train.data.stream import Draws
@@ -92,8 +92,7 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
         read_records, format=options.format, media_dir=options.media_dir, is_preference=config.preference is not None
     )
     draws: Draws = ()
-    if options.media_dir is not None and not Path(options.media_dir).is_dir():
-        raise DataError(not_there(options.media_dir, "that of images and videos", "data.media_dir", "directory"))
+    check_media_dir(options)
     if records is None and options.sets:
         sets = {}
         for name, one in options.sets.items():
@@ -110,6 +109,16 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
         return Data(*hold_out(records, config.eval.share, config.seed), digest)
     with naming_field("eval.files"):
         return Data(records, read(config.eval.files), digest, draws)
+
+
+def check_media_dir(data: DataConfig) -> None:
+    """Check that the directory of images and videos is there, if a job names one.
+
+    Raises:
+      DataError: it is not.
+    """
+    if data.media_dir is not None and not Path(data.media_dir).is_dir():
+        raise DataError(not_there(data.media_dir, "that of images and videos", "data.media_dir", "directory"))
 
 
 def _draws(configs: Mapping[str, DataSetConfig], sets: Mapping[str, Records], seed: int) -> Draws:

@@ -62,6 +62,7 @@ class MeasureLevels(Options):
         from glm4v_jax.inputs.processor import Glm4vProcessor
         from train.data.encoder import encode_options
         from train.data.samples import limited
+        from train.job import check_media_dir
         from train.naming import naming_field, naming_job
         from train.rl.judging import Judges
         from train.rl.problems import read_problems
@@ -69,6 +70,8 @@ class MeasureLevels(Options):
         from train.rl.verifiers import make_verifiers
 
         processor = limited(Glm4vProcessor.from_pretrained(directory), encode_options(job.data, job.batch))
+        with naming_job(self.config):
+            check_media_dir(job.data)
         with naming_job(self.config), naming_field("data.files"):
             problems = read_problems(
                 job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir,

@@ -22,7 +22,7 @@ class Cache(JsonOptions):
     """
 
     clear: bool = False
-    """Delete the files of compiled programs (*-cache and *-atime) in the directory, and no others."""
+    """Delete the files of compiled programs (*-cache and *-atime) in the directory and its glm4v_jax, and no others."""
 
     def run(self) -> None:
         """Look at the directory, delete if asked to, and print."""
@@ -42,7 +42,7 @@ class Cache(JsonOptions):
         deleted = "deleted " if self.clear else ""
         limit = "no bound" if bound is None else f"at most {size_text(bound, 1)}"
         if bound is None and MAX_SIZE not in os.environ:
-            limit += f" but {size_text(MAX_BYTES, 1)} of executables"
+            limit += f"; at most {size_text(MAX_BYTES, 1)} of executables"
         print(f"{directory}: {deleted}{counted(len(files), 'file')}, {size_text(nbytes, 1)}; {limit}")
 
 

@@ -1,4 +1,4 @@
-"""How large the cache of compiled programs may grow; those that were not used for longest go first."""
+"""How large the cache of compiled programs may grow; the least recently used are deleted first."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ PROGRAM, LAST_USE = "-cache", "-atime"
 
 
 def with_bound(cache: Any) -> Any:
-    """Return this cache of JAX's if it has a bound, or shall have none; else one below its directory that has."""
+    """Return this cache of JAX's, or one with a bound below its directory where neither it nor `MAX_SIZE` has one."""
     path = str(getattr(cache, "path", ""))
     if MAX_SIZE in os.environ or getattr(cache, "eviction_enabled", True) or not os.path.isdir(path):
         return cache

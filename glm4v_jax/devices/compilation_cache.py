@@ -29,8 +29,8 @@ def use_compilation_cache() -> None:
     """Enable JAX's persistent compilation cache; call it before the first compilation.
 
     A directory that the program has set in `jax.config` stays, with everything else that is set there. Otherwise the
-    directory is $JAX_COMPILATION_CACHE_DIR, else `user_directory`, which grows to `MAX_BYTES` at most: the programs not
-    used for longest are deleted. A directory that cannot be created or written means no cache, without a message.
+    directory is $JAX_COMPILATION_CACHE_DIR, else `user_directory`, which grows to `MAX_BYTES` at most: the least
+    recently used programs are deleted. A directory that cannot be created or written means no cache, without a message.
     JAX's other variables hold. Programs in memory are limited as well, see `limit_programs`.
     """
     import jax

@@ -65,7 +65,7 @@ def test_clear_deletes_the_files_of_jax_only(cache, home):
 def test_a_directory_of_the_environment_has_no_bound(cache, tmp_path, monkeypatch, prefix):
     fill(tmp_path / "elsewhere")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{prefix}{tmp_path / 'elsewhere'}")
-    assert cache() == f"{tmp_path / 'elsewhere'}: 3 files, 348 B; no bound but 4.0 GiB of executables\n"
+    assert cache() == f"{tmp_path / 'elsewhere'}: 3 files, 348 B; no bound; at most 4.0 GiB of executables\n"
 
 
 def test_the_cache_directory_of_the_user_counts(cache, tmp_path, monkeypatch):

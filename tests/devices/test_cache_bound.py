@@ -8,7 +8,7 @@ from glm4v_jax.devices.compilation_cache import cache_files
 
 
 def test_cache_without_a_bound_has_one_for_executables(monkeypatch, tmp_path):
-    """As where a variable names the directory: of its programs those that were not used for longest go."""
+    """As where a variable names the directory: the least recently used programs are deleted."""
     monkeypatch.delenv(MAX_SIZE, raising=False)
     monkeypatch.setattr(cache_bound, "MAX_BYTES", 25)
     (tmp_path / EXECUTABLES).mkdir()

@@ -164,11 +164,11 @@ class RLConfig:
       verifiers: domain -> how its answers are verified.
       prompts: groups of a step that are learned from.
       samples: rollouts of a group.
-      updates: optimizer steps for the rollouts of `prompts` groups, and for fewer groups fewer; more than one are
-        off-policy.
-      min_groups: without as many groups with different rewards no optimizer step is taken: they wait for those of the
-        next steps, which the same weights sample. By default half of `prompts`. Adam's steps are equally long whatever
-        they are from, and one from a few groups is mostly noise.
+      updates: optimizer steps for the rollouts of `prompts` groups, in proportion fewer for fewer groups; all but the
+        first one are off-policy.
+      min_groups: the fewest groups whose rewards differ that an optimizer step is taken from, by default half of
+        `prompts`; fewer wait for those of the next steps, which the same weights sample. Adam's steps are equally long
+        whatever the gradient, and one from a few groups is mostly noise.
       clip_low, clip_high: the ratio counts from 1 - clip_low to 1 + clip_high.
       average: the objective is a mean over rollouts ("sample"), or over tokens ("token").
       advantage: rewards less their mean in the group, divided by their deviation ("mean_std"), or not ("mean").

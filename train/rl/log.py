@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4v_jax.devices.distributed import is_first
+from glm4v_jax.errors import counted
 from glm4v_jax.files import naming_file, to_json
 from train.config import TrainConfig
 from train.log import METRICS, truncate
@@ -71,8 +72,8 @@ class RewardLog:
         for number in range(min(_SHOWN, len(problems))):
             self._write(ROLLOUTS, _shown(step, problems[number], found, number))
         if step % self._config.log_every == 0 or step == self._config.steps:
-            drift = line.get("ratio_first_dev")
-            learned = f"ratios off by {drift:.1e}" if drift is not None else f"{found.waiting} wait"
+            drift, waiting = line.get("ratio_first_dev"), counted(found.waiting, "group")
+            learned = f"nothing learned, {waiting} waiting" if drift is None else f"ratios off by {drift:.1e}"
             self._log(
                 f"step {step} of {self._config.steps}: reward {line['reward']:.3f}, {line['valid']:.0%} of "
                 f"{line['groups']:.0f} groups valid, {line['length']:.0f} tokens an answer, {learned}, rollout "

@@ -24,7 +24,7 @@ from train.checkpoints import abstract
 from train.config import TrainConfig
 from train.data.encoder import encode_options
 from train.data.samples import limited
-from train.job import Job, check_step, identity, make_mesh, note_base
+from train.job import Job, check_media_dir, check_step, identity, make_mesh, note_base
 from train.naming import naming_field
 from train.optimizers import learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
@@ -90,6 +90,7 @@ def learn(
     processor = Glm4vProcessor.from_pretrained(config.model)
     processor.check_ids(model_config)
     limits = limited(processor, encode_options(config.data, config.batch))
+    check_media_dir(config.data)
     with naming_field("data.files"):
         problems = read_problems(
             config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
@@ -199,7 +200,7 @@ class _Steps:
         """Take all remaining steps, or until the job is asked to stop; the state is donated.
 
         Returns:
-          The state after the last step, which is saved, and its number.
+          The state after the last step, and its number; it is saved with the last step after which no groups waited.
         """
         saved, is_due = step, False
         number = self.saver.first  # of the checkpoint: counts updates, and steps that had nothing to learn from

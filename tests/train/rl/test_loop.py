@@ -320,6 +320,7 @@ def test_a_checkpoint_is_of_the_last_step_after_which_no_groups_wait(every):
         (("steps = 2", "epochs = 2"), ConfigError, "epochs: found 2; expected none beside rl"),
         (('kind = "ocr"', 'kind = "chart"\ntolerance = 9.0'), ConfigError, "rl.verifiers.digits: found a reward"),
         (("length = 128", "length = 16"), DataError, r"problems.jsonl:1: found a prompt of at least \d+ tokens; .* 8:"),
+        (('["problems.jsonl"]', '["problems.jsonl"]\nmedia_dir = "none"'), DataError, "^data.media_dir: found .*none,"),
         (('"problems.jsonl"', '"bad.jsonl"'), DataError, r"bad.jsonl:1: domain: found 'maths'; expected"),
     ],
 )
