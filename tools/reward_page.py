@@ -26,7 +26,7 @@ LEARNS, UNIFORM, STILL, OTHERS, ANY = (
 )  # fmt: skip
 """Arms of the study."""
 NEW_AIM, SOLVED_AIM, CONTROL_RISE, ROLLOUTS = 0.65, 0.85, 0.1, 4500
-"""At least so much of the new, so much of the known; at most so much more in a control; at most so many answers."""
+"""At least so much of the new and of the known; at most so much more with others' rewards, and so many answers."""
 COLORS = {LEARNS: "#1f77b4", UNIFORM: "#ff7f0e", STILL: "#7f7f7f", OTHERS: "#9467bd", ANY: "#d62728"}
 _DRAWS = {LEARNS: "rlcs", UNIFORM: "uniform"}
 """Arms that differ in their draws alone -> mode of the curriculum."""
@@ -148,8 +148,10 @@ def missed(runs: Sequence[Run]) -> list[str]:
                 found.append(f"{name}: found {end.rollouts:,} answers; expected at most {ROLLOUTS:,}")
         if one.arm == STILL and end.accuracy != base.accuracy:
             found.append(f"{name}: found {end.accuracy}; expected no change from {base.accuracy}")
-        if one.arm in (OTHERS, ANY) and end.new > base.new + CONTROL_RISE:
-            found.append(f"{name}: found {end.new:.1%}; expected at most {base.new + CONTROL_RISE:.1%}")
+        # Where any box is paid, the answer becomes a digit of the image, which is the leftmost one now and then.
+        highest = {OTHERS: base.new + CONTROL_RISE, ANY: NEW_AIM / 2}.get(one.arm, 1.0)
+        if end.new > highest:
+            found.append(f"{name}: found {end.new:.1%}; expected at most {highest:.1%}")
         if one.arm == ANY and one.steps[-1].reward < 0.9:
             found.append(f"{name}: found reward {one.steps[-1].reward:.2f}; expected at least 0.9: it is easy to get")
     return found
@@ -305,8 +307,9 @@ above that is knowing the place.
 {paid}
 
 `make rl` takes the first two seeds and the controls; a training takes about {minutes}. It fails where
-the mean of left1 to left3 ends below {new_aim:.0%} or reading below {solved_aim:.0%} after at most {most:,} answers, or
-a control rises by more than {rise:.0f} points. Of these aims the runs of this page miss:
+the mean of left1 to left3 ends below {new_aim:.0%} or reading below {solved_aim:.0%} after at most {most:,} answers,
+where others' rewards raise it by more than {rise:.0f} points, or where paying for any box brings it above half of
+{new_aim:.0%}. Of these aims the runs of this page miss:
 
 {missed}
 
