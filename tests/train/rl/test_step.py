@@ -129,7 +129,7 @@ def assert_equal(found, expected, tolerance):
 
 def test_how_a_step_is_cut_changes_nothing(learner, sampled):
     """All groups in one micro-batch, in two and in four, each in another order; answers to one prompt apart."""
-    groups = [cut(group, (12, 5, 9, 3)) for group in sampled[1:5]]
+    groups = [cut(group, (12, 5, 9, 3)) for group in sampled[2:6]]
     (whole,) = learner.batches(groups)
     expected = learner.sums(learner.params, [whole])
     for count in (2, 4):
