@@ -123,7 +123,7 @@ class QuantizedWeight:
     def values(self) -> np.ndarray:
         """Return the integers less their zero points, int8 [out, in]; 8 bits as uint8 with the top one flipped.
 
-        That is a view of the file, to take a slice of before `signed` copies it.
+        That is a view of the file, which `write_signed` copies.
         """
         outputs, inputs = self.shape
         if not self.stored.packed:
@@ -143,6 +143,15 @@ class QuantizedWeight:
         groups = values.reshape(outputs, zeros.shape[1], -1)
         return (groups - zeros[:, :, None]).reshape(outputs, inputs)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether bytes of the file are pairs of integers as `model.cpu_matmul.pack_int4` makes them."""
+        return self.stored.packed and self.stored.symmetric and self.stored.bits == 4 and self.shape[1] % 2 == 0
+
+    def pairs(self) -> np.ndarray:
+        """Return these bytes, uint8 [out, in / 2], a view of the file."""
+        return self._read(PACKED).view(np.uint8)[:, : self.shape[1] // 2]
+
     def scale(self) -> np.ndarray:
         """Return the scales, float32 [out, groups]."""
         return self._read(SCALE).astype(np.float32)
@@ -156,9 +165,9 @@ class QuantizedWeight:
         return self.files.read(f"{self.name}.{suffix}")
 
 
-def signed(values: np.ndarray) -> np.ndarray:
-    """Return int8, in the same order, of what `QuantizedWeight.values` returns or of a slice of it."""
-    return (values ^ np.uint8(0x80)).view(np.int8) if values.dtype == np.uint8 else values
+def write_signed(out: np.ndarray, values: np.ndarray) -> None:
+    """Write the integers into int8, of what `QuantizedWeight.values` returns as uint8 or of a slice of it."""
+    np.bitwise_xor(values, np.uint8(0x80), out=out.view(np.uint8))
 
 
 class ScaleLayout(NamedTuple):

@@ -3,8 +3,10 @@
 Paths are those of a model that keeps its layers one by one: "language_model.layers.0.mlp.gate_up.kernel".
 """
 
+import math
+import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,11 +20,11 @@ from glm4v_jax.checkpoints.compressed_tensors import (
     ScaleLayout,
     check_ignored,
     match,
-    signed,
     stored_leaves,
+    write_signed,
 )
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, TensorInfo
-from glm4v_jax.checkpoints.strided_copy import copy_in_squares
+from glm4v_jax.checkpoints.strided_copy import convert, copy
 from glm4v_jax.config.checks import raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import StoredQuantization, ignored_layers, stored_quantization
@@ -36,9 +38,11 @@ from glm4v_jax.model.quantize import is_scale, kernel_path, scale_path
 # Where an array starts at a multiple of this, JAX on a CPU takes its memory over instead of copying it.
 _ALIGNMENT = 64
 
-# A leaf above this is copied from its file in chunks, and the pages of each chunk are given back.
-_LARGE_BYTES = 256 << 20
-_CHUNK_BYTES = 64 << 20
+# So much of a leaf is copied from its file before the pages are given back.
+_PIECE_BYTES, _FEW_BYTES = 64 << 20, 1 << 20
+
+# NumPy asks for huge pages from this size on, which took three times as long to get as small ones on a virtual machine.
+_HUGE_BYTES = 4 << 20
 
 Slices = tuple[slice, ...]
 
@@ -56,8 +60,12 @@ class Leaves(Protocol):
     extras: Mapping[str, TensorInfo]
     stored: StoredQuantization | None
 
-    def read(self, path: str, index: Slices) -> np.ndarray:
-        """Return a slice of a leaf; possibly a view in any order, of memory that others may change."""
+    def has_pairs(self, path: str) -> bool:
+        """Whether `fill` has integers of 4 bits in pairs: a byte for two along the last input, as `pack_int4` makes."""
+        ...
+
+    def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
+        """Write a slice of a leaf into an array, as its dtype; uint8 is for pairs, of which `index` then counts."""
         ...
 
     def release(self) -> None:
@@ -118,37 +126,47 @@ class TensorLeaves:
         dtype, *others = {self._files[name].dtype for name in tensors}
         return np.dtype(np.float32) if others else dtype  # float32 holds either half precision exactly
 
-    def read(self, path: str, index: Slices) -> np.ndarray:
-        """Return a slice of a leaf: a view of the mapped file, except of quantised and of fused leaves."""
+    def has_pairs(self, path: str) -> bool:
+        """Whether all tensors of a leaf are packed, and nothing is to be subtracted."""
+        return all(name in self._quantized and self._quantized[name].has_pairs for name in self._tensors[path])
+
+    def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
+        """Write a slice of a leaf into an array, as its dtype; each part of a fused one is a tensor."""
         if is_scale(path):
-            return self._scales(path)[index]
-        tensors = self._tensors[path]
-        fused = next(iter(tensors.values())).rule.part
-        if fused is None:
-            (name,) = tensors
-            return signed(self._in_layout(name, tensors[name])[index])
-        axis, info = fused[0], self.infos[path]
-        views = {name: self._in_layout(name, part) for name, part in tensors.items()}
-        dtypes = {view.dtype for view in views.values()}
-        out = np.empty(
-            [len(range(*i.indices(length))) for i, length in zip(index, info.shape, strict=True)],
-            dtypes.pop() if len(dtypes) == 1 else info.dtype,
-        )
-        wanted = range(*index[axis].indices(info.shape[axis]))
-        for name, part in tensors.items():
-            number = part.rule.index[-1]
-            if number in wanted:
-                place = (*part.rule.index[:-1], wanted.index(number))
-                copy_in_squares(out[place], views[name][(*index[:axis], *index[axis + 1 :])])
-        return signed(out)
+            out[...] = self._scales(path)[index]
+            return
+        shape = self.infos[path].shape if path in self.infos else self.extras[path].shape
+        for name, part in self._tensors[path].items():
+            own, of_tensor = out, index
+            if part.rule.part is not None:
+                axis, number = part.rule.part
+                wanted = range(*index[axis].indices(shape[axis]))
+                if number not in wanted:
+                    continue
+                own = out[(*part.rule.index[:-1], wanted.index(number))]
+                of_tensor = (*index[:axis], *index[axis + 1 :])
+            if out.dtype == np.uint8:
+                last = part.rule.axes()[0][1][-1]  # of the inputs
+                leaf = part.rule.to_leaf(self._quantized[name].pairs(), {**self._sizes, last: self._sizes[last] // 2})
+            else:
+                leaf = part.rule.to_leaf(self._weight(name), self._sizes)
+            self._copy(own, leaf[of_tensor])
 
     def release(self) -> None:
         """Give back the pages of the files that have been read."""
         self._kept.last = None
         self._files.release()
 
-    def _in_layout(self, name: str, part: hf_mapping.LeafPart) -> np.ndarray:
-        return part.rule.to_leaf(self._weight(name), self._sizes)
+    def _copy(self, out: np.ndarray, view: np.ndarray) -> None:
+        """Copy a view of a file piece by piece, and give back the pages of each unless they are few."""
+        write = write_signed if (view.dtype, out.dtype) == (np.uint8, np.int8) else convert
+        slowest = max(range(view.ndim), key=lambda axis: abs(view.strides[axis]))
+        rows = max(1, _PIECE_BYTES * view.shape[slowest] // max(1, view.nbytes))
+        for first in range(0, view.shape[slowest], rows):
+            piece = (*(slice(None),) * slowest, slice(first, first + rows))
+            copy(out[piece], view[piece], write)
+            if view.nbytes > _FEW_BYTES:
+                self._files.release()
 
     def _weight(self, name: str) -> np.ndarray:
         """A tensor, or its integers: those of 4 bits are kept, as slices of a leaf come one after another."""
@@ -220,6 +238,7 @@ def array_of(
     spec: PartitionSpec,
     dtype: np.dtype[Any],
     *,
+    pairs_along: int | None = None,
     count: Callable[[int], None] | None = None,
 ) -> Array:
     """Put a leaf of a checkpoint on the devices of the current mesh; each process reads what its own devices hold.
@@ -229,51 +248,39 @@ def array_of(
       path: of the leaf.
       spec: its sharding.
       dtype: that it gets.
+      pairs_along: the last input axis of a leaf that `Leaves.has_pairs`, to get uint8 of half its length.
       count: called with the number of bytes read, for each slice.
     """
     info = leaves.infos.get(path) or leaves.extras[path]
+    if pairs_along is not None:
+        length = info.shape[pairs_along] // 2
+        info = TensorInfo((*info.shape[:pairs_along], length, *info.shape[pairs_along + 1 :]), np.dtype(np.uint8))
+        dtype = info.dtype
     read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
     def slice_of(index: Slices) -> np.ndarray:
         index = (*index, *(slice(None),) * (len(info.shape) - len(index)))
         key = tuple(entry.indices(length) for entry, length in zip(index, info.shape, strict=True))
         if key not in read:  # or devices that hold the same would read it again
-            values = leaves.read(path, index)
+            read[key] = _aligned([len(range(*bounds)) for bounds in key], dtype)
+            leaves.fill(read[key], path, index)
             if count is not None:
-                count(values.size * info.dtype.itemsize)
-            read[key] = _ready(values, dtype, leaves.release)
+                count(read[key].size * info.dtype.itemsize)
         return read[key]
 
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.make_array_from_callback(info.shape, sharding, slice_of, dtype=dtype)
 
 
-def _ready(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]) -> np.ndarray:
-    """Copy values if JAX would else keep the memory of a file, which others may change."""
-    if values.nbytes > _LARGE_BYTES and not values.flags.writeable:
-        return _own(values, dtype, release)
-    if values.dtype != dtype:
-        return values.astype(dtype)  # in the same order, which is fast
-    if values.flags.c_contiguous and not values.flags.writeable:
-        return _own(values, dtype, release)
-    return values  # new, or in an order that JAX does not have, and changes faster than NumPy can
-
-
-def _own(values: np.ndarray, dtype: np.dtype[Any], release: Callable[[], None]) -> np.ndarray:
-    """Copy values into order in chunks, aligned so that JAX need not copy them again: memory holds them once."""
-    buffer = np.empty(values.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array whose memory JAX on a CPU takes over, so that nothing is copied twice."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= _HUGE_BYTES and hasattr(mmap, "MAP_ANONYMOUS"):
+        pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(pages, dtype).reshape(shape)
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
-    copy = buffer[start : start + values.size * dtype.itemsize].view(dtype).reshape(values.shape)
-    if values.nbytes <= _LARGE_BYTES:
-        copy[...] = values
-        return copy
-    slowest = max(range(values.ndim), key=lambda axis: values.strides[axis])
-    rows = max(1, _CHUNK_BYTES // abs(values.strides[slowest]))
-    for first in range(0, values.shape[slowest], rows):
-        chunk = (*(slice(None),) * slowest, slice(first, first + rows))
-        copy_in_squares(copy[chunk], values[chunk])
-        release()
-    return copy
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def in_groups(infos: Mapping[str, TensorInfo], nbytes: int) -> Iterator[list[str]]:

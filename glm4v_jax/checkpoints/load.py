@@ -48,6 +48,7 @@ from glm4v_jax.model.quantize import (
     QuantConfig,
     check_finite,
     for_inference,
+    is_packed,
     is_quantized,
     is_scale,
     quantize_embedding,
@@ -262,11 +263,15 @@ def load_model(
         return spec if layer is None else PartitionSpec(*spec[1:])
 
     def read(path: str) -> tuple[Array, Array]:
-        """The integers of a kernel, and their scale."""
+        """The integers of a kernel, and their scale, as `quantized_leaves` makes them."""
+        assert stored is not None
         linear, scale = linears[hf_mapping.layerless_path(path)], leaves.infos[scale_path(path)]
-        spec = partition(*scale_axes(linear, len(scale.shape)))
+        scales = array_of(leaves, scale_path(path), partition(*scale_axes(linear, len(scale.shape))), scale.dtype)
+        axis = len(linear.in_axes) - 1
+        if leaves.has_pairs(path) and is_packed(leaves.infos[path].shape[axis] // scale.shape[axis]):
+            return array_of(leaves, path, spec_of(path), np.dtype(np.uint8), pairs_along=axis), scales
         integers = array_of(leaves, path, spec_of(path), np.dtype(np.int8))
-        return integers, array_of(leaves, scale_path(path), spec, scale.dtype)
+        return quantized_leaves(integers, scales, axis, QuantConfig(stored.dtype))
 
     # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
     paths = sorted((path for path in leaves.infos if not is_scale(path)), key=lambda path: -leaves.infos[path].nbytes)
@@ -279,9 +284,7 @@ def load_model(
             if scale_path(target) not in abstract:
                 made = {target: array_of(leaves, path, spec_of(path), dtype)}
             elif scale_path(path) in leaves.infos:
-                assert linear is not None and stored is not None
-                pair = quantized_leaves(*next(in_integers), len(linear.in_axes) - 1, QuantConfig(stored.dtype))
-                made = dict(zip((target, scale_path(target)), pair, strict=True))
+                made = dict(zip((target, scale_path(target)), next(in_integers), strict=True))
                 done += leaves.infos[scale_path(path)].nbytes
             else:  # from the checkpoint's numbers, not rounded to `dtype` first
                 kernel = array_of(leaves, path, spec_of(path), info.dtype)

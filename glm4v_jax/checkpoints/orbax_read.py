@@ -28,6 +28,7 @@ from glm4v_jax.checkpoints.compressed_tensors import (
 )
 from glm4v_jax.checkpoints.leaves import Leaves, Slices, TensorLeaves
 from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, open_checkpoint
+from glm4v_jax.checkpoints.strided_copy import copy
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import FIELD, StoredQuantization, stored_quantization
@@ -116,6 +117,20 @@ class OrbaxLeaves:
 
     def read(self, path: str, index: Slices) -> np.ndarray:
         """Return a slice, without steps, of a leaf as a new array; only the chunks that it needs are read."""
+        info = self.infos.get(path) or self.extras[path]
+        dtype = np.dtype(np.int8) if info.dtype == ml_dtypes.int4 else info.dtype
+        lengths = (len(range(*i.indices(length))) for i, length in zip(index, info.shape, strict=True))
+        out = np.empty(tuple(lengths), dtype)
+        self.fill(out, path, index)
+        return out
+
+    def has_pairs(self, path: str) -> bool:
+        """Never: there is a byte for each integer."""
+        del path
+        return False
+
+    def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
+        """Write a slice, without steps, of a leaf into an array, as its dtype; see `read`."""
         import tensorstore
 
         try:
@@ -128,8 +143,11 @@ class OrbaxLeaves:
             info = self.infos.get(path) or self.extras[path]
             bounds = [entry.indices(length) for entry, length in zip(index, info.shape, strict=True)]
             within = tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
-            values = self._stores[path][within].read().result()
-            return values.astype(np.int8) if values.dtype == ml_dtypes.int4 else values
+            values = self._stores[path][within][tensorstore.d[:].translate_to[0]]
+            if out.dtype in (info.dtype, np.int8):
+                tensorstore.array(out).write(values).result()
+            else:
+                copy(out, values.read().result())
         except ValueError as error:
             raise CheckpointError(
                 f"{self._directory}: {path}: found unreadable data ({error}); expected an array"

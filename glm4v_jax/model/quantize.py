@@ -248,10 +248,14 @@ def quantized_leaves(values: Array, scale: Array, axis: int, config: QuantConfig
     """
     if config.dtype != "int4":
         return values, scale
-    is_even = values.shape[axis] // scale.shape[axis] % 2 == 0
-    if is_even and mesh.platform() == "cpu":  # which has no products with int4, and keeps a byte for each
+    if is_packed(values.shape[axis] // scale.shape[axis]):
         return pack_int4(values, axis, mesh.spec_of(values)), scale
     return values.astype(jnp.int4), scale
+
+
+def is_packed(group: int) -> bool:
+    """Whether int4 in groups of so many is kept in pairs: on a CPU, which would keep a byte for each integer."""
+    return group % 2 == 0 and mesh.platform() == "cpu"
 
 
 @jax.jit

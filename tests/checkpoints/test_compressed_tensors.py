@@ -6,6 +6,7 @@ import shutil
 from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from glm4v_jax.config.quantization import StoredQuantization
 from glm4v_jax.devices.memory import Memory
 from glm4v_jax.errors import CheckpointError, ConfigError, MemoryShortageError
 from glm4v_jax.files import assets_directory
+from glm4v_jax.model.cpu_matmul import pack_int4
 from glm4v_jax.model.lora import LoraConfig
 from glm4v_jax.model.quantize import QuantConfig, for_inference, is_scale, scale_path
 
@@ -99,11 +101,30 @@ def test_a_slice_of_a_leaf_is_that_of_the_whole(tmp_path, scheme):
     for path in ("language_model.layers.0.mlp.gate_up.kernel", "visual.blocks.1.mlp.gate_up.kernel"):
         for leaf in (path, scale_path(path)):
             shape = leaves.infos[leaf].shape
-            whole = leaves.read(leaf, (slice(None),) * len(shape))
-            assert whole.shape == shape and whole.dtype == leaves.infos[leaf].dtype
+            whole = filled(leaves, leaf, shape, (slice(None),) * len(shape))
             for part in (slice(1, None), slice(0, 1)):
                 index = (part,) * len(shape)
-                assert np.array_equal(leaves.read(leaf, index), whole[index])
+                assert np.array_equal(filled(leaves, leaf, whole[index].shape, index), whole[index])
+
+
+def test_pairs_of_the_file_are_those_of_the_integers(tmp_path):
+    write_theirs(tmp_path, CONFIG, random_tensors(CONFIG), **SCHEMES["int4"])
+    leaves = TensorLeaves(open_checkpoint(tmp_path), CONFIG)
+    layer = "language_model.layers.1"
+    for path, axis in ((f"{layer}.mlp.gate_up.kernel", 0), (f"{layer}.self_attn.o_proj.kernel", 2)):
+        shape = leaves.infos[path].shape
+        assert leaves.has_pairs(path)
+        whole = np.asarray(pack_int4(jnp.asarray(filled(leaves, path, shape, (slice(None),) * len(shape))), axis))
+        for part in (slice(None), slice(1, None), slice(0, 1)):
+            index = (part,) * len(shape)
+            assert np.array_equal(filled(leaves, path, whole[index].shape, index, np.uint8), whole[index])
+
+
+def filled(leaves, path, shape, index, dtype=None):
+    """A slice of a leaf."""
+    out = np.zeros(shape, dtype or leaves.infos[path].dtype)
+    leaves.fill(out, path, index)
+    return out
 
 
 @pytest.fixture(scope="module")

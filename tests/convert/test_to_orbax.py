@@ -153,10 +153,10 @@ def test_a_cast_is_recorded(source, tmp_path):
     assert files.provenance["cast"] == "bfloat16"
 
 
-def test_large_leaves_are_copied_in_chunks(source, tmp_path, monkeypatch):
-    """Leaves above a limit are copied in another way; here all are."""
-    monkeypatch.setattr("glm4v_jax.checkpoints.leaves._LARGE_BYTES", 1000)
-    monkeypatch.setattr("glm4v_jax.checkpoints.leaves._CHUNK_BYTES", 3000)
+def test_large_leaves_are_copied_in_pieces(source, tmp_path, monkeypatch):
+    """By several threads; here all are."""
+    monkeypatch.setattr("glm4v_jax.checkpoints.leaves._PIECE_BYTES", 3000)
+    monkeypatch.setattr("glm4v_jax.checkpoints.strided_copy._SMALL_BYTES", 0)
     monkeypatch.setattr(orbax_write, "GROUP_BYTES", 20_000)
     to_orbax(source, tmp_path / "target")
     assert_same_weights(tmp_path / "target", source)
@@ -258,7 +258,7 @@ def test_two_processes_read_half_each_and_write_the_same(tmp_path):
     total = reports[0]["nbytes"]
     for report in reports:
         assert 0.45 * total < report["read"] < 0.55 * total
-        assert report["bytes_of_views"] == report["read"]
+        assert report["bytes_filled"] == report["read"]
         assert report["shard"] == [32, 320]
     assert_same_weights(tmp_path / "saved", source, ordered=False)  # it has the names of transformers, in its order
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -297,19 +297,19 @@ def convert_together(port, processes, index, source, target):
     from glm4v_jax.devices.mesh import make_mesh
 
     asked = []
-    whole = leaves.TensorLeaves.read
+    whole = leaves.TensorLeaves.fill
 
-    def read(self, path, index):
-        asked.append(whole(self, path, index))
-        return asked[-1]
+    def fill(self, out, path, index):
+        asked.append(out)
+        whole(self, out, path, index)
 
-    leaves.TensorLeaves.read = read
+    leaves.TensorLeaves.fill = fill
     summary = to_orbax(source, target)
     model = Glm4vForConditionalGeneration.from_pretrained(target, mesh=make_mesh(fsdp=int(processes)))
     shard = model.module.lm_head.kernel[...].addressable_shards[0].data.shape
     model.save_orbax(Path(target).parent / "saved")
-    views = sum(x.nbytes for x in asked)
-    report = dict(read=summary.bytes_read, nbytes=summary.nbytes, bytes_of_views=views, shard=shard)
+    filled = sum(x.nbytes for x in asked)
+    report = dict(read=summary.bytes_read, nbytes=summary.nbytes, bytes_filled=filled, shard=shard)
     print(json.dumps(report))  # noqa: T201
 
 
