@@ -22,6 +22,7 @@ from glm4v_jax.devices import distributed
 from glm4v_jax.errors import ConfigError
 
 ASKED = ["--greedy", "--image", "noise.png", "--max-new-tokens", "12", "What is it?"]
+OF_A_FILE = ["generate", "--jsonl", "rows.jsonl", "--max-new-tokens", "9", "--slots", "4"]
 ENDLESS = ["--max-new-tokens", "20000", "What is it?"]
 
 
@@ -63,12 +64,12 @@ def ended(processes, timeout=60):
     return found
 
 
-def generate(number, *arguments, module="glm4v_jax", command="generate"):
+def generate(number, *arguments):
     """The commands of `number` processes; `arguments` may be one list for each."""
     port = free_port()
     each = arguments if arguments and isinstance(arguments[0], list) else [list(arguments)] * number
     where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", number, "--process-id"]
-    return [["-m", module, command, *own, *where, i] for i, own in enumerate(each)]
+    return [["-m", "glm4v_jax", "generate", *own, *where, i] for i, own in enumerate(each)]
 
 
 def parts(part, number, *arguments):
@@ -87,39 +88,77 @@ def test_four_processes_print_what_one_prints(capfd):
     assert others == [(0, "", [])] * 3
 
 
-def test_several_processes_answer_a_file_of_prompts_as_one_does(tmp_path, capfd):
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two processes that convert a checkpoint, do what `share` does, and then answer a file of prompts.
+
+    The directory, and what each has come to; see `ended`.
+    """
+    directory = tmp_path_factory.mktemp("pair")
     rows = [{"prompt": f"What is {n}?", "id": n} for n in range(3)]
     rows += [{"prompt": "And this?", "image": "noise.png"}, {"prompt": "This?", "image": "broken.png"}]
     rows += [{"prompt": "Draw", "do_sample": True, "temperature": 1.0, "seed": 5}]
     rows += [{"prompt": "Is it?", "choices": ["yes", "no"], "think_budget": 4, "answer_budget": 4}]
-    (tmp_path / "broken.png").write_text("not an image")
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    options = ["--jsonl", "rows.jsonl", "--max-new-tokens", "9", "--slots", "4"]
-    assert main.main(["generate", *options, "--out", "one.jsonl"]) == 1
-    capfd.readouterr()
-    with running(*generate(2, *options, "--out", "two.jsonl")) as processes:
-        (status, out, errors), (other, other_out, other_errors) = ended(processes, 120)
-    assert (status, other, out, other_out) == (1, 1, "", "")
+    save_noise(directory / "noise.png")
+    (directory / "broken.png").write_text("not an image")
+    (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with running(*parts("pair", 2, *OF_A_FILE, "--out", "two.jsonl"), directories=[directory] * 2) as processes:
+        return directory, ended(processes, 180)
+
+
+def test_several_processes_answer_a_file_of_prompts_as_one_does(pair, monkeypatch, capfd):
+    directory, [(status, out, errors), (other, other_out, other_errors)] = pair
     failed = "1 of 7 prompts failed; see 'error' in two.jsonl"
     assert errors[-1] == f"glm4v: error: {failed}"
     assert other_errors == [f"glm4v: error: process 0: {failed}"]
+    assert (status, other, other_out) == (1, 1, "")
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["together"]  # of the conversion; of answers, none
+    monkeypatch.chdir(directory)
+    assert main.main([*OF_A_FILE, "--out", "one.jsonl"]) == 1
+    capfd.readouterr()
     one, two = (sorted(Path(name).read_text().splitlines()) for name in ("one.jsonl", "two.jsonl"))
     assert one == two and len(two) == 7
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_others(victim):
+def test_several_processes_convert_a_checkpoint_together(pair):
+    directory, [(_, out, errors), (_, other_out, _)] = pair
+    reports = [json.loads((directory / f"{i}.json").read_text()) for i in range(2)]
+    assert [report["converted"] for report in reports] == [0, 0], errors
+    assert out.startswith("together: ") and other_out == ""
+    assert_same_weights(directory / "together", RANDOM_CHECKPOINT, ordered=False)
+
+
+def test_each_process_reads_its_shards_and_gathers_whole_arrays(pair):
+    directory, [(_, _, errors), _] = pair
+    for i in range(2):
+        report = json.loads((directory / f"{i}.json").read_text())
+        assert report["whole"] == list(range(8)), errors
+        assert report["agreed"] == [None, "broken (in process 1)"]
+        assert len(report["shares"]) == 2
+        for share in report["shares"]:
+            assert share["read"] == share["held"] < 0.55 * share["nbytes"]
+        assert report["found"] == 1  # compiled again, a program is one that the first process keeps: see sitecustomize
+
+
+def test_a_killed_process_ends_the_others():
     with running(*generate(2, *ENDLESS)) as processes:
         assert processes[0].stdout.read1(1)
-        processes[victim].send_signal(signal.SIGKILL)
-        found = ended(processes)
-    assert found[victim][0] == -signal.SIGKILL
-    status, _, errors = found[1 - victim]
+        processes[1].send_signal(signal.SIGKILL)
+        (status, _, errors), (killed, _, _) = ended(processes)
+    assert killed == -signal.SIGKILL
     assert status != 0
-    if victim == 0:  # JAX's native code ends the process
-        assert "JAX distributed service detected fatal errors" in "".join(errors)
-    else:
-        assert errors[-1].startswith("glm4v: error: a computation failed, perhaps because another process is gone: ")
+    assert errors[-1].startswith("glm4v: error: a computation failed, perhaps because another process is gone: ")
+
+
+def test_the_first_process_killed_ends_the_others():
+    """Whatever they do: JAX's native code ends them."""
+    with running(*parts("wait", 2)) as processes:
+        assert processes[0].stdout.readline() == b"joined\n"
+        processes[0].send_signal(signal.SIGKILL)
+        (killed, _, _), (status, _, errors) = ended(processes)
+    assert killed == -signal.SIGKILL
+    assert status != 0
+    assert "JAX distributed service detected fatal errors" in "".join(errors)
 
 
 def test_a_process_without_heartbeats_ends_the_others():
@@ -177,34 +216,12 @@ def test_a_mesh_without_some_process_is_refused():
     assert found[0][0] == 1 and found[0][2][-1] == f"glm4v: error: {said}"
 
 
-def test_several_processes_convert_a_checkpoint_together(tmp_path):
-    with running(*generate(2, RANDOM_CHECKPOINT, "together", module="convert", command="to-orbax")) as processes:
-        (status, out, errors), other = ended(processes)
-    assert status == 0, errors
-    assert out.startswith("together: ") and other == (0, "", [])
-    assert_same_weights(tmp_path / "together", RANDOM_CHECKPOINT, ordered=False)
-
-
 def test_an_uncaught_exception_ends_all():
     with running(*parts("raise", 2)) as processes:
         (status, _, errors), (other, _, traceback) = ended(processes)
     assert (status, other) == (1, 1)
     assert errors == ["error: process 1: RuntimeError: broken here"]
     assert traceback[-1] == "RuntimeError: broken here"
-
-
-def test_each_process_reads_its_shards_and_gathers_whole_arrays(tmp_path):
-    assert main.main(["convert", "to-orbax", str(RANDOM_CHECKPOINT), "orbax"]) == 0
-    with running(*parts("share", 2, RANDOM_CHECKPOINT, tmp_path / "orbax")) as processes:
-        found = ended(processes)
-    for status, out, errors in found:
-        assert status == 0, errors
-        report = json.loads(out.splitlines()[-1])
-        assert report["whole"] == list(range(8))
-        assert report["agreed"] == [None, "broken (in process 1)"]
-        assert len(report["shares"]) == 2
-        for share in report["shares"]:
-            assert share["read"] == share["held"] < 0.55 * share["nbytes"]
 
 
 @pytest.mark.parametrize(
@@ -305,9 +322,27 @@ def raise_(*where):
     time.sleep(100)
 
 
-def share(port, processes, index, *directories):
-    """Print what of each checkpoint is read here, an array that both hold a half of, and what `agree` says."""
-    distributed.init_distributed(*address(port, processes, index))
+def pair_(port, processes, index, *arguments):
+    """Run `glm4v`; once the processes have joined, they convert a checkpoint and `share` first."""
+    from glm4v_jax.__main__ import program
+    from glm4v_jax.cli.generate import Generate
+
+    run = Generate.run
+
+    def convert_share_and_run(command):
+        converted = main.main(["convert", "to-orbax", str(RANDOM_CHECKPOINT), "together"])
+        report = {"converted": converted} | share(index, RANDOM_CHECKPOINT, "together")
+        Path(f"{index}.json").write_text(json.dumps(report))
+        run(command)
+
+    Generate.run = convert_share_and_run
+    where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", processes, "--process-id", index]
+    sys.argv[1:] = [*arguments, *where]
+    program()
+
+
+def share(index, *directories):
+    """What of each checkpoint is read here, an array that both hold a half of, and what `agree` says."""
     import functools
 
     import jax
@@ -317,8 +352,8 @@ def share(port, processes, index, *directories):
     from glm4v_jax.checkpoints import load
     from glm4v_jax.devices.mesh import make_mesh, use_mesh
 
-    read = []
-    load.array_of = functools.partial(load.array_of, count=read.append)
+    read, whole = [], load.array_of
+    load.array_of = functools.partial(whole, count=read.append)
     mesh, shares = make_mesh(fsdp=2), []
     for directory in directories:
         read.clear()
@@ -326,13 +361,19 @@ def share(port, processes, index, *directories):
         arrays = jax.tree.leaves(model.module)
         held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
         shares.append({"read": sum(read), "held": held, "nbytes": sum(array.nbytes for array in arrays)})
+    load.array_of = whole
     with use_mesh(mesh):
         split = jax.device_put(np.arange(8), jax.NamedSharding(mesh, jax.P("fsdp")))
     assert not split.is_fully_addressable
     agreed = [distributed.agree("it", b"same"), distributed.agree("it", error="broken" if index == "1" else None)]
-    report = {"shares": shares, "whole": distributed.to_host({"x": split})["x"].tolist(), "agreed": agreed}
-    print(json.dumps(report))  # noqa: T201
-    distributed.leave()
+    gathered = distributed.to_host({"x": split})["x"].tolist()
+    distributed.agree("it", b"gathered")  # by the first process too, which keeps the program
+    jax.clear_caches()
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    assert distributed.to_host({"x": split})["x"].tolist() == gathered
+    found = events.count("/jax/compilation_cache/cache_hits")
+    return {"shares": shares, "whole": gathered, "agreed": agreed, "found": found}
 
 
 def address(port, processes, index):
@@ -345,4 +386,4 @@ def options(kind, *where):
 
 
 if __name__ == "__main__":
-    {"wait": wait, "few": few, "late": late, "raise": raise_, "share": share}[sys.argv[1]](*sys.argv[2:])
+    {"wait": wait, "few": few, "late": late, "raise": raise_, "pair": pair_}[sys.argv[1]](*sys.argv[2:])
