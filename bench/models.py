@@ -18,6 +18,11 @@ from tests.reference import random_tensors, tensor_names
 
 PACKAGED: dict[str, Any] = json.loads((TINY_CHECKPOINT / "config.json").read_text(encoding="utf-8"))
 """The configuration of the packaged model."""
+SHALLOW: dict[str, Any] = PACKAGED | {
+    "text_config": PACKAGED["text_config"] | {"num_hidden_layers": 2},
+    "vision_config": PACKAGED["vision_config"] | {"depth": 1},
+}
+"""The same with fewer layers, each of which is a part of every program on a CPU: for runs that measure nothing."""
 PROCESSOR_FILES = (
     "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "chat_template.jinja",

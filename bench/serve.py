@@ -76,8 +76,8 @@ LARGE = Size(
     streamed=160, turns=5, rounds=2,
 )  # fmt: skip
 QUICK = dataclasses.replace(
-    TINY, slots=4, requests=8, context=256, long_prompt=128, prefix=100, streamed=30, turns=2, rounds=1,
-    is_warmed=False, prompts=(32, 56), answers=(8, 24),
+    TINY, config=models.SHALLOW, slots=4, requests=8, context=256, long_prompt=128, prefix=100, streamed=30, turns=2,
+    rounds=1, is_warmed=False, prompts=(32, 56), answers=(8, 24),
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_a_stream_prepares_batches_beside_steps():
 
 
 def test_prompt_lookup_copies_what_a_prompt_holds(tmp_path):
-    config = models.PACKAGED
+    config = models.SHALLOW
     order = np.random.default_rng(0).permutation(config["text_config"]["vocab_size"])
     successors = np.empty_like(order)
     successors[order] = np.roll(order, -1)
