@@ -8,6 +8,7 @@ from reference import Prompts, to_torch
 
 from glm4v_jax.devices.mesh import reshard
 from glm4v_jax.errors import GenerationError
+from glm4v_jax.generate import prefill_chunks, slots
 from glm4v_jax.generate.device_steps import RowState, SlotsState
 from glm4v_jax.generate.engine import Request
 from glm4v_jax.generate.prompt_lookup import _look_up
@@ -61,7 +62,9 @@ def test_a_draft_is_what_followed_the_newest_tokens_before(mesh):
         dict(no_repeat_ngram_size=3, min_new_tokens=9, eos_token_id=[*range(200)], suppress_tokens=[310]) | REPEATING,
     ],
 )
-def test_rows_of_all_modalities_get_the_tokens_of_plain_decoding(engine, options):
+def test_rows_of_all_modalities_get_the_tokens_of_plain_decoding(engine, options, monkeypatch):
+    for module in (prefill_chunks, slots):  # chunks of few lengths: nearly all of the time is compiling
+        monkeypatch.setattr(module, "MIN_LENGTH", 128)
     requests = random_requests(engine.model, 20, 3)
     requests = [Request(inputs, dict(max_new_tokens=3 + 5 * (i % 5))) for i, inputs in enumerate(requests)]
     options = GREEDY | options
