@@ -30,24 +30,24 @@ def narrow(hidden: int, vocabulary: int) -> Glm4vConfig:
 def main() -> None:
     """Compile decode and prefill on the mesh of latency and on others, quantised, a training step, and a handover."""
     # What samples compiles in less than half the time where it sorts 1,024 numbers.
-    wide, narrower = narrow(2048, 1024), narrow(1024, 8192)
+    wide, small = narrow(2048, 1024), narrow(1024, 1024)
     decode, prefill = (
         compile_for_topology.decode_program(wide, 8, 4096),
         compile_for_topology.prefill_program(wide, 1, 1024, 8192),
     )
     join, short = (
         compile_for_topology.prefill_program(wide, 1, 96, 4096, state_rows=8),
-        compile_for_topology.prefill_program(wide, 32, 16, 1024),
+        compile_for_topology.prefill_program(small, 32, 16, 1024),
     )
     one = compile_for_topology.decode_program(wide, 1, 4096)
-    step = step_program(narrower, Shapes(4, 256), freeze=("vision", "merger"))
-    handover = handover_program(RewardJob(wide, dict(fsdp=2, kv=2), dict(kv=2, q=2)))
+    step = step_program(small, Shapes(4, 128), freeze=("vision", "merger"))
+    handover = handover_program(RewardJob(small, dict(fsdp=2, kv=2), dict(kv=2, q=2)))
     single: dict[str, Any] = dict(topology="v5e:1x1", quantize="int8")
     for program, config, options in (
         (decode, wide, dict(kv=2, q=2)), (prefill, wide, dict(kv=2, q=2)), (decode, wide, dict(kv=2, seq=2)),
-        (step, narrower, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, wide, dict(kv=2, q=2)),
+        (step, small, dict(fsdp=2, kv=2)), (join, wide, dict(kv=2, q=2)), (short, small, dict(kv=2, q=2)),
         (one, wide, single), (compile_for_topology.copy_program(wide, 4096, 8), wide, dict(kv=2, q=2)),
-        (handover, wide, dict(fsdp=2, kv=2)),
+        (handover, small, dict(fsdp=2, kv=2)),
     ):  # fmt: skip
         compiled = compile_for_topology.compile_for(program, config, **dict(topology="v5e:2x2") | options, large=2**18)
         print(json.dumps(dataclasses.asdict(compiled)))  # noqa: T201

@@ -191,8 +191,9 @@ def compiled():
     if not (root / ".venv-aot" / "aot.stamp").exists():
         pytest.skip("no environment with libtpu: make .venv-aot/aot.stamp")
     python = root / ".venv-aot" / "bin" / "python"
-    # Without what the tests tell XLA of a CPU: libtpu does not know it.
-    environment = os.environ | aot_environment() | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}
+    # Without what the tests tell XLA of a CPU: libtpu does not know it. Nor can its programs be read from a cache.
+    others = {"PYTHONPATH": str(root), "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = os.environ | aot_environment() | others
     command = [str(python), str(Path(__file__).with_name("aot_programs.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
