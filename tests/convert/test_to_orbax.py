@@ -1,7 +1,7 @@
 """To Orbax: every bit arrives, whatever the dtypes, shards and names; and what is not finished does not look so.
 
-Run as a program, `python test_to_orbax.py PORT PROCESSES INDEX SOURCE TARGET`, this file converts as one of several
-processes, and with a STEP after it fails there.
+Run as a program, `python test_to_orbax.py PORT PROCESSES INDEX SOURCE DIRECTORY`, this file converts as one of several
+processes, and then again where the last steps fail.
 """
 
 import errno
@@ -12,6 +12,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -247,36 +248,52 @@ def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_two_processes_read_half_each_and_write_the_same(tmp_path):
-    source = write(tmp_path / "source", random_tensors(CONFIG), shards=2)
-    reports = [json.loads(out.splitlines()[-1]) for out in run_together(__file__, source, tmp_path / "together")]
+class Together(NamedTuple):
+    """What two processes say of their conversions of a source into folders of a directory."""
+
+    source: Path
+    directory: Path
+    reports: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("together")
+    source = write(tmp_path_factory.mktemp("source") / "source", random_tensors(CONFIG), shards=2)
+    outputs = run_together(__file__, source, directory)
+    return Together(source, directory, [json.loads(out.splitlines()[-1]) for out in outputs])
+
+
+def test_two_processes_read_half_each_and_write_the_same(together, tmp_path):
+    source, converted = together.source, together.directory / "whole"
     to_orbax(source, tmp_path / "alone")
-    assert_same_weights(tmp_path / "together", source)
-    assert_same_weights(tmp_path / "together", tmp_path / "alone")
-    one, two = (open_weights(tmp_path / name).provenance for name in ("alone", "together"))
+    assert_same_weights(converted / "target", source)
+    assert_same_weights(converted / "target", tmp_path / "alone")
+    one, two = (open_weights(path).provenance for path in (tmp_path / "alone", converted / "target"))
     assert one["source"] == two["source"] and one["tensors"] == two["tensors"]
+    reports = [report["whole"] for report in together.reports]
     total = reports[0]["nbytes"]
     for report in reports:
         assert 0.45 * total < report["read"] < 0.55 * total
         assert report["bytes_filled"] == report["read"]
         assert report["shard"] == [32, 320]
-    assert_same_weights(tmp_path / "saved", source, ordered=False)  # it has the names of transformers, in its order
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert_same_weights(converted / "saved", source, ordered=False)  # it has the names of transformers, in its order
+    assert sorted(path.name for path in converted.iterdir()) == ["saved", "target"]
 
 
 @pytest.mark.parametrize("step", ["orbax", "target"])
-def test_two_processes_fail_together(tmp_path, step):
+def test_two_processes_fail_together(together, step):
     """The last steps are those of the first; if the disk refuses them, the other does not wait for ever."""
-    source = write(tmp_path / "source", random_tensors(CONFIG))
-    first, second = (out.splitlines()[-1] for out in run_together(__file__, source, tmp_path / "target", step))
+    first, second = (report[step] for report in together.reports)
     assert "target: found a full disk" in first
     told = "target: found a full disk" if step == "target" else "No space left on device"
     assert second.startswith("in the first process: ") and told in second
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not list((together.directory / f"full at {step}").iterdir())
+    assert [path.name for path in together.source.parent.iterdir()] == ["source"]
 
 
-def fail_together(port, processes, index, source, target, step):
-    start_distributed(port, processes, index)
+def fail(source, target, step):
+    """Convert where a step is refused, and return what is said of it."""
     rename = Path.rename
 
     def refused(path, other):
@@ -284,15 +301,14 @@ def fail_together(port, processes, index, source, target, step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return rename(path, other)
 
-    Path.rename = refused
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((CheckpointError, OSError)) as caught:
+        patch.setattr(Path, "rename", refused)
         to_orbax(source, target)
-    except (CheckpointError, OSError) as error:
-        print(error)  # noqa: T201
+    return str(caught.value)
 
 
-def convert_together(port, processes, index, source, target):
-    start_distributed(port, processes, index)
+def convert(source, folder, processes):
+    """Convert, load the result and save it again; returns what this process read, and what it has of a leaf."""
     from glm4v_jax.checkpoints import leaves
     from glm4v_jax.devices.mesh import make_mesh
 
@@ -303,18 +319,26 @@ def convert_together(port, processes, index, source, target):
         asked.append(out)
         whole(self, out, path, index)
 
-    leaves.TensorLeaves.fill = fill
-    summary = to_orbax(source, target)
-    model = Glm4vForConditionalGeneration.from_pretrained(target, mesh=make_mesh(fsdp=int(processes)))
-    shard = model.module.lm_head.kernel[...].addressable_shards[0].data.shape
-    model.save_orbax(Path(target).parent / "saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leaves.TensorLeaves, "fill", fill)
+        summary = to_orbax(source, target := folder / "target")
     filled = sum(x.nbytes for x in asked)
-    report = dict(read=summary.bytes_read, nbytes=summary.nbytes, bytes_filled=filled, shard=shard)
+    model = Glm4vForConditionalGeneration.from_pretrained(target, mesh=make_mesh(fsdp=processes))
+    shard = model.module.lm_head.kernel[...].addressable_shards[0].data.shape
+    model.save_orbax(folder / "saved")
+    return dict(read=summary.bytes_read, nbytes=summary.nbytes, bytes_filled=filled, shard=shard)
+
+
+def main(port, processes, index, source, directory):
+    start_distributed(port, processes, index)
+    folders = {"whole": "whole", "orbax": "full at orbax", "target": "full at target"}
+    folders = {name: Path(directory) / folder for name, folder in folders.items()}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)  # by whichever process is first
+    report = {"whole": convert(source, folders["whole"], int(processes))}
+    report |= {step: fail(source, folders[step] / "target", step) for step in ("orbax", "target")}
     print(json.dumps(report))  # noqa: T201
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 6:
-        fail_together(*sys.argv[1:])
-    else:
-        convert_together(*sys.argv[1:])
+    main(*sys.argv[1:])
