@@ -56,7 +56,7 @@ class Curriculum:
     [80, 853, 67]
     >>> curriculum.update([Outcome("half", 1.0, 8, False)])
     >>> curriculum.pass_rates().round(2).tolist(), round(curriculum.expansion, 2)
-    ([0.98, 0.83, 0.02], 1.9)
+    ([0.98, 0.97, 0.16], 1.9)
     """
 
     def __init__(
