@@ -54,8 +54,9 @@ INFERENCE = _config(
     dict(depth=12, hidden_size=384, num_heads=3),
 )  # fmt: skip
 """About 260 million parameters: four query heads to a key head, the ViT with its share of the whole as in the 9B."""
+_PACKAGED_IDS = {name: value for name, value in PACKAGED.items() if name.endswith("token_id")}
 TRAINING = _config(
-    {name: value for name, value in PACKAGED.items() if name.endswith("token_id")},
+    _PACKAGED_IDS,
     dict(vocab_size=8192, hidden_size=512, intermediate_size=1712, num_hidden_layers=6, num_attention_heads=4),
     dict(depth=4, hidden_size=256, num_heads=2),
 )
@@ -70,10 +71,11 @@ def write_checkpoint(
     Args:
       directory: made if need be.
       config: a config.json.
-      processor: write the packaged processor beside it.
+      processor: write the packaged processor beside it, with the token ids of its tokenizer.
       successors: for each token the one that the model generates after it; random weights do not say.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    config = config | (_PACKAGED_IDS if processor else {})
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = random_tensors(Glm4vConfig.from_dict(config))
     if successors is not None:

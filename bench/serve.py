@@ -66,13 +66,12 @@ class Size:
     answers: tuple[int, int] = (24, 96)
 
 
-PACKAGED_IDS = {name: value for name, value in models.PACKAGED.items() if name.endswith("token_id")}
 TINY = Size(
     "tiny", models.PACKAGED, slots=8, requests=160, context=4096, long_prompt=2048, prefix=1500, streamed=400,
     turns=20,
 )  # fmt: skip
 LARGE = Size(
-    "250M", models.INFERENCE | PACKAGED_IDS, slots=4, requests=24, context=4096, long_prompt=2048, prefix=1500,
+    "250M", models.INFERENCE, slots=4, requests=24, context=4096, long_prompt=2048, prefix=1500,
     streamed=160, turns=5, rounds=2,
 )  # fmt: skip
 QUICK = dataclasses.replace(

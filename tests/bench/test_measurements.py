@@ -146,6 +146,13 @@ def test_prompt_lookup_copies_what_a_prompt_holds(tmp_path):
     assert 1.0 < edited["tokens_per_step"] < copy["tokens_per_step"] <= 8
 
 
+def test_checkpoints_with_the_packaged_processor_have_the_ids_of_its_tokenizer(tmp_path):
+    config = models.SHALLOW | {name: number for name, number in models.INFERENCE.items() if name.endswith("token_id")}
+    assert config["image_token_id"] != models.PACKAGED["image_token_id"]
+    path = models.write_checkpoint(tmp_path, config, processor=True)
+    Glm4vProcessor.from_pretrained(path).check_ids(load_config(str(path / "config.json")))
+
+
 def test_the_server_answers_what_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["it", "--quick"])
     assert serve.main() == 0
