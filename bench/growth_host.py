@@ -197,7 +197,7 @@ def pack_samples(samples: int) -> Work:
 
 
 def pack_into_rows(rows: int) -> Work:
-    """4,000 samples to batches of so many rows."""
+    """Pack 4,000 samples into batches of `rows` rows."""
     return _packing(4000, rows)
 
 
@@ -217,7 +217,7 @@ MEGABYTES_A_LAYER = 4
 
 @functools.cache
 def _checkpoint(megabytes: int) -> pathlib.Path:
-    """A checkpoint of so many megabytes, all but a few of them in layers of four."""
+    """Write a checkpoint of about `megabytes`, nearly all of them in layers of `MEGABYTES_A_LAYER`."""
     text = dict(
         num_hidden_layers=max(megabytes // MEGABYTES_A_LAYER, 1), hidden_size=256, intermediate_size=1024,
         num_attention_heads=2, num_key_value_heads=1,

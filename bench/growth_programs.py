@@ -82,7 +82,7 @@ def prefill_prompt(tokens: int) -> Work:
 
 
 def decode_rows(rows: int) -> Work:
-    """Decode steps of the engine with so many requests of the packaged model."""
+    """Decode steps of the engine with `rows` requests to the packaged model."""
     loaded = Engine.from_pretrained(TINY_CHECKPOINT)
     one = Engine(loaded.runtime, loaded.processor, num_slots=rows, capacity=engine.CAPACITY)
     prompts = [one.prompt("Hi")] * rows
@@ -116,12 +116,12 @@ def chunk_memory(tokens: int) -> Work:
 
 
 def train_memory(tokens: int) -> Work:
-    """Temporaries of a training step on a row of so many tokens and an image of as many patches."""
+    """Temporaries of a training step on a row of `tokens` tokens and an image of as many patches."""
     return _temporaries(lambda n: step_program(narrow(), Shapes(1, n, 1, n)), tokens)
 
 
 def cache_memory(slots: int) -> Work:
-    """Arguments and temporaries of decoding eight rows with so many cache slots, beyond those of 256."""
+    """Arguments and temporaries of decoding eight rows with `slots` cache slots, beyond those of 256."""
 
     def work() -> int:
         least, found = (_memory(decode_program(narrow(), 8, n), narrow()) for n in (256, slots))

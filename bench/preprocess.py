@@ -106,7 +106,7 @@ class Ours(turns.JaxSide):
         return timed(lambda: decode_video(path, path.name)[0])
 
     def scaled(self, way: str, workers: int, count: int) -> dict[str, Any]:
-        """Photographs from their files, one a call, in so many threads or processes."""
+        """Photographs from their files, one a call, in `workers` threads or processes."""
         files = pictures("files", count)
         pools: dict[str, Callable[[], concurrent.futures.Executor]] = {
             "threads": lambda: concurrent.futures.ThreadPoolExecutor(workers),
@@ -175,7 +175,7 @@ def prepare(path: str) -> int:
 
 
 def _stream_seconds(directory: pathlib.Path, batches: int, step: float) -> float:
-    """Seconds a batch of a job's stream, with a step of so many seconds after each, which leaves the CPU idle."""
+    """Seconds per batch of a job's stream, each followed by `step` seconds in which the CPU is idle."""
     from glm4v_jax import Glm4vConfig, Glm4vProcessor
     from glm4v_jax.devices.mesh import make_mesh
     from train.config import BatchConfig, DataConfig
