@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -248,10 +249,11 @@ def read_text(path: pathlib.Path) -> str:
         raise CheckpointError(f"{path}: found an unreadable file ({error}); expected a text") from error
 
 
-_MODEL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "*preprocessor_config.json", "processor_config.json", "chat_template.*", "additional_chat_templates/*.jinja",
+_ENCODING_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*preprocessor_config.json",
+    "processor_config.json", "chat_template.*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
+_MODEL_FILES = ("config.json", "generation_config.json", *_ENCODING_FILES)
 _ORBAX = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "state")
 
 _WHOLE, _SAMPLES, _SAMPLE = 1 << 20, 64, 1 << 12
@@ -292,6 +294,17 @@ def model_fingerprint(directory: str | pathlib.Path) -> str:
         single = directory / "model.safetensors"
         files += [single] if single.is_file() else directory.glob("*.safetensors*")
     return _fingerprint(directory, [path for path in files if path.is_file()])
+
+
+def encoding_fingerprint(directory: str | pathlib.Path) -> str:
+    """Return a digest of a model's files that decide how text and media become tokens and patches, read whole.
+
+    Raises:
+      OSError: something cannot be read.
+    """
+    assets = assets_directory(model_directory(directory))
+    files = [path for pattern in _ENCODING_FILES for path in assets.glob(pattern) if path.is_file()]
+    return _fingerprint(assets, files, sys.maxsize)
 
 
 def _fingerprint(root: pathlib.Path, files: Iterable[pathlib.Path], whole: int = _WHOLE) -> str:

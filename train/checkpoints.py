@@ -22,8 +22,8 @@ from train.damage import DamagedError, check_sizes, damaged, note_sizes, problem
 from train.evaluate import Evaluation
 from train.state import Leaves, TrainState, bit_sum, is_finite
 
-DATA_DIGEST = "content of the training data"
-"""Name of a digest in what must not have changed; checkpoints of earlier versions lack it."""
+DATA_DIGEST, ENCODING_DIGEST = "content of the training data", "tokenizer, chat template and processors of the model"
+"""Names of digests in what must not have changed; checkpoints of earlier versions lack them."""
 
 _STATE, _DATA, _JOB, _EVALUATIONS, _SUMS = "state", "data", "job", "evaluations", "checksums"
 _COUNTS = ("step", "skipped", "streak")
@@ -332,12 +332,13 @@ class Checkpoints:
                 raise self._all_damaged()
             return
         changed = [name for name in (*self._job, *(saved.keys() - self._job.keys())) if self._differs(name, saved)]
-        if DATA_DIGEST in changed and DATA_DIGEST not in saved:
-            changed.remove(DATA_DIGEST)
+        unknown = [name for name in (DATA_DIGEST, ENCODING_DIGEST) if name in changed and name not in saved]
+        for name in unknown:
             self._log(
-                f"{self._path(self.latest)}: written by an earlier version, without a digest of the "
-                "training data: whether they are the same is not checked"
+                f"{self._path(self.latest)}: written by an earlier version, without a digest of the {name}: whether it "
+                "is the same is not checked"
             )
+        changed = [name for name in changed if name not in unknown]
         if changed:
             faults = [
                 f"{name}: found {json.dumps(self._job.get(name))}; expected {json.dumps(saved.get(name))}, as saved"

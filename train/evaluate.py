@@ -21,7 +21,7 @@ from eval.metrics import METRICS
 from eval.parse_answer import final_answer
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
-from glm4v_jax.devices.distributed import agree, is_first
+from glm4v_jax.devices.distributed import agree, errors_of_all, is_first
 from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing, to_json
@@ -33,7 +33,7 @@ from glm4v_jax.model.kernel_order import outputs_first
 from glm4v_jax.model.lora import fix_magnitudes
 from glm4v_jax.model.runtime import Runtime
 from train.config import EvalConfig, TrainConfig
-from train.data.encoder import TOO_LONG, encode_options, make_encoder
+from train.data.encoder import TOO_LONG, Encoder, encode_options, make_encoder
 from train.data.packing import TrainBatch
 from train.data.placement import packed, packer_of, put, stacked
 from train.data.records import Record, question_of
@@ -103,10 +103,18 @@ class Evaluator:
         self._processor = limited(processor, encode_options(job.data, job.batch))
         self._samples: list[Sample] = []
         self._questions: list[tuple[Record, list[Mapping[str, Any]], str]] = []
+        with errors_of_all():
+            self._encode(records, encoder)
+        # The processes make batches of them together: one that could not read an image would leave the others waiting.
+        agree("the records of eval", _digest(self._samples))
+
+    def _encode(self, records: Sequence[Record], encoder: Encoder) -> None:
+        """Encode the records, and find out which of them are questions to answer."""
+        options, log = self._options, self._log
         for number in range(min(len(records), options.max_samples)):
             _, found = encoder(number)
             if not isinstance(found, Sample):
-                if found is not None and job.data.bad_rows == "error":
+                if found is not None and self._job.data.bad_rows == "error":
                     raise found
                 log(f"skipped in the evaluation: {found or f'{records[number].source}: {TOO_LONG}'}")
                 continue
@@ -122,8 +130,6 @@ class Evaluator:
                 self._questions.append((record, messages, expected))
         if not self._samples:
             raise DataError(f"eval: found no sample in {counted(len(records), 'record')}; expected at least one")
-        # The processes make batches of them together: one that could not read an image would leave the others waiting.
-        agree("the records of eval", _digest(self._samples))
 
     def compare_with(self, weights: Weights) -> None:
         """Compare pairs with this model, that before the training; all processes call this."""

@@ -22,15 +22,15 @@ from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.data.media import file_name, source_of
-from glm4v_jax.devices.distributed import agree, check_devices, several
+from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, several
 from glm4v_jax.errors import ConfigError, DataError, counted, not_there
-from glm4v_jax.files import doubt_of_base
+from glm4v_jax.files import doubt_of_base, encoding_fingerprint
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, check_modules, is_adapted
 from glm4v_jax.model.params import default_dtype
 from glm4v_jax.model.quantize import for_training
 from glm4v_jax.planning.mesh_presets import mesh_for
-from train.checkpoints import DATA_DIGEST, abstract
+from train.checkpoints import DATA_DIGEST, ENCODING_DIGEST, abstract
 from train.config import ADAPTER, MODEL, AdapterConfig, DataConfig, DataSetConfig, TrainConfig
 from train.data.placement import check_batch, num_lanes
 from train.data.records import Record, Records, read_records
@@ -185,8 +185,12 @@ def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
     return mesh
 
 
-def check_same(config: TrainConfig, data: Data) -> None:
+def check_same(config: TrainConfig, data: Data, identity: Mapping[str, Any]) -> None:
     """Check that all processes have the same job and as many records; the directories of their files may differ.
+
+    Args:
+      config, data: of the job.
+      identity: see there.
 
     Raises:
       MessageError: they have not.
@@ -199,7 +203,7 @@ def check_same(config: TrainConfig, data: Data) -> None:
     if evaluation is not None and evaluation.files:
         evaluation = dataclasses.replace(evaluation, files=("",))
     same = dataclasses.replace(config, model="", out="", data=files, eval=evaluation)
-    text = repr((same, len(data.train), len(data.held_out), data.digest))
+    text = repr((same, identity, len(data.held_out)))
     agree("the job or its data", hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
@@ -213,6 +217,7 @@ def identity(config: TrainConfig, model: Glm4vConfig, count: int, digest: str) -
         "eval.share": config.eval.share if config.eval is not None else 0.0,
         "records to learn from": count,
         DATA_DIGEST: digest,
+        ENCODING_DIGEST: encoding_fingerprint(config.model),
         "optimizer.name": config.optimizer.name,
         "batch.lanes": num_lanes(config.batch),
     }
@@ -294,10 +299,10 @@ def _is_trained(config: TrainConfig, model: Glm4v) -> Callable[[str], bool]:
 
 
 def check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
-    """Check that devices have room for weights, gradients and the optimizer's state, before anything is read.
+    """Check that devices have room for weights, gradients and the optimizer's state; all processes call this first.
 
     Raises:
-      MemoryShortageError: they have not.
+      MemoryShortageError: those of some process have not.
     """
 
     def instead() -> dict[str, int]:
@@ -311,7 +316,8 @@ def check_memory(config: TrainConfig, model_config: Glm4vConfig) -> None:
         return {name: _held_bytes(way, model_config) for name, way in ways.items() if way != config}
 
     what = "weights, gradients and optimizer state"
-    check_fits(_held_bytes(config, model_config), what, str(config.model), instead, mesh_option="mesh")
+    with errors_of_all():
+        check_fits(_held_bytes(config, model_config), what, str(config.model), instead, mesh_option="mesh")
 
 
 def _held_bytes(config: TrainConfig, model_config: Glm4vConfig) -> int:

@@ -16,7 +16,7 @@ from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.progress import Programs
 from glm4v_jax.devices.compilation_cache import compile_times, compiling
-from glm4v_jax.devices.distributed import gathered, several
+from glm4v_jax.devices.distributed import errors_of_all, gathered, several
 from glm4v_jax.devices.hardware import peak_flops
 from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import ConfigError, counted
@@ -77,7 +77,8 @@ def train(
     whose results are then dropped; several processes some two steps later. The metrics of every step are a line of
     `metrics.jsonl` in `config.out`; the result is beside it, a checkpoint `model` or an `adapter`. Where several
     processes share the devices (`distributed.init_distributed`), all of them call this, with the same job; a signal to
-    any of them stops all.
+    any of them stops all. What is wrong in one of them before the model is loaded is raised in all; whoever catches a
+    later error ends the process, for which the others wait.
 
     Args:
       config: of the job.
@@ -92,21 +93,22 @@ def train(
     """
     if config.rl is not None:
         raise ConfigError("rl: found a table; expected none: such a job is run by train.rl.loop.learn")
-    check_trackers(config)
     log = log or ignore
-    model_config = Glm4vConfig.from_pretrained(config.model)
-    note_base(config, log)
-    mesh = make_mesh(config, model_config)
-    data = read_data(config, records)
-    check_same(config, data)
+    with errors_of_all():
+        check_trackers(config)
+        model_config = Glm4vConfig.from_pretrained(config.model)
+        note_base(config, log)
+        mesh = make_mesh(config, model_config)
+        data = read_data(config, records)
+        job_identity = identity(config, model_config, len(data.train), data.digest)
+        processor = Glm4vProcessor.from_pretrained(config.model)
+        processor.check_ids(model_config)
+    check_same(config, data, job_identity)
     out = Path(config.out)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
-        job_identity = identity(config, model_config, len(data.train), data.digest)
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
         digest = functools.partial(_digest, job_identity, model_fingerprint(config.model))
-        processor = Glm4vProcessor.from_pretrained(config.model)
-        processor.check_ids(model_config)
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
         stream = Stream(
             encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log, draws=data.draws,

@@ -5,13 +5,14 @@ same decisions: `agree` checks what they were given, `to_host` reads what their 
 process writes text, and what ends one of them ends all (`failure`).
 """
 
+import contextlib
 import functools
 import json
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,10 +20,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glm4v_jax import errors
 from glm4v_jax.devices import coordination
 from glm4v_jax.devices.failure import print_error, report_with, watch
 from glm4v_jax.devices.launchers import launcher
-from glm4v_jax.errors import ConfigError, MessageError, counted
+from glm4v_jax.errors import ConfigError, MessageError, counted, one_line
 
 START_SECONDS = 300
 """How long processes wait for each other to start."""
@@ -177,6 +179,33 @@ def agree(name: str, digest: bytes = b"", error: str | None = None) -> str | Non
             f"{name}: found another in process {different} than in process 0; expected the same in all processes"
         )
     return None
+
+
+@contextlib.contextmanager
+def errors_of_all() -> Iterator[None]:
+    """Raise an error of the body in all processes; each runs it by itself, without waiting for another.
+
+    It is for what comes before they compute together, such as reading files. Where a caller caught the error of one
+    process, the others would wait for it. All processes call this.
+
+    >>> with errors_of_all():
+    ...     raise ConfigError("steps: found 0; expected at least 1")
+    Traceback (most recent call last):
+      ...
+    glm4v_jax.errors.ConfigError: steps: found 0; expected at least 1
+
+    Raises:
+      Glm4vError: an error of the first process that has one, of the same class; in that process, the error itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        gathered([type(error).__name__, one_line(error)])
+        raise
+    for process, found in enumerate(gathered(None)):
+        if found is not None:
+            kind, message = found
+            raise getattr(errors, kind, errors.Glm4vError)(f"{message} (in process {process})")
 
 
 def check_devices(mesh: Mesh) -> None:

@@ -19,7 +19,7 @@ from helpers_orbax import assert_same_weights, environment, free_port
 
 from glm4v_jax.cli import main
 from glm4v_jax.devices import distributed
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, DataError, Glm4vError
 
 ASKED = ["--greedy", "--image", "noise.png", "--max-new-tokens", "12", "What is it?"]
 OF_A_FILE = ["generate", "--jsonl", "rows.jsonl", "--max-new-tokens", "9", "--slots", "4"]
@@ -134,6 +134,8 @@ def test_each_process_reads_its_shards_and_gathers_whole_arrays(pair):
         report = json.loads((directory / f"{i}.json").read_text())
         assert report["whole"] == list(range(8)), errors
         assert report["agreed"] == [None, "broken (in process 1)"]
+        of_another = " (in process 1)" if i == 0 else ""
+        assert report["raised"] == [f"DataError: a.jsonl:2: broken{of_another}"]
         assert len(report["shares"]) == 2
         for share in report["shares"]:
             assert share["read"] == share["held"] < 0.55 * share["nbytes"]
@@ -366,6 +368,14 @@ def share(index, *directories):
         split = jax.device_put(np.arange(8), jax.NamedSharding(mesh, jax.P("fsdp")))
     assert not split.is_fully_addressable
     agreed = [distributed.agree("it", b"same"), distributed.agree("it", error="broken" if index == "1" else None)]
+    raised = []
+    for process in (None, "1"):
+        try:
+            with distributed.errors_of_all():
+                if index == process:
+                    raise DataError("a.jsonl:2: broken")
+        except Glm4vError as error:
+            raised.append(f"{type(error).__name__}: {error}")
     gathered = distributed.to_host({"x": split})["x"].tolist()
     distributed.agree("it", b"gathered")  # by the first process too, which keeps the program
     jax.clear_caches()
@@ -373,7 +383,7 @@ def share(index, *directories):
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     assert distributed.to_host({"x": split})["x"].tolist() == gathered
     found = events.count("/jax/compilation_cache/cache_hits")
-    return {"shares": shares, "whole": gathered, "agreed": agreed, "found": found}
+    return {"shares": shares, "whole": gathered, "agreed": agreed, "raised": raised, "found": found}
 
 
 def address(port, processes, index):

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from glm4v_jax.errors import CheckpointError
-from train.checkpoints import DATA_DIGEST, Checkpoints, abstract
+from train.checkpoints import DATA_DIGEST, ENCODING_DIGEST, Checkpoints, abstract
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
 from train.state import init_state
@@ -362,11 +362,12 @@ def test_room_is_counted_before_the_first_step(directory, state, monkeypatch):
             checkpoints.check_room(like, 100)
 
 
-def test_other_data_are_refused_unless_an_earlier_version_has_saved_no_digest(directory, state, tmp_path):
+@pytest.mark.parametrize("name", [DATA_DIGEST, ENCODING_DIGEST])
+def test_other_content_is_refused_unless_an_earlier_version_has_saved_no_digest(directory, state, tmp_path, name):
     told = []
-    opened(directory, job=JOB | {DATA_DIGEST: "abc"}, log=told.append).close()
-    assert len(told) == 1 and "6: written by an earlier version" in told[0]
-    with contextlib.closing(opened(tmp_path / "new", job=JOB | {DATA_DIGEST: "abc"})) as checkpoints:
+    opened(directory, job=JOB | {name: "abc"}, log=told.append).close()
+    assert len(told) == 1 and f"6: written by an earlier version, without a digest of the {name}" in told[0]
+    with contextlib.closing(opened(tmp_path / "new", job=JOB | {name: "abc"})) as checkpoints:
         checkpoints.save(at(state, 1), {})
-    with pytest.raises(CheckpointError, match='content of the training data: found "d"; expected "abc", as saved'):
-        opened(tmp_path / "new", job=JOB | {DATA_DIGEST: "d"})
+    with pytest.raises(CheckpointError, match=f'{name}: found "d"; expected "abc", as saved'):
+        opened(tmp_path / "new", job=JOB | {name: "d"})

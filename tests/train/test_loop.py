@@ -411,7 +411,18 @@ CHANGED = {
         data=dataclasses.replace(job.data, keep_thoughts="all")
     ),
     "content of the training data: found .*; expected .*": lambda job: dict(data=of_file(job, "other.jsonl")),
+    "tokenizer, chat template and processors of the model: found .*; expected .*": lambda job: dict(
+        model=with_another_template(job)
+    ),
 }
+
+
+def with_another_template(job):
+    """A copy of a job's model beside its data, which writes prompts differently."""
+    other = shutil.copytree(job.model, f"{job.data.files[0]}.model")
+    with open(f"{other}/chat_template.jinja", "a") as template:
+        template.write(" ")
+    return other
 
 
 def of_file(job, name):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import process_count, process_index
 from jax.sharding import Mesh
 
-from glm4v_jax.devices.distributed import gathered, is_first
+from glm4v_jax.devices.distributed import errors_of_all, gathered, is_first
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.files import replacing, to_json
 from train.config import BatchConfig, DataConfig
@@ -91,35 +91,33 @@ def count_steps(
             number_of_full += size is not None and packer.push(size, int(number)) is not None
         return number_of_full + sum(1 for _ in packer.finish())
 
-    most = max(gathered(max(batches(lane) for lane in lanes_here(batch, mesh))))
-    return step + math.ceil(most / batch.micro_batches)
+    with errors_of_all():
+        most = max(batches(lane) for lane in lanes_here(batch, mesh))
+    return step + math.ceil(max(gathered(most)) / batch.micro_batches)
 
 
 def _sizes(encoder: Encoder, data: DataConfig, log: Callable[[str], None]) -> Mapping[int, Size]:
     """Record number -> size of its sample, of those that become one."""
     total, noted = len(encoder.records), time.perf_counter()
     own: list[tuple[int, int, Any]] = []
-    failed, reason = None, TOO_LONG
-    for done, (number, found) in enumerate(
-        outcomes(encoder, data.threads, process_index(), process_count()), process_index() + 1
-    ):
-        if isinstance(found, Sample):
-            own.append((number, len(found), found.frames.tolist()))
-        elif found is not None:
-            reason = str(found)
-            if data.bad_rows == "error":
-                failed = reason
-                break
-        if time.perf_counter() - noted > _PERIOD:
-            noted = time.perf_counter()
-            log(f"counting the steps of an epoch: {done * process_count():,} of {counted(total, 'row')}")
-    everyone = gathered([own, failed, reason])
-    for _, failed, _ in everyone:  # of any process: the others would wait for it
-        if failed is not None:
-            raise DataError(failed)
+    reason = TOO_LONG
+    with errors_of_all():
+        for done, (number, found) in enumerate(
+            outcomes(encoder, data.threads, process_index(), process_count()), process_index() + 1
+        ):
+            if isinstance(found, Sample):
+                own.append((number, len(found), found.frames.tolist()))
+            elif found is not None:
+                reason = str(found)
+                if data.bad_rows == "error":
+                    raise DataError(reason)
+            if time.perf_counter() - noted > _PERIOD:
+                noted = time.perf_counter()
+                log(f"counting the steps of an epoch: {done * process_count():,} of {counted(total, 'row')}")
+    everyone = gathered([own, reason])
     sizes = {
         number: Size(length, np.array(frames, np.int64).reshape(-1, 2))
-        for of_process, _, _ in everyone
+        for of_process, _ in everyone
         for number, length, frames in of_process
     }
     if not sizes:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.compilation_cache import compile_times
-from glm4v_jax.devices.distributed import agree, check_devices, gathered, several
+from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, gathered, several
 from glm4v_jax.devices.mesh import reshaped, use_mesh
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.generate.engine import Engine
@@ -77,30 +77,31 @@ def learn(
     rl = config.rl
     if rl is None:
         raise ConfigError("rl: found none; expected the table of a job that learns by reward")
-    check_trackers(config)
     log = log or ignore
-    model_config = Glm4vConfig.from_pretrained(config.model)
-    note_base(config, log)
-    mesh = make_mesh(config, model_config)
-    engine_mesh = mesh
-    if rl.sampling.engine_mesh != "same":
-        with naming_field("rl.sampling.engine_mesh"):
-            engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
-            check_devices(engine_mesh)
-    processor = Glm4vProcessor.from_pretrained(config.model)
-    processor.check_ids(model_config)
-    limits = limited(processor, encode_options(config.data, config.batch))
-    check_media_dir(config.data)
-    with naming_field("data.files"):
-        problems = read_problems(
-            config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
-            fps=limits.video_processor.fps,
-        )  # fmt: skip
-    with naming_field("data.levels"):
-        rates = read_levels(config.data.levels, problems.keys)
-    job_identity = _identity(config, model_config, problems, rates)
+    with errors_of_all():
+        check_trackers(config)
+        model_config = Glm4vConfig.from_pretrained(config.model)
+        note_base(config, log)
+        mesh = make_mesh(config, model_config)
+        engine_mesh = mesh
+        if rl.sampling.engine_mesh != "same":
+            with naming_field("rl.sampling.engine_mesh"):
+                engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
+                check_devices(engine_mesh)
+        processor = Glm4vProcessor.from_pretrained(config.model)
+        processor.check_ids(model_config)
+        limits = limited(processor, encode_options(config.data, config.batch))
+        check_media_dir(config.data)
+        with naming_field("data.files"):
+            problems = read_problems(
+                config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
+                fps=limits.video_processor.fps,
+            )  # fmt: skip
+        with naming_field("data.levels"):
+            rates = read_levels(config.data.levels, problems.keys)
+        job_identity = _identity(config, model_config, problems, rates)
+        verifiers = make_verifiers(rl.verifiers, processor.thinking)
     agree("the job or its problems", hashlib.blake2b(repr(job_identity).encode(), digest_size=16).digest())
-    verifiers = make_verifiers(rl.verifiers, processor.thinking)
     curriculum = Curriculum(
         problems.keys, problems.domains, rl.curriculum, prompts=rl.prompts, seed=config.seed, levels=problems.levels,
         rates=rates,
@@ -108,13 +109,15 @@ def learn(
     out = Path(config.out)
     with contextlib.ExitStack() as stack, use_mesh(mesh):
         judges = stack.enter_context(Judges(verifiers))
-        judges.start()
-        self_test(verifiers, problems.examples(), judges.score)
+        with errors_of_all():
+            judges.start()
+            self_test(verifiers, problems.examples(), judges.score)
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
         if (position := checkpoints.data) is not None:
             check_step(int(position["step"]), config)
         else:
-            check_lengths(problems, limits, config.batch.length - rl.sampling.longest)
+            with errors_of_all():
+                check_lengths(problems, limits, config.batch.length - rl.sampling.longest)
         check_room(config, model_config, checkpoints)
         stopping = stack.enter_context(Stopping(mesh))
         job, state = Job.start(config, model_config, progress)
@@ -177,9 +180,13 @@ class _Scorer:
     def __call__(self, texts: Sequence[tuple[Problem, str]]) -> Sequence[Reward]:
         tasks = [Task(problem.domain, text, problem.item) for problem, text in texts]
         share = {"index": jax.process_index(), "count": jax.process_count(), "gather": gathered} if several() else {}
-        rewards = score_shared(self._judges.score, tasks, **share)
+        rewards = score_shared(self._score, tasks, **share)
         check_failures(tasks, rewards, self._most)
         return rewards if self._control is None else self._control(tasks, rewards)
+
+    def _score(self, tasks: Sequence[Task]) -> list[Reward]:
+        with errors_of_all():
+            return self._judges.score(tasks)
 
 
 @dataclasses.dataclass

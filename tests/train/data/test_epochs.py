@@ -9,6 +9,7 @@ import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices import distributed
 from glm4v_jax.errors import ConfigError, DataError
 from glm4v_jax.inputs.prompt import Prompt
 from train.config import BatchConfig, DataConfig
@@ -94,12 +95,9 @@ def test_more_epochs_see_each_record_exactly_as_often(mesh, fields, stopped):
         fewer(step=9, lanes=more.state)
 
 
-def test_two_processes_see_together_what_one_sees(mesh, monkeypatch):
-    """Each encodes half of the records to count them, and reads a lane of its own."""
-    alone, count = job(mesh, lanes=2)
-    expected = count()
-    of_one = seen(alone, expected, ALL)
-    alone.close()
+@pytest.fixture
+def of_two_processes(monkeypatch):
+    """A function that runs another for the number of each of two processes, and returns both results."""
     here, told, barrier = threading.local(), {}, threading.Barrier(2, timeout=60)
 
     def gathered(value):
@@ -109,15 +107,33 @@ def test_two_processes_see_together_what_one_sees(mesh, monkeypatch):
         barrier.wait()
         return found
 
-    monkeypatch.setattr(epochs, "gathered", gathered)
-    monkeypatch.setattr(epochs, "process_index", lambda: here.index)
-    monkeypatch.setattr(epochs, "process_count", lambda: 2)
-    for module in (epochs, stream):
-        monkeypatch.setattr(module, "lanes_here", lambda batch, mesh: [here.index])
+    def run(function):
+        for module in (epochs, distributed):
+            monkeypatch.setattr(module, "gathered", gathered)
+        monkeypatch.setattr(epochs, "process_index", lambda: here.index)
+        monkeypatch.setattr(epochs, "process_count", lambda: 2)
+        for module in (epochs, stream):
+            monkeypatch.setattr(module, "lanes_here", lambda batch, mesh: [here.index])
+
+        def in_process(index):
+            here.index = index
+            return function(index)
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(in_process, range(2)))
+
+    return run
+
+
+def test_two_processes_see_together_what_one_sees(mesh, of_two_processes):
+    """Each encodes half of the records to count them, and reads a lane of its own."""
+    alone, count = job(mesh, lanes=2)
+    expected = count()
+    of_one = seen(alone, expected, ALL)
+    alone.close()
     encoded = ([], [])
 
     def run(index):
-        here.index = index
         one, count = job(mesh, lanes=2, encode=lambda record: encoded[index].append(record.number) or made(record))
         steps = count()
         counting = sorted(encoded[index])
@@ -125,11 +141,40 @@ def test_two_processes_see_together_what_one_sees(mesh, monkeypatch):
         one.close()
         return steps, counting, found
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        (steps, first, one), (same, second, other) = pool.map(run, range(2))
+    (steps, first, one), (same, second, other) = of_two_processes(run)
     assert steps == same == expected
     assert sorted(first + second) == list(range(RECORDS))
     assert [a + b for a, b in zip(one, other, strict=True)] == of_one
+
+
+def test_what_one_process_cannot_count_is_raised_in_both(mesh, of_two_processes):
+    """A row of the second process is bad; and its lane has begun more epochs than the job has."""
+
+    def broken(record):
+        if record.number == 3:
+            raise DataError(f"{record.source}: broken")
+        return made(record)
+
+    def row(index):
+        one, count = job(mesh, lanes=2, encode=broken, bad_rows="error")
+        one.close()
+        with pytest.raises(DataError) as error:
+            count()
+        return str(error.value)
+
+    def lane(index):
+        one, count = job(mesh, lanes=2, epochs=1)
+        _, state = next(one)
+        one.close()
+        if index == 1:
+            state["1"]["counts"]["samples"] = RECORDS
+        with pytest.raises(ConfigError) as error:
+            count(lanes=state)
+        return str(error.value)
+
+    assert of_two_processes(row) == ["data.jsonl:4: broken (in process 1)", "data.jsonl:4: broken"]
+    begun = "epochs: found 1; expected at least 2: the checkpoint has begun these"
+    assert of_two_processes(lane) == [f"{begun} (in process 1)", begun]
 
 
 def test_epochs_of_the_lanes_of_one_process_end_with_a_whole_number(mesh):
