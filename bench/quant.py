@@ -35,6 +35,7 @@ class Variant:
 
     def __init__(self, name: str, threads: int):
         self._scheme, self._devices = name.partition(",")[0], threads if "," in name else 1
+        self._slots: Any = None
 
     def load(self, directory: str) -> dict[str, Any]:
         """Load the model, compile, and say what that took."""
@@ -49,7 +50,6 @@ class Variant:
             directory, dtype=self._scheme if is_float else "float32", mesh=make_mesh(q=self._devices),
             quantize=None if is_float else self._scheme,
         )  # fmt: skip
-        self._slots: Any = None
         self._product: Callable[[], Any] | None = None
         tokens, _ = self._generate()
         seconds, temporaries = self._compile()
@@ -114,8 +114,9 @@ class Variant:
         from glm4v_jax.inputs.prompt import Prompt
 
         if self._slots is None:
-            self._slots = Slots(self._runtime, capacity=1024)
-        ids = np.random.default_rng(prompt_tokens).integers(0, 1000, prompt_tokens).tolist()
+            self._slots = Slots(self._runtime, capacity=1024, reuse_prefixes=False)
+        words = min(1000, self._runtime.config.text_config.vocab_size)
+        ids = np.random.default_rng(prompt_tokens).integers(0, words, prompt_tokens).tolist()
         begun = time.perf_counter()
         start = Start(Prompt.of_text(ids), GenerationConfig(eos_token_id=()), new_tokens)
         return np.asarray(self._slots.start({0: start}).tokens).tolist(), time.perf_counter() - begun

@@ -153,6 +153,15 @@ def test_checkpoints_with_the_packaged_processor_have_the_ids_of_its_tokenizer(t
     Glm4vProcessor.from_pretrained(path).check_ids(load_config(str(path / "config.json")))
 
 
+def test_a_prompt_is_prefilled_whole_though_it_was_seen_before(packaged, monkeypatch):
+    monkeypatch.setattr(quant, "PREFILL_TOKENS", 20)
+    variant = quant.Variant("float32", 1)
+    variant._runtime = packaged[0].runtime
+    for _ in range(2):
+        assert variant.prefill() > 0
+    assert variant._slots.stats.reused_tokens == 0
+
+
 def test_the_server_answers_what_is_measured(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["it", "--quick"])
     assert serve.main() == 0
