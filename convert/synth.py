@@ -176,8 +176,7 @@ def load_config(name: str, tiny: bool = False) -> Glm4vConfig:
       tiny: take the member at tiny size.
 
     Raises:
-      CheckpointError: there is no such file.
-      ConfigError: it is not of the family, or there is no tiny one.
+      ConfigError: there is none of that name, it is not of the family, or there is no tiny one.
     """
     if name == "tiny":
         return Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
@@ -186,6 +185,8 @@ def load_config(name: str, tiny: bool = False) -> Glm4vConfig:
     if tiny:
         raise ConfigError(fault("--tiny with --config", name, f"one of {', '.join(MEMBERS)}"))
     path = Path(name)
+    if not path.exists():
+        raise ConfigError(fault("--config", name, f"tiny, full, {', '.join(MEMBERS)}, or a config.json"))
     if path.is_dir():
         return Glm4vConfig.from_pretrained(path)
     try:

@@ -170,9 +170,10 @@ def test_other_files_are_not_replaced(tmp_path):
         synth(load_config("tiny"), tmp_path)
 
 
-def test_a_missing_configuration_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere"):
-        load_config(str(tmp_path / "nowhere.json"))
+@pytest.mark.parametrize("name", ["GLM-4.6", "nowhere.json"])
+def test_a_name_that_is_neither_a_checkpoints_nor_a_files(name):
+    with pytest.raises(ConfigError, match=f"--config: found '{name}'; expected tiny, full, GLM-4.1V.*or a config.json"):
+        load_config(name)
 
 
 def test_another_models_configuration_is_refused(tmp_path):
