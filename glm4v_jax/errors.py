@@ -50,12 +50,36 @@ class DataError(Glm4vError):
 
 
 @contextlib.contextmanager
-def naming(place: object, raised: type[Glm4vError]) -> Iterator[None]:
-    """Raise errors of the body as `raised`, with the file or field that they are about before the message."""
+def naming(
+    place: object, raised: type[Glm4vError] | None = None, *, begins: str | tuple[str, ...] = ""
+) -> Iterator[None]:
+    """Put the file or field that errors of the body are about before their message.
+
+    >>> with naming("data.files"):
+    ...     open("none.jsonl")
+    Traceback (most recent call last):
+      ...
+    glm4v_jax.errors.DataError: data.files: none.jsonl: found no such file or directory; expected one
+
+    Args:
+      place: the file or field; what a message repeats of its end is left out.
+      raised: the class to raise; by default that of the error, or `DataError` for an `OSError`, which others let pass.
+      begins: only messages that begin with one of these are meant, and no `OSError`.
+    """
     try:
         yield
+    except OSError as error:
+        if raised is not None or begins:
+            raise
+        raise DataError(f"{place}: {one_line(error)}") from error
     except Glm4vError as error:
-        raise raised(f"{place}: {error}") from error
+        said = str(error)
+        if not said.startswith(begins):
+            raise
+        repeated, colon, rest = said.partition(": ")
+        if colon and str(place).endswith(repeated):
+            said = rest
+        raise (raised or type(error))(f"{place}: {said}", error.faults if len(error.faults) > 1 else ()) from error
 
 
 _LISTED = 20

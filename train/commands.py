@@ -19,7 +19,7 @@ from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import Command, JsonOptions, Options, run_program
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import print_table, printable
-from glm4v_jax.errors import ConfigError, DataError, counted
+from glm4v_jax.errors import ConfigError, DataError, counted, naming
 from glm4v_jax.files import to_json
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 from train.data import FormatName
@@ -129,13 +129,12 @@ class Train(Options):
 
     def run(self) -> int:
         """Train, with a log on standard error."""
-        from train.config import load_config
+        from train.config import FIELDS, load_config
 
         config = load_config(self.config)
         find_model(config.model, f"{self.config}: model")
         from glm4v_jax.devices.compilation_cache import use_compilation_cache
         from train.loop import train
-        from train.naming import naming_job
 
         use_compilation_cache()
 
@@ -143,7 +142,7 @@ class Train(Options):
             print(printable(line), file=sys.stderr, flush=True)
 
         with (
-            naming_job(self.config),
+            naming(self.config, begins=FIELDS),
             quiet_ffmpeg(),
             without_size_warnings(),
             Progress("loading the weights") as progress,

@@ -361,6 +361,10 @@ class TrainConfig:
         return step % self.checkpoint.every == 0 or step == self.steps or is_candidate
 
 
+FIELDS = tuple(f"{field.name}{end}" for field in dataclasses.fields(TrainConfig) for end in ":.")
+"""What errors about a field of a job begin with."""
+
+
 def load_config(path: str | Path) -> TrainConfig:
     """Read a job file; relative paths in it are relative to the file.
 

@@ -23,7 +23,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.config.quantization import stored_quantization
 from glm4v_jax.data.media import file_name, source_of
 from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, several
-from glm4v_jax.errors import ConfigError, DataError, counted, not_there
+from glm4v_jax.errors import ConfigError, DataError, counted, naming, not_there
 from glm4v_jax.files import doubt_of_base, encoding_fingerprint
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, check_modules, is_adapted
@@ -38,7 +38,6 @@ from train.data.stream import Draws
 from train.evaluate import hold_out
 from train.export import check_result, export_adapter, export_model
 from train.flops import Work, step_flops
-from train.naming import naming_field
 from train.noise import Noise
 from train.optimizers import group_of, learning_rate, make_optimizer
 from train.state import Layout, Leaves, TrainState, Weights, init_state, split
@@ -96,18 +95,18 @@ def read_data(config: TrainConfig, records: Sequence[Record] | None) -> Data:
     if records is None and options.sets:
         sets = {}
         for name, one in options.sets.items():
-            with naming_field(f"data.sets.{name}.files"):
+            with naming(f"data.sets.{name}.files"):
                 sets[name] = read(one.files)
         records, draws = Records.joined(list(sets.values())), _draws(options.sets, sets, config.seed)
     elif records is None:
-        with naming_field("data.files"):
+        with naming("data.files"):
             records = read(options.files)
     digest = records.fingerprint() if isinstance(records, Records) else _digest(records)
     if config.eval is None:
         return Data(records, (), digest, draws)
     if not config.eval.files:
         return Data(*hold_out(records, config.eval.share, config.seed), digest)
-    with naming_field("eval.files"):
+    with naming("eval.files"):
         return Data(records, read(config.eval.files), digest, draws)
 
 
@@ -178,7 +177,7 @@ def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
     Raises:
       ConfigError: it does not fit the devices, the model or the batches.
     """
-    with naming_field("mesh"):
+    with naming("mesh"):
         mesh = mesh_for(config.mesh, model)
         check_devices(mesh)
     check_batch(config.batch, mesh)
@@ -264,7 +263,7 @@ def note_base(config: TrainConfig, log: Callable[[str], None]) -> None:
     adapter = None if config.lora is None else config.lora.adapter
     if adapter is None:
         return
-    with naming_field("lora.adapter"):
+    with naming("lora.adapter"):
         note = doubt_of_base(adapter, config.model)
     if note is not None:
         log(f"warning: lora.adapter: {note}")
@@ -275,7 +274,7 @@ def _adapted(model: Glm4v, config: TrainConfig) -> Glm4v:
     if config.lora is None:
         return model
     if config.lora.adapter is not None:
-        with naming_field("lora.adapter"):
+        with naming("lora.adapter"):
             model = load_adapter(model, config.lora.adapter, keep_dtype=True)
             check_modules(model)
         return model

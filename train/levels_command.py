@@ -13,7 +13,7 @@ from glm4v_jax.console.options import find_model
 from glm4v_jax.console.program import Options
 from glm4v_jax.console.progress import Progress
 from glm4v_jax.console.table import printable
-from glm4v_jax.errors import ConfigError
+from glm4v_jax.errors import ConfigError, naming
 from glm4v_jax.inputs.media.quiet import quiet_ffmpeg, without_size_warnings
 
 LEVELS = "levels.jsonl"
@@ -50,7 +50,7 @@ class MeasureLevels(Options):
 
     def run(self) -> int:
         """Check the job and its problems, then load the model, answer, and score."""
-        from train.config import load_config
+        from train.config import FIELDS, load_config
 
         job = load_config(self.config)
         if job.rl is None:
@@ -63,22 +63,21 @@ class MeasureLevels(Options):
         from train.data.encoder import encode_options
         from train.data.samples import limited
         from train.job import check_media_dir
-        from train.naming import naming_field, naming_job
         from train.rl.judging import Judges
         from train.rl.problems import read_problems
         from train.rl.self_test import self_test
         from train.rl.verifiers import make_verifiers
 
         processor = limited(Glm4vProcessor.from_pretrained(directory), encode_options(job.data, job.batch))
-        with naming_job(self.config):
+        with naming(self.config, begins=FIELDS):
             check_media_dir(job.data)
-        with naming_job(self.config), naming_field("data.files"):
+        with naming(self.config, begins=FIELDS), naming("data.files"):
             problems = read_problems(
                 job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir,
                 fps=processor.video_processor.fps,
             )  # fmt: skip
         verifiers = make_verifiers(job.rl.verifiers, processor.thinking)
-        with naming_job(self.config), Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
+        with naming(self.config, begins=FIELDS), Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
             judges.start()
             self_test(verifiers, problems.examples(), judges.score)
             from glm4v_jax.checkpoints.load import load_runtime
@@ -99,7 +98,7 @@ class MeasureLevels(Options):
             sampling = job.rl.sampling
             text = job.mesh if sampling.engine_mesh == "same" else sampling.engine_mesh
             model_config = Glm4vConfig.from_pretrained(directory)
-            with naming_field("mesh" if sampling.engine_mesh == "same" else "rl.sampling.engine_mesh"):
+            with naming("mesh" if sampling.engine_mesh == "same" else "rl.sampling.engine_mesh"):
                 mesh = mesh_for(text, model_config)
                 check_devices(mesh)
             use_compilation_cache()

@@ -15,7 +15,7 @@ from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.compilation_cache import compile_times
 from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, gathered, several
 from glm4v_jax.devices.mesh import reshaped, use_mesh
-from glm4v_jax.errors import ConfigError, counted
+from glm4v_jax.errors import ConfigError, counted, naming
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.runtime import Runtime
@@ -25,7 +25,6 @@ from train.config import TrainConfig
 from train.data.encoder import encode_options
 from train.data.samples import limited
 from train.job import Job, check_media_dir, check_step, identity, make_mesh, note_base
-from train.naming import naming_field
 from train.optimizers import learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
 from train.plot import draw_metrics
@@ -85,19 +84,19 @@ def learn(
         mesh = make_mesh(config, model_config)
         engine_mesh = mesh
         if rl.sampling.engine_mesh != "same":
-            with naming_field("rl.sampling.engine_mesh"):
+            with naming("rl.sampling.engine_mesh"):
                 engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
                 check_devices(engine_mesh)
         processor = Glm4vProcessor.from_pretrained(config.model)
         processor.check_ids(model_config)
         limits = limited(processor, encode_options(config.data, config.batch))
         check_media_dir(config.data)
-        with naming_field("data.files"):
+        with naming("data.files"):
             problems = read_problems(
                 config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
                 fps=limits.video_processor.fps,
             )  # fmt: skip
-        with naming_field("data.levels"):
+        with naming("data.levels"):
             rates = read_levels(config.data.levels, problems.keys)
         job_identity = _identity(config, model_config, problems, rates)
         verifiers = make_verifiers(rl.verifiers, processor.thinking)
