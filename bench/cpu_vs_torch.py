@@ -123,7 +123,7 @@ def run(
     missed += [] if bandwidth["passed"] else [DECODE.work]
     one_each = {work.task: work for work in missed}.values()
     return {
-        "machine": {side: worker("facts") for side, worker in workers.items()},
+        "machine": turns.facts(workers),
         "threads": threads,
         "rounds": rounds,
         "load_before": load,

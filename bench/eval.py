@@ -11,7 +11,6 @@ Prints a table; writes `bench/results/eval.json`; exits with status 1 if the ans
 """
 
 import argparse
-import os
 import sys
 import time
 from typing import Any
@@ -130,19 +129,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.eval")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default=str(TINY_CHECKPOINT))
-    # As a side of the comparison.
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        turns.main(Ours, Theirs)
-        return 0
+    arguments = turns.parse(parser, Ours, Theirs)
     load = turns.load_average()
     with turns.start("bench.eval", arguments.threads) as workers:
         for worker in workers.values():
             worker("load", directory=arguments.model, batch=BATCH)
         lines = compare(workers, arguments.rounds)
-        facts = {side: worker("facts") for side, worker in workers.items()}
+        facts = turns.facts(workers)
     report.console().print(table(lines, arguments.threads))
     figures = {
         "machine": facts, "rounds": arguments.rounds, "batch": BATCH, "load_before": load, "lines": lines,

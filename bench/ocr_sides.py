@@ -6,7 +6,6 @@ Nothing but NumPy and `rich` is imported before a side is chosen: transformers 5
 without JAX.
 """
 
-import argparse
 import functools
 import time
 from typing import Any
@@ -244,15 +243,5 @@ class Theirs(turns.TorchSide):
         return turns.peak_bytes()
 
 
-def main() -> None:
-    """Answer tasks as a side."""
-    parser = argparse.ArgumentParser(description="One side of bench.ocr: reads tasks, a line of JSON each.")
-    parser.add_argument("--side", choices=("ours", "theirs"), required=True)
-    parser.add_argument("--variant", required=True, help="of the weights: float32, int8 or bfloat16")
-    parser.add_argument("--threads", type=int, required=True)
-    parsed = parser.parse_args()
-    turns.run_side({"ours": Ours, "theirs": Theirs}[parsed.side], parsed.side, parsed.threads, parsed.variant)
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(Ours, Theirs, "variant")  # of the weights: float32, int8 or bfloat16

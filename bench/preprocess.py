@@ -273,19 +273,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.preprocess", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="one round of little; writes nothing")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        turns.main(Ours, Theirs)
-        return 0
+    arguments = turns.parse(parser, Ours, Theirs)
     rounds, count = (1, 2) if arguments.tiny else (arguments.rounds, COUNT)
     with turns.start("bench.preprocess", arguments.threads) as workers:
         figures: dict[str, Any] = {
             "rounds": rounds, "count": count, "cores": arguments.threads, "video": VIDEO,
             "lines": compare(workers, rounds, count), "scaling": scaling(workers["ours"], rounds, 2 * count),
             "overlap": workers["ours"]("overlap", batches=2 if arguments.tiny else BATCHES),
-            "machine": {side: worker("facts") for side, worker in workers.items()},
+            "machine": turns.facts(workers),
         }  # fmt: skip
     overlap = figures["overlap"]
     # What of the shorter of both is not seen beside the longer.

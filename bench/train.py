@@ -128,7 +128,7 @@ def run(
         if not figures["passed"]
     }
     return {
-        "machine": {side: worker("facts") for side, worker in workers.items()},
+        "machine": turns.facts(workers),
         "rounds": rounds,
         "load_before": load,
         "parameters": models.num_parameters(content),

@@ -97,6 +97,11 @@ def profiles(
     }
 
 
+def facts(workers: Workers) -> dict[str, Any]:
+    """Side -> the machine and the versions of what runs there."""
+    return {side: worker("facts") for side, worker in workers.items()}
+
+
 def load_average() -> float | None:
     """Of the last minute; None where the system does not count it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -156,13 +161,33 @@ def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
             print(json.dumps(tasks[request.pop("task")](**request)), file=replies, flush=True)
 
 
-def main(ours: "type[JaxSide]", theirs: "type[TorchSide]", arguments: Sequence[str] | None = None) -> None:
-    """The answering end as a program: `--side ours --threads 2`."""
+def parse(
+    parser: argparse.ArgumentParser, ours: Callable[..., Any], theirs: Callable[..., Any], *names: str
+) -> argparse.Namespace:
+    """Parse the arguments of a program that runs its own sides; as one of them, do its tasks and exit.
+
+    Args:
+      parser: of all other arguments; `--side` and `--threads` are added.
+      ours, theirs: make the sides.
+      names: of the arguments that they are made of.
+    """
+    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each side")
+    parsed = parser.parse_args()
+    if parsed.side is not None:
+        made = ours if parsed.side == "ours" else theirs
+        run_side(made, parsed.side, parsed.threads, *(getattr(parsed, name) for name in names))
+        sys.exit()
+    return parsed
+
+
+def main(ours: Callable[..., Any], theirs: Callable[..., Any], *names: str) -> None:
+    """The answering end as a program, `--side ours --threads 2`; for other arguments see `parse`."""
     parser = argparse.ArgumentParser(description="One side of a comparison: reads tasks, a line of JSON each.")
-    parser.add_argument("--side", choices=("ours", "theirs"), required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parsed = parser.parse_args(arguments)
-    run_side(ours if parsed.side == "ours" else theirs, parsed.side, parsed.threads)
+    for name in names:
+        parser.add_argument(f"--{name}", required=True)
+    parse(parser, ours, theirs, *names)
+    parser.error("--side: found nothing; expected ours or theirs")
 
 
 def run_side(made: Callable[..., Any], side: str, threads: int, *arguments: Any) -> None:

@@ -5,10 +5,10 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from glm4v_jax import tiny
-from tools.tiny_assets import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS
+from tools.tiny_assets import SPECIAL_TOKENS, Vocabulary, pre_tokenizer, tokenizer_config
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # GLM-OCR's; that of GLM-4.6V-Flash is of the same family: tools, thoughts, and a switch that turns these off.
@@ -16,12 +16,6 @@ FAMILY_TEMPLATE = tiny.FAMILY_TEMPLATE.read_text()
 
 # The released tokenizer.json ends with <|end_of_video|>; the rest is in tokenizer_config.json alone.
 IN_TOKENIZER_JSON = 14
-
-# How GLM-4 cuts text before BPE.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def write_small_tokenizer(directory: pathlib.Path, merges: Sequence[tuple[str, str]] = ()) -> pathlib.Path:
@@ -35,44 +29,13 @@ def write_small_tokenizer(directory: pathlib.Path, merges: Sequence[tuple[str, s
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*alphabet, *(left + right for left, right in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS[:IN_TOKENIZER_JSON]]
     )
     tokenizer.save(str(directory / "tokenizer.json"))
-    first = len(vocab)
-    added = {
-        str(first + index): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": token in SPECIAL_TOKENS,
-        }
-        for index, token in enumerate(SPECIAL_TOKENS + PLAIN_ADDED_TOKENS)
-    }
-    config = {
-        "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL_TOKENS),
-        "clean_up_tokenization_spaces": False,
-        "do_lower_case": False,
-        "eos_token": "<|endoftext|>",
-        "extra_special_tokens": {},
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": 65536,
-        "pad_token": "<|endoftext|>",
-        "padding_side": "left",
-        "processor_class": "Glm4vProcessor",
-        "remove_space": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
+    config = tokenizer_config(Vocabulary(learned=len(vocab), rows=0, text=""))
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return directory
 

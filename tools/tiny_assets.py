@@ -178,15 +178,20 @@ def tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def train_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """A byte-level BPE with GLM-4's word splitting, learned from the text, and its first added tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def pre_tokenizer() -> pre_tokenizers.Sequence:
+    """How GLM-4 splits text before BPE."""
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def train_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """A byte-level BPE with GLM-4's word splitting, learned from the text, and its first added tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(

@@ -113,12 +113,18 @@ class ModelOptions:
             if self.directory == str(TINY_CHECKPOINT):  # nobody has named a model
                 self.directory = base_of(self.adapter)
         self.directory = find_model(self.directory)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(fault("--dtype", self.dtype, one_of(DTYPES, self.dtype)))
-        if self.quantize is not None and self.quantize not in SCHEMES:
-            raise ConfigError(fault("--quantize", self.quantize, one_of(SCHEMES, self.quantize)))
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ConfigError(fault("--cache-dtype", self.cache_dtype, one_of(CACHE_DTYPES, self.cache_dtype)))
+        choices = {
+            "--dtype": (self.dtype, DTYPES),
+            "--quantize": (self.quantize, SCHEMES),
+            "--cache-dtype": (self.cache_dtype, CACHE_DTYPES),
+        }
+        raise_faults(
+            [
+                fault(name, found, one_of(known, found))
+                for name, (found, known) in choices.items()
+                if found is not None and found not in known
+            ]
+        )
         if self.mesh is not None:
             check_text(self.mesh)
 

@@ -27,18 +27,6 @@ _WINDOW = 64
 _FEW_ROWS = 8
 
 
-def process_logits(logits: Num[Array, "B V"], params: SamplingParams, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    """Return float32 scores: penalised logits, and -inf at every token that the options rule out.
-
-    Args:
-        logits: of any float dtype; the arithmetic is float32.
-        params: arrays `[B]`.
-        seen: the tokens of each row's prompt, those of images included, and of what was generated so far. The
-            reference counts padding too, so that its penalty depends on the other prompts of a batch; this must not.
-    """
-    return warped(penalised(logits, params, seen), params)
-
-
 def warped(logits: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:
     """Return the scores of rows that sample after temperature and cuts, those of the others as they were."""
     do_sample, temperature, _, _, min_p, _ = (jnp.asarray(param)[:, None] for param in params)

@@ -5,7 +5,8 @@ bucket, everything runs on padded arrays, and results are cut at the very end.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,7 @@ from glm4v_jax.errors import MessageError, counted
 from glm4v_jax.generate.encode_media import encode_media
 from glm4v_jax.hf import forward
 from glm4v_jax.hf.outputs import BaseModelOutputWithPast, PastKeyValues
-from glm4v_jax.inputs.make_batch import (
-    MIN_LENGTH,
-    checked_positions,
-)
+from glm4v_jax.inputs.make_batch import MIN_LENGTH, checked_positions
 from glm4v_jax.inputs.medium import split_media
 from glm4v_jax.inputs.prompt import in_vocabulary, token_array
 from glm4v_jax.inputs.vision_rows import bucket
@@ -34,6 +32,9 @@ from glm4v_jax.model.kv_cache import KVCache, grow, init_cache
 from glm4v_jax.model.nn import Init
 from glm4v_jax.model.runtime import Flat, compute_dtype, encode_rows
 from glm4v_jax.model.vision import VisionEncoder
+
+ConfigT = TypeVar("ConfigT", bound=Glm4vVisionConfig | Glm4vTextConfig)
+ModuleT = TypeVar("ModuleT", bound=VisionEncoder | TextDecoder)
 
 
 class Extent(NamedTuple):
@@ -89,7 +90,32 @@ class PaddedOutput:
         return tuple(x[: self.extent.batch, :, : self.extent.t, : self.num_keys] for x in weights)
 
 
-class Glm4vVisionModel:
+class _Submodel(Generic[ConfigT, ModuleT]):
+    """A part of the model with its mesh and rules; `flat` has its module, which is made of `seed` if there is none."""
+
+    _made: Callable[[ConfigT, Init], ModuleT]
+
+    def __init__(
+        self, config: ConfigT, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
+        flat: Flat[ModuleT] | None = None,
+    ):  # fmt: skip
+        self.config, self.rules = config, current_rules()
+        with use_mesh(mesh) as self.mesh:
+            init = Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype))
+            self.flat = flat or Flat.of(self._made(config, init))
+
+    @property
+    def module(self) -> ModuleT:
+        """The functional module."""
+        return self.flat.module
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The compute dtype."""
+        return compute_dtype(self.flat)
+
+
+class Glm4vVisionModel(_Submodel[Glm4vVisionConfig, VisionEncoder]):
     """The ViT and merger.
 
     >>> from glm4v_jax import Glm4vConfig, Glm4vVisionModel
@@ -98,25 +124,7 @@ class Glm4vVisionModel:
     (4, 64)
     """
 
-    def __init__(
-        self, config: Glm4vVisionConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        flat: Flat[VisionEncoder] | None = None,
-    ):  # fmt: skip
-        self.config, self.rules = config, current_rules()
-        with use_mesh(mesh) as self.mesh:
-            self.flat = flat or Flat.of(
-                VisionEncoder(config, Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype)))
-            )
-
-    @property
-    def module(self) -> VisionEncoder:
-        """The functional module."""
-        return self.flat.module
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The compute dtype."""
-        return compute_dtype(self.flat)
+    _made = VisionEncoder
 
     def __call__(self, hidden_states: np.ndarray, grid_thw: np.ndarray) -> Array:
         """Encode images or frames.
@@ -146,7 +154,7 @@ class Glm4vVisionModel:
         return encode_rows(self.flat, self.config.spatial_merge_size, rows, dropout_key)
 
 
-class Glm4vTextModel:
+class Glm4vTextModel(_Submodel[Glm4vTextConfig, TextDecoder]):
     """The decoder without a head.
 
     >>> from glm4v_jax import Glm4vConfig, Glm4vTextModel
@@ -155,26 +163,7 @@ class Glm4vTextModel:
     (1, 3, 64)
     """
 
-    def __init__(
-        self, config: Glm4vTextConfig, *, seed: int = 0, dtype: Any = None, mesh: Mesh | None = None,
-        flat: Flat[TextDecoder] | None = None,
-    ):  # fmt: skip
-        self.config, self.rules = config, current_rules()
-        with use_mesh(mesh) as self.mesh:
-            self.flat = flat or Flat.of(
-                TextDecoder(config, Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype)))
-            )
-        self._stacked = self.module.layers.is_stacked
-
-    @property
-    def module(self) -> TextDecoder:
-        """The functional module."""
-        return self.flat.module
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The compute dtype."""
-        return compute_dtype(self.flat)
+    _made = TextDecoder
 
     def get_input_embeddings(self, input_ids: np.ndarray | None = None) -> Any:
         """[B, T] tokens -> [B, T, D] embeddings; without tokens the function that does so, as the reference returns it.
@@ -191,7 +180,7 @@ class Glm4vTextModel:
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache in the layout of this model's layers."""
-        return init_cache(self.config, batch, capacity, self.dtype, stacked=self._stacked)
+        return init_cache(self.config, batch, capacity, self.dtype, stacked=self.module.layers.is_stacked)
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ from glm4v_jax.errors import GenerationError, MediaError, MessageError
 from glm4v_jax.generate import device_steps
 from glm4v_jax.generate.completion import Completion
 from glm4v_jax.generate.engine import Engine, Request
-from glm4v_jax.generate.sampling import process_logits
+from glm4v_jax.generate.sampling import penalised, warped
 from glm4v_jax.generate.scheduler import run
 from glm4v_jax.generate.slots import MAX_STEPS, MIN_CAPACITY
 from glm4v_jax.generate.warmup import warmup
@@ -228,7 +228,8 @@ def test_logprobs_of_sampling_are_those_of_the_distribution_drawn_from(engine, i
     for i, at in enumerate(range(prompt["input_ids"].shape[1] - 1, ids.shape[1] - 1)):
         logits[at, list(config.suppress_tokens)] = -np.inf
         seen = np.isin(np.arange(logits.shape[1]), ids[0, : at + 1])[None]
-        scores = np.asarray(process_logits(logits[at][None], SamplingParams.of(config, 1), seen))[0].astype(np.float64)
+        params = SamplingParams.of(config, 1)
+        scores = np.asarray(warped(penalised(logits[at][None], params, seen), params))[0].astype(np.float64)
         expected = scores - np.log(np.exp(scores).sum())
         assert found.logprob_array[i] == pytest.approx(expected[found.tokens[i]], rel=1e-4, abs=1e-5)
         assert found.logprobs[i].top[0][1] == pytest.approx(expected.max(), rel=1e-4, abs=1e-5)

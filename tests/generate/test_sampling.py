@@ -15,7 +15,13 @@ pytestmark = pytest.mark.slow
 
 ROWS, PROMPT = 3, 7
 
-_process = jax.jit(sampling.process_logits)
+
+def process_logits(logits, params, seen):
+    """All of what `sample` does to scores: it computes these in parts."""
+    return sampling.warped(sampling.penalised(logits, params, seen), params)
+
+
+_process = jax.jit(process_logits)
 _sample = jax.jit(sampling.sample)
 
 
@@ -234,7 +240,7 @@ def test_a_change_of_options_compiles_nothing():
     @jax.jit
     def counted(logits, params, seen):
         traced.append(1)
-        return sampling.process_logits(logits, params, seen)
+        return process_logits(logits, params, seen)
 
     logits = np.zeros((2, 100), np.float32)
     for temperature, top_k, do_sample in [(1.0, 0, True), (0.3, 5, True), (1.0, 80, False)]:

@@ -8,7 +8,8 @@ import tokenizers
 
 from glm4v_jax.errors import CheckpointError, Glm4vError, MessageError
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
-from tests.helpers_tokenizer import GOLDEN, PLAIN_ADDED_TOKENS, SPECIAL_TOKENS, write_small_tokenizer
+from tests.helpers_tokenizer import GOLDEN, write_small_tokenizer
+from tools.tiny_assets import PLAIN_ADDED_TOKENS, SPECIAL_TOKENS
 
 # Byte pairs of " the", "ing" and of the two first bytes of many Chinese characters; Ġ is the space.
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("in", "g"), ("Ġ", "a"), ("ä", "½")]
