@@ -30,7 +30,7 @@ class Panel(NamedTuple):
 
 
 def draw(panels: Sequence[Panel], columns: int = 2) -> str:
-    """Return the text of an SVG of panels, in rows of so many."""
+    """Return the text of an SVG of panels, in rows of `columns`."""
     rows = -(-len(panels) // columns)
     size = f"{columns * WIDTH} {rows * HEIGHT}"
     parts = [

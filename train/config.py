@@ -46,7 +46,7 @@ class DataSetConfig:
     Attributes:
       files: as those of `DataConfig`.
       share: of the samples, relative to the shares of the others; each set is repeated in an order of its own.
-      num_samples: take only so many of its rows, drawn by the job's seed.
+      num_samples: take only this many of its rows, drawn by the job's seed.
     """
 
     files: tuple[str, ...]
@@ -211,7 +211,7 @@ class EvalConfig:
       share: instead of `files`, the fraction of the training data that is held out, drawn by the job's seed.
       every: steps between two evaluations; there is one after the last step, too. With `checkpoint.best`, a checkpoint
         is saved before each.
-      patience: the job ends after so many evaluations in a row without a better model by `checkpoint.best`, which is
+      patience: the job ends after this many evaluations in a row without a better model by `checkpoint.best`, which is
         then "loss" unless it says otherwise; the result is the best.
       max_samples: evaluate the first N records; every process keeps all their patches in memory, 4.7 kB each for the
         9B (39 MB for an image of 8,192).

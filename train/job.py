@@ -436,5 +436,5 @@ class Job:
         return export_model(exported, self.dtype, self.config.model, out / MODEL)
 
     def flops(self, work: Work) -> float:
-        """Return the operations that a step needs for so much work; see `flops.step_flops`."""
+        """Return the operations that a step needs for this work; see `flops.step_flops`."""
         return step_flops(self.model, self.shapes, self.frozen, work)

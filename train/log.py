@@ -25,7 +25,7 @@ class Speed:
     """What the tokens per second of a job are measured against.
 
     tokens, patches: of a step, padding included.
-    flops: of a step with so much work.
+    flops: of a step with this work.
     peak: FLOP/s of all devices together; None if unknown.
     """
 

@@ -17,7 +17,7 @@ from train.data.histogram import round_step
 from train.log import EVALUATIONS, METRICS, read_log
 
 _SCALE = 2
-"""It is drawn so much larger: Pillow's lines have steps."""
+"""It is drawn this many times larger: Pillow's lines have steps."""
 _WIDTH, _LEFT, _RIGHT, _TOP, _GAP, _BOTTOM = (_SCALE * size for size in (960, 92, 24, 52, 40, 60))
 _INK, _PALE, _GRID = "#222222", "#a9c3dd", "#dddddd"
 _FIRST, _SECOND, _THIRD = "#225588", "#cc5511", "#228833"

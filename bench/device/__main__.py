@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.device", description="figures of one accelerator")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and small sizes, on any device")
     parser.add_argument("--only", help=f"measure these again: {', '.join(part.name for part in PARTS)}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="end after so many")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="end after this many")
     parser.add_argument("--restart", action="store_true", help="discard figures of earlier runs")
     parser.add_argument("--out", type=pathlib.Path, help="directory of device.json; by default bench/results")
     parsed = parser.parse_args(arguments)

@@ -180,7 +180,7 @@ def _step_flops(sizes: Sizes, config: Glm4vConfig, lora: LoraConfig | None = Non
 
 
 def shortened(config: Glm4vConfig, layers: int) -> Glm4vConfig:
-    """Return the configuration with a decoder of so many layers."""
+    """Return the configuration with a decoder of this many layers."""
     data = config.to_dict()
     return Glm4vConfig.from_dict(data | {"text_config": data["text_config"] | {"num_hidden_layers": layers}})
 

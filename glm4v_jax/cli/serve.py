@@ -53,7 +53,7 @@ class RequestOptions:
 
     allow_media_domain: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="HOST")] = ()
     """A host from which http and https addresses of images and videos are fetched, or *.HOST for all hosts below it.
-    By default there is none, and images and videos are data URLs."""
+    By default nothing is fetched: images and videos must be data URLs."""
 
     allow_private_media: bool = False
     """Fetch from --allow-media-domain at private and loopback addresses too."""
@@ -62,7 +62,7 @@ class RequestOptions:
         """The options for images and videos.
 
         Raises:
-          ConfigError: one of the hosts is none.
+          ConfigError: one of the hosts is invalid.
         """
         from glm4v_jax.inputs.media.hosts import AllowedHosts
         from glm4v_jax.serve.media import MediaPolicy

@@ -144,14 +144,14 @@ class GenerationConfig:
     says when to stop after `num_beams` sequences have ended: at once (True), when better ones seem unlikely (False), or
     are impossible ("never").
 
-    `prompt_lookup_num_tokens` drafts up to so many tokens, but no more than 7, from what the prompt and the answer hold
+    `prompt_lookup_num_tokens` drafts up to this many tokens, at most 7, from what the prompt and the answer hold
     already, and keeps those that would be chosen anyway: the same tokens in fewer decode steps, where an answer copies.
 
     `return_dict_in_generate`, with `output_scores` and `output_logits`, is for `model.generate` alone.
 
     `stop_strings` end the text. The others are for `Engine` alone. After `think_budget` tokens thinking that is still
     open is closed, and up to `answer_budget` more tokens follow (`max_new_tokens` by default, which then limits nothing
-    else); 0 is no thought at all. `stop_repetition` ends a text that repeats itself. `logprobs` returns log
+    else); 0 disables thinking. `stop_repetition` ends a text that repeats itself. `logprobs` returns log
     probabilities of the sampled tokens and of the n likeliest: those of the model, or with `logprobs_of="sampling"` of
     the distribution that tokens are drawn from, after penalties, bans, temperature and cuts.
 

@@ -264,7 +264,7 @@ class SamplingOptions:
     """Stop after at most this many tokens."""
 
     think_budget: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Close a thought after this many tokens; up to --answer-budget more follow. 0 is no thought at all."""
+    """Close a thought after this many tokens; up to --answer-budget more follow. 0 disables thinking."""
 
     answer_budget: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: --max-new-tokens)")

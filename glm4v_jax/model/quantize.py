@@ -196,7 +196,7 @@ def with_integers(
 
 
 def scale_axes(linear: Linear, dimensions: int) -> Axes:
-    """Logical axes of a scale with so many dimensions: of each channel, or of groups along the last input."""
+    """Logical axes of a scale with this many dimensions: of each channel, or of groups along the last input."""
     return linear.out_axes if dimensions == len(linear.out_axes) else (*linear.in_axes, *linear.out_axes)
 
 
@@ -254,7 +254,7 @@ def quantized_leaves(values: Array, scale: Array, axis: int, config: QuantConfig
 
 
 def is_packed(group: int) -> bool:
-    """Whether int4 in groups of so many is kept in pairs: on a CPU, which would keep a byte for each integer."""
+    """Whether int4 in groups of this size is kept in pairs: on a CPU, which would keep a byte for each integer."""
     return group % 2 == 0 and mesh.platform() == "cpu"
 
 

@@ -111,7 +111,7 @@ def limit_videos(processor: Glm4vProcessor, policy: MediaPolicy, max_tokens: int
 
 
 def has_media(messages: Any) -> bool:
-    """Whether messages may show images or videos; what is no message shows none.
+    """Whether messages may show images or videos; False for anything but messages.
 
     >>> has_media([{"role": "user", "content": "Hello"}]), has_media([{"content": [{"type": "image_url"}]}])
     (False, True)

@@ -133,12 +133,12 @@ class CurriculumConfig:
       mode: "rlcs" prefers problems of which some rollouts are right and some wrong; "uniform" draws all alike.
       floor: the least fraction of the draws for every tier and every domain.
       tiers: of equal widths of the pass rate.
-      prior: the rate that is expected of a problem before its own rollouts counts as so many of them.
+      prior: the rate that is expected of a problem before its own rollouts counts as this many of them.
       memory: the fraction of its earlier counts that a problem keeps when it is drawn again; likewise a domain with a
         level.
       expansion_decay: of the moving average of the expansion, by which more problems are drawn than are needed.
       expansion_most: its cap.
-      max_empty: the job ends after so many steps in a row without a group to learn from.
+      max_empty: the job ends after this many steps in a row without a group to learn from.
     """
 
     mode: Literal["rlcs", "uniform"] = "rlcs"

@@ -92,7 +92,7 @@ def main(config: VerifierConfig) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Have the system end this process after so much CPU time: a Python handler would wait for C code to return."""
+    """Have the system end this process after this much CPU time: a Python handler would wait for C code to return."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 

@@ -113,6 +113,6 @@ def _raw(text: str, name: str) -> str | None:
 
 
 def _numbers(value: Any) -> list[float]:
-    """Numbers of a list, NaN for what is none."""
+    """Numbers of a list, NaN for what is not a number."""
     values = value if isinstance(value, list | tuple) else [value]
     return [one if isinstance(one, int | float) else float("nan") for one in values]

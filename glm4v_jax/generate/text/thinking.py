@@ -179,7 +179,7 @@ class ThinkingParser:
         return "".join(piece.text for piece in self._pieces if piece.region is region and not piece.is_tag)
 
     def _is_text(self, tag: str) -> bool:
-        """Whether a tag is none here."""
+        """Whether a tag is ordinary text here."""
         if self._has_answer_tags or tag in (BOX, END_BOX):
             return False
         return tag in (ANSWER, END_ANSWER) or self._was_thought_closed

@@ -14,7 +14,7 @@ import numpy as np
 # Half a tick of a clock of milliseconds, to which containers round the times of frames.
 _CLOCK_SECONDS = 0.0005
 
-# Of GLM-4.6V: videos of at most so many seconds get so many pairs of frames a second; longer ones count as the longest.
+# Of GLM-4.6V: (longest duration in seconds, pairs of frames a second up to it); longer ones count as the longest.
 _RATES_BY_SECONDS = ((30, 3.0), (300, 1.0), (2400, 0.5))
 _MOST_FRAMES_BY_LENGTH = 640
 

@@ -88,7 +88,7 @@ class MediaProcessor:
         patch_size: rows and columns of a patch, in pixels.
         temporal_patch_size: frames of a patch.
         merge_size: patches a side that the model merges into one token.
-        patch_expand_factor: of GLM-GA: sides are multiples of so many merged patches.
+        patch_expand_factor: of GLM-GA: sides are multiples of this many merged patches.
         row: what this member's processor does differently.
         class_name: what a checkpoint's files call the class.
         defaults: the settings of this member, and their defaults; of the class, those of GLM-4.1V.

@@ -31,7 +31,7 @@ from glm4v_jax.serve.vllm_plugin.settings import VllmSettings, check_heads, chec
 
 
 class _Engine:
-    """What the model knows of its engine and is no array of a step; compared by identity, as a static attribute is.
+    """What of its engine the model keeps besides arrays of a step; compared by identity, as a static attribute is.
 
     Attributes:
       vllm_config: vLLM's configuration.
