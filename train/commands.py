@@ -5,6 +5,7 @@ JAX is imported only by the subcommands that need it, once they run, so that hel
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -145,20 +146,23 @@ class Train(Options):
             naming(self.config, begins=FIELDS),
             quiet_ffmpeg(),
             without_size_warnings(),
-            Progress("loading the weights") as progress,
+            Progress("loading the weights") as weights,
+            Progress("checking the lengths of prompts", "problems") as lengths,
         ):
 
-            def loading(done: int, total: int) -> None:
+            def show(progress: Progress, done: int, total: int) -> None:
                 progress.update(done, total)
                 if done == total:
                     progress.close()
+
+            loading, checking = functools.partial(show, weights), functools.partial(show, lengths)
 
             if config.rl is not None:
                 from train.rl.loop import learn
 
                 if self.profile:
                     raise ConfigError("--profile: found it beside rl; expected a job without")
-                result = learn(config, log=log, progress=loading)
+                result = learn(config, log=log, progress=loading, checking=checking)
             else:
                 result = train(config, profile=self.profile, log=log, progress=loading)
         status = "done" if result.is_done else "stopped; the same command resumes the job"

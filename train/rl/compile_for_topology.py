@@ -110,7 +110,8 @@ def update_program(job: RewardJob) -> Program:
     def trace(model: Glm4v, devices: Mesh) -> jax.stages.Traced:
         training = job.on_training_mesh(devices)
         found = compile_for_topology.placed(jax.eval_shape(nothing, training.state.params), devices)
-        return _policy_step(job, training).update.trace(training.state, *found, jax.ShapeDtypeStruct((), jnp.float32))
+        count, position = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        return _policy_step(job, training).update.trace(training.state, *found, count, position)
 
     return _program(f"policy update {job.name}", trace, _frozen_of(job))
 

@@ -110,7 +110,7 @@ class Cycle:
     waiting: list[Group] = dataclasses.field(default_factory=list)
 
     def __call__(
-        self, state: TrainState, problems: Sequence[Problem], score: ScoreAnswers, seed: int
+        self, state: TrainState, problems: Sequence[Problem], score: ScoreAnswers, seed: int, step: int = 1
     ) -> tuple[TrainState, CycleResult]:
         """Take a step; the state is donated.
 
@@ -119,6 +119,7 @@ class Cycle:
           problems: in the same order in all processes.
           score: gives rewards, the same in all processes.
           seed: of the answers, see `rollouts.seed_of`.
+          step: its number in the job, from 1, which the schedule of the learning rate goes by.
 
         Raises:
           DriftError: the ratios before the first update are not 1: something that was sampled is not what was learned.
@@ -149,7 +150,7 @@ class Cycle:
         self.waiting, learned = ([], learned) if is_enough else (learned, [])
         updates = list[PolicyMetrics]()
         if learned:
-            state, updates = self._learn(state, learned, phases)
+            state, updates = self._learn(state, learned, step, phases)
             jax.block_until_ready(state.params)
             phases.end("learning")
             self.engine.update(self.handover(state.params))
@@ -158,21 +159,28 @@ class Cycle:
         return state, CycleResult(groups, learned, len(self.waiting), answers, rewards, updates, phases.seconds)
 
     def _learn(
-        self, state: TrainState, groups: list[Group], phases: "_Phases"
+        self, state: TrainState, groups: list[Group], step: int, phases: "_Phases"
     ) -> tuple[TrainState, list[PolicyMetrics]]:
-        """Take the updates of a step, each on its part of the groups: of fewer than `prompts` groups fewer updates."""
+        """Take the updates of a step, each on its part of the groups: of fewer than `prompts` groups fewer updates.
+
+        The learning rates are the last ones of those that the schedule has for the step: the last step, whatever was
+        learned from before, has the last of all.
+        """
         if self.releases:
             self.engine.release(weights=True)
         config = self.config
         count = max(round(config.updates * len(groups) / config.prompts), 1)
         found = list[PolicyMetrics]()
-        for part in (groups[i::count] for i in range(count)):
+        first = step * config.updates - count  # in the schedule
+        for i in range(count):
+            part = groups[i::count]
             phases.end("learning")
             packed = micro_batches(part, self.batch, self.model, average=config.average, advantage=config.advantage)
             phases.end("packing")
             tokens = sum(rollout.num_sampled for group in part for rollout in group.rollouts)
             total = num_samples(part) if config.average == "sample" else tokens
-            state, metrics = self.step(state, self.frozen, (put(one, self.mesh) for one in packed), total)
+            batches = (put(one, self.mesh) for one in packed)
+            state, metrics = self.step(state, self.frozen, batches, total, first + i)
             found.append(metrics)
             limit = config.max_ratio_drift or (1e-3 if self.engine.runtime.dtype == jnp.float32 else 2e-2)
             if len(found) == 1 and not (drift := float(metrics.ratio_dev)) <= limit:

@@ -54,6 +54,7 @@ def learn(
     *,
     log: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    checking: Callable[[int, int], None] | None = None,
     control: Control | None = None,
 ) -> JobResult:
     """Run a job with `rl`, from its latest checkpoint if there is one.
@@ -66,6 +67,7 @@ def learn(
       config: of the job.
       log: called with log lines for a person.
       progress: called with bytes of weights read and bytes in all, while the model is loaded.
+      checking: called with problems whose length is checked and problems in all, before.
       control: for experiments: gives the rewards to learn from instead of the verifiers', which alone the test at the
         start is about. A job file cannot name one. It depends on its arguments alone, or the job does not resume.
 
@@ -116,7 +118,7 @@ def learn(
             check_step(int(position["step"]), config)
         else:
             with errors_of_all():
-                check_lengths(problems, limits, config.batch.length - rl.sampling.longest)
+                check_lengths(problems, limits, config.batch.length - rl.sampling.longest, checking)
         check_room(config, model_config, checkpoints)
         stopping = stack.enter_context(Stopping(mesh))
         job, state = Job.start(config, model_config, progress)
@@ -215,7 +217,7 @@ class _Steps:
             step += 1
             programs = len(self.compiled)
             drawn = [self.problems[number] for number in self.curriculum.draw(step)]
-            state, found = self.cycle(state, drawn, self.score, seed_of(self.config.seed, step))
+            state, found = self.cycle(state, drawn, self.score, seed_of(self.config.seed, step), step)
             self._agree(step, found)
             number += max(len(found.updates), 1)
             if found.updates:

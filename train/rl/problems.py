@@ -12,7 +12,7 @@ a label of how hard the problem is; and "key", its name, by default a digest of 
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, overload
 
 from eval.metrics import Reference
@@ -180,7 +180,12 @@ def read_problems(
     return Problems(records, domains, fps)
 
 
-def check_lengths(problems: Problems, processor: Glm4vProcessor, longest: int) -> None:
+def check_lengths(
+    problems: Problems,
+    processor: Glm4vProcessor,
+    longest: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """Check that prompts fit a row beside their answers, before a step draws one that does not, and the job ends.
 
     Images are not decoded. Problems with a video, or files of other machines, are passed over: those take long.
@@ -189,12 +194,15 @@ def check_lengths(problems: Problems, processor: Glm4vProcessor, longest: int) -
       problems: of the job.
       processor: of the model, with the limits of the job.
       longest: tokens that a prompt may have.
+      progress: called with the number of problems checked, and of all.
 
     Raises:
       DataError: prompts are longer, or an image of one cannot be read; by file and row.
     """
     count, faults = TokenCounter(processor), []
-    for problem in problems:
+    for number, problem in enumerate(problems):
+        if progress is not None:
+            progress(number, len(problems))
         contents = [one["content"] for one in problem.messages if not isinstance(one["content"], str)]
         media = [item for content in contents for item in content if item["type"] != "text"]
         if any(item["type"] != "image" or is_remote(item) for item in media):
@@ -205,6 +213,8 @@ def check_lengths(problems: Problems, processor: Glm4vProcessor, longest: int) -
                 raise DataError(f"found a prompt of at least {counted(length, 'token')}; expected {expected}")
         except Glm4vError as error:
             faults.append(f"{problem.source}: {error}")
+    if progress is not None:
+        progress(len(problems), len(problems))
     raise_faults(faults, DataError, shown=_SHOWN)
 
 

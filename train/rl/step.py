@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class PolicyStep:
     Attributes:
       gradients: (gradients and sums, params, frozen leaves, micro-batch) -> these with the micro-batch's, jitted;
         the first are donated.
-      update: (state, gradients, sums, count) -> (state, metrics), jitted; the state is donated.
+      update: (state, gradients, sums, count, position) -> (state, metrics), jitted; the state is donated.
     """
 
     def __init__(
@@ -84,10 +84,12 @@ class PolicyStep:
 
         @functools.partial(jax.jit, donate_argnums=0)
         def policy_update(
-            state: TrainState, gradients: Leaves, sums: PolicySums, count: Array
+            state: TrainState, gradients: Leaves, sums: PolicySums, count: Array, position: Array
         ) -> tuple[TrainState, PolicyMetrics]:
             gradients = jax.tree.map(lambda x: x / count, gradients)
-            updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, learning_rate, count)
+            state = state._replace(opt_state=at_position(state.opt_state, position))
+            rate = None if learning_rate is None else lambda _: learning_rate(position)
+            updated, taken = update(state, gradients, sums.loss, optimizer, max_grad_norm, rate, count)
             tokens = jnp.maximum(sums.tokens, 1)
             metrics = PolicyMetrics(
                 sums.loss / count, sums.tokens, sums.ratio / tokens, sums.deviation / tokens, sums.largest,
@@ -98,7 +100,7 @@ class PolicyStep:
         self.gradients, self.update = policy_gradients, policy_update
 
     def __call__(
-        self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float
+        self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float, position: int = 0
     ) -> tuple[TrainState, PolicyMetrics]:
         """Take a step.
 
@@ -108,6 +110,7 @@ class PolicyStep:
           batches: micro-batches as `packing.put` returns them, which are taken one by one.
           count: what their loss is divided by: all answers that are learned from (`groups.num_samples`), or all their
             tokens where it is an average over these.
+          position: in the schedule of the learning rate, from 0.
 
         Returns:
           The state, and the metrics of the step.
@@ -115,10 +118,28 @@ class PolicyStep:
         found = nothing(state.params)
         for batch in batches:
             found = self.gradients(found, state.params, frozen, batch)
-        return self.update(state, *found, jnp.float32(count))
+        return self.update(state, *found, jnp.float32(count), jnp.int32(position))
 
 
 @jax.jit
 def nothing(params: Leaves) -> tuple[Leaves, PolicySums]:
     """Return the gradients and the sums of no micro-batch."""
     return jax.tree.map(jnp.zeros_like, params), PolicySums.zero()
+
+
+def at_position(opt_state: optax.OptState, position: Array) -> optax.OptState:
+    """Return an optimizer's state with schedules of the learning rate at a position; moments and their counts stay.
+
+    >>> optimizer = optax.adam(optax.linear_schedule(1.0, 0.0, 10))
+    >>> found = at_position(optimizer.init(jnp.zeros(3)), jnp.int32(7))
+    >>> [int(count) for _, count in optax.tree.get_all_with_path(found, "count")]
+    [0, 7]
+    """
+
+    def is_schedule(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    def moved(state: Any) -> Any:
+        return state._replace(count=position) if is_schedule(state) else state
+
+    return jax.tree.map(moved, opt_state, is_leaf=is_schedule)

@@ -100,11 +100,20 @@ def test_too_few_groups_wait_for_those_of_the_next_step(learner, cycle, problems
 
 
 @pytest.mark.slow
-def test_of_fewer_groups_there_are_fewer_updates(learner, cycle, problems):
+def test_of_fewer_groups_there_are_fewer_updates_up_to_the_same_learning_rate(learner, cycle, problems):
+    """Of a step's three in the schedule the last ones: so the last step has the last of all."""
     cycle.config = dataclasses.replace(CONFIG, updates=3, min_groups=1)
-    for count, expected in ((1, 1), (4, 2)):
-        _, found = cycle(learner.state(), problems[:count], every_other, 0)
-        assert len(found.updates) == expected
+    positions = []
+
+    def step(*arguments):
+        positions.append(arguments[-1])
+        return learner.step(*arguments)
+
+    cycle.step = step
+    for count, expected in ((1, [14]), (4, [13, 14])):
+        _, found = cycle(learner.state(), problems[:count], every_other, 0, step=5)
+        assert len(found.updates) == len(expected) and positions == expected
+        positions.clear()
         learner.engine.update(learner.handover(learner.params))
 
 

@@ -185,9 +185,9 @@ def kill_in_the_second_step(out):
         self.checkpoints.wait()
         return is_saved
 
-    def second(self, state, problems, score, seed):
+    def second(self, state, problems, score, seed, number):
         if not int(state.step):
-            return step(self, state, problems, score, seed)
+            return step(self, state, problems, score, seed, number)
         engine, policy = self.engine, self.step
         generate, update, gradients = engine.generate_many, policy.update, policy.gradients
 
@@ -220,7 +220,7 @@ def kill_in_the_second_step(out):
             os.kill(os.getpid(), signal.SIGKILL)
 
         engine.generate_many, policy.update, engine.update = generate_many, first_update, update_engine
-        return step(self, state, problems, score_all, seed)
+        return step(self, state, problems, score_all, seed, number)
 
     Cycle.__call__, Saver.save = second, save_whole
 
@@ -290,7 +290,7 @@ def test_a_checkpoint_is_of_the_last_step_after_which_no_groups_wait(every):
     curriculum = Curriculum([one.key for one in problems], ["it"] * 4, CurriculumConfig(), prompts=2)
     waiting, states, saved = [0, 1, 2, 0, 1, 2], [], []  # after each step
 
-    def cycle(state, drawn, score, seed):
+    def cycle(state, drawn, score, seed, step):
         wait = waiting[len(states)]
         states.append(curriculum.state())  # before the step
         groups = [SimpleNamespace(key=one.key, rewards=np.array([1.0, 0.0]), is_valid=True) for one in drawn]

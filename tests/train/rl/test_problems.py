@@ -6,7 +6,9 @@ import PIL.Image
 import pytest
 
 from glm4v_jax.errors import DataError
-from train.rl.problems import read_problems
+from glm4v_jax.inputs.processor import Glm4vProcessor
+from glm4v_jax.tiny import TINY_CHECKPOINT
+from train.rl.problems import check_lengths, read_problems
 
 
 @pytest.fixture
@@ -132,3 +134,12 @@ def test_what_is_wrong_with_a_row_is_said_with_its_place(read, row, message):
     with pytest.raises(DataError, match=f"data.jsonl:2: .*{message}") as error:
         read(good, row, domains=("it", "them"))
     assert str(error.value).count("data.jsonl:2") == 1
+
+
+def test_checking_lengths_says_how_far_it_is(read):
+    asked = [{"role": "user", "content": "<image>" + "Which? " * 99}]
+    problems = read(*({"messages": one, "images": ["a.png"], "answer": 7} for one in (ASKED, asked)))
+    processor, told = Glm4vProcessor.from_pretrained(TINY_CHECKPOINT), []
+    with pytest.raises(DataError, match=r"data.jsonl:2: found a prompt of at least \d+ tokens; expected at most 64"):
+        check_lengths(problems, processor, 64, lambda *done: told.append(done))
+    assert told == [(0, 2), (1, 2), (2, 2)]

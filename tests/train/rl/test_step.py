@@ -3,12 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from glm4v_jax.generate.feature_pool import FeaturePool
 from train.rl.groups import Group, Rollout
-from train.rl.loss import PolicySums, policy_loss
+from train.rl.loss import Objective, PolicySums, policy_loss
+from train.rl.step import PolicyStep
+from train.state import init_state
 
 pytestmark = [pytest.mark.slow]
 
@@ -168,3 +172,19 @@ def cut(group, lengths):
         for one, n in zip(group.rollouts, lengths, strict=True)
     )
     return dataclasses.replace(group, rollouts=rollouts)
+
+
+def test_the_learning_rate_goes_by_the_position_and_moments_by_the_updates_taken():
+    """As in `optax.adam` with a constant rate, that of the position; a count of the schedule's own is passed over."""
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    params, gradients = {"a": jnp.ones(3)}, {"a": jnp.array([1.0, -2.0, 3.0])}
+    step = PolicyStep(None, optax.adam(schedule), Objective(), learning_rate=schedule)
+    state, expected = init_state(params, optax.adam(schedule)), {"a": np.ones(3)}
+    moments = optax.scale_by_adam().init(params)
+    for position in (3, 9):
+        state, metrics = step.update(state, gradients, PolicySums.zero(), jnp.float32(2), jnp.int32(position))
+        halves = jax.tree.map(lambda x: x / 2, gradients)
+        moved, moments = optax.scale_by_adam().update(halves, moments)
+        expected["a"] = expected["a"] - (1 - position / 10) * np.asarray(moved["a"])
+        assert float(metrics.update.learning_rate) == pytest.approx(1 - position / 10)
+        np.testing.assert_allclose(state.params["a"], expected["a"], rtol=1e-6)
