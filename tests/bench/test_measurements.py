@@ -75,22 +75,27 @@ def test_help_measures_nothing(module, monkeypatch, capsys):
 
 
 def test_aot_has_a_table_for_inference_and_one_for_training():
-    line = aot_train.finished(
-        {
-            "program": "full, 4 x 8,192", "topology": "v5e:2x4", "mesh": {"fsdp": 4, "kv": 2}, "seconds": 61.2,
-            "arguments": 7.5, "temporaries": 5.25, "peak": 11.5, "hbm": 16, "received": 40.0, "megacycles": 1500,
-            "collectives": {"all-gather": [12, 2], "all-reduce": [0, 3]},
-        },
-        {
-            "model_flops": 8 * 197e12, "recomputed_flops": 8 * 65e12, "dot_flops": 0.0, "least_sent": 20e9,
-            "kernels": {"splash_mha_fwd_segmented_residuals": 80, "splash_mha_dq": 40}, "kernel_flops": 8 * 19.7e12,
-        },
-    )  # fmt: skip
+    compiled = {
+        "program": "full, 4 x 8,192", "topology": "v5e:2x4", "mesh": {"fsdp": 4, "kv": 2}, "seconds": 61.2,
+        "arguments": 7.5, "temporaries": 5.25, "peak": 11.5, "hbm": 16, "received": 40.0, "megacycles": 1500,
+        "collectives": {"all-gather": [12, 2], "all-reduce": [0, 3]}, "beside": 4.25,
+    }  # fmt: skip
+    counts = {
+        "model_flops": 8 * 197e12, "recomputed_flops": 8 * 65e12, "dot_flops": 0.0, "least_sent": 20e9,
+        "kernels": {"splash_mha_fwd_segmented_residuals": 80, "splash_mha_dq": 40}, "kernel_flops": 8 * 19.7e12,
+    }  # fmt: skip
+    line = aot_train.finished(compiled, counts)
+    assert not aot_train.finished(compiled | {"beside": 4.75}, counts)["fits"]
     inference, training = aot._tables([line | {"passed": True}])
     assert not inference.rows and len(training.rows) == 1 and len(training.rows[0]) == len(training.columns)
     cells = dict(zip(training.columns, training.rows[0], strict=True))
     # A second of a v5e's products, longer than a tenth of one on its links and than reading and writing the state.
-    assert line["fits"] and cells["mesh"] == "fsdp=4 kv=2" and cells["floor ms"] == "1000 (FLOP/s)"
+    assert (
+        line["fits"]
+        and cells["beside"] == "4.25"
+        and cells["mesh"] == "fsdp=4 kv=2"
+        and cells["floor ms"] == "1000 (FLOP/s)"
+    )
     assert cells["estimated ms"] == "1300"  # cycles, links, attention kernels
 
 
