@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from bench import models, report, serve_client
+from bench import models, report, serve_client, serve_offline
 from bench.serve_client import Answer, Body, Client, closed_loop, message, open_loop
 from glm4v_jax.errors import counted
 from glm4v_jax.inputs.processor import Glm4vProcessor
@@ -210,7 +210,7 @@ def measure(size: Size, directory: pathlib.Path) -> dict[str, Any]:
     options = ["--slots", size.slots, "--max-model-len", size.context, "--served-model-name", "glm4v"]
     options += [] if size.is_warmed else ["--no-warmup"]
     with (
-        serve_client.offline(path, size.slots, size.context) as offline,
+        serve_offline.offline(path, size.slots, size.context) as offline,
         serve_client.serve(path, directory / f"{size.name}.log", *options) as server,
     ):
 

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx2
+import msgspec
 import PIL.Image
 
 from bench import report
@@ -27,6 +29,9 @@ from bench import report
 START_SECONDS = 1800.0
 """What a server may take until it is ready: it compiles."""
 Body = dict[str, Any]
+_HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: %s:%d\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+)
 
 
 class Answer(NamedTuple):
@@ -53,10 +58,17 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Sends chats to a server and times the answers."""
+    """Sends chats to a server and times the answers.
+
+    Streams are read from sockets: clients share the machine's cores with the server, and httpx takes as long for a
+    request as the server's event loop does.
+    """
 
     def __init__(self, url: str):
         """`url`: of the server."""
+        address = urllib.parse.urlsplit(url)
+        self._host, self._port = str(address.hostname), address.port
+        self._idle = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
         self._http = httpx2.AsyncClient(
             base_url=url,
             timeout=START_SECONDS,
@@ -69,6 +81,8 @@ class Client:
 
     async def __aexit__(self, *error: object) -> None:
         """Close the connections."""
+        for _, writer in self._idle:
+            writer.close()
         await self._http.aclose()
 
     async def chat(
@@ -82,36 +96,55 @@ class Client:
           begun: called with the first.
         """
         since = time.perf_counter()
-        sent = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        content = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
         texts, times = list[str](), list[float]()
-        tokens, reason = 0, None
+        tokens, reason, is_whole = 0, None, False
         try:
-            async with self._http.stream("POST", "/v1/chat/completions", json=sent) as response:
-                if response.status_code != 200:
-                    return Answer(response.status_code, error=_message(await response.aread()))
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    chunk = json.loads(line[6:])
-                    if "error" in chunk:
-                        return Answer(500, "".join(texts), error=chunk["error"]["message"])
-                    tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-                    for choice in chunk["choices"]:
-                        reason = choice.get("finish_reason") or reason
-                        delta = choice["delta"]
-                        if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
-                            texts.append(text)
-                            times.append(time.perf_counter())
-                            if len(times) == 1 and begun is not None:
-                                begun()
-                    if leave_after is not None and len(texts) > leave_after:
-                        return Answer(0, "".join(texts))
-        except httpx2.HTTPError as error:
+            reader, writer = await self._connection()
+        except OSError as error:
+            return Answer(0, error=repr(error))
+        try:
+            writer.write(_HEAD % (self._host.encode(), self._port, len(content)) + content)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if (status := int(head.split(b" ", 2)[1])) != 200:
+                [length] = (line[15:] for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+                return Answer(status, error=_message(await reader.readexactly(int(length))))
+            async for event in _events(reader):
+                chunk = msgspec.json.decode(event)
+                if "error" in chunk:
+                    return Answer(500, "".join(texts), error=chunk["error"]["message"])
+                tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+                for choice in chunk["choices"]:
+                    reason = choice.get("finish_reason") or reason
+                    delta = choice["delta"]
+                    if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
+                        texts.append(text)
+                        times.append(time.perf_counter())
+                        if len(times) == 1 and begun is not None:
+                            begun()
+                if leave_after is not None and len(texts) > leave_after:
+                    return Answer(0, "".join(texts))
+            is_whole = True
+        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
             return Answer(0, "".join(texts), error=repr(error))
+        finally:
+            if is_whole:
+                self._idle.append((reader, writer))
+            else:
+                writer.close()
         ended = time.perf_counter()
         first = (times[0] if times else ended) - since
         gaps = tuple(later - sooner for sooner, later in itertools.pairwise(times))
         return Answer(200, "".join(texts), tokens, reason, first, gaps, ended - since)
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that is idle, or a new one."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(self._host, self._port, limit=2**22)
 
     async def send(self, body: Mapping[str, Any] | bytes) -> Answer:
         """Send a chat, or bytes in the place of one, and wait for the whole answer."""
@@ -130,6 +163,17 @@ class Client:
     async def metrics(self) -> dict[str, float]:
         """Name -> value, of all labels together."""
         return read_metrics((await self._http.get("/metrics")).text)
+
+
+async def _events(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The data of the events in a body that comes in chunks, the last one `[DONE]` left out."""
+    rest = b""
+    while size := int(await reader.readline(), 16):
+        *events, rest = (rest + (await reader.readexactly(size + 2))[:-2]).split(b"\n\n")
+        for event in events:
+            if event != b"data: [DONE]":
+                yield event.removeprefix(b"data: ")
+    await reader.readexactly(2)
 
 
 def read_metrics(text: str) -> dict[str, float]:
@@ -298,37 +342,3 @@ def run(work: Callable[[Client], Awaitable[Any]], server: Server) -> Any:
 def median_first(answers: Sequence[Answer]) -> float:
     """Milliseconds to the first text."""
     return 1e3 * statistics.median(answer.first for answer in answers)
-
-
-@contextlib.contextmanager
-def offline(
-    directory: pathlib.Path, slots: int, capacity: int
-) -> Iterator[Callable[[Sequence[Body]], dict[str, float]]]:
-    """A process that does the same work through `Engine.generate_many`, in slots of the same size."""
-    code = f"from bench.serve_client import work_offline; work_offline({str(directory)!r}, {slots}, {capacity})"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=report.ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def work(bodies: Sequence[Body]) -> dict[str, float]:
-            stdin.write(json.dumps(list(bodies)) + "\n")
-            stdin.flush()
-            return dict(json.loads(stdout.readline()))
-
-        yield work
-        stdin.close()
-
-
-def work_offline(directory: str, slots: int, capacity: int) -> None:
-    """Answer requests that come as lines of JSON, in batches; says what each batch took."""
-    from glm4v_jax.generate.engine import Engine, Request
-
-    engine = Engine.from_pretrained(directory, num_slots=slots)
-    engine.reserve(capacity)
-    for line in sys.stdin:
-        requests = [Request(body["messages"], {"max_new_tokens": body["max_tokens"]}) for body in json.loads(line)]
-        begun = time.perf_counter()
-        tokens = sum(len(completion.tokens) for completion in engine.generate_many(requests))
-        print(json.dumps({"tokens": tokens, "seconds": time.perf_counter() - begun}), flush=True)

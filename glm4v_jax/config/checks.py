@@ -22,6 +22,7 @@ Traceback (most recent call last):
 glm4v_jax.errors.ConfigError: keeep: found an unknown field; expected some of rows, keep; did you mean 'keep'?
 """  # noqa: E501
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -136,9 +137,12 @@ def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str =
     Raises:
       error: all fields that do not fit.
     """
-    faults = []
-    for name, hint in hints(type(instance)).items():
+    cls: Any = type(instance)
+    faults, defaults = [], _valid_defaults(cls)
+    for name, hint in hints(cls).items():
         value = getattr(instance, name)
+        if name in defaults and value is defaults[name]:
+            continue  # most fields of most requests
         if dataclasses.is_dataclass(value) and isinstance(value, dataclasses_in(hint)):
             continue
         try:
@@ -146,6 +150,17 @@ def validate(instance: Any, error: type[Glm4vError] = ConfigError, prefix: str =
         except ValueError:
             faults.append(fault(f"{prefix}{name}", value, expectation(hint, value)))
     raise_faults(faults, error)
+
+
+@functools.cache
+def _valid_defaults(cls: type) -> dict[str, Any]:
+    """Field -> its default, where that fits as it is."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        with contextlib.suppress(ValueError, TypeError):  # of a union with a dataclass, which msgspec does not take
+            if type(field.default) in _PLAIN and convert(field.default, hints(cls)[field.name]) is field.default:
+                found[field.name] = field.default
+    return found
 
 
 def from_mapping(

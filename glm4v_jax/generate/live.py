@@ -111,7 +111,8 @@ class LiveEngine:
         self._restarted: collections.deque[float] = collections.deque(maxlen=MAX_RESTARTS + 1)
         self._changed = threading.Condition()
         self._requests: dict[SequenceState, Receive] = {}  # those that have not ended
-        self._queue = _LiveQueue(engine.pool, self._changed, self._deliver)
+        self._unsent = collections.deque[tuple[SequenceState, Update | Failure]]()
+        self._queue = _LiveQueue(engine.pool, self._changed, self._deliver, self._send)
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="live engine", daemon=True)
 
@@ -218,6 +219,7 @@ class LiveEngine:
     def _work(self) -> None:
         """Answer until closed, in new slots after each error."""
         while (error := self._answer()) is not None:
+            self._send()
             with self._changed:
                 self.restarts += 1
                 self._restarted.append(time.monotonic())
@@ -250,7 +252,8 @@ class LiveEngine:
                 while self._wait():
                     for update in run(slots, self._queue, steps=engine.steps_per_dispatch, interleave=True):
                         assert isinstance(update, Update)
-                        self._deliver(update.sequence, update)
+                        self._unsent.append((update.sequence, update))
+                    self._send()
         except Exception as error:
             logger.exception("engine: an error in its slots; the requests that are running are lost")
             return GenerationError(
@@ -269,6 +272,15 @@ class LiveEngine:
             self._changed.wait_for(lambda: self._queue.waiting or self._queue.dropped or self._is_closing)
         self._queue.fill()
         return bool(self._queue.waiting) or not self._is_closing
+
+    def _send(self) -> None:
+        """Deliver what the last dispatch has brought.
+
+        Called once the next one is running: what receivers do, and the threads that they wake, which take the
+        interpreter's lock, would otherwise keep the device waiting.
+        """
+        while self._unsent:
+            self._deliver(*self._unsent.popleft())
 
     def _deliver(self, sequence: SequenceState, update: Update | Failure) -> None:
         with self._changed:
@@ -293,11 +305,11 @@ class _LiveQueue:
     request: one that cannot be encoded fails alone.
     """
 
-    def __init__(self, pool: FeaturePool, changed: threading.Condition, deliver: Receive):
+    def __init__(self, pool: FeaturePool, changed: threading.Condition, deliver: Receive, send: Callable[[], None]):
         self.waiting: collections.deque[SequenceState] = collections.deque()
         self.dropped: collections.deque[SequenceState] = collections.deque()
         """cancelled before they were taken, and not told yet"""
-        self._pool, self._changed, self._deliver = pool, changed, deliver
+        self._pool, self._changed, self._deliver, self._send = pool, changed, deliver, send
 
     @property
     def is_empty(self) -> bool:
@@ -305,7 +317,8 @@ class _LiveQueue:
         return not self.waiting
 
     def fill(self) -> None:
-        """Tell receivers of what was cancelled before its turn."""
+        """Tell receivers of what is new, and of what was cancelled before its turn."""
+        self._send()
         while self.dropped:
             sequence = self.dropped.popleft()
             delta, _ = sequence.take([], False)
@@ -339,6 +352,7 @@ class _LiveQueue:
         """Encode the images and videos of a request; returns why that failed."""
         if not media:
             return None
+        self._send()  # before the device is waited for
         upcoming = [medium for sequence in self.ready() for medium in sequence.prompt.media]
         # An error may be that of another request's, which was to fill a wave: once more without them.
         for others in (upcoming, []):

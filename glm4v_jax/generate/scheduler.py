@@ -149,6 +149,7 @@ def run(
             one = interleave and len(active) == len(slots.prefilling)
             begun, count = _prefill(slots, _media(waiting), most, one=one)
             if count == most and not shared:  # timed for itself, or prompts that always join would get too little time
+                waiting.fill()
                 slots.wait()
                 chunks.end()
             for row in begun:

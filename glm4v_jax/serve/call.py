@@ -3,8 +3,9 @@
 import asyncio
 import collections
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from glm4v_jax.errors import GenerationError, Glm4vError
 from glm4v_jax.generate.completion import Completion, Delta
@@ -19,6 +20,25 @@ MAX_UNREAD = 1024
 """Updates of a stream that may wait for a slow reader."""
 
 
+class Inbox:
+    """What the engine's thread has for the event loop: one wake-up for all that a dispatch brings."""
+
+    def __init__(self) -> None:
+        """To be called in the event loop."""
+        self._loop, self._items = asyncio.get_running_loop(), collections.deque[Callable[[], None]]()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Have the event loop do this; in the engine's thread."""
+        self._items.append(work)
+        if len(self._items) == 1:  # else the loop has not emptied it yet
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        while self._items:
+            self._items.popleft()()
+
+
 class Call:
     """A request that has been submitted; used in the event loop.
 
@@ -26,16 +46,16 @@ class Call:
       reply: what its responses share.
     """
 
-    def __init__(self, reply: Reply, sequences: Sequence[SequenceState], metrics: Metrics, since: float):
-        """`since`: when the request arrived, of `time.perf_counter`."""
+    def __init__(self, reply: Reply, sequences: Sequence[SequenceState], metrics: Metrics, since: float, inbox: Inbox):
+        """`since`: when the request arrived, of `time.perf_counter`; `inbox`: of the event loop."""
         self.reply = reply
         self._sequences, self._metrics, self._since = list(sequences), metrics, since
         self._completions: dict[int, Completion] = {}
         self._latest: dict[int, float] = {}
-        self._unread: collections.deque[tuple[int, Delta]] = collections.deque()
+        self._unread: list[tuple[int, Delta]] = []
         self._error: ApiError | None = None
         self._changed = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
+        self._inbox = inbox
         self._request: LiveRequest | None = None
 
     def submit(self, live: LiveEngine) -> None:
@@ -44,7 +64,7 @@ class Call:
 
     def cancel(self) -> None:
         """End the sequences that have not ended."""
-        if self._request is not None and not self._is_done:
+        if self._request is not None and not self.is_done:
             self._request.cancel()
 
     def fail(self, error: ApiError) -> None:
@@ -60,24 +80,24 @@ class Call:
           ApiError: the engine failed.
         """
         try:
-            while not self._is_done:
+            while not self.is_done:
                 await self._wait()
         finally:
             self.cancel()
         return self.ended()
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield what each choice grows by, with its number; cancels the request where this is closed.
+    async def deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """Yield what choices have grown by, with their numbers; cancels the request where this is closed.
 
         Raises:
           ApiError: the engine failed, or this was not read for too long.
         """
         try:
-            while self._unread or not self._is_done:
-                if not self._unread:
+            while self._unread or not self.is_done:
+                while not (self._unread or self.is_done):
                     await self._wait()
-                while self._unread:
-                    yield self._unread.popleft()
+                unread, self._unread = list(self._unread), []
+                yield unread
             if self._error is not None:
                 raise self._error
         finally:
@@ -94,7 +114,8 @@ class Call:
         return [self._completions[number] for number in range(len(self._sequences))]
 
     @property
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
+        """Whether nothing more will come."""
         return self._error is not None or len(self._completions) == len(self._sequences)
 
     async def _wait(self) -> None:
@@ -103,8 +124,7 @@ class Call:
 
     def _receive(self, sequence: SequenceState, update: Update | Failure) -> None:
         """Take an update, in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._take, sequence.index, update, time.perf_counter())
+        self._inbox.put(functools.partial(self._take, sequence.index, update, time.perf_counter()))
 
     def _take(self, number: int, update: Update | Failure, now: float) -> None:
         if isinstance(update, Failure):
@@ -114,7 +134,7 @@ class Call:
         self._note(number, delta, now)
         if self._error is None and self.reply.request.is_stream:
             self._unread.append((number, delta))
-            if len(self._unread) > MAX_UNREAD and not self._is_done:
+            if len(self._unread) > MAX_UNREAD and not self.is_done:
                 self._unread.clear()
                 self.fail(ApiError(408, "stream: found a reader that is too slow; expected one that keeps up"))
         self._changed.set()

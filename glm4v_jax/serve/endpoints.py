@@ -18,7 +18,7 @@ from glm4v_jax.serve.metrics import CONTENT_TYPE
 from glm4v_jax.serve.preview import preview as preview_of
 from glm4v_jax.serve.requests import ApiRequest, Served, chat_request, text_request, tokenize_request
 from glm4v_jax.serve.sending import EventStream, JsonResponse, unless_gone
-from glm4v_jax.serve.service import Service
+from glm4v_jax.serve.service import SHORT_BYTES, Service
 
 _MESSAGES = {
     "starting": "The server is starting.",
@@ -48,7 +48,8 @@ async def _generate(request: Request, read: Callable[[Mapping[str, Any], Served]
     )
 
     async def call() -> Call:
-        asked = await service.prepare(lambda: read(parse_body(raw), service.served))
+        is_short = len(raw) <= SHORT_BYTES
+        asked = await service.prepare(lambda: read(parse_body(raw), service.served), is_short=is_short)
         return await service.call(asked, since)
 
     try:

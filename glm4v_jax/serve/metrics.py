@@ -1,9 +1,12 @@
 """What `/metrics` shows: the names of vLLM with the prefix `glm4v:`."""
 
+import bisect
+import itertools
+import time
 from collections.abc import Callable, Iterator
 
 import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
@@ -57,11 +60,10 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> prometheus_client.Counter:
             return prometheus_client.Counter(f"glm4v:{name}", text, ("model_name", *labels), registry=self._registry)
 
-        def seconds(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> prometheus_client.Histogram:
-            made = prometheus_client.Histogram(
-                f"glm4v:{name}_seconds", text, ("model_name",), registry=self._registry, buckets=buckets
-            )
-            return made.labels(model)
+        def seconds(name: str, text: str, bounds: tuple[float, ...] = _SECONDS) -> _Histogram:
+            made = _Histogram(f"glm4v:{name}_seconds", text, bounds, model)
+            self._registry.register(made)
+            return made
 
         self._ended = counter("request_success", "Choices that ended, by their finish reason.", "finished_reason")
         self._refused = counter("requests_refused", "Requests that were refused or failed.", "reason")
@@ -89,8 +91,7 @@ class Metrics:
 
     def more_tokens(self, seconds: float, tokens: int) -> None:
         """Note the time between two updates of a choice, the second with `tokens` tokens."""
-        for _ in range(tokens):
-            self._between.observe(seconds / tokens)
+        self._between.observe(seconds / tokens, tokens)
 
     def ended(self, finish_reason: str, *, seconds: float, tokens: int) -> None:
         """Count a choice that has ended."""
@@ -106,6 +107,26 @@ class Metrics:
     def text(self) -> bytes:
         """All numbers, as Prometheus reads them."""
         return prometheus_client.generate_latest(self._registry)
+
+
+class _Histogram:
+    """Counts in buckets, shown as `prometheus_client.Histogram` does, which takes tokens of a dispatch one by one."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...], model: str):
+        self._name, self._text, self._bounds, self._model = name, text, bounds, model
+        self._counts, self._sum, self._created = [0] * (len(bounds) + 1), 0.0, time.time()
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect.bisect_left(self._bounds, value)] += times
+        self._sum += times * value
+
+    def collect(self) -> Iterator[Metric]:
+        metric = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        bounds = [*map(str, self._bounds), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        metric.add_metric([self._model], list(zip(bounds, counts, strict=True)), self._sum)
+        metric.add_sample(f"{self._name}_created", {"model_name": self._model}, self._created)
+        yield metric
 
 
 class _Readings:

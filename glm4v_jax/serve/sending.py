@@ -1,7 +1,7 @@
 """How responses are sent: JSON, and streams of events until the client leaves."""
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -56,21 +56,31 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         reply = self._call.reply
 
-        async def say(*chunks: Any) -> None:
-            await send({"type": "http.response.body", "body": b"".join(map(event, chunks)), "more_body": True})
+        async def say(body: bytes, *, is_last: bool = False) -> None:
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
         streams = [reply.choice_stream(number) for number in range(len(reply.prompts) * reply.request.n)]
+        events = b""
         try:
-            await say(*reply.first_chunks())
-            async for number, delta in self._call.deltas():
-                if choices := streams[number].push(delta):
-                    await say(*(reply.chunk([choice]) for choice in choices))
-            await say(*reply.last_chunks(self._call.ended()))
+            await say(_events(reply.first_chunks()))
+            async for news in self._call.deltas():
+                choices = [choice for number, delta in news for choice in streams[number].push(delta)]
+                events = _events(reply.chunk([choice]) for choice in choices)
+                if self._call.is_done:
+                    break  # the end goes with them
+                await say(events)
+                events = b""
+            events += _events(reply.last_chunks(self._call.ended()))
         except ApiError as error:
-            await send({"type": "http.response.body", "body": error_event(error), "more_body": True})
+            events += error_event(error)
         finally:
             self._call.cancel()
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await say(events + DONE, is_last=True)
+
+
+def _events(chunks: Iterable[Any]) -> bytes:
+    return b"".join(map(event, chunks))
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

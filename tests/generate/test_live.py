@@ -85,6 +85,21 @@ def test_one_request_alone_is_answered(engine, start):
     assert caller.live.state == "ready"
 
 
+def test_updates_are_delivered_while_the_device_has_its_next_work(start, monkeypatch):
+    """What receivers do, and the threads that they wake, never come between two dispatches of a running row."""
+    calls = []
+    caller = start(lambda sequence, update: calls.append("ended" if update.delta.completion else "receive"))
+    for name in ("decode", "read"):
+        own = getattr(Slots, name)
+        monkeypatch.setattr(
+            Slots, name, lambda *args, own=own, name=name, **more: calls.append(name) or own(*args, **more)
+        )
+    caller.answer("Tell me", max_new_tokens=150)
+    assert calls.count("receive") > 2
+    assert all(calls[i - 1] == "decode" for i, call in enumerate(calls) if call == "receive"), calls
+    assert calls[-2:] == ["read", "ended"]  # nothing else is to run
+
+
 def test_sequences_of_a_request_differ_by_their_number(start):
     caller = start()
     prompt = caller.engine.prompt("Hi")

@@ -15,7 +15,7 @@ from glm4v_jax.generate.sequence import SequenceState
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.text.tokenizer import Glm4vTokenizer
 from glm4v_jax.serve import call as module
-from glm4v_jax.serve.call import Call
+from glm4v_jax.serve.call import Call, Inbox
 from glm4v_jax.serve.errors import ApiError
 from glm4v_jax.serve.metrics import Metrics
 from glm4v_jax.serve.requests import ApiRequest
@@ -59,7 +59,7 @@ def run(tokenizer, check, *, count=1, **fields):
         prompt = Prompt.of_text([5, 6])
         sequences = [SequenceState(prompt, GenerationConfig(), tokenizer, 100, index=i) for i in range(count)]
         reply = Reply(ApiRequest((), True, {}, n=count, **fields), [prompt], "tiny", tokenizer)
-        call, engine = Call(reply, sequences, Metrics("tiny"), 0.0), FakeEngine()
+        call, engine = Call(reply, sequences, Metrics("tiny"), 0.0, Inbox()), FakeEngine()
         call.submit(engine)
         return await check(call, engine)
 
@@ -112,8 +112,8 @@ def test_what_the_server_cancels_never_seems_whole(tokenizer, is_stream):
         with pytest.raises(ApiError, match="ending") as raised:
             if not is_stream:
                 await call.completions()
-            async for _, delta in call.deltas():
-                found.append(delta.text)
+            async for news in call.deltas():
+                found += [delta.text for _, delta in news]
         assert raised.value.status == 503 and found == ["a"] * is_stream
 
     run(tokenizer, check, is_stream=is_stream)
@@ -149,7 +149,22 @@ def test_deltas_come_in_their_order(tokenizer):
         sequence = engine.sequences[0]
         updates = [(0, Update(sequence, Delta(text, (), (5,)))) for text in "abc"]
         engine.send(*updates, (0, ended(sequence, finish_reason="stop")))
-        found = [(number, delta.text) async for number, delta in call.deltas()]
+        found = [(number, delta.text) async for news in call.deltas() for number, delta in news]
         assert found == [(0, "a"), (0, "b"), (0, "c"), (0, "")] and not engine.is_cancelled
 
     run(tokenizer, check, is_stream=True)
+
+
+def test_the_loop_is_woken_once_for_what_comes_together(tokenizer, monkeypatch):
+    async def check(call, engine):
+        loop, woken = asyncio.get_running_loop(), []
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *work: woken.append(work) or wake(*work))
+        updates = [(0, Update(engine.sequences[0], Delta(text, (), (5,)))) for text in "abc"]
+        deltas = call.deltas()
+        for _ in range(2):
+            engine.send(*updates)
+            assert [delta.text for _, delta in await anext(deltas)] == ["a", "b", "c"]
+        return len(woken)
+
+    assert run(tokenizer, check, is_stream=True) == 2
