@@ -326,9 +326,9 @@ def with_magnitudes(model, seed=3):
     return result
 
 
-def test_peft_computes_the_same_with_magnitudes(ours, checkpoints, tmp_path):
+def test_peft_computes_the_same_with_magnitudes(model, checkpoints, tmp_path):
     theirs = import_peft()
-    plain = trained(ours("base").module)
+    plain = trained(model)
     adapter = with_magnitudes(plain)
     batch, prompts = batch_of(adapter.config, IMAGE)
     save_adapter(adapter, tmp_path)
@@ -337,15 +337,15 @@ def test_peft_computes_the_same_with_magnitudes(ours, checkpoints, tmp_path):
     assert len(magnitudes) == len(adaptable_modules(adapter.config))
     expected = their_logits(wrapped.base_model.model, prompts)
 
-    def check(model):
-        assert_logits(model, batch, prompts, expected)
+    def check(found):
+        assert_logits(found, batch, prompts, expected)
 
     check(adapter)
     check(fixed := lora.fix_magnitudes(adapter))
     with pytest.raises(ConfigError, match="magnitudes are fixed for inference"):
         save_adapter(fixed, tmp_path)
     check(lora.merge_lora(adapter))
-    check(load_adapter(ours("base").module, tmp_path))
+    check(load_adapter(model, tmp_path))
     on_disk = merged_tensors(checkpoints("base"), tmp_path)
     assert_merges_to(adapter, {name: np.asarray(tensor) for name, tensor in on_disk.items()})
     assert np.abs(np.asarray(logits_of(plain, batch))[:2, : expected.shape[1]] - expected)[prompts.real].max() > 0.01

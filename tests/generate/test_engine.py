@@ -39,7 +39,13 @@ def test_greedy_tokens_are_the_references(engine, their_tiny, image, is_text):
     assert found.finish_reason == "length"
 
 
-def test_a_dispatch_copies_no_cache(engine, monkeypatch):
+@pytest.fixture(scope="module")
+def per_layer(engine):
+    """An engine like `engine`, with layers one by one as on every CPU."""
+    return Engine(Glm4vForConditionalGeneration.from_pretrained(RANDOM_CHECKPOINT), engine.processor, capacity=256)
+
+
+def test_a_dispatch_copies_no_cache(engine, per_layer, monkeypatch):
     """On a CPU too, where XLA keeps what it believes is read after it was written."""
     texts = []
     decode = device_steps.decode
@@ -49,11 +55,12 @@ def test_a_dispatch_copies_no_cache(engine, monkeypatch):
         return decode(*args, **kwargs)
 
     monkeypatch.setattr(device_steps, "decode", spy)
-    engine.generate("Hello", max_new_tokens=3, **GREEDY)
-    config = engine.runtime.config.text_config
-    layer = 4 * config.num_key_value_heads * engine._capacity * config.head_dim  # of one row, in bytes
+    found = per_layer.generate("Hello", max_new_tokens=3, **GREEDY)
+    config = per_layer.runtime.config.text_config
+    layer = 4 * config.num_key_value_heads * per_layer._capacity * config.head_dim  # of one row, in bytes
     moved = [one for one in instructions(texts[0]) if one.opcode in MOVES and one.nbytes >= layer]
     assert [one for one in moved if one.loops] == []
+    assert found == engine.generate("Hello", max_new_tokens=3, **GREEDY)
 
 
 def test_a_first_request_prepares_the_programs_that_it_runs_and_no_others(make_engine, image, monkeypatch):
@@ -153,8 +160,11 @@ def drawn(engine):
 @pytest.mark.parametrize(
     ("options", "seed", "same"), [(dict(num_slots=3, steps_per_dispatch=5), 4, True), ({}, 5, False)]
 )
-def test_draws_depend_on_the_seed_and_not_on_slots(make_engine, drawn, options, seed, same):
+def test_draws_depend_on_the_seed_and_not_on_slots(make_engine, drawn, options, seed, same, monkeypatch):
     requests, expected = drawn
+    if "num_slots" in options:  # chunks of one length: nearly all of the time is compiling
+        for module in ("prefill_chunks", "slots"):
+            monkeypatch.setattr(f"glm4v_jax.generate.{module}.MIN_LENGTH", 128)
     found = make_engine(**options).generate_many(requests, seed=seed, **DRAWN)
     assert ({one.index: one.tokens for one in found} == expected) is same
 
@@ -224,13 +234,13 @@ def test_logprobs_of_sampling_are_those_of_the_distribution_drawn_from(engine, i
     assert found.tokens == engine.generate(prompt, **options).tokens and not set(found.tokens) & set(free.tokens[:3])
     ids = np.concatenate([prompt["input_ids"], [found.tokens]], axis=1)
     logits = np.array(engine.model(**{**prompt, "input_ids": ids, "attention_mask": np.ones_like(ids)}).logits)[0]
-    config = engine.config(**options)
-    for i, at in enumerate(range(prompt["input_ids"].shape[1] - 1, ids.shape[1] - 1)):
-        logits[at, list(config.suppress_tokens)] = -np.inf
-        seen = np.isin(np.arange(logits.shape[1]), ids[0, : at + 1])[None]
-        params = SamplingParams.of(config, 1)
-        scores = np.asarray(warped(penalised(logits[at][None], params, seen), params))[0].astype(np.float64)
-        expected = scores - np.log(np.exp(scores).sum())
+    config, places = engine.config(**options), range(prompt["input_ids"].shape[1] - 1, ids.shape[1] - 1)
+    params = SamplingParams.of(config, len(places))
+    logits[:, list(config.suppress_tokens)] = -np.inf
+    seen = np.array([np.isin(np.arange(logits.shape[1]), ids[0, : at + 1]) for at in places])
+    scores = warped(penalised(logits[list(places)], params, seen), params)
+    for i, row in enumerate(np.asarray(scores, np.float64)):
+        expected = row - np.log(np.exp(row).sum())
         assert found.logprob_array[i] == pytest.approx(expected[found.tokens[i]], rel=1e-4, abs=1e-5)
         assert found.logprobs[i].top[0][1] == pytest.approx(expected.max(), rel=1e-4, abs=1e-5)
     assert found.is_sampled.all() and found.logprob_array.dtype == np.float32
@@ -356,18 +366,18 @@ def test_an_end_token_within_a_budgeted_thought_closes_it(engine):
 
 def test_a_repetition_is_stopped(engine):
     """A penalty below 1 makes the random model repeat itself."""
-    options = dict(max_new_tokens=400, repetition_penalty=0.01, **GREEDY)
+    options = dict(max_new_tokens=240, repetition_penalty=0.01, **GREEDY)
     whole = engine.generate("Again", **options)
     assert whole.finish_reason == "length" and len(set(whole.tokens[-50:])) < 4
     found = engine.generate("Again", stop_repetition=True, **options)
-    assert found.finish_reason == "repetition" and 10 < len(found.tokens) < 400
+    assert found.finish_reason == "repetition" and 10 < len(found.tokens) < 240
     assert whole.text.startswith(found.text)
 
 
 def test_a_thought_that_repeats_is_closed_and_answered(engine):
-    options = dict(think_budget=300, answer_budget=4, repetition_penalty=0.01)
+    options = dict(think_budget=230, answer_budget=4, repetition_penalty=0.01)
     found = engine.generate("Again", stop_repetition=True, **options, **GREEDY)
-    assert found.parsed.is_thought_closed and found.finish_reason == "length" and len(found.tokens) < 250
+    assert found.parsed.is_thought_closed and found.finish_reason == "length" and len(found.tokens) < 200
 
 
 SHORT = dict(max_new_tokens=30, **GREEDY)
@@ -419,7 +429,7 @@ def test_a_full_pool_drops_features_and_grows(engine, make_engine):
     with use_mesh(own.model.mesh):
         own.pool = FeaturePool(own.runtime, 128)
     requests = [
-        random_request(own.model, np.random.default_rng(i), 6, [(8, 8), (4, 4)] * (1 + 11 * (i == 5))) for i in range(8)
+        random_request(own.model, np.random.default_rng(i), 6, [(8, 8), (4, 4)] * (1 + 6 * (i == 5))) for i in range(8)
     ]
     for inputs in requests:
         found = own.generate(inputs, max_new_tokens=5, **GREEDY)
@@ -432,10 +442,10 @@ def test_features_of_images_in_turn_are_kept_until_released(engine, make_engine)
     own = make_engine(reuse_prefixes=False)
     rng = np.random.default_rng(17)
     images = [rng.integers(0, 256, (504, 504, 3), np.uint8) for _ in range(5)]
-    list(own.generate_many([ask(images[i % 5], "What?") for i in range(30)], max_new_tokens=2, **GREEDY))
+    list(own.generate_many([ask(images[i % 5], "What?") for i in range(30)], max_new_tokens=1, **GREEDY))
     assert (own.pool.encoded, own.pool.reused) == (5, 25)
     own.release()
-    own.generate(ask(images[0], "What?"), max_new_tokens=2, **GREEDY)
+    list(own.generate_many([ask(images[0], "What?")], max_new_tokens=1, **GREEDY))
     assert own.pool.encoded == 6
 
 
@@ -468,7 +478,7 @@ def test_threads_may_share_an_engine(engine, make_engine):
 
 def test_slots_grown_for_a_long_prompt_are_dropped(engine, make_engine):
     own = make_engine()
-    own.generate(random_request(own.model, np.random.default_rng(19), 400), max_new_tokens=3, **GREEDY)
+    own.generate(random_request(own.model, np.random.default_rng(19), 1450), max_new_tokens=3, **GREEDY)
     assert not own._free[1, None]
     for n in (1, 3, 5):
         own.generate("Hello", max_new_tokens=3, logprobs=n, **GREEDY)
@@ -478,11 +488,11 @@ def test_slots_grown_for_a_long_prompt_are_dropped(engine, make_engine):
 def test_closing_after_a_stop_string_stops_its_slot(engine, make_engine):
     """The row of an answer that met its stop string is stopped although nobody asked for the next update."""
     whole = engine.generate("Tell me", max_new_tokens=40, **GREEDY)
-    own = make_engine(num_slots=4)
-    many = own.generate_many(["Tell me"] * 4, max_new_tokens=40, stop_strings=whole.text[9:12], **GREEDY)
+    own = make_engine(num_slots=3)
+    many = own.generate_many(["Tell me"] * 3, max_new_tokens=40, stop_strings=whole.text[9:12], **GREEDY)
     next(many)
     many.close()
-    (slots,) = own._free[4, None]
+    (slots,) = own._free[3, None]
     assert np.asarray(slots._state.row.done).all()
 
 
@@ -710,11 +720,11 @@ def int8(make_engine):
 def test_an_int8_cache_answers_alike_in_slots_in_chunks_and_alone(int8, monkeypatch):
     """Nobody sees keys before they are rounded, so it does not matter what was computed together."""
     rng = np.random.default_rng(22)
-    prompts = [random_request(int8.model, rng, text, [(8, 8), (4, 6)]) for text in (150, 161, 172)]
+    prompts = [random_request(int8.model, rng, text, [(8, 8), (4, 6)]) for text in (140, 151, 162)]
     options = dict(max_new_tokens=24, **GREEDY)
     found = {one.index: list(one.tokens) for one in int8.generate_many(prompts, **options)}
     (slots,) = int8._free[2, None]
-    assert all(isinstance(side, QuantizedSide) for side in (*slots._state.cache.k, *slots._state.cache.v))
+    assert all(isinstance(side, QuantizedSide) for side in (slots._state.cache.k, slots._state.cache.v))
     for index, inputs in enumerate(prompts):
         alone = generate(int8.runtime, **inputs, cache_dtype="int8", **options)
         assert alone[0, inputs["input_ids"].shape[1] :].tolist() == found[index]
@@ -747,17 +757,17 @@ def test_drafts_and_beams_with_an_int8_cache(int8):
     assert found.sequences_scores[0] >= np.mean(chosen) - 1e-5
 
 
-def test_a_decode_step_makes_no_floats_of_an_int8_cache(int8):
+def test_a_decode_step_makes_no_floats_of_an_int8_cache(per_layer):
     """Floats of one of the two layers would take twice the memory of all integers."""
     rows, slots = 2, 8192
-    text, head = int8.runtime.text, int8.runtime.head
-    with use_mesh(int8.runtime.mesh):
+    text, head = per_layer.runtime.text, per_layer.runtime.head
+    with use_mesh(per_layer.runtime.mesh):
         make = functools.partial(device_steps.init_state, stacked=False, cache_dtype="int8")
         state = jax.eval_shape(lambda text: make(text, rows, slots, 8), text)
         number = jax.ShapeDtypeStruct((), np.int32)
         memory = device_steps.decode.lower(text, head, state, number, number, num_steps=4).compile().memory_analysis()
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.cache.k, state.cache.v)))
-    config = int8.runtime.config.text_config
+    config = per_layer.runtime.config.text_config
     assert nbytes == 2 * rows * slots * config.num_hidden_layers * config.num_key_value_heads * (config.head_dim + 4)
     assert memory.alias_size_in_bytes > nbytes  # written in place
     assert memory.temp_size_in_bytes < nbytes
@@ -789,9 +799,11 @@ def test_the_smallest_engine_warms_up_and_answers(make_engine):
 def test_an_engine_compiles_nothing_after_warm_up(engine, lowerings, image, make_engine):
     own = make_engine(capacity=MIN_CAPACITY)
     told = []
-    done = own.warmup(prompt_lengths=(1, 128), vision_patches=(4, 256), max_new_tokens=40, progress=told.append)
+    done = own.warmup(prompt_lengths=(1, 64), vision_patches=(4, 256), max_new_tokens=40, progress=told.append)
     assert told == done and {line.program for line in done} == {"encode", "prefill", "copy", "decode"}
-    requests = [*random_requests(own.model, 12, seed=16), "Hello", "Hello"]
+    requests = [one for one in random_requests(own.model, 24, seed=16) if one["input_ids"].shape[1] <= 64]
+    requests = [*requests[:12], "Hello", "Hello"]
+    assert len(requests) == 14 and sum("pixel_values" in one for one in requests[:12]) > 2
     config = own.config(max_new_tokens=9, **GREEDY)
     with lowerings() as lowered:
         list(own.generate_many(requests, max_new_tokens=40, **GREEDY))
@@ -819,7 +831,8 @@ def test_requests_with_constraints_compile_nothing_after_a_warm_up_for_them(lowe
 
 
 def test_closing_after_an_error_stops_the_running_requests(engine):
-    found = engine.generate_many(["Hello", ask("nowhere.png", "What?"), "Again"], skip_errors=True, **GREEDY)
+    prompts = ["Hello", ask("nowhere.png", "What?"), "Again"]
+    found = engine.generate_many(prompts, max_new_tokens=200, skip_errors=True, **GREEDY)
     first = next(found)
     found.close()
     assert "nowhere.png" in first.error

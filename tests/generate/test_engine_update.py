@@ -95,10 +95,8 @@ def test_a_leaf_that_does_not_fit_is_named(make_engine, engine, change, fault):
 
 def test_another_structure_is_named(make_engine, engine):
     own = make_engine()
-    with pytest.raises(
-        ConfigError, match=r"language_model\.layers\.stacked\..*: found a leaf that the model does not have"
-    ):
-        own.update(engine.runtime.module.stacked())
+    with pytest.raises(ConfigError, match=r"language_model\.layers\.0\..*: found a leaf that the model does not have"):
+        own.update(engine.runtime.module.unstacked())
 
 
 def test_released_weights_are_free_and_may_come_back(make_engine, engine):

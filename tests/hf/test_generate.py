@@ -8,6 +8,8 @@ from reference import CONFIGS, Prompts, their_inputs, to_torch
 
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.errors import GenerationError, MessageError
+from glm4v_jax.inputs.make_batch import MIN_LENGTH
+from glm4v_jax.inputs.vision_rows import bucket
 
 pytestmark = pytest.mark.slow
 
@@ -155,12 +157,12 @@ def test_one_new_token(ours, theirs):
 def test_several_sequences_of_a_prompt(ours):
     prompts = Prompts(CONFIG, ROWS["pictures"], seed=10)
     model = ours("base")
-    several = dict(max_new_tokens=12, num_return_sequences=3, do_sample=True, top_k=0, **NEVER)
-    one = model.generate(**prompts.inputs, max_new_tokens=12, **NEVER)
-    # So cold that the likeliest token is drawn: the greedy answer, three times for each prompt, in the prompts' order.
-    assert np.array_equal(model.generate(**prompts.inputs, temperature=1e-6, **several), np.repeat(one, 3, axis=0))
+    several = dict(max_new_tokens=64, num_return_sequences=2, do_sample=True, top_k=0, **NEVER)
+    one = model.generate(**prompts.inputs, max_new_tokens=64, **NEVER)
+    # So cold that the likeliest token is drawn: the greedy answer, twice for each prompt, in the prompts' order.
+    assert np.array_equal(model.generate(**prompts.inputs, temperature=1e-6, **several), np.repeat(one, 2, axis=0))
     drawn = model.generate(**prompts.inputs, temperature=3.0, **several)
-    assert len({tuple(row) for row in drawn[:, -12:].tolist()}) == 6
+    assert len({tuple(row) for row in drawn[:, -64:].tolist()}) == 4
 
 
 def test_draws_depend_on_the_seed_and_the_row_alone(ours):
@@ -375,20 +377,24 @@ def test_a_warm_bucket_compiles_nothing(ours, lowerings):
     """New sizes, numbers and kinds of media, other texts and other options: the same programs."""
     model = ours("base")
 
-    def ask(rows, number, **options):
+    def ask(rows, number, new=20, **options):
         prompts = Prompts(CONFIG, rows, seed=number)
-        model.generate(**prompts.inputs, max_new_tokens=20, **NEVER, **options)
+        model.generate(**prompts.inputs, max_new_tokens=new, **NEVER, **options)
+        return bucket(prompts.input_ids.shape[1], MIN_LENGTH)
 
-    ask([[8, ("image", (6, 8)), 1, ("image", (2, 4)), 1, ("video", (2, 2, 4)), 4]], 0)
+    warm = ask([[8, ("image", (6, 8)), 1, ("image", (2, 4)), 1, ("video", (2, 2, 4)), 4]], 0)
+    sampled = dict(do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=9)
     with lowerings() as lowered:
-        ask([[3, ("image", (4, 10)), 27]], 1)
-        ask([[9, ("image", (2, 4)), ("image", (4, 4)), 20]], 2)
-        ask([[9, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 6]], 3)
-        ask([[20, ("image", (2, 18)), 1]], 4, do_sample=True, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=9)
-    assert lowered == []
+        lengths = {
+            ask([[3, ("image", (4, 10)), 27]], 1),
+            ask([[9, ("image", (2, 4)), ("image", (4, 4)), 20]], 2),
+            ask([[9, ("video", (2, 4, 4)), 1, ("image", (2, 2)), 6]], 3),
+            ask([[21, ("image", (2, 18)), 1]], 4, **sampled),
+        }
+    assert lowered == [] and lengths == {warm}
     # The listener does hear: a prompt of a bucket that no other test uses has to be compiled.
     with lowerings() as lowered:
-        ask([[3000]], 5)
+        ask([[3000]], 5, new=1)
     assert lowered
 
 
@@ -425,13 +431,18 @@ def test_missing_media_are_refused(ours):
         ours("base").generate(input_ids=prompts.input_ids, max_new_tokens=4)
 
 
-def test_stacked_layers_generate_the_same(ours, checkpoints):
+def test_stacked_layers_generate_the_same(ours, theirs, checkpoints):
+    """As the reference, and so as layers one by one; with prompt lookup what there is without."""
     from glm4v_jax import Glm4vForConditionalGeneration
 
     prompts = Prompts(CONFIG, ROWS["pictures"], seed=10)
     stacked = Glm4vForConditionalGeneration.from_pretrained(checkpoints("base"), stacked=True)
     assert stacked.module.language_model.layers.is_stacked
     assert not ours("base").module.language_model.layers.is_stacked
-    for options in ({}, dict(prompt_lookup_num_tokens=4), dict(num_beams=3, num_return_sequences=3)):
-        asked = {**prompts.inputs, "max_new_tokens": 24, **NEVER, **options}
-        assert np.array_equal(stacked.generate(**asked), ours("base").generate(**asked))
+    beams = dict(num_beams=3, num_return_sequences=3)
+    plain, best = (
+        greedy(theirs("base"), to_torch(prompts.inputs), 24, eos_token_id=None, **options) for options in ({}, beams)
+    )
+    for options, expected in (({}, plain), (dict(prompt_lookup_num_tokens=4), plain), (beams, best)):
+        found = stacked.generate(**prompts.inputs, max_new_tokens=24, **NEVER, **options)
+        assert np.array_equal(found, expected)

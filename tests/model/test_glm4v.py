@@ -10,7 +10,7 @@ import pytest
 from helpers_paths import GOLDEN
 from reference import CONFIGS, Prompts, assert_close, export, to_torch
 
-from glm4v_jax import Glm4v, make_batch
+from glm4v_jax import Glm4v, Glm4vForConditionalGeneration, make_batch
 from glm4v_jax.checkpoints.load import load_model
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.hf.forward import causal_lm_loss
@@ -170,15 +170,24 @@ def test_bfloat16_is_as_near_as_the_references(checkpoints, theirs):
     assert 0 < ours <= 1.5 * others
 
 
+@pytest.fixture(scope="module")
+def stacked(checkpoints, mesh):
+    """name -> our model with the weights of `checkpoints(name)`, its layers stacked."""
+    return functools.cache(lambda name: Glm4vForConditionalGeneration.from_pretrained(checkpoints(name), stacked=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(MODEL_GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
-def test_results_equal_the_golden_ones(ours, path):
-    """What the reference computed once; this comparison needs neither torch nor transformers."""
+def test_results_equal_the_golden_ones(stacked, path):
+    """What the reference computed once; this comparison needs neither torch nor transformers.
+
+    Of stacked layers, as on every accelerator; `test_layouts_are_the_same_model` and `tests/hf` compare the others.
+    """
     name, case = path.stem.split("-")
     described = json.loads((MODEL_GOLDEN / "cases.json").read_text(encoding="utf-8"))[case]
     rows = [[tuple(part) if isinstance(part, list) else part for part in row] for row in described["rows"]]
     prompts = Prompts(config_of(name), rows, padding=described["padding"], seed=described["seed"])
-    model = ours(name)
+    model = stacked(name)
     with np.load(path) as golden:
         out = model(**prompts.inputs)
         assert np.array_equal(prompts.input_ids, golden["input_ids"])

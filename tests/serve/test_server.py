@@ -555,8 +555,8 @@ def test_a_signal_lets_streams_finish(tmp_path):
 def test_a_warm_server_compiles_nothing(serving, lowerings):
     from glm4v_jax.generate.engine import Engine
 
-    def load():
-        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2)
+    def load():  # stacked, as on every accelerator: less to compile
+        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2, stacked=True)
 
     with serving(load, is_warmed=True, max_model_len=64) as (service, address):
         wait_until(lambda: service.state in ("ready", "failed"), 300)
