@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from glm4v_jax.batch import VisionRows
 from glm4v_jax.config.checks import raise_faults
@@ -195,8 +195,12 @@ def runtime_of(model: Runtime | HasRuntime) -> Runtime:
 
 def random_module(config: Glm4vConfig, seed: int, dtype: DTypeLike) -> Glm4v:
     """Initialise a model in the current mesh, by one program: run eagerly, every initialiser would be compiled."""
-    dtype = jnp.dtype(dtype)
-    return jax.jit(lambda key: Glm4v.init(config, rngs=nnx.Rngs(params=key), dtype=dtype))(jax.random.key(seed))
+    return _random_module(config, jax.random.key(seed), jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _random_module(config: Glm4vConfig, key: Key[Array, ""], dtype: np.dtype) -> Glm4v:
+    return Glm4v.init(config, rngs=nnx.Rngs(params=key), dtype=dtype)
 
 
 def compute_dtype(part: Flat[TextDecoder] | Flat[VisionEncoder]) -> np.dtype:

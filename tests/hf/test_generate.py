@@ -128,11 +128,11 @@ def test_rows_end_on_their_own(ours, theirs):
     """A row that meets an end token goes on with padding; the batch ends with its last row."""
     prompts = Prompts(CONFIG, ROWS["texts"], seed=7)
     inputs = to_torch(prompts.inputs)
-    free = greedy(theirs("base"), inputs, 30, eos_token_id=None)[:, -30:]
+    free = greedy(theirs("base"), inputs, 40, eos_token_id=None)[:, -40:]
     # Tokens that end the rows at different times: one of the first row's, one of the second's.
     eos = [int(free[0, 7]), int(free[1, 15])]
-    expected = greedy(theirs("base"), inputs, 30, eos_token_id=eos)
-    found = ours("base").generate(**prompts.inputs, max_new_tokens=30, eos_token_id=eos, pad_token_id=0)
+    expected = greedy(theirs("base"), inputs, 40, eos_token_id=eos)
+    found = ours("base").generate(**prompts.inputs, max_new_tokens=40, eos_token_id=eos, pad_token_id=0)
     assert np.array_equal(found[:, : expected.shape[1]], expected)
     assert (expected[:, -1] == 0).any()  # or the test shows nothing
     assert found.shape == expected.shape
@@ -149,7 +149,7 @@ def test_all_rows_end_early(ours, theirs):
 
 
 def test_one_new_token(ours, theirs):
-    prompts = Prompts(CONFIG, ROWS["texts"], seed=9)
+    prompts = Prompts(CONFIG, ROWS["pictures"], seed=9)
     found = ours("base").generate(**prompts.inputs, max_new_tokens=1, **NEVER)
     assert np.array_equal(found, greedy(theirs("base"), to_torch(prompts.inputs), 1, eos_token_id=None))
 
