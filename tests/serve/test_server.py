@@ -88,7 +88,7 @@ def slow(monkeypatch, tiny_engine):
     monkeypatch.setattr(tiny_engine, "steps_per_dispatch", 1)
 
 
-def test_chats_are_what_the_engine_says(client, examples, expected, tiny_engine):
+def test_chats_are_what_the_engine_says(client, examples, expected):
     def ask(number):
         messages, _, options = examples[number]
         return client.chat.completions.create(model=MODEL, messages=messages, **options)
@@ -103,9 +103,6 @@ def test_chats_are_what_the_engine_says(client, examples, expected, tiny_engine)
         assert answer.usage.prompt_tokens == completion.prompt_tokens
         assert answer.usage.completion_tokens == len(completion.tokens)
     assert any(completion.thought for completion in expected)
-    assert tiny_engine.generate(
-        examples[0][1], logprobs=3, seed=0, max_new_tokens=24, do_sample=False
-    ).text == expected[0].text  # fmt: skip
 
 
 def test_streams_say_the_same(client, examples, expected):
