@@ -93,10 +93,12 @@ def test_tokens_are_those_of_the_references_prompt_lookup(ours, theirs, prompts)
     import torch
 
     asked = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=[318, 319], **LOOKUP)
+    scored = dict(return_dict_in_generate=True, output_scores=True)  # the programs of the next test
     alone = prompts.inputs | {name: prompts.inputs[name][1:2] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         expected = theirs("base").generate(**to_torch(alone), **asked)
-    assert np.array_equal(ours("base").generate(**prompts.inputs, **asked)[1:2], expected.numpy())
+    found = ours("base").generate(**prompts.inputs, **asked, **scored)
+    assert np.array_equal(found.sequences[1:2], expected.numpy())
 
 
 def test_rows_that_copy_more_wait_for_the_others(ours, prompts):
