@@ -260,23 +260,27 @@ def copy_rows(
 
 
 @stored("variant")
-@functools.partial(jax.jit, static_argnames="variant", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="variant", donate_argnames=("seen", "old"))
 def choose_first(
     text: Flat[TextDecoder],
     head: Flat[Linear] | None,
-    state: SlotsState,
+    hidden: Float[Array, "B 1 D"],
+    seen: Bool[Array, "B V"],
+    old: RowState,
     rows: Bool[Array, " B"],
     row: RowState,
     constraints: Constraints | None = None,
     masks: TokenMasks | None = None,
     *,
     variant: Variant = _PLAIN,
-) -> tuple[SlotsState, Chosen]:
+) -> tuple[Bool[Array, "B V"], RowState, Chosen]:
     """Choose the first token of rows whose prompts are in the cache, and start them.
+
+    The cache is no argument, so that caches of all sizes have one program.
 
     Args:
       text, head: the model.
-      state: of all rows, as `prefill` returns it.
+      hidden, seen, old: `hidden`, `seen` and `row` of the state of all rows, as `prefill` returns it.
       rows: the rows to start; the others stay as they are.
       row: of all B; `token` is ignored, and no token is chosen for a row that is done.
       constraints: of all rows, with the tokens of prompts alone; None if no row has any.
@@ -284,21 +288,20 @@ def choose_first(
       variant: what to return, and how to choose.
 
     Returns:
-      The state, and the tokens, [B].
+      `seen` and `row` of the state, and the tokens, [B].
     """
     rows = mesh.reshard(rows, "batch")
 
     def chosen_from(new: Array, old: Array) -> Array:
         return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    row = jax.tree.map(chosen_from, place_row(row), state.row)
+    row = jax.tree.map(chosen_from, place_row(row), old)
     only_these = row._replace(done=row.done | ~rows)
-    logits = _logits(text.module, head, state.hidden)
+    logits = _logits(text.module, head, hidden)
     masks = placed(masks)
     allowed = None if masks is None else allowed_tokens(masks, only_these.step * 0, logits.shape[1])
-    (begun, seen), chosen = choose_from(logits, only_these, state.seen, constraints, variant, allowed)
-    row = begun._replace(done=chosen_from(begun.done, row.done))
-    return state._replace(row=row, seen=seen), chosen
+    (begun, seen), chosen = choose_from(logits, only_these, seen, constraints, variant, allowed)
+    return seen, begun._replace(done=chosen_from(begun.done, row.done)), chosen
 
 
 @stored("num_steps", "variant")

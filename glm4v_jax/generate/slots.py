@@ -229,8 +229,10 @@ class Slots:
                 device_steps.prefill.prepare(text, state, slots, chunk, self._seen({}, self.shards), self.pool.array)
             if variant.draft is not None or any(start.config.is_constrained or start.turn for start in starts.values()):
                 return
-            rows = np.ones(self.num_rows, np.bool_)
-            device_steps.choose_first.prepare(text, head, state, rows, self._row_of({}), None, None, variant=variant)
+            device_steps.choose_first.prepare(
+                text, head, state.hidden, state.seen, state.row, np.ones(self.num_rows, np.bool_), self._row_of({}),
+                None, None, variant=variant,
+            )  # fmt: skip
             one = np.int32(1)
             device_steps.decode.prepare(text, head, state, one, one, None, None, num_steps=self._most, variant=variant)
 
@@ -264,14 +266,16 @@ class Slots:
     def choose_first(self, starts: Mapping[int, Start], *, together: bool = False) -> Chosen:
         """Choose the first tokens of rows that have been prefilled; see `start`."""
         rows = np.isin(np.arange(self.num_rows), list(starts))
-        assert self._state is not None
+        state = self._state
+        assert state is not None
         with self.runtime.on_mesh():
             self._constrain(starts, rows)
             masks = self._masks({row: start.turn for row, start in starts.items() if start.turn is not None})
-            self._state, chosen = device_steps.choose_first(
-                self.runtime.text, self.runtime.head, self._state, rows | together, self._row_of(starts),
-                self._constraints, masks, variant=self.variant,
+            seen, row, chosen = device_steps.choose_first(
+                self.runtime.text, self.runtime.head, state.hidden, state.seen, state.row, rows | together,
+                self._row_of(starts), self._constraints, masks, variant=self.variant,
             )  # fmt: skip
+            self._state = state._replace(seen=seen, row=row)
             if self.variant.draft is not None:
                 self._history = prompt_lookup.remember(self._history, rows, self._tokens(starts))
         self._steps[rows] = [starts[row].step + 1 for row in sorted(starts)]
