@@ -234,7 +234,6 @@ def load_model(
         config, dtype, stacked=stacked, outputs_first=outputs_first, quantize=quantize, leaves=leaves
     )
 
-    needed = functools.partial(needed_bytes, config, stacked=stacked, reserve=reserve, leaves=leaves)
     stored = leaves.stored
 
     def instead() -> dict[str, int]:
@@ -245,12 +244,16 @@ def load_model(
             scheme = "int8" if stored is None else f"int{stored.bits}"
             if (scheme, platform()) != ("int4", "tpu"):  # which is refused
                 ways[f"--quantize {scheme}"] = dtype, for_inference(scheme)
-        return {option: needed(*way) for option, way in ways.items()}
+        found = {}
+        for option, (floats, scheme_of_kernels) in ways.items():
+            others, _ = abstract_leaves(config, floats, stacked=stacked, quantize=scheme_of_kernels, leaves=leaves)
+            found[option] = needed_bytes(others, reserve)
+        return found
 
     numbers = dtype.name if quantize is None else quantize.dtype
     if quantize is None and stored is not None:
         numbers = f"{stored.dtype} and {numbers}"
-    check_fits(needed(dtype, quantize), f"weights in {numbers}", str(directory), instead)
+    check_fits(needed_bytes(abstract, reserve), f"weights in {numbers}", str(directory), instead)
     linears = kernels(structure.unflatten(list(abstract.values())))
     arrays: dict[str, Any] = dict(abstract)
     done, released, total = 0, 0, sum(info.nbytes for info in leaves.infos.values())

@@ -89,17 +89,13 @@ def check_scheme(scheme: str, stored: StoredQuantization | None) -> None:
         )
 
 
-def needed_bytes(
-    config: Glm4vConfig,
-    dtype: DTypeLike,
-    quantize: QuantConfig | None,
-    *,
-    stacked: bool,
-    reserve: int,
-    leaves: Leaves,
-) -> int:
-    """Return the bytes that a device needs: of weights, of the copies that programs make of them, and `reserve`."""
-    arrays, _ = abstract_leaves(config, dtype, stacked=stacked, quantize=quantize, leaves=leaves)
+def needed_bytes(arrays: Mapping[str, Any], reserve: int) -> int:
+    """Return the bytes that a device needs: of weights, of the copies that programs make of them, and `reserve`.
+
+    Args:
+      arrays: of `abstract_leaves`.
+      reserve: bytes for what else a device holds.
+    """
     copied = [
         leaf.update(dtype=jnp.float32)
         for path, leaf in arrays.items()
