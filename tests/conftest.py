@@ -62,7 +62,7 @@ hypothesis.settings.load_profile("seeded")
 # Marker -> what is named by tests that need it, by their fixtures, or by functions of the tests that these call.
 MARKERS = {
     "reference": {"import_transformers", "torch", "transformers", "peft"},
-    "multiprocess": {"subprocess"},
+    "multiprocess": {"subprocess", "DeviceProcess"},
     "tpu_compile": {"aot_environment"},
 }
 
@@ -161,6 +161,15 @@ def mesh():
 
     with use_mesh() as mesh:
         yield mesh
+
+
+@pytest.fixture(scope="session")
+def run_on_devices():
+    """Runs a function of a test file, with arguments, in a process with simulated devices; see `DeviceProcess`."""
+    from helpers_mesh import DeviceProcess
+
+    with contextlib.closing(DeviceProcess()) as process:
+        yield process.run
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,17 @@
-"""What the tests of meshes share: simulated devices, and the comparison of a model on them with one device.
+"""What the tests of meshes share: a process with simulated devices, and the comparison of a model on them with one.
 
-JAX is imported in the functions: the devices of a process are fixed when it starts, so tests start other processes.
+JAX is imported in the functions: the devices of a process are fixed when JAX starts.
 """
 
+import gc
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +22,11 @@ from reference import CONFIGS, Prompts, export, random_tensors
 from glm4v_jax.checkpoints.safetensors import write_safetensors
 from glm4v_jax.config.model import Glm4vConfig
 
-DEVICES = 8
+DEVICES = 16
+"""Of the process that tests share; a mesh takes the first of them."""
 
-ROWS = [[9], [2, ("image", (4, 6)), 3], [4, ("image", (2, 8)), 2, ("video", (2, 2, 4)), 1], [30]]
-"""Prompts with pictures and a video, for `Prompts`."""
+ROWS = [[9], [2, ("image", (8, 10)), 3], [4, ("image", (6, 12)), 2, ("video", (2, 2, 4)), 1], [30]]
+"""Prompts with images and a video, for `Prompts`; one shape of vision rows holds each of these."""
 
 GROUPED = CONFIGS["base"] | {
     # Four query heads to a key head, so that kv=2 leaves something for four devices along q or seq.
@@ -28,12 +34,53 @@ GROUPED = CONFIGS["base"] | {
 }
 
 
-def run_on_devices(file: str, *arguments: str, count: int = DEVICES) -> list[Any]:
-    """Run a test file as a program that sees so many devices; its lines on standard output, which are JSON."""
-    command = [sys.executable, file, *arguments]
-    done = subprocess.run(command, env=environment(count), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+class DeviceProcess:
+    """A process with `DEVICES` simulated devices, which starts at first use and again after a crash.
+
+    One for all tests: a start takes 2 s, and what two of them trace and compile alike is there for the second.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of a test file returns there, in the current directory; its exception is raised here."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, context, _prepare, (environment(DEVICES),))
+        try:
+            return self._pool.submit(_call, os.getcwd(), function, arguments).result()
+        except BrokenProcessPool:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _prepare(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    gc.set_threshold(100_000, 20, 20)  # as in `conftest.py`
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A killed parent closes no pool.
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _call(directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    from glm4v_jax.devices.program_limit import drop_programs
+
+    drop_programs(0.5)
+    os.chdir(directory)
+    return function(*arguments)
 
 
 def write_grouped(directory: Path) -> None:
@@ -53,7 +100,7 @@ class Computed(NamedTuple):
     split: float
 
 
-def compute(directory: str, mesh: Any) -> Computed:
+def compute(directory: Path, mesh: Any) -> Computed:
     """Load a checkpoint onto a mesh, generate greedily, and take a loss with its gradients."""
     import jax
 

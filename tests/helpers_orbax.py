@@ -46,16 +46,6 @@ def environment(devices=1):
     }
 
 
-def run_program(file, *arguments, devices=1):
-    """Run a test file as a program on simulated devices; returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(file), *map(str, arguments)],
-        env=environment(devices), capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 def free_port():
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:

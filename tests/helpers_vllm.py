@@ -124,7 +124,8 @@ class Runner:
         from glm4v_jax.serve.vllm_plugin.model import Glm4vForVllm
 
         install_attention()
-        self.mesh = jax.make_mesh((1, size), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        devices = jax.devices()[:size]
+        self.mesh = jax.make_mesh((1, size), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
         config = vllm_config(directory, **options)
         with jax.set_mesh(self.mesh):
             model = nnx.eval_shape(lambda: Glm4vForVllm(config, jax.random.key(0), self.mesh), graph_updates=False)

@@ -1,19 +1,15 @@
-"""Orbax checkpoints: what is written is what is read, in either layout and on any mesh, and damage is named.
-
-Run as a program, `python test_orbax.py DIRECTORY`, this file saves and loads on eight simulated devices.
-"""
+"""Orbax checkpoints: what is written is what is read, in either layout and on any mesh, and damage is named."""
 
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_orbax import assert_same_weights, contents, run_program
+from helpers_orbax import assert_same_weights, contents
 from orbax.checkpoint import v1 as ocp
 from reference import CONFIGS, Prompts, export, random_tensors, write_checkpoint
 
@@ -297,8 +293,8 @@ def test_auto_is_the_dtype_on_disk(saved, tmp_path, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float32)), widened, model.stacked())
 
 
-def test_saved_on_one_mesh_loaded_on_another(tmp_path):
-    report = json.loads(run_program(__file__, tmp_path, devices=8).splitlines()[-1])
+def test_saved_on_one_mesh_loaded_on_another(tmp_path, run_on_devices):
+    report = run_on_devices(save_and_load, tmp_path)
     assert len(report) == len(CASES)
     for case in report:
         assert case["bits"], case
@@ -307,7 +303,8 @@ def test_saved_on_one_mesh_loaded_on_another(tmp_path):
     assert [case["logits_equal"] for case in report] == [True, True, None, None]
 
 
-def main(directory):
+def save_and_load(directory):
+    jax.clear_caches()  # or what others have compiled would not be listed
     lowered = set()
     jax.monitoring.register_event_duration_secs_listener(lambda _, __, **details: lowered.add(details.get("fun_name")))
     write_checkpoint("base", directory)
@@ -332,7 +329,7 @@ def main(directory):
                 bits=all(np.array_equal(exported[name], tensor) for name, tensor in tensors.items()),
             )
         )  # fmt: skip
-    from test_family import write  # beside this file, when it runs as a program
+    from tests.checkpoints.test_family import write
 
     source = write(directory / "ocr", "bfloat16")
     for i, sizes in enumerate([dict(kv=2, q=2, fsdp=2), dict(data=2, kv=2, seq=2)]):
@@ -341,8 +338,4 @@ def main(directory):
         back, original = (path / "model.safetensors" for path in (directory / f"ocr-{i}-back", source))
         assert back.read_bytes() == original.read_bytes(), sizes
     assert "jit(forward)" in lowered and "jit(slice)" not in lowered  # small leaves are written without compiling
-    print(json.dumps(report))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return report

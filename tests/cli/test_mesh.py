@@ -1,8 +1,4 @@
-"""`glm4v mesh`, and `--mesh` of the commands that answer.
-
-Run as a program, this file answers a prompt on one device and on eight; the devices of a process are fixed when JAX
-starts.
-"""
+"""`glm4v mesh`, and `--mesh` of the commands that answer."""
 
 import contextlib
 import io
@@ -11,7 +7,6 @@ import json
 import pytest
 from helpers_checkpoints import RANDOM_CHECKPOINT
 from helpers_cli import refused, save_noise
-from helpers_mesh import run_on_devices
 
 from glm4v_jax.cli.main import main as glm4v
 from glm4v_jax.planning.mesh_presets import PRESETS
@@ -19,7 +14,7 @@ from glm4v_jax.planning.mesh_presets import PRESETS
 ONE = ["generate", "--greedy", "--max-new-tokens", "12", "--image", "noise.png", "What is this?"]
 MANY = ["generate", "--greedy", "--max-new-tokens", "6", "--jsonl", "prompts.jsonl", "--slots", "1", "--out"]
 # tests/planning/test_mesh_presets_equal.py computes with all presets.
-FOR_ONE, FOR_MANY = (None, "latency"), (None, "throughput")
+FOR_ONE, FOR_MANY = (None, "latency:8"), (None, "throughput:8")
 
 
 def shown(capfd, *arguments):
@@ -183,17 +178,17 @@ def test_help_lists_the_presets(capfd, command):
         assert f"{name}: {preset.description}" in shown
 
 
-def test_answers_are_the_same_on_every_mesh():
+def test_answers_are_the_same_on_every_mesh(run_on_devices):
     save_noise("noise.png")
     prompts = [{"prompt": "What is this?", "image": "noise.png"}, {"prompt": "Hello"}, {"prompt": "And that?"}]
     with open("prompts.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(prompt) + "\n" for prompt in prompts)
-    answers, batches = run_on_devices(__file__)
-    assert list(answers) == ["null", "latency"] and list(batches) == ["null", "throughput"]
-    assert len(answers["null"]) > 8 and len(batches["null"]) == 3
+    answers, batches = run_on_devices(answered)
+    assert tuple(answers) == FOR_ONE and tuple(batches) == FOR_MANY
+    assert len(answers[None]) > 8 and len(batches[None]) == 3
     for mesh, text in answers.items():
-        assert text == answers["null"], mesh
-    assert batches["throughput"] == batches["null"]
+        assert text == answers[None], mesh
+    assert batches["throughput:8"] == batches[None]
 
 
 def run(mesh, *arguments):
@@ -204,17 +199,12 @@ def run(mesh, *arguments):
     return out.getvalue()
 
 
-def main():
-    """Print what is answered on one device, and on all of them in every way."""
+def answered():
+    """What is answered on one device, and on eight in every way."""
     answers = {mesh: run(mesh, *ONE) for mesh in FOR_ONE}
     batches = {}
     for mesh in FOR_MANY:
         run(mesh, *MANY, f"{mesh}.jsonl")
         with open(f"{mesh}.jsonl", encoding="utf-8") as file:
             batches[mesh] = sorted((line["index"], line["text"]) for line in map(json.loads, file))
-    for found in (answers, batches):
-        print(json.dumps(found))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+    return answers, batches

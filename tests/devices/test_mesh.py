@@ -1,17 +1,10 @@
-"""One device and many: the same results of calls on any mesh.
-
-Run as a program, `python test_mesh.py CHECKPOINT`, this file computes them on eight simulated devices; the devices of a
-process are fixed when JAX starts, so the test starts another.
-"""
+"""One device and many: the same results of calls on any mesh."""
 
 import concurrent.futures
-import json
-import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers_mesh import run_on_devices
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -92,22 +85,16 @@ def test_rules_name_explicit_axes_of_the_mesh():
         assert mesh.data_shards() == 1
 
 
-@pytest.fixture(scope="module")
-def on_eight_devices(mesh, checkpoints):
-    """What `main` prints: differences of calls, a refusal."""
-    return run_on_devices(__file__, str(checkpoints("base")))
-
-
-def test_calls_are_the_same_on_every_mesh(on_eight_devices):
-    cases = on_eight_devices[0]
+def test_calls_are_the_same_on_every_mesh(run_on_devices, checkpoints):
+    cases = run_on_devices(compare_calls, checkpoints("base"))
     assert [(case["mesh"], case["batch"]) for case in cases] == [(sizes, b) for sizes in CALL_MESHES for b in BATCHES]
     for case in cases:
         assert case["names"] == ["loss", "logits", "step", "embedded", *["hidden state"] * 3]
         assert np.max(case["differences"]) <= 1e-5, case
 
 
-def test_a_mesh_that_key_heads_do_not_divide_by_is_refused(on_eight_devices):
-    assert on_eight_devices[1] == "kv_heads of 2 is not divisible by mesh axes kv of 4 devices"
+def test_a_mesh_that_key_heads_do_not_divide_by_is_refused(run_on_devices):
+    assert run_on_devices(released_model_on_meshes) == "kv_heads of 2 is not divisible by mesh axes kv of 4 devices"
 
 
 def parts_of_calls(model, batch):
@@ -165,12 +152,3 @@ def released_model_on_meshes():
         except ConfigError as error:
             return str(error)
     return None
-
-
-def main(directory):
-    for part in (compare_calls(directory), released_model_on_meshes()):
-        print(json.dumps(part))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

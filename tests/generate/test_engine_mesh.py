@@ -1,14 +1,7 @@
-"""The engine on eight simulated devices: slots split over the data axes give what one device gives.
-
-Run as a program, this file does the work; the devices of a process are fixed when JAX starts.
-"""
-
-import json
-import sys
+"""The engine on eight simulated devices: slots split over the data axes give what one device gives."""
 
 import jax.numpy as jnp
 from helpers_generation import GREEDY, Ready, random_requests
-from helpers_orbax import run_program
 
 MESH = dict(fsdp=2, kv=2, q=2)
 
@@ -67,21 +60,16 @@ def answers(engine):
     ]
 
 
-def test_a_mesh_gives_the_same_tokens(engine):
-    assert json.loads(run_program(__file__, devices=8).splitlines()[-1]) == answers(engine)
+def test_a_mesh_gives_the_same_tokens(engine, run_on_devices):
+    assert run_on_devices(answers_on_mesh) == answers(engine)
 
 
-def main():
-    """Print the answers on a mesh."""
+def answers_on_mesh():
+    """See `answers`; on `MESH`."""
     from helpers_checkpoints import RANDOM_CHECKPOINT
 
     from glm4v_jax.devices.mesh import make_mesh
     from glm4v_jax.generate.engine import Engine
 
     one = Engine.from_pretrained(RANDOM_CHECKPOINT, mesh=make_mesh(**MESH))
-    engine = Engine(one.model, one.processor, num_slots=4, capacity=256)
-    sys.stdout.write(json.dumps(answers(engine)))
-
-
-if __name__ == "__main__":
-    main()
+    return answers(Engine(one.model, one.processor, num_slots=4, capacity=256))

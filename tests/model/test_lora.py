@@ -1,13 +1,7 @@
-"""Adapters beside kernels: what they add, what is trained, on every layout and mesh, and merged.
-
-Run as a program, `python test_lora.py CHECKPOINT`, this file computes with one on simulated devices.
-"""
+"""Adapters beside kernels: what they add, what is trained, on every layout and mesh, and merged."""
 
 import dataclasses
 import functools
-import json
-import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers_lora import EVERY, IMAGE, assert_logits, batch_of, leaves_of, logits_of, loss_of, their_logits, trained
-from helpers_mesh import ROWS, run_on_devices, write_grouped
+from helpers_mesh import ROWS, write_grouped
 from reference import CONFIGS, assert_close, load_theirs
 
 from glm4v_jax import Glm4v, Glm4vConfig, Glm4vForConditionalGeneration
@@ -237,9 +231,9 @@ def test_an_abstract_adapter_is_sharded_as_its_kernels(model):
     assert jax.tree.structure(merged) == jax.tree.structure(jax.eval_shape(lambda: Glm4v.init(config)))
 
 
-def test_a_mesh_computes_what_one_device_does(tmp_path):
+def test_a_mesh_computes_what_one_device_does(tmp_path, run_on_devices):
     write_grouped(tmp_path)
-    (case,) = run_on_devices(__file__, str(tmp_path), count=math.prod(MESH.values()))
+    case = run_on_devices(compare_mesh, tmp_path)
     assert case["drawn_alike"] and case["tensors_alike"]
     assert case["logits"] <= 1e-5 and case["merged"] <= 1e-6
     assert case["gradients"] <= 1e-4
@@ -276,7 +270,7 @@ def compute(directory, sizes):
         )  # fmt: skip
 
 
-def main(directory):
+def compare_mesh(directory):
     one, found = compute(directory, {}), compute(directory, MESH)
     case = {
         name: max(float(np.abs(found[name][key] - x).max() / np.abs(x).max()) for key, x in one[name].items())
@@ -285,8 +279,4 @@ def main(directory):
         f"{name}_alike": all(np.array_equal(found[name][key], x) for key, x in one[name].items())
         for name in ("drawn", "tensors")
     }
-    print(json.dumps(case | {"split": found["split"]}))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return case | {"split": found["split"]}

@@ -1,12 +1,7 @@
-"""Quantised kernels: how far they are off, what is computed with them, in which memory, on every layout and mesh.
-
-Run as a program, `python test_quantize.py CHECKPOINT INT4`, this file computes with them on eight simulated devices.
-"""
+"""Quantised kernels: how far they are off, what is computed with them, in which memory, on every layout and mesh."""
 
 import itertools
-import json
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers_lora import batch_of, leaves_of, logits_of, loss_of, trained
-from helpers_mesh import ROWS, run_on_devices, write_grouped
+from helpers_mesh import ROWS, write_grouped
 from jax.sharding import AbstractMesh, AxisType
 from reference import assert_close, random_tensors, write_checkpoint
 
@@ -38,7 +33,7 @@ INT8, INT4 = quantize.QuantConfig("int8"), quantize.QuantConfig("int4", group=16
 BOTH = pytest.mark.parametrize("config", [INT8, INT4], ids=["int8", "int4"])
 TEXT = [[9], [30]]
 SMALL = lora.LoraConfig(rank=3)
-MESHES = [dict(), dict(fsdp=2, kv=2, q=2)]
+MESH = dict(fsdp=2, kv=2, q=2)
 
 
 def integers_of(kernel, axis):
@@ -369,13 +364,13 @@ def test_groups_that_do_not_divide_by_the_mesh_are_refused():
     assert abstract_9b(sizes, INT4) and abstract_9b(sizes, INT8)
 
 
-def test_a_mesh_computes_what_one_device_does(tmp_path):
+def test_a_mesh_computes_what_one_device_does(tmp_path, run_on_devices):
     """And reads what a checkpoint has in integers."""
     (floats := tmp_path / "floats").mkdir()
     write_grouped(floats)
     convert_quantize.quantize(floats, tmp_path / "int4", to="int4", group=8)
-    (case,) = run_on_devices(__file__, str(floats), str(tmp_path / "int4"))
-    assert case["mesh"] == MESHES[1] and case["equal"] and case["split"] > 0.9
+    case = run_on_devices(compare_mesh, floats, tmp_path / "int4")
+    assert case["equal"] and case["split"] > 0.9
     assert case["loss"] <= 1e-5 and case["gradients"] <= 1e-4 and case["logits"] <= 1e-5
 
 
@@ -405,15 +400,9 @@ def compute(directory, integers, sizes):
         )
 
 
-def main(*directories):
-    one, *others = (compute(*directories, sizes) for sizes in MESHES)
-    for sizes, (loss, gradients, kept, share, logits) in zip(MESHES[1:], others, strict=True):
-        worst = max(float(np.abs(gradients[path] - x).max() / np.abs(x).max()) for path, x in one[1].items())
-        equal = all(np.array_equal(kept[path], x) for path, x in one[2].items()) and kept.keys() == one[2].keys()
-        off = float(np.abs(logits - one[4]).max() / np.abs(one[4]).max())
-        case = dict(mesh=sizes, loss=abs(loss - one[0]) / one[0], gradients=worst, equal=equal, split=share, logits=off)
-        print(json.dumps(case))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def compare_mesh(*directories):
+    one, (loss, gradients, kept, share, logits) = (compute(*directories, sizes) for sizes in ({}, MESH))
+    worst = max(float(np.abs(gradients[path] - x).max() / np.abs(x).max()) for path, x in one[1].items())
+    equal = all(np.array_equal(kept[path], x) for path, x in one[2].items()) and kept.keys() == one[2].keys()
+    off = float(np.abs(logits - one[4]).max() / np.abs(one[4]).max())
+    return dict(loss=abs(loss - one[0]) / one[0], gradients=worst, equal=equal, split=share, logits=off)

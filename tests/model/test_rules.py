@@ -1,18 +1,12 @@
-"""Rules for meshes that others make, and models loaded onto them.
-
-Run as a program, `python test_rules.py DIRECTORY`, this file loads models onto meshes of four simulated devices.
-"""
+"""Rules for meshes that others make, and models loaded onto them."""
 
 import concurrent.futures
-import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from helpers_lora import trained
-from helpers_mesh import ROWS, run_on_devices, write_grouped
+from helpers_mesh import ROWS, write_grouped
 from jax.sharding import AbstractMesh, AxisType
 from reference import Prompts
 
@@ -54,11 +48,11 @@ def test_a_mesh_without_the_axis_is_refused():
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What `main` prints."""
+def report(tmp_path_factory, run_on_devices):
+    """Of up to four devices."""
     directory = tmp_path_factory.mktemp("rules")
     write_grouped(directory)
-    return run_on_devices(__file__, str(directory), count=4)[-1]
+    return run_on_devices(compare_loaded, directory)
 
 
 def test_logits_are_those_of_one_device(report):
@@ -99,7 +93,7 @@ def pointers(module):
     return [shard.unsafe_buffer_pointer() for shard in shards]
 
 
-def main(directory):
+def compare_loaded(directory):
     one, thread = load_runtime(directory), concurrent.futures.ThreadPoolExecutor(1)
     expected, report = logits_of(one), {"logits": {}, "split": {}, "weights": {}}
     for types, devices in ((AxisType.Auto, 2), (AxisType.Explicit, 2), (AxisType.Auto, 4)):
@@ -122,8 +116,4 @@ def main(directory):
             "equal": all(np.array_equal(a, b) for a, b in pairs),
             "mesh": {x.sharding.mesh for x in jax.tree.leaves(found.module)} == {found.mesh},
         }
-    print(json.dumps(report))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return report

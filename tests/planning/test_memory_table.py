@@ -1,14 +1,10 @@
-"""What each device of a mesh holds.
-
-Run as a program, `python test_memory_table.py CHECKPOINT`, this file measures it on eight simulated devices.
-"""
+"""What each device of a mesh holds."""
 
 import json
-import sys
 
 import jax
 import pytest
-from helpers_mesh import GROUPED, run_on_devices, write_grouped
+from helpers_mesh import GROUPED, write_grouped
 
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.checkpoints.plan import device_bytes
@@ -192,11 +188,13 @@ def test_json_has_the_same_numbers(on_eight):
     assert content["share"] == on_eight.share and content["memory"] == 2**34
 
 
-def test_the_bytes_are_those_on_devices(tmp_path):
+def test_the_bytes_are_those_on_devices(tmp_path, run_on_devices):
     write_grouped(tmp_path)
     config = Glm4vConfig.from_dict(GROUPED)
-    for case in run_on_devices(__file__, str(tmp_path)):
-        sizes = sizes_for(case["preset"], config, 8)
+    cases = run_on_devices(held_by_devices, tmp_path)
+    assert cases.keys() == PRESETS.keys()
+    for preset, case in cases.items():
+        sizes = sizes_for(preset, config, 8)
         assert case["mesh"] == mesh_text(sizes)
         for cache_dtype, held in zip(("auto", "int8"), case["caches"], strict=True):
             options = dict(rows=ROWS, capacity=CAPACITY, dtype="float32", cache_dtype=cache_dtype)
@@ -205,8 +203,7 @@ def test_the_bytes_are_those_on_devices(tmp_path):
             assert held == [found.cache.device_bytes] * 8, case
 
 
-def main(directory):
-    import jax
+def held_by_devices(directory):
     import numpy as np
 
     from glm4v_jax import Glm4vForConditionalGeneration
@@ -214,8 +211,10 @@ def main(directory):
     from glm4v_jax.model.kv_cache import init_cache
     from glm4v_jax.planning.mesh_presets import mesh_for
 
+    devices, cases = jax.devices()[:8], {}
+
     def on_devices(arrays):
-        held = dict.fromkeys(jax.devices(), 0)
+        held = dict.fromkeys(devices, 0)
         for array in jax.tree.leaves(arrays):
             for shard in array.addressable_shards:
                 held[shard.device] += shard.data.nbytes
@@ -223,7 +222,7 @@ def main(directory):
 
     config = Glm4vConfig.from_pretrained(directory)
     for preset in PRESETS:
-        mesh = mesh_for(preset, config)
+        mesh = mesh_for(preset, config, devices=devices)
         model = Glm4vForConditionalGeneration.from_pretrained(directory, mesh=mesh)
         with use_mesh(mesh):
             rows, capacity = (
@@ -231,10 +230,8 @@ def main(directory):
                 for number, shards in ((ROWS, data_shards()), (CAPACITY, mesh.shape["seq"]))
             )
             caches = [init_cache(config.text_config, rows, capacity, dtype) for dtype in (np.float32, np.int8)]
-        case = {"preset": preset, "mesh": mesh_text(mesh.shape)}
-        case |= {"weights": on_devices(model.module), "caches": [on_devices((cache.k, cache.v)) for cache in caches]}
-        print(json.dumps(case))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        cases[preset] = {
+            "mesh": mesh_text(mesh.shape), "weights": on_devices(model.module),
+            "caches": [on_devices((cache.k, cache.v)) for cache in caches],
+        }  # fmt: skip
+    return cases

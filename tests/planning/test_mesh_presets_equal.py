@@ -1,16 +1,12 @@
 """Every preset, and a mesh of three axes, on eight devices computes what one device computes.
 
 That is logits, greedy tokens, loss and gradients.
-
-Run as a program, `python test_mesh_presets_equal.py CHECKPOINT`, this file computes them on simulated devices.
 """
 
-import json
-import sys
 import traceback
 
 import pytest
-from helpers_mesh import DEVICES, compare, compute, run_on_devices, write_grouped
+from helpers_mesh import compare, compute, write_grouped
 
 from glm4v_jax.planning.mesh_presets import PRESETS
 
@@ -26,11 +22,11 @@ MESHES = {
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, run_on_devices):
     """Name of a mesh -> how it differs from one device."""
     directory = tmp_path_factory.mktemp("grouped")
     write_grouped(directory)
-    return {case["name"]: case for case in run_on_devices(__file__, str(directory))}
+    return run_on_devices(compare_meshes, directory)
 
 
 def test_every_preset_is_computed():
@@ -50,23 +46,21 @@ def test_a_mesh_is_the_same_as_one_device(report, name):
     assert case["split"] > (0.9 if case["mesh"]["fsdp"] > 1 else 0.7)
 
 
-def main(directory):
+def compare_meshes(directory):
+    import jax
+
     from glm4v_jax import Glm4vConfig
     from glm4v_jax.devices.mesh import make_mesh
     from glm4v_jax.planning.mesh_presets import mesh_for
 
     config = Glm4vConfig.from_pretrained(directory)
-    one = compute(directory, make_mesh())
+    one, cases = compute(directory, make_mesh()), {}
     for name in MESHES:
-        mesh = mesh_for(name, config)
-        assert mesh.size == DEVICES
-        case = {"name": name, "mesh": dict(mesh.shape)}
+        mesh = mesh_for(name, config, devices=jax.devices()[:8])
+        assert mesh.size == 8
+        cases[name] = {"mesh": dict(mesh.shape)}
         try:
-            case |= compare(compute(directory, mesh), one)
+            cases[name] |= compare(compute(directory, mesh), one)
         except Exception:  # or one mesh would hide what the others give
-            case["error"] = traceback.format_exc()
-        print(json.dumps(case))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+            cases[name]["error"] = traceback.format_exc()
+    return cases

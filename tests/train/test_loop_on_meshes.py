@@ -1,7 +1,6 @@
 """A job is the same on every mesh and by any number of processes: the same batches, and losses within rounding.
 
-Run as a program, this file trains on eight simulated devices; or, with the arguments of `python -m train`, it runs that
-twice, as one of several processes.
+Run as a program with the arguments of `python -m train`, this file runs that twice, as one of several processes.
 """
 
 import dataclasses
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +18,6 @@ import PIL.Image
 import pytest
 import skimage.data
 from helpers_checkpoints import RANDOM_CHECKPOINT
-from helpers_mesh import run_on_devices
 from helpers_orbax import environment, free_port
 
 from glm4v_jax.checkpoints.orbax_read import open_weights
@@ -100,10 +97,9 @@ def one_device(folder):
 
 
 @pytest.fixture(scope="module")
-def sharded(folder):
+def sharded(folder, run_on_devices):
     """What a job on eight devices, stopped in the middle, logs where it starts and where it resumes on another mesh."""
-    (logs,) = run_on_devices(__file__, str(folder))
-    return logs
+    return run_on_devices(stop_and_resume, folder)
 
 
 def test_every_mesh_gives_the_losses_of_one_device(folder, one_device, sharded):
@@ -217,7 +213,7 @@ def test_a_job_with_other_lanes_does_not_resume(folder, one_device):
         train(job(folder, "one", batch=dataclasses.replace(config.batch, lanes=2), steps=STEPS + 1))
 
 
-def _main(folder):
+def stop_and_resume(folder):
     started, resumed = [], []
 
     def stop(line):
@@ -228,7 +224,7 @@ def _main(folder):
     train(job(folder, "moved", mesh=SHARDED[0]), log=stop)
     train(job(folder, "moved", mesh=SHARDED[1]), log=resumed.append)
     logs = [[line.replace(f"{folder}/moved/", "") for line in log] for log in (started, resumed)]
-    json.dump([[line for line in log if not line.startswith("step")] for log in logs], sys.stdout)
+    return [[line for line in log if not line.startswith("step")] for log in logs]
 
 
 def _train_twice(arguments):
@@ -243,6 +239,4 @@ def _train_twice(arguments):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit(_train_twice(sys.argv[1:]))
-    _main(Path(sys.argv[1]))
+    sys.exit(_train_twice(sys.argv[1:]))

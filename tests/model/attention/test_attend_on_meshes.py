@@ -1,15 +1,9 @@
-"""Attention on meshes: a cache whose slots lie in shards is what one device writes, sees and grows; and dropout.
-
-Run as a program, this file does the work on simulated devices.
-"""
-
-import json
+"""Attention on meshes: a cache whose slots lie in shards is what one device writes, sees and grows; and dropout."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers_mesh import run_on_devices
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.errors import GenerationError
@@ -25,11 +19,14 @@ QUANTIZED = (1, 13, 25)
 
 
 expected_of = jax.jit(attend_with_weights, static_argnames="causal")
+quantized = jax.jit(kv_cache.quantize_side)
+dequantized = jax.jit(kv_cache.dequantize_side, static_argnums=1)
 
 
 @pytest.fixture(scope="module")
-def report():
-    return {(case["what"], str(case["mesh"])): case for case in run_on_devices(__file__)}
+def report(run_on_devices):
+    """(what, its mesh) -> what came of it."""
+    return run_on_devices(results)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -41,7 +38,7 @@ def test_every_mesh_equals_one_device(report, what, sizes):
 
 
 def test_slots_that_do_not_divide_are_refused(report):
-    assert report["error", "{}"]["message"] == "capacity: found 47 slots; expected a multiple of mesh axis seq, 4"
+    assert report["error", "{}"] == "capacity: found 47 slots; expected a multiple of mesh axis seq, 4"
 
 
 def test_shards_drop_independently_and_replicas_alike(report):
@@ -66,7 +63,7 @@ def written(sizes):
         placed = jax.device_put(old, spec)
         split = S // placed.addressable_shards[0].data.shape[3]
         write = jax.jit(kv_cache.write_layers)
-        integers = jax.jit(kv_cache.quantize_side)(placed)
+        integers = quantized(placed)
         for t in LENGTHS[sizes["seq"]]:
             new = random.standard_normal((3, B, K, t, H)).astype(np.float32)
             for start in starts(t):
@@ -76,8 +73,8 @@ def written(sizes):
                 found = write(placed, jnp.asarray(new), jnp.asarray(start))
                 worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max())  # which keeps NaN
                 if t in QUANTIZED:
-                    found = write(integers, kv_cache.quantize_side(jnp.asarray(new)), jnp.asarray(start))
-                    worst = np.maximum(worst, differing(found, kv_cache.quantize_side(jnp.asarray(expected))))
+                    found = write(integers, quantized(jnp.asarray(new)), jnp.asarray(start))
+                    worst = np.maximum(worst, differing(found, quantized(jnp.asarray(expected))))
     return worst, split
 
 
@@ -119,9 +116,9 @@ def attended(sizes):
                     expected = np.asarray(expected)
                 worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
                 if t in QUANTIZED:
-                    integers = jax.tree.map(kv_cache.quantize_side, sides)
+                    integers = jax.tree.map(quantized, sides)
                     found = run(jax.device_put(q, places[0]), *integers, segments, seen)
-                    floats = (tuple(kv_cache.dequantize_side(x, jnp.float32) for x in pair) for pair in integers)
+                    floats = (tuple(dequantized(x, jnp.float32) for x in pair) for pair in integers)
                     expected = np.asarray(run(jax.device_put(q, places[0]), *floats, segments, seen))
                     worst = np.maximum(worst, np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
     return worst
@@ -136,12 +133,12 @@ def grown(sizes):
         side = jax.device_put(old, mesh.spec("layers", "batch", "kv_heads", "slots", None))
         segments = jax.device_put(np.ones((B, S), np.int32), mesh.spec("batch", None))
         for capacity in (2 * S, 3 * S):
-            whole = kv_cache.KVCache(kv_cache.quantize_side(side), side, segments, segments[:, 0])
+            whole = kv_cache.KVCache(quantized(side), side, segments, segments[:, 0])
             larger = jax.jit(kv_cache.grow, static_argnums=1)(whole, capacity)
             assert larger.k.integers.sharding.spec == larger.v.sharding.spec == side.sharding.spec
             expected = np.pad(old, [(0, capacity - S if axis == 3 else 0) for axis in range(5)])
             both = larger.k, larger.v
-            worst = np.maximum(worst, differing(both, (kv_cache.quantize_side(jnp.asarray(expected)), expected)))
+            worst = np.maximum(worst, differing(both, (quantized(jnp.asarray(expected)), expected)))
             assert np.asarray(larger.segments).sum() == B * S
     return worst
 
@@ -171,7 +168,7 @@ def dropped():
         for shard in out.addressable_shards:
             shards.setdefault(str(shard.index), []).append(np.asarray(shard.data))
         worst = np.max([np.abs(same - held[0]).max() for held in shards.values() for same in held])
-    return {"equal_heads": int(equal), "worst_replica": float(worst)}
+    return {"equal_heads": equal, "worst_replica": worst}
 
 
 def refusal():
@@ -188,14 +185,10 @@ def refusal():
     return None
 
 
-def main():
+def results():
+    found = {("dropout", str(dict(kv=2, q=2))): dropped(), ("error", "{}"): refusal()}
     for sizes in MESHES:
         worst, split = written(sizes)
         for what, value in (("write", worst), ("attend", attended(sizes)), ("grow", grown(sizes))):
-            print(json.dumps({"what": what, "mesh": sizes, "worst": float(value), "split": split}))  # noqa: T201
-    print(json.dumps({"what": "dropout", "mesh": dict(kv=2, q=2), **dropped()}))  # noqa: T201
-    print(json.dumps({"what": "error", "mesh": {}, "message": refusal()}))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+            found[what, str(sizes)] = {"worst": value, "split": split}
+    return found

@@ -1,13 +1,10 @@
 """The model in vLLM's engine, against the functional model: the engine is `helpers_vllm.Runner`, with no vLLM."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
 from helpers_family import checkpoint
 from helpers_lora import trained
-from helpers_mesh import run_on_devices
 from helpers_vllm import Runner, Sequence, feature, vllm_config
 from reference import CONFIGS, Prompts
 
@@ -89,21 +86,18 @@ def test_logits_on_one_device_are_those_of_the_model(runner, expected):
 
 
 @pytest.fixture(scope="module")
-def two_devices(checkpoints, tmp_path_factory):
-    """Name -> array that this file prints as a program."""
-    path = tmp_path_factory.mktemp("two") / "found.npz"
-    run_on_devices(__file__, str(checkpoints("base")), str(path), count=2)
-    with np.load(path) as found:
-        return dict(found)
+def two_devices(checkpoints, run_on_devices):
+    """What `on_two_devices` finds."""
+    return run_on_devices(on_two_devices, checkpoints("base"))
 
 
 def test_logits_on_two_devices_are_those_of_the_model(two_devices, expected):
-    assert_equal_logits({name: found for name, found in two_devices.items() if name[-1].isdigit()}, expected)
+    assert_equal_logits(two_devices["logits"], expected)
 
 
 def test_two_devices_exchange_two_sums_in_a_layer_and_one_of_the_embedding(two_devices):
     layers = Glm4vConfig.from_dict(CONFIGS["base"]).text_config.num_hidden_layers
-    assert two_devices["collectives"].tolist() == ["all-reduce"] * (2 * layers + 1)
+    assert two_devices["collectives"] == ["all-reduce"] * (2 * layers + 1)
 
 
 def features_of(runner):
@@ -123,8 +117,7 @@ def test_features_on_two_devices_are_those_on_one(two_devices, runner):
 
 
 def test_the_vit_is_sharded_over_two_devices(two_devices):
-    whole, own = two_devices["qkv"]
-    assert (whole // own).tolist() == [1, 1, 2, 1]
+    assert [whole // own for whole, own in zip(*two_devices["qkv"], strict=True)] == [1, 1, 2, 1]
 
 
 class WordPrompts(Prompts):
@@ -246,10 +239,10 @@ def test_every_shape_of_the_vit_is_handed_to_the_runner(runner, monkeypatch):
         assert run(shape).shape == (8, 8, 64)
 
 
-if __name__ == "__main__":
-    engine = Runner(sys.argv[1], 2)
+def on_two_devices(directory):
+    engine = Runner(directory, 2)
     kernel = getattr(engine.model.engine.vision.visual.module.blocks, "0").attn.qkv.kernel[...]
-    np.savez(
-        sys.argv[2], **logits_of(engine), collectives=engine.collectives(16), features=features_of(engine),
-        qkv=[kernel.shape, kernel.addressable_shards[0].data.shape],
+    return dict(
+        logits=logits_of(engine), collectives=engine.collectives(16), features=features_of(engine),
+        qkv=(kernel.shape, kernel.addressable_shards[0].data.shape),
     )  # fmt: skip
