@@ -17,7 +17,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench import aot_changes, aot_rl, aot_train, report
@@ -121,6 +121,33 @@ def in_process(module: str, number: int) -> dict[str, Any] | str:
     return found
 
 
+def compile_all(
+    module: str, titles: Mapping[int, str], passes: Callable[[int, dict[str, Any]], bool], is_busy: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Compile cases of a module, each in a process of its own, and print how long each takes.
+
+    Args:
+      module: see `in_process`.
+      titles: number -> description of each case.
+      passes: (number, what was compiled) -> whether it keeps its targets.
+      is_busy: the times do not count.
+
+    Returns:
+      What was compiled, with case and verdict; and the errors of the others.
+    """
+    out, lines, broken = report.console(), [], []
+    for number, title in titles.items():
+        found = in_process(module, number)
+        if isinstance(found, str):
+            broken.append({"case": title, "error": found})
+            out.print(f"{title}: {found}", style="red", markup=False)
+            continue
+        out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
+        verdict = {"case": title, "passed": passes(number, found)}
+        lines.append(found | verdict | ({"seconds": None} if is_busy else {}))
+    return lines, broken
+
+
 def meets_targets(found: dict[str, Any]) -> bool:
     """Whether the line that has targets keeps them."""
     inside = {kind: counts[0] for kind, counts in found["collectives"].items()}
@@ -171,22 +198,12 @@ def main() -> int:
     chosen = {title for title in titles if arguments.only in title}
     if not chosen:
         parser.error(f"--only: found {arguments.only!r}; expected a part of a description, such as {titles[0]!r}")
-    out, lines, failed = report.console(), [], []
-    broken: list[dict[str, str]] = []
-    megacycles: dict[Any, float] = {}
-    for number, title in enumerate(titles):
-        if title not in chosen:
-            continue
-        found = in_process("bench.aot", number)
-        if isinstance(found, str):
-            failed.append(title)
-            broken.append({"case": title, "error": found})
-            out.print(f"{title}: {found}", style="red", markup=False)
-            continue
-        passed = passes(CASES[number], found, megacycles)
-        out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
-        lines.append(found | {"case": title, "passed": passed} | ({"seconds": None} if arguments.busy else {}))
-        failed += [] if passed else [title]
+    out, megacycles = report.console(), dict[Any, float]()
+    wanted = {number: title for number, title in enumerate(titles) if title in chosen}
+    lines, broken = compile_all(
+        "bench.aot", wanted, lambda number, found: passes(CASES[number], found, megacycles), arguments.busy
+    )
+    has_failed = bool(broken) or not all(line["passed"] for line in lines)
     out.print(*_tables(lines))
     record = report.read("aot")
     if not arguments.accept:
@@ -195,7 +212,7 @@ def main() -> int:
         for fault in worse:
             out.print(fault, style="red", markup=False, soft_wrap=True)
         out.print("not written: pass --accept to write the table", style="dim")
-        return 1 if failed or worse else 0
+        return 1 if has_failed or worse else 0
     if arguments.only:
         lines = aot_changes.merged(record["programs"], lines, chosen)
         broken += [one for one in record["not_compiled"] if one["case"] not in chosen]

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from unittest import mock
 
 from bench import report
-from bench.aot import in_process
+from bench.aot import compile_all
 
 Kind = Literal["step", "logits", "vision"]
 
@@ -307,17 +307,9 @@ def main() -> int:
     if arguments.case is not None:
         print(json.dumps(compile_case(CASES[arguments.case])))
         return 0
-    out, lines, broken = report.console(), [], []
-    for number, case in enumerate(CASES):
-        title = f"{case.title} on {case.tensor} of {case.topology}"
-        found = in_process("bench.aot_vllm", number)
-        if isinstance(found, str):
-            broken.append({"case": title, "error": found})
-            out.print(f"{title}: {found}", style="red", markup=False)
-            continue
-        out.print(f"{title}: {found['seconds']:.0f} s", style="dim")
-        lines.append(found | {"passed": passes(found)} | ({"seconds": None} if arguments.busy else {}))
-    out.print(table(lines))
+    titles = {number: f"{case.title} on {case.tensor} of {case.topology}" for number, case in enumerate(CASES)}
+    lines, broken = compile_all("bench.aot_vllm", titles, lambda _, found: passes(found), arguments.busy)
+    report.console().print(table(lines))
     passed = not broken and all(line["passed"] for line in lines)
     facts = report.machine_facts("jax", "libtpu", "tpu-inference", "vllm-tpu")
     return report.finish("aot_vllm", {"machine": facts, "programs": lines, "not_compiled": broken, "passed": passed})

@@ -331,7 +331,8 @@ class Checkpoints:
             if self._damaged:
                 raise self._all_damaged()
             return
-        changed = [name for name in (*self._job, *(saved.keys() - self._job.keys())) if self._differs(name, saved)]
+        names = dict.fromkeys((*self._job, *saved))
+        changed = [name for name in names if saved.get(name) != self._job.get(name)]
         unknown = [name for name in (DATA_DIGEST, ENCODING_DIGEST) if name in changed and name not in saved]
         for name in unknown:
             self._log(
@@ -348,9 +349,6 @@ class Checkpoints:
                 f"{self._path(self.latest)}: cannot resume from this checkpoint: {'; '.join(faults)}; "
                 "restore the job file, or choose another output directory"
             )
-
-    def _differs(self, name: str, saved: Mapping[str, Any]) -> bool:
-        return saved.get(name) != self._job.get(name)
 
     def _metadata(self, step: int) -> dict[str, Any]:
         try:
