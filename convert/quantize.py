@@ -35,7 +35,6 @@ GROUP = 64
 Target = Literal["decoder", "all"]
 """Which linear layers: the decoder's; or all, those of the ViT, its merger and the head as well."""
 
-_DECODER = "language_model.layers."
 _LARGEST = {8: 127, 4: 7}
 _CONFIG_BYTES = 4096
 """More than the scheme takes in config.json."""
@@ -122,7 +121,8 @@ def _tensors(files: Weights, config: Glm4vConfig, scheme: StoredQuantization, la
     table, tensors = hf_mapping.wanted(config), dict[str, Tensor]()
     for name, info in files.items():
         part = table.get(hf_mapping.canonical(name))
-        if part is None or not part.rule.is_linear or not (layers == "all" or part.rule.leaf.startswith(_DECODER)):
+        is_chosen = part is not None and (layers == "all" or part.rule.leaf.startswith(hf_mapping.DECODER_LAYERS))
+        if part is None or not (part.rule.is_linear and is_chosen):
             tensors[name] = CastTensor(info.shape, info.dtype, files, name)
             continue
         if scheme.group is not None and info.shape[1] % scheme.group:

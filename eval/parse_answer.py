@@ -23,7 +23,7 @@ Scale = Literal["thousand", "unit", "pixel"]
 LIMITS: Mapping[Scale, float] = {"thousand": SCALE, "unit": 1.0, "pixel": math.inf}
 """The largest coordinate of each scale."""
 
-_LATEX_BOX = "\\boxed{"
+LATEX_BOX = "\\boxed{"
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 
 FULL_WIDTH: Mapping[int, int | str] = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: " "}
@@ -37,7 +37,7 @@ _NUMBER = re.compile(
     r"((?:[eE][-+]?[0-9]++)?)"
     r"(?:\s?/\s?([0-9]++(?:\.[0-9]++)?))?"
 )
-_LONGEST_NUMBER = 400
+LONGEST_NUMBER = 400
 """Characters; more digits than a float has."""
 _CHINESE = "\u2e80"
 """The first character of scripts in which a character is a word of its own."""
@@ -82,10 +82,10 @@ def final_answer(text: str) -> str | None:
 
 def _inside_latex_box(text: str) -> str:
     r"""The inside of the first `\boxed{...}`, which may lack its end; else the text as it is."""
-    start = text.find(_LATEX_BOX)
+    start = text.find(LATEX_BOX)
     if start < 0:
         return text
-    start += len(_LATEX_BOX)
+    start += len(LATEX_BOX)
     depth = 1
     for index in range(start, len(text)):
         depth += (text[index] == "{") - (text[index] == "}")
@@ -186,7 +186,7 @@ def numbers(text: str) -> list[float]:
     """
     found = []
     for sign, digits, exponent, divisor in _NUMBER.findall(text.translate(_ASCII)):
-        if len(digits) + len(exponent) + len(divisor) > _LONGEST_NUMBER:
+        if len(digits) + len(exponent) + len(divisor) > LONGEST_NUMBER:
             continue
         value = float(f"{sign}{digits.replace(',', '')}{exponent}")
         if divisor:

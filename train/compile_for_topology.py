@@ -28,7 +28,6 @@ from train.step import make_step
 STEPS = 1000
 """Of the schedule; it does not change the program."""
 
-PARTS = ("visual", "language_model", "lm_head")
 """Of the model, whose weights a step reads."""
 
 
@@ -138,7 +137,12 @@ def step_program(
         return traced
 
     return compile_for_topology.Program(
-        name=f"{trained_text(lora)}, {shapes.text}, remat {remat}", trace=trace, read=0, flops=0.0, parts=PARTS, loop=1
+        name=f"{trained_text(lora)}, {shapes.text}, remat {remat}",
+        trace=trace,
+        read=0,
+        flops=0.0,
+        parts=compile_for_topology.PARTS,
+        loop=1,
     )
 
 

@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from eval.metrics import METRICS
 from eval.parse_answer import final_answer
 from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.console.progress import seldom
 from glm4v_jax.devices.distributed import agree, errors_of_all, is_first
 from glm4v_jax.devices.mesh import platform
 from glm4v_jax.errors import DataError, counted
@@ -43,9 +43,6 @@ from train.preference import PreferenceConfig
 from train.references import compute
 from train.state import Weights
 from train.step import loss_sums
-
-_PERIOD = 10.0
-"""Seconds between two lines that say how far an evaluation is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Evaluator:
           MessageError: other processes have other records.
         """
         self._config, self._job, self._options, self._mesh = config, job, options, mesh
-        self._log, self._noted = log, 0.0
+        self._log, self._note = log, seldom(log)
         encoder = make_encoder(records, processor, config, job.data, job.batch, lanes=1)
         self._processor = limited(processor, encode_options(job.data, job.batch))
         self._samples: list[Sample] = []
@@ -178,7 +175,7 @@ class Evaluator:
         Returns:
           The results; None if stopped.
         """
-        self._noted = time.perf_counter()
+        self._note = seldom(self._log)
         found = self.loss(weights, is_stopped)
         if found is None or not self._questions:
             return found
@@ -202,13 +199,6 @@ class Evaluator:
         batch = self._job.batch
         for samples in packer_of(batch).batches(self._samples):
             yield put(stacked([packed(samples, batch, self._config)]), self._mesh), len(samples)
-
-    def _note(self, line: str) -> None:
-        """Log how far an evaluation is, now and then."""
-        now = time.perf_counter()
-        if now - self._noted > _PERIOD:
-            self._noted = now
-            self._log(line)
 
 
 @jax.jit

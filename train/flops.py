@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from glm4v_jax.checkpoints.hf_mapping import LAYER_GROUPS
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.model.layers import Remat
 from train.optimizers import group_of
@@ -21,7 +22,6 @@ from train.optimizers import group_of
 # The parts of a model in the order of the forward pass; gradients go down to the first that has something trained.
 _STAGES = {"vision": 0, "merger": 1, "llm": 2}
 _FIRST_OF_STAGE = {0: "visual.patch_embed.", 1: "visual.merger.proj."}
-_LAYERS = ("language_model.layers.", "visual.blocks.")
 _ONLY_ADDED = re.compile(r"visual\.blocks\..*mlp\.down\.")
 """Their result is only added to something: no gradient needs it."""
 
@@ -90,7 +90,7 @@ def recomputed_flops(
     """
     first, total = _first_stage(params), 0.0
     for path, leaf in {**params, **frozen}.items():
-        if path.startswith(_LAYERS):
+        if path.startswith(LAYER_GROUPS):
             again = remat in ("full", "attention") and not _ONLY_ADDED.match(path)
         else:
             again = _is_head(config, path)

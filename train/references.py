@@ -1,6 +1,5 @@
 """Log probabilities of preference data under the model before the training: computed once, and kept in a file."""
 
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.console.progress import seldom
 from glm4v_jax.devices.distributed import gathered, is_first, shared, to_host
 from glm4v_jax.errors import DataError, counted
 from glm4v_jax.files import replacing
@@ -21,9 +21,6 @@ from train.data.placement import packed, packer_of, put, stacked
 from train.data.samples import Sample
 from train.preference import pairs_of
 from train.state import Weights
-
-_PERIOD = 10.0
-"""Seconds between two lines that say how far it is."""
 
 Numbered = Iterable[tuple[int, Sample]]
 
@@ -103,12 +100,10 @@ def table_of(
     found = _read(path, digest, count) if is_first() else None
     if gathered(found is not None)[0]:
         return shared(np.zeros((count, 2), np.float32) if found is None else found)
-    table, noted = np.full((count, 2), np.nan, np.float32), time.perf_counter()
+    table, note = np.full((count, 2), np.nan, np.float32), seldom(log)
     for done, (number, logprobs) in enumerate(computed(), 1):
         table[number] = logprobs
-        if time.perf_counter() - noted > _PERIOD:
-            noted = time.perf_counter()
-            log(f"log probabilities before the training: {done:,} of {count:,} pairs")
+        note(f"log probabilities before the training: {done:,} of {count:,} pairs")
     by_first(lambda: _write(path, digest, table))
     return table
 

@@ -27,11 +27,10 @@ from typing import Any
 from eval.data import fields
 from eval.data.fields import Fields
 from eval.data.questions import Origin, Question
-from glm4v_jax.data.media import MediaItem, is_empty, media_item, media_values, source_of
+from glm4v_jax.data.media import MEDIA_FIELDS, MediaItem, is_empty, media_item, media_values, source_of
 from glm4v_jax.data.tables import literal_list
 from glm4v_jax.errors import DataError, counted
 
-_MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _EXPECTED = ("answer", "answers", "boxes")
 _FPS = 2
 """Frames per second of a video given as frames, where the row has no "fps"."""
@@ -44,7 +43,7 @@ def read(row: Fields, origin: Origin, is_question_needed: bool = True) -> Iterat
       DataError: a field is missing or invalid; the message does not name the place.
     """
     question = fields.text(row, "question") if is_question_needed or row.get("question") is not None else ""
-    known: dict[str, Any] = {name: value for name, value in row.items() if name not in _MEDIA and _is_json(value)}
+    known: dict[str, Any] = {name: value for name, value in row.items() if name not in MEDIA_FIELDS and _is_json(value)}
     fields.first(known, *_EXPECTED)
     if known.get("options") is not None:
         known["options"] = fields.options(row, "options")
@@ -66,7 +65,7 @@ def read(row: Fields, origin: Origin, is_question_needed: bool = True) -> Iterat
 
 def _media(row: Fields) -> list[MediaItem]:
     found = []
-    for name, kind in _MEDIA.items():
+    for name, kind in MEDIA_FIELDS.items():
         values = literal_list(row.get(name))
         is_list = name.endswith("s") and isinstance(values, list | tuple)
         for index, value in enumerate(media_values(kind, values) if is_list else [values]):

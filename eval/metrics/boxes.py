@@ -29,8 +29,8 @@ IOU = 0.5
 _FLOAT = r"[-+]?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?"
 _SEPARATOR = r"(?:\s*+,\s*+|\s++)"
 _FOUR = re.compile(rf"\[\s*+({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT}){_SEPARATOR}({_FLOAT})\s*+\]")
-_SIGNED = r"(-?\d++(?:\.\d++)?)"
-_FOUR_SIGNED = re.compile(rf"\[\s*+{_SIGNED},\s*+{_SIGNED},\s*+{_SIGNED},\s*+{_SIGNED}\s*+\]")
+SIGNED = r"(-?\d++(?:\.\d++)?)"
+_FOUR_SIGNED = re.compile(rf"\[\s*+{SIGNED},\s*+{SIGNED},\s*+{SIGNED},\s*+{SIGNED}\s*+\]")
 
 
 def iou(box: Sequence[float], other: Sequence[float]) -> float:

@@ -7,14 +7,14 @@ Fields: "boxes" [[x1, y1, x2, y2]], the element in pixels of the screenshot, "wi
 import math
 import re
 
+from eval.metrics.boxes import SIGNED
 from eval.metrics.metric import BOX_FIELDS, UNPARSED, Metric, Reference, Score, mean_by, only_box_of, size_of
 from eval.metrics.text import as_number
 from eval.parse_answer import LIMITS, Box, Point, Scale, answer_text, boxes, final_answer, points, to_pixels
 
 _NUMBER = r"([0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
 _NAMED = re.compile(rf"\bx[\"']?\s*+[=:]\s*+{_NUMBER}\s*+[,;]\s*+[\"']?y[\"']?\s*+[=:]\s*+{_NUMBER}", re.IGNORECASE)
-_SIGNED = r"(-?\d++(?:\.\d++)?)"
-_FOUR = re.compile(rf"[\[(]\s*+{_SIGNED},\s*+{_SIGNED},\s*+{_SIGNED},\s*+{_SIGNED}\s*+[\])]")
+_FOUR = re.compile(rf"[\[(]\s*+{SIGNED},\s*+{SIGNED},\s*+{SIGNED},\s*+{SIGNED}\s*+[\])]")
 _X_AND_Y = re.compile(r"x=([\d.]++), y=([\d.]++)")
 _PLATFORMS = (("ios", "mobile"), ("android", "mobile"), ("macos", "desktop"), ("windows", "desktop"))
 

@@ -101,7 +101,8 @@ def _axes(side: str) -> list[list[str]]:
     return [axis.strip("()").split() for axis in re.findall(r"\([^)]*\)|\S+", side)]
 
 
-LAYER_GROUPS = ("language_model.layers.", "visual.blocks.")
+DECODER_LAYERS = "language_model.layers."
+LAYER_GROUPS = (DECODER_LAYERS, "visual.blocks.")
 """How paths of leaves begin that exist once for each layer."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -345,7 +346,7 @@ EXTRA = "extra."
 def is_extra(config: Glm4vConfig, name: str) -> bool:
     """Whether a tensor, by its canonical name, is of an extra layer."""
     layer = _LAYER.match(name)
-    return layer is not None and layer[1] == LAYER_GROUPS[0] and int(layer[2]) in config.text_config.extra_layers
+    return layer is not None and layer[1] == DECODER_LAYERS and int(layer[2]) in config.text_config.extra_layers
 
 
 def extra_part(name: str, dimensions: int) -> LeafPart:
@@ -435,7 +436,7 @@ def check_depths(config: Glm4vConfig, names: Iterable[str], where: str) -> None:
         "vision_config.depth": config.vision_config.depth,
     }
     faults = []
-    decoder = counts[LAYER_GROUPS[0]]
+    decoder = counts[DECODER_LAYERS]
     for extra in config.text_config.extra_layers:
         if decoder[extra] != decoder[0]:  # or it is one of the decoder's
             del decoder[extra]

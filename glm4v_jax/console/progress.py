@@ -26,6 +26,19 @@ _PERIOD = 10.0
 """Seconds between two plain lines."""
 
 
+def seldom(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that logs how far a job is: at most one line in ten seconds, the first ten seconds from now."""
+    logged = time.perf_counter()
+
+    def log_seldom(line: str) -> None:
+        nonlocal logged
+        if (now := time.perf_counter()) - logged > _PERIOD:
+            logged = now
+            log(line)
+
+    return log_seldom
+
+
 class Progress:
     """Shows how much of a job is done, how fast it is, and how long the rest will take.
 

@@ -19,6 +19,9 @@ from glm4v_jax.inputs.media.load import are_frames, is_array, load_image, open_i
 
 MediaItem = dict[str, Any]
 
+MEDIA_FIELDS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+"""Field of a row -> kind of what it has."""
+
 # How the base64 text of JPEG, PNG, GIF, RIFF (WebP, AVI), MP4 and Matroska begins, which no sensible path does.
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "AAAAI", "AAAAH", "AAAAG", "GkXfo")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}=*\s*\Z")

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from glm4v_jax.batch import VisionRows
+from glm4v_jax.checkpoints.hf_mapping import DECODER_LAYERS
 from glm4v_jax.config.checks import CacheDtype
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices.hardware import CHIPS, GIB, Chip
@@ -43,8 +44,7 @@ LARGE = 2**20
 SLICES = {chip.generation: chip for chip in CHIPS if chip.links}
 """Generation of a TPU slice -> its chip."""
 
-_DECODER = "language_model.layers."
-_PARTS = ("visual", "language_model", "lm_head")
+PARTS = ("visual", "language_model", "lm_head")
 _LAYOUT = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){1,2}")
 
 
@@ -147,7 +147,7 @@ def decode_program(
         return device_steps.decode.trace(text, head, state, number, number, **options)
 
     text = config.text_config
-    decoder, head = _kernels(config, _DECODER), text.hidden_size * text.vocab_size
+    decoder, head = _kernels(config, DECODER_LAYERS), text.hidden_size * text.vocab_size
     name = f"decode B={batch} S={slots:,}" + (f", cache {cache_dtype}" if cache_dtype != "auto" else "")
     return Program(
         name, trace, batch * slots * _cache_bytes(config, cache_dtype),
@@ -177,7 +177,7 @@ def prefill_program(
 
     before = slots - tokens
     attention = batch * tokens * _attention_flops(config, before + tokens / 2)
-    flops = batch * tokens * 2 * _kernels(config, _DECODER) + attention
+    flops = batch * tokens * 2 * _kernels(config, DECODER_LAYERS) + attention
     name = f"prefill {batch} x {tokens:,} of {slots:,}" + (f", beside {state_rows}" if state_rows else "")
     read = batch * slots * _cache_bytes(config)
     return Program(name, trace, read, flops, ("language_model",), 1, kernel_flops=attention)
@@ -326,7 +326,7 @@ def compile_for(
     chip = SLICES[topology.partition(":")[0]]
     with jax.set_mesh(mesh):
         model = abstract_model(config, mesh, quantize)
-        others = [getattr(model, part) for part in _PARTS if part not in program.parts]
+        others = [getattr(model, part) for part in PARTS if part not in program.parts]
         beside = chip_bytes((others, program.beside(model, mesh)))
         lowered = program.trace(model, mesh).lower()
         start = time.perf_counter()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from jax import process_count, process_index
 from jax.sharding import Mesh
 
+from glm4v_jax.console.progress import seldom
 from glm4v_jax.devices.distributed import errors_of_all, gathered, is_first
 from glm4v_jax.errors import ConfigError, DataError, counted
 from glm4v_jax.files import replacing, to_json
@@ -20,9 +20,6 @@ from train.data.encoder import TOO_LONG, Encoder, outcomes
 from train.data.placement import lanes_here, num_lanes, packer_of
 from train.data.samples import Sample
 from train.data.stream import RowCounts, in_order
-
-_PERIOD = 10.0
-"""Seconds between two lines that say how far it is."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +95,7 @@ def count_steps(
 
 def _sizes(encoder: Encoder, data: DataConfig, log: Callable[[str], None]) -> Mapping[int, Size]:
     """Record number -> size of its sample, of those that become one."""
-    total, noted = len(encoder.records), time.perf_counter()
+    total, note = len(encoder.records), seldom(log)
     own: list[tuple[int, int, Any]] = []
     reason = TOO_LONG
     with errors_of_all():
@@ -111,9 +108,7 @@ def _sizes(encoder: Encoder, data: DataConfig, log: Callable[[str], None]) -> Ma
                 reason = str(found)
                 if data.bad_rows == "error":
                     raise DataError(reason)
-            if time.perf_counter() - noted > _PERIOD:
-                noted = time.perf_counter()
-                log(f"counting the steps of an epoch: {done * process_count():,} of {counted(total, 'row')}")
+            note(f"counting the steps of an epoch: {done * process_count():,} of {counted(total, 'row')}")
     everyone = gathered([own, reason])
     sizes = {
         number: Size(length, np.array(frames, np.int64).reshape(-1, 2))

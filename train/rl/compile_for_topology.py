@@ -16,9 +16,8 @@ from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.layers import Remat
 from glm4v_jax.model.lora import LoraConfig
 from glm4v_jax.planning import compile_for_topology
-from glm4v_jax.planning.compile_for_topology import Program
+from glm4v_jax.planning.compile_for_topology import PARTS, Program
 from train.compile_for_topology import (
-    PARTS,
     Shapes,
     StepCost,
     Training,

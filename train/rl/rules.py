@@ -19,7 +19,7 @@ from eval.metrics.charts import is_relaxed_equal
 from eval.metrics.metric import UNPARSED, answers_of, boxes_of, letter_of, options_of, size_of
 from eval.metrics.text import as_number, folded
 from eval.metrics.vqa import normalized
-from eval.parse_answer import FULL_WIDTH, to_pixels
+from eval.parse_answer import FULL_WIDTH, LONGEST_NUMBER, to_pixels
 from glm4v_jax.generate.text.boxes import SCALE, find_boxes
 from train.rl.actions import action_score, reference_action
 from train.rl.config import DEFAULTS, Kind, VerifierConfig
@@ -38,7 +38,6 @@ _NUMBER = re.compile(
     rf"([-+]?)(?:\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}|({_DECIMAL})(?:/({_DECIMAL}))?)"
     r"(?:[eE]([-+]?[0-9]{1,3})|(?:\\times|\\cdot|\*|×)10\^\{?([-+]?[0-9]{1,3})\}?)?(%?)"
 )
-_LONGEST_NUMBER = 400
 
 
 def plain_math(text: str) -> str:
@@ -58,7 +57,7 @@ def number_at_start(text: str) -> tuple[float, str] | None:
     >>> number_at_start(r"\frac{3}{4}"), number_at_start("1,250km"), number_at_start("50%"), number_at_start("x")
     ((0.75, ''), (1250.0, 'km'), (0.5, ''), None)
     """
-    match = _NUMBER.match(text[:_LONGEST_NUMBER])
+    match = _NUMBER.match(text[:LONGEST_NUMBER])
     if match is None:
         return None
     sign, above, below, whole, divisor, exponent, power, percent = match.groups()

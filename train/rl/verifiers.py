@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from eval.metrics import Reference, Score
-from eval.parse_answer import final_answer
+from eval.parse_answer import LATEX_BOX, final_answer
 from glm4v_jax.config.thinking import THINKING, ThinkingFormat
 from glm4v_jax.generate.text.thinking import BOX, END_BOX, ThinkingParser
 from train.rl.config import VerifierConfig
@@ -36,7 +36,6 @@ FAILURES: frozenset[Reason] = frozenset({"failed", "timed out"})
 
 _WINDOW, _TIMES = 50, 10
 _CHINESE, _WORD = re.compile("[\u4e00-\u9fff]"), re.compile("[A-Za-z]+")
-_LATEX_BOX = "\\boxed{"
 
 
 class Reward(NamedTuple):
@@ -117,7 +116,7 @@ class RuleVerifier:
         if not answer or (parser.is_thought_open and parser.has_tags):
             return Reward(0.0, None, "no answer")
         tagged = parser.answer_with_boxes()
-        opened, closed, latex = tagged.count(BOX), tagged.count(END_BOX), answer.count(_LATEX_BOX)
+        opened, closed, latex = tagged.count(BOX), tagged.count(END_BOX), answer.count(LATEX_BOX)
         if max(opened, closed, latex) > 1:
             return Reward(0.0, None, "several boxes")
         if opened != closed or tagged.find(BOX) > tagged.find(END_BOX) or (self.config.boxed and not opened + latex):

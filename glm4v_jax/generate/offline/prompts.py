@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm4v_jax.config.checks import PositiveNumber, checked, did_you_mean
-from glm4v_jax.data.media import is_base64, kind_of, located, media_item
+from glm4v_jax.data.media import MEDIA_FIELDS, is_base64, kind_of, located, media_item
 from glm4v_jax.data.tables import open_text
 from glm4v_jax.errors import GenerationError, Glm4vError, MediaError, MessageError, not_there, raise_listed
 from glm4v_jax.inputs.media.fetch import is_address, is_url
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from glm4v_jax.config.generation import GenerationConfig
     from glm4v_jax.inputs.processor import Glm4vProcessor
 
-_MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-_PROMPT_FIELDS = ("prompt", *_MEDIA, "fps")
+_PROMPT_FIELDS = ("prompt", *MEDIA_FIELDS, "fps")
 _GZIP = b"\x1f\x8b"
 _FIELDS = ("messages", "id", *_PROMPT_FIELDS)
 
@@ -157,7 +156,7 @@ def _media(row: Mapping[str, Any], directory: str) -> list[dict[str, Any]]:
       DataError, MessageError: a field is invalid.
     """
     found: dict[str, list[dict[str, Any]]] = {"image": [], "video": []}
-    for field, kind in _MEDIA.items():
+    for field, kind in MEDIA_FIELDS.items():
         value = row.get(field, [])
         if kind == "video" and isinstance(value, list):
             # Of single images: the frames of one video, as for a processor.
