@@ -165,7 +165,8 @@ class RLConfig:
       prompts: groups of a step that are learned from.
       samples: rollouts of a group.
       updates: optimizer steps for the rollouts of `prompts` groups, in proportion fewer for fewer groups; all but the
-        first one are off-policy.
+        first one are off-policy. The schedule of the learning rate has this many for every step of the job, and of a
+        step with fewer its last ones count.
       min_groups: the fewest groups whose rewards differ that an optimizer step is taken from, by default half of
         `prompts`; fewer wait for those of the next steps, which the same weights sample. Adam's steps are equally long
         whatever the gradient, and one from a few groups is mostly noise.

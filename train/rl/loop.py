@@ -67,7 +67,7 @@ def learn(
       config: of the job.
       log: called with log lines for a person.
       progress: called with bytes of weights read and bytes in all, while the model is loaded.
-      checking: called with problems whose length is checked and problems in all, before.
+      checking: called before that with the number of problems whose length has been checked, and of all.
       control: for experiments: gives the rewards to learn from instead of the verifiers', which alone the test at the
         start is about. A job file cannot name one. It depends on its arguments alone, or the job does not resume.
 
