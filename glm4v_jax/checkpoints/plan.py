@@ -1,11 +1,13 @@
 """What a model will be in memory, before a weight of it is read: its leaves, their bytes, and whether they fit."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from glm4v_jax.checkpoints import hf_mapping
@@ -57,23 +59,49 @@ def abstract_leaves(
     if quantize is not None:
         check_scheme(quantize.dtype, stored)
 
+    infos = {} if leaves is None or stored is None else leaves.infos
+    scaled = {kernel_path(path): info.shape for path, info in infos.items() if is_scale(path)}
+    shapes = tuple((path, infos[path].shape, scale) for path, scale in scaled.items())
+    make = _maker(
+        config, jnp.dtype(dtype), stacked, outputs_first, quantize, None if stored is None else stored.dtype, shapes
+    )  # fmt: skip
+    abstract = jax.eval_shape(make)
+    arrays, structure = jax.tree.flatten(abstract)
+    return dict(zip(leaf_paths(abstract), arrays, strict=True)), structure
+
+
+@functools.lru_cache(maxsize=32)
+def _maker(
+    config: Glm4vConfig,
+    dtype: np.dtype,
+    stacked: bool,
+    outputs_first: bool,
+    quantize: QuantConfig | None,
+    stored: Literal["int8", "int4"] | None,
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...],
+) -> Callable[[], Glm4v]:
+    """A function that makes the model; the same one for the same arguments, so that JAX traces it once for a mesh.
+
+    A training job asks for it several times before it starts, and so does a process that loads a model again.
+
+    Args:
+      config, dtype, stacked, outputs_first, quantize: see `abstract_leaves`.
+      stored: of the integers in the checkpoint, if it has some.
+      shapes: path of each kernel in integers, its shape, and that of its scale.
+    """
+
     def make() -> Glm4v:
         model = Glm4v.init(config, dtype=dtype)
         if quantize is not None:
             model = quantize_model(model, quantize)
-        if leaves is not None and stored is not None:
-            scales = {kernel_path(path): info.shape for path, info in leaves.infos.items() if is_scale(path)}
-            shapes = {
-                hf_mapping.layerless_path(path): (leaves.infos[path].shape, shape) for path, shape in scales.items()
-            }
-            model = with_integers(model, shapes, QuantConfig(stored.dtype))
+        if stored is not None:
+            own = {hf_mapping.layerless_path(path): (kernel, scale) for path, kernel, scale in shapes}
+            model = with_integers(model, own, QuantConfig(stored))
         if outputs_first:
             model = with_outputs_first(model)
         return model if stacked else model.unstacked()
 
-    abstract = jax.eval_shape(make)
-    arrays, structure = jax.tree.flatten(abstract)
-    return dict(zip(leaf_paths(abstract), arrays, strict=True)), structure
+    return make
 
 
 def check_scheme(scheme: str, stored: StoredQuantization | None) -> None:

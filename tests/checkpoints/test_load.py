@@ -1,6 +1,7 @@
 """Checkpoints on disk -> the model, exactly: dtypes, shards, damage, and what is checked before anything is read."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import pickle
@@ -260,6 +261,23 @@ def test_what_costs_quality_or_speed_is_said(checkpoints, monkeypatch, options, 
     monkeypatch.setattr(cpu_matmul, "FEW_TOKENS", few)
     said = warnings_of(checkpoints("base"), **options)
     assert len(said) == len(expected) and all(part in line for part, line in zip(expected, said, strict=True)), said
+
+
+def test_leaves_are_found_again_without_another_trace(monkeypatch):
+    """And not those of another dtype, layout or scheme."""
+    asked = [
+        dict(dtype=jnp.float32, stacked=True), dict(dtype="bfloat16", stacked=True),
+        dict(dtype=np.float32, stacked=False), dict(dtype="float32", stacked=True, quantize=QuantConfig("int8")),
+    ]  # fmt: skip
+    config = Glm4vConfig.from_dict(CONFIGS["base"])
+    first = [plan.abstract_leaves(config, **options) for options in asked]
+    assert len({str(leaves) for leaves, _ in first}) == len(asked)
+    first[0][0].clear()  # the caller's own
+    monkeypatch.setattr(plan.Glm4v, "init", None)
+    again = [plan.abstract_leaves(CONFIG, **options) for options in asked]
+    assert again[1:] == first[1:] and again[0][0].keys() == again[1][0].keys()
+    with pytest.raises(TypeError, match="not callable"):
+        plan.abstract_leaves(dataclasses.replace(config, image_token_id=7), **asked[0])
 
 
 def test_int4_that_others_rounded_is_not_warned_of(checkpoints, monkeypatch):
