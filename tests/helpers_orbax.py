@@ -42,6 +42,7 @@ def environment(devices=1):
     return os.environ | {
         "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]),
         "JAX_PLATFORMS": "cpu",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
 

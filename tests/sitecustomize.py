@@ -2,8 +2,13 @@
 
 JAX's key of a compiled program has a fingerprint of the devices, which on CPUs differs between the processes of one
 program. Only the first process keeps programs, so that the others would compile theirs in every run.
+
+A program that the cache lacks is compiled by the first process too, and sent to the others (`environment` in
+`helpers_orbax.py`): they wait for it where they did not find it. Another worker of pytest-xdist must not keep it in
+between, since the first process would then find it, and send nothing: each worker has keys of its own.
 """
 
+import os
 import sys
 from importlib.machinery import PathFinder
 
@@ -25,6 +30,8 @@ class KeysOfSeveralProcesses:
             def hash_devices(hashed, devices):
                 several = len({device.process_index for device in devices.flat}) > 1
                 (module._hash_devices if several else fingerprint)(hashed, devices)
+                if several:
+                    hashed.update(os.environ.get("PYTEST_XDIST_WORKER", "").encode())
 
             module._hash_accelerator_config = hash_devices
 
