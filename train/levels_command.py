@@ -62,20 +62,14 @@ class MeasureLevels(Options):
         from glm4v_jax.inputs.processor import Glm4vProcessor
         from train.data.encoder import encode_options
         from train.data.samples import limited
-        from train.job import check_media_dir
         from train.rl.judging import Judges
-        from train.rl.problems import read_problems
+        from train.rl.problems import problems_of
         from train.rl.self_test import self_test
         from train.rl.verifiers import make_verifiers
 
         processor = limited(Glm4vProcessor.from_pretrained(directory), encode_options(job.data, job.batch))
         with naming(self.config, begins=FIELDS):
-            check_media_dir(job.data)
-        with naming(self.config, begins=FIELDS), naming("data.files"):
-            problems = read_problems(
-                job.data.files, job.rl.verifiers, format=job.data.format, media_dir=job.data.media_dir,
-                fps=processor.video_processor.fps,
-            )  # fmt: skip
+            problems = problems_of(job, processor)
         verifiers = make_verifiers(job.rl.verifiers, processor.thinking)
         with naming(self.config, begins=FIELDS), Judges(verifiers) as judges, quiet_ffmpeg(), without_size_warnings():
             judges.start()

@@ -24,7 +24,7 @@ from train.checkpoints import abstract
 from train.config import TrainConfig
 from train.data.encoder import encode_options
 from train.data.samples import limited
-from train.job import Job, check_media_dir, check_step, identity, make_mesh, note_base
+from train.job import Job, check_step, identity, make_mesh, note_base
 from train.optimizers import learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
 from train.plot import draw_metrics
@@ -37,7 +37,7 @@ from train.rl.judging import Judges, Task, check_failures, score_shared
 from train.rl.levels import read_levels
 from train.rl.log import RewardLog
 from train.rl.loss import Objective
-from train.rl.problems import Problem, Problems, check_lengths, read_problems
+from train.rl.problems import Problem, Problems, check_lengths, problems_of
 from train.rl.rollouts import media_tokens, seed_of
 from train.rl.self_test import self_test
 from train.rl.step import PolicyStep
@@ -92,12 +92,7 @@ def learn(
         processor = Glm4vProcessor.from_pretrained(config.model)
         processor.check_ids(model_config)
         limits = limited(processor, encode_options(config.data, config.batch))
-        check_media_dir(config.data)
-        with naming("data.files"):
-            problems = read_problems(
-                config.data.files, rl.verifiers, format=config.data.format, media_dir=config.data.media_dir,
-                fps=limits.video_processor.fps,
-            )  # fmt: skip
+        problems = problems_of(config, limits)
         with naming("data.levels"):
             rates = read_levels(config.data.levels, problems.keys)
         job_identity = _identity(config, model_config, problems, rates)

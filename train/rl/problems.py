@@ -20,13 +20,15 @@ from eval.parse_answer import final_answer
 from glm4v_jax.config.checks import one_of, raise_faults
 from glm4v_jax.data.media import file_name, image_size, is_remote, source_of
 from glm4v_jax.data.tables import literal_list
-from glm4v_jax.errors import DataError, Glm4vError, MediaError, counted, one_line
+from glm4v_jax.errors import DataError, Glm4vError, MediaError, counted, naming, one_line
 from glm4v_jax.generate.text.boxes import SCALE, find_boxes
 from glm4v_jax.inputs.processor import Glm4vProcessor
+from train.config import TrainConfig
 from train.data import FormatName
 from train.data.formats import LISTS, QUERIES, RESPONSES, Columns, only_field
 from train.data.lengths import TokenCounter
 from train.data.records import Record, Records, question_of, read_records
+from train.job import check_media_dir
 from train.rl.self_test import Example
 
 _REFERENCE = ("answer", "answers", "solution", "boxes")
@@ -178,6 +180,26 @@ def read_problems(
     """
     records = read_records(files, format=format, media_dir=media_dir, change=answered)
     return Problems(records, domains, fps)
+
+
+def problems_of(config: TrainConfig, processor: Glm4vProcessor) -> Problems:
+    """Read the problems of a job that learns by reward.
+
+    Args:
+      config: with `rl`.
+      processor: of its model, with the job's limits.
+
+    Raises:
+      DataError: files cannot be read, or their rows are not problems; it names the field.
+    """
+    assert config.rl is not None
+    data = config.data
+    check_media_dir(data)
+    with naming("data.files"):
+        return read_problems(
+            data.files, config.rl.verifiers, format=data.format, media_dir=data.media_dir,
+            fps=processor.video_processor.fps,
+        )  # fmt: skip
 
 
 def check_lengths(

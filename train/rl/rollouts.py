@@ -15,6 +15,9 @@ from glm4v_jax.inputs.prompt import Prompt
 from train.rl.config import RLConfig
 from train.rl.groups import Group, Rollout
 
+_THREADS = 4
+"""Prompts that are prepared at a time."""
+
 
 class Answers(NamedTuple):
     """The sampled answers to one prompt, in the order of their numbers."""
@@ -85,8 +88,6 @@ def sample(
     config: RLConfig,
     seed: int,
     check: Callable[[int, Prompt], None] = lambda number, prompt: None,
-    *,
-    threads: int = 4,
 ) -> list[Answers]:
     """Sample `config.samples` answers to each prompt, from one prefill.
 
@@ -96,7 +97,6 @@ def sample(
       config: of the job.
       seed: answer j to prompt i depends on (seed, i, j) alone, besides the weights.
       check: called with the number of each prompt and what it is made to; may raise.
-      threads: how many prepare prompts.
 
     Raises:
       Glm4vError: a prompt cannot be prepared.
@@ -109,7 +109,7 @@ def sample(
         check(number, prompt)
         return prompt
 
-    with concurrent.futures.ThreadPoolExecutor(threads, "prompts") as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, "prompts") as pool:
         prepared = [pool.submit(prepare, *one) for one in enumerate(prompts)]
         found = list(
             engine.generate_many((one.result() for one in prepared), samples=config.samples, seed=seed, **options)
