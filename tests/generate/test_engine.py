@@ -441,7 +441,7 @@ def test_a_full_pool_drops_features_and_grows(engine, make_engine):
 def test_features_of_images_in_turn_are_kept_until_released(engine, make_engine):
     own = make_engine(reuse_prefixes=False)
     rng = np.random.default_rng(17)
-    images = [rng.integers(0, 256, (504, 504, 3), np.uint8) for _ in range(5)]
+    images = [rng.integers(0, 256, (336, 336, 3), np.uint8) for _ in range(5)]
     list(own.generate_many([ask(images[i % 5], "What?") for i in range(30)], max_new_tokens=1, **GREEDY))
     assert (own.pool.encoded, own.pool.reused) == (5, 25)
     own.release()
