@@ -46,6 +46,7 @@ class Stats:
     """those of them that were not in the cache"""
     reused_tokens: int = 0
     """those of them that a row held of another prompt"""
+    dispatches: int = 0
     slot_steps: int = 0
     """decode steps times rows"""
     busy_steps: int = 0
@@ -318,6 +319,7 @@ class Slots:
                 decoded, self._state, self._constraints, self._history = prompt_lookup.decode(
                     *now, self._history, num_steps=most, variant=self.variant
                 )
+        self.stats.dispatches += 1
         return decoded
 
     def read(self, decoded: Decoded) -> tuple[Chosen, np.ndarray, np.ndarray]:
