@@ -27,7 +27,7 @@ from glm4v_jax.checkpoints.compressed_tensors import (
     stored_leaves,
 )
 from glm4v_jax.checkpoints.leaves import Leaves, Slices, TensorLeaves
-from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, open_checkpoint
+from glm4v_jax.checkpoints.safetensors import CheckpointFiles, Index, TensorInfo, TensorInfos, open_checkpoint
 from glm4v_jax.checkpoints.strided_copy import copy
 from glm4v_jax.config.checks import fault, raise_faults
 from glm4v_jax.config.model import Glm4vConfig
@@ -179,7 +179,7 @@ def _check_scheme(
             )
 
 
-class OrbaxCheckpoint(Mapping[str, TensorInfo]):
+class OrbaxCheckpoint(TensorInfos):
     """An Orbax checkpoint in Hugging Face's terms: tensors by name, in their layout, dtype and order there.
 
     Names, dtypes, files and order are those of the checkpoint that was converted; where there was none, those that
@@ -225,15 +225,6 @@ class OrbaxCheckpoint(Mapping[str, TensorInfo]):
             name: TensorInfo(shapes[hf_mapping.canonical(name)], np.dtype(dtype), Path(file))
             for name, dtype, file in tensors
         }
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -85,6 +85,21 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class TensorInfos(Mapping[str, TensorInfo]):
+    """Tensors that can be read, by name; a subclass says which in `_infos`."""
+
+    _infos: Mapping[str, TensorInfo]
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(abc.ABC):
     """A tensor to write, the values of which exist when its turn comes.
@@ -115,7 +130,7 @@ Tensor = LazyTensor | np.ndarray
 """Anything that can be written."""
 
 
-class SafetensorsFile(Mapping[str, TensorInfo]):
+class SafetensorsFile(TensorInfos):
     """The tensors of one safetensors file, by name in the order of their bytes, checked and mapped on construction.
 
     >>> from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -158,15 +173,6 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
             self._offsets[name] = offset
             offset += info.nbytes
 
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._infos[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
-
     def read(self, name: str, index: Index = ...) -> np.ndarray:
         """Return a tensor or a basic slice of it as a read-only view of the mapped file.
 
@@ -189,22 +195,14 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
             self._bytes.madvise(mmap.MADV_DONTNEED)
 
 
-class CheckpointFiles(Mapping[str, TensorInfo]):
+class CheckpointFiles(TensorInfos):
     """The tensors of a checkpoint, by name, from all of its files. Made by `open_checkpoint`."""
 
     def __init__(self, directory: Path, files: list[SafetensorsFile]):
         self.directory = directory
         self.files = tuple(files)
         self._file_of = {name: file for file in files for name in file}
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._file_of[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
+        self._infos = {name: file[name] for name, file in self._file_of.items()}
 
     def read(self, name: str, index: Index = ...) -> np.ndarray:
         """Return a tensor or a basic slice of it as a read-only view; see `SafetensorsFile.read`."""
