@@ -55,20 +55,20 @@ def text_config() -> Glm4vTextConfig:
     )  # fmt: skip
 
 
-def picture(patches: int) -> tuple[np.ndarray, np.ndarray]:
+def image(patches: int) -> tuple[np.ndarray, np.ndarray]:
     """Noise for patches [patches, P], and its grid [1, 3]."""
     rng = np.random.default_rng(0)
     values = rng.standard_normal((patches, vision_config().patch_dim), np.float32)
     return values, np.array([[1, *GRIDS[patches]]])
 
 
-def encode_picture(patches: int) -> None:
+def encode_image(patches: int) -> None:
     """One image through the ViT."""
-    values, grid = picture(patches)
+    values, grid = image(patches)
     Glm4vVisionModel(vision_config())(values, grid).block_until_ready()
 
 
-def differentiate_picture(patches: int) -> None:
+def differentiate_image(patches: int) -> None:
     """The gradient of one image through the ViT, blocks recomputed as in training."""
     import jax
     import jax.numpy as jnp
@@ -78,7 +78,7 @@ def differentiate_picture(patches: int) -> None:
     from glm4v_jax.inputs.vision_rows import pack
 
     config = dataclasses.replace(vision_config(), depth=min(GRADIENT_DEPTH, vision_config().depth))
-    values, grid = picture(patches)
+    values, grid = image(patches)
     rows, _ = pack([Medium(values, grid[0])], merge_size=config.spatial_merge_size, position_grid=config.position_grid)
 
     def loss(module: Any) -> Any:
@@ -104,16 +104,14 @@ def read_prompt(tokens: int) -> None:
 
 
 TASKS: dict[str, Callable[[int], None]] = {
-    "picture": encode_picture,
+    "image": encode_image,
     "prompt": read_prompt,
-    "gradient": differentiate_picture,
+    "gradient": differentiate_image,
 }
 PLANS = {
-    "picture": Plan("patches of a picture, ViT forward", 1024, (6144, 12288, 24576), True),
+    "image": Plan("patches of an image, ViT forward", 1024, (6144, 12288, 24576), True),
     "prompt": Plan("tokens of a prompt, prefill", 1024, (8192, 16384, 32768), True),
-    "gradient": Plan(
-        f"patches of a picture, gradient of {GRADIENT_DEPTH} ViT layers", 1024, (3072, 6144, 12288), False
-    ),
+    "gradient": Plan(f"patches of an image, gradient of {GRADIENT_DEPTH} ViT layers", 1024, (3072, 6144, 12288), False),
 }
 
 

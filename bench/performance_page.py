@@ -29,19 +29,12 @@ def target(line: Mapping[str, Any]) -> str:
     return "" if line["aim"] is None else f"{line['aim']:g}" + ("" if line["passed"] else " (missed)")
 
 
-def words(text: str) -> str:
-    """The terms of the pages, for labels in older results."""
-    for old, new in (("a picture", "an image"), ("picture", "image"), (" | ", " / ")):
-        text = text.replace(old, new)
-    return text
-
-
 def compared(lines: Iterable[Any], first: str, sides: tuple[str, str] = ("this package", "transformers")) -> str:
     """Figures of two sides, by default those of transformers."""
     rows = []
     for line in lines:
         values = (number(line[side]["median"]) for side in ("ours", "theirs"))
-        label = words(line.get("what") or f"`{line['task']}`") + (f", {words(line['unit'])}" if "unit" in line else "")
+        label = (line.get("what") or f"`{line['task']}`") + (f", {line['unit']}" if "unit" in line else "")
         rows.append((label, *values, spread(line["ratio"]), target(line)))
     return markdown((first, *sides, "ratio", "target"), rows)
 
@@ -51,7 +44,7 @@ def processors(cpu: Mapping[str, Any]) -> str:
     runs = [cpu_vs_torch.ratios(cpu), *cpu["others"]]
     names = [f"{run['processor'] or 'not recorded'}, jax {run['jax']}, {run['rounds']} rounds" for run in runs]
     whats = (what for what in runs[0]["ratios"] if any(what in run["ratios"] for run in runs[1:]))
-    rows = ((words(what), *(spread(run["ratios"].get(what, {})) for run in runs)) for what in whats)
+    rows = ((what, *(spread(run["ratios"].get(what, {})) for run in runs)) for what in whats)
     return markdown(("", *names), rows)
 
 
@@ -70,7 +63,7 @@ def page() -> str:
         parity=markdown(
             ("prompts", "tokens", "patches", "logits differ by", "greedy tokens equal"),
             (
-                (words(m["case"]), f"{m['tokens']:,}", f"{m['patches']:,}", f"{m['logit_difference']:.1e}",
+                (m["case"], f"{m['tokens']:,}", f"{m['patches']:,}", f"{m['logit_difference']:.1e}",
                  f"{m['greedy_equal']} of {m['greedy_tokens']}")
                 for m in parity["models"]
             ),
@@ -117,10 +110,10 @@ def page() -> str:
         memory=markdown(
             ("what", "n, 2n, 4n", "increment, MiB", "exponent", "S x S, MiB"),
             (
-                (words(m["what"]), ", ".join(f"{n:,}" for n in m["sizes"]),
+                (m["what"], ", ".join(f"{n:,}" for n in m["sizes"]),
                  ", ".join(f"{n / 2**20:,.0f}" for n in m["increment_bytes"]), f"{m['exponent']:.2f}",
                  f"{m['square_bytes'][-1] / 2**20:,.0f}")
-                for m in (memory[name] for name in ("picture", "prompt", "gradient"))
+                for m in (memory[name] for name in ("image", "prompt", "gradient"))
             ),
         ),
         engine_prompts=slots["prompts"],

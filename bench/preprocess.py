@@ -43,7 +43,7 @@ BATCHES = 12
 """Of a training job, of which the first ones are not timed."""
 
 
-def pictures(kind: str, count: int) -> list[Any]:
+def photographs(kind: str, count: int) -> list[Any]:
     """Photographs of one size, of their own sizes, or their files."""
     names = [PHOTOGRAPHS[i % len(PHOTOGRAPHS)] for i in range(count)]
     if kind == "files":
@@ -73,7 +73,7 @@ class Ours(turns.JaxSide):
         """Photographs in one call."""
         from glm4v_jax import Glm4vImageProcessorFast
 
-        found, given = dict[str, Any](), pictures(kind, count)
+        found, given = dict[str, Any](), photographs(kind, count)
         line = timed(lambda: found.update(Glm4vImageProcessorFast()(given)), lambda _: count)
         return line | {"digest": digest(found["pixel_values"])}
 
@@ -107,7 +107,7 @@ class Ours(turns.JaxSide):
 
     def scaled(self, way: str, workers: int, count: int) -> dict[str, Any]:
         """Photographs from their files, one a call, in `workers` threads or processes."""
-        files = pictures("files", count)
+        files = photographs("files", count)
         pools: dict[str, Callable[[], concurrent.futures.Executor]] = {
             "threads": lambda: concurrent.futures.ThreadPoolExecutor(workers),
             "processes": lambda: concurrent.futures.ProcessPoolExecutor(
@@ -135,7 +135,7 @@ class Theirs(turns.TorchSide):
         reference.import_transformers()
         from transformers.models.glm4v.image_processing_glm4v_fast import Glm4vImageProcessorFast
 
-        found, given = dict[str, Any](), pictures(kind, count)
+        found, given = dict[str, Any](), photographs(kind, count)
 
         def work() -> None:
             images = [PIL.Image.open(image).convert("RGB") for image in given] if kind == "files" else given

@@ -46,9 +46,9 @@ class WaysLine(NamedTuple):
 
 
 LINES = (
-    WaysLine("each side's usual way: packed | padded", "packed", "padded", 1.3),
+    WaysLine("each side's usual way: packed / padded", "packed", "padded", 1.3),
     WaysLine("the same padded batches", "padded", "padded", None),
-    WaysLine("packed | padded, samples grouped by length", "packed", "grouped", 1.0),
+    WaysLine("packed / padded, samples grouped by length", "packed", "grouped", 1.0),
 )
 TURNS = (("packed", "padded"), ("padded", "grouped"))
 """Ways of (ours, theirs) that are timed after one another: between them, those of all lines."""
@@ -148,7 +148,7 @@ def facts(samples: Sequence[Any], used: Sequence[Sequence[Any]]) -> dict[str, An
     timed = [sample for batch in used for sample in batch]
     return {
         "samples": len(samples),
-        "with_pictures_or_videos": sum(len(sample.frames) > 0 for sample in samples),
+        "with_images_or_videos": sum(len(sample.frames) > 0 for sample in samples),
         "tokens": {"median": float(np.median(lengths)), "min": min(lengths), "max": max(lengths)},
         "vision_share": float(sum((s.prompt.medium_of >= 0).sum() for s in samples) / sum(lengths)),
         "timed_steps": len(used),

@@ -30,12 +30,12 @@ def main() -> None:
             address = next(filter(None, addresses), None)
             if address is None:
                 raise SystemExit("the server ended before it named its address")
-            save(picture_of(address[0]), chosen.out)
+            save(screenshot_of(address[0]), chosen.out)
         finally:
             server.terminate()
 
 
-def picture_of(address: str) -> bytes:
+def screenshot_of(address: str) -> bytes:
     """The page after the question that it offers, its thought open, as PNG."""
     with browser() as chromium:
         page = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})

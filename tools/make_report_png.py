@@ -46,11 +46,11 @@ def main() -> None:
         summary = {**read_summary(run), "model": pathlib.Path(chosen.model).name}
         items = read_items(find_task(TASK), (), limit=ITEMS)
         write_report(items, read_results(run / RESULTS), summary, run / REPORT)
-        taken = picture_of(run / REPORT)
+        taken = screenshot_of(run / REPORT)
     save(taken, chosen.out)
 
 
-def picture_of(page: pathlib.Path) -> bytes:
+def screenshot_of(page: pathlib.Path) -> bytes:
     """What a browser shows of a page, its lowest scores first, as PNG."""
     with browser() as chromium:
         opened = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})

@@ -229,7 +229,7 @@ def test_a_small_quadratic_part_is_too_much():
     assert memory.growth_exponent(sizes, sizes + sizes**2 / 7000) > memory.MAX_EXPONENT
 
 
-@pytest.mark.parametrize("task", ["picture", "prompt", "gradient"])
+@pytest.mark.parametrize("task", ["image", "prompt", "gradient"])
 def test_a_task_of_memory_prints_its_peak(task, monkeypatch, capsys):
     if task != "prompt":
         shallow = dataclasses.replace(memory.vision_config(), depth=1)

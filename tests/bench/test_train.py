@@ -56,7 +56,7 @@ def test_losses_of_both_sides_agree(figures):
 def test_tokens_are_those_of_the_samples(figures):
     data = figures["data"]
     assert data["timed_steps"] == STEPS and 0 < data["timed_tokens"] <= STEPS * SHAPE.rows * SHAPE.length
-    assert data["with_pictures_or_videos"] > 5 and 0 < data["vision_share"] < 1
+    assert data["with_images_or_videos"] > 5 and 0 < data["vision_share"] < 1
     assert all(line["ours"]["median"] > 0 and line["theirs"]["median"] > 0 for line in figures["lines"])
 
 
