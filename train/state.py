@@ -66,8 +66,8 @@ class Layout:
         self, params: Mapping[str, Array], frozen: Mapping[str, Array], dtypes: Mapping[str, DTypeLike]
     ) -> Glm4v:
         """Return the model of these leaves, trained ones in the dtypes that they were loaded in."""
-        leaves = [params[path].astype(dtypes[path]) if path in params else frozen[path] for path in self.paths]
-        return jax.tree.unflatten(self.structure.treedef, leaves)
+        leaves = {**frozen, **_in_dtypes(params, dtypes)}
+        return jax.tree.unflatten(self.structure.treedef, [leaves[path] for path in self.paths])
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +90,13 @@ class Weights:
         return self.layout.model(self.params, self.frozen, self.dtype)
 
 
+def _in_dtypes(leaves: Mapping[str, Array], dtypes: Mapping[str, DTypeLike]) -> Leaves:
+    """Cast leaves by one program: one for each shape took longer to compile than a small model's step."""
+    others = {path: leaf for path, leaf in leaves.items() if leaf.dtype != dtypes[path]}
+    cast = jax.jit(lambda others: {path: leaf.astype(dtypes[path]) for path, leaf in others.items()})
+    return {**leaves, **(cast(others) if others else {})}
+
+
 def _cast(path: str, leaf: Array, dtype: DTypeLike) -> Array:
     is_kept = is_lora(path) or is_scale(path) or jnp.issubdtype(leaf.dtype, jnp.integer)
     return leaf if is_kept else leaf.astype(dtype)
@@ -102,9 +109,10 @@ def split(model: Glm4v, is_trained: Callable[[str], bool]) -> tuple[Leaves, Leav
       ConfigError: none is trained.
     """
     leaves = dict(zip(leaf_paths(model), jax.tree.leaves(model), strict=True))
-    params = {path: leaf.astype(jnp.float32) for path, leaf in leaves.items() if is_trained(path)}
-    if not params:
+    trained = {path: leaf for path, leaf in leaves.items() if is_trained(path)}
+    if not trained:
         raise ConfigError("freeze: found no parameter to train; expected some that are not frozen")
+    params = _in_dtypes(trained, dict.fromkeys(trained, jnp.float32))
     return params, {path: leaf for path, leaf in leaves.items() if path not in params}
 
 
