@@ -164,7 +164,7 @@ def serving(words, port):
         servers.append(server.Server(service))
         servers[0].run(sockets=[listener])
 
-    small = ["--port", str(port), "--slots", "2", "--max-model-len", "512", "--no-warmup"]
+    small = ["--port", str(port), "--slots", "1", "--max-model-len", "256", "--no-warmup"]
     thread = threading.Thread(target=main, args=([*words[1:], *small, "--model", str(TINY_CHECKPOINT)],))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "run", run)
