@@ -83,7 +83,7 @@ seed = {seed}
 files = ["problems.jsonl"]
 
 [batch]
-rows = 16
+rows = {rows}
 length = 128
 vision_rows = 4
 vision_length = 64
@@ -124,7 +124,7 @@ expansion_most = 2.0
 class Size(NamedTuple):
     """How large a run is.
 
-    steps, every, prompts: of the job.
+    steps, every, prompts, rows: of the job.
     problems: of each tier.
     held_out: questions of each tier that are asked after the training.
     """
@@ -132,6 +132,7 @@ class Size(NamedTuple):
     steps: int = 17
     every: int = 6
     prompts: int = 16
+    rows: int = 16
     problems: tuple[int, ...] = (200, 200, 200, 600)
     held_out: int = 120
 
@@ -151,7 +152,7 @@ class Size(NamedTuple):
         return max(self.prompts // 4, 1)
 
 
-QUICK = Size(steps=2, every=1, prompts=2, problems=(3, 3, 3, 3), held_out=2)
+QUICK = Size(steps=2, every=1, prompts=2, rows=4, problems=(3, 3, 3, 3), held_out=2)
 
 
 def other_groups(tasks: Sequence[Task], rewards: Sequence[Reward]) -> Sequence[Reward]:
@@ -197,7 +198,7 @@ def write_job(directory: Path, arm: Arm, seed: int, size: Size) -> Path:
     write_problems(directory, dict(zip(TIERS, size.problems, strict=True)), seed)
     text = JOB.format(
         model=json.dumps(str(TINY_CHECKPOINT)), steps=size.steps, seed=seed, optimizer=arm.optimizer, every=size.every,
-        prompts=size.prompts, samples=SAMPLES, updates=UPDATES, least=size.least, mode=arm.mode,
+        prompts=size.prompts, rows=size.rows, samples=SAMPLES, updates=UPDATES, least=size.least, mode=arm.mode,
         temperature=TEMPERATURE,
         verifiers="\n".join(f'{tier} = {{ kind = "counting" }}' for tier in TIERS),
     )  # fmt: skip
