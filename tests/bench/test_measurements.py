@@ -35,6 +35,7 @@ from bench import eval as evaluation
 from bench.device import __main__ as device
 from convert.synth import load_config
 from glm4v_jax import Engine, Glm4vForConditionalGeneration, Glm4vProcessor
+from glm4v_jax.checkpoints import load
 from glm4v_jax.checkpoints.hf_write import tensor_shapes
 from glm4v_jax.checkpoints.load import load_runtime
 from glm4v_jax.tiny import TINY_CHECKPOINT
@@ -97,6 +98,15 @@ def test_aot_has_a_table_for_inference_and_one_for_training():
         and cells["floor ms"] == "1000 (FLOP/s)"
     )
     assert cells["estimated ms"] == "1300"  # cycles, links, attention kernels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_layers():
+    """One layer in each program, around which there is a loop, as on every other platform than a CPU."""
+    read = load.load_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "load_model", lambda *given, **options: read(*given, **options | {"stacked": True}))
+        yield
 
 
 @pytest.fixture(scope="module")
