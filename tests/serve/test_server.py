@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import re
 import signal
 import socket
@@ -392,6 +393,16 @@ def test_the_page_and_what_the_model_sees(server):
     assert refused.status_code == 400
     refused = http.post(f"{server[1]}/v1/preview", json={"type": "image_url", "image_url": "cat.png"})
     assert refused.json()["error"]["message"] == "body.image_url: found no data URL; expected data:<type>;base64,<data>"
+
+
+def test_the_event_loop_gives_way_to_the_engine(server):
+    threads = {thread.name.rpartition(" ")[2]: thread.native_id for thread in threading.enumerate()}
+
+    def niceness(name):
+        return os.getpriority(os.PRIO_PROCESS, threads[name])
+
+    expected = min(niceness("engine") + 10, 19) if sys.platform == "linux" else niceness("engine")
+    wait_until(lambda: niceness("(run)") == expected)
 
 
 def test_metrics_have_vllms_names(server, client):
