@@ -153,7 +153,10 @@ def test_the_result_is_a_checkpoint_with_frozen_parts_unchanged(folder, uninterr
 
 @pytest.fixture(scope="module")
 def failed_evaluation(folder):
-    """A job with an adapter whose evaluation fails after a step that no checkpoint was due for."""
+    """A job with an adapter whose evaluation fails after a step that no checkpoint was due for.
+
+    Its program is that of longer jobs too: its rates do not depend on the number of steps.
+    """
 
     class Broken:
         def __init__(self, *args):
@@ -163,6 +166,7 @@ def failed_evaluation(folder):
             raise RuntimeError("no tokenizer")
 
     config = job(folder, "adapter", lora=AdapterConfig(rank=2, alpha=4.0, modules_to_save=("lm_head",)), steps=3)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, schedule="constant"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.loop.Evaluator", Broken)
         with pytest.raises(RuntimeError, match="no tokenizer"):
@@ -171,14 +175,20 @@ def failed_evaluation(folder):
     return config
 
 
-def test_a_failed_evaluation_loses_no_step(failed_evaluation):
+@pytest.fixture(scope="module")
+def resumed(failed_evaluation):
+    """Messages of the same job, without evaluations, to its end."""
     told = []
     assert train(failed_evaluation, log=told.append) == (3, True)
-    assert told[1].startswith("resuming after step 1, ")
+    return told
 
 
-def test_a_job_with_lora_trains_an_adapter(folder, failed_evaluation, uninterrupted):
-    train(failed_evaluation)
+def test_a_failed_evaluation_loses_no_step(resumed):
+    assert resumed[1].startswith("resuming after step 1, ")
+
+
+@pytest.mark.usefixtures("resumed")
+def test_a_job_with_lora_trains_an_adapter(folder, uninterrupted):
     losses = [line["loss"] for line in steps(folder, "adapter")]
     # The same samples, and the same model: an adapter adds nothing before its first step.
     assert losses[0] == pytest.approx(uninterrupted[0]["loss"], rel=1e-5) and losses[2] < losses[0]
@@ -192,9 +202,9 @@ def test_a_job_with_lora_trains_an_adapter(folder, failed_evaluation, uninterrup
     assert not np.array_equal(adapted.lm_head.kernel[...], model.lm_head.kernel[...])
 
 
-def test_a_job_goes_on_from_an_adapter(folder, failed_evaluation):
+@pytest.mark.usefixtures("resumed")
+def test_a_job_goes_on_from_an_adapter(folder):
     """With dropout and noise, which change its losses, and with steps of almost nothing it stays what it was."""
-    train(failed_evaluation)
     first = folder / "adapter" / ADAPTER
     (told, other), path = ([], []), first / "adapter_config.json"
     config = job(
@@ -244,8 +254,8 @@ def test_a_second_run_is_refused_while_the_first_goes_on(folder, uninterrupted):
             with pytest.raises(CheckpointError, match=r"twice.checkpoints: found another process writing it.*wait for"):
                 train(job(folder, "twice"))
 
-    assert train(job(folder, "twice", steps=3), log=start_again) == (3, True)
-    assert [line["step"] for line in steps(folder, "twice")] == [1, 2, 3]
+    assert train(job(folder, "twice"), log=start_again) == (STEPS, True)
+    assert steps(folder, "twice") == uninterrupted
     assert not list((folder / "twice").glob(".*"))
 
 
@@ -333,8 +343,10 @@ def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_mo
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.count_steps", None)
         assert train(config) == (4, True)
+        shutil.copytree(folder / "epochs", tmp_path / "out", ignore=shutil.ignore_patterns(CHECKPOINTS))
+        changed = dataclasses.replace(config, model=str(other), out=str(tmp_path / "out"))
         with pytest.raises(TypeError, match="not callable"):  # how long samples are depends on the template, too
-            train(dataclasses.replace(config, model=str(other)))
+            train(changed)
     lines = steps(folder, "epochs")
     assert sum(line["samples"] for line in lines) == 11 and lines[-1]["epoch"] == 1
     # A warm-up of two steps, and a cosine of two.
@@ -516,8 +528,10 @@ class TestBeforeTheModelIsLoaded:
 
 @pytest.mark.parametrize(("count", "out"), [(STEPS, "spikes"), (2, "last")])  # the last step is checked, too
 def test_skipped_steps_in_a_row_end_a_job(folder, count, out):
+    rates = OptimizerConfig(learning_rate=1e-3, warmup=2, schedule="constant")  # one program for both
+    config = job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=count, checkpoint=CheckpointConfig(every=1))
     with pytest.raises(TrainError, match=r"step 2: found gradients of norm .*, the last of 2 skipped steps in a row"):
-        train(job(folder, out, max_grad_norm=1e-6, max_skipped=2, steps=count, checkpoint=CheckpointConfig(every=1)))
+        train(dataclasses.replace(config, optimizer=rates))
     assert not (folder / out / CHECKPOINTS).exists()
     # Skipped steps do not advance the schedule.
     rates = [line["learning_rate"] for line in steps(folder, out)]
