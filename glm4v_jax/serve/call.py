@@ -35,8 +35,8 @@ class Inbox:
                 self._loop.call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
-        while self._items:
-            self._items.popleft()()
+        while self._items:  # each as a callback of its own: an error in one does not keep the others
+            self._loop.call_soon(self._items.popleft())
 
 
 class Call:

@@ -168,3 +168,19 @@ def test_the_loop_is_woken_once_for_what_comes_together(tokenizer, monkeypatch):
         return len(woken)
 
     assert run(tokenizer, check, is_stream=True) == 2
+
+
+def test_an_error_in_one_call_does_not_keep_the_others():
+    async def body():
+        taken, errors = [], []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context["exception"]))
+        inbox = Inbox()
+        for work in (lambda: taken.append(1), lambda: 1 / 0, lambda: taken.append(2)):
+            inbox.put(work)
+        await asyncio.sleep(0.01)
+        inbox.put(lambda: taken.append(3))
+        await asyncio.sleep(0.01)
+        return taken, errors
+
+    taken, [error] = asyncio.run(body())
+    assert taken == [1, 2, 3] and isinstance(error, ZeroDivisionError)
