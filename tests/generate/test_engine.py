@@ -125,9 +125,9 @@ def test_text_is_what_the_tokenizer_decodes(engine):
 
 
 @pytest.mark.slow
-def test_200_prompts_through_8_slots_give_what_each_gives_alone(engine):
+def test_100_prompts_through_8_slots_give_what_each_gives_alone(engine):
     rng = np.random.default_rng(11)
-    requests = random_requests(engine.model, 200, seed=10)
+    requests = random_requests(engine.model, 100, seed=10)
     ends = rng.integers(0, 768, 8).tolist()
     options = [dict(max_new_tokens=int(rng.integers(1, 50))) for _ in requests]
     many = {
@@ -136,7 +136,7 @@ def test_200_prompts_through_8_slots_give_what_each_gives_alone(engine):
             [Request(*pair) for pair in zip(requests, options, strict=True)], do_sample=False, eos_token_id=ends
         )
     }
-    assert sorted(many) == list(range(200))
+    assert sorted(many) == list(range(100))
     reasons = set()
     for index, (inputs, option) in enumerate(zip(requests, options, strict=True)):
         alone = engine.generate(inputs, do_sample=False, eos_token_id=ends, **option)
