@@ -196,6 +196,7 @@ vision_rows = 1
 vision_length = 128
 [optimizer]
 learning_rate = 1e-3
+schedule = "constant"
 warmup = 2
 [eval]
 files = ["held.jsonl"]
@@ -238,8 +239,10 @@ def test_a_job_learns_which_answer_is_preferred(tmp_path):
         other = shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "other")
         with (other / "chat_template.jinja").open("a") as file:
             file.write("{# changed #}")
+        (tmp_path / "again").mkdir()
+        shutil.copy(tmp_path / "out" / REFERENCES, tmp_path / "again")
         with pytest.raises(pytest.fail.Exception, match="computed again"):
-            train(dataclasses.replace(changed, model=str(other)))
+            train(dataclasses.replace(changed, model=str(other), out=str(tmp_path / "again")))
 
 
 @pytest.mark.slow
