@@ -75,8 +75,8 @@ LARGE = Size(
     streamed=160, turns=5, rounds=2,
 )  # fmt: skip
 QUICK = dataclasses.replace(
-    TINY, config=models.SHALLOW, slots=4, requests=8, context=256, long_prompt=128, prefix=100, streamed=30, turns=2,
-    rounds=1, is_warmed=False, prompts=(32, 56), answers=(8, 24),
+    TINY, config=models.SHALLOW, slots=4, requests=8, context=256, long_prompt=112, prefix=112, streamed=30, turns=2,
+    rounds=1, is_warmed=False, prompts=(24, 27), answers=(8, 24),
 )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ async def joining(client: Client, size: Size, prompts: Prompts) -> dict[str, Any
     """Streams in all slots but one, alone and while long prompts come into that one."""
 
     async def streams(begun: Callable[[], None] | None = None) -> list[Answer]:
-        bodies = [body([message(prompts.text(32))], size.streamed) for _ in range(size.slots - 1)]
+        bodies = [body([message(prompts.text(size.prompts[0]))], size.streamed) for _ in range(size.slots - 1)]
         return list(await asyncio.gather(*(client.chat(body, begun=begun) for body in bodies)))
 
     alone = await streams()
