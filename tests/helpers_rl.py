@@ -1,5 +1,6 @@
 """A tiny model that samples and learns by reward, and prompts for it: texts, images and a video."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,7 +22,7 @@ from train.rl.rollouts import media_tokens
 from train.rl.step import PolicyStep, nothing
 from train.state import Layout, init_state, split
 
-BATCH = BatchConfig(rows=4, length=256, vision_rows=4, vision_length=256)
+BATCH = BatchConfig(rows=3, length=256, vision_rows=2, vision_length=128)
 
 
 def messages(number, *, video=False):
@@ -50,6 +51,7 @@ class Learner:
         self.optimizer = optax.adam(1e-3)
         banned = media_tokens(self.config)
         self.objective = Objective(banned=banned)
+        self.copied = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves))
         self.step = PolicyStep(self.layout, self.optimizer, self.objective, dtype=jnp.float32, remat="none")
         self.handover = Handover(self.layout, self.params, self.frozen, jnp.float32, mesh)
         runtime = Runtime.of(self.handover(self.params), mesh, GenerationConfig())
@@ -61,7 +63,7 @@ class Learner:
 
     def state(self):
         """A new state before the first step."""
-        return init_state({path: jnp.copy(x) for path, x in self.params.items()}, self.optimizer)
+        return init_state(self.copied(self.params), self.optimizer)
 
     def groups(self, prompts, *, samples=4, seed=0, **options):
         """Sample answers, with rewards that differ."""

@@ -120,7 +120,7 @@ def test_of_fewer_groups_there_are_fewer_updates_up_to_the_same_learning_rate(le
 @pytest.mark.slow
 def test_a_model_that_is_not_the_one_that_sampled_is_an_error(learner, cycle, problems):
     state = learner.state()
-    state = state._replace(params={path: x * 1.01 for path, x in state.params.items()})
+    state = state._replace(params=jax.jit(lambda params: jax.tree.map(lambda x: x * 1.01, params))(state.params))
     with pytest.raises(DriftError, match=r"rl.max_ratio_drift: found a mean \|ratio - 1\| of 0\.\d+ before the first"):
         cycle(state, problems, sevens, 0)
 

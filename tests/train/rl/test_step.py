@@ -74,7 +74,7 @@ def test_ratios_are_one_at_other_temperatures(learner, sampled):
         sums = sums.plus(sums_of(learner.params, learner.frozen, batch))
     assert float(sums.tokens) >= 2000
     assert float(sums.deviation / sums.tokens) <= 2e-6 and float(sums.largest) <= 2e-4
-    _, others = learner.sums(learner.params, batches)
+    _, others = learner.sums(learner.params, batches[:1])
     assert float(others.deviation / others.tokens) > 0.05
 
 
@@ -88,11 +88,15 @@ def restored(learner):
 @pytest.mark.parametrize("is_forgotten", [True, False])
 def test_weights_arrive_with_the_features_of_images_seen_before(learner, sampled, restored, monkeypatch, is_forgotten):
     """After a step that moves the ViT too; without forgetting what the old one saw, they do not."""
-    prompts = [group.prompt for group in sampled[:8]]
+    prompts = [group.prompt for group in sampled[:4]]
     learner.groups(prompts, samples=2)
-    state, metrics = learner.take(learner.state(), sampled[:8])
+    state, metrics = learner.take(learner.state(), sampled[:4])
     assert not bool(metrics.update.is_skipped) and float(metrics.ratio_dev) <= 2e-6
-    moved = {path for path, x in state.params.items() if np.abs(np.asarray(x - learner.params[path])).max() > 1e-4}
+    moved = {
+        path
+        for path, x in state.params.items()
+        if np.abs(np.asarray(x) - np.asarray(learner.params[path])).max() > 1e-4
+    }
     assert any("visual" in path for path in moved) and any("language_model" in path for path in moved)
     if not is_forgotten:
         monkeypatch.setattr(FeaturePool, "use", lambda self, runtime: setattr(self, "_runtime", runtime))
@@ -101,7 +105,7 @@ def test_weights_arrive_with_the_features_of_images_seen_before(learner, sampled
     if is_forgotten:
         assert_ratios_are_one(learner, state.params, groups)
         # Those that were drawn before are from another distribution by now.
-        _, sums = learner.sums(state.params, learner.batches(sampled[:8]))
+        _, sums = learner.sums(state.params, learner.batches(sampled[:4]))
         assert float(sums.deviation / sums.tokens) > 1e-3 and float(sums.divergence) > 0
     else:
         with pytest.raises(AssertionError):
