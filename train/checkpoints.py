@@ -13,7 +13,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from glm4v_jax.checkpoints.atomic_directory import FULL, free_bytes, full_disk
-from glm4v_jax.checkpoints.orbax_write import by_first, os_errors, without_orbax_log
+from glm4v_jax.checkpoints.orbax_write import PART_BYTES, by_first, os_errors, without_orbax_log
 from glm4v_jax.devices.distributed import gathered, is_first, several
 from glm4v_jax.errors import CheckpointError, counted
 from glm4v_jax.files import size_text
@@ -252,12 +252,15 @@ class Checkpoints:
         return self._directory / str(step)
 
     def _open(self) -> Any:
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = PART_BYTES
         return ocp.training.Checkpointer(
             self._directory.absolute(),
             # The caller decides when to save.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=_Preservation(self._kept),
             cleanup_tmp_directories=True,
+            context=context,
         )
 
     def _close_orbax(self) -> None:

@@ -38,7 +38,7 @@ GROUP_BYTES = 256 << 20
 _CHUNK_BYTES = 32 << 20
 # Devices that hold copies of a leaf write a part each, unless parts are smaller: then one writes all of it. Orbax
 # slices on the devices, with programs for each shape and part: hundreds to compile where most leaves are small.
-_PART_BYTES = 1 << 20
+PART_BYTES = 1 << 20
 # Small, because data stay in memory until there are enough of them for a file.
 _FILE_BYTES = 128 << 20
 _ORBAX = "orbax"
@@ -62,7 +62,7 @@ class GroupWriter:
         # Weights do not compress well, and it takes longer than writing them does.
         self._context.array.saving.use_compression = False
         self._context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-        self._context.array.saving.min_slice_bytes_for_replica_parallel = _PART_BYTES
+        self._context.array.saving.min_slice_bytes_for_replica_parallel = PART_BYTES
         self._context.array.saving.ocdbt_target_data_file_size = _FILE_BYTES
         # The arrays belong to the writer: nobody changes them.
         self._context.memory.deepcopy_host_arrays = False

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
@@ -98,7 +99,10 @@ def one_device(folder):
 
 @pytest.fixture(scope="module")
 def sharded(folder, run_on_devices):
-    """What a job on eight devices, stopped in the middle, logs where it starts and where it resumes on another mesh."""
+    """What a job on eight devices, stopped in the middle, logs where it starts and where it resumes on another mesh.
+
+    And the names of programs that slice leaves.
+    """
     return run_on_devices(stop_and_resume, folder)
 
 
@@ -110,10 +114,14 @@ def test_every_mesh_gives_the_losses_of_one_device(folder, one_device, sharded):
 
 
 def test_a_job_resumes_on_another_mesh(sharded):
-    (started, *_), (resumed, second, *_) = sharded
+    (started, *_), (resumed, second, *_), _ = sharded
     for line, mesh in ((started, SHARDED[0]), (resumed, SHARDED[1])):
         assert line.endswith(f"60 records to train on; 8 devices ({mesh}), cpu")
     assert second == f"resuming after step {STEPS // 2}, from checkpoints"
+
+
+def test_checkpoints_on_a_mesh_compile_no_programs_that_slice_small_leaves(sharded):
+    assert sharded[2] == []
 
 
 def assert_same_results(folder, out, expected):
@@ -214,17 +222,24 @@ def test_a_job_with_other_lanes_does_not_resume(folder, one_device):
 
 
 def stop_and_resume(folder):
-    started, resumed = [], []
+    started, resumed, slices = [], [], []
+
+    def hear(event, duration, **details):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration" and details["fun_name"] == "jit(slice)":
+            slices.append(details["fun_name"])
 
     def stop(line):
         started.append(line)
         if line.startswith(f"step {STEPS // 2 - 1} "):  # the next one is running already
             signal.raise_signal(signal.SIGTERM)
 
+    jax.clear_caches()  # or what others have compiled would not be listed
+    jax.monitoring.register_event_duration_secs_listener(hear)
     train(job(folder, "moved", mesh=SHARDED[0]), log=stop)
     train(job(folder, "moved", mesh=SHARDED[1]), log=resumed.append)
+    jax.monitoring.unregister_event_duration_listener(hear)
     logs = [[line.replace(f"{folder}/moved/", "") for line in log] for log in (started, resumed)]
-    return [[line for line in log if not line.startswith("step")] for log in logs]
+    return *([line for line in log if not line.startswith("step")] for log in logs), slices
 
 
 def _train_twice(arguments):
