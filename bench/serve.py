@@ -14,8 +14,7 @@ own.
   beside that of requests of the same lengths that share nothing.
 
 Writes `bench/results/serve.json`; exits with status 1 if a target is missed. `--quick` runs all of it on the tiny model
-with few requests, judges nothing but the answers and writes nothing. `--soak SECONDS` and `--faults` are in
-`bench/serve_soak.py`.
+with few requests, judges nothing but the answers and writes nothing. `bench/serve_soak.py` has the soak and the faults.
 """
 
 import argparse
