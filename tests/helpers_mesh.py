@@ -25,8 +25,8 @@ from glm4v_jax.config.model import Glm4vConfig
 DEVICES = 16
 """Of the process that tests share; a mesh takes the first of them."""
 
-ROWS = [[9], [2, ("image", (8, 10)), 3], [4, ("image", (6, 12)), 2, ("video", (2, 2, 4)), 1], [30]]
-"""Prompts with images and a video, for `Prompts`; one shape of vision rows holds each of these."""
+ROWS = [[9], [2, ("image", (4, 6)), 3], [4, ("image", (2, 8)), 2, ("video", (2, 2, 4)), 1], [30]]
+"""Prompts with images and a video, for `Prompts`."""
 
 GROUPED = CONFIGS["base"] | {
     # Four query heads to a key head, so that kv=2 leaves something for four devices along q or seq.
