@@ -104,27 +104,28 @@ class Client:
         except OSError as error:
             return Answer(0, error=repr(error))
         try:
-            writer.write(_HEAD % (self._host.encode(), self._port, len(content)) + content)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            if (status := int(head.split(b" ", 2)[1])) != 200:
-                [length] = (line[15:] for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
-                return Answer(status, error=_message(await reader.readexactly(int(length))))
-            async for event in _events(reader):
-                chunk = msgspec.json.decode(event)
-                if "error" in chunk:
-                    return Answer(500, "".join(texts), error=chunk["error"]["message"])
-                tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-                for choice in chunk["choices"]:
-                    reason = choice.get("finish_reason") or reason
-                    delta = choice["delta"]
-                    if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
-                        texts.append(text)
-                        times.append(time.perf_counter())
-                        if len(times) == 1 and begun is not None:
-                            begun()
-                if leave_after is not None and len(texts) > leave_after:
-                    return Answer(0, "".join(texts))
-            is_whole = True
+            async with asyncio.timeout(START_SECONDS):
+                writer.write(_HEAD % (self._host.encode(), self._port, len(content)) + content)
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                if (status := int(head.split(b" ", 2)[1])) != 200:
+                    [length] = (line[15:] for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
+                    return Answer(status, error=_message(await reader.readexactly(int(length))))
+                async for event in _events(reader):
+                    chunk = msgspec.json.decode(event)
+                    if "error" in chunk:
+                        return Answer(500, "".join(texts), error=chunk["error"]["message"])
+                    tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+                    for choice in chunk["choices"]:
+                        reason = choice.get("finish_reason") or reason
+                        delta = choice["delta"]
+                        if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
+                            texts.append(text)
+                            times.append(time.perf_counter())
+                            if len(times) == 1 and begun is not None:
+                                begun()
+                    if leave_after is not None and len(texts) > leave_after:
+                        return Answer(0, "".join(texts))
+                is_whole = True
         except (OSError, ValueError, asyncio.IncompleteReadError) as error:
             return Answer(0, "".join(texts), error=repr(error))
         finally:

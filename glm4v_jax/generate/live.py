@@ -277,7 +277,8 @@ class LiveEngine:
         """Deliver what the last dispatch has brought.
 
         Called once the next one is running: what receivers do, and the threads that they wake, which take the
-        interpreter's lock, would otherwise keep the device waiting.
+        interpreter's lock, would otherwise keep the device waiting. Where that one's programs were not warmed up, receivers
+        wait until they are compiled.
         """
         while self._unsent:
             self._deliver(*self._unsent.popleft())
@@ -317,7 +318,7 @@ class _LiveQueue:
         return not self.waiting
 
     def fill(self) -> None:
-        """Tell receivers of what is new, and of what was cancelled before its turn."""
+        """Deliver what is new, and what was cancelled before its turn."""
         self._send()
         while self.dropped:
             sequence = self.dropped.popleft()

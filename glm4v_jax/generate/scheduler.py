@@ -148,9 +148,7 @@ def run(
             most = chunks.begin() if interleave else None
             one = interleave and len(active) == len(slots.prefilling)
             begun, count = _prefill(slots, _media(waiting), most, one=one)
-            # Timed for itself where prompts have more chunks, or those that always join would get too little time. Else
-            # the device goes on with the decode steps at once.
-            if count == most and slots.prefilling and not shared:
+            if count == most and not shared:  # timed for itself, or prompts that always join would get too little time
                 waiting.fill()
                 slots.wait()
                 chunks.end()

@@ -282,7 +282,7 @@ class Slots:
         return chosen
 
     def prefill(self, starts: Mapping[int, Start]) -> tuple[SlotsState, RowState, Constraints | None]:
-        """Prefill all rows at once without choosing tokens, and give the state away: what `choose_first` takes."""
+        """Prefill all rows at once without choosing tokens, and give the state away: what `beam_search` begins with."""
         with self.runtime.on_mesh(), self.pool.lock:
             self._make_room(starts)
             self._prefill(starts, ())

@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,11 +27,13 @@ class Inbox:
         self._loop, self._items = asyncio.get_running_loop(), collections.deque[Callable[[], None]]()
 
     def put(self, work: Callable[[], None]) -> None:
-        """Have the event loop do this; in the engine's thread."""
+        """Have the event loop do this; in the engine's thread alone."""
         self._items.append(work)
         if len(self._items) == 1:  # else the loop has not emptied it yet
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            try:
                 self._loop.call_soon_threadsafe(self._empty)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                self._items.clear()
 
     def _empty(self) -> None:
         while self._items:  # each as a callback of its own: an error in one does not keep the others

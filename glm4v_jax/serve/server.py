@@ -24,12 +24,6 @@ _KEEP_ALIVE = 75
 """Seconds that a connection may be idle: more than the pools of clients keep one."""
 _LAST_SECONDS = 5
 """For responses to be sent once the engine has ended."""
-_SWITCH_SECONDS = 0.0005
-"""After which a thread gives up the interpreter's lock, instead of 5 ms: the device waits for the engine's thread."""
-_NICE = 10
-"""What is added to the niceness of the event loop's thread, and so of those that prepare requests. A step of the model
-waits for the slowest of its threads: one that finds its core taken holds up all. On two cores the tiny model wrote 1.2
-times as many tokens (median of six pairs in turns)."""
 _WATCH = 0.1
 _MAX_CONNECTIONS = 768
 """Below the 1,024 files that a process may often have open."""
@@ -79,7 +73,6 @@ def run(service: Service, listener: socket.socket) -> None:
     Raises:
       Glm4vError: the model cannot be loaded, or the engine has failed.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what clients send
         server = Server(service)
@@ -136,8 +129,6 @@ class Server(uvicorn.Server):
             state = self._service.state
             if state != was and state in ("ready", "failed"):
                 logger.info("server: %s", state)
-                if sys.platform == "linux":  # where it is of a thread; elsewhere of the process
-                    os.nice(_NICE)
             was = state
             if state == "failed":
                 self.has_failed = self.should_exit = True

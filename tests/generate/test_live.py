@@ -162,6 +162,21 @@ def test_an_error_in_the_slots_fails_what_is_running_and_nothing_else(start, mon
     assert (caller.live.state, caller.live.restarts) == ("ready", 1)
 
 
+def test_what_has_ended_before_an_error_is_delivered(start, monkeypatch):
+    decode, calls = Slots.decode, []
+
+    def second_fails(*args, **options):
+        calls.append(1)
+        return fail() if len(calls) == 2 else decode(*args, **options)
+
+    caller = start(started=False)
+    (_, [(_, short)]), (_, [(_, long)]) = (caller.send("Hi", max_new_tokens=n) for n in (1, 200))
+    monkeypatch.setattr(Slots, "decode", second_fails)
+    caller.live.start()
+    assert short.result(TIMEOUT).finish_reason == "length"
+    assert isinstance(long.exception(TIMEOUT), GenerationError)
+
+
 def test_an_engine_that_fails_again_and_again_gives_up(start, monkeypatch):
     monkeypatch.setattr(Slots, "advance", fail)
     caller = start(started=False)

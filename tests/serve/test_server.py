@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import json
-import os
 import re
 import signal
 import socket
@@ -395,16 +394,6 @@ def test_the_page_and_what_the_model_sees(server):
     assert refused.json()["error"]["message"] == "body.image_url: found no data URL; expected data:<type>;base64,<data>"
 
 
-def test_the_event_loop_gives_way_to_the_engine(server):
-    threads = {thread.name.rpartition(" ")[2]: thread.native_id for thread in threading.enumerate()}
-
-    def niceness(name):
-        return os.getpriority(os.PRIO_PROCESS, threads[name])
-
-    expected = min(niceness("engine") + 10, 19) if sys.platform == "linux" else niceness("engine")
-    wait_until(lambda: niceness("(run)") == expected)
-
-
 def test_metrics_have_vllms_names(server, client):
     client.chat.completions.create(model=MODEL, messages=hello(), max_tokens=3)
     lines = http.get(f"{server[1]}/metrics").text.splitlines()
@@ -563,8 +552,8 @@ def test_a_signal_lets_streams_finish(tmp_path):
 def test_a_warm_server_compiles_nothing(serving, lowerings):
     from glm4v_jax.generate.engine import Engine
 
-    def load():  # stacked, as on every accelerator: less to compile
-        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2, stacked=True)
+    def load():
+        return Engine.from_pretrained(TINY_CHECKPOINT, num_slots=2)
 
     with serving(load, is_warmed=True, max_model_len=64) as (service, address):
         wait_until(lambda: service.state in ("ready", "failed"), 300)
