@@ -176,6 +176,7 @@ def load_config(name: str, tiny: bool = False) -> Glm4vConfig:
       tiny: take the member at tiny size.
 
     Raises:
+      CheckpointError: a directory has no config.json, or a file cannot be read.
       ConfigError: there is none of that name, it is not of the family, or there is no tiny one.
     """
     if name == "tiny":

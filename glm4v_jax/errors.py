@@ -6,6 +6,7 @@ working, and every message names the file or field, what was found, and what was
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 
@@ -77,7 +78,8 @@ def naming(
         if not said.startswith(begins):
             raise
         repeated, colon, rest = said.partition(": ")
-        if colon and str(place).endswith(repeated):
+        # Whole words of a field, or the name of a file: "lora" stays after "/models/lora".
+        if colon and re.search(rf"(?:^|[._-]|/(?=\S*\.)){re.escape(repeated)}\Z", str(place)):
             said = rest
         raise (raised or type(error))(f"{place}: {said}", error.faults if len(error.faults) > 1 else ()) from error
 
@@ -132,7 +134,7 @@ def named(place: str) -> str:
     return place if place.strip() else repr(place)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, in a line; that of `raise_listed` in several."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         kind = str(error.strerror).lower().removeprefix("no such ")

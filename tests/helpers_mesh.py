@@ -49,7 +49,12 @@ class DeviceProcess:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(1, context, _prepare, (environment(DEVICES),))
         try:
-            return self._pool.submit(_call, os.getcwd(), function, arguments).result()
+            return self._pool.submit(_call, os.getcwd(), function, arguments).result(600)
+        except TimeoutError:  # also one that is raised there, after which a new process does no harm
+            for process in self._pool._processes.values():
+                process.kill()
+            self.close()
+            raise
         except BrokenProcessPool:
             self.close()
             raise

@@ -32,8 +32,11 @@ def contents(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def environment(devices=1):
-    """Of a process that sees so many devices; what else XLA is told, as in `conftest.py`, holds for it too."""
+def environment(devices=1, *, shares=True):
+    """Of a process that sees this many devices; what else XLA is told, as in `conftest.py`, holds for it too.
+
+    Where it `shares`, several processes run what the first of them has compiled; those of users compile by themselves.
+    """
     # On a busy machine a device may wait for a core longer than the 40 seconds after which the others end the process.
     flags = (
         f"--xla_force_host_platform_device_count={devices}",
@@ -42,7 +45,7 @@ def environment(devices=1):
     return os.environ | {
         "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]),
         "JAX_PLATFORMS": "cpu",
-        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": str(int(shares)),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
 

@@ -28,8 +28,6 @@ from train.step import make_step
 STEPS = 1000
 """Of the schedule; it does not change the program."""
 
-"""Of the model, whose weights a step reads."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:

@@ -103,12 +103,12 @@ def train(
         job_identity = identity(config, model_config, len(data.train), data.digest)
         processor = Glm4vProcessor.from_pretrained(config.model)
         processor.check_ids(model_config)
+        digest = functools.partial(_digest, job_identity, model_fingerprint(config.model))
     check_same(config, data, job_identity)
     out = Path(config.out)
     stack = contextlib.ExitStack()
     with stack, use_mesh(mesh):
         checkpoints = stack.enter_context(open_checkpoints(config, job_identity, log))
-        digest = functools.partial(_digest, job_identity, model_fingerprint(config.model))
         encoder = make_encoder(data.train, processor, model_config, config.data, config.batch)
         stream = Stream(
             encoder, model_config, config.data, config.batch, mesh, seed=config.seed, log=log, draws=data.draws,

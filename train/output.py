@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from glm4v_jax.checkpoints.atomic_directory import locked
 from glm4v_jax.checkpoints.orbax_write import by_first
 from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.distributed import errors_of_all
 from glm4v_jax.errors import CheckpointError, Glm4vError
 from glm4v_jax.files import made_directory
 from train.checkpoints import Checkpoints
@@ -56,11 +57,10 @@ def open_checkpoints(
     """
     out = Path(config.out)
     with contextlib.ExitStack() as stack:
-        try:
+        with _unwritable(config.out):
             by_first(lambda: stack.enter_context(made_directory(out)))  # a refused job leaves nothing
+        with errors_of_all(), _unwritable(config.out):
             out.mkdir(parents=True, exist_ok=True)  # of the other processes, whose disk may be another
-        except OSError as error:
-            raise CheckpointError(f"out: found {config.out}: {error.strerror}; expected a directory to write") from None
         by_first(lambda: stack.enter_context(locked(out / CHECKPOINTS)))
         # Not before the lock: else a second job that is refused might remove it from under the first.
         by_first(lambda: stack.enter_context(made_directory(out / CHECKPOINTS)))
@@ -68,6 +68,14 @@ def open_checkpoints(
         kept = Checkpoints(out / CHECKPOINTS, config.checkpoint, identity, log, read_evaluations(out))
         checkpoints = stack.enter_context(contextlib.closing(kept))
         yield checkpoints
+
+
+@contextlib.contextmanager
+def _unwritable(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"out: found {out}: {error.strerror}; expected a directory to write") from None
 
 
 def check_room(config: TrainConfig, model: Glm4vConfig, checkpoints: Checkpoints) -> None:

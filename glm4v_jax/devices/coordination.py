@@ -31,7 +31,7 @@ def put(key: str, value: str) -> bool:
 
 
 def wait_for(key: str, seconds: float) -> str | None:
-    """The value of a key, once somebody has written it; None if nobody has for so long.
+    """The value of a key, once somebody has written it; None if nobody has in this time.
 
     Raises:
       jax.errors.JaxRuntimeError: the service has ended.

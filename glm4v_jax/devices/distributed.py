@@ -29,7 +29,7 @@ from glm4v_jax.errors import ConfigError, MessageError, counted, one_line
 START_SECONDS = 300
 """How long processes wait for each other to start."""
 HEARTBEAT_SECONDS = 25
-"""A process that is not heard of for so long counts as dead, and the others end."""
+"""A process that is not heard of for this time counts as dead, and the others end."""
 
 _SHUTDOWN_SECONDS = 60
 _SILENT_SECONDS = 10
@@ -186,7 +186,7 @@ def errors_of_all() -> Iterator[None]:
     """Raise an error of the body in all processes; each runs it by itself, without waiting for another.
 
     It is for what comes before they compute together, such as reading files. Where a caller caught the error of one
-    process, the others would wait for it. All processes call this.
+    process, the others would wait for it without end. All processes call this.
 
     >>> with errors_of_all():
     ...     raise ConfigError("steps: found 0; expected at least 1")
@@ -195,17 +195,19 @@ def errors_of_all() -> Iterator[None]:
     glm4v_jax.errors.ConfigError: steps: found 0; expected at least 1
 
     Raises:
-      Glm4vError: an error of the first process that has one, of the same class; in that process, the error itself.
+      Glm4vError: an error of the first process that has one, of the same class, or of the closest one in `errors`; in
+        that process, the error itself.
     """
     try:
         yield
-    except Exception as error:
-        gathered([type(error).__name__, one_line(error)])
+    except BaseException as error:  # an interrupt too: the others are waiting
+        gathered([[kind.__name__ for kind in type(error).__mro__], one_line(error) or type(error).__name__])
         raise
     for process, found in enumerate(gathered(None)):
         if found is not None:
-            kind, message = found
-            raise getattr(errors, kind, errors.Glm4vError)(f"{message} (in process {process})")
+            kinds, message = found
+            kind = next((getattr(errors, kind) for kind in kinds if hasattr(errors, kind)), errors.Glm4vError)
+            raise kind(f"{message} (in process {process})")
 
 
 def check_devices(mesh: Mesh) -> None:

@@ -277,8 +277,8 @@ class LiveEngine:
         """Deliver what the last dispatch has brought.
 
         Called once the next one is running: what receivers do, and the threads that they wake, which take the
-        interpreter's lock, would otherwise keep the device waiting. Where that one's programs were not warmed up, receivers
-        wait until they are compiled.
+        interpreter's lock, would otherwise keep the device waiting. Programs that were not warmed up are compiled
+        first.
         """
         while self._unsent:
             self._deliver(*self._unsent.popleft())

@@ -101,8 +101,10 @@ class _Submodel(Generic[ConfigT, ModuleT]):
     ):  # fmt: skip
         self.config, self.rules = config, current_rules()
         with use_mesh(mesh) as self.mesh:
-            init = Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype))
-            self.flat = flat or Flat.of(self._made(config, init))
+            if flat is None:
+                init = Init(nnx.Rngs(params=seed), config.initializer_range, resolve_dtype(dtype))
+                flat = Flat.of(self._made(config, init))
+            self.flat = flat
 
     @property
     def module(self) -> ModuleT:

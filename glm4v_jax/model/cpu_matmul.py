@@ -15,11 +15,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-# Up to as many tokens the single pass is the faster one. Before 0.12, JAX does not vectorise its conversions.
+# Up to this many tokens the single pass is the faster one. Before 0.12, JAX does not vectorise its conversions.
 FEW_TOKENS = 2 if jax.__version_info__ >= (0, 12) else 0
 _ROWS = 8
 _BLOCK_BYTES = 4 << 20  # of a converted block, which is to stay in the cache
-_BLOCK_ROWS = 256  # for so many tokens that the sums are larger than a block
+_BLOCK_ROWS = 256  # where there are more sums than a block has
 
 
 def is_narrow(kernel: Array) -> bool:

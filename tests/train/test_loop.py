@@ -36,7 +36,7 @@ from train.job import read_data
 from train.log import EVALUATIONS, METRICS, MetricsLog, read_log, truncate
 from train.loop import _Steps, train
 from train.optimizers import OptimizerConfig
-from train.output import ANSWERS, CHECKPOINTS, PROFILE, TrainError
+from train.output import ANSWERS, CHECKPOINTS, EPOCHS, PROFILE, TrainError
 from train.profiler import Profiler
 from train.trackers import TENSORBOARD
 
@@ -344,6 +344,7 @@ def test_an_epoch_ends_with_each_record_seen_and_evaluations_without_a_better_mo
         patch.setattr("train.loop.count_steps", None)
         assert train(config) == (4, True)
         shutil.copytree(folder / "epochs", tmp_path / "out", ignore=shutil.ignore_patterns(CHECKPOINTS))
+        assert json.loads((tmp_path / "out" / EPOCHS).read_text())["steps"] == 4  # of the other template
         changed = dataclasses.replace(config, model=str(other), out=str(tmp_path / "out"))
         with pytest.raises(TypeError, match="not callable"):  # how long samples are depends on the template, too
             train(changed)

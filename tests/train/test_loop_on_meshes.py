@@ -152,7 +152,7 @@ def start(folder, out, count=2, tables=""):
     return [
         subprocess.Popen(
             [*command, "--num-processes", str(count), "--process-id", str(index)],
-            env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(2, shares=False), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(count)
     ]  # fmt: skip

@@ -239,8 +239,10 @@ def test_a_job_learns_which_answer_is_preferred(tmp_path):
         other = shutil.copytree(RANDOM_CHECKPOINT, tmp_path / "other")
         with (other / "chat_template.jinja").open("a") as file:
             file.write("{# changed #}")
-        (tmp_path / "again").mkdir()
-        shutil.copy(tmp_path / "out" / REFERENCES, tmp_path / "again")
+        for out in ("same", "again"):
+            (tmp_path / out).mkdir()
+            shutil.copy(tmp_path / "out" / REFERENCES, tmp_path / out)
+        assert train(dataclasses.replace(config, steps=3, out=str(tmp_path / "same"))).step == 3
         with pytest.raises(pytest.fail.Exception, match="computed again"):
             train(dataclasses.replace(changed, model=str(other), out=str(tmp_path / "again")))
 

@@ -140,6 +140,7 @@ def at_position(opt_state: optax.OptState, position: Array) -> optax.OptState:
         return isinstance(state, optax.ScaleByScheduleState)
 
     def moved(state: Any) -> Any:
-        return state._replace(count=position) if is_schedule(state) else state
+        # Of the old count, which is donated: the memory of an argument that nothing uses is not reused.
+        return state._replace(count=state.count + (position - state.count)) if is_schedule(state) else state
 
     return jax.tree.map(moved, opt_state, is_leaf=is_schedule)
