@@ -187,7 +187,7 @@ def main(ours: Callable[..., Any], theirs: Callable[..., Any], *names: str) -> N
     for name in names:
         parser.add_argument(f"--{name}", required=True)
     parse(parser, ours, theirs, *names)
-    parser.error("--side: found nothing; expected ours or theirs")
+    parser.error("--side: found no value; expected ours or theirs")
 
 
 def run_side(made: Callable[..., Any], side: str, threads: int, *arguments: Any) -> None:

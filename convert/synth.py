@@ -177,7 +177,7 @@ def load_config(name: str, tiny: bool = False) -> Glm4vConfig:
 
     Raises:
       CheckpointError: a directory has no config.json, or a file cannot be read.
-      ConfigError: there is none of that name, it is not of the family, or there is no tiny one.
+      ConfigError: the name is unknown, the model is of another family, or it has no tiny size.
     """
     if name == "tiny":
         return Glm4vConfig.from_pretrained(TINY_CHECKPOINT)
