@@ -44,6 +44,10 @@ _PIECE_BYTES, _FEW_BYTES = 64 << 20, 1 << 20
 # NumPy asks for huge pages from this size on, which took three times as long to get as small ones on a virtual machine.
 _HUGE_BYTES = 4 << 20
 
+# Stacked leaves of up to this size are read whole. Larger ones are filled layer by layer, by two programs for each
+# shape, which together take 0.06 s to compile.
+_WHOLE_BYTES = 16 << 20
+
 Slices = tuple[slice, ...]
 
 
@@ -234,7 +238,7 @@ def _take(leaf: Array, layer: Array) -> Array:
 
 def array_of(
     leaves: Leaves,
-    path: str,
+    path: str | Sequence[str],
     spec: PartitionSpec,
     dtype: np.dtype[Any],
     *,
@@ -245,31 +249,40 @@ def array_of(
 
     Args:
       leaves: of the checkpoint.
-      path: of the leaf.
-      spec: its sharding.
+      path: of the leaf; or the paths of all layers' leaves, to get them stacked, [L, ...].
+      spec: sharding of the leaf, or of each layer's.
       dtype: that it gets.
       pairs_along: the last input axis of a leaf that `Leaves.has_pairs`, to get uint8 of half its length.
       count: called with the number of bytes read, for each slice.
     """
-    info = leaves.infos.get(path) or leaves.extras[path]
+    layers = None if isinstance(path, str) else path
+    of_layer = path if isinstance(path, str) else path[0]
+    info = leaves.infos.get(of_layer) or leaves.extras[of_layer]
     if pairs_along is not None:
         length = info.shape[pairs_along] // 2
         info = TensorInfo((*info.shape[:pairs_along], length, *info.shape[pairs_along + 1 :]), np.dtype(np.uint8))
         dtype = info.dtype
+    shape = info.shape
+    if layers is not None:
+        shape, spec = (len(layers), *shape), PartitionSpec(None, *spec)
     read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
     def slice_of(index: Slices) -> np.ndarray:
-        index = (*index, *(slice(None),) * (len(info.shape) - len(index)))
-        key = tuple(entry.indices(length) for entry, length in zip(index, info.shape, strict=True))
+        index = (*index, *(slice(None),) * (len(shape) - len(index)))
+        key = tuple(entry.indices(length) for entry, length in zip(index, shape, strict=True))
         if key not in read:  # or devices that hold the same would read it again
             read[key] = _aligned([len(range(*bounds)) for bounds in key], dtype)
-            leaves.fill(read[key], path, index)
+            if layers is None:
+                leaves.fill(read[key], of_layer, index)
+            else:
+                for layer, name in enumerate(layers):
+                    leaves.fill(read[key][layer, ...], name, index[1:])
             if count is not None:
                 count(read[key].size * info.dtype.itemsize)
         return read[key]
 
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
-    return jax.make_array_from_callback(info.shape, sharding, slice_of, dtype=dtype)
+    return jax.make_array_from_callback(shape, sharding, slice_of, dtype=dtype)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
@@ -281,6 +294,26 @@ def _aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def read_order(infos: Mapping[str, TensorInfo], stacked: bool) -> list[list[str]]:
+    """Return the paths of leaves in the order to read them: each alone, or all layers of a small stacked leaf together.
+
+    Large ones come first: what they take besides, while they are made, is gone when the others have filled the memory.
+    Integers stay alone; a scale comes with its kernel, and is not in the list.
+    """
+    leaves: dict[str, dict[int, str]] = {}
+    for path in infos:
+        if not is_scale(path):
+            target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
+            leaves.setdefault(target, {})[layer or 0] = path
+    found: list[list[str]] = []
+    for layers in leaves.values():
+        paths = [layers[layer] for layer in sorted(layers)]
+        is_large = sum(infos[path].nbytes for path in paths) > _WHOLE_BYTES
+        differ = len({infos[path].dtype for path in paths}) > 1 or any(scale_path(path) in infos for path in paths)
+        found += [[path] for path in paths] if is_large or differ else [paths]
+    return sorted(found, key=lambda paths: -sum(infos[path].nbytes for path in paths))
 
 
 def in_groups(infos: Mapping[str, TensorInfo], nbytes: int) -> Iterator[list[str]]:

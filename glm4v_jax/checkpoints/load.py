@@ -18,7 +18,7 @@ from jaxtyping import Array
 from glm4v_jax.checkpoints import hf_mapping
 from glm4v_jax.checkpoints.adapter import load_adapter
 from glm4v_jax.checkpoints.adapter_files import read_adapter
-from glm4v_jax.checkpoints.leaves import array_of
+from glm4v_jax.checkpoints.leaves import array_of, read_order
 from glm4v_jax.checkpoints.orbax_read import leaves_of, open_weights
 from glm4v_jax.checkpoints.plan import abstract_leaves, check_fits, needed_bytes
 from glm4v_jax.checkpoints.safetensors import TensorInfo
@@ -276,21 +276,20 @@ def load_model(
         integers = array_of(leaves, path, spec_of(path), np.dtype(np.int8))
         return quantized_leaves(integers, scales, axis, QuantConfig(stored.dtype))
 
-    # Large leaves first: what they take besides, while they are made, is gone when the others have filled the memory.
-    paths = sorted((path for path in leaves.infos if not is_scale(path)), key=lambda path: -leaves.infos[path].nbytes)
-    quantised = [path for path in paths if scale_path(path) in leaves.infos]
+    parts = read_order(leaves.infos, stacked)
+    quantised = [path for path, *_ in parts if scale_path(path) in leaves.infos]
     with contextlib.closing(_ahead(read, quantised)) as in_integers:
-        for path in paths:
-            info = leaves.infos[path]
+        for path, *others in parts:
+            info, source = leaves.infos[path], [path, *others] if others else path
             target, layer = hf_mapping.stacked_path(path) if stacked else (path, None)
             linear = linears.get(hf_mapping.layerless_path(path))
             if scale_path(target) not in abstract:
-                made = {target: array_of(leaves, path, spec_of(path), dtype)}
+                made = {target: array_of(leaves, source, spec_of(path), dtype)}
             elif scale_path(path) in leaves.infos:
                 made = dict(zip((target, scale_path(target)), next(in_integers), strict=True))
                 done += leaves.infos[scale_path(path)].nbytes
             else:  # from the checkpoint's numbers, not rounded to `dtype` first
-                kernel = array_of(leaves, path, spec_of(path), info.dtype)
+                kernel = array_of(leaves, source, spec_of(path), info.dtype)
                 if linear is not None:
                     own = QuantConfig("int8") if abstract[target].dtype == jnp.int8 else quantize
                     assert own is not None
@@ -300,17 +299,18 @@ def load_model(
                 made = dict(zip((target, scale_path(target)), pair, strict=True))
                 del kernel
             for name, array in made.items():
-                if linear is not None and array.ndim == len(linear.axes):
+                if linear is not None and array.ndim == len(linear.axes) + bool(others):
                     array = in_order(array, linear, 0, linear.leading)
-                arrays[name] = array if layer is None else _put_layer(arrays[name], array, layer)
+                arrays[name] = array if layer is None or others else _put_layer(arrays[name], array, layer)
             del made
-            done += info.nbytes
+            for each in (path, *others):
+                done += leaves.infos[each].nbytes
+                if progress is not None:
+                    progress(done, total)
             if done - released > _RELEASE_BYTES:
                 jax.block_until_ready(arrays[target])
                 leaves.release()
                 released = done
-            if progress is not None:
-                progress(done, total)
     if quantize is not None or stored is not None:
         check_finite({path: array for path, array in arrays.items() if is_scale(path)}, str(directory))
     return jax.tree.unflatten(structure, [arrays[path] for path in abstract])

@@ -267,10 +267,11 @@ def quantize_embedding(table: Float[Array, "V D"]) -> tuple[Int[Array, "V D"], F
 
 
 def _scales(values: Float[Array, "..."], over: tuple[int, ...], dtype: str) -> Float[Array, "..."]:
-    largest = jnp.max(jnp.abs(values), axis=over, keepdims=True)
-    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST[dtype])
     # XLA's maximum on a CPU ignores NaN.
-    return jnp.where(jnp.all(jnp.isfinite(values), axis=over, keepdims=True), scale, jnp.nan)
+    magnitudes = jnp.where(jnp.isfinite(values), jnp.abs(values), jnp.inf)
+    largest = jnp.max(magnitudes, axis=over, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST[dtype])
+    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
 
 
 def check_finite(scales: Mapping[str, Array], where: str) -> None:
