@@ -204,7 +204,7 @@ def main() -> int:
         "bench.aot", wanted, lambda number, found: passes(CASES[number], found, megacycles), arguments.busy
     )
     has_failed = bool(broken) or not all(line["passed"] for line in lines)
-    out.print(*_tables(lines))
+    out.print(*tables({"programs": lines}))
     record = report.read("aot")
     if not arguments.accept:
         worse = aot_changes.regressions(record["programs"], lines)
@@ -217,16 +217,14 @@ def main() -> int:
         lines = aot_changes.merged(record["programs"], lines, chosen)
         broken += [one for one in record["not_compiled"] if one["case"] not in chosen]
     facts = record["machine"] if arguments.only else report.machine_facts("jax", "libtpu")
-    tables = _tables(lines)
     figures = {"machine": facts, "programs": lines, "not_compiled": broken}
     figures["passed"] = not broken and all(line["passed"] for line in lines)
-    inference, training = (table.markdown() for table in tables)
-    markdown = f"{inference}\n\n{aot_train.CAPTION}\n{training}\n"
-    return report.finish("aot", figures, markdown=markdown, directory=report.RESULTS)
+    return report.finish("aot", figures)
 
 
-def _tables(lines: list[dict[str, Any]]) -> tuple[report.Table, report.Table]:
+def tables(figures: Mapping[str, Any]) -> tuple[report.Table, report.Table]:
     """Of programs that answer, and of those that train."""
+    lines = figures["programs"]
     steps = [aot_train.row(line) for line in lines if "train" in line]
     return (
         report.Table("GiB a chip", COLUMNS, [_row(line) for line in lines if "train" not in line]),

@@ -17,16 +17,6 @@ COLUMNS = (
     "estimated ms", "",
 )  # fmt: skip
 
-CAPTION = """\
-Training steps with AdamW: weights and moments float32, the model bfloat16. Memory is GiB a chip; the peak, arguments
-included, is as the compiler has laid it out, which refuses what a chip has no room for. Received is what a chip gets
-from others in a step, and the least of that: weights gathered, gradients and states summed. TFLOP are those of matrix
-products with what the backward pass computes again, and the least without; attention forward is how often its forward
-kernel runs. The floor is the longest of: products, links, state read and written once. A policy step is the gradients
-of a micro-batch of sampled answers, with those of earlier ones added; beside them on the chip is the optimizer's state,
-and of an adapter the engine's base.
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Step:

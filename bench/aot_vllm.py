@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
@@ -309,15 +309,15 @@ def main() -> int:
         return 0
     titles = {number: f"{case.title} on {case.tensor} of {case.topology}" for number, case in enumerate(CASES)}
     lines, broken = compile_all("bench.aot_vllm", titles, lambda _, found: passes(found), arguments.busy)
-    report.console().print(table(lines))
     passed = not broken and all(line["passed"] for line in lines)
     facts = report.machine_facts("jax", "libtpu", "tpu-inference", "vllm-tpu")
-    return report.finish("aot_vllm", {"machine": facts, "programs": lines, "not_compiled": broken, "passed": passed})
+    figures = {"machine": facts, "programs": lines, "not_compiled": broken, "passed": passed}
+    return report.finish("aot_vllm", figures, *tables(figures))
 
 
-def table(lines: Sequence[dict[str, Any]]) -> report.Table:
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
     """The record as people read it."""
-    return report.Table("GiB a chip", COLUMNS, [_row(line) for line in lines])
+    return [report.Table("GiB a chip", COLUMNS, [_row(line) for line in figures["programs"]])]
 
 
 def _row(line: dict[str, Any]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def run(config: Glm4vConfig, directory: Path) -> dict[str, Any]:
     }
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Lines of the table."""
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """Every conversion."""
     size, synth = figures["tensor_bytes"], figures["synth"]
 
     def line(name: str, seconds: float, peak: float, *rest: str) -> tuple[str, ...]:
@@ -149,7 +150,8 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         lines.append(
             (*line(each["direction"], each["seconds"], each["peak_bytes"], *compared), report.verdict(each["passed"]))
         )
-    return lines
+    columns = ("", "seconds", "MB/s", "cp, seconds", "ratio", "peak, GiB", "")
+    return [report.Table(f"{figures['parameters']:,} parameters, {size:,} bytes", columns, lines)]
 
 
 def main() -> int:
@@ -162,14 +164,11 @@ def main() -> int:
     config = Glm4vConfig.glm4_1v_9b() if arguments.full else model_config(arguments.gigabytes)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         figures = run(config, Path(directory))
-    columns = ("", "seconds", "MB/s", "cp, seconds", "ratio", "peak, GiB", "")
-    title = f"{figures['parameters']:,} parameters, {figures['tensor_bytes']:,} bytes"
-    out = report.console()
-    out.print(report.Table(title, columns, rows(figures)))
-    out.print(f"limits: {MAX_RATIO} times as long as cp, {MAX_PEAK_BYTES / GIBIBYTE:.0f} GiB of memory")
     machine = report.machine_facts("jax", "numpy", "orbax-checkpoint")
     # A smaller run does not replace the result of the whole 9B, which takes much of a disk.
-    return report.finish("convert_full" if arguments.full else "convert", {"machine": machine, **figures})
+    name = "convert_full" if arguments.full else "convert"
+    limits = f"limits: {MAX_RATIO} times as long as cp, {MAX_PEAK_BYTES / GIBIBYTE:.0f} GiB of memory"
+    return report.finish(name, {"machine": machine, **figures}, *tables(figures), limits)
 
 
 if __name__ == "__main__":

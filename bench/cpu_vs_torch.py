@@ -152,8 +152,8 @@ def others(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> list
     return list(kept.values())
 
 
-def table(figures: Mapping[str, Any]) -> report.Table:
-    """The comparisons."""
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """The comparisons; and the ratios on all processors that were measured."""
     ours, theirs = (figures["machine"][side] for side in ("ours", "theirs"))
     title = (
         f"jax {ours['jax']} on Python {ours['python']}, torch {theirs['torch']} on Python {theirs['python']}; "
@@ -167,7 +167,16 @@ def table(figures: Mapping[str, Any]) -> report.Table:
     bandwidth = figures["bandwidth"]
     speeds = [f"{bandwidth[f'{name}_bytes_per_second']['median'] / 1e9:.1f}" for name in ("decode", "read")]
     rows.append((bandwidth["what"], "GB/s", *speeds, *report.judged(bandwidth)))
-    return report.Table(title, ("", "unit", "ours", "theirs", "ratio", "aim", ""), rows)
+    runs = [ratios(figures), *figures.get("others", ())]
+    names = [f"{run['processor'] or 'not recorded'}, jax {run['jax']}, {run['rounds']} rounds" for run in runs]
+    whats = [what for what in runs[0]["ratios"] if any(what in run["ratios"] for run in runs[1:])]
+    return [
+        report.Table(title, ("", "unit", "ours", "theirs", "ratio", "aim", ""), rows),
+        report.Table(
+            "ratios on processors that were measured", ("", *names),
+            [(what, *(report.spread(run["ratios"].get(what, {})) for run in runs)) for what in whats],
+        ),
+    ]  # fmt: skip
 
 
 def main() -> int:
@@ -186,13 +195,12 @@ def main() -> int:
     ):
         directory = models.write_checkpoint(pathlib.Path(temporary), models.INFERENCE)
         figures = run(workers, models.INFERENCE, directory, arguments.rounds, arguments.threads)
-    out = report.console()
-    out.print(table(figures))
-    out.print(f"greedy answers agree: {'yes' if figures['same_greedy_answer'] else 'NO'}")
-    out.print(*report.profile_tables(figures["profiles"]))
     record = report.RESULTS / f"{arguments.name}.json"
     before = report.read(arguments.name) if record.is_file() else None
-    return report.finish(arguments.name, figures | {"others": others(figures, before)})
+    figures["others"] = others(figures, before)
+    agree = f"greedy answers agree: {'yes' if figures['same_greedy_answer'] else 'NO'}"
+    profiles = report.profile_tables(figures["profiles"])
+    return report.finish(arguments.name, figures, *tables(figures), agree, *profiles)
 
 
 if __name__ == "__main__":

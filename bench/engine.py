@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -145,60 +146,51 @@ def cold_start() -> dict[str, Any]:
     return {"empty_cache": runs[0], "full_cache": runs[1], "full_cache_again": runs[2]}
 
 
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """Host time, slots and starts."""
+    slots, milliseconds = figures["slots"], ("engine_ms", "program_ms", "host_ms", "host_ms_least", "host_ms_most")
+    hosts = [
+        (host["rows"], *(f"{host[name]:.3f}" for name in milliseconds), report.verdict(host["host_ms"] <= MAX_HOST_MS))
+        for host in figures["host"]
+    ]
+    busy = [
+        ("refilled", f"{slots['busy']:.1%}", f"{slots['tokens_per_second']:,.0f}",
+         report.verdict(slots["busy"] >= MIN_BUSY)),
+        ("in batches", f"{slots['busy_in_batches']:.1%}", f"{slots['tokens_per_second_in_batches']:,.0f}", ""),
+    ]  # fmt: skip
+    starts = [
+        (name.replace("_", " "), *(f"{run[key]:.2f}" for key in ("loaded", "first_token", "answer")))
+        for name, run in figures["cold_start"].items()
+    ]
+    return [
+        report.Table(
+            f"milliseconds a decoding step, {MAX_STEPS} steps a call",
+            ("rows", "engine", "program alone", "host", "least", "most", ""), hosts,
+        ),
+        report.Table(
+            f"{slots['prompts']} prompts, {slots['new_tokens']} new tokens, the longest answer {slots['longest']}; "
+            f"refilled slots are {slots['ratio']:.2f} times as fast",
+            (f"{slots['slots']} slots", "busy", "tokens/s", ""), busy,
+        ),
+        report.Table(
+            "seconds from a new process's start",
+            ("compilation cache", "model loaded", "first token", "whole answer"), starts,
+        ),
+    ]  # fmt: skip
+
+
 def main() -> int:
     """Measure, print, write; 1 if an aim is missed."""
     argparse.ArgumentParser(prog="python -m bench.engine", description=__doc__).parse_args()
-    out = report.console()
-    hosts = [host_time(rows) for rows in (1, SLOTS)]
-    out.print(
-        report.Table(
-            f"milliseconds a decoding step, {MAX_STEPS} steps a call",
-            ("rows", "engine", "program alone", "host", "least", "most", ""),
-            [
-                (
-                    h["rows"],
-                    *(f"{h[k]:.3f}" for k in ("engine_ms", "program_ms", "host_ms", "host_ms_least", "host_ms_most")),
-                    report.verdict(h["host_ms"] <= MAX_HOST_MS),
-                )
-                for h in hosts
-            ],
-        )
-    )
-    slots = busy_slots()
-    out.print(
-        report.Table(
-            f"{PROMPTS} prompts, {slots['new_tokens']} new tokens, the longest answer {slots['longest']}",
-            (f"{SLOTS} slots", "busy", "tokens/s", ""),
-            (
-                (
-                    "refilled", f"{slots['busy']:.1%}", f"{slots['tokens_per_second']:.0f}",
-                    report.verdict(slots["busy"] >= MIN_BUSY),
-                ),
-                ("in batches", f"{slots['busy_in_batches']:.1%}", f"{slots['tokens_per_second_in_batches']:.0f}", ""),
-            ),
-        )
-    )  # fmt: skip
-    out.print(f"refilled slots are {slots['ratio']:.2f} times as fast")
-    start = cold_start()
-    out.print(
-        report.Table(
-            "seconds from a new process's start",
-            ("compilation cache", "model loaded", "first token", "whole answer"),
-            [
-                (name.replace("_", " "), *(f"{run[key]:.2f}" for key in ("loaded", "first_token", "answer")))
-                for name, run in start.items()
-            ],
-        )
-    )
-    passed = all(h["host_ms"] <= MAX_HOST_MS for h in hosts) and slots["busy"] >= MIN_BUSY
+    hosts, slots = [host_time(rows) for rows in (1, SLOTS)], busy_slots()
     figures = {
         "machine": report.machine_facts("jax", "numpy"),
         "host": hosts,
         "slots": slots,
-        "cold_start": start,
-        "passed": passed,
+        "cold_start": cold_start(),
+        "passed": all(host["host_ms"] <= MAX_HOST_MS for host in hosts) and slots["busy"] >= MIN_BUSY,
     }
-    return report.finish("engine", figures)
+    return report.finish("engine", figures, *tables(figures))
 
 
 if __name__ == "__main__":

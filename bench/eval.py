@@ -13,6 +13,7 @@ Prints a table; writes `bench/results/eval.json`; exits with status 1 if the ans
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from bench import reference, report, turns
@@ -113,15 +114,16 @@ def compare(workers: turns.Workers, rounds: int, count: int = COUNT) -> list[dic
     return lines
 
 
-def table(lines: list[dict[str, Any]], threads: int) -> report.Table:
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
     """The comparisons."""
     rows = []
-    for line in lines:
+    for line in figures["lines"]:
         ratio, aim, verdict = report.judged(line)
         speeds = [f"{line[side]['median']:.1f}" for side in ("ours", "theirs")]
         rows.append((line["task"], *speeds, ratio, aim, f"{line['same_answers']} of {line['items']}", verdict))
-    title = f"items/s, {COUNT} items, {BATCH} at a time, greedy, float32, {threads} cores"
-    return report.Table(title, ("", "ours", "transformers", "ratio", "aim", "same answers", ""), rows)
+    cores = figures["machine"]["ours"]["cores"]
+    title = f"items/s, {COUNT} items, {figures['batch']} at a time, greedy, float32, {cores} cores"
+    return [report.Table(title, ("", "ours", "transformers", "ratio", "aim", "same answers", ""), rows)]
 
 
 def main() -> int:
@@ -136,12 +138,11 @@ def main() -> int:
             worker("load", directory=arguments.model, batch=BATCH)
         lines = compare(workers, arguments.rounds)
         facts = turns.facts(workers)
-    report.console().print(table(lines, arguments.threads))
     figures = {
         "machine": facts, "rounds": arguments.rounds, "batch": BATCH, "load_before": load, "lines": lines,
         "passed": all(line["passed"] for line in lines),
     }  # fmt: skip
-    return report.finish("eval", figures)
+    return report.finish("eval", figures, *tables(figures))
 
 
 if __name__ == "__main__":

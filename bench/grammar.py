@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from bench import models, report
@@ -87,6 +88,19 @@ def compare(engine: Engine, *, new_tokens: int = NEW_TOKENS, rounds: int = ROUND
     return lines
 
 
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """Every case."""
+    rows = [
+        (
+            line["with_grammar"], line["without"], f"{line['tokens_per_second']:.1f}",
+            f"{line['tokens_per_second_with_grammar']:.1f}", *report.judged(line),
+        )
+        for line in figures["lines"]
+    ]  # fmt: skip
+    columns = ("with a grammar", "without", "tokens/s without", "tokens/s with", "beside 8 without", "target", "")
+    return [report.Table(f"tokens per second of a row, of {figures['rows']} rows", columns, rows)]
+
+
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
     argparse.ArgumentParser(prog="python -m bench.grammar", description=__doc__).parse_args()
@@ -95,19 +109,6 @@ def main() -> int:
         engine = Engine.from_pretrained(path, num_slots=ROWS)
         engine.reserve(2 * NEW_TOKENS)
         lines = compare(engine)
-    report.console().print(
-        report.Table(
-            f"tokens per second of a row, of {ROWS} rows",
-            ("with a grammar", "without", "tokens/s without", "tokens/s with", "beside 8 without", "target", ""),
-            [
-                (
-                    line["with_grammar"], line["without"], f"{line['tokens_per_second']:.1f}",
-                    f"{line['tokens_per_second_with_grammar']:.1f}", *report.judged(line),
-                )
-                for line in lines
-            ],
-        )
-    )  # fmt: skip
     figures = {
         "machine": report.machine_facts("jax", "numpy"),
         "parameters": models.num_parameters(models.INFERENCE),
@@ -115,7 +116,7 @@ def main() -> int:
         "lines": lines,
         "passed": all(line["passed"] for line in lines),
     }
-    return report.finish("grammar", figures)
+    return report.finish("grammar", figures, *tables(figures))
 
 
 if __name__ == "__main__":

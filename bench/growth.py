@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import growth_page, report
+from bench import page, report
 from bench.growth_host import Work
-from bench.growth_series import SERIES, TOLERANCE, Series
+from bench.growth_series import SERIES, TOLERANCE, Series, amount
 from glm4v_jax.files import replacing
 
 RUNS, LEAST_SECONDS = 3, 0.01
@@ -91,17 +91,19 @@ def figures(series: Series, sizes: Sequence[int], values: Sequence[float]) -> di
     return found | {"passed": k <= series.slope + TOLERANCE}
 
 
-def table(results: Mapping[str, Any]) -> report.Table:
+def tables(results: Mapping[str, Any]) -> list[report.Table]:
     """All series with their slopes."""
     rows = [
         (
-            series.key, f"{found['sizes'][-1]:,}", growth_page.amount(found["values"][-1], series.unit),
-            f"{found['slope']:.2f} ± {found['error']:.2f}", f"{series.slope:g}", report.verdict(found["passed"]),
+            one.panel.title, one.name, f"{found['sizes'][0]:,} to {found['sizes'][-1]:,} {one.panel.x}",
+            amount(found["values"][-1], one.unit), f"{found['slope']:.2f} ± {found['error']:.2f}", f"{one.slope:g}",
+            report.verdict(found["passed"]), one.why,
         )
-        for series in SERIES
-        if (found := results.get(series.key))
+        for one in SERIES
+        if (found := results["series"].get(one.key))
     ]  # fmt: skip
-    return report.Table("growth", ("series", "largest size", "there", "slope", "at most", ""), rows)
+    columns = ("what grows", "", "sizes", "at the largest", "slope", "at most", "", "")
+    return [report.Table("growth", columns, rows)]
 
 
 def read(path: Any, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,10 +134,10 @@ def main() -> int:
         out.print(f"{series.key}: {time.perf_counter() - start:.1f} s", soft_wrap=True)
         if not arguments.tiny:
             _keep(machine, results)
-    out.print(table(results))
+    out.print(*tables({"series": results}))
     if arguments.tiny:
         return 0
-    growth_page.write()
+    page.write("growth")
     return 0 if all(found["passed"] for found in results.values()) else 1
 
 

@@ -1,6 +1,6 @@
 """The series that `bench.growth` measures, a row each, and the panels of its chart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from bench import growth_host as host
@@ -9,8 +9,24 @@ from bench.growth_host import Work
 
 Unit = Literal["s", "bytes"]
 
+UNITS: Mapping[Unit, Sequence[tuple[float, str]]] = {
+    "s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
+    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")),
+}
+
 TOLERANCE = 0.2
 """By which a slope may exceed what is expected: caches of the processor end between two sizes."""
+
+
+def amount(value: float, unit: Unit) -> str:
+    """A figure with its unit.
+
+    >>> amount(0.0123, "s"), amount(4.5e6, "bytes")
+    ('12 ms', '4.5 MB')
+    """
+    scale, name = next((one for one in UNITS[unit] if value >= one[0]), UNITS[unit][-1])
+    shown = value / scale
+    return f"{shown:.2g} {name}" if shown < 100 else f"{shown:,.0f} {name}"
 
 
 class Panel(NamedTuple):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,8 +165,12 @@ def run(task: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Lines of the table."""
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """One of each plan."""
+    return [_table(figures[task]) for task in PLANS]
+
+
+def _table(figures: Mapping[str, Any]) -> report.Table:
     lines = [
         ("the process", f"{figures['baseline_size']:,}", f"{figures['baseline_bytes'] / MEGABYTE:,.0f}", *[""] * 4)
     ]
@@ -177,7 +181,12 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         each = more / (size - figures["baseline_size"])
         megabytes = [f"{x / MEGABYTE:,.0f}" for x in (peak, more, square)]
         lines.append((name, f"{size:,}", *megabytes[:2], f"{each:,.0f}", megabytes[2], f"{seconds:.0f}"))
-    return lines
+    aim = f"aim: at most {MAX_EXPONENT}, {'met' if figures['passed'] else 'MISSED'}"
+    columns = (
+        "", "size", "peak MB", "more than the process, MB", "bytes each", "scores [S, S] would be, MB", "seconds",
+    )  # fmt: skip
+    grows = f"grows like n^{figures['exponent']:.2f} ({aim if figures['limited'] else 'no aim'})"
+    return report.Table(f"{figures['what']}: {grows}", columns, lines)
 
 
 def main() -> int:
@@ -190,17 +199,10 @@ def main() -> int:
         TASKS[arguments.task](arguments.size)
         print(peak_bytes())
         return 0
-    out, results = report.console(), {}
-    for task, plan in PLANS.items():
-        results[task] = figures = run(task, plan)
-        columns = (
-            "", "size", "peak MB", "more than the process, MB", "bytes each", "scores [S, S] would be, MB", "seconds",
-        )  # fmt: skip
-        out.print(report.Table(plan.title, columns, rows(figures)))
-        aim = f"at most {MAX_EXPONENT} {report.verdict(figures['passed'])}" if plan.limited else "for information"
-        out.print(f"grows like n^{figures['exponent']:.2f}; {aim}\n")
-    passed = all(figures["passed"] for figures in results.values())
-    return report.finish("memory", {"machine": report.machine_facts("jax", "numpy"), **results, "passed": passed})
+    results = {task: run(task, plan) for task, plan in PLANS.items()}
+    passed = all(found["passed"] for found in results.values())
+    figures = {"machine": report.machine_facts("jax", "numpy"), **results, "passed": passed}
+    return report.finish("memory", figures, *tables(figures))
 
 
 if __name__ == "__main__":

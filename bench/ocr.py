@@ -167,7 +167,7 @@ def tables(figures: Mapping[str, Any]) -> list[report.Table]:
         [
             (
                 line["variant"], *(f"{line[f'{work}_ms']:.1f}" for work in ("one", "two", "layer")),
-                f"{line['pays_above']['median']:.0%} accepted",
+                "{median:.0%} [{min:.0%}, {max:.0%}]".format_map(line["pays_above"]),
                 *(f"x {line['speed'][what]['median']:.2f}" for what in ACCEPTED),
             )
             for line in figures["drafts"]
@@ -214,9 +214,7 @@ def main() -> int:
             workers[name] = turns.Worker(name, command)
             stack.callback(workers[name].close)
         figures = run(workers, checkpoint, page, parsed.rounds, parsed.threads)
-    out = report.console()
-    out.print(*tables(figures))
-    return report.finish(parsed.name, figures)
+    return report.finish(parsed.name, figures, *tables(figures))
 
 
 if __name__ == "__main__":

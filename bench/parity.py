@@ -26,7 +26,6 @@ from bench.parity_options import (
     OptionLine,
     compare_beams,
     compare_options,
-    option_rows,
 )
 from glm4v_jax import Glm4vForConditionalGeneration, Glm4vProcessor
 from tests.reference import CONFIGS, Prompts, to_torch
@@ -278,22 +277,55 @@ def compare_configs(
         yield compare_models(f"configuration {name!r}", pair, inputs, **options)
 
 
-def _model_rows(lines: Sequence[ModelLine]) -> Iterator[tuple[Any, ...]]:
-    for line in lines:
-        inputs = "" if line.inputs_equal is None else "equal" if line.inputs_equal else "DIFFER"
-        yield (
-            line.case, line.prompts, line.tokens, line.patches, inputs, "equal" if line.positions_equal else "DIFFER",
-            f"{line.logit_difference:.1e}", f"{line.greedy_equal}/{line.greedy_tokens}", line.distinct_tokens,
-            f"{line.smallest_margin:.1e}", report.verdict(line.passed),
-        )  # fmt: skip
-
-
-def _pixel_rows(lines: Sequence[PixelLine]) -> Iterator[tuple[Any, ...]]:
-    for line in lines:
-        yield (
-            line.case, " x ".join(map(str, line.size)), " x ".join(map(str, line.grid)), line.resize_steps,
-            f"{line.pixel_difference:.1e}", report.verdict(line.passed),
-        )  # fmt: skip
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """Models, options, images and videos."""
+    models = [
+        (
+            line["case"], line["prompts"], f"{line['tokens']:,}", f"{line['patches']:,}",
+            {None: "", True: "equal", False: "DIFFER"}[line["inputs_equal"]],
+            "equal" if line["positions_equal"] else "DIFFER", f"{line['logit_difference']:.1e}",
+            f"{line['greedy_equal']}/{line['greedy_tokens']}", line["distinct_tokens"],
+            f"{line['smallest_margin']:.1e}", report.verdict(line["passed"]),
+        )
+        for line in figures["models"]
+    ]  # fmt: skip
+    options = [
+        (
+            line["case"], f"{line['tokens_equal']}/{line['tokens']}", f"{line['score_difference']:.1e}",
+            f"{line['logit_difference']:.1e}", report.verdict(line["passed"]),
+        )
+        for line in figures["options"]
+    ]  # fmt: skip
+    images, videos = (
+        [
+            (
+                line["case"], " x ".join(map(str, line["size"])), " x ".join(map(str, line["grid"])),
+                line["resize_steps"], f"{line['pixel_difference']:.1e}", report.verdict(line["passed"]),
+            )
+            for line in figures[kind]
+        ]
+        for kind in ("images", "videos")
+    )  # fmt: skip
+    largest = f"{MAX_LOGIT_DIFFERENCE:g}"
+    pixels = ("size", "grid", "steps of 255", "difference", "")
+    return [
+        report.Table(
+            f"model: logits within {largest} of the largest, {NEW_TOKENS} greedy tokens equal",
+            (
+                "case", "prompts", "tokens", "patches", "ids, grids", "M-RoPE", "logits", "greedy", "distinct",
+                "margin", "",
+            ),
+            models,
+        ),
+        report.Table(
+            f"options: tokens as the reference's, streamed too; scores and logits within {largest}",
+            ("case", "tokens", "scores", "logits", ""), options,
+        ),
+        report.Table(
+            f"images: equal after the resize, then within {MAX_PIXEL_DIFFERENCE:g}", ("photograph", *pixels), images
+        ),
+        report.Table(f"videos: within {MAX_VIDEO_STEPS} step of 255 after the resize", ("video", *pixels), videos),
+    ]  # fmt: skip
 
 
 def _as_json(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
@@ -304,7 +336,6 @@ def main() -> int:
     """Compare, print, write; 1 if a line fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.parity", description="number for number like the reference?")
     parser.parse_args()
-    out = report.console()
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_parity_") as name:
         directory = pathlib.Path(name)
         path = models.write_checkpoint(directory / "packaged", models.PACKAGED, processor=True)
@@ -318,42 +349,17 @@ def main() -> int:
         options += compare_beams(pair, _prepare(processors[0], mixed, "left"))
         images = [compare_image(name, processors) for name in media.PHOTOGRAPHS]
         videos = [compare_video(name, processors) for name in media.VIDEOS]
-    facts = report.machine_facts("transformers", "torch", "jax", "numpy", "pillow")
-    out.print(
-        report.Table(
-            f"model: logits within {MAX_LOGIT_DIFFERENCE:g} of the largest, {NEW_TOKENS} greedy tokens equal",
-            (
-                "case", "prompts", "tokens", "patches", "ids, grids", "M-RoPE", "logits", "greedy", "distinct",
-                "margin", "",
-            ),
-            list(_model_rows(lines)),
-        ),
-        report.Table(
-            f"options: tokens as the reference's, streamed too; scores and logits within {MAX_LOGIT_DIFFERENCE:g}",
-            ("case", "tokens", "scores", "logits", ""),
-            list(option_rows(options)),
-        ),
-        report.Table(
-            f"images: equal after the resize, then within {MAX_PIXEL_DIFFERENCE:g}",
-            ("photograph", "size", "grid", "steps of 255", "difference", ""),
-            list(_pixel_rows(images)),
-        ),
-        report.Table(
-            f"videos: within {MAX_VIDEO_STEPS} step of 255 after the resize",
-            ("video", "size", "grid", "steps of 255", "difference", ""),
-            list(_pixel_rows(videos)),
-        ),
-    )  # fmt: skip
     judged: list[ModelLine | OptionLine | PixelLine] = [*lines, *options, *images, *videos]
     passed = all(line.passed for line in judged)
     figures = {
-        "machine": facts, "models": _as_json(lines), "options": _as_json(options),
+        "machine": report.machine_facts("transformers", "torch", "jax", "numpy", "pillow"),
+        "models": _as_json(lines), "options": _as_json(options),
         "images": _as_json(images), "videos": _as_json(videos),
         "passed": passed,
     }  # fmt: skip
     largest = max(line.logit_difference for line in lines)
-    out.print(f"largest difference of logits {largest:.1e}; {'all lines pass' if passed else 'SOME LINES FAIL'}")
-    return report.finish("parity", figures)
+    end = f"largest difference of logits {largest:.1e}; {'all lines pass' if passed else 'SOME LINES FAIL'}"
+    return report.finish("parity", figures, *tables(figures), end)
 
 
 if __name__ == "__main__":

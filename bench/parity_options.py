@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bench import report
 from tests.reference import to_torch
 
 MAX_LOGIT_DIFFERENCE = 1e-5
@@ -166,12 +165,3 @@ def _difference(found: Sequence[np.ndarray], expected: Sequence[Any]) -> float:
         return float("inf")
     ours, theirs = (np.where(np.isfinite(x), x, 0) for x in (ours, theirs))
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def option_rows(lines: Sequence[OptionLine]) -> Iterator[tuple[Any, ...]]:
-    """Rows of a table."""
-    for line in lines:
-        yield (
-            line.case, f"{line.tokens_equal}/{line.tokens}", f"{line.score_difference:.1e}",
-            f"{line.logit_difference:.1e}", report.verdict(line.passed),
-        )  # fmt: skip

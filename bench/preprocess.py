@@ -286,8 +286,10 @@ def main() -> int:
     # What of the shorter of both is not seen beside the longer.
     overlap["hidden"] = (overlap["data"] + overlap["step"] - overlap["both"]) / min(overlap["data"], overlap["step"])
     figures["passed"] = all(line["passed"] for line in figures["lines"])
-    report.console().print(*tables(figures))
-    return 0 if arguments.tiny else report.finish("preprocess", figures)
+    if arguments.tiny:
+        report.console().print(*tables(figures))
+        return 0
+    return report.finish("preprocess", figures, *tables(figures))
 
 
 if __name__ == "__main__":

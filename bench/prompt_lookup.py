@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,21 @@ def compare(
     return lines
 
 
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """Every case."""
+    rows = [
+        (
+            line["case"], line["copied_tokens"], f"{line['plain_tokens_per_second']:.1f}",
+            f"{line['tokens_per_second']:.1f}", f"{line['tokens_per_step']:.2f}",
+            "yes" if line["tokens_equal"] else "NO", *report.judged(line),
+        )
+        for line in figures["lines"]
+    ]  # fmt: skip
+    title = f"{NEW_TOKENS} new tokens after {PROMPT_TOKENS}, drafts of {figures['draft']}, one request at a time"
+    columns = ("answer", "copied", "plain tokens/s", "tokens/s", "tokens a step", "equal", "ratio", "target", "")
+    return [report.Table(title, columns, rows)]
+
+
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
     argparse.ArgumentParser(prog="python -m bench.prompt_lookup", description=__doc__).parse_args()
@@ -102,20 +118,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_lookup_") as name:
         path = models.write_checkpoint(pathlib.Path(name), models.INFERENCE, successors=successors)
         lines = compare(load_runtime(path), successors)
-    report.console().print(
-        report.Table(
-            f"{NEW_TOKENS} new tokens after {PROMPT_TOKENS}, drafts of {DRAFT}, one request at a time",
-            ("answer", "copied", "plain tokens/s", "tokens/s", "tokens a step", "equal", "ratio", "target", ""),
-            [
-                (
-                    line["case"], line["copied_tokens"], f"{line['plain_tokens_per_second']:.1f}",
-                    f"{line['tokens_per_second']:.1f}", f"{line['tokens_per_step']:.2f}",
-                    "yes" if line["tokens_equal"] else "NO", *report.judged(line),
-                )
-                for line in lines
-            ],
-        )
-    )  # fmt: skip
     figures = {
         "machine": report.machine_facts("jax", "numpy"),
         "parameters": models.num_parameters(models.INFERENCE),
@@ -123,7 +125,7 @@ def main() -> int:
         "lines": lines,
         "passed": all(line["passed"] for line in lines),
     }
-    return report.finish("prompt_lookup", figures)
+    return report.finish("prompt_lookup", figures, *tables(figures))
 
 
 if __name__ == "__main__":

@@ -213,6 +213,30 @@ def lines(found: dict[str, dict[str, Any]], is_fast: bool) -> list[dict[str, Any
     return result
 
 
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
+    """The variants; and single products, where they were measured."""
+    variants = [
+        (
+            line["variant"], *(f"{line[key] / 1e6:,.1f}" for key in ("weights", "peak", "temporaries")),
+            f"{line['tokens_per_second']:.1f}", f"{line['decode_ratio']:.2f}",
+            f"x {line['prefill_ratio']:.2f}", f"x {line['compile_ratio']:.2f}", report.verdict(line["passed"]),
+        )
+        for line in figures["lines"]
+    ]  # fmt: skip
+    milliseconds = figures.get("product_milliseconds", {})
+    products = [(name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items()]
+    return [
+        report.Table(
+            f"{figures['parameters'] / 1e6:.0f}M parameters, {figures['machine']['cores']} cores",
+            ("weights as", "MB", "peak MB", "temporaries MB", "tokens/s", "of float32", "prefill", "compile", ""),
+            variants,
+        ),
+        report.Table(
+            f"a token times a matrix of {INPUTS:,} x {OUTPUTS:,}", ("weights as", "ms", "of float32"), products
+        ),
+    ]  # fmt: skip
+
+
 def main() -> int:
     """Measure, print, write; 1 if a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.quant", description="quantised weights on a CPU")
@@ -238,36 +262,14 @@ def main() -> int:
         path = models.write_checkpoint(pathlib.Path(name), models.INFERENCE)
         each, products = measure(path, parsed.threads, parsed.rounds)
     found = lines(each, bool(FEW_TOKENS))
-    out = report.console()
-    out.print(
-        report.Table(
-            f"{models.num_parameters(models.INFERENCE) / 1e6:.0f}M parameters, {parsed.threads} cores",
-            ("weights as", "MB", "peak MB", "temporaries MB", "tokens/s", "of float32", "prefill", "compile", ""),
-            [
-                (
-                    line["variant"], *(f"{line[key] / 1e6:,.1f}" for key in ("weights", "peak", "temporaries")),
-                    f"{line['tokens_per_second']:.1f}", f"{line['decode_ratio']:.2f}",
-                    f"x {line['prefill_ratio']:.2f}", f"x {line['compile_ratio']:.2f}", report.verdict(line["passed"]),
-                )
-                for line in found
-            ],
-        )
-    )  # fmt: skip
-    milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in products.items()}
-    out.print(
-        report.Table(
-            f"a token times a matrix of {INPUTS:,} x {OUTPUTS:,}", ("weights as", "ms", "of float32"),
-            [(name, f"{ms:.2f}", f"{milliseconds['float32'] / ms:.2f}") for name, ms in milliseconds.items()],
-        )
-    )  # fmt: skip
     figures = {
         "machine": report.machine_facts("jax", "jaxlib", "numpy"),
         "parameters": models.num_parameters(models.INFERENCE),
         "lines": found,
-        "product_milliseconds": milliseconds,
+        "product_milliseconds": {name: 1e3 * statistics.median(seconds) for name, seconds in products.items()},
         "passed": all(line["passed"] for line in found),
     }
-    return report.finish("quant", figures)
+    return report.finish("quant", figures, *tables(figures))
 
 
 if __name__ == "__main__":

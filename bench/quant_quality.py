@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -166,8 +166,9 @@ def _intervals(scores: dict[str, dict[str, Any]]) -> dict[str, tuple[float, floa
     return {task: tuple(score["interval"]) for task, score in scores.items()}
 
 
-def tables(lines: Sequence[dict[str, Any]]) -> list[report.Table]:
+def tables(figures: Mapping[str, Any]) -> list[report.Table]:
     """Of the tokens, and of the tasks."""
+    lines = figures["lines"]
     tokens = [
         (line["scheme"], f"{line['weight_error']:.2%}", f"{line['kl_mean']:.1e}", f"{line['kl_p99']:.1e}",
          f"{line['agreement']:.2%}", report.verdict(line["passed"]))
@@ -195,8 +196,6 @@ def main() -> int:
     arguments = parser.parse_args()
     start = time.perf_counter()
     lines = measure(arguments.prompts, arguments.items)
-    for table in tables(lines):
-        report.console().print(table)
     figures = {
         "machine": report.machine_facts("jax", "jaxlib"),
         "seconds": time.perf_counter() - start,
@@ -204,7 +203,7 @@ def main() -> int:
         "lines": lines,
         "passed": all(line["passed"] for line in lines[1:]),
     }
-    return report.finish("quant_quality", figures)
+    return report.finish("quant_quality", figures, *tables(figures))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all measurements share: facts about the machine, tables, verdicts, results as JSON and Markdown."""
+"""What all measurements share: facts about the machine, tables, verdicts, results as JSON."""
 
 import importlib.metadata
 import json
@@ -36,8 +36,8 @@ class Table(NamedTuple):
             made.add_row(*map(str, row))
         return made
 
-    def markdown(self) -> str:
-        """The table without its title."""
+    def __str__(self) -> str:
+        """The table in Markdown, without its title."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         plain = [[rich.text.Text.from_markup(str(cell)).plain.replace("|", "/") for cell in line] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in plain)
@@ -71,9 +71,15 @@ def verdict(passed: bool) -> str:
     return "[green]pass[/green]" if passed else "[red]FAIL[/red]"
 
 
+def spread(ratio: Mapping[str, float]) -> str:
+    """Median, smallest and largest; runs of other processors may lack some of it."""
+    form = "{median:.2f} [{min:.2f}, {max:.2f}]" if "min" in ratio else "{median:.2f}" if ratio else ""
+    return form.format_map(ratio)
+
+
 def judged(line: Mapping[str, Any]) -> tuple[str, str, str]:
     """The last cells of what `turns.compare` returns: ratio, aim, verdict."""
-    ratio = "{median:.2f} [{min:.2f}, {max:.2f}]".format(**line["ratio"])
+    ratio = spread(line["ratio"])
     return (ratio, "", "") if line["aim"] is None else (ratio, f"{line['aim']:.1f}", verdict(line["passed"]))
 
 
@@ -91,27 +97,18 @@ def console() -> rich.console.Console:
     return out if out.is_terminal else rich.console.Console(width=140)
 
 
-def markdown(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table of Markdown's own text, links among it; `Table.markdown` is for cells with Rich's markup."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def read(name: str) -> Any:
     """What `finish` has written as `<name>.json`."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def finish(
-    name: str, figures: Mapping[str, Any], *, markdown: str | None = None, directory: pathlib.Path = RESULTS
-) -> int:
-    """Write `<name>.json`, and `<name>.md` if there is text for it; returns the exit status, 1 if an aim is missed."""
+def finish(name: str, figures: Mapping[str, Any], *shown: Table | str, directory: pathlib.Path = RESULTS) -> int:
+    """Print tables and sentences, write `<name>.json`; returns the exit status, 1 if an aim is missed."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    if markdown is not None:
-        path.with_suffix(".md").write_text(markdown, encoding="utf-8")
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    console().print(f"written to {shown}", soft_wrap=True)
+    for each in shown:
+        console().print(each)
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    console().print(f"written to {where}", soft_wrap=True)
     return 0 if figures["passed"] else 1

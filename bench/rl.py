@@ -318,23 +318,24 @@ def tables(figures: dict[str, Any]) -> list[report.Table]:
     ]  # fmt: skip
     verdict = report.verdict(vision["passed"])
     encoded = [
-        (name.replace("_", " "), *vision[name], f"{ratio:.1f}", f"{vision['aim']}", verdict)
+        (name.replace("_", " "), *map("{:,}".format, vision[name]), f"{ratio:.1f}", f"{vision['aim']}", verdict)
         for name, ratio in vision["ratios"].items()
     ]
-    compiled = job["compilations_after_the_first_step"]
-    shares: list[Sequence[Any]] = [
-        (name, f"{share:.1%}", "", "") for name, share in job["shares"].items() if name != "handover"
-    ]
-    is_short = job["handover"] <= job["aim"]
-    shares += [
-        ("handover, median", f"{job['handover']:.1%}", f"{job['aim']:.0%}", report.verdict(is_short)),
+    compiled, is_short = job["compilations_after_the_first_step"], job["handover"] <= job["aim"]
+    phases = [
+        ("steps; seconds a step", f"{job['steps']}; {job['seconds_per_step']:.2f}", "", ""),
+        ("groups; tokens an answer", "; ".join("{:.3g} to {:.3g}".format(*job[name]) for name in ("groups", "tokens")),
+         "", ""),
+        ("answers a second of rollout", f"{job['answers_per_second']:.0f}", "", ""),
+        ("samples a second of learning", f"{job['samples_per_second']:.0f}", "", ""),
+        *((name, f"{share:.1%}", "", "") for name, share in job["shares"].items()),
+        ("handover, the median of the steps", f"{job['handover']:.1%}", f"{job['aim']:.0%}", report.verdict(is_short)),
         ("programs compiled after the first step", compiled, 0, report.verdict(not compiled)),
-    ]
-    steps = f"{job['steps']} steps of {job['seconds_per_step']:.2f} s; {job['answers_per_second']:.0f} answers/s, "
+    ]  # fmt: skip
     return [
         report.Table(title, ("", "shared", "each its own", "ratio", "aim", ""), speeds),
         report.Table("encoded by the ViT", ("", "shared", "each its own", "ratio", "aim", ""), encoded),
-        report.Table(f"a job: {steps}{job['samples_per_second']:.0f} samples/s", ("", "", "aim", ""), shares),
+        report.Table("a job, and the share of each phase of its steps", ("", "", "aim", ""), phases),
     ]
 
 
@@ -347,8 +348,10 @@ def main() -> int:
     sizes, rounds = (QUICK, 1) if arguments.quick else (FULL, arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="glm4v_jax_rl_") as name:
         figures = run(sizes, rounds, pathlib.Path(name))
-    report.console().print(*tables(figures))
-    return 0 if arguments.quick else report.finish("rl", figures)
+    if arguments.quick:
+        report.console().print(*tables(figures))
+        return 0
+    return report.finish("rl", figures, *tables(figures))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ Three ratios, so that what packing gives and what the step gives can be distingu
 - the same padded batches on both sides;
 - packed rows here, and there batches of samples of a length (`group_by_length`): the least padding it can have.
 
-Prints a table and the fraction of padding, for a missed aim where the time goes; writes `bench/results/train.json` and
-`train.md`; exits with status 1 if an aim is missed.
+Prints a table and the fraction of padding, for a missed aim where the time goes; writes
+`bench/results/train.json`; exits with status 1 if an aim is missed.
 """
 
 import argparse
@@ -197,13 +197,10 @@ def main() -> int:
         directory = models.write_checkpoint(pathlib.Path(temporary), models.TRAINING, processor=True)
         samples = train_data.make_samples(directory, arguments.samples)
         figures = run(workers, directory, models.TRAINING, samples, steps=arguments.steps, rounds=arguments.rounds)
-    out, (speeds, padding), losses = report.console(), tables(figures), figures["losses"]
-    out.print(speeds, padding)
+    losses = figures["losses"]
     worst = max(losses["packed"], losses["padded"])
-    out.print(f"losses differ by at most {worst:.1e}: {report.verdict(losses['passed'])}")
-    out.print(*report.profile_tables(figures["profiles"]))
-    markdown = "\n\n".join((speeds.title, speeds.markdown(), padding.markdown())) + "\n"
-    return report.finish("train", figures, markdown=markdown)
+    differ = f"losses differ by at most {worst:.1e}: {report.verdict(losses['passed'])}"
+    return report.finish("train", figures, *tables(figures), differ, *report.profile_tables(figures["profiles"]))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from helpers_paths import ROOT
 from helpers_serve import wait_until
 
 import glm4v_jax
+from bench import page as pages
 from eval.metrics import METRICS
 from glm4v_jax.checkpoints import load
 from glm4v_jax.cli.main import main
@@ -341,10 +342,9 @@ def test_the_pages_build_without_a_warning(tmp_path):
         assert not loaded, page
 
 
-@pytest.mark.parametrize("name", ["performance_page", "quantize_page", "device.page", "growth_page"])
-def test_generated_pages_are_what_their_programs_write(name):
-    program = importlib.import_module(f"bench.{name}")
-    assert program.PAGE.read_text(encoding="utf-8") == program.page()
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_generated_pages_are_what_their_program_writes(name):
+    assert pages.PAGES[name].read_text(encoding="utf-8") == pages.page(name)
 
 
 def doctests():

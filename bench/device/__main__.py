@@ -8,7 +8,7 @@ The workloads and their floors are in `bench.device.work`. Nothing is downloaded
 
 Figures are written as they come: a run that is cut off keeps what it has, and the next one measures what is missing.
 A part that fails, runs out of memory or takes too long is one line; the next one begins, in a new process if need be.
-`python -m bench.device.page` then writes the page. Exits with status 1 if a part failed or an aim is missed.
+`python -m bench.page device` then writes the page. Exits with status 1 if a part failed or an aim is missed.
 """
 
 import argparse
@@ -211,10 +211,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content, out = results.content, report.console()
     if not content["machine"]:
         return 1
-    lines = table.rows(content)
-    out.print(report.Table(content["machine"]["device"], table.COLUMNS, lines))
+    judged = table.tables(content)
+    out.print(*judged)
     failed = any(part["error"] for part in content["parts"].values())
-    content["passed"] = not failed and not any("FAIL" in cell for line in lines for cell in line)
+    content["passed"] = not failed and not any("FAIL" in cell for row in judged[0].rows for cell in row)
     results.write()
     out.print(f"written to {results.path}", soft_wrap=True)
     return 0 if content["passed"] else 1

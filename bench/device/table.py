@@ -147,13 +147,10 @@ def _reached(work: Workload, seconds: float, measured: Rates | None, peak: Rates
     return (work.read / rates.bandwidth if work.aim.of == "bandwidth" else work.flops / rates.flops) / seconds
 
 
-COLUMNS = ("workload", "ms", "rate", "floor, ms", "of it", "of published", "aim", "", "")
-
-
-def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the cells of the lines that were measured or failed."""
+def tables(results: Mapping[str, Any]) -> list[report.Table]:
+    """Return the lines that were measured or failed."""
     judge = not results["machine"]["tiny"]
-    return [
+    rows = [
         (
             line.what, _number(line.seconds, 1e3), _rate(line), _number(line.floor, 1e3), _percent(line.of_floor),
             _percent(line.of_peak), str(line.work.aim or "") if judge else "",
@@ -162,6 +159,8 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for line in lines(results) if line.seconds or line.note
     ]  # fmt: skip
+    columns = ("workload", "ms", "rate", "floor, ms", "of it", "of published", "aim", "", "")
+    return [report.Table(results["machine"]["device"], columns, rows)]
 
 
 def _number(value: float | None, scale: float = 1) -> str:

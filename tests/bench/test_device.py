@@ -8,8 +8,9 @@ import tomllib
 
 import pytest
 
+from bench import page
 from bench.device import __main__ as device
-from bench.device import model, page, table, train, work, worker
+from bench.device import chart, model, table, train, work, worker
 from bench.device.table import Aim, Workload
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -153,12 +154,12 @@ def test_floors_and_aims(work, seconds, of_floor, of_peak, passed):
 
 def test_a_tiny_run_is_not_judged_by_aims():
     work = Workload("it", 4.8e9, 0, aim=Aim("bandwidth", 0.83))
-    assert "FAIL" in str(table.rows(results_of("NVIDIA H200", 1, work)))
-    assert "FAIL" not in str(table.rows(results_of("NVIDIA H200", 1, work, tiny=True)))
+    assert "FAIL" in str(table.tables(results_of("NVIDIA H200", 1, work))[0].rows)
+    assert "FAIL" not in str(table.tables(results_of("NVIDIA H200", 1, work, tiny=True))[0].rows)
 
 
 def test_the_chart_is_what_its_program_draws():
-    assert page.CHART.read_text(encoding="utf-8") == page.chart()
+    assert chart.CHART.read_text(encoding="utf-8") == chart.chart()
 
 
 def test_a_page_of_results_has_figures_in_the_places_of_words(monkeypatch, tmp_path):
@@ -168,12 +169,12 @@ def test_a_page_of_results_has_figures_in_the_places_of_words(monkeypatch, tmp_p
     results["parts"] = {"int8": {"seconds": 1.0, "error": "ended after 120 seconds"}}
     path = tmp_path / "device.json"
     path.write_text(json.dumps(results))
-    assert "not measured yet" in page.chart() and "Nothing here is measured yet" in page.page()
-    monkeypatch.setattr(page, "RESULTS", path)
-    text = page.page()
+    assert "not measured yet" in chart.chart() and "Nothing here is measured yet" in page.page("device")
+    monkeypatch.setattr(chart, "RESULTS", path)
+    text = page.page("device")
     assert "Measured on one NVIDIA H200 with jax 0.11.2" in text and "- int8: ended after 120 seconds" in text
     assert "| decode, B = 1 | 4.2 | 238 tokens/s | 4.43 | 106% | 88% | 83% of bandwidth | pass |" in text
-    assert ">88% (aim 83%)<" in page.chart()
+    assert ">88% (aim 83%)<" in chart.chart()
 
 
 @pytest.mark.parametrize(("memory", "tried"), [(80e9, ["attention", "full"]), (141e9, ["none", "attention", "full"])])

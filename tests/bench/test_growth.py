@@ -6,7 +6,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from bench import growth, growth_page, growth_series
+from bench import growth, growth_chart, growth_series
 from bench.growth_series import SERIES, Panel, Series
 
 PANEL = Panel("Made", "things", "bytes")
@@ -22,7 +22,7 @@ def grows(name, power, most=1.0, sizes=(1, 2, 4, 8, 16)):
 def run(monkeypatch, tmp_path):
     """Measures these series, and returns the exit status and what is kept."""
     monkeypatch.setattr(growth, "RESULTS", tmp_path / "growth.json")
-    monkeypatch.setattr(growth_page, "write", lambda: None)
+    monkeypatch.setattr(growth.page, "write", lambda name: None)
 
     def measured(*series, options=()):
         monkeypatch.setattr(growth, "SERIES", series)
@@ -84,13 +84,13 @@ def test_real_work_is_measured_at_small_sizes(run):
 def test_every_series_has_a_key_of_its_own_and_a_color():
     assert len({one.key for one in SERIES}) == len(SERIES)
     panels = [one.panel for one in SERIES]
-    assert all(panels.count(panel) <= len(growth_page.COLORS) for panel in panels)
+    assert all(panels.count(panel) <= len(growth_chart.COLORS) for panel in panels)
     assert all(list(one.sizes) == sorted(one.sizes) and len(one.sizes) >= 3 for one in growth_series.SERIES)
 
 
 def test_the_chart_is_what_the_program_draws():
-    assert growth_page.CHART.read_text(encoding="utf-8") == growth_page.chart()
-    root = xml.etree.ElementTree.fromstring(growth_page.chart())
+    assert growth_chart.CHART.read_text(encoding="utf-8") == growth_chart.chart()
+    root = xml.etree.ElementTree.fromstring(growth_chart.chart())
     texts = [text.text for text in root.iter(f"{NAME}text")]
     results = json.loads(growth.RESULTS.read_text(encoding="utf-8"))["series"]
     assert all(f"{one.name}: {results[one.key]['slope']:.2f}" in texts for one in SERIES)
@@ -99,7 +99,7 @@ def test_the_chart_is_what_the_program_draws():
     for line in root.iter(f"{NAME}polyline"):
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
         assert all(
-            growth_page.LEFT - 0.1 <= x <= growth_page.WIDTH - growth_page.RIGHT + 0.1
-            and growth_page.TOP - 0.1 <= y <= growth_page.HEIGHT - growth_page.BOTTOM + 0.1
+            growth_chart.LEFT - 0.1 <= x <= growth_chart.WIDTH - growth_chart.RIGHT + 0.1
+            and growth_chart.TOP - 0.1 <= y <= growth_chart.HEIGHT - growth_chart.BOTTOM + 0.1
             for x, y in points
         )

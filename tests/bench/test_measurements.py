@@ -21,7 +21,7 @@ from bench import (
     memory,
     models,
     ocr,
-    performance_page,
+    page,
     preprocess,
     prompt_lookup,
     quant,
@@ -87,7 +87,7 @@ def test_aot_has_a_table_for_inference_and_one_for_training():
     }  # fmt: skip
     line = aot_train.finished(compiled, counts)
     assert not aot_train.finished(compiled | {"beside": 4.75}, counts)["fits"]
-    inference, training = aot._tables([line | {"passed": True}])
+    inference, training = aot.tables({"programs": [line | {"passed": True}]})
     assert not inference.rows and len(training.rows) == 1 and len(training.rows[0]) == len(training.columns)
     cells = dict(zip(training.columns, training.rows[0], strict=True))
     # A second of a v5e's products, longer than a tenth of one on its links and than reading and writing the state.
@@ -131,7 +131,7 @@ def test_evaluations_give_the_same_answers(sides):
         (task, 3, 3) for task in evaluation.TASKS
     ]
     assert all(line[side]["median"] > 0 for line in lines for side in sides)
-    assert len(evaluation.table(lines, 2).rows) == 2
+    assert len(evaluation.tables({"lines": lines, "batch": 2, "machine": {"ours": {"cores": 2}}})[0].rows) == 2
 
 
 @pytest.mark.parametrize("kind", ["one size", "files"])
@@ -217,7 +217,7 @@ def test_conversions_are_measured_both_ways(tmp_path):
     assert [each["direction"] for each in figures["directions"]] == ["to-orbax", "to-hf"]
     assert all(each["ratio"] > 0 and each["peak_bytes"] > 0 for each in figures["directions"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "config.json", "orbax"]
-    assert len(convert.rows(figures)) == 3
+    assert len(convert.tables(figures)[0].rows) == 3
 
 
 def test_memory_of_a_conversion_is_its_own(tmp_path):
@@ -286,7 +286,7 @@ def test_lmms_eval_is_given_a_task_of_local_files(tmp_path):
 
 
 def test_the_page_of_an_installation_without_another_checkout_is_written(monkeypatch):
-    read = performance_page.read
+    read = page.read
 
     def read_alone(name):
         found = read(name)
@@ -294,6 +294,6 @@ def test_the_page_of_an_installation_without_another_checkout_is_written(monkeyp
             found["starts"] = {start: one for start, one in found["starts"].items() if start.startswith("this")}
         return found
 
-    assert "traced its programs at every start" in performance_page.page()
-    monkeypatch.setattr(performance_page, "read", read_alone)
-    assert "traced its programs at every start" not in performance_page.page()
+    assert "traced its programs at every start" in page.page("performance")
+    monkeypatch.setattr(page, "read", read_alone)
+    assert "traced its programs at every start" not in page.page("performance")

@@ -60,15 +60,15 @@ def test_a_process_is_confined_to_its_cores():
         turns.use_cores(10**6)
 
 
-def test_a_result_is_json_without_names_of_this_machine(tmp_path):
+def test_a_result_is_json_without_names_of_this_machine(tmp_path, capsys):
     facts = report.machine_facts("jax", "numpy")
     table = report.Table("some", ("", "speed"), [("packed | padded", report.verdict(True))])
-    assert (
-        report.finish("some", {"machine": facts, "passed": False}, markdown=table.markdown(), directory=tmp_path) == 1
-    )
+    assert report.finish("some", {"machine": facts, "passed": False}, table, "slow", directory=tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "packed | padded" in printed and "slow\n" in printed
     assert json.loads((tmp_path / "some.json").read_text()) == {"machine": facts, "passed": False}
     assert set(facts) == {"processor", "cores", "system", "python", "jax", "numpy"}
-    assert (tmp_path / "some.md").read_text() == "|  | speed |\n| --- | --- |\n| packed / padded | pass |"
+    assert str(table) == "|  | speed |\n| --- | --- |\n| packed / padded | pass |"
 
 
 def test_all_named_media_exist():

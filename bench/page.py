@@ -1,0 +1,61 @@
+"""The pages of docs/ that measurements fill: `python -m bench.page` writes them all, `python -m bench.page growth` one.
+
+Each is a template of Jinja in `bench/templates/`, which reads what programs keep in `bench/results/`.
+"""
+
+import importlib
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+
+import jinja2
+
+from bench.report import ROOT, Table, read
+
+TEMPLATES = ROOT / "bench" / "templates"
+PAGES = {
+    "performance": ROOT / "docs" / "guides" / "performance.md",
+    "quantize": ROOT / "docs" / "guides" / "quantize.md",
+    "growth": ROOT / "docs" / "growth.md",
+    "device": ROOT / "docs" / "performance.md",
+}
+"""Name of a template -> the page."""
+CHARTS = {"growth": "bench.growth_chart", "device": "bench.device.chart"}
+"""Name of a template -> the module whose `CHART` and `chart` are its chart."""
+
+
+def tables(program: str, of: str | None = None) -> Sequence[Table]:
+    """Return what a program of `bench` prints as tables, of its results or of those that are called `of`."""
+    return importlib.import_module(f"bench.{program}").tables(read(of or program))
+
+
+def page(name: str) -> str:
+    """Return the text of a page.
+
+    In a template, `x | f(".1f")` formats a number, `read("engine")` are results, `tables("engine")` their tables, and
+    `use("bench.engine")` is a module, for its settings.
+
+    Raises:
+      jinja2.UndefinedError: a figure is missing.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters |= {"f": format, "median": statistics.median, "product": math.prod}
+    template = environment.get_template(f"{name}.md")
+    return template.render(read=read, tables=tables, use=importlib.import_module)
+
+
+def write(*names: str) -> None:
+    """Write pages, by default all, and their charts."""
+    for name in names or PAGES:
+        PAGES[name].write_text(page(name), encoding="utf-8")
+        if name in CHARTS:
+            module = importlib.import_module(CHARTS[name])
+            module.CHART.write_text(module.chart(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(*sys.argv[1:])
