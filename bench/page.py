@@ -5,15 +5,16 @@ Each is a template of Jinja in `bench/templates/`, which reads what programs kee
 
 import importlib
 import math
+import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 
 from bench.report import ROOT, Table, read
 
-TEMPLATES = ROOT / "bench" / "templates"
 PAGES = {
     "performance": ROOT / "docs" / "guides" / "performance.md",
     "quantize": ROOT / "docs" / "guides" / "quantize.md",
@@ -30,22 +31,28 @@ def tables(program: str, of: str | None = None) -> Sequence[Table]:
     return importlib.import_module(f"bench.{program}").tables(read(of or program))
 
 
-def page(name: str) -> str:
-    """Return the text of a page.
+def fill(template: pathlib.Path, **values: Any) -> str:
+    """Return the text of a template.
 
-    In a template, `x | f(".1f")` formats a number, `read("engine")` are results, `tables("engine")` their tables, and
+    In it, `x | f(".1f")` formats a number, `read("engine")` are results, `tables("engine")` their tables, and
     `use("bench.engine")` is a module, for its settings.
+
+    Args:
+      template: the file.
+      **values: what it calls by name, besides.
 
     Raises:
       jinja2.UndefinedError: a figure is missing.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"f": format, "median": statistics.median, "product": math.prod}
-    template = environment.get_template(f"{name}.md")
-    return template.render(read=read, tables=tables, use=importlib.import_module)
+    environment.globals |= {"read": read, "tables": tables, "use": importlib.import_module}
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
+
+
+def page(name: str) -> str:
+    """Return the text of a page of measurements."""
+    return fill(ROOT / "bench" / "templates" / f"{name}.md")
 
 
 def write(*names: str) -> None:

@@ -3,7 +3,7 @@
 - `train_tiny` (`make tiny`) trains the packaged model: on `digit_curriculum`, with `tiny_model`, `tiny_assets` and
   `tiny_text`; `score_tiny` and `digit_scores` measure it, `tiny_report` writes the page.
 - `reward_study` (`make rl`) teaches it by reward what it was never taught, `leftmost_digits`; `reward_page` writes the
-  page and, with `line_chart`, its figure.
+  page and its figure.
 - `make_random`: the random checkpoint of the tests. `make_chat_svg`, `make_report_png`, `make_chat_page_png`: images of
   the docs.
 """

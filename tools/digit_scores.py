@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.report import Table
 from eval.metrics.boxes import IOU, iou
 from glm4v_jax.errors import DataError
 from glm4v_jax.generate.text.boxes import find_boxes
@@ -114,13 +115,15 @@ def majority_direction(truth: Sequence[Example]) -> Scores:
 
 def table(rows: Sequence[Row]) -> str:
     """Results in Markdown, a line a row."""
-    lines = ["| task | accuracy | aim | baseline | wrong object | mean IoU | format | n |", "|" + " --- |" * 8]
-    for name, scores, aim, baseline in rows:
-        shares = [_percent(share) for share in (scores.accuracy, aim, baseline, scores.wrong_object)]
-        mean_iou = "" if scores.mean_iou is None else f"{scores.mean_iou:.2f}"
-        cells = [name, *shares, mean_iou, _percent(scores.format), str(scores.count)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = [
+        (
+            name, *map(_percent, (scores.accuracy, aim, baseline, scores.wrong_object)),
+            "" if scores.mean_iou is None else f"{scores.mean_iou:.2f}", _percent(scores.format), scores.count,
+        )
+        for name, scores, aim, baseline in rows
+    ]  # fmt: skip
+    columns = ("task", "accuracy", "aim", "baseline", "wrong object", "mean IoU", "format", "n")
+    return str(Table("", columns, cells))
 
 
 def _percent(share: float | None) -> str:

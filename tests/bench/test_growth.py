@@ -6,7 +6,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from bench import growth, growth_chart, growth_series
+from bench import growth, growth_chart, growth_series, line_chart
 from bench.growth_series import SERIES, Panel, Series
 
 PANEL = Panel("Made", "things", "bytes")
@@ -99,7 +99,7 @@ def test_the_chart_is_what_the_program_draws():
     for line in root.iter(f"{NAME}polyline"):
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
         assert all(
-            growth_chart.LEFT - 0.1 <= x <= growth_chart.WIDTH - growth_chart.RIGHT + 0.1
-            and growth_chart.TOP - 0.1 <= y <= growth_chart.HEIGHT - growth_chart.BOTTOM + 0.1
+            line_chart.LEFT - 0.1 <= x <= line_chart.WIDTH - line_chart.RIGHT + 0.1
+            and line_chart.TOP - 0.1 <= y <= line_chart.HEIGHT - line_chart.BOTTOM + 0.1
             for x, y in points
         )

@@ -5,8 +5,8 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
+from bench.line_chart import HEIGHT, WIDTH, Line, Panel, draw
 from tools.leftmost_digits import TIERS
-from tools.line_chart import HEIGHT, WIDTH, Line, Panel, draw
 from tools.reward_page import (
     ANY,
     DATA,
@@ -102,7 +102,9 @@ def test_runs_of_a_seed_are_compared_with_each_other():
 
 def test_a_chart_puts_points_where_they_belong():
     line = Line("a < b", "#000000", [(0, 0), (1500, 1)], band=[(0, 0, 0.5), (1500, 0.5, 1)])
-    root = xml.etree.ElementTree.fromstring(draw([Panel("one", [line]), Panel("two", [line]), Panel("three", [line])]))
+    root = xml.etree.ElementTree.fromstring(
+        draw([Panel("one", [line]), Panel("two", [line]), Panel("three", [line])], "made")
+    )
     assert root.get("viewBox") == f"0 0 {2 * WIDTH} {2 * HEIGHT}"
     panels = root.findall("{*}g")
     assert [panel.get("transform") for panel in panels] == [
