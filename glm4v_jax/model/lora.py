@@ -9,6 +9,7 @@ change, and the files of the adapter have them (`checkpoints.saved_modules`).
 
 import contextlib
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
@@ -142,7 +144,7 @@ def set_lora(linear: Linear, a: Array, b: Array, scale: float) -> None:
 
 def set_magnitude(linear: Linear, magnitude: Array) -> None:
     """Give the adapter of a linear layer a magnitude [*outputs] (DoRA); where it is NaN, the norm of its kernel."""
-    linear.lora_magnitude = nnx.Param(jnp.where(jnp.isnan(magnitude), output_norms(linear), magnitude))
+    linear.lora_magnitude = nnx.Param(_with_norms(linear, magnitude))
 
 
 def unset_lora(linear: Linear) -> None:
@@ -155,6 +157,17 @@ def unset_lora(linear: Linear) -> None:
 def output_norms(linear: Linear) -> Array:
     """`Linear.output_norms` in the partition of a parameter, [*outputs]; of stacked layers with the layers first."""
     return _each(lambda linear: mesh.reshard(linear.output_norms(), *linear.out_axes), linear)
+
+
+@jax.jit
+def _with_norms(linear: Linear, magnitude: Array) -> Array:
+    return jnp.where(jnp.isnan(magnitude), output_norms(linear), magnitude)
+
+
+@jax.jit
+def _gain(linear: Linear) -> Array:
+    assert linear.lora_magnitude is not None
+    return linear.lora_magnitude[...] / output_norms(linear)
 
 
 def _each(function: Callable[[Linear], Array], linear: Linear) -> Array:
@@ -172,7 +185,7 @@ def fix_magnitudes(model: Glm4v) -> Glm4v:
         for linear in found:
             if linear.lora_magnitude is not None:
                 with on_mesh_of(model):
-                    gain = linear.lora_magnitude[...] / output_norms(linear)
+                    gain = _gain(linear)
                 linear.lora_magnitude, linear.lora_gain = None, nnx.Param(gain)
     return result
 
@@ -216,13 +229,8 @@ def add_lora(model: Glm4v, config: LoraConfig, seed: int = 0) -> Glm4v:
     result.modules_to_save = config.modules_to_save
     check_modules(result, chosen)
 
-    @jax.jit  # one program: each draw would be compiled by itself
-    def draw(key: Array) -> dict[str, list[tuple[Array, Array]]]:
-        keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in chosen}
-        return {path: _new(found, keys[path], config.rank) for path, found in chosen.items()}
-
     with on_mesh_of(model):
-        drawn = draw(jax.random.key(seed))
+        drawn = _drawn(chosen, jax.random.key(seed), config.rank)
     for path, leaves in drawn.items():
         for linear, (a, b) in zip(chosen[path], leaves, strict=True):
             set_lora(linear, a, b, config.scale)
@@ -291,8 +299,25 @@ def merge_in_place(model: Glm4v) -> None:
                 unset_lora(linear)
 
 
-def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]]:
-    """A and B of the linear layers of one path; layers have the same numbers whether they are stacked or not."""
+@functools.partial(jax.jit, static_argnames="rank")
+def _drawn(chosen: dict[str, list[Linear]], key: Array, rank: int) -> dict[str, list[tuple[Array, Array]]]:
+    """A and B of linear layers by path; layers have the same numbers whether they are stacked or not.
+
+    One program, with all keys from one call: each draw would be compiled by itself.
+    """
+    counts = {path: stacked_layers(found[0]) or len(found) for path, found in chosen.items()}
+    numbers = [(zlib.crc32(path.encode()), i) for path, count in counts.items() for i in range(count)]
+    fold_in = jax.random.fold_in
+    keys = jax.vmap(lambda path, layer: fold_in(fold_in(key, path), layer))(*np.array(numbers, np.uint32).T)
+    drawn, first = {}, 0
+    for path, count in counts.items():
+        drawn[path] = _new(chosen[path], keys[first : first + count], rank)
+        first += count
+    return drawn
+
+
+def _new(found: list[Linear], keys: Array, rank: int) -> list[tuple[Array, Array]]:
+    """A and B of the linear layers of one path, each layer's with a key of its own."""
     inputs, outputs = sizes(found[0])
     bound = 1 / math.sqrt(math.prod(inputs))
     a_axes, b_axes = (*found[0].in_axes, None), (None, *found[0].out_axes)
@@ -305,10 +330,10 @@ def _new(found: list[Linear], key: Array, rank: int) -> list[tuple[Array, Array]
         axes = (*(None for _ in layers), *b_axes)
         return mesh.reshard(jnp.zeros((*layers, rank, *outputs), DTYPE), *axes)
 
+    every = jax.vmap(draw)(keys)
     if (layers := stacked_layers(found[0])) is not None:
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(layers))
-        return [(jax.vmap(draw)(keys), zeros(layers))]
-    return [(draw(jax.random.fold_in(key, i)), zeros()) for i in range(len(found))]
+        return [(every, zeros(layers))]
+    return [(every[i], zeros()) for i in range(len(found))]
 
 
 @jax.jit

@@ -238,7 +238,7 @@ def test_logprobs_of_sampling_are_those_of_the_distribution_drawn_from(engine, i
     params = SamplingParams.of(config, len(places))
     logits[:, list(config.suppress_tokens)] = -np.inf
     seen = np.array([np.isin(np.arange(logits.shape[1]), ids[0, : at + 1]) for at in places])
-    scores = warped(penalised(logits[list(places)], params, seen), params)
+    scores = jax.jit(lambda *given: warped(penalised(*given), given[1]))(logits[list(places)], params, seen)
     for i, row in enumerate(np.asarray(scores, np.float64)):
         expected = row - np.log(np.exp(row).sum())
         assert found.logprob_array[i] == pytest.approx(expected[found.tokens[i]], rel=1e-4, abs=1e-5)
