@@ -118,7 +118,8 @@ class Model:
         """Take a step on answers about images, which share that of their group, or have each its own."""
         since = time.perf_counter()
         batches = self._packed(way)
-        self._state, metrics = self._step(self._state, self._frozen, batches, float(self.sizes.n * self.sizes.groups))
+        count = float(self.sizes.n * self.sizes.groups)
+        self._state, metrics = self._step(self._state, self._frozen, batches, count, 0)
         jax.block_until_ready(metrics)
         return time.perf_counter() - since
 

@@ -250,8 +250,9 @@ def read_text(path: pathlib.Path) -> str:
 
 
 _ENCODING_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*preprocessor_config.json",
-    "processor_config.json", "chat_template.*", "additional_chat_templates/*.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 _MODEL_FILES = ("config.json", "generation_config.json", *_ENCODING_FILES)
 _ORBAX = ("_CHECKPOINT_METADATA", "orbax.checkpoint", "state")

@@ -83,7 +83,7 @@ class Learner:
 
     def take(self, state, groups):
         """A step on these groups."""
-        return self.step(state, self.frozen, self.batches(groups), num_samples(groups))
+        return self.step(state, self.frozen, self.batches(groups), num_samples(groups), 0)
 
     def sums(self, params, batches):
         """Gradients and sums of micro-batches."""

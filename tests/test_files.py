@@ -30,7 +30,10 @@ from glm4v_jax.files import (
 from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.processor import Glm4vProcessor
 
-STRAY = ("prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl", "a.safetensors")
+STRAY = (
+    "prompts.jsonl", "prompts.answers.jsonl", "answers.json", "notes.txt", "train/metrics.jsonl",
+    "chat_template.jinja~", "chat_template.jinja.bak", "old_preprocessor_config.json", "a.safetensors",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ from train.evaluate import Evaluation
 from train.state import Leaves, TrainState, bit_sum, is_finite
 
 DATA_DIGEST, ENCODING_DIGEST = "content of the training data", "tokenizer, chat template and processors of the model"
+SAMPLING_DIGEST = "generation_config.json of the model"
 """Names of digests in what must not have changed; checkpoints of earlier versions lack them."""
+_DIGESTS = DATA_DIGEST, ENCODING_DIGEST, SAMPLING_DIGEST
 
 _STATE, _DATA, _JOB, _EVALUATIONS, _SUMS = "state", "data", "job", "evaluations", "checksums"
 _COUNTS = ("step", "skipped", "streak")
@@ -336,7 +338,7 @@ class Checkpoints:
             return
         names = dict.fromkeys((*self._job, *saved))
         changed = [name for name in names if saved.get(name) != self._job.get(name)]
-        unknown = [name for name in (DATA_DIGEST, ENCODING_DIGEST) if name in changed and name not in saved]
+        unknown = [name for name in _DIGESTS if name in changed and name not in saved]
         for name in unknown:
             self._log(
                 f"{self._path(self.latest)}: written by an earlier version, without a digest of the {name}: whether it "

@@ -25,6 +25,7 @@ from glm4v_jax.data.media import file_name, source_of
 from glm4v_jax.devices.distributed import agree, check_devices, errors_of_all, several
 from glm4v_jax.errors import ConfigError, DataError, counted, naming, not_there
 from glm4v_jax.files import doubt_of_base, encoding_fingerprint
+from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.lora import add_lora, check_modules, is_adapted
 from glm4v_jax.model.params import default_dtype
@@ -42,6 +43,7 @@ from train.noise import Noise
 from train.optimizers import group_of, learning_rate, make_optimizer
 from train.state import Layout, Leaves, TrainState, Weights, init_state, split
 from train.step import Step, make_step
+from train.trackers import check_trackers
 from train.verify_export import Verified
 
 _FREE = {
@@ -171,12 +173,25 @@ def describe_data(config: TrainConfig, data: Data) -> str:
     return f"{counted(len(data.train), 'record')} to train on{held_out}"
 
 
-def make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
-    """Return a job's mesh.
+def open_model(config: TrainConfig, log: Callable[[str], None]) -> tuple[Glm4vConfig, Mesh, Glm4vProcessor]:
+    """Return the configuration of a job's model, the job's mesh, and the model's processor; no weight is read.
+
+    Logs a warning where the adapter that the job starts from names another model as its base.
 
     Raises:
-      ConfigError: it does not fit the devices, the model or the batches.
+      ConfigError: a tracker is not installed, or the mesh does not fit the devices, the model or the batches.
+      CheckpointError: the model or the adapter is not there, or a file of them is invalid.
     """
+    check_trackers(config)
+    model = Glm4vConfig.from_pretrained(config.model)
+    _note_base(config, log)
+    mesh = _make_mesh(config, model)
+    processor = Glm4vProcessor.from_pretrained(config.model)
+    processor.check_ids(model)
+    return model, mesh, processor
+
+
+def _make_mesh(config: TrainConfig, model: Glm4vConfig) -> Mesh:
     with naming("mesh"):
         mesh = mesh_for(config.mesh, model)
         check_devices(mesh)
@@ -254,12 +269,7 @@ def check_step(step: int, config: TrainConfig) -> None:
         raise ConfigError(f"steps: found {config.steps}; expected at least {step}, the step of the latest checkpoint")
 
 
-def note_base(config: TrainConfig, log: Callable[[str], None]) -> None:
-    """Log a warning where the adapter that a job starts from names another model as its base.
-
-    Raises:
-      CheckpointError: there is no adapter.
-    """
+def _note_base(config: TrainConfig, log: Callable[[str], None]) -> None:
     adapter = None if config.lora is None else config.lora.adapter
     if adapter is None:
         return

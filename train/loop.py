@@ -13,7 +13,6 @@ from jax import process_index
 from jax.sharding import Mesh
 
 from glm4v_jax.checkpoints.orbax_write import by_first
-from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.console.progress import Programs
 from glm4v_jax.devices.compilation_cache import compile_times, compiling
 from glm4v_jax.devices.distributed import errors_of_all, gathered, several
@@ -22,7 +21,6 @@ from glm4v_jax.devices.mesh import use_mesh
 from glm4v_jax.errors import ConfigError, counted
 from glm4v_jax.files import model_fingerprint
 from glm4v_jax.generate.warmup import programs
-from glm4v_jax.inputs.processor import Glm4vProcessor
 from train.checkpoints import abstract
 from train.config import TrainConfig
 from train.data.encoder import make_encoder
@@ -38,8 +36,7 @@ from train.job import (
     check_step,
     describe_data,
     identity,
-    make_mesh,
-    note_base,
+    open_model,
     read_data,
 )
 from train.log import MetricsLog, Speed
@@ -60,7 +57,6 @@ from train.preemption import Stopping
 from train.profiler import Profiler
 from train.references import compute, encoded, table_of
 from train.state import TrainState, bit_sum
-from train.trackers import check_trackers
 
 
 def train(
@@ -95,14 +91,9 @@ def train(
         raise ConfigError("rl: found a table; expected none: such a job is run by train.rl.loop.learn")
     log = log or ignore
     with errors_of_all():
-        check_trackers(config)
-        model_config = Glm4vConfig.from_pretrained(config.model)
-        note_base(config, log)
-        mesh = make_mesh(config, model_config)
+        model_config, mesh, processor = open_model(config, log)
         data = read_data(config, records)
         job_identity = identity(config, model_config, len(data.train), data.digest)
-        processor = Glm4vProcessor.from_pretrained(config.model)
-        processor.check_ids(model_config)
         digest = functools.partial(_digest, job_identity, model_fingerprint(config.model))
     check_same(config, data, job_identity)
     out = Path(config.out)

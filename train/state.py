@@ -93,8 +93,13 @@ class Weights:
 def _in_dtypes(leaves: Mapping[str, Array], dtypes: Mapping[str, DTypeLike]) -> Leaves:
     """Cast leaves by one program: one for each shape took longer to compile than a small model's step."""
     others = {path: leaf for path, leaf in leaves.items() if leaf.dtype != dtypes[path]}
-    cast = jax.jit(lambda others: {path: leaf.astype(dtypes[path]) for path, leaf in others.items()})
-    return {**leaves, **(cast(others) if others else {})}
+    cast = _cast_all(list(others.values()), tuple(jnp.dtype(dtypes[path]) for path in others)) if others else []
+    return {**leaves, **dict(zip(others, cast, strict=True))}
+
+
+@functools.partial(jax.jit, static_argnames="dtypes")
+def _cast_all(leaves: list[Array], dtypes: tuple[np.dtype, ...]) -> list[Array]:
+    return [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
 
 
 def _cast(path: str, leaf: Array, dtype: DTypeLike) -> Array:

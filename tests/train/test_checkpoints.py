@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from glm4v_jax.errors import CheckpointError
-from train.checkpoints import DATA_DIGEST, ENCODING_DIGEST, Checkpoints, abstract
+from train.checkpoints import DATA_DIGEST, ENCODING_DIGEST, SAMPLING_DIGEST, Checkpoints, abstract
 from train.config import CheckpointConfig
 from train.evaluate import Evaluation
 from train.state import init_state
@@ -362,7 +362,7 @@ def test_room_is_counted_before_the_first_step(directory, state, monkeypatch):
             checkpoints.check_room(like, 100)
 
 
-@pytest.mark.parametrize("name", [DATA_DIGEST, ENCODING_DIGEST])
+@pytest.mark.parametrize("name", [DATA_DIGEST, ENCODING_DIGEST, SAMPLING_DIGEST])
 def test_other_content_is_refused_unless_an_earlier_version_has_saved_no_digest(directory, state, tmp_path, name):
     told = []
     opened(directory, job=JOB | {name: "abc"}, log=told.append).close()

@@ -110,7 +110,7 @@ class Cycle:
     waiting: list[Group] = dataclasses.field(default_factory=list)
 
     def __call__(
-        self, state: TrainState, problems: Sequence[Problem], score: ScoreAnswers, seed: int, step: int = 1
+        self, state: TrainState, problems: Sequence[Problem], score: ScoreAnswers, seed: int, step: int
     ) -> tuple[TrainState, CycleResult]:
         """Take a step; the state is donated.
 

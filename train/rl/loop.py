@@ -20,11 +20,11 @@ from glm4v_jax.generate.engine import Engine
 from glm4v_jax.inputs.processor import Glm4vProcessor
 from glm4v_jax.model.runtime import Runtime
 from glm4v_jax.planning.mesh_presets import mesh_for
-from train.checkpoints import abstract
+from train.checkpoints import SAMPLING_DIGEST, abstract
 from train.config import TrainConfig
 from train.data.encoder import encode_options
 from train.data.samples import limited
-from train.job import Job, check_step, identity, make_mesh, note_base
+from train.job import Job, check_step, identity, open_model
 from train.optimizers import learning_rate
 from train.output import CHECKPOINTS, JobResult, Saver, check_room, ignore, open_checkpoints
 from train.plot import draw_metrics
@@ -38,12 +38,11 @@ from train.rl.levels import read_levels
 from train.rl.log import RewardLog
 from train.rl.loss import Objective
 from train.rl.problems import Problem, Problems, check_lengths, problems_of
-from train.rl.rollouts import media_tokens, seed_of
+from train.rl.rollouts import media_tokens, sampling_options, seed_of
 from train.rl.self_test import self_test
 from train.rl.step import PolicyStep
 from train.rl.verifiers import Reward, make_verifiers
 from train.state import TrainState
-from train.trackers import check_trackers
 
 Control = Callable[[Sequence[Task], Sequence[Reward]], Sequence[Reward]]
 """What was scored in a step, all answers to a problem after one another, and its rewards -> those to learn from."""
@@ -80,17 +79,12 @@ def learn(
         raise ConfigError("rl: found none; expected the table of a job that learns by reward")
     log = log or ignore
     with errors_of_all():
-        check_trackers(config)
-        model_config = Glm4vConfig.from_pretrained(config.model)
-        note_base(config, log)
-        mesh = make_mesh(config, model_config)
+        model_config, mesh, processor = open_model(config, log)
         engine_mesh = mesh
         if rl.sampling.engine_mesh != "same":
             with naming("rl.sampling.engine_mesh"):
                 engine_mesh = reshaped(mesh, mesh_for(rl.sampling.engine_mesh, model_config).shape)
                 check_devices(engine_mesh)
-        processor = Glm4vProcessor.from_pretrained(config.model)
-        processor.check_ids(model_config)
         limits = limited(processor, encode_options(config.data, config.batch))
         problems = problems_of(config, limits)
         with naming("data.levels"):
@@ -252,9 +246,14 @@ class _Steps:
 
 def _identity(config: TrainConfig, model: Glm4vConfig, problems: Problems, rates: dict[str, float]) -> dict[str, Any]:
     """Return what a job must keep to resume from its checkpoints, by name."""
-    levels = hashlib.blake2b(repr(sorted(rates.items())).encode(), digest_size=8).hexdigest()
+    assert config.rl is not None
     found = identity(config, model, len(problems), problems.fingerprint())
-    return found | {"pass rates of data.levels": levels}
+    options, defaults = GenerationConfig.from_pretrained(config.model), GenerationConfig()
+    replaced = sampling_options(config.rl, model)  # by the job's own, such as a temperature
+    kept = sorted(vars(options).keys() - replaced.keys())
+    sampling = [(name, value) for name in kept if (value := getattr(options, name)) != getattr(defaults, name)]
+    more = {"pass rates of data.levels": sorted(rates.items()), SAMPLING_DIGEST: sampling}
+    return found | {name: hashlib.blake2b(repr(of).encode(), digest_size=8).hexdigest() for name, of in more.items()}
 
 
 def _describe(job: Job, problems: Problems, mesh: Mesh) -> str:

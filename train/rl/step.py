@@ -100,7 +100,7 @@ class PolicyStep:
         self.gradients, self.update = policy_gradients, policy_update
 
     def __call__(
-        self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float, position: int = 0
+        self, state: TrainState, frozen: Leaves, batches: Iterable[RolloutBatch], count: float, position: int
     ) -> tuple[TrainState, PolicyMetrics]:
         """Take a step.
 

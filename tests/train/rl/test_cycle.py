@@ -51,7 +51,7 @@ def problems():
 def test_a_reward_rises(learner, cycle, problems):
     state, lines = learner.state(), []
     for number in range(6):
-        state, found = cycle(state, problems, sevens, seed_of(0, number))
+        state, found = cycle(state, problems, sevens, seed_of(0, number), number + 1)
         lines.append(found.metrics())
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.3
     line = lines[0]
@@ -63,13 +63,13 @@ def test_a_reward_rises(learner, cycle, problems):
 @pytest.mark.slow
 def test_a_step_taken_again_is_the_same_to_the_last_bit(learner, cycle, problems):
     """From what is saved between two steps: the state alone."""
-    state, _ = cycle(learner.state(), problems, sevens, seed_of(0, 0))
+    state, _ = cycle(learner.state(), problems, sevens, seed_of(0, 0), 1)
     saved = jax.tree.map(np.asarray, state)
     found, results = [], []
     for _ in range(2):
         state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), saved, state)
         learner.engine.update(learner.handover(state.params))
-        state, result = cycle(state, problems, sevens, seed_of(0, 1))
+        state, result = cycle(state, problems, sevens, seed_of(0, 1), 2)
         found.append(jax.tree.map(np.asarray, state))
         results.append([one.completions for one in result.answers])
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -80,7 +80,7 @@ def test_a_step_taken_again_is_the_same_to_the_last_bit(learner, cycle, problems
 def test_where_no_rewards_differ_nothing_is_learned(learner, cycle, problems):
     state = learner.state()
     before = jax.tree.map(np.asarray, state)
-    state, found = cycle(state, problems[:2], lambda texts: [Reward(1.0, None, "right")] * len(texts), 0)
+    state, found = cycle(state, problems[:2], lambda texts: [Reward(1.0, None, "right")] * len(texts), 0, 1)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
     assert not found.updates and not found.learned and found.metrics()["all_right"] == 1
 
@@ -90,10 +90,10 @@ def test_too_few_groups_wait_for_those_of_the_next_step(learner, cycle, problems
     cycle.config = dataclasses.replace(CONFIG, min_groups=4)
     state = learner.state()
     before = jax.tree.map(np.asarray, state)
-    state, first = cycle(state, problems[:3], every_other, 0)
+    state, first = cycle(state, problems[:3], every_other, 0, 1)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state))
     assert not first.updates and not first.learned and first.metrics()["waiting"] == 3
-    state, second = cycle(state, problems[3:5], every_other, 1)
+    state, second = cycle(state, problems[3:5], every_other, 1, 2)
     assert [group.key for group in second.learned] == [problem.key for problem in problems[:5]]
     assert len(second.updates) == 1 and int(state.step) == 1 and not cycle.waiting
     assert second.metrics()["ratio_first_dev"] < 2e-6  # of all five
@@ -122,14 +122,14 @@ def test_a_model_that_is_not_the_one_that_sampled_is_an_error(learner, cycle, pr
     state = learner.state()
     state = state._replace(params=jax.jit(lambda params: jax.tree.map(lambda x: x * 1.01, params))(state.params))
     with pytest.raises(DriftError, match=r"rl.max_ratio_drift: found a mean \|ratio - 1\| of 0\.\d+ before the first"):
-        cycle(state, problems, sevens, 0)
+        cycle(state, problems, sevens, 0, 1)
 
 
 @pytest.mark.slow
 def test_a_prompt_that_leaves_no_room_in_a_row_is_named(learner, cycle, problems):
     cycle.batch = dataclasses.replace(cycle.batch, length=16)
     with pytest.raises(DataError, match=r"data.jsonl:[12]: found a prompt of \d+ tokens; expected at most 10: a row"):
-        cycle(learner.state(), problems, sevens, 0)
+        cycle(learner.state(), problems, sevens, 0, 1)
 
 
 def test_what_becomes_of_answers_that_were_cut():

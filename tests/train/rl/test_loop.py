@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from helpers_orbax import environment, free_port
 from helpers_paths import ROOT
 
 from glm4v_jax.devices.distributed import init_distributed, is_first, to_host
-from glm4v_jax.errors import ConfigError, DataError
+from glm4v_jax.errors import CheckpointError, ConfigError, DataError
+from glm4v_jax.files import read_json_object, write_json
 from glm4v_jax.tiny import TINY_CHECKPOINT
 from train.config import MODEL, load_config
 from train.job import Job
@@ -223,6 +225,21 @@ def kill_in_the_second_step(out):
         return step(self, state, problems, score_all, seed, number)
 
     Cycle.__call__, Saver.save = second, save_whole
+
+
+@pytest.mark.slow
+def test_answers_that_would_be_sampled_in_another_way_do_not_continue_a_job(folder, whole, monkeypatch):
+    """Other end tokens; a temperature, which the job has its own of, may be another one."""
+    model = shutil.copytree(TINY_CHECKPOINT, folder / "model")
+    config = dataclasses.replace(job(folder, whole), model=str(model))
+    options = read_json_object(model / "generation_config.json")
+    monkeypatch.setattr(Job, "start", None)
+    write_json(model / "generation_config.json", options | {"temperature": 0.3})
+    with pytest.raises(TypeError, match="NoneType"):
+        learn(config)
+    write_json(model / "generation_config.json", options | {"eos_token_id": [3]})
+    with pytest.raises(CheckpointError, match=r"cannot resume .*: generation_config\.json of the model: found"):
+        learn(config)
 
 
 @pytest.mark.slow
