@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from glm4v_jax.devices import mesh
 from glm4v_jax.model.decoder import Capture, Captured, TextDecoder
@@ -59,6 +59,23 @@ def last_positions(hidden: Float[Array, "B T D"], end: Int[Array, ""], count: in
 def positions_at(hidden: Float[Array, "B T D"], indices: Int[Array, " I"]) -> Float[Array, "B I D"]:
     """The positions of these indices."""
     return hidden.at[:, indices].get(out_sharding=mesh.spec("batch", "length", None))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def cut(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """The first `shape` entries along the first dimensions, on every device."""
+    return jax.sharding.reshard(x, jax.P())[tuple(map(slice, shape))]
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def attention_weights(
+    weights: Float[Array, "L B K G T S"], shape: tuple[int, int, int]
+) -> tuple[Float[Array, "b heads t s"], ...]:
+    """Attention weights by layer, cut to `shape`, [b, t, s], on every device."""
+    n, b, k, g, t, s = weights.shape
+    rows, queries, keys = shape
+    layers = jax.sharding.reshard(weights, jax.P()).reshape(n, b, k * g, t, s)
+    return tuple(layer[:rows, :, :queries, :keys] for layer in layers)
 
 
 @jax.jit

@@ -62,7 +62,7 @@ class Extent(NamedTuple):
         """[rows, columns, ...] -> [B, T, ...]."""
         if x.shape[:2] == (self.batch, self.t):
             return x
-        return jax.sharding.reshard(x, jax.P())[: self.batch, : self.t]
+        return forward.cut(x, (self.batch, self.t))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,8 @@ class PaddedOutput:
         """Weights of every layer, [B, heads, T, S]."""
         if self.recorded.attentions is None:
             return None
-        n, b, k, g, t, s = self.recorded.attentions.shape
-        weights = jax.sharding.reshard(self.recorded.attentions, jax.P()).reshape(n, b, k * g, t, s)
-        return tuple(x[: self.extent.batch, :, : self.extent.t, : self.num_keys] for x in weights)
+        extent = self.extent
+        return forward.attention_weights(self.recorded.attentions, (extent.batch, extent.t, self.num_keys))
 
 
 class _Submodel(Generic[ConfigT, ModuleT]):
