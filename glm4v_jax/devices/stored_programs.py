@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -63,6 +63,36 @@ def stored(*static: str) -> Callable[[Any], "StoredProgram"]:
     return lambda jitted: StoredProgram(jitted, static)
 
 
+class Kinds(tuple[Hashable, ...]):
+    """What a trace depends on of several arguments; hashed once, so that those of a model can be kept beside it."""
+
+    _hash: int
+    is_traced: bool
+    """whether one of them is being traced, or is no array"""
+
+    @classmethod
+    def of(cls, leaves: Iterable[Any]) -> "Kinds":
+        """Describe these arrays."""
+        kinds = cls(map(_kind, leaves))
+        kinds.is_traced = None in kinds
+        kinds._hash = tuple.__hash__(kinds)
+        return kinds
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class WithKinds:
+    """An argument with many arrays, which never change, and which it describes once."""
+
+    leaves: list[Any]
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """Of its arrays."""
+        return Kinds.of(self.leaves)
+
+
 class StoredProgram:
     """A jitted function whose executables are stored; attributes such as `lower` are those of the function.
 
@@ -100,8 +130,11 @@ class StoredProgram:
     def _described(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call | None":
         dynamic = {name: value for name, value in kwargs.items() if name not in self._static}
         leaves, tree = jax.tree.flatten((args, dynamic))
-        kinds = tuple(map(_kind, leaves))
-        if None in kinds:  # inside another program
+        parts = (
+            arg.kinds if isinstance(arg, WithKinds) else Kinds.of(jax.tree.leaves(arg)) for arg in (*args, dynamic)
+        )
+        kinds = tuple(parts)
+        if any(part.is_traced for part in kinds):  # inside another program
             return None
         static = tuple((name, kwargs[name]) for name in self._static if name in kwargs)
         return _Call(dynamic, leaves, (tree, kinds, static, _trace_context()))
@@ -216,7 +249,7 @@ class _Call(NamedTuple):
 
     dynamic: dict[str, Any]
     leaves: list[Any]
-    key: tuple[Any, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
+    key: tuple[Any, tuple[Kinds, ...], tuple[Any, ...], tuple[Any, ...]]
 
 
 def _kind(leaf: Any) -> Hashable:

@@ -27,6 +27,7 @@ from glm4v_jax.config.generation import GenerationConfig
 from glm4v_jax.config.model import Glm4vConfig
 from glm4v_jax.devices import mesh as meshes
 from glm4v_jax.devices.hardware import check_32_bits
+from glm4v_jax.devices.stored_programs import WithKinds
 from glm4v_jax.model.decoder import TextDecoder
 from glm4v_jax.model.glm4v import Glm4v
 from glm4v_jax.model.nn import Linear
@@ -56,7 +57,7 @@ def _structure(treedef: Any) -> Structure:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Flat(Generic[M]):
+class Flat(WithKinds, Generic[M]):
     """A module as the programs take it; `leaves` are arrays on their devices."""
 
     leaves: list[Array]

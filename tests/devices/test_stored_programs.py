@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import threading
 
@@ -67,6 +68,26 @@ def test_static_arguments_dtypes_and_settings_have_keys_of_their_own(files):
     with jax.default_matmul_precision("highest"):
         run(step)
     assert len(files) == 4 == len(traced)
+
+
+def test_weights_are_described_once(files, monkeypatch):
+    """Of a model there are hundreds, in every dispatch."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Weights(stored_programs.WithKinds):
+        leaves: list[jax.Array]
+
+    kind, described = stored_programs._kind, []
+    monkeypatch.setattr(stored_programs, "_kind", lambda leaf: described.append(leaf.shape) or kind(leaf))
+    step = StoredProgram(jax.jit(lambda weights, x: sum(weights.leaves) * x))
+    with use_mesh():
+        weights, others = (Weights([jnp.full((3,), i, dtype) for i in range(5)]) for dtype in (np.float32, np.float16))
+        assert [step(weights, np.float32(x))[0] for x in (1, 2)] == [10, 20]
+        assert described == [(3,)] * 5 + [()] * 2
+        assert step(others, np.float32(1))[0] == 10 and len(step._programs) == 2
+        assert jax.jit(step)(weights, np.float32(3))[0] == 30, "inside another program"
+        assert step(weights, np.float32(1))[0] == 10
 
 
 @pytest.mark.parametrize("name", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
