@@ -61,8 +61,24 @@ def put_rows(cache: KVCache, slots: Int[Array, " n"], new: KVCache) -> KVCache:
     return map_cache(lambda x, y, axis: put(x, slots, y, axis), cache, new)
 
 
-def put_chunk(cache: KVCache, slots: Int[Array, " n"], new: KVCache, keep: Int[Array, " n"], tokens: int) -> KVCache:
-    """Replace rows of which only the `tokens` slots from `keep[i]` on are new: a row may have thousands."""
+def can_stay(cache: KVCache) -> bool:
+    """Whether the decoder can read and write rows of a cache where they are."""
+    return mesh.platform() == "cpu" and not cache.is_stacked and mesh.shards("slots") == 1
+
+
+def put_chunk(
+    cache: KVCache,
+    slots: Int[Array, " n"],
+    new: KVCache,
+    keep: Int[Array, " n"],
+    tokens: int,
+    *,
+    in_place: bool = False,
+) -> KVCache:
+    """Replace rows of which only the `tokens` slots from `keep[i]` on are new: a row may have thousands.
+
+    `in_place`: keys and values of `new` are those of all rows, written already.
+    """
     axis = _row_axis(cache)
 
     def put_slots(x: Array, new: Array) -> Array:
@@ -84,7 +100,9 @@ def put_chunk(cache: KVCache, slots: Int[Array, " n"], new: KVCache, keep: Int[A
         run = jax.shard_map(local, in_specs=(spec, batch, spec, batch), out_specs=spec, check_vma=False)
         return run(x, mesh.reshard(slots, "batch"), jax.sharding.reshard(new, spec), keep)
 
-    k, v = (jax.tree.map(put_slots, *sides) for sides in ((cache.k, new.k), (cache.v, new.v)))
+    k, v = new.k, new.v
+    if not in_place:
+        k, v = (jax.tree.map(put_slots, *sides) for sides in ((cache.k, new.k), (cache.v, new.v)))
     return KVCache(k, v, put(cache.segments, slots, new.segments, 0), put(cache.length, slots, new.length, 0))
 
 

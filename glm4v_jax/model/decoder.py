@@ -128,6 +128,7 @@ class TextDecoder(nnx.Module):
         record: Capture = NOTHING,
         dropout_key: Array | None = None,
         remat: Remat = "none",
+        rows: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Captured]:
         """Run the decoder.
 
@@ -139,6 +140,8 @@ class TextDecoder(nnx.Module):
           record: intermediates to return as well.
           dropout_key: enables attention dropout, for training.
           remat: what the backward pass recomputes of a layer.
+          rows: the rows of the cache's keys and values that these are, where it has more; segments and length are of
+            these alone. One of each shard, counted within it, -1 for none; on a CPU, without sharded slots.
 
         Returns:
           Hidden states after the last norm, the cache as written, and the intermediates. The tokens of hidden states
@@ -154,7 +157,7 @@ class TextDecoder(nnx.Module):
         tokens = inputs_embeds.shape[1]
         shared = tokens > FEW_QUERIES and tokens % mesh.shards("tokens") == 0
         x = mesh.reshard(inputs_embeds, "batch", "tokens" if shared else "length", None)
-        call = None if cache is None else CachedCall.of(cache, segment_ids)
+        call = None if cache is None else CachedCall.of(cache, segment_ids, rows)
 
         def step(layer: DecoderLayer, index: Array | int, carry: tuple) -> tuple[tuple, tuple]:
             x, carried = carry

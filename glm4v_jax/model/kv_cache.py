@@ -140,10 +140,13 @@ def layer_of(side: Side, index: Array | int) -> Array | QuantizedSide:
 
 
 def write_slots(
-    layer: Array | QuantizedSide, new: Array | QuantizedSide, start: Int[Array, " B"]
+    layer: Array | QuantizedSide,
+    new: Array | QuantizedSide,
+    start: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
 ) -> Array | QuantizedSide:
-    """Write T slots of each row of keys (or values) [B, K, S, H] of one layer, from `start[b]` on."""
-    return jax.tree.map(lambda x, new: _write(x[None], new[None], 0, start)[0], layer, new)
+    """Write T slots of each row of keys (or values) [B, K, S, H] of a layer, from `start[b]` on; see `write_layers`."""
+    return jax.tree.map(lambda x, new: _write(x[None], new[None], 0, start, rows)[0], layer, new)
 
 
 def write_layer(side: Side, index: Array | int, new: Array | QuantizedSide, start: Int[Array, " B"]) -> Side:
@@ -154,43 +157,61 @@ def write_layer(side: Side, index: Array | int, new: Array | QuantizedSide, star
     return jax.tree.map(lambda x, new: _write(x, new[None], index, start), side, new)
 
 
-def write_layers(side: Side, new: Array | QuantizedSide, start: Int[Array, " B"]) -> Side:
-    """Write T slots of each row in all layers at once: keys (or values) [N, B, K, T, H]."""
+def write_layers(
+    side: Side, new: Array | QuantizedSide, start: Int[Array, " B"], rows: Int[Array, " B"] | None = None
+) -> Side:
+    """Write T slots of each row in all layers at once: keys (or values) [N, B, K, T, H].
+
+    With `rows` the B rows are some of the cache: one of each shard, counted within it, or -1 for none.
+    """
     if isinstance(side, tuple):
-        return tuple(write_slots(layer, layer_of(new, i), start) for i, layer in enumerate(side))
-    return jax.tree.map(lambda x, new: _write(x, new, 0, start), side, new)
+        return tuple(write_slots(layer, layer_of(new, i), start, rows) for i, layer in enumerate(side))
+    return jax.tree.map(lambda x, new: _write(x, new, 0, start, rows), side, new)
 
 
 def _write(
-    buffer: Num[Array, "N B K S *H"], new: Num[Array, "n B K T *H"], layer: Array | int, start: Int[Array, " B"]
+    buffer: Num[Array, "N B K S *H"],
+    new: Num[Array, "n b K T *H"],
+    layer: Array | int,
+    start: Int[Array, " b"],
+    rows: Int[Array, " b"] | None = None,
 ) -> Num[Array, "N B K S *H"]:
     """Write n layers from `layer` on, T slots of each row from `start[b]` on; the caller sees to it that they fit."""
     inner = (0,) * (buffer.ndim - 4)
     split = mesh.shards("slots") > 1
     slots = mesh.spec("slots")[0]
 
-    def local(buffer: Array, new: Array, layer: Array | int, start: Array) -> Array:
+    assert rows is None or not split
+
+    def local(buffer: Array, new: Array, layer: Array | int, start: Array, own: Array | None) -> Array:
         if split:
             start = start - jax.lax.axis_index(slots) * buffer.shape[3]
 
         def write_row(b: Array, buffer: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(new, b, 1, axis=1)
+            if own is not None:
+                place = (layer, jnp.maximum(own[b], 0), 0, start[b], *inner)
+                row = jnp.where(own[b] < 0, jax.lax.dynamic_slice(buffer, place, row.shape), row)
+                return jax.lax.dynamic_update_slice(buffer, row, place)
             if split:
                 return _write_overlap(buffer, row, (layer, b, 0, start[b], *inner))
             return jax.lax.dynamic_update_slice(buffer, row, (layer, b, 0, start[b], *inner))
 
-        rows, tokens = buffer.shape[1], new.shape[3]
+        tokens = new.shape[3]
         # Unrolled for prompts, because XLA's TPU compiler mistakes one operand of such a loop for another (8 rows of
         # 2,048, 2 of 96); not for single tokens, because it would copy the cache.
-        return jax.lax.fori_loop(0, rows, write_row, buffer, unroll=tokens > 1)
+        return jax.lax.fori_loop(0, new.shape[1], write_row, buffer, unroll=tokens > 1)
 
     # Each device its own rows, one after the other: a vmap over them makes a TPU move the whole cache to another
     # layout, and a CPU copy it.
     old = mesh.spec("layers", "batch", "kv_heads", "slots", *(None for _ in inner))
     fresh = mesh.spec("layers", "batch", "kv_heads", None, *(None for _ in inner))
-    run = jax.shard_map(local, in_specs=(old, fresh, mesh.spec(), mesh.spec("batch")), out_specs=old, check_vma=False)
+    batch = mesh.spec("batch")
+    in_specs = (old, fresh, mesh.spec(), batch, None if rows is None else batch)
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=old, check_vma=False)
     new = jax.sharding.reshard(new.astype(buffer.dtype), fresh)
-    return run(buffer, new, jnp.asarray(layer, jnp.int32), mesh.reshard(start, "batch"))
+    rows = None if rows is None else mesh.reshard(rows, "batch")
+    return run(buffer, new, jnp.asarray(layer, jnp.int32), mesh.reshard(start, "batch"), rows)
 
 
 def _write_overlap(buffer: Array, new: Array, at: tuple[Array | int, ...]) -> Array:

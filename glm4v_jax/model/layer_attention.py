@@ -56,22 +56,25 @@ class CachedCall(NamedTuple):
 
     segments: int32 [B, T], of the tokens; 0 is padding.
     held: int32 [B, S], segments of the slots; 0 for those that nobody sees.
+    rows: int32 [B], the rows of the cache's keys and values that these are, one of each shard; -1 for none. None for
+      all.
     """
 
     cache: KVCache
     segments: Int[Array, "B T"]
     held: Int[Array, "B S"]
+    rows: Int[Array, " B"] | None = None
 
     @classmethod
-    def of(cls, cache: KVCache, segments: Int[Array, "B T"]) -> Self:
+    def of(cls, cache: KVCache, segments: Int[Array, "B T"], rows: Int[Array, " B"] | None = None) -> Self:
         """A call with tokens of these segments."""
         slots = mesh.reshard(jnp.arange(cache.capacity)[None], None, None)
-        return cls(cache, segments, jnp.where(slots < cache.length[:, None], cache.segments, 0))
+        return cls(cache, segments, jnp.where(slots < cache.length[:, None], cache.segments, 0), rows)
 
     @property
     def carried(self) -> tuple | None:
-        """Keys and values that go from layer to layer, each of which writes its own; None for a few tokens."""
-        return None if self.segments.shape[1] <= FEW_QUERIES else (self.cache.k, self.cache.v)
+        """Keys and values that go from layer to layer, each of which writes its own; None for a few tokens, or rows."""
+        return None if self.segments.shape[1] <= FEW_QUERIES or self.rows is not None else (self.cache.k, self.cache.v)
 
     def attention(
         self, index: Array | int, carried: tuple | None, dropout: Dropout | None, keep_weights: bool
@@ -84,7 +87,8 @@ class CachedCall(NamedTuple):
             heads_first = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
             new = as_cached(heads_first[0], cached[0]), as_cached(heads_first[1], cached[1])
             if not keep_weights and dropout is None:
-                return attend_cached(q, cached, new, self.segments, self.held), (new, None)
+                return attend_cached(q, cached, new, self.segments, self.held, self.rows), (new, None)
+            assert self.rows is None, "weights are over the slots of all rows"
             k, v = (self._all_slots(*sides, q.dtype) for sides in zip(cached, new, strict=True))
             length = self.cache.length
             mask = Mask(self.segments, write_segments(self.held, self.segments, length), length)
@@ -112,7 +116,9 @@ class CachedCall(NamedTuple):
         cache, start = self.cache, self.cache.length
         if carried is None:
             x, new = _in_order(x, new)
-            carried = tuple(write_layers(side, one, start) for side, one in zip((cache.k, cache.v), new, strict=True))
+            carried = tuple(
+                write_layers(side, one, start, self.rows) for side, one in zip((cache.k, cache.v), new, strict=True)
+            )
         segments = write_segments(cache.segments, self.segments, start)
         k, v = carried
         return x, KVCache(k, v, segments, start + self.segments.shape[1])

@@ -3,15 +3,30 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4v_jax.config.generation import GenerationConfig
-from glm4v_jax.generate.prefill_chunks import MAX_CHUNK, MIN_SHARED, Start, chunk_arrays, chunk_bounds, chunk_ends
-from glm4v_jax.generate.slots import MIN_CAPACITY
+from glm4v_jax.config.model import Glm4vConfig
+from glm4v_jax.devices.mesh import use_mesh
+from glm4v_jax.generate import device_steps
+from glm4v_jax.generate.prefill_chunks import (
+    MAX_CHUNK,
+    MIN_SHARED,
+    ChunkBounds,
+    Start,
+    chunk_arrays,
+    chunk_bounds,
+    chunk_ends,
+)
+from glm4v_jax.generate.slots import MIN_CAPACITY, Slots
 from glm4v_jax.inputs.prompt import Prompt
 from glm4v_jax.inputs.vision_rows import bucket
+from glm4v_jax.model.runtime import Runtime, random_module
+
+CAPACITY = 4096
 
 
 def make_prompt(length):
@@ -65,3 +80,38 @@ def test_chunks_end_where_what_follows_does_not_matter(length, more, spans):
             assert end == begin + longest or (end in image_ends and MIN_SHARED <= end - begin < longest)
             assert not any(begin + MIN_SHARED <= other < end for other in image_ends if other > length)
         assert len(whole) - begins[-1] < longest
+
+
+def test_a_chunk_is_read_and_written_where_its_row_is(monkeypatch):
+    """Bit for bit what it gives in a copy of its row, without the memory of one; no row changes nothing."""
+    config = Glm4vConfig.tiny()
+    with use_mesh():
+        runtime = Runtime.of(random_module(config, seed=0, dtype="float32").unstacked())
+    config = config.text_config
+    row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CAPACITY * 4
+    step, found, needed = device_steps.prefill.__wrapped__.__wrapped__, [], []
+    for in_place in (False, True):
+        monkeypatch.setattr(device_steps, "can_stay", lambda cache, in_place=in_place: in_place)
+        jitted = jax.jit(lambda *args: step(*args), donate_argnums=1)
+        programs = []
+
+        def prefill(*args, jitted=jitted, programs=programs):
+            programs[:] = programs or [jitted.lower(*args).compile()]
+            return programs[0](*args)
+
+        monkeypatch.setattr(device_steps, "prefill", prefill)
+        slots = Slots(runtime, 3, CAPACITY, reuse_prefixes=False)
+        slots.use_chunks(32)
+        for row, prompt in {2: make_prompt(32 * 9), 0: make_prompt(64)}.items():
+            slots.start({row: Start(prompt, GenerationConfig(), 2)})
+        needed.append(programs[0].memory_analysis().temp_size_in_bytes)
+        found.append(jax.tree.map(np.asarray, slots._state))
+        with runtime.on_mesh():
+            arrays = chunk_arrays(ChunkBounds(32, {}), {}, {}, 1)
+            state = prefill(
+                runtime.text, slots._state, np.array([-1], np.int32), arrays, slots._seen({}, 1), slots.pool.array
+            )
+        jax.tree.map(np.testing.assert_array_equal, found[-1], state)
+    assert found[1].cache.length.tolist() == [64, 0, 32 * 9]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert needed[1] < row_bytes < needed[0]

@@ -98,6 +98,7 @@ def attend_cached(
     new: tuple[Float[Array, "B K T H"] | QuantizedSide, Float[Array, "B K T H"] | QuantizedSide],
     segments: Int[Array, "B T"],
     held: Int[Array, "B S"],
+    rows: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     """Causal attention of new tokens to a cache that does not hold them yet, and to themselves; forward only.
 
@@ -109,19 +110,23 @@ def attend_cached(
       new: those of the tokens, in the same form.
       segments: of the tokens; 0 is padding.
       held: of the slots; 0 for those that nobody sees.
+      rows: the rows of the cache that these are, one of each shard, counted within it; for many queries on a CPU. None
+        for all rows, in their order.
     """
     spec = mesh.spec_of(q)
-    rows, _, heads, *_ = spec
+    batch, _, heads, *_ = spec
     slots = mesh.spec("slots")[0]
     split = mesh.shards("slots") > 1
-    caches, fresh = PartitionSpec(rows, heads, slots), PartitionSpec(rows, heads)
+    caches, fresh = PartitionSpec(batch, heads, slots), PartitionSpec(batch, heads)
     # At once, XLA on a CPU would make floats of all integers first, in four times their memory.
     in_blocks = isinstance(cached[0], QuantizedSide) and mesh.platform() == "cpu"
     new = jax.tree.map(lambda x: jax.sharding.reshard(x, fresh), new)
-    segments = jax.sharding.reshard(segments, PartitionSpec(rows, None))
-    held = jax.sharding.reshard(held, PartitionSpec(rows, slots))
+    segments = jax.sharding.reshard(segments, PartitionSpec(batch, None))
+    held = jax.sharding.reshard(held, PartitionSpec(batch, slots))
+    row_specs = None if rows is None else PartitionSpec(batch)
+    rows = None if rows is None else jax.sharding.reshard(rows, PartitionSpec(batch))
 
-    def local(q: Array, cached: tuple, new: tuple, segments: Array, held: Array) -> Array:
+    def local(q: Array, cached: tuple, new: tuple, segments: Array, held: Array, rows: Array | None) -> Array:
         q = jnp.moveaxis(q, 1, 3)
         own = segments
         if split:
@@ -134,10 +139,14 @@ def attend_cached(
             return _direct(q, (cached, new), masks)
 
         def blocks() -> tuple[Array, Array]:
-            before = _kernel().partial(q, cached[0], cached[1], masks[0], causal=False)
+            if rows is None:
+                before = _kernel().partial(q, cached[0], cached[1], masks[0], causal=False)
+            else:
+                row = jnp.maximum(rows[0], 0)
+                before = blockwise.partial(q, cached[0], cached[1], masks[0], causal=False, row=row)
             return merge(before, _kernel().partial(q, new[0], new[1], masks[1], causal=True))
 
-        if q.shape[-2] > FEW_QUERIES or in_blocks:
+        if q.shape[-2] > FEW_QUERIES or in_blocks or rows is not None:
             out, log_total = blocks()
         elif mesh.platform() == "cpu" and held.shape[1] >= _LARGE_CACHE:
             seen = (held > 0) & jnp.any(segments > 0, axis=1, keepdims=True)  # rows that are done see nothing
@@ -149,9 +158,9 @@ def attend_cached(
             out = _merge_shards(out, log_total, slots)
         return jnp.moveaxis(out, 3, 1).astype(q.dtype)
 
-    in_specs = (spec, (caches,) * 2, (fresh,) * 2, PartitionSpec(rows, None), PartitionSpec(rows, slots))
+    in_specs = (spec, (caches,) * 2, (fresh,) * 2, PartitionSpec(batch, None), PartitionSpec(batch, slots), row_specs)
     run = jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)
-    return run(q, cached, new, segments, held)
+    return run(q, cached, new, segments, held, rows)
 
 
 def merge(*parts: tuple[Float[Array, "*B T H"], Float[Array, "*B T"]]) -> tuple[Array, Array]:

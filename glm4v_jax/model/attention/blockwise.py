@@ -65,14 +65,22 @@ def partial(
     mask: Mask,
     *,
     causal: bool,
+    row: Array | None = None,
 ) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
     """Attention to some of the keys, to be merged with that to the others (`attend.merge`).
+
+    Args:
+      q, k, v, mask, causal: see `attention`.
+      row: the only row of keys and values, which may have more, that the one row of queries sees; it is read in blocks.
 
     Returns:
       As `attention` does, float32; and float32, the logarithm of each row's sum of exponentials of scores.
     """
+    if row is not None and (mask.kv_segments.shape[1] % _block_size(mask.kv_segments.shape[1], causal)):
+        k, v = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (k, v))  # to be padded
+        row = None
     q, k, v, mask, blocks, t = _blocked(q, k, v, mask, causal)
-    out, log_total = _forward(q, k, v, mask, None, blocks, causal, 0.0)
+    out, log_total = _forward(q, k, v, mask, None, blocks, causal, 0.0, row)
     return out[..., :t, :], log_total[..., :t]
 
 
@@ -137,6 +145,13 @@ def _block(x: Array, i: Array, size: int, axis: int = -2) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
 
+def _key_block(x: Array, row: Array | None, j: Array, size: int) -> Array:
+    """A block of keys or values, of one row if it is given: in one slice, of which XLA copies nothing ahead."""
+    if row is None:
+        return _block(x, j, size, 2)
+    return jax.lax.dynamic_slice(x, (row, 0, j * size, *(0,) * (x.ndim - 3)), (1, x.shape[1], size, *x.shape[3:]))
+
+
 def _mask_block(mask: Mask, i: Array, j: Array, blocks: tuple[int, int], causal: bool) -> Array:
     block = Mask(_block(mask.q_segments, i, blocks[0], 1), _block(mask.kv_segments, j, blocks[1], 1), mask.q_start)
     t, s = i * blocks[0] + jnp.arange(blocks[0]), j * blocks[1] + jnp.arange(blocks[1])
@@ -160,11 +175,13 @@ def _flash_forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
     return out, (q, k, v, mask, key, out, log_total)
 
 
-def _forward(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
+def _forward(q, k, v, mask, key, blocks, causal, rate, row=None):  # type: ignore[no-untyped-def]
     """The result, and the logarithm of each row's sum of exponentials; both float32."""
     together = q.shape[1] if rate > 0 else _heads_together(q, blocks)
     if together == q.shape[1]:
-        return _forward_heads(q, k, v, mask, key, blocks, causal, rate)
+        return _forward_heads(q, k, v, mask, key, blocks, causal, rate, row)
+    if row is not None:
+        k, v = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1), (k, v))
 
     def heads(_, n):  # type: ignore[no-untyped-def]
         some_q, some_k, some_v = jax.tree.map(lambda x: _block(x, n, together, 1), (q, k, v))
@@ -183,7 +200,7 @@ def _heads_together(q: Array, blocks: tuple[int, int]) -> int:
     return next(count for count in range(max(1, min(heads, most)), 0, -1) if heads % count == 0)
 
 
-def _forward_heads(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no-untyped-def]
+def _forward_heads(q, k, v, mask, key, blocks, causal, rate, row=None):  # type: ignore[no-untyped-def]
     seen_blocks = jnp.any(reachable(mask, blocks, causal), axis=0)
     # A mask costs a pass over the scores: where all are visible 0.7 of the time without.
     is_covered = jnp.all(covered(mask, blocks, causal), axis=0)
@@ -195,7 +212,7 @@ def _forward_heads(q, k, v, mask, key, blocks, causal, rate):  # type: ignore[no
 
         def key_block(j, carry):  # type: ignore[no-untyped-def]
             def add(is_masked, out, top, total):  # type: ignore[no-untyped-def]
-                k_j, v_j = jax.tree.map(lambda x: _block(x, j, blocks[1], 2), (k, v))
+                k_j, v_j = jax.tree.map(lambda x: _key_block(x, row, j, blocks[1]), (k, v))
                 scores = scaled(einsum(SCORES, q_i, multiplied(k_j, q.dtype)), k_j)
                 if is_masked:
                     scores = jnp.where(_mask_block(mask, i, j, blocks, causal), scores, MASKED / scale)
